@@ -90,7 +90,7 @@ MUTATIONS = [
     Mutation(
         "a gate is ignored",
         "core/plan.py",
-        "if layer.call.open and layer.call.weights() is not None:\n            x = once(x)",
+        "if layer.call.open and layer.call.current_gates() is not None:\n            x = once(x)",
         "if False:\n            x = once(x)",
     ),
     Mutation("a gate of other rows", "core/rows.py", "self.gates.rows(index)", "self.gates.rows(index.flip(0) * 0)"),
@@ -119,7 +119,7 @@ MUTATIONS = [
         'stem = stem_in_file + container + "x"',
         "tests/parity/test_files.py tests/io",
     ),
-    Mutation("a merge in training mode", "core/folding.py", 'self.own["training"] = False', "pass"),
+    Mutation("a merge in training mode", "core/folding.py", 'self.attributes["training"] = False', "pass"),
     Mutation(
         "half of the shift of a bias",
         "core/effect.py",

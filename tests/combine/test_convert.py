@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from graft.core.folding import why_none
+from graft.core.folding import why_no_delta
 from tests import models
 from tests.conformance.samples import CELLS, features
 from tests.covering import law
@@ -84,7 +84,7 @@ def updates(tensors):
 def test_what_can_be_converted_acts_as_before(cell):
     model = cell.trained()
     layer, before = model.base_model.model.layer, {k: t.clone() for k, t in model.state_dict().items()}
-    why = why_none(layer.methods["default"])
+    why = why_no_delta(layer.methods["default"])
     assert layer.supports_lora_conversion() == model.supports_lora_conversion() == (why is None)
     if why is not None:
         with pytest.raises(TypeError, match="do not support LoRA conversion"):

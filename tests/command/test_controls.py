@@ -138,7 +138,7 @@ def test_reports_errors_and_warnings():
         assert "[/]" in text and "[qv]_proj" in text and "[bold]Linear" in text
     error = graft.core.errors.AdapterNameError(f"no adapter can be called {EVIL}")
     assert str(error) == r"no adapter can be called \x1b]0;x\x07\x1bc\r\u202e\u2066\x9b31m" + "\nequal"
-    assert errors.some([EVIL]) == f"[{errors.escape_controls(EVIL)}]"
+    assert errors.join_some([EVIL]) == f"[{errors.escape_controls(EVIL)}]"
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         errors.warn(f"of {EVIL}")

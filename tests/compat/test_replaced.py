@@ -253,7 +253,7 @@ def test_gates_pass_by(monkeypatch):
         def apply(self, layer, adapter, part):
             return part / 2
 
-    with model._registry.call.giving(gates=Half()):
+    with model._registry.call.extend_context(gates=Half()):
         expected = model(X)
         monkeypatch.setattr(layer_of(GRAFT, "Linear"), "forward", by_hand([]))
         close(model(X), expected)

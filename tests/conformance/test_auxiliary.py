@@ -83,7 +83,7 @@ class Noting(LNTuning):
     def branch(self, x):
         z = x @ self.ln_tuning_layers
         if self.layer.training:
-            self.layer.call.note(self.name, self.site.key, z)
+            self.layer.call.record_value(self.name, self.site.key, z)
         return z
 
     @classmethod
@@ -356,7 +356,7 @@ def test_a_run_that_fails_leaves_nothing(model):
     model(x)
     with pytest.raises(RuntimeError):
         model(x[..., :2])
-    assert get_registry(model).call.here.noted is None
+    assert get_registry(model).call.thread_state.noted is None
     assert model.auxiliary_loss() == 0.0
     model(x)
     assert_close(model.auxiliary_loss(), by_hand(model, "a", x))

@@ -180,7 +180,7 @@ def test_a_module_with_several_inputs_follows_the_formula(kind, tuples, made):
         assert_close(model(x), by_hand(model, kind, names, x))
     with model.disable_adapter():
         assert torch.equal(model(x), base(x))
-    assert not get_registry(model).call.here.tapped
+    assert not get_registry(model).call.thread_state.tapped
     with pytest.raises(NotImplementedError, match=r"Cannot merge.*(inner|norms)"):
         model.merge_adapter()
 
@@ -198,7 +198,7 @@ def test_rows_of_a_mixed_batch_run_the_module_once(kind, tuples, made):
     assert runs(model) == 1
     for row, name in enumerate(ROWS):
         assert_close(mixed[row], alone[name][row])
-    assert not get_registry(model).call.here.tapped
+    assert not get_registry(model).call.thread_state.tapped
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
@@ -214,7 +214,7 @@ def test_a_block_that_the_backward_pass_runs_again(kind, rows, reentrant, made):
         x = inputs().requires_grad_()
         model.train()(x, **({} if rows is None else dict(adapter_names=rows))).square().sum().backward()
         grads.append({n: p.grad for n, p in [*model.named_parameters(), ("x", x)] if p.grad is not None})
-        assert not get_registry(model).call.here.tapped
+        assert not get_registry(model).call.thread_state.tapped
     assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 2
     assert_close(grads[0], grads[1])
 
@@ -239,7 +239,7 @@ GATES = ByRow({"a": torch.tensor([0.0, 1.0, 0.3, 2.0, 1.0]), "b": torch.tensor([
 def test_gates_weigh_parts_of_one_output(kind, rows, made):
     model, x = made(kind), inputs()
     model.base_model.set_adapter(["a", "b"])
-    with get_registry(model).call.giving(GATES):
+    with get_registry(model).call.extend_context(GATES):
         gated = model(x, **({} if rows is None else dict(adapter_names=rows)))
     net, h = model.get_base_model(), x
     for i in range(2):
@@ -258,7 +258,7 @@ def test_gates_weigh_parts_of_one_output(kind, rows, made):
 @pytest.mark.parametrize("kind", [Before, After])
 def test_gates_that_cannot_weigh_are_refused(kind, rows, made):
     model = made(kind)
-    with get_registry(model).call.giving(GATES), pytest.raises(RoutingError, match=r"gates .*cannot weigh"):
+    with get_registry(model).call.extend_context(GATES), pytest.raises(RoutingError, match=r"gates .*cannot weigh"):
         model(inputs(), **({} if rows is None else dict(adapter_names=rows)))
 
 
@@ -306,7 +306,7 @@ def test_a_linear_layers_part_beside_lora(monkeypatch):
 
 
 def layer_rows(model, layer, x, names):
-    with get_registry(model).call.using(Rows.from_names(names)):
+    with get_registry(model).call.use_rows(Rows.from_names(names)):
         return layer(x)
 
 

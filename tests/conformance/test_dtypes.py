@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from graft.core.folding import change_of
+from graft.core.folding import compute_change
 from tests.conformance import samples
 
 LINEAR = [cell for cell in samples.CELLS if cell.layer.name == "linear" and cell.store.name == "dense"]
@@ -51,6 +51,6 @@ def test_trainable_tensors_in_another_dtype_run_train_and_have_an_update(cell, b
 def test_factors_of_one_task_in_another_dtype(value):
     cell = next(c for c in CALLED if c.sample.method == "MTLLORA")
     layers = [model.get_base_model().layer for model in (cell.trained(), cast(cell, torch.float32, torch.bfloat16))]
-    A, B = zip(*(change_of(m, m.effect_at(value))[:2] for m in (layer.methods["default"] for layer in layers)))
+    A, B = zip(*(compute_change(m, m.effect_at(value))[:2] for m in (layer.methods["default"] for layer in layers)))
     for factors in (A, B):
         assert_close(factors[1], factors[0], rtol=0.05, atol=0.05)

@@ -146,7 +146,10 @@ def test_gradients_reach_both(a, b, on):
     layer, x = carried(on, a, b).train(), inputs(on)
     for carrier in (layer, layer.shared):
         carrier.set_adapter(["a", "b"])
-    with seeded(5), layer.call.giving(facts={(DRAWN, name): Constant(0.9) for name in "ab"}):  # as a model's call draws
+    with (
+        seeded(5),
+        layer.call.extend_context(facts={(DRAWN, name): Constant(0.9) for name in "ab"}),
+    ):  # as a model's call draws
         y = layer(x)
         (y * torch.randn_like(y)).sum().backward()
     for name in "ab":
@@ -160,7 +163,7 @@ def test_rows_of_a_batch_use_either(a, b, on):
     names = ["b", "__base__", "a", "b", "a"]
     layer.set_adapter(["a", "b"])
     with torch.no_grad():
-        with layer.call.using(Rows.from_names(names)):
+        with layer.call.use_rows(Rows.from_names(names)):
             mixed = layer(x)
         for row, name in enumerate(names):
             layer.set_adapter([] if name == "__base__" else [name])

@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 import graft
-from graft.core.effect import dense
+from graft.core.effect import form_delta
 from graft.core.method import Method
 from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, STORES, UNMERGEABLE, Cell, find
 from tests.covering import Sometimes, law
@@ -31,7 +31,7 @@ def other_maths(method: type[Method], kinds: set[str]) -> type[Method]:
 
         hooks["factors"] = factors
     if "delta" in kinds:
-        hooks["delta"] = lambda self, *W0: FACTOR * dense(super(made, self).delta(*W0))
+        hooks["delta"] = lambda self, *W0: FACTOR * form_delta(super(made, self).delta(*W0))
     if "branch" in kinds:
         hooks["branch"] = lambda self, x: FACTOR * super(made, self).branch(x)
     if "shift" in kinds:

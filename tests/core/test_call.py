@@ -72,11 +72,11 @@ def test_other_numbers_of_rows_cannot_be_routed(size):
 
 def test_using_puts_back_what_was_there_also_after_an_error():
     call, outer, inner = Call(), Rows.from_names(["a"]), Rows.from_names(["b"])
-    with call.using(outer):
-        with pytest.raises(KeyError), call.using(inner):
-            assert call.current() is inner
+    with call.use_rows(outer):
+        with pytest.raises(KeyError), call.use_rows(inner):
+            assert call.current_rows() is inner
             raise KeyError
-        assert call.current() is outer
+        assert call.current_rows() is outer
     assert call.rows is None
 
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from graft.core.containers import AnyDict, BufferDict, Transient, container_for, moved, place, tensors_of
+from graft.core.containers import (
+    AnyDict,
+    BufferDict,
+    Transient,
+    container_for,
+    iter_tensors,
+    move_tensor,
+    place_tensors,
+)
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 HALF = [torch.bfloat16, torch.float16]
@@ -63,22 +71,22 @@ class Deep(nn.Module):
 
 def test_tensors_of_a_module_are_its_state_dict():
     held = nn.ModuleDict({"a": Deep(), "b": Deep()})
-    found = {path: tensor for path, _, _, tensor in tensors_of(held, "a")}
+    found = {path: tensor for path, _, _, tensor in iter_tensors(held, "a")}
     state = held["a"].state_dict()
     assert found.keys() == state.keys()
-    for path, owner, attribute, tensor in tensors_of(held, "a"):
+    for path, owner, attribute, tensor in iter_tensors(held, "a"):
         assert getattr(owner, attribute) is tensor and tensor.data_ptr() == state[path].data_ptr()
-    assert list(tensors_of(held, "c")) == []
+    assert list(iter_tensors(held, "c")) == []
 
 
 def test_tensors_of_plain_containers():
     p, b = nn.Parameter(torch.ones(1)), torch.ones(2)
     parameters = nn.ParameterDict({"a": p})
-    assert list(tensors_of(parameters, "a")) == [("", parameters, "a", p)]
+    assert list(iter_tensors(parameters, "a")) == [("", parameters, "a", p)]
     buffers = BufferDict({"a": b}, persistent=True)
-    assert list(tensors_of(buffers, "a")) == [("", buffers, "a", b)]
-    assert list(tensors_of(BufferDict({"a": b}), "a")) == [], "a checkpoint does not hold it"
-    assert list(tensors_of({"a": 3.0}, "a")) == []
+    assert list(iter_tensors(buffers, "a")) == [("", buffers, "a", b)]
+    assert list(iter_tensors(BufferDict({"a": b}), "a")) == [], "a checkpoint does not hold it"
+    assert list(iter_tensors({"a": 3.0}, "a")) == []
 
 
 # device and dtype
@@ -87,49 +95,49 @@ def test_tensors_of_plain_containers():
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_precision_is_trained_in_float32_with_the_rounded_values(dtype):
     t = torch.tensor([1.2345678])
-    assert moved(t, CPU, dtype, upcast=True).dtype == torch.float32
-    assert torch.equal(moved(t, CPU, dtype, upcast=True), t.to(dtype).float())
-    assert moved(t, CPU, dtype, upcast=False).dtype == dtype
+    assert move_tensor(t, CPU, dtype, upcast=True).dtype == torch.float32
+    assert torch.equal(move_tensor(t, CPU, dtype, upcast=True), t.to(dtype).float())
+    assert move_tensor(t, CPU, dtype, upcast=False).dtype == dtype
 
 
 def test_what_methods_of_two_kinds_hold_by_one_name_is_widened():
     held = AnyDict(nn.ParameterDict({"a": nn.Parameter(torch.ones(2).bfloat16())}))
     held["b"] = nn.Linear(2, 2).bfloat16()
     for name in "ab":
-        place(held, name, None, None, upcast=True)
+        place_tensors(held, name, None, None, upcast=True)
     assert held["a"].dtype == held["b"].weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_other_floats_follow_the_base(dtype):
     for upcast in (True, False):
-        assert moved(torch.ones(1, dtype=torch.float32), CPU, dtype, upcast).dtype == dtype
+        assert move_tensor(torch.ones(1, dtype=torch.float32), CPU, dtype, upcast).dtype == dtype
 
 
 def test_float8_bases_are_trained_in_float32():
-    t = moved(torch.ones(1), CPU, torch.float8_e4m3fn, upcast=True)
+    t = move_tensor(torch.ones(1), CPU, torch.float8_e4m3fn, upcast=True)
     assert t.dtype == torch.float32
 
 
 def test_a_base_without_a_float_dtype_leaves_the_adapters():
-    assert moved(torch.ones(1), CPU, None, upcast=True).dtype == torch.float32
-    assert moved(torch.ones(1, dtype=torch.bfloat16), CPU, None, upcast=True).dtype == torch.float32
+    assert move_tensor(torch.ones(1), CPU, None, upcast=True).dtype == torch.float32
+    assert move_tensor(torch.ones(1, dtype=torch.bfloat16), CPU, None, upcast=True).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
 def test_what_is_no_real_float_keeps_its_dtype(dtype):
     t = torch.ones(2, dtype=dtype)
-    assert moved(t, CPU, torch.bfloat16, upcast=True) is t
+    assert move_tensor(t, CPU, torch.bfloat16, upcast=True) is t
 
 
 def test_nothing_is_copied_without_need():
     t = torch.ones(2)
-    assert moved(t, CPU, torch.float32, upcast=True) is t and moved(t, None, None, upcast=True) is t
+    assert move_tensor(t, CPU, torch.float32, upcast=True) is t and move_tensor(t, None, None, upcast=True) is t
 
 
 def test_meta_stays_meta_until_it_is_loaded():
-    assert moved(torch.ones(2, device=META), CPU, torch.bfloat16, upcast=False).is_meta
-    assert moved(torch.ones(2), META, torch.float32, upcast=False).is_meta
+    assert move_tensor(torch.ones(2, device=META), CPU, torch.bfloat16, upcast=False).is_meta
+    assert move_tensor(torch.ones(2), META, torch.float32, upcast=False).is_meta
 
 
 def test_every_kind_of_container():
@@ -139,8 +147,8 @@ def test_every_kind_of_container():
     buffers = BufferDict({"a": torch.ones(2), "ids": torch.arange(2)})
     facts = {"a": 3.0}
     for container in (modules, parameters, buffers, facts):
-        place(container, "a", CPU, torch.bfloat16, upcast=False)
-    place(buffers, "ids", CPU, torch.bfloat16, upcast=False)
+        place_tensors(container, "a", CPU, torch.bfloat16, upcast=False)
+    place_tensors(buffers, "ids", CPU, torch.bfloat16, upcast=False)
     assert {p.dtype for p in modules["a"].parameters()} == {torch.bfloat16}
     assert modules["a"][1].running_mean.dtype == torch.bfloat16
     assert modules["a"][1].num_batches_tracked.dtype == torch.int64
@@ -154,5 +162,5 @@ def test_every_kind_of_container():
 def test_a_parameter_already_in_place_is_the_same_object():
     parameters = nn.ParameterDict({"a": nn.Parameter(torch.ones(2))})
     before = parameters["a"]
-    place(parameters, "a", CPU, torch.float32, upcast=True)
+    place_tensors(parameters, "a", CPU, torch.float32, upcast=True)
     assert parameters["a"] is before

@@ -37,20 +37,20 @@ def poly(*others):
 
 def test_facts_and_gates_stand_within_the_block():
     call, gates = Call(), object()
-    assert not call.open and call.fact("a") is None and call.weights() is None
-    with call.giving(facts={"a": FACT}):
-        with pytest.raises(KeyError), call.giving(gates, {"b": FACT + 1}):  # type: ignore[arg-type]
-            assert call.fact("a") is FACT and call.weights() is gates
+    assert not call.open and call.fact("a") is None and call.current_gates() is None
+    with call.extend_context(facts={"a": FACT}):
+        with pytest.raises(KeyError), call.extend_context(gates, {"b": FACT + 1}):  # type: ignore[arg-type]
+            assert call.fact("a") is FACT and call.current_gates() is gates
             assert torch.equal(call.fact("b"), FACT + 1)
             raise KeyError
-        assert call.fact("b") is None and call.weights() is None and call.fact("a") is FACT
+        assert call.fact("b") is None and call.current_gates() is None and call.fact("a") is FACT
     assert not call.open and not call.context
 
 
 def test_rows_see_their_own():
     call = Call()
-    with call.giving(facts={"a": FACT}):
-        with call.narrowed(call.now().only(torch.tensor([2, 0]))):
+    with call.extend_context(facts={"a": FACT}):
+        with call.narrow_context(call.current_context().only(torch.tensor([2, 0]))):
             assert call.fact("a").tolist() == [2, 0]
         assert call.fact("a") is FACT
 

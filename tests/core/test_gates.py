@@ -63,7 +63,7 @@ def test_gates_weigh_what_each_adapter_adds(a, b, rows):
     base = layer.base_layer(x)
     expected = base + sum(gates.apply(layer, name, x @ layer.get_delta_weight(name).T) for name in ("a", "b"))
     names = ["a", "__base__", "b", "a"] * (rows // 4)
-    with call.giving(gates):
+    with call.extend_context(gates):
         y = made(x)
         mixed = made(x, adapter_names=names)
     assert_close(y, expected, rtol=1e-5, atol=1e-5)
@@ -77,7 +77,7 @@ def test_gates_weigh_what_each_adapter_adds(a, b, rows):
 @pytest.mark.parametrize("b", ["OFT", "LN_TUNING"])
 def test_what_does_more_than_add_refuses_gates(b):
     made = model("LORA", b)
-    with get_registry(made).call.giving(GATES):
+    with get_registry(made).call.extend_context(GATES):
         made.set_adapter("a")
         made(X)
         made.set_adapter("b")

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.call import Call
-from graft.core.containers import Filed, Transient
+from graft.core.containers import CheckpointOnly, Transient
 from graft.core.layer import make_adapter_layer
 from graft.inject.survey import get_site, survey_model
 
@@ -81,7 +81,7 @@ def test_reading_what_was_not_built_names_it():
 KINDS = {
     "saved": lambda: torch.ones(2),
     "not saved": lambda: Transient(torch.ones(2)),
-    "in files": lambda: Filed(torch.ones(2)),
+    "in files": lambda: CheckpointOnly(torch.ones(2)),
     "trained": lambda: nn.Parameter(torch.ones(2)),
     "drawn again": lambda: Transient(nn.Parameter(torch.ones(2))),
     "a module": lambda: nn.Linear(2, 1),

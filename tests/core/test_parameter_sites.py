@@ -83,10 +83,10 @@ def test_forward_is_the_module_with_the_folded_parameter(a, b):
 def test_rows_with_different_adapters_are_refused():
     """A module may flatten, repeat or sort its inputs: which of them belong to which row is its own business."""
     layer = carried("LORA", "OFT")
-    different = layer.call.using(Rows.from_names(["b", "__base__", "a", "b"]))
+    different = layer.call.use_rows(Rows.from_names(["b", "__base__", "a", "b"]))
     with pytest.raises(RoutingError, match="does not support mixed adapter batches"), different:
         layer(X, gate=GATE)
-    with layer.call.using(Rows.from_names(["b"] * 4)):
+    with layer.call.use_rows(Rows.from_names(["b"] * 4)):
         mixed = layer(X, gate=GATE)
     layer.set_adapter(["b"])
     assert_close(mixed, layer(X, gate=GATE))

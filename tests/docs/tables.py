@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from graft.core.folding import why_none
+from graft.core.folding import why_no_delta
 from graft.methods import IN_PEFT, METHODS, PROMPTS, ROWS, config_of, method_of, tier_of
 from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, STORES, UNMERGEABLE, Cell, Layer, find
 from tests.docs import rates
@@ -57,7 +57,7 @@ def converts(sample: Sample) -> str:
         warnings.simplefilter("ignore")
         model = Cell(sample, BY_NAME["linear"], STORES[0]).fresh()
     m: Any = layers(model)["layer"].methods["default"]
-    if why_none(m) is not None:
+    if why_no_delta(m) is not None:
         return ""
     return "by SVD" if m.effect.product is None else "exact"
 

@@ -57,7 +57,7 @@ def test_gradients_under_checkpointing(name, preset, reentrant):
             model.enable_input_require_grads()
         output(model.train(), inputs(name)).square().mean().backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-        assert not get_registry(model).call.here.tapped
+        assert not get_registry(model).call.thread_state.tapped
     assert grads[0].keys() == grads[1].keys() and len(grads[0]) >= 8
     assert_close(grads[0], grads[1])
 

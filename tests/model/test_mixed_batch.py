@@ -157,7 +157,7 @@ def test_generation(name, how):
     mixed = model.generate(**batch, adapter_names=NAMES, **options)
     assert torch.equal(mixed, expected)
     assert len({tuple(row) for row in expected.tolist()}) > 1, "adapters differ in what they say"
-    assert get_registry(model).call.current() is None
+    assert get_registry(model).call.current_rows() is None
 
 
 def test_generation_with_samples_of_each_row():

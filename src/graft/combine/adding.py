@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from graft.core.containers import Slot
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError, warn
-from graft.core.folding import wide
+from graft.core.folding import widen
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.inject.job import Options, Receiver
@@ -208,12 +208,12 @@ class Combined:
 
 def moved(method: Method, others: list[tuple[Method, float]]) -> Tensor:
     """Return W + Σ wᵢ (rowᵢ - W) for the rows of a new adapter, which are W's yet."""
-    base = wide(method.trainable_tokens_delta)
+    base = widen(method.trainable_tokens_delta)
     out, left = torch.zeros_like(base), torch.ones_like(base[:, :1])
     place = {token: i for i, token in enumerate(method.token_indices)}
     for m, weight in others:
         at = [place[token] for token in m.token_indices]
-        out[at] += wide(m.rows) * weight
+        out[at] += widen(m.rows) * weight
         left[at] -= weight
     return (out + base * left)[[place[token] for token in method.token_indices]]  # a token may have several rows
 

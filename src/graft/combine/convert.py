@@ -15,7 +15,7 @@ from graft.combine.adding import Tensors, changes_base
 from graft.combine.forms import of_all_groups
 from graft.core.effect import Effect
 from graft.core.errors import ConfigError, ConfigTypeError, PeftWarning, warn
-from graft.core.folding import Change, change_of, why_none
+from graft.core.folding import WeightChange, compute_change, why_no_delta
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.core.ops import META, Opaque
@@ -61,13 +61,13 @@ def convert(
             PeftWarning,
         )
     decompose = spectrum if compile_kwargs is None else torch.compile(spectrum, **compile_kwargs)
-    changes: dict[str, Change] = {}
+    changes: dict[str, WeightChange] = {}
     lost: dict[str, float] = {}
     for key, layer in tqdm(layers.items(), desc="Converting to LoRA", unit="layer", disable=not progressbar):
-        change = change_of(layer.methods[adapter], effects.get(key))
+        change = compute_change(layer.methods[adapter], effects.get(key))
         of_all = rank * len(change.A) if isinstance(rank, int) and layer.op.opaque else rank  # each matrix has `rank`
         A, B, lost[key] = of_rank(change, of_all, decompose)
-        changes[key] = Change(A, B, change.shift)
+        changes[key] = WeightChange(A, B, change.shift)
     report(adapter, rank, lost)
     made = adding.plain_lora([cfg])
     stacks = [key for key in changes if layers[key].op.opaque]
@@ -105,12 +105,12 @@ def check(layers: Layers, adapter: str, cfg: Any, rank: Any, effects: Mapping[st
 
     def fits(key: str, layer: AdapterLayer) -> bool:
         if key in effects:
-            return why_none(layer.methods[adapter], effects[key]) is None
+            return why_no_delta(layer.methods[adapter], effects[key]) is None
         return layer.supports_lora_conversion(adapter)
 
     if wrong := [key for key, layer in layers.items() if not fits(key, layer)]:
         kinds = sorted({type(layers[key].methods[adapter]).__name__ for key in wrong})
-        why = why_none(layers[wrong[0]].methods[adapter]) or "its layer says so"
+        why = why_no_delta(layers[wrong[0]].methods[adapter]) or "its layer says so"
         raise ConfigTypeError(
             f"Some module types on this model do not support LoRA conversion: {', '.join(kinds)}. On layer "
             f"'{wrong[0]}', {why}."
@@ -154,7 +154,9 @@ def spectrum(A: Tensor, B: Tensor | None) -> Spectrum:
     return rules.truncate_product(A, B, min(*A.shape[-2:], B.shape[-2]))
 
 
-def of_rank(change: Change, rank: int | float, decompose: Callable[..., Spectrum]) -> tuple[Tensor, Tensor, float]:
+def of_rank(
+    change: WeightChange, rank: int | float, decompose: Callable[..., Spectrum]
+) -> tuple[Tensor, Tensor, float]:
     """Return A (groups, k, n) and B (groups, m, k) whose product comes closest to ΔW; its own, if they have the rank.
     And the part of ‖ΔW‖ that is left out of an update without factors.
 
@@ -210,7 +212,7 @@ def configure(
         adding.name_exactly(cfg, ranks, parameters)
 
 
-def values_on(m: Method, change: Change, cfg: LoraConfig) -> Tensors:
+def values_on(m: Method, change: WeightChange, cfg: LoraConfig) -> Tensors:
     """Return the values of LoRA's tensors on the layer of a method, in its dtype."""
     site, B = m.site, change.B
     assert B is not None

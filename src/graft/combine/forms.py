@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graft.combine.adding import Tensors, plain_lora, union_of
 from graft.core.errors import ConfigError
-from graft.core.folding import change_of, evaluating, why_none, wide
+from graft.core.folding import EvaluationMode, compute_change, why_no_delta, widen
 from graft.core.ops import Opaque
 from graft.kernels.one_product import narrow
 from graft.methods import method_of
@@ -93,13 +93,13 @@ class Form(Generic[C]):
 
 def factors_of(m: Method, weight: float) -> Term:
     """The factors of a method, with the vectors between and around them counted in."""
-    with evaluating(m.layer):
+    with EvaluationMode(m.layer):
         f = m.factors()
-    A, B = f.unscaled()
+    A, B = f.matrices_without_scale()
     op, module = m.site.op, m.site.module
     stack = op.count_matrices(module) if op.opaque else 1
     scale: Any = 1.0 if f.scale is None else f.scale
-    return Term(wide(A), wide(B), scale, weight, op.count_groups(module), stack, op.transposed)
+    return Term(widen(A), widen(B), scale, weight, op.count_groups(module), stack, op.transposed)
 
 
 class LoraForm(Form["LoraConfig"]):
@@ -119,7 +119,7 @@ class LoraForm(Form["LoraConfig"]):
 
     def shift(self, m: Method) -> Tensor | None:
         """Return what an adapter adds to the layer's bias."""
-        return wide(m.lora_B.bias) * m.scaling if m.lora_bias else None
+        return widen(m.lora_B.bias) * m.scaling if m.lora_bias else None
 
     def configure(self, cfg: LoraConfig, ranks: Ranks, patterns: Ranks, configs: Sequence[LoraConfig]) -> None:
         cfg.r = cfg.lora_alpha = max(ranks.values())  # scaling 1
@@ -157,10 +157,10 @@ class UpdateForm(LoraForm):
         return plain_lora(configs)
 
     def why_not(self, m: Method) -> str | None:
-        return why_none(m)
+        return why_no_delta(m)
 
     def read(self, m: Method, weight: float) -> Term:
-        A, B, shift = change_of(m)
+        A, B, shift = compute_change(m)
         self.shifted |= shift is not None
         if B is None:  # ΔW itself: the product with an identity of its shorter side
             one = torch.eye(min(A.shape[1:]), dtype=A.dtype, device=A.device).expand(len(A), -1, -1)
@@ -168,7 +168,7 @@ class UpdateForm(LoraForm):
         return Term(of_all_groups(A, m.site).flatten(0, 1), B.flatten(0, 1), 1.0, weight, len(A))
 
     def shift(self, m: Method) -> Tensor | None:
-        return change_of(m).shift
+        return compute_change(m).shift
 
     def configure(self, cfg: LoraConfig, ranks: Ranks, patterns: Ranks, configs: Sequence[LoraConfig]) -> None:
         super().configure(cfg, ranks, patterns, ())
@@ -211,8 +211,8 @@ class LohaForm(Form["LoHaConfig"]):
     """The form of LoHa: the elementwise product of two low-rank matrices, one of them all ones when written."""
 
     def read(self, m: Method, weight: float) -> Term:
-        with evaluating(m.layer):
-            a, b, c, d = (wide(p) for p in m.parts())
+        with EvaluationMode(m.layer):
+            a, b, c, d = (widen(p) for p in m.parts())
         return Term(*narrow(a, b, c, d), m.scaling, weight)
 
     def write(self, A: Tensor, B: Tensor, parts: Parts, cfg: LoHaConfig) -> Tensors:

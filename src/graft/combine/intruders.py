@@ -16,7 +16,7 @@ from graft.combine.forms import factors_of
 from graft.config.fields import to_int
 from graft.core.containers import UPCAST
 from graft.core.errors import ConfigError
-from graft.core.folding import wide
+from graft.core.folding import widen
 from graft.inject.parts import get_registry
 from graft.methods.lora.config import LoraConfig
 
@@ -107,7 +107,7 @@ def product(m: Method) -> tuple[Tensor, Tensor]:
 
 def intruders(W: Tensor, m: Method, top_k: int, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the singular triples of W + ΔW that are intruders: U (out, k), S (k,), Vh (k, n)."""
-    W, (A, B) = wide(W).flatten(1), product(m)
+    W, (A, B) = widen(W).flatten(1), product(m)
     U, S, Vh = torch.linalg.svd(W + B @ A, full_matrices=False)
     own = torch.linalg.svd(W, full_matrices=False).U
     new = (U[:, :top_k].T @ own).abs().amax(dim=1) < epsilon

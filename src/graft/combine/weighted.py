@@ -17,7 +17,7 @@ from graft.combine.forms import FORMS, Form, UpdateForm
 from graft.combine.rules import TYPES, Recipe
 from graft.core.errors import AdapterNotFoundError, ConfigError, ConfigTypeError, escape_controls
 from graft.core.finite import is_finite
-from graft.core.folding import wide
+from graft.core.folding import widen
 from graft.core.gate import prepares
 from graft.inject.stage import discard_initial_values
 from graft.methods import method_of
@@ -179,7 +179,7 @@ def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], 
                 f"Layer '{key}' is a feed-forward module of some of the adapters {names} and not of others: one scales "
                 "its input, another its output."
             )
-        l = rules.linear([wide(m.ia3_l) for m, _ in parts], [w for _, w in parts])
+        l = rules.linear([widen(m.ia3_l) for m, _ in parts], [w for _, w in parts])
         values[key] = {("ia3_l", ""): l + (sum(weights) - sum(w for _, w in parts))}
         if not values[key]["ia3_l", ""].isfinite().all():
             raise not_finite(names, weights, key)

@@ -9,7 +9,7 @@ from functools import partial
 from graft.command import show
 from graft.command.app import LOOK, Result, verb
 from graft.config.reading import Json
-from graft.core.errors import shortened
+from graft.core.errors import shorten_text
 
 
 @verb(LOOK)
@@ -90,7 +90,7 @@ def diff(a: str, b: str, *, base: str | None = None, tol: float = 1e-6) -> Resul
     found = with_base(one, base, lambda model: difference(adapter_at(one, model), adapter_at(two, model), tol))
 
     def report() -> None:
-        values = {name: [shortened(repr(value), 40) for value in two] for name, two in found["config"].items()}
+        values = {name: [shorten_text(repr(value), 40) for value in two] for name, two in found["config"].items()}
         show.table("Settings", ["field", "a", "b"], [(name, *two) for name, two in values.items()])
         show.facts([("only in a", found["only_a"]), ("only in b", found["only_b"])])
         show.table(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from graft import CheckpointError, ConfigError
 from graft.config.pair import CONFIG_NAME
-from graft.core.errors import some
+from graft.core.errors import join_some
 from graft.files.base import base_files
 from graft.files.formats import recognise
 
@@ -60,7 +60,7 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
     except Exception as e:  # of any type, where values of the config do not fit each other
         raise CheckpointError(f"The model in {path} cannot be loaded: {e}") from None
     if absent := sorted(report["missing_keys"]):  # they would be random
-        raise CheckpointError(f"The model in {path} lacks the tensors {some(absent)} of a {type(model).__name__}.")
+        raise CheckpointError(f"The model in {path} lacks the tensors {join_some(absent)} of a {type(model).__name__}.")
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
 

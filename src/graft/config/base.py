@@ -24,7 +24,7 @@ from graft.config.file import ConfigFile
 from graft.config.hub import select_hub_keywords
 from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH, find_weights
 from graft.config.reading import Json, compile_ending, read_object
-from graft.core.errors import CheckpointError, ConfigError, ConfigTypeError, PeftError, PeftWarning, shortened, warn
+from graft.core.errors import CheckpointError, ConfigError, ConfigTypeError, PeftError, PeftWarning, shorten_text, warn
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -423,7 +423,7 @@ def check_types(config: DataclassInstance) -> None:
 
 def describe_value(value: object) -> str:
     try:
-        return shortened(repr(value))
+        return shorten_text(repr(value))
     except ValueError:  # a number of more digits than Python writes
         return "a number of thousands of digits"
 

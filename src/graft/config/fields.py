@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from graft.config.base import PeftConfig
 from graft.config.bounds import Bound, must_be
-from graft.core.errors import ConfigError, ConfigTypeError, PeftWarning, shortened, warn
+from graft.core.errors import ConfigError, ConfigTypeError, PeftWarning, shorten_text, warn
 
 T = TypeVar("T")
 MOST_LISTS = 100  # entries of layers_pattern; each is tried on every module
@@ -128,7 +128,7 @@ def to_int(value: object, name: str) -> int:
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise ConfigTypeError(f"{name} must be an int, got {shortened(repr(value))}.") from None
+        raise ConfigTypeError(f"{name} must be an int, got {shorten_text(repr(value))}.") from None
 
 
 # default target_modules by architecture (`config.model_type`)

@@ -14,7 +14,7 @@ from graft.config import notes
 from graft.config.hub import describe_offline, fetch_file, looks_like_repository
 from graft.config.pair import CONFIG_NAME, find_stamp, find_weights, mark_token, read_marks
 from graft.config.reading import Json, open_file, parse_json, read_object
-from graft.core.errors import CheckpointError, PeftWarning, some, warn
+from graft.core.errors import CheckpointError, PeftWarning, join_some, warn
 
 PATIENCE, PAUSE = 0.2, 0.01  # seconds: a save takes less from the weights to the config
 DESCRIBING = {  # fields that say nothing of what an adapter computes
@@ -147,7 +147,9 @@ def describe_whole_model(folder: str | os.PathLike[str]) -> str:
 def describe_adapter_folders(folder: str | os.PathLike[str]) -> str:
     """Return a note for errors about a missing adapter: which folders in this one hold one; '' if none does."""
     folders = find_adapter_folders(folder)
-    return f": it holds adapters in the folders {some(folders)}, give one of them, or subfolder=" if folders else ""
+    return (
+        f": it holds adapters in the folders {join_some(folders)}, give one of them, or subfolder=" if folders else ""
+    )
 
 
 def find_adapter_folders(folder: str | os.PathLike[str]) -> list[str]:

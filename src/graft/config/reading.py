@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 from time import perf_counter
 from typing import IO, Any
 
-from graft.core.errors import CheckpointError, ConfigError, shortened
+from graft.core.errors import CheckpointError, ConfigError, shorten_text
 
 Json = dict[str, Any]  # an object of a JSON file: who reads a field of it says what that is
 
@@ -129,7 +129,7 @@ class Pattern:
         whole = text if whole is None else whole
         bare = remove_escapes(text)
         if len(text) > LONGEST or math.prod(repeat_counts(bare)) > MOST_REPEATS:
-            raise ConfigError(f"{shortened(repr(text))} of {field} is too large for a regular expression of names.")
+            raise ConfigError(f"{shorten_text(repr(text))} of {field} is too large for a regular expression of names.")
         try:
             plain = re.compile(whole)
             if is_quick(bare):
@@ -140,7 +140,8 @@ class Pattern:
             timed = regex.compile(whole)
         except Exception as e:  # of many types: nesting, counts, syntax
             raise ConfigError(
-                f"{shortened(repr(text))} of {field} is not a regular expression: {e or type(e).__name__}. Give a list "
+                f"{shorten_text(repr(text))} of {field} is not a regular expression: {e or type(e).__name__}. Give a "
+                "list "
                 "to name modules plainly."
             ) from e
         self.match, self.fullmatch = (
@@ -156,7 +157,7 @@ class Pattern:
         except TimeoutError as e:
             self.left = 0.0
             raise ConfigError(
-                f"{shortened(repr(self.text))} of {self.field} takes too long to match '{args[-1]}': it has "
+                f"{shorten_text(repr(self.text))} of {self.field} takes too long to match '{args[-1]}': it has "
                 "repetitions inside repetitions, such as (a+)+. Write it without, or give a list of names."
             ) from e
         seconds = perf_counter() - start

@@ -47,10 +47,10 @@ def input_embeddings(model: Any) -> nn.Module | None:
     if not hasattr(model, "get_input_embeddings"):
         return None
     try:
-        found = model.get_input_embeddings()
+        embeddings = model.get_input_embeddings()
     except NotImplementedError:
         return None
-    return found if isinstance(found, nn.Module) else None
+    return embeddings if isinstance(embeddings, nn.Module) else None
 
 
 def output_embeddings(model: Any) -> nn.Module | None:
@@ -58,7 +58,7 @@ def output_embeddings(model: Any) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
-def tokens_of(embeddings: nn.Module | None) -> int | None:
+def count_tokens(embeddings: nn.Module | None) -> int | None:
     """Return for how many tokens a model's embeddings, or its head, have rows; None if they do not say."""
     n = getattr(embeddings, "num_embeddings", None) or getattr(embeddings, "out_features", None)
     return n if isinstance(n, int) else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graft.core.call import Call
 from graft.core.containers import Slot
 from graft.core.errors import warn
-from graft.core.gate import changes, everything
+from graft.core.gate import all_adapters, changes
 from graft.core.names import as_name_list
 
 
@@ -117,18 +117,18 @@ class Carrier:
     def require_grad(self, adapter: str, requires_grad: bool) -> None:
         """Let the parameters of one adapter train or not, but for those that never do."""
         for slot in self.slots(adapter):
-            if slot.trains and not slot.flattened:
+            if slot.trains and not slot.is_in_flat_parameter:
                 slot.tensor.requires_grad = requires_grad
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        have = self.adapters
+        adapters = self.adapters
         for name in as_name_list(adapter_names, "set_requires_grad"):
-            if name in have:
+            if name in adapters:
                 self.require_grad(name, requires_grad)
-                others = [n for n in self.state.trainable if n != name]
-                self.state.trainable = [*others, name] if requires_grad else others
+                trainable = [n for n in self.state.trainable if n != name]
+                self.state.trainable = [*trainable, name] if requires_grad else trainable
 
-    @changes(everything)
+    @changes(all_adapters)
     def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make `adapters` the active ones (in this order) and, unless for inference, the trainable ones."""
         names = as_name_list(adapters, "set_adapter")
@@ -165,32 +165,34 @@ class Carrier:
             state.active, state.weights = [a for a in state.active if a != adapter], None
             self.refresh_plan()
 
-    @changes(everything)
+    @changes(all_adapters)
     def delete_adapter(self, adapter: str, new_active_adapters: list[str] | None = None) -> None:
-        """Forget `adapter`. If it was active, activate `new_active_adapters`; if None, as `active_without` says."""
+        """Forget `adapter`. If it was active, activate `new_active_adapters`; None: as `active_after_deletion` says."""
         before = self.active_adapters
         self.forget(adapter)
         if adapter in before:
             self.set_adapter(
-                active_without(adapter, before, self.adapters) if new_active_adapters is None else new_active_adapters
+                active_after_deletion(adapter, before, self.adapters)
+                if new_active_adapters is None
+                else new_active_adapters
             )
 
 
 C = TypeVar("C", bound=Carrier)
 
 
-def carried(carriers: Iterable[C], names: Sequence[str] | None = None) -> Iterator[tuple[C, str]]:
+def iter_carried(carriers: Iterable[C], names: Sequence[str] | None = None) -> Iterator[tuple[C, str]]:
     """Yield each carrier with each of these adapters that it has; None: of those that are active there."""
     for carrier in carriers:
         wanted = carrier.active_adapters if names is None else names
         if wanted:
-            have = carrier.adapters
+            adapters = carrier.adapters
             for name in wanted:
-                if name in have:
+                if name in adapters:
                     yield carrier, name
 
 
-def active_without(adapter: str, active: Sequence[str], others: Iterable[str]) -> list[str]:
+def active_after_deletion(adapter: str, active: Sequence[str], others: Iterable[str]) -> list[str]:
     """Return what is active once `adapter` is deleted: the others that were; if there are none, the first (by name) of
     `others`, with a warning."""
     left = [name for name in active if name != adapter]

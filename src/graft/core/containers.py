@@ -18,23 +18,23 @@ from graft.core.wrappers import collect_parameters, walk_unwrapped
 class BufferDict(nn.Module):
     """Buffers by name, as `nn.ParameterDict` has parameters.
 
-    persistent: in the state dict, and in checkpoints; each buffer that `put` puts here may differ.
+    persistent: in the state dict, and in checkpoints; each buffer that `store_value` puts here may differ.
     """
 
     def __init__(self, buffers: dict[str, Tensor] | None = None, persistent: bool = False):
         super().__init__()
         self.persistent = persistent
-        self._filed: dict[str, bool] = {}  # whether checkpoints hold a buffer
+        self._in_checkpoint: dict[str, bool] = {}  # whether checkpoints hold a buffer
         for name, value in (buffers or {}).items():
             self[name] = value
 
-    def holds_filed(self, name: str) -> bool:
+    def is_in_checkpoint(self, name: str) -> bool:
         """Return True if a checkpoint holds the buffer of this name."""
-        return self._filed.get(name, self.persistent)
+        return self._in_checkpoint.get(name, self.persistent)
 
-    def _put(self, name: str, value: Tensor | Transient) -> None:
+    def _store_value(self, name: str, value: Tensor | Transient) -> None:
         transient = isinstance(value, Transient)
-        self._filed[name] = not transient or isinstance(value, Filed)
+        self._in_checkpoint[name] = not transient or isinstance(value, CheckpointOnly)
         self.register_buffer(name, value.tensor if isinstance(value, Transient) else value, persistent=not transient)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -48,7 +48,7 @@ class BufferDict(nn.Module):
 
     def __delitem__(self, name: str) -> None:
         del self._buffers[name]
-        self._filed.pop(name, None)
+        self._in_checkpoint.pop(name, None)
         self._non_persistent_buffers_set.discard(name)
 
     def __contains__(self, name: object) -> bool:
@@ -89,28 +89,28 @@ class AnyDict(nn.Module):
         for name in list(other):
             self[name] = other[name]
             if isinstance(other, TransientParameterDict) or (
-                isinstance(other, BufferDict) and not other.holds_filed(name)
+                isinstance(other, BufferDict) and not other.is_in_checkpoint(name)
             ):
                 self.transient.add(name)
             if name in other._non_persistent_buffers_set:
                 self._non_persistent_buffers_set.add(name)
 
-    def _home(self, name: object) -> dict[str, Any] | None:
+    def _dict_with(self, name: object) -> dict[str, Any] | None:
         return next((d for d in (self._modules, self._parameters, self._buffers) if name in d), None)
 
     def __getitem__(self, name: str) -> nn.Module | Tensor:
-        home = self._home(name)
+        home = self._dict_with(name)
         if home is None:
             raise KeyError(name)
         return home[name]  # type: ignore[no-any-return]
 
     def __setitem__(self, name: str, value: nn.Module | Tensor | Transient) -> None:
         kind, value = value, value.tensor if isinstance(value, Transient) else value
-        home = self._home(name)
+        home = self._dict_with(name)
         if home is not None:
             del home[name]
         if isinstance(kind, Transient):
-            if not isinstance(kind, Filed):
+            if not isinstance(kind, CheckpointOnly):
                 self.transient.add(name)
             if not isinstance(value, nn.Parameter):
                 self._non_persistent_buffers_set.add(name)
@@ -122,7 +122,7 @@ class AnyDict(nn.Module):
             self._buffers[name] = value
 
     def __delitem__(self, name: str) -> None:
-        home = self._home(name)
+        home = self._dict_with(name)
         if home is None:
             raise KeyError(name)
         del home[name]
@@ -130,7 +130,7 @@ class AnyDict(nn.Module):
         self._non_persistent_buffers_set.discard(name)
 
     def __contains__(self, name: object) -> bool:
-        return self._home(name) is not None
+        return self._dict_with(name) is not None
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self._modules, *self._parameters, *self._buffers])
@@ -154,7 +154,7 @@ class Transient:
         self.tensor = tensor
 
 
-class Filed(Transient):
+class CheckpointOnly(Transient):
     """A tensor that a checkpoint holds, and the state dict does not: PEFT keeps it outside of the module's tensors."""
 
 
@@ -189,13 +189,13 @@ class ReadOnlyFacts(dict[str, object]):
 
 
 @cache
-def facts_class(key: str) -> type[ReadOnlyFacts]:
+def make_facts_class(key: str) -> type[ReadOnlyFacts]:
     """Return the class of the facts that a layer shows by this name."""
     return type("ReadOnlyFacts", (ReadOnlyFacts,), {"key": key, "__slots__": ()})
 
 
 def read_only_facts(key: str, values: dict[str, object]) -> ReadOnlyFacts:
-    return facts_class(key)(values)
+    return make_facts_class(key)(values)
 
 
 @dataclass(slots=True, eq=False)  # made and read in less time than a tuple with names
@@ -219,20 +219,20 @@ class Slot:
         return tensor
 
     @property
-    def flattened(self) -> bool:
+    def is_in_flat_parameter(self) -> bool:
         """Return True if FSDP keeps the tensor in a flat parameter, which trains as a whole."""
         return self.is_parameter and self.where is self.owner.__dict__
 
     def assign(self, value: Tensor, device: torch.device | None = None) -> None:
         """Put `value` in place: copy it into an existing tensor (an optimizer may hold it), or replace one on meta."""
-        here = self.tensor
-        if not here.is_meta:
+        tensor = self.tensor
+        if not tensor.is_meta:
             with torch.no_grad():
-                here.copy_(value)
+                tensor.copy_(value)
             return
-        if value.device != device or value.dtype != here.dtype:
-            value = value.to(device=device, dtype=here.dtype)
-        self.where[self.attribute] = nn.Parameter(value, here.requires_grad) if self.is_parameter else value
+        if value.device != device or value.dtype != tensor.dtype:
+            value = value.to(device=device, dtype=tensor.dtype)
+        self.where[self.attribute] = nn.Parameter(value, tensor.requires_grad) if self.is_parameter else value
 
 
 def slots_of(
@@ -242,9 +242,9 @@ def slots_of(
 
     never: (container, path) of parameters that never train; None: those that do not require gradients now.
     """
-    top = module_of(container, adapter)
-    saved = {(id(owner), name) for _, owner, name, _ in tensors_of(container, adapter)}
-    for path, owner, name, tensor in tensors_of(container, adapter, transient=True):
+    top = adapter_module(container, adapter)
+    saved = {(id(owner), name) for _, owner, name, _ in iter_tensors(container, adapter)}
+    for path, owner, name, tensor in iter_tensors(container, adapter, transient=True):
         is_buffer = name in owner._buffers
         is_parameter, where = not is_buffer, owner._buffers if is_buffer else parameter_dict(owner, name)
         trains = is_parameter and (tensor.requires_grad if never is None else (key, path) not in never)
@@ -258,7 +258,7 @@ def parameter_dict(owner: nn.Module, name: str) -> dict[str, Any]:
     return owner._parameters if name in owner._parameters else owner.__dict__
 
 
-def kind_of(value: object) -> type:
+def container_class(value: object) -> type:
     """Return the class of the container that holds `value` for each adapter."""
     tensor = value.tensor if isinstance(value, Transient) else value
     if isinstance(tensor, nn.Module):
@@ -272,29 +272,29 @@ def kind_of(value: object) -> type:
 
 def container_for(value: object) -> Any:
     """Make an empty container for values like this one."""
-    kind = kind_of(value)
+    kind = container_class(value)
     if kind is BufferDict:
         return BufferDict(persistent=not isinstance(value, Transient))
     return new_lean(ModuleDict) if kind is ModuleDict else kind()
 
 
-def takes(container: object, value: object) -> bool:
+def can_hold(container: object, value: object) -> bool:
     """Return True if a container holds values of this kind."""
-    kind = kind_of(value)
+    kind = container_class(value)
     return isinstance(container, dict) if kind is dict else type(container) in (kind, AnyDict)
 
 
-def put(container: Any, adapter: str, value: Any) -> None:
-    """Put a value into a container that `takes` it."""
+def store_value(container: Any, adapter: str, value: Any) -> None:
+    """Put a value into a container that can hold it."""
     if isinstance(container, BufferDict):
-        container._put(adapter, value)
+        container._store_value(adapter, value)
     elif isinstance(value, Transient) and not isinstance(container, AnyDict):
         container[adapter] = value.tensor
     else:
         container[adapter] = value
 
 
-def module_of(container: object, adapter: str) -> nn.Module | None:
+def adapter_module(container: object, adapter: str) -> nn.Module | None:
     """Return the module that a container holds for `adapter`; None if it holds none."""
     if isinstance(container, (nn.ModuleDict, AnyDict, dict)) and adapter in container:
         value = container[adapter]
@@ -302,11 +302,11 @@ def module_of(container: object, adapter: str) -> nn.Module | None:
     return None
 
 
-def tensors_of(
+def iter_tensors(
     container: object, adapter: str, transient: bool = False
 ) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Yield (path below its name, owner, attribute, tensor) of each tensor of `adapter`, persistent or all."""
-    root = module_of(container, adapter)
+    root = adapter_module(container, adapter)
     if root is not None:
         for prefix, module in walk_unwrapped(root) if root._modules else (("", root),):
             dot = f"{prefix}." if prefix else ""
@@ -321,7 +321,11 @@ def tensors_of(
     elif isinstance(container, AnyDict):
         if adapter in container and (transient or adapter not in container.transient):
             yield "", container, adapter, container[adapter]  # type: ignore[misc]
-    elif isinstance(container, BufferDict) and adapter in container and (transient or container.holds_filed(adapter)):
+    elif (
+        isinstance(container, BufferDict)
+        and adapter in container
+        and (transient or container.is_in_checkpoint(adapter))
+    ):
         yield "", container, adapter, container[adapter]
 
 
@@ -331,7 +335,7 @@ UPCAST = (  # adapters in these train in float32 unless the user says otherwise
 )  # fmt: skip
 
 
-def moved(t: Tensor, device: torch.device | None, dtype: torch.dtype | None, upcast: bool) -> Tensor:
+def move_tensor(t: Tensor, device: torch.device | None, dtype: torch.dtype | None, upcast: bool) -> Tensor:
     """Return `t` on `device`; floats rounded to `dtype`, as PEFT rounds them, and then widened if `upcast`."""
     if t.is_floating_point() or t.is_complex():
         if t.is_floating_point() and dtype is not None:
@@ -351,17 +355,17 @@ def place_tensor(
     """Move and cast a parameter or buffer of a module; leave a parameter alone that FSDP keeps in a flat one."""
     if (p := owner._parameters.get(name)) is not None:
         before = p.data
-        data = moved(before, device, dtype, upcast)
+        data = move_tensor(before, device, dtype, upcast)
         if data is not before:
             owner._parameters[name] = nn.Parameter(data, requires_grad=p.requires_grad)
     elif (b := owner._buffers.get(name)) is not None:
         upcast = upcast and isinstance(owner, (BufferDict, AnyDict))  # as in PEFT: not those of an adapter's modules
-        owner._buffers[name] = moved(b, device, None if isinstance(owner, Exact) else dtype, upcast)
+        owner._buffers[name] = move_tensor(b, device, None if isinstance(owner, Exact) else dtype, upcast)
 
 
-def place(
+def place_tensors(
     container: object, adapter: str, device: torch.device | None, dtype: torch.dtype | None, upcast: bool
 ) -> None:
     """Move and cast the tensors of `adapter` in `container`. Integer tensors keep their dtype."""
-    for _, owner, name, _ in tensors_of(container, adapter, transient=True):
+    for _, owner, name, _ in iter_tensors(container, adapter, transient=True):
         place_tensor(owner, name, device, dtype, upcast)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from graft.core.containers import Slot, Transient
 from graft.core.effect import Effect, Pieces, Rewrite, Update
 from graft.core.errors import UnsupportedLayerError
-from graft.core.folding import delta_of, fold_step, same_inputs, unfolded
+from graft.core.folding import compute_delta, drop_inputs_of_A, fold_effect, why_not_in_weight
 from graft.core.method import Method, Tensors, Use, build_placeholders
 from graft.core.ops import META, Op, Opaque
 from graft.core.protocols import Layer
@@ -39,7 +39,7 @@ class Matrix(Op):
         return self.size
 
 
-class One:
+class MatrixLayer:
     """The layer of a stack, as a method on one of its matrices sees it: with the method's tensors for that matrix.
 
     W: the matrix, without any adapter; None: read it when asked.
@@ -61,7 +61,7 @@ class One:
         if W is None and layer.op.packed is None:
             return layer.W0[expert]  # type: ignore[no-any-return]
         if W is None:  # the matrix of a packed stack, without any adapter
-            stack = stack_of(layer)
+            stack = read_base_stack(layer)
             W = stack.in_rows().matrix(expert, stack.dtype or torch.float32)
         return W  # type: ignore[no-any-return]
 
@@ -70,13 +70,13 @@ class One:
         return self.W0, None, None
 
 
-def stack_of(layer: Layer) -> Any:
+def read_base_stack(layer: Layer) -> Any:
     """Return a packed stack, without any adapter."""
     first = next((state for _, state, _ in layer.state.undo if state is not None), None)
     return layer.base_weight.snapshot() if first is None else first.to(layer.base_weight.where()[0])
 
 
-class OnEach(Method):
+class StackMethod(Method):
     """A method on a stack, made of `kind` on each matrix."""
 
     kind: ClassVar[type[Method]] = Method
@@ -84,20 +84,20 @@ class OnEach(Method):
     def __init__(self, site: Site, cfg: object, name: str):
         self.site, self.name, self.layer = site, name, None
         matrix = Site(site.key, site.module, Matrix(*site.shape[1:]), site.store, site.parameter, path=site.path)
-        self.own = self.kind(matrix, cfg, name)
+        self._matrix_method = self.kind(matrix, cfg, name)
 
     @property
     def alone(self) -> Method:
-        return self.own
+        return self._matrix_method
 
     @property
     def cfg(self) -> object:
         return self.alone.cfg
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
-        return blank, (self.kind,), self.__dict__
+        return new_stack_method, (self.kind,), self.__dict__
 
-    def one(
+    def method_on_matrix(
         self, expert: int, tensors: Sequence[Tensor] | None = None, W: Tensor | None = None, trains: bool | None = None
     ) -> Method:
         """Return the method on one matrix.
@@ -110,7 +110,9 @@ class OnEach(Method):
         m = self.kind(self.alone.site, self.cfg, self.name)
         slots = self.slots
         tensors = [slot.tensor[expert] for slot in slots] if tensors is None else tensors
-        m.layer = One(self.layer, m.site, self.name, expert, containers_with(self.layer, slots, tensors, self.name), W)
+        m.layer = MatrixLayer(
+            self.layer, m.site, self.name, expert, make_containers(self.layer, slots, tensors, self.name), W
+        )
         if trains is not None:
             m.layer.__dict__["training"] = trains
         return m
@@ -127,19 +129,19 @@ class OnEach(Method):
         name = self.kind.__name__
         if Use.CHANGES in self.uses_weight():
             return f"{name} would begin with a change of the weight, which is for layers: choose another start"
-        return self.alone.check() or why_not(self.alone)
+        return self.alone.check() or why_not_on_stack(self.alone)
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
         count = self.site.shape[0]
         if device == META:
-            return stacked([build_placeholders(self.alone, shared)] * count)
-        made = []
+            return stack_build_values([build_placeholders(self.alone, shared)] * count)
+        built_values = []
         for expert in range(count):
             m = self.kind(self.alone.site, self.cfg, self.name)
-            m.layer = One(self.layer, m.site, self.name, expert, {}, None)
-            made.append(m.build(shared))
+            m.layer = MatrixLayer(self.layer, m.site, self.name, expert, {}, None)
+            built_values.append(m.build(shared))
         try:
-            return stacked(made)
+            return stack_build_values(built_values)
         except ShapesDiffer as e:
             raise UnsupportedLayerError(
                 f"Target parameter {self.site.key} ({self.site.type_name}) is not supported. '{e}' of "
@@ -149,21 +151,21 @@ class OnEach(Method):
 
     @torch.no_grad()
     def init(self) -> None:
-        self.on_all(self.kind.init)
+        self.run_on_all(self.kind.init)
 
     @torch.no_grad()
     def finish_load(self) -> None:
-        self.on_all(self.kind.finish_load)
+        self.run_on_all(self.kind.finish_load)
 
-    def on_all(self, run: Callable[[Method], None]) -> None:
+    def run_on_all(self, run: Callable[[Method], None]) -> None:
         """Run what fills in values on each matrix; take over tensors that it puts in the place of those of before."""
         slots, experts = self.slots, range(self.site.shape[0])
         new: dict[int, list[Tensor]] = {}
         for expert in experts:
-            own = [slot.tensor[expert] for slot in slots]
-            m = self.one(expert, own)
+            matrix_tensors = [slot.tensor[expert] for slot in slots]
+            m = self.method_on_matrix(expert, matrix_tensors)
             run(m)
-            for i, (slot, before) in enumerate(zip(slots, own)):
+            for i, (slot, before) in enumerate(zip(slots, matrix_tensors)):
                 value = m.layer.__dict__[slot.container][self.name]
                 for name in slot.path.split(".") if slot.path else ():
                     value = getattr(value, name)
@@ -180,7 +182,11 @@ class OnEach(Method):
         return self.alone.excludes(other)
 
     def to_file_tensors(self, values: Tensors, cfg: object) -> Tensors:
-        return values if self.is_stored_unchanged else self.each(values, lambda m, own: m.to_file_tensors(own, cfg))
+        return (
+            values
+            if self.is_stored_unchanged
+            else self.map_matrices(values, lambda m, own: m.to_file_tensors(own, cfg))
+        )
 
     @property
     def is_stored_unchanged(self) -> bool:
@@ -188,79 +194,85 @@ class OnEach(Method):
 
     def from_file_tensors(self, tensors: Tensors, cfg: object) -> Tensors:
         same = self.kind.from_file_tensors is Method.from_file_tensors
-        return tensors if same else self.each(tensors, lambda m, own: m.from_file_tensors(own, cfg))
+        return tensors if same else self.map_matrices(tensors, lambda m, own: m.from_file_tensors(own, cfg))
 
-    def each(self, values: Tensors, change: Callable[[Method, Tensors], Tensors]) -> Tensors:
+    def map_matrices(self, values: Tensors, change: Callable[[Method, Tensors], Tensors]) -> Tensors:
         """Return what `change` makes of the tensors of each matrix."""
         count = self.site.shape[0]
         if any(t.shape[:1] != (count,) for t in values.values()):  # not this adapter's: its shapes are compared later
             return values
         experts = range(count)
-        made = [change(self.one(e), {key: t[e] for key, t in values.items()}) for e in experts]
-        return {key: torch.stack([own[key] for own in made]) for key in made[0]}
+        results = [change(self.method_on_matrix(e), {key: t[e] for key, t in values.items()}) for e in experts]
+        return {key: torch.stack([result[key] for result in results]) for key in results[0]}
 
     # act
 
     def describe(self) -> Effect:
-        own = self.alone.effect
-        if why_not(self.alone) is not None:
-            return own
-        pieces = OfStack(self, own.of_weight or not own.additive)
-        if not own.additive:
-            return Rewrite(self.fold, inward=own.inward, of_weight=own.of_weight, pieces=pieces)
-        return Update(self.delta, of_weight=own.of_weight, draws=getattr(own, "draws", False), pieces=pieces)
+        effect = self.alone.effect
+        if why_not_on_stack(self.alone) is not None:
+            return effect
+        pieces = MethodPieces(self, effect.of_weight or not effect.additive)
+        if not effect.additive:
+            return Rewrite(self.fold_stack, inward=effect.inward, of_weight=effect.of_weight, pieces=pieces)
+        return Update(
+            self.stack_delta, of_weight=effect.of_weight, draws=getattr(effect, "draws", False), pieces=pieces
+        )
 
-    def delta(self, W0: Tensor | None = None) -> Tensor:
+    def stack_delta(self, W0: Tensor | None = None) -> Tensor:
         """Return ΔW of all matrices, (n, out, in); inputs dropped in training are the same for all rows."""
-        made = (self.one(e, W=None if W0 is None else W0[e]) for e in range(self.site.shape[0]))
-        return torch.stack([delta_of(m.layer, m.effect, drops=True) for m in made])
+        methods = (self.method_on_matrix(e, W=None if W0 is None else W0[e]) for e in range(self.site.shape[0]))
+        return torch.stack([compute_delta(m.layer, m.effect, drops=True) for m in methods])
 
-    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        made = (self.one(e) for e in range(len(W)))
-        return torch.stack([fold_step(m.layer, m, m.effect, w, None, drops=True)[0] for m, w in zip(made, W)]), b
+    def fold_stack(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        methods = (self.method_on_matrix(e) for e in range(len(W)))
+        return torch.stack([fold_effect(m.layer, m, m.effect, w, None, drops=True)[0] for m, w in zip(methods, W)]), b
 
 
-def each_of(method: Method) -> list[Any]:
+def matrix_methods(method: Method) -> list[Any]:
     """Return the methods on all matrices of a stack; the method itself on anything else."""
-    return [method.one(e) for e in range(method.site.shape[0])] if isinstance(method, OnEach) else [method]
+    return (
+        [method.method_on_matrix(e) for e in range(method.site.shape[0])]
+        if isinstance(method, StackMethod)
+        else [method]
+    )
 
 
 @dataclass(frozen=True)
-class OfStack(Pieces):
+class MethodPieces(Pieces):
     """What makes the changes of single matrices of a stack: a method, times a number."""
 
-    method: OnEach
+    method: StackMethod
     reads: bool
     weight: float = 1.0
 
     def tensors(self) -> list[Tensor]:
         return [slot.tensor for slot in self.method.slots]
 
-    def shared(self) -> list[Tensor]:
+    def common_parameters(self) -> list[Tensor]:
         layer = self.method.layer
         modules = (layer._modules[key] for key in layer.attached)
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
-    def times(self, weight: float) -> OfStack:
+    def times(self, weight: float) -> MethodPieces:
         return replace(self, weight=self.weight * weight)
 
     def change(
         self, expert: int, tensors: Sequence[Tensor], W0: Tensor | None, W: Tensor | None, trains: bool
     ) -> tuple[Tensor, ...]:
-        m = self.method.one(expert, tensors, W0, trains)
+        m = self.method.method_on_matrix(expert, tensors, W0, trains)
         effect = m.effect
         if effect.product is not None:
-            A, B = same_inputs(effect.product()).matrices()
+            A, B = drop_inputs_of_A(effect.product()).matrices()
             return A, B if self.weight == 1 else B * self.weight
         if effect.additive:
-            delta = delta_of(m.layer, effect, drops=True)
+            delta = compute_delta(m.layer, effect, drops=True)
             return (delta if self.weight == 1 else delta * self.weight,)
         W = (m.layer.W0 if W is None else W).to(m.dtype)
-        return (fold_step(m.layer, m, effect, W, None, drops=True)[0] - W,)
+        return (fold_effect(m.layer, m, effect, W, None, drops=True)[0] - W,)
 
 
 @dataclass(frozen=True)
-class Products(Pieces):
+class FactorPieces(Pieces):
     """The same of an adapter that holds the factors of all matrices."""
 
     A: Tensor  # (n, r, in)
@@ -278,10 +290,10 @@ def pieces_of(layer: Layer, effect: Effect) -> Pieces | None:
     """Return what makes the changes of single matrices of a stack; None if an effect has no such."""
     if effect.product is None:
         return effect.pieces
-    return Products(*Opaque.split_matrices(*same_inputs(effect.product()).matrices(), layer.site.shape[0]))
+    return FactorPieces(*Opaque.split_matrices(*drop_inputs_of_A(effect.product()).matrices(), layer.site.shape[0]))
 
 
-class Making(Form):
+class MatrixUpdate(Form):
     """How adapters, each on the matrix that those before it made, change a matrix.
 
     The second time, in a backward pass, they draw what they drew the first time.
@@ -292,41 +304,41 @@ class Making(Form):
         self.reads = len(pieces) > 1 or any(p.reads for p in pieces)
         self.drawn: dict[int, list[Tensor]] = {}
         self.tensors = [t for p in pieces for t in p.tensors()]
-        self.shared = list({id(t): t for p in pieces for t in p.shared()}.values())
+        self.common_parameters = list({id(t): t for p in pieces for t in p.common_parameters()}.values())
 
     def __call__(self, expert: int, tensors: Sequence[Tensor], W: Tensor | None = None) -> tuple[Tensor, ...]:
         if not self.trains:
-            return self.made(expert, tensors, W)
+            return self.compute_update(expert, tensors, W)
         now = read_generator_states()
         before = self.drawn.setdefault(expert, now)
         restore_generator_states(before)
         try:
-            return self.made(expert, tensors, W)
+            return self.compute_update(expert, tensors, W)
         finally:
             if before is not now:
                 restore_generator_states(now)
 
-    def made(self, expert: int, tensors: Sequence[Tensor], W0: Tensor | None) -> tuple[Tensor, ...]:
+    def compute_update(self, expert: int, tensors: Sequence[Tensor], W0: Tensor | None) -> tuple[Tensor, ...]:
         if len(self.pieces) == 1:
             return self.pieces[0].change(expert, tensors, W0, W0, self.trains)
         assert W0 is not None
         W = W0.to(torch.promote_types(W0.dtype, torch.float32))
-        return (self.folded(expert, tensors, W0, W) - W,)
+        return (self.apply_pieces(expert, tensors, W0, W) - W,)
 
-    def folded(self, expert: int, tensors: Sequence[Tensor], W0: Tensor, W: Tensor) -> Tensor:
+    def apply_pieces(self, expert: int, tensors: Sequence[Tensor], W0: Tensor, W: Tensor) -> Tensor:
         """Return the matrix W with all changes in it."""
-        left = iter(tensors)
+        remaining = iter(tensors)
         for p in self.pieces:
-            own = [next(left) for _ in p.tensors()]
-            made = [t.to(W.dtype) for t in p.change(expert, own, W0, W, self.trains)]
-            W = W + (made[0] if len(made) == 1 else made[1] @ made[0])
+            piece_tensors = [next(remaining) for _ in p.tensors()]
+            change = [t.to(W.dtype) for t in p.change(expert, piece_tensors, W0, W, self.trains)]
+            W = W + (change[0] if len(change) == 1 else change[1] @ change[0])
         return W
 
 
-def why_not(m: Method) -> str | None:
+def why_not_on_stack(m: Method) -> str | None:
     """Return the reason why a method cannot act on the matrices of a stack; None if it can."""
     effect, name = m.effect, type(m).__name__
-    why = unfolded(m)
+    why = why_not_in_weight(m)
     if why is None and (effect.whole or getattr(effect, "looks_up", False)):
         why = f"The weight is used without a call of the layer, so that {name} would have no effect"
     if why is None and (effect.keeps_weight or getattr(effect, "bias", None) is not None):
@@ -335,35 +347,35 @@ def why_not(m: Method) -> str | None:
 
 
 @cache
-def on_each(kind: type[Method]) -> type[OnEach]:
+def stack_method_class(kind: type[Method]) -> type[StackMethod]:
     """Return the method that does to each matrix of a stack what `kind` does to a linear layer."""
-    made: type[OnEach] = type(kind.__name__, (OnEach,), {"kind": kind, "__module__": kind.__module__})
+    stack_class: type[StackMethod] = type(kind.__name__, (StackMethod,), {"kind": kind, "__module__": kind.__module__})
     for name, annotation in get_annotations(Method).items():
         if str(annotation).startswith("ClassVar") and name != "takes_device":
-            setattr(made, name, getattr(kind, name, None))
-    made.takes_device = True
-    return made
+            setattr(stack_class, name, getattr(kind, name, None))
+    stack_class.takes_device = True
+    return stack_class
 
 
-def blank(kind: Any) -> OnEach:
+def new_stack_method(kind: Any) -> StackMethod:
     """Return a method without state, for copies."""
-    made = on_each(kind)
-    return made.__new__(made)
+    stack_class = stack_method_class(kind)
+    return stack_class.__new__(stack_class)
 
 
 class ShapesDiffer(Exception):
     """A tensor, by name, has another shape for each matrix of a stack."""
 
 
-def stacked(made: Sequence[dict[str, object]]) -> dict[str, object]:
+def stack_build_values(built_values: Sequence[dict[str, object]]) -> dict[str, object]:
     """Return the tensors and modules of a stack, made from those that `build` returned for each matrix."""
-    return {name: together([values[name] for values in made], name) for name in made[0]}
+    return {name: stack_values([values[name] for values in built_values], name) for name in built_values[0]}
 
 
-def together(values: Sequence[Any], name: str) -> Any:
+def stack_values(values: Sequence[Any], name: str) -> Any:
     first = values[0]
     if isinstance(first, Transient):
-        return type(first)(together([v.tensor for v in values], name))
+        return type(first)(stack_values([v.tensor for v in values], name))
     if isinstance(first, Tensor):
         if any(v.shape != first.shape for v in values):
             raise ShapesDiffer(name)
@@ -374,13 +386,13 @@ def together(values: Sequence[Any], name: str) -> Any:
         for kind in ("_parameters", "_buffers", "_modules"):
             parts = [getattr(v, kind) for v in values]
             out.__dict__[kind] = {
-                k: None if t is None else together([h[k] for h in parts], name) for k, t in parts[0].items()
+                k: None if t is None else stack_values([h[k] for h in parts], name) for k, t in parts[0].items()
             }
         return out
     return first
 
 
-def containers_with(layer: Any, slots: Sequence[Slot], tensors: Sequence[Tensor], adapter: str) -> dict[str, object]:
+def make_containers(layer: Any, slots: Sequence[Slot], tensors: Sequence[Tensor], adapter: str) -> dict[str, object]:
     """Return the containers of a method with these tensors: themselves, or modules that hold them."""
     out: dict[str, object] = {}
     inside: dict[str, dict[str, Tensor]] = {}
@@ -390,17 +402,17 @@ def containers_with(layer: Any, slots: Sequence[Slot], tensors: Sequence[Tensor]
         else:
             out[slot.container] = t
     for container, by_path in inside.items():
-        out[container] = with_tensors(layer._modules[container][adapter], by_path)
+        out[container] = copy_with_tensors(layer._modules[container][adapter], by_path)
     return out
 
 
-def with_tensors(module: nn.Module, by_path: Mapping[str, Tensor], path: str = "") -> nn.Module:
+def copy_with_tensors(module: nn.Module, by_path: Mapping[str, Tensor], path: str = "") -> nn.Module:
     """Return a module that computes with other tensors, by their paths."""
     out = copy.copy(module)
     for kind in ("_parameters", "_buffers"):
-        own = getattr(module, kind)
-        out.__dict__[kind] = {k: by_path.get(f"{path}{k}", t) for k, t in own.items()}
+        tensors = getattr(module, kind)
+        out.__dict__[kind] = {k: by_path.get(f"{path}{k}", t) for k, t in tensors.items()}
     out.__dict__["_modules"] = {
-        k: None if m is None else with_tensors(m, by_path, f"{path}{k}.") for k, m in module._modules.items()
+        k: None if m is None else copy_with_tensors(m, by_path, f"{path}{k}.") for k, m in module._modules.items()
     }
     return out

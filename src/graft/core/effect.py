@@ -44,12 +44,12 @@ class Factors(NamedTuple):
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Return A (r, fan_in) and B (out, r) whose product B A is the whole update, with scale and vectors."""
-        A, B = self.unscaled()
+        A, B = self.matrices_without_scale()
         return A, B if self.scale is None else B * self.scale
 
-    def unscaled(self) -> tuple[Tensor, Tensor]:
+    def matrices_without_scale(self) -> tuple[Tensor, Tensor]:
         """Return A (r, fan_in) and B (out, r) without the scale."""
-        A, B = matrix(self.A).flatten(1), matrix(self.B).flatten(1)
+        A, B = factor_matrix(self.A).flatten(1), factor_matrix(self.B).flatten(1)
         if self.inner is not None:
             A = self.inner[:, None] * A
         if self.outer is not None:
@@ -60,7 +60,7 @@ class Factors(NamedTuple):
         """Return factors whose product counts `weight` times."""
         return self._replace(scale=weight if self.scale is None else self.scale * weight)
 
-    def gained(self, gain: Tensor) -> Factors:
+    def with_gain(self, gain: Tensor) -> Factors:
         """Return factors with a gain; not by `_replace`, into which the compiler of torch 2.6 does not look."""
         return Factors(self.A, self.B, self.scale, self.dropout, self.inner, self.outer, gain)
 
@@ -120,17 +120,17 @@ class Unformed(Deferred, Protocol):
 Delta = Tensor | Deferred  # ΔW
 
 
-def matrix(factor: Factor) -> Tensor:
+def factor_matrix(factor: Factor) -> Tensor:
     """Return the tensor of a factor: itself, or its `weight`."""
     return factor if isinstance(factor, Tensor) else factor.weight
 
 
-def dense(delta: Delta) -> Tensor:
+def form_delta(delta: Delta) -> Tensor:
     """Return ΔW as a tensor."""
     return delta if isinstance(delta, Tensor) else delta.dense()
 
 
-class Weighed(NamedTuple):
+class ScaledDelta(NamedTuple):
     """A ΔW that is not formed yet, times a number (`Unformed`)."""
 
     delta: Unformed
@@ -150,12 +150,12 @@ class Weighed(NamedTuple):
         return None
 
 
-def times(function: Callable[..., Any], weight: float, *args: object) -> Any:
+def scale_result(function: Callable[..., Any], weight: float, *args: object) -> Any:
     """Return a function's tensor, factors, or ΔW not formed yet, which then count `weight` times."""
     value = function(*args)
     if isinstance(value, Tensor):
         return value * weight
-    return value.times(weight) if isinstance(value, Factors) else Weighed(value, weight)
+    return value.times(weight) if isinstance(value, Factors) else ScaledDelta(value, weight)
 
 
 class Pieces:
@@ -167,7 +167,7 @@ class Pieces:
         """Return the tensors of which it makes them, (n, …), in which gradients flow."""
         raise NotImplementedError
 
-    def shared(self) -> list[Tensor]:
+    def common_parameters(self) -> list[Tensor]:
         """Return those of all matrices."""
         return []
 
@@ -229,14 +229,14 @@ class Effect:
         return None
 
     @property
-    def any_module(self) -> bool:
+    def adapts_any_module(self) -> bool:
         """Return True if it adapts modules that no `Op` knows."""
         return self.whole
 
     @property
     def weightless(self) -> bool:
         """Return True if a call of the layer alone can do what it does: nothing in it is a change of a weight."""
-        return self.any_module and not self.whole
+        return self.adapts_any_module and not self.whole
 
     @property
     def reads(self) -> bool:
@@ -249,12 +249,12 @@ class Effect:
         return False
 
     @property
-    def forms(self) -> bool:
+    def forms_delta(self) -> bool:
         """Return True if what it adds to an output is computed from a tensor as large as the weight."""
         return False
 
     @property
-    def inside(self) -> bool:
+    def runs_module_on_values(self) -> bool:
         """True if a forward pass, too, has the module do to the adapter's values what it does to its weight."""
         return False
 
@@ -308,15 +308,15 @@ class Update(Effect):
 
     @property
     def product(self) -> Callable[[], Factors] | None:
-        alone = self.delta is None and self.branch is None and self.bias is None and not self.gains
-        return self.factors if alone else None
+        only_factors = self.delta is None and self.branch is None and self.bias is None and not self.gains
+        return self.factors if only_factors else None
 
     @property
     def additive(self) -> bool:
         return not self.gains
 
     @property
-    def any_module(self) -> bool:
+    def adapts_any_module(self) -> bool:
         return self.input_of is not None
 
     @property
@@ -324,24 +324,24 @@ class Update(Effect):
         return self.delta is None and self.factors is None
 
     @property
-    def forms(self) -> bool:
+    def forms_delta(self) -> bool:
         return not self.gains and (self.of_weight if self.delta is None else self.branch is None)
 
     def shift(self, f: Factors | None = None) -> Tensor | None:
-        own = None if self.bias is None else self.bias()
-        more = None if self.factors is None else (f or self.factors()).shift()
-        return more if own is None else own if more is None else own + more
+        bias = None if self.bias is None else self.bias()
+        factor_bias = None if self.factors is None else (f or self.factors()).shift()
+        return factor_bias if bias is None else bias if factor_bias is None else bias + factor_bias
 
     def times(self, weight: float) -> Effect | None:
         if self.gains:
             return None
-        own = self.delta, self.factors, self.branch, self.bias
-        delta, factors, branch, bias = (part and partial(times, part, weight) for part in own)
+        functions = self.delta, self.factors, self.branch, self.bias
+        delta, factors, branch, bias = (part and partial(scale_result, part, weight) for part in functions)
         pieces = self.pieces and self.pieces.times(weight)
         return replace(self, delta=delta, factors=factors, branch=branch, bias=bias, pieces=pieces)
 
 
-def with_part(part: Callable[..., Tensor], *values: Tensor) -> Tensor:
+def add_part(part: Callable[..., Tensor], *values: Tensor) -> Tensor:
     """Return the last value with the part that a function makes of all of them."""
     return values[-1] + part(*values)
 
@@ -350,7 +350,7 @@ ONE_OUTPUT = "in an average its part comes from the output that the others get, 
 NO_WEIGHT = "it changes activations, in a way that no weight does"
 
 
-def not_merged(W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def refuse_merge(W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     raise NotImplementedError(NO_WEIGHT)
 
 
@@ -373,7 +373,7 @@ class Rewrite(Effect):
         tapped: `post` and `part` get, in place of the layer's input, that of a `Tap` of the same adapter.
     """
 
-    merged: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]] = not_merged
+    merged: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]] = refuse_merge
     pre: Callable[[Tensor], Tensor] | None = None
     post: Callable[[Tensor, Tensor], Tensor] | None = None
     part: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -387,12 +387,12 @@ class Rewrite(Effect):
         if (part := self.part) is not None:
             if self.post is not None or self.apart:
                 raise TypeError("a Rewrite with `part` has no `post` of its own, and nothing apart")
-            object.__setattr__(self, "post", partial(with_part, part))
+            object.__setattr__(self, "post", partial(add_part, part))
         if (ahead := self.ahead) is not None:
             if self.pre is not None or not self.block:
                 raise TypeError("a Rewrite with `ahead` has no `pre` of its own, and is of a block")
-            object.__setattr__(self, "pre", partial(with_part, ahead))
-        if self.merged is not_merged and self.fixed is None:
+            object.__setattr__(self, "pre", partial(add_part, ahead))
+        if self.merged is refuse_merge and self.fixed is None:
             object.__setattr__(self, "fixed", NO_WEIGHT)
 
     @property
@@ -408,7 +408,7 @@ class Rewrite(Effect):
         return self.pre is None and self.part is not None
 
     @property
-    def any_module(self) -> bool:
+    def adapts_any_module(self) -> bool:
         return self.block
 
     @property
@@ -420,15 +420,15 @@ class Rewrite(Effect):
         return self.of_weight or self.folds
 
     @property
-    def inside(self) -> bool:
+    def runs_module_on_values(self) -> bool:
         return self.folds or self.looks_up
 
     def times(self, weight: float) -> Effect | None:
         if (self.pre is not None and self.ahead is None) or (self.post is not None and self.part is None) or self.folds:
             return None
-        part, ahead = (f and partial(times, f, weight) for f in (self.part, self.ahead))
+        part, ahead = (f and partial(scale_result, f, weight) for f in (self.part, self.ahead))
         fixed = self.fixed or ONE_OUTPUT
-        return replace(self, part=part, ahead=ahead, pre=None, post=None, merged=not_merged, fixed=fixed)
+        return replace(self, part=part, ahead=ahead, pre=None, post=None, merged=refuse_merge, fixed=fixed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -442,7 +442,7 @@ class Tap(Effect):
     fixed: str | None = field(default="a layer that runs later reads its input", kw_only=True)
 
     @property
-    def any_module(self) -> bool:
+    def adapts_any_module(self) -> bool:
         return True
 
     def times(self, weight: float) -> Effect:

@@ -118,18 +118,18 @@ def escape_controls(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
-def shortened(text: str, most: int = 200) -> str:
+def shorten_text(text: str, most: int = 200) -> str:
     """Return a text for an error: the beginning if it is long."""
     return text if len(text) <= most else f"{text[:most]}…"
 
 
-def some(items: list[str], most: int = 8) -> str:
+def join_some(items: list[str], most: int = 8) -> str:
     """Return a list as text: in full, or its beginning and how many more there are."""
     shown = ", ".join(map(escape_controls, items[:most]))
     return f"[{shown}]" if len(items) <= most else f"[{shown}, … and {len(items) - most} more]"
 
 
-def who(function: object) -> str:
+def describe_function(function: object) -> str:
     """Return a client's function as texts show it: where it was written, whatever it says that it wraps."""
     written = getattr(function, "__func__", function)
     code = getattr(written, "__code__", None)
@@ -155,8 +155,8 @@ def warn(text: str, category: type[Warning] = UserWarning) -> None:
 _gathered: ContextVar[dict[tuple[str, type[Warning]], list[str]] | None] = ContextVar("_gathered", default=None)
 
 
-def warn_of(layer: str, text: str, category: type[Warning] = UserWarning) -> None:
-    """Warn of a layer, which stands for {} in the text; while `gathering`, once of all layers with this text."""
+def warn_of_layer(layer: str, text: str, category: type[Warning] = UserWarning) -> None:
+    """Warn of a layer, which replaces {} in the text; within `gather_warnings`, once of all layers with this text."""
     gathered = _gathered.get()
     if gathered is None:
         warn(text.format(f"'{layer}'"), category)
@@ -165,13 +165,13 @@ def warn_of(layer: str, text: str, category: type[Warning] = UserWarning) -> Non
 
 
 @contextmanager
-def gathering() -> Iterator[Callable[[], None]]:
-    """Gather what `warn_of` says in this block; yield the function that says it, for afterwards."""
+def gather_warnings() -> Iterator[Callable[[], None]]:
+    """Gather what `warn_of_layer` says in this block; yield the function that says it, for afterwards."""
     gathered: dict[tuple[str, type[Warning]], list[str]] = {}
 
     def say() -> None:
-        for (text, category), (first, *others) in gathered.items():
-            warn(text.format(f"'{first}'" + (f" (and {len(others)} more)" if others else "")), category)
+        for (text, category), (first, *more_layers) in gathered.items():
+            warn(text.format(f"'{first}'" + (f" (and {len(more_layers)} more)" if more_layers else "")), category)
 
     token = _gathered.set(gathered)
     try:

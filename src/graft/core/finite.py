@@ -17,7 +17,7 @@ def is_finite(number: float) -> bool:
 
 
 @torch.no_grad()
-def largest(tensors: Sequence[Tensor]) -> list[float]:
+def max_magnitudes(tensors: Sequence[Tensor]) -> list[float]:
     """Return the largest magnitude in each tensor: inf or nan if one is not finite, 0 for one without numbers.
 
     A few kernels and one wait for each device. A tensor that is no dense one of floating numbers counts as 1.
@@ -25,7 +25,7 @@ def largest(tensors: Sequence[Tensor]) -> list[float]:
     out = [1.0] * len(tensors)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, t in enumerate(tensors):
-        if not is_plain(t):
+        if not is_dense_float(t):
             continue
         if t.numel():
             groups.setdefault((t.device, t.dtype), []).append(i)
@@ -38,7 +38,7 @@ def largest(tensors: Sequence[Tensor]) -> list[float]:
     return out
 
 
-def is_plain(t: Tensor) -> bool:
+def is_dense_float(t: Tensor) -> bool:
     return (
         type(t) in (Tensor, torch.nn.Parameter)
         and t.is_floating_point()
@@ -60,7 +60,7 @@ def spread_dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def survival(W: Tensor, wide: Tensor, after: Tensor | None = None) -> Tensor:
+def measure_survival(W: Tensor, wide: Tensor, after: Tensor | None = None) -> Tensor:
     """Return <W' - W, ΔW> and <ΔW, ΔW> in float32, (2,), where ΔW = wide - W.
 
     Args:

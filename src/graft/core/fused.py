@@ -37,17 +37,17 @@ LINEARS = frozenset({Linear, nn.Linear})
 PLAIN = frozenset({Tensor, nn.Parameter})  # no subclasses, such as shards
 
 
-def plain(f: Factors) -> tuple[Tensor, Tensor, Any, float] | None:
+def plain_factors(f: Factors) -> tuple[Tensor, Tensor, Any, float] | None:
     """Return A, B, the scale s and the share that dropout takes out, if the factors compute no more than
     W x + s · B A dropout(x), vectors aside, on a linear layer. None if the layer has to call modules."""
-    A, B = tensors_of(f.A, f.B)
+    A, B = factor_tensors(f.A, f.B)
     if A is None or B is None:
         return None
     p = 0.0 if f.dropout is None else find_dropout_rate(f.dropout)
     return None if p is None else (A, B, 1.0 if f.scale is None else f.scale, p)
 
 
-def tensors_of(*factors: Any) -> list[Tensor | None]:
+def factor_tensors(*factors: Any) -> list[Tensor | None]:
     """Return the matrix of each factor; None for a factor whose call is more than a product with its matrix."""
     tensors: list[Tensor | None] = []
     for factor in factors:
@@ -64,24 +64,24 @@ def tensors_of(*factors: Any) -> list[Tensor | None]:
     return tensors
 
 
-def scaled(A: Tensor, B: Tensor, f: Factors) -> tuple[Tensor, Tensor]:
+def absorb_vectors(A: Tensor, B: Tensor, f: Factors) -> tuple[Tensor, Tensor]:
     """Return the factors with the vectors in them."""
     A = A if f.inner is None else f.inner[:, None] * A
     return A, B if f.outer is None else f.outer[:, None] * B
 
 
-def joined(layer: Layer, f: Factors, x: Tensor) -> Tensor | None:
+def run_with_factors(layer: Layer, f: Factors, x: Tensor) -> Tensor | None:
     """Return the layer's output with these factors, both from kernels; None if there is no such kernel."""
     joint = torch.is_grad_enabled() and x.numel() >= FUSED_FROM * x.shape[-1]  # else two kernels cost less than one
     if f.gain is not None and not joint:
         return None
     base: Any = layer._modules["base_layer"]
-    parts = plain(f)
+    parts = plain_factors(f)
     if joint and parts is not None and (y := _run_joint(layer, f, x, *parts)) is not None:
         return y
     x = once(x)
     if parts is None or f.gain is not None:
-        return called(f, x, partial(base, x))
+        return run_product_factor(f, x, partial(base, x))
     return _add_parts(f, base(x), x, *parts)
 
 
@@ -91,11 +91,11 @@ def _run_joint(layer: Layer, f: Factors, x: Tensor, A: Tensor, B: Tensor, scale:
     base: Any = layer.base_layer
     call, back, casts = partial(op.call, base), op.input_gradient, autocast_dtype(x.device) is not None
     same = p == 0 and not casts and W.dtype == x.dtype == A.dtype  # else a sum would round ΔW to the dtype of W
-    if f.gain is None and _turns_fixed(f, A, B):
+    if f.gain is None and _only_vectors_train(f, A, B):
         if not (same and one_product_pays(rows, *W.shape)):
             return None
-        return linear_with(W, base.bias, x, A, B, f.inner, _outer(f), call, back)  # type: ignore[arg-type]
-    A, B = scaled(A, B, f)
+        return linear_with(W, base.bias, x, A, B, f.inner, _outer_times_scale(f), call, back)  # type: ignore[arg-type]
+    A, B = absorb_vectors(A, B, f)
     if f.gain is not None:
         return None if casts else decomposed.dora_linear(base, back, x, W, base.bias, A, B, f.gain, scale, p)
     if B.requires_grad and not A.requires_grad:
@@ -110,12 +110,12 @@ def one_product_beats(W: Tensor, rows: int, A: Tensor, B: Tensor) -> bool:
     return one_product.low_rank_pays(rows, len(W), W.shape[1], len(A), A.requires_grad, B.requires_grad)
 
 
-def segment(W: Tensor, f: Factors, x: Tensor, rows: int) -> Segment | None:
-    """Return what these factors add to `rows` rows like those of x, without a seed, if `joined` would run
+def make_segment(W: Tensor, f: Factors, x: Tensor, rows: int) -> Segment | None:
+    """Return what these factors add to `rows` rows like those of x, without a seed, if `run_with_factors` would run
     `low_rank_linear` for these rows alone, with gradients. Then other adapters' rows can share the call of the base."""
     if f.gain is not None or f.inner is not None or f.outer is not None:
         return None
-    parts = plain(f)
+    parts = plain_factors(f)
     if parts is None or isinstance(parts[2], Tensor) or (parts[1].requires_grad and not parts[0].requires_grad):
         return None
     A, B, scale, p = parts
@@ -125,35 +125,35 @@ def segment(W: Tensor, f: Factors, x: Tensor, rows: int) -> Segment | None:
     return Segment(rows, A, B, scale, p)
 
 
-def is_still(f: Factors, was: Factors, segment: Segment) -> bool:
+def is_unchanged(f: Factors, was: Factors, segment: Segment) -> bool:
     """Return True if factors are what they were when a segment was made of them, from which nothing is dropped."""
     if f.A is not was.A or f.B is not was.B or f.scale != was.scale or f.dropout is not was.dropout:
         return False
-    parts = plain(f)
+    parts = plain_factors(f)
     return parts is not None and parts[0] is segment.A and parts[1] is segment.B and parts[3] == 0
 
 
-def added(f: Factors, x: Tensor, y: Tensor) -> Tensor | None:
+def add_factors(f: Factors, x: Tensor, y: Tensor) -> Tensor | None:
     """Add the factors' part to y, in its memory, and return y; None if no kernel does that."""
-    parts = plain(f)
-    return called(f, x, lambda: y) if parts is None else _add_parts(f, y, x, *parts)
+    parts = plain_factors(f)
+    return run_product_factor(f, x, lambda: y) if parts is None else _add_parts(f, y, x, *parts)
 
 
 def _add_parts(f: Factors, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor:
     if f.inner is not None or f.outer is not None:
-        if _turns_fixed(f, A, B):
-            A, B, d, b = autocast(x, A, B, f.inner, _outer(f))  # type: ignore[arg-type]
+        if _only_vectors_train(f, A, B):
+            A, B, d, b = autocast(x, A, B, f.inner, _outer_times_scale(f))  # type: ignore[arg-type]
             x = cast(x, A.dtype)
             return add_scaled(y, (dropout(x, p) if p else x) @ A.T, B, d, b)
-        A, B = scaled(A, B, f)
+        A, B = absorb_vectors(A, B, f)
     return add_low_rank(y, x, A, B, scale, p)
 
 
-def called(f: Factors, x: Tensor, base: Callable[[], Tensor]) -> Tensor | None:
+def run_product_factor(f: Factors, x: Tensor, base: Callable[[], Tensor]) -> Tensor | None:
     """Return the output with an A that is a `Product`, which this calls; else None. base: gives what to add to."""
     if type(f.A) is not Product or f.gain is not None:
         return None
-    (B,), p = tensors_of(f.B), 0.0 if f.dropout is None else find_dropout_rate(f.dropout)
+    (B,), p = factor_tensors(f.B), 0.0 if f.dropout is None else find_dropout_rate(f.dropout)
     if B is None or p is None:
         return None
     h = f.A(dropout(x, p) if p else x)
@@ -162,16 +162,18 @@ def called(f: Factors, x: Tensor, base: Callable[[], Tensor]) -> Tensor | None:
     return add_product(base(), h, B if f.outer is None else f.outer[:, None] * B, scale)
 
 
-def _turns_fixed(f: Factors, A: Tensor, B: Tensor) -> bool:
+def _only_vectors_train(f: Factors, A: Tensor, B: Tensor) -> bool:
     """Return True if only the vectors between and around the factors train."""
     return f.inner is not None and f.outer is not None and not (A.requires_grad or B.requires_grad)
 
 
-def _outer(f: Factors) -> Tensor:
+def _outer_times_scale(f: Factors) -> Tensor:
     return f.outer if f.scale is None else f.outer * f.scale  # type: ignore[return-value,operator]
 
 
-def updated(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: Tensor | None, x: Tensor) -> Tensor | None:
+def run_with_update(
+    layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: Tensor | None, x: Tensor
+) -> Tensor | None:
     """Return x (W + ΔW)ᵀ + b by one product; None where two are cheaper, or the sum would round ΔW."""
     if not worth_it(x) or (W := layer.weight_now).dtype != x.dtype:
         return None

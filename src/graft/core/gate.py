@@ -33,24 +33,24 @@ F = TypeVar("F", bound=Callable[..., object])
 Names = Collection[str] | None  # None: all, and the base
 
 
-def tears(touches: Names, uses: Names) -> bool:
+def is_conflict(touches: Names, uses: Names) -> bool:
     """Return True if a change that touches some adapters changes what a call computes that uses others."""
     if touches is None:
         return True
     return bool(touches) if uses is None else any(name in uses for name in touches)
 
 
-def everything(*_: object, **__: object) -> Names:
+def all_adapters(*_: object, **__: object) -> Names:
     """Return what stands for all adapters, and the base."""
     return None
 
 
-def deletion(adapter: str, active: Collection[str]) -> Names:
+def adapters_of_deletion(adapter: str, active: Collection[str]) -> Names:
     """Return what a deletion of an adapter touches, where these are active."""
     return (adapter, ACTIVE) if adapter in active else (adapter,)
 
 
-class Passage:
+class RunningCall:
     """A call under way."""
 
     __slots__ = ("gate", "outer", "thread", "uses", "what")
@@ -58,14 +58,14 @@ class Passage:
     def __init__(self, gate: Gate, what: str, uses: Callable[[], Names]):
         self.gate, self.what, self.uses = gate, what, uses
 
-    def __enter__(self) -> Passage:
+    def __enter__(self) -> RunningCall:
         gate = self.gate
         calls = gate.calls
         self.thread = thread = get_ident()
-        self.outer: Passage | None = calls.get(thread)
+        self.outer: RunningCall | None = calls.get(thread)
         calls[thread] = self  # before it looks for a change
         if gate.closed_by is not None and self.outer is None:
-            gate.stop(self)
+            gate.wait_for_change(self)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -75,13 +75,13 @@ class Passage:
         else:
             gate.calls[self.thread] = self.outer
         if gate.closed_by is not None:
-            gate.tell()
+            gate.notify_change()
 
     def __str__(self) -> str:
-        return f"{self.what}{named(self.uses())} in thread '{name_of(self.thread)}'"
+        return f"{self.what}{adapters_suffix(self.uses())} in thread '{thread_name(self.thread)}'"
 
 
-class Change:
+class ModelChange:
     """A change under way, or a part of one."""
 
     __slots__ = ("before", "closed", "gate", "late", "thread", "touches", "what", "whole", "within")
@@ -89,20 +89,20 @@ class Change:
     def __init__(self, gate: Gate, what: str, touches: Names, late: bool):
         self.gate, self.what, self.touches, self.late = gate, what, touches, late
         self.closed = False
-        self.before: tuple[Change | None, Change | None] = (None, None)
+        self.before: tuple[ModelChange | None, ModelChange | None] = (None, None)
 
-    def __enter__(self) -> Change:
+    def __enter__(self) -> ModelChange:
         gate = self.gate
         self.thread, whole = get_ident(), gate.turn_of
         self.within = gate.calls.get(self.thread)
         if whole is not None and whole.thread == self.thread and whole.within is self.within:
-            self.whole: Change | None = whole
+            self.whole: ModelChange | None = whole
             if not (self.late or whole.closed):
-                whole.close(self.touches)
+                whole.close_gate(self.touches)
             return self
         self.whole = None
         if self.within is not None:
-            gate.refuse_within(self, self.touches)
+            gate.check_change_within_call(self, self.touches)
             got = gate.turn.acquire(blocking=False)  # another change may wait for the call of this thread
         else:
             got = gate.turn.acquire(timeout=-1 if gate.timeout is None else gate.timeout)
@@ -111,7 +111,7 @@ class Change:
         self.before, gate.turn_of = (gate.turn_of, None), self
         try:
             if not self.late:
-                self.close(self.touches)
+                self.close_gate(self.touches)
         except BaseException:
             gate.turn_of = self.before[0]
             gate.turn.release()
@@ -121,11 +121,11 @@ class Change:
     def __exit__(self, *_: object) -> None:
         if self.whole is None:
             if self.closed:
-                self.open()
+                self.open_gate()
             self.gate.turn_of = self.before[0]
             self.gate.turn.release()
 
-    def close(self, touches: Names = ()) -> None:
+    def close_gate(self, touches: Names = ()) -> None:
         """Wait until no call is under way; none begins until the change has ended.
 
         touches: further adapters that it touches.
@@ -136,22 +136,22 @@ class Change:
         """
         gate = self.gate
         if self.whole is not None:
-            self.whole.close(touches)
+            self.whole.close_gate(touches)
             return
         if self.closed:
             return
         if self.within is not None:
-            gate.refuse_within(self, touches)
-        with gate.moved:
+            gate.check_change_within_call(self, touches)
+        with gate.state_changed:
             self.before = (self.before[0], gate.closed_by)
             gate.closed_by = self  # before it looks for calls
             ended = self.within is not None or not gate.calls
             try:
-                ended = ended or gate.moved.wait_for(lambda: not gate.calls, gate.timeout)
+                ended = ended or gate.state_changed.wait_for(lambda: not gate.calls, gate.timeout)
             finally:
                 if not ended:
-                    running = gate.under_way()
-                    self.open()
+                    running = gate.describe_calls()
+                    self.open_gate()
         if not ended:
             raise InUseError(
                 f"{self.what} waited {gate.timeout:g} s for calls of the model to end, and these go on: {running}. "
@@ -159,15 +159,15 @@ class Change:
             )
         self.closed = True
 
-    def open(self) -> None:
+    def open_gate(self) -> None:
         """Let in the calls that waited for this change: as calls under way, which the next change sees."""
         gate = self.gate
-        with gate.moved:
+        with gate.state_changed:
             gate.closed_by = self.before[1]
             if gate.closed_by is None:
                 gate.calls.update(gate.waiting)
                 gate.waiting.clear()
-                gate.moved.notify_all()
+                gate.state_changed.notify_all()
 
 
 class Gate:
@@ -175,21 +175,21 @@ class Gate:
 
     def __init__(self, timeout: float | None = PATIENCE):
         self.timeout = timeout
-        self.calls: dict[int, Passage] = {}  # under way, the innermost of each thread
-        self.waiting: dict[int, Passage] = {}  # for a change to end
-        self.closed_by: Change | None = None  # the change that waits for calls, or acts
-        self.turn_of: Change | None = None  # the change whose turn it is, from its preparation on
-        self.turn, self.moved = RLock(), Condition()  # `moved`: something has begun or ended
+        self.calls: dict[int, RunningCall] = {}  # under way, the innermost of each thread
+        self.waiting: dict[int, RunningCall] = {}  # for a change to end
+        self.closed_by: ModelChange | None = None  # the change that waits for calls, or acts
+        self.turn_of: ModelChange | None = None  # the change whose turn it is, from its preparation on
+        self.turn, self.state_changed = RLock(), Condition()  # `state_changed`: something has begun or ended
         GATES.add(self)
 
     def __reduce__(self) -> tuple[type[Gate], tuple[float | None]]:
         return Gate, (self.timeout,)
 
-    def call(self, what: str, uses: Callable[[], Names] = everything) -> Passage:
+    def call(self, what: str, uses: Callable[[], Names] = all_adapters) -> RunningCall:
         """Return a context: a call. uses: tells the adapters that it uses, if somebody has to know."""
-        return Passage(self, what, uses)
+        return RunningCall(self, what, uses)
 
-    def change(self, what: str, touches: Names = None, late: bool = False) -> Change:
+    def change(self, what: str, touches: Names = None, late: bool = False) -> ModelChange:
         """Return a context: a change of these adapters (None: of all).
 
         late: it waits for calls when the first change within it begins, and not before.
@@ -198,81 +198,87 @@ class Gate:
             InUseError: on entering, calls or another change went on for longer than `timeout`; or this thread is in a
                 call that the change would tear.
         """
-        return Change(self, what, touches, late)
+        return ModelChange(self, what, touches, late)
 
     @property
-    def inside(self) -> bool:
+    def is_in_call(self) -> bool:
         """True within a call of this thread."""
         return get_ident() in self.calls
 
     # what calls and changes do where others are under way
 
-    def stop(self, call: Passage) -> None:
+    def wait_for_change(self, call: RunningCall) -> None:
         """Have a call wait for the change that closed the gate."""
-        with self.moved:
+        with self.state_changed:
             change = self.closed_by
             if change is None or change.thread == call.thread:
                 return
             del self.calls[call.thread]
             self.waiting[call.thread] = call
-            self.moved.notify_all()
+            self.state_changed.notify_all()
             try:
-                self.moved.wait_for(lambda: call.thread not in self.waiting, self.timeout)
+                self.state_changed.wait_for(lambda: call.thread not in self.waiting, self.timeout)
             except BaseException:
                 if self.waiting.pop(call.thread, None) is None:
                     del self.calls[call.thread]
-                    self.moved.notify_all()
+                    self.state_changed.notify_all()
                 raise
             if self.waiting.pop(call.thread, None) is not None:
                 raise InUseError(
-                    f"{call.what} waited {self.timeout:g} s for {change.what} in thread '{name_of(change.thread)}', "
-                    f"while these calls run: {self.under_way(call.thread) or 'none'}. {REMEDY}"
+                    f"{call.what} waited {self.timeout:g} s for {change.what} in thread "
+                    f"'{thread_name(change.thread)}', "
+                    f"while these calls run: {self.describe_calls(call.thread) or 'none'}. {REMEDY}"
                 )
 
-    def tell(self) -> None:
+    def notify_change(self) -> None:
         """Tell the change that waits that a call has ended."""
-        with self.moved:
-            self.moved.notify_all()
+        with self.state_changed:
+            self.state_changed.notify_all()
 
-    def why_no_turn(self, change: Change) -> str:
+    def why_no_turn(self, change: ModelChange) -> str:
         """Return the text of the error for a change that did not get its turn."""
-        other = self.turn_of
-        doing = "another change" if other is None else f"{other.what} in thread '{name_of(other.thread)}'"
+        running_change = self.turn_of
+        doing = (
+            "another change"
+            if running_change is None
+            else f"{running_change.what} in thread '{thread_name(running_change.thread)}'"
+        )
         if change.within is not None:
             return f"{change.what} within a call of the model cannot wait for {doing}: make the change between calls."
         return f"{change.what} waited {self.timeout:g} s for {doing}. {REMEDY}"
 
-    def refuse_within(self, change: Change, touches: Names) -> None:
+    def check_change_within_call(self, change: ModelChange, touches: Names) -> None:
         """Raise InUseError if a change within a call would tear it, or one of another thread."""
-        for call in self._all():
-            if tears(touches, call.uses()):
-                own = call.thread == change.thread
+        for call in self._all_calls():
+            if is_conflict(touches, call.uses()):
+                is_own_call = call.thread == change.thread
                 raise InUseError(
-                    f"{change.what} within a call of the model would tear {'that call' if own else 'another call'}, "
+                    f"{change.what} within a call of the model would tear "
+                    f"{'that call' if is_own_call else 'another call'}, "
                     f"part of which has run already: {call}. Make the change between calls. Within one, adapter_names "
                     "of a further call give rows their adapters, and a disable_adapter() block runs the base."
                 )
 
-    def _all(self) -> list[Passage]:
-        found = []
+    def _all_calls(self) -> list[RunningCall]:
+        calls = []
         for call in list(self.calls.values()):
-            one: Passage | None = call
-            while one is not None:
-                found.append(one)
-                one = one.outer
-        return found
+            nested: RunningCall | None = call
+            while nested is not None:
+                calls.append(nested)
+                nested = nested.outer
+        return calls
 
-    def under_way(self, but: int | None = None) -> str:
+    def describe_calls(self, but: int | None = None) -> str:
         return "; ".join(str(call) for call in list(self.calls.values()) if call.thread != but)
 
-    def forked(self) -> None:
+    def reset_after_fork(self) -> None:
         """Go on in a child process, which has one thread."""
-        own = get_ident()
-        self.calls = {thread: call for thread, call in self.calls.items() if thread == own}
-        self.waiting, self.moved = {}, Condition()
-        if self.closed_by is not None and self.closed_by.thread != own:
+        this_thread = get_ident()
+        self.calls = {thread: call for thread, call in self.calls.items() if thread == this_thread}
+        self.waiting, self.state_changed = {}, Condition()
+        if self.closed_by is not None and self.closed_by.thread != this_thread:
             self.closed_by = None
-        if self.turn_of is None or self.turn_of.thread != own:
+        if self.turn_of is None or self.turn_of.thread != this_thread:
             self.turn_of, self.turn = None, RLock()
 
 
@@ -282,23 +288,23 @@ REMEDY = (
 )
 
 
-class Lock:
+class ForkSafeLock:
     """A lock that a child process never finds held."""
 
     def __init__(self) -> None:
-        self.begin()
+        self.reset()
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self.begin)
+            os.register_at_fork(after_in_child=self.reset)
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         self.lock = RLock()
 
 
-def name_of(thread: int) -> str:
+def thread_name(thread: int) -> str:
     return next((t.name for t in enumerate_threads() if t.ident == thread), str(thread))
 
 
-def named(uses: Names) -> str:
+def adapters_suffix(uses: Names) -> str:
     names = {name for name in uses or () if name != ACTIVE}
     return f" with adapters {sorted(names)}" if names else ""
 
@@ -306,13 +312,13 @@ def named(uses: Names) -> str:
 GATES: WeakSet[Gate] = WeakSet()
 
 
-def _forked() -> None:
+def _reset_gates() -> None:
     for gate in list(GATES):
-        gate.forked()
+        gate.reset_after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+    os.register_at_fork(after_in_child=_reset_gates)
 
 
 def changes(touches: Callable[..., Names], late: bool = False) -> Callable[[F], F]:
@@ -328,7 +334,7 @@ def changes(touches: Callable[..., Names], late: bool = False) -> Callable[[F], 
         def run(self: Any, *args: object, **kwargs: object) -> Any:
             if self.call is None:  # a carrier that is in no model yet
                 return function(self, *args, **kwargs)
-            with self.call.gate.change(description(function, args, kwargs), touches(self, *args, **kwargs), late):
+            with self.call.gate.change(describe_call(function, args, kwargs), touches(self, *args, **kwargs), late):
                 return function(self, *args, **kwargs)
 
         return run  # type: ignore[return-value]
@@ -340,7 +346,7 @@ def changes(touches: Callable[..., Names], late: bool = False) -> Callable[[F], 
 prepares = changes(lambda *_, **__: (), late=True)
 
 
-def description(function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> str:
+def describe_call(function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> str:
     """Return a call of a function for an error: with its first argument, if that is a name or names."""
     first = next(iter((*args, *kwargs.values())), None)
     return f"{function.__name__}({first!r})" if isinstance(first, (str, list)) else f"{function.__name__}()"

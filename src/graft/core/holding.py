@@ -18,12 +18,12 @@ from graft.core.containers import (
     BufferDict,
     Slot,
     Transient,
+    can_hold,
     container_for,
-    facts_class,
+    make_facts_class,
     place_tensor,
-    put,
     slots_of,
-    takes,
+    store_value,
 )
 from graft.core.lean import ModuleDict
 from graft.core.method import Method
@@ -58,28 +58,30 @@ class Holding:
         try:
             self._hold(method, values)
         except BaseException:
-            self.let_go(method.name)
+            self.drop_values(method.name)
             raise
 
     def _hold(self, method: Method, values: dict[str, Any]) -> None:
         adapter, computes_with = method.name, method.computes_with
         slots: list[Slot] = []
-        own, modules, known = self.__dict__, self._modules, self.containers
+        attributes, modules, known = self.__dict__, self._modules, self.containers
         training = modules[self.inner_name].training
         for key, value in values.items():
             kind = type(value)
             if kind in FACTS:
                 if key not in known:
-                    own[key] = {adapter: value} if key in computes_with else facts_class(key)({adapter: value})
+                    attributes[key] = (
+                        {adapter: value} if key in computes_with else make_facts_class(key)({adapter: value})
+                    )
                     known.append(key)
                 elif key in modules:
-                    raise self._unfit(method, key, kind)
+                    raise self._name_conflict(method, key, kind)
                 else:
-                    dict.__setitem__(own[key], adapter, value)
+                    dict.__setitem__(attributes[key], adapter, value)
                 continue
             if kind is Attached:  # the container itself, of the whole model, stands here
                 if not isinstance(value.container, nn.Module):  # plain facts of the whole model
-                    own[key] = value.container
+                    attributes[key] = value.container
                 elif key not in modules and "." not in key:  # those of a group stand on the tuner alone
                     modules[key] = value.container
                     self.attached.add(key)
@@ -91,12 +93,12 @@ class Holding:
                     "moves or saves: let build() return a tensor, by torch.from_numpy()."
                 )
             if key not in known:
-                self._open(key, value, training)
-            container: Any = modules[key] if key in modules else own[key]
-            if not ((is_module and type(container) is ModuleDict) or takes(container, value)):
+                self._open_container(key, value, training)
+            container: Any = modules[key] if key in modules else attributes[key]
+            if not ((is_module and type(container) is ModuleDict) or can_hold(container, value)):
                 if isinstance(container, dict) or not (is_module or isinstance(value, (Tensor, Transient))):
-                    raise self._unfit(method, key, kind)
-                container = self._widen(key, container)
+                    raise self._name_conflict(method, key, kind)
+                container = self._widen_container(key, container)
             if type(container) is AnyDict:
                 container[adapter] = value
                 slots += slots_of(key, container, adapter)
@@ -117,33 +119,34 @@ class Holding:
                     slots += slots_of(key, container, adapter)
                 continue
             if isinstance(container, dict):
-                self.tell(adapter, **{key: value})
+                self.set_facts(adapter, **{key: value})
                 continue
-            put(container, adapter, value)
+            store_value(container, adapter, value)
             slots += slots_of(key, container, adapter)
         for key, container in method.empty.items():
-            if key not in modules and key not in own:
-                own[key] = container
+            if key not in modules and key not in attributes:
+                attributes[key] = container
         self.state.slots[adapter] = slots
         if method.moves:
             check_slots(method, self.site.key, slots)
         if "scaling" in values:
             self.scaling_at_start[adapter] = values["scaling"]
 
-    def tell(self, adapter: str, **facts: object) -> None:
+    def set_facts(self, adapter: str, **facts: object) -> None:
         """Set facts of an adapter, those too that tell how it was made."""
         for key, value in facts.items():
             dict.__setitem__(self.__dict__[key], adapter, value)
 
-    def _unfit(self, method: Method, key: str, kind: type) -> TypeError:
-        others = ", ".join(f"'{name}'" for name in self.methods)
+    def _name_conflict(self, method: Method, key: str, kind: type) -> TypeError:
+        other_adapters = ", ".join(f"'{name}'" for name in self.methods)
         return TypeError(
             f"'{key}' of {type(method).__name__} adapter '{method.name}' on layer '{self.site.key}' is a "
-            f"{kind.__name__}, and of other adapters there ({others}) something else: facts and tensors cannot share a "
+            f"{kind.__name__}, and of other adapters there ({other_adapters}) something else: facts and tensors "
+            "cannot share a "
             "name. Let build() return it under another."
         )
 
-    def _open(self, key: str, value: object, training: bool) -> None:
+    def _open_container(self, key: str, value: object, training: bool) -> None:
         """Make a container for values like this one."""
         container = container_for(value)
         self.containers.append(key)
@@ -155,7 +158,7 @@ class Holding:
         else:
             self.__dict__[key] = container
 
-    def _widen(self, key: str, container: nn.ModuleDict | nn.ParameterDict | BufferDict) -> AnyDict:
+    def _widen_container(self, key: str, container: nn.ModuleDict | nn.ParameterDict | BufferDict) -> AnyDict:
         """Make a container hold anything: methods of two kinds call different things by its name."""
         wider = self._modules[key] = AnyDict(container)
         for name, slots in self.state.slots.items():
@@ -168,7 +171,7 @@ class Holding:
         """Device and dtype of the base weight."""
         return self.store.where(self._modules[self.inner_name], self.site.parameter)
 
-    def place(self, adapter: str, where: Where, upcast: bool = True) -> int:
+    def place_adapter(self, adapter: str, where: Where, upcast: bool = True) -> int:
         """Move a new adapter to a device and dtype, those of the base weight; half precision to float32 if `upcast`.
 
         Freeze it. Return how many of its numbers can train.
@@ -187,20 +190,20 @@ class Holding:
                 place_tensor(slot.owner, slot.attribute, device, dtype, upcast and slot.container not in narrow)
         return size
 
-    def let_go(self, adapter: str) -> None:
+    def drop_values(self, adapter: str) -> None:
         """Drop an adapter's tensors and facts."""
-        own = self.__dict__
-        modules = own["_modules"]
-        for key in own["containers"]:
+        attributes = self.__dict__
+        modules = attributes["_modules"]
+        for key in attributes["containers"]:
             container = modules.get(key)
             if container is None:
-                dict.pop(own[key], adapter, None)  # what tells how it was made lets nobody else do so
+                dict.pop(attributes[key], adapter, None)  # what tells how it was made lets nobody else do so
             elif type(container) is ModuleDict:  # past its own methods, which take as long as all the rest
                 container._modules.pop(adapter, None)
             elif adapter in container:
                 del container[adapter]
-        own["state"].slots.pop(adapter, None)
-        own["scaling_at_start"].pop(adapter, None)
+        attributes["state"].slots.pop(adapter, None)
+        attributes["scaling_at_start"].pop(adapter, None)
 
     def slots(self, adapter: str) -> list[Slot]:
         """Return the slots in which its tensors stand now; look them up again after a module is replaced or pruned."""
@@ -210,7 +213,7 @@ class Holding:
                 break
         else:
             return slots
-        place = self.place_of_whole(adapter)
+        place = self.whole_container(adapter)
         if place is not None:  # its module and the base layer have changed places
             return list(slots_of(place, ModuleDict({adapter: self._modules[self.inner_name]}), adapter))
         never = {(slot.container, slot.path) for slot in slots if slot.is_parameter and not slot.trains}
@@ -218,7 +221,7 @@ class Holding:
         self.state.slots[adapter] = slots
         return slots
 
-    def place_of_whole(self, adapter: str) -> str | None:
+    def whole_container(self, adapter: str) -> str | None:
         """Return the container in which the base layer stands while the adapter's module stands in its place."""
         m = self.methods.get(adapter)
         return m.layer_names[0] if m is not None and adapter in self.state.merged and m.effect.whole else None

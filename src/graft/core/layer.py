@@ -16,8 +16,8 @@ from graft.core import merging
 from graft.core.call import Call
 from graft.core.carrier import Carrier, State
 from graft.core.errors import ConfigError, PeftWarning, RoutingError, UnsupportedLayerError, warn
-from graft.core.folding import unfolded
-from graft.core.gate import Lock, changes, everything
+from graft.core.folding import why_not_in_weight
+from graft.core.gate import ForkSafeLock, all_adapters, changes
 from graft.core.holding import Holding
 from graft.core.lean import init_lean, make_lean
 from graft.core.method import Method
@@ -50,7 +50,7 @@ class LayerState(State):
         self.mixed_plan = None
 
 
-SWAP_LOCK = Lock()
+SWAP_LOCK = ForkSafeLock()
 
 
 @make_lean
@@ -131,7 +131,7 @@ class Host(Holding, Carrier, nn.Module):
             raise ValueError(
                 f"Cannot delete adapter(s) ['{adapter}'] while they are merged. Please unmerge them first."
             )
-        self.let_go(adapter)
+        self.drop_values(adapter)
         methods.pop(adapter, None)
         if not methods or len(self.kinds) > 1:
             used_kinds = {m.config for m in methods.values()}
@@ -171,7 +171,7 @@ class Host(Holding, Carrier, nn.Module):
             self.end_offloading()
         elif not self.op.known and not is_dynamo_compiling():  # a block: hooks are on the modules in it
             self.end_offloading()
-        if self.call.open and (rows := self.call.current()) is not None:
+        if self.call.open and (rows := self.call.current_rows()) is not None:
             y = base(*args, **kwargs) if rows is OFF else self.find_mixed_plan(rows).run(rows, *args, **kwargs)
         elif plan is None:
             y = base(*args, **kwargs)
@@ -243,7 +243,7 @@ class AdapterLayer(PeftNames, Host):
         """Raise if these adapters cannot be active together here."""
         merging.check_together(self, [self.methods[n] for n in names if n in self.methods])
 
-    @changes(everything)
+    @changes(all_adapters)
     def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
         names = as_name_list(adapters, "set_adapter")
         if len(names) > 1:
@@ -257,7 +257,7 @@ class AdapterLayer(PeftNames, Host):
         """Return True if of the merged adapters there are just these."""
         return self.state.merged == [n for n in names if n in self.methods]
 
-    @changes(everything)
+    @changes(all_adapters)
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off. Switching off while merged unmerges."""
         state = self.state
@@ -319,7 +319,7 @@ class AdapterLayer(PeftNames, Host):
         """
         plan = self.state.plan
         if self.call.open:
-            rows = self.call.current()
+            rows = self.call.current_rows()
             if rows is OFF:
                 return None
             if rows is not None:
@@ -327,7 +327,7 @@ class AdapterLayer(PeftNames, Host):
             else:
                 check_no_gates(self)
         for m, _ in () if plan is None else plan.steps:
-            if (why := unfolded(m)) is not None:
+            if (why := why_not_in_weight(m)) is not None:
                 raise UnsupportedLayerError(
                     f"Layer '{self.site.key}' ({self.site.type_name}): {why}. Deactivate adapter '{m.name}', or make "
                     "one that leaves this layer out: exclude_modules."
@@ -412,7 +412,7 @@ class AdapterLayer(PeftNames, Host):
 
     # merging
 
-    @changes(everything)
+    @changes(all_adapters)
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, undoable: bool = True) -> None:
         """Write the adapters into the base weight, which then does their work alone.
 
@@ -447,7 +447,7 @@ class AdapterLayer(PeftNames, Host):
         """
         return merging.measure_shares_kept([self])[0]
 
-    @changes(everything)
+    @changes(all_adapters)
     def unmerge(self) -> None:
         """Take merged adapters out again: by subtraction if that is exact enough, else from a snapshot."""
         if not self.state.merged:

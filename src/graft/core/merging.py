@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.containers import slots_of
-from graft.core.each import Making, pieces_of, stack_of
+from graft.core.each import MatrixUpdate, pieces_of, read_base_stack
 from graft.core.effect import HALF, Effect, Replace, Rewrite, Update
-from graft.core.errors import PeftWarning, UnsupportedLayerError, warn, who
-from graft.core.finite import largest, survival
-from graft.core.folding import averaged, evaluating, fold_step
+from graft.core.errors import PeftWarning, UnsupportedLayerError, describe_function, warn
+from graft.core.finite import max_magnitudes, measure_survival
+from graft.core.folding import EvaluationMode, fold_effect, weigh_steps
 from graft.core.method import Method
 from graft.core.names import check_name_list
 from graft.core.ops import Op
@@ -147,7 +147,10 @@ def why_unmergeable(layer: Layer, methods: Sequence[Method]) -> str | None:
     if (why := why_no_delta_weight(layer, methods)) is not None:
         return why
     base = layer.base_weight
-    if not all([effect.inside for effect in effects]) and (why := layer.op.fixed(layer.get_base_layer())) is not None:
+    if (
+        not all([effect.runs_module_on_values for effect in effects])
+        and (why := layer.op.fixed(layer.get_base_layer())) is not None
+    ):
         return why
     why = base.why_unwritable()
     bias = (
@@ -156,7 +159,7 @@ def why_unmergeable(layer: Layer, methods: Sequence[Method]) -> str | None:
         else replace(base, name="bias").why_unwritable()
     )
     if bias is not None:
-        with evaluating(layer):
+        with EvaluationMode(layer):
             shifted = any([effect.additive and effect.shift() is not None for effect in effects])
         why = bias if shifted else None
     return why
@@ -175,7 +178,7 @@ def shifts_bias(layer: Layer, m: Method, checked_kinds: CheckedKinds) -> bool:
     if kind in checked_kinds or m.effect.pieces is not None:
         return False
     checked_kinds.add(kind)
-    with layer.base_weight.bring_in(layer), evaluating(layer), torch.no_grad():
+    with layer.base_weight.bring_in(layer), EvaluationMode(layer), torch.no_grad():
         if not isinstance(m.effect, Rewrite):
             return m.effect.shift() is not None
         W = layer.weight_now
@@ -200,7 +203,7 @@ def _not_finite_text(layer: Layer, names: Sequence[str]) -> str:
     wrong = [
         f"'{slot.container}.{name}'"
         for name in names if name in layer.methods
-        for slot, t in layer.tensors(name, transient=True) if not math.isfinite(*largest([t]))
+        for slot, t in layer.tensors(name, transient=True) if not math.isfinite(*max_magnitudes([t]))
     ]  # fmt: skip
     which = f": {', '.join(wrong)} holds values that are not finite" if wrong else ""
     return (
@@ -222,7 +225,7 @@ def check_adapters_finite(chosen: Mapping[L, Sequence[str]]) -> None:
                 shared = (slot for key in layer.attached for slot in slots_of(key, getattr(layer, key), name))
                 for slot in (*layer.slots(name), *shared):
                     tensors.setdefault(id(slot.tensor), (slot.tensor, []))[1].append(layer)
-    sizes = largest([tensor for tensor, _ in tensors.values()])
+    sizes = max_magnitudes([tensor for tensor, _ in tensors.values()])
     broken = [layer for (_, users), x in zip(tensors.values(), sizes) if not math.isfinite(x) for layer in users]
     for layer in dict.fromkeys(broken):
         check_merge(layer, chosen[layer], safe=True, undoable=False)
@@ -255,7 +258,8 @@ def _make_patched_update(layer: Layer, m: Method, effect: Effect, function: Call
         if not isinstance(update, Tensor) or update.shape != shape:
             what = tuple(update.shape) if isinstance(update, Tensor) else f"a {type(update).__name__}"
             raise UnsupportedLayerError(
-                f"get_delta_weight of layer '{layer.site.key}', replaced by {who(function)}, is to return the update "
+                f"get_delta_weight of layer '{layer.site.key}', replaced by {describe_function(function)}, is to "
+                "return the update "
                 f"of adapter '{m.name}' in the weight's shape, {tuple(shape)}: it returned {what}."
             )
         return layer.op.canon(update)
@@ -276,7 +280,7 @@ def why_no_delta_weight(layer: Layer, methods: Sequence[Method]) -> str | None:
         why = "into a packed stack graft merges products alone"
     else:
         return None
-    return f"get_delta_weight was replaced by {who(function)}, and {why}"
+    return f"get_delta_weight was replaced by {describe_function(function)}, and {why}"
 
 
 def order_merge_steps(layer: Layer, names: Sequence[str]) -> tuple[list[Step], list[Step] | None]:
@@ -291,7 +295,7 @@ def order_merge_steps(layer: Layer, names: Sequence[str]) -> tuple[list[Step], l
         layer, order_steps(layer, [layer.methods[n] for n in together if n in layer.methods])
     )
     if layer.state.weights is not None:
-        steps = averaged(layer, steps, dict(zip(active, layer.state.weights)))
+        steps = weigh_steps(layer, steps, dict(zip(active, layer.state.weights)))
     if not done:
         return steps, steps
     new = [step for step in steps if step[0].name not in done]
@@ -326,7 +330,7 @@ def merge_adapters(layer: Layer, names: list[str], undoable: bool) -> None:
 
 
 def _write_steps(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
-    with layer.base_weight.bring_in(layer, writes=True), evaluating(layer):
+    with layer.base_weight.bring_in(layer, writes=True), EvaluationMode(layer):
         _write_merge(layer, names, steps, undoable)
     layer.state.merged += names
 
@@ -334,10 +338,10 @@ def _write_steps(layer: Layer, names: list[str], steps: Sequence[Step], undoable
 @torch.no_grad()
 def stays_finite(layer: Layer, steps: Sequence[Step], from_w0: bool) -> bool:
     """Return True if weight and bias with `steps` folded in are finite."""
-    with evaluating(layer):
+    with EvaluationMode(layer):
         fold = _make_matrix_fold(layer, steps)
         if fold is not None:
-            return bool((stack_of(layer) if from_w0 else layer.base_weight.snapshot()).folds_finite(fold))
+            return bool((read_base_stack(layer) if from_w0 else layer.base_weight.snapshot()).folds_finite(fold))
     W, b = compute_merged(layer, steps, from_w0)
     return bool(W.isfinite().all() and (b is None or b.isfinite().all()))
 
@@ -358,9 +362,9 @@ def _fold_steps(layer: Layer, steps: Sequence[Step], W: Tensor, b: Tensor | None
     W = W.to(torch.promote_types(W.dtype, torch.float32))
     wide = None if b is None else b.to(torch.promote_types(b.dtype, torch.float32))
     bias = wide
-    with evaluating(layer):
+    with EvaluationMode(layer):
         for m, effect in steps:
-            W, bias = fold_step(layer, m, effect, W, bias)
+            W, bias = fold_effect(layer, m, effect, W, bias)
     return W, b if bias is wide or bias is None else bias.to(bias.dtype if b is None else b.dtype)
 
 
@@ -394,9 +398,9 @@ def _make_matrix_fold(layer: Layer, steps: Sequence[Step]) -> Callable[[int, Ten
     pieces = [pieces_of(layer, effect) for _, effect in steps] if layer.op.packed is not None else [None]
     if any(p is None for p in pieces):
         return None
-    making = Making(pieces, False)  # type: ignore[arg-type]
+    making = MatrixUpdate(pieces, False)  # type: ignore[arg-type]
     tensors = [t.detach() for t in making.tensors]
-    return lambda expert, W: making.folded(expert, [t[expert] for t in tensors], W, W)
+    return lambda expert, W: making.apply_pieces(expert, [t[expert] for t in tensors], W, W)
 
 
 def _add_products(op: Op, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: int = 1) -> Tensor:
@@ -445,7 +449,7 @@ def _write_merge(layer: Layer, names: list[str], steps: Sequence[Step], undoable
             state.undo.append(("restore", _take_snapshot(layer), None))
         wide = _add_products(layer.op, W, products)
         if wide is not W:
-            state.survived.append(survival(W, wide, W))
+            state.survived.append(measure_survival(W, wide, W))
         return
     fold = _make_matrix_fold(layer, steps)
     if fold is not None:
@@ -471,12 +475,12 @@ def _write_merge(layer: Layer, names: list[str], steps: Sequence[Step], undoable
         state.undo.append(("restore", _take_snapshot(layer), None if shifted is None else _copy_bias(old)))
     rounded = wide.to(before.dtype)
     if layer.store.exact and rounded is not wide:
-        state.survived.append(survival(before, wide))  # now, as writing may change what was read
+        state.survived.append(measure_survival(before, wide))  # now, as writing may change what was read
     replaced = layer.base_weight.write(rounded)
     if replaced is not None:
         layer._modules["base_layer"] = replaced
     if not layer.store.exact:
-        state.survived.append(survival(before, wide, layer.weight_now))
+        state.survived.append(measure_survival(before, wide, layer.weight_now))
     if shifted is not None:
         layer.write_bias(shifted)
 

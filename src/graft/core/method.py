@@ -284,7 +284,7 @@ class Method(Generic[C]):
 
     @classmethod
     def compute_auxiliary_loss(cls, cfg: C, noted: Sequence[NotedTokens]) -> Tensor:
-        """Return the loss of an adapter, (), of what its layers noted in a run (`call.note`): of its own rows."""
+        """Return the loss of an adapter, (), of the values that its layers recorded in a run (`call.record_value`)."""
         raise NotImplementedError
 
     @classmethod
@@ -305,7 +305,7 @@ class Method(Generic[C]):
             return self.only_linear
         if self.ungrouped and site.op.known and site.op.count_groups(site.module) > 1:
             return self.ungrouped
-        if not (site.op.known or effect.any_module):
+        if not (site.op.known or effect.adapts_any_module):
             return f"Currently, only the following modules are supported: {', '.join(OPS.names())}"
         reads = effect.reads or Use.READS in self.uses_weight() or site.op.opaque
         why = site.weight.why_unreadable() if reads else None

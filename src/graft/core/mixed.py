@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _NormBase
 
 from graft.core import fused
-from graft.core.effect import Factors, matrix
+from graft.core.effect import Factors, factor_matrix
 from graft.core.errors import RoutingError
 from graft.core.fused import LINEARS
 from graft.core.lean import find_dropout_rate
@@ -118,7 +118,7 @@ class MixedPlan:
         if self.is_idle:
             return layer.base_module(*args, **kwargs)
         if self.stacks:
-            if self.routes and (len(rows.segments) > 1 or layer.call.now().draws is not None):
+            if self.routes and (len(rows.segments) > 1 or layer.call.current_context().draws is not None):
                 if not all(plan.adds for _, plan in self.stacks):
                     check_no_gates(layer)
                 return layer.site.experts.run_updated(
@@ -144,7 +144,7 @@ class MixedPlan:
             x, kwargs = kwargs[name], {k: v for k, v in kwargs.items() if k != name}
         x = rows.take(x, layer.site.key, layer.op.takes_ids)
         rows = rows.on(x.device)
-        context = layer.call.now()
+        context = layer.call.current_context()
         if len(rows.segments) == 1 and context.draws is None:
             return self.run_one(rows.segments[0][0], x, args, kwargs)
         if self.adds and context.draws is None and not torch.is_grad_enabled():
@@ -221,7 +221,7 @@ class MixedPlan:
                 segment = Segment(size * tokens, None, None)
             elif self.has_own_factors.get(name, True) and type(plan) is SumPlan and plan.product is not None:
                 f = self.find_own_factors(name, plan.product)
-                segment = None if f is None else fused.segment(W, f, x, size * tokens)
+                segment = None if f is None else fused.make_segment(W, f, x, size * tokens)
                 if segment is not None and segment.p:
                     with drawing(name):
                         segment = segment._replace(seed=new_seed())
@@ -242,7 +242,7 @@ class MixedPlan:
         ):  # a checkpointed block counts what is saved without them
             f = product()
             self.has_own_factors[name] = (
-                f.inner is None and f.outer is None and all(matrix(m).is_leaf for m in (f.A, f.B))
+                f.inner is None and f.outer is None and all(factor_matrix(m).is_leaf for m in (f.A, f.B))
             )
         torch.set_rng_state(before)
         return f if self.has_own_factors[name] else None
@@ -271,7 +271,7 @@ class MixedPlan:
         if not last.unchanged.is_unchanged():
             return None
         for factors, was, segment in last.computed:
-            if not fused.is_still(factors(), was, segment):
+            if not fused.is_unchanged(factors(), was, segment):
                 return None
         return last.groups
 
@@ -326,12 +326,12 @@ class MixedPlan:
     def narrow_facts(self, index: Tensor) -> AbstractContextManager[None]:
         """Have the layer see what the call says of these rows alone."""
         call = self.layer.call
-        return call.narrowed(call.now().only(index))
+        return call.narrow_context(call.current_context().only(index))
 
     def draw_for(self, key: Key, device: torch.device) -> AbstractContextManager[None]:
         """Have an adapter draw from its own generator, if the call gives one, what it draws beside a call of the base:
         calls of other layers may not be within."""
-        draws = self.layer.call.now().draws if self.layer.training else None
+        draws = self.layer.call.current_context().draws if self.layer.training else None
         if draws is None or isinstance(key, JointAdapters):
             return nullcontext()
         return draws.use_generator(key, draws.ticket(), device)
@@ -340,7 +340,7 @@ class MixedPlan:
         """Have layers within the module see a batch of these rows, which all use the same."""
         call, n = self.layer.call, len(index)
         rows = Rows.from_groups(n, {key: list(range(n))}, index.device)
-        return call.narrowed(call.now().only(index)._replace(rows=rows, draws=None))
+        return call.narrow_context(call.current_context().only(index)._replace(rows=rows, draws=None))
 
     def hide_idle_adapters(self, rows: Rows) -> AbstractContextManager[None]:
         """Have layers within the module see rows of adapters that do nothing here as rows of the base: what runs once
@@ -351,11 +351,13 @@ class MixedPlan:
         for key, group_rows in rows.groups.items():
             groups.setdefault(None if self.plans[key] is None else key, []).extend(group_rows)
         call = self.layer.call
-        return call.narrowed(call.now()._replace(rows=Rows.from_groups(rows.batch, groups, rows.order.device)))
+        return call.narrow_context(
+            call.current_context()._replace(rows=Rows.from_groups(rows.batch, groups, rows.order.device))
+        )
 
     def add(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
         """Add each adapter's part to the rows of y that use it; return y. Each sees what the call says of its rows."""
-        layer, context = self.layer, self.layer.call.now()
+        layer, context = self.layer, self.layer.call.current_context()
         gates, facts = context.gates, context.facts
         fuse = layer.may_fuse
         if not (fuse or (layer.op.known and eager() and has_no_hooks(layer.base_module))):
@@ -393,10 +395,10 @@ class MixedPlan:
             if plan is None:
                 return None
             f = plan.product()  # type: ignore[attr-defined]
-            plain = None if f.outer is not None else fused.plain(f)
+            plain = None if f.outer is not None else fused.plain_factors(f)
             if plain is None or plain[3]:
                 return None
-            factors.append((*fused.scaled(plain[0], plain[1], f), plain[2]))
+            factors.append((*fused.absorb_vectors(plain[0], plain[1], f), plain[2]))
         return add_groups(y, x, factors, order, sizes, in_order) if can_add_groups(y, x, factors, sizes) else None
 
 

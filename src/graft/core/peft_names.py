@@ -9,12 +9,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from graft.core.containers import Exact, moved
+from graft.core.containers import Exact, move_tensor
 from graft.core.effect import Update
 from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, RoutingError, warn
 from graft.core.finite import is_finite
-from graft.core.folding import delta_of, evaluating, why_none
-from graft.core.gate import changes, everything
+from graft.core.folding import EvaluationMode, compute_delta, why_no_delta
+from graft.core.gate import all_adapters, changes
 from graft.core.merging import lift_merged
 from graft.core.method import Method
 from graft.core.protocols import Layer
@@ -35,7 +35,7 @@ class VariantForward:
         return y
 
     def supports_lora_conversion(self) -> bool:
-        return why_none(self.method) is None
+        return why_no_delta(self.method) is None
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"A variant has no '{name}' in graft, whose layers merge() and unmerge() adapters.")
@@ -118,12 +118,12 @@ class PeftNames:
                 f"Adapter '{adapter}' has no ΔW on layer '{self.site.key}': {type(self.methods[adapter]).__name__} "
                 "does not add to the weight. Call the layer to see what the adapter does."
             )
-        with evaluating(self):
-            return self.op.uncanon(delta_of(self, effect))
+        with EvaluationMode(self):
+            return self.op.uncanon(compute_delta(self, effect))
 
     def supports_lora_conversion(self: Layer, adapter_name: str = "default") -> bool:
         """Return True if plain LoRA can hold what an adapter does to this layer: see `graft.convert_to_lora`."""
-        return adapter_name in self.methods and why_none(self.methods[adapter_name]) is None
+        return adapter_name in self.methods and why_no_delta(self.methods[adapter_name]) is None
 
     # adapters
 
@@ -197,11 +197,11 @@ class PeftNames:
         Raises:
             RoutingError: it knows of none.
         """
-        if adapter_names is not None and not (self.call.open and self.call.current()):
+        if adapter_names is not None and not (self.call.open and self.call.current_rows()):
             raise RoutingError(f"adapter_names for layer '{self.site.key}' alone: pass them to the PeftModel.")
         return self._graft_forward(x, *args, **kwargs)
 
-    @changes(everything)
+    @changes(all_adapters)
     def reset_lora_parameters(self: Layer, adapter_name: str, init_lora_weights: bool | str) -> None:
         """Give A and B of a LoRA adapter the values of a start again; a merge holds the new ones then.
 
@@ -233,7 +233,9 @@ class PeftNames:
         for slot in self.slots(adapter_name):
             keeps = isinstance(slot.owner, Exact) or dtype is None or not dtype.is_floating_point
             data = slot.tensor.data
-            new = moved(data, base_device if device is None else torch.device(device), None if keeps else dtype, False)
+            new = move_tensor(
+                data, base_device if device is None else torch.device(device), None if keeps else dtype, False
+            )
             if new is not data:
                 slot.tensor.data = new
 

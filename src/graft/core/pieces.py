@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from graft.core.effect import Effect, Factors, Rewrite, Update
 from graft.core.errors import UnsupportedLayerError
-from graft.core.folding import lazy_delta
-from graft.core.fused import tensors_of
+from graft.core.folding import evaluate_delta
+from graft.core.fused import factor_tensors
 from graft.core.lean import find_dropout_rate
 from graft.core.method import Method
 from graft.core.plan import ChainPlan, LayerPlan, Step, SumPlan, apply_delta, compute_part, find_step_input
@@ -132,7 +132,7 @@ def low_rank_piece(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
     x = m.cast(x)
     if f.dropout is not None and drops_inputs(layer, f.dropout):
         x = drop_piece_inputs(layer, f.dropout, x)
-    A, B = tensors_of(f.A, f.B)
+    A, B = factor_tensors(f.A, f.B)
     if A is None:
         z = f.A(join_pieces(x, piece.inputs))  # type: ignore[operator]
     elif piece.inputs is None:
@@ -162,7 +162,7 @@ def compute_part_piece(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Te
         and not drops_inputs(layer, effect.dropout and effect.dropout())
         and effect.branch is None
     ):
-        delta, bias = lazy_delta(layer, effect), None if effect.bias is None else effect.bias()
+        delta, bias = evaluate_delta(layer, effect), None if effect.bias is None else effect.bias()
         if isinstance(delta, Tensor):
             y = call_piece(layer, m.cast(x), delta.to(m.dtype), bias)
         else:

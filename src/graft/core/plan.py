@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from graft.core import fused
-from graft.core.each import Making, pieces_of
-from graft.core.effect import Effect, Factors, Replace, Rewrite, Tap, Unformed, Update, dense
+from graft.core.each import MatrixUpdate, pieces_of
+from graft.core.effect import Effect, Factors, Replace, Rewrite, Tap, Unformed, Update, form_delta
 from graft.core.errors import RoutingError, UnsupportedLayerError
-from graft.core.folding import averaged, fold_step, lazy_delta, same_inputs
+from graft.core.folding import drop_inputs_of_A, evaluate_delta, fold_effect, weigh_steps
 from graft.core.lean import find_dropout_rate
 from graft.core.method import Method
 from graft.core.ops import Opaque
@@ -65,7 +65,7 @@ def compute_update_part(layer: Layer, m: Method, effect: Update, x: Tensor) -> T
         x = effect.dropout()(x)
     bias = None if effect.bias is None else effect.bias()
     if effect.branch is None:
-        y = apply_delta(layer, m, lazy_delta(layer, effect), bias, x)
+        y = apply_delta(layer, m, evaluate_delta(layer, effect), bias, x)
     else:
         y = effect.branch(x) if bias is None else effect.branch(x) + op.channels(bias)
     return y if effect.factors is None else y + compute_low_rank_part(layer, m, effect.factors(), x)
@@ -83,7 +83,7 @@ def apply_delta(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: 
         y = delta.product(x) if op.linear else None
         if y is not None:
             return y if bias is None else y + bias
-    delta = cast(dense(delta), m.dtype)
+    delta = cast(form_delta(delta), m.dtype)
     return op.down(base, x, delta) if op.takes_ids else op.call(base, x, delta, bias)
 
 
@@ -93,13 +93,13 @@ def compute_part(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor) 
         assert effect.part is not None
         return effect.part(find_step_input(layer, m, effect, x), y)
     assert isinstance(effect, Update)
-    if not layer.store.exact and effect.forms:
+    if not layer.store.exact and effect.forms_delta:
         return recompute_in_backward(layer, compute_update_part, layer, m, effect, x)
     return compute_update_part(layer, m, effect, x)
 
 
 def add_product(layer: Layer, m: Method, f: Factors, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
-    out = fused.added(f, x, y) if fuse else None
+    out = fused.add_factors(f, x, y) if fuse else None
     return y + compute_low_rank_part(layer, m, f, x) if out is None else out
 
 
@@ -108,9 +108,9 @@ def run_with_update(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tenso
     if effect.factors is not None:
         x = once(x)
     if effect.branch is None and (effect.dropout is None or find_dropout_rate(effect.dropout()) == 0):
-        delta = lazy_delta(layer, effect)
+        delta = evaluate_delta(layer, effect)
         bias = None if effect.bias is None else effect.bias()
-        out = fused.updated(layer, m, delta, bias, x)
+        out = fused.run_with_update(layer, m, delta, bias, x)
         if out is None:
             x = once(x)
             y: Tensor = layer.base_layer(x)
@@ -156,7 +156,7 @@ class LayerPlan:
         """Return y with the parts of all steps, weighed by the gates of the call. All are parts of y itself."""
         if not all([effect.weighable for _, effect in self.steps]):
             check_no_gates(self.layer)
-        out, gates = y, self.layer.call.weights()
+        out, gates = y, self.layer.call.current_gates()
         assert gates is not None
         for m, effect in self.steps:
             out = out + gates.apply(self.layer, m.name, self.compute_part(m, effect, x, y))
@@ -169,10 +169,10 @@ class LayerPlan:
     def fold(self, W: Tensor, b: Tensor | None, drops: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return weight (canonical) and bias of a plain layer that acts as base and adapters together.
 
-        drops: see `fold_step`.
+        drops: see `fold_effect`.
         """
         for m, effect in self.steps:
-            W, b = fold_step(self.layer, m, effect, W, b, drops)
+            W, b = fold_effect(self.layer, m, effect, W, b, drops)
         return W, b
 
     def fold_current(self) -> tuple[Tensor, Tensor | None]:
@@ -190,7 +190,7 @@ class LayerPlan:
         if any(isinstance(e, Rewrite) and not (e.pre and not e.post) for _, e in steps):
             W = self.layer.weight_now
             for m, effect in steps:
-                W, b = fold_step(self.layer, m, effect, W, b)
+                W, b = fold_effect(self.layer, m, effect, W, b)
             return b
         for _, effect in steps:
             shift = effect.shift()
@@ -213,7 +213,7 @@ class SumPlan(LayerPlan):
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
         layer = self.layer
-        if layer.call.open and layer.call.weights() is not None:
+        if layer.call.open and layer.call.current_gates() is not None:
             x = once(x)
             return self.add_gated(x, self.run_base(x, args, kwargs))
         fuse = layer.may_fuse
@@ -222,7 +222,7 @@ class SumPlan(LayerPlan):
             x = x if self.single else once(x)
             if self.product is None:
                 y = run_with_update(layer, m, effect, x)
-            elif (joined := fused.joined(layer, factors := self.product(), x)) is not None:
+            elif (joined := fused.run_with_factors(layer, factors := self.product(), x)) is not None:
                 y = joined
             else:
                 inner = once(x)
@@ -255,7 +255,7 @@ class ChainPlan(LayerPlan):
         self.only_adds_on_top = all([effect.only_adds_on_top for _, effect in self.steps])
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
-        if self.layer.call.open and self.layer.call.weights() is not None:
+        if self.layer.call.open and self.layer.call.current_gates() is not None:
             return self.add_gated(x, self.run_steps(0, x, args, kwargs))
         return self.run_steps(len(self.steps), x, args, kwargs)
 
@@ -339,7 +339,7 @@ def _call_folded(plan: ChainPlan, n: int, x: Tensor) -> Tensor:
     W, b = layer.weight_now, layer.bias_now
     out = W.dtype if op.takes_ids else x.dtype
     for method, step in plan.steps[: n + 1]:
-        W, b = fold_step(layer, method, step, W.to(method.dtype), None if b is None else b.to(method.dtype))
+        W, b = fold_effect(layer, method, step, W.to(method.dtype), None if b is None else b.to(method.dtype))
     y = plan.call(x if op.takes_ids else x.to(W.dtype), W, b)
     return y.to(out) if y.dtype == W.dtype else y  # autocast chose another
 
@@ -358,7 +358,7 @@ def _run_gain(
     layer, f = plan.layer, effect.factors()
     fuse = n == 0 and layer.may_fuse
     if fuse and not (args or kwargs) and not (torch.is_grad_enabled() and layer.base_trains):
-        joined = fused.joined(layer, f, x)
+        joined = fused.run_with_factors(layer, f, x)
         if joined is not None:
             return joined
     x = once(x)
@@ -394,7 +394,7 @@ def _apply_gain(
         untouched = y - product
         z = product + plan.low_rank(m, f._replace(dropout=None), masked_x)
     elif fuse and y.dtype == m.dtype:
-        added = fused.added(f, x, y)
+        added = fused.add_factors(f, x, y)
         z = y + plan.low_rank(m, f, x) if added is None else added
     else:  # rounds once, at the end
         z = y + plan.low_rank(m, f, x)
@@ -420,7 +420,7 @@ def sum_first_gradient(args: tuple[object, ...]) -> tuple[object, ...]:
 
 def check_no_gates(layer: Layer) -> None:
     """Raise if the call has gates."""
-    if layer.call.weights() is None:
+    if layer.call.current_gates() is None:
         return
     raise RoutingError(
         f"Adapters of layer '{layer.site.key}' do more than add to its output, so that gates (of a mixture) cannot "
@@ -445,22 +445,22 @@ class FoldedPlan(LayerPlan):
             effect.pieces is not None or effect.product is not None for _, effect in self.steps
         )
         self.adds = all(effect.additive for _, effect in self.steps)
-        self.forms = len(self.products) < len(self.steps)
+        self.forms_delta = len(self.products) < len(self.steps)
 
     def run(self, *args: object, **kwargs: object) -> object:
         layer, op = self.layer, self.op
-        gated, packed = layer.call.weights() is not None, op.packed is not None
+        gated, packed = layer.call.current_gates() is not None, op.packed is not None
         if gated and not (self.routes and self.adds):
             check_no_gates(layer)
         W = None if gated or packed else self.find_plain_weight()
-        if self.routes and (gated or packed or (self.forms and W is not None and not W.requires_grad)):
+        if self.routes and (gated or packed or (self.forms_delta and W is not None and not W.requires_grad)):
             return layer.site.experts.run_updated(layer, args, kwargs, self.stack_updates, None)
         if packed:
             self.raise_packed()
-        if self.forms or W is None or W.dim() < 2:
+        if self.forms_delta or W is None or W.dim() < 2:
             W = op.uncanon(self.fold_current()[0])
         else:
-            factors = (same_inputs(product()).matrices() for product in self.products)
+            factors = (drop_inputs_of_A(product()).matrices() for product in self.products)
             n = len(W) if W.dim() > 2 else None
             W = make_sum(W, [(*(AB if n is None else op.split_matrices(*AB, n)), 1.0) for AB in factors], op.transposed)
         return op.apply(layer.base_layer, args, kwargs, W)
@@ -485,16 +485,16 @@ class FoldedPlan(LayerPlan):
         Steps that do more than add give one update together. With `group`, the updates act on that group of tokens.
         """
         layer, updates = self.layer, list[StackUpdate]()
-        gates = layer.call.weights()
+        gates = layer.call.current_gates()
         if not self.adds:  # each changes what those before it made
             found = [pieces for _, effect in self.steps if (pieces := pieces_of(layer, effect)) is not None]
-            return [FormedUpdate(Making(found, layer.training), group)]
+            return [FormedUpdate(MatrixUpdate(found, layer.training), group)]
         for m, effect in self.steps:
             gate = None if gates is None else gates.of_tokens(layer, m.name, tokens)
             if effect.pieces is not None:
-                updates.append(FormedUpdate(Making([effect.pieces], layer.training), group, gate))
+                updates.append(FormedUpdate(MatrixUpdate([effect.pieces], layer.training), group, gate))
             elif effect.product is not None:
-                A, B = same_inputs(effect.product()).matrices()
+                A, B = drop_inputs_of_A(effect.product()).matrices()
                 updates.append(
                     LowRankUpdate(*self.op.split_matrices(A, B, self.op.count_matrices(layer.site.module)), group, gate)
                 )
@@ -511,7 +511,7 @@ class InputOutputPlan(LayerPlan):
 
     def run(self, *args: object, **kwargs: object) -> object:
         output = self.layer.base_layer(*args, **kwargs)
-        x, gates = self.read_input(args, kwargs), self.layer.call.weights() is not None
+        x, gates = self.read_input(args, kwargs), self.layer.call.current_gates() is not None
         return change_first_output(output, lambda y: self.add_gated(x, y) if gates else self.add(x, y))
 
     def read_input(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
@@ -556,7 +556,7 @@ class BlockPlan(LayerPlan):
 
     def apply_post(self, inputs: list[Tensor], y: Tensor) -> Tensor:
         """Return the output, from the module's."""
-        if self.layer.call.weights() is not None:
+        if self.layer.call.current_gates() is not None:
             return self.add_gated(inputs[0], y)  # nothing has changed the input, or it is refused
         for (m, effect), x in zip(self.steps, inputs):
             if effect.post is not None:  # type: ignore[attr-defined]
@@ -571,7 +571,7 @@ class AveragePlan(ChainPlan):
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
         y = self.run_steps(0, x, args, kwargs)
-        return self.add_gated(x, y) if self.layer.call.weights() is not None else self.add_to_output(x, y)
+        return self.add_gated(x, y) if self.layer.call.current_gates() is not None else self.add_to_output(x, y)
 
     def add(self, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
         return self.add_to_output(x, y)
@@ -592,7 +592,7 @@ class AverageBlockPlan(BlockPlan):
         return inner.to(x.dtype), [x] * len(self.steps)
 
     def apply_post(self, inputs: list[Tensor], y: Tensor) -> Tensor:
-        if self.layer.call.weights() is not None:
+        if self.layer.call.current_gates() is not None:
             return self.add_gated(inputs[0], y)
         return add_all_parts(self, inputs[0], y)
 
@@ -647,12 +647,12 @@ class TappedPlan(LayerPlan):
 def keep_input(layer: Layer, taps: Iterable[tuple[str, str]], x: Tensor) -> None:
     """Keep x, the input of all rows, for pairs of an adapter and the path of a layer."""
     for tap in taps:
-        layer.call.here.tapped[tap] = x
+        layer.call.thread_state.tapped[tap] = x
 
 
 def drop_inputs(layer: Layer) -> None:
     """Drop the inputs that have been kept for this layer, which has run."""
-    taps, key = layer.call.here.tapped, layer.site.key
+    taps, key = layer.call.thread_state.tapped, layer.site.key
     for tap in [tap for tap in taps if tap[1] == key]:
         del taps[tap]
 
@@ -723,7 +723,7 @@ def plan_adapters(layer: Layer, names: Sequence[str], weights: Sequence[float] |
         return None
     steps = order_steps(layer, methods)
     if weights is not None:
-        steps = averaged(layer, steps, dict(zip(names, weights)))
+        steps = weigh_steps(layer, steps, dict(zip(names, weights)))
     if any([isinstance(e, Tap) or (isinstance(e, Rewrite) and e.tapped) for _, e in steps]):
         return TappedPlan(layer, steps, weights is not None)
     return make_plan(layer, steps, weights is not None)
@@ -739,7 +739,7 @@ def make_plan(layer: Layer, steps: Sequence[Step], one_output: bool = False) -> 
         kind = ReplacementPlan
     elif any(e.input_of for e in effects):
         kind = InputOutputPlan
-    elif any(e.any_module for e in effects):
+    elif any(e.adapts_any_module for e in effects):
         kind = AverageBlockPlan if one_output else BlockPlan
     else:
         kind = SumPlan if all(e.additive for e in effects) else AveragePlan if one_output else ChainPlan

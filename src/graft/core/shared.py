@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.core.call import Call
 from graft.core.carrier import Carrier, State
-from graft.core.containers import Attached, Slot, Transient, container_for, place, slots_of
+from graft.core.containers import Attached, Slot, Transient, container_for, place_tensors, slots_of
 
 
 class SharedTensors(Carrier):
@@ -54,11 +54,11 @@ class SharedTensors(Carrier):
         slots = []
         for name, value in values.items():
             if name not in self.containers:
-                self._open(name, value)
+                self._open_container(name, value)
             container = self.containers[name]
             container[adapter] = value.tensor if isinstance(value, Transient) else value
             slots += list(slots_of(name, container, adapter))
-            place(container, adapter, *where, upcast and name.partition(".")[0] not in narrow)
+            place_tensors(container, adapter, *where, upcast and name.partition(".")[0] not in narrow)
         self.never[adapter] = {(s.container, s.path) for s in slots if s.is_parameter and not s.trains}
         self.require_grad(adapter, False)
         return sum(slot.tensor.numel() for slot in self.slots(adapter) if slot.trains)
@@ -99,7 +99,7 @@ class SharedTensors(Carrier):
         """Return the containers in the form in which `Method.build` puts them on each layer."""
         return {name: Attached(container) for name, container in self.containers.items()}
 
-    def _open(self, name: str, value: object) -> None:
+    def _open_container(self, name: str, value: object) -> None:
         """Make a container for values like this one."""
         container = self.containers[name] = container_for(value)
         group, dot, inner = name.rpartition(".")

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from graft import BaseModelMismatchError, ServerError, UnknownModelError
 from graft.config.reading import Json
-from graft.core.errors import escape_controls, shortened
+from graft.core.errors import escape_controls, shorten_text
 from graft.files.errors import OptionError
 
 LARGEST = 16_000_000  # bytes of an answer
@@ -80,7 +80,7 @@ class Connection:
         if isinstance(getattr(outcome, "reason", outcome), TimeoutError):
             raise ServerError(f"{url} has not answered within {self.timeout:g} s: give it longer with --timeout.")
         if isinstance(outcome, (OSError, HTTPException)):
-            reason = escape_controls(shortened(str(getattr(outcome, "reason", outcome))))
+            reason = escape_controls(shorten_text(str(getattr(outcome, "reason", outcome))))
             raise ServerError(f"{url} cannot be reached: {reason or repr(outcome)}")
         if isinstance(outcome, BaseException):
             raise outcome
@@ -165,7 +165,7 @@ def is_plain(text: str) -> bool:
 
 def quote(text: bytes) -> str:
     """Return the beginning of a server's answer, on one line, in quotes, control characters escaped."""
-    return repr(shortened(" ".join(text[:1000].decode(errors="replace").split()), 400))
+    return repr(shorten_text(" ".join(text[:1000].decode(errors="replace").split()), 400))
 
 
 def server_of(connection: Connection, name: str | None = None) -> str:
@@ -208,7 +208,7 @@ def ask(connection: Connection, server: str, name: str, prompts: Sequence[Sequen
     try:
         return [one(connection, name, prompt) for prompt in prompts]
     except UnknownModelError as e:
-        models = shortened(str(list_models(connection)))
+        models = shorten_text(str(list_models(connection)))
         raise UnknownModelError(f"The server at {connection.url} has no model {name!r}, but {models} ({e})") from None
 
 
@@ -234,7 +234,8 @@ def ask_openai(connection: Connection, name: str, ids: Sequence[int]) -> Seen:
     number, named, seen = connection.post("/v1/completions", body | dict(return_tokens_as_token_ids=True), parse)
     if number < len(ids) or (named and named != list(ids)):
         raise BaseModelMismatchError(
-            f"{connection.url} makes {number - 1} tokens {shortened(str(named[:8]))}… of the {len(ids)} of a prompt, "
+            f"{connection.url} makes {number - 1} tokens {shorten_text(str(named[:8]))}… of the {len(ids)} of a "
+            "prompt, "
             f"{list(ids)[:8]}…: it does not take tokens by their ids, or has another vocabulary."
         )
     return seen
@@ -255,7 +256,7 @@ def ask_sglang(connection: Connection, name: str, ids: Sequence[int]) -> Seen:
         body["lora_path"] = name
     tokens, seen = connection.post("/generate", body, parse)
     if tokens != list(ids):
-        text = shortened(str(tokens[:8]))
+        text = shorten_text(str(tokens[:8]))
         raise BaseModelMismatchError(f"{connection.url} makes the tokens {text}… of the prompt {list(ids)[:8]}….")
     return seen
 
@@ -278,7 +279,7 @@ def scale_llama_adapters(connection: Connection, name: str | None) -> list[Json]
     files = {i: os.path.basename(path) for i, path in paths.items()}
     fits = [i for i, file in files.items() if name in (str(i), paths[i], file, file.removesuffix(".gguf"))]
     if name is not None and len(fits) != 1:
-        text = shortened(str(paths))
+        text = shorten_text(str(paths))
         raise UnknownModelError(f"The server at {connection.url} has no adapter {name!r}, but {text}.")
     return [{"id": i, "scale": 1.0 if name is not None and i in fits else 0.0} for i in paths]
 

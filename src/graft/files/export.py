@@ -14,7 +14,7 @@ import numpy as np
 
 from graft import BaseModelMismatchError, LossError
 from graft.config.reading import Json
-from graft.core.errors import some
+from graft.core.errors import join_some
 from graft.files.algebra import as_low_rank, block_diagonal
 from graft.files.base import Skeleton
 from graft.files.bases import by_model
@@ -86,7 +86,9 @@ def plain(adapter: AdapterFile, server: Server, base: Base) -> tuple[AdapterFile
     loras = {path: factors(path, of, adapter.config) for path, of in adapter.modules.items()}
     names = {path: named(path, base) for path in loras}
     if len({*names.values()}) < len(names):
-        raise BaseModelMismatchError(f"Two modules of {adapter.path} are one of the base's: {some(sorted(names))}.")
+        raise BaseModelMismatchError(
+            f"Two modules of {adapter.path} are one of the base's: {join_some(sorted(names))}."
+        )
     by_name = {names[path]: of for path, of in loras.items()}
     check_shapes(by_name, adapter, base)
     check_whole(adapter, base)
@@ -98,7 +100,8 @@ def plain(adapter: AdapterFile, server: Server, base: Base) -> tuple[AdapterFile
     errors = {path: rounding(of, dtype) for path, of in by_name.items()}
     if over := sorted(path for path, error in errors.items() if not np.isfinite(error)):
         raise LossError(
-            f"B of {some(over)} in {adapter.path} is beyond the largest number of {dtype} with its scale in it: save "
+            f"B of {join_some(over)} in {adapter.path} is beyond the largest number of {dtype} with its scale in it: "
+            "save "
             "the adapter in float32 or bfloat16, and export that."
         )
     wide = {path: padded(of, rank) for path, of in by_name.items()}
@@ -137,23 +140,25 @@ def check(adapter: AdapterFile, server: Server) -> None:
     found = [what for name in MERGED for what in CONDITIONS[name](subject)]
     if found:
         raise LossError(
-            f"{adapter.path} holds {some(found)}, which plain LoRA cannot hold. Merge it into the base (graft merge), "
+            f"{adapter.path} holds {join_some(found)}, which plain LoRA cannot hold. Merge it into the base (graft "
+            "merge), "
             "or of KaSA in memory save it, and export the file."
         )
     if stacks := [*CONDITIONS["experts"](subject)]:
         remedies, name = data()["remedies"], "layout" if server.name in LAYOUTS else "merge"
         remedy = remedies[name].format(server=server.name, adapter=adapter.path, base="BASE")
-        raise LossError(f"{adapter.path} holds stacks of experts, {some(stacks)}: {remedy}.")
+        raise LossError(f"{adapter.path} holds stacks of experts, {join_some(stacks)}: {remedy}.")
     for row in data()["servers"][server.name]["rows"]:
         there = [*CONDITIONS[row["when"]](subject)] if row["when"] in PLACES and row["remedy"] == "merge" else []
         if there:
             raise LossError(
-                f"{server.name} {row['does']}, and {adapter.path} has factors there: {some(there)}. Merge it into the "
+                f"{server.name} {row['does']}, and {adapter.path} has factors there: {join_some(there)}. Merge it "
+                "into the "
                 "base (graft merge), and serve the model."
             )
     if what := [*CONDITIONS["activated"](subject), *CONDITIONS["replicated"](subject)]:
         raise LossError(
-            f"{adapter.path} has {some(what)}, which plain LoRA cannot do, and no merged weight of this base."
+            f"{adapter.path} has {join_some(what)}, which plain LoRA cannot do, and no merged weight of this base."
         )
     if adapter.changed_base is not None:
         raise LossError(
@@ -163,7 +168,7 @@ def check(adapter: AdapterFile, server: Server) -> None:
     unknown = [f"{p}.{name}" for p, of in adapter.low_rank.items() for name in of.extra if not name.startswith(KNOWN)]
     rest = [*adapter.unread, *adapter.shared, *unknown]
     if adapter.method != "LORA" or rest or not adapter.modules:
-        raise LossError(f"{adapter.path} ({adapter.method}) is no LoRA, or not only: {some(rest)}.")
+        raise LossError(f"{adapter.path} ({adapter.method}) is no LoRA, or not only: {join_some(rest)}.")
 
 
 def check_beside(adapter: AdapterFile, base: Base) -> None:
@@ -254,7 +259,7 @@ def named(path: str, base: Base) -> str:
     found = [m for m in known if without(m) == without(path)]
     if len(found) != 1:
         raise BaseModelMismatchError(
-            f"The base {base.path} has no module '{path}'" + (f", but {some(sorted(found))}." if found else ".")
+            f"The base {base.path} has no module '{path}'" + (f", but {join_some(sorted(found))}." if found else ".")
         )
     return found[0]
 
@@ -298,7 +303,7 @@ def notes(adapter: AdapterFile, report: Exported, loras: dict[str, LowRank]) -> 
     if len({of.A.shape[0] for of in loras.values()}) > 1:
         yield f"all modules have rank {report.rank}, with zeros"
     if extra := sorted({name for of in low_rank for name in of.extra if not name.startswith("lora_shift")}):
-        yield f"{some(extra)} are left out, which count in training only"
+        yield f"{join_some(extra)} are left out, which count in training only"
     if any(isinstance(of, Other) for of in adapter.modules.values()):
         yield "blocks and sums became whole factors"
     if report.renamed:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft import LossError, PeftWarning, convert_to_lora
-from graft.core.folding import change_of
+from graft.core.folding import compute_change
 from graft.files.convert import ENDS
 from graft.files.export import Exported
 from graft.files.export import export as export_file
@@ -104,7 +104,7 @@ def check_loss(
         A, B = (tensors.get(f"{prefix}{key}.lora_{name}.weight") for name in "AB")
         if A is None or B is None:
             continue
-        change, ranks[key] = change_of(layer.methods[adapter]), len(A)
+        change, ranks[key] = compute_change(layer.methods[adapter]), len(A)
         delta = (change.A if change.B is None else change.B @ change.A).flatten(0, 1)
         made = (B.flatten(1).float() @ A.flatten(1).float()).to(delta).reshape(-1, delta.shape[-1])
         off, size = float((delta - made).square().sum()), float(delta.square().sum())

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from graft import BaseModelMismatchError, CheckpointError, LossError, NonFiniteError
-from graft.core.errors import some
+from graft.core.errors import join_some
 from graft.files import algebra
 from graft.files.algebra import Svd
 from graft.files.base import BaseFiles
@@ -148,7 +148,8 @@ def complete(adapter: AdapterFile, layers: Layers) -> None:
     bare = [name for name in adapter.full if layers.holds(name) or module_of(name) in adapted]
     if bare:
         raise LossError(
-            f"PEFT's files have no place for parameters of their own: {some(sorted(bare))}. Leave them out by exclude."
+            f"PEFT's files have no place for parameters of their own: {join_some(sorted(bare))}. Leave them out by "
+            "exclude."
         )
     biases = {f"{path}.bias" for path in adapter.modules} & layers.new.keys()
     modules = {module_of(name) for name in adapter.full} - {*adapter.modules}
@@ -173,7 +174,7 @@ def compare(layers: Layers, tuned: str, base: str) -> None:
         raise BaseModelMismatchError(
             f"{tuned} is no fine-tuned {base}: "
             + "; ".join(
-                f"{what} {some(names, 3)}"
+                f"{what} {join_some(names, 3)}"
                 for what, names in (
                     ("it lacks", missing), ("the base lacks", added), ("other shapes of", other), ("quantized", packed),
                 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from graft import CheckpointError, LossError
-from graft.core.errors import some
+from graft.core.errors import join_some
 from graft.files.algebra import as_low_rank, products, with_core
 from graft.files.formats.peft import PREFIXES, VARIANTS, make_names_error
 from graft.files.names import CONV1D
@@ -110,7 +110,7 @@ def fit(
                 lost.append(f"{PARTS[part]}: {path}")
                 module = replace(module, magnitude=None) if part == "magnitude" else replace(module, bias=None)
         if module.extra and "extra" not in holds.parts:
-            lost.append(f"{PARTS['extra']} ({some([*module.extra], 2)}): {path}")
+            lost.append(f"{PARTS['extra']} ({join_some([*module.extra], 2)}): {path}")
             module = replace(module, extra={})
         out.modules[path] = module
     if adapter.changed_base is not None and "changed_base" not in holds.parts:
@@ -163,12 +163,13 @@ def check_lost(adapter: AdapterFile, to: str, lost: list[str], lossy: bool, left
     """Raise LossError for what a format cannot hold, unless it may be lost and something is left."""
     if not left:
         raise LossError(
-            f"The format {to} can hold nothing of {adapter.path}: {some(lost)}. Make it LoRA first, by "
+            f"The format {to} can hold nothing of {adapter.path}: {join_some(lost)}. Make it LoRA first, by "
             "graft.convert_to_lora, if it changes weights."
         )
     if lost and not lossy:
         raise LossError(
-            f"The format {to} cannot hold all of {adapter.path}: {some(lost)}. Pass lossy=True (--lossy) to write the "
+            f"The format {to} cannot hold all of {adapter.path}: {join_some(lost)}. Pass lossy=True (--lossy) to "
+            "write the "
             "rest."
         )
 

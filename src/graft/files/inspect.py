@@ -14,7 +14,7 @@ from graft.config.atomic import replace_file as put_in_place
 from graft.config.file import DESCRIBING, normalize_value
 from graft.config.notes import CONFIG
 from graft.config.reading import Json
-from graft.core.errors import some
+from graft.core.errors import join_some
 from graft.files import algebra
 from graft.files.base import Known
 from graft.files.bases import fitted
@@ -73,7 +73,8 @@ def check_finite(adapter: AdapterFile) -> None:
     floats = [(name, t) for name, t in (*tensors, *adapter.beside) if t.dtype in FLOATS]
     if bad := sorted({name for name, t in floats if not np.isfinite(t.read()).all()}):
         raise NonFiniteError(
-            f"NaN or infinite numbers are in {some(bad, 4)} of {adapter.path}: training has diverged, or the file is "
+            f"NaN or infinite numbers are in {join_some(bad, 4)} of {adapter.path}: training has diverged, or the "
+            "file is "
             "damaged."
         )
 

@@ -16,7 +16,7 @@ import numpy as np
 from graft import BaseModelMismatchError, CheckpointError, ConfigError
 from graft.config.hub import looks_like_repository
 from graft.config.reading import Json, compile_pattern, parse_json
-from graft.core.errors import some
+from graft.core.errors import join_some
 from graft.files import algebra
 from graft.files.base import Known
 from graft.files.bases import fitted
@@ -102,20 +102,20 @@ Found = Iterator[tuple[str, list[str]]]  # a text, and the names that it is abou
 def nan(look: Look) -> Found:
     bad = {name for name, t in look.values if np.isnan(t.read()).any()}
     if bad:
-        yield f"NaN in {some(sorted(bad), 3)}", sorted(bad)
+        yield f"NaN in {join_some(sorted(bad), 3)}", sorted(bad)
 
 
 def inf(look: Look) -> Found:
     bad = {name for name, t in look.values if np.isinf(t.read()).any()}
     if bad:
-        yield f"an infinite number in {some(sorted(bad), 3)}", sorted(bad)
+        yield f"an infinite number in {join_some(sorted(bad), 3)}", sorted(bad)
 
 
 def zero_b(look: Look) -> Found:
     zero = [path for path, size in look.norms.items() if size == 0]
     if zero:
         which = "all modules" if len(zero) == len(look.norms) else f"{len(zero)} of {len(look.norms)} modules"
-        yield f"{which} change nothing: {some(zero, 3)}", zero
+        yield f"{which} change nothing: {join_some(zero, 3)}", zero
 
 
 def outlier(look: Look) -> Found:
@@ -127,7 +127,7 @@ def outlier(look: Look) -> Found:
     spread = float(np.median([abs(s - middle) for s in sizes.values()]))
     if found := [path for path, s in sizes.items() if spread > 0 and s > middle + OUTLIER * spread]:
         worst = max(found, key=sizes.__getitem__)
-        yield f"‖ΔW‖/‖W‖ is {sizes[worst]:.3g} in {worst}, {middle:.3g} in the median: {some(found, 3)}", found
+        yield f"‖ΔW‖/‖W‖ is {sizes[worst]:.3g} in {worst}, {middle:.3g} in the median: {join_some(found, 3)}", found
 
 
 def unused_target(look: Look) -> Found:
@@ -147,20 +147,20 @@ def unused_target(look: Look) -> Found:
         else:
             unused = [repr(targets)]
         if unused:
-            yield f"{name} names what the file has no tensor for: {some(sorted(unused), 5)}", unused
+            yield f"{name} names what the file has no tensor for: {join_some(sorted(unused), 5)}", unused
 
 
 def orphan_key(look: Look) -> Found:
     adapter = look.adapter
     if adapter.unread:
-        yield f"keys without a meaning: {some(adapter.unread, 3)}", adapter.unread
+        yield f"keys without a meaning: {join_some(adapter.unread, 3)}", adapter.unread
     if lone := list_unnamed(adapter):
-        yield f"whole tensors that modules_to_save does not name: {some(lone, 3)}", lone
+        yield f"whole tensors that modules_to_save does not name: {join_some(lone, 3)}", lone
 
 
 def not_whole(look: Look) -> Found:
     if lost := gaps(look.adapter, look.base):
-        yield f"the file lacks {some(lost, 3)}, which its config names", lost
+        yield f"the file lacks {join_some(lost, 3)}, which its config names", lost
 
 
 def base_mismatch(look: Look) -> Found:
@@ -183,7 +183,7 @@ def base_mismatch(look: Look) -> Found:
     here = {p: look.base.shapes[name] for p in shapes if (name := name_of(p, look.base)) is not None}
     other = [p for p, s in here.items() if tuple(shapes[p]) not in (s, (*s[:-2], *s[:-3:-1]))]  # stored (in, out)
     if other and not wrong:
-        yield f"the file's fingerprint is of other shapes: {some(other, 3)}", other
+        yield f"the file's fingerprint is of other shapes: {join_some(other, 3)}", other
 
 
 def base_name(look: Look) -> Found:
@@ -205,7 +205,7 @@ def pickle(look: Look) -> Found:
     folder = look.adapter.path
     names = os.listdir(folder) if os.path.isdir(folder) else [os.path.basename(folder)]
     if found := sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))):
-        yield f"a pickle, which may run code where others load it: {some(found, 3)}", found
+        yield f"a pickle, which may run code where others load it: {join_some(found, 3)}", found
 
 
 def intruder(look: Look) -> Found:
@@ -221,7 +221,7 @@ def intruder(look: Look) -> Found:
             found.append(path)
             texts.append(f"{path} {n}")
     if found:
-        yield f"singular vectors of W + ΔW that are like none of W's: {some(texts, 3)}", found
+        yield f"singular vectors of W + ΔW that are like none of W's: {join_some(texts, 3)}", found
 
 
 def with_change(lora: LowRank, W: np.ndarray) -> np.ndarray:
@@ -262,7 +262,8 @@ def check_whole(adapter: AdapterFile, base: Known | None = None) -> None:
     """Raise CheckpointError if an adapter lacks something, see `gaps`."""
     if lost := gaps(adapter, base):
         raise CheckpointError(
-            f"{adapter.path} is not whole: it lacks {some(lost, 3)}. Save or download it again, or take what it lacks "
+            f"{adapter.path} is not whole: it lacks {join_some(lost, 3)}. Save or download it again, or take what it "
+            "lacks "
             "out of its adapter_config.json."
         )
 

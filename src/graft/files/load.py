@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from graft import BaseModelMismatchError, LossError, PeftConfig, PeftMixedModel, PeftModel
-from graft.core.errors import some
+from graft.core.errors import join_some
 from graft.core.merging import compute_unmerged_weight
 from graft.files.base import Skeleton
 from graft.files.formats import read
@@ -74,7 +74,7 @@ def load_adapter(
     lost: list[str] = []
     tensors = {name: to_torch(t) for name, t in name_tensors(adapter, lost).items()}
     if lost and not lossy:
-        raise LossError(f"graft has no method for {some(lost)} of {adapter.path}.")
+        raise LossError(f"graft has no method for {join_some(lost)} of {adapter.path}.")
     fields = complete_config(adapter, known)
     config = PeftConfig.resolve(fields["peft_type"])(**{k: v for k, v in fields.items() if k != "peft_type"})
     pair: Any = AdapterInMemory(config, LoadedWeights(tensors, os.fspath(path)))

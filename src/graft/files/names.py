@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from graft import BaseModelMismatchError, CheckpointError
 from graft.config.reading import Json
-from graft.core.errors import some
+from graft.core.errors import join_some
 from graft.files.base import Known
 from graft.files.bases import COMPONENTS, by_model, fitted
 from graft.files.errors import BaseNeededError
@@ -68,7 +68,8 @@ def flattened(paths: Iterable[str]) -> dict[str, str]:
 def missing(adapter: AdapterFile, names: Iterable[str], base: Base) -> BaseModelMismatchError:
     """Return the error for names that a base model does not have."""
     return BaseModelMismatchError(
-        f"{base.path} has no modules for {some([*names], 4)} of {adapter.path}: it is another model than the adapter "
+        f"{base.path} has no modules for {join_some([*names], 4)} of {adapter.path}: it is another model than the "
+        "adapter "
         "was trained on."
     )
 
@@ -128,7 +129,7 @@ def check_shapes(loras: Mapping[str, LowRank], adapter: AdapterFile, base: Base)
     ]
     if wrong:
         raise BaseModelMismatchError(
-            f"{adapter.path} is for a model of other shapes than {base.path}: {some(wrong, 4)}."
+            f"{adapter.path} is for a model of other shapes than {base.path}: {join_some(wrong, 4)}."
         )
 
 

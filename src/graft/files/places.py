@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from graft import BaseModelMismatchError, CheckpointError, LossError
-from graft.core.errors import some
+from graft.core.errors import join_some
 
 if TYPE_CHECKING:
     import torch
@@ -75,13 +75,15 @@ class Places:
         missing = [name for name in left if name not in theirs]
         if missing and self.computed:
             raise LossError(
-                f"transformers computes {some(missing, 4)} of other tensors of the base's checkpoint, which files of a "
+                f"transformers computes {join_some(missing, 4)} of other tensors of the base's checkpoint, which "
+                "files of a "
                 f"merged model would have to hold: merge '{adapter}' in memory, by merge_and_unload(), and save that."
             )
         if missing:
             raise BaseModelMismatchError(
                 f"The base's checkpoint does not hold {len(missing)} of the {len(names)} tensors that adapter "
-                f"'{adapter}' changes: {some(missing, 4)}. It is of another model, or its names need the installed "
+                f"'{adapter}' changes: {join_some(missing, 4)}. It is of another model, or its names need the "
+                "installed "
                 "transformers to know the model."
             )
         return found | theirs
@@ -135,7 +137,7 @@ class Computed:
         try:
             made = conversion.convert(self.first, model=self.model, config=self.model.config)
         except (ValueError, KeyError, IndexError, TypeError, RuntimeError, AttributeError) as e:
-            names = some([key for key, _ in self.keys], 3)
+            names = join_some([key for key, _ in self.keys], 3)
             raise CheckpointError(f"transformers cannot make '{self.first}' of {names} in the checkpoint: {e}") from e
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 

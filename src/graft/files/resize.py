@@ -11,7 +11,7 @@ import numpy as np
 
 from graft import LossError
 from graft.config.reading import Json
-from graft.core.errors import some
+from graft.core.errors import join_some
 from graft.files import algebra
 from graft.files.errors import OptionError
 from graft.files.holding import padded
@@ -103,7 +103,7 @@ def resize(
 def check(ways: Mapping[str, float | None], max_rank: int | None) -> None:
     names = [name for name, value in ways.items() if value is not None]
     if len(names) != 1:
-        raise OptionError(f"Give one of rank, energy, ratio and max_mb: {some(names) if names else 'none'} given.")
+        raise OptionError(f"Give one of rank, energy, ratio and max_mb: {join_some(names) if names else 'none'} given.")
     name = names[0]
     value = ways[name]
     assert value is not None
@@ -133,10 +133,13 @@ def factors_in(adapter: AdapterFile) -> dict[str, LowRank]:
     made = {path: lora for path, lora in loras.items() if lora is not None}
     others = {path: m for path, m in adapter.modules.items() if isinstance(m, Other) and path not in made}
     if other := [f"{path} ({m.method})" for path, m in others.items()]:
-        raise LossError(f"{adapter.path} has modules without a rank of LoRA: {some(other)}. See graft.convert_to_lora.")
+        raise LossError(
+            f"{adapter.path} has modules without a rank of LoRA: {join_some(other)}. See graft.convert_to_lora."
+        )
     if grouped := [path for path, h in made.items() if h.kind == "conv" and h.B.shape[1] != h.rank]:
         raise LossError(
-            f"{adapter.path} adapts convolutions in groups, whose factors have no singular values: {some(grouped)}."
+            f"{adapter.path} adapts convolutions in groups, whose factors have no singular values: "
+            f"{join_some(grouped)}."
         )
     if not made:
         raise LossError(f"{adapter.path} ({adapter.method}) has no LoRA on any module.")

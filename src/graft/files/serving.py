@@ -17,7 +17,7 @@ from functools import cache, cached_property
 
 from graft.config import pair
 from graft.config.reading import Json
-from graft.core.errors import some
+from graft.core.errors import join_some
 from graft.files.base import Known
 from graft.files.bases import by_model
 from graft.files.errors import UnknownServerError
@@ -187,7 +187,7 @@ def check(
                 known = dict(server=server.name, adapter=adapter.path, format=server.formats[0], base=where)
                 known["max_rank"] = str(subject.options.max_rank or server.max_rank)
                 remedy = data()["remedies"][row["remedy"]].format(**known)
-                facts = server.name, server.version, server.date, row["when"], row["verdict"], some(what, 3)
+                facts = server.name, server.version, server.date, row["when"], row["verdict"], join_some(what, 3)
                 found.append(Finding(*facts, row["does"], remedy, row.get("evidence", "run")))
     return found
 

@@ -19,7 +19,7 @@ from graft.config.atomic import NO_FILE, exchange_paths, is_link, is_special
 from graft.config.hub import describe_offline, fetch_file
 from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH
 from graft.config.reading import open_file, read_object
-from graft.core.errors import some
+from graft.core.errors import join_some
 from graft.files.base import INDEX, NEEDED, TORCH_INDEX, WEIGHTS, Known, Skeleton, base_files, entries, matches, shards
 from graft.files.bases import base_of
 from graft.files.errors import BaseNeededError, OptionError, OutputExistsError
@@ -173,7 +173,8 @@ def check_output(path: str, sources: Iterable[str | os.PathLike[str]], force: bo
         raise OutputExistsError(f"{path} is a link or no folder, and stays as it is: give another place.")
     if is_folder and (others := strangers(path, model)):
         raise OutputExistsError(
-            f"{path} holds {some(others, 4)}, no file of {'a model' if model else 'an adapter'}, and stays as it is: "
+            f"{path} holds {join_some(others, 4)}, no file of {'a model' if model else 'an adapter'}, and stays as "
+            "it is: "
             "move that away, or give another place."
         )
 

@@ -15,7 +15,7 @@ from graft.config.atomic import Write
 from graft.config.atomic import replace_file as put_in_place
 from graft.config.notes import LARGEST, LFS, write_tensors
 from graft.config.reading import Json, open_file, parse_json
-from graft.core.errors import shortened
+from graft.core.errors import shorten_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -154,7 +154,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
             metadata = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}  # MLX: null
             listed = [(name, _entry(entry)) for name, entry in header.items()]
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise CheckpointError(f"The header of {path} is damaged: {shortened(str(e))}") from None
+            raise CheckpointError(f"The header of {path} is damaged: {shorten_text(str(e))}") from None
     start, end = 8 + size, 0
     for name, (dtype, shape, begin, stop) in sorted(listed, key=lambda item: item[1][2:]):
         if begin != end or stop - begin != prod(shape) * BITS[dtype] // 8 or start + stop > whole:

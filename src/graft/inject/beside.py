@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import TASK_HEADS
 from graft.core.carrier import Carrier, Shell, carrier_of, layer_in
-from graft.core.containers import tensors_of
+from graft.core.containers import iter_tensors
 from graft.core.effect import Effect, Replace
 from graft.core.errors import PeftWarning, RoutingError, UnsupportedLayerError, warn
 from graft.core.layer import AdapterLayer, Host
@@ -107,7 +107,7 @@ class ModulesToSaveWrapper(Host):
         """Return {name below this module in a file: "modules_to_save.<adapter>.<name>"} for each tensor of the
         adapter's head. The `load_adapter` of transformers calls it.
         """
-        return {path: f"modules_to_save.{adapter}.{path}" for path, *_ in tensors_of(self.modules_to_save, adapter)}
+        return {path: f"modules_to_save.{adapter}.{path}" for path, *_ in iter_tensors(self.modules_to_save, adapter)}
 
     def adapter_state_dict(self, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the adapter's tensors by their names in a file, taken from this module's `state_dict`.
@@ -140,7 +140,7 @@ class ModulesToSaveWrapper(Host):
         batch it is `remainder`. In a mixed batch each row has the first of its adapters with a head here, else the
         base's module.
         """
-        rows = self.call.current() if self.call.open else None
+        rows = self.call.current_rows() if self.call.open else None
         if self.state.disabled or rows is OFF:
             return [self.base_module]
         if rows is None:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graft.core.containers import Transient
 from graft.core.errors import ConfigError, PeftWarning, warn
-from graft.core.finite import largest
+from graft.core.finite import max_magnitudes
 from graft.core.layer import AdapterLayer, Host, make_adapter_layer
 from graft.core.merging import lift_merged
 from graft.core.method import AdaptedLayers, Method, Use, build_placeholders
@@ -267,7 +267,7 @@ def add_adapter(
             f"Adapter '{method.name}' cannot start from the weight of layer '{layer.site.key}': {e} Look for NaN or "
             "infinite numbers in the base model, or choose a start that decomposes nothing."
         ) from e
-    return layer.place(method.name, where, upcast)
+    return layer.place_adapter(method.name, where, upcast)
 
 
 def check_initial_values(layers: Iterable[AdapterLayer], adapter: str) -> None:
@@ -276,7 +276,7 @@ def check_initial_values(layers: Iterable[AdapterLayer], adapter: str) -> None:
     The text names the first such layer and counts the others. Some decompositions return such values without an error.
     """
     started = [(layer, t) for layer in layers for _, t in layer.tensors(adapter, transient=True)]
-    sizes = largest([t for _, t in started])
+    sizes = max_magnitudes([t for _, t in started])
     broken = list(dict.fromkeys(layer.site.key for (layer, _), x in zip(started, sizes) if not math.isfinite(x)))
     if broken:
         more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""

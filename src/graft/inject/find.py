@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from graft.core.carrier import carrier_of
-from graft.core.each import on_each
+from graft.core.each import stack_method_class
 from graft.core.effect import Rewrite
 from graft.core.errors import (
     ConfigError,
@@ -22,7 +22,7 @@ from graft.core.errors import (
     UnsupportedLayerError,
     warn,
 )
-from graft.core.folding import unfolded
+from graft.core.folding import why_not_in_weight
 from graft.core.method import Method
 from graft.core.names import is_bias
 from graft.core.site import Site
@@ -150,7 +150,7 @@ def drop_read_targets(cfg: Targeted, method: type[Method], adapter: str, tree: M
         if (
             site is not None
             and site.is_read
-            and unfolded(make_method(site, kind, cfg.at(site.key), adapter)) is not None
+            and why_not_in_weight(make_method(site, kind, cfg.at(site.key), adapter)) is not None
         ):
             read.add(name)
     cfg.target_modules = names - read or names
@@ -162,7 +162,9 @@ def make_method(site: Site, kind: Any, cfg: PeftConfig, adapter: str) -> Method:
     For a parameter with more than two dimensions it is an `OnEach`, which has one method for each matrix; unless the
     class lays out stacks itself.
     """
-    instance: Method = (on_each(kind) if site.is_stack and not kind.lays_out_stacks else kind)(site, cfg, adapter)
+    instance: Method = (stack_method_class(kind) if site.is_stack and not kind.lays_out_stacks else kind)(
+        site, cfg, adapter
+    )
     return instance
 
 
@@ -335,7 +337,7 @@ def why_not_uncalled(method: Method) -> str | None:
     site, effect = method.site, method.effect
     if effect.whole:
         return f"The weight is used without a call of the layer, so that {type(method).__name__} would have no effect"
-    if (reason := unfolded(method)) is not None:
+    if (reason := why_not_in_weight(method)) is not None:
         return reason
     why = site.weight.why_unreadable()
     return None if why is None else f"{type(method).__name__} needs its weight, and {why}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from graft.core.errors import gathering
+from graft.core.errors import gather_warnings
 from graft.core.layer import AdapterLayer
 from graft.inject import build, find
 from graft.inject.beside import RowsLayer, TrainableTokensWrapper
@@ -43,7 +43,7 @@ class Injection(InjectionJob):
             NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: the model is as it was before the call.
         """
         with self.restructure_model():
-            with pause_collector(), gathering() as say:
+            with pause_collector(), gather_warnings() as say:
                 self.find()
                 if self.several and (group := find_model_group(self.tree.modules.values())) is not None:
                     synchronize_generators(group)

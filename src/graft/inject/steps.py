@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from graft.core.errors import NoMatchingPeftModuleError, UnsupportedLayerError, who
+from graft.core.errors import NoMatchingPeftModuleError, UnsupportedLayerError, describe_function
 from graft.core.site import Site
 from graft.inject.job import InjectionJob
 from graft.inject.match import Verdict, find_unmatched
@@ -88,7 +88,7 @@ class ReplacedSteps:
 
     def describe_step(self, step: str) -> str:
         """Return a replaced step as texts show it."""
-        return f"{type(self.tuner).__name__}.{step}, replaced by {who(getattr(self.tuner, step))}"
+        return f"{type(self.tuner).__name__}.{step}, replaced by {describe_function(getattr(self.tuner, step))}"
 
     def describe_steps(self) -> str:
         return " and ".join(map(self.describe_step, self.replaced))

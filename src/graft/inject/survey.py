@@ -18,7 +18,7 @@ from torch import nn
 
 from graft.core import merging
 from graft.core.carrier import carrier_of, layer_in
-from graft.core.errors import shortened
+from graft.core.errors import shorten_text
 from graft.core.layer import AdapterLayer
 from graft.core.ops import Op, Opaque, find_op
 from graft.core.site import Site
@@ -237,7 +237,7 @@ def check_model(model: object) -> None:
         raise TypeError(f"A model has to be a torch.nn.Module, got the class {model.__name__}. Make an object of it.")
     if not hasattr(model, "__dict__"):
         raise TypeError(
-            f"A model has to be a torch.nn.Module, got {shortened(repr(model))}. Load it first, as "
+            f"A model has to be a torch.nn.Module, got {shorten_text(repr(model))}. Load it first, as "
             "AutoModelForCausalLM.from_pretrained() does."
         )
 

@@ -10,7 +10,7 @@ import numpy as np  # torch reads no bytes that cannot be written
 import torch
 from torch import Tensor
 
-from graft.core.errors import CheckpointError, NonFiniteError, some
+from graft.core.errors import CheckpointError, NonFiniteError, join_some
 from graft.storage.parallel import is_sharded
 
 NARROW = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))  # dtypes without arithmetic
@@ -38,7 +38,8 @@ def check_tensors(tensors: dict[str, Tensor], path: str, allow_nonfinite: bool =
         return
     if bad := find_nonfinite(tensors):
         raise NonFiniteError(
-            f"NaN or infinite numbers are in {some(bad, 4)}, of {path}: training has diverged, or the file is damaged. "
+            f"NaN or infinite numbers are in {join_some(bad, 4)}, of {path}: training has diverged, or the file is "
+            "damaged. "
             "Pass allow_nonfinite=True to load it all the same."
         )
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graft.core.base_config import input_embeddings, output_embeddings, tokens_of
-from graft.core.errors import AdapterKeyError, BaseModelMismatchError, CheckpointError, PeftWarning, some, warn
+from graft.core.base_config import count_tokens, input_embeddings, output_embeddings
+from graft.core.errors import AdapterKeyError, BaseModelMismatchError, CheckpointError, PeftWarning, join_some, warn
 from graft.core.names import is_bias
 from graft.core.wrappers import strip_inner_wrappers
 from graft.inject.beside import TrainableTokensWrapper
@@ -71,7 +71,9 @@ class LoadReport:
     def __repr__(self) -> str:
         """Return how many keys of each kind there are, and the first of those that need a look."""
         fields = vars(self)
-        shown = {n: str(len(keys)) if n in ("loaded", "base") else some(keys, 4) for n, keys in fields.items() if keys}
+        shown = {
+            n: str(len(keys)) if n in ("loaded", "base") else join_some(keys, 4) for n, keys in fields.items() if keys
+        }
         return f"LoadReport({', '.join(f'{name}={text}' for name, text in shown.items())})"
 
     def __iter__(self) -> Iterator[list[str]]:  # as torch's load_state_dict: missing, unexpected = report
@@ -173,7 +175,7 @@ class CheckpointValues:
         for name, old, new in shapes:
             table = next((m for key, m in rows.items() if key in f".{name}."), None)
             differ = [(a, b) for a, b in zip(old, new) if a != b]
-            if len(differ) == 1 and differ[0][1] == tokens_of(table):
+            if len(differ) == 1 and differ[0][1] == count_tokens(table):
                 n = differ[0][0]
                 return f"Its base had {n} tokens: call resize_token_embeddings({n}) on this one before loading."
         return ""
@@ -284,7 +286,7 @@ class CheckpointValues:
             if self.tensors[name].is_floating_point() != tensor.is_floating_point()
         ]
         if wrong:
-            raise AdapterKeyError(f"Adapter '{self.adapter}' cannot be loaded from {self.path}: {some(wrong)}.")
+            raise AdapterKeyError(f"Adapter '{self.adapter}' cannot be loaded from {self.path}: {join_some(wrong)}.")
 
     def _missing_biases(self, kind: str, parts: AdapterCarriers, prefix: str) -> list[str]:
         """Return the base model's biases of a kind, which the config trains, that the file does not hold."""
@@ -405,7 +407,9 @@ class CheckpointValues:
         changed_names = list_changed_tensors(full, digest_base_tensors(self.model, names=full)) if full else []
         if changed_names or not match_values(of_file, now):
             which = (
-                f" ({len(changed_names)} of {len(full)} tensors differ: {some(changed_names)})" if changed_names else ""
+                f" ({len(changed_names)} of {len(full)} tensors differ: {join_some(changed_names)})"
+                if changed_names
+                else ""
             )
             warn(
                 f"Adapter '{self.adapter}' from {self.path} was trained on a base model of the same architecture but "
@@ -434,9 +438,9 @@ class CheckpointValues:
             )
         parts = []
         if report.missing_keys:
-            parts.append(f"Found missing adapter keys while loading the checkpoint: {some(report.missing_keys)}.")
+            parts.append(f"Found missing adapter keys while loading the checkpoint: {join_some(report.missing_keys)}.")
         if unexpected:
-            parts.append(f"Found keys that fit nothing in the adapter: {some(unexpected)}.")
+            parts.append(f"Found keys that fit nothing in the adapter: {join_some(unexpected)}.")
         if not parts:
             return
         text = f"{' '.join(parts)} Adapter '{self.adapter}', checkpoint {self.path}."
@@ -464,7 +468,7 @@ def clean_keys(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
 
 
 def format_mismatches(mismatched: list[Mismatch]) -> str:
-    return some(
+    return join_some(
         [f"size mismatch for {n}: {tuple(a)} in the checkpoint, {tuple(b)} in the model" for n, a, b in mismatched]
     )
 

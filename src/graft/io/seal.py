@@ -14,7 +14,7 @@ from typing import Any
 from zlib import crc32
 
 from graft.config.notes import parse_header
-from graft.core.errors import CheckpointError, shortened
+from graft.core.errors import CheckpointError, shorten_text
 
 KEY = "graft_digest"  # key in the safetensors metadata
 KIND = "crc32:"  # a digest of another kind is one of a later version
@@ -45,7 +45,9 @@ def check_digest(saved: str, found: str, path: str, may_differ: bool = True) -> 
     may_differ: the caller takes `check_digest=False`.
     """
     if not saved.startswith(KIND) and not may_differ:
-        raise CheckpointError(f"{path} has the digest '{shortened(saved)}' of a later graft. Update graft to read it.")
+        raise CheckpointError(
+            f"{path} has the digest '{shorten_text(saved)}' of a later graft. Update graft to read it."
+        )
     if saved.startswith(KIND) and saved != found:
         text = f"its tensors are not those that were saved (digest {found}, saved with {saved})"
         but = "; if you changed them yourself, check_digest=False loads them" if may_differ else ""

@@ -44,7 +44,7 @@ class Form:
     """A function that makes the update of one matrix from smaller tensors; it runs again in the backward pass."""
 
     tensors: Sequence[Tensor]  # (experts, …)
-    shared: Sequence[Tensor]  # tensors of all experts that the function reads where they stand
+    common_parameters: Sequence[Tensor]  # tensors of all experts that the function reads where they stand
     reads: bool  # the function needs the matrix
 
     def __call__(self, expert: int, tensors: Sequence[Tensor], W: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -173,7 +173,7 @@ def multiply_stack(x: Tensor, routes: Routes, stack: UpdatedStack, gather: bool 
             part_tensors = [t if auto is None else t.to(auto) for t in (part.A, part.B)]
             makers.append(Maker(spans, part_tensors[0].dtype, None))
         else:
-            form, part_tensors = part.form, [*part.form.tensors, *part.form.shared]
+            form, part_tensors = part.form, [*part.form.tensors, *part.form.common_parameters]
             makers.append(Maker(spans, auto or part_tensors[0].dtype, form, len(form.tensors), len(part_tensors)))
         tensors += [None if gate is None else gate.to(makers[-1].dtype), *part_tensors]
     job = StackProduct(stack.matrices, dtype, [*routes.spans()], makers, len(routes.order))
@@ -205,14 +205,14 @@ class Maker(NamedTuple):
     ) -> tuple[Sequence[Tensor], Callable[[Sequence[Tensor]], Sequence[Tensor | None]]]:
         """Return the result of `make`, and a function from its gradients to the gradients of the tensors.
 
-        The gradients are those of `tensors`, then of `shared`; None for one that `need` excludes.
+        The gradients are those of `tensors`, then of `common_parameters`; None for one that `need` excludes.
         """
         if self.form is None:
             return tensors, lambda of_made: of_made
         leaves = [t.detach().requires_grad_(wanted) for t, wanted in zip(tensors, need)]
         with torch.enable_grad():
             update = self.make(e, leaves, W)
-        inputs = [*leaves, *self.form.shared]
+        inputs = [*leaves, *self.form.common_parameters]
         wanted = [i for i, (t, needed) in enumerate(zip(inputs, need)) if needed]
 
         def back(of_made: Sequence[Tensor]) -> Sequence[Tensor | None]:

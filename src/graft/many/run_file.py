@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from graft import CheckpointError, ConfigError
 from graft.config.atomic import is_link
 from graft.config.reading import Json
-from graft.core.errors import some
+from graft.core.errors import join_some
 from graft.io.check import describe_fault
 from graft.io.fingerprint import check_fingerprint as check_fingerprint
 from graft.io.save import fingerprint_base
@@ -237,7 +237,7 @@ def check_run_contents(run: Run, model: nn.Module, state: Json, path: str) -> No
         ),
     }  # fmt: skip
     if wrong := [name for name, is_right in right.items() if not is_right]:
-        raise CheckpointError(f"{path}: {some(wrong)} are of another kind than a run has. {REMEDY}")
+        raise CheckpointError(f"{path}: {join_some(wrong)} are of another kind than a run has. {REMEDY}")
     check_run_values(state["values"], {key: slot.tensor for key, slot in iterate_slots(model, run.name)}, path)
     check_state_finite({"losses": torch.stack(losses)} if losses else {}, f"{path}: the step under way")
     check_state_finite({f"{i}": g for i, g in enumerate(gradients or ())}, f"{path}: the gradients")
@@ -264,7 +264,8 @@ def check_run_values(values: Json, tensors: dict[str, Tensor], path: str) -> Non
     """
     if not values.keys() == tensors.keys():
         raise CheckpointError(
-            f"{path} holds other tensors than the adapter has: {some(sorted(values.keys() ^ tensors.keys()))}. {REMEDY}"
+            f"{path} holds other tensors than the adapter has: {join_some(sorted(values.keys() ^ tensors.keys()))}. "
+            f"{REMEDY}"
         )
     for name, t in tensors.items():
         value = values[name]

@@ -31,7 +31,7 @@ from graft import (
 )
 from graft.combine.adding import changes_base
 from graft.config.base import check_config
-from graft.core.errors import shortened, some, warn
+from graft.core.errors import join_some, shorten_text, warn
 from graft.inject.beside import add_task_heads
 from graft.inject.match import Matcher
 from graft.inject.parts import get_registry
@@ -716,7 +716,7 @@ class MultiTrain:
             if all_of_them:
                 raise error
             run = self._runs[name]
-            text = run.fail(f"the model cannot take its batch ({shortened(repr(error))})", float("nan"))
+            text = run.fail(f"the model cannot take its batch ({shorten_text(repr(error))})", float("nan"))
             drop_frames(error)
             run.error = error
             warn(f"{text} The others go on. Remove it, mend its data, and add it anew.", PeftWarning)
@@ -776,7 +776,9 @@ class MultiTrain:
             self._run_pass(section, compute, take, is_half=True)
         if not (memory or is_half) and len(self._batch_errors) == known:
             names = [item.name for item in items]
-            warn(f"A pass of {names} raised {shortened(repr(failure))}, and none of them does so alone.", PeftWarning)
+            warn(
+                f"A pass of {names} raised {shorten_text(repr(failure))}, and none of them does so alone.", PeftWarning
+            )
 
     def _compute_gradients(self, items: list[RunBatch]) -> tuple[list[Tensor], list[int]] | Exception:
         """Run a joint pass and its backward pass; gradients are left in `grad`.
@@ -851,7 +853,7 @@ class MultiTrain:
         if torch.is_grad_enabled():
             arguments["adapter_generators"] = {item.name: self._runs[item.name].draws.generator for item in items}
         stacks = self._banks if torch.is_grad_enabled() else None
-        with get_registry(model).call.joining(stacks, copies):
+        with get_registry(model).call.use_stacks(stacks, copies):
             output = model(**arguments, adapter_names=names)
         if fan is not None and not cut.covers_all_rows(output):
             raise RuntimeError("The output has not all rows of the blocks.")
@@ -1127,7 +1129,8 @@ def refuse_covered_targets(name: str, asked: PeftConfig, config: Any, wrappers: 
         wanted = ("matched", "untargeted") if everything else ("matched",)
         if hidden := [p for p, m in inner if matcher(p).outcome in wanted and (is_linear(m) or not everything)]:
             raise ConfigError(
-                f"Run '{name}' would train {some(hidden)}, and run '{wrapper.adapters[0]}' trains '{key}' whole. Leave "
+                f"Run '{name}' would train {join_some(hidden)}, and run '{wrapper.adapters[0]}' trains '{key}' "
+                "whole. Leave "
                 "them out of the targets, or train the two in separate MultiTrains."
             )
 
@@ -1143,7 +1146,7 @@ def check_optimizer_and_schedule(
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
             f"Run '{name}': optimizer must make one of its parameters, as partial(torch.optim.AdamW, lr=1e-3) does; "
-            f"got {shortened(repr(optimizer))}."
+            f"got {shorten_text(repr(optimizer))}."
         )
     if isinstance(optimizer, torch.optim.LBFGS) or isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
         wrong = optimizer if schedule is None else schedule

@@ -24,7 +24,7 @@ from graft import CheckpointError, ConfigError, PeftConfig
 from graft.config.atomic import replace_file
 from graft.config.base import check_config
 from graft.config.reading import Json, read_object
-from graft.core.errors import shortened
+from graft.core.errors import shorten_text
 from graft.inject.report import format_cell
 from graft.many import run_file
 from graft.many.loader import digest_first_batch
@@ -188,7 +188,7 @@ def sweep(
     check_config(config)
     if not callable(optimizer):
         raise ConfigError(
-            f"sweep: optimizer must be a class of optimizers, or a partial of one, got {shortened(repr(optimizer))}."
+            f"sweep: optimizer must be a class of optimizers, or a partial of one, got {shorten_text(repr(optimizer))}."
         )
     if unknown := options.keys() - OPTIONS:
         raise TypeError(

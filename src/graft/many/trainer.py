@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graft import ConfigError, PeftWarning
-from graft.core.errors import shortened, warn
+from graft.core.errors import shorten_text, warn
 from graft.many.draws import Draws
 from graft.many.loader import Batch
 from graft.many.losses import Loss
@@ -56,7 +56,7 @@ class TrainerDescription:
         """
         if not hasattr(trainer, "get_train_dataloader"):
             raise ConfigError(
-                f"Run '{name}': trainer must be a Trainer of transformers, got {shortened(repr(trainer))}."
+                f"Run '{name}': trainer must be a Trainer of transformers, got {shorten_text(repr(trainer))}."
             )
         if trainer.optimizer is not None or trainer.lr_scheduler is not None:
             raise ConfigError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graft.config.fields import BEFT as TARGETS
 from graft.config.fields import Targets
 from graft.core.effect import Effect, Update
-from graft.core.errors import PeftWarning, warn_of
+from graft.core.errors import PeftWarning, warn_of_layer
 from graft.core.method import Method
 
 
@@ -48,7 +48,7 @@ class BEFT(Method[BeftConfig]):
         """
         if self.effect.fixed is not None:
             text = "Layer {} has no bias. Note you cannot merge the BEFT adapter into the base layer."
-            warn_of(self.site.key, text, PeftWarning)
+            warn_of_layer(self.site.key, text, PeftWarning)
         return dict(beft_bias=nn.Parameter(torch.randn(1, self.site.out_features)))
 
     def init(self) -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.fields import FRACTION, LORA, NOT_NEGATIVE, BaseBias, FanInFanOut, LayerRange, Targeted
-from graft.core.each import each_of
+from graft.core.each import matrix_methods
 from graft.core.effect import Effect, Rewrite
-from graft.core.errors import PeftWarning, warn_of
+from graft.core.errors import PeftWarning, warn_of_layer
 from graft.core.method import Method, PublishedRate
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def find_gates(tuner: Tuner, adapter_names: str | list[str] | None) -> list[Fine
     names = [names] if isinstance(names, str) else names
     tuner.check_known(names)
     methods = [layer.methods[n] for layer in tuner.layers.values() for n in names if n in layer.methods]
-    return [m for method in methods if isinstance(method.alone, FineGates) for m in each_of(method)]
+    return [m for method in methods if isinstance(method.alone, FineGates) for m in matrix_methods(method)]
 
 
 def sparsity_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Tensor | float:
@@ -124,7 +124,7 @@ class FineGates(Method[FineGatesConfig]):
         for z in (self.finegates_rows, self.finegates_columns):
             nn.init.normal_(z, mean, std)
         if math.tanh(mean) > 0.5 + std and not cfg.gate_noise_std:
-            warn_of(
+            warn_of_layer(
                 self.site.key,
                 "Nearly all gates of {} are open, where they get no gradient but by noise. Set gate_noise_std (the "
                 "paper has 0.1), or gate_init_mean below 0.5.",

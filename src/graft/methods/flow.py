@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from torch.fx.proxy import Attribute, GraphAppendingTracer, Proxy
 
 from graft.core.carrier import carrier_of
-from graft.core.errors import UnsupportedLayerError, shortened
+from graft.core.errors import UnsupportedLayerError, shorten_text
 from graft.core.ops import find_op
 from graft.core.wrappers import find_inner_attribute
 
@@ -257,7 +257,7 @@ def record(
         try:
             return recorder, *recorder.run(recorder.copy(block), optional)
         except Exception as e:  # any that the code of a model raises without values
-            said = said or f"{type(e).__name__}: {shortened(str(e))}"
+            said = said or f"{type(e).__name__}: {shorten_text(str(e))}"
     raise UnfollowedError(f"its code cannot be followed: {said}")
 
 

@@ -15,7 +15,7 @@ from graft.config.bounds import Bound
 from graft.config.fields import FRACTION, FROD, BaseBias, FanInFanOut, LayerRange, Targets
 from graft.core.containers import Attached, Transient
 from graft.core.effect import Effect, Update
-from graft.core.errors import ConfigError, PeftWarning, warn_of
+from graft.core.errors import ConfigError, PeftWarning, warn_of_layer
 from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tensors, Use, make_dropout
 from graft.core.site import Site
 from graft.kernels.waits import copy_on_device
@@ -260,7 +260,7 @@ class FRoD(Method[FrodConfig]):
         shared = self.layer.frod_shared[0][self.name]
         if self.site.on_meta or shared.is_meta:
             text = "FRoD needs the weight of layer {}, which is on the meta device: adapt a model that has its values."
-            warn_of(self.site.key, text, PeftWarning)
+            warn_of_layer(self.site.key, text, PeftWarning)
             return None
         W, V = (t.detach().to("cpu", torch.float64) for t in (self.layer.W0.flatten(1), shared))
         try:

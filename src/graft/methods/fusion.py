@@ -211,7 +211,7 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         if self.cfg.value and self.cfg.regularization and self.layer.training:
             W = self.fusion_value.weight
             if W.requires_grad:
-                self.layer.call.note(self.name, self.site.key, W)
+                self.layer.call.record_value(self.name, self.site.key, W)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the update for the layer's output y."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import Targets
 from graft.core.effect import Effect, Factors, Update
-from graft.core.errors import ConfigError, PeftWarning, warn_of
+from graft.core.errors import ConfigError, PeftWarning, warn_of_layer
 from graft.core.method import Use
 from graft.kernels.one_product import Hadamard, is_narrow, narrow
 from graft.methods.loraxs import find_largest_components
@@ -145,7 +145,7 @@ class LoHa(Lycoris[LoHaConfig]):
 
         w1_a is 0, so that ΔW = 0, and w1_b kaiming uniform (a=√5). Warns that weight decay would shrink the ones.
         """
-        warn_of(
+        warn_of_layer(
             self.site.key,
             "With use_khatri_rao, the factors w2 of {} begin with ones that weight decay would shrink. Let it be 0 "
             "for them.",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import BELOW_1, COUNT, NOT_NEGATIVE, POSITIVE, LayerRange, RankPatterns, Targeted
 from graft.core.effect import Effect, Factors, Replace, Update
-from graft.core.errors import NoMatchingPeftModuleError, RoutingError, UnsupportedLayerError, some
+from graft.core.errors import NoMatchingPeftModuleError, RoutingError, UnsupportedLayerError, join_some
 from graft.core.method import Method, NotedTokens, PublishedRate, make_dropout
 from graft.core.ops import find_op
 from graft.methods.moelora import check_experts, compute_balance_loss, sum_experts
@@ -113,7 +113,8 @@ class MixLoRA(Method[MixLoraConfig]):
                 cfg.routers[within] = next(width for p, width in linears.items() if p.startswith(f"{within}."))
         if paths and not cfg.routers:
             raise NoMatchingPeftModuleError(
-                f"No target layer is in an MLP, by its name or mlp_modules={cfg.mlp_modules}: {some(sorted(paths))}. "
+                f"No target layer is in an MLP, by its name or mlp_modules={cfg.mlp_modules}: "
+                f"{join_some(sorted(paths))}. "
                 "Set mlp_modules, or name layers of MLPs in target_modules."
             )
         return list(cfg.routers)
@@ -199,9 +200,9 @@ class MixLoRA(Method[MixLoraConfig]):
         x: Tensor = args[0] if args else kwargs.pop(layer.argument_names[0])
         p = self.mixlora_router(self.cast(x)).softmax(-1, dtype=torch.float32)  # (…, tokens, experts)
         if self.cfg.router_loss and layer.training and self.mixlora_router.weight.requires_grad:
-            layer.call.note(self.name, self.site.key, p)
+            layer.call.record_value(self.name, self.site.key, p)
         top = p.topk(k, -1)
-        with layer.call.handing(self.name, top.indices.flatten(-2)):
+        with layer.call.pass_to_layers(self.name, top.indices.flatten(-2)):
             y = layer.base_layer(x.repeat_interleave(k, -2), *args[1:], **kwargs)
         if not isinstance(y, Tensor):
             raise UnsupportedLayerError(

@@ -159,7 +159,7 @@ class MoeLoRA(Method[MoeLoraConfig]):
         cfg, op, base = self.cfg, self.site.op, self.layer.base_layer
         p = self.moelora_router(x).softmax(-1, dtype=torch.float32)  # (…, experts)
         if cfg.router_loss and self.layer.training and self.moelora_router.weight.requires_grad:
-            self.layer.call.note(self.name, self.site.key, p)
+            self.layer.call.record_value(self.name, self.site.key, p)
         g = find_expert_weights(p, cfg.top_k).to(x.dtype) * (cfg.lora_alpha / cfg.r)
         return sum_experts(op, base, self.moelora_dropout(x), self.moelora_A, self.moelora_B, g)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graft.config.bounds import must_be
 from graft.config.fields import LORA, NOT_NEGATIVE, BaseBias, FanInFanOut, LayerRange, Targeted
 from graft.core.effect import Effect, Rewrite
-from graft.core.errors import ConfigError, warn, warn_of
+from graft.core.errors import ConfigError, warn, warn_of_layer
 from graft.core.method import Method
 from graft.kernels.orthogonal import constrain_in_backward, orthogonal, rotate, skew
 
@@ -114,7 +114,7 @@ class OFT(Method[OFTConfig]):
         wanted = getattr(cfg, what)
         fitting = nearest_divisor(n, wanted)
         if fitting != wanted:
-            warn_of(site.key, f"Invalid `{what}` ({wanted}) for {{}}: adjusted to ({fitting}).")
+            warn_of_layer(site.key, f"Invalid `{what}` ({wanted}) for {{}}: adjusted to ({fitting}).")
         size = n // fitting if cfg.r else fitting
         return {
             "oft_embedding_R" if site.op.takes_ids else "oft_R": Rotation(1 if cfg.block_share else n // size, size),

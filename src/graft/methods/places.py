@@ -15,7 +15,7 @@ from torch import nn
 from graft.config.reading import compile_pattern
 from graft.core.base_config import text_config
 from graft.core.carrier import carrier_of
-from graft.core.errors import ConfigError, NoMatchingPeftModuleError, UnsupportedLayerError, some
+from graft.core.errors import ConfigError, NoMatchingPeftModuleError, UnsupportedLayerError, join_some
 from graft.core.ops import find_op
 from graft.methods.flow import UnfollowedError, flow_of
 
@@ -110,7 +110,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
     if not blocks:
         raise NoMatchingPeftModuleError(
             f"{type(model).__name__} has no blocks with an attention and an MLP, by their names. Name the modules in "
-            f"target_modules. Its linear layers: {some(sorted(linears)) or 'none'}."
+            f"target_modules. Its linear layers: {join_some(sorted(linears)) or 'none'}."
         )
     return blocks
 
@@ -258,7 +258,9 @@ def match_paths(paths: Iterable[str], names: Collection[str] | str, field: str) 
         matches = [path for path in paths if any(path == n or path.endswith(f".{n}") for n in names)]
     if not matches:
         ends = sorted({path.rpartition(".")[2] for path in paths if path})
-        raise NoMatchingPeftModuleError(f"{field}={names} matched nothing. Names that the model has: {some(ends)}.")
+        raise NoMatchingPeftModuleError(
+            f"{field}={names} matched nothing. Names that the model has: {join_some(ends)}."
+        )
     return matches
 
 

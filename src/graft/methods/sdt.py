@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from graft.config.bounds import must_be
 from graft.config.fields import BELOW_1, COUNT, LayerRange, Targeted
 from graft.config.fields import SDT as TARGETS
-from graft.core.containers import Filed
+from graft.core.containers import CheckpointOnly
 from graft.core.effect import Effect, Factors, Update
 from graft.core.method import Method, PublishedRate, Tensors, make_dropout
 from graft.kernels.sparse import Scattered
@@ -146,7 +146,7 @@ class SDT(Method[SdtConfig]):
         """
         cfg, site = self.cfg, self.site
         if self.mixer is not None:
-            indices = Filed(torch.zeros(2, self.size, dtype=torch.int32))
+            indices = CheckpointOnly(torch.zeros(2, self.size, dtype=torch.int32))
             return dict(sdt_weight=nn.Parameter(torch.zeros(self.size)), sdt_indices=indices)
         return dict(
             sdt_A=nn.Parameter(torch.empty(cfg.r, site.fan_in)),

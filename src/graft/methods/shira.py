@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.fields import COUNT, PHI_ATTENTION, FanInFanOut, Targets
-from graft.core.containers import Filed
+from graft.core.containers import CheckpointOnly
 from graft.core.errors import CheckpointError, ConfigError, warn
 from graft.core.merging import lift_merged
 from graft.core.method import COMPARISON, Method, PublishedRate, Tensors, Use
@@ -112,7 +112,7 @@ class SHiRA(Method[ShiraConfig]):
             r=self.cfg.r,
             scaling=1.0,
             shira_weight=nn.Parameter(torch.zeros(self.size)),
-            shira_indices=Filed(torch.zeros(2, self.size, dtype=torch.int32)),
+            shira_indices=CheckpointOnly(torch.zeros(2, self.size, dtype=torch.int32)),
         )
 
     def init(self) -> None:

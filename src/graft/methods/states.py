@@ -209,7 +209,7 @@ class OnStates(Method[S]):
                 **facts_of(run.name_arguments(tuner.model), tuner.model),
                 **cls.facts(run, tuner.model),
             }
-            with call.giving(facts=facts), follow_generate(tuner.model, call, run):
+            with call.extend_context(facts=facts), follow_generate(tuner.model, call, run):
                 yield finish
 
 
@@ -274,11 +274,11 @@ def follow_generate(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
         else:
             seen = 0
         seen += new
-        call.put(call.context._replace(facts={**call.context.facts, **steps}))
+        call.swap_context(call.context._replace(facts={**call.context.facts, **steps}))
 
     handle = model.register_forward_pre_hook(before, with_kwargs=True)
     try:
-        with call.giving():
+        with call.extend_context():
             yield
     finally:
         handle.remove()

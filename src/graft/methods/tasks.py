@@ -22,7 +22,7 @@ TASKS = "task_ids"
 def generate(tuner: Tuner, *args: object, task_ids: object = None, **kwargs: object) -> object:
     """Run the base model's `generate` with adapters, each row as its task in `task_ids`; return its output."""
     run = Run(args, kwargs, {TASKS: task_ids}, generates=True)
-    with tuner.calling("generate"), tuner.call.using(None), tuner.enter_methods(run) as finish:
+    with tuner.calling("generate"), tuner.call.use_rows(None), tuner.enter_methods(run) as finish:
         return finish(tuner.model.generate(*args, **kwargs))
 
 
@@ -100,5 +100,5 @@ class ByTask(Method[K]):
             names = tuner.active_adapters if run.rows is None else [n for n in run.rows.names if n is not None]
             configs = [c for c in (tuner.peft_config[name] for name in names) if isinstance(c, cls.config)]
             tasks = check_tasks(run, tuner.model, min(c.n_tasks for c in configs))
-            with call.giving(facts={TASKS: tasks}):
+            with call.extend_context(facts={TASKS: tasks}):
                 yield finish

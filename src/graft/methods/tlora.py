@@ -64,7 +64,7 @@ def timestep(tuner: Tuner, t: float | Tensor) -> Iterator[None]:
     Raises:
         RoutingError: t is None or no number or list of numbers.
     """
-    with tuner.call.giving(facts={TIMESTEP: per_row(t)}):
+    with tuner.call.extend_context(facts={TIMESTEP: per_row(t)}):
         yield
 
 
@@ -245,7 +245,7 @@ class TLoRA(Method[TLoraConfig]):
             t = fact.value if isinstance(fact, Constant) else fact
             text = f"timestep must be between 0 and max_timestep={most:g} of adapters {list(run.adapters)}."
             raise_unless(((t >= 0) & (t <= most)).all(), lambda: RoutingError(text), text)
-            with call.giving(facts={TIMESTEP: move_to_rows(fact, run)}):
+            with call.extend_context(facts={TIMESTEP: move_to_rows(fact, run)}):
                 yield finish
 
 

@@ -360,7 +360,7 @@ class XLora(Method[XLoraConfig]):
                     "call set_adapter()."
                 )
             if not run.generates:
-                with call.giving(gates=weigh(tuner, call, run.inputs, run.kwargs)):
+                with call.extend_context(gates=weigh(tuner, call, run.inputs, run.kwargs)):
                     yield finish
                 return
             run.kwargs["use_cache"] = False
@@ -372,11 +372,11 @@ class XLora(Method[XLoraConfig]):
                 other threads.
                 """
                 if get_ident() == thread:  # others may run the model as well
-                    call.put(call.context._replace(gates=weigh(tuner, call, args, kwargs)))
+                    call.swap_context(call.context._replace(gates=weigh(tuner, call, args, kwargs)))
 
             handle = tuner.model.register_forward_pre_hook(step, with_kwargs=True)
             try:
-                with call.giving(gates=Scalings(torch.empty(0), {}, {})):  # until the first step
+                with call.extend_context(gates=Scalings(torch.empty(0), {}, {})):  # until the first step
                     yield finish
             finally:
                 handle.remove()
@@ -406,7 +406,7 @@ def weigh(tuner: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any])
         else:
             dummy = classifier.constant(inputs, cfg.scaling_pass_value)
             context = call.context._replace(gates=Scalings(chosen(dummy, cfg), *places))
-        with call.showing(context):
+        with call.use_context(context):
             output = tuner.model.forward(*args, **kwargs)
     hidden = getattr(output, "hidden_states", None)
     if not hidden:

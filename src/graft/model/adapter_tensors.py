@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graft.combine.adding import rank_patterns
 from graft.config.base import FORMAT_VERSION, PeftConfig
 from graft.config.reading import Json
-from graft.core.errors import ConfigError, LossError, some
+from graft.core.errors import ConfigError, LossError, join_some
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method, Use
 from graft.core.ops import Opaque
@@ -174,9 +174,9 @@ def find_obstacles(view: ServerView, config: PeftConfig | None, model: nn.Module
         for why in find_layer_obstacles(view, layer):
             layers_by_reason.setdefault(why, []).append(stem.removeprefix(view.prefix))
     for why, layers in layers_by_reason.items():
-        yield f"{why} ({some(layers, 2)})"
+        yield f"{why} ({join_some(layers, 2)})"
     if view.parts.wrappers:
-        yield f"it trains {some([*view.parts.wrappers], 2)} whole, or rows of it: merge it, and serve the model"
+        yield f"it trains {join_some([*view.parts.wrappers], 2)} whole, or rows of it: merge it, and serve the model"
     if (bias := getattr(config, "bias", "none")) != "none":
         yield f"it trains biases of the base (bias={bias!r}): merge it, and serve the model"
     if getattr(config, "layer_replication", None):

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
-from graft.core.carrier import Carrier, carried
+from graft.core.carrier import Carrier, iter_carried
 from graft.core.effect import Rewrite
-from graft.core.errors import some
-from graft.core.finite import is_plain, largest
-from graft.core.folding import delta_of, evaluating, fold_step
+from graft.core.errors import join_some
+from graft.core.finite import is_dense_float, max_magnitudes
+from graft.core.folding import EvaluationMode, compute_delta, fold_effect
 from graft.core.method import Use
 from graft.inject.beside import ModulesToSaveWrapper
 from graft.inject.parts import AdapterCarriers, check_no_foreign_adapters, get_registry, unwrap_model
@@ -74,7 +74,7 @@ class AuditReport:
             if entries:
                 alike = Counter(star_indices(entry) for entry in entries)
                 shown = [entry if n == 1 else f"{entry} × {n}" for entry, n in alike.items()]
-                lines.append(f"- {title} ({len(entries)}): {some(shown)}. {remedy}")
+                lines.append(f"- {title} ({len(entries)}): {join_some(shown)}. {remedy}")
         return "\n".join(lines)
 
     def range_of_updates(self) -> str:
@@ -152,7 +152,7 @@ class Part(NamedTuple):
     @property
     def label(self) -> str:
         state = self.carrier.state  # of a call that a backward pass runs again nobody asks: none may be known
-        off = state.disabled or (state.call is not None and bool(state.call.here.off))
+        off = state.disabled or (state.call is not None and bool(state.call.thread_state.off))
         why = ", disabled" if off else ""
         why = ", merged" if self.adapter in self.carrier.merged_adapters else why
         return f"{self.carrier.key or 'shared by layers'} ('{self.adapter}'{why})"
@@ -216,14 +216,14 @@ def audit(
 
 def find_active_parts(carriers: Iterable[Carrier]) -> list[Part]:
     """Return the parts that should get gradients."""
-    parts = ((c, name, [p for p in c.parameters_of(name) if p.requires_grad]) for c, name in carried(carriers))
+    parts = ((c, name, [p for p in c.parameters_of(name) if p.requires_grad]) for c, name in iter_carried(carriers))
     return [Part(*part) for part in parts if part[2]]
 
 
 def gradient_states(parts: Iterable[Part]) -> list[str]:
     """Return what became of the gradients of each part, all its parameters together: those of LoRA's A begin with 0."""
     gradients = [[p.grad for p in part.parameters if p.grad is not None] for part in parts]
-    sizes = iter(largest([g for grads in gradients for g in grads]))
+    sizes = iter(max_magnitudes([g for grads in gradients for g in grads]))
     out = []
     for grads in gradients:
         most = [next(sizes) for _ in grads]
@@ -326,7 +326,7 @@ def find_frozen(carriers: Iterable[Carrier]) -> list[str]:
     """Name the parameters of active adapters that a file holds and that do not require gradients."""
     return [
         f"{carrier.key}.{slot.container} ('{name}')"
-        for carrier, name in carried(carriers)
+        for carrier, name in iter_carried(carriers)
         for slot in carrier.slots(name)
         if slot.trains and slot.saved and not slot.tensor.requires_grad
     ]
@@ -377,12 +377,12 @@ def find_far_rates(
 def measure_updates(parts: Sequence[Part]) -> list[tuple[bool, float]]:
     """Return whether the values of each part are finite, and its update as a share of the weight, NaN if that is not
     known. With a few waits for each device."""
-    plain = [all([is_plain(p) and p.numel() and layout_of(p) is None for p in part.parameters]) for part in parts]
+    plain = [all([is_dense_float(p) and p.numel() and layout_of(p) is None for p in part.parameters]) for part in parts]
     read = [
         part.parameters if is_readable else [] for part, is_readable in zip(parts, plain)
     ]  # else in parts, or elsewhere
     pairs = [update_norms(part.carrier, part.adapter) if is_readable else () for part, is_readable in zip(parts, plain)]
-    numbers = iter(largest([t for values, pair in zip(read, pairs) for t in (*values, *pair)]))
+    numbers = iter(max_magnitudes([t for values, pair in zip(read, pairs) for t in (*values, *pair)]))
     shares = []
     for values, pair in zip(read, pairs):
         finite = math.isfinite(sum([next(numbers) for _ in values]))
@@ -407,14 +407,14 @@ def update_norms(carrier: Carrier, adapter: str) -> tuple[Tensor, ...]:
         return ()  # processes would have to read it together
     if layer.base_weight.why_unreadable():
         return ()
-    with evaluating(layer):
+    with EvaluationMode(layer):
         W = layer.W0
         if isinstance(effect, Rewrite):
             b = layer.b0
-            folded, bias = fold_step(layer, method, effect, W, b)
+            folded, bias = fold_effect(layer, method, effect, W, b)
             delta, shift = folded.float() - W.float(), None if bias is None or b is None else bias - b
         else:
-            delta, shift = delta_of(layer, effect), effect.shift()
+            delta, shift = compute_delta(layer, effect), effect.shift()
         update = delta.float().norm()
         if shift is not None:
             update = torch.hypot(update, shift.float().norm())
@@ -424,7 +424,7 @@ def update_norms(carrier: Carrier, adapter: str) -> tuple[Tensor, ...]:
 def module_norms(module: nn.Module, original: nn.Module) -> tuple[Tensor, ...]:
     """Return the norms of the difference between a module and the one that it stands for, and of that one."""
     pairs = list(zip(module.parameters(), original.parameters()))
-    if not pairs or not all([is_plain(t) and t.numel() and layout_of(t) is None for pair in pairs for t in pair]):
+    if not pairs or not all([is_dense_float(t) and t.numel() and layout_of(t) is None for pair in pairs for t in pair]):
         return ()
     if any([p.shape != q.shape or p.device != q.device for p, q in pairs]):
         return ()

@@ -8,13 +8,13 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
-from graft.core.call import Noted
+from graft.core.call import AuxiliaryValue
 from graft.core.method import Method, NotedTokens
 from graft.core.rows import Run
 
 
 def compute_losses(
-    noted: Mapping[str, Sequence[Noted]],
+    noted: Mapping[str, Sequence[AuxiliaryValue]],
     methods: Mapping[str, type[Method]],
     configs: Mapping[str, object],
     run: Run,
@@ -49,7 +49,7 @@ def is_loss(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and not value.dim() and value.requires_grad
 
 
-def make_tokens(noted: Noted, run: Run, model: nn.Module) -> NotedTokens:
+def make_tokens(noted: AuxiliaryValue, run: Run, model: nn.Module) -> NotedTokens:
     """Return the tokens of a value (rows, tokens, …), and which of them are no padding, as the call's mask says."""
     value, real = noted.value, padding_mask(noted.layer, run, model)
     if real is not None and noted.rows is not None:

@@ -17,7 +17,7 @@ from graft.config.atomic import check_no_link
 from graft.config.base import FORMAT_VERSION, PeftConfig, why_no_config
 from graft.config.hub import select_hub_keywords
 from graft.config.prompt import NAMES as OF_THE_BASE
-from graft.core.containers import place
+from graft.core.containers import place_tensors
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.names import check_name_list
@@ -97,7 +97,7 @@ def widen_to_float32(layers: Iterable[AdapterLayer], adapter: str) -> None:
         for key in layer.adapter_layer_names:
             container = getattr(layer, key)
             if adapter in container and key not in layer.methods[adapter].keeps_base_dtype:
-                place(container, adapter, None, None, upcast=True)
+                place_tensors(container, adapter, None, None, upcast=True)
 
 
 def fill_adapter(model: nn.Module, values: CheckpointValues, is_trainable: bool, upcast: bool = False) -> None:

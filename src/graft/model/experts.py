@@ -14,7 +14,7 @@ from graft.config.base import PeftConfig
 from graft.config.pair import CONFIG_NAME
 from graft.core.carrier import Carrier
 from graft.core.errors import CheckpointError, ConfigError, RoutingError, UnsupportedLayerError
-from graft.core.gate import changes, everything, prepares
+from graft.core.gate import all_adapters, changes, prepares
 from graft.core.method import Method
 from graft.core.ops import META
 from graft.core.shared import TunerTensors
@@ -186,7 +186,7 @@ class XLoraRegistry(Registry):
                 "another."
             )
 
-    @changes(everything)
+    @changes(all_adapters)
     def set_adapter(self, adapter_name: str | Sequence[str] | Composition, inference_mode: bool = False) -> None:
         """Make these adapters active: X-LoRA with its experts, or experts by themselves, as plain LoRA.
 
@@ -203,7 +203,7 @@ class XLoraRegistry(Registry):
         if together and not self.classifier.config.use_trainable_adapters:
             self.set_requires_grad(self.experts, False)
 
-    @changes(everything)
+    @changes(all_adapters)
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget the adapter, and its router.
 

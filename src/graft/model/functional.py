@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
-from graft.core.carrier import active_without, check_not_merged, layer_in
+from graft.core.carrier import active_after_deletion, check_not_merged, layer_in
 from graft.core.errors import AdapterNotFoundError, PeftError, PeftWarning, warn
-from graft.core.gate import deletion
+from graft.core.gate import adapters_of_deletion
 from graft.core.layer import AdapterLayer
 from graft.core.names import as_name_list
 from graft.inject.parts import get_gate, get_registry, unwrap_model
@@ -86,13 +86,13 @@ def delete_adapter(
         warn(f"There is no adapter {adapter_name} to delete. The model has: {', '.join(known) or 'none'}.", PeftWarning)
         return active
     check_not_merged([adapter_name], {name for part in parts for name in part.merged_adapters})
-    with parts[0].call.gate.change(f"delete_adapter({adapter_name!r})", deletion(adapter_name, active)):
+    with parts[0].call.gate.change(f"delete_adapter({adapter_name!r})", adapters_of_deletion(adapter_name, active)):
         for part in parts:
             part.forget(adapter_name)
         configs = getattr(model, "peft_config", None)
         if isinstance(configs, dict):  # a model without a PeftModel
             configs.pop(adapter_name, None)
-        left = active_without(adapter_name, active, known.keys() - {adapter_name})
+        left = active_after_deletion(adapter_name, active, known.keys() - {adapter_name})
         if left and left[0] not in active:
             set_adapter(model, left)
     return left

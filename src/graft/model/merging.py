@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graft.core import merging
-from graft.core.base_config import input_embeddings, output_embeddings, text_config, tokens_of
+from graft.core.base_config import count_tokens, input_embeddings, output_embeddings, text_config
 from graft.core.carrier import carrier_of
 from graft.core.errors import warn
 from graft.core.layer import AdapterLayer
@@ -153,7 +153,7 @@ def vocabulary_sizes(model: nn.Module) -> list[int | None]:
     """Return for how many tokens the base's embeddings, and its head, have rows; nothing if its config says no size."""
     if getattr(text_config(model), "vocab_size", None) is None:
         return []
-    return [tokens_of(m and innermost(m)) for m in (input_embeddings(model), output_embeddings(model))]
+    return [count_tokens(m and innermost(m)) for m in (input_embeddings(model), output_embeddings(model))]
 
 
 def update_vocabulary_size(model: nn.Module, before: list[int | None]) -> None:

@@ -16,7 +16,7 @@ from graft.config.base import PeftConfig, check_config
 from graft.config.hub import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
 from graft.config.prompt import PromptLearningConfig
 from graft.core.base_config import input_embeddings
-from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, warn, who
+from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, describe_function, warn
 from graft.core.gate import PATIENCE, Names
 from graft.core.rows import BASE, CallContext, Run, count_copies
 from graft.inject.job import Options
@@ -436,7 +436,7 @@ class PeftModel(nn.Module):
         run.copies = count_copies(registry.model, inputs, kwargs) if generates else 1
         with (
             forbid_shared_draws(draws),
-            call.using(rows, draws),
+            call.use_rows(rows, draws),
             self._heads_of(used),
             registry.enter_methods(run) as finish,
         ):
@@ -732,4 +732,4 @@ LoadRequest = tuple[Any, str, dict[str, Any]]  # what, as which adapter, how
 
 def find_replaced_loader(kind: type[PeftModel]) -> str | None:
     """Return who has replaced `load_adapter` of a class, or overridden it; None if nobody has."""
-    return None if kind.load_adapter is LOAD_ADAPTER else who(kind.load_adapter)
+    return None if kind.load_adapter is LOAD_ADAPTER else describe_function(kind.load_adapter)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig, check_config
-from graft.core.call import Call, Noted
-from graft.core.carrier import Carrier, active_without, carried, check_not_merged
+from graft.core.call import AuxiliaryValue, Call
+from graft.core.carrier import Carrier, active_after_deletion, check_not_merged, iter_carried
 from graft.core.containers import BufferDict, Slot
 from graft.core.errors import (
     AdapterNameError,
@@ -27,11 +27,11 @@ from graft.core.errors import (
     AlreadyInjectedError,
     ConfigError,
     UnsupportedLayerError,
-    shortened,
+    describe_function,
+    shorten_text,
     warn,
-    who,
 )
-from graft.core.gate import ACTIVE, Names, changes, deletion, everything, prepares
+from graft.core.gate import ACTIVE, Names, adapters_of_deletion, all_adapters, changes, prepares
 from graft.core.layer import AdapterLayer, Host
 from graft.core.method import Method, return_unchanged
 from graft.core.names import as_name_list, check_name_list
@@ -80,7 +80,7 @@ REMEDY = "Choose another name (add_adapter() puts it beside that one), or delete
 def check_adapter_name(name: str, taken: Sequence[str] = (), remedy: str = REMEDY) -> None:
     """Raise AdapterNameError unless `name` can name a new adapter; `remedy` is for one that is taken."""
     if not isinstance(name, str) or not name:
-        raise AdapterNameError(f"An adapter needs a non-empty string as its name, got {shortened(repr(name))}.")
+        raise AdapterNameError(f"An adapter needs a non-empty string as its name, got {shorten_text(repr(name))}.")
     if "." in name:
         raise AdapterNameError(
             f'module name can\'t contain ".", got: {name}: adapter names are parts of parameter names.'
@@ -95,7 +95,7 @@ def check_adapter_name(name: str, taken: Sequence[str] = (), remedy: str = REMED
         size = 0
     if not 0 < size <= LONGEST_NAME or "\0" in name:
         raise AdapterNameError(
-            f"{shortened(repr(name))} cannot name an adapter: names become folders, and file systems take up to "
+            f"{shorten_text(repr(name))} cannot name an adapter: names become folders, and file systems take up to "
             f"{LONGEST_NAME} bytes of valid text without NUL."
         )
     if name in _TAKEN:
@@ -239,7 +239,7 @@ class Registry:
 
     def slots_of(self, adapter: str) -> Iterator[Slot]:
         """Yield the slots of an adapter's tensors on all its carriers."""
-        for part, name in carried(self.carriers(), [adapter]):
+        for part, name in iter_carried(self.carriers(), [adapter]):
             yield from part.slots(name)
 
     def parameters_of(self, module: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -288,7 +288,8 @@ class Registry:
                 holder.inject_adapter(self.model, adapter_name, **arguments)
                 if adapter_name not in self.reports:
                     raise UnsupportedLayerError(
-                        f"{type(holder).__name__}.inject_adapter was replaced by {who(holder.inject_adapter)}, which "
+                        f"{type(holder).__name__}.inject_adapter was replaced by "
+                        f"{describe_function(holder.inject_adapter)}, which "
                         f"has not called the original for adapter '{adapter_name}': graft injects there alone."
                     )
         finally:
@@ -549,13 +550,13 @@ class Registry:
 
     # on and off
 
-    @changes(everything)
+    @changes(all_adapters)
     def enable_adapter_layers(self) -> None:
         for part in self.carriers():
             part.enable_adapters(True)
         self.on_change()
 
-    @changes(everything)
+    @changes(all_adapters)
     def disable_adapter_layers(self) -> None:
         self._warn_of_biases()
         for part in self.carriers():
@@ -605,7 +606,7 @@ class Registry:
     def mergeable_layers(self) -> list[AdapterLayer]:
         return [*self.layers.values(), *(w for w in self.wrappers.values() if isinstance(w, RowsLayer))]
 
-    @changes(everything)
+    @changes(all_adapters)
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters (None: those active on each layer) into the base weights; `unmerge_adapter` takes them out.
 
@@ -627,7 +628,7 @@ class Registry:
         if shares is not None:
             self.shares_kept = shares
 
-    @changes(everything)
+    @changes(all_adapters)
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights again."""
         if not self.merged_adapters:
@@ -637,7 +638,7 @@ class Registry:
                 layer.unmerge()
         self.shares_kept = {}
 
-    @changes(everything)
+    @changes(all_adapters)
     def merge_and_unload(
         self,
         progressbar: bool = False,
@@ -701,7 +702,7 @@ class Registry:
                 self._merge(done, False, undoable=True)
             raise
 
-    @changes(everything)
+    @changes(all_adapters)
     def unload(self, keep_modules: bool = True) -> nn.Module:
         """Return the model without adapter layers, of which the parameters train that did before the first adapter.
 
@@ -728,7 +729,7 @@ class Registry:
 
     # delete
 
-    @changes(lambda self, adapter_name: deletion(adapter_name, self.active_adapters))
+    @changes(lambda self, adapter_name: adapters_of_deletion(adapter_name, self.active_adapters))
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its tensors.
 
@@ -752,7 +753,7 @@ class Registry:
         if adapter_name in self.active_adapters:
             if composition is not None:
                 warn(f"Adapter '{adapter_name}' was a part of {composition!r}, which ends: set_adapter() anew.")
-            self.set_adapter(active_without(adapter_name, self.active_adapters, self.peft_config))
+            self.set_adapter(active_after_deletion(adapter_name, self.active_adapters, self.peft_config))
 
     # run
 
@@ -794,7 +795,7 @@ class Registry:
             for method, run.adapters in adapters_by_method.items():
                 steps.append(stack.enter_context(method.surround_run(self, self.call, run)))
             if losing:
-                noted = stack.enter_context(self.call.noting())
+                noted = stack.enter_context(self.call.collect_values())
                 steps.append(lambda output: self._add_losses(output, noted, run))
 
             def finish(output: object) -> object:
@@ -804,12 +805,12 @@ class Registry:
 
             yield finish
 
-    def _add_losses(self, output: object, noted: Mapping[str, Sequence[Noted]], run: Run) -> object:
+    def _add_losses(self, output: object, noted: Mapping[str, Sequence[AuxiliaryValue]], run: Run) -> object:
         """Return the output with the adapters' losses in its own; keep them if it has none."""
         losses = compute_losses(noted, self.losing, self.peft_config, run, self.model)
         both = add_to_loss(output, sum(losses.values())) if losses else output
         if both is None:
-            self.call.here.losses.update(losses)
+            self.call.thread_state.losses.update(losses)
         return output if both is None else both
 
     def auxiliary_loss(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
@@ -824,7 +825,7 @@ class Registry:
         Raises:
             AdapterNotFoundError: there is no such adapter.
         """
-        losses = self.call.here.losses
+        losses = self.call.thread_state.losses
         names = list(losses) if adapter_names is None else as_name_list(adapter_names, "auxiliary_loss")
         self.check_known(names)
         return sum((self.call.loss_of(name) for name in names if name in losses), 0.0)

@@ -94,7 +94,7 @@ def copy_batch(
     batch, children = count_rows(inputs, kwargs), value.children if isinstance(value, Parallel) else (value,)
     inputs, kwargs = copy_rows(batch, inputs, kwargs, len(children), own_arguments)
     _, facts = copy_rows(batch, (), call.context.facts, len(children), own_arguments)
-    return inputs, kwargs, [child for child in children for _ in range(batch)], call.giving(facts=facts)
+    return inputs, kwargs, [child for child in children for _ in range(batch)], call.extend_context(facts=facts)
 
 
 def make_draws(generators: object, rows: Rows | None) -> AdapterGenerators | None:
@@ -160,10 +160,10 @@ def use_copies(call: Call, copies: int, model: nn.Module) -> Iterator[None]:
 
             def put_context(context: CallContext) -> None:
                 if get_ident() == thread:  # others may run the model as well
-                    call.put(context)
+                    call.swap_context(context)
 
             undo.enter_context(encoder.register_forward_pre_hook(lambda *_: put_context(once)))
             undo.enter_context(encoder.register_forward_hook(lambda *_: put_context(copied)))
-        undo.callback(call.put, once)
-        call.put(copied)
+        undo.callback(call.swap_context, once)
+        call.swap_context(copied)
         yield

@@ -15,7 +15,7 @@ from torch import nn
 from graft.config.base import PeftConfig
 from graft.config.fields import TASK_HEADS
 from graft.config.hub import fetch_file, select_hub_keywords
-from graft.core.errors import CheckpointError, ConfigError, PeftWarning, shortened, warn
+from graft.core.errors import CheckpointError, ConfigError, PeftWarning, shorten_text, warn
 from graft.inject.beside import add_task_heads
 from graft.inject.parts import get_registry
 from graft.model.peft_model import OF_TASKS, PeftModel
@@ -314,7 +314,7 @@ class AutoPeftModel:
         if not (isinstance(library, str) and isinstance(name, str)):
             raise ConfigError(
                 "The config's auto_mapping must name the base model's class and its library, as base_model_class and "
-                f"parent_library; it is {shortened(repr(mapping))}."
+                f"parent_library; it is {shorten_text(repr(mapping))}."
             )
         allowed = allowlist if allowlist is not None else list(ALLOWED_LIBRARIES)
         if not any(library == a or library.startswith(f"{a}.") for a in allowed):
@@ -325,9 +325,9 @@ class AutoPeftModel:
         try:
             base_class = getattr(importlib.import_module(library), name, None)
         except (ImportError, ValueError, TypeError) as e:
-            raise ConfigError(f"auto_mapping: the library '{shortened(library)}' cannot be imported: {e}") from e
+            raise ConfigError(f"auto_mapping: the library '{shorten_text(library)}' cannot be imported: {e}") from e
         if not (isinstance(base_class, type) and hasattr(base_class, "from_pretrained")):
-            raise ConfigError(f"auto_mapping: '{shortened(name)}' of '{library}' is no class of models to load.")
+            raise ConfigError(f"auto_mapping: '{shorten_text(name)}' of '{library}' is no class of models to load.")
         return base_class
 
     @staticmethod

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import unserializable_hook
 
 from graft.config.base import PeftConfig
-from graft.core.carrier import Carrier, carried
+from graft.core.carrier import Carrier, iter_carried
 from graft.core.containers import Slot
 from graft.core.errors import DistributedError, PeftWarning, warn
 from graft.core.method import Tuner
@@ -323,7 +323,7 @@ def warn_other_starts(registry: Tuner) -> None:
 
 def slots_of_active(registry: Tuner) -> Iterable[tuple[str, Slot, bool]]:
     """Yield the slots of active adapters that can train: name for errors, slot, whether the adapter is to train."""
-    for carrier, name in carried(registry.carriers(), registry.active_adapters):
+    for carrier, name in iter_carried(registry.carriers(), registry.active_adapters):
         for slot in carrier.slots(name):
             if slot.trains:
                 yield f"{carrier.key}.{slot.container}.{name}", slot, name in carrier.state.trainable
@@ -331,7 +331,7 @@ def slots_of_active(registry: Tuner) -> Iterable[tuple[str, Slot, bool]]:
 
 def initial_tensors(registry: Tuner, adapter: str) -> list[Tensor]:
     """Return the floating tensors of an adapter that have values."""
-    slots = (s for carrier, name in carried(registry.carriers(), [adapter]) for s in carrier.slots(name))
+    slots = (s for carrier, name in iter_carried(registry.carriers(), [adapter]) for s in carrier.slots(name))
     tensors = [s.tensor.detach() for s in slots if s.tensor.is_floating_point() and not s.tensor.is_meta]
     return [t for t in tensors if t.numel() and layout_of(t) is None]
 

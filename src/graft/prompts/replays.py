@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.gate import Lock
+from graft.core.gate import ForkSafeLock
 from graft.kernels.eager import Context
 from graft.prompts import kv_prefix
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 NAMES = ("cache", "layer_past", "past_key_values", "past_key_value")  # names that layers have for their cache argument
 RUN = "_gradient_checkpointing_func"
-TURNS = Lock()  # calls that change what layers have in common run in turn
+TURNS = ForkSafeLock()  # calls that change what layers have in common run in turn
 
 
 class Replays:

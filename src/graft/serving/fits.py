@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft import AdapterKeyError, ConfigError, LoraConfig
-from graft.core.errors import some
+from graft.core.errors import join_some
 from graft.inject.match import Matcher
 from graft.inject.parts import AdapterCarriers
 from graft.io.files import LoadedWeights
@@ -132,7 +132,8 @@ def by_layer(name: str, tensors: Mapping[str, Tensor], config: PeftConfig) -> di
 
 def _no_slots(name: str, keys: Sequence[str]) -> AdapterKeyError:
     return AdapterKeyError(
-        f"Adapter '{name}' does not fit: no slots for {some(list(keys))}. Name these modules in `targets`, if they are "
+        f"Adapter '{name}' does not fit: no slots for {join_some(list(keys))}. Name these modules in `targets`, if "
+        "they are "
         "linear layers."
     )
 
@@ -163,7 +164,9 @@ def fitted(
     lost = [key for key in layers if key not in found and matcher(key).outcome == "matched"]
     lost += [f"{key}.{leaf}" for key, own in found.items() for leaf in leaves(config) if leaf not in own]
     if lost or not found:
-        raise AdapterKeyError(f"Adapter '{name}' does not fit: {loaded.path} lacks {some(lost) or 'any tensor of it'}.")
+        raise AdapterKeyError(
+            f"Adapter '{name}' does not fit: {loaded.path} lacks {join_some(lost) or 'any tensor of it'}."
+        )
     load.check_base(AdapterCarriers({key: layers[key] for key in found}, {}))  # type: ignore[misc]
     make = _scales if leaves(config) == (SCALES,) else _factors
     return {key: make(name, key, own, config, layers[key], max_rank) for key, own in found.items()}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graft import AdapterKeyError, AdapterLayer, ConfigError, LoraConfig, PeftWarning
 from graft.config.hub import HUB_KEYWORDS, warn_unknown
-from graft.core.errors import some, warn
+from graft.core.errors import join_some, warn
 from graft.core.wrappers import strip_inner_wrappers
 from graft.inject.inject import pause_collector
 from graft.inject.match import Matcher
@@ -148,7 +148,7 @@ def planned(
     if merged:
         raise ConfigError(
             f"Cannot hot-swap adapter '{adapter}' because it is currently merged into the base weights. Please unmerge "
-            f"the adapter first, with unmerge_adapter(). It is merged on {some(merged, 2)}."
+            f"the adapter first, with unmerge_adapter(). It is merged on {join_some(merged, 2)}."
         )
     load = CheckpointValues(base, config, adapter, loaded, **options)
     with pause_collector():
@@ -164,7 +164,7 @@ def planned(
             zeros = [(target, target.new_zeros(()).expand(find_whole_shape(target))) for target in plan.zeros]
             write_all_whole([*plan.copies, *zeros])
             for layer, rank, alpha, scaling in plan.changes:
-                layer.tell(adapter, r=rank, lora_alpha=alpha)
+                layer.set_facts(adapter, r=rank, lora_alpha=alpha)
                 both: list[dict[str, Any]] = [layer.scaling, layer.scaling_at_start]
                 for scalings in both:
                     if isinstance(scalings[adapter], Tensor):
@@ -264,9 +264,9 @@ def plan_swap(load: CheckpointValues, parts: AdapterCarriers) -> Swap:
     base = load.find_base_tensors(set(left), prefix, parts)[0] if left else {}
     other = [name for name, p in base.items() if not torch.equal(p, left.pop(name).to(p))]
     plan.wrong += [f"{name} is not what the base model has" for name in other]
-    faults = [f"unexpected keys found: {some(sorted(left))[1:-1]}"] if left else []
-    faults += [f"missing keys: {some(plan.missing)}"] if plan.missing else []
-    faults += [some(plan.wrong)] if plan.wrong else []
+    faults = [f"unexpected keys found: {join_some(sorted(left))[1:-1]}"] if left else []
+    faults += [f"missing keys: {join_some(plan.missing)}"] if plan.missing else []
+    faults += [join_some(plan.wrong)] if plan.wrong else []
     if faults or not plan.found:
         raise AdapterKeyError(
             f"Hot swapping the adapter did not succeed, {'; '.join(faults) or 'it has no layer of this one'}. Adapter "
@@ -456,7 +456,7 @@ def prepare(layer: AdapterLayer, adapter: str, rank: int | None) -> Change:
     """Turn an adapter's scaling on a layer into a tensor, and note its rank."""
     r, alpha, rslora = (of[adapter] for of in (layer.r, layer.lora_alpha, layer.use_rslora))
     change = Change.of(layer, r, alpha, rslora, rank or r)
-    layer.tell(adapter, r=change.rank, lora_alpha=change.alpha)
+    layer.set_facts(adapter, r=change.rank, lora_alpha=change.alpha)
     device = layer.methods[adapter].pair[0].device
     both: list[dict[str, Any]] = [layer.scaling, layer.scaling_at_start]
     for scalings in both:

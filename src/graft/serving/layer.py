@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft import RoutingError
-from graft.core.containers import moved
+from graft.core.containers import move_tensor
 from graft.core.ops import is_stock
 from graft.core.site import Site, Store
 from graft.kernels.eager import eager, has_no_hooks
@@ -109,7 +109,7 @@ class SlotLayer(nn.Module):
         self.site, self.choice, self.keep, self.has_gains = site, choice, keep, gains
         self.output_is_new = site.op.output_is_new and site.store.exact and is_stock(site.module)
         device, base = site.weight.where()
-        like = torch.empty(0, device=device, dtype=dtype) if dtype else moved(torch.empty(0), device, base, True)
+        like = torch.empty(0, device=device, dtype=dtype) if dtype else move_tensor(torch.empty(0), device, base, True)
         self.names = [(f"A{i or ''}", f"B{i or ''}") for i in range(len(sizes))]
         self.place = [(0, 0)]  # group and place in it, by slot
         for i, ((a, b), (rank, n)) in enumerate(zip(self.names, sizes.items())):

@@ -26,7 +26,7 @@ from graft import (
     get_peft_model_state_dict,
 )
 from graft.config.hub import HUB_KEYWORDS
-from graft.core.errors import some
+from graft.core.errors import join_some
 from graft.core.gate import PATIENCE, Gate
 from graft.core.pieces import check_no_pieces
 from graft.core.rows import BASE, count_copies
@@ -118,7 +118,8 @@ class AdapterSlots:
         carrying = [*found.tree.layers, *found.tree.wrappers]
         if carrying:
             raise AlreadyInjectedError(
-                f"The model carries adapters already, on {some(carrying, 2)}: unload() them, or pass the base model."
+                f"The model carries adapters already, on {join_some(carrying, 2)}: unload() them, or pass the base "
+                "model."
             )
         sites = {key: method.site for key, method in found.methods.items()}
         check_sites(sites)
@@ -203,12 +204,14 @@ class AdapterSlots:
             names = list(configs) if names is None else [names] if isinstance(names, str) else list(names)
             absent = [name for name in names if name not in configs]
             if absent or not names:
-                there = some(list(configs)) if configs else "none"
+                there = join_some(list(configs)) if configs else "none"
                 raise AdapterNotFoundError(
-                    f"There is no adapter {some(absent) if absent else 'to serve'}. Known: {there}."
+                    f"There is no adapter {join_some(absent) if absent else 'to serve'}. Known: {there}."
                 )
             if merged := get_registry(model).merged_adapters:
-                raise ConfigError(f"Adapters {some(merged)} are merged into the base weights: call unmerge_adapter().")
+                raise ConfigError(
+                    f"Adapters {join_some(merged)} are merged into the base weights: call unmerge_adapter()."
+                )
             adapters = {name: (configs[name], get_peft_model_state_dict(model, None, name)) for name in names}
             ranks, targets = [1], dict[str, None]()
             for name, (config, tensors) in adapters.items():
@@ -216,10 +219,10 @@ class AdapterSlots:
                 found = by_layer(name, tensors, config)
                 if wrong := [key for key, own in found.items() if any(t.dim() > 2 for t in own.values())]:
                     raise ConfigError(
-                        f"Adapter '{name}' does not fit: {some(wrong)} are not linear: no slots for them."
+                        f"Adapter '{name}' does not fit: {join_some(wrong)} are not linear: no slots for them."
                     )
                 if broken := [key for key, t in tensors.items() if not t.isfinite().all()]:
-                    raise CheckpointError(f"Adapter '{name}' does not fit: {some(broken)} are not finite.")
+                    raise CheckpointError(f"Adapter '{name}' does not fit: {join_some(broken)} are not finite.")
                 ranks += [own[A_].shape[0] for own in found.values() if A_ in own]
                 targets |= dict.fromkeys(found)
             sites = {key: layer.site for key, layer in get_registry(model).layers.items() if key in targets}
@@ -278,7 +281,7 @@ class AdapterSlots:
                 return self._fit(name, *self._source(name, source, config, adapter, hub), allow_nonfinite)
 
         factors = read()
-        with self.gate.moved:
+        with self.gate.state_changed:
             check_adapter_name(name, self._taken, TAKEN)
             self._known[name] = Known(factors, None) if keep else Known(None, read)
             needed = rank_of(factors)
@@ -317,7 +320,7 @@ class AdapterSlots:
             RoutingError: it is unknown, or an open `using` block of this thread uses it.
             InUseError: batches of other threads use it for longer than `change_timeout`. It stays.
         """
-        with self.gate.moved:
+        with self.gate.state_changed:
             self._check([name], base=False)
             if name in self._in_use(get_ident()):
                 raise RoutingError(f"Adapter '{name}' is in use: leave the `using` block first.")
@@ -334,7 +337,7 @@ class AdapterSlots:
             if name in self._slots:
                 slot = self._slots.pop(name)
                 self._free[self._rank_of[slot]].append(slot)
-            self.gate.moved.notify_all()
+            self.gate.state_changed.notify_all()
 
     def pin(self, *names: str) -> None:
         """Put adapters into slots, and keep them there until `unpin`.
@@ -343,17 +346,17 @@ class AdapterSlots:
             RoutingError: one is unknown, or there are more than slots.
             InUseError: batches of other threads use the slots for longer than `change_timeout`.
         """
-        with self.gate.moved:
+        with self.gate.state_changed:
             self._check(names, base=False)
             self._hold(names, {})
             self._pinned |= set(names)
 
     def unpin(self, *names: str) -> None:
         """Let other adapters take the slots of these."""
-        with self.gate.moved:
+        with self.gate.state_changed:
             self._check(names, base=False)
             self._pinned -= set(names)
-            self.gate.moved.notify_all()
+            self.gate.state_changed.notify_all()
 
     @property
     def names(self) -> list[str]:
@@ -376,7 +379,8 @@ class AdapterSlots:
         unknown = sorted({n for n in names if n not in self._known and not (base and n == BASE)})
         if unknown:
             raise RoutingError(
-                f"Unknown adapter(s): {', '.join(unknown)}. Known are {some(self.names) if self._known else 'none'}."
+                f"Unknown adapter(s): {', '.join(unknown)}. Known are "
+                f"{join_some(self.names) if self._known else 'none'}."
             )
 
     def _in_use(self, thread: int | None = None) -> set[str]:
@@ -387,7 +391,7 @@ class AdapterSlots:
 
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
         """Wait until other threads' batches have ended so far that `ready`."""
-        if not self.gate.moved.wait_for(ready, self.gate.timeout):
+        if not self.gate.state_changed.wait_for(ready, self.gate.timeout):
             running = "; ".join(map(str, list(self.gate.calls.values()))) or "none"
             raise InUseError(
                 f"{what} waited {self.gate.timeout:g} s for batches of other threads: {running}. Make more slots "
@@ -407,10 +411,10 @@ class AdapterSlots:
         own = self._in_use(get_ident())
         if not self._have_room({*wanted, *self._pinned, *own}):
             busy = sorted((self._pinned | own) - set(wanted))
-            also = f" beside {some(busy)}, which are pinned or in use" if busy else ""
+            also = f" beside {join_some(busy)}, which are pinned or in use" if busy else ""
             raise RoutingError(
                 f"{len(wanted)} adapters are needed at once{also}, but max_adapters is {self._room}: split the "
-                f"batch, or make more slots. Needed: {some(wanted)}."
+                f"batch, or make more slots. Needed: {join_some(wanted)}."
             )
         turn = object()
 
@@ -423,13 +427,13 @@ class AdapterSlots:
             self._line.append(turn)
         try:
             if wanted:
-                self._wait(ready, f"A batch of {some(wanted)}")
+                self._wait(ready, f"A batch of {join_some(wanted)}")
             self._check([n for n in wanted if n not in own])
             self._put(wanted, read)
         finally:
             if turn in self._line:
                 self._line.remove(turn)
-            self.gate.moved.notify_all()
+            self.gate.state_changed.notify_all()
 
     def _have_room(self, names: set[str]) -> bool:
         """Return True if there are slots for all of these at once."""
@@ -533,7 +537,7 @@ class AdapterSlots:
             own = self._in_use(thread)  # `unload` may wait for them already
             self._check([n for n in each if n not in own])
             read = self._read(each)
-            with self.gate.moved:
+            with self.gate.state_changed:
                 self._hold(each, read)
                 blocks = self._using.setdefault(thread, [])
                 blocks.append(chosen)
@@ -542,12 +546,12 @@ class AdapterSlots:
                 self._choose(here)
                 yield self.model
             finally:
-                with self.gate.moved:
+                with self.gate.state_changed:
                     blocks.pop()
                     if not blocks:
                         del self._using[thread]
                     here = self._slots_of(blocks[-1] if blocks else BASE)
-                    self.gate.moved.notify_all()
+                    self.gate.state_changed.notify_all()
                 self._choose(here)
 
     def _slots_of(self, chosen: str | tuple[str, ...]) -> int | list[int]:

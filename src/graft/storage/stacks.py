@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.core.finite import survival
+from graft.core.finite import measure_survival
 from graft.core.ops import TypeTable
 from graft.storage.float8 import FP4, decode, encode, unpack_pairs
 
@@ -77,7 +77,7 @@ class PackedMatrices:
         return W, fold(expert, W.to(torch.promote_types(W.dtype, torch.float32)))
 
     def fold(self, fold: Fold) -> tuple[PackedMatrices, Tensor]:
-        """Return a new stack with all matrices folded, one at a time, and the `survival` of the updates."""
+        """Return a new stack with all matrices folded, one at a time, and the `measure_survival` of the updates."""
         stack = self.in_rows()
 
         def matrix(expert: int) -> Tensor:
@@ -88,7 +88,7 @@ class PackedMatrices:
         new, shares = stack.remake(matrix), []
         for expert in range(self.shape[0]):
             W, wide = stack.fold_one(fold, expert)
-            shares.append(survival(W, wide, new.matrix(expert, W.dtype)))
+            shares.append(measure_survival(W, wide, new.matrix(expert, W.dtype)))
         return new, torch.stack(shares).sum(0)
 
     def folds_finite(self, fold: Fold) -> bool:

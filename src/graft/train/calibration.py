@@ -26,7 +26,7 @@ from graft.config.archives import read_weights
 from graft.config.atomic import replace_file
 from graft.config.base import check_config
 from graft.config.fields import require_sub_config
-from graft.core.errors import some
+from graft.core.errors import join_some
 from graft.core.pieces import check_no_pieces
 from graft.inject.inject import Injection
 from graft.methods.lora.start import EIGENS, GRADIENT, CordaEigens, eigens_of
@@ -72,7 +72,7 @@ def check_measured(keys: Collection[str], seen: Collection[str], what: str) -> N
     missing = [key for key in keys if key not in seen]
     if missing:
         raise CalibrationError(
-            f"The data gave no {what} for {len(missing)} of {len(list(keys))} layers: {some(missing)}."
+            f"The data gave no {what} for {len(missing)} of {len(list(keys))} layers: {join_some(missing)}."
         )
 
 
@@ -405,7 +405,8 @@ def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn
     still = [path for path, change in changes.items() if not (change.isfinite().all() and change.any())]
     if still:
         raise CalibrationError(
-            f"The training left {A_LOG} of {some(still)} unchanged, or not finite: have an optimizer of the parameters "
+            f"The training left {A_LOG} of {join_some(still)} unchanged, or not finite: have an optimizer of the "
+            "parameters "
             "that it gets take steps."
         )
     for path, mixer in mixers.items():

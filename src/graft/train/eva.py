@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft import AdapterLayer, CalibrationError, ConfigError, PeftWarning
-from graft.core.errors import some, warn
+from graft.core.errors import join_some, warn
 from graft.core.pieces import check_no_pieces
 from graft.inject.inject import attach_module
 from graft.inject.match import minimize_names
@@ -263,14 +263,14 @@ class InputMeasurement:
                         f"{name} ({n} rows needed, at most {largest[name]} in a batch)" for name, n in short.items()
                     ]
                     raise CalibrationError(
-                        f"There are too few samples in a batch for {len(short)} layers: {some(lines)}. Use larger "
+                        f"There are too few samples in a batch for {len(short)} layers: {join_some(lines)}. Use larger "
                         "batches, a smaller r or a smaller rho."
                     )
         if not list_turning():
             return ranks
         raise CalibrationError(
             f"Components of {len(list_turning())} layers still turn after {MAX_PASSES} passes through the data: "
-            f"{some(list_turning())}. Use more data, or a smaller tau than {self.cfg.eva_config.tau}."
+            f"{join_some(list_turning())}. Use more data, or a smaller tau than {self.cfg.eva_config.tau}."
         )
 
 
@@ -344,7 +344,7 @@ def set_eva_values(registry: Registry, adapter: str, values: dict[str, Tensor]) 
     if missing:
         warn(
             "the following layers were initialized with init_lora_weights=True because they were not found in the eva "
-            f"state_dict: {some(missing)}",
+            f"state_dict: {join_some(missing)}",
             PeftWarning,
         )
 
@@ -355,7 +355,7 @@ def check_eva_values(adapter: str, layers: dict[str, AdapterLayer], values: dict
     """
     unknown = sorted(values.keys() - layers.keys())
     if unknown:
-        raise CalibrationError(f"eva_state_dict has values for {some(unknown)}, where adapter '{adapter}' is not.")
+        raise CalibrationError(f"eva_state_dict has values for {join_some(unknown)}, where adapter '{adapter}' is not.")
     for key, A in values.items():
         wanted = layers[key].fan_in
         if A.dim() != 2 or A.shape[1] != wanted or not A.isfinite().all():
@@ -385,7 +385,7 @@ def set_layer_start(layer: AdapterLayer, adapter: str, r: int, alpha: float, A: 
         layer.add(new_method, new_method.build({}))
         layer.methods.update({name: layer.methods.pop(name) for name in names})  # in the order that they had
         new_method.init()
-        layer.place(adapter, layer.where, upcast)
+        layer.place_adapter(adapter, layer.where, upcast)
         layer.require_grad(adapter, adapter in layer.state.trainable)
         layer.refresh_plan()
         method = new_method
@@ -456,7 +456,7 @@ def get_eva_state_dict(
     if isinstance(prepare_layer_inputs_fn, Mapping) and (unknown := sorted({*prepare_layer_inputs_fn} - {*layers})):
         raise ConfigError(
             "prepare_layer_inputs_fn is a mapping but the following module names were not found in the model: "
-            f"{some(unknown)}"
+            f"{join_some(unknown)}"
         )
     if dist.is_initialized() and gather_distributed_inputs:
         warn(

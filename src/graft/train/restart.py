@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graft import AdapterLayer, ConfigError, LoraConfig, UnsupportedLayerError, method_of
-from graft.core.folding import delta_of, evaluating
+from graft.core.folding import EvaluationMode, compute_delta
 from graft.core.random import kaiming_bound
 from graft.inject.parts import get_registry, unwrap_model
 from graft.storage.parallel import layout_of
@@ -53,9 +53,9 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
         registry.taken_in.add(name)
         for layer in layers:
             m: Method = layer.methods[name]
-            with layer.store.bring_in(layer, None), evaluating(layer):
+            with layer.store.bring_in(layer, None), EvaluationMode(layer):
                 W = layer.W0
-                W = W + delta_of(layer, m.effect).to(W.dtype)
+                W = W + compute_delta(layer, m.effect).to(W.dtype)
             layer.rewrite_base(W)
             layer.drop_rollback()
             reset_factors(m)

@@ -26,7 +26,7 @@ from graft.config.atomic import make_folder, replace_file
 from graft.config.fields import to_int
 from graft.config.reading import Json
 from graft.core.containers import Slot
-from graft.core.errors import some
+from graft.core.errors import join_some
 from graft.core.random import find_accelerator
 from graft.core.wrappers import strip_inner_wrappers
 from graft.inject.build import assign_values
@@ -253,7 +253,8 @@ def check_same_values(values: dict[str, TrainedTensor]) -> None:
         if differ := sorted(name for name in first.keys() | shapes.keys() if first.get(name) != shapes.get(name)):
             raise DistributedError(
                 f"Rank {number} does not train what rank 0 trains, which alone would be in the file: they differ in "
-                f"{some(differ, 3)}. A pipeline, of which each process has a stage, cannot be resumed by name: save "
+                f"{join_some(differ, 3)}. A pipeline, of which each process has a stage, cannot be resumed by name: "
+                "save "
                 "each stage's adapter by save_pretrained, and its optimizer beside it."
             )
 
@@ -651,18 +652,18 @@ class ResumeJob:
         shapes = [n for n in both if shape[n] != self.tensors[n].shape]
         if shapes:
             text = [f"'{n}' has shape {tuple(self.tensors[n].shape)} there and {shape[n]} here" for n in shapes]
-            self.note_mismatch(AdapterKeyError, f"{some(text, 3)}, as of another rank", shapes, [])
+            self.note_mismatch(AdapterKeyError, f"{join_some(text, 3)}, as of another rank", shapes, [])
         masters = find_master_ids(current.values())
         dtype = {n: torch.float32 if id(current[n]) in masters else current[n].dtype for n in both}
         dtypes = [n for n in both if n not in shapes and dtype[n] != self.tensors[n].dtype]
         if dtypes:
             text = [f"'{n}' is {self.tensors[n].dtype} there and {dtype[n]} here" for n in dtypes]
-            self.note_mismatch(AdapterKeyError, f"{some(text, 3)}", [], [])
+            self.note_mismatch(AdapterKeyError, f"{join_some(text, 3)}", [], [])
         fresh = [n for n in current if n not in self.tensors]
         missing = [n for n in self.tensors if n not in current and n not in network_names]
         if fresh or missing:
             parts = [
-                f"{what} {some(sorted(names), 3)}"
+                f"{what} {join_some(sorted(names), 3)}"
                 for what, names in (("it does not hold", fresh), ("here is no", missing))
                 if names
             ]
@@ -711,7 +712,9 @@ class ResumeJob:
             saved, live = set().union(*groups), set().union(*sets)
             one = sorted(saved ^ live)
             text = (
-                f"parameters of only one of the two are {some(one, 3)}" if one else "they hold others of the parameters"
+                f"parameters of only one of the two are {join_some(one, 3)}"
+                if one
+                else "they hold others of the parameters"
             )
             self.note_mismatch(
                 ConfigError,

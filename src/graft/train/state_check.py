@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from graft import CheckpointError, NonFiniteError
-from graft.core.errors import some
+from graft.core.errors import join_some
 from graft.io.check import describe_fault, find_nonfinite
 from graft.train.state_file import simulate_read
 
@@ -203,7 +203,7 @@ def check_moments(
     if not isinstance(state, dict) or not all(type(name) is str for name in state):
         raise CheckpointError(f"{what} is no dict of named values. {REMEDY}")
     if faults := [name for name, t in state.items() if isinstance(t, Tensor) and describe_fault(t)]:
-        raise CheckpointError(f"{what}: {some(faults)} are no plain tensors. {REMEDY}")
+        raise CheckpointError(f"{what}: {join_some(faults)} are no plain tensors. {REMEDY}")
     check_state_finite(state, what)
     if not state or not is_known(optimizer, KNOWN_MODULES):
         return
@@ -247,4 +247,6 @@ def check_state_finite(values: Mapping[str, object], what: str) -> None:
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     bad = find_nonfinite(tensors) + [n for n, v in values.items() if type(v) is float and not math.isfinite(v)]
     if bad:
-        raise NonFiniteError(f"{what} holds NaN or infinite numbers in {some(bad, 3)}: training had diverged. {REMEDY}")
+        raise NonFiniteError(
+            f"{what} holds NaN or infinite numbers in {join_some(bad, 3)}: training had diverged. {REMEDY}"
+        )

@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 from graft import BaseModelMismatchError, CheckpointError, ConfigError
 from graft.config.reading import Json, parse_json
 from graft.core.containers import Slot
-from graft.core.errors import shortened
+from graft.core.errors import shorten_text
 from graft.inject.parts import get_registry
 from graft.io.files import read_safetensors
 from graft.io.fingerprint import Fingerprint, describe_difference, match_values
@@ -147,7 +147,7 @@ def unpack(value: object, tensors: dict[str, Tensor], path: str = "", depth: int
     except (KeyError, TypeError, ValueError) as e:
         if isinstance(e, CheckpointError):
             raise
-        raise CheckpointError(f"The note in {path} is damaged: {shortened(repr(e))}.") from None
+        raise CheckpointError(f"The note in {path} is damaged: {shorten_text(repr(e))}.") from None
     return {k: inner(v) for k, v in value.items()}
 
 

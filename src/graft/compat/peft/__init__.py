@@ -18,7 +18,7 @@ from types import ModuleType
 from graft.compat.peft.children import hand_down, handed_down, keep_to_itself, variables, version_to_say
 from graft.compat.peft.late import check_flags, holders, settle_clients
 from graft.compat.peft.modules import FINDER, ours, real_peft
-from graft.core.errors import some
+from graft.core.errors import join_some
 
 __all__ = ["install", "installed", "uninstall"]
 
@@ -68,7 +68,8 @@ def take_place(real: dict[str, ModuleType], force: bool) -> None:
             check_flags()
         if real and not force and (names := holders(real)):
             raise ImportError(
-                f"peft has been imported already, and part of the program would go on using it: {some(names)}. Call "
+                f"peft has been imported already, and part of the program would go on using it: {join_some(names)}. "
+                "Call "
                 "graft.compat.peft.install() before the first import of peft there, or pass force=True."
             )
     except BaseException:

@@ -173,7 +173,7 @@ def asking(name: str) -> Callable[..., object]:
 
 def find(name: str, layer: AdapterLayer) -> Callable[..., object] | None:
     """Return the function that has replaced a method of layers of this kind; None if none has."""
-    if name == "forward" and layer.call.weights() is not None:  # PEFT's mixtures do not call it
+    if name == "forward" and layer.call.current_gates() is not None:  # PEFT's mixtures do not call it
         return None
     return next((f for cls, f in REPLACED[name] if cls.__instancecheck__(layer)), None)
 
@@ -191,7 +191,7 @@ def run_with_delta_weight(
 
 def names_of_rows(call: Call) -> list[str] | None:
     """Return the adapter of each row of the mixed batch that runs, as PEFT hands it to layers; None in none."""
-    rows = call.current()
+    rows = call.current_rows()
     groups = {} if rows is None else rows.groups
     named: dict[int, str] = {}
     for key, group in groups.items():

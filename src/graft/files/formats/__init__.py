@@ -13,7 +13,7 @@ from graft import BaseModelMismatchError, CheckpointError, NonFiniteError
 from graft.config.atomic import is_special
 from graft.config.file import find_adapter_folders
 from graft.config.pair import CONFIG_NAME
-from graft.core.errors import shortened, some
+from graft.core.errors import join_some, shorten_text
 from graft.files.base import Known
 from graft.files.bases import by_model
 from graft.files.errors import OptionError
@@ -91,7 +91,9 @@ def recognise(path: str) -> str:
     if what := unread(path):
         raise CheckpointError(f"{path} is {what}.")
     if inner := find_adapter_folders(path):
-        raise CheckpointError(f"{path} is no adapter, but holds some in the folders {some(inner)}: give one of them.")
+        raise CheckpointError(
+            f"{path} is no adapter, but holds some in the folders {join_some(inner)}: give one of them."
+        )
     what = "holds a model, and no adapter" if is_model(path) else "is no adapter"
     raise CheckpointError(f"{path} {what} of a format that graft reads: {', '.join(FORMATS)}.")
 
@@ -132,7 +134,9 @@ def read(path: str | os.PathLike[str], base: Base | None = None) -> AdapterFile:
             raise
         adapter = form.read(path, known)  # its modules may have other names than its files
     if not isinstance(adapter.base, str | None):
-        raise CheckpointError(f"{path} names {shortened(repr(adapter.base))} as its base model, and no text. Edit it.")
+        raise CheckpointError(
+            f"{path} names {shorten_text(repr(adapter.base))} as its base model, and no text. Edit it."
+        )
     for module, factors in adapter.modules.items():
         if not math.isfinite(factors.scale or 0.0):
             raise NonFiniteError(f"{path}: the scale of '{module}' is {factors.scale}. Save or download it again.")

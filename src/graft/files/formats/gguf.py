@@ -18,7 +18,7 @@ import numpy as np
 from graft import BaseModelMismatchError, CheckpointError, LossError
 from graft.config.atomic import replace_file
 from graft.config.reading import LARGEST_NUMBER, Json, open_file
-from graft.core.errors import shortened, some
+from graft.core.errors import join_some, shorten_text
 from graft.files.errors import BaseNeededError, PackageNeededError
 from graft.files.formats import Base, one_file
 from graft.files.formats.gguf_file import MAGIC, contents, package
@@ -99,7 +99,9 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     modules = by_module(out, tensors, KEY)
     paths = {name: name for name in modules} if base is None else paths_of(base, arch, path)
     if absent := [name for name in modules if name not in paths]:
-        raise BaseModelMismatchError(f"{base.path if base else ''} has no modules for {some(absent, 4)} of {path}.")
+        raise BaseModelMismatchError(
+            f"{base.path if base else ''} has no modules for {join_some(absent, 4)} of {path}."
+        )
     for name, factors in modules.items():
         out.modules[paths[name]] = read_gguf_pair(path, name, factors, alpha, base)
     return out
@@ -177,7 +179,7 @@ def names_of(base: Base) -> dict[str, str]:
     blocks = base.config.get("num_hidden_layers") or base.config.get("n_layer")
     if not isinstance(blocks, int | None) or not 0 <= (blocks or 0) <= MOST_BLOCKS:
         raise CheckpointError(
-            f"The config of {base.path} says {shortened(repr(blocks))} blocks. Give a model's config."
+            f"The config of {base.path} says {shorten_text(repr(blocks))} blocks. Give a model's config."
         )
     table = gguf.get_tensor_name_map(arch, int(blocks or 0))
     by_path = {path: table.get_name(path) for path in base.modules}

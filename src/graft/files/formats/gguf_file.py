@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from graft import CheckpointError
 from graft.config.reading import Json, open_file
-from graft.core.errors import shortened
+from graft.core.errors import shorten_text
 from graft.files.errors import PackageNeededError
 from graft.files.tensors import BITS, Tensor, part_reader, version_of
 
@@ -99,7 +99,7 @@ class Reader:
         for _ in range(self.count(self.number(), 13)):
             name = self.text()
             if name in fields:
-                raise self.make_damage_error(f"the field '{shortened(name)}' stands twice")
+                raise self.make_damage_error(f"the field '{shorten_text(name)}' stands twice")
             fields[name] = self.value(self.number("I"))
         infos = [self.info() for _ in range(self.count(tensors, 24))]
         step = fields.get(ALIGNMENT, 32)
@@ -114,7 +114,7 @@ class Reader:
     def info(self) -> tuple[str, tuple[int, ...], int, int]:
         name, n = self.text(), self.number("I")
         if n > MOST_DIMENSIONS:
-            raise self.make_damage_error(f"tensor '{shortened(name)}' has {n} dimensions")
+            raise self.make_damage_error(f"tensor '{shorten_text(name)}' has {n} dimensions")
         shape = struct.unpack(f"<{n}Q", self.take(8 * n))
         return name, shape[::-1], self.number("I"), self.number()
 
@@ -123,7 +123,7 @@ class Reader:
         nbytes = prod(shape) // block * size
         if not block or (shape[-1] if shape else 1) % block or begin + nbytes > self.version[0]:
             raise self.make_damage_error(
-                f"tensor '{shortened(name)}' of type {kind} and shape {shape} is not all there"
+                f"tensor '{shorten_text(name)}' of type {kind} and shape {shape} is not all there"
             )
         load = part_reader(self.path, self.version, begin, nbytes)
         if kind in DTYPES:

@@ -10,7 +10,7 @@ from typing import Any
 
 from graft import CheckpointError
 from graft.config.reading import LARGEST_NUMBER, Json, check_value, open_file
-from graft.core.errors import shortened, some
+from graft.core.errors import join_some, shorten_text
 from graft.files.formats import Base
 from graft.files.holding import both, by_module, misfit
 from graft.files.neutral import AdapterFile, LowRank
@@ -57,7 +57,7 @@ def fields_of(path: str) -> Json:
     try:
         fields = yaml.load(text, plain_loader())
     except Exception as e:  # of odd tags, dates and numbers: errors of many types
-        raise CheckpointError(f"{path} is damaged, or holds more than plain values: {shortened(str(e))}") from None
+        raise CheckpointError(f"{path} is damaged, or holds more than plain values: {shorten_text(str(e))}") from None
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} holds a {type(fields).__name__}, not the fields of a config.")
     check_value(fields, path, "", 0)
@@ -75,7 +75,7 @@ def plain_loader() -> Any:
             node = super().compose_node(parent, index)
             names = [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
             if len({*names}) < len(names):
-                raise yaml.YAMLError(f"a name stands twice among {some(names)}")
+                raise yaml.YAMLError(f"a name stands twice among {join_some(names)}")
             return node
 
     return PlainLoader
@@ -132,7 +132,7 @@ def parts(
     rows = rows_of(model)
     on = [suffix for suffix, flag in QKV.items() if run.get(flag)]
     if A.shape[0] != r * len(on) or B.shape != (sum(rows[suffix] for suffix in on), r):
-        raise misfit(path, name, A, B, f"which do not fit rank {r} on {some(on)}: {OF_RUN} is of another run")
+        raise misfit(path, name, A, B, f"which do not fit rank {r} on {join_some(on)}: {OF_RUN} is of another run")
     a, b = A.read(), B.read()
     out, row = {}, 0
     for i, suffix in enumerate(on):

@@ -18,7 +18,7 @@ from graft.config.atomic import make_folder
 from graft.config.base import FORMAT_VERSION
 from graft.config.file import ConfigFile, describe_whole_model
 from graft.config.reading import Json, compile_ending, compile_pattern, open_file, read_object
-from graft.core.errors import shortened, some, warn
+from graft.core.errors import join_some, shorten_text, warn
 from graft.files import pickles
 from graft.files.bases import COMPONENTS
 from graft.files.errors import BaseNeededError
@@ -340,7 +340,7 @@ def find_rank_and_alpha(config: Json, path: str, name: str) -> tuple[int, float]
         value = RANK if value is None else value
         if isinstance(value, bool) or not isinstance(value, (int, float)) or (field == "r" and value < 1):
             raise CheckpointError(
-                f"adapter_config.json: {field} of '{path}' is {shortened(repr(value))}, which is no number for it."
+                f"adapter_config.json: {field} of '{path}' is {shorten_text(repr(value))}, which is no number for it."
             )
         numbers.append(value)
     return numbers[0], numbers[1]
@@ -368,7 +368,8 @@ def parameter_at(config: Json, raw: str, every: Iterable[str], A: Tensor, B: Ten
         return names[0]
     if len(names) != len(nest):
         raise CheckpointError(
-            f"'{raw}' holds factors of one of the parameters {some(names)}, and the file does not tell which: give the "
+            f"'{raw}' holds factors of one of the parameters {join_some(names)}, and the file does not tell which: "
+            "give the "
             "base model."
         )
     return in_module_order(names)[nest.index(raw)] if len(nest) > 1 else names[0]
@@ -430,7 +431,7 @@ def exchange_old_factors(out: AdapterFile, layout: StackLayout, base: Base | Non
     if base is None and (guessed := [path for path, verdict in verdicts.items() if all(verdict)]):
         warn(
             f"{out.path} is of PEFT {layout.version}, which had A and B of most stacks of experts in each other's "
-            f"place: {some(guessed)} were read so. Give the base model, whose shapes tell (--base).",
+            f"place: {join_some(guessed)} were read so. Give the base model, whose shapes tell (--base).",
             PeftWarning,
         )
 
@@ -480,7 +481,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     tensors = name_tensors(adapter, lost)
     config = complete_config(adapter, base)
     if lost and not lossy:
-        raise LossError(f"PEFT's files have no place for {some(lost)} of {adapter.path}.")
+        raise LossError(f"PEFT's files have no place for {join_some(lost)} of {adapter.path}.")
     if not tensors:
         raise CheckpointError(f"Nothing is left of {adapter.path} that could be written to {path}.")
     text = json.dumps(config, indent=2, sort_keys=True)
@@ -495,7 +496,8 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
 def make_names_error(adapter: AdapterFile) -> BaseNeededError:
     """Return the error for an adapter that has a format's module names, not the base's: a base is needed."""
     return BaseNeededError(
-        f"{adapter.path} names modules as its format does ({some([*adapter.modules], 2)}): give the base model whose "
+        f"{adapter.path} names modules as its format does ({join_some([*adapter.modules], 2)}): give the base model "
+        "whose "
         "names they come from (--base)."
     )
 

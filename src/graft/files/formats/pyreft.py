@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from graft import BaseModelMismatchError, CheckpointError, LossError, PeftWarning
 from graft.config.atomic import replace_file
 from graft.config.reading import Json, read_object
-from graft.core.errors import some, warn
+from graft.core.errors import join_some, warn
 from graft.files.formats import Base
 from graft.files.holding import Holds, check_lost, fit
 from graft.files.neutral import AdapterFile, LostModule, Other
@@ -122,7 +122,9 @@ def places_of(path: str, fields: Json) -> list[Place]:
             raise CheckpointError(f"{path}: {key!r} is no name of an intervention.")
         places.append(Place(number, key, name))
     if len({place.kind for place in places}) > 1:
-        raise CheckpointError(f"{path} has interventions of several classes: {some(sorted({p.kind for p in places}))}.")
+        raise CheckpointError(
+            f"{path} has interventions of several classes: {join_some(sorted({p.kind for p in places}))}."
+        )
     return places
 
 

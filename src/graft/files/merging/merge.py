@@ -19,7 +19,7 @@ import torch
 from graft import BaseModelMismatchError, CheckpointError, LossError, NonFiniteError
 from graft.config.atomic import replace_file
 from graft.config.reading import Json
-from graft.core.errors import some
+from graft.core.errors import join_some
 from graft.files.base import INDEX, NEEDED, BaseFiles, base_files, check_inside, entries, matches, shards
 from graft.files.errors import OptionError
 from graft.files.formats import read
@@ -193,7 +193,7 @@ class Work:
         if adapter.unread:
             raise LossError(
                 f"Nothing is known of {len(adapter.unread)} tensors of {path}, and merging would drop them: "
-                f"{some(adapter.unread, 4)}."
+                f"{join_some(adapter.unread, 4)}."
             )
         return kasa_as_lora(adapter, self.base)
 
@@ -394,7 +394,7 @@ def list_needed_files(base: BaseFiles, notes: list[str]) -> list[str]:
     for name in (*names, *dict.fromkeys(base.files.values())):
         check_inside(base.path, name)
     if skipped:
-        notes.append(f"Not copied from the base: {some(skipped)}.")
+        notes.append(f"Not copied from the base: {join_some(skipped)}.")
     return names
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from graft import AdapterLayer, BaseModelMismatchError, LossError, Method, PeftModel
 from graft.core.effect import Replace, Rewrite
-from graft.core.folding import evaluating, fold_step
+from graft.core.folding import EvaluationMode, fold_effect
 from graft.core.holding import Where
 from graft.core.merging import why_unmergeable
 from graft.core.method import Use
@@ -129,7 +129,7 @@ def shifts(layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> bool:
     """Return True if an adapter changes the bias; one layer of those with the same method, config and kind answers."""
     kind = (type(m), id(m.cfg), type(layer.op), getattr(layer.base_layer, "bias", None) is None)
     if kind not in asked:
-        with torch.no_grad(), evaluating(layer):
+        with torch.no_grad(), EvaluationMode(layer):
             if isinstance(m.effect, Rewrite):
                 b = None if kind[-1] else torch.zeros(layer.site.out_features)
                 asked[kind] = m.effect.merged(torch.zeros(layer.site.shape), b)[1] is not b
@@ -147,7 +147,7 @@ def find_again(layer: AdapterLayer, m: Method, where: Where) -> None:
         saved = [(slot, t.clone()) for slot, t in layer.tensors(m.name)]
         with torch.random.fork_rng(devices=[]):
             m.init()
-        layer.place(m.name, where)
+        layer.place_adapter(m.name, where)
         for slot, t in saved:
             slot.tensor.copy_(t)
     m.finish_load()
@@ -175,14 +175,14 @@ def fold(
     assert W is not None and W0 is not None
     base: nn.Module = layer.base_layer
     parameters = base._parameters
-    with torch.no_grad(), evaluating(layer):
+    with torch.no_grad(), EvaluationMode(layer):
         parameters[layer.site.parameter] = nn.Parameter(W0, requires_grad=False)
         if b0 is not None:
             parameters["bias"] = nn.Parameter(b0, requires_grad=False)
         if Use.AGAIN in m.uses_weight() or type(m).finish_load is not Method.finish_load:
             find_again(layer, m, where)
         try:
-            merged = fold_step(layer, m, m.effect, layer.op.canon(W), b)[1 if of_bias else 0]
+            merged = fold_effect(layer, m, m.effect, layer.op.canon(W), b)[1 if of_bias else 0]
             assert merged is not None
             merged = merged if of_bias else layer.op.uncanon(merged)
             return merged if job.weight == 1 else torch.lerp(value, merged.to(value.dtype), job.weight)

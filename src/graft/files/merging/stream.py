@@ -19,7 +19,7 @@ from graft import CheckpointError
 from graft.config.atomic import NO_FOLLOW, TEMPORARY, exchange_paths, replace_file, sync_file
 from graft.config.notes import LARGEST, write_tensors
 from graft.config.reading import Json, open_file, read_object
-from graft.core.errors import some
+from graft.core.errors import join_some
 from graft.files.base import entries, matches
 from graft.files.errors import OutputExistsError
 from graft.files.merging.weights import MEASURES
@@ -150,7 +150,7 @@ class Workplace:
     def _check_own(self) -> None:
         if foreign := [name for name, is_own in self._entries() if not is_own]:
             raise OutputExistsError(
-                f"{self.room}, where work in progress goes, holds {some(foreign, 4)}, which no merge has written: "
+                f"{self.room}, where work in progress goes, holds {join_some(foreign, 4)}, which no merge has written: "
                 "remove it, or give another place for the result."
             )
 

@@ -316,7 +316,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
                     compute_loss() for compute_loss in orthogonal_losses(tuner, names, run).values()
                 )
             elif tuner.training and not run.generates:
-                call.here.losses.update(orthogonal_losses(tuner, names, run))
+                call.thread_state.losses.update(orthogonal_losses(tuner, names, run))
             return output
 
         yield with_loss

@@ -274,7 +274,7 @@ class ALoRA(LoRA):
             offsets: dict[object, Offsets] = {(ARGUMENT, name): o for name, o in find_offsets(tuner, run).items()}
             if offsets and beams(tuner.model, run) > 1:
                 raise RoutingError("Beam search not yet supported for aLoRA. Generate with num_beams=1.")
-            with call.giving(facts=offsets), following(tuner.model, run, offsets):
+            with call.extend_context(facts=offsets), following(tuner.model, run, offsets):
                 yield finish
 
 

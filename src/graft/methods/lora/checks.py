@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from graft.config.fields import COUNT
-from graft.core.errors import ConfigError, PeftWarning, warn_of
+from graft.core.errors import ConfigError, PeftWarning, warn_of_layer
 from graft.core.site import Site
 from graft.methods.lora.config import LoraConfig
 
@@ -78,11 +78,11 @@ def unmergeable(site: Site, cfg: LoraConfig) -> str | None:
 
 
 def warn_unmergeable(site: Site, cfg: LoraConfig) -> None:
-    """Warn (`warn_of`, gathered over layers) of each reason: `lora_bias` on a layer without bias, a convolution with
-    groups > 1.
+    """Warn (`warn_of_layer`, gathered over layers) of each reason: `lora_bias` on a layer without bias, a convolution
+    with groups > 1.
     """
     if cfg.lora_bias and getattr(site.module, "bias", None) is None:
         text = f"`lora_bias=True` was passed but the targeted layer of type {site.type_name} has no bias."
-        warn_of(site.key, f"{text} Adapter weights of {{}} cannot be merged.", PeftWarning)
+        warn_of_layer(site.key, f"{text} Adapter weights of {{}} cannot be merged.", PeftWarning)
     if site.op.count_groups(site.module) > 1:
-        warn_of(site.key, "LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported.")
+        warn_of_layer(site.key, "LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported.")

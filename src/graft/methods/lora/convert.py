@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from graft.core.errors import ConfigError, PeftWarning, some, warn
+from graft.core.errors import ConfigError, PeftWarning, join_some, warn
 from graft.methods.lora.lora import LoRA
 from graft.methods.lora.shift import NAME
 from graft.methods.lora.sub_configs import CONVERTED
@@ -83,7 +83,8 @@ def check_initial(initial: dict[str, Tensor], tensors: dict[str, Tensor]) -> Non
     if strange:
         raise ConfigError(
             "The adapter in path_initial_model_for_weight_conversion is not the start of this one: it lacks "
-            f"{some(strange)}, or has another shape there. Pass the folder with this adapter, saved before training."
+            f"{join_some(strange)}, or has another shape there. Pass the folder with this adapter, saved before "
+            "training."
         )
     for key, A in tensors.items():
         layer, mark, name = key.partition(MARK)

@@ -152,7 +152,7 @@ class DoRA(LoRA):
     def factors(self) -> Factors:
         """Return LoRA's factors with the gain m / ‖W + ΔW‖, (out,). The norm has no gradient."""
         m, f = self.lora_magnitude_vector().flatten(), super().factors()
-        return f.gained(m / cast(self.norm(f), m.dtype))
+        return f.with_gain(m / cast(self.norm(f), m.dtype))
 
     @torch.no_grad()
     def norm(self, f: Factors) -> Tensor:

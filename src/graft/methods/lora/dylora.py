@@ -80,7 +80,7 @@ class DyLoRA(LoRA):
             for name in run.adapters:
                 with nullcontext() if draws is None else draws.use_generator(name, draws.ticket(), CPU):
                     shares[DRAWN, name] = Constant(torch.rand((), dtype=torch.float64, device=CPU).item())
-            with call.giving(facts=shares):
+            with call.extend_context(facts=shares):
                 yield finish
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from graft.core.errors import CalibrationError, ConfigError, shortened
+from graft.core.errors import CalibrationError, ConfigError, shorten_text
 from graft.methods.lora.sub_configs import TITLES
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def pissa(lora: Method, W: Tensor) -> Start:
         U, S, Vh = U[:, :r], S[:r], Vh[:r]
     elif match := re.fullmatch(r"pissa_niter_(\d+)", how):
         if len(match[1]) > 3:
-            raise ConfigError(f"init_lora_weights='{shortened(how)}' asks for too many iterations: 999 is the most.")
+            raise ConfigError(f"init_lora_weights='{shorten_text(how)}' asks for too many iterations: 999 is the most.")
         U, S, V = torch.svd_lowrank(W, r, niter=int(match[1]))
         Vh = V.T
     else:

@@ -72,7 +72,7 @@ class VeLoRA(LoRA):
             return v
         new = mean_direction(x, cfg.num_groups).to(v.dtype)
         v.copy_(new)
-        self.layer.tell(self.name, lora_velora_initialized=True)
+        self.layer.set_facts(self.name, lora_velora_initialized=True)
         return new
 
     def is_ready(self) -> bool:
@@ -82,5 +82,5 @@ class VeLoRA(LoRA):
         as the flag.
         """
         if not self.lora_velora_initialized:
-            self.layer.tell(self.name, lora_velora_initialized=bool(self.lora_velora_embed.any()))
+            self.layer.set_facts(self.name, lora_velora_initialized=bool(self.lora_velora_embed.any()))
         return bool(self.lora_velora_initialized)

@@ -91,7 +91,7 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
     names = run.adapters
     if not run.generates:
         one = Pass(tuner, call, names, run.inputs, run.kwargs, run)
-        with call.giving(facts={FACT: one.states}):
+        with call.extend_context(facts={FACT: one.states}):
             yield one.finish
         return
     thread = get_ident()
@@ -108,7 +108,7 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
             return None
         one = Pass(tuner, call, names, args, kwargs, run)
         passes[:] = [one]
-        call.put(call.context._replace(facts={**call.context.facts, FACT: one.states}))
+        call.swap_context(call.context._replace(facts={**call.context.facts, FACT: one.states}))
         return args, kwargs
 
     def after(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
@@ -120,7 +120,7 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
         tuner.model.register_forward_hook(after, with_kwargs=True),
     ]
     try:
-        with call.giving():
+        with call.extend_context():
             yield return_unchanged
     finally:
         for handle in handles:

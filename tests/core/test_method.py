@@ -29,7 +29,7 @@ def effect(peft_type: str, layer: nn.Module, **options):
 
 LINEAR, CONV, EMBEDDING = nn.Linear(64, 48), nn.Conv2d(4, 8, 3), nn.Embedding(9, 6)
 KINDS = [  # (method, options, layer, kind of effect, facts)
-    ("LORA", {}, LINEAR, Update, dict(additive=True, of_weight=False, fixed=None, delta=None)),
+    ("LORA", {}, LINEAR, Update, dict(additive=True, of_weight=False, why_unmergeable=None, delta=None)),
     ("LORA", dict(use_dora=True), LINEAR, Update, dict(additive=False, of_weight=True, gains=True, product=None)),
     ("VERA", {}, LINEAR, Update, dict(additive=True, delta=None)),
     ("LOHA", dict(r=2), LINEAR, Update, dict(additive=True, delta=None)),  # of rank r²
@@ -72,7 +72,7 @@ def test_the_hook_that_was_overridden_last_describes():
             return x
 
     made = [cls(site(LINEAR), None, "a").effect for cls in (Products, Dense, Beside)]
-    assert [e.product is not None for e in made] == [True, False, False] and made[1].delta and made[2].fixed
+    assert [e.product is not None for e in made] == [True, False, False] and made[1].delta and made[2].why_unmergeable
     assert made[0] is not Products(site(LINEAR), None, "a").effect
     m = Products(site(LINEAR), None, "a")
     assert m.effect is m.effect

@@ -598,4 +598,4 @@ def test_what_follows_from_its_hooks():
     layer = next(iter(layers(adapt()).values()))
     effect = layer.methods["default"].effect
     assert type(effect) is Update and effect.weightless
-    assert effect.additive and effect.input_of and effect.fixed and not effect.whole
+    assert effect.additive and effect.input_of and effect.why_unmergeable and not effect.whole

@@ -92,7 +92,7 @@ def disturb(model):
                 for slot in layer.slots(name):
                     if slot.trains:
                         slot.tensor.add_(torch.randn(slot.tensor.shape) * 0.3)
-        for slot in [s for n in model.peft_config for s in get_registry(model).shared_tensors.slots(n) if s.trains]:
+        for slot in [s for n in model.peft_config for s in get_registry(model).common_tensors.slots(n) if s.trains]:
             slot.tensor.add_(torch.randn(slot.tensor.shape) * 0.3)
     return model
 

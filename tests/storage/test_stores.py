@@ -41,7 +41,7 @@ def build(sample, kind):
 def refusal(model, why):
     """What a merge is refused with: by the store, or by a method that has no merged form anywhere."""
     (m,) = layers(model)["0"].methods.values()
-    return f"layer '0': ({why}|.*{re.escape(m.effect.fixed or NO_WEIGHT)})"
+    return f"layer '0': ({why}|.*{re.escape(m.effect.why_unmergeable or NO_WEIGHT)})"
 
 
 UNWRITABLE = {

@@ -58,7 +58,7 @@ class MatrixLayer:
     @property
     def W0(self) -> Tensor:
         layer, expert, W = self._stack
-        if W is None and layer.op.packed is None:
+        if W is None and layer.op.packed_shape is None:
             return layer.W0[expert]  # type: ignore[no-any-return]
         if W is None:  # the matrix of a packed stack, without any adapter
             stack = read_base_stack(layer)
@@ -87,12 +87,12 @@ class StackMethod(Method):
         self._matrix_method = self.kind(matrix, cfg, name)
 
     @property
-    def alone(self) -> Method:
+    def matrix_method(self) -> Method:
         return self._matrix_method
 
     @property
     def cfg(self) -> object:
-        return self.alone.cfg
+        return self.matrix_method.cfg
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         return new_stack_method, (self.kind,), self.__dict__
@@ -107,7 +107,7 @@ class StackMethod(Method):
             W: the matrix, without any adapter.
             trains: whether the layer trains; None: as it does now.
         """
-        m = self.kind(self.alone.site, self.cfg, self.name)
+        m = self.kind(self.matrix_method.site, self.cfg, self.name)
         slots = self.slots
         tensors = [slot.tensor[expert] for slot in slots] if tensors is None else tensors
         m.layer = MatrixLayer(
@@ -129,15 +129,15 @@ class StackMethod(Method):
         name = self.kind.__name__
         if Use.CHANGES in self.uses_weight():
             return f"{name} would begin with a change of the weight, which is for layers: choose another start"
-        return self.alone.check() or why_not_on_stack(self.alone)
+        return self.matrix_method.check() or why_not_on_stack(self.matrix_method)
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
         count = self.site.shape[0]
         if device == META:
-            return stack_build_values([build_placeholders(self.alone, shared)] * count)
+            return stack_build_values([build_placeholders(self.matrix_method, shared)] * count)
         built_values = []
         for expert in range(count):
-            m = self.kind(self.alone.site, self.cfg, self.name)
+            m = self.kind(self.matrix_method.site, self.cfg, self.name)
             m.layer = MatrixLayer(self.layer, m.site, self.name, expert, {}, None)
             built_values.append(m.build(shared))
         try:
@@ -150,8 +150,8 @@ class StackMethod(Method):
             ) from None
 
     @torch.no_grad()
-    def init(self) -> None:
-        self.run_on_all(self.kind.init)
+    def init_values(self) -> None:
+        self.run_on_all(self.kind.init_values)
 
     @torch.no_grad()
     def finish_load(self) -> None:
@@ -176,10 +176,10 @@ class StackMethod(Method):
             slot.where[slot.attribute] = nn.Parameter(t, slot.tensor.requires_grad) if slot.is_parameter else t
 
     def uses_weight(self) -> Use:
-        return self.alone.uses_weight()
+        return self.matrix_method.uses_weight()
 
-    def excludes(self, other: object) -> str | None:
-        return self.alone.excludes(other)
+    def why_incompatible(self, other: object) -> str | None:
+        return self.matrix_method.why_incompatible(other)
 
     def to_file_tensors(self, values: Tensors, cfg: object) -> Tensors:
         return (
@@ -190,7 +190,7 @@ class StackMethod(Method):
 
     @property
     def is_stored_unchanged(self) -> bool:
-        return self.alone.is_stored_unchanged
+        return self.matrix_method.is_stored_unchanged
 
     def from_file_tensors(self, tensors: Tensors, cfg: object) -> Tensors:
         same = self.kind.from_file_tensors is Method.from_file_tensors
@@ -208,8 +208,8 @@ class StackMethod(Method):
     # act
 
     def describe(self) -> Effect:
-        effect = self.alone.effect
-        if why_not_on_stack(self.alone) is not None:
+        effect = self.matrix_method.effect
+        if why_not_on_stack(self.matrix_method) is not None:
             return effect
         pieces = MethodPieces(self, effect.of_weight or not effect.additive)
         if not effect.additive:

@@ -197,7 +197,7 @@ class Effect:
     """Base of the kinds. The site and the config decide the kind once; its functions run at each call."""
 
     of_weight: bool = False  # it reads W₀, the weight as it is without any adapter
-    fixed: str | None = None  # the reason why it has no merged form; None if it has one
+    why_unmergeable: str | None = None  # the reason why it has no merged form; None if it has one
     pieces: Pieces | None = None  # of a stack of matrices, by which single ones change; None: those of its factors
 
     whole: ClassVar[bool] = False  # it runs in place of the layer
@@ -299,8 +299,8 @@ class Update(Effect):
     def __post_init__(self) -> None:
         if self.gains and (self.delta or self.branch or self.bias):
             raise TypeError("an Update whose factors have a gain has nothing beside them")
-        if self.weightless and self.fixed is None:
-            object.__setattr__(self, "fixed", "a branch beside the layer has no merged form")
+        if self.weightless and self.why_unmergeable is None:
+            object.__setattr__(self, "why_unmergeable", "a branch beside the layer has no merged form")
 
     @property
     def weightless(self) -> bool:
@@ -392,8 +392,8 @@ class Rewrite(Effect):
             if self.pre is not None or not self.block:
                 raise TypeError("a Rewrite with `ahead` has no `pre` of its own, and is of a block")
             object.__setattr__(self, "pre", partial(add_part, ahead))
-        if self.merged is refuse_merge and self.fixed is None:
-            object.__setattr__(self, "fixed", NO_WEIGHT)
+        if self.merged is refuse_merge and self.why_unmergeable is None:
+            object.__setattr__(self, "why_unmergeable", NO_WEIGHT)
 
     @property
     def additive(self) -> bool:
@@ -427,8 +427,8 @@ class Rewrite(Effect):
         if (self.pre is not None and self.ahead is None) or (self.post is not None and self.part is None) or self.folds:
             return None
         part, ahead = (f and partial(scale_result, f, weight) for f in (self.part, self.ahead))
-        fixed = self.fixed or ONE_OUTPUT
-        return replace(self, part=part, ahead=ahead, pre=None, post=None, merged=refuse_merge, fixed=fixed)
+        fixed = self.why_unmergeable or ONE_OUTPUT
+        return replace(self, part=part, ahead=ahead, pre=None, post=None, merged=refuse_merge, why_unmergeable=fixed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -439,7 +439,7 @@ class Tap(Effect):
     """
 
     readers: tuple[str, ...]
-    fixed: str | None = field(default="a layer that runs later reads its input", kw_only=True)
+    why_unmergeable: str | None = field(default="a layer that runs later reads its input", kw_only=True)
 
     @property
     def adapts_any_module(self) -> bool:

@@ -69,8 +69,11 @@ def why_not_in_weight(m: Method) -> str | None:
     effect, name = m.effect, type(m).__name__
     if effect.weightless:
         return f"The weight is used without a call of the layer, so that {name} would have no effect"
-    if effect.fixed is not None:
-        return f"The weight is used without a call of the layer, and {name} has no weight to put there: {effect.fixed}"
+    if effect.why_unmergeable is not None:
+        return (
+            f"The weight is used without a call of the layer, and {name} has no weight to put there: "
+            f"{effect.why_unmergeable}"
+        )
     return None
 
 
@@ -125,10 +128,10 @@ def why_no_delta(m: Method, effect: Effect | None = None) -> str | None:
     site, effect = m.site, effect or m.effect
     if (site.op.opaque and len(site.shape) < 3) or not site.op.known:
         return f"no LoRA layer stands for '{site.type_name}'"
-    why = m.excludes(PLAIN)
+    why = m.why_incompatible(PLAIN)
     if why is not None:
         return str(why)
-    if not (effect.weightless or effect.whole) and (isinstance(effect, Update) or effect.fixed is None):
+    if not (effect.weightless or effect.whole) and (isinstance(effect, Update) or effect.why_unmergeable is None):
         return None
     if m.depends_on is not None:
         return f"its update follows `{m.depends_on}` of a call: say which, at={{'{m.depends_on}': …}}"

@@ -113,9 +113,9 @@ class Host(Holding, Carrier, nn.Module):
             ConfigError: it cannot stand beside one that the layer has.
         """
         for present in self.methods.values():
-            if not (method.chooses or present.chooses):
+            if not (method.checks_compatibility or present.checks_compatibility):
                 continue
-            why = method.excludes(present.cfg) or present.excludes(method.cfg)
+            why = method.why_incompatible(present.cfg) or present.why_incompatible(method.cfg)
             if why is not None:
                 raise ConfigError(f"{why}: '{method.name}' beside '{present.name}', on layer '{self.site.key}'.")
         method.layer = self

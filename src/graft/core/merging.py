@@ -140,8 +140,8 @@ def why_unmergeable(layer: Layer, methods: Sequence[Method]) -> str | None:
     """Return why merging cannot write these adapters into this layer; None if it can."""
     effects = [m.effect for m in methods]
     for effect in effects:
-        if effect.fixed is not None:
-            return effect.fixed
+        if effect.why_unmergeable is not None:
+            return effect.why_unmergeable
     if any([effect.whole for effect in effects]):
         return None
     if (why := why_no_delta_weight(layer, methods)) is not None:
@@ -149,7 +149,7 @@ def why_unmergeable(layer: Layer, methods: Sequence[Method]) -> str | None:
     base = layer.base_weight
     if (
         not all([effect.runs_module_on_values for effect in effects])
-        and (why := layer.op.fixed(layer.get_base_layer())) is not None
+        and (why := layer.op.why_unfoldable(layer.get_base_layer())) is not None
     ):
         return why
     why = base.why_unwritable()
@@ -188,8 +188,8 @@ def shifts_bias(layer: Layer, m: Method, checked_kinds: CheckedKinds) -> bool:
 def may_dequantize(layer: Layer, methods: Sequence[Method]) -> bool:
     """Return True if what stands against merging is that the weight is packed, and can be read."""
     packed = not layer.store.exact and layer.base_weight.why_unreadable() is None
-    packed = packed and layer.op.fixed(layer.get_base_layer()) is None and layer.op.packed is None
-    return packed and all(m.effect.fixed is None for m in methods)
+    packed = packed and layer.op.why_unfoldable(layer.get_base_layer()) is None and layer.op.packed_shape is None
+    return packed and all(m.effect.why_unmergeable is None for m in methods)
 
 
 def _no_bias_text(layer: Layer, names: Sequence[str]) -> str:
@@ -276,7 +276,7 @@ def why_no_delta_weight(layer: Layer, methods: Sequence[Method]) -> str | None:
     more = [m for m in methods if not m.effect.additive or m.effect.weightless]
     if more:
         why = f"adapter '{more[0].name}' ({type(more[0]).__name__}) does more than add that to the weight"
-    elif layer.op.packed is not None:
+    elif layer.op.packed_shape is not None:
         why = "into a packed stack graft merges products alone"
     else:
         return None
@@ -395,7 +395,7 @@ def _collect_products(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]] | No
 def _make_matrix_fold(layer: Layer, steps: Sequence[Step]) -> Callable[[int, Tensor], Tensor] | None:
     """Return the function that folds steps into one matrix of a packed stack; None for another weight, or if a step
     says nothing of single matrices."""
-    pieces = [pieces_of(layer, effect) for _, effect in steps] if layer.op.packed is not None else [None]
+    pieces = [pieces_of(layer, effect) for _, effect in steps] if layer.op.packed_shape is not None else [None]
     if any(p is None for p in pieces):
         return None
     making = MatrixUpdate(pieces, False)  # type: ignore[arg-type]
@@ -541,7 +541,7 @@ def warn_lost(layers: Iterable[Layer]) -> dict[str, float]:
             + (
                 "merge it into the base loaded dequantized (in transformers: dequantize=True in its "
                 "quantization_config)"
-                if any(layer.op.packed is not None for layer in lost)
+                if any(layer.op.packed_shape is not None for layer in lost)
                 else "merge_and_unload(dequantize=True)"
                 if packed
                 else "merge it into the base in float32 (model.float(), or load it with dtype=torch.float32)"

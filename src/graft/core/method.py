@@ -81,12 +81,12 @@ class Use(Flag):
 
     NOT = 0
     TAKES = auto()  # some come from it, which then has to be finite
-    READS = auto()  # `init` reads it, also where other adapters are left on the meta device
-    CHANGES = auto()  # `init` changes it
+    READS = auto()  # `init_values` reads it, also where other adapters are left on the meta device
+    CHANGES = auto()  # `init_values` changes it
     AGAIN = (
         auto()
-    )  # `init` runs before a load, too: files lack what it finds, and `finish_load` does not make up for it
-    STARTS = TAKES | READS  # what most methods do whose `init` looks at it
+    )  # `init_values` runs before a load, too: files lack what it finds, and `finish_load` does not make up for it
+    STARTS = TAKES | READS  # what most methods do whose `init_values` looks at it
 
 
 class NotedTokens(NamedTuple):
@@ -185,7 +185,7 @@ class Method(Generic[C]):
     published_lr: ClassVar[PublishedRate | None] = None  # of its source; None: not known
     agreeing_fields: ClassVar[tuple[str, ...]] = ()  # fields in which adapters that share tensors have to agree
     # containers of which layers of one adapter have one tensor: all its methods, in the model's order → a key for each
-    common: ClassVar[dict[str, Callable[[Sequence[Any]], Sequence[Hashable]]]] = {}
+    layer_keys: ClassVar[dict[str, Callable[[Sequence[Any]], Sequence[Hashable]]]] = {}
 
     lays_out_stacks: ClassVar[bool] = False  # it knows stacks of matrices itself; others act on each (`core/each.py`)
 
@@ -198,7 +198,7 @@ class Method(Generic[C]):
     has_loss: ClassVar[bool] = False  # `compute_auxiliary_loss` does something
     takes_device: ClassVar[bool] = False  # `build` has that argument
     computes_with: ClassVar[frozenset[str]] = frozenset()  # names that it declares and reads, facts among them
-    chooses: ClassVar[bool] = False  # `excludes` may refuse an adapter beside it
+    checks_compatibility: ClassVar[bool] = False  # `excludes` may refuse an adapter beside it
 
     config_path: str = ""  # the path by which the config's patterns know the site; "" if that is the site's own
     via_container: bool = False  # the config names the module around the site, and the site came with that
@@ -223,7 +223,7 @@ class Method(Generic[C]):
         cls.surrounds = cls.surround_run.__func__ is not Method.surround_run.__func__  # type: ignore[attr-defined]
         cls.has_loss = cls.compute_auxiliary_loss.__func__ is not Method.compute_auxiliary_loss.__func__  # type: ignore[attr-defined]
         cls.takes_device = "device" in inspect.signature(cls.build).parameters
-        cls.chooses = cls.excludes is not Method.excludes
+        cls.checks_compatibility = cls.why_incompatible is not Method.why_incompatible
         cls.shares = cls.share.__func__ is not Method.share.__func__  # type: ignore[attr-defined]
         _check_overrides(cls)
 
@@ -253,7 +253,7 @@ class Method(Generic[C]):
         """Complete the config for this model, or raise. Its `target_modules` are set by now."""
 
     @classmethod
-    def accompany(cls, cfg: C, model: nn.Module, paths: Sequence[str]) -> Sequence[str]:
+    def find_companions(cls, cfg: C, model: nn.Module, paths: Sequence[str]) -> Sequence[str]:
         """Return the paths of modules that the adapter is put on beside `paths`, which the config targets; or raise."""
         return ()
 
@@ -291,7 +291,7 @@ class Method(Generic[C]):
     def check_together(cls, methods: Sequence[Self]) -> None:
         """Raise if these adapters of one layer cannot be active at once."""
 
-    def excludes(self, other: object) -> str | None:
+    def why_incompatible(self, other: object) -> str | None:
         """Return why an adapter with the config `other` cannot stand beside this one, or None.
 
         A layer asks both adapters about each other.
@@ -322,7 +322,7 @@ class Method(Generic[C]):
         """
         raise NotImplementedError
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Set initial values. Before a load it runs only with `Use.AGAIN`."""
 
     def fill_start(self, t: Tensor, std: float | None = None) -> None:
@@ -344,7 +344,7 @@ class Method(Generic[C]):
     def finish_load(self) -> None:
         """Follow the values of a checkpoint, which have just been put into the adapter's tensors."""
 
-    def tie(self, source: Method) -> None:
+    def tie_to_embedding(self, source: Method) -> None:
         """Use the tensors of `source`, the same adapter on the embedding that this layer's weight is tied to."""
         raise NotImplementedError(
             f"no implementation exists to tie the adapters of {type(self).__name__}: layer '{self.site.key}'."
@@ -413,7 +413,7 @@ class Method(Generic[C]):
     # facts
 
     @property
-    def alone(self) -> Method:
+    def matrix_method(self) -> Method:
         """The method as it is on one matrix of a stack; itself on anything else."""
         return self
 
@@ -492,7 +492,7 @@ class Tuner(Protocol):
     @property
     def states(self) -> dict[str, Any]: ...  # of methods that allocate a budget, by adapter
     @property
-    def shared_tensors(self) -> SharedTensors: ...
+    def common_tensors(self) -> SharedTensors: ...
 
     starts: dict[str, Any]  # notes of first values, by adapter
     trained: set[str]

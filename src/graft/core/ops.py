@@ -59,7 +59,7 @@ class Op:
     output_is_new = False  # its output is new memory, whose values its backward pass does not need
     takes_ids = False  # the input holds indices, which have no dtype to cast and no gradient
     opaque = False  # the layer gives nothing but its output with another weight
-    packed: tuple[int, ...] | None = None  # the canonical shape of a stack of which the module has codes
+    packed_shape: tuple[int, ...] | None = None  # the canonical shape of a stack of which the module has codes
 
     def variant(self, m: nn.Module) -> Op:
         """Return the Op for this module: another one if an attribute changes the module's function."""
@@ -124,7 +124,7 @@ class Op:
         """Return rows of another table as the module, which takes ids, would output them."""
         return rows
 
-    def fixed(self, m: nn.Module) -> str | None:
+    def why_unfoldable(self, m: nn.Module) -> str | None:
         """Return why the module with another weight cannot do what it and an adapter beside it do; None if it can."""
         return None
 
@@ -220,7 +220,7 @@ class Embedding(Op):
     def factor_modules(self, *args: object, **kwargs: object) -> None:
         return None
 
-    def fixed(self, m: nn.Module) -> str | None:
+    def why_unfoldable(self, m: nn.Module) -> str | None:
         if getattr(m, "max_norm", None) is None:
             return None
         return f"it shrinks rows that it looks up to max_norm={m.max_norm}, and the adapter acts on what comes of that"
@@ -310,9 +310,9 @@ class Opaque(Op):
 
     opaque = True
 
-    def __init__(self, parameter: str, transposed: bool = False, packed: tuple[int, ...] | None = None):
+    def __init__(self, parameter: str, transposed: bool = False, packed_shape: tuple[int, ...] | None = None):
         self.parameter, self.transposed = parameter, transposed
-        self.packed = packed
+        self.packed_shape = packed_shape
 
     def canon(self, W: Tensor) -> Tensor:
         return W.mT if self.transposed else W
@@ -320,8 +320,8 @@ class Opaque(Op):
     uncanon = canon
 
     def shape(self, m: nn.Module) -> tuple[int, ...]:
-        if self.packed is not None:
-            return self.packed
+        if self.packed_shape is not None:
+            return self.packed_shape
         shape = tuple(getattr(m, self.parameter).shape)
         return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 

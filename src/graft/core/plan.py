@@ -186,7 +186,7 @@ class LayerPlan:
     def bias(self, n: int | None = None) -> Tensor | None:
         """Return the bias of the layer with the (first n) steps on it."""
         b = self.layer.bias_now
-        steps = [step for step in self.steps[:n] if step[1].fixed is None or not isinstance(step[1], Rewrite)]
+        steps = [step for step in self.steps[:n] if step[1].why_unmergeable is None or not isinstance(step[1], Rewrite)]
         if any(isinstance(e, Rewrite) and not (e.pre and not e.post) for _, e in steps):
             W = self.layer.weight_now
             for m, effect in steps:
@@ -449,7 +449,7 @@ class FoldedPlan(LayerPlan):
 
     def run(self, *args: object, **kwargs: object) -> object:
         layer, op = self.layer, self.op
-        gated, packed = layer.call.current_gates() is not None, op.packed is not None
+        gated, packed = layer.call.current_gates() is not None, op.packed_shape is not None
         if gated and not (self.routes and self.adds):
             check_no_gates(layer)
         W = None if gated or packed else self.find_plain_weight()
@@ -487,8 +487,8 @@ class FoldedPlan(LayerPlan):
         layer, updates = self.layer, list[StackUpdate]()
         gates = layer.call.current_gates()
         if not self.adds:  # each changes what those before it made
-            found = [pieces for _, effect in self.steps if (pieces := pieces_of(layer, effect)) is not None]
-            return [FormedUpdate(MatrixUpdate(found, layer.training), group)]
+            all_pieces = [pieces for _, effect in self.steps if (pieces := pieces_of(layer, effect)) is not None]
+            return [FormedUpdate(MatrixUpdate(all_pieces, layer.training), group)]
         for m, effect in self.steps:
             gate = None if gates is None else gates.of_tokens(layer, m.name, tokens)
             if effect.pieces is not None:

@@ -69,7 +69,7 @@ class Head(Method[HeadConfig]):
             p.requires_grad = p.is_floating_point() or p.is_complex()
         return dict(modules_to_save=module)
 
-    def tie(self, source: Method) -> None:
+    def tie_to_embedding(self, source: Method) -> None:
         """Make the weight of this head the same Parameter object as the weight of `source`'s head.
 
         Other parameters stay.

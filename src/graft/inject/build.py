@@ -50,7 +50,7 @@ def count_early_numbers(job: InjectionJob) -> float:
     total, local_methods = 0.0, job.local_methods.values()
     if job.method.shares and local_methods:
         layers = AdaptedLayers(
-            job.model, [m.alone.site for m in local_methods], job.cfg, job.shared.containers, job.others
+            job.model, [m.matrix_method.site for m in local_methods], job.cfg, job.shared.containers, job.others
         )
         total += count_needed_numbers(lambda: job.method.share(layers))
     rows = [m for m in job.beside.values() if isinstance(m, TrainableTokens)]
@@ -151,7 +151,7 @@ def build_carriers(job: InjectionJob) -> None:
             synchronize_tensors(job.parts, job.adapter, job.group, values is not None)
         for method in job.methods.values():
             if method.source is not None:
-                method.tie(method.source)
+                method.tie_to_embedding(method.source)
     except BaseException:
         job.undo()
         raise
@@ -247,13 +247,13 @@ def add_adapter(
     """Make an adapter's tensors on a host and put them in place, frozen. Return how many of its numbers can train.
 
     Args:
-        on_meta: make placeholders on the meta device instead of calling the method's `build` and `init`.
+        on_meta: make placeholders on the meta device instead of calling the method's `build` and `init_values`.
         upcast: hold half-precision tensors in float32.
 
     Raises:
         LinAlgError: a decomposition of the base weight failed. The text names the adapter and the layer.
     """
-    method.layer = layer  # `build` and `init` read its weight
+    method.layer = layer  # `build` and `init_values` read its weight
     where = layer.where
     try:
         if on_meta:
@@ -261,7 +261,7 @@ def add_adapter(
         else:
             with build_on(where[0], default):
                 layer.add(method, method.build(shared))
-                method.init()
+                method.init_values()
     except torch.linalg.LinAlgError as e:
         raise torch.linalg.LinAlgError(
             f"Adapter '{method.name}' cannot start from the weight of layer '{layer.site.key}': {e} Look for NaN or "
@@ -294,7 +294,7 @@ def make_shared_tensors(job: InjectionJob) -> None:
     Raises:
         ConfigError: the adapter has no site at all.
     """
-    sites = [method.alone.site for method in job.order.values()]
+    sites = [method.matrix_method.site for method in job.order.values()]
     if not sites and job.tree.absent:
         return
     if not sites:
@@ -399,7 +399,7 @@ def add_heads_and_rows(job: InjectionJob) -> None:
                 method.cfg.module = values.make_head(key, method.site.module)
         add_adapter(host, method, {}, on_meta=False, upcast=job.options.upcast)
         if method.source is not None:
-            method.tie(method.source)
+            method.tie_to_embedding(method.source)
     job.report_heads_and_rows()
 
 

@@ -92,7 +92,7 @@ def resolve_job(job: InjectionJob) -> None:
     job.report = InjectReport(adapter, cfg.peft_type.value, base_parameters=tree.parameters)
     tree.absent = find_absent_modules(tree.modules) if job.several else {}
     match_modules(job, unreached)
-    for key in method.accompany(cfg, model, list(targets.sites)):
+    for key in method.find_companions(cfg, model, list(targets.sites)):
         targets.sites.setdefault(key, get_site(key, tree.modules[key], tree))
     if job.steps is not None:
         job.steps.adapt_tied_modules()
@@ -117,12 +117,12 @@ def resolve_job(job: InjectionJob) -> None:
         for key, site in everywhere.items()
     }
     in_order = list(job.order.values())
-    variant.split_budget([m.alone for m in (*in_order, *(job.methods[key] for key in tied))])
+    variant.split_budget([m.matrix_method for m in (*in_order, *(job.methods[key] for key in tied))])
     check_sites(job.methods, tree, job.mixed)
     trains = not cfg.inference_mode and (job.options.values is None or job.options.values.names)
     if trains and dist.is_available() and dist.is_initialized():
         check_not_fsdp(tree.modules.items(), adapter)
-    if in_order and in_order[0].common:
+    if in_order and in_order[0].layer_keys:
         assign_lenders(in_order)
     names, heads = getattr(cfg, "modules_to_save", None), job.options.heads
     saved = find_modules_to_save(names, getattr(cfg, "_default_heads", ()), tree, job.report) if names else []
@@ -256,7 +256,7 @@ def assign_lenders(methods: Sequence[Method]) -> None:
 
     The first method of each key lends; the keys come from the functions in `common`, by container.
     """
-    for container, keys_of in methods[0].common.items():
+    for container, keys_of in methods[0].layer_keys.items():
         first: dict[Hashable, Method] = {}
         for method, key in zip(methods, keys_of(methods)):
             lender = first.setdefault(key, method)

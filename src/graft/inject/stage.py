@@ -129,7 +129,7 @@ def discard_initial_values(method: Method, shared: dict[str, object], call: Call
     with build_on(spare.where[0]):
         spare.add(method, method.build(shared))
         if Use.CHANGES not in method.uses_weight():
-            method.init()
+            method.init_values()
 
 
 def check_stage_independence(

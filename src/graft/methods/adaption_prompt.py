@@ -111,7 +111,7 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
             adaption_gate=nn.Parameter(torch.empty(1, dtype=dtype)),
         )
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill the prompt with normal values and the gate with 0, so that the adapter starts as nothing."""
         nn.init.normal_(self.adaption_prompt)
         nn.init.zeros_(self.adaption_gate)  # the adapter starts as nothing

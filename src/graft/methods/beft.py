@@ -39,19 +39,19 @@ class BEFT(Method[BeftConfig]):
         if self.site.op.takes_ids:
             return Update(self.delta, branch=self.branch)
         has_bias = getattr(self.site.module, "bias", None) is not None
-        return Update(bias=self.shift, fixed=None if has_bias else "Base layer has no bias to merge into")
+        return Update(bias=self.shift, why_unmergeable=None if has_bias else "Base layer has no bias to merge into")
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return `beft_bias` (1, out) with normal values.
 
         Warns if the layer has no bias, so that the adapter cannot merge.
         """
-        if self.effect.fixed is not None:
+        if self.effect.why_unmergeable is not None:
             text = "Layer {} has no bias. Note you cannot merge the BEFT adapter into the base layer."
             warn_of_layer(self.site.key, text, PeftWarning)
         return dict(beft_bias=nn.Parameter(torch.randn(1, self.site.out_features)))
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill c with zeros; with `init_weights=False` keep the normal values."""
         if self.cfg.init_weights:
             nn.init.zeros_(self.beft_bias)

@@ -109,7 +109,7 @@ class BOFT(Method[BOFTConfig]):
         orders = [butterfly_order(n, b, level) for level in range(F)]
         return values | dict(boft_orders=Transient(torch.stack([torch.stack((o, o.argsort())) for o in orders])))
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill R with zeros and s with ones, the identity; with `init_weights=False` normal values of std 0.1 around 0
         and 1.
         """

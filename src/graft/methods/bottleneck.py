@@ -365,7 +365,7 @@ class Bottleneck(Method[BottleneckConfig]):
     bottleneck_inv: nn.Module  # Coupling
     scaling: float
 
-    common = {"bottleneck_inv": lambda methods: [m.place.role in ENDS or m for m in methods]}
+    layer_keys = {"bottleneck_inv": lambda methods: [m.place.role in ENDS or m for m in methods]}
 
     @classmethod
     def default_targets(cls, model: nn.Module) -> str:
@@ -486,7 +486,7 @@ class Bottleneck(Method[BottleneckConfig]):
             )
         )
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill Down and Up as `init_weights` says (`init_projection`), and the gate as "bert". A tap has no values.
 
         Of the invertible adapter, first layers are filled as "bert", second ones too, or with zeros for "mam_adapter".

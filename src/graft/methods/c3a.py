@@ -63,7 +63,7 @@ class C3A(Method[C3AConfig]):
             block_size=b,
         )
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill the kernel as `init_weights` says.
 
         True: zeros. "gaussian": normal. "kaiming_uniform": within ±√(1 / in).

@@ -67,7 +67,7 @@ class DEFT(Method[DeftConfig]):
         )
         return values if cfg.para else values | dict(deft_R=nn.Parameter(torch.empty(r, site.fan_in)))
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill P with normal values of std 0.02, and R with Zᵀ W₀ / scaling, so that ΔW = 0.
 
         With `para` there is no R. With `init_weights=False` R is normal with std 0.02 · `init_scale`.

@@ -59,7 +59,7 @@ class DeLoRA(Method[DeloraConfig]):
             delora_dropout=make_dropout(cfg.module_dropout),
         )
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill A kaiming uniform (a=√5), B with zeros (random with `init_weights=False`), λ with `delora_lambda`.
 
         The buffer gets the norms of the columns of W₀.

@@ -71,7 +71,7 @@ class Ewora(Method[EworaConfig]):
             ewora_dropout=make_dropout(cfg.ewora_dropout),
         )
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill A uniform within ±1/√(in · r), the weighting within ±0.01, its bias within ±1/√(experts · r), and B with
         zeros.
 
@@ -85,7 +85,8 @@ class Ewora(Method[EworaConfig]):
     def describe(self) -> Effect:
         """Return an `Update` with a `branch` only, which cannot merge: each token weighs the experts."""
         return Update(
-            branch=self.branch, fixed="EWoRA's experts are dynamically weighted, by each token, which no weight is"
+            branch=self.branch,
+            why_unmergeable="EWoRA's experts are dynamically weighted, by each token, which no weight is",
         )
 
     def branch(self, x: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def find_gates(tuner: Tuner, adapter_names: str | list[str] | None) -> list[Fine
     names = [names] if isinstance(names, str) else names
     tuner.check_known(names)
     methods = [layer.methods[n] for layer in tuner.layers.values() for n in names if n in layer.methods]
-    return [m for method in methods if isinstance(method.alone, FineGates) for m in matrix_methods(method)]
+    return [m for method in methods if isinstance(method.matrix_method, FineGates) for m in matrix_methods(method)]
 
 
 def sparsity_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Tensor | float:
@@ -114,7 +114,7 @@ class FineGates(Method[FineGatesConfig]):
         rows, columns = torch.empty(self.site.out_features), torch.empty(self.site.in_features)
         return dict(finegates_rows=nn.Parameter(rows), finegates_columns=nn.Parameter(columns))
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill z with normal values of `gate_init_mean` and `gate_init_std`; with `init_weights=False` of 0 and 1.
 
         Warns if nearly all gates are open, tanh(mean) > ½ + std, and `gate_noise_std` is 0: such gates get no gradient.

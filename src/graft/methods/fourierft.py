@@ -51,7 +51,7 @@ class FourierFT(Spectral[FourierFTConfig]):
             fourierft_random_loc_seed=cfg.random_loc_seed,
         )
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """With `init_weights` fill the coefficients with zeros; else, by default, keep the normal values."""
         if self.cfg.init_weights:
             nn.init.zeros_(self.fourierft_spectrum)

@@ -218,7 +218,7 @@ class FRoD(Method[FrodConfig]):
         return Use.STARTS  # `finish_load` follows
 
     @torch.no_grad()
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Compute U and fill λ with the lengths from `rotate`, so that W' = W₀; S stays 0.
 
         On the meta device do nothing.
@@ -245,7 +245,7 @@ class FRoD(Method[FrodConfig]):
         self.rotate()
 
     @property
-    def shared_tensors(self) -> tuple[Tensor, Tensor]:
+    def common_tensors(self) -> tuple[Tensor, Tensor]:
         """V (in, in), and the rows and columns of the entries of S (2, entries), on the device of U."""
         device = self.frod_U.device
         V, places = (copy_on_device(container[self.name], device) for container in self.layer.frod_shared)
@@ -274,7 +274,7 @@ class FRoD(Method[FrodConfig]):
 
     def delta(self, W0: Tensor) -> Tensor:  # type: ignore[override]
         """Return ΔW = U (diag(λ) + S) Vᵀ - W₀, in W₀'s shape."""
-        V, (rows, columns) = self.shared_tensors
+        V, (rows, columns) = self.common_tensors
         values, n = self.frod_lambda_s_values, len(V)
         M = values.new_zeros(n, n).index_put((rows, columns), values) + torch.diag(self.frod_lambda_l)
         parts = self.frod_U.to(values.dtype), M, V.T.to(values.dtype)

@@ -164,7 +164,7 @@ class AdapterFusion(Method[AdapterFusionConfig]):
             values["fusion_value"] = nn.Linear(H, H, bias=False)
         return values | dict(fusion_dropout=make_dropout(self.cfg.dropout))
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill query and key with normal values of std 0.02, their biases with zeros, and the value matrix with 1e-6
         and a diagonal of 1.
 

@@ -111,7 +111,7 @@ class GLoRA(Method[GloraConfig]):
             glora_E=Support(D_E, (out,), cfg.r),
         )
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill all five tensors (`Support.start`): the update starts as zero, or random with `init_weights=False`."""
         for support in (self.glora_A, self.glora_B, self.glora_C, self.glora_D, self.glora_E):
             support.start(self.cfg.init_weights)

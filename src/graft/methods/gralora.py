@@ -71,7 +71,7 @@ class GraLoRA(Method[GraloraConfig]):
         the dropout and facts.
 
         scaling = alpha / (r + hybrid_r). With `hybrid_r` also the linear layers `gralora_A_general` (hybrid_r, in) and
-        `gralora_B_general` (out, hybrid_r), which `init` fills.
+        `gralora_B_general` (out, hybrid_r), which `init_values` fills.
         """
         cfg, site, k = self.cfg, self.site, self.cfg.gralora_k
         A, B = self.blocks()
@@ -102,7 +102,7 @@ class GraLoRA(Method[GraloraConfig]):
             B.append(torch.zeros(cfg.r, sizes[1]) if cfg.init_weights else draw_factor(sizes[1], cfg.r).T)
         return torch.stack(A), torch.stack(B)
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """With `hybrid_r`, fill the plain factors: A kaiming uniform (a=√5), B zeros (random with
         `init_weights=False`). Else do nothing.
         """

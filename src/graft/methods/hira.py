@@ -61,7 +61,7 @@ class HiRA(Method[HiraConfig]):
         dropout = make_dropout(self.cfg.hira_dropout)
         return {"r": r, "hira_dropout": dropout, f"{where}A": nn.Parameter(A), f"{where}B": nn.Parameter(B)}
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill A kaiming uniform (a=√5), or normal with std 1/r for "gaussian", and B with zeros; on an embedding A
         zeros, B normal.
 

@@ -49,7 +49,7 @@ class HRA(Method[HRAConfig]):
         u = nn.Parameter(torch.empty(self.site.fan_in, self.cfg.r))
         return dict(hra_u=u, hra_r=self.cfg.r, hra_apply_GS=self.cfg.apply_GS)
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill `hra_u` kaiming uniform (a=√5).
 
         For an even r with `init_weights`, columns are equal in pairs, so that H = I.

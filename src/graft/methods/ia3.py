@@ -94,7 +94,7 @@ class IA3(Method[IA3Config]):
         shape = (1, n, *[1] * spatial) if spatial or inner else (n, 1)
         return dict(ia3_l=nn.Parameter(torch.randn(shape)), is_feedforward=Attached(inner))
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill l with ones; with `init_ia3_weights=False` keep the normal values."""
         if self.cfg.init_ia3_weights:
             nn.init.ones_(self.ia3_l)

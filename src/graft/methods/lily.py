@@ -70,7 +70,7 @@ class Lily(Method[LilyConfig]):
 
     prefix = "lily_"
     targets = LORA
-    common = {"lily_A": strides, "lily_B": kinds}
+    layer_keys = {"lily_A": strides, "lily_B": kinds}
 
     lily_A: nn.Linear  # (r, in · kernel)
     lily_B: nn.Linear  # weight (num_B · r, out): the B_e, transposed, one after another
@@ -85,7 +85,9 @@ class Lily(Method[LilyConfig]):
 
     def describe(self) -> Effect:
         """Return an `Update` with a `branch` only, which cannot merge: each input mixes the projections anew."""
-        return Update(branch=self.branch, fixed="Lily mixes its projections anew for each input, which no weight does")
+        return Update(
+            branch=self.branch, why_unmergeable="Lily mixes its projections anew for each input, which no weight does"
+        )
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return the facts and three linear layers without bias: `lily_A` (r, fan_in), `lily_B` (num_B · r, out) and
@@ -102,7 +104,7 @@ class Lily(Method[LilyConfig]):
             lily_router=nn.Linear(cfg.r, cfg.num_B, bias=False),
         )
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill A and router kaiming uniform (a=√5), and B with zeros; with `init_weights=False` B kaiming
         uniform, too.
         """

@@ -120,7 +120,7 @@ class LoHa(Lycoris[LoHaConfig]):
             shapes = dict(w1_a=a, w1_b=b, w2_a=a, w2_b=b)
         return self.facts() | {f"hada_{name}": nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill all parameters kaiming uniform (a=√5), and w2_b with zeros; with `init_weights=False` w2_b, too, is
         random.
 

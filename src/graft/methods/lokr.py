@@ -76,7 +76,7 @@ class LoKr(Lycoris[LoKrConfig]):
             return shapes | dict(w2_a=(r, k), w2_b=(r, n), t2=self.kernel_shape)
         return shapes | dict(w2_a=(k, r), w2_b=(r, n * math.prod(kernel)))
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill all parameters kaiming uniform (a=√5), except zeros in w1 or w1_a; "lycoris": zeros in w2 or w2_b;
         False: no zeros.
         """

@@ -93,7 +93,7 @@ class LoraXS(Method[LoraXsConfig]):
         )
 
     @torch.no_grad()
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill A = S Vᵀ and B = U with the r largest singular triples of W₀; R stays 0, or is normal with std 1e-5 for
         `init_weights=False`.
 

@@ -72,7 +72,7 @@ class MiSS(Method[MissConfig]):
         """The shape of the block D: (r, out)."""
         return self.cfg.r, self.site.out_features
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Keep D at zero; with `init_weights=False` fill it kaiming uniform (a=√5)."""
         if self.cfg.init_weights is False:
             nn.init.kaiming_uniform_(self.miss_block, a=math.sqrt(5))

@@ -94,7 +94,7 @@ class MixLoRA(Method[MixLoraConfig]):
         return "all-linear"
 
     @classmethod
-    def accompany(cls, cfg: MixLoraConfig, model: nn.Module, paths: Sequence[str]) -> Sequence[str]:
+    def find_companions(cls, cfg: MixLoraConfig, model: nn.Module, paths: Sequence[str]) -> Sequence[str]:
         """Return the MLPs around the target layers `paths`: by name, or those in `mlp_modules`; they get the routers.
 
         Sets `cfg.within` (layer → MLP) and `cfg.routers` (MLP → its input width).
@@ -157,7 +157,7 @@ class MixLoRA(Method[MixLoraConfig]):
             mixlora_dropout=make_dropout(cfg.lora_dropout),
         )
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill a router with normal values of std `router_init_range`; else A kaiming uniform (a=√5), B zeros.
 
         With `init_weights=False` B is normal with std 1/√r.
@@ -176,8 +176,8 @@ class MixLoRA(Method[MixLoraConfig]):
         Of other layers an `Update` by `factors`.
         """
         if self.routes:
-            return Replace(self.module, fixed=FIXED)
-        return Update(branch=self.expert, fixed=FIXED) if self.chosen else Update(factors=self.factors)
+            return Replace(self.module, why_unmergeable=FIXED)
+        return Update(branch=self.expert, why_unmergeable=FIXED) if self.chosen else Update(factors=self.factors)
 
     def factors(self) -> Factors:
         """Return `mixlora_A` (r, in) and `mixlora_B` (out, r) with the scale alpha / r and dropout: plain LoRA."""

@@ -139,7 +139,7 @@ class MoeLoRA(Method[MoeLoraConfig]):
             moelora_dropout=make_dropout(cfg.lora_dropout),
         )
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill each A and the router kaiming uniform (a=√5), and B with zeros; with `init_weights=False` B is normal
         with std 1/√r.
         """
@@ -149,7 +149,9 @@ class MoeLoRA(Method[MoeLoraConfig]):
 
     def describe(self) -> Effect:
         """Return an `Update` with a `branch` only, which cannot merge: each token weighs the experts."""
-        return Update(branch=self.branch, fixed="MoE-LoRA's routers weigh experts by each token, which no weight does")
+        return Update(
+            branch=self.branch, why_unmergeable="MoE-LoRA's routers weigh experts by each token, which no weight does"
+        )
 
     def branch(self, x: Tensor) -> Tensor:
         """Return alpha / r · Σₑ gₑ Bₑ Aₑ dropout(x).

@@ -65,7 +65,7 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
         }
         return values | dict(mtllora_w=nn.Parameter(torch.ones(tasks, n), requires_grad=n > 1))  # else nothing to mix
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill A kaiming uniform (a=√5) and B with zeros; with `init_weights=False` B is normal with std 1/√r.
 
         λ and w stay ones.
@@ -76,7 +76,7 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
     def describe(self) -> Effect:
         """Return an `Update` with a `branch` only, which cannot merge: each task has its own weights."""
         return Update(
-            branch=self.branch, fixed="MTL-LoRA has weights for each task, and no weight is that of all tasks"
+            branch=self.branch, why_unmergeable="MTL-LoRA has weights for each task, and no weight is that of all tasks"
         )
 
     def effect_at(self, value: object) -> Effect:

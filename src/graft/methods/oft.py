@@ -126,7 +126,7 @@ class OFT(Method[OFTConfig]):
             "module_dropout": cfg.module_dropout,
         }
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill the rotation's weight with zeros, so that R = I; with `init_weights=False` with normal values of std
         0.1.
         """

@@ -104,14 +104,14 @@ class OSF(Method[OSFConfig]):
         out, n, k, r = self.sizes
         fixed: dict[str, tuple[int, ...]] = {"U_init": (out, r), "S_init": (r,), "V_init": (r, n)}
         fixed |= {"U_high": (out, k)} if out > n else {"V_high": (k, n)} if out < n else {}
-        # `init` finds them in the weight
+        # `init_values` finds them in the weight
         values: dict[str, object] = {f"osf_{name}": Transient(torch.empty(shape)) for name, shape in fixed.items()}
         make = torch.randn if self.cfg.init_weights is False else torch.zeros
         small = dict(U_low=make(out, r), S_low=make(r), V_low=make(r, n))
         return dict(osf_svd_params=nn.ParameterDict(small)) | values
 
     @torch.no_grad()
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Decompose W₀ in at least float32.
 
         The r smallest components fill the `_init` buffers and, unless `init_weights=False`, the trained tensors.

@@ -75,7 +75,7 @@ class PEANuT(Method[PeanutConfig]):
         facts = dict(r=r, scaling=cfg.scaling)
         return facts | dict(peanut_A=A, peanut_B=B, peanut_encoders=encoders, peanut_decoders=decoders)
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill A, encoders and decoders kaiming uniform (a=√5), and B with zeros; with `init_weights=False` B, too, is
         random.
         """

@@ -100,7 +100,7 @@ class Poly(ByTask[PolyConfig]):
             poly_router=Router(cfg.n_tasks, q, k),
         )
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill A as kaiming does (`fill_skills`), B with zeros, and the logits uniform within ±0.001.
 
         With `init_weights=False` B is filled like A.
@@ -115,7 +115,8 @@ class Poly(ByTask[PolyConfig]):
     def describe(self) -> Effect:
         """Return an `Update` with a `branch` only, which cannot merge: each task mixes the skills."""
         return Update(
-            branch=self.branch, fixed="Poly mixes its skills for each task, and no weight is that of all tasks"
+            branch=self.branch,
+            why_unmergeable="Poly mixes its skills for each task, and no weight is that of all tasks",
         )
 
     def branch(self, x: Tensor) -> Tensor:

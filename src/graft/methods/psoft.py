@@ -149,7 +149,7 @@ class PSOFT(Method[PsoftConfig]):
         )
 
     @torch.no_grad()
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill R with the identity (zeros of its triangle with `psoft_orth`), and the basis with `components`.
 
         With `init_weights=False` R is random: triangle normal with std 0.1, or the identity plus such values.

@@ -84,7 +84,7 @@ class PVeRA(Method[PveraConfig]):
             pvera_dropout=make_dropout(cfg.pvera_dropout),
         )
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill λ_d with `d_initial` and λ_b with zeros.
 
         With `init_weights=False` keep the values of `build`: normal and ones.

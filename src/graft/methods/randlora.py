@@ -92,7 +92,7 @@ class RandLoRA(Method[RandLoraConfig]):
             randlora_dropout=make_dropout(cfg.randlora_dropout),
         )
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill γ with 1 / max(n, d) and λ with zeros.
 
         With `init_weights=False` γ is 1 / D, and λ keeps its normal values.

@@ -135,7 +135,7 @@ class Reft(OnStates[ReftConfig]):
             values[f"reft_R{unit}"] = nn.Parameter(torch.empty(r, H))
         return values | dict(r=r, reft_dropout=make_dropout(self.cfg.dropout))
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill each R with orthonormal rows; without `orthogonality` kaiming uniform (a=√5).
 
         A keeps the values of nn.Linear.

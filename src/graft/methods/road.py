@@ -75,7 +75,7 @@ class Road(Method[RoadConfig]):
         op, per_group = self.site.op, self.cfg.group_size
         torn = self.site.out_features // op.count_groups(self.site.module) % per_group if op.known else 0
         why = "A pair of channels that are in two groups of a convolution has no kernel" if torn else None
-        return Rewrite(self.fold, post=self.post, fixed=why)
+        return Rewrite(self.fold, post=self.post, why_unmergeable=why)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return uninitialised parameters `road_theta` and `road_alpha`, (n / 2), (n) or (2 n) for road_1, road_2,
@@ -89,7 +89,7 @@ class Road(Method[RoadConfig]):
             road_alpha=nn.Parameter(torch.empty(size)),
         )
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill θ with zeros and α with ones, the identity; with `init_weights=False` normal values of std 0.5 around 0
         and 1.
         """
@@ -106,8 +106,8 @@ class Road(Method[RoadConfig]):
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return R W and R b (None without bias). Raises NotImplementedError if the effect cannot merge."""
-        if self.effect.fixed is not None:
-            raise NotImplementedError(f"{self.effect.fixed} (layer '{self.site.key}').")
+        if self.effect.why_unmergeable is not None:
+            raise NotImplementedError(f"{self.effect.why_unmergeable} (layer '{self.site.key}').")
         return self.rotate_channels(W, 0), None if b is None else self.rotate_channels(b, 0)
 
     def rotate_channels(self, z: Tensor, dim: int) -> Tensor:

@@ -155,7 +155,7 @@ class SDT(Method[SdtConfig]):
         )
 
     @torch.no_grad()
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill the places in a mixer from the change that `preprocess_sdt` has left (`strongest`); v stays 0.
 
         Elsewhere A is kaiming uniform (a=√5), B 0.

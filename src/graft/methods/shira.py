@@ -115,7 +115,7 @@ class SHiRA(Method[ShiraConfig]):
             shira_indices=CheckpointOnly(torch.zeros(2, self.size, dtype=torch.int32)),
         )
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill the places as output and input of each entry of the mask.
 
         v stays 0, or is normal with `init_weights=False`.

@@ -85,7 +85,7 @@ class SuperTuning(Method[SupertuningConfig]):
             )
         return super().check()
 
-    def excludes(self, other: object) -> str | None:
+    def why_incompatible(self, other: object) -> str | None:
         """Return the reason against an adapter with another `save_precomputed_indices`; None for an equal one, or a
         config without that field.
         """
@@ -126,7 +126,7 @@ class SuperTuning(Method[SupertuningConfig]):
         )
 
     @torch.no_grad()
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill the indices with the flat places of the k largest |W₀|; the smallest with `select_top=False`.
 
         With r fill A kaiming uniform (a=√5), B with zeros (random with `init_weights=False`).

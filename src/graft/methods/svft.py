@@ -102,7 +102,7 @@ class SVFT(Method[SvftConfig]):
         )
 
     @torch.no_grad()
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill U and V with the singular vectors of W₀, and the places with `places`.
 
         M stays 0, or is normal with std 1/√n for `init_weights=False`.

@@ -104,7 +104,7 @@ class TinyLoRA(Method[TinyLoraConfig]):
         return Use.STARTS  # a file holds A and B
 
     @torch.no_grad()
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill A = √S Vᵀ and B = U √S with the r largest singular triples of W₀; of an embedding, of W₀ᵀ."""
         W = self.layer.W0.flatten(1)
         svd = torch.linalg.svd((W.T if self.site.op.takes_ids else W).float(), full_matrices=False)

@@ -128,7 +128,7 @@ class TLoRA(Method[TLoraConfig]):
         )
 
     @torch.no_grad()
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill P, λ, Q and their frozen copies with r singular triples of W₀: the largest, last or middle ones by
         `sig_type`.
 
@@ -155,7 +155,8 @@ class TLoRA(Method[TLoraConfig]):
     def describe(self) -> Effect:
         """Return an `Update` with a `branch` only, which cannot merge: the rank follows the timestep."""
         return Update(
-            branch=self.branch, fixed="T-LoRA's rank follows the timestep, and no weight is that of all of them"
+            branch=self.branch,
+            why_unmergeable="T-LoRA's rank follows the timestep, and no weight is that of all of them",
         )
 
     def effect_at(self, value: object) -> Effect:

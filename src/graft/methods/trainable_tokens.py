@@ -81,7 +81,7 @@ class TrainableTokens(Method[TrainableTokensConfig]):
             seen |= set(m.token_indices)
 
     def uses_weight(self) -> Use:
-        """Return `Use.STARTS | Use.AGAIN`: `init` copies rows of the weight, also before a load.
+        """Return `Use.STARTS | Use.AGAIN`: `init_values` copies rows of the weight, also before a load.
 
         With `init_weights=False` `Use.READS | Use.AGAIN`.
         """
@@ -111,7 +111,7 @@ class TrainableTokens(Method[TrainableTokensConfig]):
             repeats=len(set(indices)) < len(indices),
         )
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill `trainable_tokens_original` with a copy of the base's rows, and `trainable_tokens_delta` with the same
         values.
 
@@ -125,7 +125,7 @@ class TrainableTokens(Method[TrainableTokensConfig]):
         else:
             nn.init.normal_(self.trainable_tokens_delta)
 
-    def tie(self, source: Method) -> None:
+    def tie_to_embedding(self, source: Method) -> None:
         """Use the parameter of `source` as this layer's own `trainable_tokens_delta`."""
         self.layer.trainable_tokens_delta[self.name] = source.trainable_tokens_delta
 

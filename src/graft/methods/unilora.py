@@ -112,7 +112,7 @@ class UniLoRA(Method[UniLoraConfig]):
         facts = dict(r=cfg.r, unilora_dropout=make_dropout(cfg.unilora_dropout))
         return shared | facts | {name: maybe_transient(t, cfg.save_indices) for name, t in zip(names, places)}
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Advance the generator as if A and B were drawn, as PEFT does. No tensor changes."""
         skip_draws(
             *(torch.empty(shape) for shape in (self.unilora_indices_A.shape, self.unilora_indices_B.shape))

@@ -94,7 +94,7 @@ def savable_parameters(tuner: Tuner, adapter: str = "default") -> tuple[int, int
     unknown adapter.
     """
     tuner.check_known([adapter])
-    cfg, carriers = tuner.peft_config[adapter], [*tuner.layers.values(), tuner.shared_tensors]
+    cfg, carriers = tuner.peft_config[adapter], [*tuner.layers.values(), tuner.common_tensors]
     added = {id(slot.tensor) for c in carriers for name in c.adapters for slot in c.slots(name)}
     other_count = sum(p.numel() for p in tuner.model.parameters() if p.requires_grad and id(p) not in added)
     bank, *logits = (sum(slot.tensor.numel() for slot in c.slots(adapter)) for c in reversed(carriers))
@@ -169,7 +169,7 @@ class VBLoRA(Method[VBLoRAConfig]):
         facts = dict(r=self.cfg.r, topk=self.cfg.topk, vblora_dropout=dropout)
         return facts | dict(vblora_logits_A=A, vblora_logits_B=B) | shared
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill both logits with normal values of std `init_logits_std`, after the generator has advanced as far as for
         a bank, as in PEFT.
         """
@@ -199,7 +199,7 @@ class VBLoRA(Method[VBLoRAConfig]):
         if eager() and not (watched() or tuner.is_disabled):
             for name in tuner.active_adapters if call.rows is None else call.rows.names:
                 m = next((layer.methods[name] for layer in tuner.layers.values() if name in layer.methods), None)
-                if m is not None and isinstance(m.alone, cls) and m.layer.training:
+                if m is not None and isinstance(m.matrix_method, cls) and m.layer.training:
                     refuse_truncated(m)
         with super().surround_run(tuner, call, run) as finish:
             yield finish

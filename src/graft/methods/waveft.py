@@ -185,7 +185,7 @@ class WaveFT(Spectral[WaveFTConfig]):
             waveft_use_idwt=cfg.use_idwt,
         )
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """With `init_weights=False` fill the coefficients with normal values of std 0.01; else keep the zeros."""
         if not self.cfg.init_weights:
             self.waveft_spectrum.data.copy_(torch.randn(len(self.waveft_spectrum)) * 0.01)

@@ -400,7 +400,7 @@ def update_norms(carrier: Carrier, adapter: str) -> tuple[Tensor, ...]:
         return ()
     method = layer.methods[adapter]
     effect = method.effect
-    if effect.whole or effect.weightless or effect.fixed:
+    if effect.whole or effect.weightless or effect.why_unmergeable:
         return ()
     base = layer.base_layer
     if layer.site.piece is not None or any([layout_of(t) is not None for t in base.parameters()]):

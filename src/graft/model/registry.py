@@ -187,8 +187,8 @@ class Registry:
                 "its unload()."
             )
         self.call = carriers[0].call if carriers else Call()
-        self.shared_tensors = SharedTensors()
-        self.shared_tensors.state.call = self.call
+        self.common_tensors = SharedTensors()
+        self.common_tensors.state.call = self.call
         self.peft_config: dict[str, PeftConfig] = Configs()
         self.reports: dict[str, InjectReport] = {}
         self.active_adapters: list[str] = []
@@ -225,15 +225,15 @@ class Registry:
         """Yield all carriers of adapters."""
         yield from self.layers.values()
         yield from self.wrappers.values()
-        if self.shared_tensors.containers:
-            yield self.shared_tensors
+        if self.common_tensors.containers:
+            yield self.common_tensors
 
     def parts_of(self, adapter_name: str) -> AdapterCarriers:
         """Return the carriers of an adapter."""
         return AdapterCarriers(
             {key: layer for key, layer in self.layers.items() if adapter_name in layer.methods},
             {key: w for key, w in self.wrappers.items() if adapter_name in w.adapters},
-            self.shared_tensors if self.shared_tensors.containers else None,
+            self.common_tensors if self.common_tensors.containers else None,
             all_layers=self.layers,
         )
 
@@ -309,7 +309,7 @@ class Registry:
             method,
             adapter_name,
             call=self.call,
-            shared=self.shared_tensors,
+            shared=self.common_tensors,
             others=self.find_same_method(config) if method.shares else {},
             tree=tree,  # type: ignore[arg-type]  # None: it makes one
             mixed=self.is_mixed,
@@ -317,7 +317,7 @@ class Registry:
             options=options,
             keys=None if options.state_dict is None else self._keys_in(options.state_dict, config),
         ).run()
-        for name, container in self.shared_tensors.modules().items() if method.shares else ():
+        for name, container in self.common_tensors.modules().items() if method.shares else ():
             if name not in self.holder._modules:
                 self.holder.add_module(name, container)
         self._register(adapter_name, config)
@@ -375,7 +375,7 @@ class Registry:
         if self.frozen_before is None:
             self.frozen_before = injection.frozen_before
         known = {id(part) for part in self.carriers()}
-        states = [part.state.disabled for part in self.carriers() if part is not self.shared_tensors]  # it may be new
+        states = [part.state.disabled for part in self.carriers() if part is not self.common_tensors]  # it may be new
         disabled = bool(states) and all(states)
         self.layers = {key: layer for key, layer in self.layers.items() if layer.methods} | parts.layers
         self.wrappers = {key: w for key, w in self.wrappers.items() if w.adapters} | parts.wrappers
@@ -677,7 +677,7 @@ class Registry:
             if (why := store.why_unreadable(layer.base_layer)) is not None:
                 raise NotImplementedError(f"Cannot dequantize layer '{layer.site.key}': {why}.")
         for layer in layers:
-            if layer.op.packed is not None:
+            if layer.op.packed_shape is not None:
                 raise NotImplementedError(
                     f"Cannot dequantize layer '{layer.site.key}': its module understands nothing but codes. Load the "
                     "base dequantized (in transformers: dequantize=True in its quantization_config) and merge there."

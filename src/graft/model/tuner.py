@@ -306,7 +306,7 @@ def warn_other_targets(tuner: Tuner, config: PeftConfig, adapter_name: str) -> N
         return
     targets = make_target_test(tuner, config)
     wanted = {k for k in survey_model(tuner.model).modules if targets(k)}
-    wanted |= set(method_of(config.peft_type).accompany(config, tuner.model, sorted(wanted)))
+    wanted |= set(method_of(config.peft_type).find_companions(config, tuner.model, sorted(wanted)))
     adapted = set(get_registry(tuner).layers)
     if wanted == adapted:
         return

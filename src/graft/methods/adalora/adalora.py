@@ -205,7 +205,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
             ranknum=Transient(nn.Parameter(torch.randn(1).fill_(cfg.init_r), requires_grad=False)),
         )
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill E with zeros, A and B with normal values of std 0.02.
 
         With `init_lora_weights=False` keep the normal values of `build`.

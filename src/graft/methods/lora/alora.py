@@ -229,7 +229,9 @@ class ALoRA(LoRA):
 
     def describe(self) -> Effect:
         """Return an `Update` with a `branch` only, which cannot merge: it acts at some positions."""
-        return Update(branch=self.branch, fixed="aLoRA does not support merging, as it acts at some positions only")
+        return Update(
+            branch=self.branch, why_unmergeable="aLoRA does not support merging, as it acts at some positions only"
+        )
 
     def branch(self, x: Tensor) -> Tensor:
         """Return LoRA's part s · B A x at the positions at which the adapter acts, zeros elsewhere, in the shape of the

@@ -66,7 +66,9 @@ class Arrow(LoRA):
 
     def describe(self) -> Effect:
         """Return an `Update` with a `branch` only, which cannot merge."""
-        return Update(branch=self.branch, fixed="Cannot merge an active Arrow router adapter. Remove it first")
+        return Update(
+            branch=self.branch, why_unmergeable="Cannot merge an active Arrow router adapter. Remove it first"
+        )
 
     def factors(self) -> Factors:
         """Raise NotImplementedError: a router has no update, only its experts have."""

@@ -112,12 +112,12 @@ class BdLoRA(LoRA):
             values["lora_B"] = BlockDiagonal(r, site.out_features, n, device)
         return values
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Initialise as LoRA, then fill the block-diagonal factor again: A kaiming uniform (a=0), B zeros.
 
         With init_lora_weights=True and side A the generator also advances as far as for a whole A, as in PEFT.
         """
-        super().init()
+        super().init_values()
         A, B = self.pair
         if self.side == "A":
             if self.cfg.init_lora_weights is True:  # as if all of A had been drawn before, which PEFT does

@@ -120,7 +120,7 @@ class DoRA(LoRA):
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
         """Return LoRA's tensors and `lora_magnitude_vector`, a `Magnitude` with weight (out,), or (1, out, 1, …) on a
-        convolution; `init` fills it.
+        convolution; `init_values` fills it.
         """
         kernel = [1] * (len(self.site.shape) - 2)
         shape = (1, self.site.out_features, *kernel) if kernel else (self.site.out_features,)
@@ -130,12 +130,12 @@ class DoRA(LoRA):
         """Return `Use.TAKES` with the flags of LoRA: the magnitudes start from the base weight."""
         return super().uses_weight() | Use.TAKES
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Initialise A and B as LoRA does, then set m to ‖W₀ + ΔW‖ per output channel, in m's dtype on A's device.
 
         On the meta device m stays empty.
         """
-        super().init()
+        super().init_values()
         if self.site.on_meta:
             return
         m: Tensor = self.lora_magnitude_vector.weight

@@ -48,7 +48,7 @@ class KaSA(LoRA):
 
     @classmethod
     def changes_base(cls, cfg: PeftConfig) -> str | None:
-        """Return "kasa_config": `init` always changes the base weight."""
+        """Return "kasa_config": `init_values` always changes the base weight."""
         return "kasa_config"
 
     @property
@@ -60,7 +60,7 @@ class KaSA(LoRA):
         """Return LoRA's flags with `Use.AGAIN`: `init` also runs before a load, since files lack the truncation."""
         return super().uses_weight() | Use.AGAIN
 
-    def excludes(self, other: object) -> str | None:
+    def why_incompatible(self, other: object) -> str | None:
         """Return None if the other adapter has a `kasa_config`, too; else the reason that KaSA changes the base
         weights.
         """
@@ -72,13 +72,13 @@ class KaSA(LoRA):
         """Return LoRA's tensors and `lora_diag` (r,), uninitialised."""
         return super().build(shared, device) | dict(lora_diag=nn.Parameter(torch.empty(self.cfg.r, device=device)))
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Initialise as LoRA, `lora_diag` with normal values; then remove the r smallest singular components from the
         base weight.
 
         The weight stays as it is if another KaSA adapter of the layer has at least rank r: its init has removed them.
         """
-        super().init()
+        super().init_values()
         self.lora_diag.data.normal_()
         ranks = [m.cfg.r for m in self.layer.methods.values() if m is not self and isinstance(m, KaSA)]
         if self.cfg.r > max(ranks, default=0):  # else the weight is without these already

@@ -165,7 +165,7 @@ class LoRA(Started):
             values[shift.NAME] = shift.Shift(self.shift_rank, site.shape, device)
         return values
 
-    def tie(self, source: Method) -> None:
+    def tie_to_embedding(self, source: Method) -> None:
         """Put this adapter onto the memory of `source`, the same adapter on the tied embedding.
 
         Between an embedding and a head the factors are transposed and exchanged: (B A)ᵀ = Aᵀ Bᵀ. Between two layers of
@@ -199,7 +199,7 @@ class LoRA(Started):
 
         It cannot merge (`fixed`) on a convolution with groups > 1, or with `lora_bias` on a layer without bias.
         """
-        return Update(factors=self.factors, fixed=checks.unmergeable(self.site, self.cfg))
+        return Update(factors=self.factors, why_unmergeable=checks.unmergeable(self.site, self.cfg))
 
     def factors(self) -> Factors:
         """Return `Factors` of the modules `lora_A`, `lora_B`, the scaling and `lora_dropout`.

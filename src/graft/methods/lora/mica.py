@@ -44,7 +44,7 @@ class MiCA(LoRA):
         B.requires_grad_(False)
         return values
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill A with zeros and B with the left singular vectors of W₀ of its r smallest singular values.
 
         On the meta device do nothing.
@@ -71,7 +71,7 @@ class MiCA(LoRA):
             factors = factors._replace(B=B.to(A.dtype).flatten(1))
         return factors
 
-    def tie(self, source: Method) -> None:
+    def tie_to_embedding(self, source: Method) -> None:
         """Raise ConfigError: a tied layer would have the frozen B as its A, so `ensure_weight_tying` cannot be used."""
         raise ConfigError(
             f"MiCA freezes B, which the tied layer '{self.site.key}' would have as its A. Leave ensure_weight_tying "

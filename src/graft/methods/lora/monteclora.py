@@ -46,7 +46,7 @@ class Sampler(nn.Module):
         self.register_buffer("expert_weights", torch.full((n,), 1 / n, device=device))
         self.drawn: tuple[Tensor, Tensor] | None = None  # χ² and normal values of the last draw
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill both parameters with uniform values from [0, 1)."""
         self.std_prior.data.uniform_()
         self.expert_weights_prior.data.uniform_()
@@ -134,12 +134,12 @@ class MonteCLoRA(LoRA):
         sampler = Sampler(self.cfg.r, require_sub_config(self.cfg.monteclora_config), device)
         return super().build(shared, device) | dict(lora_monteclora_sampler=sampler)
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Initialise as LoRA, then the sampler's parameters."""
-        super().init()
-        self.lora_monteclora_sampler.init()
+        super().init_values()
+        self.lora_monteclora_sampler.init_values()
 
-    def tie(self, source: Method) -> None:
+    def tie_to_embedding(self, source: Method) -> None:
         """Raise ConfigError: a tied layer would have the random A as its B, so `ensure_weight_tying` cannot be used."""
         raise ConfigError(
             f"MonteCLoRA draws A of an embedding, which the tied layer '{self.site.key}' would have as its B. Leave "

@@ -83,7 +83,7 @@ class QALoRA(LoRA):
         size = self.cfg.qalora_group_size
         return super().build(shared, device) | dict(lora_A=Pooled(size, self.site.in_features, self.cfg.r, device))
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Initialise as LoRA.
 
         With init_lora_weights=True the generator first advances as far as for a whole A, as in PEFT.
@@ -93,7 +93,7 @@ class QALoRA(LoRA):
         how = self.cfg.init_lora_weights
         if how is True:  # as if a whole A had been drawn before, which PEFT does
             skip_draws(torch.empty(self.cfg.r, self.site.in_features))
-        super().init()
+        super().init_values()
         if how is False:
             nn.init.kaiming_uniform_(self.pair[0], a=math.sqrt(5))
 

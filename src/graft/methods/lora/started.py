@@ -142,7 +142,7 @@ class Started(Method[LoraConfig]):
     changes.
     """
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill A and B as `init_lora_weights` says (`initialise`); an initialisation of STARTS also changes the base
         weight.
         """

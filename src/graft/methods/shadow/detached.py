@@ -157,7 +157,7 @@ def shadow_loss(tuner: Tuner, cfg: PeftConfig, name: str, s: Tensor, inputs: dic
     """
     labels, model = inputs["labels"], tuner.model
     if cfg.task_type == "SEQ_CLS":
-        head = tuner.shared_tensors.containers["shadow_head"][name]
+        head = tuner.common_tensors.containers["shadow_head"][name]
         logits = pool_logits(head(s.to(find_head_dtype(head))), inputs.get("input_ids"), model.config.pad_token_id)
         return classification(model.config, logits, labels)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -313,7 +313,7 @@ def detach(tuner: Tuner, name: str, separate: bool) -> object:
     The head is the shadow's own for SEQ_CLS, else the base's output embeddings. A network without embeddings gets the
     base's. `separate`: all modules are copied; else shared, and the adapter's network stays without embeddings.
     """
-    model, containers = tuner.model, tuner.shared_tensors.containers
+    model, containers = tuner.model, tuner.common_tensors.containers
     network, projection = containers["shadow_backbone"][name], containers["shadow_projection"][name]
     classifies = "shadow_head" in containers and name in containers["shadow_head"]
     head = containers["shadow_head"][name] if classifies else model.get_output_embeddings()

@@ -168,7 +168,7 @@ class Pass:
         all can.
         """
         for name in self.names:
-            network = self.tuner.shared_tensors.containers["shadow_backbone"][name]
+            network = self.tuner.common_tensors.containers["shadow_backbone"][name]
             why = no_cache_for(network, self.tuner.model)
             if why is not None:
                 return f"SHADOW adapter '{name}' cannot run with a cache: {why}"
@@ -181,7 +181,7 @@ class Pass:
         Input embeddings come from the argument, the call, or the base model's embedding, if the network has none. A
         cache, if there is one, is used and extended.
         """
-        containers = self.tuner.shared_tensors.containers
+        containers = self.tuner.common_tensors.containers
         network, projection = containers["shadow_backbone"][name], containers["shadow_projection"][name]
         parameters = signature(network.forward).parameters
         device, dtype = find_device_and_dtype(network)

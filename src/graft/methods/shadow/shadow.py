@@ -101,7 +101,7 @@ class Shadow(Method[ShadowConfig]):
     def describe(self) -> Effect:
         """Return a `Rewrite` of the block with `pre` and `post`, which cannot merge."""
         why = "SHADOW adapts whole blocks by a state that changes from token to token, which no weight does"
-        return Rewrite(pre=self.pre, post=self.post, block=True, fixed=why)
+        return Rewrite(pre=self.pre, post=self.post, block=True, why_unmergeable=why)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return linear layers `shadow_down` (r, d) and `shadow_up` (d, r) without bias, `shadow_update_transform` and
@@ -120,7 +120,7 @@ class Shadow(Method[ShadowConfig]):
             shadow_alpha=cfg.shadow_alpha,
         )
 
-    def init(self) -> None:
+    def init_values(self) -> None:
         """Fill Up with zeros, so that the adapter starts as nothing; with `init_weights=False` keep torch's values."""
         if self.cfg.init_weights:
             nn.init.zeros_(self.shadow_up.weight)

@@ -97,6 +97,8 @@ class Recorder(GraphAppendingTracer):
         """Start an empty graph.
 
         Attentions and `mlp` are the ends, modules with outputs that are no sum with their input.
+
+        around: only the code of modules around the ends runs. tuples: attentions return a tuple of one item.
         """
         super().__init__(Graph())
         self.attentions, self.norms = frozenset(attentions), frozenset(norms)

@@ -53,11 +53,11 @@ class RandLoRA(Method[RandLoraConfig]):
 
     @classmethod
     def share(cls, layers: AdaptedLayers) -> dict[str, object]:
-        """Return the shared random matrices `randlora_A` (r, 1, d) and `randlora_B` (D, ⌈d / r⌉, r); d is the smaller,
-        D the larger of the widest input and output over all layers.
+        """Return the shared random matrices `randlora_A` (r, 1, d) and `randlora_B` (D, ⌈d / r⌉, r).
 
-        If another adapter shares them, return that one's; ConfigError if they are too small. Else draw them: `ternary`
-        with `sparse` or `very_sparse`, `uniform` otherwise. No file holds them with `save_projection=False`.
+        d is the smaller, D the larger of the widest input and output over all layers. If another adapter shares the
+        matrices, return that one's; ConfigError if they are too small. Else draw them: `ternary` with `sparse` or
+        `very_sparse`, `uniform` otherwise. No file holds them with `save_projection=False`.
         """
         cfg, existing = layers.cfg, layers.existing
         sizes = [sorted((s.out_features, s.fan_in)) for s in layers.sites]

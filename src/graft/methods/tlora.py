@@ -258,7 +258,7 @@ MISSING = (
 
 
 def per_row(t: object) -> Constant | Tensor:
-    """Return a timestep as a fact about each row: a tensor (batch,), or a `Same` of a single number, () or (1,).
+    """Return a timestep as a fact about each row: a tensor (batch,), or a `Constant` of a single number, () or (1,).
 
     Raises:
         RoutingError: t is None, has more than one dimension, or is complex or boolean.

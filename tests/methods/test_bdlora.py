@@ -145,7 +145,7 @@ def test_refused(case, lib):
     "blocks, options, text",
     [
         (A, dict(init_lora_weights="pissa"), "init_lora_weights='pissa' cannot fill"),
-        (B, dict(lora_bias=True), "lora_bias=True is not supported for the block-diagonal B"),
+        (B, dict(lora_bias=True), "The block-diagonal B of layer"),
         (A, dict(use_dora=True), r"unsupported variant combination: \('use_bdlora', 'use_dora'\)"),
         (dict(nblocks=0), {}, "`nblocks` should be positive"),
     ],

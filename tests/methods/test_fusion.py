@@ -140,10 +140,10 @@ def test_bad_input(tmp_path):
     with pytest.raises(ConfigError, match=r"needs adapters \['c'\]"):
         model.add_adapter("other", graft.AdapterFusionConfig(adapters=["a", "c"]))
     model.add_adapter("lora", graft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ConfigError, match="takes bottlenecks, and adapter 'lora' is LoRA"):
+    with pytest.raises(ConfigError, match="takes bottlenecks: adapter 'lora' is LoRA"):
         model.add_adapter("other", graft.AdapterFusionConfig(adapters=["a", "lora"]))
     model.add_adapter("inv", graft.BottleneckConfig.preset("seq_bn_inv"))
-    with pytest.raises(ConfigError, match="'inv' is invertible"):
+    with pytest.raises(ConfigError, match="adapter 'inv', invertible"):
         model.add_adapter("other", graft.AdapterFusionConfig(adapters=["inv"]))
     model.delete_adapter(["inv", "lora"])
     assert {name for name, _ in model.named_parameters() if "fusion_" in name} == before

@@ -183,7 +183,7 @@ def test_generate_takes_lengths_of_prompts():
 
 @pytest.mark.parametrize(
     "lengths, text",
-    [(0, "below 1"), (1.5, "not whole"), ([1, 2], r"shape \(2,\) for a batch of 3 rows"), ("a", "a number, or one")],
+    [(0, "below 1"), (1.5, "not whole"), ([1, 2], r"shape \(2,\) for 3 rows"), ("a", "a number, or one")],
     ids=str,
 )
 def test_lengths_that_are_none(lengths, text):

@@ -53,7 +53,7 @@ def test_the_formula():
     assert_close(late, torch.cat([h[:, :3], moved[:, 3:]], 1))
     mixed = states(model, adapter_names=["default", "__base__", "default"], steering_coefficient=[1, 5, 3])
     assert_close(mixed, h + torch.tensor([1.0, 0, 3])[:, None, None] * v)
-    with pytest.raises(RoutingError, match=r"shape \(2,\) for a batch of 3 rows"):
+    with pytest.raises(RoutingError, match=r"shape \(2,\) for 3 rows"):
         model(**inputs("llama"), steering_coefficient=[1, 2])
     for value in (float("nan"), [1.0, float("inf"), 1.0], torch.tensor([1.0, float("nan"), 1.0]), 1e39):
         with pytest.raises(RoutingError, match=r"NaN or infinite\. Give finite numbers"):

@@ -84,9 +84,7 @@ class BottleneckConfig(Targeted, Chosen):
         if self.non_linearity.lower() not in ACTIVATIONS:
             raise ConfigError(f"Unknown non_linearity {self.non_linearity!r}. Known: {', '.join(ACTIVATIONS)}.")
         if self.is_parallel and (self.mh_adapter or self.cross_adapter or not self.output_adapter):
-            raise ConfigError(
-                "Parallel bottlenecks adapt the MLP only. Set output_adapter=True, and no mh_adapter or cross_adapter."
-            )
+            raise ConfigError("Parallel bottlenecks adapt the MLP only. Leave mh_adapter and cross_adapter off.")
         if self.original_ln_before and not self.is_parallel and (self.mh_adapter or self.cross_adapter):
             raise ConfigError(
                 "After an attention the bottleneck acts before the residual. Set original_ln_before=False."
@@ -199,8 +197,7 @@ def places_in(cfg: BottleneckConfig, model: nn.Module) -> dict[str, BottleneckPl
         places |= around_model(cfg, model)
     if not places:
         raise NoMatchingPeftModuleError(
-            "leave_out, mh_adapter and output_adapter leave no place for a bottleneck. "
-            "Leave out fewer blocks, or set output_adapter."
+            "The options leave no place for a bottleneck. Set output_adapter, or a shorter leave_out."
         )
     return places
 
@@ -253,9 +250,7 @@ def around_model(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Bottlenec
     twofold = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     path = find_embedding_output([path for path, module in modules.items() if module is embedding], modules, twofold)
     if path is None:
-        raise NoMatchingPeftModuleError(
-            f"{type(model).__name__} has no input embeddings for an invertible adapter. Set inv_adapter=None."
-        )
+        raise NoMatchingPeftModuleError(f"{type(model).__name__} has no input embeddings. Set inv_adapter=None.")
     if twofold and modules[path] is modules.get(path.replace("encoder", "decoder")):
         raise UnsupportedLayerError(
             f"The encoder and the decoder of {type(model).__name__} have one module for their embeddings, and an "

@@ -102,10 +102,7 @@ class Recorder(GraphAppendingTracer):
         """
         super().__init__(Graph())
         self.attentions, self.norms = frozenset(attentions), frozenset(norms)
-        self.ends = {
-            *attentions,
-            mlp,
-        }  # modules with an output that is no sum with their input; linear layers are added
+        self.ends = {*attentions, mlp}  # modules without a residual in their output; linear layers are added
         self.inner = tuple(self.ends) if around else None
         self.tuples = tuples
         self.items: dict[tuple[Node, int], Node] = {}

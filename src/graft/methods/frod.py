@@ -170,9 +170,7 @@ class FRoD(Method[FrodConfig]):
             if first is not None and first in existing.get(f"frod_V.{name}", ()):
                 V, before = (existing[f"frod_{part}.{name}"][first] for part in ("V", "s_indices"))
                 if len(V) != n:
-                    raise ConfigError(
-                        f"frod_V of '{name}' is for {len(V)} inputs, and {n} are required. Use a separate model."
-                    )
+                    raise ConfigError(f"frod_V of '{name}' is for {len(V)} inputs, not {n}. Use a separate model.")
                 places = before if before.shape == places.shape else places
             else:
                 V = basis(groups[name], n, cfg.regularization_alpha)

@@ -75,12 +75,10 @@ def find_fused_places(model: nn.Module, names: list[str]) -> dict[str, Fused]:
         for m in (layer.methods[name] for name in names if name in layer.methods):
             if not isinstance(m, Bottleneck):
                 raise ConfigError(
-                    f"AdapterFusion takes bottlenecks, and adapter '{m.name}' is {type(m).__name__}. Name others."
+                    f"AdapterFusion takes bottlenecks: adapter '{m.name}' is {type(m).__name__}. Drop it."
                 )
             if m.place.role in ENDS:
-                raise ConfigError(
-                    f"Adapter '{m.name}' is invertible at '{key}', which AdapterFusion cannot mix. Name others."
-                )
+                raise ConfigError(f"AdapterFusion cannot mix adapter '{m.name}', invertible at '{key}'. Drop it.")
             before = places.get(key, Fused(m.place, ()))
             if before.place != m.place:
                 raise ConfigError(f"Adapters {names} act in different ways at '{key}'. Fuse bottlenecks of one kind.")

@@ -44,9 +44,7 @@ class LoHaConfig(LycorisConfig):
         """Validate the fields; raise ConfigError for `use_khatri_rao` with an `init_weights` other than True."""
         super().__post_init__()
         if self.use_khatri_rao and self.init_weights is not True:
-            raise ConfigError(
-                f"use_khatri_rao and init_weights={self.init_weights!r} are two starts. Leave one of them out."
-            )
+            raise ConfigError(f"use_khatri_rao and init_weights={self.init_weights!r} are two starts. Leave one out.")
 
 
 class LoHa(Lycoris[LoHaConfig]):

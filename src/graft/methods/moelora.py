@@ -55,9 +55,7 @@ class MoeLoraConfig(Targeted, LayerRange, RankPatterns):
         super().__post_init__()
         check_experts(self.top_k, self.num_experts, self.experts_pattern)
         if self.router_loss and self.top_k is None:
-            raise ConfigError(
-                "`router_loss` needs a router that chooses, and with top_k=None all experts act. Set top_k."
-            )
+            raise ConfigError("`router_loss` needs a router that chooses: with top_k=None all experts act. Set top_k.")
 
 
 def check_experts(top_k: int | None, experts: int, pattern: dict[str, int] | None = None) -> None:

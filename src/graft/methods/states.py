@@ -120,9 +120,7 @@ def numbers_by_row(name: str, value: object, run: Run, holds: Callable[[Tensor],
     rows = [t for t in (*run.inputs, *run.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
     batch = len(rows[0]) if rows else 1
     if c.dim() > 1 or (c.dim() == 1 and len(c) != batch):
-        raise RoutingError(
-            f"{name} has shape {tuple(c.shape)} for a batch of {batch} rows. Give one number, or one per row."
-        )
+        raise RoutingError(f"{name} has shape {tuple(c.shape)} for {batch} rows. Give one number, or one per row.")
     raise_unless(holds(c).all(), lambda: RoutingError(f"{name} {text}"), f"{name} {text}")
     return (c.to(rows[0].device, non_blocking=True) if rows else c).expand(batch)  # once, and not in each layer
 

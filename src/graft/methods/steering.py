@@ -95,8 +95,7 @@ class Steering(OnStates[SteeringConfig]):
             if len(positions.start) != len(delta):
                 raise RoutingError(
                     f"Layer '{self.site.key}' has an output of shape {tuple(delta.shape)}: min_token_index={least} of "
-                    f"adapter '{self.name}' needs one row for each sample, and its tokens. "
-                    "Exclude this layer with exclude_modules."
+                    f"adapter '{self.name}' needs one row for each sample. Use exclude_modules."
                 )
             at = at - positions.start.to(delta.device)[:, None]
         acts: Tensor = at >= least

@@ -140,10 +140,7 @@ def update_and_allocate(tuner: Tuner, global_step: int) -> None:
     """
     trained = trainable(tuner)
     if trained is None:
-        raise ValueError(
-            "update_and_allocate: none of the active adapters trains (inference_mode is set). "
-            "Load one with is_trainable=True."
-        )
+        raise ValueError("update_and_allocate: none of the active adapters trains. Load one with is_trainable=True.")
     name, methods = trained
     cfg, state = tuner.peft_config[name], allocator_of(tuner, name)
     state.called = True
@@ -237,8 +234,7 @@ def resize_modules_by_rank_pattern(
         layer = tuner.layers.get(key)
         if layer is None or adapter_name not in layer.methods:
             raise ConfigError(
-                f"rank_pattern names '{key}', where AdaLoRA adapter '{adapter_name}' has no layer. "
-                "Name its layers only."
+                f"rank_pattern names '{key}', no layer of AdaLoRA adapter '{adapter_name}'. Name its layers."
             )
         E = layer.methods[adapter_name].lora_E
         masks[key] = torch.as_tensor(mask, dtype=torch.bool, device="cpu").flatten()  # for the config, too

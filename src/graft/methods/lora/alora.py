@@ -196,7 +196,7 @@ def offsets_from(value: object, run: Run) -> Offsets:
     tensors = [t for t in (*run.inputs, *run.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
     if tensors and len(values) not in {len(t) for t in tensors}:
         raise RoutingError(
-            f"{ARGUMENT} has {len(values)} entries, for a batch of {len(tensors[0])} rows. Give one per row."
+            f"{ARGUMENT} has {len(values)} entries, for a batch of {len(tensors[0])} rows. Give one each."
         )
     counts = constant(tuple(v or 0 for v in values), torch.long, tensors[0].device if tensors else None)
     return Offsets(counts, max((v or 0 for v in values), default=0), Progress())

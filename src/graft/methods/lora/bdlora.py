@@ -91,9 +91,7 @@ class BdLoRA(LoRA):
                 "(nblocks). Choose another nblocks."
             )
         if side == "B" and self.cfg.lora_bias:
-            raise ConfigError(
-                f"lora_bias=True is not supported for the block-diagonal B of layer '{site.key}'. Leave it off."
-            )
+            raise ConfigError(f"The block-diagonal B of layer '{site.key}' has no bias. Leave lora_bias off.")
         return super().check()
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:

@@ -159,9 +159,7 @@ def corda(lora: Method, W: Tensor) -> Start:
                 "`preprocess_corda` and `get_peft_model` need the same model and rank; so does a cache file."
             )
         if not t.isfinite().all():
-            raise CalibrationError(
-                f"Invalid value found in matrix {name} for layer '{site.key}': NaN or infinite. Pass other data."
-            )
+            raise CalibrationError(f"Invalid value found in matrix {name} for layer '{site.key}'. Pass other data.")
     root = (S / s).sqrt()
     return Start.of(root[:, None] * V.T, U * root, s)
 
@@ -179,9 +177,7 @@ def eigens_of(W: Tensor, C: Tensor, r: int, method: str, key: str) -> CordaEigen
     W, C = W.float(), C.float()
     mean = C.diagonal().mean()
     if not (C.isfinite().all() and mean > 0):
-        raise CalibrationError(
-            f"The inputs of layer '{key}' are all zero, or not finite: there is no covariance. Pass other data."
-        )
+        raise CalibrationError(f"The inputs of layer '{key}' are all zero, or not finite. Pass other data.")
     one, damp = torch.eye(len(C), device=C.device), DAMP
     while True:
         damped = C + damp * mean * one

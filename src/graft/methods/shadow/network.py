@@ -177,9 +177,7 @@ def require_width(model: nn.Module) -> int:
     """
     size = getattr(text_config(model), "hidden_size", None)
     if size is None:
-        raise ConfigError(
-            f"SHADOW needs hidden_size in the model's config, and {type(model).__name__} has none. Use another method."
-        )
+        raise ConfigError(f"The config of {type(model).__name__} has no hidden_size for SHADOW. Use another method.")
     return int(size)
 
 

@@ -71,9 +71,7 @@ class Shadow(Method[ShadowConfig]):
         """
         tasks = (c.task_type for c in (layers.cfg, *layers.other_configs.values()))
         if layers.other_configs and "SEQ_CLS" in tasks:
-            raise ConfigError(
-                "SHADOW supports one adapter only for SEQ_CLS, as it copies the head. Use a separate model."
-            )
+            raise ConfigError("SHADOW supports one adapter only for SEQ_CLS. Use a separate model.")
         return network.make_modules(layers.model, layers.cfg)
 
     def check(self) -> str | None:

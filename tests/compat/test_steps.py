@@ -503,7 +503,7 @@ def nothing(original, *args, **options):
 
 BAD = {
     raises: (LookupError, "mine"),
-    outside: (ValueError, "'blocks.0.k'.*a Linear that is no module of the model. Hand on the target"),
+    outside: (ValueError, "'blocks.0.k'.*a Linear that is no module of the model. Pass on the target"),
     twice: (ValueError, "'blocks.0.k' twice.*each once"),
     elsewhere: (ValueError, "places it as 'q' of a Block, where it is not"),
     of_another: (ValueError, "adapter 'other' instead of 'default'"),

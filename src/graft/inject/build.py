@@ -229,8 +229,8 @@ def share_lent_tensors(layers: Iterable[AdapterLayer], adapter: str, only_equal:
                     differing.append(f"{layer.key}.{container}")
     if differing:
         warn(
-            f"Layers of adapter '{adapter}' share tensors, and the checkpoint has other values for {len(differing)}, "
-            f"such as '{differing[0]}', as PEFT trains an adapter that is not a model's first: these stay apart.",
+            f"Layers of adapter '{adapter}' share tensors, but the checkpoint has different values for "
+            f"{len(differing)}, such as '{differing[0]}', as PEFT trains a model's second adapter: these stay apart.",
             PeftWarning,
         )
 
@@ -322,10 +322,11 @@ def add_layers(job: InjectionJob) -> None:
     """Make a layer with the adapter's tensors for each site, in `job.order`, and note it in the report's `matched`.
 
     A site that has a layer already gets the adapter on that one. A site of another pipeline stage only draws its
-    initial values and drops them, unless values come from a checkpoint or the adapter is on the meta device.
+    initial values and drops them, unless values come from a checkpoint or `on_meta` is set.
 
-    Tensors are placeholders on the meta device if values follow, or if `on_meta` allows it. Numbers in borrowed tensors
-    count on the lender. Warns if the scaling of a layer is 0.
+    Tensors are placeholders on the meta device if values of a checkpoint follow, unless the method must run `init`
+    first. Also if the base weight is on meta, unless `init` changes it; or if `on_meta` is set, unless `init` reads the
+    weight. Borrowed tensors count on the lender. One warning names layers with a scaling of 0.
 
     Raises:
         LinAlgError: initial values computed from base weights are not finite.
@@ -374,7 +375,7 @@ def warn_of_offloaded_biases(biases: list[Any], model: nn.Module, adapter: str, 
     if lost:
         warn(
             f"Adapter '{adapter}' trains biases of the base (bias='{bias}'), and {len(lost)} of them are "
-            "offloaded, where they stay as they are: have the model on real devices first, or set bias='none'.",
+            "offloaded, where they cannot change. Move the model to real devices first, or set bias='none'.",
             PeftWarning,
         )
 
@@ -408,9 +409,8 @@ def check_one_device(method: Method, source: Method) -> None:
     device, source_device = find_device_and_dtype(method.site.module)[0], find_device_and_dtype(source.site.module)[0]
     if device != source_device:
         raise ConfigError(
-            f"Layer '{method.site.key}' is on {device}, and '{source.site.key}', to which it is tied, on "
-            f"{source_device}: adapter '{method.name}' cannot share memory between them. Put both on one device, or "
-            "leave ensure_weight_tying off."
+            f"Layer '{method.site.key}' is on {device}, but it is tied to '{source.site.key}' on "
+            f"{source_device}. Adapter '{method.name}': put both on one device, or leave ensure_weight_tying off."
         )
 
 

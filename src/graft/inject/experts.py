@@ -159,7 +159,7 @@ class ExpertStack(NamedTuple):
 
     @property
     def names(self) -> set[str]:
-        """The names by which a config may name the stack: its old parts, the parameter, and the pieces of a fused name.
+        """The names that a config may use for the stack: its old parts, the parameter, and the pieces of a fused name.
 
         For `gate_up_proj` the pieces are `gate_proj` and `up_proj`.
         """

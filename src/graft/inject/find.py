@@ -267,8 +267,8 @@ def assign_lenders(methods: Sequence[Method]) -> None:
 def check_sites(methods: dict[str, Method], tree: ModuleTree, mixed: bool) -> None:
     """Raise UnsupportedLayerError, with a remedy, for the first site that its method cannot adapt.
 
-    The module, its storage or the method refuses; the layer has an adapter of that name; it has another method and
-    `mixed` is False; or the module trains whole or in rows.
+    The module, its storage or the method refuses; or the module trains whole or in rows. Or its layer has an adapter of
+    that name, or another method while `mixed` is False.
     """
     for key, method in methods.items():
         site, adapter = method.site, method.name
@@ -431,7 +431,9 @@ def choose_heads(
             raise ConfigError(f"heads['{name}'] is in the model already, and would train there too: give a copy of it.")
         widths = [getattr(m, "in_features", None) for m in (innermost(tree.modules[paths[0]]), module)]
         if None not in widths and widths[0] != widths[1]:
-            raise ConfigError(f"heads['{name}'] takes {widths[1]} features, and '{paths[0]}' has {widths[0]}.")
+            raise ConfigError(
+                f"heads['{name}'] takes {widths[1]} features, and '{paths[0]}' has {widths[0]}. Pass one of that width."
+            )
         chosen[paths[0]] = module
     return chosen
 

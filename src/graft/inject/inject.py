@@ -36,8 +36,8 @@ class Injection(InjectionJob):
         """Put the adapter on the model, in place, inactive and frozen. Return this injection.
 
         Waits until no call of the model runs. Copies the completed config into the caller's. The garbage collector
-        pauses meanwhile. Warnings come at the end, once each. If processes compute the model in pieces, their random
-        generators are synchronized first.
+        pauses meanwhile. Gathered warnings come just before the commit. If processes compute the model in pieces, their
+        random generators are synchronized first. An error or a warning turned into one undoes everything.
 
         Raises:
             NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: the model is as it was before the call.
@@ -94,8 +94,10 @@ class Injection(InjectionJob):
         """Attach the new layers and wrappers to the model.
 
         The base's parameters freeze, in place, if it had no adapters before; the names of those frozen already are kept
-        in `frozen_before`. Trained biases then get `requires_grad`. Empty carriers of deleted adapters are replaced by
-        their base modules. Nothing here can fail.
+        in `frozen_before`. Trained biases then get `requires_grad`.
+
+        Empty carriers of deleted adapters are replaced by their base modules. Packed weights are prepared for adapters.
+        Changes of base weights by `init` become final, unless the injection is provisional. Nothing here can fail.
         """
         tree = self.tree
         prepare_packed(tree.modules.values())

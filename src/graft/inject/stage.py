@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One model on several processes: stages of a pipeline, and equal adapters on all that compute it in pieces."""
+"""One model on several processes: stages of a pipeline, and equal adapters on all processes that compute a model in
+pieces.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,13 @@ MARK = "PipelineIdentityLayer"  # of transformers
 
 
 def find_absent_modules(modules: dict[str, nn.Module]) -> dict[str, str]:
-    """Return the path of the list (or other parent) of each module that this process lacks.
+    """Return {path: parent's path} of the modules that this process lacks; {} for a whole model.
 
-    Returns {} for a whole model.
+    These are transformers' placeholders for absent layers, and missing blocks at the ends of a list. If there are such,
+    each `nn.Identity` counts as absent, too.
 
-    modules: all modules of the model, by path.
+    Args:
+        modules: all modules of the model, by path.
     """
     absent = {key: key.rpartition(".")[0] for key, m in modules.items() if type(m).__name__ == MARK}
     for key, m in modules.items():
@@ -44,11 +48,18 @@ def find_absent_modules(modules: dict[str, nn.Module]) -> dict[str, str]:
 
 
 def find_absent_in_model(model: nn.Module) -> dict[str, str]:
-    """Return the absent modules of a model with or without adapters, of which none is looked into."""
+    """Return {path: parent's path} of the modules that this process lacks, in a model with or without adapters.
+
+    {} on a single process.
+    """
     return find_absent_modules(dict(_walk_modules("", model))) if processes() > 1 else {}
 
 
 def _walk_modules(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a module and all below it with their paths.
+
+    Carriers and wrappers of children are skipped, so that paths are those of the base.
+    """
     yield path, module
     for name, child in module._modules.items():
         if child is not None:
@@ -56,7 +67,11 @@ def _walk_modules(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module
 
 
 def list_missing_blocks(blocks: nn.Module) -> list[str]:
-    """Return the names of the blocks that a list of alike ones lacks at its beginning or end."""
+    """Return the names of the missing blocks (None or `nn.Identity`) of a list.
+
+    Returns [] if none is missing, if the list has one entry, or if the blocks that are there have several types or gaps
+    between them.
+    """
     presence = [m is not None and type(m) is not nn.Identity for m in blocks._modules.values()]
     kinds = {type(m) for m, is_here in zip(blocks._modules.values(), presence) if is_here}
     in_a_row = sum(a != b for a, b in zip([False, *presence], [*presence, False])) == 2
@@ -66,15 +81,17 @@ def list_missing_blocks(blocks: nn.Module) -> list[str]:
 
 
 def is_below(path: str, absent: Iterable[str]) -> bool:
-    """Return True if a path is that of an absent module, or in one."""
+    """Return True if `path` equals a path in `absent` or is below one."""
     return any(path == key or path.startswith(f"{key}.") for key in absent)
 
 
 def add_remote_sites(sites: dict[str, Site], tree: ModuleTree, matcher: Matcher, adapter: str) -> dict[str, Site]:
-    """Return the sites of an adapter in the model's order, with those that other stages have.
+    """Return an adapter's sites in the model's order, together with copies for the blocks on other stages.
 
-    A site of an absent block looks as that of a block that is here. It draws its initial values as well, which nobody
-    keeps: so each stage has those that one process would have drawn.
+    An absent block gets the sites of the first block that is here.
+
+    Remote sites draw initial values that nobody keeps. So each stage has the values that one process would have drawn.
+    Warns if a target outside lists of blocks is on another stage, since values then differ from one process's.
     """
     absent = tree.absent
     lists = {p for p in absent.values() if isinstance(tree.modules.get(p), (nn.ModuleList, nn.ModuleDict))}
@@ -92,9 +109,8 @@ def add_remote_sites(sites: dict[str, Site], tree: ModuleTree, matcher: Matcher,
     remote_paths = [key for key in absent if absent[key] not in lists and matcher(key).outcome == "matched"]
     if remote_paths:
         warn(
-            f"'{remote_paths[0]}' is on another stage of the pipeline, and adapter '{adapter}' adapts it there: this "
-            "stage draws other values for the layers after it than one process would. Load the adapter from a file "
-            "where all stages have to begin like one process.",
+            f"'{remote_paths[0]}' is on another stage of the pipeline, so adapter '{adapter}' begins with other "
+            "values here than on one process. Load it from a file if all stages have to begin like one process.",
             PeftWarning,
         )
     return out
@@ -103,7 +119,11 @@ def add_remote_sites(sites: dict[str, Site], tree: ModuleTree, matcher: Matcher,
 def list_block_sites(
     parent: str, sites: dict[str, Site], tree: ModuleTree, matcher: Matcher
 ) -> Iterator[tuple[str, Site]]:
-    """Yield the sites in all blocks of a list, in order, by those of the first block that has some."""
+    """Yield the sites in all blocks of the list at `parent`, in order.
+
+    Absent blocks get copies of the sites in the first block that has some, if `matcher` matches their paths. Sites of
+    parameters are copied without that test.
+    """
     by_block: dict[str, dict[str, Site]] = {}  # by name of the block, by path below it
     for key, site in sites.items():
         if key.startswith(f"{parent}."):
@@ -123,7 +143,9 @@ def list_block_sites(
 
 
 def discard_initial_values(method: Method, shared: dict[str, object], call: Call) -> None:
-    """Draw a layer's initial values, and drop them: an absent layer's, or one that gets other values."""
+    """Draw a layer's initial values and drop them, so that the random generator moves on as for a layer that keeps
+    them. Methods that change the base weight run only `build`, not `init`.
+    """
     spare = make_adapter_layer(method.site, call)
     method.layer = spare
     with build_on(spare.where[0]):
@@ -140,12 +162,15 @@ def check_stage_independence(
     absent: dict[str, str],
     adapter: str,
 ) -> None:
-    """Raise UnsupportedLayerError if an adapter of a stage needs what other stages have.
+    """Raise UnsupportedLayerError if an adapter on a pipeline stage needs tensors of other stages.
+
+    Causes: the method works over all layers, shared tensors train, or a layer here borrows tensors of a remote layer.
 
     Args:
-        methods: of the layers that are here, by path.
-        order: those that other stages have, too.
-        trains: names of the tensors that all layers share and that train.
+        methods: of the layers on this process, by path.
+        order: those and the methods of other stages' layers.
+        trains: names of the trainable tensors that all layers share.
+        absent: modules on other stages, for the error.
     """
     why = kind.over_layers
     if why is None and trains:
@@ -158,18 +183,20 @@ def check_stage_independence(
     if why is not None:
         raise UnsupportedLayerError(
             f"{kind.__name__} {why}, and this model is a stage of a pipeline, which lacks {len(absent)} modules, such "
-            f"as '{next(iter(absent))}'. Adapter '{adapter}': use a method whose layers are "
-            "independent, such as LORA, or tensor parallelism."
+            f"as '{next(iter(absent))}'. Adapter '{adapter}': use a method with "
+            "independent layers, such as LORA, or tensor parallelism."
         )
 
 
 def find_model_group(modules: Iterable[nn.Module]) -> dist.ProcessGroup | None:
-    """Return the group of processes that compute a model in pieces; None if no other process has a part in it."""
+    """Return the process group of the first module that is computed in pieces; None if there is none."""
     return next((g for m in modules if (g := find_group(m)) is not None), None)
 
 
 def synchronize_generators(group: dist.ProcessGroup) -> None:
-    """Have all processes of a model's group draw from now on what its first process draws."""
+    """Copy the states of the first process's random generators to all processes of the group, so that they draw the
+    same values. All processes must call this.
+    """
     first = dist.get_global_rank(group, 0)
     alike = []
     for state in read_generator_states():
@@ -180,12 +207,15 @@ def synchronize_generators(group: dist.ProcessGroup) -> None:
 
 
 def synchronize_tensors(parts: AdapterCarriers, adapter: str, group: dist.ProcessGroup, loads: bool) -> None:
-    """Give an adapter's new tensors the values of the group's first process, whatever each has drawn.
+    """Overwrite an adapter's tensors on all processes of a group with the values of its first process.
 
-    loads: the values came from a checkpoint.
+    All processes must call this. Empty tensors, those on the meta device and DTensors are left out.
+
+    Args:
+        loads: the values came from a checkpoint, so they are only compared.
 
     Raises:
-        CheckpointError: the processes have loaded different values.
+        CheckpointError: with `loads`, processes have different values.
     """
     tensors = [t for t in list_adapter_tensors(parts, adapter) if not t.is_meta and t.numel()]
     for device in dict.fromkeys(t.device for t in tensors):
@@ -201,7 +231,10 @@ def synchronize_tensors(parts: AdapterCarriers, adapter: str, group: dist.Proces
 
 
 def list_adapter_tensors(parts: AdapterCarriers, adapter: str) -> Iterator[Tensor]:
-    """Yield the tensors of an adapter, each once, in the same order on all processes."""
+    """Yield an adapter's tensors, each once: shared ones, then of layers, heads and rows, and the prompt.
+
+    The order is the same on all processes. DTensors are left out.
+    """
     seen: set[int] = set()
     shared = [] if parts.shared is None else [slot.tensor for slot in parts.shared.slots(adapter)]
     layer_tensors = [t for layer in parts.layers.values() for _, t in layer.tensors(adapter, transient=True)]
@@ -214,12 +247,16 @@ def list_adapter_tensors(parts: AdapterCarriers, adapter: str) -> Iterator[Tenso
 
 
 def check_equal_data(data: Tensor, adapter: str, group: dist.ProcessGroup) -> None:
+    """Raise CheckpointError if the bytes of `data` differ between the processes of a group.
+
+    Gathers a CRC-32 of each, so that all must call this. The text names the first rank that differs from rank 0.
+    """
     checksum: int = zlib.crc32(data.cpu().numpy())  # type: ignore[arg-type]  # an array is a buffer
     checksums: list[object] = [None] * dist.get_world_size(group)
     dist.all_gather_object(checksums, checksum, group=group)
     differing_ranks = [rank for rank, digest in enumerate(checksums) if digest != checksums[0]]
     if differing_ranks:
         raise CheckpointError(
-            f"Adapter '{adapter}' has other values on process {differing_ranks[0]} of its tensor parallel group than "
-            "on process 0: load the same file on all of them."
+            f"Adapter '{adapter}' has other values on process {differing_ranks[0]} of its tensor parallel group "
+            "than on process 0. Load the same file on all of them."
         )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of an injection that are methods of the tuner's class, which other packages replace by their own.
+"""The steps of an injection that are methods of the tuner's class, which other packages replace.
 
-An injection asks a step only if it was replaced, before anything is built. A replacement decides by what it hands on to
-the original: that notes what to adapt, and with which config. Graft makes the layers.
+An injection calls a step only if it was replaced, before anything is built. The replacement calls the original for each
+module that it wants adapted, with a config. The original only records that call; graft makes the layers.
 """
 
 from __future__ import annotations
@@ -38,16 +38,23 @@ CHECK, CREATE, PARAMETERS, CAST = (
 
 
 class SiteConfig(NamedTuple):
-    target: str  # path by which the config's patterns name it
-    cfg: PeftConfig | None  # the config as handed on; None: the adapter's, as it was
+    """The path and config that a replaced step gave for one site."""
+
+    target: str  # its path for the config's patterns
+    cfg: PeftConfig | None  # None: the adapter's, unchanged
 
 
 class ReplacedSteps:
-    """The replaced steps of one injection. replaced: their names."""
+    """The replaced steps of one injection, and the sites that they choose."""
 
     job: InjectionJob
 
     def __init__(self, tuner: Tuner, replaced: list[str]):
+        """Begin without an injection; `swap_config` gives one.
+
+        Args:
+            replaced: names of the replaced methods of the tuner.
+        """
         self.tuner, self.replaced = tuner, replaced
         self.target = ""  # the path that is being asked for
         self.asked: list[str] = []
@@ -57,7 +64,16 @@ class ReplacedSteps:
 
     @contextmanager
     def swap_config(self, job: InjectionJob) -> Iterator[None]:
-        """Let the block ask; put back modules that a replacement has changed if it raises."""
+        """Let the steps of the tuner run for `job` within the block: its registry has the job's config and these steps.
+
+        Afterwards the registry has its own configs again.
+
+        At the end of the block a replaced `_cast_adapter_dtype` decides `job.options.upcast`. If the block raises,
+        modules that a replacement put into the model are taken out.
+
+        Raises:
+            UnsupportedLayerError: a replacement put another module into the model.
+        """
         self.job, self.paths = job, map_paths(job.tree)
         places = [(parent, name, parent._modules[name]) for parent, name in job.tree.places.values()]
         registry = get_registry(self.tuner)
@@ -81,34 +97,42 @@ class ReplacedSteps:
                 del registry.peft_config[job.adapter]
 
     def _ask(self, step: str, *args: object, **kwargs: object) -> object:
+        """Call a step of the tuner and return its answer.
+
+        Raises the error of `record_call`, even if the replacement caught it.
+        """
         answer = getattr(self.tuner, step)(*args, **kwargs)
         if self.refused is not None:  # whatever the replacement has made of the error
             raise self.refused
         return answer
 
     def describe_step(self, step: str) -> str:
-        """Return a replaced step as texts show it."""
+        """Return the name of a replaced step and of the code that replaced it, for error texts."""
         return f"{type(self.tuner).__name__}.{step}, replaced by {describe_function(getattr(self.tuner, step))}"
 
     def describe_steps(self) -> str:
+        """Return the descriptions of all replaced steps, joined by "and"."""
         return " and ".join(map(self.describe_step, self.replaced))
 
     def _check_intact(self, places: Iterable[tuple[nn.Module, str, nn.Module | None]]) -> None:
-        """Raise UnsupportedLayerError if a place holds another module than it did."""
+        """Raise UnsupportedLayerError if one of the places (parent, name, module) holds another module now."""
         for parent, name, module in places:
             if (now := parent._modules.get(name)) is not module:
                 where = name if module is None else self.paths.get(module, name)
                 raise UnsupportedLayerError(
                     f"{self.describe_steps()}, put a {type(now).__name__} in the place of '{where}': "
-                    f"graft makes the layers of adapter '{self.job.adapter}' itself, of what a step hands on to the "
-                    "original. For another layer type write an Op, for other mathematics a graft.Method "
-                    "(docs/architecture.md)."
+                    f"graft makes the layers of adapter '{self.job.adapter}' itself. For another layer type write an "
+                    "Op, for other mathematics a graft.Method (docs/architecture.md)."
                 )
 
     # modules
 
     def decide(self, path: str, config_verdict: Verdict) -> Verdict:
-        """Return a config's verdict about a path, as the replaced check has it."""
+        """Return the verdict about a path after the replaced `_check_target_module_exists`.
+
+        If it agrees with `config_verdict`, or is not replaced, that is returned. Else the outcome is "matched" for True
+        and "left" for False.
+        """
         if CHECK not in self.replaced:
             return config_verdict
         answer = self._ask(CHECK, self.job.cfg, path)
@@ -117,7 +141,9 @@ class ReplacedSteps:
         return Verdict("matched", config_verdict.entry or path) if answer else Verdict("left", config_verdict.entry)
 
     def modules(self) -> None:
-        """Make `sites` of an injection those of what the replaced step adapts for its targets."""
+        """Call the replaced `_create_and_replace` for each site in `job.targets.sites`, which then holds the sites it
+        chose. Without a replacement only a copy of the config is kept, to see later changes.
+        """
         self.before = copy.copy(self.job.cfg)
         if CREATE not in self.replaced:
             return
@@ -126,7 +152,14 @@ class ReplacedSteps:
             self._create(path)
 
     def adapt_tied_modules(self) -> None:
-        """Have modules follow the embedding to which they are tied only if the replaced step adapts them."""
+        """Call the replaced `_create_and_replace` for each module tied to a targeted embedding.
+
+        A module that it leaves out does not follow the embedding. Without a replacement does nothing.
+
+        Raises:
+            UnsupportedLayerError: it adapts another module for a tied one.
+            NoMatchingPeftModuleError: it has left out all targets.
+        """
         if CREATE not in self.replaced:
             return
         job = self.job
@@ -149,7 +182,12 @@ class ReplacedSteps:
             )
 
     def _create(self, path: str, parameter: str | None = None, key: str | None = None, cfg: object = None) -> None:
-        """Ask what to adapt for a target: a module, or one of its parameters, at the path `key`."""
+        """Call the replaced `_create_and_replace` for a module, or with `parameter` for one of its parameters, at the
+        path `key`. The report's `skipped` gets the target if that call chose no site.
+
+        Raises:
+            UnsupportedLayerError: it put another module into the target's place.
+        """
         job, self.target = self.job, key or path
         (parent, name), module, count = job.tree.places[path], job.tree.modules[path], len(self.noted)
         options = {} if parameter is None else {"parameter_name": parameter}
@@ -164,7 +202,10 @@ class ReplacedSteps:
     # parameters
 
     def adapt_parameters(self) -> tuple[dict[str, Site], UnmatchedEntries]:
-        """Return the sites of the parameters that the steps adapt, by path; and the entries that name none."""
+        """Return the sites of the parameters that the steps adapt, by path, and the entries that match none.
+
+        A replaced `_inject_parameters` decides; else each matching parameter goes through `_create_and_replace`.
+        """
         job, before = self.job, set(self.noted)
         if PARAMETERS in self.replaced:
             names = {"peft_config": job.cfg, "model": job.model, "adapter_name": job.adapter}
@@ -175,13 +216,16 @@ class ReplacedSteps:
         return {key: job.targets.sites[key] for key in self.noted if key not in before}, idle
 
     def adapt_named_parameters(self, cfg: PeftConfig) -> tuple[list[str], UnmatchedEntries]:
-        """Adapt the parameters that a config names; return their paths, and the entries that name none."""
+        """Call the replaced `_create_and_replace` for each parameter that `cfg` names.
+
+        Return their paths and the entries that match none. The original `_inject_parameters` does this.
+        """
         matches, idle = find_named_parameters(cfg, skip_empty_carriers(self.job.model), self.job.tree, self.job.report)
         for key, path, name in matches:
             self._create(path, name, key, cfg)
         return [key for key, *_ in matches], idle
 
-    # what the originals do
+    # the work of the original steps
 
     def record_call(
         self,
@@ -193,10 +237,12 @@ class ReplacedSteps:
         key: str | None,
         parameter: str | None,
     ) -> None:
-        """Note what a call of the original adapts, and with which config.
+        """Record the site and config of a call of the original `_create_and_replace`.
+
+        An error is kept in `refused` as well, so that `_ask` raises it if the replacement catches it.
 
         Raises:
-            UnsupportedLayerError: that is nothing which this injection could adapt, or has been noted before.
+            UnsupportedLayerError: as `_record_call`.
         """
         try:
             self._record_call(cfg, adapter, target, (parent, name), key or self.target, parameter)
@@ -207,6 +253,15 @@ class ReplacedSteps:
     def _record_call(
         self, cfg: PeftConfig, adapter: str, target: object, place: tuple[Any, str], key: str, parameter: str | None
     ) -> None:
+        """Add the site of `target`, or of its parameter, to `job.targets.sites`, and its config to `noted`.
+
+        The config is copied if it differs from the adapter's.
+
+        Raises:
+            UnsupportedLayerError: another adapter or config class, no module of the model, another place than the
+                module's, or a
+                site that is recorded already.
+        """
         job = self.job
         tree, path = job.tree, self.paths.get(target, "") if isinstance(target, nn.Module) else ""
         why = None
@@ -228,7 +283,7 @@ class ReplacedSteps:
                 why = f"'{site_key}' twice: for '{self.noted[site_key].target}' already"
         if why is not None:
             raise UnsupportedLayerError(
-                f"For '{self.target}' {self.describe_steps()}, hands on {why}. Hand on the target, or "
+                f"For '{self.target}' {self.describe_steps()}, passes on {why}. Pass on the target, or "
                 "another module of the model with its parent and its name there, each once; or nothing, to leave the "
                 "target out."
             )
@@ -236,7 +291,10 @@ class ReplacedSteps:
         self.noted[site_key] = SiteConfig(key, None if cfg == self.before else copy.copy(cfg))
 
     def get_site_config(self, key: str) -> tuple[PeftConfig, str]:
-        """Return the config handed on for a site, and the path by which its patterns name it."""
+        """Return the config recorded for the site at `key`, else the adapter's, and the path that its patterns use.
+
+        Changes that a replacement made to the adapter's config after the search are ignored.
+        """
         noted = self.noted.get(key, SiteConfig(key, None))
         adapter_config = (
             self.job.cfg if self.job.cfg == self.before else self.before
@@ -245,7 +303,10 @@ class ReplacedSteps:
 
 
 def map_paths(tree: ModuleTree) -> dict[nn.Module, str]:
-    """Return the path of each module that a survey shows; of those around and within layers of parameters, too."""
+    """Return {module: path} for a survey.
+
+    Includes empty carriers, layers of parameters, and the modules within these.
+    """
     paths = dict(tree.paths)
     for path, base in tree.vacant.items():
         parent, name = tree.places[path]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Supported inside: rooms may import this module.
-"""One walk of a model: its modules by path, what adapters have put there, and how modules around use a layer."""
+"""A survey of a model in one walk: modules by path, carriers of adapters, and the use of a layer's weight by modules
+around it.
+"""
 
 from __future__ import annotations
 
@@ -47,22 +49,29 @@ SETS_UP = re.compile(r"__init__|_*(init|reset|tie|untie|resize|set|load|save|pru
 
 
 class Use(NamedTuple):
-    """What a class does with a module within it."""
+    """The use of an inner module by the class around it."""
 
     reads: bool = False  # computes with its weight or bias
-    calls: bool = False  # calls it, or hands it on to what may
+    calls: bool = False  # calls it, or passes it to a function that may
 
 
 class SourceUses(ast.NodeVisitor):
-    """The modules that a function reads and calls, by their paths from `self`."""
+    """A reader of a function's syntax tree: it collects the paths of modules that the function reads or calls, from
+    `self` on.
+    """
 
     def __init__(self, me: str):
+        """Begin with no path. `me` is the name of the function's first parameter, usually `self`."""
         self.known: dict[str, Path] = {me: ()}  # by the name of a variable
         self.reads: set[Path] = set()
         self.calls: set[Path] = set()
-        self.hands_on = False  # `self`, to what may call whatever is within
+        self.hands_on = False  # passes `self` to a function that may call any inner module
 
     def path(self, node: ast.AST) -> Path | None:
+        """Return the path of attributes from `self` for an expression; None if it does not begin there.
+
+        A variable that a path was assigned to counts; an index is ITEM; a slice adds nothing.
+        """
         if isinstance(node, ast.Name):
             return self.known.get(node.id)
         if isinstance(node, ast.Attribute):
@@ -76,17 +85,25 @@ class SourceUses(ast.NodeVisitor):
         return None
 
     def visit(self, node: ast.AST) -> None:
+        """Record the use of an expression with a path from `self`, and visit the indices in its brackets.
+
+        Visit other nodes as usual.
+        """
         path = self.path(node)
         if path is None:
             super().visit(node)
             return
         self.add_use(path, writes=not isinstance(getattr(node, "ctx", None), ast.Load))
-        while not isinstance(node, ast.Name):  # what stands in brackets
+        while not isinstance(node, ast.Name):  # the index in brackets
             if isinstance(node, ast.Subscript):
                 self.visit(node.slice)
             node = node.value  # type: ignore[attr-defined]
 
     def add_use(self, path: Path, writes: bool = False) -> None:
+        """Record a path: as called if it has no weight or bias, else as a read of the module that has it.
+
+        Writes are not recorded, nor are facts such as `.dtype` or `.shape`.
+        """
         at = next((i for i, part in enumerate(path) if i and part in TENSORS), None)
         if at is None:
             self.calls.add(path)
@@ -96,6 +113,11 @@ class SourceUses(ast.NodeVisitor):
             self.reads.add(path[:at])
 
     def visit_Call(self, node: ast.Call) -> None:
+        """Record the function and arguments of a call.
+
+        In-place methods such as `weight.copy_()` do not count as reads. Passing `self` itself sets `hands_on`, since
+        the function may call anything. `isinstance` and the like use no values.
+        """
         path, name = self.path(node.func), getattr(node.func, "id", getattr(node.func, "attr", ""))
         values = [*node.args, *(keyword.value for keyword in node.keywords)]
         if path is None:
@@ -109,10 +131,15 @@ class SourceUses(ast.NodeVisitor):
                 self.visit(value)
 
     def visit_Compare(self, node: ast.Compare) -> None:
+        """Visit a comparison, but not `is` and `is not`, which use no value."""
         if not isinstance(node.ops[0], (ast.Is, ast.IsNot)):
             self.generic_visit(node)
 
     def visit_Assign(self, node: ast.Assign) -> None:
+        """Remember the path that is assigned to a variable, unless it contains a weight or bias.
+
+        Visit any other assignment as usual.
+        """
         path, target = self.path(node.value), node.targets[0]
         if path is None or TENSORS & set(path) or not isinstance(target, ast.Name):
             self.generic_visit(node)
@@ -120,6 +147,7 @@ class SourceUses(ast.NodeVisitor):
             self.known[target.id] = path
 
     def visit_For(self, node: ast.For) -> None:
+        """Remember the variable of a loop over a path as one of its items; visit the rest of the loop."""
         path = self.path(node.iter)
         if path and isinstance(node.target, ast.Name):
             self.known[node.target.id] = (*path, ITEM)
@@ -128,14 +156,17 @@ class SourceUses(ast.NodeVisitor):
 
 
 def get_written_function(value: object) -> FunctionType | None:
-    """Return the function that a class has written, from what stands in its dictionary."""
+    """Return the Python function behind a value of a class's dictionary, from within properties and decorators.
+
+    None if it is none or has no positional parameter.
+    """
     written: Any = value.fget if isinstance(value, property) else value
     function = inspect.unwrap(written)
     return function if isinstance(function, FunctionType) and function.__code__.co_argcount else None
 
 
 def list_names(code: CodeType) -> Iterator[str]:
-    """Yield the names of all attributes in a function."""
+    """Yield the names of attributes and globals that a function uses, those of functions within it included."""
     yield from code.co_names
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
@@ -143,7 +174,7 @@ def list_names(code: CodeType) -> Iterator[str]:
 
 
 def parse_function(function: FunctionType) -> SourceUses | None:
-    """Return what a function reads and calls; None if it has no source."""
+    """Return the modules that a function reads and calls, from its source; None if it has no source."""
     try:
         lines = inspect.getsourcelines(function)[0]
         tree = ast.parse("".join(["if 1:\n", *lines] if lines[0][:1].isspace() else lines))
@@ -159,7 +190,7 @@ SOURCES: WeakKeyDictionary[type, dict[Path, Use]] = WeakKeyDictionary()
 
 
 def parse_functions(functions: Iterable[FunctionType]) -> list[SourceUses]:
-    """Return what each function that has a source reads and calls."""
+    """Return the uses of each function that has a source. Each function is parsed once and kept in `SEEN`."""
     for function in functions:
         if function not in SEEN:
             SEEN[function] = parse_function(function)
@@ -167,7 +198,10 @@ def parse_functions(functions: Iterable[FunctionType]) -> list[SourceUses]:
 
 
 def find_inner_uses(kind: type) -> dict[Path, Use]:
-    """Return what a class does with the modules within it, by path; {} if it reads the weight of none."""
+    """Return {path: use} for the modules within instances of a class; {} if it reads the weight of none.
+
+    Methods of torch's classes and those that set up, load or save are left out. The result is kept in `SOURCES`.
+    """
     if kind in SOURCES:
         return SOURCES[kind]
     functions: dict[str, FunctionType] = {}
@@ -200,7 +234,7 @@ class ModuleTree:
     root: nn.Module = field(default_factory=nn.Module)  # the model, without wrappers around it
     modules: dict[str, nn.Module] = field(default_factory=dict)  # by path; layers and wrappers are leaves, blocks not
     places: dict[str, Place] = field(default_factory=dict)
-    again: dict[str, list[Place]] = field(default_factory=dict)  # where else the module of a path stands
+    again: dict[str, list[Place]] = field(default_factory=dict)  # further places of the module at a path
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     wrappers: dict[str, Wrapper] = field(default_factory=dict)
     owners: dict[nn.Parameter, int] = field(default_factory=dict)  # number of the base's modules that hold a parameter
@@ -214,17 +248,22 @@ class ModuleTree:
     checkpointing: bool = False  # some module has gradient checkpointing switched on
 
     def list_places(self, path: str) -> list[Place]:
-        """Return the places of a module: several if one object has several names, as the embedding of a T5."""
+        """Return the places (parent, name) of the module at a path: several if one object has several names, as a T5's
+        embedding.
+        """
         return [self.places[path], *self.again.get(path, ())]
 
     @cached_property
     def paths(self) -> dict[nn.Module, str]:
-        """The path of each module."""
+        """The path of each module. Computed once."""
         return {module: path for path, module in self.modules.items()}
 
     @cached_property
     def readers(self) -> dict[str, dict[Path, Use]]:
-        """What modules that read the weight of another do with those within them, by path. Few models have any."""
+        """{path: {inner path: use}} of the modules that read the weight of a module within them.
+
+        Few models have any. Computed once.
+        """
         kinds: dict[type, list[str]] = {}
         for path, m in [("", self.root), *self.modules.items()]:
             kinds.setdefault(type(innermost(m)), []).append(path)
@@ -232,7 +271,7 @@ class ModuleTree:
 
 
 def check_model(model: object) -> None:
-    """Raise TypeError if a value is no model, but the name or the class of one, for instance."""
+    """Raise TypeError if `model` is a class, or has no `__dict__`, such as a name or path."""
     if isinstance(model, type):
         raise TypeError(f"A model has to be a torch.nn.Module, got the class {model.__name__}. Make an object of it.")
     if not hasattr(model, "__dict__"):
@@ -243,11 +282,12 @@ def check_model(model: object) -> None:
 
 
 def survey_model(model: nn.Module) -> ModuleTree:
-    """Walk `model` once, but not into layers, unless they are blocks, and wrappers. One without adapters counts as the
-    module beneath it.
+    """Walk `model` once and return its modules, places, carriers and parameter counts.
+
+    Layers and wrappers are leaves, except layers around blocks. A carrier without adapters shows the module beneath it.
 
     Raises:
-        TypeError: as `check_model`.
+        TypeError: `model` is no module.
     """
     check_model(model)
     tree = ModuleTree(root=model)
@@ -257,12 +297,16 @@ def survey_model(model: nn.Module) -> ModuleTree:
     numbers = 0
 
     def visit_children(module: nn.Module, path: str) -> None:
+        """Record each child of a module with its path and place, and look into it.
+
+        A child that was seen before only gets one more place.
+        """
         for name, child in module._modules.items():
             if child is None:
                 continue
             place, inner = find_innermost_place(module, name)
             if child in seen:
-                if inner is child:  # else it follows what is put into its wrapper
+                if inner is child:  # else its wrapper has it in all places
                     tree.again.setdefault(seen[child], []).append(place)
                 continue
             key = f"{path}.{name}" if path else name
@@ -273,6 +317,10 @@ def survey_model(model: nn.Module) -> ModuleTree:
             look_into(inner, key)
 
     def count_parameters(module: nn.Module) -> None:
+        """Count the parameters of a module itself: numbers once per parameter, owners per module.
+
+        Notes gradient checkpointing.
+        """
         nonlocal numbers
         if module.__dict__.get("gradient_checkpointing"):
             tree.checkpointing = True
@@ -283,6 +331,7 @@ def survey_model(model: nn.Module) -> ModuleTree:
                     numbers += count_numbers(p)
 
     def look_into(module: nn.Module, path: str) -> None:
+        """Go on below a module: through carriers, through a wrapper around the whole model, or to its children."""
         if (carrier := carrier_of(module)) is not None:
             if nest := list_nested_layers(carrier):
                 add_nest(nest, path)
@@ -296,10 +345,15 @@ def survey_model(model: nn.Module) -> ModuleTree:
             visit_children(module, path)
 
     def count_tied_weight(layer: AdapterLayer) -> None:
+        """Count one more owner of the weight that a merged layer was tied to before its merge."""
         if layer.state.undo and (tied := merging.find_tied_weight(layer)) is not None:
             owners[tied] = owners.get(tied, 0) + 1
 
     def add_nest(nest: list[AdapterLayer], path: str) -> None:
+        """Record the layers of a module's parameters.
+
+        Without adapters left, `modules` has the module itself at its path. Its children are visited.
+        """
         base, live = innermost(nest[0]), [layer for layer in nest if layer.adapters]
         if not live:
             modules[path] = base
@@ -312,6 +366,11 @@ def survey_model(model: nn.Module) -> ModuleTree:
         visit_children(base, path)
 
     def add_carrier(host: Any, path: str) -> None:
+        """Record a layer or wrapper at its path.
+
+        One without adapters is `vacant`, and the walk continues in its base. A layer around a block is walked, any
+        other only counted.
+        """
         base = host.base_module
         if not host.adapters:
             if not path:  # the model itself
@@ -339,7 +398,7 @@ def survey_model(model: nn.Module) -> ModuleTree:
 
 
 def find_innermost_place(parent: nn.Module, name: str) -> tuple[Place, nn.Module]:
-    """Return the place within all wrappers that stand at a place, and the module there."""
+    """Return the place (parent, name) and the module within all wrappers at `parent.name`."""
     child: Any = parent._modules[name]
     while (inner := find_inner_attribute(child)) is not None:
         parent, name, child = child, inner, child._modules[inner]
@@ -347,19 +406,21 @@ def find_innermost_place(parent: nn.Module, name: str) -> tuple[Place, nn.Module
 
 
 def skip_empty_carriers(module: nn.Module | None) -> nn.Module | None:
-    """Return a module as a survey shows it: the one beneath a layer or wrapper without adapters, else itself."""
+    """Return the module beneath carriers without adapters; the module itself if it is none."""
     while (carrier := carrier_of(module)) is not None and not carrier.adapters:
         module = carrier.base_module
     return module
 
 
 def is_block(carrier: object) -> bool:
-    """Return True for a layer around a module that gives no weight: those within it take adapters as well."""
+    """Return True for a layer around a module that has no known op, so that modules within it may take adapters as
+    well.
+    """
     return isinstance(carrier, AdapterLayer) and not (carrier.beside or carrier.op.known)
 
 
 def list_nested_layers(carrier: object) -> list[AdapterLayer]:
-    """Return the layers of a module's parameters that stand around it, the innermost first; [] if there are none."""
+    """Return the layers of parameters around a module, the innermost first; [] for any other carrier."""
     nest: list[AdapterLayer] = []
     while isinstance(carrier, AdapterLayer) and carrier.op.opaque:
         nest.append(carrier)
@@ -368,12 +429,16 @@ def list_nested_layers(carrier: object) -> list[AdapterLayer]:
 
 
 def list_read_children(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of a module's children whose weights it reads without calling them, beside a parameter."""
+    """Return the names of children that a module reads without a call, next to an adapted parameter: `out_proj` of an
+    attention.
+    """
     return ("out_proj",) if isinstance(module, nn.MultiheadAttention) else ()
 
 
 def why_not_attention(m: nn.MultiheadAttention) -> str | None:
-    """Return why an attention cannot be adapted; None if it can."""
+    """Return why a MultiheadAttention cannot be adapted: separate q, k and v weights, or an `out_proj` that is not
+    Linear. None if it can.
+    """
     if m.in_proj_weight is None:
         return "Only same embed for query/key/value is supported as of now for MultiheadAttention"
     out = getattr(m.out_proj, "base_layer", m.out_proj)
@@ -383,6 +448,10 @@ def why_not_attention(m: nn.MultiheadAttention) -> str | None:
 
 
 def get_site(key: str, module: nn.Module, tree: ModuleTree) -> Site:
+    """Return the site of the module at path `key`: the one of its layer if it has one, else a new one.
+
+    An attention's site is that of its `in_proj_weight`. An op in `tree.ops` for its type replaces the known one.
+    """
     layer = layer_in(module)
     if layer is not None and layer.site.key == layer.site.path:
         return layer.site  # type: ignore[no-any-return]
@@ -405,7 +474,10 @@ def get_site(key: str, module: nn.Module, tree: ModuleTree) -> Site:
 
 
 def find_weight_uses(key: str, tree: ModuleTree) -> tuple[bool, bool]:
-    """Return whether modules around one read its weight, and whether they call it."""
+    """Return (is_read, is_called): whether modules around the one at `key` read its weight, and whether they call it.
+
+    A module that nobody reads counts as called.
+    """
     parent, _, name = key.rpartition(".")
     if parent in tree.modules and name in list_read_children(innermost(tree.modules[parent])):
         return True, False
@@ -421,9 +493,12 @@ def find_weight_uses(key: str, tree: ModuleTree) -> tuple[bool, bool]:
 
 
 def make_parameter_site(path: str, module: nn.Module, name: str, tree: ModuleTree, key: str | None = None) -> Site:
-    """Return the site of one parameter of a module, which uses it in its own ways. key: `path.name` if None.
+    """Return a new site for one parameter of a module.
 
-    A stack of matrices is taken as (n, out, in), or as (n, in, out) where the module says `is_transposed`.
+    A stack has the shape (n, out, in), or (n, in, out) if the module says `is_transposed`.
+
+    Args:
+        key: the site's key; None: `path.name`.
     """
     weight: Any = module._parameters.get(name)
     shared = weight is not None and tree.owners.get(weight, 0) > 1
@@ -436,4 +511,5 @@ def make_parameter_site(path: str, module: nn.Module, name: str, tree: ModuleTre
 
 
 def get_type_name(module: nn.Module) -> str:
+    """Return the class name of a module; for a layer that of its base module."""
     return str(module.site.type_name) if isinstance(module, AdapterLayer) else type(module).__name__

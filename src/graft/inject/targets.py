@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the targets of a config mean in a model: defaults by architecture, "all-linear", tied modules, parameters."""
+"""The meaning of a config's targets in a model: defaults by architecture, "all-linear", tied modules, parameters."""
 
 from __future__ import annotations
 
@@ -33,10 +33,18 @@ HEAD_NAMES = ("score", "classifier")
 
 
 def resolve_targets(cfg: Targeted, method: type[Method], model: nn.Module, modules: dict[str, nn.Module]) -> None:
-    """Complete `cfg.target_modules` in place."""
+    """Complete `cfg.target_modules` in place.
+
+    None becomes the model's defaults, unless `target_parameters` are set. "all-linear" becomes the paths of all linear
+    layers. A regex stays. 20 or more names become the shortest suffixes that select the same modules, if the method
+    allows that.
+
+    Raises:
+        ConfigError: no targets, and no defaults for this model type.
+    """
     if cfg.target_modules is None and getattr(cfg, "target_parameters", None):
         if "target_parameters" in cfg.beyond:
-            cfg.target_modules = set()  # of a file without names PEFT, which knows no parameters, would take its own
+            cfg.target_modules = set()  # for a file without names PEFT would use its defaults
         return
     if cfg.target_modules is None:
         defaults = find_default_targets(method, model)
@@ -60,14 +68,20 @@ def resolve_targets(cfg: Targeted, method: type[Method], model: nn.Module, modul
 
 
 def find_default_targets(method: type[Method], model: nn.Module) -> list[str] | str | None:
-    """Return the `target_modules` of a config that names none; None if there are no defaults for this model."""
+    """Return the default `target_modules` of a method for this model; None if there are none.
+
+    If the method has none but adapts projections, the table MIXERS gives those of model types with mixers.
+    """
     defaults = method.default_targets(model)
     adapts_projections = "nemotron_h" in method.targets  # the one model with such mixers that PEFT's tables know
     return MIXERS.get(model_type(model)) if defaults is None and adapts_projections else defaults
 
 
 def list_linear_layers(cfg: PeftConfig, model: object, modules: dict[str, nn.Module]) -> set[str]:
-    """Return the names of all linear layers but the output head."""
+    """Return the paths of all linear layers except the output head.
+
+    For SEQ_CLS without output embeddings the head is `score` or `classifier`.
+    """
     head: nn.Module | None = None
     if hasattr(model, "get_output_embeddings"):
         head = skip_empty_carriers(model.get_output_embeddings())
@@ -77,16 +91,21 @@ def list_linear_layers(cfg: PeftConfig, model: object, modules: dict[str, nn.Mod
 
 
 def is_linear(module: nn.Module) -> bool:
+    """Return True for a linear layer, also beneath an adapter layer."""
     layer = layer_in(module)
     return find_op(module).linear if layer is None else layer.op.linear
 
 
 def is_or_wraps(module: nn.Module, other: nn.Module | None) -> bool:
+    """Return True if `module` is `other` or contains it. False if `other` is None."""
     return other is not None and (module is other or any(m is other for m in module.modules()))
 
 
 def find_weight(module: nn.Module) -> nn.Parameter | None:
-    """Return the weight of a module, also of one beneath adapter layers and wrappers."""
+    """Return the weight Parameter of a module, from beneath layers and wrappers; None if it has none.
+
+    For a layer that a merge untied, it is the weight that it was tied to.
+    """
     layer, carrier = layer_in(module), carrier_of(module)
     if layer is not None and (left := merging.find_tied_weight(layer)) is not None:
         return left
@@ -96,13 +115,17 @@ def find_weight(module: nn.Module) -> nn.Parameter | None:
 
 
 def find_embedding_path(model: object, tree: ModuleTree) -> str | None:
-    """Return the path of a model's input embedding; None if the model does not tell."""
+    """Return the path of a model's input embedding; None if the model does not say which it is."""
     embedding = skip_empty_carriers(input_embeddings(model))
     return None if embedding is None else tree.paths.get(embedding)
 
 
 def find_tied_modules(model: object, tree: ModuleTree) -> tuple[str | None, list[str]]:
-    """Return the path of the input embedding, and those of the other modules that hold its weight."""
+    """Return the path of the input embedding, and the paths of all other modules with its weight.
+
+    The output head counts as tied if the config sets `tie_word_embeddings` and meta tensors or several devices have
+    separated the weights.
+    """
     path, modules = find_embedding_path(model, tree), tree.modules
     embedding = modules.get(path) if path else None
     weight = find_weight(embedding) if embedding is not None else None
@@ -119,9 +142,12 @@ def find_tied_modules(model: object, tree: ModuleTree) -> tuple[str | None, list
 
 
 def expand_tied_targets(cfg: Any, method: type[Method], model: nn.Module, tree: ModuleTree) -> dict[str, str]:
-    """Rewrite a config so that it names the embedding itself. Return the tied modules: {path: embedding's path}.
+    """Rewrite a config in place so that it names the embedding instead of modules tied to it.
 
-    Tied modules leave target_modules and modules_to_save: they follow the embedding.
+    Return {tied path: embedding's path}.
+
+    Returns {} without tied modules, and if neither `ensure_weight_tying` nor the method asks for tying; then warns if a
+    tied layer is targeted. Also returns {} with a warning if tying is set but nothing tied is targeted.
     """
     ensure = getattr(cfg, "ensure_weight_tying", False)
     embedding, tied = find_tied_modules(model, tree)
@@ -173,11 +199,12 @@ UnmatchedEntries = dict[str, list[tuple[str, int]]]  # entries of a config that 
 def find_named_parameters(
     cfg: Any, root: Any, tree: ModuleTree, report: InjectReport
 ) -> tuple[ParameterMatches, UnmatchedEntries]:
-    """Return the parameters that a config names, in the model's order; and the entries that name none.
+    """Return the parameters that `target_parameters` names, in the model's order, and the entries that match none, with
+    similar names.
 
     Args:
         root: the model, without layers around it.
-        report: gets the parameters that another field leaves out.
+        report: gets the parameters that another field takes out, in `skipped`.
 
     Raises:
         ConfigError: it names a parameter of `root` itself.
@@ -213,12 +240,15 @@ def find_named_parameters(
 def resolve_parameter(
     key: str, name: str, tree: ModuleTree, adapted: Collection[str], adapter: str
 ) -> tuple[str, Site]:
-    """Return the site of a parameter of the module at path `key`, and the path that it stands under.
+    """Return (path, site) for a parameter of the module at path `key`.
 
-    adapted: paths of the modules that the adapter adapts.
+    The packed weight of a linear layer gives the path and site of the layer.
+
+    Args:
+        adapted: paths of the modules that the adapter adapts.
 
     Raises:
-        UnsupportedLayerError: the parameter cannot be adapted by itself.
+        UnsupportedLayerError: the parameter cannot be adapted apart from its module.
     """
     module, path = tree.modules[key], f"{key}.{name}"
     base = innermost(module)
@@ -232,7 +262,14 @@ def resolve_parameter(
 
 
 def why_not_parameter(path: str, key: str, module: nn.Module, name: str, is_taken: bool) -> str | None:
-    """Return why a parameter cannot be adapted by itself; None if it can. is_taken: its module is adapted or trains."""
+    """Return why a parameter cannot be adapted, as a sentence; None if it can.
+
+    Causes: its module is adapted or trains whole, it is packed without a known use, it is parametrized, or it has not
+    two or three dimensions.
+
+    Args:
+        is_taken: the module is adapted or trains whole.
+    """
     base: nn.Module = innermost(module)
     if is_taken:
         kind = get_type_name(module)
@@ -250,7 +287,7 @@ def why_not_parameter(path: str, key: str, module: nn.Module, name: str, is_take
         )
     if name not in base._parameters:
         return (
-            f"Parameter '{path}' is parametrized, so that it is computed anew in each call: make it one of its own "
+            f"Parameter '{path}' is parametrized, so that each call computes it anew: make it a plain Parameter "
             "first, with torch.nn.utils.parametrize.remove_parametrizations"
         )
     if (p := base._parameters[name]) is not None and p.dim() in (2, 3):

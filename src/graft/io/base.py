@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base model's own state dict, without adapters."""
+"""The base model's state dict, without adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from graft.inject.parts import AdapterCarriers, ParameterLayerPaths, find_gate, 
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the base model's tensors under their original names, without adapters."""
+    """Return the base model's tensors under their original names, as one dict.
+
+    Tensors of adapters are left out, and names contain no carriers or wrappers.
+    """
     base = _get_base(model)
     named = ((find_original_name(base, k), v) for k, v in base.state_dict().items())
     return {name: v for name, v in named if name is not None}
@@ -24,10 +27,11 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def set_base_model_state_dict(
     model: nn.Module, state_dict: dict[str, Tensor], strict: bool = True
 ) -> tuple[list[str], list[str]]:
-    """Load tensors under their original names into the base model.
+    """Load tensors under their original names into the base model, in place, as a change of the model that waits for
+    its calls. Return (missing keys, unexpected keys), of the type that torch's `load_state_dict` returns.
 
     Raises:
-        RuntimeError: keys are missing or unexpected (if strict), or shapes differ.
+        RuntimeError: with `strict`, keys are missing or unexpected; or shapes differ.
     """
     base = _get_base(model)
     names = {name: k for k in base.state_dict() if (name := find_original_name(base, k)) is not None}
@@ -45,15 +49,15 @@ def set_base_model_state_dict(
 
 
 def _get_base(model: nn.Module) -> nn.Module:
+    """Return the base model of a PeftModel, from within wrappers; a model without a registry itself."""
     model = unwrap_model(model)
     registry = get_registry(model)
     return registry.model if registry is not None else model
 
 
 def find_original_name(base: nn.Module, key: str) -> str | None:
-    """Return the original name of a state dict key, without the carriers on its path; None: it is an adapter's.
-
-    A module of the base itself may be called as the inner one of a carrier.
+    """Return a state dict key of the base without the carriers and wrappers on its path; None if the tensor is an
+    adapter's. A module of the base may have the same name as the inner one of a carrier.
     """
     module: nn.Module | None = base
     parts = []
@@ -69,13 +73,14 @@ def find_original_name(base: nn.Module, key: str) -> str | None:
 
 
 def remove_carrier_names(key: str) -> str:
+    """Return a key without "base_layer", "original_module" and "token_adapter" between other names."""
     return re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", key)
 
 
 def make_file_namer(parts: AdapterCarriers) -> Callable[[str], str]:
-    """Return how a file of an adapter calls tensors of the base model, by their names in memory.
+    """Return a function from a base tensor's name in memory to its name in the adapter's file.
 
-    A file knows the adapter's own layers only; in memory there may be others around the same modules.
+    The file knows only the layers of this adapter; in memory others may be around the same modules.
     """
     nests, layers = (
         ParameterLayerPaths(parts.layers.values()),
@@ -83,6 +88,9 @@ def make_file_namer(parts: AdapterCarriers) -> Callable[[str], str]:
     )
 
     def name_in_file(name: str) -> str:
+        """Return the name in the file: with "base_layer" below a layer of the adapter, and below its layers of
+        parameters.
+        """
         stem, _, leaf = re.sub(r"\.base_layer(?=\.)", "", name).rpartition(".")
         layer = layers.get(stem)
         inner = "" if layer is None or layer.op.opaque else ".base_layer"

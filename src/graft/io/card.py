@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README.md of a saved adapter: a model card for the hub. An existing one keeps its text."""
+"""The README.md of a saved adapter: a model card for the hub. An existing card keeps its text."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ model = graft.{cls}.from_pretrained(base_model, "<this folder>")
 
 
 def write_card(model: nn.Module, folder: str) -> None:
+    """Write or update `README.md` in `folder`: tags, base model, library name and the line with PEFT's version.
+
+    An existing card keeps its text and gets missing parts. A link counts as no card and is replaced. If nothing
+    changes, nothing is written.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     path = os.path.join(folder, "README.md")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors of a file, looked at before any of them is put into a model."""
+"""Checks of a file's tensors, before any of them is put into a model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_tensors(tensors: dict[str, Tensor], path: str, allow_nonfinite: bool =
     for name, t in tensors.items():
         why = describe_fault(t)
         if why is not None:
-            raise CheckpointError(f"'{name}' in {path} {why}: adapters are plain tensors of real numbers.")
+            raise CheckpointError(f"'{name}' in {path} {why}. Save it as a plain tensor of real numbers.")
     if allow_nonfinite:
         return
     if bad := find_nonfinite(tensors):
@@ -45,7 +45,10 @@ def check_tensors(tensors: dict[str, Tensor], path: str, allow_nonfinite: bool =
 
 
 def describe_fault(t: Tensor) -> str | None:
-    """Say what keeps a tensor from being put into an adapter; None if nothing does."""
+    """Return why a tensor cannot be loaded into an adapter, such as "is sparse or nested"; None if it can.
+
+    Other faults: a dtype that is not known, the meta device, memory with repeated numbers.
+    """
     if t.dtype not in KNOWN:
         return "is quantized" if t.is_quantized else f"has dtype {t.dtype}"
     if t.layout is not torch.strided or t.is_nested:
@@ -58,18 +61,27 @@ def describe_fault(t: Tensor) -> str | None:
 
 @torch.no_grad()
 def find_nonfinite(tensors: dict[str, Tensor]) -> list[str]:
-    """Return the names of tensors that hold NaN or an infinite number."""
+    """Return the names of the floating tensors that hold NaN or an infinite number.
+
+    Sums find suspects first; only those are looked at one by one. Sharded tensors are left out.
+    """
     groups = list(group_small_tensors(tensors))
     suspects = [named for named, is_finite in zip(groups, check_sums_finite(groups)) if not is_finite]
     return [name for named in suspects for name, t in named if not is_all_finite(t)]
 
 
 def group_small_tensors(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Yield the floating tensors in groups: large ones alone, small ones of one kind together."""
+    """Yield the floating tensors in groups of (name, tensor).
+
+    A tensor over 16,384 numbers is alone; smaller ones of one dtype, device and shape are together. Sharded tensors are
+    left out.
+    """
     groups: dict[object, list[tuple[str, Tensor]]] = defaultdict(list)
     sizes: dict[object, int] = defaultdict(int)
     for name, t in tensors.items():
-        if not t.is_floating_point() or (type(t) is not Tensor and is_sharded(t)):  # to look takes all processes
+        if not t.is_floating_point() or (
+            type(t) is not Tensor and is_sharded(t)
+        ):  # a sharded tensor can only be read by all processes
             continue
         n = t.numel()
         if n > SMALL:
@@ -85,13 +97,16 @@ def group_small_tensors(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, 
 
 
 def check_sums_finite(groups: list[list[tuple[str, Tensor]]]) -> list[bool]:
-    """Return for each group whether its sum is finite, which is quick to see. One that is not may have overflowed."""
+    """Return for each group whether the sum of its numbers is finite; always False for float8.
+
+    A false answer is no proof: the sum may have overflowed. Waits once for each device.
+    """
     out = [False] * len(groups)
     places: dict[torch.device, list[int]] = defaultdict(list)
     for i, named in enumerate(groups):
         if named[0][1].dtype not in NARROW:
             places[named[0][1].device].append(i)
-    for indices in places.values():  # a device tells all its answers at once
+    for indices in places.values():  # one wait for each device
         sums_finite = torch.stack([sum_group([t for _, t in groups[i]]).float() for i in indices]).isfinite()
         for i, is_finite in zip(indices, sums_finite.tolist()):
             out[i] = is_finite
@@ -99,14 +114,15 @@ def check_sums_finite(groups: list[list[tuple[str, Tensor]]]) -> list[bool]:
 
 
 def sum_group(tensors: list[Tensor]) -> Tensor:
+    """Return the sum of all numbers of tensors of equal shape."""
     return (tensors[0] if len(tensors) == 1 else torch.stack(tensors)).sum()
 
 
 def is_file_sum_finite(data: bytes, tensors: dict[str, Tensor]) -> bool:
-    """Return True if the sum of all numbers of a safetensors file, whose tensors these are, is finite.
+    """Return True if all tensors of a safetensors file are float32 and the sum of its numbers is finite.
 
-    One pass over the file takes a quarter of the time of one over each tensor. False says nothing: the numbers may not
-    be float32, or their sum may have overflowed.
+    One pass over the file takes a quarter of the time of one over each tensor. False is no proof of a bad number: the
+    sum may have overflowed.
     """
     if {t.dtype for t in tensors.values()} != {torch.float32}:
         return False
@@ -116,4 +132,5 @@ def is_file_sum_finite(data: bytes, tensors: dict[str, Tensor]) -> bool:
 
 
 def is_all_finite(t: Tensor) -> bool:
+    """Return True if a tensor holds no NaN and no infinite number."""
     return bool((t.float() if t.dtype in NARROW else t).isfinite().all())

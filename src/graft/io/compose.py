@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One adapter from the files of several: those that the stages of a pipeline have saved, or cartridges in a row."""
+"""One adapter from the files of several: those that the stages of a pipeline saved, or a row of cartridges."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def join_stages(
 ) -> None:
     """Write into `folder` the adapter that the stages of a pipeline saved in `folders`, in their order.
 
-    Call it on one process, once all have saved. The file is the one that a single process would have saved.
+    Call it on one process, after all have saved. The file equals that of a single process.
 
     Raises:
-        CheckpointError: the parts do not belong together, or one is missing or damaged.
+        CheckpointError: no folder is named, the parts do not belong together, or one is missing or damaged.
     """
     if not folders:
-        raise CheckpointError("There are no parts to join: name the folder of each stage, the first one first.")
+        raise CheckpointError("There are no parts to join. Name the folder of each stage, the first one first.")
     pairs = [load_pair(os.fspath(part)) for part in folders]
     tensors: dict[str, Tensor] = {}
     for part, (_, loaded) in zip(folders, pairs):
         for key, t in loaded.tensors.items():
             if key in tensors and not torch.equal(tensors[key], t):
                 raise CheckpointError(
-                    f"'{key}' has other values in {os.fspath(part)} than in a part before it: the parts are of other "
-                    "adapters, or of other moments in training."
+                    f"'{key}' has other values in {os.fspath(part)} than in a part before it. Join "
+                    "the folders of one save."
                 )
             tensors[key] = t
     config = pairs[0][0]
@@ -52,10 +52,20 @@ def join_stages(
 
 
 def join_config(config: PeftConfig, other: PeftConfig, part: str) -> None:
-    """Take over what another stage's config says of its own layers."""
+    """Add the `target_modules` and the computed results of another stage's config to `config`, in place.
+
+    Args:
+        part: the other stage's folder, for errors.
+
+    Raises:
+        CheckpointError: the configs differ in their class or in any other field.
+    """
     saved, saved_by_other = config.to_file_dict(), other.to_file_dict()
     if type(config) is not type(other):
-        raise CheckpointError(f"{part} holds a {type(other).__name__}, and a part before it a {type(config).__name__}.")
+        raise CheckpointError(
+            f"{part} holds a {type(other).__name__}, a part before it a {type(config).__name__}. Join the folders of "
+            "one save."
+        )
     for name in saved:
         a, b = getattr(config, name), getattr(other, name)
         if saved[name] == saved_by_other[name]:
@@ -66,7 +76,8 @@ def join_config(config: PeftConfig, other: PeftConfig, part: str) -> None:
             setattr(config, name, {**(a or {}), **(b or {})})
         else:
             raise CheckpointError(
-                f"{part} has {name}={saved_by_other[name]!r} in its config, a part before it {saved[name]!r}."
+                f"{part} has {name}={saved_by_other[name]!r} in its config, a part before it "
+                f"{saved[name]!r}. Join the folders of one save."
             )
 
 
@@ -94,7 +105,9 @@ def compose_cartridge_adapters(
         ValueError: `output_path` is a file.
     """
     if isinstance(adapter_paths, (str, os.PathLike)):
-        raise ConfigError(f"adapter_paths must be a list of paths, got one: '{os.fspath(adapter_paths)}'.")
+        raise ConfigError(
+            f"adapter_paths must be a list of paths, got '{os.fspath(adapter_paths)}'. Pass two or more in a list."
+        )
     paths = [os.fspath(path) for path in adapter_paths]
     if len(paths) < 2:
         raise ConfigError(f"Need at least 2 adapters to compose, got {len(paths)}.")
@@ -114,6 +127,10 @@ def compose_cartridge_adapters(
 
 
 def check_composable(first_path: str, first: PeftConfig, path: str, other: PeftConfig) -> None:
+    """Raise ConfigError if two cartridges differ in task or size; the text names the field and both paths.
+
+    Different names of the base model only give a warning.
+    """
     for name in SAME:
         a, b = getattr(first, name), getattr(other, name)
         if a != b:
@@ -131,16 +148,21 @@ def check_composable(first_path: str, first: PeftConfig, path: str, other: PeftC
 
 
 def read_prompt(config: PromptLearningConfig, loaded: LoadedWeights) -> Tensor:
-    """Return the prompt of a saved cartridge, (tokens, 2 · layers · token_dim)."""
+    """Return the prompt of a saved cartridge, (tokens, 2 · layers · token_dim).
+
+    Raises:
+        CheckpointError: the file has no prompt, one of another shape, or bad numbers.
+        ConfigError: the file holds other tensors as well.
+    """
     check_tensors(loaded.tensors, loaded.path, loaded.finite)
     values = loaded.tensors.get(STORED)
     if values is None:
-        raise CheckpointError(f"{loaded.path} does not hold '{STORED}': it is no cartridge's weights file.")
+        raise CheckpointError(f"{loaded.path} does not hold '{STORED}'. Name the folder of a cartridge.")
     expected = config.num_virtual_tokens, 2 * (config.num_layers or 0) * (config.token_dim or 0)
     if values.shape != expected:
         raise CheckpointError(
-            f"{STORED} in {loaded.path} has shape {tuple(values.shape)}, and by the config beside it {expected}: save "
-            "the adapter again."
+            f"{STORED} in {loaded.path} has shape {tuple(values.shape)}, but its config says {expected}. Save the "
+            "adapter again."
         )
     if len(loaded.tensors) > 1:
         other_keys = ", ".join(sorted(loaded.tensors.keys() - {STORED}))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One structural map between an adapter's tensors, their names in memory and their names in a file.
+"""One map between an adapter's tensors, their names in memory and their names in a file.
 
-Names follow from where a tensor stands. Nothing looks for an adapter's name inside a key: an adapter may be called
-"0" or "mlp".
+Names follow from the place of a tensor. No code searches a key for an adapter's name: an adapter may be called "0" or
+"mlp".
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # prefixes of a Pe
 
 @dataclass(slots=True)
 class Entry:
-    """One tensor of an adapter."""
+    """One tensor of an adapter, with its names in memory and in a file, and the module that holds it."""
 
     memory: str  # its name in the model's state dict
     file: str  # its name in a checkpoint
@@ -54,20 +54,28 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """The name that reports show."""
+        """The name in reports: that in memory."""
         return self.memory
 
     @property
     def where(self) -> dict[str, Any]:
+        """The dict that holds the tensor: the owner's buffers, else its parameters."""
         buffers = self.owner._buffers
         return buffers if self.attribute in buffers else parameter_dict(self.owner, self.attribute)
 
     def refresh(self) -> None:
-        """See which tensor stands there now: it may have become another since this entry was made."""
+        """Set `tensor` to the one that the owner holds now; it may have been replaced since the entry was made."""
         self.tensor = self.where[self.attribute]
 
     def assign(self, value: Tensor) -> None:
-        """Put `value` in place: copy it into an existing tensor (an optimizer may hold it), or replace one on meta."""
+        """Write `value` into the tensor.
+
+        An existing tensor is overwritten in place, since an optimizer may hold it. An offloaded one is written into its
+        offload store.
+
+        Any other tensor on the meta device is replaced by a new one, sharded alike, with the entry's dtype and
+        `requires_grad`, on the layer's device.
+        """
         self.refresh()
         if not self.tensor.is_meta:
             write_whole(self.tensor, value)
@@ -90,14 +98,24 @@ class PromptEntry(Entry):
 
     @property
     def label(self) -> str:
+        """The name in reports: the prompt's path and the attribute."""
         return f"{self.memory}.{self.attribute}"
 
     def assign(self, value: Tensor) -> None:
+        """Pass `value` to the prompt's `restore`, which writes it."""
         self.owner.restore(self.attribute, value)
 
 
 def list_entries(parts: AdapterCarriers, adapter: str, prefix: str) -> Iterator[Entry]:
-    """Yield an entry for each tensor of `adapter` that a checkpoint holds. `prefix`: that of the model's keys."""
+    """Yield an entry for each tensor of `adapter` that a checkpoint holds: prompt, layers, token rows, heads, then
+    shared tensors.
+
+    Names in memory contain the layers of all adapters, names in a file only those of this one. Borrowed token rows get
+    no entry.
+
+    Args:
+        prefix: that of the model's keys.
+    """
     if parts.prompt is not None:
         for name, tensor in get_prompt_tensors(parts.prompt).items():
             yield PromptEntry(f"{parts.prompt.prefix}.{adapter}", name, (), parts.prompt, name, tensor)
@@ -149,7 +167,7 @@ def list_entries(parts: AdapterCarriers, adapter: str, prefix: str) -> Iterator[
 
 
 def list_tied_row_keys(parts: AdapterCarriers, adapter: str, prefix: str) -> Iterator[str]:
-    """Yield the names of rows of tied modules, which are another's: PEFT's files with embeddings hold them twice."""
+    """Yield the file keys of token rows that a tied module borrows. PEFT's files with embeddings hold these twice."""
     nests = ParameterLayerPaths(parts.layers.values())
     for key, layer in parts.wrappers.items():
         if layer.takes_rows and layer.methods[adapter].lenders:
@@ -158,7 +176,10 @@ def list_tied_row_keys(parts: AdapterCarriers, adapter: str, prefix: str) -> Ite
 
 
 def get_prompt_tensors(prompt: Prompt) -> dict[str, Tensor]:
-    """Return the tensors that a file holds of a prompt; of one that is spread over processes, on the meta device."""
+    """Return the tensors of a prompt that a file holds.
+
+    If parameters are spread over processes they are empty ones on the meta device, of the whole shapes.
+    """
     tensors = find_parameters_below(prompt)
     if all([layout_of(t) is None for t in tensors.values()]):
         return prompt.to_file_tensors()
@@ -167,13 +188,16 @@ def get_prompt_tensors(prompt: Prompt) -> dict[str, Tensor]:
 
 
 def list_aliases(parts: AdapterCarriers, slot: Slot, prefix: str, below: str) -> tuple[str, ...]:
-    """Return the names of a shared tensor below the layers that show it: some of PEFT's files have copies there."""
+    """Return the keys of a shared tensor below each layer that shows it. Some of PEFT's files have copies there."""
     layers = (key for key, layer in parts.layers.items() if slot.container in layer.attached)
     return tuple(f"{prefix}{key}.{slot.container}{below}" for key in layers)
 
 
 def find_key(entry: Entry, names: set[str]) -> str | None:
-    """Return the one of a file's `names` that holds an entry; None if none does."""
+    """Return the one of `names` that holds an entry; None if none does.
+
+    Tries the file name, then the other names, then those with any adapter's name in them, if exactly one fits.
+    """
     for name in (entry.file, *entry.also):
         if name in names:
             return name
@@ -186,13 +210,14 @@ def find_key(entry: Entry, names: set[str]) -> str | None:
 
 
 def rename_keys(tensors: dict[str, T], mapping: dict[str, str], must_fit: bool = False) -> dict[str, T]:
-    """Rewrite each key, after the prefix, by the first {regex: replacement} that fits.
+    """Return the tensors with each key renamed, after its "base_model." prefix, by the first regex of `mapping` that
+    fits.
 
     Args:
         must_fit: warn if the mapping changes no key.
 
     Raises:
-        ConfigError: one of the patterns is no regular expression, or a replacement does not fit it.
+        ConfigError: a pattern is no regular expression, or its replacement is not valid.
         AdapterKeyError: two keys get one name.
     """
     patterns = []
@@ -214,7 +239,8 @@ def rename_keys(tensors: dict[str, T], mapping: dict[str, str], must_fit: bool =
                 break
         if prefix + new_name in out:
             raise AdapterKeyError(
-                f"Two keys of the checkpoint become '{prefix + new_name}' by key_mapping, one is '{key}'."
+                f"Two keys of the checkpoint become '{prefix + new_name}' by key_mapping, one is '{key}'. Pass a "
+                "mapping that tells them apart."
             )
         out[prefix + new_name] = tensor
     if must_fit and not hits:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Supported inside: rooms may import this module.
-"""Reading and writing an adapter's files, which change together. Writes are local."""
+"""Reading and writing the files of an adapter, which change together. Only this process writes."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ LOOKS = 5  # times to look for the weights again that another process has replac
 
 @dataclass
 class LoadedWeights:
-    """The content of a weights file."""
+    """The content of a weights file, and its notes."""
 
     tensors: dict[str, Tensor]
     path: str
     fingerprint: Fingerprint | None = None  # the base model's, if graft wrote the file
-    noted: notes.WeightsFile | None = None  # what the file says of itself
+    noted: notes.WeightsFile | None = None  # path, config and time of the file
     layout: StackLayout = TODAY  # of the factors of stacks
     finite: bool = False  # the reader saw that all its numbers are; False: nobody has looked
 
@@ -55,7 +55,16 @@ class LoadedWeights:
 def save_adapter(
     folder: str, tensors: dict[str, Tensor], config: PeftConfig, safetensors: bool, fingerprint: Fingerprint
 ) -> None:
-    """Write weights and config; on an error both stay as they were."""
+    """Write weights, config and further files of an adapter into `folder`, which is made if needed.
+
+    On an error the old files stay. The weights file also holds the fingerprint, the config and a digest.
+
+    Args:
+        safetensors: write adapter_model.safetensors; else adapter_model.bin.
+
+    Raises:
+        CheckpointError: there is no tensor, or one is sharded.
+    """
     check_saved_tensors(folder, tensors)
     beside = make_files(config)
     text = beside.pop(pair.CONFIG_NAME).decode()
@@ -64,6 +73,7 @@ def save_adapter(
     noted = {KEY: json.dumps(fingerprint), notes.CONFIG: text, seal.KEY: digest_tensors(on_cpu)}
 
     def write(path: str) -> None:
+        """Write the weights to `path`, with the notes."""
         if safetensors:
             write_safetensors(path, on_cpu, {"format": "pt", **noted})
         else:
@@ -75,7 +85,7 @@ def save_adapter(
 
 
 def check_saved_tensors(folder: str, tensors: dict[str, Tensor]) -> None:
-    """Raise CheckpointError for tensors that are no adapter: none at all, or parts."""
+    """Raise CheckpointError if there is no tensor to save into `folder`, or one of them is sharded."""
     if not tensors:
         raise CheckpointError(
             f"There is no tensor to save into {folder}: the adapter is not in the model (any more). Save it before "
@@ -88,13 +98,15 @@ def check_saved_tensors(folder: str, tensors: dict[str, Tensor]) -> None:
 def load_pair(
     where: str, subfolder: str | None = None, check_digest: bool = True, **hub: object
 ) -> tuple[Any, LoadedWeights]:
-    """Read an adapter's config and tensors from a folder or hub repository, as one save wrote them.
+    """Return an adapter's config and weights from a folder or hub repository, as one save wrote them.
+
+    For a file that graft did not write, the config says how it holds expert stacks.
 
     Args:
-        check_digest: see that the tensors are those that were saved, where the file has their digest.
+        check_digest: compare the tensors with the file's digest, if it has one.
 
     Raises:
-        CheckpointError: one of them is not there, or damaged.
+        CheckpointError: one of them is missing or damaged.
         ConfigError: the config is not valid.
     """
     config_file = ConfigFile(where, subfolder, **hub)
@@ -106,7 +118,9 @@ def load_pair(
 
 
 def load_weights(where: str, subfolder: str | None = None, check_digest: bool = True, **hub: object) -> LoadedWeights:
-    """Read an adapter's tensors from a folder or hub repository: safetensors if there, else the torch file.
+    """Return an adapter's weights from a folder or hub repository: the safetensors file if there, else the torch file.
+
+    Looks up to 5 times, as another process may replace one format by the other meanwhile.
 
     Args:
         check_digest: as in `load_pair`.
@@ -131,13 +145,18 @@ def load_weights(where: str, subfolder: str | None = None, check_digest: bool = 
 
 
 def check_tensors_by_name(content: object, path: str) -> dict[str, Tensor]:
-    """Return the content of a file if it is a dict of tensors by name; raise CheckpointError if it is not."""
+    """Return `content` if it is a dict of tensors by name; else raise CheckpointError, which names the file."""
     if isinstance(content, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in content.items()):
         return content
-    raise CheckpointError(f"{path} does not hold a dict of tensors by name: it is no adapter's weights file.")
+    raise CheckpointError(f"{path} does not hold a dict of tensors by name. Pass an adapter's weights file.")
 
 
 def read_torch(path: str, check_digest: bool = True) -> LoadedWeights:
+    """Return the content of a torch file, with its notes. Tensors get separate memory.
+
+    Raises:
+        CheckpointError: it is damaged, holds no dict of tensors, or its digest differs (with `check_digest`).
+    """
     with open_file(path) as f:
         stamp, noted = notes.read_stamp(f.fileno()), notes.read_torch_notes(f)
         tensors = check_tensors_by_name(load_torch_file(f, path), path)
@@ -151,9 +170,10 @@ def read_torch(path: str, check_digest: bool = True) -> LoadedWeights:
 
 
 def separate_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors, none of which shares memory with another or keeps more than it needs.
+    """Return the tensors with copies of those that share memory with an earlier one or keep a larger storage alive.
 
-    torch.save keeps tensors that share memory as such: parameters made of them would train as one.
+    torch.save keeps shared memory, and Parameters made of such tensors would train as one. Tensors with a fault stay as
+    they are.
     """
     out, seen = dict[str, Tensor](), set[int]()
     for key, t in tensors.items():
@@ -167,10 +187,17 @@ def separate_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = True) -> LoadedWeights:
-    """Read a file into memory: if mapped, overwriting it would change a running model, and truncating it would kill
-    the process. Another thread computes its digest meanwhile.
+    """Return the content of a safetensors file, read into memory.
 
-    may_differ: as in `seal.check`. False: the file must have a digest.
+    A mapped file would change a running model when overwritten, and kill the process when truncated. Another thread
+    computes the digest meanwhile.
+
+    Args:
+        may_differ: the error for a wrong digest names `check_digest=False`. False: the file must have a digest.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        CheckpointError: it is damaged, a git-lfs pointer, or its digest is wrong or missing.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load, load_file
@@ -193,11 +220,11 @@ def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = Tr
             raise
         except (SafetensorError, OSError, KeyError) as e:  # KeyError: a dtype that torch lacks
             if not isinstance(e, OSError) and data.startswith(notes.LFS):
-                raise CheckpointError(f"{path} is git-lfs's pointer to a file: fetch that by `git lfs pull`.") from e
-            raise CheckpointError(f"{path} is truncated or corrupted ({e}): save or download it again.") from e
+                raise CheckpointError(f"{path} is git-lfs's pointer to a file. Fetch that by `git lfs pull`.") from e
+            raise CheckpointError(f"{path} is truncated or corrupted ({e}). Save or download it again.") from e
         finite = is_file_sum_finite(data, tensors)
         if saved is None and not may_differ:
-            raise CheckpointError(f"{path} has no digest, by which graft knows what it wrote. Take another file.")
+            raise CheckpointError(f"{path} has no digest, so graft cannot know that it wrote it. Take another file.")
         if saved is not None and digest is not None:
             seal.check_digest(saved, digest.result(), path, may_differ)
     noted = notes.select_texts(header.get("__metadata__"))
@@ -213,7 +240,10 @@ def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = Tr
 def load_peft_weights(
     model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **hub: Any
 ) -> dict[str, Tensor]:
-    """Return an adapter's tensors by file key. `device`: where to put them; the CPU if None."""
+    """Return an adapter's tensors by file key, from a folder or hub repository.
+
+    `device` says where to put them; None: the CPU. `key_mapping` renames keys, with a warning if it fits none.
+    """
     tensors = load_weights(os.fspath(model_id), **hub).tensors
     if device is not None:
         tensors = {k: v.to(device) for k, v in tensors.items()}

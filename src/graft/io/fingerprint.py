@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fingerprint of a base model, in a few bytes: shapes of weights, and a few of their values.
+"""The fingerprint of a base model, a few bytes in an adapter's file: shapes of weights, and a few of their values.
 
-The weights are those that the adapter acts on; for a prompt, those of the model's blocks. A base that was changed in
-other weights, or between the values that are sampled, is out of reach.
-
-
-`save_pretrained(fingerprint="full")` writes digests of all tensors instead: they see every changed bit."""
+It covers the weights that the adapter acts on; for a prompt, those of the model's blocks. It does not see changes in
+other weights, or between the sampled values. `save_pretrained(fingerprint="full")` writes digests of all tensors, which
+see every changed bit.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +36,12 @@ def digest_base_tensors(
 ) -> dict[str, str]:
     """Return "dtype:digest" of each tensor of the base model by its original name.
 
-    Reads all of them, at about the speed of the disk they came from. Leaves out what is sharded, on the meta device or
-    of a type that does not show its bytes, and layers that something is merged into.
+    Reads all tensors, at about the speed of the disk that they came from. Leaves out sharded tensors, those on the meta
+    device, types that do not show their bytes, and layers with a merged adapter.
 
     Args:
-        names: those to look at; all if None.
-        without: those to leave out, as `original` gives them.
+        names: look only at these; None: all.
+        without: leave out these, as `remove_carrier_names` gives them.
     """
     merged = {layer.site.path for layer in survey_model(base).layers.values() if layer.merged_adapters}
     texts = {
@@ -57,7 +56,10 @@ def digest_base_tensors(
 
 
 def digest_base_tensor(t: Tensor) -> str | None:
-    """Return dtype and digest of a tensor, or of all tensors that it is made of; None if nobody can tell its bytes."""
+    """Return "dtype:digest" of a tensor, of 16 hex digits; a tensor subclass gives the digest of all its inner tensors.
+
+    None if its bytes cannot be read.
+    """
     parts = plain_tensors(t)
     if parts is None:
         return None
@@ -68,7 +70,10 @@ def digest_base_tensor(t: Tensor) -> str | None:
 
 
 def list_changed_tensors(of_file: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Name the tensors that differ. Those in another dtype cannot be told apart in this way."""
+    """Return the names in both mappings with different digests.
+
+    Tensors with another dtype now are left out, as their bytes always differ.
+    """
     pairs = [(name, of_file[name], now[name]) for name in of_file if name in now]
     return [name for name, a, b in pairs if a != b and a.partition(":")[0] == b.partition(":")[0]]
 
@@ -80,11 +85,11 @@ TOLERANCE = 2**-7  # relative: a base in half precision is the same base
 
 
 class Fingerprint(TypedDict, total=False):
-    """What a file notes of the base model. A field that it lacks is not known."""
+    """The fingerprint of a base model. A field that it lacks is not known."""
 
     n: int  # weights
     shapes: str  # a digest of names and shapes
-    weights: dict[str, list[int]]  # the shapes themselves
+    weights: dict[str, list[int]]  # shapes by name
     sample: dict[str, list[float]]  # a few values of some weights
     full: dict[str, str]  # digests of all tensors
 
@@ -93,7 +98,7 @@ NAMED: tuple[Literal["weights", "sample", "full"], ...] = ("weights", "sample", 
 
 
 class BaseWeight(NamedTuple):
-    """A weight of the base model."""
+    """A weight of the base model: its site and module, and whether an adapter is merged into it."""
 
     site: Site
     module: nn.Module
@@ -101,7 +106,10 @@ class BaseWeight(NamedTuple):
 
 
 def list_base_weights(parts: AdapterCarriers, base: nn.Module) -> dict[str, BaseWeight]:
-    """Return the weights by which an adapter knows its base: those it acts on; those of all blocks for a prompt."""
+    """Return the weights that an adapter acts on, by path.
+
+    For a prompt these are the weights of all blocks of `base`.
+    """
     if parts.prompt is not None:
         return list_block_weights(base)
     return {
@@ -111,9 +119,9 @@ def list_base_weights(parts: AdapterCarriers, base: nn.Module) -> dict[str, Base
 
 
 def list_block_weights(base: nn.Module) -> dict[str, BaseWeight]:
-    """Return the weights of a model's numbered blocks, by path below the model without its head.
+    """Return the weights of known layers in a model's numbered blocks, by path below the model without its head.
 
-    Heads and vocabularies, which may be others for another task, are not among them.
+    Heads, embeddings and layers with adapters are left out.
     """
     body = f"{getattr(base, 'base_model_prefix', None) or ''}."
     block_weights = {}
@@ -128,10 +136,11 @@ def list_block_weights(base: nn.Module) -> dict[str, BaseWeight]:
 def make_fingerprint(
     weights: dict[str, BaseWeight], with_values: bool = True, together: bool = False, part: bool = False
 ) -> Fingerprint:
-    """Return names and shapes of weights and, where they are the base's own, a few of their values.
+    """Return the fingerprint of weights: names, shapes and, with `with_values`, a few values of up to 16 weights.
 
-    together: all processes call this, so that sharded weights can be read.
-    part: the weights are those of one stage of a pipeline; name all and sample all, for `joined`.
+    Args:
+        together: all processes call this, so that sharded weights can be read.
+        part: the weights are those of one pipeline stage: name and sample all of them, for `join_fingerprints`.
     """
     shapes = {key: list(weight.site.shape) for key, weight in weights.items()}
     chosen = (sorted(weights) if part else choose_sampled_names(weights)) if with_values else []
@@ -142,7 +151,7 @@ def make_fingerprint(
 
 
 def choose_sampled_names(names: Iterable[str]) -> list[str]:
-    """Return the names of the weights of which a fingerprint holds values."""
+    """Return the names of up to 16 weights that a fingerprint samples, evenly spaced in sorted order."""
     names = sorted(names)
     return names[:: max(1, len(names) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
 
@@ -150,6 +159,10 @@ def choose_sampled_names(names: Iterable[str]) -> list[str]:
 def summarize_weights(
     shapes: dict[str, list[int]], values: dict[str, list[float]] | None, part: bool = False
 ) -> Fingerprint:
+    """Return a fingerprint with the count of weights and a digest of their names and shapes.
+
+    The shapes themselves are in it for up to 1024 weights, or with `part`; the sample unless `values` is None.
+    """
     note: Fingerprint = {"n": len(shapes), "shapes": hash_text(json.dumps(shapes, sort_keys=True))}
     if part or len(shapes) <= MAX_NAMED:
         note["weights"] = shapes
@@ -159,7 +172,10 @@ def summarize_weights(
 
 
 def join_fingerprints(parts: Sequence[Fingerprint]) -> Fingerprint:
-    """Return the fingerprint of a model from those of its stages, in order."""
+    """Return the fingerprint of a model from those of its stages, in order.
+
+    It has the values of the weights that a single process would sample.
+    """
     shapes = {k: v for p in parts for k, v in p.get("weights", {}).items()}
     values = {k: v for p in parts for k, v in p.get("sample", {}).items()}
     full = {k: v for p in parts for k, v in p.get("full", {}).items()}
@@ -169,7 +185,10 @@ def join_fingerprints(parts: Sequence[Fingerprint]) -> Fingerprint:
 
 
 def rename_weights(note: Fingerprint, rename: Callable[[Json], Json]) -> Fingerprint | None:
-    """Return a fingerprint whose weights have other names; None if it does not name its weights."""
+    """Return a copy of a fingerprint with other names of its weights; None if it does not name them.
+
+    `rename` gets each dict by names.
+    """
     if not note.get("weights"):
         return None
     new_note = note.copy()
@@ -180,12 +199,15 @@ def rename_weights(note: Fingerprint, rename: Callable[[Json], Json]) -> Fingerp
 
 
 def restrict_to_stage(note: Fingerprint, is_here: Callable[[str], bool]) -> Fingerprint | None:
-    """Return a fingerprint with the weights that are here; None if it does not name its weights."""
+    """Return a fingerprint without the weights that `is_here` says False to; None if it does not name its weights."""
     return select_weights(note, is_here) if note.get("weights") else None
 
 
 def select_weights(note: Fingerprint, wanted: Callable[[str], bool]) -> Fingerprint:
-    """Return a fingerprint with some of the weights that it names."""
+    """Return a copy of a fingerprint with count, digest and shapes only of weights that `wanted` says True to.
+
+    Samples and digests stay.
+    """
     return {
         **note,
         **summarize_weights({key: shape for key, shape in note["weights"].items() if wanted(key)}, None, part=True),
@@ -193,9 +215,12 @@ def select_weights(note: Fingerprint, wanted: Callable[[str], bool]) -> Fingerpr
 
 
 def make_list_check(*kinds: type) -> Callable[[object], bool]:
-    """Return a function that says whether a value is a dict of lists of finite numbers of these types."""
+    """Return a function that tests whether a value is a dict of lists of numbers of the types `kinds`."""
 
     def is_right(value: object) -> bool:
+        """Return True if `value` is a dict of lists with numbers of these types; if float is one, all have to be
+        finite.
+        """
         if not isinstance(value, dict) or not {type(inner) for inner in value.values()} <= {list}:
             return False
         return {type(n) for inner in value.values() for n in inner} <= {*kinds} and (
@@ -215,10 +240,10 @@ NOTE: dict[str, Callable[[object], bool]] = {
 
 
 def read_fingerprint(text: str | None, path: str) -> Fingerprint | None:
-    """Return the fingerprint that a file holds, if it holds one.
+    """Return the fingerprint in a file's note; None for no note.
 
     Raises:
-        CheckpointError: it is no fingerprint. The text names the file and the field.
+        CheckpointError: it is no JSON object, or a field has another type. The text names the file and the field.
     """
     if not text:
         return None
@@ -230,19 +255,19 @@ def read_fingerprint(text: str | None, path: str) -> Fingerprint | None:
 
 
 def check_fingerprint(note: object, where: str) -> None:
-    """Raise CheckpointError if a note is no fingerprint."""
+    """Raise CheckpointError, which begins with `where`, if `note` is no dict or a field of it has another type."""
     if not isinstance(note, dict):
-        raise CheckpointError(f"{where} is a {type(note).__name__}, not an object: save or download the file again.")
+        raise CheckpointError(f"{where} is a {type(note).__name__}, not an object. Save or download the file again.")
     for name, is_right in NOTE.items():
         if name in note and not is_right(note[name]):
-            raise CheckpointError(f"{where} has a field '{name}' of another type: save or download the file again.")
+            raise CheckpointError(f"{where} has a field '{name}' of another type. Save or download the file again.")
 
 
 def sample_weight(weight: BaseWeight, together: bool = False) -> list[float] | None:
-    """Return evenly spaced values; None if the weight is quantized, merged into, not there, or sharded, or if one of
-    them is NaN or infinite, which compares with nothing.
+    """Return up to 4 evenly spaced values of a weight, with 5 digits.
 
-    To read a sharded weight takes all processes, and one of them may be alone here, unless they are `together`.
+    Returns None if it is quantized, merged into, on the meta device, of an unknown layer, or sharded, or if a value is
+    NaN or infinite. A sharded weight is read if `together` says that all processes call this.
     """
     site, base, name = weight.site, weight.module, weight.site.parameter
     if not site.store.exact or weight.merged or not site.op.known:
@@ -265,7 +290,10 @@ def sample_weight(weight: BaseWeight, together: bool = False) -> list[float] | N
 
 
 def match_values(of_file: Fingerprint, now: Fingerprint) -> bool:
-    """Return True if two fingerprints could be of the same weights."""
+    """Return True if the sampled values of two fingerprints agree within 1/128, or if one has no sample.
+
+    Only weights in both are compared.
+    """
     old, new = of_file.get("sample"), now.get("sample")
     if not isinstance(old, dict) or not isinstance(new, dict):
         return True
@@ -274,13 +302,16 @@ def match_values(of_file: Fingerprint, now: Fingerprint) -> bool:
 
 
 def hash_text(text: str) -> str:
+    """Return the first 16 hex digits of a text's SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def restrict_to_common(of_file: Fingerprint, now: Fingerprint) -> tuple[Fingerprint, Fingerprint] | None:
-    """Return two fingerprints of a model's blocks with the weights that both have; None if one has no names.
+    """Return two fingerprints with only the weights that both have; None if one does not name its weights.
 
-    One may lack weights that are there: in modules of a type of which only the other can read the shape.
+    Both come back unchanged if they have no weight in common.
+
+    One may lack weights that are there, if only the other can read the shapes of a module type.
     """
     old, new = of_file.get("weights"), now.get("weights")
     if not old or not new:
@@ -292,7 +323,9 @@ def restrict_to_common(of_file: Fingerprint, now: Fingerprint) -> tuple[Fingerpr
 
 
 def describe_difference(of_file: Fingerprint, now: Fingerprint) -> str | None:
-    """Return in words how the architectures differ; None if they do not."""
+    """Return in words how the weights of a file's fingerprint differ from those of `now`: another count, a shape,
+    missing layers or more layers. None if they have equal names and shapes.
+    """
     if of_file.get("shapes") == now["shapes"]:
         return None
     old, new = of_file.get("weights"), now.get("weights")

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How files hold the factors of stacks of matrices (experts): their shapes tell, or who wrote them, or the caller.
+"""The layouts of expert stacks in files.
 
-graft and PEFT from 0.19.1 on take a stack as (n, out, in), or as (n, in, out) where its module says `is_transposed`.
-PEFT before 0.19 took all as (n, in, out), and 0.19.0 did the reverse of today: A and B of such files stand for each
-other where they took the stack otherwise. Unsloth before September 2026 held the columns of B by expert.
+The shapes, the program that wrote the file, or the caller tells which one it is.
+
+graft and PEFT from 0.19.1 on take a stack as (n, out, in), or as (n, in, out) if its module says `is_transposed`. PEFT
+before 0.19 took all as (n, in, out), and 0.19.0 did the reverse of today. Where such a file differs from today, A and B
+are exchanged in it. Unsloth before September 2026 kept the columns of B by expert.
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ from graft.io.written import StackLayout, find_exchanges, warn_of_doubts
 def fuse_experts(
     tensors: dict[str, Tensor], parts: AdapterCarriers, prefix: str, model: nn.Module, config: object, adapter: str
 ) -> dict[str, Tensor]:
-    """Return a file's tensors with those of experts (`….experts.3.w1.lora_A.weight`) as the stacks' A and B.
+    """Return a file's tensors with the factors of single experts (`….experts.3.w1.lora_A.weight`) joined to A and B of
+    the stacks. A stack that lacks some expert or part stays as it is in the file; so does a file without such keys.
 
     Args:
-        config: the file's, with ranks and alphas by the names that it has there.
+        config: the file's, with ranks and alphas by its own names.
     """
     matches = {name: match for name in tensors if (match := OF_EXPERT.fullmatch(name)) is not None}
     if not matches:
@@ -68,11 +71,13 @@ def fuse_experts(
 def rescale_parts(
     parts: list[list[Tensor]], paths: list[list[str]], config: Any, stack_config: Any
 ) -> list[list[Tensor]]:
-    """Return B of each part, by expert, so that the scaling of the stack does to it what its own did.
+    """Return B of each part, by expert, multiplied so that the stack's one scaling gives the scaling of each part.
+
+    If the config only knows the alpha of all parts together, B stays and a warning says so.
 
     Args:
-        paths: their modules, by which `config` gives each its alpha.
-        own: the stack's config, whose alpha and rank are for all parts together.
+        paths: the experts' modules, by part; `config` gives each its alpha.
+        stack_config: has alpha and rank of all parts together.
     """
     alphas = [[config.at(path).lora_alpha if config.alpha_pattern else config.lora_alpha for path in of_part]
               for of_part in paths]  # fmt: skip
@@ -85,6 +90,7 @@ def rescale_parts(
         return parts
 
     def scaling(alpha: float, r: int) -> float:
+        """Return alpha / r, or alpha / √r with rsLoRA."""
         return alpha / (math.sqrt(r) if config.use_rslora else r)
 
     whole = scaling(stack_config.lora_alpha, stack_config.r)
@@ -95,10 +101,10 @@ def rescale_parts(
 
 
 def stack_factors(side: str, parts: list[list[Tensor]]) -> Tensor:
-    """Return A or B of a stack from those of each part, by expert.
+    """Return A or B of a stack from the factors of each part, by expert.
 
-    A of a stack has the rows of one expert's parts after the other; B is block-diagonal in the parts, and has the
-    columns of all experts in turn.
+    A has the rows of one expert's parts, then those of the next expert. B is block-diagonal in the parts; its columns
+    alternate between the experts.
     """
     if side == "A":
         return torch.cat([torch.cat(of_expert) for of_expert in zip(*parts, strict=True)])
@@ -106,7 +112,7 @@ def stack_factors(side: str, parts: list[list[Tensor]]) -> Tensor:
 
 
 class StackFactors(NamedTuple):
-    """A stack of a model, and the factors that a file has for it."""
+    """A stack of the model and its factors in a file, with their keys."""
 
     layer: AdapterLayer
     a: str  # names in the file
@@ -116,7 +122,11 @@ class StackFactors(NamedTuple):
 
     @property
     def verdict(self) -> tuple[bool | None, bool]:
-        """Whether A fits the outputs and B the inputs, None if these are as many; whether the module has (in, out)."""
+        """(exchanged, transposed).
+
+        exchanged: whether A fits the outputs and B the inputs; None if inputs and outputs are as many. transposed:
+        whether the module holds (in, out).
+        """
         _, out_features, in_features = self.layer.site.shape
         exchanged = (self.A.shape[1], self.B.shape[0]) == (out_features, in_features)
         return None if out_features == in_features else exchanged, self.layer.op.transposed
@@ -125,7 +135,7 @@ class StackFactors(NamedTuple):
 def convert_stack_layouts(
     tensors: dict[str, Tensor], parts: AdapterCarriers, prefix: str, layout: StackLayout, what: str
 ) -> dict[str, Tensor]:
-    """Return a file's tensors with the factors of stacks as graft holds them.
+    """Return a file's tensors with the factors of stacks in graft's layout. Warns of a layout that nothing tells.
 
     Args:
         what: adapter and file, for warnings.
@@ -140,7 +150,9 @@ def convert_stack_layouts(
 
 
 def convert_factors(stacks: Sequence[StackFactors], layout: StackLayout, doubts: set[str]) -> dict[str, Tensor]:
-    """Return the factors of a file's stacks as graft holds them, by name. Add the open questions to `doubts`."""
+    """Return the factors of a file's stacks in graft's layout, by key: columns of B in graft's order, A and B exchanged
+    back. Adds "by_expert", "twice" or "exchanged" to `doubts` for a question that nothing answers.
+    """
     exchanges, out = find_exchanges({s.a: s.verdict for s in stacks}, layout, doubts), dict[str, Tensor]()
     for layer, a, b, A, B in stacks:
         n = layer.site.shape[0]
@@ -158,7 +170,7 @@ def convert_factors(stacks: Sequence[StackFactors], layout: StackLayout, doubts:
 
 
 def find_stack_factors(tensors: dict[str, Tensor], parts: AdapterCarriers, prefix: str) -> Iterator[StackFactors]:
-    """Yield the stacks of which a file has both factors, of shapes that can be."""
+    """Yield the stacks with both factors in a file, if their shapes are possible."""
     nests = ParameterLayerPaths(parts.layers.values())
     for key, layer in parts.layers.items():
         stem = f"{prefix}{nests.path(key, layer)}"
@@ -169,6 +181,8 @@ def find_stack_factors(tensors: dict[str, Tensor], parts: AdapterCarriers, prefi
 
 
 def can_be_stack_factors(layer: AdapterLayer, A: Tensor, B: Tensor) -> bool:
-    """Return True if two tensors have shapes that the factors of a stack can have."""
+    """Return True if two tensors can be the factors of a layer's stack: both with two dimensions, as many rows of A as
+    columns of B, and a multiple of the number of experts.
+    """
     site = layer.site
     return site.is_stack and A.dim() == B.dim() == 2 and len(A) == B.shape[1] and len(A) % site.shape[0] == 0

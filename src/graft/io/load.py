@@ -57,12 +57,12 @@ if TYPE_CHECKING:
 class LoadReport:
     """The report of a load: every key of the checkpoint, and every tensor of the adapter.
 
-    Keys that were loaded or left over have their names in the checkpoint. What is missing or of another shape is named
-    as in the model's state dict, with the adapter's name, by which callers filter. All have the model's prefix.
+    Loaded and unexpected keys have their names in the checkpoint. Missing and mismatched ones have their names in the
+    model's state dict, with the adapter's name, so that callers can filter by it. All have the model's prefix.
     """
 
     loaded: list[str] = field(default_factory=list)
-    base: list[str] = field(default_factory=list)  # tensors of the base model that the checkpoint brought along
+    base: list[str] = field(default_factory=list)  # tensors of the base model in the checkpoint
     missing_keys: list[str] = field(default_factory=list)  # tensors of the adapter that it does not hold
     unexpected_keys: list[str] = field(default_factory=list)  # keys that fit nothing
     mismatched_keys: list[str] = field(default_factory=list)  # keys of another shape, with ignore_mismatched_sizes
@@ -77,21 +77,23 @@ class LoadReport:
         return f"LoadReport({', '.join(f'{name}={text}' for name, text in shown.items())})"
 
     def __iter__(self) -> Iterator[list[str]]:  # as torch's load_state_dict: missing, unexpected = report
+        """Yield the missing keys, then the unexpected ones, as torch's `load_state_dict` returns them."""
         return iter((self.missing_keys, self.unexpected_keys))
 
 
-ROOM, TIMES = 2**24, 64  # numbers that a config may ask for: so many, and so many times what the file holds
-ROWS = f"{TrainableTokensWrapper.inner_name}.base_layer"  # below an embedding whose rows train
+ROOM, TIMES = 2**24, 64  # a config may ask for ROOM numbers, and for TIMES as many as the file holds
+ROWS = f"{TrainableTokensWrapper.inner_name}.base_layer"  # below an embedding with token rows
 Mismatch = tuple[str, torch.Size, torch.Size]  # name in the model, shape in the file, shape in the model
 
 
 class BaseEntry(NamedTuple):
-    """A tensor of the base model that a checkpoint brings along."""
+    """A tensor of the base model that a checkpoint holds, too."""
 
     tensor: Tensor
     offloaded: tuple[nn.Module, str] | None  # the module that has it, and its name there
 
     def assign(self, value: Tensor) -> None:
+        """Overwrite the tensor in place; an offloaded one is written into its offload store."""
         if self.offloaded is None:
             write_whole(self.tensor, value)
         else:
@@ -99,7 +101,10 @@ class BaseEntry(NamedTuple):
 
 
 class CheckpointValues:
-    """The values of one checkpoint, for the carriers of an adapter. `report` lists every key."""
+    """The values of one checkpoint for the carriers of an adapter.
+
+    `report` lists every key once `match_entries` has run.
+    """
 
     def __init__(
         self,
@@ -113,7 +118,20 @@ class CheckpointValues:
         allow_nonfinite: bool = False,
         prefix: str | None = None,
     ):
-        """`prefix` is that of the model's keys; None: a PeftModel's."""
+        """Check and rename the tensors; nothing is matched yet.
+
+        Expert layouts of servers become PEFT's, and `config` changes in place to match. Without a `key_mapping` the
+        model's own conversion mapping applies.
+
+        Args:
+            strict: missing and unexpected keys are errors; else warnings.
+            prefix: that of the model's keys; None: a PeftModel's.
+
+        Raises:
+            CheckpointError: a tensor is not a plain one of real numbers.
+            NonFiniteError: NaN or infinite numbers, unless `allow_nonfinite`.
+            AdapterKeyError: two keys get one name.
+        """
         check_tensors(loaded.tensors, loaded.path, allow_nonfinite or loaded.finite)
         model_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         self.model, self.config, self.adapter = model, config, adapter
@@ -133,13 +151,16 @@ class CheckpointValues:
 
     @property
     def names(self) -> Collection[str]:
+        """The checkpoint's keys, after renaming."""
         return self.tensors.keys()
 
     def make_head(self, key: str, module: nn.Module) -> nn.Module | None:
-        """Return a copy of a module to save with the checkpoint's first dimension (its labels), if that differs.
+        """Return a copy of a module to save with the checkpoint's number of labels, if only the first dimension
+        differs; else None. Its parameters are not initialized. Warns if it is an embedding of another vocabulary.
 
         Raises:
-            AdapterKeyError: a weight and its bias would have different numbers of labels.
+            AdapterKeyError: weight and bias would have different numbers of labels, unless mismatched sizes are
+                ignored.
         """
         prefix = PROMPT_WRAPPED if self.config.is_prompt_learning else WRAPPED
         original = getattr(module, "original_module", module)
@@ -159,12 +180,16 @@ class CheckpointValues:
             return resize_parameters(original, new_shapes)
         raise AdapterKeyError(
             f"'{key}' of adapter '{self.adapter}' would get a {torn[0]} of shape {tuple(torn[1])} and a bias of shape "
-            f"{tuple(torn[2])}, by {self.path}: these are of heads of different sizes."
+            f"{tuple(torn[2])}, by {self.path}, as of heads of different sizes. Pass "
+            "ignore_mismatched_sizes=True to leave them out."
         )
 
     def _advise_on_vocabulary(self, shapes: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> str:
-        """Return how the base gets the file's vocabulary, if shapes (name, in the file, here) are of its embeddings and
-        differ in the number of tokens; "" if not.
+        """Return the advice to call `resize_token_embeddings(n)` if one of `shapes` is of an embedding and differs from
+        it only in the number of tokens; else "".
+
+        Args:
+            shapes: (name, shape in the file, shape here).
         """
         tables = [m for m in (input_embeddings(self.model), output_embeddings(self.model)) if m is not None]
         rows = {
@@ -181,20 +206,25 @@ class CheckpointValues:
         return ""
 
     def check_room(self, numbers: float) -> None:
-        """Raise CheckpointError if the config asks for far more numbers than the file holds."""
+        """Raise CheckpointError if `numbers`, to be allocated by the config, is more than 2²⁴ plus 64 times the count
+        in the file.
+        """
         count = sum(t.numel() for t in self.tensors.values())
         if numbers > ROOM + TIMES * count:
             size = f"{int(numbers):,} numbers" if numbers < float("inf") else "more numbers than can be counted"
             raise CheckpointError(
                 f"The config of adapter '{self.adapter}' describes {size}, and {self.path} holds {count:,}: the two do "
-                "not belong together, or one of them was tampered with."
+                "not belong together. Load it with its own config."
             )
 
     def match_entries(self, parts: AdapterCarriers, adapter: str) -> list[tuple[Receiver, Tensor]]:
-        """Return every entry of the adapter (and tensor of the base in the same file) with its value, all checked.
+        """Return every entry of the adapter, and every base tensor in the same file, with its value, all checked.
+
+        No value is written yet, but methods may replace parameters to make room. Fills in `report`.
 
         Raises:
-            AdapterKeyError, BaseModelMismatchError: the checkpoint does not fit.
+            AdapterKeyError: a shape or dtype differs; or with `strict` a key is missing or unexpected.
+            BaseModelMismatchError: the file was made for another base; or it holds a tied tensor that is offloaded.
         """
         self.check_base(parts)
         bare = not any(n.startswith("base_model.") for n in self.tensors)
@@ -212,7 +242,7 @@ class CheckpointValues:
             for layer, group in groupby(list_entries(parts, self.adapter, prefix), lambda entry: entry.layer)
         ]
         for layer, pairs in groups:
-            if layer is None:  # layers may restore values that are as large as what they share
+            if layer is None:  # layers may restore values as large as the shared tensors
                 both = [
                     (in_memory(entry.label), self.tensors[name].shape, find_whole_shape(entry.tensor))
                     for entry, name in pairs
@@ -267,19 +297,19 @@ class CheckpointValues:
         tied = [name for name, t in base.items() if id(t) in away and is_tied(*away[id(t)])]
         if tied:
             raise BaseModelMismatchError(
-                f"Adapter '{adapter}' from {self.path} brings '{tied[0]}' along, which is offloaded and tied to that "
-                "of another module: have the model on real devices first."
+                f"Adapter '{adapter}' from {self.path} holds '{tied[0]}', which is offloaded and tied to another "
+                "module's weight. Move the model to real devices first."
             )
         return adapter_values + [(BaseEntry(t, away.get(id(t))), self.tensors[name]) for name, t in base.items()]
 
     def arrange_stacks(self, parts: AdapterCarriers, prefix: str) -> None:
-        """Give the factors of stacks of experts the names and the layout that they have here."""
+        """Convert the factors of expert stacks in `tensors` to the names and layout that they have here."""
         what = f"Adapter '{self.adapter}' from {self.path}"
         tensors = convert_stack_layouts(self.tensors, parts, prefix, self.layout, what)
         self.tensors = fuse_experts(tensors, parts, prefix, self.model, self.config_of_file, self.adapter)
 
     def _check_dtypes(self, found: list[tuple[str, Tensor]]) -> None:
-        """Raise AdapterKeyError if whole numbers would be put into floating ones, or the reverse."""
+        """Raise AdapterKeyError if integers would be written into floating tensors, or the reverse."""
         wrong = [
             f"'{name}' has dtype {self.tensors[name].dtype}, where {tensor.dtype} is needed"
             for name, tensor in found
@@ -289,7 +319,9 @@ class CheckpointValues:
             raise AdapterKeyError(f"Adapter '{self.adapter}' cannot be loaded from {self.path}: {join_some(wrong)}.")
 
     def _missing_biases(self, kind: str, parts: AdapterCarriers, prefix: str) -> list[str]:
-        """Return the base model's biases of a kind, which the config trains, that the file does not hold."""
+        """Return the keys of the trained biases that the file lacks: of adapted layers, and with "all" of the whole
+        base. If it lacks all biases of "<method>_only", as PEFT writes it, warns and returns [].
+        """
         has_bias = (
             key
             for key, layer in parts.layers.items()
@@ -316,10 +348,16 @@ class CheckpointValues:
     def _restore_layer(
         self, layer: AdapterLayer, pairs: list[tuple[Entry, str | None]], names: set[str], used: set[str]
     ) -> list[tuple[Entry, str | None]]:
-        """Put the values that a layer's method restores into `tensors`; return its entries and their names there."""
+        """Let the layer's method compute its tensors from those of the file, and put them into `tensors`.
+
+        Return the layer's entries with their keys there; None for a missing one.
+
+        Adds keys that the method consumed to `used`. Refreshes each entry, as the method may have replaced a parameter;
+        it trains as before.
+        """
         method = layer.methods[self.adapter]
         places = {(entry.container, entry.path): name for entry, name in pairs if name is not None}
-        if len(places) < len(pairs):  # the file may hold other tensors, from which the method restores missing ones
+        if len(places) < len(pairs):  # the method may restore missing tensors from others
             stem = pairs[0][0].stem.removesuffix(pairs[0][0].container)
             below = {n for n in self._keys_by_path.get(stem, ()) if not n.startswith(f"{stem}base_layer.")}
             for key in below - set(places.values()):
@@ -343,7 +381,7 @@ class CheckpointValues:
 
     @cached_property
     def _keys_by_path(self) -> dict[str, set[str]]:
-        """The file's keys below each path, with a dot behind it."""
+        """{path with a dot behind it: keys below it}, of the file. Computed once."""
         out: dict[str, set[str]] = defaultdict(set)
         for name in self.tensors:
             for owner in list_ancestors(name):
@@ -353,7 +391,9 @@ class CheckpointValues:
     def find_base_tensors(
         self, names: set[str], prefix: str, parts: AdapterCarriers
     ) -> tuple[dict[str, Tensor], list[Mismatch]]:
-        """Return the base model's parameters that `names` name, and which names are of tensors of another shape."""
+        """Return the base model's parameters that `names` name, by key, and (key, shape in the file, shape here) of
+        those with another shape. Names may have parts of carriers in them.
+        """
         by_name: dict[str, Tensor] = {}
         in_file = make_file_namer(parts)
         for path, p in self.model.named_parameters(remove_duplicate=False):
@@ -369,13 +409,22 @@ class CheckpointValues:
 
     @cached_property
     def absent(self) -> dict[str, str]:
-        """The modules that another stage of a pipeline has."""
+        """The modules on other pipeline stages, with their parents' paths."""
         return find_absent_in_model(self.model)
 
     def is_absent(self, path: str) -> bool:
+        """Return True if `path` is in a module of another pipeline stage."""
         return is_below(path, self.absent)
 
     def check_base(self, parts: AdapterCarriers) -> None:
+        """Compare the file's fingerprint with the base, if it has one.
+
+        Other shapes raise BaseModelMismatchError with `strict`, unless mismatched sizes are ignored, and else warn.
+        Other values, or digests of a full fingerprint, only warn.
+
+        On a pipeline stage only its own weights are compared, for a prompt only those that both have. Renamed keys are
+        also tried under their new names.
+        """
         if not self.fingerprint:
             return
         of_file = self.fingerprint
@@ -399,7 +448,7 @@ class CheckpointValues:
             name = self.config.base_model_name_or_path or "its name was not recorded"
             advice = advice or f"Load the base that it was trained on ({name})."
             text = f"Adapter '{self.adapter}' from {self.path} was made for another base model: {differs}. {advice}"
-            if self.strict and not self.ignore_mismatched_sizes:  # else what does not fit is told by name
+            if self.strict and not self.ignore_mismatched_sizes:  # else an error names each misfit
                 raise BaseModelMismatchError(text)
             warn(text, PeftWarning)
             return
@@ -418,7 +467,7 @@ class CheckpointValues:
             )
 
     def _refuse_mismatches(self, mismatched: list[Mismatch]) -> None:
-        """Raise AdapterKeyError for shapes that differ, unless they are to be ignored."""
+        """Raise AdapterKeyError that lists shapes and the remedy, unless mismatched sizes are ignored."""
         if not self.ignore_mismatched_sizes:
             use = self._advise_on_vocabulary(mismatched) or "Use the config it was saved with"
             raise AdapterKeyError(
@@ -427,7 +476,10 @@ class CheckpointValues:
             )
 
     def _report_misfits(self, mismatched: list[Mismatch], unexpected: list[str]) -> None:
-        """Raise or warn; what is left over has its names in the file here, to be found there."""
+        """Raise AdapterKeyError for mismatched shapes, unless they are ignored: then warn and note them in `report`.
+
+        Missing and unexpected keys raise AdapterKeyError with `strict`, else warn.
+        """
         report = self.report
         if mismatched:
             self._refuse_mismatches(mismatched)
@@ -452,7 +504,7 @@ class CheckpointValues:
 
 
 def clean_keys(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    """Return tensors by their names without parts of wrappers, which PEFT leaves in them.
+    """Return the tensors by names without the parts of wrappers, which PEFT leaves in them.
 
     Raises:
         AdapterKeyError: two of them get one name.
@@ -461,27 +513,31 @@ def clean_keys(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         if (name := strip_inner_wrappers(key)) in out:
             raise AdapterKeyError(
-                f"{path} holds '{name}' twice, with and without the name of a wrapper in it: take one of them out."
+                f"{path} holds '{name}' twice, with and without the name of a wrapper in it. Take one of them out."
             )
         out[name] = tensor
     return out
 
 
 def format_mismatches(mismatched: list[Mismatch]) -> str:
+    """Return "size mismatch for …" with both shapes for each mismatch, shortened if there are many."""
     return join_some(
         [f"size mismatch for {n}: {tuple(a)} in the checkpoint, {tuple(b)} in the model" for n, a, b in mismatched]
     )
 
 
 def replace_prefix(prefix: str, there: str, name: str) -> str:
-    """Return a name that may begin with `prefix` with `there` in its place; as it is, if a PeftModel holds it."""
+    """Return a name with `prefix` at its beginning replaced by `there`.
+
+    Names without it stay; so do names with "base_model." if `prefix` is empty.
+    """
     if not prefix and name.startswith("base_model."):
         return name
     return there + name[len(prefix) :] if name.startswith(prefix) else name
 
 
 def list_ancestors(name: str) -> Iterator[str]:
-    """Yield the paths of all modules that a parameter is in."""
+    """Yield the paths of all modules around a parameter, the innermost first."""
     dot = name.rfind(".")
     while dot > 0:
         yield name[:dot]
@@ -497,14 +553,19 @@ def set_peft_model_state_dict(
     strict: bool = False,
     allow_nonfinite: bool = False,
 ) -> LoadReport:
-    """Put tensors by file key into an adapter that the model has.
+    """Write tensors by file key into an adapter that the model has, in place; return the report.
+
+    Waits for calls of the model. A training state kept for the adapter is dropped.
 
     Args:
-        allow_nonfinite: let NaN and infinite numbers pass.
+        ignore_mismatched_sizes: leave out tensors of another shape, with a warning.
+        low_cpu_mem_usage: has no effect.
+        strict: missing and unexpected keys are errors; else warnings.
+        allow_nonfinite: accept NaN and infinite numbers.
 
     Raises:
-        AdapterKeyError: a shape differs or, with `strict`, a key is missing or left over.
-        AdapterNotFoundError: no such adapter.
+        AdapterKeyError: a shape differs or, with `strict`, a key is missing or unexpected.
+        AdapterNotFoundError: the model has no such adapter.
         CheckpointError: a tensor is not a plain one of finite real numbers.
     """
     model = unwrap_model(model)

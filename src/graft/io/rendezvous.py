@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Meetings of all processes: what takes them all begins once all have come, and ends alike for all.
+"""Meetings of all processes: a step that needs them all begins once all have come, and ends alike for all.
 
-A process that waits in a collective for others that do not come waits for ever. So they meet in the store of the
-process group before, where one that is alone can leave.
+A process in a collective waits for ever if others do not come. So they meet in the store of the process group first,
+where one that is alone gets an error after 30 seconds (`GRAFT_PATIENCE`).
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ GATHER = (
 
 
 def gather_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return whole those of these tensors, by name, that are spread over processes. All processes must call this.
+    """Return the sharded ones among these tensors, by name, gathered whole; {} if there is none.
 
-    They wait for each other only if there are some.
+    All processes must call this. They wait for each other only if a tensor is sharded.
 
     Raises:
-        CheckpointError: a process is alone, or others hold other tensors.
+        CheckpointError: a process is alone, or others have other tensors.
     """
     spread = {name: t for name, t in tensors.items() if layout_of(t) is not None}
     spread = {name: spread[name] for name in sorted(spread)}  # in one order everywhere
@@ -53,16 +53,20 @@ def gather_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def find_ranks(tensors: Iterable[Tensor]) -> list[int]:
-    """Return the ranks of the processes that hold these tensors together."""
+    """Return the ranks of the processes that hold these tensors together: the longest list of one tensor; [] if none is
+    sharded.
+    """
     rank_lists = [layout.ranks(t) for t in tensors if (layout := layout_of(t)) is not None]
     return max(rank_lists, key=len, default=[])
 
 
 def check_entries(entries: list[Entry], values: dict[str, Tensor], parts: AdapterCarriers, adapter: str) -> None:
-    """Check the values, by file key, that are to be saved of these entries.
+    """Compare the shapes of values to be saved, by file key, with those of the adapter.
+
+    For an entry that is empty or has another shape, the config gives the shape.
 
     Raises:
-        CheckpointError: one has not the shape that the adapter's tensor has, by what stands there or by the config.
+        CheckpointError: a value has another shape than the adapter's tensor.
     """
     suspects = [e for e in entries if needs_shape_check(e.tensor, values[e.file])]
     for layer, group in groupby(suspects, attrgetter("layer")):
@@ -72,7 +76,10 @@ def check_entries(entries: list[Entry], values: dict[str, Tensor], parts: Adapte
 
 
 def needs_shape_check(tensor: Tensor, value: Tensor) -> bool:
-    """Return True if a tensor is empty in the stead of another, or a value has another shape than it."""
+    """Return True if `value` has another shape than `tensor`, or `tensor` itself is an empty placeholder.
+
+    For a sharded `tensor` the whole shape counts.
+    """
     if value is tensor and has_no_layout(tensor):
         return not is_whole(tensor)
     layout = layout_of(tensor)
@@ -82,7 +89,11 @@ def needs_shape_check(tensor: Tensor, value: Tensor) -> bool:
 
 
 def check_value(key: str, value: Tensor, tensor: Tensor, adapter: str, shape: torch.Size | None = None) -> None:
-    """Check a value for `tensor`, whose shape is `shape` if that is known; else its own, unless it is a part itself."""
+    """Raise CheckpointError if `value` has another shape than `shape`.
+
+    If that is None it is the whole shape of `tensor`; if `tensor` is an empty placeholder, any value with numbers
+    passes.
+    """
     if shape is None and (layout_of(tensor) is not None or is_whole(tensor)):
         shape = find_whole_shape(tensor)
     if value.shape == shape or (shape is None and value.numel()):
@@ -90,12 +101,15 @@ def check_value(key: str, value: Tensor, tensor: Tensor, adapter: str, shape: to
     wanted = "" if shape is None else f" and not {tuple(shape)}"
     raise CheckpointError(
         f"'{key}' of adapter '{adapter}' has the shape {tuple(value.shape)}{wanted}: it is a part of the tensor, or "
-        f"stands in for it. {GATHER}"
+        f"an empty placeholder. {GATHER}"
     )
 
 
 def compute_shapes(layer: AdapterLayer, adapter: str, parts: AdapterCarriers) -> dict[tuple[str, str], torch.Size]:
-    """Return the shapes that an adapter's tensors have on a layer by the config, whatever stands there now."""
+    """Return the shapes of an adapter's tensors on a layer by its config, as {(container, path): shape}.
+
+    They come from a new layer on the meta device.
+    """
     method, spare = layer.methods[adapter], AdapterLayer(layer.site, layer.call)
     shared = {} if parts.shared is None else parts.shared.wrap_containers()
     add_adapter(spare, type(method)(layer.site, method.cfg, adapter), shared, on_meta=True, upcast=False)
@@ -108,12 +122,12 @@ GO, LEFT = b"go", b"left"
 
 
 def get_store() -> dist.Store:
-    """Return the store of the process group, in which processes leave each other texts by key."""
+    """Return the key-value store of the default process group, shared by all its processes."""
     return dist.distributed_c10d._get_default_store()
 
 
 class Meeting:
-    """All processes at one place in the program.
+    """A meeting of processes at one place in the program.
 
     Raises:
         CheckpointError: other processes do not call this, or call it with another task.
@@ -124,14 +138,24 @@ class Meeting:
 
         Args:
             call: the user's call, such as "save_pretrained", for errors.
-            task: adapters and arguments of the call, as text. Every process must bring the same.
+            task: adapters and arguments of the call, as text. Every process must pass the same.
+
+        Raises:
+            CheckpointError: a process did not come in time, or passed another task.
         """
         self.call, self.store, self.rank, self.ranks = call, get_store(), dist.get_rank(), ranks
         self.room = self._wait_for_all(task)
         self._compare_tasks()
 
     def _wait_for_all(self, task: str) -> str:
-        """Wait for the others; return the beginning of the keys of this meeting."""
+        """Write `task` into the store and wait for the other ranks.
+
+        Return the prefix of this meeting's keys. The last to come lets all begin. A meeting that a process has left in
+        vain is skipped.
+
+        Raises:
+            CheckpointError: the others did not come in time. The text names their ranks.
+        """
         store, size = self.store, len(self.ranks)
         building = f"graft/{hash_text(str(list(self.ranks)))}"
         while True:
@@ -151,12 +175,13 @@ class Meeting:
             missing = [rank for rank in self.ranks if not store.check([f"{room}/{rank}"])]
             who = f"rank {self.rank} waited {PATIENCE:g} s for {missing or 'the others'}"
             raise CheckpointError(
-                f"{self.call} has to gather tensors that are spread over {size} processes: call {self.call} on all "
-                f"processes; this one is alone ({who})."
+                f"{self.call} has to gather tensors that are spread over {size} processes, and this one is alone "
+                f"({who}). Call {self.call} on all processes."
             )
         return room
 
     def _compare_tasks(self) -> None:
+        """Raise CheckpointError if another rank wrote another task. The text shows both."""
         tasks = {rank: bytes(self.store.get(f"{self.room}/{rank}")) for rank in self.ranks}
         differing_ranks = [rank for rank, task in tasks.items() if task != tasks[self.rank]]
         if differing_ranks:
@@ -167,7 +192,10 @@ class Meeting:
             )
 
     def run_on_first(self, act: Callable[[], object]) -> None:
-        """Have the first process act. The others wait for it, and raise what it raises."""
+        """Call `act` on the first rank.
+
+        The others wait up to an hour until it is done. An error of `act` is raised on all.
+        """
         done = f"{self.room}/done"
         if self.rank != self.ranks[0]:
             self.store.wait([done], WORK)
@@ -184,11 +212,12 @@ class Meeting:
 
 
 def get_rank() -> int:
+    """Return this process's rank; 0 for a single process."""
     return dist.get_rank() if processes() > 1 else 0
 
 
 def exchange_objects(thing: T) -> list[T]:
-    """Return what each process has, by rank. Every process must call this."""
+    """Return every process's `thing`, by rank. Every process must call this; a single one gets [thing]."""
     if processes() == 1:
         return [thing]
     values = [thing] * processes()
@@ -197,14 +226,16 @@ def exchange_objects(thing: T) -> list[T]:
 
 
 def run_on_all(act: Callable[[], T], call: str) -> T:
-    """Do something that changes nothing; if it fails on one process, fail on all. Every process must call this.
+    """Call `act`, which must change nothing, and return its result.
+
+    If it fails on one process, it fails on all. Every process must call this; a single one just calls `act`.
 
     Args:
         call: the user's call, for errors.
 
     Raises:
         CheckpointError: a process does not come.
-        Whatever `act` raises, here or on another process.
+        Exception: the error of `act`, here or on the first other process with one.
     """
     if processes() == 1:
         return act()
@@ -223,16 +254,18 @@ def run_on_all(act: Callable[[], T], call: str) -> T:
 
 
 def save_once(folder: str, values: str, act: Callable[[], object]) -> None:
-    """Have the first of some processes that hold the same values save them; the others wait, and raise what it raises.
+    """Call `act` on the first of some processes that hold the same values, to save them.
 
-    The first does not wait: it may be the only one that was asked to. Neither does one that was asked alone wait for
-    ever: it saves by itself then.
+    The others wait for its end and raise its error.
+
+    Rank 0 does not wait, as it may be the only one that saves. Another rank waits 30 seconds for it (`GRAFT_PATIENCE`),
+    then calls `act` itself.
 
     Args:
-        values: what the values are known by.
+        values: a text that is equal for equal values.
 
     Raises:
-        DistributedError: the first process saved other values.
+        DistributedError: rank 0 saved other values into `folder`.
     """
     shelf = get_store()
     place = f"graft/saved/{hash_text(os.path.abspath(folder))}"
@@ -246,8 +279,8 @@ def save_once(folder: str, values: str, act: Callable[[], object]) -> None:
         except RuntimeError:
             if shelf.check([place]) and shelf.get(place) != values.encode():
                 raise DistributedError(
-                    f"Rank 0 saved other values into {folder} than rank {dist.get_rank()} has: the processes of this "
-                    "model have drifted apart. Average the gradients of all that trains, or save on rank 0 alone."
+                    f"Rank 0 saved other values into {folder} than rank {dist.get_rank()} has. Average the gradients "
+                    "of all that trains, or save on rank 0 alone."
                 ) from None
             act()
             return
@@ -266,11 +299,15 @@ def save_once(folder: str, values: str, act: Callable[[], object]) -> None:
 
 
 def leave_error(shelf: dist.Store, key: str, error: BaseException | None) -> None:
+    """Write an error, or None, into the store."""
     shelf.set(key, pickle_error(error))  # type: ignore[arg-type]  # bytes do, too
 
 
 def pickle_error(error: BaseException | None) -> bytes:
-    """Return an error as bytes; as one of graft's own with its text, if it cannot be sent."""
+    """Return an error, or None, as bytes.
+
+    An error that cannot be pickled becomes a CheckpointError with its type and text.
+    """
     try:
         data = pickle.dumps(error)
         pickle.loads(data)
@@ -280,14 +317,15 @@ def pickle_error(error: BaseException | None) -> bytes:
 
 
 class RankNote:
-    """What a process leaves for the others, and what they left. Nobody waits."""
+    """A text that a process leaves in the store for the others. Nobody waits."""
 
     def __init__(self, topic: str, text: str):
+        """Write `text` into the store, under a number that counts this rank's notes on `topic`."""
         about, rank, self.text = f"graft/note/{hash_text(topic)}", dist.get_rank(), text
         self.key = f"{about}/{get_store().add(f'{about}/{rank}', 1)}"  # the same notes may follow each other
         get_store().set(f"{self.key}/{rank}", text)
 
     def list_differing_ranks(self) -> list[int]:
-        """Return the processes that left another text."""
+        """Return the ranks that have left another text by now."""
         keys, shelf = {rank: f"{self.key}/{rank}" for rank in range(dist.get_world_size())}, get_store()
         return [r for r, k in keys.items() if shelf.check([k]) and shelf.get(k) != self.text.encode()]

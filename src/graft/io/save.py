@@ -53,7 +53,14 @@ if TYPE_CHECKING:
 
 
 def find_carriers(model: nn.Module, adapter: str) -> tuple[AdapterCarriers, str, nn.Module]:
-    """Return the carriers of an adapter, the prefix of its keys, and the base model."""
+    """Return the carriers of an adapter, the prefix of its keys, and the base model.
+
+    Wrappers such as DDP are skipped. The prefix is "model." for a tuner, and "" for a model without a registry.
+
+    Raises:
+        AdapterNotFoundError: the model has no such adapter.
+        AlreadyInjectedError: it has adapters of another package.
+    """
     model = unwrap_model(model)
     registry = get_registry(model)
     if registry is not None:
@@ -71,6 +78,7 @@ def find_carriers(model: nn.Module, adapter: str) -> tuple[AdapterCarriers, str,
 
 
 def get_config(model: nn.Module, adapter: str) -> Any:
+    """Return an adapter's config from the model's `peft_config`; None if there is none."""
     return (getattr(model, "peft_config", None) or {}).get(adapter)
 
 
@@ -81,16 +89,16 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
-    """Return the tensors of one adapter by file key.
+    """Return the tensors of one adapter by file key. If tensors are sharded, all processes must call this.
 
     Args:
         state_dict: take the values from here (gathered by FSDP or DeepSpeed), not from the model.
         save_embedding_layers: True, False, or "auto": if they are targets, or the vocabulary has another size.
 
     Raises:
-        AdapterNotFoundError: no such adapter.
+        AdapterNotFoundError: the model has no such adapter.
         AdapterKeyError: `state_dict` lacks one of its tensors.
-        CheckpointError: a tensor is a part of one: it has to be gathered.
+        CheckpointError: a tensor is one process's part, and has to be gathered first.
     """
     parts, prefix, base = find_carriers(model, adapter_name)
     config = get_config(unwrap_model(model), adapter_name)
@@ -107,9 +115,17 @@ def collect_adapter_tensors(
     state_dict: dict[str, Tensor] | None,
     save_embedding_layers: str | bool,
 ) -> dict[str, Tensor]:
-    """Do as `get_peft_model_state_dict`, for the carriers of an adapter in a model around `base`.
+    """Return the tensors of one adapter by file key, in their form for files.
 
-    prefix: of the keys.
+    Includes trained biases and embeddings of the base. Values come from `state_dict` if it is passed. Sharded tensors
+    are gathered and offloaded ones are read.
+
+    Args:
+        prefix: of the keys.
+
+    Raises:
+        AdapterKeyError: `state_dict` lacks one of its tensors.
+        CheckpointError: a value has another shape than the tensor.
     """
     state = state_dict
     if state is not None:  # also by names without the parts of wrappers, unless these are names of other tensors
@@ -148,7 +164,9 @@ def collect_adapter_tensors(
 
 
 def describe_base(config: PeftConfig, base: nn.Module) -> None:
-    """Complete what the config of a file says of the base model."""
+    """Fill in `base_model_name_or_path` of a config from the base, if it is None; without a task type also
+    `auto_mapping`, the base's class and library. In place.
+    """
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
     if config.task_type is None:
@@ -157,14 +175,22 @@ def describe_base(config: PeftConfig, base: nn.Module) -> None:
 
 
 def get_tensor(state: dict[str, Tensor], key: str, adapter: str) -> Tensor:
+    """Return the tensor called `key` in a state dict, or called so without the parts of wrappers.
+
+    Raises AdapterKeyError if there is none.
+    """
     name = key if key in state else strip_all_wrappers(key)
     if name not in state:
-        raise AdapterKeyError(f"The state dict lacks '{key}' of adapter '{adapter}'.")
+        raise AdapterKeyError(
+            f"The state dict lacks '{key}' of adapter '{adapter}'. Pass the whole state dict of the model."
+        )
     return state[name]
 
 
 def find_adapter_ranks(model: nn.Module, adapters: list[str]) -> list[int]:
-    """Return the ranks of the processes that hold parts of these adapters or of the base, and save together; or []."""
+    """Return the ranks of the processes that save these adapters together, as they hold parts of them or of the base;
+    [] if each holds all.
+    """
     group = find_model_group(model.modules()) if processes() > 1 else None
     if group is not None:
         return dist.get_process_group_ranks(group)
@@ -178,7 +204,9 @@ def find_adapter_ranks(model: nn.Module, adapters: list[str]) -> list[int]:
 
 
 def copy_twins(all_entries: list[Entry], values: dict[str, Tensor], adapter: str) -> None:
-    """Copy the values of tensors that are another layer's: a file has its own for each."""
+    """Replace, in `values`, tensors that a layer borrows from an earlier one by copies, since a file has one for each
+    layer.
+    """
     seen: set[int] = set()
     for e in all_entries:
         if id(e.tensor) in seen and e.layer is not None and e.layer.methods[adapter].lenders:
@@ -189,7 +217,10 @@ def copy_twins(all_entries: list[Entry], values: dict[str, Tensor], adapter: str
 def convert_for_file(
     parts: AdapterCarriers, all_entries: list[Entry], values: dict[str, Tensor], adapter: str, config: PeftConfig
 ) -> dict[str, Tensor]:
-    """Return the tensors that a file holds of an adapter, by file key."""
+    """Return the tensors of an adapter in a file, by file key.
+
+    Methods with another form in files convert their `values` by `to_file_tensors`.
+    """
     out: dict[str, Tensor] = {}
     for layer, group in groupby(all_entries, attrgetter("layer")):
         method = None if layer is None else layer.methods[adapter]
@@ -206,7 +237,12 @@ def convert_for_file(
 
 
 def fill_with_values(parts: AdapterCarriers, prompt: Prompt, state: dict[str, Tensor], adapter: str) -> AdapterCarriers:
-    """Return a copy of `parts` whose prompt and modules to save have a state dict's values."""
+    """Return a copy of `parts`, with a prompt and modules to save that hold the values of `state`.
+
+    Raises:
+        AdapterKeyError: `state` lacks one of them.
+        CheckpointError: one has another shape.
+    """
     stem = f"{prompt.prefix}.{adapter}"
     values = {n: get_checked_tensor(state, f"{stem}.{n}", t, adapter) for n, t in find_parameters_below(prompt).items()}
     filled = replace(parts, wrappers=copy.deepcopy(parts.wrappers), prompt=copy_unwrapped(prompt, values))
@@ -218,7 +254,10 @@ def fill_with_values(parts: AdapterCarriers, prompt: Prompt, state: dict[str, Te
 
 
 def get_checked_tensor(state: dict[str, Tensor], key: str, tensor: Tensor, adapter: str) -> Tensor:
-    """Return a state dict's value for a tensor, checked."""
+    """Return the tensor called `key` in a state dict.
+
+    Raises AdapterKeyError if it is missing, CheckpointError if its shape is not that of `tensor`.
+    """
     value = get_tensor(state, key, adapter)
     check_value(key, value, tensor, adapter)
     return value
@@ -227,7 +266,10 @@ def get_checked_tensor(state: dict[str, Tensor], key: str, tensor: Tensor, adapt
 def collect_base_tensors(
     base: nn.Module, parts: AdapterCarriers, config: PeftConfig, save_embedding_layers: str | bool
 ) -> dict[str, Tensor]:
-    """Return the base model's tensors that go into an adapter's file: trained biases and changed embeddings."""
+    """Return the base model's tensors in an adapter's file: trained biases and changed embeddings.
+
+    Biases of merged layers come without the adapters.
+    """
     out: dict[str, Tensor] = {}
     bias = getattr(config, "bias", "none")
     if bias == "all":
@@ -241,7 +283,7 @@ def collect_base_tensors(
 
 
 def _collect_biases(parts: AdapterCarriers) -> dict[str, Tensor]:
-    """Return the biases of the adapted layers, as they are with nothing merged."""
+    """Return the biases of the adapted layers by their names in a file, with nothing merged."""
     in_file = make_file_namer(parts)
     layers = {strip_inner_wrappers(key): layer for key, layer in parts.layers.items() if not layer.op.opaque}
     biases = {in_file(f"{key}.bias"): find_unmerged_bias(layer) for key, layer in layers.items()}
@@ -249,7 +291,7 @@ def _collect_biases(parts: AdapterCarriers) -> dict[str, Tensor]:
 
 
 def make_adapter_name_test(parts: AdapterCarriers) -> Callable[[str], bool]:
-    """Return a test whether a name is that of a tensor of an adapter, of any on the model."""
+    """Return a function that tests whether a name is that of an adapter's tensor, of any adapter on the model."""
     layers = parts.layers if parts.all_layers is None else parts.all_layers
     nests = ParameterLayerPaths(layers.values())
     keys = [strip_inner_wrappers(nests.path(key, layer)) for key, layer in layers.items()]
@@ -257,6 +299,13 @@ def make_adapter_name_test(parts: AdapterCarriers) -> Callable[[str], bool]:
 
 
 def collect_embeddings(base: nn.Module, config: object, save: str | bool) -> dict[str, Tensor]:
+    """Return the base's input and output embeddings by their names, with nothing merged; {} if they are not to be
+    saved.
+
+    `save="auto"` saves them, with a warning, if `target_modules` names them and no token rows train, or if the
+    vocabulary was resized. If `target_modules` names embeddings, only those with adapter layers are saved. Warns and
+    returns {} for a base without `get_input_embeddings`.
+    """
     targets = getattr(config, "target_modules", None)
     targeted = False
     if isinstance(targets, str) and targets != "all-linear":
@@ -301,9 +350,9 @@ def collect_embeddings(base: nn.Module, config: object, save: str | bool) -> dic
 
 
 def is_vocabulary_resized(base: nn.Module, origin: str) -> bool:
-    """Return True if the vocabulary's size differs from that of the original, in a local folder or the hub's cache.
+    """Return True, with a warning, if the base's vocabulary has another size than the config at `origin`.
 
-    Never ask the network.
+    That is read from a local folder or the hub's cache, never from the network. False if there is none.
     """
     base_config: Any = getattr(base, "config", None)
     size = getattr(text_config(base), "vocab_size", None)
@@ -319,7 +368,9 @@ def is_vocabulary_resized(base: nn.Module, origin: str) -> bool:
 
 
 def find_local_config(origin: str, revision: str | None) -> str | None:
-    """Return the path of a model's config in its folder, or in the hub's cache; None if it is in neither."""
+    """Return the path of a model's config in its folder, else in the hub's cache at `revision`; None if it is in
+    neither.
+    """
     path = os.path.join(origin, "config.json")
     if os.path.isfile(path):
         return path
@@ -338,7 +389,7 @@ def fingerprint_base(model: nn.Module, adapter: str, full: bool = False, togethe
 
     Args:
         full: with digests of all tensors that the adapter leaves alone.
-        together: all processes are here, so that values that are spread over them can be read.
+        together: all processes call this, so that sharded values can be read.
     """
     parts, _, base = find_carriers(model, adapter)
     return fingerprint_carriers(parts, base, adapter, get_config(model, adapter), full, together)
@@ -347,7 +398,11 @@ def fingerprint_base(model: nn.Module, adapter: str, full: bool = False, togethe
 def fingerprint_carriers(
     parts: AdapterCarriers, base: nn.Module, adapter: str, config: Any, full: bool, together: bool
 ) -> Fingerprint:
-    """Do as `base_fingerprint`, for the carriers of an adapter and the base."""
+    """Return the fingerprint of the base of these carriers.
+
+    It has no values if the adapter changes base weights, and all weights on a pipeline stage. With `full` it has
+    digests of the tensors that the adapter does not train or change.
+    """
     changes = changes_base(parts, adapter)
     stage = processes() > 1 and bool(find_absent_in_model(base))
     note = make_fingerprint(list_base_weights(parts, base), not changes, together, part=stage)
@@ -359,5 +414,6 @@ def fingerprint_carriers(
 
 
 def changes_base(parts: AdapterCarriers, adapter: str) -> bool:
+    """Return True if the adapter's method changes the base weight on one of its layers."""
     methods = [layer.methods.get(adapter) for layer in parts.layers.values()]
     return any(m is not None and Use.CHANGES in m.uses_weight() for m in methods)

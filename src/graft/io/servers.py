@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Factors of stacks of experts as servers hold them, and back.
+"""Conversion of expert stacks' factors to the layouts of servers, and back.
 
-Here a stack is canonical: A (E, r, in), B (E, out, r), its outputs in the order of the model's parameter. Read in
-vLLM 0.32 and SGLang 0.5.23, November 2026.
+Here a stack is A (E, r, in) and B (E, out, r), with outputs in the order of the model's parameter. Read in the sources
+of vLLM 0.32 and SGLang 0.5.23, November 2026.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from graft.config.base import PeftConfig
     from graft.methods.lora.config import LoraConfig
 
-IN, OUT = "in", "out"  # the two stacks of a block: what acts on its input, and what makes its output
+IN, OUT = "in", "out"  # the two stacks of a block: the one on its input, and the one that makes its output
 PARAMETERS = {"gate_up_proj": IN, "up_proj": IN, "down_proj": OUT}
 PARTS = {IN: ("gate_proj", "up_proj"), OUT: ("down_proj",)}  # of experts that hubs hold as stacks
 W = {IN: ("w1", "w3"), OUT: ("w2",)}
-ONE_AFTER_THE_OTHER = {"Llama4TextExperts"}  # gate above up, in classes whose flags and conversions do not say it
-BY_W_IN_VLLM = ("gpt_oss",)  # types with stacks on the hub, of which vLLM names an expert's parts w1, w3 and w2
+ONE_AFTER_THE_OTHER = {"Llama4TextExperts"}  # classes with gate above up that no flag or conversion tells
+BY_W_IN_VLLM = ("gpt_oss",)  # types with stacks on the hub; vLLM calls an expert's parts w1, w3 and w2
 STACKED_IN_VLLM = ("gpt_oss", "qwen3_5_moe", "qwen3_vl_moe", "qwen3_omni_moe", "interns1_pro")  # beginnings of types
 LAYOUTS = ("peft", "vllm", "vllm-2d", "vllm-3d", "vllm-shared", "sglang", "sglang-shared")
 
@@ -45,10 +45,10 @@ class FactorPair(NamedTuple):
 
 @dataclass(frozen=True)
 class ServerBlock:
-    """The stacks of one module of experts, and what a hub calls the parts of an expert.
+    """The two stacks of one module of experts, and their names on the hub.
 
     Attributes:
-        path: of the module in the model; `there`: in checkpoints on the hub.
+        path: of the module in the model; `hub_path`: in checkpoints on the hub.
         shapes: (E, out, in) of each stack.
         parts: of each stack, from above.
         interleaved: rows of gate and up in turn.
@@ -69,41 +69,45 @@ class ServerBlock:
 
     @property
     def is_gated(self) -> bool:
+        """True if the input's stack holds gate and up."""
         return len(self.parts[IN]) == 2
 
     def split_rows(self, B: Tensor) -> list[Tensor]:
-        """Return the rows of B of each part of the input's stack."""
+        """Return B of the input's stack as [B of gate, B of up], from alternate rows or from halves; [B] without a
+        gate.
+        """
         if not self.is_gated:
             return [B]
         return [B[:, ::2], B[:, 1::2]] if self.interleaved else [*B.chunk(2, 1)]
 
     def join_rows(self, parts: list[Tensor]) -> Tensor:
-        """Return the inverse of `split`."""
+        """Return B of the input's stack from [B of gate, B of up], the inverse of `split_rows`."""
         if self.interleaved:
             return torch.stack(parts, 2).flatten(1, 2)
         return torch.cat(parts, 1)
 
     def split_by_part(self, pairs: Mapping[str, FactorPair]) -> dict[str, FactorPair]:
-        """Return the factors of each part: gate and up have the same A."""
+        """Return the factors of gate, up and down by part name. Gate and up have the same A."""
         out = dict(zip(self.parts[IN], (FactorPair(pairs[IN].A, B) for B in self.split_rows(pairs[IN].B))))
         return out | {self.parts[OUT][0]: pairs[OUT]}
 
     def zeros(self, which: str, like: FactorPair) -> FactorPair:
-        """Return factors that add nothing, of the rank of the other stack's."""
+        """Return zero factors for the stack `which`, of the rank of `like`."""
         n, out, fan_in = self.shapes[which]
         r = like.A.shape[1]
         return FactorPair(like.A.new_zeros(n, r, fan_in), like.B.new_zeros(n, out, r))
 
 
 class ServerBlocks(ExpertStacks):
-    """The modules of experts of a model as servers see them.
+    """The modules of experts of a model, as servers see them.
 
     Attributes:
         found: the modules, by path.
-        unknown: path of a module → why nobody can say which of its rows are what.
+        unknown: path of a module → why the order of its rows is not known.
     """
 
     def __init__(self, model: nn.Module):
+        """Survey the model and sort its modules of experts into `found` and `unknown`."""
         super().__init__(model)
         self.found, self.unknown = dict[str, ServerBlock](), dict[str, str]()
         self.type = model_type(model) if hasattr(getattr(model, "config", None), "model_type") else ""
@@ -113,7 +117,9 @@ class ServerBlocks(ExpertStacks):
             known[path] = block
 
     def classify_module(self, path: str, group: list[ExpertStack]) -> ServerBlock | str:
-        """Return a module of experts; the reason where its stacks cannot be told apart."""
+        """Return the block of a module with these stacks, or the reason why servers cannot take it: stacks of other
+        names, shapes that are not gate, up and down, or an unknown order of gate and up.
+        """
         named = {PARAMETERS[s.parameter]: s for s in group if s.parameter in PARAMETERS}
         if len(named) < len(group) or len(named) < 2:
             return f"{path} has the stacks {', '.join(s.parameter for s in group)}, which no server knows"
@@ -146,6 +152,7 @@ class ServerBlocks(ExpertStacks):
 
     @property
     def is_stacked_in_vllm(self) -> bool:
+        """True if vLLM holds this model type's experts as stacks."""
         return self.type.startswith(STACKED_IN_VLLM)
 
 
@@ -153,36 +160,51 @@ class ServerBlocks(ExpertStacks):
 
 
 def write_flat(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
+    """Yield keys and factors as PEFT writes them: two dimensions, the input's stack as "base_layer".
+
+    vLLM's 3d layout.
+    """
     for which, inner in ((IN, ".base_layer"), (OUT, "")):
         A, B = Opaque.join_matrices(*pairs[which])
         yield from name_factors(f"{block.hub_path}{inner}", A, B)
 
 
 def write_by_expert(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
+    """Yield keys and factors of each part of each expert, by vLLM's names."""
     for part, (A, B) in block.split_by_part(pairs).items():
         for e in range(len(A)):
             yield from name_factors(f"{block.hub_path}.{e}.{block.in_vllm[part]}", A[e], B[e])
 
 
 def write_shared_by_w(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
+    """Yield keys and factors by part, called w1, w3 and w2, for all experts.
+
+    A of the input and B of the output are those of expert 0.
+    """
     names = name_parts_by_w(block.parts)
     for part, pair in block.split_by_part(collapse_shared(pairs)).items():
         yield from name_factors(f"{block.hub_path}.{names[part]}", *pair)
 
 
 def name_parts_by_w(parts: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """Return what vLLM calls the parts of an expert by itself."""
+    """Return {part: vLLM's own name}: w1 for gate, w3 for up, w2 for down."""
     return {part: name for which in (IN, OUT) for part, name in zip(parts[which], W[which])}
 
 
 def write_stacked(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
-    """SGLang's: gate above up, whatever the model has."""
+    """Yield keys and factors of each stack in SGLang's layout: rows of gate above those of up, also for an interleaved
+    model.
+    """
     for which, pair in pairs.items():
         B = torch.cat(block.split_rows(pair.B), 1) if which == IN else pair.B
         yield from name_factors(f"{block.hub_path}.{block.parameters[which]}", pair.A, B)
 
 
 def write_shared_by_part(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
+    """Yield keys and factors by part, called gate_proj, up_proj and down_proj, for all experts.
+
+    A of the input and B of the output are those of expert 0.
+    """
     names = dict(zip(block.parts[IN], PARTS[IN][not block.is_gated :])) | {block.parts[OUT][0]: "down_proj"}
     for part, pair in block.split_by_part(collapse_shared(pairs)).items():
         yield from name_factors(f"{block.hub_path}.{names[part]}", *pair)
@@ -196,17 +218,18 @@ WRITERS: dict[str, Writer] = {
 
 
 def name_factors(stem: str, A: Tensor, B: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield contiguous A and B with their keys below `stem`."""
     yield f"{stem}.lora_A.weight", A.contiguous()
     yield f"{stem}.lora_B.weight", B.contiguous()
 
 
 def collapse_shared(pairs: Mapping[str, FactorPair]) -> dict[str, FactorPair]:
-    """Return the factors with A of the input's stack and B of the output's once for all experts."""
+    """Return the pairs with A of the input's stack and B of the output's only of expert 0."""
     return {IN: FactorPair(pairs[IN].A[:1], pairs[IN].B), OUT: FactorPair(pairs[OUT].A, pairs[OUT].B[:1])}
 
 
 def why_not_shared(pairs: Mapping[str, FactorPair]) -> str | None:
-    """Return which factors experts do not share that a shared layout holds once; None if they share them."""
+    """Return which factor differs between experts, though a shared layout holds it once; None if they are equal."""
     for which, t in ((IN, pairs[IN].A), (OUT, pairs[OUT].B)):
         if bool((t != t[:1]).any()):
             return f"the experts' {'A of the input' if which == IN else 'B of the output'} differ"
@@ -225,17 +248,19 @@ PartFactors = dict[str, dict[str, dict[int | None, Tensor]]]  # part → A or B 
 
 
 class BlockStack(NamedTuple):
-    """A stack as a file has it."""
+    """The factors of one stack in a file, and their scaling."""
 
     pair: FactorPair
     scaling: float
 
 
 def convert_server_layout(tensors: dict[str, Tensor], config: PeftConfig, model: nn.Module) -> dict[str, Tensor]:
-    """Return a file's tensors with experts as PEFT has them, where a server's layout holds them otherwise.
+    """Return a file's tensors with experts in PEFT's layout, if a server's layout holds them.
 
-    Its `config`, which names modules that are there in servers only, gets the stacks as `target_parameters`. A file in
-    PEFT's layout comes back as it is, and one by expert that was trained so, with another A for gate than for up.
+    `config` then gets the stacks as `target_parameters`, in place, instead of modules that only servers have.
+
+    Returns the tensors as they are for other methods than LoRA, for PEFT's layout, and for a file by expert with
+    different A of gate and up. Stacks of zeros are left out.
     """
     matches = {key: match for key in tensors if (match := KEY.fullmatch(key)) is not None}
     if not matches or config.peft_type != "LORA":
@@ -270,19 +295,25 @@ def convert_server_layout(tensors: dict[str, Tensor], config: PeftConfig, model:
 
 
 def is_in_peft_layout(path: str, values: PartFactors, keys: list[str], matches: Mapping[str, re.Match[str]]) -> bool:
-    """Return True if a file has the stacks of a module as PEFT does, and none of zeros, which a server wanted."""
+    """Return True if a file's keys of a module are as PEFT writes them, and no A is all zeros.
+
+    Servers get zeros for a stack without adapter.
+    """
     known_names = all(matches[key]["experts"] == path for key in keys) and not set(values) - {"", INNER}
     return known_names and all(bool(t.any()) for sides in values.values() for t in sides.get("A", {}).values())
 
 
 def rename_key(key: str, prefix: str, paths_by_old: Mapping[str, str]) -> str:
-    """Return a key of a module, whose name on the hub may be another, as it is in the model."""
+    """Return a key with its module's path on the hub replaced by that in the model."""
     path, dot, leaf = key.removeprefix(prefix).partition(".lora_")
     return f"{prefix}{paths_by_old.get(path, path)}{dot}{leaf}"
 
 
 def read_block(block: ServerBlock, values: PartFactors, config: PeftConfig) -> dict[str, BlockStack]:
-    """Return the stacks of a block; none if the layout is none of servers, or lacks some expert."""
+    """Return the factors of a block's stacks with their scalings, by IN and OUT; {} if the layout is unknown or lacks
+    some expert. A stack of zeros is left out. Gate and up with different A become one pair of the ranks of both, except
+    in a file by expert, which gives {}.
+    """
     n = block.shapes[IN][0]
     parts = {part: pair for part, sides in values.items() if (pair := assemble_factors(sides, n)) is not None}
     if len(parts) < len(values):
@@ -302,7 +333,7 @@ def read_block(block: ServerBlock, values: PartFactors, config: PeftConfig) -> d
             pairs, at = [parts[name] for name in part_names], f"{block.hub_path}.0.{part_names[0]}"
             if len(pairs) == 2 and not torch.equal(pairs[0].A, pairs[1].A):
                 if block.numbered and None not in values[part_names[0]]["A"]:
-                    return {}  # `fused` knows it, with the alpha of each part
+                    return {}  # `fuse_experts` reads it, with the alpha of each part
                 pairs = separate_gate_up(pairs)
             pair = FactorPair(
                 pairs[0].A, block.join_rows([p.B for p in pairs]) if block.is_gated and which == IN else pairs[0].B
@@ -310,13 +341,15 @@ def read_block(block: ServerBlock, values: PartFactors, config: PeftConfig) -> d
         else:
             continue
         if not (pair.A.any() or pair.B.any()):
-            continue  # a server wanted it
+            continue  # zeros, for a server that needs each stack
         out[which] = BlockStack(FactorPair(*(t.expand(n, -1, -1) for t in pair)), read_scaling(config, at))
     return out
 
 
 def assemble_factors(sides: Mapping[str, Mapping[int | None, Tensor]], n: int) -> FactorPair | None:
-    """Return the factors of all experts, (E or 1, …); None if some are missing, or of another shape."""
+    """Return A (E or 1, r, in) and B (E or 1, out, r) of all n experts; None if one is missing or has an impossible
+    shape.
+    """
     factors = []
     for side in "AB":
         values = sides.get(side, {})
@@ -337,7 +370,10 @@ def assemble_factors(sides: Mapping[str, Mapping[int | None, Tensor]], n: int) -
 
 
 def separate_gate_up(pairs: list[FactorPair]) -> list[FactorPair]:
-    """Return factors of gate and up that have one A, of the ranks of both."""
+    """Return factors of gate and up with one common A, of the ranks of both together.
+
+    Each B has zeros for the other's rank.
+    """
     n = max(len(t) for pair in pairs for t in pair)
     A = torch.cat([pair.A.expand(n, -1, -1) for pair in pairs], 1)
     first, second = (pair.B.expand(n, -1, -1) for pair in pairs)
@@ -346,6 +382,7 @@ def separate_gate_up(pairs: list[FactorPair]) -> list[FactorPair]:
 
 
 def read_scaling(config: Any, path: str) -> float:
+    """Return the scaling that the config gives the path: alpha / r, or alpha / √r with rsLoRA."""
     path_config = config.at(path)
     return float(path_config.lora_alpha / (path_config.r**0.5 if config.use_rslora else path_config.r))
 
@@ -353,7 +390,9 @@ def read_scaling(config: Any, path: str) -> float:
 def configure_stacks(
     config: Any, keys: list[str], read: Mapping[str, Mapping[str, BlockStack]], blocks: ServerBlocks
 ) -> None:
-    """Have a config name the stacks, their ranks and scalings, and the other modules of a file by today's names."""
+    """Set a config's targets, ranks and alphas for converted stacks, in place: stacks as `target_parameters`, other
+    modules of the file as `target_modules`, and a pattern for each stack.
+    """
     every = [stack.path for stack in blocks.stacks]
     reads = {
         f"{path}.{blocks.found[path].parameters[which]}": of
@@ -371,6 +410,6 @@ def configure_stacks(
 
 
 def select_patterns(config: LoraConfig, name: str, modules: Collection[str]) -> dict[str, float]:
-    """Return the patterns that reach one of these modules."""
+    """Return the patterns in the config's field `name` that reach one of these modules, with their values."""
     patterns = getattr(config, name) or {}
     return {p: value for p, value in patterns.items() if any(config.reaches(p, path, name) for path in modules)}

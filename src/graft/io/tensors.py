@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write tensors as safetensors, into a file that is there already.
+"""Write tensors as safetensors, into a file that exists already.
 
-What safetensors' own `save_file` writes has its metadata in a random order, and goes through a temporary file that a
-process which is killed leaves behind under a name nobody can recognise.
+The `save_file` of safetensors writes metadata in a random order. It also uses a temporary file; a killed process leaves
+that under a name nobody can recognise.
 """
 
 from __future__ import annotations
@@ -21,34 +21,43 @@ from graft.storage import standalone
 
 
 def write_safetensors(path: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors, the widest dtypes first so that all are aligned, and metadata in order."""
+    """Write tensors and metadata to `path`: the widest dtypes first, so that all are aligned, and metadata in a fixed
+    order. The file is overwritten in place.
+    """
     on_cpu = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     parts = ((k, name_dtype(t.dtype), t.shape, t.element_size(), partial(view_bytes, k, t)) for k, t in on_cpu.items())
     write_tensors(path, parts, metadata)
 
 
 def copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies on the CPU, which training in another thread leaves alone: a digest must be that of the file."""
+    """Return contiguous copies on the CPU.
+
+    Training in another thread does not change them, so that a digest is that of the file.
+    """
     return {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
 
 
 def write_sealed(path: str, tensors: dict[str, Tensor]) -> None:
-    """Write tensors, all of them in memory, whole or not at all, with their digest."""
+    """Write tensors with their digest to `path`, whole or not at all: an error leaves the old file."""
     replace_file(path, lambda to: write_safetensors(to, tensors, {"format": "pt", KEY: digest_tensors(tensors)}))
 
 
 def digest_tensors(tensors: dict[str, Tensor]) -> str:
-    """Return the digest of tensors that are plain ones."""
+    """Return the digest of plain tensors, on any device."""
     on_cpu = ((key, t.detach().cpu().contiguous()) for key, t in tensors.items())
     return compute_digest((key, name_dtype(t.dtype), list(t.shape), view_bytes(key, t)) for key, t in on_cpu)
 
 
 def view_bytes(key: str, t: Tensor) -> bytes | ctypes.Array[ctypes.c_char]:
-    """Return the memory of a contiguous tensor on the CPU, as long as that lives."""
+    """Return the memory of a contiguous CPU tensor as bytes, without a copy; it keeps the tensor alive.
+
+    Raises:
+        CheckpointError: a tensor subclass that holds its values elsewhere.
+    """
     if not t.nbytes:
         return b""
     if not t.data_ptr():  # a subclass that holds its values elsewhere
-        raise CheckpointError(f"'{key}' is a {type(t).__name__} without values of its own: pass it dense.")
+        raise CheckpointError(f"'{key}' is a {type(t).__name__} that holds its values elsewhere. Pass it dense.")
     memory = (ctypes.c_char * t.nbytes).from_address(t.data_ptr())
     memory.keeps = t  # type: ignore[attr-defined]
     return memory
@@ -56,7 +65,7 @@ def view_bytes(key: str, t: Tensor) -> bytes | ctypes.Array[ctypes.c_char]:
 
 @cache
 def name_dtype(dtype: torch.dtype) -> str:
-    """Return what safetensors calls a dtype."""
+    """Return safetensors' name of a dtype, such as "BF16"."""
     from safetensors.torch import save
 
     return str(parse_header(save({"x": torch.empty(0, dtype=dtype)}))[0]["x"]["dtype"])
@@ -66,7 +75,9 @@ Shapes = dict[str, torch.Size]  # of parameters, by name
 
 
 def find_torn_bias(before: Shapes, after: Shapes) -> tuple[str, torch.Size, torch.Size] | None:
-    """Return name and shape of a weight, and the shape of its bias, which counted the same and no longer do."""
+    """Return the first weight with as many rows as its bias before but not after: (name, new shape, new shape of the
+    bias). None if there is none.
+    """
     for name, shape in before.items():
         bias = f"{name.removesuffix('weight')}bias"
         if bias in before and before[bias][:1] == shape[:1] and after[bias][:1] != after[name][:1]:
@@ -75,7 +86,9 @@ def find_torn_bias(before: Shapes, after: Shapes) -> tuple[str, torch.Size, torc
 
 
 def resize_parameters(module: nn.Module, shapes: Shapes) -> nn.Module:
-    """Return a copy of `module` with parameters of other `shapes` (by name), uninitialised."""
+    """Return a standalone copy of `module` with the parameters in `shapes` replaced by uninitialized ones of these
+    shapes. Sets `out_features` or `num_embeddings` of their modules.
+    """
     copy = standalone(module)
     for name, shape in shapes.items():
         path, _, leaf = name.rpartition(".")

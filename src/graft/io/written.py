@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a config tells of how its file holds the factors of stacks of matrices (experts)."""
+"""The layout of expert stacks' factors in a file, as far as its config says it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from graft.config.base import FORMAT_VERSION
 from graft.config.reading import Json
 from graft.core.errors import ConfigError, PeftWarning, warn
 
-MARK = "lora_B_layout"  # what Unsloth notes in configs: one of the last two names below
+MARK = "lora_B_layout"  # Unsloth's field in configs: one of the last two names below
 TRAINING_ONLY = ("lora_velora_", "lora_monteclora_")  # beginnings of names: tensors that count in training only
 NAMES: dict[str, Json] = {
     "peft": dict(exchanged=False, by_expert=False),
@@ -23,27 +23,32 @@ NAMES: dict[str, Json] = {
 
 @dataclass(frozen=True)
 class StackLayout:
-    """What is known of how a file holds the factors of stacks, before its shapes are seen. None: nothing."""
+    """The facts about how a file holds the factors of stacks, before its shapes are seen. None: not known."""
 
     version: str | None = FORMAT_VERSION  # of the PEFT that wrote it
-    exchanged: bool | None = None  # A and B of square stacks stand for each other
+    exchanged: bool | None = None  # A and B of square stacks are exchanged
     by_expert: bool | None = False  # columns of B: those of an expert are next to each other
     left_to: str | None = None  # who has replaced PeftModel.load_adapter, and may see to the columns of B itself
 
     @classmethod
     def from_config(cls, fields: Json) -> StackLayout:
-        """Return what the fields of a file's config tell."""
+        """Return the layout that the fields of a file's config say: PEFT's version, and Unsloth's mark for the columns
+        of B. A file of Unsloth without that mark has `by_expert` None.
+        """
         version, mark, mapping = fields.get("peft_version"), fields.get(MARK), fields.get("auto_mapping")
         unsloth = isinstance(mapping, dict) and mapping.get("unsloth_fixed", False)
         by_expert = mark == "grouped_by_expert" if mark in NAMES else None if unsloth else False
         return cls(version, by_expert=by_expert)
 
     def for_replacement(self, replacement: str) -> StackLayout:
-        """Return this as PEFT reads it, which knows no order of columns: a replacement loads, which may."""
+        """Return this layout for a load that `replacement` does instead of PEFT.
+
+        Columns by expert become an open question, as the replacement may put them in order itself.
+        """
         return replace(self, left_to=replacement, by_expert=None if self.by_expert else self.by_expert)
 
     def with_names(self, names: str | Collection[str]) -> StackLayout:
-        """Return this with what the caller says by `expert_layout`.
+        """Return this layout with the caller's `expert_layout`: one name or several.
 
         Raises:
             ConfigError: there is no layout of such a name.
@@ -60,10 +65,11 @@ TODAY = StackLayout()
 
 
 def decide_exchange(version: str | None, transposed: bool) -> tuple[bool, bool]:
-    """Return whether a PEFT of this version wrote A and B of a stack for each other, and whether that is sure.
+    """Return (exchanged, sure): whether a PEFT of this version wrote A of a stack as B and B as A, and whether that is
+    sure.
 
     Args:
-        version: None: it noted none, as before 0.18.
+        version: None: the file names none, as before 0.18.
         transposed: the module says that it holds its matrices as (in, out).
     """
     if version is None:
@@ -80,11 +86,12 @@ def decide_exchange(version: str | None, transposed: bool) -> tuple[bool, bool]:
 def find_exchanges(
     stacks: Mapping[str, tuple[bool | None, bool]], layout: StackLayout, doubts: set[str]
 ) -> dict[str, tuple[bool, bool]]:
-    """Return for each stack of a file whether A and B stand for each other, and whether only PEFT's version says so.
+    """Return {stack: (exchanged, by_version)}: whether A and B of a stack are exchanged in a file, and whether only
+    PEFT's version says so. The caller's layout or the stack's shape decide first, then shapes of other stacks of equal
+    modules.
 
     Args:
-        stacks: → the verdict of its shapes, None if they do not tell; and if its module holds matrices as (in, out).
-            Shapes of other stacks tell for those of equal modules.
+        stacks: {stack: (verdict of its shapes, None if square; whether its module holds (in, out))}.
         doubts: gets "exchanged" if nothing tells.
     """
     by_shape = {kind: {s for s, t in stacks.values() if s is not None and t == kind} for kind in (False, True)}
@@ -101,11 +108,14 @@ def find_exchanges(
 
 
 def warn_of_doubts(doubts: set[str], layout: StackLayout, what: str) -> None:
-    """Warn of what nothing tells, and name the option that does."""
+    """Give one warning for each of the `doubts`, which names the `expert_layout` option that settles it.
+
+    Each text begins with `what`, the adapter and file.
+    """
     if "exchanged" in doubts:
         read = "exchanged, as PEFT before 0.18 wrote them" if layout.version is None else "as PEFT 0.19.1 writes them"
         warn(
-            f"{what} has square stacks of experts, and does not tell whether A and B stand for each other: they were "
+            f"{what} has square stacks of experts, and does not tell whether A and B are exchanged: they were "
             f"read {read}. Pass expert_layout='exchanged' if PEFT before 0.19.1 trained it, 'peft' if a later one did.",
             PeftWarning,
         )

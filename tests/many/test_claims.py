@@ -60,7 +60,9 @@ def test_another_process_is_refused_until_the_first_is_killed(tmp_path):
         try:
             assert other.stdout is not None and other.stdout.readline() == "there\n"
             before, model, runs = files(tmp_path), tiny(), begun("wide", "plain")
-            with pytest.raises(FolderInUseError, match=rf"Another process is writing '{TABLE}' in .*sweep: let it end"):
+            with pytest.raises(
+                FolderInUseError, match=rf"Another process is writing '{TABLE}' in .*sweep, .* Let it end"
+            ):
                 swept(tmp_path / "sweep", model=model)
             with pytest.raises(FolderInUseError, match="Another process is writing 's1'"):
                 swept(tmp_path / "sweep", model=model, share=(1, 3), exchange=lambda rows: [rows])
@@ -175,5 +177,5 @@ def test_where_files_have_no_locks_it_says_so(tmp_path, monkeypatch, number):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.warns(graft.PeftWarning, match=f"{tmp_path} is on a system whose files have no locks"):
+    with pytest.warns(graft.PeftWarning, match=f"{tmp_path} is on a file system without locks"):
         assert swept(tmp_path, rungs=1).best.state == "kept"

@@ -523,9 +523,7 @@ def test_what_no_batch_raises_alone_is_told(monkeypatch):
 
     monkeypatch.setattr(type(runs.base), "forward", few)
     runs._arguments = runs._arguments.read_signature(tiny())
-    with pytest.warns(
-        graft.PeftWarning, match=r"A pass of \['plain', .*too many rows.*, and none of them does so alone"
-    ):
+    with pytest.warns(graft.PeftWarning, match=r"A pass of \['plain', .*too many rows.*, but no single one did"):
         runs.step()
     assert [run.state for run in runs.list_runs()] == ["running"] * 3
 

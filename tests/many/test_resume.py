@@ -367,7 +367,7 @@ def test_other_data_than_before(tmp_path, kind, until):
     runs.add("x", lora(), data=same(), steps=8, seed=1).until = until
     runs.run(save=tmp_path)
     again = MultiTrain.resume(tiny(), tmp_path)
-    with pytest.raises(ConfigError, match=r"Run 'x' in .* was begun with other data: their first batch"):
+    with pytest.raises(ConfigError, match=r"Run 'x' in .* was begun with other data, since the first batch"):
         again.add("x", lora(), data=other(), steps=8, seed=1)
     assert again.model is None
     assert again.add("x", lora(), data=same(), steps=8, seed=1).step == until

@@ -63,7 +63,7 @@ def test_a_range_of_ints_has_whole_numbers():
     (({"r": [1]}, "random", None, 0), "with a number n"),
     (({"r": [1]}, "other", 3, 0), "must be 'grid'"),
     (({"r": [1, 2]}, "random", 3, 0), "has only 2 settings, and n is 3"),
-    (({"r": [1, 2]}, "grid", 3, 0), "n=3 is of search='random'"),
+    (({"r": [1, 2]}, "grid", 3, 0), "n=3 belongs to search='random'"),
 ])  # fmt: skip
 def test_no_settings(given, text):
     with pytest.raises(ConfigError, match=text):
@@ -203,7 +203,7 @@ def test_another_sweep_in_the_folder(tmp_path, change, text, monkeypatch):
         m.setattr(MultiTrain, "step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             swept(tmp_path)
-    with pytest.raises(ConfigError, match=f"is of another sweep, with other {text}:"):
+    with pytest.raises(ConfigError, match=f"is of another sweep, with other {text}\\."):
         swept(tmp_path, **change)
 
 
@@ -282,9 +282,9 @@ def test_a_loss_that_is_infinite_at_the_end_keeps_nothing(monkeypatch):
 
 @pytest.mark.parametrize("options, text", [
     ({"save_every": 0}, "save_every must be a positive int, got 0"),
-    ({"valid": None}, "gone through again and again"),
-    ({"valid": iter(VALID)}, "gone through again and again"),
-    ({"valid": type("Indexed", (), {"__getitem__": lambda *_: VALID[0]})()}, "gone through again and again"),
+    ({"valid": None}, "iterated again and again"),
+    ({"valid": iter(VALID)}, "iterated again and again"),
+    ({"valid": type("Indexed", (), {"__getitem__": lambda *_: VALID[0]})()}, "iterated again and again"),
     ({"share": (2, 2), "exchange": lambda rows: [rows]}, r"share=\(2, 2\) must be"),
     ({"space": {"r": [2, 0]}}, "positive integer"),
 ])  # fmt: skip

@@ -114,7 +114,7 @@ def test_a_trainer_whose_run_was_refused_is_as_it_was(tmp_path):
 def test_what_a_trainer_says_is_not_said_twice(tmp_path):
     base = tiny()
     runs, trainer = MultiTrain(base), trainer_of(tmp_path, base)
-    with pytest.raises(ConfigError, match="its trainer says what data, clip is"):
+    with pytest.raises(ConfigError, match="its trainer sets data, clip"):
         runs.add("x", lora(), trainer=trainer, data=batches(1), clip=1.0)
     with pytest.raises(ConfigError, match="needs data"):
         runs.add("x", lora())

@@ -120,7 +120,7 @@ def test_files_take_the_place_of_data(tmp_path, preprocess):
     with pytest.raises(graft.CheckpointError, match=r"covariances.pt lacks 'model"):
         graft.preprocess_corda(models.make("llama"), config(graft, "llama", covariance_file=covariances))
     (tmp_path / "eigens.pt").write_bytes(b"nonsense")
-    with pytest.raises(graft.CheckpointError, match="delete it, and it will be made anew"):
+    with pytest.raises(graft.CheckpointError, match="delete it, and graft makes it again"):
         graft.preprocess_corda(models.make("llama"), config(graft, "llama", cache_file=str(tmp_path / "eigens.pt")))
 
 

@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_told(whole, tmp_path):
             resume_from_checkpoint=str(tmp_path / "checkpoint-3")
         )
     (tmp_path / "checkpoint-3" / "training.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"was killed meanwhile\. No checkpoint beside it"):
+    with pytest.raises(CheckpointError, match=r"was killed meanwhile\. No checkpoint near it"):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
@@ -145,5 +145,5 @@ def test_a_file_that_does_not_say_its_epoch(extra, whole, tmp_path):
     shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
     forge(tmp_path / "checkpoint-3", edited("extra", value=extra))
     made = trainer(tmp_path)
-    with pytest.raises(CheckpointError, match="does not say in which epoch"):
+    with pytest.raises(CheckpointError, match="does not hold its epoch"):
         made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

@@ -264,8 +264,8 @@ def test_what_cannot_be_saved(tmp_path):
     "order, text",
     [
         ((1, 0, 2), r"needs a PeftModel.* got AdamW"),
-        ((0, 2, 1), r"is no optimizer: that comes second"),
-        ((0, 1, 3), r"A list is no scheduler: that comes third, then the loader"),
+        ((0, 2, 1), r"is no optimizer\. Pass the optimizer second"),
+        ((0, 1, 3), r"A list is no scheduler\. Pass the scheduler third, then the loader"),
     ],
 )
 def test_parts_in_another_order(order, text, saved):

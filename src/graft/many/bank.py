@@ -165,7 +165,7 @@ class Banks:
         """
         memories = Counter(t.untyped_storage().data_ptr() for t in tensors)
         self.rows = {name: AdapterRow(*orders) for name, orders in adapters.items()}
-        by_layout: dict[tuple[object, ...], list[AdapterRow]] = {}  # by what adapters of one bank have in common
+        by_layout: dict[tuple[object, ...], list[AdapterRow]] = {}  # by the traits that adapters of one bank share
         for row in self.rows.values():
             if can_share_row(row.parameters, memories):
                 by_layout.setdefault(tuple((p.shape, p.dtype, p.device) for p in row.parameters), []).append(row)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 LOCKS = ".locks"  # the folder of these files, which stay, empty
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without locks say
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # errors of file systems without locks
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -29,7 +29,7 @@ class Claims:
     """
 
     def __init__(self) -> None:
-        self._held: dict[BaseFileLock, str] = {}  # and the name of each; who is the last to drop a lock ends it
+        self._held: dict[BaseFileLock, str] = {}  # and the name of each; the last object that drops a lock ends it
 
     def claim(self, folder: str, names: Iterable[str], alone: bool = False) -> None:
         """Lock names in a folder, all or none of them; names that this object holds already are skipped.
@@ -55,7 +55,7 @@ class Claims:
         with ExitStack() as undo:
             for name in names:
                 path = os.path.join(locks, f"{name}.lock")
-                # one object for all in this process, which counts them; a forked child gets another, not held
+                # filelock counts holders in one object per process and path; a forked child has another, which is free
                 lock = FileLock(path, thread_local=False, is_singleton=True, fallback_to_soft=False)
                 if lock in self._held:
                     continue
@@ -66,14 +66,14 @@ class Claims:
                 except Timeout:
                     who = "This" if lock.is_locked else "Another"
                     raise FolderInUseError(
-                        f"{who} process is writing '{name}' in {folder}: let it end, or take another folder. Nothing "
-                        "has changed there."
+                        f"{who} process is writing '{name}' in {folder}, and nothing has changed there. Let it end, or "
+                        "pass another folder."
                     ) from None
                 except OSError as error:
                     if error.errno in NO_LOCKS:
                         warn(
-                            f"{folder} is on a system whose files have no locks ({error}): nobody notices if two "
-                            "processes write there at once. Let one at a time do so.",
+                            f"{folder} is on a file system without locks ({error}), so that two processes could write "
+                            "there at once. Start only one.",
                             PeftWarning,
                         )
                     elif error.errno not in READ_ONLY:

@@ -96,15 +96,15 @@ def measure_batch(item: RunBatch, arguments: ForwardArguments) -> tuple[int, int
     if len(rows) != 1:
         shapes = {k: tuple(v.shape) for k, v in tensors.items()} or f"only {sorted(item.batch)}"
         raise ConfigError(
-            f"Run '{item.name}': the model takes {sorted(arguments.names)}, and a batch has {shapes}: its arguments "
-            "must be tensors with one row per sample."
+            f"Run '{item.name}': the model takes {sorted(arguments.names)}, and a batch has {shapes}. Give "
+            "it tensors with one row per sample."
         )
     if rows == {0}:
-        raise ConfigError(f"Run '{item.name}': a batch has no rows: leave it out.")
+        raise ConfigError(f"Run '{item.name}': a batch has no rows. Leave it out.")
     lengths = [v.shape[1] for v in tensors.values() if v.dim() > 1]
     masked = arguments.exact and is_masked(kwargs.get(MASK))
     packed = MASK not in kwargs and is_packed(kwargs.get(POSITIONS))
-    fixed = arguments.exact or packed is not False  # padding needs a mask, with which models read no positions
+    fixed = arguments.exact or packed is not False  # padding needs a mask, and with a mask models ignore positions
     traits: list[tuple[object, ...]] = [("masked", masked), ("packed", packed)]
     for key, value in sorted(kwargs.items()):
         if key not in tensors:
@@ -216,7 +216,7 @@ def join_batches(items: Sequence[RunBatch], arguments: ForwardArguments) -> tupl
 
 
 TOKENS = ("input_ids", "inputs_embeds")
-DECODER = ("decoder_input_ids", "decoder_inputs_embeds")  # whose tokens the output has, if they are there
+DECODER = ("decoder_input_ids", "decoder_inputs_embeds")  # if they are there, the output has their tokens
 
 
 def find_main_argument(kwargs: Batch) -> Tensor:

@@ -92,7 +92,7 @@ class Loader:
             if batch is not END and not isinstance(batch, Mapping):
                 raise ConfigError(
                     f"{self.label}: a batch must be a mapping of the model's arguments to tensors, got a "
-                    f"{type(batch).__name__}: give the DataLoader a collate_fn that makes one."
+                    f"{type(batch).__name__}. Give the DataLoader a collate_fn that makes one."
                 )
         except BaseException as error:
             annotate_error(error, f"{self.label}: reading the data raised this.")
@@ -100,7 +100,9 @@ class Loader:
             self._is_broken = not isinstance(self.data, Iterator)
             raise
         if batch is END and not self.taken:
-            raise ConfigError(f"{self.label}: its data holds no batch (epoch {self.epoch + 1}).")
+            raise ConfigError(
+                f"{self.label}: its data holds no batch (epoch {self.epoch + 1}). Pass data with a batch."
+            )
         if batch is END and not self.once:
             self._batches, self.epoch, self.taken = None, self.epoch + 1, 0
             self.began = self.draws.states
@@ -167,7 +169,7 @@ class Loader:
                     missing = next(self._epoch_iterator(), END) is END
                 if missing:
                     raise ConfigError(
-                        f"{self.label} was saved after {taken} batches of an epoch, and its data holds {i}: continue "
+                        f"{self.label} was saved after {taken} batches of an epoch, and its data holds {i}. Add "
                         "it with the data that it had."
                     )
         finally:

@@ -37,8 +37,8 @@ def find_model_loss(model: nn.Module, wrappers: Mapping[str, ModulesToSaveWrappe
         make_loss = make_decoder_loss
     if make_loss is None:
         raise ConfigError(
-            f"Run '{name}': {type(model).__name__} has no loss that can be taken of a part of its rows. Give add() a "
-            "loss(output, batch), which returns the mean over the run's own rows."
+            f"Run '{name}': {type(model).__name__} has no loss that graft can compute for some rows only. Give add() a "
+            "loss(output, batch), which returns the mean over the run's rows."
         )
     loss = make_loss(model, count_head_labels(wrappers, name))
     keys = SPANS if make_loss is make_span_loss else ("labels",)
@@ -50,8 +50,8 @@ def find_model_loss(model: nn.Module, wrappers: Mapping[str, ModulesToSaveWrappe
         """
         if missing := [key for key in keys if key not in batch]:
             raise ConfigError(
-                f"Run '{name}': a batch has no {' and no '.join(missing)}, of which the model's own loss is made: let "
-                "the data have them, or give add() a loss(output, batch)."
+                f"Run '{name}': a batch has no {' and no '.join(missing)}, which the model's loss needs. Add them "
+                "to the data, or give add() a loss(output, batch)."
             )
         return loss(output, batch, **items)
 

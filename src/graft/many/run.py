@@ -122,7 +122,7 @@ class Run:
         self.losses: list[Tensor] = []  # of the batches of the step under way
         self.bank_order = order_by_group(self.optimizer, self.parameters)  # of the parameters in a bank
         self._row: AdapterRow | None = None  # its place among those that train now
-        self._flat: FlatParameters | None = None  # stands in the optimizer for the parameters
+        self._flat: FlatParameters | None = None  # replaces the parameters in the optimizer
         self._can_flatten = can_flatten(self.optimizer, self.parameters)
         self._sums: list[Tensor | None] | None = None  # of gradients of the step under way, but for the last batch
         self._saved: tuple[list[Tensor], list[Tensor | None] | None] | None = None  # losses and sums before this round
@@ -172,8 +172,7 @@ class Run:
         """
         if self.owner[self.name] is not self:
             raise AdapterNotFoundError(
-                f"This run '{self.name}' has been removed, and its adapter with it; another one has the name now. Save "
-                "a run before you remove it."
+                f"This run '{self.name}' has been removed with its adapter. Save a run before you remove it."
             )
         self.owner.save_adapter(self.name, folder)
 
@@ -182,7 +181,7 @@ class Run:
         """The learning rate of the next step: that of the first group of parameters."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    # a step, in the order in which these are called
+    # a step, in the order of the calls
 
     def take_batch(self) -> RunBatch | None:
         """Return the next batch, and note the step's losses and gradients for `undo_round`.
@@ -235,11 +234,11 @@ class Run:
             raise
         if not isinstance(loss, Tensor) or loss.dim():
             fault = f"has the shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"is {loss!r}"
-            raise ConfigError(f"Run '{self.name}': its loss {fault}; return a mean, a tensor ().")
+            raise ConfigError(f"Run '{self.name}': its loss {fault}. Return a mean, a tensor ().")
         value = (loss if self.is_loss_scaled else loss / self._window) + auxiliary / self._window
         if not value.requires_grad:
             raise ConfigError(
-                f"Run '{self.name}': no gradient leads from its loss to the adapter. Compute it of the output's "
+                f"Run '{self.name}': no gradient leads from its loss to the adapter. Compute it from the output's "
                 "tensors, without detach(), item() or no_grad()."
             )
         return value
@@ -328,7 +327,7 @@ class Run:
                 for p in self.parameters:
                     p.grad = None
             else:
-                increment_version(self.parameters)  # who keeps what follows from them sees that they have changed
+                increment_version(self.parameters)  # caches of values computed from them see that they have changed
             self.step += 1
             self.curve.append(StepRecord(self.step, loss, lr, norm))
         except BaseException as error:

@@ -176,18 +176,21 @@ def restore_run(run: Run, model: nn.Module, state: Json, where: str) -> None:
         differ = [f"{k} = {state[what][k]!r}, now {v!r}" for k, v in now.items() if differs(state[what].get(k, v), v)]
         if differ:
             raise ConfigError(
-                f"Run '{run.name}' in {where} was begun with {'; '.join(differ)}: add it as it was, or under another "
+                f"Run '{run.name}' in {where} was begun with {'; '.join(differ)}. Add it as it was, or under another "
                 "name."
             )
     check_run_contents(run, model, state, path)
     first = state["first"]
     if first is not None and not run.loader.begins_with(first):
         raise ConfigError(
-            f"Run '{run.name}' in {where} was begun with other data: their first batch was another one. Add it with "
-            "the data that it had, which only torch's generators may draw."
+            f"Run '{run.name}' in {where} was begun with other data, since the first batch differs. Add it with "
+            "the data that it had, drawn by torch's generators only."
         )
     if run.steps is not None and state["step"] > run.steps:
-        raise ConfigError(f"Run '{run.name}' in {where} has made {state['step']} steps, and is to make {run.steps}.")
+        raise ConfigError(
+            f"Run '{run.name}' in {where} has made {state['step']} steps, and is to make {run.steps}. Raise its "
+            "`steps`."
+        )
     for thing, name in (run.optimizer, "optimizer"), (run.schedule, "schedule"):
         try:
             if thing is not None:
@@ -237,7 +240,7 @@ def check_run_contents(run: Run, model: nn.Module, state: Json, path: str) -> No
         ),
     }  # fmt: skip
     if wrong := [name for name, is_right in right.items() if not is_right]:
-        raise CheckpointError(f"{path}: {join_some(wrong)} are of another kind than a run has. {REMEDY}")
+        raise CheckpointError(f"{path}: {join_some(wrong)} do not fit a run. {REMEDY}")
     check_run_values(state["values"], {key: slot.tensor for key, slot in iterate_slots(model, run.name)}, path)
     check_state_finite({"losses": torch.stack(losses)} if losses else {}, f"{path}: the step under way")
     check_state_finite({f"{i}": g for i, g in enumerate(gradients or ())}, f"{path}: the gradients")

@@ -151,22 +151,21 @@ class MultiTrain:
         self._fans: dict[tuple[str, ...], Fan | None] = {}  # by the runs of a pass, since one came or went
         self._number = 0
         self._lock = threading.RLock()  # held by `lock_steps`
-        self._batch_errors: dict[str, Exception] = {}  # what batches of this round the model cannot take, by run
+        self._batch_errors: dict[str, Exception] = {}  # by run, the error of its batch in this round
         self._is_in_pass = False  # some runs have taken their batch of a round, and others have not
         self._stepping = False
         self._modes = [(m, m.training) for m in self.base.modules()]
         if not base_in_eval and (drops := find_dropout(self.base, self._find_adapter_modules())):
             raise ConfigError(
-                f"The base drops inputs by itself ({drops[0]}, and {len(drops) - 1} more): all runs would draw from "
-                "one generator. Set its dropout to 0, or pass base_in_eval=True, which trains adapters over a base in "
-                "eval mode."
+                f"The base drops inputs ({drops[0]}, and {len(drops) - 1} more), so that all runs would draw from "
+                "one generator. Set its dropout to 0, or pass base_in_eval=True."
             )
 
         if mixing := find_row_mixing(self.base, self._find_adapter_modules(), base_in_eval):
             raise ConfigError(
-                f"What the base makes of a row depends on the others of its batch ({mixing[0]}, and {len(mixing) - 1} "
-                "more): runs would not be apart from each other. For batch normalization by statistics that are kept, "
-                "pass base_in_eval=True; else train one adapter at a time."
+                f"The base's output for a row depends on other rows of its batch ({mixing[0]}, and {len(mixing) - 1} "
+                "more), so that runs would affect each other. Pass base_in_eval=True for batch normalization, or train "
+                "one adapter at a time."
             )
 
     @classmethod
@@ -186,7 +185,7 @@ class MultiTrain:
         runs = cls(model, **options)
         runs.folder = os.fspath(folder)
         if not run_file.list_runs(runs.folder):
-            raise CheckpointError(f"{runs.folder} holds no run: MultiTrain.save() writes them.")
+            raise CheckpointError(f"{runs.folder} holds no run. Pass a folder of MultiTrain.save().")
         return runs
 
     # runs
@@ -275,7 +274,7 @@ class MultiTrain:
         if config is not None:
             check_config(config)
         if name in self._runs:
-            raise AdapterNameError(f"There is a run '{name}' already: give this one another name.")
+            raise AdapterNameError(f"There is a run '{name}' already. Give this one another name.")
         description = None
         if trainer is not None:
             options = dict(
@@ -290,7 +289,8 @@ class MultiTrain:
         if every is not None and (valid is None or isinstance(valid, Iterator)):
             valid_kind = "none" if valid is None else "an iterator, which one look takes to its end"
             raise ConfigError(
-                f"Run '{name}': every={every} looks at validation data again and again, and valid is {valid_kind}."
+                f"Run '{name}': every={every} needs validation data to iterate again and again, and valid is "
+                f"{valid_kind}. Pass a list."
             )
         if valid is not None and not hasattr(valid, "__iter__"):
             raise ConfigError(f"Run '{name}': valid must be batches, such as a DataLoader, got {valid!r}.")
@@ -306,13 +306,13 @@ class MultiTrain:
         )
         if taker is not None and shares_position(data):
             raise ConfigError(
-                f"Run '{name}' would take batches from run '{taker}': their data is one iterator, or one loader with "
-                "persistent_workers. Give each run its own."
+                f"Run '{name}' would take batches from run '{taker}', since their data is one iterator or one loader "
+                "with persistent_workers. Give each run its own."
             )
         if config is not None and config.is_prompt_learning:
             raise ConfigError(
-                f"Run '{name}': {config.peft_type.value} puts a prompt before the input, and no adapter on layers, of "
-                "which MultiTrain trains several at once. Train it by itself."
+                f"Run '{name}': {config.peft_type.value} puts a prompt before the input, and MultiTrain trains "
+                "adapters on layers only. Train it without MultiTrain."
             )
         self._check_base_unchanged(name, config)
         configs = {} if self.model is None else self.model.peft_config
@@ -320,7 +320,7 @@ class MultiTrain:
         if cfg is not None and getattr(method_of(cfg.peft_type), "has_labelled_loss", False):
             raise ConfigError(
                 f"Run '{name}': {cfg.peft_type.value} adds a loss of the call's labels to the model's, and calls "
-                "of MultiTrain have none. Train it by itself."
+                "of MultiTrain have none. Train it without MultiTrain."
             )
         draws = Draws(seed, data)
         state = None if self.folder is None else run_file.load_run(name, self.folder)
@@ -395,7 +395,7 @@ class MultiTrain:
             if setting is not None and {*self._runs, name} != {adapter}:
                 raise ConfigError(
                     f"Run '{name}' cannot train here: adapter '{adapter}' changes the base ({setting}), so that the "
-                    "files of other runs would not fit a fresh one. Train it on another copy of the base."
+                    "files of other runs would not fit a fresh base. Train it on another copy of the base."
                 )
 
     def _find_model_loss(self, name: str, needed: bool = True) -> Any:
@@ -422,10 +422,12 @@ class MultiTrain:
         is_on_model = self.model is not None and name in self.model.peft_config
         if config is None:
             if not is_on_model:
-                raise AdapterNotFoundError(f"Run '{name}' has no config, and the model has no adapter of that name.")
+                raise AdapterNotFoundError(
+                    f"Run '{name}' has no config, and the model has no adapter of that name. Pass a config."
+                )
             return False
         if is_on_model:
-            raise AdapterNameError(f"The model has an adapter '{name}' already: leave its config out to train it.")
+            raise AdapterNameError(f"The model has an adapter '{name}' already. To train it, leave its config out.")
         config = copy.deepcopy(config)
         config.inference_mode = False
         add_task_heads(config)
@@ -526,7 +528,7 @@ class MultiTrain:
             RuntimeError: another thread is in a step, or a `stop` calls this.
         """
         if self._stepping:
-            raise RuntimeError("A step is under way: let its `stop` return before the next one.")
+            raise RuntimeError("A step is under way. To make the next one, let its `stop` return.")
         self._stepping = True
         try:
             return self._run_round()
@@ -542,10 +544,10 @@ class MultiTrain:
                 a loss.
         """
         if not self._lock.acquire(blocking=False):
-            raise RuntimeError(f"Another thread has the runs {', '.join(self._runs)}: let one thread run them.")
+            raise RuntimeError(f"Another thread has the runs {', '.join(self._runs)}. Let one thread run them.")
         try:
             if self._is_in_pass:
-                raise RuntimeError("A step is under way: call this between steps, not from a loss.")
+                raise RuntimeError("A step is under way. Call this between steps, not from a loss.")
             yield
         finally:
             self._lock.release()
@@ -719,7 +721,7 @@ class MultiTrain:
             text = run.fail(f"the model cannot take its batch ({shorten_text(repr(error))})", float("nan"))
             drop_frames(error)
             run.error = error
-            warn(f"{text} The others go on. Remove it, mend its data, and add it anew.", PeftWarning)
+            warn(f"{text} Remove it, mend its data, and add it again.", PeftWarning)
 
     def _run_pass(
         self,
@@ -764,7 +766,7 @@ class MultiTrain:
             return
         if len(items) == 1:
             text = self._runs[items[0].name].fail(
-                f"its batch alone takes more memory than there is ({failure})", float("nan")
+                f"one batch needs more memory than there is ({failure})", float("nan")
             )
             warn(f"{text} Give it smaller batches, and accumulate= for the same step.", PeftWarning)
             return
@@ -777,7 +779,8 @@ class MultiTrain:
         if not (memory or is_half) and len(self._batch_errors) == known:
             names = [item.name for item in items]
             warn(
-                f"A pass of {names} raised {shorten_text(repr(failure))}, and none of them does so alone.", PeftWarning
+                f"A pass of {names} raised {shorten_text(repr(failure))}, but no single one did. Please report it.",
+                PeftWarning,
             )
 
     def _compute_gradients(self, items: list[RunBatch]) -> tuple[list[Tensor], list[int]] | Exception:
@@ -831,7 +834,7 @@ class MultiTrain:
         before = [run_draws.states for run_draws in draws]
         try:
             return self._run_model(items, fan)
-        except (RuntimeError, IndexError, ValueError) as error:  # what repeated rows are beside those of the input
+        except (RuntimeError, IndexError, ValueError) as error:  # repeated rows that do not fit the input's
             if is_out_of_memory(error):
                 raise
             for run_draws, states in zip(draws, before):
@@ -870,8 +873,9 @@ class MultiTrain:
         """
         batches = [self.arguments.select(item.batch) for item in items]
         main, fan = find_main_argument(batches[0]), None
-        apart = len(main) != main.shape[-1]  # else rows could not be told from tokens
-        apart = apart and get_registry(self.model).arguments.isdisjoint(batches[0])  # whose rows methods look up
+        apart = len(main) != main.shape[-1]  # otherwise rows could not be distinguished from tokens
+        # methods look up rows in such arguments
+        apart = apart and get_registry(self.model).arguments.isdisjoint(batches[0])
         if len(items) > 1 and apart and are_batches_equal(batches):
             fan = self._find_fan([item.name for item in items])
         with nullcontext() if fan is None else fan.repeat_inputs(len(main), len(items)):
@@ -1084,7 +1088,7 @@ def refuse_trainer_settings(name: str, options: dict[str, object]) -> None:
     defaults = inspect.signature(MultiTrain.add).parameters
     both = [key for key, value in options.items() if value is not defaults[key].default]
     if both:
-        raise ConfigError(f"Run '{name}': its trainer says what {', '.join(both)} is: leave that out.")
+        raise ConfigError(f"Run '{name}': its trainer sets {', '.join(both)}. Leave that out.")
 
 
 def find_base_change(config: PeftConfig) -> str | None:
@@ -1103,8 +1107,8 @@ def refuse_base_change(name: str, config: PeftConfig) -> None:
         setting = f"layer_replication={ranges}"
     if setting is not None:
         raise ConfigError(
-            f"Run '{name}': {setting} changes the base, so that the files of other runs would not fit a fresh one. "
-            "Leave it out, or train this adapter by itself, made by get_peft_model()."
+            f"Run '{name}': {setting} changes the base, so that the files of other runs would not fit a fresh base. "
+            "Leave it out, or train this adapter alone, made by get_peft_model()."
         )
 
 
@@ -1150,20 +1154,20 @@ def check_optimizer_and_schedule(
         )
     if isinstance(optimizer, torch.optim.LBFGS) or isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
         wrong = optimizer if schedule is None else schedule
-        raise ConfigError(f"Run '{name}': {type(wrong).__name__} steps by more than gradients; choose another.")
+        raise ConfigError(f"Run '{name}': {type(wrong).__name__} needs more than gradients to step. Choose another.")
     ids, used = {id(p) for p in parameters}, {id(p) for group in optimizer.param_groups for p in group["params"]}
     if used - ids:
         raise ConfigError(
-            f"Run '{name}': its {type(optimizer).__name__} holds parameters that are not the run's: let optimizer make "
-            "one of those that it gets."
+            f"Run '{name}': its {type(optimizer).__name__} holds parameters that are not the run's. Let `optimizer` "
+            "use the parameters that it gets."
         )
     if missing := sum(p.requires_grad and id(p) not in used for p in parameters):
         raise ConfigError(
             f"Run '{name}': its {type(optimizer).__name__} leaves out {missing} of {len(parameters)} parameters, which "
-            "would never change: let optimizer make one of all that it gets, or have requires_grad of these be False."
+            "would never change. Let `optimizer` use all that it gets, or set requires_grad of these to False."
         )
     if getattr(schedule, "optimizer", optimizer) is not optimizer:
         raise ConfigError(
-            f"Run '{name}': its {type(schedule).__name__} is of another optimizer: let schedule make one of the "
-            "optimizer that it gets."
+            f"Run '{name}': its {type(schedule).__name__} is of another optimizer. Let `schedule` use the optimizer "
+            "that it gets."
         )

@@ -34,7 +34,7 @@ def list_settings(space: Mapping[str, Any], search: str, n: int | None, seed: in
         if is_range and not 0 < values[0] < values[1]:
             raise ConfigError(f"sweep: '{name}' must be a range of positive numbers, got {values}.")
     if search == "grid" and n is not None:
-        raise ConfigError(f"sweep: n={n!r} is of search='random'; a grid has all settings. Leave one of them out.")
+        raise ConfigError(f"sweep: n={n!r} belongs to search='random', and a grid has all settings. Leave n out.")
     if search == "grid":
         return [dict(zip(space, values)) for values in product(*space.values())]
     if search != "random" or type(n) is not int or n < 1:
@@ -46,7 +46,7 @@ def list_settings(space: Mapping[str, Any], search: str, n: int | None, seed: in
             settings.append(setting)
         if len(settings) == n:
             return settings
-    raise ConfigError(f"sweep: the space has only {len(settings)} settings, and n is {n}.")
+    raise ConfigError(f"sweep: the space has only {len(settings)} settings, and n is {n}. Pass a smaller n.")
 
 
 def draw_value(values: Any, generator: random.Random) -> Any:
@@ -74,7 +74,8 @@ def compute_rungs(steps: int, keep: float, rungs: int) -> list[int]:
     ladder = [round(steps * keep ** (rungs - 1 - rung)) for rung in range(rungs)] if keep < 1 else [steps]
     if ladder[0] < 1 or any(a >= b for a, b in pairwise(ladder)):
         raise ConfigError(
-            f"sweep: {steps} steps are too few for {rungs} rungs of which each has {1 / keep:g} times more."
+            f"sweep: {steps} steps are too few for {rungs} rungs, with {1 / keep:g} times more in each. Pass more "
+            "steps."
         )
     return ladder
 

@@ -196,7 +196,7 @@ def sweep(
         )
     if isinstance(valid, Iterator) or not hasattr(valid, "__iter__"):
         raise ConfigError(
-            f"sweep: valid must be batches that can be gone through again and again, as a DataLoader or a list; got "
+            f"sweep: valid must be batches that can be iterated again and again, as a DataLoader or a list; got "
             f"{valid!r}."
         )
     check_space_names(space, config, optimizer)
@@ -210,8 +210,8 @@ def sweep(
     if exchange is None:
         if world > 1 and not (is_in_process_group() and dist.get_world_size() == world):
             raise ConfigError(
-                f"sweep: share={share} divides the settings among {world} processes, and there is no process group of "
-                "as many that could gather their losses: call torch.distributed.init_process_group, or pass exchange=."
+                f"sweep: share={share} divides the settings among {world} processes, and no process group of this "
+                "size can gather their losses. Call torch.distributed.init_process_group, or pass exchange=."
             )
         exchange = gather_rows if world > 1 else lambda rows: [rows]
     trials = [Trial(f"s{i:0{len(str(len(settings) - 1))}}", setting) for i, setting in enumerate(settings)]
@@ -294,7 +294,7 @@ def check_space_names(space: Mapping[str, object], config: PeftConfig, optimizer
     """
     try:
         _, *parameters = signature(optimizer).parameters.values()
-    except (TypeError, ValueError):  # some functions do not tell
+    except (TypeError, ValueError):  # some functions have no signature
         return
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
@@ -472,7 +472,7 @@ class SweepJob:
         self.note = run_file.to_json_value(note | {"settings": [t.setting for t in self.trials]})
         path = None if self.folder is None else os.path.join(self.folder, TABLE)
         if path is None or not os.path.exists(path):
-            self.write_table()  # another sweep is to see whose the folder is
+            self.write_table()  # another sweep then sees that the folder is taken
             return
         document = read_object(path, largest=sys.maxsize, finite=False)
         check_fields(document, {"sweep": is_a(dict), "trials": is_a(list, dict)}, path)
@@ -480,11 +480,11 @@ class SweepJob:
         known = {key: value for key, value in self.note.items() if key in recorded or key not in DIGESTS}
         differ = [key for key, value in known.items() if recorded.get(key) != value]
         if differ:
-            raise ConfigError(f"{path} is of another sweep, with other {', '.join(differ)}: give another folder.")
+            raise ConfigError(f"{path} is of another sweep, with other {', '.join(differ)}. Pass another folder.")
         for row in document["trials"]:
             check_fields(row, ROW, f"{path}: a row")
         if [row["name"] for row in document["trials"]] != [trial.name for trial in self.trials]:
-            raise CheckpointError(f"{path} has rows of other names than its settings. Give another folder.")
+            raise CheckpointError(f"{path} has rows of other names than its settings. Pass another folder.")
         for trial, row in zip(self.trials, document["trials"]):
             trial.update_from_row({key: row[key] for key in ROW})
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from transformers import Trainer
 
-LOOP_ARGUMENTS = {  # arguments that change what a step computes, unless the base has that dtype already
+LOOP_ARGUMENTS = {  # arguments that change the result of a step, unless the base has that dtype already
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "neftune_noise_alpha": None,
@@ -60,17 +60,17 @@ class TrainerDescription:
             )
         if trainer.optimizer is not None or trainer.lr_scheduler is not None:
             raise ConfigError(
-                f"Run '{name}': the Trainer has an optimizer already, of its own model's parameters. Make another "
-                "Trainer without `optimizers`, whose arguments say which it is; it must not have trained."
+                f"Run '{name}': the Trainer has an optimizer already, for the parameters of its own model. Make "
+                "another Trainer without `optimizers`, and do not train it."
             )
         self.name, self.trainer, self.args = name, trainer, trainer.args
         model: Any = trainer.model
         dtypes = {p.dtype for p in model.parameters()}
         if left := [k for k, dtype in LOOP_ARGUMENTS.items() if getattr(self.args, k, None) and dtype not in dtypes]:
             warn(
-                f"Run '{name}': its Trainer's {', '.join(left)} counts for nothing here: a joint pass computes in the "
-                "model's own dtype (load the base in bfloat16 for that), and adds no noise to embeddings. Or train "
-                "this adapter by its Trainer alone.",
+                f"Run '{name}': its Trainer's {', '.join(left)} counts for nothing here, since a joint pass computes "
+                "in the base's dtype and adds no noise. Load the base in bfloat16, or train this adapter by its "
+                "Trainer.",
                 PeftWarning,
             )
         self.seed, self.accumulate = int(self.args.seed), int(self.args.gradient_accumulation_steps)
@@ -138,7 +138,10 @@ class TrainerDescription:
             stands = ModelStandIn(model, self.name, type(trainer).__name__, output, inputs, model_loss)
             value: Tensor = trainer.compute_loss(stands, dict(inputs), num_items_in_batch=items)
             if not stands.called:
-                raise ConfigError(f"Run '{self.name}': {type(trainer).__name__}.compute_loss did not call the model.")
+                raise ConfigError(
+                    f"Run '{self.name}': {type(trainer).__name__}.compute_loss did not call the model. Let it call the "
+                    "model once."
+                )
             is_mean = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
             is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
             return value if (is_mean if is_scaled is None else is_scaled) else value / batch[WINDOW]
@@ -199,7 +202,7 @@ class ModelStandIn:
             what = f"with other inputs ({', '.join(changed)})" if changed else "twice"
             raise ConfigError(
                 f"Run '{run}': {trainer}.compute_loss calls the model {what} for a batch, and a joint pass has run it "
-                "once, on the batch: train this adapter by its Trainer alone."
+                "once, on the batch. Train this adapter by its Trainer."
             )
         self.called = True
         if "labels" not in inputs or self._loss is None:

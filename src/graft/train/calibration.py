@@ -58,7 +58,7 @@ def find_linear_methods(
         kinds = ", ".join(sorted({m.site.type_name for m in methods.values()}))
         raise ConfigError(
             f"No supported layers found for {field}='{how}': it begins with data of linear layers, and "
-            f"target_modules={config.target_modules} names {kinds}."
+            f"target_modules={config.target_modules} names {kinds}. Name linear layers."
         )
     check_no_pieces(((key, m.site) for key, m in linear.items()), f"{field}='{how}' measures data")
     return linear
@@ -72,7 +72,8 @@ def check_measured(keys: Collection[str], seen: Collection[str], what: str) -> N
     missing = [key for key in keys if key not in seen]
     if missing:
         raise CalibrationError(
-            f"The data gave no {what} for {len(missing)} of {len(list(keys))} layers: {join_some(missing)}."
+            f"The data gave no {what} for {len(missing)} of {len(list(keys))} layers: {join_some(missing)}. "
+            "Pass data that reaches them."
         )
 
 
@@ -87,7 +88,7 @@ def read_cache(path: str | None) -> dict[str, Tensor] | None:
     try:
         return read_weights(path, "The cache")
     except CheckpointError as e:
-        raise CheckpointError(f"{e} Or delete it, and it will be made anew.") from e
+        raise CheckpointError(f"{e} Or delete it, and graft makes it again.") from e
 
 
 def write_cache(path: str | None, tensors: dict[str, Tensor]) -> None:
@@ -110,8 +111,8 @@ def get_cached(cached: dict[str, Tensor], name: str, path: str | None) -> Tensor
     """
     if name not in cached:
         raise CheckpointError(
-            f"{path} lacks '{name}': it was made for another model or other target_modules. Delete it, and it will be "
-            "made anew."
+            f"{path} lacks '{name}': it was made for another model or other target_modules. Delete it, and graft makes "
+            "it again."
         )
     return cached[name]
 
@@ -150,8 +151,8 @@ def preprocess_corda(
     for key, m in methods.items():
         if m.cfg.r > min(m.site.shape):
             raise ConfigError(
-                f"The rank of layer '{key}' is {m.cfg.r}, and its weight has {min(m.site.shape)} singular triples: "
-                "choose a smaller r."
+                f"The rank of layer '{key}' is {m.cfg.r}, and its weight has {min(m.site.shape)} singular triples. "
+                "Choose a smaller r."
             )
     cached = read_cache(cfg.cache_file)
     if cached is not None:
@@ -344,7 +345,7 @@ def measure_gradients(
         gradients = {key: W.grad.detach() / calls[key] for key, W in weights.items()}
     broken = [key for key, G in gradients.items() if not G.isfinite().all()]
     if broken:
-        raise CalibrationError(f"The gradient of layer '{broken[0]}' is not finite: check the data and the loss.")
+        raise CalibrationError(f"The gradient of layer '{broken[0]}' is not finite. Check the data and the loss.")
     return gradients
 
 
@@ -386,12 +387,12 @@ def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn
         as `get_peft_model`, for a config that does not fit.
     """
     if not isinstance(config, SdtConfig):
-        raise ConfigError(f"preprocess_sdt prepares a SdtConfig, got a {type(config).__name__}.")
+        raise ConfigError(f"preprocess_sdt prepares a SdtConfig, got a {type(config).__name__}. Pass a SdtConfig.")
     methods = Injection(model, config, method_of(config.peft_type), "default").find().methods
     ends = [key for key, m in methods.items() if isinstance(m, SDT) and m.mixer is not None]
     mixers = {path: model.get_submodule(path) for path in dict.fromkeys(key.rpartition(".")[0] for key in ends)}
     if not mixers:
-        raise ConfigError(f"The config targets no {A_LOG} or {X_PROJ} of a Mamba's mixer: there is nothing to find.")
+        raise ConfigError(f"The config targets no {A_LOG} or {X_PROJ} of a Mamba's mixer. Name them in target_modules.")
     parameters = {path: mixer.get_parameter(A_LOG) for path, mixer in mixers.items()}
     before = {path: p.detach().clone() for path, p in parameters.items()}
     try:
@@ -405,9 +406,8 @@ def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn
     still = [path for path, change in changes.items() if not (change.isfinite().all() and change.any())]
     if still:
         raise CalibrationError(
-            f"The training left {A_LOG} of {join_some(still)} unchanged, or not finite: have an optimizer of the "
-            "parameters "
-            "that it gets take steps."
+            f"The training left {A_LOG} of {join_some(still)} unchanged, or not finite. Let `train` step "
+            "an optimizer of the parameters that it gets."
         )
     for path, mixer in mixers.items():
         for module in (mixer, mixer.get_submodule(X_PROJ)):

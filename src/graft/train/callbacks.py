@@ -45,7 +45,7 @@ def find_allocator(model: nn.Module) -> Any:
     tuner = getattr(unwrap_model(model), "base_model", None)
     if not hasattr(tuner, "update_and_allocate"):
         raise ConfigError(
-            f"Nothing in this {type(model).__name__} moves rank from layer to layer: pass the PeftModel with the "
+            f"Nothing in this {type(model).__name__} moves rank from layer to layer. Pass the PeftModel with the "
             "AdaLoRA adapter that trains."
         )
     return tuner

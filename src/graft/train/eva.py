@@ -45,7 +45,7 @@ def prepare_model_inputs_fn_language_modeling(model_input: object, peft_config: 
     if not isinstance(model_input, Mapping):
         raise TypeError(
             "When using `prepare_model_inputs_fn_language_modeling` inputs must be a dictionary, got "
-            f"{type(model_input).__name__}: pass a prepare_model_inputs_fn of your own, or None."
+            f"{type(model_input).__name__}. Pass another prepare_model_inputs_fn, or None."
         )
     mask = model_input.get("attention_mask")
     mask = torch.ones_like(model_input["input_ids"]).bool() if mask is None else mask.bool()
@@ -145,7 +145,7 @@ class InputMeasurement:
                 if self.gather and dist.is_initialized():
                     rows = gather_from_processes(rows)
                 if not rows.isfinite().all():
-                    raise CalibrationError(f"The inputs of layer '{name}' are not finite: check the data.")
+                    raise CalibrationError(f"The inputs of layer '{name}' are not finite. Check the data.")
                 see(name, rows)
 
             return hook
@@ -167,7 +167,7 @@ class InputMeasurement:
         """
         first = next(self.iterate_batches(), None)
         if first is None:
-            raise CalibrationError("dataloader is empty: EVA begins with the inputs of layers on some batches.")
+            raise CalibrationError("dataloader is empty, and EVA measures inputs of batches. Pass some batches.")
         seen: dict[str, tuple[tuple[object, ...], int]] = {}
         self.run(first, self.layers, lambda name, rows: seen.setdefault(name, (digest_rows(rows), rows.shape[1])))
         check_measured(self.layers, seen, "input")
@@ -204,7 +204,7 @@ class InputMeasurement:
         for name, r in self.ranks.items():
             if r > widths[name]:
                 raise ConfigError(
-                    f"The rank of layer '{name}' is {r}, and its inputs have {widths[name]} components: choose a "
+                    f"The rank of layer '{name}' is {r}, and its inputs have {widths[name]} components. Choose a "
                     "smaller r, or a rank_pattern for this layer."
                 )
         return {name: min(round(r * rho), widths[name]) for name, r in self.ranks.items()}
@@ -355,7 +355,9 @@ def check_eva_values(adapter: str, layers: dict[str, AdapterLayer], values: dict
     """
     unknown = sorted(values.keys() - layers.keys())
     if unknown:
-        raise CalibrationError(f"eva_state_dict has values for {join_some(unknown)}, where adapter '{adapter}' is not.")
+        raise CalibrationError(
+            f"eva_state_dict has values for {join_some(unknown)}, where adapter '{adapter}' is not. Leave them out."
+        )
     for key, A in values.items():
         wanted = layers[key].fan_in
         if A.dim() != 2 or A.shape[1] != wanted or not A.isfinite().all():
@@ -363,7 +365,7 @@ def check_eva_values(adapter: str, layers: dict[str, AdapterLayer], values: dict
                 f"eva_state_dict['{key}'] has shape {tuple(A.shape)}, expected is (rank, {wanted}) of finite numbers."
             )
     if not any(len(A) for A in values.values()):
-        raise CalibrationError(f"eva_state_dict gives no layer of adapter '{adapter}' a rank.")
+        raise CalibrationError(f"eva_state_dict gives no layer of adapter '{adapter}' a rank. Measure it again.")
 
 
 def set_layer_start(layer: AdapterLayer, adapter: str, r: int, alpha: float, A: Tensor | None) -> None:
@@ -516,7 +518,7 @@ def initialize_lora_eva_weights(
     if getattr(cfg, "init_lora_weights", None) != "eva":
         raise ConfigError("`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`")
     if adapter_name in registry.merged_adapters:
-        raise ConfigError(f"Adapter '{adapter_name}' is merged: call unmerge_adapter() before it gets other values.")
+        raise ConfigError(f"Adapter '{adapter_name}' is merged. Call unmerge_adapter() before this.")
     if eva_state_dict is None:
         if dataloader is None:
             raise CalibrationError("dataloader is required if eva_state_dict is not provided")

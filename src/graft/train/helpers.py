@@ -61,8 +61,8 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     read, methods = find_uncalled_modules(model)
     if methods:
         warn(
-            f"FSDP needs use_orig_params=True for {', '.join(methods)}, which reads tensors without a call of a module "
-            "of theirs, so that they share a flat parameter with frozen weights. fully_shard (FSDP2) takes any method.",
+            f"FSDP needs use_orig_params=True for {', '.join(methods)}, which reads tensors without calling "
+            "their modules, so that they share a flat parameter with frozen weights. Or use fully_shard (FSDP2).",
             PeftWarning,
         )
 

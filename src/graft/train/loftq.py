@@ -65,7 +65,7 @@ def replace_lora_weights_loftq(
     files = {key: weights.find_file(key, layer) for key, layer in layers.items()}
     change = registry.call.gate.change(f"replace_lora_weights_loftq() of '{adapter_name}'", (adapter_name,))
     with change, ExitStack() as merges, ExitStack() as undo:
-        for layer in layers.values():  # what is merged is so with the values that come, or that come back
+        for layer in layers.values():  # merged again with the new values, or the restored ones
             merges.enter_context(lift_merged(layer))
         for key, layer in layers.items():
             method = layer.methods[adapter_name]
@@ -115,7 +115,7 @@ class BaseWeightFiles:
             self.files: dict[str, str] = read_object(index, LARGEST).get("weight_map", {})
             named = [*self.files.values()] if isinstance(self.files, dict) else [self.files]
             if not all(isinstance(name, str) and os.path.basename(name) == name for name in named):
-                raise CheckpointError(f"{index} does not name a file beside it for each tensor. Download it again.")
+                raise CheckpointError(f"{index} names files outside its folder. Download it again.")
         elif path and os.path.isfile(path):
             from safetensors import safe_open
 
@@ -142,10 +142,10 @@ class BaseWeightFiles:
         if name not in self.files and name.startswith(self.prefix):
             name = name.removeprefix(self.prefix)
         if name not in self.files:
-            raise CheckpointError(f"{self.where} has no weight for layer '{key}': is it the base model's folder?")
+            raise CheckpointError(f"{self.where} has no weight for layer '{key}'. Pass the base model's folder.")
         path = fetch_file(self.where, self.files[name], local_files_only=True)
         if path is None:
-            raise FileNotFoundError(f"{self.where} lacks {self.files[name]}, which its index names.")
+            raise FileNotFoundError(f"{self.where} lacks {self.files[name]}, which its index names. Download it again.")
         with safe_open(path, framework="pt") as f:
             shape = tuple(f.get_slice(name).get_shape())
         if sorted(shape) != sorted(layer.site.shape):

@@ -44,13 +44,13 @@ class OptimizerStates:
         """
         if odd := sorted(self.inner.state_dict().keys() - {"state", "param_groups"}):
             what = type(self.inner).__name__
-            raise ConfigError(f"{what} keeps {odd} beside its state, which has no place in the file of a training.")
+            raise ConfigError(f"{what} keeps {odd} outside its state, which the file cannot hold. Use another.")
         for p, state in self.inner.state.items():
             for key, value in state.items() if isinstance(p, Tensor) else ():
                 if isinstance(value, Tensor) and layout_of(value) is not None and value.shape != p.shape:
                     raise DistributedError(
                         f"{type(self.inner).__name__} keeps '{key}' of shape {tuple(value.shape)} for a parameter of "
-                        f"shape {tuple(p.shape)}, spread over processes: nobody knows how to spread it again."
+                        f"shape {tuple(p.shape)}, spread over processes. Use another optimizer."
                     )
 
     def states(self) -> Iterator[tuple[nn.Parameter, State]]:
@@ -92,9 +92,9 @@ class Zero3OptimizerStates(OptimizerStates):
         a disk.
         """
         if self.outer.dtype is torch.float16:
-            raise DistributedError("DeepSpeed trains in float16, whose scale has no place in the file: prefer bf16.")
+            raise DistributedError("DeepSpeed trains in float16, with a scale that the file cannot hold. Use bf16.")
         if self.outer.swap_optimizer:
-            raise DistributedError("DeepSpeed swaps the optimizer's state to a disk: use its own checkpoints.")
+            raise DistributedError("DeepSpeed swaps the optimizer's state to a disk. Use its own checkpoints.")
 
     def parameters(self, group: int) -> list[nn.Parameter]:
         """Return the parameters of a group, from all its subgroups."""
@@ -147,11 +147,11 @@ def wrap_optimizer(optimizer: Any) -> OptimizerStates:
             return Zero3OptimizerStates(optimizer)
         if not isinstance(optimizer, Optimizer) or hasattr(optimizer, "single_partition_of_fp32_groups"):
             raise DistributedError(
-                f"{type(optimizer).__name__} is DeepSpeed's, and keeps the values that train in parts of its own. Of "
-                "these only ZeRO-3's can be resumed by name: use stage 3, or DeepSpeed's own checkpoints."
+                f"{type(optimizer).__name__} is DeepSpeed's, and only ZeRO-3's optimizer can be resumed by "
+                "name. Use stage 3, or DeepSpeed's own checkpoints."
             )
     if not hasattr(optimizer, "param_groups"):
-        raise ConfigError(f"A {type(optimizer).__name__} is no optimizer: that comes second, after the model.")
+        raise ConfigError(f"A {type(optimizer).__name__} is no optimizer. Pass the optimizer second, after the model.")
     return OptimizerStates(optimizer)
 
 
@@ -164,13 +164,13 @@ def check_sharding(values: Mapping[str, Tensor], optimizer_states: OptimizerStat
         layout = layout_of(t)
         if layout is not None and layout.name == "FSDP1":
             raise DistributedError(
-                f"'{name}' is a slice of a flat parameter of FSDP1, whose optimizer's state belongs to no parameter: "
-                "use FSDP2 (fully_shard), or the checkpoints of your trainer."
+                f"'{name}' is a slice of a flat parameter of FSDP1, so that optimizer state belongs to no parameter. "
+                "Use FSDP2 (fully_shard), or the checkpoints of your trainer."
             )
         if id(t) in masters and not isinstance(optimizer_states, Zero3OptimizerStates):
             raise DistributedError(
-                f"DeepSpeed keeps the values of '{name}' that train. If this is ZeRO-3, pass engine.optimizer; ZeRO-1 "
-                "and ZeRO-2 cannot be resumed by name: use DeepSpeed's own checkpoints."
+                f"DeepSpeed keeps the values of '{name}' that train. With ZeRO-3 pass engine.optimizer; with ZeRO-1 "
+                "and ZeRO-2 use DeepSpeed's own checkpoints."
             )
 
 

@@ -73,15 +73,13 @@ def find_restartable_adapter(registry: Registry) -> str:
     """
     names = [] if registry is None else list(registry.peft_config)
     if len(names) != 1:
-        raise ConfigError(
-            f"A restart changes the base under all adapters, so that there has to be one, and not {names}."
-        )
+        raise ConfigError(f"A restart changes the base under all adapters, and the model has {names}. Keep one.")
     cfg = registry.peft_config[names[0]]
     if not isinstance(cfg, LoraConfig) or set(cfg.variants) - {"use_dylora"} or cfg.lora_bias:
-        raise ConfigError(f"Adapter '{names[0]}' is not plain LoRA: a restart could not let it begin again.")
+        raise ConfigError(f"Adapter '{names[0]}' is not plain LoRA, which a restart needs. Train it without restarts.")
     if method_of(cfg.peft_type).variant(cfg).changes_base(cfg):
         raise ConfigError(
-            f"init_lora_weights={cfg.init_lora_weights!r} of adapter '{names[0]}' changed the base: begin with True."
+            f"init_lora_weights={cfg.init_lora_weights!r} of adapter '{names[0]}' changed the base. Begin with True."
         )
     return names[0]
 
@@ -112,17 +110,17 @@ def check_restart(layer: AdapterLayer, name: str, optimizer: Optimizer, optimize
     if why is not None:
         raise UnsupportedLayerError(f"Layer '{layer.key}' cannot take adapter '{name}' in for good: {why}.")
     if layer.state.merged:
-        raise ConfigError(f"Adapter '{name}' is merged: call unmerge_adapter() before a restart.")
+        raise ConfigError(f"Adapter '{name}' is merged. Call unmerge_adapter() before a restart.")
     for p in m.pair:
         if p.requires_grad and id(p) not in optimizer_ids:
             raise ConfigError(
                 f"The optimizer does not hold the parameters of adapter '{name}' on layer '{layer.key}', so that its "
-                "moments would stay: pass the one that trains them."
+                "moments would stay. Pass the one that trains them."
             )
         for moment in find_moments(optimizer, p):
             if not moment.is_floating_point():
                 raise ConfigError(
-                    f"The optimizer holds {moment.dtype} for layer '{layer.key}': use one of full precision."
+                    f"The optimizer holds {moment.dtype} for layer '{layer.key}'. Use one of full precision."
                 )
 
 

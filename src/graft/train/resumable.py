@@ -52,7 +52,7 @@ class Resumable(Listener):
         """Note the folder and `strict`. Nothing is read yet."""
         self.folder, self.strict = folder, strict
         self.resumed: Any = None
-        self._job: ResumeJob | None = None  # whose generators are to come
+        self._job: ResumeJob | None = None  # until the generators are put back
 
     def on_init_end(self, args: Any, state: object, control: object, model: Any = None, **kwargs: object) -> None:
         """Refuse a Trainer that would load the optimizer's state by index, or not at all, or save only a part.
@@ -63,15 +63,14 @@ class Resumable(Listener):
         """
         if getattr(args, "deepspeed_plugin", None) is not None:
             raise ConfigError(
-                "graft.train.Resumable cannot resume under DeepSpeed: Trainer itself loads nothing there but "
-                "DeepSpeed's own checkpoints. Write a loop of your own with graft.save_training and graft.resume, "
-                "which take ZeRO-3's engine.optimizer; or leave out this callback and save_only_model, and Trainer "
-                "resumes by DeepSpeed's checkpoints."
+                "graft.train.Resumable cannot resume under DeepSpeed: Trainer loads only "
+                "DeepSpeed's checkpoints there. Write a loop of your own with graft.save_training and graft.resume, "
+                "or leave out this callback and save_only_model."
             )
         if not args.save_only_model:
             raise ConfigError(
-                "graft.train.Resumable needs TrainingArguments(save_only_model=True): else Trainer saves the optimizer "
-                "as well, and loads it by index before anyone can look at names."
+                "graft.train.Resumable needs TrainingArguments(save_only_model=True). Otherwise Trainer loads the "
+                "optimizer's state by index."
             )
         if model is not None:
             check_sharding_is_known(args, model)
@@ -99,23 +98,23 @@ class Resumable(Listener):
             ConfigError: the model has no adapter. And the errors of `graft.resume`.
         """
         if args.fp16:
-            warn("graft.train.Resumable does not keep the scale of float16's gradients: prefer bf16=True.")
+            warn("graft.train.Resumable does not keep the scale of float16's gradients. Use bf16=True.")
         list_adapters(model)  # else the first save would say that there is none
         if not state.global_step:
             return
         folder = self._find_checkpoint(args, state)
         if not os.path.isfile(os.path.join(folder, FILE)):
             newest = find_last_checkpoint(os.path.dirname(os.path.abspath(folder)))
-            remedy = f"Resume from {newest}" if newest else "No checkpoint beside it is whole: begin anew"
+            remedy = f"Resume from {newest}" if newest else "No checkpoint near it is whole: begin anew"
             raise CheckpointError(
                 f"{folder} holds no {FILE}: Resumable did not save it, or the process was killed meanwhile. {remedy}."
             )
         job = ResumeJob(*load_training(folder), folder, model, optimizer, lr_scheduler, None, self.strict)
         if not isinstance(epoch := job.report.extra.get("epoch"), (int, float)) or not epoch >= 0:
-            raise CheckpointError(f"{folder} does not say in which epoch it was saved. Resume from an earlier one.")
+            raise CheckpointError(f"{folder} does not hold its epoch. Resume from an earlier one.")
         if job.report.step != state.global_step:
             raise CheckpointError(
-                f"{folder} was saved at step {job.report.step}, and Trainer resumes at step {state.global_step}: give "
+                f"{folder} was saved at step {job.report.step}, and Trainer resumes at step {state.global_step}. Give "
                 "both the same checkpoint."
             )
         self.resumed, self._job = job.run(), job
@@ -156,8 +155,8 @@ def check_sharding_is_known(args: TrainingArguments, model: nn.Module) -> None:
         return
     if any(layout_of(p) is not None for p in model.parameters()):
         raise ConfigError(
-            "Processes hold parts of the model, and Trainer has not been told: only the first process would save. Pass "
-            "TrainingArguments(fsdp=True), and leave fully_shard to it; or, after fully_shard, with "
+            "Processes hold parts of the model, and Trainer does not know, so that only one process would save. Pass "
+            "TrainingArguments(fsdp=True), and leave fully_shard to it; or, after fully_shard, add "
             'fsdp_config={"auto_wrap_policy": "NO_WRAP"}.'
         )
 

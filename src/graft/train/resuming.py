@@ -203,12 +203,14 @@ def load_training(folder: str) -> tuple[Json, dict[str, Tensor]]:
     path = os.path.join(folder, FILE)
     if not os.path.isfile(path):
         raise CheckpointError(
-            f"{folder} holds no {FILE}, so that there is no whole state of a training in it: save_training or "
-            "graft.train.Resumable writes one. Take an earlier folder."
+            f"{folder} holds no {FILE}, so that it holds no whole state of a training. "
+            "Take an earlier folder of save_training or graft.train.Resumable."
         )
     note, tensors = read_state_file(path, NOTE, "the file of a training: save_training writes these")
     if note.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {note.get('format')!r}: a later version of graft wrote it.")
+        raise CheckpointError(
+            f"{path} has format {note.get('format')!r}: a later version of graft wrote it. Update graft."
+        )
     check_training_note(note, path)
     return note, tensors
 
@@ -228,7 +230,7 @@ def check_training_note(note: Json, path: str) -> None:
         raise CheckpointError(f"{path} contradicts itself on its scheduler or its processes. {REMEDY}")
 
 
-# what there is
+# the state of a training
 
 
 def collect_training_state(
@@ -252,10 +254,9 @@ def check_same_values(values: dict[str, TrainedTensor]) -> None:
     for number, shapes in enumerate(later, 1):
         if differ := sorted(name for name in first.keys() | shapes.keys() if first.get(name) != shapes.get(name)):
             raise DistributedError(
-                f"Rank {number} does not train what rank 0 trains, which alone would be in the file: they differ in "
-                f"{join_some(differ, 3)}. A pipeline, of which each process has a stage, cannot be resumed by name: "
-                "save "
-                "each stage's adapter by save_pretrained, and its optimizer beside it."
+                f"Rank {number} trains other tensors than rank 0, which would be missing in the file: "
+                f"{join_some(differ, 3)}. For the stages of a pipeline, save each adapter by save_pretrained, and its "
+                "optimizer yourself."
             )
 
 
@@ -352,7 +353,7 @@ def list_adapters(model: nn.Module) -> list[str]:
     """
     registry = get_registry(unwrap_model(model))
     if registry is None or not registry.peft_config:
-        raise ConfigError(f"The model ({type(model).__name__}) has no adapter: there is no training of one to save.")
+        raise ConfigError(f"The model ({type(model).__name__}) has no adapter. Add one before you save.")
     return [name for name in registry.peft_config if name not in registry.frozen]
 
 
@@ -373,7 +374,7 @@ def collect_trained_tensors(model: nn.Module, optimizer_states: OptimizerStates)
         if state is not None and not isinstance(state, bool):
             raise ConfigError(
                 f"Adapter '{adapter}' ({get_registry(inner).peft_config[adapter].peft_type}) allocates while it "
-                "trains, and what it has measured is not in its tensors: such a training cannot be resumed."
+                "trains, and its measurements are in no tensors. Save its adapter by save_pretrained instead."
             )
         for place, slot in iterate_slots(inner, adapter):
             name = names.get(id(slot.tensor), f"{place}.{adapter}")
@@ -383,7 +384,7 @@ def collect_trained_tensors(model: nn.Module, optimizer_states: OptimizerStates)
             if id(p) not in names:
                 raise ConfigError(
                     f"Group {i} of the optimizer has a parameter of shape {tuple(p.shape)} that is not the model's "
-                    "(any more): make the optimizer from model.parameters()."
+                    "(any more). Make the optimizer from model.parameters()."
                 )
             tensors.setdefault(names[id(p)], TrainedTensor(p, None, None))
     changes = find_merged_parameters(inner)
@@ -391,7 +392,7 @@ def collect_trained_tensors(model: nn.Module, optimizer_states: OptimizerStates)
         name, key, merged = changed[0]
         raise ConfigError(
             f"'{name}' is in the optimizer, and adapter(s) {', '.join(merged)} are merged into layer '{key}', so that "
-            "it is not the value that trains: call unmerge_adapter() first."
+            "it is not the value that trains. Call unmerge_adapter() first."
         )
     return tensors
 
@@ -425,14 +426,14 @@ def find_peft_model(model: object, who: str) -> Any:
     """
     inner = unwrap_model(model) if isinstance(model, nn.Module) else model
     if not hasattr(inner, "save_pretrained"):
-        raise ConfigError(f"{who} needs a PeftModel, which get_peft_model makes, got {type(inner).__name__}.")
+        raise ConfigError(f"{who} needs a PeftModel, got {type(inner).__name__}. Make one by get_peft_model.")
     return inner
 
 
 def check_scheduler(scheduler: object) -> None:
     """Raise ConfigError for an object that is not None and lacks `state_dict` or `load_state_dict`."""
     if scheduler is not None and not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
-        raise ConfigError(f"A {type(scheduler).__name__} is no scheduler: that comes third, then the loader.")
+        raise ConfigError(f"A {type(scheduler).__name__} is no scheduler. Pass the scheduler third, then the loader.")
 
 
 def get_class_name(thing: object) -> str:
@@ -455,8 +456,8 @@ def get_loader_state(loader: object) -> object:
         return None
     if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
         raise ConfigError(
-            f"The loader ({type(loader).__name__}) has no state_dict() that says where it stands: pass torchdata's "
-            "StatefulDataLoader; or loader=None, and pass over the batches of the steps before yourself."
+            f"The loader ({type(loader).__name__}) has no state_dict() with its position. Pass torchdata's "
+            "StatefulDataLoader; or loader=None, and skip the earlier batches yourself."
         )
     return loader.state_dict()
 
@@ -622,8 +623,8 @@ class ResumeJob:
         """
         if self.strict:
             raise error(
-                f"The training in {self.folder} cannot go on: {text}. Nothing has changed; strict=False goes on with "
-                "what fits, and begins anew with the rest."
+                f"The training in {self.folder} cannot continue: {text}. Nothing has changed; strict=False resumes the "
+                "parts that fit, and begins anew with the rest."
             )
         self.report.fresh += fresh
         self.report.missing += missing

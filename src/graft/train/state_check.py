@@ -28,7 +28,7 @@ NUMBERS = 624  # of a Mersenne Twister
 TWISTER, NORMALS, SIZE = struct.Struct("<8xii Q"), struct.Struct("<ddd8xf"), 5056  # of torch's generator on a CPU
 BEHIND_NUMBERS = TWISTER.size + 8 * NUMBERS
 
-# class of an optimizer of torch or graft → what it keeps of each parameter; options that add to it
+# class of an optimizer of torch or graft → names in its state of each parameter; options that add names
 KEPT = {
     "SGD": "", **dict.fromkeys(("Adam", "AdamW", "RAdam", "SparseAdam", "LoraFAOptimizer"), "step exp_avg exp_avg_sq"),
     "NAdam": "step exp_avg exp_avg_sq mu_product", "Adagrad": "step sum",
@@ -41,12 +41,12 @@ TENSORS = {name for names in (*KEPT.values(), *MORE.values()) for name in names.
 TENSORS |= {"momentum_buffer", "variance", "row_var", "col_var"}
 SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg", "acc_delta", "exp_inf", "step_size"}  # from 0 on
 SQUARES |= {"variance", "row_var", "col_var"}
-KNOWN_MODULES = ("torch.optim.", "graft.optim")  # modules of classes whose state is known
+KNOWN_MODULES = ("torch.optim.", "graft.optim")  # modules of classes with a known state
 
 LARGEST_RATE = 2**24
 RATES = {"lr", "initial_lr", "base_lrs", "_last_lr", "min_lrs", "max_lr", "min_lr", "eta_min"}
 UNBOUNDED = {"best", "mode_worse"}  # losses of ReduceLROnPlateau, before the first
-FUNCTIONS = "lr_lambdas"  # of schedules: what objects of the user's hold
+FUNCTIONS = "lr_lambdas"  # of schedules: attributes of the user's objects
 NOT_NEGATIVE = {"eps", "weight_decay", "momentum", "last_epoch", "_step_count"}
 
 
@@ -80,7 +80,7 @@ def check_fields(value: object, table: Mapping[str, Callable[[object], bool]], w
     for each. Other fields may be there.
     """
     if not isinstance(value, dict):
-        raise CheckpointError(f"{what} is a {type(value).__name__}, and no dict. {REMEDY}")
+        raise CheckpointError(f"{what} is a {type(value).__name__}, not a dict. {REMEDY}")
     for name, is_right in table.items():
         if name not in value or not is_right(value[name]):
             raise CheckpointError(
@@ -105,7 +105,7 @@ def check_random(state: object, what: str) -> None:
     except (ValueError, TypeError, KeyError, IndexError, OverflowError):
         right = False
     if not right:
-        raise CheckpointError(f"{what}: a state of Python's or NumPy's generator is none. {REMEDY}")
+        raise CheckpointError(f"{what}: a state of Python's or NumPy's generator is invalid. {REMEDY}")
 
 
 def check_generator(state: object, what: str, device: str = "cpu") -> None:
@@ -129,7 +129,7 @@ def check_generator(state: object, what: str, device: str = "cpu") -> None:
             left, _, place = TWISTER.unpack_from(data)
             right = left + place <= NUMBERS + 1 and all(map(math.isfinite, NORMALS.unpack_from(data, BEHIND_NUMBERS)))
     if not right:
-        raise CheckpointError(f"{what}: the state of a generator is none. {REMEDY}")
+        raise CheckpointError(f"{what}: the state of a generator is invalid. {REMEDY}")
 
 
 # optimizers and schedules

@@ -24,7 +24,7 @@ from graft.io.fingerprint import Fingerprint, describe_difference, match_values
 from graft.io.tensors import copy_to_cpu, write_sealed
 
 DEEPEST = 100  # lists and dicts inside each other
-TENSOR, PAIRS, TUPLE = "__tensor__", "__pairs__", "__tuple__"  # what JSON has not
+TENSOR, PAIRS, TUPLE = "__tensor__", "__pairs__", "__tuple__"  # marks of values that JSON lacks
 
 
 def write_state_file(path: str, note_name: str, note: object, tensors: dict[str, Tensor]) -> None:
@@ -114,7 +114,7 @@ def pack(value: object, tensors: dict[str, Tensor], where: str, key: str | None 
         return next(kind(value) for kind in (bool, int, float, str) if isinstance(value, kind))
     if hasattr(value, "item") and not getattr(value, "shape", ()):
         return value.item()
-    raise ConfigError(f"{where}: {type(value).__name__} cannot be written to a file without pickle.")
+    raise ConfigError(f"{where}: {type(value).__name__} cannot be written to a file without pickle. Leave it out.")
 
 
 def simulate_read(value: object) -> Any:

@@ -53,28 +53,30 @@ def set_steering_vectors(
             finite. The adapter is as it was.
     """
     if how not in ("mean", "pca"):
-        raise ConfigError(f"how={how!r}: 'mean' or 'pca'.")
+        raise ConfigError(f"how={how!r} is unknown. Choose 'mean' or 'pca'.")
     registry = get_registry(model)
     all_layers = {} if registry is None else registry.layers
     layers = {key: layer for key, layer in all_layers.items() if adapter_name in layer.methods}
     if not layers or not isinstance(registry.peft_config[adapter_name], SteeringConfig):
-        raise ConfigError(f"'{adapter_name}' is no adapter of steering vectors: add one with a SteeringConfig before.")
+        raise ConfigError(f"'{adapter_name}' is no adapter of steering vectors. Add one with a SteeringConfig before.")
     differences: dict[str, list[Tensor]] = {key: [] for key in layers}
     for wanted, unwanted in pairs:
         states = [record_last_states(model, layers, inputs) for inputs in (wanted, unwanted)]
         for key in layers:
             first, second = (of[key] for of in states)
             if first.shape != second.shape:
-                raise CalibrationError(f"A pair has batches of {len(first)} and {len(second)} rows.")
+                raise CalibrationError(
+                    f"A pair has batches of {len(first)} and {len(second)} rows. Give both the same number."
+                )
             differences[key].append(first - second)
     if how == "pca" and any(sum(len(part) for part in parts) < 2 for parts in differences.values() if parts):
         raise CalibrationError("A principal component needs two pairs at least.")
     vectors = {key: compute_direction(torch.cat(parts), how) for key, parts in differences.items() if parts}
     if not vectors:
-        raise CalibrationError("There are no pairs, of which a steering vector could be made.")
+        raise CalibrationError("There are no pairs to make a steering vector from. Pass at least one.")
     broken = [key for key, v in vectors.items() if not v.isfinite().all()]
     if broken:
-        raise CalibrationError(f"States of the model are not finite: {broken[0]}.")
+        raise CalibrationError(f"The model's states at layer '{broken[0]}' are not finite. Check the inputs.")
     with registry.call.gate.change(f"set_steering_vectors() of adapter '{adapter_name}'", (adapter_name,)):
         for key, layer in layers.items():
             layer.steering_vector[adapter_name].copy_(vectors[key])

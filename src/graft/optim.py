@@ -40,7 +40,10 @@ Pair = tuple[nn.Parameter, nn.Parameter, float, int]  # A, B, scaling and number
 
 
 def find_pairs(model: nn.Module) -> Iterator[Pair]:
-    """Yield A, B, scaling and number of matrices of each LoRA adapter on a layer that is no embedding."""
+    """Yield A, B, scaling and number of matrices of each LoRA adapter on each layer of the model that is no embedding.
+
+    The number is 1 except for stacks of experts. Raises ConfigError as `check_plain_factors`.
+    """
     for layer in model.modules():
         if layer_in(layer) is layer and "lora_A" in layer.holders and isinstance(layer.lora_A, nn.ModuleDict):
             Bs = layer.lora_B
@@ -52,27 +55,36 @@ def find_pairs(model: nn.Module) -> Iterator[Pair]:
 
 
 def split_stack(A: Tensor, B: Tensor, matrices: int) -> tuple[Tensor, Tensor]:
-    """Return A and B, or what has their shapes, of each matrix of a stack: (n, r, in) and (n, out, r)."""
+    """Return A and B of each matrix of a stack, (n, r, in) and (n, out, r); A and B themselves for one matrix.
+
+    Also for gradients and other tensors of their shapes.
+    """
     return Opaque.split_matrices(A.contiguous(), B.contiguous(), matrices) if matrices > 1 else (A, B)
 
 
 def join_stack(A: Tensor, B: Tensor, matrices: int) -> tuple[Tensor, Tensor]:
+    """Return A (n·r, in) and B (out, r·n) of a stack from those of each matrix; A and B themselves for one matrix."""
     return Opaque.join_matrices(A, B) if matrices > 1 else (A, B)
 
 
 def check_plain_factors(layer: AdapterLayer, adapter: str) -> None:
-    """Raise ConfigError if the weights of A and B are not the matrices that they stand for."""
+    """Raise ConfigError if an option of the adapter (BD-LoRA, QA-LoRA) makes the weights of A and B smaller than their
+    matrices.
+    """
     cfg = layer.methods[adapter].cfg
     for option in ("use_bdlora", "use_qalora"):
         if getattr(cfg, option):
             raise ConfigError(
-                f"This optimizer needs A and B as matrices, and of adapter '{adapter}' (layer '{layer.key}') {option} "
-                "keeps a part: choose another optimizer, such as LoRA+."
+                f"This optimizer needs A and B as matrices, and for adapter '{adapter}' (layer '{layer.key}') {option} "
+                "makes them smaller. Choose another optimizer, such as LoRA+."
             )
 
 
 def invert_gram(factor: Tensor, damping: float) -> Tensor:
-    """Return (factor factorᵀ + damping · 1)⁺, (…, r, r), of a matrix (…, r, n), in float32."""
+    """Return the pseudo-inverse of factor factorᵀ + damping · 1, (…, r, r) in float32, for a matrix (…, r, n).
+
+    On a CPU by `pinv`; on other devices by Cholesky, as the host would wait for an SVD.
+    """
     if not factor.is_cpu:
         return invert_gram_by_cholesky(factor, damping)
     factor = factor.float()
@@ -82,10 +94,13 @@ def invert_gram(factor: Tensor, damping: float) -> Tensor:
 
 
 def invert_gram_by_cholesky(factor: Tensor, damping: float) -> Tensor:
-    """Return (factor factorᵀ + damping · 1)⁺ on a device for which the host would wait, as an SVD needs it.
+    """Return about the pseudo-inverse of G + damping · 1, where G = factor factorᵀ, without a wait of the host.
 
-    It is R = (G + c)⁻¹ with the damping c. Where that is less than what float32 rounds, c is the latter, and with
-    E = c R the result R (1 + E) (1 - E²): G⁻¹ up to (c / λ)², and 0 in directions without any of G.
+    In float32.
+
+    With damping c above the rounding of float32 it is R = (G + c)⁻¹. Else c is that rounding, and with E = c R the
+    result is R (1 + E) (1 - E²). That is G⁻¹ up to (c / λ)², and 0 in directions where G is 0. Computes in float64, on
+    MPS in float32.
     """
     wide = factor.to(torch.float32 if factor.device.type == "mps" else torch.float64)
     r = wide.shape[-2]
@@ -110,15 +125,16 @@ EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")  # of b
 def create_loraplus_optimizer(
     model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: object
 ) -> Optimizer:
-    """Make an optimizer for LoRA+ (arXiv 2402.12354): B learns `loraplus_lr_ratio` times as fast as A.
+    """Return an optimizer for LoRA+ (arXiv 2402.12354): B learns `loraplus_lr_ratio` times as fast as A.
 
-    One-dimensional parameters learn with B, all others with A; biases and layer norms do not decay. An 8-bit Adam of
-    bitsandbytes keeps the state of embeddings that train in 32 bits.
+    One-dimensional parameters learn with B, all others with A. In the fast group, biases and parameters of layer norms
+    do not decay. Parameters that do not train are left out. An 8-bit Adam of bitsandbytes keeps the state of embeddings
+    in 32 bits.
 
     Args:
         loraplus_weight_decay: decay of all others (0).
         loraplus_lr_embedding: learning rate of adapters on embeddings (1e-6).
-        kwargs: arguments of the optimizer.
+        kwargs: further arguments of the optimizer.
     """
     decay, lr_embedding = kwargs.pop("loraplus_weight_decay", 0.0), kwargs.pop("loraplus_lr_embedding", 1e-6)
     norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters(recurse=False)}
@@ -142,7 +158,10 @@ def create_loraplus_optimizer(
 
 
 def keep_embeddings_wide(model: nn.Module) -> None:
-    """Have bitsandbytes hold the state of embeddings in 32 bits: of most tokens a step sees nothing, of some much."""
+    """Register 32-bit states for the weights of all embeddings in bitsandbytes' global manager.
+
+    A step has gradients for few tokens, and they differ much in size.
+    """
     from bitsandbytes.optim import GlobalOptimManager
 
     manager = GlobalOptimManager.get_instance()
@@ -152,10 +171,14 @@ def keep_embeddings_wide(model: nn.Module) -> None:
 
 
 class PerParameterOptimizer(Optimizer):
-    """An optimizer that changes one parameter after the other, by `_update`."""
+    """An optimizer that updates one parameter after the other, by `_update`."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], object] | None = None) -> object:  # type: ignore[override]
+        """Call `_update` for each parameter with a gradient.
+
+        Return the loss of `closure`, which runs first with gradients; or None.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -167,17 +190,17 @@ class PerParameterOptimizer(Optimizer):
         return loss
 
     def _update(self, p: nn.Parameter, g: Tensor, group: Group) -> None:
-        """Change a parameter by its gradient."""
+        """Change a parameter in place by its gradient `g`. Subclasses override it."""
         raise NotImplementedError
 
 
 class LoraFAOptimizer(PerParameterOptimizer):
-    """Adam with a projected gradient of B, which follows that of ΔW as far as the fixed A allows.
+    """Adam with a projected gradient of B, so that a step changes ΔW along its gradient as far as the frozen A allows.
 
     Args:
-        correct_bias: divide the running means by what they lack in the first steps, as Adam does.
+        correct_bias: divide the running means by their deficit in the first steps, as Adam does.
         factors: B → its A and its scaling. Other parameters get Adam's steps.
-        stacks: B → the number of matrices that it is for, if those of a stack.
+        stacks: B → its number of matrices, for stacks of experts.
 
     Raises:
         ConfigError: a number out of range, or groups made for PEFT's class, which tell A from B by names.
@@ -205,20 +228,25 @@ class LoraFAOptimizer(PerParameterOptimizer):
         """Add a group of parameters.
 
         Raises:
-            ConfigError: it is made for PEFT's optimizer of that name.
+            ConfigError: the group has keys of PEFT's optimizer of that name.
         """
         foreign = {"names", "scaling_factor", "scaling_factors"} & param_group.keys()
         if foreign:
             raise ConfigError(
-                f"A group with {', '.join(sorted(foreign))} is made for PEFT's LoraFAOptimizer. Here `factors` says "
-                "which parameter is the A of which B: call create_lorafa_optimizer(model, …)."
+                f"A group with {', '.join(sorted(foreign))} is made for PEFT's LoraFAOptimizer. Call "
+                "create_lorafa_optimizer(model, …), which makes `factors`, the A of each B."
             )
         super().add_param_group(param_group)
 
-    def __getstate__(self) -> dict[str, Any]:  # of copies and pickles, which torch gives no other attributes
+    def __getstate__(self) -> dict[str, Any]:  # torch copies and pickles no other attributes
+        """Return the state for copies and pickles, with `factors` and `stacks`, which torch would leave out."""
         return {**super().__getstate__(), "factors": self.factors, "stacks": self.stacks}
 
     def _update(self, p: nn.Parameter, g: Tensor, group: Group) -> None:
+        """Take a step of Adam on p, then decay it.
+
+        The gradient of a B in `factors` is first multiplied by (A Aᵀ)⁺ / scaling².
+        """
         if p in self.factors:
             (A, scaling), n = self.factors[p], self.stacks.get(p, 1)
             a, b = split_stack(A.flatten(1), g.flatten(1).float(), n)
@@ -229,7 +257,10 @@ class LoraFAOptimizer(PerParameterOptimizer):
 
 
 def step_adam(p: Tensor, g: Tensor, state: Group, group: Group, correct_bias: bool) -> None:
-    """Take one step of Adam, without decay."""
+    """Take one step of Adam on p in place, without weight decay. Fills or updates `state`.
+
+    The bias correction of both moments is applied if `correct_bias`.
+    """
     b1, b2 = group["betas"]
     if not state:
         state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
@@ -249,20 +280,21 @@ def create_lorafa_optimizer(
     weight_decay: float = 0.0,
     use_rslora: bool | None = None,
 ) -> LoraFAOptimizer:
-    """Make an optimizer for LoRA-FA (arXiv 2308.03303). Freeze A at once: no layer keeps its input for A's gradient.
+    """Return an optimizer for LoRA-FA (arXiv 2308.03303), and freeze each A, so that no layer keeps its input for A's
+    gradient.
 
     Args:
-        r, lora_alpha: what the active adapters have. Each layer's own scaling counts; a warning says if these differ.
-        use_rslora: deprecated: configs say it.
+        r, lora_alpha: the values of the active adapters' configs. They have no effect; a warning says if none has them.
+        use_rslora: deprecated: the config decides. Passing it warns.
 
     Raises:
-        ConfigError: an active adapter's config says something else than `use_rslora`, or a number is out of range.
-            Nothing is frozen then.
+        ConfigError: an active adapter's config contradicts `use_rslora`, or a number is out of range. Nothing is frozen
+            then.
     """
     check_options(model, r, lora_alpha, use_rslora)
     all_pairs = list(find_pairs(model))
     As = {A for A, *_ in all_pairs}
-    factors = {B: (A, scaling) for A, B, scaling, _ in all_pairs if scaling}  # with 0 no gradient comes to B
+    factors = {B: (A, scaling) for A, B, scaling, _ in all_pairs if scaling}  # with a scaling of 0, B gets no gradient
     stacks = {B: matrices for _, B, _, matrices in all_pairs if matrices > 1}
     trained = [p for p in model.parameters() if p.requires_grad and p not in As]
     optimizer = LoraFAOptimizer(trained, lr, weight_decay=weight_decay, factors=factors, stacks=stacks)
@@ -272,7 +304,11 @@ def create_lorafa_optimizer(
 
 
 def check_options(model: nn.Module, r: int | None, lora_alpha: float | None, use_rslora: bool | None) -> None:
-    """Compare the options with the configs of the active adapters, which are what counts."""
+    """Compare the options with the configs of the active adapters, which decide.
+
+    Raises ConfigError if a config contradicts `use_rslora`; warns that it is deprecated. Warns if no config has `r` or
+    `lora_alpha`. Options that are None are not compared.
+    """
     registry = get_registry(model)
     configs = {} if registry is None else {name: registry.peft_config[name] for name in registry.active_adapters}
     if use_rslora is not None:
@@ -296,12 +332,12 @@ def check_options(model: nn.Module, r: int | None, lora_alpha: float | None, use
 def create_riemannian_optimizer(
     model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 0.01, **kwargs: object
 ) -> Optimizer:
-    """Make an optimizer for Riemannian preconditioned LoRA (arXiv 2402.02347), with gradients in the metric of B A.
+    """Return an optimizer for Riemannian preconditioned LoRA (arXiv 2402.02347), with gradients in the metric of B A.
 
     Before each step g_A ← (BᵀB + reg)⁺ g_A and g_B ← g_B (AAᵀ + reg)⁺.
 
     Raises:
-        TypeError: the class is no optimizer's.
+        TypeError: `optimizer_cls` is no optimizer class.
         ConfigError: no pair of A and B trains, or a step needs or gets a closure.
     """
 
@@ -310,17 +346,19 @@ def create_riemannian_optimizer(
 
 
 def compute_metric_gradients(reg: float, A: Tensor, B: Tensor, a: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor]:
-    """Return the gradients a of A (…, r, n) and b of B (…, m, r) in the metric of B A; `reg` dampens it."""
+    """Return the gradients a of A (…, r, n) and b of B (…, m, r) in the metric of B A.
+
+    `reg` dampens; `s` is not used.
+    """
     return invert_gram(B.mT, reg) @ a, b @ invert_gram(A, reg)
 
 
 def create_lorapro_optimizer(
     model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, **kwargs: object
 ) -> Optimizer:
-    """Make an optimizer for LoRA-Pro (arXiv 2407.18242): a step of A and B changes the weight as nearly as it can as a
-    step of all of it would.
+    """Return an optimizer for LoRA-Pro (arXiv 2407.18242): a step of A and B approximates a step of the whole weight.
 
-    Of AdamW, the moments are those of A and B; the paper keeps them of the whole weight.
+    With AdamW, the moments are those of A and B; the paper keeps them of the whole weight.
 
     Raises:
         TypeError, ConfigError: as `create_riemannian_optimizer`.
@@ -330,9 +368,10 @@ def create_lorapro_optimizer(
 
 
 def compute_pro_gradients(A: Tensor, B: Tensor, a: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor]:
-    """Return the gradients of A (…, r, n) and B (…, m, r) with which s (B a' + b' A) comes closest to the weight's.
+    """Return gradients a' of A (…, r, n) and b' of B (…, m, r) that bring s (B a' + b' A) closest to the weight's
+    gradient.
 
-    a and b are the usual gradients; the results are in float32.
+    a and b are the usual gradients. Computes in float64 (float32 on MPS); the results are in float32.
     """
     wide = torch.float32 if A.device.type == "mps" else torch.float64
     A, B, a, b = (t.to(wide) for t in (A, B, a, b))
@@ -344,22 +383,24 @@ def compute_pro_gradients(A: Tensor, B: Tensor, a: Tensor, b: Tensor, s: float) 
 
 
 def damp_gram(G: Tensor) -> Tensor:
-    """Return a Gram matrix that can be inverted."""
+    """Return G plus a small multiple of the unit matrix, by the rounding of its dtype, so that it can be inverted."""
     eps = torch.finfo(G.dtype).eps
     return G + (100 * eps * max_diagonal(G) + eps) * torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
 
 
 def invert_matrices(G: Tensor) -> Tensor:
-    """Return G⁻¹; the host does not wait to see whether there is one."""
+    """Return G⁻¹ without a check that it exists, as the host would wait for the check."""
     inverted: Tensor = torch.linalg.inv_ex(G)[0]
     return inverted
 
 
-SIGN_STEPS = 40  # of Newton's iteration, which doubles small eigenvalues and halves large ones, then converges
+SIGN_STEPS = 40  # Newton's iteration doubles small eigenvalues and halves large ones, then converges
 
 
 def solve_sylvester(P: Tensor, Q: Tensor, C: Tensor) -> Tensor:
-    """Return X with P X + X Q = C for positive definite P and Q, (…, r, r), by the matrix sign."""
+    """Return X with P X + X Q = C for positive definite P and Q, (…, r, r), by Newton's iteration of the
+    matrix sign.
+    """
     size = torch.maximum(matrix_norms(P), matrix_norms(Q))
     P, Q, C = P / size, Q / size, C / size
     for _ in range(SIGN_STEPS):
@@ -369,7 +410,7 @@ def solve_sylvester(P: Tensor, Q: Tensor, C: Tensor) -> Tensor:
 
 
 def matrix_norms(M: Tensor) -> Tensor:
-    """Return the norm of each matrix, (…, 1, 1)."""
+    """Return the Frobenius norm of each matrix, (…, 1, 1)."""
     size: Tensor = M.norm(dim=(-2, -1), keepdim=True)
     return size
 
@@ -380,14 +421,23 @@ Change = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]
 def make_preconditioned(
     model: nn.Module, optimizer_cls: type[Optimizer], change: Change, names: tuple[str, str], **kwargs: Any
 ) -> Optimizer:
-    """Make an optimizer with other gradients of A and B, by a hook before its steps. names: of function and method."""
+    """Return an optimizer of `optimizer_cls` for all trained parameters, with a hook that changes gradients before its
+    steps.
+
+    Only pairs of two-dimensional A and B that both train, with a scaling other than 0, are changed. Copies and pickles
+    keep the hook. names: of the calling function and of its method, for errors.
+
+    Raises:
+        TypeError: `optimizer_cls` is no optimizer class.
+        ConfigError: its step requires a closure, or there is no such pair.
+    """
     if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
         raise TypeError(f"optimizer_cls must be a subclass of torch.optim.Optimizer, got {optimizer_cls!r}.")
     closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise ConfigError(
-            f"{optimizer_cls.__name__} requires a closure, which computes gradients again within a step. Only "
-            "those before it would be changed: choose an optimizer whose step() takes none."
+            f"{optimizer_cls.__name__} requires a closure, which computes gradients again within a step. "
+            "Only those before it would change: choose an optimizer with a step() that takes none."
         )
     both = [p for p in find_pairs(model) if p[0].requires_grad and p[1].requires_grad and p[0].ndim == 2 and p[2]]
     if not both:
@@ -401,7 +451,7 @@ def make_preconditioned(
 
 @dataclass
 class GradientChange:
-    """Changes the gradients of A and B before a step of an optimizer. `method` is its name, for errors."""
+    """A hook that changes the gradients of A and B before a step of an optimizer. `method` is its name, for errors."""
 
     change: Change
     both: list[Pair]
@@ -409,7 +459,12 @@ class GradientChange:
 
     @torch.no_grad()
     def __call__(self, _: object, inputs: tuple[object, ...], options: dict[str, object]) -> None:
-        # accelerate's optimizers, and so Trainer's, pass the None on by its place
+        """Overwrite the gradients of each pair that has both by those of `change`, which gets them in float32.
+
+        Raises:
+            ConfigError: the step gets a closure.
+        """
+        # accelerate's optimizers, and so Trainer's, pass None as a positional argument
         if any(value is not None for value in inputs[1:]) or options.get("closure") is not None:
             raise ConfigError(f"An optimizer with {self.method} does not support closures.")
         for A, B, s, n in self.both:
@@ -420,7 +475,7 @@ class GradientChange:
                 B.grad.copy_(b)
 
 
-HOOKS = "_optimizer_step_pre_hooks"  # torch's own attribute, which its state leaves out
+HOOKS = "_optimizer_step_pre_hooks"  # torch's attribute; its state leaves it out
 
 
 def state_with_hook(optimizer: Optimizer, hook: GradientChange) -> Group:
@@ -437,7 +492,10 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 def orthogonalise(M: Tensor) -> Tensor:
-    """Return U V of M = U diag(S) V (…, m, n), about: all singular values become some number between 0.7 and 1.2."""
+    """Return about U V of M = U diag(S) V, (…, m, n) in float32: all singular values become numbers from 0.7 to 1.2.
+
+    Five Newton-Schulz steps.
+    """
     a, b, c = NEWTON_SCHULZ
     wide = M.shape[-2] <= M.shape[-1]
     X: Tensor = M.float() if wide else M.float().mT
@@ -449,10 +507,10 @@ def orthogonalise(M: Tensor) -> Tensor:
 
 
 class LoraMuonOptimizer(PerParameterOptimizer):
-    """Muon with Nesterov momentum for groups with `muon=True`, whose parameters are matrices; AdamW for others.
+    """Muon with Nesterov momentum for groups with `muon=True`, with parameters that are matrices; AdamW for all others.
 
-    `matrices` of such a group: each parameter is B for a stack of so many (1).
-    Muon's steps have about the size of AdamW's: lr · 0.2 · √max(rows, columns) · U V.
+    `matrices` of such a group: each parameter is B of a stack of so many matrices (default 1). Muon's steps have about
+    the size of AdamW's: lr · 0.2 · √max(rows, columns) · U V.
 
     Raises:
         ConfigError: a number out of range.
@@ -475,6 +533,7 @@ class LoraMuonOptimizer(PerParameterOptimizer):
         super().__init__(params, defaults)
 
     def _update(self, p: nn.Parameter, g: Tensor, group: Group) -> None:
+        """Decay p, then take a step of Muon if its group has `muon`, else of Adam with bias correction."""
         if group["weight_decay"]:
             p.mul_(1 - group["lr"] * group["weight_decay"])
         if group["muon"]:
@@ -483,6 +542,7 @@ class LoraMuonOptimizer(PerParameterOptimizer):
             step_adam(p, g, self.state[p], group, True)
 
     def _muon(self, p: Tensor, g: Tensor, group: Group) -> None:
+        """Update the momentum of p, and add the orthogonalised update to p in place, matrix by matrix of a stack."""
         state, momentum = self.state[p], group["momentum"]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(g)
@@ -495,12 +555,13 @@ class LoraMuonOptimizer(PerParameterOptimizer):
 
 
 def create_muon_optimizer(model: nn.Module, *, lr: float, muon_lr: float | None = None, **kwargs: Any) -> Optimizer:
-    """Make an optimizer with Muon for each B of LoRA, and AdamW for A and all else that trains.
+    """Return an optimizer with Muon for each B of LoRA, and AdamW for A and all other trained parameters.
 
-    B has few columns, so that Newton-Schulz steps (arXiv 2502.16982) cost next to nothing. arXiv 2605.10468 finds Muon
-    at least as good as Adam for LoRA, at 5 to 20 times its rate.
+    B has few columns, so that Newton-Schulz steps (arXiv 2502.16982) cost little. arXiv 2605.10468 finds Muon at least
+    as good as Adam for LoRA, at 5 to 20 times its rate.
 
     Args:
+        lr: learning rate of AdamW.
         muon_lr: learning rate of B, `lr` if None.
         kwargs: of `LoraMuonOptimizer`.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hosts: a module of the base model and the methods on it, above all AdapterLayer. Method, Op and Store meet here."""
+"""Hosts: modules that replace a module of the base model and hold its methods. The main one is AdapterLayer."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from graft.kernels.withheld import Withheld
 
 
 class LayerState(State):
-    """The same of a layer, with its plans."""
+    """The state of a layer: active and merged adapters, and the plans that follow from them."""
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
-        self.takebacks: list[Callable[[], None]] | None = None  # each undoes a step of an injection under way
-        self.plan: LayerPlan | None = None  # what `forward` runs; None: the base layer
-        self.plans: dict[tuple[str, ...], LayerPlan | None] = {}  # by the names of the adapters that run
-        self.mixed_plan: MixedPlan | None = None  # that of the last mixed batch
+        self.takebacks: list[Callable[[], None]] | None = None  # functions that undo steps of an injection
+        self.plan: LayerPlan | None = None  # the plan that `forward` runs; None: the base layer
+        self.plans: dict[tuple[str, ...], LayerPlan | None] = {}  # by the names of their adapters
+        self.mixed_plan: MixedPlan | None = None  # the plan of the last mixed batch
 
     def forget(self, adapter: str) -> None:
-        """Forget the plans in which an adapter that comes or goes has a part."""
+        """Drop the cached plans with `adapter`, and the plan of the last mixed batch."""
         self.plans = {names: plan for names, plan in self.plans.items() if adapter not in names}
         self.mixed_plan = None
 
@@ -55,13 +55,14 @@ SWAP_LOCK = ForkSafeLock()
 
 @make_lean
 class Host(Holding, Carrier, nn.Module):
-    """A module of the base model and the methods on it: runs what those that are active make of the module."""
+    """A module that replaces a module of the base model, and runs it with the active ones of its methods."""
 
     op: Op
     call: Call
     state: LayerState
 
     def __init__(self, site: Site, call: Call):
+        """Hold the site's module under `inner_name`, without any adapter. The mode (train or eval) is the module's."""
         init_lean(
             self,
             site=site,
@@ -81,43 +82,53 @@ class Host(Holding, Carrier, nn.Module):
 
     @property
     def base_module(self) -> nn.Module:  # type: ignore[override]
+        """Return the module that this host replaces."""
         return self._modules[self.inner_name]  # type: ignore[no-any-return]
 
     @cached_property
     def argument_names(self) -> tuple[str, ...]:
-        """Names of the base module's positional arguments."""
+        """Return the names of the arguments of the base module's forward. Read once."""
         return tuple(inspect.signature(self.base_module.forward).parameters)
 
     remainder = base_module
 
     @property
     def base_weight(self) -> Weight:
-        """The base weight, as its module holds it now."""
+        """Return a Weight of the innermost base module, where hosts of several parameters surround one module.
+
+        Made anew at each call, as `move` may exchange the module.
+        """
         module, site = self._modules[self.inner_name], self.site
-        while isinstance(module, Host):  # of another parameter
+        while isinstance(module, Host):  # a host of another parameter
             module = module.base_module
         return Weight(module, site.parameter, self.op, self.store, site.shared)
 
     @property
     def key(self) -> str:  # type: ignore[override]
+        """Return the site's path in the model."""
         return self.site.key
 
     @property
     def adapters(self) -> list[str]:
+        """Return the names of the adapters on this module."""
         return list(self.methods)
 
     def add(self, method: Method, values: dict[str, object]) -> None:
-        """Take in an adapter: a method, and the values that its `build` returned.
+        """Add an adapter: its method, and the values that the method's `build` returned.
+
+        Sets `method.layer`, puts the values into containers and drops plans that name the adapter. It does not activate
+        it.
 
         Raises:
-            ConfigError: it cannot stand beside one that the layer has.
+            ConfigError: the method and one on the layer are incompatible (`why_incompatible`). Nothing has changed
+                then.
         """
         for present in self.methods.values():
             if not (method.checks_compatibility or present.checks_compatibility):
                 continue
             why = method.why_incompatible(present.cfg) or present.why_incompatible(method.cfg)
             if why is not None:
-                raise ConfigError(f"{why}: '{method.name}' beside '{present.name}', on layer '{self.site.key}'.")
+                raise ConfigError(f"{why}: '{method.name}' next to '{present.name}', on layer '{self.site.key}'.")
         method.layer = self
         self.hold(method, values)
         self.methods[method.name] = method
@@ -126,6 +137,13 @@ class Host(Holding, Carrier, nn.Module):
         self.state.forget(method.name)
 
     def drop(self, adapter: str) -> None:
+        """Delete an adapter's method and values, and all cached plans that run it.
+
+        The active plan stays until refreshed.
+
+        Raises:
+            ValueError: the adapter is merged.
+        """
         state, methods = self.state, self.methods
         if adapter in state.merged:
             raise ValueError(
@@ -139,7 +157,11 @@ class Host(Holding, Carrier, nn.Module):
         state.forget(adapter)
 
     def refresh_plan(self) -> None:
-        """Decide on the plan of `forward`, once per change."""
+        """Set the plan that `forward` runs, after a change of active or merged adapters.
+
+        The plan is None (the base module alone) if adapters are disabled, or if any is merged. Adapters in parallel get
+        a plan that raises unless the call names rows.
+        """
         state = self.state
         if state.disabled or state.merged:
             state.plan = None
@@ -153,18 +175,25 @@ class Host(Holding, Carrier, nn.Module):
             state.plan = self.plan_for(names, state.weights)
 
     def plan_for(self, names: tuple[str, ...], weights: tuple[float, ...] | None = None) -> LayerPlan | None:
-        """Return the plan for these adapters; None if the layer carries none of them.
+        """Return the plan that runs these adapters; None if the layer carries none of them.
 
-        weights: of an average of them; None: each acts on what those before it made.
+        Plans without `weights` are cached by their names. `weights` are those of an average; without, each adapter acts
+        on the output of those before it.
         """
         if weights is not None:
             return plan_adapters(self, names, weights)  # not kept: a caller may have other weights each time
         plans = self.state.plans
         if names not in plans:
-            plans[names] = plan_adapters(self, names)  # a head has what its plan asks for
+            plans[names] = plan_adapters(self, names)  # a head has the attributes that its plan reads
         return plans[names]
 
     def forward(self, *args: object, **kwargs: object) -> object:
+        """Run the base module with the plan for this call.
+
+        A call with rows runs a mixed plan, or the base module alone if the call disables adapters. Else the active plan
+        runs. Where accelerate dispatched the module, inputs are moved to its device and the output back; offloaded
+        tensors of adapters are loaded for good.
+        """
         base, plan, back = self._modules[self.inner_name], self.state.plan, None
         if HOOK in base.__dict__:
             args, kwargs, back = move_inputs(base, args, kwargs)
@@ -180,13 +209,18 @@ class Host(Holding, Carrier, nn.Module):
         return y if back is None else back(y)
 
     def end_offloading(self) -> None:
-        """Bring the tensors of the adapters that accelerate has offloaded in for good, those that layers share too."""
+        """Load the tensors of the adapters that accelerate offloaded for good, shared ones included; not those of the
+        base module.
+        """
         for name, module in self._modules.items():
             if name != self.inner_name and module is not None:
                 end_offloading(module)
 
     def find_mixed_plan(self, rows: Rows) -> MixedPlan:
-        """Return the layer's plans for a batch with these rows."""
+        """Return the MixedPlan for the keys of these rows.
+
+        The last one is cached. If adapters are disabled it has no keys.
+        """
         state = self.state
         keys = () if state.disabled else rows.keys
         mix = state.mixed_plan
@@ -198,7 +232,7 @@ class Host(Holding, Carrier, nn.Module):
 class AdapterLayer(PeftNames, Host):
     """The host that runs `base_layer` with the active adapters.
 
-    Containers such as `lora_A` are keyed by adapter, so that names in memory are PEFT's:
+    Containers such as `lora_A` have one entry per adapter, so that names in memory are PEFT's:
     `…q_proj.lora_A.default.weight`, `…q_proj.base_layer.weight`.
     """
 
@@ -207,9 +241,14 @@ class AdapterLayer(PeftNames, Host):
     fan_in: int
     output_is_new: bool  # adapters may overwrite the base layer's output
     inner_name, claim = "base_layer", "carries"
-    cast_input_dtype_enabled: bool = True  # adapters get their input in their own dtype
+    cast_input_dtype_enabled: bool = True  # cast the input of an adapter to the adapter's dtype
 
     def __init__(self, site: Site, call: Call):
+        """Hold the site's module as `base_layer`, and store its sizes.
+
+        `output_is_new` is True if the module runs a known forward with a plain weight, so that adapters may overwrite
+        its output.
+        """
         super().__init__(site, call)
         self.__dict__.update(
             in_features=site.in_features,
@@ -219,6 +258,11 @@ class AdapterLayer(PeftNames, Host):
         )
 
     def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the base layer if its type is opaque or unknown, as modules around it may read it.
+
+        Raises:
+            AttributeError: for a layer type that graft knows, for dunder names, and if the base layer has none.
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -230,21 +274,31 @@ class AdapterLayer(PeftNames, Host):
 
     @property
     def base_layer(self) -> nn.Module:
-        """The base layer; `nn.Module.__getattr__` would find it, too, but slower."""
+        """Return the base layer; `nn.Module.__getattr__` finds it as well, but slower."""
         return self._modules["base_layer"]  # type: ignore[no-any-return]
 
     @property
     def adapter_layer(self) -> AdapterLayer:
+        """Return the layer itself: shells around a layer have this attribute, too."""
         return self
 
-    _graft_forward = Host.forward  # whatever other packages put in the place of `forward`
+    _graft_forward = Host.forward  # graft's own, even if another package replaces `forward`
 
     def check_active(self, names: Sequence[str]) -> None:
-        """Raise if these adapters cannot be active together here."""
+        """Raise ValueError, or a method's error, if those of `names` that the layer carries cannot be active
+        together.
+        """
         merging.check_together(self, [self.methods[n] for n in names if n in self.methods])
 
     @changes(all_adapters)
     def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters active, in their order, and trainable unless `inference_mode`.
+
+        All others become inactive.
+
+        If adapters are merged, warns and unmerges them first, unless `names` are the active ones and exactly these are
+        merged. Raises TypeError or ValueError for names that are none, come twice, or cannot act together.
+        """
         names = as_name_list(adapters, "set_adapter")
         if len(names) > 1:
             self.check_active(names)
@@ -254,12 +308,12 @@ class AdapterLayer(PeftNames, Host):
         self.activate(names, not inference_mode)
 
     def is_exactly_merged(self, names: list[str]) -> bool:
-        """Return True if of the merged adapters there are just these."""
+        """Return True if the merged adapters are those of `names` that the layer carries, in this order."""
         return self.state.merged == [n for n in names if n in self.methods]
 
     @changes(all_adapters)
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off. Switching off while merged unmerges."""
+        """Enable or disable all adapters, and refresh the plan. Disabling while adapters are merged unmerges them."""
         state = self.state
         if not enabled and state.merged:
             self.unmerge()
@@ -270,18 +324,21 @@ class AdapterLayer(PeftNames, Host):
 
     @property
     def weight_now(self) -> Tensor:
-        """The canonical weight, with all that is merged into it."""
+        """Return the canonical weight, with all merged adapters in it."""
         return self.base_weight.canon()
 
     @property
     def bias_now(self) -> Tensor | None:
-        """The bias, with all that is merged into it; None if the layer has none."""
+        """Return the bias, with all merged adapters in it; None if the layer has none.
+
+        Returns the parameter itself, or a tensor read by the store if the bias is in pieces or offloaded.
+        """
         bias = getattr(self.base_layer, "bias", None)
-        as_it_is = bias is None or (self.site.piece is None and not bias.is_meta)  # else in pieces, or offloaded
+        as_it_is = bias is None or (self.site.piece is None and not bias.is_meta)  # False: in pieces, or offloaded
         return bias if as_it_is else self.store.read(self.base_layer, "bias")
 
     def write_bias(self, bias: Tensor) -> None:
-        """Give the base layer's bias other values."""
+        """Overwrite the values of the base layer's bias: by the store if each process has a piece, else in place."""
         if self.site.piece is None:
             self.base_layer.bias.data.copy_(bias)
         else:
@@ -289,23 +346,27 @@ class AdapterLayer(PeftNames, Host):
 
     @property
     def W0(self) -> Tensor:
-        """The canonical weight, as it is without any adapter."""
+        """Return the canonical weight without any adapter: computed anew if any is merged, else the present one."""
         return self.op.canon(merging.compute_unmerged_weight(self)) if self.state.undo else self.weight_now
 
     @property
     def local_W0(self) -> tuple[Tensor, Cut | None, Cut | None]:
-        """This process's piece of `W0`, or all of it, and the cuts of its rows and columns."""
+        """Return this process's piece of `W0`, and the cuts of its rows and columns.
+
+        Returns all of `W0` and None, None if the layer is not cut, or if adapters are merged.
+        """
         if self.site.piece is None or self.state.undo:
             return self.W0, None, None
         return self.store.piece(self.base_layer, self.op)  # type: ignore[attr-defined,no-any-return]
 
     @property
     def b0(self) -> Tensor | None:
-        """The bias, as it is without any adapter; None if the layer has none."""
+        """Return the bias without any adapter; None if the layer has none."""
         return merging.find_unmerged_bias(self)
 
     @property
     def base_trains(self) -> bool:
+        """Return True if the base layer's weight or bias requires gradients."""
         base = self._modules["base_layer"]
         W = base._parameters.get("weight")  # the attribute is slower, and only for a weight that is no parameter now
         b = base._parameters["bias"] if "bias" in base._parameters else getattr(base, "bias", None)
@@ -315,6 +376,7 @@ class AdapterLayer(PeftNames, Host):
         """Return the plan of the adapters that act now, for modules that read the weight; None for the base alone.
 
         Raises:
+            RoutingError: rows of the call use different adapters, or the call has gates that cannot weigh the plan.
             UnsupportedLayerError: an adapter acts where the layer is called, and not through its weight.
         """
         plan = self.state.plan
@@ -335,10 +397,10 @@ class AdapterLayer(PeftNames, Host):
         return plan
 
     def effective_weight(self) -> Tensor:
-        """Return the weight with the plan of the call folded in, as the base layer stores it; gradients flow.
+        """Return the weight with the adapters of this call folded in, as the base layer stores it; gradients flow.
 
-        Where there is no one weight, as rows have different adapters, return a tensor that tells shape and dtype, and
-        raises RoutingError where it is used.
+        If rows have different adapters, there is no one weight. Then returns a tensor that has shape and dtype, and
+        raises RoutingError where an operation uses it.
         """
         try:
             plan = self.find_reader_plan()
@@ -350,15 +412,19 @@ class AdapterLayer(PeftNames, Host):
         return self.op.uncanon(plan.fold(self.weight_now, self.bias_now)[0])
 
     def rewrite_base(self, W: Tensor) -> None:
-        """Make W (canonical) the weight without adapters; merged ones stay so. `rollback` undoes it until `keep`.
+        """Overwrite the base weight without adapters by W (canonical).
+
+        Merged adapters are taken out meanwhile and merged again.
+
+        `rollback` restores the weight, until `drop_rollback`. On the meta device it only warns.
 
         Raises:
             UnsupportedLayerError: the store cannot read or write the weight.
         """
         if self.site.on_meta:
             warn(
-                "The initialisation changes base weights that are on the meta device: give them values from a model "
-                "that has been adapted so, or adapt the model when they have theirs.",
+                "The initialisation changes base weights that are on the meta device. Load them from a model that was "
+                "adapted in the same way, or adapt the model after its weights are loaded.",
                 PeftWarning,
             )
             return
@@ -371,6 +437,7 @@ class AdapterLayer(PeftNames, Host):
             )
 
         def restore() -> None:
+            """Write the values of the snapshot from before into the base weight."""
             with weight.bring_in(self, writes=True):
                 weight.restore(before)
 
@@ -381,7 +448,12 @@ class AdapterLayer(PeftNames, Host):
             weight.write(W)
 
     def move(self, module: nn.Module, op: Op, store: Store) -> None:
-        """Have another module hold the base layer's values. Nothing may be merged."""
+        """Replace the base layer by another module with the same values, its Op and its Store.
+
+        Nothing may be merged.
+
+        Drops all cached plans and refreshes the active one.
+        """
         self.site.move(module, op, store)
         self.op, self.store = op, store
         self.output_is_new = op.output_is_new and store.exact and is_stock(module)
@@ -391,11 +463,13 @@ class AdapterLayer(PeftNames, Host):
         self.refresh_plan()
 
     def on_rollback(self, takeback: Callable[[], None]) -> None:
-        """Have `rollback` call `takeback`, with nothing merged, unless `keep` comes first."""
+        """Add a function that `rollback` calls while nothing is merged. `drop_rollback` removes all."""
         self.state.takebacks = [*(self.state.takebacks or ()), takeback]
 
     def rollback(self) -> None:
-        """Undo what an initialisation did beside filling in values, its last step first."""
+        """Call the functions of `on_rollback`, the last one first, with merged adapters taken out meanwhile, and remove
+        them.
+        """
         takebacks, self.state.takebacks = self.state.takebacks, None
         if takebacks:
             with merging.lift_merged(self):
@@ -403,23 +477,31 @@ class AdapterLayer(PeftNames, Host):
                     takeback()
 
     def drop_rollback(self) -> None:
+        """Remove the functions of `on_rollback` without calling them: the injection is final."""
         self.state.takebacks = None
 
     @property
     def may_fuse(self) -> bool:
-        """Return True if a kernel may now write to the base layer's output, and use its weight without calling it."""
+        """Return True if a kernel may now overwrite the base layer's output, and use its weight without calling the
+        module.
+
+        That needs `output_is_new`, eager execution and a base layer without hooks.
+        """
         return self.output_is_new and eager() and has_no_hooks(self._modules["base_layer"])
 
     # merging
 
     @changes(all_adapters)
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, undoable: bool = True) -> None:
-        """Write the adapters into the base weight, which then does their work alone.
+        """Write adapters into the base weight, and run the base layer alone from then on.
+
+        Adapters that are merged already, or not on this layer, are skipped. Warns of merged ones, and if rounding lost
+        a part of the update.
 
         Args:
             safe_merge: compute the result first and check that it is finite; else check the adapters' own tensors.
             adapter_names: which ones; the active ones if None.
-            undoable: keep what `unmerge` needs.
+            undoable: keep the data that `unmerge` needs.
 
         Raises:
             ValueError: a value is not finite, or adapters are disabled.
@@ -433,23 +515,26 @@ class AdapterLayer(PeftNames, Host):
             merging.warn_lost([self])
 
     def merge_checked(self, names: list[str], undoable: bool) -> None:
-        """`merge` of adapters that are here and have been checked."""
+        """Merge adapters that are on this layer and passed the checks of `merge`, and refresh the plan."""
         merging.merge_adapters(self, names, undoable)
         self.refresh_plan()
 
     @property
     def share_kept(self) -> float:
-        """The share of the merged update that the base weight holds, 1.0 if none was lost to rounding.
+        """Return the share of the merged update that the base weight holds: 1.0 if nothing was lost to rounding.
 
-        That is <W' - W, ΔW> / <ΔW, ΔW>, in float32: W is the weight before the merge and W' the weight after it, both
-        as they are stored (dequantized), and ΔW is what the adapters asked for. 0.0: the whole update vanished. Noise
-        of rounding that points nowhere leaves it at 1.0. Of several merges, both products are sums.
+        That is <W' - W, ΔW> / <ΔW, ΔW>, in float32. W is the weight before the merge and W' the weight after it, both
+        as they are stored (dequantized). ΔW is the update of the adapters. 0.0 means that all of it vanished; rounding
+        noise without a direction leaves 1.0. For several merges, both products are sums.
         """
         return merging.measure_shares_kept([self])[0]
 
     @changes(all_adapters)
     def unmerge(self) -> None:
-        """Take merged adapters out again: by subtraction if that is exact enough, else from a snapshot."""
+        """Take all merged adapters out of the base weight, and refresh the plan. Warns if none is merged.
+
+        Subtracts the updates where that is exact enough, else restores a snapshot.
+        """
         if not self.state.merged:
             warn("Already unmerged. Nothing to do.")
             return
@@ -458,12 +543,13 @@ class AdapterLayer(PeftNames, Host):
 
 
 class ParamWrapper(AdapterLayer):
-    """The layer of a parameter that its module uses in its own ways.
+    """The layer of a parameter that its module uses in ways that graft does not know.
 
-    While the module runs, another tensor stands in the parameter's place, so that threads run such modules in turn.
+    While the module runs, another tensor replaces the parameter, so threads run such modules one at a time.
     """
 
     def forward(self, *args: object, **kwargs: object) -> object:
+        """Run the layer under the lock of all threads. While torch.compile traces, no lock is taken."""
         if is_dynamo_compiling():
             return super()._graft_forward(*args, **kwargs)
         with SWAP_LOCK.lock:
@@ -474,21 +560,26 @@ class ParamWrapper(AdapterLayer):
     where = property(lambda self: self.base_weight.where())  # the parameter's
 
     def get_param(self) -> nn.Parameter:
-        """Return the parameter itself, without what adapters do."""
+        """Return the parameter itself, without adapters."""
         return getattr(self.get_base_layer(), self.site.parameter)  # type: ignore[no-any-return]
 
     @property
     def num_experts(self) -> int:
-        """The matrices of the stack; 1 for a parameter that is one."""
+        """Return the number of matrices of the stack; 1 if the parameter has fewer than three dimensions."""
         return self.site.shape[0] if self.site.is_stack else 1
 
     @property
     def _did_swap_in_out_features(self) -> bool:
-        """PEFT's word for a stack (n, out, in), not (n, in, out): of square ones clients cannot see it by the shape."""
+        """Return True for a stack that the module stores as (n, out, in) and not (n, in, out).
+
+        PEFT's name: clients read it, as the shape of square matrices does not tell.
+        """
         return self.site.is_stack and not self.op.transposed
 
     def __getattr__(self, name: str) -> Any:
-        """Return what the adapters make of the parameter, where modules around ask for it."""
+        """Return the effective weight for the name of the parameter, which modules around this one read; else as
+        AdapterLayer.
+        """
         site = self.__dict__.get("site")
         if site is not None and name == site.parameter:
             return self.effective_weight()
@@ -496,5 +587,5 @@ class ParamWrapper(AdapterLayer):
 
 
 def make_adapter_layer(site: Site, call: Call) -> AdapterLayer:
-    """Make the layer of a site."""
+    """Return a new layer for a site: a ParamWrapper if its Op is opaque, else an AdapterLayer."""
     return ParamWrapper(site, call) if site.op.opaque else AdapterLayer(site, call)

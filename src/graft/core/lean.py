@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch's modules without dictionaries for hooks until somebody asks for one.
+"""Subclasses of torch's modules that make each dictionary for hooks only when it is first read.
 
-An adapter adds up to seven modules to a layer, as its names in memory are PEFT's. Two thirds of a module's cost are
-eleven dictionaries for hooks, and hardly any of these modules gets a hook.
+An adapter adds up to seven modules to a layer, as its names in memory are PEFT's. Eleven dictionaries for hooks are two
+thirds of a module's cost, and hardly any of these modules gets a hook.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class _LazyDict:
-    """A dictionary that a module gets when somebody first asks for it."""
+    """A descriptor for one dictionary of hooks, which it creates in the module when the attribute is first read."""
 
     def __init__(self, name: str, kind: type):
         self.name, self.kind = name, kind
 
     def __get__(self, module: nn.Module | None, owner: object = None) -> object:
+        """Return a new dictionary of type `kind`, and store it in the module under `name`, so that later reads bypass
+        this.
+
+        Returns the descriptor itself if read on the class. While torch.compile traces, the dictionary is not stored.
+        """
         if module is None:
             return self
         if is_dynamo_compiling():  # before torch 2.7 it cannot write there; hooks that come later it ignores anyway
@@ -37,15 +42,22 @@ class _LazyDict:
 
 
 def make_lean(cls: type[M]) -> type[M]:
-    """Decorate a class so that its instances, made by `bare`, have no dictionaries for hooks at first."""
+    """Add a `_LazyDict` for each dictionary of hooks to a module class, and return the class. Used as a decorator.
+
+    Only instances made by `new_lean` or `init_lean` start without these dictionaries.
+    """
     for name, kind in _HOOKS.items():
         setattr(cls, name, _LazyDict(name, kind))
     return cls
 
 
 def init_lean(module: nn.Module, **facts: object) -> None:
-    """Do for an instance of a lean class as `nn.Module.__init__` does. Set facts, which are no modules or tensors, past
-    `nn.Module.__setattr__`, which takes 1 µs for each."""
+    """Set the attributes that `nn.Module.__init__` sets on an instance of a lean class, except the dictionaries for
+    hooks.
+
+    Also store `facts` in the instance's `__dict__`, without `nn.Module.__setattr__`, which takes 1 µs for each. They
+    may be neither modules nor tensors.
+    """
     attributes = module.__dict__
     attributes.update(_PLAIN)
     attributes.update(facts)
@@ -54,7 +66,10 @@ def init_lean(module: nn.Module, **facts: object) -> None:
 
 
 def new_lean(cls: type[M]) -> M:
-    """Make an instance of a lean class that is begun and no more, in a quarter of the time of `nn.Module.__init__`."""
+    """Return an instance of a lean class, set up by `init_lean` alone and not by the class's own `__init__`.
+
+    This takes a quarter of the time of `nn.Module.__init__`.
+    """
     module = object.__new__(cls)
     init_lean(module)
     return module
@@ -76,8 +91,11 @@ class ModuleDict(nn.ModuleDict):
 
 
 def find_dropout_rate(dropout: nn.Module) -> float | None:
-    """Return the share of inputs that a method's dropout takes out now. None for a module that the layer has to call:
-    one that is not torch's, has hooks, drops everything, or whose draws a dispatch mode has to see."""
+    """Return the probability that a dropout module drops an input now; 0.0 for Identity, in eval mode and for p = 0.
+
+    Returns None if the layer has to call the module: it is neither Identity nor torch's Dropout, it has hooks, p is 1,
+    or a dispatch mode watches operations.
+    """
     kind = type(dropout)
     if not has_no_hooks(dropout) or kind not in (Identity, nn.Identity, nn.Dropout):
         return None

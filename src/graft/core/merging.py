@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging: the base weight takes over the work of adapters, and gives it back. Written once for every method.
+"""Merging: the base weight takes the updates of adapters in, and gives them back.
 
-Weights fold in the order in which adapters act (`planning.ordered`). An adapter merged later goes on top if it acts
-later; if it acts before a merged one, `merge` takes all out and folds anew, so that merging a, then b, equals both at
-once.
+One implementation for all methods.
 
-Where writing rounds, the layer keeps how much of the update that left (`core/finite.py`).
+Weights fold in the adapters' order of action (`order_steps`). An adapter merged later is folded on top if it acts
+later. If it acts before a merged one, `merge_adapters` takes all out and folds anew. So merging a, then b, equals
+merging both at once. Where writing rounds, the layer records how much of the update the rounding left
+(`core/finite.py`).
 
-Unmerging gives a weight in half precision back bit for bit: the first merge keeps a copy of it. In float32 and float64
-a merge that only adds products keeps their factors and subtracts them again, which costs no copy and rounds.
+Unmerging restores a weight in half precision bit for bit, since the first merge keeps a copy. In float32 and float64 a
+merge of products alone keeps the factors and subtracts the products again. That costs no copy, and rounds.
 """
 
 from __future__ import annotations
@@ -36,12 +37,16 @@ from graft.core.plan import Step, order_steps
 from graft.core.protocols import Layer
 
 L = TypeVar("L", bound=Layer)
-FULL = (torch.float32, torch.float64)  # unmerging subtracts, which gives weights back to the last digits
-MIN_SHARE_KEPT = 0.9  # of an update; less is worth a warning
+FULL = (torch.float32, torch.float64)  # unmerging subtracts, which restores weights except for the last digits
+MIN_SHARE_KEPT = 0.9  # share of an update; a merge that keeps less warns
 
 
 def select_unmerged(layer: Layer, names: Sequence[str] | None) -> list[str]:
-    """Return those of `names` (None: the active ones) that are not merged yet. Warn of those that are."""
+    """Return those of `names` that are not merged yet; None means the active adapters.
+
+    Warns if some are merged already, or if a replacement forces an unmerge. Raises TypeError or ValueError for bad
+    names.
+    """
     done = layer.state.merged
     names = layer.state.active if names is None else check_name_list(names, "adapter_names")
     left = [n for n in names if n not in done]
@@ -51,13 +56,20 @@ def select_unmerged(layer: Layer, names: Sequence[str] | None) -> list[str]:
 
 
 def includes_replacement(layer: Layer, names: Sequence[str]) -> bool:
-    """Return True if one of these adapters stands in for the whole layer."""
+    """Return True if one of these adapters replaces the whole layer by a module."""
     return any([layer.methods[n].effect.whole for n in names if n in layer.methods])
 
 
 def warn_merged(done: Sequence[str], names: Sequence[str], left: Sequence[str], replaces: bool) -> None:
+    """Warn about a merge while the adapters `done` are merged: unmerging first, merging more, or nothing to do.
+
+    Args:
+        names: the adapters to merge; no warning if there are none.
+        left: those of them that are not merged.
+        replaces: one of `left` replaces the layer.
+    """
     if done and left and replaces:
-        warn(f"Unmerging {list(done)} first: only one can stand in for a layer.")
+        warn(f"Unmerging {list(done)} first: only one can replace a layer.")
     elif done and left:
         warn(
             f"Already following adapters were merged {','.join(done)}. "
@@ -68,7 +80,11 @@ def warn_merged(done: Sequence[str], names: Sequence[str], left: Sequence[str], 
 
 
 def check_together(layer: Layer, methods: Sequence[Method]) -> None:
-    """Raise if these adapters cannot act on the layer at once."""
+    """Raise if these adapters cannot act on the layer at once.
+
+    Raises ValueError if one replaces the whole layer, and the errors of each method's `check_together`. One adapter
+    passes.
+    """
     if len(methods) < 2:
         return
     whole = [m for m in methods if m.effect.whole]
@@ -90,11 +106,18 @@ def check_together(layer: Layer, methods: Sequence[Method]) -> None:
 def check_merge(
     layer: Layer, names: Sequence[str], safe: bool, undoable: bool, checked_kinds: CheckedKinds | None = None
 ) -> None:
-    """Raise the errors of merging, without writing.
+    """Raise the errors that merging these adapters would raise, without writing.
+
+    Adapters that the layer does not carry are ignored.
 
     Args:
-        safe: compute the weights, and raise unless they are finite.
-        asked: what `shifts_bias` knows of other layers.
+        safe: also compute the merged weights, and raise unless they are finite.
+        undoable: the merge is to be undone later, so that adapters must not be disabled.
+        checked_kinds: kinds of layers that `shifts_bias` has checked; the call adds to it.
+
+    Raises:
+        NotImplementedError: adapters are in parallel, have no merged form, or shift a bias that the layer lacks.
+        ValueError: adapters are disabled, cannot act together, or a merged value is not finite.
     """
     key = layer.site.key
     methods = [layer.methods[n] for n in names if n in layer.methods]
@@ -117,7 +140,7 @@ def check_merge(
             f"Cannot merge adapter(s) {list(names)} into layer '{key}': {why}. Keep them unmerged, or "
             + ("merge_and_unload(dequantize=True)." if may_dequantize(layer, methods) else "unload().")
         )
-    if includes_replacement(layer, names):  # one stands in for another
+    if includes_replacement(layer, names):  # one replaces another
         check_together(layer, methods)
         modules = [m.effect.module() for m in methods if isinstance(m.effect, Replace)]
         with layer.base_weight.bring_in(layer) if safe else nullcontext():
@@ -137,7 +160,12 @@ def check_merge(
 
 
 def why_unmergeable(layer: Layer, methods: Sequence[Method]) -> str | None:
-    """Return why merging cannot write these adapters into this layer; None if it can."""
+    """Return why merging cannot write these adapters into this layer; None if it can.
+
+    Reasons, in this order: an effect without merged form, a replaced `get_delta_weight`, the layer type, a weight that
+    cannot be written, a bias that the adapters shift and that cannot be written. An adapter with a module for the whole
+    layer passes.
+    """
     effects = [m.effect for m in methods]
     for effect in effects:
         if effect.why_unmergeable is not None:
@@ -169,10 +197,10 @@ CheckedKinds = set[tuple[type, int, type]]  # method, id of the config, kind of 
 
 
 def shifts_bias(layer: Layer, m: Method, checked_kinds: CheckedKinds) -> bool:
-    """Return True if merging an adapter makes a bias where there is none.
+    """Return True if merging an adapter makes a bias where the layer has none.
 
-    A method decides that by its config and the kind of layer, so that one layer of those in `asked` stands for all: a
-    `Rewrite` tells only as it folds, which takes as long as the merge.
+    Method, config and layer type decide that. So a kind that is in `checked_kinds` gives False, and others are added to
+    it. A Rewrite has to be folded for the answer, which takes as long as the merge.
     """
     kind = (type(m), id(m.cfg), type(layer.op))
     if kind in checked_kinds or m.effect.pieces is not None:
@@ -186,13 +214,16 @@ def shifts_bias(layer: Layer, m: Method, checked_kinds: CheckedKinds) -> bool:
 
 
 def may_dequantize(layer: Layer, methods: Sequence[Method]) -> bool:
-    """Return True if what stands against merging is that the weight is packed, and can be read."""
+    """Return True if the merge would work after dequantizing: only the packed weight, which can be read,
+    prevents it.
+    """
     packed = not layer.store.exact and layer.base_weight.why_unreadable() is None
     packed = packed and layer.op.why_unfoldable(layer.get_base_layer()) is None and layer.op.packed_shape is None
     return packed and all(m.effect.why_unmergeable is None for m in methods)
 
 
 def _no_bias_text(layer: Layer, names: Sequence[str]) -> str:
+    """Return the error text for adapters that shift the bias of a layer without one."""
     return (
         f"Cannot merge adapter(s) {list(names)} into layer '{layer.site.key}': they shift the bias, and it has none. "
         "Keep them unmerged, or unload()."
@@ -200,6 +231,9 @@ def _no_bias_text(layer: Layer, names: Sequence[str]) -> str:
 
 
 def _not_finite_text(layer: Layer, names: Sequence[str]) -> str:
+    """Return the error text for merged values that are not finite, with the adapters' tensors that are not finite
+    themselves.
+    """
     wrong = [
         f"'{slot.container}.{name}'"
         for name in names if name in layer.methods
@@ -213,12 +247,14 @@ def _not_finite_text(layer: Layer, names: Sequence[str]) -> str:
 
 
 def check_adapters_finite(chosen: Mapping[L, Sequence[str]]) -> None:
-    """Raise ValueError if adapters chosen for layers would write values that are not finite, which no unmerging undoes.
+    """Raise ValueError if adapters chosen for layers would write values that are not finite, which no unmerging could
+    undo.
 
-    Look at the adapters' own tensors, all in one go; compute weights only where one of these is not finite, since a
-    method may make something finite of it, as VB-LoRA does of its logits.
+    Reads the largest value of all the adapters' tensors in one go, shared ones included. Only if one is not finite,
+    computes the merged weight of the layers that use it: a method may turn it into a finite update, as VB-LoRA does
+    with its logits.
     """
-    tensors: dict[int, tuple[Tensor, list[L]]] = {}  # by identity: each tensor, and the layers that use it
+    tensors: dict[int, tuple[Tensor, list[L]]] = {}  # id of a tensor → the tensor and the layers that use it
     for layer, names in chosen.items():
         for name in names:
             if name in layer.methods:
@@ -232,7 +268,10 @@ def check_adapters_finite(chosen: Mapping[L, Sequence[str]]) -> None:
 
 
 def find_patched_method(layer: Layer, name: str) -> Callable[..., object] | None:
-    """Return what has replaced a method of a layer: on itself, or on PEFT's class of its kind; None if nothing has."""
+    """Return the function that replaces a method of a layer; None if the method is graft's own.
+
+    It may be set on the layer itself, or on PEFT's class of this kind of layer; then it comes bound to the layer.
+    """
     original, current = getattr(type(layer), name), getattr(layer, name)
     if getattr(current, "__func__", None) is not original:
         return current  # type: ignore[no-any-return]
@@ -245,7 +284,7 @@ DELTA = "get_delta_weight"
 
 
 def use_patched_delta_weight(layer: Layer, steps: Sequence[Step]) -> list[Step]:
-    """Return steps that add what a replaced `get_delta_weight` of the layer gives in the place of their own updates."""
+    """Return the steps. If a client replaced `get_delta_weight`, each becomes an Update by the replacement's result."""
     function = find_patched_method(layer, DELTA)
     return (
         [*steps] if function is None else [(m, _make_patched_update(layer, m, effect, function)) for m, effect in steps]
@@ -253,7 +292,13 @@ def use_patched_delta_weight(layer: Layer, steps: Sequence[Step]) -> list[Step]:
 
 
 def _make_patched_update(layer: Layer, m: Method, effect: Effect, function: Callable[..., object]) -> Update:
+    """Return an Update with the ΔW that `function` returns for the adapter, and the bias shift of `effect`."""
+
     def delta() -> Tensor:
+        """Return function(adapter) in canonical orientation.
+
+        Raises UnsupportedLayerError unless it is a tensor of the weight's shape.
+        """
         update, shape = function(m.name), layer.base_weight.read().shape
         if not isinstance(update, Tensor) or update.shape != shape:
             what = tuple(update.shape) if isinstance(update, Tensor) else f"a {type(update).__name__}"
@@ -269,7 +314,11 @@ def _make_patched_update(layer: Layer, m: Method, effect: Effect, function: Call
 
 
 def why_no_delta_weight(layer: Layer, methods: Sequence[Method]) -> str | None:
-    """Return why a replaced `get_delta_weight` cannot give adapters' updates; None if it can, or there is none."""
+    """Return why a replaced `get_delta_weight` cannot give the adapters' updates; None if it can, or if it is not
+    replaced.
+
+    It cannot for an effect that is not added to the weight, nor for a packed stack.
+    """
     function = find_patched_method(layer, DELTA)
     if function is None:
         return None
@@ -284,10 +333,10 @@ def why_no_delta_weight(layer: Layer, methods: Sequence[Method]) -> str | None:
 
 
 def order_merge_steps(layer: Layer, names: Sequence[str]) -> tuple[list[Step], list[Step] | None]:
-    """Return the steps of all merged adapters and `names`; and of `names` alone, if they can go on top, else None.
+    """Return the steps of all merged adapters and `names` together; and those of `names` alone, if they can go on top.
 
-    Active ones come in the order of their activation, in which a forward pass runs them, whichever is merged first.
-    On a rounded weight they cannot: it would be rounded once more for each.
+    The second is None if they cannot: one acts before a merged adapter and not all add, or the store rounds. Active
+    adapters keep the order of their activation, whichever is merged first. A composition with weights is averaged.
     """
     done, active = layer.state.merged, layer.state.active
     together = sorted([*done, *names], key=lambda n: active.index(n) if n in active else len(active))
@@ -304,7 +353,11 @@ def order_merge_steps(layer: Layer, names: Sequence[str]) -> tuple[list[Step], l
 
 
 def merge_adapters(layer: Layer, names: list[str], undoable: bool) -> None:
-    """Merge adapters after `check`. One that can be undone and fails leaves the layer as it was."""
+    """Merge adapters that passed `check_merge`. A replacement exchanges the modules; others change the weight.
+
+    If new steps cannot go on top of merged ones, all are taken out and merged together. On an error an undoable merge
+    leaves the layer as it was, with its former adapters merged; others may leave it changed.
+    """
     if includes_replacement(layer, names):
         if layer.state.merged:
             unmerge(layer)
@@ -330,6 +383,7 @@ def merge_adapters(layer: Layer, names: list[str], undoable: bool) -> None:
 
 
 def _write_steps(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
+    """Fold steps into the base weight, present in this process for the time, and add `names` to the merged adapters."""
     with layer.base_weight.bring_in(layer, writes=True), EvaluationMode(layer):
         _write_merge(layer, names, steps, undoable)
     layer.state.merged += names
@@ -337,7 +391,10 @@ def _write_steps(layer: Layer, names: list[str], steps: Sequence[Step], undoable
 
 @torch.no_grad()
 def stays_finite(layer: Layer, steps: Sequence[Step], from_w0: bool) -> bool:
-    """Return True if weight and bias with `steps` folded in are finite."""
+    """Return True if weight and bias would be finite after folding `steps` in. Nothing is written.
+
+    from_w0: start from the weight without adapters, and not from the present one.
+    """
     with EvaluationMode(layer):
         fold = _make_matrix_fold(layer, steps)
         if fold is not None:
@@ -348,7 +405,10 @@ def stays_finite(layer: Layer, steps: Sequence[Step], from_w0: bool) -> bool:
 
 @torch.no_grad()
 def compute_merged(layer: Layer, steps: Sequence[Step], from_w0: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Return weight (canonical) and bias with `steps` folded in, rounded once, at the end."""
+    """Return weight (canonical) and bias with `steps` folded in, in the weight's dtype. Rounds once, at the end.
+
+    from_w0: start from the weight without adapters, and not from the present one.
+    """
     if from_w0:
         W, b = layer.op.canon(compute_unmerged_weight(layer)), find_unmerged_bias(layer)
     else:
@@ -358,7 +418,9 @@ def compute_merged(layer: Layer, steps: Sequence[Step], from_w0: bool = False) -
 
 
 def _fold_steps(layer: Layer, steps: Sequence[Step], W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return W with `steps` folded in, in at least float32, and b in its dtype; b itself if nothing changes it."""
+    """Return W with `steps` folded in, in at least float32, and the bias in its own dtype; b itself if no step changes
+    it.
+    """
     W = W.to(torch.promote_types(W.dtype, torch.float32))
     wide = None if b is None else b.to(torch.promote_types(b.dtype, torch.float32))
     bias = wide
@@ -369,17 +431,21 @@ def _fold_steps(layer: Layer, steps: Sequence[Step], W: Tensor, b: Tensor | None
 
 
 def find_in_place_weight(layer: Layer) -> Tensor | None:
-    """Return the base weight if merging can add products to it in place: a matrix (out, fan_in), or a stack."""
+    """Return the base weight as a matrix (out, fan_in), or a stack, for merges that add products in place.
+
+    Returns None if the store does not hold the tensor itself, the weight is tied, no plain float tensor, or cannot be
+    viewed as a matrix.
+    """
     if not layer.store.live or layer.site.shared:
         return None
     W = layer.weight_now.data
-    if type(W) is not Tensor or W.dtype not in (*FULL, *HALF) or W.dim() < 2:  # another type: one shard of it, say
+    if type(W) is not Tensor or W.dtype not in (*FULL, *HALF) or W.dim() < 2:  # another type may be a shard
         return None
     return W if W.dim() == 2 or layer.op.opaque else W.flatten(1) if W.is_contiguous() else None
 
 
 def _collect_products(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]] | None:
-    """Return A and B of each step, if all are nothing but products that merging adds to the weight; else None."""
+    """Return detached A and B of each step, if each step is nothing but a product without a bias; else None."""
     products = []
     for _, effect in steps:
         if effect.product is None:
@@ -393,8 +459,10 @@ def _collect_products(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]] | No
 
 
 def _make_matrix_fold(layer: Layer, steps: Sequence[Step]) -> Callable[[int, Tensor], Tensor] | None:
-    """Return the function that folds steps into one matrix of a packed stack; None for another weight, or if a step
-    says nothing of single matrices."""
+    """Return the function that folds steps into one matrix of a packed stack.
+
+    Returns None if the weight is no packed stack, or if a step cannot change single matrices.
+    """
     pieces = [pieces_of(layer, effect) for _, effect in steps] if layer.op.packed_shape is not None else [None]
     if any(p is None for p in pieces):
         return None
@@ -404,9 +472,10 @@ def _make_matrix_fold(layer: Layer, steps: Sequence[Step]) -> Callable[[int, Ten
 
 
 def _add_products(op: Op, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: int = 1) -> Tensor:
-    """Return W plus products, or minus them: W itself, or a copy in float32 if W is in half precision.
+    """Add products to W in place, or subtract them with sign = -1, and return W.
 
-    On an error W is as it was, but for the last digits.
+    In half precision W stays, and a float32 copy with the sum is returned. On an error products that were added are
+    subtracted again, so that W is as before except for the last digits.
     """
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
     done: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -423,29 +492,39 @@ def _add_products(op: Op, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], 
 
 
 def _take_snapshot(layer: Layer) -> object:
-    """Return the base weight as it is; None if the layer keeps a snapshot already, which undoes this merge as well."""
+    """Return a copy of the base weight; None if the layer has a snapshot already, which also undoes this merge."""
     if any(kind == "restore" for kind, _, _ in layer.state.undo):
         return None
     return layer.base_weight.snapshot()
 
 
 def _copy_bias(bias: Tensor | None) -> Tensor | None:
+    """Return a detached copy of a bias; None for None."""
     return None if bias is None else bias.detach().clone()
 
 
 @torch.no_grad()
 def _write_merge(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
+    """Write the steps into the base weight and bias, and append to the layer's state how to undo that.
+
+    There are four ways: products are added in place; a packed stack is made anew; a change of the bias alone leaves the
+    weight; all else writes a folded weight. Records the survival of the update where writing rounds. The base layer is
+    replaced if the store returns another module.
+
+    Raises:
+        NotImplementedError: the steps shift a bias that the layer lacks. Nothing is written then.
+    """
     state = layer.state
     products = _collect_products(steps)
     W = None if products is None else find_in_place_weight(layer)
     if products is not None and W is not None:
         if undoable and W.dtype in FULL:
-            # copies, so that unmerging subtracts the same products, whatever happens to the adapter
+            # copies, so that unmerging subtracts the same products after the adapter changed
             products = [(A.clone(), B.clone()) for A, B in products]
             _add_products(layer.op, W, products)
             state.undo.append(("subtract", products, None))
             return
-        if undoable:  # half precision has lost what subtracting would have to give back
+        if undoable:  # half precision rounds, so that subtracting would not restore the weight
             state.undo.append(("restore", _take_snapshot(layer), None))
         wide = _add_products(layer.op, W, products)
         if wide is not W:
@@ -475,7 +554,9 @@ def _write_merge(layer: Layer, names: list[str], steps: Sequence[Step], undoable
         state.undo.append(("restore", _take_snapshot(layer), None if shifted is None else _copy_bias(old)))
     rounded = wide.to(before.dtype)
     if layer.store.exact and rounded is not wide:
-        state.survived.append(measure_survival(before, wide))  # now, as writing may change what was read
+        state.survived.append(
+            measure_survival(before, wide)
+        )  # before writing, which may change the tensor that was read
     replaced = layer.base_weight.write(rounded)
     if replaced is not None:
         layer._modules["base_layer"] = replaced
@@ -486,14 +567,18 @@ def _write_merge(layer: Layer, names: list[str], steps: Sequence[Step], undoable
 
 
 def _swap_modules(layer: Layer, adapter: str) -> None:
-    """Put the base layer and the adapter's module where the other stood (PEFT's layout while merged)."""
+    """Exchange the base layer and the adapter's module, which is PEFT's layout while merged."""
     container = getattr(layer, layer.methods[adapter].layer_names[0])
     layer._modules["base_layer"], container[adapter] = container[adapter], layer.base_layer
 
 
 @torch.no_grad()
 def unmerge(layer: Layer) -> None:
-    """Undo all merges, the last one first."""
+    """Undo all merges, the last one first, and clear the layer's record of them. Does nothing if none is merged.
+
+    Subtracts products, restores snapshots and biases, or exchanges a replacement with the base layer again. The caller
+    refreshes the plan.
+    """
     state = layer.state
     if not state.undo and state.merged and isinstance(layer.methods[state.merged[0]].effect, Replace):
         _swap_modules(layer, state.merged[0])
@@ -511,12 +596,12 @@ def unmerge(layer: Layer) -> None:
 
 
 def measure_shares_kept(layers: Sequence[Layer]) -> list[float]:
-    """Return the share of the merged update that each base weight holds, with one wait for each device.
+    """Return for each layer the share of the merged update that its weight holds, 1.0 where no rounding was recorded.
 
-    See `AdapterLayer.share_kept`.
+    The host waits once per device. See `AdapterLayer.share_kept`.
     """
     shares = [1.0] * len(layers)
-    sums: dict[torch.device, dict[int, Tensor]] = {}  # by place of the layer
+    sums: dict[torch.device, dict[int, Tensor]] = {}  # device → index of the layer → (product, norm)
     for i, layer in enumerate(layers):
         if layer.state.survived:
             both = torch.stack(layer.state.survived).sum(0)
@@ -528,7 +613,10 @@ def measure_shares_kept(layers: Sequence[Layer]) -> list[float]:
 
 
 def warn_lost(layers: Iterable[Layer]) -> dict[str, float]:
-    """Return the share of the merged update that each layer holds, by key, and warn of those that lost a part."""
+    """Return the share of the merged update that each merged layer holds, by the layer's path.
+
+    Warns once, with the worst layer and a remedy, if a layer holds less than 90 %.
+    """
     merged = [layer for layer in layers if layer.state.merged]
     shares = dict(zip([layer.site.key for layer in merged], measure_shares_kept(merged)))
     lost = [layer for layer in merged if shares[layer.site.key] < MIN_SHARE_KEPT]
@@ -554,7 +642,11 @@ def warn_lost(layers: Iterable[Layer]) -> dict[str, float]:
 
 @contextmanager
 def lift_merged(layer: Layer) -> Iterator[None]:
-    """Take merged adapters out within the block, and fold them in again on the weight that the block leaves."""
+    """Take merged adapters out within the block, and merge them again into the weight that the block leaves.
+
+    Does nothing if none is merged, or if the merged one replaces the layer. Other threads' calls wait at the model's
+    gate. They are merged again after an error as well.
+    """
     names = list(layer.state.merged)
     if not names or includes_replacement(layer, names):
         yield
@@ -569,7 +661,7 @@ def lift_merged(layer: Layer) -> Iterator[None]:
 
 @torch.no_grad()
 def compute_unmerged_weight(layer: Layer) -> Tensor:
-    """Return the weight, as stored, without merged adapters."""
+    """Return the weight in the module's orientation without merged adapters. Reads and computes; changes nothing."""
     W = layer.base_weight.read()
     for kind, state, _ in reversed(layer.state.undo):
         if kind == "subtract":
@@ -580,7 +672,9 @@ def compute_unmerged_weight(layer: Layer) -> Tensor:
 
 
 def find_unmerged_bias(layer: Layer) -> Tensor | None:
-    """Return the bias without merged adapters."""
+    """Return the bias without merged adapters, on the bias's present device: the copy of the first merge, else the
+    present one.
+    """
     first: Tensor | None = next((old for _, _, old in layer.state.undo if old is not None), None)
     if first is None:
         return layer.bias_now
@@ -589,11 +683,15 @@ def find_unmerged_bias(layer: Layer) -> Tensor | None:
 
 
 def find_tied_weight(layer: Layer) -> nn.Parameter | None:
-    """Return the weight that a merged layer has left to the modules tied to it, and shares again after unmerging."""
+    """Return the parameter that a merged layer left to the modules tied to it; None if there is none.
+
+    Unmerging makes the layer share it again.
+    """
     return next((w for kind, w, _ in layer.state.undo if kind == "restore" and isinstance(w, nn.Parameter)), None)
 
 
 def _compute_without(layer: Layer, W: Tensor, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return W minus the products of `factors`, the last one first, in the dtype of W. Computes in at least float32."""
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
     for A, B in reversed(factors):
         wide = wide - layer.op.product(A.to(wide), B.to(wide), layer.site.shape)
@@ -601,11 +699,12 @@ def _compute_without(layer: Layer, W: Tensor, factors: list[tuple[Tensor, Tensor
 
 
 def _subtract_products(layer: Layer, factors: list[tuple[Tensor, Tensor]]) -> None:
+    """Subtract products from the base weight: in place where possible, else by reading and writing it by the store."""
     matrix = find_in_place_weight(layer)
     if matrix is not None:
         wide = _add_products(layer.op, matrix, factors[::-1], -1)
         if wide is not matrix:
             matrix.copy_(wide)
         return
-    weight = replace(layer.base_weight, shared=False)  # the model was sharded since, say
+    weight = replace(layer.base_weight, shared=False)  # the model may have been sharded since the merge
     weight.write(_compute_without(layer, weight.canon(), factors))

@@ -39,9 +39,9 @@ else:
 
 T = TypeVar("T")
 
-# annotations of what does not train: facts, which a layer keeps in plain dicts, and buffers
+# annotations of values that do not train: facts, which a layer keeps in plain dicts, and buffers
 UNTRAINED_TYPES = ("float", "int", "bool", "str", "list", "dict", "Tensor")
-EQUIVALENT_HOOKS = (("fold", "pre", "post"), ("factors", "delta", "branch"))  # groups of hooks that say the same
+EQUIVALENT_HOOKS = (("fold", "pre", "post"), ("factors", "delta", "branch"))  # a row has the same mathematics
 INSTANCE_FIELDS = frozenset({"layer", "name", "site", "cfg", "effect", "via_container", "config_path"})
 
 # {(container, path below the adapter's name): tensor}
@@ -49,14 +49,15 @@ Tensors = dict[tuple[str, str], Tensor]
 
 
 def _reader(name: str) -> property:
-    """Return a property that reads a declared value from the layer. `__getattr__` would find it, too, but slower."""
+    """Return a property that reads a declared value from the layer. `__getattr__` finds it as well, but slower."""
 
     def read(self: Method) -> object:
+        """Return the value of this adapter in the layer's container `name`. Raises TypeError if it has none there."""
         attributes = self.layer.__dict__
         try:
             return (attributes[name] if name in attributes else attributes["_modules"][name])[
                 self.name
-            ]  # facts stand in plain dicts
+            ]  # facts are in plain dicts
         except (KeyError, AttributeError):  # the second: an empty container of Parameters
             raise _not_built(self, name) from None
 
@@ -64,59 +65,66 @@ def _reader(name: str) -> property:
 
 
 def _config_of(cls: type) -> type | None:
-    """Return X of a class that derives from `Method[X]`, or a subclass's `[X]`; None if there is none."""
+    """Return the class X of a class that derives from `Method[X]`, or from a generic subclass; None if there
+    is none.
+    """
     args = (arg for base in vars(cls).get("__orig_bases__", ()) for arg in get_args(base))
     return next((arg for arg in args if isinstance(arg, type)), None)
 
 
-def _not_built(method: Method, name: str) -> TypeError:  # after an AttributeError Python would ask `__getattr__`
+def _not_built(method: Method, name: str) -> TypeError:  # no AttributeError: Python would call `__getattr__`
+    """Return the TypeError for a declared value that `build` did not return, with adapter and layer."""
     return TypeError(
         f"{type(method).__name__} declares '{name}', and has none for adapter '{method.name}' on layer "
-        f"'{method.site.key}': let build() return it there, or ask first whether there is one."
+        f"'{method.site.key}'. Let build() return it there, or check first whether there is one."
     )
 
 
 class Use(Flag):
-    """What the first values of an adapter have to do with the base weight."""
+    """Flags that say how the first values of an adapter depend on the base weight."""
 
     NOT = 0
-    TAKES = auto()  # some come from it, which then has to be finite
-    READS = auto()  # `init_values` reads it, also where other adapters are left on the meta device
+    TAKES = auto()  # some come from it, so that it has to be finite
+    READS = auto()  # `init_values` reads it, also where other adapters stay on the meta device
     CHANGES = auto()  # `init_values` changes it
     AGAIN = (
         auto()
-    )  # `init_values` runs before a load, too: files lack what it finds, and `finish_load` does not make up for it
-    STARTS = TAKES | READS  # what most methods do whose `init_values` looks at it
+    )  # `init_values` runs before a load, too: its results are in no file, and `finish_load` does not set them
+    STARTS = TAKES | READS  # for most methods with an `init_values` that reads it
 
 
 class NotedTokens(NamedTuple):
-    """What a layer noted of the tokens of an adapter's rows."""
+    """Values that a layer noted (`call.note`) about the tokens of an adapter's rows."""
 
     layer: str
     values: Tensor  # (tokens, …)
-    real: Tensor | None  # (tokens,), 0 for padding and 1 for others; None: there is none, as far as the call tells
+    real: Tensor | None  # (tokens,), 0 for padding and 1 for others; None: the call names no padding
 
 
 @dataclass
 class AdaptedLayers(Generic[C]):
-    """The layers that an adapter is put on, as `Method.share` sees them."""
+    """The layers that get an adapter, as `Method.share` sees them."""
 
     model: nn.Module
     sites: Sequence[Site]
     cfg: C
-    existing: dict[str, Any] = field(default_factory=dict)  # containers of what adapters share already, by name
-    other_configs: Mapping[str, C] = field(default_factory=dict)  # configs of these adapters, by name
+    existing: dict[str, Any] = field(default_factory=dict)  # containers of values that adapters share already, by name
+    other_configs: Mapping[str, C] = field(default_factory=dict)  # adapter → config, of those that share them
 
     @property
     def max_fan_in(self) -> int:
+        """Return the largest `fan_in` of the sites."""
         return max(site.fan_in for site in self.sites)
 
     @property
     def max_out_features(self) -> int:
+        """Return the largest `out_features` of the sites."""
         return max(site.out_features for site in self.sites)
 
     def check_agreement(self, method: type[Method]) -> None:
-        """Raise ConfigError if the adapter differs from one that shares its tensors in a field of `agreeing_fields`."""
+        """Raise ConfigError if a field of `method.agreeing_fields` differs from an adapter that shares tensors with
+        this one.
+        """
         for name, config in self.other_configs.items():
             for key in method.agreeing_fields:
                 if getattr(config, key) != getattr(self.cfg, key):
@@ -128,7 +136,7 @@ class AdaptedLayers(Generic[C]):
 
 
 class PublishedRate(NamedTuple):
-    """The learning rates with which a method's authors trained it.
+    """The learning rates of a method's authors.
 
     Attributes:
         low, high: the least and the largest; equal where the source has one.
@@ -144,14 +152,15 @@ COMPARISON = "PEFT's method comparison, on MetaMathQA with Llama 3.2 3B"
 
 
 def make_dropout(share: float) -> nn.Module:
-    """Return a module that drops this share of its input in training; one that does nothing for 0."""
+    """Return `nn.Dropout(share)`, or an Identity if `share` is 0 or less."""
     return nn.Dropout(share) if share > 0 else nn.Identity()
 
 
 class Method(Generic[C]):
-    """One adapter on one site. Its tensors stand on the layer: `self.lora_A` reads `layer.lora_A[self.name]`.
+    """One adapter on one site. Its tensors are on the layer: `self.lora_A` reads `layer.lora_A[self.name]`.
 
-    A subclass makes tensors in `build` (and `share`, `init`). It gives the first of these that its formula allows:
+    A subclass makes tensors in `build` (and `share`, `init_values`). It overrides the first of these that its formula
+    allows:
 
     - `factors` → `Factors`: ΔW of low rank.
     - `delta` → ΔW.
@@ -160,53 +169,59 @@ class Method(Generic[C]):
     Attributes:
         site: the module that it adapts, with the shape of the weight.
         cfg: the config as its patterns resolve it for this site.
-        layer: the AdapterLayer; None before `build`.
+        layer: the AdapterLayer; None before the layer holds the values of `build`.
     """
 
-    config: ClassVar[Any]  # its PeftConfig class: C, unless it says another
+    config: ClassVar[Any]  # its PeftConfig class: C, unless the subclass sets another
     prefix: ClassVar[str]  # the beginning of its containers' names, in memory and in files
     keeps_base_dtype: ClassVar[frozenset[str]] = frozenset()  # containers in half precision: others train in float32
     only_linear: ClassVar[str] = ""  # why it adapts linear layers only
     ungrouped: ClassVar[str] = ""  # why it cannot adapt a convolution with groups > 1
     targets: ClassVar[Mapping[str, list[str] | str]] = {}  # default target_modules by model_type
-    # functions of (tuner, …) that its model class gets as methods
+    # functions of (tuner, …) that its model class has as methods
     tuner_methods: ClassVar[Mapping[str, Callable[..., object] | property]] = {}
     always_tied: ClassVar[bool] = False  # modules tied to an adapted embedding always use the embedding's parameters
-    # containers → their names in files: {0} the container, {1} what is below; "": older files have it, nobody needs it
+    # container → its name in files: {0} the container, {1} the path below; "": only in older files, and skipped
     files: ClassVar[dict[str, str]] = {}
     moves: ClassVar[bool] = True  # its tensors go to the device of the base weight, in a dtype to compute in
     compresses_targets: ClassVar[bool] = True  # injection may shorten long lists of targets to suffixes
     has_labelled_loss: ClassVar[bool] = False  # `surround_run` adds one of the labels in the call
-    arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call that it takes; the base model only gets its own
+    arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call, for the method; not passed to the base model
     depends_on: ClassVar[str | None] = (
         None  # the argument of a call that its update follows, and which `effect_at` fixes
     )
-    over_layers: ClassVar[str | None] = None  # what it does with all layers at once: then one adapter trains at a time
-    published_lr: ClassVar[PublishedRate | None] = None  # of its source; None: not known
-    agreeing_fields: ClassVar[tuple[str, ...]] = ()  # fields in which adapters that share tensors have to agree
-    # containers of which layers of one adapter have one tensor: all its methods, in the model's order → a key for each
+    over_layers: ClassVar[str | None] = None  # its work on all layers, for errors; then one adapter trains at a time
+    published_lr: ClassVar[PublishedRate | None] = None  # None: its source names none
+    agreeing_fields: ClassVar[tuple[str, ...]] = ()  # fields that have to be equal in adapters that share tensors
+    # container → function of an adapter's methods, in the model's order, to keys: layers with equal keys share a tensor
     layer_keys: ClassVar[dict[str, Callable[[Sequence[Any]], Sequence[Hashable]]]] = {}
 
-    lays_out_stacks: ClassVar[bool] = False  # it knows stacks of matrices itself; others act on each (`core/each.py`)
+    lays_out_stacks: ClassVar[bool] = False  # it adapts a stack as a whole; others adapt each matrix (`core/each.py`)
 
     # derived from the declarations of a subclass
     layer_names: ClassVar[tuple[str, ...]] = ()  # containers of tensors that train
-    # these containers, as a layer shows those that it does not need
+    # these containers, empty, for layers that do not need them
     empty: ClassVar[dict[str, nn.ParameterDict | nn.ModuleDict]] = {}
-    shares: ClassVar[bool] = False  # `share` makes tensors that live once per model
-    surrounds: ClassVar[bool] = False  # `surround_run` does something
-    has_loss: ClassVar[bool] = False  # `compute_auxiliary_loss` does something
+    shares: ClassVar[bool] = False  # it overrides `share`
+    surrounds: ClassVar[bool] = False  # it overrides `surround_run`
+    has_loss: ClassVar[bool] = False  # it overrides `compute_auxiliary_loss`
     takes_device: ClassVar[bool] = False  # `build` has that argument
-    computes_with: ClassVar[frozenset[str]] = frozenset()  # names that it declares and reads, facts among them
-    checks_compatibility: ClassVar[bool] = False  # `excludes` may refuse an adapter beside it
+    computes_with: ClassVar[frozenset[str]] = frozenset()  # names that it declares, facts included
+    checks_compatibility: ClassVar[bool] = False  # it overrides `why_incompatible`
 
-    config_path: str = ""  # the path by which the config's patterns know the site; "" if that is the site's own
-    via_container: bool = False  # the config names the module around the site, and the site came with that
-    source: Method | None = None  # the same adapter on the embedding to which the site's module is tied
-    layer: Any  # Layer, with the containers of all adapters
-    lenders: Mapping[str, Method] = MappingProxyType({})  # containers whose tensors are another layer's, and whose
+    config_path: str = ""  # the path that the config's patterns match, if it is not the site's path
+    via_container: bool = False  # the config names the module around the site
+    source: Method | None = None  # the same adapter on the embedding that shares its weight with the site's module
+    layer: Any  # a Layer, with the containers of all adapters
+    lenders: Mapping[str, Method] = MappingProxyType({})  # container → the method on another layer that owns its tensor
 
     def __init_subclass__(cls, **kwargs: object) -> None:
+        """Derive class attributes from a subclass's declarations, and make each annotation a property that reads the
+        layer.
+
+        Sets `config`, `empty`, `layer_names`, `computes_with`, `surrounds`, `has_loss`, `takes_device`,
+        `checks_compatibility` and `shares`. Raises TypeError as `_check_overrides`.
+        """
         super().__init_subclass__(**kwargs)
         if "config" not in vars(cls) and (config := _config_of(cls)) is not None:
             cls.config = config
@@ -231,6 +246,11 @@ class Method(Generic[C]):
         self.site, self.cfg, self.name, self.layer = site, cfg, name, None
 
     def __getattr__(self, key: str) -> Any:
+        """Return the value of this adapter in the layer's container `key`.
+
+        Raises:
+            AttributeError: there is no layer yet, or `key` is a dunder name or an attribute of the instance itself.
+        """
         # fail for dunder names and the attributes that `__init__` sets, or copy and pickle recurse without end
         if key.startswith("__") or key in INSTANCE_FIELDS or self.layer is None:
             raise AttributeError(f"{type(self).__name__} has no '{key}'" + ("" if key in INSTANCE_FIELDS else " yet"))
@@ -240,66 +260,104 @@ class Method(Generic[C]):
 
     @classmethod
     def variant(cls, cfg: C) -> type[Method]:
-        """Return the subclass for a config, some fields of which change the mathematics."""
+        """Return the class for a config: a subclass if fields of the config change the mathematics, else `cls`
+        itself.
+        """
         return cls
 
     @classmethod
     def default_targets(cls, model: nn.Module) -> list[str] | str | None:
-        """Return `target_modules` for a config that names none; None if the method knows none for this model."""
+        """Return `target_modules` for a config without any, by the model's type; None if `targets` has no
+        entry for it.
+        """
         return cls.targets.get(model_type(model))
 
     @classmethod
     def prepare(cls, cfg: C, model: nn.Module) -> None:
-        """Complete the config for this model, or raise. Its `target_modules` are set by now."""
+        """Complete the config for this model in place, or raise.
+
+        Its `target_modules` are set already. By default does nothing.
+        """
 
     @classmethod
     def find_companions(cls, cfg: C, model: nn.Module, paths: Sequence[str]) -> Sequence[str]:
-        """Return the paths of modules that the adapter is put on beside `paths`, which the config targets; or raise."""
+        """Return the paths of further modules that get the adapter, next to `paths`, which the config targets.
+
+        By default none.
+
+        May raise if a companion cannot be adapted.
+        """
         return ()
 
     @classmethod
     def split_budget(cls, methods: Sequence[Self]) -> None:
-        """Complete the configs of one adapter's methods, which may depend on all its sites. No tensors yet."""
+        """Complete the configs of one adapter's methods in place, where they depend on all sites.
+
+        There are no tensors yet.
+
+        By default does nothing.
+        """
 
     @classmethod
     def restructure(cls, cfg: C, model: nn.Module) -> Callable[[], None] | None:
-        """Change the model itself, before the search for targets; return a function that undoes it."""
+        """Change the model itself before targets are searched.
+
+        Return a function that undoes it; None (the default) if unchanged.
+        """
         return None
 
     @classmethod
     def share(cls, layers: AdaptedLayers[C]) -> dict[str, nn.Parameter | nn.Module | Tensor | object]:
-        """Make the tensors that all layers of the model share, by name. Parameters and modules train."""
+        """Return the values that all layers of the model share, by name: {} by default.
+
+        Parameters and modules train.
+        """
         return {}
 
     @classmethod
     @contextmanager
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Surround one run of the model in which adapters of this class act; yield the function for its output."""
+        """Surround one run of the model with adapters of this class.
+
+        Yields a function of the output; here it is identity.
+        """
         yield return_unchanged
 
     @classmethod
     def arguments_of(cls, batch: Mapping[str, object], model: nn.Module) -> dict[str, Tensor]:
-        """Return the arguments of this method that a batch with labels tells, for callers that run without labels."""
+        """Return the arguments of this method that a batch with labels implies, for callers that run without labels.
+
+        Here {}.
+        """
         return {}
 
     @classmethod
     def compute_auxiliary_loss(cls, cfg: C, noted: Sequence[NotedTokens]) -> Tensor:
-        """Return the loss of an adapter, (), of the values that its layers recorded in a run (`call.record_value`)."""
+        """Return the loss of an adapter, a scalar, from the values that its layers noted for its rows in one run
+        (`call.note`).
+
+        A method without such a loss does not override it.
+        """
         raise NotImplementedError
 
     @classmethod
     def check_together(cls, methods: Sequence[Self]) -> None:
-        """Raise if these adapters of one layer cannot be active at once."""
+        """Raise if these adapters of one layer cannot be active at once. By default accepts all."""
 
     def why_incompatible(self, other: object) -> str | None:
-        """Return why an adapter with the config `other` cannot stand beside this one, or None.
+        """Return why an adapter with the config `other` cannot be on the same layer as this one; None (the default) if
+        it can.
 
-        A layer asks both adapters about each other.
+        A layer asks both adapters about each other when it gets the second.
         """
         return None
 
     def check(self) -> str | None:
-        """Return why the method cannot adapt this site, or None. There are no tensors yet."""
+        """Return why the method cannot adapt this site, or None. There are no tensors yet.
+
+        Reasons, in this order: `only_linear` on another layer type; `ungrouped` on a convolution with groups. Then: an
+        unknown layer type that the effect does not allow; a weight that has to be read and cannot be.
+        """
         site, effect, name = self.site, self.effect, type(self).__name__
         if self.only_linear and site.op.known and not site.op.linear:
             return self.only_linear
@@ -314,21 +372,23 @@ class Method(Generic[C]):
         return None
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Make all that the adapter adds to its layer, by name: parameters, modules, tensors (buffers), plain facts.
+        """Return all that the adapter adds to its layer, by name: parameters, modules, tensors (buffers), plain facts.
 
-        A parameter that does not require gradients never trains. A method that takes a second argument,
-        `device=None`, gets the meta device there where values come later, and goes its own way; others are built with
-        it as the default.
+        A parameter that does not require gradients never trains. If the method takes a second argument, `device=None`,
+        it gets the meta device there when values come later. Else meta is torch's default device during the call.
+        `shared` has the containers of `share`.
         """
         raise NotImplementedError
 
     def init_values(self) -> None:
-        """Set initial values. Before a load it runs only with `Use.AGAIN`."""
+        """Set the initial values of the tensors in place. Skipped before a load, except with `Use.AGAIN`."""
 
     def fill_start(self, t: Tensor, std: float | None = None) -> None:
-        """Fill a new tensor with zeros, so that the adapter starts as nothing; with `init_weights=False` at random.
+        """Fill a new tensor in place: with zeros if the config's `init_weights` is true, so that the adapter starts as
+        nothing.
 
-        std: of normal values; None: draw uniform values as nn.Linear does.
+        Else fill it with normal values of the deviation `std`, or with uniform ones, as nn.Linear does, if `std` is
+        None.
         """
         if self.cfg.init_weights:  # type: ignore[attr-defined]
             nn.init.zeros_(t)
@@ -338,57 +398,73 @@ class Method(Generic[C]):
             nn.init.normal_(t, std=std)
 
     def uses_weight(self) -> Use:
-        """Return what the first values have to do with the base weight; with `Use.READS`, `share` may read it, too."""
+        """Return how the first values depend on the base weight. By default they do not.
+
+        With `Use.READS`, `share` may read the weight as well.
+        """
         return Use.NOT
 
     def finish_load(self) -> None:
-        """Follow the values of a checkpoint, which have just been put into the adapter's tensors."""
+        """Adapt values or the base after a checkpoint was loaded into the adapter's tensors.
+
+        By default does nothing.
+        """
 
     def tie_to_embedding(self, source: Method) -> None:
-        """Use the tensors of `source`, the same adapter on the embedding that this layer's weight is tied to."""
+        """Use the tensors of `source`, the same adapter on the embedding that shares its weight with this layer.
+
+        Raises:
+            NotImplementedError: the method has no such sharing (the default).
+        """
         raise NotImplementedError(
             f"no implementation exists to tie the adapters of {type(self).__name__}: layer '{self.site.key}'."
         )
 
     def to_file_tensors(self, values: Tensors, cfg: C) -> Tensors:
-        """Return a file's tensors from those in memory. cfg: the adapter's config, for all sites."""
+        """Return the tensors of a file from those in memory; here unchanged.
+
+        cfg: the adapter's config, for all sites.
+        """
         return values
 
     @property
     def is_stored_unchanged(self) -> bool:
-        """Return True if `to_file_tensors` changes nothing."""
+        """Return True if the class does not override `to_file_tensors`, so that files hold the tensors of memory."""
         return type(self).to_file_tensors is Method.to_file_tensors
 
     def from_file_tensors(self, tensors: Tensors, cfg: C) -> Tensors:
-        """Return the tensors in memory from a file's. cfg: the config in the checkpoint."""
+        """Return the tensors for memory from those of a file; here unchanged. cfg: the config in the checkpoint."""
         return tensors
 
     def check_shared(self, tensors: Tensors) -> None:
-        """Raise CheckpointError if what a file holds of the tensors that layers share cannot be used on this one."""
+        """Raise CheckpointError if a file's tensors that layers share do not fit this layer. By default accepts all."""
 
     # act
 
     def factors(self) -> Factors:
-        """Return `Factors` with ΔW = scale · B A."""
+        """Return `Factors` with ΔW = scale · B A. Raises NotImplementedError unless overridden."""
         raise NotImplementedError
 
     def delta(self) -> Delta:
-        """Return ΔW, canonical: (out, in, *kernel)."""
+        """Return ΔW, canonical: (out, in, *kernel). Raises NotImplementedError unless overridden."""
         raise NotImplementedError
 
     def describe(self) -> Effect:
-        """Return the effect: an `Update` by `factors` or `delta`, whichever the most derived class has.
+        """Return the effect of the adapter: an `Update` by `factors` or by `delta`, whichever the most derived class
+        overrides.
 
-        It may depend on the site and the config, and on nothing else.
+        An override may depend on the site and the config only, since `effect` keeps the result.
         """
         by_factors = _find_last_override(type(self), "factors", "delta") == "factors"
         return Update(factors=self.factors) if by_factors else Update(self.delta)
 
     def take_from_base(self, mark: str, missing: str) -> Any:
-        """Take an attribute that a calibration has left at the base's module; an injection that fails gives it back.
+        """Remove the attribute `mark`, which a calibration set on the base module, and return its value.
+
+        `rollback` of the layer sets it again, if the injection fails.
 
         Raises:
-            CalibrationError: it is not there; `missing` says so.
+            CalibrationError: the module has no such attribute, with the message `missing`.
         """
         module = self.site.module
         if mark not in module.__dict__:
@@ -398,44 +474,56 @@ class Method(Generic[C]):
         return left
 
     def effect_at(self, value: object) -> Effect:
-        """Return the effect on rows whose argument `depends_on` has this value.
+        """Return the effect on rows that have this value of the argument `depends_on`.
 
         Raises:
-            ConfigError: it cannot have it.
+            ConfigError: the argument cannot have that value.
+            NotImplementedError: the class does not override this.
         """
         raise NotImplementedError
 
     @cached_property
     def effect(self) -> Effect:
-        """The result of `describe`, kept."""
+        """Return the result of `describe`, which is called once per adapter and layer."""
         return self.describe()
 
     # facts
 
     @property
     def matrix_method(self) -> Method:
-        """The method as it is on one matrix of a stack; itself on anything else."""
+        """Return the method as it is on one matrix of a stack of experts; here, for all other weights, the method
+        itself.
+        """
         return self
 
     @property
     def is_variant(self) -> bool:
-        """Return True if the class is one that a method chooses by its config, and not the method's own."""
+        """Return True if this class is a subclass that `variant` chose by the config, and not the class that defines
+        `variant`.
+        """
         owner = next(cls for cls in type(self).__mro__ if "variant" in vars(cls))
         return owner not in (type(self), Method)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the adapter computes: that of its first tensor."""
+        """Return the adapter's dtype for computing: that of its first tensor."""
         first: Tensor = self.layer.first_tensor(self.name)
         return first.dtype
 
     def cast(self, x: Tensor) -> Tensor:
-        """Return x in the dtype of the adapter. Ids stay as they are."""
+        """Return x in the adapter's dtype.
+
+        Ids stay as they are, and so does x if the layer's input casting is disabled.
+        """
         return x if self.site.op.takes_ids or not self.layer.cast_input_dtype_enabled else cast(x, self.dtype)
 
 
 def build_placeholders(method: Method, shared: dict[str, object]) -> dict[str, object]:
-    """Return what `build` gives where values come later, mostly on the meta device."""
+    """Return the values of `build` on the meta device, for an adapter that gets its values later.
+
+    A method that takes `device` gets it as an argument and may choose otherwise. For others, meta is the default
+    device.
+    """
     if method.takes_device:
         return method.build(shared, META)  # type: ignore[call-arg]
     with META:
@@ -443,12 +531,12 @@ def build_placeholders(method: Method, shared: dict[str, object]) -> dict[str, o
 
 
 def return_unchanged(output: T) -> T:
-    """Return an output unchanged."""
+    """Return the argument."""
     return output
 
 
 def _find_last_override(cls: type, *hooks: str) -> str:
-    """Return the hook that the most derived class overrides."""
+    """Return the hook of `hooks` that the most derived class defines. Raises AttributeError if no class defines one."""
     for base in cls.__mro__:
         for hook in hooks:
             if hook in vars(base):
@@ -457,7 +545,10 @@ def _find_last_override(cls: type, *hooks: str) -> str:
 
 
 def _check_overrides(cls: type[Method]) -> None:
-    """Raise TypeError if a class overrides one of several hooks that say the same, and inherits another."""
+    """Raise TypeError if a class overrides one of two equivalent hooks and inherits an override of another.
+
+    Classes that define `describe`, or that have only the default one, pass: the default chooses the most derived hook.
+    """
     if "describe" in vars(cls) or cls.describe is Method.describe:  # that one asks for the most derived hook
         return
     for hooks in EQUIVALENT_HOOKS:
@@ -465,13 +556,13 @@ def _check_overrides(cls: type[Method]) -> None:
         inherited = [h for h in hooks if h not in new and getattr(cls, h, None) is not getattr(Method, h, None)]
         if new and inherited:
             raise TypeError(
-                f"{cls.__name__} overrides {', '.join(new)} and inherits {', '.join(inherited)}, which says the same: "
-                "override both, or `describe`."
+                f"{cls.__name__} overrides {', '.join(new)} and inherits {', '.join(inherited)}, which says the same. "
+                "Override both, or `describe`."
             )
 
 
 class Tuner(Protocol):
-    """A model with adapters. Each attribute is described where `Registry` defines it."""
+    """A model with adapters, as methods see it. `Registry` describes each attribute."""
 
     @property
     def model(self) -> nn.Module: ...  # the user's, of any class

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run of a layer in a batch whose rows use different adapters: one plan for each adapter, in training, too."""
+"""A layer in a batch with rows of different adapters: one plan for each adapter, in training as well."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from graft.kernels.segments import LINE, Group, Segment, Stacks, align, group_se
 
 
 def group_runs(segments: Sequence[Segment | None]) -> list[slice]:
-    """Return the segments that run together: those side by side that can, and each other by itself."""
+    """Return slices of segments that run together: neighbours that are not None, and each None separately."""
     runs: list[slice] = []
     for i, segment in enumerate(segments):
         if segment is not None and runs and runs[-1].stop == i and segments[i - 1] is not None:
@@ -55,27 +55,31 @@ def group_runs(segments: Sequence[Segment | None]) -> list[slice]:
 
 
 class BatchGroups(NamedTuple):
-    """The groups of a batch, and all that they depend on."""
+    """The segment groups of a batch, and all values that they depend on."""
 
     stacks: Stacks
     sizes: list[int]
-    shape: torch.Size  # of a row of the input
+    shape: torch.Size  # shape of one row of the input
     dtype: torch.dtype
     unchanged: FactorSnapshot
-    computed: list[tuple[Callable[[], Factors], Factors, Segment]]  # of adapters that it does not know
+    computed: list[tuple[Callable[[], Factors], Factors, Segment]]  # factors that `unchanged` cannot record
     groups: Sequence[Group]
 
 
 class MixedPlan:
-    """The plans of a layer for the rows of a batch. keys: what groups of rows use; None for rows without an adapter."""
+    """The plans of a layer for the rows of a batch.
+
+    keys: one for each group of rows; None for rows without an adapter.
+    """
 
     def __init__(self, layer: Layer, keys: tuple[Key, ...]):
+        """Get the layer's plan for each key, and derive from the plans how a batch can run."""
         self.layer, self.keys = layer, keys
         self.plans: dict[Key, LayerPlan | None] = {}
         for key in keys:
             weights = key.weights if isinstance(key, JointAdapters) else None
             self.plans[key] = None if key is None else layer.plan_for(adapters_in(key), weights)
-        self.taps: list[tuple[str, str]] = []  # of inputs to keep
+        self.taps: list[tuple[str, str]] = []  # (adapter, path of the later layer) of inputs to keep
         self.tapped = False
         for n, plan in self.plans.items():
             if isinstance(plan, TappedPlan):
@@ -89,7 +93,7 @@ class MixedPlan:
         self.stacks = [(i, plan) for i, n in enumerate(keys) if isinstance(plan := self.plans[n], FoldedPlan)]
         self.routes = all(
             isinstance(plan, FoldedPlan) and plan.routes for plan in plans
-        )  # experts, which graft can run
+        )  # experts that graft can run itself
         self.acts_elsewhere = any(isinstance(plan, ReplacementPlan) and plan.acts_elsewhere for plan in plans)
         self.is_idle = not plans
         self.sums = any(type(p) is SumPlan and p.product is not None for p in plans)
@@ -98,11 +102,15 @@ class MixedPlan:
         # uses one by one, as where no adapter acts; a part of the input would sum its own first.
         base = layer.base_module
         op = find_op(base) if self.acts_elsewhere else layer.op
-        leaf = not op.known and not [*base.children()] and not isinstance(base, _NormBase)  # which mixes rows
+        leaf = not op.known and not [*base.children()] and not isinstance(base, _NormBase)  # a norm may mix rows
         self.whole_base = leaf and len(plans) < len(keys)
-        self.has_own_factors: dict[str | None, bool] = {}  # adapters whose factors are tensors of theirs, as last seen
+        self.has_own_factors: dict[str | None, bool] = {}  # adapter → whether its factors are its own leaf tensors
 
     def run(self, rows: Rows, *args: object, **kwargs: object) -> object:
+        """Return the layer's output for a batch.
+
+        If adapters tap inputs, keeps the input first, and drops kept inputs afterwards.
+        """
         if not self.tapped:
             return self.run_plans(rows, *args, **kwargs)
         if self.taps:
@@ -114,6 +122,16 @@ class MixedPlan:
             drop_inputs(self.layer)
 
     def run_plans(self, rows: Rows, *args: Any, **kwargs: Any) -> object:
+        """Return the layer's output for a batch, each group of rows with its plan.
+
+        Runs the base alone if no key has a plan. Experts run by `route`, modules with several inputs once for all rows.
+        One group runs its own plan. Without gradients, adapters that all add share one call of the base. All others run
+        by `run_groups`.
+
+        Raises:
+            RoutingError: gates that cannot weigh the plans, rows that the input does not tell, an opaque weight with
+                several plans.
+        """
         layer = self.layer
         if self.is_idle:
             return layer.base_module(*args, **kwargs)
@@ -156,14 +174,20 @@ class MixedPlan:
     def run_groups(
         self, rows: Rows, x: Tensor, context: CallContext, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor:
-        """Run each adapter on its rows as it runs alone: to the same bits, in the backward pass as well.
+        """Run each adapter on its rows with the same bits, in the backward pass as well, as it has as the only one of a
+        batch.
 
-        Side by side, adapters that alone would add to the base's output share its call.
+        Neighbouring adapters that add to the base's output share its call where that gives these bits, and reuse the
+        groups of the last batch if nothing changed. In training, adapters draw from their generators, if the call has
+        some. Rows without adapters may share one call of the base. Returns rows in the batch's order.
         """
         layer, draws = self.layer, context.draws if self.layer.training else None
         ticket = 0 if draws is None else draws.ticket()
 
         def drawing(key: Key) -> AbstractContextManager[None]:
+            """Return a context where `key` draws from its generator, with the ticket of this run; a no-op if there is
+            none.
+            """
             return (
                 nullcontext()
                 if draws is None or isinstance(key, JointAdapters)
@@ -198,7 +222,10 @@ class MixedPlan:
         return rows.restore_order(torch.cat([align(y) for y in outputs]))
 
     def may_share(self, x: Tensor) -> bool:
-        """Return True if adapters may share the call of the base, as far as that depends on the layer and its input."""
+        """Return True if adapters may share the call of the base, as far as the layer and its input decide.
+
+        That needs gradients, a linear layer that may fuse, a frozen base, no autocast, and an aligned input.
+        """
         layer = self.layer
         if not (self.sums and layer.may_fuse and torch.is_grad_enabled()) or layer.base_trains or not layer.op.linear:
             return False
@@ -207,7 +234,11 @@ class MixedPlan:
     def make_segments(
         self, rows: Rows, x: Tensor, drawing: Callable[[Key], AbstractContextManager[None]]
     ) -> list[Segment | None]:
-        """Return what the adapters add to their rows of x, which they `may_share`; None for those that cannot."""
+        """Return one segment for each group of rows of x; None for a group that cannot share the base's call.
+
+        Groups that cannot: JointAdapters, rows that are not aligned, plans that are no single product of the adapter's
+        own tensors. A segment with dropout gets a seed, drawn from the adapter's generator.
+        """
         layer = self.layer
         W, tokens, segments = layer.weight_now, x.numel() // (x.shape[-1] * len(x)), []
         starts = accumulate(rows.sizes, initial=0)
@@ -229,17 +260,17 @@ class MixedPlan:
         return segments
 
     def find_own_factors(self, name: str | None, product: Callable[[], Factors]) -> Factors | None:
-        """Return an adapter's factors, if they are its own tensors.
+        """Return an adapter's factors if A and B are leaf tensors without vectors; else None.
 
-        The first time leave torch's generator as it is: factors that are computed may be random, and the adapter will
-        compute them again when it runs by itself.
+        The first time it also decides that for later calls. Then torch's generator is restored, as computed factors may
+        draw and will be computed again.
         """
         if name in self.has_own_factors:
             return product()
         before = torch.get_rng_state()
         with saved_tensors_hooks(
             return_unchanged, return_unchanged
-        ):  # a checkpointed block counts what is saved without them
+        ):  # else a checkpointed block would count the tensors saved here
             f = product()
             self.has_own_factors[name] = (
                 f.inner is None and f.outer is None and all(factor_matrix(m).is_leaf for m in (f.A, f.B))
@@ -250,7 +281,10 @@ class MixedPlan:
     def cache_groups(
         self, stacks: Stacks, rows: Rows, x: Tensor, segments: Sequence[Segment], groups: Sequence[Group]
     ) -> None:
-        """Keep groups for the next batch like this one."""
+        """Keep the groups and all values that they depend on, for the next batch like this one.
+
+        With dropout keeps nothing.
+        """
         self.cached_groups = None
         if not any(s.p for s in segments):
             plans: list[Any] = [self.plans[name] for name in rows.keys]
@@ -262,7 +296,9 @@ class MixedPlan:
             self.cached_groups = BatchGroups(stacks, rows.sizes, x.shape[1:], x.dtype, unchanged, computed, groups)
 
     def find_cached_groups(self, stacks: Stacks, rows: Rows, x: Tensor) -> Sequence[Group] | None:
-        """Return the groups of the last batch, if they are those of this one: nothing about an adapter has changed."""
+        """Return the groups of the last batch if sizes, shape and dtype are equal and no adapter has changed; else
+        None.
+        """
         last = self.cached_groups
         if last is None or last.stacks is not stacks or last.sizes != rows.sizes:
             return None
@@ -276,12 +312,13 @@ class MixedPlan:
         return last.groups
 
     def run_shared_base(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
-        """Run the base once for adapters that add to its output."""
+        """Return the output for x (rows, …), sorted by group, with one call of the base for all groups."""
         layer = self.layer
         return segments_linear(layer.base_layer, layer.op.input_gradient, layer.weight_now, x, groups)
 
     def find_single_plan(self, rows: Rows) -> LayerPlan | None:
-        """Return the plan that all rows use, of a weight that its module uses in its own ways.
+        """Return the plan that all rows use, of a weight that its module uses in its own ways; None if no key has a
+        plan.
 
         Raises:
             RoutingError: rows use different ones.
@@ -291,18 +328,22 @@ class MixedPlan:
         if len(rows.segments) > 1:
             site = self.layer.site
             raise RoutingError(
-                f"Layer '{site.key}': {self.layer.type_name} does not support mixed adapter batches yet, as the "
-                "weight is used in ways of their own by the modules around it, which do not say which inputs belong to "
-                "which row. Give all rows of a batch one adapter, or make adapters that leave this layer out."
+                f"Layer '{site.key}': {self.layer.type_name} does not support mixed adapter batches yet, as "
+                "modules around it use its weight and do not tell the row of each input. Give all rows of a batch one "
+                "adapter, or make adapters that leave this layer out."
             )
         return self.plans[rows.segments[0][0]]
 
     def run_one(self, name: Key, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+        """Return the output for x by the plan of `name`; by the base module if the plan is None."""
         plan = self.plans[name]
         return self.layer.base_module(x, *args, **kwargs) if plan is None else plan.run(x, *args, **kwargs)
 
     def run_block(self, rows: Rows, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        """Run a module with several inputs once; before and after it, the adapters of each row."""
+        """Run a module with several inputs once, with each adapter's change on its rows before and after it.
+
+        In both, an adapter sees the facts of its rows, and draws from its generator.
+        """
         x, call = next(iter(self.blocks.values())).read_input(args, kwargs)
         x = rows.take(x, self.layer.site.key)
         adapted = [(n, self.blocks[n], index) for n, index in rows.on(x.device).segments if self.plans[n] is not None]
@@ -315,6 +356,7 @@ class MixedPlan:
                 inner = inner.index_copy(0, index, adapter_input)
 
         def after(y: Tensor) -> Tensor:
+            """Return y with the rows of each adapter replaced by the adapter's output for them."""
             for (name, plan, index), seen in zip(adapted, inputs):
                 with self.narrow_facts(index), self.draw_for(name, x.device):
                     adapter_output = plan.apply_post(seen, y.index_select(0, index))
@@ -324,27 +366,36 @@ class MixedPlan:
         return change_first_output(call(inner), after)
 
     def narrow_facts(self, index: Tensor) -> AbstractContextManager[None]:
-        """Have the layer see what the call says of these rows alone."""
+        """Return a context where the layer sees gates and facts of the rows at `index` alone."""
         call = self.layer.call
         return call.narrow_context(call.current_context().only(index))
 
     def draw_for(self, key: Key, device: torch.device) -> AbstractContextManager[None]:
-        """Have an adapter draw from its own generator, if the call gives one, what it draws beside a call of the base:
-        calls of other layers may not be within."""
+        """Return a context where the adapter draws from its own generator; a no-op in eval mode or if the call has
+        none.
+
+        Each call draws a new ticket. The block must not contain calls of other layers.
+        """
         draws = self.layer.call.current_context().draws if self.layer.training else None
         if draws is None or isinstance(key, JointAdapters):
             return nullcontext()
         return draws.use_generator(key, draws.ticket(), device)
 
     def narrow_to_rows(self, index: Tensor, key: Key) -> AbstractContextManager[None]:
-        """Have layers within the module see a batch of these rows, which all use the same."""
+        """Return a context where layers within the module see a batch of the rows at `index`, which all use `key`.
+
+        Adapters draw from torch's generator within it.
+        """
         call, n = self.layer.call, len(index)
         rows = Rows.from_groups(n, {key: list(range(n))}, index.device)
         return call.narrow_context(call.current_context().only(index)._replace(rows=rows, draws=None))
 
     def hide_idle_adapters(self, rows: Rows) -> AbstractContextManager[None]:
-        """Have layers within the module see rows of adapters that do nothing here as rows of the base: what runs once
-        more for the adapters here draws nothing for others."""
+        """Return a context where rows of adapters without a plan on this layer count as rows of the base model.
+
+        So a part of the model that runs once more for this layer's adapters draws no random numbers for others. A no-op
+        if all keys have a plan.
+        """
         if None not in self.plans.values():
             return nullcontext()
         groups: dict[Key, list[int]] = {}
@@ -356,7 +407,12 @@ class MixedPlan:
         )
 
     def add(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
-        """Add each adapter's part to the rows of y that use it; return y. Each sees what the call says of its rows."""
+        """Return y, the base's output for x, with each adapter's part added to its rows; y is overwritten where that is
+        safe.
+
+        Uses grouped products where all adapters are plain products and the call has no gates. Each adapter sees gates
+        and facts of its rows, and draws from its generator.
+        """
         layer, context = self.layer, self.layer.call.current_context()
         gates, facts = context.gates, context.facts
         fuse = layer.may_fuse
@@ -385,7 +441,11 @@ class MixedPlan:
         return y
 
     def add_products(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor | None:
-        """Do the same by grouped products. None if an adapter is more than two matrices, or drops inputs."""
+        """Return y with all adapters' products added by grouped kernels.
+
+        Returns None if a group has no adapter product of two matrices, has dropout, or if the kernels cannot take the
+        tensors.
+        """
         if rows.adapter_groups is None:
             return None
         names, order, sizes, in_order = rows.adapter_groups
@@ -403,18 +463,24 @@ class MixedPlan:
 
 
 def pad_outputs(outputs: list[Any], key: str) -> list[Tensor]:
-    """Pad rows of narrower heads with -inf: labels that the row's adapter does not have get no probability."""
+    """Return the outputs of heads with -inf appended to the last dimension up to the widest.
+
+    So labels that a row's adapter does not have get no probability. `key` is the layer's path. Raises TypeError if an
+    output is no tensor.
+    """
     type_name = next((type(part).__name__ for part in outputs if not isinstance(part, Tensor)), None)
     if type_name is not None:
         raise TypeError(
-            f"Mixed batches need a tensor from '{key}', which returns a {type_name}: run one adapter at a time."
+            f"Mixed batches need a tensor from '{key}', which returns a {type_name}. Run one adapter at a time."
         )
     width = max(p.shape[-1] for p in outputs)
     return [nn.functional.pad(p, (0, width - p.shape[-1]), value=float("-inf")) for p in outputs]
 
 
 class FactorSnapshot:
-    """Entries of dictionaries, and how many some have: modules, their tensors and numbers, and that nobody hooks in."""
+    """Entries of dictionaries, and lengths of some, as they were when recorded: modules, their tensors and numbers,
+    hooks.
+    """
 
     def __init__(self) -> None:
         self._dicts: list[dict[str, object]] = []
@@ -424,14 +490,19 @@ class FactorSnapshot:
         self._sizes: list[int] = []
 
     def is_unchanged(self) -> bool:
-        """Return True if all is as it was noted."""
+        """Return True if each recorded entry is the same object, and each recorded dictionary has the same length."""
         return list(map(len, self._sized)) == self._sizes and all(
             map(is_, map(dict.get, self._dicts, self._keys), self._values)
         )
 
     def record(self, method: Method, f: Factors) -> bool:
-        """Note what the factors of a method consist of: two linear modules, a number, a dropout that does nothing.
-        Return False, having noted nothing, if they are something else, or computed."""
+        """Record the objects that the factors of a method consist of.
+
+        Return False, and record nothing, if that is not possible.
+
+        It is possible for two linear modules without hooks, a number and a dropout that drops nothing, if all are
+        values of the adapter in the layer's containers.
+        """
         parts = [part for part in (f.A, f.B, f.scale, f.dropout) if part is not None]
         places = [place for part in parts for place in find_entries(method, part)]
         if {id(d[key]) for d, key in places} != {id(part) for part in parts}:
@@ -448,11 +519,15 @@ class FactorSnapshot:
         return True
 
     def _entry(self, d: dict[str, object], key: str) -> None:
+        """Record the value of `d[key]`; None if the key is missing."""
         self._dicts.append(d)
         self._keys.append(key)
         self._values.append(d.get(key))
 
     def _module(self, m: nn.Module) -> None:
+        """Record a module's mode, dropout rate and parameters, and the lengths of its `__dict__` and of its
+        dictionaries of hooks.
+        """
         attributes = m.__dict__
         for key in ("training", "p"):
             if key in attributes:
@@ -465,7 +540,9 @@ class FactorSnapshot:
 
 
 def find_entries(method: Method, part: object) -> list[tuple[dict[str, object], str]]:
-    """Return where the layer holds a part of a method's: (dictionary, key), the container itself among them."""
+    """Return (dictionary, key) of each container of the layer that holds `part` as the value of the method's
+    adapter.
+    """
     attributes = method.layer.__dict__
     entries = []
     for name in method.computes_with:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of adapters, as callers give them; and which names are those of biases."""
+"""Checks of lists of adapters' names that callers pass, and the names of parameters that are biases."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Iterable
 
 
 def as_name_list(names: str | Iterable[str], argument: str) -> list[str]:
-    """Return names as a list; one name may stand for a list of it. Raises as `several`."""
+    """Return a list of names: `[names]` for one string, else `check_name_list(names, argument)` with its errors."""
     return [names] if isinstance(names, str) else check_name_list(names, argument)
 
 
 def check_name_list(names: Iterable[str], argument: str) -> list[str]:
-    """Return names as a list.
+    """Return a new list of the names in `names`. `argument` is the caller's name for them, for errors.
 
     Raises:
-        TypeError: it is a string, or holds something that is no name.
-        ValueError: a name is there twice: an adapter acts once.
+        TypeError: `names` is a string, or holds an item that is no string.
+        ValueError: a name is in it twice.
     """
     if isinstance(names, str):
-        raise TypeError(f"{argument} should be a list of strings, got {names!r}: write ['{names}'].")
+        raise TypeError(f"{argument} should be a list of strings, got {names!r}. Write ['{names}'].")
     listed = list(names)
     if len(listed) > 1 or not all([isinstance(name, str) for name in listed]):
         check_unique_names(listed, argument)
@@ -27,14 +27,18 @@ def check_name_list(names: Iterable[str], argument: str) -> list[str]:
 
 
 def check_unique_names(names: list[str], argument: str) -> None:
+    """Raise TypeError if an item of `names` is no string, and ValueError if a name is in the list twice."""
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
         raise TypeError(f"{argument} takes names of adapters, got {wrong[0]!r} of type {type(wrong[0]).__name__}.")
     repeats = sorted({name for name in names if names.count(name) > 1})
     if repeats:
-        raise ValueError(f"{argument} holds {repeats} twice, and an adapter acts once: name each adapter one time.")
+        raise ValueError(f"{argument} holds {repeats} twice, and an adapter acts once. Name each adapter one time.")
 
 
 def is_bias(name: str) -> bool:
-    """Return True if a parameter of that name is one of those that `bias="all"` trains and saves, as in PEFT."""
+    """Return True if the last part of a dotted parameter name is "bias".
+
+    `bias="all"` trains and saves these, as in PEFT.
+    """
     return name.rpartition(".")[2] == "bias"

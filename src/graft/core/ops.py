@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The use of the weight in each layer type. Only this file knows orientations and calls `F.linear` and its like.
+"""The use of the weight in each layer type.
+
+Only this file knows orientations and calls `F.linear` and similar functions.
 
 Everywhere else a weight is canonical: `(out, in, *kernel)`.
 """
@@ -28,9 +30,9 @@ META = torch.device("meta")
 def make_linear(
     in_features: int, out_features: int, bias: bool, fill: bool = True, device: torch.device | None = None
 ) -> nn.Linear:
-    """Make an `nn.Linear` with the values that its constructor would draw, in a quarter of the time; none on meta.
+    """Return a new `nn.Linear` with the values that its constructor would draw, in a quarter of the time.
 
-    Without `fill` the generator advances as if to draw them, and the values are undefined.
+    On the meta device nothing is drawn. With `fill=False` the generator advances as if, and the values are undefined.
     """
     m = new_lean(LeanLinear)
     m.__dict__.update(in_features=in_features, out_features=out_features)
@@ -51,43 +53,45 @@ def make_linear(
 
 
 class Op:
-    """One layer type. A new one overrides what differs from `nn.Linear`."""
+    """One layer type. A subclass overrides the functions that differ from `nn.Linear`."""
 
     known = True
-    linear = False  # target_modules="all-linear" names it
+    linear = False  # target_modules="all-linear" includes it
     transposed = False  # the module stores (in, out)
-    output_is_new = False  # its output is new memory, whose values its backward pass does not need
+    output_is_new = False  # its output is new memory that its backward pass does not read
     takes_ids = False  # the input holds indices, which have no dtype to cast and no gradient
     opaque = False  # the layer gives nothing but its output with another weight
-    packed_shape: tuple[int, ...] | None = None  # the canonical shape of a stack of which the module has codes
+    packed_shape: tuple[int, ...] | None = None  # the canonical shape of a stack that the module holds as codes
 
     def variant(self, m: nn.Module) -> Op:
-        """Return the Op for this module: another one if an attribute changes the module's function."""
+        """Return the Op for this module: another one if an attribute changes the module's function; here `self`."""
         return self
 
     def dims(self, m: nn.Module) -> tuple[int, int]:
-        """Return (out, in): features or channels."""
+        """Return (out, in): features or channels of the module."""
         return m.out_features, m.in_features
 
     def shape(self, m: nn.Module) -> tuple[int, ...]:
-        """Return the shape of the canonical weight, also if the weight itself is packed or on meta."""
+        """Return the shape of the canonical weight, also if the weight is packed or on the meta device."""
         return self.dims(m)
 
     def canon(self, W: Tensor) -> Tensor:
+        """Return a stored weight in canonical orientation; here unchanged."""
         return W
 
     def uncanon(self, W: Tensor) -> Tensor:
+        """Return a canonical weight in the module's orientation; here unchanged."""
         return W
 
     def call(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        """Run the layer's own function with another (canonical) weight and bias."""
+        """Return the module's own function of x with another (canonical) weight and bias."""
         return F.linear(x, W, b)
 
     def product(self, A: Tensor, B: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return the canonical weight B A. A (r, fan_in), B (out, r).
+        """Return the canonical weight B A of this shape. A (r, fan_in), B (out, r).
 
         Raises:
-            NotImplementedError: the ranks differ, as in a grouped convolution whose A mixes the groups.
+            NotImplementedError: the ranks differ, as in a grouped convolution with an A that mixes the groups.
         """
         if A.shape[0] != B.shape[1]:
             raise NotImplementedError(
@@ -97,7 +101,7 @@ class Op:
         return (B @ A).view(shape)
 
     def pair_matrices(self, W: Tensor, A: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield the parts of W that are matrices, each with the factors of its product."""
+        """Yield each matrix of W with the factors (A, B) of its product; here W itself with both."""
         yield W, A, B
 
     def input_gradient(self, g: Tensor, W: Tensor) -> Tensor:
@@ -105,27 +109,29 @@ class Op:
         return g @ W
 
     def factorable(self, m: nn.Module) -> bool:
-        """Return True if `down` and `up` together can do the work of a low-rank weight."""
+        """Return True if `down` and then `up` compute the same as the product of two factors used as weight."""
         return True
 
     def down(self, m: nn.Module, x: Tensor, A: Tensor) -> Tensor:
-        """Map the input to r channels. A (r, in·kernel)."""
+        """Return the r channels of the input x. A (r, in · kernel)."""
         return F.linear(x, A)
 
     def up(self, m: nn.Module, z: Tensor, B: Tensor) -> Tensor:
-        """Map r channels to the output. B (out, r)."""
+        """Return the output of r channels z. B (out, r)."""
         return F.linear(z, B)
 
     def channels(self, v: Tensor) -> Tensor:
-        """Shape a vector over features or channels so that it broadcasts over this layer's activations."""
+        """Return a vector over features or channels in a shape that broadcasts over this layer's activations."""
         return v
 
     def scale_rows(self, m: nn.Module, rows: Tensor) -> Tensor:
-        """Return rows of another table as the module, which takes ids, would output them."""
+        """Return rows of a table as the module would output them: scaled, if it scales its output. Here unchanged."""
         return rows
 
     def why_unfoldable(self, m: nn.Module) -> str | None:
-        """Return why the module with another weight cannot do what it and an adapter beside it do; None if it can."""
+        """Return why the module with a folded weight cannot replace the module and its adapters; None (here)
+        if it can.
+        """
         return None
 
     def count_groups(self, m: nn.Module) -> int:
@@ -133,42 +139,49 @@ class Op:
         return 1
 
     def count_matrices(self, m: nn.Module) -> int:
-        """Return the number of matrices that the weight is a stack of."""
+        """Return the number of matrices in the weight: more than 1 for a stack."""
         return 1
 
     def factor_modules(
         self, m: nn.Module, r: int, bias: bool, fill: bool = True, device: torch.device | None = None
     ) -> tuple[nn.Module, nn.Module] | None:
-        """Make two modules whose composition is a rank-r update of this layer; None where there are none.
+        """Return two new modules with a composition that is a rank-r update of this layer; None for types without such
+        modules.
 
         Args:
-            fill: with the values that torch's constructors draw; else they may be undefined.
+            bias: the second module has a bias.
+            fill: draw the values that torch's constructors draw; else they may be undefined.
         """
         out_features, in_features = self.dims(m)
         return make_linear(in_features, r, False, fill, device), make_linear(r, out_features, bias, fill, device)
 
 
 class Unknown(Op):
-    """A layer type that no row of the table covers: only methods that replace whole modules take it."""
+    """A layer type that the table does not have: only methods that replace or surround whole modules accept it."""
 
     known = False
 
     def dims(self, m: nn.Module) -> tuple[int, int]:
+        """Return (0, 0), as sizes are not known."""
         return 0, 0
 
     def shape(self, m: nn.Module) -> tuple[int, ...]:
+        """Return (), as the shape is not known."""
         return ()
 
 
 class Linear(Op):
+    """`nn.Linear` and classes with the same function."""
+
     linear = True
     output_is_new = True
 
 
 class MegatronLinear(Linear):
-    """A linear layer of which a process may have a piece; its sizes are those of the whole."""
+    """A linear layer with a piece of the weight in each process. Its sizes are those of the whole."""
 
     def dims(self, m: nn.Module) -> tuple[int, int]:
+        """Return (out, in) of the whole layer."""
         return m.output_size, m.input_size
 
 
@@ -180,53 +193,69 @@ class Conv1D(Op):
     transposed = True
 
     def dims(self, m: nn.Module) -> tuple[int, int]:
+        """Return (out, in) from the weight, which is stored as (in, out)."""
         in_features, out_features = m.weight.shape
         return out_features, in_features
 
     def canon(self, W: Tensor) -> Tensor:
+        """Return the transposed weight: (out, in)."""
         return W.T
 
     def uncanon(self, W: Tensor) -> Tensor:
+        """Return the transposed weight: (in, out)."""
         return W.T
 
 
 class Embedding(Op):
-    """A linear layer on one-hot inputs: in = vocabulary, out = embedding dim; the module stores (in, out)."""
+    """A linear layer on one-hot inputs: in = vocabulary, out = embedding dim. The module stores (in, out)."""
 
     transposed = True
     takes_ids = True
 
     def variant(self, m: nn.Module) -> Op:
+        """Return the Op of scaled embeddings if the module has a number `embed_scale`, else `self`."""
         scale = getattr(m, "embed_scale", None)
         is_one = isinstance(scale, (int, float)) or (isinstance(scale, Tensor) and scale.numel() == 1)
         return SCALED_EMBEDDING if is_one else self
 
     def dims(self, m: nn.Module) -> tuple[int, int]:
+        """Return (embedding_dim, num_embeddings)."""
         return m.embedding_dim, m.num_embeddings
 
     def canon(self, W: Tensor) -> Tensor:
+        """Return the transposed table: (embedding dim, vocabulary)."""
         return W.T
 
     def uncanon(self, W: Tensor) -> Tensor:
+        """Return the transposed weight: (vocabulary, embedding dim)."""
         return W.T
 
     def call(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """Return the rows of the table W.T at the ids x, with all options of the module. `b` is ignored."""
         return F.embedding(x, W.T, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq)
 
     def down(self, m: nn.Module, x: Tensor, A: Tensor) -> Tensor:
-        """Look rows of A up. `max_norm` is for the weight: torch would shrink the rows of any table, in place."""
+        """Return the columns of A (r, vocabulary) at the ids x, scaled as the module scales.
+
+        The module's `max_norm` does not count: torch would shrink rows of A in place.
+        """
         return self.scale_rows(m, F.embedding(x, A.T, m.padding_idx, None, m.norm_type, m.scale_grad_by_freq))
 
     def factor_modules(self, *args: object, **kwargs: object) -> None:
+        """Return None: embeddings have no such modules."""
         return None
 
     def why_unfoldable(self, m: nn.Module) -> str | None:
+        """Return a reason if the module has `max_norm`, since it shrinks the rows that it looks up; else None."""
         if getattr(m, "max_norm", None) is None:
             return None
         return f"it shrinks rows that it looks up to max_norm={m.max_norm}, and the adapter acts on what comes of that"
 
     def lookup(self, m: nn.Module, places: Tensor, rows: Tensor) -> Tensor:
-        """Return those of the rows (n, embedding_dim) at `places`, as the module would output them."""
+        """Return the rows of a table (n, embedding_dim) at `places`, as the module would output them.
+
+        With `max_norm` the looked-up rows are shrunk; the table itself is not changed.
+        """
         rows = rows if m.max_norm is None else rows.clone()  # torch renormalises them in place
         return F.embedding(places, rows, None, m.max_norm, m.norm_type)
 
@@ -235,13 +264,16 @@ class ScaledEmbedding(Embedding):
     """An embedding that multiplies its output by `embed_scale` (Gemma)."""
 
     def scale_rows(self, m: nn.Module, rows: Tensor) -> Tensor:
+        """Return the rows times `embed_scale`."""
         out: Tensor = rows * m.embed_scale
         return out
 
     def call(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """Return the looked-up rows times `embed_scale`."""
         return self.scale_rows(m, super().call(m, x, W, b))
 
     def lookup(self, m: nn.Module, places: Tensor, rows: Tensor) -> Tensor:
+        """Return the rows at `places` times `embed_scale`."""
         return self.scale_rows(m, super().lookup(m, places, rows))
 
 
@@ -249,16 +281,25 @@ SCALED_EMBEDDING = ScaledEmbedding()
 
 
 class Conv(Op):
+    """A convolution of one, two or three spatial dimensions."""
+
     def __init__(self, conv: Callable[..., Tensor], module: type[nn.Module], spatial: int):
         self.conv, self.module, self.spatial = conv, module, spatial
 
     def dims(self, m: nn.Module) -> tuple[int, int]:
+        """Return (out, in) channels of the module."""
         return m.out_channels, m.in_channels
 
     def shape(self, m: nn.Module) -> tuple[int, ...]:
+        """Return (out, in / groups, *kernel)."""
         return m.out_channels, m.in_channels // m.groups, *m.kernel_size
 
     def _convolve(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, groups: int) -> Tensor:
+        """Return the convolution of x with W and b, with the module's stride, padding and dilation, and this number of
+        groups.
+
+        A padding mode other than "zeros" pads x first.
+        """
         padding = m.padding
         if m.padding_mode != "zeros":
             x = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
@@ -266,26 +307,38 @@ class Conv(Op):
         return self.conv(x, W, b, m.stride, padding, m.dilation, groups)
 
     def call(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """Return the module's convolution with another weight and bias."""
         return self._convolve(m, x, W, b, m.groups)
 
     def factorable(self, m: nn.Module) -> bool:
+        """Return True if the convolution has one group."""
         return bool(m.groups == 1)
 
     def down(self, m: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        """Return the module's convolution of x to r channels, by A as a weight (r, in, *kernel), without groups and
+        bias.
+        """
         return self._convolve(m, x, A.view(A.shape[0], m.in_channels, *m.kernel_size), None, 1)
 
     def up(self, m: nn.Module, z: Tensor, B: Tensor) -> Tensor:
+        """Return the 1 × 1 convolution of z by B."""
         return self.conv(z, B.view(*B.shape, *[1] * self.spatial))
 
     def channels(self, v: Tensor) -> Tensor:
+        """Return v as (channels, 1, …), which broadcasts over the spatial dimensions."""
         return v.view(-1, *[1] * self.spatial)
 
     def count_groups(self, m: nn.Module) -> int:
+        """Return the module's number of groups."""
         return int(m.groups)
 
     def factor_modules(
         self, m: nn.Module, r: int, bias: bool, fill: bool = True, device: torch.device | None = None
     ) -> tuple[nn.Module, nn.Module]:
+        """Return a convolution to r channels with the module's options, and a 1 × 1 one to the output with its groups.
+
+        `fill` is not used: both have torch's initial values.
+        """
         down = self.module(
             m.in_channels,
             r,
@@ -302,44 +355,56 @@ class Conv(Op):
 
 
 class Opaque(Op):
-    """A parameter of a module that uses it in its own ways: a matrix, or a stack of them, such as those of experts.
+    """A parameter of a module that uses it in its own ways: a matrix, or a stack of matrices, such as those of experts.
 
-    Of a stack, canonical (n, out, in), A (n·r, in) holds the rows of one matrix after the other and B (out, r·n) the
-    columns of all matrices in turn: PEFT's layout. `transposed`: the module stores (n, in, out).
+    A stack is canonical as (n, out, in). Its A (n·r, in) holds the rows of one matrix after the other. Its B (out, r·n)
+    holds the columns of all matrices in turn, which is PEFT's layout. `transposed`: the module stores (n, in, out).
     """
 
     opaque = True
 
     def __init__(self, parameter: str, transposed: bool = False, packed_shape: tuple[int, ...] | None = None):
+        """Set the name of the parameter.
+
+        `packed_shape`: the canonical shape of a stack that the module holds as codes.
+        """
         self.parameter, self.transposed = parameter, transposed
         self.packed_shape = packed_shape
 
     def canon(self, W: Tensor) -> Tensor:
+        """Return W with its last two dimensions swapped if the module stores it transposed; else W. Its own inverse."""
         return W.mT if self.transposed else W
 
     uncanon = canon
 
     def shape(self, m: nn.Module) -> tuple[int, ...]:
+        """Return the canonical shape: that of the packed stack, or the parameter's, with the last two swapped if
+        transposed.
+        """
         if self.packed_shape is not None:
             return self.packed_shape
         shape = tuple(getattr(m, self.parameter).shape)
         return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
     def dims(self, m: nn.Module) -> tuple[int, int]:
+        """Return (out, in) of each matrix; (n, 1) for a vector."""
         shape = self.shape(m)
         return (shape[-2], shape[-1]) if len(shape) > 1 else (shape[0], 1)
 
     def count_matrices(self, m: nn.Module) -> int:
+        """Return the number of matrices of a stack; 1 for a matrix or a vector."""
         shape = self.shape(m)
         return shape[0] if len(shape) > 2 else 1
 
     def product(self, A: Tensor, B: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return the canonical B A: for a stack, the products of all its matrices, (n, out, in)."""
         if len(shape) < 3:
             return super().product(A, B, shape)
         A, B = self.split_matrices(A, B, shape[0])
         return B @ A
 
     def pair_matrices(self, W: Tensor, A: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield each matrix of a stack W with its own factors; a matrix W itself with A and B."""
         if W.dim() < 3:
             yield W, A, B
         else:
@@ -347,26 +412,32 @@ class Opaque(Op):
 
     @staticmethod
     def split_matrices(A: Tensor, B: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """Return the factors of each matrix of a stack, (n, r, in) and (n, out, r), from those of all."""
+        """Return the factors of each of n matrices, (n, r, in) and (n, out, r), from A (n·r, in) and B (out, r·n)."""
         return A.view(n, -1, A.shape[1]), B.view(B.shape[0], -1, n).permute(2, 0, 1)
 
     @staticmethod
     def join_matrices(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the factors of a stack, (n·r, in) and (out, r·n), from those of each matrix."""
+        """Return A (n·r, in) and B (out, r·n) from the factors of each matrix: the inverse of `split_matrices`."""
         return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
 
     def factor_modules(
         self, m: nn.Module, r: int, bias: bool, fill: bool = True, device: torch.device | None = None
     ) -> tuple[nn.Module, nn.Module]:
+        """Return two linear modules that hold A and B of all matrices, with r times the number of matrices as inner
+        size.
+        """
         out_features, in_features = self.dims(m)
         r *= self.count_matrices(m)
         return make_linear(in_features, r, False, fill, device), make_linear(r, out_features, bias, fill, device)
 
     def apply(self, base: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], W: Tensor) -> object:
-        """Return the output of a layer's base with W in place of the parameter."""
+        """Return the output of a layer's base module, with W in place of the parameter of the innermost module.
+
+        The parameter is put back afterwards, on an error as well. Under torch.compile, `functional_call` does it.
+        """
         name = path = self.parameter
         owner = base
-        while (inner := carrier_of(owner)) is not None:  # a layer of another parameter stands between
+        while (inner := carrier_of(owner)) is not None:  # a layer of another parameter is between
             owner, path = inner.base_module, f"{inner.inner_name}.{path}"
         if compiling():
             return functional_call(base, {path: W}, args, kwargs)
@@ -388,8 +459,10 @@ C = TypeVar("C")
 
 
 class TypeTable(Generic[T]):
-    """A map from `"package.module.Class"` to an entry, so that packages need not be imported. `find` takes the first
-    class of the MRO that has one."""
+    """A map from `"package.module.Class"` to an entry, so that packages need not be imported.
+
+    `find` uses the first class of the MRO that has an entry.
+    """
 
     def __init__(self, rows: Mapping[str, T]):
         self._rows = dict(rows)
@@ -397,16 +470,20 @@ class TypeTable(Generic[T]):
         self._found: dict[int, tuple[ref[type], int, T | None]] = {}
 
     def add(self, qualified_name: str, entry: T) -> None:
+        """Set the entry of a class by its qualified name, and forget all cached searches."""
         self._rows[qualified_name] = entry
         self._found.clear()
 
     def entry(self, qualified_name: str) -> T:
+        """Return the entry of exactly this qualified name. Raises KeyError if there is none."""
         return self._rows[qualified_name]
 
     def names(self) -> list[str]:
+        """Return all qualified names of the table."""
         return list(self._rows)
 
     def find(self, cls: type) -> T | None:
+        """Return the entry of the class, or of its nearest base class that has one; None if none has."""
         return self._search(cls)[2]
 
     def origin(self, cls: type[C]) -> type[C] | None:
@@ -415,6 +492,11 @@ class TypeTable(Generic[T]):
         return cls.__mro__[place] if place >= 0 else None
 
     def _search(self, cls: type) -> tuple[ref[type], int, T | None]:
+        """Return a weak reference to the class, the index in its MRO of the class with an entry (-1: none), and the
+        entry.
+
+        Results are cached by the class's id until `add`.
+        """
         match = self._found.get(id(cls))
         if match is None or match[0]() is not cls:
             places = (i for i, base in enumerate(cls.__mro__) if class_path(base) in self._rows)
@@ -425,13 +507,14 @@ class TypeTable(Generic[T]):
 
 
 def class_path(cls: type) -> str:
+    """Return `"package.module.Class"` of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 OPS: TypeTable[Op] = TypeTable(
     {
         "torch.nn.modules.linear.Linear": Linear(),
-        "transformers.models.falcon.modeling_falcon.FalconLinear": Linear(),  # writes out what nn.Linear does
+        "transformers.models.falcon.modeling_falcon.FalconLinear": Linear(),  # computes the same as nn.Linear
         "megatron.core.tensor_parallel.layers.ColumnParallelLinear": MegatronLinear(),
         "megatron.core.tensor_parallel.layers.RowParallelLinear": MegatronLinear(),
         "transformer_engine.pytorch.module.linear.Linear": Linear(),
@@ -446,14 +529,17 @@ UNKNOWN = Unknown()
 
 
 def is_stock(module: nn.Module) -> bool:
-    """Return True if a module runs the forward of its row in the table, and nothing of its own."""
+    """Return True if a module's class has the same forward as the class of the table that it derives from."""
     kind = type(module)
     known = OPS.origin(kind)
     return known is not None and kind.forward is known.forward
 
 
 def find_replaced_forward(module: nn.Module) -> type | None:
-    """Return the class of the table whose forward a module's class has replaced; None if its Op knows the new one."""
+    """Return the class of the table with a forward that a module's class overrides.
+
+    Returns None if it does not override it, has no class in the table, or has an Op made for it.
+    """
     kind = type(module)
     known = OPS.origin(kind)
     if known is None or kind.forward is known.forward or find_op(module) is not OPS.find(kind):
@@ -462,5 +548,5 @@ def find_replaced_forward(module: nn.Module) -> type | None:
 
 
 def find_op(module: nn.Module) -> Op:
-    """Return the Op of a module; `UNKNOWN` if no row of the table covers its type."""
+    """Return the Op of a module; `UNKNOWN` if the table does not have its type."""
     return (OPS.find(type(module)) or UNKNOWN).variant(module)

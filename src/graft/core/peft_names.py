@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's names on a layer, for callers of PEFT: attributes and methods beyond those that graft itself needs."""
+"""PEFT's names on a layer: attributes and methods for callers of PEFT, beyond those that graft itself uses."""
 
 from __future__ import annotations
 
@@ -20,35 +20,45 @@ from graft.core.method import Method
 from graft.core.protocols import Layer
 
 ACTIVATE = "set_adapter() activates adapters"
-CLASS_NAMES = {"trainable_tokens": "TrainableTokensLayer"}  # PEFT's; others are by folder and module: lora.Linear
+CLASS_NAMES = {"trainable_tokens": "TrainableTokensLayer"}  # PEFT's names; all others are folder and type: lora.Linear
 
 
 class VariantForward:
-    """An adapter that adds another thing than scaling · B A dropout(x), as a forward for PEFT's layers runs it."""
+    """An adapter with a forward other than scaling · B A dropout(x), as a value of PEFT's `lora_variant`."""
 
     def __init__(self, method: Method):
         self.method = method
 
     def forward(self, module: Layer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object) -> Tensor:
-        """Return `result`, the output of a layer for x, with the adapter."""
+        """Return `result`, the output of layer `module` for x, with this one adapter on it.
+
+        Raises NotImplementedError if the adapter changes more than the output. Further arguments are ignored.
+        """
         y: Tensor = module.plan_for((active_adapter,)).add_to_output(x, result)
         return y
 
     def supports_lora_conversion(self) -> bool:
+        """Return True if plain LoRA can hold the adapter."""
         return why_no_delta(self.method) is None
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"A variant has no '{name}' in graft, whose layers merge() and unmerge() adapters.")
+        """Raise AttributeError for PEFT's other attributes of a variant."""
+        raise AttributeError(f"A variant has no '{name}' in graft. Call merge() and unmerge() of its layer.")
 
 
 class ReadOnlyNames(list[str]):
-    """The names of adapters as a layer shows them: changing the list would change nothing, and is refused."""
+    """The names of adapters as a layer shows them.
+
+    Every method that changes a list raises; copies and pickles are lists.
+    """
 
     def __init__(self, names: Sequence[str], shown_as: str, remedy: str):
+        """Hold the names. `shown_as` and `remedy` are for the error."""
         super().__init__(names)
         self.shown_as, self.remedy = shown_as, remedy
 
     def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        """Raise AttributeError with the attribute's name and the remedy: a change of the list would have no effect."""
         raise AttributeError(f"{self.shown_as} cannot be changed: {self.remedy}.")
 
     __setitem__ = __delitem__ = __iadd__ = __imul__ = append = clear = extend = insert = pop = _refuse
@@ -59,13 +69,16 @@ class ReadOnlyNames(list[str]):
 
 
 class PeftNames:
-    """The part of an AdapterLayer with these names."""
+    """The part of an AdapterLayer that has PEFT's names."""
 
     # the base layer
 
     @property
     def weight(self: Layer) -> Tensor:
-        """The base layer's weight; where modules around read it to compute with it, with what the adapters do."""
+        """Return the base layer's weight.
+
+        If modules around it read it to compute with it, the adapters of this call are folded in.
+        """
         if self.site.is_read and (plan := self.find_reader_plan()) is not None:
             return self.op.uncanon(plan.fold_current()[0])
         weight: Tensor = self.get_base_layer().weight
@@ -73,6 +86,10 @@ class PeftNames:
 
     @property
     def bias(self: Layer) -> Tensor | None:
+        """Return the base layer's bias; None if it has none.
+
+        If modules around it read it to compute with it, the adapters of this call are in it, in the bias's dtype.
+        """
         if self.site.is_read and (plan := self.find_reader_plan()) is not None:
             shifted: Tensor | None = plan.bias()
             base_bias = self.bias_now
@@ -82,7 +99,7 @@ class PeftNames:
 
     @property
     def fan_in_fan_out(self: Layer) -> bool:
-        """Return True if the base layer stores (in, out)."""
+        """Return True if the base layer stores (in, out) and is no embedding."""
         return self.op.transposed and not self.op.takes_ids
 
     @property
@@ -92,22 +109,25 @@ class PeftNames:
 
     @property
     def quantization_backend(self: Layer) -> str | None:
+        """Return the name of the layer's store, such as "bnb"; None for a dense weight."""
         return None if self.store.name == "dense" else self.store.name
 
     def get_base_layer(self: Layer) -> nn.Module:
+        """Return the innermost module without adapters, below all nested `base_layer`s."""
         base = self.base_layer
         while (inner := base._modules.get("base_layer")) is not None:
             base = inner
         return base
 
     def get_base_weight(self: Layer) -> Tensor:
-        """Return the weight as the base layer stores it, dense."""
+        """Return the weight in the base layer's orientation, dequantized if it is packed."""
         return self.base_weight.read()
 
     def get_delta_weight(self: Layer, adapter: str) -> Tensor:
-        """Return ΔW of `adapter` in the orientation that the base layer stores.
+        """Return ΔW of `adapter` in the base layer's orientation, without dropout.
 
         Raises:
+            AdapterNotFoundError: the layer does not carry it.
             NotImplementedError: the adapter does something else than add to the weight.
         """
         if adapter not in self.methods:
@@ -116,34 +136,40 @@ class PeftNames:
         if not isinstance(effect, Update) or effect.weightless:
             raise NotImplementedError(
                 f"Adapter '{adapter}' has no ΔW on layer '{self.site.key}': {type(self.methods[adapter]).__name__} "
-                "does not add to the weight. Call the layer to see what the adapter does."
+                "does not add to the weight. Call the layer to see the adapter's effect."
             )
         with EvaluationMode(self):
             return self.op.uncanon(compute_delta(self, effect))
 
     def supports_lora_conversion(self: Layer, adapter_name: str = "default") -> bool:
-        """Return True if plain LoRA can hold what an adapter does to this layer: see `graft.convert_to_lora`."""
+        """Return True if the layer carries the adapter and plain LoRA can hold it: see `graft.convert_to_lora`."""
         return adapter_name in self.methods and why_no_delta(self.methods[adapter_name]) is None
 
     # adapters
 
     @property
     def merged_adapters(self: Layer) -> list[str]:
+        """Return the names of the merged adapters as a list that cannot be changed."""
         return ReadOnlyNames(self.state.merged, "merged_adapters", "merge() and unmerge() change what is merged")
 
     @property
     def merged(self: Layer) -> bool:
+        """Return True if an adapter is merged."""
         return bool(self.state.merged)
 
     @property
     def active_adapters(self: Layer) -> list[str]:
-        """The active adapters, also those that the layer does not carry."""
-        return list(self.state.active)  # plain: other packages hand it on, and pickle it
+        """Return a new list of the active adapters, including those that the layer does not carry."""
+        return list(self.state.active)  # a plain list: other packages pass it on, and pickle it
 
     active_adapter = active_adapters  # a list here and on the tuner, a name on a PeftModel
 
     @property
     def _active_adapter(self: Layer) -> list[str]:
+        """Return the names of the active adapters as a list that cannot be changed.
+
+        Setting it raises AttributeError.
+        """
         return ReadOnlyNames(self.state.active, "_active_adapter", ACTIVATE)
 
     @_active_adapter.setter
@@ -152,6 +178,7 @@ class PeftNames:
 
     @property
     def _disable_adapters(self: Layer) -> bool:
+        """Return True if adapters are disabled. Setting it raises AttributeError."""
         off: bool = self.state.disabled
         return off
 
@@ -163,25 +190,30 @@ class PeftNames:
 
     @property
     def adapter_layer_names(self: Layer) -> tuple[str, ...]:
-        """Containers of tensors that train, empty ones, too; those that a variant of the method adds come last."""
+        """Return the containers of trained tensors of the methods on this layer, empty ones included.
+
+        The containers that a variant of a method adds come last.
+        """
         names = dict.fromkeys(n for m in self.methods.values() for n in m.layer_names)
         return tuple(n for n in names if n in self._modules or n in self.__dict__)
 
     @property
     def other_param_names(self: Layer) -> tuple[str, ...]:
+        """Return the layer's containers that are not in `adapter_layer_names`."""
         return tuple(k for k in self.containers if k not in self.adapter_layer_names)
 
-    # what a forward written for PEFT's layers uses
+    # attributes that a forward written for PEFT's layers uses
 
     @property
     def lora_variant(self: Layer) -> dict[str, VariantForward]:
-        """The adapters whose forward is another than plain LoRA's."""
+        """Return the adapters with a forward other than plain LoRA's, by name."""
         return {name: VariantForward(m) for name, m in self.methods.items() if m.is_variant}
 
     def _check_forward_args(self, x: Tensor, *args: object, **kwargs: object) -> None:
         """Do nothing: names of rows are checked where the model is called."""
 
     def _cast_input_dtype(self: Layer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Return x in this dtype; x itself if it is None, or if the layer's input casting is disabled."""
         return x if x is None or not self.cast_input_dtype_enabled else x.to(dtype)
 
     def _mixed_batch_forward(
@@ -192,25 +224,29 @@ class PeftNames:
         alora_offsets: object = None,
         **kwargs: object,
     ) -> object:
-        """Run the layer as graft does, in a mixed batch or not: which adapters act on which rows, the call knows.
+        """Run the layer by graft's own forward, which takes the rows from the model's call.
+
+        `alora_offsets` is ignored.
 
         Raises:
-            RoutingError: it knows of none.
+            RoutingError: `adapter_names` is given here, and the model's call has no rows.
         """
         if adapter_names is not None and not (self.call.open and self.call.current_rows()):
-            raise RoutingError(f"adapter_names for layer '{self.site.key}' alone: pass them to the PeftModel.")
+            raise RoutingError(f"adapter_names for layer '{self.site.key}' alone. Pass them to the PeftModel.")
         return self._graft_forward(x, *args, **kwargs)
 
     @changes(all_adapters)
     def reset_lora_parameters(self: Layer, adapter_name: str, init_lora_weights: bool | str) -> None:
-        """Give A and B of a LoRA adapter the values of a start again; a merge holds the new ones then.
+        """Set A and B of a LoRA adapter to initial values again.
+
+        If it is merged, the merge holds the new values afterwards.
 
         Args:
-            init_lora_weights: True or "gaussian"; False: leave all as it is.
+            init_lora_weights: True or "gaussian"; False leaves all as it is.
 
         Raises:
             AdapterNotFoundError: the layer does not carry the adapter.
-            ConfigError: it is none of LoRA's, or the start is one that changes more than A and B.
+            ConfigError: the adapter is not LoRA's, or the initialisation changes more than A and B.
         """
         method = self.methods.get(adapter_name)
         if method is None:
@@ -218,7 +254,7 @@ class PeftNames:
         if not hasattr(method, "restart"):
             raise ConfigError(
                 f"Adapter '{adapter_name}' on layer '{self.site.key}' is {type(method).__name__}, which has no A and B "
-                "of LoRA: delete_adapter() it and add it anew."
+                "of LoRA. Delete the adapter and add it anew."
             )
         with lift_merged(self):
             method.restart(init_lora_weights)
@@ -226,7 +262,12 @@ class PeftNames:
     def _move_adapter_to_device_of_base_layer(
         self: Layer, adapter_name: str, device: torch.device | str | int | None = None
     ) -> None:
-        """Put an adapter where the base weight is, or on another device; its floats get the base's dtype."""
+        """Move an adapter's tensors to the base weight's device, or to `device`, and cast floats to the base weight's
+        dtype.
+
+        Values of an `Exact` module keep their dtype, and all do if the weight is no float. Does nothing if the layer
+        does not carry the adapter.
+        """
         if adapter_name not in self.methods:
             return
         base_device, dtype = self.where
@@ -242,7 +283,11 @@ class PeftNames:
     # scaling
 
     def set_scale(self: Layer, adapter: str, scale: float) -> None:
-        """Multiply the configured scaling of `adapter` by `scale`. Raises ConfigError if that is not finite."""
+        """Set the scaling of `adapter` to `scale` times its configured one.
+
+        Warns if its method has no scaling; does nothing if the layer does not carry it. Raises ConfigError if `scale`
+        is not finite.
+        """
         check_scale(self, scale)
         if adapter in self.scaling_at_start:
             self.scaling[adapter] = scale * self.scaling_at_start[adapter]
@@ -250,12 +295,18 @@ class PeftNames:
             warn_no_scaling(self, adapter)
 
     def scale_layer(self: Layer, scale: float) -> None:
-        """Multiply the current scaling of the active adapters by `scale`. Raises ConfigError as `set_scale`."""
+        """Multiply the present scaling of the active adapters by `scale`.
+
+        Warns for methods without scaling, unless `scale` is 1. Raises ConfigError if `scale` is not finite.
+        """
         check_scale(self, scale)
         rescale(self, lambda adapter: self.scaling[adapter] * scale, changes=scale != 1)
 
     def unscale_layer(self: Layer, scale: float | None = None) -> None:
-        """Divide the current scaling of the active adapters by `scale`; reset it if None.
+        """Divide the present scaling of the active adapters by `scale`; set it to the configured one if `scale` is
+        None.
+
+        Warns for methods without scaling, unless `scale` is 1 or None.
 
         Raises:
             ConfigError: `scale` is 0, or not finite.
@@ -264,33 +315,45 @@ class PeftNames:
         start = self.scaling_at_start
         rescale(self, lambda a: start[a] if scale is None else self.scaling[a] / scale, changes=scale not in (None, 1))
 
-    # how it shows
+    # names and repr
 
     @property
     def type_name(self: Layer) -> str:
-        """PEFT's class name for this kind of layer."""
+        """Return PEFT's class name for this kind of layer: "ParamWrapper" for a parameter, "Linear" also for a
+        Conv1D.
+        """
         if self.site.path != self.site.key:
             return "ParamWrapper"
         return "Linear" if self.site.type_name == "Conv1D" else self.site.type_name
 
     @property
     def parameter_name(self: Layer) -> str:
-        """The parameter that is adapted, of a layer that stands around its module; others have no such attribute."""
+        """Return the name of the adapted parameter of a layer around a parameter.
+
+        Raises AttributeError on other layers, as PEFT's clients tell layers apart by it.
+        """
         if self.site.path == self.site.key:
             raise AttributeError("parameter_name")  # as in PEFT, where clients tell such layers by it
         return self.site.parameter
 
     def _get_name(self: Layer) -> str:
+        """Return the name for repr: folders of the methods on the layer and the type, such as "lora.Linear"; PEFT's
+        name for some.
+        """
         modules = {type(m).__module__.removeprefix("graft.methods.").split(".")[0]: None for m in self.methods.values()}
         return CLASS_NAMES.get("+".join(modules), f"{'+'.join(modules) or 'graft'}.{self.type_name}")
 
     def extra_repr(self: Layer) -> str:
+        """Return the layer's adapters and the active ones for repr, with the parameter's name if it has one."""
         parameter = f"parameter_name='{self.site.parameter}', " if self.site.path != self.site.key else ""
         return f"{parameter}adapters={list(self.methods)}, active={self.state.active}"
 
 
 def rescale(layer: Layer, new: Callable[[str], float], changes: bool) -> None:
-    """Give the active adapters of a layer another scaling. changes: it may be another than now."""
+    """Set the scaling of each active adapter of a layer to `new(adapter)`.
+
+    Warns for a method without scaling, if `changes`: the scaling may differ from the present one.
+    """
     for adapter in layer.state.active:
         if adapter in layer.scaling_at_start:
             layer.scaling[adapter] = new(adapter)
@@ -299,14 +362,15 @@ def rescale(layer: Layer, new: Callable[[str], float], changes: bool) -> None:
 
 
 def check_scale(layer: Layer, scale: float | None, divides: bool = False) -> None:
-    """Raise ConfigError if a number that multiplies or divides scalings of a layer is not finite, or divides by 0.
+    """Raise ConfigError if a factor for scalings of a layer is not finite, or is 0 where it divides.
 
-    Tensors pass: to read one, the host would wait for its device.
+    Tensors and None pass: the host would have to wait for a tensor's device.
     """
     if isinstance(scale, (int, float)) and not (is_finite(scale) and (scale or not divides)):
         raise ConfigError(f"Layer '{layer.site.key}' cannot scale an adapter by {scale}. Give another number.")
 
 
 def warn_no_scaling(layer: Layer, adapter: str) -> None:
+    """Warn that the method of this adapter has no scaling, so that the call is ignored."""
     name = type(layer.methods[adapter]).__name__
     warn(f"Scaling has no meaning for {name} adapters (layer '{layer.site.key}'): ignored.", PeftWarning)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters on a layer of which each process computes a piece, such as some of the output's features.
+"""Adapters on a layer that several processes compute together, each a piece, such as some of the output's features.
 
-An adapter is defined on the full weight. Its parameters are whole on every process, and so are their gradients: initial
-values, optimizers, clipping, files and merging are those of one process, and saving gathers nothing. What an effect
-says is computed with whole inputs and outputs, joined before it and cut after it. Products and ΔW, which most methods
-are, have a shorter way: each process computes with the rows or columns that its piece of the weight has.
+An adapter is defined on the full weight. Each process has all of its parameters and of their gradients. So initial
+values, optimizers, clipping, files and merging are those of one process, and saving gathers nothing. An effect is
+computed with whole inputs and outputs, joined before and cut after it. Products and ΔW, which most methods are, have a
+shorter way: each process computes with the rows or columns that its piece of the weight has.
 
-PEFT shards LoRA's parameters as the weight is. That saves memory of about the size of one adapter, and then each method
-needs rules of its own for values, gradients and files.
+PEFT shards LoRA's parameters as the weight is. That saves memory of about the size of one adapter. But then each method
+needs its own rules for values, gradients and files.
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ class LayerPiece:
     """The piece of a layer's work that one process does.
 
     Args:
-        style: what the layout calls it, for errors.
-        group: the processes that do the work together.
-        inputs: the cut of the inputs of which the module takes a piece; None if it takes all.
-        outputs: the cut of the outputs of which the module returns a piece; None if it returns all.
-        left_out: module → what follows the output in the tuple that it returns; the first is a bias that the caller
-            adds. None: the module returns a tensor.
+        style: the layout's name for it, for errors.
+        group: the processes that share the layer; None: the default process group.
+        inputs: the cut of the inputs, if the module takes a piece of them; None if it takes all.
+        outputs: the cut of the outputs, if the module returns a piece of them; None if it returns all.
+        left_out: function from the module to the values after the output in the tuple that it returns. The first is a
+            bias
+            that the caller adds. None: the module returns a tensor.
     """
 
     style: str
-    group: dist.ProcessGroup | None  # None: the default one
+    group: dist.ProcessGroup | None  # None: the default process group
     inputs: Cut | None = None
     outputs: Cut | None = None
     left_out: Callable[[nn.Module], tuple[object, ...]] | None = None
@@ -58,11 +59,13 @@ class LayerPiece:
 
     @property
     def plans(self) -> dict[type, type]:
-        """The plans for layers of this kind, by those of other layers."""
+        """Return the plan classes for layers in pieces, by the classes for other layers."""
         return {SumPlan: PieceSumPlan, ChainPlan: PieceChainPlan}
 
     def check(self, x: Tensor, y: Tensor, key: str) -> None:
-        """Raise UnsupportedLayerError unless the module gives the piece that its style says."""
+        """Raise UnsupportedLayerError unless x and y are plain tensors of the same tokens, and y has the features of
+        this piece.
+        """
         features = None if self.outputs is None else self.outputs.length(self.outputs.rank) * self.outputs.stripes
         right = type(y) is Tensor and y.dim() and (features is None or y.shape[-1] == features)
         if (
@@ -77,34 +80,45 @@ class LayerPiece:
             )
 
     def check_draws(self, key: str) -> None:
-        """Raise RuntimeError if the processes would draw different random numbers for tensors that are equal."""
+        """Raise RuntimeError if the processes have different random states, so that dropout would differ between them.
+
+        All processes of the group have to call it: it gathers checksums of their generators.
+        """
         checksums = [zlib.crc32(bytes(state.tolist())) for state in read_generator_states()]
         gathered: list[object] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(gathered, checksums, group=self.group)
         if any(of_process != checksums for of_process in gathered):
             raise RuntimeError(
-                f"The processes that share layer '{key}' have different random states, so that dropout would take "
-                "different inputs out on each and their adapters drift apart: call torch.manual_seed with one seed on "
-                "all of them, after whatever draws on some only."
+                f"The processes that share layer '{key}' have different random states, so that dropout would drop "
+                "other inputs on each and their adapters drift apart. Call torch.manual_seed with one seed on all of "
+                "them, after draws on some only."
             )
 
 
 def check_no_pieces(sites: Iterable[tuple[str, Site]], what: str) -> None:
-    """Raise UnsupportedLayerError if a process has only a piece of one of these sites (path, site)."""
+    """Raise UnsupportedLayerError if this process has only a piece of one of these sites (path, site).
+
+    The error begins with `what`, the task that needs whole layers.
+    """
     cut = [(key, p.style) for key, s in sites if (p := s.piece) is not None and (p.inputs or p.outputs or p.left_out)]
     if cut:
         raise UnsupportedLayerError(
             f"{what} of whole layers, and layer '{cut[0][0]}' is parallel by the style '{cut[0][1]}' ({len(cut)} "
-            "layers are): load the model without tp_plan for this."
+            "layers are). Load the model without tp_plan for this."
         )
 
 
 def show_type(t: Tensor) -> str:
+    """Return the type and shape of a tensor, or the type of another object, as text for an error."""
     return f"a {type(t).__name__}{tuple(t.shape)}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
 
 
 def call_piece(layer: Layer, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    """Return the module's output with another (whole, canonical) weight and bias."""
+    """Return the module's output for x with another (whole, canonical) weight and bias: this process's piece of it.
+
+    Cut outputs use the rows of W of this process, and gradients of x are summed over processes. Cut inputs use the
+    columns, and partial results are summed; the bias is added after that.
+    """
     op, base, piece = layer.op, layer.base_layer, layer.site.piece
     if piece.outputs is not None:
         x, W = sum_gradient(x, piece.outputs), cut_tensor(W, piece.outputs, 0)
@@ -116,18 +130,25 @@ def call_piece(layer: Layer, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
 
 
 def drops_inputs(layer: Layer, module: nn.Module | None) -> bool:
+    """Return True if a dropout module may drop inputs now: not for None, ids, Identity, eval mode or p = 0."""
     return module is not None and not layer.op.takes_ids and find_dropout_rate(module) != 0
 
 
 def drop_piece_inputs(layer: Layer, module: nn.Module, x: Tensor) -> Tensor:
-    """Return the piece of an input with the same inputs taken out on all processes, those that one would take out."""
+    """Return this process's piece of an input with the same inputs dropped on all processes as one process would drop.
+
+    Joins the input, drops, and cuts it again.
+    """
     piece = layer.site.piece
     p, whole = find_dropout_rate(module), join_pieces(x, piece.inputs)
     return cut_tensor(module(whole) if p is None else dropout(whole, p), piece.inputs)
 
 
 def low_rank_piece(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
-    """Return this process's piece of scale · outer ⊙ B (inner ⊙ A dropout(x)). Modules with hooks see whole tensors."""
+    """Return this process's piece of scale · outer ⊙ B (inner ⊙ A dropout(x)).
+
+    Tensors are cut like the weight. Factors that are modules with hooks get whole inputs, and their output is cut.
+    """
     op, base, piece = layer.op, layer.base_layer, layer.site.piece
     x = m.cast(x)
     if f.dropout is not None and drops_inputs(layer, f.dropout):
@@ -153,7 +174,11 @@ def low_rank_piece(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
 
 
 def compute_part_piece(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
-    """Return this process's piece of what an adapter adds to y, the output for x."""
+    """Return this process's piece of the part that an adapter adds to y, the output for x.
+
+    Products and updates without dropout and branch compute with pieces. All others get whole inputs (a Rewrite also the
+    whole output), and their part is cut.
+    """
     piece = layer.site.piece
     if effect.product is not None:
         return low_rank_piece(layer, m, effect.product(), x)
@@ -174,17 +199,23 @@ def compute_part_piece(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Te
 
 
 class PiecePlan(LayerPlan):
-    """The share of both plans: each calls the module with its piece of the input."""
+    """The common part of both plans: each calls the module with its piece of the input."""
 
-    checked = False  # draws of a training pass
+    checked = False  # a pass in training has compared the processes' random states
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
-        """Return an output in the form in which the module returns it."""
+        """Return the output with adapters in the form of the module's own: a tensor, or a tuple with the
+        left-out bias.
+        """
         y, left_out = super().run(x, *args, **kwargs), self.layer.site.piece.left_out
         return y if left_out is None else (y, *left_out(self.layer.base_layer))
 
     def run_base(self, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
-        """Return the base layer's output, a piece of it if that is what the module returns."""
+        """Return the base layer's output, this process's piece of it if the module returns one.
+
+        Checks types and shapes each time. In the first pass in training, if an adapter may draw, also checks that all
+        processes have equal random states.
+        """
         layer = self.layer
         out = layer.base_layer(x, *args, **kwargs)
         y: Tensor = out if layer.site.piece.left_out is None else out[0]
@@ -196,18 +227,27 @@ class PiecePlan(LayerPlan):
         return y
 
     def compute_part(self, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
+        """Return this process's piece of the part that a step adds to y."""
         return compute_part_piece(self.layer, m, effect, x, y)
 
 
 def may_draw(m: Method) -> bool:
-    """Return True if an adapter may draw random numbers in training."""
+    """Return True if an adapter may draw random numbers in training: a dropout of its config is above 0, or its effect
+    draws.
+    """
     return any(
         isinstance(value, float) and value > 0 for name, value in vars(m.cfg).items() if "dropout" in name
     ) or bool(getattr(m.effect, "draws", False))
 
 
 class PieceSumPlan(PiecePlan, SumPlan):
+    """Adapters that only add to the output of a layer in pieces."""
+
     def add(self, x: Tensor, y: Tensor, fuse: bool, first: int = 0) -> Tensor:
+        """Return y plus the piece of each step's part, from step `first` on, in the dtype of y.
+
+        Kernels never fuse here.
+        """
         dtype = y.dtype
         for m, effect in self.steps[first:]:
             y = y + compute_part_piece(self.layer, m, effect, x, y)
@@ -215,14 +255,21 @@ class PieceSumPlan(PiecePlan, SumPlan):
 
 
 class PieceChainPlan(PiecePlan, ChainPlan):
+    """Adapters in a chain on a layer in pieces."""
+
     def __init__(self, layer: Layer, steps: Sequence[Step]):
+        """Make a chain that needs more than the base's input and output, since whole tensors are joined."""
         super().__init__(layer, steps)
         self.only_adds_on_top = False
 
     def bias(self, n: int | None = None) -> Tensor | None:
+        """Return the layer's bias with n steps; None if the module leaves its bias to the caller."""
         return None if self.layer.site.piece.leaves_bias(self.layer.base_layer) else super().bias(n)
 
     def run_steps(self, n: int, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+        """Return the output of the first n steps: of a Rewrite that does not fold by `run_rewrite`, else as a
+        ChainPlan.
+        """
         m, effect = self.steps[n - 1]
         if n and isinstance(effect, Rewrite) and not effect.folds:
             return self.run_rewrite(n - 1, m, effect, x, args, kwargs)
@@ -231,6 +278,9 @@ class PieceChainPlan(PiecePlan, ChainPlan):
     def run_rewrite(
         self, n: int, m: Method, effect: Rewrite, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor:
+        """Return the output with step n, a Rewrite: `pre` gets the whole input, and its result is cut for the steps
+        before.
+        """
         piece = self.layer.site.piece
         whole = join_pieces(x, piece.inputs)
         inner = x if effect.pre is None else cut_tensor(effect.pre(whole).to(x.dtype), piece.inputs)
@@ -239,6 +289,11 @@ class PieceChainPlan(PiecePlan, ChainPlan):
         )
 
     def apply_post(self, n: int, m: Method, effect: Rewrite, x: Tensor, y: Tensor) -> Tensor:
+        """Return this process's piece of post(x, y), computed on the whole output; y itself if the effect has no
+        `post`.
+
+        x is the whole input. If the effect is `apart`, the bias is subtracted before `post` and added again.
+        """
         if effect.post is None:
             return y
         piece = self.layer.site.piece
@@ -248,13 +303,17 @@ class PieceChainPlan(PiecePlan, ChainPlan):
         return cut_tensor(out.to(y.dtype), piece.outputs)
 
     def low_rank(self, m: Method, f: Factors, x: Tensor) -> Tensor:
+        """Return this process's piece of the low-rank part."""
         return low_rank_piece(self.layer, m, f, x)
 
     def call(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """Return this process's piece of the output with another (whole, canonical) weight and bias."""
         return call_piece(self.layer, x, W, b)
 
     def channels(self, v: Tensor) -> Tensor:
+        """Return this process's piece of a vector over output features."""
         return cut_tensor(v, self.layer.site.piece.outputs, 0)
 
     def apply_dropout(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Return this process's piece of x, with the same inputs dropped on all processes."""
         return drop_piece_inputs(self.layer, module, x)

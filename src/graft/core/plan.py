@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans: what a layer computes with its active adapters. It plans when they change, and runs the plan at each call.
+"""Plans: the computation of a layer with its active adapters. It is planned when they change, and run at each call.
 
-An adapter's part is what it adds to the output; a plan sums parts, or chains what adapters make of input and output."""
+The part of an adapter is the tensor that it adds to the output. A plan sums parts, or chains changes of input and
+output.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ from graft.kernels.summed import make_sum
 
 
 def recompute_in_backward(layer: Layer, run: Callable[..., Tensor], *args: object) -> Tensor:
-    """Return run(*args); compute it again in the backward pass."""
+    """Return run(*args), and compute it again in the backward pass instead of keeping its intermediate tensors.
+
+    Without gradients, or under a compiler or tracer, it is a plain call.
+    """
     if not (torch.is_grad_enabled() and eager()):
         return run(*args)
     out: Tensor = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=layer.training)
@@ -36,7 +41,11 @@ def recompute_in_backward(layer: Layer, run: Callable[..., Tensor], *args: objec
 
 
 def compute_low_rank_part(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
-    """Return scale · outer ⊙ B (inner ⊙ A dropout(x)); call modules one by one."""
+    """Return scale · outer ⊙ B (inner ⊙ A dropout(x)), calling A and B one by one if they are modules.
+
+    x is cast to the adapter's dtype. Ids have no dropout. Where a layer type has no two factors (grouped convolutions),
+    the product B A is formed and used as a weight.
+    """
     op, base, A, B = layer.op, layer.base_layer, f.A, f.B
     x = m.cast(x)
     if f.dropout is not None and not op.takes_ids:
@@ -56,7 +65,10 @@ def compute_low_rank_part(layer: Layer, m: Method, f: Factors, x: Tensor) -> Ten
 
 
 def compute_update_part(layer: Layer, m: Method, effect: Update, x: Tensor) -> Tensor:
-    """Return ΔW dropout(x) + Δb."""
+    """Return ΔW dropout(x) + Δb of an Update, plus the product of its factors if it has both.
+
+    An Update that is one product runs as factors, one with a `branch` by that. x is cast to the adapter's dtype.
+    """
     if effect.product is not None:
         return compute_low_rank_part(layer, m, effect.product(), x)
     op = layer.op
@@ -72,10 +84,14 @@ def compute_update_part(layer: Layer, m: Method, effect: Update, x: Tensor) -> T
 
 
 def apply_delta(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Return ΔW x + Δb. Of a ΔW that is not formed yet, form only columns that ids name, or nothing where that pays."""
+    """Return ΔW x + Δb. `delta` is None for an effect with a bias alone.
+
+    A ΔW that is not formed yet is formed only for the columns of the ids of an embedding, or not at all where its
+    `product` is cheaper. Else it is formed and used as the layer's weight.
+    """
     op, base = layer.op, layer.base_layer
     if delta is None:
-        assert bias is not None  # an Update has one of them
+        assert bias is not None  # an Update has a delta or a bias
         return op.channels(bias)
     if not isinstance(delta, Tensor):
         if op.takes_ids:
@@ -88,7 +104,10 @@ def apply_delta(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: 
 
 
 def compute_part(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
-    """Return the part that an adapter adds to y, the output for x."""
+    """Return the part that an adapter adds to y, the output for x: the `part` of a Rewrite, or an Update applied to x.
+
+    On a store that rounds (`exact` is False), an Update that forms ΔW is computed again in the backward pass.
+    """
     if isinstance(effect, Rewrite):
         assert effect.part is not None
         return effect.part(find_step_input(layer, m, effect, x), y)
@@ -99,11 +118,16 @@ def compute_part(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor) 
 
 
 def add_product(layer: Layer, m: Method, f: Factors, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+    """Return y + the low-rank part for x. With `fuse`, a kernel may do it in the memory of y, where one fits."""
     out = fused.add_factors(f, x, y) if fuse else None
     return y + compute_low_rank_part(layer, m, f, x) if out is None else out
 
 
 def run_with_update(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tensor:
+    """Return the output of the base layer for x with an Update added, by a fused kernel where one fits.
+
+    Without branch and dropout, weight and ΔW are applied together; else the update is computed separately and added.
+    """
     assert isinstance(effect, Update)
     if effect.factors is not None:
         x = once(x)
@@ -127,25 +151,32 @@ Step = tuple[Method, Effect]  # (method, its effect)
 
 
 class LayerPlan:
-    """Base of the plans. steps: the innermost first."""
+    """Base of the plans. steps: pairs of a method and its effect, the innermost first."""
 
-    only_adds_on_top = False  # `add` needs no more than input and output of the base layer
+    only_adds_on_top = False  # `add` needs only input and output of the base layer
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         self.layer, self.steps = layer, list(steps)
 
-    def run(self, *args: Any, **kwargs: Any) -> object:  # of the module's arguments
+    def run(self, *args: Any, **kwargs: Any) -> object:  # arguments of the module
+        """Return the layer's output for the module's arguments. Subclasses override it."""
         raise NotImplementedError
 
     def run_base(self, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
-        """Return the output of the base layer for x and the module's other arguments."""
+        """Return the output of the base layer for x and the module's other arguments, protected against in-place
+        changes.
+        """
         return self.layer.store.protect(self.layer.base_layer(x, *args, **kwargs))
 
     def add_to_output(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y, the output for x of what is beneath them, with the steps on it: of a plan of one adapter."""
+        """Return y, the output for x of the layers beneath, with the single step of this plan on it.
+
+        Raises:
+            NotImplementedError: the adapter changes more than the output (the default).
+        """
         raise NotImplementedError(
-            f"Adapter '{self.steps[0][0].name}' of layer '{self.layer.site.key}' acts on more than an output: call the "
-            "original forward in its place."
+            f"Adapter '{self.steps[0][0].name}' of layer '{self.layer.site.key}' acts on more than an output. Call "
+            "the original forward."
         )
 
     def add(self, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
@@ -153,7 +184,11 @@ class LayerPlan:
         raise NotImplementedError
 
     def add_gated(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y with the parts of all steps, weighed by the gates of the call. All are parts of y itself."""
+        """Return y plus the part of each step times its gate in this call. All parts are computed from y itself.
+
+        Raises:
+            RoutingError: a step does more than add to the output.
+        """
         if not all([effect.weighable for _, effect in self.steps]):
             check_no_gates(self.layer)
         out, gates = y, self.layer.call.current_gates()
@@ -167,24 +202,27 @@ class LayerPlan:
         return compute_part(self.layer, m, effect, x, y)
 
     def fold(self, W: Tensor, b: Tensor | None, drops: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Return weight (canonical) and bias of a plain layer that acts as base and adapters together.
+        """Return weight (canonical) and bias of a plain layer that computes the same as the base with all steps.
 
-        drops: see `fold_effect`.
+        Starts from W and b, which do not change. drops: see `fold_step`.
         """
         for m, effect in self.steps:
             W, b = fold_effect(self.layer, m, effect, W, b, drops)
         return W, b
 
     def fold_current(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight (canonical) and bias with which the module runs, which uses them in its own ways.
+        """Return weight (canonical) and bias, with all steps folded in, for a module that uses them in its own ways.
 
-        There dropout takes out the same inputs for all rows of a call.
+        Dropout then drops the same inputs for all rows of a call. For an opaque layer the bias starts as None.
         """
         layer = self.layer
         return self.fold(layer.weight_now, None if layer.op.opaque else layer.bias_now, drops=True)
 
     def bias(self, n: int | None = None) -> Tensor | None:
-        """Return the bias of the layer with the (first n) steps on it."""
+        """Return the bias of the layer with its first n steps (all if n is None); None if there is none.
+
+        Forms the folded weight only if a Rewrite may move the bias. A Rewrite that cannot be merged is left out.
+        """
         b = self.layer.bias_now
         steps = [step for step in self.steps[:n] if step[1].why_unmergeable is None or not isinstance(step[1], Rewrite)]
         if any(isinstance(e, Rewrite) and not (e.pre and not e.post) for _, e in steps):
@@ -212,6 +250,11 @@ class SumPlan(LayerPlan):
         self.single = len(self.steps) == 1
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
+        """Return the base layer's output plus all parts.
+
+        With gates in the call, parts are weighed. If a kernel may fuse and the base does not train, base and first step
+        run in one kernel. Else the base layer is called, and each part added.
+        """
         layer = self.layer
         if layer.call.open and layer.call.current_gates() is not None:
             x = once(x)
@@ -233,7 +276,10 @@ class SumPlan(LayerPlan):
         return self.add(x, self.run_base(x, args, kwargs), fuse)
 
     def add(self, x: Tensor, y: Tensor, fuse: bool, first: int = 0) -> Tensor:
-        """Add the parts of the steps from `first` on to y. fuse: write to y, and pass modules without hooks by."""
+        """Return y plus the parts of the steps from number `first` on, in the dtype of y.
+
+        fuse: kernels may write to y.
+        """
         layer, dtype = self.layer, y.dtype
         for m, effect, product in self.adds[first:]:
             if product is None:
@@ -243,11 +289,12 @@ class SumPlan(LayerPlan):
         return cast(y, dtype)
 
     def add_to_output(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y plus all parts for x, in new memory."""
         return self.add(x, y, False)
 
 
 class ChainPlan(LayerPlan):
-    """Adapters each of which acts on the layer that those before it made."""
+    """Adapters that each act on the layer with all those before them."""
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
@@ -255,23 +302,33 @@ class ChainPlan(LayerPlan):
         self.only_adds_on_top = all([effect.only_adds_on_top for _, effect in self.steps])
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
+        """Return the output with all steps; with gates in the call, the base output plus all weighed parts."""
         if self.layer.call.open and self.layer.call.current_gates() is not None:
             return self.add_gated(x, self.run_steps(0, x, args, kwargs))
         return self.run_steps(len(self.steps), x, args, kwargs)
 
     def add(self, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+        """Return y, the output of the base layer for x, with the steps on it, one after the other.
+
+        `fuse` is not used.
+        """
         for n, (m, effect) in enumerate(self.steps):
             y = self.apply_step(n, m, effect, x, y)
         return y
 
     def apply_step(self, n: int, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
-        """Return y, the output with n steps for x, with the next one on it."""
+        """Return y, the output with n steps for x, with the next step on it: the `post` of a Rewrite, or y
+        plus a part.
+        """
         if isinstance(effect, Rewrite):
             return self.apply_post(n, m, effect, find_step_input(self.layer, m, effect, x), y)
         return cast(y + self.compute_part(m, effect, x, y), y.dtype)
 
     def apply_post(self, n: int, m: Method, effect: Rewrite, x: Tensor, y: Tensor) -> Tensor:
-        """Return what `post` makes of y, the output with n steps."""
+        """Return post(x, y) in the dtype of y, the output with n steps; y itself if the effect has no `post`.
+
+        If the effect is `apart`, the bias is subtracted before `post` and added again after it.
+        """
         if effect.post is None:
             return y
         b = self.bias(n) if effect.apart else None
@@ -281,37 +338,45 @@ class ChainPlan(LayerPlan):
         return cast(effect.post(x, y - b) + b, y.dtype)
 
     def run_steps(self, n: int, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
-        """Return the output of the layer with the first n steps on it."""
+        """Return the output of the layer with the first n steps on it, for x; n = 0 is the base layer."""
         if n == 0:
             return self.run_base(x, args, kwargs)
         m, effect = self.steps[n - 1]
         return self.step_runners[n - 1](self, n - 1, m, effect, x, args, kwargs)
 
     def add_to_output(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y, an output for x, with the one step of this plan, an Update with a gain; others as
+        `LayerPlan.add_to_output`.
+        """
         m, effect = self.steps[0]
         if not isinstance(effect, Update) or effect.additive or effect.factors is None:
             return super().add_to_output(x, y)
         return _apply_gain(self, 0, m, effect.factors(), x, y, lambda inner: self.run_steps(0, inner, (), {}), False)
 
-    # what a layer of which a process computes a piece does in another way
+    # a layer in pieces (`core/pieces.py`) overrides these
 
     def low_rank(self, m: Method, f: Factors, x: Tensor) -> Tensor:
+        """Return the low-rank part for x. A process with a piece of the layer overrides it."""
         return compute_low_rank_part(self.layer, m, f, x)
 
     def call(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        """Return the module's output with another (canonical) weight and bias."""
+        """Return the module's output for x with another (canonical) weight and bias."""
         return self.layer.op.call(self.layer.base_layer, x, W, b)
 
     def channels(self, v: Tensor) -> Tensor:
+        """Return a vector over output features in a shape that broadcasts over the output."""
         return self.layer.op.channels(v)
 
     def apply_dropout(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Return x with dropped inputs: by graft's kernel if `find_dropout_rate` knows the rate, else by calling the
+        module.
+        """
         p = find_dropout_rate(module)
         return module(x) if p is None else dropout(x, p)
 
 
 def choose_step_runner(effect: Effect) -> Callable[..., Tensor]:
-    """Return the function that runs a step of a chain."""
+    """Return the function that runs a step of a chain, by the kind of its effect."""
     if isinstance(effect, Rewrite):
         return _run_fold if effect.folds else _run_rewrite
     return _run_add if effect.additive else _run_gain
@@ -320,6 +385,9 @@ def choose_step_runner(effect: Effect) -> Callable[..., Tensor]:
 def _run_rewrite(
     plan: ChainPlan, n: int, m: Method, effect: Rewrite, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> Tensor:
+    """Return step n of a chain for a Rewrite: `pre` changes the input, the steps before run, `post` changes
+    the output.
+    """
     x = once(x)
     inner = x if effect.pre is None else cast(effect.pre(x), x.dtype)
     return plan.apply_step(n, m, effect, x, plan.run_steps(n, inner, args, kwargs))
@@ -328,13 +396,20 @@ def _run_rewrite(
 def _run_fold(
     plan: ChainPlan, n: int, m: Method, effect: Rewrite, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> Tensor:
-    """Run the layer's own function with the folded weight: nothing else sees the patches that a kernel sees."""
+    """Return step n of a chain by the layer's own function with the folded weight of all steps up to n.
+
+    Other steps' hooks and kernels do not run. On a store that rounds, it is computed again in the backward pass.
+    """
     if not plan.layer.store.exact:
         return recompute_in_backward(plan.layer, _call_folded, plan, n, x)
     return _call_folded(plan, n, x)
 
 
 def _call_folded(plan: ChainPlan, n: int, x: Tensor) -> Tensor:
+    """Return the module's output for x with steps 0 to n folded into weight and bias, in the dtype of x.
+
+    Each step is folded in its adapter's dtype. If autocast chose the output's dtype, that stays.
+    """
     layer, op = plan.layer, plan.layer.op
     W, b = layer.weight_now, layer.bias_now
     out = W.dtype if op.takes_ids else x.dtype
@@ -347,6 +422,7 @@ def _call_folded(plan: ChainPlan, n: int, x: Tensor) -> Tensor:
 def _run_add(
     plan: ChainPlan, n: int, m: Method, effect: Effect, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> Tensor:
+    """Return the output of the steps before n, plus the part of step n."""
     x = once(x)
     return plan.apply_step(n, m, effect, x, plan.run_steps(n, x, args, kwargs))
 
@@ -354,6 +430,7 @@ def _run_add(
 def _run_gain(
     plan: ChainPlan, n: int, m: Method, effect: Update, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> Tensor:
+    """Return step n of a chain for an Update with a gain; by one kernel with the base if n is 0 and it may fuse."""
     assert effect.factors is not None
     layer, f = plan.layer, effect.factors()
     fuse = n == 0 and layer.may_fuse
@@ -376,10 +453,13 @@ def _apply_gain(
     beneath: Callable[[Tensor], Tensor],
     fuse: bool,
 ) -> Tensor:
-    """Return b + gain ⊙ (y - b + ΔW x). Dropout acts on x in both products, and not in y itself.
+    """Return b + gain ⊙ (y - b + ΔW x) in the dtype of y, where b is the bias with n steps.
+
+    With dropout, the product of the dropped input is scaled by the gain, and the remainder of y stays as it is. That
+    costs another run of `beneath`.
 
     Args:
-        beneath: what has made y of x.
+        beneath: the function from an input to the output with n steps; y is its value for x.
         fuse: a kernel may write to y.
     """
     op = plan.layer.op
@@ -405,35 +485,35 @@ def _apply_gain(
 
 
 def find_step_input(layer: Layer, m: Method, effect: Rewrite, x: Tensor) -> Tensor:
-    """Return what a step gets as the input of its layer."""
+    """Return x; for an effect that is `tapped`, the input that an earlier layer kept for this layer and adapter."""
     if not effect.tapped:
         return x
     return once(layer.call.tapped(m.name, layer.site.key))
 
 
 def sum_first_gradient(args: tuple[object, ...]) -> tuple[object, ...]:
-    """Return positional arguments, of which the first, if it is a tensor, gets the sum of its gradients at once."""
+    """Return the positional arguments. If the first is a tensor, all gradients of it are summed before they flow on."""
     if args and isinstance(args[0], Tensor):
         return once(args[0]), *args[1:]
     return args
 
 
 def check_no_gates(layer: Layer) -> None:
-    """Raise if the call has gates."""
+    """Raise RoutingError if the call has gates, as steps of this layer do more than add to its output."""
     if layer.call.current_gates() is None:
         return
     raise RoutingError(
         f"Adapters of layer '{layer.site.key}' do more than add to its output, so that gates (of a mixture) cannot "
-        "weigh them: leave them out of the mixture, or deactivate them."
+        "weigh them. Leave them out of the mixture, or deactivate them."
     )
 
 
 class FoldedPlan(LayerPlan):
-    """A weight that only its module knows how to use: fold, then call the module with the folded weight.
+    """A weight that only its module knows how to use: call the module with the folded weight in place of the parameter.
 
-    A sum of products is not formed: the module gets a tensor that stands for it, so that of a stack only the matrices
-    in use cost anything. Of experts whose stack is packed, that count less than others, or that change by more than
-    products, graft runs the module: then only the matrices in use are formed.
+    A sum of products is not formed: the module gets a lazy tensor, so that of a stack only the matrices in use cost
+    anything. If a stack of experts is packed, if the call has gates, or if adapters change it by more than products,
+    graft runs the module instead. Then only the matrices in use are formed.
     """
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
@@ -448,6 +528,16 @@ class FoldedPlan(LayerPlan):
         self.forms_delta = len(self.products) < len(self.steps)
 
     def run(self, *args: object, **kwargs: object) -> object:
+        """Return the module's output with the adapted weight.
+
+        If the stack of experts is packed, if the call has gates, or if updates must be formed for a plain frozen
+        weight, graft runs the experts itself. Else the module runs with another tensor in place of its parameter: a
+        lazy sum if all steps are products and the weight is plain, or the folded weight.
+
+        Raises:
+            RoutingError: the call has gates, and steps do more than add, or graft cannot run the module.
+            UnsupportedLayerError: the stack is packed, and graft cannot run its module with these adapters.
+        """
         layer, op = self.layer, self.op
         gated, packed = layer.call.current_gates() is not None, op.packed_shape is not None
         if gated and not (self.routes and self.adds):
@@ -466,27 +556,34 @@ class FoldedPlan(LayerPlan):
         return op.apply(layer.base_layer, args, kwargs, W)
 
     def raise_packed(self) -> NoReturn:
-        """Raise UnsupportedLayerError: no folded weight can take the place of codes."""
+        """Raise UnsupportedLayerError: the stack is packed and a step is no product, so no folded weight can replace
+        the codes.
+        """
         raise UnsupportedLayerError(
             f"The stack of layer '{self.layer.site.key}' is packed, and adapters {[m.name for m, _ in self.steps]} are "
-            "not products alone: deactivate the others, or load the base dequantized."
+            "not products alone. Deactivate the others, or load the base dequantized."
         )
 
     def find_plain_weight(self) -> Tensor | None:
-        """Return the weight if it is a plain tensor and operations run as written (`eager`, not `watched`), or None."""
+        """Return the weight with all merged adapters, if it is a plain tensor and operations run as written; else None.
+
+        Operations do not run as written under a compiler, a tracer or a watching dispatch mode.
+        """
         if not eager() or watched():
             return None
         W = self.layer.weight_now
         return W if type(W) in fused.PLAIN else None
 
     def stack_updates(self, tokens: int, group: int | None = None) -> list[StackUpdate]:
-        """Return the update of the stack by each step, with a gate for each of so many tokens if the call has gates.
+        """Return the update of the stack by each step, with its gate for each of `tokens` tokens, if the call has
+        gates.
 
-        Steps that do more than add give one update together. With `group`, the updates act on that group of tokens.
+        If a step does more than add, all steps together give one update. With `group`, the updates act on the tokens of
+        that group of rows alone.
         """
         layer, updates = self.layer, list[StackUpdate]()
         gates = layer.call.current_gates()
-        if not self.adds:  # each changes what those before it made
+        if not self.adds:  # a step changes the result of those before it
             all_pieces = [pieces for _, effect in self.steps if (pieces := pieces_of(layer, effect)) is not None]
             return [FormedUpdate(MatrixUpdate(all_pieces, layer.training), group)]
         for m, effect in self.steps:
@@ -502,7 +599,7 @@ class FoldedPlan(LayerPlan):
 
 
 class InputOutputPlan(LayerPlan):
-    """A module with several inputs, to whose output adapters add."""
+    """A module with several inputs; adapters read one of them and add to the output."""
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
@@ -510,27 +607,31 @@ class InputOutputPlan(LayerPlan):
         self.input_of = next(e.input_of for _, e in self.steps if e.input_of is not None)
 
     def run(self, *args: object, **kwargs: object) -> object:
+        """Return the module's output with the parts added to its first tensor; weighed, if the call has gates."""
         output = self.layer.base_layer(*args, **kwargs)
         x, gates = self.read_input(args, kwargs), self.layer.call.current_gates() is not None
         return change_first_output(output, lambda y: self.add_gated(x, y) if gates else self.add(x, y))
 
     def read_input(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+        """Return the tensor that the adapters read, from the module's arguments by name."""
         return self.input_of(self.layer.base_layer, {**dict(zip(self.names, args)), **kwargs})
 
     def add(self, x: Tensor, y: Tensor, fuse: bool = False) -> Tensor:
+        """Return y plus the part of each step, each computed from the sum so far. `fuse` is not used."""
         for m, effect in self.steps:
             y = y + self.compute_part(m, effect, x, y)
         return y
 
 
 class BlockPlan(LayerPlan):
-    """A module with several inputs, before and after which adapters act."""
+    """A module with several inputs; adapters change its first input, its output, or both."""
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
         self.names = layer.argument_names  # before a compiler asks
 
     def run(self, *args: object, **kwargs: object) -> object:
+        """Return the module's output for the changed first input, with its first tensor changed by the steps."""
         x, call = self.read_input(args, kwargs)
         inner, inputs = self.apply_pre(x)
         return change_first_output(call(inner), lambda y: self.apply_post(inputs, y))
@@ -538,7 +639,7 @@ class BlockPlan(LayerPlan):
     def read_input(
         self, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[Tensor, Callable[[Tensor], object]]:
-        """Return the first input, and the module as a function of it."""
+        """Return the first input, and a function of it that calls the module with all other arguments."""
         layer, x = self.layer, find_first_input(self.names, args, kwargs)
         if args:
             return x, lambda x: layer.base_layer(x, *args[1:], **kwargs)
@@ -546,7 +647,9 @@ class BlockPlan(LayerPlan):
         return x, lambda x: layer.base_layer(**{**kwargs, name: x})
 
     def apply_pre(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the input that the module gets, and what each step got."""
+        """Return x after the `pre` of each step, the last step first; and a list of the input that each step got, by
+        step.
+        """
         inputs = []
         for _, effect in reversed(self.steps):
             inputs.append(x)
@@ -555,9 +658,11 @@ class BlockPlan(LayerPlan):
         return x, inputs[::-1]
 
     def apply_post(self, inputs: list[Tensor], y: Tensor) -> Tensor:
-        """Return the output, from the module's."""
+        """Return y, the module's output, after the `post` of each step, the first one first; weighed, if the call has
+        gates.
+        """
         if self.layer.call.current_gates() is not None:
-            return self.add_gated(inputs[0], y)  # nothing has changed the input, or it is refused
+            return self.add_gated(inputs[0], y)  # no step changed the input: gates refuse such steps
         for (m, effect), x in zip(self.steps, inputs):
             if effect.post is not None:  # type: ignore[attr-defined]
                 y = effect.post(find_step_input(self.layer, m, effect, x), y).to(y.dtype)  # type: ignore[attr-defined, arg-type]
@@ -565,26 +670,32 @@ class BlockPlan(LayerPlan):
 
 
 class AveragePlan(ChainPlan):
-    """Adapters whose parts all come from one output: those of an average."""
+    """A weighted average of adapters: all their parts are computed from one output."""
 
     only_adds_on_top = True
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
+        """Return the base layer's output plus all parts; times their gates, if the call has gates."""
         y = self.run_steps(0, x, args, kwargs)
         return self.add_gated(x, y) if self.layer.call.current_gates() is not None else self.add_to_output(x, y)
 
     def add(self, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+        """Return y plus all parts of it. `fuse` is not used."""
         return self.add_to_output(x, y)
 
     def add_to_output(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y plus all parts of it."""
         return add_all_parts(self, x, y)
 
 
 class AverageBlockPlan(BlockPlan):
-    """The same, of a module with several inputs. What acts on its input all comes from one input."""
+    """A weighted average of adapters on a module with several inputs.
+
+    All changes of the input are computed from one input.
+    """
 
     def apply_pre(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the input that the module gets, with the parts of all steps, and what each step got."""
+        """Return x plus the change (`ahead`) of each Rewrite, in the dtype of x; and x once for each step."""
         inner = x
         for _, effect in self.steps:
             if isinstance(effect, Rewrite) and effect.ahead is not None:
@@ -592,13 +703,17 @@ class AverageBlockPlan(BlockPlan):
         return inner.to(x.dtype), [x] * len(self.steps)
 
     def apply_post(self, inputs: list[Tensor], y: Tensor) -> Tensor:
+        """Return y plus all parts of it; times their gates, if the call has gates."""
         if self.layer.call.current_gates() is not None:
             return self.add_gated(inputs[0], y)
         return add_all_parts(self, inputs[0], y)
 
 
 def add_all_parts(plan: LayerPlan, x: Tensor, y: Tensor) -> Tensor:
-    """Return y with the parts of all steps, each of y itself."""
+    """Return y plus the parts of all steps, each computed from y itself, in the dtype of y.
+
+    A Rewrite without `part` adds none.
+    """
     out = y
     for m, effect in plan.steps:
         if not isinstance(effect, Rewrite) or effect.part is not None:
@@ -607,26 +722,30 @@ def add_all_parts(plan: LayerPlan, x: Tensor, y: Tensor) -> Tensor:
 
 
 class ParallelPlan(LayerPlan):
-    """Adapters each of which acts on its own rows, in a call that does not say which."""
+    """Adapters in parallel, each for its own rows, in a call that names no rows: every use raises."""
 
     def run(self, *args: object, **kwargs: object) -> NoReturn:
+        """Raise RoutingError, as the call gives the adapters no rows."""
         raise self.make_no_rows_error()
 
     def make_no_rows_error(self) -> RoutingError:
+        """Return the RoutingError for a call without rows, with the active adapters and the layer."""
         return RoutingError(
             f"Adapters {self.layer.state.active} are active in parallel, and layer '{self.layer.site.key}' runs in a "
-            "call that gives them no rows: call the PeftModel itself, or set_adapter() to one of them."
+            "call that gives them no rows. Call the PeftModel itself, or set_adapter() to one of them."
         )
 
     def fold(self, W: Tensor, b: Tensor | None, drops: bool = False) -> NoReturn:
+        """Raise RoutingError, as `run` does."""
         self.run()
 
 
 class TappedPlan(LayerPlan):
-    """A plan of adapters that keep the layer's input for a later one of its block, or get that of an earlier one.
+    """A plan of adapters that keep this layer's input for a later layer of the block, or read that of an earlier one.
 
     Attributes:
-        plan: of what they do to the layer; None for nothing.
+        taps: pairs of an adapter and the path of the layer that will read this layer's input.
+        plan: of the other effects on this layer; None if there are none.
     """
 
     def __init__(self, layer: Layer, steps: Sequence[Step], one_output: bool = False):
@@ -636,6 +755,11 @@ class TappedPlan(LayerPlan):
         self.names = layer.argument_names  # before a compiler asks
 
     def run(self, *args: object, **kwargs: object) -> object:
+        """Keep the first input for the later layers, run the inner plan or the base layer, and drop inputs kept for
+        this layer.
+
+        They are dropped on an error as well.
+        """
         if self.taps:
             keep_input(self.layer, self.taps, find_first_input(self.names, args, kwargs))
         try:
@@ -645,25 +769,28 @@ class TappedPlan(LayerPlan):
 
 
 def keep_input(layer: Layer, taps: Iterable[tuple[str, str]], x: Tensor) -> None:
-    """Keep x, the input of all rows, for pairs of an adapter and the path of a layer."""
+    """Store x, the input of all rows, in this thread's call for each (adapter, path of a layer) in `taps`."""
     for tap in taps:
         layer.call.thread_state.tapped[tap] = x
 
 
 def drop_inputs(layer: Layer) -> None:
-    """Drop the inputs that have been kept for this layer, which has run."""
+    """Delete the inputs that were kept for this layer from this thread's call."""
     taps, key = layer.call.thread_state.tapped, layer.site.key
     for tap in [tap for tap in taps if tap[1] == key]:
         del taps[tap]
 
 
 def find_first_input(names: Sequence[str], args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
-    """Return the first input of a module that has arguments of these names."""
+    """Return the first positional argument, or the keyword argument with the first of `names`."""
     return args[0] if args else kwargs[names[0]]
 
 
 def change_first_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return the output of a module with its tensor, or the first item of its tuple, named or not, changed."""
+    """Return a module's output with `change` applied to it, if it is a tensor, or to the first item of a tuple.
+
+    A named tuple keeps its class; a list becomes a tuple.
+    """
     if isinstance(output, Tensor):
         return change(output)
     items = (change(output[0]), *output[1:])
@@ -671,7 +798,7 @@ def change_first_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 class ReplacementPlan(LayerPlan):
-    """A module that runs in place of the layer."""
+    """An adapter with a module that runs in place of the base layer."""
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
@@ -680,24 +807,36 @@ class ReplacementPlan(LayerPlan):
         self.effect, self.acts_elsewhere = effect, effect.acts_elsewhere
 
     def run(self, *args: object, **kwargs: object) -> object:
+        """Return the output of the adapter's module. The base layer does not run.
+
+        Raises:
+            RoutingError: the call has gates, unless the effect `acts_elsewhere` (a head).
+        """
         if not self.acts_elsewhere:
             check_no_gates(self.layer)
         return self.module(*sum_first_gradient(args), **kwargs)
 
     @property
     def module(self) -> Any:
+        """Return the module that runs in place of the base layer."""
         return self.effect.module()
 
     def fold_current(self) -> tuple[Tensor, Tensor | None]:
+        """Return the module's weight (canonical) and bias."""
         module = self.module
         return self.layer.op.canon(module.weight), self.bias()
 
     def bias(self, n: int | None = None) -> Tensor | None:
+        """Return the module's bias; None if it has none."""
         return getattr(self.module, "bias", None)
 
 
 def order_steps(layer: Layer, methods: Iterable[Method]) -> list[Step]:
-    """Return the steps of these methods of a layer, the innermost first."""
+    """Return (method, effect) of each method, the innermost first.
+
+    Methods of a kind that the layer got earlier come first. Within a kind, the order of `methods` holds, except that an
+    `inward` effect goes before all others.
+    """
     kinds = layer.kinds
     rank = {kind: i for i, kind in enumerate(kinds)}
     by_kind: dict[int, list[Step]] = {}
@@ -716,7 +855,8 @@ def order_steps(layer: Layer, methods: Iterable[Method]) -> list[Step]:
 def plan_adapters(layer: Layer, names: Sequence[str], weights: Sequence[float] | None = None) -> LayerPlan | None:
     """Return the plan for those of `names` that the layer carries; None if it carries none.
 
-    weights: of an average of them.
+    weights: the weights of an average, one for each name. Effects that tap inputs get a TappedPlan around the other
+    plan.
     """
     methods = [layer.methods[n] for n in names if n in layer.methods]
     if not methods:
@@ -730,7 +870,11 @@ def plan_adapters(layer: Layer, names: Sequence[str], weights: Sequence[float] |
 
 
 def make_plan(layer: Layer, steps: Sequence[Step], one_output: bool = False) -> LayerPlan:
-    """Return the plan of steps that act on the layer alone. one_output: all parts come from one."""
+    """Return the plan of steps without taps: its class follows from the layer's Op and the kinds of the effects.
+
+    one_output: all parts are computed from one output (an average). A layer in pieces uses its own classes for some
+    kinds.
+    """
     effects = [effect for _, effect in steps]
     kind: type[LayerPlan]
     if layer.op.opaque:

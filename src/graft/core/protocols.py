@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The face of an AdapterLayer: what methods, plans and merging, which `core/layer.py` imports, ask of one."""
+"""The attributes and functions of an AdapterLayer that methods, plans and merging use.
+
+`core/layer.py` imports these modules, so that they cannot import its class.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random values as torch's constructors draw them on a CPU, so that a seeded run gets PEFT's numbers on any device; and
-the generators from which adapters draw in a call that has one for each."""
+"""Random values as torch's constructors draw them on a CPU, so that a seeded run gets PEFT's numbers on any device.
+
+Also the adapters' generators, if a call has one generator for each adapter.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,21 @@ _WORTH = 1 << 12  # numbers: with fewer, `skip` costs more than it gains
 
 @cache
 def kaiming_bound(fan_in: int) -> float:
-    """Return the bound of a new nn.Linear's values: kaiming_uniform_ with a = √5, rounded in the same steps."""
+    """Return the bound of the uniform values of a new nn.Linear: kaiming_uniform_ with a = √5, rounded in the same
+    steps.
+
+    Returns 0.0 if `fan_in` is 0. Cached.
+    """
     a = math.sqrt(5)
     return math.sqrt(3.0) * (math.sqrt(2.0 / (1 + a**2)) / math.sqrt(fan_in)) if fan_in else 0.0
 
 
 def skip_draws(*tensors: Tensor) -> None:
-    """Advance the CPU's generator as if to fill these with uniform values, in little more than half the time."""
+    """Advance the CPU's generator as far as filling the tensors with uniform values would, in about half the time.
+
+    From 4096 float32 numbers on, raw words are drawn into a scratch tensor and the tensors keep their values. Else the
+    tensors are really filled (those on other devices are not), so callers must overwrite them.
+    """
     left = sum([t.numel() for t in tensors])
     if left >= _WORTH and all(t.dtype is torch.float32 for t in tensors):
         while left > 1:  # a 64-bit word takes two steps of the generator, a float one
@@ -45,6 +55,7 @@ def skip_draws(*tensors: Tensor) -> None:
 
 @cache
 def make_scratch() -> Tensor:
+    """Return a CPU tensor of 16,384 64-bit words for `skip_draws`. One tensor for all calls."""
     return torch.empty(_SCRATCH, dtype=torch.int64, device="cpu")
 
 
@@ -52,7 +63,10 @@ CPU = torch.device("cpu")
 
 
 def find_accelerator() -> torch.device | None:
-    """Return the device of this process that is not the CPU, of whatever maker; None if it has none, or none in use."""
+    """Return the device of this process that is not the CPU, of whatever maker.
+
+    Returns None if there is none, or if its runtime is not initialized, so that asking never starts it.
+    """
     if not torch.accelerator.is_available():
         return None
     device = torch.accelerator.current_accelerator()
@@ -61,13 +75,15 @@ def find_accelerator() -> torch.device | None:
 
 
 def read_generator_states() -> list[Tensor]:
-    """Return the states of the generators that this process draws by: the CPU's, and that of its accelerator."""
+    """Return copies of the states of torch's default generators: the CPU's, then that of the accelerator in use, if
+    any.
+    """
     device = find_accelerator()
     return [torch.get_rng_state(), *([] if device is None else [torch.get_device_module(device).get_rng_state()])]
 
 
 def restore_generator_states(states: list[Tensor]) -> None:
-    """Put back what `states` has returned."""
+    """Set torch's default generators to the states that `read_generator_states` returned."""
     torch.set_rng_state(states[0])
     for state in states[1:]:
         torch.get_device_module(find_accelerator()).set_rng_state(state)
@@ -75,19 +91,28 @@ def restore_generator_states(states: list[Tensor]) -> None:
 
 _CREATE = frozenset({torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal})
 _LIKE = frozenset({torch.rand_like, torch.randn_like, torch.randint_like})
-_SAMPLE = {"bernoulli", "multinomial", "poisson"}  # of a tensor of shares, functions and methods
-# functions of a tensor, torch's or what a library has put in place of those of torch.nn.init
+_SAMPLE = {"bernoulli", "multinomial", "poisson"}  # functions and methods of a tensor of probabilities
+# functions that fill a tensor: torch's, or a library's replacements of those of torch.nn.init
 _UNIFORM = {"uniform_", "kaiming_uniform_", "xavier_uniform_", "random_", "bernoulli_", "sparse_"}
 _NORMAL = {"normal_", "kaiming_normal_", "xavier_normal_", "trunc_normal_", "log_normal_", "orthogonal_"}
 _FILL = _UNIFORM | _NORMAL | {"exponential_", "cauchy_", "geometric_"}
 
 
 class DrawOnCPU(TorchFunctionMode):
-    """Random values come from the CPU's generator, whatever device their tensor is on."""
+    """A mode that makes torch draw random values by the CPU's generator, and then copies them to the device of their
+    tensor.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
+        """Run a random function on the CPU and return its result on the device that the caller wanted; run others
+        unchanged.
+
+        Creating functions (`torch.rand`) and sampling ones (`bernoulli`) get their result moved. In-place ones
+        (`normal_`) run on a CPU copy, which is then copied into the tensor; values that a library marked in the
+        tensor's `__dict__` are copied first. Meta tensors draw nothing.
+        """
         kwargs = kwargs or {}
         if func in _CREATE or func in _LIKE:
             like = args[0] if func in _LIKE else None
@@ -118,9 +143,10 @@ NOTHING = nullcontext()
 
 
 def build_on(device: torch.device | None, default: torch.device | None = None) -> AbstractContextManager[None]:
-    """Make tensors on `device` within the block, with the random values that a seed gives on a CPU.
+    """Return a context that makes tensors on `device`, with the random values that a seed gives on a CPU.
 
-    A default device that a caller has set does not count; "meta" does. default: that device, if it was asked for.
+    None and "meta" as `device` mean the CPU. The context does nothing if the default device is meta, or if both devices
+    are CPUs. `default` is torch's default device, to save the call that reads it.
     """
     if default is None:
         default = torch.get_default_device()
@@ -133,7 +159,10 @@ def build_on(device: torch.device | None, default: torch.device | None = None) -
 
 @contextmanager
 def draw_from_seed(seed: int) -> Iterator[None]:
-    """Draw what `seed` gives on a CPU within the block, on any device, and leave all generators as they are."""
+    """Make all draws of the block those that `seed` gives on a CPU, whatever the device.
+
+    All generators keep their state.
+    """
     with torch.random.fork_rng(devices=[]), DrawOnCPU():
         torch.default_generator.manual_seed(seed)
         yield
@@ -141,6 +170,7 @@ def draw_from_seed(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _build_with_cpu_draws(device: torch.device) -> Iterator[None]:
+    """Set torch's default device to `device` within the block, and draw random values on the CPU."""
     with device, DrawOnCPU():
         yield
 
@@ -150,28 +180,37 @@ _tickets = [0]  # drawn so far, by all threads
 
 
 class AdapterGenerators:
-    """The generators of a call, by adapter.
+    """The random generators of one call, by adapter.
 
-    While an adapter's rows run, its generator stands in the place of torch's own: methods draw as they do alone. Each
-    run of a layer draws a ticket from torch's own. Gradient checkpointing restores that one before it runs a layer
-    again, which so gets the same ticket, and by that the draws of the first time.
+    While an adapter's rows run, torch's own generator has the state of the adapter's, so that methods draw as they do
+    with one adapter. Each run of a layer draws a ticket from torch's generator. Gradient checkpointing restores torch's
+    generator before it runs a layer again. So the layer gets the same ticket, and by it the draws of the first time.
     """
 
     def __init__(self, generators: Mapping[str, Generator]) -> None:
+        """Keep the generators, and their present states for `rewind`."""
         self.generators = generators
         self._first = {name: g.get_state() for name, g in generators.items()}
-        self._began: dict[tuple[int, str], Tensor] = {}  # states with which adapters began, by ticket
+        self._began: dict[tuple[int, str], Tensor] = {}  # (ticket, adapter) → the state at its first block
 
     def ticket(self) -> int:
-        """Draw the number of a run of a layer."""
+        """Draw a number from torch's own CPU generator, under the lock, and count it.
+
+        It identifies one run of a layer.
+        """
         with LOCK:
             _tickets[0] += 1
             return new_seed()
 
     @contextmanager
     def use_generator(self, adapter: str | None, ticket: int, device: torch.device) -> Iterator[None]:
-        """Have all that is drawn within the block come from the adapter's generator; on an accelerator, from a seed
-        that comes from it."""
+        """Make all draws within the block come from the generator of `adapter`; do nothing if `adapter` is None.
+
+        Holds the lock of all threads. The first block of a ticket starts from the generator's state, and stores the new
+        state in it afterwards. A later block of the same ticket and adapter starts from the same state, and leaves the
+        generator as it is. On an accelerator, its generator gets a seed drawn from the adapter's. Afterwards torch's
+        generators are as before.
+        """
         if adapter is None:
             yield
             return
@@ -198,19 +237,26 @@ class AdapterGenerators:
                     device_module.set_rng_state(device_state, device)
 
     def rewind(self) -> None:
-        """Put the generators back to where they were when the call began."""
+        """Set each generator back to its state at the beginning of the call."""
         for name, state in self._first.items():
             self.generators[name].set_state(state)
 
 
 class GeneratorSnapshot:
-    """A look at torch's own generators: whether anything but tickets has been drawn from them since."""
+    """The states of torch's own generators at one time, to see whether a call drew anything but tickets since then."""
 
     def __init__(self) -> None:
+        """Record the states of torch's CPU generator and of the accelerator's, and the number of tickets so far."""
         with LOCK:
             self._cpu, self._tickets, self._device = torch.default_generator.get_state(), _tickets[0], _device_state()
 
     def is_untouched(self) -> bool:
+        """Return True if nothing but tickets was drawn from torch's CPU generator since, and nothing from the
+        accelerator's.
+
+        Draws as many tickets from a copy of the old state as were drawn meanwhile, and compares. The generators do not
+        change.
+        """
         with LOCK:
             twin = Generator("cpu")
             twin.set_state(self._cpu)
@@ -223,5 +269,6 @@ class GeneratorSnapshot:
 
 
 def _device_state() -> Tensor | None:
+    """Return the state of the accelerator's default generator; None if no accelerator is in use."""
     device = find_accelerator()
     return None if device is None else torch.get_device_module(device).get_rng_state()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call says of the rows of its batch: the adapter that each uses, how much adapters count, facts about each;
-and a run of the model that is about to begin, as methods see it that surround it."""
+"""The facts that a call gives about the rows of its batch: the adapter of each row, gates, other facts.
+
+Also a run of the model that is about to begin, as `Method.surround_run` sees it, and caches of transformers.
+"""
 
 from __future__ import annotations
 
@@ -24,23 +26,26 @@ EMPTY = torch.empty(0, dtype=torch.long, device="cpu")
 
 
 class JointAdapters(NamedTuple):
-    """Adapters that act on the same rows: each on what those before it made, or by weights, all on one output."""
+    """Adapters that act on the same rows.
+
+    Without `weights`, each acts on the output of those before it. With `weights`, all act on one output, weighed.
+    """
 
     names: tuple[str, ...]
     weights: tuple[float, ...] | None = None
 
 
-Key = str | JointAdapters | None  # of a group of rows: an adapter, several, or None for the base model
+Key = str | JointAdapters | None  # the key of a group of rows: an adapter, several, or None for the base model
 
 
 def adapters_in(key: Key) -> tuple[str, ...]:
-    """Return the adapters of a group of rows."""
+    """Return the names of the adapters of a key: () for None, the base model."""
     return () if key is None else key.names if isinstance(key, JointAdapters) else (key,)
 
 
 @dataclass(eq=False)
 class Rows:
-    """A batch grouped by adapter. Layers read tensors, on the device of the batch; the host has the same in lists."""
+    """A batch with rows grouped by adapter. Layers read index tensors on the batch's device; lists are for the host."""
 
     batch: int
     groups: dict[Key, list[int]]  # rows by adapter, None for the base model
@@ -52,6 +57,7 @@ class Rows:
 
     @classmethod
     def from_names(cls, names: Sequence[str | JointAdapters], device: torch.device | None = None) -> Rows:
+        """Return the Rows of a batch with one name, or JointAdapters, per row. `BASE` becomes the key None."""
         groups: dict[Key, list[int]] = {}
         for row, name in enumerate(names):
             groups.setdefault(None if name == BASE else name, []).append(row)
@@ -59,7 +65,11 @@ class Rows:
 
     @classmethod
     def from_groups(cls, batch: int, groups: dict[Key, list[int]], device: torch.device | None) -> Rows:
-        """Make the indices, by one copy to the device; by none if the last batches had these groups, too."""
+        """Return the Rows of a batch of `batch` rows, with the row numbers of each key in `groups`.
+
+        All index tensors come by one copy to `device`. There is no copy if a recent batch had the same rows
+        (`constant`).
+        """
         listed = [row for rows in groups.values() for row in rows]
         places = sorted(range(batch), key=listed.__getitem__)
         order, inverse = constant((*listed, *places), torch.long, device).split(batch) if batch else (EMPTY, EMPTY)
@@ -67,7 +77,9 @@ class Rows:
         return cls(batch, groups, listed == sorted(listed), tuple(segments), order, inverse)
 
     def on(self, device: torch.device) -> Rows:
-        """Return the same rows with indices for tensors on that device."""
+        """Return the same rows with index tensors on `device`: this object if they are there, else one that is made
+        once.
+        """
         if device == self.order.device:
             return self
         if device not in self.elsewhere:
@@ -76,39 +88,51 @@ class Rows:
 
     @cached_property
     def sizes(self) -> list[int]:
-        """How many rows each segment has."""
+        """Return the number of rows of each group."""
         return [len(rows) for rows in self.groups.values()]
 
     def sort_by_adapter(self, x: Tensor) -> Tensor:
-        """Return x (batch, …) with the rows of the first adapter, then those of the second, …: x itself if it is so."""
+        """Return x (batch, …) with the rows of the first group first, then those of the second, and so on.
+
+        Returns x itself if its rows are in that order.
+        """
         return x if self.in_order else x.index_select(0, self.order)
 
     def restore_order(self, x: Tensor) -> Tensor:
-        """Undo `by_adapter`."""
+        """Return x with rows in the order of the batch again, after `sort_by_adapter`; x itself if that is the same."""
         return x if self.in_order else x.index_select(0, self.inverse)
 
     @cached_property
     def keys(self) -> tuple[Key, ...]:
-        """What the groups use, None for the base model."""
+        """Return the key of each group: an adapter, JointAdapters, or None for the base model."""
         return tuple(self.groups)
 
     @cached_property
     def names(self) -> tuple[str | None, ...]:
-        """The adapters in the batch, None for the base model."""
+        """Return each adapter in the batch once, also those within JointAdapters, and None if rows use the
+        base model.
+        """
         return tuple(dict.fromkeys(name for key in self.groups for name in (adapters_in(key) or (None,))))
 
     def rows_of(self, adapter: str) -> list[int]:
-        """Return the rows that use an adapter, alone or among others."""
+        """Return the numbers of the rows that use an adapter, also those with JointAdapters that contain it."""
         return [row for key, rows in self.groups.items() if adapter in adapters_in(key) for row in rows]
 
     def index_of(self, adapter: str) -> Tensor:
-        """Return the rows that use an adapter as a tensor on their device, in the order of their segments."""
+        """Return the numbers of the rows that use an adapter as a tensor on the batch's device, in the order of the
+        segments.
+
+        Raises an error of `torch.cat` if no row uses it.
+        """
         return torch.cat([index for key, index in self.segments if adapter in adapters_in(key)])
 
     @cached_property
     def adapter_groups(self) -> tuple[list[Key], Tensor, list[int], bool] | None:
-        """The adapters, their rows, adapter by adapter, how many each has, and whether this is the batch as it stands;
-        None unless there are several adapters."""
+        """Return the groups with adapters: their keys, their row numbers in one tensor, their sizes, and a flag.
+
+        The flag is True if these rows are the whole batch, in its order. Returns None if fewer than two groups have
+        adapters.
+        """
         adapted = [(name, index) for name, index in self.segments if name is not None]
         if len(adapted) < 2:
             return None
@@ -117,7 +141,15 @@ class Rows:
         return [name for name, _ in adapted], order, [len(index) for _, index in adapted], whole and self.in_order
 
     def take(self, x: Tensor, layer: str, ids: bool = False) -> Tensor:
-        """Return `x` with one row per sample. Repeat ids that all samples share, such as positions."""
+        """Return x with one row per sample: x itself, or one row of ids (such as positions) expanded to the batch.
+
+        Args:
+            layer: the path of the layer, for the error.
+            ids: x holds ids, so that a single row may count for all samples.
+
+        Raises:
+            RoutingError: x has another number of rows.
+        """
         if x.shape[0] == self.batch:
             return x
         if x.shape[0] == 1 and ids:
@@ -129,30 +161,31 @@ class Rows:
         )
 
     def groups_of_tokens(self, tokens: int, layer: str, device: torch.device) -> Tensor:
-        """Return the number of each token's group of rows, (tokens,): blocks flatten a batch row by row.
+        """Return the number of the group of each token, (tokens,) on `device`: the rows are flattened in order, equally
+        long.
 
         Raises:
-            RoutingError: the rows do not have the same number of tokens.
+            RoutingError: `tokens` is no multiple of the number of rows. `layer` is the path for the error.
         """
         if tokens % self.batch:
             raise RoutingError(
-                f"layer '{layer}' received {tokens} tokens in a mixed batch of {self.batch} samples, which do not tell "
-                "which is of which sample. Run one adapter at a time, or make adapters that leave this layer out."
+                f"layer '{layer}' received {tokens} tokens in a mixed batch of {self.batch} samples, so that the "
+                "sample of each is not known. Run one adapter at a time, or make adapters that leave this layer out."
             )
         numbers = {row: i for i, rows in enumerate(self.groups.values()) for row in rows}
         of_rows = constant(tuple(numbers[row] for row in range(self.batch)), torch.long, device)
         return of_rows.repeat_interleave(tokens // self.batch)
 
 
-OFF = Rows.from_names(())  # stands for a call with all adapters disabled
-UNCLEAR = Rows.from_names(())  # stands for the rows of a backward pass over calls with different rows
+OFF = Rows.from_names(())  # the rows of a call with all adapters disabled
+UNCLEAR = Rows.from_names(())  # the rows of a backward pass over calls with different rows
 
 
 class Gates(Protocol):
     """The weight of each adapter in a call, for mixtures of adapters."""
 
     def apply(self, layer: Any, adapter: str, part: Tensor) -> Tensor:
-        """Weigh the part that `adapter` adds to the output of `layer`."""
+        """Return `part`, the tensor that `adapter` adds to the output of `layer`, times the adapter's weight."""
         ...
 
     def of_tokens(self, layer: Any, adapter: str, tokens: int) -> Tensor:
@@ -160,24 +193,27 @@ class Gates(Protocol):
         ...
 
     def rows(self, index: Tensor) -> Gates:
-        """Return the gates of some rows of the batch."""
+        """Return the gates of the rows of the batch at `index`."""
         ...
 
 
 class PerRow(Protocol):
-    """A fact about each row of a batch: a tensor, or what can be indexed and repeated like one."""
+    """A fact about each row of a batch: a tensor, or an object that can be indexed and repeated like one."""
 
     def __getitem__(self, index: Tensor, /) -> PerRow: ...
     def repeat_interleave(self, repeats: int, dim: int) -> PerRow: ...
 
 
 def select_facts(fact: PerRow, index: Tensor) -> PerRow:
-    """Return a fact about some rows: where the index is, if it is a tensor, which a caller may have elsewhere."""
+    """Return a fact for the rows at `index`.
+
+    A tensor is moved to the device of `index` first, as callers may have it elsewhere.
+    """
     return fact.to(index.device)[index] if isinstance(fact, Tensor) else fact[index]
 
 
 class Constant:
-    """One value for all rows, whichever they are."""
+    """A fact with one value for all rows. Indexing and repeating return the same object."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -189,38 +225,45 @@ class Constant:
         return self
 
 
-Facts = Mapping[Any, PerRow]  # by whatever a method calls them
-NO_FACTS: Facts = {}  # one object: identity tells calls without facts
+Facts = Mapping[Any, PerRow]  # by the key that a method chooses
+NO_FACTS: Facts = {}  # one object, so that identity tells calls without facts
 
 
 class CallContext(NamedTuple):
-    """All that a call says of its rows."""
+    """Everything that a call tells layers about its rows."""
 
     rows: Rows | None = None
     gates: Gates | None = None
     facts: Facts = NO_FACTS
     draws: AdapterGenerators | None = None
-    some: Tensor | None = None  # indices of those rows that a layer sees now; None: all
-    stacks: Stacks | None = None  # tensors of adapters that can share products
-    copies: int = 1  # of each row of the base's input, where adapters act
+    some: Tensor | None = None  # numbers of the rows of the batch that a layer sees now; None: all
+    stacks: Stacks | None = None  # memory with tensors of adapters next to each other, which can share products
+    copies: int = 1  # rows where adapters act for each row of the base's input
 
     def __bool__(self) -> bool:
         return self.rows is not None or self.gates is not None or bool(self.facts)
 
     @property
     def identity(self) -> tuple[int, int, int]:
-        """Equal for what is of one call."""
+        """Return the ids of rows, gates and facts: equal tuples belong to one call."""
         return id(self.rows), id(self.gates), id(self.facts)
 
     def only(self, index: Tensor) -> CallContext:
-        """Return gates and facts of some rows of the batch."""
+        """Return this context for the rows at `index` alone: their gates and facts, and `some` with their numbers in
+        the batch.
+
+        `rows` stays as it is.
+        """
         gates = None if self.gates is None else self.gates.rows(index)
         facts = {name: select_facts(fact, index) for name, fact in self.facts.items()} or NO_FACTS
         some = index if self.some is None else self.some[index]
         return self._replace(gates=gates, facts=facts, some=some)
 
     def repeat(self, copies: int) -> CallContext:
-        """Return what a batch with `copies` of each row is given. Whoever makes gates makes them for that batch."""
+        """Return the context of a batch that has each row `copies` times in succession.
+
+        Gates and all else stay as they are.
+        """
         rows = self.rows
         if rows is not None:
             groups = {
@@ -235,11 +278,15 @@ class CallContext(NamedTuple):
 NOTHING, ALL_OFF, AMBIGUOUS = CallContext(), CallContext(OFF), CallContext(UNCLEAR)
 
 
-MAX_OBJECTS = 100_000  # objects of an output that `tensors_in` visits
+MAX_OBJECTS = 100_000  # objects of an output that `find_tensors` visits
 
 
 def find_tensors(output: object) -> Iterator[Tensor]:
-    """Yield the tensors in containers and in attributes of objects, such as dataclasses and caches, but not modules."""
+    """Yield the tensors in an output: in its containers and in the attributes of objects such as dataclasses and
+    caches.
+
+    Modules, classes, strings and numbers are not searched. Each object is visited once, and at most 100,000 are.
+    """
     seen: set[int] = set()
     pending = [output]
     while pending and len(seen) < MAX_OBJECTS:
@@ -257,28 +304,29 @@ def find_tensors(output: object) -> Iterator[Tensor]:
         pending += getattr(item, "__dict__", {}).values()
 
 
-Finish = Callable[[object], object]  # of the output of a run of the model
-SHIFTED = ("ForCausalLM", "ForConditionalGeneration")  # losses that leave the first label of each row out
+Finish = Callable[[object], object]  # output of a run of the model → the output to return
+SHIFTED = ("ForCausalLM", "ForConditionalGeneration")  # classes with a loss that leaves the first label of each row out
 
 
 @dataclass
 class Run:
-    """A run of the model that is about to begin, for `Method.surround_run`, which may change `kwargs`."""
+    """One run of the model that is about to begin, for `Method.surround_run`, which may change `kwargs`."""
 
     inputs: tuple[object, ...]
     kwargs: dict[str, Any]
     graft_arguments: dict[str, object]  # arguments that are graft's and not the model's
     rows: Rows | None = None
-    generates: bool = False  # the model's `generate` runs, and it its forward several times
-    copies: int = 1  # of each row, which `generate` makes
-    adapters: Sequence[str] = ()  # those that act and are of the class whose `around` is called
-    shares: Mapping[str, float] = field(default_factory=dict)  # of the batch's copies on which adapters act: all else
+    generates: bool = False  # the run is one of `generate`, which calls forward several times
+    copies: int = 1  # copies of each row that `generate` makes
+    adapters: Sequence[str] = ()  # the adapters that act and have the class of the `surround_run` that is called
+    shares: Mapping[str, float] = field(default_factory=dict)  # adapter → its share of the batch's copies (1.0)
 
     def share(self, adapter: str, model: nn.Module) -> Tensor | float:
         """Return the weight of an adapter's own loss, which is a mean.
 
-        The weight is the share of the batch's copies on which the adapter acts. If the call says how many tokens the
-        optimizer step has, the weight is also the share of the call's tokens in them: Trainer sums such losses.
+        The weight is the adapter's share of the batch's copies, 1.0 by default. If the call has `num_items_in_batch`
+        and labels, that is multiplied by the number of labels (without -100) over `num_items_in_batch`, as Trainer sums
+        such losses. For decoders that shift labels, the first label of each row does not count.
         """
         share, items = self.shares.get(adapter, 1.0), self.find_argument("num_items_in_batch", model)
         labels = None if items is None else self.find_argument("shift_labels", model)
@@ -292,38 +340,49 @@ class Run:
         return share * (labels != -100).sum() / torch.as_tensor(items, device=labels.device)
 
     def find_argument(self, name: str, model: nn.Module) -> Any:
-        """Return what the call says under a name: to graft, or to the model, by its signature; None if nothing."""
+        """Return the argument `name` of the call: one of graft's own, a keyword, or a positional one by the forward's
+        signature.
+
+        Returns None if the call does not have it.
+        """
         if name in self.graft_arguments or name in self.kwargs:
             return self.graft_arguments.get(name, self.kwargs.get(name))
         place = list_forward_arguments(model).index(name) if name in list_forward_arguments(model) else len(self.inputs)
         return self.inputs[place] if place < len(self.inputs) else None
 
     def name_arguments(self, model: nn.Module) -> dict[str, Any]:
-        """Return all that the call says to the model's forward, by name."""
+        """Return all arguments for the model's forward by name. Arguments that are graft's own are not among them."""
         return name_arguments(model, self.inputs, self.kwargs)
 
     def argument(self, name: str) -> Any:
-        """Return an argument of the model; the caller need not name the first."""
+        """Return the keyword argument `name`; None if it is missing.
+
+        For "input_ids" also the first positional argument.
+        """
         value = self.kwargs.get(name)
         return self.inputs[0] if value is None and name == "input_ids" and self.inputs else value
 
 
 def list_forward_arguments(model: nn.Module) -> list[str]:
-    """Return the names of the arguments that a model's forward lists, compiled or not."""
+    """Return the names of the arguments of a model's forward; of a model in torch.compile, those of the original."""
     return list(inspect.signature(getattr(model, "_orig_mod", model).forward).parameters)
 
 
 def name_arguments(model: nn.Module, inputs: Sequence[object], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a model's forward by name, also those that are given by their place."""
+    """Return the arguments of a call of a model's forward by name, positional ones included."""
     return {**dict(zip(list_forward_arguments(model), inputs)), **kwargs} if inputs else dict(kwargs)
 
 
 def count_copies(model: object, inputs: Sequence[object], kwargs: Mapping[str, Any]) -> int:
-    """Return how often the `generate` of a model repeats each row: for beams, or for several samples."""
+    """Return how often the model's `generate` repeats each row: the larger of num_beams and num_return_sequences.
+
+    Each comes from `kwargs`, else from the generation config in the call, else from the model's; 1 if none sets it.
+    """
     config = kwargs.get("generation_config") or next((value for value in inputs if hasattr(value, "num_beams")), None)
-    configs = config, getattr(model, "generation_config", None)  # the model's fills in what the caller's leaves open
+    configs = config, getattr(model, "generation_config", None)  # the model's config completes the caller's
 
     def setting(name: str) -> int:
+        """Return the first value of `name` that is set and not 0, in that order; 1 if there is none."""
         values: list[int | None] = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
         return next((value for value in values if value), 1)
 
@@ -336,12 +395,12 @@ CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x 
 
 
 def find_cache(arguments: Mapping[str, Any]) -> Any:
-    """Return the cache among the arguments of a model's forward; None if there is none."""
+    """Return the first cache among named arguments (`cache`, `past_key_values`); None if there is none."""
     return next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
 
 
 def count_cached_tokens(cache: Any) -> int | None:
-    """Return how many tokens a cache has seen; None if it does not tell, as one of states alone (Mamba)."""
+    """Return the number of tokens that a cache has seen; None if it cannot tell, as a cache of states alone (Mamba)."""
     layers = getattr(cache, "layers", ())
     if not hasattr(cache, "get_seq_length") or (layers and not any(hasattr(n, "get_seq_length") for n in layers)):
         return None
@@ -349,6 +408,6 @@ def count_cached_tokens(cache: Any) -> int | None:
 
 
 def is_stateful(cache: Any) -> bool:
-    """Return True if a layer of a cache has the state after the tokens that it has seen."""
+    """Return True if a layer of the cache holds a state (of a Mamba) after tokens that it has seen."""
     states = [getattr(layer, "has_previous_state", False) for layer in getattr(cache, "layers", ())]
     return any(any(state.values()) if isinstance(state, Mapping) else state for state in states)

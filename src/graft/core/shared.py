@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors that all layers of a model share. The tuner holds them once, in containers that each layer shows, too."""
+"""The tensors that all layers of a model share.
+
+The tuner holds them once, in containers that each layer shows as well.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +19,26 @@ from graft.core.containers import Attached, Slot, Transient, container_for, plac
 
 
 class SharedTensors(Carrier):
-    """The carrier of shared tensors: containers by name, each keyed by adapter."""
+    """The carrier of shared tensors: containers by name, each with one entry per adapter."""
 
     key = ""
     keyed = True  # names in memory contain that of the adapter
 
     def __init__(self) -> None:
         self.state = State()
-        self.containers: dict[str, Any] = {}  # "a.b": b within a module a
-        self.parents: dict[str, nn.Module] = {}  # these modules
+        self.containers: dict[str, Any] = {}  # "a.b": b is within a module a
+        self.parents: dict[str, nn.Module] = {}  # the modules "a" of such names
         self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: the tensors that never train
         self.files: dict[str, str] = {}  # see `Method.files`
 
     @property
     def call(self) -> Call | None:
+        """Return the call object of the model, which `state` holds; None before the tuner sets it."""
         return self.state.call
 
     @property
     def adapters(self) -> list[str]:
+        """Return the names of all adapters with an entry in a container, each once, in the order of the containers."""
         return list(dict.fromkeys(name for container in self.containers.values() for name in container))
 
     def hold(
@@ -45,10 +50,19 @@ class SharedTensors(Carrier):
         files: Mapping[str, str] = MappingProxyType({}),
         narrow: frozenset[str] = frozenset(),
     ) -> int:
-        """Put the tensors that `Method.share` made into containers, frozen. Return how many of their numbers can train.
+        """Put the values that `Method.share` returned into containers, frozen.
 
-        where: device and dtype of the base weights.
-        narrow: containers, or groups of them, that stay in that dtype.
+        Return how many of their numbers can train.
+
+        Makes a container for each new name, and moves the values to their device and dtype. Parameters that do not
+        require gradients are noted as never trainable.
+
+        Args:
+            adapter: its values replace those that it had.
+            where: device and dtype of the base weights.
+            upcast: trained values in half precision become float32.
+            files: names in files, added to those of other adapters (`Method.files`).
+            narrow: containers, or modules around them, with values that keep the base's dtype.
         """
         self.files |= files
         slots = []
@@ -64,19 +78,22 @@ class SharedTensors(Carrier):
         return sum(slot.tensor.numel() for slot in self.slots(adapter) if slot.trains)
 
     def slots(self, adapter: str) -> list[Slot]:
+        """Return the slots of an adapter's tensors in all containers."""
         never = self.never.get(adapter, set())
         return [slot for name, c in self.containers.items() for slot in slots_of(name, c, adapter, never)]
 
     def drop(self, adapter: str) -> None:
+        """Delete an adapter from all containers. Nothing happens if it has no entry; containers stay."""
         for container in self.containers.values():
             if adapter in container:
                 del container[adapter]
         self.never.pop(adapter, None)
 
     def separate_buffers(self, adapter: str) -> list[tuple[Slot, Tensor]]:
-        """Give an adapter its own buffers in place of those that it has from others, before a load writes to them.
+        """Clone each buffer of an adapter that is the same tensor as another adapter's, so that a load may write to it.
 
-        Return the slots, each with the other adapter's tensor. Buffers that no checkpoint holds stay.
+        Returns pairs of the slot and the tensor that was in it. Parameters, buffers that no file holds, and tensors on
+        the meta device stay as they are.
         """
         separated = []
         for slot in self.slots(adapter):
@@ -90,13 +107,16 @@ class SharedTensors(Carrier):
 
     @staticmethod
     def rejoin_buffers(separated: Iterable[tuple[Slot, Tensor]]) -> None:
-        """Take the others' tensors again where the load has brought the same values."""
+        """Put the former tensor back into each slot that now holds an equal one.
+
+        `separated`: from `separate_buffers`.
+        """
         for slot, tensor in separated:
             if torch.equal(slot.tensor, tensor):
                 slot.where[slot.attribute] = tensor
 
     def wrap_containers(self) -> dict[str, object]:
-        """Return the containers in the form in which `Method.build` puts them on each layer."""
+        """Return each container by name, wrapped in `Attached`, as `Method.build` puts it on a layer."""
         return {name: Attached(container) for name, container in self.containers.items()}
 
     def _open_container(self, name: str, value: object) -> None:
@@ -107,7 +127,7 @@ class SharedTensors(Carrier):
             self.parents.setdefault(group, nn.Module()).add_module(inner, container)
 
     def remove_containers(self, names: Iterable[str]) -> None:
-        """Drop the containers that a failed injection made."""
+        """Delete these containers, also from their parent modules. For the containers that a failed injection made."""
         for name in list(names):
             del self.containers[name]
             group, dot, inner = name.rpartition(".")
@@ -115,20 +135,28 @@ class SharedTensors(Carrier):
                 del self.parents[group]._modules[inner]
 
     def modules(self) -> dict[str, nn.Module]:
+        """Return the modules that the tuner registers: containers that are modules and have no dot in their name, and
+        `parents`.
+        """
         containers = {name: c for name, c in self.containers.items() if isinstance(c, nn.Module) and "." not in name}
         return containers | self.parents
 
 
 class TunerTensors(SharedTensors):
-    """The same for one adapter of a model, whose modules stand on the tuner by their own names."""
+    """Shared tensors of one adapter.
+
+    Their modules are attributes of the tuner by their own names, without the adapter's.
+    """
 
     keyed = False
 
     def __init__(self, adapter: str, modules: dict[str, nn.Module]):
+        """Make a container for each module in `modules`, with that module as the entry of `adapter`."""
         super().__init__()
         for name, module in modules.items():
             self.containers[name] = container_for(module)
             self.containers[name][adapter] = module
 
     def modules(self) -> dict[str, nn.Module]:
+        """Return each module by its container's name."""
         return {name: module for name, container in self.containers.items() for module in container.values()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Site, one place to adapt, and the protocol of a Store, which holds weights."""
+"""A Site, one place to adapt, the Weight of a module, and the protocol of a Store, which holds weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from graft.core.ops import Op
 
 
 class Store(Protocol):
-    """The way in which a module holds its weight: dense, 4-bit, sharded, …"""
+    """How a module holds its weight: dense, 4-bit, sharded, …"""
 
     name: str
     live: bool  # `read` gives the tensor itself, and the core may add to it in place
@@ -35,7 +35,10 @@ class Store(Protocol):
 
 @dataclass(slots=True)
 class Weight:
-    """A tensor of a module, bound as it is now: who keeps one misses that another module comes in the place of this."""
+    """A tensor of a module, with the Op and Store that know how to use it.
+
+    A Weight keeps the module that it was made with, so do not keep one where a layer may exchange its module.
+    """
 
     module: nn.Module
     name: str
@@ -44,41 +47,55 @@ class Weight:
     shared: bool = False  # tied to another module
 
     def why_unreadable(self) -> str | None:
+        """Return why a call cannot read this tensor, or None if it can."""
         return self.store.why_unreadable(self.module, self.name)
 
     def why_unwritable(self) -> str | None:
+        """Return why merging cannot read and write this tensor, or None if it can."""
         return self.store.why_unwritable(self.module, self.name)
 
     def bring_in(self, layer: object, writes: bool = False) -> AbstractContextManager[None]:
+        """Return a context within which the tensor is present in this process, such as gathered or not offloaded.
+
+        `writes`: the block changes the tensor, and the store keeps the change.
+        """
         return self.store.bring_in(layer, self.module if writes else None)
 
     def read(self) -> Tensor:
-        """Return the tensor as the module stores it."""
+        """Return the dense tensor in the module's orientation."""
         return self.store.read(self.module, self.name)
 
     def canon(self) -> Tensor:
+        """Return the dense tensor in canonical orientation: (out, in, *kernel)."""
         return self.op.canon(self.store.read(self.module, self.name))
 
     def write(self, W: Tensor) -> nn.Module | None:
-        """Write a canonical weight; return a module that has to take the place of this one, if so."""
+        """Write a canonical weight into the module.
+
+        Return a module that has to replace this one; None if none has to.
+        """
         return self.store.write(self.module, self.name, self.op.uncanon(W), self.shared)
 
     def snapshot_values(self, state: object) -> Tensor:
+        """Return the tensor that is in a snapshot, as the module stores it."""
         return self.store.snapshot_values(self.module, self.name, state)
 
     def snapshot(self) -> Any:
+        """Return a copy of the tensor in a form that the store can restore."""
         return self.store.snapshot(self.module, self.name, self.shared)
 
     def restore(self, state: object) -> None:
+        """Give the tensor the values of a snapshot again."""
         self.store.restore(self.module, self.name, state)
 
     def where(self) -> tuple[torch.device | None, torch.dtype | None]:
+        """Return device and dtype of the tensor, each None if the store does not know it."""
         return self.store.where(self.module, self.name)
 
 
 @dataclass
 class Site:
-    """One module (and one of its parameters) that can take an adapter, and the facts that a method may ask for."""
+    """One module, and one parameter of it, that can take an adapter; with the facts that a method may use."""
 
     key: str  # path in the model: of the module, or of a parameter that is a target itself
     module: nn.Module
@@ -99,44 +116,50 @@ class Site:
         self.measure()
 
     def measure(self) -> None:
+        """Read the sizes and the canonical shape from the module, and set `path` to `key` if it is empty."""
         self.out_features, self.in_features = self.op.dims(self.module)
         self.shape = tuple(self.op.shape(self.module))
         self.path = self.path or self.key
 
     def move(self, module: nn.Module, op: Op, store: Store) -> None:
-        """Have another module hold the same values."""
+        """Exchange the module, its Op and its Store by others that hold the same values, and measure again."""
         self.module, self.op, self.store = module, op, store
         self.measure()
 
     @property
     def weight(self) -> Weight:
+        """Return a Weight of the present module and parameter."""
         return Weight(self.module, self.parameter, self.op, self.store, self.shared)
 
     @property
     def is_stack(self) -> bool:
-        """True if the weight is a stack of matrices, (n, out, in), such as those of experts."""
+        """Return True if the canonical weight is a stack of matrices, as of experts."""
         return self.op.opaque and len(self.shape) > 2
 
     @property
     def fan_in(self) -> int:
+        """Return the number of inputs of one output: in / groups times the size of the kernel."""
         return prod(self.shape[1:])
 
     @property
     def multiplies_vectors(self) -> bool:
-        """Return True if a matrix multiplies the inputs: they are no ids, and no channels of a convolution."""
+        """Return True if a matrix multiplies the inputs: the weight has two dimensions, and the inputs are no ids."""
         return len(self.shape) == 2 and not self.op.takes_ids
 
     @property
     def adapts_tensor(self) -> bool:
-        """Return True if what is adapted is a tensor, and not a call of the module."""
+        """Return True if the adapted object is a tensor and not a call of the module: an opaque Op, or nobody calls the
+        module.
+        """
         return self.op.opaque or not self.is_called
 
     @property
     def on_meta(self) -> bool:
-        """Return True if there is no weight yet, so that values for it would be lost."""
+        """Return True if the weight is on the meta device, so that values for it would be lost."""
         device = self.weight.where()[0]
         return device is not None and device.type == "meta"
 
     @property
     def type_name(self) -> str:
+        """Return the class name of the module."""
         return type(self.module).__name__

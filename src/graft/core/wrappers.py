@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What other packages put on or around modules: FSDP, torch.compile, a checkpoint's; accelerate's hooks.
+"""Modules that other packages put around modules (FSDP, torch.compile, checkpointing), and accelerate's hooks.
 
-Wrappers change nothing but how a module runs, and have parts of their own in names. Hooks of accelerate move the inputs
-of the modules that it dispatches."""
+Wrappers change only how a module runs, and add parts to names. Hooks of accelerate move the inputs of the modules that
+it dispatches.
+"""
 
 from __future__ import annotations
 
@@ -26,32 +27,38 @@ OUTER_CLASSES = (
     "DeepSpeedEngine",
 )  # classes that hold a whole model as `module`
 WRAPPER_NAMES = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join((*INNER_ATTRIBUTES, 'module'))})\.")
-WRAPPER_PREFIX = re.compile(
-    rf"(?:(?:{'|'.join((*INNER_ATTRIBUTES, 'module'))})\.)+"
-)  # at the beginning: see `unprefixed`
-MANAGED = "_is_fsdp_managed_module"  # FSDP's mark on all modules in its hands
+WRAPPER_PREFIX = re.compile(rf"(?:(?:{'|'.join((*INNER_ATTRIBUTES, 'module'))})\.)+")  # see `strip_outer_wrappers`
+MANAGED = "_is_fsdp_managed_module"  # FSDP sets it on all modules that it manages
 
 
 def strip_inner_wrappers(name: str) -> str:
-    """Return a name as it stands in a file: without the parts of wrappers around modules within a model."""
-    if "_wrapped_module" not in name and "_orig_mod" not in name:  # no name of INNER, as for most
+    """Return a tensor's name as a file has it: without the attributes of FSDP, torch.compile and checkpoint wrappers.
+
+    Wrappers around a whole model ("module.") stay in the name.
+    """
+    if "_wrapped_module" not in name and "_orig_mod" not in name:  # most names have no wrapper
         return name
     return re.sub(rf"(?:^|(?<=\.))(?:{'|'.join(INNER_ATTRIBUTES)})\.", "", name)
 
 
 def strip_all_wrappers(name: str) -> str:
-    """Return a name without any part of a wrapper, those around whole models included, to compare it with others."""
+    """Return a name without any part of a wrapper, "module." of wrappers around whole models included, for
+    comparisons.
+    """
     return WRAPPER_NAMES.sub("", name)
 
 
 def strip_outer_wrappers(name: str) -> str:
-    """Return a name without the parts of wrappers around the whole model."""
+    """Return a name without the wrapper parts at its beginning, those of wrappers around the whole model."""
     prefix = WRAPPER_PREFIX.match(name)
     return name if prefix is None else name[prefix.end() :]
 
 
 def find_inner_attribute(module: nn.Module) -> str | None:
-    """Return the attribute under which a wrapper has the module within; None for any other module."""
+    """Return the attribute under which a wrapper holds its module; None if `module` is no wrapper.
+
+    A wrapper has exactly one child, with a name of `INNER_ATTRIBUTES`, or named "module" in a class of `OUTER_CLASSES`.
+    """
     modules = module._modules
     if len(modules) != 1:
         return None
@@ -60,13 +67,18 @@ def find_inner_attribute(module: nn.Module) -> str | None:
 
 
 def find_inner_module(module: nn.Module) -> nn.Module | None:
-    """Return the module within a wrapper; None for any other module."""
+    """Return the module that a wrapper holds; None if `module` is no wrapper."""
     name = find_inner_attribute(module)
     return None if name is None else module._modules[name]
 
 
 def walk_unwrapped(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield all modules from `root` on with their paths, as if there were no wrappers."""
+    """Yield (path, module) for `root` and all modules below it.
+
+    Wrappers are left out, from the modules and from the paths.
+
+    A module with two paths comes twice.
+    """
     while (inner := find_inner_module(root)) is not None:
         root = inner
     yield path, root
@@ -76,7 +88,11 @@ def walk_unwrapped(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mo
 
 
 def collect_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of one module by name; where FSDP has flattened them, the attributes in their place."""
+    """Return the parameters of one module by name, without those of its children.
+
+    Where FSDP1 has flattened them, returns the plain attributes that are views of the flat parameter, and not the flat
+    one.
+    """
     attributes = module.__dict__
     if MANAGED not in attributes:
         return {name: p for name, p in module._parameters.items() if p is not None}
@@ -92,26 +108,31 @@ HOOK = "_hf_hook"  # accelerate's mark on a module
 
 
 def find_offload_hooks(m: nn.Module) -> list[Any]:
-    """Return the hooks of accelerate that bring the module's own tensors in for a call and offload them again."""
+    """Return the accelerate hooks on a module that load its tensors for a call and offload them again; [] if it has
+    none.
+    """
     hook: Any = m.__dict__.get(HOOK)
     return [h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)]
 
 
 def copy_offloaded(m: nn.Module, name: str) -> Tensor:
-    """Return a copy of an offloaded tensor of a module, on the device on which the module computes."""
+    """Return a copy of an offloaded tensor of a module, on the module's execution device."""
     hook = find_offload_hooks(m)[0]
     weights: Mapping[str, Tensor] = hook.weights_map
     return weights[name].to(hook.execution_device, copy=True)
 
 
 def remove_hook(m: nn.Module) -> None:
-    """Take accelerate's hook off a module, whose tensors stay where they are."""
+    """Remove accelerate's hook and its replaced forward from a module. The module's tensors stay where they are."""
     for name in (HOOK, "_old_forward", "forward"):
         m.__dict__.pop(name, None)
 
 
 def load_offloaded(m: nn.Module, source: nn.Module) -> None:
-    """Replace the tensors of a module on the meta device by those that the hooks of `source` hold."""
+    """Replace each parameter and buffer of a module that is on the meta device by a copy from the hooks of `source`.
+
+    Parameters are new objects with the same `requires_grad`.
+    """
     for name, p in m._parameters.items():
         if p is not None and p.is_meta:
             m._parameters[name] = nn.Parameter(copy_offloaded(source, name), p.requires_grad)
@@ -120,14 +141,15 @@ def load_offloaded(m: nn.Module, source: nn.Module) -> None:
             m._buffers[name] = copy_offloaded(source, name)
 
 
-OFFLOAD_LOCK = Lock()  # of one thread at a time
+OFFLOAD_LOCK = Lock()  # one thread at a time loads tensors for good
 
 
 def end_offloading(root: nn.Module) -> None:
-    """Bring all offloaded tensors below `root` in for good, and take accelerate's hooks off their modules.
+    """Load all offloaded tensors of the modules below `root` for good, and remove accelerate's hooks from these
+    modules.
 
-    Accelerate brings the tensors of a module in when the module is called. Methods read many tensors without a call,
-    and torch multiplies by those that are away without an error.
+    Takes a lock of all threads. Accelerate loads the tensors of a module only when the module is called. Methods read
+    many tensors without a call, and torch multiplies with meta tensors without an error.
     """
     for m in root.modules():
         if find_offload_hooks(m):
@@ -140,8 +162,13 @@ def end_offloading(root: nn.Module) -> None:
 def move_inputs(
     module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[tuple[object, ...], dict[str, object], Callable[[object], object] | None]:
-    """Return the arguments of a call on the device to which the module's hook would move them, and the function for the
-    output that moves it to where the hook would; None if it stays."""
+    """Return the arguments of a call, moved as accelerate's hook on the module moves them, and a function of the
+    output.
+
+    The function moves the output back to the device of the first tensor among the arguments. It is None if the hook
+    does not do that, or if the devices are equal. Arguments under the hook's `skip_keys` are not moved. If no hook has
+    a device, returns the arguments as they are, and None.
+    """
     hook = module.__dict__[HOOK]
     for h in getattr(hook, "hooks", (hook,)):
         if hasattr(h, "io_same_device") and h.execution_device is not None:
@@ -154,7 +181,10 @@ def move_inputs(
 
 
 def move_tensors(value: Any, device: torch.device, skipped: Collection[str] = ()) -> Any:
-    """Return a value with all tensors in it on `device`, but for those below the keys `skipped`."""
+    """Return a value with all tensors in its tuples, lists and dicts on `device`; values under the keys `skipped` stay.
+
+    Other objects, subclasses of these containers included, are returned unchanged.
+    """
     if isinstance(value, Tensor):
         return value.to(device)
     if type(value) in (tuple, list):
@@ -165,7 +195,7 @@ def move_tensors(value: Any, device: torch.device, skipped: Collection[str] = ()
 
 
 def find_device(value: Any) -> torch.device | None:
-    """Return the device of the first tensor in a value."""
+    """Return the device of the first tensor in a value or in its tuples, lists and dicts; None if there is none."""
     if isinstance(value, Tensor):
         return value.device
     inside = value.values() if type(value) is dict else value if type(value) in (tuple, list) else ()

@@ -324,9 +324,10 @@ def add_layers(job: InjectionJob) -> None:
     A site that has a layer already gets the adapter on that one. A site of another pipeline stage only draws its
     initial values and drops them, unless values come from a checkpoint or `on_meta` is set.
 
-    Tensors are placeholders on the meta device if values of a checkpoint follow, unless the method must run `init`
-    first. Also if the base weight is on meta, unless `init` changes it; or if `on_meta` is set, unless `init` reads the
-    weight. Borrowed tensors count on the lender. One warning names layers with a scaling of 0.
+    Tensors are placeholders on the meta device if values of a checkpoint follow, unless the method must run
+    `init_values` first. Also if the base weight is on meta, unless `init_values` changes it; or if `on_meta` is set,
+    unless `init_values` reads the weight. Borrowed tensors count on the lender. One warning names layers with a scaling
+    of 0.
 
     Raises:
         LinAlgError: initial values computed from base weights are not finite.

@@ -97,7 +97,8 @@ class Injection(InjectionJob):
         in `frozen_before`. Trained biases then get `requires_grad`.
 
         Empty carriers of deleted adapters are replaced by their base modules. Packed weights are prepared for adapters.
-        Changes of base weights by `init` become final, unless the injection is provisional. Nothing here can fail.
+        Changes of base weights by `init_values` become final, unless the injection is provisional. Nothing here can
+        fail.
         """
         tree = self.tree
         prepare_packed(tree.modules.values())

@@ -71,8 +71,8 @@ class LoraXS(Method[LoraXsConfig]):
         return super().check()
 
     def uses_weight(self) -> Use:
-        """Return `Use.STARTS`; with `save_projection=False` also `Use.AGAIN`, so that `init` computes A and B before a
-        load.
+        """Return `Use.STARTS`; with `save_projection=False` also `Use.AGAIN`, so that `init_values` computes A and B
+        before a load.
         """
         return Use.STARTS if self.cfg.save_projection else Use.STARTS | Use.AGAIN
 

@@ -49,7 +49,7 @@ class MixLoraConfig(Targeted, LayerRange, RankPatterns):
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
     def __post_init__(self) -> None:
-        """Validate the fields; set `within` and `routers` to {}, which `accompany` fills for one model.
+        """Validate the fields; set `within` and `routers` to {}, which `find_companions` fills for one model.
 
         Raises ConfigError if `top_k` is not from 1 to `num_experts`.
         """

@@ -84,7 +84,9 @@ class OSF(Method[OSFConfig]):
         return super().check()
 
     def uses_weight(self) -> Use:
-        """Return `Use.STARTS | Use.AGAIN`: files lack the frozen components, so `init` also runs before a load."""
+        """Return `Use.STARTS | Use.AGAIN`: files lack the frozen components, so `init_values` also runs before
+        a load.
+        """
         return Use.STARTS | Use.AGAIN
 
     def describe(self) -> Effect:

@@ -25,7 +25,7 @@ from graft.methods.places import walk
 from graft.methods.shira import with_places
 
 A_LOG, X_PROJ = "A_log", "x_proj"
-CHANGE = "_graft_sdt_change"  # of A_log in the warm-up: an attribute of the mixer and of its x_proj, until `init`
+CHANGE = "_graft_sdt_change"  # of A_log in the warm-up: attribute of the mixer and its x_proj, until `init_values`
 SHARE = must_be("above 0 and at most 1", lambda share: 0 < share <= 1)
 
 

@@ -93,8 +93,8 @@ class SuperTuning(Method[SupertuningConfig]):
         return None if saves == self.cfg.save_precomputed_indices else SAVING
 
     def uses_weight(self) -> Use:
-        """Return `Use.STARTS`; with `save_precomputed_indices=False` also `Use.AGAIN`, so that `init` finds the places
-        before a load.
+        """Return `Use.STARTS`; with `save_precomputed_indices=False` also `Use.AGAIN`, so that `init_values` finds the
+        places before a load.
         """
         return Use.STARTS if self.cfg.save_precomputed_indices else Use.STARTS | Use.AGAIN
 

@@ -78,8 +78,8 @@ class SVFT(Method[SvftConfig]):
         return super().check()
 
     def uses_weight(self) -> Use:
-        """Return `Use.STARTS`; with `save_projection=False` also `Use.AGAIN`, so that `init` computes U and V before a
-        load.
+        """Return `Use.STARTS`; with `save_projection=False` also `Use.AGAIN`, so that `init_values` computes U and V
+        before a load.
         """
         return Use.STARTS if self.cfg.save_projection else Use.STARTS | Use.AGAIN
 

@@ -57,7 +57,9 @@ class KaSA(LoRA):
         return False  # the weight is made anew on loading, in one go with the truncation
 
     def uses_weight(self) -> Use:
-        """Return LoRA's flags with `Use.AGAIN`: `init` also runs before a load, since files lack the truncation."""
+        """Return LoRA's flags with `Use.AGAIN`: `init_values` also runs before a load, since files lack the
+        truncation.
+        """
         return super().uses_weight() | Use.AGAIN
 
     def why_incompatible(self, other: object) -> str | None:

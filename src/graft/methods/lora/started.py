@@ -163,14 +163,15 @@ class Started(Method[LoraConfig]):
 
     @classmethod
     def changes_base(cls, cfg: LoraConfig) -> str | None:
-        """Return "init_lora_weights=…" if that initialisation is in STARTS, so that `init` changes the base weight;
-        else None.
+        """Return "init_lora_weights=…" if that initialisation is in STARTS, so that `init_values` changes the base
+        weight; else None.
         """
         how = cfg.init_lora_weights
         return f"init_lora_weights={how!r}" if start_name(how) else None
 
     def uses_weight(self) -> Use:
-        """Return `Use.STARTS | Use.CHANGES` if `changes_base` names a setting: `init` reads and changes the weight.
+        """Return `Use.STARTS | Use.CHANGES` if `changes_base` names a setting: `init_values` reads and changes the
+        weight.
 
         Else `Use.NOT`.
         """
@@ -178,8 +179,8 @@ class Started(Method[LoraConfig]):
 
     @property
     def keeps_shift(self) -> bool:
-        """True if the adapter holds the product that `init` subtracts from the base: the initialisation is in STARTS
-        and the layer is linear.
+        """True if the adapter holds the product that `init_values` subtracts from the base: the initialisation is in
+        STARTS and the layer is linear.
         """
         how = self.cfg.init_lora_weights
         return type(how) is str and start_name(how) is not None and self.site.op.linear

@@ -25,7 +25,7 @@ from examples.compare.fields import FIELDS, Field, mean_loss, schedule, trained
 from examples.demo.cli import add_common, make_out, parse_common, run
 from examples.demo.data import DemoError
 from examples.demo.display import console
-from graft.combine.adding import changes_base
+from graft.combine.adding import find_start_change
 from graft.config.atomic import replace_file
 from graft.methods import method_of
 from graft.model.rates import FILE, RateSearch, class_name_of, find_settings
@@ -125,7 +125,7 @@ def alone(choice: Choice, config: Any) -> bool:
     """Return True if a sweep cannot train a method: a prompt, or what needs more than its config."""
     more = choice.before or choice.after or choice.loss or choice.after_step
     labelled = getattr(method_of(config.peft_type), "has_labelled_loss", False)
-    return bool(choice.prompt or more or labelled or changes_base(config))
+    return bool(choice.prompt or more or labelled or find_start_change(config))
 
 
 def judged(field: Field, choice: Choice, config: Any, rate: float, steps: int, seed: int) -> float:

@@ -75,7 +75,7 @@ def test_density_zero_leaves_nothing():
 def test_election(tensors_and_weights, method):
     """Element by element, as the paper has it."""
     tensors, weights = tensors_and_weights
-    ours = rules.elect(tensors, weights, method).flatten()
+    ours = rules.add_agreeing(tensors, weights, method).flatten()
     for i in range(len(ours)):
         values = [float(t.flatten()[i]) for t in tensors]
         vote = sum(values if method == "total" else [(v > 0) - (v < 0) for v in values])
@@ -143,7 +143,7 @@ def total(A, B, weights):
 @pytest.mark.parametrize("groups", [1, 3])
 def test_cat_is_exact(groups):
     A, B, weights = products([2, 1, 3], groups=groups)
-    a, b = rules.cat(A, B, weights)
+    a, b = rules.concatenate_factors(A, B, weights)
     assert a.shape == (groups, 6, 7) and b.shape == (groups, 11, 6)
     close(b @ a, total(A, B, weights), 1e-12)
 
@@ -159,17 +159,17 @@ def truncated(W, rank):
 def test_truncation_is_optimal(rank, ranks, groups):
     A, B, weights = products(ranks, groups=groups)
     W = total(A, B, weights)
-    a, b, S = rules.truncate_product(*rules.cat(A, B, weights), rank)
+    a, b, S = rules.truncate_product(*rules.concatenate_factors(A, B, weights), rank)
     assert a.shape == (groups, rank, 7) and b.shape == (groups, 11, rank)
     close(b @ a, truncated(W, rank), 1e-10)
     close(a @ a.mT, torch.eye(rank, dtype=a.dtype).expand(groups, -1, -1), 1e-10)
     kept = (b @ a).square().sum() / W.square().sum()
-    assert rules.retained_energy(S, rank) == pytest.approx(float(kept))
+    assert rules.compute_retained_energy(S, rank) == pytest.approx(float(kept))
     if rank == 7:
-        assert rules.retained_energy(S, rank) == pytest.approx(1)
+        assert rules.compute_retained_energy(S, rank) == pytest.approx(1)
     a, b, S = rules.truncate_matrix(W, rank)
     close(b @ a, truncated(W, rank), 1e-10)
-    assert rules.retained_energy(S, rank) == pytest.approx(float(kept))
+    assert rules.compute_retained_energy(S, rank) == pytest.approx(float(kept))
 
 
 def test_no_full_matrix_is_made(monkeypatch):
@@ -180,14 +180,14 @@ def test_no_full_matrix_is_made(monkeypatch):
         spy = lambda M, *args, f=function, **kwargs: seen.append(tuple(M.shape)) or f(M, *args, **kwargs)
         monkeypatch.setattr(torch.linalg, name, spy)
     A, B, weights = products([2, 3], m=500, n=400)
-    rules.truncate_product(*rules.cat(A, B, weights), 2)
+    rules.truncate_product(*rules.concatenate_factors(A, B, weights), 2)
     assert seen == [(1, 500, 5), (1, 400, 5), (1, 5, 5)]
 
 
 def test_truncating_nothing():
     A, B, _ = products([2])
     a, b, S = rules.truncate_product(A[0], 0 * B[0], 2)
-    assert not b.any() and rules.retained_energy(S, 2) == 1
+    assert not b.any() and rules.compute_retained_energy(S, 2) == 1
     close(a @ a.mT, torch.eye(2, dtype=a.dtype)[None], 1e-10)
 
 

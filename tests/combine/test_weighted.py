@@ -149,7 +149,7 @@ def test_a_combination_that_fails_changes_nothing(kind, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    calls = {"exact": "truncate_product", "ties": "elect", "dare_linear_svd": "truncate_matrix"}
+    calls = {"exact": "truncate_product", "ties": "add_agreeing", "dare_linear_svd": "truncate_matrix"}
     monkeypatch.setattr(rules, calls[kind], broken)
     options = {"svd_rank": 2} if kind == "exact" else {"density": 0.5}
     with pytest.raises(RuntimeError, match="out of memory"):

@@ -14,7 +14,7 @@ import graft
 from graft.core.random import build_on, draw_from_seed, read_generator_states, restore_generator_states
 from graft.files import verify
 from graft.many import MultiTrain
-from graft.serving.fits import _own
+from graft.serving.fits import _copy_to_host
 from tests import models
 from tests.conformance.samples import ADAPTERS, CALLED_CELLS, CELLS
 from tests.device.simulated import WHY_NOT
@@ -115,7 +115,7 @@ def test_files_merge_on_the_cpu_whatever_the_default_device(method, tmp_path):
 
 def test_what_is_kept_or_computed_in_host_memory_is_there_with_a_default_device():
     with default(DEVICE):
-        assert _own(torch.ones(2)).device == CPU  # of an adapter that waits for a slot
+        assert _copy_to_host(torch.ones(2)).device == CPU  # of an adapter that waits for a slot
         model = models.make("llama").to(DEVICE)
         found = verify.log_probabilities(model, [[1, 2, 3, 4]], [(0, 1, 2), (0, 2, 5)])
         assert found.device == CPU == verify.values([{(1, 2): 0.5}], [(0, 1, 2)]).device

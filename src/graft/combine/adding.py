@@ -37,29 +37,29 @@ MIXED = (
 )
 
 
-def union_of(configs: Sequence[Any], mixed: str = MIXED, like: Any = None) -> Any:
+def union_configs(configs: Sequence[Any], mixed: str = MIXED, like: Any = None) -> Any:
     """Return a copy of `like`, by default the first config, that targets all that any of the configs does.
 
     Raises:
         ConfigError: some targets are names and others a regular expression, with `mixed` as the message.
     """
     cfg = copy.deepcopy(configs[0] if like is None else like)
-    cfg.target_modules = either([c.target_modules for c in configs], mixed)
+    cfg.target_modules = union_targets([c.target_modules for c in configs], mixed)
     for name in ("layer_replication", "trainable_token_indices"):
         if hasattr(cfg, name):
             setattr(cfg, name, next((v for c in configs if (v := getattr(c, name, None)) is not None), None))
     if hasattr(cfg, "target_parameters"):
-        cfg.target_parameters = union_of_names(getattr(c, "target_parameters", None) for c in configs)
-    cfg.modules_to_save = union_of_names(getattr(c, "modules_to_save", None) for c in configs)
+        cfg.target_parameters = union_names(getattr(c, "target_parameters", None) for c in configs)
+    cfg.modules_to_save = union_names(getattr(c, "modules_to_save", None) for c in configs)
     return cfg
 
 
-def union_of_names(lists: Iterable[Iterable[str] | None]) -> list[str] | None:
+def union_names(lists: Iterable[Iterable[str] | None]) -> list[str] | None:
     """Return the names in any of these, each once, in their order."""
     return list(dict.fromkeys(name for names in lists for name in names or ())) or None
 
 
-def plain_lora(configs: Sequence[PeftConfig]) -> LoraConfig:
+def make_plain_config(configs: Sequence[PeftConfig]) -> LoraConfig:
     """Return a config of plain LoRA that targets all that any of these configs of any methods does."""
     first = configs[0]
     like = config_of("LORA")(
@@ -69,10 +69,10 @@ def plain_lora(configs: Sequence[PeftConfig]) -> LoraConfig:
     )
     for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         setattr(like, name, getattr(first, name, None))
-    return union_of(configs, like=like)
+    return union_configs(configs, like=like)
 
 
-def either(targets: Sequence[str | Collection[str] | None], mixed: str) -> str | set[str]:
+def union_targets(targets: Sequence[str | Collection[str] | None], mixed: str) -> str | set[str]:
     """Return one value of `target_modules` that selects all that any of them does."""
     if len({isinstance(t, str) for t in targets}) > 1:
         raise ConfigError(mixed)
@@ -81,7 +81,7 @@ def either(targets: Sequence[str | Collection[str] | None], mixed: str) -> str |
     return set().union(*(t or () for t in targets))
 
 
-def name_exactly(cfg: PeftConfig, keys: Iterable[str], parameters: Sequence[str] = ()) -> None:
+def target_exactly(cfg: PeftConfig, keys: Iterable[str], parameters: Sequence[str] = ()) -> None:
     """Make `cfg` target the layers at these paths and no others, those of `parameters` by their own names."""
     modules = [re.escape(key) for key in keys if key not in parameters]
     cfg.target_modules = "|".join(modules) if modules else []
@@ -92,7 +92,7 @@ def name_exactly(cfg: PeftConfig, keys: Iterable[str], parameters: Sequence[str]
             setattr(cfg, name, None)
 
 
-def rank_patterns(ranks: dict[str, int]) -> dict[str, int]:
+def make_rank_patterns(ranks: dict[str, int]) -> dict[str, int]:
     """Return patterns for the layers whose rank is not the highest: by last names where these tell them apart."""
     usual = max(ranks.values())
     by_name: dict[str, set[int]] = {}
@@ -109,25 +109,25 @@ def rank_patterns(ranks: dict[str, int]) -> dict[str, int]:
 # modules beside the layers
 
 
-def owners(tuner: Tuner, names: Sequence[str]) -> dict[str, str]:
+def find_owners(tuner: Tuner, names: Sequence[str]) -> dict[str, str]:
     """Return the adapter that has its own copy of a module, by path.
 
     Raises:
         ConfigError: two have a copy of the same module: copies are no updates that add up.
     """
     whole = {key: w for key, w in tuner.wrappers.items() if not w.takes_rows}
-    found = {key: [n for n in dict.fromkeys(names) if n in w.adapters] for key, w in whole.items()}
-    shared = {key: own for key, own in found.items() if len(own) > 1}
+    copies = {key: [n for n in dict.fromkeys(names) if n in w.adapters] for key, w in whole.items()}
+    shared = {key: adapters for key, adapters in copies.items() if len(adapters) > 1}
     if shared:
-        where = ", ".join(f"'{key}' of {own}" for key, own in shared.items())
+        where = ", ".join(f"'{key}' of {adapters}" for key, adapters in shared.items())
         raise ConfigError(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
             f"{len(shared)} such instance(s). Each has its own copy, which cannot be combined: {where}."
         )
-    return {key: own[0] for key, own in found.items() if own}
+    return {key: adapters[0] for key, adapters in copies.items() if adapters}
 
 
-def heads(tuner: Tuner, owner: dict[str, str], cfg: Targets) -> dict[str, nn.Module]:
+def copy_heads(tuner: Tuner, owner: dict[str, str], cfg: Targets) -> dict[str, nn.Module]:
     """Copy the modules trained whole for the new adapter. Tied ones follow by themselves."""
     return {
         key: copy.deepcopy(tuner.wrappers[key].modules_to_save[name])
@@ -136,13 +136,13 @@ def heads(tuner: Tuner, owner: dict[str, str], cfg: Targets) -> dict[str, nn.Mod
     }
 
 
-def rows_of(tuner: Tuner, names: Sequence[str], weights: Sequence[float], cfg: PeftConfig) -> Rows:
+def find_token_rows(tuner: Tuner, names: Sequence[str], weights: Sequence[float], cfg: PeftConfig) -> Rows:
     """Return who trains rows of a module, by path. `cfg` names all of these rows."""
     wrappers = {key: w for key, w in tuner.wrappers.items() if w.takes_rows}
     rows = {key: [(w.methods[n], x) for n, x in zip(names, weights) if n in w.methods] for key, w in wrappers.items()}
     indices = [v for n in names if (v := getattr(tuner.peft_config[n], "trainable_token_indices", None))]
     if any(v != indices[0] for v in indices):
-        tokens = {key: sorted({t for m, _ in found for t in m.token_indices}) for key, found in rows.items() if found}
+        tokens = {key: sorted({t for m, _ in pairs for t in m.token_indices}) for key, pairs in rows.items() if pairs}
         lists = not any(isinstance(v, dict) for v in indices)  # rows of the input embedding
         cfg.trainable_token_indices = sorted(set().union(*indices)) if lists else tokens
     return rows
@@ -150,9 +150,9 @@ def rows_of(tuner: Tuner, names: Sequence[str], weights: Sequence[float], cfg: P
 
 def warn_if_base_changed(tuner: Tuner, names: list[str], adapter_name: str, cfg: PeftConfig) -> None:
     """Warn unless the new adapter changes a fresh base likewise."""
-    if changes_base(cfg):
+    if find_start_change(cfg):
         return
-    changed = [n for n in dict.fromkeys(names) if changes_base(tuner.peft_config[n])]
+    changed = [n for n in dict.fromkeys(names) if find_start_change(tuner.peft_config[n])]
     if changed:
         warn(
             f"The initialisation of {changed} changed the base weights: '{adapter_name}' belongs to the base model as "
@@ -161,18 +161,18 @@ def warn_if_base_changed(tuner: Tuner, names: list[str], adapter_name: str, cfg:
         )
 
 
-def changes_base(cfg: PeftConfig) -> str | None:
+def find_start_change(cfg: PeftConfig) -> str | None:
     """Return the setting by which the initialisation of adapters changes the base weights; None if it does not."""
     setting_of = getattr(method_of(cfg.peft_type).variant(cfg), "changes_base", None)
     setting: str | None = None if setting_of is None else setting_of(cfg)
     return setting
 
 
-class OtherLayers(Exception):
+class OtherLayersError(Exception):
     """A config selects other layers than those that were combined."""
 
 
-class Combined:
+class CombinedValues:
     """The values of a new adapter: of each layer by path, and of token rows, from those of the others."""
 
     names = ()  # of no file
@@ -188,37 +188,39 @@ class Combined:
 
     def match_entries(self, parts: AdapterCarriers, adapter: str) -> list[tuple[Receiver, Tensor]]:
         if set(parts.layers) != set(self.values):
-            raise OtherLayers
+            raise OtherLayersError
         out: list[tuple[Receiver, Tensor]] = []
         for key, layer in parts.layers.items():
-            out += [(Target(layer, slot), self.values[key][slot.container, slot.path]) for slot in layer.slots(adapter)]
+            out += [
+                (SlotTarget(layer, slot), self.values[key][slot.container, slot.path]) for slot in layer.slots(adapter)
+            ]
         for key, host in parts.wrappers.items():
             if host.takes_rows:
-                others = self.rows[key]
-                if host.methods[adapter].lenders and not all(m.lenders for m, _ in others):
+                pairs = self.rows[key]
+                if host.methods[adapter].lenders and not all(m.lenders for m, _ in pairs):
                     raise ConfigError(
                         f"'{key}' shares its weight with the embedding, and its rows are its own in some of the "
-                        f"adapters {[m.name for m, _ in others]}: adapter '{adapter}', which trains the same tokens in "
+                        f"adapters {[m.name for m, _ in pairs]}: adapter '{adapter}', which trains the same tokens in "
                         "both, cannot hold their sum. Combine the others."
                     )
-                rows = moved(host.methods[adapter], others)
-                out += [(Target(host, slot), rows) for slot in host.slots(adapter) if slot.saved]
+                rows = combine_rows(host.methods[adapter], pairs)
+                out += [(SlotTarget(host, slot), rows) for slot in host.slots(adapter) if slot.saved]
         return out
 
 
-def moved(method: Method, others: list[tuple[Method, float]]) -> Tensor:
+def combine_rows(method: Method, pairs: list[tuple[Method, float]]) -> Tensor:
     """Return W + Σ wᵢ (rowᵢ - W) for the rows of a new adapter, which are W's yet."""
     base = widen(method.trainable_tokens_delta)
     out, left = torch.zeros_like(base), torch.ones_like(base[:, :1])
     place = {token: i for i, token in enumerate(method.token_indices)}
-    for m, weight in others:
+    for m, weight in pairs:
         at = [place[token] for token in m.token_indices]
         out[at] += widen(m.rows) * weight
         left[at] -= weight
     return (out + base * left)[[place[token] for token in method.token_indices]]  # a token may have several rows
 
 
-class Target(NamedTuple):
+class SlotTarget(NamedTuple):
     """The slot of a layer that a value goes to."""
 
     layer: AdapterLayer | Wrapper
@@ -230,7 +232,7 @@ class Target(NamedTuple):
         self.slot.assign(value.detach().reshape(shape).to(device=device, dtype=dtype).contiguous(), device)
 
 
-def put(
+def inject_combined(
     tuner: Any,
     name: str,
     cfg: Targets,
@@ -242,13 +244,19 @@ def put(
     """Inject the new adapter with its values in it: in float32 if `widened`, else in half precision on such layers."""
 
     def inject() -> None:
-        tuner.add_adapter(name, cfg, Options(widened, False, Combined(values, rows), heads(tuner, owner, cfg)))
+        tuner.add_adapter(
+            name, cfg, Options(widened, False, CombinedValues(values, rows), copy_heads(tuner, owner, cfg))
+        )
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user saw them when the adapters came
         try:
             inject()
-        except (OtherLayers, NoMatchingPeftModuleError, UnsupportedLayerError):  # exclusions or layer ranges differ
+        except (
+            OtherLayersError,
+            NoMatchingPeftModuleError,
+            UnsupportedLayerError,
+        ):  # exclusions or layer ranges differ
             sites = {key: tuner.layers[key].site for key in values}
-            name_exactly(cfg, values, [key for key, site in sites.items() if site.path != key])
+            target_exactly(cfg, values, [key for key, site in sites.items() if site.path != key])
             inject()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.combine import adding, rules
-from graft.combine.adding import Tensors, changes_base
-from graft.combine.forms import of_all_groups
+from graft.combine.adding import Tensors, find_start_change
+from graft.combine.forms import spread_groups
 from graft.core.effect import Effect
 from graft.core.errors import ConfigError, ConfigTypeError, PeftWarning, warn
 from graft.core.folding import WeightChange, compute_change, why_no_delta
@@ -34,7 +34,7 @@ Layers = dict[str, AdapterLayer]  # by path
 Spectrum = tuple[Tensor, Tensor, Tensor]  # Vh (groups, k, n), U S (groups, m, k), S (groups, k)
 
 
-def convert(
+def convert_layers(
     base: nn.Module,
     layers: Layers,
     adapter: str,
@@ -47,41 +47,41 @@ def convert(
     """Return a config of plain LoRA, and the values of its tensors by layer: see `graft.convert_to_lora`."""
     from tqdm import tqdm
 
-    effects = effects_at(layers, adapter, at or {})
-    check(layers, adapter, cfg, rank, effects)
+    effects = fix_effects(layers, adapter, at or {})
+    check_convertible(layers, adapter, cfg, rank, effects)
     if isinstance(cfg, LoraConfig):
         warn(
             "Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that, "
             "unless it is to have another rank."
         )
-    if changes_base(cfg):
+    if find_start_change(cfg):
         warn(
             f"The initialisation of '{adapter}' changed the base weights: as plain LoRA it belongs to the base model "
             "as it is now, and will not fit a fresh one.",
             PeftWarning,
         )
-    decompose = spectrum if compile_kwargs is None else torch.compile(spectrum, **compile_kwargs)
+    decompose = compute_spectrum if compile_kwargs is None else torch.compile(compute_spectrum, **compile_kwargs)
     changes: dict[str, WeightChange] = {}
     lost: dict[str, float] = {}
     for key, layer in tqdm(layers.items(), desc="Converting to LoRA", unit="layer", disable=not progressbar):
         change = compute_change(layer.methods[adapter], effects.get(key))
         of_all = rank * len(change.A) if isinstance(rank, int) and layer.op.opaque else rank  # each matrix has `rank`
-        A, B, lost[key] = of_rank(change, of_all, decompose)
+        A, B, lost[key] = truncate_change(change, of_all, decompose)
         changes[key] = WeightChange(A, B, change.shift)
-    report(adapter, rank, lost)
-    made = adding.plain_lora([cfg])
+    warn_of_loss(adapter, rank, lost)
+    lora = adding.make_plain_config([cfg])
     stacks = [key for key in changes if layers[key].op.opaque]
     ranks = {key: A.shape[1] * (1 if key in stacks else len(A)) for key, (A, _, _) in changes.items()}
-    configure(made, base, ranks, rank, stacks)
-    made.fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
-    made.lora_bias = any(shift is not None for _, _, shift in changes.values())
-    return made, {key: values_on(layers[key].methods[adapter], change, made) for key, change in changes.items()}
+    set_ranks(lora, base, ranks, rank, stacks)
+    lora.fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
+    lora.lora_bias = any(shift is not None for _, _, shift in changes.values())
+    return lora, {key: make_lora_values(layers[key].methods[adapter], change, lora) for key, change in changes.items()}
 
 
 # checks
 
 
-def effects_at(layers: Layers, adapter: str, at: Mapping[str, object]) -> dict[str, Effect]:
+def fix_effects(layers: Layers, adapter: str, at: Mapping[str, object]) -> dict[str, Effect]:
     """Return the effects of an adapter, by layer, whose update follows an argument of calls that `at` fixes.
 
     Raises:
@@ -97,18 +97,18 @@ def effects_at(layers: Layers, adapter: str, at: Mapping[str, object]) -> dict[s
     }
 
 
-def check(layers: Layers, adapter: str, cfg: Any, rank: Any, effects: Mapping[str, Effect]) -> None:
+def check_convertible(layers: Layers, adapter: str, cfg: Any, rank: Any, effects: Mapping[str, Effect]) -> None:
     """Raise unless LoRA of this rank can hold what the adapter does to each layer."""
     check_rank(rank)
     if not layers:
         raise ConfigTypeError("Could not detect any layer that supports LoRA conversion.")
 
-    def fits(key: str, layer: AdapterLayer) -> bool:
+    def is_convertible(key: str, layer: AdapterLayer) -> bool:
         if key in effects:
             return why_no_delta(layer.methods[adapter], effects[key]) is None
         return layer.supports_lora_conversion(adapter)
 
-    if wrong := [key for key, layer in layers.items() if not fits(key, layer)]:
+    if wrong := [key for key, layer in layers.items() if not is_convertible(key, layer)]:
         kinds = sorted({type(layers[key].methods[adapter]).__name__ for key in wrong})
         why = why_no_delta(layers[wrong[0]].methods[adapter]) or "its layer says so"
         raise ConfigTypeError(
@@ -147,14 +147,14 @@ def check_rank(rank: object) -> None:
 # updates
 
 
-def spectrum(A: Tensor, B: Tensor | None) -> Spectrum:
+def compute_spectrum(A: Tensor, B: Tensor | None) -> Spectrum:
     """Return all singular triples of B A; of A if there is no B."""
     if B is None:
         return rules.truncate_matrix(A, min(A.shape[-2:]))
     return rules.truncate_product(A, B, min(*A.shape[-2:], B.shape[-2]))
 
 
-def of_rank(
+def truncate_change(
     change: WeightChange, rank: int | float, decompose: Callable[..., Spectrum]
 ) -> tuple[Tensor, Tensor, float]:
     """Return A (groups, k, n) and B (groups, m, k) whose product comes closest to ΔW; its own, if they have the rank.
@@ -177,7 +177,7 @@ def of_rank(
     return (*((A, B) if B is not None and A.shape[1] == k else (Vh[:, :k], US[..., :k])), 0.0)
 
 
-def report(adapter: str, rank: int | float, lost: dict[str, float]) -> None:
+def warn_of_loss(adapter: str, rank: int | float, lost: dict[str, float]) -> None:
     """Warn if LoRA of this rank leaves much of an update of full rank out."""
     worst = max(lost, key=lambda key: lost[key])
     if lost[worst] > TELL_FROM:
@@ -191,7 +191,7 @@ def report(adapter: str, rank: int | float, lost: dict[str, float]) -> None:
 # LoRA
 
 
-def configure(
+def set_ranks(
     cfg: LoraConfig, base: nn.Module, ranks: dict[str, int], rank: int | float, parameters: Sequence[str] = ()
 ) -> None:
     """Make `cfg` give these layers of `base` these ranks, with scaling 1, and leave all others alone.
@@ -209,19 +209,19 @@ def configure(
         cfg.alpha_pattern = dict(cfg.rank_pattern)
     matcher = Matcher(cfg)
     if parameters or {key for key in survey_model(base).modules if matcher(key).outcome == "matched"} != set(ranks):
-        adding.name_exactly(cfg, ranks, parameters)
+        adding.target_exactly(cfg, ranks, parameters)
 
 
-def values_on(m: Method, change: WeightChange, cfg: LoraConfig) -> Tensors:
+def make_lora_values(m: Method, change: WeightChange, cfg: LoraConfig) -> Tensors:
     """Return the values of LoRA's tensors on the layer of a method, in its dtype."""
     site, B = m.site, change.B
     assert B is not None
     if site.op.opaque:
         A, B = Opaque.join_matrices(change.A, B)
-        made = method_of("LORA")(site, cfg, m.name).holding(A, B)
-        return {place: t.detach().to(m.dtype, copy=True).contiguous() for place, t in made.items()}
+        stacked = method_of("LORA")(site, cfg, m.name).holding(A, B)
+        return {place: t.detach().to(m.dtype, copy=True).contiguous() for place, t in stacked.items()}
     B = B.flatten(0, 1)
-    A = of_all_groups(change.A, site).flatten(0, 1)
+    A = spread_groups(change.A, site).flatten(0, 1)
     values = method_of("LORA")(site, cfg, m.name).holding(A, B)
     if cfg.lora_bias:
         if site.op.takes_ids:

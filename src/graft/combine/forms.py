@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from graft.combine.adding import Tensors, plain_lora, union_of
+from graft.combine.adding import Tensors, make_plain_config, union_configs
 from graft.core.errors import ConfigError
 from graft.core.folding import EvaluationMode, compute_change, why_no_delta, widen
 from graft.core.ops import Opaque
@@ -64,14 +64,14 @@ class Term:
         return A.reshape(groups, r, prod(A.shape[1:])), B.reshape(groups, len(B) // groups, prod(B.shape[1:]))
 
 
-class Form(Generic[C]):
+class ProductForm(Generic[C]):
     """The way in which adapters of a combination are read, and the new one is written."""
 
-    apart: ClassVar[bool] = False  # True: rules may act on A and B apart
+    takes_factors: ClassVar[bool] = False  # True: rules may act on A and B apart
 
-    def begin(self, configs: Sequence[C]) -> C:
+    def make_config(self, configs: Sequence[C]) -> C:
         """Return a config for the layers that any of these selects."""
-        return union_of(configs)
+        return union_configs(configs)
 
     def why_not(self, m: Method) -> str | None:
         """Return why a method cannot be read; None if it can."""
@@ -80,7 +80,7 @@ class Form(Generic[C]):
         return f"{type(m).__name__} does more than add a low-rank update"
 
     def read(self, m: Method, weight: float) -> Term:
-        return factors_of(m, weight)
+        return read_term(m, weight)
 
     def write(self, A: Tensor, B: Tensor, parts: Parts, cfg: C) -> Tensors:
         """Return the tensors of a new adapter with ΔW = B A, made from `parts`: (method, weight)."""
@@ -91,7 +91,7 @@ class Form(Generic[C]):
         raise NotImplementedError
 
 
-def factors_of(m: Method, weight: float) -> Term:
+def read_term(m: Method, weight: float) -> Term:
     """The factors of a method, with the vectors between and around them counted in."""
     with EvaluationMode(m.layer):
         f = m.factors()
@@ -102,10 +102,10 @@ def factors_of(m: Method, weight: float) -> Term:
     return Term(widen(A), widen(B), scale, weight, op.count_groups(module), stack, op.transposed)
 
 
-class LoraForm(Form["LoraConfig"]):
+class LoraForm(ProductForm["LoraConfig"]):
     """The form of LoRA: factors and a scaling."""
 
-    apart: ClassVar[bool] = True
+    takes_factors: ClassVar[bool] = True
 
     def write(self, A: Tensor, B: Tensor, parts: Parts, cfg: LoraConfig) -> Tensors:
         m = parts[0][0]
@@ -130,10 +130,10 @@ class LoraForm(Form["LoraConfig"]):
             cfg.init_lora_weights = True  # some initialisations would change the base weight on loading
         if not method_of(cfg.peft_type).variant(cfg).holds_any:
             cfg.drop_variant()
-        check_base_stays(cfg, ranks, configs)
+        check_base_unchanged(cfg, ranks, configs)
 
 
-def check_base_stays(cfg: PeftConfig, ranks: dict[str, int], configs: Sequence[LoraConfig]) -> None:
+def check_base_unchanged(cfg: PeftConfig, ranks: dict[str, int], configs: Sequence[LoraConfig]) -> None:
     """Raise if the new adapter's variant would take more out of the base weights than those of the others did."""
     setting = method_of(cfg.peft_type).variant(cfg).changes_base(cfg)
     for key, r in ranks.items() if setting else ():
@@ -148,34 +148,34 @@ def check_base_stays(cfg: PeftConfig, ranks: dict[str, int], configs: Sequence[L
 class UpdateForm(LoraForm):
     """Plain LoRA, from adapters of any methods that have a ΔW. A new one for each combination."""
 
-    apart: ClassVar[bool] = False
+    takes_factors: ClassVar[bool] = False
 
     def __init__(self) -> None:
-        self.shifted = False  # one of them changes a bias
+        self.has_shift = False  # one of them changes a bias
 
-    def begin(self, configs: Sequence[PeftConfig]) -> LoraConfig:
-        return plain_lora(configs)
+    def make_config(self, configs: Sequence[PeftConfig]) -> LoraConfig:
+        return make_plain_config(configs)
 
     def why_not(self, m: Method) -> str | None:
         return why_no_delta(m)
 
     def read(self, m: Method, weight: float) -> Term:
         A, B, shift = compute_change(m)
-        self.shifted |= shift is not None
+        self.has_shift |= shift is not None
         if B is None:  # ΔW itself: the product with an identity of its shorter side
             one = torch.eye(min(A.shape[1:]), dtype=A.dtype, device=A.device).expand(len(A), -1, -1)
             A, B = (A, one) if A.shape[1] <= A.shape[2] else (one, A)
-        return Term(of_all_groups(A, m.site).flatten(0, 1), B.flatten(0, 1), 1.0, weight, len(A))
+        return Term(spread_groups(A, m.site).flatten(0, 1), B.flatten(0, 1), 1.0, weight, len(A))
 
     def shift(self, m: Method) -> Tensor | None:
         return compute_change(m).shift
 
     def configure(self, cfg: LoraConfig, ranks: Ranks, patterns: Ranks, configs: Sequence[LoraConfig]) -> None:
         super().configure(cfg, ranks, patterns, ())
-        cfg.lora_bias = self.shifted
+        cfg.lora_bias = self.has_shift
 
 
-def of_all_groups(A: Tensor, site: Site) -> Tensor:
+def spread_groups(A: Tensor, site: Site) -> Tensor:
     """Return A (groups, r, n) as LoRA's A sees inputs, those of all groups: with zeros for those of other groups."""
     groups, r, n = A.shape
     if groups == 1 or n > site.fan_in:
@@ -186,7 +186,7 @@ def of_all_groups(A: Tensor, site: Site) -> Tensor:
     return out.flatten(2)
 
 
-class AdaLoraForm(Form["AdaLoraConfig"]):
+class AdaLoraForm(ProductForm["AdaLoraConfig"]):
     """The form of AdaLoRA: B diag(E) A, where singular values E include the scaling."""
 
     def write(self, A: Tensor, B: Tensor, parts: Parts, cfg: AdaLoraConfig) -> Tensors:
@@ -207,7 +207,7 @@ class AdaLoraForm(Form["AdaLoraConfig"]):
         cfg.inference_mode = True  # a model trains one AdaLoRA adapter at a time
 
 
-class LohaForm(Form["LoHaConfig"]):
+class LohaForm(ProductForm["LoHaConfig"]):
     """The form of LoHa: the elementwise product of two low-rank matrices, one of them all ones when written."""
 
     def read(self, m: Method, weight: float) -> Term:
@@ -227,4 +227,4 @@ class LohaForm(Form["LoHaConfig"]):
         cfg.use_effective_conv2d = False
 
 
-FORMS: dict[str, Form[Any]] = {"LORA": LoraForm(), "ADALORA": AdaLoraForm(), "LOHA": LohaForm()}
+FORMS: dict[str, ProductForm[Any]] = {"LORA": LoraForm(), "ADALORA": AdaLoraForm(), "LOHA": LohaForm()}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from graft.combine import adding, rules
-from graft.combine.adding import put, warn_if_base_changed
-from graft.combine.forms import factors_of
+from graft.combine.adding import inject_combined, warn_if_base_changed
+from graft.combine.forms import read_term
 from graft.config.fields import to_int
 from graft.core.containers import UPCAST
 from graft.core.errors import ConfigError
@@ -59,29 +59,31 @@ def reduce_intruder_dimension(
     cfg = copy.deepcopy(registry.peft_config[old_adapter_name])
     parts = registry.parts_of(old_adapter_name)
     layers = parts.layers
-    check(layers, old_adapter_name, cfg)
+    check_reducible(layers, old_adapter_name, cfg)
     if isinstance(cfg.init_lora_weights, str):
         cfg.init_lora_weights = True  # the base weights have been changed already
     registry.check_new(new_adapter_name, cfg)
     warn_if_base_changed(registry, [old_adapter_name], new_adapter_name, cfg)
     slots = {key: layer.slots(old_adapter_name) for key, layer in layers.items()}
-    before = {key: {(slot.container, slot.path): slot.tensor for slot in found} for key, found in slots.items()}
-    values = {key: dict(found) for key, found in before.items()}
+    before = {key: {(slot.container, slot.path): slot.tensor for slot in entries} for key, entries in slots.items()}
+    values = {key: dict(entries) for key, entries in before.items()}
     for key, layer in layers.items():
         m = layer.methods[old_adapter_name]
-        found = intruders(layer.W0, m, top_k, threshold_epsilon)
-        logging_sink(f"{parts.prefix}{key}: " + (f"Intruders: {len(found[1])}" if len(found[1]) else "No intruders"))
-        if len(found[1]):
-            values[key] |= m.holding(*without(m, *found, mitigation_lambda))
-    widened = all(t.dtype not in UPCAST for found in before.values() for t in found.values())
+        entries = find_intruders(layer.W0, m, top_k, threshold_epsilon)
+        logging_sink(
+            f"{parts.prefix}{key}: " + (f"Intruders: {len(entries[1])}" if len(entries[1]) else "No intruders")
+        )
+        if len(entries[1]):
+            values[key] |= m.holding(*scale_intruders(m, *entries, mitigation_lambda))
+    widened = all(t.dtype not in UPCAST for entries in before.values() for t in entries.values())
     old = [old_adapter_name]
-    owner, rows = adding.owners(registry, old), adding.rows_of(registry, old, [1.0], cfg)
-    put(registry, new_adapter_name, cfg, values, owner, rows, widened)
+    owner, rows = adding.find_owners(registry, old), adding.find_token_rows(registry, old, [1.0], cfg)
+    inject_combined(registry, new_adapter_name, cfg, values, owner, rows, widened)
     logging_sink(f"Enabling new adapter {new_adapter_name}")
     registry.set_adapter(new_adapter_name)
 
 
-def check(layers: dict[str, AdapterLayer], adapter: str, cfg: PeftConfig) -> None:
+def check_reducible(layers: dict[str, AdapterLayer], adapter: str, cfg: PeftConfig) -> None:
     """Raise ConfigError unless B A is all that the adapter does, and its tensors can hold any other."""
     if cfg.peft_type != "LORA":
         raise ConfigError(f"The provided model is not using LoRA for '{adapter}' and is therefore not supported.")
@@ -98,25 +100,25 @@ def check(layers: dict[str, AdapterLayer], adapter: str, cfg: PeftConfig) -> Non
             )
 
 
-def product(m: Method) -> tuple[Tensor, Tensor]:
+def get_product(m: Method) -> tuple[Tensor, Tensor]:
     """Return A (r, n) and B (out, r) with ΔW = B A."""
-    term = factors_of(m, 1.0)
+    term = read_term(m, 1.0)
     (A,), (B,) = term.product()
     return A, B * term.scaling
 
 
-def intruders(W: Tensor, m: Method, top_k: int, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+def find_intruders(W: Tensor, m: Method, top_k: int, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the singular triples of W + ΔW that are intruders: U (out, k), S (k,), Vh (k, n)."""
-    W, (A, B) = widen(W).flatten(1), product(m)
+    W, (A, B) = widen(W).flatten(1), get_product(m)
     U, S, Vh = torch.linalg.svd(W + B @ A, full_matrices=False)
-    own = torch.linalg.svd(W, full_matrices=False).U
-    new = (U[:, :top_k].T @ own).abs().amax(dim=1) < epsilon
+    base_vectors = torch.linalg.svd(W, full_matrices=False).U
+    new = (U[:, :top_k].T @ base_vectors).abs().amax(dim=1) < epsilon
     return U[:, :top_k][:, new], S[:top_k][new], Vh[:top_k][new]
 
 
-def without(m: Method, U: Tensor, S: Tensor, Vh: Tensor, part: float) -> tuple[Tensor, Tensor]:
+def scale_intruders(m: Method, U: Tensor, S: Tensor, Vh: Tensor, part: float) -> tuple[Tensor, Tensor]:
     """Return A and B of the adapter, whose scaling they do not contain, with only `part` of these triples."""
-    A, B = product(m)
+    A, B = get_product(m)
     rank = len(A)
     A, B, S = rules.truncate_product(torch.cat([A, Vh]), torch.cat([B, U * ((part - 1) * S)], dim=1), rank)
     root = S[:rank].sqrt()  # share the size out to both, as training does

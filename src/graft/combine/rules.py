@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.combine.forms import Form, Term
+from graft.combine.forms import ProductForm, Term
 from graft.config.fields import to_int
 from graft.core.errors import ConfigError, ConfigTypeError, PeftWarning, warn
 
@@ -40,15 +40,15 @@ def dare_linear(tensors: Sequence[Tensor], weights: Sequence[float], density: fl
 def ties(
     tensors: Sequence[Tensor], weights: Sequence[float], density: float, majority_sign_method: str = "total"
 ) -> Tensor:
-    """Return `elect` of the largest elements of each tensor. TIES, arXiv 2306.01708."""
-    return elect([keep_largest(t, density) for t in tensors], weights, majority_sign_method)
+    """Return `add_agreeing` of the largest elements of each tensor. TIES, arXiv 2306.01708."""
+    return add_agreeing([keep_largest(t, density) for t in tensors], weights, majority_sign_method)
 
 
 def dare_ties(
     tensors: Sequence[Tensor], weights: Sequence[float], density: float, majority_sign_method: str = "total"
 ) -> Tensor:
-    """Return `elect` of random elements of each tensor. DARE with TIES, arXiv 2311.03099 and 2306.01708."""
-    return elect([drop_and_rescale(t, density) for t in tensors], weights, majority_sign_method)
+    """Return `add_agreeing` of random elements of each tensor. DARE with TIES, arXiv 2311.03099 and 2306.01708."""
+    return add_agreeing([drop_and_rescale(t, density) for t in tensors], weights, majority_sign_method)
 
 
 def keep_largest(t: Tensor, density: float) -> Tensor:
@@ -82,7 +82,7 @@ def majority_sign(tensors: Sequence[Tensor], method: str = "total") -> Tensor:
     return votes.sign_().add_(0.5).sign_()
 
 
-def elect(tensors: Sequence[Tensor], weights: Sequence[float], majority_sign_method: str = "total") -> Tensor:
+def add_agreeing(tensors: Sequence[Tensor], weights: Sequence[float], majority_sign_method: str = "total") -> Tensor:
     """Return Σ wᵢ tᵢ over elements of the majority's sign, divided by their number. Weights do not vote."""
     sign = majority_sign(tensors, majority_sign_method)
     total, count = torch.zeros_like(sign), torch.zeros_like(sign)
@@ -102,7 +102,7 @@ def check_density(density: float) -> None:
 # low-rank products
 
 
-def cat(A: Sequence[Tensor], B: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+def concatenate_factors(A: Sequence[Tensor], B: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return A (…, Σr, n) and B (…, m, Σr) with B A = Σ wᵢ Bᵢ Aᵢ, exactly."""
     return torch.cat([a * float(w) for a, w in zip(A, weights)], dim=-2), torch.cat(list(B), dim=-1)
 
@@ -140,7 +140,7 @@ def clamp_to_quantile(A: Tensor, B: Tensor, quantile: float) -> tuple[Tensor, Te
     return A.clamp(-most, most), B.clamp(-most, most)
 
 
-def retained_energy(S: Tensor, rank: int) -> float:
+def compute_retained_energy(S: Tensor, rank: int) -> float:
     """Return ‖truncated‖² / ‖full‖² from all singular values (…, k), of which `rank` stay; 1 for a matrix of zeros."""
     squares = S.square()
     full = float(squares.sum())
@@ -180,14 +180,14 @@ class Recipe:
         return partial(ELEMENTWISE[name], **options)
 
     @property
-    def draws(self) -> bool:
+    def is_random(self) -> bool:
         """Return True if pruning is random."""
         return self.kind.startswith("dare")
 
-    def check(self, form: Form[Any], peft_type: str) -> None:
+    def check(self, form: ProductForm[Any], peft_type: str) -> None:
         if self.kind not in TYPES:
             raise ConfigError(f"Invalid combination_type: {self.kind}. Known ones: {', '.join(TYPES)}.")
-        if self.kind in ELEMENTWISE and not form.apart:
+        if self.kind in ELEMENTWISE and not form.takes_factors:
             raise NotImplementedError(
                 f"combination_type='{self.kind}' acts on the factors of LoRA apart, which means nothing for "
                 f"{peft_type} adapters: their sum can be had with cat, svd or exact."
@@ -248,7 +248,7 @@ class Recipe:
             return A, self.rule([t.B for t in terms], roots), None
         pairs = [t.product() for t in terms]
         if self.kind in ("cat", "svd", "exact"):
-            A, B = cat([a for a, _ in pairs], [b for _, b in pairs], scaled)
+            A, B = concatenate_factors([a for a, _ in pairs], [b for _, b in pairs], scaled)
             whole = self.kind == "exact" and rank * stack == A.shape[0] * A.shape[1] and self.clamp is None
             if self.kind == "cat" or whole:
                 return A, B, 1.0
@@ -259,7 +259,7 @@ class Recipe:
             W = self.rule(matrices, [t.weight for t in terms])
             W = W.mT if terms[0].transposed else W
             A, B, S = truncate_matrix(W, rank * stack // len(W), self.driver)
-        energy = retained_energy(S, A.shape[-2])
+        energy = compute_retained_energy(S, A.shape[-2])
         if self.clamp is not None:
             A, B = clamp_to_quantile(A, B, self.clamp)
         return A, B, energy

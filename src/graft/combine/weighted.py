@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from graft.combine import adding, rules
-from graft.combine.adding import Tensors, put, warn_if_base_changed
-from graft.combine.forms import FORMS, Form, UpdateForm
+from graft.combine.adding import Tensors, inject_combined, warn_if_base_changed
+from graft.combine.forms import FORMS, ProductForm, UpdateForm
 from graft.combine.rules import TYPES, Recipe
 from graft.core.errors import AdapterNotFoundError, ConfigError, ConfigTypeError, escape_controls
 from graft.core.finite import is_finite
@@ -48,7 +48,7 @@ class WeightedReport:
         )
 
 
-def reads_whole(combine: Callable[..., WeightedReport]) -> Callable[..., WeightedReport]:
+def gather_whole(combine: Callable[..., WeightedReport]) -> Callable[..., WeightedReport]:
     """Let a function see the tensors of the adapters that it combines whole, where processes hold parts of them."""
 
     @wraps(combine)
@@ -63,7 +63,7 @@ def reads_whole(combine: Callable[..., WeightedReport]) -> Callable[..., Weighte
 
 @prepares
 @torch.no_grad()
-@reads_whole
+@gather_whole
 def add_weighted_adapter(
     tuner: Any,
     adapters: list[str],
@@ -110,14 +110,14 @@ def add_weighted_adapter(
         ConfigError: the adapters or options do not go together; a weight or a result is not finite in float32.
         NotImplementedError: adapters of this kind have no combination of this type.
     """
-    names, weights = checked(tuner, adapters, weights)
-    peft_type, kind = kind_of(tuner, names), combination_type
+    names, weights = check_arguments(tuner, adapters, weights)
+    peft_type, kind = join_types(tuner, names), combination_type
     form = FORMS.get(peft_type) or UpdateForm()
     if len(names) == 1 and kind in TYPES and svd_rank is svd_clamp is density is None:
-        kind = "linear" if form.apart else "cat"
+        kind = "linear" if form.takes_factors else "cat"
     recipe = Recipe(kind, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
     recipe.check(form, peft_type)
-    for name in names if not form.apart else ():  # an update of another method has no slices for each expert
+    for name in names if not form.takes_factors else ():  # an update of another method has no slices for each expert
         if getattr(tuner.peft_config[name], "target_parameters", None):
             raise ConfigError(
                 f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter '{name}') together "
@@ -125,36 +125,36 @@ def add_weighted_adapter(
                 f"together, base_model.set_adapter({names})."
             )
     configs = [tuner.peft_config[name] for name in names]
-    parts = parts_of(tuner, names, weights, form)
-    owner = adding.owners(tuner, names)
-    cfg = form.begin(configs)
-    rows = adding.rows_of(tuner, names, weights, cfg)
-    terms = {key: [form.read(m, w) for m, w in found] for key, found in parts.items()}
+    parts = find_parts(tuner, names, weights, form)
+    owner = adding.find_owners(tuner, names)
+    cfg = form.make_config(configs)
+    rows = adding.find_token_rows(tuner, names, weights, cfg)
+    terms = {key: [form.read(m, w) for m, w in pairs] for key, pairs in parts.items()}
     ranks = recipe.ranks(terms)
-    form.configure(cfg, ranks, adding.rank_patterns(ranks), configs)
+    form.configure(cfg, ranks, adding.make_rank_patterns(ranks), configs)
     tuner.check_new(adapter_name, cfg)
     warn_if_base_changed(tuner, names, adapter_name, cfg)
     report = WeightedReport(adapter_name, kind, ranks)
-    if recipe.draws and form.apart:
+    if recipe.is_random and form.takes_factors:
         draw_start(tuner, adapter_name, cfg, list(parts))
     values = {}
-    for key, found in parts.items():
+    for key, pairs in parts.items():
         try:
             A, B, energy = recipe.combine(terms.pop(key), ranks[key])
         except torch.linalg.LinAlgError as e:
-            raise not_finite(names, weights, key) from e
-        values[key] = form.write(A, B, found, cfg)
+            raise make_overflow_error(names, weights, key) from e
+        values[key] = form.write(A, B, pairs, cfg)
         if not all(t.isfinite().all() for t in values[key].values()):
-            raise not_finite(names, weights, key)
+            raise make_overflow_error(names, weights, key)
         if energy is not None:
             report.energy[key] = energy
-    put(tuner, adapter_name, cfg, values, owner, rows)
+    inject_combined(tuner, adapter_name, cfg, values, owner, rows)
     return report
 
 
 @prepares
 @torch.no_grad()
-@reads_whole
+@gather_whole
 def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], adapter_name: str) -> WeightedReport:
     """Add an IA3 adapter, inactive and frozen, whose vectors are Σ wᵢ lᵢ. A call that fails changes nothing.
 
@@ -165,15 +165,15 @@ def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], 
         AdapterNameError: `adapter_name` is taken, or cannot be a name.
         ConfigError: the adapters do not go together; a weight or a result is not finite in float32.
     """
-    names, weights = checked(tuner, adapters, weights)
+    names, weights = check_arguments(tuner, adapters, weights)
     configs = [tuner.peft_config[name] for name in names]
-    owner = adding.owners(tuner, names)
+    owner = adding.find_owners(tuner, names)
     mixed = "All adapter configs should have the same type for target and feedforward modules."
-    cfg = adding.union_of(configs, mixed)
-    cfg.feedforward_modules = adding.either([c.feedforward_modules for c in configs], mixed)
+    cfg = adding.union_configs(configs, mixed)
+    cfg.feedforward_modules = adding.union_targets([c.feedforward_modules for c in configs], mixed)
     tuner.check_new(adapter_name, cfg)
     values: dict[str, Tensors] = {}
-    for key, parts in parts_of(tuner, names, weights, Form()).items():
+    for key, parts in find_parts(tuner, names, weights, ProductForm()).items():
         if len({m.inner for m, _ in parts}) > 1:
             raise ConfigError(
                 f"Layer '{key}' is a feed-forward module of some of the adapters {names} and not of others: one scales "
@@ -182,12 +182,12 @@ def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], 
         l = rules.linear([widen(m.ia3_l) for m, _ in parts], [w for _, w in parts])
         values[key] = {("ia3_l", ""): l + (sum(weights) - sum(w for _, w in parts))}
         if not values[key]["ia3_l", ""].isfinite().all():
-            raise not_finite(names, weights, key)
-    put(tuner, adapter_name, cfg, values, owner, {})
+            raise make_overflow_error(names, weights, key)
+    inject_combined(tuner, adapter_name, cfg, values, owner, {})
     return WeightedReport(adapter_name, "linear")
 
 
-def add_weighted_of_any(
+def add_weighted_mixed(
     tuner: Tuner, adapters: list[str], weights: list[float], adapter_name: str, *args: object, **kwargs: object
 ) -> WeightedReport:
     """Combine adapters of a mixed model: those of one method as a model of that method does, others as plain LoRA.
@@ -197,12 +197,14 @@ def add_weighted_of_any(
     Raises:
         NotImplementedError: an adapter has no ΔW, as IA3 or OFT, which act on inputs and outputs.
     """
-    own = {function_for(tuner.peft_config[name].peft_type) for name in adapters if name in tuner.peft_config}
-    combine = own.pop() if len(own) == 1 and refuse not in own else add_weighted_adapter
+    functions = {
+        choose_combination(tuner.peft_config[name].peft_type) for name in adapters if name in tuner.peft_config
+    }
+    combine = functions.pop() if len(functions) == 1 and refuse_combination not in functions else add_weighted_adapter
     return combine(tuner, adapters, weights, adapter_name, *args, **kwargs)
 
 
-def refuse(tuner: Any, *args: object, **kwargs: object) -> NoReturn:
+def refuse_combination(tuner: Any, *args: object, **kwargs: object) -> NoReturn:
     """Raise: the parameters of this method cannot hold a sum of updates."""
     method = tuner.method
     why = "their parameters cannot hold a sum of what they do"
@@ -220,9 +222,9 @@ TUNER_METHODS: dict[str, Callable[..., WeightedReport]] = {
 }
 
 
-def function_for(peft_type: str) -> Callable[..., WeightedReport]:
+def choose_combination(peft_type: str) -> Callable[..., WeightedReport]:
     """Return the `add_weighted_adapter` of a method's model class."""
-    return TUNER_METHODS.get(peft_type, refuse)
+    return TUNER_METHODS.get(peft_type, refuse_combination)
 
 
 # steps
@@ -238,12 +240,12 @@ def draw_start(tuner: Tuner, adapter_name: str, cfg: PeftConfig, keys: list[str]
             discard_initial_values(method(layer.site, cfg.at(key), adapter_name), {}, layer.call)
 
 
-def kind_of(tuner: Tuner, names: list[str]) -> str:
+def join_types(tuner: Tuner, names: list[str]) -> str:
     """Return the peft_type of these adapters, or all of theirs in one text."""
     return ", ".join(sorted({tuner.peft_config[name].peft_type.value for name in names}))
 
 
-def checked(tuner: Tuner, adapters: list[str], weights: list[float]) -> tuple[list[str], list[float]]:
+def check_arguments(tuner: Tuner, adapters: list[str], weights: list[float]) -> tuple[list[str], list[float]]:
     if isinstance(adapters, str):
         raise ConfigTypeError(f"adapters should be a list of names, got {adapters!r}: write ['{adapters}'].")
     if isinstance(weights, (int, float)):
@@ -263,7 +265,7 @@ def checked(tuner: Tuner, adapters: list[str], weights: list[float]) -> tuple[li
     return names, numbers
 
 
-def not_finite(names: list[str], weights: list[float], key: str) -> ConfigError:
+def make_overflow_error(names: list[str], weights: list[float], key: str) -> ConfigError:
     """Return the error for a combination that overflows float32, or that has NaN in it."""
     return ConfigError(
         f"The combination of {names} with weights {weights} is not finite on layer '{key}'. Give smaller weights, or "
@@ -271,15 +273,15 @@ def not_finite(names: list[str], weights: list[float], key: str) -> ConfigError:
     )
 
 
-def parts_of(
-    tuner: Tuner, names: list[str], weights: list[float], form: Form[Any]
+def find_parts(
+    tuner: Tuner, names: list[str], weights: list[float], form: ProductForm[Any]
 ) -> dict[str, list[tuple[Method, float]]]:
     """Return (method, weight) of each adapter on each layer that has any of them.
 
     Raises:
         NotImplementedError: one has nothing that `form` can read, such as DoRA, which does more than add.
     """
-    found: dict[str, list[tuple[Method, float]]] = {}
+    by_layer: dict[str, list[tuple[Method, float]]] = {}
     for key, layer in tuner.layers.items():
         parts = [(layer.methods[n], w) for n, w in zip(names, weights) if n in layer.methods]
         for m, _ in parts:
@@ -290,5 +292,5 @@ def parts_of(
                     "adapters into the base instead, one after the other."
                 )
         if parts:
-            found[key] = parts
-    return found
+            by_layer[key] = parts
+    return by_layer

@@ -29,7 +29,7 @@ from graft import (
     get_peft_model,
     method_of,
 )
-from graft.combine.adding import changes_base
+from graft.combine.adding import find_start_change
 from graft.config.base import check_config
 from graft.core.errors import join_some, shorten_text, warn
 from graft.inject.beside import add_task_heads
@@ -1097,7 +1097,7 @@ def find_base_change(config: PeftConfig) -> str | None:
     """
     bias = getattr(config, "bias", "none")
     trains = bias == "all" or bias.endswith("_only")  # another value is refused by the injection
-    return changes_base(config) or (f"bias={bias!r}" if trains else None)
+    return find_start_change(config) or (f"bias={bias!r}" if trains else None)
 
 
 def refuse_base_change(name: str, config: PeftConfig) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from graft.combine.adding import rank_patterns
+from graft.combine.adding import make_rank_patterns
 from graft.config.base import FORMAT_VERSION, PeftConfig
 from graft.config.reading import Json
 from graft.core.errors import ConfigError, LossError, join_some
@@ -306,7 +306,7 @@ def make_lora_config(view: ServerView, config: object, ranks: dict[str, int], ba
     lora_config.target_modules = find_suffixes({*ranks} - parameters, every)
     unadapted = {stack.path for stack in view.blocks.stacks} | {f"{path}.weight" for path in every}
     lora_config.target_parameters = find_suffixes(parameters, unadapted, 2) or None
-    lora_config.rank_pattern = rank_patterns(dict(sorted(ranks.items())))
+    lora_config.rank_pattern = make_rank_patterns(dict(sorted(ranks.items())))
     lora_config.alpha_pattern = dict(lora_config.rank_pattern)
     lora_config.inference_mode, lora_config.peft_version = True, FORMAT_VERSION
     return lora_config

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from graft.combine.convert import convert
+from graft.combine.convert import convert_layers
 from graft.config.base import PeftConfig
 from graft.config.fields import to_int
 from graft.core.errors import ConfigError, ConfigTypeError
@@ -59,7 +59,9 @@ def convert_to_lora(
         ValueError: a layer cannot have that rank; the adapter trains biases of the base, or is not loaded.
     """
     parts, prefix, base, config = find_adapter(model, adapter_name)
-    lora_config, values = convert(base, parts.layers, adapter_name, config, rank, progressbar, compile_kwargs, at)
+    lora_config, values = convert_layers(
+        base, parts.layers, adapter_name, config, rank, progressbar, compile_kwargs, at
+    )
     nests = ParameterLayerPaths(parts.layers.values())
     tensors = {
         f"{prefix}{strip_inner_wrappers(nests.path(key, parts.layers[key]))}.{container}"

@@ -72,9 +72,9 @@ class MixedModel(Tuner):
         Raises:
             NotImplementedError: an adapter has no ΔW. Nothing has changed.
         """
-        from graft.combine.weighted import add_weighted_of_any  # not needed to import graft
+        from graft.combine.weighted import add_weighted_mixed  # not needed to import graft
 
-        return add_weighted_of_any(get_registry(self), adapters, weights, adapter_name, *args, **kwargs)
+        return add_weighted_mixed(get_registry(self), adapters, weights, adapter_name, *args, **kwargs)
 
 
 class PeftMixedModel(PeftModel):

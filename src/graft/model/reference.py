@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.combine.adding import changes_base
+from graft.combine.adding import find_start_change
 from graft.config.base import PeftConfig
 from graft.core.errors import ConfigError
 from graft.inject.job import Options
@@ -64,7 +64,7 @@ def make_reference(
     config = copy.deepcopy(registry.peft_config[adapter_name])
     config.inference_mode = True
     state = copy_tensors(model, adapter_name)
-    if changes_base(config):  # and has done so: beside it a copy is plain
+    if find_start_change(config):  # and has done so: beside it a copy is plain
         config.init_lora_weights = True
         state = {key: t for key, t in state.items() if ".lora_shift." not in key}
     loaded = LoadedWeights(state, f"adapter '{adapter_name}'", finite=True)

@@ -237,7 +237,7 @@ def tuner_of(peft_type: str) -> Any:
 
     module, base = METHODS[name].base.split(":")
     members = {"_method": method, "uses_shared_state": method.shares, "__module__": __name__, "__doc__": Tuner.__doc__}
-    functions = {**method.tuner_methods, "add_weighted_adapter": weighted.function_for(name)}
+    functions = {**method.tuner_methods, "add_weighted_adapter": weighted.choose_combination(name)}
     members |= {key: as_tuner_method(value) for key, value in functions.items()}
     members["_create_and_replace"] = Tuner._create_and_replace  # each has its own, to be replaced for its method alone
     new = type(METHODS[name].tuner, (getattr(import_module(f"graft.{module}"), base),), members)

@@ -60,7 +60,7 @@ class SlotFactors:
 
 
 @dataclass
-class Known:
+class KnownAdapter:
     """An adapter that fits into a slot."""
 
     factors: dict[str, SlotFactors] | None  # by layer; None: `read` reads them from their files
@@ -103,34 +103,34 @@ def check_config(name: str, config: Any, gains: bool) -> None:
 A_, B_, MAGNITUDE, SCALES = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "ia3_l"  # below a layer's path
 
 
-def leaves(config: Any) -> tuple[str, ...]:
+def list_leaves(config: Any) -> tuple[str, ...]:
     """Return the tensors that an adapter of a config has on each layer."""
     if config.peft_type.value == "IA3":
         return (SCALES,)
     return (A_, B_, MAGNITUDE) if config.use_dora else (A_, B_)
 
 
-def by_layer(name: str, tensors: Mapping[str, Tensor], config: PeftConfig) -> dict[str, dict[str, Tensor]]:
+def group_by_layer(name: str, tensors: Mapping[str, Tensor], config: PeftConfig) -> dict[str, dict[str, Tensor]]:
     """Return tensors by layer path and the name below it.
 
     Raises:
         AdapterKeyError: some have other names.
     """
-    found: dict[str, dict[str, Tensor]] = {}
-    known, other = leaves(config), []
+    layers: dict[str, dict[str, Tensor]] = {}
+    known, unknown = list_leaves(config), []
     for key, tensor in tensors.items():
         leaf = next((leaf for leaf in known if key.endswith(f".{leaf}")), None)
         if leaf is None:
-            other.append(key)
+            unknown.append(key)
         else:
             path = key.removeprefix("base_model.model.").removesuffix(f".{leaf}")
-            found.setdefault(path, {})[leaf] = tensor
-    if other:
-        raise _no_slots(name, other)
-    return found
+            layers.setdefault(path, {})[leaf] = tensor
+    if unknown:
+        raise _no_slots_error(name, unknown)
+    return layers
 
 
-def _no_slots(name: str, keys: Sequence[str]) -> AdapterKeyError:
+def _no_slots_error(name: str, keys: Sequence[str]) -> AdapterKeyError:
     return AdapterKeyError(
         f"Adapter '{name}' does not fit: no slots for {join_some(list(keys))}. Name these modules in `targets`, if "
         "they are "
@@ -138,7 +138,7 @@ def _no_slots(name: str, keys: Sequence[str]) -> AdapterKeyError:
     )
 
 
-def fitted(
+def fit_adapter(
     name: str,
     config: Any,
     loaded: LoadedWeights,
@@ -157,58 +157,62 @@ def fitted(
     """
     check_config(name, config, next(iter(layers.values())).has_gains)
     load = CheckpointValues(base, config, name, loaded, allow_nonfinite=allow_nonfinite)
-    found = by_layer(name, load.tensors, config)
-    if other := [f"{path}.{leaf}" for path, own in found.items() if path not in layers for leaf in own]:
-        raise _no_slots(name, other)
+    tensors = group_by_layer(name, load.tensors, config)
+    if unknown := [f"{path}.{leaf}" for path, below in tensors.items() if path not in layers for leaf in below]:
+        raise _no_slots_error(name, unknown)
     matcher = Matcher(config)
-    lost = [key for key in layers if key not in found and matcher(key).outcome == "matched"]
-    lost += [f"{key}.{leaf}" for key, own in found.items() for leaf in leaves(config) if leaf not in own]
-    if lost or not found:
+    lost = [key for key in layers if key not in tensors and matcher(key).outcome == "matched"]
+    lost += [f"{key}.{leaf}" for key, below in tensors.items() for leaf in list_leaves(config) if leaf not in below]
+    if lost or not tensors:
         raise AdapterKeyError(
             f"Adapter '{name}' does not fit: {loaded.path} lacks {join_some(lost) or 'any tensor of it'}."
         )
-    load.check_base(AdapterCarriers({key: layers[key] for key in found}, {}))  # type: ignore[misc]
-    make = _scales if leaves(config) == (SCALES,) else _factors
-    return {key: make(name, key, own, config, layers[key], max_rank) for key, own in found.items()}
+    load.check_base(AdapterCarriers({key: layers[key] for key in tensors}, {}))  # type: ignore[misc]
+    make = _make_scales if list_leaves(config) == (SCALES,) else _make_factors
+    return {key: make(name, key, below, config, layers[key], max_rank) for key, below in tensors.items()}
 
 
-def _factors(
-    name: str, key: str, own: dict[str, Tensor], config: LoraConfig, layer: SlotLayer, max_rank: int
+def _make_factors(
+    name: str, key: str, below: dict[str, Tensor], config: LoraConfig, layer: SlotLayer, max_rank: int
 ) -> SlotFactors:
     cfg = config.at(key)
-    A, B, r = own[A_], own[B_], cfg.r
+    A, B, r = below[A_], below[B_], cfg.r
     if r > max_rank:
         raise ConfigError(f"Adapter '{name}' does not fit: rank {r} on '{key}' is above max_rank={max_rank}.")
-    _check(name, key, own, {A_: (r, layer.in_features), B_: (layer.out_features, r), MAGNITUDE: (layer.out_features,)})
+    _check_shapes(
+        name, key, below, {A_: (r, layer.in_features), B_: (layer.out_features, r), MAGNITUDE: (layer.out_features,)}
+    )
     scaling = cfg.lora_alpha / (math.sqrt(r) if cfg.use_rslora else r)
-    made = SlotFactors(_own(A), _own(B.T), scaling)
-    if MAGNITUDE in own:
+    factors = SlotFactors(_copy_to_host(A), _copy_to_host(B.T), scaling)
+    if MAGNITUDE in below:
         if why := layer.site.weight.why_unreadable():
             raise ConfigError(f"Adapter '{name}' does not fit: DoRA needs the weight of '{key}', and {why}.")
         W = layer.site.weight.canon()
         wide = torch.promote_types(A.dtype, torch.float32)  # of half-precision files the gain is not rounded as well
-        A, B, m = (t.to(W.device, wide) for t in (A, B, own[MAGNITUDE]))
+        A, B, m = (t.to(W.device, wide) for t in (A, B, below[MAGNITUDE]))
         gain = m / row_norms(W, A, scaling * B)
-        made.gain, b = _own(gain), layer.bias
-        made.shift = None if b is None else _own(b * (1 - gain))
-    return made
+        factors.gain, b = _copy_to_host(gain), layer.bias
+        factors.shift = None if b is None else _copy_to_host(b * (1 - gain))
+    return factors
 
 
-def _scales(name: str, key: str, own: dict[str, Tensor], config: Any, layer: SlotLayer, max_rank: int) -> SlotFactors:
-    inner, l = is_feedforward(key, config), own[SCALES]
+def _make_scales(
+    name: str, key: str, below: dict[str, Tensor], config: Any, layer: SlotLayer, max_rank: int
+) -> SlotFactors:
+    inner, l = is_feedforward(key, config), below[SCALES]
     n = layer.in_features if inner else layer.out_features
-    _check(name, key, own, {SCALES: (1, n) if inner else (n, 1)})
-    made = SlotFactors(l.new_empty(0, layer.in_features), l.new_empty(0, layer.out_features))
+    _check_shapes(name, key, below, {SCALES: (1, n) if inner else (n, 1)})
+    factors = SlotFactors(l.new_empty(0, layer.in_features), l.new_empty(0, layer.out_features))
     if inner:
-        made.inner = _own(l.flatten())
+        factors.inner = _copy_to_host(l.flatten())
     else:
-        made.gain = _own(l.flatten())
-    return made
+        factors.gain = _copy_to_host(l.flatten())
+    return factors
 
 
-def _check(name: str, key: str, own: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+def _check_shapes(name: str, key: str, below: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise AdapterKeyError if a tensor has another shape than its config and the layer say, or is no float."""
-    for leaf, tensor in own.items():
+    for leaf, tensor in below.items():
         if tuple(tensor.shape) != shapes[leaf]:
             raise AdapterKeyError(
                 f"Adapter '{name}' does not fit: '{key}.{leaf}' is {tuple(tensor.shape)}, which should be "
@@ -218,6 +222,6 @@ def _check(name: str, key: str, own: dict[str, Tensor], shapes: dict[str, tuple[
             raise AdapterKeyError(f"Adapter '{name}' does not fit: '{key}.{leaf}' is {tensor.dtype}, no floats.")
 
 
-def _own(t: Tensor) -> Tensor:
+def _copy_to_host(t: Tensor) -> Tensor:
     """Return a copy in host memory, since state dicts and models may change theirs."""
     return torch.empty(t.shape, dtype=t.dtype, device="cpu").copy_(t)

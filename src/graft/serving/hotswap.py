@@ -80,7 +80,7 @@ def hotswap_adapter(
     warn_unknown(hotswap_adapter, kwargs, HUB_KEYWORDS | OPTIONS | READING)
     config: Any
     config, loaded = checkpoints.read_adapter(model_name_or_path, kwargs, lambda _: None)
-    swap(model, loaded, adapter_name, config, **{k: kwargs[k] for k in OPTIONS if k in kwargs})
+    swap_values(model, loaded, adapter_name, config, **{k: kwargs[k] for k in OPTIONS if k in kwargs})
 
 
 def hotswap_adapter_from_state_dict(
@@ -96,10 +96,10 @@ def hotswap_adapter_from_state_dict(
         config: the new adapter's, for its scaling and targets.
         parameter_prefix: accepted as in PEFT; names follow from the structure.
     """
-    swap(model, LoadedWeights(dict(state_dict), "the given state dict"), adapter_name, config)
+    swap_values(model, LoadedWeights(dict(state_dict), "the given state dict"), adapter_name, config)
 
 
-class Change(NamedTuple):
+class LayerChange(NamedTuple):
     """The facts that a layer will have of its adapter."""
 
     layer: AdapterLayer
@@ -108,36 +108,36 @@ class Change(NamedTuple):
     scaling: float
 
     @classmethod
-    def of(cls, layer: AdapterLayer, r: int, alpha: float, rslora: bool, rank: int) -> Change:
+    def make(cls, layer: AdapterLayer, r: int, alpha: float, rslora: bool, rank: int) -> LayerChange:
         """Return the change for an adapter of rank r in tensors of `rank` ≥ r."""
         scale = math.sqrt if rslora else float
         return cls(layer, rank, alpha if r == rank else alpha * scale(rank) / scale(r), alpha / scale(r))
 
 
 @dataclass
-class Swap:
+class SwapPlan:
     """All that a swap will write. Only a lack of memory can make it fail."""
 
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (parameter, value) of one shape
     zeros: list[Tensor] = field(default_factory=list)
     larger: list[tuple[Entry, Tensor, int]] = field(default_factory=list)  # (…, value, rank): larger values
-    changes: list[Change] = field(default_factory=list)
-    found: dict[str, AdapterLayer] = field(default_factory=dict)  # layers of the new adapter
+    changes: list[LayerChange] = field(default_factory=list)
+    layers_found: dict[str, AdapterLayer] = field(default_factory=dict)  # layers of the new adapter
     missing: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
 
-def swap(model: nn.Module, loaded: LoadedWeights, adapter: str, config: LoraConfig, **options: object) -> None:
+def swap_values(model: nn.Module, loaded: LoadedWeights, adapter: str, config: LoraConfig, **options: object) -> None:
     """Check everything, then write."""
     model = unwrap_model(model)
     gate = get_gate(model)
     with gate.change(f"hotswap_adapter({adapter!r})", (), late=True):
-        write = planned(model, loaded, adapter, config, **options)
+        write_values = prepare_swap(model, loaded, adapter, config, **options)
         with gate.change("hotswap", (adapter,)):
-            write()
+            write_values()
 
 
-def planned(
+def prepare_swap(
     model: nn.Module, loaded: LoadedWeights, adapter: str, config: LoraConfig, **options: Any
 ) -> Callable[[], None]:
     """Check everything; return the function that writes."""
@@ -153,14 +153,14 @@ def planned(
     load = CheckpointValues(base, config, adapter, loaded, **options)
     with pause_collector():
         plan = plan_swap(load, parts)
-    load.check_base(AdapterCarriers(plan.found, {}))
+    load.check_base(AdapterCarriers(plan.layers_found, {}))
     if plan.larger:
         check_growth(plan, adapter, config)
 
     @torch.no_grad()
-    def write() -> None:
+    def write_values() -> None:
         with torch.inference_mode(False):
-            grow([(entry, value.to(entry.tensor, copy=True), rank) for entry, value, rank in plan.larger])
+            replace_tensors([(entry, value.to(entry.tensor, copy=True), rank) for entry, value, rank in plan.larger])
             zeros = [(target, target.new_zeros(()).expand(find_whole_shape(target))) for target in plan.zeros]
             write_all_whole([*plan.copies, *zeros])
             for layer, rank, alpha, scaling in plan.changes:
@@ -172,9 +172,9 @@ def planned(
                     else:
                         scalings[adapter] = scaling
         if now is not None:
-            model.peft_config[adapter] = described(now, plan.changes)
+            model.peft_config[adapter] = update_config(now, plan.changes)
 
-    return write
+    return write_values
 
 
 def check_compatible(now: LoraConfig, new: LoraConfig) -> None:
@@ -189,10 +189,10 @@ def check_compatible(now: LoraConfig, new: LoraConfig) -> None:
         if a != b:
             raise ConfigError(f"Configs are incompatible: for {name}, {a} != {b}")
     for config, which in ((now, "in the model"), (new, "to be swapped in")):
-        check_base(config, which)
+        check_start(config, which)
 
 
-def check_base(config: LoraConfig, which: str) -> None:
+def check_start(config: LoraConfig, which: str) -> None:
     """Raise if an adapter's initialisation changes the base, which others have as it was, or its rank cannot change."""
     setting = LoRA.variant(config).changes_base(config)
     if setting is not None:
@@ -207,7 +207,7 @@ def check_base(config: LoraConfig, which: str) -> None:
         )
 
 
-def check_growth(plan: Swap, adapter: str, config: LoraConfig) -> None:
+def check_growth(plan: SwapPlan, adapter: str, config: LoraConfig) -> None:
     """Raise ConfigError if larger tensors cannot take the place of tied ones; warn if compiled code will not fit."""
     rank = max(rank for _, _, rank in plan.larger)
     if any(layout_of(entry.tensor) is not None for entry, _, _ in plan.larger):
@@ -229,45 +229,45 @@ def check_tied(adapter: str, config: LoraConfig, rank: int) -> None:
         )
 
 
-def plan_swap(load: CheckpointValues, parts: AdapterCarriers) -> Swap:
+def plan_swap(load: CheckpointValues, parts: AdapterCarriers) -> SwapPlan:
     """Find a value for every tensor of the adapter, and a tensor for every value.
 
     Raises:
         AdapterKeyError: values are left over, tensors are missing that cannot be zero, or shapes differ.
     """
-    plan, targeted = Swap(), Matcher(load.config)
+    plan, targeted = SwapPlan(), Matcher(load.config)
     prefix = parts.prefix if any(k.startswith("base_model.") for k in load.tensors) else ""
     load.arrange_stacks(parts, prefix)
     left = {strip_inner_wrappers(k): v for k, v in load.tensors.items()}
     for layer, group in groupby(list_entries(parts, load.adapter, prefix), lambda entry: entry.layer):
-        pairs = [(entry, None if (name := name_in(left, entry)) is None else left.pop(name)) for entry in group]
+        pairs = [(entry, None if (name := find_name(left, entry)) is None else left.pop(name)) for entry in group]
         absent = [entry for entry, value in pairs if value is None]
         if layer is None or pairs[0][0].container not in RANK_DIM:  # modules to save, token rows
-            _take(plan, pairs)
+            _plan_values(plan, pairs)
             continue
         method: Method = layer.methods[load.adapter]
-        found = {(entry.container, entry.path): value for entry, value in pairs if value is not None}
-        values = method.from_file_tensors(found, load.config)  # a file may hold others than the model
+        file_tensors = {(entry.container, entry.path): value for entry, value in pairs if value is not None}
+        values = method.from_file_tensors(file_tensors, load.config)  # a file may hold others than the model
         pairs = [(entry, None if value is None else values[entry.container, entry.path]) for entry, value in pairs]
         key, room = layer.site.key, layer.r[load.adapter]
         cfg: Any = load.config.at(method.config_path or key)
         if len(absent) < len(pairs):
-            plan.found[key] = layer
-            plan.changes.append(Change.of(layer, cfg.r, cfg.lora_alpha, cfg.use_rslora, max(room, cfg.r)))
-            _take(plan, pairs, room, cfg.r)
+            plan.layers_found[key] = layer
+            plan.changes.append(LayerChange.make(layer, cfg.r, cfg.lora_alpha, cfg.use_rslora, max(room, cfg.r)))
+            _plan_values(plan, pairs, room, cfg.r)
         elif targeted(key).outcome == "matched" or any(entry.container not in RANK_DIM for entry in absent):
-            _take(plan, pairs)
+            _plan_values(plan, pairs)
         else:
             plan.zeros += [entry.tensor for entry in absent]
-            plan.changes.append(Change.of(layer, room, cfg.lora_alpha, cfg.use_rslora, room))
+            plan.changes.append(LayerChange.make(layer, room, cfg.lora_alpha, cfg.use_rslora, room))
     # a file holds embeddings with the adapters on them
     base = load.find_base_tensors(set(left), prefix, parts)[0] if left else {}
-    other = [name for name, p in base.items() if not torch.equal(p, left.pop(name).to(p))]
-    plan.wrong += [f"{name} is not what the base model has" for name in other]
+    differing = [name for name, p in base.items() if not torch.equal(p, left.pop(name).to(p))]
+    plan.wrong += [f"{name} is not what the base model has" for name in differing]
     faults = [f"unexpected keys found: {join_some(sorted(left))[1:-1]}"] if left else []
     faults += [f"missing keys: {join_some(plan.missing)}"] if plan.missing else []
     faults += [join_some(plan.wrong)] if plan.wrong else []
-    if faults or not plan.found:
+    if faults or not plan.layers_found:
         raise AdapterKeyError(
             f"Hot swapping the adapter did not succeed, {'; '.join(faults) or 'it has no layer of this one'}. Adapter "
             f"'{load.adapter}' stays what it was; values from {load.path}. To have both, call load_adapter() with "
@@ -276,60 +276,60 @@ def plan_swap(load: CheckpointValues, parts: AdapterCarriers) -> Swap:
     return plan
 
 
-def name_in(names: Collection[str], entry: Entry) -> str | None:
+def find_name(names: Collection[str], entry: Entry) -> str | None:
     """Return the one of `names` that is an entry's: in a file, or in the model's state dict; None if none is."""
     if entry.file in names:
         return entry.file
     return next((n for n in map(strip_inner_wrappers, (entry.memory, *entry.also)) if n in names), None)
 
 
-def _take(plan: Swap, pairs: list[tuple[Entry, Tensor | None]], room: int = 0, r: int = 0) -> None:
+def _plan_values(plan: SwapPlan, pairs: list[tuple[Entry, Tensor | None]], room: int = 0, r: int = 0) -> None:
     """Add values of rank r to the plan, for tensors of rank `room`; None: there is none for a tensor."""
     for entry, value in pairs:
         if value is None:
             plan.missing.append(entry.file)
             continue
-        here = find_whole_shape(entry.tensor)
-        shape = here if r == room else shape_at(entry, r)
+        current = find_whole_shape(entry.tensor)
+        shape = current if r == room else compute_shape(entry, r)
         if value.shape != shape:
             plan.wrong.append(f"{entry.file} has shape {tuple(value.shape)}, expected is {tuple(shape)}")
         elif value.is_floating_point() != entry.tensor.is_floating_point():
             plan.wrong.append(f"{entry.file} has dtype {value.dtype}, where {entry.tensor.dtype} is needed")
         elif entry.tensor.is_meta:
             plan.wrong.append(f"{entry.file} is on the meta device, without values: load an adapter before swapping it")
-        elif r > room and shape != here:
+        elif r > room and shape != current:
             plan.larger.append((entry, value, r))
         else:
-            plan.copies.append((entry.tensor, value if shape == here else padded(entry, value, room)))
+            plan.copies.append((entry.tensor, value if shape == current else pad_to_rank(entry, value, room)))
 
 
 # A and B at another rank
 
 
-def groups_of(entry: Entry) -> int:
+def count_entry_groups(entry: Entry) -> int:
     return entry.layer.op.count_groups(entry.layer.base_layer)  # type: ignore[union-attr]
 
 
-def shape_at(entry: Entry, r: int) -> torch.Size:
+def compute_shape(entry: Entry, r: int) -> torch.Size:
     """Return the shape that an adapter's tensor would have at rank r."""
     shape = list(find_whole_shape(entry.tensor))
     dim = RANK_DIM.get(entry.container)
     if dim is not None and len(shape) > 1:
-        shape[dim] = r // groups_of(entry) if dim else r
+        shape[dim] = r // count_entry_groups(entry) if dim else r
     return torch.Size(shape)
 
 
-def padded(entry: Entry, value: Tensor, r: int) -> Tensor:
+def pad_to_rank(entry: Entry, value: Tensor, r: int) -> Tensor:
     """Pad A or B with zeros up to rank r; in A of grouped convolutions, at the end of each group."""
-    made = value.new_zeros(shape_at(entry, r))
-    inside, values = made, value
+    out = value.new_zeros(compute_shape(entry, r))
+    inside, values = out, value
     if not RANK_DIM[entry.container]:
-        inside, values = (t.unflatten(0, (groups_of(entry), -1)) for t in (made, value))
+        inside, values = (t.unflatten(0, (count_entry_groups(entry), -1)) for t in (out, value))
     inside.narrow(1, 0, values.shape[1]).copy_(values)
-    return made
+    return out
 
 
-def grow(larger: list[tuple[Entry, Tensor, int]]) -> None:
+def replace_tensors(larger: list[tuple[Entry, Tensor, int]]) -> None:
     """Replace A and B by tensors of another rank; the Parameter objects stay, but for those of inference mode."""
     for entry, value, rank in larger:
         p: Any = entry.owner._parameters[entry.attribute]
@@ -343,15 +343,15 @@ def grow(larger: list[tuple[Entry, Tensor, int]]) -> None:
                 setattr(entry.owner, name, rank)
 
 
-def described(config: LoraConfig, changes: list[Change]) -> LoraConfig:
+def update_config(config: LoraConfig, changes: list[LayerChange]) -> LoraConfig:
     """Return a copy of `config` with the ranks and alphas of the layers, so that a file holds what runs."""
-    made = copy.copy(config)
-    made.r, made.rank_pattern = usual({c.layer.site.key: c.rank for c in changes})
-    made.lora_alpha, made.alpha_pattern = usual({c.layer.site.key: c.alpha for c in changes})
-    return made
+    cfg = copy.copy(config)
+    cfg.r, cfg.rank_pattern = find_most_common({c.layer.site.key: c.rank for c in changes})
+    cfg.lora_alpha, cfg.alpha_pattern = find_most_common({c.layer.site.key: c.alpha for c in changes})
+    return cfg
 
 
-def usual(values: dict[str, T]) -> tuple[T, dict[str, T]]:
+def find_most_common(values: dict[str, T]) -> tuple[T, dict[str, T]]:
     """Return the most frequent value, and a pattern for every layer that has another one."""
     most = Counter(values.values()).most_common(1)[0][0]
     return most, {f"^{re.escape(key)}": value for key, value in values.items() if value != most}
@@ -405,33 +405,33 @@ def prepare_model_for_compiled_hotswap(
             "No adapter layers found on the model, make sure to call `prepare_model_for_compiled_hotswap` after "
             "loading the first LoRA adapter and before loading the second."
         )
-    patterns = {name: list(cfg.rank_pattern or ()) for name, cfg in configs_in(config).items()}
+    patterns = {name: list(cfg.rank_pattern or ()) for name, cfg in list_configs(config).items()}
     for name, layers in on.items():
-        check_base(next(iter(layers.values())).methods[name].cfg, f"'{name}'")
+        check_start(next(iter(layers.values())).methods[name].cfg, f"'{name}'")
     with get_gate(model).change("prepare_model_for_compiled_hotswap()"), torch.inference_mode(False), torch.no_grad():
         if target_rank is not None:
             for name, layers in on.items():
-                check_room(name, layers, target_rank, get_config(model, name))
+                check_paddable(name, layers, target_rank, get_config(model, name))
             to_grow = [
                 entry for name, layers in on.items() for entry in list_entries(AdapterCarriers(layers, {}), name, "")
             ]
-            to_grow = [entry for entry in to_grow if shape_at(entry, target_rank) != entry.tensor.shape]
-            grow([(entry, padded(entry, entry.tensor, target_rank), target_rank) for entry in to_grow])
+            to_grow = [entry for entry in to_grow if compute_shape(entry, target_rank) != entry.tensor.shape]
+            replace_tensors([(entry, pad_to_rank(entry, entry.tensor, target_rank), target_rank) for entry in to_grow])
         for name, layers in on.items():
-            changes = [prepare(layer, name, target_rank) for layer in layers.values()]
+            changes = [prepare_layer(layer, name, target_rank) for layer in layers.values()]
             if (known := get_config(model, name)) is not None:
-                model.peft_config[name] = described(known, changes)
+                model.peft_config[name] = update_config(known, changes)
     if target_rank is not None:
-        for name, cfg in configs_in(config).items():
+        for name, cfg in list_configs(config).items():
             cfg.r, cfg.rank_pattern = target_rank, dict.fromkeys(patterns[name], target_rank)
 
 
-def configs_in(config: LoraConfig | dict[str, LoraConfig] | None) -> dict[str, LoraConfig]:
+def list_configs(config: LoraConfig | dict[str, LoraConfig] | None) -> dict[str, LoraConfig]:
     """Return the configs that a caller gives: one, several by name, or none."""
     return config if isinstance(config, dict) else {} if config is None else {"": config}
 
 
-def check_room(adapter: str, layers: dict[str, AdapterLayer], rank: int, config: LoraConfig) -> None:
+def check_paddable(adapter: str, layers: dict[str, AdapterLayer], rank: int, config: LoraConfig) -> None:
     """Raise ConfigError unless this can pad an adapter's tensors to a rank."""
     for key, layer in layers.items():
         r, groups = layer.r[adapter], layer.op.count_groups(layer.base_layer)
@@ -452,10 +452,10 @@ def check_room(adapter: str, layers: dict[str, AdapterLayer], rank: int, config:
             check_tied(adapter, config, rank)
 
 
-def prepare(layer: AdapterLayer, adapter: str, rank: int | None) -> Change:
+def prepare_layer(layer: AdapterLayer, adapter: str, rank: int | None) -> LayerChange:
     """Turn an adapter's scaling on a layer into a tensor, and note its rank."""
     r, alpha, rslora = (of[adapter] for of in (layer.r, layer.lora_alpha, layer.use_rslora))
-    change = Change.of(layer, r, alpha, rslora, rank or r)
+    change = LayerChange.make(layer, r, alpha, rslora, rank or r)
     layer.set_facts(adapter, r=change.rank, lora_alpha=change.alpha)
     device = layer.methods[adapter].pair[0].device
     both: list[dict[str, Any]] = [layer.scaling, layer.scaling_at_start]

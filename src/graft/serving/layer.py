@@ -20,7 +20,7 @@ from graft.kernels.waits import constant
 NONE = 0  # the slot of zeros, for rows without adapter
 
 
-class Choice(local):
+class SlotChoice(local):
     """The slot of each row of a thread's batch. `AdapterSlots` writes it, every SlotLayer of the model reads it."""
 
     def __init__(self, device: torch.device | None, fills: list[int]):  # runs in each thread
@@ -35,15 +35,15 @@ class Choice(local):
         self.gathered: dict[SlotLayer, tuple[Tensor, ...] | None] = {}  # None: gathered once, not kept
         self._indices = {1: self.index}  # by batch size; rewritten in place, so that compiled code stays valid
 
-    def __reduce__(self) -> tuple[type[Choice], tuple[object, ...]]:
-        return Choice, self.made_of
+    def __reduce__(self) -> tuple[type[SlotChoice], tuple[object, ...]]:
+        return SlotChoice, self.made_of
 
-    def everywhere(self, slot: int) -> None:
+    def set_all_rows(self, slot: int) -> None:
         """Give all rows, however many, the same slot."""
         self.slot, self.mixed = slot, False
         self.index.fill_(slot)
 
-    def each(self, rows: list[int], device: torch.device) -> None:
+    def set_rows(self, rows: list[int], device: torch.device) -> None:
         """Give each row its slot."""
         n = len(rows)
         if n not in self._indices or self._indices[n].device != device:
@@ -57,7 +57,7 @@ class Choice(local):
             self.rows = (*rows, *self.fills)
             self.gathered.clear()
 
-    def of(self, batch: int, layer: str) -> Tensor:
+    def get_index(self, batch: int, layer: str) -> Tensor:
         """Return the slot of each row, (batch,)."""
         if batch == self.index.shape[0]:
             return self.index
@@ -79,7 +79,7 @@ class SlotLayer(nn.Module):
 
     base_layer: nn.Module
     site: Site
-    choice: Choice
+    choice: SlotChoice
     keep: bool  # keep a mix's gathered factors for its next forward
     output_is_new: bool  # the base layer's output may be overwritten
     methods: ClassVar[dict[str, object]] = {}
@@ -96,7 +96,7 @@ class SlotLayer(nn.Module):
         self,
         site: Site,
         sizes: dict[int, int],
-        choice: Choice,
+        choice: SlotChoice,
         keep: bool,
         dtype: torch.dtype | None,
         gains: bool = False,
@@ -136,7 +136,7 @@ class SlotLayer(nn.Module):
         """All tensors of the slots."""
         return (*[getattr(self, name) for pair in self.names for name in pair], *self.vectors)
 
-    def of(self, slot: int) -> tuple[Tensor, Tensor]:
+    def get_factors(self, slot: int) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (r, out) of a slot."""
         group, place = self.place[slot]
         a, b = self.names[group]
@@ -147,44 +147,48 @@ class SlotLayer(nn.Module):
         slot = None if compiling else self.choice.slot  # one path for compiled code
         if slot == NONE:
             return self.base_layer(x, *args, **kwargs)
-        found = self.gather(x.shape[0]) if slot is None else (*self.of(slot), *[t[slot] for t in self.vectors])
-        n = len(found) - len(self.vectors)
-        pairs, vectors = [(found[i], found[i + 1]) for i in range(0, n, 2)], found[n:]
+        tensors = (
+            self.gather_rows(x.shape[0])
+            if slot is None
+            else (*self.get_factors(slot), *[t[slot] for t in self.vectors])
+        )
+        n = len(tensors) - len(self.vectors)
+        pairs, vectors = [(tensors[i], tensors[i + 1]) for i in range(0, n, 2)], tensors[n:]
         if vectors and (compiling or (self.gained if slot is None else slot in self.gained)):
-            return self.scaled(x, pairs, *vectors, *args, **kwargs)
+            return self.apply_gains(x, pairs, *vectors, *args, **kwargs)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         for A, B in pairs:
-            y = self.add(y, x, A, B)
+            y = self.add_product(y, x, A, B)
         return y
 
-    def gather(self, batch: int) -> tuple[Tensor, ...]:
+    def gather_rows(self, batch: int) -> tuple[Tensor, ...]:
         """Return A (batch, r, in) and B (batch, r, out) of each group in use, and vectors (batch, …), of the rows; keep
         them from a mix's second forward on."""
-        index = self.choice.of(batch, self.site.key)
+        index = self.choice.get_index(batch, self.site.key)
         if torch.compiler.is_compiling() or not self.keep:
-            return self.select(index)
+            return self.select_rows(index)
         gathered = self.choice.gathered
-        found = gathered.get(self)
-        if found is None:
+        tensors = gathered.get(self)
+        if tensors is None:
             with torch.inference_mode(False):  # they outlive an inference mode around this
-                found = self.select(index)
-            gathered[self] = found if self in gathered else None
-        return found
+                tensors = self.select_rows(index)
+            gathered[self] = tensors if self in gathered else None
+        return tensors
 
-    def select(self, index: Tensor) -> tuple[Tensor, ...]:
+    def select_rows(self, index: Tensor) -> tuple[Tensor, ...]:
         index = index.to(self.A.device)
         if len(self.names) == 1:
             return tuple([t.index_select(0, index) for t in self.tensors])
         groups = range(len(self.names))
         if not torch.compiler.is_compiling():
             groups = sorted({self.place[slot][0] for slot in self.choice.used if slot != NONE})  # type: ignore[assignment]
-        own = [(getattr(self, name), self.places[i][index]) for i in groups for name in self.names[i]]
+        pairs = [(getattr(self, name), self.places[i][index]) for i in groups for name in self.names[i]]
         return (
-            *[t.index_select(0, place) for t, place in own],
+            *[t.index_select(0, place) for t, place in pairs],
             *[t.index_select(0, index) for t in self.vectors],
         )
 
-    def scaled(
+    def apply_gains(
         self,
         x: Tensor,
         pairs: Sequence[tuple[Tensor, Tensor]],
@@ -203,7 +207,7 @@ class SlotLayer(nn.Module):
             out = out + ((flat @ A.mT) @ B).view(y.shape)
         return torch.addcmul(shift, out, gain).to(y.dtype)
 
-    def add(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def add_product(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Return y + x Aᵀ B, with A and B of one adapter, or of each row."""
         rows = () if A.dim() == 2 else (x.shape[0],)
         x = x.to(A.dtype).reshape(*rows, -1, x.shape[-1])

@@ -40,10 +40,10 @@ from graft.kernels.waits import move_to_devices
 from graft.methods.lora import LoRA
 from graft.model.checkpoints import read_adapter as read_adapter
 from graft.model.registry import check_adapter_name
-from graft.serving.fits import A_, Known, SlotFactors, by_layer, check_config, fitted
-from graft.serving.layer import NONE, Choice, SlotLayer
+from graft.serving.fits import A_, KnownAdapter, SlotFactors, check_config, fit_adapter, group_by_layer
+from graft.serving.layer import NONE, SlotChoice, SlotLayer
 
-ValuesRead = Mapping[str, tuple[Known, dict[str, SlotFactors]]]  # by name, and of which adapter
+ValuesRead = Mapping[str, tuple[KnownAdapter, dict[str, SlotFactors]]]  # by name, and of which adapter
 TAKEN = "Choose another name, or unload() it first."
 
 
@@ -112,19 +112,19 @@ class AdapterSlots:
         keep_gathered: bool = True,
         change_timeout: float | None = PATIENCE,
     ):
-        sizes = sizes_of(max_adapters, max_rank)
+        sizes = count_slots_by_rank(max_adapters, max_rank)
         config = LoraConfig(target_modules=targets, exclude_modules=exclude, r=max(sizes))
-        found = Injection(getattr(model, "_orig_mod", model), config, LoRA, "slots").find()
-        carrying = [*found.tree.layers, *found.tree.wrappers]
+        injection = Injection(getattr(model, "_orig_mod", model), config, LoRA, "slots").find()
+        carrying = [*injection.tree.layers, *injection.tree.wrappers]
         if carrying:
             raise AlreadyInjectedError(
                 f"The model carries adapters already, on {join_some(carrying, 2)}: unload() them, or pass the base "
                 "model."
             )
-        sites = {key: method.site for key, method in found.methods.items()}
+        sites = {key: method.site for key, method in injection.methods.items()}
         check_sites(sites)
         self._allocate(sites, sizes, keep_gathered, dtype, gains, change_timeout)
-        self._enter(model, found.tree)
+        self._attach(model, injection.tree)
 
     def _allocate(
         self,
@@ -140,11 +140,11 @@ class AdapterSlots:
         first = next(iter(sites.values()))
         with torch.inference_mode(False):
             self._fills = [0]
-            self._choice = Choice(first.weight.where()[0], self._fills)
+            self._choice = SlotChoice(first.weight.where()[0], self._fills)
             self.layers = {
                 key: SlotLayer(site, sizes, self._choice, keep_gathered, dtype, gains) for key, site in sites.items()
             }
-        self._known: dict[str, Known] = {}
+        self._known: dict[str, KnownAdapter] = {}
         self._leaving: set[str] = set()  # no longer known; `unload` waits for their batches
         self._slots: dict[str, int] = {}  # by adapter, the least recently used one first
         self._pinned: set[str] = set()
@@ -157,7 +157,7 @@ class AdapterSlots:
         for slot in range(self.max_adapters, NONE, -1):
             self._free.setdefault(self._rank_of[slot], []).append(slot)
 
-    def _enter(self, model: nn.Module, tree: ModuleTree) -> None:
+    def _attach(self, model: nn.Module, tree: ModuleTree) -> None:
         """Put the layers with slots into a model without adapters."""
         self.model = model
         self._places = {key: tree.list_places(key) for key in self.layers}
@@ -204,9 +204,9 @@ class AdapterSlots:
             names = list(configs) if names is None else [names] if isinstance(names, str) else list(names)
             absent = [name for name in names if name not in configs]
             if absent or not names:
-                there = join_some(list(configs)) if configs else "none"
+                known = join_some(list(configs)) if configs else "none"
                 raise AdapterNotFoundError(
-                    f"There is no adapter {join_some(absent) if absent else 'to serve'}. Known: {there}."
+                    f"There is no adapter {join_some(absent) if absent else 'to serve'}. Known: {known}."
                 )
             if merged := get_registry(model).merged_adapters:
                 raise ConfigError(
@@ -216,15 +216,15 @@ class AdapterSlots:
             ranks, targets = [1], dict[str, None]()
             for name, (config, tensors) in adapters.items():
                 check_config(name, config, gains)
-                found = by_layer(name, tensors, config)
-                if wrong := [key for key, own in found.items() if any(t.dim() > 2 for t in own.values())]:
+                layers = group_by_layer(name, tensors, config)
+                if wrong := [key for key, below in layers.items() if any(t.dim() > 2 for t in below.values())]:
                     raise ConfigError(
                         f"Adapter '{name}' does not fit: {join_some(wrong)} are not linear: no slots for them."
                     )
                 if broken := [key for key, t in tensors.items() if not t.isfinite().all()]:
                     raise CheckpointError(f"Adapter '{name}' does not fit: {join_some(broken)} are not finite.")
-                ranks += [own[A_].shape[0] for own in found.values() if A_ in own]
-                targets |= dict.fromkeys(found)
+                ranks += [below[A_].shape[0] for below in layers.values() if A_ in below]
+                targets |= dict.fromkeys(layers)
             sites = {key: layer.site for key, layer in get_registry(model).layers.items() if key in targets}
             check_sites(sites)
             n: Any = len(names) if max_adapters is None else max_adapters
@@ -232,13 +232,13 @@ class AdapterSlots:
             rank = max(n, default=0) if by_rank else max(ranks) if max_rank is None else max_rank
             if rank < max(ranks) or not (n if by_rank else n >= 1):
                 raise ConfigError(f"These adapters need max_rank={max(ranks)} and a slot; got {rank}, and {n} slots.")
-            made, room = cls.__new__(cls), sizes_of(n, max_rank if by_rank else rank)
-            made._allocate(sites, room, keep_gathered, dtype, gains, change_timeout)
+            slots, room = cls.__new__(cls), count_slots_by_rank(n, max_rank if by_rank else rank)
+            slots._allocate(sites, room, keep_gathered, dtype, gains, change_timeout)
             base = source.unload() if source is not model else source.unload(keep_modules=False)
-        made._enter(base, survey_model(getattr(base, "_orig_mod", base)))
+        slots._attach(base, survey_model(getattr(base, "_orig_mod", base)))
         for name, (config, tensors) in adapters.items():
-            made.load(name, tensors, config=config)
-        return made
+            slots.load(name, tensors, config=config)
+        return slots
 
     # adapters
 
@@ -268,8 +268,8 @@ class AdapterSlots:
             ConfigError, AdapterKeyError, BaseModelMismatchError: it does not fit: its method, ranks or targets.
             CheckpointError: the folder holds no adapter, or its files are damaged.
         """
-        self._check([])
-        check_adapter_name(name, self._taken, TAKEN)
+        self._check_known([])
+        check_adapter_name(name, self._names_taken, TAKEN)
         if unknown := set(hub) - HUB_KEYWORDS - {"subfolder", "check_digest"}:
             raise TypeError(f"load() got unexpected keyword arguments: {', '.join(sorted(unknown))}.")
         if not keep and isinstance(source, (nn.Module, Mapping)):
@@ -278,16 +278,16 @@ class AdapterSlots:
         def read() -> dict[str, SlotFactors]:
             gate = find_gate(source) if isinstance(source, nn.Module) else None
             with nullcontext() if gate is None else gate.call(f"AdapterSlots.load({name!r})"):
-                return self._fit(name, *self._source(name, source, config, adapter, hub), allow_nonfinite)
+                return self._fit_adapter(name, *self._read_source(name, source, config, adapter, hub), allow_nonfinite)
 
         factors = read()
         with self.gate.state_changed:
-            check_adapter_name(name, self._taken, TAKEN)
-            self._known[name] = Known(factors, None) if keep else Known(None, read)
-            needed = rank_of(factors)
+            check_adapter_name(name, self._names_taken, TAKEN)
+            self._known[name] = KnownAdapter(factors, None) if keep else KnownAdapter(None, read)
+            needed = find_highest_rank(factors)
             self._ranks[name] = min(rank for rank in self.sizes if rank >= needed)
 
-    def _source(
+    def _read_source(
         self, name: str, source: Any, config: PeftConfig | None, adapter: str, hub: dict[str, Any]
     ) -> tuple[PeftConfig, LoadedWeights]:
         """Return config and tensors of an adapter."""
@@ -306,11 +306,11 @@ class AdapterSlots:
             raise ConfigError(f"Adapter '{name}' comes without its config, which says its scaling: pass `config`.")
         return config, loaded
 
-    def _fit(
+    def _fit_adapter(
         self, name: str, config: PeftConfig, loaded: LoadedWeights, allow_nonfinite: bool
     ) -> dict[str, SlotFactors]:
         with torch.inference_mode(False), torch.no_grad():
-            return fitted(name, config, loaded, self.layers, self.max_rank, self.model, allow_nonfinite)
+            return fit_adapter(name, config, loaded, self.layers, self.max_rank, self.model, allow_nonfinite)
 
     def unload(self, name: str) -> None:
         """Forget an adapter, and free its slot and host memory, once no batch of another thread uses it. New batches
@@ -321,13 +321,13 @@ class AdapterSlots:
             InUseError: batches of other threads use it for longer than `change_timeout`. It stays.
         """
         with self.gate.state_changed:
-            self._check([name], base=False)
-            if name in self._in_use(get_ident()):
+            self._check_known([name], base=False)
+            if name in self._list_in_use(get_ident()):
                 raise RoutingError(f"Adapter '{name}' is in use: leave the `using` block first.")
             known = self._known.pop(name)
             self._leaving.add(name)
             try:
-                self._wait(lambda: name not in self._in_use(), f"unload({name!r})")
+                self._wait(lambda: name not in self._list_in_use(), f"unload({name!r})")
             except BaseException:
                 self._known[name] = known
                 raise
@@ -347,14 +347,14 @@ class AdapterSlots:
             InUseError: batches of other threads use the slots for longer than `change_timeout`.
         """
         with self.gate.state_changed:
-            self._check(names, base=False)
-            self._hold(names, {})
+            self._check_known(names, base=False)
+            self._assign_slots(names, {})
             self._pinned |= set(names)
 
     def unpin(self, *names: str) -> None:
         """Let other adapters take the slots of these."""
         with self.gate.state_changed:
-            self._check(names, base=False)
+            self._check_known(names, base=False)
             self._pinned -= set(names)
             self.gate.state_changed.notify_all()
 
@@ -367,13 +367,13 @@ class AdapterSlots:
         return name in self._known
 
     @property
-    def _taken(self) -> list[str]:
+    def _names_taken(self) -> list[str]:
         """The names that no other adapter can have now."""
         return [*self._known, *self._leaving]
 
     # slots
 
-    def _check(self, names: Sequence[str], base: bool = True) -> None:
+    def _check_known(self, names: Sequence[str], base: bool = True) -> None:
         if not self.layers:
             raise RoutingError("The slots were removed from the model: make new ones to serve adapters from it again.")
         unknown = sorted({n for n in names if n not in self._known and not (base and n == BASE)})
@@ -383,7 +383,7 @@ class AdapterSlots:
                 f"{join_some(self.names) if self._known else 'none'}."
             )
 
-    def _in_use(self, thread: int | None = None) -> set[str]:
+    def _list_in_use(self, thread: int | None = None) -> set[str]:
         """Return what open `using` blocks have chosen, of one thread or of all."""
         threads = list(self.gate.calls) if thread is None else [thread]
         blocks = [chosen for t in threads for chosen in self._using.get(t, ())]
@@ -395,10 +395,10 @@ class AdapterSlots:
             running = "; ".join(map(str, list(self.gate.calls.values()))) or "none"
             raise InUseError(
                 f"{what} waited {self.gate.timeout:g} s for batches of other threads: {running}. Make more slots "
-                f"(max_adapters, now {self._room}), unpin adapters, or wait longer (change_timeout)."
+                f"(max_adapters, now {self._size_text}), unpin adapters, or wait longer (change_timeout)."
             )
 
-    def _hold(self, names: Sequence[str], read: ValuesRead) -> None:
+    def _assign_slots(self, names: Sequence[str], read: ValuesRead) -> None:
         """Put these adapters into slots. Wait for slots that other threads' batches use, one after the other.
 
         Args:
@@ -408,12 +408,12 @@ class AdapterSlots:
             RoutingError: there are not so many slots. Nothing has changed.
         """
         wanted = [n for n in dict.fromkeys(names) if n != BASE]
-        own = self._in_use(get_ident())
-        if not self._have_room({*wanted, *self._pinned, *own}):
-            busy = sorted((self._pinned | own) - set(wanted))
+        in_use = self._list_in_use(get_ident())
+        if not self._is_room_for({*wanted, *self._pinned, *in_use}):
+            busy = sorted((self._pinned | in_use) - set(wanted))
             also = f" beside {join_some(busy)}, which are pinned or in use" if busy else ""
             raise RoutingError(
-                f"{len(wanted)} adapters are needed at once{also}, but max_adapters is {self._room}: split the "
+                f"{len(wanted)} adapters are needed at once{also}, but max_adapters is {self._size_text}: split the "
                 f"batch, or make more slots. Needed: {join_some(wanted)}."
             )
         turn = object()
@@ -421,41 +421,41 @@ class AdapterSlots:
         def ready() -> bool:
             """Return True if it is the turn of this batch, with slots for it beside what is pinned or in use."""
             first = turn not in self._line or self._line[0] is turn
-            return first and self._have_room({*wanted, *self._pinned, *self._in_use()})
+            return first and self._is_room_for({*wanted, *self._pinned, *self._list_in_use()})
 
-        if not own:  # those who use slots already do not wait in line: others may wait for them
+        if not in_use:  # those who use slots already do not wait in line: others may wait for them
             self._line.append(turn)
         try:
             if wanted:
                 self._wait(ready, f"A batch of {join_some(wanted)}")
-            self._check([n for n in wanted if n not in own])
-            self._put(wanted, read)
+            self._check_known([n for n in wanted if n not in in_use])
+            self._fill_slots(wanted, read)
         finally:
             if turn in self._line:
                 self._line.remove(turn)
             self.gate.state_changed.notify_all()
 
-    def _have_room(self, names: set[str]) -> bool:
+    def _is_room_for(self, names: set[str]) -> bool:
         """Return True if there are slots for all of these at once."""
         needed = Counter(self._ranks[name] for name in names if name in self._ranks)
         return all(n <= self.sizes[rank] for rank, n in needed.items())
 
     @property
-    def _room(self) -> str:
+    def _size_text(self) -> str:
         """The number of slots as text; by rank, where there are several."""
         return str(self.sizes if len(self.sizes) > 1 else self.max_adapters)
 
-    def _put(self, wanted: Sequence[str], read: ValuesRead) -> None:
-        fixed = self._pinned | self._in_use() | set(wanted)
+    def _fill_slots(self, wanted: Sequence[str], read: ValuesRead) -> None:
+        fixed = self._pinned | self._list_in_use() | set(wanted)
         missing = [n for n in wanted if n not in self._slots]
-        values = {n: self._values(n, read.get(n)) for n in missing}
+        values = {n: self._get_values(n, read.get(n)) for n in missing}
         for name in missing:
             rank = self._ranks[name]
             free = self._free[rank]
             leaving = (n for n, slot in self._slots.items() if n not in fixed and self._rank_of[slot] == rank)
             slot = free.pop() if free else self._slots.pop(next(leaving))
             try:
-                self._fill(slot, values[name])
+                self._write_slot(slot, values[name])
             except BaseException:  # such as a lack of memory
                 free.append(slot)
                 raise
@@ -463,12 +463,14 @@ class AdapterSlots:
         for name in wanted:
             self._slots[name] = self._slots.pop(name)  # now the most recently used
 
-    def _read(self, names: Sequence[str]) -> ValuesRead:
+    def _read_files(self, names: Sequence[str]) -> ValuesRead:
         """Return the values of those that are neither in host memory nor in slots, while others go on."""
         absent = [(n, self._known.get(n)) for n in dict.fromkeys(names) if n not in self._slots]
         return {n: (known, known.read()) for n, known in absent if known is not None and known.read is not None}
 
-    def _values(self, name: str, read: tuple[Known, dict[str, SlotFactors]] | None) -> dict[str, SlotFactors]:
+    def _get_values(
+        self, name: str, read: tuple[KnownAdapter, dict[str, SlotFactors]] | None
+    ) -> dict[str, SlotFactors]:
         """Return an adapter's values: those that have been read before, unless another one has its name by now.
 
         Raises:
@@ -476,7 +478,7 @@ class AdapterSlots:
         """
         known = self._known[name]
         values = read[1] if read is not None and read[0] is known else known.factors or known.read()  # type: ignore[misc]
-        rank = rank_of(values)
+        rank = find_highest_rank(values)
         if rank > self._ranks[name]:
             raise ConfigError(
                 f"Adapter '{name}' has rank {rank} in its folder by now, and had a slot of rank {self._ranks[name]}: "
@@ -484,11 +486,11 @@ class AdapterSlots:
             )
         return values
 
-    def _fill(self, slot: int, factors: dict[str, SlotFactors]) -> None:
+    def _write_slot(self, slot: int, factors: dict[str, SlotFactors]) -> None:
         """Write an adapter's values into a slot."""
         targets, values, scaled, scalings, empty = [], [], [], [], []
         for key, layer in self.layers.items():
-            (A, B), f = layer.of(slot), factors.get(key)
+            (A, B), f = layer.get_factors(slot), factors.get(key)
             r = 0 if f is None else f.A.shape[0]
             if f is not None:
                 targets += [A[:r], B[:r]]
@@ -499,10 +501,10 @@ class AdapterSlots:
                 empty += [A[r:], B[r:]]
             if layer.has_gains:
                 layer.gained.discard(slot)
-                for name, rest in (("gain", 1.0), ("shift", 0.0), ("inner", 1.0)):
+                for name, default in (("gain", 1.0), ("shift", 0.0), ("inner", 1.0)):
                     value, to = getattr(f, name, None), getattr(layer, name)[slot]
                     if value is None:
-                        to.fill_(rest)
+                        to.fill_(default)
                     else:
                         targets.append(to)
                         values.append(value)
@@ -534,25 +536,25 @@ class AdapterSlots:
         each = [chosen] if isinstance(chosen, str) else chosen
         with self.gate.call("a batch of slots", lambda: each):
             thread = get_ident()
-            own = self._in_use(thread)  # `unload` may wait for them already
-            self._check([n for n in each if n not in own])
-            read = self._read(each)
+            in_use = self._list_in_use(thread)  # `unload` may wait for them already
+            self._check_known([n for n in each if n not in in_use])
+            read = self._read_files(each)
             with self.gate.state_changed:
-                self._hold(each, read)
+                self._assign_slots(each, read)
                 blocks = self._using.setdefault(thread, [])
                 blocks.append(chosen)
-                here = self._slots_of(chosen)
+                slots = self._slots_of(chosen)
             try:
-                self._choose(here)
+                self._set_choice(slots)
                 yield self.model
             finally:
                 with self.gate.state_changed:
                     blocks.pop()
                     if not blocks:
                         del self._using[thread]
-                    here = self._slots_of(blocks[-1] if blocks else BASE)
+                    slots = self._slots_of(blocks[-1] if blocks else BASE)
                     self.gate.state_changed.notify_all()
-                self._choose(here)
+                self._set_choice(slots)
 
     def _slots_of(self, chosen: str | tuple[str, ...]) -> int | list[int]:
         """Return the slot of all rows, or of each. To be called with the gate: others put adapters in and out."""
@@ -560,12 +562,12 @@ class AdapterSlots:
             return self._slots.get(chosen, NONE)
         return [self._slots.get(n, NONE) for n in chosen]
 
-    def _choose(self, slots: int | list[int]) -> None:
+    def _set_choice(self, slots: int | list[int]) -> None:
         with torch.inference_mode(False):
             if isinstance(slots, int):
-                self._choice.everywhere(slots)
+                self._choice.set_all_rows(slots)
             else:
-                self._choice.each(slots, next(iter(self.layers.values())).A.device)
+                self._choice.set_rows(slots, next(iter(self.layers.values())).A.device)
 
     def __call__(self, *args: object, adapter_names: str | Sequence[str] | None = None, **kwargs: object) -> Any:
         """Run the model's forward.
@@ -576,7 +578,7 @@ class AdapterSlots:
         Raises:
             RoutingError: as `using`, or the number of names is not that of rows.
         """
-        with self.using(self._rows(adapter_names, args, kwargs)):
+        with self.using(self._name_rows(adapter_names, args, kwargs)):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: object, adapter_names: str | Sequence[str] | None = None, **kwargs: object) -> Any:
@@ -586,7 +588,7 @@ class AdapterSlots:
             RoutingError: rows of an encoder-decoder have several adapters, and beams.
         """
         model: nn.Module = self.model
-        names = self._rows(adapter_names, args, kwargs)
+        names = self._name_rows(adapter_names, args, kwargs)
         copies = count_copies(model, args, kwargs)
         if copies > 1 and len(set(names)) > 1 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise RoutingError(
@@ -596,7 +598,7 @@ class AdapterSlots:
         with self.using(names if isinstance(names, str) else [n for n in names for _ in range(copies)]):
             return model.generate(*args, **kwargs)
 
-    def _rows(
+    def _name_rows(
         self, names: str | Sequence[str] | None, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> list[str] | str:
         """Return one name per row of the batch, if the inputs tell the number of rows, so that compiled code sees no
@@ -648,12 +650,12 @@ class AdapterSlots:
         return self.model
 
 
-def rank_of(factors: Mapping[str, SlotFactors]) -> int:
+def find_highest_rank(factors: Mapping[str, SlotFactors]) -> int:
     """Return the highest rank of an adapter's layers."""
     return max(f.A.shape[0] for f in factors.values())
 
 
-def sizes_of(max_adapters: int | Mapping[int, int], max_rank: int | None) -> dict[int, int]:
+def count_slots_by_rank(max_adapters: int | Mapping[int, int], max_rank: int | None) -> dict[int, int]:
     """Return how many slots there are to be of each rank, the lowest first.
 
     Raises:

@@ -83,14 +83,14 @@ class Versions:
             with self._lock:
                 leftovers, self.leftovers = self.leftovers, []
             self._unload(leftovers, self.leftovers)  # first, since each takes a place
-            self._within(lambda: self.load(name, tensors), f"load version '{name}'", name)
+            self._run_within_timeout(lambda: self.load(name, tensors), f"load version '{name}'", name)
             with self._lock:
                 self.names.append(name)
-                old = self._take(self.names[: -self.keep])
+                old = self._take_unused(self.names[: -self.keep])
             self._unload(old, self.names)
             return name
 
-    def _within(self, run: Callable[[], object], what: str, name: str = "") -> None:
+    def _run_within_timeout(self, run: Callable[[], object], what: str, name: str = "") -> None:
         """Ask the server for something, for `timeout` seconds at most.
 
         If that fails or comes too late, version `name` is unloaded: at once, or by the thread that came too late.
@@ -99,7 +99,7 @@ class Versions:
         late: list[bool] = []
         ended = Event()
 
-        def tried() -> None:
+        def call_server() -> None:
             try:
                 run()
             except BaseException as e:
@@ -114,9 +114,9 @@ class Versions:
                         self.leftovers.append(name)  # the next `publish` tells
 
         if self.timeout is None:
-            tried()
+            call_server()
         else:
-            Thread(target=tried, daemon=True).start()
+            Thread(target=call_server, daemon=True).start()
             try:
                 ended.wait(self.timeout)
             finally:
@@ -157,23 +157,23 @@ class Versions:
         finally:
             with self._lock:
                 self._used[name] -= 1
-                old = self._take([name] if name in self.names[: -self.keep] else [])
+                old = self._take_unused([name] if name in self.names[: -self.keep] else [])
             self._unload(old, self.names)
 
-    def _take(self, names: list[str]) -> list[str]:
+    def _take_unused(self, names: list[str]) -> list[str]:
         """Take the names that are not in use out of `self.names`, and return them. The caller holds the lock."""
         free = [name for name in names if not self._used[name]]
         self.names[:] = [name for name in self.names if name not in free]
         return free
 
-    def _unload(self, names: list[str], kept: list[str]) -> None:
+    def _unload(self, names: list[str], names_kept: list[str]) -> None:
         """Unload versions; warn of each that cannot be, and put its name before those in `kept`, for the next time."""
         for name in names:
             try:
-                self._within(lambda name=name: self._ask_to_unload(name), f"unload version '{name}'")  # type: ignore[misc]
+                self._run_within_timeout(lambda name=name: self._ask_to_unload(name), f"unload version '{name}'")  # type: ignore[misc]
             except Exception as e:
                 with self._lock:
-                    kept.insert(0, name)
+                    names_kept.insert(0, name)
                 warn(
                     f"Version '{name}' could not be unloaded, and takes a place on the server: {e!r}. The next "
                     "publish() tries it again.",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cache
 from inspect import get_annotations
 from typing import Any, ClassVar
@@ -211,12 +210,31 @@ class StackMethod(Method):
         effect = self.matrix_method.effect
         if why_not_on_stack(self.matrix_method) is not None:
             return effect
-        pieces = MethodPieces(self, effect.of_weight or not effect.additive)
         if not effect.additive:
-            return Rewrite(self.fold_stack, inward=effect.inward, of_weight=effect.of_weight, pieces=pieces)
-        return Update(
-            self.stack_delta, of_weight=effect.of_weight, draws=getattr(effect, "draws", False), pieces=pieces
-        )
+            return Rewrite(self.fold_stack, inward=effect.inward, of_weight=effect.of_weight, pieces=self.pieces)
+        draws = getattr(effect, "draws", False)
+        return Update(self.stack_delta, of_weight=effect.of_weight, draws=draws, pieces=self.pieces)
+
+    def pieces(self) -> Pieces:
+        """Return the changes of single matrices by the method."""
+        layer, effect = self.layer, self.matrix_method.effect
+        modules = (layer._modules[key] for key in layer.attached)
+        common_parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        tensors = [slot.tensor for slot in self.slots]
+        return Pieces(tensors, self.change_matrix, common_parameters, effect.of_weight or not effect.additive)
+
+    def change_matrix(
+        self, expert: int, tensors: Sequence[Tensor], W0: Tensor | None, W: Tensor | None, trains: bool
+    ) -> tuple[Tensor, ...]:
+        """Return the change of one matrix, as `Pieces.change`."""
+        m = self.method_on_matrix(expert, tensors, W0, trains)
+        effect = m.effect
+        if effect.product is not None:
+            return drop_inputs_of_A(effect.product()).matrices()
+        if effect.additive:
+            return (compute_delta(m.layer, effect, drops=True),)
+        W = (m.layer.W0 if W is None else W).to(m.dtype)
+        return (fold_effect(m.layer, m, effect, W, None, drops=True)[0] - W,)
 
     def stack_delta(self, W0: Tensor | None = None) -> Tensor:
         """Return ΔW of all matrices, (n, out, in); inputs dropped in training are the same for all rows."""
@@ -237,60 +255,12 @@ def matrix_methods(method: Method) -> list[Any]:
     )
 
 
-@dataclass(frozen=True)
-class MethodPieces(Pieces):
-    """What makes the changes of single matrices of a stack: a method, times a number."""
-
-    method: StackMethod
-    reads: bool
-    weight: float = 1.0
-
-    def tensors(self) -> list[Tensor]:
-        return [slot.tensor for slot in self.method.slots]
-
-    def common_parameters(self) -> list[Tensor]:
-        layer = self.method.layer
-        modules = (layer._modules[key] for key in layer.attached)
-        return [p for module in modules for p in module.parameters() if p.requires_grad]
-
-    def times(self, weight: float) -> MethodPieces:
-        return replace(self, weight=self.weight * weight)
-
-    def change(
-        self, expert: int, tensors: Sequence[Tensor], W0: Tensor | None, W: Tensor | None, trains: bool
-    ) -> tuple[Tensor, ...]:
-        m = self.method.method_on_matrix(expert, tensors, W0, trains)
-        effect = m.effect
-        if effect.product is not None:
-            A, B = drop_inputs_of_A(effect.product()).matrices()
-            return A, B if self.weight == 1 else B * self.weight
-        if effect.additive:
-            delta = compute_delta(m.layer, effect, drops=True)
-            return (delta if self.weight == 1 else delta * self.weight,)
-        W = (m.layer.W0 if W is None else W).to(m.dtype)
-        return (fold_effect(m.layer, m, effect, W, None, drops=True)[0] - W,)
-
-
-@dataclass(frozen=True)
-class FactorPieces(Pieces):
-    """The same of an adapter that holds the factors of all matrices."""
-
-    A: Tensor  # (n, r, in)
-    B: Tensor  # (n, out, r)
-    reads: bool = False
-
-    def tensors(self) -> list[Tensor]:
-        return [self.A, self.B]
-
-    def change(self, expert: int, tensors: Sequence[Tensor], *_: object) -> tuple[Tensor, ...]:
-        return tuple(tensors)
-
-
 def pieces_of(layer: Layer, effect: Effect) -> Pieces | None:
-    """Return what makes the changes of single matrices of a stack; None if an effect has no such."""
+    """Return the changes of single matrices of a stack by an effect; None if it has none."""
     if effect.product is None:
-        return effect.pieces
-    return FactorPieces(*Opaque.split_matrices(*drop_inputs_of_A(effect.product()).matrices(), layer.site.shape[0]))
+        return None if effect.pieces is None else effect.pieces()
+    A, B = Opaque.split_matrices(*drop_inputs_of_A(effect.product()).matrices(), layer.site.shape[0])
+    return Pieces([A, B], lambda expert, tensors, *_: tuple(tensors))
 
 
 class MatrixUpdate(Form):
@@ -303,8 +273,8 @@ class MatrixUpdate(Form):
         self.pieces, self.trains = pieces, trains
         self.reads = len(pieces) > 1 or any(p.reads for p in pieces)
         self.drawn: dict[int, list[Tensor]] = {}
-        self.tensors = [t for p in pieces for t in p.tensors()]
-        self.common_parameters = list({id(t): t for p in pieces for t in p.common_parameters()}.values())
+        self.tensors = [t for p in pieces for t in p.tensors]
+        self.common_parameters = list({id(t): t for p in pieces for t in p.common_parameters}.values())
 
     def __call__(self, expert: int, tensors: Sequence[Tensor], W: Tensor | None = None) -> tuple[Tensor, ...]:
         if not self.trains:
@@ -329,7 +299,7 @@ class MatrixUpdate(Form):
         """Return the matrix W with all changes in it."""
         remaining = iter(tensors)
         for p in self.pieces:
-            piece_tensors = [next(remaining) for _ in p.tensors()]
+            piece_tensors = [next(remaining) for _ in p.tensors]
             change = [t.to(W.dtype) for t in p.change(expert, piece_tensors, W0, W, self.trains)]
             W = W + (change[0] if len(change) == 1 else change[1] @ change[0])
         return W

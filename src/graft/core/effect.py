@@ -151,42 +151,35 @@ class ScaledDelta(NamedTuple):
 
 
 def scale_result(function: Callable[..., Any], weight: float, *args: object) -> Any:
-    """Return a function's tensor, factors, or ΔW not formed yet, which then count `weight` times."""
+    """Return a function's tensor, factors, pieces, or ΔW not formed yet, which then count `weight` times."""
     value = function(*args)
     if isinstance(value, Tensor):
         return value * weight
-    return value.times(weight) if isinstance(value, Factors) else ScaledDelta(value, weight)
+    return value.times(weight) if isinstance(value, (Factors, Pieces)) else ScaledDelta(value, weight)
 
 
-class Pieces:
-    """What makes the changes of single matrices of a stack, which are never all there at once (`core/each.py`)."""
+class Pieces(NamedTuple):
+    """The changes that an adapter makes to single matrices of a stack, which are never all formed at once.
 
-    reads: bool  # `change` needs the matrix
+    `change` takes the expert, its tensors, the matrix W0 without any adapter, the matrix as the adapters before have
+    changed it, and whether the layer trains, so that inputs may be dropped. If W0 is None, `change` reads it from the
+    layer, if at all. It returns ΔW (out, in), or A (r, in) and B (out, r).
+    """
 
-    def tensors(self) -> list[Tensor]:
-        """Return the tensors of which it makes them, (n, …), in which gradients flow."""
-        raise NotImplementedError
-
-    def common_parameters(self) -> list[Tensor]:
-        """Return those of all matrices."""
-        return []
+    tensors: Sequence[Tensor]  # (n, …): the changes are made of them, and gradients flow to them
+    change: Callable[[int, Sequence[Tensor], Tensor | None, Tensor | None, bool], tuple[Tensor, ...]]
+    common_parameters: Sequence[Tensor] = ()  # of all matrices
+    reads: bool = False  # `change` needs the matrix
 
     def times(self, weight: float) -> Pieces:
-        """Return what makes `weight` times these changes."""
-        raise NotImplementedError
+        """Return pieces whose changes count `weight` times."""
 
-    def change(
-        self, expert: int, tensors: Sequence[Tensor], W0: Tensor | None, W: Tensor | None, trains: bool
-    ) -> tuple[Tensor, ...]:
-        """Return the change of a matrix: ΔW (out, in), or A (r, in) and B (out, r).
+        def change(*args: Any) -> tuple[Tensor, ...]:
+            """Return ΔW, or A and B, with the last tensor times `weight`."""
+            *A, B = self.change(*args)
+            return *A, B * weight
 
-        Args:
-            tensors: those of the matrix.
-            W0: the matrix without any adapter; None: read it where it stands, if at all.
-            W: what the adapters before it have made of that; None: W0.
-            trains: the layer trains, so that inputs may be dropped.
-        """
-        raise NotImplementedError
+        return self._replace(change=change)
 
 
 InputOf = Callable[[nn.Module, dict[str, object]], Tensor]  # a module and its arguments by name → x, (batch, …)
@@ -198,7 +191,7 @@ class Effect:
 
     of_weight: bool = False  # it reads W₀, the weight as it is without any adapter
     why_unmergeable: str | None = None  # the reason why it has no merged form; None if it has one
-    pieces: Pieces | None = None  # of a stack of matrices, by which single ones change; None: those of its factors
+    pieces: Callable[[], Pieces] | None = None  # of a stack of matrices; None: those of its factors
 
     whole: ClassVar[bool] = False  # it runs in place of the layer
     inward: bool = False  # of several active adapters, each acts on the layer that those after it made
@@ -335,9 +328,8 @@ class Update(Effect):
     def times(self, weight: float) -> Effect | None:
         if self.gains:
             return None
-        functions = self.delta, self.factors, self.branch, self.bias
-        delta, factors, branch, bias = (part and partial(scale_result, part, weight) for part in functions)
-        pieces = self.pieces and self.pieces.times(weight)
+        functions = self.delta, self.factors, self.branch, self.bias, self.pieces
+        delta, factors, branch, bias, pieces = (part and partial(scale_result, part, weight) for part in functions)
         return replace(self, delta=delta, factors=factors, branch=branch, bias=bias, pieces=pieces)
 
 

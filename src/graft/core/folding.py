@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from graft.core.effect import HALF, Effect, Factors, Pieces, Rewrite, Update, factor_matrix, form_delta
+from graft.core.effect import HALF, Effect, Factors, Rewrite, Update, factor_matrix, form_delta
 from graft.core.errors import RoutingError
 from graft.core.lean import find_dropout_rate
 from graft.core.method import Method
@@ -145,7 +145,10 @@ def compute_change(m: Method, effect: Effect | None = None) -> WeightChange:
     groups = op.count_groups(m.site.module)
     with layer.base_weight.bring_in(layer), EvaluationMode(layer):
         if effect.pieces is not None:
-            return compute_stack_change(effect.pieces, layer.site.shape[0])
+            pieces, experts = effect.pieces(), range(layer.site.shape[0])
+            changes = [pieces.change(e, [t[e] for t in pieces.tensors], None, None, False) for e in experts]
+            A, *Bs = (torch.stack([widen(t) for t in tensors_of_all]) for tensors_of_all in zip(*changes))
+            return WeightChange(A, Bs[0] if Bs else None, None)
         if effect.product is not None:
             f = effect.product()
             A, B = (widen(t) for t in f.matrices_without_scale())
@@ -165,14 +168,6 @@ def compute_change(m: Method, effect: Effect | None = None) -> WeightChange:
             W, bias = fold_effect(layer, m, effect, before, b)
             W, shift = W - before, None if bias is b or bias is None else bias if b is None else bias - b
     return WeightChange(widen(W).flatten(1).unflatten(0, (groups, -1)), None, shift)
-
-
-def compute_stack_change(pieces: Pieces, count: int) -> WeightChange:
-    """Return the changes of all matrices of a stack, as those of so many groups."""
-    tensors = pieces.tensors()
-    changes = [pieces.change(expert, [t[expert] for t in tensors], None, None, False) for expert in range(count)]
-    A, *B = (torch.stack([widen(t) for t in tensors_of_all]) for tensors_of_all in zip(*changes))
-    return WeightChange(A, B[0] if B else None, None)
 
 
 def widen(t: Tensor) -> Tensor:

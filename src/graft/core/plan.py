@@ -589,7 +589,7 @@ class FoldedPlan(LayerPlan):
         for m, effect in self.steps:
             gate = None if gates is None else gates.of_tokens(layer, m.name, tokens)
             if effect.pieces is not None:
-                updates.append(FormedUpdate(MatrixUpdate([effect.pieces], layer.training), group, gate))
+                updates.append(FormedUpdate(MatrixUpdate([effect.pieces()], layer.training), group, gate))
             elif effect.product is not None:
                 A, B = drop_inputs_of_A(effect.product()).matrices()
                 updates.append(

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.measure import Effort, Goal, Row
 from benchmarks.memory import peak
-from graft.files.tensors import Tensor, tensor, write_safetensors
+from graft.files.tensors import Tensor, make_tensor, write_safetensors
 
 FOLDER = tempfile.TemporaryDirectory()  # gone with the process
 SIZE, HIDDEN, INNER, LAYERS, SHARDS = 150_000_000, 1024, 4096, 60, 6  # bytes allowed; the base has 2 GB in bfloat16
@@ -28,14 +28,14 @@ IMPORTS = "from graft.files.merging.methods import merge_files\nimport transform
 MERGE = IMPORTS + "merge_files({base!r}, {adapter!r}, {output!r}, force=True)"
 SIDE, SQUARES = 2560, 48  # matrices of 26 MB in float32
 EXTRACT_IMPORTS = """
-from graft.files.base import base_files
-from graft.files.extract import extract
+from graft.files.base import read_base_files
+from graft.files.extract import extract_adapter
 from graft.files.formats import peft
 """
 EXTRACT = (
     EXTRACT_IMPORTS
     + """
-peft.write(extract(base_files({after!r}), base_files({before!r}), rank=8).adapter, {output!r})
+peft.write(extract_adapter(read_base_files({after!r}), read_base_files({before!r}), rank=8).adapter, {output!r})
 """
 )
 IN_MEMORY = """
@@ -65,7 +65,7 @@ def made() -> tuple[str, str]:
     for n in range(SHARDS):
         held: dict[str, Tensor] = {}
         for path, shape in modules[n::SHARDS]:
-            held[f"{path}.weight"] = tensor(rng.standard_normal(shape, dtype="f4") * 0.02, "BF16")
+            held[f"{path}.weight"] = make_tensor(rng.standard_normal(shape, dtype="f4") * 0.02, "BF16")
         if n == 0:
             held |= rest(rng)
         name = f"model-{n + 1:05}-of-{SHARDS:05}.safetensors"
@@ -74,7 +74,9 @@ def made() -> tuple[str, str]:
     factors = {}
     for path, (out, fan_in) in modules:
         for name, shape in (("lora_A", (8, fan_in)), ("lora_B", (out, 8))):
-            factors[f"base_model.model.{path}.{name}.weight"] = tensor(rng.standard_normal(shape, dtype="f4") * 0.02)
+            factors[f"base_model.model.{path}.{name}.weight"] = make_tensor(
+                rng.standard_normal(shape, dtype="f4") * 0.02
+            )
     write_safetensors(os.path.join(adapter, "adapter_model.safetensors"), factors, {"format": "pt"})
     fields: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 16,
                               "target_modules": ["up_proj", "gate_proj", "down_proj"]}  # fmt: skip
@@ -91,12 +93,12 @@ def rest(rng: np.random.Generator) -> dict[str, Tensor]:
     for i in range(LAYERS):
         for name in "qkvo":
             key = f"model.layers.{i}.self_attn.{name}_proj.weight"
-            found[key] = tensor(np.zeros((HIDDEN, HIDDEN), "f4"), "BF16")
+            found[key] = make_tensor(np.zeros((HIDDEN, HIDDEN), "f4"), "BF16")
         for name in ("input_layernorm", "post_attention_layernorm"):
-            found[f"model.layers.{i}.{name}.weight"] = tensor(np.ones(HIDDEN, "f4"), "BF16")
+            found[f"model.layers.{i}.{name}.weight"] = make_tensor(np.ones(HIDDEN, "f4"), "BF16")
     for name in ("model.embed_tokens", "lm_head"):
-        found[f"{name}.weight"] = tensor(rng.standard_normal((1024, HIDDEN), dtype="f4"), "BF16")
-    return found | {"model.norm.weight": tensor(np.ones(HIDDEN, "f4"), "BF16")}
+        found[f"{name}.weight"] = make_tensor(rng.standard_normal((1024, HIDDEN), dtype="f4"), "BF16")
+    return found | {"model.norm.weight": make_tensor(np.ones(HIDDEN, "f4"), "BF16")}
 
 
 @dataclass
@@ -130,7 +132,7 @@ def tuned() -> tuple[str, str]:
                 W = np.full((SIDE, SIDE), 0.02, "f4")
                 if n:
                     W += rng.standard_normal((SIDE, 4), dtype="f4") @ rng.standard_normal((4, SIDE), dtype="f4")
-                held[f"model.layers.{i}.self_attn.q_proj.weight"] = tensor(W, "BF16")
+                held[f"model.layers.{i}.self_attn.q_proj.weight"] = make_tensor(W, "BF16")
             write_safetensors(os.path.join(folder, f"model-{shard}.safetensors"), held, {"format": "pt"})
     return folders[0], folders[1]
 

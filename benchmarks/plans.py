@@ -13,8 +13,8 @@ import transformers
 import graft
 from benchmarks.measure import Effort, Goal, Row
 from benchmarks.memory import peak
-from graft.command.plan import of_model
-from graft.files.budget import Training, budget, loss_of
+from graft.command.plan import make_training
+from graft.files.budget import Training, compute_training_loss, measure_budget
 
 # The shapes of published models, by the fields of their config.json that say them.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,18 +55,18 @@ class How:
         with torch.device("meta"):
             model = kind(kind.config_class(**fields))
         config = graft.LoraConfig(r=16, target_modules="all-linear", fan_in_fan_out=self.name == "GPT-2")
-        return of_model(model, config, self.length, self.dtype, on_gpu=False)
+        return make_training(model, config, self.length, self.dtype, on_gpu=False)
 
 
 def train(how: tuple[Any, ...]) -> None:
     """Two steps, as the first one has no state of the optimizer yet."""
     plan = How(*how)
     training = plan.training()
-    model = training.model(training.layers, "cpu", plan.checkpointing)
+    model = training.build_model(training.layers, "cpu", plan.checkpointing)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     ids = torch.zeros(plan.batch, plan.length, dtype=torch.long)
     for _ in range(2):
-        loss_of(model, ids).backward()
+        compute_training_loss(model, ids).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -84,7 +84,7 @@ class Memory:
         return f"peak memory that plan foretells, {h.name}, {h.batch} × {h.length}, {h.dtype}{again}"
 
     def run(self, effort: Effort) -> Row:
-        foretold = budget(self.how.training(), self.how.batch, self.how.checkpointing).total
+        foretold = measure_budget(self.how.training(), self.how.batch, self.how.checkpointing).total
         real = peak(STEPS.format(how=astuple(self.how)), **NO_HOLES) - peak(READY, **NO_HOLES)
         return Row(self.what, {"graft": [foretold], "floor": [real]}, self.goal, unit="B")
 

@@ -81,9 +81,9 @@ class InThisProcess:
         import torch
 
         from graft import PeftModel
-        from graft.files.verify import prompts
+        from graft.files.verify import make_prompts
 
-        ids = torch.tensor(prompts(base.config.vocab_size))
+        ids = torch.tensor(make_prompts(base.config.vocab_size))
         with torch.no_grad():
             self.model.set_adapter(name)
             own = PeftModel.from_pretrained(base, folder).eval()(ids).logits.log_softmax(-1)
@@ -102,10 +102,10 @@ class VllmOnACpu(Vllm):
     def answers_as(self, name, folder, base):
         """Return what the server does with an adapter, beside what a folder holds, in words."""
         from graft import PeftModel
-        from graft.files.verify import verify
+        from graft.files.verify import verify_server
 
         own = lambda base: PeftModel.from_pretrained(base, folder).eval()
-        found = verify(Connection(self.urls[0], 600), base, own, name, "base")
+        found = verify_server(Connection(self.urls[0], 600), base, own, name, "base")
         off = f"{found.deviations['applied']:.1g} of {found.effect:.2g} by which it moves log-probabilities"
         return f"{found.text} Off by {off}."
 

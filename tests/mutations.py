@@ -338,14 +338,14 @@ MUTATIONS = [
     Mutation(
         "a result over its own source",
         "files/sources.py",
-        "in (here, there)",
-        "== here",
+        "in (output, source_path)",
+        "== output",
         "tests/files/test_hostile.py tests/command/test_app.py",
     ),
     Mutation(
         "a verb that failed leaves its folder",
         "files/sources.py",
-        "clear(room)",
+        "delete_folder(room)",
         "pass",
         "tests/files/test_hostile.py tests/command/test_app.py",
     ),

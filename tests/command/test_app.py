@@ -115,13 +115,13 @@ def test_a_plan_is_of_training(tmp_path):
     """Whatever the mode that a saved config is in; the rank of a method that has another size is its own."""
     graft.LoraConfig(target_modules=["q_proj"], inference_mode=True).save_pretrained(tmp_path)
     for path in (tmp_path, tmp_path / "adapter_config.json"):
-        assert plan.adapter_config(path, "LORA", None, "").inference_mode is False
-    assert plan.adapter_config(None, "LORA", None, "all-linear").r == 16
-    oft = [plan.adapter_config(None, "OFT", rank, "all-linear") for rank in (None, 4)]
+        assert plan.make_adapter_config(path, "LORA", None, "").inference_mode is False
+    assert plan.make_adapter_config(None, "LORA", None, "all-linear").r == 16
+    oft = [plan.make_adapter_config(None, "OFT", rank, "all-linear") for rank in (None, 4)]
     assert [(c.r, c.oft_block_size) for c in oft] == [(0, 32), (4, 0)]
 
 
 def test_a_list_by_commas_may_have_spaces():
-    config = plan.adapter_config(None, "LORA", 4, "q_proj, v_proj,", "experts.down_proj, experts.up_proj")
+    config = plan.make_adapter_config(None, "LORA", 4, "q_proj, v_proj,", "experts.down_proj, experts.up_proj")
     assert config.target_modules == {"q_proj", "v_proj"}
     assert config.target_parameters == ["experts.down_proj", "experts.up_proj"]

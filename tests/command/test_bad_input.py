@@ -221,9 +221,9 @@ def test_an_output_without_a_name_is_none(line, places, run, tmp_path, monkeypat
 
 def test_what_another_process_wrote_meanwhile_stays(tmp_path):
     from graft.files.errors import OutputExistsError
-    from graft.files.sources import appearing
+    from graft.files.sources import place_when_done
 
-    with pytest.raises(OutputExistsError, match="meanwhile"), appearing(str(tmp_path / "a")) as made:
+    with pytest.raises(OutputExistsError, match="meanwhile"), place_when_done(str(tmp_path / "a")) as made:
         Path(made).write_text("mine")
         (tmp_path / "a").write_text("theirs")
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "theirs"

@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 
 from graft.command import app
-from graft.files.sources import find_base, name_base, own_names
+from graft.files.sources import describe_named_base, find_base, read_base_name
 from tests.files import adapters
 from tests.serving.server import answers, serving
 
@@ -137,8 +137,8 @@ def test_lint_and_check_compare_with_the_names_of_that_base(snapshot, run, tmp_p
     code, out, err = run("check", absent, "--for", "vllm")
     assert (code, err) == (0, "") and "Names of modules were not compared" in out
     config = json.loads((Path(snapshot) / "config.json").read_text())
-    assert own_names(str(fits)).config == config and not own_names(str(fits)).tensors
-    assert own_names(str(absent)) is None and own_names(str(misfit)) is not None
+    assert describe_named_base(str(fits)).config == config and not describe_named_base(str(fits)).tensors
+    assert describe_named_base(str(absent)) is None and describe_named_base(str(misfit)) is not None
     rules = lambda *words: {f["rule"] for f in json.loads(run("lint", *words, "--json")[1])["findings"]}
     assert rules(fits) == rules(fits, "--base", "me/base") - {"intruder"}  # which reads weights
     assert "base-mismatch" not in rules(absent)
@@ -150,7 +150,7 @@ def test_an_adapter_that_names_no_base(run, tmp_path):
     for name in (None, "", "//host/share", "\\\\host\\share"):
         shutil.rmtree(tmp_path / "a", ignore_errors=True)
         adapter = naming(tmp_path / "a", name)
-        assert name_base(str(adapter)) is None and own_names(str(adapter)) is None
+        assert read_base_name(str(adapter)) is None and describe_named_base(str(adapter)) is None
         code, _, err = run("export", adapter, "--for", "vllm", "-o", tmp_path / "out")
         assert code == 2 and err.startswith(f"graft: {adapter} names no base model. Give one with --base")
 

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graft
-from graft.command.change import numbers, size
+from graft.command.change import parse_size, parse_weights
 from graft.files.errors import OptionError
 from tests import fresh
 
@@ -55,10 +55,15 @@ def test_text_for_people_and_codes_for_programs(folders):
 
 
 def test_sizes_and_weights_are_read_or_refused():
-    assert (size("5GB"), size("1.5 mb"), size("200"), size("2K")) == (5 * 10**9, 1_500_000, 200, 2000)
-    assert numbers("0.5,-1") == [0.5, -1.0]
+    assert (parse_size("5GB"), parse_size("1.5 mb"), parse_size("200"), parse_size("2K")) == (
+        5 * 10**9,
+        1_500_000,
+        200,
+        2000,
+    )
+    assert parse_weights("0.5,-1") == [0.5, -1.0]
     for text in ("five", "5 GiB", "0", "-1GB"):
         with pytest.raises(OptionError, match="A size"):
-            size(text)
+            parse_size(text)
     with pytest.raises(OptionError, match="--weights"):
-        numbers("a,b")
+        parse_weights("a,b")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from graft.command import app, change, models, serve  # noqa: F401  the verbs register themselves
 from graft.core.errors import PeftWarning
-from graft.files.serving import data as serving_data
+from graft.files.serving import read_server_data as serving_data
 from tests.files import adapters
 from tests.models import make
 from tests.serving.server import answers, serving

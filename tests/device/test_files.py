@@ -117,8 +117,8 @@ def test_what_is_kept_or_computed_in_host_memory_is_there_with_a_default_device(
     with default(DEVICE):
         assert _copy_to_host(torch.ones(2)).device == CPU  # of an adapter that waits for a slot
         model = models.make("llama").to(DEVICE)
-        found = verify.log_probabilities(model, [[1, 2, 3, 4]], [(0, 1, 2), (0, 2, 5)])
-        assert found.device == CPU == verify.values([{(1, 2): 0.5}], [(0, 1, 2)]).device
+        found = verify.compute_log_probabilities(model, [[1, 2, 3, 4]], [(0, 1, 2), (0, 2, 5)])
+        assert found.device == CPU == verify.stack_values([{(1, 2): 0.5}], [(0, 1, 2)]).device
         runs, ids = MultiTrain(model), torch.randint(3, 30, (4, 6))
         batch = {"input_ids": ids, "labels": ids}
         config = graft.LoraConfig(target_modules=["q_proj"])

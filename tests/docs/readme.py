@@ -12,7 +12,7 @@ from benchmarks.results import Run
 from benchmarks.rows import BENCHES
 from benchmarks.tables import line, ratio, show
 from graft.files.formats import FORMATS, WRITTEN
-from graft.files.serving import servers
+from graft.files.serving import list_servers
 from graft.files.verify import FAULTS
 from graft.methods import ROWS
 from tests.docs.marks import put
@@ -54,7 +54,7 @@ def counted() -> list[list[str]]:
             )
         ),
         ["formats of adapter files, read/written", f"{len(FORMATS)}/{len(WRITTEN)}", "1", here],
-        ["servers whose reading of adapters `graft check` knows", str(len(servers())), "–", here],
+        ["servers whose reading of adapters `graft check` knows", str(len(list_servers())), "–", here],
         ["faults that `graft verify` tells apart on a running server", str(len(FAULTS)), "–", "`make test-serving`"],
         suite(),
     ]

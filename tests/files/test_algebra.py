@@ -11,7 +11,7 @@ from graft.files import algebra
 from graft.files.algebra import Product
 from graft.files.formats import read
 from graft.files.neutral import LowRank
-from graft.files.tensors import tensor
+from graft.files.tensors import make_tensor
 from tests import models
 from tests.pair import adapt, close, randomize
 from tests.samples import SAMPLES, over_all
@@ -40,7 +40,7 @@ def test_products_are_what_pefts_layers_add(sample, tmp_path):
     for name, layer in model.base_model.model.named_modules():
         if name not in adapter.modules or not hasattr(layer, "get_delta_weight"):
             continue
-        (ours,) = dense(algebra.products(adapter.modules[name]))
+        (ours,) = dense(algebra.list_delta_products(adapter.modules[name]))
         theirs = layer.get_delta_weight("default").detach().double()
         theirs = theirs.T if getattr(layer, "fan_in_fan_out", False) else theirs.flatten(1)
         close(ours, theirs, 1e-5)
@@ -53,12 +53,12 @@ def test_singular_values(shape):
     made = some(1, *shape)
     (W,) = dense([made])
     S = torch.linalg.svdvals(W)
-    ours = algebra.svd(made)
+    ours = algebra.compute_svd(made)
     k = min(len(S), len(ours.s))
     close(torch.from_numpy(ours.s)[:k], S[:k], 1e-12)
-    close(torch.from_numpy(algebra.spectrum(made))[:k], S[:k], 1e-12)
+    close(torch.from_numpy(algebra.compute_singular_values(made))[:k], S[:k], 1e-12)
     close(torch.from_numpy(ours.U * ours.s @ ours.Vt), W, 1e-12)
-    assert algebra.norm(made) == pytest.approx(float(torch.linalg.matrix_norm(W)), rel=1e-12)
+    assert algebra.frobenius_norm(made) == pytest.approx(float(torch.linalg.matrix_norm(W)), rel=1e-12)
     p = S[S > 1e-12] / S.sum()
     assert algebra.effective_rank(ours.s) == pytest.approx(float(torch.exp(-(p * p.log()).sum())), rel=1e-9)
     assert algebra.stable_rank(ours.s) == pytest.approx(float(S.square().sum() / S[0] ** 2), rel=1e-12)
@@ -70,30 +70,30 @@ def test_ranks_by_kohyas_rules():
     for energy in (0.5, 0.75, 0.9, 0.95, 0.99, 1.0):
         wanted = next(k for k in range(1, 6) if squares[:k].sum() >= energy * squares.sum())
         assert algebra.rank_for_energy(s, energy) == wanted
-        assert algebra.energy_of(s, wanted) >= energy
+        assert algebra.energy_share(s, wanted) >= energy
     for ratio in (1.5, 3, 5, 17):
         assert algebra.rank_for_ratio(s, ratio) == sum(x > 8 / ratio for x in s)
     zero = np.zeros(3)
     assert algebra.rank_for_energy(zero, 0.9) == algebra.rank_for_ratio(zero, 2) == 1
-    assert algebra.stable_rank(zero) == algebra.effective_rank(zero) == 0 and algebra.energy_of(zero, 1) == 1
+    assert algebra.stable_rank(zero) == algebra.effective_rank(zero) == 0 and algebra.energy_share(zero, 1) == 1
 
 
 def test_sums_and_comparisons():
     a, b = some(1), some(2)
     (A, B) = dense([a, b])
-    close(*dense([algebra.total([a, b], (0.3, -2))]), 0.3 * A - 2 * B, 1e-12)
-    assert algebra.inner(a, b) == pytest.approx(float((A * B).sum()), rel=1e-9)
-    found = algebra.compare([a], [b])
+    close(*dense([algebra.sum_products([a, b], (0.3, -2))]), 0.3 * A - 2 * B, 1e-12)
+    assert algebra.inner_product(a, b) == pytest.approx(float((A * B).sum()), rel=1e-9)
+    found = algebra.compare_deltas([a], [b])
     assert found.cosine == pytest.approx(float((A * B).sum() / A.norm() / B.norm()), rel=1e-9)
     assert found.relative == pytest.approx(float((A - B).norm() / max(A.norm(), B.norm())), rel=1e-9)
     again = Product(2 * a.B, a.A / 2)
-    same = algebra.compare([a], [again])
+    same = algebra.compare_deltas([a], [again])
     assert same.relative < 1e-15 and same.cosine == pytest.approx(1) and same.angle < 1e-6
-    half = algebra.compare([a], [Product(a.B / 2, a.A)])
+    half = algebra.compare_deltas([a], [Product(a.B / 2, a.A)])
     assert half.relative == pytest.approx(0.5) and half.cosine == pytest.approx(1) and half.angle < 1e-6
     nothing = Product(0 * a.B, a.A)
-    assert algebra.compare([a], [nothing]) == (None, 1.0, None)
-    assert algebra.compare([nothing], [nothing]) == (None, 0.0, None)
+    assert algebra.compare_deltas([a], [nothing]) == (None, 1.0, None)
+    assert algebra.compare_deltas([nothing], [nothing]) == (None, 0.0, None)
 
 
 @pytest.mark.parametrize("angle", [1e-7, 0.3, 45, 89.9, 90])
@@ -104,8 +104,8 @@ def test_the_largest_angle(angle):
     a, b = np.zeros((6, 2)), np.zeros((6, 2))
     a[0, 0] = a[1, 1] = b[0, 0] = 1
     b[1, 1], b[2, 1] = np.cos(t), np.sin(t)
-    assert algebra.largest_angle(Product(a, A), Product(b * [3, 0.1], A)) == pytest.approx(angle, rel=1e-6)
-    assert algebra.largest_angle(Product(a[:, :1], A[:1]), Product(b, A)) == pytest.approx(0, abs=1e-6)
+    assert algebra.largest_principal_angle(Product(a, A), Product(b * [3, 0.1], A)) == pytest.approx(angle, rel=1e-6)
+    assert algebra.largest_principal_angle(Product(a[:, :1], A[:1]), Product(b, A)) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "embedding", "experts"])
@@ -116,17 +116,17 @@ def test_new_factors_of_the_largest_triplets(kind):
         "experts": ((3, 4, 9), (3, 12, 4)),
     }  # fmt: skip
     A, B = (rng.standard_normal(s) for s in shapes[kind])
-    held = LowRank(tensor(A), tensor(B), 2.5, kind)
-    parts = algebra.products(held)
-    made = [algebra.svd(p) for p in parts]
-    whole = algebra.products(algebra.with_factors(held, made, 4))
-    wider = algebra.products(algebra.with_factors(held, made, 7))
+    held = LowRank(make_tensor(A), make_tensor(B), 2.5, kind)
+    parts = algebra.list_delta_products(held)
+    made = [algebra.compute_svd(p) for p in parts]
+    whole = algebra.list_delta_products(algebra.replace_factors(held, made, 4))
+    wider = algebra.list_delta_products(algebra.replace_factors(held, made, 7))
     for ours, wide, theirs in zip(dense(whole), dense(wider), dense(parts), strict=True):
         close(ours, theirs, 1e-12)
         close(wide, theirs, 1e-12)
-    cut = algebra.with_factors(held, made, 2)
+    cut = algebra.replace_factors(held, made, 2)
     assert cut.scale == 2.5 and cut.rank == 2 and cut.kind == kind
-    for ours, theirs in zip(dense(algebra.products(cut)), dense(parts), strict=True):
+    for ours, theirs in zip(dense(algebra.list_delta_products(cut)), dense(parts), strict=True):
         U, S, Vh = torch.linalg.svd(theirs, full_matrices=False)
         close(ours, U[:, :2] * S[:2] @ Vh[:2], 1e-11)
 
@@ -145,7 +145,7 @@ def test_all_that_dora_changes(sample, tmp_path):
             theirs = new - W
         else:
             theirs = (new - W).flatten(1)
-        close(torch.from_numpy(algebra.with_magnitude(held, W.numpy())), theirs.double(), 2e-5)
+        close(torch.from_numpy(algebra.compute_dora_delta(held, W.numpy())), theirs.double(), 2e-5)
 
 
 @over_all([s for s in SAMPLES if s.method == "LORA" and ("pissa" in s.name or "olora" in s.name)])
@@ -159,9 +159,9 @@ def test_what_was_taken_out_of_the_base_counts(sample, tmp_path):
             continue
         change = merged[f"{path}.weight"] - base[f"{path}.weight"]
         if held.magnitude is None:
-            (ours,) = dense(algebra.products(held))
+            (ours,) = dense(algebra.list_delta_products(held))
         else:
-            ours = torch.from_numpy(algebra.with_magnitude(held, base[f"{path}.weight"].numpy()))
+            ours = torch.from_numpy(algebra.compute_dora_delta(held, base[f"{path}.weight"].numpy()))
         close(ours, (change.T if ours.shape != change.shape else change).double(), 1e-5)
 
 
@@ -173,5 +173,5 @@ def test_adaloras_triplets(tmp_path):
         layer.lora_E["default"].normal_()
     model.save_pretrained(tmp_path)
     held = algebra.as_low_rank(read(tmp_path).modules["lin0"])
-    (ours,) = dense(algebra.products(held))
+    (ours,) = dense(algebra.list_delta_products(held))
     close(ours, layer.get_delta_weight("default").detach().double(), 1e-5)

@@ -16,7 +16,7 @@ import pytest
 
 from graft import ServerError, UnknownModelError
 from graft.core.errors import BaseModelMismatchError
-from graft.files.ask import Connection, ask, server_of
+from graft.files.ask import Connection, ask_log_probabilities, identify_server
 from graft.files.errors import OptionError
 from tests.serving.server import serving
 
@@ -80,7 +80,7 @@ def test_malformed_log_probabilities(kind):
         connection = Connection(url, 5)
         for now[0] in said:
             with pytest.raises(ServerError, match=r"answers something else than expected|tells no log-prob") as error:
-                ask(connection, kind, "tuned", [PROMPT], base=False)
+                ask_log_probabilities(connection, kind, "tuned", [PROMPT], is_base=False)
             assert str(error.value).isprintable() and len(str(error.value)) < 600, now[0][:100]
 
 
@@ -89,10 +89,10 @@ def test_malformed_lists_of_models(text):
     with serving({"base": None}, answer=say(text)) as url:
         connection = Connection(url, 5)
         with pytest.raises(ServerError, match=r"/v1/models answers something else"):
-            server_of(connection)
+            identify_server(connection)
         if not text.startswith(b"[{"):
             with pytest.raises(ServerError, match=r"/lora-adapters answers something else|no adapter"):
-                ask(connection, "llama.cpp", "tuned", [PROMPT], base=False)
+                ask_log_probabilities(connection, "llama.cpp", "tuned", [PROMPT], is_base=False)
 
 
 @pytest.mark.parametrize("text", [*ANYWHERE, b'{"content": 5}'])
@@ -105,7 +105,7 @@ def test_malformed_pieces_of_text(text):
         )
 
     with serving({"base": None, "tuned": None}, "llama.cpp", answer) as url, pytest.raises(ServerError):
-        ask(Connection(url, 5), "llama.cpp", "tuned", [PROMPT], base=False)
+        ask_log_probabilities(Connection(url, 5), "llama.cpp", "tuned", [PROMPT], is_base=False)
 
 
 @pytest.mark.parametrize("kind, said", [
@@ -116,7 +116,7 @@ def test_other_tokens_of_any_size(kind, said):
         serving({"base": None, "tuned": None}, kind, say(json.dumps(said).encode(), PATHS[kind])) as url,
         pytest.raises(BaseModelMismatchError) as error,
     ):
-        ask(Connection(url, 5), kind, "tuned", [PROMPT], base=False)
+        ask_log_probabilities(Connection(url, 5), kind, "tuned", [PROMPT], is_base=False)
     assert len(str(error.value)) < 500
 
 
@@ -125,7 +125,7 @@ def test_what_a_server_calls_itself_moves_no_cursor():
     refuse = lambda h: h.path == "/v1/completions" and (h.say(b"\x1b]0;owned\x07\r\n no", 404) or True)
     both = lambda h: refuse(h) or say(names)(h)
     with serving({}, answer=both) as url, pytest.raises(UnknownModelError) as error:
-        ask(Connection(url, 5), "vllm", "tuned", [PROMPT], base=False)
+        ask_log_probabilities(Connection(url, 5), "vllm", "tuned", [PROMPT], is_base=False)
     assert str(error.value).isprintable() and "\\x1b" in str(error.value) and len(str(error.value)) < 1000
 
 
@@ -150,11 +150,11 @@ def test_a_redirect_does_not_get_the_key():
             with serving({}, answer=redirect) as url:
                 connection = Connection(url, 5, "secret")
                 with pytest.raises(ServerError, match=rf"answers {status}, a redirect to '{elsewhere}"):
-                    server_of(connection)
+                    identify_server(connection)
                 with pytest.raises(ServerError, match="a redirect"):
                     connection.post("/v1/completions", {})
         assert not keys
-        assert server_of(Connection(elsewhere, 5, "secret")) == "vllm" and keys == ["Bearer secret"]
+        assert identify_server(Connection(elsewhere, 5, "secret")) == "vllm" and keys == ["Bearer secret"]
 
 
 @contextmanager
@@ -271,7 +271,7 @@ def test_mutated_answers_are_right_or_told(kind):
         for _ in range(120):
             now[0] = mutated(draw, copy.deepcopy(right[kind]))
             try:
-                (seen,) = ask(connection, kind, "tuned", [PROMPT], base=False)
+                (seen,) = ask_log_probabilities(connection, kind, "tuned", [PROMPT], is_base=False)
                 assert seen and all(type(v) is float and math.isfinite(v) for v in seen.values())
             except (ServerError, BaseModelMismatchError) as error:
                 assert str(error).isprintable() and len(str(error)) < 1000, now[0]

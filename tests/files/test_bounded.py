@@ -16,9 +16,9 @@ from graft.config.file import describe_whole_model
 from graft.config.reading import MOST_CONTAINERS, open_file, parse_json, read_object
 from graft.core.errors import CheckpointError, NonFiniteError, PeftError
 from graft.files import formats
-from graft.files.base import base_files
+from graft.files.base import read_base_files
 from graft.files.formats import gguf_file
-from graft.files.sources import licence_in
+from graft.files.sources import read_licence
 from tests.files.test_formats import FIXTURES, NAMES, base_for
 
 GGUF = FIXTURES / "gguf_llama" / "adapter.gguf"
@@ -64,8 +64,8 @@ def test_pipes_and_devices_elsewhere(tmp_path):
                 with pytest.raises(CheckpointError, match="folder, pipe or device"):
                     read(path)
         with pytest.raises(CheckpointError, match="folder, pipe or device"):
-            base_files(tmp_path)
-        assert licence_in(tmp_path) is None and "whole model" in describe_whole_model(tmp_path)
+            read_base_files(tmp_path)
+        assert read_licence(tmp_path) is None and "whole model" in describe_whole_model(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_an_index_of_odd_files(tmp_path):
     for document in ({}, {"weight_map": []}, {"weight_map": {"a": 3}}, {"weight_map": {"a": "../x"}}, [], {"a": [[]]}):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(document))
         with pytest.raises(PeftError, match=r"index\.json"):
-            base_files(tmp_path)
+            read_base_files(tmp_path)
 
 
 def test_numbers_of_thousands_of_digits_in_names(tmp_path):

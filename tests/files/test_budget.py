@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import graft
 from graft.core.errors import ConfigError
-from graft.files.budget import Training, block_kinds, budget, coverage, loss_of
+from graft.files.budget import Training, compute_training_loss, count_adapted_blocks, find_block_classes, measure_budget
 from graft.storage import stacks
 from tests.leaves_out import FUSED_EXPERTS, PLANS
 from tests.storage.packed_experts import BOTH, EXPERTS, KINDS, WIDTH, blocks, made
@@ -65,12 +65,12 @@ def training(kind, config="lora", layers=5, length=48, dtype=torch.float32, **op
 
 def real_peak(of, batch, checkpointing=False):
     """Return the bytes that torch's allocator gave away at the fullest moment of a real step."""
-    model = of.model(of.layers, "cpu", checkpointing)
+    model = of.build_model(of.layers, "cpu", checkpointing)
     ids = torch.zeros(batch, of.length, dtype=torch.long)
-    loss_of(model, ids).backward()  # what is made once, is there
+    compute_training_loss(model, ids).backward()  # what is made once, is there
     model.zero_grad()
     with torch.profiler.profile(profile_memory=True) as found:
-        loss_of(model, ids).backward()
+        compute_training_loss(model, ids).backward()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
     return max(itertools.accumulate(held))
@@ -92,9 +92,9 @@ F32, BF16 = torch.float32, torch.bfloat16
 )  # fmt: skip
 def test_the_estimate_is_within_a_tenth_of_what_a_step_takes(kind, config, dtype, checkpointing):
     of = training(kind, config, dtype=dtype)
-    held = budget(of, 3, checkpointing)
+    held = measure_budget(of, 3, checkpointing)
     assert step(held) == pytest.approx(real_peak(of, 3, checkpointing), rel=0.1)
-    model = of.model(of.layers, "cpu")
+    model = of.build_model(of.layers, "cpu")
     frozen = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}
     assert held.weights == sum(frozen.values())
 
@@ -110,15 +110,19 @@ def test_blocks_of_several_kinds_come_again_after_a_period():
                 block.mlp = LlamaMLP(wide)
 
     of = Training(Uneven, 9, CONFIGS["lora"](), 48, torch.float32, period=3)
-    assert step(budget(of, 3)) == pytest.approx(real_peak(of, 3), rel=0.05)
+    assert step(measure_budget(of, 3)) == pytest.approx(real_peak(of, 3), rel=0.05)
 
 
 def test_checkpointing_takes_less_and_a_packed_base_too():
     of = training("llama", layers=8, length=64)
-    whole, again, packed = budget(of, 4), budget(of, 4, checkpointing=True), budget(of, 4, bits=4)
+    whole, again, packed = (
+        measure_budget(of, 4),
+        measure_budget(of, 4, checkpointing=True),
+        measure_budget(of, 4, bits=4),
+    )
     assert again.kept < whole.kept / 4 and again.total < whole.total
-    blocks = sum(p.numel() for p in of.whole.get_base_model().model.layers.parameters() if p.ndim > 1)
-    saved = (4 - 0.5625) * (blocks - sum(p.numel() for p in of.whole.parameters() if p.requires_grad))
+    blocks = sum(p.numel() for p in of.whole_model.get_base_model().model.layers.parameters() if p.ndim > 1)
+    saved = (4 - 0.5625) * (blocks - sum(p.numel() for p in of.whole_model.parameters() if p.requires_grad))
     assert whole.weights - packed.weights == pytest.approx(saved)
     assert packed.working - whole.working == 4 * 64 * 160  # one matrix unpacked
 
@@ -131,7 +135,7 @@ def test_a_base_of_packed_experts(kind, monkeypatch):
     pack = partial(pack, block=(128, 128)) if kind == "fp8" else pack
     r, config = 2, graft.LoraConfig(r=2, target_modules=[], target_parameters=BOTH)
     of = Training(lambda n: make(), 2, config, 16, torch.float32)
-    plain, packed = budget(of, 1), budget(of, 1, bits=kind)
+    plain, packed = measure_budget(of, 1), measure_budget(of, 1, bits=kind)
     size = lambda model: sum(sizes_of(m) for _, m in blocks(model))
     dense = sum(p.nbytes for _, m in blocks(make()) for p in m.parameters() if p.ndim == 3)
     saved = dense - size(pack(made(make)))
@@ -143,9 +147,9 @@ def test_a_base_of_packed_experts(kind, monkeypatch):
     stack = 4 * EXPERTS * WIDTH * WIDTH  # gate_up_proj
     assert packed.working - plain.working == stack  # less than a chunk
     monkeypatch.setattr("graft.files.budget.CHUNK", 1)
-    assert budget(of, 1, bits=kind).working - plain.working == stack / EXPERTS
+    assert measure_budget(of, 1, bits=kind).working - plain.working == stack / EXPERTS
     with pytest.raises(ConfigError, match="bits is one of 4, 8, nf4"):
-        budget(of, 1, bits="q4")
+        measure_budget(of, 1, bits="q4")
 
 
 def sizes_of(module):
@@ -156,19 +160,19 @@ def sizes_of(module):
 
 def test_what_trains_is_counted_once_and_optimizers_differ():
     of = training("llama", layers=4, length=16)
-    trained = of.whole.get_nb_trainable_parameters()[0]
-    held = {o: budget(of, 1, optimizer=o) for o in ("adamw", "sgd")}
+    trained = of.whole_model.get_nb_trainable_parameters()[0]
+    held = {o: measure_budget(of, 1, optimizer=o) for o in ("adamw", "sgd")}
     assert held["adamw"].adapter == 4 * trained
     assert held["adamw"].optimizer == 8 * trained and held["sgd"].optimizer == 0
     with pytest.raises(ConfigError, match="optimizer is one of"):
-        budget(of, 1, optimizer="lion")
+        measure_budget(of, 1, optimizer="lion")
 
 
 def test_a_model_of_pictures_is_refused():
     config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
     of = Training(lambda n: ViTModel(config), 2, CONFIGS["lora"](), 16)
     with pytest.raises(ConfigError, match="pixel_values"):
-        budget(of, 1)
+        measure_budget(of, 1)
 
 
 def test_a_model_that_does_not_run_on_meta_says_so():
@@ -180,11 +184,11 @@ def test_a_model_that_does_not_run_on_meta_says_so():
 
     of = Training(lambda n: PickyForCausalLM(LlamaConfig(**LLAMA, num_hidden_layers=n)), 2, CONFIGS["lora"](), 16)
     with pytest.raises(ConfigError, match=r"PickyForCausalLM cannot run on tensors without values.*transformers 5"):
-        budget(of, 1)
+        measure_budget(of, 1)
 
 
 def test_blocks_without_an_adapter_are_counted():
     model = MODELS["llama"](6)
     config = graft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[0, 3])
     matched = [m.name for m in graft.plan(model, config).matched]
-    assert coverage(matched, block_kinds(model)) == {"LlamaDecoderLayer": (6, 2)}
+    assert count_adapted_blocks(matched, find_block_classes(model)) == {"LlamaDecoderLayer": (6, 2)}

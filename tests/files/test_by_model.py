@@ -12,16 +12,16 @@ from torch import nn
 
 import graft
 from graft.core.errors import BaseModelMismatchError, LossError
-from graft.files.base import base_files
-from graft.files.bases import base_of, by_model, fitted
-from graft.files.convert import convert
+from graft.files.base import read_base_files
+from graft.files.bases import choose_names, open_base, view_by_model_names
+from graft.files.convert import convert_adapter_file
 from graft.files.errors import BaseNeededError
-from graft.files.export import export
+from graft.files.export import export_adapter_file
 from graft.files.formats import read
-from graft.files.inspect import difference, inspect
-from graft.files.lint import lint
-from graft.files.serving import check
-from graft.files.skeleton import by_name
+from graft.files.inspect import compare_adapters, inspect_adapter
+from graft.files.lint import lint_adapter
+from graft.files.serving import check_servers
+from graft.files.skeleton import name_by_model
 from graft.files.tensors import Tensor
 from tests.families import FAMILIES, RENAMED, base
 from tests.leaves_out import FUSED_EXPERTS
@@ -34,7 +34,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name 
 def saved(family, folder):
     model = base(family)
     model.save_pretrained(folder / "base")
-    return model, base_files(folder / "base")
+    return model, read_base_files(folder / "base")
 
 
 def adapter_of(model, folder, stacks=True):
@@ -56,7 +56,7 @@ def assert_same(found, wanted):
 @pytest.mark.parametrize("family", [*SOME, *SLOW])
 def test_each_tensor_has_its_parameters_name(family, tmp_path):
     model, files = saved(family, tmp_path)
-    known, state = by_model(files), model.state_dict()
+    known, state = view_by_model_names(files), model.state_dict()
     tied = state.keys() - known.tensors.keys()
     assert all("lm_head" in name for name in tied) and set(known.modules) == {n for n, _ in model.named_modules() if n}
     assert family not in RENAMED or known.tensors.keys() != files.tensors.keys()
@@ -71,13 +71,13 @@ def test_the_verbs_find_the_base(family, tmp_path):
     wanted = adapter_of(model, tmp_path / "a")
     again = type(model).from_pretrained
     adapter = read(tmp_path / "a", files)
-    assert not [f for f in lint(adapter, files) if f.severity == "error"]
-    assert all(m["relative"] is not None for m in inspect(adapter, files)["modules"])
-    names = {f.condition for f in check(adapter, ["vllm"], files)}
+    assert not [f for f in lint_adapter(adapter, files) if f.severity == "error"]
+    assert all(m["relative"] is not None for m in inspect_adapter(adapter, files)["modules"])
+    names = {f.condition for f in check_servers(adapter, ["vllm"], files)}
     assert not names & {"modules_missing", "layers_missing", "prefixes_differ"}
-    convert(tmp_path / "a", "mlx", tmp_path / "mlx", tmp_path / "base")
-    convert(tmp_path / "mlx", "peft", tmp_path / "back", tmp_path / "base")
-    assert difference(read(tmp_path / "back", files), adapter)["equal"]
+    convert_adapter_file(tmp_path / "a", "mlx", tmp_path / "mlx", tmp_path / "base")
+    convert_adapter_file(tmp_path / "mlx", "peft", tmp_path / "back", tmp_path / "base")
+    assert compare_adapters(read(tmp_path / "back", files), adapter)["equal"]
     loaded = graft.PeftModel.from_pretrained(again(tmp_path / "base"), tmp_path / "back")
     assert_same(loaded.merge_and_unload().state_dict(), wanted)
     if family == "gte":  # whose file has q, k and v in one
@@ -92,7 +92,7 @@ def test_the_verbs_find_the_base(family, tmp_path):
 def test_what_export_writes_is_loaded(family, tmp_path):
     model, files = saved(family, tmp_path)
     wanted = adapter_of(model, tmp_path / "a", stacks=False)
-    report = export(read(tmp_path / "a", files), "vllm", files, str(tmp_path / "out"))
+    report = export_adapter_file(read(tmp_path / "a", files), "vllm", files, str(tmp_path / "out"))
     loaded = graft.PeftModel.from_pretrained(type(model).from_pretrained(tmp_path / "base"), tmp_path / "out")
     assert_same(loaded.merge_and_unload().state_dict(), wanted)
     assert report.renamed == {}
@@ -104,7 +104,7 @@ def test_an_adapter_of_the_text_model_gets_the_names_of_the_class_that_is_served
     adapter = read(tmp_path / "a", files)
     text = {path: m for path, m in adapter.modules.items() if ".language_model." in path}
     adapter.modules = {path.replace(".language_model.", "."): m for path, m in text.items()}
-    report = export(adapter, "vllm", files, str(tmp_path / "out"))
+    report = export_adapter_file(adapter, "vllm", files, str(tmp_path / "out"))
     assert {*report.renamed.values()} == {*text}
     graft.PeftModel.from_pretrained(base("llava"), tmp_path / "out")
 
@@ -117,7 +117,7 @@ def test_one_prefix_more_or_less(prefix, less, tmp_path):
     save_file({name: torch.ones(4, 4) for name in names}, tmp_path / "model.safetensors")
     paths = [f"layers.{i}.fc" for i in range(2)]
     paths = [path if less else f"model.{path}" for path in paths]
-    known = fitted(base_files(tmp_path), paths)
+    known = choose_names(read_base_files(tmp_path), paths)
     assert [known.shapes[f"{path}.weight"] for path in paths] == [(4, 4), (4, 4)]
     assert set(paths) <= set(known.modules) and set(known.tensors) == set(known.shapes)
 
@@ -125,7 +125,7 @@ def test_one_prefix_more_or_less(prefix, less, tmp_path):
 def test_two_prefixes_that_fit_say_nothing(tmp_path):
     names = [f"{tower}.layers.0.fc.weight" for tower in ("question", "context")]
     save_file({name: torch.ones(4, 4) for name in names}, tmp_path / "model.safetensors")
-    assert "layers.0.fc" not in set(fitted(base_files(tmp_path), ["layers.0.fc"]).modules)
+    assert "layers.0.fc" not in set(choose_names(read_base_files(tmp_path), ["layers.0.fc"]).modules)
 
 
 def test_square_weights_of_conv1d_are_turned(tmp_path):
@@ -138,8 +138,8 @@ def test_square_weights_of_conv1d_are_turned(tmp_path):
     model.save_pretrained(tmp_path / "a")
     before = {name: p.detach().clone() for name, p in make("gpt2").named_parameters()}
     after = dict(model.merge_and_unload().named_parameters())
-    files = base_files(tmp_path / "base")
-    for m in inspect(read(tmp_path / "a", files), files)["modules"]:
+    files = read_base_files(tmp_path / "base")
+    for m in inspect_adapter(read(tmp_path / "a", files), files)["modules"]:
         name = f"{m['module']}.weight"
         assert m["norm"] == pytest.approx(float((after[name] - before[name]).norm()), rel=1e-4), name
 
@@ -152,26 +152,26 @@ def test_a_base_of_four_bits_is_compared_by_what_its_codes_stand_for(tmp_path, m
     model = make("llama")
     model.save_pretrained(tmp_path / "base")
     adapter_of(model, tmp_path / "a", stacks=False)
-    dense = base_files(tmp_path / "base")
+    dense = read_base_files(tmp_path / "base")
     adapter = read(tmp_path / "a", dense)
     config = json.loads((tmp_path / "base" / "config.json").read_text()) | {
         "quantization_config": {"quant_method": "x"}
     }
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-    packed = base_files(tmp_path / "base")
+    packed = read_base_files(tmp_path / "base")
     for name in [name for name in packed.tensors if name.endswith("proj.weight")]:
         packed.tensors[name] = Tensor((7, 1), "U8", lambda: bytes(7))
-    assert not [f for f in lint(adapter, packed) if f.severity == "error"]
+    assert not [f for f in lint_adapter(adapter, packed) if f.severity == "error"]
     with pytest.raises(BaseNeededError, match="no weights, only their names"):
-        inspect(adapter, packed)
+        inspect_adapter(adapter, packed)
 
     class Weights:
         packed, shapes = {n: [n] for n in dense.tensors if n.endswith("proj.weight")}, dense.shapes
         read = staticmethod(lambda name: torch.from_numpy(dense.tensors[name].read().copy()))
 
     monkeypatch.setattr(views, "find_base_weights", lambda base: Weights)
-    again = base_files(tmp_path / "base")
-    assert inspect(adapter, again)["modules"] == inspect(adapter, dense)["modules"]
+    again = read_base_files(tmp_path / "base")
+    assert inspect_adapter(adapter, again)["modules"] == inspect_adapter(adapter, dense)["modules"]
 
 
 def test_another_model_is_another_model(tmp_path):
@@ -179,11 +179,11 @@ def test_another_model_is_another_model(tmp_path):
     model, _ = saved("gpt_neox", tmp_path)
     adapter_of(model, tmp_path / "a")
     adapter = read(tmp_path / "a", files)
-    assert [f.rule for f in lint(adapter, files) if f.severity == "error"] == ["base-mismatch"]
+    assert [f.rule for f in lint_adapter(adapter, files) if f.severity == "error"] == ["base-mismatch"]
     with pytest.raises(BaseModelMismatchError):
-        inspect(adapter, files)
+        inspect_adapter(adapter, files)
     with pytest.raises(BaseModelMismatchError, match="no modules for"):
-        convert(tmp_path / "a", "peft", tmp_path / "out", tmp_path / "vit" / "base")
+        convert_adapter_file(tmp_path / "a", "peft", tmp_path / "out", tmp_path / "vit" / "base")
 
 
 # parts of pipelines whose files have the names of transformers 4
@@ -221,8 +221,8 @@ def test_a_text_encoder_whose_files_say_text_model(form, tmp_path):
         {f"text_model.{name}": t.contiguous() for name, t in other.state_dict().items()}, pipe / "model.safetensors"
     )
     (tmp_path / "pipe" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    assert any("text_model" in name for name in base_of(tmp_path / "pipe").shapes)
-    convert(tmp_path / "a.safetensors", "peft", tmp_path / "out", tmp_path / "pipe")
+    assert any("text_model" in name for name in open_base(tmp_path / "pipe").shapes)
+    convert_adapter_file(tmp_path / "a.safetensors", "peft", tmp_path / "out", tmp_path / "pipe")
     assert all(path.startswith("encoder.") for path in read(tmp_path / "out" / "text_encoder").modules)
     graft.PeftModel.from_pretrained(clip(), tmp_path / "out" / "text_encoder")
 
@@ -252,7 +252,7 @@ def test_every_class_of_transformers_by_names_and_shapes():
         if {*written} == {*state}:
             continue
         tensors = {n: Tensor(tuple(t.shape), kinds.get(t.dtype, "F16"), bytes) for n, t in written.items()}
-        found = by_name(tensors, model)
+        found = name_by_model(tensors, model)
         assert {n: t.shape for n, t in found.items()} == state, name
         looked_at += 1
     assert looked_at > 100

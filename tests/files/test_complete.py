@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 
 import graft
 from graft.core.errors import CheckpointError, LossError
-from graft.files.base import base_files
-from graft.files.convert import convert
-from graft.files.export import export
+from graft.files.base import read_base_files
+from graft.files.convert import convert_adapter_file
+from graft.files.export import export_adapter_file
 from graft.files.formats import read
-from graft.files.lint import gaps, lint
-from graft.files.resize import resize
-from graft.files.serving import check, servers
+from graft.files.lint import lint_adapter, list_gaps
+from graft.files.resize import resize_adapter
+from graft.files.serving import check_servers, list_servers
 from tests import models
 from tests.families import base as family
 from tests.leaves_out import FUSED_EXPERTS
@@ -59,23 +59,23 @@ def damaged(folder, fields, keeps):
 def test_what_a_model_in_memory_refuses_every_verb_tells(name, base, tmp_path):
     fields, keeps, says = DAMAGE[name]
     damaged(tmp_path / "a", fields, keeps)
-    files = base_files(base)
+    files = read_base_files(base)
     adapter = read(tmp_path / "a", files)
     with pytest.raises((graft.AdapterKeyError, CheckpointError)):
         graft.PeftModel.from_pretrained(models.make("llama"), tmp_path / "a")
-    errors = {f.rule: f.text for f in lint(adapter, files) if f.severity == "error"}
+    errors = {f.rule: f.text for f in lint_adapter(adapter, files) if f.severity == "error"}
     assert errors.keys() == {"not-whole" if says else "orphan-key"} and (says or "lora_A") in next(
         iter(errors.values())
     )
-    for server in servers():
-        found = {f.condition: f for f in check(adapter, [server], files)}
+    for server in list_servers():
+        found = {f.condition: f for f in check_servers(adapter, [server], files)}
         told = found["not_whole" if says else "unknown_keys"]
         assert not told.ok and (says or "lora_A") in told.what
     for verb in (
         lambda: graft.merge_files(base, tmp_path / "a", tmp_path / "out"),
-        lambda: export(adapter, "vllm", files, str(tmp_path / "out")),
-        lambda: convert(tmp_path / "a", "mlx", tmp_path / "out", base),
-        lambda: convert(tmp_path / "a", "peft", tmp_path / "out", base),
+        lambda: export_adapter_file(adapter, "vllm", files, str(tmp_path / "out")),
+        lambda: convert_adapter_file(tmp_path / "a", "mlx", tmp_path / "out", base),
+        lambda: convert_adapter_file(tmp_path / "a", "peft", tmp_path / "out", base),
     ):
         with pytest.raises((CheckpointError, LossError)) as raised:
             verb()
@@ -88,9 +88,9 @@ def test_what_is_seen_without_a_base(name, tmp_path):
     fields, keeps, says = DAMAGE[name]
     damaged(tmp_path / "a", fields, keeps)
     adapter = read(tmp_path / "a")
-    assert says in " ".join(gaps(adapter))
+    assert says in " ".join(list_gaps(adapter))
     with pytest.raises(CheckpointError, match="is not whole: it lacks"):
-        resize(adapter, rank=1)
+        resize_adapter(adapter, rank=1)
 
 
 def test_keys_with_the_adapters_name(base, tmp_path):
@@ -98,11 +98,11 @@ def test_keys_with_the_adapters_name(base, tmp_path):
     damaged(tmp_path / "a", {}, lambda key: True)
     tensors = {key.replace(".weight", ".default.weight"): t for key, t in load_file(tmp_path / "a" / WEIGHTS).items()}
     save_file(tensors, tmp_path / "a" / WEIGHTS)
-    files = base_files(base)
+    files = read_base_files(base)
     adapter = read(tmp_path / "a", files)
-    for server in servers():
-        assert "default" in {f.condition: f.what for f in check(adapter, [server], files)}["unknown_keys"]
-    assert "orphan-key" in {f.rule for f in lint(adapter)}
+    for server in list_servers():
+        assert "default" in {f.condition: f.what for f in check_servers(adapter, [server], files)}["unknown_keys"]
+    assert "orphan-key" in {f.rule for f in lint_adapter(adapter)}
 
 
 SELECTED = [s for s in SAMPLES if "forward" not in s.unlike]
@@ -116,8 +116,8 @@ def test_a_whole_file_lacks_nothing(sample, tmp_path):
     files = None
     if hasattr(made, "save_pretrained"):
         made.save_pretrained(tmp_path / "base")
-        files = base_files(tmp_path / "base")
-    assert gaps(read(tmp_path / "a", files), files) == []
+        files = read_base_files(tmp_path / "base")
+    assert list_gaps(read(tmp_path / "a", files), files) == []
 
 
 @pytest.mark.parametrize("change", [
@@ -130,8 +130,8 @@ def test_configs_that_select_less(change, base, tmp_path):
     options = {"target_modules": ["q_proj", "v_proj"]} | change
     model = graft.get_peft_model(models.make("llama"), graft.LoraConfig(r=2, **options))
     model.save_pretrained(tmp_path / "a")
-    files = base_files(base)
-    assert gaps(read(tmp_path / "a", files), files) == []
+    files = read_base_files(base)
+    assert list_gaps(read(tmp_path / "a", files), files) == []
 
 
 def test_a_text_models_adapter_on_files_of_a_multimodal_one(tmp_path):
@@ -140,8 +140,8 @@ def test_a_text_models_adapter_on_files_of_a_multimodal_one(tmp_path):
     llava.save_pretrained(tmp_path / "base")
     config = graft.LoraConfig(r=2, target_modules=["q_proj", "fc1"])
     graft.get_peft_model(llava.model.language_model, config).save_pretrained(tmp_path / "a")
-    files = base_files(tmp_path / "base")
-    assert gaps(read(tmp_path / "a", files), files) == []
+    files = read_base_files(tmp_path / "base")
+    assert list_gaps(read(tmp_path / "a", files), files) == []
 
 
 def test_a_classifiers_head_is_there_under_one_of_its_names(tmp_path):
@@ -153,8 +153,8 @@ def test_a_classifiers_head_is_there_under_one_of_its_names(tmp_path):
     config = graft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
     graft.get_peft_model(model, config).save_pretrained(tmp_path / "a")
     assert {"classifier", "score"} <= {*json.loads((tmp_path / "a" / CONFIG).read_text())["modules_to_save"]}
-    files = base_files(tmp_path / "base")
-    assert gaps(read(tmp_path / "a")) == gaps(read(tmp_path / "a", files), files) == []
+    files = read_base_files(tmp_path / "base")
+    assert list_gaps(read(tmp_path / "a")) == list_gaps(read(tmp_path / "a", files), files) == []
 
 
 @FUSED_EXPERTS
@@ -163,18 +163,18 @@ def test_stacks_of_experts(name, tmp_path):
     """vLLM takes PEFT's stacks for some models only, and export none: what it says is how to write them."""
     family(name).save_pretrained(tmp_path / "base")
     with_experts(name).save_pretrained(tmp_path / "a")
-    files = base_files(tmp_path / "base")
+    files = read_base_files(tmp_path / "base")
     adapter = read(tmp_path / "a", files)
-    assert gaps(adapter, files) == []
-    found = {f.condition: f for f in check(adapter, ["vllm"], files)}
+    assert list_gaps(adapter, files) == []
+    found = {f.condition: f for f in check_servers(adapter, ["vllm"], files)}
     assert ("stacks_of_peft" in found) == (name != "gpt_oss")
-    assert "stacks_of_peft" in {f.condition for f in check(adapter, ["vllm"])}
+    assert "stacks_of_peft" in {f.condition for f in check_servers(adapter, ["vllm"])}
     assert name == "gpt_oss" or "save_pretrained" in found["stacks_of_peft"].remedy
     with pytest.raises(LossError, match=r"save_pretrained\(…, layout='vllm'\)"):
-        export(adapter, "vllm", files, str(tmp_path / "out"))
+        export_adapter_file(adapter, "vllm", files, str(tmp_path / "out"))
     graft.adapter_tensors(with_experts(name), layout="vllm").save(tmp_path / "served")
     served = read(tmp_path / "served", files)
-    assert gaps(served, files) == []
+    assert list_gaps(served, files) == []
     shutil.rmtree(tmp_path / "a")
     tensors = load_file(tmp_path / "served" / WEIGHTS)
     assert all(torch.isfinite(t).all() for t in tensors.values())

@@ -14,11 +14,11 @@ import torch
 import graft
 from graft.core.errors import BaseModelMismatchError, ConfigError, LossError
 from graft.files import formats
-from graft.files.base import base_files
+from graft.files.base import read_base_files
 from graft.files.errors import OptionError
-from graft.files.export import export
-from graft.files.export_model import export as export_of_model
-from graft.files.serving import check
+from graft.files.export import export_adapter_file
+from graft.files.export_model import export_model_adapter as export_of_model
+from graft.files.serving import check_servers
 from tests.files import adapters
 from tests.models import inputs, make, output, seeded
 
@@ -43,8 +43,8 @@ def truth(name):
 
 
 def exported(name, path, server="vllm"):
-    base = base_files(adapters.base())
-    return export(formats.read(adapters.folder(name), base), server, base, str(path))
+    base = read_base_files(adapters.base())
+    return export_adapter_file(formats.read(adapters.folder(name), base), server, base, str(path))
 
 
 def loaded(path, lib=graft):
@@ -64,7 +64,7 @@ def assert_form(path):
         "lora_bias",
     ))  # fmt: skip
     assert {(of.rank, of.scale) for of in held.low_rank.values()} == {(config["r"], 1.0)}
-    assert not held.full and not held.unread and all(not of.extra for of in held.low_rank.values())
+    assert not held.full and not held.unknown_keys and all(not of.extra for of in held.low_rank.values())
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -83,7 +83,7 @@ def test_it_does_what_the_adapter_did(name, tmp_path):
 def test_no_server_has_anything_against_it(name, tmp_path):
     exported(name, tmp_path, "sglang")
     read = formats.read(tmp_path)
-    found = check(read, ["vllm", "sglang", "lorax", "openvino"], base_files(adapters.base()))
+    found = check_servers(read, ["vllm", "sglang", "lorax", "openvino"], read_base_files(adapters.base()))
     assert {f.condition for f in found} <= {"embeddings", "output_head"}, found
 
 
@@ -107,12 +107,12 @@ def save_in_bfloat16(folder, part):
 def test_a_file_in_half_precision(tmp_path):
     """B with the scale in it is cast once, and the error is said."""
     save_in_bfloat16(tmp_path / "bf16", "lora_")
-    base = base_files(adapters.base())
+    base = read_base_files(adapters.base())
     held = formats.read(tmp_path / "bf16")
     assert {of.B.dtype for of in held.low_rank.values()} == {"BF16"}
     for of in held.low_rank.values():
         of.scale = 1.37
-    report = export(held, "vllm", base, str(tmp_path / "out"))
+    report = export_adapter_file(held, "vllm", base, str(tmp_path / "out"))
     assert 1e-4 < report.rounding < 2**-8
     written = formats.read(tmp_path / "out")
     for path, of in written.low_rank.items():
@@ -124,7 +124,9 @@ def test_a_file_in_half_precision(tmp_path):
 
 def test_factors_of_two_dtypes_are_written_in_float32(tmp_path):
     save_in_bfloat16(tmp_path / "mixed", "lora_B")
-    report = export(formats.read(tmp_path / "mixed"), "vllm", base_files(adapters.base()), str(tmp_path / "out"))
+    report = export_adapter_file(
+        formats.read(tmp_path / "mixed"), "vllm", read_base_files(adapters.base()), str(tmp_path / "out")
+    )
     before, after = (formats.read(tmp_path / name).low_rank for name in ("mixed", "out"))
     assert report.rounding == 0
     for path, of in after.items():
@@ -138,15 +140,15 @@ def test_a_scale_that_half_precision_cannot_hold(tmp_path):
         if "lora_" in key:
             p.data = p.data.half()
     model.save_pretrained(tmp_path / "fp16")
-    base = base_files(adapters.base())
+    base = read_base_files(adapters.base())
     held = formats.read(tmp_path / "fp16")
     path = next(iter(held.modules))
     held.modules[path].scale = 1e6
     with pytest.raises(LossError, match=f"{re.escape(path)}.*F16"):
-        export(held, "vllm", base, str(tmp_path / "out"))
+        export_adapter_file(held, "vllm", base, str(tmp_path / "out"))
     held.modules[path].scale = float("nan")
     with pytest.raises(LossError, match=f"{re.escape(path)}"):
-        export(held, "vllm", base, str(tmp_path / "out"))
+        export_adapter_file(held, "vllm", base, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -177,15 +179,15 @@ def test_sglang_gets_v_beside_q(tmp_path):
 
 def test_modules_of_another_name(tmp_path):
     """Those of the multimodal class become the text model's, as the base has them; what it lacks is an error."""
-    held, base = formats.read(adapters.folder("plain")), base_files(adapters.base())
+    held, base = formats.read(adapters.folder("plain")), read_base_files(adapters.base())
     modules = held.modules
     held.modules = {path.replace("model.", "model.language_model.", 1): of for path, of in modules.items()}
-    report = export(held, "vllm", base, str(tmp_path / "a"))
+    report = export_adapter_file(held, "vllm", base, str(tmp_path / "a"))
     assert len(report.renamed) == len(modules)
     torch.testing.assert_close(run(loaded(tmp_path / "a")), truth("plain"), rtol=1e-5, atol=1e-5)
     held.modules = {path.replace("layers.1", "layers.5"): of for path, of in modules.items()}
     with pytest.raises(BaseModelMismatchError, match=r"no module 'model\.layers\.5"):
-        export(held, "vllm", base, str(tmp_path / "b"))
+        export_adapter_file(held, "vllm", base, str(tmp_path / "b"))
 
 
 def test_a_suffix_that_other_modules_have(tmp_path):
@@ -263,8 +265,8 @@ def test_another_method_becomes_lora_of_the_rank_that_holds_it(kind, dtype, tmp_
 def test_adalora_is_exact(tmp_path):
     model = adapters.moved(make("llama"), graft.AdaLoraConfig(total_step=9, target_modules=adapters.LISTED))
     model.save_pretrained(tmp_path / "a")
-    base = base_files(adapters.base())
-    export(formats.read(tmp_path / "a", base), "vllm", base, str(tmp_path / "out"))
+    base = read_base_files(adapters.base())
+    export_adapter_file(formats.read(tmp_path / "a", base), "vllm", base, str(tmp_path / "out"))
     assert_form(tmp_path / "out")
     torch.testing.assert_close(run(loaded(tmp_path / "out", peft)), run(model), rtol=1e-5, atol=1e-5)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import graft
 from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError
 from graft.files import algebra, extract
-from graft.files.base import base_files
+from graft.files.base import read_base_files
 from graft.files.errors import OptionError
 from graft.files.formats import peft as form
 from graft.files.formats import read
@@ -32,7 +32,7 @@ def checkpoints(tmp_path, model, change, shard="1KB"):
     with torch.no_grad():
         change(made)
     made.save_pretrained(tmp_path / "tuned", max_shard_size=shard)
-    return made.eval(), base_files(tmp_path / "base"), base_files(tmp_path / "tuned")
+    return made.eval(), read_base_files(tmp_path / "base"), read_base_files(tmp_path / "tuned")
 
 
 def loaded(lib, model, folder):
@@ -53,7 +53,7 @@ def test_a_known_change_comes_back(model, lib, tmp_path):
                 p += torch.randn(p.shape, generator=g) / 10
 
     tuned, base, new = checkpoints(tmp_path, model, change)
-    made = extract.extract(new, base, rank=6)
+    made = extract.extract_adapter(new, base, rank=6)
     assert {r.rank for r in made.rows if r.how == "lora"} == {2}, "no rank beyond the change's own"
     assert all(r.energy == pytest.approx(1, abs=1e-6) for r in made.rows)
     assert form.write(made.adapter, str(tmp_path / "a")) == []
@@ -72,7 +72,7 @@ def test_embeddings_and_a_tied_head(lib, embed, tmp_path):
     assert tuned.config.tie_word_embeddings
     if embed == "full":
         base.config.pop("tie_word_embeddings", None)  # as transformers 4 writes it
-    made = extract.extract(new, base, energy=1.0, embed=embed)
+    made = extract.extract_adapter(new, base, energy=1.0, embed=embed)
     assert [r.how for r in made.rows] == [embed] and made.same == len(new.tensors) - 1
     form.write(made.adapter, str(tmp_path / "a"))
     batch = models.inputs("gpt2")
@@ -83,7 +83,7 @@ def write(folder, tensors, **config):
     os.makedirs(folder)
     save_file({k: t.contiguous() for k, t in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(graft.config.base.json.dumps({"model_type": "x", **config}))
-    return base_files(folder)
+    return read_base_files(folder)
 
 
 def test_experts_convolutions_and_tensors_of_other_sizes(tmp_path):
@@ -101,7 +101,7 @@ def test_experts_convolutions_and_tensors_of_other_sizes(tmp_path):
     new["embed_tokens.weight"] = torch.randn(12, 4)
     new["lin.weight"] += torch.randn(6, 1) @ torch.randn(1, 4)
     new["lin.bias"] += 1
-    made = extract.extract(write(tmp_path / "new", new), write(tmp_path / "old", old), rank=4)
+    made = extract.extract_adapter(write(tmp_path / "new", new), write(tmp_path / "old", old), rank=4)
     a = made.adapter
     assert {p: (h.kind, h.rank) for p, h in a.low_rank.items()} == {
         "conv": ("conv", 2), "mlp.experts.down_proj": ("experts", 1), "lin": ("linear", 1)
@@ -112,7 +112,7 @@ def test_experts_convolutions_and_tensors_of_other_sizes(tmp_path):
     for path, held in again.low_rank.items():
         name = path if held.kind == "experts" else f"{path}.weight"
         delta = (new[name] - old[name]).double()
-        parts = [torch.from_numpy(p.B @ p.A) for p in algebra.products(held)]
+        parts = [torch.from_numpy(p.B @ p.A) for p in algebra.list_delta_products(held)]
         close(torch.stack(parts).view_as(delta), delta, 1e-5)
     assert again.config["target_parameters"] == ["mlp.experts.down_proj"]
     assert again.config["bias"] == "lora_only" and again.config["modules_to_save"] == ["embed_tokens", "norm"]
@@ -124,14 +124,14 @@ def test_what_is_kept_is_the_best_there_is(tmp_path):
     new = {k: t + torch.randn_like(t) / 7 for k, t in old.items()}
     base, tuned = write(tmp_path / "old", old), write(tmp_path / "new", new)
     for options in (dict(rank=5), dict(energy=0.6), dict(max_mb=0.006)):
-        made = extract.extract(tuned, base, **options)
+        made = extract.extract_adapter(tuned, base, **options)
         for row in made.rows:
             S = torch.linalg.svdvals((new[row.name] - old[row.name]).double()).square()
             assert row.energy == pytest.approx(float(S[: row.rank].sum() / S.sum()), rel=1e-5)
             if "energy" in options:
                 assert row.rank == int((S.cumsum(0) < 0.6 * S.sum()).sum()) + 1
-    assert [r.name for r in extract.extract(tuned, base, rank=1, include="a.*").rows] == ["a.weight"]
-    assert [r.name for r in extract.extract(tuned, base, rank=1, exclude="a.*").rows] == ["b.weight"]
+    assert [r.name for r in extract.extract_adapter(tuned, base, rank=1, include="a.*").rows] == ["a.weight"]
+    assert [r.name for r in extract.extract_adapter(tuned, base, rank=1, exclude="a.*").rows] == ["b.weight"]
 
 
 @pytest.mark.parametrize("how", [dict(rank=8), dict(energy=0.99)])
@@ -140,7 +140,7 @@ def test_large_matrices(how, monkeypatch):
     rng = np.random.default_rng(0)
     low = rng.standard_normal((300, 8)) @ rng.standard_normal((8, 200))
     W = (low + rng.standard_normal((300, 200)) / 50).astype("f4")
-    found = extract.largest(W, how.get("rank"), how.get("energy"))
+    found = extract.largest_triplets(W, how.get("rank"), how.get("energy"))
     S = np.linalg.svd(W.astype("f8"), compute_uv=False)
     assert len(found.s) == 8 and np.allclose(found.s, S[:8], rtol=1e-5)
     left = np.linalg.norm(W - found.U * found.s @ found.Vt) ** 2
@@ -160,11 +160,11 @@ def test_what_is_not_of_one_architecture(tmp_path):
         ("int", {"a.weight": torch.ones(4, 4, dtype=torch.int8), "b.weight": torch.randn(3)}, "a.weight"),
     ):
         with pytest.raises(BaseModelMismatchError, match=text):
-            extract.extract(write(tmp_path / name, tensors), old)
+            extract.extract_adapter(write(tmp_path / name, tensors), old)
     with pytest.raises(CheckpointError, match="do not differ"):
-        extract.extract(old, old)
+        extract.extract_adapter(old, old)
     with pytest.raises(OptionError):
-        extract.extract(old, old, rank=2, energy=0.5)
+        extract.extract_adapter(old, old, rank=2, energy=0.5)
     assert load_file(tmp_path / "old" / "model.safetensors")
     assert peft
 
@@ -175,8 +175,8 @@ def test_a_checkpoint_that_has_diverged(shape, tmp_path):
     bad = torch.full(shape, float("nan"))
     new = write(tmp_path / "new", {"a.weight": bad, "b.weight": torch.zeros(3)})
     with pytest.raises(NonFiniteError, match=r"a\.weight.*exclude"):
-        extract.extract(new, old)
-    assert [row.name for row in extract.extract(new, old, exclude="a.*").rows] == ["b.weight"]
+        extract.extract_adapter(new, old)
+    assert [row.name for row in extract.extract_adapter(new, old, exclude="a.*").rows] == ["b.weight"]
 
 
 @torch.no_grad()
@@ -207,7 +207,7 @@ def test_an_extract_is_loaded_and_merged_by_all(family, tmp_path):
     tuned.save_pretrained(tmp_path / "base")
     move(tuned)
     tuned.save_pretrained(tmp_path / "tuned")
-    made = extract.extract(base_files(tmp_path / "tuned"), base_files(tmp_path / "base"), rank=30)
+    made = extract.extract_adapter(read_base_files(tmp_path / "tuned"), read_base_files(tmp_path / "base"), rank=30)
     assert form.write(made.adapter, str(tmp_path / "a")) == []
     wanted = tuned.state_dict()
     again = type(tuned).from_pretrained
@@ -240,7 +240,9 @@ def test_pairs_that_training_ties_or_unties(kind, base_is_tied, how, embed, tmp_
             weight = (tuned.get_input_embeddings() if part == "e" else tuned.get_output_embeddings()).weight
             weight.copy_(weight + torch.randn(weight.shape, generator=g) / 5)
     tuned.save_pretrained(tmp_path / "tuned")
-    made = extract.extract(base_files(tmp_path / "tuned"), base_files(tmp_path / "base"), rank=40, embed=embed)
+    made = extract.extract_adapter(
+        read_base_files(tmp_path / "tuned"), read_base_files(tmp_path / "base"), rank=40, embed=embed
+    )
     assert made.adapter.config["ensure_weight_tying"] == (base_is_tied and how == "ee")
     form.write(made.adapter, str(tmp_path / "a"))
     ids = torch.arange(8)[None]
@@ -278,7 +280,7 @@ def test_without_a_model_names_tell(tmp_path):
         base, tuned = (write(tmp_path / f"{kind}{i}", t, model_type=kind, architectures=[architecture])
                        for i, t in enumerate((old, new)))  # fmt: skip
         (tmp_path / f"{kind}0" / "config.json").unlink()
-        made = extract.extract(tuned, base, rank=5, embed="lora").adapter
+        made = extract.extract_adapter(tuned, base, rank=5, embed="lora").adapter
         assert {"transformer.wte", "lm_head"} <= made.modules.keys()
         assert made.config["fan_in_fan_out"] == (kind == "gpt2")
         stack = made.modules["mlp.experts.down_proj"]

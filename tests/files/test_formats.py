@@ -16,12 +16,12 @@ from safetensors.numpy import load_file, save_file
 from graft.core.errors import CheckpointError, LossError
 from graft.files import formats
 from graft.files.base import Skeleton
-from graft.files.bases import base_of
-from graft.files.convert import convert
+from graft.files.bases import open_base
+from graft.files.convert import convert_adapter_file
 from graft.files.errors import BaseNeededError, PackageNeededError
 from graft.files.formats import gguf, kohya, peft
-from graft.files.inspect import difference
-from graft.files.resize import resize
+from graft.files.inspect import compare_adapters
+from graft.files.resize import resize_adapter
 from tests.files.dense import changes
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -42,7 +42,7 @@ NAMES = [name for name in NAMES if name != "gguf_llama"]  # which needs a packag
 
 
 def base_for(name):
-    return base_of(FIXTURES / f"base_{BASES[name.partition('_')[0]]}")
+    return open_base(FIXTURES / f"base_{BASES[name.partition('_')[0]]}")
 
 
 def wanted(name):
@@ -62,7 +62,7 @@ def test_reads_the_change_of_weights_that_the_library_computes(name):
     base = base_for(name)
     adapter = formats.read(FIXTURES / name, base)
     assert adapter.format == ("kohya" if name.startswith("lycoris") else name.partition("_")[0])
-    assert adapter.unread == []
+    assert adapter.unknown_keys == []
     assert_same(changes(adapter, base), wanted(name))
 
 
@@ -74,10 +74,10 @@ def test_there_and_back(tmp_path, name, to):
     base = base_for(name)
     if (name, to) in CANNOT:
         with pytest.raises(LossError, match=r"hold (all|nothing) of"):
-            convert(FIXTURES / name, to, tmp_path / "out", base)
+            convert_adapter_file(FIXTURES / name, to, tmp_path / "out", base)
         assert [*tmp_path.iterdir()] == []
         return
-    made = convert(FIXTURES / name, to, tmp_path / "out", base)
+    made = convert_adapter_file(FIXTURES / name, to, tmp_path / "out", base)
     assert made.lost == [] and made.rounding < 2e-7
     back = read_back(Path(made.path), to, base)
     assert_same(changes(back, base), wanted(name))
@@ -95,14 +95,14 @@ def read_back(path, to, base):
 @pytest.mark.parametrize("to", ["mlx", "kohya"])
 def test_what_a_config_has_factors_do_otherwise_is_not_lost(tmp_path, to, field):
     base = base_for("mlx_lora")
-    convert(FIXTURES / "mlx_lora", "peft", tmp_path / "peft", base)
+    convert_adapter_file(FIXTURES / "mlx_lora", "peft", tmp_path / "peft", base)
     path, weights = tmp_path / "peft" / "adapter_config.json", tmp_path / "peft" / "adapter_model.safetensors"
     path.write_text(json.dumps(json.loads(path.read_text()) | field))
     save_file(load_file(weights), weights)  # without the notes of graft, which know the config as it was
     with pytest.raises(LossError, match=re.escape(f"{next(iter(field.values()))}")):
-        convert(tmp_path / "peft", to, tmp_path / "out", base)
-    assert convert(tmp_path / "peft", to, tmp_path / "out", base, lossy=True).lost
-    again = convert(tmp_path / "peft", "peft", tmp_path / "again", base)
+        convert_adapter_file(tmp_path / "peft", to, tmp_path / "out", base)
+    assert convert_adapter_file(tmp_path / "peft", to, tmp_path / "out", base, lossy=True).lost
+    again = convert_adapter_file(tmp_path / "peft", "peft", tmp_path / "again", base)
     assert again.lost == [] and field.items() <= json.loads((tmp_path / "again" / path.name).read_text()).items()
 
 
@@ -110,7 +110,7 @@ def test_what_a_config_has_factors_do_otherwise_is_not_lost(tmp_path, to, field)
                                                ("lycoris_dora", "mlx", 4), ("kohya_sd", "adapterhub", 1)])  # fmt: skip
 def test_a_conversion_counts_the_modules_that_it_wrote(tmp_path, name, to, modules):
     base = base_for(name)
-    done = convert(FIXTURES / name, to, tmp_path / "out", base, lossy=True)
+    done = convert_adapter_file(FIXTURES / name, to, tmp_path / "out", base, lossy=True)
     assert done.lost and done.modules == modules == len(formats.read(tmp_path / "out", base).modules)
 
 
@@ -125,7 +125,7 @@ def test_magnitudes_of_some_modules_only(tmp_path, to):
         tensors |= {f"{stem}.dora_scale": rng.uniform(1, 2, (16, 1)).astype("f4")} if has_one else {}
     source = tmp_path / "a.safetensors"
     save_file(tensors, source)
-    convert(source, to, tmp_path / "out", base)
+    convert_adapter_file(source, to, tmp_path / "out", base)
     back = formats.read(tmp_path / "out", base)
     assert all(module.magnitude is not None for module in back.low_rank.values())
     assert_same(changes(back, base), changes(formats.read(source, base), base), 5e-6)
@@ -133,7 +133,7 @@ def test_magnitudes_of_some_modules_only(tmp_path, to):
     bare.mkdir()
     (bare / "config.json").write_text((FIXTURES / "base_llama" / "config.json").read_text())
     with pytest.raises(LossError, match=r"'model\.layers\.0\.self_attn\.o_proj' of .* has none: give the base model"):
-        convert(source, to, tmp_path / "again", bare)
+        convert_adapter_file(source, to, tmp_path / "again", bare)
 
 
 @pytest.mark.parametrize("name", ["lycoris_loha", "lycoris_lokr"])
@@ -157,7 +157,7 @@ def test_a_magnitude_for_each_token_is_none_for_each_output(tmp_path):
     save_file(tensors, mlx / "adapters.safetensors")
     (mlx / "adapter_config.json").write_text('{"fine_tune_type": "dora", "lora_parameters": {"rank": 2, "scale": 2.0}}')
     with pytest.raises(LossError, match=r"MLX DoRA of an embedding on model\.embed_tokens"):
-        convert(mlx, "peft", own, base)
+        convert_adapter_file(mlx, "peft", own, base)
     sizes = {"lora_embedding_A": (2, 32), "lora_embedding_B": (16, 2), "lora_magnitude_vector": (16,)}
     stem = "base_model.model.model.embed_tokens"
     own.mkdir()
@@ -167,7 +167,7 @@ def test_a_magnitude_for_each_token_is_none_for_each_output(tmp_path):
     fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "use_dora": True, "target_modules": ["embed_tokens"]}
     (own / "adapter_config.json").write_text(json.dumps(fields))
     with pytest.raises(LossError, match=r"for each token there: model\.embed_tokens"):
-        convert(own, "mlx", tmp_path / "out", base)
+        convert_adapter_file(own, "mlx", tmp_path / "out", base)
 
 
 def test_names_of_a_first_release(tmp_path):
@@ -187,8 +187,8 @@ def test_names_of_a_first_release(tmp_path):
                  text_dim=8, freq_dim=8)  # fmt: skip
     diffusers.WanTransformer3DModel(**sizes).save_pretrained(tmp_path / "pipe" / "transformer")
     (tmp_path / "pipe" / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
-    adapter = formats.read(tmp_path / "a.safetensors", base_of(tmp_path / "pipe"))
-    found = changes(adapter, base_of(tmp_path / "pipe"))
+    adapter = formats.read(tmp_path / "a.safetensors", open_base(tmp_path / "pipe"))
+    found = changes(adapter, open_base(tmp_path / "pipe"))
     assert_same(found, {f"transformer.blocks.0.{name}": d for name, d in wanted.items()})
 
 
@@ -196,15 +196,15 @@ def test_names_of_a_first_release(tmp_path):
 def test_folders_of_a_pipelines_parts_are_an_adapter(name, tmp_path):
     """What `convert --to peft` makes of a pipeline's file, every verb takes again."""
     base = base_for(name)
-    made = convert(FIXTURES / name, "peft", tmp_path / "parts", base)
+    made = convert_adapter_file(FIXTURES / name, "peft", tmp_path / "parts", base)
     assert {path.name for path in (tmp_path / "parts").iterdir()} == {"unet", "text_encoder"}
     whole = formats.read(tmp_path / "parts")
-    assert len(whole.modules) == made.modules and whole.pipeline
+    assert len(whole.modules) == made.modules and whole.is_pipeline
     assert_same(changes(whole, base), wanted(name))
     for to in ("kohya", "diffusers", "peft"):
-        back = convert(tmp_path / "parts", to, tmp_path / f"back-{to}", base)
+        back = convert_adapter_file(tmp_path / "parts", to, tmp_path / f"back-{to}", base)
         assert_same(changes(formats.read(back.path, base), base), wanted(name))
-    cut, _ = resize(whole, rank=1)
+    cut, _ = resize_adapter(whole, rank=1)
     peft.write(cut, str(tmp_path / "cut"))
     assert {m.rank for m in formats.read(tmp_path / "cut").low_rank.values()} == {1}
 
@@ -221,13 +221,13 @@ def test_modules_that_are_called_as_a_part_of_a_pipeline_are_none(tmp_path):
     config = graft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
     graft.get_peft_model(model, config).save_pretrained(tmp_path / "a")
     for to in ("peft", "kohya"):
-        made = convert(tmp_path / "a", to, tmp_path / f"a-{to}", tmp_path / "base")
-        convert(made.path, "peft", tmp_path / f"{to}-peft", tmp_path / "base")
+        made = convert_adapter_file(tmp_path / "a", to, tmp_path / f"a-{to}", tmp_path / "base")
+        convert_adapter_file(made.path, "peft", tmp_path / f"{to}-peft", tmp_path / "base")
         assert (tmp_path / f"{to}-peft" / "adapter_config.json").exists()
-        assert difference(formats.read(tmp_path / "a"), formats.read(tmp_path / f"{to}-peft"))["equal"]
+        assert compare_adapters(formats.read(tmp_path / "a"), formats.read(tmp_path / f"{to}-peft"))["equal"]
     for known in (None, tmp_path / "base"):
         with pytest.raises(BaseNeededError, match="which part of a pipeline"):
-            convert(tmp_path / "a", "diffusers", tmp_path / "d.safetensors", known)
+            convert_adapter_file(tmp_path / "a", "diffusers", tmp_path / "d.safetensors", known)
 
 
 @pytest.mark.parametrize("to", ["kohya", "mlx"])
@@ -249,7 +249,7 @@ def test_adalora_becomes_lora(to, dtype, tmp_path):
             exact[name] = layer.scaling["default"] / (12 + 1e-5) * B @ (E * A)
     model.save_pretrained(tmp_path / "a")
     base = base_for("mlx_lora")
-    made = convert(tmp_path / "a", to, tmp_path / "out", base)
+    made = convert_adapter_file(tmp_path / "a", to, tmp_path / "out", base)
     assert made.lost == [] and made.modules == len(exact)
     assert_same(changes(formats.read(made.path, base), base), exact, 2e-6 + made.rounding)
 
@@ -263,7 +263,7 @@ def test_what_no_format_but_pefts_holds_is_said_once(tmp_path):
     config = {"peft_type": "LOHA", "r": 2, "alpha": 2, "target_modules": r".*layers\.0\..*q_proj"}
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(LossError, match=r"can hold nothing of .*convert_to_lora"):
-        convert(tmp_path / "a", "mlx", tmp_path / "out", base)
+        convert_adapter_file(tmp_path / "a", "mlx", tmp_path / "out", base)
 
 
 @pytest.mark.parametrize("name", gguf.ARCHITECTURES)
@@ -312,18 +312,18 @@ def test_formats_that_are_known_and_not_read(key, says, tmp_path):
 def test_gguf_without_its_package(tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, "gguf", module)
     with pytest.raises(PackageNeededError, match=r"pip install 'gguf>=0\.10'\."):
-        convert(FIXTURES / "mlx_lora", "gguf", tmp_path / "a.gguf", base_for("mlx_lora"))
+        convert_adapter_file(FIXTURES / "mlx_lora", "gguf", tmp_path / "a.gguf", base_for("mlx_lora"))
     assert [*tmp_path.iterdir()] == []
 
 
 def test_names_of_a_format_and_of_the_model_are_not_compared(tmp_path):
     """Without the base nothing says which are the same."""
     base = base_for("mlx_lora")
-    convert(FIXTURES / "mlx_lora", "kohya", tmp_path / "a.safetensors", base)
+    convert_adapter_file(FIXTURES / "mlx_lora", "kohya", tmp_path / "a.safetensors", base)
     pair = [formats.read(path) for path in (FIXTURES / "mlx_lora", tmp_path / "a.safetensors")]
     for one, other in (pair, pair[::-1]):
         with pytest.raises(BaseNeededError, match=r"a\.safetensors names modules as its format does.*--base"):
-            difference(one, other)
-    assert difference(pair[1], pair[1])["equal"]
+            compare_adapters(one, other)
+    assert compare_adapters(pair[1], pair[1])["equal"]
     named = [formats.read(path, base) for path in (FIXTURES / "mlx_lora", tmp_path / "a.safetensors")]
-    assert difference(*named)["equal"]
+    assert compare_adapters(*named)["equal"]

@@ -20,14 +20,14 @@ from graft.config import atomic
 from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError, NonFiniteError
 from graft.files import formats
 from graft.files.base import Skeleton
-from graft.files.bases import base_of
-from graft.files.convert import convert
+from graft.files.bases import open_base
+from graft.files.convert import convert_adapter_file
 from graft.files.errors import BaseNeededError, OptionError, OutputExistsError
-from graft.files.inspect import difference, inspect
-from graft.files.lint import lint
+from graft.files.inspect import compare_adapters, inspect_adapter
+from graft.files.lint import lint_adapter
 from graft.files.neutral import AdapterFile, LowRank
-from graft.files.resize import resize
-from graft.files.tensors import tensor, whole_numbers
+from graft.files.resize import resize_adapter
+from graft.files.tensors import make_int64_tensor, make_tensor
 from tests.files.dense import changes
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -50,7 +50,7 @@ def locon(tmp_path):
 def refused(error, match, source, to, out, *args, **options):
     before = sorted(out.parent.iterdir())
     with pytest.raises(error, match=match):
-        convert(source, to, out, *args, **options)
+        convert_adapter_file(source, to, out, *args, **options)
     assert sorted(out.parent.iterdir()) == before
 
 
@@ -84,7 +84,7 @@ def test_a_pickle_of_tensors_that_are_no_plain_ones(tmp_path, t):
 
 def test_a_pickle_of_floats_of_8_bits(tmp_path):
     A = torch.randn(2, 4).to(torch.float8_e4m3fn)
-    convert(
+    convert_adapter_file(
         kohya_of_torch(tmp_path / "a.pt", **{"lora_unet_a.lora_down.weight": A}), "kohya", tmp_path / "b.safetensors"
     )
     found = load_torch_file(tmp_path / "b.safetensors")["lora_unet_a.lora_down.weight"]
@@ -112,7 +112,7 @@ def test_a_file_that_is_cut_off(tmp_path, name, keep):
 def test_underscore_names_need_the_base(locon, tmp_path):
     refused(BaseNeededError, "--base", locon, "peft", tmp_path / "out")
     adapter = formats.read(locon)
-    assert adapter.flat and "lycoris_down_blocks_0_to_q" in adapter.modules
+    assert adapter.has_flat_names and "lycoris_down_blocks_0_to_q" in adapter.modules
 
 
 def test_another_base(locon, tmp_path):
@@ -146,15 +146,15 @@ def test_keys_that_nobody_knows(locon, tmp_path):
     tensors = load_file(locon)
     save_file(tensors | {"lycoris_down_blocks_0_to_q.something": np.ones(2, "f4")}, locon)
     refused(LossError, r"something.*--lossy", locon, "peft", tmp_path / "out", NET)
-    done = convert(locon, "peft", tmp_path / "out", NET, lossy=True)
+    done = convert_adapter_file(locon, "peft", tmp_path / "out", NET, lossy=True)
     assert done.lost == ["the key 'lycoris_down_blocks_0_to_q.something', which no reader knows"]
-    base = base_of(NET)
+    base = open_base(NET)
     found, wanted = (changes(formats.read(p, base), base) for p in (tmp_path / "out", FIXTURES / "lycoris_locon"))
     assert found.keys() == wanted.keys()
 
 
 def test_kohya_to_kohya_drops_nothing_in_silence(locon, tmp_path):
-    convert(locon, "kohya", tmp_path / "same.safetensors")
+    convert_adapter_file(locon, "kohya", tmp_path / "same.safetensors")
     held, back = load_file(locon), load_file(tmp_path / "same.safetensors")
     assert held.keys() == back.keys() and all(np.array_equal(held[k], back[k]) for k in held)
     save_file(held | {"lycoris_down_blocks_0_to_q.something": np.ones(2, "f4")}, locon)
@@ -170,9 +170,9 @@ def test_a_head_that_shares_the_weight_of_an_embedding(tmp_path):
     tensors = load_file(base / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, base / "model.safetensors")
-    done = convert(FIXTURES / "torchtune_lora", "kohya", tmp_path / "a.safetensors", base)
+    done = convert_adapter_file(FIXTURES / "torchtune_lora", "kohya", tmp_path / "a.safetensors", base)
     assert done.modules == 13
-    back = formats.read(convert(tmp_path / "a.safetensors", "peft", tmp_path / "out", base).path)
+    back = formats.read(convert_adapter_file(tmp_path / "a.safetensors", "peft", tmp_path / "out", base).path)
     assert "lm_head" in back.modules
 
 
@@ -227,15 +227,15 @@ FIELDS = {"peft_type": [1], "target_parameters": 7, "modules_to_save": 7, "base_
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_field_of_another_kind(tmp_path, field):
-    convert(FIXTURES / "mlx_lora", "peft", tmp_path / "a")
+    convert_adapter_file(FIXTURES / "mlx_lora", "peft", tmp_path / "a")
     weights, config = tmp_path / "a" / "adapter_model.safetensors", tmp_path / "a" / "adapter_config.json"
     save_file(load_file(weights), weights)  # without the copy of the config
     config.write_text(json.dumps(json.loads(config.read_text()) | {field: FIELDS[field]}))
     if field == "auto_mapping":  # which describes only
-        assert [f for f in lint(formats.read(tmp_path / "a")) if f.rule == "orphan_key"] == []
+        assert [f for f in lint_adapter(formats.read(tmp_path / "a")) if f.rule == "orphan_key"] == []
         return
     with pytest.raises(CheckpointError, match=rf"adapter_config\.json: {field} is"):
-        lint(formats.read(tmp_path / "a"))
+        lint_adapter(formats.read(tmp_path / "a"))
 
 
 def test_factors_of_mlx_that_nobody_transposed(tmp_path):
@@ -272,26 +272,26 @@ def test_heads_need_the_base(tmp_path):
 
 def test_an_output_that_exists(tmp_path, locon):
     out = tmp_path / "out"
-    convert(locon, "peft", out, NET)
+    convert_adapter_file(locon, "peft", out, NET)
     before = (out / "adapter_model.safetensors").read_bytes()
     with pytest.raises(OutputExistsError, match="--force"):
-        convert(locon, "peft", out, NET)
+        convert_adapter_file(locon, "peft", out, NET)
     (out / "mine.txt").write_text("x")
     with pytest.raises(OutputExistsError, match=r"holds \[mine.txt\], no file of an adapter"):
-        convert(FIXTURES / "lycoris_tucker", "peft", out, NET, force=True)
+        convert_adapter_file(FIXTURES / "lycoris_tucker", "peft", out, NET, force=True)
     (out / "mine.txt").unlink()
-    convert(FIXTURES / "lycoris_tucker", "peft", out, NET, force=True)
+    convert_adapter_file(FIXTURES / "lycoris_tucker", "peft", out, NET, force=True)
     assert (out / "adapter_model.safetensors").read_bytes() != before
     with pytest.raises(OptionError, match="the source"):
-        convert(locon, "kohya", locon, NET, force=True)
+        convert_adapter_file(locon, "kohya", locon, NET, force=True)
     held = sorted(os.listdir(out))
     with pytest.raises(OptionError, match="lies in the other"):
-        convert(out, "kohya", out / "inner.safetensors", NET)
+        convert_adapter_file(out, "kohya", out / "inner.safetensors", NET)
     assert sorted(os.listdir(out)) == held
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "letter.txt").write_text("x")
     with pytest.raises(OutputExistsError, match=r"holds \[letter.txt\]"):
-        convert(locon, "peft", tmp_path / "others", NET, force=True)
+        convert_adapter_file(locon, "peft", tmp_path / "others", NET, force=True)
     assert os.listdir(tmp_path / "others") == ["letter.txt"]
 
 
@@ -299,7 +299,7 @@ def test_an_output_that_exists(tmp_path, locon):
 def test_an_error_while_writing_leaves_what_was_there(call, at, tmp_path, locon, monkeypatch):
     monkeypatch.setattr(atomic, "swap_by_system", lambda *_: False)  # as where the system cannot
     out = tmp_path / "out"
-    convert(locon, "peft", out, NET)
+    convert_adapter_file(locon, "peft", out, NET)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     original, calls = getattr(os, call), []
 
@@ -311,22 +311,22 @@ def test_an_error_while_writing_leaves_what_was_there(call, at, tmp_path, locon,
 
     monkeypatch.setattr(os, call, full)
     with pytest.raises(OSError, match="No space"):
-        convert(locon, "peft", out, NET, force=True)
+        convert_adapter_file(locon, "peft", out, NET, force=True)
     monkeypatch.undo()
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["locon.safetensors", "out"]
 
 
 def test_a_dry_run_writes_nothing(tmp_path, locon):
-    done = convert(locon, "peft", tmp_path / "deep" / "out", NET, dry_run=True)
+    done = convert_adapter_file(locon, "peft", tmp_path / "deep" / "out", NET, dry_run=True)
     assert done.modules == 6 and [p.name for p in tmp_path.iterdir()] == ["locon.safetensors"]
 
 
 def test_a_config_alone_has_the_names(tmp_path):
     (tmp_path / "base").mkdir()
     shutil.copy(LLAMA / "config.json", tmp_path / "base" / "config.json")
-    convert(FIXTURES / "mlx_lora", "kohya", tmp_path / "a.safetensors")
-    convert(tmp_path / "a.safetensors", "peft", tmp_path / "out", tmp_path / "base")
+    convert_adapter_file(FIXTURES / "mlx_lora", "kohya", tmp_path / "a.safetensors")
+    convert_adapter_file(tmp_path / "a.safetensors", "peft", tmp_path / "out", tmp_path / "base")
     targets = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"]
     assert "model.layers.1.mlp.down_proj" in targets
 
@@ -339,9 +339,9 @@ def test_half_precision_is_rounded_once_and_says_so(tmp_path):
     tensors = {name: tensors[name].astype("f2") for name in names}
     tensors["lycoris_down_blocks_0_to_q.alpha"] = np.array(7, "f2")
     save_file(tensors, folder / "adapter.safetensors")
-    done = convert(folder, "mlx", tmp_path / "out", NET)
+    done = convert_adapter_file(folder, "mlx", tmp_path / "out", NET)
     assert 1e-5 < done.rounding < 2.0**-10
-    found, wanted = (changes(formats.read(p, base_of(NET)), None) for p in (tmp_path / "out", folder))
+    found, wanted = (changes(formats.read(p, open_base(NET)), None) for p in (tmp_path / "out", folder))
     for path, d in wanted.items():
         assert np.abs(found[path] - d).max() < 2e-3 * np.abs(d).max(), path
 
@@ -378,8 +378,8 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
 def test_an_interrupt_between_the_names(kind, at, tmp_path, locon, monkeypatch):
     """What stood there comes back, or the new one is there, whole; also where the system cannot swap."""
     out, new = (tmp_path / f"{name}{'.safetensors' * (kind == 'kohya')}" for name in ("out", "new"))
-    convert(FIXTURES / "lycoris_tucker", kind, out, NET)
-    convert(locon, kind, new, NET)
+    convert_adapter_file(FIXTURES / "lycoris_tucker", kind, out, NET)
+    convert_adapter_file(locon, kind, new, NET)
     before, wanted = contents(out), contents(new)
     original, calls = os.rename, []
 
@@ -392,7 +392,7 @@ def test_an_interrupt_between_the_names(kind, at, tmp_path, locon, monkeypatch):
     monkeypatch.setattr(atomic, "swap_by_system", lambda *_: False)
     monkeypatch.setattr(os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        convert(locon, kind, out, NET, force=True)
+        convert_adapter_file(locon, kind, out, NET, force=True)
     monkeypatch.undo()
     assert contents(out) == (before if at == 1 else wanted)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["locon.safetensors", new.name, out.name]
@@ -403,11 +403,11 @@ def test_an_interrupt_between_the_names(kind, at, tmp_path, locon, monkeypatch):
 def test_no_kill_finds_the_output_without_its_name(kind, tmp_path, locon, monkeypatch):
     """The old one and the new one change places in one call, not in two renames."""
     out, new = (tmp_path / f"{name}{'.safetensors' * (kind == 'kohya')}" for name in ("out", "new"))
-    convert(FIXTURES / "lycoris_tucker", kind, out, NET)
-    convert(locon, kind, new, NET)
+    convert_adapter_file(FIXTURES / "lycoris_tucker", kind, out, NET)
+    convert_adapter_file(locon, kind, new, NET)
     renamed = []
     monkeypatch.setattr(os, "rename", lambda *args: renamed.append(args))
-    convert(locon, kind, out, NET, force=True)
+    convert_adapter_file(locon, kind, out, NET, force=True)
     assert renamed == [] and contents(out) == contents(new)
 
 
@@ -429,7 +429,7 @@ def test_what_another_process_writes_at_the_last_moment_stays(kind, call, tmp_pa
 
     monkeypatch.setattr(os, call, late)
     with pytest.raises(OutputExistsError, match="meanwhile"):
-        convert(locon, kind, out, NET)
+        convert_adapter_file(locon, kind, out, NET)
     monkeypatch.undo()
     assert (out if kind == "kohya" else out / "mine.txt").read_bytes() == b"another's"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["locon.safetensors", out.name]
@@ -454,9 +454,9 @@ main()
 
 
 def test_two_adapters_differ_in_one_order():
-    rows = {f"embed.{i}": (whole_numbers([1]), tensor(np.ones((1, 2), "f4"))) for i in "dbfaec"}
+    rows = {f"embed.{i}": (make_int64_tensor([1]), make_tensor(np.ones((1, 2), "f4"))) for i in "dbfaec"}
     a, b = (AdapterFile("peft", name, rows=rows) for name in "ab")
-    assert [t["tensor"] for t in difference(a, b)["tensors"]] == sorted(rows)
+    assert [t["tensor"] for t in compare_adapters(a, b)["tensors"]] == sorted(rows)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -465,14 +465,17 @@ def test_what_is_not_finite_equals_nothing_and_has_no_spectrum(where, value):
     def adapter(value):
         A, B, norm = np.ones((2, 5), "f4"), np.ones((6, 2), "f4"), np.ones(4, "f4")
         {"factors": B, "whole": norm}[where].flat[1] = value
-        modules = {name: LowRank(tensor(A), tensor(np.ones_like(B) if name == "k" else B), 1.0) for name in "kq"}
-        full = {"a_norm.weight": tensor(np.ones(4, "f4")), "norm.weight": tensor(norm)}
+        modules = {
+            name: LowRank(make_tensor(A), make_tensor(np.ones_like(B) if name == "k" else B), 1.0) for name in "kq"
+        }
+        full = {"a_norm.weight": make_tensor(np.ones(4, "f4")), "norm.weight": make_tensor(norm)}
         return AdapterFile("peft", "it", modules=modules, full=full)
 
     good, bad = adapter(1), adapter(value)
-    assert difference(good, adapter(1))["equal"]
+    assert compare_adapters(good, adapter(1))["equal"]
     for act, args in (
-        (difference, (good, bad)), (difference, (bad, good)), (inspect, (bad, None, True)), (resize, (bad, 1)),
+        (compare_adapters, (good, bad)), (compare_adapters, (bad, good)), (inspect_adapter, (bad, None, True)),
+                       (resize_adapter, (bad, 1)),
     ):  # fmt: skip
         with pytest.raises(NonFiniteError, match=r"\[q\]" if where == "factors" else r"\[norm\.weight\]"):
             act(*args)

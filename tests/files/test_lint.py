@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import graft
-from graft.files.base import base_files
+from graft.files.base import read_base_files
 from graft.files.formats import read
-from graft.files.lint import RULES, lint
-from graft.files.sources import licence_in
+from graft.files.lint import RULES, lint_adapter
+from graft.files.sources import read_licence
 from tests import models
 from tests.models import inputs
 from tests.pair import adapt, output, randomize
@@ -59,7 +59,7 @@ def spoiled(good, to, tensors=None, config=None):
 
 
 def rules(folder, base=None):
-    return {f.rule for f in lint(read(folder), base)}
+    return {f.rule for f in lint_adapter(read(folder), base)}
 
 
 def b_of(held, part=""):
@@ -104,8 +104,8 @@ def in_one_direction(held):
 
 
 def test_a_good_adapter_has_no_finding(good):
-    assert not lint(read(good / "a"), base_files(good / "base"))
-    assert not lint(read(good / "a"))
+    assert not lint_adapter(read(good / "a"), read_base_files(good / "base"))
+    assert not lint_adapter(read(good / "a"))
 
 
 SPOILED = [
@@ -124,21 +124,21 @@ SPOILED = [
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("rule, tensors, config", SPOILED, ids=[f"{s[0]}-{i}" for i, s in enumerate(SPOILED)])
 def test_each_rule_finds_its_fault(rule, tensors, config, good, tmp_path):
-    base = base_files(good / "base")
+    base = read_base_files(good / "base")
     folder = spoiled(good, tmp_path / "a", tensors, config)
     found = rules(folder, base)
     # what a fault brings along
     along = {"outlier": {"intruder"}, "intruder": {"outlier"}, "unused-target": {"not-whole"},
              "not-whole": {"unused-target"}}  # fmt: skip
     assert rule in found and found - {rule} <= along.get(rule, set())
-    of_base = next(r for r in RULES if r.name == rule).of_base
+    of_base = next(r for r in RULES if r.name == rule).needs_base
     assert (rule in rules(folder)) is not of_base
 
 
 def test_files_beside_the_adapter(good, tmp_path):
     folder = spoiled(good, tmp_path / "a")
     (folder / CARD).write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8-sig")  # some editors' first bytes
-    assert licence_in(str(folder)) == "apache-2.0" and not rules(folder)
+    assert read_licence(str(folder)) == "apache-2.0" and not rules(folder)
     os.remove(folder / CARD)
     assert rules(folder) == {"no-card"}
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
@@ -159,4 +159,4 @@ def test_other_methods_have_no_error(method, tmp_path):
     model = randomize(adapt(graft, sample), sample)
     assert output(model, sample) is not None and inputs("llama")
     model.save_pretrained(tmp_path)
-    assert not {f.rule for f in lint(read(tmp_path)) if f.severity != "note"}
+    assert not {f.rule for f in lint_adapter(read(tmp_path)) if f.severity != "note"}

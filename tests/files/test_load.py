@@ -11,7 +11,7 @@ from torch import nn
 
 import graft
 from graft.files import load
-from graft.files.bases import base_of
+from graft.files.bases import open_base
 from tests.files.make_fixtures import LLAMA, net
 from tests.trees import tree
 
@@ -56,7 +56,7 @@ def test_merging_changes_the_weights_as_the_other_library_does(name):
 
 def part(name):
     """One model of a pipeline, by its files."""
-    shapes = base_of(FIXTURES / "base_pipeline" / name).shapes
+    shapes = open_base(FIXTURES / "base_pipeline" / name).shapes
     weights = {n.removesuffix(".weight"): shape for n, shape in shapes.items() if n.endswith(".weight")}
     made = iter([weights[n] for n in weights if len(weights[n]) > 1])
 
@@ -112,7 +112,7 @@ def test_a_model_that_was_never_saved_has_the_architecture_of_its_class():
     model = llama()
     model.config.architectures = None
     for made in (model, graft.get_peft_model(model, graft.LoraConfig(target_modules=["q_proj"]))):
-        assert load.names_in(made).config["architectures"] == ["LlamaForCausalLM"]
+        assert load.describe_base_of(made).config["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_another_model_stays_as_it_was():
@@ -125,7 +125,7 @@ def test_another_model_stays_as_it_was():
 
 def test_weights_of_the_model_are_not_copied_where_names_are_enough(monkeypatch):
     asked = []
-    monkeypatch.setattr(load, "values_of", lambda read, name: asked.append(name))
+    monkeypatch.setattr(load, "read_weight_bytes", lambda read, name: asked.append(name))
     graft.load_adapter(llama(), FIXTURES / "mlx_lora")
     assert asked == []
 
@@ -134,9 +134,9 @@ def test_weights_are_those_of_the_base_while_an_adapter_is_merged():
     config = graft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     model = graft.get_peft_model(llama(), config)
     name = "model.layers.0.self_attn.q_proj.weight"
-    before = load.names_in(model).tensors[name].read().copy()
+    before = load.describe_base_of(model).tensors[name].read().copy()
     model.merge_adapter()
-    now = load.names_in(model).tensors[name].read()
+    now = load.describe_base_of(model).tensors[name].read()
     assert (
         abs(now - before).max()
         < 1e-6

@@ -30,9 +30,9 @@ import graft
 from graft.config import atomic
 from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError, NonFiniteError
 from graft.files import formats
-from graft.files.convert import convert
+from graft.files.convert import convert_adapter_file
 from graft.files.errors import OptionError, OutputExistsError
-from graft.files.merging.merge import merge
+from graft.files.merging.merge import merge_adapters
 from graft.files.merging.methods import merge_files
 from graft.files.merging.stream import Workplace
 from tests import fresh, samples
@@ -124,7 +124,7 @@ LORAS = [
 def test_lora_merges_to_the_same_bits_as_in_memory(kind, fields, dora, tmp_path):
     base = base_of(kind, tmp_path)
     model, adapter = saved_adapter(kind, tmp_path, lora(kind=kind, use_dora=dora, **fields))
-    merge(base, [adapter], tmp_path / "out")
+    merge_adapters(base, [adapter], tmp_path / "out")
     merged, whole = loaded(kind, tmp_path / "out"), model.merge_and_unload()
     assert_same(merged, whole, loaded(kind, base), ulps=dora)  # which adds B A in place, to hold one matrix fewer
 
@@ -136,7 +136,7 @@ def test_an_adapter_of_peft_gives_the_outputs_that_it_has_in_peft(kind, tmp_path
     if kind == "tied":
         extra = {"target_modules": ["q_proj", "embed_tokens"]}
     model, adapter = saved_adapter(kind, tmp_path, lora(peft, kind, **extra), peft)
-    merge(base, [adapter], tmp_path / "out")
+    merge_adapters(base, [adapter], tmp_path / "out")
     with torch.no_grad():
         there, here = model(input_ids=IDS).logits, loaded(kind, tmp_path / "out")(input_ids=IDS).logits
         plain = loaded(kind, base)(input_ids=IDS).logits
@@ -255,7 +255,7 @@ def test_what_memory_cannot_merge_files_do_not_and_all_else_to_the_same_values(s
 def test_factors_that_do_another_thing_than_add_are_refused(fields, tmp_path):
     base = base_of("llama", tmp_path)
     _, adapter = saved_adapter("llama", tmp_path, lora(target_modules=["q_proj"], task_type="CAUSAL_LM", **fields))
-    for run in (merge, merge_files):
+    for run in (merge_adapters, merge_files):
         with pytest.raises(LossError, match="which no weight of the base can take over: keep it unmerged"):
             run(base, [adapter], tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
@@ -301,7 +301,7 @@ def test_weights_scale_updates_and_several_adapters_add_up(tmp_path):
     base = base_of("llama", tmp_path)
     _, a = saved_adapter("llama", tmp_path, lora(), name="a", seed=1)
     _, b = saved_adapter("llama", tmp_path, lora(r=2, use_rslora=True), name="b", seed=2)
-    merge(base, [a, b], tmp_path / "out", weights=[0.5, -2.0])
+    merge_adapters(base, [a, b], tmp_path / "out", weights=[0.5, -2.0])
     W0 = loaded("llama", base).state_dict()
     expected = {name: W.double() for name, W in W0.items()}
     for folder, weight in ((a, 0.5), (b, -2.0)):
@@ -315,7 +315,7 @@ def test_weights_scale_updates_and_several_adapters_add_up(tmp_path):
 def test_a_weight_puts_dora_part_of_the_way(tmp_path):
     base = base_of("llama", tmp_path)
     model, a = saved_adapter("llama", tmp_path, lora(use_dora=True))
-    merge(base, [a], tmp_path / "out", weights=[0.25])
+    merge_adapters(base, [a], tmp_path / "out", weights=[0.25])
     W0, W1 = loaded("llama", base).state_dict(), model.merge_and_unload().state_dict()
     for name, W in loaded("llama", tmp_path / "out").state_dict().items():
         torch.testing.assert_close(W, W0[name].lerp(W1[name], 0.25), rtol=0, atol=1e-7)
@@ -335,7 +335,7 @@ def test_what_stands_on_the_base_is_not_changed_by_an_adapter_merged_before(fiel
     model.base_model.set_adapter(["a", "b"])
     whole = model.merge_and_unload()
     for name, weight in ("one", 1.0), ("nearly", 1 - 1e-7):
-        merge(base, [a, b], tmp_path / name, weights=[1.0, weight])
+        merge_adapters(base, [a, b], tmp_path / name, weights=[1.0, weight])
         assert_same(loaded("llama", tmp_path / name), whole, loaded("llama", base), ulps=100)
 
 
@@ -349,7 +349,7 @@ def test_a_head_that_the_base_lacks_comes_along_with_its_class(tmp_path):
         if p.requires_grad:
             p.data += 0.05 * torch.randn_like(p)
     model.save_pretrained(tmp_path / "adapter")
-    merge(base, [tmp_path / "adapter"], tmp_path / "out")
+    merge_adapters(base, [tmp_path / "adapter"], tmp_path / "out")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
     merged.config.pad_token_id = 0
@@ -366,7 +366,7 @@ def test_a_new_tensor_has_the_first_of_the_dtypes_that_most_have(kinds, tmp_path
     base = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4, bias=False) for name in ("k", "q", "score")})
     config = graft.LoraConfig(r=2, target_modules=["q"], modules_to_save=["score"])
     graft.get_peft_model(base, config).save_pretrained(tmp_path / "a")
-    merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "out")
+    merge_adapters(tmp_path / "base", [tmp_path / "a"], tmp_path / "out")
     held = {key: t for f in (tmp_path / "out").glob("*.safetensors") for key, t in load_file(f).items()}
     assert held["score.weight"].dtype == kinds[0]
 
@@ -380,7 +380,7 @@ def test_a_larger_vocabulary_is_written_with_its_size(tmp_path):
         if p.requires_grad:
             p.data += 0.05 * torch.randn_like(p)
     model.save_pretrained(tmp_path / "adapter")
-    merge(base, [tmp_path / "adapter"], tmp_path / "out")
+    merge_adapters(base, [tmp_path / "adapter"], tmp_path / "out")
     with torch.no_grad():
         merged = loaded("llama", tmp_path / "out")
         torch.testing.assert_close(merged(IDS + 90).logits, model(IDS + 90).logits, rtol=0, atol=1e-6)
@@ -395,10 +395,10 @@ def test_an_adapter_of_the_old_vocabulary_after_one_that_resizes_it(target, tmp_
     graft.get_peft_model(model, lora(modules_to_save=["embed_tokens", "lm_head"])).save_pretrained(tmp_path / "large")
     _, small = saved_adapter("llama", tmp_path, lora(target_modules=[target]))
     with pytest.raises(OptionError, match=rf"adapter takes '.*{target}\.weight' for \(\d+, .*makes that \(100, "):
-        merge(base, [tmp_path / "large", small], tmp_path / "out")
+        merge_adapters(base, [tmp_path / "large", small], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     _, other = saved_adapter("llama", tmp_path, lora(target_modules=["q_proj"]), name="other")
-    merge(base, [tmp_path / "large", other], tmp_path / "out")
+    merge_adapters(base, [tmp_path / "large", other], tmp_path / "out")
     assert loaded("llama", tmp_path / "out").lm_head.weight.shape[0] == 100
 
 
@@ -407,9 +407,9 @@ def test_a_head_that_takes_the_place_of_what_came_before_is_told(tmp_path):
     _, factors = saved_adapter("llama", tmp_path, lora(target_modules=["lm_head"]), name="factors")
     _, head = saved_adapter("llama", tmp_path, lora(modules_to_save=["lm_head"]), name="head")
     for first, last in ((factors, head), (head, factors)):  # a file of factors on a head has the base's head, too
-        notes = merge(base, [first, last], tmp_path / "out", force=True).notes
+        notes = merge_adapters(base, [first, last], tmp_path / "out", force=True).notes
         assert len(notes) == 1 and f"'lm_head.weight' is as {last} brings it" in notes[0]
-    assert not merge(base, [head, head], tmp_path / "out", force=True).notes
+    assert not merge_adapters(base, [head, head], tmp_path / "out", force=True).notes
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied"])
@@ -423,9 +423,9 @@ def test_trained_rows_of_a_larger_vocabulary(lib, kind, tmp_path):
         if p.requires_grad:
             p.data += 0.05 * torch.randn_like(p)
     model.save_pretrained(tmp_path / "adapter")
-    convert(tmp_path / "adapter", "peft", tmp_path / "copy")
+    convert_adapter_file(tmp_path / "adapter", "peft", tmp_path / "copy")
     for source in ("adapter", "copy"):
-        merge(base, [tmp_path / source], tmp_path / "out", force=True)
+        merge_adapters(base, [tmp_path / source], tmp_path / "out", force=True)
         with torch.no_grad():
             merged = loaded(kind, tmp_path / "out")
             torch.testing.assert_close(merged(IDS + 90).logits, model(IDS + 90).logits, rtol=0, atol=1e-6)
@@ -439,7 +439,7 @@ def test_names_that_lack_a_prefix_are_found(tmp_path):
     inner = loaded("bert", base).bert
     shutil.rmtree(base)
     inner.save_pretrained(base)
-    merge(base, [adapter], tmp_path / "out")
+    merge_adapters(base, [adapter], tmp_path / "out")
     whole, got = model.merge_and_unload().state_dict(), load_file(tmp_path / "out/model.safetensors")
     assert {f"bert.{name}" for name in got} <= whole.keys()
     assert all(torch.equal(W, whole[f"bert.{name}"]) for name, W in got.items())
@@ -451,7 +451,7 @@ def test_names_that_lack_a_prefix_are_found(tmp_path):
 def test_untied_embeddings_are_told_and_all_of_them_written(tmp_path):
     base = base_of("tied", tmp_path)
     _, adapter = saved_adapter("tied", tmp_path, lora(target_modules=["embed_tokens"]))
-    account = merge(base, [adapter], tmp_path / "out")
+    account = merge_adapters(base, [adapter], tmp_path / "out")
     assert "tie_word_embeddings" in account.notes[0]
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
     held = {k: v for f in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(f).items()}
@@ -462,7 +462,7 @@ def test_untied_embeddings_are_told_and_all_of_them_written(tmp_path):
 def test_the_same_rows_on_both_sides_leave_them_tied(tmp_path):
     base = base_of("tied", tmp_path)
     _, adapter = saved_adapter("tied", tmp_path, lora(trainable_token_indices=[1, 7]))
-    assert merge(base, [adapter], tmp_path / "out").notes == []
+    assert merge_adapters(base, [adapter], tmp_path / "out").notes == []
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is True
 
 
@@ -483,7 +483,7 @@ def test_untouched_tensors_are_the_same_bytes_and_changed_ones_rounded_once(tmp_
     (base / "1_Pooling/config.json").write_text("{}")
     (base / "notes").mkdir()
     _, adapter = saved_adapter("llama", tmp_path, lora())
-    account = merge(base, [adapter], tmp_path / "out")
+    account = merge_adapters(base, [adapter], tmp_path / "out")
     assert account.notes == ["Not copied from the base: [notes/, pytorch_model.bin]."]
     wide = loaded("llama", base).float().state_dict()
     factors = load_file(adapter / "adapter_model.safetensors")
@@ -507,7 +507,7 @@ def test_untouched_tensors_are_the_same_bytes_and_changed_ones_rounded_once(tmp_
 def test_the_certificate_says_what_rounding_left(tmp_path):
     base = bf16_base(tmp_path)
     _, adapter = saved_adapter("llama", tmp_path, lora())
-    merge(base, [adapter], tmp_path / "out", certificate=True)
+    merge_adapters(base, [adapter], tmp_path / "out", certificate=True)
     held = json.loads((tmp_path / "out/merge.json").read_text())
     wide, factors = loaded("llama", base).float().state_dict(), load_file(adapter / "adapter_model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
@@ -531,17 +531,17 @@ def test_the_certificate_says_what_rounding_left(tmp_path):
 def test_an_update_that_rounding_loses_is_told(tmp_path):
     base = bf16_base(tmp_path)
     _, adapter = saved_adapter("llama", tmp_path, lora())
-    account = merge(base, [adapter], tmp_path / "out", weights=[1e-3])
+    account = merge_adapters(base, [adapter], tmp_path / "out", weights=[1e-3])
     assert "Rounding lost" in account.notes[0]
-    assert merge(base, [adapter], tmp_path / "wide", weights=[1e-3], dtype="float32").notes == []
+    assert merge_adapters(base, [adapter], tmp_path / "wide", weights=[1e-3], dtype="float32").notes == []
     assert loaded("llama", tmp_path / "wide").dtype == torch.float32
 
 
 def test_shards_of_another_size_hold_the_same(tmp_path):
     base = base_of("llama", tmp_path)
     model, adapter = saved_adapter("llama", tmp_path, lora())
-    merge(base, [adapter], tmp_path / "one", shard_size=10**9)
-    merge(base, [adapter], tmp_path / "many", shard_size=20_000)
+    merge_adapters(base, [adapter], tmp_path / "one", shard_size=10**9)
+    merge_adapters(base, [adapter], tmp_path / "many", shard_size=20_000)
     assert [f.name for f in (tmp_path / "one").glob("*.safetensors")] == ["model.safetensors"]
     assert len([*(tmp_path / "many").glob("*.safetensors")]) > 5
     whole = model.merge_and_unload()
@@ -553,12 +553,12 @@ def test_a_whole_file_beside_an_index_of_others_is_the_model(tmp_path):
     """As transformers takes it."""
     base = base_of("llama", tmp_path)
     model, adapter = saved_adapter("llama", tmp_path, lora())
-    merge(base, [adapter], tmp_path / "one")
+    merge_adapters(base, [adapter], tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "both")
     loaded("llama", base).save_pretrained(tmp_path / "whole")
     shutil.copy(tmp_path / "whole" / "model.safetensors", tmp_path / "both")
     assert_same(loaded("llama", tmp_path / "one"), model.merge_and_unload(), loaded("llama", tmp_path / "both"))
-    merge(tmp_path / "both", [adapter], tmp_path / "out")
+    merge_adapters(tmp_path / "both", [adapter], tmp_path / "out")
     assert_same(loaded("llama", tmp_path / "out"), loaded("llama", tmp_path / "one"), loaded("llama", base))
     assert [f.name for f in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
 
@@ -569,7 +569,7 @@ def test_an_adapter_of_few_bits_merges_as_in_memory(dtype, tmp_path):
     _, adapter = saved_adapter("llama", tmp_path, lora(modules_to_save=["norm"]))
     weights = adapter / "adapter_model.safetensors"
     save_file({key: t.to(dtype) for key, t in load_file(weights).items()}, weights)
-    merge(base, [adapter], tmp_path / "out")
+    merge_adapters(base, [adapter], tmp_path / "out")
     whole = graft.PeftModel.from_pretrained(loaded("llama", base), adapter).merge_and_unload()
     assert_same(loaded("llama", tmp_path / "out"), whole, loaded("llama", base))
 
@@ -585,22 +585,22 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path):
     base_of("gpt2", tmp_path / "gpt2")
     out = tmp_path / "out"
     with pytest.raises(BaseModelMismatchError, match="does not hold 4 of the 4"):
-        merge(other.base, [adapter], out)
+        merge_adapters(other.base, [adapter], out)
     with pytest.raises(OptionError, match="one for each"):
-        merge(base, [adapter], out, weights=[1, 2])
+        merge_adapters(base, [adapter], out, weights=[1, 2])
     with pytest.raises(OptionError, match="one lies in the other"):
-        merge(base, [adapter], base / "merged")
+        merge_adapters(base, [adapter], base / "merged")
     with pytest.raises(OptionError, match="one lies in the other"):
-        merge(base, [adapter], tmp_path, force=True)
+        merge_adapters(base, [adapter], tmp_path, force=True)
     with pytest.raises(OptionError, match="one lies in the other"):
-        merge(base, [adapter], adapter, force=True)
+        merge_adapters(base, [adapter], adapter, force=True)
     with pytest.raises(CheckpointError):
-        merge(tmp_path / "nowhere", [adapter], out)
+        merge_adapters(tmp_path / "nowhere", [adapter], out)
     with pytest.raises(OptionError, match="not quantized"):
-        merge(base, [adapter], out, keep_quantized=True)
+        merge_adapters(base, [adapter], out, keep_quantized=True)
     _, hra = saved_adapter("llama", tmp_path, graft.HRAConfig(r=4, target_modules=T), name="hra")
     with pytest.raises(LossError, match="not low rank"):
-        merge(base, [hra], out)
+        merge_adapters(base, [hra], out)
     _, prompt = saved_adapter(
         "llama", tmp_path, graft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), name="p"
     )
@@ -608,7 +608,7 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path):
         merge_files(base, prompt, out)
     _, biased = saved_adapter("llama", tmp_path, lora(lora_bias=True), name="biased")
     with pytest.raises(BaseModelMismatchError, match="shifts the bias"):
-        merge(base, [biased], out)
+        merge_adapters(base, [biased], out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "biased", "gpt2", "hra", "p"]
 
 
@@ -618,7 +618,7 @@ def test_a_tensor_that_nobody_names_does_not_fit(tmp_path):
     weights = adapter / "adapter_model.safetensors"
     save_file(load_file(weights) | {"base_model.model.extra.weight": torch.ones(2)}, weights)
     with pytest.raises(BaseModelMismatchError, match=r"at 'extra\.weight': .* modules_to_save"):
-        merge(base, [adapter], tmp_path / "out")
+        merge_adapters(base, [adapter], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -628,7 +628,7 @@ def test_a_magnitude_of_another_size_does_not_fit(tmp_path):
     weights = adapter / "adapter_model.safetensors"
     save_file({key: t[:-1] if "magnitude" in key else t for key, t in load_file(weights).items()}, weights)
     with pytest.raises(BaseModelMismatchError, match="its magnitude is"):
-        merge(base, [adapter], tmp_path / "out")
+        merge_adapters(base, [adapter], tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
 
 
@@ -638,12 +638,12 @@ def test_an_output_that_exists_stays_without_force(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("precious")
     with pytest.raises(OutputExistsError, match="--force"):
-        merge(base, [adapter], tmp_path / "out")
+        merge_adapters(base, [adapter], tmp_path / "out")
     with pytest.raises(OutputExistsError, match=r"holds \[mine\]"):
-        merge(base, [adapter], tmp_path / "out", force=True)
+        merge_adapters(base, [adapter], tmp_path / "out", force=True)
     assert (tmp_path / "out/mine").read_text() == "precious"
     (tmp_path / "out/mine").rename(tmp_path / "out/model.safetensors")
-    merge(base, [adapter], tmp_path / "out", force=True)
+    merge_adapters(base, [adapter], tmp_path / "out", force=True)
     assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
 
@@ -654,7 +654,7 @@ def test_a_broken_adapter_is_named_and_leaves_nothing(tmp_path):
     next(p for n, p in model.named_parameters() if "layers.1.mlp.up_proj.lora_B" in n).data[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "nan")
     with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.up_proj"):
-        merge(base, [tmp_path / "nan"], tmp_path / "out")
+        merge_adapters(base, [tmp_path / "nan"], tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "nan"]
 
 
@@ -663,7 +663,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     _, adapter = saved_adapter("llama", tmp_path, lora())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match="are free") as e:
-        merge(base, [adapter], tmp_path / "out")
+        merge_adapters(base, [adapter], tmp_path / "out")
     assert e.value.errno == errno.ENOSPC
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
@@ -671,7 +671,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
 def test_a_dry_run_writes_nothing(tmp_path):
     base = base_of("llama", tmp_path)
     _, adapter = saved_adapter("llama", tmp_path, lora())
-    account = merge(base, [adapter], tmp_path / "out", dry_run=True)
+    account = merge_adapters(base, [adapter], tmp_path / "out", dry_run=True)
     assert len(account.tensors) == 4 and sum(account.shards.values()) > 80_000
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
@@ -705,7 +705,7 @@ def test_a_run_that_was_killed_goes_on(after, tmp_path):
     done = fresh.run("-c", KILLED, base, adapter, tmp_path / "out", after)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "out").exists()
-    assert merge(base, [adapter], tmp_path / "out").resumed == max(after - 1, 0)
+    assert merge_adapters(base, [adapter], tmp_path / "out").resumed == max(after - 1, 0)
     assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
 
@@ -719,13 +719,13 @@ def test_what_another_call_left_is_not_taken_up(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        merge(base, [adapter], tmp_path / "out", step=stop)
+        merge_adapters(base, [adapter], tmp_path / "out", step=stop)
     assert (tmp_path / ".out.graft-merge/state.json").exists()
-    assert merge(base, [adapter], tmp_path / "out", weights=[2.0]).resumed == 0
+    assert merge_adapters(base, [adapter], tmp_path / "out", weights=[2.0]).resumed == 0
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
-        merge(base, [adapter], tmp_path / "out", step=stop)
-    assert merge(base, [adapter], tmp_path / "out").resumed == 1
+        merge_adapters(base, [adapter], tmp_path / "out", step=stop)
+    assert merge_adapters(base, [adapter], tmp_path / "out").resumed == 1
     assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
 
 
@@ -734,7 +734,7 @@ def test_an_interrupt_between_the_names(at, tmp_path, monkeypatch):
     """What stood there comes back, or the new one is there, and nothing of the other; None: the two are swapped."""
     base = base_of("llama", tmp_path)
     model, adapter = saved_adapter("llama", tmp_path, lora())
-    merge(base, [adapter], tmp_path / "out", weights=[2.0])
+    merge_adapters(base, [adapter], tmp_path / "out", weights=[2.0])
     weights = lambda: {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.safetensors")}
     before = weights()
     original, swap, calls = os.rename, atomic.swap_by_system, []
@@ -752,10 +752,10 @@ def test_an_interrupt_between_the_names(at, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "rename", interrupted)
     monkeypatch.setattr(atomic, "swap_by_system", swapped if at is None else lambda *_: False)
     with pytest.raises(KeyboardInterrupt):
-        merge(base, [adapter], tmp_path / "out", force=True)
+        merge_adapters(base, [adapter], tmp_path / "out", force=True)
     monkeypatch.undo()
     assert before and weights() and (weights() == before) is (at == 1)
-    merge(base, [adapter], tmp_path / "out", force=True)
+    merge_adapters(base, [adapter], tmp_path / "out", force=True)
     assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
 
@@ -768,10 +768,10 @@ def test_an_output_that_comes_while_this_one_waits(tmp_path, monkeypatch):
 
     def later(*args):
         monkeypatch.undo()
-        merge(base, [adapter], tmp_path / "out", weights=[2.0])
+        merge_adapters(base, [adapter], tmp_path / "out", weights=[2.0])
         return original(*args)
 
     monkeypatch.setattr(Workplace, "lock", later)
     with pytest.raises(OutputExistsError, match="exists"):
-        merge(base, [adapter], tmp_path / "out")
+        merge_adapters(base, [adapter], tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]

@@ -10,8 +10,8 @@ from transformers import FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
 
 import graft
 from graft.core.errors import UnsupportedLayerError
-from graft.files.base import base_files
-from graft.files.merging.merge import merge
+from graft.files.base import read_base_files
+from graft.files.merging.merge import merge_adapters
 from graft.files.merging.weights import find_base_weights
 from tests.leaves_out import FP8_ON_CPUS
 
@@ -110,21 +110,21 @@ def of_compressed_tensors(folder, tensors, bits, group, symmetric):
 
 def assert_merges(folder, plain, base, read):
     """Dense: the weight that was read, plus ΔW, rounded once. Kept: the same to a step of the form."""
-    held = find_base_weights(base_files(base))
+    held = find_base_weights(read_base_files(base))
     assert {n for n in read if not torch.equal(held.read(n).to(read[n].dtype), read[n])} == set()
     exact = held.read(NAME) + delta(folder)
-    account = merge(base, [folder / "adapter"], folder / "dense", certificate=True)
+    account = merge_adapters(base, [folder / "adapter"], folder / "dense", certificate=True)
     dense = load_file(folder / "dense/model.safetensors")
     assert torch.equal(dense[NAME], exact.bfloat16())
     assert all(t.dtype == torch.bfloat16 for t in dense.values())
     model = LlamaForCausalLM.from_pretrained(folder / "dense")
     assert dense.keys() == model.state_dict().keys() and not hasattr(model.config, "quantization_config")
-    merge(base, [folder / "adapter"], folder / "kept", certificate=True, keep_quantized=True)
+    merge_adapters(base, [folder / "adapter"], folder / "kept", certificate=True, keep_quantized=True)
     before, after = load_file(base / "model.safetensors"), load_file(folder / "kept/model.safetensors")
     assert {n: (t.shape, t.dtype) for n, t in before.items()} == {n: (t.shape, t.dtype) for n, t in after.items()}
     differ = {n for n in before if not torch.equal(before[n].view(torch.uint8), after[n].view(torch.uint8))}
     assert differ and all("q_proj" in n or "up_proj" in n for n in differ)
-    again = find_base_weights(base_files(folder / "kept")).read(NAME)
+    again = find_base_weights(read_base_files(folder / "kept")).read(NAME)
     noise = (held.read(NAME) - plain[NAME].float()).norm()  # of the quantization by the package itself
     assert (again - exact).norm() < 1.2 * noise
     row = json.loads((folder / "kept/merge.json").read_text())["tensors"][NAME]
@@ -161,5 +161,5 @@ def test_compressed_tensors(bits, group, symmetric, plain, tmp_path):
 def test_other_forms_are_refused(config, why, plain, tmp_path):
     base = put(tmp_path, plain, config)
     with pytest.raises(UnsupportedLayerError, match=why):
-        merge(base, [tmp_path / "adapter"], tmp_path / "out")
+        merge_adapters(base, [tmp_path / "adapter"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

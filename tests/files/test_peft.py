@@ -18,8 +18,8 @@ from graft.core.errors import CheckpointError, LossError
 from graft.files.base import Skeleton
 from graft.files.formats import peft as form
 from graft.files.formats import read, recognise
-from graft.files.neutral import Other
-from graft.files.tensors import tensor
+from graft.files.neutral import OtherMethod
+from graft.files.tensors import make_tensor
 from graft.methods import METHODS, PROMPTS
 from tests import models
 from tests.pair import LIBS, adapt, close, output, randomize
@@ -30,7 +30,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 def written_again(folder, to):
     adapter = read(folder)
-    assert not adapter.unread and form.write(adapter, str(to)) == []
+    assert not adapter.unknown_keys and form.write(adapter, str(to)) == []
     return adapter
 
 
@@ -205,8 +205,8 @@ def test_ranks_and_scales_that_changed_load_in_peft(rslora, tmp_path):
         grown = i + 1
         A, B = held.A.read(), held.B.read()
         zeros = np.zeros((grown, A.shape[1]), "f4"), np.zeros((B.shape[0], grown), "f4")
-        held.A = tensor(np.concatenate([A, zeros[0]]))
-        held.B = tensor(np.concatenate([B * held.scale / (i + 1.5), zeros[1]], 1))
+        held.A = make_tensor(np.concatenate([A, zeros[0]]))
+        held.B = make_tensor(np.concatenate([B * held.scale / (i + 1.5), zeros[1]], 1))
         held.scale = i + 1.5
     form.write(adapter, str(tmp_path / "b"))
     for lib in LIBS:
@@ -250,7 +250,7 @@ def test_what_has_no_place_is_refused_by_name(tmp_path):
     randomize(adapt(graft, sample), sample).save_pretrained(tmp_path / "a")
     adapter = read(tmp_path / "a")
     path = next(iter(adapter.modules))
-    adapter.modules[path] = Other("BOTTLENECK", {"down": adapter.modules[path].A})
+    adapter.modules[path] = OtherMethod("BOTTLENECK", {"down": adapter.modules[path].A})
     with pytest.raises(LossError, match=rf"{path} \(BOTTLENECK\)"):
         form.write(adapter, str(tmp_path / "b"))
     assert not (tmp_path / "b").exists()
@@ -267,7 +267,7 @@ def test_keys_without_a_meaning_are_listed(tmp_path):
     save_file(held | more, tmp_path / WEIGHTS)
     (tmp_path / CONFIG).write_text((tmp_path / CONFIG).read_text())
     adapter = read(tmp_path)
-    assert "base_model.model.fc.hada_w1_a" in adapter.unread
+    assert "base_model.model.fc.hada_w1_a" in adapter.unknown_keys
     assert any("lora_Q.weight" in m.extra for m in adapter.low_rank.values())
 
 

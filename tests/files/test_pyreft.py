@@ -14,7 +14,7 @@ from transformers import AutoModel
 import graft
 from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError, PeftWarning
 from graft.files import formats
-from graft.files.convert import convert
+from graft.files.convert import convert_adapter_file
 from graft.files.errors import BaseNeededError
 from graft.files.formats.adapterhub_places import make_parametrized
 from tests.looks import layers
@@ -81,7 +81,7 @@ def said(file):
 def test_what_is_written_is_what_it_saves(name, tmp_path):
     model = loaded(tmp_path, name)
     model.save_pretrained(tmp_path / "peft")
-    assert convert(tmp_path / "peft", "pyreft", tmp_path / "back", BASE).lost == []
+    assert convert_adapter_file(tmp_path / "peft", "pyreft", tmp_path / "back", BASE).lost == []
     theirs = sorted(file.name for file in (SAVED / name).glob("*.bin"))
     assert theirs == sorted(file.name for file in (tmp_path / "back").glob("*.bin"))
     for file in theirs:
@@ -97,7 +97,7 @@ def test_what_is_written_is_what_it_saves(name, tmp_path):
 def test_free_projections_there_and_back(preset, tmp_path):
     model = graft.get_peft_model(base(), graft.ReftConfig.preset(preset, r=2, suffix_positions=1, tied_weights=True))
     model.eval().save_pretrained(tmp_path / "peft")
-    convert(tmp_path / "peft", "pyreft", tmp_path / "out", BASE)
+    convert_adapter_file(tmp_path / "peft", "pyreft", tmp_path / "out", BASE)
     again = graft.load_adapter(base(), tmp_path / "out").eval()
     assert_close(again(IDS).last_hidden_state, model(IDS).last_hidden_state, rtol=0, atol=0)
 
@@ -131,8 +131,8 @@ def test_what_its_files_cannot_hold(tmp_path):
     ):
         graft.get_peft_model(base(), graft.ReftConfig(r=2, **options)).save_pretrained(tmp_path / "peft")
         with pytest.raises(LossError, match=text):
-            convert(tmp_path / "peft", "pyreft", tmp_path / "out", BASE)
+            convert_adapter_file(tmp_path / "peft", "pyreft", tmp_path / "out", BASE)
         assert not (tmp_path / "out").exists()
     graft.get_peft_model(base(), graft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "peft")
     with pytest.raises(LossError, match="ReFT alone"):
-        convert(tmp_path / "peft", "pyreft", tmp_path / "out", BASE)
+        convert_adapter_file(tmp_path / "peft", "pyreft", tmp_path / "out", BASE)

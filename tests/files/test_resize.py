@@ -16,11 +16,11 @@ from graft.files import algebra
 from graft.files.errors import OptionError
 from graft.files.formats import peft as form
 from graft.files.formats import read
-from graft.files.inspect import difference, inspect
-from graft.files.lint import lint
+from graft.files.inspect import compare_adapters, inspect_adapter
+from graft.files.lint import lint_adapter
 from graft.files.neutral import AdapterFile, LowRank
-from graft.files.resize import factors_in, resize
-from graft.files.tensors import tensor
+from graft.files.resize import collect_loras, resize_adapter
+from graft.files.tensors import make_tensor
 from tests import models
 from tests.pair import LIBS, adapt, close, output, randomize
 from tests.samples import SAMPLES, first, over
@@ -45,14 +45,14 @@ def adapter_of(*spectra, out=9, fan_in=7, seed=0):
     modules = {}
     for i, s in enumerate(spectra):
         U, V = (np.linalg.qr(rng.standard_normal((n, len(s))))[0] for n in (out, fan_in))
-        modules[f"m{i}"] = LowRank(tensor(V.T.astype("f4")), tensor((U * s).astype("f4")), 1.0)
+        modules[f"m{i}"] = LowRank(make_tensor(V.T.astype("f4")), make_tensor((U * s).astype("f4")), 1.0)
     return AdapterFile("peft", "made", modules=modules)
 
 
 @over(ANY)
 def test_all_of_the_energy_is_all(sample, tmp_path):
     model = saved(sample, tmp_path / "a", graft if "pissa" in sample.name or "olora" in sample.name else peft)
-    small, rows = resize(read(tmp_path / "a"), energy=1.0)
+    small, rows = resize_adapter(read(tmp_path / "a"), energy=1.0)
     assert all(row.energy == pytest.approx(1) for row in rows) and rows
     assert form.write(small, str(tmp_path / "b")) == []
     for lib in LIBS:
@@ -67,12 +67,12 @@ def test_what_is_lost(options, model, tmp_path):
     sample = replace(sample, kwargs=sample.kwargs | dict(r=5))
     saved(sample, tmp_path / "a")
     before = read(tmp_path / "a")
-    small, rows = resize(before, **options)
+    small, rows = resize_adapter(before, **options)
     form.write(small, str(tmp_path / "b"))
     after = read(tmp_path / "b")
     layers = dict(peft.PeftModel.from_pretrained(models.make(model), tmp_path / "b").base_model.model.named_modules())
     for row in rows:
-        ((B, A),) = algebra.products(before.modules[row.module])
+        ((B, A),) = algebra.list_delta_products(before.modules[row.module])
         W = torch.from_numpy(B @ A)
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         S = S[S.div(S[0]) > 1e-6]
@@ -99,7 +99,7 @@ def test_a_budget_loses_least():
         size = 0.0
         for probe in np.arange(0.0002, 0.01, 0.00001):
             try:
-                rows = resize(adapter, max_mb=float(probe))[1]
+                rows = resize_adapter(adapter, max_mb=float(probe))[1]
             except LossError:
                 continue
             if sum(row.after for row in rows) == 3 + extra:
@@ -120,7 +120,7 @@ def test_a_file_is_no_larger_than_it_may_be(uniform, tmp_path):
     adapter = read(tmp_path / "a")
     full = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
     for part in (0.3, 0.6, 0.9):
-        small, rows = resize(adapter, max_mb=part * full / 1e6, uniform=uniform)
+        small, rows = resize_adapter(adapter, max_mb=part * full / 1e6, uniform=uniform)
         form.write(small, str(tmp_path / "b"))
         size = (tmp_path / "b" / "adapter_model.safetensors").stat().st_size
         assert 0.75 * part * full < size <= part * full
@@ -129,15 +129,15 @@ def test_a_file_is_no_larger_than_it_may_be(uniform, tmp_path):
 
 def test_one_rank_for_all(tmp_path):
     adapter = adapter_of([5, 1e-9], [3, 2.9], [1, 0.1])
-    _, rows = resize(adapter, energy=0.99, uniform=True)
+    _, rows = resize_adapter(adapter, energy=0.99, uniform=True)
     assert [row.after for row in rows] == [2, 2, 2]
-    _, rows = resize(adapter, energy=0.99)
+    _, rows = resize_adapter(adapter, energy=0.99)
     assert [row.after for row in rows] == [1, 2, 1]
-    wider, rows = resize(adapter, rank=6, uniform=True)
+    wider, rows = resize_adapter(adapter, rank=6, uniform=True)
     assert [row.after for row in rows] == [6, 6, 6]
     for path, held in adapter.modules.items():
-        (a,), (b,) = algebra.products(held), algebra.products(wider.modules[path])
-        assert algebra.compare([a], [b]).relative < 1e-6
+        (a,), (b,) = algebra.list_delta_products(held), algebra.list_delta_products(wider.modules[path])
+        assert algebra.compare_deltas([a], [b]).relative < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -146,21 +146,21 @@ def test_one_rank_for_all(tmp_path):
 )  # fmt: skip
 def test_options_that_cannot_be(options):
     with pytest.raises(OptionError):
-        resize(adapter_of([1, 2]), **options)
+        resize_adapter(adapter_of([1, 2]), **options)
 
 
 def test_what_has_no_rank_is_refused(tmp_path):
     for method, model in (("LOHA", "mlp"), ("IA3", "mlp"), ("LN_TUNING", "llama")):
         saved(first(method, model), tmp_path / method)
         with pytest.raises(LossError, match="without a rank"):
-            resize(read(tmp_path / method), rank=1)
+            resize_adapter(read(tmp_path / method), rank=1)
     sample = next(s for s in SAMPLES if s.method == "LORA" and s.name == "pissa" and s.model == "mlp")
     saved(sample, tmp_path / "pissa")
     with pytest.raises(LossError, match="changed the base"):
-        resize(read(tmp_path / "pissa"), rank=1)
+        resize_adapter(read(tmp_path / "pissa"), rank=1)
     with pytest.raises(LossError, match="MB at rank 1"):
-        resize(adapter_of([1, 2]), max_mb=1e-6)
-    assert factors_in(adapter_of([1.0]))
+        resize_adapter(adapter_of([1, 2]), max_mb=1e-6)
+    assert collect_loras(adapter_of([1.0]))
 
 
 @pytest.mark.parametrize("options", [dict(rank=2), dict(energy=0.9), dict(ratio=2.0), dict(max_mb=0.01)])
@@ -175,11 +175,11 @@ def test_a_module_that_adalora_has_left_no_rank(options, tmp_path):
     save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
     path = none.removeprefix("base_model.model.").removesuffix(".")
     adapter = read(tmp_path / "a")
-    (found,) = (m for m in inspect(adapter, spectrum=True)["modules"] if m["module"] == path)
+    (found,) = (m for m in inspect_adapter(adapter, spectrum=True)["modules"] if m["module"] == path)
     assert (found["rank"], found["norm"], found["utilisation"]) == (0, 0.0, 0.0)
-    assert any(f.rule == "zero-B" and path in f.where for f in lint(adapter))
-    assert difference(adapter, adapter)["equal"]
-    small, rows = resize(adapter, **options)
+    assert any(f.rule == "zero-B" and path in f.where for f in lint_adapter(adapter))
+    assert compare_adapters(adapter, adapter)["equal"]
+    small, rows = resize_adapter(adapter, **options)
     assert next((row.before, row.energy) for row in rows if row.module == path) == (0, 1.0)
     form.write(small, str(tmp_path / "b"))
     graft.PeftModel.from_pretrained(models.make("llama"), tmp_path / "b")
@@ -190,21 +190,23 @@ def test_a_module_that_adalora_has_left_no_rank(options, tmp_path):
 def test_what_loses_nothing_keeps_its_bits(dtype, options):
     adapter = adapter_of((3.0, 2.0, 1.0, 0.5), (2.0, 1.0, 0.1))
     for path, of in adapter.low_rank.items():
-        adapter.modules[path] = replace(of, A=tensor(of.A.read(), dtype), B=tensor(of.B.read(), dtype), scale=1.7)
-    made, _ = resize(adapter, **options)
+        adapter.modules[path] = replace(
+            of, A=make_tensor(of.A.read(), dtype), B=make_tensor(of.B.read(), dtype), scale=1.7
+        )
+    made, _ = resize_adapter(adapter, **options)
     for path, of in made.low_rank.items():
         was = adapter.low_rank[path]
         assert of.scale == 1.7 and of.A.dtype == dtype and of.rank == (6 if options.get("uniform") else was.rank)
         assert np.array_equal(of.A.read()[: was.rank], was.A.read()) and not of.A.read()[was.rank :].any()
         assert np.array_equal(of.B.read()[:, : was.rank], was.B.read()) and not of.B.read()[:, was.rank :].any()
-    assert difference(adapter, made)["largest"] < 1e-12
+    assert compare_adapters(adapter, made)["largest"] < 1e-12
 
 
 def test_one_alpha_for_all_where_there_was_one(tmp_path):
     """Servers that read no patterns scale by it: also where a module keeps its factors and another does not."""
     adapter = adapter_of((3.0, 2.0, 1.0, 0.5), (2.0, 1.0))
     adapter.modules = {path: replace(of, scale=2.0) for path, of in adapter.low_rank.items()}
-    form.write(resize(adapter, rank=3, uniform=True)[0], str(tmp_path))
+    form.write(resize_adapter(adapter, rank=3, uniform=True)[0], str(tmp_path))
     config = read(tmp_path).config
     assert (config["r"], config["lora_alpha"]) == (3, 6)
     assert not config["alpha_pattern"] and not config["rank_pattern"]

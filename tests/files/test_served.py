@@ -10,13 +10,13 @@ from safetensors.numpy import save_file
 from torch.testing import assert_close
 
 import graft
-from graft.files.bases import base_of
-from graft.files.convert import convert
+from graft.files.bases import open_base
+from graft.files.convert import convert_adapter_file
 from graft.files.errors import BaseNeededError
 from graft.files.formats import read
-from graft.files.inspect import inspect
-from graft.files.lint import lint
-from graft.files.serving import check
+from graft.files.inspect import inspect_adapter
+from graft.files.lint import lint_adapter
+from graft.files.serving import check_servers
 from tests.families import base
 from tests.leaves_out import FUSED_EXPERTS
 from tests.model.test_adapter_tensors import logits, shared, with_experts
@@ -39,7 +39,7 @@ def test_it_is_merged_converted_and_loaded(family, layout, tmp_path):
     graft.adapter_tensors(model, layout=layout).save(tmp_path / "a")
     graft.merge_files(tmp_path / "base", [tmp_path / "a"], tmp_path / "merged")
     assert_close(logits(type(base(family)).from_pretrained(tmp_path / "merged").eval()), expected, rtol=1e-4, atol=1e-4)
-    convert(tmp_path / "a", "peft", tmp_path / "b", tmp_path / "base")
+    convert_adapter_file(tmp_path / "a", "peft", tmp_path / "b", tmp_path / "base")
     assert_close(logits(graft.PeftModel.from_pretrained(base(family), tmp_path / "b")), expected)
     assert_close(logits(graft.load_adapter(base(family), tmp_path / "a").eval()), expected)
 
@@ -50,11 +50,11 @@ def test_a_file_of_sglang_needs_its_base(tmp_path):
     with pytest.raises(BaseNeededError, match="--base"):
         read(tmp_path)
     base("qwen3_moe").save_pretrained(tmp_path / "base")
-    known = base_of(tmp_path / "base")
+    known = open_base(tmp_path / "base")
     adapter = read(tmp_path, known)
-    assert "experts" not in {f.condition for f in check(adapter, ["sglang"], known)}
+    assert "experts" not in {f.condition for f in check_servers(adapter, ["sglang"], known)}
     model.save_pretrained(tmp_path / "plain")
-    assert "experts" in {f.condition for f in check(read(tmp_path / "plain"), ["sglang"])}
+    assert "experts" in {f.condition for f in check_servers(read(tmp_path / "plain"), ["sglang"])}
     assert torch.isfinite(torch.tensor([held.scale for held in adapter.low_rank.values()])).all()
 
 
@@ -115,10 +115,10 @@ def test_verbs_that_compare_with_the_base_take_its_stacks(family, tmp_path):
     model = base(family)
     model.save_pretrained(tmp_path / "base")
     with_experts(family).save_pretrained(tmp_path / "a")
-    known = base_of(tmp_path / "base")
+    known = open_base(tmp_path / "base")
     adapter = read(tmp_path / "a", known)
-    assert [f for f in lint(adapter, known) if f.severity == "error"] == []
-    compared = {m["module"]: m.get("relative") for m in inspect(adapter, known)["modules"]}
+    assert [f for f in lint_adapter(adapter, known) if f.severity == "error"] == []
+    compared = {m["module"]: m.get("relative") for m in inspect_adapter(adapter, known)["modules"]}
     assert all(compared[p] is not None for p in compared if "experts" not in p or family == "gpt_oss")
 
 
@@ -127,8 +127,8 @@ def test_vllm_does_not_take_sglangs_layouts(layout, refused, tmp_path):
     base("qwen3_moe").save_pretrained(tmp_path / "base")
     model = with_experts("qwen3_moe")
     graft.adapter_tensors(shared(model) if layout in SHARED else model, layout=layout).save(tmp_path / "a")
-    known = base_of(tmp_path / "base")
-    found = {f.condition: f for f in check(read(tmp_path / "a", known), ["vllm", "sglang"], known)}
+    known = open_base(tmp_path / "base")
+    found = {f.condition: f for f in check_servers(read(tmp_path / "a", known), ["vllm", "sglang"], known)}
     assert ("stacks_of_sglang" in found) == refused
     if refused:
         assert found["stacks_of_sglang"].verdict == "refused" and "experts" in found["stacks_of_sglang"].what

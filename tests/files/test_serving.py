@@ -14,49 +14,57 @@ import pytest
 
 from graft.core.errors import ConfigError
 from graft.files import skeleton
-from graft.files.base import base_files
+from graft.files.base import read_base_files
 from graft.files.formats import read
 from graft.files.neutral import AdapterFile, LowRank
-from graft.files.serving import CONDITIONS, VERDICTS, Options, Subject, check, data, servers
-from graft.files.tensors import tensor
+from graft.files.serving import (
+    CONDITIONS,
+    VERDICTS,
+    ServerOptions,
+    Subject,
+    check_servers,
+    list_servers,
+    read_server_data,
+)
+from graft.files.tensors import make_tensor
 from tests.files import adapters
 
 Q0 = "model.layers.0.self_attn.q_proj"
 CASES = {  # condition → adapter that fulfils it, server, options, text of what it returns
-    "another_format": ("plain", "mlx", Options(), "peft"),
-    "torch_file": ("bin/plain", "lorax", Options(), "adapter_model.bin"),
-    "another_method": ("method/LoHaConfig", "vllm", Options(), "LOHA"),
-    "kasa": ("kasa", "vllm", Options(), "KASA"),
-    "blocks": ("bdlora", "vllm", Options(), "BDLORA"),
-    "pooled": ("qalora", "vllm", Options(), "QALORA"),
-    "dora": ("dora", "vllm", Options(), Q0),
-    "bias": ("bias", "vllm", Options(), Q0),
-    "extra_tensors": ("velora", "vllm", Options(), "lora_velora_embed"),
-    "activated": ("alora", "vllm", Options(), "[3, 4]"),
-    "replicated": ("replicated", "vllm", Options(), "[1, 2]"),
-    "base_changed_and_kept": ("pissa", "vllm", Options(), Q0),
-    "base_changed": ("peft/pissa", "vllm", Options(), "'pissa'"),
-    "whole_norms": ("whole norm", "vllm", Options(), "model.norm"),
-    "whole_modules": ("whole head", "vllm", Options(), "lm_head"),
-    "another_vocabulary": ("resized/embed", "vllm", Options(), "(44, 24)"),
-    "token_rows": ("rows", "vllm", Options(), "2 rows of model.embed_tokens.weight"),
-    "embeddings": ("embedding", "openvino", Options(), "model.embed_tokens"),
-    "output_head": ("lm_head", "onnxruntime", Options(), "lm_head"),
-    "kernels": ("conv/conv2d", "openvino", Options(), "kernel of"),
-    "rank_above_the_limit": ("plain", "vllm", Options(max_rank=3), "rank 4, the limit is 3"),
-    "rank_above_128": ("high", "lorax", Options(), "rank 130"),
-    "several_ranks": ("patterns", "mlx", Options(), "ranks [2, 4]"),
-    "scale_is_not_one": ("scaled", "openvino", Options(), "the scale 1.5, and would get 1"),
-    "scale_is_not_alpha_by_the_rank": ("rslora", "llama.cpp", Options(), "the scale 4, and would get 2"),
-    "scale_is_not_alpha_by_r": ("patterns", "sglang", Options(), "the scale 2.5, and would get 2"),
-    "scale_is_not_the_configs": ("patterns", "lorax", Options(), "the scale 2.5, and would get 2"),
-    "regular_expression": ("regex", "sglang", Options(), "(q|v)_proj"),
-    "q_without_v": ("q", "sglang", Options(), Q0),
-    "some_layers_only": ("one layer", "lorax", Options(), "model.layers.N.self_attn.q_proj on 1 of 2 layers"),
-    "targets_excluded": ("plain", "vllm", Options(targets=("q_proj", "o_proj")), "up_proj"),
+    "another_format": ("plain", "mlx", ServerOptions(), "peft"),
+    "torch_file": ("bin/plain", "lorax", ServerOptions(), "adapter_model.bin"),
+    "another_method": ("method/LoHaConfig", "vllm", ServerOptions(), "LOHA"),
+    "kasa": ("kasa", "vllm", ServerOptions(), "KASA"),
+    "blocks": ("bdlora", "vllm", ServerOptions(), "BDLORA"),
+    "pooled": ("qalora", "vllm", ServerOptions(), "QALORA"),
+    "dora": ("dora", "vllm", ServerOptions(), Q0),
+    "bias": ("bias", "vllm", ServerOptions(), Q0),
+    "extra_tensors": ("velora", "vllm", ServerOptions(), "lora_velora_embed"),
+    "invocation_tokens": ("alora", "vllm", ServerOptions(), "[3, 4]"),
+    "layer_replication": ("replicated", "vllm", ServerOptions(), "[1, 2]"),
+    "base_changed_and_kept": ("pissa", "vllm", ServerOptions(), Q0),
+    "base_changed": ("peft/pissa", "vllm", ServerOptions(), "'pissa'"),
+    "whole_norms": ("whole norm", "vllm", ServerOptions(), "model.norm"),
+    "whole_modules": ("whole head", "vllm", ServerOptions(), "lm_head"),
+    "another_vocabulary": ("resized/embed", "vllm", ServerOptions(), "(44, 24)"),
+    "token_rows": ("rows", "vllm", ServerOptions(), "2 rows of model.embed_tokens.weight"),
+    "embeddings": ("embedding", "openvino", ServerOptions(), "model.embed_tokens"),
+    "output_head": ("lm_head", "onnxruntime", ServerOptions(), "lm_head"),
+    "kernels": ("conv/conv2d", "openvino", ServerOptions(), "kernel of"),
+    "rank_above_the_limit": ("plain", "vllm", ServerOptions(max_rank=3), "rank 4, the limit is 3"),
+    "rank_above_128": ("high", "lorax", ServerOptions(), "rank 130"),
+    "several_ranks": ("patterns", "mlx", ServerOptions(), "ranks [2, 4]"),
+    "scale_is_not_one": ("scaled", "openvino", ServerOptions(), "the scale 1.5, and would get 1"),
+    "scale_is_not_alpha_by_the_rank": ("rslora", "llama.cpp", ServerOptions(), "the scale 4, and would get 2"),
+    "scale_is_not_alpha_by_r": ("patterns", "sglang", ServerOptions(), "the scale 2.5, and would get 2"),
+    "scale_is_not_the_configs": ("patterns", "lorax", ServerOptions(), "the scale 2.5, and would get 2"),
+    "regular_expression": ("regex", "sglang", ServerOptions(), "(q|v)_proj"),
+    "q_without_v": ("q", "sglang", ServerOptions(), Q0),
+    "some_layers_only": ("one layer", "lorax", ServerOptions(), "model.layers.N.self_attn.q_proj on 1 of 2 layers"),
+    "targets_excluded": ("plain", "vllm", ServerOptions(targets=("q_proj", "o_proj")), "up_proj"),
 }
 OTHERS = {  # conditions that have tests of their own
-    "added_tokens", "fields_missing", "scale_is_not_told", "dora_of_kohya", "experts", "modules_missing",
+    "file_of_added_tokens", "fields_missing", "scale_is_not_told", "dora_of_kohya", "experts", "modules_missing",
     "layers_missing", "prefixes_differ", "stacks_of_sglang", "transformer_of_kohya", "not_whole", "unknown_keys",
     "stacks_of_peft",
 }  # fmt: skip
@@ -64,7 +72,9 @@ OTHERS = {  # conditions that have tests of their own
 
 def subject(adapter, server="vllm", options=None, base=True):
     held = adapter if isinstance(adapter, AdapterFile) else read(adapters.folder(adapter))
-    return Subject(held, servers()[server], options or Options(), base_files(adapters.base()) if base else None)
+    return Subject(
+        held, list_servers()[server], options or ServerOptions(), read_base_files(adapters.base()) if base else None
+    )
 
 
 def holds(name, *args, **options):
@@ -92,26 +102,28 @@ def test_every_condition_is_tested_and_used():
 
 
 def all_rows():
-    return [*data()["every"], *(row for of in data()["servers"].values() for row in of["rows"])]
+    return [*read_server_data()["every"], *(row for of in read_server_data()["servers"].values() for row in of["rows"])]
 
 
-@pytest.mark.parametrize("name", servers())
+@pytest.mark.parametrize("name", list_servers())
 def test_the_data(name):
-    of = data()["servers"][name]
+    of = read_server_data()["servers"][name]
     assert (
         {"version", "date", "formats", "rows"} <= {*of} <= {"version", "date", "formats", "rows", "max_rank", "heads"}
     )
     assert max(Counter(row["when"] for row in of["rows"]).values()) == 1
-    for row in (*data()["every"], *of["rows"]):
+    for row in (*read_server_data()["every"], *of["rows"]):
         assert {"when", "verdict", "does", "remedy"} <= {*row} <= {"when", "verdict", "does", "remedy", "evidence"}
         assert row["verdict"] in VERDICTS and row["does"]
-        remedy = data()["remedies"][row["remedy"]].format(server="S", adapter="A", format="F", base="B", max_rank=3)
+        remedy = read_server_data()["remedies"][row["remedy"]].format(
+            server="S", adapter="A", format="F", base="B", max_rank=3
+        )
         assert bool(remedy) == (row["verdict"] != "ok" or row["when"] in ("dora", "output_head")), row
 
 
 def test_no_remedy_is_left_over():
     used = {row["remedy"] for row in all_rows()}
-    assert used == {*data()["remedies"]}
+    assert used == {*read_server_data()["remedies"]}
 
 
 @pytest.mark.parametrize(
@@ -135,27 +147,27 @@ def test_no_remedy_is_left_over():
 )  # fmt: skip
 def test_what_a_server_does(adapter, server, expected):
     """As SERVERS were measured and read."""
-    found = check(read(adapters.folder(adapter)), [server], base_files(adapters.base()))
+    found = check_servers(read(adapters.folder(adapter)), [server], read_base_files(adapters.base()))
     assert {f.condition: f.verdict for f in found} == expected
     for f in found:
         assert f.ok == (f.verdict == "ok")
-        assert (f.version, f.date) == (servers()[server].version, servers()[server].date)
+        assert (f.version, f.date) == (list_servers()[server].version, list_servers()[server].date)
 
 
 def test_a_server_that_nobody_knows():
     with pytest.raises(ConfigError, match=r"ollama.*vllm"):
-        check(read(adapters.folder("plain")), ["vllm", "ollama"])
+        check_servers(read(adapters.folder("plain")), ["vllm", "ollama"])
 
 
 def test_the_rank_that_a_server_has_room_for_by_default():
     assert holds("rank_above_the_limit", "high") and not holds("rank_above_the_limit", "high", "sglang")
-    assert not holds("rank_above_the_limit", "high", options=Options(max_rank=130))
+    assert not holds("rank_above_the_limit", "high", options=ServerOptions(max_rank=130))
 
 
 def test_packed_projections_pass_together():
     """vLLM's --lora-target-modules q_proj lets k and v pass."""
-    assert holds("targets_excluded", "plain", "vllm", Options(targets=("q_proj",))) == ["up_proj"]
-    assert holds("targets_excluded", "plain", "sglang", Options(targets=("q_proj",))) == ["up_proj", "v_proj"]
+    assert holds("targets_excluded", "plain", "vllm", ServerOptions(targets=("q_proj",))) == ["up_proj"]
+    assert holds("targets_excluded", "plain", "sglang", ServerOptions(targets=("q_proj",))) == ["up_proj", "v_proj"]
 
 
 # files that somebody changed, or made by hand
@@ -169,9 +181,9 @@ def copied(tmp_path, name="plain"):
 
 def test_added_tokens(tmp_path):
     folder = copied(tmp_path)
-    assert not holds("added_tokens", read(folder))
+    assert not holds("file_of_added_tokens", read(folder))
     (folder / "added_tokens.json").write_text("{}")
-    assert holds("added_tokens", read(folder)) == ["added_tokens.json"]
+    assert holds("file_of_added_tokens", read(folder)) == ["added_tokens.json"]
 
 
 @pytest.mark.parametrize("field", ["r", "lora_alpha", "target_modules"])
@@ -185,8 +197,8 @@ def test_a_field_that_is_missing(field, tmp_path):
 
 
 def by_hand(format, path="lora", magnitude=False, kind="linear", **options):
-    a, b = tensor(np.ones((2, 6), "f4")), tensor(np.ones((6, 2), "f4"))
-    m = tensor(np.ones(6, "f4")) if magnitude else None
+    a, b = make_tensor(np.ones((2, 6), "f4")), make_tensor(np.ones((6, 2), "f4"))
+    m = make_tensor(np.ones(6, "f4")) if magnitude else None
     return AdapterFile(format, "x", "LORA", {path: LowRank(a, b, 0.5, kind, m)}, **options)
 
 
@@ -237,7 +249,7 @@ def test_the_class_that_the_server_runs(tmp_path):
         vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**text)
     )
     adapters.quietly(transformers.LlavaForConditionalGeneration(config).save_pretrained, tmp_path)
-    base, server = base_files(tmp_path), servers()["vllm"]
+    base, server = read_base_files(tmp_path), list_servers()["vllm"]
     adapter = read(adapters.folder("plain"))
     assert [*CONDITIONS["prefixes_differ"](Subject(adapter, server, base=base))] == [*adapter.modules]
     there = renamed("plain", lambda path: path.replace("model.", "model.language_model.", 1))
@@ -246,9 +258,9 @@ def test_the_class_that_the_server_runs(tmp_path):
 
 
 def test_the_class_is_built_once_for_a_server(monkeypatch):
-    made, whole = [], skeleton.skeleton
-    monkeypatch.setattr(skeleton, "skeleton", lambda path: made.append(path) or whole(path))
-    assert check(renamed("plain", lambda path: f"x.{path}"), ["vllm"], base_files(adapters.base()))
+    made, whole = [], skeleton.build_meta_model
+    monkeypatch.setattr(skeleton, "build_meta_model", lambda path: made.append(path) or whole(path))
+    assert check_servers(renamed("plain", lambda path: f"x.{path}"), ["vllm"], read_base_files(adapters.base()))
     assert len(made) == 1
 
 
@@ -258,7 +270,7 @@ def test_a_base_that_transformers_does_not_know(tmp_path):
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     del config["model_type"]
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-    found = check(renamed("plain", lambda path: f"x.{path}"), ["vllm"], base_files(tmp_path / "base"))
+    found = check_servers(renamed("plain", lambda path: f"x.{path}"), ["vllm"], read_base_files(tmp_path / "base"))
     assert "prefixes_differ" in {f.condition for f in found}
 
 

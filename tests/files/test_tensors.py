@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graft.core.errors import CheckpointError
-from graft.files.tensors import read_header, tensor, write_safetensors
+from graft.files.tensors import make_tensor, read_header, write_safetensors
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 
@@ -37,14 +37,14 @@ def test_safetensors_reads_what_is_written(tmp_path):
     values[0, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0])
     names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     path = str(tmp_path / "b.safetensors")
-    write_safetensors(path, {name: tensor(values.numpy(), name) for name in names}, {"z": "1", "a": "2"})
+    write_safetensors(path, {name: make_tensor(values.numpy(), name) for name in names}, {"z": "1", "a": "2"})
     for name, held in load_file(path).items():
         assert torch.equal(held.nan_to_num(7), values.to(names[name]).nan_to_num(7)), name
 
 
 def test_what_is_read_after_another_save_is_not_mixed_with_what_was_read_before(tmp_path):
     path = str(tmp_path / "a.safetensors")
-    save = lambda value: write_safetensors(path, {name: tensor(np.full(4, value, "f4")) for name in "AB"}, {})
+    save = lambda value: write_safetensors(path, {name: make_tensor(np.full(4, value, "f4")) for name in "AB"}, {})
     save(1.0)
     held, _ = read_header(path)
     assert held["A"].read().tolist() == [1.0] * 4
@@ -79,5 +79,5 @@ def test_tensors_that_overlap_are_damage(tmp_path):
 
 
 def test_a_number_alone_has_no_dimension(tmp_path):
-    write_safetensors(str(tmp_path / "e.safetensors"), {"alpha": tensor(np.array(3, "f4"))}, {})
+    write_safetensors(str(tmp_path / "e.safetensors"), {"alpha": make_tensor(np.array(3, "f4"))}, {})
     assert load_file(tmp_path / "e.safetensors")["alpha"].shape == ()

@@ -15,9 +15,9 @@ import torch
 import graft
 from graft import ServerError, UnknownModelError
 from graft.core.errors import BaseModelMismatchError
-from graft.files.ask import Connection, server_of
+from graft.files.ask import Connection, identify_server
 from graft.files.errors import OptionError
-from graft.files.verify import verify
+from graft.files.verify import verify_server
 from tests.models import make, nudged, seeded
 from tests.serving.server import answers, serving
 
@@ -64,7 +64,7 @@ def without(model, part):
 def verdict(folder, served, kind="vllm", dtype="float32", **options):
     base = make("llama")
     with serving({"base": answers(make("llama")), "tuned": answers(served)}, kind) as url:
-        return verify(Connection(url), base, loader(folder), "tuned", "base", dtype, **options)
+        return verify_server(Connection(url), base, loader(folder), "tuned", "base", dtype, **options)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_a_base_that_answers_with_the_adapter(part, folder, model):
     for other in ("q_proj", "v_proj", "up_proj") if part == "lm_head" else ():
         leaked = without(leaked, other)
     with serving({"base": answers(leaked), "tuned": answers(model)}) as url:
-        found = verify(Connection(url), make("llama"), loader(folder), "tuned", "base")
+        found = verify_server(Connection(url), make("llama"), loader(folder), "tuned", "base")
     assert (found.verdict, found.ok) == ("in the base too", False)
     assert f"({part} of it)" in found.text and found.deviations["applied"] < 1e-5
 
@@ -155,7 +155,7 @@ def test_a_server_of_less_precision(dtype, folder, model):
     for served, expected in (model, "applied"), (make("llama"), "not applied"), (scaled(model, 2), "scale off"):
         served = copy.deepcopy(served).to(half)
         with serving({"base": answers(make("llama").to(half)), "tuned": answers(served)}) as url:
-            found = verify(Connection(url), make("llama"), loader(folder), "tuned", "base", dtype)
+            found = verify_server(Connection(url), make("llama"), loader(folder), "tuned", "base", dtype)
         assert found.verdict == expected, found
 
 
@@ -194,7 +194,7 @@ def test_methods_without_a_scaling(tmp_path):
 
 def ask_it(folder, answer=None, timeout=5.0, base=None, kind="vllm", name="tuned", **options):
     with serving({"base": base or answers(make("llama")), "tuned": answers(make("llama"))}, kind, answer) as url:
-        return verify(Connection(url, timeout), make("llama"), loader(folder), name, "base", **options)
+        return verify_server(Connection(url, timeout), make("llama"), loader(folder), name, "base", **options)
 
 
 def test_another_base(folder):
@@ -224,7 +224,7 @@ def test_a_larger_vocabulary(folder):
         serving({"base": large, "tuned": large}, "llama.cpp") as url,
         pytest.raises(BaseModelMismatchError, match="41 of them"),
     ):
-        verify(Connection(url), make("llama"), loader(folder), "tuned", "base")
+        verify_server(Connection(url), make("llama"), loader(folder), "tuned", "base")
 
 
 @pytest.mark.parametrize("kind", ["vllm", "llama.cpp"])
@@ -285,7 +285,7 @@ def test_a_generated_token_that_is_a_part_of_a_character(folder, model):
         return True
 
     with serving({"base": answers(make("llama")), "tuned": answers(model)}, "llama.cpp", answer) as url:
-        assert verify(Connection(url), make("llama"), loader(folder), "tuned", "base").ok
+        assert verify_server(Connection(url), make("llama"), loader(folder), "tuned", "base").ok
     assert set(plain) == {3, 4, 5, 6, 7}
 
 
@@ -329,7 +329,7 @@ def test_no_server():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(ServerError, match="cannot be reached"):
-            server_of(Connection("http://127.0.0.1:9"))
+            identify_server(Connection("http://127.0.0.1:9"))
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "localhost:8000", "", "ftp://host"])
@@ -341,4 +341,4 @@ def test_an_address_that_is_none(url):
 @pytest.mark.parametrize("kind", ["vllm", "sglang", "llama.cpp", "openai"])
 def test_which_server_it_is(kind):
     with serving({"base": answers(make("llama"))}, kind) as url:
-        assert server_of(Connection(url + "/v1/")) == kind
+        assert identify_server(Connection(url + "/v1/")) == kind

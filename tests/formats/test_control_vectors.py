@@ -14,7 +14,7 @@ from transformers import AutoModel
 import graft
 from graft.core.errors import BaseModelMismatchError, LossError
 from graft.files import formats
-from graft.files.convert import convert
+from graft.files.convert import convert_adapter_file
 from graft.files.errors import BaseNeededError
 from tests.looks import layers
 
@@ -44,24 +44,24 @@ def test_a_file_of_repeng_computes_what_it_computes_there():
 
 
 def test_there_and_back(tmp_path):
-    convert(FILE, "peft", tmp_path / "peft", BASE)
-    convert(tmp_path / "peft", "gguf", tmp_path / "back.gguf", BASE)
+    convert_adapter_file(FILE, "peft", tmp_path / "peft", BASE)
+    convert_adapter_file(tmp_path / "peft", "gguf", tmp_path / "back.gguf", BASE)
     assert (tmp_path / "back.gguf").read_bytes() == FILE.read_bytes()
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
     """The package itself is silent where the values go nowhere."""
-    convert(FILE, "peft", tmp_path / "peft", BASE)
+    convert_adapter_file(FILE, "peft", tmp_path / "peft", BASE)
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", lambda *_, **__: None)
     with pytest.raises(OSError, match="disk is full"):
-        convert(tmp_path / "peft", "gguf", tmp_path / "back.gguf", BASE)
+        convert_adapter_file(tmp_path / "peft", "gguf", tmp_path / "back.gguf", BASE)
     assert [p.name for p in tmp_path.iterdir()] == ["peft"]
 
 
 @torch.no_grad()
 def test_the_coefficient_is_in_the_file(tmp_path):
     model = saved(tmp_path / "own", layers=[1], coefficient=-2.0)
-    convert(tmp_path / "own", "gguf", tmp_path / "own.gguf", BASE)
+    convert_adapter_file(tmp_path / "own", "gguf", tmp_path / "own.gguf", BASE)
     reader = gguf.GGUFReader(tmp_path / "own.gguf")
     assert [t.name for t in reader.tensors] == ["direction.1"]
     assert np.array_equal(reader.tensors[0].data, -2 * np.arange(8, dtype="f4"))
@@ -72,12 +72,12 @@ def test_the_coefficient_is_in_the_file(tmp_path):
 def test_what_a_file_cannot_hold(tmp_path):
     saved(tmp_path / "both")
     with pytest.raises(LossError, match=r"layers.0, which is the first block"):
-        convert(tmp_path / "both", "gguf", tmp_path / "out.gguf", BASE)
-    done = convert(tmp_path / "both", "gguf", tmp_path / "out.gguf", BASE, lossy=True)
+        convert_adapter_file(tmp_path / "both", "gguf", tmp_path / "out.gguf", BASE)
+    done = convert_adapter_file(tmp_path / "both", "gguf", tmp_path / "out.gguf", BASE, lossy=True)
     assert len(done.lost) == 1 and done.modules == 1
     saved(tmp_path / "late", layers=[1], min_token_index=2)
     with pytest.raises(LossError, match="min_token_index=2"):
-        convert(tmp_path / "late", "gguf", tmp_path / "late.gguf", BASE)
+        convert_adapter_file(tmp_path / "late", "gguf", tmp_path / "late.gguf", BASE)
     with pytest.raises(BaseNeededError, match="give the base model"):
         formats.read(FILE)
     other = gguf.GGUFWriter(tmp_path / "wide.gguf", "controlvector")

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 import graft
-from graft.files.base import base_files
-from graft.files.convert import convert
+from graft.files.base import read_base_files
+from graft.files.convert import convert_adapter_file
 from graft.files.formats import read
-from graft.files.serving import check
+from graft.files.serving import check_servers
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -138,9 +138,9 @@ def test_families(name, base, tmp_path):
     wanted = by_diffusers(name, tmp_path / "theirs")
     assert_same(by_graft(name, tmp_path / "theirs"), wanted)
     for way in ("kohya", "peft"):
-        made = convert(tmp_path / "theirs", way, tmp_path / way, base)
+        made = convert_adapter_file(tmp_path / "theirs", way, tmp_path / way, base)
         assert_same(by_graft(name, made.path), wanted)
-        back = convert(made.path, "diffusers", tmp_path / f"{way}-back.safetensors", base)
+        back = convert_adapter_file(made.path, "diffusers", tmp_path / f"{way}-back.safetensors", base)
         assert_same(by_diffusers(name, back.path), wanted)
 
 
@@ -156,7 +156,9 @@ def test_names_of_a_first_release(name, base, tmp_path):
     wanted = by_diffusers(name, tmp_path / "a.safetensors")
     assert_same(by_graft(name, tmp_path / "a.safetensors"), wanted)
     for known in (base, base / "transformer"):
-        made = convert(tmp_path / "a.safetensors", "diffusers", tmp_path / f"{known.name}.safetensors", known)
+        made = convert_adapter_file(
+            tmp_path / "a.safetensors", "diffusers", tmp_path / f"{known.name}.safetensors", known
+        )
         assert made.of == "kohya"
         assert_same(by_diffusers(name, made.path), wanted)
 
@@ -164,7 +166,7 @@ def test_names_of_a_first_release(name, base, tmp_path):
 @pytest.mark.parametrize("name", ["sd3", "wan"])
 def test_what_check_says_of_names_that_diffusers_does_not_know(name, base, tmp_path):
     trained(name, tmp_path / "theirs")
-    made = convert(tmp_path / "theirs", "kohya", tmp_path / "a", base)
+    made = convert_adapter_file(tmp_path / "theirs", "kohya", tmp_path / "a", base)
     assert by_diffusers(name, made.path) == {}
-    found = check(read(made.path), ["diffusers"], base_files(base / "transformer"))
+    found = check_servers(read(made.path), ["diffusers"], read_base_files(base / "transformer"))
     assert {f.verdict for f in found if f.condition == "transformer_of_kohya"} == {"ignored"}

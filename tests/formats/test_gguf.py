@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 import graft
 from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError
 from graft.files import formats
-from graft.files.bases import base_of
-from graft.files.convert import convert
+from graft.files.bases import open_base
+from graft.files.convert import convert_adapter_file
 from graft.files.errors import BaseNeededError, PackageNeededError
 from tests.files.dense import changes
 from tests.files.test_formats import FIXTURES, assert_same, wanted
@@ -23,13 +23,13 @@ FILE, LLAMA = FIXTURES / "gguf_llama" / "adapter.gguf", FIXTURES / "base_llama"
 
 
 def test_reads_names_and_order_as_transformers_does():
-    base = base_of(LLAMA)
+    base = open_base(LLAMA)
     assert_same(changes(formats.read(FILE, base), base), wanted("gguf_llama"))
 
 
 def test_peft_and_back_is_the_same_file(tmp_path):
-    convert(FILE, "peft", tmp_path / "peft", LLAMA)
-    convert(tmp_path / "peft", "gguf", tmp_path / "back.gguf", LLAMA)
+    convert_adapter_file(FILE, "peft", tmp_path / "peft", LLAMA)
+    convert_adapter_file(tmp_path / "peft", "gguf", tmp_path / "back.gguf", LLAMA)
     held = [
         {t.name: np.array(t.data) for t in gguf.GGUFReader(path).tensors} for path in (FILE, tmp_path / "back.gguf")
     ]
@@ -44,8 +44,8 @@ def test_peft_and_back_is_the_same_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["mlx_lora", "torchtune_lora", "litgpt_lora"])
 def test_files_of_others_there_and_back(tmp_path, name):
-    base = base_of(LLAMA)
-    done = convert(FIXTURES / name, "gguf", tmp_path / "a.gguf", base)
+    base = open_base(LLAMA)
+    done = convert_adapter_file(FIXTURES / name, "gguf", tmp_path / "a.gguf", base)
     assert done.lost == []
     assert_same(changes(formats.read(tmp_path / "a.gguf", base), base), wanted(name))
 
@@ -70,35 +70,35 @@ def test_an_alora_keeps_the_tokens_from_which_it_acts(tmp_path, monkeypatch):
     tensors = {f"{stem}.lora_{name}.weight": rng.standard_normal(size).astype("f4") for name, size in factors.items()}
     save_file(tensors, source / "adapter_model.safetensors")
     (source / "adapter_config.json").write_text(json.dumps(fields | {"alora_invocation_tokens": [5, 7]}))
-    convert(source, "gguf", tmp_path / "a.gguf", LLAMA)
+    convert_adapter_file(source, "gguf", tmp_path / "a.gguf", LLAMA)
     field = gguf.GGUFReader(tmp_path / "a.gguf").fields["adapter.alora.invocation_tokens"]
     assert field.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32] and field.contents() == [5, 7]
-    convert(tmp_path / "a.gguf", "peft", tmp_path / "back", LLAMA)
+    convert_adapter_file(tmp_path / "a.gguf", "peft", tmp_path / "back", LLAMA)
     back = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
     assert back["alora_invocation_tokens"] == [5, 7]
     with pytest.raises(LossError, match=r"tokens after which aLoRA begins to act: \[5, 7\]"):
-        convert(tmp_path / "a.gguf", "kohya", tmp_path / "a.safetensors", LLAMA)
+        convert_adapter_file(tmp_path / "a.gguf", "kohya", tmp_path / "a.safetensors", LLAMA)
     add = gguf.GGUFWriter.add_key_value  # which had one argument less until 2025
     monkeypatch.setattr(gguf.GGUFWriter, "add_key_value", lambda self, key, val, vtype: add(self, key, val, vtype))
     with pytest.raises(PackageNeededError, match="a later version of gguf"):
-        convert(source, "gguf", tmp_path / "old.gguf", LLAMA)
+        convert_adapter_file(source, "gguf", tmp_path / "old.gguf", LLAMA)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "alora", "back"]
 
 
 def test_refusals(tmp_path):
     with pytest.raises(LossError, match=r"DoRA's magnitude"):
-        convert(FIXTURES / "mlx_dora", "gguf", tmp_path / "a.gguf", LLAMA)
+        convert_adapter_file(FIXTURES / "mlx_dora", "gguf", tmp_path / "a.gguf", LLAMA)
     with pytest.raises(BaseNeededError, match="architecture"):
-        convert(FIXTURES / "mlx_lora", "gguf", tmp_path / "a.gguf")
+        convert_adapter_file(FIXTURES / "mlx_lora", "gguf", tmp_path / "a.gguf")
     with pytest.raises(BaseNeededError, match="--base"):
-        convert(FILE, "peft", tmp_path / "a")
+        convert_adapter_file(FILE, "peft", tmp_path / "a")
     with pytest.raises(LossError, match=r"does not know what llama\.cpp's converter does"):
-        convert(FILE, "peft", tmp_path / "a", FIXTURES / "base_bert")
+        convert_adapter_file(FILE, "peft", tmp_path / "a", FIXTURES / "base_bert")
     other = tmp_path / "qwen"
     shutil.copytree(LLAMA, other)
     (other / "config.json").write_text((LLAMA / "config.json").read_text().replace("LlamaFor", "Qwen2For"))
     with pytest.raises(BaseModelMismatchError, match=r"'llama', and .* is 'qwen2'"):
-        convert(FILE, "peft", tmp_path / "a", other)
+        convert_adapter_file(FILE, "peft", tmp_path / "a", other)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["qwen"]
 
 
@@ -119,7 +119,7 @@ def test_a_file_that_is_cut_off(tmp_path, keep):
     whole = FILE.read_bytes()
     (tmp_path / "a.gguf").write_bytes(whole[: int(len(whole) * keep)])
     with pytest.raises(CheckpointError, match="damaged or cut off"):
-        convert(tmp_path / "a.gguf", "peft", tmp_path / "out", LLAMA)
+        convert_adapter_file(tmp_path / "a.gguf", "peft", tmp_path / "out", LLAMA)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
@@ -136,7 +136,7 @@ def test_dtypes(tmp_path, kind):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    base = base_of(LLAMA)
+    base = open_base(LLAMA)
     found = changes(formats.read(tmp_path / "a.gguf", base), base)["model.layers.1.self_attn.o_proj"]
     exact = gguf.quants.dequantize(gguf.quants.quantize(B, q), q).astype("f8") @ A
     assert np.abs(found - exact).max() < 1e-5 and np.abs(found - B.astype("f8") @ A).max() < 0.3
@@ -160,8 +160,8 @@ def test_an_embedding_and_one_alpha_for_several_scales(tmp_path):
         '{"peft_type": "LORA", "r": 2, "lora_alpha": 7, "use_rslora": true, "rank_pattern": {"q_proj": 3}, '
         '"target_modules": ["layers.0.self_attn.q_proj", "embed_tokens"]}'
     )
-    base = base_of(LLAMA)
-    done = convert(folder, "gguf", tmp_path / "a.gguf", base)
+    base = open_base(LLAMA)
+    done = convert_adapter_file(folder, "gguf", tmp_path / "a.gguf", base)
     assert 0 < done.rounding < 1e-7
     shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
     assert shapes["token_embd.weight.lora_a"] == (32, 2) and shapes["token_embd.weight.lora_b"] == (16, 2)

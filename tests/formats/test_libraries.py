@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from graft.files.convert import convert
+from graft.files.convert import convert_adapter_file
 from tests.files.make_fixtures import LLAMA, llama_weights, net, weight_in_forward
 from tests.files.test_formats import FIXTURES, assert_same, wanted
 
@@ -25,7 +25,7 @@ def test_mlx(tmp_path, name):
     from mlx_lm.models.llama import Model, ModelArgs
     from mlx_lm.tuner.utils import load_adapters
 
-    convert(FIXTURES / name, "mlx", tmp_path / "out", BASE)
+    convert_adapter_file(FIXTURES / name, "mlx", tmp_path / "out", BASE)
     model = Model(ModelArgs(**{k: v for k, v in LLAMA.items() if k != "architectures"}))
     model.load_weights([(k, mx.array(v.numpy())) for k, v in llama_weights(str(BASE)).items()])
     load_adapters(model, str(tmp_path / "out"))
@@ -44,8 +44,8 @@ def near(found, tolerance=1e-6):
 def test_lycoris(tmp_path, name):
     from lycoris import create_lycoris_from_weights
 
-    convert(FIXTURES / name, "peft", tmp_path / "peft", FIXTURES / "base_net")
-    convert(tmp_path / "peft", "kohya", tmp_path / "a.safetensors", FIXTURES / "base_net")
+    convert_adapter_file(FIXTURES / name, "peft", tmp_path / "peft", FIXTURES / "base_net")
+    convert_adapter_file(tmp_path / "peft", "kohya", tmp_path / "a.safetensors", FIXTURES / "base_net")
     model = net()
     before = {
         path: m.weight.detach().clone()

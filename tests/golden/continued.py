@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 import graft
 from graft import optim
 from graft.files.errors import OutputExistsError
-from graft.files.merging.merge import merge
+from graft.files.merging.merge import merge_adapters
 from graft.many import MultiTrain
 from tests.golden.cases import base_at, inputs_at, sampled
 from tests.models import seeded
@@ -214,7 +214,9 @@ def finish_sweep(stop: int, folder: Path, bases: Path) -> Tensor:
 
 
 def merged(folder: Path, **options: Any) -> Any:
-    return merge(folder / "base", [folder / "adapter"], folder / "merged", weights=[0.5], certificate=True, **options)
+    return merge_adapters(
+        folder / "base", [folder / "adapter"], folder / "merged", weights=[0.5], certificate=True, **options
+    )
 
 
 def begin_merge(folder: Path, bases: Path) -> None:

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import graft
 from graft.core.errors import LossError
-from graft.files.convert import convert
-from graft.files.serving import servers
+from graft.files.convert import convert_adapter_file
+from graft.files.serving import list_servers
 from graft.io.servers import LAYOUTS
 from graft.methods import ROWS
 from tests import families, models, pair
@@ -309,16 +309,16 @@ def formats(golden: Golden) -> None:
     for name, model in adapted.items():
         model.eval().save_pretrained(golden.root / "adapters" / name)
         for to in WRITTEN.get(name, "").split():
-            done = convert(golden.root / "adapters" / name, to, golden.root / to / name, at)
+            done = convert_adapter_file(golden.root / "adapters" / name, to, golden.root / to / name, at)
             golden.add(f"{to}-{name}", llama, [["default", os.path.relpath(done.path)]], "foreign", same=model)
     of_mlp = made(graft.LoraConfig(r=2, lora_alpha=3, target_modules=["fc1", "fc2"]), base_of(golden, "mlp"))
     of_mlp.save_pretrained(golden.root / "adapters" / "mlp")
     part = golden.root / "transformer"  # of a pipeline, as diffusers saves one
     shutil.copytree(golden.root / BASES / "mlp", part)
     (part / "config.json").write_text(json.dumps({"_class_name": "SmallTransformer2DModel"}))
-    done = convert(golden.root / "adapters" / "mlp", "diffusers", golden.root / "diffusers" / "mlp", part)
+    done = convert_adapter_file(golden.root / "adapters" / "mlp", "diffusers", golden.root / "diffusers" / "mlp", part)
     golden.add("diffusers-mlp", "mlp", [["default", os.path.relpath(done.path)]], "foreign", same=of_mlp)
-    for server in servers().keys() - {"diffusers"}:  # it serves pipelines only
+    for server in list_servers().keys() - {"diffusers"}:  # it serves pipelines only
         for name in EXPORTED.split():
             folder = golden.root / "exports" / server / name
             adapted[name].eval().save_pretrained(folder, for_server=server)

@@ -13,7 +13,7 @@ from torch import nn
 
 import graft
 from graft.core.errors import CheckpointError
-from graft.files.convert import convert
+from graft.files.convert import convert_adapter_file
 from graft.files.formats import read
 from graft.io.tensors import digest_tensors, write_safetensors
 from graft.serving import AdapterSlots
@@ -98,7 +98,7 @@ def test_a_flipped_byte_goes_into_no_other_file(folder, tmp_path):
     save_file(base().state_dict(), tmp_path / "base" / "model.safetensors")
     flip(folder)
     for act in (
-        lambda: convert(folder, "peft", tmp_path / "out"),
+        lambda: convert_adapter_file(folder, "peft", tmp_path / "out"),
         lambda: graft.merge_files(tmp_path / "base", [folder], tmp_path / "out"),
         lambda: graft.load_adapter(base(), folder),
         lambda: read(folder),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import graft
-from graft.files.convert import convert
+from graft.files.convert import convert_adapter_file
 from graft.files.errors import BaseNeededError
 from graft.files.formats.adapterhub_places import COMPARED
 from tests.leaves_out import EMBEDDINGS_APART
@@ -152,13 +152,13 @@ def test_a_base_of_files_tells_the_places_too(label, tmp_path):
     held = load_file(HERE / "bert" / "outputs.safetensors")
     given = {k[3:]: v for k, v in held.items() if k.startswith("in.")}
     source, made = folder("bert", label, tmp_path / label), tmp_path / "made"
-    convert(source, "peft", made, base=HERE / "bert")
+    convert_adapter_file(source, "peft", made, base=HERE / "bert")
     model = graft.PeftModel.from_pretrained(base("bert"), made).eval()
     assert_close(output(model, given), held[label], rtol=2e-5, atol=2e-5)
     unknown = shutil.copytree(HERE / "bert", tmp_path / "unknown")
     (unknown / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(BaseNeededError, match=r"no library here makes a model of .*unknown.*graft.load_adapter"):
-        convert(source, "peft", tmp_path / "other", base=unknown)
+        convert_adapter_file(source, "peft", tmp_path / "other", base=unknown)
 
 
 HEADS = {  # of AdapterHub's library → the model with the same head, and its layers

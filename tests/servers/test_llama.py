@@ -23,13 +23,20 @@ from examples.start import wait_for_server
 from graft import ServerError, UnknownModelError
 from graft.core.errors import LossError
 from graft.files import formats
-from graft.files.ask import Connection, ask
-from graft.files.base import base_files
-from graft.files.convert import convert
-from graft.files.export import export
-from graft.files.serving import check
-from graft.files.tensors import read_header, tensor, write_safetensors
-from graft.files.verify import log_probabilities, prompts, rms, shared, values, verify
+from graft.files.ask import Connection, ask_log_probabilities
+from graft.files.base import read_base_files
+from graft.files.convert import convert_adapter_file
+from graft.files.export import export_adapter_file
+from graft.files.serving import check_servers
+from graft.files.tensors import make_tensor, read_header, write_safetensors
+from graft.files.verify import (
+    compute_log_probabilities,
+    list_common_places,
+    make_prompts,
+    root_mean_square,
+    stack_values,
+    verify_server,
+)
 from tests.files import adapters
 from tests.models import seeded
 from tests.servers.common import broken, model
@@ -111,20 +118,22 @@ def verdict(gguf, lora, path, name=None):
     """What the server does with a file, for an adapter of graft's."""
     own = lambda base: adapters.quietly(graft.PeftModel.from_pretrained, base, str(path)).eval()
     with running(gguf, lora) as url:
-        return verify(Connection(url, 600), model(), own, name or Path(lora).name, "base")
+        return verify_server(Connection(url, 600), model(), own, name or Path(lora).name, "base")
 
 
 @pytest.mark.parametrize("name", APPLIED)
 def test_what_convert_writes(name, base, gguf, folder, tmp_path):
-    convert(folder(name), "gguf", tmp_path / "a.gguf", base, lossy=name in ("lm_head", "embedding"))  # its base weight
+    convert_adapter_file(
+        folder(name), "gguf", tmp_path / "a.gguf", base, lossy=name in ("lm_head", "embedding")
+    )  # its base weight
     found = verdict(gguf, tmp_path / "a.gguf", folder(name))
     assert found.ok and found.deviations["applied"] < 1e-4 < 0.1 < found.effect
 
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_what_export_writes(name, base, gguf, folder, tmp_path):
-    held = base_files(base)
-    export(formats.read(folder(name), held), "llama.cpp", held, str(tmp_path / "a.gguf"))
+    held = read_base_files(base)
+    export_adapter_file(formats.read(folder(name), held), "llama.cpp", held, str(tmp_path / "a.gguf"))
     found = verdict(gguf, tmp_path / "a.gguf", folder(name))
     assert found.ok and found.deviations["applied"] < 1e-4 < 0.1 < found.effect
 
@@ -135,28 +144,33 @@ def test_a_steering_vector_is_a_control_vector(base, gguf, tmp_path):
         for name, p in steered.named_parameters():
             p.normal_(std=0.3) if "steering_vector" in name else None
     steered.save_pretrained(tmp_path / "peft")
-    convert(tmp_path / "peft", "gguf", tmp_path / "vector.gguf", base)
-    asked = prompts(512)
+    convert_adapter_file(tmp_path / "peft", "gguf", tmp_path / "vector.gguf", base)
+    asked = make_prompts(512)
     seen = []
     for control in (None, tmp_path / "vector.gguf"):
         with running(gguf, control=control) as url:
-            seen.append(ask(Connection(url, 600), "llama.cpp", "base", asked, base=True))
-    places = shared(*seen, 512)
-    own, (plain, theirs) = log_probabilities(steered, asked, places), (values(one, places) for one in seen)
-    assert rms(theirs - own) < 1e-4 < 0.1 < rms(plain - own)
+            seen.append(ask_log_probabilities(Connection(url, 600), "llama.cpp", "base", asked, is_base=True))
+    places = list_common_places(*seen, 512)
+    own, (plain, theirs) = (
+        compute_log_probabilities(steered, asked, places),
+        (stack_values(one, places) for one in seen),
+    )
+    assert root_mean_square(theirs - own) < 1e-4 < 0.1 < root_mean_square(plain - own)
 
 
 def test_what_convert_reads(base, words, gguf, folder, tmp_path):
     """A file of their converter, as an adapter of graft's."""
     converted(folder("scaled"), words, tmp_path / "theirs.gguf")
-    convert(tmp_path / "theirs.gguf", "peft", tmp_path / "back", base)
+    convert_adapter_file(tmp_path / "theirs.gguf", "peft", tmp_path / "back", base)
     assert verdict(gguf, tmp_path / "theirs.gguf", tmp_path / "back").ok
 
 
 @pytest.mark.parametrize("name", BY_THEIRS)
 def test_what_check_says_of_their_converter(name, base, words, gguf, folder, tmp_path):
-    found = {f.verdict for f in check(formats.read(folder(name)), ["llama.cpp"], base_files(base))} - {"ok"}
-    known = {f.condition for f in check(formats.read(folder(name)), ["llama.cpp"], base_files(base))}
+    found = {f.verdict for f in check_servers(formats.read(folder(name)), ["llama.cpp"], read_base_files(base))} - {
+        "ok"
+    }
+    known = {f.condition for f in check_servers(formats.read(folder(name)), ["llama.cpp"], read_base_files(base))}
     expected = BY_THEIRS[name]
     assert "another_format" in known and ("wrong" in found) == (expected != "applied")
     assert verdict(gguf, converted(folder(name), words, tmp_path / "a.gguf"), folder(name)).verdict == expected
@@ -164,7 +178,7 @@ def test_what_check_says_of_their_converter(name, base, words, gguf, folder, tmp
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_check_says_is_refused(name, base, words, gguf, folder, tmp_path):
-    found = check(formats.read(folder(name)), ["llama.cpp"], base_files(base))
+    found = check_servers(formats.read(folder(name)), ["llama.cpp"], read_base_files(base))
     assert [f for f in found if f.verdict == "refused" and f.condition != "another_format"]
     with (  # their converter does, or else the server
         pytest.raises((RuntimeError, ServerError)),
@@ -175,9 +189,9 @@ def test_what_check_says_is_refused(name, base, words, gguf, folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["dora", "bias", "rows", "whole head", "whole norm"])
 def test_what_no_file_holds(name, base, folder, tmp_path):
-    held = base_files(base)
+    held = read_base_files(base)
     with pytest.raises(LossError):
-        export(formats.read(folder(name), held), "llama.cpp", held, str(tmp_path / "a.gguf"))
+        export_adapter_file(formats.read(folder(name), held), "llama.cpp", held, str(tmp_path / "a.gguf"))
     assert not any(tmp_path.iterdir())
 
 
@@ -190,12 +204,12 @@ def changed(tmp_path, path, base, change=None, **options):
     if change is not None:
         tensors, _ = read_header(out / "adapter_model.safetensors")
         write_safetensors(str(out / "adapter_model.safetensors"), change(tensors), {"format": "pt"})
-    convert(out, "gguf", tmp_path / "broken.gguf", base)
+    convert_adapter_file(out, "gguf", tmp_path / "broken.gguf", base)
     return tmp_path / "broken.gguf"
 
 
 def test_an_adapter_before_training(base, gguf, folder, tmp_path):
-    zero = lambda t: {n: tensor(0 * v.read()) if "lora_B" in n else v for n, v in t.items()}
+    zero = lambda t: {n: make_tensor(0 * v.read()) if "lora_B" in n else v for n, v in t.items()}
     path = changed(tmp_path, folder("scaled"), base, zero)
     assert verdict(gguf, path, folder("scaled")).verdict == "not applied"
 
@@ -227,6 +241,6 @@ def test_another_adapter(base, gguf, folder, tmp_path):
 
 
 def test_a_name_that_is_unknown(base, gguf, folder, tmp_path):
-    convert(folder("scaled"), "gguf", tmp_path / "a.gguf", base)
+    convert_adapter_file(folder("scaled"), "gguf", tmp_path / "a.gguf", base)
     with pytest.raises(UnknownModelError, match="no adapter 'nobody'"):
         verdict(gguf, tmp_path / "a.gguf", folder("scaled"), "nobody")

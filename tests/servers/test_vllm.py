@@ -23,10 +23,10 @@ from graft import ServerError
 from graft.core.errors import PeftError
 from graft.files import formats
 from graft.files.ask import Connection
-from graft.files.base import base_files
-from graft.files.export import export
-from graft.files.serving import check
-from graft.files.verify import verify
+from graft.files.base import read_base_files
+from graft.files.export import export_adapter_file
+from graft.files.serving import check_servers
+from graft.files.verify import verify_server
 from graft.io.servers import ServerBlocks
 from graft.serving import Versions
 from tests.files import adapters
@@ -81,21 +81,21 @@ def load(url, path):
 
 def verdict(url, name, path):
     own = lambda base: adapters.quietly(graft.PeftModel.from_pretrained, base, str(path)).eval()
-    return verify(Connection(url, 600), model(), own, name, "base")
+    return verify_server(Connection(url, 600), model(), own, name, "base")
 
 
 @pytest.mark.parametrize("name", APPLIED)
 def test_an_adapter_that_check_lets_pass(name, url, base, folder):
-    assert not check(formats.read(folder(name)), ["vllm"], base_files(base))
+    assert not check_servers(formats.read(folder(name)), ["vllm"], read_base_files(base))
     found = verdict(url, load(url, folder(name)), folder(name))
     assert found.ok and found.deviations["applied"] < 1e-4 < 0.1 < found.effect
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_an_adapter_that_check_says_it_refuses(name, url, base, folder):
-    from graft.files.serving import Options
+    from graft.files.serving import ServerOptions
 
-    found = check(formats.read(folder(name)), ["vllm"], base_files(base), Options(max_rank=64))
+    found = check_servers(formats.read(folder(name)), ["vllm"], read_base_files(base), ServerOptions(max_rank=64))
     assert {f.verdict for f in found} == {"refused"}
     with pytest.raises(ServerError, match="Worker failed with error"):
         load(url, folder(name))
@@ -103,8 +103,8 @@ def test_an_adapter_that_check_says_it_refuses(name, url, base, folder):
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_what_export_writes(name, url, base, folder, tmp_path):
-    held = base_files(base)
-    export(formats.read(folder(name), held), "vllm", held, str(tmp_path))
+    held = read_base_files(base)
+    export_adapter_file(formats.read(folder(name), held), "vllm", held, str(tmp_path))
     found = verdict(url, load(url, tmp_path), folder(name))
     assert found.ok and found.deviations["applied"] < 1e-4 < 0.1 < found.effect
 
@@ -112,7 +112,7 @@ def test_what_export_writes(name, url, base, folder, tmp_path):
 @pytest.mark.parametrize("name", ["pissa", "olora"])
 def test_a_start_that_a_file_of_peft_does_not_keep(name, url, base, folder, tmp_path):
     path = broken(tmp_path, folder(name), change=lambda n: "lora_shift" not in n)
-    found = check(formats.read(path), ["vllm"], base_files(base))
+    found = check_servers(formats.read(path), ["vllm"], read_base_files(base))
     assert [(f.condition, f.verdict) for f in found] == [("base_changed", "refused")]
     with pytest.raises(ServerError, match="init_lora_weights"):
         load(url, path)
@@ -156,10 +156,10 @@ def test_patterns_that_are_not_read(url, folder, tmp_path):
 
 def test_names_of_another_class(url, base, folder, tmp_path):
     path = broken(tmp_path, folder("scaled"), None, lambda n: n.replace("model.layers", "model.language_model.layers"))
-    assert {f.verdict for f in check(formats.read(path), ["vllm"], base_files(base))} == {"ignored"}
+    assert {f.verdict for f in check_servers(formats.read(path), ["vllm"], read_base_files(base))} == {"ignored"}
     assert verdict(url, load(url, path), folder("scaled")).verdict == "not applied"
-    held = base_files(base)
-    export(formats.read(path), "vllm", held, str(tmp_path / "out"))
+    held = read_base_files(base)
+    export_adapter_file(formats.read(path), "vllm", held, str(tmp_path / "out"))
     assert verdict(url, load(url, tmp_path / "out"), folder("scaled")).ok
 
 
@@ -300,7 +300,7 @@ def test_versions_of_a_policy_with_experts(tmp_path):
         for n, name in enumerate(names):
             path = tmp_path / f"{n}" / ("down" if n == 2 else "")
             own = lambda base, path=path: graft.PeftModel.from_pretrained(base, path).eval()
-            found = verify(Connection(server.urls[0], 600), qwen3_moe(), own, name, "base")
+            found = verify_server(Connection(server.urls[0], 600), qwen3_moe(), own, name, "base")
             assert found.ok and found.deviations["applied"] < 1e-4 < 0.1 < found.effect
         with pytest.raises(ServerError, match="expected target modules"):  # SGLang's layout, as `graft check` says
             server.load("sglang", graft.adapter_tensors(policy, "default", "sglang"))

@@ -27,14 +27,14 @@ import torch
 
 import graft
 from graft.files import formats, serving
-from graft.files.bases import base_of
-from graft.files.convert import convert
-from graft.files.export import export
-from graft.files.inspect import difference as between
-from graft.files.inspect import inspect
-from graft.files.lint import lint
-from graft.files.merging.merge import merge
-from graft.files.resize import resize
+from graft.files.bases import open_base
+from graft.files.convert import convert_adapter_file
+from graft.files.export import export_adapter_file
+from graft.files.inspect import compare_adapters as between
+from graft.files.inspect import inspect_adapter
+from graft.files.lint import lint_adapter
+from graft.files.merging.merge import merge_adapters
+from graft.files.resize import resize_adapter
 from graft.io.seal import KEY
 from graft.io.tensors import digest_tensors, write_safetensors
 from graft.many import MultiTrain
@@ -366,17 +366,18 @@ class Formats:
 
     def judged(self, path: Path, base_path: str | None, way: str, to: str, lossy: bool, room: Path) -> Judged:
         before, out = tree(room), room / "out"
-        base = base_of(base_path or LLAMA) if way == "export" or base_path else None
+        base = open_base(base_path or LLAMA) if way == "export" or base_path else None
         read = partial(formats.read, path, base)
         model = llama() if way == "load" else None
         state = None if model is None else snapshot(model)
         calls: dict[str, Callable[[], object]] = {
-            "inspect": lambda: inspect(read(), base, spectrum=True), "lint": lambda: lint(read()),
-            "diff": lambda: between(read(), read()), "resize": lambda: resize(read(), energy=0.9),
-            "check": lambda: serving.check(read(), [*serving.servers()], base),
-            "export": lambda: export(read(), "vllm", base, str(out)),
-            "convert": lambda: convert(path, to, out, base, lossy),
-            "merge": lambda: merge(base_path or "", [path], out), "load": lambda: graft.load_adapter(model, path),
+            "inspect": lambda: inspect_adapter(read(), base, spectrum=True), "lint": lambda: lint_adapter(read()),
+            "diff": lambda: between(read(), read()), "resize": lambda: resize_adapter(read(), energy=0.9),
+            "check": lambda: serving.check_servers(read(), [*serving.list_servers()], base),
+            "export": lambda: export_adapter_file(read(), "vllm", base, str(out)),
+            "convert": lambda: convert_adapter_file(path, to, out, base, lossy),
+            "merge": lambda: merge_adapters(base_path or "", [path], out),
+            "load": lambda: graft.load_adapter(model, path),
         }  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -429,7 +430,7 @@ def adapters() -> dict[str, tuple[Folder, str | None]]:
         warnings.simplefilter("ignore")
         for name in ("mlx_lora", "mlx_dora", "lycoris_loha", "adapterhub_ia3", "diffusers_new"):
             made = Path(place, name)
-            convert(fixtures / name, "peft", made, found[name][1])
+            convert_adapter_file(fixtures / name, "peft", made, found[name][1])
             found[f"peft_{name}"] = files_in(made), found[name][1]
     return found
 
@@ -444,7 +445,7 @@ def targets(name: str) -> list[str]:
         write(Path(place, "a"), files)
         for to in formats.FORMATS:
             with suppress(graft.PeftError):
-                convert(Path(place, "a"), to, None, base, dry_run=True)
+                convert_adapter_file(Path(place, "a"), to, None, base, dry_run=True)
                 found.append(to)
     return found
 
@@ -692,7 +693,7 @@ class Merges:
 
 
 def merged(room: Path, **options: Any) -> object:
-    return merge(room / "base", [room / "adapter"], room / "out", shard_size=6000, **options)
+    return merge_adapters(room / "base", [room / "adapter"], room / "out", shard_size=6000, **options)
 
 
 @cache
@@ -700,7 +701,7 @@ def merge_inputs() -> tuple[Folder, Folder]:
     fixtures = TESTS / "files" / "fixtures"
     base = files_in(fixtures / "base_llama")
     with TemporaryDirectory() as place:
-        convert(fixtures / "mlx_lora", "peft", Path(place, "a"), fixtures / "base_llama")
+        convert_adapter_file(fixtures / "mlx_lora", "peft", Path(place, "a"), fixtures / "base_llama")
         return base, files_in(Path(place, "a"))
 
 

@@ -25,9 +25,9 @@ import graft
 from graft.command import app
 from graft.command.models import load_base
 from graft.core.errors import CheckpointError, ConfigError
-from graft.files.bases import base_of
+from graft.files.bases import open_base
 from graft.files.merging.methods import merge_files
-from graft.files.skeleton import model_class, model_config, skeleton
+from graft.files.skeleton import build_meta_model, build_model_config, find_model_class
 from tests.models import adapted
 
 LLAMA = Path(__file__).parents[1] / "files" / "fixtures" / "base_llama"
@@ -109,10 +109,10 @@ def test_no_verb_runs_code_of_a_base(base, adapters, tmp_path, monkeypatch, caps
 
 def test_a_config_with_code_is_read_without_it(base, adapters, tmp_path):
     edit(base, **CONFIGS["known"], attn_implementation="kernels-community/flash-attn2")
-    config = model_config(str(base))
+    config = build_model_config(str(base))
     assert config.model_type == "llama" and not hasattr(config, "auto_map")
     assert config._attn_implementation is None and config._name_or_path == str(base)
-    assert type(skeleton(str(base))).__name__ == "LlamaForCausalLM"
+    assert type(build_meta_model(str(base))).__name__ == "LlamaForCausalLM"
     loaded = load_base(base)
     assert type(loaded).__name__ == "LlamaForCausalLM" and loaded.config._attn_implementation != "kernels-community"
     account = merge_files(base, adapters / "hra", tmp_path / "out")
@@ -131,7 +131,7 @@ def test_code_that_a_part_of_a_config_names_does_not_run(base):
     fields["architectures"] = ["LlavaForConditionalGeneration"]
     (base / "config.json").write_text(json.dumps(fields, default=str))
     with pytest.raises(CheckpointError, match="transformers cannot make the model"):
-        skeleton(str(base))
+        build_meta_model(str(base))
     with pytest.raises(CheckpointError):
         load_base(base)
 
@@ -141,9 +141,9 @@ def test_code_that_a_part_of_a_config_names_does_not_run(base):
 )
 def test_an_architecture_is_a_class_of_models(base, names):
     edit(base, architectures=names)
-    assert type(skeleton(str(base))).__name__ == "LlamaModel"
+    assert type(build_meta_model(str(base))).__name__ == "LlamaModel"
     (base / "model.safetensors").rename(base / "weights")
-    assert base_of(base).shapes
+    assert open_base(base).shapes
     (base / "weights").rename(base / "model.safetensors")
     with pytest.raises(ConfigError, match="has no such class"):
         load_base(base)
@@ -158,8 +158,10 @@ def test_an_adapter_in_the_folder_does_not_lead_to_another_base(base, adapters):
 
 
 def test_names_that_are_classes_of_models():
-    assert model_class("LlamaModel").__name__ == "LlamaModel"
-    assert model_class("PreTrainedModel") and not any(map(model_class, ("pipeline", "Trainer", "", None, 5, "NoSuch")))
+    assert find_model_class("LlamaModel").__name__ == "LlamaModel"
+    assert find_model_class("PreTrainedModel") and not any(
+        map(find_model_class, ("pipeline", "Trainer", "", None, 5, "NoSuch"))
+    )
 
 
 def test_a_model_of_diffusers_is_a_class_of_models(base):
@@ -168,7 +170,7 @@ def test_a_model_of_diffusers_is_a_class_of_models(base):
     for name in ("StableDiffusionPipeline", "logging", "DDIMScheduler", "NoSuch", 5):
         edit(base, _class_name=name)
         with pytest.raises(CheckpointError, match="no model can be made"):
-            base_of(base)
+            open_base(base)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,7 @@ def test_a_model_of_diffusers_is_a_class_of_models(base):
 def test_a_config_that_would_take_hours_or_ask_elsewhere(base, fields):
     edit(base, **fields)
     with pytest.raises(CheckpointError, match=r"config\.json (says|names)"):
-        skeleton(str(base))
+        build_meta_model(str(base))
 
 
 @pytest.mark.parametrize("fields", [{"hidden_size": "x"}, {"num_attention_heads": 0}, {"rope_scaling": 5},
@@ -187,7 +189,7 @@ def test_a_config_that_would_take_hours_or_ask_elsewhere(base, fields):
 def test_a_config_of_wrong_values_is_told_or_of_no_known_model(base, fields):
     edit(base, **fields)
     try:
-        skeleton(str(base))
+        build_meta_model(str(base))
     except CheckpointError as e:
         assert str(base) in str(e)
 
@@ -201,7 +203,10 @@ def test_a_config_with_infinity(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"time_step_limit": [0.0, float("inf")]}))
     assert "Infinity" in path.read_text()
-    assert type(skeleton(str(tmp_path))).__name__ == "Mamba2ForCausalLM" and base_of(tmp_path).config["model_type"]
+    assert (
+        type(build_meta_model(str(tmp_path))).__name__ == "Mamba2ForCausalLM"
+        and open_base(tmp_path).config["model_type"]
+    )
     model = graft.get_peft_model(load_base(tmp_path), graft.LoraConfig(r=2, target_modules=["in_proj"]))
     model.save_pretrained(tmp_path / "adapter")
 
@@ -210,5 +215,5 @@ def test_the_class_of_a_config_stays_what_it_was(tmp_path):
     """What is left out says nothing of the model."""
     config = LlamaConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
     config.save_pretrained(tmp_path)
-    ours, theirs = model_config(str(tmp_path)), AutoConfig.from_pretrained(tmp_path)
+    ours, theirs = build_model_config(str(tmp_path)), AutoConfig.from_pretrained(tmp_path)
     assert ours.to_dict() == theirs.to_dict() and type(ours) is type(theirs)

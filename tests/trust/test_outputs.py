@@ -19,10 +19,10 @@ from graft.command import app
 from graft.config import atomic
 from graft.core.errors import CheckpointError
 from graft.files import sources
-from graft.files.convert import ENDS, convert
+from graft.files.convert import ENDS, convert_adapter_file
 from graft.files.errors import OutputExistsError
 from graft.files.formats import WRITTEN
-from graft.files.merging.merge import merge
+from graft.files.merging.merge import merge_adapters
 from tests.trust.folders import files
 
 FIXTURES = Path(__file__).parents[1] / "files" / "fixtures"
@@ -46,7 +46,7 @@ def places(tmp_path):
 
 
 def merged(here, **options):
-    return merge(here / "base", [here / "adapter"], here / "out", **options)
+    return merge_adapters(here / "base", [here / "adapter"], here / "out", **options)
 
 
 def interrupted(here, **options):
@@ -116,9 +116,9 @@ def test_where_links_are_junctions_and_opening_follows_them(places, monkeypatch)
     facts = SimpleNamespace(st_mode=stat.S_IFDIR | 0o700, st_reparse_tag=0xA0000003, st_uid=0)
     monkeypatch.setattr(os, "lstat", lambda path: facts)
     with pytest.raises(OutputExistsError, match="is a link"):
-        sources.take_folder(str(here / ROOM))
+        sources.take_work_folder(str(here / ROOM))
     facts.st_reparse_tag = 0
-    sources.take_folder(str(here / ROOM))
+    sources.take_work_folder(str(here / ROOM))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="files have no such modes")
@@ -148,7 +148,7 @@ def test_a_failed_merge_leaves_no_folder(places, monkeypatch):
     here, _ = places
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(OSError, match="are free"):
-        merge(here / "base", [here / "adapter"], here / "a" / "b" / "out")
+        merge_adapters(here / "base", [here / "adapter"], here / "a" / "b" / "out")
     assert sorted(p.name for p in here.iterdir()) == ["adapter", "base"]
 
 
@@ -341,8 +341,8 @@ def test_every_format_knows_the_files_that_it_writes(places, to):
     source, base = (FIXTURES / "diffusers_new", None) if to == "diffusers" else (here / "adapter", here / "base")
     if to in ENDS:  # a format that is one file, which goes into a folder that is there
         (here / "new").mkdir()
-    convert(source, to, here / "new", base, lossy=True)
-    assert files(here / "new") and sources.strangers(str(here / "new"), model=False) == []
+    convert_adapter_file(source, to, here / "new", base, lossy=True)
+    assert files(here / "new") and sources.list_foreign_entries(str(here / "new"), model=False) == []
 
 
 def test_an_index_names_no_files_of_others(tmp_path):
@@ -353,10 +353,10 @@ def test_an_index_names_no_files_of_others(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for names in ({"a": "*"}, {"a": "thesis.txt"}, {"a": "*.safetensors"}, {"a": "../x.safetensors"}, ["a"], 5):
         index.write_text(json.dumps({"weight_map": names}))
-        assert sources.strangers(str(tmp_path), model=True) == ["mine.safetensors", "thesis.txt"]
+        assert sources.list_foreign_entries(str(tmp_path), model=True) == ["mine.safetensors", "thesis.txt"]
     (tmp_path / "model.safetensors").unlink()
     index.write_text(json.dumps({"weight_map": {"a": "mine.safetensors"}}))
-    assert sources.strangers(str(tmp_path), model=True) == ["thesis.txt"]
+    assert sources.list_foreign_entries(str(tmp_path), model=True) == ["thesis.txt"]
 
 
 # what a merge copies
@@ -405,13 +405,13 @@ def test_a_snapshot_of_the_hubs_cache_is_a_base(places):
     for i, path in enumerate(sorted((here / "base").iterdir())):
         path.rename(repo / "blobs" / str(i))
         (snapshot / path.name).symlink_to(f"../../blobs/{i}")
-    merge(snapshot, [here / "adapter"], here / "out")
+    merge_adapters(snapshot, [here / "adapter"], here / "out")
     assert not any(p.is_symlink() for p in (here / "out").iterdir())
     assert (here / "out" / "tokenizer.json").read_text() == "{}"
     (repo / "blobs" / "100").symlink_to(victim / "model.safetensors")
     (snapshot / "vocab.txt").symlink_to("../../blobs/100")
     with pytest.raises(CheckpointError, match="outside of the model's folder"):
-        merge(snapshot, [here / "adapter"], here / "more")
+        merge_adapters(snapshot, [here / "adapter"], here / "more")
 
 
 def test_what_a_model_needs_is_copied_and_nothing_else(places):

@@ -21,7 +21,7 @@ def main() -> None:
     """Run the command; leave the process with its exit code, 128 + the signal's number where one has ended it."""
     for number in STOPS:
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one of them
-            signal.signal(number, stop)
+            signal.signal(number, exit_on_signal)
     try:
         from graft.command import app  # after the handlers: it takes a while
 
@@ -30,7 +30,7 @@ def main() -> None:
         sys.exit(128 + signal.SIGINT)
 
 
-def stop(number: int, _: FrameType | None) -> None:
+def exit_on_signal(number: int, _: FrameType | None) -> None:
     """End as an error does, so that what a verb has begun is cleared away."""
     sys.exit(128 + number)
 

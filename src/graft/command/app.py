@@ -89,7 +89,7 @@ class Result(NamedTuple):
     has_problems: bool = False
 
 
-def verb(panel: str) -> Callable[[Verb], Verb]:
+def add_verb(panel: str) -> Callable[[Verb], Verb]:
     """Return a decorator that adds a function to the verbs of the command, under a heading of `graft --help`.
 
     Positional parameters of the function are arguments of the verb, parameters by keyword are its options. The `Args`
@@ -105,7 +105,7 @@ def verb(panel: str) -> Callable[[Verb], Verb]:
         }
         arguments = signature(function, eval_str=True).parameters
         flags = {n: Parameter(n, Parameter.KEYWORD_ONLY, default=False, annotation=bool) for n in ("as_json", "quiet")}
-        parameters = [describe(p, texts.get(p.name, "")) for p in {**arguments, **flags}.values()]
+        parameters = [describe_parameter(p, texts.get(p.name, "")) for p in {**arguments, **flags}.values()]
 
         def run(as_json: bool, quiet: bool, **options: Any) -> None:
             silent = {"quiet": as_json or quiet} if "quiet" in arguments else {}
@@ -125,7 +125,7 @@ def verb(panel: str) -> Callable[[Verb], Verb]:
     return add
 
 
-def describe(parameter: Parameter, text: str) -> Parameter:
+def describe_parameter(parameter: Parameter, text: str) -> Parameter:
     """Return a parameter as typer reads it: with its names and its help."""
     hint: Any = parameter.annotation
     if parameter.kind is not Parameter.KEYWORD_ONLY:
@@ -184,13 +184,13 @@ def main() -> None:
 
 def print_json(value: object) -> None:
     """Print one document for programs, on standard output."""
-    print(json.dumps(as_json(value), indent=1, sort_keys=True, allow_nan=False))
+    print(json.dumps(replace_non_finite(value), indent=1, sort_keys=True, allow_nan=False))
 
 
-def as_json(value: object) -> object:
+def replace_non_finite(value: object) -> object:
     """Return a value as JSON has it, which knows no NaN and nothing infinite: null stands for them."""
     if isinstance(value, dict):
-        return {str(k): as_json(v) for k, v in value.items()}
+        return {str(k): replace_non_finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [as_json(v) for v in value]
+        return [replace_non_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graft.command import show
-from graft.command.app import CHANGE, Result, verb
+from graft.command.app import CHANGE, Result, add_verb
 from graft.config.reading import Json
 from graft.files.errors import OptionError
 from graft.files.formats import WRITTEN
 
 if TYPE_CHECKING:
-    from graft.files.base import Known
-    from graft.files.resize import Resized
+    from graft.files.base import BaseDescription
+    from graft.files.resize import ResizedModule
 
 
-@verb(CHANGE)
+@add_verb(CHANGE)
 def resize(
     adapter: str,
     *,
@@ -51,19 +51,19 @@ def resize(
         uniform: One rank for all modules.
     """
     from graft.files.formats import peft
-    from graft.files.resize import resize as resized
-    from graft.files.sources import adapter_at, appearing, check_output, local, with_base
+    from graft.files.resize import resize_adapter as resized
+    from graft.files.sources import check_output, place_when_done, read_adapter, resolve_adapter, run_with_base
 
-    source = local(adapter)
+    source = resolve_adapter(adapter)
 
-    def run(model: Known | None) -> list[Resized]:
+    def run(model: BaseDescription | None) -> list[ResizedModule]:
         check_output(output, [source, *([] if model is None else [model.path])], force)
-        made, rows = resized(adapter_at(source, model), rank, energy, ratio, max_mb, max_rank, uniform)
-        with appearing(output, not dry_run) as out:
-            peft.write(made, out, model)
+        smaller, rows = resized(read_adapter(source, model), rank, energy, ratio, max_mb, max_rank, uniform)
+        with place_when_done(output, not dry_run) as out:
+            peft.write(smaller, out, model)
         return rows
 
-    rows = with_base(source, base, run)
+    rows = run_with_base(source, base, run)
     whole = sum(r.size**2 for r in rows)
     share = sum(r.energy * r.size**2 for r in rows) / whole if whole else 1.0
     document = {
@@ -72,19 +72,19 @@ def resize(
     }  # fmt: skip
 
     def report() -> None:
-        show.table(
+        show.print_table(
             "", ["module", "rank before", "after", "energy left", "‖ΔW‖ before"],
             [(r.module, r.before, r.after, f"{r.energy:.2%}", r.size) for r in rows],
         )  # fmt: skip
         before, after = (sum(getattr(r, name) for r in rows) for name in ("before", "after"))
-        show.say(
+        show.print_line(
             f"{before} → {after} ranks in all, {share:.2%} of the energy" + (" (dry run)" if dry_run else f": {output}")
         )
 
     return Result(document, report)
 
 
-@verb(CHANGE)
+@add_verb(CHANGE)
 def extract(
     tuned: str,
     base: str,
@@ -114,27 +114,31 @@ def extract(
         exclude: Names to leave out.
         embed: How to keep embeddings and heads: lora or full.
     """
-    from graft.files.base import base_files
-    from graft.files.extract import extract as extracted
+    from graft.files.base import read_base_files
+    from graft.files.extract import extract_adapter as extracted
     from graft.files.formats import peft
-    from graft.files.sources import appearing, check_output, find_base
+    from graft.files.sources import check_output, find_base, place_when_done
 
     folders = find_base(tuned), find_base(base)
     check_output(output, [*folders], force)
-    models = base_files(folders[0]), base_files(folders[1])
-    made = extracted(*models, rank, energy, max_mb, include, exclude, embed, lambda name: show.log(name, quiet))
-    with appearing(output, not dry_run) as out:
-        peft.write(made.adapter, out)
+    models = read_base_files(folders[0]), read_base_files(folders[1])
+    result = extracted(
+        *models, rank, energy, max_mb, include, exclude, embed, lambda name: show.print_progress(name, quiet)
+    )
+    with place_when_done(output, not dry_run) as out:
+        peft.write(result.adapter, out)
     document = {
-        "output": None if dry_run else output, "tensors": [asdict(r) for r in made.rows], "unchanged": made.same,
+        "output": None if dry_run else output, "tensors": [asdict(r) for r in result.rows], "unchanged": result.same,
     }  # fmt: skip
 
     def report() -> None:
-        show.table(
+        show.print_table(
             "", ["tensor", "kept as", "rank", "energy kept", "‖Δ‖", "‖Δ‖/‖W‖"],
-            [(r.name, r.how, r.rank or None, f"{r.energy:.2%}", r.size, r.relative) for r in made.rows],
+            [(r.name, r.how, r.rank or None, f"{r.energy:.2%}", r.size, r.relative) for r in result.rows],
         )  # fmt: skip
-        show.say(f"{len(made.rows)} tensors, {made.same} unchanged" + (" (dry run)" if dry_run else f": {output}"))
+        show.print_line(
+            f"{len(result.rows)} tensors, {result.same} unchanged" + (" (dry run)" if dry_run else f": {output}")
+        )
 
     return Result(document, report)
 
@@ -142,7 +146,7 @@ def extract(
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-@verb(CHANGE)
+@add_verb(CHANGE)
 def merge(
     base: str,
     adapters: list[str],
@@ -174,57 +178,57 @@ def merge(
         keep_quantized: A quantized base stays so.
     """
     from graft.files.merging.methods import merge_files
-    from graft.files.sources import find_base, local
+    from graft.files.sources import find_base, resolve_adapter
 
-    sources = [local(adapter) for adapter in adapters]
+    sources = [resolve_adapter(adapter) for adapter in adapters]
     account = merge_files(
-        find_base(base), sources, output, weights=None if weights is None else numbers(weights), dtype=dtype,
-        shard_size=None if shard_size is None else size(shard_size), certificate=certificate,
+        find_base(base), sources, output, weights=None if weights is None else parse_weights(weights), dtype=dtype,
+        shard_size=None if shard_size is None else parse_size(shard_size), certificate=certificate,
         keep_quantized=keep_quantized, force=force, dry_run=dry_run,
     )  # fmt: skip
-    found: Json = {
+    document: Json = {
         "output": str(output), "written": not dry_run, "shards": account.shards, "tensors": account.tensors,
         "notes": account.notes, "resumed": account.resumed,
     }  # fmt: skip
-    return Result(found, partial(print_merged, found))
+    return Result(document, partial(print_merge, document))
 
 
-def numbers(text: str) -> list[float]:
+def parse_weights(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise OptionError(f"--weights takes numbers, by commas, not {text!r}.") from None
 
 
-def size(text: str) -> int:
+def parse_size(text: str) -> int:
     """Return a size in bytes: "5GB" is five thousand million."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", text.strip().upper())
-    unit = None if found is None else UNITS.get(found[2] if found[2].endswith("B") or not found[2] else f"{found[2]}B")
-    if found is None or unit is None or float(found[1]) * unit < 1:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", text.strip().upper())
+    unit = None if match is None else UNITS.get(match[2] if match[2].endswith("B") or not match[2] else f"{match[2]}B")
+    if match is None or unit is None or float(match[1]) * unit < 1:
         raise OptionError(f"A size is a number with KB, MB or GB behind it, not {text!r}.")
-    return int(float(found[1]) * unit)
+    return int(float(match[1]) * unit)
 
 
-def print_merged(found: Json) -> None:
+def print_merge(document: Json) -> None:
     """Print what was done, in a few lines."""
-    changed, total = found["tensors"], sum(found["shards"].values())
-    done = "Merged" if found["written"] else "Would merge"
-    resumed = f", {found['resumed']} of them from an earlier run" if found["resumed"] else ""
-    size, files = f"{total / 1e9:.2f} GB" if total >= 1e8 else f"{total / 1e6:.2f} MB", len(found["shards"])
-    show.say(
-        f"{done} into {len(changed)} tensors: {found['output']}, {size} in {files} file{'s'[: files > 1]}{resumed}."
+    changed, total = document["tensors"], sum(document["shards"].values())
+    done = "Merged" if document["written"] else "Would merge"
+    resumed = f", {document['resumed']} of them from an earlier run" if document["resumed"] else ""
+    size, files = f"{total / 1e9:.2f} GB" if total >= 1e8 else f"{total / 1e6:.2f} MB", len(document["shards"])
+    show.print_line(
+        f"{done} into {len(changed)} tensors: {document['output']}, {size} in {files} file{'s'[: files > 1]}{resumed}."
     )
     rows = [row for row in changed.values() if "update" in row]
     if rows:
         shares = sorted(row["update"] / row["weight"] for row in rows if row["weight"])
         middle = shares[len(shares) // 2] if shares else 0.0
-        show.say(f"The update is {middle:.2%} of the weight in the median; rounding kept "
+        show.print_line(f"The update is {middle:.2%} of the weight in the median; rounding kept "
               f"{min(row['kept'] for row in rows):.1%} of it or more.")  # fmt: skip
-    for note in found["notes"]:
-        show.say(note)
+    for note in document["notes"]:
+        show.print_line(note)
 
 
-@verb(CHANGE)
+@add_verb(CHANGE)
 def convert(
     adapter: str,
     *,
@@ -247,25 +251,27 @@ def convert(
         output: A file or folder; next to the adapter if not given.
         lossy: Leave out what the format cannot hold, and list it.
     """
-    from graft.files.convert import convert as run
-    from graft.files.sources import local, with_base
+    from graft.files.convert import convert_adapter_file as run
+    from graft.files.sources import resolve_adapter, run_with_base
 
-    source = local(adapter)
+    source = resolve_adapter(adapter)
     if source != adapter and output is None:
         raise OptionError(f"{adapter} is of the hub: say where the result goes (--output).")
-    done = with_base(source, base, lambda model: run(source, to, output, model, lossy, force, dry_run))
+    done = run_with_base(source, base, lambda model: run(source, to, output, model, lossy, force, dry_run))
 
     def report() -> None:
-        show.say(f"{done.of} → {done.to}: {done.modules} modules, {'would be ' * dry_run}in {place(done.path)}")
+        show.print_line(
+            f"{done.of} → {done.to}: {done.modules} modules, {'would be ' * dry_run}in {shorten_path(done.path)}"
+        )
         if done.rounding:
-            show.say(f"Scales are folded into B, which rounds its entries by {done.rounding:.1e} at most.")
+            show.print_line(f"Scales are folded into B, which rounds its entries by {done.rounding:.1e} at most.")
         for line in done.lost:
-            show.say(f"lost: {line}")
+            show.print_line(f"lost: {line}")
 
     return Result(asdict(done), report)
 
 
-def place(path: str) -> str:
+def shorten_path(path: str) -> str:
     """Return a path as people here would write it."""
-    here = os.path.relpath(path)
-    return path if here.startswith("..") else here
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative

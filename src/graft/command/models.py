@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from graft import CheckpointError, ConfigError
 from graft.config.pair import CONFIG_NAME
 from graft.core.errors import join_some
-from graft.files.base import base_files
+from graft.files.base import read_base_files
 from graft.files.formats import recognise
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
         CheckpointError: the folder holds no model, a damaged one, or one without all tensors of that class.
         ConfigError: transformers is not there, or has no such class.
     """
-    files = base_files(path)
+    files = read_base_files(path)
     if os.path.exists(os.path.join(files.path, CONFIG_NAME)):  # transformers would load the base that it names instead
         raise CheckpointError(
             f"{path} holds a model and an adapter, {CONFIG_NAME}. Give a folder with the model alone."
@@ -36,12 +36,12 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
     except ImportError:
         text = "A model can be run with transformers only: pip install 'transformers>=4.56'."
         raise ConfigError(text) from None
-    from graft.files.skeleton import model_class, model_config, quiet
+    from graft.files.skeleton import build_model_config, find_model_class, silence_transformers
 
     named = files.config.get("architectures") or [None]
     name = named[0] if isinstance(named, list) else named
-    cls: Any = transformers.AutoModelForCausalLM if name is None else model_class(name)
-    config = None if cls is None else model_config(files.path)
+    cls: Any = transformers.AutoModelForCausalLM if name is None else find_model_class(name)
+    config = None if cls is None else build_model_config(files.path)
     if config is None:
         raise ConfigError(
             f"transformers {transformers.__version__} does not make the model in {path}, a "
@@ -55,7 +55,7 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
         "output_loading_info": True,
     }
     try:
-        with quiet():  # transformers prints names of tensors as they are
+        with silence_transformers():  # transformers prints names of tensors as they are
             model, report = cls.from_pretrained(path, config=config, torch_dtype=torch.float32, **how)
     except Exception as e:  # of any type, where values of the config do not fit each other
         raise CheckpointError(f"The model in {path} cannot be loaded: {e}") from None
@@ -65,7 +65,7 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
     return loaded
 
 
-def on(base: PreTrainedModel, adapter: str | os.PathLike[str]) -> PeftModel:
+def attach_adapter(base: PreTrainedModel, adapter: str | os.PathLike[str]) -> PeftModel:
     """Put an adapter of any format onto a model, in eval mode."""
     from graft import PeftModel
     from graft.files.load import load_adapter

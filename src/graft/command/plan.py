@@ -14,7 +14,7 @@ import typer
 
 from graft import CheckpointError, ConfigError
 from graft.command import show
-from graft.command.app import PLAN, Result, verb
+from graft.command.app import PLAN, Result, add_verb
 from graft.config.reading import Json, read_object
 from graft.files.errors import OptionError
 
@@ -28,7 +28,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
-@verb(PLAN)
+@add_verb(PLAN)
 def plan(
     model: str,
     *,
@@ -69,38 +69,38 @@ def plan(
         gpu: Memory of a GPU, 24GB: say whether the step fits.
     """
     from graft import plan as planned
-    from graft.command.change import size
-    from graft.files.budget import SPARE, budget
-    from graft.files.skeleton import skeleton
+    from graft.command.change import parse_size
+    from graft.files.budget import SPARE, measure_budget
+    from graft.files.skeleton import build_meta_model
     from graft.files.sources import find_base
 
     if dtype not in DTYPES:
         raise OptionError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
     folder = find_base(model)
-    whole = skeleton(folder)
+    whole = build_meta_model(folder)
     if whole is None:
         raise CheckpointError(f"{model} has no config.json of a model that the installed transformers knows.")
-    packed = format_of(read_object(Path(folder, "config.json")), base)
+    packed = choose_base_format(read_object(Path(folder, "config.json")), base)
     try:
-        adapter = adapter_config(config, method, rank, targets, parameters, settings or [], task_of(whole))
+        adapter = make_adapter_config(config, method, rank, targets, parameters, settings or [], find_task_type(whole))
         report = planned(whole, adapter)
     except ConfigError as e:
         if config is not None:
             raise
         raise OptionError(f"{e} Fields of {method.upper()}'s config: --set name=value, or a file by --config.") from e
-    found = account(whole, report)
-    training = of_model(whole, adapter, length, dtype, gpu is not None)
-    memory = budget(training, batch, checkpointing, optimizer, packed)
+    document = summarize_report(whole, report)
+    training = make_training(whole, adapter, length, dtype, gpu is not None)
+    memory = measure_budget(training, batch, checkpointing, optimizer, packed)
     how = {"batch": batch, "seq": length, "dtype": dtype, "checkpointing": checkpointing, "base": packed}
-    found["memory"] = memory.as_dict() | how
+    document["memory"] = memory.as_dict() | how
     if gpu is not None:
-        found["gpu"] = {"bytes": size(gpu), "fits": memory.total <= size(gpu) * (1 - SPARE)}
-    return Result(found, partial(print_report, report, found))
+        document["gpu"] = {"bytes": parse_size(gpu), "fits": memory.total <= parse_size(gpu) * (1 - SPARE)}
+    return Result(document, partial(print_plan, report, document))
 
 
-def format_of(config: Json, option: str | None) -> str | None:
+def choose_base_format(config: Json, option: str | None) -> str | None:
     """Return how a base is packed, a key of FORMATS: as one says, else as its config.json does; None if it is not."""
-    from graft.files.bases import packing
+    from graft.files.bases import read_quantization_format
     from graft.files.budget import FORMATS
 
     if option is not None:
@@ -108,17 +108,17 @@ def format_of(config: Json, option: str | None) -> str | None:
         if option not in known:
             raise OptionError(f"--base is one of {', '.join(known)}, not {option!r}.")
         return None if option == "none" else option
-    return packing(config)
+    return read_quantization_format(config)
 
 
-def task_of(model: PreTrainedModel) -> str | None:
+def find_task_type(model: PreTrainedModel) -> str | None:
     """Return the task type of a language model, which prompts need; None for other models."""
     if model.config.is_encoder_decoder:
         return "SEQ_2_SEQ_LM"
     return "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
-def adapter_config(
+def make_adapter_config(
     path: Path | None,
     method: str,
     rank: int | None,
@@ -139,17 +139,21 @@ def adapter_config(
         config.inference_mode = False  # which a save sets
         config.task_type = config.task_type or task
         return config
-    kinds = {str(getattr(kind, "value", kind)): made for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kinds = {
+        str(getattr(kind, "value", kind)): config_class for kind, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    }
     if method.upper() not in kinds:
         raise OptionError(f"--method is one of {', '.join(sorted(kinds))}, not {method!r}.")
     kind = kinds[method.upper()]
     if targets is None and "nemotron_h" in getattr(method_of(method.upper()), "targets", ()):  # as LoRA's
         targets = "all-linear"
     names: Json = (
-        {} if targets is None else {"target_modules": targets if targets == "all-linear" else show.listed(targets)}
+        {}
+        if targets is None
+        else {"target_modules": targets if targets == "all-linear" else show.split_commas(targets)}
     )
     if parameters:
-        names["target_parameters"] = show.listed(parameters)
+        names["target_parameters"] = show.split_commas(parameters)
     fields = kind.__dataclass_fields__
     if rank is not None:
         of_rank = "init_r" if "init_r" in fields else "r"  # AdaLoRA's begins there
@@ -157,10 +161,10 @@ def adapter_config(
     elif "r" in fields and "init_r" not in fields and fields["r"].default != 0:
         names["r"] = 16
     chosen = {"task_type": task, **{n: v for n, v in names.items() if n in fields}}
-    return kind(**chosen | dict(map(read_setting, settings)))
+    return kind(**chosen | dict(map(parse_setting, settings)))
 
 
-def read_setting(text: str) -> tuple[str, object]:
+def parse_setting(text: str) -> tuple[str, object]:
     """Return name and value of a setting name=value, whose value is JSON, or else a text.
 
     Raises:
@@ -175,11 +179,11 @@ def read_setting(text: str) -> tuple[str, object]:
         return name, value
 
 
-def account(model: PreTrainedModel, report: InjectReport) -> Json:
+def summarize_report(model: PreTrainedModel, report: InjectReport) -> Json:
     """Return what the report says, for programs: how many blocks of each kind have an adapter."""
-    from graft.files.budget import block_kinds, coverage
+    from graft.files.budget import count_adapted_blocks, find_block_classes
 
-    blocks = coverage([m.name for m in report.matched], block_kinds(model))
+    blocks = count_adapted_blocks([m.name for m in report.matched], find_block_classes(model))
     return {
         "method": report.peft_type, "layers": len(report.matched), "trainable": report.trainable_parameters,
         "base_parameters": report.base_parameters,
@@ -188,7 +192,7 @@ def account(model: PreTrainedModel, report: InjectReport) -> Json:
     }  # fmt: skip
 
 
-def of_model(model: PreTrainedModel, adapter: PeftConfig, length: int, dtype: str, on_gpu: bool) -> Training:
+def make_training(model: PreTrainedModel, adapter: PeftConfig, length: int, dtype: str, on_gpu: bool) -> Training:
     """Return what trains: the adapter, on the model with as many blocks as one asks for."""
     import torch
 
@@ -208,32 +212,34 @@ def of_model(model: PreTrainedModel, adapter: PeftConfig, length: int, dtype: st
             part.layer_types = kinds[:blocks]
         return type(model)(config)
 
-    return Training(make, getattr(text, name), adapter, length, getattr(torch, dtype), on_gpu, period(kinds))
+    return Training(make, getattr(text, name), adapter, length, getattr(torch, dtype), on_gpu, find_period(kinds))
 
 
-def period(kinds: list[str]) -> int:
+def find_period(kinds: list[str]) -> int:
     """Return after how many blocks the same kinds come again."""
     return next((n for n in range(1, len(kinds)) if kinds[n:] == kinds[:-n]), 1)
 
 
-def print_report(report: InjectReport, found: Json) -> None:
+def print_plan(report: InjectReport, document: Json) -> None:
     from rich.console import Console
 
     Console(highlight=False).print(report)
-    for kind, of in found["blocks"].items():
+    for kind, of in document["blocks"].items():
         without = of["all"] - of["adapted"]
         if without:
-            show.say(f"{without} of {of['all']} blocks ({kind}) have no adapter.")
-    memory = found["memory"]
+            show.print_line(f"{without} of {of['all']} blocks ({kind}) have no adapter.")
+    memory = document["memory"]
     how = ", checkpointing" if memory["checkpointing"] else ""
     base = f", base in {memory['base']}" if memory["base"] else ""
-    show.say(f"A step of {memory['batch']} × {memory['seq']} tokens, {memory['dtype']}{base}{how}:")
+    show.print_line(f"A step of {memory['batch']} × {memory['seq']} tokens, {memory['dtype']}{base}{how}:")
     names = {"weights": "base's weights", "adapter": "adapter", "gradients": "gradients", "optimizer": "optimizer",
              "kept": "activations", "working": "backward pass",
              "context": "CUDA context", "total": "all"}  # fmt: skip
     sizes = [(title, f"{memory[name] / 1e9:.3f}") for name, title in names.items() if memory[name]]
-    show.table("", ["part", "GB"], sizes)
-    if "gpu" in found:
-        memory = f"{found['gpu']['bytes'] / 1e9:g} GB"
+    show.print_table("", ["part", "GB"], sizes)
+    if "gpu" in document:
+        memory = f"{document['gpu']['bytes'] / 1e9:g} GB"
         remedy = "try --checkpointing, --base nf4 or a smaller --batch."
-        show.say(f"It fits into {memory}." if found["gpu"]["fits"] else f"It does not fit into {memory}: {remedy}")
+        show.print_line(
+            f"It fits into {memory}." if document["gpu"]["fits"] else f"It does not fit into {memory}: {remedy}"
+        )

@@ -10,26 +10,26 @@ from typing import Annotated
 import typer
 
 from graft.command import show
-from graft.command.app import SERVE, Result, verb
+from graft.command.app import SERVE, Result, add_verb
 from graft.core.errors import escape_controls
 from graft.files.errors import OptionError
-from graft.files.serving import Finding, Options, server_named, servers
+from graft.files.serving import Finding, ServerOptions, get_server, list_servers
 
 
-def by_commas(incomplete: str) -> list[str]:
+def complete_server_list(incomplete: str) -> list[str]:
     """Return what a list of servers may go on with, for the shell."""
     before, comma, _ = incomplete.rpartition(",")
-    return [before + comma + name for name in servers() if name not in before.split(",")]
+    return [before + comma + name for name in list_servers() if name not in before.split(",")]
 
 
 COLOURS = {"refused": "yellow", "wrong": "red", "ignored": "red", "ok": "green"}
 
 
-@verb(SERVE)
+@add_verb(SERVE)
 def check(
     adapter: str,
     *,
-    servers_: Annotated[str, typer.Option("--for", autocompletion=by_commas)] = "",
+    servers_: Annotated[str, typer.Option("--for", autocompletion=complete_server_list)] = "",
     base: str | None = None,
     max_rank: Annotated[int | None, typer.Option(min=1)] = None,
     targets: Annotated[str | None, typer.Option("--lora-target-modules")] = None,
@@ -47,43 +47,45 @@ def check(
         targets: The server's option of that name, by commas.
     """
     from graft.files import serving
-    from graft.files.bases import base_of
-    from graft.files.sources import adapter_at, find_base, local, own_names
+    from graft.files.bases import open_base
+    from graft.files.sources import describe_named_base, find_base, read_adapter, resolve_adapter
 
-    options = Options(max_rank, None if targets is None else tuple(show.listed(targets)))
-    names = show.listed(servers_)
+    options = ServerOptions(max_rank, None if targets is None else tuple(show.split_commas(targets)))
+    names = show.split_commas(servers_)
     if not names:
-        raise OptionError(f"--for names no server; there are {', '.join(servers())}.")
-    source = local(adapter)
-    model = own_names(source) if base is None else base_of(find_base(base))
-    found = serving.check(adapter_at(source, model), names, model, options)
-    document = {"adapter": adapter, "servers": names, "findings": [asdict(f) for f in found]}
-    return Result(document, partial(print_findings, names, found, model is not None), not all(f.ok for f in found))
+        raise OptionError(f"--for names no server; there are {', '.join(list_servers())}.")
+    source = resolve_adapter(adapter)
+    model = describe_named_base(source) if base is None else open_base(find_base(base))
+    findings = serving.check_servers(read_adapter(source, model), names, model, options)
+    document = {"adapter": adapter, "servers": names, "findings": [asdict(f) for f in findings]}
+    return Result(
+        document, partial(print_findings, names, findings, model is not None), not all(f.ok for f in findings)
+    )
 
 
-def print_findings(names: list[str], found: list[Finding], compared: bool) -> None:
+def print_findings(names: list[str], all_findings: list[Finding], compared: bool) -> None:
     """Print the findings by server."""
-    known = servers()
+    known = list_servers()
     for name in names:
         typer.echo(f"{typer.style(name, bold=True)} {known[name].version}, as of {known[name].date}")
-        findings = [f for f in found if f.server == name]
+        findings = [f for f in all_findings if f.server == name]
         for f in findings:
             note = "" if f.evidence == "run" else f" ({f.evidence})"
             line = escape_controls(f": {name} {f.does}{note}: {f.what}")
             typer.echo(f"  {typer.style(f.verdict, fg=COLOURS[f.verdict])}{line}")
             if f.remedy:
-                show.say(f"    → {f.remedy}")
+                show.print_line(f"    → {f.remedy}")
         if not findings:
             typer.echo(f"  {typer.style('ok', fg='green')}: nothing is known that it would not do")
     if not compared:
-        show.say("Names of modules were not compared: give the model with --base.")
+        show.print_line("Names of modules were not compared: give the model with --base.")
 
 
-@verb(SERVE)
+@add_verb(SERVE)
 def export(
     adapter: str,
     *,
-    server: Annotated[str, typer.Option("--for", autocompletion=lambda: [*servers()])],
+    server: Annotated[str, typer.Option("--for", autocompletion=lambda: [*list_servers()])],
     output: str,
     base: str | None = None,
     rank: str | None = None,
@@ -105,52 +107,52 @@ def export(
         lossy: Write a rank that leaves out much of ‖ΔW‖.
     """
     from graft.files import export as files
-    from graft.files.base import base_files
+    from graft.files.base import read_base_files
     from graft.files.formats import read
-    from graft.files.sources import appearing, check_output, local, need_base
+    from graft.files.sources import check_output, place_when_done, require_base, resolve_adapter
 
-    server_named(server)
-    rank_or_share = None if rank is None else number(rank)
-    source = local(adapter)
-    folder = need_base(source, base)
+    get_server(server)
+    rank_or_share = None if rank is None else parse_rank(rank)
+    source = resolve_adapter(adapter)
+    folder = require_base(source, base)
     check_output(output, [source, folder], force)
-    model = base_files(folder)
+    model = read_base_files(folder)
     file = read(source, model)
-    with appearing(output, not dry_run) as out:
+    with place_when_done(output, not dry_run) as out:
         if rank_or_share is None and (file.method in ("LORA", "ADALORA") and file.changed_base is None):
-            report = files.export(file, server, model, out)
+            report = files.export_adapter_file(file, server, model, out)
         else:
-            from graft.command.models import load_base, on
-            from graft.files.export_model import export as of_model
+            from graft.command.models import attach_adapter, load_base
+            from graft.files.export_model import export_model_adapter as of_model
 
-            report = of_model(on(load_base(folder), source), "default", server, out, rank_or_share, lossy)
+            report = of_model(attach_adapter(load_base(folder), source), "default", server, out, rank_or_share, lossy)
 
     def print_report() -> None:
         where = "(dry run)" if dry_run else output
-        show.say(f"{where}: rank {report.rank} on {report.modules} modules, for {server}")
+        show.print_line(f"{where}: rank {report.rank} on {report.modules} modules, for {server}")
         for note in report.notes:
-            show.say(f"  {note}")
+            show.print_line(f"  {note}")
         if report.rounding:
-            show.say(f"  the dtype of the file rounds B by {report.rounding:.1g} of it")
+            show.print_line(f"  the dtype of the file rounds B by {report.rounding:.1g} of it")
 
     return Result({"output": None if dry_run else output, **vars(report)}, print_report)
 
 
-def number(text: str) -> int | float:
+def parse_rank(text: str) -> int | float:
     """Return a rank, or a part of the energy."""
     try:
-        found: int | float = int(text) if text.isdigit() else float(text)
+        value: int | float = int(text) if text.isdigit() else float(text)
     except ValueError:
-        found = 0
-    if not (found >= 1 if isinstance(found, int) else 0 < found < 1):
+        value = 0
+    if not (value >= 1 if isinstance(value, int) else 0 < value < 1):
         raise OptionError(f"--rank {text}: a rank, such as 16, or a part of ‖ΔW‖², such as 0.99.")
-    return found
+    return value
 
 
 LEAST = 1e-6
 
 
-@verb(SERVE)
+@add_verb(SERVE)
 def verify(
     *,
     adapter: str,
@@ -185,29 +187,36 @@ def verify(
         api_key: Sent as a bearer token.
         device: On which graft computes.
     """
-    from graft.command.models import load_base, on
-    from graft.files.ask import Connection, server_of
-    from graft.files.sources import local, need_base
-    from graft.files.verify import check_options
-    from graft.files.verify import verify as compare
+    from graft.command.models import attach_adapter, load_base
+    from graft.files.ask import Connection, identify_server
+    from graft.files.sources import require_base, resolve_adapter
+    from graft.files.verify import check_verify_options
+    from graft.files.verify import verify_server as compare
 
-    check_options(dtype, tolerance)
+    check_verify_options(dtype, tolerance)
     connection = Connection(url, timeout, api_key)
-    kind = server_of(connection, server)  # before the base is loaded, which takes minutes
-    source = local(adapter)
-    own = load_base(need_base(source, base), device=device)
-    found = compare(connection, own, lambda _: on(own, source), model, base_name, dtype, tolerance, kind)
+    kind = identify_server(connection, server)  # before the base is loaded, which takes minutes
+    source = resolve_adapter(adapter)
+    base_model = load_base(require_base(source, base), device=device)
+    answer = compare(
+        connection, base_model, lambda _: attach_adapter(base_model, source), model, base_name, dtype, tolerance, kind
+    )
 
     def report() -> None:
-        show.say(found.text)
-        show.say(f"  the adapter changes log-probabilities by {found.effect:.3g}; on the base the two differ by")
-        show.say(f"  {figure(found.noise)}; what counts as equal: {found.tolerance:.2g}. The server's adapter is from")
-        for what, by in sorted(found.deviations.items(), key=lambda item: item[1]):
-            show.say(f"    {what:<20} {figure(by)}")
+        show.print_line(answer.text)
+        show.print_line(
+            f"  the adapter changes log-probabilities by {answer.effect:.3g}; on the base the two differ by"
+        )
+        show.print_line(
+            f"  {format_difference(answer.noise)}; what counts as equal: {answer.tolerance:.2g}. "
+            "The server's adapter is from"
+        )
+        for what, by in sorted(answer.deviations.items(), key=lambda item: item[1]):
+            show.print_line(f"    {what:<20} {format_difference(by)}")
 
-    return Result(found.as_dict(), report, not found.ok)
+    return Result(answer.as_dict(), report, not answer.ok)
 
 
-def figure(value: float) -> str:
+def format_difference(value: float) -> str:
     """Return a difference of log-probabilities; what is below float32's rounding differs between machines."""
     return f"{value:.3g}" if value >= LEAST else f"below {LEAST:.0e}"

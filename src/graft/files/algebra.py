@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from graft.files.neutral import LowRank, Other
-from graft.files.tensors import Tensor, tensor
+from graft.files.neutral import LowRank, OtherMethod
+from graft.files.tensors import Tensor, make_tensor
 
 NOISE = 1e-6  # of the largest singular value: float32 factors make smaller ones by rounding
 
@@ -42,35 +42,35 @@ class Svd:
 # from and to the factors of files
 
 
-def products(lora: LowRank) -> list[Product]:
+def list_delta_products(lora: LowRank) -> list[Product]:
     """Return what LoRA adds to the weight of a module, as the module stores it: one matrix, or one for each expert.
 
     Of a convolution (out, in · kernel), of an embedding (vocabulary, dim). What an initialisation took out of the base
-    counts, DoRA's magnitude does not: see `with_magnitude`.
+    counts, DoRA's magnitude does not: see `compute_dora_delta`.
     """
-    A, B = wide(lora.A), wide(lora.B) * lora.scale
+    A, B = read_float64(lora.A), read_float64(lora.B) * lora.scale
     if lora.kind == "experts":
         return [Product(b, a) for b, a in zip(B, A, strict=True)]
     if lora.mid is not None:
-        A = with_core(lora)
+        A = contract_tucker_core(lora)
     A, B = (M.reshape(len(M), prod(M.shape[1:])) for M in (A, B))  # of rank 0 as well, which AdaLoRA gives
     groups = len(A) // max(1, B.shape[1])
     if groups > 1:  # a second factor that has groups, as its convolution has
         B = block_diagonal(np.split(B, groups))
-    made = Product(A.T, B.T) if lora.kind == "embedding" else Product(B, A)
+    product = Product(A.T, B.T) if lora.kind == "embedding" else Product(B, A)
     if lora.shift is not None:
         taken_A, taken_B = lora.shift
-        made = total([made, Product(-wide(taken_B), wide(taken_A))])
-    return [made]
+        product = sum_products([product, Product(-read_float64(taken_B), read_float64(taken_A))])
+    return [product]
 
 
-def with_core(lora: LowRank) -> np.ndarray:
+def contract_tucker_core(lora: LowRank) -> np.ndarray:
     """Return A (r, in, *kernel) of a convolution with Tucker's core in it, which becomes one of the whole kernel."""
     assert lora.mid is not None
-    return np.einsum("rj...,ji->ri...", wide(lora.mid), wide(lora.A).reshape(lora.A.shape[:2]))
+    return np.einsum("rj...,ji->ri...", read_float64(lora.mid), read_float64(lora.A).reshape(lora.A.shape[:2]))
 
 
-def wide(t: Tensor) -> np.ndarray:
+def read_float64(t: Tensor) -> np.ndarray:
     return t.read().astype("f8")
 
 
@@ -83,24 +83,24 @@ def block_diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
     return out
 
 
-def as_low_rank(module: LowRank | Other) -> LowRank | None:
+def as_low_rank(module: LowRank | OtherMethod) -> LowRank | None:
     """Return LoRA as it is, and AdaLoRA's triplets as LoRA, with A in float32 at least; None for other methods."""
     if isinstance(module, LowRank):
         return module
     if module.method != "ADALORA" or module.scale is None:
         return None
     A = module.tensors["lora_A"]
-    scaled = wide(A) * wide(module.tensors["lora_E"])
-    return LowRank(tensor(scaled, A.dtype if A.dtype == "F64" else "F32"), module.tensors["lora_B"], module.scale)
+    scaled = read_float64(A) * read_float64(module.tensors["lora_E"])
+    return LowRank(make_tensor(scaled, A.dtype if A.dtype == "F64" else "F32"), module.tensors["lora_B"], module.scale)
 
 
-def with_factors(lora: LowRank, made: Sequence[Svd], rank: int) -> LowRank:
+def replace_factors(lora: LowRank, svds: Sequence[Svd], rank: int) -> LowRank:
     """Return `lora` with the largest `rank` triplets of an SVD in place of its factors, at its scale.
 
     √σ stands on both sides. A module that has fewer triplets gets zeros.
     """
     scale = lora.scale or 1.0
-    pairs = [split(svd, rank) for svd in made]
+    pairs = [split_singular_values(svd, rank) for svd in svds]
     if lora.kind == "experts":
         A, B = np.stack([a for _, a in pairs]), np.stack([b for b, _ in pairs])
     elif lora.kind == "embedding":
@@ -110,11 +110,11 @@ def with_factors(lora: LowRank, made: Sequence[Svd], rank: int) -> LowRank:
         ((B, A),) = pairs
         kernel = lora.A.shape[2:] if lora.mid is None else lora.mid.shape[2:]
         A, B = A.reshape(rank, lora.A.shape[1], *kernel), B.reshape(len(B), rank, *(1 for _ in kernel))
-    factors = tensor(A, lora.A.dtype), tensor(B / scale, lora.B.dtype)
+    factors = make_tensor(A, lora.A.dtype), make_tensor(B / scale, lora.B.dtype)
     return LowRank(*factors, scale, lora.kind, lora.magnitude, lora.bias if lora.scale else None)
 
 
-def split(svd: Svd, rank: int) -> Product:
+def split_singular_values(svd: Svd, rank: int) -> Product:
     k = min(rank, len(svd.s))
     root = np.sqrt(svd.s[:k])
     B, A = np.zeros((len(svd.U), rank)), np.zeros((rank, svd.Vt.shape[1]))
@@ -122,45 +122,45 @@ def split(svd: Svd, rank: int) -> Product:
     return Product(B, A)
 
 
-def with_magnitude(lora: LowRank, W: np.ndarray) -> np.ndarray:
+def compute_dora_delta(lora: LowRank, W: np.ndarray) -> np.ndarray:
     """Return all that DoRA changes of a weight W (out, …), as a matrix: m (W + ΔW) / ‖W + ΔW‖ - W by rows.
 
     Of an embedding (vocabulary, dim) by columns.
     """
     W = W.reshape(len(W), -1).astype("f8")
-    ((B, A),) = products(lora)
+    ((B, A),) = list_delta_products(lora)
     new = W + B @ A
     assert lora.magnitude is not None
     axis = 0 if lora.kind == "embedding" else 1
-    gain = wide(lora.magnitude) / np.linalg.norm(new, axis=axis)
+    gain = read_float64(lora.magnitude) / np.linalg.norm(new, axis=axis)
     return new * (gain if axis == 0 else gain[:, None]) - W
 
 
 # one matrix
 
 
-def svd(made: Product) -> Svd:
+def compute_svd(product: Product) -> Svd:
     """Return the singular triplets of B A, as many as its factors have columns."""
-    Qb, Rb = np.linalg.qr(made.B)
-    Qa, Ra = np.linalg.qr(made.A.T)
+    Qb, Rb = np.linalg.qr(product.B)
+    Qa, Ra = np.linalg.qr(product.A.T)
     U, s, Vt = np.linalg.svd(Rb @ Ra.T)
     k = len(s)
     return Svd(Qb @ U[:, :k], s, Vt[:k] @ Qa.T)
 
 
-def spectrum(made: Product) -> np.ndarray:
+def compute_singular_values(product: Product) -> np.ndarray:
     """Return the singular values of B A, the largest first."""
-    return np.linalg.svd(core(made), compute_uv=False)
+    return np.linalg.svd(reduce_to_core(product), compute_uv=False)
 
 
-def norm(made: Product) -> float:
+def frobenius_norm(product: Product) -> float:
     """Return ‖B A‖ (Frobenius)."""
-    return float(np.linalg.norm(core(made)))
+    return float(np.linalg.norm(reduce_to_core(product)))
 
 
-def core(made: Product) -> np.ndarray:
+def reduce_to_core(product: Product) -> np.ndarray:
     """Return R R'ᵀ (r, r), which has the singular values of B A."""
-    Rb, Ra = (np.asarray(np.linalg.qr(M, "r")) for M in (made.B, made.A.T))
+    Rb, Ra = (np.asarray(np.linalg.qr(M, "r")) for M in (product.B, product.A.T))
     return Rb @ Ra.T
 
 
@@ -186,7 +186,7 @@ def rank_for_ratio(s: np.ndarray, ratio: float) -> int:
     return max(1, int((s > s[:1] / ratio).sum()))
 
 
-def energy_of(s: np.ndarray, rank: int) -> float:
+def energy_share(s: np.ndarray, rank: int) -> float:
     """Return the part of Σ σ² that the first `rank` hold; 1 of a matrix that is 0."""
     whole = float((s**2).sum())
     return float((s[:rank] ** 2).sum()) / whole if whole > 0 else 1.0
@@ -195,7 +195,7 @@ def energy_of(s: np.ndarray, rank: int) -> float:
 # several
 
 
-def total(parts: Iterable[Product], weights: Iterable[float] | None = None) -> Product:
+def sum_products(parts: Iterable[Product], weights: Iterable[float] | None = None) -> Product:
     """Return a weighted sum, exactly: factors stand side by side, and ranks add up."""
     parts = list(parts)
     weights = [1.0] * len(parts) if weights is None else list(weights)
@@ -203,7 +203,7 @@ def total(parts: Iterable[Product], weights: Iterable[float] | None = None) -> P
     return Product(B, np.concatenate([part.A for part in parts]))
 
 
-def inner(a: Product, b: Product) -> float:
+def inner_product(a: Product, b: Product) -> float:
     """Return Σ a ⊙ b, the inner product of two matrices."""
     return float(((a.B.T @ b.B) * (a.A @ b.A.T)).sum())
 
@@ -216,29 +216,29 @@ class Difference(NamedTuple):
     angle: float | None  # degrees: the largest between what they write to, or read from
 
 
-def compare(a: Sequence[Product], b: Sequence[Product]) -> Difference:
+def compare_deltas(a: Sequence[Product], b: Sequence[Product]) -> Difference:
     """Compare two changes: of each one matrix, or as many as there are experts."""
-    size_a, size_b = (np.sqrt(sum(norm(p) ** 2 for p in parts)) for parts in (a, b))
-    apart = np.sqrt(sum(norm(total(pair, (1, -1))) ** 2 for pair in zip(a, b, strict=True)))
+    size_a, size_b = (np.sqrt(sum(frobenius_norm(p) ** 2 for p in parts)) for parts in (a, b))
+    distance = np.sqrt(sum(frobenius_norm(sum_products(pair, (1, -1))) ** 2 for pair in zip(a, b, strict=True)))
     larger = max(size_a, size_b)
     if min(size_a, size_b) == 0:
-        return Difference(None, float(apart / larger) if larger else 0.0, None)
-    cosine = sum(inner(x, y) for x, y in zip(a, b, strict=True)) / (size_a * size_b)
-    angles = [largest_angle(x, y) for x, y in zip(a, b, strict=True)]
-    found = [angle for angle in angles if angle is not None]
-    return Difference(float(np.clip(cosine, -1, 1)), float(apart / larger), max(found, default=None))
+        return Difference(None, float(distance / larger) if larger else 0.0, None)
+    cosine = sum(inner_product(x, y) for x, y in zip(a, b, strict=True)) / (size_a * size_b)
+    angles = [largest_principal_angle(x, y) for x, y in zip(a, b, strict=True)]
+    known_angles = [angle for angle in angles if angle is not None]
+    return Difference(float(np.clip(cosine, -1, 1)), float(distance / larger), max(known_angles, default=None))
 
 
-def largest_angle(a: Product, b: Product) -> float | None:
+def largest_principal_angle(a: Product, b: Product) -> float | None:
     """Return the largest principal angle in degrees between the column spaces of two matrices, or their row spaces."""
-    x, y = svd(a), svd(b)
+    x, y = compute_svd(a), compute_svd(b)
     k, l = x.rank(), y.rank()
     if not k or not l:
         return None
-    return max(between(x.U[:, :k], y.U[:, :l]), between(x.Vt[:k].T, y.Vt[:l].T))
+    return max(angle_between_bases(x.U[:, :k], y.U[:, :l]), angle_between_bases(x.Vt[:k].T, y.Vt[:l].T))
 
 
-def between(P: np.ndarray, Q: np.ndarray) -> float:
+def angle_between_bases(P: np.ndarray, Q: np.ndarray) -> float:
     """Return the largest principal angle between two spaces, of orthonormal bases, in degrees.
 
     Sines tell small angles, cosines large ones. The smaller space may lie in the larger one: then it is 0.
@@ -250,7 +250,7 @@ def between(P: np.ndarray, Q: np.ndarray) -> float:
     return float(np.degrees(np.arctan2(sine, cosine)))
 
 
-def sizes(lora: LowRank) -> tuple[int, int]:
+def delta_shape(lora: LowRank) -> tuple[int, int]:
     """Return how many rows and columns the matrix has that a module's change is."""
     if lora.kind == "experts":
         return lora.B.shape[1], lora.A.shape[2]

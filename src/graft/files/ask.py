@@ -27,7 +27,8 @@ PROBABILITIES = 512  # of one position, where a server tells of one only
 OWNERS = {"vllm": "vllm", "sglang": "sglang", "llama.cpp": "llamacpp"}  # server → owner that it names of its models
 MOST_TOKENS = 2**31  # of a vocabulary
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-Seen = dict[tuple[int, int], float]  # (position, token there) → its log-probability after the tokens before it
+# (position, token there) → its log-probability after the tokens before it
+LogProbabilities = dict[tuple[int, int], float]
 
 
 class Connection:
@@ -40,11 +41,11 @@ class Connection:
     """
 
     def __init__(self, url: str, timeout: float = 60.0, key: str | None = None):
-        if not is_address(url):
+        if not is_server_address(url):
             raise OptionError(f"{url!r} is no address of a server: http://host:port.")
         if not 0 < timeout <= TIMEOUT_MAX:
             raise OptionError(f"A timeout of {timeout} cannot be waited for: give a number of seconds above 0.")
-        if key is not None and not is_plain(key):
+        if key is not None and not is_printable_ascii(key):
             raise OptionError("The API key has a space, a line break or another character that no header can hold.")
         self.url, self.timeout = url.rstrip("/").removesuffix("/v1"), timeout
         self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
@@ -89,18 +90,18 @@ class Connection:
             raise ServerError(f"{url} answers more than {LARGEST} bytes.")
         if 300 <= status < 400:
             raise ServerError(
-                f"{url} answers {status}, a redirect to {quote(location)}, which graft does not follow. "
+                f"{url} answers {status}, a redirect to {quote_answer(location)}, which graft does not follow. "
                 "Give that address if it is the server's."
             )
         if status >= 400:
-            raise (UnknownModelError if status == 404 else ServerError)(f"{url} answers {status}: {quote(text)}")
+            raise (UnknownModelError if status == 404 else ServerError)(f"{url} answers {status}: {quote_answer(text)}")
         return text
 
     def _parse(self, path: str, text: bytes, parse: Callable[[Any], Any]) -> Any:
         try:
             return parse(json.loads(text))
         except MALFORMED:
-            raise ServerError(f"{self.url}{path} answers something else than expected: {quote(text)}") from None
+            raise ServerError(f"{self.url}{path} answers something else than expected: {quote_answer(text)}") from None
 
 
 class Exchange(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
@@ -148,27 +149,31 @@ class Exchange(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
                 self.socket.shutdown(socket.SHUT_RDWR)
 
 
-def is_address(url: str) -> bool:
+def is_server_address(url: str) -> bool:
     """Return True if a text is the address of a server: http or https, a host, no user, nothing that is no ASCII."""
     try:
         parts = urlsplit(url)
         host = (parts.hostname or "").encode("idna")
-        return bool(parts.scheme in ("http", "https") and host and parts.port != 0) and "@" not in url and is_plain(url)
+        return (
+            bool(parts.scheme in ("http", "https") and host and parts.port != 0)
+            and "@" not in url
+            and is_printable_ascii(url)
+        )
     except ValueError:  # of a port, an IPv6 address or a label
         return False
 
 
-def is_plain(text: str) -> bool:
+def is_printable_ascii(text: str) -> bool:
     """Return True if a text is printable ASCII without spaces, as addresses and headers need it."""
     return text.isascii() and text.isprintable() and " " not in text
 
 
-def quote(text: bytes) -> str:
+def quote_answer(text: bytes) -> str:
     """Return the beginning of a server's answer, on one line, in quotes, control characters escaped."""
     return repr(shorten_text(" ".join(text[:1000].decode(errors="replace").split()), 400))
 
 
-def server_of(connection: Connection, name: str | None = None) -> str:
+def identify_server(connection: Connection, name: str | None = None) -> str:
     """Return which program a server is, by what it says of its models: "vllm", "sglang", "llama.cpp", or "openai".
 
     Args:
@@ -188,11 +193,13 @@ def server_of(connection: Connection, name: str | None = None) -> str:
     return next((name for name, owner in OWNERS.items() if owner in owners), "openai")
 
 
-def ask(connection: Connection, server: str, name: str, prompts: Sequence[Sequence[int]], base: bool) -> list[Seen]:
+def ask_log_probabilities(
+    connection: Connection, server: str, name: str, prompts: Sequence[Sequence[int]], is_base: bool
+) -> list[LogProbabilities]:
     """Return what a model of the server says of each prompt.
 
     Args:
-        server: as `server_of` returns it.
+        server: as `identify_server` returns it.
         name: of the base or of an adapter. Of llama.cpp's server an adapter's number, its path or the file's name.
         base: the name is the base's.
 
@@ -202,17 +209,17 @@ def ask(connection: Connection, server: str, name: str, prompts: Sequence[Sequen
         BaseModelMismatchError: the server makes other tokens of these, or does not have one of them.
     """
     if server == "llama.cpp":
-        lora = scale_llama_adapters(connection, None if base else name)
-        return [ask_llama(connection, lora, prompt) for prompt in prompts]
-    one: Callable[..., Seen] = ask_sglang if server == "sglang" else ask_openai
+        lora = select_llama_adapter(connection, None if is_base else name)
+        return [ask_llama_server(connection, lora, prompt) for prompt in prompts]
+    ask_one: Callable[..., LogProbabilities] = ask_sglang if server == "sglang" else ask_openai
     try:
-        return [one(connection, name, prompt) for prompt in prompts]
+        return [ask_one(connection, name, prompt) for prompt in prompts]
     except UnknownModelError as e:
-        models = shorten_text(str(list_models(connection)))
+        models = shorten_text(str(list_served_models(connection)))
         raise UnknownModelError(f"The server at {connection.url} has no model {name!r}, but {models} ({e})") from None
 
 
-def list_models(connection: Connection) -> list[str]:
+def list_served_models(connection: Connection) -> list[str]:
     """Return the names of the models that a server says it has; none if it does not say."""
     try:
         names: list[str] = connection.get("/v1/models", lambda reply: [str(entry["id"]) for entry in reply["data"]])
@@ -221,14 +228,14 @@ def list_models(connection: Connection) -> list[str]:
         return []
 
 
-def ask_openai(connection: Connection, name: str, ids: Sequence[int]) -> Seen:
+def ask_openai(connection: Connection, name: str, ids: Sequence[int]) -> LogProbabilities:
     """Ask by OpenAI's completions, which echo the prompt with its log-probabilities."""
 
-    def parse(reply: Any) -> tuple[int, list[int], Seen]:
+    def parse(reply: Any) -> tuple[int, list[int], LogProbabilities]:
         said = reply["choices"][0]["logprobs"]
         values, tokens = said["token_logprobs"], said["tokens"]
         named = [int(t.removeprefix("token_id:")) for t in tokens if t.startswith("token_id:")]
-        return len(values), named[: len(ids)], parse_prompt(ids[: len(values)], values)
+        return len(values), named[: len(ids)], pair_with_tokens(ids[: len(values)], values)
 
     body = dict(model=name, prompt=list(ids), max_tokens=1, temperature=0, logprobs=1, echo=True)
     number, named, seen = connection.post("/v1/completions", body | dict(return_tokens_as_token_ids=True), parse)
@@ -241,18 +248,18 @@ def ask_openai(connection: Connection, name: str, ids: Sequence[int]) -> Seen:
     return seen
 
 
-def ask_sglang(connection: Connection, name: str, ids: Sequence[int]) -> Seen:
+def ask_sglang(connection: Connection, name: str, ids: Sequence[int]) -> LogProbabilities:
     """Ask by SGLang's own request. `name` is an adapter's, or the served model's."""
 
-    def parse(reply: Any) -> tuple[list[int], Seen]:
+    def parse(reply: Any) -> tuple[list[int], LogProbabilities]:
         said = reply["meta_info"]["input_token_logprobs"]
-        return [int(entry[1]) for entry in said], parse_prompt(ids[: len(said)], [entry[0] for entry in said])
+        return [int(entry[1]) for entry in said], pair_with_tokens(ids[: len(said)], [entry[0] for entry in said])
 
     body: Json = dict(
         input_ids=list(ids), sampling_params=dict(max_new_tokens=1, temperature=0), return_logprob=True,
         logprob_start_len=0,
     )  # fmt: skip
-    if name not in list_models(connection)[:1]:
+    if name not in list_served_models(connection)[:1]:
         body["lora_path"] = name
     tokens, seen = connection.post("/generate", body, parse)
     if tokens != list(ids):
@@ -261,19 +268,19 @@ def ask_sglang(connection: Connection, name: str, ids: Sequence[int]) -> Seen:
     return seen
 
 
-def parse_prompt(ids: Sequence[int], values: Sequence[object]) -> Seen:
+def pair_with_tokens(ids: Sequence[int], values: Sequence[object]) -> LogProbabilities:
     """Return the log-probabilities of a prompt's tokens but the first, which has none."""
-    return {(at, ids[at]): parse_number(values[at]) for at in range(1, len(ids))}
+    return {(at, ids[at]): parse_log_probability(values[at]) for at in range(1, len(ids))}
 
 
-def parse_number(value: Any) -> float:
+def parse_log_probability(value: Any) -> float:
     """Return a log-probability of an answer; OverflowError or ValueError if it is no finite number."""
     if type(value) not in (int, float) or not math.isfinite(number := float(value)):
         raise ValueError("a log-probability is a finite number")
     return number
 
 
-def scale_llama_adapters(connection: Connection, name: str | None) -> list[Json]:
+def select_llama_adapter(connection: Connection, name: str | None) -> list[Json]:
     """Return the scales of all adapters of llama.cpp's server that let `name` act alone; None: none of them."""
     paths = connection.get("/lora-adapters", lambda reply: {int(entry["id"]): str(entry["path"]) for entry in reply})
     files = {i: os.path.basename(path) for i, path in paths.items()}
@@ -284,17 +291,19 @@ def scale_llama_adapters(connection: Connection, name: str | None) -> list[Json]
     return [{"id": i, "scale": 1.0 if name is not None and i in fits else 0.0} for i in paths]
 
 
-def ask_llama(connection: Connection, lora: list[Json], ids: Sequence[int]) -> Seen:
+def ask_llama_server(connection: Connection, lora: list[Json], ids: Sequence[int]) -> LogProbabilities:
     """Ask for the distribution of the next token, the only one that llama.cpp's server tells."""
 
-    def parse(reply: Any) -> Seen:
+    def parse(reply: Any) -> LogProbabilities:
         said = reply.get("completion_probabilities") or [{"top_logprobs": []}]
-        seen = {(len(ids), int(entry["id"])): parse_number(entry["logprob"]) for entry in said[0]["top_logprobs"]}
+        seen = {
+            (len(ids), int(entry["id"])): parse_log_probability(entry["logprob"]) for entry in said[0]["top_logprobs"]
+        }
         if not all(0 <= token < MOST_TOKENS for _, token in seen):
             raise ValueError("no vocabulary has such a token")
         return seen
 
-    def parse_whole(reply: Any) -> Seen:
+    def parse_whole(reply: Any) -> LogProbabilities:
         if not (seen := parse(reply)):
             raise ValueError("no log-probabilities")
         return seen
@@ -302,7 +311,7 @@ def ask_llama(connection: Connection, lora: list[Json], ids: Sequence[int]) -> S
     body: Json = dict(
         prompt=list(ids), n_predict=1, n_probs=PROBABILITIES, temperature=0, cache_prompt=False, lora=lora
     )
-    seen: Seen = connection.post("/completion", body, parse)
+    seen: LogProbabilities = connection.post("/completion", body, parse)
     if not seen:  # of a token that is part of a character
         seen = connection.post(
             "/completion", body | dict(logit_bias=[[find_plain_token(connection), 100]]), parse_whole

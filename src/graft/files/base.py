@@ -50,7 +50,7 @@ class BaseFiles:
         config: of config.json.
         tensors: the checkpoint's own names → tensors, none of which is read yet.
         files: the checkpoint's own names → file that holds it, relative to the folder.
-        views: what `graft.files.bases.by_model` returns, once it was asked.
+        views: what `graft.files.bases.view_by_model_names` returns, once it was asked.
     """
 
     path: str
@@ -79,15 +79,15 @@ class Skeleton:
     tensors: dict[str, Tensor] = field(default_factory=dict)  # those that have values
     adapters: Mapping[str, object] = field(default_factory=dict)  # configs of those that it carries, by name
     model: nn.Module | None = None  # itself, if it is there
-    parts: Mapping[str, Known] = field(default_factory=dict)  # of a pipeline, by name
+    parts: Mapping[str, BaseDescription] = field(default_factory=dict)  # of a pipeline, by name
     shift: tuple[str, str] = ("", "")  # what its names begin with, and in its stead those of the model
     views: list[Skeleton | None] = field(default_factory=list, compare=False)  # as of `BaseFiles`
 
 
-Known = BaseFiles | Skeleton
+BaseDescription = BaseFiles | Skeleton
 
 
-def base_files(path: str | os.PathLike[str]) -> BaseFiles:
+def read_base_files(path: str | os.PathLike[str]) -> BaseFiles:
     """Look at a model's folder: config.json and the headers of its safetensors files.
 
     Raises:
@@ -98,7 +98,7 @@ def base_files(path: str | os.PathLike[str]) -> BaseFiles:
         raise CheckpointError(f"{path} is no folder with a model.")
     config = os.path.join(path, "config.json")
     base = BaseFiles(path, read_object(config, finite=False) if os.path.exists(config) else {})
-    for name in shards(path):
+    for name in list_shards(path):
         where = os.path.join(path, name)
         if not os.path.exists(where):
             raise CheckpointError(f"{where} is not there, though {INDEX} names it.")
@@ -109,30 +109,30 @@ def base_files(path: str | os.PathLike[str]) -> BaseFiles:
     return base
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def entries(folder: str, patterns: Collection[str]) -> Iterator[tuple[str, bool]]:
+def list_folder_entries(folder: str, patterns: Collection[str]) -> Iterator[tuple[str, bool]]:
     """Yield the entries of a folder, and whether each is a regular file. Links are followed nowhere.
 
     Args:
         patterns: names of files. A folder that one of them names is opened; any other is one entry, with a slash.
     """
     rooms = {pattern.partition("/")[0] for pattern in patterns if "/" in pattern}
-    with os.scandir(folder) as found:
-        for entry in sorted(found, key=lambda entry: entry.name):
+    with os.scandir(folder) as scan:
+        for entry in sorted(scan, key=lambda entry: entry.name):
             if not entry.is_dir(follow_symlinks=False):
                 yield entry.name, entry.is_file(follow_symlinks=False)
-            elif not matches(entry.name, rooms):
+            elif not matches_any(entry.name, rooms):
                 yield f"{entry.name}/", False
             else:
                 inner = (p.partition("/")[2] for p in patterns if fnmatchcase(entry.name, p.partition("/")[0]))
-                for name, is_file in entries(entry.path, [*inner]):
+                for name, is_file in list_folder_entries(entry.path, [*inner]):
                     yield f"{entry.name}/{name}", is_file
 
 
-def check_inside(folder: str, name: str) -> None:
+def check_file_is_inside(folder: str, name: str) -> None:
     """Raise CheckpointError if a file of a model is no regular one, or a link that leads out of its folder.
 
     The hub's cache holds a model as links, which lead to the blobs of the same repository.
@@ -148,7 +148,7 @@ def check_inside(folder: str, name: str) -> None:
         raise CheckpointError(f"{os.path.join(folder, name)} is no file: take it away, or put the model's there.")
 
 
-def shards(path: str) -> list[str]:
+def list_shards(path: str) -> list[str]:
     """Return the names of a model's safetensors files: those of its index; without one, all that are there.
 
     A model.safetensors that the index does not name is all of the model.
@@ -164,7 +164,9 @@ def shards(path: str) -> list[str]:
         if strange := [n for n in names if os.path.basename(n) != n]:
             raise CheckpointError(f"{index} names files outside its folder: {strange[:3]}.")
         return [WHOLE] if whole and WHOLE not in names else names  # as transformers, which looks for it first
-    found = sorted(n for n in os.listdir(path) if n.endswith(".safetensors") and not n.startswith(("adapter_", ".")))
-    if not found:
+    shard_names = sorted(
+        n for n in os.listdir(path) if n.endswith(".safetensors") and not n.startswith(("adapter_", "."))
+    )
+    if not shard_names:
         raise CheckpointError(f"{path} holds no safetensors files of a model.")
-    return found
+    return shard_names

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from graft import CheckpointError
 from graft.config.reading import Json, read_object
-from graft.files.base import BaseFiles, Known, Skeleton, base_files
-from graft.files.places import shift_of
+from graft.files.base import BaseDescription, BaseFiles, Skeleton, read_base_files
+from graft.files.places import find_prefix_shift
 
 if TYPE_CHECKING:
     pass
@@ -21,13 +21,13 @@ COMPONENTS = ("unet", "transformer", "text_encoder")  # of a pipeline, that adap
 PACKED = {"mxfp4": "mxfp4", "fp8": "fp8", "bitsandbytes": "nf4"}  # quant_method of a config → format
 
 
-def packing(config: Json) -> str | None:
+def read_quantization_format(config: Json) -> str | None:
     """Return the format of weights, as of `budget`, that a model's config.json says; None for none, or another."""
-    said = config.get("quantization_config") or {}
-    return None if said.get("load_in_8bit") else PACKED.get(str(said.get("quant_method")))
+    quantization = config.get("quantization_config") or {}
+    return None if quantization.get("load_in_8bit") else PACKED.get(str(quantization.get("quant_method")))
 
 
-def base_of(path: str | os.PathLike[str]) -> BaseFiles | Skeleton:
+def open_base(path: str | os.PathLike[str]) -> BaseFiles | Skeleton:
     """Look at a base model without its weights.
 
     Args:
@@ -40,29 +40,29 @@ def base_of(path: str | os.PathLike[str]) -> BaseFiles | Skeleton:
     if os.path.basename(path) == CONFIG and os.path.isfile(path):
         path = os.path.dirname(path) or "."
     if os.path.exists(os.path.join(path, PIPELINE)):
-        return pipeline(path)
+        return open_pipeline(path)
     config = os.path.join(path, CONFIG)
     if os.path.exists(config) and not any(name.endswith(".safetensors") for name in os.listdir(path)):
-        from graft.files.skeleton import from_config
+        from graft.files.skeleton import describe_config
 
-        return from_config(path, read_object(config, finite=False))
-    return base_files(path)
+        return describe_config(path, read_object(config, finite=False))
+    return read_base_files(path)
 
 
-def pipeline(path: str) -> Skeleton:
+def open_pipeline(path: str) -> Skeleton:
     """Return the models of a diffusers pipeline as one: the name of its part stands before each tensor's."""
     folders = [part for part in sorted(os.listdir(path)) if part.startswith(COMPONENTS)]
-    parts = {part: base_of(os.path.join(path, part)) for part in folders if is_model(os.path.join(path, part))}
+    parts = {part: open_base(os.path.join(path, part)) for part in folders if is_model_folder(os.path.join(path, part))}
     if not any(True for part in parts.values() for _ in part.modules):
         raise CheckpointError(f"{path} holds no models of a pipeline.")
-    return together(path, read_object(os.path.join(path, PIPELINE)), parts)
+    return join_pipeline_models(path, read_object(os.path.join(path, PIPELINE)), parts)
 
 
-def is_model(folder: str) -> bool:
+def is_model_folder(folder: str) -> bool:
     return os.path.exists(os.path.join(folder, CONFIG))
 
 
-def together(path: str, config: Json, parts: Mapping[str, Known]) -> Skeleton:
+def join_pipeline_models(path: str, config: Json, parts: Mapping[str, BaseDescription]) -> Skeleton:
     """Return the models of a pipeline's parts as one."""
     out = Skeleton(path, config, parts=parts)
     for part, model in parts.items():
@@ -72,23 +72,23 @@ def together(path: str, config: Json, parts: Mapping[str, Known]) -> Skeleton:
     return out
 
 
-def by_model(base: Known) -> Skeleton | None:
+def view_by_model_names(base: BaseDescription) -> Skeleton | None:
     """Return a base of files by the names of its model's parameters, see `graft.files.skeleton`; None: no library
     here knows the model, or the base has its names already."""
     if not base.views:
         if isinstance(base, BaseFiles):
-            from graft.files.skeleton import of_files
+            from graft.files.skeleton import describe_checkpoint
 
-            made = of_files(base)
+            view = describe_checkpoint(base)
         else:
-            parts = {name: by_model(part) for name, part in base.parts.items()}
+            parts = {name: view_by_model_names(part) for name, part in base.parts.items()}
             whole = {name: part or base.parts[name] for name, part in parts.items()}
-            made = together(base.path, base.config, whole) if any(parts.values()) else None
-        base.views.append(made)
+            view = join_pipeline_models(base.path, base.config, whole) if any(parts.values()) else None
+        base.views.append(view)
     return base.views[0]
 
 
-def fitted(base: Known, paths: Iterable[str]) -> Known:
+def choose_names(base: BaseDescription, paths: Iterable[str]) -> BaseDescription:
     """Return a base by the names that an adapter has for its modules, or for most of them.
 
     These are the files' own, those of the model, or either with one prefix more or less: heads stand around models.
@@ -96,26 +96,27 @@ def fitted(base: Known, paths: Iterable[str]) -> Known:
     """
     wanted = set(paths)
 
-    def lacks(known: Known) -> int:
+    def count_missing(known: BaseDescription) -> int:
         return len(wanted.difference(known.modules, known.shapes))
 
-    best = (by_model(base) if "quantization_config" in base.config else None) or base
-    for view in (lambda: base, lambda: by_model(base)):  # the model is made only if it is needed
-        if lacks(best) and (known := view()) is not None:
-            best = min(best, known, shifted(known, wanted), key=lacks)
+    best = (view_by_model_names(base) if "quantization_config" in base.config else None) or base
+    for view in (lambda: base, lambda: view_by_model_names(base)):  # the model is made only if it is needed
+        if count_missing(best) and (known := view()) is not None:
+            best = min(best, known, shift_prefix(known, wanted), key=count_missing)
     return best
 
 
-def shifted(base: Known, wanted: Set[str]) -> Known:
+def shift_prefix(base: BaseDescription, wanted: Set[str]) -> BaseDescription:
     """Return a base whose names have the one prefix more or less by which it has most of the wanted modules."""
-    here, there = shift_of(wanted, {*base.modules, *base.shapes})
-    if here == there:
+    wanted_prefix, base_prefix = find_prefix_shift(wanted, {*base.modules, *base.shapes})
+    if wanted_prefix == base_prefix:
         return base
 
-    def new(name: str) -> str:
-        return here + name.removeprefix(there)
+    def rename(name: str) -> str:
+        return wanted_prefix + name.removeprefix(base_prefix)
 
     return Skeleton(
-        base.path, base.config, {new(name): shape for name, shape in base.shapes.items()}, [*map(new, base.modules)],
-        {new(name): tensor for name, tensor in base.tensors.items()}, shift=(here, there),
+        base.path, base.config, {rename(name): shape for name, shape in base.shapes.items()},
+        [*map(rename, base.modules)],
+        {rename(name): tensor for name, tensor in base.tensors.items()}, shift=(wanted_prefix, base_prefix),
     )  # fmt: skip

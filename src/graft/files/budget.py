@@ -88,9 +88,9 @@ class Training:
     on_gpu: bool = False
     period: int = 1
 
-    def model(self, blocks: int, device: str = "meta", checkpointing: bool = False) -> PeftModel:
+    def build_model(self, blocks: int, device: str = "meta", checkpointing: bool = False) -> PeftModel:
         """Return the model with so many blocks and an adapter, ready to train."""
-        with warnings.catch_warnings(), torch.device(device), default_dtype(self.dtype):
+        with warnings.catch_warnings(), torch.device(device), use_default_dtype(self.dtype):
             warnings.simplefilter("ignore")
             base: nn.Module = self.make(blocks)
             base.config.use_cache = False
@@ -103,31 +103,33 @@ class Training:
         return model.train()
 
     @cached_property
-    def whole(self) -> PeftModel:
-        return self.model(self.layers)
+    def whole_model(self) -> PeftModel:
+        return self.build_model(self.layers)
 
-    def extrapolated(self, measure: Callable[[int], float]) -> float:
+    def extrapolate(self, measure: Callable[[int], float]) -> float:
         """Return what `measure` would give for all blocks, from what it gives for one period of them and for two."""
         if self.layers <= 2 * self.period:
             return measure(self.layers)
         one, two = measure(self.period), measure(2 * self.period)
         return one + (self.layers / self.period - 1) * (two - one)
 
-    def step(self, batch: int, checkpointing: bool) -> Step:
+    def measure_step(self, batch: int, checkpointing: bool) -> StepMemory:
         """Return what a step of so many rows takes, blocks running again in the backward pass or not.
 
         Kernels go through rows a few at a time, so that it would take long to run a step of very many.
         """
         if batch > MANY:
-            a, b = self.step(MANY // 2, checkpointing), self.step(MANY, checkpointing)
+            a, b = self.measure_step(MANY // 2, checkpointing), self.measure_step(MANY, checkpointing)
             more = (batch - MANY) / (MANY - MANY // 2)
-            return Step(b.activations + more * (b.activations - a.activations), b.peak + more * (b.peak - a.peak))
-        of = cache(lambda n: measured(self.model(n, "meta", checkpointing), batch, self.length, self.on_gpu))
-        return Step(self.extrapolated(lambda n: of(n).activations), self.extrapolated(lambda n: of(n).peak))
+            return StepMemory(b.activations + more * (b.activations - a.activations), b.peak + more * (b.peak - a.peak))
+        of = cache(
+            lambda n: measure_training_step(self.build_model(n, "meta", checkpointing), batch, self.length, self.on_gpu)
+        )
+        return StepMemory(self.extrapolate(lambda n: of(n).activations), self.extrapolate(lambda n: of(n).peak))
 
 
 @contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def use_default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Have models made in a dtype at once, where one made in float32 would take twice the memory for a moment."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -138,12 +140,12 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @dataclass
-class Step:
+class StepMemory:
     activations: float  # bytes that live from the forward to the backward pass, without parameters and buffers
     peak: float  # bytes of the fullest moment, gradients of parameters with them
 
 
-def budget(
+def measure_budget(
     training: Training,
     batch: int,
     checkpointing: bool = False,
@@ -168,10 +170,10 @@ def budget(
         raise ConfigError(f"bits is one of {', '.join(map(str, FORMATS))}, not {bits!r}.")
     if training.layers < 1:
         raise ConfigError("The model's config does not say how many blocks it has.")
-    step = training.step(batch, checkpointing)
-    trained = [p for p in training.whole.parameters() if p.requires_grad]
+    step = training.measure_step(batch, checkpointing)
+    trained = [p for p in training.whole_model.parameters() if p.requires_grad]
     adapter = float(sum(p.nbytes for p in trained))
-    weights, dense = frozen(training.whole, bits)
+    weights, dense = count_base_bytes(training.whole_model, bits)
     gradients = min(adapter, step.peak - step.activations)
     return Budget(
         weights=weights,
@@ -184,30 +186,30 @@ def budget(
     )
 
 
-def frozen(model: nn.Module, bits: int | str | None) -> tuple[float, float]:
+def count_base_bytes(model: nn.Module, bits: int | str | None) -> tuple[float, float]:
     """Return the bytes of what does not train, buffers with it, and of the most that a step unpacks at a time."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}
     whole = float(sum(t.nbytes for t in tensors.values()))
     if bits is None:
         return whole, 0.0
-    blocks = [model.get_submodule(path) for path in block_kinds(model)]
+    blocks = [model.get_submodule(path) for path in find_block_classes(model)]
     least = 3 if bits in ONLY_STACKS else 2
     packed = {id(p): p for block in blocks for p in block.parameters() if p.ndim >= least and id(p) in tensors}.values()
     saved = sum(p.numel() * FORMATS[bits] / 8 - p.nbytes for p in packed)
-    return whole + saved, float(max((unpacked(p) for p in packed), default=0))
+    return whole + saved, float(max((count_unpacked_bytes(p) for p in packed), default=0))
 
 
-def unpacked(p: Tensor) -> int:
+def count_unpacked_bytes(p: Tensor) -> int:
     """Return the bytes of a packed weight that are dense at once: of a stack a chunk of its matrices."""
     return min(p.nbytes, max(CHUNK, p.nbytes // len(p))) if p.ndim == 3 else p.nbytes
 
 
-def measured(model: PeftModel, batch: int, length: int, on_gpu: bool) -> Step:
+def measure_training_step(model: PeftModel, batch: int, length: int, on_gpu: bool) -> StepMemory:
     """Run a training step on the meta device, and count the memory that lives in it."""
-    live = Live(model)
+    live = LiveMemory(model)
     try:
         with FusedAttention(on_gpu), live:
-            loss = loss_of(model, torch.zeros(batch, length, dtype=torch.long, device="meta"))
+            loss = compute_training_loss(model, torch.zeros(batch, length, dtype=torch.long, device="meta"))
             activations = live.bytes
             torch.autograd.backward(loss)  # unlike `loss.backward`, within both modes: blocks may run again
     except RuntimeError as e:
@@ -216,10 +218,10 @@ def measured(model: PeftModel, batch: int, length: int, on_gpu: bool) -> Step:
             f"{name} cannot run on tensors without values, as a plan needs: {e} Models of transformers 4 ask for "
             "autocast there: install transformers 5."
         ) from None
-    return Step(activations, live.peak)
+    return StepMemory(activations, live.peak)
 
 
-class Live(TorchDispatchMode):
+class LiveMemory(TorchDispatchMode):
     """Counts the bytes of all tensors that live, but for those of a model.
 
     Attributes:
@@ -229,7 +231,7 @@ class Live(TorchDispatchMode):
     def __init__(self, model: nn.Module):
         TorchDispatchMode.__init__(self)
         self.own = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
-        self.known = set(map(number, self.own))
+        self.known = set(map(storage_id, self.own))
         self.watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.bytes = self.peak = 0.0
 
@@ -246,7 +248,7 @@ class Live(TorchDispatchMode):
         return out
 
     def add(self, storage: torch.UntypedStorage) -> None:
-        one = number(storage)
+        one = storage_id(storage)
         if one in self.known:
             return
         self.known.add(one)
@@ -254,15 +256,15 @@ class Live(TorchDispatchMode):
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
 
-        def gone(_: object) -> None:
+        def forget(_: object) -> None:
             self.bytes -= size
             self.known.discard(one)
             del self.watches[one]
 
-        self.watches[one] = weakref.ref(storage, gone)
+        self.watches[one] = weakref.ref(storage, forget)
 
 
-def number(storage: torch.UntypedStorage) -> int:
+def storage_id(storage: torch.UntypedStorage) -> int:
     """Return what tells a memory from others while it lives."""
     return int(StorageWeakRef(storage).cdata)
 
@@ -276,7 +278,7 @@ class FusedAttention(TorchFunctionMode):
 
     def __init__(self, on_gpu: bool):
         super().__init__()
-        self.on_gpu, self.shares_keys = on_gpu, on_gpu or cpu_shares_keys()
+        self.on_gpu, self.shares_keys = on_gpu, on_gpu or can_cpu_share_keys()
 
     def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         kwargs = kwargs or {}
@@ -284,12 +286,12 @@ class FusedAttention(TorchFunctionMode):
             q, k, v = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
             drops = args[4] if len(args) > 4 else kwargs.get("dropout_p")
             if (self.on_gpu or not drops) and (self.shares_keys or q.shape[-3] == k.shape[-3]):
-                return _Attention.apply(q, k, v)
+                return _FusedKernel.apply(q, k, v)
         return func(*args, **kwargs)
 
 
 @cache
-def cpu_shares_keys() -> bool:
+def can_cpu_share_keys() -> bool:
     """Return True if torch's fused attention of a CPU takes fewer heads of keys than of queries."""
     q, k = (torch.ones(1, heads, 2, 8, device="cpu", requires_grad=True) for heads in (2, 1))
     with torch.enable_grad():
@@ -297,7 +299,7 @@ def cpu_shares_keys() -> bool:
     return "ScaledDotProduct" in type(y.grad_fn).__name__
 
 
-class _Attention(torch.autograd.Function):
+class _FusedKernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = q.new_empty((*q.shape[:-1], v.shape[-1]))
@@ -310,21 +312,21 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def loss_of(model: PeftModel, ids: Tensor) -> Tensor:
+def compute_training_loss(model: PeftModel, ids: Tensor) -> Tensor:
     """Return what a Trainer would go back from; of a model without a loss, the mean of its outputs."""
     base: nn.Module = model.get_base_model()
-    task, takes = type(base).__name__, getattr(base, "main_input_name", "input_ids")
-    if takes != "input_ids":
-        raise ConfigError(f"{task} takes {takes}: what a step takes is measured for models of token ids only.")
+    task, main_input = type(base).__name__, getattr(base, "main_input_name", "input_ids")
+    if main_input != "input_ids":
+        raise ConfigError(f"{task} takes {main_input}: what a step takes is measured for models of token ids only.")
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if any(hasattr(config, name) for config in model.peft_config.values() for name in ("n_tasks", "num_tasks")):
         inputs["task_ids"] = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     most = next((config.max_timestep for config in model.peft_config.values() if hasattr(config, "max_timestep")), None)
     with nullcontext() if most is None else model.timestep(most):  # T-LoRA's
-        return loss_of_inputs(model, base, inputs, task)
+        return compute_loss_of_inputs(model, base, inputs, task)
 
 
-def loss_of_inputs(model: PeftModel, base: nn.Module, inputs: dict[str, Tensor], task: str) -> Tensor:
+def compute_loss_of_inputs(model: PeftModel, base: nn.Module, inputs: dict[str, Tensor], task: str) -> Tensor:
     """Return the model's loss for token ids as their own labels; of a model without a loss, the mean of its outputs."""
     takes_tokens = task.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration"))
     if takes_tokens or getattr(base.config, "is_encoder_decoder", False):
@@ -333,25 +335,25 @@ def loss_of_inputs(model: PeftModel, base: nn.Module, inputs: dict[str, Tensor],
     return model(**inputs)[0].float().mean()
 
 
-def coverage(matched: list[str], kinds: dict[str, str]) -> dict[str, tuple[int, int]]:
+def count_adapted_blocks(matched: list[str], kinds: dict[str, str]) -> dict[str, tuple[int, int]]:
     """Return, for each kind of block, how many there are and how many of them have an adapter.
 
     Args:
         matched: paths of the modules with an adapter.
         kinds: path of a block → the name of its class.
     """
-    found: dict[str, tuple[int, int]] = {}
+    counts: dict[str, tuple[int, int]] = {}
     for path, kind in kinds.items():
-        has = any(name == path or name.startswith(f"{path}.") for name in matched)
-        total, adapted = found.get(kind, (0, 0))
-        found[kind] = (total + 1, adapted + has)
-    return found
+        is_adapted = any(name == path or name.startswith(f"{path}.") for name in matched)
+        total, adapted = counts.get(kind, (0, 0))
+        counts[kind] = (total + 1, adapted + is_adapted)
+    return counts
 
 
-def block_kinds(model: nn.Module) -> dict[str, str]:
+def find_block_classes(model: nn.Module) -> dict[str, str]:
     """Return the blocks of a model: the children of lists of more than one module that stand in no other such list."""
-    found: dict[str, str] = {}
+    classes: dict[str, str] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and not any(path.startswith(f"{p}.") for p in found):
-            found |= {f"{path}.{i}": type(child).__name__ for i, child in enumerate(module)}
-    return found
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and not any(path.startswith(f"{p}.") for p in classes):
+            classes |= {f"{path}.{i}": type(child).__name__ for i, child in enumerate(module)}
+    return classes

@@ -7,20 +7,20 @@ import os
 from dataclasses import dataclass, replace
 
 from graft.files import names
-from graft.files.base import Known
-from graft.files.bases import base_of
+from graft.files.base import BaseDescription
+from graft.files.bases import open_base
 from graft.files.formats import is_model, read, recognise, writer_of
-from graft.files.holding import PEFT, fit, one_scale
+from graft.files.holding import PEFT, fit_to_format, unify_scales_and_ranks
 from graft.files.lint import check_whole
-from graft.files.lycoris import as_peft
+from graft.files.lycoris import lycoris_to_peft
 from graft.files.neutral import LostModule
-from graft.files.sources import appearing, check_output
+from graft.files.sources import check_output, place_when_done
 
 ENDS = {"kohya": ".safetensors", "gguf": ".gguf", "diffusers": ".safetensors"}  # of formats that are one file
 
 
 @dataclass
-class Converted:
+class Conversion:
     """What a conversion did.
 
     Attributes:
@@ -39,22 +39,22 @@ class Converted:
     rounding: float
 
 
-def convert(
+def convert_adapter_file(
     source: str | os.PathLike[str],
     to: str,
     out: str | os.PathLike[str] | None = None,
-    base: str | os.PathLike[str] | Known | None = None,
+    base: str | os.PathLike[str] | BaseDescription | None = None,
     lossy: bool = False,
     force: bool = False,
     dry_run: bool = False,
-) -> Converted:
+) -> Conversion:
     """Write an adapter in another format. The source is never changed.
 
     Args:
         source: a file or folder of any format that graft reads.
         to: the name of a format.
         out: a file or folder; beside the source if None.
-        base: the base model, or what `graft.files.bases.base_of` takes: names, sizes, and values where ΔW depends on
+        base: the base model, or what `graft.files.bases.open_base` takes: names, sizes, and values where ΔW depends on
             them.
         lossy: leave out what the format cannot hold.
         force: replace what is at `out`.
@@ -70,30 +70,32 @@ def convert(
     """
     source = os.fspath(source)
     form, of = writer_of(to), recognise(source)
-    target = os.path.abspath(beside(source, to) if out is None else os.fspath(out))
+    target = os.path.abspath(choose_output_path(source, to) if out is None else os.fspath(out))
     if to in ENDS and out is not None and os.path.isdir(target) and not force and not is_model(target):
         target = os.path.join(target, f"adapter{ENDS[to]}")
     elif to == "kohya" and not target.endswith(ENDS[to]) and not os.path.lexists(target):
         target += ENDS[to]  # by which its readers know it
-    known = base_of(base) if isinstance(base, (str, os.PathLike)) else base
+    known = open_base(base) if isinstance(base, (str, os.PathLike)) else base
     check_output(target, [source, *([] if known is None else [known.path])], force)
     adapter = read(source, known)
-    if known is not None and not adapter.flat:
-        known = names.check(adapter, known)
+    if known is not None and not adapter.has_flat_names:
+        known = names.check_modules(adapter, known)
         if to == "peft":
-            adapter, known = names.todays(adapter, known)
+            adapter, known = names.to_model_names(adapter, known)
     check_whole(adapter, known)
     lost: list[str] = []
     if to == "peft":
-        adapter, lost = fit(as_peft(adapter, known), PEFT, to, lossy, known)
-    rounding = one_scale(replace(adapter, modules=dict(adapter.modules)), form.HOLDS) if to != "peft" else 0.0
-    with appearing(target, not dry_run) as made:
-        losses = form.write(adapter, made, known, lossy)
+        adapter, lost = fit_to_format(lycoris_to_peft(adapter, known), PEFT, to, lossy, known)
+    rounding = (
+        unify_scales_and_ranks(replace(adapter, modules=dict(adapter.modules)), form.HOLDS) if to != "peft" else 0.0
+    )
+    with place_when_done(target, not dry_run) as temporary:
+        losses = form.write(adapter, temporary, known, lossy)
     written = len(adapter.modules) - sum(isinstance(line, LostModule) for line in losses)
-    return Converted(source, target, of, to, written, lost + losses, rounding)
+    return Conversion(source, target, of, to, written, lost + losses, rounding)
 
 
-def beside(source: str, to: str) -> str:
+def choose_output_path(source: str, to: str) -> str:
     """Return where a conversion goes by itself: next to its source, with the format in its name."""
     stem = os.path.abspath(source)
     if os.path.isfile(stem):

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from graft import LossError, PeftWarning, convert_to_lora
 from graft.core.folding import compute_change
 from graft.files.convert import ENDS
-from graft.files.export import Exported
-from graft.files.export import export as export_file
+from graft.files.export import ExportReport
+from graft.files.export import export_adapter_file as export_file
 from graft.files.formats import peft
-from graft.files.load import names_in
-from graft.files.serving import server_named
+from graft.files.load import describe_base_of
+from graft.files.serving import get_server
 from graft.inject.parts import run_as_call
 from graft.io import files
 from graft.io.fingerprint import list_base_weights, make_fingerprint
@@ -36,7 +36,7 @@ def export_adapters(
 
     A format that is one file is adapter.gguf there, or what its end is.
     """
-    end = ENDS.get(server_named(server).formats[0])
+    end = ENDS.get(get_server(server).formats[0])
     check_save_arguments(directory, "sampled", True)
     for name in names_to_save(model, selected, directory):
         if writes:
@@ -44,13 +44,13 @@ def export_adapters(
             if end is not None:
                 os.makedirs(path, exist_ok=True)
                 path = os.path.join(path, f"adapter{end}")
-            export(model, name, server, path)
+            export_model_adapter(model, name, server, path)
 
 
 @run_as_call
-def export(
+def export_model_adapter(
     model: nn.Module, adapter: str, server: str, path: str, rank: int | float | None = None, lossy: bool = False
-) -> Exported:
+) -> ExportReport:
     """Write an adapter of a model for a server.
 
     Args:
@@ -72,15 +72,15 @@ def export(
     else:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "As LoRA of rank", PeftWarning)  # the error below says it
-            made, tensors = convert_to_lora(model, ENERGY if rank is None else rank, adapter)
-        error = check_loss(model, adapter, tensors, rank, lossy)
-        made.base_model_name_or_path, config = config.base_model_name_or_path, made
+            lora_config, tensors = convert_to_lora(model, ENERGY if rank is None else rank, adapter)
+        error = check_factor_loss(model, adapter, tensors, rank, lossy)
+        lora_config.base_model_name_or_path, config = config.base_model_name_or_path, lora_config
     parts, _, base, _ = find_adapter(model, adapter)
     with tempfile.TemporaryDirectory() as folder:
         files.save_adapter(folder, tensors, config, True, make_fingerprint(list_base_weights(parts, base)))
         file = peft.read(folder)
         file.path = f"adapter '{adapter}'"
-        report = export_file(file, server, names_in(model), os.fspath(path))
+        report = export_file(file, server, describe_base_of(model), os.fspath(path))
     report.error = error
     if error is not None:
         report.notes.insert(0, f"ΔW became a product of factors, with a relative error of {error:.2g}")
@@ -88,7 +88,7 @@ def export(
 
 
 @torch.no_grad()
-def check_loss(
+def check_factor_loss(
     model: nn.Module, adapter: str, tensors: dict[str, Tensor], rank: int | float | None, lossy: bool
 ) -> float:
     """Return ‖ΔW - B A‖ / ‖ΔW‖ over all layers, for the tensors of `convert_to_lora`, whose scaling is 1.
@@ -106,8 +106,8 @@ def check_loss(
             continue
         change, ranks[key] = compute_change(layer.methods[adapter]), len(A)
         delta = (change.A if change.B is None else change.B @ change.A).flatten(0, 1)
-        made = (B.flatten(1).float() @ A.flatten(1).float()).to(delta).reshape(-1, delta.shape[-1])
-        off, size = float((delta - made).square().sum()), float(delta.square().sum())
+        approximation = (B.flatten(1).float() @ A.flatten(1).float()).to(delta).reshape(-1, delta.shape[-1])
+        off, size = float((delta - approximation).square().sum()), float(delta.square().sum())
         lost, whole = lost + off, whole + size
         bound = LOSS + torch.finfo(B.dtype).eps / 2
         if size and (off / size) ** 0.5 / bound > worst:

@@ -22,10 +22,10 @@ from graft.files import algebra
 from graft.files.algebra import Svd
 from graft.files.base import BaseFiles
 from graft.files.errors import OptionError
-from graft.files.layers import Layers, module_of, same
+from graft.files.layers import CheckpointPair, are_equal, module_path
 from graft.files.neutral import AdapterFile, LowRank
-from graft.files.resize import check, resize
-from graft.files.tensors import Bytes, Tensor, rearranged
+from graft.files.resize import check_resize_options, resize_adapter
+from graft.files.tensors import Bytes, Tensor, rearrange_tensor
 
 if TYPE_CHECKING:
     from graft.files.neutral import Kind
@@ -38,7 +38,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class Extracted:
+class ExtractedTensor:
     """What became of one tensor."""
 
     name: str
@@ -52,11 +52,11 @@ class Extracted:
 @dataclass
 class Extraction:
     adapter: AdapterFile
-    rows: list[Extracted] = field(default_factory=list)
+    rows: list[ExtractedTensor] = field(default_factory=list)
     same: int = 0  # tensors that training left alone
 
 
-def extract(
+def extract_adapter(
     tuned: BaseFiles,
     base: BaseFiles,
     rank: int | None = None,
@@ -93,90 +93,95 @@ def extract(
         raise OptionError(f"embed={embed!r} is neither 'lora' nor 'full'.")
     if rank is energy is max_mb is None:
         rank = RANK
-    check(dict(rank=rank, energy=energy, max_mb=max_mb), None)
+    check_resize_options(dict(rank=rank, energy=energy, max_mb=max_mb), None)
     if max_mb is not None:
         rank = WIDEST
-    layers = Layers(tuned, base)
-    compare(layers, tuned.path, base.path)
-    made = Extraction(AdapterFile("peft", tuned.path, base=base.path))
+    layers = CheckpointPair(tuned, base)
+    check_same_architecture(layers, tuned.path, base.path)
+    extraction = Extraction(AdapterFile("peft", tuned.path, base=base.path))
     for name in sorted(layers.new):
-        if name not in layers.twins and wanted(name, include, exclude):
+        if name not in layers.twins and is_included(name, include, exclude):
             progress(name)
-            take(made, name, layers, rank, energy, embed)
-    if not made.rows:
+            add_tensor_change(extraction, name, layers, rank, energy, embed)
+    if not extraction.rows:
         raise CheckpointError(f"{tuned.path} and {base.path} do not differ where include and exclude let them.")
-    made.adapter.config["ensure_weight_tying"] = tie(made.adapter, layers)
-    complete(made.adapter, layers)
-    linear = (path for path, lora in made.adapter.low_rank.items() if lora.kind == "linear")
-    made.adapter.by_parameter = frozenset(filter(layers.is_called_as_experts, linear))
-    made.adapter.config["fan_in_fan_out"] = any(map(layers.is_conv1d, layers.old))
-    if max_mb is not None and made.adapter.modules:
-        made.adapter, cut = resize(made.adapter, max_mb=max_mb)
+    extraction.adapter.config["ensure_weight_tying"] = copy_to_tied_names(extraction.adapter, layers)
+    add_companion_tensors(extraction.adapter, layers)
+    linear = (path for path, lora in extraction.adapter.low_rank.items() if lora.kind == "linear")
+    extraction.adapter.by_parameter = frozenset(filter(layers.is_called_as_experts, linear))
+    extraction.adapter.config["fan_in_fan_out"] = any(map(layers.is_conv1d, layers.old))
+    if max_mb is not None and extraction.adapter.modules:
+        extraction.adapter, cut = resize_adapter(extraction.adapter, max_mb=max_mb)
         left = {f"{row.module}.weight": row for row in cut} | {row.module: row for row in cut}
-        for i, row in enumerate(made.rows):
+        for i, row in enumerate(extraction.rows):
             if (now := left.get(row.name)) is not None:
-                made.rows[i] = replace(row, rank=now.after, energy=row.energy * now.energy)
-    return made
+                extraction.rows[i] = replace(row, rank=now.after, energy=row.energy * now.energy)
+    return extraction
 
 
-def tie(adapter: AdapterFile, layers: Layers) -> bool:
+def copy_to_tied_names(adapter: AdapterFile, layers: CheckpointPair) -> bool:
     """Give the further names of tied tensors the change of the first, since files hold all.
 
     Return True if the base's model ties some that have changed.
     """
     changed = False
     for name, first in layers.twins.items():
-        lora = adapter.low_rank.get(module_of(first)) if first.endswith(".weight") else None
+        lora = adapter.low_rank.get(module_path(first)) if first.endswith(".weight") else None
         changed = changed or first in adapter.full or lora is not None
         if first in adapter.full:
             adapter.full[name] = adapter.full[first]
         elif lora is not None:
             if lora.kind == "embedding" and not layers.is_embedding(name):
-                A, B = (rearranged(t, lambda v: v.T, *t.shape[::-1]) for t in (lora.B, lora.A))
+                A, B = (rearrange_tensor(t, lambda v: v.T, *t.shape[::-1]) for t in (lora.B, lora.A))
                 lora = LowRank(A, B, lora.scale)
-            adapter.modules[module_of(name)] = lora
+            adapter.modules[module_path(name)] = lora
     return changed and layers.is_tied
 
 
-def complete(adapter: AdapterFile, layers: Layers) -> None:
+def add_companion_tensors(adapter: AdapterFile, layers: CheckpointPair) -> None:
     """Add what stands beside tensors that are kept whole: files hold modules whole, and the biases of all targets.
 
     Raises:
         LossError: a parameter of a module that holds others changed, for which PEFT's files have no place.
     """
-    adapted = {module_of(path) for path, lora in adapter.low_rank.items() if lora.kind == "experts"}
-    bare = [name for name in adapter.full if layers.holds(name) or module_of(name) in adapted]
+    adapted = {module_path(path) for path, lora in adapter.low_rank.items() if lora.kind == "experts"}
+    bare = [name for name in adapter.full if layers.is_container(name) or module_path(name) in adapted]
     if bare:
         raise LossError(
             f"PEFT's files have no place for parameters of their own: {join_some(sorted(bare))}. Leave them out by "
             "exclude."
         )
     biases = {f"{path}.bias" for path in adapter.modules} & layers.new.keys()
-    modules = {module_of(name) for name in adapter.full} - {*adapter.modules}
-    beside = {name for name in layers.new if module_of(name) in modules}
+    modules = {module_path(name) for name in adapter.full} - {*adapter.modules}
+    beside = {name for name in layers.new if module_path(name) in modules}
     for name in beside | (biases if biases & {*adapter.full} else set()):
         adapter.full[name] = layers.new[name]
 
 
-def wanted(name: str, include: str | None, exclude: str | None) -> bool:
+def is_included(name: str, include: str | None, exclude: str | None) -> bool:
     return (include is None or fnmatchcase(name, include)) and not (exclude is not None and fnmatchcase(name, exclude))
 
 
-def compare(layers: Layers, tuned: str, base: str) -> None:
+def check_same_architecture(layers: CheckpointPair, tuned: str, base: str) -> None:
     """Raise BaseModelMismatchError if two checkpoints, of these paths, are not of one architecture."""
     new, old = layers.new, layers.old
-    ours, theirs = ({n for n, t in m.items() if t.dtype in FLOATS} for m in (new, old))
-    missing, added = sorted(theirs - ours), sorted(ours - theirs)
-    packed = [n for m in (new, old) for n, t in m.items() if t.dtype not in FLOATS and n in ours | theirs]
+    new_names, old_names = ({n for n, t in m.items() if t.dtype in FLOATS} for m in (new, old))
+    missing, added = sorted(old_names - new_names), sorted(new_names - old_names)
+    packed = [n for m in (new, old) for n, t in m.items() if t.dtype not in FLOATS and n in new_names | old_names]
     packed += layers.quantized
-    other = [n for n in ours & theirs if new[n].shape != old[n].shape and not resized(new[n].shape, old[n].shape)]
-    if missing or added or other or packed or not ours & theirs:
+    misfits = [
+        n
+        for n in new_names & old_names
+        if new[n].shape != old[n].shape and not is_resized_embedding(new[n].shape, old[n].shape)
+    ]
+    if missing or added or misfits or packed or not new_names & old_names:
         raise BaseModelMismatchError(
             f"{tuned} is no fine-tuned {base}: "
             + "; ".join(
                 f"{what} {join_some(names, 3)}"
                 for what, names in (
-                    ("it lacks", missing), ("the base lacks", added), ("other shapes of", other), ("quantized", packed),
+                    ("it lacks", missing), ("the base lacks", added), ("other shapes of", misfits),
+                    ("quantized", packed),
                 )
                 if names
             )
@@ -184,46 +189,50 @@ def compare(layers: Layers, tuned: str, base: str) -> None:
         )  # fmt: skip
 
 
-def resized(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+def is_resized_embedding(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Return True if two shapes are those of one embedding with vocabularies of two sizes."""
     return len(a) == len(b) and len(a) in (1, 2) and a[1:] == b[1:]
 
 
-def take(made: Extraction, name: str, layers: Layers, rank: int | None, energy: float | None, embed: str) -> None:
+def add_tensor_change(
+    extraction: Extraction, name: str, layers: CheckpointPair, rank: int | None, energy: float | None, embed: str
+) -> None:
     """Add what one tensor has become to an adapter."""
     new, old = layers.new[name], layers.old[name]
     if old.shape != new.shape:
-        made.adapter.full[name] = new
-        made.rows.append(Extracted(name, "full", measured(name, new.read().astype("f8")), 1.0))
+        extraction.adapter.full[name] = new
+        extraction.rows.append(ExtractedTensor(name, "full", finite_norm(name, new.read().astype("f8")), 1.0))
         return
-    if same(new, old):
-        made.same += 1
+    if are_equal(new, old):
+        extraction.same += 1
         return
-    kind, path = layers.kind(name, embed), module_of(name) if name.endswith(".weight") else name
+    kind, path = layers.lora_kind(name, embed), module_path(name) if name.endswith(".weight") else name
     turned = (kind == "linear" and layers.is_conv1d(name)) or (kind == "experts" and layers.is_transposed(name))
-    size = whole = kept = 0.0
-    found = []
-    for after, before in zip(*(matrices(t, kind) for t in (new, old)), strict=True):
+    size = weight_norm = energy_sum = 0.0
+    triplets = []
+    for after, before in zip(*(split_into_matrices(t, kind) for t in (new, old)), strict=True):
         W = before.read()
         delta = np.subtract(after.read(), W, dtype=np.promote_types(W.dtype, "f4"))
-        whole, size = np.hypot(whole, np.linalg.norm(W)), np.hypot(size, measured(name, delta))
+        weight_norm, size = np.hypot(weight_norm, np.linalg.norm(W)), np.hypot(size, finite_norm(name, delta))
         if kind is not None:
-            found.append(largest(delta.T if turned else delta.reshape(len(delta), -1), rank, energy))
-            kept += float((found[-1].s.astype("f8") ** 2).sum())
+            triplets.append(largest_triplets(delta.T if turned else delta.reshape(len(delta), -1), rank, energy))
+            energy_sum += float((triplets[-1].s.astype("f8") ** 2).sum())
     if size == 0:
-        made.same += 1
+        extraction.same += 1
         return
-    relative = float(size / whole) if whole else float("inf")
+    relative = float(size / weight_norm) if weight_norm else float("inf")
     if kind is None:
-        made.adapter.full[name] = new
-        made.rows.append(Extracted(name, "full", float(size), relative))
+        extraction.adapter.full[name] = new
+        extraction.rows.append(ExtractedTensor(name, "full", float(size), relative))
         return
-    k = max(len(svd.s) for svd in found)
-    made.adapter.modules[path] = algebra.with_factors(shaped(kind, new.shape, turned), found, k)
-    made.rows.append(Extracted(name, "lora", float(size), relative, k, min(kept / float(size) ** 2, 1.0)))
+    k = max(len(svd.s) for svd in triplets)
+    extraction.adapter.modules[path] = algebra.replace_factors(make_empty_factors(kind, new.shape, turned), triplets, k)
+    extraction.rows.append(
+        ExtractedTensor(name, "lora", float(size), relative, k, min(energy_sum / float(size) ** 2, 1.0))
+    )
 
 
-def matrices(t: Tensor, kind: Kind | None) -> list[Tensor]:
+def split_into_matrices(t: Tensor, kind: Kind | None) -> list[Tensor]:
     """Return the matrices of a stack, or the tensor itself if it is none."""
     if kind != "experts":
         return [t]
@@ -235,7 +244,7 @@ def matrices(t: Tensor, kind: Kind | None) -> list[Tensor]:
     return [Tensor(t.shape[1:], t.dtype, partial(load, i)) for i in range(t.shape[0])]
 
 
-def measured(name: str, values: np.ndarray) -> float:
+def finite_norm(name: str, values: np.ndarray) -> float:
     """Return the norm of values; raise NonFiniteError if some are NaN or infinite."""
     if not np.isfinite(values).all():
         raise NonFiniteError(
@@ -245,7 +254,7 @@ def measured(name: str, values: np.ndarray) -> float:
     return float(np.linalg.norm(values))
 
 
-def shaped(kind: Kind, shape: tuple[int, ...], turned: bool) -> LowRank:
+def make_empty_factors(kind: Kind, shape: tuple[int, ...], turned: bool) -> LowRank:
     """Return empty factors whose shapes say how those of a change of this shape shall stand."""
 
     def empty(*sizes: int) -> Tensor:
@@ -263,33 +272,35 @@ def shaped(kind: Kind, shape: tuple[int, ...], turned: bool) -> LowRank:
 # the largest singular triplets
 
 
-def largest(W: np.ndarray, rank: int | None, energy: float | None) -> Svd:
+def largest_triplets(W: np.ndarray, rank: int | None, energy: float | None) -> Svd:
     """Return the triplets of a matrix that are kept: the first `rank`, or those that hold `energy`; all if neither."""
     most = min(W.shape)
     if most <= LARGE:
         U, s, Vt = np.linalg.svd(W, full_matrices=False)
-        return cut(Svd(U, s, Vt), W, rank, energy)
+        return cut_triplets(Svd(U, s, Vt), W, rank, energy)
     whole = float(np.linalg.norm(W)) ** 2
     k = rank or 64
     while True:
-        found = randomized(W, k)
-        enough = energy is None or float((found.s.astype("f8") ** 2).sum()) >= energy * whole or k >= most
+        triplets = approximate_svd(W, k)
+        enough = energy is None or float((triplets.s.astype("f8") ** 2).sum()) >= energy * whole or k >= most
         if enough:
-            return cut(found, W, rank, energy, whole)
+            return cut_triplets(triplets, W, rank, energy, whole)
         k = min(2 * k, most)
 
 
-def cut(found: Svd, W: np.ndarray, rank: int | None, energy: float | None, whole: float | None = None) -> Svd:
+def cut_triplets(
+    triplets: Svd, W: np.ndarray, rank: int | None, energy: float | None, whole: float | None = None
+) -> Svd:
     """Return the triplets that are kept, without those that rounding alone made."""
-    squares = np.cumsum(found.s.astype("f8") ** 2)
-    real = int((found.s > found.s[0] * max(W.shape) * np.finfo("f4").eps).sum()) or 1
+    squares = np.cumsum(triplets.s.astype("f8") ** 2)
+    real = int((triplets.s > triplets.s[0] * max(W.shape) * np.finfo("f4").eps).sum()) or 1
     k = min(real, rank or real)
     if energy is not None:
         k = min(k, int(np.searchsorted(squares, energy * (whole or squares[-1]) * (1 - 1e-9)) + 1))
-    return Svd(found.U[:, :k], found.s[:k], found.Vt[:k])
+    return Svd(triplets.U[:, :k], triplets.s[:k], triplets.Vt[:k])
 
 
-def randomized(W: np.ndarray, k: int) -> Svd:
+def approximate_svd(W: np.ndarray, k: int) -> Svd:
     """Return nearly the `k` largest triplets of a matrix, by two rounds of subspace iteration."""
     random = np.random.default_rng(0)
     width = min(k + OVERSAMPLING, *W.shape)

@@ -13,11 +13,11 @@ import numpy as np
 
 from graft import CheckpointError, LossError
 from graft.core.errors import join_some
-from graft.files.algebra import as_low_rank, products, with_core
+from graft.files.algebra import as_low_rank, contract_tucker_core, list_delta_products
 from graft.files.formats.peft import PREFIXES, VARIANTS, make_names_error
 from graft.files.names import CONV1D
-from graft.files.neutral import AdapterFile, LostModule, LowRank, Other
-from graft.files.tensors import Tensor, rearranged, tensor
+from graft.files.neutral import AdapterFile, LostModule, LowRank, OtherMethod
+from graft.files.tensors import Tensor, make_tensor, rearrange_tensor
 
 if TYPE_CHECKING:
     from graft.files.formats import Base
@@ -45,7 +45,7 @@ FIELDS = (
 
 
 @dataclass(frozen=True)
-class Holds:
+class FormatLimits:
     """What a format can hold.
 
     Attributes:
@@ -63,13 +63,13 @@ class Holds:
     magnitudes: bool = False
 
 
-PEFT = Holds(
+PEFT = FormatLimits(
     parts=frozenset({*PARTS, "changed_base"}), methods=frozenset({*PREFIXES, *VARIANTS.values()} - {"LORA"})
 )  # but methods beside each other, which its writer looks for
 
 
-def fit(
-    adapter: AdapterFile, holds: Holds, to: str, lossy: bool = False, base: Base | None = None
+def fit_to_format(
+    adapter: AdapterFile, holds: FormatLimits, to: str, lossy: bool = False, base: Base | None = None
 ) -> tuple[AdapterFile, list[str]]:
     """Return an adapter as a format can hold it, and what that leaves out.
 
@@ -82,10 +82,10 @@ def fit(
         LossError: it cannot hold something; or, with `lossy`, anything.
         BaseNeededError: the adapter's names are no paths of modules.
     """
-    if adapter.flat:
+    if adapter.has_flat_names:
         raise make_names_error(adapter)
-    lost = [f"the key '{key}', which no reader knows" for key in adapter.unread]
-    out = replace(adapter, modules={}, unread=[])
+    lost = [f"the key '{key}', which no reader knows" for key in adapter.unknown_keys]
+    out = replace(adapter, modules={}, unknown_keys=[])
     for name, items in (("full", adapter.full), ("rows", adapter.rows), ("shared", adapter.shared)):
         if items and name not in holds.parts:
             lost += [f"{PARTS[name]}: {key}" for key in items]
@@ -93,7 +93,7 @@ def fit(
     facts = {name: adapter.config.get(name) for name in FIELDS if name not in holds.parts}
     lost += [f"{PARTS[name]}: {value}" for name, value in facts.items() if value]
     for path, module in adapter.modules.items():
-        if isinstance(module, Other) and module.method in holds.methods:
+        if isinstance(module, OtherMethod) and module.method in holds.methods:
             out.modules[path] = module
             continue
         if (low_rank := as_low_rank(module)) is None:
@@ -104,7 +104,7 @@ def fit(
             lost.append(LostModule(f"{PARTS[module.kind]}: {path}"))
             continue
         if module.mid is not None and "mid" not in holds.parts:
-            module = without_mid(module)
+            module = fold_tucker_core(module)
         for part in ("magnitude", "bias"):
             if getattr(module, part) is not None and part not in holds.parts:
                 lost.append(f"{PARTS[part]}: {path}")
@@ -115,16 +115,16 @@ def fit(
         out.modules[path] = module
     if adapter.changed_base is not None and "changed_base" not in holds.parts:
         lost.append(f"that the base was changed by {adapter.changed_base}, which the file does not say how to undo")
-    check_lost(adapter, to, lost, lossy, out.modules or out.full or out.shared or out.rows)
+    check_losses(adapter, to, lost, lossy, out.modules or out.full or out.shared or out.rows)
     if adapter.method == "ADALORA" and out.low_rank:
         out.method, out.config = "LORA", {}
     if "magnitude" in holds.parts and not holds.magnitudes and adapter.format != to:
-        out.modules.update(with_magnitudes(out, base, to))
-    one_scale(out, holds)
+        out.modules.update(make_magnitudes(out, base, to))
+    unify_scales_and_ranks(out, holds)
     return out, lost
 
 
-def with_magnitudes(adapter: AdapterFile, base: Base | None, to: str, of_rows: bool = False) -> dict[str, LowRank]:
+def make_magnitudes(adapter: AdapterFile, base: Base | None, to: str, of_rows: bool = False) -> dict[str, LowRank]:
     """Return the modules that get a magnitude as others have one: the norm of W + ΔW, which changes nothing.
 
     Args:
@@ -135,7 +135,7 @@ def with_magnitudes(adapter: AdapterFile, base: Base | None, to: str, of_rows: b
     """
     by_part: dict[str, dict[str, LowRank]] = {}  # a file has one config for each part of a pipeline
     for path, module in adapter.low_rank.items():
-        by_part.setdefault(path.partition(".")[0] if adapter.pipeline else "", {})[path] = module
+        by_part.setdefault(path.partition(".")[0] if adapter.is_pipeline else "", {})[path] = module
     out = {}
     turned = base is not None and base.config.get("model_type") in CONV1D
     for modules in by_part.values():
@@ -149,17 +149,17 @@ def with_magnitudes(adapter: AdapterFile, base: Base | None, to: str, of_rows: b
                     f"{to} has a magnitude for all modules or for none, and '{path}' of {adapter.path} has none: give "
                     "the base model with its weights (--base), of which it can be made."
                 )
-            ((B, A),) = products(module)
+            ((B, A),) = list_delta_products(module)
             W = weight.read().astype("f8")
             W, shape = W.reshape(len(W), -1), (len(B), A.shape[1])
             if W.shape[::-1] == shape and (turned or W.shape != shape):
                 W = W.T
             norm = np.linalg.norm(W + B @ A, axis=0 if module.kind == "embedding" and not of_rows else 1)
-            out[path] = replace(module, magnitude=tensor(norm.astype("f4"), "F32"))
+            out[path] = replace(module, magnitude=make_tensor(norm.astype("f4"), "F32"))
     return out
 
 
-def check_lost(adapter: AdapterFile, to: str, lost: list[str], lossy: bool, left: object) -> None:
+def check_losses(adapter: AdapterFile, to: str, lost: list[str], lossy: bool, left: object) -> None:
     """Raise LossError for what a format cannot hold, unless it may be lost and something is left."""
     if not left:
         raise LossError(
@@ -174,7 +174,7 @@ def check_lost(adapter: AdapterFile, to: str, lost: list[str], lossy: bool, left
         )
 
 
-def one_scale(adapter: AdapterFile, holds: Holds) -> float:
+def unify_scales_and_ranks(adapter: AdapterFile, holds: FormatLimits) -> float:
     """Fold scales into B and fill up ranks, in place, as far as a format needs it; return the largest rounding."""
     low_rank = adapter.low_rank
     rounding = 0.0
@@ -182,36 +182,40 @@ def one_scale(adapter: AdapterFile, holds: Holds) -> float:
         return rounding
     if not holds.ranks:
         most = max(module.rank for module in low_rank.values())
-        low_rank = {path: padded(module, most) for path, module in low_rank.items()}
+        low_rank = {path: pad_rank(module, most) for path, module in low_rank.items()}
     if holds.scales != "each":
         by = {path: module.rank if holds.scales == "alpha" else 1 for path, module in low_rank.items()}
         common = Counter(module.scale * by[path] for path, module in low_rank.items() if module.scale)
         wanted = common.most_common(1)[0][0] if common else 1.0
         for path, module in low_rank.items():
-            low_rank[path], error = folded(module, wanted / by[path])
+            low_rank[path], error = fold_scale(module, wanted / by[path])
             rounding = max(rounding, error)
     adapter.modules.update(low_rank)
     return rounding
 
 
-def scale_of(alpha: Tensor | None, rank: int) -> float:
+def divide_alpha(alpha: Tensor | None, rank: int) -> float:
     """Return alpha / rank; 1 where there is no alpha, or it is 0, as all readers take it."""
     value = 0.0 if alpha is None else float(alpha.read().reshape(-1)[0])
     return value / rank if value and rank else 1.0
 
 
-def by_module(out: AdapterFile, tensors: Mapping[str, Tensor], key: re.Pattern[str]) -> dict[str, dict[str, Tensor]]:
-    """Return tensors by module and name, the two groups of `key`; add keys that it does not fit to `out.unread`."""
-    made: dict[str, dict[str, Tensor]] = {}
+def group_by_module(
+    out: AdapterFile, tensors: Mapping[str, Tensor], key: re.Pattern[str]
+) -> dict[str, dict[str, Tensor]]:
+    """Return tensors by module and name, the two groups of `key`; add other keys to `out.unknown_keys`."""
+    groups: dict[str, dict[str, Tensor]] = {}
     for name, t in tensors.items():
         if match := key.fullmatch(name):
-            made.setdefault(match[1], {})[match[2]] = t
+            groups.setdefault(match[1], {})[match[2]] = t
         else:
-            out.unread.append(name)
-    return made
+            out.unknown_keys.append(name)
+    return groups
 
 
-def both(tensors: Mapping[str, Tensor], names: Sequence[str], what: str, module: str) -> tuple[Tensor, Tensor]:
+def get_factor_pair(
+    tensors: Mapping[str, Tensor], names: Sequence[str], what: str, module: str
+) -> tuple[Tensor, Tensor]:
     """Return the factors A and B of a module; raise CheckpointError if one is not there."""
     A, B = (tensors.get(name) for name in names)
     if A is None or B is None:
@@ -219,12 +223,12 @@ def both(tensors: Mapping[str, Tensor], names: Sequence[str], what: str, module:
     return A, B
 
 
-def misfit(what: str, module: str, A: Tensor, B: Tensor, where: str = "which do not fit") -> CheckpointError:
+def make_shape_error(what: str, module: str, A: Tensor, B: Tensor, where: str = "which do not fit") -> CheckpointError:
     """Return the error for factors whose shapes cannot be."""
     return CheckpointError(f"{what}: the factors of '{module}' have shapes {A.shape} and {B.shape}, {where}.")
 
 
-def folded(module: LowRank, scale: float) -> tuple[LowRank, float]:
+def fold_scale(module: LowRank, scale: float) -> tuple[LowRank, float]:
     """Return a module whose scale is `scale`, with the rest of its own in B; and how far rounding put an entry off.
 
     The product is formed in float32 and rounded once, to B's own dtype.
@@ -233,31 +237,31 @@ def folded(module: LowRank, scale: float) -> tuple[LowRank, float]:
     if abs(factor - 1) < 1e-12:
         return replace(module, scale=scale), 0.0
     exact = module.B.read().astype("f8") * factor
-    B = tensor(exact.astype("f4"), module.B.dtype)
+    B = make_tensor(exact.astype("f4"), module.B.dtype)
     with np.errstate(invalid="ignore", divide="ignore"):
         errors = np.abs(B.read() - exact) / np.abs(exact)
-    bias = None if module.bias is None else tensor((module.bias.read() * factor).astype("f4"), module.bias.dtype)
+    bias = None if module.bias is None else make_tensor((module.bias.read() * factor).astype("f4"), module.bias.dtype)
     error = float(np.max(errors[exact != 0], initial=0.0))
     if not np.isfinite(error):
         raise CheckpointError(f"A factor B of dtype {module.B.dtype} does not hold its scale {factor:g}: it overflows.")
     return replace(module, B=B, bias=bias, scale=scale, alpha=None), error
 
 
-def padded(module: LowRank, rank: int) -> LowRank:
+def pad_rank(module: LowRank, rank: int) -> LowRank:
     """Return a module of a higher rank that does the same: its factors have zeros from its own rank on."""
     more = rank - module.rank
     if not more:
         return module
     of_a, of_b = (1, 2) if module.kind == "experts" else (0, 1)
-    return replace(module, A=longer(module.A, of_a, more), B=longer(module.B, of_b, more), alpha=None)
+    return replace(module, A=pad_axis(module.A, of_a, more), B=pad_axis(module.B, of_b, more), alpha=None)
 
 
-def longer(t: Tensor, axis: int, more: int) -> Tensor:
+def pad_axis(t: Tensor, axis: int, more: int) -> Tensor:
     """Return a tensor with zeros behind the last entry of an axis."""
     pads = [(0, more if i == axis else 0) for i in range(len(t.shape))]
-    return rearranged(t, lambda bits: np.pad(bits, pads), *(n + after for n, (_, after) in zip(t.shape, pads)))
+    return rearrange_tensor(t, lambda bits: np.pad(bits, pads), *(n + after for n, (_, after) in zip(t.shape, pads)))
 
 
-def without_mid(module: LowRank) -> LowRank:
+def fold_tucker_core(module: LowRank) -> LowRank:
     """Return a convolution with Tucker's core in A, which becomes one of the whole kernel: the same rank, exactly."""
-    return replace(module, A=tensor(with_core(module).astype("f4"), "F32"), mid=None)
+    return replace(module, A=make_tensor(contract_tucker_core(module).astype("f4"), "F32"), mid=None)

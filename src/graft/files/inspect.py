@@ -16,21 +16,21 @@ from graft.config.notes import CONFIG
 from graft.config.reading import Json
 from graft.core.errors import join_some
 from graft.files import algebra
-from graft.files.base import Known
-from graft.files.bases import fitted
+from graft.files.base import BaseDescription
+from graft.files.bases import choose_names
 from graft.files.errors import BaseNeededError, OptionError, PackageNeededError
 from graft.files.formats.peft import make_names_error
 from graft.files.holding import FIELDS
 from graft.files.names import is_stored_in_out
-from graft.files.neutral import AdapterFile, LowRank, Other
-from graft.files.sources import licence_in
+from graft.files.neutral import AdapterFile, LowRank, OtherMethod
+from graft.files.sources import read_licence
 from graft.files.tensors import FLOATS, Tensor
 
 PICTURES = (".png", ".svg", ".pdf")
 TOP = 16  # singular values that a report lists
 
 
-def inspect(adapter: AdapterFile, base: Known | None = None, spectrum: bool = False) -> Json:
+def inspect_adapter(adapter: AdapterFile, base: BaseDescription | None = None, spectrum: bool = False) -> Json:
     """Return what an adapter is, as plain values for a table or JSON.
 
     Args:
@@ -40,37 +40,37 @@ def inspect(adapter: AdapterFile, base: Known | None = None, spectrum: bool = Fa
     Raises:
         BaseModelMismatchError: the base lacks a module, or has it in another shape.
         BaseNeededError: of the base only names are known.
-        NonFiniteError: of a spectrum, see `check_finite`.
+        NonFiniteError: of a spectrum, see `check_adapter_is_finite`.
     """
     if spectrum:
-        check_finite(adapter)
-    tensors = [t for module in adapter.modules.values() for t in tensors_of(module)]
-    tensors += [t for _, t in adapter.beside]
-    modules = [of_module(path, module, spectrum) for path, module in adapter.modules.items()]
+        check_adapter_is_finite(adapter)
+    tensors = [t for module in adapter.modules.values() for t in list_module_tensors(module)]
+    tensors += [t for _, t in adapter.loose_tensors]
+    modules = [describe_module(path, module, spectrum) for path, module in adapter.modules.items()]
     if base is not None:
-        compared(modules, adapter, base)
+        add_weight_norms(modules, adapter, base)
     return {
-        "path": adapter.path, "format": adapter.format, "method": method_of(adapter), "base": adapter.base,
-        "changed_base": adapter.changed_base, "writer": writer_of(adapter), "licence": licence_in(adapter.path),
+        "path": adapter.path, "format": adapter.format, "method": describe_method(adapter), "base": adapter.base,
+        "changed_base": adapter.changed_base, "writer": find_writer(adapter), "licence": read_licence(adapter.path),
         "parameters": sum(prod(t.shape) for t in tensors if t.dtype[0] in "FB"),
         "bytes": sum(t.nbytes for t in tensors), "dtypes": sorted({t.dtype for t in tensors}),
-        "groups": groups(modules), "modules": modules,
+        "groups": group_modules(modules), "modules": modules,
         "full": {name: list(t.shape) for name, t in adapter.full.items()},
         "rows": {name: values.shape[0] for name, (_, values) in adapter.rows.items()},
-        "shared": {name: list(t.shape) for name, t in adapter.shared.items()}, "unread": adapter.unread,
+        "shared": {name: list(t.shape) for name, t in adapter.shared.items()}, "unread": adapter.unknown_keys,
     }  # fmt: skip
 
 
-def tensors_of(m: LowRank | Other) -> Iterable[Tensor]:
-    if isinstance(m, Other):
+def list_module_tensors(m: LowRank | OtherMethod) -> Iterable[Tensor]:
+    if isinstance(m, OtherMethod):
         return m.tensors.values()
     return [t for t in (m.A, m.B, m.mid, m.magnitude, m.bias, *m.extra.values()) if t is not None]
 
 
-def check_finite(adapter: AdapterFile) -> None:
+def check_adapter_is_finite(adapter: AdapterFile) -> None:
     """Raise NonFiniteError for NaN and infinite numbers, of which there are no sizes and no singular values."""
-    tensors = [(path, t) for path, module in adapter.modules.items() for t in tensors_of(module)]
-    floats = [(name, t) for name, t in (*tensors, *adapter.beside) if t.dtype in FLOATS]
+    tensors = [(path, t) for path, module in adapter.modules.items() for t in list_module_tensors(module)]
+    floats = [(name, t) for name, t in (*tensors, *adapter.loose_tensors) if t.dtype in FLOATS]
     if bad := sorted({name for name, t in floats if not np.isfinite(t.read()).all()}):
         raise NonFiniteError(
             f"NaN or infinite numbers are in {join_some(bad, 4)} of {adapter.path}: training has diverged, or the "
@@ -79,7 +79,7 @@ def check_finite(adapter: AdapterFile) -> None:
         )
 
 
-def method_of(adapter: AdapterFile) -> str:
+def describe_method(adapter: AdapterFile) -> str:
     """Return the method, and those of its variants that change what A and B mean."""
     config = adapter.config
     more = ["DoRA"] * any(h.magnitude is not None for h in adapter.low_rank.values())
@@ -88,107 +88,107 @@ def method_of(adapter: AdapterFile) -> str:
     return " ".join([adapter.method, *more])
 
 
-def writer_of(adapter: AdapterFile) -> str | None:
+def find_writer(adapter: AdapterFile) -> str | None:
     version = adapter.config.get("peft_version")
     if CONFIG in adapter.metadata:
         return "graft"
     return f"PEFT {version}" if version else None
 
 
-def of_module(path: str, module: LowRank | Other, spectrum: bool) -> Json:
+def describe_module(path: str, module: LowRank | OtherMethod, spectrum: bool) -> Json:
     low = algebra.as_low_rank(module)
     out: Json = {
         "module": path, "method": module.method, "scale": module.scale,
-        "parameters": sum(prod(t.shape) for t in tensors_of(module)), "kind": low.kind if low else None,
+        "parameters": sum(prod(t.shape) for t in list_module_tensors(module)), "kind": low.kind if low else None,
     }  # fmt: skip
     if low is None:
         return out
-    parts = algebra.products(low)
-    rows, columns = algebra.sizes(low)
+    parts = algebra.list_delta_products(low)
+    rows, columns = algebra.delta_shape(low)
     out |= {
         "rank": low.rank,
         "shape": [rows, columns],
-        "norm": float(np.sqrt(sum(algebra.norm(p) ** 2 for p in parts))),
+        "norm": float(np.sqrt(sum(algebra.frobenius_norm(p) ** 2 for p in parts))),
     }
     if spectrum:
-        found = [algebra.spectrum(p) for p in parts]
-        s = np.sqrt((np.stack(found) ** 2).sum(0))  # of experts, over all of them
-        effective = float(np.mean([algebra.effective_rank(x) for x in found]))
+        spectra = [algebra.compute_singular_values(p) for p in parts]
+        s = np.sqrt((np.stack(spectra) ** 2).sum(0))  # of experts, over all of them
+        effective = float(np.mean([algebra.effective_rank(x) for x in spectra]))
         out |= {
             "singular_values": [float(x) for x in s[:TOP]], "effective_rank": effective,
-            "stable_rank": float(np.mean([algebra.stable_rank(x) for x in found])),
+            "stable_rank": float(np.mean([algebra.stable_rank(x) for x in spectra])),
             "utilisation": effective / max(1, min(low.rank, rows, columns)),
         }  # fmt: skip
     return out
 
 
-def compared(modules: list[Json], adapter: AdapterFile, base: Known) -> None:
+def add_weight_norms(modules: list[Json], adapter: AdapterFile, base: BaseDescription) -> None:
     """Add to each module what its change is beside the base's weight."""
-    base = fitted(base, adapter.modules)
+    base = choose_names(base, adapter.modules)
     for m in modules:
         low = algebra.as_low_rank(adapter.modules[m["module"]])
-        if low is None or one_by_one(m["module"], low, base):
+        if low is None or is_stored_by_expert(m["module"], low, base):
             continue
-        W = weight(m["module"], adapter, base, low)
+        W = read_base_weight(m["module"], adapter, base, low)
         m["weight_norm"] = float(np.linalg.norm(W))
         if low.magnitude is not None:
-            m["norm"] = float(np.linalg.norm(algebra.with_magnitude(low, W)))
+            m["norm"] = float(np.linalg.norm(algebra.compute_dora_delta(low, W)))
         m["relative"] = m["norm"] / m["weight_norm"] if m["weight_norm"] else None
 
 
-def one_by_one(path: str, low: LowRank, base: Known) -> bool:
+def is_stored_by_expert(path: str, low: LowRank, base: BaseDescription) -> bool:
     """Return True if a base's files have the matrices of a stack one by one, under names of their own."""
     return low.kind == "experts" and path not in base.shapes and any(".experts." in name for name in base.shapes)
 
 
-def name_of(path: str, base: Known) -> str | None:
+def find_weight_name(path: str, base: BaseDescription) -> str | None:
     """Return the name of the weight of a module, or of a parameter that is adapted itself; None: the base has none."""
     return next((name for name in (f"{path}.weight", path) if name in base.shapes), None)
 
 
-def weight(path: str, adapter: AdapterFile, base: Known, low: LowRank) -> np.ndarray:
+def read_base_weight(path: str, adapter: AdapterFile, base: BaseDescription, low: LowRank) -> np.ndarray:
     """Return the weight that a module changes, turned as its change is: (out, in), of an embedding (vocabulary, dim).
 
     Args:
-        base: by the adapter's names, see `graft.files.bases.fitted`.
+        base: by the adapter's names, see `graft.files.bases.choose_names`.
 
     Raises:
         BaseModelMismatchError: the base has none, or one of another shape.
         BaseNeededError: of the base only names are known.
     """
-    rows, columns = algebra.sizes(low)
-    if (name := name_of(path, base)) is None:
+    rows, columns = algebra.delta_shape(low)
+    if (name := find_weight_name(path, base)) is None:
         raise BaseModelMismatchError(f"{base.path} has no weight for '{path}'.")
     shape = base.shapes[name]
-    own = (columns, rows) if low.kind == "embedding" else (rows, columns)
+    expected = (columns, rows) if low.kind == "embedding" else (rows, columns)
     stack = low.kind == "experts"
     flat = (shape[-2], shape[-1]) if stack else (shape[0], prod(shape[1:]))
-    if flat not in (own, own[::-1]) or (stack and shape[0] != low.A.shape[0]):
-        raise BaseModelMismatchError(f"'{path}' is {shape} in {base.path}, and the adapter is made for {own}.")
+    if flat not in (expected, expected[::-1]) or (stack and shape[0] != low.A.shape[0]):
+        raise BaseModelMismatchError(f"'{path}' is {shape} in {base.path}, and the adapter is made for {expected}.")
     if name not in base.tensors:
         raise BaseNeededError(f"{base.path} has no weights, only their names: give the base model with its files.")
     W = base.tensors[name].read()
     W = W if stack else W.reshape(flat)
-    turned = flat != own or (rows == columns and low.kind == "linear" and is_stored_in_out(adapter, base.config))
+    turned = flat != expected or (rows == columns and low.kind == "linear" and is_stored_in_out(adapter, base.config))
     return W.swapaxes(-1, -2) if turned else W
 
 
-def groups(modules: list[Json]) -> list[Json]:
+def group_modules(modules: list[Json]) -> list[Json]:
     """Put modules together whose names end alike and which have one method."""
     out: dict[tuple[str, str], list[Json]] = {}
     for m in modules:
         out.setdefault((m["module"].rpartition(".")[2], m["method"]), []).append(m)
-    made = []
+    summaries = []
     for (name, method), members in out.items():
         norms = sorted(m["norm"] for m in members if "norm" in m)
-        made.append({
+        summaries.append({
             "modules": name, "method": method, "count": len(members),
             "ranks": sorted({m["rank"] for m in members if "rank" in m}),
             "scales": sorted({round(m["scale"], 9) for m in members if m["scale"] is not None}),
             "parameters": sum(m["parameters"] for m in members),
             "norms": [norms[0], median(norms), norms[-1]] if norms else None,
         })  # fmt: skip
-    return made
+    return summaries
 
 
 def median(ordered: list[float]) -> float:
@@ -197,7 +197,7 @@ def median(ordered: list[float]) -> float:
     return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
 
 
-def plot(report: Json, path: str) -> None:
+def plot_spectra(report: Json, path: str) -> None:
     """Draw the spectra of all modules, and the sizes of their changes by layer, into a picture.
 
     Raises:
@@ -244,7 +244,7 @@ IN_THE_TENSORS = {  # fields that say what to adapt, or numbers that `scale` and
 }  # fmt: skip
 
 
-def difference(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> Json:
+def compare_adapters(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> Json:
     """Return how two adapters differ, as plain values: `equal` is True if they do the same to every weight.
 
     Args:
@@ -258,8 +258,8 @@ def difference(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> Json:
     if not tol >= 0:
         raise OptionError(f"The tolerance is at least 0, not {tol}.")
     for adapter in (a, b):
-        check_finite(adapter)
-        if adapter.flat and not (a.flat and b.flat and a.format == b.format):
+        check_adapter_is_finite(adapter)
+        if adapter.has_flat_names and not (a.has_flat_names and b.has_flat_names and a.format == b.format):
             raise make_names_error(adapter)
     fields = sorted({*a.config, *b.config} - DESCRIBING)
     config = {
@@ -267,17 +267,23 @@ def difference(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> Json:
         for f in fields
         if normalize_value(a.config.get(f)) != normalize_value(b.config.get(f))
     }
-    modules = [compare_modules(path, a.modules[path], b.modules[path]) for path in a.modules if path in b.modules]
+    modules = [compare_module(path, a.modules[path], b.modules[path]) for path in a.modules if path in b.modules]
     tensors = []
     for kind in ("full", "shared"):
-        ours, theirs = getattr(a, kind), getattr(b, kind)
-        tensors += [{"tensor": n, "relative": apart(ours[n], theirs[n])} for n in ours if n in theirs]
+        tensors_a, tensors_b = getattr(a, kind), getattr(b, kind)
+        tensors += [
+            {"tensor": n, "relative": relative_difference(tensors_a[n], tensors_b[n])}
+            for n in tensors_a
+            if n in tensors_b
+        ]
     for name in sorted(a.rows.keys() & b.rows.keys()):
-        (at, ours), (bt, theirs) = a.rows[name], b.rows[name]
-        tensors.append({"tensor": name, "relative": apart(ours, theirs) if at.load() == bt.load() else 1.0})
+        (at, tensors_a), (bt, tensors_b) = a.rows[name], b.rows[name]
+        tensors.append(
+            {"tensor": name, "relative": relative_difference(tensors_a, tensors_b) if at.load() == bt.load() else 1.0}
+        )
     names = [{*m.modules, *m.full, *m.shared, *m.rows} for m in (a, b)]
     only = [sorted(names[0] - names[1]), sorted(names[1] - names[0])]
-    acts = sorted(acts_otherwise(a, b) & config.keys())
+    acts = sorted(list_deciding_fields(a, b) & config.keys())
     largest = max((x["relative"] for x in (*modules, *tensors)), default=0.0)
     return {
         "a": a.path, "b": b.path, "config": config, "only_a": only[0], "only_b": only[1], "modules": modules,
@@ -286,43 +292,45 @@ def difference(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> Json:
     }  # fmt: skip
 
 
-def acts_otherwise(a: AdapterFile, b: AdapterFile) -> set[str]:
+def list_deciding_fields(a: AdapterFile, b: AdapterFile) -> set[str]:
     """Return the fields of two configs that decide what equal tensors do.
 
     LoRA has few. Of other methods these are all fields that both configs have, but for those of training.
     """
     fields = {*FIELDS}
-    if a.shared or any(isinstance(module, Other) for module in a.modules.values()):
+    if a.shared or any(isinstance(module, OtherMethod) for module in a.modules.values()):
         both = {*a.config} & {*b.config} - IN_THE_TENSORS - DESCRIBING
         fields |= {name for name in both if "dropout" not in name and not name.startswith("init_")}
     return fields
 
 
-def compare_modules(path: str, a: LowRank | Other, b: LowRank | Other) -> Json:
+def compare_module(path: str, a: LowRank | OtherMethod, b: LowRank | OtherMethod) -> Json:
     """Compare what two adapters do to one module."""
     x, y = algebra.as_low_rank(a), algebra.as_low_rank(b)
     out: Json = {"module": path}
     if x is None or y is None:
-        return out | {"relative": of_tensors(a, b)}
-    if algebra.sizes(x) != algebra.sizes(y) or x.kind != y.kind:
+        return out | {"relative": compare_module_tensors(a, b)}
+    if algebra.delta_shape(x) != algebra.delta_shape(y) or x.kind != y.kind:
         return out | {"ranks": [x.rank, y.rank], "relative": 1.0}
-    found = algebra.compare(algebra.products(x), algebra.products(y))
+    comparison = algebra.compare_deltas(algebra.list_delta_products(x), algebra.list_delta_products(y))
     pairs = ((x.magnitude, y.magnitude, (1.0, 1.0)), (x.bias, y.bias, (x.scale, y.scale)))  # beside the factors
-    beside = max((apart(s, t, k) for s, t, k in pairs if s is not None or t is not None), default=0.0)
-    out |= {"ranks": [x.rank, y.rank], "cosine": found.cosine, "angle": found.angle}
-    return out | {"relative": max(found.relative, beside)}
+    extra_difference = max(
+        (relative_difference(s, t, k) for s, t, k in pairs if s is not None or t is not None), default=0.0
+    )
+    out |= {"ranks": [x.rank, y.rank], "cosine": comparison.cosine, "angle": comparison.angle}
+    return out | {"relative": max(comparison.relative, extra_difference)}
 
 
-def of_tensors(a: LowRank | Other, b: LowRank | Other) -> float:
+def compare_module_tensors(a: LowRank | OtherMethod, b: LowRank | OtherMethod) -> float:
     """Return the largest relative difference of two modules' tensors; 1 if they are not of one kind."""
-    if not isinstance(a, Other) or not isinstance(b, Other) or a.method != b.method or a.scale != b.scale:
+    if not isinstance(a, OtherMethod) or not isinstance(b, OtherMethod) or a.method != b.method or a.scale != b.scale:
         return 1.0
     if a.tensors.keys() != b.tensors.keys():
         return 1.0
-    return max((apart(t, b.tensors[name]) for name, t in a.tensors.items()), default=0.0)
+    return max((relative_difference(t, b.tensors[name]) for name, t in a.tensors.items()), default=0.0)
 
 
-def apart(a: Tensor | None, b: Tensor | None, scales: tuple[float, float] = (1.0, 1.0)) -> float:
+def relative_difference(a: Tensor | None, b: Tensor | None, scales: tuple[float, float] = (1.0, 1.0)) -> float:
     """Return ‖a - b‖ / the larger of the two; 1 of tensors that have different shapes."""
     if a is None or b is None or a.shape != b.shape:
         return 1.0

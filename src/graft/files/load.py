@@ -21,9 +21,9 @@ from graft.core.merging import compute_unmerged_weight
 from graft.files.base import Skeleton
 from graft.files.formats import read
 from graft.files.formats.peft import complete_config, name_tensors
-from graft.files.holding import PEFT, fit
-from graft.files.lycoris import as_peft
-from graft.files.names import check, part_for, renamed
+from graft.files.holding import PEFT, fit_to_format
+from graft.files.lycoris import lycoris_to_peft
+from graft.files.names import check_modules, rename_modules, select_pipeline_part
 from graft.files.neutral import AdapterFile
 from graft.files.pickles import from_torch, to_torch
 from graft.files.skeleton import describe_model
@@ -62,15 +62,17 @@ def load_adapter(
         BaseModelMismatchError: the model has no such modules, or weights of other shapes.
         LossError: the file has what graft has no method for, and `lossy` is False.
     """
-    known = names_in(model)
+    known = describe_base_of(model)
     try:
-        adapter = part_at(path, known)
+        adapter = read_part_of_model(path, known)
     except BaseModelMismatchError:
-        if (before := former_names(known)) is None:
+        if (before := list_former_names(known)) is None:
             raise
-        adapter = renamed(part_at(path, with_names(known, before)), {old: new for new, old in before.items()})
-    if adapter.format != "peft" or adapter.pipeline:
-        adapter, _ = fit(as_peft(adapter, known), PEFT, "peft", lossy, known)
+        adapter = rename_modules(
+            read_part_of_model(path, rename_base_modules(known, before)), {old: new for new, old in before.items()}
+        )
+    if adapter.format != "peft" or adapter.is_pipeline:
+        adapter, _ = fit_to_format(lycoris_to_peft(adapter, known), PEFT, "peft", lossy, known)
     lost: list[str] = []
     tensors = {name: to_torch(t) for name, t in name_tensors(adapter, lost).items()}
     if lost and not lossy:
@@ -84,39 +86,39 @@ def load_adapter(
     return model
 
 
-def part_at(path: str | os.PathLike[str], known: Skeleton) -> AdapterFile:
+def read_part_of_model(path: str | os.PathLike[str], known: Skeleton) -> AdapterFile:
     """Return the adapter of a file, of a pipeline's that of the part which a model is, after a look at its names."""
     adapter = read(path, known)
-    if adapter.format != "peft" or adapter.pipeline:
-        adapter = part_for(adapter, known)
-        here, there = getattr(check(adapter, known), "shift", ("", ""))
-        if here != there:
+    if adapter.format != "peft" or adapter.is_pipeline:
+        adapter = select_pipeline_part(adapter, known)
+        adapter_prefix, base_prefix = getattr(check_modules(adapter, known), "shift", ("", ""))
+        if adapter_prefix != base_prefix:
             paths = [*adapter.modules, *(name.rpartition(".")[0] for name in (*adapter.full, *adapter.rows))]
-            adapter = renamed(adapter, {path: there + path.removeprefix(here) for path in paths})
+            adapter = rename_modules(adapter, {path: base_prefix + path.removeprefix(adapter_prefix) for path in paths})
     return adapter
 
 
-def former_names(known: Skeleton) -> dict[str, str] | None:
+def list_former_names(known: Skeleton) -> dict[str, str] | None:
     """Return the names that a model's modules had in earlier versions of transformers, by today's; None: the same."""
     experts = ExpertStacks(known.model)
     names = {path: experts.find_old_path(path) for path in known.modules}
     return names if any(old != new for new, old in names.items()) else None
 
 
-def with_names(known: Skeleton, names: Mapping[str, str]) -> Skeleton:
+def rename_base_modules(known: Skeleton, names: Mapping[str, str]) -> Skeleton:
     """Return a model with other names for its modules."""
 
-    def other(name: str) -> str:
+    def new_name(name: str) -> str:
         module, _, leaf = name.rpartition(".")
         return f"{names[module]}.{leaf}" if module in names else name
 
     return replace(
-        known, shapes={other(name): shape for name, shape in known.shapes.items()}, modules=[*names.values()],
-        tensors={other(name): tensor for name, tensor in known.tensors.items()},
+        known, shapes={new_name(name): shape for name, shape in known.shapes.items()}, modules=[*names.values()],
+        tensors={new_name(name): tensor for name, tensor in known.tensors.items()},
     )  # fmt: skip
 
 
-def names_in(model: Any) -> Skeleton:
+def describe_base_of(model: Any) -> Skeleton:
     """Return names, shapes and values of a model as they are without adapters."""
     is_adapted = hasattr(model, "get_base_model")
     base: nn.Module = model.get_base_model() if is_adapted else model
@@ -135,10 +137,10 @@ def names_in(model: Any) -> Skeleton:
         if p.device.type != "meta" and p.is_floating_point() and type(p.data) is type(p.detach()):
             layer = layers.get(plain.removesuffix(".weight")) if of_layer else None
             read = (lambda p=p: p.data) if layer is None else partial(compute_unmerged_weight, layer)
-            out.tensors[plain] = Tensor(tuple(p.shape), name_dtype(p.dtype), partial(values_of, read, plain))
+            out.tensors[plain] = Tensor(tuple(p.shape), name_dtype(p.dtype), partial(read_weight_bytes, read, plain))
     return out
 
 
-def values_of(read: Callable[[], torch.Tensor], name: str) -> bytes:
+def read_weight_bytes(read: Callable[[], torch.Tensor], name: str) -> bytes:
     """Return the bytes of a weight, from its device: only a format that needs values asks."""
     return bytes(from_torch(read().detach(), name).load())

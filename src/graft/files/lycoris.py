@@ -11,46 +11,48 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from graft import CheckpointError
-from graft.files.algebra import wide
-from graft.files.base import Known
-from graft.files.bases import fitted
-from graft.files.inspect import weight
-from graft.files.neutral import AdapterFile, LowRank, Other
-from graft.files.tensors import Tensor, tensor
+from graft.files.algebra import read_float64
+from graft.files.base import BaseDescription
+from graft.files.bases import choose_names
+from graft.files.inspect import read_base_weight
+from graft.files.neutral import AdapterFile, LowRank, OtherMethod
+from graft.files.tensors import Tensor, make_tensor
 
 if TYPE_CHECKING:
     from graft.files.formats import Base
 
 
-def as_peft(adapter: AdapterFile, base: Base | None = None) -> AdapterFile:
+def lycoris_to_peft(adapter: AdapterFile, base: Base | None = None) -> AdapterFile:
     """Return an adapter whose (IA)³ and LoKr are those of PEFT, with the fields that its config needs for them.
 
     LyCORIS keeps what (IA)³ adds to 1. Where it scales outputs it leaves the bias alone, and PEFT's method does not:
     such a module stays as it is, and no file of PEFT can hold it.
     """
-    others = {path: m for path, m in adapter.modules.items() if isinstance(m, Other)}
+    other_modules = {path: m for path, m in adapter.modules.items() if isinstance(m, OtherMethod)}
     methods = {m.method for m in adapter.modules.values()}
     if methods == {"LyCORIS IA3"}:
-        return ia3(adapter, others, base)
-    return lokr(adapter, others, base) if methods == {"LOKR"} else adapter
+        return convert_ia3(adapter, other_modules, base)
+    return convert_lokr(adapter, other_modules, base) if methods == {"LOKR"} else adapter
 
 
-def ia3(adapter: AdapterFile, others: Mapping[str, Other], base: Base | None) -> AdapterFile:
-    modules: dict[str, LowRank | Other] = {}
+def convert_ia3(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod], base: Base | None) -> AdapterFile:
+    modules: dict[str, LowRank | OtherMethod] = {}
     of_inputs = []
-    for path, m in others.items():
+    for path, m in other_modules.items():
         on_input = bool(m.tensors["on_input"].read().reshape(-1)[0])
         vector = 1 + m.tensors["weight"].read().reshape(-1).astype("f8")
         if not on_input and (base is None or f"{path}.bias" in base.shapes):
             return adapter
         of_inputs += [path] * on_input
         shape = (1, -1) if on_input else (-1, 1)
-        modules[path] = Other("IA3", {"ia3_l": tensor(np.ascontiguousarray(vector.reshape(shape)).astype("f4"))})
+        modules[path] = OtherMethod(
+            "IA3", {"ia3_l": make_tensor(np.ascontiguousarray(vector.reshape(shape)).astype("f4"))}
+        )
     config = {"peft_type": "IA3", "target_modules": sorted(modules), "feedforward_modules": of_inputs}
     return replace(adapter, method="IA3", modules=modules, config=config)
 
 
-def lokr(adapter: AdapterFile, others: Mapping[str, Other], base: Base | None) -> AdapterFile:
+def convert_lokr(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod], base: Base | None) -> AdapterFile:
     """Return an adapter whose config makes PEFT's LoKr of the same shapes: a factor, and a rank per module.
 
     A second factor that is whole has a rank from which on PEFT keeps it whole. Where no one factor makes all shapes,
@@ -60,9 +62,9 @@ def lokr(adapter: AdapterFile, others: Mapping[str, Other], base: Base | None) -
 
     ranks, alphas = {}, {}
     grids: list[tuple[tuple[int, int], tuple[int, int]]] = []
-    for path, m in others.items():
+    for path, m in other_modules.items():
         try:
-            one, two = sides(m, "lokr_w1"), sides(m, "lokr_w2")
+            one, two = factor_shape(m, "lokr_w1"), factor_shape(m, "lokr_w2")
         except (KeyError, IndexError) as e:
             raise CheckpointError(f"{adapter.path} lacks a factor of '{path}', or it is no matrix: {e}.") from e
         if base is not None and f"{path}.weight" in base.shapes:  # columns of a factored kernel are n · its size
@@ -81,23 +83,23 @@ def lokr(adapter: AdapterFile, others: Mapping[str, Other], base: Base | None) -
         None,
     )  # fmt: skip
     if factor is None:
-        several: dict[str, LowRank | Other] = {
-            path: Other("LoKr of several factors", m.tensors, m.scale) for path, m in others.items()
+        several: dict[str, LowRank | OtherMethod] = {
+            path: OtherMethod("LoKr of several factors", m.tensors, m.scale) for path, m in other_modules.items()
         }
         return replace(adapter, method="LOKR", modules=several)
     first = next(iter(ranks))
     config = {
         "peft_type": "LOKR", "r": ranks[first], "alpha": alphas[first], "target_modules": sorted(ranks),
-        "decompose_both": any("lokr_w1_b" in m.tensors for m in others.values()),
+        "decompose_both": any("lokr_w1_b" in m.tensors for m in other_modules.values()),
         "decompose_factor": factor,
-        "use_effective_conv2d": any("lokr_t2" in m.tensors for m in others.values()),
+        "use_effective_conv2d": any("lokr_t2" in m.tensors for m in other_modules.values()),
         "rank_pattern": {f"^{path}": r for path, r in ranks.items() if r != ranks[first]},
         "alpha_pattern": {f"^{path}": a for path, a in alphas.items() if a != alphas[first]},
     }  # fmt: skip
     return replace(adapter, method="LOKR", config=config)
 
 
-def sides(m: Other, name: str) -> tuple[int, int]:
+def factor_shape(m: OtherMethod, name: str) -> tuple[int, int]:
     """Return the rows and columns of a factor, whole or in two."""
     tensors = m.tensors
     if name in tensors:
@@ -107,7 +109,7 @@ def sides(m: Other, name: str) -> tuple[int, int]:
     return tensors[f"{name}_a"].shape[0], tensors[f"{name}_b"].shape[1]
 
 
-def kasa_as_lora(adapter: AdapterFile, base: Known) -> AdapterFile:
+def kasa_to_lora(adapter: AdapterFile, base: BaseDescription) -> AdapterFile:
     """Return an adapter whose KaSA is LoRA, with what KaSA takes out of the base as PiSSA's files have it.
 
     The singular components of a weight are computed when the tensors are read.
@@ -117,30 +119,32 @@ def kasa_as_lora(adapter: AdapterFile, base: Known) -> AdapterFile:
         BaseNeededError: of the base only names are known.
     """
     # KaSA is LoRA on a base without its smallest singular components, which only the base's weights tell
-    modules = {path: m for path, m in adapter.modules.items() if isinstance(m, Other) and m.method == "KASA"}
+    modules = {path: m for path, m in adapter.modules.items() if isinstance(m, OtherMethod) and m.method == "KASA"}
     if not modules:
         return adapter
-    known, made = fitted(base, adapter.modules), dict(adapter.modules)
+    known, new_modules = choose_names(base, adapter.modules), dict(adapter.modules)
     for path, module in modules.items():
         A, B = module.tensors["lora_A.weight"], module.tensors["lora_B.weight"]
-        scaled = tensor((wide(module.tensors["lora_diag"])[:, None] * wide(A)).astype("f4"))
+        scaled = make_tensor((read_float64(module.tensors["lora_diag"])[:, None] * read_float64(A)).astype("f4"))
         lora = LowRank(scaled, B, 1.0 if module.scale is None else module.scale)
-        weight(path, adapter, known, lora)  # looks whether it fits
-        smallest = cache(partial(components, path, adapter, known, lora))
+        read_base_weight(path, adapter, known, lora)  # looks whether it fits
+        smallest = cache(partial(compute_smallest_components, path, adapter, known, lora))
         lora.extra = {
-            "lora_shift.A": Tensor(A.shape, "F32", partial(taken, smallest, 0)),
-            "lora_shift.B": Tensor(B.shape, "F32", partial(taken, smallest, 1)),
+            "lora_shift.A": Tensor(A.shape, "F32", partial(read_component_bytes, smallest, 0)),
+            "lora_shift.B": Tensor(B.shape, "F32", partial(read_component_bytes, smallest, 1)),
         }
-        made[path] = lora
-    return replace(adapter, modules=made)
+        new_modules[path] = lora
+    return replace(adapter, modules=new_modules)
 
 
-def taken(smallest: Callable[[], Sequence[bytes]], i: int) -> bytes:
+def read_component_bytes(smallest: Callable[[], Sequence[bytes]], i: int) -> bytes:
     return smallest()[i]
 
 
-def components(path: str, adapter: AdapterFile, base: Known, lora: LowRank) -> tuple[bytes, bytes]:
+def compute_smallest_components(
+    path: str, adapter: AdapterFile, base: BaseDescription, lora: LowRank
+) -> tuple[bytes, bytes]:
     """Return the smallest singular components of a module's weight, as many as its rank: the bytes of A and B."""
-    U, s, Vt = np.linalg.svd(weight(path, adapter, base, lora).astype("f8"), full_matrices=False)
+    U, s, Vt = np.linalg.svd(read_base_weight(path, adapter, base, lora).astype("f8"), full_matrices=False)
     r = lora.rank
     return Vt[-r:].astype("<f4").tobytes(), np.ascontiguousarray(U[:, -r:] * s[-r:], "<f4").tobytes()

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 from graft import BaseModelMismatchError, CheckpointError
 from graft.config.reading import Json
 from graft.core.errors import join_some
-from graft.files.base import Known
-from graft.files.bases import COMPONENTS, by_model, fitted
+from graft.files.base import BaseDescription
+from graft.files.bases import COMPONENTS, choose_names, view_by_model_names
 from graft.files.errors import BaseNeededError
 from graft.files.neutral import AdapterFile, LowRank
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}  # model types with weights (in, out)
 
 
-class Flat:
+class FlatNames:
     """A base's modules by their paths with "_" for ".": whole names are looked up, none is ever split."""
 
     def __init__(self, base: Base):
@@ -39,19 +39,19 @@ class Flat:
             CheckpointError: two modules have this name.
         """
         for component in components:
-            found = self.by_key.get(f"{component}_{name}" if component else name, [])
-            found = [path for path in found if not component or path.startswith(f"{component}.")]
-            if len(found) > 1:
+            matches = self.by_key.get(f"{component}_{name}" if component else name, [])
+            matches = [path for path in matches if not component or path.startswith(f"{component}.")]
+            if len(matches) > 1:
                 raise CheckpointError(
-                    f"The name '{name}' is that of two modules of {self.path}: {' and '.join(found[:2])}. The file "
+                    f"The name '{name}' is that of two modules of {self.path}: {' and '.join(matches[:2])}. The file "
                     "does not say which it means."
                 )
-            if found:
-                return found[0]
+            if matches:
+                return matches[0]
         return None
 
 
-def flattened(paths: Iterable[str]) -> dict[str, str]:
+def flatten_paths(paths: Iterable[str]) -> dict[str, str]:
     """Return the paths with "_" for ".", by path.
 
     Raises:
@@ -59,13 +59,13 @@ def flattened(paths: Iterable[str]) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     for path in paths:
-        other = names.setdefault(path.replace(".", "_"), path)
-        if other != path:
-            raise CheckpointError(f"{other} and {path} would have one name, '{path.replace('.', '_')}'.")
+        first_path = names.setdefault(path.replace(".", "_"), path)
+        if first_path != path:
+            raise CheckpointError(f"{first_path} and {path} would have one name, '{path.replace('.', '_')}'.")
     return {path: name for name, path in names.items()}
 
 
-def missing(adapter: AdapterFile, names: Iterable[str], base: Base) -> BaseModelMismatchError:
+def make_missing_error(adapter: AdapterFile, names: Iterable[str], base: Base) -> BaseModelMismatchError:
     """Return the error for names that a base model does not have."""
     return BaseModelMismatchError(
         f"{base.path} has no modules for {join_some([*names], 4)} of {adapter.path}: it is another model than the "
@@ -74,33 +74,33 @@ def missing(adapter: AdapterFile, names: Iterable[str], base: Base) -> BaseModel
     )
 
 
-def check(adapter: AdapterFile, base: Known) -> Known:
+def check_modules(adapter: AdapterFile, base: BaseDescription) -> BaseDescription:
     """Compare an adapter's modules and shapes with a base model's; return the base by the adapter's names.
 
     Raises:
         BaseModelMismatchError: there is no such module, or its weight has another shape.
     """
-    known = fitted(base, adapter.modules)
+    known = choose_names(base, adapter.modules)
     modules = set(known.modules)
     # of experts, some bases have the parameter and others a module for each
     absent = [path for path, module in adapter.modules.items() if path not in modules and module.kind != "experts"]
     if absent:
-        raise missing(adapter, absent, base)
+        raise make_missing_error(adapter, absent, base)
     check_shapes(adapter.low_rank, adapter, known)
     return known
 
 
-def todays(adapter: AdapterFile, base: Known) -> tuple[AdapterFile, Known]:
+def to_model_names(adapter: AdapterFile, base: BaseDescription) -> tuple[AdapterFile, BaseDescription]:
     """Return an adapter, and its base, by the names of the base's model, where the adapter has those of its files."""
-    view = by_model(base)
+    view = view_by_model_names(base)
     if view is None or set(view.modules).issuperset(adapter.modules):
         return adapter, base
     names = {id(tensor): name for name, tensor in view.tensors.items()}
     pairs = ((key, names[id(tensor)]) for key, tensor in base.tensors.items() if id(tensor) in names)
-    return renamed(adapter, {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in pairs}), view
+    return rename_modules(adapter, {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in pairs}), view
 
 
-def renamed(adapter: AdapterFile, new: Mapping[str, str]) -> AdapterFile:
+def rename_modules(adapter: AdapterFile, new: Mapping[str, str]) -> AdapterFile:
     """Return an adapter with other names for its modules.
 
     Args:
@@ -125,7 +125,7 @@ def check_shapes(loras: Mapping[str, LowRank], adapter: AdapterFile, base: Base)
     wrong = [
         f"{path}: A {loras[path].A.shape} and B {loras[path].B.shape} for a weight {shape}"
         for path, shape in shapes.items()
-        if shape is not None and not fits(loras[path], shape, turned)
+        if shape is not None and not is_update_of(loras[path], shape, turned)
     ]
     if wrong:
         raise BaseModelMismatchError(
@@ -139,7 +139,7 @@ def is_stored_in_out(adapter: AdapterFile, base_config: Json) -> bool:
     return base_config.get("model_type") in CONV1D if flag is None else bool(flag)
 
 
-def fits(lora: LowRank, shape: tuple[int, ...], transposed: bool = False) -> bool:
+def is_update_of(lora: LowRank, shape: tuple[int, ...], transposed: bool = False) -> bool:
     """Return True if the factors of a module make an update of a weight of this shape."""
     A, B = lora.A.shape, lora.B.shape
     if lora.kind == "experts":
@@ -149,38 +149,42 @@ def fits(lora: LowRank, shape: tuple[int, ...], transposed: bool = False) -> boo
     if lora.kind == "embedding":
         return shape == (A[1], B[0])
     of_update = (B[0], *(lora.mid.shape[2:] if lora.mid else A[2:]))
-    made = (of_update[0], A[1], *of_update[1:])
-    return shape == made or (transposed and shape == made[::-1]) or (shape[:2] == made[:2] and set(shape[2:]) == {1})
+    update_shape = (of_update[0], A[1], *of_update[1:])
+    return (
+        shape == update_shape
+        or (transposed and shape == update_shape[::-1])
+        or (shape[:2] == update_shape[:2] and set(shape[2:]) == {1})
+    )
 
 
 # layers
 
 
-def layers_by_kind(paths: Iterable[str]) -> dict[str, set[str]]:
+def group_layers_by_kind(paths: Iterable[str]) -> dict[str, set[str]]:
     """Return the numbers of the layers that have a module, by its path without the number."""
     out: dict[str, set[str]] = {}
     for path in paths:
-        if numbered := in_layer(path):
+        if numbered := split_layer_number(path):
             out.setdefault(numbered[0], set()).add(numbered[1])
     return out
 
 
-def in_layer(path: str) -> tuple[str, str] | None:
+def split_layer_number(path: str) -> tuple[str, str] | None:
     """Return a path with "#" for the number of its layer, and the number."""
-    found = re.search(r"\.(\d+)\.", path)
-    return (f"{path[: found.start(1)]}#{path[found.end(1) :]}", found[1]) if found else None
+    match = re.search(r"\.(\d+)\.", path)
+    return (f"{path[: match.start(1)]}#{path[match.end(1) :]}", match[1]) if match else None
 
 
-def kind_of(path: str) -> str:
+def mask_layer_number(path: str) -> str:
     """Return a path without the number of its layer."""
-    numbered = in_layer(path)
+    numbered = split_layer_number(path)
     return numbered[0] if numbered else path
 
 
 T = TypeVar("T")
 
 
-def parts_of(paths: Iterable[str]) -> set[str]:
+def find_pipeline_parts(paths: Iterable[str]) -> set[str]:
     """Return the parts of a pipeline that paths begin with; empty if one begins otherwise."""
     first = {path.partition(".")[0] for path in paths}
     parts = {part for part in first if part.rstrip("_0123456789") in COMPONENTS}
@@ -192,55 +196,55 @@ def is_pipeline(base: Base | None) -> bool:
     return base is not None and str(base.config.get("_class_name", "")).endswith("Pipeline")
 
 
-def split_parts(adapter: AdapterFile) -> dict[str, AdapterFile]:
+def split_pipeline(adapter: AdapterFile) -> dict[str, AdapterFile]:
     """Return an adapter for each part of a pipeline, without the part's name; empty if it is for one model."""
-    paths = [*adapter.modules, *adapter.full, *adapter.rows] if adapter.pipeline else []
+    paths = [*adapter.modules, *adapter.full, *adapter.rows] if adapter.is_pipeline else []
     out: dict[str, AdapterFile] = {}
-    for part in sorted(parts_of(paths)):
+    for part in sorted(find_pipeline_parts(paths)):
         start = f"{part}."
 
-        def own(by_path: dict[str, T], start: str = start) -> dict[str, T]:
+        def take_part(by_path: dict[str, T], start: str = start) -> dict[str, T]:
             return {path.removeprefix(start): value for path, value in by_path.items() if path.startswith(start)}
 
         out[part] = replace(
-            adapter, modules=own(adapter.modules), full=own(adapter.full), rows=own(adapter.rows),
-            unread=[] if out else adapter.unread, config={}, selected=None, pipeline=False,
+            adapter, modules=take_part(adapter.modules), full=take_part(adapter.full), rows=take_part(adapter.rows),
+            unknown_keys=[] if out else adapter.unknown_keys, config={}, selected=None, is_pipeline=False,
         )  # fmt: skip
-        out[part].method = method_of(out[part], adapter.method)
+        out[part].method = find_common_method(out[part], adapter.method)
     return out
 
 
-def part_for(adapter: AdapterFile, base: Base) -> AdapterFile:
+def select_pipeline_part(adapter: AdapterFile, base: Base) -> AdapterFile:
     """Return the part of a pipeline's adapter that one model is, by names and shapes.
 
     It is the adapter itself if it is for one model, or if not exactly one part fits.
     """
     known, fitting = set(base.modules), []
-    for part in split_parts(adapter).values():
+    for part in split_pipeline(adapter).values():
         with suppress(BaseModelMismatchError):
             check_shapes(part.low_rank, part, base)
             fitting += [part] if known.issuperset(part.modules) else []
     return fitting[0] if len(fitting) == 1 else adapter
 
 
-def method_of(adapter: AdapterFile, otherwise: str) -> str:
+def find_common_method(adapter: AdapterFile, otherwise: str) -> str:
     """Return the method of all modules, if it is one."""
     methods = {module.method for module in adapter.modules.values()}
     return methods.pop() if len(methods) == 1 else otherwise
 
 
-def joined(parts: dict[str, AdapterFile], path: str) -> AdapterFile:
+def join_pipeline(parts: dict[str, AdapterFile], path: str) -> AdapterFile:
     """Return the adapters of a pipeline's parts as one."""
-    out = replace(next(iter(parts.values())), path=path, modules={}, full={}, rows={}, shared={}, unread=[], config={},
-                  selected=None, pipeline=True)  # fmt: skip
+    out = replace(next(iter(parts.values())), path=path, modules={}, full={}, rows={}, shared={}, unknown_keys=[],
+                  config={}, selected=None, is_pipeline=True)  # fmt: skip
     for part, of_part in parts.items():
         for name in ("modules", "full", "rows", "shared"):
             getattr(out, name).update({f"{part}.{key}": value for key, value in getattr(of_part, name).items()})
-        out.unread += [f"{part}: {key}" for key in of_part.unread]
+        out.unknown_keys += [f"{part}: {key}" for key in of_part.unknown_keys]
     return out
 
 
-def heads_of(base: Base, keys: bool) -> int:
+def count_heads(base: Base, keys: bool) -> int:
     """Return the number of heads of a base's queries, or of its keys.
 
     Raises:

@@ -52,7 +52,7 @@ class LowRank:
 
 
 @dataclass
-class Other:
+class OtherMethod:
     """What a method that is not LoRA keeps for a module: its tensors, by the names that PEFT's files give them."""
 
     kind: ClassVar[str] = "other"
@@ -83,37 +83,38 @@ class AdapterFile:
         shared: tensors that belong to no module: prompts, projections of all layers; by name in the file.
         config: the fields of the file's own config, as they are.
         metadata: of a safetensors file.
-        unread: keys that the reader knows no meaning of. Writers refuse to drop them in silence.
+        unknown_keys: keys that the reader knows no meaning of. Writers refuse to drop them in silence.
         changed_base: an initialisation that changed the base, by PEFT's name, where the file does not say how: ΔW is
             that of a base which only this initialisation makes.
         selected: the modules that the targets in `config` select; None where it is no config of PEFT.
         by_parameter: modules that a config of PEFT names as parameters ("mlp.gate_proj.weight"), since PEFT takes their
             names for those of experts.
-        served: stacks of experts stand in the file as servers have them.
-        pipeline: paths begin with the part of a pipeline: "unet.", "text_encoder_2.".
-        flat: `modules` has the file's own names, which are no paths: only a base model's names make paths of them.
+        is_server_layout: stacks of experts stand in the file as servers have them.
+        is_pipeline: paths begin with the part of a pipeline: "unet.", "text_encoder_2.".
+        has_flat_names: `modules` has the file's own names, which are no paths: only a base model's names make paths
+            of them.
     """
 
     format: str
     path: str
     method: str = "LORA"
-    modules: dict[str, LowRank | Other] = field(default_factory=dict)
+    modules: dict[str, LowRank | OtherMethod] = field(default_factory=dict)
     full: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
     config: Json = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
-    unread: list[str] = field(default_factory=list)
-    served: bool = False
-    flat: bool = False
-    pipeline: bool = False
+    unknown_keys: list[str] = field(default_factory=list)
+    is_server_layout: bool = False
+    has_flat_names: bool = False
+    is_pipeline: bool = False
     base: str | None = None  # its name or path, where the file says it
     changed_base: str | None = None
     selected: frozenset[str] | None = None
     by_parameter: frozenset[str] = frozenset()
 
     @property
-    def beside(self) -> list[tuple[str, Tensor]]:
+    def loose_tensors(self) -> list[tuple[str, Tensor]]:
         """The tensors that belong to no adapted module, by name: whole ones, values of rows, shared ones."""
         rows = [(name, values) for name, (_, values) in self.rows.items()]
         return [*self.full.items(), *self.shared.items(), *rows]

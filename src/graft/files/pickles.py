@@ -29,7 +29,7 @@ def read_torch(path: str) -> object:
         return load_torch_file(f, path)
 
 
-def read_file(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a file of safetensors or of torch.save, and the metadata that the first kind has.
 
     Raises:
@@ -38,7 +38,7 @@ def read_file(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.endswith(".safetensors"):
         return read_header(path)
     content = read_torch(path)
-    return tensors_of(content.get("state_dict", content) if isinstance(content, dict) else content, path), {}
+    return convert_tensors(content.get("state_dict", content) if isinstance(content, dict) else content, path), {}
 
 
 def write_torch(path: str, content: object) -> None:
@@ -59,7 +59,7 @@ def write_torch(path: str, content: object) -> None:
     replace_file(path, save)
 
 
-def tensors_of(state: object, path: str) -> dict[str, Tensor]:
+def convert_tensors(state: object, path: str) -> dict[str, Tensor]:
     """Return a dict of torch's tensors as those of files.
 
     Raises:
@@ -91,7 +91,7 @@ def to_torch(t: Tensor) -> torch.Tensor:
     return of_file(t).clone()
 
 
-def mentions(path: str | os.PathLike[str], *names: bytes) -> bool:
+def mentions_name(path: str | os.PathLike[str], *names: bytes) -> bool:
     """Return True if one of `names` stands in the pickle of a file of torch.save: a look, without torch."""
     with open_file(path) as f:
         text = read_record(f, "data.pkl", LOOKED_AT) or b""

@@ -14,11 +14,11 @@ from graft.config.reading import Json
 from graft.core.errors import join_some
 from graft.files import algebra
 from graft.files.errors import OptionError
-from graft.files.holding import padded
-from graft.files.inspect import check_finite
+from graft.files.holding import pad_rank
+from graft.files.inspect import check_adapter_is_finite
 from graft.files.lint import check_whole
-from graft.files.neutral import AdapterFile, LowRank, Other
-from graft.files.tensors import BITS, Tensor, written_dtype
+from graft.files.neutral import AdapterFile, LowRank, OtherMethod
+from graft.files.tensors import BITS, Tensor, dtype_for_writing
 
 MB = 10**6
 OVERHEAD = 100  # bytes that a file's header has for a tensor, beside its name
@@ -29,7 +29,7 @@ OF_TRAINING: Json = {  # fields of PEFT's config that say how the factors began 
 
 
 @dataclass(frozen=True)
-class Resized:
+class ResizedModule:
     """What became of one module."""
 
     module: str
@@ -39,7 +39,7 @@ class Resized:
     size: float  # ‖ΔW‖ before
 
 
-def resize(
+def resize_adapter(
     adapter: AdapterFile,
     rank: int | None = None,
     energy: float | None = None,
@@ -47,7 +47,7 @@ def resize(
     max_mb: float | None = None,
     max_rank: int | None = None,
     uniform: bool = False,
-) -> tuple[AdapterFile, list[Resized]]:
+) -> tuple[AdapterFile, list[ResizedModule]]:
     """Return an adapter of smaller ranks, and what became of each module. DoRA's magnitudes stay.
 
     A module that loses nothing keeps its factors, with zeros for a higher rank. New factors of floats of 8 bits are
@@ -68,14 +68,14 @@ def resize(
             how; or not even rank 1 fits `max_mb`.
         NonFiniteError: it holds NaN or infinite numbers.
     """
-    check(dict(rank=rank, energy=energy, ratio=ratio, max_mb=max_mb), max_rank)
+    check_resize_options(dict(rank=rank, energy=energy, ratio=ratio, max_mb=max_mb), max_rank)
     check_whole(adapter)
-    loras = factors_in(adapter)
-    check_finite(adapter)
-    profiles = {path: profile(h) for path, h in loras.items()}
+    loras = collect_loras(adapter)
+    check_adapter_is_finite(adapter)
+    profiles = {path: compute_rank_profile(h) for path, h in loras.items()}
     most = {path: max(1, min(len(s), max_rank or len(s))) for path, s in profiles.items()}
     if max_mb is not None:
-        ranks = ranks_within(adapter, loras, profiles, most, max_mb, uniform)
+        ranks = choose_ranks_for_size(adapter, loras, profiles, most, max_mb, uniform)
     else:
         ranks = {
             path: min(
@@ -91,16 +91,20 @@ def resize(
     rows = []
     for path, h in loras.items():
         if h.rank <= ranks[path] and h.mid is None and h.shift is None:  # nothing goes, and no bit changes
-            modules[path] = replace(padded(h, ranks[path]), extra={})
+            modules[path] = replace(pad_rank(h, ranks[path]), extra={})
         else:
-            modules[path] = algebra.with_factors(h, [algebra.svd(p) for p in algebra.products(h)], ranks[path])
+            modules[path] = algebra.replace_factors(
+                h, [algebra.compute_svd(p) for p in algebra.list_delta_products(h)], ranks[path]
+            )
         s = profiles[path]
-        rows.append(Resized(path, h.rank, ranks[path], algebra.energy_of(s, ranks[path]), float(np.linalg.norm(s))))
+        rows.append(
+            ResizedModule(path, h.rank, ranks[path], algebra.energy_share(s, ranks[path]), float(np.linalg.norm(s)))
+        )
     config = adapter.config | {k: v for k, v in OF_TRAINING.items() if k in adapter.config}
     return replace(adapter, method="LORA", modules=modules, config=config), rows
 
 
-def check(ways: Mapping[str, float | None], max_rank: int | None) -> None:
+def check_resize_options(ways: Mapping[str, float | None], max_rank: int | None) -> None:
     names = [name for name, value in ways.items() if value is not None]
     if len(names) != 1:
         raise OptionError(f"Give one of rank, energy, ratio and max_mb: {join_some(names) if names else 'none'} given.")
@@ -118,7 +122,7 @@ def check(ways: Mapping[str, float | None], max_rank: int | None) -> None:
         )
 
 
-def factors_in(adapter: AdapterFile) -> dict[str, LowRank]:
+def collect_loras(adapter: AdapterFile) -> dict[str, LowRank]:
     """Return the LoRA of each module.
 
     Raises:
@@ -130,36 +134,38 @@ def factors_in(adapter: AdapterFile) -> dict[str, LowRank]:
             "rank, and does not say how. Load it with graft and save it again, and it will."
         )
     loras = {path: algebra.as_low_rank(module) for path, module in adapter.modules.items()}
-    made = {path: lora for path, lora in loras.items() if lora is not None}
-    others = {path: m for path, m in adapter.modules.items() if isinstance(m, Other) and path not in made}
-    if other := [f"{path} ({m.method})" for path, m in others.items()]:
+    low_rank = {path: lora for path, lora in loras.items() if lora is not None}
+    other_modules = {
+        path: m for path, m in adapter.modules.items() if isinstance(m, OtherMethod) and path not in low_rank
+    }
+    if unsuitable := [f"{path} ({m.method})" for path, m in other_modules.items()]:
         raise LossError(
-            f"{adapter.path} has modules without a rank of LoRA: {join_some(other)}. See graft.convert_to_lora."
+            f"{adapter.path} has modules without a rank of LoRA: {join_some(unsuitable)}. See graft.convert_to_lora."
         )
-    if grouped := [path for path, h in made.items() if h.kind == "conv" and h.B.shape[1] != h.rank]:
+    if grouped := [path for path, h in low_rank.items() if h.kind == "conv" and h.B.shape[1] != h.rank]:
         raise LossError(
             f"{adapter.path} adapts convolutions in groups, whose factors have no singular values: "
             f"{join_some(grouped)}."
         )
-    if not made:
+    if not low_rank:
         raise LossError(f"{adapter.path} ({adapter.method}) has no LoRA on any module.")
-    return made
+    return low_rank
 
 
-def profile(lora: LowRank) -> np.ndarray:
+def compute_rank_profile(lora: LowRank) -> np.ndarray:
     """Return singular values by which a module's rank is chosen; of experts, the norm over all of each in turn."""
-    found = np.stack([algebra.spectrum(p) for p in algebra.products(lora)])
-    rows, columns = algebra.sizes(lora)
-    return np.sqrt((found**2).sum(0))[: min(rows, columns)]
+    spectra = np.stack([algebra.compute_singular_values(p) for p in algebra.list_delta_products(lora)])
+    rows, columns = algebra.delta_shape(lora)
+    return np.sqrt((spectra**2).sum(0))[: min(rows, columns)]
 
 
-def ranks_within(
+def choose_ranks_for_size(
     adapter: AdapterFile, loras: Mapping[str, LowRank], profiles: Mapping[str, np.ndarray], most: Mapping[str, int],
     max_mb: float, uniform: bool,
 ) -> dict[str, int]:  # fmt: skip
     """Return the ranks with which a file is no larger, at the least loss of Σ σ²: triplets by σ² per byte."""
-    costs = {path: bytes_of_rank(h) for path, h in loras.items()}
-    left = int(max_mb * MB) - fixed_bytes(adapter, loras) - sum(costs.values())
+    costs = {path: bytes_per_rank(h) for path, h in loras.items()}
+    left = int(max_mb * MB) - count_other_bytes(adapter, loras) - sum(costs.values())
     if left < 0:
         raise LossError(
             f"{adapter.path} needs {(int(max_mb * MB) - left) / MB:.3g} MB at rank 1: {max_mb} is too little."
@@ -174,23 +180,25 @@ def ranks_within(
     return ranks
 
 
-def bytes_of_rank(lora: LowRank) -> int:
+def bytes_per_rank(lora: LowRank) -> int:
     of_a, of_b = (1, 2) if lora.kind == "experts" else (0, 1)
-    per = bytes_of_one(lora.A, of_a) + bytes_of_one(lora.B, of_b)
+    per = bytes_per_entry(lora.A, of_a) + bytes_per_entry(lora.B, of_b)
     if lora.mid is not None:  # which the new A contains
-        rows, columns = algebra.sizes(lora)
-        per = (rows * BITS[written_dtype(lora.B.dtype)] + columns * BITS[written_dtype(lora.A.dtype)]) // 8
+        rows, columns = algebra.delta_shape(lora)
+        per = (rows * BITS[dtype_for_writing(lora.B.dtype)] + columns * BITS[dtype_for_writing(lora.A.dtype)]) // 8
     return per
 
 
-def bytes_of_one(t: Tensor, axis: int) -> int:
+def bytes_per_entry(t: Tensor, axis: int) -> int:
     """Return the bytes of a tensor for each entry along an axis."""
-    return math.prod(n for i, n in enumerate(t.shape) if i != axis) * BITS[written_dtype(t.dtype)] // 8
+    return math.prod(n for i, n in enumerate(t.shape) if i != axis) * BITS[dtype_for_writing(t.dtype)] // 8
 
 
-def fixed_bytes(adapter: AdapterFile, loras: Mapping[str, LowRank]) -> int:
+def count_other_bytes(adapter: AdapterFile, loras: Mapping[str, LowRank]) -> int:
     """Return at least how many bytes a file has beside the factors."""
-    rest = adapter.beside + [(path, t) for path, h in loras.items() for t in (h.magnitude, h.bias) if t is not None]
-    names = [name for name, _ in rest] + [path for path in loras for _ in "AB"]
+    other_tensors = adapter.loose_tensors + [
+        (path, t) for path, h in loras.items() for t in (h.magnitude, h.bias) if t is not None
+    ]
+    names = [name for name, _ in other_tensors] + [path for path in loras for _ in "AB"]
     text = len(str(adapter.config)) + sum(len(v) for v in adapter.metadata.values()) + 4 * sum(map(len, loras))
-    return sum(t.nbytes for _, t in rest) + sum(len(n) + OVERHEAD for n in names) + text
+    return sum(t.nbytes for _, t in other_tensors) + sum(len(n) + OVERHEAD for n in names) + text

@@ -18,12 +18,12 @@ from functools import cache, cached_property
 from graft.config import pair
 from graft.config.reading import Json
 from graft.core.errors import join_some
-from graft.files.base import Known
-from graft.files.bases import by_model
+from graft.files.base import BaseDescription
+from graft.files.bases import view_by_model_names
 from graft.files.errors import UnknownServerError
-from graft.files.lint import gaps
-from graft.files.names import check_shapes, in_layer, layers_by_kind
-from graft.files.neutral import AdapterFile, LowRank, Other
+from graft.files.lint import list_gaps
+from graft.files.names import check_shapes, group_layers_by_kind, split_layer_number
+from graft.files.neutral import AdapterFile, LowRank, OtherMethod
 from graft.files.tensors import read_header
 
 DATA = os.path.join(os.path.dirname(__file__), "servers.json")
@@ -32,7 +32,7 @@ OF_SGLANG = re.compile(r".*\.experts\.(gate_up|gate|up|down)_proj\.lora_[AB]\.we
 
 
 @dataclass(frozen=True)
-class Options:
+class ServerOptions:
     """How a server is started, where that decides.
 
     Attributes:
@@ -95,8 +95,8 @@ class Subject:
 
     adapter: AdapterFile
     server: Server
-    options: Options = field(default_factory=Options)
-    base: Known | None = None
+    options: ServerOptions = field(default_factory=ServerOptions)
+    base: BaseDescription | None = None
 
     @property
     def config(self) -> Json:
@@ -107,9 +107,9 @@ class Subject:
         return self.adapter.low_rank
 
     @cached_property
-    def strangers(self) -> list[str]:
+    def absent_modules(self) -> list[str]:
         """The modules that the model which the server runs does not have."""
-        paths = [module_of(path, module) for path, module in self.adapter.modules.items()]
+        paths = [owner_path(path, module) for path, module in self.adapter.modules.items()]
         return [] if self.base is None else [path for path in paths if path not in self.modules]
 
     @cached_property
@@ -122,8 +122,8 @@ class Subject:
         if self.base is None:
             return set()
         known = {*self.base.modules}
-        paths = {module_of(path, module) for path, module in self.adapter.modules.items()}
-        more = None if known.issuperset(paths) else by_model(self.base)
+        paths = {owner_path(path, module) for path, module in self.adapter.modules.items()}
+        more = None if known.issuperset(paths) else view_by_model_names(self.base)
         return known if more is None else known.union(more.modules)
 
 
@@ -131,38 +131,41 @@ Condition = Callable[[Subject], Iterable[str]]
 CONDITIONS: dict[str, Condition] = {}
 
 
-def condition(function: Condition) -> Condition:
+def register_condition(function: Condition) -> Condition:
     CONDITIONS[function.__name__] = function
     return function
 
 
 @cache
-def data() -> Json:
+def read_server_data() -> Json:
     with open(DATA, encoding="utf-8") as f:
         document: Json = json.load(f)
     return document
 
 
-def servers() -> dict[str, Server]:
+def list_servers() -> dict[str, Server]:
     """Return the servers that the data knows, by name."""
     return {
         name: Server(
-            name, of["version"], of["date"], tuple(of["formats"]), of.get("max_rank"), tuple(of.get("heads", ()))
+            name, row["version"], row["date"], tuple(row["formats"]), row.get("max_rank"), tuple(row.get("heads", ()))
         )
-        for name, of in data()["servers"].items()
+        for name, row in read_server_data()["servers"].items()
     }
 
 
-def server_named(name: str) -> Server:
+def get_server(name: str) -> Server:
     """Return a server that the data knows; raise UnknownServerError if it does not."""
-    known = servers()
+    known = list_servers()
     if name not in known:
         raise UnknownServerError(f"Nothing is known of the server {name!r}; there are {', '.join(known)}.")
     return known[name]
 
 
-def check(
-    adapter: AdapterFile, names: Sequence[str], base: Known | None = None, options: Options | None = None
+def check_servers(
+    adapter: AdapterFile,
+    names: Sequence[str],
+    base: BaseDescription | None = None,
+    options: ServerOptions | None = None,
 ) -> list[Finding]:
     """Return what these servers do with an adapter as its file stands, other than apply it.
 
@@ -174,72 +177,73 @@ def check(
         UnknownServerError: there is nothing known of a server.
         BaseModelMismatchError: factors make no update of the base's weight, by their shapes.
     """
-    asked = [server_named(name) for name in dict.fromkeys(names)]
+    asked = [get_server(name) for name in dict.fromkeys(names)]
     if base is not None:
-        own = {name.rpartition(".")[0] for name in beside(adapter)}  # whose weight the file has as well
-        check_shapes({path: of for path, of in adapter.low_rank.items() if path not in own}, adapter, base)
-    found = []
+        # whose weight the file has as well
+        copied_paths = {name.rpartition(".")[0] for name in list_copied_weights(adapter)}
+        check_shapes({path: of for path, of in adapter.low_rank.items() if path not in copied_paths}, adapter, base)
+    findings = []
     for server in asked:
-        subject = Subject(adapter, server, options or Options(), base)
-        for row in (*data()["every"], *data()["servers"][server.name]["rows"]):
+        subject = Subject(adapter, server, options or ServerOptions(), base)
+        for row in (*read_server_data()["every"], *read_server_data()["servers"][server.name]["rows"]):
             if what := list(CONDITIONS[row["when"]](subject)):
                 where = "BASE" if base is None else base.path
                 known = dict(server=server.name, adapter=adapter.path, format=server.formats[0], base=where)
                 known["max_rank"] = str(subject.options.max_rank or server.max_rank)
-                remedy = data()["remedies"][row["remedy"]].format(**known)
+                remedy = read_server_data()["remedies"][row["remedy"]].format(**known)
                 facts = server.name, server.version, server.date, row["when"], row["verdict"], join_some(what, 3)
-                found.append(Finding(*facts, row["does"], remedy, row.get("evidence", "run")))
-    return found
+                findings.append(Finding(*facts, row["does"], remedy, row.get("evidence", "run")))
+    return findings
 
 
 # conditions: of the file
 
 
-@condition
+@register_condition
 def another_format(s: Subject) -> Iterable[str]:
     if s.adapter.format not in s.server.formats:
         yield f"the file is of the format {s.adapter.format}"
 
 
-@condition
+@register_condition
 def torch_file(s: Subject) -> Iterable[str]:
     if s.adapter.format == "peft" and not os.path.exists(os.path.join(s.adapter.path, pair.SAFETENSORS)):
         yield pair.TORCH
 
 
-@condition
-def added_tokens(s: Subject) -> Iterable[str]:
+@register_condition
+def file_of_added_tokens(s: Subject) -> Iterable[str]:
     path = os.path.join(s.adapter.path, "added_tokens.json")
     if os.path.isdir(s.adapter.path) and os.path.exists(path):
         yield "added_tokens.json"
 
 
-@condition
+@register_condition
 def fields_missing(s: Subject) -> Iterable[str]:
     if s.adapter.format == "peft" and s.adapter.method == "LORA":
         yield from (name for name in ("r", "lora_alpha", "target_modules") if s.config.get(name) is None)
 
 
-@condition
+@register_condition
 def not_whole(s: Subject) -> Iterable[str]:
-    return (f"it lacks {what}" for what in gaps(s.adapter, s.base))
+    return (f"it lacks {what}" for what in list_gaps(s.adapter, s.base))
 
 
-@condition
+@register_condition
 def unknown_keys(s: Subject) -> Iterable[str]:
-    return s.adapter.unread
+    return s.adapter.unknown_keys
 
 
 # conditions: what the adapter is
 
 
-@condition
+@register_condition
 def another_method(s: Subject) -> Iterable[str]:
     if s.adapter.method != "LORA":
         yield f"its method is {s.adapter.method}"
 
 
-def variant(name: str) -> Condition:
+def make_variant_condition(name: str) -> Condition:
     def of(s: Subject) -> Iterable[str]:
         if any(module.method == name for module in s.adapter.modules.values()):
             yield name
@@ -247,20 +251,24 @@ def variant(name: str) -> Condition:
     return of
 
 
-CONDITIONS |= {"kasa": variant("KASA"), "blocks": variant("BDLORA"), "pooled": variant("QALORA")}
+CONDITIONS |= {
+    "kasa": make_variant_condition("KASA"),
+    "blocks": make_variant_condition("BDLORA"),
+    "pooled": make_variant_condition("QALORA"),
+}
 
 
-@condition
+@register_condition
 def dora(s: Subject) -> Iterable[str]:
     return (f"magnitude of {path}" for path, lora in s.low_rank.items() if lora.magnitude is not None)
 
 
-@condition
+@register_condition
 def dora_of_kohya(s: Subject) -> Iterable[str]:
     return dora(s) if s.adapter.format == "kohya" else ()
 
 
-@condition
+@register_condition
 def transformer_of_kohya(s: Subject) -> Iterable[str]:
     """Of OneTrainer's and ComfyUI's names, which `graft convert --to kohya` writes."""
     if s.adapter.format == "kohya" and s.adapter.path.endswith(".safetensors"):
@@ -268,45 +276,45 @@ def transformer_of_kohya(s: Subject) -> Iterable[str]:
         yield from sorted(name for name in names if name.startswith("lora_transformer_"))
 
 
-@condition
+@register_condition
 def stacks_of_sglang(s: Subject) -> Iterable[str]:
     """Experts in 3-D factors by names of their projections."""
     path = os.path.join(s.adapter.path, pair.SAFETENSORS)
-    if s.adapter.served and os.path.exists(path):
+    if s.adapter.is_server_layout and os.path.exists(path):
         header = read_header(path)[0]
         yield from sorted(key for key, t in header.items() if len(t.shape) == 3 and OF_SGLANG.fullmatch(key))
 
 
-@condition
+@register_condition
 def bias(s: Subject) -> Iterable[str]:
     yield from (f"lora_bias of {path}" for path, lora in s.low_rank.items() if lora.bias is not None)
-    yield from (name for name in s.adapter.full if of_bias(name, s.adapter))
+    yield from (name for name in s.adapter.full if is_lone_bias(name, s.adapter))
 
 
-@condition
+@register_condition
 def extra_tensors(s: Subject) -> Iterable[str]:
     names = {name for lora in s.low_rank.values() for name in lora.extra if not name.startswith("lora_shift")}
     return sorted(names)
 
 
-@condition
-def activated(s: Subject) -> Iterable[str]:
+@register_condition
+def invocation_tokens(s: Subject) -> Iterable[str]:
     if s.config.get("alora_invocation_tokens"):
         yield f"alora_invocation_tokens={s.config['alora_invocation_tokens']}"
 
 
-@condition
-def replicated(s: Subject) -> Iterable[str]:
+@register_condition
+def layer_replication(s: Subject) -> Iterable[str]:
     if s.config.get("layer_replication"):
         yield f"layer_replication={s.config['layer_replication']}"
 
 
-@condition
+@register_condition
 def base_changed_and_kept(s: Subject) -> Iterable[str]:
     return (f"lora_shift of {path}" for path, lora in s.low_rank.items() if lora.shift is not None)
 
 
-@condition
+@register_condition
 def base_changed(s: Subject) -> Iterable[str]:
     if s.adapter.changed_base is not None:
         yield f"init_lora_weights={s.config.get('init_lora_weights')!r}"
@@ -315,64 +323,64 @@ def base_changed(s: Subject) -> Iterable[str]:
 # conditions: beside the low-rank products
 
 
-def of_bias(name: str, adapter: AdapterFile) -> bool:
+def is_lone_bias(name: str, adapter: AdapterFile) -> bool:
     return name.endswith(".bias") and f"{name.removesuffix('bias')}weight" not in adapter.full
 
 
-def norms(adapter: AdapterFile) -> list[str]:
+def list_norms(adapter: AdapterFile) -> list[str]:
     """Return the modules trained whole whose weight is a vector."""
     weights = {name.rpartition(".")[0]: t for name, t in adapter.full.items() if name.endswith(".weight")}
     return [module for module, t in weights.items() if len(t.shape) == 1]
 
 
-def beside(adapter: AdapterFile) -> list[str]:
+def list_copied_weights(adapter: AdapterFile) -> list[str]:
     """Return the names of weights of the base that stand in a file beside factors of the same module, as they were."""
     return [name for name in adapter.full if name.rpartition(".")[0] in adapter.modules and name.endswith(".weight")]
 
 
-@condition
+@register_condition
 def whole_norms(s: Subject) -> Iterable[str]:
-    return norms(s.adapter)
+    return list_norms(s.adapter)
 
 
-@condition
+@register_condition
 def whole_modules(s: Subject) -> Iterable[str]:
-    names = {*s.adapter.full} - {*beside(s.adapter)}
-    modules = {name.rpartition(".")[0] for name in names if not of_bias(name, s.adapter)}
-    return sorted(m for m in modules - {*norms(s.adapter)} if last(m) not in s.server.heads)
+    names = {*s.adapter.full} - {*list_copied_weights(s.adapter)}
+    modules = {name.rpartition(".")[0] for name in names if not is_lone_bias(name, s.adapter)}
+    return sorted(m for m in modules - {*list_norms(s.adapter)} if last_name(m) not in s.server.heads)
 
 
-@condition
+@register_condition
 def another_vocabulary(s: Subject) -> Iterable[str]:
     """Of an embedding that got other rows after the base was made."""
     shapes = {} if s.base is None else s.base.shapes
-    for name in beside(s.adapter):
-        own, there = s.adapter.full[name].shape, shapes.get(name)
-        if there is not None and own != there:
-            yield f"{name} has the shape {own}, the base's {there}"
+    for name in list_copied_weights(s.adapter):
+        shape, base_shape = s.adapter.full[name].shape, shapes.get(name)
+        if base_shape is not None and shape != base_shape:
+            yield f"{name} has the shape {shape}, the base's {base_shape}"
 
 
-@condition
+@register_condition
 def token_rows(s: Subject) -> Iterable[str]:
     return (f"{len(rows.load()) // 8} rows of {name}" for name, (rows, _) in s.adapter.rows.items())
 
 
-@condition
+@register_condition
 def embeddings(s: Subject) -> Iterable[str]:
     return (path for path, lora in s.low_rank.items() if lora.kind == "embedding")
 
 
-@condition
+@register_condition
 def output_head(s: Subject) -> Iterable[str]:
-    return (path for path in s.low_rank if last(path) == "lm_head")
+    return (path for path in s.low_rank if last_name(path) == "lm_head")
 
 
-@condition
+@register_condition
 def experts(s: Subject) -> Iterable[str]:
-    return (path for path, lora in s.low_rank.items() if lora.kind == "experts" and not s.adapter.served)
+    return (path for path, lora in s.low_rank.items() if lora.kind == "experts" and not s.adapter.is_server_layout)
 
 
-@condition
+@register_condition
 def stacks_of_peft(s: Subject) -> Iterable[str]:
     """Experts as PEFT has them, for a base of which the server wants them one by one."""
     from graft.io.servers import STACKED_IN_VLLM  # loads torch
@@ -381,7 +389,7 @@ def stacks_of_peft(s: Subject) -> Iterable[str]:
     return () if kind.startswith(STACKED_IN_VLLM) else experts(s)
 
 
-@condition
+@register_condition
 def kernels(s: Subject) -> Iterable[str]:
     for path, lora in s.low_rank.items():
         if lora.kind == "conv" and any(n > 1 for n in lora.A.shape[2:]):
@@ -391,7 +399,7 @@ def kernels(s: Subject) -> Iterable[str]:
 # conditions: rank and scale
 
 
-def said(s: Subject) -> tuple[float, float] | None:
+def read_r_and_alpha(s: Subject) -> tuple[float, float] | None:
     """Return r and lora_alpha of a config of PEFT."""
     r, alpha = s.config.get("r"), s.config.get("lora_alpha")
     if isinstance(r, (int, float)) and isinstance(alpha, (int, float)) and r > 0:
@@ -399,16 +407,16 @@ def said(s: Subject) -> tuple[float, float] | None:
     return None
 
 
-def off(s: Subject, expected: Callable[[LowRank, float, float], float]) -> Iterable[str]:
+def list_wrong_scales(s: Subject, expected: Callable[[LowRank, float, float], float]) -> Iterable[str]:
     """Yield the modules whose scale is not what a server makes of a rank and the config's r and lora_alpha."""
-    if (numbers := said(s)) is not None:
+    if (numbers := read_r_and_alpha(s)) is not None:
         for path, lora in s.low_rank.items():
-            taken = expected(lora, *numbers)
-            if not math.isclose(lora.scale, taken, rel_tol=1e-6):
-                yield f"{path} has the scale {lora.scale:.4g}, and would get {taken:.4g}"
+            server_scale = expected(lora, *numbers)
+            if not math.isclose(lora.scale, server_scale, rel_tol=1e-6):
+                yield f"{path} has the scale {lora.scale:.4g}, and would get {server_scale:.4g}"
 
 
-@condition
+@register_condition
 def rank_above_the_limit(s: Subject) -> Iterable[str]:
     limit = s.options.max_rank or s.server.max_rank
     if limit is not None:
@@ -417,39 +425,39 @@ def rank_above_the_limit(s: Subject) -> Iterable[str]:
         )
 
 
-@condition
+@register_condition
 def rank_above_128(s: Subject) -> Iterable[str]:
     return (f"{path} has rank {h.rank}" for path, h in s.low_rank.items() if h.rank > 128)
 
 
-@condition
+@register_condition
 def several_ranks(s: Subject) -> Iterable[str]:
     ranks = {h.rank for h in s.low_rank.values()}
     if len(ranks) > 1:
         yield f"ranks {sorted(ranks)}"
 
 
-@condition
+@register_condition
 def scale_is_not_one(s: Subject) -> Iterable[str]:
-    return off(s, lambda lora, r, alpha: 1.0)
+    return list_wrong_scales(s, lambda lora, r, alpha: 1.0)
 
 
-@condition
+@register_condition
 def scale_is_not_alpha_by_the_rank(s: Subject) -> Iterable[str]:
-    return off(s, lambda lora, r, alpha: alpha / lora.rank)
+    return list_wrong_scales(s, lambda lora, r, alpha: alpha / lora.rank)
 
 
-@condition
+@register_condition
 def scale_is_not_alpha_by_r(s: Subject) -> Iterable[str]:
-    return off(s, lambda lora, r, alpha: alpha / r)
+    return list_wrong_scales(s, lambda lora, r, alpha: alpha / r)
 
 
-@condition
+@register_condition
 def scale_is_not_the_configs(s: Subject) -> Iterable[str]:
-    return off(s, lambda lora, r, alpha: alpha / (math.sqrt(r) if s.config.get("use_rslora") else r))
+    return list_wrong_scales(s, lambda lora, r, alpha: alpha / (math.sqrt(r) if s.config.get("use_rslora") else r))
 
 
-@condition
+@register_condition
 def scale_is_not_told(s: Subject) -> Iterable[str]:
     """Of diffusers' files: neither metadata nor alphas say it, and the reader takes one."""
     if s.adapter.format == "diffusers" and "lora_adapter_metadata" not in s.adapter.metadata:
@@ -459,14 +467,14 @@ def scale_is_not_told(s: Subject) -> Iterable[str]:
 # conditions: which modules
 
 
-@condition
+@register_condition
 def regular_expression(s: Subject) -> Iterable[str]:
     targets = s.config.get("target_modules")
     if isinstance(targets, str) and targets not in ("all-linear", "all"):
         yield f"target_modules={targets!r}"
 
 
-@condition
+@register_condition
 def q_without_v(s: Subject) -> Iterable[str]:
     for path in s.low_rank:
         stem, _, name = path.rpartition(".")
@@ -474,51 +482,51 @@ def q_without_v(s: Subject) -> Iterable[str]:
             yield path
 
 
-@condition
+@register_condition
 def some_layers_only(s: Subject) -> Iterable[str]:
     """A kind of module that not every layer has an adapter on."""
-    kinds = layers_by_kind(s.low_rank)
+    kinds = group_layers_by_kind(s.low_rank)
     every = {layer for layers in kinds.values() for layer in layers}
-    there = dict.fromkeys(kinds, every) if s.base is None else layers_by_kind(s.modules)
+    base_layers = dict.fromkeys(kinds, every) if s.base is None else group_layers_by_kind(s.modules)
     for kind, layers in kinds.items():
-        if missing := there.get(kind, layers) - layers:
+        if missing := base_layers.get(kind, layers) - layers:
             yield f"{kind.replace('#', 'N')} on {len(layers)} of {len(layers | missing)} layers"
 
 
-@condition
+@register_condition
 def targets_excluded(s: Subject) -> Iterable[str]:
     packed = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}] if s.server.name == "vllm" else []
     listed = s.options.targets
     if listed is not None:
         more = {name for pack in packed if pack & {*listed} for name in pack}
-        yield from sorted({last(path) for path in s.low_rank} - {*listed, *more})
+        yield from sorted({last_name(path) for path in s.low_rank} - {*listed, *more})
 
 
-def module_of(path: str, module: LowRank | Other) -> str:
+def owner_path(path: str, module: LowRank | OtherMethod) -> str:
     """Return the path of the module that holds what is adapted."""
     return path.rpartition(".")[0] if module.kind == "experts" else path
 
 
-@condition
+@register_condition
 def modules_missing(s: Subject) -> Iterable[str]:
     """Of a name that no module of the base has."""
-    names = {last(m) for m in s.modules}
-    return [path for path in s.strangers if last(path) not in names]
+    names = {last_name(m) for m in s.modules}
+    return [path for path in s.absent_modules if last_name(path) not in names]
 
 
-@condition
+@register_condition
 def layers_missing(s: Subject) -> Iterable[str]:
     """Beyond the base's last layer."""
-    kinds = layers_by_kind(s.modules)
-    return [path for path in s.strangers if (numbered := in_layer(path)) and numbered[0] in kinds]
+    kinds = group_layers_by_kind(s.modules)
+    return [path for path in s.absent_modules if (numbered := split_layer_number(path)) and numbered[0] in kinds]
 
 
-@condition
+@register_condition
 def prefixes_differ(s: Subject) -> Iterable[str]:
     """Of a name that modules of the base have, elsewhere: the adapter was trained with another class of the model."""
     apart = {*modules_missing(s), *layers_missing(s)}
-    return [path for path in s.strangers if path not in apart]
+    return [path for path in s.absent_modules if path not in apart]
 
 
-def last(path: str) -> str:
+def last_name(path: str) -> str:
     return path.rpartition(".")[2]

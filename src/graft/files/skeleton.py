@@ -21,7 +21,7 @@ from graft import CheckpointError, UnsupportedLayerError
 from graft.config.reading import Json, read_object
 from graft.files.base import BaseFiles, Skeleton
 from graft.files.merging.weights import NAMES, TORCH, find_base_weights, of_file, to_file
-from graft.files.places import Computed, Spot, renamed
+from graft.files.places import ComputedParameters, Spot, find_spots
 from graft.files.tensors import EIGHT_BITS, FLOATS, Bytes, Tensor
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ MOST = 2**12
 LABELS = 2**20
 
 
-def model_config(path: str) -> PreTrainedConfig | None:
+def build_model_config(path: str) -> PreTrainedConfig | None:
     """Return the config that transformers makes of a folder's config.json; None if it knows no such model.
 
     Fields that name code, kernels or files elsewhere are left out: nothing of the folder runs, nobody is asked, and
@@ -55,8 +55,8 @@ def model_config(path: str) -> PreTrainedConfig | None:
         from transformers import AutoConfig
     except ImportError:
         return None
-    fields = without_code(read_object(file, finite=False), file)
-    with quiet(), tempfile.TemporaryDirectory() as folder:
+    fields = drop_code_fields(read_object(file, finite=False), file)
+    with silence_transformers(), tempfile.TemporaryDirectory() as folder:
         with open(os.path.join(folder, CONFIG), "w", encoding="utf-8") as f:
             json.dump(fields, f)
         try:
@@ -69,10 +69,10 @@ def model_config(path: str) -> PreTrainedConfig | None:
     return config
 
 
-def without_code(value: Any, file: str) -> Any:
-    """Return a value of a config without the fields that are not to reach transformers. Raises as `model_config`."""
+def drop_code_fields(value: Any, file: str) -> Any:
+    """Return a value of a config without the fields that transformers must not see. Raises as `build_model_config`."""
     if isinstance(value, list):
-        return [without_code(v, file) for v in value]
+        return [drop_code_fields(v, file) for v in value]
     if not isinstance(value, dict):
         return value
     for key, n in value.items():
@@ -84,40 +84,40 @@ def without_code(value: Any, file: str) -> Any:
             f"{file} names the backbone '{backbone}', which graft does not fetch: write its config there, as "
             "backbone_config."
         )
-    return {key: without_code(v, file) for key, v in value.items() if key not in CODE}
+    return {key: drop_code_fields(v, file) for key, v in value.items() if key not in CODE}
 
 
-def model_class(name: object) -> type[PreTrainedModel] | None:
+def find_model_class(name: object) -> type[PreTrainedModel] | None:
     """Return transformers' model class of a name; None if the name is of nothing there, or of something else."""
     import transformers
 
     try:
-        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        attribute = getattr(transformers, name, None) if isinstance(name, str) else None
     except (ImportError, RuntimeError):  # its module needs a package that is not there
         return None
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+    return attribute if isinstance(attribute, type) and issubclass(attribute, transformers.PreTrainedModel) else None
 
 
-def skeleton(path: str, architecture: str | None = None) -> PreTrainedModel | None:
+def build_meta_model(path: str, architecture: str | None = None) -> PreTrainedModel | None:
     """Return the model that transformers makes of a folder's config.json, without values; None if it knows none.
 
     Args:
         architecture: the name of another class than the config's.
 
     Raises:
-        CheckpointError: as `model_config`; or transformers cannot make the model.
+        CheckpointError: as `build_model_config`; or transformers cannot make the model.
     """
-    config = model_config(path)
+    config = build_model_config(path)
     if config is None:
         return None
     import transformers
 
     named = [architecture] if architecture else getattr(config, "architectures", None)
-    kinds = map(model_class, named if isinstance(named, list) else ())
+    kinds = map(find_model_class, named if isinstance(named, list) else ())
     kind = next((kind for kind in kinds if kind is not None), None)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    with quiet():
+    with silence_transformers():
         try:
             with torch.device("meta"):
                 model: PreTrainedModel = transformers.AutoModel.from_config(config) if kind is None else kind(config)
@@ -126,24 +126,24 @@ def skeleton(path: str, architecture: str | None = None) -> PreTrainedModel | No
     return model
 
 
-def weightless(model: PreTrainedModel) -> PreTrainedModel:
+def fill_with_zeros(model: PreTrainedModel) -> PreTrainedModel:
     """Give the tensors of a model on the meta device memory: that of one zero each."""
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                module._parameters[name] = nn.Parameter(nothing(p), requires_grad=False)
+                module._parameters[name] = nn.Parameter(make_expanded_zero(p), requires_grad=False)
         for name, b in module._buffers.items():
             if b is not None:
-                module._buffers[name] = nothing(b)
+                module._buffers[name] = make_expanded_zero(b)
     return model
 
 
-def nothing(t: torch.Tensor) -> torch.Tensor:
+def make_expanded_zero(t: torch.Tensor) -> torch.Tensor:
     return torch.zeros((), dtype=t.dtype).expand(t.shape)
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """Keep transformers from talking about configs."""
     from transformers.utils import logging
 
@@ -157,7 +157,7 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def of_files(base: BaseFiles) -> Skeleton | None:
+def describe_checkpoint(base: BaseFiles) -> Skeleton | None:
     """Return a checkpoint by the names of the model that its config describes; None: no library knows it.
 
     No tensor is read yet. A quantized weight is read as the floats that it stands for. Parameters that the checkpoint
@@ -166,12 +166,12 @@ def of_files(base: BaseFiles) -> Skeleton | None:
     if not (base.config.get("architectures") or base.config.get("_class_name")):
         return None
     try:
-        made = from_config(base.path, base.config)
+        view = describe_config(base.path, base.config)
     except CheckpointError:
         return None
-    made.config, made.tensors = base.config, by_name(dense(base), cast("PreTrainedModel", made.model))
-    made.shapes |= {name: t.shape for name, t in made.tensors.items()}
-    return made
+    view.config, view.tensors = base.config, name_by_model(dequantize_lazily(base), cast("PreTrainedModel", view.model))
+    view.shapes |= {name: t.shape for name, t in view.tensors.items()}
+    return view
 
 
 def describe_model(model: nn.Module, path: str) -> Skeleton:
@@ -188,14 +188,14 @@ def describe_model(model: nn.Module, path: str) -> Skeleton:
     return Skeleton(path, fields, shapes, [name for name, _ in model.named_modules() if name], model=model)
 
 
-def from_config(path: str, config: Json) -> Skeleton:
+def describe_config(path: str, config: Json) -> Skeleton:
     """Return the model that a config describes, built on the meta device by its library.
 
     Raises:
         CheckpointError: the library is not installed, or does not know the model.
     """
     if (name := config.get("_class_name")) is None:
-        if (model := skeleton(path)) is None:
+        if (model := build_meta_model(path)) is None:
             raise CheckpointError(f"{path} holds no weights, and no library here knows the model of its config.")
         return describe_model(model, path)
     try:
@@ -210,7 +210,7 @@ def from_config(path: str, config: Json) -> Skeleton:
         raise CheckpointError(f"{path} holds no weights, and no model can be made of its config: {e}") from e
 
 
-def dense(base: BaseFiles) -> dict[str, Tensor]:
+def dequantize_lazily(base: BaseFiles) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint, with floats in place of what holds a quantized weight."""
     if not (base.config.get("quantization_config") or base.config.get("compression_config")):
         return base.tensors
@@ -229,16 +229,16 @@ def dense(base: BaseFiles) -> dict[str, Tensor]:
     return out
 
 
-def by_name(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+def name_by_model(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by the names of a model's parameters, as transformers loads them.
 
     Those of a model of another library have its names already.
     """
     if not hasattr(model, "base_model_prefix"):
         return dict(tensors)
-    computed: dict[str, Computed] = {}
-    spots = renamed(model, {name: t.shape for name, t in tensors.items()}, computed)
-    out = {name: made for name, of in spots.items() if (made := assembled(of, tensors)) is not None}
+    computed: dict[str, ComputedParameters] = {}
+    spots = find_spots(model, {name: t.shape for name, t in tensors.items()}, computed)
+    out = {name: stacked for name, of in spots.items() if (stacked := join_spots(of, tensors)) is not None}
     for source in computed.values():
         kinds = {key: TORCH.get(tensors[key].dtype) for key, _ in source.keys}
         if None in kinds.values():
@@ -246,14 +246,14 @@ def by_name(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, 
         empty = {key: torch.empty(tensors[key].shape, dtype=kind, device="meta") for key, kind in kinds.items()}
         for name, value in source.values(empty).items():
 
-            def load(source: Computed = source, name: str = name) -> Bytes:
+            def load(source: ComputedParameters = source, name: str = name) -> Bytes:
                 return to_file(source.values({key: of_file(tensors[key]) for key, _ in source.keys})[name]).load()
 
             out[name] = Tensor(tuple(value.shape), NAMES[value.dtype], load)
     return out
 
 
-def assembled(spots: list[Spot], tensors: Mapping[str, Tensor]) -> Tensor | None:
+def join_spots(spots: list[Spot], tensors: Mapping[str, Tensor]) -> Tensor | None:
     """Return the tensor that stands in these spots, one or a stack of matrices; None if they have several dtypes."""
     if spots[0].expert is None:
         return tensors[spots[0].key]

@@ -61,12 +61,12 @@ class Tensor:
             wide = np.frombuffer(data, "<u2").astype("<u4") << 16
             return wide.view("<f4").reshape(self.shape)
         if self.dtype not in NUMPY:
-            return codes_of(self.dtype)[np.frombuffer(data, "u1")].reshape(self.shape)
+            return list_float8_values(self.dtype)[np.frombuffer(data, "u1")].reshape(self.shape)
         values = np.frombuffer(data, NUMPY[self.dtype]).reshape(self.shape)
         return values.astype("<f4") if self.dtype == "F16" else values
 
 
-def codes_of(dtype: str) -> np.ndarray:
+def list_float8_values(dtype: str) -> np.ndarray:
     """Return the 256 values of a float of 8 bits, as float32."""
     import numpy as np
 
@@ -80,21 +80,21 @@ def codes_of(dtype: str) -> np.ndarray:
     return np.where(codes & 127 == 127, np.nan, np.where(codes > 127, -values, values)).astype("f4")
 
 
-def written_dtype(dtype: str) -> str:
+def dtype_for_writing(dtype: str) -> str:
     """Return the dtype in which new values of a tensor are written: bfloat16 for floats of 8 bits, else its own."""
     return "BF16" if dtype in EIGHT_BITS else dtype
 
 
-def tensor(values: np.ndarray, dtype: str | None = None) -> Tensor:
+def make_tensor(values: np.ndarray, dtype: str | None = None) -> Tensor:
     """Return an array as a Tensor. `dtype` rounds it to nearest, ties to even; None: the array's own dtype.
 
-    For a float of 8 bits the Tensor gets `written_dtype`.
+    For a float of 8 bits the Tensor gets `dtype_for_writing`.
     """
     import numpy as np
 
     values = np.asarray(values, order="C")  # a number alone stays one
-    own = next((name for name, form in NUMPY.items() if np.dtype(form) == values.dtype), None)
-    dtype = written_dtype(dtype or own or "")
+    own_dtype = next((name for name, form in NUMPY.items() if np.dtype(form) == values.dtype), None)
+    dtype = dtype_for_writing(dtype or own_dtype or "")
     if dtype == "BF16":
         bits = values.astype("<f4").view("<u4")
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -107,12 +107,12 @@ def tensor(values: np.ndarray, dtype: str | None = None) -> Tensor:
     return Tensor(tuple(values.shape), dtype, array.tobytes)
 
 
-def reshaped(t: Tensor, *shape: int) -> Tensor:
+def reshape_tensor(t: Tensor, *shape: int) -> Tensor:
     """Return a tensor of the same values, in order, with another shape."""
     return replace(t, shape=shape)
 
 
-def rearranged(t: Tensor, change: Callable[[np.ndarray], np.ndarray], *shape: int) -> Tensor:
+def rearrange_tensor(t: Tensor, change: Callable[[np.ndarray], np.ndarray], *shape: int) -> Tensor:
     """Return a tensor whose values `change` puts into another order when it is read; they stay the same bits.
 
     Args:
@@ -127,7 +127,7 @@ def rearranged(t: Tensor, change: Callable[[np.ndarray], np.ndarray], *shape: in
     return Tensor(shape, t.dtype, load)
 
 
-def whole_numbers(values: Sequence[int]) -> Tensor:
+def make_int64_tensor(values: Sequence[int]) -> Tensor:
     """Return numbers as a tensor of I64."""
     return Tensor((len(values),), "I64", lambda: struct.pack(f"<{len(values)}q", *values))
 
@@ -141,7 +141,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
     path = os.fspath(path)
     with open_file(path) as f:
         size = int.from_bytes(f.read(8), "little")
-        version = version_of(f)
+        version = file_version(f)
         whole = version[0]
         if size == int.from_bytes(LFS[:8], "little"):
             raise CheckpointError(f"{path} is git-lfs's pointer to a file: fetch that by `git lfs pull`.")
@@ -152,7 +152,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
         header = parse_json(f.read(size), f"The header of {path}")
         try:
             metadata = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}  # MLX: null
-            listed = [(name, _entry(entry)) for name, entry in header.items()]
+            listed = [(name, _parse_entry(entry)) for name, entry in header.items()]
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise CheckpointError(f"The header of {path} is damaged: {shorten_text(str(e))}") from None
     start, end = 8 + size, 0
@@ -163,12 +163,12 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
     if start + end != whole:
         raise CheckpointError(f"{path} is damaged: {whole - start - end} bytes behind its last tensor.")
     return {
-        name: Tensor(shape, dtype, part_reader(path, version, start + b, e - b))
+        name: Tensor(shape, dtype, make_part_reader(path, version, start + b, e - b))
         for name, (dtype, shape, b, e) in listed
     }, metadata
 
 
-def _entry(entry: Json) -> tuple[str, tuple[int, ...], int, int]:
+def _parse_entry(entry: Json) -> tuple[str, tuple[int, ...], int, int]:
     begin, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
     if entry["dtype"] not in BITS:
@@ -178,20 +178,20 @@ def _entry(entry: Json) -> tuple[str, tuple[int, ...], int, int]:
     return entry["dtype"], shape, begin, stop
 
 
-def version_of(f: IO[bytes]) -> tuple[int, int]:
+def file_version(f: IO[bytes]) -> tuple[int, int]:
     """Return what tells a file from one that has replaced it: size and time. Some file systems make up inodes."""
     facts = os.fstat(f.fileno())
     return facts.st_size, facts.st_mtime_ns
 
 
-def part_reader(path: str, version: tuple[int, int], begin: int, size: int) -> Callable[[], bytes]:
+def make_part_reader(path: str, version: tuple[int, int], begin: int, size: int) -> Callable[[], bytes]:
     """Return a function that reads `size` bytes of a file, or raises CheckpointError if the file is another by then."""
 
     def load() -> bytes:
         with open_file(path) as f:
             f.seek(begin)
             data = f.read(size)
-            same = version_of(f) == version and len(data) == size
+            same = file_version(f) == version and len(data) == size
         if not same:  # else a tensor would be of another save than the one before it
             raise CheckpointError(f"{path} has been written anew while it was read: do it again.")
         return data
@@ -201,10 +201,10 @@ def part_reader(path: str, version: tuple[int, int], begin: int, size: int) -> C
 
 def write_safetensors(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors into a file, which appears whole."""
-    put_in_place(path, safetensors(tensors, metadata))
+    put_in_place(path, make_safetensors_writer(tensors, metadata))
 
 
-def safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Write:
+def make_safetensors_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Write:
     """Return a function that writes tensors one after another."""
     parts = [(name, t.dtype, t.shape, BITS[t.dtype] // 8, t.load) for name, t in tensors.items()]
     return lambda path: write_tensors(path, parts, metadata)
@@ -214,17 +214,17 @@ def safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> W
 # torchtune and Meta's own
 
 
-def interleaved(t: Tensor, heads: int) -> Tensor:
+def halves_to_pairs(t: Tensor, heads: int) -> Tensor:
     """Return rows (heads · d, …) that were in two halves per head as pairs, bit for bit."""
-    return _reordered(t, heads, pairs=False)
+    return _reorder_rows(t, heads, pairs=False)
 
 
-def two_halves(t: Tensor, heads: int) -> Tensor:
-    """Return rows that were pairs as two halves per head: the inverse of `interleaved`."""
-    return _reordered(t, heads, pairs=True)
+def pairs_to_halves(t: Tensor, heads: int) -> Tensor:
+    """Return rows that were pairs as two halves per head: the inverse of `halves_to_pairs`."""
+    return _reorder_rows(t, heads, pairs=True)
 
 
-def _reordered(t: Tensor, heads: int, pairs: bool) -> Tensor:
+def _reorder_rows(t: Tensor, heads: int, pairs: bool) -> Tensor:
     import numpy as np
 
     rows = t.shape[0]
@@ -233,4 +233,4 @@ def _reordered(t: Tensor, heads: int, pairs: bool) -> Tensor:
     half = rows // heads // 2
     shape = (heads, half, 2) if pairs else (heads, 2, half)
     order = np.arange(rows).reshape(shape).transpose(0, 2, 1).reshape(-1)
-    return rearranged(t, lambda values: values[order], *t.shape)
+    return rearrange_tensor(t, lambda values: values[order], *t.shape)

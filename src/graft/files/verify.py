@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from graft import BaseModelMismatchError
 from graft.config.reading import Json
-from graft.files.ask import Connection, Seen, ask, server_of
+from graft.files.ask import Connection, LogProbabilities, ask_log_probabilities, identify_server
 from graft.files.errors import OptionError
 from graft.model.functional import layers_with_scaling, rescale_layers
 
@@ -36,7 +36,7 @@ NOT_APPLIED, OFF, MISSING, PATTERNS, ALPHAS, ROOTS, ANOTHER, LEAKED = FAULTS = (
 class Scale(NamedTuple):
     """The scaling of a layer, and what a server makes of its config that does not read all of it."""
 
-    own: float
+    actual: float
     plain: float  # lora_alpha / r for all layers
     one_alpha: float  # lora_alpha / each layer's own rank
     rootless: float  # each layer's own alpha / rank
@@ -73,7 +73,7 @@ class Verdict:
         return asdict(self) | {"ok": self.ok}
 
 
-def prompts(vocabulary: int, number: int = 4, length: int = 16) -> list[list[int]]:
+def make_prompts(vocabulary: int, number: int = 4, length: int = 16) -> list[list[int]]:
     """Return the same prompts each time: token ids all over a vocabulary."""
     return [
         [(7919 * i * i + 104729 * i + 13) % vocabulary for i in range(n, n + length)]
@@ -81,7 +81,7 @@ def prompts(vocabulary: int, number: int = 4, length: int = 16) -> list[list[int
     ]
 
 
-def verify(
+def verify_server(
     connection: Connection,
     base: nn.Module,
     load: Callable[[nn.Module], nn.Module],
@@ -100,41 +100,44 @@ def verify(
         name: by which the server knows the adapter.
         dtype: in which the server computes; its tolerance is at least that of TOLERANCES.
         tolerance: use this one.
-        server: as `server_of` returns it, where the server does not say so.
+        server: as `identify_server` returns it, where the server does not say so.
 
     Raises:
         BaseModelMismatchError: the server's base has other weights, or another vocabulary.
         ServerError: it cannot be asked.
         OptionError: `dtype` is none of TOLERANCES, `tolerance` is no number of 0 or more, `server` is unknown.
     """
-    check_options(dtype, tolerance)
-    server = server_of(connection, server)
+    check_verify_options(dtype, tolerance)
+    server = identify_server(connection, server)
     vocabulary = base.get_input_embeddings().weight.shape[0]
-    asked = prompts(vocabulary)
-    of_base = ask(connection, server, base_name, asked, base=True)
-    of_adapter = ask(connection, server, name, asked, base=False)
-    places = shared(of_base, of_adapter, vocabulary)
-    before, now = values(of_base, places), values(of_adapter, places)
-    own_base = log_probabilities(base, asked, places)
-    noise = rms(before - own_base)
+    asked = make_prompts(vocabulary)
+    of_base = ask_log_probabilities(connection, server, base_name, asked, is_base=True)
+    of_adapter = ask_log_probabilities(connection, server, name, asked, is_base=False)
+    places = list_common_places(of_base, of_adapter, vocabulary)
+    before, now = stack_values(of_base, places), stack_values(of_adapter, places)
+    own_base = compute_log_probabilities(base, asked, places)
+    noise = root_mean_square(before - own_base)
     floor = TOLERANCES[dtype] if tolerance is None else tolerance
     allowed = max(floor, OF_NOISE * noise) if tolerance is None else tolerance
     model = load(base)
 
     layers = layers_with_scaling(model)
 
-    def own(factor: Callable[[str], float] | None = None) -> Tensor:
+    def compute_with_adapter(factor: Callable[[str], float] | None = None) -> Tensor:
         with nullcontext() if factor is None or not layers else rescale_layers(layers, factor, "verify()"):
-            return log_probabilities(model, asked, places)
+            return compute_log_probabilities(model, asked, places)
 
-    scales = scalings(model, layers)
+    scales = list_scales(model, layers)
     if noise <= ANOTHER_BASE * floor:
-        return judge(now, before, own_base, own, scales, allowed, noise)
-    for part in ("all", *sorted({last(path) for path in scales})):
-        alone = own({path: float(part in ("all", last(path))) for path in scales}.__getitem__)
-        if rms(before - alone) <= floor:
+        return judge_answers(now, before, own_base, compute_with_adapter, scales, allowed, noise)
+    for part in ("all", *sorted({last_name(path) for path in scales})):
+        alone = compute_with_adapter({path: float(part in ("all", last_name(path))) for path in scales}.__getitem__)
+        if root_mean_square(before - alone) <= floor:
             text = f"The server's base answers with the adapter, too ({part} of it): the two names are not kept apart."
-            effect, deviations = rms(own() - own_base), {APPLIED: rms(now - own())}
+            effect, deviations = (
+                root_mean_square(compute_with_adapter() - own_base),
+                {APPLIED: root_mean_square(now - compute_with_adapter())},
+            )
             return Verdict(LEAKED, text, floor, effect, noise, deviations)
     raise BaseModelMismatchError(
         f"The server's base {base_name!r} says other log-probabilities than this base model, by {noise:.2g} in the "
@@ -142,7 +145,7 @@ def verify(
     )
 
 
-def check_options(dtype: str, tolerance: float | None) -> None:
+def check_verify_options(dtype: str, tolerance: float | None) -> None:
     """Raise OptionError if `dtype` is none of TOLERANCES, or `tolerance` no number of 0 or more."""
     if dtype not in TOLERANCES:
         raise OptionError(f"dtype={dtype!r}: one of {', '.join(TOLERANCES)}, in which the server computes.")
@@ -150,9 +153,9 @@ def check_options(dtype: str, tolerance: float | None) -> None:
         raise OptionError(f"tolerance={tolerance}: a number of 0 or more, of a log-probability.")
 
 
-def judge(
-    now: Tensor, before: Tensor, own_base: Tensor, own: Callable[..., Tensor], scales: dict[str, Scale],
-    tolerance: float, noise: float,
+def judge_answers(
+    now: Tensor, before: Tensor, own_base: Tensor, compute_with_adapter: Callable[..., Tensor],
+    scales: dict[str, Scale], tolerance: float, noise: float,
 ) -> Verdict:  # fmt: skip
     """Say which of its possible mistakes explains what a server says.
 
@@ -163,9 +166,9 @@ def judge(
         own: returns graft's with the adapter, its layers' scalings multiplied by a factor by path.
         scales: by path of the layer.
     """
-    right = own()
-    effect = rms(right - own_base)
-    near = {APPLIED: rms(now - right), NOT_APPLIED: rms(now - before)}
+    right = compute_with_adapter()
+    effect = root_mean_square(right - own_base)
+    near = {APPLIED: root_mean_square(now - right), NOT_APPLIED: root_mean_square(now - before)}
 
     def verdict(which: str, text: str, k: float | None = None) -> Verdict:
         return Verdict(which, text, tolerance, effect, noise, near, k)
@@ -180,25 +183,27 @@ def judge(
         return verdict(APPLIED, "The server applies the adapter.")
     if near[NOT_APPLIED] <= tolerance:
         return verdict(NOT_APPLIED, "The server answers as its base: it has loaded the adapter and does not apply it.")
-    for part in sorted({last(path) for path in scales}, key=lambda name: (name != "lm_head", name)):
-        near[f"{part} {MISSING}"] = rms(now - own(lambda path, part=part: float(last(path) != part)))
+    for part in sorted({last_name(path) for path in scales}, key=lambda name: (name != "lm_head", name)):
+        near[f"{part} {MISSING}"] = root_mean_square(
+            now - compute_with_adapter(lambda path, part=part: float(last_name(path) != part))
+        )
         if near[f"{part} {MISSING}"] <= tolerance:
             return verdict(MISSING, f"{part} {MISSING}: the server applies all of the adapter but that.")
-    for which, taken, each in (
+    for which, attribute, each in (
         (PATTERNS, "plain", "lora_alpha / r for all modules"),
         (ROOTS, "rootless", "each module's alpha / rank"),
         (ALPHAS, "one_alpha", "lora_alpha / rank of each module"),
     ):
-        factors = {path: getattr(s, taken) / s.own if s.own else 1.0 for path, s in scales.items()}
+        factors = {path: getattr(s, attribute) / s.actual if s.actual else 1.0 for path, s in scales.items()}
         if len({round(f, 6) for f in factors.values()}) > 1:  # else it is a scale that is off
-            near[which] = rms(now - own(factors.__getitem__))
+            near[which] = root_mean_square(now - compute_with_adapter(factors.__getitem__))
             if near[which] <= tolerance:
                 return verdict(which, f"{which}: the server takes {each} as the scale.")
     if scales:
-        k = fitted(lambda k: own(lambda path: k) - now)
-        near[f"scale × {k:.4g}"] = rms(now - own(lambda path: k))
+        k = fit_scale_factor(lambda k: compute_with_adapter(lambda path: k) - now)
+        near[f"scale × {k:.4g}"] = root_mean_square(now - compute_with_adapter(lambda path: k))
         if near[f"scale × {k:.4g}"] <= tolerance:
-            return verdict(OFF, f"scale off by {k:.4g}{why(k, scales)}.", k)
+            return verdict(OFF, f"scale off by {k:.4g}{explain_factor(k, scales)}.", k)
     least = min(near, key=near.__getitem__)
     return verdict(
         ANOTHER,
@@ -207,28 +212,28 @@ def judge(
     )
 
 
-def why(k: float, scales: dict[str, Scale]) -> str:
+def explain_factor(k: float, scales: dict[str, Scale]) -> str:
     """Explain a factor by what a server may not have read."""
-    if all(math.isclose(k * s.own, s.plain, rel_tol=1e-2) for s in scales.values()):
+    if all(math.isclose(k * s.actual, s.plain, rel_tol=1e-2) for s in scales.values()):
         return ": the server takes lora_alpha / r, and does not read use_rslora"
-    if all(math.isclose(k * s.own, 1, rel_tol=1e-2) for s in scales.values()):
+    if all(math.isclose(k * s.actual, 1, rel_tol=1e-2) for s in scales.values()):
         return ": the server takes 1, and does not read the config"
     return ""
 
 
-def fitted(residual: Callable[[float], Tensor]) -> float:
+def fit_scale_factor(residual: Callable[[float], Tensor]) -> float:
     """Return the k with the least squares of `residual`, by Gauss and Newton from the best of a grid."""
-    best = min(GRID, key=lambda k: rms(residual(k)))
+    best = min(GRID, key=lambda k: root_mean_square(residual(k)))
     k, r = best, residual(best)
     for _ in range(8):
         h = 1e-2 * k
         slope = (residual(k + h) - r) / h
         step = float(slope @ r / (slope @ slope).clamp(min=1e-30))
         new = min(max(k - step, k / 2), 2 * k)
-        other = residual(new)
-        if rms(other) >= rms(r):
+        new_residual = residual(new)
+        if root_mean_square(new_residual) >= root_mean_square(r):
             break
-        k, r = new, other
+        k, r = new, new_residual
     return k
 
 
@@ -236,7 +241,7 @@ def fitted(residual: Callable[[float], Tensor]) -> float:
 
 
 @torch.no_grad()
-def log_probabilities(
+def compute_log_probabilities(
     model: nn.Module, asked: Sequence[Sequence[int]], places: Sequence[tuple[int, int, int]]
 ) -> Tensor:
     """Return the model's own values at (prompt, position, token), in float64."""
@@ -246,25 +251,33 @@ def log_probabilities(
     return logits[which, position - 1, token]
 
 
-def scalings(model: nn.Module, layers: Json) -> dict[str, Scale]:
+def list_scales(model: nn.Module, layers: Json) -> dict[str, Scale]:
     """Return the scales of each layer."""
-    found = {}
+    scales = {}
     for path, layer in layers.items():
-        (name, own), *_ = layer.scaling.items()
+        (name, scaling), *_ = layer.scaling.items()
         cfg = model.peft_config[name]
-        here = layer.methods[name].cfg
+        layer_config = layer.methods[name].cfg
         known = hasattr(cfg, "lora_alpha") and hasattr(cfg, "r")
-        rates = (cfg.lora_alpha / cfg.r, cfg.lora_alpha / here.r, here.lora_alpha / here.r) if known else (own,) * 3
-        found[path] = Scale(float(own), *map(float, rates))
-    return found
+        rates = (
+            (cfg.lora_alpha / cfg.r, cfg.lora_alpha / layer_config.r, layer_config.lora_alpha / layer_config.r)
+            if known
+            else (scaling,) * 3
+        )
+        scales[path] = Scale(float(scaling), *map(float, rates))
+    return scales
 
 
 # figures
 
 
-def shared(a: list[Seen], b: list[Seen], vocabulary: int) -> list[tuple[int, int, int]]:
+def list_common_places(
+    a: list[LogProbabilities], b: list[LogProbabilities], vocabulary: int
+) -> list[tuple[int, int, int]]:
     """Return (prompt, position, token) of what a server says of both models."""
-    places = [(n, *place) for n, (one, other) in enumerate(zip(a, b)) for place in sorted(one.keys() & other.keys())]
+    places = [
+        (n, *place) for n, (first, second) in enumerate(zip(a, b)) for place in sorted(first.keys() & second.keys())
+    ]
     if not places:
         raise BaseModelMismatchError(
             "The server tells no log-probability of the same token for the base and the adapter."
@@ -274,13 +287,13 @@ def shared(a: list[Seen], b: list[Seen], vocabulary: int) -> list[tuple[int, int
     return places
 
 
-def values(seen: list[Seen], places: Sequence[tuple[int, int, int]]) -> Tensor:
+def stack_values(seen: list[LogProbabilities], places: Sequence[tuple[int, int, int]]) -> Tensor:
     return torch.tensor([seen[n][position, token] for n, position, token in places], dtype=torch.float64, device="cpu")
 
 
-def rms(t: Tensor) -> float:
+def root_mean_square(t: Tensor) -> float:
     return float(t.square().mean().sqrt())
 
 
-def last(path: str) -> str:
+def last_name(path: str) -> str:
     return path.rpartition(".")[2]

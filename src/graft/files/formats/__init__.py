@@ -14,14 +14,14 @@ from graft.config.atomic import is_special
 from graft.config.file import find_adapter_folders
 from graft.config.pair import CONFIG_NAME
 from graft.core.errors import join_some, shorten_text
-from graft.files.base import Known
-from graft.files.bases import by_model
+from graft.files.base import BaseDescription
+from graft.files.bases import view_by_model_names
 from graft.files.errors import OptionError
 from graft.files.neutral import AdapterFile
-from graft.files.pickles import mentions
+from graft.files.pickles import mentions_name
 from graft.files.tensors import read_header
 
-Base = Known  # a format may need: names and shapes; values only where it says so
+Base = BaseDescription  # a format may need: names and shapes; values only where it says so
 # in the order in which they look at a path
 FORMATS = ("gguf", "torchtune", "litgpt", "peft", "mlx", "adapterhub", "pyreft", "kohya", "diffusers")
 WRITTEN = tuple(name for name in FORMATS if name not in ("torchtune", "litgpt"))  # their libraries have ended
@@ -105,7 +105,7 @@ def unread(path: str) -> str | None:
     file = one_file(path, ".pth", ".pt", ".ckpt") or one_file(path, ".safetensors")
     keys = " ".join(read_header(file)[0]) if file and file.endswith(".safetensors") else ""
     for sign, what in SIGNS.items():
-        if file and (sign in keys or mentions(file, sign.encode())):
+        if file and (sign in keys or mentions_name(file, sign.encode())):
             return what
     return None
 
@@ -130,7 +130,7 @@ def read(path: str | os.PathLike[str], base: Base | None = None) -> AdapterFile:
     try:
         adapter = form.read(path, base)
     except BaseModelMismatchError:
-        if (known := None if base is None else by_model(base)) is None:
+        if (known := None if base is None else view_by_model_names(base)) is None:
             raise
         adapter = form.read(path, known)  # its modules may have other names than its files
     if not isinstance(adapter.base, str | None):

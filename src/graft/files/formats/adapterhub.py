@@ -15,10 +15,17 @@ from graft.config.atomic import replace_file
 from graft.config.reading import Json, read_object
 from graft.files.formats import Base, adapterhub_places
 from graft.files.formats.peft import round_alpha
-from graft.files.holding import Holds, both, by_module, check_lost, fit, misfit
-from graft.files.neutral import AdapterFile, LostModule, LowRank, Other
-from graft.files.pickles import read_file, to_torch, write_torch
-from graft.files.tensors import Tensor, tensor
+from graft.files.holding import (
+    FormatLimits,
+    check_losses,
+    fit_to_format,
+    get_factor_pair,
+    group_by_module,
+    make_shape_error,
+)
+from graft.files.neutral import AdapterFile, LostModule, LowRank, OtherMethod
+from graft.files.pickles import read_tensors, to_torch, write_torch
+from graft.files.tensors import Tensor, make_tensor
 
 NAME = "adapterhub"
 CONFIG = "adapter_config.json"
@@ -42,7 +49,7 @@ HEADS: dict[tuple[str, int], tuple[str, tuple[str, ...], Json]] = {
     ("tagging", 1): (".*ForTokenClassification", ("classifier",), {}),
     ("question_answering", 1): (".*ForQuestionAnswering", ("qa_outputs",), {}),
 }  # fmt: skip
-HOLDS = Holds("alpha", False, methods=frozenset({"IA3"}))
+HOLDS = FormatLimits("alpha", False, methods=frozenset({"IA3"}))
 PLACES = {  # ends of the paths that a config of theirs can name → its field, and a word of attn_matrices
     "query": ("selfattn_lora", "q"), "q_proj": ("selfattn_lora", "q"), "key": ("selfattn_lora", "k"),
     "k_proj": ("selfattn_lora", "k"), "value": ("selfattn_lora", "v"), "v_proj": ("selfattn_lora", "v"),
@@ -96,7 +103,7 @@ def read_adapter(path: str, base: Base | None) -> AdapterFile:
     scales = config.get("composition_mode") == "scale"
     out = AdapterFile(NAME, path, "IA3" if scales else "LORA", config=fields, base=fields.get("model_name") or None)
     name = re.escape(str(fields["name"])) if "name" in fields else "[^.]+"
-    modules = by_module(out, tensors, re.compile(rf"(.+)\.loras\.{name}\.(lora_[AB])"))
+    modules = group_by_module(out, tensors, re.compile(rf"(.+)\.loras\.{name}\.(lora_[AB])"))
     r, alpha = config.get("r"), config.get("alpha", 1)
     if not isinstance(r, int) or r < 1 or not isinstance(alpha, (int, float)):
         raise CheckpointError(f"{path}: r is {r!r} and alpha {alpha!r}.")
@@ -105,7 +112,9 @@ def read_adapter(path: str, base: Base | None) -> AdapterFile:
             if "lora_B" not in of_module:
                 raise CheckpointError(f"{path} has no vector for '{module}': it is cut off, or was written wrong.")
             vector = of_module["lora_B"].read().astype("f8").reshape(-1, 1) * alpha
-            out.modules[module] = Other("IA3", {"ia3_l": tensor(vector.astype("f4"), of_module["lora_B"].dtype)})
+            out.modules[module] = OtherMethod(
+                "IA3", {"ia3_l": make_tensor(vector.astype("f4"), of_module["lora_B"].dtype)}
+            )
         else:
             out.modules[module] = read_factors(path, module, of_module, r, alpha)
     if scales:  # which scale outputs everywhere, where PEFT would scale the inputs of some
@@ -118,7 +127,7 @@ def tensors_in(path: str, files: tuple[str, ...]) -> Mapping[str, Tensor]:
     file = take_first(path, files)
     if file is None:
         raise CheckpointError(f"{path} holds neither {' nor '.join(files)}.")
-    return read_file(file)[0]
+    return read_tensors(file)[0]
 
 
 def take_first(path: str, files: tuple[str, ...]) -> str | None:
@@ -135,12 +144,12 @@ def add_head(out: AdapterFile, base: Base | None) -> None:
     file = take_first(out.path, HEAD_FILES)
     if file is None:
         return
-    tensors = read_file(file)[0]
+    tensors = read_tensors(file)[0]
     config = os.path.join(out.path, HEAD)
     said = read_object(config).get("config") if os.path.exists(config) else None
     names = {key: key for key in tensors} if said is None else head_names(tensors, said, base)
     if names is None or (base is not None and any(base.shapes.get(names[k]) != t.shape for k, t in tensors.items())):
-        out.unread += [f"{os.path.basename(file)}: {key}" for key in tensors]
+        out.unknown_keys += [f"{os.path.basename(file)}: {key}" for key in tensors]
         return
     base_tensors: Mapping[str, Tensor] = getattr(base, "tensors", {})
     for key, name in names.items():
@@ -166,9 +175,9 @@ def head_names(tensors: Iterable[str], config: Json, base: Base | None) -> dict[
 
 
 def read_factors(path: str, module: str, factors: dict[str, Tensor], r: int, alpha: float) -> LowRank:
-    A, B = both(factors, ("lora_A", "lora_B"), path, module)
+    A, B = get_factor_pair(factors, ("lora_A", "lora_B"), path, module)
     if len(A.shape) != 2 or len(B.shape) != 2 or A.shape[0] != B.shape[1] or A.shape[0] % r:
-        raise misfit(path, module, A, B, f"of rank {r}")
+        raise make_shape_error(path, module, A, B, f"of rank {r}")
     if A.shape[0] != r:
         raise CheckpointError(
             f"{path}: '{module}' has {A.shape[0]} rows of A for rank {r}: a fused projection, of which graft does not "
@@ -184,30 +193,33 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         LossError: its config cannot name the modules: it knows query, key and value, and the two layers of an MLP, in
             all blocks.
     """
-    fitted, lost = fit(adapter, HOLDS, NAME, lossy)
+    fitted, lost = fit_to_format(adapter, HOLDS, NAME, lossy)
     modules = fitted.modules
     fields: Json = {"selfattn_lora": False, "intermediate_lora": False, "output_lora": False}
     letters: set[str] = set()
     tensors: dict[str, object] = {}
     for module, m in modules.items():
         place = place_of(module)
-        if place is None or (isinstance(m, Other) and m.tensors["ia3_l"].shape[-1] != 1):
+        if place is None or (isinstance(m, OtherMethod) and m.tensors["ia3_l"].shape[-1] != 1):
             lost.append(LostModule(f"no place in the config of AdapterHub: {module}"))
             continue
         fields[place[0]] = True
         letters |= {place[1]} if place[1] else set()
         stem = f"{module}.loras.default"
-        if isinstance(m, Other):
-            tensors[f"{stem}.lora_B"] = to_torch(tensor(np.ascontiguousarray(m.tensors["ia3_l"].read().reshape(-1, 1))))
+        if isinstance(m, OtherMethod):
+            tensors[f"{stem}.lora_B"] = to_torch(
+                make_tensor(np.ascontiguousarray(m.tensors["ia3_l"].read().reshape(-1, 1)))
+            )
         else:
             tensors |= {f"{stem}.lora_A": to_torch(m.A), f"{stem}.lora_B": to_torch(m.B)}
-    check_lost(adapter, NAME, lost, lossy, tensors)
+    check_losses(adapter, NAME, lost, lossy, tensors)
     first = next(iter(modules.values()))
-    numbers = (1, 1.0) if isinstance(first, Other) else (first.rank, first.scale * first.rank)
+    numbers = (1, 1.0) if isinstance(first, OtherMethod) else (first.rank, first.scale * first.rank)
     config = {
         "architecture": "lora", "r": numbers[0], "alpha": round_alpha(numbers[1]), "attn_matrices": sorted(letters),
-        "composition_mode": "scale" if isinstance(first, Other) else "add", "dropout": 0.0, "dtype": None,
-        "init_weights": "ia3" if isinstance(first, Other) else "lora", "leave_out": [], "use_gating": False, **fields,
+        "composition_mode": "scale" if isinstance(first, OtherMethod) else "add", "dropout": 0.0, "dtype": None,
+        "init_weights": "ia3" if isinstance(first, OtherMethod) else "lora", "leave_out": [], "use_gating": False,
+        **fields,
     }  # fmt: skip
     facts = base.config if base else {}
     text = {

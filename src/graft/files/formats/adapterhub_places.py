@@ -15,10 +15,10 @@ import torch
 from graft import BaseModelMismatchError, BottleneckConfig, CheckpointError, ReftConfig
 from graft.config.reading import Json
 from graft.core.errors import join_some
-from graft.files.bases import by_model
+from graft.files.bases import view_by_model_names
 from graft.files.errors import BaseNeededError
 from graft.files.formats import Base
-from graft.files.neutral import AdapterFile, Other
+from graft.files.neutral import AdapterFile, OtherMethod
 from graft.files.pickles import from_torch, to_torch
 from graft.files.tensors import Tensor
 from graft.methods.bottleneck import PLACES, find_embedding_output, of_block
@@ -77,7 +77,7 @@ def read(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | No
     for key, values in by_name.items():
         where = place_tensor(key, cfg, blocks, base)
         if where is None:
-            out.unread.append(key)
+            out.unknown_keys.append(key)
         elif where[1] == "":
             out.shared[where[0]] = values
         elif where[1] != SAME:
@@ -116,7 +116,7 @@ def check_compared(path: str, base: Base, cfg: BottleneckConfig | None) -> None:
 
 def complete(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], options: Json) -> AdapterFile:
     """Give an adapter its modules, and a config that puts them at the places of its base's blocks."""
-    out.modules = {module: Other(out.method, tensors) for module, tensors in modules.items()}
+    out.modules = {module: OtherMethod(out.method, tensors) for module, tensors in modules.items()}
     out.selected = frozenset(out.modules)
     out.config = {"peft_type": out.method, "target_modules": PLACES, "inference_mode": True, **options}
     return out
@@ -140,7 +140,7 @@ def follow_blocks(path: str, blocks: list[Block], base: Base) -> list[Block]:
         BaseNeededError: no library makes a model of the base.
         BaseModelMismatchError: the model has other blocks than the base's files.
     """
-    view: Any = base if getattr(base, "model", None) is not None else by_model(base)
+    view: Any = base if getattr(base, "model", None) is not None else view_by_model_names(base)
     if view is None or view.model is None:
         raise BaseNeededError(
             f"{path} stands where the code of its base tells, and no library here makes a model of {base.path}. Load "
@@ -163,7 +163,7 @@ def read_reft(path: str, fields: Json, by_name: Mapping[str, Tensor], blocks: li
         match = REFT.fullmatch(key)
         block = None if match is None else block_of(match["place"], blocks)
         if match is None or block is None:
-            out.unread.append(key)
+            out.unknown_keys.append(key)
         else:
             units.setdefault((block.path, match["unit"]), {})[match["leaf"]] = values
     for (module, unit), leaves in units.items():
@@ -214,7 +214,7 @@ def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Ba
         match = FUSED.fullmatch(key)
         block = None if match is None else block_of(match["place"], blocks)
         if match is None or block is None:
-            out.unread.append(key)
+            out.unknown_keys.append(key)
         elif not all(blocks.index(block) in known[name].leave_out for name in names):  # there it does nothing
             site = find_site(match["place"], block, known[names[0]])
             modules.setdefault(site, {})[f"fusion_{match['leaf']}"] = values

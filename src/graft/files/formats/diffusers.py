@@ -21,16 +21,16 @@ from graft.files.bases import COMPONENTS
 from graft.files.errors import BaseNeededError, PackageNeededError
 from graft.files.formats import Base, one_file
 from graft.files.formats.peft import find_rank_and_alpha, key_of, round_alpha
-from graft.files.holding import Holds, both, fit, misfit, scale_of
-from graft.files.names import is_pipeline, parts_of
+from graft.files.holding import FormatLimits, divide_alpha, fit_to_format, get_factor_pair, make_shape_error
+from graft.files.names import find_pipeline_parts, is_pipeline
 from graft.files.neutral import AdapterFile, LowRank
-from graft.files.pickles import mentions, read_file, tensors_of
-from graft.files.tensors import Tensor, read_header, reshaped, write_safetensors
+from graft.files.pickles import convert_tensors, mentions_name, read_tensors
+from graft.files.tensors import Tensor, read_header, reshape_tensor, write_safetensors
 
 NAME = "diffusers"
 FILE, METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
 FOLDER = (FILE, "adapter.safetensors"), ()
-HOLDS = Holds(parts=frozenset({"magnitude", "bias", "conv"}))
+HOLDS = FormatLimits(parts=frozenset({"magnitude", "bias", "conv"}))
 LEAVES = {  # ends of names → factor; the newest layout first
     ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias", ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude", ".lora.down.weight": "A", ".lora.up.weight": "B",
@@ -46,7 +46,7 @@ def recognises(path: str) -> bool:
     if file is None:
         return False
     if not file.endswith(".safetensors"):
-        return mentions(file, b"_lora.down.weight", b".lora.down.weight", b"lora_linear_layer")
+        return mentions_name(file, b"_lora.down.weight", b".lora.down.weight", b"lora_linear_layer")
     header, metadata = read_header(file)
     if METADATA in metadata or of_first_release(header):
         return True
@@ -90,7 +90,7 @@ def read_renamed(file: str, base: Base | None) -> dict[str, Tensor]:
         state = kind.lora_state_dict(file, local_files_only=True)
     except (ValueError, KeyError, RuntimeError, IndexError) as e:
         raise CheckpointError(f"{name} of diffusers cannot read {file}: {e}") from e
-    return tensors_of(state[0] if isinstance(state, tuple) else state, file)
+    return convert_tensors(state[0] if isinstance(state, tuple) else state, file)
 
 
 def class_of(base: Base) -> str:
@@ -121,7 +121,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         BaseNeededError, PackageNeededError, LossError: it has the names of a first release, see `read_renamed`.
     """
     file = find_diffusers_file(path) or path
-    tensors, metadata = read_file(file)
+    tensors, metadata = read_tensors(file)
     if METADATA not in metadata and of_first_release(tensors):
         tensors = read_renamed(file, base)
     return make_adapter(file, tensors, metadata)
@@ -135,15 +135,15 @@ def make_adapter(file: str, tensors: Mapping[str, Tensor], metadata: dict[str, s
     for key, values in tensors.items():
         place = split_key(key)
         if place is None:
-            out.unread.append(key)
+            out.unknown_keys.append(key)
         else:
             modules.setdefault(place[0], {})[place[1]] = values
     for module, of_module in modules.items():
         if of_module.keys() == {"alpha"}:
-            out.unread.append(f"{module}.alpha")
+            out.unknown_keys.append(f"{module}.alpha")
         else:
             out.modules[module] = make_low_rank(file, module, of_module, configs)
-    out.pipeline = bool(parts_of(out.modules))
+    out.is_pipeline = bool(find_pipeline_parts(out.modules))
     return out
 
 
@@ -163,11 +163,11 @@ def configs_in(metadata: dict[str, str], file: str) -> dict[str, Json]:
 
 
 def make_low_rank(file: str, module: str, tensors: dict[str, Tensor], configs: dict[str, dict[str, object]]) -> LowRank:
-    A, B = both(tensors, "AB", file, module)
+    A, B = get_factor_pair(tensors, "AB", file, module)
     if len(A.shape) < 2 or len(A.shape) != len(B.shape) or B.shape[1] != A.shape[0]:
-        raise misfit(file, module, A, B)
+        raise make_shape_error(file, module, A, B)
     part, _, path = module.partition(".")
-    scale = scale_of(tensors.get("alpha"), A.shape[0])
+    scale = divide_alpha(tensors.get("alpha"), A.shape[0])
     if "alpha" not in tensors and part in configs:
         r, alpha = find_rank_and_alpha(configs[part], path, "lora_alpha")
         if r != A.shape[0]:
@@ -175,7 +175,7 @@ def make_low_rank(file: str, module: str, tensors: dict[str, Tensor], configs: d
         scale = alpha / (r**0.5 if configs[part].get("use_rslora") else r)
     magnitude = tensors.get("magnitude")
     if magnitude is not None:
-        magnitude = reshaped(magnitude, B.shape[0])
+        magnitude = reshape_tensor(magnitude, B.shape[0])
     return LowRank(A, B, scale, "conv" if len(A.shape) > 2 else "linear", magnitude, tensors.get("bias"))
 
 
@@ -188,7 +188,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     Raises:
         BaseNeededError: nothing tells that.
     """
-    fitted, lost = fit(adapter, HOLDS, NAME, lossy, base)
+    fitted, lost = fit_to_format(adapter, HOLDS, NAME, lossy, base)
     parts: dict[str, dict[str, LowRank]] = {}
     for module, of_module in place_modules(fitted, base).items():
         part, _, inner = module.partition(".")
@@ -205,7 +205,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
             if m.magnitude is not None:
                 ones = [1] * (len(m.A.shape) - 2)
                 shape = (1, *m.magnitude.shape, *ones) if ones else m.magnitude.shape
-                tensors[f"{stem}.lora_magnitude_vector"] = reshaped(m.magnitude, *shape)
+                tensors[f"{stem}.lora_magnitude_vector"] = reshape_tensor(m.magnitude, *shape)
     metadata = {"format": "pt", METADATA: json.dumps(fields, indent=2, sort_keys=True)}
     if not path.endswith(".safetensors"):
         os.makedirs(path, exist_ok=True)
@@ -218,7 +218,7 @@ def place_modules(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]
     """Return modules by paths that begin with a part of a pipeline."""
     modules = adapter.low_rank
     known = set() if base is None else set(base.modules)
-    if adapter.pipeline or (is_pipeline(base) and known.issuperset(modules)):
+    if adapter.is_pipeline or (is_pipeline(base) and known.issuperset(modules)):
         return modules
     parts = {m[0]: None for path in known if (m := PART.match(path))} if is_pipeline(base) else {}
     fitting = [part for part in parts if all(part + module in known for module in modules)]

@@ -22,16 +22,23 @@ from graft.core.errors import join_some, shorten_text
 from graft.files.errors import BaseNeededError, PackageNeededError
 from graft.files.formats import Base, one_file
 from graft.files.formats.gguf_file import MAGIC, contents, package
-from graft.files.holding import Holds, both, by_module, check_lost, fit, misfit
-from graft.files.names import heads_of
-from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank, Other
-from graft.files.tensors import Tensor, interleaved, rearranged, tensor, two_halves
+from graft.files.holding import (
+    FormatLimits,
+    check_losses,
+    fit_to_format,
+    get_factor_pair,
+    group_by_module,
+    make_shape_error,
+)
+from graft.files.names import count_heads
+from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank, OtherMethod
+from graft.files.tensors import Tensor, halves_to_pairs, make_tensor, pairs_to_halves, rearrange_tensor
 
 NAME = "gguf"
 FOLDER = ("adapter.gguf",), ()
 KEY = re.compile(r"(.+)\.weight\.lora_([ab])")
 ALORA, TOKENS = "adapter.alora.invocation_tokens", "alora_invocation_tokens"  # here, and in a config of PEFT
-HOLDS = Holds("alpha", True, frozenset({"embedding", "experts", TOKENS}))
+HOLDS = FormatLimits("alpha", True, frozenset({"embedding", "experts", TOKENS}))
 # llama.cpp's converter, November 2026: architecture in config.json → its name in GGUF, whether it permutes q and k.
 # Those whose weights it changes in another way (falcon's qkv, bloom's, internlm2's) are not here.
 ARCHITECTURES = {
@@ -88,7 +95,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     arch, alpha = str(fields.get("general.architecture")), fields.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, (int, float)) or not abs(alpha) <= LARGEST_NUMBER:
         raise CheckpointError(f"{path}: adapter.lora.alpha is {alpha!r}, and no number for it. Save the adapter again.")
-    out = AdapterFile(NAME, path, config=fields, flat=base is None)
+    out = AdapterFile(NAME, path, config=fields, has_flat_names=base is None)
     if tokens := fields.get(ALORA):
         if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
             raise CheckpointError(f"{path}: {ALORA} is no list of tokens. Save the adapter again.")
@@ -96,7 +103,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     out.base = next(
         (str(fields[k]) for k in ("general.base_model.0.repo_url", "general.base_model.0.name") if k in fields), None
     )
-    modules = by_module(out, tensors, KEY)
+    modules = group_by_module(out, tensors, KEY)
     paths = {name: name for name in modules} if base is None else paths_of(base, arch, path)
     if absent := [name for name in modules if name not in paths]:
         raise BaseModelMismatchError(
@@ -108,19 +115,19 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
 
 def read_gguf_pair(path: str, name: str, tensors: Mapping[str, Tensor], alpha: float, base: Base | None) -> LowRank:
-    a, b = both(tensors, "ab", path, name)
+    a, b = get_factor_pair(tensors, "ab", path, name)
     kind: Kind = "embedding"
     if name.startswith("token_embd"):
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[1]:
-            raise misfit(path, name, a, b)
-        A, rank = rearranged(a, lambda v: v.T, *a.shape[::-1]), a.shape[1]
+            raise make_shape_error(path, name, a, b)
+        A, rank = rearrange_tensor(a, lambda v: v.T, *a.shape[::-1]), a.shape[1]
     else:
         if len(a.shape) != len(b.shape) or len(a.shape) not in (2, 3) or a.shape[-2] != b.shape[-1]:
-            raise misfit(path, name, a, b)
+            raise make_shape_error(path, name, a, b)
         A, rank, kind = a, a.shape[-2], "linear" if len(a.shape) == 2 else "experts"
     out = LowRank(A, b, alpha / rank if alpha else 1.0, kind)
     heads = None if base is None else heads_in(name, base)
-    return out if heads is None else with_(out, B=two_halves(out.B, heads))
+    return out if heads is None else with_(out, B=pairs_to_halves(out.B, heads))
 
 
 def arch_of(base: Base) -> tuple[str, bool]:
@@ -150,7 +157,7 @@ def heads_in(name: str, base: Base) -> int | None:
     leaf = name.rpartition(".")[2]
     if leaf not in ("attn_q", "attn_k") or not arch_of(base)[1]:
         return None
-    return heads_of(base, leaf == "attn_k")
+    return count_heads(base, leaf == "attn_k")
 
 
 def paths_of(base: Base, arch: str, what: str) -> dict[str, str]:
@@ -197,33 +204,33 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     gguf = package()
     if adapter.method == "STEERING":
         vectors, facts, lost = control_vectors(adapter, base, lossy)
-        save(path, ARCHITECTURE, facts, vectors)
+        save_gguf(path, ARCHITECTURE, facts, vectors)
         return lost
     if base is None:
         raise BaseNeededError("A GGUF adapter says its base's architecture: give the base model (--base).")
     arch, _ = arch_of(base)
-    fitted, lost = fit(adapter, HOLDS, NAME, lossy)
+    fitted, lost = fit_to_format(adapter, HOLDS, NAME, lossy)
     names = names_of(base)
     lost += [LostModule(f"no name in llama.cpp: {module}") for module in fitted.modules if module not in names]
     modules = {names[path]: module for path, module in fitted.low_rank.items() if path in names}
-    check_lost(adapter, NAME, lost, lossy, modules)
+    check_losses(adapter, NAME, lost, lossy, modules)
     first = next(iter(modules.values()))
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
         heads = heads_in(name, base)
-        A = rearranged(module.A, lambda v: v.T, *module.A.shape[::-1]) if module.kind == "embedding" else module.A
+        A = rearrange_tensor(module.A, lambda v: v.T, *module.A.shape[::-1]) if module.kind == "embedding" else module.A
         tensors[f"{name}.weight.lora_a"] = A
-        tensors[f"{name}.weight.lora_b"] = module.B if heads is None else interleaved(module.B, heads)
+        tensors[f"{name}.weight.lora_b"] = module.B if heads is None else halves_to_pairs(module.B, heads)
     keys = gguf.Keys
     fields: Json = {keys.General.TYPE: gguf.GGUFType.ADAPTER, keys.Adapter.TYPE: "lora"}
     fields[keys.Adapter.LORA_ALPHA] = float(first.scale * first.rank)
     if tokens := adapter.config.get(TOKENS):
         fields[ALORA] = tokens
-    save(path, arch, fields, tensors)
+    save_gguf(path, arch, fields, tensors)
     return lost
 
 
-def save(path: str, arch: str, fields: Json, tensors: Mapping[str, Tensor]) -> None:
+def save_gguf(path: str, arch: str, fields: Json, tensors: Mapping[str, Tensor]) -> None:
     """Write a file, whole or not at all.
 
     Raises:
@@ -259,7 +266,7 @@ def save(path: str, arch: str, fields: Json, tensors: Mapping[str, Tensor]) -> N
 
 def add(gguf: ModuleType, writer: Any, name: str, t: Tensor) -> None:
     if t.dtype not in DTYPES:
-        t = tensor(t.read().astype("f4"), "F32")
+        t = make_tensor(t.read().astype("f4"), "F32")
     if t.dtype == "BF16":
         values = np.frombuffer(t.load(), "u1").reshape(*t.shape[:-1], 2 * t.shape[-1])
         writer.add_tensor(name, values, raw_dtype=gguf.GGMLQuantizationType.BF16)
@@ -290,13 +297,13 @@ def read_control(path: str, fields: dict[str, object], tensors: Mapping[str, Ten
     for name, values in tensors.items():
         match = DIRECTION.fullmatch(name)
         if match is None:
-            out.unread.append(name)
+            out.unknown_keys.append(name)
             continue
         number = int(match[1])
         if number >= len(blocks) or values.shape != (blocks[number].width,):
             size = f"{len(blocks)} blocks of width {blocks[0].width}" if blocks else "no blocks"
             raise BaseModelMismatchError(f"{path} has {name} of shape {values.shape}, and {base.path} has {size}.")
-        out.modules[blocks[number].path] = Other("STEERING", {VECTOR: values})
+        out.modules[blocks[number].path] = OtherMethod("STEERING", {VECTOR: values})
     if not out.modules:
         raise CheckpointError(f"{path} is a control vector without a direction.")
     numbers = [i for i, block in enumerate(blocks) if block.path in out.modules]
@@ -317,17 +324,19 @@ def control_vectors(adapter: AdapterFile, base: Base | None, lossy: bool) -> tup
 
     blocks, base = find_base_blocks(adapter.path, base)
     numbers = {block.path: i for i, block in enumerate(blocks)}
-    cfg, directions, lost = adapter.config, dict[int, Tensor](), [f"the key '{key}'" for key in adapter.unread]
+    cfg, directions, lost = adapter.config, dict[int, Tensor](), [f"the key '{key}'" for key in adapter.unknown_keys]
     lost += [f"{name}={cfg[name]}" for name in ("normalize", "min_token_index") if cfg.get(name)]
     for module, m in adapter.modules.items():
         number = numbers.get(module, 0)
-        vector = m.tensors[VECTOR] if isinstance(m, Other) else None
+        vector = m.tensors[VECTOR] if isinstance(m, OtherMethod) else None
         if number and vector is not None:
-            directions[number] = tensor(vector.read().astype("f4") * np.float32(cfg.get("coefficient", 1.0)), "F32")
+            directions[number] = make_tensor(
+                vector.read().astype("f4") * np.float32(cfg.get("coefficient", 1.0)), "F32"
+            )
         elif vector is None or vector.read().any():
             place = "the first block" if module in numbers else "no block"
             lost.append(LostModule(f"{module}, which is {place}"))
-    check_lost(adapter, "gguf", lost, lossy, directions)
+    check_losses(adapter, "gguf", lost, lossy, directions)
     hint = {f"{ARCHITECTURE}.model_hint": str(base.config.get("model_type", ""))}
     fields: Json = hint | {f"{ARCHITECTURE}.layer_count": len(directions)}
     return {f"direction.{number}": values for number, values in sorted(directions.items())}, fields, lost

@@ -16,7 +16,7 @@ from graft import CheckpointError
 from graft.config.reading import Json, open_file
 from graft.core.errors import shorten_text
 from graft.files.errors import PackageNeededError
-from graft.files.tensors import BITS, Tensor, part_reader, version_of
+from graft.files.tensors import BITS, Tensor, file_version, make_part_reader
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -48,7 +48,7 @@ class Reader:
     """
 
     def __init__(self, f: IO[bytes], path: str):
-        self.f, self.path, self.version = f, path, version_of(f)
+        self.f, self.path, self.version = f, path, file_version(f)
         self.left, self.entries = self.version[0], MOST
 
     def make_damage_error(self, why: str) -> CheckpointError:
@@ -125,7 +125,7 @@ class Reader:
             raise self.make_damage_error(
                 f"tensor '{shorten_text(name)}' of type {kind} and shape {shape} is not all there"
             )
-        load = part_reader(self.path, self.version, begin, nbytes)
+        load = make_part_reader(self.path, self.version, begin, nbytes)
         if kind in DTYPES:
             return Tensor(shape, DTYPES[kind], load)
         rows = (*shape[:-1], shape[-1] // block * size)

@@ -12,11 +12,11 @@ import numpy as np
 from graft import BaseModelMismatchError, CheckpointError, PeftError
 from graft.files import names
 from graft.files.formats import Base, one_file
-from graft.files.holding import Holds, both, fit, misfit, scale_of
-from graft.files.names import is_pipeline, joined, method_of, part_for
-from graft.files.neutral import AdapterFile, Kind, LowRank, Other
-from graft.files.pickles import mentions, read_file
-from graft.files.tensors import Tensor, read_header, reshaped, tensor, write_safetensors
+from graft.files.holding import FormatLimits, divide_alpha, fit_to_format, get_factor_pair, make_shape_error
+from graft.files.names import find_common_method, is_pipeline, join_pipeline, select_pipeline_part
+from graft.files.neutral import AdapterFile, Kind, LowRank, OtherMethod
+from graft.files.pickles import mentions_name, read_tensors
+from graft.files.tensors import Tensor, make_tensor, read_header, reshape_tensor, write_safetensors
 
 NAME = "kohya"
 FOLDER = ("adapter.safetensors",), ()
@@ -43,7 +43,7 @@ OTHERS = {  # a tensor that tells the method → its name, and the tensors that 
 }
 FULL, DORA_OF_INPUTS, DORA_OF_OTHERS = "LyCORIS full", "LyCORIS DoRA of inputs", "LyCORIS DoRA of another method"
 OWN = frozenset({method for method, _ in OTHERS.values()} | {FULL, DORA_OF_INPUTS, DORA_OF_OTHERS})
-HOLDS = Holds(parts=frozenset({"magnitude", "conv", "mid"}), methods=OWN | {"LOHA", "LOKR"}, magnitudes=True)
+HOLDS = FormatLimits(parts=frozenset({"magnitude", "conv", "mid"}), methods=OWN | {"LOHA", "LOKR"}, magnitudes=True)
 
 
 def recognises(path: str) -> bool:
@@ -51,7 +51,7 @@ def recognises(path: str) -> bool:
     if file is None:
         return False
     if not file.endswith(".safetensors"):
-        return mentions(file, b"lora_down.weight", b"hada_w1_a", b"lokr_w")
+        return mentions_name(file, b"lora_down.weight", b"hada_w1_a", b"lokr_w")
     keys = [*read_header(file)[0]]
     return bool(keys) and sum(KEY.fullmatch(key) is not None for key in keys) > len(keys) // 2
 
@@ -66,43 +66,48 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         BaseModelMismatchError: the base has no such modules, and diffusers finds none under their first names.
     """
     file = one_file(path, ".safetensors", ".pt", ".ckpt") or path
-    tensors, metadata = read_file(file)
-    out = AdapterFile(NAME, file, metadata=metadata, flat=base is None, base=metadata.get("ss_sd_model_name"))
+    tensors, metadata = read_tensors(file)
+    out = AdapterFile(NAME, file, metadata=metadata, has_flat_names=base is None, base=metadata.get("ss_sd_model_name"))
     modules: dict[str, dict[str, Tensor]] = {}
     for key, values in tensors.items():
         name, _, leaf = key.partition(".")
         modules.setdefault(name, {})[leaf] = values
     for name in [name for name in modules if not name.startswith((*PREFIXES,))]:
-        out.unread += [f"{name}.{leaf}" if leaf else name for leaf in modules.pop(name)]
+        out.unknown_keys += [f"{name}.{leaf}" if leaf else name for leaf in modules.pop(name)]
     by_part: dict[str, dict[str, dict[str, Tensor]]] = {}
     for name, of_module in modules.items():
         by_part.setdefault(components_of(name)[0], {})[name] = of_module
     try:
         if base is None or is_pipeline(base) or len(by_part) < 2 or "" in by_part:
             take_modules(out, modules, base)
-            out.method, out.pipeline = method_of(out, out.method), is_pipeline(base)
+            out.method, out.is_pipeline = find_common_method(out, out.method), is_pipeline(base)
             return out
         parts = {part: take_part(out, of_part, base) for part, of_part in by_part.items()}
-        if all(part.flat for part in parts.values()):
-            raise names.missing(out, modules, base)
+        if all(part.has_flat_names for part in parts.values()):
+            raise names.make_missing_error(out, modules, base)
     except BaseModelMismatchError:
         if (renamed := of_first_release(file, base)) is None:
             raise
         return renamed
-    whole = joined(parts, file)
-    return replace(whole, flat=False, unread=out.unread + whole.unread, method=method_of(whole, whole.method))
+    whole = join_pipeline(parts, file)
+    return replace(
+        whole,
+        has_flat_names=False,
+        unknown_keys=out.unknown_keys + whole.unknown_keys,
+        method=find_common_method(whole, whole.method),
+    )
 
 
 def take_part(adapter: AdapterFile, modules: Mapping[str, dict[str, Tensor]], base: Base) -> AdapterFile:
     """Return the adapter of one part of a pipeline: by the base's paths, or by the file's names if it has none."""
     for known in (base, None):
-        out = replace(adapter, modules={}, full={}, unread=[], flat=known is None)
+        out = replace(adapter, modules={}, full={}, unknown_keys=[], has_flat_names=known is None)
         try:
             take_modules(out, modules, known)
             break
         except BaseModelMismatchError:
             continue
-    out.method = method_of(out, out.method)
+    out.method = find_common_method(out, out.method)
     return out
 
 
@@ -138,7 +143,7 @@ def of_first_release(file: str, base: Base | None) -> AdapterFile | None:
         return None
     try:
         adapter = diffusers.make_adapter(file, diffusers.read_renamed(file, base), {})
-        names.check(part_for(adapter, base), base)
+        names.check_modules(select_pipeline_part(adapter, base), base)
     except PeftError:  # then the base is another, as far as anybody knows
         return None
     return replace(adapter, format=NAME)
@@ -146,7 +151,7 @@ def of_first_release(file: str, base: Base | None) -> AdapterFile | None:
 
 def match_modules(adapter: AdapterFile, modules: Mapping[str, object], base: Base) -> dict[str, str]:
     """Return the path in the base of each name of a file."""
-    flat = names.Flat(base)
+    flat = names.FlatNames(base)
     paths: dict[str, str] = {}
     absent = []
     for name in modules:
@@ -157,7 +162,7 @@ def match_modules(adapter: AdapterFile, modules: Mapping[str, object], base: Bas
         else:
             paths[name] = path
     if absent:
-        raise names.missing(adapter, absent, base)
+        raise names.make_missing_error(adapter, absent, base)
     twice: dict[str, str] = {}
     for name, path in paths.items():
         if (first_name := twice.setdefault(path, name)) != name:
@@ -166,7 +171,7 @@ def match_modules(adapter: AdapterFile, modules: Mapping[str, object], base: Bas
 
 
 def read_module(out: AdapterFile, path: str, name: str, tensors: dict[str, Tensor], base: Base | None) -> None:
-    """Read one module of a file into `out`; tensors without a meaning go to `out.unread`."""
+    """Read one module of a file into `out`; tensors without a meaning go to `out.unknown_keys`."""
     unread = dict(tensors)
 
     def take(*leaves: str) -> dict[str, Tensor]:
@@ -176,50 +181,50 @@ def read_module(out: AdapterFile, path: str, name: str, tensors: dict[str, Tenso
         of_module = take(*LOW_RANK)
         out.modules[path] = read_kohya_pair(out.path, name, of_module)
     elif "hada_w1_a" in tensors or LOKR & tensors.keys():
-        module = Other("LOHA", take(*LOHA)) if "hada_w1_a" in tensors else Other("LOKR", take(*LOKR))
-        module.scale = scale_of(take("alpha").get("alpha"), module.rank)
+        module = OtherMethod("LOHA", take(*LOHA)) if "hada_w1_a" in tensors else OtherMethod("LOKR", take(*LOKR))
+        module.scale = divide_alpha(take("alpha").get("alpha"), module.rank)
         out.modules[path] = module
     else:
         for sign, (method, leaves) in OTHERS.items():
             if sign in tensors:
-                out.modules[path] = Other(method, take(*leaves))
+                out.modules[path] = OtherMethod(method, take(*leaves))
                 break
     for leaf, values in take(*WHOLE).items():
-        whole(out, f"{path}.{WHOLE[leaf]}", leaf, values, base)
+        add_whole_tensor(out, f"{path}.{WHOLE[leaf]}", leaf, values, base)
     if "dora_scale" in unread and path in out.modules:  # of a method that is not LoRA
-        out.modules[path] = Other(DORA_OF_OTHERS, tensors)
+        out.modules[path] = OtherMethod(DORA_OF_OTHERS, tensors)
         unread.pop("dora_scale")
-    out.unread += [f"{name}.{leaf}" for leaf in unread]
+    out.unknown_keys += [f"{name}.{leaf}" for leaf in unread]
 
 
-def read_kohya_pair(file: str, name: str, tensors: dict[str, Tensor]) -> LowRank | Other:
-    (A, B), mid = both(tensors, (DOWN, UP), file, name), tensors.get(MID)
+def read_kohya_pair(file: str, name: str, tensors: dict[str, Tensor]) -> LowRank | OtherMethod:
+    (A, B), mid = get_factor_pair(tensors, (DOWN, UP), file, name), tensors.get(MID)
     rank = A.shape[0] if A.shape else 0
     if len(A.shape) < 2 or len(B.shape) < 2 or B.shape[1] != rank or (mid and mid.shape[:2] != (rank, rank)):
-        raise misfit(file, name, A, B)
+        raise make_shape_error(file, name, A, B)
     if len(A.shape) > 2 and len(B.shape) == 2:
-        B = reshaped(B, *B.shape, *[1] * (len(A.shape) - 2))
+        B = reshape_tensor(B, *B.shape, *[1] * (len(A.shape) - 2))
     magnitude = tensors.get("dora_scale")
     if magnitude is not None:
         if magnitude.shape[0] != B.shape[0] and magnitude.shape[:2] == (1, A.shape[1]):
-            return Other(DORA_OF_INPUTS, tensors)
+            return OtherMethod(DORA_OF_INPUTS, tensors)
         if magnitude.nbytes == 0 or magnitude.shape[0] != B.shape[0] or set(magnitude.shape[1:]) - {1}:
             raise CheckpointError(
                 f"{file}: dora_scale of '{name}' has shape {magnitude.shape}, for {B.shape[0]} outputs."
             )
-        magnitude = reshaped(magnitude, B.shape[0])
+        magnitude = reshape_tensor(magnitude, B.shape[0])
     kind: Kind = "conv" if len(A.shape) > 2 else "linear"
-    return LowRank(A, B, scale_of(tensors.get("alpha"), rank), kind, magnitude, mid=mid)
+    return LowRank(A, B, divide_alpha(tensors.get("alpha"), rank), kind, magnitude, mid=mid)
 
 
-def whole(out: AdapterFile, key: str, leaf: str, difference: Tensor, base: Base | None) -> None:
+def add_whole_tensor(out: AdapterFile, key: str, leaf: str, difference: Tensor, base: Base | None) -> None:
     """Put a tensor that was trained whole into `full`, if the base has values; else keep the difference."""
     base_value = None if base is None else base.tensors.get(key)
     path = key.rpartition(".")[0]
     if base_value is None:
-        of_module = out.modules.setdefault(path, Other(FULL, {}))
+        of_module = out.modules.setdefault(path, OtherMethod(FULL, {}))
         if isinstance(of_module, LowRank) or of_module.method != FULL:
-            out.unread.append(f"{path}.{leaf}")
+            out.unknown_keys.append(f"{path}.{leaf}")
         else:
             of_module.tensors[leaf] = difference
         return
@@ -227,12 +232,12 @@ def whole(out: AdapterFile, key: str, leaf: str, difference: Tensor, base: Base 
         raise CheckpointError(
             f"{out.path}: the difference of {key} has shape {difference.shape}, not {base_value.shape}."
         )
-    out.full[key] = tensor((base_value.read() + difference.read()).astype("f4"), "F32")
+    out.full[key] = make_tensor((base_value.read() + difference.read()).astype("f4"), "F32")
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-    own_names = adapter.format == NAME and adapter.flat
-    fitted, lost = fit(replace(adapter, flat=False) if own_names else adapter, HOLDS, NAME, lossy)
+    own_names = adapter.format == NAME and adapter.has_flat_names
+    fitted, lost = fit_to_format(replace(adapter, has_flat_names=False) if own_names else adapter, HOLDS, NAME, lossy)
     paths = {name: name for name in fitted.modules} if own_names else name_modules(fitted)
     tensors: dict[str, Tensor] = {}
     for module, of_module in fitted.modules.items():
@@ -247,33 +252,35 @@ def name_modules(adapter: AdapterFile) -> dict[str, str]:
     prefixes = {"unet": "lora_unet_", "transformer": "lora_transformer_", "text_encoder_2": "lora_te2_",
                 "text_encoder_3": "lora_te3_", "text_encoder": "lora_te1_" if second else "lora_te_"}  # fmt: skip
     out = {}
-    for path, name in names.flattened(adapter.modules).items():
+    for path, name in names.flatten_paths(adapter.modules).items():
         part = path.partition(".")[0]
         out[path] = prefixes[part] + name.removeprefix(f"{part}_") if part in prefixes else f"lycoris_{name}"
     return out
 
 
-def leaves(module: LowRank | Other) -> dict[str, Tensor]:
+def leaves(module: LowRank | OtherMethod) -> dict[str, Tensor]:
     """Return a module's tensors by the ends of their names."""
-    if isinstance(module, Other):
+    if isinstance(module, OtherMethod):
         out = dict(module.tensors)
         if module.scale is not None and "alpha" not in out:
-            out["alpha"] = tensor(np.array((module.scale or 1.0) * (module.rank or 1), "f4"))
+            out["alpha"] = make_tensor(np.array((module.scale or 1.0) * (module.rank or 1), "f4"))
             if not module.scale:  # an alpha of 0 means 1 to every reader
                 first = next(name for name in ("hada_w1_a", "lokr_w1", "lokr_w1_a") if name in out)
-                out[first] = tensor(np.zeros(out[first].shape, "f4"), out[first].dtype)
+                out[first] = make_tensor(np.zeros(out[first].shape, "f4"), out[first].dtype)
             elif module.method == "LOKR" and not module.rank and module.scale != 1:  # readers ignore its alpha
-                out["lokr_w1"] = tensor((out["lokr_w1"].read() * module.scale).astype("f4"), out["lokr_w1"].dtype)
+                out["lokr_w1"] = make_tensor((out["lokr_w1"].read() * module.scale).astype("f4"), out["lokr_w1"].dtype)
         return out
     alpha = module.scale * module.rank
-    out = {DOWN: module.A, UP: module.B, "alpha": tensor(np.array(alpha, "f4"))}
+    out = {DOWN: module.A, UP: module.B, "alpha": make_tensor(np.array(alpha, "f4"))}
     if not alpha:  # 0 means 1 to every reader
         out |= {
-            UP: tensor(np.zeros(module.B.shape, "f4"), module.B.dtype),
-            "alpha": tensor(np.array(module.rank, "f4")),
+            UP: make_tensor(np.zeros(module.B.shape, "f4"), module.B.dtype),
+            "alpha": make_tensor(np.array(module.rank, "f4")),
         }
     if module.mid is not None:
         out[MID] = module.mid
     if module.magnitude is not None:
-        out["dora_scale"] = reshaped(module.magnitude, module.magnitude.shape[0], *[1] * (len(module.A.shape) - 1))
+        out["dora_scale"] = reshape_tensor(
+            module.magnitude, module.magnitude.shape[0], *[1] * (len(module.A.shape) - 1)
+        )
     return out

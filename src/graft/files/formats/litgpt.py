@@ -12,10 +12,10 @@ from graft import CheckpointError
 from graft.config.reading import LARGEST_NUMBER, Json, check_value, open_file
 from graft.core.errors import join_some, shorten_text
 from graft.files.formats import Base
-from graft.files.holding import both, by_module, misfit
+from graft.files.holding import get_factor_pair, group_by_module, make_shape_error
 from graft.files.neutral import AdapterFile, LowRank
-from graft.files.pickles import mentions, read_torch, tensors_of
-from graft.files.tensors import Tensor, tensor
+from graft.files.pickles import convert_tensors, mentions_name, read_torch
+from graft.files.tensors import Tensor, make_tensor
 
 NAME = "litgpt"
 FILE, OF_RUN, OF_MODEL = "lit_model.pth.lora", "hyperparameters.yaml", "model_config.yaml"
@@ -36,7 +36,7 @@ def find_checkpoint(path: str) -> str | None:
 
 def recognises(path: str) -> bool:
     file = find_checkpoint(path)
-    return file is not None and mentions(file, b".lora_A")
+    return file is not None and mentions_name(file, b".lora_A")
 
 
 def fields_of(path: str) -> Json:
@@ -96,7 +96,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
             f"with {' or '.join(MLPS)}."
         )
     loaded = read_torch(file)
-    tensors = tensors_of(loaded.get("model", loaded) if isinstance(loaded, dict) else loaded, file)
+    tensors = convert_tensors(loaded.get("model", loaded) if isinstance(loaded, dict) else loaded, file)
     out = AdapterFile(NAME, path, config=run, base=model.get("name"))
     r, alpha = run.get("lora_r"), run.get("lora_alpha", "none")
     if (
@@ -106,10 +106,10 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         or abs(alpha) > LARGEST_NUMBER
     ):
         raise CheckpointError(f"{os.path.join(folder, OF_RUN)}: lora_r is {r!r} and lora_alpha {alpha!r}.")
-    for name, of_module in by_module(out, tensors, KEY).items():
-        A, B = both(of_module, "AB", file, name)
+    for name, of_module in group_by_module(out, tensors, KEY).items():
+        A, B = get_factor_pair(of_module, "AB", file, name)
         if len(A.shape) != 2 or len(B.shape) != 2:
-            raise misfit(file, name, A, B)
+            raise make_shape_error(file, name, A, B)
         match = OWN.fullmatch(name)
         if match is not None and match["rest"] == "attn.qkv":
             stem = f"model.layers.{match['number']}."
@@ -117,11 +117,11 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
                 out.modules[stem + suffix] = LowRank(a, b, alpha / r)
         elif name == "lm_head" or (match is not None and match["rest"] in NAMES):
             if A.shape[0] != r or B.shape[1] != r:
-                raise misfit(file, name, A, B, f"of rank {r}")
+                raise make_shape_error(file, name, A, B, f"of rank {r}")
             inner = name if match is None else f"model.layers.{match['number']}.{NAMES[match['rest']]}"
             out.modules[inner] = LowRank(A, B, alpha / r)
         else:
-            out.unread += [f"{name}.lora_{side}" for side in of_module]
+            out.unknown_keys += [f"{name}.lora_{side}" for side in of_module]
     return out
 
 
@@ -129,19 +129,21 @@ def parts(
     path: str, name: str, A: Tensor, B: Tensor, r: int, run: Json, model: Json
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the factors of q, k and v, as far as the run adapted them."""
-    rows = rows_of(model)
+    rows = count_qkv_rows(model)
     on = [suffix for suffix, flag in QKV.items() if run.get(flag)]
     if A.shape[0] != r * len(on) or B.shape != (sum(rows[suffix] for suffix in on), r):
-        raise misfit(path, name, A, B, f"which do not fit rank {r} on {join_some(on)}: {OF_RUN} is of another run")
+        raise make_shape_error(
+            path, name, A, B, f"which do not fit rank {r} on {join_some(on)}: {OF_RUN} is of another run"
+        )
     a, b = A.read(), B.read()
     out, row = {}, 0
     for i, suffix in enumerate(on):
-        out[suffix] = tensor(a[i * r : (i + 1) * r], A.dtype), tensor(b[row : row + rows[suffix]], B.dtype)
+        out[suffix] = make_tensor(a[i * r : (i + 1) * r], A.dtype), make_tensor(b[row : row + rows[suffix]], B.dtype)
         row += rows[suffix]
     return out
 
 
-def rows_of(model: Mapping[str, object]) -> dict[str, int]:
+def count_qkv_rows(model: Mapping[str, object]) -> dict[str, int]:
     """Return the number of rows of q, k and v by litgpt's config of a model."""
     heads, width = model.get("n_head"), model.get("n_embd")
     groups = model.get("n_query_groups") or heads

@@ -12,16 +12,24 @@ from graft import CheckpointError
 from graft.config.atomic import replace_file
 from graft.config.reading import read_object
 from graft.files.formats import Base
-from graft.files.holding import Holds, both, by_module, check_lost, fit, misfit, with_magnitudes
-from graft.files.neutral import AdapterFile, Kind, LowRank, Other
-from graft.files.tensors import Tensor, read_header, rearranged, write_safetensors
+from graft.files.holding import (
+    FormatLimits,
+    check_losses,
+    fit_to_format,
+    get_factor_pair,
+    group_by_module,
+    make_magnitudes,
+    make_shape_error,
+)
+from graft.files.neutral import AdapterFile, Kind, LowRank, OtherMethod
+from graft.files.tensors import Tensor, read_header, rearrange_tensor, write_safetensors
 
 NAME = "mlx"
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 FOLDER = (WEIGHTS,), (CONFIG,)
 DEFAULT = 20.0  # scale where the config has none
 DORA_OF_TOKENS = "MLX DoRA of an embedding"  # a magnitude for each token, where PEFT's is for each output
-HOLDS = Holds("one", False, frozenset({"magnitude", "embedding", "experts"}), magnitudes=True)
+HOLDS = FormatLimits("one", False, frozenset({"magnitude", "embedding", "experts"}), magnitudes=True)
 KEY = re.compile(r"(.+)\.(lora_a|lora_b|m)")
 BLOCK = re.compile(r"^(?P<blocks>.*?\.layers)\.(?P<number>\d+)\.(?P<key>.+)$")
 
@@ -49,29 +57,31 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     scale = parameters.get("scale", DEFAULT) if isinstance(parameters, dict) else None
     if not isinstance(scale, (int, float)):
         raise CheckpointError(f"{path}: the scale in lora_parameters={parameters!r} is no number.")
-    for module, of_module in by_module(out, tensors, KEY).items():
+    for module, of_module in group_by_module(out, tensors, KEY).items():
         out.modules[module] = read_mlx_pair(path, module, of_module, float(scale), parameters.get("rank"))
     return out
 
 
-def read_mlx_pair(path: str, module: str, tensors: dict[str, Tensor], scale: float, rank: object) -> LowRank | Other:
-    (a, b), m = both(tensors, ("lora_a", "lora_b"), path, module), tensors.get("m")
+def read_mlx_pair(
+    path: str, module: str, tensors: dict[str, Tensor], scale: float, rank: object
+) -> LowRank | OtherMethod:
+    (a, b), m = get_factor_pair(tensors, ("lora_a", "lora_b"), path, module), tensors.get("m")
     if m is not None and len(m.shape) != 1:
         raise CheckpointError(f"{path}: the magnitude of '{module}' has shape {m.shape}, and is no vector.")
     if len(a.shape) == len(b.shape) == 3 and a.shape[:2] == (b.shape[0], b.shape[2]):
         return LowRank(a, b, scale, "experts", m)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0] or rank not in (None, a.shape[1]):
         r = rank or "r"
-        raise misfit(path, module, a, b, f"where MLX has (in, {r}) and ({r}, out)")
+        raise make_shape_error(path, module, a, b, f"where MLX has (in, {r}) and ({r}, out)")
     kind: Kind = "embedding" if module.rpartition(".")[2].startswith(("embed", "wte", "tok_emb")) else "linear"
     if kind == "embedding" and m is not None:
-        return Other(DORA_OF_TOKENS, tensors, scale)
+        return OtherMethod(DORA_OF_TOKENS, tensors, scale)
     return LowRank(transpose_factors(a), transpose_factors(b), scale, kind, m)
 
 
 def transpose_factors(t: Tensor) -> Tensor:
     """Return a matrix the other way round, bit for bit."""
-    return rearranged(t, lambda values: values.T, *t.shape[::-1])
+    return rearrange_tensor(t, lambda values: values.T, *t.shape[::-1])
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
@@ -81,12 +91,12 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         LossError: some modules have a magnitude, and others not, and the base's weights are not there; or an embedding
             has one; or it is not of LoRA.
     """
-    fitted, lost = fit(adapter, HOLDS, NAME, lossy)
+    fitted, lost = fit_to_format(adapter, HOLDS, NAME, lossy)
     of_outputs = {path: m for path, m in fitted.low_rank.items() if m.kind == "embedding" and m.magnitude is not None}
     lost += [f"DoRA's magnitude, which an embedding has for each token there: {path}" for path in of_outputs]
-    check_lost(adapter, NAME, lost, lossy, fitted.modules)
+    check_losses(adapter, NAME, lost, lossy, fitted.modules)
     fitted.modules.update({path: with_(m, magnitude=None) for path, m in of_outputs.items()})
-    fitted.modules.update(with_magnitudes(fitted, base, NAME, of_rows=True))
+    fitted.modules.update(make_magnitudes(fitted, base, NAME, of_rows=True))
     modules = fitted.low_rank
     tensors: dict[str, Tensor] = {}
     dora = any(module.magnitude is not None for module in modules.values())

@@ -22,9 +22,17 @@ from graft.core.errors import join_some, shorten_text, warn
 from graft.files import pickles
 from graft.files.bases import COMPONENTS
 from graft.files.errors import BaseNeededError
-from graft.files.names import joined, parts_of, split_parts
-from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank, Other
-from graft.files.tensors import Tensor, read_header, rearranged, reshaped, safetensors, tensor, whole_numbers
+from graft.files.names import find_pipeline_parts, join_pipeline, split_pipeline
+from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank, OtherMethod
+from graft.files.tensors import (
+    Tensor,
+    make_int64_tensor,
+    make_safetensors_writer,
+    make_tensor,
+    read_header,
+    rearrange_tensor,
+    reshape_tensor,
+)
 from graft.io import seal
 from graft.io.written import MARK, StackLayout, find_exchanges, warn_of_doubts
 
@@ -88,7 +96,7 @@ def parts_in(path: str) -> list[str]:
     if not os.path.isdir(path) or os.path.exists(os.path.join(path, pair.CONFIG_NAME)):
         return []
     folders = [entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")]
-    return sorted(parts_of(folders))
+    return sorted(find_pipeline_parts(folders))
 
 
 def folder_of(path: str) -> str | None:
@@ -112,7 +120,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         BaseNeededError: experts stand there as servers have them.
     """
     if parts := parts_in(path):
-        return joined({part: read(os.path.join(path, part)) for part in parts}, path)
+        return join_pipeline({part: read(os.path.join(path, part)) for part in parts}, path)
     folder = folder_of(path) or path
     config_file = ConfigFile(folder, None)
     tensors, metadata, noted = weights_in(folder)
@@ -129,7 +137,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         tensors = rename_from_tinker(tensors, base)
     if served:
         tensors, config = convert_served(tensors, config, base, folder)
-    out = AdapterFile(NAME, folder, method, config=config, metadata=metadata, served=served)
+    out = AdapterFile(NAME, folder, method, config=config, metadata=metadata, is_server_layout=served)
     out.base = config.get("base_model_name_or_path")
     by_module = split_tensors(out, tensors)
     for raw, of_module in by_module.items():
@@ -139,7 +147,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
             take_other(out, clean(raw), method, of_module)
     if method in PREFIXES:
         for path in dict.fromkeys(around(tensors)):  # modules of which the file has nothing but their bias
-            out.modules.setdefault(path, Other(method, {}))
+            out.modules.setdefault(path, OtherMethod(method, {}))
     exchange_old_factors(out, layout, base)
     if not any(m.shift for m in out.low_rank.values()):
         out.changed_base = find_base_change(config)
@@ -193,7 +201,7 @@ def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.We
     loaded = read_torch(path)
     with open_file(path) as f:
         metadata = notes.read_torch_notes(f)
-    return pickles.tensors_of(loaded.tensors, path), metadata, loaded.noted or notes.WeightsFile(path, None, None)
+    return pickles.convert_tensors(loaded.tensors, path), metadata, loaded.noted or notes.WeightsFile(path, None, None)
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
@@ -230,7 +238,7 @@ def split_tensors(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, 
         elif leaf is not None and path and parts[at] != TOKENS:  # type: ignore[index]
             by_module.setdefault(path, {})[leaf] = t
         elif leaf is not None or any(part.startswith(ANY) for part in parts) or clean(name) in out.full:
-            out.unread.append(key)
+            out.unknown_keys.append(key)
         else:
             out.full[clean(name)] = t
     return by_module
@@ -258,9 +266,9 @@ def take_rows(out: AdapterFile, path: str, key: str, values: Tensor) -> None:
             f"adapter_config.json: the token indices of '{path}' are {which!r}: they are whole numbers from 0 on."
         )
     if which is None or len(which) != values.shape[0]:
-        out.unread.append(key)
+        out.unknown_keys.append(key)
     else:
-        out.rows[f"{path}.weight"] = whole_numbers(which), values
+        out.rows[f"{path}.weight"] = make_int64_tensor(which), values
 
 
 def take_other(out: AdapterFile, path: str, method: str, tensors: dict[str, Tensor]) -> None:
@@ -271,7 +279,7 @@ def take_other(out: AdapterFile, path: str, method: str, tensors: dict[str, Tens
     elif method == "ADALORA":
         r, alpha = out.config.get("init_r") or 12, out.config.get("lora_alpha", RANK)
         scale = (alpha if alpha > 0 else r) / (r + 1e-5)
-    out.modules[path] = Other(method, tensors, scale)
+    out.modules[path] = OtherMethod(method, tensors, scale)
 
 
 def take_lora(
@@ -289,7 +297,7 @@ def take_lora(
         A, B = parts.pop("lora_embedding_A", None), parts.pop("lora_embedding_B", None)
     if A is None or B is None or len(A.shape) < 2 or len(A.shape) != len(B.shape):
         unread = {"lora_A.weight": A, "lora_B.weight": B} | parts
-        out.unread += [f"{WRAPPED}{raw}.{name}" for name, t in unread.items() if t is not None]
+        out.unknown_keys += [f"{WRAPPED}{raw}.{name}" for name, t in unread.items() if t is not None]
         return
     stack = None if embedded else parameter_at(config, raw, every, A, B, base)
     if stack is not None:
@@ -301,7 +309,7 @@ def take_lora(
         variant = None
     if variant is not None:
         pair_of = {"lora_A.weight": A, "lora_B.weight": B}
-        out.modules[path] = Other(variant, pair_of | parts, scale)
+        out.modules[path] = OtherMethod(variant, pair_of | parts, scale)
         return
     n = A.shape[0] // r if stack is not None else 1
     if A.shape[0] != n * r or B.shape[1] != (A.shape[0] if len(A.shape) == 2 else B.shape[1]):
@@ -314,7 +322,7 @@ def take_lora(
         kind, A, B = "experts", *by_expert(A, B, n, bool(layout.by_expert))
     module = LowRank(A, B, scale, kind)
     if (m := parts.pop("lora_magnitude_vector", None)) is not None:
-        module.magnitude = reshaped(m, math.prod(m.shape))
+        module.magnitude = reshape_tensor(m, math.prod(m.shape))
     module.bias = parts.pop("lora_B.bias", None)
     module.extra = parts
     out.modules[path] = module
@@ -363,7 +371,7 @@ def parameter_at(config: Json, raw: str, every: Iterable[str], A: Tensor, B: Ten
         return None
     nest = sorted((e for e in every if clean(e) == path), key=len, reverse=True)  # the innermost first
     if base is not None and len(names) != len(nest):
-        names = [n for n in names if has_fitting_shape(base.shapes.get(f"{path}.{n}"), A, B)] or names
+        names = [n for n in names if is_stack_shape(base.shapes.get(f"{path}.{n}"), A, B)] or names
     if len(names) == 1 and len(nest) == 1:
         return names[0]
     if len(names) != len(nest):
@@ -389,7 +397,7 @@ def is_target(config: Json, path: str) -> bool:
     return any(f".{path}".endswith(f".{t}") for t in targets or ())
 
 
-def has_fitting_shape(shape: tuple[int, ...] | None, A: Tensor, B: Tensor) -> bool:
+def is_stack_shape(shape: tuple[int, ...] | None, A: Tensor, B: Tensor) -> bool:
     return shape is not None and len(shape) > 1 and {shape[-1], shape[-2]} == {A.shape[1], B.shape[0]}
 
 
@@ -402,10 +410,10 @@ def by_expert(A: Tensor, B: Tensor, n: int, grouped: bool) -> tuple[Tensor, Tens
     (rows, fan_in), out = A.shape, B.shape[0]
     r = rows // n
     if grouped:
-        B = rearranged(B, lambda v: v.reshape(out, n, r).transpose(1, 0, 2), n, out, r)
+        B = rearrange_tensor(B, lambda v: v.reshape(out, n, r).transpose(1, 0, 2), n, out, r)
     else:
-        B = rearranged(B, lambda v: v.reshape(out, r, n).transpose(2, 0, 1), n, out, r)
-    return reshaped(A, n, r, fan_in), B
+        B = rearrange_tensor(B, lambda v: v.reshape(out, r, n).transpose(2, 0, 1), n, out, r)
+    return reshape_tensor(A, n, r, fan_in), B
 
 
 def exchange_old_factors(out: AdapterFile, layout: StackLayout, base: Base | None) -> None:
@@ -423,8 +431,8 @@ def exchange_old_factors(out: AdapterFile, layout: StackLayout, base: Base | Non
         if verdicts[path][0]:
             (n, r, fan_in), outs = lora.A.shape, lora.B.shape[1]
             out.modules[path] = replaced(
-                lora, A=rearranged(lora.B, lambda v: v.swapaxes(1, 2), n, r, outs),
-                B=rearranged(lora.A, lambda v: v.swapaxes(1, 2), n, fan_in, r),
+                lora, A=rearrange_tensor(lora.B, lambda v: v.swapaxes(1, 2), n, r, outs),
+                B=rearrange_tensor(lora.A, lambda v: v.swapaxes(1, 2), n, fan_in, r),
             )  # fmt: skip
             out.config["peft_version"] = FORMAT_VERSION
     warn_of_doubts(doubts, layout, out.path)
@@ -470,14 +478,14 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         BaseNeededError: the adapter's names are no paths of modules.
         CheckpointError: there is nothing to write.
     """
-    if adapter.flat:
+    if adapter.has_flat_names:
         raise make_names_error(adapter)
-    if parts := split_parts(adapter):
+    if parts := split_pipeline(adapter):
         lost = []
         for part, of_part in parts.items():
             lost += [type(line)(f"{part}: {line}") for line in write(of_part, os.path.join(path, part), None, lossy)]
         return lost
-    lost = [f"{key} (unread)" for key in adapter.unread]
+    lost = [f"{key} (unread)" for key in adapter.unknown_keys]
     tensors = name_tensors(adapter, lost)
     config = complete_config(adapter, base)
     if lost and not lossy:
@@ -489,7 +497,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     noted = {"graft_base": adapter.metadata["graft_base"]} if unchanged and "graft_base" in adapter.metadata else {}
     noted |= {"format": "pt", notes.CONFIG: text, seal.KEY: digest_of(tensors)}
     with make_folder(path):
-        pair.save_pair(path, pair.SAFETENSORS, safetensors(tensors, noted), text)
+        pair.save_pair(path, pair.SAFETENSORS, make_safetensors_writer(tensors, noted), text)
     return lost
 
 
@@ -542,21 +550,21 @@ def tensors_of_lora(lora: LowRank) -> dict[str, Tensor]:
         out = {"lora_embedding_A": A, "lora_embedding_B": B}
     else:
         if lora.mid is not None:
-            from graft.files.algebra import with_core
+            from graft.files.algebra import contract_tucker_core
 
-            A = tensor(with_core(lora), A.dtype)
+            A = make_tensor(contract_tucker_core(lora), A.dtype)
         if lora.kind == "experts":
             n, r, fan_in = A.shape
             out_features = B.shape[1]
-            A = reshaped(A, n * r, fan_in)
-            B = rearranged(B, lambda v: v.transpose(1, 2, 0), out_features, r * n)
+            A = reshape_tensor(A, n * r, fan_in)
+            B = rearrange_tensor(B, lambda v: v.transpose(1, 2, 0), out_features, r * n)
         out = {"lora_A.weight": A, "lora_B.weight": B}
     if lora.bias is not None:
         out["lora_B.bias"] = lora.bias
     if lora.magnitude is not None:
         ones = (1,) * (len(A.shape) - 2)
         m = lora.magnitude
-        out["lora_magnitude_vector"] = reshaped(m, 1, *m.shape, *ones) if lora.kind == "conv" else m
+        out["lora_magnitude_vector"] = reshape_tensor(m, 1, *m.shape, *ones) if lora.kind == "conv" else m
     return out | lora.extra
 
 
@@ -677,7 +685,7 @@ def set_numbers(config: dict[str, object], adapter: AdapterFile) -> None:
         r, alpha = find_rank_and_alpha(config, path, name)
         return r, scale_of(r, alpha)
 
-    if "r" in config and all(have_same_rank_and_scale(read_numbers(p), numbers) for p, numbers in wanted.items()):
+    if "r" in config and all(is_same_rank_and_scale(read_numbers(p), numbers) for p, numbers in wanted.items()):
         return
     r = Counter(r for r, _ in wanted.values()).most_common(1)[0][0]
     alphas = {p: round_alpha(s * (math.sqrt(k) if root else k)) for p, (k, s) in wanted.items()}
@@ -689,7 +697,7 @@ def set_numbers(config: dict[str, object], adapter: AdapterFile) -> None:
     }  # fmt: skip
 
 
-def rank_and_scale(module: LowRank | Other, adapter: AdapterFile) -> tuple[int, float] | None:
+def rank_and_scale(module: LowRank | OtherMethod, adapter: AdapterFile) -> tuple[int, float] | None:
     if isinstance(module, LowRank):
         return module.rank, module.scale
     if module.scale is None or module.method != adapter.method or not module.rank:
@@ -697,7 +705,7 @@ def rank_and_scale(module: LowRank | Other, adapter: AdapterFile) -> tuple[int, 
     return module.rank, module.scale
 
 
-def have_same_rank_and_scale(a: tuple[int, float], b: tuple[int, float]) -> bool:
+def is_same_rank_and_scale(a: tuple[int, float], b: tuple[int, float]) -> bool:
     return a[0] == b[0] and math.isclose(a[1], b[1], rel_tol=1e-12)
 
 
@@ -760,10 +768,10 @@ def convert_served(
         )
     from graft import PeftConfig
     from graft.files.pickles import from_torch, to_torch
-    from graft.files.skeleton import skeleton
+    from graft.files.skeleton import build_meta_model
     from graft.io.servers import convert_server_layout
 
-    model = getattr(base, "model", None) or skeleton(base.path)
+    model = getattr(base, "model", None) or build_meta_model(base.path)
     if model is None:
         raise CheckpointError(
             f"{what} has experts as servers hold them, and {base.path} is no model that is known here."

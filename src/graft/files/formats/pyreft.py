@@ -18,9 +18,9 @@ from graft.config.atomic import replace_file
 from graft.config.reading import Json, read_object
 from graft.core.errors import join_some, warn
 from graft.files.formats import Base
-from graft.files.holding import Holds, check_lost, fit
-from graft.files.neutral import AdapterFile, LostModule, Other
-from graft.files.pickles import from_torch, read_torch, tensors_of, to_torch, write_torch
+from graft.files.holding import FormatLimits, check_losses, fit_to_format
+from graft.files.neutral import AdapterFile, LostModule, OtherMethod
+from graft.files.pickles import convert_tensors, from_torch, read_torch, to_torch, write_torch
 from graft.files.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ CONFIG = "config.json"
 KEY = "intkey_{}.bin"
 FOLDER = (KEY.format("*"),), (CONFIG,)
 OURS = "graft"
-HOLDS = Holds(methods=frozenset({"REFT"}))
+HOLDS = FormatLimits(methods=frozenset({"REFT"}))
 KINDS = {  # class of pyreft → (orthogonality, subtract_projection) of ReftConfig
     "LoreftIntervention": (True, True), "NoreftIntervention": (False, True), "DireftIntervention": (True, False),
     "NodireftIntervention": (False, False),
@@ -69,7 +69,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     )
 
     fields = read_object(os.path.join(path, CONFIG))
-    places = places_of(path, fields)
+    places = list_places(path, fields)
     blocks, base = find_base_blocks(path, base)
     out = AdapterFile(NAME, path, "REFT", config=fields)
     units: dict[int, int] = {}
@@ -78,8 +78,8 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
             raise BaseModelMismatchError(f"{path} acts after block {place.block}, and {base.path} has {len(blocks)}.")
         end = "_suffix" if units.setdefault(place.block, 0) else ""
         units[place.block] += 1
-        module = out.modules.setdefault(blocks[place.block].path, Other("REFT", {}))
-        assert isinstance(module, Other)
+        module = out.modules.setdefault(blocks[place.block].path, OtherMethod("REFT", {}))
+        assert isinstance(module, OtherMethod)
         module.tensors.update(unit(path, place, end))
     if not places or len(set(units.values())) > 1 or max(units.values()) > 2:
         raise CheckpointError(
@@ -101,7 +101,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     return out
 
 
-def places_of(path: str, fields: Json) -> list[Place]:
+def list_places(path: str, fields: Json) -> list[Place]:
     """Return where the interventions of a config stand, in its order."""
     representations, types = fields["representations"], fields["intervention_types"]
     keys = fields.get("sorted_keys")
@@ -135,7 +135,7 @@ def unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
     file = os.path.join(path, KEY.format(place.key))
     if not os.path.isfile(file):
         raise CheckpointError(f"{path} lacks {os.path.basename(file)}.")
-    state = tensors_of(read_torch(file), file)
+    state = convert_tensors(read_torch(file), file)
     values = {name.format(end): state[t] for name, sources in SOURCE.items() for t in sources if t in state}
     if "rotate_layer" in state:  # (H, r)
         values[f"reft_R{end}"] = from_torch(to_torch(state["rotate_layer"]).T, file)
@@ -202,11 +202,11 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     numbers = {block.path: i for i, block in enumerate(find_base_blocks(adapter.path, base)[0])}
     known = ReftConfig.__dataclass_fields__
     cfg = ReftConfig(**{name: value for name, value in adapter.config.items() if name in known and name != "peft_type"})
-    fitted, lost = fit(adapter, HOLDS, NAME, lossy)
+    fitted, lost = fit_to_format(adapter, HOLDS, NAME, lossy)
     lost += [f"non_linearity={cfg.non_linearity}"] if cfg.non_linearity is not None else []
     lost += [LostModule(f"{module}, which is no block") for module in fitted.modules if module not in numbers]
-    modules = {numbers[path]: m for path, m in fitted.modules.items() if path in numbers and isinstance(m, Other)}
-    check_lost(adapter, NAME, lost, lossy, modules)
+    modules = {numbers[path]: m for path, m in fitted.modules.items() if path in numbers and isinstance(m, OtherMethod)}
+    check_losses(adapter, NAME, lost, lossy, modules)
     kind = next(name for name, fits in KINDS.items() if fits == (cfg.orthogonality, cfg.subtract_projection))
     ends = [end for end in ("", "_suffix") if any(f"reft_R{end}" in m.tensors for m in modules.values())]
     files, keys, width = {}, [], 0

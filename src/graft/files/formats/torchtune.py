@@ -16,11 +16,11 @@ from graft.config.reading import Json, read_object
 from graft.files.errors import BaseNeededError
 from graft.files.formats import Base, one_file
 from graft.files.formats.peft import find_rank_and_alpha
-from graft.files.holding import both, misfit
-from graft.files.names import heads_of
+from graft.files.holding import get_factor_pair, make_shape_error
+from graft.files.names import count_heads
 from graft.files.neutral import AdapterFile, LowRank
-from graft.files.pickles import mentions, read_torch, tensors_of
-from graft.files.tensors import Tensor, two_halves
+from graft.files.pickles import convert_tensors, mentions_name, read_torch
+from graft.files.tensors import Tensor, pairs_to_halves
 
 NAME = "torchtune"
 FILE, CONFIG = "adapter_model.pt", "adapter_config.json"
@@ -46,7 +46,7 @@ def find_torchtune_file(path: str) -> str | None:
 
 def recognises(path: str) -> bool:
     file = find_torchtune_file(path)
-    return file is not None and mentions(file, b".lora_a.weight")
+    return file is not None and mentions_name(file, b".lora_a.weight")
 
 
 def read(path: str, base: Base | None = None) -> AdapterFile:
@@ -64,11 +64,11 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     out = AdapterFile(NAME, path, config={k: v for k, v in config.items() if k != "peft_type"})
     out.base = config.get("base_model_name_or_path")
     modules: dict[str, dict[str, Tensor]] = {}
-    for key, values in tensors_of(read_torch(file), file).items():
+    for key, values in convert_tensors(read_torch(file), file).items():
         match = KEY.fullmatch(key)
         name = None if match is None else rename_modules(match["path"])
         if match is None or name is None:
-            out.unread.append(key)
+            out.unknown_keys.append(key)
         else:
             modules.setdefault(name, {})[LEAVES[match["leaf"]]] = values
     for name, tensors in modules.items():
@@ -89,16 +89,16 @@ def rename_modules(path: str) -> str | None:
 def read_torchtune_pair(
     out: AdapterFile, name: str, tensors: dict[str, Tensor], config: Json, base: Base | None
 ) -> LowRank:
-    A, B = both(tensors, "AB", out.path, name)
+    A, B = get_factor_pair(tensors, "AB", out.path, name)
     r, alpha = find_rank_and_alpha(config, name, "lora_alpha")
     if len(A.shape) != 2 or len(B.shape) != 2 or (A.shape[0], B.shape[1]) != (r, r):
-        raise misfit(out.path, name, A, B, f"of rank {r}")
+        raise make_shape_error(out.path, name, A, B, f"of rank {r}")
     module = LowRank(A, B, alpha / r, "linear", tensors.get("magnitude"))
     heads = heads_in(name, base)
     if heads is None:
         return module
-    magnitude = None if module.magnitude is None else two_halves(module.magnitude, heads)
-    return replace(module, B=two_halves(B, heads), magnitude=magnitude)
+    magnitude = None if module.magnitude is None else pairs_to_halves(module.magnitude, heads)
+    return replace(module, B=pairs_to_halves(B, heads), magnitude=magnitude)
 
 
 def heads_in(name: str, base: Base | None) -> int | None:
@@ -121,4 +121,4 @@ def heads_in(name: str, base: Base | None) -> int | None:
         return None
     if kind not in PAIRS:
         raise LossError(f"graft does not know torchtune's order of the rows of {name} for model type {kind!r}.")
-    return heads_of(base, leaf == "k_proj")
+    return count_heads(base, leaf == "k_proj")

@@ -17,7 +17,7 @@ from graft.files.holding import FIELDS, PARTS
 from graft.files.merging.weights import to_wide
 from graft.files.names import is_stored_in_out
 from graft.files.neutral import AdapterFile, LowRank
-from graft.files.places import Places, Spot
+from graft.files.places import CheckpointPlaces, Spot
 from graft.files.tensors import Tensor
 from graft.kernels.decomposed import row_norms
 from graft.methods.lora.loftq import round_to_bits
@@ -27,7 +27,7 @@ Read = Callable[[], torch.Tensor]  # returns the checkpoint's own value, in new 
 
 
 @dataclass
-class Change:
+class TensorChange:
     """The change of one adapter to one tensor of a checkpoint.
 
     Attributes:
@@ -55,12 +55,12 @@ class Change:
 
 
 @dataclass
-class Job:
+class MergeJob:
     """An adapter on its way into a checkpoint."""
 
     adapter: AdapterFile
     weight: float
-    places: Places
+    places: CheckpointPlaces
     config: Json  # the base's
     stacked: Callable[[str], bool]  # path of a parameter → its matrices are stored (in, out)
     kinds: Mapping[str, torch.dtype]  # of the checkpoint's floating tensors
@@ -74,14 +74,14 @@ class Job:
         return BaseModelMismatchError(f"Adapter '{self.name}' does not fit the base at '{path}': {why}.")
 
 
-def list_changes(job: Job) -> list[Change]:
+def list_changes(job: MergeJob) -> list[TensorChange]:
     """Return the changes of a file's low-rank parts, whole tensors and rows to a checkpoint, in order.
 
     Raises:
         BaseModelMismatchError: something has no place in the checkpoint, or another shape there.
         LossError: the adapter has no merged form, or its file lacks the change that its start made to the base.
     """
-    result = list[Change]()
+    result = list[TensorChange]()
     if named := [PARTS[name] for name in FIELDS if job.adapter.config.get(name)]:
         raise LossError(
             f"Adapter '{job.name}' has {named[0]}, which no weight of the base can take over: keep it unmerged, on a "
@@ -93,7 +93,7 @@ def list_changes(job: Job) -> list[Change]:
             "and its file does not say how: load it with graft, and save it again, or as plain LoRA (save_as_lora)."
         )
     low = job.adapter.low_rank
-    spots = job.places.settle(
+    spots = job.places.locate_all(
         [weight_name(path, lora) for path, lora in low.items()] + list(job.adapter.rows), job.name
     )
     for name, value in job.adapter.full.items():  # first, since some files bring along what their factors add to
@@ -115,20 +115,20 @@ def weight_name(path: str, lora: LowRank) -> str:
 # low rank
 
 
-def fold_low_rank(job: Job, path: str, lora: LowRank, spot: Spot) -> Change:
+def fold_low_rank(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> TensorChange:
     replacement = job.adapter.full.get(weight_name(path, lora))
     shape = job.places.shapes[spot.key] if replacement is None else replacement.shape
     view = orientation(job, path, lora, spot, shape)
-    if lora.magnitude is not None and prod(lora.magnitude.shape) != sizes(lora, spot)[0]:
-        raise job.misfit(path, f"its magnitude is {lora.magnitude.shape}, of {sizes(lora, spot)[0]} rows")
+    if lora.magnitude is not None and prod(lora.magnitude.shape) != matrix_sizes(lora, spot)[0]:
+        raise job.misfit(path, f"its magnitude is {lora.magnitude.shape}, of {matrix_sizes(lora, spot)[0]} rows")
     adds = lora.magnitude is None and lora.shift is None
     scale = lora.scale * job.weight if adds else lora.scale
     shift = None if lora.shift is None else Shift(lora, job.adapter.config, job.kinds.get(spot.key))
 
-    def fold(W: torch.Tensor, own: Read) -> torch.Tensor:
-        own = own if replacement is None else lambda: to_wide(replacement)
+    def fold(W: torch.Tensor, read_value: Read) -> torch.Tensor:
+        read_value = read_value if replacement is None else lambda: to_wide(replacement)
         folded = W if adds or job.weight == 1 else W.clone()
-        for matrix, before, A, B in parts(lora, spot, view, folded, own):
+        for matrix, before, A, B in parts(lora, spot, view, folded, read_value):
             A, B = A.to(matrix.dtype), B.to(matrix.dtype) * scale
             gain = None
             if not adds:  # norms and shifts are of the checkpoint's own weight, whatever has been merged before
@@ -144,7 +144,7 @@ def fold_low_rank(job: Job, path: str, lora: LowRank, spot: Spot) -> Change:
         return folded if folded is W else W.lerp_(folded, job.weight)
 
     of = (scale, lora.A, lora.B, lora.magnitude, lora.mid, *(lora.shift or ()))
-    return Change(spot.key, weight_name(path, lora), fold, shape, of)
+    return TensorChange(spot.key, weight_name(path, lora), fold, shape, of)
 
 
 class Shift:
@@ -175,12 +175,12 @@ class Shift:
 
 
 def orientation(
-    job: Job, path: str, lora: LowRank, spot: Spot, shape: tuple[int, ...]
+    job: MergeJob, path: str, lora: LowRank, spot: Spot, shape: tuple[int, ...]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the function that views a stored weight, or a matrix of a stack, as the matrix (out, fan_in) that B A adds
     to.
     """
-    out, fan_in = sizes(lora, spot)
+    out, fan_in = matrix_sizes(lora, spot)
     matrix_shape = shape[1:] if lora.kind == "experts" and spot.expert is None else shape
     straight, turned = (*matrix_shape[:1], prod(matrix_shape[1:])) == (out, fan_in), matrix_shape == (fan_in, out)
     if lora.kind == "embedding" or (straight and turned and square_is_turned(job, path, lora, spot)):
@@ -201,7 +201,7 @@ def groups_hint(lora: LowRank, own: tuple[int, ...], out: int, fan_in: int) -> s
     return " (a convolution with groups has no weight that says what the adapter does)" if grouped else ""
 
 
-def square_is_turned(job: Job, path: str, lora: LowRank, spot: Spot) -> bool:
+def square_is_turned(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> bool:
     if lora.kind == "experts":
         return spot.expert is None and job.stacked(path)
     if lora.kind == "conv":
@@ -209,7 +209,7 @@ def square_is_turned(job: Job, path: str, lora: LowRank, spot: Spot) -> bool:
     return is_stored_in_out(job.adapter, job.config)
 
 
-def sizes(lora: LowRank, spot: Spot) -> tuple[int, int]:
+def matrix_sizes(lora: LowRank, spot: Spot) -> tuple[int, int]:
     """Return (out, fan_in) of the matrix that B A adds to."""
     if lora.kind == "experts":
         out, fan_in = lora.B.shape[1], lora.A.shape[2]
@@ -238,7 +238,7 @@ def parts(
             yield view(W[e]), lambda e=e: view(own()[e]), A[e], B[e]
 
 
-def change_bias(job: Job, path: str, lora: LowRank) -> Change:
+def change_bias(job: MergeJob, path: str, lora: LowRank) -> TensorChange:
     """Return the change of a bias, which the second factor's own bias adds to."""
     assert lora.bias is not None
     spot = job.places.find(f"{path}.bias")
@@ -251,23 +251,23 @@ def change_bias(job: Job, path: str, lora: LowRank) -> Change:
     def fold(b: torch.Tensor, own: Read) -> torch.Tensor:
         return b.add_(to_wide(value).to(b.dtype), alpha=lora.scale * job.weight)
 
-    return Change(spot[0].key, f"{path}.bias", fold, shape, (value, lora.scale))
+    return TensorChange(spot[0].key, f"{path}.bias", fold, shape, (value, lora.scale))
 
 
 # whole tensors and rows
 
 
-def replace_whole(job: Job, name: str, value: Tensor) -> list[Change]:
+def replace_whole(job: MergeJob, name: str, value: Tensor) -> list[TensorChange]:
     """Return the changes that replace a base tensor by a trained one, or add it if the base has none."""
     spots = job.places.find(name)
     if spots is None and name in list_unnamed(job.adapter):
         raise job.misfit(name, "it is a tensor that neither the base has nor the adapter's modules_to_save names")
     if spots is None:
-        return [Change(name, name, lambda _, own: to_wide(value), tuple(value.shape), (value,), new=True)]
+        return [TensorChange(name, name, lambda _, own: to_wide(value), tuple(value.shape), (value,), new=True)]
     return [replace_part(job, name, value, spot) for spot in spots]
 
 
-def replace_part(job: Job, name: str, value: Tensor, spot: Spot) -> Change:
+def replace_part(job: MergeJob, name: str, value: Tensor, spot: Spot) -> TensorChange:
     shape = job.places.shapes[spot.key]
     cut = value.shape
     if spot.expert is not None:
@@ -290,10 +290,10 @@ def replace_part(job: Job, name: str, value: Tensor, spot: Spot) -> Change:
             )
         return W.lerp_(new.to(W.dtype), job.weight)
 
-    return Change(spot.key, name, fold, tuple(cut), (value,), replaces=job.weight == 1)
+    return TensorChange(spot.key, name, fold, tuple(cut), (value,), replaces=job.weight == 1)
 
 
-def replace_rows(job: Job, name: str, indices: Tensor, values: Tensor, spots: list[Spot]) -> Change:
+def replace_rows(job: MergeJob, name: str, indices: Tensor, values: Tensor, spots: list[Spot]) -> TensorChange:
     """Return the change that replaces rows of an embedding by trained ones."""
     (spot,) = spots
     replacement = job.adapter.full.get(name)
@@ -311,4 +311,4 @@ def replace_rows(job: Job, name: str, indices: Tensor, values: Tensor, spots: li
         W[at] = new if job.weight == 1 else W[at].lerp(new, job.weight)
         return W
 
-    return Change(spot.key, name, fold, shape, ("rows", indices, values), rows=frozenset(distinct.tolist()))
+    return TensorChange(spot.key, name, fold, shape, ("rows", indices, values), rows=frozenset(distinct.tolist()))

@@ -20,18 +20,27 @@ from graft import BaseModelMismatchError, CheckpointError, LossError, NonFiniteE
 from graft.config.atomic import replace_file
 from graft.config.reading import Json
 from graft.core.errors import join_some
-from graft.files.base import INDEX, NEEDED, BaseFiles, base_files, check_inside, entries, matches, shards
+from graft.files.base import (
+    INDEX,
+    NEEDED,
+    BaseFiles,
+    check_file_is_inside,
+    list_folder_entries,
+    list_shards,
+    matches_any,
+    read_base_files,
+)
 from graft.files.errors import OptionError
 from graft.files.formats import read
 from graft.files.lint import check_whole
-from graft.files.lycoris import kasa_as_lora
-from graft.files.merging.folds import Change, Job, list_changes
+from graft.files.lycoris import kasa_to_lora
+from graft.files.merging.folds import MergeJob, TensorChange, list_changes
 from graft.files.merging.stream import Out, Workplace, sha256_of
 from graft.files.merging.ties import Tied, are_alike, find_tied_groups, name_architecture, resize_vocabulary
 from graft.files.merging.weights import FLOATS, TORCH, BaseWeights, find_base_weights, measure_loss, to_bytes
 from graft.files.neutral import AdapterFile, LowRank
-from graft.files.places import Places
-from graft.files.skeleton import skeleton
+from graft.files.places import CheckpointPlaces
+from graft.files.skeleton import build_meta_model
 from graft.files.sources import CERTIFICATE, check_output
 from graft.files.tensors import Bytes
 
@@ -43,7 +52,7 @@ ELSEWHERE = (
     CERTIFICATE,
 )  # of a base: what a merge writes, or nobody misses
 KEPT = 0.9  # share of an update; less is worth a note
-Others = Callable[[Job, BaseFiles], list[Change]]  # changes of the parts of an adapter that are not low rank
+Others = Callable[[MergeJob, BaseFiles], list[TensorChange]]  # changes of the parts of an adapter that are not low rank
 
 
 @dataclass
@@ -63,7 +72,7 @@ class Merged:
     resumed: int = 0  # shards that an earlier run had written
 
 
-def merge(
+def merge_adapters(
     base: str | os.PathLike[str],
     adapters: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
@@ -100,7 +109,7 @@ def merge(
         OutputExistsError, CheckpointError, BaseModelMismatchError, LossError, OptionError, OSError: before anything has
             been written, except for faults of values, such as NaN.
     """
-    files = base_files(base)
+    files = read_base_files(base)
     output, paths = os.fspath(output), [os.fspath(a) for a in adapters]
     weights = [1.0] * len(paths) if weights is None else [float(w) for w in weights]
     key = key_of([files.path, *paths], [weights, dtype, shard_size, keep_quantized])
@@ -172,32 +181,32 @@ class Work:
         self.keep = keep_quantized and bool(self.base_weights.packed)
         if keep_quantized and not self.base_weights.packed:
             raise OptionError(f"{base.path} is not quantized: leave --keep-quantized out.")
-        self.model = cache(partial(skeleton, base.path))
+        self.model = cache(partial(build_meta_model, base.path))
         self.tied: Tied = Tied(
             self.base_weights.shapes, partial(find_tied_groups, self.model, base.config, self.base_weights.shapes)
         )
-        self.places = Places(self.tied.shapes, self.model)
-        self.changed: dict[str, list[Change]] = {}
+        self.places = CheckpointPlaces(self.tied.shapes, self.model)
+        self.changed: dict[str, list[TensorChange]] = {}
         self.adapters = [self._read(path) for path in adapters]
         kinds: Any = {name: TORCH[t.dtype] for name, t in base.tensors.items() if t.dtype in FLOATS}
         for weight, adapter in zip(self.weights, self.adapters):
             self._add(
-                Job(adapter, weight, self.places, base.config, self._is_stored_transposed, kinds, self._read_own),
+                MergeJob(adapter, weight, self.places, base.config, self._is_stored_transposed, kinds, self._read_own),
                 others,
             )
-        self.notes += self.tied.settle(self.changed)
+        self.notes += self.tied.locate_all(self.changed)
         self._check_writable()
 
     def _read(self, path: str) -> AdapterFile:
         adapter = read(path, self.base)
-        if adapter.unread:
+        if adapter.unknown_keys:
             raise LossError(
-                f"Nothing is known of {len(adapter.unread)} tensors of {path}, and merging would drop them: "
-                f"{join_some(adapter.unread, 4)}."
+                f"Nothing is known of {len(adapter.unknown_keys)} tensors of {path}, and merging would drop them: "
+                f"{join_some(adapter.unknown_keys, 4)}."
             )
-        return kasa_as_lora(adapter, self.base)
+        return kasa_to_lora(adapter, self.base)
 
-    def _add(self, job: Job, others: Others | None) -> None:
+    def _add(self, job: MergeJob, others: Others | None) -> None:
         adapter = job.adapter
         self.tied.look_at(adapter)
         new_changes = list_changes(job)
@@ -251,7 +260,7 @@ class Work:
     def layout(self, shard_size: int | None) -> dict[str, list[Out]]:
         """Return the tensors of each file of the output."""
         parts = {part: name for name, names in self.base_weights.packed.items() for part in names}
-        by_file: dict[str, list[Out]] = {name: [] for name in shards(self.base.path)}
+        by_file: dict[str, list[Out]] = {name: [] for name in list_shards(self.base.path)}
         for key, file in self.base.files.items():
             if (name := parts.get(key)) is not None:
                 by_file[file] += self._list_packed(name, key)
@@ -353,7 +362,7 @@ class Work:
     def small_files(self, folder: str, layout: dict[str, list[Out]]) -> None:
         """Write config and index, and copy the other files that the model needs."""
         for name in self.beside:
-            check_inside(self.base.path, name)  # once more, since the work took its time
+            check_file_is_inside(self.base.path, name)  # once more, since the work took its time
             target = os.path.join(folder, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
             replace_file(target, partial(shutil.copyfile, os.path.join(self.base.path, name)))
@@ -386,13 +395,13 @@ def list_needed_files(base: BaseFiles, notes: list[str]) -> list[str]:
         CheckpointError: one of them, or of the weights, is no file, or a link that leads out of the folder.
     """
     names, skipped = list[str](), list[str]()
-    for name, _ in entries(base.path, NEEDED):
-        if matches(name, NEEDED):
+    for name, _ in list_folder_entries(base.path, NEEDED):
+        if matches_any(name, NEEDED):
             names.append(name)
-        elif not name.startswith(".") and not matches(name, ELSEWHERE):
+        elif not name.startswith(".") and not matches_any(name, ELSEWHERE):
             skipped.append(name)
     for name in (*names, *dict.fromkeys(base.files.values())):
-        check_inside(base.path, name)
+        check_file_is_inside(base.path, name)
     if skipped:
         notes.append(f"Not copied from the base: {join_some(skipped)}.")
     return names

@@ -24,12 +24,12 @@ from graft.core.method import Use
 from graft.core.random import build_on
 from graft.files.base import BaseFiles
 from graft.files.formats import peft
-from graft.files.merging.folds import Change, Job, Read, replace_whole
-from graft.files.merging.merge import Merged, merge
+from graft.files.merging.folds import MergeJob, Read, TensorChange, replace_whole
+from graft.files.merging.merge import Merged, merge_adapters
 from graft.files.merging.ties import head_class
 from graft.files.merging.weights import to_file
 from graft.files.neutral import LowRank
-from graft.files.skeleton import nothing, skeleton, weightless
+from graft.files.skeleton import build_meta_model, fill_with_zeros, make_expanded_zero
 from graft.inject.survey import survey_model
 
 NAME = "default"
@@ -40,10 +40,10 @@ def merge_files(base: str | os.PathLike[str], adapters: Any, output: str | os.Pa
     `graft.files.merging.merge.merge`."""
     adapters = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
     with build_on(torch.device("cpu")):  # values come from files, whatever device a process has as its default
-        return merge(base, adapters, output, others=list_method_changes, **options)
+        return merge_adapters(base, adapters, output, others=list_method_changes, **options)
 
 
-def list_method_changes(job: Job, base: BaseFiles) -> list[Change]:
+def list_method_changes(job: MergeJob, base: BaseFiles) -> list[TensorChange]:
     """Return the changes of an adapter's parts that are not low rank to a checkpoint.
 
     Raises:
@@ -59,7 +59,7 @@ def list_method_changes(job: Job, base: BaseFiles) -> list[Change]:
             "merge it in memory, with PeftModel.from_pretrained(…).merge_and_unload(), and save that model."
         )
     layers = {path: layer for path, layer in load_layers(job, base).items() if NAME in layer.methods}
-    result: list[Change] = []
+    result: list[TensorChange] = []
     asked: dict[object, bool] = {}
     if absent := [p for p, module in adapter.modules.items() if p not in layers and not isinstance(module, LowRank)]:
         raise job.misfit(absent[0], "there is no such layer in the model")
@@ -81,10 +81,10 @@ def list_method_changes(job: Job, base: BaseFiles) -> list[Change]:
     return result
 
 
-def load_layers(job: Job, base: BaseFiles) -> dict[str, AdapterLayer]:
+def load_layers(job: MergeJob, base: BaseFiles) -> dict[str, AdapterLayer]:
     """Return the layers of an adapter on the base's model, with zeros as weights, which take no memory."""
     kind = head_class(base.config, job.adapter) if job.adapter.full else None
-    model = skeleton(base.path, kind)
+    model = build_meta_model(base.path, kind)
     if model is None:
         raise BaseModelMismatchError(
             f"{job.adapter.method} of {job.name} can be merged only into a model that the installed transformers "
@@ -96,13 +96,15 @@ def load_layers(job: Job, base: BaseFiles) -> dict[str, AdapterLayer]:
         if job.adapter.format != peft.NAME:
             peft.write(job.adapter, folder, base)
             path = folder
-        peft_model = PeftModel.from_pretrained(weightless(model), path, adapter_name=NAME)
+        peft_model = PeftModel.from_pretrained(fill_with_zeros(model), path, adapter_name=NAME)
     return survey_model(peft_model.get_base_model()).layers
 
 
-def list_layer_changes(job: Job, path: str, layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> list[Change]:
+def list_layer_changes(
+    job: MergeJob, path: str, layer: AdapterLayer, m: Method, asked: dict[object, bool]
+) -> list[TensorChange]:
     name = f"{path}.{layer.site.parameter}" if not path.endswith(f".{layer.site.parameter}") else path
-    (spot, *more) = job.places.settle([name], job.name)[name]
+    (spot, *more) = job.places.locate_all([name], job.name)[name]
     shape = job.places.shapes[spot.key]
     if (
         more
@@ -116,12 +118,12 @@ def list_layer_changes(job: Job, path: str, layer: AdapterLayer, m: Method, aske
     where = layer.where if kind is None or kind.itemsize < 2 else (layer.where[0], kind)
     layer_changes = []
     if not m.effect.keeps_weight:
-        layer_changes.append(Change(spot.key, name, partial(fold, job, layer, m, where, False, key), shape, (m,)))
+        layer_changes.append(TensorChange(spot.key, name, partial(fold, job, layer, m, where, False, key), shape, (m,)))
     if shifts(layer, m, asked):
         if key is None:
             raise job.misfit(path, "it shifts the bias, and the layer has none: merged, there is no place for that")
         act = partial(fold, job, layer, m, where, True, spot.key)
-        layer_changes.append(Change(key, f"{path}.bias", act, job.places.shapes[key], (m,)))
+        layer_changes.append(TensorChange(key, f"{path}.bias", act, job.places.shapes[key], (m,)))
     return layer_changes
 
 
@@ -154,7 +156,7 @@ def find_again(layer: AdapterLayer, m: Method, where: Where) -> None:
 
 
 def fold(
-    job: Job,
+    job: MergeJob,
     layer: AdapterLayer,
     m: Method,
     where: Where,
@@ -187,6 +189,6 @@ def fold(
             merged = merged if of_bias else layer.op.uncanon(merged)
             return merged if job.weight == 1 else torch.lerp(value, merged.to(value.dtype), job.weight)
         finally:
-            parameters[layer.site.parameter] = nn.Parameter(nothing(W0), requires_grad=False)
+            parameters[layer.site.parameter] = nn.Parameter(make_expanded_zero(W0), requires_grad=False)
             if b0 is not None:
-                parameters["bias"] = nn.Parameter(nothing(b0), requires_grad=False)
+                parameters["bias"] = nn.Parameter(make_expanded_zero(b0), requires_grad=False)

@@ -20,10 +20,10 @@ from graft.config.atomic import NO_FOLLOW, TEMPORARY, exchange_paths, replace_fi
 from graft.config.notes import LARGEST, write_tensors
 from graft.config.reading import Json, open_file, read_object
 from graft.core.errors import join_some
-from graft.files.base import entries, matches
+from graft.files.base import list_folder_entries, matches_any
 from graft.files.errors import OutputExistsError
 from graft.files.merging.weights import MEASURES
-from graft.files.sources import MODEL, check_output, clear, missing, take_folder
+from graft.files.sources import MODEL, check_output, delete_folder, list_missing_folders, take_work_folder
 from graft.files.tensors import BITS, Bytes
 
 STATE, LOCK = "state.json", "lock"
@@ -132,9 +132,9 @@ class Workplace:
                 merge writes. Nothing changes then. Or as `check`.
         """
         parent = os.path.dirname(self.output)
-        self.parents = missing(parent)
+        self.parents = list_missing_folders(parent)
         os.makedirs(parent, exist_ok=True)
-        take_folder(self.room)
+        take_work_folder(self.room)
         with suppress(FileNotFoundError):  # another process has just deleted its files
             self._check_own()
         with self._alone():
@@ -182,11 +182,11 @@ class Workplace:
         known name.
         """
         rows = []
-        for path, is_file in entries(self.room, self.names):
+        for path, is_file in list_folder_entries(self.room, self.names):
             folder, name = os.path.split(path)
             temporary = TEMPORARY.fullmatch(name)
             known = os.path.join(folder, temporary["of"]) if temporary else path
-            rows.append((path, is_file and matches(known, self.names)))
+            rows.append((path, is_file and matches_any(known, self.names)))
         return rows
 
     def _take_up(self, shards: Collection[str], changed: Collection[str]) -> None:
@@ -201,7 +201,7 @@ class Workplace:
             if name in shards and is_note(note, changed) and os.path.isfile(path) and sha256_of(path) == note["sha256"]:
                 self.done[name] = note
         if not self.done:
-            clear(self.folder)
+            delete_folder(self.folder)
         kept_names = {LOCK, STATE, *(os.path.join(os.path.basename(self.folder), name) for name in self.done)}
         for name, _ in self._entries():
             if name not in kept_names:
@@ -244,7 +244,7 @@ class Workplace:
 
     def clear(self) -> None:
         """Delete the files that a merge wrote to the folder, and the folder if it is empty then."""
-        clear(self.folder)
+        delete_folder(self.folder)
         for path in self.state, self.lock_file:
             with suppress(OSError):
                 os.remove(path)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from graft.config.reading import Json
-from graft.files.merging.folds import Change
+from graft.files.merging.folds import TensorChange
 from graft.files.neutral import AdapterFile
 from graft.files.tensors import Tensor
 
@@ -71,7 +71,7 @@ class Tied:
     def source(self, key: str) -> str:
         return self.sources.get(key, key)
 
-    def spread(self, found: list[Change], adapter: AdapterFile) -> list[Change]:
+    def spread(self, found: list[TensorChange], adapter: AdapterFile) -> list[TensorChange]:
         """Return the changes, with those of one tied tensor on all where the adapter means all.
 
         Trained rows and biases of the base are those of all, since training had the one tensor; others are if the
@@ -88,7 +88,7 @@ class Tied:
                     result += [replace(change, key=name, param=name) for name in missing if name in self.shapes]
         return result
 
-    def settle(self, changed: dict[str, list[Change]]) -> list[str]:
+    def locate_all(self, changed: dict[str, list[TensorChange]]) -> list[str]:
         """Decide for each group of tied tensors whether to write one or all of them. Return sentences for the user.
 
         Members with the same changes stay tied.
@@ -128,7 +128,7 @@ class Tied:
 HEADS = ("lm_head", "embed_out", "output", "decoder", "score", "classifier")  # last names of tensors that may be tied
 
 
-def are_alike(a: list[Change], b: list[Change]) -> bool:
+def are_alike(a: list[TensorChange], b: list[TensorChange]) -> bool:
     """Return True if two lists of changes have the same source values."""
     return len(a) == len(b) and all(
         x.shape == y.shape and len(x.of) == len(y.of) and all(map(is_same_value, x.of, y.of)) for x, y in zip(a, b)
@@ -142,7 +142,7 @@ def is_same_value(a: object, b: object) -> bool:
 
 
 def resize_vocabulary(
-    config: dict[str, object], changed: Mapping[str, list[Change]], shapes: Mapping[str, tuple[int, ...]]
+    config: dict[str, object], changed: Mapping[str, list[TensorChange]], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Set the size of the vocabulary, in the part of the config that has the old one, where an adapter changed it."""
     for key, folds in changed.items():
@@ -158,7 +158,7 @@ def resize_vocabulary(
 
 
 def name_architecture(
-    config: dict[str, object], changed: Mapping[str, list[Change]], adapters: Sequence[AdapterFile]
+    config: dict[str, object], changed: Mapping[str, list[TensorChange]], adapters: Sequence[AdapterFile]
 ) -> Json:
     """Name the class that has the heads which an adapter brought along, and its labels, if transformers knows it."""
     new = {key: folds[-1].shape for key, folds in changed.items() if folds and folds[0].new}

@@ -80,7 +80,9 @@ class Head(Method[HeadConfig]):
 def check_single_adapter(host: Host, names: Sequence[str], shown_as: str, does: str) -> None:
     """Raise ValueError if `host` carries more than one of the adapters `names`.
 
-    `shown_as` and `does` are parts of the text.
+    Args:
+        shown_as: the class name in the text.
+        does: the verb phrase before the host's path in the text, such as "trains rows of".
     """
     candidates = [n for n in names if n in host.methods]
     if len(candidates) > 1:
@@ -161,7 +163,10 @@ class ModulesToSaveWrapper(Host):
         """Return an attribute of the module that runs now, if this wrapper lacks it.
 
         If rows of the call run several modules, a tensor or submodule goes through `guard_value`; other values are the
-        first module's. Raises AttributeError for names that begin with two underscores.
+        first module's.
+
+        Raises:
+            AttributeError: that module lacks it as well, or the name begins with two underscores.
         """
         try:
             return super().__getattr__(name)
@@ -331,7 +336,10 @@ class TrainableTokensWrapper(Shell):
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute that this wrapper lacks: the layer's if `Carrier` declares the name, else that of the
-        base's embedding. Raises AttributeError for names that begin with two underscores.
+        base's embedding.
+
+        Raises:
+            AttributeError: that object lacks it as well, or the name begins with two underscores.
         """
         try:
             return super().__getattr__(name)

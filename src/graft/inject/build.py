@@ -112,6 +112,7 @@ def count_value_numbers(value: object) -> int:
 def build_carriers(job: InjectionJob) -> None:
     """Make the layers, wrappers and shared tensors of an adapter in `job`, with initial values or those of a
     checkpoint. Call it after `resolve_job`. The model stays as it is, except that packed biases become Parameters.
+    Corrects `fan_in_fan_out` in the config, with a warning.
 
     With a process group that computes the model in pieces, all its processes get equal values. On any error
     `job.undo()` takes everything back before the error continues.
@@ -212,8 +213,7 @@ def share_lent_tensors(layers: Iterable[AdapterLayer], adapter: str, only_equal:
 
     Args:
         only_equal: keep a layer's tensor if its values differ from the lender's. One warning then names the count and
-            the
-            first such layer. Tensors on the meta device are always replaced.
+            the first such layer. Tensors on the meta device are always replaced.
     """
     differing = []
     for layer in layers:

@@ -229,9 +229,11 @@ def convert_expert_targets(
     Expert names move to `target_parameters`; `rank_pattern` and `alpha_pattern` follow.
 
     A stack gets the ranks of all its parts together. Dense layers and shared experts of these names become targets by
-    their weights; PEFT drops them. The config stays as it is for other methods, for models without stacks, and where it
-    names no expert. If expert names also mean other modules of a model that PEFT does not convert, the stacks are
-    returned as out of reach.
+    their weights; PEFT drops them. Layers that PEFT could not load from a file are left out; with `keys` they stay in
+    `target_modules`.
+
+    The config stays as it is for other methods, for models without stacks, and where it names no expert. If expert
+    names also mean other modules of a model that PEFT does not convert, the stacks are returned as out of reach.
 
     Args:
         keys: those of the file that gives the values, which say which experts are adapted; None: a new adapter.

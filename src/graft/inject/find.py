@@ -408,12 +408,11 @@ def make_heads(
 def choose_heads(
     heads: dict[str, nn.Module], saved: list[str], model: nn.Module, tree: ModuleTree
 ) -> dict[str, nn.Module]:
-    """Return the caller's modules in `heads` by the full path of the entry of `saved` that each name means.
+    """Return the caller's modules in `heads`, by the full path of the entry in `saved` that each name means.
 
     Raises:
         ConfigError: `heads` is no mapping, or a name means none or several of `saved`. Or a value is no module, is part
-            of the
-            model already, or takes inputs of another width.
+            of the model already, or takes inputs of another width.
     """
     if not isinstance(heads, Mapping):
         raise ConfigError(f"heads must be modules by name, as {{'classifier': …}}, got {type(heads).__name__}.")

@@ -28,7 +28,9 @@ from graft.storage.parallel import processes
 class Receiver(Protocol):
     """An object that takes the values of a tensor, such as an entry of an adapter."""
 
-    def assign(self, value: Tensor) -> None: ...
+    def assign(self, value: Tensor) -> None:
+        """Write `value` into the tensor behind this object."""
+        ...
 
 
 class ValueSource(Protocol):

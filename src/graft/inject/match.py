@@ -120,7 +120,8 @@ class Matcher:
 
     def layer_of(self, path: str) -> int | None:
         """Return the block index in a path, as `layers_to_transform` counts, by the first of `layers_pattern` that
-        matches. None if none does. Without such patterns it is the first number below a name.
+        matches. None if none does. Without such patterns it is the first number that has two names or more before it
+        and a name below it.
         """
         for within in self.index_patterns:
             if match := within.match(path):

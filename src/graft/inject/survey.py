@@ -200,7 +200,8 @@ def parse_functions(functions: Iterable[FunctionType]) -> list[SourceUses]:
 def find_inner_uses(kind: type) -> dict[Path, Use]:
     """Return {path: use} for the modules within instances of a class; {} if it reads the weight of none.
 
-    Methods of torch's classes and those that set up, load or save are left out. The result is kept in `SOURCES`.
+    Methods of torch's classes and those that set up, load or save are left out. If a method passes `self` on, all count
+    as called. The result is kept in `SOURCES`.
     """
     if kind in SOURCES:
         return SOURCES[kind]

@@ -35,9 +35,10 @@ HEAD_NAMES = ("score", "classifier")
 def resolve_targets(cfg: Targeted, method: type[Method], model: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Complete `cfg.target_modules` in place.
 
-    None becomes the model's defaults, unless `target_parameters` are set. "all-linear" becomes the paths of all linear
-    layers. A regex stays. 20 or more names become the shortest suffixes that select the same modules, if the method
-    allows that.
+    None becomes the model's defaults. With `target_parameters` it stays None, or becomes an empty set if PEFT's config
+    of that method has no such field. "all-linear" becomes the paths of all linear layers except the output head. Any
+    other regex stays. 20 or more names become the shortest suffixes that select the same modules, if the method allows
+    that and they are fewer.
 
     Raises:
         ConfigError: no targets, and no defaults for this model type.
@@ -144,7 +145,8 @@ def find_tied_modules(model: object, tree: ModuleTree) -> tuple[str | None, list
 def expand_tied_targets(cfg: Any, method: type[Method], model: nn.Module, tree: ModuleTree) -> dict[str, str]:
     """Rewrite a config in place so that it names the embedding instead of modules tied to it.
 
-    Return {tied path: embedding's path}.
+    Return {tied path: embedding's path}. Tied modules leave `target_modules` and `modules_to_save`, and the embedding
+    is added.
 
     Returns {} without tied modules, and if neither `ensure_weight_tying` nor the method asks for tying; then warns if a
     tied layer is targeted. Also returns {} with a warning if tying is set but nothing tied is targeted.

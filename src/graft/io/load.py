@@ -69,7 +69,10 @@ class LoadReport:
     absent_keys: list[str] = field(default_factory=list)  # keys of modules that another stage of a pipeline has
 
     def __repr__(self) -> str:
-        """Return how many keys of each kind there are, and the first of those that need a look."""
+        """Return the counts of loaded and base keys, and up to four names of each other kind.
+
+        Kinds without keys are left out.
+        """
         fields = vars(self)
         shown = {
             n: str(len(keys)) if n in ("loaded", "base") else join_some(keys, 4) for n, keys in fields.items() if keys
@@ -417,13 +420,13 @@ class CheckpointValues:
         return is_below(path, self.absent)
 
     def check_base(self, parts: AdapterCarriers) -> None:
-        """Compare the file's fingerprint with the base, if it has one.
+        """Compare the file's fingerprint with the base; return if it has none.
 
-        Other shapes raise BaseModelMismatchError with `strict`, unless mismatched sizes are ignored, and else warn.
-        Other values, or digests of a full fingerprint, only warn.
+        Other names or shapes raise BaseModelMismatchError with `strict`, unless mismatched sizes are ignored, and else
+        warn. With equal shapes, other sampled values or digests only warn.
 
-        On a pipeline stage only its own weights are compared, for a prompt only those that both have. Renamed keys are
-        also tried under their new names.
+        Renamed keys are also tried under their new names. On a pipeline stage only its own weights are compared, for a
+        prompt only those that both have. There nothing is compared if the file does not name its weights.
         """
         if not self.fingerprint:
             return
@@ -527,9 +530,9 @@ def format_mismatches(mismatched: list[Mismatch]) -> str:
 
 
 def replace_prefix(prefix: str, there: str, name: str) -> str:
-    """Return a name with `prefix` at its beginning replaced by `there`.
+    """Return `name` with `there` instead of `prefix` at its beginning.
 
-    Names without it stay; so do names with "base_model." if `prefix` is empty.
+    A name without the prefix stays; so does one with "base_model." if `prefix` is empty.
     """
     if not prefix and name.startswith("base_model."):
         return name

@@ -55,7 +55,8 @@ if TYPE_CHECKING:
 def find_carriers(model: nn.Module, adapter: str) -> tuple[AdapterCarriers, str, nn.Module]:
     """Return the carriers of an adapter, the prefix of its keys, and the base model.
 
-    Wrappers such as DDP are skipped. The prefix is "model." for a tuner, and "" for a model without a registry.
+    Wrappers such as DDP are skipped. The prefix is "model." for a tuner, "" for a model without a registry, and else
+    that of a PeftModel.
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.
@@ -93,6 +94,7 @@ def get_peft_model_state_dict(
 
     Args:
         state_dict: take the values from here (gathered by FSDP or DeepSpeed), not from the model.
+        unwrap_compiled: has no effect; compiled models are always unwrapped.
         save_embedding_layers: True, False, or "auto": if they are targets, or the vocabulary has another size.
 
     Raises:
@@ -188,8 +190,10 @@ def get_tensor(state: dict[str, Tensor], key: str, adapter: str) -> Tensor:
 
 
 def find_adapter_ranks(model: nn.Module, adapters: list[str]) -> list[int]:
-    """Return the ranks of the processes that save these adapters together, as they hold parts of them or of the base;
-    [] if each holds all.
+    """Return the ranks of the processes that save these adapters together; [] if each process holds all.
+
+    That is the group of processes that compute the model in pieces, else those that share the sharded tensors. For a
+    prompt the base's tensors count, too.
     """
     group = find_model_group(model.modules()) if processes() > 1 else None
     if group is not None:
@@ -352,7 +356,8 @@ def collect_embeddings(base: nn.Module, config: object, save: str | bool) -> dic
 def is_vocabulary_resized(base: nn.Module, origin: str) -> bool:
     """Return True, with a warning, if the base's vocabulary has another size than the config at `origin`.
 
-    That is read from a local folder or the hub's cache, never from the network. False if there is none.
+    That config is read from a local folder or the hub's cache, never from the network. False if there is none, or one
+    of the sizes is not known.
     """
     base_config: Any = getattr(base, "config", None)
     size = getattr(text_config(base), "vocab_size", None)

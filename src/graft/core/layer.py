@@ -191,8 +191,9 @@ class Host(Holding, Carrier, nn.Module):
         """Run the base module with the plan for this call.
 
         A call with rows runs a mixed plan, or the base module alone if the call disables adapters. Else the active plan
-        runs. Where accelerate dispatched the module, inputs are moved to its device and the output back; offloaded
-        tensors of adapters are loaded for good.
+        runs, or the base module alone if there is none. If accelerate dispatched the module, inputs are moved to its
+        device and the output back. Then, and on modules of unknown type, offloaded tensors of adapters are loaded for
+        good.
         """
         base, plan, back = self._modules[self.inner_name], self.state.plan, None
         if HOOK in base.__dict__:

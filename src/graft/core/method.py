@@ -65,8 +65,8 @@ def _reader(name: str) -> property:
 
 
 def _config_of(cls: type) -> type | None:
-    """Return the class X of a class that derives from `Method[X]`, or from a generic subclass; None if there
-    is none.
+    """Return the config class of a method class, X of its base `Method[X]` or `Subclass[X]`; None if no base names a
+    class.
     """
     args = (arg for base in vars(cls).get("__orig_bases__", ()) for arg in get_args(base))
     return next((arg for arg in args if isinstance(arg, type)), None)

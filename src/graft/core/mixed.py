@@ -124,12 +124,21 @@ class MixedPlan:
     def run_plans(self, rows: Rows, *args: Any, **kwargs: Any) -> object:
         """Return the layer's output for a batch, each group of rows with its plan.
 
-        Runs the base alone if no key has a plan. Experts run by `route`, modules with several inputs once for all rows.
-        One group runs its own plan. Without gradients, adapters that all add share one call of the base. All others run
-        by `run_groups`.
+        The first case that holds decides:
+
+        - No key has a plan: the base runs alone.
+        - Plans fold an opaque weight: graft runs experts with the update of each group, if it can and there are several
+            groups
+          or generators. Else all rows must have one plan, which runs.
+        - Adapters read an input of a module with several: it runs once, and parts are added to its output.
+        - Adapters change the first input or the output of a module with several: `run_block`.
+        - One group of rows, and no generators: its plan runs.
+        - All adapters only add, without gradients and generators: the base runs once, and parts are added.
+        - All else: `run_groups`.
 
         Raises:
-            RoutingError: gates that cannot weigh the plans, rows that the input does not tell, an opaque weight with
+            RoutingError: gates that cannot weigh the plans, an input that is not one row per sample, an opaque weight
+                with
                 several plans.
         """
         layer = self.layer
@@ -174,12 +183,13 @@ class MixedPlan:
     def run_groups(
         self, rows: Rows, x: Tensor, context: CallContext, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor:
-        """Run each adapter on its rows with the same bits, in the backward pass as well, as it has as the only one of a
-        batch.
+        """Run each adapter on its rows, with the same bits, also in the backward pass, as in a batch of these rows
+        alone.
 
-        Neighbouring adapters that add to the base's output share its call where that gives these bits, and reuse the
-        groups of the last batch if nothing changed. In training, adapters draw from their generators, if the call has
-        some. Rows without adapters may share one call of the base. Returns rows in the batch's order.
+        Neighbouring adapters that add to the base's output share its call where that gives the same bits. If nothing
+        changed since the last batch, its groups are used again. In training, adapters draw from their generators, if
+        the call has some. A module without a known type and without children runs once for the rows without adapters.
+        Outputs of heads are padded to one width. Returns rows in the batch's order.
         """
         layer, draws = self.layer, context.draws if self.layer.training else None
         ticket = 0 if draws is None else draws.ticket()
@@ -236,8 +246,9 @@ class MixedPlan:
     ) -> list[Segment | None]:
         """Return one segment for each group of rows of x; None for a group that cannot share the base's call.
 
-        Groups that cannot: JointAdapters, rows that are not aligned, plans that are no single product of the adapter's
-        own tensors. A segment with dropout gets a seed, drawn from the adapter's generator.
+        Rows without an adapter give a segment without factors. None is for JointAdapters, for rows that do not begin at
+        a memory line, and for a plan that is no single product of the adapter's own tensors. A segment with dropout
+        gets a seed, drawn from the adapter's generator.
         """
         layer = self.layer
         W, tokens, segments = layer.weight_now, x.numel() // (x.shape[-1] * len(x)), []
@@ -296,8 +307,10 @@ class MixedPlan:
             self.cached_groups = BatchGroups(stacks, rows.sizes, x.shape[1:], x.dtype, unchanged, computed, groups)
 
     def find_cached_groups(self, stacks: Stacks, rows: Rows, x: Tensor) -> Sequence[Group] | None:
-        """Return the groups of the last batch if sizes, shape and dtype are equal and no adapter has changed; else
-        None.
+        """Return the groups of the last batch if they are valid for this one, else None.
+
+        They are if `stacks` is the same object, sizes, shape and dtype are equal, and no adapter's factors have
+        changed.
         """
         last = self.cached_groups
         if last is None or last.stacks is not stacks or last.sizes != rows.sizes:
@@ -407,11 +420,11 @@ class MixedPlan:
         )
 
     def add(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
-        """Return y, the base's output for x, with each adapter's part added to its rows; y is overwritten where that is
-        safe.
+        """Return y, the base's output for x, with each adapter's part added to its rows.
 
-        Uses grouped products where all adapters are plain products and the call has no gates. Each adapter sees gates
-        and facts of its rows, and draws from its generator.
+        Overwrites y, or a clone of it if a hook or the module may have kept y. Uses grouped kernels where all adapters
+        are plain products, the call has no gates, and kernels may fuse. Else each adapter runs on its rows, sees their
+        gates and facts, and draws from its generator.
         """
         layer, context = self.layer, self.layer.call.current_context()
         gates, facts = context.gates, context.facts
@@ -441,10 +454,10 @@ class MixedPlan:
         return y
 
     def add_products(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor | None:
-        """Return y with all adapters' products added by grouped kernels.
+        """Return y with all adapters' products added by grouped kernels, in the memory of y.
 
-        Returns None if a group has no adapter product of two matrices, has dropout, or if the kernels cannot take the
-        tensors.
+        Returns None, with y unchanged, if fewer than two groups have adapters, if factors are more than two matrices or
+        have dropout, or if the kernels cannot take the tensors.
         """
         if rows.adapter_groups is None:
             return None

@@ -98,7 +98,7 @@ class LayerPiece:
 def check_no_pieces(sites: Iterable[tuple[str, Site]], what: str) -> None:
     """Raise UnsupportedLayerError if this process has only a piece of one of these sites (path, site).
 
-    The error begins with `what`, the task that needs whole layers.
+    The error begins with the name of the task that needs whole layers.
     """
     cut = [(key, p.style) for key, s in sites if (p := s.piece) is not None and (p.inputs or p.outputs or p.left_out)]
     if cut:

@@ -28,7 +28,8 @@ EMPTY = torch.empty(0, dtype=torch.long, device="cpu")
 class JointAdapters(NamedTuple):
     """Adapters that act on the same rows.
 
-    Without `weights`, each acts on the output of those before it. With `weights`, all act on one output, weighed.
+    Without `weights`, each acts on the output of those before it. With `weights`, all act on one output, and their
+    parts are weighed.
     """
 
     names: tuple[str, ...]
@@ -115,14 +116,14 @@ class Rows:
         return tuple(dict.fromkeys(name for key in self.groups for name in (adapters_in(key) or (None,))))
 
     def rows_of(self, adapter: str) -> list[int]:
-        """Return the numbers of the rows that use an adapter, also those with JointAdapters that contain it."""
+        """Return the numbers of the rows that use an adapter, directly or as one of JointAdapters."""
         return [row for key, rows in self.groups.items() if adapter in adapters_in(key) for row in rows]
 
     def index_of(self, adapter: str) -> Tensor:
-        """Return the numbers of the rows that use an adapter as a tensor on the batch's device, in the order of the
-        segments.
+        """Return the numbers of the rows that use an adapter, directly or as one of JointAdapters, in one tensor.
 
-        Raises an error of `torch.cat` if no row uses it.
+        It is on the batch's device, in the order of the segments. Raises an error of `torch.cat` if no row uses the
+        adapter.
         """
         return torch.cat([index for key, index in self.segments if adapter in adapters_in(key)])
 
@@ -241,6 +242,7 @@ class CallContext(NamedTuple):
     copies: int = 1  # rows where adapters act for each row of the base's input
 
     def __bool__(self) -> bool:
+        """Return True if the call has rows, gates or facts."""
         return self.rows is not None or self.gates is not None or bool(self.facts)
 
     @property

@@ -296,7 +296,7 @@ def test_factors_that_are_kept_in_part_are_refused(option):
         lambda: optimizers.create_lorafa_optimizer(model),
         lambda: optimizers.create_riemannian_optimizer(model, torch.optim.SGD, lr=0.1),
     ):
-        with pytest.raises(graft.ConfigError, match=f"needs A and B as matrices, .*{next(iter(option))} makes them smaller"):
+        with pytest.raises(graft.ConfigError, match=f"needs A and B .*{next(iter(option))} makes them smaller"):
             make()
 
 

@@ -41,10 +41,11 @@ def recompute_in_backward(layer: Layer, run: Callable[..., Tensor], *args: objec
 
 
 def compute_low_rank_part(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
-    """Return scale · outer ⊙ B (inner ⊙ A dropout(x)), calling A and B one by one if they are modules.
+    """Return scale · outer ⊙ B (inner ⊙ A dropout(x)) for x in the adapter's dtype, without the base's output.
 
-    x is cast to the adapter's dtype. Ids have no dropout. Where a layer type has no two factors (grouped convolutions),
-    the product B A is formed and used as a weight.
+    Ids have no dropout. A and B that are modules are called, in turn; tensors are applied by the layer's Op. If the Op
+    has no two factors (a grouped convolution) and A is a tensor, returns the layer's function of x with the weight B A
+    and B's bias.
     """
     op, base, A, B = layer.op, layer.base_layer, f.A, f.B
     x = m.cast(x)
@@ -65,9 +66,10 @@ def compute_low_rank_part(layer: Layer, m: Method, f: Factors, x: Tensor) -> Ten
 
 
 def compute_update_part(layer: Layer, m: Method, effect: Update, x: Tensor) -> Tensor:
-    """Return ΔW dropout(x) + Δb of an Update, plus the product of its factors if it has both.
+    """Return ΔW dropout(x) + Δb of an Update, plus the part of its factors if it has both.
 
-    An Update that is one product runs as factors, one with a `branch` by that. x is cast to the adapter's dtype.
+    x is cast to the adapter's dtype; ids have no dropout. An Update that is one product runs as factors alone. One with
+    a `branch` calls it with x in place of ΔW.
     """
     if effect.product is not None:
         return compute_low_rank_part(layer, m, effect.product(), x)
@@ -84,10 +86,10 @@ def compute_update_part(layer: Layer, m: Method, effect: Update, x: Tensor) -> T
 
 
 def apply_delta(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Return ΔW x + Δb. `delta` is None for an effect with a bias alone.
+    """Return ΔW x + Δb. If `delta` is None, returns the bias alone, in a shape that broadcasts.
 
-    A ΔW that is not formed yet is formed only for the columns of the ids of an embedding, or not at all where its
-    `product` is cheaper. Else it is formed and used as the layer's weight.
+    If ΔW is not formed yet: on an embedding only the columns of the ids are formed, and on a linear layer its own
+    product is used if that is cheaper. Else ΔW is formed, cast to the adapter's dtype, and used as the layer's weight.
     """
     op, base = layer.op, layer.base_layer
     if delta is None:
@@ -124,9 +126,11 @@ def add_product(layer: Layer, m: Method, f: Factors, x: Tensor, y: Tensor, fuse:
 
 
 def run_with_update(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tensor:
-    """Return the output of the base layer for x with an Update added, by a fused kernel where one fits.
+    """Return the output of the base layer for x with the Update added, in the output's dtype.
 
-    Without branch and dropout, weight and ΔW are applied together; else the update is computed separately and added.
+    Without branch and active dropout, a fused kernel applies weight and ΔW together, or else both are applied in turn;
+    the factors are added after that. With branch or dropout, the base layer is called, and the part of the update
+    added.
     """
     assert isinstance(effect, Update)
     if effect.factors is not None:
@@ -159,7 +163,10 @@ class LayerPlan:
         self.layer, self.steps = layer, list(steps)
 
     def run(self, *args: Any, **kwargs: Any) -> object:  # arguments of the module
-        """Return the layer's output for the module's arguments. Subclasses override it."""
+        """Return the layer's output for the module's arguments.
+
+        Raises NotImplementedError here; subclasses override it.
+        """
         raise NotImplementedError
 
     def run_base(self, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
@@ -180,7 +187,12 @@ class LayerPlan:
         )
 
     def add(self, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
-        """Return y, the output of the base layer for x, with the steps on it. fuse: a kernel may write to y."""
+        """Return y, the base layer's output for x, with the steps on it.
+
+        Raises NotImplementedError here; subclasses override it.
+
+        fuse: a kernel may write to y.
+        """
         raise NotImplementedError
 
     def add_gated(self, x: Tensor, y: Tensor) -> Tensor:
@@ -204,7 +216,7 @@ class LayerPlan:
     def fold(self, W: Tensor, b: Tensor | None, drops: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return weight (canonical) and bias of a plain layer that computes the same as the base with all steps.
 
-        Starts from W and b, which do not change. drops: see `fold_step`.
+        Folds each step into W and b in turn (`fold_step`), which do not change themselves. drops: as in `fold_step`.
         """
         for m, effect in self.steps:
             W, b = fold_effect(self.layer, m, effect, W, b, drops)
@@ -221,7 +233,8 @@ class LayerPlan:
     def bias(self, n: int | None = None) -> Tensor | None:
         """Return the bias of the layer with its first n steps (all if n is None); None if there is none.
 
-        Forms the folded weight only if a Rewrite may move the bias. A Rewrite that cannot be merged is left out.
+        If a Rewrite among them does more than change the input, folds the steps into weight and bias, and returns that
+        bias. Else adds the shift of each step to the base's bias. A Rewrite that cannot be merged is left out.
         """
         b = self.layer.bias_now
         steps = [step for step in self.steps[:n] if step[1].why_unmergeable is None or not isinstance(step[1], Rewrite)]
@@ -250,10 +263,11 @@ class SumPlan(LayerPlan):
         self.single = len(self.steps) == 1
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
-        """Return the base layer's output plus all parts.
+        """Return the base layer's output plus the parts of all steps.
 
-        With gates in the call, parts are weighed. If a kernel may fuse and the base does not train, base and first step
-        run in one kernel. Else the base layer is called, and each part added.
+        If the call has gates, each part is weighed. If a kernel may fuse, the module got x alone, and the base does not
+        train, base and first step run together, by one kernel where one fits; then the other parts are added. Else the
+        base layer is called, and each part added.
         """
         layer = self.layer
         if layer.call.open and layer.call.current_gates() is not None:
@@ -278,7 +292,7 @@ class SumPlan(LayerPlan):
     def add(self, x: Tensor, y: Tensor, fuse: bool, first: int = 0) -> Tensor:
         """Return y plus the parts of the steps from number `first` on, in the dtype of y.
 
-        fuse: kernels may write to y.
+        With `fuse`, kernels may write to y, and do not call the adapters' modules.
         """
         layer, dtype = self.layer, y.dtype
         for m, effect, product in self.adds[first:]:
@@ -345,8 +359,9 @@ class ChainPlan(LayerPlan):
         return self.step_runners[n - 1](self, n - 1, m, effect, x, args, kwargs)
 
     def add_to_output(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y, an output for x, with the one step of this plan, an Update with a gain; others as
-        `LayerPlan.add_to_output`.
+        """Return y, an output for x, with the one step of this plan on it, if the step is an Update with a gain.
+
+        Raises NotImplementedError for any other step, as `LayerPlan.add_to_output`.
         """
         m, effect = self.steps[0]
         if not isinstance(effect, Update) or effect.additive or effect.factors is None:
@@ -376,7 +391,11 @@ class ChainPlan(LayerPlan):
 
 
 def choose_step_runner(effect: Effect) -> Callable[..., Tensor]:
-    """Return the function that runs a step of a chain, by the kind of its effect."""
+    """Return the function that runs a step of a chain.
+
+    A Rewrite runs by `_run_fold` if it folds, else by `_run_rewrite`. An Update runs by `_run_add`, or by `_run_gain`
+    if it has a gain.
+    """
     if isinstance(effect, Rewrite):
         return _run_fold if effect.folds else _run_rewrite
     return _run_add if effect.additive else _run_gain
@@ -430,7 +449,11 @@ def _run_add(
 def _run_gain(
     plan: ChainPlan, n: int, m: Method, effect: Update, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> Tensor:
-    """Return step n of a chain for an Update with a gain; by one kernel with the base if n is 0 and it may fuse."""
+    """Return the output of the steps before n, and step n, an Update with a gain, on it.
+
+    For n = 0 one kernel may run it with the base layer, if kernels may fuse, the module got x alone, and the base does
+    not train.
+    """
     assert effect.factors is not None
     layer, f = plan.layer, effect.factors()
     fuse = n == 0 and layer.may_fuse
@@ -455,12 +478,12 @@ def _apply_gain(
 ) -> Tensor:
     """Return b + gain ⊙ (y - b + ΔW x) in the dtype of y, where b is the bias with n steps.
 
-    With dropout, the product of the dropped input is scaled by the gain, and the remainder of y stays as it is. That
-    costs another run of `beneath`.
+    With active dropout, `beneath` runs again on the dropped x. Its output and ΔW of the dropped x are scaled by the
+    gain, and the difference of y from that output is added unscaled. Without, and if `fuse`, a kernel may add ΔW x in
+    the memory of y.
 
     Args:
         beneath: the function from an input to the output with n steps; y is its value for x.
-        fuse: a kernel may write to y.
     """
     op = plan.layer.op
     assert f.gain is not None
@@ -556,8 +579,8 @@ class FoldedPlan(LayerPlan):
         return op.apply(layer.base_layer, args, kwargs, W)
 
     def raise_packed(self) -> NoReturn:
-        """Raise UnsupportedLayerError: the stack is packed and a step is no product, so no folded weight can replace
-        the codes.
+        """Raise UnsupportedLayerError with the layer and its adapters: no folded weight can replace the codes of a
+        packed stack.
         """
         raise UnsupportedLayerError(
             f"The stack of layer '{self.layer.site.key}' is packed, and adapters {[m.name for m, _ in self.steps]} are "
@@ -639,7 +662,11 @@ class BlockPlan(LayerPlan):
     def read_input(
         self, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[Tensor, Callable[[Tensor], object]]:
-        """Return the first input, and a function of it that calls the module with all other arguments."""
+        """Return the first input, and a function of one tensor that calls the base layer with it in place of the first
+        input.
+
+        The first input is the first positional argument, or the keyword argument with the first argument's name.
+        """
         layer, x = self.layer, find_first_input(self.names, args, kwargs)
         if args:
             return x, lambda x: layer.base_layer(x, *args[1:], **kwargs)
@@ -834,8 +861,8 @@ class ReplacementPlan(LayerPlan):
 def order_steps(layer: Layer, methods: Iterable[Method]) -> list[Step]:
     """Return (method, effect) of each method, the innermost first.
 
-    Methods of a kind that the layer got earlier come first. Within a kind, the order of `methods` holds, except that an
-    `inward` effect goes before all others.
+    Methods of a config class that the layer got earlier come first. Within a class, the order of `methods` holds,
+    except that an `inward` effect goes before all others of the class.
     """
     kinds = layer.kinds
     rank = {kind: i for i, kind in enumerate(kinds)}
@@ -855,8 +882,8 @@ def order_steps(layer: Layer, methods: Iterable[Method]) -> list[Step]:
 def plan_adapters(layer: Layer, names: Sequence[str], weights: Sequence[float] | None = None) -> LayerPlan | None:
     """Return the plan for those of `names` that the layer carries; None if it carries none.
 
-    weights: the weights of an average, one for each name. Effects that tap inputs get a TappedPlan around the other
-    plan.
+    With `weights`, one for each name, it is the plan of their average. If an effect keeps or reads inputs of other
+    layers, it is a TappedPlan.
     """
     methods = [layer.methods[n] for n in names if n in layer.methods]
     if not methods:
@@ -870,10 +897,16 @@ def plan_adapters(layer: Layer, names: Sequence[str], weights: Sequence[float] |
 
 
 def make_plan(layer: Layer, steps: Sequence[Step], one_output: bool = False) -> LayerPlan:
-    """Return the plan of steps without taps: its class follows from the layer's Op and the kinds of the effects.
+    """Return the plan of steps without taps, by the layer's Op and the effects. The first that fits decides:
 
-    one_output: all parts are computed from one output (an average). A layer in pieces uses its own classes for some
-    kinds.
+    - an opaque Op: FoldedPlan;
+    - an effect that replaces the layer: ReplacementPlan;
+    - an effect with `input_of`: InputOutputPlan;
+    - an effect for any module: BlockPlan, or AverageBlockPlan if `one_output`;
+    - all effects only add: SumPlan; else AveragePlan if `one_output`, or ChainPlan.
+
+    A layer in pieces has its own classes for some of these. one_output: all parts are computed from one output (an
+    average).
     """
     effects = [effect for _, effect in steps]
     kind: type[LayerPlan]

@@ -10,13 +10,23 @@ from graft.storage.quantized import OwnModule
 
 
 class Aqlm(OwnModule):
+    """The store of AQLM's linear layers.
+
+    Each group of weights is the sum of one entry of each codebook, times a scale.
+
+    Reading works on all devices; merging is refused, as the codes were calibrated.
+    """
+
     name = "aqlm"
     parts = ("codes", "codebooks", "scales")
     calibrated = "its weight is AQLM codes that were calibrated"
 
     def values(self, m: nn.Module) -> Tensor:
-        """Return the sum of the codebooks' entries for each group, times the scales; permuted codes are put back in
-        order.
+        """Return the weight (out, in) in the codebooks' dtype: the sum of the codebooks' entries for each group, times
+        the scales.
+
+        Codes are taken modulo the size of a codebook, as files have signed integers. Codes that AQLM's CPU kernel has
+        permuted (`is_permuted`) are transposed back in a copy; the module does not change.
         """
         books, codes = m.codebooks, m.codes
         n_books, size, out_group, in_group = books.shape
@@ -30,27 +40,37 @@ class Aqlm(OwnModule):
         return (W * m.scales).transpose(1, 2).reshape(m.out_features, m.in_features)
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype:
+        """Return the dtype of the codebooks."""
         return m.codebooks.dtype
 
     def loses_gradient(self, m: nn.Module) -> bool:
-        """Return True for codes that AQLM's kernel for CPUs has permuted: its backward pass takes them for
-        unpermuted.
+        """Return True for byte codes on a CPU (256 entries in a codebook): AQLM's kernel permutes them, and its
+        backward pass reads them as unpermuted.
         """
         return holds_byte_codes(m)
 
     def protect(self, y: Tensor) -> Tensor:
+        """Return a copy of the output, always, so that rows can be written into it in place."""
         return y.clone()
 
 
 def is_permuted(m: nn.Module, groups: tuple[int, int]) -> bool:
-    """Return True if a first call on a CPU has put the groups of inputs first."""
+    """Return True if a first call on a CPU has put the groups of inputs first in the codes.
+
+    If the numbers of groups differ, the first two sizes of the codes decide: they are not (out groups, in groups). If
+    both numbers are equal, the codes are permuted if they are bytes on a CPU and the module's `gemv_op` is set.
+
+    groups: numbers of groups of outputs and of inputs.
+    """
     if groups[0] != groups[1]:
         return tuple(m.codes.shape[:2]) != groups
     return holds_byte_codes(m) and m.gemv_op is not None
 
 
 def holds_byte_codes(m: nn.Module) -> bool:
-    """Return True if the codes are bytes on a CPU, where AQLM has a kernel that permutes them."""
+    """Return True if codebooks have 256 entries and the codes are on a CPU, where AQLM has a kernel that
+    permutes them.
+    """
     return bool(m.codebooks.shape[1] == 256 and m.codes.device.type == "cpu")
 
 

@@ -22,6 +22,7 @@ BLOCK = 32  # rows that the layout for AVX512-BF16 interleaves
 
 
 def functional() -> ModuleType:
+    """Import `bitsandbytes.functional` and return it."""
     return import_module("bitsandbytes.functional")
 
 
@@ -32,10 +33,18 @@ class Four(Quantized):
     parts = ("weight", "quant_state")
 
     def values(self, m: nn.Module) -> Tensor:
+        """Return the weight (out, in), dequantized to the dtype of its quant_state; a rearrangement for AVX512-BF16 is
+        undone first, in a copy.
+        """
         return functional().dequantize_4bit(*undo_rearrangement(m.weight.data, find_quant_state(m)))
 
     def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
-        """Return a new Params4bit with the values W and the settings of the old one, quantized on the device of W."""
+        """Return a new Params4bit with the values W, quantized on the device of W, and its quant_state: `weight` and
+        `quant_state`.
+
+        Block size, quantization type, storage dtype and double quantization are those of the old weight, which does not
+        change. The new weight has no gradient, and refers to the same module as the old one.
+        """
         old, state = m.weight, find_quant_state(m)
         data, _ = undo_rearrangement(old.data, state)
         parameter = import_module("bitsandbytes.nn").Params4bit(
@@ -51,22 +60,33 @@ class Four(Quantized):
         return {"weight": parameter, "quant_state": parameter.quant_state}
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
+        """Return the present weight and quant_state themselves, without a copy, as `weight` and `quant_state`."""
         return {"weight": m.weight, "quant_state": find_quant_state(m)}
 
     def restore(self, m: nn.Module, name: str, state: dict[str, object]) -> None:
+        """Put weight and quant_state of a snapshot back into the module, moved to the device where the module computes.
+
+        The quant_state is that of the moved weight; that of the snapshot if the moved weight has none.
+        """
         weight = move_snapshot(state["weight"], self.where(m)[0])  # with its quant_state
         self.put(m, {"weight": weight, "quant_state": getattr(weight, "quant_state", None) or state["quant_state"]})
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
+        """Return the dtype that the weight decodes to: the quant_state's, or for an interleaved layout its original
+        dtype.
+
+        Without a quant_state return the weight's dtype if that is a floating-point one, else None.
+        """
         state = find_quant_state(m)
         if state is not None:
             return getattr(state, "original_dtype", state.dtype) if is_interleaved(state) else state.dtype
         return m.weight.dtype if m.weight.is_floating_point() else None
 
     def why_undecodable(self, m: nn.Module) -> str | None:
-        """Return why the codes cannot be decoded: not quantized yet, cast to another dtype, or sharded.
+        """Return why the codes cannot be decoded, or None if they can.
 
-        None if they can.
+        There are three reasons: no quant_state (not quantized yet); codes with another dtype than their storage, unless
+        interleaved (cast); fewer codes than the shape in the quant_state has numbers (sharded).
         """
         weight, state = m.weight, find_quant_state(m)
         if state is None:
@@ -80,10 +100,13 @@ class Four(Quantized):
         return None
 
     def ready(self, m: nn.Module) -> str | None:
-        """Switch off bitsandbytes' layout for AVX512-BF16, which has no backward pass, and undo it if it is there
+        """Switch off bitsandbytes' layout for AVX512-BF16, which has no backward pass, and undo it if the weight has it
         already.
 
-        Overwrites the weight's codes and its quant_state then, and returns a warning for the user: scales stay rounded.
+        A layer that supports the layout is marked, so that `release` allows it again. A rearranged weight gets its
+        earlier codes and quant_state in place, and the module gets this quant_state. Return a warning for the user
+        then, as the scales stay rounded to bfloat16. Return None otherwise, also for a weight on the meta device or
+        without quant_state.
         """
         if getattr(m, "support_avx512bf16_for_cpu", False):
             m.__dict__.update({"support_avx512bf16_for_cpu": False, REARRANGES: True})
@@ -99,25 +122,30 @@ class Four(Quantized):
         )
 
     def release(self, m: nn.Module) -> None:
-        """Allow bitsandbytes' layout again, if `ready` switched it off."""
+        """Allow bitsandbytes' layout for AVX512-BF16 again, if `ready` switched it off; the mark on the layer goes."""
         if m.__dict__.pop(REARRANGES, False):
             m.__dict__["support_avx512bf16_for_cpu"] = True
 
 
 def find_quant_state(m: nn.Module) -> Any:
-    """Return the quant_state of the weight; if FSDP has replaced the weight by a plain parameter, that of the
-    module.
+    """Return the quant_state of the weight, or that of the module if the weight has none; None if neither has one.
+
+    The weight has none after FSDP has replaced it by a plain parameter.
     """
     state = getattr(m.weight, "quant_state", None)
     return getattr(m, "quant_state", None) if state is None else state
 
 
 def is_interleaved(state: object) -> bool:
+    """Return True if a quant_state says that its codes are in bitsandbytes' layout for AVX512-BF16."""
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 def is_transposed(state: Any) -> bool:
-    """Return True if bitsandbytes has put the codes back (for `state_dict()`), and forgotten the scales."""
+    """Return True if the scales have two dimensions.
+
+    bitsandbytes has then put the codes back in order, for `state_dict()`, but left the scales transposed.
+    """
     return state.absmax.dim() == 2
 
 
@@ -125,8 +153,9 @@ def undo_rearrangement(data: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Return codes and quant_state as they were before bitsandbytes rearranged them for AVX512-BF16.
 
     That layout has a block of 32 rows, (32, K/2, 2) codes, as (K/2, 32, 2): each 64 codes are 32 low and 32 high halves
-    of bytes. The scales (N, K/blocksize) are transposed there, in bfloat16, and no longer quantized. Other weights are
-    returned unchanged.
+    of bytes. The scales (N, K/blocksize) are transposed there, in bfloat16, and no longer quantized. New scales are
+    flat float32. If only the scales are transposed, the codes are returned as they are. Weights without the layout are
+    returned unchanged, with the same quant_state; the arguments never change.
     """
     if not (is_interleaved(state) or is_transposed(state)):
         return data, state
@@ -149,29 +178,49 @@ class Eight(Quantized):
     name = "bnb 8bit"
 
     def values(self, m: nn.Module) -> Tensor:
+        """Return the weight (out, in): float32 for codes; a weight of floats is rounded to 8 bits, in its own dtype."""
         return dequantize_rows(m.weight.data, scales_of(m))
 
     def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
+        """Return int8 codes and float32 scales of W, as `codes` and `scales`.
+
+        For a weight that the module rounds at each call (`has_fp16_weights`) the codes are W itself, and the scales are
+        None.
+        """
         codes, scales = (W, None) if m.weight.has_fp16_weights else quantize_rows(W)
         return {"codes": codes, "scales": scales}
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
+        """Return the weight's present data and scales, without a copy, as `codes` and `scales`; scales are None for
+        floats.
+        """
         return {"codes": m.weight.data, "scales": scales_of(m)}
 
     def snapshot_values(self, m: nn.Module, name: str, state: dict[str, Any]) -> Tensor:
+        """Return the values of the codes and scales in a snapshot: see `dequantize_rows`. The module is not read."""
         return dequantize_rows(**state)
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
+        """Return the weight's dtype if it holds floats, rounded at each call; None for codes."""
         return m.weight.dtype if m.weight.is_floating_point() else None
 
     def trains(self, m: nn.Module) -> bool:
+        """Return True if the weight holds floats and has `has_fp16_weights` set: the module rounds them at
+        each call.
+        """
         return bool(m.weight.is_floating_point() and m.weight.has_fp16_weights)
 
     def why_undecodable(self, m: nn.Module) -> str | None:
+        """Return an error text if the weight holds codes without scales (SCB); None otherwise."""
         scaled = m.weight.is_floating_point() or scales_of(m) is not None
         return None if scaled else "its weight has no scales (SCB): load the model again"
 
     def put(self, m: nn.Module, values: dict[str, object]) -> None:
+        """Replace the weight by a new one of the same class, with `codes` and `scales` from `values`, and reset the
+        module's state.
+
+        The next forward pass then takes codes and scales from the weight. `requires_grad` and `has_fp16_weights` stay.
+        """
         old, codes, scales = m.weight, values["codes"], values["scales"]
         rounds = dict(requires_grad=old.requires_grad, has_fp16_weights=old.has_fp16_weights)
         m._parameters["weight"] = type(old)(codes, CB=None if scales is None else codes, SCB=scales, **rounds)
@@ -180,7 +229,10 @@ class Eight(Quantized):
 
 
 def scales_of(m: nn.Module) -> Tensor | None:
-    """Return the scales of codes (N,); None if the module rounds a weight of floats at each forward pass."""
+    """Return the scales of codes (N,), from the weight's `SCB`, or else from the module's `state`.
+
+    None if the weight holds floats, which the module rounds at each call, or if neither place has scales.
+    """
     if m.weight.is_floating_point():
         return None
     scales = getattr(m.weight, "SCB", None)
@@ -188,15 +240,16 @@ def scales_of(m: nn.Module) -> Tensor | None:
 
 
 def quantize_rows(W: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 codes (N, K) and float32 scales (N,) of W, rounded in half precision first as bitsandbytes does."""
+    """Return int8 codes (N, K) and float32 scales (N,) of W, which bitsandbytes' kernel rounds from float16."""
     codes, scales, *_ = functional().int8_vectorwise_quant(W.contiguous().half())
     return codes, scales
 
 
 def dequantize_rows(codes: Tensor, scales: Tensor | None) -> Tensor:
-    """Return the values of codes with their scales.
+    """Return codes · scales / 127, (N, K), in float32.
 
-    Without scales `codes` are floats: return them rounded as the module rounds them.
+    Without scales `codes` are floats: they are rounded to 8 bits and back as the module does, and returned in their
+    dtype.
     """
     dtype = None
     if scales is None:
@@ -205,8 +258,14 @@ def dequantize_rows(codes: Tensor, scales: Tensor | None) -> Tensor:
 
 
 class Table(Quantized):
+    """The base of the stores of bitsandbytes' embeddings."""
+
     def dense(self, m: nn.Module, dtype: torch.dtype | None = None) -> nn.Embedding:  # type: ignore[override]
-        """Return a plain embedding that holds the same values."""
+        """Return a new plain embedding with the dequantized table, in `dtype` or the module's dtype.
+
+        Padding index, norm limits and sparse gradients are the module's. The table has no gradient; the mode is the
+        module's.
+        """
         W = self.read(m)
         options = (m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
         return nn.Embedding.from_pretrained(W.to(dtype or m.dtype), True, *options).train(m.training)

@@ -16,28 +16,40 @@ if TYPE_CHECKING:
 
 
 class Sized(Linear):
-    """A linear layer with its sizes in attributes of other names."""
+    """A linear layer that has its sizes in attributes of other names than `out_features` and `in_features`.
+
+    Args:
+        out_features, in_features: names of the module's attributes.
+    """
 
     def __init__(self, out_features: str, in_features: str):
         self.out_features, self.in_features = out_features, in_features
 
     def dims(self, m: nn.Module) -> tuple[int, int]:
+        """Return the numbers of outputs and inputs, from the two attributes of the module."""
         return getattr(m, self.out_features), getattr(m, self.in_features)
 
 
 class Eetq(Linear):
-    """EETQ's layer, with a weight (in, out)."""
+    """EETQ's layer, which has its weight as (in, out)."""
 
     def dims(self, m: nn.Module) -> tuple[int, int]:
+        """Return (out_features, in_features), from the weight's shape (in, out)."""
         in_features, out_features = m.weight.shape
         return out_features, in_features
 
 
 class Gptq(ByIdentity):
+    """The store of GPTQ's layers: read by running the layer, never written."""
+
     def __init__(self) -> None:
         super().__init__("gptq", "GPTQ codes")
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
+        """Return why merging cannot write the weight, with PEFT's words at the end so that callers can match on them.
+
+        For another tensor than `weight` return the reason of the base class, or None.
+        """
         why = super().why_unwritable(m, name)
         if name != "weight":
             return why

@@ -26,25 +26,36 @@ PACKED = ("Params4bit",)  # types of parameters with a dtype for storage only
 
 
 def dtype_is_fixed(model: nn.Module) -> bool:
-    """Return True if the model's quantization method fixes the dtype of its other weights."""
+    """Return True if the model's quantization method fixes the dtype of its other weights.
+
+    Those are GPTQ, AQLM, EETQ, HQQ and torchao, by the model's `quantization_method`; or `hqq_quantized` is set.
+    """
     method = getattr(model, "quantization_method", None)
     return getattr(method, "value", method) in FIXED or bool(getattr(model, "hqq_quantized", False))
 
 
 def is_marked(model: nn.Module) -> bool:
-    """Return True if attributes of the model, set when it was loaded, say that it is quantized."""
+    """Return True if attributes of the model, set when it was loaded, say that it is quantized.
+
+    These are `is_loaded_in_8bit`, `is_loaded_in_4bit`, `is_quantized` and those of `dtype_is_fixed`.
+    """
     return dtype_is_fixed(model) or any(getattr(model, flag, False) for flag in (*FLAGS, "is_quantized"))
 
 
 def find_unpacked_dtype(parameters: Iterable[Tensor]) -> torch.dtype | None:
-    """Return the dtype of the first plain floating-point parameter, most likely that of the hidden states; None without
-    one.
+    """Return the dtype of the first parameter that is a plain tensor of floats with 16 to 64 bits; None without one.
+
+    It is most likely the dtype of the hidden states.
     """
     return next((p.dtype for p in parameters if type(p) in PLAIN and p.dtype in NUMBERS), None)
 
 
 def remove_quantization_marks(model: nn.Module) -> None:
-    """Take the quantization config and flags off a model without packed weights, so that it is saved as a plain one."""
+    """Take the quantization config and flags off a model without packed weights, so that it is saved as a plain one.
+
+    transformers' quantizer of the model removes the config, if there is one. `is_loaded_in_8bit` and
+    `is_loaded_in_4bit` become False where they are set.
+    """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
@@ -56,8 +67,9 @@ def remove_quantization_marks(model: nn.Module) -> None:
 def mark_plain_layers(model: nn.Module) -> None:
     """Add the plain linear layers to the list of unquantized modules in a model's quantization config.
 
-    So transformers loads the saved model with plain layers next to packed ones. The config is replaced by a changed
-    copy. Warns if the quantization method has no such list; does nothing for a model without a quantization config.
+    So transformers loads a saved model that has plain layers next to packed ones. The model's config gets a changed
+    copy of the quantization config, with the names sorted. Gives a warning if the quantization method has no such list.
+    Does nothing for a model without a quantization config, or with one that is a dict.
     """
     model_config: Any = getattr(model, "config", None)
     marks = getattr(model_config, "quantization_config", None)
@@ -80,7 +92,8 @@ def mark_plain_layers(model: nn.Module) -> None:
 def prepare_packed(modules: Iterable[nn.Module]) -> None:
     """Let the stores of these modules prepare them for adapters, such as for gradients through packed weights.
 
-    Modules and their classes may change. Each warning is given once for all modules.
+    The block of experts of each module is prepared first. Then a store of packed or compressed weights runs `ready`,
+    which may change the module or its class. Equal warnings of all modules are given once.
     """
     warnings: dict[str | None, None] = {}
     for m in modules:
@@ -94,7 +107,11 @@ def prepare_packed(modules: Iterable[nn.Module]) -> None:
 
 
 def release_packed(modules: Iterable[nn.Module]) -> None:
-    """Undo `prepare_packed` for modules on which no adapter acts any more."""
+    """Undo `prepare_packed` for modules on which no adapter acts any more: blocks of experts, and stores of packed
+    weights.
+
+    Replaced forwards of classes stay.
+    """
     for m in modules:
         ExpertBlock(m).release()
         store = find_packed_store(m)
@@ -103,7 +120,9 @@ def release_packed(modules: Iterable[nn.Module]) -> None:
 
 
 def find_packed_store(m: nn.Module) -> Store | None:
-    """Return the store of a module by its mark, its type or that of its weight; None for plain ones."""
+    """Return the store of a module by its mark, its type or that of its weight; None for a module with a plain weight
+    or none.
+    """
     store = find_marked_store(m) or STORES.find(type(m))
     if store is None and (weight := m._parameters.get("weight")) is not None and type(weight) not in PLAIN:
         store = TENSORS.find(type(weight))
@@ -111,13 +130,19 @@ def find_packed_store(m: nn.Module) -> Store | None:
 
 
 def holds_codes(m: nn.Module) -> bool:
-    """Return True if a module's weight is packed, that is codes and scales, whatever the class of the module."""
+    """Return True if a module's weight is packed, that is codes and scales.
+
+    The module's class decides if graft knows it, else the weight: it is no plain tensor of floating-point numbers.
+    """
     store = STORES.find(type(m))
     return strange_tensor(m, "weight") is not None if store is None else isinstance(store, Quantized)
 
 
 def why_copy_cannot_train(module: nn.Module) -> str | None:
-    """Return why a copy of a module cannot train: it has a packed weight, in it or below it. None if it can."""
+    """Return why a copy of a module cannot train: it or a module below it has a packed weight.
+
+    None if there is no packed weight, or if the modules round floats at each call.
+    """
     for m in filter(holds_codes, module.modules()):
         store = STORES.find(type(m))
         if not (isinstance(store, Quantized) and store.trains(m)):
@@ -126,19 +151,24 @@ def why_copy_cannot_train(module: nn.Module) -> str | None:
 
 
 def has_loose_bias(module: nn.Module) -> bool:
-    """Return True if a layer with a packed weight has a bias that is no Parameter."""
+    """Return True if a layer with a packed weight has a bias that is a tensor but no Parameter."""
     bias = getattr(module, "bias", None)
     loose = isinstance(bias, Tensor) and not isinstance(bias, nn.Parameter)
     return loose and isinstance(STORES.find(type(module)), Quantized)
 
 
 def make_bias_parameter(module: nn.Module) -> tuple[nn.Parameter, Callable[[], None]]:
-    """Make the bias of a layer a Parameter without gradient. Return it, and a function that restores the old bias."""
+    """Make the bias of a layer a Parameter without gradient, with the same memory.
+
+    The bias is taken from the module's buffers or attributes. Return the Parameter, and a function that puts the old
+    bias back in its place.
+    """
     owner: Any = module._buffers if "bias" in module._buffers else module.__dict__
     before = owner.pop("bias")
     bias = module._parameters["bias"] = nn.Parameter(before.detach(), requires_grad=False)
 
     def undo() -> None:
+        """Delete the Parameter, and put the old bias back among the buffers or attributes."""
         del module._parameters["bias"]
         owner["bias"] = before
 
@@ -146,8 +176,10 @@ def make_bias_parameter(module: nn.Module) -> tuple[nn.Parameter, Callable[[], N
 
 
 def count_numbers(p: Tensor) -> int:
-    """Return the number of values of a parameter: two per byte if packed to 4 bits, those of all shards with
-    DeepSpeed.
+    """Return the number of values of a parameter.
+
+    An emptied tensor of DeepSpeed counts with its whole size. A Params4bit has two values in each byte of its storage
+    dtype.
     """
     n = p.numel() or getattr(p, "ds_numel", 0)
     if type(p).__name__ in PACKED:

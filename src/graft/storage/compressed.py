@@ -13,11 +13,16 @@ from graft.storage.straight import let_gradients_through
 
 
 class Compressed(Dense):
+    """The store of torch's layers that compressed-tensors has given a forward which also rounds inputs or outputs."""
+
     name = "compressed-tensors"
     exact = False  # kernels that pass the layer by would not round its inputs
 
     def waits(self, m: nn.Module, name: str) -> str | None:
-        """Return why the weight cannot be used yet: it is compressed until the model's first call. None if it can."""
+        """Return why the weight cannot be used yet: it is compressed until the model's first call.
+
+        None for other tensors, and for a weight that is a plain parameter already.
+        """
         if name != "weight" or ("weight" in m._parameters and strange_tensor(m, name) is None):
             return None
         return (
@@ -26,18 +31,29 @@ class Compressed(Dense):
         )
 
     def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
+        """Return the reason of `waits` for a compressed weight, else that of plain tensors; None if the tensor can be
+        read.
+        """
         return self.waits(m, name) or super().why_unreadable(m, name)
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
+        """Return the reason of `waits` for a compressed weight, else that of plain tensors; None if a merge can write
+        it.
+        """
         return self.waits(m, name) or super().why_unwritable(m, name)
 
     def loses_gradient(self, m: nn.Module) -> bool:
-        """Return True for layers that round inputs or outputs: compressed-tensors rounds without a gradient."""
+        """Return True if the layer's quantization scheme rounds inputs or outputs: compressed-tensors rounds without a
+        gradient.
+        """
         scheme = m.quantization_scheme
         return scheme.input_activations is not None or scheme.output_activations is not None
 
     def ready(self, m: nn.Module) -> str | None:
-        """Give the layer a gradient for its input where it rounds inputs or outputs."""
+        """Replace the forward of a layer that rounds inputs or outputs, so that it has a gradient for its input.
+
+        Other layers do not change. Returns None: there is no warning.
+        """
         if self.loses_gradient(m):
             let_gradients_through(m, self)
         return None

@@ -29,7 +29,11 @@ LIKE_PLAIN: TypeTable[bool] = TypeTable(  # types of tensors that can be read an
 
 
 def strange_tensor(m: nn.Module, name: str) -> str | None:
-    """Return why a tensor of a module is not a plain one of floating-point numbers; None if it is, or is computed."""
+    """Return why a parameter or buffer of a module is not a plain tensor of floating-point numbers; None if it is.
+
+    Reasons are a tensor class that graft does not know, and a dtype other than float64, float32, bfloat16 and float16.
+    Also None if the module has no such parameter or buffer: it is then absent, or computed from others.
+    """
     t: Tensor | None = m._parameters.get(name)
     t = m._buffers.get(name) if t is None else t
     if t is None:
@@ -43,13 +47,22 @@ def strange_tensor(m: nn.Module, name: str) -> str | None:
 
 
 def is_composed(t: Tensor) -> bool:
-    """Return True if a tensor owns no memory: its type computes its values from other tensors."""
+    """Return True if a tensor owns no memory: its type computes its values from other tensors.
+
+    False for plain tensors and parameters, for types without a `__torch_dispatch__` of their class, and for DTensor,
+    FakeTensor and UninitializedParameter.
+    """
     kind = type(t)
     return not (kind in PLAIN or kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or LIKE_PLAIN.find(kind))
 
 
 def plain_tensors(t: Tensor) -> list[Tensor] | None:
-    """Return the plain tensors behind a tensor; None if its type does not show them."""
+    """Return the plain tensors that hold the values of a tensor; None if its type does not show them.
+
+    A composed tensor that torch can flatten gives those of all its inner tensors. A plain one, a DTensor, a FakeTensor
+    and an UninitializedParameter give themselves. Any other subclass gives one plain tensor with the same memory,
+    detached.
+    """
     if is_composed(t):
         if not is_traceable_wrapper_subclass(t):
             return None
@@ -62,14 +75,18 @@ def plain_tensors(t: Tensor) -> list[Tensor] | None:
 
 
 def strange_forward(m: nn.Module) -> str | None:
-    """Return why a module may use its weight differently from its row of OPS, with the remedy; None if it has no
-    replaced forward.
+    """Return why a module may use its weight differently from its row of OPS, with the remedy, as one text.
+
+    None if the module has no replaced forward.
     """
     return "".join(explain_forward(m) or ()) or None
 
 
 def explain_forward(m: nn.Module) -> tuple[str, str] | None:
-    """Return the reason and the remedy of `strange_forward`; None if the forward is a known one."""
+    """Return the reason and the remedy for a module whose class or instance replaces the forward of a class in OPS.
+
+    None if the forward is a known one.
+    """
     known = find_replaced_forward(m)
     if known is None:
         return None
@@ -82,14 +99,18 @@ def explain_forward(m: nn.Module) -> tuple[str, str] | None:
 
 
 def why_flat(m: nn.Module, name: str) -> str | None:
-    """Return why a tensor cannot be read or written: FSDP1 keeps it in a flat parameter. None if not."""
+    """Return why a parameter cannot be read or written: FSDP manages the module, and keeps the tensor in a flat
+    parameter.
+
+    None if FSDP does not manage it, there is no such parameter, or its layout can be written (FSDP2).
+    """
     t = collect_parameters(m).get(name) if MANAGED in m.__dict__ else None
     layout = None if t is None else layout_of(t)
     return explain_parts(name, layout.name) if layout is not None and not layout.writable else None
 
 
 def explain_parts(name: str, layout: str) -> str:
-    """Return the reason and the remedy for a tensor that a layout spreads over processes."""
+    """Return the reason and the remedy, in one text, for a tensor that a layout spreads over processes."""
     return (
         f"its {name} is in parts, which {layout} puts together for a call of the module: save the adapter, and load it "
         "into a model of one process to merge it"
@@ -97,26 +118,42 @@ def explain_parts(name: str, layout: str) -> str:
 
 
 class Dense:
-    """The store of plain tensors, read and written in place."""
+    """The store of plain tensors, read and written in place. It is the base class of the other stores."""
 
     name = "dense"
     exact = live = True
 
     def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
+        """Return why a call cannot read a tensor: its class or dtype is strange, or FSDP1 has it in a flat parameter.
+
+        None if it can, also for a tensor that is absent or computed.
+        """
         t = m._parameters.get(name)
         if type(t) in PLAIN and t.dtype in NUMBERS and MANAGED not in m.__dict__:  # type: ignore[union-attr]
             return None  # as nearly all
         return strange_tensor(m, name) or why_flat(m, name)
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
+        """Return the module's tensor itself, in the module's orientation and with its gradient.
+
+        For an offloaded tensor on the meta device return a copy of the stored values. A tensor without numbers, which
+        ZeRO-3 empties between calls, is gathered: every process must call this.
+        """
         t: Tensor = getattr(m, name)
         if t.is_meta and find_offload_hooks(m):
             return copy_offloaded(m, name)
         return t if t.numel() else gather_tensor(t)  # ZeRO-3 empties it between calls
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
-        """Return why a merge cannot write the tensor: flat, computed, not plain, spread over processes, or offloaded
-        and tied. None if it can.
+        """Return why a merge cannot write the tensor; None if it can.
+
+        The reasons are:
+
+        - FSDP1 or ZeRO-3 has it in parts.
+        - It is computed from other tensors, as by a parametrization.
+        - Its class or dtype is strange.
+        - It is offloaded and tied to another module.
+        - It is on the meta device and not offloaded.
         """
         t: Tensor | None = m._parameters.get(name)
         if t is None:
@@ -139,18 +176,18 @@ class Dense:
         return None
 
     def bring_in(self, layer: nn.Module, written: nn.Module | None = None) -> AbstractContextManager[None]:
-        """Return a context that loads offloaded tensors of `layer`.
+        """Return a context that loads offloaded tensors of `layer` with its children.
 
-        Changes to tensors of `written` are kept afterwards.
+        Changes to tensors of `written` are kept afterwards. Without accelerate's hooks on the base layer it does
+        nothing.
         """
         return bring_in(layer, written) if is_hooked(layer) else nullcontext()
 
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
-        """Write W in place.
+        """Write W into the tensor in place, past autograd.
 
-        If the weight is tied to another module (`shared`), give this module a new parameter instead.
-
-        Returns None: no module has to replace this one.
+        If the weight is tied to another module (`shared`), the module gets a new parameter with W's memory if W is
+        contiguous, and the other module stays. Returns None: no module has to replace this one.
         """
         p = getattr(m, name)
         if shared:
@@ -160,8 +197,9 @@ class Dense:
         return None
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> Any:
-        """Return a copy of the weight, on the CPU if it is offloaded; if it is tied (`shared`), the parameter
-        itself.
+        """Return a detached copy of the tensor, on the CPU if the module is offloaded.
+
+        If the weight is tied (`shared`), return the parameter itself.
         """
         p = getattr(m, name)
         if shared:
@@ -169,19 +207,24 @@ class Dense:
         return p.detach().to("cpu", copy=True) if find_offload_hooks(m) else p.detach().clone()
 
     def snapshot_values(self, m: nn.Module, name: str, state: Any) -> Tensor:
+        """Return the snapshot: it is the tensor."""
         return state
 
     def restore(self, m: nn.Module, name: str, state: Any) -> None:
-        """Put a snapshot back: a parameter ties the weight again, a tensor is copied into it."""
+        """Put a snapshot back: a parameter becomes the module's parameter again, which ties it; a tensor is copied in
+        place.
+        """
         if isinstance(state, nn.Parameter):  # tie again
             setattr(m, name, state)
         else:
             getattr(m, name).data.copy_(state)
 
     def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
-        """Return device and dtype of a tensor; of an offloaded one the device on which the module computes.
+        """Return device and dtype of a tensor; for one on the meta device the device on which accelerate runs the
+        module.
 
-        A block without the tensor answers by its first parameter. The dtype is None if it is no floating-point one.
+        A block without the tensor answers by its first parameter, a module without any by (None, None). The dtype is
+        None if it is no floating-point one.
         """
         p, owner = m._parameters.get(name), m
         if p is None:

@@ -10,26 +10,39 @@ from graft.storage.dense import Dense
 
 
 class Engine(Dense):
+    """The store of Transformer Engine's weights of 8-bit floats: read by `dequantize`, never written."""
+
     name, live, exact = "transformer engine", False, False
 
     def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
+        """Return "its weight is offloaded" if accelerate offloads the module, for any name; None otherwise."""
         return "its weight is offloaded" if find_offload_hooks(m) else None
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
+        """Return the dequantized weight; a weight without `dequantize`, and other tensors, unchanged."""
         t = getattr(m, name)
         return t.dequantize() if hasattr(t, "dequantize") and name == "weight" else t
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
+        """Return why merging cannot write: always a reason for `weight`; for other tensors that of plain ones,
+        or None.
+        """
         if name != "weight":
             return super().why_unwritable(m, name)
         return "its weight holds 8-bit floats, whose scales Transformer Engine keeps: load the base model in bfloat16"
 
     def protect(self, y: Tensor) -> Tensor:
+        """Return a copy of the output, always, so that rows can be written into it in place."""
         return y.clone()
 
 
 def why_no_engine_adapter(m: nn.Module) -> str | None:
-    """Return why no adapter can act on a linear layer of Transformer Engine; None if one can."""
+    """Return why no adapter can act on a layer of Transformer Engine, or None if one can or the layer is another
+    package's.
+
+    There are two reasons: `tp_size` above 1, so that a process has a piece; and `return_bias`, which makes the output a
+    tuple.
+    """
     if not any(cls.__module__.startswith("transformer_engine.") for cls in type(m).__mro__):
         return None
     if getattr(m, "tp_size", 1) > 1:

@@ -57,11 +57,16 @@ class ExpertBlock:
 
     @property
     def is_mxfp4(self) -> bool:
+        """True if the module is transformers' block of gpt-oss's experts in MXFP4."""
         return stacks.MODULES.find(type(self.module)) is stacks.MXFP4
 
     @property
     def names(self) -> tuple[str, str] | None:
-        """The names of the two stacks, input first; None if graft does not know how the module computes."""
+        """The names of the two stacks, input first; None if graft does not know how the module computes.
+
+        graft knows MXFP4 blocks, and modules with the attributes that transformers' decorator of experts sets. The
+        first stack is `gate_up_proj`, or `up_proj` in a module without gate; the second `down_proj`.
+        """
         if self.is_mxfp4:
             return "gate_up_proj", "down_proj"
         known = all(hasattr(self.module, flag) for flag in FLAGS)
@@ -69,18 +74,22 @@ class ExpertBlock:
 
     @property
     def packed(self) -> dict[str, PackedMatrices]:
-        """The packed stacks by name."""
+        """The packed stacks of the module by name, read anew at each use; empty if it has none."""
         names = stacks.list_packed_names(self.module)
         return {name: stack for name in names if (stack := stacks.find_matrices(self.module, name)) is not None}
 
     @property
     def parameters(self) -> list[str]:
-        """The names of the module's parameters, stacks first, in the same order for packed and dense modules."""
+        """The names of the module's parameters.
+
+        In a module with packed stacks all three names of stacks come first, whether it has them or not. Dense and
+        packed modules thus have the same order.
+        """
         return [*dict.fromkeys([*(stacks.NAMES if self.packed else ()), *self.module._parameters])]
 
     @property
     def is_transposed(self) -> bool:
-        """True if the module has its dense stacks as (experts, in, out)."""
+        """True if the module has its dense stacks as (experts, in, out): it says so, or it is an MXFP4 block."""
         return bool(getattr(self.module, "is_transposed", False)) or self.is_mxfp4
 
     @property
@@ -94,9 +103,12 @@ class ExpertBlock:
 
     @property
     def can_run(self) -> bool:
-        """True if graft can run the module: it knows how, and both stacks are packed or plain tensors."""
+        """True if graft can run the module: it knows how, and both stacks are packed or plain tensors of three
+        dimensions.
+        """
 
         def is_readable(name: str) -> bool:
+            """Return True if the module's stack `name` is a plain tensor of three dimensions, or packed."""
             p = self.module._parameters.get(name)
             return (type(p) in PLAIN and p.dim() == 3) or stacks.find_stack_class(self.module, name) is not None
 
@@ -108,11 +120,12 @@ class ExpertBlock:
         return None if stack is None else stack.shape
 
     def find_stack(self, name: str) -> Any:
-        """Return a stack, packed matrices or a tensor, in canonical orientation.
+        """Return a stack in canonical orientation (experts, out, in): `PackedMatrices`, or a tensor, which may be a
+        view.
 
         Raises:
             UnsupportedLayerError: a packed stack cannot be read.
-            RoutingError: a dense stack trains, is spread over processes, or has an adapter that is no product.
+            RoutingError: a dense stack is no plain tensor, or it trains while autograd records.
         """
         m = self.module
         stack = stacks.find_matrices(m, name)
@@ -129,10 +142,15 @@ class ExpertBlock:
         return W.mT if getattr(m, "is_transposed", False) else W
 
     def run(self, updates: Updates, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return the output of the module, computed by graft, with updates on its stacks.
+        """Return the output of the module, (tokens, width), computed by graft, with updates on its stacks.
+
+        Routes, biases, activation and a norm after the experts are the module's. `args` and `kwargs` are those of its
+        forward: hidden states, indices of experts, weights of routes. With `updates.rows` each token gets the updates
+        of its group.
 
         Raises:
-            RoutingError: rows have different adapters under expert parallelism.
+            RoutingError: rows have different adapters under expert parallelism, or a dense stack cannot be used.
+            UnsupportedLayerError: a packed stack cannot be read.
         """
         m, (x, index, weights) = self.module, self.bind(args, kwargs)
         rows, group, groups = updates.rows, None, 1
@@ -154,7 +172,12 @@ class ExpertBlock:
         return run_experts(x, index, weights, up, act, down, norm, group, groups)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """Return the arguments of a call as positional ones, in the order of the module's forward."""
+        """Return the arguments of a call as a tuple of positional ones, in the order of the forward of the module's
+        class.
+
+        Without keyword arguments return `args` unchanged. Raises TypeError for arguments that the forward does not
+        take.
+        """
         if not kwargs:
             return args
         bound = inspect.signature(type(self.module).forward).bind(self.module, *args, **kwargs)
@@ -170,8 +193,8 @@ class ExpertBlock:
     ) -> object:
         """Return the output of a layer's base with updates on the layer's stack.
 
-        The outermost of the layers around the module puts `run` in the place of the module's forward for the call; the
-        layers below it only add their updates.
+        The outermost of the layers around the module replaces the module's forward by `run` for the call, and restores
+        it afterwards. Layers below it find its mark on the module, add their updates to it, and call their base.
 
         Args:
             updates: number of tokens → the updates.
@@ -194,15 +217,20 @@ class ExpertBlock:
     run_updated._torchdynamo_disable = True  # type: ignore[attr-defined]  # the host must know how many rows experts have
 
     def find_forward(self) -> tuple[str, Any]:
-        """Return the attribute that the module's calls run, and its value; None: that of the class."""
+        """Return the name of the attribute that the module's calls run, and its value on the module; None: the class's
+        is used.
+
+        The name is `_old_forward` if accelerate has set that, else `forward`.
+        """
         place = "_old_forward" if "_old_forward" in self.module.__dict__ else "forward"  # accelerate calls the first
         return place, self.module.__dict__.get(place)
 
     def prepare(self) -> None:
         """Replace the forward of a module with packed stacks: it passes gradients on, and no whole stack is ever dense.
 
-        The module's own forward still runs where it has a gradient or needs none. Does nothing for other modules, and
-        on a second call; `release` undoes it.
+        The module's own forward still runs where it has a gradient or needs none. Marks the module, and an MXFP4 block
+        also as hooked, so that it is called with routes. Does nothing for a module without packed stacks, one that
+        graft cannot run, and on a second call; `release` undoes it.
         """
         m = self.module
         if MENDED in m.__dict__ or not self.packed or not self.can_run:
@@ -211,7 +239,11 @@ class ExpertBlock:
         hooked = self.is_mxfp4 and not hasattr(m, HOOKED)
 
         def forward(m: nn.Module, *args: Tensor, **kwargs: Tensor) -> object:
-            """Run the module's own forward where its packed stacks allow it, else `ExpertBlock.run` without updates."""
+            """Run the module's earlier forward if all its packed stacks can run this input, else `ExpertBlock.run`
+            without updates.
+
+            Gradients are wanted if autograd records and the input or the weights of routes require one.
+            """
             block = ExpertBlock(m)
             x, _, weights = block.bind(args, kwargs)
             trains = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
@@ -226,7 +258,10 @@ class ExpertBlock:
             m.__dict__[HOOKED] = True
 
     def release(self) -> None:
-        """Give the module the forward that it had before `prepare`."""
+        """Give the module the forward that it had before `prepare`, and take the marks off.
+
+        Does nothing without the mark. A forward that someone has replaced since stays.
+        """
         attributes = self.module.__dict__
         if MENDED not in attributes:
             return
@@ -241,7 +276,10 @@ class ExpertBlock:
 
 
 def apply_clamped_gate(m: nn.Module, y: Tensor) -> Tensor:
-    """Return gpt-oss's activation of y, (rows, 2 · inner), with gate and input in turn, clamped to its limit."""
+    """Return gpt-oss's activation of y (rows, 2 · inner): (up + 1) · gate · sigmoid(alpha · gate), (rows, inner).
+
+    Even columns are the gate, clamped from above to the module's `limit`; odd ones `up`, clamped to ± `limit`.
+    """
     gate, up = y[:, ::2].clamp(max=m.limit), y[:, 1::2].clamp(-m.limit, m.limit)
     out: Tensor = (up + 1) * gate * torch.sigmoid(gate * m.alpha)
     return out
@@ -254,33 +292,59 @@ class PackedStack(Dense):
     exact = live = False
 
     def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
+        """Return why the packed stack cannot be read: the module is offloaded, or the format's reason.
+
+        None if it can.
+        """
         away = "it is offloaded: it is there only while the module itself is called"
         return away if is_away(m) else self.snapshot(m, name).why_unreadable
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
+        """Return why a merge cannot write the packed stack: it cannot be read, or its format cannot be written.
+
+        None if it can.
+        """
         return self.why_unreadable(m, name) or self.snapshot(m, name).why_unwritable
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
+        """Return the whole stack dense, in the module's orientation, in the stack's dtype or float32 if that is not
+        known.
+
+        Raises UnsupportedLayerError if the stack cannot be read.
+        """
         return self.snapshot_values(m, name, ExpertBlock(m).find_stack(name))
 
     def snapshot_values(self, m: nn.Module, name: str, state: PackedMatrices) -> Tensor:
+        """Return the whole stack of a snapshot dense, without gradients, in the module's orientation, in its dtype or
+        float32.
+        """
         with torch.no_grad():
             W = state.dense(range(state.shape[0]), state.dtype or torch.float32)
             return W.mT if ExpertBlock(m).is_transposed else W
 
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> None:
+        """Quantize W (in the module's orientation) matrix by matrix with the old settings, and put new tensors into the
+        module.
+
+        Earlier snapshots keep their values. Returns None.
+        """
         with torch.no_grad():
             self.snapshot(m, name).remake((W.mT if ExpertBlock(m).is_transposed else W).__getitem__).put(m, name)
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> PackedMatrices:
+        """Return the present packed stack, which refers to the module's tensors without a copy."""
         stack = stacks.find_matrices(m, name)
         assert stack is not None
         return stack
 
     def restore(self, m: nn.Module, name: str, state: PackedMatrices) -> None:
+        """Put the packed stack of a snapshot back into the module, on the device of the present one."""
         state.to(self.snapshot(m, name).device).put(m, name)
 
     def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
+        """Return the device of the stack, or accelerate's if it is offloaded; and the dtype of its dense values, or
+        None.
+        """
         stack = self.snapshot(m, name)
         return computes_on(m, stack.device), stack.dtype
 

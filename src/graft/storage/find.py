@@ -73,9 +73,11 @@ for file in FILES:
 
 
 def find_store(module: nn.Module) -> Store:
-    """Return the store of a module's weight: by the module's class, else by the weight's class, else DENSE.
+    """Return the store of a module's weight: by a mark on the module, else its class, else the weight's class, else
+    DENSE.
 
-    It is FOREIGN, not DENSE, if the module has a replaced forward, or if the weight is no plain tensor.
+    For a class that graft does not know it is FOREIGN, not DENSE, if the module has a replaced forward, or if the
+    weight is no plain tensor.
     """
     store = find_marked_store(module) or STORES.find(type(module))
     if store is not None:
@@ -84,7 +86,7 @@ def find_store(module: nn.Module) -> Store:
 
 
 def find_marked_store(module: nn.Module) -> Store | None:
-    """Return the store of a module that a package has marked as its own, whatever its type; None for others."""
+    """Return the store of a module that a package has marked by an attribute, whatever its type; None for others."""
     attributes = module.__dict__
     for mark, store in compressed.MARKS.items():
         if mark in attributes:
@@ -95,7 +97,8 @@ def find_marked_store(module: nn.Module) -> Store | None:
 def find_tensor_store(module: nn.Module, name: str) -> Store:
     """Return the store of one parameter of a module that uses it directly, such as a stack of experts.
 
-    A packed stack gets PACKED_STACK; codes that a replacement could not stand in for get PACKED.
+    A packed stack gets PACKED_STACK. A parameter of a module with a quantized store, or of a strange class, gets
+    PACKED: a replacement could not hold its codes. Others get the store of the module's class or of the parameter.
     """
     if stacks.find_stack_class(module, name) is not None:
         return PACKED_STACK
@@ -118,6 +121,9 @@ def find_store_of_tensor(module: nn.Module, name: str) -> Store:
 
 
 def find_device_and_dtype(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-    """Return device and dtype of a module's first weight; for an offloaded one, the device that it computes on."""
+    """Return device and dtype of the weight of the first module with a parameter, in `module` or below it.
+
+    For an offloaded one it is the device that the module computes on. Each is None if it is not known.
+    """
     first = next((m for m in module.modules() if any(p is not None for p in m._parameters.values())), module)
     return find_store(first).where(first, "weight")

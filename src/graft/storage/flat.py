@@ -25,18 +25,27 @@ class FlatPiece(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
+        """The shape of the whole tensor."""
         return self.flat._shapes[self.number]
 
     @property
     def numbers(self) -> Tensor:
-        """The numbers themselves, (n,); writing to them writes to the parameter."""
+        """The numbers of this process themselves, (n,); writing to them writes to the parameter.
+
+        Empty if it has none.
+        """
         info = self.flat._shard_param_infos[self.number]
         shard: Tensor = getattr(self.flat, "_local_shard", self.flat).data
         begin = info.offset_in_shard if info.in_shard else 0
         return shard[begin : begin + (info.numel_in_shard if info.in_shard else 0)]
 
     def gather(self) -> Tensor:
-        """Return the whole tensor. Every process must call this."""
+        """Return the whole tensor in new memory, on the device of the piece.
+
+        Every process of the default group must call this.
+
+        With gloo it is gathered on the CPU, else on the accelerator. With HYBRID_SHARD the first copy counts.
+        """
         local, n = self.numbers, self.shape.numel()
         sizes = [torch.zeros(1, dtype=torch.int64, device=sendable(local)) for _ in range(dist.get_world_size())]
         dist.all_gather(sizes, torch.tensor([len(local)], dtype=torch.int64, device=sendable(local)))
@@ -49,7 +58,9 @@ class FlatPiece(NamedTuple):
         return torch.cat([part[:count] for part, count in zip(parts, counts)])[:n].view(self.shape).to(local.device)
 
     def fill(self, value: Tensor) -> None:
-        """Copy this process's part of a whole value into the parameter."""
+        """Copy this process's part of a whole value into the parameter in place; does nothing if the process has no
+        part.
+        """
         info = self.flat._shard_param_infos[self.number]
         if info.in_shard:
             begin = info.intra_param_start_idx
@@ -57,7 +68,12 @@ class FlatPiece(NamedTuple):
 
 
 def find_flat_piece(t: Tensor) -> FlatPiece | None:
-    """Return the piece of a tensor that FSDP1 has in a sharded flat parameter; None for other tensors."""
+    """Return the piece of a tensor that FSDP1 has in a sharded flat parameter; None for other tensors, and with
+    NO_SHARD.
+
+    With use_orig_params=False the tensor is a view of the flat parameter. With True it is an original parameter, and
+    `find_flat_place` may search all objects of the process for the flat one.
+    """
     flat = t._base
     if is_flat(t):  # use_orig_params=False
         number = find_tensor_number(flat, int(t.storage_offset()))
@@ -74,12 +90,15 @@ def is_flat(t: Tensor) -> bool:
 
 
 def trains(t: Tensor) -> bool:
-    """Return True if a tensor gets gradients."""
+    """Return True if a tensor gets gradients; a view of a flat parameter does if the flat parameter does."""
     return bool(t._base.requires_grad if is_flat(t) else t.requires_grad)  # type: ignore[union-attr]
 
 
 def find_tensor_number(flat: Any, offset: int) -> int:
-    """Return the number of the tensor that begins at `offset`. Raises LookupError if none does."""
+    """Return the number of the tensor that begins at `offset` in a flat parameter; paddings are not counted.
+
+    Raises LookupError if no tensor begins there.
+    """
     at = number = 0
     for numel, is_padding in zip(flat._numels_with_padding, flat._is_padding_mask):
         if not is_padding:
@@ -93,7 +112,8 @@ def find_tensor_number(flat: Any, offset: int) -> int:
 def find_flat_place(p: Tensor) -> tuple[Any, int] | None:
     """Return the flat parameter that has taken in an original parameter, and its number there; None if there is none.
 
-    Nothing leads from one to the other, so all objects of the garbage collector are searched, once for all parameters.
+    FSDP1 keeps no reference from one to the other. If the cache has no valid answer, it is cleared, and filled for all
+    parameters from all objects of the garbage collector.
     """
     place = look_up_place(p)
     if place is None:
@@ -107,14 +127,22 @@ def find_flat_place(p: Tensor) -> tuple[Any, int] | None:
 
 
 def look_up_place(p: Tensor) -> tuple[object, int] | None:
-    """Return the cached answer of `find_flat_place`, if it still holds; else None."""
+    """Return the cached flat parameter and number for a parameter.
+
+    None if nothing is cached, the flat parameter is gone, or it holds another parameter at this number by now.
+    """
     reference, number = _PLACES.get(id(p), (lambda: None, 0))
     flat = reference()
     return (flat, number) if flat is not None and flat._params[number] is p else None
 
 
 def sendable(t: Tensor, group: ProcessGroup | None = None) -> torch.device:
-    """Return a device on which the group's backend can send this tensor: its own, or the accelerator."""
+    """Return a device on which the group's backend can send this tensor.
+
+    It is the tensor's device if that is no CPU or the backend is gloo, else the accelerator; the CPU without one.
+
+    group: None is the default group.
+    """
     if "gloo" in dist.get_backend(group) or t.device.type != "cpu":
         return t.device
     device = torch.accelerator.current_accelerator()

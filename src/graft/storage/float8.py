@@ -20,25 +20,36 @@ TOP = 7.0  # the largest number that still rounds to 6.0
 
 
 class Float8(OwnModule):
-    """8-bit floats with a scale for each block, or one for all; 4-bit floats with a scale for each 32 of a row.
+    """The store of layers with 8-bit floats and a scale for each block, or one for all; or with 4-bit floats and a
+    scale for each 32 of a row.
+
+    A weight wider than a byte has not been quantized: it is read and written as it is.
 
     Args:
-        scale: the name of the scales.
+        scale: the name of the module's attribute with the scales.
     """
 
     def __init__(self, name: str, scale: str):
         self.name, self.scale, self.parts = name, scale, ("weight", scale)
 
     def values(self, m: nn.Module) -> Tensor:
+        """Return the weight (out, in) in float32, decoded with its scales; a weight that is not quantized is cloned in
+        its dtype.
+        """
         if m.weight.element_size() > 1:  # it has not been quantized
             return m.weight.detach().clone()
         return decode(m.weight, self.scales(m), getattr(m, "block_size", None))
 
     def scales(self, m: nn.Module) -> Tensor:
-        """Return the scales as `expand_scales` takes them."""
+        """Return the module's scales in a shape that `expand_scales` takes."""
         return getattr(m, self.scale)
 
     def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
+        """Return new parameters for the weight and its scales, encoded as the old ones are; scales keep shape and
+        requires_grad.
+
+        For a weight that is not quantized return only `weight`: W in the old dtype, with the old requires_grad.
+        """
         if m.weight.element_size() > 1:
             return {"weight": nn.Parameter(W.to(m.weight.dtype), requires_grad=m.weight.requires_grad)}
         old = getattr(m, self.scale)
@@ -49,25 +60,32 @@ class Float8(OwnModule):
         }
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
+        """Return the weight and, if it is quantized, its scales, by the names of the attributes and without a copy."""
         return {part: getattr(m, part) for part in self.parts if part == "weight" or m.weight.element_size() == 1}
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
+        """Return the dtype of a weight that is not quantized; None for 8-bit and 4-bit floats."""
         return m.weight.dtype if m.weight.element_size() > 1 else None
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
+        """Return why merging cannot write: a weight of 4-bit floats, or the reason of all quantized stores.
+
+        None if it can.
+        """
         if name == "weight" and m.weight.dtype == torch.int8:
             return "its weight is 4-bit floats, which graft does not know how to write"
         return super().why_unwritable(m, name)
 
     def loses_gradient(self, m: nn.Module) -> bool:
-        """Return True for 4-bit floats, through which transformers has no backward pass."""
+        """Return True for 4-bit floats (int8 codes), through which transformers has no backward pass."""
         return m.weight.dtype == torch.int8
 
 
 class Rows(Float8):
-    """8-bit floats, with a scale for each row, whatever the shape of the scales."""
+    """The store of layers with 8-bit floats and a scale for each row, whatever the shape of the scales."""
 
     def scales(self, m: nn.Module) -> Tensor:
+        """Return the scales as (out, 1)."""
         return super().scales(m).reshape(-1, 1)
 
 
@@ -84,7 +102,17 @@ def decode(codes: Tensor, scale: Tensor, block: Sequence[int] | None = None) -> 
 
 
 def encode(W: Tensor, codes: Tensor, scale: Tensor, block: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-    """Return codes and scales of a matrix W (out, in), as `decode` takes them, like those of an old matrix."""
+    """Return codes and scales of a matrix W (out, in), as `decode` takes them, in the dtypes and shapes of the old
+    ones.
+
+    Scales of 8-bit floats are chosen anew: the largest magnitude of a block becomes the largest float. For 4-bit floats
+    the old scales stay, and only grow by powers of two where numbers exceed them. The old tensors do not change.
+
+    Args:
+        codes: the old codes, which decide by their dtype: 8-bit floats, else pairs of 4-bit floats.
+        scale: the old scales.
+        block: as of `decode`.
+    """
     W = W.float()
     if not codes.is_floating_point():
         new_values, grow = encode_fp4(W, decode_scales(scale))
@@ -98,12 +126,16 @@ def encode(W: Tensor, codes: Tensor, scale: Tensor, block: Sequence[int] | None 
 
 
 def decode_scales(scale: Tensor) -> Tensor:
-    """Return scales in float32; bytes are exponents of two, from -127."""
+    """Return scales in float32; bytes (uint8) are exponents of two, less 127."""
     return (scale.float() - 127).exp2() if scale.dtype == torch.uint8 else scale.float()
 
 
 def block_sizes(scale: Tensor, shape: Sequence[int], block: Sequence[int] | None = None) -> tuple[int, int]:
-    """Return the rows and columns of a weight (out, in) that share a scale."""
+    """Return the rows and columns of a weight (out, in) that share a scale.
+
+    One scale covers the whole weight. Otherwise it is `block`, or without it the sizes divided by the numbers of
+    scales, rounded up.
+    """
     if scale.numel() == 1:
         return shape[0], shape[1]
     return (
@@ -112,7 +144,7 @@ def block_sizes(scale: Tensor, shape: Sequence[int], block: Sequence[int] | None
 
 
 def expand_scales(scale: Tensor, shape: Sequence[int], block: Sequence[int] | None = None) -> Tensor:
-    """Return scales in float32, so that they broadcast over a weight (out, in).
+    """Return scales in float32 that broadcast over a weight (out, in): (1, 1) for a single one, else (out, in).
 
     Args:
         scale: one, (out), (out, 1), (out, groups), or one for each block.
@@ -126,7 +158,9 @@ def expand_scales(scale: Tensor, shape: Sequence[int], block: Sequence[int] | No
 
 
 def find_block_maxima(W: Tensor, scale: Tensor, block: Sequence[int] | None = None) -> Tensor:
-    """Return the largest magnitude in each block of W (out, in); blocks at the border may be smaller.
+    """Return the largest magnitude in each block of W (out, in), at least 1e-12: (blocks down, blocks across).
+
+    Blocks at the border may be smaller.
 
     scale, block: as of `expand_scales`.
     """
@@ -138,7 +172,11 @@ def find_block_maxima(W: Tensor, scale: Tensor, block: Sequence[int] | None = No
 
 
 def round_scales_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return scales in the dtype of the file; if that holds powers of two only, rounded up."""
+    """Return scales in `dtype`.
+
+    A dtype of one byte holds powers of two only: scales are rounded up to one. For uint8 the result is its exponent
+    plus 127.
+    """
     if dtype.itemsize > 1:
         return scale.to(dtype)
     power = scale.log2().ceil()
@@ -147,7 +185,14 @@ def round_scales_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=32)
 def make_pair_table(values: Values, low_first: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a table (256,) from a byte to the values of its two codes, as one integer of twice the width."""
+    """Return a table (256,) from a byte to the values of its two codes, as one integer of twice the width of `dtype`.
+
+    `dtype` has two or four bytes. The last 32 tables are cached, so do not write to one.
+
+    Args:
+        values: the 16 values by code.
+        low_first: the low half of a byte is the first code.
+    """
     table = torch.tensor(values, dtype=dtype, device=device)
     byte = torch.arange(256, device=device)
     both = [table[byte & 15], table[byte >> 4]]
@@ -156,19 +201,24 @@ def make_pair_table(values: Values, low_first: bool, dtype: torch.dtype, device:
 
 
 def unpack_pairs(codes: Tensor, values: Values, low_first: bool, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the values of bytes (…, n), (…, 2n), by one gather for each pair."""
+    """Return the values of bytes (…, n) with two 4-bit codes each as (…, 2n) in `dtype`, by one gather for each pair.
+
+    values, low_first: as of `make_pair_table`.
+    """
     with torch.inference_mode(False):
         table = make_pair_table(values, low_first, dtype, codes.device)
     return table[codes.view(torch.uint8).int()].view(dtype)
 
 
 def encode_fp4(W: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes of 4-bit floats (out, in/2) for W (out, in), and the exponents (base 2) by which scales must grow.
+    """Return codes of 4-bit floats, bytes (out, in/2) with the low half first, for W (out, in); and exponents (out,
+    groups).
 
-    Scales that fit stay: new ones would move other numbers of their blocks.
+    The exponents (base 2, at least 0) say by how much scales must grow. Scales that fit stay: new ones would move other
+    numbers of their blocks.
 
     Args:
-        scale: (out, groups), such as (out, in/32).
+        scale: (out, groups), such as (out, in/32), in float32.
     """
     blocks = W.float().unflatten(1, (scale.shape[1], -1))  # (out, blocks, n)
     top = blocks.abs().amax(2)

@@ -29,14 +29,25 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def exclude_from_compiler(f: F) -> F:
-    """Mark a function so that torch.compile does not trace it. torch.compiler.disable would import the compiler."""
+    """Mark a function so that torch.compile does not trace it, and return it.
+
+    torch.compiler.disable would import the compiler.
+    """
     f._torchdynamo_disable = True  # type: ignore[attr-defined]
     return f
 
 
 @exclude_from_compiler
 def read_by_identity(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> Tensor:
-    """Return the weight (out, in) of a linear layer in new memory, by running it on blocks of the identity matrix."""
+    """Return the weight (out, in) of a linear layer in new memory, by running it on blocks of the identity matrix.
+
+    A copy of the layer runs, in evaluation mode, without hooks and with a zero bias. Its output for zeros is
+    subtracted: the bias may be out of reach.
+
+    Args:
+        dims: (out, in).
+        device, dtype: of the inputs and of the result.
+    """
     run = copy_for_reading(m)
     W = torch.empty(dims, device=device, dtype=dtype)
     zero = run_forward(run, torch.zeros(1, dims[1], device=device, dtype=dtype))  # a bias that is out of reach
@@ -49,7 +60,8 @@ def read_by_identity(m: nn.Module, dims: tuple[int, int], device: torch.device |
 def why_not_linear(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
     """Return why a module is not y = W x + bias with its `bias` attribute; None if it is, as far as random inputs show.
 
-    The module runs on random rows and on the identity. No more than a block of W is held at once.
+    A copy of the module runs on four random rows of several sizes and on the identity; results may differ by
+    `TOLERANCE`. The rows have a fixed seed. No more than a block of W is held at once.
     """
     run = copy_for_reading(m)
     x = torch.randn(len(SIZES), dims[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
@@ -65,7 +77,10 @@ def why_not_linear(m: nn.Module, dims: tuple[int, int], device: torch.device | N
 
 @exclude_from_compiler
 def why_not_affine(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
-    """Return why the module adds more than its bias: its output for zeros is not `bias`. None if it is."""
+    """Return why the module adds more than its bias: its output for zeros is not `bias`, within `TOLERANCE`.
+
+    None if it is. A missing bias counts as zeros. A copy of the module runs, without hooks.
+    """
     bias = getattr(m, "bias", None)  # first: a call may put it away again
     zero = run_forward(copy_for_reading(m, keep_bias=True), torch.zeros(1, dims[1], device=device, dtype=dtype))[0]
     if not _is_near(zero.float(), torch.zeros_like(zero).float() if bias is None else bias.detach().float()):
@@ -76,7 +91,9 @@ def why_not_affine(m: nn.Module, dims: tuple[int, int], device: torch.device | N
 def copy_for_reading(m: nn.Module, keep_bias: bool = False) -> nn.Module:
     """Return a shallow copy of a module with the same tensors, in evaluation mode, without hooks, and with a zero bias.
 
-    Its forward then sets attributes on the copy only. keep_bias: leave the bias.
+    Its forward then sets attributes on the copy only. Children are copied in the same way, with their biases.
+
+    keep_bias: leave the module's bias.
     """
     clone = copy.copy(m)
     clone.__dict__.update({key: type(v)(v) for key, v in m.__dict__.items() if key in _OWN})
@@ -95,7 +112,10 @@ _OWN = ("_parameters", "_buffers", "_modules")
 
 
 def iterate_tensors(m: nn.Module) -> Iterator[Tensor]:
-    """Yield the tensors of a module, its weight first, and those that it holds as plain attributes last."""
+    """Yield the tensors of a module and of the modules below it.
+
+    Of each module: its weight, other parameters and buffers, then tensors that are plain attributes.
+    """
     tensors = {**m._parameters, **m._buffers}
     for t in (tensors.pop("weight", None), *tensors.values(), *vars(m).values()):
         if isinstance(t, Tensor):
@@ -105,10 +125,10 @@ def iterate_tensors(m: nn.Module) -> Iterator[Tensor]:
 
 
 def find_compute_dtype(m: nn.Module) -> torch.dtype | None:
-    """Return the dtype that a module computes in: its `compute_dtype`, its weight's, or that of tensors in half
-    precision.
+    """Return the dtype that a module computes in; None if nothing tells.
 
-    Return None otherwise: scales in float32 say nothing, as many layers compute in the dtype of their input.
+    The first of these counts: the module's `compute_dtype`; the dtype of a weight of plain floats; the dtype of the
+    first tensor in half precision. Scales in float32 say nothing, as many layers compute in the dtype of their input.
     """
     named = getattr(m, "compute_dtype", None)
     if isinstance(named, torch.dtype):
@@ -120,7 +140,7 @@ def find_compute_dtype(m: nn.Module) -> torch.dtype | None:
 
 
 def _iterate_identity(n: int, device: torch.device | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (slice, rows) for blocks of rows of the identity matrix of size n."""
+    """Yield (slice, rows) for blocks of at most 512 rows of the identity matrix of size n; `rows` is (size, n)."""
     for start in range(0, n, ROWS):
         size = min(ROWS, n - start)
         rows = torch.zeros(size, n, device=device, dtype=dtype)
@@ -137,7 +157,7 @@ def run_forward(m: nn.Module, x: Tensor) -> Tensor:
 
 
 def _is_near(rows: Tensor, goal: Tensor) -> bool:
-    """Return True if each row of `rows` is within `TOLERANCE` of its goal, relative to the goal's norm."""
+    """Return True if the distance of each row to its goal is at most `TOLERANCE` times the goal's norm, plus 1e-6."""
     scale = goal.norm(dim=-1)
     return bool(((rows - goal).norm(dim=-1) <= TOLERANCE * scale + 1e-6).all())
 
@@ -146,10 +166,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # to try where a layer 
 
 
 class ByIdentity(OwnModule):
-    """A layer that is known to be linear, read by running its forward on in_features rows at each reading.
+    """The store of a layer that is known to be linear, read by running its forward on in_features rows at each reading.
 
     Args:
-        codes: what it holds in place of a weight, for errors: "GPTQ codes".
+        codes: the kind of codes that replace its weight, for errors: "GPTQ codes".
         calibrated: the codes were made with data from a model in use, so that they are not made anew.
     """
 
@@ -164,13 +184,16 @@ class ByIdentity(OwnModule):
     look = staticmethod(why_not_affine)
 
     def reason(self, m: nn.Module) -> tuple[str, str]:
-        """Return why graft itself cannot read the weight, and the remedy, or ""."""
+        """Return why graft itself cannot read the weight, for errors, and the remedy: none here, so ""."""
         return f"its weight is {self.codes}", ""
 
     def why_undecodable(self, m: nn.Module) -> str | None:
         """Return why running the layer does not give its weight; None if it does.
 
-        The first call runs the layer, in float32 or half precision, and caches the result for this module.
+        A layer with an Op that is not linear gets the store's reason and remedy. Otherwise the first call runs a copy
+        of the layer through `look`, and caches result and dtype for this module. The dtype is the compute dtype; if
+        none is known, float32, bfloat16 and float16 are tried in turn. If all raise, return the first error; the next
+        call tries again.
         """
         reason, remedy = self.reason(m)
         op, (device, dtype) = find_op(m), self.where(m)
@@ -190,25 +213,40 @@ class ByIdentity(OwnModule):
         return None if why is None else f"{reason}, and {why}"
 
     def values(self, m: nn.Module) -> Tensor:
+        """Return the weight in the module's orientation, from `read_by_identity`, in the compute dtype.
+
+        If nothing tells the dtype, it is the one that `why_undecodable` has cached: call that before.
+        """
         op, (device, dtype) = find_op(m), self.where(m)
         return op.uncanon(read_by_identity(m, op.dims(m), device, dtype or self.known[m][1]))
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
+        """Return why merging cannot write the weight: always a reason, as graft cannot make these codes.
+
+        For calibrated codes, and for other tensors than `weight`, it is the reason of all quantized stores.
+        """
         if name != "weight" or self.calibrated is not None:
             return super().why_unwritable(m, name)
         reason, remedy = self.reason(m)
         return f"{reason}, and graft does not know how to write it{remedy}"
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
+        """Return all parameters and buffers of the module by name, themselves, but those that are None."""
         return {part: t for tensors in (m._parameters, m._buffers) for part, t in tensors.items() if t is not None}
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
+        """Return the dtype of `find_compute_dtype`; None if nothing tells."""
         return find_compute_dtype(m)
 
     def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
+        """Return the device of the module's first tensor, or accelerate's if it is offloaded; and the compute dtype.
+
+        Each may be None.
+        """
         return computes_on(m, next((t.device for t in iterate_tensors(m)), None)), self.compute_dtype(m)
 
     def strange(self, m: nn.Module) -> str | None:
+        """Return None: a replaced forward is no obstacle, since the forward defines the weight."""
         return None  # its forward defines the weight
 
 
@@ -224,6 +262,11 @@ class Foreign(ByIdentity):
         super().__init__("foreign", "", calibrated=False)
 
     def reason(self, m: nn.Module) -> tuple[str, str]:
+        """Return why graft cannot read the weight, and the remedy or "".
+
+        The reason is a strange class or dtype of the weight, else a replaced forward (with a remedy), else that graft
+        does not know the module's class.
+        """
         if (why := strange_tensor(m, "weight")) is not None:
             return why, ""
         return explain_forward(m) or (f"graft does not know how a {type(m).__name__} holds its weight", "")
@@ -233,16 +276,18 @@ class Foreign(ByIdentity):
         return y.clone()
 
     def ready(self, m: nn.Module) -> str | None:
+        """Do nothing, and return None: classes that graft does not know stay as they are."""
         return None  # classes that graft does not know stay as they are
 
 
 class Packed(Dense):
-    """The store of one parameter with codes, whose module computes with the codes directly."""
+    """The store of one parameter with codes, in a module that computes with the codes directly."""
 
     name = "packed"
     exact = live = False
 
     def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
+        """Return why the parameter can be neither read nor written, with the remedy: always a reason."""
         why = strange_tensor(m, name) or f"a {type(m).__name__} computes with codes in place of its {name}"
         return f"{why}: load the base model dequantized (in transformers: dequantize=True in its quantization_config)"
 

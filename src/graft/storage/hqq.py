@@ -14,22 +14,28 @@ class HQQ(Quantized):
     parts = ("W_q", "meta")
 
     def values(self, m: nn.Module) -> Tensor:
+        """Return the weight (out, in), dequantized by the module in its compute dtype."""
         return m.dequantize()
 
     def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
+        """Return codes `W_q` and their `meta` for W, from a new HQQ layer with the settings and device of the
+        old one.
+        """
         config = {**m.quant_config, "offload_meta": m.offload_meta}
         layer = type(m)(None, config, compute_dtype=m.compute_dtype, device=str(m.W_q.device))
         layer.quantize(W, **layer.quant_config)
         return {"W_q": layer.W_q, "meta": layer.meta}
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype:
+        """Return the module's `compute_dtype`."""
         return m.compute_dtype
 
     def why_undecodable(self, m: nn.Module) -> str | None:
+        """Return "it is not quantized yet" if the module is not ready; None otherwise."""
         return None if m.ready else "it is not quantized yet"
 
     def ready(self, m: nn.Module) -> None:
-        """Detach a bias that is no Parameter: HQQ takes it over from the old layer with its graph."""
+        """Detach a bias that is no Parameter: HQQ keeps the old layer's bias with its graph. Returns None."""
         if isinstance(m.__dict__.get("bias"), Tensor):
             m.bias = m.bias.detach()
 

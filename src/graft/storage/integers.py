@@ -10,13 +10,19 @@ from graft.storage.quantized import OwnModule
 
 
 def unpack_integers(packed: Tensor, bits: int) -> Tensor:
-    """Return the numbers packed into bytes, the first in the lowest bits: (…, bytes) → (…, bytes · 8 / bits)."""
+    """Return the numbers packed into bytes as int32, the first in the lowest bits: (…, bytes) → (…, bytes · 8
+    / bits).
+    """
     byte = packed.to(torch.uint8).int()
     return torch.stack([byte >> shift & 2**bits - 1 for shift in range(0, 8, bits)], -1).flatten(-2)
 
 
 def pack_integers(numbers: Tensor, bits: int) -> Tensor:
-    """Do the reverse of `unpack_integers`; zeros fill the last byte."""
+    """Pack numbers from 0 to 2**bits - 1 into bytes, the reverse of `unpack_integers`: (…, n) → uint8 (…, n · bits /
+    8).
+
+    Zeros fill the last byte.
+    """
     per = 8 // bits
     numbers = nn.functional.pad(numbers, (0, -numbers.shape[-1] % per)).unflatten(-1, (-1, per))
     shifts = torch.arange(0, 8, bits, device=numbers.device)
@@ -24,19 +30,26 @@ def pack_integers(numbers: Tensor, bits: int) -> Tensor:
 
 
 class Gemma(OwnModule):
-    """Integers with a scale for each row."""
+    """The store of Gemma's layers: integers of 8, 4 or 2 bits, with a scale for each row."""
 
     name = "gemma"
     parts: tuple[str, ...] = ("weight", "weight_scale")
 
     def values(self, m: nn.Module) -> Tensor:
+        """Return the weight (out, in): codes times the scale of their row, in the dtype of the scales.
+
+        Codes of less than 8 bits are unpacked, cut to in_features and shifted by half their range.
+        """
         codes = m.weight
         if m.num_bits < 8:
             codes = unpack_integers(codes, m.num_bits)[:, : m.in_features] - 2 ** (m.num_bits - 1)
         return codes * m.weight_scale
 
     def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
-        """Return new codes and scales of W, with one scale for each row, in the bits of the old weight."""
+        """Return new codes and scales of W as parameters, in the bits of the old weight.
+
+        The scale of a row is its largest magnitude divided by the largest code. Scales keep dtype and requires_grad.
+        """
         half = 2 ** (m.num_bits - 1)
         scale = W.abs().amax(1, keepdim=True).clamp_min(1e-12) / max(half - 1, 1)
         codes = (W / scale).round().clamp(-half, half - 1)
@@ -48,6 +61,9 @@ class Gemma(OwnModule):
         }
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
+        """Return why merging cannot write: scales of inputs or outputs were calibrated for the weight (one is not 0),
+        or the reason of all quantized stores. None if it can.
+        """
         scales = (m.input_activation_scale, m.output_activation_scale)
         if name == "weight" and any(not s.is_meta and s.item() != 0 for s in scales):
             return "the scales of its inputs and outputs were calibrated for its weight, and would be wrong for another"
@@ -59,16 +75,24 @@ class Gemma(OwnModule):
 
 
 class Bits(OwnModule):
-    """BitNet's weights of -1, 0 and 1, four in a byte; a scale divides them. They were trained as they are."""
+    """The store of BitNet's layers: weights of -1, 0 and 1, four in a byte; a scale divides them.
+
+    Merging is refused, as they were trained as they are.
+    """
 
     name = "bitnet"
     parts: tuple[str, ...] = ("weight", "weight_scale")
     calibrated = "its weight is ternary codes that the model was trained with"
 
     def why_undecodable(self, m: nn.Module) -> str | None:
+        """Return a reason if the layer has a norm before its weight, so that it is not linear; None otherwise."""
         return None if m.rms_norm is None else "the layer has a norm before its weight, so that it is not linear"
 
     def values(self, m: nn.Module) -> Tensor:
+        """Return the weight (out, in): (codes - 1) divided by the scale in float32, then cast to the scale's dtype.
+
+        Byte n holds rows n, n + N/4, n + N/2 and n + 3 N/4.
+        """
         codes = unpack_integers(m.weight.T, 2).unflatten(
             -1, (-1, 4)
         )  # a byte has rows n, n + N/4, n + N/2 and n + 3 N/4
@@ -76,24 +100,38 @@ class Bits(OwnModule):
         return ((W - 1) / m.weight_scale.float()).to(self.compute_dtype(m))
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype:
+        """Return the dtype of the scale."""
         return m.weight_scale.dtype
 
     def loses_gradient(self, m: nn.Module) -> bool:
+        """Return True: the layer rounds its inputs, and its own backward pass is never used."""
         return True
 
 
 class AutoBits(Bits):
-    """The same, unpacked when loaded, where a scale multiplies the output; or rounded at each call."""
+    """The store of BitNet's layers that are unpacked when loaded, where a scale multiplies the output; or rounded at
+    each call (`online_quant`).
+    """
 
     parts = ("weight",)
 
     def why_undecodable(self, m: nn.Module) -> str | None:
+        """Return a reason if the layer has a norm before its weight, or a bias that its scale multiplies as well; None
+        otherwise.
+
+        With `online_quant` the scale does not multiply the bias.
+        """
         why = super().why_undecodable(m)
         if why is None and m.bias is not None and not m.online_quant:
             return "its scale multiplies its bias as well, which graft does not know how to fold"
         return why
 
     def values(self, m: nn.Module) -> Tensor:
+        """Return the weight times its scale; with `online_quant` the weight rounded to -1, 0 and 1 times its mean
+        magnitude.
+
+        The mean is taken in float32 over the whole weight, at least 1e-5; the result has the weight's dtype.
+        """
         if not m.online_quant:
             return m.weight.detach() * m.weight_scale
         W = m.weight.detach().float()
@@ -101,9 +139,11 @@ class AutoBits(Bits):
         return ((W / scale).round().clamp(-1, 1) * scale).to(m.weight.dtype)
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype:
+        """Return the dtype of the weight."""
         return m.weight.dtype
 
     def loses_gradient(self, m: nn.Module) -> bool:
+        """Return False: the layer has a backward pass."""
         return False
 
 

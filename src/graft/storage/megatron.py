@@ -28,7 +28,11 @@ KINDS: TypeTable[str] = TypeTable({f"{LAYERS}.{k}": k for k in ("ColumnParallelL
 
 
 def find_megatron_group(m: nn.Module) -> ProcessGroup | None:
-    """Return the process group of a module; None where a process is alone."""
+    """Return the process group of a module: its `tp_group`, else that of Megatron's parallel state if it is
+    initialised.
+
+    None if there is neither: the process is alone.
+    """
     group = getattr(m, "tp_group", None)
     state = sys.modules.get("megatron.core.parallel_state")
     if group is None and state is not None and state.model_parallel_is_initialized():
@@ -38,6 +42,8 @@ def find_megatron_group(m: nn.Module) -> ProcessGroup | None:
 
 def find_cut(m: nn.Module) -> Cut | None:
     """Return the cut of a column parallel layer's outputs, or of a row parallel layer's inputs; None if nothing is cut.
+
+    Sizes of module and weight decide.
 
     Raises:
         UnsupportedLayerError: the weight is a piece, and no process group is known.
@@ -57,12 +63,16 @@ def find_cut(m: nn.Module) -> Cut | None:
 
 
 def list_returned_bias(m: nn.Module) -> tuple[Tensor | None]:
-    """Return the tuple that follows the output of a module: its bias if the caller has to add it, else None."""
+    """Return a tuple with one item, which follows the output of a module: its bias with `skip_bias_add`, else None."""
     return ((m.bias if m.skip_bias_add else None),)
 
 
 def find_megatron_piece(m: nn.Module, op: Op) -> LayerPiece | None:
-    """Return the piece of the layer that this process computes; None for a module that is not Megatron's."""
+    """Return the piece of the layer that this process computes, with the bias that its forward returns.
+
+    Outputs are cut in a column parallel layer that does not gather them; inputs in a row parallel layer that takes them
+    in pieces. None for a module that is not Megatron's, or that no adapter can act on.
+    """
     kind = KINDS.find(type(m))
     if kind is None or why_no_megatron_adapter(m) is not None:
         return None
@@ -73,7 +83,10 @@ def find_megatron_piece(m: nn.Module, op: Op) -> LayerPiece | None:
 
 
 def why_no_megatron_adapter(m: nn.Module) -> str | None:
-    """Return why no adapter can act on a module; None if one can, or the module is not Megatron's."""
+    """Return why no adapter can act on a layer of Megatron: sequence parallel, an expert's, or without a weight.
+
+    None if one can, or the module is not Megatron's.
+    """
     if KINDS.find(type(m)) is None:
         return None
     if getattr(m, "sequence_parallel", False):
@@ -84,7 +97,7 @@ def why_no_megatron_adapter(m: nn.Module) -> str | None:
 
 
 class Megatron(Dense):
-    """The store of pieces of dense weights.
+    """The store of Megatron's pieces of dense weights.
 
     All processes of the group have to take part in reads, writes and restores.
     """
@@ -92,33 +105,47 @@ class Megatron(Dense):
     name, live, exact = "megatron", False, True
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
+        """Return the whole tensor, joined from the pieces of all processes, with gradients; the tensor itself if it is
+        not cut.
+        """
         t, place = getattr(m, name), self.place(m, name)
         return t if place is None else join_pieces(t, *place)
 
     @torch.no_grad()
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
+        """Write this process's piece of the whole W as `Dense.write` does: in place, or as a new parameter if
+        `shared`.
+        """
         place = self.place(m, name)
         return super().write(m, name, W if place is None else take_piece(W, *place), shared)
 
     def snapshot_values(self, m: nn.Module, name: str, state: Tensor) -> Tensor:
+        """Return the whole tensor of a snapshot, gathered from all processes; the snapshot itself if it is not cut."""
         place = self.place(m, name)
         return state if place is None else gather_whole(state, *place)
 
     def protect(self, y: Tensor) -> Tensor:
+        """Raise UnsupportedLayerError: the layers return tuples, which cannot take rows of several adapters."""
         raise UnsupportedLayerError(
             "Megatron's layers return a tuple, which rows of a batch with different adapters cannot be put into: run "
             "one adapter at a time."
         )
 
     def piece(self, m: nn.Module, op: Op) -> tuple[Tensor, Cut | None, Cut | None]:
-        """Return this process's piece of the weight (canonical), and the cuts of its rows and columns."""
+        """Return this process's piece of the weight (canonical), and the cuts of its rows and columns.
+
+        At most one of the cuts is set; both are None if the weight is whole.
+        """
         place = self.place(m, "weight")
         rows, columns = (place[0] if place is not None and place[1] == dim else None for dim in (0, 1))
         return m.weight, rows, columns
 
     @staticmethod
     def place(m: nn.Module, name: str) -> tuple[Cut, int] | None:
-        """Return the cut of a tensor and its dimension."""
+        """Return the cut of a tensor and its dimension: 0 in a column parallel layer, 1 in a row parallel one.
+
+        None if nothing is cut, or for the bias of a row parallel layer, which is whole.
+        """
         cut, column = find_cut(m), KINDS.find(type(m)) == "ColumnParallelLinear"
         if cut is None or (name == "bias" and not column):
             return None

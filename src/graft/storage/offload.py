@@ -21,25 +21,30 @@ def device_of(m: nn.Module) -> torch.device | None:
 
 
 def is_away(m: nn.Module) -> bool:
-    """Return True if a tensor of the module is offloaded, and not there now."""
+    """Return True if a parameter or buffer of the module itself is offloaded by accelerate, and on the meta
+    device now.
+    """
     tensors = (*m._parameters.values(), *m._buffers.values())
     return any(t is not None and t.is_meta for t in tensors) and bool(find_offload_hooks(m))
 
 
 def computes_on(m: nn.Module, device: torch.device | None) -> torch.device | None:
-    """Return the device that a module computes on: accelerate's if `device`, that of its tensors now, is meta; else
-    `device`.
+    """Return the device that a module computes on.
+
+    It is accelerate's if `device`, that of its tensors now, is meta and accelerate offloads the module; else `device`.
     """
     return device_of(m) or device if device is not None and device.type == "meta" else device
 
 
 def is_tied(m: nn.Module, name: str) -> bool:
-    """Return True if an offloaded tensor is also that of another module."""
+    """Return True if accelerate knows an offloaded tensor as tied to that of another module."""
     return any(name in h.tied_params_names for h in find_offload_hooks(m))
 
 
 def is_hooked(layer: nn.Module) -> bool:
-    """Return True if accelerate has hooks on the base layer or its children; if not, it has none on adapters either."""
+    """Return True if accelerate has hooks on the base layer or its children; without these it has none on adapters
+    either.
+    """
     base: nn.Module = layer.base_layer
     return any(m is not None and "_hf_hook" in m.__dict__ for m in (base, *base._modules.values()))
 
@@ -48,8 +53,9 @@ def is_hooked(layer: nn.Module) -> bool:
 def bring_in(module: nn.Module, written: nn.Module | None) -> Iterator[None]:
     """Load all offloaded tensors below `module` for the block; keep changes to those of `written`.
 
-    Tensors that an outer block has loaded stay loaded after this one. Parameters of `written` are copied before the
-    block may change them.
+    Parameters of `written` are copied before the block may change them. After a block without an error their values are
+    stored on the CPU for the next load, even if an outer block loaded them. At the end each module that this block has
+    loaded is offloaded again, after an error too.
     """
     hooked = [(m, hook) for m in module.modules() for hook in find_offload_hooks(m)]
     away = [(m, hook) for m, hook in hooked if is_away(m)]
@@ -71,7 +77,10 @@ def bring_in(module: nn.Module, written: nn.Module | None) -> Iterator[None]:
 
 
 def write_offloaded(m: nn.Module, name: str, value: Tensor) -> None:
-    """Set the stored value of an offloaded tensor: the module has it from the next call on."""
+    """Set the stored value of an offloaded tensor: the module has it from the next call on.
+
+    The value is copied to the CPU in the tensor's dtype. The hook gets a new dictionary of stored values.
+    """
     tensors: Any = m._parameters if name in m._parameters else m._buffers
     value = value.detach().to("cpu", tensors[name].dtype, copy=True)
     for hook in find_offload_hooks(m):
@@ -80,18 +89,21 @@ def write_offloaded(m: nn.Module, name: str, value: Tensor) -> None:
 
 
 def find_offloaded(root: nn.Module) -> dict[int, tuple[nn.Module, str]]:
-    """Return module and name of each offloaded tensor, by the id of its placeholder on the meta device."""
+    """Return module and name of each offloaded tensor below `root`, by the id of its placeholder on the meta device."""
     by_module = ((m, (*m._parameters.items(), *m._buffers.items())) for m in root.modules() if find_offload_hooks(m))
     return {id(t): (m, name) for m, tensors in by_module for name, t in tensors if t is not None and t.is_meta}
 
 
 def _buffer_names(m: nn.Module, hook: Any) -> list[str]:
-    """Return the names of the buffers that the hook offloads as well."""
+    """Return the names of the module's persistent buffers if the hook offloads buffers; else an empty list."""
     return [n for n in m._buffers if hook.offload_buffers and n not in m._non_persistent_buffers_set]
 
 
 def standalone(module: nn.Module, copies: dict[int, object] | None = None) -> nn.Module:
     """Return a deep copy of a module with all tensors in memory, without accelerate's offloading hooks.
+
+    If nothing in it is offloaded, other hooks of accelerate are kept and shared with the original. Otherwise the copy
+    has no hooks, and loads the stored values. The original does not change.
 
     copies: replacements for copies, by the id of the original.
     """

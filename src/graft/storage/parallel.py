@@ -46,62 +46,84 @@ class Layout(Protocol):
 
 
 class Distributed:
-    """DTensor, as FSDP2 and tensor parallelism make them."""
+    """The layout of DTensors, as FSDP2 and tensor parallelism make them."""
 
     name, has_gradients, writable = "DTensor", True, True
 
     def ranks(self, t: Any) -> list[int]:
+        """Return the ranks of the processes in the tensor's mesh."""
         return t.device_mesh.mesh.flatten().tolist()
 
     def shape(self, t: Tensor) -> torch.Size:
+        """Return the tensor's shape: that of a DTensor is the whole one."""
         return t.shape
 
     def gather(self, t: Any) -> Tensor:
+        """Return the whole tensor, on the device of the DTensor. Every process of the mesh must call this.
+
+        A DTensor on another device than its mesh's is moved there for sending, and the result back.
+        """
         kind = t.device_mesh.device_type
         gathered: Tensor = (t if t.device.type in (kind, "meta") else t.to(kind)).full_tensor()
         return gathered.to(t.device)
 
     def fill(self, t: Tensor, value: Tensor) -> None:
+        """Copy this process's part of a whole value into the DTensor, cast to its dtype.
+
+        No process waits for another.
+        """
         t.copy_(shard_like(value.to(dtype=t.dtype), t))
 
 
 class OfAll:
-    """The part that layouts over all processes share."""
+    """The base of layouts that spread a tensor over all processes."""
 
     def ranks(self, t: Tensor) -> list[int]:
+        """Return the ranks of all processes of the default group; [0] without a group."""
         return list(range(dist.get_world_size())) if dist.is_initialized() else [0]
 
 
 class FlatParameter(OfAll):
-    """A slice of a flat parameter, as FSDP1 makes them."""
+    """The layout of tensors that are slices of a flat parameter, as FSDP1 makes them."""
 
     name, has_gradients, writable = "FSDP1", False, False
 
     def shape(self, t: Tensor) -> torch.Size:
+        """Return the shape of the whole tensor."""
         return find_flat_piece(t).shape  # type: ignore[union-attr]
 
     def gather(self, t: Tensor) -> Tensor:
+        """Return the whole tensor in new memory. Every process must call this."""
         return find_flat_piece(t).gather()  # type: ignore[union-attr]
 
     def fill(self, t: Tensor, value: Tensor) -> None:
+        """Copy this process's part of a whole value into the flat parameter in place."""
         find_flat_piece(t).fill(value)  # type: ignore[union-attr]
 
 
 class Zero3(OfAll):
-    """DeepSpeed's ZeRO-3: between calls a parameter is empty, or a copy that DeepSpeed keeps because it is small."""
+    """The layout of DeepSpeed's ZeRO-3: between calls a parameter is empty, or a copy that DeepSpeed keeps because it
+    is small.
+    """
 
     name, has_gradients, writable = "ZeRO-3", False, False
 
     def shape(self, t: Any) -> torch.Size:
+        """Return the shape that DeepSpeed noted for the whole tensor."""
         return torch.Size(t.ds_shape)
 
     def gather(self, t: Tensor) -> Tensor:
+        """Return a detached copy of the whole tensor. Every process must call this."""
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([t]):
             return t.detach().clone()
 
     def fill(self, t: Tensor, value: Tensor) -> None:
+        """Gather the parameter, copy the whole value into it, and let DeepSpeed spread the values of process 0.
+
+        Every process must call this.
+        """
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([t], modifier_rank=0):
@@ -112,12 +134,18 @@ DISTRIBUTED, FLAT, ZERO3 = Distributed(), FlatParameter(), Zero3()
 
 
 def has_no_layout(t: Tensor) -> bool:
-    """Return True if a tensor is a plain one without marks of any layout, which is quick to check."""
+    """Return True if a tensor is a plain one or a Parameter, no view, and has no attributes of any layout: a quick
+    check.
+
+    A False does not tell that it has a layout.
+    """
     return type(t) in (nn.Parameter, Tensor) and t._base is None and not t.__dict__
 
 
 def layout_of(t: Tensor) -> Layout | None:
-    """Return how processes share a tensor; None if this one has all of it."""
+    """Return the layout by which processes share a tensor: DTensor, ZeRO-3 or FSDP1; None if this process has all of
+    it.
+    """
     if has_no_layout(t):
         return None
     if is_sharded(t):
@@ -128,11 +156,15 @@ def layout_of(t: Tensor) -> Layout | None:
 
 
 def is_sharded(t: Tensor) -> TypeGuard[DTensor]:
+    """Return True if the tensor's class has the name DTensor, which imports nothing."""
     return type(t).__name__ == "DTensor"
 
 
 def find_master_ids(parameters: Iterable[object]) -> set[int]:
-    """Return the ids of those parameters that an optimizer of DeepSpeed trains through a float32 copy."""
+    """Return the ids of those parameters that an optimizer of DeepSpeed trains through a float32 copy.
+
+    For a parameter of ZeRO-3 the ids of all parameters of its optimizer are returned.
+    """
     ids, optimizers = set(), {}
     for p in parameters:
         if hasattr(p, "_hp_mapping"):
@@ -143,7 +175,10 @@ def find_master_ids(parameters: Iterable[object]) -> set[int]:
 
 
 def gather_master_values(t: Tensor) -> Tensor:
-    """Return the whole float32 values that an optimizer of DeepSpeed trains. Every process must call this."""
+    """Return a copy of the whole float32 values that an optimizer of DeepSpeed trains for t, in the shape of t.
+
+    Every process must call this.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
     values: Tensor = safe_get_full_fp32_param(t)
@@ -151,7 +186,10 @@ def gather_master_values(t: Tensor) -> Tensor:
 
 
 def is_whole(t: Tensor) -> bool:
-    """Return True if a tensor holds all its values: not emptied by ZeRO-3, and no slice of FSDP1's flat parameter."""
+    """Return True if a tensor holds all its values: not emptied by ZeRO-3, and no slice of FSDP1's flat parameter.
+
+    A DTensor counts as whole. A tensor of floats without numbers is not whole.
+    """
     if not t.numel() and t.is_floating_point():
         return False
     if has_no_layout(t):
@@ -162,14 +200,14 @@ def is_whole(t: Tensor) -> bool:
 
 
 def find_whole_shape(t: Tensor) -> torch.Size:
-    """Return the shape of a tensor when it is whole."""
+    """Return the shape of the whole tensor, whatever its layout. Nothing is gathered."""
     layout = layout_of(t)
     return t.shape if layout is None else layout.shape(t)
 
 
 @torch.no_grad()
 def gather_tensor(t: Tensor) -> Tensor:
-    """Return a tensor whole; itself if this process has all of it. Every process must call this."""
+    """Return a tensor whole, without gradient; itself if this process has all of it. Every process must call this."""
     layout = layout_of(t)
     return t if layout is None else layout.gather(t.detach() if layout is DISTRIBUTED else t)
 
@@ -178,7 +216,7 @@ def gather_tensor(t: Tensor) -> Tensor:
 def write_whole(t: Tensor, value: Tensor) -> None:
     """Write a value, which every process has whole, into a tensor in place. Every process must call this.
 
-    A float32 copy in a DeepSpeed optimizer is overwritten as well.
+    A float32 copy in a DeepSpeed optimizer is overwritten as well, else the next step would undo the write.
     """
     layout = layout_of(t)
     if layout is None:
@@ -193,7 +231,10 @@ def write_whole(t: Tensor, value: Tensor) -> None:
 
 @torch.no_grad()
 def write_all_whole(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Write whole values into tensors in place; plain tensors all at once. Every process must call this."""
+    """Write whole values into tensors in place. Every process must call this.
+
+    Pairs (tensor, value) with plain tensors are written first, all at once; then the others by `write_whole`, in order.
+    """
     local = [
         pair for pair in pairs if has_no_layout(t := pair[0]) or (layout_of(t) is None and not find_master_ids([t]))
     ]
@@ -205,10 +246,9 @@ def write_all_whole(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """Return `value`, which every process has whole, as a DTensor sharded like `like`; unchanged if `like` is no
-    DTensor.
+    """Return `value`, which every process has whole, as a DTensor sharded like `like`, detached and on its device.
 
-    No process waits for another.
+    Unchanged if `like` is no DTensor or `value` is one already. No process waits for another.
     """
     if not is_sharded(like) or is_sharded(value):
         return value
@@ -229,7 +269,11 @@ def shard_value(value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]
 
 @contextmanager
 def gather_slots(slots: Iterable[Slot]) -> Iterator[None]:
-    """Replace the tensors in these slots by whole ones within the block, for reading. Every process must call this."""
+    """Replace tensors in these slots by whole ones within the block, for reading. Every process must call this.
+
+    Only tensors with a layout are replaced, by new detached Parameters with the same requires_grad. The old ones are
+    put back at the end, after an error too; changes to the whole ones are lost.
+    """
     before = []
     try:
         for slot in slots:
@@ -257,7 +301,8 @@ def find_parameters_below(module: nn.Module) -> dict[str, Tensor]:
 def gather_numbers(t: Any, places: list[int]) -> list[float] | None:
     """Return the numbers at these flat positions of the whole tensor. Every process must call this.
 
-    Return None for a DTensor over only some of the processes. Layouts other than FSDP1 and DTensor gather the tensor.
+    Return None for a DTensor over only some of the processes. For FSDP1 and DTensors the processes send only these
+    numbers; copies on several processes count as their mean. Other layouts gather the whole tensor.
     """
     piece, layout = find_flat_piece(t), layout_of(t)
     if piece is not None:
@@ -276,7 +321,9 @@ def gather_numbers(t: Any, places: list[int]) -> list[float] | None:
 
 
 def pick_piece_numbers(piece: FlatPiece, places: list[int]) -> list[float | None]:
-    """Return the numbers at these flat positions that this process has; None for each of another process."""
+    """Return the numbers at these flat positions of the whole tensor that this process has; None for each of another
+    process.
+    """
     info, local = piece.flat._shard_param_infos[piece.number], piece.numbers
     begin = info.intra_param_start_idx if info.in_shard else 0
     return [float(local[p - begin]) if begin <= p < begin + len(local) else None for p in places]
@@ -304,7 +351,9 @@ def pick_shard_numbers(t: DTensor, places: list[int]) -> list[float | None]:
 def copy_unwrapped(module: M, values: dict[str, Tensor]) -> M:
     """Return a copy of a module without the hooks, wrappers and classes of layouts, with `values` as tensors, by name.
 
-    Tensors that `values` lacks are the module's own, detached.
+    Children are copied as well. Parameters are new, detached, with the old requires_grad; those that `values` lacks
+    share memory with the module's. Buffers and other attributes are shared. A parameter that is reached through a
+    wrapper of FSDP has the class of the module inside it.
     """
     bare: nn.Module = module
     while (inner := find_inner_module(bare)) is not None:

@@ -33,7 +33,9 @@ class Quantized(Dense):
     calibrated: str | None = None  # why there is no writing: "its weight is … codes that were calibrated"
 
     def values(self, m: nn.Module) -> Tensor:
-        """Return the dense weight in new memory, in the dtype that the module computes in, without gradients."""
+        """Return the dense weight in new memory, in the module's orientation and in the dtype that the module computes
+        in, without gradients.
+        """
         raise NotImplementedError
 
     def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
@@ -41,18 +43,19 @@ class Quantized(Dense):
         raise NotImplementedError
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
-        """Return the dtype of the dense weight; None if nothing tells."""
+        """Return the dtype of the dense weight; None if nothing tells, as here."""
         return None
 
     def trains(self, m: nn.Module) -> bool:
-        """Return True if the module rounds floats at each call, so that a copy of it can train."""
+        """Return True if the module rounds floats at each call, so that a copy of it can train; False here."""
         return False
 
     def why_undecodable(self, m: nn.Module) -> str | None:
-        """Return why the weight of this module cannot be read; None if it can."""
+        """Return why the codes of this module cannot be decoded; None if they can, as here."""
         return None
 
     def on_meta(self, m: nn.Module) -> bool:
+        """Return True if the module's codes are on the meta device, and accelerate does not offload them."""
         device = self.where(m)[0]
         return device is not None and device.type == "meta"
 
@@ -64,6 +67,11 @@ class Quantized(Dense):
         return strange_forward(m)
 
     def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
+        """Return why the weight cannot be read; None if it can.
+
+        There are four reasons: it is offloaded now; it is on the meta device; its codes cannot be decoded; or the
+        module has a replaced forward. For another tensor return the reason of plain ones.
+        """
         if name != "weight":
             return super().why_unreadable(m, name)
         if is_away(m):
@@ -73,6 +81,10 @@ class Quantized(Dense):
         return self.why_undecodable(m) or self.strange(m)
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
+        """Return the decoded weight in new memory, without gradients; another tensor itself.
+
+        Raises UnsupportedLayerError if the weight cannot be read.
+        """
         if name != "weight":
             return super().read(m, name)
         if (why := self.why_unreadable(m)) is not None:
@@ -81,7 +93,10 @@ class Quantized(Dense):
             return self.values(m)
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
-        """Return why merging cannot write the weight: calibrated codes, or unreadable ones. None if it can."""
+        """Return why merging cannot write the weight: calibrated codes, or unreadable ones. None if it can.
+
+        Another tensor can be written if it is a plain attribute of the module; else the rules of plain tensors decide.
+        """
         if name != "weight":
             return None if isinstance(m.__dict__.get(name), Tensor) else super().why_unwritable(m, name)
         if self.calibrated is not None:
@@ -89,29 +104,47 @@ class Quantized(Dense):
         return self.why_unreadable(m)
 
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
-        """Quantize W with the old settings into new tensors: those of a snapshot do not change."""
+        """Quantize W, cast to the compute dtype, with the old settings, and put new tensors into the module.
+
+        Those of a snapshot do not change. Returns None. `name` and `shared` change nothing.
+        """
         with torch.no_grad():
             self.put(m, self.pack(m, W.to(self.compute_dtype(m) or W.dtype)))
         return None
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
-        """Return the packed tensors themselves: `write` replaces them and never overwrites them."""
+        """Return `parts` of the module by name: the packed tensors themselves, as `write` replaces and never overwrites
+        them.
+        """
         return {part: getattr(m, part) for part in self.parts}
 
     def snapshot_values(self, m: nn.Module, name: str, state: dict[str, object]) -> Tensor:
+        """Return the decoded weight of a snapshot, read through a copy of the module that holds the snapshot.
+
+        Raises UnsupportedLayerError if it cannot be read.
+        """
         return self.read(copy_with(m, state), name)
 
     def restore(self, m: nn.Module, name: str, state: dict[str, object]) -> None:
+        """Put the parts of a snapshot back into the module, moved to the device where the module computes."""
         device = self.where(m)[0]
         self.put(m, {part: move_snapshot(value, device) for part, value in state.items()})
 
     def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
+        """Return the device of the first of `parts` that is a tensor, or accelerate's if it is offloaded; and the
+        compute dtype.
+        """
         values = (getattr(m, part) for part in self.parts)
         device = next((t.device for t in values if isinstance(t, Tensor)), None)
         return computes_on(m, device), self.compute_dtype(m)
 
     def dense(self, m: nn.Module, dtype: torch.dtype | None = None) -> nn.Linear:
-        """Return a plain linear layer with the same values, in `dtype`, or in the dtype that the module computes in."""
+        """Return a new linear layer with the decoded weight (out, in), in `dtype`, or in the dtype that the module
+        computes in.
+
+        Its weight has no gradient. A bias is copied, cast, with its requires_grad. The layer has the module's training
+        mode.
+        """
         W, bias = find_op(m).canon(self.read(m)), getattr(m, "bias", None)
         W = W.to(dtype or W.dtype).contiguous()
         layer = nn.Linear(W.shape[1], W.shape[0], bias is not None, device="meta").requires_grad_(False)
@@ -121,23 +154,31 @@ class Quantized(Dense):
         return layer.train(m.training)
 
     def ready(self, m: nn.Module) -> str | None:
-        """Prepare a module for adapters on it or below it; return a warning for the user, or None."""
+        """Prepare a module for adapters on it or below it; return a warning for the user, or None.
+
+        Does nothing here.
+        """
         return None
 
     def release(self, m: nn.Module) -> None:
-        """Undo `ready` when no adapter acts on the module any more."""
+        """Undo `ready` when no adapter acts on the module any more. Does nothing here."""
 
     def put(self, m: nn.Module, values: dict[str, object]) -> None:
-        """Set `parts`."""
+        """Set `parts` of the module to these values: parameters without checks, others as attributes."""
         set_parts(m, values)
 
     def loses_gradient(self, m: nn.Module) -> bool:
-        """Return True if the module's own backward pass is wrong or missing: `straight.py` then replaces it."""
+        """Return True if the module's own backward pass is wrong or missing: `straight.py` then replaces it.
+
+        False here.
+        """
         return False
 
 
 def set_parts(m: nn.Module, values: Mapping[str, Any]) -> None:
-    """Set attributes of a module; parameters in its dictionary, without checks."""
+    """Set attributes of a module by name; names of parameters are set in its dictionary of parameters, without
+    checks.
+    """
     for part, value in values.items():
         if part in m._parameters:
             m._parameters[part] = value
@@ -146,7 +187,10 @@ def set_parts(m: nn.Module, values: Mapping[str, Any]) -> None:
 
 
 def copy_with(m: nn.Module, values: Mapping[str, object]) -> nn.Module:
-    """Return a shallow copy of m with these attributes: m itself may run in another thread meanwhile."""
+    """Return a shallow copy of m with these attributes or parameters; m does not change, as another thread may run it.
+
+    Other tensors and the children are shared.
+    """
     clone = copy.copy(m)
     clone.__dict__.update({key: dict(m.__dict__[key]) for key in ("_parameters", "_buffers", "_modules")})
     set_parts(clone, values)
@@ -157,7 +201,11 @@ class OwnModule(Quantized):
     """The base of stores of rounded weights in modules of another class, with kernels that may lack a backward pass."""
 
     def ready(self, m: nn.Module) -> str | None:
-        """Let gradients through the layer; return a warning if that fails, as its weight cannot be read."""
+        """Replace the forward of the module's class, or of the module, so that gradients pass: see
+        `let_gradients_through`.
+
+        Return a warning if the module's backward pass is missing and its codes cannot be decoded; else None.
+        """
         let_gradients_through(m, self)
         if self.loses_gradient(m) and not self.on_meta(m) and (why := self.why_undecodable(m)) is not None:
             return f"Layers below a {type(m).__name__} get no gradient: {why}."
@@ -165,7 +213,11 @@ class OwnModule(Quantized):
 
 
 def move_snapshot(value: object, device: torch.device | None) -> object:
-    """Return a value of a snapshot on a device, dictionaries included; a Parameter stays one."""
+    """Return a value of a snapshot on a device, dictionaries included; a Parameter stays one.
+
+    Values that are no tensors, and all values if `device` is None, are returned as they are. A moved plain parameter
+    has no gradient.
+    """
     if isinstance(value, dict):
         return {key: move_snapshot(inner, device) for key, inner in value.items()}
     if not isinstance(value, Tensor) or device is None or value.device == device:

@@ -10,25 +10,39 @@ from graft.storage.quantized import Quantized, copy_with
 
 
 class Quanto(Quantized):
+    """The store of quanto's linear layers, frozen or not."""
+
     name = "quanto"
 
     def values(self, m: nn.Module) -> Tensor:
+        """Return the dequantized weight (out, in) of the module's `qweight`: the packed one, or one that it quantizes
+        now.
+        """
         return m.qweight.dequantize()
 
     def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
+        """Return W quantized with the module's settings, as the parameter `weight` with the old requires_grad.
+
+        In a module that is not frozen the parameter is W itself, as the module quantizes at each call.
+        """
         if not m.frozen:
             return {"weight": nn.Parameter(W, m.weight.requires_grad)}
         new = copy_with(m, {"weight": nn.Parameter(W, requires_grad=False)})
         return {"weight": nn.Parameter(new.qweight, requires_grad=m.weight.requires_grad)}
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype:
+        """Return the dtype of the weight."""
         return m.weight.dtype
 
     def why_undecodable(self, m: nn.Module) -> str | None:
+        """Return "it has no quantized weight" if the module quantizes only activations; None otherwise."""
         return "it has no quantized weight" if m.weight_qtype is None else None
 
     def protect(self, y: Tensor) -> Tensor:
-        """Return a copy if the output is a view: quanto's Function returns views, which forbid writing."""
+        """Return a copy if the output is a view: quanto's Function returns views, which forbid writing.
+
+        Else the output itself.
+        """
         return y.clone() if y._is_view() else y
 
 

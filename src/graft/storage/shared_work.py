@@ -16,12 +16,18 @@ if TYPE_CHECKING:
 
 
 def find_piece(module: nn.Module, op: Op) -> LayerPiece | None:
-    """Return this process's piece of a layer's work; None if it computes the whole layer."""
+    """Return this process's piece of a layer's work, under transformers' tensor parallelism or Megatron.
+
+    None if it computes the whole layer, or no adapter can act on its piece.
+    """
     return tensor_parallel.find_parallel_piece(module, op) or megatron.find_megatron_piece(module, op)
 
 
 def find_group(module: nn.Module) -> ProcessGroup | None:
-    """Return the group of processes that compute a module in pieces; None for another module."""
+    """Return the group of processes that compute a module in pieces, under Megatron or tensor parallelism.
+
+    None for another module, and for a layer of Megatron that is not cut.
+    """
     if megatron.KINDS.find(type(module)) is not None:
         return None if megatron.find_cut(module) is None else megatron.find_megatron_group(module)
     return tensor_parallel.find_parallel_group(module)
@@ -29,6 +35,9 @@ def find_group(module: nn.Module) -> ProcessGroup | None:
 
 def why_no_adapter(module: nn.Module, op: Op, inside: bool) -> str | None:
     """Return why a module that processes share cannot be adapted; None if no sharing prevents it.
+
+    Rules of Megatron and Transformer Engine come first, unless the class is torch's; their reasons name the class. Then
+    the rules of tensor parallelism decide.
 
     inside: the adapter computes with modules inside this one.
     """

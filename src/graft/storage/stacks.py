@@ -30,40 +30,44 @@ class PackedMatrices:
 
     @classmethod
     def of(cls, m: nn.Module, name: str) -> PackedMatrices:
+        """Return the packed stack with parameter `name` of a module; it shares the module's tensors. Abstract."""
         raise NotImplementedError
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
-        """Return one matrix (out, in)."""
+        """Return one matrix (out, in), decoded, in `dtype`. Abstract."""
         raise NotImplementedError
 
     def dense(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return some matrices (n, out, in)."""
+        """Return the matrices of some experts, decoded one at a time into new memory: (n, out, in) in `dtype`."""
         stack, out = self.in_rows(), torch.empty(len(experts), *self.shape[1:], dtype=dtype, device=self.device)
         for W, expert in zip(out, experts):
             W.copy_(stack.matrix(expert, dtype))
         return out
 
     def in_rows(self) -> PackedMatrices:
-        """Return the stack in the layout of the file, so that single matrices can be read."""
+        """Return the stack in the layout of the file, so that single matrices can be read: itself, unless a kernel has
+        its order.
+        """
         return self
 
     @property
     def device(self) -> torch.device:
+        """The device of the codes. Abstract."""
         raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype of the dense stack; None if nothing tells."""
+        """The dtype of the dense stack; None if nothing tells, as here."""
         return None
 
     @property
     def why_unreadable(self) -> str | None:
-        """Why it cannot be read; None if it can."""
+        """Why the stack cannot be read: it is on the meta device. None if it can."""
         on_meta = self.device.type == "meta"
         return "it is on the meta device, not loaded: have the model on real devices first" if on_meta else None
 
     def remake(self, matrix: Callable[[int], Tensor]) -> PackedMatrices:
-        """Return a new stack with other values and the settings of this one, which does not change.
+        """Return a new stack with other values and the settings of this one, which does not change. Abstract.
 
         Args:
             matrix: returns the new matrix (out, in) of an expert. It may be called twice for one expert; results are
@@ -72,16 +76,22 @@ class PackedMatrices:
         raise NotImplementedError
 
     def fold_one(self, fold: Fold, expert: int) -> tuple[Tensor, Tensor]:
-        """Return a matrix (out, in) before `fold`, in the stack's dtype; and after it, in at least float32."""
+        """Return an expert's matrix (out, in) before `fold`, in the stack's dtype or float32; and after, in at least
+        float32.
+        """
         W = self.matrix(expert, self.dtype or torch.float32)
         return W, fold(expert, W.to(torch.promote_types(W.dtype, torch.float32)))
 
     def fold(self, fold: Fold) -> tuple[PackedMatrices, Tensor]:
-        """Return a new stack with all matrices folded, one at a time, and the `measure_survival` of the updates."""
+        """Return a new stack with all matrices folded, and the sum over experts of `measure_survival` of the updates.
+
+        Matrices are folded one at a time, and `fold` is called more than once for each expert. This stack does not
+        change.
+        """
         stack = self.in_rows()
 
         def matrix(expert: int) -> Tensor:
-            """Return the folded matrix of an expert, rounded to the stack's dtype."""
+            """Return the folded matrix (out, in) of an expert, rounded to the stack's dtype."""
             W, wide = stack.fold_one(fold, expert)
             return wide.to(W.dtype)
 
@@ -92,19 +102,20 @@ class PackedMatrices:
         return new, torch.stack(shares).sum(0)
 
     def folds_finite(self, fold: Fold) -> bool:
-        """Return True if all numbers of the folded matrices are finite in the stack's dtype."""
+        """Return True if all numbers of the folded matrices are finite in the stack's dtype. Nothing is stored."""
         pairs = map(partial(self.in_rows().fold_one, fold), range(self.shape[0]))
         return bool(torch.stack([wide.to(W.dtype).isfinite().all() for W, wide in pairs]).all())
 
     def put(self, m: nn.Module, name: str) -> None:
-        """Make this the stack of a module: replaces the module's tensors."""
+        """Make this the stack `name` of a module: replaces the module's tensors. Abstract."""
         raise NotImplementedError
 
     def to(self, device: torch.device) -> PackedMatrices:
+        """Return the stack on a device. Abstract."""
         raise NotImplementedError
 
     def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
-        """Return True if the module's own forward can run this input, with gradients if `trains`."""
+        """Return True if the module's own forward can run the input x, with gradients if `trains`. Abstract."""
         raise NotImplementedError
 
 
@@ -122,6 +133,11 @@ class MXFP4(PackedMatrices):
 
     @classmethod
     def of(cls, m: nn.Module, name: str) -> MXFP4:
+        """Return the stack of a gpt-oss block: `gate_up_proj` (experts, 2 · inner, width), else (experts, width,
+        inner).
+
+        Scales are those of the block's precision config; None if it has none.
+        """
         n, inner, width = m.num_experts, m.intermediate_size, m.hidden_size
         shape = (n, 2 * inner, width) if name == "gate_up_proj" else (n, width, inner)
         config = getattr(m, f"{name}_precision_config")
@@ -129,32 +145,49 @@ class MXFP4(PackedMatrices):
 
     @property
     def device(self) -> torch.device:
+        """The device of the codes, or of the data of Triton's tensor."""
         t: Tensor = self.weight if isinstance(self.weight, Tensor) else self.weight.storage.data
         return t.device
 
     @property
     def why_unreadable(self) -> str | None:
+        """Why the stack cannot be read: it is on the meta device, or has no scales. None if it can."""
         return super().why_unreadable or ("it has no scales: load the model again" if self.scale is None else None)
 
     def in_rows(self) -> MXFP4:
+        """Return the stack with codes and scales in the layout of the file; itself if they are plain tensors
+        already.
+        """
         if isinstance(self.weight, Tensor):
             return self
         return MXFP4(self.shape, in_rows(self.weight), in_rows(self.scale))
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """Return one matrix (out, in), decoded, in `dtype`.
+
+        The codes must be in the layout of the file: see `in_rows`.
+
+        Products are computed in `dtype` if that is float32 or bfloat16, else in float32.
+        """
         exact = dtype if dtype.itemsize == 4 or dtype == torch.bfloat16 else torch.float32
         values = unpack_pairs(self.weight[expert], FP4, True, exact).unflatten(1, (-1, 32))
         return torch.ldexp(values, self.scale[expert].int()[..., None] - 127).flatten(1).to(dtype)
 
     def remake(self, matrix: Callable[[int], Tensor]) -> MXFP4:
+        """Return a new stack of `matrix(expert)` in the layout of the file; scales grow only where numbers
+        exceed them.
+        """
         weight, scale = in_rows(self.weight).clone(), in_rows(self.scale).clone()
         for e in range(len(weight)):
             weight[e], scale[e] = encode(matrix(e), weight[e], scale[e])
         return MXFP4(self.shape, weight, scale)
 
     def put(self, m: nn.Module, name: str) -> None:
-        """Put codes and scales into the module; for a module of Triton kernels, by transformers' conversion to their
-        layout.
+        """Put codes and scales into the module.
+
+        There are three cases. Plain tensors in a module of Triton kernels are converted by transformers to their
+        layout. Plain tensors in another module become a parameter without gradient, and the scale of its precision
+        config. Triton's tensors are set as attribute and scale.
         """
         config = getattr(m, f"{name}_precision_config")
         if isinstance(self.weight, Tensor) and not isinstance(getattr(m, name), Tensor):
@@ -170,11 +203,13 @@ class MXFP4(PackedMatrices):
             config.weight_scale = self.scale
 
     def to(self, device: torch.device) -> MXFP4:
+        """Return the stack on a device, in the layout of the file; itself if it is there already."""
         if self.device == device:
             return self
         return MXFP4(self.shape, in_rows(self.weight).to(device), in_rows(self.scale).to(device))
 
     def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
+        """Return True if the input is on no CPU and no gradient is wanted: the kernels have no backward pass."""
         return x.device.type != "cpu" and not trains
 
 
@@ -195,6 +230,10 @@ class FineFP8(PackedMatrices):
 
     @classmethod
     def of(cls, m: nn.Module, name: str) -> FineFP8:
+        """Return the stack of an FP8Experts module, with its scales `<name>_scale_inv` and block size.
+
+        An int8 weight holds two 4-bit codes in a byte, so that `in` is twice its last size.
+        """
         weight, scale = getattr(m, name), getattr(m, f"{name}_scale_inv")
         n, out_features, in_features = weight.shape
         shape = n, out_features, in_features * (2 if weight.dtype == torch.int8 else 1)
@@ -202,25 +241,34 @@ class FineFP8(PackedMatrices):
 
     @property
     def device(self) -> torch.device:
+        """The device of the codes."""
         return self.weight.device
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """Return one matrix (out, in), decoded in float32 and cast to `dtype`."""
         return decode(self.weight[expert], self.scale[expert], self.block).to(dtype)
 
     def remake(self, matrix: Callable[[int], Tensor]) -> FineFP8:
+        """Return a new stack of `matrix(expert)`, encoded as the old one: see `encode`."""
         weight, scale = self.weight.clone(), self.scale.clone()
         for e in range(len(weight)):
             weight[e], scale[e] = encode(matrix(e), weight[e], scale[e], self.block)
         return replace(self, weight=weight, scale=scale)
 
     def put(self, m: nn.Module, name: str) -> None:
+        """Replace the module's weight and scales by new parameters without gradient."""
         m._parameters[name] = nn.Parameter(self.weight, requires_grad=False)
         m._parameters[f"{name}_scale_inv"] = nn.Parameter(self.scale, requires_grad=False)
 
     def to(self, device: torch.device) -> FineFP8:
+        """Return a stack with weight and scales on a device."""
         return replace(self, weight=self.weight.to(device), scale=self.scale.to(device))
 
     def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
+        """Return True on a device other than the CPU, if no gradient is wanted or the module has a backward pass.
+
+        It has one for 8-bit floats with the implementations eager, grouped_mm, or none set.
+        """
         how = getattr(m.config, "_experts_implementation", None)
         has_backward = self.weight.dtype != torch.int8 and how in (None, "eager", "grouped_mm")
         return x.device.type != "cpu" and (has_backward or not trains)
@@ -238,6 +286,9 @@ class Bnb4(PackedMatrices):
 
     @classmethod
     def of(cls, m: nn.Module, name: str) -> Bnb4:
+        """Return the stack of a parametrized module: the original codes, and the quant_state of the only
+        parametrization.
+        """
         parametrization = m.parametrizations[name]
         state, flipped = parametrization[0].quant_state, bool(getattr(m, "is_transposed", False))
         n, rows, columns = state.shape
@@ -245,14 +296,20 @@ class Bnb4(PackedMatrices):
 
     @property
     def device(self) -> torch.device:
+        """The device of the codes."""
         return self.codes.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the quant_state: matrices are decoded to it."""
         return self.state.dtype
 
     @property
     def why_unreadable(self) -> str | None:
+        """Why the stack cannot be read: a matrix is no multiple of the block size, or it is on the meta device.
+
+        None if it can.
+        """
         _, out_features, in_features = self.shape
         if out_features * in_features % self.state.blocksize:
             return (
@@ -262,6 +319,10 @@ class Bnb4(PackedMatrices):
         return super().why_unreadable
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """Return one matrix (out, in), decoded in float32, rounded to the stack's dtype and cast to `dtype`.
+
+        On a GPU the table of codes is read once for each quantization type. A flipped matrix is a transposed view.
+        """
         _, out_features, in_features = self.shape
         size, block = out_features * in_features, self.state.blocksize
         codes = self.codes.view(torch.uint8).flatten()[expert * size // 2 : (expert + 1) * size // 2]
@@ -272,7 +333,9 @@ class Bnb4(PackedMatrices):
         return W.view(in_features, out_features).T if self.flipped else W.view(out_features, in_features)
 
     def _scales(self, first: int, last: int) -> Tensor:
-        """Return some of the scales, which may be codes themselves."""
+        """Return the scales of the blocks from `first` to before `last`, in float32; nested ones are decoded from their
+        codes.
+        """
         state, scales = self.state, self.state.absmax[first:last]
         if not state.nested:
             return scales.float()
@@ -281,7 +344,10 @@ class Bnb4(PackedMatrices):
         return outer.code[scales.int()] * outer.absmax[places] + state.offset
 
     def remake(self, matrix: Callable[[int], Tensor]) -> Bnb4:
-        """Quantize each matrix anew with the old settings; nested scales are quantized again together."""
+        """Return a new stack of `matrix(expert)`, each quantized with the old settings.
+
+        Nested scales are quantized again together, after their mean is subtracted.
+        """
         old, functional = self.state, import_module("bitsandbytes.functional")
         settings = dict(blocksize=old.blocksize, quant_type=old.quant_type, quant_storage=self.codes.dtype)
         codes, states = zip(
@@ -297,19 +363,25 @@ class Bnb4(PackedMatrices):
         return replace(self, codes=torch.cat(codes).view(self.codes.shape), state=state)
 
     def _in_layout(self, W: Tensor) -> Tensor:
+        """Return W (out, in) as the module stores it: transposed if `flipped`, in the stack's dtype, contiguous."""
         return (W.T if self.flipped else W).to(self.dtype).contiguous()
 
     def put(self, m: nn.Module, name: str) -> None:
+        """Replace the original of the module's parametrization by the codes, without gradient, and its quant_state by
+        this one.
+        """
         parametrization = m.parametrizations[name]
         parametrization._parameters["original"] = nn.Parameter(self.codes, requires_grad=False)
         parametrization[0].quant_state = self.state
 
     def to(self, device: torch.device) -> Bnb4:
+        """Return a stack with its codes on a device. If they are elsewhere, the quant_state is moved too, in place."""
         if self.codes.device != device:
             self.state.to(device)
         return replace(self, codes=self.codes.to(device))
 
     def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
+        """Return True if no gradient is wanted."""
         return not trains
 
 
@@ -317,7 +389,10 @@ CODES: dict[str, tuple[float, ...]] = {}
 
 
 def read_code_table(state: Any) -> tuple[float, ...]:
-    """Return the values of the codes of a quantization type. The device is read once for each type."""
+    """Return the values of the codes of a quantization type.
+
+    They are read from the device once for each type and cached.
+    """
     if state.quant_type not in CODES:
         CODES[state.quant_type] = tuple(state.code.tolist())
     return CODES[state.quant_type]
@@ -334,24 +409,33 @@ class TorchAO(PackedMatrices):
 
     @classmethod
     def of(cls, m: nn.Module, name: str) -> TorchAO:
+        """Return the stack of a module's NVFP4 parameter; (experts, in, out) if the module is transposed, then
+        `flipped`.
+        """
         weight, flipped = getattr(m, name), bool(getattr(m, "is_transposed", False))
         n, rows, columns = weight.shape
         return cls((n, columns, rows) if flipped else (n, rows, columns), weight.data, flipped)
 
     @property
     def device(self) -> torch.device:
+        """The device of the codes."""
         return self.weight.qdata.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the weight, which it dequantizes to."""
         return self.weight.dtype
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """Return one matrix (out, in), dequantized to `dtype`; a transposed view if the module is transposed."""
         W: Tensor = self.weight[expert].dequantize(dtype)
         return W.T if self.flipped else W
 
     def remake(self, matrix: Callable[[int], Tensor]) -> TorchAO:
-        """Quantize each matrix anew with the old settings. The outer scale grows where a new number exceeds it."""
+        """Return a new stack of `matrix(expert)`, each quantized with the old settings.
+
+        The outer scale grows where a new number exceeds it; `matrix` is then called a first time for the maxima.
+        """
         old, module, experts = self.weight, import_module(type(self.weight).__module__), range(self.shape[0])
         outer = old.per_tensor_scale  # (), or (experts, 1, 1)
         if outer is not None:  # one that grows moves all numbers
@@ -372,12 +456,15 @@ class TorchAO(PackedMatrices):
         return replace(self, weight=weight)
 
     def put(self, m: nn.Module, name: str) -> None:
+        """Replace the module's parameter by a new one with this weight, without gradient."""
         m._parameters[name] = nn.Parameter(self.weight, requires_grad=False)
 
     def to(self, device: torch.device) -> TorchAO:
+        """Return a stack with its weight on a device."""
         return replace(self, weight=self.weight.to(device))
 
     def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
+        """Return True if no gradient is wanted and the config's implementation of experts is eager."""
         return not trains and getattr(m.config, "_experts_implementation", None) == "eager"
 
 
@@ -395,7 +482,11 @@ NAMES = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def find_stack_class(m: nn.Module, name: str) -> type[PackedMatrices] | None:
-    """Return the class that reads one stack of a module; None if the parameter is no packed stack."""
+    """Return the class that reads one stack of a module; None if the parameter is no packed stack.
+
+    The module's type decides first: then each present parameter in `NAMES` is a stack. Next a single parametrization of
+    bitsandbytes with a quant_state of three dimensions, last the type of a parameter with three dimensions.
+    """
     kind = MODULES.find(type(m))
     if kind is not None:
         return kind if name in NAMES and getattr(m, name, None) is not None else None
@@ -415,7 +506,7 @@ def find_matrices(m: nn.Module, name: str) -> PackedMatrices | None:
 
 
 def list_packed_names(m: nn.Module) -> list[str]:
-    """Return the names of a module's packed stacks."""
+    """Return the names of a module's packed stacks, in the order of `NAMES`."""
     if (
         MODULES.find(type(m)) is None
         and "parametrizations" not in m._modules

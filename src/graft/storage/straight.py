@@ -25,11 +25,12 @@ def go_straight(
 ) -> None:
     """Give linear layers with weights of a tensor class a gradient as if they did not round their inputs.
 
-    The class's `__torch_function__` is replaced, once per class. Outputs, modules and files stay the same.
+    The class's `__torch_function__` is replaced, once per class; a second call does nothing. Outputs, modules and files
+    stay the same.
 
     Args:
         linear: torch's function.
-        wanted: returns True for a weight whose layer passes no gradient on.
+        wanted: returns True for a weight if its layer passes no gradient on.
         dense: returns the values (out, in) of a weight.
     """
     if kind in MENDED:
@@ -40,6 +41,10 @@ def go_straight(
     def through(
         cls: object, func: object, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
+        """Run a torch function on the tensor class: as before, but for `linear` with gradients and a wanted weight.
+
+        That call returns the same output, and its backward pass multiplies by the dense weight.
+        """
         kwargs = kwargs or {}
         if func is linear and torch.is_grad_enabled():
             x, weight, bias = linear_arguments(*args, **kwargs)
@@ -55,8 +60,8 @@ def let_gradients_through(m: nn.Module, store: object) -> None:
     """Give a layer a gradient for its input, and for a bias that trains, where its own forward gives none.
 
     The forward of the module's class is replaced, once per class; or that of the module alone, if accelerate or
-    compressed-tensors has given it one. If the store's `loses_gradient` is true, the layer's own backward pass is never
-    used. A layer that cannot be read keeps its own behaviour.
+    compressed-tensors has given it one. Classes of torch keep theirs. If the store's `loses_gradient` is true, the
+    layer's own backward pass is never used. A layer that cannot be read keeps its own behaviour.
     """
     attributes = m.__dict__
     name = next((name for name in ("_old_forward", "forward") if name in attributes), None)
@@ -74,10 +79,19 @@ def let_gradients_through(m: nn.Module, store: object) -> None:
 
 
 def _through(before: Callable[..., Tensor], store_of: Callable[[nn.Module], Any]) -> Callable[..., Tensor]:
-    """Return a forward with the outputs of `before` and a gradient for the input and the bias."""
+    """Return a forward with the outputs of `before` and a gradient for the input and the bias; it is noted as mended.
+
+    store_of: module → its store, or None for a module that keeps `before`.
+    """
 
     @wraps(before)
     def through(m: nn.Module, x: object, *args: object, **kwargs: object) -> Tensor:
+        """Return the output of `before`, with gradients through the dense weight where they are needed and can be had.
+
+        `before` alone runs without a store, without gradients to record, for an input that is no tensor, and for a
+        weight that cannot be read. An output that has a gradient already is kept, unless the store's `loses_gradient`
+        or a training bias needs a replacement.
+        """
         store = store_of(m)
         if store is None or not (torch.is_grad_enabled() and isinstance(x, Tensor)):
             return before(m, x, *args, **kwargs)
@@ -95,6 +109,7 @@ def _through(before: Callable[..., Tensor], store_of: Callable[[nn.Module], Any]
             return before(m, x, *args, **kwargs)
 
         def dense() -> Tensor:
+            """Load the layer if it is offloaded, and return its weight in canonical orientation (out, in)."""
             with bring_in(m, None):
                 return find_op(m).canon(store.read(m))
 
@@ -105,26 +120,38 @@ def _through(before: Callable[..., Tensor], store_of: Callable[[nn.Module], Any]
 
 
 def linear_arguments(input: Tensor, weight: object, bias: Tensor | None = None) -> tuple[Tensor, object, Tensor | None]:
+    """Return (input, weight, bias) of a call of torch's linear, however they were passed."""
     return input, weight, bias
 
 
 class _Straight(Function):
-    """dense: returns the weight. It is no input, as functional transforms wrap inputs in tensors of another type."""
+    """The output of `run`, with the gradient of x Wᵀ + bias.
+
+    `dense` returns the weight W (out, in). It is no input, as functional transforms wrap inputs in tensors of another
+    type.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, bias: Tensor | None, dense: Callable[[], Tensor], run: Callable[..., Tensor]) -> Tensor:
+        """Return `run(x, bias)`; a copy if it is a view."""
         y = run(x, bias)
         return y.clone() if y._is_view() else y
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor | None, object, object], output: Tensor) -> None:
+        """Keep `dense` and the dtypes of x and bias for the backward pass; no tensor is kept."""
         x, bias, ctx.dense, _ = inputs
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Return the gradients g W for x, and the sum of g over all rows for the bias, each in its dtype; None if not
+        needed.
+
+        The weight is read now, and only for the gradient of x.
+        """
         dx = db = None
         if ctx.needs_input_grad[0]:
             dx = (g @ ctx.dense().to(g.dtype)).to(ctx.dtypes[0])

@@ -42,8 +42,9 @@ class Style(NamedTuple):
 
 
 def style_of(module: nn.Module) -> Style | None:
-    """Return the style of a module's tensor parallelism, from its replaced forward or `_hf_tp_plan`; None
-    without one.
+    """Return the style of a module's tensor parallelism, from its replaced forward, else from `_hf_tp_plan`.
+
+    None without either. A style from `_hf_tp_plan` has only the name and the mesh: no kind, and no style object.
     """
     forward = module.__dict__.get("forward")
     if type(forward) is FunctionType and forward.__module__ in (STYLES, OF_EXPERTS):
@@ -58,14 +59,22 @@ def style_of(module: nn.Module) -> Style | None:
 
 
 def _name(kind: str, it: object, home: str) -> str:
+    """Return the name of a style in transformers' table of styles; `kind`, the name of its class, if the table lacks
+    it.
+
+    The object `it` is looked up; if it is None, a style of that class.
+    """
     known = sys.modules[home].ALL_PARALLEL_STYLES
     names = [name for name in known if known[name] is it or (it is None and type(known[name]).__name__ == kind)]
     return names[0] if names else kind
 
 
 def find_parallel_piece(module: nn.Module, op: Op) -> LayerPiece | None:
-    """Return this process's piece of a layer's work; None if it computes the whole layer, or adapters cannot
-    act there.
+    """Return this process's piece of a layer's work, with the cut of its outputs or inputs.
+
+    Outputs are cut in a column parallel style with sharded outputs and in a packed one; inputs in a row parallel style
+    with sharded inputs. Other styles, and one process alone, have no cut. None if the module has no style, its Op is
+    unknown, or `why_not_cut` has a reason.
     """
     style = style_of(module)
     if style is None or not op.known or why_not_cut(module, style) is not None:
@@ -84,13 +93,23 @@ def find_parallel_piece(module: nn.Module, op: Op) -> LayerPiece | None:
 
 
 def find_parallel_group(module: nn.Module) -> ProcessGroup | None:
-    """Return the group of processes that compute a parallel module together; None for another module."""
+    """Return the group of processes that compute a parallel module together; None for another module or
+    without a mesh.
+    """
     style = style_of(module)
     return None if style is None or style.mesh is None else style.mesh.get_group()
 
 
 def why_not_cut(module: nn.Module, style: Style) -> str | None:
-    """Return why a parallel module has no plain pieces of inputs or outputs; None if it has."""
+    """Return why a parallel module has no plain pieces of inputs or outputs; None if it has.
+
+    The style TensorParallelLayer never has a reason. The others are refused when:
+
+    - the weight is no DTensor over a mesh of one dimension;
+    - the module returns a DTensor;
+    - a packed layer has a bias, which transformers cuts in another way than the weight;
+    - graft has no rule for the style or its layouts.
+    """
     kind, it = style.kind, style.it
     weight = module._parameters.get("weight")
     if kind == "TensorParallelLayer":
@@ -112,14 +131,19 @@ def why_not_cut(module: nn.Module, style: Style) -> str | None:
 
 
 def _last(layout: Any) -> bool:
+    """Return True if a layout shards the last dimension, as 1 or -1."""
     return bool(layout.is_shard() and layout.dim in (-1, 1))
 
 
 def standalone(module: nn.Module) -> nn.Module:
     """Return a copy of a module with all tensors in memory, whole on each process, and without parallel forwards.
 
+    DTensors are gathered, so that every process must call this; offloaded tensors are loaded.
+
     Raises:
-        UnsupportedLayerError: a parallel module takes or returns pieces, and the copy would not.
+        UnsupportedLayerError: a layer of Megatron in it has a piece of its weight, or a parallel module takes or
+            returns
+            pieces; the copy would not.
     """
     styles = [(path, m, style) for path, m in module.named_modules() if (style := style_of(m)) is not None]
     child = next((m for m in module.modules() if megatron.KINDS.find(type(m)) and megatron.find_cut(m)), None)
@@ -148,6 +172,8 @@ def standalone(module: nn.Module) -> nn.Module:
 def why_no_parallel_adapter(module: nn.Module, op: Op, inside: bool) -> str | None:
     """Return why tensor parallelism keeps a module from being adapted; None if it does not.
 
+    A module with a style gets the reason of `why_not_cut`, or "no rule" if its Op is unknown or opaque.
+
     inside: the adapter computes with modules inside this one, which then must not be parallel either.
     """
     style = style_of(module)
@@ -165,6 +191,9 @@ def why_no_parallel_adapter(module: nn.Module, op: Op, inside: bool) -> str | No
 
 
 def _explain_style(style: Style, why: str) -> str:
+    """Return a text with the style's name, the reason `why` and the remedy: no ep_size for experts, else another
+    tp_plan.
+    """
     if style.home == OF_EXPERTS:
         return f"It is expert parallel by the style '{style.name}', and {why}. Load the model without ep_size"
     return (
@@ -174,11 +203,17 @@ def _explain_style(style: Style, why: str) -> str:
 
 
 class TensorParallel(Dense):
-    """The store of pieces of dense weights. All processes have to take part in reads, writes and restores."""
+    """The store of transformers' pieces of dense weights.
+
+    All processes have to take part in reads, writes and restores.
+    """
 
     name, live, exact = "tensor parallel", False, True
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
+        """Return the whole tensor, gathered, with a gradient where autograd records and it trains; a plain tensor
+        itself.
+        """
         return gather_dtensor(getattr(m, name))
 
     def piece(self, m: nn.Module, op: Op) -> tuple[Tensor, Cut | None, Cut | None]:
@@ -197,6 +232,10 @@ class TensorParallel(Dense):
 
     @torch.no_grad()
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
+        """Copy this process's piece of the whole W into the tensor in place, in its dtype; return None.
+
+        If the weight is tied (`shared`), the module gets a new parameter with the piece, with the same requires_grad.
+        """
         p = getattr(m, name)
         piece = shard_as(p, W)
         if shared:
@@ -206,16 +245,21 @@ class TensorParallel(Dense):
         return None
 
     def snapshot_values(self, m: nn.Module, name: str, state: Tensor) -> Tensor:
+        """Return the whole tensor of a snapshot, gathered; a plain tensor itself."""
         return gather_dtensor(state)
 
     @torch.no_grad()
     def restore(self, m: nn.Module, name: str, state: Tensor) -> None:
+        """Put a snapshot back: a parameter becomes the module's again, which ties it; the piece of a tensor is copied
+        in place.
+        """
         if isinstance(state, nn.Parameter):  # tie again
             setattr(m, name, state)
         else:
             local(getattr(m, name)).copy_(local(state))
 
     def protect(self, y: Tensor) -> Tensor:
+        """Return a copy of the output, always: it may be a view of a DTensor's, which takes no writing in place."""
         return y.clone()  # it may be a view of a DTensor's, which takes no writing in place
 
 
@@ -232,7 +276,10 @@ def local(t: Tensor) -> Tensor:
 
 
 def shard_as(t: Tensor, W: Tensor) -> Tensor:
-    """Return W, which is whole on each process, sharded like t, in the dtype of t."""
+    """Return W, which is whole on each process, sharded like t, detached and in the dtype of t.
+
+    If t is no DTensor, return W contiguous, in its own dtype.
+    """
     if not is_sharded(t):
         return W.contiguous()
     return shard_value(W.detach().to(t.dtype), t.device_mesh, t.placements)

@@ -22,7 +22,11 @@ Again = Callable[[Any, Tensor], Tensor]  # (the old tensor, new values) → a te
 
 
 class TorchAO(Quantized):
-    """`again` quantizes anew; None where graft does not know how the class does that."""
+    """The store of a plain module whose weight is a tensor of torchao.
+
+    Args:
+        again: quantizes anew; None where graft does not know how the class does that.
+    """
 
     name = "torchao"
 
@@ -30,31 +34,48 @@ class TorchAO(Quantized):
         self.again, self.writes = again, again is not None
 
     def values(self, m: nn.Module) -> Tensor:
+        """Return the dequantized weight in the module's orientation: see `dequantize_weight`."""
         return dequantize_weight(m.weight)
 
     def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
+        """Return W quantized like the old weight, as the parameter `weight` without gradient.
+
+        If the old weight has scales of inputs, W is divided by them first.
+        """
         old = m.weight
         if (scale := pre_scale(old)) is not None:
             W = W / scale
         return {"weight": nn.Parameter(self.again(old, W), requires_grad=False)}  # type: ignore[misc]
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype:
+        """Return the dtype that the weight shows."""
         return m.weight.dtype
 
     def why_undecodable(self, m: nn.Module) -> str | None:
+        """Return a reason if the weight's class does not override `dequantize`, so that only kernels can unpack it;
+        else None.
+        """
         kind = type(m.weight)
         if kind.dequantize is Tensor.dequantize:
             return f"its weight is torchao's {kind.__name__}, which only its kernels can unpack"
         return None
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
+        """Return why merging cannot write: the reason of all quantized stores, or graft cannot quantize the class.
+
+        None if it can.
+        """
         why = super().why_unwritable(m, name)
         if why is None and name == "weight" and self.again is None:
             return f"its weight is torchao's {type(m.weight).__name__}, which graft cannot quantize anew"
         return why
 
     def dense(self, m: nn.Module, dtype: torch.dtype | None = None) -> Any:
-        """Return a module of the same type, such as an embedding, that holds the same values as a plain tensor."""
+        """Return a copy of the module, such as an embedding, with the same values as a plain tensor without gradient.
+
+        Weight and bias are in `dtype`, or keep their dtypes; the bias is copied. Replaced forwards and accelerate's
+        hook are left out.
+        """
         W = self.read(m)
         values = {"weight": nn.Parameter(W.to(dtype or W.dtype), requires_grad=False)}
         if isinstance(bias := m._parameters.get("bias"), Tensor):
@@ -65,13 +86,18 @@ class TorchAO(Quantized):
         return clone
 
     def ready(self, m: nn.Module) -> None:
-        """Give layers that round their inputs a gradient: torchao's rounding passes none on."""
+        """Give layers that round their inputs a gradient: torchao's rounding passes none on.
+
+        The `__torch_function__` of the weight's class is replaced, once per class. Does nothing for other layers, nor
+        for a weight that cannot be decoded. Returns None.
+        """
         kind = type(m.weight)
         if rounds_inputs(m.weight) and self.why_undecodable(m) is None:
             go_straight(kind, linear, rounds_inputs, dequantize_weight)
 
 
 def rounds_inputs(weight: object) -> bool:
+    """Return True if a weight has settings for the rounding of its layer's inputs."""
     of = ("act_quant_kwargs", "activation_quantization")
     return any(getattr(weight, name, None) is not None for name in of)
 
@@ -89,7 +115,11 @@ def pre_scale(weight: Tensor) -> Tensor | None:
 
 
 def granularity(old: Any) -> Any:
-    """Return by torchao's types which numbers share a scale."""
+    """Return torchao's object for the numbers that share a scale, by the old weight's block size.
+
+    PerTensor without a block or for one of the whole shape, PerRow for whole rows, PerGroup for parts of one row, else
+    PerBlock.
+    """
     from torchao import quantization as ao
 
     block, shape = tuple(old.block_size or ()), tuple(old.shape)
@@ -101,6 +131,7 @@ def granularity(old: Any) -> Any:
 
 
 def mapping(old: Any) -> Any:
+    """Return torchao's MappingType: ASYMMETRIC if the old weight has a zero point other than 0, else SYMMETRIC."""
     from torchao.quantization import MappingType
 
     shifted = old.zero_point is not None and bool(old.zero_point.any())
@@ -108,17 +139,23 @@ def mapping(old: Any) -> Any:
 
 
 def int8(old: Any, W: Tensor) -> Tensor:
+    """Return an Int8Tensor of W with the granularity, mapping and settings for inputs of the old weight."""
     names = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale", "reduce_range")
     settings = {name: getattr(old, name) for name in names}
     return type(old).from_hp(W, granularity(old), mapping(old), **settings)
 
 
 def float8(old: Any, W: Tensor) -> Tensor:
+    """Return a Float8Tensor of W with the float dtype, granularity and kernel settings of the old weight."""
     settings = {name: getattr(old, name) for name in ("mm_config", "kernel_preference", "act_quant_kwargs")}
     return type(old).from_hp(W, old.qdata.dtype, granularity(old), **settings)
 
 
 def intx(old: Any, W: Tensor) -> Tensor:
+    """Return an IntxUnpackedToInt8Tensor of W with the settings of the old weight.
+
+    If the old scales have another dtype than the new ones, W is quantized again with the scales rounded to that dtype.
+    """
     settings = dict(mapping_type=mapping(old), activation_quantization=old.activation_quantization)
     make = partial(type(old).from_hp, W, tuple(old.block_size), old.target_dtype, **settings)
     packed = make()
@@ -129,6 +166,7 @@ def intx(old: Any, W: Tensor) -> Tensor:
 
 
 def nf4(old: Any, W: Tensor) -> Tensor:
+    """Return an NF4Tensor of W with the block sizes of the old weight."""
     return type(old).from_tensor(W.contiguous(), old.block_size, old.scaler_block_size)
 
 

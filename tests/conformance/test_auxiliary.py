@@ -195,7 +195,7 @@ def test_gradient_checkpointing_counts_once(model):
     assert_close(*found)
     assert len(found[0][1]) == 2
     model.get_base_model().again = True
-    with pytest.raises(NotImplementedError, match=r"'a' has a loss of what layer 'a' does.*use_reentrant=False"):
+    with pytest.raises(NotImplementedError, match=r"'a' has a loss of values of layer 'a'.*use_reentrant=False"):
         model(x.requires_grad_(), labels=labels())
     model.get_base_model().again = None
     assert_close(model(x, labels=labels()).loss, found[0][0])

@@ -418,7 +418,7 @@ def test_merging_is_refused_and_changes_nothing():
     model = opened(adapt())
     expected = logits(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(NotImplementedError, match="a branch beside the layer has no merged form"):
+        with pytest.raises(NotImplementedError, match="a branch next to the layer has no merged form"):
             merge()
     assert torch.equal(logits(model), expected)
 

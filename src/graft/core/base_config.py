@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a base model says of itself: its config (an object as transformers has, a dataclass, a dict, or none) and its
-embeddings."""
+"""Facts about a base model: its config (an object as transformers has, a dataclass, a dict, or none) and its
+embeddings.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +12,11 @@ from torch import nn
 
 
 def model_config(model: nn.Module) -> dict[str, object]:
-    """Return the model's own config as a dict; `{"model_type": "custom"}` if it has none."""
+    """Return the `config` of a model as a dict.
+
+    An object with `to_dict` is converted by it, a dataclass by `dataclasses.asdict`; a dict is returned as it is. For
+    any other value, or none, the dict is `{"model_type": "custom"}`.
+    """
     config = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         return config.to_dict()  # type: ignore[union-attr,no-any-return]
@@ -21,15 +26,20 @@ def model_config(model: nn.Module) -> dict[str, object]:
 
 
 def model_type(model: nn.Module) -> str:
-    """Return the architecture's name, by which methods know default targets; "custom" if the config has none."""
+    """Return the name of the architecture. Methods choose default targets by it.
+
+    It is `config.model_type` if that is a string, else the entry "model_type" of `model_config(model)`. Without either
+    it is "custom".
+    """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     return kind if isinstance(kind, str) else str(model_config(model).get("model_type", "custom"))
 
 
 def text_config(model: object) -> Any:
-    """Return the part of a model's config that is of its text, else the config; None if the model has none.
+    """Return the config of the model's text part (`config.get_text_config()`).
 
-    transformers raises a ValueError where there are several, as a text encoder beside a decoder: then it is the whole.
+    Returns the whole config if it has no such function, or if the function raises ValueError because the model has
+    several text parts, such as an encoder and a decoder. Returns None if the model has no config.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
@@ -41,8 +51,10 @@ def text_config(model: object) -> Any:
 
 
 def input_embeddings(model: Any) -> nn.Module | None:
-    """Return the module that embeds a model's input; None if the model names none, as those of sound or images, or
-    Perceiver, which names a parameter.
+    """Return the module of `model.get_input_embeddings()`.
+
+    Returns None if the model lacks that function, if it raises NotImplementedError (models of sound or images), or if
+    it returns no module (Perceiver returns a parameter).
     """
     if not hasattr(model, "get_input_embeddings"):
         return None
@@ -54,11 +66,17 @@ def input_embeddings(model: Any) -> nn.Module | None:
 
 
 def output_embeddings(model: Any) -> nn.Module | None:
-    """Return the head on a model's vocabulary; None if the model names none."""
+    """Return the result of `model.get_output_embeddings()`, the head over the vocabulary; None if the model lacks the
+    function.
+    """
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def count_tokens(embeddings: nn.Module | None) -> int | None:
-    """Return for how many tokens a model's embeddings, or its head, have rows; None if they do not say."""
+    """Return the number of rows of embeddings or of an output head: one per token.
+
+    It is `num_embeddings`; if that is missing or 0, `out_features`. Returns None for a value that is no int, or without
+    a module.
+    """
     n = getattr(embeddings, "num_embeddings", None) or getattr(embeddings, "out_features", None)
     return n if isinstance(n, int) else None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of the calls under way: what each says of its rows, by thread and again in its backward pass, and whether
-adapters are disabled for this thread.
+"""The state of the calls of a model: the batch rows of each call by thread, again in its backward pass, and blocks in
+which a thread has disabled the adapters.
 
-The model writes it once per call, every layer reads it.
+The model writes this state once per call. Every layer reads it.
 """
 
 from __future__ import annotations
@@ -39,70 +39,81 @@ from graft.kernels.segments import Stacks
 
 
 class AuxiliaryValue(NamedTuple):
-    """A value that a layer noted in a run, for the loss of an adapter (`Method.compute_auxiliary_loss`)."""
+    """A value that a layer recorded during a run, for the loss of an adapter (`Method.compute_auxiliary_loss`)."""
 
     layer: str
     value: Tensor  # (rows, …)
-    rows: Tensor | None  # which of the batch; None: all
+    rows: Tensor | None  # indices into the batch rows; None: all rows
 
 
-Loss = Tensor | Callable[[], Tensor]  # (), or what computes it for those who ask: of parameters, not of the run
+Loss = Tensor | Callable[[], Tensor]  # (), or a function that returns it, which depends on parameters alone
 
 
 class ThreadState(local):
-    """The part of a Call that is of one thread."""
+    """The part of a `Call` that each thread has separately."""
 
     def __init__(self) -> None:  # runs in each thread
         self.thread = get_ident()  # a compiler can read it, and cannot trace the function
-        self.context = NOTHING  # of the thread's call
-        self.narrow: CallContext | None = None  # the part of it that a layer sees while it runs some of the rows
-        self.off: list[None] = []  # blocks of `disabled` around it
-        self.tapped: dict[tuple[str, str], Tensor] = {}  # inputs of all rows, by adapter and the layer that reads them
-        self.handed: dict[str, Tensor] = {}  # by adapter: from a block that runs to its layers within
-        self.noted: dict[str, list[AuxiliaryValue]] | None = None  # by adapter; None: nobody asks
-        self.losses: dict[str, Loss] = {}  # by adapter: of the last run, that no loss of its output has taken in
+        self.context = NOTHING  # of this thread's call
+        self.narrow: CallContext | None = None  # replaces `context` while a layer runs some of the rows
+        self.off: list[None] = []  # an entry for each `disable_in_block` block around
+        self.tapped: dict[tuple[str, str], Tensor] = {}  # inputs of all rows, by (adapter, the layer that reads them)
+        self.handed: dict[str, Tensor] = {}  # by adapter: values of `pass_to_layers`
+        self.noted: dict[str, list[AuxiliaryValue]] | None = None  # by adapter; None: no `collect_values` block
+        self.losses: dict[str, Loss] = {}  # by adapter: of the last run, if `output.loss` lacks it
 
 
 @dataclass
 class RecomputeContext:
-    """What is given for layers that a backward pass runs again."""
+    """The context for layers that one backward pass runs again (gradient checkpointing)."""
 
     context: CallContext
-    threads: tuple[int, int]  # that of the call, and that of the backward pass
+    threads: tuple[int, int]  # identifiers: the thread of the call, the thread of the backward pass
 
 
 class Call:
-    """The state of the calls under way. One object per model, shared by all its adapter layers."""
+    """The state of the calls of one model, shared by all its adapter layers."""
 
     def __init__(self) -> None:
-        # an entry for each thing for which layers have to ask `current_rows`: no thread comes between append and pop
+        # one entry per reason for layers to ask `current_rows`; append and pop are atomic
         self.open: list[None] = []
         self.thread_state = ThreadState()
-        self.blocks: list[frozenset[int | None]] = []  # of `disabled`: the threads that there were when each began
+        self.blocks: list[frozenset[int | None]] = []  # by `disable_in_block` block: the threads alive when it began
         self.gate = Gate()
         self._restored: dict[int, RecomputeContext] = {}  # by backward pass
-        self._last: dict[int, CallContext] = {}  # by thread: of its last call, if nothing will put it back
+        self._last: dict[int, CallContext] = {}  # by thread: of its last call, if no hook restores it
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave calls under way out: a copy is in none."""
+        """Return the state for a pickle or copy: the gate alone. A copy has no calls under way."""
         return {"gate": self.gate}
 
     def __setstate__(self, state: dict[str, object]) -> None:
+        """Initialize a call state without calls under way, with the gate of `state`."""
         Call.__init__(self)
         self.__dict__.update(state)
 
     @property
     def rows(self) -> Rows | None:
-        """The rows of this thread's call."""
+        """The batch rows of this thread's call and their adapters; None if it names none.
+
+        Ignores blocks of `disable_in_block`, `narrow_context` and backward passes.
+        """
         return self.thread_state.context.rows
 
     @property
     def context(self) -> CallContext:
-        """All that this thread's call says of its rows."""
+        """The context of this thread's call.
+
+        Ignores blocks of `disable_in_block`, `narrow_context` and backward passes.
+        """
         return self.thread_state.context
 
     def swap_context(self, context: CallContext) -> CallContext:
-        """Have all this stand here for this thread; return what did."""
+        """Set this thread's context and return the previous one.
+
+        Appends to `open` if the new context is the first that is not empty, and pops from `open` if an empty one
+        replaces such a context.
+        """
         before, self.thread_state.context = self.thread_state.context, context
         if context and not before:
             self.open.append(None)
@@ -111,12 +122,15 @@ class Call:
         return before
 
     def use_rows(self, rows: Rows | None, draws: AdapterGenerators | None = None) -> CallBlock:
-        """Show `rows`, and the generators from which adapters draw, to the layers within the block."""
+        """Return a context manager. Within it, layers see `rows`, and `draws`, the random generators of adapters."""
         return CallBlock(self, rows, draws)
 
     @contextmanager
     def use_context(self, context: CallContext) -> Iterator[None]:
-        """Have all this stand here for this thread within the block; then what did, whatever came meanwhile."""
+        """Set this thread's context within the block.
+
+        Afterwards restore the context of before the block, even if it was changed within.
+        """
         before = self.swap_context(context)
         try:
             yield
@@ -124,19 +138,27 @@ class Call:
             self.swap_context(before)
 
     def extend_context(self, gates: Gates | None = None, facts: Facts = NO_FACTS) -> AbstractContextManager[None]:
-        """Have `gates`, and `facts` beside those that are here, stand here within the block."""
+        """Return a context manager that sets gates and facts in this thread's context.
+
+        gates: None keeps the present gates. facts: are added to the present facts, and replace those of the same name.
+        The thread's context is read when this function is called, not when the block is entered.
+        """
         context = self.thread_state.context
         gates, facts = context.gates if gates is None else gates, {**context.facts, **facts} or NO_FACTS
         return self.use_context(context._replace(gates=gates, facts=facts))
 
     def use_stacks(self, stacks: Stacks | None, copies: int) -> AbstractContextManager[None]:
-        """Have the layers know within the block which tensors of adapters are stacked, and that they get so many copies
-        of each row that the base gets."""
+        """Return a context manager that sets two things in this thread's context: `stacks`, the stacked tensors of
+        adapters, and `copies`, the number of rows that layers get for each row of the base.
+        """
         return self.use_context(self.thread_state.context._replace(stacks=stacks, copies=copies))
 
     @contextmanager
     def pass_to_layers(self, adapter: str, value: Tensor) -> Iterator[None]:
-        """Have layers of an adapter see a value (`handed`) while a block runs that is around them."""
+        """Set the value that layers get from `value_from_block(adapter)` within the block, in this thread.
+
+        Afterwards restore the value of an outer block, or remove it.
+        """
         handed = self.thread_state.handed
         before = handed.get(adapter)
         handed[adapter] = value
@@ -149,12 +171,18 @@ class Call:
                 handed[adapter] = before
 
     def handed(self, adapter: str) -> Tensor | None:
-        """Return the value that a block around the layer that asks has for the adapter; None if none runs."""
+        """Return the value that a surrounding `pass_to_layers` block of this thread set for an adapter; None without
+        such a block.
+        """
         return self.thread_state.handed.get(adapter)
 
     @contextmanager
     def collect_values(self) -> Iterator[dict[str, list[AuxiliaryValue]]]:
-        """Collect what layers note within the block, by adapter."""
+        """Collect the values that `record_value` gets in this thread within the block.
+
+        Yields the dict from adapter to its values, filled as layers run. A nested block has a separate dict. Afterwards
+        the dict of an outer block, or None, is set again.
+        """
         noted: dict[str, list[AuxiliaryValue]] = {}
         before, self.thread_state.noted = self.thread_state.noted, noted
         try:
@@ -163,26 +191,33 @@ class Call:
             self.thread_state.noted = before
 
     def record_value(self, adapter: str, layer: str, value: Tensor) -> None:
-        """Pass a layer's values by row, or a parameter, to `Method.compute_auxiliary_loss` after a run, with gradients.
+        """Record a value of a layer, per row or a parameter, for `Method.compute_auxiliary_loss`.
 
-        A layer that a backward pass runs again notes nothing, nor one that is called past the model.
+        The value keeps its graph.
+
+        The record includes the index of the rows that the layer sees now. Nothing is recorded outside `collect_values`,
+        as when a layer is called without the model, nor within a backward pass, which runs layers again.
 
         Raises:
-            NotImplementedError: the value has no graph, in a run that has gradients.
+            NotImplementedError: gradients are off and the value needs none, as under reentrant gradient checkpointing.
         """
         noted = self.thread_state.noted
         if noted is None or (not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1):
             return
-        if not (torch.is_grad_enabled() or value.requires_grad):  # as a parameter does anywhere
+        if not (torch.is_grad_enabled() or value.requires_grad):  # a parameter does even under no_grad
             raise NotImplementedError(
-                f"Adapter '{adapter}' has a loss of what layer '{layer}' does, which ran without gradients in a step "
-                "that has them: pass use_reentrant=False to gradient checkpointing, or turn the loss off in the "
+                f"Adapter '{adapter}' has a loss of values of layer '{layer}', which ran without gradients in a step "
+                "with gradients. Pass use_reentrant=False to gradient checkpointing, or turn the loss off in the "
                 "adapter's config."
             )
         noted.setdefault(adapter, []).append(AuxiliaryValue(layer, value, self.current_context().some))
 
     def loss_of(self, adapter: str) -> Tensor | float:
-        """Return what an adapter adds to the loss of this thread's last run, (): 0.0 if its output's loss has it."""
+        """Return the loss that an adapter adds to this thread's last run, (); 0.0 if `output.loss` contains it, or if
+        there is none.
+
+        A loss that is a function is computed with gradients enabled, and its result replaces the function.
+        """
         loss = self.thread_state.losses.get(adapter, 0.0)
         if callable(loss):
             with torch.enable_grad():
@@ -191,8 +226,12 @@ class Call:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Disable all adapters within the block, for this thread alone."""
-        before, off = live_threads(), self.thread_state.off  # of this thread, whichever leaves the block
+        """Disable all adapters within the block, for this thread alone.
+
+        Appends to the thread's `off`, to `open`, and to `blocks` the threads that exist now. Removes the three entries
+        afterwards, whichever thread leaves the block.
+        """
+        before, off = live_threads(), self.thread_state.off  # this thread's list: another thread may leave the block
         off.append(None)
         self.open.append(None)
         self.blocks.append(before)
@@ -204,23 +243,30 @@ class Call:
             self.blocks.remove(before)
 
     def _warn_in_new_thread(self) -> None:
-        """Warn in a thread that may have been started for a block, such as one that streams what `generate` makes."""
+        """Warn (PeftWarning) if this thread did not exist when some thread's `disable_in_block` began: adapters are
+        active here.
+
+        Such a thread streams the tokens of `generate`, for example.
+        """
         if any(get_ident() not in before for before in list(self.blocks)):
             warn(
-                "This thread was started while another one is in a disable_adapter() block, and runs the model with "
-                "adapters: a block holds for the thread that is in it. For the base model, open one in this thread.",
+                "This thread was started while another thread is in a disable_adapter() block, and runs the model with "
+                "adapters: a block acts on its thread alone. For the base model, open a block in this thread, too.",
                 PeftWarning,
             )
 
     @property
     def off(self) -> bool:
-        """True within a call for which all adapters are disabled."""
+        """True if all adapters are disabled for the present call or backward pass: `current_rows()` returns OFF."""
         return bool(self.open) and self.current_rows() is OFF
 
     def keep_for_backward(self, output: object, context: CallContext) -> None:
-        """Show all this again in the backward pass, in which gradient checkpointing runs layers again.
+        """Register hooks, so that layers see `context` when the backward pass of `output` runs them again.
 
-        If nothing in the output tells when that pass begins, layers refuse to run again.
+        Hooks are set on each tensor with a `grad_fn` in the output and in this thread's losses. In a `disable_in_block`
+        block the context is that of disabled adapters. If no tensor has a `grad_fn`, a non-empty context is remembered
+        for this thread (unless the thread is within a call): a backward pass that runs layers again then raises
+        RoutingError.
         """
         has_hook, thread = False, self.thread_state.thread
         if self.thread_state.off:
@@ -234,7 +280,11 @@ class Call:
             self._remember_context(context)
 
     def _remember_context(self, context: CallContext) -> None:
-        """Note what was given for this thread's last call, if nothing will put it back for its backward pass."""
+        """Remember the context of this thread's last call, which no hook restores for its backward pass.
+
+        An empty context instead forgets the contexts of this thread and of threads that have ended. Each remembered
+        context has an entry in `open`.
+        """
         if context:
             if self.thread_state.thread not in self._last:
                 self.open.append(None)
@@ -247,6 +297,14 @@ class Call:
                     self.open.pop()
 
     def _restore_in_backward(self, context: CallContext, thread: int) -> None:
+        """Set the context for layers that the present backward pass runs again, until that pass ends.
+
+        The first hook of a pass sets it, appends to `open` if it is not empty, and queues `_end_backward` in the
+        autograd engine. A later hook with another context marks the pass as ambiguous.
+
+        Args:
+            thread: the thread of the call.
+        """
         task = torch._C._current_graph_task_id()
         known = self._restored.get(task)
         if known is None:
@@ -257,56 +315,80 @@ class Call:
             torch.autograd.Variable._execution_engine.queue_callback(end)
         elif known.context.identity != context.identity:
             if not known.context:
-                self.open.append(None)  # so that layers ask, and are told
+                self.open.append(None)  # so that layers ask, and get an error
             known.context = AMBIGUOUS
 
     def _end_backward(self, task: int) -> None:
+        """Remove the context of a backward pass, and its entry in `open`.
+
+        Does nothing if the context is removed already.
+
+        Args:
+            task: the id of the backward pass in autograd.
+        """
         restored = self._restored.pop(task, None)
         if restored is not None and restored.context:
             self.open.pop()
 
     def _drop_stale_contexts(self) -> None:
-        """Drop the rows of a backward pass that failed, and so never came to its end."""
+        """Remove contexts of backward passes that failed, so that their end never ran.
+
+        Does nothing within a backward pass.
+
+        Those passes ran in this thread, or belong to a call of this thread and ran in a thread that has ended.
+        """
         if self._restored and torch._C._current_graph_task_id() == -1:
             this_thread, alive = get_ident(), live_threads()
             for task, restored in list(self._restored.items()):
                 call_thread, backward_thread = restored.threads
-                if this_thread == backward_thread or (
-                    this_thread == call_thread and backward_thread not in alive
-                ):  # it would be in there
+                if this_thread == backward_thread or (this_thread == call_thread and backward_thread not in alive):
                     self._end_backward(task)
 
     def current_rows(self) -> Rows | None:
-        """Return the rows of the call that a layer is in, if it has any; OFF if adapters are disabled for it."""
+        """Return the batch rows for the layer that asks, and their adapters; None if no rows are named, OFF if all
+        adapters are disabled. Raises RoutingError as `current_context` does.
+        """
         return self.current_context().rows
 
     def current_gates(self) -> Gates | None:
-        """Return the gates of the call that a layer is in; None if it has none."""
+        """Return the gates for the layer that asks; None if there are none, or if `open` is empty.
+
+        Raises RoutingError as `current_context` does.
+        """
         return self.current_context().gates if self.open else None
 
     def fact(self, name: object) -> Any:
-        """Return a fact about each row that a layer sees now; None if nobody gave it."""
+        """Return the fact of this name (a value per row) from the context for the layer that asks; None if there is
+        none.
+        """
         return self.current_context().facts.get(name)
 
     def tapped(self, adapter: str, layer: str) -> Tensor:
-        """Return the input that a `Tap` of an adapter keeps for a layer, of the rows that the layer sees now.
+        """Return the input that a `Tap` of an adapter stored for a layer, cut to the rows that the layer sees now.
 
         Raises:
-            RoutingError: it keeps none, as the tap's layer has not run.
+            RoutingError: there is none, since the layer with the tap has not run.
         """
         x, index = self.thread_state.tapped.get((adapter, layer)), self.current_context().some
         if x is None:
             raise RoutingError(
                 f"Adapter '{adapter}' of layer '{layer}' needs the input of a layer that runs before it, which has not "
-                "run in this block: call the block as a whole."
+                "run in this block. Call the block as a whole."
             )
         return x if index is None else x.index_select(0, index)
 
     def current_context(self) -> CallContext:
-        """Return all that is given for the layer that asks.
+        """Return the context for the layer that asks, in this order.
+
+        - Within `narrow_context`: that context.
+        - Within a backward pass, if a context is kept for any: the context of the pass's call.
+        - Within `disable_in_block`: the context of disabled adapters. Else this thread's context.
+
+        In a forward pass, contexts of failed backward passes and those that `_remember_context` holds for this thread
+        are dropped.
 
         Raises:
-            RoutingError: the backward pass runs the layer again, and it is not known for which call.
+            RoutingError: a backward pass runs the layer again, and the pass's call is unknown or ambiguous.
         """
         state = self.thread_state
         if state.narrow is not None:
@@ -315,12 +397,14 @@ class Call:
             if torch._C._current_graph_task_id() != -1:
                 return self._context_in_backward()
             self._drop_stale_contexts()
-            self._remember_context(NOTHING)  # another forward pass, past the model's own
+            self._remember_context(NOTHING)  # a forward pass of a layer without a call of the model
         return ALL_OFF if state.off else state.context
 
     @contextmanager
     def narrow_context(self, context: CallContext) -> Iterator[None]:
-        """Have a layer see only this within the block, while it runs some of the rows."""
+        """Have layers of this thread see `context` instead of any other within the block, while they run some of the
+        rows. Afterwards restore the narrow context of an outer block, or none.
+        """
         before, self.thread_state.narrow = self.thread_state.narrow, context
         try:
             yield
@@ -328,8 +412,17 @@ class Call:
             self.thread_state.narrow = before
 
     def _context_in_backward(self) -> CallContext:
+        """Return the context of the call that the present backward pass differentiates.
+
+        A nested backward pass gets the context of the passes of its thread (of all passes if the thread has none), if
+        they agree. If the thread's last call and the thread itself have adapters disabled, the context is that of
+        disabled adapters.
+
+        Raises:
+            RoutingError: no context is known for the pass, or the pass covers calls with different rows.
+        """
         restored = self._restored.get(torch._C._current_graph_task_id())
-        if restored is None and self._restored:  # a pass within one
+        if restored is None and self._restored:  # a backward pass within another
             passes = list(self._restored.values())
             passes = [r for r in passes if get_ident() in r.threads] or passes
             contexts = {r.context.identity: r for r in passes}
@@ -339,31 +432,36 @@ class Call:
             return ALL_OFF
         if restored is None:
             raise RoutingError(
-                "a backward pass recomputes layers of a mixed batch (gradient checkpointing), and their rows are not "
-                "known, or of a call with disabled adapters: no tensor with a gradient was found in what the model "
-                "returned. Let it return tensors in tuples, dicts, dataclasses or attributes of objects, or turn "
-                "checkpointing off."
+                "Gradient checkpointing recomputes layers of a mixed batch or of a call with disabled adapters, and "
+                "the model's output has no tensor with a gradient to tell the call. Return tensors in tuples, dicts, "
+                "dataclasses or attributes of objects, or turn checkpointing off."
             )
         if restored.context.rows is UNCLEAR:
             raise RoutingError(
-                "one backward pass covers two mixed-batch forward passes (or one with disabled adapters) under "
-                "gradient checkpointing, so the rows of a recomputed layer are ambiguous (or their task ids, "
-                "invocations, gates). Call backward() after each forward, or turn checkpointing off."
+                "One backward pass under gradient checkpointing covers forward passes with different rows, facts, "
+                "gates or disabled adapters, so that a recomputed layer cannot tell its call. Call backward() after "
+                "each forward, or turn checkpointing off."
             )
         return restored.context
 
 
 def live_threads() -> frozenset[int | None]:
+    """Return the identifiers of all threads that are alive now."""
     return frozenset(thread.ident for thread in enumerate_threads())
 
 
 class CallBlock:
-    """A block of `Call.use_rows`. The compiler of torch 2.6 looks into classes, and into no generator."""
+    """The block of `Call.use_rows`: a class, since the compiler of torch 2.6 traces no generator."""
 
     def __init__(self, call: Call, rows: Rows | None, draws: AdapterGenerators | None):
         self.call, self.rows, self.draws = call, rows, draws
 
     def __enter__(self) -> None:
+        """Set the rows and draws in this thread's context.
+
+        Drops stale contexts of failed backward passes and of this thread's last call, and the losses of its last run.
+        Warns if another thread is in a `disable_in_block` block and this thread may have been started for it.
+        """
         call = self.call
         call._drop_stale_contexts()
         call._remember_context(NOTHING)
@@ -377,6 +475,7 @@ class CallBlock:
         self.before = call.swap_context(context)
 
     def __exit__(self, *raised: object) -> None:
+        """Restore the context of before, and drop inputs that taps stored in blocks that failed."""
         self.call.swap_context(self.before)
-        if self.call.thread_state.tapped:  # of blocks that failed
+        if self.call.thread_state.tapped:  # stored in blocks that raised
             self.call.thread_state.tapped.clear()

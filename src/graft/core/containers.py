@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Containers keyed by adapter name, slots in them, and device and dtype of what they hold."""
+"""Containers of tensors keyed by adapter name, the slots of tensors in them, and moves of tensors to a device and
+dtype.
+"""
 
 from __future__ import annotations
 
@@ -18,35 +20,43 @@ from graft.core.wrappers import collect_parameters, walk_unwrapped
 class BufferDict(nn.Module):
     """Buffers by name, as `nn.ParameterDict` has parameters.
 
-    persistent: in the state dict, and in checkpoints; each buffer that `store_value` puts here may differ.
+    persistent: the state dict and checkpoints contain new buffers. `_store_value` sets this for each buffer separately.
     """
 
     def __init__(self, buffers: dict[str, Tensor] | None = None, persistent: bool = False):
         super().__init__()
         self.persistent = persistent
-        self._in_checkpoint: dict[str, bool] = {}  # whether checkpoints hold a buffer
+        self._in_checkpoint: dict[str, bool] = {}  # whether checkpoints contain a buffer
         for name, value in (buffers or {}).items():
             self[name] = value
 
     def is_in_checkpoint(self, name: str) -> bool:
-        """Return True if a checkpoint holds the buffer of this name."""
+        """Return True if a checkpoint holds the buffer: as `_store_value` noted for it, else `persistent`."""
         return self._in_checkpoint.get(name, self.persistent)
 
     def _store_value(self, name: str, value: Tensor | Transient) -> None:
+        """Register a buffer, or overwrite it.
+
+        A plain tensor is part of the state dict and of checkpoints. The tensor of a `CheckpointOnly` is part of
+        checkpoints alone, that of any other `Transient` of neither.
+        """
         transient = isinstance(value, Transient)
         self._in_checkpoint[name] = not transient or isinstance(value, CheckpointOnly)
         self.register_buffer(name, value.tensor if isinstance(value, Transient) else value, persistent=not transient)
 
     def __getitem__(self, name: str) -> Tensor:
+        """Return a buffer. Raises KeyError if there is none of this name."""
         return self._buffers[name]  # type: ignore[return-value]
 
     def __setitem__(self, name: str, value: Tensor) -> None:
+        """Replace a buffer, or register a new one, persistent if the container is."""
         if name in self._buffers:
             self._buffers[name] = value
         else:
             self.register_buffer(name, value, persistent=self.persistent)
 
     def __delitem__(self, name: str) -> None:
+        """Remove a buffer, and the notes of whether checkpoints and the state dict contain it."""
         del self._buffers[name]
         self._in_checkpoint.pop(name, None)
         self._non_persistent_buffers_set.discard(name)
@@ -61,29 +71,44 @@ class BufferDict(nn.Module):
         return iter(self._buffers)
 
     def keys(self) -> KeysView[str]:
+        """Return a view of the buffers' names."""
         return self._buffers.keys()
 
     def values(self) -> ValuesView[Tensor | None]:
+        """Return a view of the buffers."""
         return self._buffers.values()
 
     def items(self) -> ItemsView[str, Tensor | None]:
+        """Return a view of pairs (name, buffer)."""
         return self._buffers.items()
 
     def update(self, buffers: Mapping[str, Tensor] | BufferDict | Iterable[tuple[str, Tensor]]) -> None:
+        """Set buffers from a mapping, another `BufferDict` or pairs (name, tensor), one by one as `self[name] =
+        tensor`.
+        """
         pairs = buffers.items() if isinstance(buffers, (Mapping, BufferDict)) else buffers
         for name, value in pairs:
             self[name] = value  # type: ignore[assignment]
 
     def pop(self, name: str) -> Tensor:
+        """Remove a buffer and return it. Raises KeyError if there is none of this name."""
         value = self[name]
         del self[name]
         return value
 
 
 class AnyDict(nn.Module):
-    """Modules, parameters and buffers by name: for methods that call different things by one name on one layer."""
+    """Modules, parameters and buffers by name.
+
+    It replaces another container if methods use its name for different kinds of values.
+    """
 
     def __init__(self, other: nn.ModuleDict | nn.ParameterDict | BufferDict) -> None:
+        """Copy the entries of a container, without copying tensors.
+
+        Names of entries that the checkpoint of `other` lacks go into `transient`. Buffers outside the state dict stay
+        outside.
+        """
         super().__init__()
         self.transient: set[str] = set()  # names of values that are not part of a checkpoint
         for name in list(other):
@@ -96,15 +121,22 @@ class AnyDict(nn.Module):
                 self._non_persistent_buffers_set.add(name)
 
     def _dict_with(self, name: object) -> dict[str, Any] | None:
+        """Return the dict among those of modules, parameters and buffers that contains a name; None if none does."""
         return next((d for d in (self._modules, self._parameters, self._buffers) if name in d), None)
 
     def __getitem__(self, name: str) -> nn.Module | Tensor:
+        """Return the module, parameter or buffer of a name. Raises KeyError if there is none."""
         home = self._dict_with(name)
         if home is None:
             raise KeyError(name)
         return home[name]  # type: ignore[no-any-return]
 
     def __setitem__(self, name: str, value: nn.Module | Tensor | Transient) -> None:
+        """Set a value, which replaces one of any kind.
+
+        The tensor of a `Transient` is stored: outside checkpoints, unless it is a `CheckpointOnly`, and outside the
+        state dict, unless it is a parameter.
+        """
         kind, value = value, value.tensor if isinstance(value, Transient) else value
         home = self._dict_with(name)
         if home is not None:
@@ -122,6 +154,10 @@ class AnyDict(nn.Module):
             self._buffers[name] = value
 
     def __delitem__(self, name: str) -> None:
+        """Remove a value and the notes of whether checkpoints contain it.
+
+        Raises KeyError if there is none of this name.
+        """
         home = self._dict_with(name)
         if home is None:
             raise KeyError(name)
@@ -133,15 +169,18 @@ class AnyDict(nn.Module):
         return self._dict_with(name) is not None
 
     def __iter__(self) -> Iterator[str]:
+        """Iterate over the names: first of modules, then of parameters, then of buffers."""
         return iter([*self._modules, *self._parameters, *self._buffers])
 
     def __len__(self) -> int:
         return len(self._modules) + len(self._parameters) + len(self._buffers)
 
     def keys(self) -> list[str]:
+        """Return a list of the names: first of modules, then of parameters, then of buffers."""
         return list(self)
 
     def pop(self, name: str) -> nn.Module | Tensor:
+        """Remove a value and return it. Raises KeyError if there is none of this name."""
         value = self[name]
         del self[name]
         return value
@@ -155,7 +194,7 @@ class Transient:
 
 
 class CheckpointOnly(Transient):
-    """A tensor that a checkpoint holds, and the state dict does not: PEFT keeps it outside of the module's tensors."""
+    """A tensor that a checkpoint contains and the state dict does not: PEFT keeps it outside the module's tensors."""
 
 
 class TransientParameterDict(nn.ParameterDict):
@@ -163,68 +202,84 @@ class TransientParameterDict(nn.ParameterDict):
 
 
 class Attached(NamedTuple):
-    """A container of tensors that all layers of the model share."""
+    """A container of tensors that all layers of the model share, as a value of `Method.build`."""
 
     container: object
 
 
-FACTS = frozenset({float, int, bool, str, type(None)})  # types of facts, which stand in plain dicts
+FACTS = frozenset({float, int, bool, str, type(None)})  # types of facts, which plain dicts contain
 
 
 class ReadOnlyFacts(dict[str, object]):
-    """Facts by adapter which tell how it was made, and which nothing computes with: setting one is refused."""
+    """Facts by adapter that say how it was made.
+
+    No computation reads them, so that setting one raises AttributeError.
+    """
 
     key: ClassVar[str]  # their name on the layer
 
     def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        """Raise AttributeError: the facts cannot be set, and the text names the attribute and the remedy.
+
+        All setters are this.
+        """
         raise AttributeError(
-            f"layer.{self.key}[…] cannot be set: it tells how an adapter was made, and nothing computes with it. Set "
-            "what the layer computes with, such as layer.scaling[…], or add an adapter with another config."
+            f"layer.{self.key}[…] cannot be set: it says how an adapter was made, and no computation reads it. Set a "
+            "value that the layer computes with, such as layer.scaling[…], or add an adapter with another config."
         )
 
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
     def __reduce__(self) -> tuple[object, ...]:
+        """Return a pickle that calls `read_only_facts`."""
         return read_only_facts, (self.key, dict(self))
 
 
 @cache
 def make_facts_class(key: str) -> type[ReadOnlyFacts]:
-    """Return the class of the facts that a layer shows by this name."""
+    """Return the subclass of `ReadOnlyFacts` that has `key`, the name of a layer's attribute. The class is cached."""
     return type("ReadOnlyFacts", (ReadOnlyFacts,), {"key": key, "__slots__": ()})
 
 
 def read_only_facts(key: str, values: dict[str, object]) -> ReadOnlyFacts:
+    """Return the facts of the layer's attribute `key`, by adapter, as a dict that refuses changes."""
     return make_facts_class(key)(values)
 
 
-@dataclass(slots=True, eq=False)  # made and read in less time than a tuple with names
+@dataclass(slots=True, eq=False)  # faster to make and read than a NamedTuple
 class Slot:
-    """The place of one tensor of an adapter."""
+    """The place of one tensor of an adapter: the module that owns it, and the dict and name under which the module has
+    it.
+    """
 
     container: str
-    path: str  # below the adapter's name
+    path: str  # below the adapter's name; "": the container has the tensor itself
     owner: nn.Module
     attribute: str
-    where: dict[str, Any]  # the owner's parameters or buffers
+    where: dict[str, Any]  # the owner's parameters or buffers, by name
     is_parameter: bool
-    trains: bool  # False: frozen for ever
+    trains: bool  # False: never
     saved: bool
-    by_adapter: dict[str, Any]  # the modules of the container, by adapter; None if the tensor itself stands in it
-    root: nn.Module | None  # the module in `by_adapter` when this slot was made; None: look the slot up again
+    by_adapter: dict[str, Any]  # modules of the container; {adapter: None} if it has the tensor itself
+    root: nn.Module | None  # `by_adapter[adapter]` when this slot was made; else look it up again
 
     @property
     def tensor(self) -> Tensor:
+        """The present tensor. Raises KeyError if the owner no longer has it."""
         tensor: Tensor = self.where[self.attribute]
         return tensor
 
     @property
     def is_in_flat_parameter(self) -> bool:
-        """Return True if FSDP keeps the tensor in a flat parameter, which trains as a whole."""
+        """True if FSDP1 keeps the parameter as a view of a flat parameter, which trains as a whole."""
         return self.is_parameter and self.where is self.owner.__dict__
 
     def assign(self, value: Tensor, device: torch.device | None = None) -> None:
-        """Put `value` in place: copy it into an existing tensor (an optimizer may hold it), or replace one on meta."""
+        """Set the tensor's values. An existing tensor is overwritten in place, as an optimizer may hold it.
+
+        A tensor on the meta device is instead replaced by `value`, moved to `device` and cast to the tensor's dtype: as
+        a parameter with the same `requires_grad`, or as a buffer.
+        """
         tensor = self.tensor
         if not tensor.is_meta:
             with torch.no_grad():
@@ -238,9 +293,12 @@ class Slot:
 def slots_of(
     key: str, container: nn.Module, adapter: str, never: Collection[tuple[str, str]] | None = None
 ) -> Iterator[Slot]:
-    """Yield the slots that `container`, called `key`, has for an adapter.
+    """Yield the slots of an adapter's tensors in `container`, the layer's attribute `key`.
 
-    never: (container, path) of parameters that never train; None: those that do not require gradients now.
+    Includes tensors outside checkpoints.
+
+    Args:
+        never: (container, path) of parameters that never train; None: the parameters that do not require gradients now.
     """
     top = adapter_module(container, adapter)
     saved = {(id(owner), name) for _, owner, name, _ in iter_tensors(container, adapter)}
@@ -248,18 +306,24 @@ def slots_of(
         is_buffer = name in owner._buffers
         is_parameter, where = not is_buffer, owner._buffers if is_buffer else parameter_dict(owner, name)
         trains = is_parameter and (tensor.requires_grad if never is None else (key, path) not in never)
-        root = top if owner is top else None  # deeper, any module on the way may become another
+        root = top if owner is top else None  # a deeper owner may be replaced on the way
         modules = container._modules if path else {adapter: None}
         yield Slot(key, path, owner, name, where, is_parameter, trains, (id(owner), name) in saved, modules, root)
 
 
 def parameter_dict(owner: nn.Module, name: str) -> dict[str, Any]:
-    """Return the dictionary in which a module has a parameter: that of its attributes, if FSDP put it there."""
+    """Return the dict that holds a module's parameter: `_parameters`, or the module's attributes, where FSDP1 keeps
+    views.
+    """
     return owner._parameters if name in owner._parameters else owner.__dict__
 
 
 def container_class(value: object) -> type:
-    """Return the class of the container that holds `value` for each adapter."""
+    """Return the class of containers for values like `value`.
+
+    It is `ModuleDict` for a module, `dict` for a value that is no tensor (a fact), `BufferDict` for a tensor,
+    `nn.ParameterDict` for a parameter and `TransientParameterDict` for a transient one.
+    """
     tensor = value.tensor if isinstance(value, Transient) else value
     if isinstance(tensor, nn.Module):
         return ModuleDict
@@ -271,7 +335,10 @@ def container_class(value: object) -> type:
 
 
 def container_for(value: object) -> Any:
-    """Make an empty container for values like this one."""
+    """Return a new, empty container for values like `value`.
+
+    A `BufferDict` is persistent unless the value is transient.
+    """
     kind = container_class(value)
     if kind is BufferDict:
         return BufferDict(persistent=not isinstance(value, Transient))
@@ -279,13 +346,19 @@ def container_for(value: object) -> Any:
 
 
 def can_hold(container: object, value: object) -> bool:
-    """Return True if a container holds values of this kind."""
+    """Return True if a container can store `value`: it is of the class for such values, or an `AnyDict`.
+
+    A fact needs a dict.
+    """
     kind = container_class(value)
     return isinstance(container, dict) if kind is dict else type(container) in (kind, AnyDict)
 
 
 def store_value(container: Any, adapter: str, value: Any) -> None:
-    """Put a value into a container that can hold it."""
+    """Store a value for an adapter in a container that `can_hold` it. A `Transient` is replaced by its tensor.
+
+    A `BufferDict` and an `AnyDict` also note whether checkpoints and the state dict contain the tensor.
+    """
     if isinstance(container, BufferDict):
         container._store_value(adapter, value)
     elif isinstance(value, Transient) and not isinstance(container, AnyDict):
@@ -295,7 +368,9 @@ def store_value(container: Any, adapter: str, value: Any) -> None:
 
 
 def adapter_module(container: object, adapter: str) -> nn.Module | None:
-    """Return the module that a container holds for `adapter`; None if it holds none."""
+    """Return the module that a container (`ModuleDict`, `AnyDict` or dict) has for an adapter; None if it has none, or
+    a value that is no module.
+    """
     if isinstance(container, (nn.ModuleDict, AnyDict, dict)) and adapter in container:
         value = container[adapter]
         return value if isinstance(value, nn.Module) else None
@@ -305,7 +380,12 @@ def adapter_module(container: object, adapter: str) -> nn.Module | None:
 def iter_tensors(
     container: object, adapter: str, transient: bool = False
 ) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Yield (path below its name, owner, attribute, tensor) of each tensor of `adapter`, persistent or all."""
+    """Yield (path, owner, attribute, tensor) for each tensor of an adapter in a container.
+
+    For a module, these are its parameters and buffers, with paths below the module, and the buffers outside the state
+    dict only if `transient`. For a tensor, the path is "" and the owner the container; a tensor outside checkpoints
+    only if `transient`. Yields nothing if the container lacks the adapter.
+    """
     root = adapter_module(container, adapter)
     if root is not None:
         for prefix, module in walk_unwrapped(root) if root._modules else (("", root),):
@@ -329,14 +409,18 @@ def iter_tensors(
         yield "", container, adapter, container[adapter]
 
 
-UPCAST = (  # adapters in these train in float32 unless the user says otherwise
+UPCAST = (  # adapters of these dtypes train in float32 unless the user says otherwise
     torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz,
     getattr(torch, "float8_e8m0fnu", torch.float16),  # from torch 2.7 on
 )  # fmt: skip
 
 
 def move_tensor(t: Tensor, device: torch.device | None, dtype: torch.dtype | None, upcast: bool) -> Tensor:
-    """Return `t` on `device`; floats rounded to `dtype`, as PEFT rounds them, and then widened if `upcast`."""
+    """Return `t` moved to `device`. It stays on its device if `device` is None or `t` is on meta.
+
+    A floating tensor is rounded to `dtype` (None: not), and then widened to float32 if `upcast` and its dtype is in
+    UPCAST. Integers and complex numbers keep their dtype. Returns `t` itself if nothing changes.
+    """
     if t.is_floating_point() or t.is_complex():
         if t.is_floating_point() and dtype is not None:
             t = t.to(dtype)
@@ -346,26 +430,31 @@ def move_tensor(t: Tensor, device: torch.device | None, dtype: torch.dtype | Non
 
 
 class Exact(nn.Module):
-    """A module whose buffers move with the base weight and keep their dtype."""
+    """A module with buffers that move with the base weight and keep their dtype."""
 
 
 def place_tensor(
     owner: nn.Module, name: str, device: torch.device | None, dtype: torch.dtype | None, upcast: bool
 ) -> None:
-    """Move and cast a parameter or buffer of a module; leave a parameter alone that FSDP keeps in a flat one."""
+    """Move and cast a parameter or buffer of a module, as `move_tensor` does.
+
+    A changed parameter is replaced by a new one with the same `requires_grad`; a buffer is replaced. A parameter that
+    FSDP1 keeps in a flat one stays. Buffers of `Exact` modules keep their dtype, and only buffers of containers are
+    upcast.
+    """
     if (p := owner._parameters.get(name)) is not None:
         before = p.data
         data = move_tensor(before, device, dtype, upcast)
         if data is not before:
             owner._parameters[name] = nn.Parameter(data, requires_grad=p.requires_grad)
     elif (b := owner._buffers.get(name)) is not None:
-        upcast = upcast and isinstance(owner, (BufferDict, AnyDict))  # as in PEFT: not those of an adapter's modules
+        upcast = upcast and isinstance(owner, (BufferDict, AnyDict))  # as in PEFT: no buffers of an adapter's modules
         owner._buffers[name] = move_tensor(b, device, None if isinstance(owner, Exact) else dtype, upcast)
 
 
 def place_tensors(
     container: object, adapter: str, device: torch.device | None, dtype: torch.dtype | None, upcast: bool
 ) -> None:
-    """Move and cast the tensors of `adapter` in `container`. Integer tensors keep their dtype."""
+    """Move and cast all tensors of an adapter in `container` by `place_tensor`. Integer tensors keep their dtype."""
     for _, owner, name, _ in iter_tensors(container, adapter, transient=True):
         place_tensor(owner, name, device, dtype, upcast)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors that a host holds for its adapters: containers by PEFT's names, keyed by adapter, and slots in them."""
+"""The tensors and facts that a host holds for its adapters: containers under PEFT's names, keyed by adapter, and the
+slots of the tensors.
+"""
 
 from __future__ import annotations
 
@@ -30,30 +32,30 @@ from graft.core.method import Method
 from graft.core.site import Site, Store
 
 Where = tuple[torch.device | None, torch.dtype | None]
-MODELESS = (nn.Linear, nn.Identity)  # modules that do the same in training and evaluation: in the mode of their adapter
+MODELESS = (nn.Linear, nn.Identity)  # modules that act the same in training and evaluation
 
 
 class Holding:
-    """The part of a host that holds tensors, and facts (plain numbers and the like) in dicts beside them."""
+    """The part of a host that holds tensors in containers, and facts (numbers, texts, True, None) in dicts."""
 
-    containers: list[str]  # all names, those of facts too
-    holders: list[str]  # those of them that are modules
-    attached: set[str]  # names of containers that belong to the model, not to this layer
-    scaling: dict[str, float]  # by adapter, of methods that have one
+    containers: list[str]  # all names, also those of facts
+    holders: list[str]  # the names of containers that are modules
+    attached: set[str]  # names of containers that belong to the model, and that layers share
+    scaling: dict[str, float]  # by adapter, if its method has a scaling
     scaling_at_start: dict[str, float]
     state: State
     methods: dict[str, Method]  # by adapter
-    kinds: list[type]  # config classes of the methods, in the order in which they came
+    kinds: list[type]  # config classes of the methods, in the order of their first adapter
     inner_name: str
     store: Store
     site: Site
     _modules: dict[str, Any]
 
     def hold(self, method: Method, values: dict[str, object]) -> None:
-        """Put the values that `Method.build` returned into containers.
+        """Store the values that `Method.build` returned in containers, and list the slots of the tensors.
 
         Raises:
-            TypeError: the layer cannot hold them; it holds none.
+            TypeError: the layer cannot hold the values. Then those of this adapter are removed again.
         """
         try:
             self._hold(method, values)
@@ -62,6 +64,21 @@ class Holding:
             raise
 
     def _hold(self, method: Method, values: dict[str, Any]) -> None:
+        """Store the values of an adapter; after an error some are stored.
+
+        - A fact goes into a dict, which refuses changes unless the method computes with it (`computes_with`).
+        - An `Attached` container of the model becomes an attribute or child of the layer, but not under a name with a
+            dot.
+        - A tensor or module goes into the container of its name, made or widened to an `AnyDict` as needed. A module
+            gets the base layer's training mode; but one that acts the same in both modes is in training mode if the
+            adapter may train.
+
+        Afterwards sets missing attributes from `Method.empty`, notes the slots, checks them (`check_slots`) if the
+        method moves its tensors, and notes the scaling at the start.
+
+        Raises:
+            TypeError: a value is an array of another package, or a name is used for facts and for tensors.
+        """
         adapter, computes_with = method.name, method.computes_with
         slots: list[Slot] = []
         attributes, modules, known = self.__dict__, self._modules, self.containers
@@ -79,18 +96,18 @@ class Holding:
                 else:
                     dict.__setitem__(attributes[key], adapter, value)
                 continue
-            if kind is Attached:  # the container itself, of the whole model, stands here
-                if not isinstance(value.container, nn.Module):  # plain facts of the whole model
+            if kind is Attached:  # a container of the whole model
+                if not isinstance(value.container, nn.Module):  # facts of the whole model
                     attributes[key] = value.container
-                elif key not in modules and "." not in key:  # those of a group stand on the tuner alone
+                elif key not in modules and "." not in key:  # containers of a group are attributes of the tuner alone
                     modules[key] = value.container
                     self.attached.add(key)
                 continue
             is_module = isinstance(value, nn.Module)
             if not is_module and hasattr(value, "__array__") and not isinstance(value, Tensor):
                 raise TypeError(
-                    f"'{key}' of adapter '{adapter}' on layer '{self.site.key}' is a {kind.__name__}, which nothing "
-                    "moves or saves: let build() return a tensor, by torch.from_numpy()."
+                    f"'{key}' of adapter '{adapter}' on layer '{self.site.key}' is a {kind.__name__}, which graft "
+                    "cannot move or save. Return a tensor from build(), by torch.from_numpy()."
                 )
             if key not in known:
                 self._open_container(key, value, training)
@@ -133,11 +150,14 @@ class Holding:
             self.scaling_at_start[adapter] = values["scaling"]
 
     def set_facts(self, adapter: str, **facts: object) -> None:
-        """Set facts of an adapter, those too that tell how it was made."""
+        """Set facts of an adapter, by name, in the layer's dicts: also those that refuse changes by users."""
         for key, value in facts.items():
             dict.__setitem__(self.__dict__[key], adapter, value)
 
     def _name_conflict(self, method: Method, key: str, kind: type) -> TypeError:
+        """Return the error for a name under which this adapter has facts and another one tensors, or the other way
+        round.
+        """
         other_adapters = ", ".join(f"'{name}'" for name in self.methods)
         return TypeError(
             f"'{key}' of {type(method).__name__} adapter '{method.name}' on layer '{self.site.key}' is a "
@@ -147,11 +167,15 @@ class Holding:
         )
 
     def _open_container(self, key: str, value: object, training: bool) -> None:
-        """Make a container for values like this one."""
+        """Make an empty container for values like `value` under the name `key`, as a child module or, for facts, an
+        attribute.
+
+        A module replaces an attribute of this name (`Method.empty`) and gets the training mode `training`.
+        """
         container = container_for(value)
         self.containers.append(key)
         if isinstance(container, nn.Module):
-            self.__dict__.pop(key, None)  # an empty one of `Method.empty`
+            self.__dict__.pop(key, None)  # an empty attribute of `Method.empty`
             self._modules[key] = container
             self.holders.append(key)
             container.__dict__["training"] = training
@@ -159,7 +183,11 @@ class Holding:
             self.__dict__[key] = container
 
     def _widen_container(self, key: str, container: nn.ModuleDict | nn.ParameterDict | BufferDict) -> AnyDict:
-        """Make a container hold anything: methods of two kinds call different things by its name."""
+        """Replace a container by an `AnyDict` with the same entries, since methods use its name for different kinds of
+        values.
+
+        The slots of all adapters in this container are replaced as well; parameters that never train stay so.
+        """
         wider = self._modules[key] = AnyDict(container)
         for name, slots in self.state.slots.items():
             moved = iter(slots_of(key, wider, name, {(s.container, s.path) for s in slots if not s.trains}))
@@ -168,20 +196,26 @@ class Holding:
 
     @property
     def where(self) -> Where:
-        """Device and dtype of the base weight."""
+        """The device and dtype of the base weight."""
         return self.store.where(self._modules[self.inner_name], self.site.parameter)
 
     def place_adapter(self, adapter: str, where: Where, upcast: bool = True) -> int:
-        """Move a new adapter to a device and dtype, those of the base weight; half precision to float32 if `upcast`.
+        """Move the tensors of a new adapter to a device and dtype, freeze it, and return how many numbers of it can
+        train.
 
-        Freeze it. Return how many of its numbers can train.
+        Tensors on meta stay there, as do all tensors of a method that does not move them. Floating tensors are cast to
+        the dtype, and half precision then widened to float32 if `upcast`, unless the method keeps the base's dtype for
+        their container.
+
+        Args:
+            where: of the base weight, as `self.where`.
         """
         device, dtype = where
         method = self.methods[adapter]
         narrow = method.keeps_base_dtype
         widens = upcast and dtype in UPCAST
         size = 0
-        for slot in self.state.slots[adapter]:  # as they were just made
+        for slot in self.state.slots[adapter]:  # new slots, which are valid
             t = slot.tensor
             if slot.trains:
                 size += t.numel()
@@ -191,14 +225,14 @@ class Holding:
         return size
 
     def drop_values(self, adapter: str) -> None:
-        """Drop an adapter's tensors and facts."""
+        """Remove the tensors, facts, slots and scaling at the start of an adapter; those that it lacks are ignored."""
         attributes = self.__dict__
         modules = attributes["_modules"]
         for key in attributes["containers"]:
             container = modules.get(key)
             if container is None:
-                dict.pop(attributes[key], adapter, None)  # what tells how it was made lets nobody else do so
-            elif type(container) is ModuleDict:  # past its own methods, which take as long as all the rest
+                dict.pop(attributes[key], adapter, None)  # `ReadOnlyFacts` refuses other ways
+            elif type(container) is ModuleDict:  # its methods would take as long as the rest of the loop
                 container._modules.pop(adapter, None)
             elif adapter in container:
                 del container[adapter]
@@ -206,7 +240,12 @@ class Holding:
         attributes["scaling_at_start"].pop(adapter, None)
 
     def slots(self, adapter: str) -> list[Slot]:
-        """Return the slots in which its tensors stand now; look them up again after a module is replaced or pruned."""
+        """Return the slots of an adapter's tensors.
+
+        The slots of last time are returned if their modules are still in place. Else they are looked up and noted
+        again, as after a module was replaced or pruned. Parameters that never train are known from the old slots. While
+        a merged adapter's module replaces the base layer, the slots are those of that module, and not noted.
+        """
         slots: list[Slot] = self.state.slots.get(adapter, [])
         for slot in slots:
             if slot.by_adapter.get(adapter) is not slot.root or slot.attribute not in slot.where:
@@ -214,7 +253,7 @@ class Holding:
         else:
             return slots
         place = self.whole_container(adapter)
-        if place is not None:  # its module and the base layer have changed places
+        if place is not None:  # the adapter's module and the base layer are swapped
             return list(slots_of(place, ModuleDict({adapter: self._modules[self.inner_name]}), adapter))
         never = {(slot.container, slot.path) for slot in slots if slot.is_parameter and not slot.trains}
         slots = [slot for key in self.holders for slot in slots_of(key, self._modules[key], adapter, never)]
@@ -222,17 +261,26 @@ class Holding:
         return slots
 
     def whole_container(self, adapter: str) -> str | None:
-        """Return the container in which the base layer stands while the adapter's module stands in its place."""
+        """Return the name of the container with the base layer, while a merged adapter's module has replaced it; else
+        None.
+        """
         m = self.methods.get(adapter)
         return m.layer_names[0] if m is not None and adapter in self.state.merged and m.effect.whole else None
 
     def tensors(self, adapter: str, transient: bool = False) -> Iterator[tuple[Slot, Tensor]]:
-        """Yield the slots of all tensors in a checkpoint, with the tensors. transient: and of those not in it."""
+        """Yield (slot, tensor) for each tensor of an adapter that a checkpoint contains.
+
+        transient: yield the others, too.
+        """
         for slot in self.slots(adapter):
             if slot.saved or transient:
                 yield slot, slot.tensor
 
     def first_tensor(self, adapter: str) -> Tensor:
+        """Return the first tensor of an adapter, which gives its dtype and device.
+
+        Slots are looked up again if its module was replaced.
+        """
         slot = self.state.slots[adapter][0]
         tensor: Tensor | None = slot.where.get(slot.attribute)
         if tensor is None or slot.by_adapter.get(adapter) is not slot.root:
@@ -241,22 +289,27 @@ class Holding:
 
 
 def check_slots(method: Method, layer: str, slots: list[Slot]) -> None:
-    """Raise TypeError unless the tensors of an adapter are such as the rest of graft can work with."""
+    """Check the tensors that `build` of a method returned for a layer.
+
+    Raises:
+        TypeError: a tensor for files has a name without the method's prefix, there is no tensor, or the first tensor,
+            which gives the adapter's dtype, has no floating numbers.
+    """
     why = ""
     prefix = method.prefix
     for slot in slots:
         if slot.saved and not slot.container.startswith(prefix):
             why = (
-                f"names a tensor '{slot.container}': names of tensors that a file holds begin with '{prefix}', the "
-                "method's prefix"
+                f"names a tensor '{slot.container}': names of tensors in files begin with '{prefix}', the method's "
+                "prefix. Rename it"
             )
     if not slots:
-        why = "has no tensor: return one at least (a frozen one, if nothing trains there)"
+        why = "returns no tensor. Return one at least (a frozen one, if nothing trains there)"
     elif not slots[0].tensor.is_floating_point():
         why = (
-            f"begins with '{slots[0].container}' of {slots[0].tensor.dtype}: the first tensor gives the dtype in which "
-            "the adapter computes, so return one of floating numbers before it"
+            f"begins with '{slots[0].container}' of {slots[0].tensor.dtype}: the first tensor gives the adapter's "
+            "dtype. Return one of floating numbers before it"
         )
     if why:
-        of = f"{type(method).__name__} returns for adapter '{method.name}' on layer '{layer}'"
-        raise TypeError(f"What build() of {of} {why}.")
+        of = f"{type(method).__name__} for adapter '{method.name}' on layer '{layer}'"
+        raise TypeError(f"build() of {of} {why}.")

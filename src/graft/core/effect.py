@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Effects: the kinds of change that an adapter makes to its layer. The core derives every path from them."""
+"""Effects: the kinds of change that an adapter makes to its layer. Forward, merge and routing all follow from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Map(Protocol):
-    """A product with a matrix, computed in its own way."""
+    """A product with a matrix: a callable x → x Wᵀ that has the matrix as `weight`."""
 
     @property
     def weight(self) -> Tensor: ...  # the matrix
@@ -30,25 +30,31 @@ Factor = Tensor | nn.Module | Map
 class Factors(NamedTuple):
     """The parts of a low-rank effect, made for one call: W' = gain ⊙ (W + scale · outer ⊙ B (inner ⊙ A)).
 
-    A and B are tensors, or callables with a `weight`: modules, a sum in place of a product with ones, a `Compact` or a
-    `Product`. A bias of B shifts the layer's.
+    A and B are tensors, or callables with a `weight`: modules, a `Compact` or a `Product`. A bias of B is added to the
+    layer's bias.
     """
 
     A: Factor  # (r, fan_in)
     B: Factor  # (out, r)
     scale: Tensor | float | None = None  # None: 1
-    dropout: nn.Module | None = None  # acts on the input of A; with a gain, on W's, too
+    dropout: nn.Module | None = None  # acts on the input of A; with a gain, on the input of W, too
     inner: Tensor | None = None  # (r,)
     outer: Tensor | None = None  # (out,)
     gain: Tensor | None = None  # (out,)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """Return A (r, fan_in) and B (out, r) whose product B A is the whole update, with scale and vectors."""
+        """Return A (r, fan_in) and B (out, r).
+
+        Their product B A is the whole update without the gain: `inner` is in A, `outer` and `scale` are in B. Dropout
+        is ignored.
+        """
         A, B = self.matrices_without_scale()
         return A, B if self.scale is None else B * self.scale
 
     def matrices_without_scale(self) -> tuple[Tensor, Tensor]:
-        """Return A (r, fan_in) and B (out, r) without the scale."""
+        """Return A (r, fan_in) and B (out, r), flattened to matrices, with `inner` in A and `outer` in B, but without
+        `scale` and gain.
+        """
         A, B = factor_matrix(self.A).flatten(1), factor_matrix(self.B).flatten(1)
         if self.inner is not None:
             A = self.inner[:, None] * A
@@ -57,15 +63,21 @@ class Factors(NamedTuple):
         return A, B
 
     def times(self, weight: float) -> Factors:
-        """Return factors whose product counts `weight` times."""
+        """Return factors with `scale` multiplied by `weight` (None counts as 1)."""
         return self._replace(scale=weight if self.scale is None else self.scale * weight)
 
     def with_gain(self, gain: Tensor) -> Factors:
-        """Return factors with a gain; not by `_replace`, into which the compiler of torch 2.6 does not look."""
+        """Return the factors with this gain, (out,).
+
+        It calls the class: the compiler of torch 2.6 does not trace `_replace`.
+        """
         return Factors(self.A, self.B, self.scale, self.dropout, self.inner, self.outer, gain)
 
     def shift(self) -> Tensor | None:
-        """Return the update of the layer's bias, (out,); None if B has no bias."""
+        """Return the update of the layer's bias, (out,): the bias of B, times `outer` and `scale`.
+
+        None if B has no bias.
+        """
         bias: Tensor | None = getattr(self.B, "bias", None)
         if bias is None:
             return None
@@ -74,44 +86,49 @@ class Factors(NamedTuple):
 
 
 class Compact(NamedTuple):
-    """A factor whose module holds fewer numbers than its matrix. Kernels take the matrix, or call the module if it has
-    hooks."""
+    """A factor with a module that holds fewer numbers than its matrix.
+
+    Kernels use the expanded matrix; if the module has hooks, they call it instead.
+    """
 
     module: nn.Module  # its forward is the product
     expand: Callable[[Tensor], Tensor]  # from its weight to the matrix
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return x times the matrix, by the module's forward."""
         out: Tensor = self.module(x)
         return out
 
     @property
     def weight(self) -> Tensor:
+        """The matrix, expanded from the module's weight."""
         return self.expand(self.module.weight)
 
 
 class Product(NamedTuple):
-    """A factor whose product is computed in its own way, such as with another backward pass."""
+    """A factor with a product of a special kind, such as one with another backward pass."""
 
-    call: Callable[[Tensor], Tensor]  # casts its input
-    weight: Tensor  # what else is said of the factor follows from the plain matrix
+    call: Callable[[Tensor], Tensor]  # x → product; it casts x
+    weight: Tensor  # the matrix: norms, merges and files are computed from it
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return the product of x with the factor, by `call`."""
         return self.call(x)
 
 
 class Deferred(Protocol):
-    """A ΔW that is not formed yet."""
+    """A ΔW that is not formed yet. `dense()` returns the tensor."""
 
     def dense(self) -> Tensor: ...  # the tensor
 
 
 class Unformed(Deferred, Protocol):
-    """The same with ways to products (`Hadamard`, `Modulated`)."""
+    """A ΔW that is not formed yet, with ways to compute products without forming it (`Hadamard`, `Modulated`)."""
 
-    def columns(self, ids: Tensor) -> Tensor: ...  # the part that an embedding looks up
+    def columns(self, ids: Tensor) -> Tensor: ...  # columns of ΔW that an embedding looks up
     def product(self, x: Tensor) -> Tensor | None: ...  # x ΔWᵀ for few rows; None if forming ΔW pays
 
-    # a cheaper way to x (W + ΔW)ᵀ + bias, or None
+    # x (W + ΔW)ᵀ + bias, (…, out), if there is a faster way than with ΔW formed; else None
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
     ) -> Tensor | None: ...
@@ -121,37 +138,43 @@ Delta = Tensor | Deferred  # ΔW
 
 
 def factor_matrix(factor: Factor) -> Tensor:
-    """Return the tensor of a factor: itself, or its `weight`."""
+    """Return the matrix of a factor: the tensor itself, or its `weight`."""
     return factor if isinstance(factor, Tensor) else factor.weight
 
 
 def form_delta(delta: Delta) -> Tensor:
-    """Return ΔW as a tensor."""
+    """Return ΔW as a tensor: `delta` itself, or the result of its `dense()`."""
     return delta if isinstance(delta, Tensor) else delta.dense()
 
 
 class ScaledDelta(NamedTuple):
-    """A ΔW that is not formed yet, times a number (`Unformed`)."""
+    """An `Unformed` ΔW times a number."""
 
     delta: Unformed
     weight: float
 
     def dense(self) -> Tensor:
+        """Return the scaled ΔW as a tensor."""
         return self.delta.dense() * self.weight
 
     def columns(self, ids: Tensor) -> Tensor:
+        """Return the scaled columns of ΔW that an embedding looks up for `ids`."""
         return self.delta.columns(ids) * self.weight
 
     def product(self, x: Tensor) -> Tensor | None:
+        """Return x ΔWᵀ, scaled; None if forming ΔW is faster."""
         y = self.delta.product(x)
         return None if y is None else y * self.weight
 
     def linear_with(self, *_: object) -> None:
+        """Return None: a scaled ΔW has no faster way to x (W + ΔW)ᵀ + b."""
         return None
 
 
 def scale_result(function: Callable[..., Any], weight: float, *args: object) -> Any:
-    """Return a function's tensor, factors, pieces, or ΔW not formed yet, which then count `weight` times."""
+    """Call a function, and return its result times `weight`: a tensor, `Factors`, `Pieces`, or a `ScaledDelta` of a ΔW
+    that is not formed.
+    """
     value = function(*args)
     if isinstance(value, Tensor):
         return value * weight
@@ -159,20 +182,21 @@ def scale_result(function: Callable[..., Any], weight: float, *args: object) -> 
 
 
 class Pieces(NamedTuple):
-    """The changes that an adapter makes to single matrices of a stack, which are never all formed at once.
+    """The changes that an adapter makes to single matrices of a stack, so that the changes of all are never in memory
+    together.
 
-    `change` takes the expert, its tensors, the matrix W0 without any adapter, the matrix as the adapters before have
-    changed it, and whether the layer trains, so that inputs may be dropped. If W0 is None, `change` reads it from the
-    layer, if at all. It returns ΔW (out, in), or A (r, in) and B (out, r).
+    `change(expert, tensors, W0, W, trains)` returns the change of one matrix: ΔW (out, in), or A (r, in) and B (out,
+    r). `tensors` are those of the matrix. W0 is the matrix without any adapter; if None, `change` reads it from the
+    layer if needed. W is the matrix after the adapters before this one. In training mode (`trains`) dropout may act.
     """
 
-    tensors: Sequence[Tensor]  # (n, …): the changes are made of them, and gradients flow to them
+    tensors: Sequence[Tensor]  # (n, …): `change` reads them, and gradients flow to them
     change: Callable[[int, Sequence[Tensor], Tensor | None, Tensor | None, bool], tuple[Tensor, ...]]
-    common_parameters: Sequence[Tensor] = ()  # of all matrices
+    common_parameters: Sequence[Tensor] = ()  # parameters that the changes of all matrices read
     reads: bool = False  # `change` needs the matrix
 
     def times(self, weight: float) -> Pieces:
-        """Return pieces whose changes count `weight` times."""
+        """Return pieces with `weight` times these changes."""
 
         def change(*args: Any) -> tuple[Tensor, ...]:
             """Return ΔW, or A and B, with the last tensor times `weight`."""
@@ -187,97 +211,115 @@ InputOf = Callable[[nn.Module, dict[str, object]], Tensor]  # a module and its a
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Effect:
-    """Base of the kinds. The site and the config decide the kind once; its functions run at each call."""
+    """Base of the kinds of effect.
 
-    of_weight: bool = False  # it reads W₀, the weight as it is without any adapter
-    why_unmergeable: str | None = None  # the reason why it has no merged form; None if it has one
-    pieces: Callable[[], Pieces] | None = None  # of a stack of matrices; None: those of its factors
+    The site and config determine the kind once; the effect's functions run at each call.
+    """
 
-    whole: ClassVar[bool] = False  # it runs in place of the layer
-    inward: bool = False  # of several active adapters, each acts on the layer that those after it made
+    of_weight: bool = False  # it depends on W₀, the weight without any adapter
+    why_unmergeable: str | None = None  # why it has no merged form; None: it has one
+    pieces: Callable[[], Pieces] | None = None  # of a stack: changes of single matrices; None: those of its factors
+
+    whole: ClassVar[bool] = False  # it replaces the layer
+    inward: bool = False  # of several adapters of its method, a later one acts closer to the base layer
 
     @property
     def additive(self) -> bool:
-        """Return True if y = base(x) + part(x)."""
+        """True if y = base(x) + part(x): the effect only adds to the output. True here; subclasses override it."""
         return True
 
     @property
     def only_adds_on_top(self) -> bool:
-        """Return True if it needs no more than input and output of the layer as those before it made it."""
+        """True if the effect needs only the layer's input and output, with earlier adapters in them.
+
+        Here: if it is additive.
+        """
         return self.additive
 
     @property
     def weighable(self) -> bool:
-        """Return True if gates can weigh what it adds to the output."""
+        """True if gates can weigh the part that it adds to the output. Here: if it is additive."""
         return self.additive
 
     @property
     def product(self) -> Callable[[], Factors] | None:
-        """The function that gives its factors, if it does no more than add their product."""
+        """The function that returns the factors, if the effect only adds their product; else None. None here."""
         return None
 
     @property
     def input_of(self) -> InputOf | None:
-        """The function that finds its input among those of a module that has several."""
+        """The function that finds the effect's input among a module's several inputs.
+
+        None here: the module has one input.
+        """
         return None
 
     @property
     def adapts_any_module(self) -> bool:
-        """Return True if it adapts modules that no `Op` knows."""
+        """True if it adapts modules that no `Op` knows. Here: if it runs in place of the layer (`whole`)."""
         return self.whole
 
     @property
     def weightless(self) -> bool:
-        """Return True if a call of the layer alone can do what it does: nothing in it is a change of a weight."""
+        """True if no change of a weight has its effect: it needs a call of the layer.
+
+        Here: if it takes any module but does not replace it.
+        """
         return self.adapts_any_module and not self.whole
 
     @property
     def reads(self) -> bool:
-        """Return True if a forward pass needs the values of the weight."""
+        """True if a forward pass needs the values of the weight. Here: if the effect depends on W₀."""
         return self.of_weight
 
     @property
     def keeps_weight(self) -> bool:
-        """Return True if its merged form changes the bias alone."""
+        """True if its merged form changes the bias alone. False here."""
         return False
 
     @property
     def forms_delta(self) -> bool:
-        """Return True if what it adds to an output is computed from a tensor as large as the weight."""
+        """True if the part that it adds to an output is computed from a tensor as large as the weight. False here."""
         return False
 
     @property
     def runs_module_on_values(self) -> bool:
-        """True if a forward pass, too, has the module do to the adapter's values what it does to its weight."""
+        """True if a forward pass runs the module's operation on values of the adapter, as with the weight.
+
+        False here.
+        """
         return False
 
     def shift(self, f: Factors | None = None) -> Tensor | None:
-        """Return Δb, (out,), of one that adds to the weight; None if it does not shift the bias.
+        """Return the update Δb of the bias, (out,), of an effect that adds to the weight; None if it leaves the bias.
 
-        f: its factors, if they are made already.
+        None here.
+
+        f: its factors, if they are computed already.
         """
         return None
 
     def times(self, weight: float) -> Effect | None:
-        """Return an effect that adds `weight` times what this one adds; None if it does more than add."""
+        """Return an effect that adds `weight` times the part of this one; None if it does more than add. None here."""
         return None
 
 
 @dataclass(frozen=True, eq=False)
 class Update(Effect):
-    """An update of weight and bias: W' = W + ΔW, b' = b + Δb. ΔW is the sum of what `delta` and `factors` say.
+    """An update of weight and bias: W' = W + ΔW, b' = b + Δb. ΔW is the sum of `delta` and the product of `factors`.
 
     Args:
         delta: () → ΔW, or W₀ → ΔW if `of_weight`; both canonical, (out, in, *kernel). A tensor, or a value that is not
-            formed yet: an `Unformed`, or beside a `branch` whatever has `dense()`.
-        factors: those of a product B A, with a dropout of their own.
-        branch: x → delta x, where that is cheaper; without `delta`, what no weight does.
+            formed yet: an `Unformed`, or next to a `branch` any value with `dense()`.
+        factors: the factors of a product B A, with a separate dropout.
+        branch: x → the part that is added to the output. With `delta`: a faster x ΔWᵀ; without it: a part that no
+            weight can give.
         bias: Δb, (out,).
         dropout: acts on the input of `delta`.
-        gains: the factors have a gain, W' = gain ⊙ (W + B A); then they are all there is.
-        draws: ΔW is random in training, so that a call must not compute it twice.
-        input_of: of a branch beside a module with several inputs. Of a tuple that the module returns, it adds to the
-            first item.
+        gains: the factors have a gain, W' = gain ⊙ (W + B A); then no other field is set.
+        draws: ΔW is random in training, so that a call must compute it only once.
+        input_of: for a branch next to a module with several inputs. If the module returns a tuple, the branch adds to
+            the first item.
     """
 
     delta: Callable[..., Delta] | None = None
@@ -290,42 +332,62 @@ class Update(Effect):
     input_of: InputOf | None = None
 
     def __post_init__(self) -> None:
+        """Check the fields, and set `why_unmergeable` for a branch without a weight.
+
+        Raises:
+            TypeError: factors with a gain come together with `delta`, `branch` or `bias`.
+        """
         if self.gains and (self.delta or self.branch or self.bias):
-            raise TypeError("an Update whose factors have a gain has nothing beside them")
+            raise TypeError("An Update with a gain has no delta, branch or bias. Leave them out.")
         if self.weightless and self.why_unmergeable is None:
-            object.__setattr__(self, "why_unmergeable", "a branch beside the layer has no merged form")
+            object.__setattr__(self, "why_unmergeable", "a branch next to the layer has no merged form")
 
     @property
     def weightless(self) -> bool:
+        """True if it has a branch and no `delta`: no change of a weight can do the same."""
         return self.delta is None and self.branch is not None
 
     @property
     def product(self) -> Callable[[], Factors] | None:
+        """The function `factors`, if the update has no `delta`, branch, bias or gain; else None."""
         only_factors = self.delta is None and self.branch is None and self.bias is None and not self.gains
         return self.factors if only_factors else None
 
     @property
     def additive(self) -> bool:
+        """True unless the factors have a gain."""
         return not self.gains
 
     @property
     def adapts_any_module(self) -> bool:
+        """True if it has an `input_of`: then it adapts modules that no `Op` knows."""
         return self.input_of is not None
 
     @property
     def keeps_weight(self) -> bool:
+        """True if it has neither `delta` nor factors."""
         return self.delta is None and self.factors is None
 
     @property
     def forms_delta(self) -> bool:
+        """True if the output is computed from a ΔW as large as the weight.
+
+        With a gain it is False. With `delta`, it is true unless there is a branch. With factors alone, it is true if
+        they depend on W₀.
+        """
         return not self.gains and (self.of_weight if self.delta is None else self.branch is None)
 
     def shift(self, f: Factors | None = None) -> Tensor | None:
+        """Return Δb, (out,): the sum of `bias()` and the bias of the factors; None if there is neither.
+
+        f: the factors, if they are computed already; else they are computed here.
+        """
         bias = None if self.bias is None else self.bias()
         factor_bias = None if self.factors is None else (f or self.factors()).shift()
         return factor_bias if bias is None else bias if factor_bias is None else bias + factor_bias
 
     def times(self, weight: float) -> Effect | None:
+        """Return the update with `weight` times its delta, product, branch, bias and pieces. None with a gain."""
         if self.gains:
             return None
         functions = self.delta, self.factors, self.branch, self.bias, self.pieces
@@ -334,35 +396,38 @@ class Update(Effect):
 
 
 def add_part(part: Callable[..., Tensor], *values: Tensor) -> Tensor:
-    """Return the last value with the part that a function makes of all of them."""
+    """Return the last value plus `part(*values)`."""
     return values[-1] + part(*values)
 
 
-ONE_OUTPUT = "in an average its part comes from the output that the others get, too, which no weight does"
-NO_WEIGHT = "it changes activations, in a way that no weight does"
+ONE_OUTPUT = "in an average its part is computed from the output that other adapters get too, and no weight can do that"
+NO_WEIGHT = "it changes activations in a way that no weight can"
 
 
 def refuse_merge(W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Raise NotImplementedError: the effect has no merged form. Default of `Rewrite.merged`."""
     raise NotImplementedError(NO_WEIGHT)
 
 
 @dataclass(frozen=True, eq=False)
 class Rewrite(Effect):
-    """A function of weight and bias: (W', b') = merged(W, b). Forward is pre → layer → post, or the layer with W'.
+    """A function of weight and bias: (W', b') = merged(W, b).
+
+    Forward is pre → layer → post, or the layer with W' if both are missing.
 
     Args:
-        merged: left out where what it makes of inputs and outputs has no merged form.
+        merged: left out if the change of inputs and outputs has no merged form.
         pre: x → x', where W' x = W x'.
         post: (x, y) → y', from the input before `pre` and the output.
-        part: (x, y) → Δy, in place of `post`, which is then y + Δy. Gates can weigh it; all parts that they weigh come
-            from one output.
-        ahead: x → Δx, in place of `pre`, which is then x + Δx; of a block. All that an average weighs come from one
-            input.
+        part: (x, y) → Δy; it replaces `post`, which is then y + Δy. Gates can weigh it; all parts that they weigh use
+            the same y.
+        ahead: x → Δx, of a block; it replaces `pre`, which is then x + Δx. All parts that an average weighs use the
+            same x.
         apart: `post` acts on the output without its bias.
-        looks_up: `post` gives rows of another table as the module, which takes ids, would output them.
-        block: the site is a module with several inputs, of which `pre` gets the first; what `post` gets is its output,
-            the first item if that is a tuple. It has no weight, and so no merged form.
-        tapped: `post` and `part` get, in place of the layer's input, that of a `Tap` of the same adapter.
+        looks_up: `post` returns rows of another table as the module, which takes ids, would output them.
+        block: the site is a module with several inputs; `pre` gets the first one. `post` gets its output, or the first
+            item of a tuple. It has no weight, and so no merged form.
+        tapped: `post` and `part` get the input that a `Tap` of the same adapter stored, in place of the layer's input.
     """
 
     merged: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]] = refuse_merge
@@ -376,46 +441,63 @@ class Rewrite(Effect):
     tapped: bool = False
 
     def __post_init__(self) -> None:
+        """Check the fields, make `post` from `part` and `pre` from `ahead`, and set `why_unmergeable` if there is no
+        merged form.
+
+        Raises:
+            TypeError: `part` comes with `post` or `apart`; or `ahead` with `pre`, or without `block`.
+        """
         if (part := self.part) is not None:
             if self.post is not None or self.apart:
-                raise TypeError("a Rewrite with `part` has no `post` of its own, and nothing apart")
+                raise TypeError("A Rewrite with `part` has no `post`, and is not `apart`. Leave them out.")
             object.__setattr__(self, "post", partial(add_part, part))
         if (ahead := self.ahead) is not None:
             if self.pre is not None or not self.block:
-                raise TypeError("a Rewrite with `ahead` has no `pre` of its own, and is of a block")
+                raise TypeError("A Rewrite with `ahead` has no `pre`, and needs block=True.")
             object.__setattr__(self, "pre", partial(add_part, ahead))
         if self.merged is refuse_merge and self.why_unmergeable is None:
             object.__setattr__(self, "why_unmergeable", NO_WEIGHT)
 
     @property
     def additive(self) -> bool:
+        """False: a rewrite does more than add to the output."""
         return False
 
     @property
     def only_adds_on_top(self) -> bool:
+        """True if it has `post` (or `part`) and changes no input."""
         return self.pre is None and self.post is not None
 
     @property
     def weighable(self) -> bool:
+        """True if it has a `part` and changes no input."""
         return self.pre is None and self.part is not None
 
     @property
     def adapts_any_module(self) -> bool:
+        """True if the site is a block."""
         return self.block
 
     @property
     def folds(self) -> bool:
+        """True if forward needs the rewritten weight, since there is neither `pre` nor `post`."""
         return self.pre is None and self.post is None
 
     @property
     def reads(self) -> bool:
+        """True if it depends on W₀, or if forward needs the rewritten weight."""
         return self.of_weight or self.folds
 
     @property
     def runs_module_on_values(self) -> bool:
+        """True if forward runs the module with the rewritten weight, or looks rows up in another table."""
         return self.folds or self.looks_up
 
     def times(self, weight: float) -> Effect | None:
+        """Return the rewrite with `weight` times `part` and `ahead`. It has no merged form.
+
+        Returns None if it has a `pre` that is no `ahead`, a `post` that is no `part`, or neither `pre` nor `post`.
+        """
         if (self.pre is not None and self.ahead is None) or (self.post is not None and self.part is None) or self.folds:
             return None
         part, ahead = (f and partial(scale_result, f, weight) for f in (self.part, self.ahead))
@@ -425,9 +507,10 @@ class Rewrite(Effect):
 
 @dataclass(frozen=True, eq=False)
 class Tap(Effect):
-    """Nothing done to the layer: a layer that runs later, in the same block, gets its input (`Rewrite.tapped`).
+    """Leaves its layer unchanged, and stores the layer's input for layers that run later in the same block
+    (`Rewrite.tapped`).
 
-    `readers`: the paths of such layers.
+    readers: the paths of those layers.
     """
 
     readers: tuple[str, ...]
@@ -435,18 +518,20 @@ class Tap(Effect):
 
     @property
     def adapts_any_module(self) -> bool:
+        """True: any module has an input to store."""
         return True
 
     def times(self, weight: float) -> Effect:
+        """Return the tap itself: it adds nothing to weigh."""
         return self
 
 
 @dataclass(frozen=True, eq=False)
 class Replace(Effect):
-    """A module that runs in place of the layer, or a function that may call it.
+    """A module that runs in place of the layer, or a function that may call the layer.
 
-    aside: it came along with an adapter that acts elsewhere (a head). Then gates pass it by, and in a mixed batch its
-    output may be narrower than those of others.
+    aside: it was added with an adapter that acts elsewhere (a head). Then gates leave it out, and in a mixed batch its
+    output may be narrower than the outputs of others.
     """
 
     module: Callable[[], Any]
@@ -456,7 +541,9 @@ class Replace(Effect):
 
     @property
     def additive(self) -> bool:
+        """False: it replaces the layer's output."""
         return False
 
     def times(self, weight: float) -> Effect | None:
+        """Return the effect itself if it is `aside`, so that no weight applies; else None."""
         return self if self.acts_elsewhere else None

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Supported inside: rooms may import this module.
-"""The exceptions and warnings of graft, the function that warns, and texts for both, cut where they are long."""
+"""The exceptions and warnings of graft, the functions that warn, and functions that shorten texts for both."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from types import FrameType
 
 
 class PeftError(Exception):
-    """Base of all errors that graft raises on its own account. Its text, printed, has no control characters."""
+    """Base of graft's errors. `str()` of one has no control characters except line ends."""
 
     def __str__(self) -> str:
-        return escape_controls(Exception.__str__(self), keep="\n")  # not KeyError's, in quotes, nor OSError's
+        """Return the text with unprintable characters escaped, except line ends; without the quotes of a KeyError."""
+        return escape_controls(Exception.__str__(self), keep="\n")  # KeyError and OSError would add quotes or an errno
 
 
 class PeftWarning(UserWarning):
@@ -64,7 +65,7 @@ class InUseError(PeftError, RuntimeError):
 
 
 class FolderInUseError(InUseError):
-    """Another process is writing a run or a sweep into this folder."""
+    """Another process writes a run or a sweep into this folder."""
 
 
 class AdapterKeyError(PeftError, RuntimeError, ValueError):
@@ -80,7 +81,7 @@ class BaseModelMismatchError(PeftError, RuntimeError, ValueError):
 
 
 class HubError(CheckpointError, OSError):
-    """The hub cannot be reached, or does not give a file that may be there."""
+    """The hub cannot be reached, or does not send a file that may exist."""
 
 
 class DistributedError(PeftError, RuntimeError):
@@ -92,7 +93,7 @@ class ServerTimeoutError(PeftError, TimeoutError):
 
 
 class ServerError(PeftError, OSError):
-    """A server cannot be reached, refuses a request, or answers something else than log-probabilities."""
+    """A server cannot be reached, refuses a request, or answers with something other than log-probabilities."""
 
 
 class UnknownModelError(ServerError):
@@ -100,7 +101,7 @@ class UnknownModelError(ServerError):
 
 
 class LossError(PeftError, ValueError):
-    """A format, a server or a smaller rank cannot hold all that an adapter has."""
+    """A format, a server or a smaller rank cannot hold everything that an adapter has."""
 
 
 class NonFiniteError(CheckpointError):
@@ -108,10 +109,10 @@ class NonFiniteError(CheckpointError):
 
 
 def escape_controls(text: str, keep: str = "") -> str:
-    """Return a text that moves no cursor, ends no line and turns no direction of writing when it is printed.
+    """Return a text with every unprintable character escaped as Python escapes it, such as \\x1b.
 
-    Each character that is not printable (controls, bidirectional overrides, surrogates, spaces other than ' ') is
-    written as Python writes it, such as \\x1b. Characters of `keep` stay.
+    These are controls, bidirectional overrides, surrogates and spaces other than ' '. Characters in `keep` stay. A
+    printable text is returned as it is.
     """
     if text.isprintable():
         return text
@@ -119,18 +120,26 @@ def escape_controls(text: str, keep: str = "") -> str:
 
 
 def shorten_text(text: str, most: int = 200) -> str:
-    """Return a text for an error: the beginning if it is long."""
+    """Return a text, or its first `most` characters and "…" if it is longer."""
     return text if len(text) <= most else f"{text[:most]}…"
 
 
 def join_some(items: list[str], most: int = 8) -> str:
-    """Return a list as text: in full, or its beginning and how many more there are."""
+    """Return "[a, b, …]" of a list of texts, with control characters escaped.
+
+    Of more than `most` items only the first are shown, and then "… and N more".
+    """
     shown = ", ".join(map(escape_controls, items[:most]))
     return f"[{shown}]" if len(items) <= most else f"[{shown}, … and {len(items) - most} more]"
 
 
 def describe_function(function: object) -> str:
-    """Return a client's function as texts show it: where it was written, whatever it says that it wraps."""
+    """Return "module.qualified_name" of a function as it was written, whatever `__wrapped__` or `__name__` say.
+
+    A bound method is replaced by its function.
+
+    Returns `repr(function)` for a callable without code, and the plain name on Python 3.10.
+    """
     written = getattr(function, "__func__", function)
     code = getattr(written, "__code__", None)
     if code is None:
@@ -138,13 +147,16 @@ def describe_function(function: object) -> str:
     return f"{getattr(written, '__globals__', {}).get('__name__', '')}.{getattr(code, 'co_qualname', code.co_name)}"
 
 
-INSIDE = (  # modules that stand between a caller and a warning
+INSIDE = (  # modules between the caller of graft and a warning
     "graft.", "contextlib", "torch.nn.modules.module", "torch.utils._contextlib", "torch.autograd", "torch._tensor",
 )  # fmt: skip
 
 
 def warn(text: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line that called graft, however deep inside graft this is."""
+    """Give a warning that points at the first line outside graft, contextlib and torch's wrappers in the call stack.
+
+    Control characters of the text are escaped, except line ends.
+    """
     level = 2
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").startswith(INSIDE):
@@ -156,7 +168,10 @@ _gathered: ContextVar[dict[tuple[str, type[Warning]], list[str]] | None] = Conte
 
 
 def warn_of_layer(layer: str, text: str, category: type[Warning] = UserWarning) -> None:
-    """Warn of a layer, which replaces {} in the text; within `gather_warnings`, once of all layers with this text."""
+    """Give a warning about a layer: "{}" in the text becomes the layer's name in quotes.
+
+    Within `gather_warnings` the layer is only noted, for one warning of all layers with the same text and category.
+    """
     gathered = _gathered.get()
     if gathered is None:
         warn(text.format(f"'{layer}'"), category)
@@ -166,10 +181,15 @@ def warn_of_layer(layer: str, text: str, category: type[Warning] = UserWarning) 
 
 @contextmanager
 def gather_warnings() -> Iterator[Callable[[], None]]:
-    """Gather what `warn_of_layer` says in this block; yield the function that says it, for afterwards."""
+    """Note the layers of `warn_of_layer` within the block, in place of warnings.
+
+    Yields a function that gives them: one warning per text and category, which names the first layer and the number of
+    others. The caller calls it after the block; without that, they are lost.
+    """
     gathered: dict[tuple[str, type[Warning]], list[str]] = {}
 
     def say() -> None:
+        """Give one warning per text and category, with the first layer and the number of others."""
         for (text, category), (first, *more_layers) in gathered.items():
             warn(text.format(f"'{first}'" + (f" (and {len(more_layers)} more)" if more_layers else "")), category)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many tensors looked at in one go: is there anything in them, is it finite, what did rounding leave of an update?"""
+"""Checks of many tensors at once: is any number not zero, are all finite, how much of an update did rounding keep?"""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-NARROW = 1  # bytes of a float8 number, of which torch takes no norm
+NARROW = 1  # bytes of a float8 number: torch computes no norm of them
 
 
 def is_finite(number: float) -> bool:
-    """Return True if float32, the dtype of adapters, holds a number as a finite one."""
+    """Return True if float32, the dtype of adapters, represents a number as a finite one."""
     return abs(number) <= torch.finfo(torch.float32).max
 
 
 @torch.no_grad()
 def max_magnitudes(tensors: Sequence[Tensor]) -> list[float]:
-    """Return the largest magnitude in each tensor: inf or nan if one is not finite, 0 for one without numbers.
+    """Return the largest magnitude in each tensor: inf or nan if a number is not finite, 0.0 for an empty tensor.
 
-    A few kernels and one wait for each device. A tensor that is no dense one of floating numbers counts as 1.
+    Tensors of one device and dtype share a kernel, with one wait for each such group. A tensor that `is_dense_float`
+    rejects counts as 1.0.
     """
     out = [1.0] * len(tensors)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -39,6 +40,10 @@ def max_magnitudes(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def is_dense_float(t: Tensor) -> bool:
+    """Return True for a dense tensor or parameter of floating numbers of two bytes or more.
+
+    False for subclasses, such as shards, and for integers, float8, sparse and meta tensors.
+    """
     return (
         type(t) in (Tensor, torch.nn.Parameter)
         and t.is_floating_point()
@@ -47,15 +52,16 @@ def is_dense_float(t: Tensor) -> bool:
     )
 
 
-AT_ONCE, ON_CPU = 2**24, 2**16  # numbers in one pass: few copies of a layer, and those of a CPU in its cache
+AT_ONCE, ON_CPU = 2**24, 2**16  # numbers per block: small copies; on a CPU they fit the cache
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return the scalar product of two tensors of one shape, ()."""
     return torch.dot(a.flatten(), b.flatten())
 
 
 def spread_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return the product of tensors that are spread over processes."""
+    """Return the scalar product, (), of two DTensors, split over processes. Each process gets the full value."""
     return (a * b).sum().full_tensor()  # type: ignore[attr-defined,no-any-return]
 
 
@@ -63,11 +69,16 @@ def spread_dot(a: Tensor, b: Tensor) -> Tensor:
 def measure_survival(W: Tensor, wide: Tensor, after: Tensor | None = None) -> Tensor:
     """Return <W' - W, ΔW> and <ΔW, ΔW> in float32, (2,), where ΔW = wide - W.
 
+    Their quotient is the part of an update that rounding kept.
+
+    The weight is read in blocks of rows, to save memory. The result for an empty weight is zeros. Tensors may be
+    DTensors.
+
     Args:
-        W: the weight as it was, and as it was stored.
-        wide: the weight that was asked for, before rounding.
-        after: W', what came of that; None: `wide`, rounded to W's dtype; W itself: write that into it, and use `wide`
-            up on the way, as all is in the cache then.
+        W: the weight before the update, as stored.
+        wide: the updated weight before rounding.
+        after: W', the updated weight after rounding; None: `wide` rounded to W's dtype. If it is W itself, this
+            function writes the rounded `wide` into W, and destroys the values of `wide`.
     """
     at_once, spread = ON_CPU if W.device.type == "cpu" else AT_ONCE, hasattr(W, "full_tensor")
     rows, product = (max(1, len(W)), spread_dot) if spread else (max(1, at_once // max(1, W[:1].numel())), dot)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What adapters do to a weight: ΔW and Δb of one, alone or as LoRA holds it, and folding them into a layer."""
+"""The update of one adapter: ΔW and Δb, the same as factors for LoRA, and the fold of an update into a layer's
+weight.
+"""
 
 from __future__ import annotations
 
@@ -18,32 +20,42 @@ from graft.core.protocols import Layer
 
 
 class EvaluationMode:
-    """A block in which a layer's adapters do not train, so that merging takes up nothing random."""
+    """A context manager that sets `training` of a layer to False, so that merging draws no random numbers (dropout)."""
 
     def __init__(self, layer: Layer):
         self.attributes = layer.__dict__
 
     def __enter__(self) -> None:
+        """Set the layer's own `training` to False, without its children."""
         self.before = self.attributes["training"]
         self.attributes["training"] = False
 
     def __exit__(self, *error: object) -> None:
+        """Set the layer's `training` to its value before the block."""
         self.attributes["training"] = self.before
 
 
 def evaluate_delta(layer: Layer, effect: Update) -> Any:
-    """Return ΔW as the adapter gives it: a tensor, or a value that is not formed yet; None if there is none."""
+    """Return the result of `effect.delta`: a tensor, or a ΔW that is not formed yet.
+
+    It is called with the layer's W₀ if the effect depends on it. Returns None if the effect has no `delta`.
+    """
     if effect.delta is None:
         return None
     return effect.delta(layer.W0) if effect.of_weight else effect.delta()
 
 
 def compute_delta(layer: Layer, effect: Effect, drops: bool = False, f: Factors | None = None) -> Tensor:
-    """Return ΔW, canonical, in the adapter's dtype; products of half precision in float32.
+    """Return ΔW, canonical (out, in, *kernel), in the adapter's dtype; of half-precision factors in float32.
+
+    It is the sum of `delta` and the product of the factors, without their gain; zeros if there is neither.
 
     Args:
-        drops: let the dropout of factors take out inputs of the update, the same for all rows.
-        f: its factors, if they are made already.
+        drops: apply dropout, of the factors and of the effect, to inputs of the update: the same for all rows.
+        f: the factors, if they are computed already.
+
+    Raises:
+        TypeError: the effect is no `Update`, or one without a weight.
     """
     if not isinstance(effect, Update) or effect.weightless:
         raise TypeError(f"a {type(effect).__name__} has no ΔW")
@@ -57,7 +69,12 @@ def compute_delta(layer: Layer, effect: Effect, drops: bool = False, f: Factors 
 
 
 def multiply_factors(layer: Layer, f: Factors, drops: bool = False) -> Tensor:
-    """Return the canonical product of factors, but for their gain."""
+    """Return the product B A with scale and vectors, but without the gain, canonical (out, in, *kernel).
+
+    Half precision is computed and returned in float32.
+
+    drops: apply the factors' dropout to columns of A, the same for all rows.
+    """
     A, B = (drop_inputs_of_A(f) if drops else f).matrices()
     if A.dtype in HALF:
         A, B = A.float(), B.float()
@@ -65,7 +82,10 @@ def multiply_factors(layer: Layer, f: Factors, drops: bool = False) -> Tensor:
 
 
 def why_not_in_weight(m: Method) -> str | None:
-    """Return why an adapter cannot act through a weight that modules read without calling the layer, if so."""
+    """Return why an adapter has no effect on a weight that modules read without calling the layer; None if it can act.
+
+    The reasons: its effect needs a call of the layer, or has no merged form.
+    """
     effect, name = m.effect, type(m).__name__
     if effect.weightless:
         return f"The weight is used without a call of the layer, so that {name} would have no effect"
@@ -78,7 +98,11 @@ def why_not_in_weight(m: Method) -> str | None:
 
 
 def drop_inputs_of_A(f: Factors) -> Factors:
-    """Return factors whose dropout has taken columns out of A, in training: the same inputs of all rows."""
+    """Return the factors with dropout applied to the columns of A, and without dropout: each row then drops the same
+    inputs.
+
+    Returns the factors unchanged if they have no dropout, or if it drops nothing now (p = 0, or evaluation mode).
+    """
     if f.dropout is None or find_dropout_rate(f.dropout) == 0:
         return f
     A = factor_matrix(f.A)
@@ -89,9 +113,13 @@ def drop_inputs_of_A(f: Factors) -> Factors:
 def fold_effect(
     layer: Layer, m: Method, effect: Effect, W: Tensor, b: Tensor | None, drops: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Return weight (canonical) and bias of the layer with one more adapter on it.
+    """Return the weight (canonical) and bias of the layer with one more adapter in them; W and b are not changed.
 
-    drops: let dropout take out inputs of the update, the same for all rows.
+    A `Rewrite` computes both by `merged`. An `Update` adds ΔW in W's dtype, multiplies the rows by a gain, and adds Δb.
+    A bias of None becomes Δb.
+
+    Args:
+        drops: let dropout remove inputs of the update, the same for all rows.
     """
     if isinstance(effect, Rewrite):
         return effect.merged(W, b)
@@ -107,27 +135,34 @@ def fold_effect(
     return W, b
 
 
-PLAIN = object()  # stands for the config of an adapter that asks for nothing: plain LoRA
+PLAIN = object()  # a config for `Method.why_incompatible` without any option: plain LoRA
 
 
 class WeightChange(NamedTuple):
-    """ΔW = B A in each group of channels, in float32 at least, and Δb."""
+    """ΔW = B A for each group of channels, in float32 or float64, and Δb."""
 
     A: Tensor  # (groups, r, n); of LoRA on a convolution with groups, n counts the inputs of all groups
-    B: Tensor | None  # (groups, out / groups, r); None: A is ΔW itself, whose rank is not known
+    B: Tensor | None  # (groups, out / groups, r); None: A is ΔW itself, of unknown rank
     shift: Tensor | None  # Δb, (out,)
 
 
 def why_no_delta(m: Method, effect: Effect | None = None) -> str | None:
     """Return why a method has no ΔW on its layer that plain LoRA could add there; None if it has one.
 
-    effect: stands for the method's effect, at one value of an argument (`Method.effect_at`).
+    The reasons, in this order:
 
-    A `Rewrite` has f(W₀) - W₀, where f makes the merged weight.
+    - no LoRA layer exists for the site's type
+    - the method excludes plain LoRA
+    - the update depends on an argument of each call
+    - the method does not change the weight, or in a way that cannot be merged
+
+    A `Rewrite` with a merged form has one: its ΔW is the merged weight minus W₀.
+
+    effect: replaces the method's effect, such as the one at a value of an argument (`Method.effect_at`).
     """
     site, effect = m.site, effect or m.effect
     if (site.op.opaque and len(site.shape) < 3) or not site.op.known:
-        return f"no LoRA layer stands for '{site.type_name}'"
+        return f"no LoRA layer exists for '{site.type_name}'"
     why = m.why_incompatible(PLAIN)
     if why is not None:
         return str(why)
@@ -140,7 +175,16 @@ def why_no_delta(m: Method, effect: Effect | None = None) -> str | None:
 
 @torch.no_grad()
 def compute_change(m: Method, effect: Effect | None = None) -> WeightChange:
-    """Return the change that a method makes to its layer without other adapters, which `why_no_delta` has allowed."""
+    """Return the change that a method makes to its layer without other adapters, detached.
+
+    `why_no_delta` must return None for it.
+
+    The layer is in evaluation mode meanwhile, and an offloaded or sharded weight is brought in. Factors stay factors,
+    with the scale in B. A stack gives one group per matrix, and B None if its pieces return ΔW. Any other ΔW is returned whole, with B None; a `Rewrite`
+    gives the difference of merged and present weight and bias.
+
+    effect: replaces the method's effect.
+    """
     layer, effect, op = m.layer, effect or m.effect, m.site.op
     groups = op.count_groups(m.site.module)
     with layer.base_weight.bring_in(layer), EvaluationMode(layer):
@@ -155,7 +199,7 @@ def compute_change(m: Method, effect: Effect | None = None) -> WeightChange:
             if op.opaque:  # a stack
                 A, B = Opaque.split_matrices(A, B, layer.site.shape[0])
                 return WeightChange(A, B if f.scale is None else B * f.scale, None)
-            has_group_rows = len(A) == groups * B.shape[1]  # each group has rows of A for itself
+            has_group_rows = len(A) == groups * B.shape[1]  # each group has separate rows of A
             return WeightChange(
                 A.unflatten(0, (groups, -1)) if has_group_rows else A.expand(groups, *A.shape),
                 (B if f.scale is None else B * f.scale).unflatten(0, (groups, -1)),
@@ -171,22 +215,22 @@ def compute_change(m: Method, effect: Effect | None = None) -> WeightChange:
 
 
 def widen(t: Tensor) -> Tensor:
-    """Return the values, in float32 at least."""
+    """Return the detached tensor in float32, or in float64 if it is. It shares memory if the dtype stays."""
     t = t.detach()
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
 def weigh_effect(layer: Layer, m: Method, effect: Effect, weight: float) -> Effect:
-    """Return an effect that adds `weight` times what this one adds.
+    """Return an effect that adds `weight` times the part that this one adds.
 
     Raises:
-        RoutingError: it does more than add.
+        RoutingError: the effect does more than add to the output, so that it cannot be weighed.
     """
     weighed_effect = effect.times(weight)
     if weighed_effect is None:
         raise RoutingError(
             f"Adapter '{m.name}' of layer '{layer.site.key}' ({type(m).__name__}) does more than add to its output, so "
-            "that no average can weigh it: use Stack, or leave it out."
+            "that no average can weigh it. Use Stack, or leave it out."
         )
     return weighed_effect
 
@@ -194,10 +238,13 @@ def weigh_effect(layer: Layer, m: Method, effect: Effect, weight: float) -> Effe
 def weigh_steps(
     layer: Layer, steps: Sequence[tuple[Method, Effect]], weights: Mapping[str, float]
 ) -> list[tuple[Method, Effect]]:
-    """Return the steps of adapters, those with a weight times it; the others as they are.
+    """Return the steps (method, effect) with each effect multiplied by the weight of its adapter in `weights`.
+
+    An effect without a weight stays.
 
     Raises:
-        RoutingError: an adapter does more than add, or processes hold pieces of the layer, on which parts are nested.
+        RoutingError: a weighed adapter does more than add; or tensor parallelism cuts the layer, and a weighed adapter
+            does not only add to its output.
     """
     weighed_steps = [
         (m, weigh_effect(layer, m, effect, weights[m.name]) if m.name in weights else effect) for m, effect in steps
@@ -205,6 +252,6 @@ def weigh_steps(
     if layer.site.piece is not None and not all([effect.additive for m, effect in weighed_steps if m.name in weights]):
         raise RoutingError(
             f"Layer '{layer.site.key}' is cut by tensor parallelism, where an average takes adapters that only add to "
-            "its output: use Stack."
+            "its output. Use Stack."
         )
     return weighed_steps

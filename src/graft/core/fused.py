@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of a kernel for an effect. Kernels take plain tensors; a layer calls modules with hooks one by one.
+"""The choice of a kernel for low-rank factors or for a ΔW.
 
-The layer checks first (`may_fuse`) that a kernel may overwrite its output, and use its weight without calling it.
+Kernels take plain tensors; modules with hooks are called instead.
+
+The layer checks first that a kernel may use its weight without calling the layer, and may overwrite its output.
 """
 
 from __future__ import annotations
@@ -34,12 +36,17 @@ from graft.kernels.low_rank import (
 from graft.kernels.segments import Segment
 
 LINEARS = frozenset({Linear, nn.Linear})
-PLAIN = frozenset({Tensor, nn.Parameter})  # no subclasses, such as shards
+PLAIN = frozenset({Tensor, nn.Parameter})  # without subclasses, such as shards
 
 
 def plain_factors(f: Factors) -> tuple[Tensor, Tensor, Any, float] | None:
-    """Return A, B, the scale s and the share that dropout takes out, if the factors compute no more than
-    W x + s · B A dropout(x), vectors aside, on a linear layer. None if the layer has to call modules."""
+    """Return (A, B, scale, dropout share) if the factors compute no more than W x + s · B A dropout(x), apart from
+    their vectors and gain.
+
+    Scale None becomes 1.0, and the share is 0.0 without dropout. Returns None if A or B has no plain matrix
+    (`factor_tensors`), or the dropout module does more than drop a share of the inputs: then the layer has to call
+    modules.
+    """
     A, B = factor_tensors(f.A, f.B)
     if A is None or B is None:
         return None
@@ -48,14 +55,18 @@ def plain_factors(f: Factors) -> tuple[Tensor, Tensor, Any, float] | None:
 
 
 def factor_tensors(*factors: Any) -> list[Tensor | None]:
-    """Return the matrix of each factor; None for a factor whose call is more than a product with its matrix."""
+    """Return the matrix of each factor; None for a factor if its call may do more than multiply by that matrix.
+
+    None is returned for a linear layer with a bias or hooks, for a `Compact` with hooks on its module, and for any
+    other callable. It is returned, too, for subclasses of Tensor, such as shards.
+    """
     tensors: list[Tensor | None] = []
     for factor in factors:
         kind = type(factor)
         if kind in LINEARS:
             if factor._parameters["bias"] is not None or not has_no_hooks(factor):
                 factor = None
-            else:  # the attribute is slower, and only for a weight that is no parameter now
+            else:  # reading the attribute is slower: only for a weight that is no parameter now
                 W = factor._parameters.get("weight")
                 factor = factor.weight if W is None else W
         elif kind is Compact:
@@ -65,14 +76,20 @@ def factor_tensors(*factors: Any) -> list[Tensor | None]:
 
 
 def absorb_vectors(A: Tensor, B: Tensor, f: Factors) -> tuple[Tensor, Tensor]:
-    """Return the factors with the vectors in them."""
+    """Return A with `inner` multiplied into its rows, and B with `outer` multiplied into its rows; unchanged without
+    these vectors.
+    """
     A = A if f.inner is None else f.inner[:, None] * A
     return A, B if f.outer is None else f.outer[:, None] * B
 
 
 def run_with_factors(layer: Layer, f: Factors, x: Tensor) -> Tensor | None:
-    """Return the layer's output with these factors, both from kernels; None if there is no such kernel."""
-    joint = torch.is_grad_enabled() and x.numel() >= FUSED_FROM * x.shape[-1]  # else two kernels cost less than one
+    """Return the layer's output with these factors, computed by kernels; None if no kernel fits.
+
+    With gradients and many rows, one kernel computes base and update together, if that pays. Else the base layer is
+    called, and a kernel adds the update in its output's memory. A gain needs the first way.
+    """
+    joint = torch.is_grad_enabled() and x.numel() >= FUSED_FROM * x.shape[-1]  # for fewer rows two kernels cost less
     if f.gain is not None and not joint:
         return None
     base: Any = layer._modules["base_layer"]
@@ -86,11 +103,17 @@ def run_with_factors(layer: Layer, f: Factors, x: Tensor) -> Tensor | None:
 
 
 def _run_joint(layer: Layer, f: Factors, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor | None:
-    """Return the layer's output for many rows, with gradients, from one kernel; None if two cost less."""
+    """Return the layer's output for many rows, with gradients, from one kernel; None if two kernels cost less.
+
+    - Only the vectors train: a product with W + ΔW if that pays, else None.
+    - A gain: DoRA's kernel, but None under autocast.
+    - B trains and A does not: None.
+    - Equal dtypes, no dropout and enough rows: a product with W + s · B A. Otherwise: the low-rank kernel.
+    """
     W, op, rows = layer.weight_now, layer.op, x.numel() // x.shape[-1]
     base: Any = layer.base_layer
     call, back, casts = partial(op.call, base), op.input_gradient, autocast_dtype(x.device) is not None
-    same = p == 0 and not casts and W.dtype == x.dtype == A.dtype  # else a sum would round ΔW to the dtype of W
+    same = p == 0 and not casts and W.dtype == x.dtype == A.dtype  # otherwise the sum would round ΔW to the dtype of W
     if f.gain is None and _only_vectors_train(f, A, B):
         if not (same and one_product_pays(rows, *W.shape)):
             return None
@@ -106,13 +129,19 @@ def _run_joint(layer: Layer, f: Factors, x: Tensor, A: Tensor, B: Tensor, scale:
 
 
 def one_product_beats(W: Tensor, rows: int, A: Tensor, B: Tensor) -> bool:
-    """Return True if so many rows cost less by W + s · B A than by factors."""
+    """Return True if a product of `rows` rows with W + s · B A costs less than products with W, A and B."""
     return one_product.low_rank_pays(rows, len(W), W.shape[1], len(A), A.requires_grad, B.requires_grad)
 
 
 def make_segment(W: Tensor, f: Factors, x: Tensor, rows: int) -> Segment | None:
-    """Return what these factors add to `rows` rows like those of x, without a seed, if `run_with_factors` would run
-    `low_rank_linear` for these rows alone, with gradients. Then other adapters' rows can share the call of the base."""
+    """Return a `Segment`: the addition of these factors to `rows` rows of x, with a seed still missing.
+
+    Then rows of several adapters share one call of the base layer.
+
+    Returns None if `run_with_factors` would not run `low_rank_linear` for these rows alone, with gradients: the factors
+    have a gain or vectors, are not plain, have a tensor as scale, or train B alone. Few rows give None with dropout or
+    mixed dtypes; many rows do if W + s · B A costs less.
+    """
     if f.gain is not None or f.inner is not None or f.outer is not None:
         return None
     parts = plain_factors(f)
@@ -126,7 +155,9 @@ def make_segment(W: Tensor, f: Factors, x: Tensor, rows: int) -> Segment | None:
 
 
 def is_unchanged(f: Factors, was: Factors, segment: Segment) -> bool:
-    """Return True if factors are what they were when a segment was made of them, from which nothing is dropped."""
+    """Return True if factors have the same A, B, scale and dropout objects as when `segment` was made of them, the same
+    matrices, and drop nothing now.
+    """
     if f.A is not was.A or f.B is not was.B or f.scale != was.scale or f.dropout is not was.dropout:
         return False
     parts = plain_factors(f)
@@ -134,12 +165,19 @@ def is_unchanged(f: Factors, was: Factors, segment: Segment) -> bool:
 
 
 def add_factors(f: Factors, x: Tensor, y: Tensor) -> Tensor | None:
-    """Add the factors' part to y, in its memory, and return y; None if no kernel does that."""
+    """Add the update by the factors to y, in its memory, and return y.
+
+    Returns None, with y unchanged, if no kernel can.
+    """
     parts = plain_factors(f)
     return run_product_factor(f, x, lambda: y) if parts is None else _add_parts(f, y, x, *parts)
 
 
 def _add_parts(f: Factors, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor:
+    """Add the update by plain factors to y, in its memory, and return y.
+
+    If only the vectors train, a kernel applies them around fixed A and B; else they are multiplied into A and B.
+    """
     if f.inner is not None or f.outer is not None:
         if _only_vectors_train(f, A, B):
             A, B, d, b = autocast(x, A, B, f.inner, _outer_times_scale(f))  # type: ignore[arg-type]
@@ -150,7 +188,15 @@ def _add_parts(f: Factors, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: An
 
 
 def run_product_factor(f: Factors, x: Tensor, base: Callable[[], Tensor]) -> Tensor | None:
-    """Return the output with an A that is a `Product`, which this calls; else None. base: gives what to add to."""
+    """Return the output plus the update by factors with an A that is a `Product`, which is called.
+
+    It is added in the output's memory.
+
+    Returns None, without calling `base`, for any other A, with a gain, if B has no plain matrix, or if the dropout does
+    more than drop a share.
+
+    base: returns the tensor to add to.
+    """
     if type(f.A) is not Product or f.gain is not None:
         return None
     (B,), p = factor_tensors(f.B), 0.0 if f.dropout is None else find_dropout_rate(f.dropout)
@@ -163,18 +209,28 @@ def run_product_factor(f: Factors, x: Tensor, base: Callable[[], Tensor]) -> Ten
 
 
 def _only_vectors_train(f: Factors, A: Tensor, B: Tensor) -> bool:
-    """Return True if only the vectors between and around the factors train."""
+    """Return True if the factors have both vectors, and neither A nor B requires gradients."""
     return f.inner is not None and f.outer is not None and not (A.requires_grad or B.requires_grad)
 
 
 def _outer_times_scale(f: Factors) -> Tensor:
+    """Return the vector `outer` times the scale."""
     return f.outer if f.scale is None else f.outer * f.scale  # type: ignore[return-value,operator]
 
 
 def run_with_update(
     layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: Tensor | None, x: Tensor
 ) -> Tensor | None:
-    """Return x (W + ΔW)ᵀ + b by one product; None where two are cheaper, or the sum would round ΔW."""
+    """Return x (W + ΔW)ᵀ + b + bias by one product.
+
+    Returns None if x has too few rows for that to pay, or if W and x differ in dtype. Returns None if W and the adapter
+    differ in dtype, since the sum would round ΔW. A ΔW that is not formed decides that in `linear_with`, and may return
+    None.
+
+    Args:
+        delta: None: the product with W alone, with the changed bias.
+        bias: Δb; None: the bias stays.
+    """
     if not worth_it(x) or (W := layer.weight_now).dtype != x.dtype:
         return None
     base, op = layer.base_layer, layer.op

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate of a model: calls pass it side by side, a change has it alone, so that a call sees one state from its
-beginning to its end.
+"""The gate of a model: calls pass it concurrently, a change passes alone.
 
-- A call (forward, `generate`, a request of slots) says so by `Gate.call`, a change (of what is active or merged, or of
-  adapters' tensors) by `Gate.change`. A change waits until the calls under way have ended, and calls that come
-  meanwhile wait for it. Those that waited for one change go in before the next one, so that neither kind starves.
-- Calls within a call or a change of the same thread pass, and so do parts of a change. A change within a call cannot
-  wait for that call: it acts if it touches no adapter that a call under way uses, and is refused otherwise.
-- A late change (`Gate.change(…, late=True)`, `prepares`) has a first part that runs next to calls: other changes wait
-  from there on, calls only from the first `change` within it on.
-- A call that finds the gate open takes no lock. It notes itself and then looks for a change; a change is noted and then
-  looks for calls: one at least sees the other.
-- All is by thread. What a backward pass runs again in autograd's threads is in no call, compiled code passes by, copies
-  and child processes begin with an open gate.
+A call therefore sees one state of the model from its beginning to its end.
+
+- A call (forward, `generate`, a request of slots) passes by `Gate.call`. A change (of the active or merged adapters, or
+    of adapter tensors) passes by `Gate.change`. A change waits until all running calls have ended. New calls wait for
+    the change. All calls that waited for one change run before the next change, so that neither kind waits forever.
+- Calls within a call or a change of the same thread pass at once, and so do parts of a change. A change within a call
+    cannot wait for that call: it runs if it touches no adapter that a running call uses, and gets an error otherwise.
+- A late change (`Gate.change(…, late=True)`, `prepares`) has a first part that runs next to calls. Other changes wait
+    from its beginning on, calls only from the first `change` within it on.
+- A call that finds the gate open takes no lock. It registers itself and then looks for a change; a change registers
+    itself and then looks for calls. At least one of the two sees the other.
+- All state is by thread. Layers that a backward pass runs again in autograd's threads are in no call, and compiled code
+    passes without the gate. Copies and child processes begin with an open gate.
 """
 
 from __future__ import annotations
@@ -27,31 +28,35 @@ from weakref import WeakSet
 
 from graft.core.errors import InUseError
 
-PATIENCE = 300.0  # seconds that a change waits for calls, and a call for a change, unless the model says otherwise
-ACTIVE = ""  # among the names that calls use and changes touch: which adapters are active
+PATIENCE = 300.0  # seconds that a change waits for calls, and a call for a change: the default
+ACTIVE = ""  # a name that calls use and changes touch: the list of active adapters
 F = TypeVar("F", bound=Callable[..., object])
 Names = Collection[str] | None  # None: all, and the base
 
 
 def is_conflict(touches: Names, uses: Names) -> bool:
-    """Return True if a change that touches some adapters changes what a call computes that uses others."""
+    """Return True if a change of the adapters `touches` changes the result of a call that uses the adapters `uses`.
+
+    None means all adapters and the base. A change of all conflicts with every call; a call of all conflicts with every
+    change that touches something.
+    """
     if touches is None:
         return True
     return bool(touches) if uses is None else any(name in uses for name in touches)
 
 
 def all_adapters(*_: object, **__: object) -> Names:
-    """Return what stands for all adapters, and the base."""
+    """Return None, which means all adapters and the base, for any arguments."""
     return None
 
 
 def adapters_of_deletion(adapter: str, active: Collection[str]) -> Names:
-    """Return what a deletion of an adapter touches, where these are active."""
+    """Return the names that a deletion of an adapter touches: the adapter, and ACTIVE if it is among `active`."""
     return (adapter, ACTIVE) if adapter in active else (adapter,)
 
 
 class RunningCall:
-    """A call under way."""
+    """A call that passes the gate, as a context manager."""
 
     __slots__ = ("gate", "outer", "thread", "uses", "what")
 
@@ -59,16 +64,21 @@ class RunningCall:
         self.gate, self.what, self.uses = gate, what, uses
 
     def __enter__(self) -> RunningCall:
+        """Register the call as the innermost of its thread.
+
+        If the gate is closed, wait for the change, unless this call is within another.
+        """
         gate = self.gate
         calls = gate.calls
         self.thread = thread = get_ident()
         self.outer: RunningCall | None = calls.get(thread)
-        calls[thread] = self  # before it looks for a change
+        calls[thread] = self  # register before looking for a change
         if gate.closed_by is not None and self.outer is None:
             gate.wait_for_change(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Register the outer call of the thread again, or none. If a change has closed the gate, wake it."""
         gate = self.gate
         if self.outer is None:
             gate.calls.pop(self.thread, None)
@@ -78,11 +88,12 @@ class RunningCall:
             gate.notify_change()
 
     def __str__(self) -> str:
+        """Return the call with its adapters and thread, for errors."""
         return f"{self.what}{adapters_suffix(self.uses())} in thread '{thread_name(self.thread)}'"
 
 
 class ModelChange:
-    """A change under way, or a part of one."""
+    """A change of the model that passes the gate, or a part of one, as a context manager."""
 
     __slots__ = ("before", "closed", "gate", "late", "thread", "touches", "what", "whole", "within")
 
@@ -92,6 +103,14 @@ class ModelChange:
         self.before: tuple[ModelChange | None, ModelChange | None] = (None, None)
 
     def __enter__(self) -> ModelChange:
+        """Take the gate's turn, and close the gate unless the change is late.
+
+        Within a change of the same thread this is a part of that change, and closes the gate if the outer change was
+        late. Within a call, the turn must be free at once.
+
+        Raises:
+            InUseError: the turn of another change lasts longer than the gate's timeout; or see `close_gate`.
+        """
         gate = self.gate
         self.thread, whole = get_ident(), gate.turn_of
         self.within = gate.calls.get(self.thread)
@@ -103,7 +122,7 @@ class ModelChange:
         self.whole = None
         if self.within is not None:
             gate.check_change_within_call(self, self.touches)
-            got = gate.turn.acquire(blocking=False)  # another change may wait for the call of this thread
+            got = gate.turn.acquire(blocking=False)  # no wait: another change may wait for this thread's call
         else:
             got = gate.turn.acquire(timeout=-1 if gate.timeout is None else gate.timeout)
         if not got:
@@ -119,6 +138,7 @@ class ModelChange:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Open the gate and give the turn back. A part of a change does nothing."""
         if self.whole is None:
             if self.closed:
                 self.open_gate()
@@ -126,13 +146,19 @@ class ModelChange:
             self.gate.turn.release()
 
     def close_gate(self, touches: Names = ()) -> None:
-        """Wait until no call is under way; none begins until the change has ended.
+        """Close the gate: new calls wait.
 
-        touches: further adapters that it touches.
+        Then wait until no call is running. Does nothing if this change has closed it already.
+
+        A part closes the gate for the whole change. Within a call, it checks that no running call uses a touched
+        adapter, and does not wait.
+
+        Args:
+            touches: names of further adapters that the change touches.
 
         Raises:
-            InUseError: calls went on for longer than the gate's timeout; or this thread is in a call, and the change
-                would tear it or another.
+            InUseError: calls ran for longer than the gate's timeout; the gate is open again. Or this thread is in a
+                call, and a running call uses an adapter that the change touches.
         """
         gate = self.gate
         if self.whole is not None:
@@ -144,7 +170,7 @@ class ModelChange:
             gate.check_change_within_call(self, touches)
         with gate.state_changed:
             self.before = (self.before[0], gate.closed_by)
-            gate.closed_by = self  # before it looks for calls
+            gate.closed_by = self  # register before looking for calls
             ended = self.within is not None or not gate.calls
             try:
                 ended = ended or gate.state_changed.wait_for(lambda: not gate.calls, gate.timeout)
@@ -154,13 +180,16 @@ class ModelChange:
                     self.open_gate()
         if not ended:
             raise InUseError(
-                f"{self.what} waited {gate.timeout:g} s for calls of the model to end, and these go on: {running}. "
+                f"{self.what} waited {gate.timeout:g} s for calls of the model to end, and these still run: {running}. "
                 f"Nothing has changed. {REMEDY}"
             )
         self.closed = True
 
     def open_gate(self) -> None:
-        """Let in the calls that waited for this change: as calls under way, which the next change sees."""
+        """Open the gate, unless an outer change keeps it closed.
+
+        The waiting calls are registered as running, before another change can close the gate, and wake.
+        """
         gate = self.gate
         with gate.state_changed:
             gate.closed_by = self.before[1]
@@ -171,44 +200,62 @@ class ModelChange:
 
 
 class Gate:
-    """The gate of one model. timeout: seconds that one waits for others; None: as long as it takes."""
+    """The gate of one model.
+
+    timeout: seconds that calls and changes wait for each other; None: without end.
+    """
 
     def __init__(self, timeout: float | None = PATIENCE):
         self.timeout = timeout
-        self.calls: dict[int, RunningCall] = {}  # under way, the innermost of each thread
-        self.waiting: dict[int, RunningCall] = {}  # for a change to end
-        self.closed_by: ModelChange | None = None  # the change that waits for calls, or acts
-        self.turn_of: ModelChange | None = None  # the change whose turn it is, from its preparation on
+        self.calls: dict[int, RunningCall] = {}  # running: the innermost call of each thread
+        self.waiting: dict[int, RunningCall] = {}  # calls that wait for a change to end, by thread
+        self.closed_by: ModelChange | None = None  # the change that waits for calls, or runs
+        self.turn_of: ModelChange | None = None  # the change that has the turn, from its preparation on
         self.turn, self.state_changed = RLock(), Condition()  # `state_changed`: something has begun or ended
         GATES.add(self)
 
     def __reduce__(self) -> tuple[type[Gate], tuple[float | None]]:
+        """Return a pickle that makes an open gate with the same timeout."""
         return Gate, (self.timeout,)
 
     def call(self, what: str, uses: Callable[[], Names] = all_adapters) -> RunningCall:
-        """Return a context: a call. uses: tells the adapters that it uses, if somebody has to know."""
+        """Return a context manager: a call. Errors call it by the text `what`.
+
+        uses: returns the adapters that the call uses (None: all); called only when a change within a call or an error
+        needs them.
+        """
         return RunningCall(self, what, uses)
 
     def change(self, what: str, touches: Names = None, late: bool = False) -> ModelChange:
-        """Return a context: a change of these adapters (None: of all).
+        """Return a context manager: a change of the adapters `touches` (None: all and the base).
 
-        late: it waits for calls when the first change within it begins, and not before.
+        Errors call it by the text `what`.
+
+        late: the change waits for calls only when the first change within it begins.
 
         Raises:
-            InUseError: on entering, calls or another change went on for longer than `timeout`; or this thread is in a
-                call that the change would tear.
+            InUseError: on entering, calls or another change lasted longer than `timeout`. Or this thread is in a call,
+                and a running call uses an adapter of `touches`.
         """
         return ModelChange(self, what, touches, late)
 
     @property
     def is_in_call(self) -> bool:
-        """True within a call of this thread."""
+        """True if this thread is in a call."""
         return get_ident() in self.calls
 
-    # what calls and changes do where others are under way
+    # calls and changes that meet
 
     def wait_for_change(self, call: RunningCall) -> None:
-        """Have a call wait for the change that closed the gate."""
+        """Block a call until the change that closed the gate ends.
+
+        Returns at once if no change has, or if it is a change of this thread.
+
+        The call is not registered as running while it waits; the end of the change registers it again.
+
+        Raises:
+            InUseError: the change lasted longer than the timeout.
+        """
         with self.state_changed:
             change = self.closed_by
             if change is None or change.thread == call.thread:
@@ -231,12 +278,12 @@ class Gate:
                 )
 
     def notify_change(self) -> None:
-        """Tell the change that waits that a call has ended."""
+        """Wake the threads that wait at the gate, since a call has ended."""
         with self.state_changed:
             self.state_changed.notify_all()
 
     def why_no_turn(self, change: ModelChange) -> str:
-        """Return the text of the error for a change that did not get its turn."""
+        """Return the text of the error for a change that did not get its turn: within a call, or after the timeout."""
         running_change = self.turn_of
         doing = (
             "another change"
@@ -248,7 +295,9 @@ class Gate:
         return f"{change.what} waited {self.timeout:g} s for {doing}. {REMEDY}"
 
     def check_change_within_call(self, change: ModelChange, touches: Names) -> None:
-        """Raise InUseError if a change within a call would tear it, or one of another thread."""
+        """Raise InUseError if a change within a call touches an adapter that a running call, of this or another thread,
+        uses.
+        """
         for call in self._all_calls():
             if is_conflict(touches, call.uses()):
                 is_own_call = call.thread == change.thread
@@ -260,6 +309,7 @@ class Gate:
                 )
 
     def _all_calls(self) -> list[RunningCall]:
+        """Return all running calls of all threads, the inner ones first, with the outer calls around them."""
         calls = []
         for call in list(self.calls.values()):
             nested: RunningCall | None = call
@@ -269,10 +319,16 @@ class Gate:
         return calls
 
     def describe_calls(self, but: int | None = None) -> str:
+        """Return the innermost running call of each thread as a text, separated by ";".
+
+        but: the identifier of a thread to leave out.
+        """
         return "; ".join(str(call) for call in list(self.calls.values()) if call.thread != but)
 
     def reset_after_fork(self) -> None:
-        """Go on in a child process, which has one thread."""
+        """Reset the gate in a child process, where only the present thread exists: calls, changes and locks of other
+        threads are dropped.
+        """
         this_thread = get_ident()
         self.calls = {thread: call for thread, call in self.calls.items() if thread == this_thread}
         self.waiting, self.state_changed = {}, Condition()
@@ -289,22 +345,26 @@ REMEDY = (
 
 
 class ForkSafeLock:
-    """A lock that a child process never finds held."""
+    """A reentrant lock as `lock`, which is always free at the beginning of a child process."""
 
     def __init__(self) -> None:
+        """Make the lock, and register `reset` to run in forked child processes."""
         self.reset()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self.reset)
 
     def reset(self) -> None:
+        """Replace `lock` by a new, free one."""
         self.lock = RLock()
 
 
 def thread_name(thread: int) -> str:
+    """Return the name of the thread with this identifier; the identifier as text if the thread has ended."""
     return next((t.name for t in enumerate_threads() if t.ident == thread), str(thread))
 
 
 def adapters_suffix(uses: Names) -> str:
+    """Return " with adapters [names]", sorted, for an error; "" if there are no names, or None (all)."""
     names = {name for name in uses or () if name != ACTIVE}
     return f" with adapters {sorted(names)}" if names else ""
 
@@ -313,6 +373,7 @@ GATES: WeakSet[Gate] = WeakSet()
 
 
 def _reset_gates() -> None:
+    """Reset all gates of this process after a fork."""
     for gate in list(GATES):
         gate.reset_after_fork()
 
@@ -322,17 +383,22 @@ if hasattr(os, "register_at_fork"):
 
 
 def changes(touches: Callable[..., Names], late: bool = False) -> Callable[[F], F]:
-    """Decorate a method as a change of its model, whose Call the object has as `call`.
+    """Return a decorator of methods: each call runs as a change of the object's model, by the gate of `self.call`.
+
+    Without a `call` (a carrier outside any model) the method just runs. Errors name the method and its first argument.
 
     Args:
-        touches: gets the method's arguments, and returns the adapters that it touches.
+        touches: gets self and the method's arguments, and returns the adapters that the change touches.
         late: as in `Gate.change`.
     """
 
     def decorate(function: F) -> F:
+        """Return the method wrapped as a change."""
+
         @wraps(function)
         def run(self: Any, *args: object, **kwargs: object) -> Any:
-            if self.call is None:  # a carrier that is in no model yet
+            """Run the method within a change of the model; without one if `self.call` is None."""
+            if self.call is None:  # a carrier outside any model
                 return function(self, *args, **kwargs)
             with self.call.gate.change(describe_call(function, args, kwargs), touches(self, *args, **kwargs), late):
                 return function(self, *args, **kwargs)
@@ -342,11 +408,11 @@ def changes(touches: Callable[..., Names], late: bool = False) -> Callable[[F], 
     return decorate
 
 
-# of a method that prepares a change of its model, such as an adapter that comes, and then makes it
+# decorates a method that first prepares a change (the load of an adapter), and then makes it
 prepares = changes(lambda *_, **__: (), late=True)
 
 
 def describe_call(function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> str:
-    """Return a call of a function for an error: with its first argument, if that is a name or names."""
+    """Return "name(first argument)" of a call for an error; "name()" if the first argument is no name or list."""
     first = next(iter((*args, *kwargs.values())), None)
     return f"{function.__name__}({first!r})" if isinstance(first, (str, list)) else f"{function.__name__}()"

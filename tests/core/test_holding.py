@@ -45,7 +45,7 @@ def parameter():
 
 WRONG = {
     "a name without the prefix": (lambda: {"other_A": parameter()}, "'other_A'.*begin with 'thing_'"),
-    "no tensor": (lambda: {"thing_size": 3}, "no tensor: return one at least"),
+    "no tensor": (lambda: {"thing_size": 3}, "returns no tensor. Return one at least"),
     "an integer first": (lambda: {"thing_ids": torch.arange(3), "thing_A": parameter()}, "'thing_ids' of torch.int64"),
 }
 

@@ -170,7 +170,7 @@ class Call:
             else:
                 handed[adapter] = before
 
-    def handed(self, adapter: str) -> Tensor | None:
+    def value_from_block(self, adapter: str) -> Tensor | None:
         """Return the value that a surrounding `pass_to_layers` block of this thread set for an adapter; None without
         such a block.
         """
@@ -225,7 +225,7 @@ class Call:
         return loss
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disable_in_block(self) -> Iterator[None]:
         """Disable all adapters within the block, for this thread alone.
 
         Appends to the thread's `off`, to `open`, and to `blocks` the threads that exist now. Removes the three entries
@@ -363,7 +363,7 @@ class Call:
         """
         return self.current_context().facts.get(name)
 
-    def tapped(self, adapter: str, layer: str) -> Tensor:
+    def input_of_tap(self, adapter: str, layer: str) -> Tensor:
         """Return the input that a `Tap` of an adapter stored for a layer, cut to the rows that the layer sees now.
 
         Raises:

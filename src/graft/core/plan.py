@@ -511,7 +511,7 @@ def find_step_input(layer: Layer, m: Method, effect: Rewrite, x: Tensor) -> Tens
     """Return x; for an effect that is `tapped`, the input that an earlier layer kept for this layer and adapter."""
     if not effect.tapped:
         return x
-    return once(layer.call.tapped(m.name, layer.site.key))
+    return once(layer.call.input_of_tap(m.name, layer.site.key))
 
 
 def sum_first_gradient(args: tuple[object, ...]) -> tuple[object, ...]:

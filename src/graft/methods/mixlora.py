@@ -219,7 +219,7 @@ class MixLoRA(Method[MixLoraConfig]):
         Raises:
             RoutingError: no MLP runs around the layer, or x has another number of tokens than the pairs.
         """
-        cfg, chosen = self.cfg, self.layer.call.handed(self.name)
+        cfg, chosen = self.cfg, self.layer.call.value_from_block(self.name)
         if chosen is None or chosen.shape != x.shape[:-1]:
             raise RoutingError(
                 f"Layer '{self.site.key}' has an expert of adapter '{self.name}' for each token of the MLP "

@@ -577,7 +577,7 @@ class Registry:
             )
         self._warn_of_biases()
         try:
-            with self.call.disabled():  # from here on no thread can merge
+            with self.call.disable_in_block():  # from here on no thread can merge
                 if self.merged_adapters:
                     with self.call.gate.change("disable_adapter() of merged adapters"):
                         if self.merged_adapters:

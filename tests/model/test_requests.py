@@ -500,7 +500,7 @@ def test_neither_calls_nor_changes_starve():
 
 
 def test_reading_and_building_go_on_beside_requests(other, monkeypatch):
-    model, of = two_adapters(), CheckpointValues.of
+    model, of = two_adapters(), CheckpointValues.match_entries
     expected, building, leave = model(X, adapter_names=NAMES), threading.Event(), threading.Event()
 
     def slow(self, *args):

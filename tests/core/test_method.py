@@ -142,7 +142,7 @@ def test_the_parts_of_an_update_add_up(monkeypatch, delta, beside):
 
 
 def test_a_gain_has_nothing_beside_it():
-    with pytest.raises(TypeError, match="nothing beside"):
+    with pytest.raises(TypeError, match="has no delta, branch or bias"):
         Update(lambda: None, factors=lambda: None, gains=True)
 
 

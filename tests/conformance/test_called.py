@@ -295,6 +295,6 @@ def test_an_expert_that_xlora_cannot_weigh_is_refused(tmp_path):
     with seeded(1):
         base = Patches()
     graft.get_peft_model(copy.deepcopy(base), graft.LoraConfig(r=2, target_modules=["conv"])).save_pretrained(tmp_path)
-    with pytest.raises(graft.ConfigError, match=r"weighs what experts add at each token.*layer 'conv'.*expert 'one'"):
+    with pytest.raises(graft.ConfigError, match=r"weighs the updates of experts.*layer 'conv'.*expert 'one'"):
         graft.get_peft_model(base, graft.XLoraConfig(hidden_size=4, adapters={"one": str(tmp_path)}))
     assert type(base.conv) is nn.Conv1d and all(p.requires_grad for p in base.parameters())

@@ -345,7 +345,7 @@ def test_what_cannot_be_made(folder, tmp_path):
     unchanged(base(), made(adapters={}), graft.ConfigError, "needs experts")
     unchanged(base(), made(top_k_lora=4), graft.ConfigError, "top_k_lora=4 is more than the 3 experts")
     gone = {"a": str(folder / "0"), "b": str(tmp_path / "gone")}
-    unchanged(base(), made(adapters=gone), graft.CheckpointError, "Expert 'b' .* is neither beside its config nor at")
+    unchanged(base(), made(adapters=gone), graft.CheckpointError, "Expert 'b' .* is neither next to its config nor at")
     unchanged(base(), made(names=("a", "b", "default")), graft.AdapterNameError, "already exists")
     kinds = {
         "dora": (graft.LoraConfig(**EXPERT, use_dora=True), "does not support LoRA layers with DoRA .expert 'b'"),
@@ -367,7 +367,7 @@ def test_what_cannot_be_made(folder, tmp_path):
         graft.get_peft_model(models.make("llama"), cfg).save_pretrained(tmp_path / kind)
         own = {"a": str(folder / "0"), "b": str(tmp_path / kind)}
         graft.get_peft_model(base(), config(graft, folder, adapters=own))  # one of them acts
-        text = rf"\['b', 'c'\] each bring a '.*{key}' of their own.*Train experts without: no modules_to_save"
+        text = rf"cannot mix their '.*{key}'.*\['b', 'c'\] has. Train experts without modules_to_save"
         unchanged(base(), made(adapters={**own, "c": str(tmp_path / kind)}), graft.ConfigError, text)
 
 

@@ -125,7 +125,7 @@ def test_wrong_generators_are_refused_before_anything_is_drawn():
 
     refused(RoutingError, r"has none for \['c'\]", {"b": one})
     refused(RoutingError, r"\['b', 'c'\] share a generator", {"b": one, "c": one})
-    refused(RoutingError, "go with adapter_names", {"b": one}, adapter_names=None)
+    refused(RoutingError, "need adapter_names", {"b": one}, adapter_names=None)
     refused(TypeError, "takes generators of the CPU", {"b": one, "c": 3})
     refused(TypeError, "takes a torch.Generator by adapter, got a list", [one])
 

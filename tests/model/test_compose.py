@@ -326,7 +326,7 @@ def test_bad_compositions_change_nothing():
             lambda: graft.Stack("one", graft.Parallel("two")),
             r"Parallel\('two'\) is a composition.*Name its adapters in",
         ),
-        (lambda: graft.Stack("one", graft.Average("two")), "only a Parallel has .* within.*_weighted_adapter makes"),
+        (lambda: graft.Stack("one", graft.Average("two")), "only a Parallel can contain.*_weighted_adapter makes"),
         (lambda: graft.Stack("one", graft.Stack("two")), "in one Stack, in their order"),
         (lambda: graft.Average("one", graft.Stack("two")), "Name its adapters in the Average"),
         (lambda: graft.Parallel(graft.Parallel("one")), "children of both in one Parallel"),

@@ -356,7 +356,7 @@ def test_prompts_are_shown_as_in_peft(sample):
 def test_models_without_prompts_say_so():
     model = graft.get_peft_model(make(MODEL), graft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     for call in (lambda: model.get_prompt(1), lambda: model.get_prompt_embedding_to_save("default")):
-        with pytest.raises(TypeError, match=r"is of prompt methods, such as PROMPT_TUNING, and .* are LORA"):
+        with pytest.raises(TypeError, match=r"is for prompt methods, such as PROMPT_TUNING, and .* are LORA"):
             call()
     assert not hasattr(model, "prompt_tokens") and not hasattr(model, "word_embeddings")
     with pytest.raises(graft.AdapterNotFoundError, match="nobody"):

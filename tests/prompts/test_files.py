@@ -145,7 +145,7 @@ def test_the_network_of_a_prompt_that_trains(sample, tmp_path):
         model = adapt(graft, sample)
         result = outcome(lambda m=model, t=is_trainable: m.load_adapter(tmp_path, "default", is_trainable=t))
         assert result.error is None and next(model.prompt_encoder["default"].parameters()).requires_grad
-        assert result.warned("does not fit it") == [graft.PeftWarning] * is_trainable
+        assert result.warned("does not fit") == [graft.PeftWarning] * is_trainable
 
 
 @pytest.mark.parametrize("sample", SAMPLES + each("bert-seq", methods=EMBEDS), ids=str)

@@ -309,7 +309,7 @@ def merges_and_unmerges(packed):
         assert torch.equal(model(IDS).logits, unmerged) and graft.merge_report(model) == {}
         assert all(torch.equal(W, before[key]) for key, W in dense_of(inner).items())
     assert shares[0] < 0.9 < shares[1] and far < 0.5, (shares, far)
-    with pytest.raises(NotImplementedError, match=r"understands nothing but codes.*base dequantized"):
+    with pytest.raises(NotImplementedError, match=r"understands only codes.*base dequantized"):
         model.merge_and_unload(dequantize=True)
 
 

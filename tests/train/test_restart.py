@@ -103,7 +103,7 @@ def test_the_adapter_alone_is_not_the_model(tmp_path):
     model, optimizer = trained()
     model.save_pretrained(tmp_path)  # which says nothing yet
     restart(model, optimizer)
-    with pytest.warns(UserWarning, match=r"hold what adapters \['default'\] had learned before their last restart"):
+    with pytest.warns(UserWarning, match=r"Adapters \['default'\] were restarted"):
         model.save_pretrained(tmp_path)
     with seeded(0):
         base = Net()

@@ -220,7 +220,7 @@ def test_several_adapters_are_each_whole(tmp_path):
 def test_an_edited_config_counts_and_is_told(tmp_path, safe):
     adapter(OLD).save_pretrained(tmp_path, safe_serialization=safe)
     edit(tmp_path, lora_alpha=EDITED)
-    with pytest.warns(graft.PeftWarning, match=r"lora_alpha \(7, saved with 1\)\. It counts"):
+    with pytest.warns(graft.PeftWarning, match=r"lora_alpha \(7, saved with 1\)\. The edited values count"):
         assert graft.PeftModel.from_pretrained(net(), tmp_path).peft_config["default"].lora_alpha == EDITED
     assert graft.PeftConfig.from_pretrained(tmp_path).lora_alpha == EDITED
     adapter(NEW).save_pretrained(tmp_path, safe_serialization=safe)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of torch.save and other zip archives, read without running what is in them."""
+"""Reads of torch.save files and other zip archives that run no code stored in them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 
 
 def load_torch_file(f: IO[bytes], path: str) -> object:
-    """Return what a file of torch.save holds, and run nothing that is in it.
+    """Return the object in an open torch.save file, on the CPU, with `weights_only=True`: no pickled code runs.
+
+    Args:
+        path: name of the file in errors.
 
     Raises:
-        CheckpointError: it holds other objects than tensors, dicts and lists, or is damaged.
+        CheckpointError: it holds other objects than tensors, dicts and lists, is damaged, or would grow when unpacked
+            (`check_archive`).
+        Warning: torch warned, and the program turns warnings into errors.
     """
     import torch
 
@@ -28,25 +33,27 @@ def load_torch_file(f: IO[bytes], path: str) -> object:
         check_archive(f)
         f.seek(0)
         return torch.load(f, map_location="cpu", weights_only=True)
-    except UnpicklingError as e:  # whose own text says how to run it
+    except UnpicklingError as e:  # torch's text explains how to run the code, so it is left out
         match = re.search(r"WeightsUnpickler error: *\n?(.*?)(\. |\n|$)", str(e))
         at = f" ({match[1].strip()})" if match and match[1].strip() else ""
         raise CheckpointError(f"{path} holds other objects than tensors, and nothing of it has been run{at}.") from e
-    except Warning:  # torch's, of a program whose warnings are errors
+    except Warning:  # torch warns, and this program turns warnings into errors
         raise
     except Exception as e:
         raise CheckpointError(f"{path} cannot be read as tensors ({e}): it is damaged, or holds other objects.") from e
 
 
 def read_weights(path: str | os.PathLike[str], what: str) -> dict[str, Tensor]:
-    """Return the tensors of a file of safetensors or of torch.save, by name.
+    """Return the tensors of a file by name: of safetensors if the path ends so, else of torch.save.
+
+    All are on the CPU.
 
     Args:
-        what: what the file is, for errors.
+        what: begins each error, such as "The state".
 
     Raises:
-        CheckpointError: it is damaged, or holds something else.
-        FileNotFoundError: there is none.
+        CheckpointError: the file is damaged, or holds anything but a dict of tensors.
+        FileNotFoundError: there is no such file.
     """
     from torch import Tensor
 
@@ -69,9 +76,10 @@ def read_weights(path: str | os.PathLike[str], what: str) -> dict[str, Tensor]:
 
 
 def read_record(f: IO[bytes], end: str, most: int) -> bytes | None:
-    """Return the first `most` bytes of the file in a zip archive whose name ends in `end`.
+    """Return the first `most` bytes of the first file in a zip archive with a name that ends in `end`.
 
-    None: there is no such file, or no archive, or it is damaged, and reading its tensors tells.
+    Return None if no name ends so, or if `f` is no archive or a damaged one. No error is raised: reading the tensors
+    reports damage.
     """
     try:
         with ZipFile(f) as archive:
@@ -85,7 +93,10 @@ def read_record(f: IO[bytes], end: str, most: int) -> bytes | None:
 
 
 def check_archive(file: IO[bytes]) -> None:
-    """Raise ValueError for a torch file that holds more than it has bytes: torch does not compress what it writes."""
+    """Raise ValueError if the files in a zip archive have more bytes, unpacked, than the archive itself.
+
+    torch does not compress, so only a manipulated file grows. A file that is no zip archive passes.
+    """
     if not is_zipfile(file):
         return
     with ZipFile(file) as archive:

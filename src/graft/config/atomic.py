@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Supported inside: rooms may import this module.
-"""Put files in place whole: each is written under a name that no other call uses, synced, then renamed."""
+"""Writes of whole files: each is written under a temporary name of this call alone, synced to disk, then renamed.
+
+A reader, or a process that is killed, therefore sees the old file or the new one, never a part.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,27 @@ from functools import cache
 
 from graft.core.errors import CheckpointError
 
-# a file's content, or a function that writes it to a path, at which an empty file is already
+# a file's content, or a function that writes it to a path; an empty file is already at that path
 Write = Callable[[str], None] | bytes | str
 TEMPORARY = re.compile(r"\.(?P<of>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>[0-9]{1,9})-[0-9a-f]{16}\.tmp")
 NO_FILE = "It is a device or a pipe, and stays as it is"
-NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has none: `is_link` looks there
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has none; `is_link` does the check
 LONGEST = 24 * 3600  # seconds after which a temporary file of another machine belongs to no running save
 
 
 def is_special(path: str) -> bool:
-    """Return True if a device, a pipe or a socket stands at a path: a rename would put a file in its place."""
+    """Return True if a path is a device, a pipe or a socket.
+
+    A rename would replace it by a file, so callers refuse it.
+    """
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def is_link(path: str) -> bool:
-    """Return True if a symbolic link, or a junction of Windows, stands at a path, wherever it leads."""
+    """Return True if a path is a symbolic link, or a junction of Windows, even one that leads nowhere.
+
+    False if nothing is there.
+    """
     try:
         facts = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -39,24 +48,27 @@ def is_link(path: str) -> bool:
 
 
 def check_no_link(folder: str, what: str) -> None:
-    """Raise CheckpointError if a folder is a link, which may have come with a folder from elsewhere.
+    """Raise CheckpointError if `folder` is a symbolic link or a junction: a downloaded folder may contain one that
+    leads elsewhere.
 
-    what: is to be written there, for the error.
+    Args:
+        what: names the things to be written there, in the error.
     """
     if is_link(folder):
         raise CheckpointError(
-            f"'{folder}' is a symbolic link, and {what} would be written to where it leads: remove the link, or save "
-            "to that folder itself."
+            f"'{folder}' is a symbolic link, so {what} would be written elsewhere. Remove the link, or save to its "
+            "target."
         )
 
 
 def replace_file(path: str, write: Write) -> None:
-    """Write a file. Whatever happens meanwhile, the path holds the old one or the new one, whole.
+    """Write a file under a temporary name, sync it, and rename it to `path`, which holds the old or the new file at any
+    time.
 
-    Temporary files that killed processes have left of it go.
+    The folder is synced as well. Temporary files of this name are deleted if processes that no longer run left them.
 
     Raises:
-        OSError: the path is a device or a pipe, which the file would replace; or what writing raises.
+        OSError: the path is a device or a pipe; or the error of `write`. The old file stays then.
     """
     if is_special(path):
         raise OSError(errno.EINVAL, NO_FILE, path)
@@ -68,9 +80,10 @@ def replace_file(path: str, write: Write) -> None:
 
 
 def exchange_paths(one: str, other: str) -> None:
-    """Swap two files or folders, in one step where the system has it: no kill leaves either name without a file.
+    """Swap two files or folders. Linux and macOS swap them in one step, so that both names exist at any time.
 
-    Elsewhere, and on file systems that cannot (NFS), one goes by a third name.
+    Other systems, and file systems without that call (NFS), take three renames by a third name. If one of these fails,
+    the first ones are undone.
     """
     if swap_by_system(os.fsencode(one), os.fsencode(other)):
         return
@@ -86,7 +99,10 @@ def exchange_paths(one: str, other: str) -> None:
 
 
 def swap_by_system(one: bytes, other: bytes) -> bool:
-    """Have the system's own call swap two paths; return False if there is none, or it does not go there."""
+    """Swap two paths by one system call (renameat2, or renamex_np on macOS). Return True if that worked.
+
+    Return False if the system has no such call, or if the call fails; nothing has changed then.
+    """
     import ctypes  # only where something is replaced
 
     cwd, swapping = -100, 2  # AT_FDCWD; RENAME_EXCHANGE of Linux is RENAME_SWAP of macOS
@@ -99,7 +115,10 @@ def swap_by_system(one: bytes, other: bytes) -> bool:
 
 @contextmanager
 def make_folder(path: str) -> Iterator[None]:
-    """Have a folder to write into; one that was not there goes again if writing fails."""
+    """Make a folder, with those around it, for the block.
+
+    If the block raises, delete the folder, unless it was there before or is not empty.
+    """
     new = not os.path.isdir(path)
     os.makedirs(path, exist_ok=True)
     try:
@@ -112,27 +131,49 @@ def make_folder(path: str) -> Iterator[None]:
 
 
 class Scratch:
-    """The temporary files of one call in one folder. Leaving the block deletes those that have not been renamed."""
+    """The temporary files of one call in one folder.
+
+    At its end the `with` block deletes those that were not renamed.
+
+    `paths` lists all of them. A file that cannot be deleted stays, and a later save deletes it.
+    """
 
     def __init__(self, folder: str):
+        """List temporary files in `folder`, none yet."""
         self.folder, self.paths = folder, list[str]()
 
     def __enter__(self) -> Scratch:
+        """Return this object."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Delete the listed files that still exist, without an error for those that cannot be deleted.
+
+        An error of the block is raised on.
+        """
         for path in self.paths:
-            with suppress(OSError):  # the next save clears what cannot be deleted now
+            with suppress(OSError):  # a later save deletes the file
                 os.remove(path)
 
     def create(self, of: str) -> str:
-        """Make an empty file; return its path. A file or link that is there already is an error, never used."""
+        """Make an empty temporary file for `of`, and return its path.
+
+        Raises FileExistsError if a file or link has that name.
+        """
         path = self._add_path(of)
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o666))
         return path
 
     def write(self, of: str, write: Write) -> str:
-        """Make a file with the content `write`, and have the disk confirm it; return its path."""
+        """Make a temporary file for `of`, write its content, sync it to disk, and return its path.
+
+        Args:
+            of: name that the file will get later. It is part of the temporary name.
+            write: the content as bytes or text, or a function that is passed the path.
+
+        Raises:
+            OSError: of writing. Where the system named no file (a full disk), the error gets the final name.
+        """
         path = self.create(of)
         try:
             if callable(write):
@@ -142,13 +183,18 @@ class Scratch:
                     f.write(write.encode() if isinstance(write, str) else write)
             sync_file(path)
         except OSError as e:
-            if e.filename is None and e.errno is not None:  # a disk that is full does not say whose
+            if e.filename is None and e.errno is not None:  # the error of a full disk names no file
                 e.filename = os.path.join(self.folder, of)
             raise
         return path
 
     def add_link(self, path: str) -> str | None:
-        """Give a file a second name and return that; None if there is no such file, or there are no hard links."""
+        """Give a file a second, temporary name by a hard link, and return that path.
+
+        A symbolic link is not followed.
+
+        Return None if there is no such file, or if the file system has no hard links.
+        """
         link = self._add_path(os.path.basename(path))
         try:
             os.link(path, link, follow_symlinks=False)
@@ -157,17 +203,26 @@ class Scratch:
         return link
 
     def spare(self, of: str) -> None:
-        """Do not delete the files whose `of` begins so."""
+        """Keep the temporary files with an `of` that begins with this text: the end of the block no longer deletes
+        them.
+        """
         self.paths = [path for path in self.paths if not os.path.basename(path).startswith(f".{of}")]
 
     def _add_path(self, of: str) -> str:
+        """Return a new temporary path for `of` and list it in `paths`: ".<of>.<machine>-<process id>-<16 hex
+        digits>.tmp".
+        """
         path = os.path.join(self.folder, f".{of}.{machine_token()}-{os.getpid()}-{os.urandom(8).hex()}.tmp")
         self.paths.append(path)
         return path
 
 
 def find_abandoned(folder: str) -> dict[str, str]:
-    """Return the temporary files in a folder whose process is no more: path → what it is of. Links count, too."""
+    """Return the temporary files in a folder that no running process uses, as {path: the name that the file would have
+    got}.
+
+    Links with such a name count, too. `is_in_use` decides for each.
+    """
     with os.scandir(folder) as entries:
         names = {entry.path: match for entry in entries if (match := TEMPORARY.fullmatch(entry.name))}
     return {
@@ -176,7 +231,11 @@ def find_abandoned(folder: str) -> dict[str, str]:
 
 
 def is_in_use(path: str, where: str, pid: int) -> bool:
-    """Return True if the process that made a temporary file may still run."""
+    """Return True if the process that made a temporary file may still run.
+
+    False if the file was made on this machine, on POSIX, by a process that does not run. Else True while the file is
+    younger than `LONGEST` seconds, and for a file that is gone.
+    """
     if where == machine_token() and os.name == "posix" and not is_alive(pid):  # elsewhere `os.kill` would end it
         return False
     try:
@@ -186,6 +245,10 @@ def is_in_use(path: str, where: str, pid: int) -> bool:
 
 
 def is_alive(pid: int) -> bool:
+    """Return True if a process with this id runs, of any user.
+
+    On Windows `os.kill` would end it: call this on POSIX only.
+    """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -197,7 +260,11 @@ def is_alive(pid: int) -> bool:
 
 @cache
 def machine_token() -> str:
-    """Return a token of this boot of this machine and of this space of process ids, in which a number is a process."""
+    """Return 8 hex digits for this boot of this machine and its space of process ids, within which an id names one
+    process.
+
+    On Linux they hash the boot id and the process namespace, elsewhere the machine's name. Cached.
+    """
     import hashlib  # these two only where something is written
     import platform
 
@@ -210,6 +277,7 @@ def machine_token() -> str:
 
 
 def sync_file(path: str) -> None:
+    """Wait until the disk has a file's or folder's content (fsync). Raises OSError."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bounds of the values in configs: those of single fields, which annotations hold, and those of all numbers."""
+"""Bounds of the values in configs: `Bound` for single fields, in their annotations, and limits for all numbers and
+lists.
+"""
 
 from __future__ import annotations
 
@@ -23,38 +25,46 @@ MOST_PATTERNS = 10_000  # entries of a dict; each is tried on every layer
 
 @dataclass(frozen=True)
 class Bound:
-    """The values that a config's field may have besides None: `p: Annotated[float, FRACTION] = 0.5`.
+    """The values that a config's field may have, apart from None: `p: Annotated[float, FRACTION] = 0.5`.
 
     Args:
-        allows: returns True for such a value.
-        text: of the error. {name} is the field, {value} its value, {where} the pattern that has it.
+        allows: returns True for an allowed value.
+        text: the error's text. {name} is the field, {value} its value, {where} the pattern that has the value.
     """
 
     allows: Callable[[Any], bool]
     text: str
 
     def check(self, name: str, value: object, where: str = "") -> None:
-        """Raise ConfigError if field `name` may not have a value; `where` says which pattern has the value."""
+        """Raise ConfigError if a value is neither None nor allowed.
+
+        `name` is the field, `where` such as " in rank_pattern['q_proj']".
+        """
         if value is not None and not self.allows(value):
             raise ConfigError(self.text.format(name=name, value=value, where=where))
 
 
 def must_be(words: str, allows: Callable[[Any], bool]) -> Bound:
-    """Return a bound. Its error names the allowed values in `words`."""
+    """Return a bound whose error says "`field` must be <words>, got <value>"."""
     return Bound(allows, f"`{{name}}` must be {words}, got {{value}}{{where}}.")
 
 
 def at_least(least: float) -> Bound:
+    """Return a bound that allows numbers from `least` upwards."""
     return must_be(f"at least {least}", lambda number: number >= least)
 
 
 def one_of(*values: object) -> Bound:
+    """Return a bound that allows these values only."""
     return Bound(values.__contains__, f"`{{name}}` must be one of {', '.join(map(repr, values))}, got {{value!r}}.")
 
 
 @cache
 def bounds_of(cls: type) -> dict[str, Bound]:
-    """Return the bounds in the annotations of a class and its bases, by field."""
+    """Return the bounds in the annotations of a class and its bases, by field; a subclass overrides its bases.
+
+    Cached.
+    """
     bounds: dict[str, Bound] = {}
     for base in reversed(cls.__mro__):
         for name, hint in typing.get_type_hints(base, include_extras=True).items():
@@ -63,7 +73,10 @@ def bounds_of(cls: type) -> dict[str, Bound]:
 
 
 def check_bounds(config: DataclassInstance) -> None:
-    """Raise ConfigError for the first value outside its field's bound. Overrides by layer have that bound, too."""
+    """Raise ConfigError for the first value outside its field's bound.
+
+    Values in patterns (`rank_pattern`) have the bound of the field that they override.
+    """
     bounds = bounds_of(type(config))
     for name, bound in bounds.items():
         bound.check(name, getattr(config, name))
@@ -73,10 +86,16 @@ def check_bounds(config: DataclassInstance) -> None:
 
 
 def check_numbers(config: DataclassInstance, hints: dict[str, object]) -> None:
-    """Raise ConfigError for the first dropout outside [0, 1], number that is too large or not finite, or long list.
+    """Raise ConfigError for the first field with a value that no config can have.
+
+    - a field that ends in "dropout": outside [0, 1]
+    - a dict of more than `MOST_PATTERNS` entries, a list or set of more than `MOST_NAMES`
+    - a number, also within containers: infinite, NaN, or larger than `LARGEST_NUMBER` (`LARGEST_COUNTER` for fields in
+        the config's `counters`)
 
     Args:
-        hints: the types of the config's fields. Those of any type hold what others read, and are not looked into.
+        hints: the types of the config's fields. Fields of any type, or of a bare dict, are skipped: other code reads
+            them.
     """
     for f in fields(config):
         value = getattr(config, f.name)
@@ -97,14 +116,14 @@ def check_numbers(config: DataclassInstance, hints: dict[str, object]) -> None:
 
 
 def allows_anything(hint: object) -> bool:
-    """Return True if a type says nothing of the contents of a value."""
+    """Return True if a type is Any or a bare `dict`, or a union that contains one."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(allows_anything(part) for part in typing.get_args(hint))
     return hint in (Any, dict)
 
 
 def iterate_numbers(value: object) -> Iterator[int | float]:
-    """Yield the numbers that a value is or contains."""
+    """Yield the numbers that a value is or contains, at any depth: values of dicts, not keys; no bools."""
     if isinstance(value, (int, float)):
         if not isinstance(value, bool):
             yield value
@@ -114,4 +133,5 @@ def iterate_numbers(value: object) -> Iterator[int | float]:
 
 
 def format_number(number: int | float) -> str:
+    """Return a number as text; "a number of many digits" for an int of 80 bits or more."""
     return str(number) if isinstance(number, float) or number.bit_length() < 80 else "a number of many digits"

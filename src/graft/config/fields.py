@@ -23,12 +23,14 @@ BELOW_1 = must_be("at least 0 and below 1", lambda number: 0 <= number < 1)
 
 
 def as_set(names: list[str] | tuple[str, ...] | set[str] | str | None) -> set[str] | str | None:
-    """Return names as a set, a regular expression as it is."""
+    """Return a list or tuple of names as a set; a set, a text (a regular expression) or None unchanged."""
     return set(names) if isinstance(names, (list, tuple)) else names
 
 
 @dataclass(kw_only=True)
 class Targets(PeftConfig):
+    """Config of a method that adapts layers: `target_modules`, `target_parameters` and `modules_to_save`."""
+
     target_modules: list[str] | set[str] | str | None = (
         None  # names, suffixes, one regex, "all-linear", or None: the default of the architecture
     )
@@ -37,6 +39,10 @@ class Targets(PeftConfig):
     beyond: ClassVar[frozenset[str]] = frozenset({"target_parameters"})
 
     def __post_init__(self) -> None:
+        """Check the fields, and make a list of `target_modules` a set.
+
+        Raises TypeError if `target_parameters` is a text.
+        """
         if isinstance(self.target_parameters, str):
             raise TypeError("`target_parameters` must be a list of strings or None.")
         super().__post_init__()
@@ -45,28 +51,43 @@ class Targets(PeftConfig):
 
 @dataclass(kw_only=True)
 class Targeted(Targets):
+    """Targets with `exclude_modules`."""
+
     exclude_modules: list[str] | set[str] | str | None = None  # names, suffixes or one regex
 
     def __post_init__(self) -> None:
+        """Check the fields, and make lists of `target_modules` and `exclude_modules` sets."""
         super().__post_init__()
         self.exclude_modules = as_set(self.exclude_modules)
 
 
 @dataclass(kw_only=True)
 class Chosen(PeftConfig):
-    """`Method.prepare` may choose the modules itself."""
+    """Config of a method that may choose the modules itself, in `Method.prepare`, which sets `target_paths`."""
 
     def __post_init__(self) -> None:
+        """Check the fields, and set `target_paths` to None.
+
+        It is no field, so no file holds it: the paths are those of one model.
+        """
         super().__post_init__()
-        self.target_paths: set[str] | None = None  # no field: they hold for one model only
+        self.target_paths: set[str] | None = None
 
 
 @dataclass(kw_only=True)
 class LayerRange(PeftConfig):
+    """Config fields that limit the targets to some layers by index."""
+
     layers_to_transform: list[int] | int | None = None  # indices of the layers to adapt; None: all
     layers_pattern: list[str] | str | None = None  # name of the list that the indices count, such as "layers"
 
     def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            ConfigError: `target_modules` is a text and one of the two fields is set; `layers_pattern` is set without
+                `layers_to_transform`, or has more than `MOST_LISTS` entries.
+        """
         super().__post_init__()
         if isinstance(getattr(self, "target_modules", None), str):
             for name in ("layers_to_transform", "layers_pattern"):
@@ -80,26 +101,38 @@ class LayerRange(PeftConfig):
 
 @dataclass(kw_only=True)
 class FanInFanOut(PeftConfig):
+    """Config field for layers that store their weight transposed, such as Conv1D."""
+
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
 
 
 @dataclass(kw_only=True)
 class BaseBias(PeftConfig):
+    """Config field that lets biases of the base train."""
+
     bias: str = "none"  # which base biases train: none, all, or "…_only": those of adapted layers
 
 
 @dataclass(kw_only=True)
 class RankPattern(PeftConfig):
+    """Config field that overrides the rank `r` by layer."""
+
     rank_pattern: dict[str, int] | None = field(default_factory=dict)  # rank by layer name or regex
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r"}
 
 
 @dataclass(kw_only=True)
 class RankPatterns(RankPattern):
+    """Config fields that override the rank `r` and the alpha by layer."""
+
     alpha_pattern: dict[str, float] | None = field(default_factory=dict)  # alpha by layer name or regex
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
 
     def __post_init__(self) -> None:
+        """Check the fields.
+
+        Warn if the alpha is 0, in its field or in `alpha_pattern`: the adapter then has no effect on those layers.
+        """
         super().__post_init__()
         name = self.patterns.get("alpha_pattern")
         if name is not None and 0 in (getattr(self, name), *(self.alpha_pattern or {}).values()):
@@ -107,7 +140,10 @@ class RankPatterns(RankPattern):
 
 
 def make_sub_config(value: Any, cls: type[Any]) -> Any:
-    """Make the config inside another of the dict that a file has for it; report and leave out keys it does not know."""
+    """Return a config of class `cls`, which another config contains, from the dict that a file has for it.
+
+    A value that is no dict is returned unchanged. Keys that `cls` does not know are dropped with a warning.
+    """
     if not isinstance(value, dict):
         return value
     known = {f.name for f in fields(cls) if f.init}
@@ -118,13 +154,16 @@ def make_sub_config(value: Any, cls: type[Any]) -> Any:
 
 
 def require_sub_config(value: T | dict[str, object] | None) -> T:
-    """Return the config inside another where there is one, which is no dict since `make_sub_config`."""
+    """Return the value, narrowed for type checkers: a config, neither None nor a dict. Asserts that."""
     assert value is not None and not isinstance(value, dict)
     return value
 
 
 def to_int(value: object, name: str) -> int:
-    """Convert a whole number of any type, such as NumPy's, to an int. Raises ConfigTypeError for others."""
+    """Return a whole number of any type, such as NumPy's, as an int.
+
+    Raises ConfigTypeError for other values, with `name`.
+    """
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -135,6 +174,7 @@ def to_int(value: object, name: str) -> int:
 
 
 def _by_model_type(*rows: tuple[str, list[str] | str]) -> dict[str, list[str] | str]:
+    """Return {model_type: targets}, from rows with several model types in one text, separated by spaces."""
     return {model_type: targets for model_types, targets in rows for model_type in model_types.split()}
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of an adapter: from a folder if there is one, else from the Hugging Face hub; and the keywords for that."""
+"""Files of an adapter, from a folder if it exists, else from the Hugging Face hub; and the keyword arguments
+for that.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +14,22 @@ from graft.core.errors import HubError, PeftWarning, warn
 
 HUB_KEYWORDS = {"revision", "cache_dir", "token", "force_download", "local_files_only", "proxies", "repo_type"}
 LOADING = HUB_KEYWORDS | {"subfolder", "ignore_mismatched_sizes", "check_digest", "expert_layout"}
-# PEFT's arguments for the device of loaded tensors; here an adapter goes to where its layers are
+# PEFT's arguments for the device of loaded tensors; in graft an adapter gets the device of its layers
 IDLE_LOADING = {"torch_device", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index"}
 # arguments that transformers, Trainer and accelerate pass to every model's `save_pretrained`
 IDLE_SAVING = {"save_function", "max_shard_size", "token", "variant", "save_peft_format"}
 
 
 def select_hub_keywords(kwargs: dict[str, object]) -> dict[str, Any]:
-    """Return those of `kwargs` that are for the hub."""
+    """Return the entries of `kwargs` that are arguments for the hub (`HUB_KEYWORDS`)."""
     return {k: v for k, v in kwargs.items() if k in HUB_KEYWORDS}
 
 
 def warn_unknown(function: Callable[..., object], kwargs: Iterable[str], known: set[str]) -> None:
-    """Warn of keyword arguments of `function` that have no effect: one may be a typing error."""
+    """Warn of each keyword in `kwargs` that is not in `known`: it has no effect.
+
+    The text suggests a similar parameter.
+    """
     import inspect
     from difflib import get_close_matches
 
@@ -36,12 +41,15 @@ def warn_unknown(function: Callable[..., object], kwargs: Iterable[str], known: 
 
 
 def fetch_file(where: str | os.PathLike[str], filename: str, subfolder: str | None = None, **hub: Any) -> str | None:
-    """Return the local path of one file of an adapter; None if there is none.
+    """Return the local path of one file of an adapter; None if there is no such file.
 
-    Without the hub (HF_HUB_OFFLINE, `local_files_only`) its cache is all there is: see `describe_offline`.
+    A file in the folder `where` counts first. If `where` is no folder and looks like "owner/name", the file is
+    downloaded. Without the hub (HF_HUB_OFFLINE, `local_files_only`, or no answer) only its cache is searched. If the
+    hub is switched off and the cache lacks the file, return None.
 
     Raises:
-        HubError: the hub cannot be reached, there is no such repository or revision, or another failure.
+        HubError: the hub does not answer and the cache lacks the file; there is no such repository or revision, or it
+            is gated; or another failure.
     """
     where = os.fspath(where)
     folder = os.path.join(where, subfolder) if subfolder else where
@@ -61,8 +69,8 @@ def fetch_file(where: str | os.PathLike[str], filename: str, subfolder: str | No
         if is_offline(**hub):
             return None
         raise HubError(
-            f"There is no folder '{where}' here, '{filename}' of no such repository is in the hub's cache, and "
-            f"the hub cannot be reached: {failure or e}"
+            f"There is no folder '{where}', the hub's cache has no '{filename}' of such a repository, and the hub "
+            f"cannot be reached: {failure or e}"
         ) from e
     except (errors.EntryNotFoundError, errors.HFValidationError):
         return None
@@ -89,7 +97,11 @@ def find_hub_failure(
     cache_dir: str | Path | None = None,
     **_: object,
 ) -> Exception | None:
-    """Return why the hub does not answer, of a file that its cache lacks: a download would try again for 30 seconds."""
+    """Return the connection error of a request to the hub; None if the hub answers or refuses, or its cache has the
+    file.
+
+    A download would try again for 30 seconds, so one request asks first.
+    """
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
     options = {"revision": revision, "repo_type": repo_type}
@@ -99,20 +111,23 @@ def find_hub_failure(
             return None  # then a download does not try again
         get_hf_file_metadata(hf_hub_url(where, path, **options), token=token)
     except (errors.HfHubHTTPError, errors.HFValidationError, ValueError):
-        return None  # which the download will tell as well
+        return None  # the download will raise the same
     except Exception as e:  # of the network, of types that differ between versions
         return e
     return None
 
 
 def is_offline(local_files_only: bool = False, **_: object) -> bool:
+    """Return True if the hub must not be asked: `local_files_only` is passed, or HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
     return bool(local_files_only or constants.HF_HUB_OFFLINE)
 
 
 def describe_offline(where: str | os.PathLike[str], **hub: object) -> str:
-    """Return a note for errors about a missing file: the hub was not asked, if it was not; else ''."""
+    """Return the end of the error for a missing file if the hub was not asked; "" if `where` is a folder, names no
+    repository, or the hub was asked.
+    """
     where = os.fspath(where)
     if os.path.isdir(where) or not looks_like_repository(where) or not is_offline(bool(hub.get("local_files_only"))):
         return ""
@@ -123,11 +138,17 @@ def describe_offline(where: str | os.PathLike[str], **hub: object) -> str:
 
 
 def looks_like_repository(name: str) -> bool:
+    """Return True if a name can be one on the hub: at most one "/", no path that begins with ".", "/" or "~"."""
     return not name.startswith((".", "/", "~")) and name.count("/") <= 1 and os.sep * 2 not in name
 
 
 def push(save: Callable[[str], None], repo_id: str, **kwargs: Any) -> object:
-    """Save to a temporary folder and upload it to `repo_id`.
+    """Call `save` with a temporary folder, then upload the folder to `repo_id`, which is made if missing.
+
+    Return the hub's answer.
+
+    Args:
+        kwargs: `token` and `private`, for the hub; others for its `upload_folder`.
 
     Raises:
         HubError: the hub cannot be reached, or refuses.
@@ -147,6 +168,6 @@ def push(save: Callable[[str], None], repo_id: str, **kwargs: Any) -> object:
 
 
 def suggest_login(e: BaseException) -> str:
-    """Return what to do if the hub refuses a token; else ''."""
+    """Return " Log in …" if the hub's answer has status 401 or 403; else ""."""
     status = getattr(getattr(e, "response", None), "status_code", None)
     return " Log in (`hf auth login`), or pass another token." if status in (401, 403) else ""

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Notes that a weights file carries beside its tensors, by name: the adapter's config, facts on its base model."""
+"""Notes in a weights file, next to its tensors, {name: text}: the adapter's config, and facts about its base model.
+
+Safetensors files have them in their header, torch files in a record `RECORD` of the zip archive.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from graft.core.errors import CheckpointError
 
 CONFIG = "graft_config"  # the note that holds the text of adapter_config.json
 START = b'{"__metadata__":'  # the beginning of a safetensors header that holds notes
-RECORD = "graft.json"  # what holds them in a torch file, which is a zip archive
-LFS = b"version https://git-lfs"  # the beginning of a pointer that stands for a file which has not been fetched
+RECORD = "graft.json"  # file with the notes in a torch file, which is a zip archive
+LFS = b"version https://git-lfs"  # the beginning of a pointer that git puts in the place of a file not yet fetched
 LARGEST = 100_000_000  # bytes: safetensors reads no longer header
 NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 BUFFER = 2**20  # bytes: many tensors are small
@@ -29,7 +32,7 @@ Source = tuple[str, str, Sequence[int], int, Callable[[], Any]]  # name, dtype, 
 
 @dataclass
 class WeightsFile:
-    """A weights file, and what it says of itself."""
+    """The path of a weights file, the config that it holds, and its stamp."""
 
     path: str
     config: str | None  # the text of adapter_config.json, if graft wrote the file
@@ -37,7 +40,10 @@ class WeightsFile:
 
 
 def read_notes(path: str) -> WeightsFile | None:
-    """Return what a weights file says of itself, without its tensors; None if there is no such file."""
+    """Return the config and the stamp of a weights file, without reading its tensors.
+
+    Return None if the file is missing, cannot be read, or is a folder, pipe or device.
+    """
     try:
         with open_file(path) as f:
             notes = read_torch_notes(f) if path.endswith(".bin") else read_safetensors_notes(f)
@@ -47,7 +53,12 @@ def read_notes(path: str) -> WeightsFile | None:
 
 
 def read_stamp(file: str | int) -> Stamp | None:
-    """Return what tells one file from those that replace it at its path; None if there is none."""
+    """Return (inode, bytes, time of the last change) of a file, by path or descriptor.
+
+    A file that replaces it has another stamp.
+
+    Return None if there is no such file. Raises OSError for other failures.
+    """
     try:
         facts = os.stat(file)
     except OSError as e:
@@ -58,6 +69,10 @@ def read_stamp(file: str | int) -> Stamp | None:
 
 
 def read_safetensors_notes(f: IO[bytes]) -> dict[str, str]:
+    """Return the notes in the header of an open safetensors file; {} if it has none or is damaged.
+
+    Its tensors are not read.
+    """
     size = int.from_bytes(f.read(8), "little")
     header = f.read(min(size, LARGEST))
     if not header.startswith(START):
@@ -65,14 +80,19 @@ def read_safetensors_notes(f: IO[bytes]) -> dict[str, str]:
     try:
         return select_texts(json.JSONDecoder().raw_decode(header[len(START) :].decode())[0])
     except (ValueError, RecursionError):
-        return {}  # a damaged file, of which reading its tensors tells
+        return {}  # reading the tensors will report the damage
 
 
 def write_tensors(path: str, tensors: Iterable[Source], notes: Mapping[str, str], see: See = len) -> None:
-    """Write a safetensors file: its notes, in order, then the tensors, the widest first so that all are aligned.
+    """Write a safetensors file: the notes sorted by name, then the tensors.
+
+    Wide numbers come first, so that all are aligned.
+
+    Each tensor is loaded when it is written, and dropped afterwards.
 
     Args:
-        see: gets the bytes of the file, piece by piece.
+        tensors: (name, dtype, shape, bytes of a number, function that returns the bytes) of each.
+        see: is passed the bytes of the file, piece by piece.
     """
     order = sorted(tensors, key=lambda source: (-source[3], source[0]))
     header: Json = {"__metadata__": dict(sorted(notes.items()))} if notes else {}
@@ -91,14 +111,17 @@ def write_tensors(path: str, tensors: Iterable[Source], notes: Mapping[str, str]
 
 
 def parse_header(data: bytes) -> tuple[Json, int]:
-    """Return the header of the bytes of a safetensors file, which must be valid, and where its tensors begin."""
+    """Return the header in the bytes of a safetensors file, and the offset of its first tensor.
+
+    Raises CheckpointError.
+    """
     begin = 8 + int.from_bytes(data[:8], "little")
     header: Json = parse_json(data[8:begin], "The header of a safetensors file")
     return header, begin
 
 
 def add_notes(f: IO[bytes], notes: dict[str, str]) -> None:
-    """Add notes to a torch file, open for reading and writing. Its readers pass by what they do not know."""
+    """Append notes to a torch file that is open for reading and writing. `torch.load` ignores them."""
     from zipfile import ZipFile, ZipInfo
 
     with ZipFile(f, "a") as archive:
@@ -106,6 +129,10 @@ def add_notes(f: IO[bytes], notes: dict[str, str]) -> None:
 
 
 def read_torch_notes(f: IO[bytes]) -> dict[str, str]:
+    """Return the notes in an open torch file; {} if it has none, is no archive, or they are damaged.
+
+    Its tensors are not read.
+    """
     text = read_record(f, f"/{RECORD}", LARGEST)
     try:
         return {} if text is None else select_texts(parse_json(text, RECORD))
@@ -114,4 +141,5 @@ def read_torch_notes(f: IO[bytes]) -> dict[str, str]:
 
 
 def select_texts(notes: object) -> dict[str, str]:
+    """Return the entries of a dict that have a text as value; {} for a value that is no dict."""
     return {k: v for k, v in notes.items() if isinstance(v, str)} if isinstance(notes, dict) else {}

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two files of an adapter, which change together: the weights, and adapter_config.json.
 
-The weights hold the text of the config as well. So there is one moment at which a save happens: when the new weights
-get their name. adapter_config.json, which other libraries read and people edit, follows. While it does, a mark stands
-in the folder: an empty file whose name says of which weights and of which config. By it a reader tells a config that a
-save has yet to replace, or that another save put beside these weights, from one that somebody edited.
+The weights hold the text of the config as well. So a save happens at one moment: the rename of the new weights.
+adapter_config.json, which other libraries read and people edit, is replaced afterwards.
 
-No lock is taken, since network file systems may not have them, and a process that is stopped would stop all others.
-Several processes may save into one folder: the last to finish sees to it that the two files agree.
+Until both are in place the folder has a mark: an empty file with a name made of hashes of the new weights' stamp and
+the new config. By the mark a reader knows that a save will still replace the config, or that another save put it there.
+A config that differs without a mark was edited by somebody.
+
+No lock is taken: network file systems may have none, and a stopped process would stop all others. If several processes
+save into one folder, the last to finish makes the two files agree.
 """
 
 from __future__ import annotations
@@ -27,14 +29,22 @@ ROUNDS = 100
 
 
 def save_pair(folder: str, name: str, write: Write, text: str, beside: dict[str, bytes] | None = None) -> None:
-    """Replace an adapter in a folder: its weights, which `write` writes and which hold `text`, and its config.
+    """Replace an adapter in a folder: its weights, then its config and further files.
 
-    A call that fails leaves the old files. One that is cut short leaves the old adapter or the new one.
+    All are written and synced first.
+
+    A call that fails leaves the old files. One that is killed leaves the old adapter or the new one, and `ConfigFile`
+    recognises the latter by its mark. Temporary files of processes that no longer run are deleted.
 
     Args:
-        name: of the weights' file. One of the other format, which would be stale, goes.
+        name: of the weights file. An older file of the other format (safetensors or torch) is deleted.
+        write: writes the weights, which hold `text` as well.
         text: of adapter_config.json.
-        beside: further files, by name.
+        beside: further files, {name: bytes}.
+
+    Raises:
+        CheckpointError: the weights are new, the config is old, and neither could be changed.
+        OSError: writing failed, and the old files are back.
     """
     left = find_abandoned(folder)
     if left:
@@ -51,7 +61,7 @@ def save_pair(folder: str, name: str, write: Write, text: str, beside: dict[str,
         scratch.create(mark_name(new_stamp, text))
         try:
             os.replace(new, weights)
-            if old[stale] is not None and notes.read_stamp(stale) == old[stale]:  # and not another process's new one
+            if old[stale] is not None and notes.read_stamp(stale) == old[stale]:  # else another process's new one
                 with suppress(FileNotFoundError):  # another process was quicker
                     os.remove(stale)
             os.replace(new_config, config)
@@ -70,8 +80,8 @@ def save_pair(folder: str, name: str, write: Write, text: str, beside: dict[str,
             except OSError:
                 scratch.spare(MARK)
                 raise CheckpointError(
-                    f"{weights} is saved, and graft loads it, but {config} is still the old one ({e}): other libraries "
-                    "would take the two together. Save again."
+                    f"{weights} is saved, and graft loads it, but {config} is still the old one ({e}). Save again: "
+                    "other libraries would combine the two."
                 ) from e
             raise
     if left:
@@ -79,7 +89,10 @@ def save_pair(folder: str, name: str, write: Write, text: str, beside: dict[str,
 
 
 def agree_on_config(scratch: Scratch, text: str) -> None:
-    """Make the config that of the weights: another process may have put its own there since `text` was written."""
+    """Write the config that the weights hold, until both agree: another process may have replaced the weights since.
+
+    `text` is the config that this process wrote. Gives up after `ROUNDS` rounds.
+    """
     for _ in range(ROUNDS):
         weights = find_weights(scratch.folder)
         if weights is None or weights.config is None or weights.config == text:
@@ -90,13 +103,19 @@ def agree_on_config(scratch: Scratch, text: str) -> None:
 
 
 def find_weights(folder: str) -> notes.WeightsFile | None:
-    """Return the weights that a reader of this folder takes; None if there are none."""
+    """Return path, config and stamp of the weights that a reader of this folder takes: safetensors, else torch.
+
+    None if there are none.
+    """
     files = (notes.read_notes(os.path.join(folder, name)) for name in (SAFETENSORS, TORCH))
     return next((weights for weights in files if weights is not None), None)
 
 
 def find_stamp(folder: str) -> notes.Stamp | None:
-    """Return the stamp of the weights that a reader of this folder takes."""
+    """Return the stamp of the weights that a reader of this folder takes: safetensors, else torch.
+
+    None if there are none.
+    """
     stamps = (notes.read_stamp(os.path.join(folder, name)) for name in (SAFETENSORS, TORCH))
     return next((stamp for stamp in stamps if stamp is not None), None)
 
@@ -108,10 +127,18 @@ def restore_weights(
     old: dict[str, notes.Stamp | None],
     links: dict[str, str | None],
 ) -> None:
-    """Undo what a save has done to the weights, unless another process has put its own there since.
+    """Put the old weights back after a failed save, by their second names. If there were none, delete the new ones.
+
+    Weights that another process has written since stay.
+
+    Args:
+        weights, stale: paths of the new weights, and of the other format.
+        new_stamp: of the weights that this save wrote.
+        old: stamps of both paths before the save; None where no file was.
+        links: second names of the old files.
 
     Raises:
-        OSError: there are no hard links to the old ones, or they cannot be renamed.
+        OSError: an old file has no second name, or cannot be renamed.
     """
     if any(old[path] is not None and links[path] is None for path in old):
         raise OSError("the old weights have no second name")
@@ -125,6 +152,7 @@ def restore_weights(
 
 
 def remove_files(paths: Iterable[str]) -> None:
+    """Delete files; those that cannot be deleted stay, without an error."""
     for path in paths:
         with suppress(OSError):
             os.remove(path)
@@ -134,18 +162,22 @@ def remove_files(paths: Iterable[str]) -> None:
 
 
 def read_marks(folder: str) -> set[str]:
-    """Return the tokens of weights and configs that the marks in a folder name."""
+    """Return the tokens of weights and configs in the names of all marks in a folder.
+
+    Empty: no save is under way or was killed.
+    """
     with os.scandir(folder) as entries:
         names = [match["of"] for entry in entries if (match := TEMPORARY.fullmatch(entry.name))]
     return {part for name in names if name.startswith(MARK) for part in name.removeprefix(MARK).split("-")}
 
 
 def mark_name(stamp: notes.Stamp | None, text: str) -> str:
+    """Return the name of the mark for weights with this stamp and a config with this text."""
     return f"{MARK}{mark_token(stamp)}-{mark_token(text)}"
 
 
 def mark_token(of: object) -> str:
-    """Return what stands in a mark for a stamp of weights, or for the text of a config."""
+    """Return 16 hex digits, a hash, for a stamp of weights or for the text of a config."""
     import hashlib
 
     return hashlib.sha256(of if isinstance(of, bytes) else str(of).encode()).hexdigest()[:16]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Config fields of prompt methods, and their values as the base model's config gives them."""
+"""Config fields of prompt methods, and their values from the base model's config."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ class PromptLearningConfig(PeftConfig):
     num_transformer_submodules: Annotated[int | None, POSITIVE] = None  # 2 for an encoder and a decoder, else 1
     num_attention_heads: Annotated[int | None, POSITIVE] = None
     num_layers: Annotated[int | None, POSITIVE] = None
-    modules_to_save: list[str] | None = None  # trained whole and saved beside the prompt
+    modules_to_save: list[str] | None = None  # trained whole and saved next to the prompt
 
     is_prompt_learning: ClassVar[bool] = True
     holds_keys: ClassVar[bool] = False  # the prompt is keys and values of each layer, not embeddings
 
     def __post_init__(self) -> None:
+        """Check the fields. Raises ConfigError if `num_transformer_submodules` is more than 2."""
         super().__post_init__()
         if (self.num_transformer_submodules or 1) > 2:
             raise ConfigError(
@@ -47,18 +48,21 @@ class PromptLearningConfig(PeftConfig):
 
     @property
     def rows(self) -> int:
-        """The number of virtual tokens, those of an encoder and of a decoder together."""
+        """The number of virtual tokens, times `num_transformer_submodules`; None counts as 0 tokens and 1 submodule."""
         return (self.num_virtual_tokens or 0) * (self.num_transformer_submodules or 1)
 
     def fit(self, model_config: object, width: int | None = None) -> None:
-        """Fill in the sizes that are None.
+        """Set the sizes that are None from the base model's config.
+
+        `token_dim` is the width of the embeddings, for prompts that are embeddings. `num_transformer_submodules` is 2
+        for SEQ_2_SEQ_LM, else 1. `encoder_hidden_size`, if the config has it, becomes `token_dim`.
 
         Args:
             model_config: the base model's: an object, a dict or None.
             width: the size of its word embeddings, if it has any.
 
         Raises:
-            ConfigError: a size is neither given nor in the model's config, or sizes contradict each other.
+            ConfigError: a size is neither passed nor in the model's config, or sizes contradict each other.
         """
         facts = to_dict(model_config)
         if self.token_dim is None and not self.holds_keys:
@@ -80,13 +84,22 @@ class PromptLearningConfig(PeftConfig):
             self.encoder_hidden_size = self.token_dim
 
     def _fit_keys(self, facts: Json) -> None:
-        """Set the size of one layer's keys: of the largest layer's, where layers differ."""
+        """Set `token_dim` to the width of one layer's keys over all heads, and `num_attention_heads` to the number of
+        key heads.
+
+        With grouped heads (`num_key_value_heads`; 1 for Falcon's multi_query), the width is heads × head_dim, of the
+        largest layer where layers differ. Without, the number of heads stays, and `token_dim` is d_kv × heads (T5) or
+        stays.
+
+        Raises:
+            ConfigError: `token_dim` is no multiple of the heads.
+        """
         heads = facts.get("num_key_value_heads")
         if heads is None and facts.get("multi_query") and not facts.get("new_decoder_architecture"):  # Falcon
             heads = 1
         assert self.token_dim is not None and self.num_attention_heads is not None
         if heads is None:
-            if facts.get("d_kv") is not None:  # T5, whose heads together need not be as wide as the model
+            if facts.get("d_kv") is not None:  # T5: all heads together need not be as wide as the model
                 self.token_dim = facts["d_kv"] * self.num_attention_heads
             if self.token_dim % self.num_attention_heads:
                 raise ConfigError(
@@ -104,7 +117,9 @@ class PromptLearningConfig(PeftConfig):
 
 
 def to_dict(model_config: Any) -> Json:
-    """Return the text part of a model's config as a dict."""
+    """Return a model's config as a dict, with aliases of names (`attribute_map`); entries of its `text_config`
+    override. None: {}.
+    """
     if model_config is None:
         return {}
     facts = dict(model_config) if isinstance(model_config, dict) else model_config.to_dict()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Supported inside: rooms may import this module.
-"""Configs from anywhere, read with suspicion: JSON of bounded size and depth; patterns matched in bounded time."""
+"""Reads of configs from anywhere: JSON of bounded size and depth, and regular expressions that match in
+bounded time.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from typing import IO, Any
 
 from graft.core.errors import CheckpointError, ConfigError, shorten_text
 
-Json = dict[str, Any]  # an object of a JSON file: who reads a field of it says what that is
+Json = dict[str, Any]  # an object of a JSON file: the code that reads a field checks its type
 
 LARGEST = 2**24  # bytes of a file
 LARGEST_NUMBER = 2**24  # of a size or factor
@@ -43,10 +45,11 @@ def read_object(path: str | os.PathLike[str], largest: int = LARGEST, finite: bo
 
     Args:
         largest: bytes that the file may have.
-        finite: all its numbers are; False for a model's config, where Mamba2 has a range to Infinity.
+        finite: refuse infinite and NaN numbers; False for a model's config, where Mamba2 has a range to Infinity.
 
     Raises:
         CheckpointError: the file is too large, is no JSON, or holds something else. The text names file and field.
+        OSError: there is no such file, or it cannot be read.
     """
     with open_file(path) as f:
         if (size := os.fstat(f.fileno()).st_size) > largest:
@@ -59,11 +62,16 @@ def read_object(path: str | os.PathLike[str], largest: int = LARGEST, finite: bo
 
 
 def parse_json(text: str | bytes, what: str) -> Any:
-    """Return the value of a JSON text. `what`: where it stands, for errors.
+    """Return the value of a JSON text, or of its UTF-8 bytes.
+
+    Whole numbers of more than `DIGITS` digits become infinity.
+
+    Args:
+        what: names the text in errors.
 
     Raises:
-        CheckpointError: it is no JSON, is nested too deeply for Python, or holds more lists and objects than any file
-            of graft's, which would take gigabytes.
+        CheckpointError: it is no JSON, has a key twice, is nested too deeply for Python, or has more than
+            `MOST_CONTAINERS` lists and objects, which would take gigabytes.
     """
     try:
         if isinstance(text, bytes):
@@ -78,11 +86,14 @@ def parse_json(text: str | bytes, what: str) -> Any:
 
 
 def parse_int(digits: str) -> float:
-    return int(digits) if len(digits) <= DIGITS else math.inf  # `check_value` names the field
+    """Return a whole number from its digits; infinity for more than `DIGITS` digits, so that `check_value` can name the
+    field.
+    """
+    return int(digits) if len(digits) <= DIGITS else math.inf
 
 
 def make_object(pairs: list[tuple[str, object]]) -> Json:
-    """Return pairs as a dict; raise ValueError if a key stands twice."""
+    """Return (key, value) pairs as a dict. Raises ValueError with the key if one is there twice."""
     out = dict(pairs)
     if len(out) < len(pairs):
         seen: set[str] = set()
@@ -92,7 +103,14 @@ def make_object(pairs: list[tuple[str, object]]) -> Json:
 
 
 def check_value(value: object, what: str, field: str, depth: int, finite: bool = True) -> None:
-    """Raise CheckpointError for a number that is not finite, if `finite`, and for too deep a nesting."""
+    """Raise CheckpointError for a number that is infinite or NaN (if `finite`), and for containers nested deeper than
+    `DEEPEST`.
+
+    Args:
+        what: names the file in errors.
+        field: the key of the outermost object that the value is in.
+        depth: number of containers around the value.
+    """
     if isinstance(value, float):
         if finite and not math.isfinite(value):
             raise CheckpointError(f"{what}: the field '{field}' has a number that is too large, infinite or NaN.")
@@ -112,19 +130,31 @@ BUDGET = 1.0  # seconds that all slow matches of one pattern may take together
 
 
 class Pattern:
-    """A regular expression of a config's field, as Python's `re` understands it.
+    """A regular expression in a config's field, with Python's syntax; `match`, `fullmatch` and `subn` are those of
+    `re`.
+
+    A pattern with many or nested repetitions is matched by the package `regex`, with a time limit: all its slow matches
+    together may take `BUDGET` seconds. A match beyond that raises ConfigError.
 
     Args:
-        text: the pattern as the field has it.
+        text: the pattern as the field has it, for errors.
+        field: name of the field, for errors.
         whole: the pattern to match; None: `text`.
 
     Raises:
-        ConfigError: it is no regular expression, or it takes too long to match.
+        ConfigError: it is no regular expression, or too large.
     """
 
     __slots__ = ("field", "fullmatch", "left", "match", "subn", "text")
 
     def __init__(self, text: str, field: str, whole: str | None = None):
+        """Compile the pattern, by `re` if it is quick (`is_quick`), else by the package `regex`, with a limit of
+        `BUDGET` seconds for all its slow matches.
+
+        Raises:
+            ConfigError: it is no regular expression, has more than `LONGEST` characters, or counts in braces with a
+                product above `MOST_REPEATS`.
+        """
         self.text, self.field, self.left = text, field, BUDGET
         whole = text if whole is None else whole
         bare = remove_escapes(text)
@@ -151,6 +181,13 @@ class Pattern:
         self.subn = partial(self._call_in_time, timed.subn)
 
     def _call_in_time(self, function: Callable[..., object], *args: object) -> Any:
+        """Call a function of `regex` within the time that is left for this pattern.
+
+        Time of a slow call is subtracted.
+
+        Raises:
+            ConfigError: it takes longer. All later slow matches of the pattern fail as well.
+        """
         start = perf_counter()
         try:
             result = function(*args, timeout=max(self.left, SLOW))
@@ -168,26 +205,28 @@ class Pattern:
 
 @lru_cache(maxsize=4096)
 def compile_pattern(text: str, field: str, whole: str | None = None) -> Pattern:
-    """Return the compiled pattern of a config's field."""
+    """Return the `Pattern` of a config's field. Cached. Raises ConfigError for an invalid pattern."""
     return Pattern(text, field, whole)
 
 
 def compile_ending(text: str, field: str) -> Pattern:
-    """Return the pattern that matches a path whose end `text` matches, from the path's start or from a dot."""
+    """Return a pattern that matches a path if `text` matches its end, from the path's start or after a dot."""
     return compile_pattern(text, field, rf"(.*\.)?({text})$")
 
 
 def remove_escapes(text: str) -> str:
-    """Return a pattern without what is escaped, and without the question marks that name a kind of group."""
+    """Return a pattern without escaped characters, and with "(" in place of "(?", which names a kind of group."""
     return re.sub(r"\(\?", "(", re.sub(r"\\.", "", text, flags=re.DOTALL))
 
 
 def repeat_counts(bare: str) -> list[int]:
-    """Return the numbers that stand in braces."""
+    """Return the numbers in braces ("{2,5}") of a pattern, the first 9 digits of each; 1 for 0."""
     return [int(n[:9]) or 1 for braces in re.findall(r"\{[\d,\s]*\}", bare) for n in re.findall(r"[0-9]+", braces)]
 
 
 def is_quick(bare: str) -> bool:
-    """Return True if a pattern has few repetitions, and none of a group."""
+    """Return True if a pattern, without escapes, has at most `QUICK_REPEATS` repetitions and none of them repeats a
+    group.
+    """
     repeats = re.findall(r"[*+?{]", bare)
     return len(repeats) <= QUICK_REPEATS and not re.search(r"\)[*+{]", bare)

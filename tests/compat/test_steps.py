@@ -564,9 +564,9 @@ def test_parameters_without_a_call(monkeypatch):
 def test_originals_outside_of_an_injection():
     model = GRAFT.wrap(base().bfloat16(), LINEAR, autocast_adapter_dtype=False)
     tuner, block = model.base_model, model.base_model.model.blocks[0]
-    with pytest.raises(RuntimeError, match=r"makes no layer by itself.*add_adapter"):
+    with pytest.raises(RuntimeError, match=r"makes no layer:.*add_adapter"):
         tuner._create_and_replace(model.peft_config["default"], "default", block.q.linear, "linear", block.q)
-    with pytest.raises(RuntimeError, match="makes no layer by itself"):
+    with pytest.raises(RuntimeError, match="makes no layer:"):
         tuner._inject_parameters(graft.LoraConfig(**STACKS), model, "default", False)
     assert tuner._check_target_module_exists(model.peft_config["default"], "blocks.0.k")
     assert not tuner._check_target_module_exists(model.peft_config["default"], "blocks.0.q")

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model API: tuner, PeftModel, tasks, status, automatic loading."""
+"""The model API: PeftModel, its tuner and registry, task classes, status, loading and saving."""

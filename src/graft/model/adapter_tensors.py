@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter as the tensors that a server, or a trainer with a server beside it, takes."""
+"""An adapter as tensors in the names and shapes of a server (vLLM, SGLang), in memory or saved into a folder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from graft.storage.parallel import layout_of, processes
 
 PREFIX = "base_model.model."
 FACTORS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_shift"}
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of which vLLM 0.32 takes one as --max-lora-rank
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM 0.32 takes as --max-lora-rank
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class AdapterTensors:
     """An adapter in the layout of a server.
 
     Attributes:
-        tensors: by name, sorted; new ones, detached and contiguous, with the scaling in B. None of them in processes
-            other than the first of those that hold the adapter together.
+        tensors: {name: tensor}, sorted; copies, contiguous, with the scaling multiplied into B. If processes hold the
+            adapter together, only the first of them has tensors.
         config: the fields of adapter_config.json.
         needs: of the server: "max_lora_rank"; "flags", options to start it with; "is_3d_lora_weight", a field of a
             request that loads it into vLLM.
-        digest: of tensors and config.
+        digest: hash of tensors and config; "" without tensors.
     """
 
     tensors: dict[str, Tensor]
@@ -67,7 +67,10 @@ class AdapterTensors:
     base: Fingerprint = field(repr=False, compare=False)  # the fingerprint of the base model
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write adapter_model.safetensors and adapter_config.json into a folder; nothing where there are no tensors."""
+        """Write adapter_model.safetensors and adapter_config.json into a folder, with the base's fingerprint.
+
+        Without tensors, do nothing.
+        """
         if self.tensors:
             files.save_adapter(os.fspath(folder), self.tensors, self.lora_config, True, self.base)
 
@@ -79,20 +82,22 @@ def adapter_tensors(
     layout: str = "peft",
     dtype: torch.dtype | None = None,
 ) -> AdapterTensors:
-    """Return an adapter as tensors in the layout of a server; change nothing. All processes that hold it call this.
+    """Return an adapter as tensors in the layout of a server.
 
-    Of PiSSA and its like the tensors are for the base as it was: twice the rank.
+    The model does not change. All processes that hold it call this.
+
+    An adapter that changed the base at its start (PiSSA) gets factors of twice the rank, for the original base.
 
     Args:
-        layout: "peft"; "vllm", which is "vllm-3d" for families whose experts vLLM holds as stacks and "vllm-2d" for
-            others; "vllm-shared", "sglang" or "sglang-shared". They differ in experts only, in their names and shapes.
+        layout: "peft"; "vllm", which is "vllm-3d" if vLLM holds the experts of this family as stacks, else "vllm-2d";
+            "vllm-shared", "sglang" or "sglang-shared". They differ in names and shapes of experts only.
         dtype: of the tensors; that of A if None.
 
     Raises:
         ConfigError: there is no such layout.
         AdapterNotFoundError: there is no such adapter.
-        LossError: the server cannot do what the adapter does: all reasons. Nothing has been collected yet, unless it is
-            that experts do not share a factor.
+        LossError: the server cannot run such an adapter; the text has all reasons. No tensor has been collected then,
+            except where experts do not share a factor.
         CheckpointError: a tensor is a part of one, or a process is alone.
     """
     if layout not in LAYOUTS:
@@ -115,14 +120,24 @@ def adapter_tensors(
     digest = hash_text(digest_tensors(local_tensors) + json.dumps(fields, sort_keys=True)) if local_tensors else ""
     note = save.fingerprint_base(model, adapter_name, False, together=bool(ranks_here))
     if view.hub and any(layer.op.opaque and not layer.site.is_stack for _, layer in view.layers):
-        note = {}  # what acts on a parameter is for the module that has it
+        note = {}  # the file names the module that has the parameter, which the fingerprint does not
     return AdapterTensors(local_tensors, fields, server_needs(view, ranks), digest, lora_config, note)
 
 
 def save_in_layout(
     model: nn.Module, directory: str, selected: list[str] | None, layout: str, writes: bool = True
 ) -> None:
-    """Write adapters in a layout, "default" into the folder and others into sub-folders."""
+    """Write adapters in the layout of a server: "default" into the folder, others into sub-folders.
+
+    All are computed before one is written.
+
+    Args:
+        selected: names; None: all that are not frozen references.
+        writes: False: take part in the computation, but write nothing.
+
+    Raises:
+        ValueError: the path is a file, or a selected adapter is not loaded. Other errors: see `adapter_tensors`.
+    """
     check_save_arguments(directory, "sampled", True)
     names = names_to_save(model, selected, directory)
     adapters = {name: adapter_tensors(model, name, layout) for name in names}
@@ -133,7 +148,7 @@ def save_in_layout(
 
 @dataclass
 class ServerView:
-    """An adapter, and the layout that it gets."""
+    """An adapter's carriers, the base's experts, and the layout of a server."""
 
     adapter: str
     parts: AdapterCarriers
@@ -143,29 +158,37 @@ class ServerView:
 
     @property
     def layers(self) -> Iterator[tuple[str, AdapterLayer]]:
-        """Yield the layers with the beginning of their keys."""
+        """Yield each adapted layer with the beginning of its keys in PEFT's files,
+        "base_model.model.layers.0.q_proj".
+        """
         nests = ParameterLayerPaths(self.parts.layers.values())
         for key, layer in self.parts.layers.items():
             yield f"{self.prefix}{nests.path(key, layer)}", layer
 
     @property
     def hub(self) -> bool:
-        """Whether modules have the names of checkpoints on the hub."""
+        """Whether modules get the names that they have in checkpoints on the hub: in every layout except "peft"."""
         return self.layout != "peft"
 
     def block(self, layer: AdapterLayer) -> ServerBlock | None:
+        """Return the block of experts that a layer on a stack belongs to; None for other layers and unknown blocks."""
         return self.blocks.found.get(strip_inner_wrappers(layer.site.path)) if layer.site.is_stack else None
 
     def path(self, layer: AdapterLayer) -> str:
+        """Return a layer's module path: that of hub checkpoints if `hub`, else that in the base."""
         path = strip_inner_wrappers(layer.site.path)
         return self.blocks.find_old_path(path) if self.hub else path
 
 
-# what no server does
+# obstacles: adapters that no server can run
 
 
 def find_obstacles(view: ServerView, config: PeftConfig | None, model: nn.Module) -> Iterator[str]:
-    """Yield why an adapter cannot be given to a server in a layout."""
+    """Yield each reason why the server cannot run the adapter, with the layers that have it. Nothing: it can.
+
+    For a method other than LoRA that is the only reason. Else: layers (`find_layer_obstacles`), modules trained whole,
+    trained biases of the base, repeated layers, and stages of a pipeline.
+    """
     if config is not None and config.peft_type != "LORA":
         yield f"it is {config.peft_type.value}, and servers load LoRA: convert it (graft.convert_to_lora)"
         return
@@ -186,6 +209,12 @@ def find_obstacles(view: ServerView, config: PeftConfig | None, model: nn.Module
 
 
 def find_layer_obstacles(view: ServerView, layer: AdapterLayer) -> Iterator[str]:
+    """Yield each reason why the server cannot run the adapter on one layer.
+
+    In all layouts: it does more than add B A; it has other tensors than plain factors, or a bias of B; it holds factors
+    in blocks; it changed the base at its start and recorded no shift. Layouts other than "peft" also need known
+    experts, and linear layers or embeddings.
+    """
     m: Method = layer.methods[view.adapter]
     containers = {slot.container for slot in layer.slots(view.adapter) if slot.saved}
     strange = sorted(name for name in containers - FACTORS if not name.startswith(TRAINING_ONLY))
@@ -214,7 +243,7 @@ def find_layer_obstacles(view: ServerView, layer: AdapterLayer) -> Iterator[str]
 
 
 def is_full_size(layer: AdapterLayer, m: Method) -> bool:
-    """Return True if the factors have the shapes of whole matrices, as far as this process sees."""
+    """Return True if A is (r, in) and B is (out, r). Sharded or empty factors and stacks pass unseen."""
     A, B = m.pair
     out, fan_in = layer.op.dims(layer.site.module)
     if layer.site.is_stack or layout_of(A) is not None or not A.numel():
@@ -228,7 +257,14 @@ def is_full_size(layer: AdapterLayer, m: Method) -> bool:
 def lay_out(
     view: ServerView, values: dict[str, Tensor], dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return the tensors, sorted, and the rank of each module or stack by its path."""
+    """Return the tensors of the layout, sorted by name, and the rank of each adapted module or stack by its path.
+
+    Factors of experts are grouped by block and written by the layout's writer; a block that lacks one of its stacks
+    gets zeros. SGLang's layouts pad all factors to the largest rank.
+
+    Raises:
+        LossError: experts do not share a factor, in a layout that ends in "-shared".
+    """
     out: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     experts: dict[str, dict[str, FactorPair]] = {}
@@ -265,7 +301,11 @@ def lay_out(
 def read_factors(
     values: dict[str, Tensor], stem: str, layer: AdapterLayer, scaling: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, tuple[str, str]]:
-    """Return A and B of a layer, with the scaling in B, and the ends of their names."""
+    """Return A, B times `scaling`, and the two endings of their names, from the values of an adapter's file.
+
+    If the adapter changed the base at its start, its `lora_shift` is appended, negated, so that the factors fit the
+    original base. Both are copies of dtype `dtype`, that of A if None; the product is computed in float32.
+    """
     ends = ("lora_embedding_A", "lora_embedding_B") if layer.op.takes_ids else ("lora_A.weight", "lora_B.weight")
     A, B = (values[f"{stem}.{end}"].detach() for end in ends)
     dtype = A.dtype if dtype is None else dtype
@@ -278,7 +318,7 @@ def read_factors(
 
 
 def pad_ranks(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """Return factors of one rank, with zeros."""
+    """Return the factors with zeros appended in the rank's dimension: rows of A, columns of B."""
     out = {}
     for key, t in tensors.items():
         if key.rpartition(".lora_")[2] in ("A.weight", "embedding_A"):
@@ -292,10 +332,13 @@ def pad_ranks(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
 
 
 def make_lora_config(view: ServerView, config: object, ranks: dict[str, int], base: nn.Module) -> LoraConfig:
-    """Return the config of plain LoRA with the scaling 1.
+    """Return the config of plain LoRA with scaling 1 for these tensors: alpha is the rank, and so in `alpha_pattern`.
+
+    Targets are the shortest names that no other module has. Stacks are `target_parameters` in the layouts "peft" and
+    "vllm-3d".
 
     Args:
-        ranks: of each module, by path, and of each stack that is named by its parameter.
+        ranks: of each module by path, and of each stack by module and parameter.
     """
     r = max(ranks.values())
     every = {view.blocks.find_old_path(path) if view.hub else path for path in view.blocks.tree.modules}
@@ -313,18 +356,27 @@ def make_lora_config(view: ServerView, config: object, ranks: dict[str, int], ba
 
 
 def find_suffixes(names: set[str], every: set[str], least: int = 1) -> list[str]:
-    """Return the shortest ends of names, of `least` parts or more, that no other name has."""
+    """Return the shortest endings of `names`, of `least` parts or more, that no name of `every` outside `names` has;
+    sorted.
+
+    A name without such an ending is returned whole.
+    """
     foreign = {end for name in every - names for end in iterate_suffixes(name, least)}
     return sorted({next((end for end in iterate_suffixes(name, least) if end not in foreign), name) for name in names})
 
 
 def iterate_suffixes(path: str, least: int) -> Iterator[str]:
+    """Yield the endings of a dotted path, from `least` parts up to the whole path."""
     parts = path.split(".")
     yield from (".".join(parts[n:]) for n in range(max(0, len(parts) - least), -1, -1))
 
 
 def server_needs(view: ServerView, ranks: dict[str, int]) -> Json:
-    """Return what a server has to be, or to be told, to load the tensors."""
+    """Return the server's requirements: "max_lora_rank", "flags" to start it with, and "is_3d_lora_weight".
+
+    SGLang gets the largest rank and the names of the target modules. vLLM gets the next rank of `RANKS`, and a flag if
+    experts are shared, or are in another form than it expects.
+    """
     r = max(ranks.values())
     experts = any(view.block(layer) is not None for _, layer in view.layers)
     if view.layout.startswith("sglang"):

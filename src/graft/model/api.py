@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a model and a config to a PeftModel (`get_peft_model`), or to the report of what that would do (`plan`)."""
+"""get_peft_model makes a PeftModel of a model and a config; `plan` reports the same injection without making it."""
 
 from __future__ import annotations
 
@@ -42,33 +42,35 @@ def get_peft_model(
     heads: dict[str, nn.Module] | None = None,
     change_timeout: float | None = PATIENCE,
 ) -> PeftModel:
-    """Inject an adapter into `model`, in place, and wrap it in the PeftModel class of the config's task type.
+    """Inject an adapter into `model`, in place, and return the PeftModel of the config's task type around it.
+
+    The model's name and `revision` are written into the config.
 
     Args:
-        model: any torch module; the adapter's layers replace modules of it.
+        model: any torch module; adapter layers replace modules of it.
         peft_config: the method and its settings, such as a LoraConfig.
         adapter_name: the adapter's name, for `set_adapter`, `adapter_names` and files.
         mixed: make a PeftMixedModel, for adapters of several methods.
         autocast_adapter_dtype: train half-precision adapters in float32.
         revision: the base model's, for the config.
         low_cpu_mem_usage: leave the adapter's tensors on the meta device.
-        heads: modules for the config's `modules_to_save`, instead of copies of the base's, by name.
+        heads: modules for the config's `modules_to_save`, by name, instead of copies of the base's.
         change_timeout: as in `PeftModel`.
 
     Raises:
         NoMatchingPeftModuleError: the config targets nothing in this model.
         AlreadyInjectedError: the model has adapters.
         UnsupportedLayerError: it targets a layer type that the method cannot adapt.
-        ConfigError: it does not fit this model in another way. In each case nothing has changed.
+        ConfigError: it does not fit this model in another way. After each error model and config are as before.
     """
     check_config(peft_config)
     get_registry(model)  # raises if it is no model
     tree = survey_model(model)
     if tree.layers:
         raise AlreadyInjectedError(
-            "You are trying to modify a model with PEFT for a second time. For another adapter beside the one it has, "
-            "call add_adapter() of the model you got; to replace it, delete_adapter() before; to start over, make sure "
-            "to call `.unload()` before."
+            "You are trying to modify a model with PEFT for a second time. Call add_adapter() of the PeftModel for "
+            "another adapter, and delete_adapter() before to replace one. To start over, make sure to call `.unload()` "
+            "before."
         )
     prefix = method_of(peft_config.peft_type).prefix
     if adapter_name and adapter_name in prefix:
@@ -92,7 +94,10 @@ def get_peft_model(
 
 
 def record_origin(model: nn.Module, config: PeftConfig, revision: str | None) -> None:
-    """Write the base model's name and revision into the config."""
+    """Write the base model's `name_or_path` (None if it has none) and `revision` into the config.
+
+    Warn if the config has another name, or another revision. `revision=None` leaves the config's.
+    """
     old, new = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
     if old is not None and old != new:
         warn(
@@ -110,7 +115,7 @@ def record_origin(model: nn.Module, config: PeftConfig, revision: str | None) ->
 
 
 def get_peft_config(config_dict: Json) -> PeftConfig:
-    """Make a config of the class that `config_dict["peft_type"]` names."""
+    """Return a config of the class that `config_dict["peft_type"]` names. Raises KeyError without that key."""
     return PeftConfig.resolve(config_dict["peft_type"])(**config_dict)
 
 
@@ -120,8 +125,10 @@ def get_peft_config(config_dict: Json) -> PeftConfig:
 def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> InjectReport:
     """Return the report of injecting `config`: layers, trainable parameters, skipped modules and why.
 
-    Allocate nothing (but a prompt, for a moment) and change nothing; the model may be on the meta device. Print the
-    report to see a table.
+    Print it to see a table.
+
+    The model does not change, and may be on the meta device or have adapters. No memory is allocated, except a prompt's
+    for a moment. Warnings are suppressed, since the report contains them.
 
     Raises:
         NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: as `get_peft_model` would.
@@ -145,6 +152,12 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
 
 
 def _fill_report(injection: Injection, method: type[Method], adapter_name: str) -> InjectReport:
+    """Return the report of an injection that has found its targets, with their sizes and those of tied and whole
+    modules.
+
+    Parameters are counted on the meta device. Of a tied target, the parameters of its source count again, unless it is
+    always tied.
+    """
     report = injection.report
     with torch.device("meta"):
         shared = SharedTensors()
@@ -165,6 +178,9 @@ def _fill_report(injection: Injection, method: type[Method], adapter_name: str) 
 
 
 def describe_target(method: Method, shared: dict[str, object]) -> Matched:
+    """Return a report's row for one target: path, type, number of trainable parameters without borrowed ones, and
+    shapes.
+    """
     site, values = method.site, build_placeholders(method, shared)
     sized = [(name, p) for name, v in values.items() for p in _parameters_in(v)]
     shapes = tuple(f"{name} {tuple(p.shape)}" for name, p in sized)
@@ -177,6 +193,7 @@ def describe_target(method: Method, shared: dict[str, object]) -> Matched:
 
 
 def _parameters_in(value: object) -> list[Tensor]:
+    """Return the parameters of a placeholder: [itself], those of a module, or []."""
     if isinstance(value, nn.Parameter):
         return [value]
     return list(value.parameters()) if isinstance(value, nn.Module) else []
@@ -189,18 +206,24 @@ T = TypeVar("T")
 
 
 class _TypeTable(Mapping[str, T]):
+    """A read-only mapping from peft_type, as text or member of the enum, to a value that a function makes on access."""
+
     def __init__(self, of: Callable[[str], T]):
+        """Keep the function that makes a value of a peft_type."""
         self._of = of
 
     def __getitem__(self, peft_type: str) -> T:
+        """Return the value of a peft_type; KeyError for an unknown one."""
         if getattr(peft_type, "value", peft_type) not in ROWS:
             raise KeyError(peft_type)
         return self._of(peft_type)
 
     def __iter__(self) -> Iterator[str]:
+        """Iterate over all members of PeftType."""
         return iter(PeftType)
 
     def __len__(self) -> int:
+        """Return the number of methods."""
         return len(ROWS)
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Audit: which of a model's adapters got gradients and moved, and which parameters train, are saved, are optimized."""
+"""Audit: which active adapters of a model got gradients and moved, and which parameters train, are saved, are
+optimized.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +32,15 @@ from graft.io.save import collect_base_tensors, find_carriers, get_config
 from graft.model.rates import class_name_of, find_known_range
 from graft.storage.parallel import layout_of
 
-NONE, ZERO, BROKEN, FINE = "none", "zero", "broken", "fine"  # what became of the gradients of a part
+NONE, ZERO, BROKEN, FINE = "none", "zero", "broken", "fine"  # states of the gradients of a part
 
 
 @dataclass
 class AuditReport:
-    """What an audit found. A list that is empty found nothing; `str` shows the others, each with its remedy.
+    """The findings of an audit. An empty list found nothing; `str` shows the others, each with its remedy.
 
-    Entries up to `nothing_trains` are adapters where they act, as "layers.0.q_proj ('default')"; of the others,
-    parameters.
+    Entries of the lists up to `nothing_trains` are adapters on their layers, as "layers.0.q_proj ('default')". Entries
+    of the other lists are parameters.
     """
 
     never_called: list[str] = field(default_factory=list)  # known if the audit ran the model itself
@@ -48,7 +50,7 @@ class AuditReport:
     broken: list[str] = field(default_factory=list)
     exploded: list[str] = field(default_factory=list)
     not_moved: list[str] = field(default_factory=list)  # after steps of an optimizer
-    nothing_trains: list[str] = field(default_factory=list)  # active adapters of a model in which nothing trains
+    nothing_trains: list[str] = field(default_factory=list)  # active adapters, if no parameter of the model trains
     not_trained: list[str] = field(default_factory=list)  # of active adapters: would be saved, and are frozen
     not_saved: list[str] = field(default_factory=list)
     not_optimized: list[str] = field(default_factory=list)
@@ -59,10 +61,16 @@ class AuditReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found."""
+        """Whether all lists are empty."""
         return not any(getattr(self, name) for name in SECTIONS)
 
     def __str__(self) -> str:
+        """Return the report as text: a line that says after which backward pass, and whether nothing is wrong.
+
+        If an optimizer stepped, a line with the range of updates follows. Each list that is not empty gives a line with
+        its fault, its number of entries, the entries, and the remedy. Entries that differ in layer numbers only are
+        counted together.
+        """
         when = f"After {self.after}" if self.after else "Before any backward pass, so without a look at gradients"
         lines = [
             f"{when}: " + ("nothing is wrong with the adapters." if self.ok else "not all adapters train as set up.")
@@ -78,7 +86,7 @@ class AuditReport:
         return "\n".join(lines)
 
     def range_of_updates(self) -> str:
-        """Return the smallest and the largest share in `updates` as text."""
+        """Return the smallest and the largest share in `updates` as text, or the one value if they are equal."""
         least, most = min(self.updates.values()), max(self.updates.values())
         return f"{least:.1e}" if least == most else f"{least:.1e} to {most:.1e}"
 
@@ -87,7 +95,7 @@ TINY = 1e-5  # share of its weight below which an update changes nothing that on
 HUGE = 10.0  # share above which nothing is left of the weight
 FAR = 10.0  # times below or above the range of good learning rates
 
-SECTIONS = {  # {field: (what is wrong, what helps)}
+SECTIONS = {  # {field of AuditReport: (fault, remedy)}
     "never_called": (
         "the forward pass never called",
         "The model uses these modules' weights past them, or not at all: leave them out with exclude_modules.",
@@ -143,7 +151,9 @@ SECTIONS = {  # {field: (what is wrong, what helps)}
 
 
 class Part(NamedTuple):
-    """An active adapter on one of its carriers, and its parameters that require gradients."""
+    """An active adapter on one of its carriers (layer, head, shared tensors), and its parameters that require
+    gradients.
+    """
 
     carrier: Carrier
     adapter: str
@@ -151,7 +161,8 @@ class Part(NamedTuple):
 
     @property
     def label(self) -> str:
-        state = self.carrier.state  # of a call that a backward pass runs again nobody asks: none may be known
+        """ "layers.0.q_proj ('default')" with ", disabled" or ", merged" inside the brackets where that is so."""
+        state = self.carrier.state  # a backward pass may run it outside of any call
         off = state.disabled or (state.call is not None and bool(state.call.thread_state.off))
         why = ", disabled" if off else ""
         why = ", merged" if self.adapter in self.carrier.merged_adapters else why
@@ -163,18 +174,21 @@ def audit(
     optimizer: torch.optim.Optimizer | None = None,
     loss: Callable[[], Tensor] | None = None,
 ) -> AuditReport:
-    """Report what of a model's active adapters does not train or move, has exploded, is not saved, or not optimized.
+    """Return a report of the active adapters: which do not train or move, have exploded, are not saved, or not
+    optimized.
 
-    Call it between `backward()` and `zero_grad()`, or pass `loss`. Without gradients (before a backward pass, or after
-    `zero_grad()`) it looks at values alone: whether training has changed the adapters, and how large their updates are.
-    It reads all numbers at once, but reads each weight: call it now and then, not in every step. A model in training
-    looks at itself once, and warns: see `model/watch.py`; `graft.train.Watch` does this in a Trainer.
+    Call it between `backward()` and `zero_grad()`, or pass `loss`. Without gradients it judges values alone: whether
+    training has changed the adapters, and how large their updates are. It waits for the device only a few times, but
+    reads each weight: call it now and then, not in every step.
+
+    A model in training runs a part of the audit once without a call, and warns (`model/watch.py`). `graft.train.Watch`
+    audits in a Trainer.
 
     Args:
         model: with adapters; a PeftModel, a module that carries adapters, or a wrapper (DDP, torch.compile) of one.
-        optimizer: which must hold all parameters that train.
+        optimizer: which must hold all parameters that train; its learning rates are compared with known ones.
         loss: runs the model and returns its loss, such as `lambda: model(**batch).loss`. The audit runs it and a
-            backward pass, sees which modules are called, and puts back the gradients that were there.
+            backward pass, notes which modules are called, and puts back the gradients of before.
 
     Example:
         >>> print(graft.audit(model, optimizer, loss=lambda: model(**batch).loss))
@@ -215,13 +229,19 @@ def audit(
 
 
 def find_active_parts(carriers: Iterable[Carrier]) -> list[Part]:
-    """Return the parts that should get gradients."""
+    """Return the active adapters on their carriers that have parameters with requires_grad, and so should get
+    gradients.
+    """
     parts = ((c, name, [p for p in c.parameters_of(name) if p.requires_grad]) for c, name in iter_carried(carriers))
     return [Part(*part) for part in parts if part[2]]
 
 
 def gradient_states(parts: Iterable[Part]) -> list[str]:
-    """Return what became of the gradients of each part, all its parameters together: those of LoRA's A begin with 0."""
+    """Return the state of the gradients of each part, over all its parameters: NONE, ZERO, BROKEN (not finite) or FINE.
+
+    A part is ZERO only if all of its gradients are: those of LoRA's A begin with 0. All numbers are read with a few
+    waits for the device.
+    """
     gradients = [[p.grad for p in part.parameters if p.grad is not None] for part in parts]
     sizes = iter(max_magnitudes([g for grads in gradients for g in grads]))
     out = []
@@ -237,9 +257,12 @@ def gradient_states(parts: Iterable[Part]) -> list[str]:
 
 
 def report_gradients(parts: list[Part], report: AuditReport, called: set[int] | None = None) -> None:
-    """Enter into a report what is wrong with the gradients of these parts.
+    """Add each part without proper gradients to its list in the report.
 
-    called: ids of the modules that ran; None: not known.
+    A part without a gradient is added to `never_called` if its layer is not in `called`, else to `no_gradient`.
+
+    Args:
+        called: ids of the modules that ran; None: not known.
     """
     for part, state in zip(parts, gradient_states(parts)):
         if state == NONE and called is not None and part.carrier.replaces and id(part.carrier) not in called:
@@ -253,8 +276,11 @@ def report_gradients(parts: list[Part], report: AuditReport, called: set[int] | 
 
 
 def was_stepped(model: nn.Module, registry: object, optimizer: torch.optim.Optimizer | None) -> bool:
-    """Return True if an optimizer has changed a model's adapters, as far as one can tell: its state says so, or
-    gradients of a backward pass are gone."""
+    """Return True if an optimizer seems to have changed the adapters.
+
+    Signs: its state has a parameter that requires gradients; or the active adapters had a backward pass, and no such
+    parameter has a gradient left.
+    """
     training = [p for p in model.parameters() if p.requires_grad]
     if optimizer is not None and any(p in optimizer.state for p in training):
         return True
@@ -262,13 +288,20 @@ def was_stepped(model: nn.Module, registry: object, optimizer: torch.optim.Optim
 
 
 def was_trained(registry: Any) -> bool:
-    """Return True if the active adapters have been so in a backward pass."""
+    """Return True if there are active adapters and all of them were active in a backward pass.
+
+    False without a registry.
+    """
     active = () if registry is None else registry.active_adapters
     return bool(active) and registry.trained.issuperset(active)
 
 
 def report_updates(parts: list[Part], report: AuditReport, stepped: bool) -> None:
-    """Enter into a report how large the updates of these parts are, and what is wrong with their values."""
+    """Set `stepped` and `updates` of the report, and add parts to `broken`, `exploded` and `not_moved`.
+
+    The update is judged as a share of its weight: above `HUGE` it has exploded, unless the adapter starts with a part
+    of the weight; below `TINY` it has not moved, if an optimizer has stepped.
+    """
     report.stepped = stepped
     for part, (finite, share) in zip(parts, measure_updates(parts)):
         if not finite:
@@ -282,7 +315,9 @@ def report_updates(parts: list[Part], report: AuditReport, stepped: bool) -> Non
 
 
 def starts_large(part: Part) -> bool:
-    """Return True where an adapter has begun with a part of the weight, and may have left little of it."""
+    """Return True if the adapter took a part of the weight out of the base at its start (PiSSA), so that its update is
+    large.
+    """
     layer = part.carrier.adapter_layer
     method = None if layer is None else layer.methods.get(part.adapter)
     return method is not None and Use.CHANGES in method.uses_weight()
@@ -292,14 +327,17 @@ def starts_large(part: Part) -> bool:
 def run_trial(
     model: nn.Module, registry: Any, carriers: Iterable[Carrier], loss: Callable[[], Tensor]
 ) -> Iterator[set[int]]:
-    """Run forward and backward; yield ids of the carriers that ran, and put gradients back after the block.
+    """Run forward and backward with all gradients None; yield the ids of the carriers that ran.
 
-    The registry's own watch does not see it: this is no training.
+    Put the gradients back afterwards.
+
+    The registry's watch is off meanwhile: this is no training. No backward pass runs if the loss has no gradient.
     """
     before = [(p, p.grad) for p in model.parameters()]
     called: set[int] = set()
 
     def note(module: nn.Module, _: object) -> None:
+        """Record that a carrier's module ran."""
         called.add(id(module))
 
     with ExitStack() as undo:
@@ -314,16 +352,18 @@ def run_trial(
                 undo.enter_context(c.register_forward_pre_hook(note))
         with torch.enable_grad():
             value = loss()
-        if value.requires_grad:  # else no gradient comes anywhere, which is what the report is for
+        if value.requires_grad:  # else no parameter gets a gradient, and the report says so
             value.backward()
         yield called
 
 
-# what trains and what is saved
+# parameters that train and are saved
 
 
 def find_frozen(carriers: Iterable[Carrier]) -> list[str]:
-    """Name the parameters of active adapters that a file holds and that do not require gradients."""
+    """Return "<layer>.<tensor> ('<adapter>')" for each tensor of an active adapter that files hold and training would
+    change, but that does not require gradients.
+    """
     return [
         f"{carrier.key}.{slot.container} ('{name}')"
         for carrier, name in iter_carried(carriers)
@@ -333,9 +373,13 @@ def find_frozen(carriers: Iterable[Carrier]) -> list[str]:
 
 
 def find_unsaved(model: nn.Module, adapters: Iterable[tuple[str, AdapterCarriers, nn.Module, PeftConfig]]) -> list[str]:
-    """Name the parameters of the model that require gradients and are in no adapter's file.
+    """Return the names of the model's parameters that require gradients and that no adapter's file holds.
 
-    adapters: (name, carriers, base model, config) of each.
+    Parameters that compute a prompt count as saved: the file holds the prompt. So do weights of the base that a save
+    would add.
+
+    Args:
+        adapters: (name, carriers, base model, config) of each.
     """
     training = {name: p for name, p in model.named_parameters() if p.requires_grad}
     saved: set[int] = set()
@@ -353,9 +397,11 @@ def find_unsaved(model: nn.Module, adapters: Iterable[tuple[str, AdapterCarriers
 def find_far_rates(
     parts: Iterable[Part], configs: dict[str, PeftConfig], optimizer: torch.optim.Optimizer
 ) -> list[str]:
-    """Name the adapters whose learning rate is far from what is good for their methods, as far as that is known.
+    """Return "<rate> for '<adapter>' (<method>: <low> to <high>)" for each adapter with a learning rate more than `FAR`
+    times outside the known range.
 
-    Heads have rates of their own. Optimizers without `betas` have other rates than Adam, and are left alone.
+    Heads are left out, and so are optimizers without `betas` (not Adam-like), rates of 0, and methods without known
+    rates. Of a scheduled rate, its initial value counts.
     """
     owners = {
         id(p): part.adapter for part in parts if not isinstance(part.carrier, ModulesToSaveWrapper) for p in part[2]
@@ -375,8 +421,11 @@ def find_far_rates(
 
 @torch.no_grad()
 def measure_updates(parts: Sequence[Part]) -> list[tuple[bool, float]]:
-    """Return whether the values of each part are finite, and its update as a share of the weight, NaN if that is not
-    known. With a few waits for each device."""
+    """Return for each part whether its values are finite, and the norm of its update as a share of the weight's norm.
+
+    The share is NaN where it is not known. Sharded, empty or special tensors are not read. It waits a few times for
+    each device.
+    """
     plain = [all([is_dense_float(p) and p.numel() and layout_of(p) is None for p in part.parameters]) for part in parts]
     read = [
         part.parameters if is_readable else [] for part, is_readable in zip(parts, plain)
@@ -392,7 +441,13 @@ def measure_updates(parts: Sequence[Part]) -> list[tuple[bool, float]]:
 
 
 def update_norms(carrier: Carrier, adapter: str) -> tuple[Tensor, ...]:
-    """Return the norms of update and weight; () if there is no such pair that can be read here."""
+    """Return the norms of an adapter's update on a carrier, and of the weight without adapters, in float32; () if
+    unknown.
+
+    Unknown: prompts and shared tensors; effects that take the whole module, have no weight or a fixed one; sharded or
+    unreadable weights. The update of the bias is included. For a copied head it is the difference from the base's
+    module.
+    """
     if isinstance(carrier, ModulesToSaveWrapper):
         return module_norms(carrier.modules_to_save[adapter], carrier.original_module)
     layer = carrier.adapter_layer
@@ -422,7 +477,11 @@ def update_norms(carrier: Carrier, adapter: str) -> tuple[Tensor, ...]:
 
 
 def module_norms(module: nn.Module, original: nn.Module) -> tuple[Tensor, ...]:
-    """Return the norms of the difference between a module and the one that it stands for, and of that one."""
+    """Return the norms of the difference between a copied module and its original, and of the original, over all
+    parameters.
+
+    Return () if there are no parameters, if shapes or devices differ, or if one is sharded, empty or special.
+    """
     pairs = list(zip(module.parameters(), original.parameters()))
     if not pairs or not all([is_dense_float(t) and t.numel() and layout_of(t) is None for pair in pairs for t in pair]):
         return ()

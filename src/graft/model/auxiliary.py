@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses that adapters add to the model's: of what their layers noted in a run, such as the balance of routers."""
+"""Losses that adapters add to the model's, from values that their layers noted in a run, such as the balance of
+routers.
+
+Layers note values (`call.note`) while a run with gradients collects them. At the end of the run
+`Method.compute_auxiliary_loss` makes one loss for each adapter, without padded tokens. Layers that a backward pass runs
+again note nothing, and no part of the loss is computed within a checkpointed block. If the call passes
+`num_items_in_batch`, the tokens of an optimizer step, its loss counts with the call's share of these.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +27,10 @@ def compute_losses(
     run: Run,
     model: nn.Module,
 ) -> dict[str, Tensor]:
-    """Return the losses of a run, (), by adapter. Of a Parallel each counts as its adapter's copies of the batch do."""
+    """Return the losses of a run, scalars, by adapter.
+
+    Each is multiplied by the run's share: of the copies of a Parallel that use the adapter, and of the step's tokens.
+    """
     return {
         name: methods[name].compute_auxiliary_loss(configs[name], [make_tokens(one, run, model) for one in values])
         * run.share(name, model)
@@ -29,7 +39,11 @@ def compute_losses(
 
 
 def add_to_loss(output: Any, more: Any) -> object:
-    """Return an output with more in its loss: `loss`, the first number of a tuple, or itself; None if it has none."""
+    """Return the model's output with `more` added to its loss; None if the output has no loss with a gradient.
+
+    The loss is the output itself, the first item of a tuple, or `loss` of a dict or an object. Tuples and dicts are
+    copied; the attribute of an object is overwritten.
+    """
     if is_loss(output):
         return output + more.to(output.device)
     if type(output) is tuple:
@@ -46,11 +60,15 @@ def add_to_loss(output: Any, more: Any) -> object:
 
 
 def is_loss(value: object) -> TypeGuard[Tensor]:
+    """Return True for a tensor without dimensions that requires gradients."""
     return isinstance(value, Tensor) and not value.dim() and value.requires_grad
 
 
 def make_tokens(noted: AuxiliaryValue, run: Run, model: nn.Module) -> NotedTokens:
-    """Return the tokens of a value (rows, tokens, …), and which of them are no padding, as the call's mask says."""
+    """Return a noted value, (rows, tokens, …), flattened to (tokens, width), with 1 for real tokens and 0 for padding.
+
+    The call's mask of padding is cut to the value's rows. It is None if the call has none, or one of another shape.
+    """
     value, real = noted.value, padding_mask(noted.layer, run, model)
     if real is not None and noted.rows is not None:
         real = real.to(noted.rows.device)[noted.rows]
@@ -60,7 +78,10 @@ def make_tokens(noted: AuxiliaryValue, run: Run, model: nn.Module) -> NotedToken
 
 
 def padding_mask(layer: str, run: Run, model: nn.Module) -> Tensor | None:
-    """Return the mask of padding of the tokens that a layer sees, (rows, tokens); None if the call has none."""
+    """Return the call's attention mask for a layer, (rows, tokens), bool; None if the call has none of two dimensions.
+
+    Layers of the decoder in an encoder-decoder model get `decoder_attention_mask`.
+    """
     of_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder." in layer
     mask = run.find_argument("decoder_attention_mask" if of_decoder else "attention_mask", model)
     return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None

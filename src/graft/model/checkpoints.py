@@ -1,6 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters of a model to and from folders: read with a new PeftModel, beside others or into one that
-is there; saved by one process or by several together.
+"""Loads of adapters into a model, new or existing ones, and saves by one process or by several together.
+
+A load reads the files (`read_adapter`), finds and checks the value of each tensor (`io/load.py`), and only then assigns
+one, in an injection or in `fill_adapter`. A save computes all tensors first. The files are then written under temporary
+names, synced and renamed (`config/pair.py`).
+
+If several processes hold parts of an adapter's tensors, all meet in the process group's store (`io/rendezvous.py`),
+where a process that is alone can leave. They compare their arguments and gather the tensors whole, in order of their
+names. The first one writes, and the others wait for its result or error. If each process has a copy of the adapter
+(DDP), no meeting is needed: the first writes at once, and the others wait for the same values.
 """
 
 from __future__ import annotations
@@ -32,13 +40,13 @@ from graft.io.written import StackLayout
 from graft.model.watch import is_replicated
 from graft.storage.parallel import processes
 
-SETTLED = {f.name for f in fields(PeftConfig)} | {  # fields that the tensors settle, or that have no effect later
+SETTLED = {f.name for f in fields(PeftConfig)} | {  # fields that the tensors imply, or that have no effect later
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
 
 
 class AdapterInMemory(NamedTuple):
-    """An adapter in memory, in place of the folder that it would be read from."""
+    """The config and the tensors of an adapter in memory, passed instead of a folder."""
 
     config: PeftConfig
     loaded: files.LoadedWeights
@@ -50,17 +58,22 @@ def read_adapter(
     replacement: Callable[[PeftConfig], str | None],
     config: PeftConfig | None = None,
 ) -> tuple[PeftConfig, files.LoadedWeights]:
-    """Return config and tensors of a saved adapter.
+    """Return config and tensors of a saved adapter. An `AdapterInMemory` is returned unchanged.
+
+    The layout of stacks of experts in the file is set from the config's version, from clients that replaced the
+    loading, and from `expert_layout`.
 
     Args:
         where: folder or hub repository.
-        options: keyword arguments of the caller; those for the hub, `subfolder`, `check_digest` and `expert_layout`
-            count.
-        replacement: returns who has replaced the loading of an adapter with such a config, if somebody has.
-        config: use this in place of the stored one.
+        options: keyword arguments of the caller: those for the hub, `subfolder`, `check_digest` and `expert_layout`;
+            others are ignored.
+        replacement: returns the name of the client that replaced the loading of adapters with a config, or None.
+        config: use this instead of the stored one, which is then not read.
 
     Raises:
-        ConfigError: `expert_layout` is none.
+        ValueError: `config` is no config.
+        ConfigError: `expert_layout` is no known layout.
+        CheckpointError, HubError: as `PeftModel.from_pretrained`.
     """
     if isinstance(where, AdapterInMemory):
         return where
@@ -82,7 +95,7 @@ def read_adapter(
 
 
 def prepare_config(config: PeftConfig, is_trainable: bool) -> None:
-    """Have the config of an adapter that is about to come say whether it trains."""
+    """Set `inference_mode` of a config before its adapter is added. Raises ValueError for a prompt that is to train."""
     if config.is_prompt_learning and is_trainable:
         raise ValueError(
             "Cannot set a prompt learning adapter to trainable when loading pretrained adapter. The file holds the "
@@ -92,7 +105,9 @@ def prepare_config(config: PeftConfig, is_trainable: bool) -> None:
 
 
 def widen_to_float32(layers: Iterable[AdapterLayer], adapter: str) -> None:
-    """Have the half-precision tensors of an adapter in float32, where its method trains so."""
+    """Replace an adapter's half-precision tensors on these layers by float32 ones, unless its method trains in the
+    base's dtype.
+    """
     for layer in layers:
         for key in layer.adapter_layer_names:
             container = getattr(layer, key)
@@ -101,13 +116,19 @@ def widen_to_float32(layers: Iterable[AdapterLayer], adapter: str) -> None:
 
 
 def fill_adapter(model: nn.Module, values: CheckpointValues, is_trainable: bool, upcast: bool = False) -> None:
-    """Put a checkpoint's values into an adapter that the model has, which keeps its config.
+    """Put a checkpoint's values into an existing adapter, which keeps its config, except for fields in `results`.
+
+    All values are checked before one is assigned. The function waits until no call uses the adapter (for merged
+    adapters and trained biases: until there is no call), drops the method's training state, and warns of differing
+    configs. It also warns if a prompt that trains was computed by a network, which the file lacks.
 
     Args:
-        upcast: have its half-precision tensors in float32 from now on, where the method trains so.
+        is_trainable: check that the adapter may train next to those that do.
+        upcast: widen its half-precision tensors to float32 first, where the method trains so.
 
     Raises:
-        ConfigError: the adapter is of another method, or cannot train beside those that do.
+        ConfigError: the adapter is of another method, or cannot train next to those that do.
+        AdapterKeyError, NonFiniteError: as `PeftModel.load_adapter`.
     """
     adapter, config, registry = values.adapter, values.config, get_registry(model)
     current = registry.peft_config[adapter]
@@ -131,10 +152,9 @@ def fill_adapter(model: nn.Module, values: CheckpointValues, is_trainable: bool,
     registry.states.pop(adapter, None)  # which belongs to the values from before
     if is_trainable and len([*prompt.modules()]) < before:
         warn(
-            f"Adapter '{adapter}' was a prompt computed by a network. The file holds the prompt and not the network, "
-            "so that training goes on with the prompt itself: an optimizer, or an optimizer's state, from before does "
-            "not fit it. Before Trainer resumes, delete optimizer.pt in the checkpoint, or use graft.train.Resumable("
-            "strict=False). In a loop of your own, graft.resume() goes on with the network that get_peft_model makes.",
+            f"The network that computed the prompt of adapter '{adapter}' is gone, since the file holds only the "
+            "prompt: an optimizer's earlier state does not fit. Before Trainer resumes, delete optimizer.pt in the "
+            "checkpoint, or use graft.train.Resumable(strict=False).",
             PeftWarning,
         )
     for name in config.results:
@@ -142,7 +162,11 @@ def fill_adapter(model: nn.Module, values: CheckpointValues, is_trainable: bool,
 
 
 def warn_other_config(adapter: str, path: str, config: PeftConfig, file_config: PeftConfig) -> None:
-    """Warn where a file's config differs from that of an adapter which takes only the values from the file."""
+    """Warn of the fields that differ between an adapter's config and the config of a file that gave it only values.
+
+    Fields that the tensors imply, that concern the initialisation, or that one side lacks are left out; no warning if
+    none is left.
+    """
     fields, file_fields = config.to_file_dict(), file_config.to_file_dict()
     left = (
         SETTLED | set(config.results) | (set(fields) - set(file_fields))
@@ -155,14 +179,19 @@ def warn_other_config(adapter: str, path: str, config: PeftConfig, file_config: 
     if names:
         differ = ", ".join(f"{n} ({fields[n]!r}, in the file {file_fields[n]!r})" for n in names)
         warn(
-            f"Adapter '{adapter}' gets the values of {path} and keeps its own config, which differs: {differ}. To take "
-            "that over as well, delete_adapter() it before loading, or use hotswap_adapter() (LoRA).",
+            f"Adapter '{adapter}' gets the values of {path} and keeps its own config, which differs: {differ}. For the "
+            "file's config, call delete_adapter() before loading, or use hotswap_adapter() (LoRA).",
             PeftWarning,
         )
 
 
 def let_train(model: nn.Module, adapter: str, is_trainable: bool, new: bool = True) -> None:
-    """Let an adapter that has been loaded train or not, and set the model to eval mode if it does not."""
+    """Let a loaded adapter train, or set the model to eval mode.
+
+    If `is_trainable`, all its parameters require gradients and `inference_mode` is False; an existing adapter
+    (`new=False`) that trains in part keeps its frozen tensors. Else a new adapter gets `inference_mode` True, and a
+    model in training mode is set to eval mode, with a warning if the adapter is new and other parameters train.
+    """
     registry = get_registry(model)
     if new or is_trainable:
         registry.peft_config[adapter].inference_mode = not is_trainable  # 0 and 1, which callers pass, count as in PEFT
@@ -173,14 +202,17 @@ def let_train(model: nn.Module, adapter: str, is_trainable: bool, new: bool = Tr
         if new and any(p.requires_grad for p in model.parameters()):
             warn(
                 f"Adapter '{adapter}' was loaded for inference (is_trainable=False), which set the model to eval mode "
-                "while other parameters train: call model.train() before training goes on.",
+                "while other parameters train. Call model.train() before you train further.",
                 PeftWarning,
             )
         model.eval()
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-    """Widen an adapter's half-precision tensors to float32, if `autocast_adapter_dtype`."""
+    """Widen an adapter's half-precision tensors to float32, where its method trains so.
+
+    If `autocast_adapter_dtype` is False, or no layer has the adapter, do nothing. Waits until no call uses the adapter.
+    """
     if not autocast_adapter_dtype:
         return
     layers = [layer for layer in survey_model(model).layers.values() if adapter_name in layer.methods]
@@ -204,12 +236,22 @@ def save_adapters(
     writes: bool,
     subtract: str | None,
 ) -> None:
-    """Do what `PeftModel.save_pretrained` says.
+    """Write adapters and their configs, "default" into the folder and others into sub-folders; then a model card.
+
+    All contents are computed and checked before the first file is written. One process writes; see the module for
+    several. If the card fails, warn.
 
     Args:
+        selected: names; None: all that are not frozen references.
         state_dict: a state dict to take values from; None: the model's own.
-        writes: this process writes, unless several save together.
-        subtract: folder of the adapter as it was before training.
+        fingerprint: "sampled" or "full", of the base.
+        embeddings: as `save_embedding_layers` of `PeftModel.save_pretrained`.
+        writes: this process writes. Without tensors that processes hold together, a process with False returns at once.
+        subtract: folder of the adapter before training, to save a PiSSA or OLoRA adapter as plain LoRA.
+
+    Raises:
+        ValueError: an argument is wrong, or an adapter is not loaded.
+        CheckpointError: there is nothing to save, or a tensor is a part of one; nothing is written.
     """
     check_save_arguments(directory, fingerprint, safetensors)
     registry = get_registry(model)
@@ -229,6 +271,7 @@ def save_adapters(
         contents_by_folder[folder] = (tensors, config, note)
 
     def write() -> None:
+        """Write the files of all adapters and the model card, if this process writes."""
         if not writes:
             return
         for folder, (tensors, config, note) in contents_by_folder.items():
@@ -248,13 +291,17 @@ def save_adapters(
 
 
 def save_one_adapter(model: nn.Module, name: str, folder: str) -> None:
-    """Write an adapter into a folder, whatever its name, with the contents that `save_pretrained` gives it."""
+    """Write one adapter into `folder` itself, whatever its name, as safetensors with a sampled fingerprint of
+    the base.
+    """
     tensors, config = file_contents(model, name, None, "auto", None)
     files.save_adapter(folder, tensors, config, True, save.fingerprint_base(model, name))
 
 
 def check_save_arguments(directory: str, fingerprint: str, safetensors: bool) -> None:
-    """Raise ValueError for a fingerprint that cannot be made or held, or a directory that is a file."""
+    """Raise ValueError if the fingerprint is neither "sampled" nor "full", is "full" without safetensors, or the
+    directory is a file.
+    """
     if fingerprint not in ("sampled", "full"):
         raise ValueError(f'fingerprint must be "sampled" or "full", got {fingerprint!r}.')
     if fingerprint == "full" and not safetensors:
@@ -264,7 +311,12 @@ def check_save_arguments(directory: str, fingerprint: str, safetensors: bool) ->
 
 
 def names_to_save(model: nn.Module, selected: list[str] | None, directory: str) -> list[str]:
-    """Return the names of the adapters to save, all if none are selected."""
+    """Return the names of the adapters to save: those selected, or all that are not frozen references.
+
+    Raises:
+        ValueError: a selected adapter is not loaded, or named twice.
+        CheckpointError: nothing is selected, and the model has no adapter.
+    """
     registry = get_registry(model)
     known = list(registry.peft_config)
     names = (
@@ -286,7 +338,17 @@ def names_to_save(model: nn.Module, selected: list[str] | None, directory: str) 
 def file_contents(
     model: nn.Module, name: str, state_dict: dict[str, Tensor] | None, embeddings: str | bool, subtract: str | None
 ) -> tuple[dict[str, Tensor], PeftConfig]:
-    """Return the tensors and the config that a file holds of an adapter."""
+    """Return the tensors and a copy of the config that an adapter's file holds; nothing is written.
+
+    The config gets the base's name and `inference_mode=True`, and the current format version if it has
+    target_parameters. With `subtract`, the initial adapter in that folder is subtracted, and a warning says if layers
+    lost digits.
+
+    Args:
+        state_dict: source of the values; None: the model's tensors.
+        embeddings: as `save_embedding_layers` of `PeftModel.save_pretrained`.
+        subtract: folder of the adapter before training; None: save it as it is.
+    """
     registry = get_registry(model)
     parts, base, config = registry.parts_of(name), registry.model, copy.copy(registry.peft_config[name])
     tensors = save.collect_adapter_tensors(
@@ -306,7 +368,10 @@ def file_contents(
 
 
 def adapter_folder(adapter: str, directory: str) -> str:
-    """Return the folder an adapter is saved to; refuse a link, which may have come with a folder from elsewhere."""
+    """Return the folder for an adapter: `directory` for "default", else a sub-folder of its name.
+
+    Raises CheckpointError if the sub-folder is a link, which may come from a download.
+    """
     if adapter == "default":
         return directory
     folder = os.path.join(directory, adapter)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Composition: adapters that act on each other's output, as an average, or each on a copy of the batch."""
+"""Compositions: a Stack of adapters that act on each other's output, an Average, and a Parallel with a copy of the
+batch for each.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from graft.core.finite import is_finite
 from graft.core.rows import BASE, JointAdapters, find_tensors
 
 T = TypeVar("T")
-SHARED = ("cache_position",)  # arguments of models that no row has for itself
+SHARED = ("cache_position",)  # arguments that all rows share, whatever their shape
 MAIN = ("input_ids", "inputs_embeds", "pixel_values")  # others, such as positions, may be one for all rows
-ITEMS = "num_items_in_batch"  # tokens of an optimizer step, of which a loss is the mean: each has its copies
+ITEMS = "num_items_in_batch"  # tokens of an optimizer step, multiplied by the copies: a loss is divided by it
 NESTED = {  # remedies, by the outer composition and the inner one
     ("Stack", "Average"): "If its adapters have a ΔW, add_weighted_adapter makes one of them, which the Stack can name",
     ("Stack", "Stack"): "Name the adapters of both in one Stack, in their order",
@@ -25,11 +27,15 @@ NESTED = {  # remedies, by the outer composition and the inner one
 
 
 class Composition:
-    """Base of the values that `set_adapter` and `compose=` take."""
+    """Base of the values that `set_adapter` and `compose=` take.
+
+    Equal if class, children and weights are equal; hashable.
+    """
 
     children: tuple[Any, ...]
 
     def __init__(self, *children: object):
+        """Check and keep the children. Raises RoutingError without children, and as `_check`."""
         self.children = children
         if not children:
             raise RoutingError(f"{self._name} of no adapters: name one at least.")
@@ -38,58 +44,73 @@ class Composition:
 
     @property
     def _name(self) -> str:
+        """The name of the class, for errors."""
         return type(self).__name__
 
     def _check(self, child: object) -> None:
+        """Raise RoutingError for a child that cannot be in this composition.
+
+        These are: a composition, with the remedy for the pair of classes; anything but a text; the base ("__base__"); a
+        name that is there twice.
+        """
         if isinstance(child, Composition):
             remedy = NESTED.get(
                 (self._name, child._name), f"Name its adapters in the {self._name}, or call with it alone"
             )
             raise RoutingError(
-                f"{self._name} takes names of adapters, and {child!r} is a composition: only a Parallel has a Stack or "
-                f"an Average within. {remedy}."
+                f"{self._name} takes names of adapters, and {child!r} is a composition: only a Parallel can contain a "
+                f"Stack or an Average. {remedy}."
             )
         if not isinstance(child, str):
             raise RoutingError(f"{self._name} takes names of adapters, got {child!r}.")
         if child == BASE:
-            raise RoutingError(f"{self._name} takes adapters, and '{BASE}' stands for a row without one.")
+            raise RoutingError(f"{self._name} takes adapters, and '{BASE}' means a row without one. Leave it out.")
         if self.children.count(child) > 1:
             raise RoutingError(f"{self._name} names adapter '{child}' twice: it acts once.")
 
     @property
     def names(self) -> list[str]:
-        """The adapters, each once."""
+        """The names of the adapters, each once."""
         return list(dict.fromkeys(self.children))
 
     def __repr__(self) -> str:
+        """Return "Stack('a', 'b')"."""
         return f"{self._name}({', '.join(map(repr, self.children))})"
 
     def __eq__(self, other: object) -> bool:
+        """Return True for a composition of the same class with equal children and weights."""
         return type(other) is type(self) and vars(other) == vars(self)
 
     def __hash__(self) -> int:
+        """Return a hash of the class and the children."""
         return hash((type(self), self.children))
 
 
 class Stack(Composition):
-    """Adapters each of which acts on the layer that those before it made: `set_adapter([...])` as a value.
+    """Adapters in a chain: each acts on the layer that the ones before it made. `set_adapter([...])` as a value.
 
     Raises:
-        RoutingError: no adapters, one twice, or what is no name.
+        RoutingError: there are no children, one is there twice, or one is no name.
     """
 
 
 class Average(Composition):
-    """Adapters whose parts count by their weights: y + Σ wᵢ uᵢ(y), all from one output y.
+    """Adapters with weights: y + Σ wᵢ uᵢ(y). Each update uᵢ sees the base's output y, not the others'.
 
     Args:
         weights: one for each adapter; 1/n each if None.
 
     Raises:
-        RoutingError: no adapters, one twice, what is no name, or other than one finite weight for each.
+        RoutingError: there are no children, one is there twice or is no name, or the weights are not one finite number
+            each.
     """
 
     def __init__(self, *children: str, weights: Sequence[float] | None = None):
+        """Check the children, and convert the weights to a tuple of floats; 1/n each if None.
+
+        Raises:
+            RoutingError: as for the class: children are wrong, or the weights are not one finite int or float for each.
+        """
         super().__init__(*children)
         numbers = [1 / len(children)] * len(children) if weights is None else list(weights)
         if len(numbers) != len(children):
@@ -100,33 +121,44 @@ class Average(Composition):
         self.weights = tuple(float(w) for w in numbers)
 
     def __repr__(self) -> str:
+        """Return "Average('a', 'b', weights=[0.5, 0.5])"."""
         return f"{super().__repr__()[:-1]}, weights={list(self.weights)})"
 
 
 class Parallel(Composition):
-    """Adapters, Stacks and Averages, each of which gets a copy of the batch: rows of the first come first.
+    """Adapters, Stacks and Averages that each run on a copy of the batch.
 
-    `graft.split` cuts the output. A loss is the mean over the copies, those that adapters add with it. It cannot merge.
+    The copies follow each other: rows of the first child first.
+
+    `graft.split` cuts the output. A loss is the mean over the copies, and so are the losses that adapters add. A
+    Parallel cannot be merged.
 
     Raises:
-        RoutingError: no children, or one that is none of these.
+        RoutingError: there are no children, or one is none of these.
     """
 
     def _check(self, child: object) -> None:
+        """Accept a Stack or an Average; else raise RoutingError as for a Stack's child."""
         if not isinstance(child, (Stack, Average)):
             super()._check(child)
 
     @property
     def names(self) -> list[str]:
+        """The names of all adapters in the children, each once."""
         return list(dict.fromkeys(name for child in self.children for name in adapters_in(child)))
 
 
 def adapters_in(value: str | Composition) -> list[str]:
+    """Return the adapters of a child: [the name], or those of a composition."""
     return [value] if isinstance(value, str) else value.names
 
 
 def row_keys(value: str | Composition) -> list[str | JointAdapters]:
-    """Return what each copy of a row uses: one key, or of a Parallel one for each child."""
+    """Return the key of each copy of a row, which layers use to select adapters: one, or of a Parallel one for each
+    child.
+
+    A key is an adapter's name, or a `JointAdapters` of several; a Stack of one adapter is that name.
+    """
     if isinstance(value, Parallel):
         return [key for child in value.children for key in row_keys(child)]
     if isinstance(value, Average):
@@ -137,7 +169,7 @@ def row_keys(value: str | Composition) -> list[str | JointAdapters]:
 
 
 def copy_shares(value: Composition | None) -> dict[str, float]:
-    """Return the share of a batch's copies on which each adapter of a Parallel acts; {} for other values."""
+    """Return for each adapter of a Parallel the share of its children that contain the adapter; {} for other values."""
     if not isinstance(value, Parallel):
         return {}
     children = [adapters_in(child) for child in value.children]
@@ -145,37 +177,55 @@ def copy_shares(value: Composition | None) -> dict[str, float]:
 
 
 def check_known(names: Sequence[str], configs: Mapping[str, PeftConfig], value: Composition) -> None:
-    """Raise RoutingError unless there are such adapters, on layers."""
+    """Raise RoutingError if an adapter is not loaded, or is a prompt, which cannot be part of a composition."""
     unknown = sorted({name for name in names if name not in configs})
     if unknown:
         raise RoutingError(f"{value!r} names {unknown}, which are not loaded. Loaded: {', '.join(configs) or 'none'}.")
     prompts = [name for name in names if configs[name].is_prompt_learning]
     if prompts:
-        raise RoutingError(f"{value!r} names prompts {prompts}, of which one acts at a time: set_adapter(name).")
+        raise RoutingError(f"{value!r} names prompts {prompts}. One prompt acts at a time: call set_adapter(name).")
 
 
 def count_rows(inputs: Sequence[object], kwargs: Mapping[str, object]) -> int:
-    """Return the number of rows: those of the tokens or images, if named, else of the first tensor argument."""
+    """Return the number of rows of a batch: the length of the first positional tensor, else of the first named one of
+    `MAIN`, else of any.
+
+    Raises RoutingError if no argument is a tensor with dimensions.
+    """
     for value in (*inputs, *(kwargs.get(name) for name in MAIN), *kwargs.values()):
         if isinstance(value, Tensor) and value.dim():
             return len(value)
-    raise RoutingError("A composition for one call needs a tensor among the arguments, which tells the rows.")
+    raise RoutingError("The call has no tensor that tells its number of rows. Pass one with a composition.")
 
 
 def copy_rows(
     batch: int, inputs: tuple[object, ...], kwargs: Mapping[str, object], copies: int, own_arguments: Collection[str]
 ) -> tuple[tuple[object, ...], dict[str, Any]]:
-    """Return arguments, or facts, of a batch of `batch` rows for `copies` such batches, one after the other.
+    """Return arguments (or facts about rows) for `copies` batches, one after the other.
 
-    own: arguments of graft and its methods, whose lists and tuples have an item for each row.
+    With one copy, return them unchanged.
+
+    Tensors with `batch` rows are repeated, also within lists, tuples and dicts; other tensors and values stay.
+    `num_items_in_batch` is multiplied.
+
+    Args:
+        own_arguments: names of arguments of graft and its methods: their lists and tuples with an item for each row are
+            repeated.
 
     Raises:
-        RoutingError: an argument holds tensors of the rows in an object of another kind, such as a filled cache.
+        RoutingError: an argument holds tensors in an object of another kind, such as a filled cache.
     """
     if copies == 1:
         return inputs, dict(kwargs)
 
     def copy_value(value: Any, name: str) -> object:
+        """Return the value of argument `name` for all copies.
+
+        `num_items_in_batch` is multiplied by the copies. A tensor with `batch` rows is repeated, except
+        `cache_position`; other tensors stay. A list or tuple with `batch` items is repeated for an own argument; any
+        other list, tuple or dict is rebuilt of its items' copies. Other values stay. Raises RoutingError for another
+        object that contains tensors with dimensions.
+        """
         if name == ITEMS and isinstance(value, (int, Tensor)):
             return value * copies
         if isinstance(value, Tensor):
@@ -189,8 +239,8 @@ def copy_rows(
             return {key: copy_value(item, name) for key, item in value.items()}
         if any(t.dim() for t in find_tensors(value)):
             raise RoutingError(
-                f"Parallel copies the rows of tensors, and argument '{name}' is a {type(value).__name__} that holds "
-                "tensors: leave it out, or run the adapters one by one."
+                f"Parallel cannot copy the rows in argument '{name}', a {type(value).__name__} that holds tensors. "
+                "Leave it out, or run the adapters one by one."
             )
         return value
 
@@ -201,15 +251,16 @@ def copy_rows(
 
 
 def split(output: T, n: int) -> list[T]:
-    """Cut the output of a call with `Parallel` into those of its n children.
+    """Cut the output of a call with `Parallel` into those of its n children, in order.
 
-    A loss and other tensors without rows are in each part as they are. Caches are in none: None stands there.
+    A loss and other tensors without dimensions are in each part unchanged. A cache becomes None, or is left out of
+    transformers' outputs.
 
     Args:
         output: a tensor, or tensors in tuples, lists, dicts and transformers' outputs; rows come first.
 
     Raises:
-        RoutingError: the rows of a tensor are not n copies.
+        RoutingError: n is no positive int, or the rows of a tensor are not n copies.
     """
     if not isinstance(n, int) or n < 1:
         raise RoutingError(f"split takes the number of parts, got {n!r}.")
@@ -217,6 +268,12 @@ def split(output: T, n: int) -> list[T]:
 
 
 def _cut_part(value: object, n: int, i: int) -> Any:
+    """Return part i of n of a value, for `split`.
+
+    A tensor gives its i-th n-th of the rows, or itself without dimensions. Mappings, named tuples, tuples and lists are
+    rebuilt of the parts of their items; a class of outputs loses items that become None. Another object that contains
+    tensors becomes None; other values stay. Raises RoutingError if rows are no multiple of n.
+    """
     if isinstance(value, Tensor):
         if not value.dim():
             return value

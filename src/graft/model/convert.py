@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""convert_to_lora, save_as_lora: an adapter of any method that has a ΔW, as plain LoRA; truncate_lora: fewer ranks."""
+"""convert_to_lora and save_as_lora: an adapter of any method with a ΔW as plain LoRA. truncate_lora: fewer ranks."""
 
 from __future__ import annotations
 
@@ -30,20 +30,22 @@ def convert_to_lora(
     compile_kwargs: dict[str, object] | None = None,
     at: Mapping[str, object] | None = None,
 ) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """Return the LoraConfig and the tensors of a LoRA adapter that does what another one does; change nothing.
+    """Return the LoraConfig and the tensors of a LoRA adapter with the update of another adapter.
 
-    An update that is a product of that rank is taken as it is; of any other, an SVD gives the product that comes
-    closest. Modules that the adapter trains whole come along. Put the result into a fresh base model by
+    The model does not change.
+
+    An update that is a product of that rank is taken as it is. For any other update, an SVD gives the closest product;
+    for an update of full rank (OFT, BOFT) a warning says how much a low rank leaves out. Modules that the adapter
+    trains whole are copied. Put the result into a fresh base model by
 
         config, tensors = graft.convert_to_lora(model, rank=16)
         model = graft.get_peft_model(base, config)
         graft.set_peft_model_state_dict(model, tensors)
 
-    An adapter can be converted if it can be merged; not if it acts at some positions only (aLoRA), or is a prompt. What
-    multiplies the weight (OFT, BOFT, HRA, IA3, RoAd) fits the weight that it was converted beside. Of an update of full
-    rank (OFT, BOFT) a low rank leaves much out: a warning says how much.
+    An adapter can be converted if it can be merged, except one that acts at some positions only (aLoRA) or a prompt.
+    The result of a method that multiplies the weight (OFT, BOFT, HRA, IA3, RoAd) fits this base weight only.
 
-    What T-LoRA and MTL-LoRA do follows an argument of calls. For one value of it they are a product as well:
+    The update of T-LoRA and MTL-LoRA depends on an argument of the call. Pass one value of it:
 
         graft.convert_to_lora(model, rank=8, at={"timestep": 500})
         graft.convert_to_lora(model, rank=8, at={"task_ids": 2})
@@ -51,8 +53,9 @@ def convert_to_lora(
     Args:
         rank: that of every layer. A float, above 0 and up to 1: the part of ‖ΔW‖² that each layer keeps, in the lowest
             rank that has it.
+        progressbar: show one over the layers.
         compile_kwargs: arguments of torch.compile, to compile the decomposition.
-        at: the value of the argument that the adapter's update follows, by its name.
+        at: {argument: value} that the adapter's update depends on.
 
     Raises:
         TypeError: the model has no adapter on layers, or this one has no ΔW on some layer.
@@ -76,28 +79,31 @@ def convert_to_lora(
 
 @run_as_call
 def truncate_lora(model: nn.Module, rank: int, adapter_name: str = "default") -> tuple[PeftConfig, dict[str, Tensor]]:
-    """Return config and tensors of the first ranks of a LoRA adapter, with its alpha; change nothing.
+    """Return config and copied tensors of the first `rank` ranks of a LoRA adapter, with its alpha.
 
-    So a DyLoRA adapter (arXiv 2210.07558) has every rank up to its own. Use the result as that of `convert_to_lora`,
-    which gives the best product of a rank where ranks are not in order.
+    The model does not change.
+
+    DyLoRA (arXiv 2210.07558) trains every rank up to its own, so each can be cut out. Where ranks are not in order,
+    `convert_to_lora` gives the best product of a rank. Load the result as shown there.
 
     Args:
         rank: at most that of each layer.
 
     Raises:
         TypeError: the model has no adapter on layers, or the rank is no whole number.
-        ConfigError: it is another method's, or a variant whose first ranks are none; or the rank is not in its range.
+        ConfigError: the adapter is neither plain LoRA nor DyLoRA, acts on stacks or groups, or has a lower rank on a
+            layer.
     """
     rank = to_int(rank, "rank")
     parts, prefix, _, config = find_adapter(model, adapter_name)
     lora_config = copy.deepcopy(config)
     if not isinstance(lora_config, LoraConfig) or lora_config.lora_bias or set(lora_config.variants) - {"use_dylora"}:
-        raise ConfigError(f"Adapter '{adapter_name}' is not plain LoRA or DyLoRA, so that its first ranks are none.")
+        raise ConfigError(f"Adapter '{adapter_name}' is not plain LoRA or DyLoRA, so its first ranks are no adapter.")
     for key, layer in parts.layers.items():
         r = lora_config.at(key).r
         if layer.op.opaque or layer.op.count_groups(layer.base_layer) > 1:
             raise ConfigError(
-                f"Layer '{key}' has several matrices, whose first ranks are no adapter: use convert_to_lora."
+                f"Layer '{key}' has several matrices: their first ranks are no adapter. Use convert_to_lora."
             )
         if not 1 <= rank <= r:
             raise ConfigError(f"The rank must be between 1 and {r}, that of layer '{key}', got {rank}.")
@@ -127,7 +133,10 @@ def save_as_lora(
     compile_kwargs: dict[str, object] | None = None,
     at: Mapping[str, object] | None = None,
 ) -> None:
-    """Write what `convert_to_lora` returns: adapter_model.safetensors and adapter_config.json, in the folder `path`.
+    """Convert an adapter as `convert_to_lora` does, and write adapter_model.safetensors and adapter_config.json into
+    the folder `path`.
+
+    The file also holds a fingerprint of the base.
 
     Raises:
         TypeError, ValueError: as `convert_to_lora`; nothing is written.
@@ -139,7 +148,12 @@ def save_as_lora(
 
 
 def find_adapter(model: nn.Module, adapter: str) -> tuple[AdapterCarriers, str, nn.Module, PeftConfig]:
-    """Return the carriers of an adapter, the prefix of its keys, its base model and its config."""
+    """Return an adapter's carriers, the prefix of its keys in files, its base model and its config.
+
+    Raises:
+        ConfigTypeError: the model has no adapters.
+        AdapterNotFoundError: it has others.
+    """
     model = unwrap_model(model)
     config = save.get_config(model, adapter)
     if config is None and not getattr(model, "peft_config", None):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters as experts: X-LoRA, whose classifier weighs LoRA adapters, and models with an Arrow router over them."""
+"""Adapters as experts: X-LoRA, with a classifier that weighs LoRA adapters, and models with an Arrow router
+over them.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,13 @@ from graft.model.peft_model import PeftModel
 from graft.model.registry import Configs, Registry, check_adapter_name
 from graft.model.tuner import Tuner
 
-OTHERS = ("base_model.lora_model.", f"base_model.{CLASSIFIER}.")  # in PEFT's files of experts, which are not only that
+OTHERS = ("base_model.lora_model.", f"base_model.{CLASSIFIER}.")  # in PEFT's files of whole X-LoRA models
 
 
 class XLoraRegistry(Registry):
-    """The registry of an X-LoRA adapter and its experts, which are adapters by their own names and run with it."""
+    """The registry of a model with one X-LoRA adapter and its experts, which are adapters with names and run together
+    with it.
+    """
 
     owner = ""  # name of the X-LoRA adapter
     experts: tuple[str, ...] = ()
@@ -47,6 +51,10 @@ class XLoraRegistry(Registry):
     expert_places: dict[str, int]
 
     def __init__(self, model: nn.Module, method: type[Method], tree: ModuleTree | None, holder: nn.Module):
+        """Register the model.
+
+        Raises ConfigError if its config has `use_cache`: X-LoRA reads the whole text to weigh experts.
+        """
         if getattr(getattr(model, "config", None), "use_cache", False):
             raise ConfigError(
                 "`use_cache` must be False: X-LoRA weighs experts by the whole text. Set it in the config."
@@ -55,14 +63,17 @@ class XLoraRegistry(Registry):
 
     @property
     def classifier(self) -> XLoraClassifier:
+        """The classifier that weighs the experts; a module of the tuner."""
         return getattr(self.holder, CLASSIFIER)  # type: ignore[no-any-return]
 
     def carriers(self) -> Iterator[Carrier]:
+        """Yield all carriers of adapters, and the one with the classifier if there is an X-LoRA adapter."""
         yield from super().carriers()
         if self.gate is not None:
             yield self.gate
 
     def parts_of(self, adapter_name: str) -> AdapterCarriers:
+        """Return the carriers of an adapter. Those of the X-LoRA adapter have the classifier as `shared`."""
         parts = super().parts_of(adapter_name)
         if adapter_name == self.owner:
             parts.shared = self.gate
@@ -74,10 +85,15 @@ class XLoraRegistry(Registry):
     def add_adapter(  # type: ignore[override]
         self, adapter_name: str, config: XLoraConfig, options: Options
     ) -> InjectReport:
-        """Load the experts and make the classifier. All or nothing.
+        """Load the experts onto the model and make the classifier; return the report.
+
+        On an error everything is taken off again.
+
+        With `options.values` the classifier gets the values of a file.
 
         Raises:
-            ConfigError: there is an X-LoRA adapter already, or there are no experts, or X-LoRA cannot weigh one.
+            ConfigError: there is an adapter already, there are no experts, X-LoRA cannot weigh one, or heads or a
+                state_dict are passed.
             CheckpointError: an expert is not where the config says.
         """
         self.check_new(adapter_name, config)
@@ -104,7 +120,16 @@ class XLoraRegistry(Registry):
         return report
 
     def _read_expert(self, owner: str, config: XLoraConfig, name: str) -> tuple[LoraConfig, files.LoadedWeights]:
-        """Read an expert: from beside the config, where that is a whole checkpoint, else from where it says."""
+        """Read an expert: from the folder next to the config if that is a whole LoRA checkpoint, else from the path in
+        the config.
+
+        Its `inference_mode` is set to False.
+
+        Raises:
+            CheckpointError: no place has the expert.
+            ConfigError: it is not LoRA, or uses DoRA.
+            AdapterNameError: its name is taken, or cannot be one.
+        """
         check_adapter_name(name, [*self.peft_config, owner])
         where = config.adapters[name]  # type: ignore[index]
         places: list[tuple[str, str | None, dict[str, Any]]] = [(where, None, {})]
@@ -121,8 +146,9 @@ class XLoraRegistry(Registry):
                 break
         else:
             raise CheckpointError(
-                f"Expert '{name}' of X-LoRA adapter '{owner}' is neither beside its config nor at '{where}' ({error}): "
-                "name its folder in XLoraConfig.adapters, or pass from_pretrained(…, adapters={…})."
+                f"Expert '{name}' of X-LoRA adapter '{owner}' is neither next to its config nor at '{where}' "
+                f"({error}). "
+                "Name its folder in XLoraConfig.adapters, or pass from_pretrained(…, adapters={…})."
             )
         if expert.peft_type != "LORA":
             raise ConfigError(f"Expert '{name}' of X-LoRA is {expert.peft_type.value}: only LoRA adapters can be.")
@@ -132,14 +158,19 @@ class XLoraRegistry(Registry):
         return expert, loaded
 
     def _check_experts(self, names: Iterable[str]) -> None:
+        """Raise ConfigError for the first layer or wrapper on which X-LoRA cannot weigh the named experts.
+
+        On a layer each expert must only add, and the layer must be linear, an embedding, or a stack of experts. A
+        wrapper of a head or of token rows may have only one of the experts.
+        """
         for key, layer in self.layers.items():
             for m in (layer.methods[name] for name in names if name in layer.methods):
                 op = layer.site.op
                 by_token = op.linear or op.takes_ids or layer.site.experts is not None
                 if not (m.effect.additive and by_token):
                     raise ConfigError(
-                        f"X-LoRA weighs what experts add at each token, which it cannot on layer '{key}' "
-                        f"({layer.site.type_name}, {type(m).__name__}) of expert '{m.name}'."
+                        f"X-LoRA weighs the updates of experts at each token, which layer '{key}' "
+                        f"({layer.site.type_name}, {type(m).__name__}) of expert '{m.name}' does not allow."
                     )
         for key, wrapper in self.wrappers.items():
             users = [name for name in names if name in wrapper.adapters]
@@ -147,13 +178,17 @@ class XLoraRegistry(Registry):
                 wrapper.check_active(users)
             except ValueError as e:
                 raise ConfigError(
-                    f"X-LoRA runs its experts at once, and {users} each bring a '{key}' of their own (a head, or token "
-                    "rows), which it does not mix. Train experts without: no modules_to_save, and no task_type that "
-                    "adds a head, as SEQ_CLS does."
+                    f"X-LoRA runs all experts at once and cannot mix their '{key}' (a head, or token rows), which each "
+                    f"of {users} has. Train experts without modules_to_save, and without a task_type that adds a head, "
+                    "as SEQ_CLS does."
                 ) from e
 
     def _make_classifier(self, adapter_name: str, config: XLoraConfig, names: list[str], on_meta: bool) -> None:
-        """Make the classifier, for the layers in the order in which they stand in the model."""
+        """Make the classifier, frozen, and attach it to the tuner; number the layers in the model's order, and the
+        experts.
+
+        It is on the first layer's device (`on_meta`: the meta device), in the dtype of the model's first parameter.
+        """
         modules = {id(m): i for i, (_, m) in enumerate(self.model.named_modules())}
         order = sorted(self.layers, key=lambda key: modules[id(self.layers[key])])
         self.places = {key: i for i, key in enumerate(order)}
@@ -171,6 +206,7 @@ class XLoraRegistry(Registry):
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
+        """If the block raises, take all adapters and the classifier off the model."""
         try:
             yield
         except BaseException:
@@ -179,6 +215,7 @@ class XLoraRegistry(Registry):
             raise
 
     def check_new(self, adapter_name: str, config: PeftConfig) -> None:
+        """Raise as `Registry.check_new`, and ConfigError if the model has adapters already."""
         super().check_new(adapter_name, config)
         if self.layers:
             raise ConfigError(
@@ -188,10 +225,13 @@ class XLoraRegistry(Registry):
 
     @changes(all_adapters)
     def set_adapter(self, adapter_name: str | Sequence[str] | Composition, inference_mode: bool = False) -> None:
-        """Make these adapters active: X-LoRA with its experts, or experts by themselves, as plain LoRA.
+        """Make adapters active: the X-LoRA adapter with all its experts, or only the named experts, which then act as
+        plain LoRA.
+
+        Experts of an active X-LoRA adapter do not train unless its config has `use_trainable_adapters`.
 
         Raises:
-            RoutingError: a composition, beside gates that X-LoRA makes itself.
+            RoutingError: a composition is passed: X-LoRA weighs the experts itself.
         """
         if isinstance(adapter_name, Composition):
             raise RoutingError(f"X-LoRA mixes its adapters itself: {adapter_name!r} cannot be active in its model.")
@@ -205,10 +245,11 @@ class XLoraRegistry(Registry):
 
     @changes(all_adapters)
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget the adapter, and its router.
+        """Remove the X-LoRA adapter and its classifier; the experts stay, as plain LoRA adapters.
 
         Raises:
             ConfigError: it is an expert of X-LoRA.
+            AdapterNotFoundError: it is not loaded.
         """
         if adapter_name in self.experts:
             raise ConfigError(f"'{adapter_name}' is an expert of X-LoRA adapter '{self.owner}', which needs it.")
@@ -217,25 +258,31 @@ class XLoraRegistry(Registry):
         del self.holder._modules[CLASSIFIER]
 
     def _merge(self, adapter_names: list[str] | None, safe_merge: bool, undoable: bool, progress: bool = False) -> None:
+        """Merge active or named experts.
+
+        Raises NotImplementedError while the X-LoRA adapter is active: its weights change at every token.
+        """
         if self.owner in self.active_adapters:
             raise NotImplementedError(
-                "X-LoRA weighs its experts anew at every token, which no weight does: it cannot be merged. To merge "
-                "some experts as they are, call set_adapter() with their names before."
+                "X-LoRA cannot be merged: it weighs its experts anew at every token. To merge some experts unweighted, "
+                "call set_adapter() with their names before."
             )
         super()._merge(adapter_names, safe_merge, undoable, progress)
 
 
 class XLoraTuner(Tuner):
-    """See `Tuner`; and the classifier, as `internal_xlora_classifier`."""
+    """The tuner of X-LoRA. It has the classifier as `internal_xlora_classifier`."""
 
     _registry_class = XLoraRegistry
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
+        """Make the tuner, and set it and the model to eval mode."""
         super().__init__(model, *args, **kwargs)
         self.eval()
 
     @property
     def xlora_config(self) -> XLoraConfig:
+        """The config of the classifier."""
         return self.internal_xlora_classifier.config  # type: ignore[no-any-return]
 
 
@@ -252,7 +299,10 @@ def create_arrow_model(
     general_adapter_paths: Sequence[str] | None = None,
     **adapter_kwargs: Any,
 ) -> PeftModel:
-    """Load adapters as `task_0`, … (and `gks_0`, … with `use_gks`), and activate `arrow_router` over them.
+    """Load adapters as `task_0`, … (and `gks_0`, … with `use_gks`), add `arrow_router` over them, activate it, and
+    return the PeftModel.
+
+    The names are written into `arrow_config`. The router has the adapters' targets and their rank.
 
     Args:
         task_specific_adapter_paths: of the experts: folders, or "owner/repository[/subfolder]" on the hub.
@@ -260,9 +310,10 @@ def create_arrow_model(
         adapter_kwargs: for `from_pretrained` and `load_adapter`.
 
     Raises:
-        ConfigError: there are no experts, or these differ in rank, shapes or layers.
+        ConfigError: there are no experts, `top_k` exceeds their number, or they differ in rank, shapes or layers.
         UnsupportedLayerError: they adapt other layers than linear ones.
-        CheckpointError: a folder holds no adapter. In each case the model is as it was.
+        CheckpointError: a folder holds no adapter. After each error the model is as before, also in the modes of its
+            modules.
     """
     if not task_specific_adapter_paths:
         raise ConfigError("`task_specific_adapter_paths` should contain at least one adapter path")
@@ -298,7 +349,12 @@ def create_arrow_model(
 
 
 def split_source(path: str) -> tuple[str, str | None]:
-    """Return the folder, or the hub repository and its sub-folder."""
+    """Return (folder or hub repository, sub-folder or None) of an adapter's path.
+
+    A path of three parts or more, that is no folder, is a repository with a sub-folder.
+
+    Raises CheckpointError for a folder without adapter_config.json.
+    """
     if os.path.isdir(path):
         if not os.path.isfile(os.path.join(path, CONFIG_NAME)):
             raise CheckpointError(f"Local adapter path '{path}' does not contain '{CONFIG_NAME}'.")
@@ -310,7 +366,14 @@ def split_source(path: str) -> tuple[str, str | None]:
 
 
 def agree_on_targets(model: PeftModel, names: list[str]) -> tuple[list[str], int]:
-    """Return the targets and the rank of the router: those of the adapters, which must agree."""
+    """Return the router's targets and rank: those of the adapters, which must be equal.
+
+    Targets are the last names of the layers, or full paths if these names also fit other modules.
+
+    Raises:
+        UnsupportedLayerError: an adapter is on a layer that is not linear.
+        ConfigError: adapters differ in layers or ranks.
+    """
     layers = get_registry(model).layers
     adapted = {name: {key: layer for key, layer in layers.items() if name in layer.methods} for name in names}
     unsupported = [f"  - adapter '{n}' on module '{k}' of type {a.site.type_name}" for n, by_key in adapted.items()

@@ -27,11 +27,13 @@ from graft.model.tuner import Tuner, make_target_test
 
 
 def find_carriers(model: nn.Module) -> list[AdapterLayer | Wrapper]:
+    """Return the adapter layers and the wrappers of heads in a model, layers first."""
     tree = survey_model(model)
     return [*tree.layers.values(), *tree.wrappers.values()]
 
 
 def check_carried(parts: list[AdapterLayer | Wrapper], names: Sequence[str]) -> None:
+    """Raise AdapterNotFoundError if no carrier has one of these adapters, or if there is no adapter at all."""
     known = dict.fromkeys(name for part in parts for name in part.adapters)
     unknown = [n for n in names if n not in known]
     if unknown or not known:
@@ -41,11 +43,16 @@ def check_carried(parts: list[AdapterLayer | Wrapper], names: Sequence[str]) -> 
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-    """Make these adapters active, in this order, and trainable unless for inference.
+    """Make these adapters active, in this order, and trainable unless `inference_mode`.
+
+    Others become inactive and frozen.
+
+    Merged layers are unmerged first, with a warning. Waits until no call of the model runs.
 
     Raises:
         AdapterNotFoundError: no layer carries one of them.
         ValueError: two of them cannot be active together.
+        InUseError: calls of other threads do not end in time.
     """
     names = as_name_list(adapter_name, "set_adapter")
     registry: Registry | None = get_registry(unwrap_model(model))
@@ -64,9 +71,12 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
 def delete_adapter(
     model: nn.Module, adapter_name: str, prefix: str | None = None, layer_cls: type | None = None
 ) -> list[str]:
-    """Remove an adapter; return the active ones. If none is left, make the first of the others (by name) active.
+    """Remove an adapter, and return the active ones.
 
-    Without a PeftModel, one that no layer carries gives a warning: callers delete by lists that may name it twice.
+    If it was the only active one, the first of the others (by name) becomes active, with a warning.
+
+    In a model without a PeftModel, an adapter that no layer carries gives a warning: callers delete by lists that may
+    name it twice. Its entry in `model.peft_config` goes as well.
 
     Args:
         prefix, layer_cls: the method's; without effect, for PEFT's callers.
@@ -99,7 +109,7 @@ def delete_adapter(
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-    """Let the parameters of any adapters, active or not, train or not.
+    """Set requires_grad of all parameters of these adapters, active or not.
 
     Raises:
         AdapterNotFoundError: no layer carries one of them.
@@ -120,8 +130,10 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
     """Multiply the scaling of all adapters by `multiplier` within the block.
 
+    A scaling that other code sets meanwhile stays as set.
+
     Raises:
-        TypeError: it is not a number.
+        TypeError: `multiplier` is not an int or float.
         ValueError: no adapter of the model has a scaling.
     """
     if not isinstance(multiplier, (int, float)):
@@ -134,17 +146,24 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 
 def layers_with_scaling(model: nn.Module) -> dict[str, Any]:
-    """Return the layers whose adapters have a scaling, by path in the base model."""
+    """Return the layers with adapters that have a scaling, by path in the base model."""
     return {path: layer for path, layer in survey_model(model).layers.items() if getattr(layer, "scaling", None)}
 
 
 @contextmanager
 def rescale_layers(layers: Mapping[str, Any], factor: Callable[[str], float], what: str) -> Iterator[None]:
-    """Multiply the scalings of layers within the block, each by a factor of its path. what: does so, for who waits."""
+    """Multiply the scalings of each layer by `factor(path)` within the block. Begin and end wait until no call runs.
+
+    Layers get new dicts of scalings. At the end, a scaling that other code has set or overwritten meanwhile (a
+    hot-swap) stays.
+
+    Args:
+        what: name of the caller, for threads that wait.
+    """
     gate, before = next(iter(layers.values())).call.gate, {path: layer.scaling for path, layer in layers.items()}
     marks: dict[str, dict[str, tuple[Any, int]]] = {}
     with gate.change(what):
-        for path, layer in layers.items():  # another dict: callers compare the two
+        for path, layer in layers.items():  # a new dict, so that the old one can be put back
             layer.scaling = {name: value * factor(path) for name, value in layer.scaling.items()}
             marks[path] = {name: mark_scaling(value) for name, value in layer.scaling.items()}
     try:
@@ -153,23 +172,27 @@ def rescale_layers(layers: Mapping[str, Any], factor: Callable[[str], float], wh
         with gate.change(f"the end of {what}"):
             for path, layer in layers.items():
                 same = {name for name, mark in marks[path].items() if is_unchanged(layer.scaling.get(name), mark)}
-                old = before[path]  # those that others have set meanwhile, as a hot-swap does, stay
+                old = before[path]  # a scaling that other code has set meanwhile stays
                 layer.scaling = {name: old[name] if name in same else value for name, value in layer.scaling.items()}
 
 
 def mark_scaling(value: object) -> tuple[object, int]:
-    """Return a scaling, with what changes when somebody writes to it: a tensor where hot-swaps are compiled."""
+    """Return a scaling with its version, which changes when somebody writes to it in place; 0 for a number, which
+    nobody can.
+    """
     return value, version_of(value) if isinstance(value, Tensor) else 0
 
 
 def is_unchanged(value: object, mark: tuple[object, int]) -> bool:
-    """Return True if a scaling is the one that was marked, and nobody has written to it."""
+    """Return True if a scaling is the object that was marked, and nobody has written to it."""
     return value is mark[0] and mark_scaling(value) == mark
 
 
 @contextmanager
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Give adapters their input as it is within the block, not in their own dtype (if `active`).
+    """Within the block, pass adapters their input unchanged, not cast to their own dtype.
+
+    If `active` is False, do nothing.
 
     For hooks that cast an adapter's modules when they run, such as diffusers' layerwise casting.
     """
@@ -185,13 +208,13 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
 
 
 def calling(model: nn.Module) -> AbstractContextManager[object]:
-    """Return a block that is one call of the model: nothing changes within it, in whatever way the model runs.
+    """Return a context that is one call of the model: adapters do not change within it, in whatever way the model runs.
 
         with graft.calling(model):
             compiled(x), model.base_model.model(x), pipeline(prompt)
 
-    Calls of a PeftModel, its `generate` and slots need none. Compiled ones, and those that enter below the PeftModel or
-    have none, are seen by no change without it.
+    Calls and `generate` of a PeftModel, and slots, need none. Changes do not see calls of a compiled model, of modules
+    inside the PeftModel, or of a model without one, unless they run in this block.
 
     Raises:
         AdapterNotFoundError: the model has no adapter.
@@ -201,7 +224,9 @@ def calling(model: nn.Module) -> AbstractContextManager[object]:
 
 
 def inspect_matched_modules(tuner: Tuner, adapter_name: str = "default") -> dict[str, list[str]]:
-    """Return the paths of modules that an adapter's config names, and of all others: {"matched": …, "unmatched": …}."""
+    """Return the paths of all modules, {"matched": […], "unmatched": […]}, by whether the adapter's config targets
+    them.
+    """
     targets = make_target_test(tuner, tuner.peft_config[adapter_name])
     paths: dict[str, list[str]] = {"matched": [], "unmatched": []}
     for key in survey_model(tuner.model).modules:
@@ -210,7 +235,7 @@ def inspect_matched_modules(tuner: Tuner, adapter_name: str = "default") -> dict
 
 
 def check_if_peft_model(model_name_or_path: str) -> bool:
-    """Return True if a folder or hub repository holds an adapter."""
+    """Return True if a folder or hub repository holds an adapter; False also if it cannot be read."""
     try:
         return PeftConfig.from_pretrained(model_name_or_path).peft_type is not None
     except (PeftError, OSError, TypeError, ValueError):
@@ -224,7 +249,7 @@ CALLS = ("forward", "generate")
 
 
 def update_signature(model: PeftModel, method: str = "all") -> None:
-    """Show the base model's signature and docstring on methods that take just (*args, **kwargs).
+    """Give `forward`, `generate` or both the base model's signature and docstring, if they take just (*args, **kwargs).
 
     Args:
         method: "forward", "generate" or "all".
@@ -241,23 +266,27 @@ def update_signature(model: PeftModel, method: str = "all") -> None:
 
 
 def update_forward_signature(model: PeftModel) -> None:
+    """Do `update_signature(model, "forward")`."""
     update_signature(model, "forward")
 
 
 def update_generate_signature(model: PeftModel) -> None:
+    """Do `update_signature(model, "generate")`."""
     update_signature(model, "generate")
 
 
 def accepts_anything(function: Callable[..., object]) -> bool:
+    """Return True if the parameters of a function are exactly (*args, **kwargs)."""
     kinds = [p.kind for p in inspect.signature(function).parameters.values()]
     return kinds == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
 
 
 def copy_signature(function: Callable[..., object], example: Callable[..., object]) -> Callable[..., object]:
-    """Return `function` with the signature and help of `example`."""
+    """Return a function that calls `function` and has the signature, name and docstring of `example`."""
 
     @functools.wraps(example)
     def call(*args: object, **kwargs: object) -> object:
+        """Call `function`."""
         return function(*args, **kwargs)
 
     return call

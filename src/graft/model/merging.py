@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging the adapters of all layers, all or nothing; for a while, or for good."""
+"""Merges of the adapters of all layers, all or nothing; and the removal of adapter layers from a model.
+
+First come the checks: each layer can merge, and the adapters' tensors are finite. Then each layer's weight is written
+(`core/merging.py`), with the layer in eval mode, so that nothing random is merged.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +23,30 @@ from graft.storage import innermost, release_packed
 
 
 def unique_names(names: Iterable[list[str]]) -> list[str]:
-    """Return all names, each once, in order."""
+    """Return all names in the lists, each once, in order."""
     return list(dict.fromkeys(name for some in names for name in some))
 
 
 def merge_layers(
     layers: list[AdapterLayer], choice: list[str] | None, safe_merge: bool, undoable: bool, progress: bool
 ) -> Mapping[str, float] | None:
-    """Write adapters (None: those active on each layer) into the base weights of layers, all or nothing.
+    """Write adapters into the base weights of layers, all or nothing, and return {key of the layer: share of the update
+    that its weight holds}.
 
-    Return the share of the update that each weight holds, by the layer's key; None if there is nothing to merge.
+    Adapters that are merged already are left out, with a warning; return None if none is left. Active adapters that
+    stay unmerged on these layers give a warning, too. Layers with a `merge` or `get_delta_weight` that a client
+    replaced are merged by that. On an error every layer that has changed is merged as before. With `undoable=False`
+    this holds only for the replaced ones: graft's own merges come last, and were checked.
+
+    Args:
+        choice: names of adapters; None: those active on each layer.
+        safe_merge: compute each merged weight and check that it is finite, before one is written.
+        undoable: keep the data to unmerge.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: values are not finite, or adapters are disabled.
+        NotImplementedError: some layer cannot hold them merged.
     """
     from tqdm import tqdm
 
@@ -84,10 +102,10 @@ def merge_layers(
 
 
 def merge_report(model: nn.Module) -> dict[str, float]:
-    """Return the share of the merged update that each layer's weight holds, by the layer's path in the base model.
+    """Return {path of the layer: share of the merged update that its weight holds}; {} if nothing is merged.
 
-    1.0: nothing was lost to rounding; 0.0: the weight is what it was. `AdapterLayer.share_kept` has the formula. The
-    PeftModel whose `merge_and_unload` made a plain model still has that merge's report. {} if nothing is merged.
+    1.0: nothing was lost to rounding; 0.0: the weight has not changed. `AdapterLayer.share_kept` has the formula. After
+    `merge_and_unload` the PeftModel still has the report of that merge.
     """
     registry = get_registry(unwrap_model(model))
     if registry is not None:
@@ -98,10 +116,13 @@ def merge_report(model: nn.Module) -> dict[str, float]:
 
 
 def unload_adapters(model: nn.Module, frozen: Set[str] | None) -> None:
-    """Take the adapter layers and wrappers out of a model, and let its parameters train but for `frozen` ones.
+    """Put the modules of adapter layers and wrappers back into a model, in place, and delete its `peft_config`.
+
+    Packed weights are released, the config's vocabulary size follows the embeddings, and tied embeddings are tied
+    again. Floating-point parameters then require gradients, except `frozen` ones.
 
     Args:
-        frozen: names of parameters; None: leave all as they are.
+        frozen: names of parameters; None: leave requires_grad as it is.
     """
     before = vocabulary_sizes(model)
     restore_modules(model)
@@ -117,10 +138,19 @@ def unload_adapters(model: nn.Module, frozen: Set[str] | None) -> None:
 
 
 def restore_modules(model: nn.Module) -> None:
-    """Put what adapter layers and wrappers hold in their places, also in blocks and where parameters are adapted."""
+    """Replace each adapter layer and wrapper by the module that remains, also within blocks and layers of parameters.
+
+    A layer leaves its base module, a wrapper of a head the active adapter's copy.
+    """
     seen: set[int] = set()
 
     def visit(module: nn.Module) -> None:
+        """Replace the carriers among a module's children by the modules that remain, then visit the remaining children,
+        each once.
+
+        Of nested layers and of layers around a block, the innermost module remains, and its children are visited as
+        well.
+        """
         for name, child in list(module._modules.items()):
             if child is None:
                 continue
@@ -137,7 +167,10 @@ def restore_modules(model: nn.Module) -> None:
 
 
 def find_tied_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules whose weights a transformers model says are tied to others."""
+    """Yield the modules with a weight that a transformers model declares as tied (`_tied_weights_keys`).
+
+    Patterns and missing parts are skipped.
+    """
     for part in model.modules():
         for key in getattr(part, "_tied_weights_keys", None) or ():
             name, _, parameter = key.rpartition(".")
@@ -150,22 +183,28 @@ def find_tied_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def vocabulary_sizes(model: nn.Module) -> list[int | None]:
-    """Return for how many tokens the base's embeddings, and its head, have rows; nothing if its config says no size."""
+    """Return the rows of the input embeddings and of the head, None where unknown; [] if the model's config has no
+    vocab_size.
+    """
     if getattr(text_config(model), "vocab_size", None) is None:
         return []
     return [count_tokens(m and innermost(m)) for m in (input_embeddings(model), output_embeddings(model))]
 
 
 def update_vocabulary_size(model: nn.Module, before: list[int | None]) -> None:
-    """Set the size of the vocabulary in the config, if embeddings with another came out of an adapter."""
+    """Set `vocab_size` in the config, and on the model, if the embeddings got another number of rows from an adapter.
+
+    If embeddings and head now differ in size, warn instead: the saved model could not be loaded. `before` are the sizes
+    with adapters.
+    """
     after, config = vocabulary_sizes(model), text_config(model)
     if after == before or config.vocab_size not in before:
         return
     old, sizes = config.vocab_size, {n for n in after if n is not None}
     if len(sizes) > 1:
         warn(
-            f"The embeddings have {after[0]} tokens now, and the head {after[1]}, as the adapter had one of the two: "
-            f"call resize_token_embeddings({max(sizes)}) before you save the model, which could not be loaded."
+            f"The embeddings have {after[0]} tokens now and the head {after[1]}, since the adapter resized only one of "
+            f"them. Call resize_token_embeddings({max(sizes)}) before saving: such a model cannot be loaded."
         )
         return
     config.vocab_size = sizes.pop()
@@ -174,7 +213,11 @@ def update_vocabulary_size(model: nn.Module, before: list[int | None]) -> None:
 
 
 def retie_embeddings(model: nn.Module) -> None:
-    """Tie the embeddings of a tied model again after merging, or say in its config that they now differ."""
+    """Make modules of a tied model share the input embeddings' weight again, where the values are equal.
+
+    If the head has other values than the embeddings, set `config.tie_word_embeddings` to False, with a warning. Models
+    that tie nothing, or have no plain table, stay.
+    """
     config = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False):
         return

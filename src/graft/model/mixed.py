@@ -21,17 +21,21 @@ if TYPE_CHECKING:
 
 
 class MixedModel(Tuner):
-    """A tuner with adapters of any methods on its model's layers, side by side.
+    """A tuner with adapters of any methods on its model's layers.
 
-    Each adapter acts on the layer that those before it made: methods in the order in which they came to the layer,
-    adapters of one method in the order in which they are active.
+    On a layer each adapter acts on the layer that the ones before it made. Methods act in the order of their first
+    adapters there, adapters of one method in the order of `active_adapters`.
     """
 
     _method = None
 
     def __getattr__(self, name: str) -> Any:
-        """Return the method or the property that the model class of a loaded adapter's method has (`timestep` of
-        T-LoRA); else the attribute of a tuner. Where methods have different ones, they run one after the other."""
+        """Return a method or property that a loaded adapter's method adds to its tuners (`timestep` of T-LoRA); else
+        the attribute of a tuner.
+
+        If several methods define a function of that name, a call runs all and returns the first result. Of a property,
+        the first counts.
+        """
         registry = self.__dict__.get(HOLDER)
         if registry is None or name in self._modules:
             return super().__getattr__(name)
@@ -44,7 +48,11 @@ class MixedModel(Tuner):
             return bound[0].__get__(self)
 
         def run(*args: object, **kwargs: object) -> object:
-            """Call the function, or all of that name. Raises ConfigError for an adapter whose method has none."""
+            """Call the functions of that name in the order of the adapters; return the first result.
+
+            Raises ConfigError, before any runs, if an argument names an adapter with a method that has no such
+            function.
+            """
             for value in (*args, *kwargs.values()):
                 if isinstance(value, str) and value in owners and name not in owners[value].tuner_methods:
                     kind = registry.peft_config[value].peft_type.value
@@ -58,16 +66,18 @@ class MixedModel(Tuner):
 
     @mark_step
     def _create_and_replace(self, peft_config: PeftConfig, *args: object, **kwargs: object) -> None:
-        """Do what the tuner class of the config's method does."""
+        """Call `_create_and_replace` of the tuner class of the config's method, which another package may have
+        replaced.
+        """
         tuner_of(peft_config.peft_type)._create_and_replace(self, peft_config, *args, **kwargs)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: object, **kwargs: object
     ) -> WeightedReport:
-        """Add an adapter, inactive and frozen, that combines others: those of one method that can hold a sum (LoRA,
-        AdaLoRA, LoHa, IA3) into one of their kind, all others with a ΔW into a plain LoRA adapter.
+        """Add an adapter, inactive and frozen, that combines others, and return a report of it.
 
-        Arguments are those of `add_weighted_adapter` of a model of one method.
+        Adapters of one method that can hold a sum (LoRA, AdaLoRA, LoHa, IA3) give one of that method. All others with a
+        ΔW give a plain LoRA adapter. Further arguments are those of `add_weighted_adapter` of a model of one method.
 
         Raises:
             NotImplementedError: an adapter has no ΔW. Nothing has changed.
@@ -78,10 +88,10 @@ class MixedModel(Tuner):
 
 
 class PeftMixedModel(PeftModel):
-    """A base model with adapters of different methods, of which several can be active: `set_adapter(["a", "b"])`.
+    """A base model with adapters of different methods; several can be active: `set_adapter(["a", "b"])`.
 
-    Every method that acts on layers can stand beside every other. A module that stands in for a layer (LN tuning) is
-    alone on it while it is active.
+    Every method that acts on layers can be active together with every other. A method that replaces a module (LN
+    tuning) must be alone on it while active.
 
     Raises:
         ConfigError: the method acts on no layers, such as a prompt.
@@ -90,6 +100,7 @@ class PeftMixedModel(PeftModel):
     _mixed_tuner = MixedModel
 
     def _extend_config(self, config: PeftConfig) -> None:
+        """Raise ConfigError for the config of a prompt method."""
         if config.is_prompt_learning:
             raise ConfigError(
                 f"The provided `peft_type` '{config.peft_type.value}' is not compatible with the `PeftMixedModel`: it "
@@ -97,19 +108,20 @@ class PeftMixedModel(PeftModel):
             )
 
     def set_adapter(self, adapter_name: str | Sequence[str] | Composition, inference_mode: bool = False) -> None:
-        """Make these adapters active, in this order, and trainable unless for inference.
+        """Make these adapters active, in this order or as a composition says, and trainable unless `inference_mode`.
 
         Raises:
             AdapterNotFoundError: one of them is not loaded.
             ValueError: two of them cannot be active together.
+            RoutingError: as `PeftModel.set_adapter`.
         """
         self._registry.set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Remove one adapter or several.
+        """Remove one adapter or several, each once.
 
         Raises:
-            ValueError: one is not loaded, or is merged. Nothing has changed then.
+            AdapterNotFoundError, ValueError: one is not loaded, or is merged. Nothing has changed then.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
         self._registry.check_known(names)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a measurement changes in a model for a while: the modes of its modules, and which parameters train."""
+"""Training and eval modes of all modules of a model, changed for a while or put back after an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import nn
 
 @contextmanager
 def use_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Have the model in training or evaluation mode in the block, and all modules in their own again afterwards."""
+    """Within the block, set the whole model to training (True) or eval mode.
+
+    Afterwards each module has its own mode back.
+    """
     before = read_modes(model)
     model.train(training)
     try:
@@ -22,7 +25,7 @@ def use_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def restore_modes_on_error(model: nn.Module) -> Iterator[None]:
-    """Have all modules of a model in their modes from before again if the block raises."""
+    """If the block raises, put the modes of all modules of a model back."""
     before = read_modes(model)
     try:
         yield
@@ -32,9 +35,11 @@ def restore_modes_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def read_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Return each module of a model with its mode, (module, training)."""
     return [(module, module.training) for module in model.modules()]
 
 
 def restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Set the mode of each module in (module, training)."""
     for module, training in modes:
         module.training = training

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from graft.model.reference import Reference
 
 OF_TASKS: dict[object, type[PeftModel]] = {}  # the PeftModel class by task type; `model/tasks.py` fills it
-# by which models tell if their gradient checkpointing is on: transformers 5, 4
+# attributes of models that can checkpoint gradients: transformers 5, 4
 CHECKPOINTABLE = ("is_activation_checkpointing", "is_gradient_checkpointing")
 OF_PROMPTS = ("prompt_tokens", "word_embeddings")  # attributes that only a PeftModel with prompts has
 
@@ -58,7 +58,7 @@ OF_PROMPTS = ("prompt_tokens", "word_embeddings")  # attributes that only a Peft
 class PeftModel(nn.Module):
     """A base model with adapters. `base_model` is the tuner, `base_model.model` the model passed in.
 
-    With a prompt method `base_model` is the model itself.
+    With a prompt method `base_model` is the model itself. Attributes that a PeftModel lacks are the base model's.
 
     Args:
         model: any nn.Module; modified in place.
@@ -67,14 +67,14 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: train half-precision adapters in float32.
         low_cpu_mem_usage: leave the adapter's tensors on the meta device.
         change_timeout: seconds that a change of adapters waits for running calls of other threads, and a call for a
-            change, before they raise InUseError; None: as long as it takes.
+            change, before they raise InUseError; None: no limit.
 
     Raises:
-        NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: the model is as it was before the call.
+        NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: the model and the config are as before the call.
     """
 
     special_peft_forward_args: frozenset[str] = frozenset({"adapter_names", "alora_offsets"})
-    _registry: Registry = None  # type: ignore[assignment]  # which `registry_of` returns
+    _registry: Registry = None  # type: ignore[assignment]  # the value that `get_registry` returns
     _mixed_tuner: type[Tuner] | None = None  # the class of the tuner, whatever the method; None: the method's
 
     def __init__(
@@ -91,6 +91,17 @@ class PeftModel(nn.Module):
         tree: ModuleTree | None = None,
         provisional: bool = False,
     ):
+        """Inject the first adapter into `model` and activate it; a prompt goes in front of the input instead.
+
+        Inputs of the model are made to require gradients if it checkpoints gradients or cannot say so.
+        `config.pretraining_tp` becomes 1. An adapter that trains warns if Trainer is loaded and does not know graft.
+
+        Args:
+            heads: modules for the config's `modules_to_save`, by name, instead of copies of the base's.
+            values: of a saved adapter, instead of initial ones.
+            tree: a survey of the model, if the caller made one.
+            provisional: keep the data to take the adapter off again (`Registry.provisional`).
+        """
         super().__init__()
         check_adapter_name(adapter_name)
         check_config(peft_config)
@@ -122,7 +133,7 @@ class PeftModel(nn.Module):
             warn_trainer_unaware(type(self))
 
     def _extend_config(self, config: PeftConfig) -> None:
-        """Add heads that must train to the config: a hook for task classes."""
+        """Do nothing: a hook. Task classes add heads that must train to the config."""
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -130,6 +141,12 @@ class PeftModel(nn.Module):
         return {n for c in self.peft_config.values() for n in getattr(c, "modules_to_save", None) or ()} or None
 
     def __getattr__(self, name: str) -> Any:
+        """Return an attribute that this module lacks: `prompt_tokens` and `word_embeddings` from a registry of prompts,
+        others from `base_model`.
+
+        Raises:
+            AttributeError: the base model lacks it as well, or the name begins with "__".
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -140,7 +157,10 @@ class PeftModel(nn.Module):
             return getattr(self.base_model, name)
 
     def train(self, mode: bool = True) -> PeftModel:
-        """Set the mode as torch does, once no call of another thread is under way: they see one mode."""
+        """Set the mode of all modules and return the model.
+
+        Waits until no call of another thread runs, so that each call sees one mode.
+        """
         registry = self._registry
         with nullcontext() if registry is None else registry.call.gate.change(f"train({mode})", ()):
             return super().train(mode)
@@ -149,15 +169,17 @@ class PeftModel(nn.Module):
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
+        """The configs of the adapters, by name."""
         return self._registry.peft_config
 
     @property
     def active_adapters(self) -> list[str]:
+        """The names of the active adapters, in order."""
         return self._registry.active_adapters
 
     @property
     def active_adapter(self) -> str | None:
-        """The active adapter, the first where there are several. Setting it is `set_adapter`."""
+        """The first active adapter, or None. Setting it calls `set_adapter`."""
         return next(iter(self.active_adapters), None)
 
     @active_adapter.setter
@@ -187,17 +209,23 @@ class PeftModel(nn.Module):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
+        """True if adapters are active and some carrier is neither switched off nor disabled for this thread."""
         return bool(self.active_adapters) and any(not p.disable_adapters for p in self._registry.carriers())
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The `dtype` of the base model; None if it has no such attribute."""
         return getattr(self.get_base_model(), "dtype", None)
 
     def get_base_model(self) -> nn.Module:
+        """Return the model that was passed in, with the adapter layers in it."""
         return self._registry.model
 
     def _get_base_model_class(self, is_prompt_tuning: bool = False) -> type[nn.Module]:
-        """Return the class that files name where there is no task type: clients write it into configs themselves."""
+        """Return the class of the base model, which clients write into configs.
+
+        The argument is ignored, for PEFT's callers.
+        """
         return type(self.get_base_model())
 
     @property
@@ -206,15 +234,23 @@ class PeftModel(nn.Module):
         return self.get_base_model().prepare_inputs_for_generation
 
     def _get_name(self) -> str:
-        """Return the name of the base's class, by which a Trainer that does not know graft shifts smoothed labels."""
+        """Return the name of the base's class: a Trainer that does not know graft chooses by it how to shift smoothed
+        labels.
+        """
         return str(self.get_base_model()._get_name())
 
     def __repr__(self) -> str:
+        """Return the text of the module tree under this class's name, not the base's."""
         return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Whether the base takes `num_items_in_batch`; Trainer would ask `forward`, which takes any keyword."""
+        """Whether the base's forward takes `num_items_in_batch`: its own `accepts_loss_kwargs`, else whether it takes
+        any keyword.
+
+        Trainer reads this when it gets the model, so this is also the place of the warning that Trainer does not know
+        graft.
+        """
         warn_trainer_unaware(type(self))  # Trainer asks when it gets the model
         base = self.get_base_model()
         said = getattr(base, "accepts_loss_kwargs", None)
@@ -222,17 +258,22 @@ class PeftModel(nn.Module):
         return any(p.kind is p.VAR_KEYWORD for p in parameters) if said is None else bool(said)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return True if plain LoRA can hold what an adapter does to all of its layers: see `graft.convert_to_lora`."""
+        """Return True if the adapter is on some layer, and plain LoRA can hold its update on all of its layers."""
         return self._registry.supports_lora_conversion(adapter_name)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return (trainable, all) parameters. Packed 4-bit weights count with the numbers they hold."""
+        """Return the numbers of (trainable, all) parameters.
+
+        Packed 4-bit weights count with the numbers that they hold.
+        """
         sizes = [(count_numbers(p), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters of one adapter that can train, active or not, as `named_parameters` does: those of its
-        layers, heads and token rows, and the base's biases that its config has train.
+        """Yield (name, parameter) of one adapter, active or not, in the order and by the names of `named_parameters`.
+
+        These are the parameters that can train: of its layers, heads and token rows, and the base's biases that its
+        config lets train.
 
         Raises:
             AdapterNotFoundError: it is not loaded.
@@ -240,15 +281,18 @@ class PeftModel(nn.Module):
         return self._registry.parameters_of(self, adapter_name)
 
     def print_trainable_parameters(self) -> None:
+        """Print the numbers of trainable and of all parameters, and the percentage."""
         trainable, total = self.get_nb_trainable_parameters()
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
+        """Return the status of each adapter layer. Raises TypeError for prompts, ValueError without adapter layers."""
         return get_layer_status(self)
 
     def get_model_status(self) -> TunerModelStatus:
+        """Return the status of all layers together. Raises TypeError for prompts, ValueError without adapter layers."""
         return get_model_status(self)
 
     # adapters
@@ -264,8 +308,10 @@ class PeftModel(nn.Module):
         """Add an adapter, inactive and frozen.
 
         Args:
-            heads: modules for the config's `modules_to_save`, instead of copies of the base's, by name. They may
-                have other shapes: `heads={"classifier": nn.Linear(384, 5)}` beside a base with 2 labels.
+            low_cpu_mem_usage: leave its tensors on the meta device.
+            autocast_adapter_dtype: train it in float32 if the base has half precision.
+            heads: modules for the config's `modules_to_save`, by name, instead of copies of the base's. They may have
+                other shapes: `heads={"classifier": nn.Linear(384, 5)}` for a base with 2 labels.
 
         Raises:
             ValueError: the name is taken, or the config is of another method.
@@ -274,6 +320,12 @@ class PeftModel(nn.Module):
         self._add_adapter(adapter_name, peft_config, Options(autocast_adapter_dtype, low_cpu_mem_usage, None, heads))
 
     def _add_adapter(self, adapter_name: str, config: PeftConfig, options: Options) -> None:
+        """Add an adapter by its options, inactive.
+
+        Waits for calls only when the model itself changes. On an error, config and model are as before.
+
+        With several processes, the initial values are noted, to compare them later.
+        """
         with self._registry.call.gate.change(f"add_adapter({adapter_name!r})", (), late=True):
             self._registry.check_new(adapter_name, config)
             with restore_on_error(config):
@@ -283,14 +335,16 @@ class PeftModel(nn.Module):
                 note_start(self._registry, adapter_name)
 
     def set_adapter(self, adapter_name: str | Composition, inference_mode: bool = False) -> None:
-        """Make one adapter the active and (unless for inference) trainable one; or those of a `Stack`, `Average` or
-        `Parallel`.
+        """Make one adapter the active one, and trainable unless `inference_mode`; or those of a `Stack`, `Average` or
+        `Parallel`. Others become inactive and frozen.
 
-        Several at once: `model.base_model.set_adapter([...])`, which is a `Stack`.
+        Merged adapters are unmerged first, with a warning. Several at once: `model.base_model.set_adapter([...])`,
+        which is a `Stack`.
 
         Raises:
-            ValueError: it is not loaded.
-            RoutingError: one of a composition is not loaded, or an average cannot weigh it.
+            AdapterNotFoundError (a ValueError): it is not loaded.
+            TypeError: a list is passed.
+            RoutingError: an adapter of a composition is not loaded, or an average cannot weigh it.
         """
         if not isinstance(adapter_name, (str, Composition)):
             several = self._registry.several
@@ -298,7 +352,9 @@ class PeftModel(nn.Module):
         self._registry.set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was the active one, the first of the others (by name) becomes active.
+        """Remove an adapter.
+
+        If it was the only active one, the first of the others (by name) becomes active, with a warning.
 
         Raises:
             ValueError: it is not loaded, or it is merged.
@@ -308,8 +364,8 @@ class PeftModel(nn.Module):
     def reference(self, adapter_name: str = "default", name: str | None = None) -> Reference:
         """Return a frozen copy of an adapter as it is now, such as the reference policy of a training.
 
-        Call it in place of the model. It is a separate adapter, inactive; it never trains, and no save takes it
-        unless it is selected.
+        Call the copy like the model. It is an adapter of the model, inactive; it never trains, and `save_pretrained`
+        leaves it out unless it is selected.
 
         Args:
             name: of the copy; "<adapter_name>-reference" if None.
@@ -323,23 +379,33 @@ class PeftModel(nn.Module):
         return make_reference(self, adapter_name, name, self._add_adapter)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Set requires_grad of all parameters of these adapters, active or not.
+
+        Frozen copies (`reference`) stay frozen.
+
+        Raises:
+            AdapterNotFoundError: one is not loaded.
+        """
         self._registry.set_requires_grad(adapter_names, requires_grad)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Let the base model run alone within the block, in the thread that is in it.
+        """Run the base model without adapters within the block, in this thread only.
 
-        Other threads go on computing with adapters, also one that is started within the block. Unmerge merged
-        adapters; they stay unmerged.
+        Other threads continue with adapters, also one that is started within the block. Merged adapters are unmerged,
+        and stay unmerged. Nothing can be merged while a block is open. Warns if the config trains biases of the base,
+        or if some layers only are switched off.
 
         Raises:
-            InUseError: adapters are merged, and this thread is in a call, or other threads' do not end.
+            InUseError: adapters are merged, and this thread is in a call, or other threads' calls do not end.
         """
         with self._registry.disable_for_thread():
             yield
 
     def _heads_changed(self) -> None:
-        """Follow a change of the active heads: a hook for task classes whose loss depends on their size."""
+        """Do nothing: a hook, called when the active heads change, for task classes with a loss that reads
+        their size.
+        """
 
     # prompts
 
@@ -357,7 +423,8 @@ class PeftModel(nn.Module):
         return self._require_prompts("get_prompt").prompt(batch_size, task_ids)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
-        """Return a prompt as in a checkpoint: (tokens, dim), or keys and values (tokens, 2 · layers · token_dim).
+        """Return a prompt as in a checkpoint, on the CPU: (tokens, dim), or keys and values (tokens, 2 · layers ·
+        token_dim).
 
         Raises:
             TypeError: the model has no prompts.
@@ -366,9 +433,10 @@ class PeftModel(nn.Module):
         return self._require_prompts("get_prompt_embedding_to_save").file_prompt(adapter_name)
 
     def _require_prompts(self, asked: str) -> Prompts:
+        """Return the registry of a model with prompts. Raises TypeError, with `asked`, for any other model."""
         if "prompt_encoder" not in self._modules:
             raise TypeError(
-                f"{asked}() is of prompt methods, such as PROMPT_TUNING, and the adapters of this model are "
+                f"{asked}() is for prompt methods, such as PROMPT_TUNING, and the adapters of this model are "
                 f"{self.peft_type.value}."
             )
         return self._registry  # type: ignore[return-value]
@@ -378,7 +446,14 @@ class PeftModel(nn.Module):
     def _call_base(
         self, function: Any, inputs: tuple[object, ...], kwargs: dict[str, Any], generates: bool = False
     ) -> object:
-        """Run a function of the base model; take graft's own arguments out and act on them."""
+        """Run a function of the base model as one call, and return its output.
+
+        `adapter_names` and `compose` are taken out of `kwargs` and obeyed.
+
+        A composition copies the batch if it is a Parallel. If a change of another thread makes another composition
+        active while this call waits, it starts again. With gradients, the output keeps the call's context for the
+        backward pass, and the watch follows it.
+        """
         names = check_row_names(kwargs.pop("adapter_names", None))
         registry, compose = self._registry, kwargs.pop("compose", None)
         value = choose_composition(registry, compose, names)
@@ -388,7 +463,7 @@ class PeftModel(nn.Module):
             with self._begin_call("generate" if generates else "forward", used):
                 known, value = value, choose_composition(registry, compose, names)
                 if value != known:
-                    continue  # another one is active since, for which this call waited
+                    continue  # this call waited for a change that made another composition active
                 if compose is not None:
                     registry.check_composition(compose)
                 facts: AbstractContextManager[None] = nullcontext()
@@ -414,9 +489,18 @@ class PeftModel(nn.Module):
         generates: bool,
         shares: dict[str, float],
     ) -> tuple[object, CallContext]:
-        """Do as `_call`, within a call; return the output, and what the call said of its rows.
+        """Run a function of the base model within a call; return its output and the call's context.
 
-        shares: of the copies of the batch, those on which each adapter acts.
+        Arguments of graft and its methods are taken out of `kwargs`. Methods that surround a run do so here, and losses
+        of adapters are added. In the first training step after a change, check that the processes average all
+        gradients. Rows are repeated as `generate` repeats them.
+
+        Args:
+            shares: of a Parallel: the share of the copies that each adapter acts on.
+
+        Raises:
+            RoutingError, TypeError: as `forward`; `adapter_generators` with `generate`.
+            DistributedError: gradients would not be averaged.
         """
         registry = self._registry
         if generates:
@@ -446,21 +530,27 @@ class PeftModel(nn.Module):
             return finish(function(*inputs, **kwargs)), call.context
 
     def _begin_call(self, what: str, names: Sequence[str] | None) -> AbstractContextManager[object]:
-        """Return a context: a call of the model."""
+        """Return a context that counts as a call of the model by this thread: adapters do not change within it.
+
+        Args:
+            what: names the call, for threads that wait.
+            names: the adapters of the rows; None: the active ones.
+        """
         return self._registry.calling(what, names)
 
     def _heads_of(self, names: Sequence[str] | None) -> AbstractContextManager[object]:
-        """Prepare for the heads of a mixed batch: a hook for task classes."""
+        """Return a context that does nothing: a hook. Task classes prepare for the heads of a mixed batch."""
         return nullcontext()
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        """Run the base model's forward. `adapter_names`: one name per row of the batch; "__base__" means no adapter; a
-        `Stack` or an `Average` of adapters is an entry, too.
+        """Run the base model's forward and return its output.
 
-        `compose`: a `Stack`, `Average` or `Parallel` for this call, in place of the active adapters.
+        `adapter_names`: one entry per row of the batch: a name, a `Stack` or an `Average`; "__base__" means no adapter.
 
-        `adapter_generators`: a generator of the CPU for each adapter of the batch, from which it draws in training (its
-        dropout) as it would alone from torch's own: see "Many adapters".
+        `compose`: a `Stack`, `Average` or `Parallel` for this call, instead of the active adapters.
+
+        `adapter_generators`: a torch.Generator of the CPU for each adapter of the batch. The adapter's dropout draws
+        from it, as from torch's generator in a training of this adapter alone: see "Many adapters".
 
         Raises:
             RoutingError: a name is not loaded, the number of names is wrong, or adapters are merged; an adapter has no
@@ -470,12 +560,17 @@ class PeftModel(nn.Module):
         return self._call_base(self.get_base_model(), args, kwargs)
 
     def generate(self, *args: object, **kwargs: object) -> Any:
-        """Run the base model's generate, with `adapter_names` and `compose` as in `forward`."""
+        """Run the base model's `generate` and return its output, with `adapter_names` and `compose` as in `forward`."""
         return self._call_base(self.get_base_model().generate, args, kwargs, generates=True)
 
     @staticmethod
     def prepare_model_for_gradient_checkpointing(model: object) -> None:
-        """Make the first block's inputs require gradients: reentrant checkpointing drops them otherwise."""
+        """Make the inputs of the first block require gradients: reentrant checkpointing would drop the gradients
+        otherwise.
+
+        Quantized models stay, and so does a model that has the hook. A model without `enable_input_require_grads` gets
+        a forward hook on its input embeddings, if it has any.
+        """
         quantized = any(getattr(model, f, False) for f in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"))
         if quantized:
             return
@@ -500,34 +595,37 @@ class PeftModel(nn.Module):
         layout: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write adapter_config.json and the adapter's tensors; "default" into the folder, others into sub-folders.
+        """Write adapter_config.json and the adapter's tensors: "default" into the folder, others into sub-folders.
 
-        A failed save leaves the old files in place; one that is cut short leaves the old adapter or the new one. If
-        several processes save into one folder at once, it ends with the whole adapter of one of them. Changes of other
-        threads wait until it has ended.
+        A failed save leaves the old files; one that is killed leaves the old adapter or the new one. If several
+        processes save into one folder at once, it ends with the whole adapter of one of them. Changes of other threads
+        wait until the save has ended. Unknown keywords give a warning, and so do adapters that have parts of their
+        learning in the base weights.
 
         Args:
             safe_serialization: safetensors; else a torch file, adapter_model.bin.
-            selected_adapters: names; all if None.
+            selected_adapters: names; None: all except frozen references.
             save_embedding_layers: True, False, or "auto": if they are targets, or the vocabulary has another size.
             is_main_process: only this process writes.
-            path_initial_model_for_weight_conversion: folder of the adapter as it was before training, to save a
-                PiSSA or OLoRA adapter as plain LoRA for the unchanged base.
-            fingerprint: of the base model, in a safetensors file, by which a load notices another base. "sampled" holds
-                shapes and 64 values of the adapted weights, and so cannot see a change elsewhere; "full" a digest of
-                each tensor of the base, which saving and every load then read in full. Save it before merging: what
-                unmerging in float32 gives back has other last bits.
-            for_server: "vllm", "llama.cpp" or another that `graft check` knows: write each adapter in the one form of
-                LoRA that servers read right. A method that is not LoRA is truncated to one that keeps 99.99 % of ‖ΔW‖²,
-                with a warning that says the error; `graft.save_as_lora` takes another rank.
-            layout: "vllm", "sglang" or another of `graft.adapter_tensors`: write what that returns, experts as the
+            path_initial_model_for_weight_conversion: folder of the adapter as it was before training, to save a PiSSA
+                or OLoRA adapter as plain LoRA for the unchanged base.
+            fingerprint: of the base model, in a safetensors file. A load with another base notices the difference.
+                "sampled" holds shapes and 64 values of the adapted weights, and misses changes elsewhere. "full" holds
+                a digest of each tensor of the base; saving and every load then read the base in full. Save it before
+                merging: unmerging in float32 changes last bits.
+            for_server: "vllm", "llama.cpp" or another that `graft check` knows: write each adapter as the LoRA that
+                this server reads right. A method that is not LoRA is truncated to one that keeps 99.99 % of ‖ΔW‖², with
+                a warning that says the error; `graft.save_as_lora` takes another rank.
+            layout: "vllm", "sglang" or another of `graft.adapter_tensors`: write its tensors, with experts as the
                 server holds them. Such files load here as others do.
+            kwargs: `state_dict`, to take values from; others of transformers are ignored.
 
         Raises:
-            LossError: no LoRA does what the adapter does, and `for_server` asks for one; or the server of `layout`
-                cannot do it.
+            LossError: `for_server` asks for a LoRA, and none equals the adapter; or the server of `layout` cannot run
+                it.
+            ConfigError: both `layout` and `for_server` are passed.
             ValueError: the path is a file, or a selected adapter is not loaded.
-            CheckpointError: an adapter is not in the model any more, or a tensor is a part of one; nothing is written.
+            CheckpointError: an adapter is no longer in the model, or a tensor is a part of one; nothing is written.
         """
         with self._registry.call.gate.call("save_pretrained()"):  # nothing changes meanwhile
             if kwargs:
@@ -546,8 +644,8 @@ class PeftModel(nn.Module):
             saved = list(self.peft_config) if selected_adapters is None else selected_adapters
             if part := [name for name in saved if name in self._registry.taken_in]:
                 warn(
-                    f"The base weights hold what adapters {part} had learned before their last restart, which no file "
-                    "of an adapter has: save the model as well, by merge_and_unload().save_pretrained(…) of a copy.",
+                    f"Adapters {part} were restarted: their earlier updates are in the base weights only. Save the "
+                    "model as well, by merge_and_unload().save_pretrained(…) of a copy.",
                     PeftWarning,
                 )
             checkpoints.save_adapters(
@@ -563,12 +661,16 @@ class PeftModel(nn.Module):
             )
 
     def create_or_update_model_card(self, output_dir: str) -> None:
+        """Write README.md with a model card into a folder.
+
+        An existing README.md keeps its text; only the card's data is updated.
+        """
         from graft.io.card import write_card
 
         write_card(self, output_dir)
 
     def push_to_hub(self, repo_id: str, **kwargs: object) -> object:
-        """Save to a temporary folder and upload that to a hub repository."""
+        """Save to a temporary folder and upload that to a hub repository; return the hub's answer. Raises HubError."""
         from graft.config.hub import push
 
         return push(self.save_pretrained, repo_id, **kwargs)
@@ -592,7 +694,10 @@ class PeftModel(nn.Module):
         change_timeout: float | None = PATIENCE,
         **kwargs: Any,
     ) -> PeftModel:
-        """Inject a saved adapter into `model` and load its values.
+        """Inject a saved adapter into `model`, load its values, and return the PeftModel of the config's task type.
+
+        If a client replaced `load_adapter`, it is called afterwards; an error in it takes the adapter off again.
+        Unknown keywords give a warning.
 
         Args:
             model_id: folder or hub repository.
@@ -602,10 +707,10 @@ class PeftModel(nn.Module):
             strict: raise if the checkpoint and the adapter do not hold the same tensors; else warn.
             allow_nonfinite: load NaN and infinite numbers, too.
             change_timeout: as in `PeftModel`.
-            kwargs: for the hub; of X-LoRA `adapters`, where the experts are; `check_digest=False` loads a file whose
-                tensors are not those that were saved; and `expert_layout`, how the file holds the factors of stacks of
-                experts, if it does not tell itself: "peft", "exchanged" (PEFT before 0.19.1), "grouped_by_expert"
-                (Unsloth before September 2026), "rank_major", or several of them.
+            kwargs: for the hub; of X-LoRA `adapters`, with the paths of the experts; `check_digest=False` to load a
+                file that was changed after its save. `expert_layout` names the form of factors of stacks of experts, if
+                the file does not: "peft", "exchanged" (PEFT before 0.19.1), "grouped_by_expert" (Unsloth before
+                September 2026), "rank_major", or several of them.
 
         Raises:
             AdapterKeyError: tensors are missing or left over (only if strict), or have other shapes.
@@ -650,7 +755,15 @@ class PeftModel(nn.Module):
     def _call_replaced_loader(
         self, replaced_loader: str, report: LoadReport, request: LoadRequest, low_cpu_mem_usage: bool
     ) -> None:
-        """Call a replaced `load_adapter`, whose call of the original returns the report of what is loaded already."""
+        """Call a `load_adapter` that a client replaced, after the adapter has been loaded.
+
+        If the client calls the original with the same request, that returns `report` and loads nothing. If it does not,
+        warn. If it raises, the adapter is taken off again.
+
+        Args:
+            replaced_loader: who replaced it, for the warning.
+            request: the arguments of the load.
+        """
         model_id, adapter_name, options = request
         self.__dict__["_done"] = request, report
         try:
@@ -660,8 +773,8 @@ class PeftModel(nn.Module):
             done = self.__dict__.pop("_done", None)
         if done is not None:
             warn(
-                f"PeftModel.load_adapter was replaced by {replaced_loader}, which has not called the original: adapter "
-                f"'{adapter_name}' holds the values of its file wherever that has set no others.",
+                f"PeftModel.load_adapter was replaced by {replaced_loader}, which has not called the original. Adapter "
+                f"'{adapter_name}' has the values of its file, except where the replacement has set others.",
                 PeftWarning,
             )
 
@@ -679,22 +792,21 @@ class PeftModel(nn.Module):
         allow_nonfinite: bool = False,
         **kwargs: Any,
     ) -> LoadReport:
-        """Load a saved adapter beside the others, inactive.
+        """Load a saved adapter, inactive, next to the loaded ones, and return a report of the keys loaded, missing and
+        left over.
 
-        An adapter that has the name already gets only the new values (a warning says where its config differs). It goes
-        on training if it trains, and stays merged if it is merged.
+        If the name is loaded already, only its values are replaced; a warning says where the configs differ. It stays
+        merged if it is merged, and trains on if it trains.
 
         Args:
-            is_trainable: let the adapter train from now on, whether it is active or not, and leave the
-                model in its mode. One that trains in part already goes on so. If False, set the model to eval mode,
-                with a warning if others are training.
+            is_trainable: let the adapter train from now on, active or not, and leave the model in its mode; an adapter
+                that trains in part stays so. If False, set the model to eval mode, with a warning if others are
+                training.
             kwargs: as of `from_pretrained`.
 
-        Returns:
-            The report of keys loaded, missing and left over.
-
         Raises:
-            as `from_pretrained`; the model is then as it was.
+            ValueError: both `offload_folder` and `offload_dir` are passed.
+            Other errors: as `from_pretrained`; the model is then as before.
         """
         request = (model_id, adapter_name, dict(kwargs, is_trainable=is_trainable, key_mapping=key_mapping))
         request[2]["autocast_adapter_dtype"] = autocast_adapter_dtype
@@ -723,13 +835,14 @@ class PeftModel(nn.Module):
     # dunder protocol
 
     def __contains__(self, adapter_name: str) -> bool:
+        """Return True if an adapter of that name is loaded."""
         return adapter_name in self.peft_config
 
 
 LOAD_ADAPTER = PeftModel.load_adapter
-LoadRequest = tuple[Any, str, dict[str, Any]]  # what, as which adapter, how
+LoadRequest = tuple[Any, str, dict[str, Any]]  # source, name of the adapter, options
 
 
 def find_replaced_loader(kind: type[PeftModel]) -> str | None:
-    """Return who has replaced `load_adapter` of a class, or overridden it; None if nobody has."""
+    """Return the name of the function that replaced or overrides `load_adapter` in a class; None if it is graft's."""
     return None if kind.load_adapter is LOAD_ADAPTER else describe_function(kind.load_adapter)

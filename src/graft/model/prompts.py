@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts: adapters in front of the input. One place puts them into a model, whatever the method and the task.
+"""Prompts: adapters in front of the input, put into a model in one place, whatever the method and the task.
 
-A prompt enters where the base model's stack of layers begins (`PromptStack`), in a hook that every forward pass
-and step of `generate` runs. Heads and losses are the base model's own, and a cache that holds tokens holds the
-prompt. A prompt of keys and values can begin as those of a text, or of a cache that a model has filled.
+A prompt enters where the base model's stack of layers begins (`PromptStack`), by a hook that every forward pass and
+every step of `generate` runs. It is embeddings in front of the input, or keys and values in the empty cache. The hook
+also widens arguments that count tokens: masks, positions, types (`prompts/arguments.py`). Heads and losses are the base
+model's, and a cache that holds tokens holds the prompt. Under gradient checkpointing transformers gives layers no
+cache: `prompts/replays.py` then gives each layer the prompt's, read-only, when the backward pass runs the layer again.
+
+A prompt of keys and values can begin as those of a text, or of a cache that a model has filled.
 """
 
 from __future__ import annotations
@@ -52,28 +56,31 @@ from graft.prompts.prefix_tuning import as_pairs, from_pairs
 from graft.prompts.stack import PromptStack, stacks_of
 from graft.storage.parallel import processes
 
-COUNTED = ("BigBirdForQuestionAnswering",)  # heads that expect as many outputs of the stack as there are tokens
+COUNTED = ("BigBirdForQuestionAnswering",)  # their heads need as many outputs of the stack as there are tokens
 
 
 class NoLayers(Method):
-    """The method for the injection of a prompt's modules to save: it adapts no layer."""
+    """The method for the injection of a prompt's `modules_to_save`: it adapts no layer."""
 
 
 class Prompts(Registry):
-    """The registry of a model's prompts."""
+    """The registry of a model's prompts, all of one method. One can be active at a time."""
 
     peft_config: dict[str, PromptLearningConfig]  # type: ignore[assignment]
     method: type[Prompt]
     several = "only one prompt can be in front of the input at a time"
 
     def __init__(self, model: nn.Module, config: PromptLearningConfig, tree: ModuleTree | None = None):
+        """Register a model without prompts. It gets an empty `prompt_encoder`, and its stacks of layers are found."""
         super().__init__(model, method_of(config.peft_type), tree)
         self.arguments = set(self.method.arguments)
         self.prompt_encoder = Encoders(self.call)
         self.stacks = stacks_of(model)
 
     def start(self, adapter_name: str, config: PromptLearningConfig, options: Options) -> None:
-        """Add the first prompt, active, and hook the stacks of the model."""
+        """Add the first prompt, hook the stacks of the model, and make the prompt active and, unless `inference_mode`,
+        trainable.
+        """
         self.add_adapter(adapter_name, config, options)
         for stack in self.stacks.values():
             attach(stack)
@@ -81,7 +88,10 @@ class Prompts(Registry):
 
     @classmethod
     def plan(cls, model: nn.Module, config: PromptLearningConfig, adapter_name: str) -> InjectReport:
-        """Return the report of a first prompt on `model`."""
+        """Return the report of a first prompt on `model`: its tensors and the modules trained whole.
+
+        Model, config and random numbers do not change.
+        """
         prompts = cls(model, config)
         cfg = copy.copy(config)
         injection = Injection(model, cfg, NoLayers, adapter_name, keys=()).find()
@@ -92,10 +102,12 @@ class Prompts(Registry):
         return injection.report
 
     def carriers(self) -> Iterator[Carrier]:
+        """Yield the encoders of all prompts, then the wrappers of modules trained whole."""
         yield self.prompt_encoder
         yield from self.wrappers.values()
 
     def parts_of(self, adapter_name: str) -> AdapterCarriers:
+        """Return the carriers of a prompt: its encoder as `prompt`, and its wrappers."""
         parts = super().parts_of(adapter_name)
         parts.shared, parts.prompt = None, self.prompt_encoder[adapter_name]
         return parts
@@ -104,7 +116,16 @@ class Prompts(Registry):
 
     @prepares
     def add_adapter(self, adapter_name: str, config: PromptLearningConfig, options: Options) -> InjectReport:  # type: ignore[override]
-        """Add a prompt, inactive. A call that fails changes nothing."""
+        """Add a prompt, inactive, and return the report.
+
+        The config gets the sizes of the model. On an error nothing has changed.
+
+        Processes of a pipeline draw equal initial values.
+
+        Raises:
+            ConfigError: the config does not fit the model: see `_fit`.
+            AdapterNameError: the name is taken.
+        """
         self.check_new(adapter_name, config)
         cfg = copy.copy(config)
         self._fit(cfg, adapter_name)
@@ -128,7 +149,10 @@ class Prompts(Registry):
 
     @contextmanager
     def provisional(self, adapter_name: str, then_keep: bool = True) -> Iterator[None]:
-        """Leave the model as it was before its first prompt if the block raises."""
+        """If the block raises, take the first prompt and its wrappers off the model, which is as before.
+
+        `then_keep` is without effect.
+        """
         try:
             yield
         except BaseException:
@@ -138,37 +162,40 @@ class Prompts(Registry):
             raise
 
     def _make_prompt(self, cfg: PromptLearningConfig) -> Prompt:
-        """Make a prompt of a complete config, on the CPU, with initial values: of the base's own words, if of any."""
+        """Return a new prompt of a complete config, on the CPU, with initial values: words of the base's embeddings if
+        the config says so.
+        """
         words = self.stacks["main"].words
         return self.method(cfg, getattr(words, "original_module", words))
 
     def _fit(self, cfg: PromptLearningConfig, adapter_name: str) -> None:
-        """Complete the config against the model, or raise ConfigError if it does not fit.
+        """Set the sizes in the config from the model, and check that a prompt of it fits the model.
 
         Raises:
+            ConfigError: task_type or num_virtual_tokens is missing; the model is a stage of a pipeline; SEQ_2_SEQ_LM
+                without a decoder, or CAUSAL_LM with embeddings and an encoder or without `generate`; the sizes or the
+                kind of prompt do not fit the stacks; the head needs as many outputs as tokens.
             DistributedError: FSDP has wrapped the model, and the prompt would train.
         """
         if not cfg.inference_mode and dist.is_available() and dist.is_initialized():
             check_not_fsdp(self.model.named_modules(), adapter_name)
         if cfg.task_type is None:
             raise ConfigError(
-                f"{cfg.peft_type.value} needs a task_type, such as CAUSAL_LM: what becomes of inputs and labels "
-                "depends on it."
+                f"{cfg.peft_type.value} needs a task_type, such as CAUSAL_LM: it decides how inputs and labels change."
             )
         if cfg.num_virtual_tokens is None:
             raise ConfigError(f"{cfg.peft_type.value} needs num_virtual_tokens, the length of the prompt.")
         absent = find_absent_in_model(self.model)
         if absent:
             raise ConfigError(
-                f"{cfg.peft_type.value} acts on all layers at once, and this model is a stage of a pipeline, which "
-                f"lacks {len(absent)} modules, such as '{next(iter(absent))}': use a method that acts on layers, such "
-                "as LORA."
+                f"{cfg.peft_type.value} acts on all layers at once, and this stage of a pipeline lacks {len(absent)} "
+                f"modules, such as '{next(iter(absent))}'. Use a method that acts on layers, such as LORA."
             )
         coded = "decoder" in self.stacks
         if cfg.task_type == "SEQ_2_SEQ_LM" and not coded:
             raise ConfigError(
                 f"task_type=SEQ_2_SEQ_LM needs a model with an encoder and a decoder, and {type(self.model).__name__} "
-                "has no decoder of its own: use CAUSAL_LM."
+                "has no separate decoder: use CAUSAL_LM."
             )
         if cfg.task_type == "CAUSAL_LM" and coded and not cfg.holds_keys:
             raise ConfigError(
@@ -182,8 +209,8 @@ class Prompts(Registry):
             check_size(stack, cfg)
         if type(self.model).__name__ in COUNTED and not cfg.holds_keys:
             raise ConfigError(
-                f"{type(self.model).__name__} masks its logits by the tokens of the input, among which a prompt of "
-                "embeddings is not: use PREFIX_TUNING, or a method that acts on layers, such as LORA."
+                f"{type(self.model).__name__} masks its logits by the tokens of the input, without a prompt of "
+                "embeddings. Use PREFIX_TUNING, or a method that acts on layers, such as LORA."
             )
         if cfg.task_type == "CAUSAL_LM" and not hasattr(self.model, "prepare_inputs_for_generation"):
             raise ConfigError(
@@ -192,17 +219,24 @@ class Prompts(Registry):
             )
 
     def _find_stacks(self, cfg: PromptLearningConfig) -> list[PromptStack]:
-        """Return the stacks that a prompt goes into."""
+        """Return the stacks that a prompt goes into: the decoder for keys and values; encoder and decoder for
+        embeddings of two submodules; else the main one.
+        """
         if "decoder" not in self.stacks or not (cfg.holds_keys or self._in_decoder(cfg)):
             return [self.stacks["main"]]
         return [self.stacks["decoder"]] if cfg.holds_keys else list(self.stacks.values())
 
     def _in_decoder(self, cfg: PromptLearningConfig) -> bool:
+        """Return True if the prompt has embeddings for the decoder as well."""
         return self.method.in_decoder and (cfg.num_transformer_submodules or 1) > 1
 
     # acting
 
     def check_generate(self, kwargs: dict[str, object]) -> None:
+        """Raise for arguments of `generate` that do not work with the active prompt: filled caches, assistant models.
+
+        A prompt in the encoder only needs no check.
+        """
         if self.active is None:
             return
         last = self._find_stacks(self.active[0])[-1]
@@ -211,11 +245,14 @@ class Prompts(Registry):
             check_assistant(kwargs, self.model, last)
 
     def _names_used(self) -> tuple[str, ...]:
+        """Return the adapters that a call uses: none without modules trained whole, since the prompt is computed when
+        the call begins.
+        """
         return super()._names_used() if self.wrappers else ()  # the prompt has been computed when the model begins
 
     @property
     def active(self) -> tuple[PromptLearningConfig, Prompt] | None:
-        """Config and encoder of the prompt that acts now, if one does."""
+        """Config and encoder of the active prompt; None if no prompt is active or prompts are disabled."""
         if self.prompt_encoder.disable_adapters or not self.active_adapters:
             return None
         name = self.active_adapters[0]
@@ -223,6 +260,17 @@ class Prompts(Registry):
 
     @contextmanager
     def enter_methods(self, run: Run) -> Iterator[Finish]:
+        """Put the active prompt into the stacks for one run of the model, and yield a function that finishes its
+        output.
+
+        Arguments of the method are read from `run`; `task_ids` is removed from the model's keywords. Nested calls get
+        their states back.
+
+        Raises:
+            RoutingError: the call has `adapter_names`.
+            ValueError: the prompts of `task_ids` are not as many as the samples.
+            RuntimeError: after the run, if the model never called a stack with a prompt.
+        """
         kwargs, arguments = run.kwargs, {name: run.graft_arguments.get(name) for name in self.method.arguments}
         kwargs.pop("task_ids", None)  # only multitask prompts take it
         if self.call.rows is not None:
@@ -242,7 +290,11 @@ class Prompts(Registry):
                 stack.end(call)
 
     def _compute_prompt(self, kwargs: dict[str, object], arguments: dict[str, object]) -> tuple[Finish, Tensor | None]:
-        """Return a function for the output of a call, and the prompt that enters. Change `kwargs`."""
+        """Return a function for the output of a call, and the tensor of the active prompt, None if no prompt is active.
+
+        For a prompt of embeddings, labels in `kwargs` are widened by ignored tokens (or moved to the finishing
+        function), and outputs of an encoder that lack the prompt are dropped.
+        """
         if self.active is None:
             return return_unchanged, None
         cfg, prompt = self.active
@@ -258,6 +310,12 @@ class Prompts(Registry):
         return finish, value
 
     def _insert(self, cfg: PromptLearningConfig, value: Tensor) -> None:
+        """Give the prompt's tensor to the stacks that the run enters: as keys and values, or as embeddings split
+        between encoder and decoder.
+
+        For SEQ_CLS with a `score` head the prompt's outputs are cut off: the head seeks the last token at its place in
+        input_ids.
+        """
         P, main, decoder = cfg.num_virtual_tokens or 0, self.stacks["main"], self.stacks.get("decoder")
         if cfg.holds_keys:
             (decoder or main).put_keys(value, partial(as_pairs, cfg=cfg))
@@ -275,19 +333,28 @@ class Prompts(Registry):
 
     @property
     def prompt_tokens(self) -> dict[str, Tensor]:
+        """PEFT's indices of the virtual tokens, 0 to n - 1, by adapter."""
         return {name: torch.arange(config.rows) for name, config in self.peft_config.items()}
 
     @property
     def word_embeddings(self) -> nn.Module | None:
+        """The word embeddings of the main stack; None if it has none."""
         return self.stacks["main"].words
 
     def file_prompt(self, adapter_name: str) -> Tensor:
-        """Return a prompt as in a checkpoint, (tokens, width)."""
+        """Return a prompt as in a checkpoint, (tokens, width), on the CPU. Raises AdapterNotFoundError."""
         self.check_known([adapter_name])
         return self.prompt_encoder[adapter_name].to_file_tensors()[STORED].cpu()
 
     def prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Any:
-        """Return the active prompt, (batch, tokens, dim), or a cache of keys and values."""
+        """Return the active prompt for a batch: (batch, tokens, dim), or a new cache with its keys and values.
+
+        Args:
+            task_ids: (batch,), for multitask prompts; others ignore it.
+
+        Raises:
+            ValueError: no prompt is active.
+        """
         if self.active is None:
             raise ValueError("No prompt is active: call set_adapter(), or leave disable_adapter().")
         cfg, encoder = self.active
@@ -301,6 +368,7 @@ class Prompts(Registry):
 
 
 def describe_prompt(prompt: Prompt) -> Matched:
+    """Return a report's row for a prompt: type, number and shapes of its parameters that train."""
     sized = [(name, p) for name, p in prompt.named_parameters() if p.requires_grad]
     shapes = tuple(f"{name} {tuple(p.shape)}" for name, p in sized)
     return Matched(PLACE, type(prompt).__name__, sum(p.numel() for _, p in sized), shapes)
@@ -316,8 +384,8 @@ def prompt_embeddings_from_past_key_values(past_key_values: object, *, num_virtu
     """Return the first tokens of a cache as a prompt, (tokens, 2 · layers · heads · head_dim).
 
     Args:
-        past_key_values: of one sequence: a cache of transformers, or an iterable with (key, value) for each layer,
-            each (1, heads, tokens, head_dim).
+        past_key_values: of one sequence: a cache of transformers, or an iterable with (key, value) for each layer, each
+            (1, heads, tokens, head_dim).
         num_virtual_tokens: how many tokens to take.
 
     Raises:
@@ -330,10 +398,12 @@ def prompt_embeddings_from_past_key_values(past_key_values: object, *, num_virtu
 def initialize_kv_prefix_from_past_key_values(
     model: nn.Module, *, adapter_name: str | None = None, past_key_values: object, num_virtual_tokens: int | None = None
 ) -> Tensor:
-    """Set a CARTRIDGE or PREFIX_TUNING adapter to the first tokens of a cache.
+    """Set a CARTRIDGE or PREFIX_TUNING adapter to the first tokens of a cache, and return the new prompt.
+
+    Waits until no call uses the adapter.
 
     Args:
-        adapter_name: the active one if None.
+        adapter_name: the first active one if None.
         past_key_values: as in `prompt_embeddings_from_past_key_values`, of the same base model.
         num_virtual_tokens: the adapter's own number, or None.
 
@@ -342,7 +412,7 @@ def initialize_kv_prefix_from_past_key_values(
 
     Raises:
         ValueError: as `prompt_embeddings_from_past_key_values`; or the adapter holds no keys and values, computes them
-            by a projection, or has another shape. The adapter is then as it was.
+            by a projection, or has another shape. The adapter is then as before.
         TypeError: it is no cache, or `model` is no PeftModel.
     """
     name, config, encoder = find_prefix_adapter(model, adapter_name, num_virtual_tokens)
@@ -372,14 +442,15 @@ def initialize_kv_prefix_from_text(
     use_chat_template: bool = True,
     max_length: int | None = None,
 ) -> Tensor:
-    """Set a CARTRIDGE or PREFIX_TUNING adapter to the keys and values of the first tokens of a text.
+    """Set a CARTRIDGE or PREFIX_TUNING adapter to the keys and values of the first tokens of a text, and return the new
+    prompt.
 
-    The base model reads just these tokens, without adapters and without dropout: later ones do not change them.
+    The base model reads just these tokens, without adapters, in eval mode: later tokens do not change them.
 
     Args:
         tokenizer: the base model's.
         text: a text of at least as many tokens as the adapter has.
-        adapter_name: the active one if None.
+        adapter_name: the first active one if None.
         num_virtual_tokens: the adapter's own number, or None.
         use_chat_template: let the tokenizer present the text as a system message, if it has a template for chats.
         max_length: take no more tokens of the text than these.
@@ -388,15 +459,17 @@ def initialize_kv_prefix_from_text(
         The new prompt, (tokens, 2 · layers · heads · head_dim), in the base model's dtype.
 
     Raises:
-        ValueError: the text is too short, the tokenizer another model's, or the adapter does not fit (as in
-            `initialize_kv_prefix_from_past_key_values`). The adapter is then as it was.
+        ValueError: the text is too short, the tokenizer another model's, the model an encoder-decoder, or the adapter
+            does not fit (as in `initialize_kv_prefix_from_past_key_values`). The adapter is then as before.
     """
     from transformers import DynamicCache
 
     name, config, _ = find_prefix_adapter(model, adapter_name, num_virtual_tokens)
     stack = get_registry(unwrap_model(model)).stacks["main"]
     if stack.in_pair:
-        raise ValueError(f"Adapter '{name}' acts in a decoder beside an encoder, which cannot read a text on its own.")
+        raise ValueError(
+            f"Adapter '{name}' is in the decoder of an encoder-decoder, which cannot read a text without its encoder."
+        )
     ids, P = tokenize_text(tokenizer, text, use_chat_template, max_length), config.num_virtual_tokens
     if ids.shape[1] < P:
         raise ValueError(
@@ -414,7 +487,17 @@ def initialize_kv_prefix_from_text(
 def find_prefix_adapter(
     model: nn.Module, adapter_name: str | None, num_virtual_tokens: int | None
 ) -> tuple[str, Any, Prompt]:
-    """Return name, config and encoder of an adapter whose keys and values a caller can set; raise for any other."""
+    """Return name, config and encoder of an adapter with keys and values that a caller can set.
+
+    Args:
+        adapter_name: None: the first active one.
+        num_virtual_tokens: the number that the caller expects, or None.
+
+    Raises:
+        TypeError: `model` is no PeftModel.
+        ValueError: no adapter is active or of that name, it holds no keys and values, computes them by a network,
+            shares them between submodules, or has another number of tokens.
+    """
     registry = get_registry(unwrap_model(model))
     if registry is None:
         raise TypeError(
@@ -451,7 +534,11 @@ def find_prefix_adapter(
 
 
 def tokenize_text(tokenizer: Any, text: str, use_chat_template: bool, max_length: int | None) -> Tensor:
-    """Return the tokens of a text, (1, tokens), as a system message if the tokenizer has a template for chats."""
+    """Return the ids of a text's tokens, (1, tokens), int64, at most `max_length`.
+
+    With `use_chat_template` and a tokenizer that has one, the text is a system message; if the template refuses that,
+    warn and use the plain text.
+    """
     ids = None
     template = getattr(tokenizer, "chat_template", "unknown") if hasattr(tokenizer, "apply_chat_template") else None
     if use_chat_template and template is not None:
@@ -462,8 +549,8 @@ def tokenize_text(tokenizer: Any, text: str, use_chat_template: bool, max_length
             )  # fmt: skip
         except Exception as e:  # templates raise errors of many types
             warn(
-                f"The tokenizer's chat template does not take a system message ({e}): the text goes in without it. "
-                "Pass use_chat_template=False if that is what you want."
+                f"The tokenizer's chat template does not take a system message ({e}): the text is used without the "
+                "template. Pass use_chat_template=False to allow that."
             )
     if ids is None:
         cut = dict(truncation=max_length is not None, max_length=max_length)
@@ -472,7 +559,13 @@ def tokenize_text(tokenizer: Any, text: str, use_chat_template: bool, max_length
 
 
 def read_pairs(cache: object, tokens: int) -> list[Pair]:
-    """Return key and value of each layer of a cache; raise for all that can be wrong with it."""
+    """Return (key, value) of each layer of a cache, after checks.
+
+    Raises:
+        ValueError: `tokens` is not positive; the cache is empty, shorter than `tokens`, of several sequences, not of
+            rank 4, or its layers differ in shape.
+        TypeError: it is no cache.
+    """
     if tokens is None or tokens <= 0:
         raise ValueError(f"`num_virtual_tokens` must be positive, got {tokens}.")
     pairs = find_pairs(cache)
@@ -503,7 +596,15 @@ def read_pairs(cache: object, tokens: int) -> list[Pair]:
 
 
 def find_pairs(cache: object) -> list[Pair]:
-    """Return key and value of each layer, from a cache or from an iterable of pairs."""
+    """Return (key, value) of each layer of a cache, uncut.
+
+    Accepted are caches with `layers` or `to_legacy_cache` of transformers (for encoder and decoder, the
+    self-attention's is used), and iterables of lists or tuples that begin with two tensors.
+
+    Raises:
+        TypeError: it is another object.
+        ValueError: a layer of a cache is empty, or has dropped its first tokens.
+    """
     cache = getattr(cache, "self_attention_cache", cache)
     if hasattr(cache, "layers"):
         return [pair_at(i, layer) for i, layer in enumerate(cache.layers)]
@@ -520,7 +621,11 @@ def find_pairs(cache: object) -> list[Pair]:
 
 
 def pair_at(index: int, layer: Any) -> Pair:
-    """Return keys and values that one layer of a cache holds, in the order in which they came."""
+    """Return keys and values of one layer of a cache, cut to the tokens that it has seen: a static cache has room left.
+
+    Raises:
+        ValueError: the layer holds none, or has dropped its first tokens (a sliding window).
+    """
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     seen = int(layer.get_seq_length()) if keys is not None else 0
     if keys is None or values is None or not seen:
@@ -528,6 +633,6 @@ def pair_at(index: int, layer: Any) -> Pair:
     if seen > keys.shape[-2]:
         raise ValueError(
             f"Layer {index} of the cache has seen {seen} tokens and keeps {keys.shape[-2]}: the first ones, which the "
-            "prompt is made of, are gone. Fill it with fewer tokens, or use a DynamicCache() without a config."
+            "prompt needs, are gone. Fill it with fewer tokens, or use a DynamicCache() without a config."
         )
     return keys[..., :seen, :], values[..., :seen, :]  # a static cache has room that is not filled

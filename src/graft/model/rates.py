@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning rates as data: what a search has found for a method, and what the method's source says."""
+"""Learning rates as data: the rates that searches found for a method, and those of the method's source."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from graft.core.method import Method, PublishedRate
 from graft.methods import method_of
 from graft.prompts.base import Prompt
 
-FILE = Path(__file__).with_name("rates.json")  # a row for each search, of `make rates`
+FILE = Path(__file__).with_name("rates.json")  # one RateSearch for each search by `make rates`
 NUMBER = re.compile(r"_niter_\d+$")
-# fields that do not tell what an adapter is
+# fields that do not change the method or size of an adapter
 COMMON = {
     "task_type",
     "peft_type",
@@ -39,7 +39,7 @@ COMMON = {
 
 
 class RateSearch(TypedDict):
-    """What a search found: one method with one config, on one task of one model."""
+    """The result of a search of learning rates: one method with one config, on one task of one model."""
 
     method: str
     adapter: str  # as of `class_name_of`
@@ -58,15 +58,16 @@ class RateSearch(TypedDict):
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Learning rates for an adapter, for Adam and its like. `str` says all of it.
+    """Learning rates for an adapter, for Adam and its like. `str` prints all of it.
 
     Attributes:
         adapter: the class that the config selects, as "LoRA".
-        lr: the best one that was tested; or the source's, where it has only one. None: there is no such rate.
+        lr: the best rate that was tested; or the source's, if that is one number. None: no such rate is known.
         low, high: between these the loss was within a standard deviation of the best; or the source's range.
         tested: the least and the largest rate that were tested; None: none was.
         steps: optimizer steps of the shortest and the longest of these searches. Much longer runs want lower rates.
-        found_on: on what, a line for each search; if nothing was tested on models of this type, on others.
+        found_on: a line for each search: task, model, size, result. If nothing was tested on models of this type,
+            searches on other models.
         by_size: the best rate for each other size that was tested, as {"r 16, lora_alpha 64": 1e-3}.
         published: the range of the method's source.
     """
@@ -82,6 +83,12 @@ class Suggestion:
     steps: tuple[int, int] | None = None
 
     def __str__(self) -> str:
+        """Return a line with the best rate and the good and tested ranges, a line for each search and for each other
+        size, a line with the source's rates, and one with the lengths of the runs.
+
+        If nothing was measured on this type of model, the source's rates come first. Without any rate, the text advises
+        a sweep.
+        """
         lines = []
         if self.tested is not None:
             lines.append(
@@ -107,11 +114,17 @@ class Suggestion:
 
 
 def suggest_lr(config: PeftConfig, model: nn.Module | None = None) -> Suggestion:
-    """Suggest a learning rate for an adapter: what `make rates` has found, or else what the method's source says.
+    """Return a suggested learning rate: from the searches of the most similar config, else from the method's source.
+
+    If the source has rates and no search was on a model of this type, the source's rates count.
 
     Args:
         config: of the adapter.
-        model: the base. Only searches on models of its type count then, if the method's source has rates; None: all.
+        model: the base. Searches on models of its type come first, others count only if there are none; None: all
+            count.
+
+    Raises:
+        TypeError: `config` is no config of graft.
     """
     check_config(config)
     adapter, published = class_name_of(config), find_published_lr(config)
@@ -144,23 +157,26 @@ def suggest_lr(config: PeftConfig, model: nn.Module | None = None) -> Suggestion
 
 
 def find_known_range(config: PeftConfig) -> tuple[float, float] | None:
-    """Return the range of all rates that a search has found good or the method's source has; None: none is known."""
+    """Return (least, largest) of all rates that similar searches found good or the method's source has; None if there
+    are none.
+    """
     ends = [*published[:2]] if (published := find_published_lr(config)) else []
     for row in find_similar(config):
         ends += good_range([row])
     return (min(ends), max(ends)) if ends else None
 
 
-# what is known of an adapter
+# searches and sources for an adapter
 
 
 @cache
 def read_searches() -> tuple[RateSearch, ...]:
-    """Return all rows of the package's file."""
+    """Return all searches in rates.json. Cached."""
     return tuple(json.loads(FILE.read_text()))
 
 
 def find_class(config: PeftConfig) -> type[Method] | type[Prompt]:
+    """Return the class that a config selects: the method's variant, or the prompt's class."""
     method: type[Method] | type[Prompt] = method_of(config.peft_type)
     return method.variant(config) if issubclass(method, Method) else method
 
@@ -172,21 +188,28 @@ def class_name_of(config: PeftConfig) -> str:
 
 
 def find_published_lr(config: PeftConfig) -> PublishedRate | None:
-    """Return the range of the source of a config's method; None if it is not known."""
+    """Return (low, high, source) of the learning rates in the source of a config's method; None if they are
+    not known.
+    """
     published: PublishedRate | None = find_class(config).published_lr
     return published
 
 
 def find_settings(config: PeftConfig) -> Json:
-    """Return the numbers, words and flags of a config that are no defaults."""
+    """Return the fields of a config that are numbers, texts or bools and differ from their defaults, without those in
+    `COMMON`.
+    """
     kinds, defaults = (bool, int, float, str), type(config).__dataclass_fields__
     values = config.to_file_dict().items()
     return {k: v for k, v in values if k not in COMMON and isinstance(v, kinds) and v != defaults[k].default}
 
 
 def find_similar(config: PeftConfig) -> list[RateSearch]:
-    """Return the rows of adapters of the same class, those that share the most words and flags with a config, and of
-    these, those that have the fewest that it has not."""
+    """Return the searches of the same class that are most similar in texts and flags; [] if there are none with a
+    result.
+
+    First the number of entries that differ counts, then the number that the config lacks.
+    """
     same = [row for row in read_searches() if row["adapter"] == class_name_of(config) and best_lr([row])]
     marks_of_config = words_and_flags(find_settings(config))
     apart = [
@@ -197,27 +220,33 @@ def find_similar(config: PeftConfig) -> list[RateSearch]:
 
 
 def count_differences(one: Json, other: Json) -> int:
-    """Return how many entries two mappings differ in."""
+    """Return the number of keys with different values in two mappings. A missing key counts as None."""
     return sum(one.get(key) != other.get(key) for key in one.keys() | other)
 
 
 def words_and_flags(values: dict[str, object]) -> Json:
-    """Return the words and flags among the values of a config; a number within a word (pissa_niter_4) is none of it."""
+    """Return the texts and bools of a config's values. The number at the end of "pissa_niter_4" is cut off."""
     words = {k: NUMBER.sub("", v) if isinstance(v, str) else v for k, v in values.items()}
     return {k: v for k, v in words.items() if isinstance(v, (bool, str))}
 
 
 def number_fields(values: Json) -> dict[str, float]:
+    """Return the numbers of a config's values."""
     return {k: v for k, v in values.items() if not isinstance(v, (bool, str))}
 
 
 def find_closest(similar: Sequence[RateSearch], config: PeftConfig) -> list[RateSearch]:
-    """Return the rows of the size that is closest to that of a config. What neither says is the default."""
+    """Return the searches of the size (rank, alpha, …) closest to that of a config, by Σ |log ratio| of the positive
+    numbers.
+
+    Missing numbers have the config's defaults.
+    """
     fields = type(config).__dataclass_fields__.items()
     defaults = {k: float(f.default) for k, f in fields if type(f.default) in (int, float)}  # type: ignore[arg-type]
     sizes = defaults | number_fields(find_settings(config))
 
     def distance(row: RateSearch) -> float:
+        """Return Σ |log(config's number / search's number)|."""
         row_sizes = defaults | number_fields(row["config"])
         return sum(
             abs(math.log(sizes[k] / row_sizes[k]))
@@ -229,16 +258,18 @@ def find_closest(similar: Sequence[RateSearch], config: PeftConfig) -> list[Rate
     return [row for row in similar if size_of(row) == size]
 
 
-# what rows say
+# results of searches
 
 
 def size_of(row: RateSearch) -> str:
-    """Return the numbers of a row's config as text: "r 4, lora_alpha 16"."""
+    """Return the numbers of a search's config as text: "r 4, lora_alpha 16", or "default size"."""
     return ", ".join(f"{k} {v:g}" for k, v in number_fields(row["config"]).items()) or "default size"
 
 
 def describe_search(row: RateSearch) -> str:
-    """Return on what a row was found, and what, as text."""
+    """Return one line for a search: task, model, size, flags, best rate, number of rates, seeds, steps, batch size and
+    date.
+    """
     words = "".join(f", {k} {v}" for k, v in row["config"].items() if isinstance(v, (bool, str)))
     return (
         f"{row['task']} ({row['model']}), {size_of(row)}{words}: {best_lr([row]):g}, of {len(row['rates'])} rates and "
@@ -247,7 +278,11 @@ def describe_search(row: RateSearch) -> str:
 
 
 def best_lr(searches: Sequence[RateSearch]) -> float:
-    """Return the rate with the least loss, as a share of each row's least, on average; 0 if each diverged somewhere."""
+    """Return the rate with the least loss, divided by each search's least loss and averaged over searches; 0.0 if there
+    is none.
+
+    Only rates count that all searches tested, without divergence in one of them.
+    """
     shares: dict[float, list[float]] = {}
     for row in searches:
         least = min((mean for mean in row["means"] if mean is not None), default=0.0)
@@ -259,7 +294,9 @@ def best_lr(searches: Sequence[RateSearch]) -> float:
 
 
 def good_range(searches: Iterable[RateSearch]) -> tuple[float, float]:
-    """Return the least and the largest rate whose loss is within a standard deviation of some row's best."""
+    """Return the least and the largest rate with a loss within a standard deviation of a search's best, over all
+    searches.
+    """
     rates = []
     for row in searches:
         known = [(r, m, s or 0.0) for r, m, s in zip(row["rates"], row["means"], row["spreads"]) if m is not None]

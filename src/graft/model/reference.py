@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frozen copy of an adapter: the reference policy of a training that has the policy on the same base."""
+"""A frozen copy of an adapter, such as the reference policy of a training that has its policy on the same base."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ from graft.io.save import get_peft_model_state_dict
 
 
 class Reference:
-    """A frozen copy of an adapter, and calls of the model with it in place of the active ones.
+    """A frozen copy of an adapter. Calling it runs the model with the copy instead of the active adapters.
 
         reference = model.reference("default")
         before = reference(input_ids=ids).logits
 
-    It is an adapter of `name`, inactive, which rows of a batch may name beside others (`adapter_names`). It never
-    trains, whatever is called, and `save_pretrained` leaves it out unless it is selected by name.
+    The copy is an inactive adapter of the model, by the name `name`. Rows of a batch may use it next to others
+    (`adapter_names`). It never trains, whatever is called, and `save_pretrained` leaves it out unless it is selected.
     """
 
     def __init__(self, model: nn.Module, name: str):
+        """Keep the model and the name of the copy."""
         self.model, self.name = model, name
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
-        """Run the model with the copy, without gradients.
+        """Run the model with the copy on all rows, without gradients, and return the output.
 
         Raises:
-            ConfigError: no argument is a tensor that tells the number of rows.
+            ConfigError: no argument is a tensor that has the number of rows.
         """
         rows = next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
         if rows is None:
@@ -46,17 +47,21 @@ class Reference:
             return self.model(*args, adapter_names=[self.name] * rows, **kwargs)
 
     def remove(self) -> None:
-        """Delete the copy."""
+        """Delete the copy from the model."""
         self.model.delete_adapter(self.name)
 
 
 def make_reference(
     model: nn.Module, adapter_name: str, name: str | None, add: Callable[[str, PeftConfig, Options], None]
 ) -> Reference:
-    """Do what `PeftModel.reference` says.
+    """Copy an adapter, frozen and inactive, and return its Reference.
+
+    `PeftModel.reference` has the arguments and errors.
+
+    If the adapter changed the base at its start (PiSSA), the copy is plain: the base has changed already.
 
     Args:
-        add: puts an adapter onto the model.
+        add: adds an adapter with this name, config and options to the model.
     """
     registry = get_registry(model)
     registry.check_known([adapter_name])
@@ -78,6 +83,6 @@ def make_reference(
 
 @run_as_call
 def copy_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Return copies of an adapter's tensors."""
+    """Return detached copies of an adapter's tensors by the names that files have."""
     state = get_peft_model_state_dict(model, None, adapter, save_embedding_layers=False)
     return {key: t.detach().clone() for key, t in state.items()}

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry of a model's adapters, the owner of their life cycle: it adds, activates, merges and deletes them.
+"""The registry of a model's adapters, which owns them from their injection to their deletion.
 
-Loads and saves act on it from `model/checkpoints.py`. Tuners and PeftModels have functions of the same names, which
-call those here.
+It adds, activates, disables, merges and deletes adapters, and surrounds each run of the model. Tuners and PeftModels
+have functions of the same names that call these. Loads and saves use it from `model/checkpoints.py`.
+
+Threads: `calling` says that a call begins. The decorators `changes` and `prepares`, and `Gate.change`, say that
+something changes; no other code here knows of threads. A change waits for the calls under way, and calls wait for a
+change. A load or an injection closes the gate (`core/gate.py`) only for its last step.
 """
 
 from __future__ import annotations
@@ -65,12 +69,17 @@ LONGEST_NAME = 255  # bytes
 
 
 def names_to_activate(choice: str | Sequence[str] | Composition) -> list[str]:
-    """Return the adapters that `set_adapter` is to make active."""
+    """Return the adapters that a choice for `set_adapter` names.
+
+    Raises TypeError if a name is no text, ValueError if one is there twice.
+    """
     return choice.names if isinstance(choice, Composition) else as_name_list(choice, "set_adapter")
 
 
 def weights_and_apart(value: Composition | None) -> tuple[tuple[float, ...] | None, bool]:
-    """Return the weights of the active adapters, and whether each has its own rows."""
+    """Return the weights of an Average, else None, and whether the value is a Parallel, where each adapter has separate
+    rows.
+    """
     return value.weights if isinstance(value, Average) else None, isinstance(value, Parallel)
 
 
@@ -78,7 +87,14 @@ REMEDY = "Choose another name (add_adapter() puts it beside that one), or delete
 
 
 def check_adapter_name(name: str, taken: Sequence[str] = (), remedy: str = REMEDY) -> None:
-    """Raise AdapterNameError unless `name` can name a new adapter; `remedy` is for one that is taken."""
+    """Raise AdapterNameError unless `name` can name a new adapter.
+
+    Not allowed: an empty name or no text, ".", "/" or "\\", "__base__", more than 255 bytes, NUL, attributes of torch's
+    containers, names in `taken`.
+
+    Args:
+        remedy: the second sentence of the error for a taken name.
+    """
     if not isinstance(name, str) or not name:
         raise AdapterNameError(f"An adapter needs a non-empty string as its name, got {shorten_text(repr(name))}.")
     if "." in name:
@@ -87,7 +103,7 @@ def check_adapter_name(name: str, taken: Sequence[str] = (), remedy: str = REMED
         )
     if "/" in name or "\\" in name or name == BASE:
         raise AdapterNameError(
-            f"'{name}' cannot name an adapter: names become folders, and '{BASE}' stands for the base model."
+            f"'{name}' cannot name an adapter: names become folders, and '{BASE}' means the base model."
         )
     try:
         size = len(os.fsencode(name))
@@ -107,12 +123,12 @@ def check_adapter_name(name: str, taken: Sequence[str] = (), remedy: str = REMED
 
 
 class Configs(dict[str, PeftConfig]):
-    """The configs of a tuner's adapters, by name, which its model shows as `peft_config` as well."""
+    """The configs of a tuner's adapters, by name. The model shows the same dict as `peft_config`."""
 
 
 @contextmanager
 def restore_on_error(config: PeftConfig) -> Iterator[None]:
-    """Restore a config's fields if the block raises."""
+    """If the block raises, set all attributes of the config back to their values from before."""
     before = dict(vars(config))
     try:
         yield
@@ -123,17 +139,24 @@ def restore_on_error(config: PeftConfig) -> Iterator[None]:
 
 
 class PlainRun:
-    """A run that no method surrounds. A class: the compiler of torch 2.6 does not look into generators."""
+    """The context of a run that no method surrounds.
+
+    A class, since the compiler of torch 2.6 does not look into generators.
+    """
 
     def __enter__(self) -> Finish:
+        """Return a function that returns the model's output unchanged."""
         return return_unchanged
 
     def __exit__(self, *raised: object) -> None:
+        """Do nothing; an error of the block is raised on."""
         pass
 
 
 class Registry:
-    """The registry of a model's adapters on layers, of one method or of any. `Prompts` and X-LoRA's are subclasses.
+    """The registry of a model's adapters on layers, of one method or of any.
+
+    `Prompts` and `XLoraRegistry` are subclasses.
 
     A plain object next to the model: in PeftModel or tuner its names would hide those of the base model.
     """
@@ -141,10 +164,10 @@ class Registry:
     several = "use model.base_model.set_adapter([...]) to activate several"  # for errors
     on_change: Callable[[], object] = staticmethod(lambda: None)  # called when other adapters run
     steps: ReplacedSteps | None = None  # of the injection under way, if some were replaced
-    pending: Options | None = None  # of an injection that a replaced `inject_adapter` is asked for
+    pending: Options | None = None  # of an injection that a replaced `inject_adapter` has to make
     watch: Watch | None = None  # looks at the first backward passes, until it has seen enough
-    averaged = False  # the gradients of the parameters that train now will be averaged over processes
-    in_ddp = False  # it ran within a DDP, the last time that somebody looked
+    averaged = False  # it was checked that processes average the gradients of the parameters that train now
+    in_ddp = False  # the model ran within a DDP, at the last check
     frozen_before: set[str] | None = None  # names of the base's parameters; None: leave all as they are
     shares_kept: Mapping[str, float] = MappingProxyType({})  # by key of a layer, of the weights of the last merge
 
@@ -155,7 +178,10 @@ class Registry:
         tree: ModuleTree | None = None,
         holder: Any = None,
     ):
-        """Register the adapters that `model` carries.
+        """Register the model.
+
+        Adapters that were injected without a PeftModel (`inject_adapter_in_model`, transformers) are registered with
+        their configs in `model.peft_config`.
 
         Args:
             method: of all adapters; None: any.
@@ -163,7 +189,8 @@ class Registry:
             holder: the tuner, which holds the tensors that layers share.
 
         Raises:
-            AlreadyInjectedError: it is a PeftModel, or carries adapters of another PeftModel's registry.
+            AlreadyInjectedError: it is a PeftModel, has adapters of another PeftModel's registry, or of another
+                package.
         """
         if get_registry(model) is not None:
             raise AlreadyInjectedError(
@@ -182,9 +209,8 @@ class Registry:
             check_no_foreign_adapters(model)
         if foreign := sorted({name for part in carriers for name in part.adapters if name not in configs}):
             raise AlreadyInjectedError(
-                f"The model carries adapter(s) {foreign} of another PeftModel, which has them in its registry. For "
-                "another adapter beside them call load_adapter() or add_adapter() of that PeftModel; to start over, "
-                "its unload()."
+                f"The model carries adapter(s) {foreign}, registered by another PeftModel. Call load_adapter() or "
+                "add_adapter() of that PeftModel for another adapter; to start over, its unload()."
             )
         self.call = carriers[0].call if carriers else Call()
         self.common_tensors = SharedTensors()
@@ -198,16 +224,18 @@ class Registry:
         self.starts: dict[str, RankNote] = {}  # notes of the values with which adapters began, by adapter
         self.watched: set[str] = set()  # adapters that a watch was made for
         self.trained: set[str] = set()  # adapters that were active in a backward pass
-        self.frozen: set[str] = set()  # adapters that never train, and that no save takes unless it is told to
-        self.taken_in: set[str] = set()  # adapters of which the base weights hold a part that no file of theirs has
+        self.frozen: set[str] = set()  # adapters that never train, and that are saved only if selected
+        self.taken_in: set[str] = set()  # adapters with a part in the base weights that their files lack (restarts)
         self.surrounding: dict[str, type[Method]] = {}  # classes that surround runs of the model, by adapter
-        self.losing: dict[str, type[Method]] = {}  # classes that have a loss of their own, by adapter
-        self.arguments: set[str] = set()  # of a call of the model that are the methods' own
+        self.losing: dict[str, type[Method]] = {}  # classes that add a loss to the model's, by adapter
+        self.arguments: set[str] = set()  # keywords of a call that methods take, and the base does not
         for name, config in configs.items() if holder is not None else ():
             self._register(name, config)
 
     def _register(self, adapter_name: str, config: PeftConfig) -> None:
-        """Note the config of an adapter, and the parts that its method has in a run of the model."""
+        """Record the config of an adapter, and whether its method surrounds runs, adds a loss, or takes arguments of
+        calls.
+        """
         self.peft_config[adapter_name] = config
         method = method_of(config.peft_type).variant(config)
         for known, is_used in ((self.surrounding, method.surrounds), (self.losing, method.has_loss)):
@@ -222,14 +250,19 @@ class Registry:
     # carriers
 
     def carriers(self) -> Iterator[Carrier]:
-        """Yield all carriers of adapters."""
+        """Yield all carriers of adapters: layers, wrappers of heads and token rows, and shared tensors if there are
+        any.
+        """
         yield from self.layers.values()
         yield from self.wrappers.values()
         if self.common_tensors.containers:
             yield self.common_tensors
 
     def parts_of(self, adapter_name: str) -> AdapterCarriers:
-        """Return the carriers of an adapter."""
+        """Return the carriers of an adapter: its layers and wrappers by path, and the shared tensors.
+
+        All layers are in it as well.
+        """
         return AdapterCarriers(
             {key: layer for key, layer in self.layers.items() if adapter_name in layer.methods},
             {key: w for key, w in self.wrappers.items() if adapter_name in w.adapters},
@@ -238,12 +271,14 @@ class Registry:
         )
 
     def slots_of(self, adapter: str) -> Iterator[Slot]:
-        """Yield the slots of an adapter's tensors on all its carriers."""
+        """Yield the slot of each tensor of an adapter, on all its carriers."""
         for part, name in iter_carried(self.carriers(), [adapter]):
             yield from part.slots(name)
 
     def parameters_of(self, module: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters of one adapter that can train, with their names in `module`, in its order.
+        """Return an iterator over (name in `module`, parameter) of one adapter, in the order of `module`.
+
+        These are the parameters that can train: its tensors, and the base's biases that its config lets train.
 
         Raises:
             AdapterNotFoundError: it is not loaded.
@@ -267,20 +302,29 @@ class Registry:
         config: PeftConfig,
         options: Options,
     ) -> InjectReport:
-        """Inject another adapter, inactive. All or nothing: see `graft.inject.inject`."""
+        """Inject another adapter, inactive, and return the report. On an error nothing has changed.
+
+        If a client replaced `inject_adapter` of the tuner, that is called, and has to call the original.
+
+        Raises:
+            AdapterNameError, ConfigError: as `check_new`. Other errors: as `get_peft_model`.
+        """
         self.check_new(adapter_name, config)
         if INJECT in names_of_replaced(self.holder, method_of(config.peft_type)):
             return self._ask_to_inject(adapter_name, config, options)
         return self._inject(adapter_name, config, options)
 
     def _ask_to_inject(self, adapter_name: str, config: PeftConfig, options: Options) -> InjectReport:
-        """Call a replaced `inject_adapter`, whose call of the original injects.
+        """Call an `inject_adapter` that a client replaced and that calls the original, which injects; return the
+        report.
+
+        Config and options are recorded meanwhile. If the client raises, the adapter is taken off again.
 
         Raises:
-            UnsupportedLayerError: it does not call the original. Whatever it raises: nothing has changed.
+            UnsupportedLayerError: the client does not call the original.
         """
         holder = self.holder
-        arguments: dict[str, object] = dict(low_cpu_mem_usage=options.on_meta)  # what PEFT hands on
+        arguments: dict[str, object] = dict(low_cpu_mem_usage=options.on_meta)  # the arguments that PEFT passes
         arguments |= {} if self.peft_config else dict(state_dict=options.state_dict)
         self.peft_config[adapter_name], self.pending = config, options
         try:
@@ -297,7 +341,12 @@ class Registry:
         return self.reports[adapter_name]
 
     def _inject(self, adapter_name: str, config: PeftConfig, options: Options) -> InjectReport:
-        """Inject an adapter that has been checked, and register it: in a change that is being prepared."""
+        """Inject an adapter that has been checked, register it, and return the report.
+
+        Runs within a change that is being prepared.
+
+        Waits for calls first if the config trains biases of the base. Shared tensors become modules of the tuner.
+        """
         if getattr(config, "bias", "none") != "none":
             self.wait_for_calls(None)  # the base's biases get the values of the file
         tree, self.tree = self.tree, None
@@ -332,12 +381,17 @@ class Registry:
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Add the adapter whose config the caller has put into `peft_config` under that name, as PEFT's callers do.
+        """Add the adapter with the config that the caller has put into `peft_config`, as PEFT's callers do.
+
+        Inactive.
+
+        A config that fails is taken out of `peft_config`, except while `add_adapter` runs.
 
         Raises:
             ValueError: `model` is not the tuner's own.
             AdapterNotFoundError: there is no such config.
             AdapterNameError: layers carry an adapter of that name.
+            NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: nothing has been injected.
         """
         if model is not self.model:
             raise ValueError("inject_adapter injects into the tuner's own model; make another tuner for another model.")
@@ -358,18 +412,23 @@ class Registry:
             raise
 
     def find_same_method(self, config: PeftConfig) -> dict[str, PeftConfig]:
-        """Return the configs of the adapters of the same method, by name."""
+        """Return the configs of the adapters of the same method as `config`, by name."""
         method = method_of(config.peft_type)
         return {name: c for name, c in self.peft_config.items() if method_of(c.peft_type) is method}
 
     def _keys_in(self, state_dict: dict[str, Tensor], config: PeftConfig) -> set[str]:
+        """Return the paths of the modules that a state dict has tensors of this method for, by names without
+        wrappers.
+        """
         mark = f".{method_of(config.peft_type).prefix}"
         return {remove_carrier_names(k.rsplit(mark, 1)[0].replace("_orig_mod.", "")) for k in state_dict if mark in k}
 
     def register_injection(self, adapter_name: str, injection: Injection) -> InjectReport:
-        """Register the carriers of a new adapter, and forget those that have no adapter left; return the report.
+        """Record layers, wrappers and report of a new adapter, and return the report.
 
-        Where the others are switched off, the new ones are, too.
+        Layers without adapters are dropped.
+
+        New carriers get the list of active adapters, and are switched off if all others are.
         """
         parts, self.reports[adapter_name] = injection.parts, injection.report
         if self.frozen_before is None:
@@ -391,9 +450,11 @@ class Registry:
 
     @contextmanager
     def provisional(self, adapter_name: str, then_keep: bool = True) -> Iterator[None]:
-        """Take an adapter that was injected with `Options.provisional` off again if the block raises.
+        """If the block raises, take off an adapter that was injected with `Options.provisional`: base weights that it
+        changed come back, and without other adapters the model is unloaded.
 
-        then_keep: it may stay afterwards; else who asked for this may still take it off.
+        Args:
+            then_keep: drop the data for that after the block; False: an outer block will.
         """
         try:
             yield
@@ -410,7 +471,14 @@ class Registry:
     # checks
 
     def check_new(self, adapter_name: str, config: PeftConfig) -> None:
-        """Raise AdapterNameError or ConfigError unless another adapter can have this name and config."""
+        """Raise unless another adapter can have this name and config.
+
+        Raises:
+            AdapterNameError: the name is taken, or cannot be one.
+            TypeError: it is no config.
+            ConfigError: the method does not fit the loaded ones, or another adapter trains where only one may.
+            ValueError: the config trains biases of the base next to another adapter.
+        """
         check_adapter_name(adapter_name, list(self.peft_config))
         check_config(config)
         self.check_method(adapter_name, config)
@@ -420,7 +488,11 @@ class Registry:
             check_second_bias(config)
 
     def check_method(self, adapter_name: str, config: PeftConfig) -> None:
-        """Raise ConfigError unless an adapter of this config's method can stand beside the others."""
+        """Raise ConfigError for a config that cannot be next to the model's adapters.
+
+        In a model for any method this is a prompt's config, else a config of another method. The remedy differs for
+        prompts.
+        """
         if self.method is None:
             if config.is_prompt_learning:
                 raise ConfigError(
@@ -434,7 +506,7 @@ class Registry:
                 f"Cannot combine adapters with different peft types. Found {kind} and {config.peft_type} (of adapter "
                 f"'{adapter_name}'): "
                 + (
-                    "prompts stand in a model by themselves, so load it with a base model that has no other adapter."
+                    "prompts need a base model without other adapters, so load a new one."
                     if prompts
                     else "PeftMixedModel.from_pretrained(…), or get_peft_model(…, mixed=True), makes a model that "
                     "takes adapters of several methods."
@@ -442,7 +514,9 @@ class Registry:
             )
 
     def check_trainable(self, adapter_name: str, config: PeftConfig) -> None:
-        """Raise ConfigError if the method lets one adapter train at a time, and another one does."""
+        """Raise ConfigError if the method lets only one adapter train (AdaLoRA), and another one has a config without
+        `inference_mode`. A mixed model allows several.
+        """
         if self.is_mixed or not method_of(config.peft_type).over_layers:  # a mixed model has no allocator
             return
         trainable = [n for n, c in self.find_same_method(config).items() if n != adapter_name and not c.inference_mode]
@@ -454,7 +528,7 @@ class Registry:
             )
 
     def check_known(self, names: Sequence[str]) -> None:
-        """Raise AdapterNotFoundError if the model lacks one of these adapters."""
+        """Raise AdapterNotFoundError if one of these adapters is not loaded. The text lists the loaded ones."""
         unknown = sorted(n for n in names if n not in self.peft_config)
         if unknown:
             loaded = ", ".join(self.peft_config) or "none"
@@ -462,10 +536,15 @@ class Registry:
 
     # activate
 
-    # those before them as well, which train no more
+    # a change of the old ones as well, which no longer train
     @changes(lambda self, adapter_name, *_, **__: (ACTIVE, *self.active_adapters, *names_to_activate(adapter_name)))
     def set_adapter(self, adapter_name: str | Sequence[str] | Composition, inference_mode: bool = False) -> None:
-        """Make these adapters active, in this order or as a composition says, and trainable unless for inference.
+        """Make adapters active, in this order or as a composition says, and trainable unless `inference_mode`.
+
+        Others are deactivated and frozen.
+
+        Merged adapters are unmerged first, with a warning, unless just these are merged. Frozen copies stay frozen.
+        `on_change` is called; adapters that no watch has seen yet get one.
 
         Raises:
             AdapterNotFoundError: one of them is not loaded.
@@ -500,15 +579,17 @@ class Registry:
         self.on_change()
 
     def check_together(self, names: Sequence[str]) -> None:
-        """Raise ValueError if two of these adapters cannot be active together."""
+        """Raise ValueError if two of these adapters cannot be active together on some carrier."""
         for part in self.carriers():
             part.check_active(names)
 
     def check_composition(self, value: Composition) -> None:
-        """Raise unless its adapters are loaded and can act together so.
+        """Raise unless the adapters of a composition are loaded and can act together in it.
+
+        A result is remembered until an adapter is deleted.
 
         Raises:
-            RoutingError: one is not loaded, or is averaged and does more than add.
+            RoutingError: one is not loaded, is a prompt, or is averaged and does more than add.
             ValueError: two of them cannot be active together.
         """
         check_known(value.names, self.peft_config, value)
@@ -523,7 +604,11 @@ class Registry:
 
     @changes(lambda _, adapter_names, *__, **___: as_name_list(adapter_names, "set_requires_grad"))
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let the parameters of any adapters, active or not, train or not."""
+        """Set requires_grad of all parameters of these adapters, active or not. Frozen copies stay frozen.
+
+        Raises:
+            AdapterNotFoundError: one is not loaded.
+        """
         names = as_name_list(adapter_names, "set_requires_grad")
         self.check_known(names)
         for part in self.carriers():
@@ -537,14 +622,14 @@ class Registry:
         return any(p.requires_grad for part in self.carriers() for p in part.parameters_of(adapter_name))
 
     def _freeze(self, names: Sequence[str]) -> None:
-        """Take back what let frozen adapters train."""
+        """Set requires_grad to False for those of these adapters that never train."""
         frozen_names = [name for name in names if name in self.frozen]
         for part in self.carriers() if frozen_names else ():
             part.set_requires_grad(frozen_names, False)
 
     @property
     def is_disabled(self) -> bool:
-        """True while there are carriers and all are switched off, or disabled for the calls of this thread."""
+        """True if adapters are disabled for this thread's calls, or there are carriers and all are switched off."""
         off = [part.state.disabled for part in self.carriers()]
         return self.call.off or (bool(off) and all(off))
 
@@ -552,12 +637,17 @@ class Registry:
 
     @changes(all_adapters)
     def enable_adapter_layers(self) -> None:
+        """Switch all adapters on, and call `on_change`."""
         for part in self.carriers():
             part.enable_adapters(True)
         self.on_change()
 
     @changes(all_adapters)
     def disable_adapter_layers(self) -> None:
+        """Switch all adapters off, for all threads, and call `on_change`.
+
+        Layers unmerge. Warns of active adapters that train biases of the base.
+        """
         self._warn_of_biases()
         for part in self.carriers():
             part.enable_adapters(False)
@@ -565,7 +655,12 @@ class Registry:
 
     @contextmanager
     def disable_for_thread(self) -> Iterator[None]:
-        """Let the base model run alone within the block, for this thread. Unmerge merged adapters; they stay unmerged.
+        """Run the base model without adapters within the block, in this thread.
+
+        Merged adapters are unmerged, and stay unmerged.
+
+        Calls `on_change` at begin and end. Warns if only some carriers are switched off, or active adapters train
+        biases of the base. No thread can merge until the block ends.
 
         Raises:
             InUseError: adapters are merged, and this thread is in a call, or others' calls do not end.
@@ -573,7 +668,7 @@ class Registry:
         if len({part.state.disabled for part in self.carriers()}) > 1:
             warn(
                 "The model contains some adapter layers that are enabled and others that are disabled. "
-                "This is most likely unintentional. They are put back as they were after the block."
+                "This is most likely unintentional. After the block each is as before."
             )
         self._warn_of_biases()
         try:
@@ -588,6 +683,9 @@ class Registry:
             self.on_change()
 
     def _warn_of_biases(self) -> None:
+        """Warn for each active adapter with a config that trains biases of the base, which disabling does not take
+        back.
+        """
         for config in (self.peft_config.get(name) for name in self.active_adapters):
             bias = getattr(config, "bias", "none")
             if bias != "none":
@@ -600,15 +698,20 @@ class Registry:
 
     @property
     def merged_adapters(self) -> list[str]:
-        """The adapters merged into some layer."""
+        """The adapters merged into some layer, in the order of layers and merges."""
         return list(dict.fromkeys(name for part in self.carriers() for name in part.state.merged))
 
     def mergeable_layers(self) -> list[AdapterLayer]:
+        """Return the adapter layers, and the wrappers of token rows."""
         return [*self.layers.values(), *(w for w in self.wrappers.values() if isinstance(w, RowsLayer))]
 
     @changes(all_adapters)
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters (None: those active on each layer) into the base weights; `unmerge_adapter` takes them out.
+
+        Adapters that are merged already are left out, with a warning. One copy of each merged weight is kept, from
+        which the unmerge is exact to the bit. Float32 and float64 weights keep the factors of products instead, and
+        subtract.
 
         Args:
             safe_merge: compute every merged weight first and check that it is finite, which takes as long as merging.
@@ -622,6 +725,16 @@ class Registry:
         self._merge(adapter_names, safe_merge, undoable=True)
 
     def _merge(self, adapter_names: list[str] | None, safe_merge: bool, undoable: bool, progress: bool = False) -> None:
+        """Merge adapters into all mergeable layers, and keep the shares that the weights hold in `shares_kept`.
+
+        Args:
+            adapter_names: None: those active on each layer.
+            undoable: keep the data to unmerge.
+            progress: show a progress bar.
+
+        Raises:
+            As `merge_adapter`.
+        """
         choice = None if adapter_names is None else check_name_list(adapter_names, "adapter_names")
         self.check_known(choice or ())
         shares = merging.merge_layers(self.mergeable_layers(), choice, safe_merge, undoable, progress)
@@ -630,7 +743,7 @@ class Registry:
 
     @changes(all_adapters)
     def unmerge_adapter(self) -> None:
-        """Take all merged adapters out of the base weights again."""
+        """Take all merged adapters out of the base weights. Warns if there is none."""
         if not self.merged_adapters:
             warn("Already unmerged. Nothing to do.")
         for layer in self.mergeable_layers():
@@ -646,11 +759,18 @@ class Registry:
         adapter_names: list[str] | None = None,
         dequantize: bool = False,
     ) -> nn.Module:
-        """Merge for good and return the plain model.
+        """Merge without a way back, remove the adapter layers, and return the plain model.
 
         Args:
+            progressbar: show one.
+            safe_merge: as in `merge_adapter`.
+            adapter_names: None: those active on each layer.
             dequantize: hold the weights of adapted layers as plain tensors from then on, where they are packed (4-bit
-                codes and the like). Merging is then exact, also into weights that cannot be quantized anew.
+                codes and the like). Merging is then exact, also into weights that cannot be quantized anew. The model's
+                marks of quantization are removed if no packed weight is left, else the plain layers are noted in them.
+
+        Raises:
+            As `merge_adapter`; NotImplementedError also if a layer cannot be dequantized.
         """
         with self._dequantize_layers(adapter_names) if dequantize else nullcontext(False) as some:
             self._merge(adapter_names, safe_merge, undoable=False, progress=progressbar)
@@ -663,8 +783,14 @@ class Registry:
 
     @contextmanager
     def _dequantize_layers(self, adapter_names: list[str] | None) -> Iterator[bool]:
-        """Hold packed weights of the layers of these adapters as plain tensors, and tell whether there are any; as
-        before if the block raises."""
+        """Replace packed weights of the layers of these adapters by plain tensors, and yield whether there were any.
+
+        Adapters that are merged already are unmerged before and merged again after. If the block raises, the packed
+        weights come back.
+
+        Raises:
+            NotImplementedError: a weight cannot be read, or its module understands only codes.
+        """
         done = self.merged_adapters
         choice = None if adapter_names is None else check_name_list(adapter_names, "adapter_names")
         layers = [
@@ -679,7 +805,7 @@ class Registry:
         for layer in layers:
             if layer.op.packed_shape is not None:
                 raise NotImplementedError(
-                    f"Cannot dequantize layer '{layer.site.key}': its module understands nothing but codes. Load the "
+                    f"Cannot dequantize layer '{layer.site.key}': its module understands only codes. Load the "
                     "base dequantized (in transformers: dequantize=True in its quantization_config) and merge there."
                 )
         if done:
@@ -704,13 +830,13 @@ class Registry:
 
     @changes(all_adapters)
     def unload(self, keep_modules: bool = True) -> nn.Module:
-        """Return the model without adapter layers, of which the parameters train that did before the first adapter.
+        """Return the model without adapter layers. The parameters train that did before the first adapter.
 
-        A base that had adapters before it came here stays frozen. Modules in `modules_to_save` keep the active
-        adapter's values, also while adapters are disabled.
+        If the base came with adapters, its parameters stay frozen. Modules in `modules_to_save` keep the active
+        adapter's values, also while adapters are disabled. Merged weights stay merged.
 
         Args:
-            keep_modules: False: the base's own modules come back in their place, and merged adapters are unmerged.
+            keep_modules: False: the base's own modules are put back, and merged adapters are unmerged.
         """
         if not keep_modules:
             if self.merged_adapters:
@@ -722,8 +848,7 @@ class Registry:
         return self.model
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return True if plain LoRA can hold what an adapter does to all of its layers, of which there are some: see
-        `graft.convert_to_lora`."""
+        """Return True if the adapter is on some layer, and plain LoRA can hold its update on all of its layers."""
         layers = [layer for layer in self.layers.values() if adapter_name in layer.methods]
         return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
 
@@ -732,6 +857,10 @@ class Registry:
     @changes(lambda self, adapter_name: adapters_of_deletion(adapter_name, self.active_adapters))
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its tensors.
+
+        If it was the only active one, the first of the others (by name) becomes active.
+
+        If it was part of an active Average or Parallel, the composition ends, with a warning.
 
         Raises:
             AdapterNotFoundError: it is not loaded.
@@ -752,34 +881,48 @@ class Registry:
             part.forget(adapter_name)
         if adapter_name in self.active_adapters:
             if composition is not None:
-                warn(f"Adapter '{adapter_name}' was a part of {composition!r}, which ends: set_adapter() anew.")
+                warn(f"Adapter '{adapter_name}' was a part of {composition!r}, which ends. Call set_adapter() again.")
             self.set_adapter(active_after_deletion(adapter_name, self.active_adapters, self.peft_config))
 
     # run
 
     @property
     def training(self) -> bool:
+        """Whether the model is in training mode."""
         return self.model.training
 
     def calling(self, what: str, rows: Names = None) -> AbstractContextManager[object]:
-        """Return a context: a call of the model, during which nothing changes. A compiler does not see it.
+        """Return a context that counts as a call of the model by this thread: nothing changes within it.
 
-        rows: the adapters that the rows of a mixed batch name; None: those count that are active.
+        Under a compiler it does nothing.
+
+        Args:
+            what: names the call, for threads that wait.
+            rows: the adapters that the rows of a mixed batch name; None: the active ones.
         """
         if torch.compiler.is_compiling():
             return nullcontext()
         return self.call.gate.call(what, self._names_used if rows is None else lambda: rows)
 
     def _names_used(self) -> tuple[str, ...]:
-        """Return what a call uses that names no adapters."""
+        """Return the names that a call without names of rows uses: those of the active adapters, and a mark for the
+        choice of them.
+        """
         return (ACTIVE, *self.active_adapters)
 
     def wait_for_calls(self, touches: Names = ()) -> None:
-        """Wait until no call is under way, in the middle of a change that this thread has prepared."""
+        """Wait until no call of these adapters (None: of any) runs, in the middle of a change that this thread has
+        prepared. Calls then wait for the change. Raises InUseError.
+        """
         with self.call.gate.change("a change", touches):
             pass
 
     def enter_methods(self, run: Run) -> AbstractContextManager[Finish]:
+        """Return a context for one run of the model. Methods of the run's adapters act at its begin and end.
+
+        The context yields a function that finishes the model's output. Losses of adapters are collected only with
+        gradients and outside `generate`. Without such methods it is a `PlainRun`.
+        """
         names = self.active_adapters if run.rows is None else run.rows.names
         adapters_by_method: dict[type[Method], list[str]] = {}
         for name in names if self.surrounding else ():
@@ -790,6 +933,15 @@ class Registry:
 
     @contextmanager
     def _surround(self, run: Run, adapters_by_method: dict[type[Method], list[str]], losing: bool) -> Iterator[Finish]:
+        """Enter `surround_run` of each method, and collect the values noted by layers if `losing`.
+
+        Yield a function for the output.
+
+        That function passes the output through each method's, in the order of entry, then adds losses.
+
+        Args:
+            adapters_by_method: the run's adapters, by the method that surrounds it.
+        """
         with ExitStack() as stack:
             steps = []
             for method, run.adapters in adapters_by_method.items():
@@ -799,6 +951,7 @@ class Registry:
                 steps.append(lambda output: self._add_losses(output, noted, run))
 
             def finish(output: object) -> object:
+                """Return the output after all methods' functions and losses."""
                 for step in steps:
                     output = step(output)
                 return output
@@ -806,7 +959,10 @@ class Registry:
             yield finish
 
     def _add_losses(self, output: object, noted: Mapping[str, Sequence[AuxiliaryValue]], run: Run) -> object:
-        """Return the output with the adapters' losses in its own; keep them if it has none."""
+        """Return the output with the adapters' losses in its loss.
+
+        If it has no loss, keep them for `auxiliary_loss`.
+        """
         losses = compute_losses(noted, self.losing, self.peft_config, run, self.model)
         both = add_to_loss(output, sum(losses.values())) if losses else output
         if both is None:
@@ -814,13 +970,14 @@ class Registry:
         return output if both is None else both
 
     def auxiliary_loss(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-        """Return what adapters add to the loss of this thread's last call, (), where its output had no loss to add to.
+        """Return the adapters' losses of this thread's last call, a scalar tensor, for loops that compute the loss
+        themselves.
 
-        It is for loops that compute the loss themselves. 0.0 for calls in eval mode, without gradients, or of adapters
-        that have no loss of their own; and if the model's output has a `loss`, which holds it already.
+        0.0 if there is none: in eval mode, without gradients, for methods without a loss, or if the losses were added
+        to that of the model's output.
 
         Args:
-            adapter_names: those of which to return the sum; None: all.
+            adapter_names: sum the losses of these adapters; None: of all.
 
         Raises:
             AdapterNotFoundError: there is no such adapter.
@@ -831,4 +988,4 @@ class Registry:
         return sum((self.call.loss_of(name) for name in names if name in losses), 0.0)
 
     def check_generate(self, kwargs: dict[str, object]) -> None:
-        """Raise for arguments of `generate` that do not work with the adapters."""
+        """Do nothing: prompts raise here for arguments of `generate` that do not work with them."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions of other rooms that PeftModel offers: the only place where the library names a room (a test holds it)."""
+"""Functions of other rooms that PeftModel offers. Only this file of the library names a room; a test checks that."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ FUNCTIONS = {"export_adapters": "graft.files.export_model"}  # function → its 
 
 
 def import_from_room(name: str) -> Callable[..., Any]:
-    """Import the module of a room's function when PeftModel needs it, and return the function."""
+    """Return the function `name` of another room, after importing its module.
+
+    KeyError for a name not in `FUNCTIONS`.
+    """
     function: Callable[..., Any] = getattr(import_module(FUNCTIONS[name]), name)
     return function

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of a mixed batch, by the `adapter_names` that a caller gives, and their copies in `generate`."""
+"""The rows of a mixed batch, from the arguments `adapter_names`, `compose` and `adapter_generators`, and their copies
+in `generate`.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,16 @@ from graft.core.rows import BASE, CallContext, JointAdapters, Rows
 from graft.model.compose import Composition, Parallel, copy_rows, count_rows, row_keys
 from graft.model.registry import Registry
 
-RowNames = list[str | Composition] | None  # what acts on each row
+RowNames = list[str | Composition] | None  # the adapter or composition of each row
 
 
 def check_row_names(names: Iterable[str | Composition] | None) -> RowNames:
-    """Return `adapter_names` as a list; raise TypeError for anything but names and compositions."""
+    """Return `adapter_names` as a list; None unchanged. Loaded or not is not checked.
+
+    Raises:
+        TypeError: it is one string, or an entry is neither a name nor a composition.
+        RoutingError: an entry is a Parallel.
+    """
     if names is None:
         return None
     if isinstance(names, str):
@@ -32,9 +39,7 @@ def check_row_names(names: Iterable[str | Composition] | None) -> RowNames:
     names = list(names)
     wrong = {row: name for row, name in enumerate(names) if not isinstance(name, (str, Composition))}
     if wrong:
-        raise TypeError(
-            f"adapter_names takes names, got {wrong} (by row): '{BASE}' stands for a row without an adapter."
-        )
+        raise TypeError(f"adapter_names takes names, got {wrong} (by row). For a row without an adapter pass '{BASE}'.")
     if any(isinstance(name, Parallel) for name in names):
         raise RoutingError("adapter_names has a Parallel, which copies rows: pass it as compose=.")
     return names
@@ -43,7 +48,15 @@ def check_row_names(names: Iterable[str | Composition] | None) -> RowNames:
 def make_rows(
     registry: Registry, names: RowNames, inputs: tuple[object, ...], kwargs: dict[str, object]
 ) -> Rows | None:
-    """Return the rows of a mixed batch, checked; None without names."""
+    """Return the rows of a mixed batch; None if `names` is None.
+
+    The index tensors are on the first tensor argument's device.
+
+    Raises:
+        RoutingError: an adapter is not loaded, adapters are merged, no tensor has that many rows, or a composition is
+            not allowed.
+        ValueError: adapters of a composition cannot act together.
+    """
     if names is None:
         return None
     for value in {name for name in names if isinstance(name, Composition)}:
@@ -70,11 +83,12 @@ def make_rows(
 
 
 def choose_composition(registry: Registry, value: Composition | None, names: object) -> Composition | None:
-    """Return the composition that gives rows of a call their adapters: its `compose`, or an active Parallel.
+    """Return the composition for a call: `value`, its argument `compose`; else an active Parallel, unless rows have
+    names or adapters are disabled; else None.
 
     Raises:
-        TypeError: it is no composition.
-        RoutingError: the call has names of rows as well.
+        TypeError: `value` is no composition.
+        RoutingError: the call has both `compose` and `adapter_names`.
     """
     if value is None:
         active = registry.composition
@@ -89,8 +103,12 @@ def choose_composition(registry: Registry, value: Composition | None, names: obj
 def copy_batch(
     call: Call, value: Composition, inputs: tuple[object, ...], kwargs: dict[str, object], own_arguments: set[str]
 ) -> tuple[tuple[object, ...], dict[str, object], list[str | Composition], AbstractContextManager[None]]:
-    """Return the arguments of a call, with copies of its rows for a Parallel, what acts on each row, and a block in
-    which facts that were given around the call have these copies, too."""
+    """Return the positional and keyword arguments of a call for a composition, the entry of each row, and a context
+    with the facts about rows.
+
+    Of a Parallel all are copied, once for each child; other compositions have one copy. `own_arguments` are arguments
+    of graft and its methods.
+    """
     batch, children = count_rows(inputs, kwargs), value.children if isinstance(value, Parallel) else (value,)
     inputs, kwargs = copy_rows(batch, inputs, kwargs, len(children), own_arguments)
     _, facts = copy_rows(batch, (), call.context.facts, len(children), own_arguments)
@@ -98,13 +116,19 @@ def copy_batch(
 
 
 def make_draws(generators: object, rows: Rows | None) -> AdapterGenerators | None:
-    """Return the generators of a call by adapter, checked; None without `adapter_generators`."""
+    """Return the random generators of a call by adapter, from `adapter_generators`; None without them.
+
+    Raises:
+        RoutingError: the call has no names of rows, a row has a Stack or an Average, an adapter has no generator, or
+            two share one.
+        TypeError: it is no mapping of names to torch.Generators of the CPU.
+    """
     if generators is None:
         return None
     if rows is None:
         raise RoutingError(
-            "adapter_generators go with adapter_names: pass one name per row of the batch, also if all rows use one "
-            "adapter; or seed torch's own generator (torch.manual_seed), from which an adapter alone draws."
+            "adapter_generators need adapter_names. Pass one name per row of the batch, also if all rows use one "
+            "adapter; or leave them out and seed torch's generator (torch.manual_seed), which all adapters share."
         )
     if not isinstance(generators, Mapping):
         raise TypeError(f"adapter_generators takes a torch.Generator by adapter, got a {type(generators).__name__}.")
@@ -120,27 +144,32 @@ def make_draws(generators: object, rows: Rows | None) -> AdapterGenerators | Non
         )
     if len({id(generators[name]) for name in names}) < len(names):
         raise RoutingError(
-            f"Adapters {sorted(names)} share a generator, so that what each draws would depend on the others: give "
-            "each its own."
+            f"Adapters {sorted(names)} share a generator, so each one's random numbers would depend on the others. "
+            "Give each a separate one."
         )
     return AdapterGenerators({name: generators[name] for name in rows.names if name is not None})
 
 
 def forbid_shared_draws(draws: AdapterGenerators | None) -> AbstractContextManager[None]:
-    """Raise RoutingError if the block draws from torch's own generators, when adapters have theirs. What they drew is
-    taken back then."""
+    """Return a context that raises RoutingError if its block draws from torch's own generators; one that does nothing
+    without `draws`.
+    """
     return nullcontext() if draws is None else _forbid_shared_draws(draws)
 
 
 @contextmanager
 def _forbid_shared_draws(draws: AdapterGenerators) -> Iterator[None]:
+    """Raise RoutingError after the block if it drew from torch's own generators, which all adapters share.
+
+    On any error the adapters' generators return to their states from before the block.
+    """
     before = GeneratorSnapshot()
     try:
         yield
         if not before.is_untouched():
             raise RoutingError(
-                "The base model drew random numbers for the whole batch, so that what an adapter gets depends on the "
-                "others in it: set the base's dropout to 0 (attention_dropout, hidden_dropout_prob, …), or leave out "
+                "The base model drew random numbers for the whole batch, so each adapter's result depends on the "
+                "others. Set the base's dropout to 0 (attention_dropout, hidden_dropout_prob, …), or leave out "
                 "adapter_generators."
             )
     except BaseException:
@@ -150,8 +179,11 @@ def _forbid_shared_draws(draws: AdapterGenerators) -> Iterator[None]:
 
 @contextmanager
 def use_copies(call: Call, copies: int, model: nn.Module) -> Iterator[None]:
-    """Have what is given of each row stand in `call` for its copies, which `generate` makes of it; an encoder sees the
-    rows without copies."""
+    """Within the block, set the thread's call context to one with `copies` of each row, as `generate` repeats rows.
+
+    The encoder of an encoder-decoder model runs before the copies are made: hooks give it, in this thread, the context
+    without copies.
+    """
     once = call.context
     copied = once.repeat(copies)
     with ExitStack() as undo:
@@ -159,7 +191,8 @@ def use_copies(call: Call, copies: int, model: nn.Module) -> Iterator[None]:
             encoder, thread = model.get_encoder(), get_ident()
 
             def put_context(context: CallContext) -> None:
-                if get_ident() == thread:  # others may run the model as well
+                """Set the call context, if this is the thread that entered the block."""
+                if get_ident() == thread:  # other threads may run the encoder as well
                     call.swap_context(context)
 
             undo.enter_context(encoder.register_forward_pre_hook(lambda *_: put_context(once)))

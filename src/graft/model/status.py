@@ -21,6 +21,8 @@ Irregular = Literal["irregular"]
 
 @dataclass
 class TunerLayerStatus:
+    """The status of one layer: its adapters, their devices, and the active, merged and trainable ones."""
+
     name: str
     module_type: str
     enabled: bool
@@ -52,12 +54,16 @@ class TunerModelStatus:
 
 
 def common_value(values: list[T]) -> T | Irregular:
-    """Return the one value that all have, or "irregular"."""
+    """Return the value that all items of a non-empty list have, or "irregular"."""
     return values[0] if all(v == values[0] for v in values) else "irregular"
 
 
 def _layers_by_path(model: nn.Module) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
-    """Return adapter layers and modules trained whole by path, in the model's order, which is PEFT's."""
+    """Return adapter layers and modules trained whole, by the paths of PEFT's tuner, in PEFT's order.
+
+    Several layers on parameters of one module are listed from the inside out. Layers of token rows that belong to
+    another module's rows are left out.
+    """
     registry = get_registry(model)
     tree = survey_model(model if registry is None else registry.model)
     prefix = "" if registry is None else "model."
@@ -77,6 +83,10 @@ def _layers_by_path(model: nn.Module) -> dict[str, AdapterLayer | ModulesToSaveW
 
 
 def unwrap_with_layers(model: nn.Module, caller: str) -> nn.Module:
+    """Return the model inside wrappers such as DDP.
+
+    Raises TypeError, with `caller`, for prompts, and AlreadyInjectedError for PEFT's models.
+    """
     model = unwrap_model(model)
     check_no_foreign_adapters(model)
     if getattr(get_registry(model), "prompt_encoder", None) is not None:
@@ -88,16 +98,16 @@ def unwrap_with_layers(model: nn.Module, caller: str) -> nn.Module:
 
 
 def find_shared_parameters(layer: AdapterLayer | ModulesToSaveWrapper, adapter: str) -> list[nn.Parameter]:
-    """Return the parameters of an adapter that a layer shares with others."""
+    """Return the parameters of an adapter that a layer shares with other layers."""
     slots = (slot for key in layer.attached for slot in slots_of(key, layer._modules[key], adapter))
     return [slot.tensor for slot in slots if slot.is_parameter]  # type: ignore[misc]
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """Return the status of each adapter layer.
+    """Return the status of each adapter layer. `requires_grad` is "irregular" where an adapter's parameters differ.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: the model has no adapter layers.
         TypeError: its adapters are prompts, and not on layers.
     """
     model = unwrap_with_layers(model, "get_layer_status")
@@ -132,7 +142,11 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
-    """Return the status of all layers together.
+    """Return the status of all layers together: "irregular" where layers differ, lists of adapters sorted, and the
+    numbers of parameters.
+
+    Without a PeftModel there are no `peft_types`, and `adapter_model_type` is "None"; `base_model_type` is "other"
+    unless the model is one of transformers.
 
     Raises:
         ValueError: the model has no adapter layers.
@@ -165,7 +179,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 
 def _common_merged(layers: list[TunerLayerStatus]) -> list[str] | Irregular:
-    """Return merged adapters in order, or "irregular" if a layer has one of them unmerged."""
+    """Return the merged adapters in order, or "irregular" if a layer has one of them unmerged."""
     names = list(dict.fromkeys(n for s in layers for n in s.merged_adapters))
     for s in layers:
         if any(n in s.available_adapters and n not in s.merged_adapters for n in names):

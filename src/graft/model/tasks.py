@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PeftModel class for each task type: its named arguments and heads, and its loader of base and adapter."""
+"""The PeftModel class for each task type, with its named arguments and heads; and loaders of a base with its
+adapter.
+"""
 
 from __future__ import annotations
 
@@ -22,23 +24,29 @@ from graft.model.peft_model import OF_TASKS, PeftModel
 
 
 class _WithHead(PeftModel):
-    """A model with a task head, of which each adapter has its own."""
+    """A model with a task head; each adapter has a copy of the head."""
 
     task: str
 
     def _extend_config(self, config: PeftConfig) -> None:
+        """Add the names of the task's head to `modules_to_save` of the config."""
         add_task_heads(config)
 
     @property
     def cls_layer_name(self) -> str | None:
+        """The name of the first child of the base that contains a head's name; None if there is none."""
         names = TASK_HEADS[self.task]
         return next((n for n, _ in self.get_base_model().named_children() if any(h in n for h in names)), None)
 
 
 class _Classification(_WithHead):
-    """A classifier that keeps its config's number of labels, which the loss reads, in step with the active head."""
+    """A classifier.
+
+    It keeps the number of labels in the model's config, which the loss reads, equal to the active head's.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
+        """Make the PeftModel, remember the base's labels and problem_type, and set the labels to the active head's."""
         model = args[0] if args else kwargs["model"]
         labels = _read_labels(model), getattr(getattr(model, "config", None), "problem_type", None)
         super().__init__(*args, **kwargs)
@@ -46,11 +54,16 @@ class _Classification(_WithHead):
         self._heads_changed()
 
     def _heads_changed(self) -> None:
+        """Set the model's number of labels to that of the active head."""
         self._set_labels(self._width(self._head()))
 
     @contextmanager
     def _begin_call(self, what: str, names: Sequence[str] | None) -> Iterator[None]:
-        """Have a call alone that has another number of labels: all calls read the model's."""
+        """Begin a call.
+
+        If it needs another number of labels than the model has, wait until it is the only call: all calls read the same
+        config.
+        """
         with super()._begin_call(what, names):
             if not self._needs_other_labels(names):
                 yield
@@ -62,6 +75,10 @@ class _Classification(_WithHead):
             yield
 
     def _needs_other_labels(self, names: Sequence[str] | None) -> bool:
+        """Return True if the call's head has another number of labels than the model now.
+
+        False if unknown, or for an ordinary call while no call is mixed or disabled.
+        """
         if names is None and not self._registry.call.open:
             return False
         n, now = self._labels_of(names), _read_labels(self.get_base_model())
@@ -69,7 +86,7 @@ class _Classification(_WithHead):
 
     @contextmanager
     def _heads_of(self, names: Sequence[str] | None) -> Iterator[None]:
-        """Set the labels to those of the head that runs."""
+        """Set the number of labels to that of the head that runs, within the block; afterwards to the active head's."""
         if not self._needs_other_labels(names):
             yield
             return
@@ -80,7 +97,10 @@ class _Classification(_WithHead):
             self._heads_changed()
 
     def _labels_of(self, names: Sequence[str] | None) -> int | None:
-        """Return the labels of the head that runs, of the widest one in a mixed batch, as wide as its logits."""
+        """Return the number of labels of the head that runs; of a mixed batch the largest, the width of its logits.
+
+        None if unknown.
+        """
         head = self._head()
         if names is None:
             return self._width(head)
@@ -90,11 +110,14 @@ class _Classification(_WithHead):
         return max(known) if known else None
 
     def _head(self) -> nn.Module | None:
+        """Return the head: the first child module with one of the task's names; None if there is none."""
         model = self.get_base_model()
         return next((m for n in TASK_HEADS[self.task] if isinstance(m := getattr(model, n, None), nn.Module)), None)
 
     def _width(self, head: nn.Module | None) -> int | None:
-        """Return the number of labels of a head: the rows of its last weight."""
+        """Return the number of labels of a head, the rows of its last matrix, in the active adapter's copy; None if it
+        has none.
+        """
         if head is None:
             return None
         head = getattr(head, "active", head)
@@ -102,6 +125,11 @@ class _Classification(_WithHead):
         return weights[-1].shape[0] if weights else None
 
     def _set_labels(self, n: int | None) -> None:
+        """Set `num_labels` of the base's config (and of the base) to `n`, and `problem_type` back to the user's.
+
+        The base's own names of labels come back with its own number. Does nothing if `n` is None or there already, or
+        the model has no labels. Waits until no other call runs.
+        """
         model, before = self.get_base_model(), self._base_labels
         now = _read_labels(model)
         if n is None or before is None or now is None or n == now[0]:
@@ -117,6 +145,7 @@ class _Classification(_WithHead):
 
 
 def _read_labels(model: nn.Module) -> tuple[int, object, object] | None:
+    """Return (num_labels, id2label, label2id) of a model's config; None without num_labels."""
     config = getattr(model, "config", None)
     n = getattr(config, "num_labels", None)
     return None if n is None else (n, getattr(config, "id2label", None), getattr(config, "label2id", None))
@@ -127,7 +156,10 @@ LAST = "output_attentions output_hidden_states return_dict task_ids"
 
 
 def _make_forward(names: str) -> Callable[..., object]:
-    """Return a `forward` with these arguments, which tell transformers' Trainer the columns of a data set to keep."""
+    """Return a `forward(self, …, **kwargs)` with these named arguments, all None by default, by its `__signature__`.
+
+    transformers' Trainer reads from it the columns of a data set to keep.
+    """
     arguments, kind = names.split(), inspect.Parameter
     known = frozenset(arguments)
     parameters = [kind(name, kind.POSITIONAL_OR_KEYWORD, default=None) for name in arguments]
@@ -136,7 +168,12 @@ def _make_forward(names: str) -> Callable[..., object]:
     )
 
     def forward(self: PeftModel, *args: object, **kwargs: object) -> object:
-        """Run the base model's forward with the arguments that the caller passed: it need not know the others."""
+        """Run the base model's forward with the arguments that the caller passed, as keywords; named arguments that are
+        None are left out.
+
+        `task_ids` is dropped if no loaded method takes it. Raises TypeError for too many or doubled positional
+        arguments.
+        """
         if args:
             positional = dict(zip(arguments, args))
             if len(args) > len(arguments) or any([name in kwargs for name in positional]):
@@ -171,6 +208,7 @@ class PeftModelForCausalLM(PeftModel):
     forward = PeftModelForSequenceClassification.forward
 
     def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> object:
+        """Call the base model's own function."""
         return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)
 
 
@@ -215,12 +253,13 @@ ALLOWED_LIBRARIES = ("diffusers", "lerobot", "megatron-core", "transformers")
 
 
 class AutoPeftModel:
-    """A loader of adapters and of the base model that their config names."""
+    """A loader of adapters together with the base model that their config names. It has no instances."""
 
     task: ClassVar[str | None] = None
     auto_class: ClassVar[str | None] = None  # transformers' class of the base model
 
     def __init__(self, *args: object, **kwargs: object):
+        """Raise OSError: use `from_pretrained`."""
         name = type(self).__name__
         raise OSError(
             f"{name} is designed to be instantiated using the "
@@ -238,7 +277,10 @@ class AutoPeftModel:
         import_allowlist: list[str] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
-        """Load the base model at the revision the config records, and the adapter on it.
+        """Load the base model at the revision that the adapter's config records, and the adapter on it; return the
+        PeftModel.
+
+        If the adapter's folder has a tokenizer with more tokens than the base, the embeddings are enlarged.
 
         Args:
             import_allowlist: libraries that the config's `auto_mapping` may import the base model's class from.
@@ -246,8 +288,10 @@ class AutoPeftModel:
                 `subfolder`, `allow_nonfinite`, `check_digest` and `expert_layout` for the adapter.
 
         Raises:
-            ValueError: the adapter is for another task, or its config does not tell the base model.
+            ValueError: the adapter is for another task, its library is not in the allowlist, or its config does not
+                name the base model.
             ConfigError: its `auto_mapping` names no class that can be loaded.
+            CheckpointError: the tokenizer next to the adapter cannot be loaded.
             OSError: there is no such base model.
         """
         hub = select_hub_keywords(kwargs)
@@ -261,7 +305,7 @@ class AutoPeftModel:
             )
         base_class = cls._find_base_class(cfg, import_allowlist)
         trusted = kwargs.get("trust_remote_code", False)
-        if base_class.__module__.partition(".")[0] == "transformers":  # which would ask the user otherwise
+        if base_class.__module__.partition(".")[0] == "transformers":  # without the keyword it would ask the user
             kwargs["trust_remote_code"] = trusted
         adapter_options = {
             k: kwargs.pop(k) for k in ("allow_nonfinite", "check_digest", "expert_layout") if k in kwargs
@@ -282,6 +326,11 @@ class AutoPeftModel:
 
     @classmethod
     def _find_base_class(cls, config: PeftConfig, allowlist: list[str] | None) -> Any:
+        """Return the class of the base: transformers' auto class of this task, or the recorded class if the config has
+        no task type.
+
+        Raises ValueError if the config is for another task than this class.
+        """
         if config.task_type is None:
             return cls._find_recorded_class(config, allowlist)
         if cls.auto_class is None:
@@ -303,7 +352,13 @@ class AutoPeftModel:
 
     @staticmethod
     def _find_recorded_class(config: PeftConfig, allowlist: list[str] | None) -> type:
-        """Return the class that an adapter without a task type recorded of its base."""
+        """Import and return the class of the base that the config's `auto_mapping` names.
+
+        Raises:
+            ValueError: there is no auto_mapping, or its library is not in the allowlist (None: `ALLOWED_LIBRARIES`).
+            ConfigError: it is malformed, the library cannot be imported, or it has no such class with
+                `from_pretrained`.
+        """
         mapping = config.auto_mapping
         if not mapping:
             raise ValueError(
@@ -332,9 +387,12 @@ class AutoPeftModel:
 
     @staticmethod
     def _fit_vocabulary(base: nn.Module, where: str, trust_remote_code: bool, place: dict[str, Any]) -> None:
-        """Resize the embeddings if the adapter's folder, or its repository on the hub, holds a larger tokenizer.
+        """Enlarge the base's embeddings if the adapter's folder or repository has a tokenizer with more tokens.
 
-        A subfolder without a tokenizer has that of the folder around it.
+        Without a tokenizer in a sub-folder, that of the folder around it counts. If the hub cannot be reached, warn.
+
+        Raises:
+            CheckpointError: the tokenizer cannot be loaded.
         """
         from transformers import AutoTokenizer
 
@@ -346,13 +404,13 @@ class AutoPeftModel:
             options = {k: v for k, v in source.items() if k != "repo_type" and v is not None}
             size = len(AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options))
         except Exception as e:  # of many types, where files of a tokenizer are damaged
-            if isinstance(e, OSError) and not os.path.isdir(where):  # a hub out of reach, whose adapter is in the cache
+            if isinstance(e, OSError) and not os.path.isdir(where):  # no hub; the adapter is in its cache
                 unknown = f"Whether '{where}' has a tokenizer with more tokens than the base model is not known: {e}"
                 warn(unknown, PeftWarning)
                 return
             raise CheckpointError(
-                f"The tokenizer beside the adapter in '{where}' cannot be loaded ({e}). If it brings code that you "
-                "trust, pass trust_remote_code=True; or load the base model yourself."
+                f"The tokenizer of the adapter in '{where}' cannot be loaded ({e}). If it brings code that you trust, "
+                "pass trust_remote_code=True; or load the base model yourself."
             ) from e
         if size > base.get_input_embeddings().num_embeddings:
             base.resize_token_embeddings(size)

@@ -29,10 +29,13 @@ from graft.model.watch import warn_at_first_gradient
 
 
 def delegate_to_registry(name: str) -> Callable[..., object]:
-    """Return the method of that name of a tuner's registry, which may be of any class, as one of the tuner."""
+    """Return a tuner's method that calls the method `name` of the tuner's registry, with its signature and
+    docstring.
+    """
 
     @wraps(getattr(Registry, name))
     def run(self: nn.Module, *args: object, **kwargs: object) -> object:
+        """Call the registry's method, of whatever class the registry is."""
         return getattr(self.__dict__[HOLDER], name)(*args, **kwargs)
 
     return run
@@ -41,10 +44,10 @@ def delegate_to_registry(name: str) -> Callable[..., object]:
 class Tuner(nn.Module, metaclass=TunerType):
     """The user's model as `.model`, with adapters on its layers. Attributes that PEFT's tuners lack are the model's.
 
-    What it does with adapters, its registry does: methods of that name and text are those of `Registry`.
+    Its functions for adapters are those of its `Registry`, by the same names.
 
-    `tuner_of` makes the subclasses (`LoraModel`, …) from the table of methods; they differ only in their method. By
-    itself a tuner leaves adapters in the base's dtype; a PeftModel trains them in float32.
+    `tuner_of` makes the subclasses (`LoraModel`, …) from the table of methods; they differ only in their method. A
+    tuner leaves adapters in the base's dtype; a PeftModel trains them in float32.
     """
 
     _method: type[Method] | None  # None: adapters of any method
@@ -62,6 +65,22 @@ class Tuner(nn.Module, metaclass=TunerType):
         options: Options | None = None,
         tree: ModuleTree | None = None,
     ):
+        """Inject an adapter into `model`, in place, and make it active, trainable unless the config has
+        `inference_mode`. `model.peft_config` becomes the registry's configs.
+
+        If the model has layers with this adapter already (transformers loads so), only the values of `options.values`
+        are put in.
+
+        Args:
+            peft_config: a config, or {adapter_name: config} of one.
+            state_dict: adapt exactly the modules that it has tensors for.
+            options: replace the three arguments before.
+            tree: a survey of the model, if the caller made one.
+
+        Raises:
+            ConfigError: a dict has other adapters.
+            Other errors: as `get_peft_model`; the model is then as before.
+        """
         super().__init__()
         if isinstance(peft_config, dict):
             if list(peft_config) != [adapter_name]:
@@ -82,6 +101,12 @@ class Tuner(nn.Module, metaclass=TunerType):
         model.peft_config = registry.peft_config  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
+        """Return an attribute that this module lacks from the model.
+
+        Raises:
+            AttributeError: the model lacks it as well, the name begins with "__", or it is a function of PEFT's tuners
+                that graft lacks; the text then has a remedy.
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -92,6 +117,10 @@ class Tuner(nn.Module, metaclass=TunerType):
             return getattr(self.model, name)
 
     def forward(self, *args: object, **kwargs: object) -> object:
+        """Run the model as one call, with its adapters, and return its output.
+
+        Arguments of the methods are taken out of `kwargs`.
+        """
         registry = get_registry(self)
         own_arguments = {name: kwargs.pop(name) for name in registry.arguments if name in kwargs}
         with registry.calling("forward"), registry.enter_methods(Run(args, kwargs, own_arguments)) as finish:
@@ -111,7 +140,13 @@ class Tuner(nn.Module, metaclass=TunerType):
         *,
         parameter_name: str | None = None,
     ) -> None:
-        """Note that the injection under way adapts a module, or a parameter of it, with this config."""
+        """Record that the injection under way adapts a module, or a parameter of it, with this config.
+
+        No layer is made here.
+
+        Raises:
+            RuntimeError: no injection is under way that asks replaced steps.
+        """
         steps = steps_under_way(self, "_create_and_replace")
         steps.record_call(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
 
@@ -119,7 +154,11 @@ class Tuner(nn.Module, metaclass=TunerType):
     def _inject_parameters(
         self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool = False
     ) -> list[str]:
-        """Adapt the parameters that `target_parameters` names; return their paths."""
+        """Record that the injection under way adapts the parameters in `target_parameters`; return their paths.
+
+        Raises:
+            RuntimeError: no injection is under way that asks replaced steps.
+        """
         return steps_under_way(self, "_inject_parameters").adapt_named_parameters(peft_config)[0]
 
     @staticmethod
@@ -130,7 +169,10 @@ class Tuner(nn.Module, metaclass=TunerType):
 
     @mark_step
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Widen an adapter's half-precision tensors to float32, if `autocast_adapter_dtype`."""
+        """Widen an adapter's half-precision tensors to float32, if `autocast_adapter_dtype`.
+
+        While an injection asks replaced steps, only record the choice for it.
+        """
         steps = get_registry(self).steps
         if steps is None:
             cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype)
@@ -138,9 +180,9 @@ class Tuner(nn.Module, metaclass=TunerType):
             steps.cast = autocast_adapter_dtype
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
-        """Do nothing: an injection refuses what it cannot adapt once it knows all of that."""
+        """Do nothing: an injection refuses modules that it cannot adapt, once it knows them all."""
 
-    # what the registry does
+    # functions of the registry
 
     peft_config = property(attrgetter(f"{HOLDER}.peft_config"))
     active_adapters = property(attrgetter(f"{HOLDER}.active_adapters"))
@@ -166,33 +208,42 @@ class Tuner(nn.Module, metaclass=TunerType):
 
     @property
     def target_module_mapping(self) -> Mapping[str, list[str] | str]:
-        """The method's default target_modules by model_type."""
+        """The method's default target_modules by model_type; {} for a tuner of any method."""
         return {} if self._method is None else self._method.targets
 
     get_model_config = staticmethod(model_config)
 
     @property
     def targeted_module_names(self) -> list[str]:
+        """The paths of the adapted modules."""
         return [key for key, layer in get_registry(self).layers.items() if layer.site.path == key]
 
     @property
     def targeted_parameter_names(self) -> list[str]:
+        """The paths of the adapted parameters, such as stacks of experts."""
         return [key for key, layer in get_registry(self).layers.items() if layer.site.path != key]
 
     @property
     def prefix(self) -> str:
+        """The beginning of the names of the method's tensors, "lora_"; "" for a tuner of any method."""
         return "" if self._method is None else self._method.prefix
 
 
 def attach_registry(tuner: Tuner, model: nn.Module, tree: ModuleTree | None = None) -> Registry:
-    """Put a tuner around a model, which stays as it is; return the tuner's registry."""
+    """Make a registry for a tuner and a model, without changing the model; return it.
+
+    The model becomes `tuner.model`.
+    """
     registry = tuner.__dict__[HOLDER] = tuner._registry_class(model, tuner._method, tree, tuner)
     tuner.model = model
     return registry
 
 
 def find_replaced_steps(model: nn.Module, config: PeftConfig) -> ReplacedSteps | None:
-    """Return the replaced steps that an injection into a model, with or without adapters, would ask; None for none."""
+    """Return the replaced steps that an injection into a model would ask; None if no client replaced one.
+
+    The model may have adapters.
+    """
     method, registry = method_of(config.peft_type), get_registry(unwrap_model(model))
     if registry is None:
         tuner = Tuner.__new__(tuner_of(config.peft_type))
@@ -206,7 +257,9 @@ def find_replaced_steps(model: nn.Module, config: PeftConfig) -> ReplacedSteps |
 
 
 def make_target_test(tuner: Tuner, config: PeftConfig) -> Callable[[str], bool]:
-    """Return the function that says of a path whether a config targets it: graft's, or one that has replaced it."""
+    """Return a function that is passed a path and returns True if the config targets it: a client's replacement of the
+    step, else graft's.
+    """
     is_replaced = "_check_target_module_exists" in names_of_replaced(tuner, None)
     check = partial(tuner._check_target_module_exists, config)
     matcher = Matcher(config)
@@ -214,12 +267,12 @@ def make_target_test(tuner: Tuner, config: PeftConfig) -> Callable[[str], bool]:
 
 
 def steps_under_way(tuner: Tuner, step: str) -> ReplacedSteps:
-    """Return the Steps of the injection under way."""
+    """Return the Steps of the injection under way. Raises RuntimeError, with the name of `step`, if there is none."""
     steps: ReplacedSteps | None = get_registry(tuner).steps
     if steps is None:
         raise RuntimeError(
-            f"{type(tuner).__name__}.{step} makes no layer by itself: called by a replacement of a step, it tells the "
-            "injection under way what to adapt. Call add_adapter() with a config that names the layer."
+            f"{type(tuner).__name__}.{step} makes no layer: a replaced step calls it, within an injection, to choose "
+            "targets. Call add_adapter() with a config that names the layer."
         )
     return steps
 
@@ -228,7 +281,10 @@ _CLASSES: dict[str, type[Tuner]] = {}  # no cache of a function: two threads wou
 
 
 def tuner_of(peft_type: str) -> Any:
-    """Return the Tuner subclass of a peft_type, under PEFT's name for it; for a prompt method, the encoder's class."""
+    """Return the Tuner subclass of a peft_type, named as PEFT's; for a prompt method, the class of its encoder.
+
+    A class is made on first use and kept, one for each method. Raises ConfigError for an unknown type.
+    """
     name = getattr(peft_type, "value", peft_type)
     method = method_of(name)
     if name in PROMPTS or name in _CLASSES:
@@ -245,19 +301,23 @@ def tuner_of(peft_type: str) -> Any:
 
 
 def as_tuner_method(function: Any) -> Any:
-    """Return a function (or property) of a registry as one of the tuner."""
+    """Return a method of a tuner that calls `function` with the tuner's registry; a property becomes one of
+    the tuner.
+    """
     if isinstance(function, property):
         read: Any = function.fget
         return property(lambda self: read(get_registry(self)))
 
     @wraps(function)
     def run(self: nn.Module, *args: object, **kwargs: object) -> object:
+        """Call the function with the tuner's registry."""
         return function(get_registry(self), *args, **kwargs)
 
     return run
 
 
 def __getattr__(name: str) -> Any:  # `pickle` finds the generated classes here
+    """Return the tuner class of that name; pickle finds the generated classes here. Raises AttributeError."""
     for peft_type, row in METHODS.items():
         if row.tuner == name:
             return tuner_of(peft_type)
@@ -273,11 +333,14 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Inject an adapter and return the same model, unwrapped: keys have no `base_model.model.` prefix.
 
-    With `state_dict`, adapt exactly the layers that it has tensors for; warn if the config targets others. Adapters
-    have the base's dtype, half precision too: only a PeftModel widens it.
+    `model.peft_config` becomes a dict of its configs. Adapters have the base's dtype, half precision too: only a
+    PeftModel widens it. The first gradient warns if the adapter has dropout and is in eval mode.
+
+    Args:
+        state_dict: adapt exactly the layers that it has tensors for; warn if the config targets others.
 
     Raises:
-        ValueError: the method needs a PeftModel, as prompts do, and methods whose layers share tensors.
+        ValueError: the method needs a PeftModel: prompts, and methods with tensors that layers share.
         NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: as `get_peft_model`; nothing has changed.
     """
     check_config(peft_config)
@@ -302,6 +365,13 @@ def inject_adapter_in_model(
 
 
 def warn_other_targets(tuner: Tuner, config: PeftConfig, adapter_name: str) -> None:
+    """Give a RuntimeWarning if the config targets other layers than those that a state dict named.
+
+    It lists the layers of either side only.
+
+    A config without `target_modules` gives no warning. Layers that the method adapts along with targets count as
+    targeted.
+    """
     if getattr(config, "target_modules", None) is None:
         return
     targets = make_target_test(tuner, config)

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model in training looks at itself, and warns of or refuses: adapters that do not train, and those of which the
-processes would drift apart.
+"""Checks that a model in training makes by itself: warnings of adapters that do not train, and errors where processes
+would drift apart.
 
-The audit that it makes of itself, once, gives one warning for what does not train. It looks when a backward pass ends,
-at the gradients that this left, and at the first one's mode. What is certain at once, it says at once: nothing on the
-layers got a gradient while something else did; gradients that are not finite in a model without float16; base
-parameters that train and are not saved; a model in which nothing trains at all. A single layer without gradients may
-belong to an expert that got no token, a head of another task, a layer that was dropped: such a layer it watches, and
-says so only when `PASSES` backward passes have left nothing there.
+A model audits itself once, when a backward pass ends, and gives one warning. The first pass is enough for four faults:
 
-DDP, FSDP and DeepSpeed look at a model once, when they wrap it. Parameters that come later, or begin to train, train on
-each process by itself, and nothing says so: `check_averaged` does.
+- No adapter on a layer got a gradient, and other parameters did.
+- Gradients are not finite in a model without float16.
+- Base parameters train and are not saved.
+- No parameter of the model trains.
+
+ A single layer without gradients may be an expert that got no token, a head of another task, or a layer that was
+     dropped. Such layers are suspects: the warning comes only if `PASSES` backward passes have left no gradient there.
+
+DDP, FSDP and DeepSpeed look at a model once, when they wrap it. Parameters that come later, or begin to train, would
+then train on each process separately, without an error: `check_averaged` raises one. It runs at the first step after a
+change of the parameters that train.
 """
 
 from __future__ import annotations
@@ -41,13 +45,15 @@ from graft.storage.parallel import find_master_ids, is_sharded, layout_of, proce
 
 
 def active_dropouts(config: PeftConfig) -> list[str]:
-    """Return the fields of a config that are shares to drop, with their values, where they are not 0."""
+    """Return "<field>=<value>" for each field of a config with "dropout" in its name and a number that is not 0."""
     shares = [(f.name, getattr(config, f.name)) for f in fields(config) if "dropout" in f.name]
     return [f"{name}={value}" for name, value in shares if value and not isinstance(value, bool)]
 
 
 def warn_eval_mode_dropout(parts: list[Part], configs: dict[str, PeftConfig]) -> None:
-    """Warn of each adapter whose dropout does not act in this backward pass: all its carriers are in eval mode."""
+    """Warn of each adapter with dropout that does not act: its config has one that is not 0, and all modules that carry
+    it are in eval mode.
+    """
     modes: dict[str, list[bool]] = defaultdict(list)
     for part in parts:
         if hasattr(part.carrier, "training") and part.adapter in configs:
@@ -62,12 +68,16 @@ def warn_eval_mode_dropout(parts: list[Part], configs: dict[str, PeftConfig]) ->
 
 
 def warn_at_first_gradient(carriers: Iterable[Carrier], configs: dict[str, PeftConfig], adapter: str) -> None:
-    """Have the first gradient of `adapter` say so, on a model without a PeftModel, whose calls nobody follows."""
+    """Register a hook on a parameter of `adapter` that warns once, at its first gradient, if its dropout does not act.
+
+    For a model without a PeftModel, where no calls are followed. Nothing for adapters without dropout, or inactive.
+    """
     parts = [part for part in find_active_parts(carriers) if part.adapter == adapter]
     if not parts or not active_dropouts(configs[adapter]):
         return
 
     def warn_once(_grad: Tensor) -> None:
+        """Remove the hook, and warn of dropout in eval mode."""
         handle.remove()
         warn_eval_mode_dropout(parts, configs)
 
@@ -76,24 +86,34 @@ def warn_at_first_gradient(carriers: Iterable[Carrier], configs: dict[str, PeftC
 
 PASSES = 8  # backward passes after which a layer without gradients is no coincidence
 LOOKS = 64  # backward passes after which to give up where none of them left gradients
-KEPT_ELSEWHERE = ("ds_id", "_hp_mapping", "main_grad")  # attributes that DeepSpeed and Megatron give to parameters
+KEPT_ELSEWHERE = ("ds_id", "_hp_mapping", "main_grad")  # attributes that DeepSpeed and Megatron set on parameters
 SHARDED = ("FSDP", "FullyShardedDataParallel")  # beginnings of class names
 
 
 class Watch:
-    """Waits for the first backward passes of a model and looks at the gradients. A plain object, without hooks on
-    modules or parameters: only the outputs of the calls that it follows tell it that a backward pass begins."""
+    """Waits for the first backward passes of a model and checks their gradients.
+
+    It removes itself from the registry when it has its result, or after `LOOKS` passes.
+
+    A plain object without hooks on modules or parameters: hooks on the outputs of calls tell it that a backward pass
+    begins.
+    """
 
     def __init__(self, registry: Tuner) -> None:
+        """Watch the model of a registry. Nothing happens until `follow`."""
         self.registry = registry
         self.passes = self.looks = 0
         self.task: int | None = None  # the backward pass under way
-        self.half = False  # a call ran in float16, where gradients may overflow and a scaler skips the step
-        self.moving = False  # a call had inputs with gradients, for which a backward pass may have run
+        self.half = False  # a call ran in float16: gradients may overflow, and a scaler skips the step
+        self.moving = False  # a call had inputs with gradients, so that a backward pass may serve them
         self.suspects: list[tuple[Carrier, str]] | None = None  # (carrier, adapter); None: no pass was looked at yet
 
     def follow(self, output: object, inputs: Iterable[object]) -> None:
-        """Look once the backward pass of this call's output ends."""
+        """Hook the tensors of a call's output, so that the gradients are checked when its backward pass ends.
+
+        If the loss has no gradient because a model in training mode is frozen, warn at once and end the watch. Records
+        whether the call ran in float16 and whether inputs have gradients.
+        """
         first = True
         loss, registry = getattr(output, "loss", None), self.registry
         if isinstance(loss, Tensor) and not loss.requires_grad and self._is_frozen(registry.model):
@@ -114,12 +134,19 @@ class Watch:
 
     @unserializable_hook  # type: ignore[untyped-decorator]
     def _on_begin(self, _grad: Tensor) -> None:
+        """Hook of an output's gradient: once per backward pass, have autograd call `_on_end` after it."""
         task = torch._C._current_graph_task_id()
         if task != self.task:
             self.task = task
             torch.autograd.Variable._execution_engine.queue_callback(self._on_end)
 
     def _on_end(self) -> None:
+        """Check the gradients after a backward pass, warn if a report is not ok, and end the watch if there is a report
+        or `LOOKS` passes have run.
+
+        Adds the active adapters to the registry's `trained`; after the first pass it warns of dropout in eval mode.
+        Does nothing if the registry has another watch.
+        """
         self.task = None
         if self.registry.watch is not self:
             return
@@ -134,7 +161,17 @@ class Watch:
             warn(f"{report}\nThis is said once; graft.audit(model) says it again.", PeftWarning)
 
     def _report_first_pass(self) -> AuditReport | None:
-        """Return the report if the watch is over, else None."""
+        """Return the report if the watch is over after this pass; None to continue.
+
+        Without active parts that require gradients: a report that nothing trains; None if inputs of the call had
+        gradients, or the model is not in training mode or has other parameters that train. None if no other parameter
+        got a gradient, and the parts got none or zeros. Else the report lists base parameters that train and are not
+        saved, and, without float16, gradients that are not finite.
+
+        Missing gradients are ignored if a library may have taken them. If all layers lack a gradient, the report lists
+        them. Otherwise parts without a gradient (or with zeros, except for token rows) become suspects. Then None is
+        returned if there are suspects and no fault so far, else the report.
+        """
         registry, model = self.registry, self.registry.model
         parts = find_active_parts(registry.carriers())
         if not parts:
@@ -148,7 +185,7 @@ class Watch:
             p for p in iterate_parameters(model) if p.requires_grad and p.grad is not None and id(p) not in ids
         ]
         if not others_trained and all([state in (NONE, ZERO) for _, state in part_states]):
-            return None  # the loss was flat, or something takes gradients away
+            return None  # the loss was constant, or another library took the gradients
         report = AuditReport(after="the first backward pass", not_saved=self._find_unsaved(others_trained))
         half = self.half or any([p.dtype == torch.float16 for p in model.parameters()])
         if BROKEN in [state for _, state in part_states] and not half:
@@ -165,6 +202,11 @@ class Watch:
         return None if suspects and report.ok else report
 
     def _report_later_pass(self) -> AuditReport | None:
+        """Return a report on the suspects that still have no gradient, or zeros, after `PASSES` passes; an ok report as
+        soon as all have gradients; None to continue.
+
+        A pass without a gradient on any other part does not count.
+        """
         parts = find_active_parts(self.registry.carriers())
         suspected = {(id(carrier), adapter) for carrier, adapter in self.suspects or ()}
         left = [part for part in parts if (id(part.carrier), part.adapter) in suspected]
@@ -184,11 +226,11 @@ class Watch:
 
     @staticmethod
     def _is_frozen(model: nn.Module) -> bool:
-        """Return True if a model is in training mode, and none of its parameters trains."""
+        """Return True if a model is in training mode, and none of its parameters requires gradients."""
         return model.training and not any(p.requires_grad for p in model.parameters())
 
     def _find_unsaved(self, others: list[nn.Parameter]) -> list[str]:
-        """Name those of the base's parameters with gradients that no file would hold."""
+        """Return the names of those of these base parameters that no adapter's file would hold."""
         if not others:
             return []
         registry = self.registry
@@ -199,7 +241,7 @@ class Watch:
 
 
 def iterate_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters of a model, some twice; quicker than `parameters()`, for which depth counts."""
+    """Yield the parameters of a model; shared ones repeatedly. Faster than `parameters()` on deep models."""
     left, seen = [model], set()
     while left:
         module = left.pop()
@@ -210,14 +252,17 @@ def iterate_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def trains_rows(part: Part) -> bool:
-    """Return True if a part may train rows of a table, of which a batch uses some."""
+    """Return True if a part may train rows of a table, such as embeddings: a batch uses only some, so gradients of 0
+    are normal.
+    """
     layer = part.carrier.adapter_layer
     return part.carrier.takes_rows or (layer is not None and layer.op.takes_ids)
 
 
 def gradients_elsewhere(model: nn.Module, parts: Iterable[Part]) -> bool:
-    """Return True if something may have taken gradients away from parameters, or keeps them sharded: FSDP, DeepSpeed,
-    Megatron, an optimizer that steps within the backward pass."""
+    """Return True if a library may have taken gradients away from parameters, or holds them sharded: FSDP, DeepSpeed,
+    Megatron, or an optimizer that steps within the backward pass.
+    """
     parameters = [p for part in parts for p in part.parameters]
     return any(
         not p.numel() or is_sharded(p) or p._post_accumulate_grad_hooks or any(hasattr(p, a) for a in KEPT_ELSEWHERE)
@@ -229,21 +274,22 @@ _said = False
 
 
 def warn_trainer_unaware(model_class: type) -> None:
-    """Warn once in a process that the loaded Trainer takes models of this class for any other modules."""
+    """Warn, once in a process, if transformers' Trainer is loaded and does not recognise models of this class as
+    PeftModels.
+    """
     global _said
     trainer = sys.modules.get("transformers.trainer")
     if trainer is None or _said or issubclass(model_class, getattr(trainer, "PeftModel", ())):
         return
     _said = True
     warn(
-        "transformers' Trainer is loaded and does not know graft's models: its checkpoints would be whole models, "
-        "without an adapter, and TRL's trainers would fail. To train by one of them, call "
-        "graft.compat.peft.install(), also now; for a loop of your own nothing is to be done.",
+        "transformers' Trainer is loaded and does not know graft's models: it would save whole models, and TRL's "
+        "trainers would fail. Call graft.compat.peft.install() before you train with one; other loops need nothing.",
         PeftWarning,
     )
 
 
-# who averages gradients
+# averaging of gradients
 
 
 REMEDY = (
@@ -253,7 +299,9 @@ REMEDY = (
 
 
 def note_start(registry: Tuner, adapter: str) -> None:
-    """Note for the other processes with which values an adapter begins."""
+    """Record shapes and norms of an adapter's first values in `registry.starts`, for a comparison with other
+    processes.
+    """
     tensors = initial_tensors(registry, adapter)
     tensor_norms = torch._foreach_norm(tensors) if tensors else []
     norms = (
@@ -263,10 +311,11 @@ def note_start(registry: Tuner, adapter: str) -> None:
 
 
 def check_averaged(registry: Tuner) -> None:
-    """Check that the gradients of what trains will be averaged. Called at the first step after a change.
+    """Raise DistributedError if gradients of parameters that train will not be averaged over the processes.
 
-    Raises:
-        DistributedError: those of a parameter will not be.
+    Checked are DDP, FSDP1, FSDP2 and DeepSpeed: each must have known the parameter when it wrapped the model. With
+    tensors in parts, warn if processes began with other values. Records in `registry.in_ddp` whether the model runs
+    within DDP. With one process, nothing is checked.
     """
     ddp = DistributedDataParallel._active_ddp_module
     registry.in_ddp = ddp is not None
@@ -292,37 +341,45 @@ def check_averaged(registry: Tuner) -> None:
 
 
 def is_replicated(registry: Tuner) -> bool:
-    """Return True if each process is known to hold all of one adapter, which they train together."""
+    """Return True if there are several processes, and each is known to hold the whole adapter, as with DDP or
+    DeepSpeed.
+    """
     if processes() < 2:
         return False
     return registry.in_ddp or bool(find_master_ids(registry.model.parameters()))
 
 
 def check_none_missed(names: list[str], who: str, remedy: str) -> None:
+    """Raise DistributedError if `names`, parameters that `who` did not see when it wrapped the model, is not empty."""
     if names:
         raise DistributedError(
-            f"{len(names)} parameters train that {who} did not see when it wrapped the model, such as '{names[0]}': "
-            f"their gradients would not be averaged, and the processes would drift apart. After set_adapter(), "
-            f"add_adapter() or set_requires_grad(): {remedy}."
+            f"{len(names)} parameters train that {who} did not see when it wrapped the model, such as '{names[0]}', so "
+            "their gradients would not be averaged. After set_adapter(), add_adapter() or set_requires_grad(): "
+            f"{remedy}."
         )
 
 
 def warn_other_starts(registry: Tuner) -> None:
-    """Warn if the processes drew other initial values for an active adapter, which a layout in parts mixes."""
+    """Warn of each active adapter with other initial values on other processes, since each process holds a part of it.
+
+    Each adapter is compared once.
+    """
     for adapter in registry.active_adapters:
         note = registry.starts.pop(adapter, None)
         ranks = [] if note is None else note.list_differing_ranks()
         if ranks:
             warn(
                 f"Adapter '{adapter}' began with other values on rank(s) {ranks} than on this one, and each process "
-                "holds a part of it: a mixture that no seed gives again. Call torch.manual_seed() with one seed on "
-                "all processes before the adapter is made, or have rank 0's values broadcast.",
+                "holds a part of it. Call torch.manual_seed() with one seed on all processes before the adapter is "
+                "made, or broadcast rank 0's values.",
                 PeftWarning,
             )
 
 
 def slots_of_active(registry: Tuner) -> Iterable[tuple[str, Slot, bool]]:
-    """Yield the slots of active adapters that can train: name for errors, slot, whether the adapter is to train."""
+    """Yield (name for errors, slot, whether the adapter is set to train) of each tensor of active adapters that can
+    train.
+    """
     for carrier, name in iter_carried(registry.carriers(), registry.active_adapters):
         for slot in carrier.slots(name):
             if slot.trains:
@@ -330,16 +387,19 @@ def slots_of_active(registry: Tuner) -> Iterable[tuple[str, Slot, bool]]:
 
 
 def initial_tensors(registry: Tuner, adapter: str) -> list[Tensor]:
-    """Return the floating tensors of an adapter that have values."""
+    """Return an adapter's floating-point tensors, detached, that are neither empty, on the meta device, nor in
+    parts.
+    """
     slots = (s for carrier, name in iter_carried(registry.carriers(), [adapter]) for s in carrier.slots(name))
     tensors = [s.tensor.detach() for s in slots if s.tensor.is_floating_point() and not s.tensor.is_meta]
     return [t for t in tensors if t.numel() and layout_of(t) is None]
 
 
 def is_late(slot: Slot) -> bool:
-    """Return True if FSDP does not know a parameter: its module is new, or other parameters there are in parts.
+    """Return True if FSDP2 does not know a parameter: FSDP does not manage its module, or other parameters there are in
+    parts and this one is not.
 
-    That the parameter is whole says nothing: FSDP has put those together that its outermost unit has by now.
+    A whole parameter alone proves nothing: by now FSDP has gathered those of its outermost unit.
     """
     if not is_managed(slot.owner):
         return True
@@ -348,4 +408,5 @@ def is_late(slot: Slot) -> bool:
 
 
 def is_managed(module: nn.Module) -> bool:
+    """Return True if FSDP2 manages a module."""
     return MANAGED in module.__dict__

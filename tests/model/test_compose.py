@@ -163,7 +163,7 @@ def test_parallel_is_each_child_alone():
         assert len(model(x)) == len(x)
     with pytest.raises(NotImplementedError, match="in parallel"):
         model.merge_adapter()
-    with pytest.raises(RoutingError, match="call the PeftModel itself"):
+    with pytest.raises(RoutingError, match="Call the PeftModel itself"):
         model.get_base_model()(x)
     model.set_adapter("one")
     torch.testing.assert_close(model(x), want[0])

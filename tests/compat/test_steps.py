@@ -192,7 +192,7 @@ def test_a_module_left_out_and_one_within_the_target(both, tmp_path):
         "config, so that no layer is there when it returns; a module twice or from outside the model, or a layer of "
         "its own in place: an error, nothing changed"
     ),
-    why="the steps: docs/life_cycle.md",
+    why="the steps: src/graft/inject/steps.py",
 )
 def test_each_target_is_asked_for_once_and_before_anything_is_built(both):
     seen: dict = {}

@@ -3,6 +3,11 @@
 which a thread has disabled the adapters.
 
 The model writes this state once per call. Every layer reads it.
+
+`disable_adapter()` is a count in the thread's part of the state. Layers read `open`, which is empty unless some call is
+mixed or disabled, and only then ask for their thread's state. Hooks on the model's output set the state again for
+layers that a backward pass runs again, in whatever thread. Merged adapters are unmerged when a block begins, and
+nothing can be merged while it is open.
 """
 
 from __future__ import annotations

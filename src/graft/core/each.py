@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods on stacks of matrices, such as those of experts: any that changes the weight of a linear layer acts on each
 matrix of a stack as on such a layer. Its tensors have the stack's first dimension in front.
+
+`find` makes such a method for a stack. It builds the method once for each matrix, and joins the tensors. The method on
+one matrix has a layer with views of these. The effect also says how single matrices change: where graft runs the
+experts, the change of each matrix in use is computed, and again in the backward pass with the same random numbers.
+Merging into a packed stack folds one matrix after the other. So ΔW of all experts exists only if a module of unknown
+kind, or a compiler, asks for the whole weight.
 """
 
 from __future__ import annotations

@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Effects: the kinds of change that an adapter makes to its layer. Forward, merge and routing all follow from them."""
+"""Effects: the kinds of change that an adapter makes to its layer. Forward, merge and routing all follow from them.
+
+A rewrite of a whole block (`block=True`) acts before and after a module with several inputs: `pre` gets the first
+input, `post` the output. In a mixed batch such a module runs once, for all rows. Values that one block passes to the
+next are facts of the call (SHADOW's states). A tap keeps a layer's input for a layer that runs later in the same block,
+of all rows, by thread; under checkpointing both run again together. A replacement may call the module that it replaces,
+and pass a value to layers inside it (MixLoRA); in a mixed batch it runs for its rows alone.
+"""
 
 from __future__ import annotations
 

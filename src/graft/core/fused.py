@@ -4,6 +4,10 @@
 Kernels take plain tensors; modules with hooks are called instead.
 
 The layer checks first that a kernel may use its weight without calling the layer, and may overwrite its output.
+
+An update may give its ΔW in a form that is not computed yet, such as a product of Hadamard factors. That form adds
+itself to W, and gives the gradients of its parts (`kernels/one_product.py`). Factors that a module holds in short form
+(blocks of BD-LoRA, groups of QA-LoRA) are passed to kernels as the whole matrix, while hooks see the module.
 """
 
 from __future__ import annotations

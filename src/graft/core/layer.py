@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hosts: modules that replace a module of the base model and hold its methods. The main one is AdapterLayer."""
+"""Hosts: modules that replace a module of the base model and hold its methods. The main one is AdapterLayer.
+
+Rows of a mixed batch run by `core/mixed.py`. Every other call runs the layer's plan (`core/plan.py`), or the base layer
+alone.
+"""
 
 from __future__ import annotations
 

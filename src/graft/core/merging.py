@@ -10,6 +10,10 @@ merging both at once. Where writing rounds, the layer records how much of the up
 
 Unmerging restores a weight in half precision bit for bit, since the first merge keeps a copy. In float32 and float64 a
 merge of products alone keeps the factors and subtracts the products again. That costs no copy, and rounds.
+
+A merge first checks every layer and that the adapters' tensors are finite. Then it folds in order, with the layer in
+eval mode, so that nothing random is merged, and writes. A weight tied to another module is not overwritten in place:
+the layer gets a new one. Of a packed stack, one matrix at a time is dense.
 """
 
 from __future__ import annotations

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A layer in a batch with rows of different adapters: one plan for each adapter, in training as well."""
+"""A layer in a batch with rows of different adapters: one plan for each adapter, in training as well.
+
+Rows are grouped by adapter once per call. If all adapters add, the base runs once. Under gradient checkpointing the
+rows are set again when the backward pass begins. Two forward passes in one backward pass are refused, and so is
+recomputing when no tensor in the model's output told that the backward pass begins.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,9 @@
 Only this file knows orientations and calls `F.linear` and similar functions.
 
 Everywhere else a weight is canonical: `(out, in, *kernel)`.
+
+An op also states facts: whether the layer is linear, holds its weight transposed, takes ids, makes a new output that
+may be overwritten, and which modules can be its low-rank product.
 """
 
 from __future__ import annotations

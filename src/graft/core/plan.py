@@ -3,6 +3,13 @@
 
 The part of an adapter is the tensor that it adds to the output. A plan sums parts, or chains changes of input and
 output.
+
+Each adapter acts on the layer that the ones before it made: y = mₙ(… m₁(base)). Methods act in the order of their first
+adapters on the layer, adapters of one method in the order of `active_adapters` (OFT's in reverse). Inputs pass from the
+outermost to the innermost adapter, outputs come back, and weights fold from the inside out, so that forward and merged
+layer agree for every mixture. Parts that gates weigh do not nest: each is a part of the base's output. Updates that
+only add commute. An update reads the weight without adapters, W₀, so that merging a, then b, equals both at once. A
+step that reads a packed weight runs again in the backward pass, so that no dense copy outlives its layer.
 """
 
 from __future__ import annotations

@@ -2,6 +2,12 @@
 """An injection puts an adapter on a model: find, check, build, then commit, or undo on an error.
 
 The module tree is walked once.
+
+An injection has three parts. *Find* walks the model once. It makes a method for each target, head and table of token
+rows, in the order of their initial draws. Everything that can fail is checked here, and no tensor is made. *Build*
+makes the tensors, shared ones first: it builds, initialises, places them, fills in values of a file and ties them, all
+apart from the model. *Commit* attaches the layers and freezes the base, which cannot fail. If an error occurs, changes
+of base weights by an initialisation are rolled back.
 """
 
 from __future__ import annotations

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # Supported inside: rooms may import this module.
-"""The carriers of one adapter; the registry and the gate of a model."""
+"""The carriers of one adapter; the registry and the gate of a model.
+
+Several layers on parameters of one module are nested around each other, by the names that PEFT gives them. A layer's
+base weight is that of the innermost module.
+"""
 
 from __future__ import annotations
 

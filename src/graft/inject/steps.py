@@ -3,6 +3,12 @@
 
 An injection calls a step only if it was replaced, before anything is built. The replacement calls the original for each
 module that it wants adapted, with a config. The original only records that call; graft makes the layers.
+
+Four methods of the tuner's class are steps, as in PEFT. Whether they were replaced is compared once per injection
+(`model/tuner_type.py`). A call of the original records a module or parameter and the config that was passed; `find`
+makes sites of the records. If a replacement puts another module into the model, the old one is put back and the
+injection is refused. A replaced `inject_adapter` is called around the whole injection, a replaced `load_adapter` after
+`from_pretrained` has loaded the adapter. An error in either takes the adapter off again.
 """
 
 from __future__ import annotations

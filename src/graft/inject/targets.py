@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The meaning of a config's targets in a model: defaults by architecture, "all-linear", tied modules, parameters."""
+"""The meaning of a config's targets in a model: defaults by architecture, "all-linear", tied modules, parameters.
+
+A parameter of a module with a forward of an unknown kind (a stack of experts, `in_proj_weight` of an attention) is a
+target with an op that cannot look inside. While the module runs, a tensor for W + ΔW replaces the parameter
+(`kernels/summed.py`). Rows of a mixed batch are refused there, and dropout drops the same inputs for all rows, since
+the module's use of its inputs is not known. If modules around a layer read its weight (`inject/survey.py` finds that in
+their sources), they read the weight with the adapters' updates.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading: from a dict of tensors into a model with adapters, with a report on every key."""
+"""Loading: from a dict of tensors into a model with adapters, with a report on every key.
+
+Every entry gets its value, and all are checked, before the injection assigns one.
+"""
 
 from __future__ import annotations
 

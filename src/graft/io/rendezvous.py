@@ -3,6 +3,9 @@
 
 A process in a collective waits for ever if others do not come. So they meet in the store of the process group first,
 where one that is alone gets an error after 30 seconds (`GRAFT_PATIENCE`).
+
+A save compares the processes' arguments at the meeting, then gathers the tensors in order of their names, and the first
+process writes while the others wait for its result. An error of one process is raised on all.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 """Stores of weights that only the module's forward can use.
 
 A linear layer is read by running its forward on the rows of the identity matrix.
+
+A random input first shows that the layer is linear, and that its bias is its bias. Nothing of the weight that was read
+is kept, and nobody writes it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 """Layouts of tensors that are spread over processes: gathering them, and writing whole values into them.
 
 A layout is a class with the functions of `Layout`. All code that reads or writes adapters asks `layout_of`.
+
+Saving, loading, hot-swapping and combining gather one tensor at a time, in sorted order on all processes, and only the
+adapter's tensors.
 """
 
 from __future__ import annotations

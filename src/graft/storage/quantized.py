@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base of the stores of linear layers that hold codes and scales in place of a weight."""
+"""The base of the stores of linear layers that hold codes and scales in place of a weight.
+
+Such a store reads the dense weight, and packs a new one. A snapshot is the old codes themselves, so that unmerging
+restores the bits without a dense copy. Each further merge into a rounded weight folds anew from W₀ with all merged
+adapters, so that the weight is rounded once. When an adapter is added, a hook of the store runs for every module of the
+model. It mends gradients that would be wrong on or below a packed layer (`storage/straight.py`).
+"""
 
 from __future__ import annotations
 

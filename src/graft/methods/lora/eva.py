@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EVA: Explained Variance Adaptation, arXiv 2410.07170. Principal components of inputs, and who gets which rank."""
+"""EVA: Explained Variance Adaptation, arXiv 2410.07170. Principal components of inputs, and who gets which rank.
+
+The incremental PCA uses `torch.svd_lowrank`. torch has no incremental PCA, and scikit-learn's works on NumPy arrays of
+one process, so that the inputs of every layer would leave the GPU at each batch.
+"""
 
 from __future__ import annotations
 

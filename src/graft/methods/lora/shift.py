@@ -5,6 +5,14 @@ loading.
 PiSSA, OLoRA, CorDA and LoRA-GA make W ← W - B A, LoftQ W ← Q(W - B A). The file holds A, B and a few values of the
 weight before and after. So a load makes the same base without the data, the generator's state or the same SVD, and
 recognises a base that has been changed already.
+
+The module `lora_shift` holds float32 factors, and 16 values of the weight before and after. A load subtracts the same
+product from the base, to the same bits, on a quantized base as well. A base with the values of after is left unchanged,
+with a warning: so two adapters of one start share a base. PEFT reads such files and drops the extra tensors without a
+warning. For a file of PEFT, graft computes the shift as PEFT does, where that needs no data. If the config in memory
+has another `init_lora_weights` when the adapter is saved (PEFT's way to share a changed base), the file has no shift. A
+fingerprint would not do, since knowing a base does not restore it; LoRA of twice the rank would not, since training
+could not continue.
 """
 
 from __future__ import annotations

@@ -2,7 +2,11 @@
 """Initialisations that begin with the base weight and take their part out of it: which there are, and the rest.
 
 PiSSA (arXiv 2404.02948) begins with its largest singular vectors, OLoRA (2406.01775) with a QR decomposition, CorDA
-(2406.05223) with those that the inputs weigh, LoRA-GA (2407.05000) with those of a gradient. LoftQ has its own file."""
+(2406.05223) with those that the inputs weigh, LoRA-GA (2407.05000) with those of a gradient. LoftQ has its own file.
+
+Each start is a function of an adapter and W, which returns initial values and the product to subtract. Starts measured
+on data with a running model are in `train/`.
+"""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def list_missing_blocks(blocks: nn.Module) -> list[str]:
     """Return the names of the missing blocks (None or `nn.Identity`) of a list.
 
     Returns [] if none is missing, if the list has one entry, or if the blocks that are there have several types or gaps
-    between them.
+    between them. If all are missing, all names are returned.
     """
     presence = [m is not None and type(m) is not nn.Identity for m in blocks._modules.values()]
     kinds = {type(m) for m, is_here in zip(blocks._modules.values(), presence) if is_here}

@@ -20,14 +20,17 @@ SMALL, TOGETHER = 2**14, 2**20  # numbers of a tensor, and of several that are s
 
 
 def check_tensors(tensors: dict[str, Tensor], path: str, allow_nonfinite: bool = False) -> None:
-    """Raise unless each tensor is a plain one with its own values.
+    """Raise if one of the tensors cannot be loaded into an adapter.
+
+    All dtypes and layouts are checked before any numbers.
 
     Args:
         path: where they come from, for errors.
-        allow_nonfinite: let NaN and infinite numbers pass.
+        allow_nonfinite: accept NaN and infinite numbers; they are not searched for.
 
     Raises:
-        CheckpointError: one is sparse, nested, quantized or complex, on the meta device, or of an unusual dtype.
+        CheckpointError: one is sparse, nested, quantized or complex, on the meta device, of an unusual dtype, or
+            repeats its numbers.
         NonFiniteError: one holds NaN or an infinite number.
     """
     for name, t in tensors.items():
@@ -73,8 +76,8 @@ def find_nonfinite(tensors: dict[str, Tensor]) -> list[str]:
 def group_small_tensors(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
     """Yield the floating tensors in groups of (name, tensor).
 
-    A tensor over 16,384 numbers is alone; smaller ones of one dtype, device and shape are together. Sharded tensors are
-    left out.
+    A tensor over 16,384 numbers is alone. Smaller ones of one dtype, device and shape are together, up to about a
+    million numbers. Sharded tensors are left out.
     """
     groups: dict[object, list[tuple[str, Tensor]]] = defaultdict(list)
     sizes: dict[object, int] = defaultdict(int)

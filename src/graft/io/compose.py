@@ -27,7 +27,8 @@ def join_stages(
 ) -> None:
     """Write into `folder` the adapter that the stages of a pipeline saved in `folders`, in their order.
 
-    Call it on one process, after all have saved. The file equals that of a single process.
+    Call it on one process, after all have saved. The file equals that of a single process. A tensor may be in several
+    parts if its values are equal.
 
     Raises:
         CheckpointError: no folder is named, the parts do not belong together, or one is missing or damaged.
@@ -92,7 +93,8 @@ def compose_cartridge_adapters(
 ) -> None:
     """Write a CARTRIDGE adapter that holds the tokens of several saved ones, in that order.
 
-    Freeze as many first tokens as the first adapter does. A call that fails leaves the old files in place.
+    The first adapter's config gives all fields, such as the number of frozen first tokens, and the new one is for
+    inference. On an error the old files stay.
 
     Args:
         adapter_paths: folders or hub repositories, at least two, for one base model.

@@ -290,7 +290,7 @@ def sample_weight(weight: BaseWeight, together: bool = False) -> list[float] | N
 
 
 def match_values(of_file: Fingerprint, now: Fingerprint) -> bool:
-    """Return True if the sampled values of two fingerprints agree within 1/128, or if one has no sample.
+    """Return True if the sampled values of two fingerprints agree within 1/128 of the larger, or if one has no sample.
 
     Only weights in both are compared.
     """
@@ -323,8 +323,9 @@ def restrict_to_common(of_file: Fingerprint, now: Fingerprint) -> tuple[Fingerpr
 
 
 def describe_difference(of_file: Fingerprint, now: Fingerprint) -> str | None:
-    """Return in words how the weights of a file's fingerprint differ from those of `now`: another count, a shape,
-    missing layers or more layers. None if they have equal names and shapes.
+    """Return in words how the weights of a file's fingerprint differ from those of `now`; None if their names and
+    shapes have one digest. Reasons in this order: another count (if one names no weights), a shape, missing layers,
+    more layers, or a damaged file.
     """
     if of_file.get("shapes") == now["shapes"]:
         return None

@@ -30,7 +30,8 @@ def fuse_experts(
     tensors: dict[str, Tensor], parts: AdapterCarriers, prefix: str, model: nn.Module, config: object, adapter: str
 ) -> dict[str, Tensor]:
     """Return a file's tensors with the factors of single experts (`….experts.3.w1.lora_A.weight`) joined to A and B of
-    the stacks. A stack that lacks some expert or part stays as it is in the file; so does a file without such keys.
+    the stacks, and B rescaled to the stack's scaling. A stack that lacks some expert or part stays as it is in the
+    file; so does a file without such keys.
 
     Args:
         config: the file's, with ranks and alphas by its own names.
@@ -73,7 +74,8 @@ def rescale_parts(
 ) -> list[list[Tensor]]:
     """Return B of each part, by expert, multiplied so that the stack's one scaling gives the scaling of each part.
 
-    If the config only knows the alpha of all parts together, B stays and a warning says so.
+    B stays the same object where the factor is 1. If the config only knows the alpha of all parts together, all B stay
+    and a warning says so.
 
     Args:
         paths: the experts' modules, by part; `config` gives each its alpha.
@@ -151,7 +153,10 @@ def convert_stack_layouts(
 
 def convert_factors(stacks: Sequence[StackFactors], layout: StackLayout, doubts: set[str]) -> dict[str, Tensor]:
     """Return the factors of a file's stacks in graft's layout, by key: columns of B in graft's order, A and B exchanged
-    back. Adds "by_expert", "twice" or "exchanged" to `doubts` for a question that nothing answers.
+    back.
+
+    Adds to `doubts`: "exchanged" or "by_expert" if nothing tells, and "twice" if columns were reordered although
+    another package replaced PEFT's `load_adapter`.
     """
     exchanges, out = find_exchanges({s.a: s.verdict for s in stacks}, layout, doubts), dict[str, Tensor]()
     for layer, a, b, A, B in stacks:
@@ -181,8 +186,8 @@ def find_stack_factors(tensors: dict[str, Tensor], parts: AdapterCarriers, prefi
 
 
 def can_be_stack_factors(layer: AdapterLayer, A: Tensor, B: Tensor) -> bool:
-    """Return True if two tensors can be the factors of a layer's stack: both with two dimensions, as many rows of A as
-    columns of B, and a multiple of the number of experts.
+    """Return True if two tensors can be the factors of a layer: it adapts a stack of matrices, both have two
+    dimensions, A has as many rows as B has columns, and a multiple of the number of experts.
     """
     site = layer.site
     return site.is_stack and A.dim() == B.dim() == 2 and len(A) == B.shape[1] and len(A) % site.shape[0] == 0

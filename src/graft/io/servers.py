@@ -81,7 +81,9 @@ class ServerBlock:
         return [B[:, ::2], B[:, 1::2]] if self.interleaved else [*B.chunk(2, 1)]
 
     def join_rows(self, parts: list[Tensor]) -> Tensor:
-        """Return B of the input's stack from [B of gate, B of up], the inverse of `split_rows`."""
+        """Return B of the input's stack from [B of gate, B of up]: rows in turn if the block is interleaved, else gate
+        above up. A list of one comes back as that B.
+        """
         if self.interleaved:
             return torch.stack(parts, 2).flatten(1, 2)
         return torch.cat(parts, 1)
@@ -92,7 +94,7 @@ class ServerBlock:
         return out | {self.parts[OUT][0]: pairs[OUT]}
 
     def zeros(self, which: str, like: FactorPair) -> FactorPair:
-        """Return zero factors for the stack `which`, of the rank of `like`."""
+        """Return zero factors of all experts for the stack `which`, with the rank, dtype and device of `like`."""
         n, out, fan_in = self.shapes[which]
         r = like.A.shape[1]
         return FactorPair(like.A.new_zeros(n, r, fan_in), like.B.new_zeros(n, out, r))

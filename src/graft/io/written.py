@@ -68,6 +68,10 @@ def decide_exchange(version: str | None, transposed: bool) -> tuple[bool, bool]:
     """Return (exchanged, sure): whether a PEFT of this version wrote A of a stack as B and B as A, and whether that is
     sure.
 
+    Without a version the result is (True, False), and (False, True) if `transposed`. 0.19.0 exchanged all stacks,
+    earlier versions those that are not transposed, 0.19.1 and later none. Development versions around 0.19.0, and
+    unreadable ones, give (False, False).
+
     Args:
         version: None: the file names none, as before 0.18.
         transposed: the module says that it holds its matrices as (in, out).

@@ -50,7 +50,7 @@ def count_early_numbers(job: InjectionJob) -> float:
     total, local_methods = 0.0, job.local_methods.values()
     if job.method.shares and local_methods:
         layers = AdaptedLayers(
-            job.model, [m.matrix_method.site for m in local_methods], job.cfg, job.shared.containers, job.others
+            job.model, [m.matrix_method.site for m in local_methods], job.cfg, job.shared.containers, job.other_configs
         )
         total += count_needed_numbers(lambda: job.method.share(layers))
     rows = [m for m in job.beside.values() if isinstance(m, TrainableTokens)]
@@ -302,7 +302,7 @@ def make_shared_tensors(job: InjectionJob) -> None:
             f"No layers types compatible with {job.method.__name__} were found: its shared tensors "
             "need them for their size."
         )
-    layers = AdaptedLayers(job.model, sites, job.cfg, job.shared.containers, job.others)
+    layers = AdaptedLayers(job.model, sites, job.cfg, job.shared.containers, job.other_configs)
     layers.check_agreement(job.method)
     with ExitStack() as stack:
         reads = any(Use.READS in method.uses_weight() for method in job.methods.values())

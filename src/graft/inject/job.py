@@ -91,7 +91,7 @@ class InjectionJob:
         method: the Method class.
         call: the Call of the model.
         shared: the tensors that all layers of the model share; some methods add to it.
-        others: configs of the adapters that the model has, by name.
+        other_configs: configs of the adapters that the model has, by name.
         keys: adapt exactly these paths, whatever the config targets.
         tree: a survey of the model, if one was just made.
         mixed: layers may carry adapters of other methods.
@@ -105,7 +105,7 @@ class InjectionJob:
     adapter: str
     call: Call = field(default_factory=Call)
     shared: SharedTensors = field(default_factory=SharedTensors)
-    others: Mapping[str, PeftConfig] = field(default_factory=dict)
+    other_configs: Mapping[str, PeftConfig] = field(default_factory=dict)
     options: Options = Options()
     keys: Iterable[str] | None = None
     tree: ModuleTree = None  # type: ignore[assignment]

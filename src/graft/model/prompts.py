@@ -137,7 +137,7 @@ class Prompts(Registry):
         prompt = self._make_prompt(cfg)
         prompt.to(self.stacks["main"].device)
         done = Injection(
-            self.model, cfg, NoLayers, adapter_name, call=self.call, others=self.peft_config,
+            self.model, cfg, NoLayers, adapter_name, call=self.call, other_configs=self.peft_config,
             tree=tree or survey_model(self.model), options=options, keys=(), prompt=prompt,
         ).run()  # fmt: skip
         done.report.matched.append(describe_prompt(prompt))

@@ -359,7 +359,7 @@ class Registry:
             adapter_name,
             call=self.call,
             shared=self.common_tensors,
-            others=self.find_same_method(config) if method.shares else {},
+            other_configs=self.find_same_method(config) if method.shares else {},
             tree=tree,  # type: ignore[arg-type]  # None: it makes one
             mixed=self.is_mixed,
             steps=ReplacedSteps(self.holder, steps) if steps else None,

@@ -248,7 +248,8 @@ class ReplacedSteps:
         An error is kept in `refused` as well, so that `_ask` raises it if the replacement catches it.
 
         Raises:
-            UnsupportedLayerError: as `_record_call`.
+            UnsupportedLayerError: the call is for another adapter, config class, module or place than this injection
+                can adapt, or a second one for a site.
         """
         try:
             self._record_call(cfg, adapter, target, (parent, name), key or self.target, parameter)

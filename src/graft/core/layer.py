@@ -402,10 +402,11 @@ class AdapterLayer(PeftNames, Host):
         return plan
 
     def effective_weight(self) -> Tensor:
-        """Return the weight with the adapters of this call folded in, as the base layer stores it; gradients flow.
+        """Return the weight with the adapters of this call folded in, in the base layer's orientation; gradients flow.
 
-        If rows have different adapters, there is no one weight. Then returns a tensor that has shape and dtype, and
-        raises RoutingError where an operation uses it.
+        Without acting adapters, returns the base weight. If rows have different adapters, or gates cannot weigh them,
+        returns a tensor that has shape and dtype, and raises RoutingError where an operation uses it. Raises
+        UnsupportedLayerError as `find_reader_plan`.
         """
         try:
             plan = self.find_reader_plan()
@@ -500,8 +501,8 @@ class AdapterLayer(PeftNames, Host):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, undoable: bool = True) -> None:
         """Write adapters into the base weight, and run the base layer alone from then on.
 
-        Adapters that are merged already, or not on this layer, are skipped. Warns of merged ones, and if rounding lost
-        a part of the update.
+        Adapters that are merged already are skipped with a warning, those not on this layer silently. If none is left,
+        nothing happens. Also warns if rounding lost a part of the update.
 
         Args:
             safe_merge: compute the result first and check that it is finite; else check the adapters' own tensors.

@@ -65,10 +65,13 @@ def includes_replacement(layer: Layer, names: Sequence[str]) -> bool:
 
 
 def warn_merged(done: Sequence[str], names: Sequence[str], left: Sequence[str], replaces: bool) -> None:
-    """Warn about a merge while the adapters `done` are merged: unmerging first, merging more, or nothing to do.
+    """Warn about a merge while the adapters `done` are merged; do nothing if none is merged.
+
+    Warns that they are unmerged first, if one of `left` replaces the layer. Else that `left` is merged additionally.
+    Else, if `left` is empty and `names` is not, that there is nothing to do.
 
     Args:
-        names: the adapters to merge; no warning if there are none.
+        names: the adapters to merge.
         left: those of them that are not merged.
         replaces: one of `left` replaces the layer.
     """
@@ -84,10 +87,10 @@ def warn_merged(done: Sequence[str], names: Sequence[str], left: Sequence[str], 
 
 
 def check_together(layer: Layer, methods: Sequence[Method]) -> None:
-    """Raise if these adapters cannot act on the layer at once.
+    """Raise if these adapters cannot act on the layer at once. Fewer than two always can.
 
-    Raises ValueError if one replaces the whole layer, and the errors of each method's `check_together`. One adapter
-    passes.
+    Raises ValueError if one of them replaces the whole layer; else the errors of `check_together` of each method that
+    has more than one adapter among them.
     """
     if len(methods) < 2:
         return
@@ -112,16 +115,17 @@ def check_merge(
 ) -> None:
     """Raise the errors that merging these adapters would raise, without writing.
 
-    Adapters that the layer does not carry are ignored.
+    Adapters that the layer does not carry are ignored; without any other, all passes.
 
     Args:
-        safe: also compute the merged weights, and raise unless they are finite.
+        safe: also compute the merged weights, or read the parameters of a replacement, and raise unless they are
+            finite.
         undoable: the merge is to be undone later, so that adapters must not be disabled.
         checked_kinds: kinds of layers that `shifts_bias` has checked; the call adds to it.
 
     Raises:
-        NotImplementedError: adapters are in parallel, have no merged form, or shift a bias that the layer lacks.
-        ValueError: adapters are disabled, cannot act together, or a merged value is not finite.
+        NotImplementedError: adapters are active in parallel, have no merged form, or shift a bias that the layer lacks.
+        ValueError: adapters are disabled, cannot act together with merged ones, or a merged value is not finite.
     """
     key = layer.site.key
     methods = [layer.methods[n] for n in names if n in layer.methods]
@@ -357,10 +361,11 @@ def order_merge_steps(layer: Layer, names: Sequence[str]) -> tuple[list[Step], l
 
 
 def merge_adapters(layer: Layer, names: list[str], undoable: bool) -> None:
-    """Merge adapters that passed `check_merge`. A replacement exchanges the modules; others change the weight.
+    """Merge adapters that passed `check_merge`, and add them to the merged ones. The caller refreshes the plan.
 
-    If new steps cannot go on top of merged ones, all are taken out and merged together. On an error an undoable merge
-    leaves the layer as it was, with its former adapters merged; others may leave it changed.
+    A replacement unmerges all others and exchanges the modules. Else, if new steps cannot go on top of merged ones, all
+    are taken out and merged together. On an error an undoable merge leaves the layer as it was, with its former
+    adapters merged; any other may leave it changed.
     """
     if includes_replacement(layer, names):
         if layer.state.merged:
@@ -437,8 +442,9 @@ def _fold_steps(layer: Layer, steps: Sequence[Step], W: Tensor, b: Tensor | None
 def find_in_place_weight(layer: Layer) -> Tensor | None:
     """Return the base weight as a matrix (out, fan_in), or a stack, for merges that add products in place.
 
-    Returns None if the store does not hold the tensor itself, the weight is tied, no plain float tensor, or cannot be
-    viewed as a matrix.
+    Returns None if the store does not hold the tensor itself, or if the weight is tied. Also for a subclass of Tensor,
+    other dtypes than float64, float32, float16 and bfloat16, vectors, and a convolution's weight that is not
+    contiguous.
     """
     if not layer.store.live or layer.site.shared:
         return None
@@ -509,11 +515,16 @@ def _copy_bias(bias: Tensor | None) -> Tensor | None:
 
 @torch.no_grad()
 def _write_merge(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
-    """Write the steps into the base weight and bias, and append to the layer's state how to undo that.
+    """Write the steps into the base weight and bias. If `undoable`, append to the layer's state how to undo that.
 
-    There are four ways: products are added in place; a packed stack is made anew; a change of the bias alone leaves the
-    weight; all else writes a folded weight. Records the survival of the update where writing rounds. The base layer is
-    replaced if the store returns another module.
+    - All steps are products and the weight can be changed in place: they are added. In float32 and float64 copies of
+        the
+      factors are kept, else a snapshot.
+    - A packed stack is made anew, matrix by matrix.
+    - No step changes the weight: only the bias is written.
+    - Else the folded weight is written. If the store returns another module, that becomes the base layer.
+
+    Records the survival of the update where writing rounds.
 
     Raises:
         NotImplementedError: the steps shift a bias that the layer lacks. Nothing is written then.
@@ -580,8 +591,8 @@ def _swap_modules(layer: Layer, adapter: str) -> None:
 def unmerge(layer: Layer) -> None:
     """Undo all merges, the last one first, and clear the layer's record of them. Does nothing if none is merged.
 
-    Subtracts products, restores snapshots and biases, or exchanges a replacement with the base layer again. The caller
-    refreshes the plan.
+    Subtracts products, restores snapshots and biases, or exchanges a replacement with the base layer again. An adapter
+    that was merged without `undoable` stays in the weight. The caller refreshes the plan.
     """
     state = layer.state
     if not state.undo and state.merged and isinstance(layer.methods[state.merged[0]].effect, Replace):

@@ -272,9 +272,9 @@ class SumPlan(LayerPlan):
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
         """Return the base layer's output plus the parts of all steps.
 
-        If the call has gates, each part is weighed. If a kernel may fuse, the module got x alone, and the base does not
-        train, base and first step run together, by one kernel where one fits; then the other parts are added. Else the
-        base layer is called, and each part added.
+        If the call has gates, each part is weighed. Base and first step run together if a kernel may fuse, the module
+        got x alone, and the base does not train. Then the other parts are added. Else the base layer is called, and
+        each part added.
         """
         layer = self.layer
         if layer.call.open and layer.call.current_gates() is not None:

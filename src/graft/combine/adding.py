@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter made of others: its config (layers, ranks, modules to save), and adding it with its values."""
+"""An adapter made from others: its config (layers, ranks, modules to save), and the injection with its values."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ MIXED = (
 
 
 def union_configs(configs: Sequence[Any], mixed: str = MIXED, like: Any = None) -> Any:
-    """Return a copy of `like`, by default the first config, that targets all that any of the configs does.
+    """Return a copy of `like`, by default the first config, with the union of all targets, target parameters and
+    modules to save. Layer replication and token indices are those of the first config that has them.
 
     Raises:
-        ConfigError: some targets are names and others a regular expression, with `mixed` as the message.
+        ConfigError: some targets are names and others a regular expression; the message is `mixed`.
     """
     cfg = copy.deepcopy(configs[0] if like is None else like)
     cfg.target_modules = union_targets([c.target_modules for c in configs], mixed)
@@ -55,12 +56,15 @@ def union_configs(configs: Sequence[Any], mixed: str = MIXED, like: Any = None) 
 
 
 def union_names(lists: Iterable[Iterable[str] | None]) -> list[str] | None:
-    """Return the names in any of these, each once, in their order."""
+    """Return the names in any of these lists, each once, in order; None if there are none. A list may be None."""
     return list(dict.fromkeys(name for names in lists for name in names or ())) or None
 
 
 def make_plain_config(configs: Sequence[PeftConfig]) -> LoraConfig:
-    """Return a config of plain LoRA that targets all that any of these configs of any methods does."""
+    """Return a LoraConfig with the union of all targets of these configs of any methods.
+
+    Exclusions and layer ranges are those of the first.
+    """
     first = configs[0]
     like = config_of("LORA")(
         task_type=first.task_type,
@@ -73,7 +77,9 @@ def make_plain_config(configs: Sequence[PeftConfig]) -> LoraConfig:
 
 
 def union_targets(targets: Sequence[str | Collection[str] | None], mixed: str) -> str | set[str]:
-    """Return one value of `target_modules` that selects all that any of them does."""
+    """Return one value of `target_modules` that selects all modules of any: a regular expression of alternatives, or a
+    set of names. Raise ConfigError with `mixed` if some are expressions and others are not.
+    """
     if len({isinstance(t, str) for t in targets}) > 1:
         raise ConfigError(mixed)
     if isinstance(targets[0], str):
@@ -82,7 +88,10 @@ def union_targets(targets: Sequence[str | Collection[str] | None], mixed: str) -
 
 
 def target_exactly(cfg: PeftConfig, keys: Iterable[str], parameters: Sequence[str] = ()) -> None:
-    """Make `cfg` target the layers at these paths and no others, those of `parameters` by their own names."""
+    """Change `cfg` so that it targets exactly the layers at these paths; those in `parameters` by `target_parameters`.
+
+    Exclusions and layer ranges are removed.
+    """
     modules = [re.escape(key) for key in keys if key not in parameters]
     cfg.target_modules = "|".join(modules) if modules else []
     if parameters:
@@ -93,7 +102,10 @@ def target_exactly(cfg: PeftConfig, keys: Iterable[str], parameters: Sequence[st
 
 
 def make_rank_patterns(ranks: dict[str, int]) -> dict[str, int]:
-    """Return patterns for the layers whose rank is not the highest: by last names where these tell them apart."""
+    """Return rank patterns for the layers with another rank than the highest.
+
+    A pattern is the layer's last name, if all layers of this name have one rank, else its path.
+    """
     usual = max(ranks.values())
     by_name: dict[str, set[int]] = {}
     for key, r in ranks.items():
@@ -110,10 +122,10 @@ def make_rank_patterns(ranks: dict[str, int]) -> dict[str, int]:
 
 
 def find_owners(tuner: Tuner, names: Sequence[str]) -> dict[str, str]:
-    """Return the adapter that has its own copy of a module, by path.
+    """Return by path the adapter that trains a whole copy of a module. Modules with token rows do not count.
 
     Raises:
-        ConfigError: two have a copy of the same module: copies are no updates that add up.
+        ConfigError: two of the adapters have a copy of one module, since copies cannot be added.
     """
     whole = {key: w for key, w in tuner.wrappers.items() if not w.takes_rows}
     copies = {key: [n for n in dict.fromkeys(names) if n in w.adapters] for key, w in whole.items()}
@@ -128,7 +140,10 @@ def find_owners(tuner: Tuner, names: Sequence[str]) -> dict[str, str]:
 
 
 def copy_heads(tuner: Tuner, owner: dict[str, str], cfg: Targets) -> dict[str, nn.Module]:
-    """Copy the modules trained whole for the new adapter. Tied ones follow by themselves."""
+    """Return copies of the owners' modules for the new adapter, by path, as far as `cfg.modules_to_save` names them.
+
+    Tied modules are not among them; the injection ties them again.
+    """
     return {
         key: copy.deepcopy(tuner.wrappers[key].modules_to_save[name])
         for key, name in owner.items()
@@ -137,7 +152,10 @@ def copy_heads(tuner: Tuner, owner: dict[str, str], cfg: Targets) -> dict[str, n
 
 
 def find_token_rows(tuner: Tuner, names: Sequence[str], weights: Sequence[float], cfg: PeftConfig) -> Rows:
-    """Return who trains rows of a module, by path. `cfg` names all of these rows."""
+    """Return by path the (method, weight) of each adapter that trains token rows of a module.
+
+    If token indices of the adapters differ, set `cfg.trainable_token_indices` to their union.
+    """
     wrappers = {key: w for key, w in tuner.wrappers.items() if w.takes_rows}
     rows = {key: [(w.methods[n], x) for n, x in zip(names, weights) if n in w.methods] for key, w in wrappers.items()}
     indices = [v for n in names if (v := getattr(tuner.peft_config[n], "trainable_token_indices", None))]
@@ -149,7 +167,9 @@ def find_token_rows(tuner: Tuner, names: Sequence[str], weights: Sequence[float]
 
 
 def warn_if_base_changed(tuner: Tuner, names: list[str], adapter_name: str, cfg: PeftConfig) -> None:
-    """Warn unless the new adapter changes a fresh base likewise."""
+    """Warn if an adapter's initialisation changed the base and the new adapter's does not: then the new one fits only
+    this changed base.
+    """
     if find_start_change(cfg):
         return
     changed = [n for n in dict.fromkeys(names) if find_start_change(tuner.peft_config[n])]
@@ -162,7 +182,9 @@ def warn_if_base_changed(tuner: Tuner, names: list[str], adapter_name: str, cfg:
 
 
 def find_start_change(cfg: PeftConfig) -> str | None:
-    """Return the setting by which the initialisation of adapters changes the base weights; None if it does not."""
+    """Return the setting by which the initialisation of a config changes the base weights, such as
+    "init_lora_weights='pissa'"; None if it does not.
+    """
     setting_of = getattr(method_of(cfg.peft_type).variant(cfg), "changes_base", None)
     setting: str | None = None if setting_of is None else setting_of(cfg)
     return setting
@@ -173,7 +195,9 @@ class OtherLayersError(Exception):
 
 
 class CombinedValues:
-    """The values of a new adapter: of each layer by path, and of token rows, from those of the others."""
+    """The values of a new adapter for its injection: of each layer by path, and the pairs (method, weight) for token
+    rows.
+    """
 
     names = ()  # of no file
 
@@ -181,12 +205,20 @@ class CombinedValues:
         self.values, self.rows = values, rows
 
     def make_head(self, key: str, module: nn.Module) -> None:
+        """Return None: heads are passed as modules."""
         return None
 
     def check_room(self, numbers: float) -> None:
         """Do nothing: the config was made for the values."""
 
     def match_entries(self, parts: AdapterCarriers, adapter: str) -> list[tuple[Receiver, Tensor]]:
+        """Return each slot of the new adapter with its value: those of layers as given, token rows computed by
+        `combine_rows`.
+
+        Raises:
+            OtherLayersError: the adapter has other layers than the values.
+            ConfigError: a layer shares its tokens' rows with the embedding, and not all adapters do.
+        """
         if set(parts.layers) != set(self.values):
             raise OtherLayersError
         out: list[tuple[Receiver, Tensor]] = []
@@ -209,7 +241,10 @@ class CombinedValues:
 
 
 def combine_rows(method: Method, pairs: list[tuple[Method, float]]) -> Tensor:
-    """Return W + Σ wᵢ (rowᵢ - W) for the rows of a new adapter, which are W's yet."""
+    """Return W + Σ wᵢ (rowᵢ - W) for the token rows of a new adapter, in its order of tokens.
+
+    W are the rows that it has now. Nothing is written.
+    """
     base = widen(method.trainable_tokens_delta)
     out, left = torch.zeros_like(base), torch.ones_like(base[:, :1])
     place = {token: i for i, token in enumerate(method.token_indices)}
@@ -221,12 +256,13 @@ def combine_rows(method: Method, pairs: list[tuple[Method, float]]) -> Tensor:
 
 
 class SlotTarget(NamedTuple):
-    """The slot of a layer that a value goes to."""
+    """A slot of a layer that gets a value."""
 
     layer: AdapterLayer | Wrapper
     slot: Slot
 
     def assign(self, value: Tensor) -> None:
+        """Write a value into the slot, in its shape and dtype, on the layer's device."""
         shape, dtype = self.slot.tensor.shape, self.slot.tensor.dtype
         device = self.layer.where[0]
         self.slot.assign(value.detach().reshape(shape).to(device=device, dtype=dtype).contiguous(), device)
@@ -241,9 +277,14 @@ def inject_combined(
     rows: Rows,
     widened: bool = True,
 ) -> None:
-    """Inject the new adapter with its values in it: in float32 if `widened`, else in half precision on such layers."""
+    """Inject the new adapter with its values: in float32 if `widened`, else in half precision on layers of such a
+    dtype. Warnings of the injection are silenced.
+
+    If the config selects other layers than the values, change it to target exactly these, and inject again.
+    """
 
     def inject() -> None:
+        """Add the adapter with the values, rows and copies of heads."""
         tuner.add_adapter(
             name, cfg, Options(widened, False, CombinedValues(values, rows), copy_heads(tuner, owner, cfg))
         )

@@ -44,7 +44,15 @@ def convert_layers(
     compile_kwargs: dict[str, Any] | None = None,
     at: Mapping[str, object] | None = None,
 ) -> tuple[LoraConfig, dict[str, Tensors]]:
-    """Return a config of plain LoRA, and the values of its tensors by layer: see `graft.convert_to_lora`."""
+    """Return a config of plain LoRA, and by layer the values of its tensors.
+
+    The arguments are those of `graft.convert_to_lora`.
+
+    Warns if the adapter is LoRA already, if its start changed the base, or if much of an update is lost.
+
+    Raises:
+        ConfigError, ConfigTypeError: LoRA of this rank cannot hold the adapter.
+    """
     from tqdm import tqdm
 
     effects = fix_effects(layers, adapter, at or {})
@@ -82,10 +90,12 @@ def convert_layers(
 
 
 def fix_effects(layers: Layers, adapter: str, at: Mapping[str, object]) -> dict[str, Effect]:
-    """Return the effects of an adapter, by layer, whose update follows an argument of calls that `at` fixes.
+    """Return by layer the effect of an adapter with an argument of calls fixed by `at`.
+
+    Layers that follow no such argument are left out.
 
     Raises:
-        ConfigError: `at` names something else, or a value that the argument cannot have.
+        ConfigError: `at` names an argument that the adapter does not follow, or a value that it cannot have.
     """
     methods = {key: layer.methods[adapter] for key, layer in layers.items()}
     follows = {m.depends_on for m in methods.values() if m.depends_on is not None}
@@ -98,12 +108,15 @@ def fix_effects(layers: Layers, adapter: str, at: Mapping[str, object]) -> dict[
 
 
 def check_convertible(layers: Layers, adapter: str, cfg: Any, rank: Any, effects: Mapping[str, Effect]) -> None:
-    """Raise unless LoRA of this rank can hold what the adapter does to each layer."""
+    """Raise ConfigError or ConfigTypeError unless LoRA of this rank can hold the adapter on each layer: updates only,
+    no trained biases of the base, and a rank that fits the weight and its groups.
+    """
     check_rank(rank)
     if not layers:
         raise ConfigTypeError("Could not detect any layer that supports LoRA conversion.")
 
     def is_convertible(key: str, layer: AdapterLayer) -> bool:
+        """Return True if the effect fixed for the layer, or the adapter itself, has a ΔW."""
         if key in effects:
             return why_no_delta(layer.methods[adapter], effects[key]) is None
         return layer.supports_lora_conversion(adapter)
@@ -133,7 +146,9 @@ def check_convertible(layers: Layers, adapter: str, cfg: Any, rank: Any, effects
 
 
 def check_rank(rank: object) -> None:
-    """Raise for what is neither a rank, an int, nor a part of the energy, a float."""
+    """Raise ConfigTypeError for a rank that is neither an int nor a float, ConfigError for an int below 1 or a float
+    outside (0, 1].
+    """
     if isinstance(rank, bool) or not isinstance(rank, (int, float)):
         raise ConfigTypeError(f"rank must be an int, or a float for the part of ‖ΔW‖² to keep, got {rank!r}.")
     if isinstance(rank, int) and rank <= 0:
@@ -148,7 +163,7 @@ def check_rank(rank: object) -> None:
 
 
 def compute_spectrum(A: Tensor, B: Tensor | None) -> Spectrum:
-    """Return all singular triples of B A; of A if there is no B."""
+    """Return all singular triples of B A; of A if B is None."""
     if B is None:
         return rules.truncate_matrix(A, min(A.shape[-2:]))
     return rules.truncate_product(A, B, min(*A.shape[-2:], B.shape[-2]))
@@ -157,10 +172,11 @@ def compute_spectrum(A: Tensor, B: Tensor | None) -> Spectrum:
 def truncate_change(
     change: WeightChange, rank: int | float, decompose: Callable[..., Spectrum]
 ) -> tuple[Tensor, Tensor, float]:
-    """Return A (groups, k, n) and B (groups, m, k) whose product comes closest to ΔW; its own, if they have the rank.
-    And the part of ‖ΔW‖ that is left out of an update without factors.
+    """Return A (groups, k, n) and B (groups, m, k) with the product nearest to ΔW, and the part of ‖ΔW‖ that is lost of
+    an update without factors (0 with factors).
 
-    A float asks for the smallest k, at least 1, with that part of ‖ΔW‖².
+    Factors that have the rank already, or less with an int, are kept; zeros and random rows fill them up. A float takes
+    the smallest k, at least 1, that keeps this part of ‖ΔW‖².
     """
     A, B, _ = change
     if isinstance(rank, int):
@@ -178,7 +194,7 @@ def truncate_change(
 
 
 def warn_of_loss(adapter: str, rank: int | float, lost: dict[str, float]) -> None:
-    """Warn if LoRA of this rank leaves much of an update of full rank out."""
+    """Warn if an update without factors loses more than a tenth of ‖ΔW‖ on some layer, and name the worst."""
     worst = max(lost, key=lambda key: lost[key])
     if lost[worst] > TELL_FROM:
         warn(
@@ -194,10 +210,12 @@ def warn_of_loss(adapter: str, rank: int | float, lost: dict[str, float]) -> Non
 def set_ranks(
     cfg: LoraConfig, base: nn.Module, ranks: dict[str, int], rank: int | float, parameters: Sequence[str] = ()
 ) -> None:
-    """Make `cfg` give these layers of `base` these ranks, with scaling 1, and leave all others alone.
+    """Change `cfg` so that these layers of `base` get these ranks with scaling 1, and no other layer an adapter.
+
+    With an int rank all get it; else patterns hold the ranks.
 
     Args:
-        parameters: those that are parameters.
+        parameters: the paths that are parameters, not modules.
     """
     if isinstance(rank, int):
         cfg.r = cfg.lora_alpha = rank
@@ -213,7 +231,11 @@ def set_ranks(
 
 
 def make_lora_values(m: Method, change: WeightChange, cfg: LoraConfig) -> Tensors:
-    """Return the values of LoRA's tensors on the layer of a method, in its dtype."""
+    """Return the values of LoRA's tensors on the layer of a method, copied to its dtype, by (container, path).
+
+    Raises:
+        ConfigError: the adapter changes the output's bias of an embedding, which LoRA cannot.
+    """
     site, B = m.site, change.B
     assert B is not None
     if site.op.opaque:

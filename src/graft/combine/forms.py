@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forms: a method's tensors as a low-rank product, read from its adapters, written for a new one."""
+"""Forms: how the tensors of a method are read as a low-rank product, and written for a new adapter."""
 
 from __future__ import annotations
 
@@ -35,7 +35,12 @@ Ranks = dict[str, int]  # by layer, or by pattern of its path
 class Term:
     """One adapter's part of a combination on one layer: weight · scaling · B A.
 
-    Each group of a convolution is its own product, and so is each matrix of a stack, all of one rank.
+    Each group of a convolution is a separate product, and so is each matrix of a stack, all of one rank.
+
+    Attributes:
+        A, B: (r, …) and (m, r / groups, …), in float32 at least.
+        groups, stack: number of groups, and of matrices in a stack.
+        transposed: the layer stores (in, out); random pruning draws in this order.
     """
 
     A: Tensor  # (r, …), float32 at least
@@ -48,15 +53,18 @@ class Term:
 
     @property
     def rank(self) -> int:
+        """The rank of each matrix, over all groups together."""
         return len(self.A) // self.stack
 
     @property
     def highest(self) -> int:
-        """The highest rank that an update of this layer can have."""
+        """The highest rank that an update of this layer can have, over all groups together."""
         return self.groups * min(prod(self.A.shape[1:]), len(self.B) // self.groups)
 
     def product(self) -> tuple[Tensor, Tensor]:
-        """Return A (groups, r / groups, n) and B (groups, m / groups, r / groups)."""
+        """Return A (groups, r / groups, n) and B (groups, m / groups, r / groups); for a stack its matrices take the
+        place of groups.
+        """
         if self.stack > 1:
             return Opaque.split_matrices(self.A, self.B, self.stack)
         A, B, groups = self.A, self.B, self.groups
@@ -65,21 +73,29 @@ class Term:
 
 
 class ProductForm(Generic[C]):
-    """The way in which adapters of a combination are read, and the new one is written."""
+    """How adapters of a combination are read, and the new one is written.
+
+    Attributes:
+        takes_factors: rules may act on A and B separately.
+    """
 
     takes_factors: ClassVar[bool] = False  # True: rules may act on A and B apart
 
     def make_config(self, configs: Sequence[C]) -> C:
-        """Return a config for the layers that any of these selects."""
+        """Return a copy of the first config that targets the layers of all."""
         return union_configs(configs)
 
     def why_not(self, m: Method) -> str | None:
-        """Return why a method cannot be read; None if it can."""
+        """Return None if a method can be read: its effect only adds, or it has the plain class of its type.
+
+        Otherwise return the reason.
+        """
         if m.effect.additive or type(m) is method_of(m.cfg.peft_type):
             return None
         return f"{type(m).__name__} does more than add a low-rank update"
 
     def read(self, m: Method, weight: float) -> Term:
+        """Return the term of a method with this weight, from its factors."""
         return read_term(m, weight)
 
     def write(self, A: Tensor, B: Tensor, parts: Parts, cfg: C) -> Tensors:
@@ -92,7 +108,10 @@ class ProductForm(Generic[C]):
 
 
 def read_term(m: Method, weight: float) -> Term:
-    """The factors of a method, with the vectors between and around them counted in."""
+    """Return the term of a method from its factors, in float32 at least.
+
+    Vectors between and around the factors are multiplied in.
+    """
     with EvaluationMode(m.layer):
         f = m.factors()
     A, B = f.matrices_without_scale()
@@ -108,6 +127,10 @@ class LoraForm(ProductForm["LoraConfig"]):
     takes_factors: ClassVar[bool] = True
 
     def write(self, A: Tensor, B: Tensor, parts: Parts, cfg: LoraConfig) -> Tensors:
+        """Return LoRA's tensors for ΔW = B A.
+
+        Matrices of a stack are joined first. With `cfg.lora_bias` B's bias is the weighted sum of the parts' shifts.
+        """
         m = parts[0][0]
         if m.site.op.opaque and len(B) == m.site.op.count_matrices(m.site.module) > 1 and B.dim() > 2:
             A, B = Opaque.join_matrices(A, B)
@@ -118,10 +141,17 @@ class LoraForm(ProductForm["LoraConfig"]):
         return values
 
     def shift(self, m: Method) -> Tensor | None:
-        """Return what an adapter adds to the layer's bias."""
+        """Return the adapter's change of the layer's bias, scaled; None without `lora_bias`."""
         return widen(m.lora_B.bias) * m.scaling if m.lora_bias else None
 
     def configure(self, cfg: LoraConfig, ranks: Ranks, patterns: Ranks, configs: Sequence[LoraConfig]) -> None:
+        """Set ranks with scaling 1, no rsLoRA, and a bias if any config has one.
+
+        A start by name becomes True; a variant that cannot hold any product is dropped.
+
+        Raises:
+            ConfigError: the variant that stays would need another rank (`check_base_unchanged`).
+        """
         cfg.r = cfg.lora_alpha = max(ranks.values())  # scaling 1
         cfg.rank_pattern, cfg.alpha_pattern = patterns, dict(patterns)
         cfg.use_rslora = False
@@ -134,7 +164,9 @@ class LoraForm(ProductForm["LoraConfig"]):
 
 
 def check_base_unchanged(cfg: PeftConfig, ranks: dict[str, int], configs: Sequence[LoraConfig]) -> None:
-    """Raise if the new adapter's variant would take more out of the base weights than those of the others did."""
+    """Raise ConfigError if the new adapter's variant took a part of some rank out of the base weights, and its rank on
+    a layer would differ from the highest of the others.
+    """
     setting = method_of(cfg.peft_type).variant(cfg).changes_base(cfg)
     for key, r in ranks.items() if setting else ():
         before = max(c.at(key).r for c in configs)
@@ -146,20 +178,31 @@ def check_base_unchanged(cfg: PeftConfig, ranks: dict[str, int], configs: Sequen
 
 
 class UpdateForm(LoraForm):
-    """Plain LoRA, from adapters of any methods that have a ΔW. A new one for each combination."""
+    """Plain LoRA, from adapters of any methods that have a ΔW. Make a new form for each combination.
+
+    Attributes:
+        has_shift: True once an adapter that was read changes a bias.
+    """
 
     takes_factors: ClassVar[bool] = False
 
     def __init__(self) -> None:
+        """Begin without shifts."""
         self.has_shift = False  # one of them changes a bias
 
     def make_config(self, configs: Sequence[PeftConfig]) -> LoraConfig:
+        """Return a plain LoraConfig with the targets of all configs."""
         return make_plain_config(configs)
 
     def why_not(self, m: Method) -> str | None:
+        """Return why a method has no ΔW; None if it has one."""
         return why_no_delta(m)
 
     def read(self, m: Method, weight: float) -> Term:
+        """Return the term of a method's ΔW; without factors as a product of ΔW and an identity of its shorter side.
+
+        Sets `has_shift` if it changes a bias.
+        """
         A, B, shift = compute_change(m)
         self.has_shift |= shift is not None
         if B is None:  # ΔW itself: the product with an identity of its shorter side
@@ -168,15 +211,20 @@ class UpdateForm(LoraForm):
         return Term(spread_groups(A, m.site).flatten(0, 1), B.flatten(0, 1), 1.0, weight, len(A))
 
     def shift(self, m: Method) -> Tensor | None:
+        """Return the method's change of the layer's bias; None if it has none."""
         return compute_change(m).shift
 
     def configure(self, cfg: LoraConfig, ranks: Ranks, patterns: Ranks, configs: Sequence[LoraConfig]) -> None:
+        """Set ranks with scaling 1, and a bias if any adapter read has a shift."""
         super().configure(cfg, ranks, patterns, ())
         cfg.lora_bias = self.has_shift
 
 
 def spread_groups(A: Tensor, site: Site) -> Tensor:
-    """Return A (groups, r, n) as LoRA's A sees inputs, those of all groups: with zeros for those of other groups."""
+    """Return A (groups, r, n) as (groups, r, groups · n), with zeros for the inputs of other groups.
+
+    One group, or an A that sees all inputs already, is returned as it is.
+    """
     groups, r, n = A.shape
     if groups == 1 or n > site.fan_in:
         return A
@@ -187,9 +235,12 @@ def spread_groups(A: Tensor, site: Site) -> Tensor:
 
 
 class AdaLoraForm(ProductForm["AdaLoraConfig"]):
-    """The form of AdaLoRA: B diag(E) A, where singular values E include the scaling."""
+    """The form of AdaLoRA: B diag(E) A; singular values E include the scaling."""
 
     def write(self, A: Tensor, B: Tensor, parts: Parts, cfg: AdaLoraConfig) -> Tensors:
+        """Return AdaLoRA's tensors for ΔW = B A: columns of B of length 1, their lengths in E with the scaling divided
+        out, and the initial rank.
+        """
         B = B.flatten(0, 1)
         E = B.norm(dim=0)  # (r,)
         start = torch.tensor([float(cfg.init_r)])
@@ -201,6 +252,10 @@ class AdaLoraForm(ProductForm["AdaLoraConfig"]):
         }
 
     def configure(self, cfg: AdaLoraConfig, ranks: Ranks, patterns: Ranks, configs: Sequence[AdaLoraConfig]) -> None:
+        """Set all ranks to the highest, and a pattern if ranks differ.
+
+        Sets `inference_mode`, since a model trains one AdaLoRA adapter at a time.
+        """
         cfg.init_r = cfg.target_r = cfg.lora_alpha = max(1, *ranks.values())
         uneven = any(r != cfg.init_r for r in ranks.values())
         cfg.rank_pattern = {f"{key}.lora_E": [True] * r for key, r in ranks.items()} if uneven else None
@@ -208,20 +263,23 @@ class AdaLoraForm(ProductForm["AdaLoraConfig"]):
 
 
 class LohaForm(ProductForm["LoHaConfig"]):
-    """The form of LoHa: the elementwise product of two low-rank matrices, one of them all ones when written."""
+    """The form of LoHa: the elementwise product of two low-rank matrices. A written one has a second matrix of ones."""
 
     def read(self, m: Method, weight: float) -> Term:
+        """Return the term with one product of rank r² that equals the elementwise product of both."""
         with EvaluationMode(m.layer):
             a, b, c, d = (widen(p) for p in m.parts())
         return Term(*narrow(a, b, c, d), m.scaling, weight)
 
     def write(self, A: Tensor, B: Tensor, parts: Parts, cfg: LoHaConfig) -> Tensors:
+        """Return LoHa's tensors: the first matrix is B A, the second one is all ones."""
         A, B = A.flatten(0, 1), B.flatten(0, 1)
         left, right = torch.zeros_like(B), torch.zeros_like(A)
         left[:, 0] = right[0] = 1.0
         return {("hada_w1_a", ""): B, ("hada_w1_b", ""): A, ("hada_w2_a", ""): left, ("hada_w2_b", ""): right}
 
     def configure(self, cfg: LoHaConfig, ranks: Ranks, patterns: Ranks, configs: Sequence[LoHaConfig]) -> None:
+        """Set ranks with scaling 1, and `use_effective_conv2d` to False."""
         cfg.r = cfg.alpha = max(ranks.values())  # scaling 1
         cfg.rank_pattern, cfg.alpha_pattern = patterns, dict(patterns)
         cfg.use_effective_conv2d = False

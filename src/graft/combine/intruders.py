@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intruder dimensions, arXiv 2410.21228: singular vectors of W + ΔW that are like none of W's."""
+"""Intruder dimensions, arXiv 2410.21228: singular vectors of W + ΔW that are similar to none of W's."""
 
 from __future__ import annotations
 
@@ -38,13 +38,15 @@ def reduce_intruder_dimension(
 ) -> None:
     """Add an adapter like a LoRA adapter, with its intruder dimensions scaled down, and activate it.
 
-    Fine-tuning puts them into a weight, and they make a model forget. One is a left singular vector uᵢ of W + ΔW, among
-    the first `top_k`, of which the cosine with each of W's is below `threshold_epsilon`. The new adapter, of the same
+    Fine-tuning adds such dimensions to a weight, and they make a model forget. One is a left singular vector uᵢ of W +
+    ΔW, among the first `top_k`. Its cosine with each of W's is below `threshold_epsilon`. The new adapter, of the same
     rank, comes closest to ΔW + (λ - 1) Σ σᵢ uᵢ vᵢᵀ.
 
+    Warns if the adapter's start changed the base.
+
     Args:
-        mitigation_lambda: λ, what is left of an intruder: 1 leaves all, 0 nothing.
-        logging_sink: takes a line of text about each layer.
+        mitigation_lambda: λ, the part of an intruder that stays: 1 keeps all, 0 nothing.
+        logging_sink: is called with a line of text for each layer.
 
     Raises:
         ConfigError: adapters of the model are not LoRA, or this one does more than add B A. Nothing has changed.
@@ -84,7 +86,10 @@ def reduce_intruder_dimension(
 
 
 def check_reducible(layers: dict[str, AdapterLayer], adapter: str, cfg: PeftConfig) -> None:
-    """Raise ConfigError unless B A is all that the adapter does, and its tensors can hold any other."""
+    """Raise ConfigError unless the adapter is LoRA, adds only B A on each layer, and its tensors can hold any product.
+
+    Groups of convolutions and stacks are refused.
+    """
     if cfg.peft_type != "LORA":
         raise ConfigError(f"The provided model is not using LoRA for '{adapter}' and is therefore not supported.")
     for key, layer in layers.items():
@@ -101,14 +106,16 @@ def check_reducible(layers: dict[str, AdapterLayer], adapter: str, cfg: PeftConf
 
 
 def get_product(m: Method) -> tuple[Tensor, Tensor]:
-    """Return A (r, n) and B (out, r) with ΔW = B A."""
+    """Return A (r, n) and B (out, r) with ΔW = B A; the scaling is in B."""
     term = read_term(m, 1.0)
     (A,), (B,) = term.product()
     return A, B * term.scaling
 
 
 def find_intruders(W: Tensor, m: Method, top_k: int, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the singular triples of W + ΔW that are intruders: U (out, k), S (k,), Vh (k, n)."""
+    """Return the singular triples of W + ΔW that are intruders: U (out, k), S (k,), Vh (k, n), out of the first
+    `top_k`. Costs two SVDs of the weight's size.
+    """
     W, (A, B) = widen(W).flatten(1), get_product(m)
     U, S, Vh = torch.linalg.svd(W + B @ A, full_matrices=False)
     base_vectors = torch.linalg.svd(W, full_matrices=False).U
@@ -117,7 +124,10 @@ def find_intruders(W: Tensor, m: Method, top_k: int, epsilon: float) -> tuple[Te
 
 
 def scale_intruders(m: Method, U: Tensor, S: Tensor, Vh: Tensor, part: float) -> tuple[Tensor, Tensor]:
-    """Return A and B of the adapter, whose scaling they do not contain, with only `part` of these triples."""
+    """Return A and B of the adapter, without its scaling, with only the part `part` of these triples.
+
+    Both get the root of each singular value.
+    """
     A, B = get_product(m)
     rank = len(A)
     A, B, S = rules.truncate_product(torch.cat([A, Vh]), torch.cat([B, U * ((part - 1) * S)], dim=1), rank)

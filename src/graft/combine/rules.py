@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules that make one tensor, or one low-rank product, of several; and recipes, the types of combination by them."""
+"""Rules that make one tensor, or one low-rank product, from several; and recipes, which apply them by type of
+combination.
+"""
 
 from __future__ import annotations
 
@@ -28,31 +30,37 @@ def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def magnitude_prune(tensors: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
-    """Return `linear` of the largest elements of each tensor. Pruning by magnitude, arXiv 1506.02626."""
+    """Return `linear` of the tensors with only their largest elements. Pruning by magnitude, arXiv 1506.02626."""
     return linear([keep_largest(t, density) for t in tensors], weights)
 
 
 def dare_linear(tensors: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
-    """Return `linear` of random elements of each tensor. DARE, arXiv 2311.03099."""
+    """Return `linear` of the tensors with only random elements, rescaled. DARE, arXiv 2311.03099."""
     return linear([drop_and_rescale(t, density) for t in tensors], weights)
 
 
 def ties(
     tensors: Sequence[Tensor], weights: Sequence[float], density: float, majority_sign_method: str = "total"
 ) -> Tensor:
-    """Return `add_agreeing` of the largest elements of each tensor. TIES, arXiv 2306.01708."""
+    """Return `add_agreeing` of the tensors with only their largest elements. TIES, arXiv 2306.01708."""
     return add_agreeing([keep_largest(t, density) for t in tensors], weights, majority_sign_method)
 
 
 def dare_ties(
     tensors: Sequence[Tensor], weights: Sequence[float], density: float, majority_sign_method: str = "total"
 ) -> Tensor:
-    """Return `add_agreeing` of random elements of each tensor. DARE with TIES, arXiv 2311.03099 and 2306.01708."""
+    """Return `add_agreeing` of the tensors with only random elements, rescaled.
+
+    DARE with TIES, arXiv 2311.03099 and 2306.01708.
+    """
     return add_agreeing([drop_and_rescale(t, density) for t in tensors], weights, majority_sign_method)
 
 
 def keep_largest(t: Tensor, density: float) -> Tensor:
-    """Return `t` with all but its ⌊density · n⌋ elements of largest magnitude set to 0."""
+    """Return `t` with all but its ⌊density · n⌋ elements of largest magnitude set to 0; `t` itself if density ≥ 1.
+
+    Raises ConfigError for an invalid density.
+    """
     check_density(density)
     if density >= 1:
         return t
@@ -62,7 +70,9 @@ def keep_largest(t: Tensor, density: float) -> Tensor:
 
 
 def drop_and_rescale(t: Tensor, density: float) -> Tensor:
-    """Keep each element with probability `density` and divide it by that, so that the expectation stays."""
+    """Return `t` with each element kept with probability `density` and divided by it, else 0; `t` itself if density ≥
+    1. Density 0 gives zeros. Draws from torch's global generator.
+    """
     check_density(density)
     if density >= 1:
         return t
@@ -71,7 +81,7 @@ def drop_and_rescale(t: Tensor, density: float) -> Tensor:
 
 
 def majority_sign(tensors: Sequence[Tensor], method: str = "total") -> Tensor:
-    """Return ±1 by element: the sign of the sum ("total") or of most of them ("frequency"); + in a draw.
+    """Return ±1 by element: the sign of the sum ("total") or of most elements ("frequency"); +1 in a draw.
 
     Raises:
         ConfigError: another method.
@@ -83,7 +93,10 @@ def majority_sign(tensors: Sequence[Tensor], method: str = "total") -> Tensor:
 
 
 def add_agreeing(tensors: Sequence[Tensor], weights: Sequence[float], majority_sign_method: str = "total") -> Tensor:
-    """Return Σ wᵢ tᵢ over elements of the majority's sign, divided by their number. Weights do not vote."""
+    """Return Σ wᵢ tᵢ over elements with the majority's sign, divided by their number, 0 where there are none.
+
+    Weights do not count for the sign.
+    """
     sign = majority_sign(tensors, majority_sign_method)
     total, count = torch.zeros_like(sign), torch.zeros_like(sign)
     for t, w in zip(tensors, weights):
@@ -135,13 +148,15 @@ def truncate_matrix(W: Tensor, rank: int, driver: str | None = None) -> tuple[Te
 
 
 def clamp_to_quantile(A: Tensor, B: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Cut both off at ± that quantile of their values together."""
+    """Return A and B with values cut at ± this quantile of all values of both."""
     most = torch.cat([A.flatten(), B.flatten()]).quantile(quantile)
     return A.clamp(-most, most), B.clamp(-most, most)
 
 
 def compute_retained_energy(S: Tensor, rank: int) -> float:
-    """Return ‖truncated‖² / ‖full‖² from all singular values (…, k), of which `rank` stay; 1 for a matrix of zeros."""
+    """Return ‖truncated‖² / ‖full‖² from all singular values (…, k) if the first `rank` are kept; 1 for a matrix of
+    zeros.
+    """
     squares = S.square()
     full = float(squares.sum())
     return float(squares[..., :rank].sum()) / full if full else 1.0
@@ -162,7 +177,14 @@ TYPES = (*ELEMENTWISE, "cat", *SVD)
 
 @dataclass
 class Recipe:
-    """The way in which the terms of a layer become one product."""
+    """How the terms of a layer become one product.
+
+    Attributes:
+        kind: the type of combination, such as "ties_svd".
+        rank, clamp, driver: of the SVD; None: the default.
+        density: the part that pruning keeps.
+        majority: the way of TIES to find signs.
+    """
 
     kind: str
     rank: int | None
@@ -173,6 +195,7 @@ class Recipe:
 
     @property
     def rule(self) -> Callable[[Sequence[Tensor], Sequence[float]], Tensor]:
+        """The elementwise rule of this type, without "_svd", with density and majority filled in."""
         name = self.kind.removesuffix("_svd")
         options: dict[str, object] = {} if name == "linear" else {"density": self.density}
         if name.endswith("ties"):
@@ -181,10 +204,19 @@ class Recipe:
 
     @property
     def is_random(self) -> bool:
-        """Return True if pruning is random."""
+        """Return True if pruning is random: DARE."""
         return self.kind.startswith("dare")
 
     def check(self, form: ProductForm[Any], peft_type: str) -> None:
+        """Check the options for a form.
+
+        Warn if a density of 1 or more prunes nothing, and of options that this type ignores.
+
+        Raises:
+            ConfigError: unknown type or majority, invalid rank, clamp or density.
+            ConfigTypeError: a pruning type has no density.
+            NotImplementedError: the type acts on factors, and the form has none.
+        """
         if self.kind not in TYPES:
             raise ConfigError(f"Invalid combination_type: {self.kind}. Known ones: {', '.join(TYPES)}.")
         if self.kind in ELEMENTWISE and not form.takes_factors:
@@ -214,7 +246,12 @@ class Recipe:
             warn(text, PeftWarning)
 
     def ranks(self, terms: dict[str, list[Term]]) -> dict[str, int]:
-        """Return the rank of the new adapter on each layer."""
+        """Return the rank of the new adapter on each layer: that of all for elementwise types, the sum for "cat" and
+        "exact", else `rank` or the highest. No rank is above the layer's highest.
+
+        Raises:
+            ConfigError: an elementwise type has terms of different ranks, or groups do not divide the rank.
+        """
         if self.kind in ELEMENTWISE:
             for key, ts in terms.items():
                 if len({t.rank for t in ts}) > 1:
@@ -240,7 +277,14 @@ class Recipe:
         return ranks
 
     def combine(self, terms: list[Term], rank: int) -> tuple[Tensor, Tensor, float | None]:
-        """Return A, B and the retained energy. A and B have the order of values, not the shape, of an adapter's."""
+        """Return A, B and the retained energy, None for elementwise types.
+
+        A and B have the order of values, not the shape, of an adapter's.
+
+        Elementwise types act on A and B separately; others build the exact product, or the pruned dense updates, and
+        truncate it to `rank`. `clamp` then cuts values. "cat", and "exact" at full rank without clamp, are not
+        truncated.
+        """
         scaled, stack = [t.weight * t.scaling for t in terms], terms[0].stack
         if self.kind in ELEMENTWISE:
             roots = [math.sqrt(abs(w)) for w in scaled]

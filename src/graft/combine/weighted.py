@@ -30,7 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class WeightedReport:
-    """The report of a combination."""
+    """The report of a combination.
+
+    Attributes:
+        ranks: by layer.
+        energy: by layer, ‖truncated‖² / ‖full‖², where a sum was truncated.
+    """
 
     adapter: str
     combination_type: str
@@ -49,10 +54,13 @@ class WeightedReport:
 
 
 def gather_whole(combine: Callable[..., WeightedReport]) -> Callable[..., WeightedReport]:
-    """Let a function see the tensors of the adapters that it combines whole, where processes hold parts of them."""
+    """Decorate a combination so that the tensors of its adapters are whole during the call, where processes hold parts
+    of them.
+    """
 
     @wraps(combine)
     def call(tuner: Tuner, adapters: list[str], *args: object, **kwargs: object) -> WeightedReport:
+        """Gather the slots of the named adapters, and call the combination within."""
         layers = [*tuner.layers.values(), *(w for w in tuner.wrappers.values() if w.takes_rows)]
         named = [(layer, name) for layer in layers for name in adapters if name in layer.methods]
         with gather_slots([slot for layer, name in named for slot in layer.slots(name)]):
@@ -83,19 +91,20 @@ def add_weighted_adapter(
 
     - `exact`: Σ wᵢ Δᵢ. Of rank Σ rᵢ, or truncated to `svd_rank`: then no adapter of that rank comes closer.
     - `svd`: the same, truncated to `svd_rank`, by default the highest rank among the adapters.
-    - `cat`: the same, A and B one below and beside the other, rank Σ rᵢ.
+    - `cat`: the same, with all A below each other and all B next to each other, rank Σ rᵢ.
     - `linear`: A = Σ ±√|wᵢsᵢ| Aᵢ and B = Σ √|wᵢsᵢ| Bᵢ, of equal ranks. The product has cross terms Bᵢ Aⱼ besides the
-      sum.
-    - `magnitude_prune`, `dare_linear`, `ties`, `dare_ties`: prune A and B and combine them apart, likewise.
+        sum.
+    - `magnitude_prune`, `dare_linear`, `ties`, `dare_ties`: prune A and B and combine them separately, as `linear`
+        does.
     - the same with `_svd`: prune and combine the updates themselves, then truncate. These are dense matrices, which
-      need an SVD of full size.
+        need an SVD of full size.
 
-    Sums without pruning never become dense matrices: QR of the factors and an SVD of a small matrix do. `linear` takes
-    a single adapter if neither `svd_rank`, `svd_clamp` nor `density` asks for more than a scaling. The new adapter gets
-    copies of the modules that one of the adapters trains whole, and its token rows are W + Σ wᵢ (rowᵢ - W).
+    Sums without pruning never become dense matrices: QR of the factors and an SVD of a small matrix are enough. A
+    single adapter is combined by `linear` if none of `svd_rank`, `svd_clamp` and `density` is given. The new adapter
+    gets copies of the modules that one of the adapters trains whole, and its token rows are W + Σ wᵢ (rowᵢ - W).
 
     Args:
-        svd_clamp: cut the factors off at ± this quantile of their values.
+        svd_clamp: cut the factors at ± this quantile of their values.
         svd_full_matrices: for compatibility; the result does not depend on it.
         svd_driver: the driver of torch.linalg.svd, on CUDA.
         density: the part of the values that pruning keeps.
@@ -156,9 +165,9 @@ def add_weighted_adapter(
 @torch.no_grad()
 @gather_whole
 def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], adapter_name: str) -> WeightedReport:
-    """Add an IA3 adapter, inactive and frozen, whose vectors are Σ wᵢ lᵢ. A call that fails changes nothing.
+    """Add an IA3 adapter, inactive and frozen, with the vectors Σ wᵢ lᵢ. A call that fails changes nothing.
 
-    A layer that an adapter leaves alone counts with ones.
+    An adapter without a vector on a layer counts with ones there.
 
     Raises:
         AdapterNotFoundError: one of the adapters is not loaded.
@@ -205,7 +214,10 @@ def add_weighted_mixed(
 
 
 def refuse_combination(tuner: Any, *args: object, **kwargs: object) -> NoReturn:
-    """Raise: the parameters of this method cannot hold a sum of updates."""
+    """Raise NotImplementedError: the parameters of this tuner's method cannot hold a sum of updates.
+
+    The text names the alternatives.
+    """
     method = tuner.method
     why = "their parameters cannot hold a sum of what they do"
     remedy = (
@@ -223,7 +235,7 @@ TUNER_METHODS: dict[str, Callable[..., WeightedReport]] = {
 
 
 def choose_combination(peft_type: str) -> Callable[..., WeightedReport]:
-    """Return the `add_weighted_adapter` of a method's model class."""
+    """Return the `add_weighted_adapter` for a method's model class; `refuse_combination` if it has none."""
     return TUNER_METHODS.get(peft_type, refuse_combination)
 
 
@@ -231,7 +243,10 @@ def choose_combination(peft_type: str) -> Callable[..., WeightedReport]:
 
 
 def draw_start(tuner: Tuner, adapter_name: str, cfg: PeftConfig, keys: list[str]) -> None:
-    """Draw the new adapter's initial values, which it does not keep: as in PEFT, pruning draws after that."""
+    """Draw the new adapter's initial values on these layers and drop them, since PEFT's pruning draws after those.
+
+    Warnings are silenced.
+    """
     method = method_of(cfg.peft_type).variant(cfg)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user saw them when the adapters came
@@ -241,11 +256,18 @@ def draw_start(tuner: Tuner, adapter_name: str, cfg: PeftConfig, keys: list[str]
 
 
 def join_types(tuner: Tuner, names: list[str]) -> str:
-    """Return the peft_type of these adapters, or all of theirs in one text."""
+    """Return the peft_type of these adapters; several are sorted and joined by commas."""
     return ", ".join(sorted({tuner.peft_config[name].peft_type.value for name in names}))
 
 
 def check_arguments(tuner: Tuner, adapters: list[str], weights: list[float]) -> tuple[list[str], list[float]]:
+    """Return names and weights as lists of str and float, checked.
+
+    Raises:
+        ConfigTypeError: one of them is no list.
+        AdapterNotFoundError: an adapter is not loaded.
+        ConfigError: there is no adapter, the numbers differ, or a weight is not finite in float32.
+    """
     if isinstance(adapters, str):
         raise ConfigTypeError(f"adapters should be a list of names, got {adapters!r}: write ['{adapters}'].")
     if isinstance(weights, (int, float)):
@@ -266,7 +288,7 @@ def check_arguments(tuner: Tuner, adapters: list[str], weights: list[float]) -> 
 
 
 def make_overflow_error(names: list[str], weights: list[float], key: str) -> ConfigError:
-    """Return the error for a combination that overflows float32, or that has NaN in it."""
+    """Return the error for a combination that is not finite on a layer: it overflows float32, or an adapter has NaN."""
     return ConfigError(
         f"The combination of {names} with weights {weights} is not finite on layer '{key}'. Give smaller weights, or "
         "look for NaN in the adapters."
@@ -276,10 +298,10 @@ def make_overflow_error(names: list[str], weights: list[float], key: str) -> Con
 def find_parts(
     tuner: Tuner, names: list[str], weights: list[float], form: ProductForm[Any]
 ) -> dict[str, list[tuple[Method, float]]]:
-    """Return (method, weight) of each adapter on each layer that has any of them.
+    """Return by path the (method, weight) of each adapter on a layer, for layers that have any of them.
 
     Raises:
-        NotImplementedError: one has nothing that `form` can read, such as DoRA, which does more than add.
+        NotImplementedError: `form` cannot read a method, such as DoRA, which does more than add.
     """
     by_layer: dict[str, list[tuple[Method, float]]] = {}
     for key, layer in tuner.layers.items():

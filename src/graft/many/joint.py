@@ -84,8 +84,9 @@ def measure_batch(item: RunBatch, arguments: ForwardArguments) -> tuple[int, int
     """Return the number of rows, the number of tokens of a row (1 if there is no such dimension), and the traits by
     which batches may share a pass.
 
-    Traits are dtypes and shapes of arguments, values of those without rows, and whether rows are masked or packed. With
-    `exact`, or packed rows, the number of tokens is one, too.
+    Traits are dtypes and shapes of arguments, values of those without rows, and whether rows are masked or packed. A
+    mask (rows, tokens) is none. The number of tokens is no trait without `exact`, if forward accepts a mask and rows
+    are not packed.
 
     Raises:
         ConfigError: the arguments have no rows, or different numbers of rows.

@@ -186,9 +186,9 @@ class Run:
     def take_batch(self) -> RunBatch | None:
         """Return the next batch, and note the step's losses and gradients for `undo_round`.
 
-        If the data has ended, end the run and return None.
-
         A batch from a Trainer sets the number of batches of the step.
+
+        If the data has ended, end the run, count its unused batches, and return None.
         """
         batch = self.loader.next_batch()
         if batch is None:
@@ -299,6 +299,9 @@ class Run:
         """Clip the gradients and make a step of optimizer and schedule, then drop the gradients.
 
         Adds a record to `curve`, and ends the run after its last step.
+
+        If a gradient is missing or the optimizer's steps have hooks, the optimizer gets its parameters back for good.
+        Optimizers not of torch draw from the run's random states.
 
         Args:
             loss, norm: finite numbers for the record.

@@ -136,7 +136,12 @@ class MultiTrain:
     """
 
     def __init__(self, model: nn.Module, *, at_once: int = AT_ONCE, exact: bool = True, base_in_eval: bool = False):
-        """Note the base, its arguments and the mode of each module. Nothing changes in the model."""
+        """Note the base, its arguments and the mode of each module. Nothing changes in the model.
+
+        Raises:
+            ConfigError: `at_once` is no positive int, the base has dropout and `base_in_eval` is False, or rows of a
+                batch affect each other in it.
+        """
         get_registry(model)  # raises if it is no model
         if type(at_once) is not int or at_once < 1:
             raise ConfigError(f"MultiTrain: at_once must be a positive int, got {at_once!r}.")
@@ -413,6 +418,8 @@ class MultiTrain:
     def _inject(self, name: str, config: PeftConfig | None, heads: dict[str, nn.Module] | None) -> bool:
         """Add a copy of `config` to the model as adapter `name`, and return True.
 
+        The copy is trainable and has the heads of its task type.
+
         Makes the PeftModel if it is the first adapter. With config None, return False for an adapter that is there.
 
         Raises:
@@ -438,9 +445,9 @@ class MultiTrain:
         return True
 
     def _remove_adapter(self, name: str) -> None:
-        """Remove an adapter from the model.
+        """Remove an adapter from the model, and empty the cache of fans.
 
-        With the last one the model is unloaded, `model` becomes None, and the base has its own modules again.
+        With the last adapter the model is unloaded, `model` becomes None, and the base has its own modules again.
 
         If the adapter is active, another one becomes active, and the adapters of all runs stay trainable. If it trains
         in banks, all runs leave them.
@@ -732,11 +739,14 @@ class MultiTrain:
     ) -> None:
         """Call `compute` on these batches, and `take` on them and its result.
 
-        If memory is short, run the halves one after the other, and lower `at_once`.
+        After an error random states are restored, and in training gradients dropped.
 
-        In training, any other error halves them as well, until a batch raises by the run alone, which is noted. If none
-        does, warn. A single batch without enough memory fails its run. In validation such errors are raised. Random
-        states are restored before a second try.
+        If memory is short, run the halves one after the other, and lower `at_once` to the tokens of a half. A single
+        batch without enough memory fails its run with a warning.
+
+        In training, any other error halves them as well, until it comes from a single batch, which is noted. If no
+        single batch raises it, warn. In validation other errors are raised with a note, and warnings that are errors
+        always.
 
         is_half: this is part of such a halving.
         """
@@ -784,11 +794,11 @@ class MultiTrain:
             )
 
     def _compute_gradients(self, items: list[RunBatch]) -> tuple[list[Tensor], list[int]] | Exception:
-        """Run a joint pass and its backward pass; gradients are left in `grad`.
+        """Run a joint pass and its backward pass; gradients are left in `grad`, and earlier ones dropped.
 
         Return the losses, and the number of tokens of each batch.
 
-        If a loss given to `add` raises an error, return the error: no smaller pass would help.
+        If a loss given to `add` raises an error other than of memory, return the error: no smaller pass would help.
         """
         self._banks.drop_gradients([item.name for item in items])
         with self._share_blocks(items) as fan:
@@ -896,14 +906,17 @@ class MultiTrain:
     @refuse_within_step
     @torch.no_grad()
     def evaluate(self, names: str | Sequence[str], data: Iterable[Any]) -> dict[str, float]:
-        """Return by name the mean loss of several runs on data, weighted by rows, in eval mode and without gradients.
+        """Return by name the mean loss of several runs on data, weighted by rows, without gradients.
+
+        The model is in eval mode afterwards.
 
         The data is read with the random states of seed 0, so that each call has the same batches. Batches without rows
-        are skipped.
+        are skipped. No names give an empty dict.
 
         Raises:
             AdapterNotFoundError: there is no such run.
             ConfigError: the data hold no batch, or no rows, or a batch is no mapping.
+            RuntimeError: a step is under way.
         """
         names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
         sums: dict[str, list[Tensor]] = {self[name].name: [] for name in names}

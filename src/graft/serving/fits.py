@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fits into slots: LoRA's factors, and with gains the vectors of DoRA and IA3."""
+"""The adapters that fit into slots: LoRA's factors, and with gains the vectors of DoRA and IA3."""
 
 from __future__ import annotations
 
@@ -45,7 +45,14 @@ PLAIN: dict[str, tuple[object, ...]] = {
 
 @dataclass
 class SlotFactors:
-    """What an adapter does on one layer: gain ⊙ (W (inner ⊙ x) + b + scaling · x Aᵀ B) + shift."""
+    """The tensors of an adapter on one layer: gain ⊙ (W (inner ⊙ x) + b + scaling · x Aᵀ B) + shift.
+
+    Attributes:
+        A: (r, in); r is 0 for adapters without factors.
+        B: (r, out), transposed from the file.
+        gain, shift: (out,); None: ones, zeros.
+        inner: (in,); None: ones.
+    """
 
     A: Tensor  # (r, in); r is 0 for adapters without factors
     B: Tensor  # (r, out), transposed from the file
@@ -56,24 +63,32 @@ class SlotFactors:
 
     @property
     def tensors(self) -> list[Tensor]:
+        """A, B and those of gain, shift and inner that are not None."""
         return [t for t in (self.A, self.B, self.gain, self.shift, self.inner) if t is not None]
 
 
 @dataclass
 class KnownAdapter:
-    """An adapter that fits into a slot."""
+    """An adapter that fits into a slot.
+
+    Attributes:
+        factors: by layer; None if `read` reads them from their files each time.
+        read: returns the factors; None if they are in host memory.
+    """
 
     factors: dict[str, SlotFactors] | None  # by layer; None: `read` reads them from their files
     read: Callable[[], dict[str, SlotFactors]] | None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of host memory that it takes."""
+        """Bytes of host memory of its factors; 0 if they are read from files."""
         return sum(t.nbytes for f in (self.factors or {}).values() for t in f.tensors)
 
 
 def check_config(name: str, config: Any, gains: bool) -> None:
-    """Raise ConfigError unless slots can hold adapters of this config, for the base as it is."""
+    """Raise ConfigError unless slots can hold adapters of this config on an unchanged base: LoRA without extras or a
+    start that changes the base, and with `gains` also DoRA and IA3.
+    """
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind not in ("LORA", "IA3"):
         raise ConfigError(
@@ -104,17 +119,19 @@ A_, B_, MAGNITUDE, SCALES = "lora_A.weight", "lora_B.weight", "lora_magnitude_ve
 
 
 def list_leaves(config: Any) -> tuple[str, ...]:
-    """Return the tensors that an adapter of a config has on each layer."""
+    """Return the names of the tensors that an adapter of this config has on each layer: IA3's vector, or A and B, with
+    DoRA's magnitude.
+    """
     if config.peft_type.value == "IA3":
         return (SCALES,)
     return (A_, B_, MAGNITUDE) if config.use_dora else (A_, B_)
 
 
 def group_by_layer(name: str, tensors: Mapping[str, Tensor], config: PeftConfig) -> dict[str, dict[str, Tensor]]:
-    """Return tensors by layer path and the name below it.
+    """Return tensors by layer path, and there by the name below it. The prefix of PEFT's files is removed.
 
     Raises:
-        AdapterKeyError: some have other names.
+        AdapterKeyError: some end with other names than the config's method has.
     """
     layers: dict[str, dict[str, Tensor]] = {}
     known, unknown = list_leaves(config), []
@@ -131,6 +148,7 @@ def group_by_layer(name: str, tensors: Mapping[str, Tensor], config: PeftConfig)
 
 
 def _no_slots_error(name: str, keys: Sequence[str]) -> AdapterKeyError:
+    """Return the AdapterKeyError for tensors of modules without slots."""
     return AdapterKeyError(
         f"Adapter '{name}' does not fit: no slots for {join_some(list(keys))}. Name these modules in `targets`, if "
         "they are "
@@ -147,10 +165,10 @@ def fit_adapter(
     base: nn.Module,
     allow_nonfinite: bool = False,
 ) -> dict[str, SlotFactors]:
-    """Return what an adapter does, by layer path, in memory of its own.
+    """Return by layer path the factors of an adapter for slots, as copies in host memory.
 
     Raises:
-        CheckpointError: a tensor is not a plain one of finite real numbers.
+        CheckpointError: a tensor is not a plain one of finite real numbers; with `allow_nonfinite` NaN passes.
         ConfigError: slots cannot hold its method, or a rank is above `max_rank`.
         AdapterKeyError: it targets other modules, or its tensors are not those that its config describes.
         BaseModelMismatchError: it was made for another architecture.
@@ -175,6 +193,14 @@ def fit_adapter(
 def _make_factors(
     name: str, key: str, below: dict[str, Tensor], config: LoraConfig, layer: SlotLayer, max_rank: int
 ) -> SlotFactors:
+    """Return the factors of LoRA on a layer.
+
+    DoRA's magnitude becomes a gain and a shift, computed from the base weight.
+
+    Raises:
+        ConfigError: the rank is above `max_rank`, or DoRA cannot read the weight.
+        AdapterKeyError: a tensor has another shape or no float dtype.
+    """
     cfg = config.at(key)
     A, B, r = below[A_], below[B_], cfg.r
     if r > max_rank:
@@ -199,6 +225,9 @@ def _make_factors(
 def _make_scales(
     name: str, key: str, below: dict[str, Tensor], config: Any, layer: SlotLayer, max_rank: int
 ) -> SlotFactors:
+    """Return the factors of IA3 on a layer: rank 0, and its vector as `inner` for a feed-forward module, else as
+    `gain`. Raises AdapterKeyError for another shape or no float dtype.
+    """
     inner, l = is_feedforward(key, config), below[SCALES]
     n = layer.in_features if inner else layer.out_features
     _check_shapes(name, key, below, {SCALES: (1, n) if inner else (n, 1)})

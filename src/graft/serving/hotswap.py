@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Give a model's adapter the values of another one, in place; room for them, made before a model is compiled."""
+"""Give a model's adapter the values of another one, in place; and make room for larger ones before a model is
+compiled.
+"""
 
 from __future__ import annotations
 
@@ -56,18 +58,19 @@ SIZES = (("out_features", "out_channels"), ("in_features", "in_channels"))  # at
 def hotswap_adapter(
     model: nn.Module, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
 ) -> None:
-    """Replace the values of a LoRA adapter by those of a saved one, whose ranks and targets may differ.
+    """Replace the values of a LoRA adapter by those of a saved one. Its ranks and targets may differ.
 
     Zeros fill up smaller ranks, and layers that the saved adapter does not target. Larger ranks replace the tensors,
-    and torch compiles the model again: see `prepare_model_for_compiled_hotswap`. The adapter's config then
-    describes the tensors in the model. If anything does not fit, nothing changes.
+    and torch compiles the model again: see `prepare_model_for_compiled_hotswap`. The adapter's config then describes
+    the tensors in the model. If anything does not fit, nothing changes. Waits until no call of the model uses the
+    adapter.
 
     Args:
         model_name_or_path: folder or hub repository.
         adapter_name: the adapter in the model; the name stays.
-        torch_device: accepted as in PEFT; values go to where the adapter is.
+        torch_device: accepted as in PEFT; values go to the adapter's device.
         **kwargs: `subfolder`, `key_mapping`, `allow_nonfinite` (let NaN and infinite numbers pass), `check_digest`
-            (False: load a file whose tensors are not those that were saved), `expert_layout` (see
+            (False: load a file even if its tensors were changed after saving), `expert_layout` (see
             `PeftModel.from_pretrained`), and options of the hub (`revision`, `token`, …).
 
     Raises:
@@ -100,7 +103,10 @@ def hotswap_adapter_from_state_dict(
 
 
 class LayerChange(NamedTuple):
-    """The facts that a layer will have of its adapter."""
+    """The rank, alpha and scaling that a layer will have for its adapter.
+
+    `rank` is that of the tensors in the model.
+    """
 
     layer: AdapterLayer
     rank: int  # rank of the tensors in the model
@@ -109,14 +115,26 @@ class LayerChange(NamedTuple):
 
     @classmethod
     def make(cls, layer: AdapterLayer, r: int, alpha: float, rslora: bool, rank: int) -> LayerChange:
-        """Return the change for an adapter of rank r in tensors of `rank` ≥ r."""
+        """Return the change for an adapter of rank r in tensors of `rank` ≥ r.
+
+        Alpha grows with the rank, so that the scaling stays that of rank r.
+        """
         scale = math.sqrt if rslora else float
         return cls(layer, rank, alpha if r == rank else alpha * scale(rank) / scale(r), alpha / scale(r))
 
 
 @dataclass
 class SwapPlan:
-    """All that a swap will write. Only a lack of memory can make it fail."""
+    """Everything that a swap will write. Only a lack of memory can make it fail.
+
+    Attributes:
+        copies: (parameter, value) of one shape.
+        zeros: parameters that become zero.
+        larger: (entry, value, rank) of values that need larger tensors.
+        changes: ranks and scalings of layers.
+        layers_found: layers of the new adapter, by path.
+        missing, wrong: names and texts of faults.
+    """
 
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (parameter, value) of one shape
     zeros: list[Tensor] = field(default_factory=list)
@@ -128,7 +146,10 @@ class SwapPlan:
 
 
 def swap_values(model: nn.Module, loaded: LoadedWeights, adapter: str, config: LoraConfig, **options: object) -> None:
-    """Check everything, then write."""
+    """Check everything, then write the values.
+
+    Holds the model's gate, and waits for calls that use the adapter before writing.
+    """
     model = unwrap_model(model)
     gate = get_gate(model)
     with gate.change(f"hotswap_adapter({adapter!r})", (), late=True):
@@ -140,7 +161,13 @@ def swap_values(model: nn.Module, loaded: LoadedWeights, adapter: str, config: L
 def prepare_swap(
     model: nn.Module, loaded: LoadedWeights, adapter: str, config: LoraConfig, **options: Any
 ) -> Callable[[], None]:
-    """Check everything; return the function that writes."""
+    """Check that the loaded adapter can replace adapter `adapter`, and return the function that writes it.
+
+    Nothing changes yet.
+
+    Raises:
+        AdapterNotFoundError, ConfigError, AdapterKeyError, BaseModelMismatchError: as `hotswap_adapter`.
+    """
     parts, _, base = find_carriers(model, adapter)
     now = get_config(model, adapter)
     check_compatible(now or config, config)
@@ -159,6 +186,10 @@ def prepare_swap(
 
     @torch.no_grad()
     def write_values() -> None:
+        """Write all values, zeros, ranks and scalings of the plan, and update the adapter's config.
+
+        Scalings that are tensors are overwritten in place.
+        """
         with torch.inference_mode(False):
             replace_tensors([(entry, value.to(entry.tensor, copy=True), rank) for entry, value, rank in plan.larger])
             zeros = [(target, target.new_zeros(()).expand(find_whole_shape(target))) for target in plan.zeros]
@@ -178,7 +209,9 @@ def prepare_swap(
 
 
 def check_compatible(now: LoraConfig, new: LoraConfig) -> None:
-    """Raise ConfigError unless an adapter of config `new` can run in the place of one of config `now`."""
+    """Raise ConfigError unless an adapter of config `new` can replace one of config `now`: both LoRA, equal in the
+    fields `MUST_AGREE`, and with starts that leave the base unchanged.
+    """
     kinds = [getattr(c.peft_type, "value", c.peft_type) for c in (now, new)]
     if kinds[0] != kinds[1]:
         raise ConfigError(f"Incompatible PEFT types found: {kinds[0]} and {kinds[1]}")
@@ -193,7 +226,9 @@ def check_compatible(now: LoraConfig, new: LoraConfig) -> None:
 
 
 def check_start(config: LoraConfig, which: str) -> None:
-    """Raise if an adapter's initialisation changes the base, which others have as it was, or its rank cannot change."""
+    """Raise ConfigError if an adapter's initialisation changes the base, which other adapters have unchanged, or if its
+    factors are block-diagonal, so that its rank cannot change. which: describes the adapter in the text.
+    """
     setting = LoRA.variant(config).changes_base(config)
     if setting is not None:
         raise ConfigError(
@@ -208,7 +243,10 @@ def check_start(config: LoraConfig, which: str) -> None:
 
 
 def check_growth(plan: SwapPlan, adapter: str, config: LoraConfig) -> None:
-    """Raise ConfigError if larger tensors cannot take the place of tied ones; warn if compiled code will not fit."""
+    """Raise ConfigError if tensors that must grow are spread over processes or tied.
+
+    Warn if they outgrow the room that was made for compiled code.
+    """
     rank = max(rank for _, _, rank in plan.larger)
     if any(layout_of(entry.tensor) is not None for entry, _, _ in plan.larger):
         raise ConfigError(
@@ -222,6 +260,9 @@ def check_growth(plan: SwapPlan, adapter: str, config: LoraConfig) -> None:
 
 
 def check_tied(adapter: str, config: LoraConfig, rank: int) -> None:
+    """Raise ConfigError if the config ties layers (`ensure_weight_tying`), so that tensors cannot grow to `rank` in
+    place.
+    """
     if getattr(config, "ensure_weight_tying", False):
         raise ConfigError(
             f"Adapter '{adapter}' shares its memory between tied layers (ensure_weight_tying) and cannot grow to rank "
@@ -230,10 +271,12 @@ def check_tied(adapter: str, config: LoraConfig, rank: int) -> None:
 
 
 def plan_swap(load: CheckpointValues, parts: AdapterCarriers) -> SwapPlan:
-    """Find a value for every tensor of the adapter, and a tensor for every value.
+    """Return a plan with a value for every tensor of the adapter.
+
+    Tensors of layers that the new adapter does not target become zero.
 
     Raises:
-        AdapterKeyError: values are left over, tensors are missing that cannot be zero, or shapes differ.
+        AdapterKeyError: values are left over, tensors are missing that cannot be zero, or shapes or dtypes differ.
     """
     plan, targeted = SwapPlan(), Matcher(load.config)
     prefix = parts.prefix if any(k.startswith("base_model.") for k in load.tensors) else ""
@@ -277,14 +320,18 @@ def plan_swap(load: CheckpointValues, parts: AdapterCarriers) -> SwapPlan:
 
 
 def find_name(names: Collection[str], entry: Entry) -> str | None:
-    """Return the one of `names` that is an entry's: in a file, or in the model's state dict; None if none is."""
+    """Return the one of `names` that belongs to an entry, in a file or in the model's state dict; None if there is
+    none.
+    """
     if entry.file in names:
         return entry.file
     return next((n for n in map(strip_inner_wrappers, (entry.memory, *entry.also)) if n in names), None)
 
 
 def _plan_values(plan: SwapPlan, pairs: list[tuple[Entry, Tensor | None]], room: int = 0, r: int = 0) -> None:
-    """Add values of rank r to the plan, for tensors of rank `room`; None: there is none for a tensor."""
+    """Add to the plan the values of rank r for tensors of rank `room`: as copies, padded with zeros if r is smaller, or
+    as larger tensors. A missing or unfit value is noted in `plan.missing` or `plan.wrong`.
+    """
     for entry, value in pairs:
         if value is None:
             plan.missing.append(entry.file)
@@ -307,11 +354,12 @@ def _plan_values(plan: SwapPlan, pairs: list[tuple[Entry, Tensor | None]], room:
 
 
 def count_entry_groups(entry: Entry) -> int:
+    """Return the number of groups of the layer of an entry; 1 if it is no convolution."""
     return entry.layer.op.count_groups(entry.layer.base_layer)  # type: ignore[union-attr]
 
 
 def compute_shape(entry: Entry, r: int) -> torch.Size:
-    """Return the shape that an adapter's tensor would have at rank r."""
+    """Return the shape that an adapter's tensor would have at rank r. Tensors without a rank keep their shape."""
     shape = list(find_whole_shape(entry.tensor))
     dim = RANK_DIM.get(entry.container)
     if dim is not None and len(shape) > 1:
@@ -320,7 +368,7 @@ def compute_shape(entry: Entry, r: int) -> torch.Size:
 
 
 def pad_to_rank(entry: Entry, value: Tensor, r: int) -> Tensor:
-    """Pad A or B with zeros up to rank r; in A of grouped convolutions, at the end of each group."""
+    """Return A or B padded with zeros up to rank r; in A of grouped convolutions, at the end of each group."""
     out = value.new_zeros(compute_shape(entry, r))
     inside, values = out, value
     if not RANK_DIM[entry.container]:
@@ -330,7 +378,10 @@ def pad_to_rank(entry: Entry, value: Tensor, r: int) -> Tensor:
 
 
 def replace_tensors(larger: list[tuple[Entry, Tensor, int]]) -> None:
-    """Replace A and B by tensors of another rank; the Parameter objects stay, but for those of inference mode."""
+    """Replace A and B by tensors of another rank, and set the sizes of their modules.
+
+    Parameter objects stay, except for those of inference mode; their `grad` becomes None.
+    """
     for entry, value, rank in larger:
         p: Any = entry.owner._parameters[entry.attribute]
         if p.is_inference():  # counts no versions, and no optimizer has it
@@ -344,7 +395,9 @@ def replace_tensors(larger: list[tuple[Entry, Tensor, int]]) -> None:
 
 
 def update_config(config: LoraConfig, changes: list[LayerChange]) -> LoraConfig:
-    """Return a copy of `config` with the ranks and alphas of the layers, so that a file holds what runs."""
+    """Return a copy of `config` with the ranks and alphas of the layers, so that a file describes the tensors in the
+    model.
+    """
     cfg = copy.copy(config)
     cfg.r, cfg.rank_pattern = find_most_common({c.layer.site.key: c.rank for c in changes})
     cfg.lora_alpha, cfg.alpha_pattern = find_most_common({c.layer.site.key: c.alpha for c in changes})
@@ -352,7 +405,7 @@ def update_config(config: LoraConfig, changes: list[LayerChange]) -> LoraConfig:
 
 
 def find_most_common(values: dict[str, T]) -> tuple[T, dict[str, T]]:
-    """Return the most frequent value, and a pattern for every layer that has another one."""
+    """Return the most frequent value, and an exact pattern for every layer that has another one."""
     most = Counter(values.values()).most_common(1)[0][0]
     return most, {f"^{re.escape(key)}": value for key, value in values.items() if value != most}
 
@@ -367,14 +420,14 @@ def prepare_model_for_compiled_hotswap(
     config: LoraConfig | dict[str, LoraConfig] | None = None,
     check_compiled: Literal["error", "warn", "ignore"] = "error",
 ) -> None:
-    """Make room for adapters to come, so that a model compiled afterwards need not be compiled again.
+    """Make room for larger adapters, so that a model compiled afterwards need not be compiled again.
 
-    Turn scalings into tensors and pad A and B with zeros. Outputs stay the same. Call it with the first adapter on the
-    model, before you compile the model.
+    Turns scalings into tensors and pads A and B with zeros. Outputs stay the same. Call it with the first adapter on
+    the model, before you compile the model.
 
     Args:
-        target_rank: the largest rank that will come; None leaves the ranks.
-        config: a LoraConfig or a dict of them, whose ranks become `target_rank`, as the ranks in the model do.
+        target_rank: the largest rank of later adapters; None leaves the ranks.
+        config: a LoraConfig or a dict of them; their ranks become `target_rank`, as the ranks in the model do.
         check_compiled: raise, warn or do nothing if the model is compiled already.
 
     Raises:
@@ -427,12 +480,14 @@ def prepare_model_for_compiled_hotswap(
 
 
 def list_configs(config: LoraConfig | dict[str, LoraConfig] | None) -> dict[str, LoraConfig]:
-    """Return the configs that a caller gives: one, several by name, or none."""
+    """Return by name the configs that a caller passes: a dict as it is, one under "", none for None."""
     return config if isinstance(config, dict) else {} if config is None else {"": config}
 
 
 def check_paddable(adapter: str, layers: dict[str, AdapterLayer], rank: int, config: LoraConfig) -> None:
-    """Raise ConfigError unless this can pad an adapter's tensors to a rank."""
+    """Raise ConfigError unless an adapter's tensors can be padded to a rank: none is larger, groups divide it, nothing
+    is merged, and no smaller ones are tied.
+    """
     for key, layer in layers.items():
         r, groups = layer.r[adapter], layer.op.count_groups(layer.base_layer)
         if r > rank:
@@ -453,7 +508,10 @@ def check_paddable(adapter: str, layers: dict[str, AdapterLayer], rank: int, con
 
 
 def prepare_layer(layer: AdapterLayer, adapter: str, rank: int | None) -> LayerChange:
-    """Turn an adapter's scaling on a layer into a tensor, and note its rank."""
+    """Turn an adapter's scalings on a layer into tensors on its device, and set its rank.
+
+    Return the change; rank None keeps the rank.
+    """
     r, alpha, rslora = (of[adapter] for of in (layer.r, layer.lora_alpha, layer.use_rslora))
     change = LayerChange.make(layer, r, alpha, rslora, rank or r)
     layer.set_facts(adapter, r=change.rank, lora_alpha=change.alpha)

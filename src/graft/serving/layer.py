@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear layer with slots for many adapters, and the slot of each row of the batch."""
+"""A linear layer with slots for many adapters, and the choice of a slot for each row of the batch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,22 @@ NONE = 0  # the slot of zeros, for rows without adapter
 
 
 class SlotChoice(local):
-    """The slot of each row of a thread's batch. `AdapterSlots` writes it, every SlotLayer of the model reads it."""
+    """The slot of each row of a thread's batch; each thread has its own values.
+
+    `AdapterSlots` writes it, every SlotLayer of the model reads it.
+
+    Attributes:
+        slot: of all rows; None if rows differ, see `index`.
+        mixed: `slot` is None. A bool, since code is compiled again for each value that it reads.
+        index: (batch,); compiled code always reads it.
+        used: the slots of a mix.
+        rows: the slots that `gathered` holds, with the number of fills until then.
+        gathered: factors by layer; None: gathered once, and not kept.
+        fills: number of times that slots were written, shared by all threads.
+    """
 
     def __init__(self, device: torch.device | None, fills: list[int]):  # runs in each thread
+        """Begin with slot 0, no adapter, for all rows. It runs again in each thread that uses the object."""
         self.made_of = device, fills
         self.fills = fills  # how often slots have been filled: one number, of all threads
         self.slot: int | None = NONE  # the slot of all rows; None: see `index`
@@ -36,15 +49,21 @@ class SlotChoice(local):
         self._indices = {1: self.index}  # by batch size; rewritten in place, so that compiled code stays valid
 
     def __reduce__(self) -> tuple[type[SlotChoice], tuple[object, ...]]:
+        """Return how copies and pickles make this object: anew, without a choice."""
         return SlotChoice, self.made_of
 
     def set_all_rows(self, slot: int) -> None:
-        """Give all rows, however many, the same slot."""
+        """Choose one slot for all rows of any batch size. The index is overwritten in place."""
         self.slot, self.mixed = slot, False
         self.index.fill_(slot)
 
     def set_rows(self, rows: list[int], device: torch.device) -> None:
-        """Give each row its slot."""
+        """Choose a slot for each row.
+
+        The index of this batch size is overwritten in place, so that compiled code stays valid.
+
+        Kept factors are dropped if the slots are mixed and differ from the last mix, or slots were written since.
+        """
         n = len(rows)
         if n not in self._indices or self._indices[n].device != device:
             self._indices[n] = torch.zeros(n, dtype=torch.long, device=device)
@@ -58,7 +77,11 @@ class SlotChoice(local):
             self.gathered.clear()
 
     def get_index(self, batch: int, layer: str) -> Tensor:
-        """Return the slot of each row, (batch,)."""
+        """Return the slot of each row, (batch,).
+
+        Raises:
+            RoutingError: a mix has another number of rows, so that the layer's input is not one row per sample.
+        """
         if batch == self.index.shape[0]:
             return self.index
         if self.mixed:
@@ -73,8 +96,8 @@ class SlotChoice(local):
 class SlotLayer(nn.Module):
     """A base layer with A (r, in) and B (r, out), scaling included, for each slot: y + x Aᵀ B, by row.
 
-    Slots of one rank are a group, with buffers of its own. With gains, each slot has three vectors as well, of inputs
-    and outputs: gain ⊙ (W (inner ⊙ x) + b + x Aᵀ B) + shift.
+    Slots of one rank are a group with separate buffers. With gains, each slot has three vectors as well, of inputs and
+    outputs: gain ⊙ (W (inner ⊙ x) + b + x Aᵀ B) + shift.
     """
 
     base_layer: nn.Module
@@ -101,8 +124,14 @@ class SlotLayer(nn.Module):
         dtype: torch.dtype | None,
         gains: bool = False,
     ):
-        """Args:
-        sizes: rank → slots, numbered in this order from 1 on.
+        """Allocate buffers of zeros for A and B, and with gains ones for gain and inner, on the layer's device.
+
+        They are not saved.
+
+        Args:
+            sizes: rank → slots, numbered in this order from 1 on.
+            keep: keep a mix's gathered factors for its next forward.
+            dtype: None: float32 for a half-precision base, else the base's.
         """
         super().__init__()
         self.base_layer = site.module
@@ -129,6 +158,7 @@ class SlotLayer(nn.Module):
 
     @property
     def vectors(self) -> tuple[Tensor, ...]:
+        """Gain, shift and inner of all slots; none without gains."""
         return (self.gain, self.shift, self.inner) if self.has_gains else ()
 
     @property
@@ -137,12 +167,16 @@ class SlotLayer(nn.Module):
         return (*[getattr(self, name) for pair in self.names for name in pair], *self.vectors)
 
     def get_factors(self, slot: int) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (r, out) of a slot."""
+        """Return views of A (r, in) and B (r, out) of a slot."""
         group, place = self.place[slot]
         a, b = self.names[group]
         return getattr(self, a)[place], getattr(self, b)[place]
 
     def forward(self, x: Tensor, *args: object, **kwargs: Any) -> Tensor:
+        """Return the layer's output with the adapter of the choice, or of each row. Slot 0 runs the base layer only.
+
+        Compiled code takes one path for all choices. Gains are applied if a slot in use has any.
+        """
         compiling = torch.compiler.is_compiling()
         slot = None if compiling else self.choice.slot  # one path for compiled code
         if slot == NONE:
@@ -162,8 +196,10 @@ class SlotLayer(nn.Module):
         return y
 
     def gather_rows(self, batch: int) -> tuple[Tensor, ...]:
-        """Return A (batch, r, in) and B (batch, r, out) of each group in use, and vectors (batch, …), of the rows; keep
-        them from a mix's second forward on."""
+        """Return for each row A (batch, r, in) and B (batch, r, out) of the groups in use, then vectors (batch, …).
+
+        From a mix's second forward on they are kept, if `keep` is set and no code is compiled.
+        """
         index = self.choice.get_index(batch, self.site.key)
         if torch.compiler.is_compiling() or not self.keep:
             return self.select_rows(index)
@@ -176,6 +212,10 @@ class SlotLayer(nn.Module):
         return tensors
 
     def select_rows(self, index: Tensor) -> tuple[Tensor, ...]:
+        """Return copies of A and B for each row, for each group, then the vectors.
+
+        Uncompiled code leaves out groups that no row uses.
+        """
         index = index.to(self.A.device)
         if len(self.names) == 1:
             return tuple([t.index_select(0, index) for t in self.tensors])
@@ -198,7 +238,10 @@ class SlotLayer(nn.Module):
         *args: object,
         **kwargs: object,
     ) -> Tensor:
-        """Return gain ⊙ (W (inner ⊙ x) + b + x Aᵀ B) + shift, with all of one adapter, or of each row."""
+        """Return gain ⊙ (W (inner ⊙ x) + b + x Aᵀ B) + shift in the dtype of the base's output.
+
+        Tensors are of one adapter, or have a dimension of rows.
+        """
         rows = () if gain.dim() == 1 else (x.shape[0],)
         gain, shift, inner = (v.view(*rows, *[1] * (x.dim() - 1 - len(rows)), -1) for v in (gain, shift, inner))
         y = self.base_layer((x * inner).to(x.dtype), *args, **kwargs)
@@ -208,7 +251,10 @@ class SlotLayer(nn.Module):
         return torch.addcmul(shift, out, gain).to(y.dtype)
 
     def add_product(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """Return y + x Aᵀ B, with A and B of one adapter, or of each row."""
+        """Return y + x Aᵀ B, with A and B of one adapter, or of each row.
+
+        y is overwritten if the base's output may be, no hooks see it and eager kernels may run.
+        """
         rows = () if A.dim() == 2 else (x.shape[0],)
         x = x.to(A.dtype).reshape(*rows, -1, x.shape[-1])
         h = (A @ x.mT).mT if rows else x @ A.mT  # for few tokens per row, two thirds of the time of x Aᵀ
@@ -227,10 +273,12 @@ class SlotLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        """The base layer's weight."""
         return self.base_layer.weight
 
     @property
     def bias(self) -> Tensor | None:
+        """The base layer's bias."""
         return self.base_layer.bias
 
     @property

@@ -49,7 +49,15 @@ TAKEN = "Choose another name, or unload() it first."
 
 @dataclass
 class SlotReport:
-    """The report of slots: which adapters are where, and the memory that they take."""
+    """The report of slots: their adapters, and the memory that they take.
+
+    Attributes:
+        resident: slot by adapter, the least recently used one first.
+        known: all adapters, in slots or not.
+        slot_bytes: of all slots and the one of zeros.
+        gathered_bytes: factors of the last mixed batch's rows, for its next step.
+        host_bytes: adapters in host memory.
+    """
 
     max_adapters: int
     max_rank: int
@@ -75,25 +83,24 @@ class SlotReport:
 class AdapterSlots:
     """A model with slots for LoRA adapters on its linear layers, with gains for DoRA and IA3, too. For inference.
 
-    `load` puts an adapter into host memory. Adapters that a batch needs move into slots, in place of the least recently
-    used ones. Buffers never change their shape or place: torch compiles a model once, whatever adapters come, go and
-    mix. Any number of threads may run batches at once, each with its own rows: what they use stays in its slots, and a
-    batch waits where all slots are in use.
+    `load` puts an adapter into host memory. Adapters that a batch needs move into slots, and replace the least recently
+    used ones. Buffers never change their shape or place: torch compiles a model once, whatever adapters are used. Any
+    number of threads may run batches at once, each with its rows: their adapters stay in slots, and a batch waits if
+    all slots are in use.
 
     Args:
         model: a model without adapters. It changes in place; `remove` undoes that.
-        max_adapters: how many adapters one batch, and the device, can hold.
-            Or slots by rank, as {8: 90, 64: 10}: an adapter gets one of the smallest rank that is enough.
+        max_adapters: how many adapters one batch, and the device, can hold. Or slots by rank, as {8: 90, 64: 10}: an
+            adapter gets one of the smallest rank that is enough.
         max_rank: the highest rank of an adapter; zeros fill up smaller ones. With slots by rank it is theirs.
         targets: as `target_modules`: names, one regex, "all-linear", or None for the architecture's default.
         exclude: as `exclude_modules`.
-        gains: room for vectors of inputs and outputs beside A and B, which DoRA and IA3 need.
+        gains: make room for vectors of inputs and outputs, which DoRA and IA3 need.
         dtype: of the slots; None: as in `PeftModel.from_pretrained`, float32 for a half-precision base.
-        keep_gathered: without compiler, keep the factors of a mixed batch's rows from its second forward on, until
-            the mix changes. That takes rows × bytes_per_slot of memory in each thread, and saves a copy for every
-            token.
+        keep_gathered: without compiler, keep the factors of a mixed batch's rows from its second forward on, until the
+            mix changes. That takes rows × bytes_per_slot of memory in each thread, and saves a copy for every token.
         change_timeout: seconds that a batch waits for slots, and `unload` and `remove` for batches, before they raise
-            InUseError; None: as long as it takes.
+            InUseError; None: without limit.
 
     Raises:
         NoMatchingPeftModuleError, UnsupportedLayerError, AlreadyInjectedError, ConfigError: nothing has changed.
@@ -112,6 +119,7 @@ class AdapterSlots:
         keep_gathered: bool = True,
         change_timeout: float | None = PATIENCE,
     ):
+        """Find the target layers, allocate their slots, and replace the layers in the model."""
         sizes = count_slots_by_rank(max_adapters, max_rank)
         config = LoraConfig(target_modules=targets, exclude_modules=exclude, r=max(sizes))
         injection = Injection(getattr(model, "_orig_mod", model), config, LoRA, "slots").find()
@@ -135,7 +143,7 @@ class AdapterSlots:
         gains: bool,
         change_timeout: float | None,
     ) -> None:
-        """Make the slots of these sites, which may take more memory than there is."""
+        """Allocate the slots of these sites and set all fields. The model does not change; memory may run out."""
         self.sizes, self.max_adapters, self.max_rank = sizes, sum(sizes.values()), max(sizes)
         first = next(iter(sites.values()))
         with torch.inference_mode(False):
@@ -158,7 +166,7 @@ class AdapterSlots:
             self._free.setdefault(self._rank_of[slot], []).append(slot)
 
     def _attach(self, model: nn.Module, tree: ModuleTree) -> None:
-        """Put the layers with slots into a model without adapters."""
+        """Replace the target modules of a model without adapters by the layers with slots, in all their places."""
         self.model = model
         self._places = {key: tree.list_places(key) for key in self.layers}
         for key, layer in self.layers.items():
@@ -178,21 +186,23 @@ class AdapterSlots:
         keep_gathered: bool = True,
         change_timeout: float | None = PATIENCE,
     ) -> AdapterSlots:
-        """Serve adapters that are on a model: its base gets slots in their place, without a file or a second base.
+        """Serve adapters that are on a model: its base gets slots instead, without a file or a second base.
+
+        All adapters are removed from the source.
 
         Args:
-            source: a PeftModel, or a MultiTrain, as `found.runs` of a sweep; its adapters are taken off, all of them.
-            names: which to load; None: all.
-            max_adapters, max_rank: None: what these need.
+            source: a PeftModel, or a MultiTrain, such as `sweep.runs`.
+            names: of the adapters to load; None: all.
+            max_adapters, max_rank: None: as many and as high as these need.
             dtype, gains, keep_gathered, change_timeout: as of AdapterSlots.
 
         Raises:
             AdapterNotFoundError: there is no such adapter.
-            InUseError: calls of the model go on for longer than its `change_timeout`.
+            InUseError: calls of the model last longer than its `change_timeout`.
             RuntimeError: another thread is in a step of the MultiTrain.
-            ConfigError: an adapter is merged. All are where they were.
-            ConfigError, AdapterKeyError, CheckpointError, UnsupportedLayerError: slots cannot hold one of them. All are
-                where they were, and so they are if there is no memory for the slots.
+            ConfigError: an adapter is merged.
+            ConfigError, AdapterKeyError, CheckpointError, UnsupportedLayerError: slots cannot hold one of them. In all
+                cases, also if memory is short, the adapters are where they were.
         """
         model: nn.Module = source if isinstance(source, nn.Module) else source.model
         with ExitStack() as still:
@@ -256,12 +266,12 @@ class AdapterSlots:
         """Make an adapter known. It takes a slot when a batch needs it, or with `pin`.
 
         Args:
-            source: a folder or hub repository; a state dict, with its `config`; or a PeftModel, with the name of
-                its `adapter`.
+            source: a folder or hub repository; a state dict, with its `config`; or a PeftModel, with the name of its
+                `adapter`.
             keep: keep it in host memory; else read it again whenever it gets a slot (from a folder only).
             allow_nonfinite: load NaN and infinite numbers, too.
-            **hub: `subfolder`, `revision`, `token`, …; `check_digest=False` loads a file whose tensors are not those
-                that were saved.
+            **hub: `subfolder`, `revision`, `token`, …; `check_digest=False` loads a file even if its tensors were
+                changed after saving.
 
         Raises:
             AdapterNameError: the name is taken (while `unload` waits for its batches, too), or cannot be one.
@@ -276,6 +286,7 @@ class AdapterSlots:
             raise ConfigError(f"Adapter '{name}': keep=False needs a folder to read it from again.")
 
         def read() -> dict[str, SlotFactors]:
+            """Read the adapter and return its factors. A source model is held unchanged meanwhile."""
             gate = find_gate(source) if isinstance(source, nn.Module) else None
             with nullcontext() if gate is None else gate.call(f"AdapterSlots.load({name!r})"):
                 return self._fit_adapter(name, *self._read_source(name, source, config, adapter, hub), allow_nonfinite)
@@ -290,7 +301,10 @@ class AdapterSlots:
     def _read_source(
         self, name: str, source: Any, config: PeftConfig | None, adapter: str, hub: dict[str, Any]
     ) -> tuple[PeftConfig, LoadedWeights]:
-        """Return config and tensors of an adapter."""
+        """Return config and tensors of an adapter from a model, a state dict or a folder.
+
+        Raises ConfigError if there is no config, or its method is unknown.
+        """
         if isinstance(source, nn.Module):
             source = getattr(source, "_orig_mod", source)
             loaded = LoadedWeights(get_peft_model_state_dict(source, None, adapter), "the model")
@@ -309,12 +323,14 @@ class AdapterSlots:
     def _fit_adapter(
         self, name: str, config: PeftConfig, loaded: LoadedWeights, allow_nonfinite: bool
     ) -> dict[str, SlotFactors]:
+        """Return the adapter's factors by layer, checked by `fit_adapter`, without gradients."""
         with torch.inference_mode(False), torch.no_grad():
             return fit_adapter(name, config, loaded, self.layers, self.max_rank, self.model, allow_nonfinite)
 
     def unload(self, name: str) -> None:
-        """Forget an adapter, and free its slot and host memory, once no batch of another thread uses it. New batches
-        cannot name it from now on.
+        """Forget an adapter, and free its slot and host memory, once no batch of another thread uses it.
+
+        New batches cannot name it from now on.
 
         Raises:
             RoutingError: it is unknown, or an open `using` block of this thread uses it.
@@ -340,7 +356,7 @@ class AdapterSlots:
             self.gate.state_changed.notify_all()
 
     def pin(self, *names: str) -> None:
-        """Put adapters into slots, and keep them there until `unpin`.
+        """Put adapters into slots, and keep them there until `unpin`. Waits for slots that other threads use.
 
         Raises:
             RoutingError: one is unknown, or there are more than slots.
@@ -352,7 +368,10 @@ class AdapterSlots:
             self._pinned |= set(names)
 
     def unpin(self, *names: str) -> None:
-        """Let other adapters take the slots of these."""
+        """Let other adapters take the slots of these, and wake threads that wait for slots.
+
+        Raises RoutingError for an unknown name.
+        """
         with self.gate.state_changed:
             self._check_known(names, base=False)
             self._pinned -= set(names)
@@ -368,12 +387,13 @@ class AdapterSlots:
 
     @property
     def _names_taken(self) -> list[str]:
-        """The names that no other adapter can have now."""
+        """The names that no other adapter can have now: those known, and those that `unload` waits for."""
         return [*self._known, *self._leaving]
 
     # slots
 
     def _check_known(self, names: Sequence[str], base: bool = True) -> None:
+        """Raise RoutingError if the slots were removed, or for unknown names. With `base`, "__base__" is allowed."""
         if not self.layers:
             raise RoutingError("The slots were removed from the model: make new ones to serve adapters from it again.")
         unknown = sorted({n for n in names if n not in self._known and not (base and n == BASE)})
@@ -384,13 +404,16 @@ class AdapterSlots:
             )
 
     def _list_in_use(self, thread: int | None = None) -> set[str]:
-        """Return what open `using` blocks have chosen, of one thread or of all."""
+        """Return the adapters that open `using` blocks have chosen, of one thread or of all."""
         threads = list(self.gate.calls) if thread is None else [thread]
         blocks = [chosen for t in threads for chosen in self._using.get(t, ())]
         return {n for chosen in blocks for n in ([chosen] if isinstance(chosen, str) else chosen)} - {BASE}
 
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
-        """Wait until other threads' batches have ended so far that `ready`."""
+        """Wait until `ready` returns True, as other threads' batches end.
+
+        Raises InUseError, with the running batches, after `change_timeout`.
+        """
         if not self.gate.state_changed.wait_for(ready, self.gate.timeout):
             running = "; ".join(map(str, list(self.gate.calls.values()))) or "none"
             raise InUseError(
@@ -399,13 +422,17 @@ class AdapterSlots:
             )
 
     def _assign_slots(self, names: Sequence[str], read: ValuesRead) -> None:
-        """Put these adapters into slots. Wait for slots that other threads' batches use, one after the other.
+        """Put these adapters into slots.
+
+        Waits for slots that other threads' batches use; requests are served in order. A thread that uses slots already
+        does not wait in line.
 
         Args:
             read: values that have been read before.
 
         Raises:
             RoutingError: there are not so many slots. Nothing has changed.
+            InUseError: it waited longer than `change_timeout`.
         """
         wanted = [n for n in dict.fromkeys(names) if n != BASE]
         in_use = self._list_in_use(get_ident())
@@ -419,7 +446,9 @@ class AdapterSlots:
         turn = object()
 
         def ready() -> bool:
-            """Return True if it is the turn of this batch, with slots for it beside what is pinned or in use."""
+            """Return True if it is the turn of this batch, and its adapters have slots together with those pinned or in
+            use.
+            """
             first = turn not in self._line or self._line[0] is turn
             return first and self._is_room_for({*wanted, *self._pinned, *self._list_in_use()})
 
@@ -436,16 +465,21 @@ class AdapterSlots:
             self.gate.state_changed.notify_all()
 
     def _is_room_for(self, names: set[str]) -> bool:
-        """Return True if there are slots for all of these at once."""
+        """Return True if there are slots for all of these at once, by rank."""
         needed = Counter(self._ranks[name] for name in names if name in self._ranks)
         return all(n <= self.sizes[rank] for rank, n in needed.items())
 
     @property
     def _size_text(self) -> str:
-        """The number of slots as text; by rank, where there are several."""
+        """The number of slots as text; by rank, if there are several ranks."""
         return str(self.sizes if len(self.sizes) > 1 else self.max_adapters)
 
     def _fill_slots(self, wanted: Sequence[str], read: ValuesRead) -> None:
+        """Write missing adapters into slots of their rank: free ones, else those of the least recently used adapters
+        that are neither pinned nor in use. All become the most recently used.
+
+        If writing fails, the slot is free, and the error is raised.
+        """
         fixed = self._pinned | self._list_in_use() | set(wanted)
         missing = [n for n in wanted if n not in self._slots]
         values = {n: self._get_values(n, read.get(n)) for n in missing}
@@ -464,17 +498,21 @@ class AdapterSlots:
             self._slots[name] = self._slots.pop(name)  # now the most recently used
 
     def _read_files(self, names: Sequence[str]) -> ValuesRead:
-        """Return the values of those that are neither in host memory nor in slots, while others go on."""
+        """Return the values of those adapters that are neither in host memory nor in slots.
+
+        Files are read without holding other threads.
+        """
         absent = [(n, self._known.get(n)) for n in dict.fromkeys(names) if n not in self._slots]
         return {n: (known, known.read()) for n, known in absent if known is not None and known.read is not None}
 
     def _get_values(
         self, name: str, read: tuple[KnownAdapter, dict[str, SlotFactors]] | None
     ) -> dict[str, SlotFactors]:
-        """Return an adapter's values: those that have been read before, unless another one has its name by now.
+        """Return an adapter's values: those read before, unless another adapter has the name since; else from host
+        memory or files.
 
         Raises:
-            ConfigError: its folder holds a rank for which its slots are too small.
+            ConfigError: its folder now holds a higher rank than its slots have.
         """
         known = self._known[name]
         values = read[1] if read is not None and read[0] is known else known.factors or known.read()  # type: ignore[misc]
@@ -487,7 +525,9 @@ class AdapterSlots:
         return values
 
     def _write_slot(self, slot: int, factors: dict[str, SlotFactors]) -> None:
-        """Write an adapter's values into a slot."""
+        """Write an adapter's values into a slot, times its scaling; the rest of the slot becomes zeros, and vectors
+        that it lacks ones or zeros. Factors kept for mixes are dropped.
+        """
         targets, values, scaled, scalings, empty = [], [], [], [], []
         for key, layer in self.layers.items():
             (A, B), f = layer.get_factors(slot), factors.get(key)
@@ -523,6 +563,8 @@ class AdapterSlots:
     def using(self, names: str | Sequence[str]) -> Iterator[nn.Module]:
         """Run the model with these adapters within the block: `with slots.using([…]): model(…)`.
 
+        Waits for slots that other threads use.
+
         Args:
             names: one adapter for all rows, or a list with one for each row; "__base__" means none.
 
@@ -557,12 +599,16 @@ class AdapterSlots:
                 self._set_choice(slots)
 
     def _slots_of(self, chosen: str | tuple[str, ...]) -> int | list[int]:
-        """Return the slot of all rows, or of each. To be called with the gate: others put adapters in and out."""
+        """Return the slot of all rows, or of each; 0 for names without a slot.
+
+        Call it with the gate held, since other threads move adapters.
+        """
         if isinstance(chosen, str):
             return self._slots.get(chosen, NONE)
         return [self._slots.get(n, NONE) for n in chosen]
 
     def _set_choice(self, slots: int | list[int]) -> None:
+        """Write this thread's choice: one slot for all rows, or one for each."""
         with torch.inference_mode(False):
             if isinstance(slots, int):
                 self._choice.set_all_rows(slots)
@@ -602,7 +648,12 @@ class AdapterSlots:
         self, names: str | Sequence[str] | None, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> list[str] | str:
         """Return one name per row of the batch, if the inputs tell the number of rows, so that compiled code sees no
-        change between one adapter, several, and none."""
+        change between one adapter, several, and none. Else return the names as passed. None means those of the `using`
+        block, or "__base__".
+
+        Raises:
+            RoutingError: the number of names is not that of rows.
+        """
         if names is None:
             names = self._using.get(get_ident(), [BASE])[-1]
         first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
@@ -618,6 +669,7 @@ class AdapterSlots:
     # facts
 
     def report(self) -> SlotReport:
+        """Return the `SlotReport` of this moment."""
         buffers = [t for layer in self.layers.values() for t in layer.tensors]
         total = sum(t.nbytes for t in buffers)
         return SlotReport(
@@ -634,11 +686,13 @@ class AdapterSlots:
         )
 
     def remove(self) -> nn.Module:
-        """Take the slots out of the model, and return it. From then on they serve nothing.
+        """Take the slots out of the model, put the base layers back, and return it.
+
+        From then on the slots serve nothing.
 
         Raises:
             RoutingError: a `using` block of this thread is open.
-            InUseError: other threads' batches go on for longer than `change_timeout`.
+            InUseError: other threads' batches last longer than `change_timeout`.
         """
         if get_ident() in self._using:
             raise RoutingError("The slots are in use: leave the `using` block first.")
@@ -656,10 +710,10 @@ def find_highest_rank(factors: Mapping[str, SlotFactors]) -> int:
 
 
 def count_slots_by_rank(max_adapters: int | Mapping[int, int], max_rank: int | None) -> dict[int, int]:
-    """Return how many slots there are to be of each rank, the lowest first.
+    """Return the number of slots by rank, the lowest rank first.
 
     Raises:
-        ConfigError: there is none, or no rank, or two.
+        ConfigError: a number or rank is below 1, both forms of sizes are passed, or none.
     """
     by_rank = isinstance(max_adapters, Mapping)
     if by_rank != (max_rank is None):
@@ -674,7 +728,9 @@ def count_slots_by_rank(max_adapters: int | Mapping[int, int], max_rank: int | N
 
 
 def check_sites(sites: Mapping[str, Site]) -> None:
-    """Raise UnsupportedLayerError unless all layers, by path, are linear ones that this process computes whole."""
+    """Raise UnsupportedLayerError unless all layers, by path, are linear, called by the model, and computed whole by
+    this process.
+    """
     for key, site in sites.items():
         if not site.op.linear:
             raise UnsupportedLayerError(f"Target module {key} ({site.type_name}) is not linear: no slots for it.")

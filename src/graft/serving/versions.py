@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Versions of an adapter on a server that goes on answering while a policy trains."""
+"""Versions of an adapter on a server that answers while a policy trains."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from graft.core.errors import warn
 
 
 class Versions:
-    """The versions of one adapter that a server holds: each under its own name, which is never used again.
+    """The versions of one adapter on a server: each under a name that is never used again.
 
-    A server keeps what it computed by name, so that a version which takes the name of another answers with the keys and
-    values of that. A new version is loaded before an old one goes, and counts from when the load has returned: requests
-    never meet a name that the server does not have. Between the two the server holds keep + 1 of them.
+    A server caches results by name, so that a version with an old name would answer with old keys and values. A new
+    version is loaded before an old one is removed, and is current once the load has returned: requests never meet a
+    name that the server lacks. Between the two the server holds keep + 1 of them.
 
         versions = Versions("policy", load, unload, keep=2)
         name = versions.publish(graft.adapter_tensors(model, layout="vllm"))  # "policy-v1-3f9c"
@@ -32,11 +32,11 @@ class Versions:
         unload: takes a name, which no replica has when it returns. If none had it, it returns, or raises
             AdapterNotFoundError or UnknownModelError.
         keep: how many versions stay, the current one included: staleness + 1.
-        timeout: seconds that a load or an unload may take; None: as long as they do.
+        timeout: seconds that a load or an unload may take; None: without limit.
 
     Attributes:
         names: of the versions on the server, the current one last.
-        leftovers: of versions whose load failed and that could not be taken off: each `publish` tries it again.
+        leftovers: names of versions that failed to load and could not be unloaded: each `publish` tries it again.
 
     Raises:
         ConfigError: `keep` is below 1, or `timeout` is not positive.
@@ -50,6 +50,7 @@ class Versions:
         keep: int = 1,
         timeout: float | None = None,
     ):
+        """Check and note the arguments. The server is not called."""
         if keep < 1:
             raise ConfigError(f"keep={keep}: the current version stays, so that it is 1 at least.")
         if timeout is not None and timeout <= 0:
@@ -67,13 +68,16 @@ class Versions:
         return self.names[-1] if self.names else None
 
     def publish(self, tensors: AdapterTensors) -> str:
-        """Load a version, make it the current one, and unload what `keep` leaves out and nobody uses; return its name.
+        """Load a version, make it the current one, and unload older ones beyond `keep` that nobody uses; return its
+        name.
+
+        One publishes at a time. Leftovers are unloaded first. Warns of each version that cannot be unloaded.
 
         Raises:
             ConfigError: there are no tensors: this process is not the first of those that hold the adapter.
             ServerTimeoutError: the load took longer than `timeout`, or raised a TimeoutError.
-            Whatever else `load` raises. After any of these the version is taken off the server again, as soon as the
-                load has come to an end, and the current one stays. A warning tells if it cannot be taken off.
+            Any other error of `load`. After any of these the version is unloaded again, as soon as the load has ended,
+                and the current one stays. A warning tells if it cannot be unloaded.
         """
         if not tensors.tensors:
             raise ConfigError(f"There are no tensors to publish as '{self.name}': the first process has them.")
@@ -91,15 +95,21 @@ class Versions:
             return name
 
     def _run_within_timeout(self, run: Callable[[], object], what: str, name: str = "") -> None:
-        """Ask the server for something, for `timeout` seconds at most.
+        """Call the server by `run`, for `timeout` seconds at most: in another thread if there is a limit.
 
-        If that fails or comes too late, version `name` is unloaded: at once, or by the thread that came too late.
+        Errors of `run` are raised.
+
+        If that fails or is late, version `name` is unloaded: at once, or by the late thread when it ends.
         """
         failed: list[BaseException] = []
         late: list[bool] = []
         ended = Event()
 
         def call_server() -> None:
+            """Run the call and keep its error.
+
+            If it ended too late, unload version `name`; if that fails, add it to `leftovers`.
+            """
             try:
                 run()
             except BaseException as e:
@@ -141,6 +151,8 @@ class Versions:
     def using(self, name: str | None = None) -> Iterator[str]:
         """Keep a version on the server within the block; yield its name.
 
+        Afterwards it is unloaded if it is beyond `keep` and nobody else uses it.
+
         Args:
             name: of the version; the current one if None.
 
@@ -161,13 +173,16 @@ class Versions:
             self._unload(old, self.names)
 
     def _take_unused(self, names: list[str]) -> list[str]:
-        """Take the names that are not in use out of `self.names`, and return them. The caller holds the lock."""
+        """Remove from `self.names` those of `names` that are not in use, and return them. The caller holds the lock."""
         free = [name for name in names if not self._used[name]]
         self.names[:] = [name for name in self.names if name not in free]
         return free
 
     def _unload(self, names: list[str], names_kept: list[str]) -> None:
-        """Unload versions; warn of each that cannot be, and put its name before those in `kept`, for the next time."""
+        """Unload versions.
+
+        A failure gives a warning, and the name goes to the front of `names_kept`, for the next time.
+        """
         for name in names:
             try:
                 self._run_within_timeout(lambda name=name: self._ask_to_unload(name), f"unload version '{name}'")  # type: ignore[misc]
@@ -181,18 +196,19 @@ class Versions:
                 )
 
     def _ask_to_unload(self, name: str) -> None:
+        """Call `unload`. Errors that say that the server lacks the version are ignored."""
         with suppress(AdapterNotFoundError, UnknownModelError):
             self.unload(name)
 
     def state_dict(self) -> dict[str, int]:
-        """Return what a resumed training needs, so that no name comes again."""
+        """Return the number of the last version, so that a resumed training uses no name again."""
         return {"number": self.number}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on with the numbers of a training that was interrupted.
+        """Continue with the numbers of a training that was interrupted.
 
         Raises:
-            ConfigError: versions have been published since.
+            ConfigError: this object has published more versions already.
         """
         if self.number > state["number"]:
             raise ConfigError(f"'{self.name}' is at version {self.number} already, behind which {state} would go back.")

@@ -766,7 +766,7 @@ class ResumeJob:
     def put_values(self) -> None:
         """Write the file's values into the adapters, then into the base's parameters.
 
-        Names that begin anew are left alone.
+        Names that begin anew are left alone. State that the registry keeps for an adapter that gets values is dropped.
         """
         known = self.tensors.keys() - self.report.fresh
         fits = [(v, self.tensors[n]) for n, v in self.values.items() if n in known]

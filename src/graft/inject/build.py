@@ -351,7 +351,7 @@ def add_layers(job: InjectionJob) -> None:
         size = add_adapter(layer, method, shared, on_meta=nowhere, upcast=options.upcast, default=default)
         if not nowhere and Use.TAKES in use:
             started.append(layer)
-        if method.lenders:  # their tensors count on another layer
+        if method.lenders:  # borrowed tensors count on the lender
             size -= sum(s.tensor.numel() for s in layer.slots(adapter) if s.trains and s.container in method.lenders)
         job.report.matched.append(Matched(key, site.type_name, size))
         if layer.scaling_at_start.get(adapter) == 0:

@@ -125,7 +125,7 @@ def is_rewritten_by_peft(model: object) -> bool:
     """
     conversion_mapping = sys.modules.get(
         "transformers.conversion_mapping"
-    )  # with transformers 5 and later, by each of its models
+    )  # every model of transformers 5 and later imports it
     kind = getattr(getattr(model, "config", None), "model_type", None)
     families = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
     return conversion_mapping is not None and (kind == BY_PEFT[0] or families.get(kind) in BY_PEFT)
@@ -254,7 +254,9 @@ def convert_expert_targets(
         parts_by_stack = {stack: chosen.parts(stack) for stack in all_stacks}
         moved = chosen.modules()
         chosen_parts = {part for parts in parts_by_stack.values() for part in parts}
-        alone = chosen_parts.isdisjoint(path.rpartition(".")[2] for path in moved)  # so that the names mean experts
+        alone = chosen_parts.isdisjoint(
+            path.rpartition(".")[2] for path in moved
+        )  # then the names can only mean experts
         alone = alone and bool(chosen_parts) and chosen.linear is None
         if not (chosen_parts or moved) or not (experts.by_peft or alone):
             unreached.stacks = [stack for stack in all_stacks if chosen.is_unnamed(stack)]
@@ -276,7 +278,7 @@ def convert_expert_targets(
     unreached.layers = [path for path in moved if path not in weights]
     convert_patterns(cfg, parts_by_stack, weights, tree)
     module_targets = chosen.list_other_targets(moved)
-    if keys is not None:  # the file has them
+    if keys is not None:  # the file has tensors for these layers
         module_targets |= shorten_paths(unreached.layers, [*tree.modules])
         unreached.layers = []
     cfg.target_parameters = {

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from graft.config.base import PeftConfig
     from graft.config.fields import Targeted
 
-MOST_WARNINGS = 100  # about entries of one field
+MOST_WARNINGS = 100  # most warnings about entries of one field
 
 
 def resolve_job(job: InjectionJob) -> None:

@@ -57,7 +57,7 @@ class Injection(InjectionJob):
                 build.build_carriers(self)
             try:
                 say()
-                with self.call.gate.change("a change", ()):  # waits until no call of the model is under way
+                with self.call.gate.change("a change", ()):  # waits until no call of the model runs
                     pass
             except BaseException:
                 self.undo()
@@ -131,7 +131,7 @@ class Injection(InjectionJob):
                 module = TrainableTokensWrapper(wrapper) if isinstance(wrapper, RowsLayer) else wrapper
                 attach_module(tree.list_places(key), module.train(tree.modules[key].training))
         for bias in self.biases:
-            bias.requires_grad = True  # `build` has made Parameters of them
+            bias.requires_grad = True  # `build_carriers` has made Parameters of packed ones
 
 
 def list_frozen_names(model: nn.Module, tree: ModuleTree) -> set[str] | None:

@@ -70,7 +70,7 @@ class Options:
     values: ValueSource | None = None  # a checkpoint's, in place of initial ones
     heads: dict[str, nn.Module] | None = None  # modules for `modules_to_save`, by name, instead of copies of the base's
     state_dict: dict[str, Tensor] | None = None  # adapt exactly the layers that it has tensors for
-    provisional: bool = False  # the caller may still take it off: see `Registry.provisional`
+    provisional: bool = False  # the caller may still remove the adapter: see `Registry.provisional`
 
 
 @dataclass
@@ -113,7 +113,7 @@ class InjectionJob:
     several: bool = field(default_factory=lambda: processes() > 1)  # this process is one of several
     group: dist.ProcessGroup | None = None  # of the processes that compute the model in pieces
     prompt: Prompt | None = None
-    steps: Any = None  # Steps
+    steps: Any = None  # ReplacedSteps, if another package replaced a step
 
     # set by `find.resolve_job`
     cfg: Any = None  # copy of the user's config with targets and the like filled in
@@ -124,7 +124,9 @@ class InjectionJob:
     order: dict[str, Method] = field(
         default_factory=dict
     )  # all methods that draw initial values, in the model's order, also those of other stages
-    biases: list[nn.Parameter | nn.Module] = field(default_factory=list)  # that train; the layer of one that is packed
+    biases: list[nn.Parameter | nn.Module] = field(
+        default_factory=list
+    )  # biases that train; for a packed one its layer
 
     # set by `build.build_carriers`
     layers: dict[str, AdapterLayer] = field(default_factory=dict)

@@ -88,7 +88,7 @@ class AdapterCarriers:
     wrappers: dict[str, Wrapper]
     shared: SharedTensors | None = None
     prompt: Prompt | None = None
-    all_layers: dict[str, AdapterLayer] | None = None  # of the model, those of other adapters too; None: `layers`
+    all_layers: dict[str, AdapterLayer] | None = None  # all of the model, also of other adapters; None: `layers`
 
     @property
     def prefix(self) -> str:

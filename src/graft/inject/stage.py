@@ -26,7 +26,7 @@ from graft.storage import find_group, innermost
 from graft.storage.flat import sendable
 from graft.storage.parallel import processes
 
-MARK = "PipelineIdentityLayer"  # of transformers
+MARK = "PipelineIdentityLayer"  # transformers' class
 
 
 def find_absent_modules(modules: dict[str, nn.Module]) -> dict[str, str]:

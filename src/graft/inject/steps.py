@@ -62,7 +62,7 @@ class ReplacedSteps:
             replaced: names of the replaced methods of the tuner.
         """
         self.tuner, self.replaced = tuner, replaced
-        self.target = ""  # the path that is being asked for
+        self.target = ""  # the target that a step is called for
         self.asked: list[str] = []
         self.noted: dict[str, SiteConfig] = {}  # by key of the site
         self.refused: Exception | None = None
@@ -108,7 +108,7 @@ class ReplacedSteps:
         Raises the error of `record_call`, even if the replacement caught it.
         """
         answer = getattr(self.tuner, step)(*args, **kwargs)
-        if self.refused is not None:  # whatever the replacement has made of the error
+        if self.refused is not None:  # also if the replacement caught the error
             raise self.refused
         return answer
 
@@ -277,7 +277,9 @@ class ReplacedSteps:
             why = f"a {type(cfg).__name__} instead of the adapter's {job.method.config.__name__}, or a copy of it"
         elif path not in tree.places:
             why = f"a {type(target).__name__} that is no module of the model"
-        elif tree.places[path] != place and self.paths.get(place[0]) != path:  # the second: within its own layers
+        elif (
+            tree.places[path] != place and self.paths.get(place[0]) != path
+        ):  # a place within the module's own layers is right, too
             why = f"'{path}', and places it as '{place[1]}' of a {type(place[0]).__name__}, where it is not"
         if why is None:
             module = tree.modules[path]

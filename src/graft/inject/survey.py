@@ -207,13 +207,15 @@ def find_inner_uses(kind: type) -> dict[Path, Use]:
         return SOURCES[kind]
     functions: dict[str, FunctionType] = {}
     for cls in kind.__mro__:
-        if not f"{cls.__module__}.".startswith("torch."):  # its own: see `children_of`, and `attach` in inject.py
+        if not f"{cls.__module__}.".startswith(
+            "torch."
+        ):  # for torch's see `list_read_children`, and `attach_module` in inject.py
             for name, value in vars(cls).items():
                 if (function := get_written_function(value)) is not None and not SETS_UP.match(name):
                     functions.setdefault(name, function)
     naming = [
         f for f in functions.values() if TENSORS & set(list_names(f.__code__))
-    ]  # few do: to parse all takes 0.25 s
+    ]  # few functions; to parse all would take 0.25 s
     uses: dict[Path, Use] = {}
     if any(seen.reads for seen in parse_functions(naming)):
         sources = parse_functions(functions.values())
@@ -272,7 +274,10 @@ class ModuleTree:
 
 
 def check_model(model: object) -> None:
-    """Raise TypeError if `model` is a class, or has no `__dict__`, such as a name or path."""
+    """Raise TypeError if `model` is a class, or an object without `__dict__`, such as a string.
+
+    Any other object passes.
+    """
     if isinstance(model, type):
         raise TypeError(f"A model has to be a torch.nn.Module, got the class {model.__name__}. Make an object of it.")
     if not hasattr(model, "__dict__"):

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 DUMMY = "dummy-target-modules"  # inject into no module
-COMPRESS_FROM = 20  # names: this many become the shortest suffixes that tell them apart from others
+COMPRESS_FROM = (
+    20  # from this many names on, targets become the shortest suffixes that tell them apart from other modules
+)
 HEAD_NAMES = ("score", "classifier")
 
 
@@ -123,7 +125,9 @@ def find_weight(module: nn.Module) -> nn.Parameter | None:
 
 
 def find_embedding_path(model: object, tree: ModuleTree) -> str | None:
-    """Return the path of a model's input embedding; None if the model does not say which it is."""
+    """Return the path of a model's input embedding; None if the model does not say which it is, or the survey does not
+    show it.
+    """
     embedding = skip_empty_carriers(input_embeddings(model))
     return None if embedding is None else tree.paths.get(embedding)
 
@@ -155,8 +159,9 @@ def expand_tied_targets(cfg: Any, method: type[Method], model: nn.Module, tree: 
     Return {tied path: embedding's path}. Tied modules leave `target_modules` and `modules_to_save`, and the embedding
     is added.
 
-    Returns {} without tied modules, and if neither `ensure_weight_tying` nor the method asks for tying; then warns if a
-    tied layer is targeted. Also returns {} with a warning if tying is set but nothing tied is targeted.
+    Returns {} and changes nothing in three cases. Without tied modules: a warning comes if `ensure_weight_tying` is
+    set. If neither that field nor the method asks for tying: a warning comes if a tied module is targeted. If no tied
+    module is targeted: always warns.
     """
     ensure = getattr(cfg, "ensure_weight_tying", False)
     embedding, tied = find_tied_modules(model, tree)

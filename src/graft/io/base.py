@@ -63,7 +63,7 @@ def find_original_name(base: nn.Module, key: str) -> str | None:
     parts = []
     for part in key.split("."):
         while module is not None and part not in module._modules and (inner := find_inner_module(module)) is not None:
-            module = inner  # some wrappers leave their own part out of the names in state dicts
+            module = inner  # some wrappers leave their name out of keys in state dicts
         if module is None or carrier_of(module) is None:
             parts.append(part)
         elif part != module.inner_name:

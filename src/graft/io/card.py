@@ -41,7 +41,7 @@ def write_card(model: nn.Module, folder: str) -> None:
     name = escape_controls(str(name)) if name else None
     kind = model.peft_type.value
     before = None
-    if os.path.isfile(path) and not os.path.islink(path):  # a link may lead to a text that is not for others to see
+    if os.path.isfile(path) and not os.path.islink(path):  # a link may lead to a private text
         with open_file(path) as f:
             before = f.read().decode("utf-8-sig")
         card = ModelCard(before)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-import numpy as np  # torch reads no bytes that cannot be written
+import numpy as np  # torch reads no read-only bytes
 import torch
 from torch import Tensor
 
@@ -90,7 +90,7 @@ def group_small_tensors(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, 
         if n > SMALL:
             yield [(name, t)]
             continue
-        kind = t.dtype, t.device, t.shape  # of one shape, they can be joined as they are
+        kind = t.dtype, t.device, t.shape  # tensors of one shape can be stacked
         groups[kind].append((name, t))
         sizes[kind] += n
         if sizes[kind] > TOGETHER:

@@ -37,7 +37,7 @@ from graft.storage.parallel import is_sharded
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
 
-LOOKS = 5  # times to look for the weights again that another process has replaced by some of the other format
+LOOKS = 5  # attempts to find the weights, as another process may replace them by the other format
 
 
 @dataclass
@@ -49,7 +49,7 @@ class LoadedWeights:
     fingerprint: Fingerprint | None = None  # the base model's, if graft wrote the file
     noted: notes.WeightsFile | None = None  # path, config and time of the file
     layout: StackLayout = TODAY  # of the factors of stacks
-    finite: bool = False  # the reader saw that all its numbers are; False: nobody has looked
+    finite: bool = False  # True: all numbers are known to be finite; False: not checked
 
 
 def save_adapter(
@@ -177,7 +177,7 @@ def separate_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     out, seen = dict[str, Tensor](), set[int]()
     for key, t in tensors.items():
-        if describe_fault(t) is None:  # of others, loading tells
+        if describe_fault(t) is None:  # loading refuses the others
             memory = t.untyped_storage()
             if memory.data_ptr() in seen or memory.nbytes() > t.nbytes:
                 t = t.clone()

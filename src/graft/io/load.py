@@ -409,7 +409,7 @@ class CheckpointValues:
                 stem, _, leaf = path.rpartition(".")
                 for inner in ("base_layer", "original_module", ROWS):
                     by_name[f"{prefix}{stem}.{inner}.{leaf}"] = p
-        out = {n: by_name[n] for n in sorted(names) if n in by_name}  # spreading takes all processes, in one order
+        out = {n: by_name[n] for n in sorted(names) if n in by_name}  # sharding needs all processes, in one order
         wrong = [n for n in out if find_whole_shape(out[n]) != self.tensors[n].shape]
         return out, [(n, self.tensors[n].shape, find_whole_shape(out.pop(n))) for n in wrong]
 
@@ -586,5 +586,5 @@ def set_peft_model_state_dict(
     with get_gate(model).change(f"set_peft_model_state_dict({adapter_name!r})", None if whole else (adapter_name,)):
         assign_values(parts, adapter_name, pairs)
         if registry is not None:
-            registry.states.pop(adapter_name, None)  # which belongs to the values from before
+            registry.states.pop(adapter_name, None)  # the training state of the old values
     return values.report

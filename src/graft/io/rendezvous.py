@@ -165,7 +165,7 @@ class Meeting:
             room = f"{building}/{store.add(f'{building}/rank {self.rank}', 1)}"
             go = f"{room}/go"
             if not store.check([go]):
-                break  # else one has waited here in vain, and left, before this one came
+                break  # else a process has waited here in vain and left
         store.set(f"{room}/{self.rank}", task)
         if store.add(f"{room}/count", 1) == size:
             store.compare_set(go, "", GO.decode())
@@ -287,7 +287,7 @@ def save_once(folder: str, values: str, act: Callable[[], object]) -> None:
                 ) from None
             act()
             return
-        shelf.add(seen, 1)  # not `number`: the first may be a save ahead, which this process has yet to ask for
+        shelf.add(seen, 1)  # not `number`: rank 0 may be one save ahead of this process
         if (error := pickle.loads(shelf.get(key))) is not None:
             raise error
         return

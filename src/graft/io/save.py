@@ -153,7 +153,7 @@ def collect_adapter_tensors(
     if any([t.is_meta for t in values.values()]):
         away = find_offloaded(model)
         values |= {key: copy_offloaded(*away[id(t)]) for key, t in values.items() if id(t) in away}
-    if state is not None or not all([has_no_layout(t) and t.numel() for t in values.values()]):  # which is quick to see
+    if state is not None or not all([has_no_layout(t) and t.numel() for t in values.values()]):  # a quick test
         values |= gather_tensors(values)
         check_entries(all_entries, values, parts, adapter_name)
     if any([layer.methods[adapter_name].lenders for layer in parts.layers.values()]):
@@ -201,7 +201,7 @@ def find_adapter_ranks(model: nn.Module, adapters: list[str]) -> list[int]:
     tensors: list[Tensor] = []
     for adapter in adapters:
         parts, _, base = find_carriers(model, adapter)
-        if parts.prompt is not None:  # a file knows its base by weights that may be in parts, too
+        if parts.prompt is not None:  # the fingerprint reads base weights, which may be sharded, too
             tensors += [*find_parameters_below(parts.prompt).values(), *find_parameters_below(base).values()]
         tensors += [slot.tensor for carrier in parts.carriers() for slot in carrier.slots(adapter) if slot.saved]
     return find_ranks(tensors)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 IN, OUT = "in", "out"  # the two stacks of a block: the one on its input, and the one that makes its output
 PARAMETERS = {"gate_up_proj": IN, "up_proj": IN, "down_proj": OUT}
-PARTS = {IN: ("gate_proj", "up_proj"), OUT: ("down_proj",)}  # of experts that hubs hold as stacks
+PARTS = {IN: ("gate_proj", "up_proj"), OUT: ("down_proj",)}  # an expert's parts, for models with stacks on the hub
 W = {IN: ("w1", "w3"), OUT: ("w2",)}
 ONE_AFTER_THE_OTHER = {"Llama4TextExperts"}  # classes with gate above up that no flag or conversion tells
 BY_W_IN_VLLM = ("gpt_oss",)  # types with stacks on the hub; vLLM calls an expert's parts w1, w3 and w2
@@ -238,14 +238,14 @@ def why_not_shared(pairs: Mapping[str, FactorPair]) -> str | None:
     return None
 
 
-# back
+# back: from a server's layout to PEFT's
 
 
 KEY = re.compile(
     r"(?P<prefix>base_model\.model\.)?(?P<experts>.*\bexperts)(?:\.(?P<number>\d+))?(?:\.(?P<part>\w+))?"
     r"\.lora_(?P<side>[AB])\.weight"
 )
-INNER = "base_layer"  # the part that PEFT calls the first of two stacks by
+INNER = "base_layer"  # PEFT's name of the first of two stacks
 PartFactors = dict[str, dict[str, dict[int | None, Tensor]]]  # part → A or B → expert, None: all → values
 
 

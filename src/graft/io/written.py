@@ -12,7 +12,7 @@ from graft.config.reading import Json
 from graft.core.errors import ConfigError, PeftWarning, warn
 
 MARK = "lora_B_layout"  # Unsloth's field in configs: one of the last two names below
-TRAINING_ONLY = ("lora_velora_", "lora_monteclora_")  # beginnings of names: tensors that count in training only
+TRAINING_ONLY = ("lora_velora_", "lora_monteclora_")  # prefixes of tensors that act in training only
 NAMES: dict[str, Json] = {
     "peft": dict(exchanged=False, by_expert=False),
     "exchanged": dict(exchanged=True),
@@ -28,7 +28,7 @@ class StackLayout:
     version: str | None = FORMAT_VERSION  # of the PEFT that wrote it
     exchanged: bool | None = None  # A and B of square stacks are exchanged
     by_expert: bool | None = False  # columns of B: those of an expert are next to each other
-    left_to: str | None = None  # who has replaced PeftModel.load_adapter, and may see to the columns of B itself
+    left_to: str | None = None  # the code that replaced PeftModel.load_adapter, and may reorder the columns of B itself
 
     @classmethod
     def from_config(cls, fields: Json) -> StackLayout:

@@ -222,9 +222,9 @@ class Host(Holding, Carrier, nn.Module):
                 end_offloading(module)
 
     def find_mixed_plan(self, rows: Rows) -> MixedPlan:
-        """Return the MixedPlan for the keys of these rows.
+        """Return the MixedPlan for the keys of these rows; without keys if adapters are disabled.
 
-        The last one is cached. If adapters are disabled it has no keys.
+        The last one is kept, and returned again for equal keys.
         """
         state = self.state
         keys = () if state.disabled else rows.keys
@@ -301,8 +301,12 @@ class AdapterLayer(PeftNames, Host):
 
         All others become inactive.
 
-        If adapters are merged, warns and unmerges them first, unless `names` are the active ones and exactly these are
-        merged. Raises TypeError or ValueError for names that are none, come twice, or cannot act together.
+        If adapters are merged, warns and unmerges them first, unless `adapters` are the active ones and exactly these
+        are merged. Waits until no call of the model runs.
+
+        Raises:
+            TypeError, ValueError: `adapters` is no list of names, has one twice, or they cannot act together here.
+            InUseError: calls of the model do not end in time.
         """
         names = as_name_list(adapters, "set_adapter")
         if len(names) > 1:
@@ -318,7 +322,10 @@ class AdapterLayer(PeftNames, Host):
 
     @changes(all_adapters)
     def enable_adapters(self, enabled: bool) -> None:
-        """Enable or disable all adapters, and refresh the plan. Disabling while adapters are merged unmerges them."""
+        """Enable or disable all adapters, and refresh the plan. Disabling while adapters are merged unmerges them.
+
+        Waits until no call of the model runs; raises InUseError if that takes too long.
+        """
         state = self.state
         if not enabled and state.merged:
             self.unmerge()
@@ -336,7 +343,8 @@ class AdapterLayer(PeftNames, Host):
     def bias_now(self) -> Tensor | None:
         """Return the bias, with all merged adapters in it; None if the layer has none.
 
-        Returns the parameter itself, or a tensor read by the store if the bias is in pieces or offloaded.
+        Returns the parameter itself, or a tensor that the store reads if the bias is in pieces or on the meta device
+        (offloaded).
         """
         bias = getattr(self.base_layer, "bias", None)
         as_it_is = bias is None or (self.site.piece is None and not bias.is_meta)  # False: in pieces, or offloaded
@@ -422,10 +430,12 @@ class AdapterLayer(PeftNames, Host):
 
         Merged adapters are taken out meanwhile and merged again.
 
-        `rollback` restores the weight, until `drop_rollback`. On the meta device it only warns.
+        `rollback` restores the weight, until `drop_rollback`. A tied module keeps the former weight. On the meta device
+        it only warns. Waits until no call of the model runs.
 
         Raises:
             UnsupportedLayerError: the store cannot read or write the weight.
+            InUseError: calls of the model do not end in time.
         """
         if self.site.on_meta:
             warn(
@@ -502,7 +512,7 @@ class AdapterLayer(PeftNames, Host):
         """Write adapters into the base weight, and run the base layer alone from then on.
 
         Adapters that are merged already are skipped with a warning, those not on this layer silently. If none is left,
-        nothing happens. Also warns if rounding lost a part of the update.
+        nothing happens. Also warns if rounding lost a part of the update. Waits until no call of the model runs.
 
         Args:
             safe_merge: compute the result first and check that it is finite; else check the adapters' own tensors.
@@ -512,6 +522,7 @@ class AdapterLayer(PeftNames, Host):
         Raises:
             ValueError: a value is not finite, or adapters are disabled.
             NotImplementedError: the method, or the way the weight is stored, has no merged form.
+            InUseError: calls of the model do not end in time.
         """
         names = [n for n in merging.select_unmerged(self, adapter_names) if n in self.methods]
         if names:
@@ -537,9 +548,12 @@ class AdapterLayer(PeftNames, Host):
 
     @changes(all_adapters)
     def unmerge(self) -> None:
-        """Take all merged adapters out of the base weight, and refresh the plan. Warns if none is merged.
+        """Take all merged adapters out of the base weight, and refresh the plan.
 
-        Subtracts the updates where that is exact enough, else restores a snapshot.
+        Warns, and does no more, if none is merged.
+
+        Subtracts the updates where that is exact enough, else restores a snapshot. Waits until no call of the model
+        runs; raises InUseError if that takes too long.
         """
         if not self.state.merged:
             warn("Already unmerged. Nothing to do.")

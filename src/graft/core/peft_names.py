@@ -241,12 +241,15 @@ class PeftNames:
 
         If it is merged, the merge holds the new values afterwards.
 
+        Waits until no call of the model runs.
+
         Args:
             init_lora_weights: True or "gaussian"; False leaves all as it is.
 
         Raises:
             AdapterNotFoundError: the layer does not carry the adapter.
             ConfigError: the adapter is not LoRA's, or the initialisation changes more than A and B.
+            InUseError: calls of the model do not end in time.
         """
         method = self.methods.get(adapter_name)
         if method is None:

@@ -109,9 +109,10 @@ class DrawOnCPU(TorchFunctionMode):
         """Run a random function on the CPU and return its result on the device that the caller wanted; run others
         unchanged.
 
-        Creating functions (`torch.rand`) and sampling ones (`bernoulli`) get their result moved. In-place ones
-        (`normal_`) run on a CPU copy, which is then copied into the tensor; values that a library marked in the
-        tensor's `__dict__` are copied first. Meta tensors draw nothing.
+        The results of functions that create a tensor (`torch.rand`) or sample from one (`bernoulli`) are moved. A
+        function that fills a tensor (`normal_`) fills a CPU twin, which is copied into the tensor. The twin begins with
+        the tensor's values only if a library marked the tensor by attributes. Tensors on the CPU are filled directly;
+        meta tensors draw nothing.
         """
         kwargs = kwargs or {}
         if func in _CREATE or func in _LIKE:
@@ -254,8 +255,8 @@ class GeneratorSnapshot:
         """Return True if nothing but tickets was drawn from torch's CPU generator since, and nothing from the
         accelerator's.
 
-        Draws as many tickets from a copy of the old state as were drawn meanwhile, and compares. The generators do not
-        change.
+        Draws as many tickets from a copy of the old state as were drawn meanwhile, and compares; the generators do not
+        change. An accelerator counts only if it was in use both then and now.
         """
         with LOCK:
             twin = Generator("cpu")

@@ -83,7 +83,7 @@ def test_one_stack_of_two(family, stacks, tmp_path):
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "llama4", "nemotron_h"])
 def test_factors_that_all_experts_share(family, layout, tmp_path):
     model = with_experts(family)
-    if family != "llama4":  # whose A and B stand for each other here
+    if family != "llama4":  # with A and B exchanged here
         made = graft.adapter_tensors(shared(model), layout=layout)
         outs = ("w2", "down_proj")
         for key, t in made.tensors.items():

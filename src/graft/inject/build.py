@@ -292,7 +292,8 @@ def make_shared_tensors(job: InjectionJob) -> None:
     of all layers meanwhile. On a pipeline stage without sites does nothing.
 
     Raises:
-        ConfigError: the adapter has no site at all.
+        ConfigError: the adapter has no site at all, or its settings do not agree with those of adapters that share the
+            tensors.
     """
     sites = [method.matrix_method.site for method in job.order.values()]
     if not sites and job.tree.absent:

@@ -567,7 +567,7 @@ def explain_no_match(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> 
     """Return the error's text for a config that targets no module.
 
     It tells apart: a model without modules, modules that a replaced step left out, all or some excluded, no targets,
-    and names that are not in the model, with similar names.
+    and names that are not in the model. The last text names similar modules, and `layers_to_transform` if that is set.
     """
     targets = cfg.target_modules
     if not outcomes:

@@ -160,6 +160,7 @@ def get_gate(model: nn.Module) -> Gate:
 
     Raises:
         AdapterNotFoundError: it has no adapter.
+        AlreadyInjectedError: it has adapters of another package.
     """
     gate = find_gate(model)
     if gate is None:

@@ -119,7 +119,9 @@ def add_remote_sites(sites: dict[str, Site], tree: ModuleTree, matcher: Matcher,
 def list_block_sites(
     parent: str, sites: dict[str, Site], tree: ModuleTree, matcher: Matcher
 ) -> Iterator[tuple[str, Site]]:
-    """Yield the sites in all blocks of the list at `parent`, in order.
+    """Yield (path, site) for all blocks of the list at `parent`, in order.
+
+    Blocks on this process give their own sites.
 
     Absent blocks get copies of the sites in the first block that has some, if `matcher` matches their paths. Sites of
     parameters are copied without that test.

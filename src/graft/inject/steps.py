@@ -208,9 +208,11 @@ class ReplacedSteps:
     # parameters
 
     def adapt_parameters(self) -> tuple[dict[str, Site], UnmatchedEntries]:
-        """Return the sites of the parameters that the steps adapt, by path, and the entries that match none.
+        """Return the sites of the parameters that the steps adapt, by path, and the entries of `target_parameters` that
+        match none.
 
-        A replaced `_inject_parameters` decides; else each matching parameter goes through `_create_and_replace`.
+        A replaced `_inject_parameters` decides if there is one; then the entries are all of them if it chose no site,
+        else none. Without it each matching parameter goes through `_create_and_replace`.
         """
         job, before = self.job, set(self.noted)
         if PARAMETERS in self.replaced:

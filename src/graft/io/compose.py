@@ -94,7 +94,7 @@ def compose_cartridge_adapters(
     """Write a CARTRIDGE adapter that holds the tokens of several saved ones, in that order.
 
     The first adapter's config gives all fields, such as the number of frozen first tokens, and the new one is for
-    inference. On an error the old files stay.
+    inference. The first fingerprint among the files is kept. On an error the old files stay.
 
     Args:
         adapter_paths: folders or hub repositories, at least two, for one base model.

@@ -187,12 +187,13 @@ def separate_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = True) -> LoadedWeights:
-    """Return the content of a safetensors file, read into memory.
+    """Return the content of a safetensors file, read into memory, with tensors in the file's order and its notes.
 
     A mapped file would change a running model when overwritten, and kill the process when truncated. Another thread
-    computes the digest meanwhile.
+    computes the digest meanwhile. `finite` is set if the sum of all numbers shows it.
 
     Args:
+        check_digest: compare the tensors with the file's digest, if it has one.
         may_differ: the error for a wrong digest names `check_digest=False`. False: the file must have a digest.
 
     Raises:

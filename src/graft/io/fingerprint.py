@@ -56,9 +56,9 @@ def digest_base_tensors(
 
 
 def digest_base_tensor(t: Tensor) -> str | None:
-    """Return "dtype:digest" of a tensor, of 16 hex digits; a tensor subclass gives the digest of all its inner tensors.
+    """Return "dtype:digest" of a tensor: the first 16 hex digits of SHA-256 over its bytes.
 
-    None if its bytes cannot be read.
+    For a tensor subclass the bytes are those of all its inner tensors, and None is returned if they cannot be read.
     """
     parts = plain_tensors(t)
     if parts is None:

@@ -33,18 +33,19 @@ class Cut(NamedTuple):
 
     @property
     def chunk(self) -> int:
-        """The size of the first piece of a stripe."""
+        """The size of the first piece of a stripe: size / (stripes · world), rounded up."""
         return -(-self.size // (self.stripes * self.world))
 
     def length(self, rank: int) -> int:
-        """Return the size of a process's piece of a stripe."""
+        """Return the size of a process's piece of a stripe: `chunk`, less at the end of the stripe, and 0 behind it."""
         return max(0, min(self.chunk, self.size // self.stripes - rank * self.chunk))
 
 
 def take_piece(t: Tensor, cut: Cut, dim: int) -> Tensor:
-    """Return a view of this process's piece of a whole tensor.
+    """Return this process's piece of a whole tensor, cut along `dim`; with several stripes its parts of all stripes,
+    joined.
 
-    Autograd sees a plain slice: `cut_tensor` has the right gradient.
+    It is a view with one stripe. Autograd records a plain slice: `cut_tensor` has the right gradient.
     """
     striped = t.movedim(dim, 0).unflatten(0, (cut.stripes, -1))
     piece = striped.narrow(1, min(cut.rank * cut.chunk, striped.shape[1]), cut.length(cut.rank))
@@ -54,8 +55,8 @@ def take_piece(t: Tensor, cut: Cut, dim: int) -> Tensor:
 def gather_whole(piece: Tensor, cut: Cut, dim: int) -> Tensor:
     """Return the whole tensor, contiguous, from the pieces that the processes of the group pass.
 
-    All processes have to call it. Shorter pieces are padded for the exchange. It records no gradient: `join_pieces`
-    does.
+    All processes have to call it. Shorter pieces are padded for the exchange and cut afterwards; stripes are put back
+    in order. It records no gradient: `join_pieces` does.
     """
     stripes = piece.movedim(dim, 0).unflatten(0, (cut.stripes, -1)).movedim(1, 0)  # (length, stripes, …)
     padded = (
@@ -78,45 +79,64 @@ def sum_over_group(t: Tensor, cut: Cut) -> Tensor:
 
 
 class _Piece(Function):
+    """The function of `cut_tensor`."""
+
     @staticmethod
     def forward(ctx: Context, t: Tensor, cut: Cut, dim: int) -> Tensor:
+        """Return this process's piece of t along `dim`, contiguous."""
         ctx.cut, ctx.dim = cut, dim
         return take_piece(t, cut, dim).contiguous()
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> object:
+        """Return the gradients of all processes' pieces, gathered to that of the whole tensor.
+
+        All processes have to run it.
+        """
         return gather_whole(g, ctx.cut, ctx.dim), None, None
 
 
 class _Whole(Function):
+    """The function of `join_pieces`."""
+
     @staticmethod
     def forward(ctx: Context, t: Tensor, cut: Cut, dim: int) -> Tensor:
+        """Return the whole tensor, gathered from the pieces of all processes along `dim`."""
         ctx.cut, ctx.dim = cut, dim
         return gather_whole(t, cut, dim)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> object:
+        """Return this process's piece of the gradient, contiguous. Nothing is sent."""
         return take_piece(g, ctx.cut, ctx.dim).contiguous(), None, None
 
 
 class _Sum(Function):
+    """The function of `sum_partial_results`."""
+
     @staticmethod
     def forward(ctx: Context, t: Tensor, cut: Cut) -> Tensor:
+        """Return the sum of t over the processes of the group, in new memory."""
         return sum_over_group(t, cut)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> object:
+        """Return the gradient unchanged."""
         return g, None
 
 
 class _WithSummedGrad(Function):
+    """The function of `sum_gradient`."""
+
     @staticmethod
     def forward(ctx: Context, t: Tensor, cut: Cut) -> Tensor:
+        """Return a view of t."""
         ctx.cut = cut
         return t.view_as(t)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> object:
+        """Return the sum of the gradient over the processes of the group. All processes have to run it."""
         return sum_over_group(g, ctx.cut), None
 
 
@@ -137,13 +157,16 @@ def join_pieces(t: Tensor, cut: Cut | None, dim: int = -1) -> Tensor:
 
 
 def sum_partial_results(t: Tensor, cut: Cut) -> Tensor:
-    """Return the sum of the processes' partial results, such as products with pieces; gradients pass unchanged."""
+    """Return the sum of the processes' partial results, such as products with pieces; the gradient passes unchanged.
+
+    All processes have to call it.
+    """
     return _Sum.apply(t, cut)
 
 
 def sum_gradient(t: Tensor, cut: Cut) -> Tensor:
-    """Return a whole tensor unchanged, for a product with a piece.
+    """Return a view of a whole tensor, for a product with a piece.
 
-    The backward pass sums its gradient over all processes.
+    The backward pass sums its gradient over all processes, so that all have to run it.
     """
     return _WithSummedGrad.apply(t, cut)

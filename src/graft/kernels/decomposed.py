@@ -22,7 +22,9 @@ from graft.kernels.sparse import gathers
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, rows: Cut | None = None, columns: Cut | None = None) -> Tensor:
-    """Return ‖W + BA‖ per row, (out,), in at least float32: the terms of ‖w‖² + 2⟨W Aᵀ, B⟩ + b A Aᵀ bᵀ may cancel.
+    """Return the norms of the rows of W + B A, (out,), without forming the sum, in at least float32.
+
+    The terms of ‖w‖² + 2⟨W Aᵀ, B⟩ + b A Aᵀ bᵀ may cancel, hence the dtype; a negative sum counts as 0.
 
     rows, columns: the cuts if W is this process's piece of a weight. Then the processes exchange sums, the result is
     the norm of all rows, and there are no gradients.
@@ -45,7 +47,10 @@ SPARSE_TO = 0.15  # up to this share of dropped inputs, W x' is computed as W x 
 def plain_dora_linear(
     x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, ratio: Tensor, scale: float, mask: Tensor | int = 1
 ) -> Tensor:
-    """The reference. x (…, in), W (out, in), A (r, in), B (out, r), b and ratio (out,); mask: dropout's factors."""
+    """Return W x + b + (ratio - 1) ⊙ W x' + ratio ⊙ scale · B A x' by plain operations; the reference.
+
+    x' is x · mask, with dropout's factors as mask. x (…, in), W (out, in), A (r, in), B (out, r), b and ratio (out,).
+    """
     y, xd = x @ W.T, x * mask
     out = y + (xd @ W.T) * (ratio - 1) + (xd @ A.T @ B.T) * (scale * ratio)
     return out if b is None else out + b
@@ -63,7 +68,9 @@ def dora_linear(
     scale: float,
     p: float,
 ) -> Tensor:
-    """Compute `plain_dora_linear` in the dtype of base(x) = W x + b.
+    """Return the product of `plain_dora_linear` with dropout of the share p, in the dtype of base(x) = W x + b.
+
+    W and b get no gradient; with p > 0 a random seed is drawn.
 
     base, input_gradient, W: as in `low_rank_linear`.
     """
@@ -78,6 +85,11 @@ class _DoraLinear(Function):
         ctx: Context, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, ratio: Tensor,
         base: Callable[[Tensor], Tensor], input_gradient: object, scale: float, p: float, seed: int,
     ) -> Tensor:  # fmt: skip
+        """Return the output of `dora_linear`, in the dtype of base(x).
+
+        Without dropout base(x) takes in the update in its memory if dtypes agree. With it, W x' is a second product; on
+        a CPU with p up to `SPARSE_TO` it is base(x) less the product of the dropped inputs.
+        """
         y = base(x)
         flat = x.reshape(-1, x.shape[-1])
         h = low_rank.down(flat, A, 1.0, p, seed)
@@ -102,6 +114,11 @@ class _DoraLinear(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, A, B and ratio, as far as needed; None for all others.
+
+        For a second derivative autograd runs through `plain_dora_linear` instead. On a CPU with little dropout the
+        gradient of x is one product, corrected at the dropped places.
+        """
         x, W, b, A, B, ratio, h, z = ctx.saved_tensors
         scale, p, seed = ctx.options
         need = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
@@ -130,7 +147,10 @@ class _DoraLinear(Function):
 
 
 def _differentiable_gradients(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients by autograd through `plain_dora_linear`, so that they have gradients themselves."""
+    """Return the gradients of all eleven inputs by autograd through `plain_dora_linear`, with the same dropout mask.
+
+    They have gradients themselves. None for inputs that need none.
+    """
     x, W, b, A, B, ratio, *_ = ctx.saved_tensors
     scale, p, seed = ctx.options
     mask = low_rank.dropout_mask(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape) / (1 - p) if p else 1

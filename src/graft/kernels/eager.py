@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When kernels may take short cuts: operations and modules do as written and nothing more; and autograd.Functions whose
-backward pass computes in the dtypes that its forward pass left."""
+"""When kernels may take short cuts: operations and modules do as written and nothing more.
+
+Also autograd.Functions with backward passes that compute in the dtypes of their forward passes.
+"""
 
 from __future__ import annotations
 
@@ -41,26 +43,34 @@ def eager() -> bool:
 
 
 def only_backward() -> bool:
-    """Return True if an autograd.Function that has a rule for vmap, and compiles, may stand for operations: no tracer
-    records them, and nobody wants a forward-mode derivative."""
+    """Return True if an autograd.Function that has a rule for vmap, and compiles, may replace operations.
+
+    That is so under torch.compile; elsewhere if no tracer records operations and nobody wants a forward-mode
+    derivative.
+    """
     return is_dynamo_compiling() or not (_is_tracing() or forward_ad._current_level >= 0)
 
 
 def once(x: Tensor) -> Tensor:
-    """Return x for several uses whose gradients are summed before x gets any: so that the order of a sum with those of
-    other modules is the same for an adapter alone and for its rows of a mixed batch."""
+    """Return a view of x for several uses: autograd sums their gradients before x gets any.
+
+    The order of a sum with gradients of other modules is then the same for an adapter alone and for its rows of a mixed
+    batch. Return x itself if it records no gradient, or under a tracer.
+    """
     if not (x.requires_grad and torch.is_grad_enabled()) or (not is_dynamo_compiling() and _is_tracing()):
         return x
     return x.view_as(x)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x in a dtype: x itself if it has that. To ask takes a tenth of the time of a cast that does nothing."""
+    """Return x in a dtype: x itself if it has that, which is ten times as fast as a cast that does nothing."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def functional() -> bool:
-    """Return True if a functional transform runs; code within it must not write to tensors."""
+    """Return True if a functional transform (vmap, grad) runs outside of torch.compile: code in it must not write to
+    tensors.
+    """
     return not is_dynamo_compiling() and _are_functorch_transforms_active()
 
 
@@ -70,8 +80,10 @@ def watched() -> bool:
 
 
 def has_no_hooks(*modules: nn.Module) -> bool:
-    """Return True if calling each module does nothing but its forward, so that code may go past the call. For hooks on
-    all modules ask `eager`."""
+    """Return True if calling each module does nothing but its class's forward, so that code may call that directly.
+
+    False for a module with a hook of any kind, or with a replaced forward. For hooks on all modules ask `eager`.
+    """
     for module in modules:
         attributes = module.__dict__  # a lean module may have no dictionaries for hooks
         if (
@@ -96,13 +108,13 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 class Context(FunctionCtx):
-    """What `forward` hands to `backward`: torch's object as type checkers should see it; nobody makes one."""
+    """The object that `forward` passes to `backward`: torch's, as type checkers should see it. Nobody makes one."""
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
 
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
-    def __getattr__(self, name: str) -> Any: ...  # what `forward` has noted
+    def __getattr__(self, name: str) -> Any: ...  # the attributes that `forward` has set
     def __setattr__(self, name: str, value: object) -> None: ...
 
 
@@ -115,8 +127,11 @@ class Function(torch.autograd.Function):
 
 
 def _without_autocast(backward: Callable[[object, Tensor], object]) -> Callable[[Context, Tensor], object]:
+    """Return a backward function that runs `backward` with autocast off on the device of the gradient."""
+
     @wraps(backward)
     def run(ctx: Context, g: Tensor) -> object:
+        """Return the result of `backward`; with autocast off, if it is on for the gradient's device."""
         if autocast_dtype(g.device) is None:
             return backward(ctx, g)
         with torch.autocast(g.device.type, enabled=False):

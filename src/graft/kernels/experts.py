@@ -41,14 +41,17 @@ class LowRankUpdate(NamedTuple):
 
 
 class Form:
-    """A function that makes the update of one matrix from smaller tensors; it runs again in the backward pass."""
+    """A function that makes the update of one matrix from smaller tensors. It runs again in the backward pass."""
 
     tensors: Sequence[Tensor]  # (experts, …)
     common_parameters: Sequence[Tensor]  # tensors of all experts that the function reads where they stand
     reads: bool  # the function needs the matrix
 
     def __call__(self, expert: int, tensors: Sequence[Tensor], W: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return ΔW (out, in), or A (r, in) and B (out, r), from the expert's own `tensors` and its matrix."""
+        """Return (ΔW (out, in),), or A (r, in) and B (out, r), from the expert's own `tensors` and its matrix.
+
+        Abstract.
+        """
         raise NotImplementedError
 
 
@@ -82,13 +85,14 @@ class Routes(NamedTuple):
 
     @classmethod
     def of(cls, index: Tensor, experts: int, group: Tensor | None = None, groups: int = 1) -> Routes:
-        """Return the rows that router indices describe, sorted by expert and group.
+        """Return the rows that router indices describe, stably sorted by expert and group.
 
         Waits for the device to learn the sizes.
 
         Args:
             index: (tokens, k), the experts of each token. An index outside 0 … experts - 1 is of an expert of another
-                process; its rows come last and add nothing.
+                process;
+                its rows come last and add nothing.
             group: (tokens,), the group of each token, below `groups`.
         """
         flat = index.reshape(-1)
@@ -101,8 +105,9 @@ class Routes(NamedTuple):
         return cls(order, order // index.shape[1], (key // groups).clamp(max=experts - 1), sizes, groups)
 
     def spans(self, group: int | None = None) -> Iterator[Span]:
-        """Yield (expert, start, stop) for each expert with rows; with `group`, only the rows of that group of
-        tokens.
+        """Yield (expert, start, stop) for each expert with rows; with `group`, only the rows of that group of tokens.
+
+        Experts without such rows are left out.
         """
         end = 0
         for expert in range(len(self.sizes) // self.groups):
@@ -155,12 +160,12 @@ def run_experts(
 def multiply_stack(x: Tensor, routes: Routes, stack: UpdatedStack, gather: bool = False) -> Tensor:
     """Return the product of each row with its expert's updated matrix, (rows, out), plus the expert's bias.
 
-    Rows without an expert get zeros, plus the last expert's bias.
-    Computes in autocast's dtype if it is on, else in the dtype of a dense stack, else in that of x; updates in their
-    own. Gradients flow to x and to the tensors of the updates, none to the stack.
+    Rows without an expert get zeros, plus the last expert's bias. Computes in autocast's dtype if it is on, else in the
+    dtype of a dense stack, else in that of x; updates in their own. Gradients flow to x and to the tensors of the
+    updates, none to the stack.
 
     Args:
-        x: (rows, in), or with `gather` (tokens, in).
+        x: (rows, in) in the order of the routes, or with `gather` (tokens, in).
     """
     auto = autocast_dtype(x.device)
     dtype = auto or (stack.matrices.dtype if isinstance(stack.matrices, Tensor) else x.dtype)
@@ -194,7 +199,10 @@ class Maker(NamedTuple):
     tensor_count: int = 2  # with those of all experts
 
     def make(self, e: int, tensors: Sequence[Tensor], W: Tensor | None) -> Sequence[Tensor]:
-        """Return ΔW, or A and B, of expert e, formed without autocast in `dtype`. `tensors` are that expert's."""
+        """Return (ΔW,), or A and B, of expert e, formed without autocast in `dtype`. `tensors` are that expert's.
+
+        Factors are returned as they are.
+        """
         if self.form is None:
             return tensors
         with torch.autocast(tensors[0].device.type, enabled=False):
@@ -203,9 +211,10 @@ class Maker(NamedTuple):
     def make_with_gradients(
         self, e: int, tensors: Sequence[Tensor], W: Tensor | None, need: Sequence[bool]
     ) -> tuple[Sequence[Tensor], Callable[[Sequence[Tensor]], Sequence[Tensor | None]]]:
-        """Return the result of `make`, and a function from its gradients to the gradients of the tensors.
+        """Return the detached result of `make`, and a function from its gradients to the gradients of the tensors.
 
-        The gradients are those of `tensors`, then of `common_parameters`; None for one that `need` excludes.
+        The gradients are those of `tensors`, then of `common_parameters`; None for one that `need` excludes. For
+        factors the function returns its argument.
         """
         if self.form is None:
             return tensors, lambda of_made: of_made
@@ -216,6 +225,10 @@ class Maker(NamedTuple):
         wanted = [i for i, (t, needed) in enumerate(zip(inputs, need)) if needed]
 
         def back(of_made: Sequence[Tensor]) -> Sequence[Tensor | None]:
+            """Return the gradients of the tensors, then of the common parameters, by autograd from those of the update.
+
+            None for a tensor without need, or one that the update does not depend on.
+            """
             out: list[Tensor | None] = [None] * len(inputs)
             pairs = [(m, g) for m, g in zip(update, of_made) if m.requires_grad]
             if pairs and wanted:
@@ -239,10 +252,14 @@ class StackProduct(NamedTuple):
 
     @property
     def reads(self) -> bool:
+        """True if an update is formed from the matrix of its expert, so that the backward pass needs the matrices."""
         return any(maker.form is not None and maker.form.reads for maker in self.makers)
 
     def densify(self, experts: Sequence[int]) -> Iterable[Tensor]:
-        """Return the matrices of some experts in `dtype`; views, one by one, of a dense stack in that dtype."""
+        """Return the matrices (out, in) of some experts in `dtype`.
+
+        A dense stack gives them one by one as they are used, as views if it has that dtype; a packed one all at once.
+        """
         if isinstance(self.matrices, Tensor):
             return (self.matrices[e].to(self.dtype) for e in experts)
         return self.matrices.dense(experts, self.dtype)
@@ -250,7 +267,8 @@ class StackProduct(NamedTuple):
     def visit_matrices(self, use: Callable[[Tensor | None, int, int, int], object], dense: bool = True) -> None:
         """Call `use(matrix, expert, start, stop)` for each expert with rows; the matrix is None if not `dense`.
 
-        Matrices come in chunks of at most `BUDGET` bytes. `use` must not keep its matrix.
+        Matrices of a packed stack are dequantized in chunks of at most `BUDGET` bytes, one matrix at least. `use` must
+        not keep its matrix.
         """
         if not dense:
             for span in self.spans:
@@ -277,7 +295,7 @@ class StackProduct(NamedTuple):
 def multiply_rows(x: Tensor, W: Tensor, out: Tensor) -> Tensor:
     """Write x W to `out` (rows, n) and return it.
 
-    Fewer than `FEW` rows are padded, so that a row's bits do not depend on the others.
+    Fewer than `FEW` rows are padded with zeros, so that a row's bits do not depend on the others.
     """
     if len(x) >= FEW:
         return torch.mm(x, W, out=out)
@@ -285,9 +303,20 @@ def multiply_rows(x: Tensor, W: Tensor, out: Tensor) -> Tensor:
 
 
 class _StackProduct(Function):
+    """The function of `multiply_stack`."""
+
     @staticmethod
     def forward(ctx: Context, x: Tensor, at: Tensor | None, job: StackProduct, *tensors: Tensor | None) -> Tensor:
+        """Return the products of all rows with their experts' matrices and updates, (rows, out), in the job's dtype.
+
+        Rows without an expert stay 0. Keeps x, `at`, the tensors, and v Aᵀ of each low-rank update.
+
+        at: for each row its place in x; None: x has the rows in order. tensors: for each update its gate or None, and
+        its tensors.
+        """
+
         def rows(a: int, b: int) -> Tensor:
+            """Return the rows from a to before b: a slice of x, or with `at` a gathered copy."""
             return x[a:b] if at is None else x[at[a:b]]
 
         y = x.new_zeros(job.rows, job.matrices.shape[1], dtype=job.dtype)
@@ -295,6 +324,11 @@ class _StackProduct(Function):
         low: dict[tuple[int, int], Tensor] = {}  # (rows, r) of each part and expert
 
         def run(W: Any, e: int, a: int, b: int) -> None:
+            """Write the rows a to b of expert e times Wᵀ to y, and add the expert's updates to the rows that have them.
+
+            Each update is formed and multiplied in its dtype, times its gate, and cast to y's. Low-rank products v Aᵀ
+            are kept.
+            """
             multiply_rows(rows(a, b).to(W.dtype), W.T, y[a:b])
             for i, (maker, _, gate, part_tensors) in enumerate(parts):
                 if e not in maker.spans:
@@ -316,6 +350,11 @@ class _StackProduct(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x and of each gate and tensor, as far as needed; None for the others.
+
+        Matrices are made dense again only if x needs a gradient or an update reads them. The gradient of x is summed in
+        at least float32.
+        """
         job, (x, at, *saved) = ctx.job, ctx.saved_tensors
         count = len(saved) - len(ctx.low)
         tensors, low = saved[:count], dict(zip(ctx.low, saved[count:]))
@@ -325,6 +364,7 @@ class _StackProduct(Function):
         parts = job.split_tensors(tensors)
 
         def add(a: int, b: int, d: Tensor) -> None:
+            """Add d to rows a to b of x's gradient, or with `at` to the tokens of these rows."""
             assert dx is not None
             if at is None:
                 dx[a:b] += d
@@ -332,6 +372,9 @@ class _StackProduct(Function):
                 dx.index_add_(0, at[a:b], d.to(dx.dtype))  # tokens of one expert: each once
 
         def run(W: Any, e: int, a: int, b: int) -> None:
+            """Add the gradients of expert e's rows a to b, for x and for the gate and tensors of each of its updates,
+            in place.
+            """
             if need_x:
                 add(a, b, multiply_rows(g[a:b], W, g.new_empty(b - a, W.shape[1])))
             for i, (maker, first, gate, part_tensors) in enumerate(parts):

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank updates: y + s · dropout(x) Aᵀ Bᵀ in y's own memory, with vectors beside fixed A and B, or with projections
-of x kept for the backward pass (VeLoRA's, arXiv 2405.17991); and when such a form pays.
+"""Low-rank updates, y + s · dropout(x) Aᵀ Bᵀ, in y's own memory.
+
+There are variants with vectors around fixed A and B, and with projections of x kept for the backward pass (VeLoRA's,
+arXiv 2405.17991). Rules say when each form pays.
 
 x (rows, n) is wide, h (rows, r) narrow. Dropout, of the share p, acts on the wide side: on the same elements for the
-same seed."""
+same seed.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,10 @@ BLOCK = 256  # rows in a cast
 
 @lru_cache(maxsize=1)  # several products of one layer ask for the same, one after another
 def places(size: int, p: float, seed: int, device: torch.device) -> Tensor:
-    """Return where dropout puts zeros: each of `size` places with probability p < 1, the same for the same seed.
+    """Return where dropout puts zeros: each of `size` places with probability p < 1, (count,) int64, sorted.
 
-    The gaps between zeros are geometric, which takes one random number per zero, not one per place. Do not write to
-    the result: it is cached.
+    The same seed gives the same places. The gaps between zeros are geometric, which takes one random number per zero,
+    not one per place. Waits for the device. Do not write to the result: that of the last arguments is cached.
     """
     g = torch.Generator(device).manual_seed(seed)
     draws = int(size * p + 6 * math.sqrt(size * p)) + 16  # enough but for one time in 10⁹
@@ -41,7 +44,10 @@ def places(size: int, p: float, seed: int, device: torch.device) -> Tensor:
 
 
 def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
-    """Return a mask of the elements that dropout keeps."""
+    """Return a boolean mask of the elements of `like` that dropout of the share p keeps, the same for the same seed.
+
+    On a CPU it is made from `places`, else from one random number per element.
+    """
     if not gathers(like):  # `places` would wait for the device
         g = None if like.is_meta else torch.Generator(like.device).manual_seed(seed)
         return torch.rand(like.shape, generator=g, device=like.device) >= p
@@ -51,7 +57,7 @@ def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
 
 
 def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """Return dropout(x)."""
+    """Return dropout(x), with kept elements times 1 / (1 - p); x itself if p is 0."""
     return torch.where(dropout_mask(x, p, seed), x * (1 / (1 - p)), 0) if p else x
 
 
@@ -59,7 +65,10 @@ FUSED_FROM = 64  # rows: with fewer, an autograd.Function costs more than it sav
 
 
 def zeroed(x: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
-    """Return (1 - p) · dropout(x) in `dtype`: the factor is cheaper on the narrow side."""
+    """Return (1 - p) · dropout(x) in `dtype`, that is x with zeros: the factor is cheaper on the narrow side.
+
+    Without dropout it is x, or a cast; else new memory.
+    """
     if not p:
         return x.to(dtype)
     if not gathers(x):
@@ -70,10 +79,10 @@ def zeroed(x: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
 
 
 def down(x: Tensor, W: Tensor, scale: float = 1.0, p: float = 0.0, seed: int = 0) -> Tensor:
-    """Return scale · dropout(x) Wᵀ. x (rows, n), W (r, n) → (rows, r), in the dtype of W.
+    """Return scale · dropout(x) Wᵀ, (rows, r), in the dtype of W. x (rows, n), W (r, n).
 
-    Of many rows formed as (W xᵀ)ᵀ: products run along the last dimension of what they make, which is narrow otherwise.
-    Few have the bits of operations that autograd records.
+    From `FUSED_FROM` rows on it is formed as (W xᵀ)ᵀ, a transposed view: products run along the last dimension of their
+    result, which is narrow otherwise. Few rows have the bits of operations that autograd records.
     """
     if p or x.dtype != W.dtype:
         x, scale = zeroed(x, W.dtype, p, seed), scale / (1 - p)
@@ -82,17 +91,21 @@ def down(x: Tensor, W: Tensor, scale: float = 1.0, p: float = 0.0, seed: int = 0
 
 
 def down_each(x: Tensor, W: Tensor) -> Tensor:
-    """Return x Wᵀ of several with the bits of `down`. x (n, rows, in), W (n, r, in) → (n, rows, r)."""
+    """Return x Wᵀ of several adapters with the bits of `down`. x (n, rows, in), W (n, r, in) → (n, rows, r)."""
     return torch.bmm(x, W.mT) if x.shape[1] < FUSED_FROM else torch.bmm(W, x.mT).mT
 
 
 def up(h: Tensor, W: Tensor, dtype: torch.dtype, p: float = 0.0, seed: int = 0) -> Tensor:
-    """Return dropout(h Wᵀ). h (rows, r), W (n, r) → (rows, n), in `dtype`."""
+    """Return dropout(h Wᵀ), (rows, n), computed in the dtype of h and cast to `dtype`. h (rows, r), W (n, r)."""
     return zeroed(h * (1 / (1 - p)) @ W.T if p else h @ W.T, h.dtype, p, seed).to(dtype)
 
 
 def add_up(y: Tensor, h: Tensor, W: Tensor, scale: float, p: float = 0.0, seed: int = 0) -> Tensor:
-    """Return y + dropout(scale · h Wᵀ) in y's memory. y (…, n), h (rows, r), W (n, r)."""
+    """Add dropout(scale · h Wᵀ) to y in y's memory, and return y. y (…, n), h (rows, r), W (n, r).
+
+    Without dropout and with one dtype it is a single operation. Else the sum is computed in the wider dtype and rounded
+    once; on a CPU the dropped elements get their values back after a full product.
+    """
     flat = y.view(-1, y.shape[-1])
     if not p and y.dtype == h.dtype:
         flat.addmm_(h, W.T, alpha=scale)
@@ -114,19 +127,23 @@ def add_up(y: Tensor, h: Tensor, W: Tensor, scale: float, p: float = 0.0, seed: 
 
 
 def outer(h: Tensor, x: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
-    """Return hᵀ dropout(x). h (rows, r), x (rows, n) → (r, n), in the dtype of h."""
+    """Return hᵀ dropout(x), (r, n), in the dtype of h. h (rows, r), x (rows, n)."""
     product = h.T @ zeroed(x, h.dtype, p, seed)
     return product * (1 / (1 - p)) if p else product
 
 
 def outer_wide(x: Tensor, h: Tensor, scale: float) -> Tensor:
-    """Return scale · xᵀ h. x (rows, n), h (rows, r) → (n, r), in the dtype of h."""
+    """Return scale · xᵀ h, (n, r), in the dtype of h, as the transpose of hᵀ x. x (rows, n), h (rows, r)."""
     product = h.T @ x.to(h.dtype)  # xᵀ h takes up to four times as long
     return (product if scale == 1 else product * scale).T
 
 
 def through_up(g: Tensor, W: Tensor, h: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return gradients of h and W through scale · h Wᵀ. g (rows, n), W (n, r), h (rows, r) → (rows, r), (n, r)."""
+    """Return the gradients of h (rows, r) and W (n, r) through scale · h Wᵀ, from that of the result, g (rows, n).
+
+    If g has another dtype than h and no second derivative is wanted, g is cast in blocks of `BLOCK` rows, so that no
+    whole copy of it exists.
+    """
     if g.dtype == h.dtype or torch.is_grad_enabled():
         return down(g, W.T, scale), outer_wide(g, h, scale)
     dh, dW = torch.empty_like(h), h.new_zeros(W.shape[::-1])
@@ -138,7 +155,10 @@ def through_up(g: Tensor, W: Tensor, h: Tensor, scale: float) -> tuple[Tensor, T
 
 
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
-    """The reference. y (…, out), x (…, in), A (r, in), B (out, r); computes in the dtype of A."""
+    """Return y + scale · dropout(x) Aᵀ Bᵀ in y's dtype, by plain operations in the dtype of A; the reference.
+
+    y (…, out), x (…, in), A (r, in), B (out, r).
+    """
     x = x if x.dtype == A.dtype else x.to(A.dtype)  # as `cast`
     out = plus(y, (nn.functional.dropout(x, p) if p else x) @ A.T @ B.T, scale)
     return out if out.dtype == y.dtype else out.to(y.dtype)
@@ -150,9 +170,11 @@ def plus(y: Tensor, z: Tensor, scale: Tensor | float) -> Tensor:
 
 
 def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
-    """Compute `plain`; y's memory holds the result.
+    """Return y + scale · dropout(x) Aᵀ Bᵀ; y's memory may hold the result. Shapes as in `plain`.
 
     y must be fresh: nothing else may need its values, not even its own backward pass (a linear layer's does not).
+    Without gradients and dropout it is added in place. If only B trains, nothing keeps x. Otherwise `FUSED_FROM` rows
+    and more use an autograd.Function, which draws a seed for dropout; fewer use plain operations.
     """
     grad = torch.is_grad_enabled()
     if not (p or grad):
@@ -170,9 +192,10 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: fl
 
 
 def add_product(y: Tensor, h: Tensor, B: Tensor, scale: Any) -> Tensor:
-    """Return y + s · h Bᵀ. y (…, out), h (…, r), B (out, r).
+    """Return y + scale · h Bᵀ in y's dtype. y (…, out), h (…, r), B (out, r).
 
-    y must be fresh, as for `add_low_rank`: its memory may hold the result.
+    y must be fresh, as for `add_low_rank`: its memory may hold the result. Without gradients or with fewer than
+    `FUSED_FROM` rows the result is new.
     """
     (B,) = autocast(h, B)
     h = h.to(B.dtype)
@@ -191,7 +214,11 @@ def low_rank_linear(
     scale: float,
     p: float = 0.0,
 ) -> Tensor:
-    """Call `add_low_rank` on base(x), with one gradient of x for both. x has many rows, W gets no gradient.
+    """Return base(x) + scale · dropout(x) Aᵀ Bᵀ, with one gradient of x for both.
+
+    x has many rows, W gets no gradient.
+
+    The memory of base(x) holds the result. With p > 0 a random seed is drawn.
 
     Args:
         base: a linear layer without hooks.
@@ -210,36 +237,50 @@ def autocast(x: Tensor, *factors: Tensor) -> Sequence[Tensor]:
 
 
 def new_seed(generator: torch.Generator | None = None) -> int:
+    """Return a random integer below 2**62 from `generator`, or from torch's generator of the CPU."""
     return int(torch.randint(2**62, (), device="cpu", generator=generator).item())
 
 
 def seed_for(p: float) -> int:
+    """Return a new random seed if p is not 0; else 0, without drawing."""
     return new_seed() if p else 0
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Do torch's dropout; for many rows keep a seed for the backward pass instead of a mask."""
+    """Return torch's dropout of x; for many rows of eager code keep a seed for the backward pass instead of a mask.
+
+    Fewer than `FUSED_FROM` rows, and compilers and tracers, get torch's function. The seed is drawn from torch's
+    generator.
+    """
     if not eager() or x.numel() < FUSED_FROM * x.shape[-1]:
         return nn.functional.dropout(x, p)
     return _Dropout.apply(x, p, new_seed())
 
 
 class _Dropout(Function):
+    """The function of `dropout`, which keeps only the seed."""
+
     @staticmethod
     def forward(ctx: Context, x: Tensor, p: float, seed: int) -> Tensor:
+        """Return dropout(x) with the places that `seed` gives."""
         ctx.options = p, seed
         return dropped(x, p, seed)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor, None, None]:
+        """Return dropout of the gradient at the same places; None for p and seed."""
         return dropped(g, *ctx.options), None, None
 
 
 class _AddLowRank(Function):
-    """`add_low_rank`, which keeps x as it came (others often keep it anyway) and h = x Aᵀ, r numbers per row."""
+    """The function of `add_low_rank`.
+
+    It keeps x as it came (others often keep it anyway) and h = x Aᵀ, r numbers per row.
+    """
 
     @staticmethod
     def forward(ctx: Context, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, seed: int) -> Tensor:
+        """Add scale · dropout(x) Aᵀ Bᵀ to y's memory past autograd, and return y's data. Keeps x, A, B and h."""
         h = down(x.reshape(-1, x.shape[-1]), A, 1.0, p, seed)
         ctx.save_for_backward(x, A, B, h)
         ctx.options = scale, p, seed
@@ -247,20 +288,28 @@ class _AddLowRank(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
+        """Return g itself for y, and the gradients of x, A and B as far as needed; None for the others."""
         x, A, B, h = ctx.saved_tensors
         need = ctx.needs_input_grad[1:4]
         return g, *gradients(g.reshape(-1, g.shape[-1]), x, A, B, h, *ctx.options, need=need), None, None, None
 
 
 class _AddProduct(Function):
+    """The function of `add_product`."""
+
     @staticmethod
     def forward(ctx: Context, y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
+        """Add scale · h Bᵀ to y's memory past autograd, and return y's data.
+
+        Keeps B, and h only if B needs a gradient.
+        """
         ctx.save_for_backward(h if ctx.needs_input_grad[2] else None, B)
         ctx.options = h.shape, scale
         return add_up(y.data, h.reshape(-1, h.shape[-1]), B, scale)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Return g itself for y, the gradient of h, and that of B if it was needed; None for the scale."""
         (h, B), (shape, scale) = ctx.saved_tensors, ctx.options
         rows, dB = g.reshape(-1, g.shape[-1]), None
         if h is None:  # B is fixed
@@ -271,13 +320,17 @@ class _AddProduct(Function):
 
 
 class _LowRankLinear(Function):
-    """`low_rank_linear`: the same together with the base layer, to whose gradient of x it adds its own."""
+    """The function of `low_rank_linear`: base layer and update together.
+
+    Their gradients of x are summed in one memory.
+    """
 
     @staticmethod
     def forward(
         ctx: Context, x: Tensor, W: Tensor, A: Tensor, B: Tensor, base: Call, input_gradient: InputGradient,
         scale: float, p: float, seed: int,
     ) -> Tensor:  # fmt: skip
+        """Return base(x) with the update added in its memory. Keeps W, x, A, B and h = dropout(x) Aᵀ."""
         y = base(x)
         h = down(x.reshape(-1, x.shape[-1]), A, 1.0, p, seed)
         ctx.save_for_backward(W, x, A, B, h)
@@ -286,6 +339,7 @@ class _LowRankLinear(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
+        """Return the gradients of x (base layer and update), A and B as far as needed; None for the others."""
         W, x, A, B, h = ctx.saved_tensors
         need_x, _, *need = ctx.needs_input_grad[:4]
         rows = g.reshape(-1, g.shape[-1])
@@ -307,9 +361,14 @@ def gradients(
     need: Sequence[bool],
     dx: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x, A and B, as far as there is need, from that of the output, g (rows, out).
+    """Return the gradients of x, A and B, each None without need, from that of the output, g (rows, out).
 
-    dx: a gradient of x (rows, in) that takes in the other, in place.
+    For a second derivative h is computed again from x, by operations that have one, and nothing is written in place.
+
+    Args:
+        h: dropout(x) Aᵀ, (rows, r), of the forward pass.
+        need: for x, A and B.
+        dx: a gradient of x (rows, in) that takes in the update's, in place.
     """
     need_x, need_A, need_B = need
     drop: dict[str, Any] = dict(p=p, seed=seed)
@@ -334,19 +393,26 @@ def worth_it(x: Tensor) -> bool:
 
 
 def plain_scaled_low_rank(y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
-    """The reference, from h = x Aᵀ. y (…, out), h (…, r), B (out, r), d (r,), b (out,)."""
+    """Return y + ((h ⊙ d) Bᵀ) ⊙ b in y's dtype, from h = x Aᵀ, by plain operations; the reference.
+
+    y (…, out), h (…, r), B (out, r), d (r,), b (out,).
+    """
     return cast(y + nn.functional.linear(h * d, B) * b, y.dtype)
 
 
 def add_scaled(y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
-    """Compute `plain`. y's memory may hold the result, so nothing else may need its values. B gets no gradient."""
+    """Return y + ((h ⊙ d) Bᵀ) ⊙ b. B gets no gradient. Shapes as in `plain_scaled_low_rank`.
+
+    If `worth_it(h)`, an autograd.Function writes the result to y's memory, so that nothing else may need y's values.
+    """
     return _AddScaled.apply(y, h, B, d, b) if worth_it(h) else plain_scaled_low_rank(y, h, B, d, b)
 
 
 def one_product_pays(rows: int, out: int, n: int) -> bool:
     """Return True if forming W + ΔW, once in each direction, costs less than three products with the factors.
 
-    The costs are 2 out · n and rows (2 out + n), times r. The sums with W come on top: hence 3.
+    W is (out, n), and x has `rows` rows. The costs are 2 out · n and rows (2 out + n), times r. The sums with W come on
+    top: hence 3.
     """
     return 3 * out * n < rows * (2 * out + n)
 
@@ -355,9 +421,11 @@ def linear_with(
     W: Tensor, bias: Tensor | None, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor,
     call: Call, input_gradient: InputGradient,
 ) -> Tensor:  # fmt: skip
-    """Compute `plain` for y = x Wᵀ + bias, as x (W + ΔW)ᵀ + bias: one product for both, where `one_product_pays`.
+    """Return x (W + ΔW)ᵀ + bias by one product, with ΔW = diag(b) B diag(d) A; for where `one_product_pays`.
 
     Only d, b and x get gradients. All have one dtype.
+
+    call: (x, weight, bias) → the output of the layer. input_gradient: as in `low_rank_linear`.
     """
     h = x.reshape(-1, x.shape[-1]) @ A.T
     return _OneProduct.apply(x, h, W, bias, A, B, d, b, call, input_gradient)
@@ -373,14 +441,18 @@ def vector_gradients(
 
 
 class _AddScaled(Function):
+    """The function of `add_scaled`."""
+
     @staticmethod
     def forward(ctx: Context, y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+        """Add ((h ⊙ d) Bᵀ) ⊙ b to y's memory past autograd, and return y's data. Keeps h, B, d and b."""
         flat = h.reshape(-1, h.shape[-1])
         ctx.save_for_backward(h, B, d, b)
         return add_up(y.data, flat * d, b[:, None] * B, 1.0)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
+        """Return g itself for y, and the gradients of h, d and b, as far as needed; None for B."""
         h, B, d, b = ctx.saved_tensors
         flat = h.reshape(-1, h.shape[-1])
         rows = g.reshape(-1, g.shape[-1]).to(h.dtype)
@@ -391,19 +463,24 @@ class _AddScaled(Function):
 
 
 class _OneProduct(Function):
-    """`linear_with`. The caller makes h = x Aᵀ, so that a second derivative finds x. The gradient of x includes h's."""
+    """The function of `linear_with`.
+
+    The caller makes h = x Aᵀ, so that a second derivative finds x. The gradient of x includes h's.
+    """
 
     @staticmethod
     def forward(
         ctx: Context, x: Tensor, h: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, d: Tensor,
         b: Tensor, call: Call, input_gradient: InputGradient,
     ) -> Tensor:  # fmt: skip
+        """Return call(x, W + ΔW, bias). Keeps h and the factors, and neither x nor the sum."""
         ctx.save_for_backward(h, W, A, B, d, b)
         ctx.input_gradient = input_gradient
         return call(x, _sum(W, A, B, d, b), bias)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
+        """Return the gradients of x (through W + ΔW, formed again), d and b, as far as needed; None for the others."""
         h, W, A, B, d, b = ctx.saved_tensors
         rows = g.reshape(-1, g.shape[-1])
         dx = None
@@ -414,49 +491,59 @@ class _OneProduct(Function):
 
 
 def _sum(W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    """Return W + diag(b) B diag(d) A in new memory. W (out, n), A (r, n), B (out, r)."""
     return torch.addmm(W, b[:, None] * B, d[:, None] * A)
 
 
 def width(n: int, groups: int) -> int:
-    """Return D, how many numbers of an input vector (n,) are in a group."""
+    """Return D = n / groups, rounded up: how many numbers of an input vector (n,) are in a group."""
     return -(-n // groups)
 
 
 def grouped(x: Tensor, groups: int) -> Tensor:
-    """Cut vectors into groups: (…, n) → (…, groups, D)."""
+    """Cut vectors into groups: (…, n) → (…, groups, D). Zeros fill the last groups if n is no multiple."""
     n = x.shape[-1]
     D = width(n, groups)
     return (x if n == groups * D else nn.functional.pad(x, (0, groups * D - n))).unflatten(-1, (groups, D))
 
 
 def unit(v: Tensor) -> Tensor:
-    """Return v with length 1, in float32; in place of zero, a vector of equal numbers."""
+    """Return the vector v with length 1, in float32; for zero, a vector of equal numbers."""
     v = v.float()
     norm = v.norm()
     return torch.where(norm > 0, v / norm, v.shape[0] ** -0.5)
 
 
 def mean_direction(x: Tensor, groups: int) -> Tensor:
-    """Return the direction of the mean group of inputs x (…, n): (D,)."""
+    """Return the direction of the mean group of inputs x (…, n): (D,) of length 1, in float32."""
     mean = x.reshape(-1, x.shape[-1]).mean(0, dtype=torch.promote_types(x.dtype, torch.float32))
     return unit(grouped(mean, groups).mean(0))
 
 
 def reconstructed(x: Tensor, v: Tensor, groups: int) -> Tensor:
-    """Return what stands for x in the gradient of A: the reference. x (…, n), v (D,)."""
+    """Return the approximation of x in the gradient of A: each group projected onto v; the reference.
+
+    x (…, n), v (D,).
+    """
     c = grouped(x, groups) @ v
     return (c[..., None] * v).flatten(-2)[..., : x.shape[-1]]
 
 
 def sketched_product(x: Tensor, A: Tensor, v: Tensor, groups: int, scale: float = 1.0) -> Tensor:
-    """Return x Aᵀ in the dtype of A. The gradient of A is scale · gᵀ `reconstructed`(x). x (…, n), A (r, n), v (D,)."""
+    """Return x Aᵀ in the dtype of A, or of autocast. The gradient of A is scale · gᵀ `reconstructed`(x).
+
+    Only one number for each group of x is kept. v gets no gradient. x (…, n), A (r, n), v (D,).
+    """
     A, v = autocast(x, A, v)
     return _Sketched.apply(x.to(A.dtype), A, v.to(A.dtype), groups, scale)
 
 
 class _Sketched(Function):
+    """The function of `sketched_product`."""
+
     @staticmethod
     def forward(ctx: Context, x: Tensor, A: Tensor, v: Tensor, groups: int, scale: float) -> Tensor:
+        """Return x Aᵀ. Keeps A, v and the projections of x's groups on v, (rows, groups), but not x."""
         c = grouped(x.reshape(-1, x.shape[-1]), groups) @ v  # (rows, groups)
         ctx.save_for_backward(c, A, v)
         ctx.scale = scale
@@ -464,6 +551,9 @@ class _Sketched(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
+        """Return the gradient g A of x, and that of A from the projections, times the scale; None where none
+        is needed.
+        """
         c, A, v = ctx.saved_tensors
         dx = g @ A if ctx.needs_input_grad[0] else None
         dA = None

@@ -17,7 +17,7 @@ Factors = Sequence[tuple[Tensor, Tensor, float]]  # A (r, in), B (out, r), scali
 
 
 def plain_add_groups(y: Tensor, x: Tensor, factors: Factors, order: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The reference: y with s · x Aᵀ Bᵀ added to the rows of each (A, B, s).
+    """Return a copy of y with s · x Aᵀ Bᵀ added to the rows of each (A, B, s), computed in A's dtype; the reference.
 
     y (batch, …, out), x (batch, …, in). order: the rows of the first adapter, then of the second, …; sizes: how many
     each has.
@@ -29,8 +29,10 @@ def plain_add_groups(y: Tensor, x: Tensor, factors: Factors, order: Tensor, size
 
 
 def can_add_groups(y: Tensor, x: Tensor, factors: Factors, sizes: Sequence[int]) -> bool:
-    """Return True if `add_groups` takes these factors: all have one dtype and, where autograd records, one shape, equal
-    numbers of rows, and at most `STACKED` numbers.
+    """Return True if `add_groups` takes these factors.
+
+    All must have one dtype. Where autograd records they must also have one shape, equal numbers of rows, and at most
+    `STACKED` numbers together.
     """
     A = factors[0][0]
     if any(a.dtype != A.dtype or b.dtype != A.dtype for a, b, _ in factors):
@@ -41,9 +43,12 @@ def can_add_groups(y: Tensor, x: Tensor, factors: Factors, sizes: Sequence[int])
 def add_groups(
     y: Tensor, x: Tensor, factors: Factors, order: Tensor, sizes: Sequence[int], in_order: bool = False
 ) -> Tensor:
-    """Compute `plain_add_groups` in y's memory, for factors that `can_add_groups` takes. Return y.
+    """Add s · x Aᵀ Bᵀ to the rows of each (A, B, s) in y's memory, and return y.
 
-    Adapters of one shape and equal numbers of rows share one batched product; else a loop runs over the adapters.
+    `can_add_groups` must accept the factors.
+
+    Adapters of one shape and equal numbers of rows share one batched product; else a loop runs over the adapters. Sums
+    in another dtype than y's are rounded once.
 
     in_order: `order` counts all rows from the first to the last.
     """
@@ -61,7 +66,7 @@ def add_groups(
 
 
 def _have_one_shape(factors: Factors, sizes: Sequence[int]) -> bool:
-    """Return True if all adapters have factors of one shape and equally many rows, so that one batched product serves
+    """Return True if all adapters have an A of one shape and equally many rows, so that one batched product serves
     them.
     """
     first = factors[0][0]
@@ -75,7 +80,10 @@ def _is_cheap_to_stack(factors: Factors) -> bool:
 
 
 def _add_stacked(y: Tensor, groups: Tensor, factors: Factors, order: Tensor | None) -> Tensor:
-    """Add all updates to y by one batched product, in y's memory, and return y.
+    """Add all updates to y by one batched product of stacked factors, in y's memory, and return y.
+
+    Without gradients, with rows in order and one dtype, the product adds itself to y. A common scaling that is a plain
+    number then gives the bits of one adapter's product.
 
     order: None if y's rows are in order.
     """
@@ -95,7 +103,10 @@ def _add_stacked(y: Tensor, groups: Tensor, factors: Factors, order: Tensor | No
 
 
 def _add_rows(y: Tensor, order: Tensor | None, added: Tensor) -> Tensor:
-    """Add rows to those of `order` (None: to all), in y's memory, with one rounding; return y."""
+    """Add `added` to the rows `order` of y (None: to all), in y's memory; return y.
+
+    If the dtypes differ, the sum is computed in the wider one and rounded once.
+    """
     if order is None:
         added = added.view(y.shape)
         return y.add_(added) if y.dtype == added.dtype else y.copy_(y + added)

@@ -12,14 +12,14 @@ PART = 1 << 20  # numbers of the weight that are wide at a time
 
 
 def plain_widened_product(A: Tensor, W: Tensor) -> Tensor:
-    """The reference. A (r, m), W (m, n) → (r, n), in the dtype of A."""
+    """Return A W in the dtype of A, with all of W cast to it; the reference. A (r, m), W (m, n) → (r, n)."""
     return A @ W.to(A.dtype)
 
 
 def multiply_widened(A: Tensor, W: Tensor) -> Tensor:
-    """Compute `plain_widened_product` without a copy of all of W in the wider dtype. W gets no gradient.
+    """Return A W in the dtype of A, (r, n), without a copy of all of W in that dtype. W gets no gradient.
 
-    Forward-mode derivatives and tracers get the plain product.
+    If the dtypes are equal, and for forward-mode derivatives and tracers, it is the plain product. A (r, m), W (m, n).
     """
     if W.dtype == A.dtype or not only_backward():
         return plain_widened_product(A, W)
@@ -27,32 +27,38 @@ def multiply_widened(A: Tensor, W: Tensor) -> Tensor:
 
 
 class _WidenedProduct(Function):
+    """The function of `multiply_widened`, with W cast in chunks of columns."""
+
     generate_vmap_rule = True
 
     @staticmethod
     def forward(A: Tensor, W: Tensor) -> Tensor:
+        """Return A W, (r, n), joined from the products with chunks of W's columns."""
         return torch.cat([plain_widened_product(A, part) for part in split_columns(W)], 1)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep W, in its narrow dtype, for the backward pass."""
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
+        """Return the gradient g Wᵀ of A, summed over chunks of W's columns in the dtype of g; None for W."""
         some = split_columns(ctx.saved_tensors[0])
         widths = [part.shape[1] for part in some]
         return sum(h @ part.to(g.dtype).T for h, part in zip(g.split(widths, 1), some)), None
 
 
 def split_columns(W: Tensor) -> tuple[Tensor, ...]:
-    """Return W in chunks of columns of at most `PART` numbers, or of one column."""
+    """Return W in chunks of columns, views of at most `PART` numbers, or of one column if that has more."""
     return W.split(max(1, PART // max(1, W.shape[0])), 1)
 
 
 def project_gradient_outside(p: Tensor, Q: Tensor) -> Tensor:
     """Return p itself, with a backward pass that turns its gradient g into g - Q Qᵀ g.
 
-    p (n, k); the columns of Q (n, j) are orthonormal.
+    Under tracers and forward-mode derivatives plain operations do the same. p (n, k); the columns of Q (n, j) are
+    orthonormal.
     """
     return _GradientProjection.apply(p, Q, False) if only_backward() else _project_by_sum(p, Q, False)
 
@@ -60,37 +66,47 @@ def project_gradient_outside(p: Tensor, Q: Tensor) -> Tensor:
 def project_gradient_inside(p: Tensor, Q: Tensor) -> Tensor:
     """Return p itself, with a backward pass that turns its gradient g into Q Qᵀ g.
 
-    Shapes as in `project_gradient_outside`.
+    Under tracers and forward-mode derivatives plain operations do the same. p (n, k); the columns of Q (n, j) are
+    orthonormal.
     """
     return _GradientProjection.apply(p, Q, True) if only_backward() else _project_by_sum(p, Q, True)
 
 
 def project_columns(g: Tensor, Q: Tensor, within: bool) -> Tensor:
-    """Return the part of g (n, k) in the space of Q's columns if `within`, else the part outside of it."""
+    """Return the part of g (n, k) in the space of Q's columns if `within`, else the part outside of it, in g's
+    dtype.
+    """
     Q = Q.to(g.dtype)
     part = Q @ (Q.T @ g)
     return part if within else g - part
 
 
 def _project_by_sum(p: Tensor, Q: Tensor, within: bool) -> Tensor:
-    """The reference: p plus a zero with a projected gradient. The value of p stays."""
+    """Return p plus a zero that has the projected gradient, by plain operations; the reference."""
     still = p.detach()
     return still + project_columns(p - still, Q, within)
 
 
 class _GradientProjection(Function):
+    """The function of `project_gradient_outside` and `project_gradient_inside`."""
+
     generate_vmap_rule = True
 
     @staticmethod
     def forward(p: Tensor, Q: Tensor, within: bool) -> Tensor:
+        """Return a view of p."""
         return p.view_as(p)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, object], output: Tensor) -> None:
+        """Keep Q and `within` for the backward pass."""
         ctx.save_for_backward(inputs[1])
         ctx.within = inputs[2]
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient projected into the space of Q's columns if `within`, else out of it; None for
+        the others.
+        """
         (Q,) = ctx.saved_tensors
         return project_columns(g, Q, ctx.within), None, None

@@ -42,6 +42,8 @@ def linear_with(
         W: (out, n).
         bias: (out,).
         x: (…, n).
+        call: (x, weight, bias) → the output of the layer.
+        input_gradient: (gradient of that output (rows, out), weight) → gradient of its input (rows, n).
     """
     return _OneProduct.apply(x, W, bias, type(delta), call, input_gradient, *delta)
 
@@ -52,6 +54,8 @@ def holds(numbers: Tensor, W: Tensor) -> bool:
 
 
 class _OneProduct(Function):
+    """The function of `linear_with`."""
+
     @staticmethod
     def forward(
         ctx: Context, x: Tensor, W: Tensor, bias: Tensor | None, kind: Callable[..., Any], call: Call,
@@ -69,6 +73,10 @@ class _OneProduct(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
+        """Return the gradients of x (through W + ΔW, formed again), bias and the fields of ΔW, as far as needed.
+
+        Those of the fields come from `kind.gradients`. None for W and the others.
+        """
         x, W, *tensors = ctx.saved_tensors
         kind, input_gradient, dtype, bias_dtype = ctx.options
         delta = kind(*[fact if t is None else t for t, fact in zip(tensors, ctx.facts)])
@@ -86,16 +94,21 @@ class Dense(NamedTuple):
     delta: Tensor  # (out, n)
 
     def add_to(self, W: Tensor) -> Tensor:
+        """Return W + ΔW in the wider of both dtypes."""
         return W + self.delta
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor]:
+        """Return (gᵀ x,), the gradient of the matrix."""
         return (g.T @ x,)
 
 
 def low_rank_pays(rows: int, out: int, n: int, r: int, need_A: bool, need_B: bool) -> bool:
-    """Return True if forming W + s · B A, once in each direction, costs less in training than multiplying by factors.
+    """Return True if forming W + s · B A, once in each direction, costs less in training than multiplying by the
+    factors.
 
-    That is so where r is a good part of n or `out`. `need_…`: the factor gets a gradient, by way of that of W.
+    That is so where r is a good part of n or `out`. x has `rows` rows.
+
+    need_A, need_B: the factor gets a gradient, by way of that of W.
     """
     apart = rows * r * ((2 + need_A) * n + (2 + need_B) * out)
     return out * n * ((2 + need_A + need_B) * r + rows) < apart
@@ -109,9 +122,11 @@ class Factored(NamedTuple):
     scale: float
 
     def add_to(self, W: Tensor) -> Tensor:
+        """Return W + s · B A in new memory. W has the dtype of the factors."""
         return torch.addmm(W, self.B, self.A, alpha=self.scale)
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        """Return the gradients of A and B, each None without need, from gᵀ x; None for the scale."""
         G = g.T @ x
         dA = (self.B.T @ G) * self.scale if need[0] else None
         dB = (G @ self.A.T) * self.scale if need[1] else None
@@ -119,17 +134,19 @@ class Factored(NamedTuple):
 
 
 def plain_hadamard(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """The reference. a, c (out, r), b, d (r, n) → (out, n)."""
+    """Return (a b) ⊙ (c d), (out, n), by plain operations; the reference. a, c (out, r), b, d (r, n)."""
     return (a @ b) * (c @ d)
 
 
 def is_narrow(r: int, out: int, n: int) -> bool:
-    """Return True if factors of rank r² are the better choice: less work, at most half of the dense matrix's memory."""
+    """Return True if factors of rank r² are the better choice: they have less than half of the numbers of (out, n)."""
     return 2 * r * r * (out + n) < out * n
 
 
 def narrow(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (A, B) with (a b) ⊙ (c d) = B A: products of all pairs of rows, of columns. A (r², n), B (out, r²)."""
+    """Return A (r², n) and B (out, r²) with (a b) ⊙ (c d) = B A: products of all pairs of rows of b and d, of columns
+    of a and c.
+    """
     return (b[:, None] * d).flatten(0, 1), (a[:, :, None] * c[:, None]).flatten(1)
 
 
@@ -144,6 +161,7 @@ class Hadamard(NamedTuple):
     shape: tuple[int, ...]  # of ΔW
 
     def dense(self) -> Tensor:
+        """Return ΔW in `shape`."""
         return self.scale * multiply_hadamard(*self[:4]).reshape(self.shape)
 
     def columns(self, ids: Tensor) -> Tensor:
@@ -156,42 +174,52 @@ class Hadamard(NamedTuple):
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
     ) -> Tensor | None:
-        """Return x (W + ΔW)ᵀ + bias; None where the sum would round ΔW."""
+        """Return x (W + ΔW)ᵀ + bias by one product; None if W has another dtype than the factors, since the sum would
+        round.
+        """
         return linear_with(W, bias, x, self, call, input_gradient) if W.dtype == self.a.dtype else None
 
     def add_to(self, W: Tensor) -> Tensor:
+        """Return W + ΔW in new memory, for W of two dimensions."""
         return torch.addcmul(W, self.a @ self.b, self.c @ self.d, value=self.scale)
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        """Return the gradients of a, b, c and d, always, from gᵀ x; None for scale and shape."""
         return *factor_gradients((g.T @ x) * self.scale, *self[:4]), None, None
 
 
 def multiply_hadamard(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """Compute `plain_hadamard`; keep only the factors for the backward pass.
+    """Return (a b) ⊙ (c d), (out, n), and keep only the factors for the backward pass: both products are as large as
+    ΔW.
 
-    The products are as large as the weight.
+    Under tracers and forward-mode derivatives it is the plain operation.
     """
     return _HadamardProduct.apply(a, b, c, d) if only_backward() else plain_hadamard(a, b, c, d)
 
 
 class _HadamardProduct(Function):
+    """The function of `multiply_hadamard`."""
+
     generate_vmap_rule = True
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        """Return (a b) ⊙ (c d)."""
         return (a @ b) * (c @ d)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep a, b, c and d for the backward pass."""
         ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of a, b, c and d."""
         return factor_gradients(grad, *ctx.saved_tensors)
 
 
 def factor_gradients(grad: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of a, b, c and d from that of (a b) ⊙ (c d)."""
+    """Return the gradients of a, b, c and d, always all, from that of (a b) ⊙ (c d), in the widest of their dtypes."""
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.promote_types(c.dtype, d.dtype))
     a, b, c, d = (t.to(wide) for t in (a, b, c, d))  # autocast may have made some of them
     left = grad * (c @ d)
@@ -209,6 +237,7 @@ class Modulated(NamedTuple):
     C: Tensor | None = None  # (r, in · kernel)
 
     def dense(self) -> Tensor:
+        """Return ΔW in the shape and memory layout of W."""
         delta = self.W * product_like(self.B, self.A, self.W).view(self.W.shape)
         return delta if self.D is None else delta + product_like(self.D, self.C, self.W).view(self.W.shape)  # type: ignore[arg-type]
 
@@ -223,16 +252,20 @@ class Modulated(NamedTuple):
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
     ) -> Tensor | None:
-        """Return x (W + ΔW)ᵀ + bias; None if the factors have a narrower dtype than W."""
+        """Return x (W + ΔW)ᵀ + bias by one product; None if the factors' dtype cannot hold W's."""
         return linear_with(W, bias, x, self, call, input_gradient) if holds(self.A, W) else None
 
     def add_to(self, W: Tensor) -> Tensor:
-        """Return W + ΔW in the dtype of the factors."""
+        """Return W + ΔW in new memory, in the dtype of the factors and the layout of W."""
         P = product_like(self.B, self.A, W)
         S = torch.addcmul(W, self.W, P) if W.dtype == P.dtype else (self.W * P).add_(W)
         return S if self.D is None or self.C is None else S.addmm_(self.D, self.C)
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        """Return None for W and the gradients of B, A, D and C. Those of B and A are always computed.
+
+        D and C get None without the second product, or if neither needs one.
+        """
         inner = g.T @ x  # of ΔW
         dD = dC = None
         if self.D is not None and self.C is not None and (need[3] or need[4]):
@@ -254,12 +287,13 @@ class Rescaled(NamedTuple):
     b: Tensor | None
 
     def dense(self) -> Tensor:
+        """Return ΔW in the shape of W; zeros without a and b."""
         if self.a is None or self.b is None:
             return torch.zeros_like(self.W)
         return torch.addcmul(self.b, self.a, self.W.flatten(1)).view(self.W.shape)
 
     def columns(self, ids: Tensor) -> Tensor:
-        """Return the columns of ΔW that `ids` (…) name: (…, out)."""
+        """Return the columns of ΔW that `ids` (…) name: (…, out); zeros without a and b."""
         columns = embedding(ids, self.W.T)
         return (
             torch.zeros_like(columns)
@@ -273,9 +307,10 @@ class Rescaled(NamedTuple):
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
     ) -> Tensor | None:
-        """Return x (W + ΔW)ᵀ + bias from x Wᵀ, rescaled. Return None if W is another tensor than the W of ΔW.
+        """Return x (W + ΔW)ᵀ + bias in the dtype of x: x Wᵀ times 1 + a, plus b times the sum of x.
 
-        input_gradient is unused: autograd records these operations.
+        Return None if W is another tensor than the W of ΔW. Without a and b it is the layer alone. input_gradient is
+        unused: autograd records these operations.
         """
         if W.data_ptr() != self.W.data_ptr():
             return None
@@ -297,6 +332,7 @@ class Difference(NamedTuple):
     shape: tuple[int, ...]  # of ΔW
 
     def dense(self) -> Tensor:
+        """Return ΔW in `shape`."""
         return (self.B @ self.A - self.B0 @ self.A0).view(self.shape)
 
     def columns(self, ids: Tensor) -> Tensor:
@@ -314,7 +350,7 @@ class Difference(NamedTuple):
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
     ) -> Tensor | None:
-        """Return x (W + ΔW)ᵀ + bias; None if the factors have a narrower dtype than W."""
+        """Return x (W + ΔW)ᵀ + bias by one product; None if the factors' dtype cannot hold W's."""
         return linear_with(W, bias, x, self, call, input_gradient) if holds(self.A, W) else None
 
     def add_to(self, W: Tensor) -> Tensor:
@@ -325,5 +361,6 @@ class Difference(NamedTuple):
         return torch.addmm(torch.addmm(W.contiguous().to(A.dtype), B, A), B0, A0, alpha=-1)
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        """Return the gradients of B and A, always, from gᵀ x; None for B₀, A₀ and shape."""
         G = g.T @ x
         return G @ self.A.T, self.B.T @ G, None, None, None

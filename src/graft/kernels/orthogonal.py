@@ -14,7 +14,10 @@ from graft.kernels.low_rank import FUSED_FROM, worth_it
 
 
 def skew(v: Tensor, size: int) -> Tensor:
-    """Return skew-symmetric (blocks, size, size) from strict upper triangles, row by row."""
+    """Return skew-symmetric matrices (blocks, size, size) from their strict upper triangles v, row by row.
+
+    v (blocks, size (size - 1) / 2).
+    """
     rows, cols = torch.triu_indices(size, size, 1, device=v.device)
     Q = v.new_zeros(v.shape[0], size, size).index_put(
         (torch.arange(v.shape[0], device=v.device)[:, None], rows, cols), v
@@ -23,14 +26,17 @@ def skew(v: Tensor, size: int) -> Tensor:
 
 
 def constrain(v: Tensor, eps: float) -> Tensor:
-    """Scale each block so that its Frobenius norm is at most eps / √blocks."""
+    """Return v with each block's triangle scaled so that the block's Frobenius norm is at most eps / √blocks.
+
+    v holds strict upper triangles, (blocks, …). Blocks within the limit stay.
+    """
     limit = eps / math.sqrt(v.shape[0])
     norm = v.norm(dim=1, keepdim=True) * math.sqrt(2)  # norm of Q, which holds every entry twice
     return v * (limit / norm).clamp(max=1)
 
 
 def constrain_in_backward(v: Tensor, eps: float) -> Tensor:
-    """Return the value of `constrain`, with a backward pass for projected gradient descent.
+    """Return the value of `constrain(v, eps)`, with a backward pass for projected gradient descent.
 
     The gradient at the constrained point becomes the gradient of v. The backward pass overwrites v with that point, so
     that the next step starts there; the forward pass writes nothing. No overwriting under functional transforms.
@@ -39,6 +45,7 @@ def constrain_in_backward(v: Tensor, eps: float) -> Tensor:
     if out.requires_grad and not functional():
 
         def move(g: Tensor) -> None:
+            """Overwrite v's data with the constrained point; the gradient stays."""
             v.data.copy_(constrain(v.data, eps))
 
         out.register_hook(move)
@@ -46,7 +53,11 @@ def constrain_in_backward(v: Tensor, eps: float) -> Tensor:
 
 
 def cayley(Q: Tensor, terms: int | None) -> Tensor:
-    """Return (I - Q)(I + Q)⁻¹. With `terms`, return PEFT's truncated series of it instead, I + 2Q + 2Q² + … + Qⁿ⁻¹."""
+    """Return (I - Q)(I + Q)⁻¹ of each block of Q (…, n, n).
+
+    With `terms`, return PEFT's truncated series of it instead, I + 2Q + 2Q² + … + Qⁿ⁻¹: I for 1, I + 2Q for 2, and at
+    least four terms for 3. Whether I + Q has an inverse is not checked.
+    """
     I = torch.eye(Q.shape[-1], device=Q.device, dtype=Q.dtype)
     if terms is None:
         return torch.linalg.solve_ex(I + Q, I - Q, left=False)[0]  # I + Q has an inverse: no check, which would wait
@@ -62,16 +73,23 @@ def cayley(Q: Tensor, terms: int | None) -> Tensor:
 
 
 def orthogonal(Q: Tensor, terms: int | None) -> Tensor:
-    """Compute `cayley`; if autograd records outside of autocast and compilers, keep no powers of Q for the backward
-    pass.
+    """Return the value of `cayley(Q, terms)`.
+
+    Where autograd records, outside of autocast and compilers and for other terms than 1 and 2, an autograd.Function
+    keeps no powers of Q.
     """
     fused = terms not in (1, 2) and torch.is_grad_enabled() and eager() and autocast_dtype(Q.device) is None
     return _Orthogonal.apply(Q, terms) if fused else cayley(Q, terms)
 
 
 class _Orthogonal(Function):
+    """The function of `orthogonal`."""
+
     @staticmethod
     def forward(ctx: Context, Q: Tensor, terms: int | None) -> Tensor:
+        """Return the Cayley transform of Q, which is kept; or with `terms` its series, by Horner's scheme, and
+        keep Q.
+        """
         ctx.terms = terms
         if terms is None:
             R = cayley(Q, None)
@@ -82,6 +100,9 @@ class _Orthogonal(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of Q: from the kept transform, or with `terms` by Horner's sums, formed again; None for
+        terms.
+        """
         (saved,) = ctx.saved_tensors
         if ctx.terms is None:  # dR (I + Q) = -(I + R) dQ, and (I + Q)⁻¹ = (I + R) / 2
             J = (saved + _eye(saved)).mT
@@ -94,7 +115,10 @@ class _Orthogonal(Function):
 
 
 def _horner_sums(Q: Tensor, terms: int) -> list[Tensor]:
-    """Return 2I + Q, 2I + Q (2I + Q), …: the series is I + Q times the last, so that no power of Q stands alone."""
+    """Return the list 2I + Q, 2I + Q (2I + Q), … with max(terms, 4) - 2 items.
+
+    The series is I + Q times the last item, so that no power of Q is formed alone.
+    """
     two = 2 * _eye(Q)
     sums = [two + Q]
     for _ in range(max(terms, 4) - 3):
@@ -103,12 +127,14 @@ def _horner_sums(Q: Tensor, terms: int) -> list[Tensor]:
 
 
 def _eye(Q: Tensor) -> Tensor:
+    """Return the identity matrix with the size, device and dtype of Q's blocks."""
     return torch.eye(Q.shape[-1], device=Q.device, dtype=Q.dtype)
 
 
 def rotate(x: Tensor, R: Tensor) -> Tensor:
-    """Return x R, block by block, computed in the dtype of R by one batched product. For many rows, keep x in its own
-    dtype for the backward pass.
+    """Return x R, block by block, in the dtype of x, computed in the dtype of R by one batched product.
+
+    For many rows (`worth_it`), keep x in its own dtype for the backward pass.
 
     x (…, blocks · b), R (blocks, b, b) → (…, blocks · b).
     """
@@ -116,18 +142,23 @@ def rotate(x: Tensor, R: Tensor) -> Tensor:
 
 
 def _rotate_blocks(x: Tensor, R: Tensor) -> Tensor:
+    """Return x R, block by block, in the dtype of x, by plain operations in the dtype of R."""
     blocks = x.to(R.dtype).reshape(-1, *R.shape[:2]).transpose(0, 1)  # (blocks, rows, b)
     return torch.bmm(blocks, R).transpose(0, 1).reshape(x.shape).to(x.dtype)
 
 
 class _Rotate(Function):
+    """The function of `rotate`."""
+
     @staticmethod
     def forward(ctx: Context, x: Tensor, R: Tensor) -> Tensor:
+        """Return x R, block by block. Keeps x in its dtype, and R."""
         ctx.save_for_backward(x, R)
         return _rotate_blocks(x, R)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, object]:
+        """Return the gradients of x, in its dtype, and of R, each None without need."""
         x, R = ctx.saved_tensors
         g = g.to(R.dtype)
         dx = _rotate_blocks(g, R.mT).to(x.dtype) if ctx.needs_input_grad[0] else None
@@ -140,7 +171,8 @@ class _Rotate(Function):
 def butterfly_order(n: int, size: int, level: int) -> Tensor:
     """Return the permutation (n,) that a butterfly factor applies to its inputs.
 
-    The inputs are 2^level blocks. Half blocks of the first half of a block and of its second half alternate.
+    The inputs are cut into chunks of 2^level · size. A chunk's half blocks (size / 2) of its first half and of its
+    second half alternate.
     """
     return torch.arange(n).view(-1, 2, 1 << level, size // 2).transpose(1, 2).flatten()
 
@@ -193,22 +225,30 @@ def gram_schmidt(u: Tensor) -> Tensor:
 
 
 def plain_reflect(x: Tensor, U: Tensor, T: Tensor) -> Tensor:
-    """The reference: x Hᵀ, computed in the dtype of U. x (…, n), U (n, r), T (r, r)."""
+    """Return x Hᵀ = x - (x U) Tᵀ Uᵀ in the dtype of x, by plain operations in the dtype of U; the reference.
+
+    x (…, n), U (n, r), T (r, r).
+    """
     z = x.to(U.dtype)
     return (z - (z @ U) @ T.T @ U.T).to(x.dtype)
 
 
 def reflect(x: Tensor, U: Tensor, T: Tensor) -> Tensor:
-    """Compute `plain_reflect` without a temporary of full width.
+    """Return x Hᵀ = x - (x U) Tᵀ Uᵀ in the dtype of x, without a temporary of full width.
 
-    For many rows, keep x and r numbers per row for the backward pass.
+    x (…, n), U (n, r), T (r, r).
+
+    For many rows (`worth_it`), keep x and r numbers per row for the backward pass; for few it is `plain_reflect`.
     """
     return _Reflect.apply(x, U, T) if worth_it(x) else plain_reflect(x, U, T)
 
 
 class _Reflect(Function):
+    """The function of `reflect`."""
+
     @staticmethod
     def forward(ctx: Context, x: Tensor, U: Tensor, T: Tensor) -> Tensor:
+        """Return x - (x U) Tᵀ Uᵀ in the dtype of x. Keeps x, U, T and h = x U."""
         flat = x.reshape(-1, x.shape[-1]).to(U.dtype)
         h = flat @ U
         ctx.save_for_backward(x, U, T, h)
@@ -216,6 +256,7 @@ class _Reflect(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
+        """Return the gradients of x, U and T, each None without need. For a second derivative h is computed again."""
         x, U, T, h = ctx.saved_tensors
         need_x, need_U, need_T = ctx.needs_input_grad
         flat = x.reshape(-1, x.shape[-1]).to(U.dtype)
@@ -231,22 +272,28 @@ class _Reflect(Function):
 
 
 def plain_rotate_pairs(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
-    """The reference: c ⊙ z + s ⊙ z′, computed in the dtype of c; z′ is z with the two numbers of each pair exchanged.
+    """Return c ⊙ z + s ⊙ z′ in the dtype of z, by plain operations in that of c; the reference.
 
-    z (…, n), c and s (n / g, 2, g / 2). A rotation has s (-sin, sin).
+    z′ is z with the two numbers of each pair exchanged. z (…, n), c and s (n / g, 2, g / 2). A rotation has s (-sin,
+    sin).
     """
     pairs = z.to(c.dtype).view(*z.shape[:-1], *c.shape)
     return torch.addcmul(pairs * c, pairs.flip(-2), s).flatten(-3).to(z.dtype)
 
 
 def rotate_pairs(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
-    """Compute `plain_rotate_pairs`; for many rows without a copy of the halves, keeping z in its own dtype."""
+    """Return c ⊙ z + s ⊙ z′ as `plain_rotate_pairs`; for many rows without a copy of the halves, keeping z in its own
+    dtype.
+
+    Fewer than `FUSED_FROM` rows, and compilers and transforms, get the plain operations.
+    """
     if torch.is_grad_enabled():
         return _RotatePairs.apply(z, c, s) if worth_it(z) else plain_rotate_pairs(z, c, s)
     return _rotate_pairs(z, c, s) if z.numel() >= FUSED_FROM * z.shape[-1] and eager() else plain_rotate_pairs(z, c, s)
 
 
 def _rotate_pairs(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """Return c ⊙ z + s ⊙ z′ in the dtype of z: z times c in new memory, then each half added in place."""
     pairs = z.to(c.dtype).view(*z.shape[:-1], *c.shape)
     y = pairs * c
     y[..., 0, :].addcmul_(pairs[..., 1, :], s[:, 0])
@@ -255,13 +302,17 @@ def _rotate_pairs(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
 
 
 class _RotatePairs(Function):
+    """The function of `rotate_pairs`."""
+
     @staticmethod
     def forward(ctx: Context, z: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        """Return c ⊙ z + s ⊙ z′. Keeps z in its dtype, c and s."""
         ctx.save_for_backward(z, c, s)
         return _rotate_pairs(z, c, s)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of z, c and s, each None without need; those of c and s are summed over rows."""
         z, c, s = ctx.saved_tensors
         need_z, need_c, need_s = ctx.needs_input_grad
         pairs, out = (t.to(c.dtype).unflatten(-1, c.shape) for t in (z, g))

@@ -28,23 +28,28 @@ def is_at_line(x: Tensor) -> bool:
 def align(x: Tensor) -> Tensor:
     """Return x, or a copy if its memory does not begin at a multiple of `LINE` bytes; its gradient likewise.
 
-    So a product of a slice has the bits of the same product alone.
+    So a product of a slice has the bits of the same product alone. Where x trains, the result is a view or a copy.
     """
     return _Align.apply(x) if x.requires_grad and torch.is_grad_enabled() else _align_memory(x)
 
 
 def _align_memory(x: Tensor) -> Tensor:
+    """Return x if its memory begins at a multiple of `LINE` bytes, else a clone."""
     return x if is_at_line(x) else x.clone()
 
 
 class _Align(Function):
+    """The function of `align`."""
+
     @staticmethod
     def forward(ctx: Context, x: Tensor) -> Tensor:
+        """Return a view of x if it is aligned, else a clone."""
         copy = _align_memory(x)
         return x.view_as(x) if copy is x else copy
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> Tensor:
+        """Return the gradient if it is aligned, else a clone."""
         return _align_memory(g)
 
 
@@ -94,7 +99,10 @@ class Group(NamedTuple):
 
 
 def plain_segments_linear(y: Tensor, x: Tensor, groups: Sequence[Group]) -> Tensor:
-    """The reference, from y = base(x). y (rows, out), x (rows, in)."""
+    """Return y = base(x) with each group's updates added to its rows, (rows, out), by plain operations; the reference.
+
+    y (rows, out), x (rows, in). Rows of no group stay.
+    """
     parts, end = [], 0
     for start, stop, n, A, B, scale, p, seed in groups:
         group_rows, part, (A, B) = y[start:stop], x[start:stop], (A, B) if n > 1 else (A[None], B[None])
@@ -112,7 +120,9 @@ def segments_linear(
     x: Tensor,
     groups: Sequence[Group],
 ) -> Tensor:
-    """Return base(x) with the updates of the adapters added to their rows. W gets no gradient.
+    """Return base(x) with the updates of the adapters added to their rows, in the memory of base(x).
+
+    W gets no gradient.
 
     Args:
         base, input_gradient, W: as in `low_rank_linear`.
@@ -124,6 +134,8 @@ def segments_linear(
 
 def group_segments(segments: Sequence[Segment], stacks: Stacks | None, dtype: torch.dtype) -> list[Group]:
     """Return the segments with an adapter as groups: neighbours with stacked factors become one, others stay alone.
+
+    Segments without an adapter only count their rows.
 
     dtype: of the rows. Factors of another dtype are not shared.
     """
@@ -156,6 +168,8 @@ def _can_share(a: Segment, b: Segment, stacks: Stacks) -> bool:
 
 
 class _SegmentsLinear(Function):
+    """The function of `segments_linear`."""
+
     @staticmethod
     def forward(
         ctx: Context,
@@ -166,6 +180,12 @@ class _SegmentsLinear(Function):
         groups: Sequence[Group],
         *factors: Tensor,
     ) -> Tensor:
+        """Return base(x), with the update of each group added to its rows in place.
+
+        Keeps x, W, the factors and each h = x Aᵀ.
+
+        factors: A and B of each group.
+        """
         y, narrow = base(x), []
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         for group in groups:
@@ -178,6 +198,11 @@ class _SegmentsLinear(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x and of the groups' A and B, each None without need, and None for the others.
+
+        The gradient of x is that of the base layer; each group adds its own in place. For a second derivative autograd
+        runs through `plain_segments_linear` instead.
+        """
         x, W, *saved = ctx.saved_tensors
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         rows = g.reshape(-1, g.shape[-1])
@@ -192,7 +217,10 @@ class _SegmentsLinear(Function):
 
 
 def _add_group(y: Tensor, x: Tensor, group: Group) -> Tensor:
-    """Add an adapter's update to its rows y (rows, out), in y's memory. Return h = x Aᵀ for the backward pass."""
+    """Add an adapter's update to its rows y (rows, out), in y's memory. Return h = dropout(x) Aᵀ, (rows, r).
+
+    A small group with one dtype uses the operations of a small batch alone, so that the bits agree.
+    """
     A, B = group.A, group.B
     if group.is_small and y.dtype == A.dtype == x.dtype:
         h = nn.functional.linear(x, A)
@@ -204,7 +232,10 @@ def _add_group(y: Tensor, x: Tensor, group: Group) -> Tensor:
 
 
 def _add_stacked(y: Tensor, x: Tensor, group: Group) -> Tensor:
-    """Add the updates of several adapters to y, in its memory. Return h (width, rows of each, r)."""
+    """Add the updates of several adapters to y, in its memory, by batched products.
+
+    Return h = x Aᵀ (width, rows of each, r).
+    """
     B, n = group.B.mT, group.width
     y, h = y.view(n, -1, y.shape[-1]), down_each(x.view(n, -1, x.shape[-1]), group.A)
     if group.is_small:
@@ -218,7 +249,10 @@ Two = tuple[Tensor | None, Tensor | None]
 
 
 def _gradients(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, need: Sequence[bool]) -> Two:
-    """Return the gradients of A and B of an adapter. Add the gradient of x to dx in its memory, unless dx is None."""
+    """Return the gradients of A and B of an adapter from g (rows, out); in a large group None without need.
+
+    Adds the gradient of x to dx in its memory, unless dx is None.
+    """
     A, B, scale = group.A, group.B, group.scale
     if not group.is_small:
         _, dA, dB = gradients(g, x, A, B, h, scale, group.p, group.seed, need=(dx is not None, need[0], need[1]), dx=dx)
@@ -231,7 +265,11 @@ def _gradients(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None,
 
 
 def _gradients_stacked(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, need: Sequence[bool]) -> Two:
-    """Do as `_gradients` for several adapters: (width, r, in) and (width, out, r)."""
+    """Return the gradients of A (width, r, in) and B (width, out, r) of several adapters, always both, by batched
+    products.
+
+    Adds the gradient of x to dx in its memory, unless dx is None.
+    """
     A, B, n, scale = group.A, group.B, group.width, group.scale
     g, x = g.view(n, -1, g.shape[-1]), x.view(n, -1, x.shape[-1])
     dx = None if dx is None else dx.view(n, -1, dx.shape[-1])
@@ -252,7 +290,11 @@ def _gradients_stacked(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor
 def _differentiable_gradients(
     ctx: Context, x: Tensor, W: Tensor, factors: Sequence[Any], g: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients by autograd through `plain_segments_linear`, so that they have gradients themselves."""
+    """Return the gradients of all inputs by autograd through `plain_segments_linear`, so that they have gradients
+    themselves.
+
+    The base layer runs again. None for inputs that need none.
+    """
     it = iter(factors)
     groups = [group._replace(A=next(it), B=next(it)) for group in ctx.groups]
     y = ctx.base(x)

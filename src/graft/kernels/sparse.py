@@ -31,7 +31,7 @@ def gathers(x: Tensor) -> bool:
 
 
 def plain_product_entries(g: Tensor, W: Tensor, places: Tensor) -> Tensor:
-    """The reference of `product_entries`; also its replacement on devices without a sampled product."""
+    """Return g W at `places` by the full product; the reference, also used on devices without a sampled product."""
     return (g @ W).reshape(-1).index_select(0, places)
 
 
@@ -41,9 +41,10 @@ def row_starts(places: Tensor, rows: int, n: int) -> Tensor:
 
 
 def multiply_sampled(x: Tensor, W: Tensor, places: Tensor) -> Tensor:
-    """Return the product of x with Wᵀ, in at least float32, with all of x but the elements at `places` taken as zero.
+    """Return the product of x with Wᵀ, (rows, out), in at least float32, with all of x but the elements at `places` as
+    zero.
 
-    x (rows, n), W (out, n), places sorted → (rows, out).
+    x (rows, n), W (out, n), places sorted.
     """
     dtype = torch.promote_types(W.dtype, torch.float32)
     rows, n = x.shape
@@ -55,7 +56,10 @@ def multiply_sampled(x: Tensor, W: Tensor, places: Tensor) -> Tensor:
 
 @cache
 def silence_beta_warning() -> None:
-    """Make one sparse tensor with warnings off, once per process: torch warns at the first that they are in beta."""
+    """Make one sparse tensor with warnings off, so that torch's only warning of their beta state is lost.
+
+    Once per process.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         of = partial(torch.tensor, device="cpu")
@@ -63,7 +67,10 @@ def silence_beta_warning() -> None:
 
 
 def product_entries(g: Tensor, W: Tensor, places: Tensor) -> Tensor:
-    """Return g W at `places` only, in at least float32. g (rows, out), W (out, n), places sorted → (places,)."""
+    """Return g W at `places` only, (places,), in at least float32. g (rows, out), W (out, n), places sorted.
+
+    Devices other than CPU and CUDA compute the full product.
+    """
     dtype = torch.promote_types(W.dtype, torch.float32)
     if g.device.type not in SAMPLED:
         return plain_product_entries(g.to(dtype), W.to(dtype), places)
@@ -90,6 +97,7 @@ class Scattered(NamedTuple):
     shape: tuple[int, ...]  # of ΔW, (out, in, *kernel)
 
     def dense(self) -> Tensor:
+        """Return ΔW in `shape`, with the values of equal places summed."""
         return self.values.new_zeros(prod(self.shape)).index_add(0, self.places, self.values).view(self.shape)
 
     def columns(self, ids: Tensor) -> Tensor:
@@ -97,7 +105,10 @@ class Scattered(NamedTuple):
         return embedding(ids, self.dense().T)
 
     def product(self, x: Tensor) -> Tensor | None:
-        """Return x ΔWᵀ, (…, out). Return None if x has so many rows that the intermediate would be larger than ΔW."""
+        """Return x ΔWᵀ, (…, out), for a ΔW of two dimensions.
+
+        Return None if x has so many rows that the intermediate would be larger than ΔW.
+        """
         out, n = self.shape
         if x.numel() // n * len(self.values) > out * n:
             return None
@@ -107,11 +118,15 @@ class Scattered(NamedTuple):
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
     ) -> Tensor | None:
-        """Return x (W + ΔW)ᵀ + bias; None if the values have a narrower dtype than W."""
+        """Return x (W + ΔW)ᵀ + bias by one product; None if the values' dtype cannot hold W's."""
         return linear_with(W, bias, x, self, call, input_gradient) if holds(self.values, W) else None
 
     def add_to(self, W: Tensor) -> Tensor:
-        """Return W + ΔW in the dtype of the values and the memory layout of W, which may be stored as (in, out)."""
+        """Return W + ΔW in new memory, in the dtype of the values and the layout of W, which may be stored as (in,
+        out).
+
+        Where autograd records, as for a second derivative, ΔW is formed and added.
+        """
         values, places, _ = self
         if torch.is_grad_enabled():  # for a second derivative
             return W + values.new_zeros(W.numel()).index_add(0, places, values).view(W.shape)
@@ -123,13 +138,15 @@ class Scattered(NamedTuple):
         return total if in_memory is W else total.T
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the values, gᵀ x at their places, always; None for places and shape."""
         return gradient_entries(g, x, self.places), None, None
 
 
 def gradient_entries(g: Tensor, x: Tensor, places: Tensor) -> Tensor:
-    """Return gᵀ x at `places`: computed alone on a CPU if they are few, else picked from the full product.
+    """Return gᵀ x at `places`, (k,), for g (rows, out), x (rows, n) and places (k,) in any order.
 
-    g (rows, out), x (rows, n), places (k,) in any order.
+    On a CPU, up to the share `SPARSE` of all numbers, they alone are computed. Otherwise, and for a second derivative,
+    they are picked from the full product.
     """
     size = g.shape[1] * x.shape[1]
     if torch.is_grad_enabled() or len(places) > SPARSE * size or not gathers(x):

@@ -24,6 +24,9 @@ class Inputs(NamedTuple):
     general: nn.Linear | None = None  # a linear layer to s numbers
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Map x (…, in) to (…, k r + s): chunk (j, n) of the result is chunk j of A_n x_n; then the outputs of
+        `general`.
+        """
         k, width, r = self.A.shape
         z = torch.bmm(x.reshape(-1, k, width).transpose(0, 1), self.A)  # (n, rows, j · chunk)
         z = z.unflatten(-1, (k, -1)).permute(1, 2, 0, 3).reshape(*x.shape[:-1], k * r)
@@ -46,6 +49,7 @@ class Outputs(NamedTuple):
     general: nn.Linear | None = None  # a linear layer of s numbers
 
     def __call__(self, z: Tensor) -> Tensor:
+        """Map z (…, k r + s) to (…, out): part j is B_j of chunks j, all n; plus `general` of the last s numbers."""
         k, r, width = self.B.shape
         blocks = z[..., : k * r].reshape(-1, k, r).transpose(0, 1)
         y = torch.bmm(blocks, self.B).transpose(0, 1).reshape(*z.shape[:-1], k * width)
@@ -105,6 +109,7 @@ class Kronecker(NamedTuple):
     shape: tuple[int, ...]  # of the weight that it updates: l k rows, m n columns
 
     def dense(self) -> Tensor:
+        """Return a ⊗ b in `shape`."""
         return torch.kron(self.a, self.b).reshape(self.shape)
 
     def columns(self, ids: Tensor) -> Tensor:
@@ -115,9 +120,9 @@ class Kronecker(NamedTuple):
 
 
 def multiply_kronecker(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return x (a ⊗ b)ᵀ, in the dtype of autocast if it is on; keep x, a and b for the backward pass.
+    """Return x (a ⊗ b)ᵀ, (…, l k), without forming the matrix; keep x, a and b for the backward pass.
 
-    x (…, m n), a (l, m), b (k, n) → (…, l k).
+    Computes in the dtype of autocast if it is on, else in the widest of the three. x (…, m n), a (l, m), b (k, n).
     """
     dtype = autocast_dtype(x.device) or torch.promote_types(x.dtype, torch.promote_types(a.dtype, b.dtype))
     function = _KroneckerProduct.apply if only_backward() else multiply_kronecker_rows
@@ -125,31 +130,38 @@ def multiply_kronecker(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def is_b_first(a: Tensor, b: Tensor) -> bool:
-    """Return True if it is cheaper to multiply by b before a."""
+    """Return True if multiplying by b before a takes no more multiplications than the reverse. a (l, m), b (k, n)."""
     (l, m), (k, n) = a.shape, b.shape
     return m * k * (n + l) <= l * n * (m + k)
 
 
 def multiply_kronecker_rows(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return a X bᵀ, flattened, for each row of x taken as a matrix X (m, n)."""
+    """Return a X bᵀ, flattened to (…, l k), for each row of x taken as a matrix X (m, n), in the cheaper order."""
     X = x.reshape(-1, a.shape[1], b.shape[1])
     Y = a @ (X @ b.T) if is_b_first(a, b) else (a @ X) @ b.T
     return Y.reshape(*x.shape[:-1], a.shape[0] * b.shape[0])
 
 
 class _KroneckerProduct(Function):
+    """The function of `multiply_kronecker`."""
+
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Return x (a ⊗ b)ᵀ."""
         return multiply_kronecker_rows(x, a, b)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep x, a and b for the backward pass."""
         ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, a and b, each None without need; a shared product is formed once, by the cheaper
+        order.
+        """
         x, a, b = ctx.saved_tensors
         X, G = x.reshape(-1, a.shape[1], b.shape[1]), g.reshape(-1, a.shape[0], b.shape[0])
         dx = da = db = None
@@ -191,25 +203,37 @@ def factorization(n: int, factor: int) -> tuple[int, int]:
 
 
 def plain_diagonals(left: Tensor, A: Tensor, right: Tensor) -> Tensor:
-    """The reference. left (r, n), A (r, d), right (n, d) → (r · n, d)."""
+    """Return left_j ⊙ A_j ⊙ right of each row j, (r · n, d), by plain operations; the reference.
+
+    left (r, n), A (r, d), right (n, d).
+    """
     return (left[..., None] * A[:, None] * right).flatten(0, 1)
 
 
 def between_diagonals(left: Tensor, A: Tensor, right: Tensor) -> Tensor:
-    """Compute `plain_diagonals`; keep only the arguments for the backward pass. A gets no gradient."""
+    """Return the product of `plain_diagonals`, (r · n, d); keep only the arguments for the backward pass.
+
+    A gets no gradient.
+
+    Without gradients, and under compilers, tracers and transforms, it is the plain operation, which gives A one.
+    """
     if not (torch.is_grad_enabled() and eager()):
         return plain_diagonals(left, A, right)
     return _BetweenDiagonals.apply(left, A, right)
 
 
 class _BetweenDiagonals(Function):
+    """The function of `between_diagonals`."""
+
     @staticmethod
     def forward(ctx: Context, left: Tensor, A: Tensor, right: Tensor) -> Tensor:
+        """Return the product (r · n, d). Keeps left, A and right."""
         ctx.save_for_backward(left, A, right)
         return plain_diagonals(left, A, right)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor, None, Tensor]:
+        """Return the gradients of left (r, n) and right (n, d); None for A."""
         left, A, right = ctx.saved_tensors
         inner = g.view(*left.shape, A.shape[1]) * A[:, None]
         return torch.einsum("rnd,nd->rn", inner, right), None, torch.einsum("rnd,rn->nd", inner, left)

@@ -29,8 +29,9 @@ signature = cache(inspect.signature)
 class Summed(Tensor):
     """The tensor W + Σ s · B A, with W (…, out, in), that is formed only where an operation needs it.
 
-    Operations of `HANDLERS` use W, A and B apart; others get the sum. `flipped`: the last two dimensions of the sum are
-    exchanged.
+    Operations of `HANDLERS` use W, A and B apart; facts such as the shape are read without forming; others get the sum.
+
+    flipped: the last two dimensions of the sum are exchanged.
     """
 
     W: Tensor
@@ -47,14 +48,18 @@ class Summed(Tensor):
         return tensor
 
     def materialize(self) -> Tensor:
-        """Return the sum as a plain tensor, in the dtype of W."""
+        """Return the sum as a plain tensor, in the dtype of W, with its last dimensions exchanged if `flipped`."""
         W = self.W
         for A, B, s in self.parts:
             W = W + (s * (B @ A)).to(W.dtype)
         return W.mT if self.flipped else W
 
     def times(self, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Return x (W + Σ s · B A)ᵀ without forming the sum. product: (x, M) → x M, for M (…, in, out)."""
+        """Return x (W + Σ s · B A)ᵀ without forming the sum; updates are computed in the dtype of their factors, or
+        autocast's.
+
+        product: (x, M) → x M, for M (…, in, out).
+        """
         y = product(x, self.W.mT)
         for A, B, s in self.parts:
             A, B = autocast(x, A, B)
@@ -65,6 +70,11 @@ class Summed(Tensor):
     def __torch_function__(
         cls, function: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: Keywords = None
     ) -> object:
+        """Run a function on sums: a fact directly, a function with a handler by it, any other with the sums formed.
+
+        A function is also found by its name. A handler that cannot take the arguments or returns NotImplemented is
+        passed over.
+        """
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if function in FACTS:
@@ -80,11 +90,12 @@ class Summed(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: Keywords = None
     ) -> object:
+        """Run an operation below autograd with the sums formed."""
         return function(*form_sums(args), **form_sums(kwargs or {}))
 
 
 def can_bind(handler: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
-    """Return True if a handler has parameters for the arguments of a call, keywords included."""
+    """Return True if a handler has parameters for the arguments of a call, keywords included; False on a TypeError."""
     try:
         signature(handler).bind(None, *args, **kwargs)
     except TypeError:
@@ -104,7 +115,10 @@ def make_sum(W: Tensor, parts: list[SumPart], flipped: bool = False) -> Tensor:
 
 
 def form_sums(value: object) -> Any:
-    """Return a value with each `Summed` replaced by the sum itself, within lists, tuples and dicts too."""
+    """Return a value with each `Summed` replaced by the sum itself, within lists, tuples and dicts too.
+
+    Named tuples are returned as they are.
+    """
     if isinstance(value, Summed):
         return value.materialize()
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
@@ -115,6 +129,11 @@ def form_sums(value: object) -> Any:
 
 
 def _select(function: object, W: Summed, index: Any) -> object:
+    """Return the `Summed` of one or some matrices of a stack (…, out, in), for an integer or integer indices up to
+    (n,).
+
+    Return NotImplemented for other indices, such as slices and masks, and for a sum that is no stack.
+    """
     one = isinstance(index, int) or (isinstance(index, Tensor) and not index.is_floating_point() and index.dim() < 2)
     if not one or W.W.dim() != 3 or (isinstance(index, Tensor) and index.dtype == torch.bool):
         return NotImplemented
@@ -122,6 +141,7 @@ def _select(function: object, W: Summed, index: Any) -> object:
 
 
 def _transpose(function: object, W: Summed, a: int, b: int) -> object:
+    """Return the `Summed` with its last two dimensions exchanged; NotImplemented for other dimensions."""
     last = {W.dim() - 1, W.dim() - 2}
     if {a % W.dim(), b % W.dim()} != last:
         return NotImplemented
@@ -129,14 +149,19 @@ def _transpose(function: object, W: Summed, a: int, b: int) -> object:
 
 
 def _t(function: object, W: Summed) -> object:
+    """Return the transposed `Summed`; NotImplemented for a stack, unless the function is `mT`."""
     return Summed(W.W, W.parts, not W.flipped) if W.dim() == 2 or function == MT else NotImplemented
 
 
 def _return_sum(function: object, W: Summed, *args: object, **kwargs: object) -> object:
+    """Return the `Summed` itself, whatever the arguments: it has no memory to make contiguous."""
     return W
 
 
 def _linear(function: object, x: Tensor, weight: object, bias: Tensor | None = None) -> object:
+    """Return x Wᵀ + bias without forming the sum; NotImplemented if the weight is no sum of two dimensions, or x is a
+    sum.
+    """
     if not isinstance(weight, Summed) or weight.dim() != 2 or isinstance(x, Summed):
         return NotImplemented
     y = _multiply_right(torch.matmul, x, Summed(weight.W, weight.parts, not weight.flipped))
@@ -144,7 +169,10 @@ def _linear(function: object, x: Tensor, weight: object, bias: Tensor | None = N
 
 
 def _matmul(function: Any, x: Any, y: Any) -> Any:
-    """Multiply by a sum from either side: M x is (xᵀ Mᵀ)ᵀ."""
+    """Return the product with a sum on either side, without forming it: M x is (xᵀ Mᵀ)ᵀ.
+
+    Return NotImplemented for two sums, and for a vector.
+    """
     if isinstance(x, Summed) and isinstance(y, Summed):
         return NotImplemented
     if isinstance(y, Summed):
@@ -156,7 +184,7 @@ def _matmul(function: Any, x: Any, y: Any) -> Any:
 
 
 def _multiply_right(function: Any, x: Tensor, M: Summed) -> Any:
-    """Return x M, or NotImplemented for an x of one dimension."""
+    """Return x M without forming the sum, by `function`; NotImplemented for an x of one dimension."""
     if not M.flipped or x.dim() < 2:  # x M with M (in, out) as shown: the sum is stored as (out, in)
         if x.dim() < 2:
             return NotImplemented
@@ -190,6 +218,7 @@ def _multiply_grouped(function: Any, x: Tensor, M: Any, *args: Any, **kwargs: An
 
 
 def _get(name: str) -> object:
+    """Return the getter of a property of torch's Tensor, as `__torch_function__` gets it."""
     return getattr(Tensor, name).__get__
 
 

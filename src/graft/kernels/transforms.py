@@ -18,13 +18,14 @@ from graft.kernels.waits import constant
 
 
 class Circulant(NamedTuple):
-    """The matrix with circulant blocks, described by w (out / b, in / b, b), not formed yet."""
+    """The matrix with circulant blocks, described by w (out / b, in / b, b), times `scale`; not formed yet."""
 
     w: Tensor
     scale: float
     shape: tuple[int, ...]  # of the weight that it updates
 
     def dense(self) -> Tensor:
+        """Return the matrix in `shape`, with entry w[m, n, (s - t) % b] in row t and column s of block (m, n)."""
         b = self.w.shape[-1]
         t = torch.arange(b, device=self.w.device)
         blocks = self.w[:, :, (t - t[:, None]) % b]  # (m, n, t, s)
@@ -40,14 +41,16 @@ class Circulant(NamedTuple):
 
 
 def plain_multiply_circulant(x: Tensor, w: Tensor) -> Tensor:
-    """The reference. x (…, in), w (out / b, in / b, b) → (…, out)."""
+    """Return x Cᵀ, (…, out), with the matrix C formed; the reference. x (…, in), w (out / b, in / b, b)."""
     m, n, b = w.shape
     return x @ Circulant(w, 1.0, (m * b, n * b)).dense().T
 
 
 def multiply_circulant(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
-    """Compute scale · `plain_multiply_circulant` by FFT, in float32 at least; keep only x and w for the
-    backward pass.
+    """Return scale · x Cᵀ, (…, out), by FFT, in float32 at least; keep only x and w for the backward pass.
+
+    C is the circulant matrix of w. An empty x gets the plain product; tracers and forward-mode derivatives get plain
+    operations.
     """
     dtype = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
     if not x.numel():  # transforms take no empty batch
@@ -75,19 +78,24 @@ def correlate(x: Tensor, w: Tensor, scale: float) -> Tensor:
 
 
 class _CirculantProduct(Function):
+    """The function of `multiply_circulant`."""
+
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, w: Tensor, scale: float) -> Tensor:
+        """Return scale · x Cᵀ by FFT."""
         return correlate(x, w, scale)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep x, w and the scale for the backward pass."""
         *tensors, ctx.scale = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x and w by FFT, each None without need; None for the scale."""
         x, w = ctx.saved_tensors
         m, n, b = w.shape
         G, dx, dw = block_spectra(g, m), None, None  # (frequency, rows, m)
@@ -105,20 +113,29 @@ class Waves(NamedTuple):
 
     @property
     def size(self) -> int:
+        """The number of frequencies, n / 2 + 1."""
         return self.n // 2 + 1
 
     def analysis(self, x: Tensor) -> Parts:
+        """Return the cosine and sine parts of x (samples, n), by FFT: two tensors (size, samples)."""
         X = transpose_complex(torch.fft.rfft(x.contiguous()))  # torch 2.6 transforms no expanded tensors
         return X.real.contiguous(), X.imag.contiguous()
 
     def synthesis(self, z: Parts) -> Tensor:
+        """Return the signals (samples, n) of two parts (size, samples), by inverse FFT."""
         return torch.fft.irfft(transpose_complex(torch.complex(z[0], z[1])), n=self.n)
 
     def factors(self, index: Tensor) -> Tensor:
+        """Return n / 2 for each frequency f in `index`, as f and -f share a cosine; n for the frequencies 0
+        and n / 2.
+        """
         alone = (index == 0) | (2 * index == self.n)  # every other f has the same cosine as -f
         return torch.where(alone, float(self.n), self.n / 2)
 
     def at(self, index: Tensor, q: Tensor, dtype: torch.dtype) -> Parts:
+        """Return cos and -sin of 2π f q / n for the frequencies f in `index` and the samples q: two tensors (indices,
+        samples).
+        """
         turn = (index[:, None] * q % self.n).to(dtype) * (2 * torch.pi / self.n)
         return turn.cos(), -turn.sin()
 
@@ -126,7 +143,8 @@ class Waves(NamedTuple):
 def transpose_complex(X: Tensor) -> Tensor:
     """Return the transpose of a complex matrix.
 
-    Without gradients, complex64 is transposed as float64, which is faster.
+    In eager code without gradients, complex64 is transposed as float64, in new memory, which is faster; else it is a
+    view.
     """
     if torch.is_grad_enabled() or X.dtype != torch.complex64 or not eager():
         return X.T
@@ -143,6 +161,10 @@ class Spectrum(NamedTuple):
     shape: tuple[int, ...]  # of the weight that it updates
 
     def dense(self) -> Tensor:
+        """Return the matrix in `shape`, by the inverse FFT of F in at least float32.
+
+        Of equal places one coefficient counts.
+        """
         wide = self.coefficients.to(torch.promote_types(self.coefficients.dtype, torch.float32))
         F = wide.new_zeros(self.size).index_put((self.places[0], self.places[1]), wide)
         return torch.fft.ifft2(F).real.reshape(self.shape) * self.scale
@@ -176,24 +198,30 @@ class Wavelet(NamedTuple):
 
     @property
     def half(self) -> int:
+        """The number of columns of each filter."""
         return (self.n + len(self.low) - 1) // 2
 
     @property
     def size(self) -> int:
+        """The number of columns of both filters."""
         return 2 * self.half
 
     @property
     def first(self) -> int:
-        """How much of the first column lies before the output."""
+        """The number of entries of the first column that lie before the output."""
         return len(self.low) - 2
 
     def analysis(self, x: Tensor) -> Parts:
+        """Return Sᵀ xᵀ for x (samples, n): the low-pass sums, then the high-pass sums, as one tensor (size,
+        samples).
+        """
         reach = 2 * self.half - 1
         wide = pad(x, (self.first, 2 * self.half - self.n)).T.contiguous()
         taps = [wide[k : k + reach : 2] for k in range(len(self.low))]
         return [torch.cat([sum_weighted(f, taps) for f in (self.low, self.high)])]
 
     def synthesis(self, z: Parts) -> Tensor:
+        """Return S z, transposed to (samples, n), for the one part z (size, samples)."""
         more = self.first // 2
         low, high = (pad(band, (0, 0, more, more)) for band in z[0].split(self.half))
         taps = [b[more - k : more - k + self.half + more] for b in (low, high) for k in range(more + 1)]
@@ -201,9 +229,13 @@ class Wavelet(NamedTuple):
         return torch.stack(both, 1).flatten(0, 1)[self.first : self.first + self.n].T
 
     def factors(self, index: Tensor) -> Tensor:
+        """Return ones in the shape and dtype of `index`."""
         return torch.ones_like(index)
 
     def at(self, index: Tensor, q: Tensor, dtype: torch.dtype) -> Parts:
+        """Return S[q, index] as one tensor (indices, samples) in `dtype`: filter taps, and zeros outside of a
+        filter.
+        """
         filters = constant((self.low, self.high), dtype, q.device)
         band, place = index[:, None] // self.half, index[:, None] % self.half
         tap = q + self.first - 2 * place
@@ -218,23 +250,28 @@ class Plain(NamedTuple):
 
     @property
     def size(self) -> int:
+        """n."""
         return self.n
 
     def analysis(self, x: Tensor) -> Parts:
+        """Return the transpose of x (samples, n), contiguous, as one part."""
         return [x.T.contiguous()]
 
     def synthesis(self, z: Parts) -> Tensor:
+        """Return the transpose of the one part."""
         return z[0].T
 
     def factors(self, index: Tensor) -> Tensor:
+        """Return ones in the shape and dtype of `index`."""
         return torch.ones_like(index)
 
     def at(self, index: Tensor, q: Tensor, dtype: torch.dtype) -> Parts:
+        """Return one tensor (indices, samples) in `dtype` with 1 where index and q agree, else 0."""
         return [(index[:, None] == q).to(dtype)]
 
 
 def sum_weighted(weights: tuple[float, ...], terms: list[Tensor]) -> Tensor:
-    """Return the weighted sum of the terms."""
+    """Return the sum of the terms, each times its weight, in new memory. Both have equally many items, at least one."""
     total = terms[0] * weights[0]
     for w, t in zip(weights[1:], terms[1:]):
         total = torch.add(total, t, alpha=w)
@@ -279,7 +316,10 @@ class Sparse(NamedTuple):
         return T.synthesis([S.synthesis([M])]).reshape(self.shape)
 
     def columns(self, ids: Tensor) -> Tensor:
-        """Return the columns that `ids` (…) name: (…, n of S)."""
+        """Return the columns that `ids` (…) name: (…, n of S).
+
+        Without ids return an empty tensor that keeps gradients.
+        """
         q, values = ids.flatten(), self.values * self.S.factors(self.rows)
         if not len(q):  # transforms take no empty batch
             return values.new_zeros(*ids.shape, self.S.n) + 0 * values.sum()
@@ -288,7 +328,10 @@ class Sparse(NamedTuple):
         return self.S.synthesis(z).reshape(*ids.shape, self.S.n)
 
     def times(self, x: Tensor) -> Tensor:
-        """Compute `plain_transformed`, in float32 at least; keep x and the entries for the backward pass."""
+        """Return x ΔWᵀ, (…, n of S), in float32 at least; keep x and the entries for the backward pass.
+
+        An empty x gets an empty result that keeps gradients. Tracers and forward-mode derivatives get plain operations.
+        """
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.values.dtype), torch.float32)
         if not x.numel():  # transforms take no empty batch
             return x.to(dtype).new_zeros(*x.shape[:-1], self.S.n) + 0 * (x.sum() + self.values.sum())
@@ -297,13 +340,19 @@ class Sparse(NamedTuple):
 
 
 def plain_transformed(x: Tensor, values: Tensor, rows: Tensor, cols: Tensor, S: Basis, T: Basis) -> Tensor:
-    """The reference of `Sparse.times`. x (…, n of T) → (…, n of S)."""
+    """Return Σ_p S_p M_p T_pᵀ x for each row, (…, n of S), by operations that autograd records. x (…, n of T).
+
+    values (parts, entries), rows and cols (entries,): as in `Sparse`.
+    """
     flat = x.reshape(-1, x.shape[-1])
     return synthesize_entries(values, cols, T.analysis(flat), rows, S).reshape(*x.shape[:-1], -1)
 
 
 def synthesize_entries(values: Tensor, source: Tensor, z: Parts, target: Tensor, S: Basis) -> Tensor:
-    """Return the synthesis by S of sums: row target[e] is the sum of values[p, e] times row source[e] of z, over e."""
+    """Return the synthesis by S of sums: row target[e] is the sum of values[p, e] times row source[e] of z, over e.
+
+    Eager code uses embedding_bag on sorted entries, other code index_add.
+    """
     values = values * S.factors(target)
     if eager():
         order, starts = sort_targets(target, S.size)
@@ -339,19 +388,24 @@ def sample_products(G: Parts, rows: Tensor, z: Parts, cols: Tensor) -> Tensor:
 
 
 class _TransformedProduct(Function):
+    """The function of `Sparse.times`."""
+
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, values: Tensor, rows: Tensor, cols: Tensor, S: Basis, T: Basis) -> Tensor:
+        """Return Σ_p S_p M_p T_pᵀ x for each row: `plain_transformed`."""
         return plain_transformed(x, values, rows, cols, S, T)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep x, values, rows, cols and both bases for the backward pass."""
         *tensors, ctx.S, ctx.T = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x and values, each None without need; None for the others."""
         x, values, rows, cols = ctx.saved_tensors
         G, dx, dvalues = ctx.S.analysis(g.reshape(-1, g.shape[-1])), None, None
         if ctx.needs_input_grad[0]:

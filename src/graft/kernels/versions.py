@@ -10,16 +10,17 @@ from torch import Tensor
 
 
 def version_of(t: Tensor) -> int:
-    """Return a number that grows with each write to a tensor; for one of inference mode, only with writes by
-    `write_all`.
+    """Return a number that grows with each write to a tensor, as torch counts them.
+
+    torch counts none for a tensor of inference mode: there only writes by `write_all` count.
     """
     return getattr(t, "_graft_writes", 0) if t.is_inference() else t._version
 
 
 def write_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy values into tensors, (tensor, value) each, at once and without gradients.
+    """Copy values into tensors, (tensor, value) each, by one operation and without gradients.
 
-    Tensors of inference mode get a new version, which torch does not count.
+    Tensors of inference mode get a new version number as an attribute, since torch counts none.
     """
     pairs = list(pairs)
     untracked = [t for t, _ in pairs if t.is_inference()]

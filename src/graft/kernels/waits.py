@@ -18,10 +18,10 @@ KEPT = 256  # constants
 
 
 def constant(values: tuple[object, ...], dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    """Return numbers as a tensor, which nobody may write to.
+    """Return numbers as a tensor on a device, which nobody may write to.
 
-    The `KEPT` constants used last are cached, so that each is copied to the device once. No cache under compilers,
-    transforms and dispatch modes.
+    The `KEPT` constants used last are cached, so that each is copied to the device once. Under compilers, transforms
+    and dispatch modes, and with `device` None (torch's default device), the tensor is new.
     """
     if device is None or not eager() or watched():  # a compiler cannot trace the last
         return torch.tensor(values, dtype=dtype, device=device)
@@ -30,6 +30,10 @@ def constant(values: tuple[object, ...], dtype: torch.dtype, device: torch.devic
 
 @lru_cache(maxsize=KEPT)
 def _constant(values: tuple[object, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a tensor, and cache it by the arguments.
+
+    It is no tensor of inference mode, as training may save it.
+    """
     with torch.inference_mode(False):  # training may save it for a backward pass
         return torch.tensor(values, dtype=dtype, device=device)
 
@@ -37,7 +41,7 @@ def _constant(values: tuple[object, ...], dtype: torch.dtype, device: torch.devi
 def vector(numbers: Sequence[object], like: Tensor) -> Tensor:
     """Return numbers, or tensors () of one number each, as a vector with the dtype and device of `like`.
 
-    Nobody may write to it.
+    Without tensors among them it is a cached constant. Nobody may write to it.
     """
     if any(isinstance(n, Tensor) for n in numbers):  # scalings that a hot-swap changes
         return torch.stack([torch.as_tensor(n, dtype=like.dtype, device=like.device) for n in numbers])
@@ -45,10 +49,11 @@ def vector(numbers: Sequence[object], like: Tensor) -> Tensor:
 
 
 def differences(ends: Tensor, rows: int) -> list[int]:
-    """Return the sizes of groups of rows that end at `ends`; on the meta device, sizes as even as possible.
+    """Return the sizes of groups of rows that end at `ends`; on the meta device, sizes of `rows` rows as even as
+    possible.
 
-    Waits for the device. The sizes of the last tensor are cached: several products of one layer pass the same `ends`
-    and wait once; tensors of inference mode are read anew each time.
+    Waits for the device. The sizes of the last tensor are cached while its version stays: several products of one layer
+    pass the same `ends` and wait once. Tensors of inference mode are read anew each time.
     """
     global _read
     if ends.is_meta:
@@ -65,10 +70,10 @@ _read: tuple[Callable[[], Tensor | None], int | None, list[int]] = (lambda: None
 
 
 def raise_unless(condition: Tensor, error: Callable[[], Exception], text: str) -> None:
-    """Raise the error unless the condition, a tensor (), is true.
+    """Raise error() unless the condition, a tensor (), is true.
 
-    On CUDA the device checks it, and stops with `text`: the host does not wait. So it does in a compiled graph, which
-    stays whole.
+    On CUDA and under torch.compile the device checks it, and stops with `text`: the host does not wait, `error` is not
+    called, and a compiled graph stays whole.
     """
     if condition.is_cuda or is_dynamo_compiling():
         torch._assert_async(condition, text)
@@ -77,7 +82,10 @@ def raise_unless(condition: Tensor, error: Callable[[], Exception], text: str) -
 
 
 def move_to_devices(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> list[Tensor]:
-    """Return each tensor on its device, with one copy for all tensors that share source, dtype and destination."""
+    """Return each tensor on its device; tensors that are there already themselves.
+
+    Others that share source, dtype and destination are copied together, and returned as views of one copy.
+    """
     out = list(tensors)
     groups: dict[tuple[torch.device, torch.dtype, torch.device], list[int]] = {}
     for i, (t, device) in enumerate(zip(tensors, devices)):
@@ -95,10 +103,10 @@ COPIES = WeakTensorKeyDictionary()
 
 
 def copy_on_device(t: Tensor, device: torch.device) -> Tensor:
-    """Return `t` on a device: `t` itself if it is there, else a copy, which is cached until `t` is written to.
+    """Return `t` on a device: `t` itself if it is there, else a copy, which is cached until `t` is written to or freed.
 
     Parameters, tensors that need a gradient, and tensors of inference mode are copied at each call; gradients flow
-    through.
+    through. So are all tensors under compilers, transforms and dispatch modes.
     """
     if t.device == device:
         return t

@@ -55,7 +55,10 @@ class Withheld(Tensor):
 
 
 def raise_first_error(args: tuple[object, ...], kwargs: dict[str, object] | None) -> NoReturn:
-    """Raise the error of the first `Withheld` among the arguments of an operation, within lists and tuples too."""
+    """Raise the error of the first `Withheld` among the arguments of an operation, within lists and tuples too.
+
+    Raises TypeError if there is none.
+    """
     values: list[object] = [*args, *(kwargs or {}).values()]
     while values:
         value = values.pop(0)

@@ -106,7 +106,7 @@ class PeftConfig:
     patterns: ClassVar[dict[str, str]] = {}  # field with overrides by layer path → field that they override
     runtime_fields: ClassVar[tuple[str, ...]] = ()  # fields that no file holds
     beyond: ClassVar[frozenset[str]] = frozenset()  # fields that PEFT lacks: files hold them unless they are defaults
-    load_options: ClassVar[frozenset[str]] = frozenset()  # options of a load that `take` knows
+    load_options: ClassVar[frozenset[str]] = frozenset()  # options of a load that `take_load_options` knows
     results: ClassVar[tuple[str, ...]] = ()  # fields that training writes: a load into an adapter takes them over
     counters: ClassVar[tuple[str, ...]] = ()  # numbers that are no sizes: seeds, and steps of training
 
@@ -253,7 +253,7 @@ class PeftConfig:
         """
         hub = select_hub_keywords(kwargs)
         file = ConfigFile(pretrained_model_name_or_path, subfolder, **hub)
-        loaded = file.of(find_weights(file.folder))
+        loaded = file.choose_fields(find_weights(file.folder))
         known = {f.name for f in fields(PeftConfig)}
         if loaded.get("peft_type") is None and not set(loaded) <= {f.name for f in fields(cls)} | known:
             raise TypeError(
@@ -261,13 +261,13 @@ class PeftConfig:
                 f"{file.path} is no adapter's, such as the config of a base model, or damaged."
             )
         config = cls.from_file({k: v for k, v in kwargs.items() if k not in hub} | loaded, file.path)
-        config.read_from(pretrained_model_name_or_path, subfolder, **hub)
+        config.note_source(pretrained_model_name_or_path, subfolder, **hub)
         return config
 
-    def take(self, options: dict[str, object]) -> None:
+    def take_load_options(self, options: dict[str, object]) -> None:
         """Do nothing: a hook for subclasses, called with the options of a load that `load_options` names."""
 
-    def read_from(self, where: str, subfolder: str | None = None, **hub: object) -> None:
+    def note_source(self, where: str, subfolder: str | None = None, **hub: object) -> None:
         """Do nothing: a hook for subclasses that must know where the config was read, such as X-LoRA's."""
 
     @classmethod
@@ -379,7 +379,7 @@ def make_config(fields: dict[str, object], path: str, where: str, subfolder: str
     """Return the config of a saved adapter from the fields of its file.
 
     If a client replaced `from_pretrained` of the class, its result is returned instead: it is called with `where`,
-    `subfolder` and `hub`. Else `read_from` is called with these.
+    `subfolder` and `hub`. Else `note_source` is called with these.
 
     Args:
         path: of the file that has the fields, for errors.
@@ -400,7 +400,7 @@ def make_config(fields: dict[str, object], path: str, where: str, subfolder: str
         )
     if getattr(target.from_pretrained, "__func__", None) is READ:
         config = PeftConfig.from_file(fields, path)
-        config.read_from(where, subfolder, **hub)
+        config.note_source(where, subfolder, **hub)
         return config
     result = target.from_pretrained(where, subfolder=subfolder, **hub)
     if not isinstance(result, PeftConfig):

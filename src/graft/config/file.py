@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The config of a saved adapter. It exists twice: in adapter_config.json, and as a copy in the weights file.
 
-If the two differ, `ConfigFile.of` decides. adapter_config.json counts if somebody edited it. The copy in the weights
+If the two differ, `choose_fields` decides. adapter_config.json counts if somebody edited it. The copy in the weights
 counts if a save has replaced the weights and not yet the config, or was killed between the two. See `pair.py`.
 """
 
@@ -46,8 +46,8 @@ class ConfigFile:
         path = fetch_file(where, CONFIG_NAME, subfolder=subfolder, **hub)
         self.folder = os.path.join(where, subfolder or "") if path is None else os.path.dirname(path)
         self.path = os.path.join(self.folder, CONFIG_NAME)
-        self.beside = self._read()
-        if self.beside is None and getattr(find_weights(self.folder), "config", None) is None:
+        self.fields = self._read()
+        if self.fields is None and getattr(find_weights(self.folder), "config", None) is None:
             self._require(None)
 
     def _read(self) -> Json | None:
@@ -57,7 +57,7 @@ class ConfigFile:
         """
         return read_object(self.path) if os.path.isfile(self.path) else None
 
-    def of(self, weights: notes.WeightsFile | None) -> Json:
+    def choose_fields(self, weights: notes.WeightsFile | None) -> Json:
         """Return the fields that belong to the weights, which were read after the config.
 
         Without a copy of the config in the weights (`weights` is None, or graft did not write them) these are the
@@ -71,23 +71,23 @@ class ConfigFile:
         Raises:
             CheckpointError: there is no config, or the copy is no JSON object.
         """
-        beside = self.beside
+        fields = self.fields
         if weights is None or weights.config is None:
-            return self._require(beside)
+            return self._require(fields)
         where = f"The config that {weights.path} holds"
         inside: Json = parse_json(weights.config, where)
         if not isinstance(inside, dict):
             raise CheckpointError(f"{where} is a {type(inside).__name__}: save or download it again.")
         end = time.monotonic() + PATIENCE
-        while beside != inside:
+        while fields != inside:
             saving = self._is_marked(weights.stamp)  # asked first: a save takes its mark away when all is done
-            before, beside = beside, self._read()
+            before, fields = fields, self._read()
             if find_stamp(os.path.dirname(weights.path)) != weights.stamp:
                 return inside  # another save came: its config may be in the folder already
-            if not saving and beside == before:
-                beside = self._require(beside)
-                self._warn_edited(beside, inside)
-                return beside
+            if not saving and fields == before:
+                fields = self._require(fields)
+                self._warn_edited(fields, inside)
+                return fields
             if time.monotonic() > end:
                 self._warn_cut_short(weights.path)
                 return inside
@@ -130,17 +130,17 @@ class ConfigFile:
             return describe_offline(where, **self.hub)
         return ": there is no such folder"
 
-    def _warn_edited(self, beside: dict[str, object], inside: dict[str, object]) -> None:
+    def _warn_edited(self, fields: dict[str, object], inside: dict[str, object]) -> None:
         """Warn of the fields that somebody changed in adapter_config.json since the save.
 
         Fields in `DESCRIBING` are left out; no warning if none differs.
         """
         # a save writes all fields of a config: of others, `PeftConfig.from_known_fields` warns
         names = [
-            n for n in sorted(set(inside) - DESCRIBING) if normalize_value(beside.get(n)) != normalize_value(inside[n])
+            n for n in sorted(set(inside) - DESCRIBING) if normalize_value(fields.get(n)) != normalize_value(inside[n])
         ]
         if names:
-            differ = ", ".join(f"{n} ({beside.get(n)!r}, saved with {inside.get(n)!r})" for n in names)
+            differ = ", ".join(f"{n} ({fields.get(n)!r}, saved with {inside.get(n)!r})" for n in names)
             warn(
                 f"{self.path} was edited since its weights were saved: {differ}. The edited values count.",
                 PeftWarning,

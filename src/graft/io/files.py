@@ -111,7 +111,7 @@ def load_pair(
     """
     config_file = ConfigFile(where, subfolder, **hub)
     loaded = load_weights(where, subfolder, check_digest, **hub)
-    fields = config_file.of(loaded.noted)
+    fields = config_file.choose_fields(loaded.noted)
     if loaded.noted is None or loaded.noted.config is None:  # graft did not write it
         loaded.layout = StackLayout.from_config(fields)
     return make_config(fields, config_file.path, os.fspath(where), subfolder, **hub), loaded

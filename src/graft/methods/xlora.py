@@ -63,7 +63,7 @@ class XLoraConfig(PeftConfig):
         """Validate the fields; set `hidden_size` to 4096 and `adapters` to {} where they are None, with a warning each.
 
         Warns of top-k options that contradict each other, and of `top_k_lora` below 1. Starts without saved experts;
-        `read_from` records them.
+        `note_source` records them.
         """
         super().__post_init__()
         # expert → (where this config was read, sub-folder there, keywords for the hub)
@@ -91,12 +91,12 @@ class XLoraConfig(PeftConfig):
         values = json.loads(super().to_json(auto_mapping_dict))
         return json.dumps({**values, "adapters": self.adapters}, indent=2)
 
-    def take(self, options: dict[str, Any]) -> None:
+    def take_load_options(self, options: dict[str, Any]) -> None:
         """Replace the experts by `options["adapters"]`, if it is there, and forget the folders of the former ones."""
         if "adapters" in options:
             self.adapters, self.beside = dict(options["adapters"]), {}
 
-    def read_from(self, where: str, subfolder: str | None = None, **hub: object) -> None:
+    def note_source(self, where: str, subfolder: str | None = None, **hub: object) -> None:
         """Record the experts that are saved with this config, in sub-folders with their names.
 
         Names "0", "1", "2", …, in the order of text as PEFT sorts them, are put in the order of numbers first: that of

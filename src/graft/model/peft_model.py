@@ -729,7 +729,7 @@ class PeftModel(nn.Module):
             warn_unknown(PeftModel.from_pretrained, kwargs, LOADING | IDLE_LOADING | config.load_options)
         with restore_on_error(config), nullcontext() if replaced_loader is None else restore_modes_on_error(model):
             if options := {name: kwargs[name] for name in config.load_options if name in kwargs}:
-                config.take(options)
+                config.take_load_options(options)
             checkpoints.prepare_config(config, is_trainable)
             ignore = kwargs.get("ignore_mismatched_sizes", False)
             values = CheckpointValues(model, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)

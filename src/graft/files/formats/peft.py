@@ -124,7 +124,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     folder = folder_of(path) or path
     config_file = ConfigFile(folder, None)
     tensors, metadata, noted = weights_in(folder)
-    config = dict(config_file.of(noted))
+    config = dict(config_file.choose_fields(noted))
     check_kinds(config, config_file.path)
     layout = StackLayout.from_config(config)
     config.pop(MARK, None)  # B is held as PEFT has it

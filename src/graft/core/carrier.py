@@ -229,11 +229,9 @@ class Carrier:
         before = self.active_adapters
         self.forget(adapter)
         if adapter in before:
-            self.set_adapter(
-                active_after_deletion(adapter, before, self.adapters)
-                if new_active_adapters is None
-                else new_active_adapters
-            )
+            if new_active_adapters is None:
+                new_active_adapters = active_after_deletion(adapter, before, self.adapters)
+            self.set_adapter(new_active_adapters)
 
 
 C = TypeVar("C", bound=Carrier)

@@ -115,9 +115,8 @@ class StackMethod(Method):
         m = self.kind(self.matrix_method.site, self.cfg, self.name)
         slots = self.slots
         tensors = [slot.tensor[expert] for slot in slots] if tensors is None else tensors
-        m.layer = MatrixLayer(
-            self.layer, m.site, self.name, expert, make_containers(self.layer, slots, tensors, self.name), W
-        )
+        containers = make_containers(self.layer, slots, tensors, self.name)
+        m.layer = MatrixLayer(self.layer, m.site, self.name, expert, containers, W)
         if trains is not None:
             m.layer.__dict__["training"] = trains
         return m
@@ -187,11 +186,9 @@ class StackMethod(Method):
         return self.matrix_method.why_incompatible(other)
 
     def to_file_tensors(self, values: Tensors, cfg: object) -> Tensors:
-        return (
-            values
-            if self.is_stored_unchanged
-            else self.map_matrices(values, lambda m, own: m.to_file_tensors(own, cfg))
-        )
+        if self.is_stored_unchanged:
+            return values
+        return self.map_matrices(values, lambda m, own: m.to_file_tensors(own, cfg))
 
     @property
     def is_stored_unchanged(self) -> bool:
@@ -254,11 +251,9 @@ class StackMethod(Method):
 
 def matrix_methods(method: Method) -> list[Any]:
     """Return the methods on all matrices of a stack; the method itself on anything else."""
-    return (
-        [method.method_on_matrix(e) for e in range(method.site.shape[0])]
-        if isinstance(method, StackMethod)
-        else [method]
-    )
+    if not isinstance(method, StackMethod):
+        return [method]
+    return [method.method_on_matrix(e) for e in range(method.site.shape[0])]
 
 
 def pieces_of(layer: Layer, effect: Effect) -> Pieces | None:

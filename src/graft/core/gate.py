@@ -285,11 +285,9 @@ class Gate:
     def why_no_turn(self, change: ModelChange) -> str:
         """Return the text of the error for a change that did not get its turn: within a call, or after the timeout."""
         running_change = self.turn_of
-        doing = (
-            "another change"
-            if running_change is None
-            else f"{running_change.what} in thread '{thread_name(running_change.thread)}'"
-        )
+        doing = "another change"
+        if running_change is not None:
+            doing = f"{running_change.what} in thread '{thread_name(running_change.thread)}'"
         if change.within is not None:
             return f"{change.what} within a call of the model cannot wait for {doing}: make the change between calls."
         return f"{change.what} waited {self.timeout:g} s for {doing}. {REMEDY}"

@@ -87,9 +87,8 @@ class Holding:
             kind = type(value)
             if kind in FACTS:
                 if key not in known:
-                    attributes[key] = (
-                        {adapter: value} if key in computes_with else make_facts_class(key)({adapter: value})
-                    )
+                    facts = {adapter: value}
+                    attributes[key] = facts if key in computes_with else make_facts_class(key)(facts)
                     known.append(key)
                 elif key in modules:
                     raise self._name_conflict(method, key, kind)

@@ -189,11 +189,8 @@ def why_unmergeable(layer: Layer, methods: Sequence[Method]) -> str | None:
     ):
         return why
     why = base.why_unwritable()
-    bias = (
-        None
-        if why is not None or getattr(base.module, "bias", None) is None
-        else replace(base, name="bias").why_unwritable()
-    )
+    has_bias = why is None and getattr(base.module, "bias", None) is not None
+    bias = replace(base, name="bias").why_unwritable() if has_bias else None
     if bias is not None:
         with EvaluationMode(layer):
             shifted = any([effect.additive and effect.shift() is not None for effect in effects])
@@ -348,9 +345,8 @@ def order_merge_steps(layer: Layer, names: Sequence[str]) -> tuple[list[Step], l
     """
     done, active = layer.state.merged, layer.state.active
     together = sorted([*done, *names], key=lambda n: active.index(n) if n in active else len(active))
-    steps = use_patched_delta_weight(
-        layer, order_steps(layer, [layer.methods[n] for n in together if n in layer.methods])
-    )
+    methods = [layer.methods[n] for n in together if n in layer.methods]
+    steps = use_patched_delta_weight(layer, order_steps(layer, methods))
     if layer.state.weights is not None:
         steps = weigh_steps(layer, steps, dict(zip(active, layer.state.weights)))
     if not done:

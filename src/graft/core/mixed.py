@@ -203,11 +203,9 @@ class MixedPlan:
             """Return a context where `key` draws from its generator, with the ticket of this run; a no-op if there is
             none.
             """
-            return (
-                nullcontext()
-                if draws is None or isinstance(key, JointAdapters)
-                else draws.use_generator(key, ticket, x.device)
-            )
+            if draws is None or isinstance(key, JointAdapters):
+                return nullcontext()
+            return draws.use_generator(key, ticket, x.device)
 
         x, stacks = rows.sort_by_adapter(x), context.stacks
         may_share = context.gates is None and not (args or kwargs) and self.may_share(x)
@@ -419,10 +417,8 @@ class MixedPlan:
         groups: dict[Key, list[int]] = {}
         for key, group_rows in rows.groups.items():
             groups.setdefault(None if self.plans[key] is None else key, []).extend(group_rows)
-        call = self.layer.call
-        return call.narrow_context(
-            call.current_context()._replace(rows=Rows.from_groups(rows.batch, groups, rows.order.device))
-        )
+        call, rows = self.layer.call, Rows.from_groups(rows.batch, groups, rows.order.device)
+        return call.narrow_context(call.current_context()._replace(rows=rows))
 
     def add(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
         """Return y, the base's output for x, with each adapter's part added to its rows.

@@ -284,9 +284,8 @@ class PieceChainPlan(PiecePlan, ChainPlan):
         piece = self.layer.site.piece
         whole = join_pieces(x, piece.inputs)
         inner = x if effect.pre is None else cut_tensor(effect.pre(whole).to(x.dtype), piece.inputs)
-        return self.apply_post(
-            n, m, effect, find_step_input(self.layer, m, effect, whole), self.run_steps(n, inner, args, kwargs)
-        )
+        step_input = find_step_input(self.layer, m, effect, whole)
+        return self.apply_post(n, m, effect, step_input, self.run_steps(n, inner, args, kwargs))
 
     def apply_post(self, n: int, m: Method, effect: Rewrite, x: Tensor, y: Tensor) -> Tensor:
         """Return this process's piece of post(x, y), computed on the whole output; y itself if the effect has no

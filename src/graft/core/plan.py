@@ -622,9 +622,8 @@ class FoldedPlan(LayerPlan):
                 updates.append(FormedUpdate(MatrixUpdate([effect.pieces()], layer.training), group, gate))
             elif effect.product is not None:
                 A, B = drop_inputs_of_A(effect.product()).matrices()
-                updates.append(
-                    LowRankUpdate(*self.op.split_matrices(A, B, self.op.count_matrices(layer.site.module)), group, gate)
-                )
+                A, B = self.op.split_matrices(A, B, self.op.count_matrices(layer.site.module))
+                updates.append(LowRankUpdate(A, B, group, gate))
         return updates
 
 

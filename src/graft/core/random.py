@@ -221,9 +221,8 @@ class AdapterGenerators:
             before = torch_generator.get_state()
             start = generator.get_state() if began is None else began
             torch_generator.set_state(start)
-            device_module = (
-                None if device.type == "cpu" or find_accelerator() is None else torch.get_device_module(device)
-            )
+            on_cpu = device.type == "cpu" or find_accelerator() is None
+            device_module = None if on_cpu else torch.get_device_module(device)
             if device_module is not None:
                 device_state = device_module.get_rng_state(device)
                 device_module.manual_seed(new_seed())

@@ -273,10 +273,7 @@ class CallContext(NamedTuple):
         """
         rows = self.rows
         if rows is not None:
-            groups = {
-                name: [row * copies + copy for row in group for copy in range(copies)]
-                for name, group in rows.groups.items()
-            }
+            groups = {k: [row * copies + i for row in group for i in range(copies)] for k, group in rows.groups.items()}
             rows = Rows.from_groups(rows.batch * copies, groups, rows.order.device)
         facts = {k: v.repeat_interleave(copies, 0) for k, v in self.facts.items()} or NO_FACTS
         return self._replace(rows=rows, facts=facts)

@@ -96,12 +96,9 @@ def collect_parameters(module: nn.Module) -> dict[str, Tensor]:
     attributes = module.__dict__
     if MANAGED not in attributes:
         return {name: p for name, p in module._parameters.items() if p is not None}
-    parameters = {
-        name: p for name, p in module._parameters.items() if p is not None and not hasattr(p, "_is_flat_param")
-    }
-    return parameters | {
-        name: t for name, t in attributes.items() if isinstance(t, Tensor) and hasattr(t._base, "_is_flat_param")
-    }
+    parameters = {n: p for n, p in module._parameters.items() if p is not None and not hasattr(p, "_is_flat_param")}
+    views = {n: t for n, t in attributes.items() if isinstance(t, Tensor) and hasattr(t._base, "_is_flat_param")}
+    return parameters | views
 
 
 HOOK = "_hf_hook"  # accelerate's mark on a module

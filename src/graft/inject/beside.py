@@ -152,9 +152,7 @@ class ModulesToSaveWrapper(Host):
         if rows is None:
             return [self.remainder]
         heads_by_row = ([n for n in adapters_in(key) if n in self.methods] for key in rows.keys)
-        return list(
-            dict.fromkeys(self.modules_to_save[names[0]] if names else self.base_module for names in heads_by_row)
-        )
+        return list(dict.fromkeys(self.modules_to_save[n[0]] if n else self.base_module for n in heads_by_row))
 
     @property
     def remainder(self) -> nn.Module:  # type: ignore[override]

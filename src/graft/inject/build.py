@@ -313,10 +313,9 @@ def make_shared_tensors(job: InjectionJob) -> None:
         where = sites[0].weight.where()
         stack.enter_context(build_on(where[0]))
         values = job.method.share(layers)
-    method = job.method
-    job.report.other_trainable += job.shared.hold(
-        job.adapter, values, where, job.options.upcast, method.files, method.keeps_base_dtype
-    )
+    method, upcast = job.method, job.options.upcast
+    count = job.shared.hold(job.adapter, values, where, upcast, method.files, method.keeps_base_dtype)
+    job.report.other_trainable += count
 
 
 def add_layers(job: InjectionJob) -> None:

@@ -79,9 +79,8 @@ def resolve_job(job: InjectionJob) -> None:
     unreached, targets = UnreachedTargets(), job.targets
     if job.keys is None:
         if hasattr(cfg, "target_parameters"):
-            unreached = experts.convert_expert_targets(
-                cfg, model, tree, None if job.options.values is None else job.options.values.names
-            )
+            file_keys = None if job.options.values is None else job.options.values.names
+            unreached = experts.convert_expert_targets(cfg, model, tree, file_keys)
         named = cfg.target_modules is not None
         resolve_targets(cfg, method, model, tree.modules)
         if not named and isinstance(cfg.target_modules, set) and tree.readers:
@@ -112,10 +111,7 @@ def resolve_job(job: InjectionJob) -> None:
     everywhere = targets.sites
     if tree.absent and job.keys is None:
         everywhere = add_remote_sites(targets.sites, tree, Matcher(cfg), adapter)
-    job.order = {
-        key: job.methods.get(key) or make_method(site, variant, cfg.at(key), adapter)
-        for key, site in everywhere.items()
-    }
+    job.order = {k: job.methods.get(k) or make_method(s, variant, cfg.at(k), adapter) for k, s in everywhere.items()}
     in_order = list(job.order.values())
     variant.split_budget([m.matrix_method for m in (*in_order, *(job.methods[key] for key in tied))])
     check_sites(job.methods, tree, job.mixed)
@@ -162,10 +158,8 @@ def make_method(site: Site, kind: Any, cfg: PeftConfig, adapter: str) -> Method:
     For a parameter with more than two dimensions it is an `OnEach`, which has one method for each matrix; unless the
     class lays out stacks itself.
     """
-    instance: Method = (stack_method_class(kind) if site.is_stack and not kind.lays_out_stacks else kind)(
-        site, cfg, adapter
-    )
-    return instance
+    kind = stack_method_class(kind) if site.is_stack and not kind.lays_out_stacks else kind
+    return kind(site, cfg, adapter)  # type: ignore[no-any-return]
 
 
 def match_modules(job: InjectionJob, unreached: UnreachedTargets) -> None:
@@ -275,12 +269,8 @@ def check_sites(methods: dict[str, Method], tree: ModuleTree, mixed: bool) -> No
         why = getattr(site.module, "why_not_adapted", None)
         if isinstance(site.module, nn.MultiheadAttention):
             why = why or why_not_attention(site.module)
-        why = (
-            why
-            or why_not_parallel(method)
-            or method.check()
-            or (why_not_uncalled(method) if site.adapts_tensor else None)
-        )
+        why = why or why_not_parallel(method) or method.check()
+        why = why or (why_not_uncalled(method) if site.adapts_tensor else None)
         existing = tree.layers.get(key)
         if existing is not None and adapter in existing.methods:
             why = f"It already carries an adapter called '{adapter}': choose another name, or call unload() before"
@@ -643,11 +633,9 @@ def resolve_token_indices(
     Raises:
         NoMatchingPeftModuleError: no module has a name.
     """
-    named = (
-        token_indices
-        if isinstance(token_indices, Mapping)
-        else {find_embedding_path(model, tree) or "embed_tokens": token_indices}
-    )
+    named = token_indices
+    if not isinstance(named, Mapping):
+        named = {find_embedding_path(model, tree) or "embed_tokens": named}
     out: dict[str, list[int]] = {}
     for name, indices in named.items():
         paths = [k for k in tree.modules if k == name or k.endswith(f".{name}")]

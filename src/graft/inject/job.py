@@ -146,10 +146,8 @@ class InjectionJob:
 
     def report_heads_and_rows(self) -> None:
         """Add the heads and token rows to the report's `modules_to_save`, except those tied to another one."""
-        untied_methods = {key: method for key, method in self.beside.items() if method.source is None}
-        self.report.modules_to_save += [
-            Matched(key, *describe_trained_module(method)) for key, method in untied_methods.items()
-        ]
+        untied = [(key, method) for key, method in self.beside.items() if method.source is None]
+        self.report.modules_to_save += [Matched(key, *describe_trained_module(method)) for key, method in untied]
 
     def undo(self) -> None:
         """Take the adapter off all layers, wrappers and shared tensors, roll base weights back, and run all

@@ -95,9 +95,7 @@ class Matcher:
         self.indices = {indices} if isinstance(indices, int) else set(indices or ())
         lists = getattr(cfg, "layers_pattern", None) or ()
         lists = [lists] if isinstance(lists, str) else list(lists)
-        self.index_patterns = [
-            compile_pattern(name, "layers_pattern", rf"(?:^|.*?\.){name}\.(\d+)\.") for name in lists
-        ]
+        self.index_patterns = [compile_pattern(n, "layers_pattern", rf"(?:^|.*?\.){n}\.(\d+)\.") for n in lists]
         self.index_patterns = self.index_patterns or [LAYER_INDEX]
 
     def __call__(self, path: str) -> Verdict:
@@ -138,9 +136,7 @@ def find_unmatched(entries: Iterable[str], used: set[str], paths: Iterable[str])
         return {}
     name_counts = Counter(path.rpartition(".")[2] for path in paths)
     sought = {e: e.rpartition(".")[2] if i < MOST_HINTS else "" for i, e in enumerate(missing)}
-    close = {
-        e: difflib.get_close_matches(end[:LONGEST_NAME], name_counts, n=2, cutoff=0.6) for e, end in sought.items()
-    }
+    close = {e: difflib.get_close_matches(s[:LONGEST_NAME], name_counts, n=2, cutoff=0.6) for e, s in sought.items()}
     return {entry: [(name, name_counts[name]) for name in names] for entry, names in close.items()}
 
 

@@ -35,12 +35,8 @@ if TYPE_CHECKING:
     from graft.config.base import PeftConfig
     from graft.core.method import Tuner
 
-CHECK, CREATE, PARAMETERS, CAST = (
-    "_check_target_module_exists",
-    "_create_and_replace",
-    "_inject_parameters",
-    "_cast_adapter_dtype",
-)
+CHECK, CREATE = "_check_target_module_exists", "_create_and_replace"
+PARAMETERS, CAST = "_inject_parameters", "_cast_adapter_dtype"
 
 
 class SiteConfig(NamedTuple):

@@ -469,14 +469,10 @@ def get_site(key: str, module: nn.Module, tree: ModuleTree) -> Site:
     shared = weight is not None and tree.owners.get(weight, 0) > 1
     is_read, is_called = find_weight_uses(key, tree)
     custom_op = tree.ops.get(type(module))
-    op, store = (
-        (find_op(module), find_store(module))
-        if custom_op is None
-        else (custom_op, find_store_of_tensor(module, "weight"))
-    )
-    return Site(
-        key, module, op, store, shared=shared, is_read=is_read, is_called=is_called, piece=find_piece(module, op)
-    )
+    op = find_op(module) if custom_op is None else custom_op
+    store = find_store(module) if custom_op is None else find_store_of_tensor(module, "weight")
+    piece = find_piece(module, op)
+    return Site(key, module, op, store, shared=shared, is_read=is_read, is_called=is_called, piece=piece)
 
 
 def find_weight_uses(key: str, tree: ModuleTree) -> tuple[bool, bool]:

@@ -197,9 +197,8 @@ def expand_tied_targets(cfg: Any, method: type[Method], model: nn.Module, tree: 
         cfg.modules_to_save = other_names + [embedding] * (embedding not in other_names)
     if targeted:
         if isinstance(cfg.target_modules, str):
-            cfg.target_modules = (
-                f"(?:{cfg.target_modules}|^{embedding}$)" if targets.find(embedding) is None else cfg.target_modules
-            )
+            if targets.find(embedding) is None:
+                cfg.target_modules = f"(?:{cfg.target_modules}|^{embedding}$)"
         else:
             other_targets = {t for t in cfg.target_modules if not any(k == t or k.endswith(f".{t}") for k in tied)}
             cfg.target_modules = other_targets | {embedding}

@@ -82,10 +82,8 @@ def make_file_namer(parts: AdapterCarriers) -> Callable[[str], str]:
 
     The file knows only the layers of this adapter; in memory others may be around the same modules.
     """
-    nests, layers = (
-        ParameterLayerPaths(parts.layers.values()),
-        {strip_inner_wrappers(key): layer for key, layer in parts.layers.items()},
-    )
+    nests = ParameterLayerPaths(parts.layers.values())
+    layers = {strip_inner_wrappers(key): layer for key, layer in parts.layers.items()}
 
     def name_in_file(name: str) -> str:
         """Return the name in the file: with "base_layer" below a layer of the adapter, and below its layers of

@@ -144,9 +144,7 @@ def make_fingerprint(
     """
     shapes = {key: list(weight.site.shape) for key, weight in weights.items()}
     chosen = (sorted(weights) if part else choose_sampled_names(weights)) if with_values else []
-    values = {
-        key: sampled_values for key in chosen if (sampled_values := sample_weight(weights[key], together)) is not None
-    }
+    values = {key: sample for key in chosen if (sample := sample_weight(weights[key], together)) is not None}
     return summarize_weights(shapes, values if with_values and weights else None, part)
 
 
@@ -208,10 +206,8 @@ def select_weights(note: Fingerprint, wanted: Callable[[str], bool]) -> Fingerpr
 
     Samples and digests stay.
     """
-    return {
-        **note,
-        **summarize_weights({key: shape for key, shape in note["weights"].items() if wanted(key)}, None, part=True),
-    }
+    shapes = {key: shape for key, shape in note["weights"].items() if wanted(key)}
+    return {**note, **summarize_weights(shapes, None, part=True)}
 
 
 def make_list_check(*kinds: type) -> Callable[[object], bool]:

@@ -77,9 +77,7 @@ class LoadReport:
         Kinds without keys are left out.
         """
         fields = vars(self)
-        shown = {
-            n: str(len(keys)) if n in ("loaded", "base") else join_some(keys, 4) for n, keys in fields.items() if keys
-        }
+        shown = {n: str(len(v)) if n in ("loaded", "base") else join_some(v, 4) for n, v in fields.items() if v}
         return f"LoadReport({', '.join(f'{name}={text}' for name, text in shown.items())})"
 
     def __iter__(self) -> Iterator[list[str]]:  # as torch's load_state_dict: missing, unexpected = report
@@ -198,11 +196,8 @@ class CheckpointValues:
             shapes: (name, shape in the file, shape here).
         """
         tables = [m for m in (input_embeddings(self.model), output_embeddings(self.model)) if m is not None]
-        rows = {
-            f".{strip_inner_wrappers(n)}.": innermost(m)
-            for n, m in self.model.named_modules()
-            if any(m is t for t in tables)
-        }
+        named = ((n, m) for n, m in self.model.named_modules() if any(m is t for t in tables))
+        rows = {f".{strip_inner_wrappers(n)}.": innermost(m) for n, m in named}
         for name, old, new in shapes:
             table = next((m for key, m in rows.items() if key in f".{name}."), None)
             differ = [(a, b) for a, b in zip(old, new) if a != b]
@@ -249,11 +244,7 @@ class CheckpointValues:
         ]
         for layer, pairs in groups:
             if layer is None:  # layers may restore values as large as the shared tensors
-                both = [
-                    (in_memory(entry.label), self.tensors[name].shape, find_whole_shape(entry.tensor))
-                    for entry, name in pairs
-                    if name
-                ]
+                both = [(in_memory(e.label), self.tensors[n].shape, find_whole_shape(e.tensor)) for e, n in pairs if n]
                 if differ := [shapes for shapes in both if shapes[1] != shapes[2]]:
                     self._refuse_mismatches(differ)
         shared = {
@@ -276,10 +267,9 @@ class CheckpointValues:
                     self.report.missing_keys.append(in_memory(entry.label))
                     continue
                 used.add(name)
-                if self.tensors[name].shape != find_whole_shape(entry.tensor):
-                    mismatched.append(
-                        (in_memory(entry.label), self.tensors[name].shape, find_whole_shape(entry.tensor))
-                    )
+                shape, shape_here = self.tensors[name].shape, find_whole_shape(entry.tensor)
+                if shape != shape_here:
+                    mismatched.append((in_memory(entry.label), shape, shape_here))
                 else:
                     pairs_to_load.append((entry, name))
         used |= names & {n for layer, pairs in groups if layer is None for entry, _ in pairs for n in entry.also}
@@ -338,9 +328,7 @@ class CheckpointValues:
         if kind == "all":
             carriers = parts.layers.keys() | parts.wrappers.keys()
             names = (name for name, _ in self.model.named_parameters() if is_bias(name))
-            wanted |= {
-                in_file(name): strip_inner_wrappers(name) for name in names if carriers.isdisjoint(list_ancestors(name))
-            }
+            wanted |= {in_file(n): strip_inner_wrappers(n) for n in names if carriers.isdisjoint(list_ancestors(n))}
         missing = [a for a, b in wanted.items() if not {prefix + a, prefix + b} & self.tensors.keys()]
         if kind != "all" and missing and len(missing) == len(wanted):
             warn(
@@ -461,11 +449,8 @@ class CheckpointValues:
         full = of_file.get("full") or {}
         changed_names = list_changed_tensors(full, digest_base_tensors(self.model, names=full)) if full else []
         if changed_names or not match_values(of_file, now):
-            which = (
-                f" ({len(changed_names)} of {len(full)} tensors differ: {join_some(changed_names)})"
-                if changed_names
-                else ""
-            )
+            which = f" ({len(changed_names)} of {len(full)} tensors differ: {join_some(changed_names)})"
+            which = which if changed_names else ""
             warn(
                 f"Adapter '{self.adapter}' from {self.path} was trained on a base model of the same architecture but "
                 f"with other weights{which}: expect other outputs than in training.",

@@ -133,9 +133,7 @@ def collect_adapter_tensors(
     if state is not None:  # also by names without the parts of wrappers, unless these are names of other tensors
         clean_names = {strip_all_wrappers(k): v for k, v in state.items()}
         state = clean_names | {strip_outer_wrappers(k): v for k, v in state.items()} | state
-    more = {
-        f"{prefix}{name}": t for name, t in collect_base_tensors(base, parts, config, save_embedding_layers).items()
-    }
+    more = {f"{prefix}{n}": t for n, t in collect_base_tensors(base, parts, config, save_embedding_layers).items()}
     if parts.prompt is not None and state is not None:
         parts, state = fill_with_values(parts, parts.prompt, state, adapter_name), None
     elif parts.prompt is not None and (whole_parameters := gather_tensors(find_parameters_below(parts.prompt))):
@@ -147,9 +145,7 @@ def collect_adapter_tensors(
         else get_tensor(state, e.memory, adapter_name)
         for e in all_entries
     }
-    values |= {
-        key: t if state is None else state.get(key, state.get(strip_all_wrappers(key), t)) for key, t in more.items()
-    }
+    values |= {k: t if state is None else state.get(k, state.get(strip_all_wrappers(k), t)) for k, t in more.items()}
     if any([t.is_meta for t in values.values()]):
         away = find_offloaded(model)
         values |= {key: copy_offloaded(*away[id(t)]) for key, t in values.items() if id(t) in away}

@@ -142,15 +142,10 @@ class ServerBlocks(ExpertStacks):
         parameters = {which: s.parameter for which, s in named.items()}
         interleaved = gated and not getattr(module, "is_concatenated", True)
         hub_path = self.find_old_path(path)
-        in_vllm = (
-            name_parts_by_w(parts)
-            if self.type in BY_W_IN_VLLM
-            else {part: part for of in parts.values() for part in of}
-        )
-        numbered = bool(named[IN].parts)
-        return ServerBlock(
-            path, hub_path, parameters, shapes, parts, interleaved, transposed != assumed, numbered, in_vllm
-        )
+        in_vllm = {part: part for of in parts.values() for part in of}
+        in_vllm = name_parts_by_w(parts) if self.type in BY_W_IN_VLLM else in_vllm
+        exchanged, numbered = transposed != assumed, bool(named[IN].parts)
+        return ServerBlock(path, hub_path, parameters, shapes, parts, interleaved, exchanged, numbered, in_vllm)
 
     @property
     def is_stacked_in_vllm(self) -> bool:
@@ -337,9 +332,8 @@ def read_block(block: ServerBlock, values: PartFactors, config: PeftConfig) -> d
                 if block.numbered and None not in values[part_names[0]]["A"]:
                     return {}  # `fuse_experts` reads it, with the alpha of each part
                 pairs = separate_gate_up(pairs)
-            pair = FactorPair(
-                pairs[0].A, block.join_rows([p.B for p in pairs]) if block.is_gated and which == IN else pairs[0].B
-            )
+            B = block.join_rows([p.B for p in pairs]) if block.is_gated and which == IN else pairs[0].B
+            pair = FactorPair(pairs[0].A, B)
         else:
             continue
         if not (pair.A.any() or pair.B.any()):
@@ -364,11 +358,8 @@ def assemble_factors(sides: Mapping[str, Mapping[int | None, Tensor]], n: int) -
     A, B = factors
     if A.dim() == B.dim() == 2 and len(A) == B.shape[1] and len(A) % n == 0:
         return FactorPair(*Opaque.split_matrices(A, B.contiguous(), n))
-    return (
-        FactorPair(A, B)
-        if A.dim() == B.dim() == 3 and A.shape[1] == B.shape[2] and {len(A), len(B)} <= {1, n}
-        else None
-    )
+    is_pair = A.dim() == B.dim() == 3 and A.shape[1] == B.shape[2] and {len(A), len(B)} <= {1, n}
+    return FactorPair(A, B) if is_pair else None
 
 
 def separate_gate_up(pairs: list[FactorPair]) -> list[FactorPair]:
@@ -396,11 +387,8 @@ def configure_stacks(
     modules of the file as `target_modules`, and a pattern for each stack.
     """
     every = [stack.path for stack in blocks.stacks]
-    reads = {
-        f"{path}.{blocks.found[path].parameters[which]}": of
-        for path, stacks in read.items()
-        for which, of in stacks.items()
-    }
+    names = {path: block.parameters for path, block in blocks.found.items()}
+    reads = {f"{path}.{names[path][which]}": of for path, stacks in read.items() for which, of in stacks.items()}
     modules = {key.partition(".lora_")[0] for key in keys} & {*blocks.tree.modules} - {*read}
     ranks, alphas = (select_patterns(config, name, modules) for name in ("rank_pattern", "alpha_pattern"))
     for path, (pair, scaling) in reads.items():

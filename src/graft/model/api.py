@@ -162,9 +162,8 @@ def _fill_report(injection: Injection, method: type[Method], adapter_name: str) 
     with torch.device("meta"):
         shared = SharedTensors()
         if method.shares:
-            values = method.share(
-                AdaptedLayers(injection.model, [m.site for m in injection.local_methods.values()], injection.cfg)
-            )
+            sites = [m.site for m in injection.local_methods.values()]
+            values = method.share(AdaptedLayers(injection.model, sites, injection.cfg))
             report.other_trainable += shared.hold(adapter_name, values, (None, None), False)
         for m in injection.local_methods.values():
             report.matched.append(describe_target(m, shared.wrap_containers()))
@@ -184,12 +183,8 @@ def describe_target(method: Method, shared: dict[str, object]) -> Matched:
     site, values = method.site, build_placeholders(method, shared)
     sized = [(name, p) for name, v in values.items() for p in _parameters_in(v)]
     shapes = tuple(f"{name} {tuple(p.shape)}" for name, p in sized)
-    return Matched(
-        site.key,
-        site.type_name,
-        sum(p.numel() for name, p in sized if p.requires_grad and name not in method.lenders),
-        shapes,
-    )
+    count = sum(p.numel() for name, p in sized if p.requires_grad and name not in method.lenders)
+    return Matched(site.key, site.type_name, count, shapes)
 
 
 def _parameters_in(value: object) -> list[Tensor]:

@@ -72,9 +72,8 @@ class AuditReport:
         counted together.
         """
         when = f"After {self.after}" if self.after else "Before any backward pass, so without a look at gradients"
-        lines = [
-            f"{when}: " + ("nothing is wrong with the adapters." if self.ok else "not all adapters train as set up.")
-        ]
+        verdict = "nothing is wrong with the adapters." if self.ok else "not all adapters train as set up."
+        lines = [f"{when}: {verdict}"]
         if self.stepped and self.updates:
             lines.append(f"Their updates are {self.range_of_updates()} of the weights.")
         for name, (title, remedy) in SECTIONS.items():

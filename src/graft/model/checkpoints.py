@@ -319,11 +319,8 @@ def names_to_save(model: nn.Module, selected: list[str] | None, directory: str) 
     """
     registry = get_registry(model)
     known = list(registry.peft_config)
-    names = (
-        [n for n in known if n not in registry.frozen]
-        if selected is None
-        else check_name_list(selected, "selected_adapters")
-    )
+    unfrozen = [n for n in known if n not in registry.frozen]
+    names = unfrozen if selected is None else check_name_list(selected, "selected_adapters")
     unknown = [n for n in names if n not in known]
     if unknown:
         raise ValueError(

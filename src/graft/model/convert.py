@@ -107,12 +107,8 @@ def truncate_lora(model: nn.Module, rank: int, adapter_name: str = "default") ->
             )
         if not 1 <= rank <= r:
             raise ConfigError(f"The rank must be between 1 and {r}, that of layer '{key}', got {rank}.")
-    lora_config.r, lora_config.rank_pattern, lora_config.init_lora_weights, lora_config.use_dylora = (
-        rank,
-        {},
-        True,
-        False,
-    )
+    lora_config.r, lora_config.rank_pattern = rank, {}
+    lora_config.init_lora_weights, lora_config.use_dylora = True, False
     tensors = {}
     for entry in list_entries(parts, adapter_name, prefix):
         t = entry.tensor.detach()

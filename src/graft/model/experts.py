@@ -394,7 +394,6 @@ def agree_on_targets(model: PeftModel, names: list[str]) -> tuple[list[str], int
             if ranks[0] != ranks[1]:
                 raise ConfigError(f"[{name}] rank mismatch: {ranks[0]} != {ranks[1]} (layer '{key}')")
     leaves = {key.rpartition(".")[2] for key in layers}
-    also = any(
-        key.rpartition(".")[2] in leaves and key not in layers for key in survey_model(model.get_base_model()).modules
-    )
+    paths = survey_model(model.get_base_model()).modules
+    also = any(key.rpartition(".")[2] in leaves and key not in layers for key in paths)
     return sorted(layers if also else leaves), max(layer.methods[first].pair[0].shape[0] for layer in layers.values())

@@ -248,11 +248,8 @@ def find_closest(similar: Sequence[RateSearch], config: PeftConfig) -> list[Rate
     def distance(row: RateSearch) -> float:
         """Return Σ |log(config's number / search's number)|."""
         row_sizes = defaults | number_fields(row["config"])
-        return sum(
-            abs(math.log(sizes[k] / row_sizes[k]))
-            for k in sizes.keys() & row_sizes
-            if sizes[k] > 0 and row_sizes[k] > 0
-        )
+        common = [k for k in sizes.keys() & row_sizes if sizes[k] > 0 and row_sizes[k] > 0]
+        return sum(abs(math.log(sizes[k] / row_sizes[k])) for k in common)
 
     size = size_of(min(similar, key=distance))
     return [row for row in similar if size_of(row) == size]

@@ -43,11 +43,7 @@ INJECT = "inject_adapter"  # the injection as a whole, around the steps of it
 def names_of_replaced(tuner: nn.Module, method: object) -> list[str]:
     """Return the names of the steps that are replaced on a tuner, its class, or the tuner class of a method."""
     classes = (type(tuner), OF_METHODS.get(method, type(tuner)))
-    return [
-        name
-        for name, originals in STEPS.items()
-        if name in tuner.__dict__ or any(getattr(c, name) not in originals for c in classes)
-    ]
+    return [n for n, steps in STEPS.items() if n in tuner.__dict__ or any(getattr(c, n) not in steps for c in classes)]
 
 
 def describe_missing(name: str, holder: str) -> str:

@@ -190,9 +190,7 @@ class Watch:
         half = self.half or any([p.dtype == torch.float16 for p in model.parameters()])
         if BROKEN in [state for _, state in part_states] and not half:
             report.not_finite = [part.label for part, state in part_states if state == BROKEN]
-        suspects = [
-            (part, state) for part, state in part_states if state == NONE or (state == ZERO and not trains_rows(part))
-        ]
+        suspects = [(p, state) for p, state in part_states if state == NONE or (state == ZERO and not trains_rows(p))]
         if any([state == NONE for _, state in suspects]) and gradients_elsewhere(model, parts):
             return report
         if all([state == NONE for part, state in part_states if not isinstance(part.carrier, ModulesToSaveWrapper)]):

@@ -15,22 +15,49 @@ from graft.core.ops import Op
 
 
 class Store(Protocol):
-    """How a module holds its weight: dense, 4-bit, sharded, …"""
+    """How a module holds its weight: dense, 4-bit, sharded, … Each function gets the module `m` and the tensor's name
+    in it.
+    """
 
     name: str
     live: bool  # `read` gives the tensor itself, and the core may add to it in place
     exact: bool  # writing and reading back loses nothing, so that subtraction takes an update out again
 
-    def why_unreadable(self, m: nn.Module, name: str) -> str | None: ...  # why a call cannot read this tensor, if so
-    def why_unwritable(self, m: nn.Module, name: str) -> str | None: ...  # why merging cannot read and write it, if so
-    def bring_in(self, layer: Any, written: nn.Module | None) -> AbstractContextManager[None]: ...
-    def read(self, m: nn.Module, name: str) -> Tensor: ...
-    def write(self, m: nn.Module, name: str, W: Tensor, shared: bool) -> nn.Module | None: ...
-    def snapshot_values(self, m: nn.Module, name: str, state: Any) -> Tensor: ...  # the values of a snapshot
-    def snapshot(self, m: nn.Module, name: str, shared: bool) -> Any: ...
-    def restore(self, m: nn.Module, name: str, state: Any) -> None: ...
-    def where(self, m: nn.Module, name: str) -> tuple[torch.device | None, torch.dtype | None]: ...
-    def protect(self, y: Tensor) -> Tensor: ...
+    def why_unreadable(self, m: nn.Module, name: str) -> str | None:
+        """Return why a call cannot read the tensor `name` of `m`; None if it can."""
+
+    def why_unwritable(self, m: nn.Module, name: str) -> str | None:
+        """Return why merging cannot read and write the tensor; None if it can."""
+
+    def bring_in(self, layer: Any, written: nn.Module | None) -> AbstractContextManager[None]:
+        """Return a context that makes the tensors of the layer present, such as gathered or loaded.
+
+        written: the module with tensors that the block changes; the context keeps the changes.
+        """
+
+    def read(self, m: nn.Module, name: str) -> Tensor:
+        """Return the dense tensor in the module's orientation, with gradients where it trains."""
+
+    def write(self, m: nn.Module, name: str, W: Tensor, shared: bool) -> nn.Module | None:
+        """Write W, in the module's orientation, into the module. Return a module to replace `m`; None if `m` stays.
+
+        shared: another module is tied to the tensor and must keep its values.
+        """
+
+    def snapshot_values(self, m: nn.Module, name: str, state: Any) -> Tensor:
+        """Return the tensor of a snapshot, dense and in the module's orientation."""
+
+    def snapshot(self, m: nn.Module, name: str, shared: bool) -> Any:
+        """Return the tensor in a form for `restore`: a copy, or the parameter itself if it is shared."""
+
+    def restore(self, m: nn.Module, name: str, state: Any) -> None:
+        """Give the tensor the values of a snapshot again."""
+
+    def where(self, m: nn.Module, name: str) -> tuple[torch.device | None, torch.dtype | None]:
+        """Return device and dtype of the tensor, each None if unknown."""
+
+    def protect(self, y: Tensor) -> Tensor:
+        """Return y, an output of the module, or a copy of it if rows may not be written to y."""
 
 
 @dataclass(slots=True)
@@ -47,49 +74,49 @@ class Weight:
     shared: bool = False  # tied to another module
 
     def why_unreadable(self) -> str | None:
-        """Return why a call cannot read this tensor, or None if it can."""
+        """Return the store's reason why a call cannot read this tensor; None if it can."""
         return self.store.why_unreadable(self.module, self.name)
 
     def why_unwritable(self) -> str | None:
-        """Return why merging cannot read and write this tensor, or None if it can."""
+        """Return the store's reason why merging cannot read and write this tensor; None if it can."""
         return self.store.why_unwritable(self.module, self.name)
 
     def bring_in(self, layer: object, writes: bool = False) -> AbstractContextManager[None]:
-        """Return a context within which the tensor is present in this process, such as gathered or not offloaded.
+        """Return the store's context that makes the tensors of `layer` present, such as gathered or loaded.
 
-        `writes`: the block changes the tensor, and the store keeps the change.
+        `writes`: the block changes the module's tensors, and the store keeps the changes.
         """
         return self.store.bring_in(layer, self.module if writes else None)
 
     def read(self) -> Tensor:
-        """Return the dense tensor in the module's orientation."""
+        """Return the tensor as the store reads it: dense, in the module's orientation."""
         return self.store.read(self.module, self.name)
 
     def canon(self) -> Tensor:
-        """Return the dense tensor in canonical orientation: (out, in, *kernel)."""
+        """Return the tensor as the store reads it, in canonical orientation: (out, in, *kernel)."""
         return self.op.canon(self.store.read(self.module, self.name))
 
     def write(self, W: Tensor) -> nn.Module | None:
-        """Write a canonical weight into the module.
+        """Write W, canonical, into the module by the store, in the module's orientation.
 
-        Return a module that has to replace this one; None if none has to.
+        Return a module that has to replace this one; None if none has to. Modules tied to the tensor keep its values.
         """
         return self.store.write(self.module, self.name, self.op.uncanon(W), self.shared)
 
     def snapshot_values(self, state: object) -> Tensor:
-        """Return the tensor that is in a snapshot, as the module stores it."""
+        """Return the tensor of a snapshot, dense and in the module's orientation, by the store."""
         return self.store.snapshot_values(self.module, self.name, state)
 
     def snapshot(self) -> Any:
-        """Return a copy of the tensor in a form that the store can restore."""
+        """Return the store's snapshot of the tensor, for `restore`: a copy, or the parameter itself if it is tied."""
         return self.store.snapshot(self.module, self.name, self.shared)
 
     def restore(self, state: object) -> None:
-        """Give the tensor the values of a snapshot again."""
+        """Give the tensor the values of a snapshot again, by the store."""
         self.store.restore(self.module, self.name, state)
 
     def where(self) -> tuple[torch.device | None, torch.dtype | None]:
-        """Return device and dtype of the tensor, each None if the store does not know it."""
+        """Return device and dtype of the tensor by the store, each None if unknown."""
         return self.store.where(self.module, self.name)
 
 

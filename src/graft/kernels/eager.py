@@ -122,6 +122,7 @@ class Function(torch.autograd.Function):
     """A Function with one output. Its `backward` does all casts itself; autocast around backward() changes nothing."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
+        """Replace the `backward` of a subclass by one that runs with autocast off."""
         super().__init_subclass__(**kwargs)
         cls.backward = staticmethod(_without_autocast(cls.backward))  # type: ignore[assignment]
 

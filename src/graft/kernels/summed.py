@@ -40,6 +40,9 @@ class Summed(Tensor):
 
     @staticmethod
     def __new__(cls, W: Tensor, parts: list[SumPart], flipped: bool) -> Summed:
+        """Return a tensor without memory that has the shape of the sum, and the dtype and device of W, without
+        gradient.
+        """
         shown = W.mT if flipped else W
         tensor: Summed = Tensor._make_wrapper_subclass(
             cls, shown.shape, strides=shown.stride(), dtype=W.dtype, device=W.device, requires_grad=False

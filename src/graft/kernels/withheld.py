@@ -21,6 +21,7 @@ class Withheld(Tensor):
 
     @staticmethod
     def __new__(cls, like: Tensor, error: Callable[[], Exception]) -> Withheld:
+        """Return a tensor without values, with the shape, strides, dtype and device of `like`."""
         tensor: Withheld = Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
@@ -38,6 +39,10 @@ class Withheld(Tensor):
         args: tuple[object, ...] = (),
         kwargs: dict[str, object] | None = None,
     ) -> object:
+        """Return a fact of the tensor, such as its shape.
+
+        For every other function raise the error of the first `Withheld`.
+        """
         if function in FACTS:
             with DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
@@ -51,6 +56,7 @@ class Withheld(Tensor):
         args: tuple[object, ...] = (),
         kwargs: dict[str, object] | None = None,
     ) -> NoReturn:
+        """Raise the error of the first `Withheld` among the arguments, for every operation below autograd."""
         raise_first_error(args, kwargs)
 
 

@@ -20,20 +20,24 @@ from graft.prompts.stack import PromptStack, find_first_input
 def extend_mask(
     mask: Tensor, prompt: int, total: int, before: int, window: int | None, cuts: bool, causal: bool, covered: bool
 ) -> Tensor:
-    """Return the mask with the prompt's tokens.
+    """Return the mask with the prompt's tokens in front.
+
+    A mask (batch, tokens) gets columns of ones, unless it is `covered` and has all `total` columns: then it is returned
+    unchanged. A mask of four dimensions gets columns, and with `before` rows, by causality and window. Another object,
+    or another number of tokens in four dimensions, is returned unchanged.
 
     Args:
         mask: (batch, tokens), or (batch, heads, queries, tokens) of numbers to add or of truth values.
-        prompt: how many tokens the prompt has.
-        total: how many tokens there are with it.
-        before: how many of the prompt's are in front of the input of this call.
+        prompt: the number of tokens of the prompt.
+        total: the number of tokens with the prompt.
+        before: the number of the prompt's tokens in front of the input of this call.
         window: how many tokens back the layers with this mask see; None: to the beginning.
         cuts: the cache of these layers holds no more than the window.
         causal: tokens see only those before them.
         covered: the mask may have columns for the prompt already.
 
     Raises:
-        ValueError: the mask is of another number of tokens.
+        ValueError: a mask (batch, tokens) has another number of tokens.
     """
     tokens = total - prompt
     if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -62,8 +66,13 @@ def extend_mask(
 
 
 def find_visible_tokens(mask: Tensor, shut: float) -> Tensor:
-    """Return which tokens the prompt may see, (batch, heads, 1, tokens): all that some token sees, but none that sees
-    a token which does not see it, as those after a prefix do."""
+    """Return a mask of the tokens that the prompt may see, (batch, heads, 1, tokens), from one of four dimensions.
+
+    These are all tokens that some token sees. Left out are tokens that see a token which does not see them, such as
+    those after a prefix.
+
+    shut: the value of the mask for a pair that does not see.
+    """
     sees = mask != shut
     later = (sees & ~sees.transpose(-1, -2)).any(-1)
     return mask.amax(-2, keepdim=True).masked_fill(later[..., None, :], shut)
@@ -83,10 +92,15 @@ def put_labels(
 ) -> Callable[[object], object]:
     """Give the tokens of a prompt of embeddings labels in `kwargs`; return a function for the output of the call.
 
+    A prompt with a loss takes the labels out, and the function adds that loss to the output. Otherwise the function
+    returns the output unchanged. Ignored labels are put in front of them if the decoder gets a prompt too, which first
+    gets its inputs, or for CAUSAL_LM and TOKEN_CLS. For TOKEN_CLS the attention mask gets ones, and the visit is marked
+    as covered.
+
     Args:
         main: the stack that the prompt enters; the encoder's, if there are two.
         both: it enters the decoder's as well, and the labels are the decoder's.
-        arguments: of the call that are the prompt's own.
+        arguments: of the call, for the prompt's loss.
     """
     labels, P = kwargs["labels"], cfg.num_virtual_tokens
     if prompt.replaces_loss:
@@ -105,7 +119,10 @@ def put_labels(
 
 
 def put_decoder_inputs(model: nn.Module, labels: Tensor, kwargs: dict[str, object]) -> None:
-    """Make decoder inputs from the labels as the model would, before the prompt's labels join them."""
+    """Set `decoder_input_ids` in `kwargs` from the labels as the model would, before the prompt's labels join them.
+
+    Does nothing if the call has decoder inputs. A model without a method for that gets the labels shifted to the right.
+    """
     if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
         if hasattr(model, "prepare_decoder_input_ids_from_labels"):
             ids = model.prepare_decoder_input_ids_from_labels(labels=labels)
@@ -115,6 +132,9 @@ def put_decoder_inputs(model: nn.Module, labels: Tensor, kwargs: dict[str, objec
 
 
 def with_loss(output: Any, loss: Callable[[Tensor], Tensor]) -> object:
+    """Return a new output with `loss` of its logits: first in a tuple; else an output of the same class, with the loss
+    first in place of another.
+    """
     if isinstance(output, tuple):
         return loss(output[0]), *output
     return type(output)(**{"loss": loss(output.logits), **{k: v for k, v in output.items() if k != "loss"}})
@@ -125,7 +145,11 @@ KINDS = {"token_type_ids": 0, "mm_token_type_ids": 0, "visual_pos_masks": 0, "gl
 
 
 def put_embeddings(stack: PromptStack, arguments: dict[str, Any], batch: int) -> None:
-    """Put the prompt's embeddings before the input's, and types of tokens for them."""
+    """Put the prompt's embeddings before the input's in `arguments`, in place, and numbers for its tokens in `KINDS`.
+
+    Input ids are replaced by `inputs_embeds`, from the word embeddings. A model with embeddings for each layer gets
+    those of padding for the prompt.
+    """
     embeds = arguments.get("inputs_embeds")
     if getattr(stack.config, "hidden_size_per_layer_input", None):
         _put_per_layer(stack, arguments, batch)
@@ -142,7 +166,11 @@ def put_embeddings(stack: PromptStack, arguments: dict[str, Any], batch: int) ->
 
 
 def _put_per_layer(stack: PromptStack, arguments: dict[str, Any], batch: int) -> None:
-    """Put padding's embeddings for the prompt into the per-layer embeddings of Gemma 3n and 4, as for images."""
+    """Put padding's embeddings before the per-layer embeddings of Gemma 3n and 4, in place, as the model does for
+    images.
+
+    Without `per_layer_inputs` they are made from the input ids; without these too, nothing happens.
+    """
     module: nn.Module = stack.module
     inputs = arguments.get("per_layer_inputs")
     if inputs is None and arguments.get("input_ids") is not None:
@@ -155,7 +183,13 @@ def _put_per_layer(stack: PromptStack, arguments: dict[str, Any], batch: int) ->
 
 
 def put_keys(stack: PromptStack, arguments: dict[str, object], cache: object, batch: int) -> None:
-    """Put the prompt's keys and values into the cache, a new one if none was given."""
+    """Put the prompt's keys and values into the cache of the call, a new one if none was given, in `arguments`.
+
+    Pairs that layers cannot hold are cut or skipped. Under gradient checkpointing layers get the cache when they run,
+    now and in the backward pass. The visit notes a cache to leave out of the output, if the call wants none. A call
+    without an attention mask gets one of ones outside of causal models; a mask of None in a dict becomes a causal one
+    for sdpa.
+    """
     assert stack.now.keys is not None and stack.now.as_pairs is not None and stack.cache_name is not None
     replayed = stack.now.replays.prepare_checkpointing()
     value = stack.now.replays.detach_if_reentrant(stack.now.keys, arguments) if replayed else stack.now.keys
@@ -176,9 +210,12 @@ def put_keys(stack: PromptStack, arguments: dict[str, object], cache: object, ba
 
 
 def extend_arguments(stack: PromptStack, arguments: dict[str, Any], total: int, before: int, batch: int) -> None:
-    """Extend masks and positions to the prompt's tokens, in place.
+    """Extend masks and positions in `arguments` to the prompt's tokens, in place.
 
-    before: the number of these in front of this call's input.
+    Masks may be one or a dict by kind of layer; sliding layers get their window. Positions are shifted by the number of
+    the prompt's tokens, and with `before` get the prompt's in front.
+
+    before: the number of the prompt's tokens in front of this call's input.
     """
     mask, window = arguments.get("attention_mask"), getattr(stack.config, "sliding_window", None)
     cuts = kv_prefix.has_sliding_window(arguments.get(stack.cache_name or ""))
@@ -201,12 +238,15 @@ def extend_arguments(stack: PromptStack, arguments: dict[str, Any], total: int, 
 
 
 def _extend_mask(stack: PromptStack, mask: Tensor, total: int, before: int, window: int | None, cuts: bool) -> object:
+    """Return `extend_mask` of a mask with the prompt, causality and coverage of the stack's present visit."""
     now = stack.now
     return extend_mask(mask, now.tokens, total, before, window, cuts, stack.causal, now.covered)
 
 
 def extend_encoder_mask(stack: PromptStack, arguments: dict[str, Any]) -> None:
-    """Extend the mask of the encoder's output, in place, if a prompt precedes that output and the mask lacks it."""
+    """Put ones before the mask of the encoder's output, in place, if a prompt precedes that output and the mask lacks
+    it.
+    """
     mask, hidden = arguments.get("encoder_attention_mask"), arguments.get("encoder_hidden_states")
     if mask is not None and hidden is not None and mask.shape[-1] + stack.now.encoded == hidden.shape[1]:
         arguments["encoder_attention_mask"] = torch.cat(

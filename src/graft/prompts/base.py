@@ -63,29 +63,44 @@ class Prompt(nn.Module):
 
     @classmethod
     def check(cls, cfg: PeftConfig) -> None:
-        """Raise ConfigError if the method cannot do something that the config sets."""
+        """Raise ConfigError if the method cannot do something that the config sets; here it can do all."""
 
     def forward(self, indices: Tensor | None = None, **arguments: Any) -> Tensor:
-        """Return the prompt, (tokens, dim), or (batch, tokens, dim) where each sample has its own.
+        """Return the prompt, (tokens, dim), or (batch, tokens, dim) where each sample has its own; here rows of the
+        embedding.
 
         Args:
             indices: which virtual tokens; all of them if None.
+            arguments: the arguments of the call that the class names in `arguments`.
         """
         return pick(self.embedding.weight, indices)
 
     def compute_loss(self, logits: Tensor, labels: Tensor, **arguments: Any) -> Tensor:
-        """Return the loss, in place of the base model's."""
+        """Return the loss, in place of the base model's.
+
+        Raises NotImplementedError here; a class with an override replaces the loss.
+
+        Args:
+            logits: (batch, virtual tokens + tokens, vocabulary).
+            labels: (batch, tokens).
+        """
         raise NotImplementedError
 
     def to_file_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that a checkpoint holds, by name."""
+        """Return the tensors that a checkpoint holds, by name: here the computed prompt, detached, as
+        `prompt_embeddings`.
+        """
         with torch.no_grad():
             return {STORED: self().detach()}
 
     def restore(self, name: str, value: Tensor) -> None:
         """Put in the tensor that a checkpoint holds under one of the names of `to_file_tensors`.
 
-        `value` is the prompt from now on; a network that computed it goes, since no file holds one.
+        A value of the embedding's shape is written into it, for all processes. Another becomes a new embedding in the
+        old device, dtype and requires_grad: a network that computed the prompt goes, since no file holds one.
+
+        Raises:
+            CheckpointError: the shape differs, and the embedding is spread over processes.
         """
         old = self.embedding.weight
         if find_whole_shape(old) == value.shape:
@@ -101,18 +116,22 @@ class Prompt(nn.Module):
 
 
 def pick(table: Tensor, indices: Tensor | None) -> Tensor:
-    """Return rows of a table, never the table itself: FSDP empties it when the prompt's module returns."""
+    """Return rows of a table; a copy of all rows if `indices` is None.
+
+    It is never the table itself: FSDP empties it when the prompt's module returns.
+    """
     return table.clone() if indices is None else table[indices]
 
 
 def words_of(ids: Tensor, words: nn.Module | None, why: str) -> Tensor:
-    """Return the base model's embeddings of some tokens, (tokens, dim), in float32.
+    """Return the base model's embeddings of some tokens, (tokens, dim), in new memory, float32, on the device of the
+    words.
 
     Args:
         why: the source of the tokens, for errors.
 
     Raises:
-        ConfigError: the model has no word embeddings, or none of these tokens.
+        ConfigError: the model has no word embeddings, or none of one of these tokens.
     """
     if words is None:
         raise ConfigError(f"{why} needs the base model's word embeddings, and it has none.")
@@ -122,7 +141,7 @@ def words_of(ids: Tensor, words: nn.Module | None, why: str) -> Tensor:
 
 
 def check_tokens(ids: Tensor, words: nn.Module, why: str) -> None:
-    """Raise ConfigError if the base model does not know all the tokens."""
+    """Raise ConfigError if a token is negative, or not below the number of the base model's word embeddings."""
     size = find_whole_shape(next(words.parameters()))[0]
     unknown = ids[(ids < 0) | (ids >= size)]
     if len(unknown):
@@ -133,7 +152,9 @@ def check_tokens(ids: Tensor, words: nn.Module, why: str) -> None:
 
 
 def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:
-    """Return decoder inputs (batch, length) from labels: the start token, all labels but the last; -100 as padding.
+    """Return decoder inputs (batch, length) from labels: the start token, then all labels but the last.
+
+    Ignored labels (-100) become padding.
 
     Raises:
         ValueError: pad_token_id is None.
@@ -160,32 +181,38 @@ class Encoders(Carrier, nn.ModuleDict):
         self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: parameters that never train
 
     def __getitem__(self, key: str) -> Prompt:
-        """Return the prompt of an adapter. Tensors of it that accelerate has offloaded are brought in for good."""
+        """Return the prompt of an adapter. Tensors of it that accelerate has offloaded are loaded for good."""
         prompt: Prompt = super().__getitem__(key)  # type: ignore[assignment]
         end_offloading(prompt)
         return prompt
 
     @property
     def call(self) -> Call | None:
+        """The call context of the carrier's state; None without one."""
         return self.state.call
 
     @property
     def adapters(self) -> list[str]:
+        """The names of the adapters with a prompt, in order."""
         return list(self)
 
     def add(self, adapter: str, prompt: Prompt) -> None:
+        """Take in the prompt of an adapter, note its parameters that never train, and freeze it."""
         self[adapter] = prompt
         slots = slots_of(PLACE, self, adapter)
         self.never[adapter] = {(s.container, s.path) for s in slots if s.is_parameter and not s.trains}
         self.require_grad(adapter, False)
 
     def slots(self, adapter: str) -> list[Slot]:
+        """Return the places of a prompt's tensors; those that never train are marked so."""
         return list(slots_of(PLACE, self, adapter, self.never[adapter]))
 
     def drop(self, adapter: str) -> None:
+        """Delete the prompt of an adapter and the note of its parameters. Raises KeyError if there is none."""
         del self[adapter], self.never[adapter]
 
     def check_active(self, names: Sequence[str]) -> None:
+        """Raise ValueError for more than one name: only one prompt can be in front of the input."""
         if len(names) > 1:
             raise ValueError(
                 f"Only one prompt can be in front of the input at a time, got {list(names)}: call set_adapter() with "

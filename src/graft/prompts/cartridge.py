@@ -24,6 +24,7 @@ class CartridgeConfig(PromptLearningConfig):
     holds_keys: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        """Check the fields. Raises ConfigError if num_frozen_tokens is negative or above num_virtual_tokens."""
         super().__post_init__()
         total = self.num_virtual_tokens
         if self.num_frozen_tokens < 0 or (total is not None and self.num_frozen_tokens > total):
@@ -39,6 +40,7 @@ class CartridgeEncoder(Prompt):
     config = CartridgeConfig
 
     def __init__(self, cfg: Any, words: nn.Module | None = None):
+        """Make the frozen tokens, None if there are none, and those that train, both of random normal numbers."""
         super().__init__(cfg, words)
         width, frozen = 2 * cfg.num_layers * cfg.token_dim, cfg.num_frozen_tokens
         self.num_frozen_tokens = frozen
@@ -47,24 +49,33 @@ class CartridgeEncoder(Prompt):
 
     @property
     def weight(self) -> Tensor:
+        """The prompt (tokens, 2 · layers · token_dim) as a new tensor: frozen tokens, if any, then those that train."""
         frozen = () if self.frozen_embedding is None else (self.frozen_embedding,)
         return torch.cat([*frozen, self.trainable_embedding])
 
     @property
     def embedding(self) -> CartridgeEncoder:  # for `encoder.embedding.weight`, which other encoders have
+        """The encoder itself: `encoder.embedding.weight` is then the prompt, as in other encoders."""
         return self
 
     def forward(self, indices: Tensor | None = None, **arguments: object) -> Tensor:
+        """Return keys and values (tokens, 2 · layers · token_dim), frozen tokens first; with `indices` only these
+        tokens.
+        """
         return pick(self.weight, indices)
 
     def restore(self, name: str, value: Tensor) -> None:
+        """Copy keys and values (tokens, 2 · layers · token_dim) into the frozen and the trainable tokens.
+
+        `name` is unused.
+        """
         with torch.no_grad():
             if self.frozen_embedding is not None:
                 self.frozen_embedding.copy_(value[: self.num_frozen_tokens])
             self.trainable_embedding.copy_(value[self.num_frozen_tokens :])
 
     def load_prompt_embeddings(self, values: Tensor) -> None:
-        """Set keys and values: (tokens, 2 · layers · token_dim).
+        """Copy keys and values (tokens, 2 · layers · token_dim) into the frozen and the trainable tokens.
 
         Raises:
             ValueError: the shape differs.

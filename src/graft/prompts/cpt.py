@@ -35,6 +35,14 @@ class CPTConfig(PromptLearningConfig):
     tokenizer_name_or_path: str | None = None  # without effect
 
     def __post_init__(self) -> None:
+        """Set num_virtual_tokens to the number of the examples' tokens, and fill missing masks with ones.
+
+        Layers, width and heads are cleared, so that `fit` takes the base model's.
+
+        Raises:
+            ConfigError: task_type is not CAUSAL_LM; the three lists differ in length or are empty; or a negative decay
+                factor.
+        """
         super().__post_init__()
         if self.task_type != "CAUSAL_LM":
             raise ConfigError(f"{type(self).__name__} only supports task_type = CAUSAL_LM.")
@@ -61,6 +69,12 @@ class CPTEmbedding(Prompt):
     arguments = ("input_type_mask",)
 
     def __init__(self, cfg: Any, words: nn.Module | None = None):
+        """Make the frozen embedding of the examples' tokens, and changes of zeros, with a hook that masks gradients of
+        labels.
+
+        With inference_mode the embedding is random, as a checkpoint follows. Raises ConfigError for tokens that the
+        base model does not know.
+        """
         super().__init__(cfg, words)
         self.cfg = cfg
         self.embedding = nn.Embedding(cfg.num_virtual_tokens, cfg.token_dim)
@@ -73,14 +87,19 @@ class CPTEmbedding(Prompt):
         self.delta_embedding.weight.register_hook(self._without_labels)
 
     def _types(self) -> Tensor:
+        """Return the types of the examples' tokens, (tokens,), as a cached constant on the prompt's device."""
         return constant(tuple(self.cfg.cpt_tokens_type_mask), torch.long, self.delta_embedding.weight.device)
 
     def _without_labels(self, grad: Tensor) -> Tensor:
-        """Return the gradient with zeros for label tokens, which keep their embeddings."""
+        """Return the gradient (tokens, dim) with zeros for label tokens, which keep their embeddings."""
         return grad * (self._types() % 4 != LABEL)[:, None]
 
     def radius(self) -> Tensor:
-        """Return how far each token's embedding may move: (tokens,)."""
+        """Return for each token how far its embedding may move, (tokens,).
+
+        Input tokens have the config's epsilon, tokens of templates its format epsilon, times √(token_dim / 2048).
+        Labels and padding have `NO_RADIUS`.
+        """
         types, scale = self._types(), (self.cfg.token_dim / 2048) ** 0.5
         template = (types > 0) & ((types % 4 == INPUT_TEMPLATE) | (types % 4 == OUTPUT_TEMPLATE))
         out = torch.full(types.shape, NO_RADIUS, device=types.device)
@@ -89,24 +108,32 @@ class CPTEmbedding(Prompt):
         return out
 
     def project(self) -> None:
-        """Shorten rows of delta_embedding that are longer than their radius, in place."""
+        """Shorten rows of delta_embedding that are longer than their radius to it, in place and without gradients."""
         delta = self.delta_embedding.weight.data
         seen = delta.clone()  # another thread may be here: both write the same values
         norm, radius = seen.norm(dim=1), self.radius()
         delta.copy_(seen * torch.where(norm > 0, radius / torch.maximum(norm, radius), 1)[:, None])
 
     def forward(self, indices: Tensor | None = None, **arguments: object) -> Tensor:
+        """Return the examples' embeddings plus their changes, (tokens, dim); with `indices` only these tokens.
+
+        Each call first shortens the changes to their radius, in place.
+        """
         self.project()
         return pick(self.embedding.weight, indices) + pick(self.delta_embedding.weight, indices)
 
     def restore(self, name: str, value: Tensor) -> None:
+        """Put the value in as the frozen embedding, and set all changes to zero. `name` is unused."""
         super().restore(STORED, value)
         nn.init.zeros_(self.delta_embedding.weight)
 
     def compute_loss(
         self, logits: Tensor, labels: Tensor, input_type_mask: Tensor | None = None, **arguments: Any
     ) -> Tensor:
-        """Return the mean cross entropy of the label tokens, those of the examples and of the input.
+        """Return the mean cross entropy of the label tokens, those of the examples and of the input, as (); ignored
+        labels count nothing.
+
+        With "decay" each is weighted by its example; the sum is still divided by their number.
 
         Args:
             logits: (batch, virtual tokens + tokens, vocabulary).
@@ -114,7 +141,7 @@ class CPTEmbedding(Prompt):
             input_type_mask: (batch, tokens), as `cpt_tokens_type_mask`; None: all of them are labels.
 
         Raises:
-            ValueError: labels or types have another shape, or no token is a label.
+            ValueError: labels or types have another shape, or no token is a label. On CUDA the device checks the last.
         """
         types, batch = self._types(), len(logits)
         length = logits.shape[1] - len(types)

@@ -19,7 +19,10 @@ ORDERS = ("perm_mask", "target_mapping")  # XLNet's arguments, which have no pla
 
 
 def attach(stack: PromptStack) -> None:
-    """Put the hooks on the stack's modules, once."""
+    """Put the hooks on the stack's modules: `enter` and `leave` on its module, `step` on an outer one.
+
+    Only the first call does.
+    """
     if stack.attached:
         return
     stack.module.register_forward_pre_hook(partial(enter, stack), with_kwargs=True)
@@ -32,7 +35,13 @@ def attach(stack: PromptStack) -> None:
 def enter(
     stack: PromptStack, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[tuple[object, ...], dict[str, object]] | None:
-    """Put the prompt into the arguments: the hook before `module`."""
+    """Return the call's arguments by name with the prompt put in: the hook before `module`.
+
+    Return None, which changes nothing, if the present visit has no prompt here and none in the encoder's output. Marks
+    the visit as visited.
+
+    Raises ValueError for a call that a prompt cannot enter.
+    """
     if not stack.now.tokens and not stack.now.encoded:
         return None
     stack.now.visited = True
@@ -47,7 +56,10 @@ def enter(
 def step(
     stack: PromptStack, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[tuple[object, ...], dict[str, object]] | None:
-    """Widen masks and positions before `outer` in later steps: the hook on it."""
+    """Return the arguments of `outer` with masks and positions widened for the prompt in later steps: the hook on it.
+
+    Later steps are calls with a cache that holds tokens. Other calls return None; the visit notes which of both it was.
+    """
     arguments = _by_name(stack, stack.outer_names, args, kwargs)
     first, seen = find_first_input(arguments), count_tokens(arguments.get(stack.cache_name or ""))
     stack.now.widened_outside = bool(stack.now.tokens and seen and first is not None)
@@ -60,7 +72,10 @@ def step(
 def _by_name(
     stack: PromptStack, names: list[str], args: tuple[object, ...], kwargs: dict[str, object]
 ) -> dict[str, object]:
-    """Return a call's arguments by name; a cache under the new name even if it came under the old one."""
+    """Return a call's arguments by name.
+
+    In a stack with the new cache argument, a cache under the old name is moved to the new one.
+    """
     arguments = {**dict(zip(names, args)), **kwargs}
     if stack.cache_name == NEW_CACHE and arguments.get(NEW_CACHE) is None and arguments.get(OLD_CACHE) is not None:
         arguments[NEW_CACHE] = arguments.pop(OLD_CACHE)
@@ -68,7 +83,12 @@ def _by_name(
 
 
 def leave(stack: PromptStack, module: nn.Module, args: tuple[object, ...], output: Any) -> object:
-    """Cut the prompt, or a cache that holds nothing else, from the output: the hook after `module`."""
+    """Return the output without the prompt: the hook after `module`.
+
+    If the visit strips and the prompt entered, its tokens are cut from the hidden states; an output that is no tuple is
+    changed in place. A cache that was lent to the call is left out of the output. None, which changes nothing, if none
+    was lent and the output is no tuple to cut.
+    """
     if stack.now.strips and stack.now.entered:
         if isinstance(output, tuple):
             return output[0][:, stack.now.tokens :], *output[1:]
@@ -82,6 +102,15 @@ def leave(stack: PromptStack, module: nn.Module, args: tuple[object, ...], outpu
 
 
 def _enter(stack: PromptStack, arguments: dict[str, object]) -> None:
+    """Put the prompt of the present visit into `arguments`, in place.
+
+    At the first step its embeddings are put before the input, or its keys and values into the cache; in later steps the
+    cache has them. Masks and positions are extended unless `step` did. Without an input nothing happens: the module's
+    error names the missing argument.
+
+    Raises:
+        ValueError: two inputs; an input without batch; XLNet's orders; a static cache; or more tokens than positions.
+    """
     first = find_first_input(arguments)
     if first is None:
         return  # the module's own error names the missing argument
@@ -126,7 +155,11 @@ if TYPE_CHECKING:
 
 
 def check_kind(stack: PromptStack, cfg: Any) -> None:
-    """Raise ConfigError if prompts of this kind cannot enter here, whatever their sizes."""
+    """Raise ConfigError if prompts of this kind cannot enter the stack, whatever their sizes.
+
+    No prompt can enter a model that keeps only states. Keys and values cannot enter with heads that are cut in an
+    unknown way, with some layers that keep a state, or with compressed keys and values.
+    """
     name, kind = type(stack.module).__name__, cfg.peft_type.value
     cached = list(getattr(kv_prefix.new_cache(stack.config, False), "layers", ())) if stack.cache_name else []
     states = [i for i, layer in enumerate(cached) if kv_prefix.holds_state(layer)]
@@ -157,7 +190,11 @@ def check_kind(stack: PromptStack, cfg: Any) -> None:
 
 
 def check_size(stack: PromptStack, cfg: Any) -> None:
-    """Raise ConfigError if the prompt of a config cannot enter here."""
+    """Raise ConfigError if the prompt of a config cannot enter the stack.
+
+    It leaves no position for input. Keys and values need a cache argument and all layers. Embeddings need
+    `inputs_embeds` and the width of the word embeddings.
+    """
     name, kind = type(stack.module).__name__, cfg.peft_type.value
     limit = stack.positions or getattr(stack.config, "max_position_embeddings", None)
     if isinstance(limit, int) and limit > 0 and cfg.num_virtual_tokens >= limit:
@@ -187,7 +224,10 @@ INPUTS = ("input_ids", "inputs", "inputs_embeds")
 
 
 def check_caches(kwargs: dict[str, object], model: nn.Module) -> None:
-    """Raise ValueError for caches that `generate` cannot use with a prompt."""
+    """Raise ValueError for caches that `generate` cannot use with a prompt: a static one, or one that holds tokens.
+
+    The static one may be set in `kwargs` or in the generation config of the call or of the model.
+    """
     settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     kind = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
     if kind is not None and "static" in str(kind):
@@ -203,7 +243,10 @@ def check_caches(kwargs: dict[str, object], model: nn.Module) -> None:
 
 
 def check_assistant(kwargs: dict[str, object], model: nn.Module, stack: PromptStack) -> None:
-    """Raise ValueError for assisted decoding that counts a cache's tokens from the front, not from the back."""
+    """Raise ValueError for assisted decoding in a stack with the old cache argument.
+
+    That counts a cache's tokens from the front, and would cut the prompt. An assistant model and prompt lookup count.
+    """
     settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     lookup = kwargs.get("prompt_lookup_num_tokens") or getattr(settings, "prompt_lookup_num_tokens", None)
     if stack.cache_name == OLD_CACHE and (lookup or kwargs.get("assistant_model") is not None):
@@ -214,7 +257,10 @@ def check_assistant(kwargs: dict[str, object], model: nn.Module, stack: PromptSt
 
 
 def drop_encoder_outputs(kwargs: dict[str, object], cfg: PromptLearningConfig) -> None:
-    """Drop `encoder_outputs`, which lack the prompt, with a warning; raise ValueError if there is no other input."""
+    """Delete `encoder_outputs`, which lack the prompt, from `kwargs`, with a warning; without them do nothing.
+
+    Raises ValueError if there is no other input.
+    """
     if kwargs.get("encoder_outputs") is not None:
         if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
             raise ValueError("encoder_outputs do not hold the prompt: pass input_ids instead.")
@@ -226,7 +272,10 @@ def drop_encoder_outputs(kwargs: dict[str, object], cfg: PromptLearningConfig) -
 
 
 def check_rows(value: Tensor, kwargs: dict[str, object]) -> None:
-    """Raise ValueError unless there is one prompt for all samples, or one for each."""
+    """Raise ValueError if a prompt (rows, tokens, dim) has another number of rows than 1 and the input's samples.
+
+    Prompts of two dimensions and calls without an input tensor pass.
+    """
     first = next((t for n in INPUTS if isinstance(t := kwargs.get(n), Tensor)), None)
     if value.dim() == 3 and first is not None and len(value) not in (1, len(first)):
         raise ValueError(f"task_ids has {len(value)} numbers, and the batch {len(first)} samples: pass one for each.")

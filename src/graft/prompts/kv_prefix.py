@@ -22,7 +22,8 @@ Shape = tuple[int, int]  # heads, head_dim
 def key_shapes(stack: nn.Module) -> list[Shape | None] | None:
     """Return heads and head size of each layer; None for a layer that shares keys.
 
-    Return None if the modules do not tell.
+    Sizes come from modules with `layer_idx`, `head_dim` and `k_proj`. Return None if they do not tell them for every
+    layer from 0 on.
     """
     shapes: dict[int, Shape | None] = {}
     for module in stack.modules():
@@ -39,7 +40,10 @@ def key_shapes(stack: nn.Module) -> list[Shape | None] | None:
 
 
 def head_cuts(stack: nn.Module) -> dict[int, Cut]:
-    """Return, by layer, the cut of the heads for layers with only some of their heads on this process."""
+    """Return, by layer, the cut of the heads for layers that have only some of their heads on this process.
+
+    It is the cut of the outputs of `k_proj`, in heads; one that cuts through a head is left out.
+    """
     cuts: dict[int, Cut] = {}
     for module in stack.modules():
         index, size, keys = (getattr(module, name, None) for name in ("layer_idx", "head_dim", "k_proj"))
@@ -52,7 +56,10 @@ def head_cuts(stack: nn.Module) -> dict[int, Cut]:
 
 
 def unclear_heads(stack: nn.Module) -> str | None:
-    """Return, for an error, a projection that is cut over processes in an unknown way; None if there is none."""
+    """Return, for an error, a projection in an attention other than `k_proj` with outputs cut over processes.
+
+    None if there is none.
+    """
     for module in stack.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
             for name, child in module.named_modules():
@@ -63,7 +70,7 @@ def unclear_heads(stack: nn.Module) -> str | None:
 
 
 def cut_heads(pairs: Pairs, cuts: dict[int, Cut]) -> Pairs:
-    """Return the pairs of the heads that this process has."""
+    """Return the pairs with the heads that this process has, along dimension 1; None and layers without a cut stay."""
     return [
         p if p is None else (cut_tensor(p[0], cuts.get(i), 1), cut_tensor(p[1], cuts.get(i), 1))
         for i, p in enumerate(pairs)
@@ -71,9 +78,11 @@ def cut_heads(pairs: Pairs, cuts: dict[int, Cut]) -> Pairs:
 
 
 def fit_pairs(pairs: list[tuple[Tensor, Tensor]], shapes: list[Shape | None] | None) -> Pairs:
-    """Return the pairs that each layer can hold: cut if its heads are fewer or smaller, None if they are larger.
+    """Return the pairs that each layer can hold: cut if its heads are fewer or smaller, None if they are more or
+    larger.
 
-    Warns about layers that are skipped.
+    Layers that share keys get None, too. Without shapes return all pairs. Gives a warning about layers that are
+    skipped.
 
     Raises:
         ValueError: no layer can hold its pair.
@@ -107,7 +116,10 @@ Pairs = list[tuple[Tensor, Tensor] | None]  # key and value of each layer, (batc
 
 
 def count_tokens(cache: Any) -> int:
-    """Return how many tokens a cache holds."""
+    """Return how many tokens a cache holds: that of its first layer with any; 0 for None.
+
+    Of an encoder-decoder cache self-attention counts. Tuples of (key, value) and caches without layers work as well.
+    """
     if cache is None:
         return 0
     if isinstance(cache, (tuple, list)):
@@ -130,7 +142,7 @@ def holds_state(layer: AdapterLayer) -> bool:
 
 
 def is_static(cache: object) -> bool:
-    """Return True if a cache has room for a fixed number of tokens only."""
+    """Return True if a cache, or its part for self-attention, has room for a fixed number of tokens only."""
     return bool(getattr(getattr(cache, "self_attention_cache", cache), "is_compileable", False))
 
 
@@ -141,7 +153,7 @@ def has_sliding_window(cache: object) -> bool:
 
 
 def new_cache(config: Any, with_encoder: bool) -> object:
-    """Make an empty cache that grows."""
+    """Make an empty cache that grows; with `with_encoder` a pair of caches, for self-attention and cross-attention."""
     from transformers import DynamicCache, EncoderDecoderCache
 
     inner = DynamicCache(config=config)
@@ -149,7 +161,11 @@ def new_cache(config: Any, with_encoder: bool) -> object:
 
 
 def fill_cache(cache: Any, pairs: Pairs, batch: int, dtype: torch.dtype, devices: list[torch.device]) -> object:
-    """Put the pairs into an empty cache, one row per sample, and return it."""
+    """Put the pairs into an empty cache, one row per sample, and return it. Layers with None stay empty.
+
+    Keys and values are cast to `dtype` and moved to the layer's device. Of an encoder-decoder cache self-attention is
+    filled.
+    """
     inner = getattr(cache, "self_attention_cache", cache)
     for i, pair in enumerate(pairs):
         if pair is not None:
@@ -159,7 +175,9 @@ def fill_cache(cache: Any, pairs: Pairs, batch: int, dtype: torch.dtype, devices
 
 
 def per_row(t: Tensor, batch: int) -> Tensor:
-    """Return one row per sample, from one row for all or from one for each sample before beams."""
+    """Return one row per sample, (batch, …): a view of the one row, or each row repeated for the beams of its
+    sample.
+    """
     return t.expand(batch, *t.shape[1:]) if len(t) == 1 else t.repeat_interleave(batch // len(t), dim=0)
 
 
@@ -176,16 +194,21 @@ def freeze_cache(cache: Any) -> Any:
 
 
 def copy_for_run(cache: Any) -> Any:
-    """Return a frozen cache for one run of a layer, with an empty cross-attention cache for that run only."""
+    """Return a frozen cache for one run of a layer: itself, or of an encoder-decoder one a pair with an empty cache for
+    cross-attention.
+    """
     inner = getattr(cache, "self_attention_cache", None)
     return cache if inner is None else type(cache)(inner, type(inner)())
 
 
 class _Reading:
+    """A function in place of a cache layer's `update`, which stores nothing."""
+
     def __init__(self, keys: Any, values: Any):
         self.keys, self.values = keys, values
 
     def __call__(self, keys: Tensor, values: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Return the prompt's keys and values followed by the call's; the call's alone for a layer without prompt."""
         if not isinstance(self.keys, Tensor):  # this layer got no prompt
             return keys, values
         return torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)

@@ -54,6 +54,14 @@ class MultitaskPromptEmbedding(PromptEmbedding):
     in_decoder = True
 
     def __init__(self, cfg: Any, words: nn.Module | None = None):
+        """Make the shared prompt and random factors for each task, or read them from a trained prompt.
+
+        Reading happens for an init of `SOURCES` without inference_mode.
+
+        Raises:
+            ConfigError: a tensor of the trained prompt has another shape; or as `source_values`.
+            CheckpointError: the file lacks a tensor.
+        """
         super().__init__(cfg, words)
         self.num_tasks = cfg.num_tasks
         self.prefix_task_cols = nn.Parameter(torch.empty(cfg.num_tasks, cfg.rows, cfg.num_ranks).normal_(0, 0.02))
@@ -70,6 +78,15 @@ class MultitaskPromptEmbedding(PromptEmbedding):
                 self.restore(name, value)
 
     def forward(self, indices: Tensor | None = None, task_ids: Tensor | None = None, **arguments: Any) -> Tensor:
+        """Return the prompt of each sample's task, (batch, tokens, dim), or (tokens, dim) for a single task number.
+
+        `indices` is unused: the prompt has all tokens.
+
+        Raises:
+            ValueError: no task_ids, no whole numbers, more than one dimension, or a task that does not exist. On CUDA
+                the
+                device checks the last.
+        """
         if task_ids is None:
             raise ValueError(
                 "task_ids cannot be None: pass the number of each sample's task. (transformers' Trainer keeps that "
@@ -78,6 +95,7 @@ class MultitaskPromptEmbedding(PromptEmbedding):
         ids, allowed = torch.as_tensor(task_ids), f"task_ids must be whole numbers from 0 to {self.num_tasks - 1}"
 
         def wrong() -> ValueError:
+            """Return the error for wrong task_ids."""
             return ValueError(f"{allowed}, one for each sample, got {task_ids}.")
 
         if ids.dim() > 1 or ids.dtype not in (torch.int64, torch.int32):
@@ -88,18 +106,28 @@ class MultitaskPromptEmbedding(PromptEmbedding):
         return super().forward(None) * factor
 
     def to_file_tensors(self) -> dict[str, Tensor]:
+        """Return the shared prompt and the factors of all tasks, detached, by name."""
         return {
             STORED: self.embedding.weight.detach(),
             **{name: getattr(self, name).detach() for name in FACTORS},
         }
 
     def restore(self, name: str, value: Tensor) -> None:
+        """Copy the value into the shared prompt (`prompt_embeddings`) or the factor with this name, in place."""
         with torch.no_grad():
             (self.embedding.weight if name == STORED else getattr(self, name)).copy_(value)
 
 
 def source_values(cfg: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
-    """Return the tensors that the config takes from a trained prompt, by name."""
+    """Return the tensors that the config takes from the weights file of a trained prompt, by name.
+
+    ONLY_SOURCE_SHARED takes the shared prompt alone. The others take the factors as well: their mean over tasks, or
+    those of one task, with a first dimension of 1.
+
+    Raises:
+        ConfigError: no file is named, or it has no such task.
+        CheckpointError: the file lacks one of the tensors.
+    """
     path = cfg.prompt_tuning_init_state_dict_path
     if path is None:
         raise ConfigError(

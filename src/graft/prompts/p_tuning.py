@@ -33,6 +33,10 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_dropout: float = 0.0  # dropout of the LSTM
 
     def __post_init__(self) -> None:
+        """Make encoder_reparameterization_type a member of its enum.
+
+        Raises ConfigError for another value than MLP and LSTM.
+        """
         super().__post_init__()
         try:
             self.encoder_reparameterization_type = PromptEncoderReparameterizationType(
@@ -51,6 +55,11 @@ class PromptEncoder(Prompt):
     config = PromptEncoderConfig
 
     def __init__(self, cfg: Any, words: nn.Module | None = None):
+        """Make the embedding and, unless inference_mode is set, the network: an LSTM with an MLP on top, or an MLP
+        alone.
+
+        Warns that an MLP ignores encoder_num_layers, if that is not the default.
+        """
         super().__init__(cfg, words)
         dim, H = cfg.token_dim, cfg.encoder_hidden_size
         self.embedding = nn.Embedding(cfg.rows, dim)
@@ -71,6 +80,10 @@ class PromptEncoder(Prompt):
         self.mlp_head = nn.Sequential(nn.Linear(dim, H), nn.ReLU(), nn.Linear(H, H), nn.ReLU(), nn.Linear(H, dim))
 
     def forward(self, indices: Tensor | None = None, **arguments: object) -> Tensor:
+        """Return the prompt (tokens, dim), the network's output for the embedding; with `indices` only these tokens.
+
+        Without a network return rows of the embedding.
+        """
         rows = pick(self.embedding.weight, indices)
         if not hasattr(self, "mlp_head"):
             return rows
@@ -79,6 +92,10 @@ class PromptEncoder(Prompt):
         return self.mlp_head(rows)
 
     def restore(self, name: str, value: Tensor) -> None:
+        """Put the computed prompt in as the embedding, and delete the network, if there is one.
+
+        Raises CheckpointError if the shape differs and the embedding is spread over processes.
+        """
         super().restore(name, value)
         for network in ("lstm_head", "mlp_head"):
             self._modules.pop(network, None)

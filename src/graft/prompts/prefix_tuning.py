@@ -33,6 +33,12 @@ class PrefixEncoder(Prompt):
     published_lr = PublishedRate(1e-3, 5e-3, COMPARISON)
 
     def __init__(self, cfg: Any, words: nn.Module | None = None):
+        """Make the embedding, of keys and values or, with prefix_projection and without inference_mode, of a
+        projection's inputs.
+
+        With init_weights "zero" keys and values start at 0: the embedding, or the projection's last layer, is filled
+        with zeros.
+        """
         super().__init__(cfg, words)
         tokens, D, width = cfg.num_virtual_tokens, cfg.token_dim, 2 * cfg.num_layers * cfg.token_dim
         self.prefix_projection = cfg.prefix_projection and not cfg.inference_mode
@@ -49,17 +55,24 @@ class PrefixEncoder(Prompt):
                 nn.init.zeros_(p)
 
     def forward(self, indices: Tensor | None = None, **arguments: object) -> Tensor:
+        """Return keys and values (tokens, 2 · layers · token_dim), from the projection if there is one; with `indices`
+        only these tokens.
+        """
         rows = pick(self.embedding.weight, indices)
         return self.transform(rows) if self.prefix_projection else rows
 
     def restore(self, name: str, value: Tensor) -> None:
+        """Put keys and values in as the embedding, and delete the projection, if there is one.
+
+        Raises CheckpointError if the shape differs and the embedding is spread over processes.
+        """
         super().restore(name, value)
         if self.prefix_projection:
             del self.transform
             self.prefix_projection = False
 
     def load_prompt_embeddings(self, values: Tensor) -> None:
-        """Set keys and values: (tokens, 2 · layers · token_dim).
+        """Write keys and values (tokens, 2 · layers · token_dim) into the embedding.
 
         Raises:
             ValueError: the shape differs, or a projection computes them.
@@ -71,14 +84,16 @@ class PrefixEncoder(Prompt):
 
 
 def check_shape(values: Tensor, there: Tensor) -> None:
+    """Raise ValueError if the values have another shape than the tensor `there`."""
     if values.shape != there.shape:
         raise ValueError(f"Prompt embeddings of shape {tuple(values.shape)} do not fit {tuple(there.shape)}.")
 
 
 def as_pairs(prompt: Tensor, cfg: Any) -> list[tuple[Tensor, Tensor]]:
-    """Return key and value of each layer, (batch, heads, tokens, head_dim).
+    """Return key and value of each layer, (batch, heads, tokens, head_dim), as views of the prompt.
 
-    Follow PEFT for an encoder-decoder: take the pairs of every second layer, then again from the first.
+    An encoder-decoder (two submodules) gets them as in PEFT: the pairs of every second layer, then again from the
+    first.
 
     Args:
         prompt: ([batch,] tokens, 2 · layers · token_dim).
@@ -92,6 +107,9 @@ def as_pairs(prompt: Tensor, cfg: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def from_pairs(pairs: list[tuple[Tensor, Tensor]], tokens: int) -> Tensor:
-    """Return a prompt, (tokens, 2 · layers · token_dim): the first tokens of each layer's (1, heads, T, head_dim)."""
+    """Return a prompt, (tokens, 2 · layers · token_dim): the first tokens of each layer's (1, heads, T, head_dim).
+
+    Only the first sample is taken. It is the reverse of `as_pairs` for one submodule.
+    """
     flat = [t[0, :, :tokens].transpose(0, 1).reshape(tokens, -1) for pair in pairs for t in pair]
     return torch.cat(flat, dim=1)

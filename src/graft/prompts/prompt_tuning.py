@@ -37,6 +37,11 @@ class PromptTuningConfig(PromptLearningConfig):
     inits: ClassVar[type[Enum]] = PromptTuningInit
 
     def __post_init__(self) -> None:
+        """Make prompt_tuning_init a member of its enum.
+
+        Raises:
+            ConfigError: it is none; TEXT has no tokenizer or no text; or tokenizer_kwargs are set without TEXT.
+        """
         super().__post_init__()
         init = self.prompt_tuning_init
         names = [kind.value for kind in self.inits]
@@ -58,6 +63,13 @@ class PromptEmbedding(Prompt):
     published_lr = PublishedRate(0.3, 0.3, "arXiv 2104.08691, its code, with Adafactor")
 
     def __init__(self, cfg: Any, words: nn.Module | None = None):
+        """Make the embedding: random, or unless inference_mode is set the words of a text (TEXT) or of random tokens
+        (SAMPLE_VOCAB).
+
+        Raises:
+            ConfigError: the text has no tokens, or tokens that the base model does not know.
+            OSError: there is no such tokenizer.
+        """
         super().__init__(cfg, words)
         self.embedding = nn.Embedding(cfg.rows, cfg.token_dim)
         if cfg.inference_mode or cfg.prompt_tuning_init not in ("TEXT", "SAMPLE_VOCAB"):
@@ -73,9 +85,10 @@ class PromptEmbedding(Prompt):
 
 
 def text_ids(cfg: PromptTuningConfig) -> Tensor:
-    """Return the tokens of the initial text, cut or repeated to the number of virtual tokens, (tokens,).
+    """Return the tokens of the initial text, cut or repeated to the number of the embedding's rows, (rows,).
 
-    Code that a tokenizer brings never runs: the config may come from anywhere.
+    Code that a tokenizer brings never runs, as the config may come from anywhere: trust_remote_code is switched off,
+    with a warning.
 
     Raises:
         ConfigError: the text has no tokens.

@@ -31,15 +31,16 @@ class Replays:
         self._handle: RemovableHandle | None = None
 
     def layers(self) -> list[nn.Module]:
-        """Return the modules of the stack with gradient checkpointing switched on."""
+        """Return the modules of the stack with gradient checkpointing switched on and a checkpointing function."""
         modules = self.stack.module.modules()
         return [m for m in modules if getattr(m, "gradient_checkpointing", False) and RUN in m.__dict__]
 
     def prepare_checkpointing(self) -> bool:
         """Return True if the backward pass will run layers again, so that they need the cache then.
 
-        In training, takes a lock of all models until `clear`. Without gradients, switches checkpointing off until
-        `clear`, since it hides the cache from the layers.
+        Return False in evaluation mode. In training, a stack with checkpointing functions takes a lock of all models
+        until `clear`. Without gradients, it also switches checkpointing off until `clear`, since that hides the cache
+        from layers.
         """
         if not self.stack.module.training:
             return False
@@ -54,7 +55,8 @@ class Replays:
         return False
 
     def start(self, cache: object) -> None:
-        """Pass `cache` to the layers whenever they run, now and in the backward pass.
+        """Pass `cache` to the layers whenever they run, now and in the backward pass: replaces their checkpointing
+        functions.
 
         Raises:
             ValueError: no layer here takes a cache, so that the prompt would have no effect.
@@ -72,11 +74,14 @@ class Replays:
             self._set(layer, RUN, with_cache(layer.__dict__[RUN], cache, *place))
 
     def _set(self, layer: nn.Module, name: str, value: object) -> None:
+        """Set an attribute of a layer, and note the old value for `clear`."""
         self._before.append((layer, name, layer.__dict__[name]))
         layer.__dict__[name] = value
 
     def clear(self) -> None:
-        """Undo all changes to the layers, remove the hook, and release the lock."""
+        """Restore the layers' attributes, remove the hook on the word embeddings, and release the lock, as far as they
+        are set.
+        """
         for layer, name, value in self._before:
             layer.__dict__[name] = value
         self._before = []
@@ -90,8 +95,10 @@ class Replays:
     def detach_if_reentrant(self, value: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return `value`, or under reentrant checkpointing a leaf tensor of the same values.
 
-        Reentrant checkpointing runs one backward pass per layer, and the graph below `value` allows only one: the leaf
-        collects the gradients, and `_HandOver` passes them on with the gradient of the embeddings, which comes last.
+        Reentrant checkpointing runs one backward pass per layer, and the graph below `value` allows only one. The leaf
+        collects the gradients, and `_HandOver` passes them on with the gradient of the embeddings, which comes last. It
+        is put on `inputs_embeds` in `arguments`, or by a hook on the word embeddings. A value without gradient is
+        returned as it is.
         """
         runs = [layer.__dict__[RUN] for layer in self.layers()]
         if not any(getattr(run, "keywords", {}).get("use_reentrant") for run in runs) or not value.requires_grad:
@@ -99,6 +106,7 @@ class Replays:
         leaf = value.detach().requires_grad_()
 
         def hand_over(_module: object, _args: object, output: Tensor) -> Tensor:
+            """Return the embeddings with a backward pass that also passes the leaf's gradient to `value`."""
             return _HandOver.apply(output, value, [leaf])
 
         if arguments.get("inputs_embeds") is not None:
@@ -109,7 +117,7 @@ class Replays:
 
 
 def find_cache_argument(layer: nn.Module) -> tuple[str, int] | None:
-    """Return name and position of a layer's cache argument, None if it has none."""
+    """Return name and position of the cache argument of a layer's forward; None if it has none."""
     names = list(inspect.signature(layer.forward).parameters)
     name = next((n for n in NAMES if n in names), None)
     return None if name is None else (name, names.index(name))
@@ -119,7 +127,13 @@ def with_cache(run: Callable[..., object], cache: object, name: str, index: int)
     """Return a checkpointing function that passes `cache` to the layer it runs, also in the backward pass."""
 
     def run_checkpointed(function: Callable[..., object], *args: object, **options: object) -> object:
+        """Run a layer's function through the old checkpointing function, with the cache put in."""
+
         def with_prompt(*inputs: object) -> object:
+            """Call the layer's function with the cache at its position, in place of the argument there, or by keyword.
+
+            Each run gets a fresh copy of an encoder-decoder cache.
+            """
             prompt = kv_prefix.copy_for_run(cache)
             if len(inputs) > index:
                 return function(*inputs[:index], prompt, *inputs[index + 1 :])
@@ -135,9 +149,11 @@ class _HandOver(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context, hidden: Tensor, value: Tensor, leaf: list[Tensor]) -> Tensor:
+        """Return a view of the embeddings, and keep the leaf."""
         ctx.leaf = leaf[0]
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[object, object, None]:
+        """Return the gradient unchanged, and the gradient that the leaf has collected for `value`."""
         return grad, ctx.leaf.grad, None

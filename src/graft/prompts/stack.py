@@ -18,19 +18,23 @@ from graft.storage import find_device_and_dtype
 
 
 def find_first_input(arguments: dict[str, object]) -> Any:
-    """Return the input: (batch, tokens) or (batch, tokens, dim); None if there is none."""
+    """Return the input of a call: `inputs_embeds` (batch, tokens, dim), else `input_ids` (batch, tokens); None without
+    one.
+    """
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     return ids if embeds is None else embeds
 
 
 def layers_in(module: nn.Module) -> dict[int, nn.Module]:
-    """Return a module of each layer by the layer's number, where modules have one (`layer_idx`)."""
+    """Return a module of each layer by the layer's number, where modules have one (`layer_idx`); the last with it
+    counts.
+    """
     numbered = [(getattr(m, "layer_idx", None), m) for m in module.modules()]
     return {i: m for i, m in numbered if isinstance(i, int)}
 
 
 def words_in(module: nn.Module) -> nn.Module | None:
-    """Return the word embeddings of a model, if it has any."""
+    """Return the word embeddings of a model; None if it has none, or none with a weight."""
     try:
         words = module.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -39,7 +43,10 @@ def words_in(module: nn.Module) -> nn.Module | None:
 
 
 def positions_in(module: nn.Module) -> int | None:
-    """Return the size of a table of position embeddings; None if the model computes positions."""
+    """Return the number of positions in the first table of position embeddings, without reserved rows.
+
+    None if the model has no such table: it computes positions. Relative positions do not count.
+    """
     for name, m in module.named_modules():
         leaf = name.rpartition(".")[2]
         if isinstance(m, nn.Embedding) and (leaf == "wpe" or ("position" in leaf and "relative" not in leaf)):
@@ -53,7 +60,11 @@ TEXT_PARTS = ("language_model", "text_model", "decoder")  # inside models that r
 
 
 def stacks_of(model: nn.Module) -> dict[str, PromptStack]:
-    """Return {"main": stack} of a model, or its encoder as "main" and its "decoder"."""
+    """Return {"main": stack} of a model; for an encoder-decoder the encoder's as "main", and the decoder's as
+    "decoder".
+
+    The main stack of a model that reads images as well is its innermost text part.
+    """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return {"main": PromptStack(model.get_encoder(), model), "decoder": PromptStack(model.get_decoder(), model)}
     inner = outer = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
@@ -105,6 +116,10 @@ class PromptStack:
     """
 
     def __init__(self, module: nn.Module, model: nn.Module, outer: object = None):
+        """Read the facts of the module: arguments, cache, positions, layers, shapes and cuts of keys.
+
+        Nothing is attached yet.
+        """
         self.module, self.model, self.outer = module, model, outer if isinstance(outer, nn.Module) else module
         self.names, self.outer_names = (list(inspect.signature(m.forward).parameters) for m in (module, self.outer))
         self.cache_name = next((n for n in CACHES if n in self.names), None)
@@ -124,47 +139,65 @@ class PromptStack:
         return self.here.now
 
     def begin(self) -> Visit:
-        """Begin a call, as yet without a prompt. Return the call around it, for `end`: calls nest where, say, a logits
-        processor calls the model."""
+        """Begin a call in this thread, as yet without a prompt. Return the visit around it, for `end`.
+
+        Calls nest where, say, a logits processor calls the model.
+        """
         outer, self.here.now = self.here.now, Visit(Replays(self))
         return outer
 
     def end(self, outer: Visit) -> None:
+        """End the call of this thread: restore its checkpointed layers, release their lock, and make `outer` the visit
+        again.
+        """
         self.now.replays.clear()
         self.here.now = outer
 
     def put_embeddings(self, value: Tensor) -> None:
-        """Put embeddings before the input. `value`: (1 or batch, tokens, dim)."""
+        """Note embeddings to put before the input of the present visit. `value`: (1 or batch, tokens, dim)."""
         self.now.embeddings, self.now.tokens = value, value.shape[1]
 
     def put_keys(self, value: Tensor, as_pairs: Callable[[Tensor], list[tuple[Tensor, Tensor]]]) -> None:
-        """Put keys and values before each layer's own: `as_pairs` makes them from `value` (tokens, …)."""
+        """Note keys and values for the present visit, which go before each layer's.
+
+        as_pairs: makes them from `value` (…, tokens, numbers).
+        """
         self.now.keys, self.now.as_pairs, self.now.tokens = value, as_pairs, value.shape[-2]
 
     # facts
 
     @property
     def words(self) -> nn.Module | None:
-        """The word embeddings that the model has now: an adapter may have its own."""
+        """The word embeddings that the stack's module or else the model has now: an adapter may have other ones.
+
+        None without any.
+        """
         return words_in(self.module) or words_in(self.model)
 
     @property
     def width(self) -> int | None:
-        """The width of the word embeddings. Layers may be wider, and project them."""
+        """The width of the word embeddings, None without any. Layers may be wider, and project them."""
         words = self.words
         return None if words is None else words.weight.shape[1]
 
     @property
     def device(self) -> torch.device:
+        """The device of the word embeddings, or of the module if FSDP has left these without parameters.
+
+        Raises StopIteration if neither has one.
+        """
         parts = (self.words or self.module, self.module)  # FSDP may leave the word embeddings without parameters
         return next(device for part in parts if (device := find_device_and_dtype(part)[0]) is not None)
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the module's first floating-point parameter."""
         return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
 
     def check_visited(self) -> None:
-        """Raise RuntimeError if the model never ran this module in the call: the prompt had no effect."""
+        """Raise RuntimeError if the present visit has a prompt and the model never ran this module: it had no
+        effect.
+        """
         if self.now.tokens and not self.now.visited:
             raise RuntimeError(
                 f"The base model never called its {type(self.module).__name__}, where the prompt enters: prompt "
@@ -174,7 +207,7 @@ class PromptStack:
     def fill_cache(self, cache: object, pairs: kv_prefix.Pairs, batch: int) -> object:
         """Put a prompt's pairs into a cache and return it; into a new one if `cache` is None.
 
-        Only this process's heads are put.
+        Only this process's heads are put, and no more pairs than the module has layers.
         """
         if cache is None:
             cache = kv_prefix.new_cache(self.config, self.in_pair)
@@ -183,7 +216,10 @@ class PromptStack:
         return kv_prefix.fill_cache(cache, pairs, batch, self.dtype, self.devices(len(pairs)))
 
     def devices(self, layers: int) -> list[torch.device]:
-        """Return the device of each layer."""
+        """Return the device of each of the first `layers` layers.
+
+        A layer without a device, or on the meta device, counts as on the stack's device.
+        """
         parts = [self.layers.get(i, self.module) for i in range(layers)]
         where = [find_device_and_dtype(part)[0] or self.device for part in parts]
         return [self.device if d.type == "meta" else d for d in where]

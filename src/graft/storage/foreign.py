@@ -179,6 +179,7 @@ class ByIdentity(OwnModule):
     writes = False
 
     def __init__(self, name: str, codes: str, calibrated: bool = True):
+        """Set the texts for errors, and an empty cache of results by module."""
         self.name, self.codes = name, codes
         self.calibrated = f"its weight is {codes} that were calibrated" if calibrated else None
         # result of `look` for a layer, and the dtype that it ran with

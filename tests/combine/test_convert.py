@@ -520,7 +520,7 @@ def test_models_without_a_peft_model_have_keys_without_a_prefix():
 def test_a_changed_base_is_said():
     model = made(graft, ("LoraConfig", dict(r=2, init_lora_weights="pissa")))
     result = outcome(lambda: graft.convert_to_lora(model, 2))
-    assert result.warned("as plain LoRA it belongs to the base model as it is now")
+    assert result.warned("so that the plain LoRA will not fit a fresh base")
     config, tensors = result.value
     base = made(graft, ("LoraConfig", dict(r=2, init_lora_weights="pissa"))).unload()
     close(put(config, tensors, base)(**models.inputs("mlp")), model(**models.inputs("mlp")), 1e-4)

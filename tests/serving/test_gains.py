@@ -247,7 +247,7 @@ def test_what_slots_cannot_hold_stays_where_it_was():
     for options, error, text in (
         (dict(max_rank=1), ConfigError, "need max_rank=2"),
         (dict(max_adapters={2: 1, 8: 0}), ConfigError, "max_adapters must be at least 1, got 0"),
-        (dict(max_adapters={2: 1}, max_rank=2), ConfigError, "none beside slots by rank"),
+        (dict(max_adapters={2: 1}, max_rank=2), ConfigError, "not to slots by rank"),
         (dict(gain=True), TypeError, "gain"),
         (dict(targets=["q_proj"]), TypeError, "targets"),
     ):

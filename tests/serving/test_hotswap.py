@@ -538,7 +538,7 @@ def test_missing_keys_are_named(tmp_path):
 
 def test_an_adapter_for_none_of_the_layers_is_refused(tmp_path):
     config = graft.LoraConfig(**LORA, target_modules=["other"])
-    text = "it has no layer of this one.*stays what it was.*call load_adapter.. with another name"
+    text = "it has no layer of this one.*is unchanged.*call load_adapter.. with another name"
     refused(tmp_path, AdapterKeyError, text, edit=dict.clear, config=config)
 
 

@@ -393,7 +393,7 @@ def test_what_is_not_kept_is_read_again(folders, tmp_path):
         out(slots, "a")
     assert slots.report() == before and torch.equal(out(slots, "b"), base)
     for source in (carrying(folders), load_weights(folders["a"]).tensors):
-        with pytest.raises(ConfigError, match="keep=False needs a folder"):
+        with pytest.raises(ConfigError, match="keep=False reads it again from a folder"):
             slots.load("x", source, adapter="a", config=graft.LoraConfig(**ADAPTERS["a"]), keep=False)
 
 
@@ -438,7 +438,7 @@ def refused(slots, error, match, *args, **options):
     [
         (dict(r=6), r"'x' does not fit: rank 6 on 'model\.layers\.0.*' is above max_rank=5"),
         (dict(rank_pattern={"layers.1.mlp.down_proj": 9}), r"rank 9 on 'model\.layers\.1\.mlp\.down_proj' is above"),
-        (dict(use_dora=True), r"'x' does not fit: DoRA \(use_dora=True\) needs vectors beside A and B.*gains=True"),
+        (dict(use_dora=True), r"'x' does not fit: DoRA \(use_dora=True\) needs vectors as well as A and B.*gains=True"),
         (dict(lora_bias=True), "lora_bias=True"),
         (dict(modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\]"),
         (dict(trainable_token_indices=[1, 2]), "trainable_token_indices"),
@@ -591,7 +591,7 @@ def test_remove_restores_the_model(folders):
 
 def test_removed_slots_serve_nothing(folders):
     slots = slotted(folders)
-    with slots.using("a"), pytest.raises(RoutingError, match="leave the `using` block"):
+    with slots.using("a"), pytest.raises(RoutingError, match="Leave the `using` block"):
         slots.remove()
     slots.pin("a")
     slots.remove()

@@ -78,7 +78,7 @@ def test_a_server_that_hangs():
     versions = Versions("policy", load, server.unload, 2, timeout=0.2)
     first = versions.publish(tensors(1))
     with pytest.raises(
-        ServerTimeoutError, match=r"did not load version 'policy-v2-0002' within 0.2 s; if it still does"
+        ServerTimeoutError, match=r"did not load version 'policy-v2-0002' within 0.2 s; a late success is undone"
     ):
         versions.publish(tensors(2))
     assert loading.is_set() and versions.current == first and list(server.held) == versions.names == [first]

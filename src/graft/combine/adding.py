@@ -118,7 +118,7 @@ def make_rank_patterns(ranks: dict[str, int]) -> dict[str, int]:
     return patterns
 
 
-# modules beside the layers
+# modules outside the adapted layers
 
 
 def find_owners(tuner: Tuner, names: Sequence[str]) -> dict[str, str]:
@@ -175,8 +175,8 @@ def warn_if_base_changed(tuner: Tuner, names: list[str], adapter_name: str, cfg:
     changed = [n for n in dict.fromkeys(names) if find_start_change(tuner.peft_config[n])]
     if changed:
         warn(
-            f"The initialisation of {changed} changed the base weights: '{adapter_name}' belongs to the base model as "
-            "it is now, and will not fit a fresh one.",
+            f"The initialisation of {changed} changed the base weights, so that '{adapter_name}' will not fit a fresh "
+            "base. Save the base as well.",
             PeftWarning,
         )
 
@@ -232,8 +232,8 @@ class CombinedValues:
                 if host.methods[adapter].lenders and not all(m.lenders for m, _ in pairs):
                     raise ConfigError(
                         f"'{key}' shares its weight with the embedding, and its rows are its own in some of the "
-                        f"adapters {[m.name for m, _ in pairs]}: adapter '{adapter}', which trains the same tokens in "
-                        "both, cannot hold their sum. Combine the others."
+                        f"adapters {[m.name for m, _ in pairs]}, so that adapter '{adapter}' cannot hold their sum. "
+                        "Combine the others."
                     )
                 rows = combine_rows(host.methods[adapter], pairs)
                 out += [(SlotTarget(host, slot), rows) for slot in host.slots(adapter) if slot.saved]

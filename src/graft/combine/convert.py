@@ -64,8 +64,8 @@ def convert_layers(
         )
     if find_start_change(cfg):
         warn(
-            f"The initialisation of '{adapter}' changed the base weights: as plain LoRA it belongs to the base model "
-            "as it is now, and will not fit a fresh one.",
+            f"The initialisation of '{adapter}' changed the base weights, so that the plain LoRA will not fit a fresh "
+            "base. Save the base as well.",
             PeftWarning,
         )
     decompose = compute_spectrum if compile_kwargs is None else torch.compile(compute_spectrum, **compile_kwargs)
@@ -101,7 +101,7 @@ def fix_effects(layers: Layers, adapter: str, at: Mapping[str, object]) -> dict[
     follows = {m.depends_on for m in methods.values() if m.depends_on is not None}
     if unknown := sorted(set(at) - follows):
         says = f"follows {sorted(follows)}" if follows else "follows no argument of a call"
-        raise ConfigError(f"at={dict(at)!r} names {unknown}, and adapter '{adapter}' {says}.")
+        raise ConfigError(f"at={dict(at)!r} names {unknown}, and adapter '{adapter}' {says}. Leave them out.")
     return {
         key: m.effect_at(at[name]) for key, m in methods.items() if (name := m.depends_on) is not None and name in at
     }
@@ -138,11 +138,11 @@ def check_convertible(layers: Layers, adapter: str, cfg: Any, rank: Any, effects
         most = groups * min(layer.out_features // groups, layer.in_features if layer.op.opaque else layer.fan_in)
         if rank > most:
             raise ConfigError(
-                f"The chosen rank {rank} is larger than the weight shape ({most}), please choose a lower rank: layer "
-                f"'{key}' has none above."
+                f"The chosen rank {rank} is larger than the weight shape ({most}), please choose a lower rank. The "
+                f"layer is '{key}'."
             )
         if rank % groups:
-            raise ConfigError(f"Layer '{key}' has {groups} groups, by which rank {rank} is not divisible.")
+            raise ConfigError(f"Layer '{key}' has {groups} groups, which do not divide rank {rank}. Choose a multiple.")
 
 
 def check_rank(rank: object) -> None:
@@ -198,8 +198,8 @@ def warn_of_loss(adapter: str, rank: int | float, lost: dict[str, float]) -> Non
     worst = max(lost, key=lambda key: lost[key])
     if lost[worst] > TELL_FROM:
         warn(
-            f"As LoRA of rank {rank}, adapter '{adapter}' loses up to {lost[worst]:.0%} of ‖ΔW‖ (layer '{worst}'): "
-            "its updates have a higher rank. rank=0.99 takes the lowest that keeps 99 % of ‖ΔW‖² in each layer.",
+            f"As LoRA of rank {rank}, adapter '{adapter}' loses up to {lost[worst]:.0%} of ‖ΔW‖ (layer '{worst}'). "
+            "rank=0.99 takes the lowest rank that keeps 99 % of ‖ΔW‖² in each layer.",
             PeftWarning,
         )
 
@@ -247,7 +247,9 @@ def make_lora_values(m: Method, change: WeightChange, cfg: LoraConfig) -> Tensor
     values = method_of("LORA")(site, cfg, m.name).holding(A, B)
     if cfg.lora_bias:
         if site.op.takes_ids:
-            raise ConfigError(f"The adapter changes biases, which LoRA cannot beside the embedding '{site.key}'.")
+            raise ConfigError(
+                f"The adapter changes the output's bias of the embedding '{site.key}', which LoRA cannot. Leave it out."
+            )
         values["lora_B", "bias"] = B.new_zeros(site.out_features) if change.shift is None else change.shift
     if not site.op.takes_ids:
         factors = site.op.factor_modules(site.module, len(A), False, False, META)

@@ -49,7 +49,7 @@ class Term:
     weight: float
     groups: int = 1
     stack: int = 1
-    transposed: bool = False  # the layer stores (in, out), by which random pruning draws
+    transposed: bool = False  # the layer stores (in, out); random pruning draws in this order
 
     @property
     def rank(self) -> int:
@@ -172,8 +172,8 @@ def check_base_unchanged(cfg: PeftConfig, ranks: dict[str, int], configs: Sequen
         before = max(c.at(key).r for c in configs)
         if r != before:
             raise ConfigError(
-                f"With {setting} the rank says what the base weight lacks. On layer '{key}' it would be {r} in place "
-                f"of {before}: use a combination that keeps it, such as linear, or svd with svd_rank={before}."
+                f"With {setting} the rank must stay {before} on layer '{key}', where the base weight lacks that part, "
+                f"and would be {r}. Use linear, or svd with svd_rank={before}."
             )
 
 

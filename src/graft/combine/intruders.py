@@ -101,7 +101,7 @@ def check_reducible(layers: dict[str, AdapterLayer], adapter: str, cfg: PeftConf
         ):
             raise ConfigError(
                 f"Intruder dimensions of '{adapter}' cannot be reduced: on layer '{key}' ({type(m).__name__}, "
-                f"{layer.site.type_name}) it is no plain product B A with the shape of the weight."
+                f"{layer.site.type_name}) it is no plain product B A. Leave such layers out."
             )
 
 

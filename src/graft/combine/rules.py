@@ -87,7 +87,7 @@ def majority_sign(tensors: Sequence[Tensor], method: str = "total") -> Tensor:
         ConfigError: another method.
     """
     if method not in ("total", "frequency"):
-        raise ConfigError(f'Unimplemented mask method "{method}": total or frequency.')
+        raise ConfigError(f'Unimplemented mask method "{method}". Choose total or frequency.')
     votes = linear(tensors if method == "total" else [t.sign() for t in tensors], [1.0] * len(tensors))
     return votes.sign_().add_(0.5).sign_()
 
@@ -221,8 +221,8 @@ class Recipe:
             raise ConfigError(f"Invalid combination_type: {self.kind}. Known ones: {', '.join(TYPES)}.")
         if self.kind in ELEMENTWISE and not form.takes_factors:
             raise NotImplementedError(
-                f"combination_type='{self.kind}' acts on the factors of LoRA apart, which means nothing for "
-                f"{peft_type} adapters: their sum can be had with cat, svd or exact."
+                f"combination_type='{self.kind}' acts on LoRA's factors separately, which {peft_type} adapters do not "
+                "have. Use cat, svd or exact."
             )
         pruning = self.kind.removesuffix("_svd") in PRUNING
         if pruning:
@@ -257,7 +257,7 @@ class Recipe:
                 if len({t.rank for t in ts}) > 1:
                     raise ConfigError(
                         "All adapters must have the same r value when using combination_type linear, ties, dare_ties "
-                        f"or dare_linear. On layer '{key}' they have {[t.rank for t in ts]}: use cat, svd or exact."
+                        f"or dare_linear. On layer '{key}' they have {[t.rank for t in ts]}. Use cat, svd or exact."
                     )
             return {key: ts[0].rank for key, ts in terms.items()}
         sums = {key: sum(t.rank for t in ts) for key, ts in terms.items()}
@@ -271,7 +271,7 @@ class Recipe:
             groups = ts[0].groups
             if rank % groups:
                 raise ConfigError(
-                    f"Layer '{key}' has {groups} groups, by which rank {rank} is not divisible: pass another svd_rank."
+                    f"Layer '{key}' has {groups} groups, which do not divide rank {rank}. Pass another svd_rank."
                 )
             ranks[key] = min(rank, ts[0].highest)
         return ranks

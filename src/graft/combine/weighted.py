@@ -130,8 +130,8 @@ def add_weighted_adapter(
         if getattr(tuner.peft_config[name], "target_parameters", None):
             raise ConfigError(
                 f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter '{name}') together "
-                f"with adapters of other methods ({peft_type}): combine the LoRA adapters alone, or have all act "
-                f"together, base_model.set_adapter({names})."
+                f"with adapters of other methods ({peft_type}): combine the LoRA adapters only, or activate all, "
+                f"base_model.set_adapter({names})."
             )
     configs = [tuner.peft_config[name] for name in names]
     parts = find_parts(tuner, names, weights, form)
@@ -185,8 +185,8 @@ def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], 
     for key, parts in find_parts(tuner, names, weights, ProductForm()).items():
         if len({m.inner for m, _ in parts}) > 1:
             raise ConfigError(
-                f"Layer '{key}' is a feed-forward module of some of the adapters {names} and not of others: one scales "
-                "its input, another its output."
+                f"Layer '{key}' is a feed-forward module of some of the adapters {names} and not of others, so that "
+                "inputs and outputs are scaled. Combine only one kind."
             )
         l = rules.linear([widen(m.ia3_l) for m, _ in parts], [w for _, w in parts])
         values[key] = {("ia3_l", ""): l + (sum(weights) - sum(w for _, w in parts))}
@@ -269,19 +269,19 @@ def check_arguments(tuner: Tuner, adapters: list[str], weights: list[float]) -> 
         ConfigError: there is no adapter, the numbers differ, or a weight is not finite in float32.
     """
     if isinstance(adapters, str):
-        raise ConfigTypeError(f"adapters should be a list of names, got {adapters!r}: write ['{adapters}'].")
+        raise ConfigTypeError(f"adapters should be a list of names, got {adapters!r}. Write ['{adapters}'].")
     if isinstance(weights, (int, float)):
         raise ConfigTypeError(f"weights should be a list, one for each of {list(adapters)}, got {weights!r}.")
     names, numbers = list(adapters), [float(w) for w in weights]
     if not names:
-        raise ConfigError("Found no adapter to combine: `adapters` is empty.")
+        raise ConfigError("Found no adapter to combine: `adapters` is empty. Name one at least.")
     for name in names:
         if name not in tuner.peft_config:
             raise AdapterNotFoundError(
                 f"Adapter {name} does not exist. Loaded adapters: {', '.join(tuner.peft_config)}."
             )
     if len(numbers) != len(names):
-        raise ConfigError(f"Got {len(names)} adapters, {names}, and {len(numbers)} weights: one for each is needed.")
+        raise ConfigError(f"Got {len(names)} adapters, {names}, and {len(numbers)} weights. Pass one for each.")
     if not all(map(is_finite, numbers)):
         raise ConfigError(f"weights must be finite in float32, got {numbers}. Give smaller ones.")
     return names, numbers

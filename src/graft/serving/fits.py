@@ -97,15 +97,15 @@ def check_config(name: str, config: Any, gains: bool) -> None:
         )
     if not gains and (kind == "IA3" or config.use_dora):
         raise ConfigError(
-            f"Adapter '{name}' does not fit: {'IA3' if kind == 'IA3' else 'DoRA (use_dora=True)'} needs vectors beside "
-            "A and B. Make the slots with gains=True."
+            f"Adapter '{name}' does not fit: {'IA3' if kind == 'IA3' else 'DoRA (use_dora=True)'} needs vectors as "
+            "well as A and B. Make the slots with gains=True."
         )
     for option, off in PLAIN.items():
         value = getattr(config, option, off[0])
         if value not in off:
             raise ConfigError(
                 f"Adapter '{name}' does not fit: its config says {option}={value!r}, and slots hold no such thing. Run "
-                "it from a PeftModel, or merge it into a base of its own."
+                "it from a PeftModel, or merge it into a copy of the base."
             )
     how = getattr(config, "init_lora_weights", True)
     if isinstance(how, str) and how.startswith(CONVERTED):
@@ -204,7 +204,10 @@ def _make_factors(
     cfg = config.at(key)
     A, B, r = below[A_], below[B_], cfg.r
     if r > max_rank:
-        raise ConfigError(f"Adapter '{name}' does not fit: rank {r} on '{key}' is above max_rank={max_rank}.")
+        raise ConfigError(
+            f"Adapter '{name}' does not fit: rank {r} on '{key}' is above max_rank={max_rank}. Make slots of a higher "
+            "rank."
+        )
     _check_shapes(
         name, key, below, {A_: (r, layer.in_features), B_: (layer.out_features, r), MAGNITUDE: (layer.out_features,)}
     )
@@ -248,7 +251,9 @@ def _check_shapes(name: str, key: str, below: dict[str, Tensor], shapes: dict[st
                 f"{shapes[leaf]} by its config and the base model."
             )
         if not tensor.is_floating_point():
-            raise AdapterKeyError(f"Adapter '{name}' does not fit: '{key}.{leaf}' is {tensor.dtype}, no floats.")
+            raise AdapterKeyError(
+                f"Adapter '{name}' does not fit: '{key}.{leaf}' is {tensor.dtype}. Save it in a float dtype."
+            )
 
 
 def _copy_to_host(t: Tensor) -> Tensor:

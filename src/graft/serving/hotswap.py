@@ -237,8 +237,8 @@ def check_start(config: LoraConfig, which: str) -> None:
         )
     if config.use_bdlora is not None:
         raise ConfigError(
-            f"The adapter {which} has block-diagonal factors (use_bdlora), which zeros cannot fill up to another rank: "
-            "load it with load_adapter()."
+            f"The adapter {which} has block-diagonal factors (use_bdlora), which zeros cannot fill up to another rank. "
+            "Load it with load_adapter()."
         )
 
 
@@ -250,8 +250,8 @@ def check_growth(plan: SwapPlan, adapter: str, config: LoraConfig) -> None:
     rank = max(rank for _, _, rank in plan.larger)
     if any(layout_of(entry.tensor) is not None for entry, _, _ in plan.larger):
         raise ConfigError(
-            f"Adapter '{adapter}' would grow to rank {rank}, and its tensors are spread over processes, which know "
-            "their sizes: swap before the model is wrapped, or make it with that rank."
+            f"Adapter '{adapter}' would grow to rank {rank}, and its tensors are spread over processes. Swap before "
+            "the model is wrapped, or make the adapter with that rank."
         )
     check_tied(adapter, config, rank)
     if any(isinstance(change.layer.scaling[adapter], Tensor) for change in plan.changes):
@@ -266,7 +266,7 @@ def check_tied(adapter: str, config: LoraConfig, rank: int) -> None:
     if getattr(config, "ensure_weight_tying", False):
         raise ConfigError(
             f"Adapter '{adapter}' shares its memory between tied layers (ensure_weight_tying) and cannot grow to rank "
-            f"{rank} in place: load one of that rank with load_adapter()."
+            f"{rank} in place. Load one of that rank with load_adapter()."
         )
 
 
@@ -313,7 +313,7 @@ def plan_swap(load: CheckpointValues, parts: AdapterCarriers) -> SwapPlan:
     if faults or not plan.layers_found:
         raise AdapterKeyError(
             f"Hot swapping the adapter did not succeed, {'; '.join(faults) or 'it has no layer of this one'}. Adapter "
-            f"'{load.adapter}' stays what it was; values from {load.path}. To have both, call load_adapter() with "
+            f"'{load.adapter}' is unchanged; the values are from {load.path}. To keep both, call load_adapter() with "
             "another name."
         )
     return plan
@@ -388,7 +388,7 @@ def replace_tensors(larger: list[tuple[Entry, Tensor, int]]) -> None:
             entry.owner._parameters[entry.attribute] = nn.Parameter(value, p.requires_grad)
         else:
             p.data, p.grad = value, None
-            torch.autograd.graph.increment_version(p)  # which tells those who keep what they made of it
+            torch.autograd.graph.increment_version(p)  # caches of values computed from it see the change
         for name in SIZES[RANK_DIM[entry.container]]:
             if hasattr(entry.owner, name):
                 setattr(entry.owner, name, rank)
@@ -410,7 +410,7 @@ def find_most_common(values: dict[str, T]) -> tuple[T, dict[str, T]]:
     return most, {f"^{re.escape(key)}": value for key, value in values.items() if value != most}
 
 
-# room for what will come
+# room for later adapters
 
 
 def prepare_model_for_compiled_hotswap(
@@ -433,7 +433,7 @@ def prepare_model_for_compiled_hotswap(
     Raises:
         ConfigError: there is no LoRA adapter, one has a larger rank, or the model is compiled. Nothing has changed.
     """
-    find_gate(model)  # raises for what is no model, or carries adapters of another package
+    find_gate(model)  # raises for an object that is no model, or has adapters of another package
     if check_compiled not in ("error", "warn", "ignore"):
         raise ConfigError(
             f"check_compiles should be one of 'error', 'warn', or 'ignore', got '{check_compiled}' instead."
@@ -502,7 +502,7 @@ def check_paddable(adapter: str, layers: dict[str, AdapterLayer], rank: int, con
                 f"{groups}. Adapter '{adapter}', layer '{key}'."
             )
         if adapter in layer.merged_adapters:
-            raise ConfigError(f"Adapter '{adapter}' is merged into '{key}': call unmerge_adapter() before.")
+            raise ConfigError(f"Adapter '{adapter}' is merged into '{key}'. Call unmerge_adapter() before.")
         if r < rank:
             check_tied(adapter, config, rank)
 

@@ -87,8 +87,7 @@ class SlotChoice(local):
         if self.mixed:
             raise RoutingError(
                 f"layer '{layer}' received {batch} rows in a batch of {self.index.shape[0]} samples: its input is not "
-                "one row per sample, so rows cannot be given to adapters here. Leave it out of `targets`, or use one "
-                "adapter for all rows."
+                "one row per sample. Leave it out of `targets`, or use one adapter for all rows."
             )
         return self.index[:1].expand(batch)
 
@@ -154,7 +153,7 @@ class SlotLayer(nn.Module):
             self.register_buffer("gain", like.new_ones(n, site.out_features), persistent=False)
             self.register_buffer("shift", like.new_zeros(n, site.out_features), persistent=False)
             self.register_buffer("inner", like.new_ones(n, site.in_features), persistent=False)
-        self.gained: set[int] = set()  # slots whose vectors are not ones and zeros
+        self.gained: set[int] = set()  # slots with vectors other than ones and zeros
 
     @property
     def vectors(self) -> tuple[Tensor, ...]:

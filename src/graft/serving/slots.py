@@ -43,7 +43,7 @@ from graft.model.registry import check_adapter_name
 from graft.serving.fits import A_, KnownAdapter, SlotFactors, check_config, fit_adapter, group_by_layer
 from graft.serving.layer import NONE, SlotChoice, SlotLayer
 
-ValuesRead = Mapping[str, tuple[KnownAdapter, dict[str, SlotFactors]]]  # by name, and of which adapter
+ValuesRead = Mapping[str, tuple[KnownAdapter, dict[str, SlotFactors]]]  # by name, with the adapter as it was then
 TAKEN = "Choose another name, or unload() it first."
 
 
@@ -156,8 +156,8 @@ class AdapterSlots:
         self._leaving: set[str] = set()  # no longer known; `unload` waits for their batches
         self._slots: dict[str, int] = {}  # by adapter, the least recently used one first
         self._pinned: set[str] = set()
-        self.gate = Gate(change_timeout)  # its `moved` guards what follows
-        self._using: dict[int, list[str | tuple[str, ...]]] = {}  # what open `using` blocks have chosen, by thread
+        self.gate = Gate(change_timeout)  # its `moved` guards the fields below
+        self._using: dict[int, list[str | tuple[str, ...]]] = {}  # the names chosen by open `using` blocks, by thread
         self._line: list[object] = []  # requests that wait for slots, the first one first
         self._ranks: dict[str, int] = {}  # of an adapter's slot, in or out of it
         self._free: dict[int, list[int]] = {}  # slots, by rank
@@ -220,7 +220,7 @@ class AdapterSlots:
                 )
             if merged := get_registry(model).merged_adapters:
                 raise ConfigError(
-                    f"Adapters {join_some(merged)} are merged into the base weights: call unmerge_adapter()."
+                    f"Adapters {join_some(merged)} are merged into the base weights. Call unmerge_adapter()."
                 )
             adapters = {name: (configs[name], get_peft_model_state_dict(model, None, name)) for name in names}
             ranks, targets = [1], dict[str, None]()
@@ -229,7 +229,8 @@ class AdapterSlots:
                 layers = group_by_layer(name, tensors, config)
                 if wrong := [key for key, below in layers.items() if any(t.dim() > 2 for t in below.values())]:
                     raise ConfigError(
-                        f"Adapter '{name}' does not fit: {join_some(wrong)} are not linear: no slots for them."
+                        f"Adapter '{name}' does not fit: {join_some(wrong)} are not linear, so that they have no "
+                        "slots. Leave it out."
                     )
                 if broken := [key for key, t in tensors.items() if not t.isfinite().all()]:
                     raise CheckpointError(f"Adapter '{name}' does not fit: {join_some(broken)} are not finite.")
@@ -241,7 +242,9 @@ class AdapterSlots:
             by_rank = isinstance(n, Mapping)
             rank = max(n, default=0) if by_rank else max(ranks) if max_rank is None else max_rank
             if rank < max(ranks) or not (n if by_rank else n >= 1):
-                raise ConfigError(f"These adapters need max_rank={max(ranks)} and a slot; got {rank}, and {n} slots.")
+                raise ConfigError(
+                    f"These adapters need max_rank={max(ranks)} and a slot, got {rank} and {n} slots. Pass more."
+                )
             slots, room = cls.__new__(cls), count_slots_by_rank(n, max_rank if by_rank else rank)
             slots._allocate(sites, room, keep_gathered, dtype, gains, change_timeout)
             base = source.unload() if source is not model else source.unload(keep_modules=False)
@@ -283,7 +286,7 @@ class AdapterSlots:
         if unknown := set(hub) - HUB_KEYWORDS - {"subfolder", "check_digest"}:
             raise TypeError(f"load() got unexpected keyword arguments: {', '.join(sorted(unknown))}.")
         if not keep and isinstance(source, (nn.Module, Mapping)):
-            raise ConfigError(f"Adapter '{name}': keep=False needs a folder to read it from again.")
+            raise ConfigError(f"Adapter '{name}': keep=False reads it again from a folder. Pass a folder, or keep it.")
 
         def read() -> dict[str, SlotFactors]:
             """Read the adapter and return its factors. A source model is held unchanged meanwhile."""
@@ -317,7 +320,7 @@ class AdapterSlots:
             except NotImplementedError as e:
                 raise ConfigError(f"Adapter '{name}' does not fit: {e}") from e
         if config is None:
-            raise ConfigError(f"Adapter '{name}' comes without its config, which says its scaling: pass `config`.")
+            raise ConfigError(f"Adapter '{name}' comes without its config, which has its scaling. Pass `config`.")
         return config, loaded
 
     def _fit_adapter(
@@ -339,7 +342,7 @@ class AdapterSlots:
         with self.gate.state_changed:
             self._check_known([name], base=False)
             if name in self._list_in_use(get_ident()):
-                raise RoutingError(f"Adapter '{name}' is in use: leave the `using` block first.")
+                raise RoutingError(f"Adapter '{name}' is in use. Leave the `using` block first.")
             known = self._known.pop(name)
             self._leaving.add(name)
             try:
@@ -395,7 +398,7 @@ class AdapterSlots:
     def _check_known(self, names: Sequence[str], base: bool = True) -> None:
         """Raise RoutingError if the slots were removed, or for unknown names. With `base`, "__base__" is allowed."""
         if not self.layers:
-            raise RoutingError("The slots were removed from the model: make new ones to serve adapters from it again.")
+            raise RoutingError("The slots were removed from the model. Make new ones to serve adapters again.")
         unknown = sorted({n for n in names if n not in self._known and not (base and n == BASE)})
         if unknown:
             raise RoutingError(
@@ -440,7 +443,7 @@ class AdapterSlots:
             busy = sorted((self._pinned | in_use) - set(wanted))
             also = f" beside {join_some(busy)}, which are pinned or in use" if busy else ""
             raise RoutingError(
-                f"{len(wanted)} adapters are needed at once{also}, but max_adapters is {self._size_text}: split the "
+                f"{len(wanted)} adapters are needed at once{also}, but max_adapters is {self._size_text}. Split the "
                 f"batch, or make more slots. Needed: {join_some(wanted)}."
             )
         turn = object()
@@ -519,8 +522,8 @@ class AdapterSlots:
         rank = find_highest_rank(values)
         if rank > self._ranks[name]:
             raise ConfigError(
-                f"Adapter '{name}' has rank {rank} in its folder by now, and had a slot of rank {self._ranks[name]}: "
-                "unload() it, and load it again."
+                f"Adapter '{name}' has rank {rank} in its folder by now, and had a slot of rank {self._ranks[name]}. "
+                "Call unload(), and load it again."
             )
         return values
 
@@ -574,7 +577,7 @@ class AdapterSlots:
         """
         chosen = names if isinstance(names, str) else tuple(names)
         if not chosen:
-            raise RoutingError("No adapter is named: give one for each row, or '__base__'.")
+            raise RoutingError("No adapter is named. Pass one for each row, or '__base__'.")
         each = [chosen] if isinstance(chosen, str) else chosen
         with self.gate.call("a batch of slots", lambda: each):
             thread = get_ident()
@@ -639,7 +642,7 @@ class AdapterSlots:
         if copies > 1 and len(set(names)) > 1 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise RoutingError(
                 "An encoder sees each row once and the decoder once per beam: several adapters cannot share such a "
-                "batch here. Generate with num_beams=1, or one adapter at a time."
+                "batch. Generate with num_beams=1, or one adapter at a time."
             )
         with self.using(names if isinstance(names, str) else [n for n in names for _ in range(copies)]):
             return model.generate(*args, **kwargs)
@@ -695,7 +698,7 @@ class AdapterSlots:
             InUseError: other threads' batches last longer than `change_timeout`.
         """
         if get_ident() in self._using:
-            raise RoutingError("The slots are in use: leave the `using` block first.")
+            raise RoutingError("The slots are in use. Leave the `using` block first.")
         with self.gate.change("AdapterSlots.remove()"):
             for key, layer in self.layers.items():
                 attach_module(self._places[key], layer.base_layer)
@@ -717,7 +720,7 @@ def count_slots_by_rank(max_adapters: int | Mapping[int, int], max_rank: int | N
     """
     by_rank = isinstance(max_adapters, Mapping)
     if by_rank != (max_rank is None):
-        raise ConfigError("Give max_rank beside a number of slots, and none beside slots by rank, {rank: slots}.")
+        raise ConfigError("max_rank belongs to a number of slots, not to slots by rank. Pass one of the two forms.")
     counts: Any = max_adapters if by_rank else {max_rank: max_adapters}
     sizes: dict[int, int] = dict(sorted(counts.items()))
     for rank, n in sizes.items() or [(0, 0)]:
@@ -733,10 +736,13 @@ def check_sites(sites: Mapping[str, Site]) -> None:
     """
     for key, site in sites.items():
         if not site.op.linear:
-            raise UnsupportedLayerError(f"Target module {key} ({site.type_name}) is not linear: no slots for it.")
+            raise UnsupportedLayerError(
+                f"Target module {key} ({site.type_name}) is not linear, so that it has no slots. Leave it out of "
+                "`targets`."
+            )
         if not site.is_called:
             raise UnsupportedLayerError(
-                f"Target module {key} ({site.type_name}) is read by the module around it and never called: slots would "
-                "have no effect there. Leave it out of `targets`, or name it in `exclude`."
+                f"Target module {key} ({site.type_name}) is read by the module around it and never called, so that "
+                "slots have no effect. Leave it out of `targets`, or name it in `exclude`."
             )
     check_no_pieces(sites.items(), "Slots serve outputs")

@@ -52,9 +52,9 @@ class Versions:
     ):
         """Check and note the arguments. The server is not called."""
         if keep < 1:
-            raise ConfigError(f"keep={keep}: the current version stays, so that it is 1 at least.")
+            raise ConfigError(f"keep={keep} is too small, since the current version stays. Pass 1 or more.")
         if timeout is not None and timeout <= 0:
-            raise ConfigError(f"timeout={timeout}: a number of seconds above 0, or None.")
+            raise ConfigError(f"timeout={timeout} is invalid. Pass seconds above 0, or None.")
         self.name, self.load, self.unload, self.keep, self.timeout = name, load, unload, keep, timeout
         self.number = 0  # of the last version that was tried
         self.names: list[str] = []
@@ -80,7 +80,9 @@ class Versions:
                 and the current one stays. A warning tells if it cannot be unloaded.
         """
         if not tensors.tensors:
-            raise ConfigError(f"There are no tensors to publish as '{self.name}': the first process has them.")
+            raise ConfigError(
+                f"There are no tensors to publish as '{self.name}'. Call this in the first process, which has them."
+            )
         with self._publishing:
             self.number += 1
             name = f"{self.name}-v{self.number}-{tensors.digest[:4]}"
@@ -135,8 +137,8 @@ class Versions:
                         late.append(True)
         if late:
             raise ServerTimeoutError(
-                f"The server did not {what} within {self.timeout} s; if it still does, that is undone. Look at the "
-                "server, or give `timeout` more seconds."
+                f"The server did not {what} within {self.timeout} s; a late success is undone. Look at the server, or "
+                "raise `timeout`."
             )
         if not failed:
             return
@@ -211,5 +213,8 @@ class Versions:
             ConfigError: this object has published more versions already.
         """
         if self.number > state["number"]:
-            raise ConfigError(f"'{self.name}' is at version {self.number} already, behind which {state} would go back.")
+            raise ConfigError(
+                f"'{self.name}' is at version {self.number} already, and {state} is earlier. Load the state before "
+                "publishing."
+            )
         self.number = state["number"]

@@ -183,7 +183,7 @@ def warn_if_base_changed(tuner: Tuner, names: list[str], adapter_name: str, cfg:
 
 def find_start_change(cfg: PeftConfig) -> str | None:
     """Return the setting by which the initialisation of a config changes the base weights, such as
-    "init_lora_weights='pissa'"; None if it does not.
+    "init_lora_weights='pissa'". Return None if it does not.
     """
     setting_of = getattr(method_of(cfg.peft_type).variant(cfg), "changes_base", None)
     setting: str | None = None if setting_of is None else setting_of(cfg)

@@ -172,8 +172,9 @@ def compute_spectrum(A: Tensor, B: Tensor | None) -> Spectrum:
 def truncate_change(
     change: WeightChange, rank: int | float, decompose: Callable[..., Spectrum]
 ) -> tuple[Tensor, Tensor, float]:
-    """Return A (groups, k, n) and B (groups, m, k) with the product nearest to ΔW, and the part of ‖ΔW‖ that is lost of
-    an update without factors (0 with factors).
+    """Return A (groups, k, n) and B (groups, m, k) with the product nearest to ΔW, and the part of ‖ΔW‖ that is lost.
+
+    The part is 0 for an update with factors, or a float.
 
     Factors that have the rank already, or less with an int, are kept; zeros and random rows fill them up. A float takes
     the smallest k, at least 1, that keeps this part of ‖ΔW‖².

@@ -164,8 +164,8 @@ class LoraForm(ProductForm["LoraConfig"]):
 
 
 def check_base_unchanged(cfg: PeftConfig, ranks: dict[str, int], configs: Sequence[LoraConfig]) -> None:
-    """Raise ConfigError if the new adapter's variant took a part of some rank out of the base weights, and its rank on
-    a layer would differ from the highest of the others.
+    """Raise ConfigError if the new adapter's rank on a layer differs from the highest of the others, and its variant
+    takes a part of that rank out of the base weights.
     """
     setting = method_of(cfg.peft_type).variant(cfg).changes_base(cfg)
     for key, r in ranks.items() if setting else ():

@@ -88,7 +88,7 @@ class StackedTensor(NamedTuple):
 
     Attributes:
         tensor: (n, …), a view of the bank's values that requires gradients.
-        gradient: the view of the bank's gradients to which its gradient is copied.
+        gradient: the view of the bank's gradients that receives its gradient.
         rows: of the adapters.
         place: index of the tensor in their `parameters`.
     """

@@ -38,14 +38,12 @@ class Draws:
 
     @property
     def states(self) -> States:
-        """The state of the run's generator, then those of the loader's generators.
-
-        Setting writes the first into `generator` and notes the others for the next block.
-        """
+        """The state of the run's generator, then those of the loader's generators."""
         return [self.generator.get_state(), *self.loader_states]
 
     @states.setter
     def states(self, states: States) -> None:
+        """Write the first state into `generator`, and note the others for the next block."""
         self.generator.set_state(states[0])
         self.loader_states = states[1:]
 

@@ -23,7 +23,7 @@ class Fan:
 
     def __init__(self, blocks: Sequence[nn.Module]):
         self.blocks = blocks
-        self.is_enabled = True  # False: blocks get what they are given
+        self.is_enabled = True  # False: inputs stay unchanged
 
     @contextmanager
     def repeat_inputs(self, rows: int, copies: int) -> Iterator[None]:

@@ -122,7 +122,7 @@ def measure_batch(item: RunBatch, arguments: ForwardArguments) -> tuple[int, int
 def is_masked(mask: Tensor | None) -> bool | None:
     """Return True if a mask leaves tokens out, since models compute without a mask if it does not; False for no mask.
 
-    Return None for a mask on a device, for which nothing here waits; bits depend on more than masks there.
+    Return None for a mask on a device, to avoid waiting for it; bits depend on more than masks there.
     """
     if mask is None:
         return False
@@ -143,7 +143,7 @@ def is_packed(positions: Tensor | None) -> bool | None:
 def identify_scalar(value: Tensor) -> int | float:
     """Return the number in a tensor (), to compare batches by.
 
-    On a device, for which nothing here waits, return the id of the tensor.
+    For a tensor on a device return its id, to avoid waiting for the device.
     """
     return value.item() if value.is_cpu else id(value)
 

@@ -215,12 +215,12 @@ class MultiTrain:
         return f"MultiTrain({type(self.base).__name__}, runs={self.list_runs()})"
 
     def list_runs(self) -> list[Run]:
-        """Return all runs, in the order in which they were added, ended ones included."""
+        """Return all runs in the order of `add`, ended ones included."""
         return list(self._runs.values())
 
     @property
     def names(self) -> list[str]:
-        """The names of all runs, in the order in which they were added."""
+        """The names of all runs, in the order of `add`."""
         return list(self._runs)
 
     @refuse_within_step
@@ -648,7 +648,7 @@ class MultiTrain:
         return self._runs.get(run.name) is run
 
     def _validate_due_runs(self, step: Step, runs: Sequence[Run]) -> None:
-        """Measure the validation loss of runs for which it is due, and add it to `run.valid` and `step.valid`.
+        """Measure the validation losses that are due, and add them to `run.valid` and `step.valid`.
 
         Runs with the same data object are measured together.
         """
@@ -702,7 +702,10 @@ class MultiTrain:
         return RunBatch(item.name, batch)
 
     def _complete_batches(self, items: Sequence[RunBatch]) -> list[RunBatch]:
-        """Return these batches, completed. Leave out a batch for which that raises an error, and note the error."""
+        """Return these batches, completed.
+
+        If that raises an error for a batch, leave the batch out and note the error.
+        """
         completed = []
         for item in items:
             try:
@@ -1105,8 +1108,9 @@ def refuse_trainer_settings(name: str, options: dict[str, object]) -> None:
 
 
 def find_base_change(config: PeftConfig) -> str | None:
-    """Return the setting by which an adapter changes or trains the base's own weights, such as "bias='all'"; None if it
-    does neither.
+    """Return the setting by which an adapter changes or trains the base's own weights, such as "bias='all'".
+
+    Return None if it does neither.
     """
     bias = getattr(config, "bias", "none")
     trains = bias == "all" or bias.endswith("_only")  # another value is refused by the injection

@@ -51,7 +51,7 @@ class TrainerDescription:
         NEFTune's noise.
 
         Raises:
-            ConfigError: it is no Trainer, or has an optimizer or scheduler already, which holds parameters of its own
+            ConfigError: it is no Trainer, or has an optimizer or scheduler already, made for the parameters of another
                 model.
         """
         if not hasattr(trainer, "get_train_dataloader"):
@@ -60,7 +60,7 @@ class TrainerDescription:
             )
         if trainer.optimizer is not None or trainer.lr_scheduler is not None:
             raise ConfigError(
-                f"Run '{name}': the Trainer has an optimizer already, for the parameters of its own model. Make "
+                f"Run '{name}': the Trainer has an optimizer already, for the parameters of another model. Make "
                 "another Trainer without `optimizers`, and do not train it."
             )
         self.name, self.trainer, self.args = name, trainer, trainer.args

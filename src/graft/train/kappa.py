@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KappaTune, arXiv 2506.16289: adapt the layers whose weights are conditioned best."""
+"""KappaTune, arXiv 2506.16289: adapt the layers with the best conditioned weights."""
 
 from __future__ import annotations
 

@@ -36,9 +36,9 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
         keep: the part of each moment that stays, its largest entries: the paper has 0.1.
 
     Raises:
-        ConfigError: there is no LoRA adapter, or several; it is a variant, has a start that changes the base, or is
-            merged; keep is not between 0 and 1; or the optimizer does not hold its parameters, or keeps moments that
-            are no floats.
+        ConfigError: there is no LoRA adapter, or several. It is a variant, has a start that changes the base, or is
+            merged. `keep` is not between 0 and 1. The optimizer lacks its parameters, or keeps moments that are no
+            floats.
         UnsupportedLayerError: a base weight is packed, tied or sharded. In any case nothing has changed.
     """
     if not 0 <= keep <= 1:

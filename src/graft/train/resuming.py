@@ -177,14 +177,14 @@ def resume(
 
     Args:
         strict: raise an error for any difference. If False, new things here begin at step 0 with the values that they
-            have, and the report lists them; options of groups go to those with parameters of the same names.
+            have, and the report lists them. Options of groups go to those with parameters of the same names.
 
     Raises:
         AdapterKeyError: a tensor has another shape or dtype, is not in the file, or has no place here.
         BaseModelMismatchError: the base is another one, whatever `strict`.
-        CheckpointError: there is no such file, it is damaged, or it holds values that no training could use, such as
-            NaN (NonFiniteError), a rate of 1e30 or an impossible position of a generator, whatever `strict`; or the
-            scheduler or loader refuses its state.
+        CheckpointError: there is no such file, or it is damaged; or the scheduler or loader refuses its state. Whatever
+            `strict`, also for values that no training could use, such as NaN (NonFiniteError), a rate of 1e30 or an
+            impossible position of a generator.
         ConfigError: another optimizer, other groups, another scheduler, another number of processes, or a loader that
             the file has no state for.
         DistributedError: as of `save_training`. In any case nothing has changed.

@@ -84,6 +84,10 @@ __all__ = ["__version__", *sorted((*_NAMES, *_CONFIGS, *_TUNERS))]
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name on first use, store it in this module, and return it.
+
+    Raises AttributeError for other names.
+    """
     if name in _NAMES:
         value = getattr(import_module(_NAMES[name]), name)
     elif name in _CONFIGS:
@@ -97,6 +101,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    """Return the public names, sorted."""
     return sorted(__all__)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m graft`, which is the command `graft`."""
+"""`python -m graft`, which runs the command `graft`."""
 
 from graft.command import main
 

@@ -63,7 +63,7 @@ def test_sizes_and_weights_are_read_or_refused():
     )
     assert parse_weights("0.5,-1") == [0.5, -1.0]
     for text in ("five", "5 GiB", "0", "-1GB"):
-        with pytest.raises(OptionError, match="A size"):
+        with pytest.raises(OptionError, match="The size"):
             parse_size(text)
     with pytest.raises(OptionError, match="--weights"):
         parse_weights("a,b")

@@ -59,7 +59,7 @@ def test_plan_of_packed_experts(tmp_path):
     assert found["memory"]["base"] == "mxfp4" and found["trainable"] == plain["trainable"]
     assert found["memory"]["weights"] == named["memory"]["weights"] < plain["memory"]["weights"]
     assert json.loads(run(*args, "--base", "none").stdout)["memory"]["weights"] == plain["memory"]["weights"]
-    with pytest.raises(OptionError, match="--base is one of nf4"):
+    with pytest.raises(OptionError, match="one of nf4"):
         run(*args, "--base", "q4")
 
 
@@ -131,7 +131,7 @@ def test_plan_names_the_option_for_a_field_that_is_missing():
         with pytest.raises(OptionError, match=rf"{field}.* {method.upper()}'s config: --set name=value, .*--config"):
             run(*args, method)
     for text in ("r", "=3", "a b=3"):
-        with pytest.raises(OptionError, match="--set takes name=value"):
+        with pytest.raises(OptionError, match="Write it as --set"):
             run(*args, "lora", "--set", text)
     with pytest.raises(TypeError, match="unexpected keyword argument 'rr'"):
         run(*args, "lora", "--set", "rr=3")

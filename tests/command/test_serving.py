@@ -36,14 +36,14 @@ def run(monkeypatch, capsys):
 def test_check_finds_something(run):
     code, out, _ = run("check", adapters.folder("rslora"), "--for", "vllm,sglang", "--base", adapters.base())
     assert code == 1
-    assert "vllm 0.32.0" in out and "ok: nothing is known" in out
+    assert "vllm 0.32.0" in out and "ok: no problem is known" in out
     assert "wrong: sglang takes lora_alpha / r for all modules (sglang 40835)" in out
     assert f"graft export {adapters.folder('rslora')} --for sglang --base {adapters.base()}" in out
 
 
 def test_check_without_a_server_lists_them(run):
     code, _, err = run("check", adapters.folder("plain"))
-    assert code == 2 and "there are vllm, sglang, llama.cpp" in err
+    assert code == 2 and "Choose one of vllm, sglang, llama.cpp" in err
 
 
 @pytest.mark.parametrize("remedy", [text for text in serving_data()["remedies"].values() if "graft " in text])
@@ -184,7 +184,7 @@ def test_verify_an_adapter_of_other_names(old, new, run, tmp_path):
         (("--url", "URL", "--server", "tgi"), 2, "vllm, sglang, llama.cpp, openai"),
         (("--url", "URL", "--dtype", "int8"), 2, "bfloat16"),
         (("--url", "URL", "--tolerance", "inf"), 2, "tolerance=inf"),
-        (("--url", "URL", "--timeout", "inf"), 2, "timeout of inf"),
+        (("--url", "URL", "--timeout", "inf"), 2, "timeout inf"),
         (("--url", "URL", "--api-key", "a b"), 2, "API key"),
     ],
 )

@@ -215,7 +215,7 @@ def test_extract_gives_the_adapter_back(run, folder, tmp_path):
     assert run("extract", folder / "a", folder / "base", "-o", tmp_path / "f")[0] == 3, "no model"
     models.make("gpt2").save_pretrained(tmp_path / "gpt2")
     code, _, err = run("extract", tmp_path / "gpt2", folder / "base", "-o", tmp_path / "f", "-q")
-    assert code == 4 and "is no fine-tuned" in err
+    assert code == 4 and "is not a fine-tuned" in err
     assert not (tmp_path / "f").exists()
 
 

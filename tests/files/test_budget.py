@@ -148,7 +148,7 @@ def test_a_base_of_packed_experts(kind, monkeypatch):
     assert packed.working - plain.working == stack  # less than a chunk
     monkeypatch.setattr("graft.files.budget.CHUNK", 1)
     assert measure_budget(of, 1, bits=kind).working - plain.working == stack / EXPERTS
-    with pytest.raises(ConfigError, match="bits is one of 4, 8, nf4"):
+    with pytest.raises(ConfigError, match="one of 4, 8, nf4"):
         measure_budget(of, 1, bits="q4")
 
 
@@ -164,7 +164,7 @@ def test_what_trains_is_counted_once_and_optimizers_differ():
     held = {o: measure_budget(of, 1, optimizer=o) for o in ("adamw", "sgd")}
     assert held["adamw"].adapter == 4 * trained
     assert held["adamw"].optimizer == 8 * trained and held["sgd"].optimizer == 0
-    with pytest.raises(ConfigError, match="optimizer is one of"):
+    with pytest.raises(ConfigError, match="one of adamw"):
         measure_budget(of, 1, optimizer="lion")
 
 

@@ -81,7 +81,7 @@ def test_the_verbs_find_the_base(family, tmp_path):
     loaded = graft.PeftModel.from_pretrained(again(tmp_path / "base"), tmp_path / "back")
     assert_same(loaded.merge_and_unload().state_dict(), wanted)
     if family == "gte":  # whose file has q, k and v in one
-        with pytest.raises(LossError, match=r"of other tensors.*merge_and_unload"):
+        with pytest.raises(LossError, match=r"from other tensors.*merge_and_unload"):
             graft.merge_files(tmp_path / "base", [tmp_path / "a"], tmp_path / "merged")
         return
     graft.merge_files(tmp_path / "base", [tmp_path / "a"], tmp_path / "merged")
@@ -162,7 +162,7 @@ def test_a_base_of_four_bits_is_compared_by_what_its_codes_stand_for(tmp_path, m
     for name in [name for name in packed.tensors if name.endswith("proj.weight")]:
         packed.tensors[name] = Tensor((7, 1), "U8", lambda: bytes(7))
     assert not [f for f in lint_adapter(adapter, packed) if f.severity == "error"]
-    with pytest.raises(BaseNeededError, match="no weights, only their names"):
+    with pytest.raises(BaseNeededError, match="only names of weights"):
         inspect_adapter(adapter, packed)
 
     class Weights:

@@ -132,7 +132,7 @@ def test_magnitudes_of_some_modules_only(tmp_path, to):
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text((FIXTURES / "base_llama" / "config.json").read_text())
-    with pytest.raises(LossError, match=r"'model\.layers\.0\.self_attn\.o_proj' of .* has none: give the base model"):
+    with pytest.raises(LossError, match=r"'model\.layers\.0\.self_attn\.o_proj' of .* lacks one. Give the base model"):
         convert_adapter_file(source, to, tmp_path / "again", bare)
 
 

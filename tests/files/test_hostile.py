@@ -139,7 +139,7 @@ def test_two_paths_of_one_name_cannot_be_written(tmp_path):
         tensors[f"model.layers.1.self.attn_q_proj.{leaf}"] = tensors[f"{stem}.{leaf}"]
     shutil.copytree(FIXTURES / "mlx_lora", tmp_path / "a")
     save_file(tensors, tmp_path / "a" / "adapters.safetensors")
-    refused(CheckpointError, "would have one name", tmp_path / "a", "kohya", tmp_path / "out.safetensors")
+    refused(CheckpointError, "would both be named", tmp_path / "a", "kohya", tmp_path / "out.safetensors")
 
 
 def test_keys_that_nobody_knows(locon, tmp_path):
@@ -277,7 +277,7 @@ def test_an_output_that_exists(tmp_path, locon):
     with pytest.raises(OutputExistsError, match="--force"):
         convert_adapter_file(locon, "peft", out, NET)
     (out / "mine.txt").write_text("x")
-    with pytest.raises(OutputExistsError, match=r"holds \[mine.txt\], no file of an adapter"):
+    with pytest.raises(OutputExistsError, match=r"holds \[mine.txt\], which is no file of an adapter"):
         convert_adapter_file(FIXTURES / "lycoris_tucker", "peft", out, NET, force=True)
     (out / "mine.txt").unlink()
     convert_adapter_file(FIXTURES / "lycoris_tucker", "peft", out, NET, force=True)

@@ -152,7 +152,7 @@ def test_options_that_cannot_be(options):
 def test_what_has_no_rank_is_refused(tmp_path):
     for method, model in (("LOHA", "mlp"), ("IA3", "mlp"), ("LN_TUNING", "llama")):
         saved(first(method, model), tmp_path / method)
-        with pytest.raises(LossError, match="without a rank"):
+        with pytest.raises(LossError, match="that are no LoRA"):
             resize_adapter(read(tmp_path / method), rank=1)
     sample = next(s for s in SAMPLES if s.method == "LORA" and s.name == "pissa" and s.model == "mlp")
     saved(sample, tmp_path / "pissa")

@@ -51,7 +51,7 @@ def test_what_is_read_after_another_save_is_not_mixed_with_what_was_read_before(
     os.utime(path, ns=(0, 0))  # it was there before
     held, _ = read_header(path)
     save(2.0)
-    with pytest.raises(CheckpointError, match=r"a\.safetensors has been written anew"):
+    with pytest.raises(CheckpointError, match=r"a\.safetensors was replaced"):
         held["B"].read()
 
 

@@ -202,7 +202,7 @@ def test_another_base(folder):
         other = make("llama")
         for p in other.parameters():
             p.data.add_(0.05 * torch.randn(p.shape))
-    with pytest.raises(BaseModelMismatchError, match="other weights"):
+    with pytest.raises(BaseModelMismatchError, match="differs from this base model"):
         ask_it(folder, base=answers(other))
 
 
@@ -222,7 +222,7 @@ def test_a_larger_vocabulary(folder):
     large = lambda ids: torch.zeros(len(ids), 50).log_softmax(-1)
     with (
         serving({"base": large, "tuned": large}, "llama.cpp") as url,
-        pytest.raises(BaseModelMismatchError, match="41 of them"),
+        pytest.raises(BaseModelMismatchError, match="only 41"),
     ):
         verify_server(Connection(url), make("llama"), loader(folder), "tuned", "base")
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `graft VERB`, the toolbox on a command line: a thin layer over `graft.files`.
+"""The command `graft VERB`: a thin layer over `graft.files`.
 
-It starts without torch: a verb imports the modules that it needs when it runs. Entry point: `main`.
+It starts without torch: a verb imports its modules when it runs. Entry point: `main`.
 
-- `app.py`: the list of verbs, their exit codes, and errors in one line.
-- `show.py`: the options that all verbs share, tables and numbers as text.
-- `models.py`: models for the verbs that run one, by transformers.
+- `app.py`: the list of verbs, exit codes, and errors as one line.
+- `show.py`: tables, numbers and lines as text.
+- `models.py`: loads models with transformers, for the verbs that run one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(sign
 
 
 def main() -> None:
-    """Run the command; leave the process with its exit code, 128 + the signal's number where one has ended it."""
+    """Run the command.
+
+    SIGTERM and SIGHUP exit with 128 + the signal's number, unless they are ignored; so does Ctrl-C.
+    """
     for number in STOPS:
-        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one of them
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup makes the process ignore SIGHUP
             signal.signal(number, exit_on_signal)
     try:
-        from graft.command import app  # after the handlers: it takes a while
+        from graft.command import app  # after the handlers are set, since the import is slow
 
         app.main()
     except KeyboardInterrupt:
@@ -31,7 +34,7 @@ def main() -> None:
 
 
 def exit_on_signal(number: int, _: FrameType | None) -> None:
-    """End as an error does, so that what a verb has begun is cleared away."""
+    """Raise SystemExit with 128 + the signal's number, so that `finally` blocks delete unfinished files."""
     sys.exit(128 + number)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command's frame: it makes verbs of functions, prints their results and errors, and sets the exit code.
+"""The frame of the command: it turns functions into verbs, prints their results and errors, and sets the exit code.
 
 Exit codes: 0 done; 1 problems were found; 2 wrong usage; 3 an input is unreadable or damaged; 4 it does not fit the
 base; 5 refused, since something would be lost.
@@ -32,7 +32,7 @@ from graft.core.errors import escape_controls
 from graft.files.errors import BaseNeededError, OptionError, OutputExistsError, PackageNeededError
 
 FOUND, USAGE, UNREADABLE, MISFIT, LOSS = 1, 2, 3, 4, 5
-CODES: tuple[tuple[type[Exception], int], ...] = (  # the first that fits
+CODES: tuple[tuple[type[Exception], int], ...] = (  # the first match counts
     (OptionError, USAGE), (OutputExistsError, USAGE), (UnknownModelError, USAGE), (BaseNeededError, USAGE),
     (PackageNeededError, USAGE), (LossError, LOSS), (BaseModelMismatchError, MISFIT), (AdapterKeyError, MISFIT),
     (NoMatchingPeftModuleError, MISFIT), (UnsupportedLayerError, MISFIT), (PeftError, UNREADABLE),
@@ -44,7 +44,7 @@ MODULES = {  # of this package → its verbs, in the order of `graft --help`
 }  # fmt: skip
 VERBS = {verb: module for module, verbs in MODULES.items() for verb in verbs.split()}
 
-COMMON = {  # texts of the parameters that several verbs have
+COMMON = {  # help of parameters that several verbs share
     "adapter": "Folder, file, or hub id (user/repo@revision).",
     "base": "Folder or hub id of the base; else that of the adapter's config.",
     "output": "Where the result goes.",
@@ -90,14 +90,15 @@ class Result(NamedTuple):
 
 
 def add_verb(panel: str) -> Callable[[Verb], Verb]:
-    """Return a decorator that adds a function to the verbs of the command, under a heading of `graft --help`.
+    """Return a decorator that adds a function to the verbs, under the heading `panel` of `graft --help`.
 
-    Positional parameters of the function are arguments of the verb, parameters by keyword are its options. The `Args`
-    of its docstring are their help, or else COMMON. Each verb has --json and --quiet; a function with a parameter
-    `quiet` gets True for either.
+    Positional parameters become arguments, and keyword-only parameters become options. Help texts come from the `Args`
+    of its docstring, or from COMMON. --json and --quiet are added; a parameter `quiet` is True for either of them. The
+    decorator returns the function unchanged.
     """
 
     def add(function: Verb) -> Verb:
+        """Build the verb's signature, register it with typer under the function's name, and return the function."""
         text, _, described = (getdoc(function) or "").partition("\nArgs:\n")
         texts = COMMON | {
             name: " ".join(words.split())
@@ -108,6 +109,10 @@ def add_verb(panel: str) -> Callable[[Verb], Verb]:
         parameters = [describe_parameter(p, texts.get(p.name, "")) for p in {**arguments, **flags}.values()]
 
         def run(as_json: bool, quiet: bool, **options: Any) -> None:
+            """Call the function, then print its result as JSON, as a report, or not at all (--quiet).
+
+            Exits with code 1 on problems.
+            """
             silent = {"quiet": as_json or quiet} if "quiet" in arguments else {}
             result = function(**options, **silent)
             if as_json:
@@ -126,7 +131,9 @@ def add_verb(panel: str) -> Callable[[Verb], Verb]:
 
 
 def describe_parameter(parameter: Parameter, text: str) -> Parameter:
-    """Return a parameter as typer reads it: with its names and its help."""
+    """Return a parameter with the typer annotation of an argument or option, its option names, and the help `text`
+    unless it has one.
+    """
     hint: Any = parameter.annotation
     if parameter.kind is not Parameter.KEYWORD_ONLY:
         hint = Annotated[hint, typer.Argument()]
@@ -138,6 +145,7 @@ def describe_parameter(parameter: Parameter, text: str) -> Parameter:
 
 
 def print_version(asked: bool) -> None:
+    """Print graft's version and exit, if the option was given."""
     if asked:
         from graft import __version__
 
@@ -151,27 +159,32 @@ def verbs(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print graft's version.")
     ] = False,
 ) -> None:
-    """Make one verb alone stay a verb: typer would take it for the command itself."""
+    """Do nothing. The callback makes typer keep a verb name even if only one verb is registered, and adds --version."""
 
 
 def main() -> None:
-    """Run the command; leave the process with its exit code. With --json an error is a document as well."""
-    for verb in [v for v in sys.argv[1:2] if v in VERBS] or VERBS:  # of several, importing takes the time of a call
+    """Run the verb in `sys.argv`, and exit the process with its code. Only the verb's own module is imported.
+
+    Expected errors are printed as one line on standard error, with --json also as a document on standard output. Other
+    exceptions pass through.
+    """
+    for verb in [v for v in sys.argv[1:2] if v in VERBS] or VERBS:  # importing all of them takes as long as a call
         import_module(f"graft.command.{VERBS[verb]}")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that is no text, or ΔW where people write ASCII
+            # for names that are no valid text, and ΔW on an ASCII terminal
+            stream.reconfigure(errors="backslashreplace")
     for_programs = "--json" in sys.argv
     try:
-        left = app(prog_name="graft", standalone_mode=False)  # typer would print its errors as they are
+        left = app(prog_name="graft", standalone_mode=False)  # otherwise typer prints its errors unescaped
     except Exception as e:
         code = getattr(e, "exit_code", None) or next((code for kind, code in CODES if isinstance(e, kind)), None)
         if code is None:
             raise
         text = str(e)
-        if hasattr(e, "format_message"):  # typer's own, of a wrong usage
+        if hasattr(e, "format_message"):  # a usage error of typer
             text = e.format_message()
-            if not text:  # no verb: the help has been printed
+            if not text:  # no verb was given, and typer printed the help
                 sys.exit(code)
             place = getattr(getattr(e, "ctx", None), "command_path", "graft")
             text = f"{text.rstrip('.')}. See {place} --help."
@@ -183,12 +196,14 @@ def main() -> None:
 
 
 def print_json(value: object) -> None:
-    """Print one document for programs, on standard output."""
+    """Print a value as one sorted JSON document on standard output. NaN and infinity become null."""
     print(json.dumps(replace_non_finite(value), indent=1, sort_keys=True, allow_nan=False))
 
 
 def replace_non_finite(value: object) -> object:
-    """Return a value as JSON has it, which knows no NaN and nothing infinite: null stands for them."""
+    """Return a copy of a value for JSON: NaN and infinite floats become None, keys become texts, tuples become
+    lists.
+    """
     if isinstance(value, dict):
         return {str(k): replace_non_finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -38,16 +38,16 @@ def resize(
     force: bool = False,
     dry_run: bool = False,
 ) -> Result:
-    """Give a LoRA adapter smaller ranks, by rank, energy, ratio or size; show what each module keeps.
+    """Reduce the ranks of a LoRA adapter, by rank, energy, ratio or size; show the loss of each module.
 
     Example: graft resize my-adapter -o smaller --energy 0.95
 
     Args:
         rank: The rank of all modules.
-        energy: Part of Σσ² that each module keeps, of 1.
+        energy: Share of Σσ² that each module keeps, in (0, 1].
         ratio: Keep σ above the largest / ratio.
         max_mb: Megabytes of the file; least loss.
-        max_rank: Highest rank of a module, beside any other limit.
+        max_rank: Highest rank of a module, in addition to any other limit.
         uniform: One rank for all modules.
     """
     from graft.files.formats import peft
@@ -57,6 +57,7 @@ def resize(
     source = resolve_adapter(adapter)
 
     def run(model: BaseDescription | None) -> list[ResizedModule]:
+        """Read the adapter with the base `model`, resize it, and write it. Return the account of each module."""
         check_output(output, [source, *([] if model is None else [model.path])], force)
         smaller, rows = resized(read_adapter(source, model), rank, energy, ratio, max_mb, max_rank, uniform)
         with place_when_done(output, not dry_run) as out:
@@ -72,6 +73,7 @@ def resize(
     }  # fmt: skip
 
     def report() -> None:
+        """Print a table of the modules and a summary."""
         show.print_table(
             "", ["module", "rank before", "after", "energy left", "‖ΔW‖ before"],
             [(r.module, r.before, r.after, f"{r.energy:.2%}", r.size) for r in rows],
@@ -100,7 +102,7 @@ def extract(
     dry_run: bool = False,
     quiet: bool = False,
 ) -> Result:
-    """Make a LoRA adapter of the difference between two checkpoints, a matrix at a time.
+    """Make a LoRA adapter of the difference between two checkpoints, one matrix at a time.
 
     Example: graft extract my-tuned-model my-base -o adapter --rank 64
 
@@ -108,7 +110,7 @@ def extract(
         tuned: Folder or hub id of the fine-tuned model.
         base: Folder or hub id of its base.
         rank: Highest rank of a module; 32 if no option limits it.
-        energy: Part of ‖Δ‖² that each module keeps, of 1.
+        energy: Share of ‖Δ‖² that each module keeps, in (0, 1].
         max_mb: Megabytes of the file; least loss.
         include: Names to take, as in a shell: `*.mlp.*`.
         exclude: Names to leave out.
@@ -132,6 +134,7 @@ def extract(
     }  # fmt: skip
 
     def report() -> None:
+        """Print a table of the changed tensors and a summary."""
         show.print_table(
             "", ["tensor", "kept as", "rank", "energy kept", "‖Δ‖", "‖Δ‖/‖W‖"],
             [(r.name, r.how, r.rank or None, f"{r.energy:.2%}", r.size, r.relative) for r in result.rows],
@@ -162,8 +165,8 @@ def merge(
 ) -> Result:
     """Merge adapters into the files of their base model, one weight at a time.
 
-    The model is never in memory: one weight in float32 is, and what it is written as. A run that was
-    killed goes on when the same command runs again.
+    Only one weight in float32 and its written form are in memory, never the model. After a kill, the same command
+    continues the run.
 
     Example: graft merge models/llama out/adapter -o models/llama-merged --certificate
 
@@ -172,10 +175,10 @@ def merge(
         adapters: Adapters, merged in this order: folders, files, hub ids.
         output: Folder to write.
         weights: A weight for each adapter, by commas: 0.7,0.3
-        dtype: float32, float16 or bfloat16 for all; else each its own.
-        shard_size: Largest file: 5GB. Else the base's files.
+        dtype: float32, float16 or bfloat16 for all; default: unchanged.
+        shard_size: Largest file: 5GB. Default: the base's files.
         certificate: Write merge.json.
-        keep_quantized: A quantized base stays so.
+        keep_quantized: Keep a quantized base quantized.
     """
     from graft.files.merging.methods import merge_files
     from graft.files.sources import find_base, resolve_adapter
@@ -194,23 +197,29 @@ def merge(
 
 
 def parse_weights(text: str) -> list[float]:
+    """Return numbers from a text with commas. Raises OptionError if one is no number."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise OptionError(f"--weights takes numbers, by commas, not {text!r}.") from None
+        raise OptionError(f"--weights {text!r} is no list of numbers. Give one for each adapter: 0.7,0.3.") from None
 
 
 def parse_size(text: str) -> int:
-    """Return a size in bytes: "5GB" is five thousand million."""
+    """Return a size in bytes: "5GB" and "5G" are 5 · 10⁹, "5" is 5.
+
+    Raises OptionError for other texts and for less than a byte.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", text.strip().upper())
     unit = None if match is None else UNITS.get(match[2] if match[2].endswith("B") or not match[2] else f"{match[2]}B")
     if match is None or unit is None or float(match[1]) * unit < 1:
-        raise OptionError(f"A size is a number with KB, MB or GB behind it, not {text!r}.")
+        raise OptionError(f"The size {text!r} is no number with KB, MB or GB. Give one such as 5GB.")
     return int(float(match[1]) * unit)
 
 
 def print_merge(document: Json) -> None:
-    """Print what was done, in a few lines."""
+    """Print a merge's result: the number of tensors, size and files, the median size of updates, rounding, and
+    notes.
+    """
     changed, total = document["tensors"], sum(document["shards"].values())
     done = "Merged" if document["written"] else "Would merge"
     resumed = f", {document['resumed']} of them from an earlier run" if document["resumed"] else ""
@@ -241,25 +250,28 @@ def convert(
     force: bool = False,
     dry_run: bool = False,
 ) -> Result:
-    """Write an adapter in the format of another library. What that cannot hold is an error that lists it.
+    """Write an adapter in the format of another library.
+
+    Parts that the format cannot hold are an error that lists them.
 
     Example: graft convert out/adapter --to gguf --base models/llama
 
     Or: graft convert style.safetensors --to peft --base models/sd -o out/style
 
     Args:
-        output: A file or folder; next to the adapter if not given.
-        lossy: Leave out what the format cannot hold, and list it.
+        output: A file or folder; default: next to the adapter.
+        lossy: Leave those parts out, and list them.
     """
     from graft.files.convert import convert_adapter_file as run
     from graft.files.sources import resolve_adapter, run_with_base
 
     source = resolve_adapter(adapter)
     if source != adapter and output is None:
-        raise OptionError(f"{adapter} is of the hub: say where the result goes (--output).")
+        raise OptionError(f"{adapter} is from the hub. Give a path for the result (--output).")
     done = run_with_base(source, base, lambda model: run(source, to, output, model, lossy, force, dry_run))
 
     def report() -> None:
+        """Print formats, number of modules, path, rounding, and the lost parts."""
         show.print_line(
             f"{done.of} → {done.to}: {done.modules} modules, {'would be ' * dry_run}in {shorten_path(done.path)}"
         )
@@ -272,6 +284,6 @@ def convert(
 
 
 def shorten_path(path: str) -> str:
-    """Return a path as people here would write it."""
+    """Return a path relative to the working directory, unless it lies outside."""
     relative = os.path.relpath(path)
     return path if relative.startswith("..") else relative

@@ -14,7 +14,7 @@ from graft.core.errors import shorten_text
 
 @add_verb(LOOK)
 def inspect(adapter: str, *, base: str | None = None, spectrum: bool = False, plot: str | None = None) -> Result:
-    """Show what an adapter holds: method, base, ranks and scales by group of modules, bytes, sizes of the changes.
+    """Show the contents of an adapter: method, base, ranks and scales by group of modules, bytes, sizes of the updates.
 
     Example: graft inspect my-adapter --spectrum
 
@@ -36,6 +36,9 @@ def inspect(adapter: str, *, base: str | None = None, spectrum: bool = False, pl
 
 
 def print_inspection(report: Json, spectrum: bool) -> None:
+    """Print the facts of an adapter, a table of its groups, with a base one of relative sizes, and with `spectrum` one
+    of spectra.
+    """
     show.print_facts([
         ("adapter", report["path"]), ("format", report["format"]), ("method", report["method"]),
         ("base", report["base"]), ("changed by", report["changed_base"]), ("written by", report["writer"]),
@@ -56,7 +59,7 @@ def print_inspection(report: Json, spectrum: bool) -> None:
     modules = [m for m in report["modules"] if "norm" in m]
     if any("relative" in m for m in modules):
         show.print_table(
-            "Beside the base", ["module", "‖ΔW‖", "‖W‖", "‖ΔW‖/‖W‖"],
+            "Compared with the base", ["module", "‖ΔW‖", "‖W‖", "‖ΔW‖/‖W‖"],
             [(m["module"], m["norm"], m["weight_norm"], m["relative"]) for m in modules],
         )  # fmt: skip
     if spectrum:
@@ -72,7 +75,7 @@ def print_inspection(report: Json, spectrum: bool) -> None:
 
 @add_verb(LOOK)
 def diff(a: str, b: str, *, base: str | None = None, tol: float = 1e-6) -> Result:
-    """Compare two adapters by what they do to each weight, whatever their format and ranks. Exit code 1: unequal.
+    """Compare the effects of two adapters on each weight, in any format and rank. Exit code 1: unequal.
 
     Example: graft diff before after --tol 1e-3
 
@@ -92,6 +95,7 @@ def diff(a: str, b: str, *, base: str | None = None, tol: float = 1e-6) -> Resul
     )
 
     def report() -> None:
+        """Print the differing settings, names in only one adapter, and the differences of modules and tensors."""
         values = {name: [shorten_text(repr(value), 40) for value in two] for name, two in differences["config"].items()}
         show.print_table("Settings", ["field", "a", "b"], [(name, *two) for name, two in values.items()])
         show.print_facts([("only in a", differences["only_a"]), ("only in b", differences["only_b"])])
@@ -116,12 +120,13 @@ def diff(a: str, b: str, *, base: str | None = None, tol: float = 1e-6) -> Resul
 
 
 def format_degrees(angle: float | None) -> str | None:
+    """Return an angle as a text in degrees; None for None."""
     return None if angle is None else f"{angle:.2f}°"
 
 
 @add_verb(LOOK)
 def lint(adapter: str, *, base: str | None = None, strict: bool = False) -> Result:
-    """Look for what is wrong with an adapter: numbers, scales, keys, the config, the card. Exit code 1: a problem.
+    """Find faults of an adapter: numbers, scales, keys, the config, the card. Exit code 1: a problem.
 
     Example: graft lint my-adapter --base my-model --strict
 
@@ -138,6 +143,7 @@ def lint(adapter: str, *, base: str | None = None, strict: bool = False) -> Resu
     bad = [f for f in findings if f.severity == "error" or (strict and f.severity == "warning")]
 
     def report() -> None:
+        """Print each fault with its remedy, and their number."""
         for f in findings:
             show.print_line(f"{f.severity:<8} {f.rule:<15} {f.text}")
             show.print_line(f"{'':<24} {f.remedy}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that verbs run, which need transformers."""
+"""Loading of models with transformers, for verbs that run one."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 
 
 def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedModel:
-    """Load a model from its folder, as the class that its config names, in float32 and eval mode.
+    """Load the model of a folder with transformers, as the class that its config names, in float32, eval mode and on
+    `device`.
+
+    No code of the folder runs, and the network is not used. Without a class name it is a causal language model.
 
     Raises:
-        CheckpointError: the folder holds no model, a damaged one, or one without all tensors of that class.
-        ConfigError: transformers is not there, or has no such class.
+        CheckpointError: the folder has no model, a damaged or incomplete one, or an adapter in it.
+        ConfigError: transformers is missing, or does not know the class or config.
     """
     files = read_base_files(path)
-    if os.path.exists(os.path.join(files.path, CONFIG_NAME)):  # transformers would load the base that it names instead
+    if os.path.exists(os.path.join(files.path, CONFIG_NAME)):  # transformers would load the adapter's base instead
         raise CheckpointError(
             f"{path} holds a model and an adapter, {CONFIG_NAME}. Give a folder with the model alone."
         )
@@ -34,7 +37,7 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
         import torch
         import transformers
     except ImportError:
-        text = "A model can be run with transformers only: pip install 'transformers>=4.56'."
+        text = "Running a model needs transformers. Install it: pip install 'transformers>=4.56'."
         raise ConfigError(text) from None
     from graft.files.skeleton import build_model_config, find_model_class, silence_transformers
 
@@ -44,8 +47,8 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
     config = None if cls is None else build_model_config(files.path)
     if config is None:
         raise ConfigError(
-            f"transformers {transformers.__version__} does not make the model in {path}, a "
-            f"{name or files.config.get('model_type')}: it has no such class, or its config other values."
+            f"transformers {transformers.__version__} cannot build the model in {path}, a "
+            f"{name or files.config.get('model_type')}. Install a version that knows its class and config."
         )
     transformers.utils.logging.disable_progress_bar()
     how: Any = {
@@ -55,21 +58,24 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
         "output_loading_info": True,
     }
     try:
-        with silence_transformers():  # transformers prints names of tensors as they are
+        with silence_transformers():  # transformers prints names of tensors unescaped
             model, report = cls.from_pretrained(path, config=config, torch_dtype=torch.float32, **how)
-    except Exception as e:  # of any type, where values of the config do not fit each other
+    except Exception as e:  # of any type, if values of the config contradict each other
         raise CheckpointError(f"The model in {path} cannot be loaded: {e}") from None
-    if absent := sorted(report["missing_keys"]):  # they would be random
-        raise CheckpointError(f"The model in {path} lacks the tensors {join_some(absent)} of a {type(model).__name__}.")
+    if absent := sorted(report["missing_keys"]):  # missing tensors would be random
+        raise CheckpointError(
+            f"The model in {path} lacks the tensors {join_some(absent)} of a {type(model).__name__}. Save or download "
+            "it again."
+        )
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
 
 
 def attach_adapter(base: PreTrainedModel, adapter: str | os.PathLike[str]) -> PeftModel:
-    """Put an adapter of any format onto a model, in eval mode."""
+    """Load an adapter of any format onto a model, in place, and return the PeftModel in eval mode."""
     from graft import PeftModel
     from graft.files.load import load_adapter
 
-    if recognise(os.fspath(adapter)) == "peft":  # whose own reader knows methods that are in no other format, too
+    if recognise(os.fspath(adapter)) == "peft":  # PEFT's format has methods that the neutral form lacks
         return PeftModel.from_pretrained(base, adapter).eval()
     return load_adapter(base, adapter).eval()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`graft plan`: what an adapter would adapt, and what training it would take, from a model's config alone."""
+"""`graft plan`: the layers that an adapter would adapt and the memory of training, from a model's config alone."""
 
 from __future__ import annotations
 
@@ -46,27 +46,27 @@ def plan(
     optimizer: str = "adamw",
     gpu: str | None = None,
 ) -> Result:
-    """Show what an adapter would adapt, and the memory that a training step takes, part by part.
+    """Show the layers that an adapter would adapt, and the memory of a training step, part by part.
 
-    Activations are measured where autograd keeps them, on tensors without memory; weights are never made.
+    Activations are measured where autograd keeps them, on tensors without memory; weights are never created.
 
     Example: graft plan models/llama --rank 16 --batch 4 --seq 2048 --gpu 24GB
 
     Args:
         model: Folder with config.json, or hub id; weights are not needed.
-        config: adapter_config.json, or its folder; else the options below.
+        config: adapter_config.json, or its folder; default: the options below.
         method: peft_type of the method.
-        rank: 16 if the method asks for one.
-        targets: Names by commas, or all-linear; else that, or the places of the method.
+        rank: 16 if the method needs one.
+        targets: Names by commas, or all-linear; default: all-linear, or the method's own places.
         parameters: Stacks of experts, as experts.gate_up_proj,experts.down_proj.
         settings: A field of the method's config, as num_virtual_tokens=20; several times for several.
-        base: How the base is packed: nf4, mxfp4, nvfp4, fp8, none; as config.json says.
+        base: How the base is packed: nf4, mxfp4, nvfp4, fp8, none; default: as config.json says.
         batch: Rows of a step.
         length: Tokens of a row.
         dtype: Of the base: float32, float16, bfloat16.
         checkpointing: Blocks run again in the backward pass.
         optimizer: adamw, adamw_8bit, sgd.
-        gpu: Memory of a GPU, 24GB: say whether the step fits.
+        gpu: Memory of a GPU, 24GB: show whether the step fits.
     """
     from graft import plan as planned
     from graft.command.change import parse_size
@@ -75,11 +75,14 @@ def plan(
     from graft.files.sources import find_base
 
     if dtype not in DTYPES:
-        raise OptionError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
+        raise OptionError(f"--dtype {dtype} is unknown. Choose one of {', '.join(DTYPES)}.")
     folder = find_base(model)
     whole = build_meta_model(folder)
     if whole is None:
-        raise CheckpointError(f"{model} has no config.json of a model that the installed transformers knows.")
+        raise CheckpointError(
+            f"{model} has no config.json that the installed transformers knows. Give another folder, or install a "
+            "newer version."
+        )
     packed = choose_base_format(read_object(Path(folder, "config.json")), base)
     try:
         adapter = make_adapter_config(config, method, rank, targets, parameters, settings or [], find_task_type(whole))
@@ -99,20 +102,28 @@ def plan(
 
 
 def choose_base_format(config: Json, option: str | None) -> str | None:
-    """Return how a base is packed, a key of FORMATS: as one says, else as its config.json does; None if it is not."""
+    """Return the weight format of the base, a key of FORMATS: the option's, or without one that of config.json.
+
+    None: not packed.
+
+    The option "none" gives None. Raises OptionError for an unknown option.
+    """
     from graft.files.bases import read_quantization_format
     from graft.files.budget import FORMATS
 
     if option is not None:
         known = [name for name in FORMATS if isinstance(name, str)] + ["none"]
         if option not in known:
-            raise OptionError(f"--base is one of {', '.join(known)}, not {option!r}.")
+            raise OptionError(f"--base {option} is unknown. Choose one of {', '.join(known)}.")
         return None if option == "none" else option
     return read_quantization_format(config)
 
 
 def find_task_type(model: PreTrainedModel) -> str | None:
-    """Return the task type of a language model, which prompts need; None for other models."""
+    """Return "SEQ_2_SEQ_LM" or "CAUSAL_LM" for a language model, by its config and class name; None for other models.
+
+    Prompts need it.
+    """
     if model.config.is_encoder_decoder:
         return "SEQ_2_SEQ_LM"
     return "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None
@@ -127,25 +138,29 @@ def make_adapter_config(
     settings: Sequence[str] = (),
     task: str | None = None,
 ) -> PeftConfig:
-    """Return the config of the adapter: that of a file, or one made of the options.
+    """Return the adapter's config: from a file or folder `path`, or without one from the options.
 
-    Without targets the config is for all linear layers, or for the places that the method chooses, such as whole blocks
-    or norms. A config without a task type gets `task`.
+    Without `targets`, LoRA-like methods target all linear layers, and other methods keep their own default. The rank is
+    16 if the method needs one. Options that the method's config lacks are ignored, but not `settings`. A config without
+    a task type gets `task`.
+
+    Raises OptionError for an unknown method or a malformed setting.
     """
     from graft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, method_of
 
     if path is not None:
         config = PeftConfig.from_pretrained(str(path.parent if path.is_file() else path))
-        config.inference_mode = False  # which a save sets
+        config.inference_mode = False  # a save sets it
         config.task_type = config.task_type or task
         return config
     kinds = {
         str(getattr(kind, "value", kind)): config_class for kind, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items()
     }
     if method.upper() not in kinds:
-        raise OptionError(f"--method is one of {', '.join(sorted(kinds))}, not {method!r}.")
+        raise OptionError(f"--method {method} is unknown. Choose one of {', '.join(sorted(kinds))}.")
     kind = kinds[method.upper()]
-    if targets is None and "nemotron_h" in getattr(method_of(method.upper()), "targets", ()):  # as LoRA's
+    # the method's default targets are like LoRA's
+    if targets is None and "nemotron_h" in getattr(method_of(method.upper()), "targets", ()):
         targets = "all-linear"
     names: Json = (
         {}
@@ -156,8 +171,8 @@ def make_adapter_config(
         names["target_parameters"] = show.split_commas(parameters)
     fields = kind.__dataclass_fields__
     if rank is not None:
-        of_rank = "init_r" if "init_r" in fields else "r"  # AdaLoRA's begins there
-        names |= {of_rank: rank, "oft_block_size": 0}  # OFT takes one of the two
+        of_rank = "init_r" if "init_r" in fields else "r"  # AdaLoRA starts at init_r
+        names |= {of_rank: rank, "oft_block_size": 0}  # OFT takes r or a block size
     elif "r" in fields and "init_r" not in fields and fields["r"].default != 0:
         names["r"] = 16
     chosen = {"task_type": task, **{n: v for n, v in names.items() if n in fields}}
@@ -165,14 +180,14 @@ def make_adapter_config(
 
 
 def parse_setting(text: str) -> tuple[str, object]:
-    """Return name and value of a setting name=value, whose value is JSON, or else a text.
+    """Return name and value of a text name=value. The value is parsed as JSON, or else kept as a text.
 
     Raises:
-        OptionError: there is no name, or no value.
+        OptionError: the name is no identifier, or "=" is missing.
     """
     name, sign, value = text.partition("=")
     if not (name.isidentifier() and sign):
-        raise OptionError(f"--set takes name=value, as --set num_virtual_tokens=20, not {text!r}.")
+        raise OptionError(f"--set {text!r} is no name=value. Write it as --set num_virtual_tokens=20.")
     try:
         return name, json.loads(value)
     except ValueError:
@@ -180,7 +195,9 @@ def parse_setting(text: str) -> tuple[str, object]:
 
 
 def summarize_report(model: PreTrainedModel, report: InjectReport) -> Json:
-    """Return what the report says, for programs: how many blocks of each kind have an adapter."""
+    """Return the report of an injection as plain values for JSON, with the numbers of all and of adapted blocks by
+    kind.
+    """
     from graft.files.budget import count_adapted_blocks, find_block_classes
 
     blocks = count_adapted_blocks([m.name for m in report.matched], find_block_classes(model))
@@ -193,7 +210,10 @@ def summarize_report(model: PreTrainedModel, report: InjectReport) -> Json:
 
 
 def make_training(model: PreTrainedModel, adapter: PeftConfig, length: int, dtype: str, on_gpu: bool) -> Training:
-    """Return what trains: the adapter, on the model with as many blocks as one asks for."""
+    """Return the training setup of an adapter on a model, which can be built with any number of blocks.
+
+    Raises OptionError if the config does not say how many blocks the model has.
+    """
     import torch
 
     from graft.files.budget import Training
@@ -201,10 +221,11 @@ def make_training(model: PreTrainedModel, adapter: PeftConfig, length: int, dtyp
     text = model.config.get_text_config()
     name = next((n for n in LAYERS if isinstance(getattr(text, n, None), int)), None)
     if name is None:
-        raise OptionError(f"The config of {type(model).__name__} does not say how many blocks it has ({LAYERS[0]}).")
+        raise OptionError(f"The config of {type(model).__name__} does not say how many blocks it has. Add {LAYERS[0]}.")
     kinds = list(getattr(text, "layer_types", None) or [])
 
     def make(blocks: int) -> PreTrainedModel:
+        """Build a model of the same class with that many blocks, on the current default device."""
         config = copy.deepcopy(model.config)
         part = config.get_text_config()
         setattr(part, name, blocks)
@@ -216,11 +237,12 @@ def make_training(model: PreTrainedModel, adapter: PeftConfig, length: int, dtyp
 
 
 def find_period(kinds: list[str]) -> int:
-    """Return after how many blocks the same kinds come again."""
+    """Return the number of blocks after which their kinds repeat; 1 if they do not."""
     return next((n for n in range(1, len(kinds)) if kinds[n:] == kinds[:-n]), 1)
 
 
 def print_plan(report: InjectReport, document: Json) -> None:
+    """Print the report of the injection, blocks without an adapter, the memory by parts, and whether it fits a GPU."""
     from rich.console import Console
 
     Console(highlight=False).print(report)

@@ -17,7 +17,9 @@ from graft.files.serving import Finding, ServerOptions, get_server, list_servers
 
 
 def complete_server_list(incomplete: str) -> list[str]:
-    """Return what a list of servers may go on with, for the shell."""
+    """Return completions of a text with server names by commas, for the shell: each server that it does not
+    name yet.
+    """
     before, comma, _ = incomplete.rpartition(",")
     return [before + comma + name for name in list_servers() if name not in before.split(",")]
 
@@ -34,10 +36,10 @@ def check(
     max_rank: Annotated[int | None, typer.Option(min=1)] = None,
     targets: Annotated[str | None, typer.Option("--lora-target-modules")] = None,
 ) -> Result:
-    """Say what servers would do with an adapter: refuse it, compute something else, ignore it.
+    """Show how servers would treat an adapter: refuse it, compute something else, or ignore it.
 
-    A server that ignores an adapter answers as its base, without a word. What is known of each stands in a file of
-    data, with the version that was run or read and the date. Exit code 1 if one would not apply the adapter as it is.
+    A server that ignores an adapter answers as its base, without a message. Verdicts come from a data file, with the
+    version and date of each server that was run or read. Exit code 1 if a server would not apply the adapter as it is.
 
     Example: graft check out/adapter --for vllm,sglang --base models/llama
 
@@ -53,7 +55,7 @@ def check(
     options = ServerOptions(max_rank, None if targets is None else tuple(show.split_commas(targets)))
     names = show.split_commas(servers_)
     if not names:
-        raise OptionError(f"--for names no server; there are {', '.join(list_servers())}.")
+        raise OptionError(f"--for names no server. Choose one of {', '.join(list_servers())}.")
     source = resolve_adapter(adapter)
     model = describe_named_base(source) if base is None else open_base(find_base(base))
     findings = serving.check_servers(read_adapter(source, model), names, model, options)
@@ -64,7 +66,10 @@ def check(
 
 
 def print_findings(names: list[str], all_findings: list[Finding], compared: bool) -> None:
-    """Print the findings by server."""
+    """Print each server with its version and date, and its findings with remedies, or "ok" if there are none.
+
+    Without `compared`, a line says that module names were not compared with a base.
+    """
     known = list_servers()
     for name in names:
         typer.echo(f"{typer.style(name, bold=True)} {known[name].version}, as of {known[name].date}")
@@ -76,7 +81,7 @@ def print_findings(names: list[str], all_findings: list[Finding], compared: bool
             if f.remedy:
                 show.print_line(f"    → {f.remedy}")
         if not findings:
-            typer.echo(f"  {typer.style('ok', fg='green')}: nothing is known that it would not do")
+            typer.echo(f"  {typer.style('ok', fg='green')}: no problem is known")
     if not compared:
         show.print_line("Names of modules were not compared: give the model with --base.")
 
@@ -93,18 +98,18 @@ def export(
     force: bool = False,
     dry_run: bool = False,
 ) -> Result:
-    """Write an adapter so that a server reads it right: plain LoRA, which adds the same to the same base.
+    """Write an adapter so that a server reads it correctly: plain LoRA with the same update of the same base.
 
-    The scale stands in B, all modules have one rank, target_modules are suffixes; PiSSA, OLoRA and KaSA get twice the
-    rank, for the base as it was. Any other method that has a ΔW becomes a product of factors, of the lowest rank that
-    holds it. What plain LoRA cannot hold (DoRA, modules_to_save) is refused with exit code 5: merge it.
+    The scale is multiplied into B, all modules have one rank, and target_modules are suffixes. PiSSA, OLoRA and KaSA
+    get twice the rank, for the original base. Other methods with a ΔW become LoRA of the lowest rank that holds it.
+    Methods that plain LoRA cannot hold (DoRA, modules_to_save) are refused with exit code 5: merge them.
 
     Example: graft export out/adapter --for vllm --base models/llama -o out/for_vllm
 
     Args:
         server: The server: vllm, sglang, llama.cpp, mlx, …
-        rank: Of a method that is no LoRA: a rank, or the part of ‖ΔW‖² to keep. Else the lowest that holds it.
-        lossy: Write a rank that leaves out much of ‖ΔW‖.
+        rank: For methods other than LoRA: a rank, or the share of ‖ΔW‖² to keep. Default: the lowest that holds it.
+        lossy: Allow a rank that loses much of ‖ΔW‖.
     """
     from graft.files import export as files
     from graft.files.base import read_base_files
@@ -128,6 +133,7 @@ def export(
             report = of_model(attach_adapter(load_base(folder), source), "default", server, out, rank_or_share, lossy)
 
     def print_report() -> None:
+        """Print where the result is, its rank and number of modules, notes, and the rounding of B."""
         where = "(dry run)" if dry_run else output
         show.print_line(f"{where}: rank {report.rank} on {report.modules} modules, for {server}")
         for note in report.notes:
@@ -139,13 +145,13 @@ def export(
 
 
 def parse_rank(text: str) -> int | float:
-    """Return a rank, or a part of the energy."""
+    """Return a rank as int ≥ 1, or a share of ‖ΔW‖² as float in (0, 1). Raises OptionError for other texts."""
     try:
         value: int | float = int(text) if text.isdigit() else float(text)
     except ValueError:
         value = 0
     if not (value >= 1 if isinstance(value, int) else 0 < value < 1):
-        raise OptionError(f"--rank {text}: a rank, such as 16, or a part of ‖ΔW‖², such as 0.99.")
+        raise OptionError(f"--rank {text} is not possible. Give a rank such as 16, or a share of ‖ΔW‖² such as 0.99.")
     return value
 
 
@@ -167,7 +173,7 @@ def verify(
     api_key: Annotated[str | None, typer.Option(envvar="GRAFT_API_KEY")] = None,
     device: str = "cpu",
 ) -> Result:
-    """Ask a running server for log-probabilities, and compare them with graft's own on the same weights.
+    """Ask a running server for log-probabilities, and compare them with graft's on the same weights.
 
     Prompts of token ids go to the base's name and to the adapter's. The verdict: applied; not applied; scale off by k;
     lm_head (or another part) missing; patterns not read; another adapter. Exit code 1 unless it is applied, 4 if the
@@ -180,12 +186,12 @@ def verify(
         url: Of the server: http://host:port
         model: The adapter's name on the server.
         base_name: The base's name there.
-        server: vllm, sglang, llama.cpp or openai, if the server does not tell.
-        dtype: In which the server computes: float32, float16, bfloat16.
+        server: vllm, sglang, llama.cpp or openai, if the server does not say it.
+        dtype: Of the server: float32, float16, bfloat16.
         tolerance: Of a log-probability, in the mean.
         timeout: Seconds for each answer.
         api_key: Sent as a bearer token.
-        device: On which graft computes.
+        device: Device for graft's own run.
     """
     from graft.command.models import attach_adapter, load_base
     from graft.files.ask import Connection, identify_server
@@ -195,7 +201,7 @@ def verify(
 
     check_verify_options(dtype, tolerance)
     connection = Connection(url, timeout, api_key)
-    kind = identify_server(connection, server)  # before the base is loaded, which takes minutes
+    kind = identify_server(connection, server)  # first, since loading the base takes minutes
     source = resolve_adapter(adapter)
     base_model = load_base(require_base(source, base), device=device)
     answer = compare(
@@ -203,6 +209,7 @@ def verify(
     )
 
     def report() -> None:
+        """Print the verdict, the adapter's effect, the noise on the base, and the deviations, the smallest first."""
         show.print_line(answer.text)
         show.print_line(
             f"  the adapter changes log-probabilities by {answer.effect:.3g}; on the base the two differ by"
@@ -218,5 +225,8 @@ def verify(
 
 
 def format_difference(value: float) -> str:
-    """Return a difference of log-probabilities; what is below float32's rounding differs between machines."""
+    """Return a difference of log-probabilities as a text.
+
+    Values below float32's rounding are "below 1e-06", since they vary between machines.
+    """
     return f"{value:.3g}" if value >= LEAST else f"below {LEAST:.0e}"

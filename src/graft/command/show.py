@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output of the verbs for people: lines, tables, and numbers as text."""
+"""Output of the verbs for people: lines, tables, and values as text."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from collections.abc import Iterable, Sequence
 
 from graft.core.errors import escape_controls
 
-THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")  # of numpy's linear algebra
+THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")  # read by numpy's linear algebra
 UNITS = ((10**9, "G"), (10**6, "M"), (10**3, "k"))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table, unless it has no rows; the first column is text, the others are numbers.
+    """Print a table with a heading and an empty line on each side; nothing without rows.
 
-    By hand: importing rich would take a fifth of the time of `graft inspect`.
+    The first column is aligned left, others right.
+
+    rich would be slow to import.
     """
     cells = [[format_value(value) for value in row] for row in rows]
     if not cells:
@@ -24,6 +26,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     widths = [max(map(len, column)) for column in zip(columns, *cells)]
 
     def line(row: Sequence[str]) -> str:
+        """Return the cells of a row, padded and joined."""
         padded = [value.rjust(width) if i else value.ljust(width) for i, (value, width) in enumerate(zip(row, widths))]
         return " " + "   ".join(padded)
 
@@ -34,19 +37,21 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 def print_facts(pairs: Iterable[tuple[str, object]]) -> None:
-    """Print facts, a line for each that is one."""
+    """Print "name value" for each pair, one per line; pairs with None, "", [] or {} are skipped."""
     for name, value in pairs:
         if value not in (None, "", [], {}):
             print_line(f"{name:<12} {format_value(value)}")
 
 
 def print_line(line: str) -> None:
-    """Print one line on standard output, whatever characters the names in it have."""
+    """Print one line on standard output, with control characters escaped."""
     print(escape_controls(line))
 
 
 def format_value(value: object) -> str:
-    """Return a value as a table shows it, without control characters."""
+    """Return a value as a text: "–" for None, yes or no, floats with four digits, lists by commas; control characters
+    are escaped.
+    """
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -59,26 +64,30 @@ def format_value(value: object) -> str:
 
 
 def split_commas(words: str) -> list[str]:
-    """Return what an option lists by commas."""
+    """Return the non-empty words of a text with commas, stripped."""
     return [word for part in words.split(",") if (word := part.strip())]
 
 
 def format_amount(n: int) -> str:
-    """Return a number as people write it: 1.3M."""
+    """Return a number with a unit and three digits: 1.3M; below 1000 as it is."""
     return next((f"{n / size:.3g}{unit}" for size, unit in UNITS if n >= size), str(n))
 
 
 def format_ranks(ranks: Sequence[int]) -> str:
+    """Return sorted ranks as a text: "–", "8", or "4–16" for the first and last of several."""
     return "–" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
 
 
 def limit_numpy_threads() -> None:
-    """Have numpy, if it is not there yet, start no threads: for small factors that takes longer than they save."""
+    """Set an environment variable so that numpy's linear algebra uses one thread, which is faster for small factors.
+
+    Does nothing if numpy is imported already, or the user has set such a variable.
+    """
     if "numpy" not in sys.modules and not any(name in os.environ for name in THREADS):
         os.environ[THREADS[0]] = "1"
 
 
 def print_progress(line: str, quiet: bool = False) -> None:
-    """Print how far a verb is, on standard error, for who sits before it."""
+    """Print a line on standard error, if it is a terminal and `quiet` is False."""
     if not quiet and sys.stderr.isatty():
         print(escape_controls(line), file=sys.stderr)

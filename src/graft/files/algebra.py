@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Algebra of low-rank changes by their factors, in float64: ΔW = B A is never formed.
+"""Linear algebra of low-rank updates in float64, computed from their factors: the full matrix ΔW = B A is never built.
 
-B = Q R and Aᵀ = Q' R' make the singular values of B A those of R R'ᵀ, an r × r matrix: (in + out) r² operations.
+QR factorizations B = Q R and Aᵀ = Q' R' reduce the problem: B A has the singular values of the r × r matrix R R'ᵀ. The
+cost is (in + out) r² operations.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from graft.files.neutral import LowRank, OtherMethod
 from graft.files.tensors import Tensor, make_tensor
 
-NOISE = 1e-6  # of the largest singular value: float32 factors make smaller ones by rounding
+NOISE = 1e-6  # relative to the largest singular value: rounding of float32 factors produces smaller ones
 
 
 class Product(NamedTuple):
@@ -35,27 +36,32 @@ class Svd:
     Vt: np.ndarray  # (k, in)
 
     def rank(self) -> int:
-        """Return how many singular values are not rounding."""
+        """Return the number of singular values above `NOISE` times the largest one; 0 if there are no singular
+        values.
+        """
         return int((self.s > NOISE * self.s[0]).sum()) if len(self.s) else 0
 
 
-# from and to the factors of files
+# conversion from and to the factors in files
 
 
 def list_delta_products(lora: LowRank) -> list[Product]:
-    """Return what LoRA adds to the weight of a module, as the module stores it: one matrix, or one for each expert.
+    """Return the update ΔW of a module as factor pairs (B, A): one pair, or one pair per expert for kind "experts".
 
-    Of a convolution (out, in · kernel), of an embedding (vocabulary, dim). What an initialisation took out of the base
-    counts, DoRA's magnitude does not: see `compute_dora_delta`.
+    B contains the scale. A matrix is (out, in), of a convolution (out, in · kernel), of an embedding (vocabulary, dim).
+    A Tucker core is multiplied into A. The B of a grouped convolution becomes block-diagonal. If the module has a
+    `shift` (PiSSA), the product of the shift is subtracted, which adds to the rank. DoRA's magnitude is ignored: see
+    `compute_dora_delta`.
     """
     A, B = read_float64(lora.A), read_float64(lora.B) * lora.scale
     if lora.kind == "experts":
         return [Product(b, a) for b, a in zip(B, A, strict=True)]
     if lora.mid is not None:
         A = contract_tucker_core(lora)
-    A, B = (M.reshape(len(M), prod(M.shape[1:])) for M in (A, B))  # of rank 0 as well, which AdaLoRA gives
+    # reshape(r, -1) would fail for rank 0, which AdaLoRA produces
+    A, B = (M.reshape(len(M), prod(M.shape[1:])) for M in (A, B))
     groups = len(A) // max(1, B.shape[1])
-    if groups > 1:  # a second factor that has groups, as its convolution has
+    if groups > 1:  # a grouped convolution: B has r / groups columns
         B = block_diagonal(np.split(B, groups))
     product = Product(A.T, B.T) if lora.kind == "embedding" else Product(B, A)
     if lora.shift is not None:
@@ -65,16 +71,20 @@ def list_delta_products(lora: LowRank) -> list[Product]:
 
 
 def contract_tucker_core(lora: LowRank) -> np.ndarray:
-    """Return A (r, in, *kernel) of a convolution with Tucker's core in it, which becomes one of the whole kernel."""
+    """Return A (r, in, *kernel) in float64 of a convolution with a Tucker core: the core (r, r, *kernel) times A (r,
+    in). The core has to be there.
+    """
     assert lora.mid is not None
     return np.einsum("rj...,ji->ri...", read_float64(lora.mid), read_float64(lora.A).reshape(lora.A.shape[:2]))
 
 
 def read_float64(t: Tensor) -> np.ndarray:
+    """Read a tensor from its file and return its values as float64."""
     return t.read().astype("f8")
 
 
 def block_diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    """Return one float64 matrix with these matrices along its diagonal, from the top left, and zeros elsewhere."""
     out = np.zeros((sum(len(b) for b in blocks), sum(b.shape[1] for b in blocks)))
     row = column = 0
     for block in blocks:
@@ -84,7 +94,11 @@ def block_diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def as_low_rank(module: LowRank | OtherMethod) -> LowRank | None:
-    """Return LoRA as it is, and AdaLoRA's triplets as LoRA, with A in float32 at least; None for other methods."""
+    """Return a module as a LowRank: a LowRank unchanged, an AdaLoRA module with its E multiplied into A, other methods
+    as None.
+
+    The new A of AdaLoRA is float64 if A was, otherwise float32. AdaLoRA without a scale is None, too.
+    """
     if isinstance(module, LowRank):
         return module
     if module.method != "ADALORA" or module.scale is None:
@@ -95,9 +109,12 @@ def as_low_rank(module: LowRank | OtherMethod) -> LowRank | None:
 
 
 def replace_factors(lora: LowRank, svds: Sequence[Svd], rank: int) -> LowRank:
-    """Return `lora` with the largest `rank` triplets of an SVD in place of its factors, at its scale.
+    """Return a LowRank of rank `rank` whose factors hold the largest `rank` singular triplets of `svds`, √σ on each
+    side.
 
-    √σ stands on both sides. A module that has fewer triplets gets zeros.
+    `svds` has one entry, or one per expert. Missing triplets are zeros. The dtypes, the kind, the magnitude and the
+    scale stay; B is divided by the scale. With a scale of 0 the new scale is 1, and the bias is dropped. The Tucker
+    core, alpha and extra tensors are dropped.
     """
     scale = lora.scale or 1.0
     pairs = [split_singular_values(svd, rank) for svd in svds]
@@ -115,6 +132,10 @@ def replace_factors(lora: LowRank, svds: Sequence[Svd], rank: int) -> LowRank:
 
 
 def split_singular_values(svd: Svd, rank: int) -> Product:
+    """Return factors B (out, rank) and A (rank, in) of the largest `rank` triplets, with √σ in both.
+
+    Missing triplets are zeros.
+    """
     k = min(rank, len(svd.s))
     root = np.sqrt(svd.s[:k])
     B, A = np.zeros((len(svd.U), rank)), np.zeros((rank, svd.Vt.shape[1]))
@@ -123,9 +144,9 @@ def split_singular_values(svd: Svd, rank: int) -> Product:
 
 
 def compute_dora_delta(lora: LowRank, W: np.ndarray) -> np.ndarray:
-    """Return all that DoRA changes of a weight W (out, …), as a matrix: m (W + ΔW) / ‖W + ΔW‖ - W by rows.
+    """Return the whole change by DoRA of a weight W (out, …), as a float64 matrix: m (W + ΔW) / ‖W + ΔW‖ - W.
 
-    Of an embedding (vocabulary, dim) by columns.
+    Norms are those of rows, and those of columns for an embedding (vocabulary, dim). The module needs a magnitude.
     """
     W = W.reshape(len(W), -1).astype("f8")
     ((B, A),) = list_delta_products(lora)
@@ -136,11 +157,14 @@ def compute_dora_delta(lora: LowRank, W: np.ndarray) -> np.ndarray:
     return new * (gain if axis == 0 else gain[:, None]) - W
 
 
-# one matrix
+# a single matrix
 
 
 def compute_svd(product: Product) -> Svd:
-    """Return the singular triplets of B A, as many as its factors have columns."""
+    """Return the SVD of B A, with as many singular values as the smaller factor dimension, at most r.
+
+    Values of 0 are kept.
+    """
     Qb, Rb = np.linalg.qr(product.B)
     Qa, Ra = np.linalg.qr(product.A.T)
     U, s, Vt = np.linalg.svd(Rb @ Ra.T)
@@ -154,49 +178,54 @@ def compute_singular_values(product: Product) -> np.ndarray:
 
 
 def frobenius_norm(product: Product) -> float:
-    """Return ‖B A‖ (Frobenius)."""
+    """Return the Frobenius norm ‖B A‖."""
     return float(np.linalg.norm(reduce_to_core(product)))
 
 
 def reduce_to_core(product: Product) -> np.ndarray:
-    """Return R R'ᵀ (r, r), which has the singular values of B A."""
+    """Return R R'ᵀ from the QR factorizations of B and Aᵀ: a small matrix, at most (r, r), with the singular values of
+    B A.
+    """
     Rb, Ra = (np.asarray(np.linalg.qr(M, "r")) for M in (product.B, product.A.T))
     return Rb @ Ra.T
 
 
 def stable_rank(s: np.ndarray) -> float:
-    """Return ‖·‖²_F / σ₁²; 0 of a matrix that is 0."""
+    """Return ‖·‖²_F / σ₁² for singular values, the largest first; 0 for a zero matrix or no values."""
     return float((s**2).sum() / s[0] ** 2) if len(s) and s[0] > 0 else 0.0
 
 
 def effective_rank(s: np.ndarray) -> float:
-    """Return exp(H(σ / Σσ)), H the entropy (Roy and Vetterli 2007); 0 of a matrix that is 0."""
+    """Return exp(H(σ / Σσ)), with H the entropy (Roy and Vetterli 2007); 0 for a zero matrix or no values."""
     p = s[s > 0] / s.sum() if s.sum() > 0 else np.empty(0)
     return float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0
 
 
 def rank_for_energy(s: np.ndarray, energy: float) -> int:
-    """Return the smallest k with Σ_{i ≤ k} σ² ≥ energy · Σ σ²."""
+    """Return the smallest k with Σ_{i ≤ k} σ² ≥ energy · Σ σ²; 1 for a zero matrix or no values."""
     sums = np.cumsum(s**2)
     return int(np.searchsorted(sums, energy * sums[-1] * (1 - 1e-12)) + 1) if len(s) and sums[-1] > 0 else 1
 
 
 def rank_for_ratio(s: np.ndarray, ratio: float) -> int:
-    """Return how many σ are larger than σ₁ / ratio."""
+    """Return the number of σ above σ₁ / ratio, and at least 1."""
     return max(1, int((s > s[:1] / ratio).sum()))
 
 
 def energy_share(s: np.ndarray, rank: int) -> float:
-    """Return the part of Σ σ² that the first `rank` hold; 1 of a matrix that is 0."""
+    """Return the share of Σ σ² that the first `rank` values have; 1 for a zero matrix."""
     whole = float((s**2).sum())
     return float((s[:rank] ** 2).sum()) / whole if whole > 0 else 1.0
 
 
-# several
+# several matrices
 
 
 def sum_products(parts: Iterable[Product], weights: Iterable[float] | None = None) -> Product:
-    """Return a weighted sum, exactly: factors stand side by side, and ranks add up."""
+    """Return the weighted sum Σ w · B A as one product, exactly: its factors are concatenated, so the ranks add up.
+
+    Without `weights` every weight is 1. The number of weights has to be the number of products.
+    """
     parts = list(parts)
     weights = [1.0] * len(parts) if weights is None else list(weights)
     B = np.concatenate([w * part.B for w, part in zip(weights, parts, strict=True)], 1)
@@ -204,20 +233,25 @@ def sum_products(parts: Iterable[Product], weights: Iterable[float] | None = Non
 
 
 def inner_product(a: Product, b: Product) -> float:
-    """Return Σ a ⊙ b, the inner product of two matrices."""
+    """Return Σ a ⊙ b, the Frobenius inner product of two matrices, from their factors."""
     return float(((a.B.T @ b.B) * (a.A @ b.A.T)).sum())
 
 
 class Difference(NamedTuple):
-    """How two changes of one weight differ."""
+    """The difference of two updates of one weight."""
 
-    cosine: float | None  # None: one of them is 0
+    cosine: float | None  # None if one of them is 0
     relative: float  # ‖a - b‖ / the larger of ‖a‖ and ‖b‖
-    angle: float | None  # degrees: the largest between what they write to, or read from
+    angle: float | None  # degrees; the largest principal angle of column or row spaces
 
 
 def compare_deltas(a: Sequence[Product], b: Sequence[Product]) -> Difference:
-    """Compare two changes: of each one matrix, or as many as there are experts."""
+    """Return the difference of two updates, each given as one product or one per expert.
+
+    Norms and the inner product run over all experts; the angle is the largest of the experts' angles. If one update is
+    0, `cosine` and `angle` are None. If both are 0, `relative` is 0, too. Raises ValueError if the numbers of products
+    differ.
+    """
     size_a, size_b = (np.sqrt(sum(frobenius_norm(p) ** 2 for p in parts)) for parts in (a, b))
     distance = np.sqrt(sum(frobenius_norm(sum_products(pair, (1, -1))) ** 2 for pair in zip(a, b, strict=True)))
     larger = max(size_a, size_b)
@@ -230,7 +264,10 @@ def compare_deltas(a: Sequence[Product], b: Sequence[Product]) -> Difference:
 
 
 def largest_principal_angle(a: Product, b: Product) -> float | None:
-    """Return the largest principal angle in degrees between the column spaces of two matrices, or their row spaces."""
+    """Return the larger of two principal angles in degrees: between the column spaces, and between the row spaces.
+
+    Spaces are of numerical rank (`Svd.rank`). Returns None if one of the matrices is 0.
+    """
     x, y = compute_svd(a), compute_svd(b)
     k, l = x.rank(), y.rank()
     if not k or not l:
@@ -239,9 +276,10 @@ def largest_principal_angle(a: Product, b: Product) -> float | None:
 
 
 def angle_between_bases(P: np.ndarray, Q: np.ndarray) -> float:
-    """Return the largest principal angle between two spaces, of orthonormal bases, in degrees.
+    """Return the largest principal angle in degrees between two subspaces, given by matrices with orthonormal columns.
 
-    Sines tell small angles, cosines large ones. The smaller space may lie in the larger one: then it is 0.
+    It is 0 if the smaller subspace lies inside the larger one. Uses atan2 of sine and cosine, which is exact for small
+    and for large angles.
     """
     small, large = (P, Q) if P.shape[1] <= Q.shape[1] else (Q, P)
     inside = large.T @ small
@@ -251,7 +289,11 @@ def angle_between_bases(P: np.ndarray, Q: np.ndarray) -> float:
 
 
 def delta_shape(lora: LowRank) -> tuple[int, int]:
-    """Return how many rows and columns the matrix has that a module's change is."""
+    """Return (rows, columns) of a module's update matrix: (out, in); of a convolution (out, in · kernel); of one expert
+    (out, in).
+
+    For an embedding these are (dim, vocabulary), the transpose of the matrix from `list_delta_products`.
+    """
     if lora.kind == "experts":
         return lora.B.shape[1], lora.A.shape[2]
     kernel = lora.A.shape[2:] if lora.mid is None else lora.mid.shape[2:]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probabilities from a running server, for prompts given as token ids: vLLM, SGLang, llama.cpp's, OpenAI's API."""
+"""Log-probabilities from a running server (vLLM, SGLang, llama.cpp, OpenAI's API), for prompts given as token ids."""
 
 from __future__ import annotations
 
@@ -22,51 +22,66 @@ from graft.config.reading import Json
 from graft.core.errors import escape_controls, shorten_text
 from graft.files.errors import OptionError
 
-LARGEST = 16_000_000  # bytes of an answer
-PROBABILITIES = 512  # of one position, where a server tells of one only
-OWNERS = {"vllm": "vllm", "sglang": "sglang", "llama.cpp": "llamacpp"}  # server → owner that it names of its models
-MOST_TOKENS = 2**31  # of a vocabulary
+LARGEST = 16_000_000  # the most bytes of an answer
+PROBABILITIES = 512  # candidates for the next token, asked of llama.cpp
+OWNERS = {"vllm": "vllm", "sglang": "sglang", "llama.cpp": "llamacpp"}  # server → owner of its models in /v1/models
+MOST_TOKENS = 2**31  # in any vocabulary
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 # (position, token there) → its log-probability after the tokens before it
 LogProbabilities = dict[tuple[int, int], float]
 
 
 class Connection:
-    """Requests to one server. Each ends within `timeout` seconds, name lookup and the answer's last byte included.
+    """HTTP requests to one server. A request ends after `timeout` seconds, including name lookup and the last byte.
 
-    No redirect is followed, since the key would go to another host.
+    The API key is sent as a bearer token. Redirects are errors, since the key would reach another host. A `/v1` at the
+    end of `url` is dropped.
 
     Raises:
-        OptionError: `url` is no address, `key` does not fit a header, or `timeout` is no positive number.
+        OptionError: `url` is no server address, `key` is not printable ASCII without spaces, or `timeout` is not
+            positive.
     """
 
     def __init__(self, url: str, timeout: float = 60.0, key: str | None = None):
+        """Check the arguments and store them. No request is sent."""
         if not is_server_address(url):
-            raise OptionError(f"{url!r} is no address of a server: http://host:port.")
+            raise OptionError(f"{url!r} is no address of a server. Give it as http://host:port.")
         if not 0 < timeout <= TIMEOUT_MAX:
-            raise OptionError(f"A timeout of {timeout} cannot be waited for: give a number of seconds above 0.")
+            raise OptionError(f"The timeout {timeout} is not possible. Give a number of seconds above 0.")
         if key is not None and not is_printable_ascii(key):
-            raise OptionError("The API key has a space, a line break or another character that no header can hold.")
+            raise OptionError(
+                "The API key has a space, a line break or another character that no header can hold. Check the key."
+            )
         self.url, self.timeout = url.rstrip("/").removesuffix("/v1"), timeout
         self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     def get(self, path: str, parse: Callable[[Any], Any] = lambda reply: reply) -> Any:
-        """Return `parse` of the JSON that the server answers to a GET.
+        """Send a GET request, decode the answer as JSON, and return `parse` of it.
 
         Raises:
-            ServerError: it cannot be reached, is late, answers an error, no JSON, or JSON for which `parse` raises.
-            UnknownModelError: it answers 404.
+            ServerError: the server is unreachable, late, answers with an error or a redirect, with no JSON, or with
+                JSON that makes `parse` raise.
+            UnknownModelError: the server answers 404.
         """
         return self._parse(path, self.send(path), parse)
 
     def post(self, path: str, body: Json, parse: Callable[[Any], Any] = lambda reply: reply) -> Any:
-        """Return `parse` of the JSON that the server answers to a POST of `body`. Errors as of `get`."""
+        """Send `body` as JSON in a POST request, decode the answer as JSON, and return `parse` of it.
+
+        Errors are those of `get`.
+        """
         return self._parse(path, self.send(path, body), parse)
 
     def send(self, path: str, body: Json | None = None) -> bytes:
-        """Return the bytes that the server answers to a GET, or to a POST of `body`. Errors as of `get`.
+        """Send a GET request, or a POST of `body` as JSON if `body` is not None. Return the bytes of the answer.
 
-        The request runs in a thread: a socket's timeout begins anew with each byte. A late thread loses its connection.
+        The request runs in a daemon thread, since a socket's timeout begins anew with each byte. The connection is
+        closed when time is up.
+
+        Raises:
+            ServerError: the server is unreachable or late, answers more than `LARGEST` bytes, a redirect, or a status
+                from 400.
+            UnknownModelError: the server answers 404.
         """
         url = self.url + path
         request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), self.headers)
@@ -79,7 +94,7 @@ class Connection:
         finally:
             exchange.close()
         if isinstance(getattr(outcome, "reason", outcome), TimeoutError):
-            raise ServerError(f"{url} has not answered within {self.timeout:g} s: give it longer with --timeout.")
+            raise ServerError(f"{url} has not answered within {self.timeout:g} s. Give it longer with --timeout.")
         if isinstance(outcome, (OSError, HTTPException)):
             reason = escape_controls(shorten_text(str(getattr(outcome, "reason", outcome))))
             raise ServerError(f"{url} cannot be reached: {reason or repr(outcome)}")
@@ -98,6 +113,7 @@ class Connection:
         return text
 
     def _parse(self, path: str, text: bytes, parse: Callable[[Any], Any]) -> Any:
+        """Decode JSON and return `parse` of it. Raises ServerError with the beginning of the answer if either fails."""
         try:
             return parse(json.loads(text))
         except MALFORMED:
@@ -105,13 +121,17 @@ class Connection:
 
 
 class Exchange(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
-    """One request and its answer, for a thread.
+    """One HTTP request in a thread. `run` puts its result into the queue `outcome`, and `close` interrupts it.
+
+    It uses proxies from the environment, and no handlers of redirects or error statuses.
 
     Attributes:
-        outcome: gets the status, the header Location and the body, or the exception.
+        outcome: a queue with one item: (status, header Location, body), or the exception.
+        socket: the socket of the connection; None before it is connected.
     """
 
     def __init__(self, request: urllib.request.Request, timeout: float):
+        """Prepare the request, with an empty queue `outcome` and no socket. Nothing is sent."""
         super().__init__()
         self.request, self.timeout = request, timeout
         self.outcome: SimpleQueue[tuple[int, bytes, bytes] | BaseException] = SimpleQueue()
@@ -121,7 +141,11 @@ class Exchange(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
             self.opener.add_handler(handler)
 
     def run(self) -> None:
-        """Put the outcome of the request into `outcome`."""
+        """Send the request, read at most a little over `LARGEST` bytes, and put the result or the exception into
+        `outcome`.
+
+        After `timeout` seconds the result is a TimeoutError.
+        """
         end, body = time.monotonic() + self.timeout, bytearray()
         try:
             with self.opener.open(self.request, timeout=self.timeout) as answer:
@@ -133,24 +157,30 @@ class Exchange(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
             self.outcome.put(e)
 
     def do_open(self, http_class: Any, req: urllib.request.Request, **options: Any) -> Any:
+        """Open the request with urllib, and store the socket in `socket`, so that `close` can shut it down."""
         exchange = self
 
         class Connected(http_class):  # type: ignore[misc]
+            """A connection class that stores its socket in the exchange."""
+
             def connect(self) -> None:
+                """Connect, then store the socket in the exchange."""
                 super().connect()
                 exchange.socket = self.sock
 
         return super().do_open(Connected, req, **options)
 
     def close(self) -> None:
-        """End the connection, so that the thread ends as well."""
+        """Shut the socket down in both directions, so that the thread in `run` ends. Does nothing without a socket."""
         if self.socket is not None:
-            with suppress(OSError):  # it is closed already
+            with suppress(OSError):  # already closed
                 self.socket.shutdown(socket.SHUT_RDWR)
 
 
 def is_server_address(url: str) -> bool:
-    """Return True if a text is the address of a server: http or https, a host, no user, nothing that is no ASCII."""
+    """Return True if `url` is printable ASCII, http or https, with a host, without a user and with a valid port (not
+    0).
+    """
     try:
         parts = urlsplit(url)
         host = (parts.hostname or "").encode("idna")
@@ -159,34 +189,34 @@ def is_server_address(url: str) -> bool:
             and "@" not in url
             and is_printable_ascii(url)
         )
-    except ValueError:  # of a port, an IPv6 address or a label
+    except ValueError:  # invalid port, IPv6 address or host label
         return False
 
 
 def is_printable_ascii(text: str) -> bool:
-    """Return True if a text is printable ASCII without spaces, as addresses and headers need it."""
+    """Return True if a text has only printable ASCII characters and no spaces, as addresses and headers need it."""
     return text.isascii() and text.isprintable() and " " not in text
 
 
 def quote_answer(text: bytes) -> str:
-    """Return the beginning of a server's answer, on one line, in quotes, control characters escaped."""
+    """Return at most 400 characters of a server's answer as one quoted line, with control characters escaped."""
     return repr(shorten_text(" ".join(text[:1000].decode(errors="replace").split()), 400))
 
 
 def identify_server(connection: Connection, name: str | None = None) -> str:
-    """Return which program a server is, by what it says of its models: "vllm", "sglang", "llama.cpp", or "openai".
+    """Return the server program: "vllm", "sglang", "llama.cpp", or "openai" for every other.
 
-    Args:
-        name: of the program, where the server does not tell; the server has to answer all the same.
+    Without `name` it is recognized by the owner of its models in `/v1/models`. With `name` that name is returned after
+    one request to `/v1/models`, in which a 404 is ignored.
 
     Raises:
         OptionError: `name` is none of these.
-        ServerError: see there.
+        ServerError: the request fails.
     """
     if name is not None:
         if name not in (*OWNERS, "openai"):
             raise OptionError(f"graft cannot ask a server {name!r}. Give one of {', '.join(OWNERS)}, openai.")
-        with suppress(UnknownModelError):  # it lists no models
+        with suppress(UnknownModelError):  # a server without a list of models
             connection.send("/v1/models")
         return name
     owners = connection.get("/v1/models", lambda reply: {str(entry.get("owned_by")) for entry in reply["data"]})
@@ -196,17 +226,21 @@ def identify_server(connection: Connection, name: str | None = None) -> str:
 def ask_log_probabilities(
     connection: Connection, server: str, name: str, prompts: Sequence[Sequence[int]], is_base: bool
 ) -> list[LogProbabilities]:
-    """Return what a model of the server says of each prompt.
+    """Return a server's log-probabilities for each prompt, by (position, token): one dict per prompt.
+
+    vLLM and OpenAI's API give the prompt's tokens from position 1. SGLang does the same. llama.cpp gives up to 512
+    candidates for the token after the prompt.
 
     Args:
-        server: as `identify_server` returns it.
-        name: of the base or of an adapter. Of llama.cpp's server an adapter's number, its path or the file's name.
-        base: the name is the base's.
+        server: a name that `identify_server` returns.
+        name: the model's name on the server. For llama.cpp: an adapter's number, path or file name.
+        prompts: token ids.
+        is_base: `name` is the base model. On llama.cpp all adapters get the scale 0.
 
     Raises:
-        ServerError: see there.
-        UnknownModelError: the server does not know the name.
-        BaseModelMismatchError: the server makes other tokens of these, or does not have one of them.
+        ServerError: a request fails, or the answer is malformed.
+        UnknownModelError: the server has no such model; the text lists its models.
+        BaseModelMismatchError: the server's tokens differ from those of the prompt.
     """
     if server == "llama.cpp":
         lora = select_llama_adapter(connection, None if is_base else name)
@@ -220,7 +254,7 @@ def ask_log_probabilities(
 
 
 def list_served_models(connection: Connection) -> list[str]:
-    """Return the names of the models that a server says it has; none if it does not say."""
+    """Return the model names in the server's `/v1/models`; [] if that request fails."""
     try:
         names: list[str] = connection.get("/v1/models", lambda reply: [str(entry["id"]) for entry in reply["data"]])
         return names
@@ -229,9 +263,13 @@ def list_served_models(connection: Connection) -> list[str]:
 
 
 def ask_openai(connection: Connection, name: str, ids: Sequence[int]) -> LogProbabilities:
-    """Ask by OpenAI's completions, which echo the prompt with its log-probabilities."""
+    """Return the log-probabilities of a prompt's tokens from position 1, by OpenAI's completions with `echo`.
+
+    Raises BaseModelMismatchError if the answer has fewer tokens than the prompt, or other token ids.
+    """
 
     def parse(reply: Any) -> tuple[int, list[int], LogProbabilities]:
+        """Return the number of values, the token ids that the server names (vLLM only), and the log-probabilities."""
         said = reply["choices"][0]["logprobs"]
         values, tokens = said["token_logprobs"], said["tokens"]
         named = [int(t.removeprefix("token_id:")) for t in tokens if t.startswith("token_id:")]
@@ -241,17 +279,21 @@ def ask_openai(connection: Connection, name: str, ids: Sequence[int]) -> LogProb
     number, named, seen = connection.post("/v1/completions", body | dict(return_tokens_as_token_ids=True), parse)
     if number < len(ids) or (named and named != list(ids)):
         raise BaseModelMismatchError(
-            f"{connection.url} makes {number - 1} tokens {shorten_text(str(named[:8]))}… of the {len(ids)} of a "
-            "prompt, "
-            f"{list(ids)[:8]}…: it does not take tokens by their ids, or has another vocabulary."
+            f"{connection.url} has {number - 1} tokens {shorten_text(str(named[:8]))}… for a prompt of {len(ids)}, "
+            f"{list(ids)[:8]}…. It does not accept token ids, or has another vocabulary."
         )
     return seen
 
 
 def ask_sglang(connection: Connection, name: str, ids: Sequence[int]) -> LogProbabilities:
-    """Ask by SGLang's own request. `name` is an adapter's, or the served model's."""
+    """Return the log-probabilities of a prompt's tokens from position 1, by SGLang's `/generate`.
+
+    `name` is sent as `lora_path`, unless it is the first model that the server lists. Raises BaseModelMismatchError if
+    the answer has other tokens.
+    """
 
     def parse(reply: Any) -> tuple[list[int], LogProbabilities]:
+        """Return the token ids of the answer, and their log-probabilities."""
         said = reply["meta_info"]["input_token_logprobs"]
         return [int(entry[1]) for entry in said], pair_with_tokens(ids[: len(said)], [entry[0] for entry in said])
 
@@ -264,24 +306,35 @@ def ask_sglang(connection: Connection, name: str, ids: Sequence[int]) -> LogProb
     tokens, seen = connection.post("/generate", body, parse)
     if tokens != list(ids):
         text = shorten_text(str(tokens[:8]))
-        raise BaseModelMismatchError(f"{connection.url} makes the tokens {text}… of the prompt {list(ids)[:8]}….")
+        raise BaseModelMismatchError(
+            f"{connection.url} has the tokens {text}… for the prompt {list(ids)[:8]}…. Check that it serves the same "
+            "base."
+        )
     return seen
 
 
 def pair_with_tokens(ids: Sequence[int], values: Sequence[object]) -> LogProbabilities:
-    """Return the log-probabilities of a prompt's tokens but the first, which has none."""
+    """Return the values by (position, token id), without position 0, which has no log-probability."""
     return {(at, ids[at]): parse_log_probability(values[at]) for at in range(1, len(ids))}
 
 
 def parse_log_probability(value: Any) -> float:
-    """Return a log-probability of an answer; OverflowError or ValueError if it is no finite number."""
+    """Return a number as a float.
+
+    Raises ValueError for another type, NaN or infinity, OverflowError for huge integers.
+    """
     if type(value) not in (int, float) or not math.isfinite(number := float(value)):
         raise ValueError("a log-probability is a finite number")
     return number
 
 
 def select_llama_adapter(connection: Connection, name: str | None) -> list[Json]:
-    """Return the scales of all adapters of llama.cpp's server that let `name` act alone; None: none of them."""
+    """Return the scales of all adapters of llama.cpp's server: 1 for the adapter `name`, 0 for others; all 0 if `name`
+    is None.
+
+    `name` is an adapter's number, its path, its file name, or that name without ".gguf". Changes nothing on the server.
+    Raises UnknownModelError unless exactly one adapter has that name.
+    """
     paths = connection.get("/lora-adapters", lambda reply: {int(entry["id"]): str(entry["path"]) for entry in reply})
     files = {i: os.path.basename(path) for i, path in paths.items()}
     fits = [i for i, file in files.items() if name in (str(i), paths[i], file, file.removesuffix(".gguf"))]
@@ -292,9 +345,17 @@ def select_llama_adapter(connection: Connection, name: str | None) -> list[Json]
 
 
 def ask_llama_server(connection: Connection, lora: list[Json], ids: Sequence[int]) -> LogProbabilities:
-    """Ask for the distribution of the next token, the only one that llama.cpp's server tells."""
+    """Return the log-probabilities of the most likely next tokens after a prompt, by llama.cpp's `/completion`.
+
+    Their position is the length of the prompt. If the answer has none (the token is a part of a character), a second
+    request makes the server choose a plain-text token.
+    """
 
     def parse(reply: Any) -> LogProbabilities:
+        """Return the log-probabilities of the next token, {} if there are none.
+
+        Raises ValueError for impossible token ids.
+        """
         said = reply.get("completion_probabilities") or [{"top_logprobs": []}]
         seen = {
             (len(ids), int(entry["id"])): parse_log_probability(entry["logprob"]) for entry in said[0]["top_logprobs"]
@@ -304,6 +365,7 @@ def ask_llama_server(connection: Connection, lora: list[Json], ids: Sequence[int
         return seen
 
     def parse_whole(reply: Any) -> LogProbabilities:
+        """Return `parse(reply)`. Raises ValueError if it is empty."""
         if not (seen := parse(reply)):
             raise ValueError("no log-probabilities")
         return seen
@@ -312,7 +374,7 @@ def ask_llama_server(connection: Connection, lora: list[Json], ids: Sequence[int
         prompt=list(ids), n_predict=1, n_probs=PROBABILITIES, temperature=0, cache_prompt=False, lora=lora
     )
     seen: LogProbabilities = connection.post("/completion", body, parse)
-    if not seen:  # of a token that is part of a character
+    if not seen:  # the token was a part of a character
         seen = connection.post(
             "/completion", body | dict(logit_bias=[[find_plain_token(connection), 100]]), parse_whole
         )
@@ -320,9 +382,15 @@ def ask_llama_server(connection: Connection, lora: list[Json], ids: Sequence[int
 
 
 def find_plain_token(connection: Connection) -> int:
-    """Return a token that is text by itself."""
+    """Return the first token id of 3 to 299 that the server decodes to ASCII letters alone.
+
+    Raises ServerError if there is none.
+    """
     for token in range(3, 300):
         text = connection.post("/detokenize", {"tokens": [token]}, lambda reply: reply["content"])
         if isinstance(text, str) and text.isascii() and text.strip().isalpha():
             return token
-    raise ServerError(f"{connection.url} tells no log-probabilities: it knows no token that is plain text.")
+    raise ServerError(
+        f"{connection.url} gives no log-probabilities, and has no token of plain text. Check that it serves a text "
+        "model."
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A base model as files: its config, and the names and shapes of its tensors from the headers of its shards."""
+"""A base model as files: its config, and the names and shapes of its tensors from the headers of the
+safetensors files.
+"""
 
 from __future__ import annotations
 
@@ -47,10 +49,10 @@ class BaseFiles:
     """A folder with a model in safetensors files.
 
     Attributes:
-        config: of config.json.
-        tensors: the checkpoint's own names → tensors, none of which is read yet.
-        files: the checkpoint's own names → file that holds it, relative to the folder.
-        views: what `graft.files.bases.view_by_model_names` returns, once it was asked.
+        config: the content of config.json.
+        tensors: tensor name in the checkpoint → Tensor, whose values are not read yet.
+        files: tensor name in the checkpoint → name of its file in the folder.
+        views: cache of `graft.files.bases.view_by_model_names`: empty, or its one result.
     """
 
     path: str
@@ -61,63 +63,78 @@ class BaseFiles:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, by name."""
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     @property
     def modules(self) -> Iterable[str]:
+        """The distinct module paths: tensor names without their last part."""
         return dict.fromkeys(name.rpartition(".")[0] for name in self.tensors)
 
 
 @dataclass
 class Skeleton:
-    """A model of which names and shapes are known, and values only of some tensors."""
+    """A model by names and shapes; only some tensors, or none, have values."""
 
     path: str
     config: Json = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # those that have values
-    adapters: Mapping[str, object] = field(default_factory=dict)  # configs of those that it carries, by name
-    model: nn.Module | None = None  # itself, if it is there
-    parts: Mapping[str, BaseDescription] = field(default_factory=dict)  # of a pipeline, by name
-    shift: tuple[str, str] = ("", "")  # what its names begin with, and in its stead those of the model
-    views: list[Skeleton | None] = field(default_factory=list, compare=False)  # as of `BaseFiles`
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # those with values
+    adapters: Mapping[str, object] = field(default_factory=dict)  # adapters of a live model: name → config
+    model: nn.Module | None = None  # the live model or its meta copy, if there is one
+    parts: Mapping[str, BaseDescription] = field(default_factory=dict)  # the models of a pipeline, by name
+    shift: tuple[str, str] = ("", "")  # (prefix of the names here, prefix in its place in the model)
+    # the cache of `view_by_model_names`, as in `BaseFiles`
+    views: list[Skeleton | None] = field(default_factory=list, compare=False)
 
 
 BaseDescription = BaseFiles | Skeleton
 
 
 def read_base_files(path: str | os.PathLike[str]) -> BaseFiles:
-    """Look at a model's folder: config.json and the headers of its safetensors files.
+    """Read config.json and the headers of the safetensors files of a model's folder. Tensor values stay unread.
+
+    A missing config.json gives an empty config.
 
     Raises:
-        CheckpointError: there is no such folder, no safetensors file in it, or one is damaged or not there.
+        CheckpointError: there is no such folder, no safetensors file in it, a file is damaged or missing, or a tensor
+            is in two files.
     """
     path = os.fspath(path)
     if not os.path.isdir(path):
-        raise CheckpointError(f"{path} is no folder with a model.")
+        raise CheckpointError(
+            f"{path} is no folder with a model. Give a folder with config.json and safetensors files."
+        )
     config = os.path.join(path, "config.json")
     base = BaseFiles(path, read_object(config, finite=False) if os.path.exists(config) else {})
     for name in list_shards(path):
         where = os.path.join(path, name)
         if not os.path.exists(where):
-            raise CheckpointError(f"{where} is not there, though {INDEX} names it.")
+            raise CheckpointError(f"{where} is missing, but {INDEX} names it. Save or download the model again.")
         for key, tensor in read_header(where)[0].items():
             if key in base.tensors:
-                raise CheckpointError(f"'{key}' stands in two files of {path}: {base.files[key]} and {name}.")
+                raise CheckpointError(
+                    f"'{key}' is in two files of {path}, {base.files[key]} and {name}. Remove the file that is not of "
+                    "this model."
+                )
             base.tensors[key], base.files[key] = tensor, name
     return base
 
 
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
+    """Return True if a name matches one of these shell patterns, with case."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def list_folder_entries(folder: str, patterns: Collection[str]) -> Iterator[tuple[str, bool]]:
-    """Yield the entries of a folder, and whether each is a regular file. Links are followed nowhere.
+    """Yield (name, is a regular file) for the entries of a folder in order of names. Links are not followed.
+
+    A folder named by the first part of a pattern with "/" is opened, and its entries are yielded as "folder/name".
+    Other folders are yielded as "name/" and False.
 
     Args:
-        patterns: names of files. A folder that one of them names is opened; any other is one entry, with a slash.
+        patterns: shell patterns of file names.
     """
     rooms = {pattern.partition("/")[0] for pattern in patterns if "/" in pattern}
     with os.scandir(folder) as scan:
@@ -133,25 +150,32 @@ def list_folder_entries(folder: str, patterns: Collection[str]) -> Iterator[tupl
 
 
 def check_file_is_inside(folder: str, name: str) -> None:
-    """Raise CheckpointError if a file of a model is no regular one, or a link that leads out of its folder.
+    """Raise CheckpointError if a model's file is a link out of its folder, or is no regular file.
 
-    The hub's cache holds a model as links, which lead to the blobs of the same repository.
+    Links to the blobs of the same repository in the hub's cache are allowed.
     """
     root, real = (Path(os.path.realpath(p)) for p in (folder, os.path.join(folder, name)))
     rooms = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(map(real.is_relative_to, rooms)):
         raise CheckpointError(
-            f"{os.path.join(folder, name)} is a link to {real}, outside of the model's folder, and merging would copy "
-            "that: put the file itself there."
+            f"{os.path.join(folder, name)} is a link to {real}, outside of the model's folder. Put the file itself "
+            "there."
         )
     if not real.is_file():
-        raise CheckpointError(f"{os.path.join(folder, name)} is no file: take it away, or put the model's there.")
+        raise CheckpointError(
+            f"{os.path.join(folder, name)} is no regular file. Remove it, or put the model's file there."
+        )
 
 
 def list_shards(path: str) -> list[str]:
-    """Return the names of a model's safetensors files: those of its index; without one, all that are there.
+    """Return the names of a model's safetensors files, sorted: those of the index, or without an index all in the
+    folder.
 
-    A model.safetensors that the index does not name is all of the model.
+    A model.safetensors that the index does not name wins: the result is that file alone, as in transformers. Files that
+    begin with "adapter_" or "." are skipped.
+
+    Raises:
+        CheckpointError: the index is damaged or names files outside the folder, or there is no safetensors file.
     """
     index = os.path.join(path, INDEX)
     whole = os.path.exists(os.path.join(path, WHOLE))
@@ -162,11 +186,13 @@ def list_shards(path: str) -> list[str]:
             raise CheckpointError(f"{index} names no file for each tensor. Save or download it again.")
         names = sorted(set(names))
         if strange := [n for n in names if os.path.basename(n) != n]:
-            raise CheckpointError(f"{index} names files outside its folder: {strange[:3]}.")
-        return [WHOLE] if whole and WHOLE not in names else names  # as transformers, which looks for it first
+            raise CheckpointError(
+                f"{index} names files outside its folder: {strange[:3]}. Save or download the model again."
+            )
+        return [WHOLE] if whole and WHOLE not in names else names  # transformers looks for it first
     shard_names = sorted(
         n for n in os.listdir(path) if n.endswith(".safetensors") and not n.startswith(("adapter_", "."))
     )
     if not shard_names:
-        raise CheckpointError(f"{path} holds no safetensors files of a model.")
+        raise CheckpointError(f"{path} has no safetensors files of a model. Give the folder of the base model.")
     return shard_names

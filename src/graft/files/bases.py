@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base models in the forms in which people have them: folders of weights, of a pipeline, a config, a live model."""
+"""Base models of an adapter, in every form: a folder of weights, a diffusers pipeline, a config alone, a live model."""
 
 from __future__ import annotations
 
@@ -16,25 +16,34 @@ if TYPE_CHECKING:
     pass
 
 PIPELINE, CONFIG = "model_index.json", "config.json"
-COMPONENTS = ("unet", "transformer", "text_encoder")  # of a pipeline, that adapters are for; more end in a number
+# parts of a pipeline that adapters change; text_encoder_2 counts, too
+COMPONENTS = ("unet", "transformer", "text_encoder")
 
-PACKED = {"mxfp4": "mxfp4", "fp8": "fp8", "bitsandbytes": "nf4"}  # quant_method of a config → format
+# quant_method of a config → format in `budget.FORMATS`
+PACKED = {"mxfp4": "mxfp4", "fp8": "fp8", "bitsandbytes": "nf4"}
 
 
 def read_quantization_format(config: Json) -> str | None:
-    """Return the format of weights, as of `budget`, that a model's config.json says; None for none, or another."""
+    """Return the weight format that a model's config names in `quantization_config`: "mxfp4", "fp8", or "nf4" for
+    bitsandbytes.
+
+    Returns None for other methods, for bitsandbytes in 8 bits, and for configs without quantization.
+    """
     quantization = config.get("quantization_config") or {}
     return None if quantization.get("load_in_8bit") else PACKED.get(str(quantization.get("quant_method")))
 
 
 def open_base(path: str | os.PathLike[str]) -> BaseFiles | Skeleton:
-    """Look at a base model without its weights.
+    """Read the names and shapes of a base model's tensors; values stay unread.
+
+    A diffusers pipeline is one Skeleton of all its models. A folder with config.json and no safetensors file is built
+    on the meta device from the config. Every other folder is read as safetensors files.
 
     Args:
-        path: a folder with safetensors files, or of a diffusers pipeline, or with a config.json alone; or that file.
+        path: the model's folder, or its config.json.
 
     Raises:
-        CheckpointError: it is none of these, or damaged.
+        CheckpointError: the folder is none of these, or damaged.
     """
     path = os.fspath(path)
     if os.path.basename(path) == CONFIG and os.path.isfile(path):
@@ -50,20 +59,27 @@ def open_base(path: str | os.PathLike[str]) -> BaseFiles | Skeleton:
 
 
 def open_pipeline(path: str) -> Skeleton:
-    """Return the models of a diffusers pipeline as one: the name of its part stands before each tensor's."""
+    """Return the models of a diffusers pipeline as one Skeleton, with names such as "unet.down_blocks.0".
+
+    Only folders with a config.json that begin with a name of `COMPONENTS` count. Raises CheckpointError if none has
+    modules.
+    """
     folders = [part for part in sorted(os.listdir(path)) if part.startswith(COMPONENTS)]
     parts = {part: open_base(os.path.join(path, part)) for part in folders if is_model_folder(os.path.join(path, part))}
     if not any(True for part in parts.values() for _ in part.modules):
-        raise CheckpointError(f"{path} holds no models of a pipeline.")
+        raise CheckpointError(
+            f"{path} has no {', '.join(COMPONENTS)} with modules. Give the folder of a complete pipeline."
+        )
     return join_pipeline_models(path, read_object(os.path.join(path, PIPELINE)), parts)
 
 
 def is_model_folder(folder: str) -> bool:
+    """Return True if a folder has a config.json."""
     return os.path.exists(os.path.join(folder, CONFIG))
 
 
 def join_pipeline_models(path: str, config: Json, parts: Mapping[str, BaseDescription]) -> Skeleton:
-    """Return the models of a pipeline's parts as one."""
+    """Return one Skeleton with the names, shapes and tensors of all parts, each with the prefix "part."."""
     out = Skeleton(path, config, parts=parts)
     for part, model in parts.items():
         out.shapes |= {f"{part}.{name}": shape for name, shape in model.shapes.items()}
@@ -73,8 +89,11 @@ def join_pipeline_models(path: str, config: Json, parts: Mapping[str, BaseDescri
 
 
 def view_by_model_names(base: BaseDescription) -> Skeleton | None:
-    """Return a base of files by the names of its model's parameters, see `graft.files.skeleton`; None: no library
-    here knows the model, or the base has its names already."""
+    """Return a base under the parameter names of its transformers or diffusers model, in place of the file's names.
+
+    Returns None if no installed library knows the model. For a pipeline, parts without such a view keep their names;
+    the result is None if no part has one. The result is cached in `base.views`.
+    """
     if not base.views:
         if isinstance(base, BaseFiles):
             from graft.files.skeleton import describe_checkpoint
@@ -89,30 +108,37 @@ def view_by_model_names(base: BaseDescription) -> Skeleton | None:
 
 
 def choose_names(base: BaseDescription, paths: Iterable[str]) -> BaseDescription:
-    """Return a base by the names that an adapter has for its modules, or for most of them.
+    """Return the base under the names that an adapter uses: those of the files, or of the model, with one prefix added
+    or removed.
 
-    These are the files' own, those of the model, or either with one prefix more or less: heads stand around models.
-    Of a quantized base the model's come first, since its weights are of other shapes than their codes.
+    The choice lacks the fewest of `paths`. A quantized base starts with the model's names, since its files hold codes
+    of other shapes. The model is only built if a path is missing.
     """
     wanted = set(paths)
 
     def count_missing(known: BaseDescription) -> int:
+        """Return how many of the paths are neither modules nor tensors of a base."""
         return len(wanted.difference(known.modules, known.shapes))
 
     best = (view_by_model_names(base) if "quantization_config" in base.config else None) or base
-    for view in (lambda: base, lambda: view_by_model_names(base)):  # the model is made only if it is needed
+    for view in (lambda: base, lambda: view_by_model_names(base)):  # the second is only built if the first lacks names
         if count_missing(best) and (known := view()) is not None:
             best = min(best, known, shift_prefix(known, wanted), key=count_missing)
     return best
 
 
 def shift_prefix(base: BaseDescription, wanted: Set[str]) -> BaseDescription:
-    """Return a base whose names have the one prefix more or less by which it has most of the wanted modules."""
+    """Return the base with one prefix added to or removed from all names, so that it has the most of `wanted`.
+
+    Returns `base` itself if no prefix helps, otherwise a new Skeleton with the same tensors, and the prefixes in
+    `shift`.
+    """
     wanted_prefix, base_prefix = find_prefix_shift(wanted, {*base.modules, *base.shapes})
     if wanted_prefix == base_prefix:
         return base
 
     def rename(name: str) -> str:
+        """Return a name with the base's prefix replaced by the wanted one."""
         return wanted_prefix + name.removeprefix(base_prefix)
 
     return Skeleton(

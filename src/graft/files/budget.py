@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory that training an adapter takes, measured: no formula is assumed.
+"""The memory that training an adapter needs, measured instead of estimated by a formula.
 
-A training step runs on the meta device, where tensors have no values, and all that lives in it is counted. What a block
-takes is the difference between the model with one block and with two.
+A training step runs on the meta device, where tensors have no values, and the bytes of all living tensors are counted.
+The cost of one block is the difference between models of two and of one block (or period of blocks).
 """
 
 from __future__ import annotations
@@ -27,26 +27,30 @@ from graft import ConfigError, PeftConfig, PeftModel, get_peft_model
 from graft.kernels.eager import Context
 from graft.kernels.experts import BUDGET as CHUNK
 
-CONTEXT = 600e6  # bytes: what a CUDA context and its libraries take
-MANY = 16  # rows, from which on what a step takes is a line
+CONTEXT = 600e6  # bytes of a CUDA context and its libraries
+MANY = 16  # rows; above, the memory of a step is a linear function of the rows
 SPARE = 0.03  # share of a GPU's memory that fragments cannot use
-ITEM = "aten::_local_scalar_dense"  # what asks a tensor for a number, or for True or False
-FORMATS: dict[int | str, float] = {  # bits of a number of a packed base, with its share of scales
+ITEM = "aten::_local_scalar_dense"  # the operator of .item() and bool(tensor)
+FORMATS: dict[int | str, float] = {  # format → bits per weight, scales included
     4: 4.5, 8: 8.0, "nf4": 4.5, "nf4-nested": 4.127, "mxfp4": 4.25, "nvfp4": 4.5, "fp8": 8 + 32 / 128**2,
 }  # fmt: skip
-ONLY_STACKS = ("mxfp4",)  # formats of experts, beside which a model stays as its dtype says
+ONLY_STACKS = ("mxfp4",)  # formats of experts only; other weights keep their dtype
 GROUPED = "aten::_grouped_mm"
-OPTIMIZERS = {"adamw": 8, "adamw_8bit": 2, "sgd": 0}  # bytes of state for a number that trains
+OPTIMIZERS = {"adamw": 8, "adamw_8bit": 2, "sgd": 0}  # optimizer → bytes of state per trainable number
 
 
 @dataclass
 class Budget:
-    """Bytes of each part at the moment of a training step at which memory is fullest.
+    """Bytes of each part at the fullest moment of a training step.
 
     Attributes:
-        kept: activations that the forward pass leaves for the backward pass.
-        gradients: of what trains.
-        working: what else lives for a moment, as the logits' gradient, or a block that runs again for checkpointing.
+        weights: the frozen base, with buffers.
+        adapter: the trainable parameters.
+        optimizer: the optimizer's state.
+        kept: activations that the forward pass saves for the backward pass.
+        gradients: of the trainable parameters.
+        working: other temporary tensors, such as the logits' gradient, blocks that run again, and unpacked weights.
+        context: of CUDA and its libraries.
     """
 
     weights: float
@@ -59,25 +63,27 @@ class Budget:
 
     @property
     def total(self) -> float:
+        """The sum of all parts."""
         total: float = sum(vars(self).values())
         return total
 
     def as_dict(self) -> dict[str, float]:
+        """Return the parts and "total" by name."""
         return {**vars(self), "total": self.total}
 
 
 @dataclass
 class Training:
-    """What trains, and how: an adapter on a model of which only the config is at hand.
+    """A training setup: an adapter on a model given by its config alone.
 
     Attributes:
-        make: number of blocks → the model with so many, on the default device.
-        layers: how many blocks there are.
+        make: number of blocks → a new base model with that many, on the current default device.
+        layers: the number of blocks of the whole model.
         config: of the adapter.
         length: tokens of a row.
         dtype: of the base's weights.
-        on_gpu: attention is a GPU's, and there is a context.
-        period: after how many blocks the same kinds of blocks come again.
+        on_gpu: use the attention kernels of a GPU, and count a CUDA context.
+        period: the number of blocks after which the kinds of blocks repeat.
     """
 
     make: Callable[[int], nn.Module]
@@ -89,13 +95,18 @@ class Training:
     period: int = 1
 
     def build_model(self, blocks: int, device: str = "meta", checkpointing: bool = False) -> PeftModel:
-        """Return the model with so many blocks and an adapter, ready to train."""
+        """Build a base of `blocks` blocks on `device` in `dtype`, inject the adapter, and return the PeftModel in
+        training mode.
+
+        The cache is switched off. With `checkpointing`, gradient checkpointing is on; on meta the blocks run again with
+        `FusedAttention`. Warnings are silenced. The config is copied.
+        """
         with warnings.catch_warnings(), torch.device(device), use_default_dtype(self.dtype):
             warnings.simplefilter("ignore")
             base: nn.Module = self.make(blocks)
             base.config.use_cache = False
             model = get_peft_model(base.to(self.dtype), copy.deepcopy(self.config))
-            if checkpointing:  # transformers 5 has the first name, 4 the second
+            if checkpointing:  # the first name is transformers 5's, the second 4's
                 enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
                 again = (nullcontext(), FusedAttention(self.on_gpu) if device == "meta" else nullcontext())
                 enable({"use_reentrant": False, "context_fn": lambda: again})
@@ -104,19 +115,24 @@ class Training:
 
     @cached_property
     def whole_model(self) -> PeftModel:
+        """The PeftModel with all blocks on the meta device, built once."""
         return self.build_model(self.layers)
 
     def extrapolate(self, measure: Callable[[int], float]) -> float:
-        """Return what `measure` would give for all blocks, from what it gives for one period of them and for two."""
+        """Return `measure` for all blocks, extrapolated linearly from one and two periods of blocks.
+
+        With at most two periods `measure` is called for all blocks.
+        """
         if self.layers <= 2 * self.period:
             return measure(self.layers)
         one, two = measure(self.period), measure(2 * self.period)
         return one + (self.layers / self.period - 1) * (two - one)
 
     def measure_step(self, batch: int, checkpointing: bool) -> StepMemory:
-        """Return what a step of so many rows takes, blocks running again in the backward pass or not.
+        """Return the memory of a training step with `batch` rows, measured on the meta device.
 
-        Kernels go through rows a few at a time, so that it would take long to run a step of very many.
+        For more than `MANY` rows it is extrapolated linearly from `MANY // 2` and `MANY`. The number of blocks is
+        extrapolated, too.
         """
         if batch > MANY:
             a, b = self.measure_step(MANY // 2, checkpointing), self.measure_step(MANY, checkpointing)
@@ -130,7 +146,10 @@ class Training:
 
 @contextmanager
 def use_default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Have models made in a dtype at once, where one made in float32 would take twice the memory for a moment."""
+    """Set torch's default dtype within a `with` block, and restore the previous one.
+
+    A model built in it needs no cast.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -141,8 +160,10 @@ def use_default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @dataclass
 class StepMemory:
-    activations: float  # bytes that live from the forward to the backward pass, without parameters and buffers
-    peak: float  # bytes of the fullest moment, gradients of parameters with them
+    """The memory of a training step, without the model's parameters and buffers."""
+
+    activations: float  # bytes that live from the forward to the backward pass
+    peak: float  # bytes of the fullest moment, including the gradients
 
 
 def measure_budget(
@@ -152,24 +173,26 @@ def measure_budget(
     optimizer: str = "adamw",
     bits: int | str | None = None,
 ) -> Budget:
-    """Return the memory of a training step.
+    """Return the memory of a training step, part by part.
 
     Args:
         batch: rows.
-        checkpointing: blocks keep their inputs only, and run again in the backward pass.
-        bits: the format of each matrix in a block, a key of FORMATS: 4 (the same as "nf4"), 8, or the name of one;
-            "mxfp4" of stacks of experts alone. None: as the dtype says. Of a stack a step unpacks a chunk at a time.
+        checkpointing: blocks save their inputs only, and run again in the backward pass.
+        optimizer: a key of OPTIMIZERS.
+        bits: the format of each weight matrix in a block, a key of FORMATS; 4 is "nf4". "mxfp4" packs stacks of experts
+            only. None: the weights have the dtype of `training`. A step unpacks one matrix at a time, of a stack a
+            chunk.
 
     Raises:
-        ConfigError: for an optimizer or a format that is not known, a model without blocks, one that does not take
-            token ids, or that cannot run on tensors without values.
+        ConfigError: the optimizer or the format is unknown, the model has no blocks, takes no token ids, or cannot run
+            on the meta device.
     """
     if optimizer not in OPTIMIZERS:
-        raise ConfigError(f"optimizer is one of {', '.join(OPTIMIZERS)}, not {optimizer!r}.")
+        raise ConfigError(f"The optimizer {optimizer!r} is unknown. Choose one of {', '.join(OPTIMIZERS)}.")
     if bits is not None and bits not in FORMATS:
-        raise ConfigError(f"bits is one of {', '.join(map(str, FORMATS))}, not {bits!r}.")
+        raise ConfigError(f"bits={bits!r} is unknown. Choose one of {', '.join(map(str, FORMATS))}.")
     if training.layers < 1:
-        raise ConfigError("The model's config does not say how many blocks it has.")
+        raise ConfigError("The model's config does not say how many blocks it has. Set num_hidden_layers in it.")
     step = training.measure_step(batch, checkpointing)
     trained = [p for p in training.whole_model.parameters() if p.requires_grad]
     adapter = float(sum(p.nbytes for p in trained))
@@ -187,7 +210,12 @@ def measure_budget(
 
 
 def count_base_bytes(model: nn.Module, bits: int | str | None) -> tuple[float, float]:
-    """Return the bytes of what does not train, buffers with it, and of the most that a step unpacks at a time."""
+    """Return the bytes of a model's frozen parameters and buffers, and the bytes of the largest weight that a step
+    unpacks.
+
+    With a format in `bits` the matrices in blocks count in that format; for "mxfp4" only stacks of experts. Without
+    one, nothing is unpacked: the second number is 0.
+    """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}
     whole = float(sum(t.nbytes for t in tensors.values()))
     if bits is None:
@@ -200,35 +228,45 @@ def count_base_bytes(model: nn.Module, bits: int | str | None) -> tuple[float, f
 
 
 def count_unpacked_bytes(p: Tensor) -> int:
-    """Return the bytes of a packed weight that are dense at once: of a stack a chunk of its matrices."""
+    """Return the bytes of a packed weight that are dense at the same time: all of a matrix; of a stack a chunk of at
+    least one expert.
+    """
     return min(p.nbytes, max(CHUNK, p.nbytes // len(p))) if p.ndim == 3 else p.nbytes
 
 
 def measure_training_step(model: PeftModel, batch: int, length: int, on_gpu: bool) -> StepMemory:
-    """Run a training step on the meta device, and count the memory that lives in it."""
+    """Run one forward and backward pass on the meta device, and return the bytes of activations and of the fullest
+    moment.
+
+    Raises ConfigError if the model raises RuntimeError there.
+    """
     live = LiveMemory(model)
     try:
         with FusedAttention(on_gpu), live:
             loss = compute_training_loss(model, torch.zeros(batch, length, dtype=torch.long, device="meta"))
             activations = live.bytes
-            torch.autograd.backward(loss)  # unlike `loss.backward`, within both modes: blocks may run again
+            torch.autograd.backward(loss)  # `loss.backward` would leave the modes, and checkpointed blocks run again
     except RuntimeError as e:
         name = type(model.get_base_model()).__name__
         raise ConfigError(
-            f"{name} cannot run on tensors without values, as a plan needs: {e} Models of transformers 4 ask for "
-            "autocast there: install transformers 5."
+            f"{name} cannot run on tensors without values, as a plan needs: {e} Models of transformers 4 need autocast "
+            "there. Install transformers 5."
         ) from None
     return StepMemory(activations, live.peak)
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that live, but for those of a model.
+    """A dispatch mode that counts the bytes of all living tensors, except for the model's parameters and buffers.
+
+    On meta tensors `.item()` returns True, and grouped matrix products run in bfloat16 and are cast back.
 
     Attributes:
-        bytes, peak: now, and at the fullest moment.
+        bytes: of the tensors that live now.
+        peak: the most that `bytes` has been.
     """
 
     def __init__(self, model: nn.Module):
+        """Note the storages of the model's tensors, which are not counted."""
         TorchDispatchMode.__init__(self)
         self.own = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
         self.known = set(map(storage_id, self.own))
@@ -236,9 +274,13 @@ class LiveMemory(TorchDispatchMode):
         self.bytes = self.peak = 0.0
 
     def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
+        """Run an operator and count the storages of its outputs.
+
+        On meta tensors `.item()` returns True, and grouped matrix products run in bfloat16 and are cast back.
+        """
         if func.name() == ITEM and args[0].is_meta:
-            return True  # what models ask: is nothing padded, is nothing packed?
-        if func.name() == GROUPED and args[0].is_meta:  # which only knows bfloat16 there
+            return True  # models ask "is nothing padded?", "is nothing packed?"
+        if func.name() == GROUPED and args[0].is_meta:  # its meta kernel only accepts bfloat16
             out = func(*(a.to(torch.bfloat16) for a in args[:2]), *args[2:], **(kwargs or {})).to(args[0].dtype)
         else:
             out = func(*args, **(kwargs or {}))
@@ -248,6 +290,10 @@ class LiveMemory(TorchDispatchMode):
         return out
 
     def add(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage that is not known yet, and raise `peak` if needed.
+
+        When the storage is freed, it is subtracted.
+        """
         one = storage_id(storage)
         if one in self.known:
             return
@@ -257,6 +303,7 @@ class LiveMemory(TorchDispatchMode):
         self.peak = max(self.peak, self.bytes)
 
         def forget(_: object) -> None:
+            """Subtract a freed storage."""
             self.bytes -= size
             self.known.discard(one)
             del self.watches[one]
@@ -265,22 +312,30 @@ class LiveMemory(TorchDispatchMode):
 
 
 def storage_id(storage: torch.UntypedStorage) -> int:
-    """Return what tells a memory from others while it lives."""
+    """Return a number that no other living storage has."""
     return int(StorageWeakRef(storage).cdata)
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention that keeps what torch's fused kernels keep; on the meta device torch takes another form.
+    """A function mode that replaces scaled dot product attention by one that saves the tensors which torch's fused
+    kernels save.
+
+    It is needed on the meta device, where torch uses an unfused form. Attention with dropout on a CPU, and with fewer
+    key heads where the CPU's kernel has none, stays torch's.
 
     Args:
-        on_gpu: those of a GPU have dropout, too, and heads that share keys, as those of a CPU have under a newer torch.
+        on_gpu: model the kernels of a GPU, which have dropout and shared key heads.
     """
 
     def __init__(self, on_gpu: bool):
+        """Note which attention kernels the device has."""
         super().__init__()
         self.on_gpu, self.shares_keys = on_gpu, on_gpu or can_cpu_share_keys()
 
     def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
+        """Run a function; replace scaled dot product attention by `_FusedKernel`, if the device's fused kernel takes
+        these arguments.
+        """
         kwargs = kwargs or {}
         if func is nn.functional.scaled_dot_product_attention:
             q, k, v = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
@@ -292,7 +347,10 @@ class FusedAttention(TorchFunctionMode):
 
 @cache
 def can_cpu_share_keys() -> bool:
-    """Return True if torch's fused attention of a CPU takes fewer heads of keys than of queries."""
+    """Return True if torch's fused attention on the CPU accepts fewer key heads than query heads.
+
+    Tried once, then cached.
+    """
     q, k = (torch.ones(1, heads, 2, 8, device="cpu", requires_grad=True) for heads in (2, 1))
     with torch.enable_grad():
         y = nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=True)
@@ -300,34 +358,52 @@ def can_cpu_share_keys() -> bool:
 
 
 class _FusedKernel(torch.autograd.Function):
+    """Attention without values: the shapes of the output and of the saved tensors are those of a fused kernel."""
+
     @staticmethod
     def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return an empty output (…, length, value size).
+
+        Save q, k, v, the output and a float32 tensor (…, length) for the backward pass.
+        """
         out = q.new_empty((*q.shape[:-1], v.shape[-1]))
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor, ...]:
+        """Return empty gradients of q, k and v."""
         q, k, v, *_ = ctx.saved_tensors
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def compute_training_loss(model: PeftModel, ids: Tensor) -> Tensor:
-    """Return what a Trainer would go back from; of a model without a loss, the mean of its outputs."""
+    """Run the model on token ids, with a mask of ones, and return its loss, or the mean of its first output without
+    one.
+
+    Methods with several tasks get task 0 for all rows. A method with timesteps (T-LoRA) gets its largest. Raises
+    ConfigError for a model with another main input than `input_ids`.
+    """
     base: nn.Module = model.get_base_model()
     task, main_input = type(base).__name__, getattr(base, "main_input_name", "input_ids")
     if main_input != "input_ids":
-        raise ConfigError(f"{task} takes {main_input}: what a step takes is measured for models of token ids only.")
+        raise ConfigError(
+            f"{task} takes {main_input}, and a plan measures models of token ids only. Give a text model."
+        )
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if any(hasattr(config, name) for config in model.peft_config.values() for name in ("n_tasks", "num_tasks")):
         inputs["task_ids"] = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     most = next((config.max_timestep for config in model.peft_config.values() if hasattr(config, "max_timestep")), None)
-    with nullcontext() if most is None else model.timestep(most):  # T-LoRA's
+    with nullcontext() if most is None else model.timestep(most):  # T-LoRA
         return compute_loss_of_inputs(model, base, inputs, task)
 
 
 def compute_loss_of_inputs(model: PeftModel, base: nn.Module, inputs: dict[str, Tensor], task: str) -> Tensor:
-    """Return the model's loss for token ids as their own labels; of a model without a loss, the mean of its outputs."""
+    """Return the model's loss, with `input_ids` as labels, for language models and encoder-decoders; for other models
+    the mean of the first output in float32.
+
+    `task` is the name of the base model's class, which decides this.
+    """
     takes_tokens = task.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration"))
     if takes_tokens or getattr(base.config, "is_encoder_decoder", False):
         loss: Tensor = model(**inputs, labels=inputs["input_ids"]).loss
@@ -336,7 +412,7 @@ def compute_loss_of_inputs(model: PeftModel, base: nn.Module, inputs: dict[str, 
 
 
 def count_adapted_blocks(matched: list[str], kinds: dict[str, str]) -> dict[str, tuple[int, int]]:
-    """Return, for each kind of block, how many there are and how many of them have an adapter.
+    """Return kind of block → (number of blocks, number of blocks with an adapter in them or on them).
 
     Args:
         matched: paths of the modules with an adapter.
@@ -351,7 +427,9 @@ def count_adapted_blocks(matched: list[str], kinds: dict[str, str]) -> dict[str,
 
 
 def find_block_classes(model: nn.Module) -> dict[str, str]:
-    """Return the blocks of a model: the children of lists of more than one module that stand in no other such list."""
+    """Return path → class name for the blocks of a model: the children of outermost ModuleLists with more than one
+    child.
+    """
     classes: dict[str, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > 1 and not any(path.startswith(f"{p}.") for p in classes):

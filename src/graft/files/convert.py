@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From any format of adapter files to any other, by the neutral form."""
+"""Conversion of an adapter file from any format to any other, through the neutral form AdapterFile."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ from graft.files.lycoris import lycoris_to_peft
 from graft.files.neutral import LostModule
 from graft.files.sources import check_output, place_when_done
 
-ENDS = {"kohya": ".safetensors", "gguf": ".gguf", "diffusers": ".safetensors"}  # of formats that are one file
+# format → file ending, for formats of one file
+ENDS = {"kohya": ".safetensors", "gguf": ".gguf", "diffusers": ".safetensors"}
 
 
 @dataclass
 class Conversion:
-    """What a conversion did.
+    """The account of a conversion.
 
     Attributes:
-        path: of what was written; where it would be, if nothing was.
-        modules: how many were written.
-        lost: what was not.
-        rounding: the largest relative error of an entry of B, into which a scale was folded.
+        source: path of the adapter that was read.
+        path: of the output; with `dry_run` where it would be.
+        of: the source's format.
+        to: the output's format.
+        modules: the number of modules in the output.
+        lost: descriptions of the parts that the output lacks.
+        rounding: the largest relative error of an entry of B, from folding a scale into it.
     """
 
     source: str
@@ -48,25 +52,28 @@ def convert_adapter_file(
     force: bool = False,
     dry_run: bool = False,
 ) -> Conversion:
-    """Write an adapter in another format. The source is never changed.
+    """Write an adapter in another format, and return an account. The source is never changed.
+
+    The output appears whole or not at all. For kohya a missing ".safetensors" is appended. If `out` is an existing
+    folder and the format is one file, the output is `adapter` in it, unless `force` is given or the folder is a model.
+    To "peft" the modules get the names of the base's model.
 
     Args:
         source: a file or folder of any format that graft reads.
-        to: the name of a format.
-        out: a file or folder; beside the source if None.
-        base: the base model, or what `graft.files.bases.open_base` takes: names, sizes, and values where ΔW depends on
-            them.
-        lossy: leave out what the format cannot hold.
-        force: replace what is at `out`.
-        dry_run: write nothing that stays.
+        to: the name of a format that graft writes.
+        out: a file or folder; None: next to the source, with the format in its name.
+        base: the base model, or its path. It gives names and shapes, and values where the conversion needs them.
+        lossy: drop the parts that the format cannot hold.
+        force: replace an existing output.
+        dry_run: do everything, and delete the output again.
 
     Raises:
-        LossError: the format cannot hold all of it, and `lossy` is False.
+        LossError: the format cannot hold all of the adapter, and `lossy` is False; or it can hold nothing.
         BaseNeededError: one of the formats needs a base.
         BaseModelMismatchError: the adapter does not fit the base.
-        CheckpointError: the source is damaged, or no adapter.
-        OutputExistsError: there is something at `out`.
-        OptionError: `out` is the source or the base, or lies in one of them.
+        CheckpointError: the source is damaged, incomplete, or no adapter.
+        OutputExistsError: the output exists, and `force` is False or must not replace it.
+        OptionError: the format is unknown, or `out` overlaps the source or the base.
     """
     source = os.fspath(source)
     form, of = writer_of(to), recognise(source)
@@ -74,7 +81,7 @@ def convert_adapter_file(
     if to in ENDS and out is not None and os.path.isdir(target) and not force and not is_model(target):
         target = os.path.join(target, f"adapter{ENDS[to]}")
     elif to == "kohya" and not target.endswith(ENDS[to]) and not os.path.lexists(target):
-        target += ENDS[to]  # by which its readers know it
+        target += ENDS[to]  # readers recognize kohya's files by it
     known = open_base(base) if isinstance(base, (str, os.PathLike)) else base
     check_output(target, [source, *([] if known is None else [known.path])], force)
     adapter = read(source, known)
@@ -96,7 +103,9 @@ def convert_adapter_file(
 
 
 def choose_output_path(source: str, to: str) -> str:
-    """Return where a conversion goes by itself: next to its source, with the format in its name."""
+    """Return the default output path: the source's absolute path without a file's ending, plus "-" and the format, plus
+    the format's ending.
+    """
     stem = os.path.abspath(source)
     if os.path.isfile(stem):
         stem = os.path.splitext(stem)[0]

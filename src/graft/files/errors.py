@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of what works on files, and of servers that load them."""
+"""Errors of functions on adapter files, and of the checks for servers."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from graft import ConfigError, PeftError
 
 
 class OutputExistsError(PeftError, FileExistsError):
-    """There is something already where a result would be written."""
+    """The output path exists already, or came from another process meanwhile."""
 
 
 class BaseNeededError(PeftError, ValueError):
-    """A format says less than another needs: the base model has the rest, its names or its heads."""
+    """A format lacks information that another format needs, and only the base model has it: module names, shapes, or
+    values.
+    """
 
 
 class PackageNeededError(PeftError, ImportError):
-    """A format, or a picture, needs a package that is not installed."""
+    """A format or a picture needs a package that is not installed."""
 
 
 class OptionError(PeftError, ValueError):
-    """Options of a verb contradict each other, or have values that cannot be."""
+    """Options contradict each other, or one has an impossible value."""
 
 
 class UnknownServerError(OptionError, ConfigError):
-    """Nothing is known of a server of that name."""
+    """graft has no data on a server of this name."""

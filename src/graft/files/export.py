@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one form of LoRA that every server reads right: what an adapter does, in A, B, r and a list of suffixes.
+"""Plain LoRA, the form that every server reads correctly: A, B, one rank, and a list of module suffixes.
 
-The scale stands in B, and lora_alpha is r; all modules have one rank; `target_modules` are suffixes, and every module
-of such a suffix has factors, of zeros where the adapter does nothing. It adds the same to the same base.
+The scale is multiplied into B, and lora_alpha equals r. All modules have one rank. Every module that a suffix selects
+has factors; they are zeros where the adapter does nothing. The update of the same base is the same.
 """
 
 from __future__ import annotations
@@ -29,25 +29,27 @@ from graft.files.serving import CONDITIONS, Server, Subject, get_server, list_co
 from graft.files.tensors import make_tensor
 from graft.io.written import TRAINING_ONLY
 
-MERGED = ("dora", "bias", "whole_norms", "whole_modules", "token_rows", "kasa")  # conditions without a form
-LAYOUTS = ("vllm", "sglang")  # servers with layouts of experts that graft writes
-PLACES = ("embeddings", "output_head", "kernels")  # conditions of modules that some servers do not adapt
-KNOWN = ("lora_shift.", *TRAINING_ONLY)  # tensors that become factors, or are left out
-SAME = 2**-7  # relative: a base in half precision is the same base
-SAME_PATH = "language_model"  # a part of paths that classes of one multimodal model have or do not have
+# conditions that no plain LoRA can express
+MERGED = ("dora", "bias", "whole_norms", "whole_modules", "token_rows", "kasa")
+LAYOUTS = ("vllm", "sglang")  # graft writes expert layouts of these servers
+PLACES = ("embeddings", "output_head", "kernels")  # conditions on modules that some servers do not adapt
+KNOWN = ("lora_shift.", *TRAINING_ONLY)  # extra tensors that become factors, or that only training needs
+SAME = 2**-7  # relative tolerance: a base rounded to half precision is the same base
+SAME_PATH = "language_model"  # a path part that only some classes of a multimodal model have
 
 
 @dataclass
 class ExportReport:
-    """What became of an adapter.
+    """The account of an export.
 
     Attributes:
         rank: of all modules.
-        added: modules that have factors of zeros.
-        renamed: modules under another path than in the file.
-        rounding: the largest relative error of B by its dtype, which the scale in it brings.
-        notes: what changed, a sentence each.
-        error: ‖ΔW − B A‖ / ‖ΔW‖ over all modules, where the adapter's method is not LoRA.
+        modules: the number of modules in the output.
+        added: modules that got factors of zeros.
+        renamed: path in the adapter → path in the base, where they differ.
+        rounding: the largest relative error of a B, from rounding to its dtype with the scale in it.
+        notes: the changes, one sentence each.
+        error: ‖ΔW − B A‖ / ‖ΔW‖ over all modules for methods other than LoRA; None for LoRA.
     """
 
     rank: int
@@ -60,13 +62,14 @@ class ExportReport:
 
 
 def export_adapter_file(adapter: AdapterFile, server: str, base: Base, path: str) -> ExportReport:
-    """Write an adapter for a server, in the first of the formats that it loads.
+    """Write an adapter as plain LoRA to `path`, in the first format that the server loads. Return an account.
 
     Raises:
-        LossError: LoRA alone cannot do what the adapter does: the text names the remedy.
-        BaseModelMismatchError: the base lacks modules of the adapter.
-        ConfigError: nothing is known of the server.
-        NonFiniteError: the adapter holds NaN or infinite numbers.
+        LossError: plain LoRA cannot do the same as the adapter. The text names the remedy.
+        BaseModelMismatchError: the base lacks modules of the adapter, or has other shapes.
+        ConfigError: the server is unknown.
+        NonFiniteError: the adapter has NaN or infinite numbers.
+        CheckpointError: the adapter is incomplete.
     """
     target = get_server(server)
     lora_file, report = to_plain_lora(adapter, target, base)
@@ -75,19 +78,25 @@ def export_adapter_file(adapter: AdapterFile, server: str, base: Base, path: str
 
 
 def to_plain_lora(adapter: AdapterFile, server: Server, base: Base) -> tuple[AdapterFile, ExportReport]:
-    """Return an adapter in that form, and what changed."""
+    """Convert an adapter to the LoRA that `server` loads: one rank, the scale in B, the base's module names, factors of
+    zeros for other modules of the same suffixes.
+
+    Return it with a report of the changes. Factors keep their common dtype. Errors are those of `export_adapter_file`;
+    LossError also if B overflows its dtype.
+    """
     check_whole(adapter)
     adapter = to_lora_on_base(adapter, base)
     check_is_plain(adapter, server)
     check_adapter_is_finite(adapter)
-    if not {*base.modules}.issuperset(adapter.modules):  # the model's modules have other names than its files
+    if not {*base.modules}.issuperset(adapter.modules):  # the model's module names differ from the file's
         base = view_by_model_names(base) or base
     check_copied_weights(adapter, base)
     loras = {path: read_unscaled_factors(path, of, adapter.config) for path, of in adapter.modules.items()}
     names = {path: find_base_module(path, base) for path in loras}
     if len({*names.values()}) < len(names):
         raise BaseModelMismatchError(
-            f"Two modules of {adapter.path} are one of the base's: {join_some(sorted(names))}."
+            f"Two modules of {adapter.path} have one name in the base: {join_some(sorted(names))}. Give the base that "
+            "it was trained on."
         )
     by_name = {names[path]: of for path, of in loras.items()}
     check_shapes(by_name, adapter, base)
@@ -126,8 +135,12 @@ def to_plain_lora(adapter: AdapterFile, server: Server, base: Base) -> tuple[Ada
 
 
 def to_lora_on_base(adapter: AdapterFile, base: Base) -> AdapterFile:
-    """Return an adapter whose AdaLoRA is LoRA, and whose KaSA is LoRA on the base as it was."""
-    if not isinstance(base, Skeleton) or base.model is None:  # else KaSA has changed it already
+    """Return an adapter with AdaLoRA converted to LoRA, and KaSA to LoRA plus a shift of the original base.
+
+    KaSA stays KaSA if `base` is a live model, which KaSA has changed already. An adapter without both is returned as it
+    is.
+    """
+    if not isinstance(base, Skeleton) or base.model is None:  # a live model has KaSA's change already
         adapter = kasa_to_lora(adapter, base)
     if adapter.method != "ADALORA":
         return adapter
@@ -136,14 +149,18 @@ def to_lora_on_base(adapter: AdapterFile, base: Base) -> AdapterFile:
 
 
 def check_is_plain(adapter: AdapterFile, server: Server) -> None:
-    """Raise LossError for what LoRA alone cannot do."""
+    """Raise LossError for the parts of an adapter that plain LoRA on this server cannot hold; the text names the
+    remedy.
+
+    These are DoRA, biases, whole modules, rows of tokens, KaSA, stacks of experts, modules that the server does not
+    adapt, aLoRA's tokens, repeated layers, an unknown change of the base, unknown tensors, and methods other than LoRA.
+    """
     subject = Subject(adapter, server)
     blockers = [what for name in MERGED for what in CONDITIONS[name](subject)]
     if blockers:
         raise LossError(
             f"{adapter.path} holds {join_some(blockers)}, which plain LoRA cannot hold. Merge it into the base (graft "
-            "merge), "
-            "or of KaSA in memory save it, and export the file."
+            "merge). KaSA in memory: save it, and export the file."
         )
     if stacks := [*CONDITIONS["experts"](subject)]:
         remedies, name = read_server_data()["remedies"], "layout" if server.name in LAYOUTS else "merge"
@@ -159,42 +176,58 @@ def check_is_plain(adapter: AdapterFile, server: Server) -> None:
             )
     if what := [*CONDITIONS["invocation_tokens"](subject), *CONDITIONS["layer_replication"](subject)]:
         raise LossError(
-            f"{adapter.path} has {join_some(what)}, which plain LoRA cannot do, and no merged weight of this base."
+            f"{adapter.path} has {join_some(what)}, which neither plain LoRA nor merged weights can do. Serve it from "
+            "a PeftModel."
         )
     if adapter.changed_base is not None:
         raise LossError(
-            f"{adapter.path} belongs to a base that {adapter.changed_base} has changed, and does not say how: load it "
-            "by graft onto the base as it was, and save it."
+            f"{adapter.path} belongs to a base that {adapter.changed_base} has changed, and does not say how. Load it "
+            "with graft onto the original base, and save it."
         )
     unknown = [f"{p}.{name}" for p, of in adapter.low_rank.items() for name in of.extra if not name.startswith(KNOWN)]
     leftovers = [*adapter.unknown_keys, *adapter.shared, *unknown]
     if adapter.method != "LORA" or leftovers or not adapter.modules:
-        raise LossError(f"{adapter.path} ({adapter.method}) is no LoRA, or not only: {join_some(leftovers)}.")
+        raise LossError(
+            f"{adapter.path} ({adapter.method}) is no LoRA, or has more: {join_some(leftovers)}. Merge it (graft "
+            "merge), or see graft.convert_to_lora."
+        )
 
 
 def check_copied_weights(adapter: AdapterFile, base: Base) -> None:
-    """Raise LossError unless the base's weights that stand in the file are those of the base."""
+    """Compare the base weights that the file holds next to factors of the same module with those of the base.
+
+    Raises LossError if shapes differ or values differ by more than rounding to half precision, and
+    BaseModelMismatchError if the base lacks such a weight.
+    """
     for name in list_copied_weights(adapter):
         file_weight, base_weight = adapter.full[name], base.tensors.get(name)
         if base_weight is None:
-            raise BaseModelMismatchError(f"{adapter.path} holds '{name}' of its base, which {base.path} does not have.")
+            raise BaseModelMismatchError(
+                f"{adapter.path} holds '{name}' of its base, which {base.path} lacks. Give the base that it was "
+                "trained on."
+            )
         if file_weight.shape != base_weight.shape or not np.allclose(
             file_weight.read(), base_weight.read(), SAME, SAME * 1e-2
         ):
             raise LossError(
-                f"{adapter.path} holds a '{name}' of other rows or values than the base's: merge it (graft merge), and "
-                "serve the model."
+                f"{adapter.path} holds a '{name}' with other rows or values than the base's. Merge it (graft merge), "
+                "and serve the model."
             )
 
 
 def read_unscaled_factors(path: str, module: LowRank | OtherMethod, config: dict[str, object]) -> LowRank:
-    """Return the factors A (r, …) and B (out, r, …) of a module in float32, of scale 1."""
+    """Return the factors A (r, …) and B (out, r, …) of a module in float32, with the scale multiplied into B and scale
+    1.
+
+    A shift (PiSSA) is subtracted by appending its factors, which adds its rank. QA-LoRA and BD-LoRA become dense
+    factors. Raises LossError for a Tucker core and for other methods.
+    """
     if isinstance(module, OtherMethod):
         A, B = expand_shared_factors(path, module, config)
         return LowRank(make_tensor(A, "F32"), make_tensor(B.astype("f4") * np.float32(module.scale or 1.0)), 1.0)
     A, B = (t.read().astype("f4") for t in (module.A, module.B))
     if module.mid is not None:
-        raise LossError(f"'{path}' has a core between its factors: convert it to PEFT's format first (graft convert).")
+        raise LossError(f"'{path}' has a core between its factors. Convert it to PEFT's format first (graft convert).")
     B = B * np.float32(module.scale)
     if module.shift is not None:
         gone_A, gone_B = (t.read().astype("f4") for t in module.shift)
@@ -204,13 +237,17 @@ def read_unscaled_factors(path: str, module: LowRank | OtherMethod, config: dict
 
 
 def expand_shared_factors(path: str, module: OtherMethod, config: Json) -> tuple[np.ndarray, np.ndarray]:
-    """Return the dense factors of QA-LoRA and BD-LoRA."""
+    """Return dense A (r, in) and B (out, r) of QA-LoRA, with A repeated over each group of inputs, or of BD-LoRA, with
+    the block-diagonal factor filled with zeros.
+
+    Raises LossError for other methods.
+    """
     A, B = (module.tensors[f"lora_{name}.weight"].read() for name in "AB")
-    if module.method == "QALORA":  # A sees means of `size` inputs, times their number
+    if module.method == "QALORA":  # A acts on means of `size` inputs, times the number of groups
         size = config["qalora_group_size"]
         return A.repeat(size, 1) * (A.shape[1] * size / size**2), B
     if module.method != "BDLORA":
-        raise LossError(f"'{path}' has a {module.method}, which is no LoRA: export it with its base model at hand.")
+        raise LossError(f"'{path}' has a {module.method}, which is no LoRA. Export it from its loaded model.")
     blocks = config["use_bdlora"]
     n = blocks["nblocks"]
     if any(part in path for part in blocks.get("target_modules_bd_a") or ()):
@@ -219,20 +256,27 @@ def expand_shared_factors(path: str, module: OtherMethod, config: Json) -> tuple
 
 
 def make_zero_factors(path: str, like: LowRank | None, base: Base, rank: int, dtype: str, transposed: bool) -> LowRank:
-    """Return factors that add nothing to a module: of the shapes of one like it, or of the base's weight."""
+    """Return factors of zeros for a module, of rank `rank` and scale 1.
+
+    Shapes and kind are those of `like`. If that is None, they come from the base's weight (out, in), or (in, out) if
+    `transposed`. Raises BaseModelMismatchError if that weight is no matrix.
+    """
     if like is not None:
         A, B, kind = like.A.shape[1:], (like.B.shape[0], rank, *like.B.shape[2:]), like.kind
     else:
         shape = base.shapes.get(f"{path}.weight", ())
         if len(shape) != 2:
-            raise BaseModelMismatchError(f"The weight of the base's '{path}' is no matrix, but of shape {shape}.")
+            raise BaseModelMismatchError(
+                f"The weight of the base's '{path}' has the shape {shape} and is no matrix. Give the base that the "
+                "adapter was trained on."
+            )
         out, fan_in = shape[::-1] if transposed else shape
         A, B, kind = (fan_in,), (out, rank), "linear"
     return LowRank(make_tensor(np.zeros((rank, *A), "f4"), dtype), make_tensor(np.zeros(B, "f4"), dtype), 1.0, kind)
 
 
 def find_factor_dtype(adapter: AdapterFile) -> str:
-    """Return the dtype of an adapter's factors; float32 if there are several."""
+    """Return the common dtype of all A and B of an adapter, or "F32" if there are several."""
     modules = adapter.modules.values()
     pairs = [
         (of.A, of.B) if isinstance(of, LowRank) else [of.tensors[f"lora_{x}.weight"] for x in "AB"] for of in modules
@@ -242,7 +286,7 @@ def find_factor_dtype(adapter: AdapterFile) -> str:
 
 
 def rounding_error_of_b(lora: LowRank, dtype: str) -> float:
-    """Return the relative error that a dtype brings to a B."""
+    """Return the relative error of B (Frobenius) from rounding it to `dtype`; not finite if B overflows."""
     exact = lora.B.read()
     return float(np.linalg.norm(exact - make_tensor(exact, dtype).read()) / max(float(np.linalg.norm(exact)), 1e-30))
 
@@ -251,10 +295,10 @@ def rounding_error_of_b(lora: LowRank, dtype: str) -> float:
 
 
 def find_base_module(path: str, base: Base) -> str:
-    """Return the path of a module in the base.
+    """Return the base's path for a module: the path itself, or the only one that is equal without "language_model"
+    parts.
 
-    Raises:
-        BaseModelMismatchError: the base has none, or several, that it could be.
+    Raises BaseModelMismatchError if there is none, or several.
     """
     known = {*base.modules}
     if path in known:
@@ -269,14 +313,20 @@ def find_base_module(path: str, base: Base) -> str:
 
 
 def drop_language_model(path: str) -> str:
+    """Return a path without its "language_model" parts."""
     return ".".join(part for part in path.split(".") if part != SAME_PATH)
 
 
 def choose_suffixes(modules: Iterable[str], base: Base, server: Server) -> tuple[list[str], list[str]]:
-    """Return suffixes that select all these modules, and which others of the base they select."""
+    """Return the fewest suffixes that select these modules, and the further base modules that they also select; both
+    sorted.
+
+    A suffix is the last name, with earlier names as long as it would select another kind of module. For SGLang `v_proj`
+    is added where `q_proj` is.
+    """
     paths, known = {*modules}, [*base.modules]
     kinds = {mask_layer_number(path) for path in paths}
-    if server.name == "sglang":  # which wants v beside q
+    if server.name == "sglang":  # SGLang needs v_proj with q_proj
         kinds |= {k.replace(".q_proj", ".v_proj") for k in kinds} & {mask_layer_number(m) for m in known}
     suffixes = set()
     for kind in kinds:
@@ -295,6 +345,7 @@ def choose_suffixes(modules: Iterable[str], base: Base, server: Server) -> tuple
 
 
 def ends_with_suffix(path: str, suffix: str) -> bool:
+    """Return True if a path ends with a suffix of whole names: "a.q_proj" ends with "q_proj", "a.xq_proj" does not."""
     return f".{path}".endswith(f".{suffix}")
 
 
@@ -302,19 +353,21 @@ def ends_with_suffix(path: str, suffix: str) -> bool:
 
 
 def describe_changes(adapter: AdapterFile, report: ExportReport, loras: dict[str, LowRank]) -> Iterable[str]:
-    """Yield what changed in a sentence each."""
+    """Yield one sentence for each kind of change in an export: the scale, the shift, ranks, dropped tensors, dense
+    factors, names, and zeros.
+    """
     low_rank = adapter.low_rank.values()
     if any(of.scale != 1.0 for of in low_rank):
-        yield "the scale stands in B, and lora_alpha is r"
+        yield "the scale is multiplied into B, and lora_alpha is r"
     if any(of.shift is not None for of in low_rank):
-        yield "what the initialisation took out of the base is subtracted: twice the rank, for the base as it was"
+        yield "the change of the base by the initialisation is in the factors: twice the rank, for the original base"
     if len({of.A.shape[0] for of in loras.values()}) > 1:
         yield f"all modules have rank {report.rank}, with zeros"
     if extra := sorted({name for of in low_rank for name in of.extra if not name.startswith("lora_shift")}):
-        yield f"{join_some(extra)} are left out, which count in training only"
+        yield f"{join_some(extra)} are left out, which only training needs"
     if any(isinstance(of, OtherMethod) for of in adapter.modules.values()):
-        yield "blocks and sums became whole factors"
+        yield "blocks and sums became dense factors"
     if report.renamed:
         yield f"{len(report.renamed)} modules have the base's names"
     if report.added:
-        yield f"{len(report.added)} modules have factors of zeros, so that suffixes select what is there"
+        yield f"{len(report.added)} modules have factors of zeros, so that suffixes select only modules with factors"

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters of a model in the form that servers read (`graft.files.export`): any method that has a ΔW becomes LoRA."""
+"""Export of a model's adapters for servers: every method with a ΔW becomes LoRA, then `graft.files.export`
+writes it.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +26,21 @@ from graft.io.fingerprint import list_base_weights, make_fingerprint
 from graft.model.checkpoints import adapter_folder, check_save_arguments, file_contents, names_to_save
 from graft.model.convert import find_adapter
 
-ENERGY = 1 - 1e-8  # part of ‖ΔW‖² that each layer of a method which is no LoRA keeps
-LOSS = 1e-3  # part of ‖ΔW‖ of a layer; who wants to lose more says so
-RANK = 512  # the largest that servers take
+ENERGY = 1 - 1e-8  # share of ‖ΔW‖² that each layer keeps, for methods other than LoRA
+LOSS = 1e-3  # share of a layer's ‖ΔW‖ that may be lost without `lossy`
+RANK = 512  # the largest rank that servers accept
 
 
 def export_adapters(
     model: nn.Module, directory: str, selected: list[str] | None, server: str, writes: bool = True
 ) -> None:
-    """Write adapters for a server, "default" into the folder and others into sub-folders.
+    """Write adapters of a model for a server: "default" into `directory`, others into sub-folders of their names.
 
-    A format that is one file is adapter.gguf there, or what its end is.
+    For a format of one file that file is `adapter` plus its ending, in the folder. With `writes` False only the checks
+    run, as on processes that do not save.
+
+    Args:
+        selected: names of the adapters; None: all that a save would write.
     """
     end = ENDS.get(get_server(server).formats[0])
     check_save_arguments(directory, "sampled", True)
@@ -51,27 +57,31 @@ def export_adapters(
 def export_model_adapter(
     model: nn.Module, adapter: str, server: str, path: str, rank: int | float | None = None, lossy: bool = False
 ) -> ExportReport:
-    """Write an adapter of a model for a server.
+    """Write one adapter of a model for a server, and return an account. A method other than LoRA is converted first.
+
+    Its account has the error of the conversion. The adapter goes through a temporary PEFT folder.
 
     Args:
-        rank: of a method that is no LoRA: as `graft.convert_to_lora` takes it; None: the lowest that holds each layer.
-        lossy: write a rank that leaves out more than a thousandth of a layer's ‖ΔW‖.
+        rank: for methods other than LoRA, as `graft.convert_to_lora` takes it; None: the lowest that holds each layer.
+            With a rank, LoRA is converted, too.
+        lossy: allow a rank that loses more than a thousandth of a layer's ‖ΔW‖.
 
     Raises:
-        LossError: no LoRA does what the adapter does, or none of this rank, or only one above servers' limits of ranks.
+        LossError: the adapter is a prompt, plain LoRA cannot do the same, a layer loses too much at this rank, or
+            without `rank` a layer needs more than servers allow.
         TypeError: the adapter has no ΔW.
     """
     config, error = model.peft_config[adapter], None
     if config.is_prompt_learning:
         raise LossError(
-            f"Adapter '{adapter}' ({config.peft_type.value}) is an input of the model, which no LoRA can take over: "
-            "serve it from a PeftModel, or train a LoRA."
+            f"Adapter '{adapter}' ({config.peft_type.value}) is an input of the model, which no LoRA can replace. "
+            "Serve it from a PeftModel, or train a LoRA."
         )
     if config.peft_type == "LORA" and rank is None:
         tensors, config = file_contents(model, adapter, None, False, None)
     else:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "As LoRA of rank", PeftWarning)  # the error below says it
+            warnings.filterwarnings("ignore", "As LoRA of rank", PeftWarning)  # LossError below says the same
             lora_config, tensors = convert_to_lora(model, ENERGY if rank is None else rank, adapter)
         error = check_factor_loss(model, adapter, tensors, rank, lossy)
         lora_config.base_model_name_or_path, config = config.base_model_name_or_path, lora_config
@@ -91,11 +101,14 @@ def export_model_adapter(
 def check_factor_loss(
     model: nn.Module, adapter: str, tensors: dict[str, Tensor], rank: int | float | None, lossy: bool
 ) -> float:
-    """Return ‖ΔW - B A‖ / ‖ΔW‖ over all layers, for the tensors of `convert_to_lora`, whose scaling is 1.
+    """Return ‖ΔW - B A‖ / ‖ΔW‖ over all layers, for the tensors of `convert_to_lora`, whose scaling is 1; 0 if all ΔW
+    are 0.
+
+    Layers without tensors are skipped.
 
     Raises:
-        LossError: a layer loses more than `LOSS` and what its dtype rounds, unless `lossy`; or without a `rank`, one is
-            above the limits of servers.
+        LossError: a layer loses more than `LOSS` plus the rounding of its dtype, unless `lossy`; or without a `rank`, a
+            layer needs more than `RANK`.
     """
     parts, prefix, *_ = find_adapter(model, adapter)
     lost = whole = worst = 0.0

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A LoRA adapter from two checkpoints of one model, of which one was fine-tuned whole: the largest part of the
-difference, matrix by matrix.
+"""A LoRA adapter from a fine-tuned checkpoint and its base: each matrix of the difference is cut to its largest
+singular triplets.
 
-The SVD of a large matrix is randomized (Halko, Martinsson, Tropp 2011, arXiv 0909.4061), and checked: ‖Δ‖² - Σ σ² is
-what it leaves out, exactly.
+The SVD of a large matrix is randomized (Halko, Martinsson, Tropp 2011, arXiv 0909.4061) and checked: its error is
+exactly ‖Δ‖² - Σ σ².
 """
 
 from __future__ import annotations
@@ -30,30 +30,32 @@ from graft.files.tensors import Bytes, Tensor, rearrange_tensor
 if TYPE_CHECKING:
     from graft.files.neutral import Kind
 
-LARGE = 2048  # rows and columns: above, the SVD is randomized
+LARGE = 2048  # above that many rows and columns the SVD is randomized
 OVERSAMPLING, ROUNDS = 10, 2
-RANK = 32  # if no option limits ranks
-WIDEST = 256  # of which `max_mb` chooses
+RANK = 32  # the default rank if no option limits ranks
+WIDEST = 256  # the largest rank before `max_mb` chooses among them
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class ExtractedTensor:
-    """What became of one tensor."""
+    """The account of one changed tensor."""
 
     name: str
     how: Literal["lora", "full"]
     size: float  # ‖Δ‖
     relative: float  # ‖Δ‖ / ‖W‖
     rank: int = 0
-    energy: float = 1.0  # the part of ‖Δ‖² that the adapter has
+    energy: float = 1.0  # the share of ‖Δ‖² in the adapter
 
 
 @dataclass
 class Extraction:
+    """An extracted adapter with its account."""
+
     adapter: AdapterFile
     rows: list[ExtractedTensor] = field(default_factory=list)
-    same: int = 0  # tensors that training left alone
+    same: int = 0  # the number of unchanged tensors
 
 
 def extract_adapter(
@@ -67,30 +69,30 @@ def extract_adapter(
     embed: str = "full",
     progress: Callable[[str], object] = lambda name: None,
 ) -> Extraction:
-    """Return an adapter that makes a fine-tuned model of its base, as nearly as its ranks allow.
+    """Return an adapter that turns a base into its fine-tuned model, as closely as its ranks allow.
 
-    Matrices, convolutions and stacks of experts become LoRA; norms, biases and what has another size are kept whole.
-    Names are those of the base's model, if a library here knows it. One matrix and its difference are in memory at a
-    time, of a stack of experts also the stack as the files have it.
+    Changed matrices, convolutions and stacks of experts become LoRA. Norms, biases and resized tensors are stored
+    whole. Names are those of the base's model if an installed library knows it. Only one matrix and its difference are
+    in memory, plus the stack that it comes from. Nothing is written.
 
     Args:
-        rank: at most, of all modules; 32 if nothing else is given.
-        energy: the part of ‖Δ‖² that each module keeps, of 1.
-        max_mb: megabytes of the file; the ranks are those that lose least.
-        include: a pattern of names as shells have them (`*.self_attn.*`): what else differs is left out.
-        exclude: the same for what is left out.
-        embed: how embeddings and heads are kept if their size is the same: "lora" or "full".
-        progress: takes the name of each tensor before it is read.
+        rank: the most of each module; 32 if none of rank, energy and max_mb is given.
+        energy: the share of ‖Δ‖² that each module keeps, in (0, 1].
+        max_mb: megabytes (10⁶ bytes) of the file; the ranks then lose the least, and are 256 at most.
+        include: a shell pattern of tensor names (`*.self_attn.*`); other changes are ignored.
+        exclude: a shell pattern of tensor names to ignore.
+        embed: "lora" or "full" for embeddings and heads of unchanged size.
+        progress: called with the name of each tensor before it is read.
 
     Raises:
-        BaseModelMismatchError: the checkpoints are not of one architecture, or one is quantized.
-        CheckpointError: they are the same.
-        LossError: a parameter changed for which PEFT's files have no place.
-        NonFiniteError: what differs holds NaN or infinite numbers.
-        OptionError: several of rank, energy and max_mb, or a value out of range.
+        BaseModelMismatchError: the architectures differ, or a checkpoint is quantized.
+        CheckpointError: the checkpoints are equal.
+        LossError: PEFT's files cannot hold a changed parameter.
+        NonFiniteError: a changed tensor has NaN or infinite numbers.
+        OptionError: more than one of rank, energy and max_mb, or a value out of range.
     """
     if embed not in ("lora", "full"):
-        raise OptionError(f"embed={embed!r} is neither 'lora' nor 'full'.")
+        raise OptionError(f"embed={embed!r} is unknown. Choose 'lora' or 'full'.")
     if rank is energy is max_mb is None:
         rank = RANK
     check_resize_options(dict(rank=rank, energy=energy, max_mb=max_mb), None)
@@ -104,7 +106,10 @@ def extract_adapter(
             progress(name)
             add_tensor_change(extraction, name, layers, rank, energy, embed)
     if not extraction.rows:
-        raise CheckpointError(f"{tuned.path} and {base.path} do not differ where include and exclude let them.")
+        raise CheckpointError(
+            f"{tuned.path} and {base.path} have no difference that include and exclude select. Check the two folders "
+            "and the patterns."
+        )
     extraction.adapter.config["ensure_weight_tying"] = copy_to_tied_names(extraction.adapter, layers)
     add_companion_tensors(extraction.adapter, layers)
     linear = (path for path, lora in extraction.adapter.low_rank.items() if lora.kind == "linear")
@@ -120,9 +125,10 @@ def extract_adapter(
 
 
 def copy_to_tied_names(adapter: AdapterFile, layers: CheckpointPair) -> bool:
-    """Give the further names of tied tensors the change of the first, since files hold all.
+    """Copy the change of each tied tensor to its other names in `adapter`, in place, since files hold all names.
 
-    Return True if the base's model ties some that have changed.
+    The LoRA of an embedding is transposed for a head. Return True if a tied tensor changed and the base's model ties
+    tensors.
     """
     changed = False
     for name, first in layers.twins.items():
@@ -139,17 +145,17 @@ def copy_to_tied_names(adapter: AdapterFile, layers: CheckpointPair) -> bool:
 
 
 def add_companion_tensors(adapter: AdapterFile, layers: CheckpointPair) -> None:
-    """Add what stands beside tensors that are kept whole: files hold modules whole, and the biases of all targets.
+    """Add unchanged tensors to `adapter.full`, in place: the other tensors of each module that is stored whole; and all
+    biases of adapted modules, if one bias changed.
 
-    Raises:
-        LossError: a parameter of a module that holds others changed, for which PEFT's files have no place.
+    Raises LossError if a whole tensor belongs to a module with sub-modules or adapted experts, for which PEFT's files
+    have no place.
     """
     adapted = {module_path(path) for path, lora in adapter.low_rank.items() if lora.kind == "experts"}
     bare = [name for name in adapter.full if layers.is_container(name) or module_path(name) in adapted]
     if bare:
         raise LossError(
-            f"PEFT's files have no place for parameters of their own: {join_some(sorted(bare))}. Leave them out by "
-            "exclude."
+            f"PEFT's files cannot hold the parameters {join_some(sorted(bare))}. Leave them out with exclude."
         )
     biases = {f"{path}.bias" for path in adapter.modules} & layers.new.keys()
     modules = {module_path(name) for name in adapter.full} - {*adapter.modules}
@@ -159,11 +165,19 @@ def add_companion_tensors(adapter: AdapterFile, layers: CheckpointPair) -> None:
 
 
 def is_included(name: str, include: str | None, exclude: str | None) -> bool:
+    """Return True if a name matches the pattern `include` and not the pattern `exclude`.
+
+    None as a pattern has no effect.
+    """
     return (include is None or fnmatchcase(name, include)) and not (exclude is not None and fnmatchcase(name, exclude))
 
 
 def check_same_architecture(layers: CheckpointPair, tuned: str, base: str) -> None:
-    """Raise BaseModelMismatchError if two checkpoints, of these paths, are not of one architecture."""
+    """Raise BaseModelMismatchError if two checkpoints have other names of floating tensors, other shapes, or are
+    quantized.
+
+    A vocabulary of another size is allowed. `tuned` and `base` are paths for the text.
+    """
     new, old = layers.new, layers.old
     new_names, old_names = ({n for n, t in m.items() if t.dtype in FLOATS} for m in (new, old))
     missing, added = sorted(old_names - new_names), sorted(new_names - old_names)
@@ -176,7 +190,7 @@ def check_same_architecture(layers: CheckpointPair, tuned: str, base: str) -> No
     ]
     if missing or added or misfits or packed or not new_names & old_names:
         raise BaseModelMismatchError(
-            f"{tuned} is no fine-tuned {base}: "
+            f"{tuned} is not a fine-tuned {base}: "
             + "; ".join(
                 f"{what} {join_some(names, 3)}"
                 for what, names in (
@@ -190,14 +204,21 @@ def check_same_architecture(layers: CheckpointPair, tuned: str, base: str) -> No
 
 
 def is_resized_embedding(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Return True if two shapes are those of one embedding with vocabularies of two sizes."""
+    """Return True if two shapes have one or two dimensions and differ in the first at most, as with another
+    vocabulary.
+    """
     return len(a) == len(b) and len(a) in (1, 2) and a[1:] == b[1:]
 
 
 def add_tensor_change(
     extraction: Extraction, name: str, layers: CheckpointPair, rank: int | None, energy: float | None, embed: str
 ) -> None:
-    """Add what one tensor has become to an adapter."""
+    """Record the change of one tensor in `extraction`: its adapter and its rows.
+
+    An equal tensor only raises the count `same`. A tensor of another shape, or one that no LoRA fits, is stored whole.
+    Every other tensor is stored as factors from its SVD, for a stack one SVD per expert. Raises NonFiniteError for NaN
+    or infinite numbers.
+    """
     new, old = layers.new[name], layers.old[name]
     if old.shape != new.shape:
         extraction.adapter.full[name] = new
@@ -233,31 +254,38 @@ def add_tensor_change(
 
 
 def split_into_matrices(t: Tensor, kind: Kind | None) -> list[Tensor]:
-    """Return the matrices of a stack, or the tensor itself if it is none."""
+    """Return the matrices of a stack of experts as tensors, or [t] for every other kind.
+
+    A stack's bytes are loaded at once.
+    """
     if kind != "experts":
         return [t]
     data, n = t.load(), t.nbytes // t.shape[0]
 
     def load(i: int) -> Bytes:
+        """Return the bytes of matrix `i`."""
         return memoryview(data)[n * i : n * (i + 1)]
 
     return [Tensor(t.shape[1:], t.dtype, partial(load, i)) for i in range(t.shape[0])]
 
 
 def finite_norm(name: str, values: np.ndarray) -> float:
-    """Return the norm of values; raise NonFiniteError if some are NaN or infinite."""
+    """Return the norm of an array. Raises NonFiniteError, naming the tensor, if a value is NaN or infinite."""
     if not np.isfinite(values).all():
         raise NonFiniteError(
-            f"'{name}' holds NaN or infinite numbers in one of the checkpoints: no adapter makes the one of the other. "
-            "Leave it out by exclude."
+            f"'{name}' has NaN or infinite numbers in one of the checkpoints. Leave it out with exclude."
         )
     return float(np.linalg.norm(values))
 
 
 def make_empty_factors(kind: Kind, shape: tuple[int, ...], turned: bool) -> LowRank:
-    """Return empty factors whose shapes say how those of a change of this shape shall stand."""
+    """Return a LowRank of rank 1 without values, with the kind and shapes for the change of a weight of this shape.
+
+    `turned` swaps the last two dimensions, for weights stored (in, out).
+    """
 
     def empty(*sizes: int) -> Tensor:
+        """Return a float32 tensor of this shape without values."""
         return Tensor(sizes, "F32", bytes)
 
     if turned:
@@ -273,7 +301,12 @@ def make_empty_factors(kind: Kind, shape: tuple[int, ...], turned: bool) -> LowR
 
 
 def largest_triplets(W: np.ndarray, rank: int | None, energy: float | None) -> Svd:
-    """Return the triplets of a matrix that are kept: the first `rank`, or those that hold `energy`; all if neither."""
+    """Return the singular triplets of a matrix to keep: at most `rank`, and as few as hold the share `energy` of its
+    norm²; all if both are None.
+
+    Matrices up to `LARGE` rows or columns get an exact SVD. Larger ones get a randomized SVD, with twice the rank until
+    the energy is reached.
+    """
     most = min(W.shape)
     if most <= LARGE:
         U, s, Vt = np.linalg.svd(W, full_matrices=False)
@@ -291,7 +324,11 @@ def largest_triplets(W: np.ndarray, rank: int | None, energy: float | None) -> S
 def cut_triplets(
     triplets: Svd, W: np.ndarray, rank: int | None, energy: float | None, whole: float | None = None
 ) -> Svd:
-    """Return the triplets that are kept, without those that rounding alone made."""
+    """Return the first triplets of an SVD: no more than `rank`, as few as hold the share `energy` of `whole`, and none
+    below float32 rounding.
+
+    At least one stays. `whole` is ‖W‖²; without it, the sum of all σ² counts.
+    """
     squares = np.cumsum(triplets.s.astype("f8") ** 2)
     real = int((triplets.s > triplets.s[0] * max(W.shape) * np.finfo("f4").eps).sum()) or 1
     k = min(real, rank or real)
@@ -301,7 +338,11 @@ def cut_triplets(
 
 
 def approximate_svd(W: np.ndarray, k: int) -> Svd:
-    """Return nearly the `k` largest triplets of a matrix, by two rounds of subspace iteration."""
+    """Return nearly the `k` largest singular triplets of a matrix, by a randomized SVD with two rounds of subspace
+    iteration.
+
+    The random numbers have a fixed seed.
+    """
     random = np.random.default_rng(0)
     width = min(k + OVERSAMPLING, *W.shape)
     Q, _ = np.linalg.qr(W @ random.standard_normal((W.shape[1], width)).astype(W.dtype))

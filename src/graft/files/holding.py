@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a format can hold, and adapters made to fit: scales folded into B, ranks filled up, the rest listed as lost."""
+"""The limits of file formats, and adapters made to fit: scales folded into B, ranks padded, other parts listed
+as lost.
+"""
 
 from __future__ import annotations
 
@@ -32,28 +34,28 @@ PARTS = {
     "conv": "convolutions",
     "embedding": "embeddings",
     "experts": "stacks of experts",
-    "extra": "what a variant of LoRA keeps beside its factors",
+    "extra": "further tensors of a variant of LoRA",
     "alora_invocation_tokens": "the tokens after which aLoRA begins to act",
-    "layer_replication": "layers of the base that it repeats",
+    "layer_replication": "repeated layers of the base",
     "arrow_config": "a router among other adapters",
 }
 FIELDS = (
     "alora_invocation_tokens",
     "layer_replication",
     "arrow_config",
-)  # of PEFT's config, by which the same factors do another thing
+)  # fields of PEFT's config that change the effect of the same factors
 
 
 @dataclass(frozen=True)
 class FormatLimits:
-    """What a format can hold.
+    """The parts of adapters that a format can hold.
 
     Attributes:
-        scales: of each module its own, or alpha / rank with one alpha for all, or one for all.
-        ranks: each module has its own.
+        scales: "each": every module has its own; "alpha": one alpha for all, divided by each rank; "one": one for all.
+        ranks: modules may have different ranks.
         parts: keys of PARTS.
-        methods: those that are not LoRA.
-        magnitudes: some modules may have a magnitude where others have none.
+        methods: methods other than LoRA.
+        magnitudes: modules with a magnitude and modules without one may be mixed.
     """
 
     scales: Literal["each", "alpha", "one"] = "each"
@@ -65,22 +67,27 @@ class FormatLimits:
 
 PEFT = FormatLimits(
     parts=frozenset({*PARTS, "changed_base"}), methods=frozenset({*PREFIXES, *VARIANTS.values()} - {"LORA"})
-)  # but methods beside each other, which its writer looks for
+)  # its writer checks that no methods are mixed
 
 
 def fit_to_format(
     adapter: AdapterFile, holds: FormatLimits, to: str, lossy: bool = False, base: Base | None = None
 ) -> tuple[AdapterFile, list[str]]:
-    """Return an adapter as a format can hold it, and what that leaves out.
+    """Return a copy of an adapter with only the parts that a format can hold, and descriptions of the lost parts.
+
+    AdaLoRA becomes LoRA, unless the format holds it. Tucker cores are multiplied into A where needed. Scales and ranks
+    are made equal where needed, by folding into B and padding with zeros. Modules without a magnitude get one where the
+    format needs it for all.
 
     Args:
-        to: the format's name, for errors.
-        lossy: leave out what it cannot hold.
-        base: whose weights give magnitudes to modules that have none beside others that do.
+        to: the format's name.
+        lossy: drop the parts that the format cannot hold.
+        base: gives the weights for new magnitudes.
 
     Raises:
-        LossError: it cannot hold something; or, with `lossy`, anything.
-        BaseNeededError: the adapter's names are no paths of modules.
+        LossError: a part does not fit and `lossy` is False, nothing would be left, or new magnitudes need the base's
+            weights.
+        BaseNeededError: the adapter's names are the file's own, and no module paths.
     """
     if adapter.has_flat_names:
         raise make_names_error(adapter)
@@ -114,7 +121,7 @@ def fit_to_format(
             module = replace(module, extra={})
         out.modules[path] = module
     if adapter.changed_base is not None and "changed_base" not in holds.parts:
-        lost.append(f"that the base was changed by {adapter.changed_base}, which the file does not say how to undo")
+        lost.append(f"the change of the base by {adapter.changed_base}, which the file does not describe")
     check_losses(adapter, to, lost, lossy, out.modules or out.full or out.shared or out.rows)
     if adapter.method == "ADALORA" and out.low_rank:
         out.method, out.config = "LORA", {}
@@ -125,15 +132,19 @@ def fit_to_format(
 
 
 def make_magnitudes(adapter: AdapterFile, base: Base | None, to: str, of_rows: bool = False) -> dict[str, LowRank]:
-    """Return the modules that get a magnitude as others have one: the norm of W + ΔW, which changes nothing.
+    """Return the modules without a magnitude, each with one added, if others of the adapter (or of its pipeline part)
+    have one.
+
+    The magnitude is the norm of W + ΔW, so that the output stays the same.
 
     Args:
-        of_rows: an embedding has one for each token, as in MLX.
+        to: the format's name, for the error.
+        of_rows: an embedding has one number for each token (MLX), not for each dimension.
 
     Raises:
-        LossError: that needs the base's weights, which are not there.
+        LossError: the base's weights are missing or quantized, or the module is a stack of experts.
     """
-    by_part: dict[str, dict[str, LowRank]] = {}  # a file has one config for each part of a pipeline
+    by_part: dict[str, dict[str, LowRank]] = {}  # a file has one config per part of a pipeline
     for path, module in adapter.low_rank.items():
         by_part.setdefault(path.partition(".")[0] if adapter.is_pipeline else "", {})[path] = module
     out = {}
@@ -146,8 +157,8 @@ def make_magnitudes(adapter: AdapterFile, base: Base | None, to: str, of_rows: b
             weight = None if base is None else base.tensors.get(f"{path}.weight")
             if weight is None or weight.dtype not in ("F64", "F32", "F16", "BF16") or module.kind == "experts":
                 raise LossError(
-                    f"{to} has a magnitude for all modules or for none, and '{path}' of {adapter.path} has none: give "
-                    "the base model with its weights (--base), of which it can be made."
+                    f"{to} needs a magnitude for all modules or none, and '{path}' of {adapter.path} lacks one. Give "
+                    "the base model with its weights (--base)."
                 )
             ((B, A),) = list_delta_products(module)
             W = weight.read().astype("f8")
@@ -160,7 +171,7 @@ def make_magnitudes(adapter: AdapterFile, base: Base | None, to: str, of_rows: b
 
 
 def check_losses(adapter: AdapterFile, to: str, lost: list[str], lossy: bool, left: object) -> None:
-    """Raise LossError for what a format cannot hold, unless it may be lost and something is left."""
+    """Raise LossError if nothing is left of an adapter, or if parts are lost and `lossy` is False."""
     if not left:
         raise LossError(
             f"The format {to} can hold nothing of {adapter.path}: {join_some(lost)}. Make it LoRA first, by "
@@ -175,7 +186,13 @@ def check_losses(adapter: AdapterFile, to: str, lost: list[str], lossy: bool, le
 
 
 def unify_scales_and_ranks(adapter: AdapterFile, holds: FormatLimits) -> float:
-    """Fold scales into B and fill up ranks, in place, as far as a format needs it; return the largest rounding."""
+    """Make scales and ranks of the LoRA modules equal, in place, as far as a format needs it.
+
+    Return the largest rounding error of B.
+
+    Ranks are padded with zeros to the largest. Scales become the most common one, and the difference is multiplied into
+    B.
+    """
     low_rank = adapter.low_rank
     rounding = 0.0
     if not low_rank:
@@ -195,7 +212,7 @@ def unify_scales_and_ranks(adapter: AdapterFile, holds: FormatLimits) -> float:
 
 
 def divide_alpha(alpha: Tensor | None, rank: int) -> float:
-    """Return alpha / rank; 1 where there is no alpha, or it is 0, as all readers take it."""
+    """Return alpha / rank. Without alpha, or if alpha or the rank is 0, return 1, as other readers do."""
     value = 0.0 if alpha is None else float(alpha.read().reshape(-1)[0])
     return value / rank if value and rank else 1.0
 
@@ -203,7 +220,10 @@ def divide_alpha(alpha: Tensor | None, rank: int) -> float:
 def group_by_module(
     out: AdapterFile, tensors: Mapping[str, Tensor], key: re.Pattern[str]
 ) -> dict[str, dict[str, Tensor]]:
-    """Return tensors by module and name, the two groups of `key`; add other keys to `out.unknown_keys`."""
+    """Return module → name → tensor, by the two groups of the pattern `key`.
+
+    Names that it does not match are added to `out.unknown_keys`.
+    """
     groups: dict[str, dict[str, Tensor]] = {}
     for name, t in tensors.items():
         if match := key.fullmatch(name):
@@ -216,22 +236,25 @@ def group_by_module(
 def get_factor_pair(
     tensors: Mapping[str, Tensor], names: Sequence[str], what: str, module: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the factors A and B of a module; raise CheckpointError if one is not there."""
+    """Return the tensors A and B of a module, by their two names. Raises CheckpointError if one is missing."""
     A, B = (tensors.get(name) for name in names)
     if A is None or B is None:
-        raise CheckpointError(f"{what} has only one factor for '{module}': it is cut off, or was written wrong.")
+        raise CheckpointError(f"{what} has only one factor for '{module}'. Save or download it again.")
     return A, B
 
 
 def make_shape_error(what: str, module: str, A: Tensor, B: Tensor, where: str = "which do not fit") -> CheckpointError:
-    """Return the error for factors whose shapes cannot be."""
+    """Return a CheckpointError (not raised) for factors A and B with impossible shapes. `where` ends the sentence."""
     return CheckpointError(f"{what}: the factors of '{module}' have shapes {A.shape} and {B.shape}, {where}.")
 
 
 def fold_scale(module: LowRank, scale: float) -> tuple[LowRank, float]:
-    """Return a module whose scale is `scale`, with the rest of its own in B; and how far rounding put an entry off.
+    """Return a module with the scale `scale`, and the largest relative rounding error of B.
 
-    The product is formed in float32 and rounded once, to B's own dtype.
+    Its B and bias are multiplied by old / new scale.
+
+    The product is rounded once, to B's dtype. With an equal scale nothing is computed. Raises CheckpointError if B
+    overflows its dtype.
     """
     factor = module.scale / scale
     if abs(factor - 1) < 1e-12:
@@ -243,12 +266,18 @@ def fold_scale(module: LowRank, scale: float) -> tuple[LowRank, float]:
     bias = None if module.bias is None else make_tensor((module.bias.read() * factor).astype("f4"), module.bias.dtype)
     error = float(np.max(errors[exact != 0], initial=0.0))
     if not np.isfinite(error):
-        raise CheckpointError(f"A factor B of dtype {module.B.dtype} does not hold its scale {factor:g}: it overflows.")
+        raise CheckpointError(
+            f"A factor B of dtype {module.B.dtype} overflows when its scale {factor:g} is multiplied in. Save the "
+            "adapter in float32."
+        )
     return replace(module, B=B, bias=bias, scale=scale, alpha=None), error
 
 
 def pad_rank(module: LowRank, rank: int) -> LowRank:
-    """Return a module of a higher rank that does the same: its factors have zeros from its own rank on."""
+    """Return a module of rank `rank` with the same effect: the factors get zeros at the end.
+
+    With an equal rank it is unchanged.
+    """
     more = rank - module.rank
     if not more:
         return module
@@ -257,11 +286,11 @@ def pad_rank(module: LowRank, rank: int) -> LowRank:
 
 
 def pad_axis(t: Tensor, axis: int, more: int) -> Tensor:
-    """Return a tensor with zeros behind the last entry of an axis."""
+    """Return a tensor with `more` zeros at the end of an axis; values are read later."""
     pads = [(0, more if i == axis else 0) for i in range(len(t.shape))]
     return rearrange_tensor(t, lambda bits: np.pad(bits, pads), *(n + after for n, (_, after) in zip(t.shape, pads)))
 
 
 def fold_tucker_core(module: LowRank) -> LowRank:
-    """Return a convolution with Tucker's core in A, which becomes one of the whole kernel: the same rank, exactly."""
+    """Return a convolution with its Tucker core multiplied into A, in float32: exact, and of the same rank."""
     return replace(module, A=make_tensor(contract_tucker_core(module).astype("f4"), "F32"), mid=None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contents of an adapter file, with sizes of the changes and their spectra; the differences of two adapters."""
+"""Reports on adapter files: contents, sizes and spectra of updates, and the difference of two adapters."""
 
 from __future__ import annotations
 
@@ -27,20 +27,22 @@ from graft.files.sources import read_licence
 from graft.files.tensors import FLOATS, Tensor
 
 PICTURES = (".png", ".svg", ".pdf")
-TOP = 16  # singular values that a report lists
+TOP = 16  # the number of singular values in a report
 
 
 def inspect_adapter(adapter: AdapterFile, base: BaseDescription | None = None, spectrum: bool = False) -> Json:
-    """Return what an adapter is, as plain values for a table or JSON.
+    """Return a report on an adapter as plain values, for a table or JSON.
+
+    Factors are read; with `spectrum` singular values are computed.
 
     Args:
-        base: for each change its size beside that of the weight; of DoRA, all that it changes.
-        spectrum: for each module the singular values and what follows from them.
+        base: adds the weight's norm and the relative size of each update; for DoRA the size of its whole change.
+        spectrum: adds singular values, stable and effective rank of each LoRA module.
 
     Raises:
-        BaseModelMismatchError: the base lacks a module, or has it in another shape.
-        BaseNeededError: of the base only names are known.
-        NonFiniteError: of a spectrum, see `check_adapter_is_finite`.
+        BaseModelMismatchError: the base lacks a module, or has another shape.
+        BaseNeededError: the base has names but no weights.
+        NonFiniteError: with `spectrum`, the adapter has NaN or infinite numbers.
     """
     if spectrum:
         check_adapter_is_finite(adapter)
@@ -62,25 +64,30 @@ def inspect_adapter(adapter: AdapterFile, base: BaseDescription | None = None, s
 
 
 def list_module_tensors(m: LowRank | OtherMethod) -> Iterable[Tensor]:
+    """Return all tensors of a module: of LoRA A, B, core, magnitude, bias and extra tensors, as far as they exist."""
     if isinstance(m, OtherMethod):
         return m.tensors.values()
     return [t for t in (m.A, m.B, m.mid, m.magnitude, m.bias, *m.extra.values()) if t is not None]
 
 
 def check_adapter_is_finite(adapter: AdapterFile) -> None:
-    """Raise NonFiniteError for NaN and infinite numbers, of which there are no sizes and no singular values."""
+    """Read all floating tensors of an adapter.
+
+    Raises NonFiniteError, with the modules' names, if one has NaN or infinite numbers.
+    """
     tensors = [(path, t) for path, module in adapter.modules.items() for t in list_module_tensors(module)]
     floats = [(name, t) for name, t in (*tensors, *adapter.loose_tensors) if t.dtype in FLOATS]
     if bad := sorted({name for name, t in floats if not np.isfinite(t.read()).all()}):
         raise NonFiniteError(
-            f"NaN or infinite numbers are in {join_some(bad, 4)} of {adapter.path}: training has diverged, or the "
-            "file is "
-            "damaged."
+            f"{join_some(bad, 4)} of {adapter.path} have NaN or infinite numbers. Use an earlier checkpoint, or "
+            "download the file again."
         )
 
 
 def describe_method(adapter: AdapterFile) -> str:
-    """Return the method, and those of its variants that change what A and B mean."""
+    """Return the adapter's method with the variants that change the effect of A and B, separated by spaces: "LORA DoRA
+    rsLoRA".
+    """
     config = adapter.config
     more = ["DoRA"] * any(h.magnitude is not None for h in adapter.low_rank.values())
     more += ["aLoRA"] * bool(config.get("alora_invocation_tokens")) + ["rsLoRA"] * bool(config.get("use_rslora"))
@@ -89,6 +96,7 @@ def describe_method(adapter: AdapterFile) -> str:
 
 
 def find_writer(adapter: AdapterFile) -> str | None:
+    """Return "graft" if the file has graft's metadata, "PEFT 0.x" if its config names a version, or None."""
     version = adapter.config.get("peft_version")
     if CONFIG in adapter.metadata:
         return "graft"
@@ -96,6 +104,12 @@ def find_writer(adapter: AdapterFile) -> str | None:
 
 
 def describe_module(path: str, module: LowRank | OtherMethod, spectrum: bool) -> Json:
+    """Return the report on one module.
+
+    Only LoRA (and AdaLoRA) have rank, shape and norm, and with `spectrum` singular values.
+
+    Singular values of experts are root sums of squares over all experts; ranks are means.
+    """
     low = algebra.as_low_rank(module)
     out: Json = {
         "module": path, "method": module.method, "scale": module.scale,
@@ -112,7 +126,7 @@ def describe_module(path: str, module: LowRank | OtherMethod, spectrum: bool) ->
     }
     if spectrum:
         spectra = [algebra.compute_singular_values(p) for p in parts]
-        s = np.sqrt((np.stack(spectra) ** 2).sum(0))  # of experts, over all of them
+        s = np.sqrt((np.stack(spectra) ** 2).sum(0))  # root sum of squares over experts
         effective = float(np.mean([algebra.effective_rank(x) for x in spectra]))
         out |= {
             "singular_values": [float(x) for x in s[:TOP]], "effective_rank": effective,
@@ -123,7 +137,12 @@ def describe_module(path: str, module: LowRank | OtherMethod, spectrum: bool) ->
 
 
 def add_weight_norms(modules: list[Json], adapter: AdapterFile, base: BaseDescription) -> None:
-    """Add to each module what its change is beside the base's weight."""
+    """Add "weight_norm" and "relative" to the report of each LoRA module, in place.
+
+    For DoRA "norm" becomes that of its whole change.
+
+    Experts are skipped if the base has one tensor for each expert.
+    """
     base = choose_names(base, adapter.modules)
     for m in modules:
         low = algebra.as_low_rank(adapter.modules[m["module"]])
@@ -137,36 +156,45 @@ def add_weight_norms(modules: list[Json], adapter: AdapterFile, base: BaseDescri
 
 
 def is_stored_by_expert(path: str, low: LowRank, base: BaseDescription) -> bool:
-    """Return True if a base's files have the matrices of a stack one by one, under names of their own."""
+    """Return True if a module is a stack of experts, and the base's files have a separate tensor for each expert."""
     return low.kind == "experts" and path not in base.shapes and any(".experts." in name for name in base.shapes)
 
 
 def find_weight_name(path: str, base: BaseDescription) -> str | None:
-    """Return the name of the weight of a module, or of a parameter that is adapted itself; None: the base has none."""
+    """Return the base's tensor name of a module, "path.weight", or of a parameter, "path"; None if it has neither."""
     return next((name for name in (f"{path}.weight", path) if name in base.shapes), None)
 
 
 def read_base_weight(path: str, adapter: AdapterFile, base: BaseDescription, low: LowRank) -> np.ndarray:
-    """Return the weight that a module changes, turned as its change is: (out, in), of an embedding (vocabulary, dim).
+    """Return the base's weight of a module, oriented as its update: (out, in), an embedding (vocabulary, dim), experts
+    (E, out, in).
+
+    Kernels of convolutions are flattened. Square weights are turned if the configs say that weights are stored (in,
+    out).
 
     Args:
-        base: by the adapter's names, see `graft.files.bases.choose_names`.
+        base: with the adapter's names, see `graft.files.bases.choose_names`.
 
     Raises:
-        BaseModelMismatchError: the base has none, or one of another shape.
-        BaseNeededError: of the base only names are known.
+        BaseModelMismatchError: the base has no such weight, or another shape.
+        BaseNeededError: the base has names but no weights.
     """
     rows, columns = algebra.delta_shape(low)
     if (name := find_weight_name(path, base)) is None:
-        raise BaseModelMismatchError(f"{base.path} has no weight for '{path}'.")
+        raise BaseModelMismatchError(
+            f"{base.path} has no weight for '{path}'. Give the base that the adapter was trained on."
+        )
     shape = base.shapes[name]
     expected = (columns, rows) if low.kind == "embedding" else (rows, columns)
     stack = low.kind == "experts"
     flat = (shape[-2], shape[-1]) if stack else (shape[0], prod(shape[1:]))
     if flat not in (expected, expected[::-1]) or (stack and shape[0] != low.A.shape[0]):
-        raise BaseModelMismatchError(f"'{path}' is {shape} in {base.path}, and the adapter is made for {expected}.")
+        raise BaseModelMismatchError(
+            f"'{path}' is {shape} in {base.path}, and {expected} in {adapter.path}. Give the base that it was trained "
+            "on."
+        )
     if name not in base.tensors:
-        raise BaseNeededError(f"{base.path} has no weights, only their names: give the base model with its files.")
+        raise BaseNeededError(f"{base.path} has only names of weights. Give the base model with its files.")
     W = base.tensors[name].read()
     W = W if stack else W.reshape(flat)
     turned = flat != expected or (rows == columns and low.kind == "linear" and is_stored_in_out(adapter, base.config))
@@ -174,7 +202,9 @@ def read_base_weight(path: str, adapter: AdapterFile, base: BaseDescription, low
 
 
 def group_modules(modules: list[Json]) -> list[Json]:
-    """Put modules together whose names end alike and which have one method."""
+    """Return one summary for all modules with the same last name and method: count, ranks, scales, parameters, and
+    least, median and largest norm.
+    """
     out: dict[tuple[str, str], list[Json]] = {}
     for m in modules:
         out.setdefault((m["module"].rpartition(".")[2], m["method"]), []).append(m)
@@ -192,25 +222,30 @@ def group_modules(modules: list[Json]) -> list[Json]:
 
 
 def median(ordered: list[float]) -> float:
-    """Return the middle of sorted numbers: numpy's brings all of its masked arrays."""
+    """Return the median of sorted numbers. numpy's function is slow to import."""
     n = len(ordered)
     return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
 
 
 def plot_spectra(report: Json, path: str) -> None:
-    """Draw the spectra of all modules, and the sizes of their changes by layer, into a picture.
+    """Draw the spectra of all modules, and the sizes of their updates in order, into an image file, which appears
+    whole.
+
+    Args:
+        report: from `inspect_adapter`.
+        path: ends with .png, .svg or .pdf.
 
     Raises:
-        OptionError: `path` is no picture.
+        OptionError: `path` has another ending.
         PackageNeededError: matplotlib is not installed.
     """
     kind = os.path.splitext(path)[1].lower()
     if kind not in PICTURES:
-        raise OptionError(f"{path} is no picture: give a name that ends in {', '.join(PICTURES)}.")
+        raise OptionError(f"{path} is no picture. Give a name that ends with {', '.join(PICTURES)}.")
     try:
         import matplotlib
     except ImportError:
-        raise PackageNeededError("Pictures need matplotlib: pip install matplotlib.") from None
+        raise PackageNeededError("Pictures need matplotlib. Install it: pip install matplotlib.") from None
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -237,7 +272,7 @@ def plot_spectra(report: Json, path: str) -> None:
 
 
 TOLERANCE = 1e-6  # relative
-IN_THE_TENSORS = {  # fields that say what to adapt, or numbers that `scale` and shapes hold
+IN_THE_TENSORS = {  # fields of targets, and numbers that are in `scale` and shapes already
     "peft_type", "target_modules", "target_parameters", "exclude_modules", "feedforward_modules", "modules_to_save",
     "layers_to_transform", "layers_pattern", "bias", "fan_in_fan_out", "r", "alpha", "lora_alpha", "rank_pattern",
     "alpha_pattern", "use_rslora", "ensure_weight_tying",
@@ -245,18 +280,21 @@ IN_THE_TENSORS = {  # fields that say what to adapt, or numbers that `scale` and
 
 
 def compare_adapters(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> Json:
-    """Return how two adapters differ, as plain values: `equal` is True if they do the same to every weight.
+    """Return the difference of two adapters as plain values; `equal` is True if both do the same to every weight.
+
+    It holds differing config fields, names in only one adapter, and the relative difference of each common module and
+    tensor. Rows of tokens with other indices differ by 1.
 
     Args:
-        tol: how far ‖ΔW_a - ΔW_b‖ may be from 0, relative to the larger one.
+        tol: the largest relative difference that counts as equal.
 
     Raises:
-        OptionError: `tol` is negative, or NaN.
-        BaseNeededError: one of them has names of its format's for modules, and the other has not.
-        NonFiniteError: one of them holds NaN or infinite numbers, which equal nothing.
+        OptionError: `tol` is negative or NaN.
+        BaseNeededError: one adapter has the names of its format, and the other does not.
+        NonFiniteError: one of them has NaN or infinite numbers.
     """
     if not tol >= 0:
-        raise OptionError(f"The tolerance is at least 0, not {tol}.")
+        raise OptionError(f"The tolerance {tol} is no number of at least 0. Give another.")
     for adapter in (a, b):
         check_adapter_is_finite(adapter)
         if adapter.has_flat_names and not (a.has_flat_names and b.has_flat_names and a.format == b.format):
@@ -293,9 +331,10 @@ def compare_adapters(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> 
 
 
 def list_deciding_fields(a: AdapterFile, b: AdapterFile) -> set[str]:
-    """Return the fields of two configs that decide what equal tensors do.
+    """Return the names of config fields that change the effect of equal tensors.
 
-    LoRA has few. Of other methods these are all fields that both configs have, but for those of training.
+    For LoRA these are the constant FIELDS. With other methods or shared tensors, all common fields are added, except
+    for those of targets, dropout and initialisation.
     """
     fields = {*FIELDS}
     if a.shared or any(isinstance(module, OtherMethod) for module in a.modules.values()):
@@ -305,7 +344,11 @@ def list_deciding_fields(a: AdapterFile, b: AdapterFile) -> set[str]:
 
 
 def compare_module(path: str, a: LowRank | OtherMethod, b: LowRank | OtherMethod) -> Json:
-    """Compare what two adapters do to one module."""
+    """Return the report on one module of two adapters: "relative", and for two LoRA modules also ranks, cosine and
+    angle.
+
+    "relative" is 1 for other shapes or kinds. It includes differences of magnitudes and biases.
+    """
     x, y = algebra.as_low_rank(a), algebra.as_low_rank(b)
     out: Json = {"module": path}
     if x is None or y is None:
@@ -313,7 +356,8 @@ def compare_module(path: str, a: LowRank | OtherMethod, b: LowRank | OtherMethod
     if algebra.delta_shape(x) != algebra.delta_shape(y) or x.kind != y.kind:
         return out | {"ranks": [x.rank, y.rank], "relative": 1.0}
     comparison = algebra.compare_deltas(algebra.list_delta_products(x), algebra.list_delta_products(y))
-    pairs = ((x.magnitude, y.magnitude, (1.0, 1.0)), (x.bias, y.bias, (x.scale, y.scale)))  # beside the factors
+    # parts other than the factors
+    pairs = ((x.magnitude, y.magnitude, (1.0, 1.0)), (x.bias, y.bias, (x.scale, y.scale)))
     extra_difference = max(
         (relative_difference(s, t, k) for s, t, k in pairs if s is not None or t is not None), default=0.0
     )
@@ -322,7 +366,9 @@ def compare_module(path: str, a: LowRank | OtherMethod, b: LowRank | OtherMethod
 
 
 def compare_module_tensors(a: LowRank | OtherMethod, b: LowRank | OtherMethod) -> float:
-    """Return the largest relative difference of two modules' tensors; 1 if they are not of one kind."""
+    """Return the largest relative difference of two modules' tensors; 1 if methods, scales or tensor names differ, or
+    one is LoRA.
+    """
     if not isinstance(a, OtherMethod) or not isinstance(b, OtherMethod) or a.method != b.method or a.scale != b.scale:
         return 1.0
     if a.tensors.keys() != b.tensors.keys():
@@ -331,7 +377,9 @@ def compare_module_tensors(a: LowRank | OtherMethod, b: LowRank | OtherMethod) -
 
 
 def relative_difference(a: Tensor | None, b: Tensor | None, scales: tuple[float, float] = (1.0, 1.0)) -> float:
-    """Return ‖a - b‖ / the larger of the two; 1 of tensors that have different shapes."""
+    """Return ‖a - b‖ / max(‖a‖, ‖b‖), each tensor multiplied by its scale; 1 if one is None or shapes differ; 0 if both
+    are 0.
+    """
     if a is None or b is None or a.shape != b.shape:
         return 1.0
     if scales == (1.0, 1.0) and a.dtype == b.dtype and a.load() == b.load():

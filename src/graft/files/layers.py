@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two checkpoints of one model by the names of its parameters, and what its modules are."""
+"""A fine-tuned checkpoint and its base under common parameter names, and the kinds of their modules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from graft.files.base import BaseFiles
     from graft.files.neutral import Kind
 
-# names, for bases of which no library makes a model
+# names of modules, for bases that no installed library knows
 TOKENS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
 EMBEDDINGS = (*TOKENS, "wpe", "position_embeddings", "token_type_embeddings", "embed_positions")
 CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
@@ -26,18 +26,26 @@ HEAD = "lm_head.weight"
 
 
 class CheckpointPair:
-    """A fine-tuned checkpoint and its base, by the names of the base's model.
+    """A fine-tuned checkpoint and its base, under the parameter names of the base's model.
 
-    Where no library knows the model, names are those of the files, and they tell what a module is.
+    If no installed library knows the model, names are those of the files, and kinds of modules are guessed from them.
+    Values stay unread, except to compare tied tensors.
 
     Attributes:
-        new, old: the tensors of both, by name. A tied tensor that a file leaves out is there under all its names.
+        config: of the base.
+        model: the base's model on the meta device, or None.
+        new: the fine-tuned tensors by name. A tied tensor has all its names, even if the file has only one.
+        old: the base's tensors by name, likewise.
         is_tied: the base's model ties tensors.
-        twins: the further names of tied tensors → the first, if both checkpoints have them tied.
-        quantized: the paths of those that are quantized, whose names are those of the files.
+        twins: further name of a tied tensor → first name, if both checkpoints tie it.
+        quantized: the paths of quantized checkpoints; with one, names are those of the files.
     """
 
     def __init__(self, tuned: BaseFiles, base: BaseFiles):
+        """Name the tensors of both checkpoints by the base's model, and find tied tensors.
+
+        Ties are compared by value.
+        """
         self.config, self.model = base.config, None
         self.new, self.old = dict(tuned.tensors), dict(base.tensors)
         self.quantized = [m.path for m in (tuned, base) if "quantization_config" in m.config]
@@ -56,9 +64,11 @@ class CheckpointPair:
             self._note_twins([name for name in group if name in self.new and name in self.old])
 
     def _list_tied_groups(self) -> list[list[str]]:
-        """Return the names of what may be one tensor: an embedding and a head, and what else the model can tie.
+        """Return groups of names that may be one tensor: an embedding and a head, and other tensors that the model can
+        tie.
 
-        The first of each is that of a module without others in it, and of an embedding if there is one.
+        Sets `is_tied`. In each group, modules without children come first, and among them embeddings. Without a model
+        it is guessed from names and the config.
         """
         if self.model is None:
             tokens = [n for n in self.old if module_path(n).rpartition(".")[2] in TOKENS and n.endswith(".weight")]
@@ -69,14 +79,17 @@ class CheckpointPair:
 
         model = self.model
         self.is_tied = bool(find_tied_groups(lambda: model, {}, {}))
-        model.config.get_text_config().tie_word_embeddings = True  # the fine-tuned one may tie what the base does not
+        model.config.get_text_config().tie_word_embeddings = True  # the fine-tuned model may tie more than the base
         groups = find_tied_groups(lambda: model, {}, {})
         return [
             sorted(group, key=lambda name: (self.is_container(name), not self.is_embedding(name))) for group in groups
         ]
 
     def _note_twins(self, group: list[str]) -> None:
-        """Add those of a group to `twins` that are one tensor in both checkpoints."""
+        """Add to `twins` each name of a group with the same tensor, in both checkpoints, as an earlier name.
+
+        Reads their values.
+        """
         firsts: list[str] = []
         for name in group:
             first = next((f for f in firsts if all(are_equal(s[f], s[name]) for s in (self.new, self.old))), None)
@@ -86,46 +99,56 @@ class CheckpointPair:
                 self.twins[name] = first
 
     def _module(self, name: str) -> nn.Module | None:
-        """Return the module of a parameter; None: there is no model, or it has no such module."""
+        """Return the model's module of a parameter; None without a model or without such a module."""
         try:
             return None if self.model is None else self.model.get_submodule(module_path(name))
         except AttributeError:
             return None
 
     def is_called_as_experts(self, path: str) -> bool:
-        """Return True if PEFT takes a module's name for that of a matrix of experts, and rewrites a config with it."""
+        """Return True if PEFT mistakes a module for a matrix of experts by its last name, and would rewrite a config
+        that names it.
+        """
         return self.model is not None and self.experts.by_peft and path.rpartition(".")[2] in self.experts.names
 
     def is_embedding(self, name: str) -> bool:
+        """Return True if a parameter belongs to an embedding, by its module's `num_embeddings`, or without a module by
+        its name.
+        """
         module = self._module(name)
         return (
             module_path(name).rpartition(".")[2] in EMBEDDINGS if module is None else hasattr(module, "num_embeddings")
         )
 
     def is_head(self, name: str) -> bool:
+        """Return True if a parameter belongs to the model's output head; without a model, to a module named lm_head."""
         module = self._module(name)
         if module is None or self.model is None:
             return module_path(name).rpartition(".")[2] == "lm_head"
         return module is get_output_head(self.model)
 
     def is_conv1d(self, name: str) -> bool:
-        """Return True if a parameter is the weight of a linear layer that stores it (in, out)."""
+        """Return True if a parameter belongs to a Conv1D, a linear layer with weights (in, out); without a module, by
+        names of GPT-2's kind.
+        """
         module = self._module(name)
         if module is None:
             return self.config.get("model_type") in CONV1D and module_path(name).rpartition(".")[2] in CONV1D_NAMES
         return type(module).__name__ == "Conv1D"
 
     def is_transposed(self, name: str) -> bool:
-        """Return True if the matrices of a stack are stored (in, out), as its module says."""
+        """Return True if a stack of experts is stored (in, out), by its module's flag, or without a module by the model
+        type.
+        """
         module = self._module(name)
         return bool(
             self.config.get("model_type") in TRANSPOSED if module is None else getattr(module, "is_transposed", False)
         )
 
     def is_container(self, name: str) -> bool:
-        """Return True if the module of a parameter has modules in it, which would be saved with it.
+        """Return True if a parameter's module has sub-modules, which a save of the whole module would include.
 
-        Where no library knows the model, names of other parameters than a weight or a bias are taken for such.
+        Without a module, it is True for parameters other than "weight" and "bias".
         """
         module = self._module(name)
         if module is None:
@@ -133,10 +156,13 @@ class CheckpointPair:
         return any(True for _ in module.children())
 
     def lora_kind(self, name: str, embed: str) -> Kind | None:
-        """Return the kind of LoRA that a parameter's change becomes; None: it is kept whole.
+        """Return the kind of LoRA for a parameter's change, or None if it has to be stored whole.
+
+        3-D parameters of modules that end with "experts" are "experts". Vectors, 2-D weights of one row or column, and
+        modules with a forward of their class or with groups are None.
 
         Args:
-            embed: "lora" or "full", for embeddings and heads.
+            embed: "lora" or "full"; with "full", embeddings and heads are None.
         """
         path, _, leaf = name.rpartition(".")
         shape = self.new[name].shape
@@ -152,23 +178,26 @@ class CheckpointPair:
             return "embedding"
         module = self._module(name)
         is_plain = module is None or type(module).__module__.startswith("torch.nn.") or self.is_conv1d(name)
-        if not is_plain or getattr(module, "groups", 1) != 1:  # with a forward of its own, or no matrix for B A
+        if not is_plain or getattr(module, "groups", 1) != 1:  # another forward, or no matrix for B A
             return None
         return "linear" if len(shape) == 2 else "conv"
 
 
 def module_path(name: str) -> str:
+    """Return a parameter's name without its last part."""
     return name.rpartition(".")[0]
 
 
 def get_output_head(model: PreTrainedModel) -> nn.Module | None:
+    """Return the model's output head; None if the model has none."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def are_equal(a: Tensor, b: Tensor) -> bool:
-    """Return True if two tensors are one, value by value."""
+    """Return True if two tensors have the same shape, dtype and bytes. Reads them, unless they are one object."""
     return a is b or ((a.shape, a.dtype) == (b.shape, b.dtype) and a.load() == b.load())
 
 
 def is_causal_model(config: Json) -> bool:
+    """Return True if the config names an architecture that ends with LMHeadModel or ForCausalLM."""
     return any(kind.endswith(("LMHeadModel", "ForCausalLM")) for kind in config.get("architectures") or ())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults of an adapter file: a rule is a function, and says what to do; and whether the file has all that it names."""
+"""Faults of an adapter file, found by rules with remedies; and the parts that its config names and it lacks."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from graft.inject.match import Matcher
 
 Severity = Literal["error", "warning", "note"]
 OUTLIER = 6  # median absolute deviations above the median
-TOP, INTRUDER = 10, 0.5  # singular vectors that are looked at; the cosine below which one is an intruder
+TOP, INTRUDER = 10, 0.5  # the number of singular vectors compared; the cosine below which one is an intruder
 MIRROR = re.compile(r"^unsloth/|-(bnb-)?(4|8)bit\b|-(gptq|awq|gguf|fp8)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that a rule found."""
+    """A fault that a rule found."""
 
     rule: str
     severity: Severity
@@ -48,33 +48,37 @@ class Finding:
 
 @dataclass
 class LintSubject:
-    """An adapter, and what several rules ask of it."""
+    """An adapter and its base (with the adapter's names), with values that several rules share.
+
+    Each is computed once.
+    """
 
     adapter: AdapterFile
     base: BaseDescription | None = None
 
     @cached_property
     def finite_loras(self) -> dict[str, LowRank]:
-        """The modules of low rank whose numbers are finite."""
+        """The LoRA modules (AdaLoRA as LoRA) without NaN and infinite numbers, by path."""
         loras = {path: algebra.as_low_rank(lora) for path, lora in self.adapter.modules.items()}
         bad = {path for path, values in self.floating_tensors if not np.isfinite(values.read()).all()}
         return {path: lora for path, lora in loras.items() if lora is not None and path not in bad}
 
     @cached_property
     def floating_tensors(self) -> list[tuple[str, Tensor]]:
-        """All floating tensors, by the module or name that they belong to."""
+        """All floating tensors, each with the path of its module or its own name."""
         tensors = [(path, t) for path, h in self.adapter.modules.items() for t in list_module_tensors(h)]
         return [(name, t) for name, t in (*tensors, *self.adapter.loose_tensors) if t.dtype in FLOATS]
 
     @cached_property
     def norms(self) -> dict[str, float]:
+        """‖ΔW‖ of each finite LoRA module, over all experts."""
         return {
             p: float(np.sqrt(sum(algebra.frobenius_norm(x) ** 2 for x in algebra.list_delta_products(h))))
             for p, h in self.finite_loras.items()
         }
 
     def read_weight(self, path: str) -> np.ndarray | None:
-        """Return the base's weight of a module; None if none fits, of which another rule tells, or it has no values."""
+        """Return the base's weight of a LoRA module; None if the base lacks it, has another shape, or has no values."""
         assert self.base is not None
         try:
             return read_base_weight(path, self.adapter, self.base, self.finite_loras[path])
@@ -83,10 +87,10 @@ class LintSubject:
 
 
 def lint_adapter(adapter: AdapterFile, base: BaseDescription | None = None) -> list[Finding]:
-    """Return what looks wrong in an adapter, the worst first.
+    """Return the faults of an adapter, errors first, then warnings, then notes.
 
     Args:
-        base: lets the rules look that compare with it, the slow one for intruder dimensions among them.
+        base: adds the rules that compare with the base, including the slow search for intruder dimensions.
     """
     look = LintSubject(adapter, None if base is None else choose_names(base, adapter.modules))
     order = ("error", "warning", "note")
@@ -99,22 +103,25 @@ def lint_adapter(adapter: AdapterFile, base: BaseDescription | None = None) -> l
     return sorted(findings, key=lambda f: order.index(f.severity))
 
 
-Faults = Iterator[tuple[str, list[str]]]  # a text, and the names that it is about
+Faults = Iterator[tuple[str, list[str]]]  # pairs of a text and the names that it is about
 
 
 def find_nan(look: LintSubject) -> Faults:
+    """Yield one fault with the names of the tensors that have NaN, if there are any."""
     bad = {name for name, t in look.floating_tensors if np.isnan(t.read()).any()}
     if bad:
         yield f"NaN in {join_some(sorted(bad), 3)}", sorted(bad)
 
 
 def find_infinite(look: LintSubject) -> Faults:
+    """Yield one fault with the names of the tensors that have infinite numbers, if there are any."""
     bad = {name for name, t in look.floating_tensors if np.isinf(t.read()).any()}
     if bad:
         yield f"an infinite number in {join_some(sorted(bad), 3)}", sorted(bad)
 
 
 def find_zero_b(look: LintSubject) -> Faults:
+    """Yield one fault with the LoRA modules with ΔW = 0, if there are any."""
     zero = [path for path, size in look.norms.items() if size == 0]
     if zero:
         which = "all modules" if len(zero) == len(look.norms) else f"{len(zero)} of {len(look.norms)} modules"
@@ -122,6 +129,11 @@ def find_zero_b(look: LintSubject) -> Faults:
 
 
 def find_outliers(look: LintSubject) -> Faults:
+    """Yield one fault with the modules that have an unusually large ‖ΔW‖/‖W‖, if there are any.
+
+    It is more than `OUTLIER` median absolute deviations above the median. With fewer than four modules, or without a
+    spread, nothing is yielded.
+    """
     wholes = {path: float(np.linalg.norm(W)) for path in look.norms if (W := look.read_weight(path)) is not None}
     sizes = {path: look.norms[path] / whole for path, whole in wholes.items() if whole > 0}
     if len(sizes) < 4:
@@ -137,6 +149,10 @@ def find_outliers(look: LintSubject) -> Faults:
 
 
 def find_unused_targets(look: LintSubject) -> Faults:
+    """Yield a fault for target_modules, and one for target_parameters, if entries match no module of the file.
+
+    An invalid regular expression matches nothing. "all-linear" and files without modules are skipped.
+    """
     config, paths = look.adapter.config, [*look.adapter.modules, *(n.rpartition(".")[0] for n in look.adapter.rows)]
     for name in ("target_modules", "target_parameters"):
         targets = config.get(name)
@@ -153,10 +169,11 @@ def find_unused_targets(look: LintSubject) -> Faults:
         else:
             unused = [repr(targets)]
         if unused:
-            yield f"{name} names what the file has no tensor for: {join_some(sorted(unused), 5)}", unused
+            yield f"{name} names modules without a tensor in the file: {join_some(sorted(unused), 5)}", unused
 
 
 def find_unknown_keys(look: LintSubject) -> Faults:
+    """Yield a fault for keys without a meaning, and one for whole tensors that modules_to_save does not name."""
     adapter = look.adapter
     if adapter.unknown_keys:
         yield f"keys without a meaning: {join_some(adapter.unknown_keys, 3)}", adapter.unknown_keys
@@ -165,11 +182,19 @@ def find_unknown_keys(look: LintSubject) -> Faults:
 
 
 def find_gaps(look: LintSubject) -> Faults:
+    """Yield one fault with all parts that the config names and the file lacks (`list_gaps`), if there are any."""
     if lost := list_gaps(look.adapter, look.base):
         yield f"the file lacks {join_some(lost, 3)}, which its config names", lost
 
 
 def find_base_mismatch(look: LintSubject) -> Faults:
+    """Yield one fault with the modules that do not fit the base's shapes.
+
+    Without any, yield one if the file's fingerprint has other shapes.
+
+    Modules are skipped for a base without values, and experts for a base with single experts. Transposed shapes count
+    as equal in the fingerprint.
+    """
     assert look.base is not None
     wrong, texts = [], []
     for path, lora in look.finite_loras.items():
@@ -187,13 +212,14 @@ def find_base_mismatch(look: LintSubject) -> Faults:
     note = look.adapter.metadata.get("graft_base")
     shapes = (parse_json(note, "the fingerprint") or {}).get("weights", {}) if note else {}
     base_shapes = {p: look.base.shapes[name] for p in shapes if (name := find_weight_name(p, look.base)) is not None}
-    # stored (in, out)
+    # weights may be stored (in, out)
     mismatches = [p for p, s in base_shapes.items() if tuple(shapes[p]) not in (s, (*s[:-2], *s[:-3:-1]))]
     if mismatches and not wrong:
         yield f"the file's fingerprint is of other shapes: {join_some(mismatches, 3)}", mismatches
 
 
 def check_base_name(look: LintSubject) -> Faults:
+    """Yield a fault if the file names no base, a local path, or a quantized copy of a model."""
     name = look.adapter.base
     if not name:
         yield "the file does not name its base", []
@@ -204,11 +230,13 @@ def check_base_name(look: LintSubject) -> Faults:
 
 
 def find_missing_card(look: LintSubject) -> Faults:
+    """Yield a fault if the adapter is a folder without README.md."""
     if os.path.isdir(look.adapter.path) and not os.path.isfile(os.path.join(look.adapter.path, CARD)):
         yield f"there is no {CARD}", []
 
 
 def find_pickles(look: LintSubject) -> Faults:
+    """Yield a fault with the pickle files of the adapter's folder (or the file itself), by their endings."""
     folder = look.adapter.path
     names = os.listdir(folder) if os.path.isdir(folder) else [os.path.basename(folder)]
     if pickles := sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))):
@@ -216,6 +244,11 @@ def find_pickles(look: LintSubject) -> Faults:
 
 
 def find_intruders(look: LintSubject) -> Faults:
+    """Yield one fault with the modules that have intruder dimensions, if there are any. Needs an SVD of each weight.
+
+    An intruder is one of the first `TOP` left singular vectors of W + ΔW with a cosine below `INTRUDER` to all of W.
+    Experts and modules without a base weight are skipped.
+    """
     paths, texts = [], []
     for path, lora in look.finite_loras.items():
         if lora.kind == "experts" or look.norms[path] == 0 or (W := look.read_weight(path)) is None:
@@ -228,10 +261,11 @@ def find_intruders(look: LintSubject) -> Faults:
             paths.append(path)
             texts.append(f"{path} {n}")
     if paths:
-        yield f"singular vectors of W + ΔW that are like none of W's: {join_some(texts, 3)}", paths
+        yield f"singular vectors of W + ΔW that are unlike all of W's: {join_some(texts, 3)}", paths
 
 
 def add_delta(lora: LowRank, W: np.ndarray) -> np.ndarray:
+    """Return W + ΔW of a module, for DoRA its magnitude included, in float64."""
     if lora.magnitude is not None:
         return W + algebra.compute_dora_delta(lora, W)
     ((B, A),) = algebra.list_delta_products(lora)
@@ -239,6 +273,8 @@ def add_delta(lora: LowRank, W: np.ndarray) -> np.ndarray:
 
 
 class Rule(NamedTuple):
+    """One rule of `lint`."""
+
     name: str
     severity: Severity
     check: Callable[[LintSubject], Faults]
@@ -249,41 +285,43 @@ class Rule(NamedTuple):
 RULES = (
     Rule("nan", "error", find_nan, "Train again from a checkpoint before it, with a smaller learning rate."),
     Rule("inf", "error", find_infinite, "Train again, or save in float32 or bfloat16."),
-    Rule("zero-B", "warning", find_zero_b, "They were never trained: look for what froze them, or leave them out."),
-    Rule("outlier", "warning", find_outliers, "See whether training diverged there, and give it a smaller weight.",
+    Rule("zero-B", "warning", find_zero_b, "They were never trained. Find out why, or leave them out."),
+    Rule("outlier", "warning", find_outliers, "Check whether training diverged there. Lower its weight.",
          True),
     Rule("unused-target", "warning", find_unused_targets,
-         "Take it out of the config, or find out why it was not adapted."),
-    Rule("not-whole", "error", find_gaps, "Save or download it again, or take what it lacks out of its config."),
-    Rule("orphan-key", "error", find_unknown_keys, "Others drop or refuse them: save it again where it was made."),
+         "Remove it from the config, or find out why it was not adapted."),
+    Rule("not-whole", "error", find_gaps, "Save or download it again, or remove those entries from its config."),
+    Rule("orphan-key", "error", find_unknown_keys, "Other libraries refuse them. Save it again where it was trained."),
     Rule("base-mismatch", "error", find_base_mismatch, "Give the base that the adapter was trained on.", True),
     Rule("base-name", "note", check_base_name, "Write the hub id of the original model into base_model_name_or_path."),
-    Rule("no-card", "note", find_missing_card, "Write one: what it was trained on, for what, and the licence."),
+    Rule("no-card", "note", find_missing_card, "Write one, with the training data, the purpose and the licence."),
     Rule("pickle", "warning", find_pickles,
-         "Leave files of a training out; graft convert --to peft writes safetensors."),
-    Rule("intruder", "note", find_intruders, "They cost knowledge of the base: see graft.reduce_intruder_dimension.",
+         "Remove files of a training run: graft convert writes safetensors."),
+    Rule("intruder", "note", find_intruders, "They cost knowledge of the base. See graft.reduce_intruder_dimension.",
          True),
 )  # fmt: skip
 
 
-HEADS = {"classifier", "score", "qa_outputs"}  # which PEFT adds to modules_to_save, of which a model has some
+HEADS = {"classifier", "score", "qa_outputs"}  # PEFT adds these to modules_to_save; a model has only some
 
 
 def check_whole(adapter: AdapterFile, base: BaseDescription | None = None) -> None:
-    """Raise CheckpointError if an adapter lacks something, see `list_gaps`."""
+    """Raise CheckpointError if an adapter lacks a part that its config names, see `list_gaps`."""
     if lost := list_gaps(adapter, base):
         raise CheckpointError(
-            f"{adapter.path} is not whole: it lacks {join_some(lost, 3)}. Save or download it again, or take what it "
-            "lacks "
-            "out of its adapter_config.json."
+            f"{adapter.path} is not whole: it lacks {join_some(lost, 3)}. Save or download it again, or remove those "
+            "entries from its adapter_config.json."
         )
 
 
 def list_gaps(adapter: AdapterFile, base: BaseDescription | None = None) -> list[str]:
-    """Return in words what an adapter lacks of what its config says; [] if it is whole, as far as can be seen.
+    """Return descriptions of the parts that an adapter's config names and the adapter lacks; [] for a complete one.
+
+    An adapter without any tensors gives ["every tensor"], or [] if it has unknown keys. Files without PEFT's config
+    give [].
 
     Args:
-        base: tells which modules the config's targets select.
+        base: also checks that all modules which the targets select have factors, and the biases.
     """
     if not adapter.modules and not adapter.loose_tensors:
         return [] if adapter.unknown_keys else ["every tensor"]
@@ -298,7 +336,10 @@ def list_gaps(adapter: AdapterFile, base: BaseDescription | None = None) -> list
 
 
 def list_factor_gaps(adapter: AdapterFile) -> Iterator[str]:
-    """Yield what modules lack beside A and B."""
+    """Yield the missing magnitudes (use_dora) and biases (lora_bias) of modules that have factors.
+
+    Experts are skipped.
+    """
     factors = {path: lora for path, lora in adapter.low_rank.items() if lora.kind != "experts"}
     if adapter.config.get("use_dora"):
         yield from (f"the magnitude of {path}" for path, lora in factors.items() if lora.magnitude is None)
@@ -309,7 +350,11 @@ def list_factor_gaps(adapter: AdapterFile) -> Iterator[str]:
 
 
 def list_tensor_gaps(adapter: AdapterFile, base: BaseDescription | None) -> Iterator[str]:
-    """Yield the modules that were trained whole, the biases and the rows of embeddings that are not there."""
+    """Yield the missing modules of modules_to_save, rows of trainable_token_indices, and biases.
+
+    A name of modules_to_save only counts if the base has such a module. Without a base, one classifier head is enough.
+    Biases need a base.
+    """
     config = adapter.config
     prefixes = [f"{name}." for name in (*adapter.full, *adapter.modules)]
     saved = {name: any(f"{name}." in prefix for prefix in prefixes) for name in config.get("modules_to_save") or ()}
@@ -330,7 +375,11 @@ def list_tensor_gaps(adapter: AdapterFile, base: BaseDescription | None) -> Iter
 
 
 def list_layer_gaps(adapter: AdapterFile, base: BaseDescription) -> Iterator[str]:
-    """Yield the modules that targets select, like those that have factors or in the same blocks, and that have none."""
+    """Yield the modules of the base that the targets select and that have no factors.
+
+    Two kinds count: modules that have factors in another layer; and modules next to adapted ones, selected by a config
+    entry that selects no adapted module.
+    """
     adapted_kinds = {mask_layer_number(path) for path in adapter.modules}
     blocks = {kind.partition("#")[0] for kind in adapted_kinds if "#" in kind}
     modules = [module for module in base.modules if f"{module}.weight" in base.shapes]
@@ -346,7 +395,12 @@ def list_layer_gaps(adapter: AdapterFile, base: BaseDescription) -> Iterator[str
 
 
 def select_targets(adapter: AdapterFile, field: str, names: list[str]) -> dict[str, str | None]:
-    """Return the names that a field of targets selects, with the entry that does."""
+    """Return name → entry of the field for the names that `target_modules` or `target_parameters` selects, by the
+    config's rules.
+
+    Returns {} for an empty or invalid field, and for configs with `adapter_layers`. The entry is None where the rule
+    names none.
+    """
     config, targets = adapter.config, adapter.config.get(field)
     if "adapter_layers" in config or not (isinstance(targets, str) or (isinstance(targets, list) and targets)):
         return {}
@@ -355,7 +409,7 @@ def select_targets(adapter: AdapterFile, field: str, names: list[str]) -> dict[s
     fields |= {"target_modules": None, "target_parameters": None, field: ".*" if targets == "all-linear" else targets}
     try:
         matcher = Matcher(SimpleNamespace(**fields), field == "target_parameters")
-    except (ConfigError, TypeError):  # of which another error tells
+    except (ConfigError, TypeError):  # another rule reports the invalid field
         return {}
     verdicts = {name.removesuffix(".weight"): matcher(name) for name in names}
     return {name: verdict.entry for name, verdict in verdicts.items() if verdict.outcome == "matched"}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load adapters of other libraries' formats onto a model, by the tensors that PEFT would have of them, in memory.
+"""Load adapter files of other libraries onto a model, by converting them in memory to the tensors of PEFT's format.
 
-A live model counts as a base of files: the names, shapes and values of its parameters as they are without adapters.
+The live model is the base: its names, shapes and values without adapters.
 """
 
 from __future__ import annotations
@@ -46,21 +46,22 @@ def load_adapter(
     """Load an adapter of any format that graft reads onto a model: PEFT, kohya, LyCORIS, diffusers, MLX, GGUF, …
 
     Args:
-        model: a PeftModel, which gets one adapter more, or a model without adapters, which becomes one. Its modules'
-            names tell what the file means.
-        path: a file or folder. Of a pipeline's file the part is taken that the model has the names of. AdapterFusion
-            goes to a PeftMixedModel that has the bottlenecks by the names that the file gives them.
-        mixed: a model without adapters becomes a PeftMixedModel, for adapters of several methods.
-        lossy: leave out what graft has no method for.
-        options: of `PeftModel.from_pretrained` or of its `load_adapter`: `is_trainable`.
+        model: a PeftModel, which gets one more adapter, or a model without adapters, which becomes a PeftModel. The
+            names of its modules give the file's names their meaning.
+        path: a file or folder. Of a pipeline's file only the part that fits the model is loaded. AdapterFusion needs a
+            PeftMixedModel with the bottlenecks, under the names that the file has for them.
+        mixed: turn a model without adapters into a PeftMixedModel, for adapters of several methods.
+        lossy: drop the parts that graft has no method for.
+        options: of `PeftModel.from_pretrained`, or of its `load_adapter` for a PeftModel, such as `is_trainable`.
 
     Returns:
-        The PeftModel; with one, the adapter is loaded beside the others, inactive.
+        The PeftModel. On a PeftModel that was passed in, the new adapter is inactive.
 
     Raises:
         CheckpointError: the file is damaged, or no adapter.
-        BaseModelMismatchError: the model has no such modules, or weights of other shapes.
-        LossError: the file has what graft has no method for, and `lossy` is False.
+        BaseModelMismatchError: the model lacks modules of the adapter, or has weights of other shapes. Names of earlier
+            transformers versions are tried, too.
+        LossError: graft has no method for a part of the file, and `lossy` is False.
     """
     known = describe_base_of(model)
     try:
@@ -87,7 +88,11 @@ def load_adapter(
 
 
 def read_part_of_model(path: str | os.PathLike[str], known: Skeleton) -> AdapterFile:
-    """Return the adapter of a file, of a pipeline's that of the part which a model is, after a look at its names."""
+    """Read an adapter file under a model's names; of a pipeline's file return the part that fits the model.
+
+    Module names with one prefix more or less than the model's are renamed. PEFT's own format, except for a pipeline, is
+    not checked here. Raises BaseModelMismatchError if modules or shapes do not fit.
+    """
     adapter = read(path, known)
     if adapter.format != "peft" or adapter.is_pipeline:
         adapter = select_pipeline_part(adapter, known)
@@ -99,16 +104,22 @@ def read_part_of_model(path: str | os.PathLike[str], known: Skeleton) -> Adapter
 
 
 def list_former_names(known: Skeleton) -> dict[str, str] | None:
-    """Return the names that a model's modules had in earlier versions of transformers, by today's; None: the same."""
+    """Return module path → path in earlier versions of transformers, for all modules; None if all are equal."""
     experts = ExpertStacks(known.model)
     names = {path: experts.find_old_path(path) for path in known.modules}
     return names if any(old != new for new, old in names.items()) else None
 
 
 def rename_base_modules(known: Skeleton, names: Mapping[str, str]) -> Skeleton:
-    """Return a model with other names for its modules."""
+    """Return a copy of a Skeleton with other module paths, also in the names of shapes and tensors.
+
+    Args:
+        names: old path → new path; modules that are not in it are dropped from the list, and their tensors keep their
+            names.
+    """
 
     def new_name(name: str) -> str:
+        """Return a tensor's name with its module renamed."""
         module, _, leaf = name.rpartition(".")
         return f"{names[module]}.{leaf}" if module in names else name
 
@@ -119,7 +130,11 @@ def rename_base_modules(known: Skeleton, names: Mapping[str, str]) -> Skeleton:
 
 
 def describe_base_of(model: Any) -> Skeleton:
-    """Return names, shapes and values of a model as they are without adapters."""
+    """Return names, shapes and lazily read values of a model without its adapters, even if some are merged.
+
+    For a PeftModel it is the base model; modules inside adapted layers are left out. Meta tensors, integers and tensor
+    subclasses have a shape but no values.
+    """
     is_adapted = hasattr(model, "get_base_model")
     base: nn.Module = model.get_base_model() if is_adapted else model
     layers = survey_model(base).layers
@@ -142,5 +157,5 @@ def describe_base_of(model: Any) -> Skeleton:
 
 
 def read_weight_bytes(read: Callable[[], torch.Tensor], name: str) -> bytes:
-    """Return the bytes of a weight, from its device: only a format that needs values asks."""
+    """Return the bytes of the tensor that `read` returns, copied to the CPU."""
     return bytes(from_torch(read().detach(), name).load())

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods as the files of PEFT have them: those of LyCORIS, and KaSA as LoRA with a shift of the base."""
+"""Conversion of methods to the form of PEFT's files: (IA)³ and LoKr of LyCORIS, and KaSA to LoRA with a shift of the
+base.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def lycoris_to_peft(adapter: AdapterFile, base: Base | None = None) -> AdapterFile:
-    """Return an adapter whose (IA)³ and LoKr are those of PEFT, with the fields that its config needs for them.
+    """Return an adapter with (IA)³ and LoKr of LyCORIS converted to PEFT's, with a config; other adapters unchanged.
 
-    LyCORIS keeps what (IA)³ adds to 1. Where it scales outputs it leaves the bias alone, and PEFT's method does not:
-    such a module stays as it is, and no file of PEFT can hold it.
+    LyCORIS stores (IA)³ as the difference from 1. It leaves biases alone where it scales outputs, which PEFT cannot
+    express: such an adapter is unchanged, and writing it as PEFT fails.
     """
     other_modules = {path: m for path, m in adapter.modules.items() if isinstance(m, OtherMethod)}
     methods = {m.method for m in adapter.modules.values()}
@@ -36,6 +38,11 @@ def lycoris_to_peft(adapter: AdapterFile, base: Base | None = None) -> AdapterFi
 
 
 def convert_ia3(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod], base: Base | None) -> AdapterFile:
+    """Return the adapter as PEFT's (IA)³: vectors plus 1, and a config with the input-side modules as
+    feedforward_modules.
+
+    It is unchanged if a module scales outputs and has a bias in the base, or without a base.
+    """
     modules: dict[str, LowRank | OtherMethod] = {}
     of_inputs = []
     for path, m in other_modules.items():
@@ -53,10 +60,11 @@ def convert_ia3(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod], 
 
 
 def convert_lokr(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod], base: Base | None) -> AdapterFile:
-    """Return an adapter whose config makes PEFT's LoKr of the same shapes: a factor, and a rank per module.
+    """Return an adapter with a config of PEFT's LoKr: one decompose_factor, and the rank and alpha of each module.
 
-    A second factor that is whole has a rank from which on PEFT keeps it whole. Where no one factor makes all shapes,
-    the adapter stays as it is, and no file of PEFT can hold it.
+    A full second factor gets the lowest rank for which PEFT keeps it full. If no single factor gives all shapes, the
+    modules' method becomes "LoKr of several factors", which writing as PEFT refuses. Raises CheckpointError for missing
+    or one-dimensional factors.
     """
     from graft.kernels.structured import factorization
 
@@ -66,8 +74,11 @@ def convert_lokr(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod],
         try:
             one, two = factor_shape(m, "lokr_w1"), factor_shape(m, "lokr_w2")
         except (KeyError, IndexError) as e:
-            raise CheckpointError(f"{adapter.path} lacks a factor of '{path}', or it is no matrix: {e}.") from e
-        if base is not None and f"{path}.weight" in base.shapes:  # columns of a factored kernel are n · its size
+            raise CheckpointError(
+                f"{adapter.path} lacks a factor of '{path}', or it is no matrix: {e}. Save or download it again."
+            ) from e
+        # the last factor of a kernel has n · kernel size columns
+        if base is not None and f"{path}.weight" in base.shapes:
             two = two[0], base.shapes[f"{path}.weight"][1] // one[1]
         grids.append((one, two))
         ranks[path] = m.rank or max(two)
@@ -100,7 +111,9 @@ def convert_lokr(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod],
 
 
 def factor_shape(m: OtherMethod, name: str) -> tuple[int, int]:
-    """Return the rows and columns of a factor, whole or in two."""
+    """Return the rows and columns of a LoKr factor, which is one full tensor or a product of two, with a Tucker core or
+    without.
+    """
     tensors = m.tensors
     if name in tensors:
         return tensors[name].shape[0], tensors[name].shape[1]
@@ -110,15 +123,16 @@ def factor_shape(m: OtherMethod, name: str) -> tuple[int, int]:
 
 
 def kasa_to_lora(adapter: AdapterFile, base: BaseDescription) -> AdapterFile:
-    """Return an adapter whose KaSA is LoRA, with what KaSA takes out of the base as PiSSA's files have it.
+    """Return an adapter with each KaSA module as LoRA plus a shift: the smallest singular components that KaSA removes
+    from the base.
 
-    The singular components of a weight are computed when the tensors are read.
+    An adapter without KaSA is returned as it is. The components are computed once per module, when they are read.
 
     Raises:
-        BaseModelMismatchError: the base lacks a weight of the adapter, or has it in another shape.
-        BaseNeededError: of the base only names are known.
+        BaseModelMismatchError: the base lacks a weight of the adapter, or has another shape.
+        BaseNeededError: the base has names but no weights.
     """
-    # KaSA is LoRA on a base without its smallest singular components, which only the base's weights tell
+    # only the base's weights contain the components that KaSA removes
     modules = {path: m for path, m in adapter.modules.items() if isinstance(m, OtherMethod) and m.method == "KASA"}
     if not modules:
         return adapter
@@ -127,7 +141,7 @@ def kasa_to_lora(adapter: AdapterFile, base: BaseDescription) -> AdapterFile:
         A, B = module.tensors["lora_A.weight"], module.tensors["lora_B.weight"]
         scaled = make_tensor((read_float64(module.tensors["lora_diag"])[:, None] * read_float64(A)).astype("f4"))
         lora = LowRank(scaled, B, 1.0 if module.scale is None else module.scale)
-        read_base_weight(path, adapter, known, lora)  # looks whether it fits
+        read_base_weight(path, adapter, known, lora)  # raises an error early if the base does not fit
         smallest = cache(partial(compute_smallest_components, path, adapter, known, lora))
         lora.extra = {
             "lora_shift.A": Tensor(A.shape, "F32", partial(read_component_bytes, smallest, 0)),
@@ -138,13 +152,18 @@ def kasa_to_lora(adapter: AdapterFile, base: BaseDescription) -> AdapterFile:
 
 
 def read_component_bytes(smallest: Callable[[], Sequence[bytes]], i: int) -> bytes:
+    """Return item `i` of `smallest()`: 0 for A, 1 for B."""
     return smallest()[i]
 
 
 def compute_smallest_components(
     path: str, adapter: AdapterFile, base: BaseDescription, lora: LowRank
 ) -> tuple[bytes, bytes]:
-    """Return the smallest singular components of a module's weight, as many as its rank: the bytes of A and B."""
+    """Return the smallest singular components of a module's base weight, as many as the rank, as float32 bytes of A and
+    B.
+
+    B contains the singular values.
+    """
     U, s, Vt = np.linalg.svd(read_base_weight(path, adapter, base, lora).astype("f8"), full_matrices=False)
     r = lora.rank
     return Vt[-r:].astype("<f4").tobytes(), np.ascontiguousarray(U[:, -r:] * s[-r:], "<f4").tobytes()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of modules: a file's, looked up among those of a base model, and those that begin with a part of a pipeline."""
+"""Module names: a file's names looked up in a base model, paths by layer, and paths by the part of a pipeline."""
 
 from __future__ import annotations
 
@@ -24,27 +24,30 @@ CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}  # m
 
 
 class FlatNames:
-    """A base's modules by their paths with "_" for ".": whole names are looked up, none is ever split."""
+    """A base's modules by their paths with "_" for ".".
+
+    Names are only looked up as a whole, since "_" may be part of a name.
+    """
 
     def __init__(self, base: Base):
+        """Index the base's modules by their flat names."""
         self.path = base.path
         self.by_key: dict[str, list[str]] = {}
         for module in base.modules:
             self.by_key.setdefault(module.replace(".", "_"), []).append(module)
 
     def find(self, name: str, components: Iterable[str] = ("",)) -> str | None:
-        """Return the path of a module, in the first of `components` of the base that has it; None: none has.
+        """Return the module path of a flat name, in the first of `components` that has it; None if none has.
 
-        Raises:
-            CheckpointError: two modules have this name.
+        The component "" is the whole base. Raises CheckpointError if two modules have this flat name.
         """
         for component in components:
             matches = self.by_key.get(f"{component}_{name}" if component else name, [])
             matches = [path for path in matches if not component or path.startswith(f"{component}.")]
             if len(matches) > 1:
                 raise CheckpointError(
-                    f"The name '{name}' is that of two modules of {self.path}: {' and '.join(matches[:2])}. The file "
-                    "does not say which it means."
+                    f"The name '{name}' fits two modules of {self.path}: {' and '.join(matches[:2])}. Convert the file "
+                    "with the library that wrote it."
                 )
             if matches:
                 return matches[0]
@@ -52,37 +55,37 @@ class FlatNames:
 
 
 def flatten_paths(paths: Iterable[str]) -> dict[str, str]:
-    """Return the paths with "_" for ".", by path.
-
-    Raises:
-        CheckpointError: two paths get one name.
-    """
+    """Return path → path with "_" for ".". Raises CheckpointError if two paths get the same name."""
     names: dict[str, str] = {}
     for path in paths:
         first_path = names.setdefault(path.replace(".", "_"), path)
         if first_path != path:
-            raise CheckpointError(f"{first_path} and {path} would have one name, '{path.replace('.', '_')}'.")
+            raise CheckpointError(
+                f"{first_path} and {path} would both be named '{path.replace('.', '_')}'. Choose a format with dotted "
+                "names, such as peft."
+            )
     return {path: name for name, path in names.items()}
 
 
 def make_missing_error(adapter: AdapterFile, names: Iterable[str], base: Base) -> BaseModelMismatchError:
-    """Return the error for names that a base model does not have."""
+    """Return (not raise) the error for names that a base model lacks."""
     return BaseModelMismatchError(
-        f"{base.path} has no modules for {join_some([*names], 4)} of {adapter.path}: it is another model than the "
-        "adapter "
+        f"{base.path} has no modules for {join_some([*names], 4)} of {adapter.path}. Give the model that the adapter "
         "was trained on."
     )
 
 
 def check_modules(adapter: AdapterFile, base: BaseDescription) -> BaseDescription:
-    """Compare an adapter's modules and shapes with a base model's; return the base by the adapter's names.
+    """Return the base under the adapter's names, after a check that its modules and the shapes of LoRA factors fit.
+
+    Stacks of experts may be missing from the base.
 
     Raises:
-        BaseModelMismatchError: there is no such module, or its weight has another shape.
+        BaseModelMismatchError: a module is missing, or its weight has another shape.
     """
     known = choose_names(base, adapter.modules)
     modules = set(known.modules)
-    # of experts, some bases have the parameter and others a module for each
+    # for experts, some bases have a parameter, and others a module per expert
     absent = [path for path, module in adapter.modules.items() if path not in modules and module.kind != "experts"]
     if absent:
         raise make_missing_error(adapter, absent, base)
@@ -91,7 +94,11 @@ def check_modules(adapter: AdapterFile, base: BaseDescription) -> BaseDescriptio
 
 
 def to_model_names(adapter: AdapterFile, base: BaseDescription) -> tuple[AdapterFile, BaseDescription]:
-    """Return an adapter, and its base, by the names of the base's model, where the adapter has those of its files."""
+    """Return the adapter and the base under the parameter names of the base's model, if the adapter has the file's
+    names.
+
+    Both are unchanged if no library knows the model, or the model has all of the adapter's modules.
+    """
     view = view_by_model_names(base)
     if view is None or set(view.modules).issuperset(adapter.modules):
         return adapter, base
@@ -101,13 +108,14 @@ def to_model_names(adapter: AdapterFile, base: BaseDescription) -> tuple[Adapter
 
 
 def rename_modules(adapter: AdapterFile, new: Mapping[str, str]) -> AdapterFile:
-    """Return an adapter with other names for its modules.
+    """Return a copy of an adapter with other module paths, also in the names of whole tensors and token rows.
 
     Args:
-        new: old path → new path.
+        new: old path → new path; modules that are not in it keep their paths.
     """
 
     def name(old: str) -> str:
+        """Return a tensor's name with its module renamed."""
         module, _, leaf = old.rpartition(".")
         return f"{new[module]}.{leaf}" if module in new else old
 
@@ -117,7 +125,13 @@ def rename_modules(adapter: AdapterFile, new: Mapping[str, str]) -> AdapterFile:
 
 
 def check_shapes(loras: Mapping[str, LowRank], adapter: AdapterFile, base: Base) -> None:
-    """Raise BaseModelMismatchError for factors, by the base's paths, that make no update of the base's weight."""
+    """Raise BaseModelMismatchError if LoRA factors have no shape for an update of the base's weight.
+
+    Experts, modules that the base lacks, and quantized bases are skipped.
+
+    Args:
+        loras: by the base's module paths.
+    """
     if "quantization_config" in base.config:
         return
     turned = base.config.get("model_type") in CONV1D
@@ -129,18 +143,24 @@ def check_shapes(loras: Mapping[str, LowRank], adapter: AdapterFile, base: Base)
     ]
     if wrong:
         raise BaseModelMismatchError(
-            f"{adapter.path} is for a model of other shapes than {base.path}: {join_some(wrong, 4)}."
+            f"{adapter.path} is for a model of other shapes than {base.path}: {join_some(wrong, 4)}. Give its own base."
         )
 
 
 def is_stored_in_out(adapter: AdapterFile, base_config: Json) -> bool:
-    """Return True if square weights of linear layers are stored (in, out), by the adapter's config or the base's."""
+    """Return True if linear weights are stored (in, out): by the adapter's fan_in_fan_out, or without that field by the
+    base's model type.
+    """
     flag = adapter.config.get("fan_in_fan_out")
     return base_config.get("model_type") in CONV1D if flag is None else bool(flag)
 
 
 def is_update_of(lora: LowRank, shape: tuple[int, ...], transposed: bool = False) -> bool:
-    """Return True if the factors of a module make an update of a weight of this shape."""
+    """Return True if the factors of a module give an update of a weight of this shape.
+
+    Experts also fit a 2-D shape, which one expert may have. A weight with a 1 × 1 kernel fits a linear update.
+    `transposed` also accepts (in, out).
+    """
     A, B = lora.A.shape, lora.B.shape
     if lora.kind == "experts":
         return len(shape) < 3 or (len(A) == len(B) == 3 and shape == (B[0], B[1], A[2]))
@@ -161,7 +181,10 @@ def is_update_of(lora: LowRank, shape: tuple[int, ...], transposed: bool = False
 
 
 def group_layers_by_kind(paths: Iterable[str]) -> dict[str, set[str]]:
-    """Return the numbers of the layers that have a module, by its path without the number."""
+    """Return path with "#" for the layer number → the layer numbers (as texts) that have it.
+
+    Paths without a number are skipped.
+    """
     out: dict[str, set[str]] = {}
     for path in paths:
         if numbered := split_layer_number(path):
@@ -170,13 +193,13 @@ def group_layers_by_kind(paths: Iterable[str]) -> dict[str, set[str]]:
 
 
 def split_layer_number(path: str) -> tuple[str, str] | None:
-    """Return a path with "#" for the number of its layer, and the number."""
+    """Return a path with "#" in place of its first number, and that number as a text; None if it has none."""
     match = re.search(r"\.(\d+)\.", path)
     return (f"{path[: match.start(1)]}#{path[match.end(1) :]}", match[1]) if match else None
 
 
 def mask_layer_number(path: str) -> str:
-    """Return a path without the number of its layer."""
+    """Return a path with "#" in place of its first number; without a number, the path itself."""
     numbered = split_layer_number(path)
     return numbered[0] if numbered else path
 
@@ -185,25 +208,34 @@ T = TypeVar("T")
 
 
 def find_pipeline_parts(paths: Iterable[str]) -> set[str]:
-    """Return the parts of a pipeline that paths begin with; empty if one begins otherwise."""
+    """Return the pipeline parts that the paths begin with, such as "unet"; empty if any path begins with
+    another name.
+    """
     first = {path.partition(".")[0] for path in paths}
     parts = {part for part in first if part.rstrip("_0123456789") in COMPONENTS}
     return parts if parts == first else set()
 
 
 def is_pipeline(base: Base | None) -> bool:
-    """Return True if a base is a pipeline's folder: others may have modules of such names, too, as GPT-2 has."""
+    """Return True if a base is a diffusers pipeline by its config.
+
+    Names alone are not enough: GPT-2 has a "transformer", too.
+    """
     return base is not None and str(base.config.get("_class_name", "")).endswith("Pipeline")
 
 
 def split_pipeline(adapter: AdapterFile) -> dict[str, AdapterFile]:
-    """Return an adapter for each part of a pipeline, without the part's name; empty if it is for one model."""
+    """Return part → adapter of that part, with paths without the part's name; {} if the adapter is for a single model.
+
+    Configs are emptied. Unknown keys go to the first part.
+    """
     paths = [*adapter.modules, *adapter.full, *adapter.rows] if adapter.is_pipeline else []
     out: dict[str, AdapterFile] = {}
     for part in sorted(find_pipeline_parts(paths)):
         start = f"{part}."
 
         def take_part(by_path: dict[str, T], start: str = start) -> dict[str, T]:
+            """Return the entries of one part, with their paths shortened."""
             return {path.removeprefix(start): value for path, value in by_path.items() if path.startswith(start)}
 
         out[part] = replace(
@@ -215,9 +247,9 @@ def split_pipeline(adapter: AdapterFile) -> dict[str, AdapterFile]:
 
 
 def select_pipeline_part(adapter: AdapterFile, base: Base) -> AdapterFile:
-    """Return the part of a pipeline's adapter that one model is, by names and shapes.
+    """Return the part of a pipeline's adapter that fits one model, by module names and shapes.
 
-    It is the adapter itself if it is for one model, or if not exactly one part fits.
+    Returns the whole adapter if it is for a single model, or if not exactly one part fits.
     """
     known, fitting = set(base.modules), []
     for part in split_pipeline(adapter).values():
@@ -228,13 +260,16 @@ def select_pipeline_part(adapter: AdapterFile, base: Base) -> AdapterFile:
 
 
 def find_common_method(adapter: AdapterFile, otherwise: str) -> str:
-    """Return the method of all modules, if it is one."""
+    """Return the method of all modules if there is only one, and `otherwise` if there are none or several."""
     methods = {module.method for module in adapter.modules.values()}
     return methods.pop() if len(methods) == 1 else otherwise
 
 
 def join_pipeline(parts: dict[str, AdapterFile], path: str) -> AdapterFile:
-    """Return the adapters of a pipeline's parts as one."""
+    """Return the adapters of a pipeline's parts as one adapter, with the part's name before each path.
+
+    The config is empty.
+    """
     out = replace(next(iter(parts.values())), path=path, modules={}, full={}, rows={}, shared={}, unknown_keys=[],
                   config={}, selected=None, is_pipeline=True)  # fmt: skip
     for part, of_part in parts.items():
@@ -245,13 +280,15 @@ def join_pipeline(parts: dict[str, AdapterFile], path: str) -> AdapterFile:
 
 
 def count_heads(base: Base, keys: bool) -> int:
-    """Return the number of heads of a base's queries, or of its keys.
+    """Return the number of query heads of a base by its config, or with `keys` of key heads (query heads if it names
+    none).
 
-    Raises:
-        BaseNeededError: its config does not say it.
+    Raises BaseNeededError if the config has no valid number.
     """
     heads = base.config.get("num_attention_heads")
     heads = base.config.get("num_key_value_heads") or heads if keys else heads
     if not isinstance(heads, int) or heads < 1:
-        raise BaseNeededError(f"The config of {base.path} does not say how many attention heads it has.")
+        raise BaseNeededError(
+            f"The config of {base.path} does not say how many attention heads it has. Add num_attention_heads."
+        )
     return heads

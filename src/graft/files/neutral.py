@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter file says, whatever its format: the one form between all readers and writers."""
+"""The neutral form of an adapter file. Readers convert to it, and writers from it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Kind = Literal["linear", "conv", "embedding", "experts"]
 
 @dataclass
 class LowRank:
-    """What LoRA adds to the weight of a module: ΔW = scale · B A, with W (out, in).
+    """The LoRA update of one module's weight: ΔW = scale · B A, for W (out, in).
 
     Attributes:
         A: (r, in); of a convolution (r, in, *kernel); of an embedding (r, vocabulary); of experts (E, r, in).
         B: (out, r); of a convolution (out, r, 1, …); of an embedding (dim, r); of experts (E, out, r).
-        scale: whatever alpha, rank and rsLoRA make of it.
-        magnitude: DoRA's, (out,).
-        bias: that the second factor adds, (out,), times `scale`.
-        mid: Tucker's core of a convolution, (r, r, *kernel); A is (r, in, 1, …) then.
-        alpha: what the file says, where `scale` does not tell it.
-        extra: further tensors of PEFT's variants, by their names there: "lora_velora_embed".
+        scale: the final factor, from alpha, rank and rsLoRA.
+        magnitude: of DoRA, (out,).
+        bias: a bias of the second factor, (out,); it is multiplied by `scale`.
+        mid: a Tucker core of a convolution, (r, r, *kernel); A then is (r, in, 1, …).
+        alpha: the file's alpha, where it does not follow from `scale`.
+        extra: further tensors of PEFT's variants, by their names in the file, such as "lora_velora_embed".
     """
 
     method: ClassVar[str] = "LORA"
@@ -40,12 +40,15 @@ class LowRank:
 
     @property
     def rank(self) -> int:
+        """The rank r of the factors."""
         return self.A.shape[1 if self.kind == "experts" else 0]
 
     @property
     def shift(self) -> tuple[Tensor, Tensor] | None:
-        """A and B of what an initialisation took out of the base (PiSSA): ΔW of the base as it was is scale · B A less
-        their product."""
+        """The factors (A, B) of the part of the base that an initialisation such as PiSSA removed; None without one.
+
+        For the original base, ΔW is scale · B A minus their product.
+        """
         if "lora_shift.A" not in self.extra:
             return None
         return self.extra["lora_shift.A"], self.extra["lora_shift.B"]
@@ -53,46 +56,47 @@ class LowRank:
 
 @dataclass
 class OtherMethod:
-    """What a method that is not LoRA keeps for a module: its tensors, by the names that PEFT's files give them."""
+    """The tensors of one module for a method other than LoRA, by their names in PEFT's files."""
 
     kind: ClassVar[str] = "other"
-    method: str  # PEFT's peft_type, or that of a method or variant that has none: "LOHA", "KASA", "BOTTLENECK"
+    method: str  # PEFT's peft_type, or graft's name of a variant without one: "LOHA", "KASA", "BOTTLENECK"
     tensors: dict[str, Tensor]  # "hada_w1_a"
-    scale: float | None = None  # where the method has one
+    scale: float | None = None  # if the method has one
 
     @property
     def rank(self) -> int:
-        """The rank of LoHa, or of LoKr's second factor, or its first; 0 where both are whole, and of other methods."""
+        """The rank of LoHa, or of LoKr's second or else first factor; 0 for two full factors and for other methods."""
         return next((self.tensors[k].shape[0] for k in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b") if k in self.tensors), 0)
 
 
 class LostModule(str):
-    """A line on a module that a format leaves out whole. A line on a part of a module is a plain text."""
+    """A description of a module that a format drops completely. A lost part of a module is a plain str."""
 
 
 @dataclass
 class AdapterFile:
-    """An adapter that was read from a file, or is about to be written to one.
+    """An adapter that was read from a file, or will be written to one.
 
     Attributes:
-        method: PEFT's peft_type of it: "LORA", "LOHA", "PROMPT_TUNING".
-        modules: module path of the base model → what the adapter has for it. What acts on a parameter of another name
-            than `weight`, such as a stack of experts, has that behind the path: "model.layers.0.mlp.experts.down_proj".
-        full: name of a tensor of the base model → its trained value: heads, norms, biases.
-        rows: name of an embedding's weight → (their indices, their values (n, dim)).
-        shared: tensors that belong to no module: prompts, projections of all layers; by name in the file.
-        config: the fields of the file's own config, as they are.
+        format: name of the file's format.
+        path: of the file or folder, for messages.
+        method: PEFT's peft_type: "LORA", "LOHA", "PROMPT_TUNING".
+        modules: module path in the base model → the adapter's tensors for it. For a parameter other than `weight`, such
+            as a stack of experts, its name is part of the path: "model.layers.0.mlp.experts.down_proj".
+        full: tensor name in the base model → its trained value: heads, norms, biases.
+        rows: name of an embedding's weight → (token indices, their values (n, dim)).
+        shared: tensors that belong to no module (prompts, projections of all layers), by name in the file.
+        config: the fields of the file's config, unchanged.
         metadata: of a safetensors file.
-        unknown_keys: keys that the reader knows no meaning of. Writers refuse to drop them in silence.
-        changed_base: an initialisation that changed the base, by PEFT's name, where the file does not say how: ΔW is
-            that of a base which only this initialisation makes.
-        selected: the modules that the targets in `config` select; None where it is no config of PEFT.
-        by_parameter: modules that a config of PEFT names as parameters ("mlp.gate_proj.weight"), since PEFT takes their
-            names for those of experts.
-        is_server_layout: stacks of experts stand in the file as servers have them.
-        is_pipeline: paths begin with the part of a pipeline: "unet.", "text_encoder_2.".
-        has_flat_names: `modules` has the file's own names, which are no paths: only a base model's names make paths
-            of them.
+        unknown_keys: keys without a known meaning. Writers refuse to drop them.
+        changed_base: PEFT's name of an initialisation that changed the base, if the file does not describe the change.
+        selected: the modules that the targets in `config` select; None if it is no config of PEFT.
+        by_parameter: modules that PEFT's config names as parameters ("mlp.gate_proj.weight"), since PEFT would take
+            their names for experts.
+        is_server_layout: stacks of experts have the layout of servers.
+        is_pipeline: paths begin with a pipeline part: "unet.", "text_encoder_2.".
+        has_flat_names: `modules` has the file's own names, and no paths. A base model turns them into paths.
+        base: name or path of the base, if the file has it.
     """
 
     format: str
@@ -115,10 +119,13 @@ class AdapterFile:
 
     @property
     def loose_tensors(self) -> list[tuple[str, Tensor]]:
-        """The tensors that belong to no adapted module, by name: whole ones, values of rows, shared ones."""
+        """Pairs of name and tensor for all tensors outside of `modules`: whole tensors, shared tensors, values of token
+        rows.
+        """
         rows = [(name, values) for name, (_, values) in self.rows.items()]
         return [*self.full.items(), *self.shared.items(), *rows]
 
     @property
     def low_rank(self) -> dict[str, LowRank]:
+        """The modules that are LowRank, by path, in a new dict."""
         return {path: module for path, module in self.modules.items() if isinstance(module, LowRank)}

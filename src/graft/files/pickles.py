@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of torch.save, read without running what is in them."""
+"""Files of torch.save, read without running code from them."""
 
 from __future__ import annotations
 
@@ -16,24 +16,28 @@ from graft.files.tensors import Tensor, read_header
 if TYPE_CHECKING:
     import torch
 
-LOOKED_AT = 2**22  # bytes of a pickle, in which names are looked for
+LOOKED_AT = 2**22  # the bytes of a pickle that are searched for names
 
 
 def read_torch(path: str) -> object:
-    """Return what a file of torch.save holds: torch's own tensors, in dicts and lists.
+    """Return the content of a torch.save file: torch tensors, in dicts and lists.
 
     Raises:
-        CheckpointError: it holds anything else, such as code, or is damaged.
+        CheckpointError: the file holds anything else, such as code, or is damaged.
     """
     with open_file(path) as f:
         return load_torch_file(f, path)
 
 
 def read_tensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a file of safetensors or of torch.save, and the metadata that the first kind has.
+    """Return the tensors and the metadata of a file.
+
+    It is safetensors by its ending, otherwise torch.save without metadata.
+
+    A dict with "state_dict" in it is unpacked.
 
     Raises:
-        CheckpointError: it is damaged, or holds something else.
+        CheckpointError: the file is damaged, or holds anything but tensors.
     """
     if path.endswith(".safetensors"):
         return read_header(path)
@@ -42,28 +46,29 @@ def read_tensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_torch(path: str, content: object) -> None:
-    """Write a file of torch.save, which appears whole.
+    """Write a torch.save file, which appears whole or not at all.
 
     Raises:
-        OSError: the disk is full, say.
+        OSError: the write failed, for example on a full disk.
     """
     import torch
 
     def save(temporary: str) -> None:
+        """Write the content to the temporary path. torch's RuntimeError becomes OSError."""
         try:
-            with open(temporary, "wb") as f:  # given a path, torch 2.6 says nothing of a full disk
+            with open(temporary, "wb") as f:  # with a path, torch 2.6 ignores a full disk
                 torch.save(content, f)
-        except RuntimeError as e:  # its writer of archives knows no other
+        except RuntimeError as e:  # torch's archive writer raises nothing else
             raise OSError(errno.EIO, f"it could not be written, perhaps because the disk is full ({e})", path) from None
 
     replace_file(path, save)
 
 
 def convert_tensors(state: object, path: str) -> dict[str, Tensor]:
-    """Return a dict of torch's tensors as those of files.
+    """Return a dict of torch tensors as Tensor objects by name.
 
     Raises:
-        CheckpointError: it is no such dict, or one of them is no plain tensor of real numbers.
+        CheckpointError: `state` is no such dict, or a tensor is no plain tensor of real numbers.
     """
     from graft.io.files import check_tensors_by_name
 
@@ -71,10 +76,11 @@ def convert_tensors(state: object, path: str) -> dict[str, Tensor]:
 
 
 def from_torch(t: torch.Tensor, what: str) -> Tensor:
-    """Return one of torch's tensors as that of a file.
+    """Return a torch tensor as a Tensor, copied to the CPU if needed.
 
     Raises:
-        CheckpointError: it is no plain tensor of real numbers.
+        CheckpointError: it is no plain tensor of real numbers, or its dtype has no name in files. The text begins with
+            `what`.
     """
     from graft.files.merging.weights import NAMES, to_file
     from graft.io.check import describe_fault
@@ -85,14 +91,17 @@ def from_torch(t: torch.Tensor, what: str) -> Tensor:
 
 
 def to_torch(t: Tensor) -> torch.Tensor:
-    """Return a tensor of a file as torch's own, of the same dtype."""
+    """Return a Tensor as a new torch tensor of the same dtype."""
     from graft.files.merging.weights import of_file
 
     return of_file(t).clone()
 
 
 def mentions_name(path: str | os.PathLike[str], *names: bytes) -> bool:
-    """Return True if one of `names` stands in the pickle of a file of torch.save: a look, without torch."""
+    """Return True if one of `names` occurs in the first `LOOKED_AT` bytes of a torch.save file's pickle.
+
+    Does not unpickle.
+    """
     with open_file(path) as f:
         text = read_record(f, "data.pkl", LOOKED_AT) or b""
     return any(name in text for name in names)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where in a checkpoint the parameters of its model stand: under their names, other names, or in other pieces.
+"""Maps from a model's parameters to the tensors of its checkpoint, which may have other names or hold pieces.
 
-Names are looked up as they are; then as transformers would rename them as it loads the checkpoint; then with a prefix
-that all names lack, or have too much.
+A name is looked up unchanged, then as transformers renames it on loading, then with one prefix added or removed.
 """
 
 from __future__ import annotations
@@ -27,11 +26,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Spot:
-    """A tensor of a checkpoint that holds a parameter, or a piece of one.
+    """A checkpoint tensor that holds a parameter or a piece of one.
 
     Attributes:
-        expert: which matrix of a stack the tensor is; None: all of the parameter's first dimension.
-        rows: the first and the number of rows of that matrix that it holds; None: all.
+        key: its name in the checkpoint.
+        expert: index of the matrix in a stack; None: the whole parameter.
+        rows: (first row, number of rows) of that matrix that it holds; None: all.
     """
 
     key: str
@@ -43,26 +43,36 @@ class CheckpointPlaces:
     """The map from a model's parameters to the tensors of its checkpoint.
 
     Args:
-        shapes: the checkpoint's names and shapes.
-        model: returns the model on the meta device, by which transformers tells what it renames; None if there is none.
+        shapes: name → shape in the checkpoint.
+        model: returns the model on the meta device, for transformers' renaming; or None if no library knows it.
     """
 
     def __init__(self, shapes: Mapping[str, Shape], model: Callable[[], PreTrainedModel | None]):
+        """Store the arguments. The model is not built yet."""
         self.shapes, self.model = shapes, model
-        self.shift = ("", "")  # prefix that names have, and in its stead the checkpoint
+        self.shift = ("", "")  # (prefix of parameter names, the checkpoint's prefix)
         self.computed: dict[str, ComputedParameters] = {}
 
     @cached_property
     def by_transformers(self) -> dict[str, list[Spot]]:
+        """The spots of parameters by transformers' renaming, {} without a model.
+
+        Builds the model once, and fills `computed`.
+        """
         model = self.model()
         return {} if model is None else find_spots(model, self.shapes, self.computed)
 
     def locate_all(self, names: Collection[str], adapter: str) -> dict[str, list[Spot]]:
-        """Return the spots of each of these parameters, in one way for all that do not stand under their own names.
+        """Return the spots of each of these parameters.
+
+        All that are not in the checkpoint under their own names are found in one way.
+
+        That is transformers' renaming; or, if it has none of them and no name is unchanged, one prefix, which is stored
+        in `shift`.
 
         Raises:
-            BaseModelMismatchError: the checkpoint does not hold some of them.
-            LossError: transformers computes some of other tensors.
+            BaseModelMismatchError: the checkpoint lacks some of them.
+            LossError: some are missing, and transformers computes parameters from other tensors.
         """
         direct_spots = {name: [Spot(name)] for name in names if name in self.shapes}
         left = [name for name in names if name not in direct_spots]
@@ -75,21 +85,21 @@ class CheckpointPlaces:
         missing = [name for name in left if name not in renamed_spots]
         if missing and self.computed:
             raise LossError(
-                f"transformers computes {join_some(missing, 4)} of other tensors of the base's checkpoint, which "
-                "files of a "
-                f"merged model would have to hold: merge '{adapter}' in memory, by merge_and_unload(), and save that."
+                f"transformers computes {join_some(missing, 4)} from other tensors of the base's checkpoint, so files "
+                f"cannot be merged. Merge '{adapter}' in memory with merge_and_unload(), and save the model."
             )
         if missing:
             raise BaseModelMismatchError(
                 f"The base's checkpoint does not hold {len(missing)} of the {len(names)} tensors that adapter "
-                f"'{adapter}' changes: {join_some(missing, 4)}. It is of another model, or its names need the "
-                "installed "
-                "transformers to know the model."
+                f"'{adapter}' changes: {join_some(missing, 4)}. Give the adapter's base, or install a transformers "
+                "version with its model."
             )
         return direct_spots | renamed_spots
 
     def find(self, name: str) -> list[Spot] | None:
-        """Return the spots of one parameter, in the way of `locate_all`; None if the checkpoint has none."""
+        """Return the spots of one parameter: by its name, by transformers' renaming, or by the prefix that `locate_all`
+        stored; None if all fail.
+        """
         if name in self.shapes:
             return [Spot(name)]
         if name in self.by_transformers:
@@ -100,9 +110,9 @@ class CheckpointPlaces:
 
 
 def find_prefix_shift(wanted: Set[str], names: Set[str]) -> tuple[str, str]:
-    """Return the prefix of wanted names and the one in its stead by which most of them are among `names`.
+    """Return (old prefix, new prefix), the replacement that turns the most wanted names into ones of `names`.
 
-    One of the two is empty; both are if nothing makes any of them a name, or several prefixes do equally.
+    One of the two is empty. Both are empty if no prefix helps, or if two are equally good.
     """
     counts = Counter(("", prefix) for name in names for prefix, tail in split_at_dots(name) if tail in wanted)
     counts += Counter((prefix, "") for name in wanted for prefix, tail in split_at_dots(name) if tail in names)
@@ -111,17 +121,19 @@ def find_prefix_shift(wanted: Set[str], names: Set[str]) -> tuple[str, str]:
 
 
 def split_at_dots(name: str) -> Iterator[tuple[str, str]]:
-    """Yield the ways to cut a dotted name in two, with the dot in the first part."""
+    """Yield all splits of a dotted name into (prefix with its dot, rest)."""
     return ((name[: i + 1], name[i + 1 :]) for i, c in enumerate(name) if c == ".")
 
 
 @dataclass
 class ComputedParameters:
-    """Parameters that transformers computes from tensors of a checkpoint, in another way than one below another.
+    """Parameters that transformers computes from checkpoint tensors, other than by concatenation.
 
     Attributes:
-        first: the first of them; the others follow from the conversion.
-        keys: the checkpoint's names, each with the pattern of the conversion that it fits.
+        first: the first parameter; the conversion gives the others.
+        conversion: transformers' converter, which is copied before use.
+        model: on the meta device.
+        keys: pairs of checkpoint name and the conversion's pattern that it matches.
     """
 
     first: str
@@ -130,7 +142,10 @@ class ComputedParameters:
     keys: list[tuple[str, str]] = field(default_factory=list)
 
     def values(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the parameters by name, made of these tensors of the checkpoint, which may be without memory."""
+        """Return the parameters by name, computed from these checkpoint tensors, which may be meta tensors.
+
+        Raises CheckpointError if transformers fails.
+        """
         conversion = copy.deepcopy(self.conversion)
         for key, pattern in self.keys:
             conversion.add_tensor(self.first, key, pattern, tensors[key])
@@ -138,17 +153,21 @@ class ComputedParameters:
             parameters = conversion.convert(self.first, model=self.model, config=self.model.config)
         except (ValueError, KeyError, IndexError, TypeError, RuntimeError, AttributeError) as e:
             names = join_some([key for key, _ in self.keys], 3)
-            raise CheckpointError(f"transformers cannot make '{self.first}' of {names} in the checkpoint: {e}") from e
+            raise CheckpointError(
+                f"transformers cannot compute '{self.first}' from {names} in the checkpoint: {e}"
+            ) from e
         return {name: value[0] if isinstance(value, list) else value for name, value in parameters.items()}
 
 
 def find_spots(
     model: PreTrainedModel, shapes: Mapping[str, Shape], computed: dict[str, ComputedParameters] | None = None
 ) -> dict[str, list[Spot]]:
-    """Return the spots of a transformers model's parameters, as transformers loads them.
+    """Return the spots of a transformers model's parameters, as transformers renames and stacks checkpoint tensors.
+
+    Before transformers 5, only the class's patterns count. Parameters computed in other ways have no spots.
 
     Args:
-        computed: gets the parameters that have no spots, by the first of each conversion.
+        computed: filled with these other parameters, by the first of each conversion; None: they are ignored.
     """
     parameter_names = model.state_dict()
     try:
@@ -159,7 +178,7 @@ def find_spots(
             dot_natural_key,
             rename_source_key,
         )
-    except ImportError:  # before 5
+    except ImportError:  # before transformers 5
         return find_spots_by_patterns(getattr(type(model), "_checkpoint_conversion_mapping", None) or {}, shapes)
     conversions = conversion_mapping.get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
@@ -193,11 +212,15 @@ def find_spots(
 
 
 def operation_names(converter: Any) -> tuple[str, ...]:
+    """Return the class names of a converter's operations."""
     return tuple(type(o).__name__ for o in converter.operations)
 
 
 def find_spots_by_patterns(patterns: Mapping[str, str], shapes: Mapping[str, Shape]) -> dict[str, list[Spot]]:
-    """Return the spots by a class's `_checkpoint_conversion_mapping`: the first pattern that fits renames a key."""
+    """Return the spots by a class's `_checkpoint_conversion_mapping`.
+
+    The first pattern that matches renames a key; others stay.
+    """
     spots: dict[str, list[Spot]] = {}
     for key in shapes:
         names = (re.subn(pattern, put, key) for pattern, put in patterns.items())

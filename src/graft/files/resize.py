@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Smaller ranks for a LoRA adapter, module by module, at the least loss: the largest singular triplets stay."""
+"""Smaller ranks for a LoRA adapter, chosen per module: the largest singular triplets stay, so that the loss is
+least.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ from graft.files.neutral import AdapterFile, LowRank, OtherMethod
 from graft.files.tensors import BITS, Tensor, dtype_for_writing
 
 MB = 10**6
-OVERHEAD = 100  # bytes that a file's header has for a tensor, beside its name
-OF_TRAINING: Json = {  # fields of PEFT's config that say how the factors began or trained
+OVERHEAD = 100  # bytes of a tensor's entry in a file's header, without its name
+OF_TRAINING: Json = {  # fields of PEFT's config on initialisation and training → reset value
     "use_rslora": False, "init_lora_weights": True, "eva_config": None, "corda_config": None, "lora_ga_config": None,
     "loftq_config": {}, "velora_config": None, "monteclora_config": None,
 }  # fmt: skip
@@ -30,12 +32,12 @@ OF_TRAINING: Json = {  # fields of PEFT's config that say how the factors began 
 
 @dataclass(frozen=True)
 class ResizedModule:
-    """What became of one module."""
+    """The account of one module."""
 
     module: str
     before: int  # rank
     after: int
-    energy: float  # the part of Σ σ² that is left
+    energy: float  # the remaining share of Σ σ²
     size: float  # ‖ΔW‖ before
 
 
@@ -48,25 +50,28 @@ def resize_adapter(
     max_rank: int | None = None,
     uniform: bool = False,
 ) -> tuple[AdapterFile, list[ResizedModule]]:
-    """Return an adapter of smaller ranks, and what became of each module. DoRA's magnitudes stay.
+    """Return a copy of an adapter with other ranks, and an account of each module.
 
-    A module that loses nothing keeps its factors, with zeros for a higher rank. New factors of floats of 8 bits are
-    bfloat16, others have the dtype that they had.
+    Exactly one of four options chooses the ranks.
+
+    A module that loses nothing keeps its factors, padded with zeros if its rank grows. Other factors come from an SVD,
+    in the same dtype; for 8-bit floats in bfloat16. DoRA's magnitudes stay. Initialisation fields of the config are
+    reset.
 
     Args:
         rank: of all modules.
-        energy: the part of Σ σ² that each module keeps, of 1.
-        ratio: a module keeps what is larger than its largest singular value / ratio.
-        max_mb: megabytes (10⁶ bytes) of the file: the ranks are those that lose least of all modules' Σ σ² together.
-        max_rank: at most, whatever the others say.
-        uniform: all modules get one rank, the largest that one of them needs, or the largest that fits `max_mb`;
-            zeros fill up.
+        energy: the share of Σ σ² that each module keeps, in (0, 1].
+        ratio: each module keeps σ above its largest σ / ratio.
+        max_mb: megabytes (10⁶ bytes) of the file. The ranks lose the least Σ σ² in total.
+        max_rank: an upper limit for all ranks.
+        uniform: all modules get one rank, padded with zeros: the largest that a module needs, or that fits `max_mb`.
 
     Raises:
-        OptionError: none or several of `rank`, `energy`, `ratio` and `max_mb`, or a value out of range.
-        LossError: the adapter is none of LoRA, or of a base that an initialisation changed, and its file does not say
-            how; or not even rank 1 fits `max_mb`.
-        NonFiniteError: it holds NaN or infinite numbers.
+        OptionError: not exactly one of `rank`, `energy`, `ratio` and `max_mb`, or a value out of range.
+        LossError: a module is no LoRA, the file does not describe the change of the base by its initialisation, or rank
+            1 exceeds `max_mb`.
+        CheckpointError: the adapter is incomplete.
+        NonFiniteError: it has NaN or infinite numbers.
     """
     check_resize_options(dict(rank=rank, energy=energy, ratio=ratio, max_mb=max_mb), max_rank)
     check_whole(adapter)
@@ -90,7 +95,7 @@ def resize_adapter(
     modules = dict(adapter.modules)
     rows = []
     for path, h in loras.items():
-        if h.rank <= ranks[path] and h.mid is None and h.shift is None:  # nothing goes, and no bit changes
+        if h.rank <= ranks[path] and h.mid is None and h.shift is None:  # nothing is lost, so no bit changes
             modules[path] = replace(pad_rank(h, ranks[path]), extra={})
         else:
             modules[path] = algebra.replace_factors(
@@ -105,6 +110,7 @@ def resize_adapter(
 
 
 def check_resize_options(ways: Mapping[str, float | None], max_rank: int | None) -> None:
+    """Raise OptionError unless exactly one option (by name) is not None and its value and `max_rank` are in range."""
     names = [name for name, value in ways.items() if value is not None]
     if len(names) != 1:
         raise OptionError(f"Give one of rank, energy, ratio and max_mb: {join_some(names) if names else 'none'} given.")
@@ -123,15 +129,15 @@ def check_resize_options(ways: Mapping[str, float | None], max_rank: int | None)
 
 
 def collect_loras(adapter: AdapterFile) -> dict[str, LowRank]:
-    """Return the LoRA of each module.
+    """Return the LoRA of each module, with AdaLoRA as LoRA.
 
     Raises:
-        LossError: a module has another method's tensors, or factors that say nothing of the base as it was.
+        LossError: a module is no LoRA or a grouped convolution, there is none, or the change of the base is unknown.
     """
     if adapter.changed_base is not None:
         raise LossError(
-            f"{adapter.path} was initialised by {adapter.changed_base}, which changed the base by A and B of the same "
-            "rank, and does not say how. Load it with graft and save it again, and it will."
+            f"{adapter.path} was initialised by {adapter.changed_base}, which changed the base, and the file does not "
+            "say how. Load it with graft and save it again."
         )
     loras = {path: algebra.as_low_rank(module) for path, module in adapter.modules.items()}
     low_rank = {path: lora for path, lora in loras.items() if lora is not None}
@@ -140,20 +146,23 @@ def collect_loras(adapter: AdapterFile) -> dict[str, LowRank]:
     }
     if unsuitable := [f"{path} ({m.method})" for path, m in other_modules.items()]:
         raise LossError(
-            f"{adapter.path} has modules without a rank of LoRA: {join_some(unsuitable)}. See graft.convert_to_lora."
+            f"{adapter.path} has modules that are no LoRA: {join_some(unsuitable)}. Convert them with "
+            "graft.convert_to_lora."
         )
     if grouped := [path for path, h in low_rank.items() if h.kind == "conv" and h.B.shape[1] != h.rank]:
         raise LossError(
-            f"{adapter.path} adapts convolutions in groups, whose factors have no singular values: "
-            f"{join_some(grouped)}."
+            f"{adapter.path} adapts grouped convolutions, which have no SVD of one rank: {join_some(grouped)}. Keep "
+            "their rank."
         )
     if not low_rank:
-        raise LossError(f"{adapter.path} ({adapter.method}) has no LoRA on any module.")
+        raise LossError(f"{adapter.path} ({adapter.method}) has no LoRA on any module. Give a LoRA adapter.")
     return low_rank
 
 
 def compute_rank_profile(lora: LowRank) -> np.ndarray:
-    """Return singular values by which a module's rank is chosen; of experts, the norm over all of each in turn."""
+    """Return the singular values that decide a module's rank; for experts the i-th is the root sum of squares over all
+    experts.
+    """
     spectra = np.stack([algebra.compute_singular_values(p) for p in algebra.list_delta_products(lora)])
     rows, columns = algebra.delta_shape(lora)
     return np.sqrt((spectra**2).sum(0))[: min(rows, columns)]
@@ -163,7 +172,11 @@ def choose_ranks_for_size(
     adapter: AdapterFile, loras: Mapping[str, LowRank], profiles: Mapping[str, np.ndarray], most: Mapping[str, int],
     max_mb: float, uniform: bool,
 ) -> dict[str, int]:  # fmt: skip
-    """Return the ranks with which a file is no larger, at the least loss of Σ σ²: triplets by σ² per byte."""
+    """Return the rank of each module for a file of at most `max_mb`, by adding triplets in order of σ² per byte.
+
+    Every module has at least rank 1 and at most its `most`. With `uniform` all get the largest rank that fits. Raises
+    LossError if rank 1 does not fit.
+    """
     costs = {path: bytes_per_rank(h) for path, h in loras.items()}
     left = int(max_mb * MB) - count_other_bytes(adapter, loras) - sum(costs.values())
     if left < 0:
@@ -174,28 +187,29 @@ def choose_ranks_for_size(
         return dict.fromkeys(loras, min(max(most.values()), 1 + left // sum(costs.values())))
     ranks = dict.fromkeys(loras, 1)
     gains = [(s[i] ** 2 / costs[path], path) for path, s in profiles.items() for i in range(1, most[path]) if s[i] > 0]
-    for _, path in sorted(gains, key=lambda gain: -gain[0]):  # those of a module come in order
+    for _, path in sorted(gains, key=lambda gain: -gain[0]):  # a module's triplets stay in order, since its σ fall
         if costs[path] <= left:
             ranks[path], left = ranks[path] + 1, left - costs[path]
     return ranks
 
 
 def bytes_per_rank(lora: LowRank) -> int:
+    """Return the bytes that one more rank adds to a module's factors, after its Tucker core is multiplied into A."""
     of_a, of_b = (1, 2) if lora.kind == "experts" else (0, 1)
     per = bytes_per_entry(lora.A, of_a) + bytes_per_entry(lora.B, of_b)
-    if lora.mid is not None:  # which the new A contains
+    if lora.mid is not None:  # the new A contains the core
         rows, columns = algebra.delta_shape(lora)
         per = (rows * BITS[dtype_for_writing(lora.B.dtype)] + columns * BITS[dtype_for_writing(lora.A.dtype)]) // 8
     return per
 
 
 def bytes_per_entry(t: Tensor, axis: int) -> int:
-    """Return the bytes of a tensor for each entry along an axis."""
+    """Return the bytes of a tensor per index along an axis, in the dtype of writing."""
     return math.prod(n for i, n in enumerate(t.shape) if i != axis) * BITS[dtype_for_writing(t.dtype)] // 8
 
 
 def count_other_bytes(adapter: AdapterFile, loras: Mapping[str, LowRank]) -> int:
-    """Return at least how many bytes a file has beside the factors."""
+    """Return an estimate of a file's bytes without the factors: other tensors, headers, config and metadata."""
     other_tensors = adapter.loose_tensors + [
         (path, t) for path, h in loras.items() for t in (h.magnitude, h.bias) if t is not None
     ]

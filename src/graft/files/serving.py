@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Will a server take an adapter, and do what it says? What is known of servers is data: servers.json.
+"""Predictions of how a server treats an adapter. The knowledge about servers is data, in servers.json.
 
-A row there says of a server: under this condition it does that. A condition is one of the functions below, which
-returns what in the adapter fulfils it, for people to read; nothing if the adapter does not.
+A row there says of a server: under this condition it does that. Each condition is a function below. It yields texts for
+people on the parts of the adapter that fulfil it, and nothing if the adapter does not.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from graft.files.neutral import AdapterFile, LowRank, OtherMethod
 from graft.files.tensors import read_header
 
 DATA = os.path.join(os.path.dirname(__file__), "servers.json")
-VERDICTS = ("refused", "wrong", "ignored", "ok")  # ok: a thing to know
+VERDICTS = ("refused", "wrong", "ignored", "ok")  # ok: a remark
 OF_SGLANG = re.compile(r".*\.experts\.(gate_up|gate|up|down)_proj\.lora_[AB]\.weight")
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How a server is started, where that decides.
+    """Start options of a server that change its verdicts.
 
     Attributes:
-        max_rank: `--max-lora-rank`; None: the server's own default.
-        targets: `--lora-target-modules`; None: all that the server knows.
+        max_rank: `--max-lora-rank`; None: the server's default.
+        targets: `--lora-target-modules`; None: all modules that the server knows.
     """
 
     max_rank: int | None = None
@@ -46,13 +46,13 @@ class ServerOptions:
 
 @dataclass(frozen=True)
 class Server:
-    """What the data says of a server, but for its rows.
+    """The data on a server, without its rows.
 
     Attributes:
-        version: that was run or read, on `date`.
-        formats: of adapter files that it loads.
-        max_rank: the default of its limit, if it has one.
-        heads: modules that it takes whole.
+        version: the version that was run or read, on `date`.
+        formats: formats of adapter files that it loads.
+        max_rank: its default rank limit; None if it has none.
+        heads: last names of modules that it loads as whole weights.
     """
 
     name: str
@@ -65,13 +65,15 @@ class Server:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a server does with an adapter, and why.
+    """One effect of a server on an adapter, with the reason.
 
     Attributes:
-        verdict: "refused", "wrong" (it loads, and computes something else), "ignored" (it loads, and that part does
-            nothing), or "ok" (with something to know).
-        what: in the adapter makes it do so.
-        evidence: "run": by us, with this version; "source": read in its source or documentation; else a thread.
+        condition: name of the condition's function.
+        verdict: "refused"; "wrong": it loads, and computes something else; "ignored": it loads, and that part has no
+            effect; "ok": a remark.
+        what: the parts of the adapter that cause it.
+        does: the effect, as a verb phrase.
+        evidence: "run": tested with this version; "source": read in its source or documentation; otherwise a link.
     """
 
     server: str
@@ -86,12 +88,13 @@ class Finding:
 
     @property
     def ok(self) -> bool:
+        """True if the finding is only a remark."""
         return self.verdict == "ok"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a condition looks at."""
+    """The arguments of a condition: an adapter, a server with its options, and the base if it is known."""
 
     adapter: AdapterFile
     server: Server
@@ -100,24 +103,28 @@ class Subject:
 
     @property
     def config(self) -> Json:
+        """The adapter's config."""
         return self.adapter.config
 
     @property
     def low_rank(self) -> dict[str, LowRank]:
+        """The adapter's LoRA modules by path."""
         return self.adapter.low_rank
 
     @cached_property
     def absent_modules(self) -> list[str]:
-        """The modules that the model which the server runs does not have."""
+        """The adapted modules that the server's model lacks; [] without a base."""
         paths = [owner_path(path, module) for path, module in self.adapter.modules.items()]
         return [] if self.base is None else [path for path in paths if path not in self.modules]
 
     @cached_property
     def modules(self) -> set[str]:
-        """The base's modules, by its files and, if these lack some of the adapter's, by its model too.
+        """The base's module paths: those of its files, plus those of its model if the files lack an adapted module.
 
-        Files of multimodal models have other names in part: `language_model.model.layers` in the file,
-        `model.language_model.layers` in the model.
+        Empty without a base.
+
+        Multimodal models have other names in files (`language_model.model.layers`) than in the model
+        (`model.language_model.layers`).
         """
         if self.base is None:
             return set()
@@ -132,19 +139,21 @@ CONDITIONS: dict[str, Condition] = {}
 
 
 def register_condition(function: Condition) -> Condition:
+    """Add a function to CONDITIONS under its name, and return it. For use as a decorator."""
     CONDITIONS[function.__name__] = function
     return function
 
 
 @cache
 def read_server_data() -> Json:
+    """Return the content of servers.json, read once."""
     with open(DATA, encoding="utf-8") as f:
         document: Json = json.load(f)
     return document
 
 
 def list_servers() -> dict[str, Server]:
-    """Return the servers that the data knows, by name."""
+    """Return all servers in servers.json, by name."""
     return {
         name: Server(
             name, row["version"], row["date"], tuple(row["formats"]), row.get("max_rank"), tuple(row.get("heads", ()))
@@ -154,10 +163,10 @@ def list_servers() -> dict[str, Server]:
 
 
 def get_server(name: str) -> Server:
-    """Return a server that the data knows; raise UnknownServerError if it does not."""
+    """Return a server by its name. Raises UnknownServerError, with the known names, if there is none."""
     known = list_servers()
     if name not in known:
-        raise UnknownServerError(f"Nothing is known of the server {name!r}; there are {', '.join(known)}.")
+        raise UnknownServerError(f"The server {name!r} is unknown. Choose one of {', '.join(known)}.")
     return known[name]
 
 
@@ -167,19 +176,22 @@ def check_servers(
     base: BaseDescription | None = None,
     options: ServerOptions | None = None,
 ) -> list[Finding]:
-    """Return what these servers do with an adapter as its file stands, other than apply it.
+    """Return the findings on an adapter for each of these servers: all effects except for applying it correctly.
+
+    Repeated names count once. Each finding's remedy has names filled in.
 
     Args:
-        names: of servers in the data: "vllm", "llama.cpp".
-        base: the model that they serve; without it, names of modules cannot be compared.
+        names: of servers in servers.json: "vllm", "llama.cpp".
+        base: the served model; without it, module names and shapes are not compared.
+        options: start options, the same for all servers.
 
     Raises:
-        UnknownServerError: there is nothing known of a server.
-        BaseModelMismatchError: factors make no update of the base's weight, by their shapes.
+        UnknownServerError: a server is unknown.
+        BaseModelMismatchError: LoRA factors do not fit the base's weight.
     """
     asked = [get_server(name) for name in dict.fromkeys(names)]
     if base is not None:
-        # whose weight the file has as well
+        # modules with a copied weight, which may be resized
         copied_paths = {name.rpartition(".")[0] for name in list_copied_weights(adapter)}
         check_shapes({path: of for path, of in adapter.low_rank.items() if path not in copied_paths}, adapter, base)
     findings = []
@@ -201,18 +213,21 @@ def check_servers(
 
 @register_condition
 def another_format(s: Subject) -> Iterable[str]:
+    """Yield the file's format if the server does not load it."""
     if s.adapter.format not in s.server.formats:
         yield f"the file is of the format {s.adapter.format}"
 
 
 @register_condition
 def torch_file(s: Subject) -> Iterable[str]:
+    """Yield "adapter_model.bin" if a PEFT folder has no safetensors file."""
     if s.adapter.format == "peft" and not os.path.exists(os.path.join(s.adapter.path, pair.SAFETENSORS)):
         yield pair.TORCH
 
 
 @register_condition
 def file_of_added_tokens(s: Subject) -> Iterable[str]:
+    """Yield "added_tokens.json" if the adapter's folder has that file."""
     path = os.path.join(s.adapter.path, "added_tokens.json")
     if os.path.isdir(s.adapter.path) and os.path.exists(path):
         yield "added_tokens.json"
@@ -220,17 +235,20 @@ def file_of_added_tokens(s: Subject) -> Iterable[str]:
 
 @register_condition
 def fields_missing(s: Subject) -> Iterable[str]:
+    """Yield those of r, lora_alpha and target_modules that a LoRA config of PEFT lacks."""
     if s.adapter.format == "peft" and s.adapter.method == "LORA":
         yield from (name for name in ("r", "lora_alpha", "target_modules") if s.config.get(name) is None)
 
 
 @register_condition
 def not_whole(s: Subject) -> Iterable[str]:
+    """Yield each part that the config names and the file lacks (`list_gaps`)."""
     return (f"it lacks {what}" for what in list_gaps(s.adapter, s.base))
 
 
 @register_condition
 def unknown_keys(s: Subject) -> Iterable[str]:
+    """Return the keys without a known meaning."""
     return s.adapter.unknown_keys
 
 
@@ -239,12 +257,16 @@ def unknown_keys(s: Subject) -> Iterable[str]:
 
 @register_condition
 def another_method(s: Subject) -> Iterable[str]:
+    """Yield the adapter's method if it is not LoRA."""
     if s.adapter.method != "LORA":
         yield f"its method is {s.adapter.method}"
 
 
 def make_variant_condition(name: str) -> Condition:
+    """Return a condition that yields `name` if a module has that method."""
+
     def of(s: Subject) -> Iterable[str]:
+        """Yield the variant's name if a module of the adapter has it."""
         if any(module.method == name for module in s.adapter.modules.values()):
             yield name
 
@@ -260,17 +282,22 @@ CONDITIONS |= {
 
 @register_condition
 def dora(s: Subject) -> Iterable[str]:
+    """Yield each module with a DoRA magnitude."""
     return (f"magnitude of {path}" for path, lora in s.low_rank.items() if lora.magnitude is not None)
 
 
 @register_condition
 def dora_of_kohya(s: Subject) -> Iterable[str]:
+    """Yield each module with a DoRA magnitude if the file is kohya's."""
     return dora(s) if s.adapter.format == "kohya" else ()
 
 
 @register_condition
 def transformer_of_kohya(s: Subject) -> Iterable[str]:
-    """Of OneTrainer's and ComfyUI's names, which `graft convert --to kohya` writes."""
+    """Yield the module names that begin with "lora_transformer_" in a kohya file.
+
+    OneTrainer, ComfyUI and `graft convert --to kohya` write these names.
+    """
     if s.adapter.format == "kohya" and s.adapter.path.endswith(".safetensors"):
         names = {key.partition(".")[0] for key in read_header(s.adapter.path)[0]}
         yield from sorted(name for name in names if name.startswith("lora_transformer_"))
@@ -278,7 +305,7 @@ def transformer_of_kohya(s: Subject) -> Iterable[str]:
 
 @register_condition
 def stacks_of_sglang(s: Subject) -> Iterable[str]:
-    """Experts in 3-D factors by names of their projections."""
+    """Yield the keys of 3-D expert factors that have SGLang's projection names, if the file has a server's layout."""
     path = os.path.join(s.adapter.path, pair.SAFETENSORS)
     if s.adapter.is_server_layout and os.path.exists(path):
         header = read_header(path)[0]
@@ -287,64 +314,75 @@ def stacks_of_sglang(s: Subject) -> Iterable[str]:
 
 @register_condition
 def bias(s: Subject) -> Iterable[str]:
+    """Yield each module with a lora_bias, and each bias of the base that was trained without its weight."""
     yield from (f"lora_bias of {path}" for path, lora in s.low_rank.items() if lora.bias is not None)
     yield from (name for name in s.adapter.full if is_lone_bias(name, s.adapter))
 
 
 @register_condition
 def extra_tensors(s: Subject) -> Iterable[str]:
+    """Return the names of extra tensors in LoRA modules, sorted and once each, without those of a shift."""
     names = {name for lora in s.low_rank.values() for name in lora.extra if not name.startswith("lora_shift")}
     return sorted(names)
 
 
 @register_condition
 def invocation_tokens(s: Subject) -> Iterable[str]:
+    """Yield aLoRA's invocation tokens, if the config has them."""
     if s.config.get("alora_invocation_tokens"):
         yield f"alora_invocation_tokens={s.config['alora_invocation_tokens']}"
 
 
 @register_condition
 def layer_replication(s: Subject) -> Iterable[str]:
+    """Yield the repeated layers, if the config has them."""
     if s.config.get("layer_replication"):
         yield f"layer_replication={s.config['layer_replication']}"
 
 
 @register_condition
 def base_changed_and_kept(s: Subject) -> Iterable[str]:
+    """Yield each module with a stored shift of the base (PiSSA and others, as graft saves them)."""
     return (f"lora_shift of {path}" for path, lora in s.low_rank.items() if lora.shift is not None)
 
 
 @register_condition
 def base_changed(s: Subject) -> Iterable[str]:
+    """Yield the initialisation that changed the base, if the file does not describe the change."""
     if s.adapter.changed_base is not None:
         yield f"init_lora_weights={s.config.get('init_lora_weights')!r}"
 
 
-# conditions: beside the low-rank products
+# conditions: further tensors
 
 
 def is_lone_bias(name: str, adapter: AdapterFile) -> bool:
+    """Return True if a whole tensor is a bias, and its module's weight was not trained whole."""
     return name.endswith(".bias") and f"{name.removesuffix('bias')}weight" not in adapter.full
 
 
 def list_norms(adapter: AdapterFile) -> list[str]:
-    """Return the modules trained whole whose weight is a vector."""
+    """Return the modules with a trained whole weight that is a vector."""
     weights = {name.rpartition(".")[0]: t for name, t in adapter.full.items() if name.endswith(".weight")}
     return [module for module, t in weights.items() if len(t.shape) == 1]
 
 
 def list_copied_weights(adapter: AdapterFile) -> list[str]:
-    """Return the names of weights of the base that stand in a file beside factors of the same module, as they were."""
+    """Return the names of whole weights of modules that also have factors: copies of the base's weights."""
     return [name for name in adapter.full if name.rpartition(".")[0] in adapter.modules and name.endswith(".weight")]
 
 
 @register_condition
 def whole_norms(s: Subject) -> Iterable[str]:
+    """Return the norms that were trained whole."""
     return list_norms(s.adapter)
 
 
 @register_condition
 def whole_modules(s: Subject) -> Iterable[str]:
+    """Return the modules trained whole that the server does not load, sorted; norms, lone biases and copied weights are
+    excluded.
+    """
     names = {*s.adapter.full} - {*list_copied_weights(s.adapter)}
     modules = {name.rpartition(".")[0] for name in names if not is_lone_bias(name, s.adapter)}
     return sorted(m for m in modules - {*list_norms(s.adapter)} if last_name(m) not in s.server.heads)
@@ -352,7 +390,10 @@ def whole_modules(s: Subject) -> Iterable[str]:
 
 @register_condition
 def another_vocabulary(s: Subject) -> Iterable[str]:
-    """Of an embedding that got other rows after the base was made."""
+    """Yield each copied weight that has another shape than the base's: an embedding that was resized.
+
+    Nothing without a base.
+    """
     shapes = {} if s.base is None else s.base.shapes
     for name in list_copied_weights(s.adapter):
         shape, base_shape = s.adapter.full[name].shape, shapes.get(name)
@@ -362,27 +403,34 @@ def another_vocabulary(s: Subject) -> Iterable[str]:
 
 @register_condition
 def token_rows(s: Subject) -> Iterable[str]:
+    """Yield the number of trained rows of each embedding with such rows."""
     return (f"{len(rows.load()) // 8} rows of {name}" for name, (rows, _) in s.adapter.rows.items())
 
 
 @register_condition
 def embeddings(s: Subject) -> Iterable[str]:
+    """Yield the embeddings with LoRA."""
     return (path for path, lora in s.low_rank.items() if lora.kind == "embedding")
 
 
 @register_condition
 def output_head(s: Subject) -> Iterable[str]:
+    """Yield the modules named lm_head with LoRA."""
     return (path for path in s.low_rank if last_name(path) == "lm_head")
 
 
 @register_condition
 def experts(s: Subject) -> Iterable[str]:
+    """Yield the stacks of experts with LoRA, unless the file has a server's layout already."""
     return (path for path, lora in s.low_rank.items() if lora.kind == "experts" and not s.adapter.is_server_layout)
 
 
 @register_condition
 def stacks_of_peft(s: Subject) -> Iterable[str]:
-    """Experts as PEFT has them, for a base of which the server wants them one by one."""
+    """Yield the stacks of experts in PEFT's layout, unless vLLM loads stacks for this model type.
+
+    The condition is for vLLM.
+    """
     from graft.io.servers import STACKED_IN_VLLM  # loads torch
 
     kind = "" if s.base is None else str(s.base.config.get("model_type"))
@@ -391,6 +439,7 @@ def stacks_of_peft(s: Subject) -> Iterable[str]:
 
 @register_condition
 def kernels(s: Subject) -> Iterable[str]:
+    """Yield each convolution with LoRA and a kernel larger than 1."""
     for path, lora in s.low_rank.items():
         if lora.kind == "conv" and any(n > 1 for n in lora.A.shape[2:]):
             yield f"a kernel of {' × '.join(map(str, lora.A.shape[2:]))} on {path}"
@@ -400,7 +449,7 @@ def kernels(s: Subject) -> Iterable[str]:
 
 
 def read_r_and_alpha(s: Subject) -> tuple[float, float] | None:
-    """Return r and lora_alpha of a config of PEFT."""
+    """Return (r, lora_alpha) of PEFT's config; None if they are no numbers, or r is not positive."""
     r, alpha = s.config.get("r"), s.config.get("lora_alpha")
     if isinstance(r, (int, float)) and isinstance(alpha, (int, float)) and r > 0:
         return float(r), float(alpha)
@@ -408,7 +457,9 @@ def read_r_and_alpha(s: Subject) -> tuple[float, float] | None:
 
 
 def list_wrong_scales(s: Subject, expected: Callable[[LowRank, float, float], float]) -> Iterable[str]:
-    """Yield the modules whose scale is not what a server makes of a rank and the config's r and lora_alpha."""
+    """Yield the modules with another scale than `expected(module, r, lora_alpha)`, the server's scale; nothing without
+    r and lora_alpha.
+    """
     if (numbers := read_r_and_alpha(s)) is not None:
         for path, lora in s.low_rank.items():
             server_scale = expected(lora, *numbers)
@@ -418,6 +469,9 @@ def list_wrong_scales(s: Subject, expected: Callable[[LowRank, float, float], fl
 
 @register_condition
 def rank_above_the_limit(s: Subject) -> Iterable[str]:
+    """Yield each module with a rank above the server's limit: that of the options, or its default; nothing
+    without one.
+    """
     limit = s.options.max_rank or s.server.max_rank
     if limit is not None:
         yield from (
@@ -427,11 +481,13 @@ def rank_above_the_limit(s: Subject) -> Iterable[str]:
 
 @register_condition
 def rank_above_128(s: Subject) -> Iterable[str]:
+    """Yield each module with a rank above 128."""
     return (f"{path} has rank {h.rank}" for path, h in s.low_rank.items() if h.rank > 128)
 
 
 @register_condition
 def several_ranks(s: Subject) -> Iterable[str]:
+    """Yield the list of ranks if there is more than one."""
     ranks = {h.rank for h in s.low_rank.values()}
     if len(ranks) > 1:
         yield f"ranks {sorted(ranks)}"
@@ -439,27 +495,33 @@ def several_ranks(s: Subject) -> Iterable[str]:
 
 @register_condition
 def scale_is_not_one(s: Subject) -> Iterable[str]:
+    """Yield each module with a scale other than 1."""
     return list_wrong_scales(s, lambda lora, r, alpha: 1.0)
 
 
 @register_condition
 def scale_is_not_alpha_by_the_rank(s: Subject) -> Iterable[str]:
+    """Yield each module with a scale other than lora_alpha / the module's rank."""
     return list_wrong_scales(s, lambda lora, r, alpha: alpha / lora.rank)
 
 
 @register_condition
 def scale_is_not_alpha_by_r(s: Subject) -> Iterable[str]:
+    """Yield each module with a scale other than lora_alpha / r."""
     return list_wrong_scales(s, lambda lora, r, alpha: alpha / r)
 
 
 @register_condition
 def scale_is_not_the_configs(s: Subject) -> Iterable[str]:
+    """Yield each module with a scale other than the config's: lora_alpha / r, or lora_alpha / √r with use_rslora."""
     return list_wrong_scales(s, lambda lora, r, alpha: alpha / (math.sqrt(r) if s.config.get("use_rslora") else r))
 
 
 @register_condition
 def scale_is_not_told(s: Subject) -> Iterable[str]:
-    """Of diffusers' files: neither metadata nor alphas say it, and the reader takes one."""
+    """Yield each module with a scale other than 1 in a diffusers file without metadata of scales, since its reader then
+    takes 1.
+    """
     if s.adapter.format == "diffusers" and "lora_adapter_metadata" not in s.adapter.metadata:
         yield from (path for path, lora in s.low_rank.items() if lora.scale != 1.0)
 
@@ -469,6 +531,7 @@ def scale_is_not_told(s: Subject) -> Iterable[str]:
 
 @register_condition
 def regular_expression(s: Subject) -> Iterable[str]:
+    """Yield target_modules if it is a regular expression."""
     targets = s.config.get("target_modules")
     if isinstance(targets, str) and targets not in ("all-linear", "all"):
         yield f"target_modules={targets!r}"
@@ -476,6 +539,7 @@ def regular_expression(s: Subject) -> Iterable[str]:
 
 @register_condition
 def q_without_v(s: Subject) -> Iterable[str]:
+    """Yield each q_proj with LoRA if the v_proj next to it has none."""
     for path in s.low_rank:
         stem, _, name = path.rpartition(".")
         if name == "q_proj" and f"{stem}.v_proj" not in s.low_rank:
@@ -484,7 +548,10 @@ def q_without_v(s: Subject) -> Iterable[str]:
 
 @register_condition
 def some_layers_only(s: Subject) -> Iterable[str]:
-    """A kind of module that not every layer has an adapter on."""
+    """Yield each kind of module that has LoRA in some layers but not in all layers that have such a module.
+
+    Without a base, all layers with any LoRA count.
+    """
     kinds = group_layers_by_kind(s.low_rank)
     every = {layer for layers in kinds.values() for layer in layers}
     base_layers = dict.fromkeys(kinds, every) if s.base is None else group_layers_by_kind(s.modules)
@@ -495,6 +562,11 @@ def some_layers_only(s: Subject) -> Iterable[str]:
 
 @register_condition
 def targets_excluded(s: Subject) -> Iterable[str]:
+    """Yield the last names of LoRA modules that the server's `--lora-target-modules` excludes; nothing without that
+    option.
+
+    vLLM includes all of q, k, v, or of gate and up, if one is listed.
+    """
     packed = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}] if s.server.name == "vllm" else []
     listed = s.options.targets
     if listed is not None:
@@ -503,30 +575,35 @@ def targets_excluded(s: Subject) -> Iterable[str]:
 
 
 def owner_path(path: str, module: LowRank | OtherMethod) -> str:
-    """Return the path of the module that holds what is adapted."""
+    """Return the path of the module that holds the adapted weight: without the parameter's name for experts, otherwise
+    the path itself.
+    """
     return path.rpartition(".")[0] if module.kind == "experts" else path
 
 
 @register_condition
 def modules_missing(s: Subject) -> Iterable[str]:
-    """Of a name that no module of the base has."""
+    """Return the adapted modules that the base lacks, if no module of the base has their last name."""
     names = {last_name(m) for m in s.modules}
     return [path for path in s.absent_modules if last_name(path) not in names]
 
 
 @register_condition
 def layers_missing(s: Subject) -> Iterable[str]:
-    """Beyond the base's last layer."""
+    """Return the adapted modules that the base lacks in this layer, but has in other layers."""
     kinds = group_layers_by_kind(s.modules)
     return [path for path in s.absent_modules if (numbered := split_layer_number(path)) and numbered[0] in kinds]
 
 
 @register_condition
 def prefixes_differ(s: Subject) -> Iterable[str]:
-    """Of a name that modules of the base have, elsewhere: the adapter was trained with another class of the model."""
+    """Return the other adapted modules that the base lacks: their last name exists under other prefixes, as in another
+    class of the model.
+    """
     apart = {*modules_missing(s), *layers_missing(s)}
     return [path for path in s.absent_modules if path not in apart]
 
 
 def last_name(path: str) -> str:
+    """Return the last part of a dotted path."""
     return path.rpartition(".")[2]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model of a folder by its config alone, without values or with zeros; a checkpoint by the names of its model.
+"""The model of a folder, built from its config alone (no values, or zeros); and a checkpoint under its model's names.
 
-No code of the folder ever runs, whatever its config says.
+No code from the folder ever runs, whatever its config says.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ if TYPE_CHECKING:
 
 
 CONFIG = "config.json"
-# fields, at any depth, that make transformers run or fetch what others wrote: classes, kernels, other configs, weights
+# fields, at any depth, that make transformers run or download code, kernels, other configs or weights
 CODE = ("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
         "experts_implementation", "_experts_implementation", "configuration_files",
         "use_pretrained_backbone")  # fmt: skip
-COUNTS = ("layer", "layers", "blocks", "experts")  # ends of fields that say how many modules a model has
+COUNTS = ("layer", "layers", "blocks", "experts")  # endings of fields with a number of modules
 MOST = 2**12
 LABELS = 2**20
 
 
 def build_model_config(path: str) -> PreTrainedConfig | None:
-    """Return the config that transformers makes of a folder's config.json; None if it knows no such model.
+    """Return transformers' config object for a folder's config.json.
 
-    Fields that name code, kernels or files elsewhere are left out: nothing of the folder runs, nobody is asked, and
-    the network is not used.
+    Returns None without that file, without transformers, or if transformers does not know the model. Fields that name
+    code, kernels or other files are removed: no code of the folder runs, and the network is not used.
 
     Raises:
-        CheckpointError: the file is damaged, asks for more modules than any model has, or names a backbone elsewhere.
+        CheckpointError: the file is damaged, has absurd module counts, or names a backbone that would be downloaded.
     """
     file = os.path.join(path, CONFIG)
     if not os.path.isfile(file):
@@ -70,42 +70,49 @@ def build_model_config(path: str) -> PreTrainedConfig | None:
 
 
 def drop_code_fields(value: Any, file: str) -> Any:
-    """Return a value of a config without the fields that transformers must not see. Raises as `build_model_config`."""
+    """Return a config value without the fields in `CODE`, at any depth.
+
+    Raises CheckpointError for an absurd number of modules or labels, or a backbone that would be downloaded. `file`
+    names the config in the text.
+    """
     if isinstance(value, list):
         return [drop_code_fields(v, file) for v in value]
     if not isinstance(value, dict):
         return value
     for key, n in value.items():
         if type(n) is int and n > (MOST if key.endswith(COUNTS) else LABELS if key == "num_labels" else n):
-            raise CheckpointError(f"{file} says {key} = {n:,}, which no model has: it is damaged.")
+            raise CheckpointError(f"{file} says {key} = {n:,}, which no model has. Download it again.")
     backbone = value.get("backbone")
     if isinstance(backbone, str) and not (value.get("backbone_config") or value.get("use_timm_backbone", True)):
         raise CheckpointError(
-            f"{file} names the backbone '{backbone}', which graft does not fetch: write its config there, as "
+            f"{file} names the backbone '{backbone}', which graft does not download. Write its config there, as "
             "backbone_config."
         )
     return {key: drop_code_fields(v, file) for key, v in value.items() if key not in CODE}
 
 
 def find_model_class(name: object) -> type[PreTrainedModel] | None:
-    """Return transformers' model class of a name; None if the name is of nothing there, or of something else."""
+    """Return the transformers model class of this name; None if it does not exist, needs a missing package, or is no
+    model class.
+    """
     import transformers
 
     try:
         attribute = getattr(transformers, name, None) if isinstance(name, str) else None
-    except (ImportError, RuntimeError):  # its module needs a package that is not there
+    except (ImportError, RuntimeError):  # its module needs a missing package
         return None
     return attribute if isinstance(attribute, type) and issubclass(attribute, transformers.PreTrainedModel) else None
 
 
 def build_meta_model(path: str, architecture: str | None = None) -> PreTrainedModel | None:
-    """Return the model that transformers makes of a folder's config.json, without values; None if it knows none.
+    """Return the transformers model of a folder's config.json, on the meta device, without quantization; None if
+    transformers does not know it.
 
     Args:
-        architecture: the name of another class than the config's.
+        architecture: name of the class to build; None: the first known class in the config, or AutoModel.
 
     Raises:
-        CheckpointError: as `build_model_config`; or transformers cannot make the model.
+        CheckpointError: as in `build_model_config`, or transformers fails to build the model.
     """
     config = build_model_config(path)
     if config is None:
@@ -121,13 +128,15 @@ def build_meta_model(path: str, architecture: str | None = None) -> PreTrainedMo
         try:
             with torch.device("meta"):
                 model: PreTrainedModel = transformers.AutoModel.from_config(config) if kind is None else kind(config)
-        except Exception as e:  # of any type, where values do not fit each other
-            raise CheckpointError(f"transformers cannot make the model of {path}: {e}") from None
+        except Exception as e:  # of any type, if values contradict each other
+            raise CheckpointError(f"transformers cannot build the model of {path}: {e}") from None
     return model
 
 
 def fill_with_zeros(model: PreTrainedModel) -> PreTrainedModel:
-    """Give the tensors of a model on the meta device memory: that of one zero each."""
+    """Replace all parameters and buffers of a model, in place, by expanded zeros on the CPU, which need almost no
+    memory. Returns the model.
+    """
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -139,12 +148,13 @@ def fill_with_zeros(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def make_expanded_zero(t: torch.Tensor) -> torch.Tensor:
+    """Return a single CPU zero, expanded to the shape and with the dtype of `t`."""
     return torch.zeros((), dtype=t.dtype).expand(t.shape)
 
 
 @contextlib.contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Keep transformers from talking about configs."""
+    """Silence transformers' log below errors, and all warnings, within a `with` block."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -158,10 +168,11 @@ def silence_transformers() -> Iterator[None]:
 
 
 def describe_checkpoint(base: BaseFiles) -> Skeleton | None:
-    """Return a checkpoint by the names of the model that its config describes; None: no library knows it.
+    """Return a checkpoint under the parameter names of the model in its config; None if no installed library knows the
+    model.
 
-    No tensor is read yet. A quantized weight is read as the floats that it stands for. Parameters that the checkpoint
-    lacks have a shape only.
+    Values are read later; quantized weights are read as dequantized floats. Parameters that the checkpoint lacks have
+    only a shape.
     """
     if not (base.config.get("architectures") or base.config.get("_class_name")):
         return None
@@ -175,28 +186,31 @@ def describe_checkpoint(base: BaseFiles) -> Skeleton | None:
 
 
 def describe_model(model: nn.Module, path: str) -> Skeleton:
-    """Return the names and shapes of a model, an `nn.Module` on any device.
+    """Return the names and shapes of a live model, on any device, and its config as a dict. Values are not included.
 
     Args:
-        path: what to call it in errors.
+        path: name of the model in messages.
     """
     config = getattr(model, "config", None) or {}
     fields = dict(config) if isinstance(config, Mapping) else config.to_dict() if hasattr(config, "to_dict") else {}
-    if "architectures" in fields and not fields["architectures"]:  # as a save writes it
+    if "architectures" in fields and not fields["architectures"]:  # as save_pretrained writes it
         fields["architectures"] = [type(model).__name__]
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     return Skeleton(path, fields, shapes, [name for name, _ in model.named_modules() if name], model=model)
 
 
 def describe_config(path: str, config: Json) -> Skeleton:
-    """Return the model that a config describes, built on the meta device by its library.
+    """Return names and shapes of the model of a config, built on the meta device by transformers or, for `_class_name`,
+    diffusers.
 
     Raises:
         CheckpointError: the library is not installed, or does not know the model.
     """
     if (name := config.get("_class_name")) is None:
         if (model := build_meta_model(path)) is None:
-            raise CheckpointError(f"{path} holds no weights, and no library here knows the model of its config.")
+            raise CheckpointError(
+                f"{path} holds no weights, and no installed library knows its model. Give a folder with weights."
+            )
         return describe_model(model, path)
     try:
         import diffusers
@@ -207,11 +221,16 @@ def describe_config(path: str, config: Json) -> Skeleton:
         with torch.device("meta"):
             return describe_model(kind.from_config(config), path)
     except Exception as e:  # of any type, where values are not what its class takes
-        raise CheckpointError(f"{path} holds no weights, and no model can be made of its config: {e}") from e
+        raise CheckpointError(f"{path} holds no weights, and its config gives no model: {e}") from e
 
 
 def dequantize_lazily(base: BaseFiles) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint, with floats in place of what holds a quantized weight."""
+    """Return a checkpoint's tensors, with each quantized weight replaced by a float32 tensor that is dequantized when
+    it is read.
+
+    Without quantization they are unchanged. If graft does not know the quantization, only floating tensors above 8 bits
+    remain.
+    """
     if not (base.config.get("quantization_config") or base.config.get("compression_config")):
         return base.tensors
     try:
@@ -223,6 +242,7 @@ def dequantize_lazily(base: BaseFiles) -> dict[str, Tensor]:
     for name in weights.packed:
 
         def load(name: str = name) -> Bytes:
+            """Return the bytes of the dequantized weight."""
             return to_file(weights.read(name).float()).load()
 
         out[name] = Tensor(weights.shapes[name], "F32", load)
@@ -230,9 +250,11 @@ def dequantize_lazily(base: BaseFiles) -> dict[str, Tensor]:
 
 
 def name_by_model(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by the names of a model's parameters, as transformers loads them.
+    """Return a checkpoint's tensors under the parameter names of a model, renamed and stacked as transformers does on
+    loading.
 
-    Those of a model of another library have its names already.
+    Models of other libraries have the checkpoint's names already. Parameters from several dtypes or unknown dtypes are
+    left out.
     """
     if not hasattr(model, "base_model_prefix"):
         return dict(tensors)
@@ -247,6 +269,7 @@ def name_by_model(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict
         for name, value in source.values(empty).items():
 
             def load(source: ComputedParameters = source, name: str = name) -> Bytes:
+                """Return the bytes of a parameter that transformers computes from several tensors."""
                 return to_file(source.values({key: of_file(tensors[key]) for key, _ in source.keys})[name]).load()
 
             out[name] = Tensor(tuple(value.shape), NAMES[value.dtype], load)
@@ -254,7 +277,10 @@ def name_by_model(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict
 
 
 def join_spots(spots: list[Spot], tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the tensor that stands in these spots, one or a stack of matrices; None if they have several dtypes."""
+    """Return the tensor of these spots: the only one, or a stack of all matrices; None if dtypes differ.
+
+    Values are read later.
+    """
     if spots[0].expert is None:
         return tensors[spots[0].key]
     ordered = [tensors[spot.key] for spot in sorted(spots, key=lambda spot: (spot.expert or 0, spot.rows or (0, 0)))]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where adapters come from and go to: paths, hub ids with a revision; results that appear whole or not at all."""
+"""Paths of adapters and bases, hub ids with a revision, and outputs that appear completely or not at all."""
 
 from __future__ import annotations
 
@@ -41,23 +41,34 @@ if TYPE_CHECKING:
     from graft.files.formats import Base
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-BASE_ID = re.compile(r"(?P<repo>([\w.-]+/)?[\w.-]+)(@(?P<revision>[\w./-]+))?")  # old models have no owner: gpt2
-BASE_FIELDS = ("base_model_name_or_path", "model_name", "model")  # of PEFT and torchtune, AdapterHub, MLX
+BASE_ID = re.compile(r"(?P<repo>([\w.-]+/)?[\w.-]+)(@(?P<revision>[\w./-]+))?")  # old models such as gpt2 have no owner
+# the base's name in configs of PEFT and torchtune, AdapterHub, MLX
+BASE_FIELDS = ("base_model_name_or_path", "model_name", "model")
 CARD = "README.md"
 Result = TypeVar("Result")
 
 
 def read_adapter(source: str, base: Base | None = None) -> AdapterFile:
-    """Read an adapter from a file, a folder, or the hub (`user/repo@rev`), which is asked for nothing else.
+    """Read an adapter of any format from a file, a folder, or the hub (`user/repo@rev`).
+
+    Only a hub id uses the network.
+
+    Args:
+        base: the base model's names, where the format needs them.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is no adapter, or it is damaged.
     """
     return read(resolve_adapter(source), base)
 
 
 def resolve_adapter(source: str) -> str:
-    """Return the path of an adapter: the source itself, or where the hub's files are kept."""
+    """Return the path of an adapter: `source` itself, or the cache folder of a hub id.
+
+    Missing files of a hub id are downloaded.
+
+    A source that exists, or is no hub id, is returned unchanged. Raises CheckpointError if the hub has no such adapter.
+    """
     named = None if os.path.exists(source) else HUB_ID.fullmatch(source)
     if named is None:
         return source
@@ -70,12 +81,12 @@ def resolve_adapter(source: str) -> str:
 
 
 def find_base(base: str | os.PathLike[str]) -> str:
-    """Return the path of a base model: `base`, or the snapshot of a hub id (user/repo@revision) in the hub's cache.
+    """Return the path of a base model: `base`, or the cached folder of a hub id (user/repo@revision).
 
-    The network is never asked.
+    The network is never used.
 
     Raises:
-        CheckpointError: `base` is neither a path nor in the cache.
+        CheckpointError: `base` does not exist and has the form of a hub id that is not in the cache.
     """
     base = os.fspath(base)
     named = None if os.path.exists(base) else BASE_ID.fullmatch(base)
@@ -93,9 +104,9 @@ def find_base(base: str | os.PathLike[str]) -> str:
 
 
 def read_base_name(adapter: str) -> str | None:
-    """Return the base model that an adapter's adapter_config.json names, as `find_base` takes it; None: there is none.
+    """Return the base in the adapter_config.json of a folder, for `find_base`; None without that file or a name.
 
-    A path on another machine (//host/share) is no name: looking for it would log in there.
+    Paths on another machine (//host/share) are None, since opening one would send credentials there.
     """
     path = os.path.join(adapter, CONFIG_NAME)
     config = read_object(path) if os.path.isfile(path) else {}
@@ -104,11 +115,11 @@ def read_base_name(adapter: str) -> str | None:
 
 
 def require_base(adapter: str, base: str | None) -> str:
-    """Return the path of `base`, or of the base model that the adapter names.
+    """Return the path of the base model: of `base`, or if that is None, of the adapter's own.
 
     Raises:
         BaseNeededError: `base` is None, and the adapter names none.
-        CheckpointError: it is not here.
+        CheckpointError: the base is not on this machine.
     """
     name = read_base_name(adapter) if base is None else base
     if name is None:
@@ -117,11 +128,13 @@ def require_base(adapter: str, base: str | None) -> str:
 
 
 def run_with_base(adapter: str, base: str | None, run: Callable[[BaseDescription | None], Result]) -> Result:
-    """Return `run` of the model `base`. If `base` is None, `run` gets the adapter's own base if it needs one.
+    """Return `run(base)` for the opened base. If `base` is None, call `run(None)` first.
+
+    If that raises BaseNeededError and the adapter names a base, call `run` again with that base.
 
     Raises:
-        BaseNeededError: `run` needs a base, and there is none.
-        CheckpointError: the base is not here, or damaged. Errors of `run` pass through.
+        BaseNeededError: `run` needs a base, and the adapter names none.
+        CheckpointError: the base is not on this machine, or damaged. Errors of `run` pass through.
     """
     if base is not None:
         return run(open_base(find_base(base)))
@@ -134,7 +147,9 @@ def run_with_base(adapter: str, base: str | None, run: Callable[[BaseDescription
 
 
 def describe_named_base(adapter: str) -> Skeleton | None:
-    """Return names and shapes of the base that an adapter names; None if it names none, or its files are not here."""
+    """Return names and shapes, without values, of the base that an adapter names; None if it names none or is not on
+    this machine.
+    """
     try:
         name = read_base_name(adapter)
         base = None if name is None else read_base_files(find_base(name))
@@ -144,7 +159,7 @@ def describe_named_base(adapter: str) -> Skeleton | None:
 
 
 def read_licence(folder: str) -> str | None:
-    """Return the licence that a card names; None if there is no card, or it names none."""
+    """Return the licence in the header of a folder's README.md; None without one."""
     path = os.path.join(folder, CARD)
     if not os.path.isfile(path):
         return None
@@ -156,44 +171,46 @@ def read_licence(folder: str) -> str | None:
 
 
 CERTIFICATE = "merge.json"
-MODEL = (*NEEDED, INDEX, TORCH_INDEX, CERTIFICATE)  # what stands beside the weights of a model
+MODEL = (*NEEDED, INDEX, TORCH_INDEX, CERTIFICATE)  # further files of a model's folder
 
 
 def check_output(path: str, sources: Iterable[str | os.PathLike[str]], force: bool, model: bool = False) -> None:
-    """Raise an error if a result may not go to a path.
+    """Raise an error if a result may not be written to a path. A free path or an empty folder passes.
 
     Args:
-        force: replace what is there, if it is a file, a link, or a folder with files of one adapter and nothing else.
-        model: the result is a model's folder, and replaces nothing but a folder with files of a model.
+        sources: paths that the output may not overlap.
+        force: allow to replace a file, a link, or a folder with only the files of one adapter.
+        model: the result is a model's folder, which may only replace a folder with only a model's files.
 
     Raises:
-        OptionError: it is empty; or see `check_output_is_apart`.
-        OutputExistsError: there is something, and `force` is False, or does not replace that.
+        OptionError: the path is empty, or overlaps a source.
+        OutputExistsError: the path exists and may not be replaced, or is a pipe or device.
     """
     if not path:
-        raise OptionError("The output has no name.")
+        raise OptionError("The output has no name. Give a path.")
     check_output_is_apart(path, sources)
     if not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path)):
         return
     if is_special(path):
-        raise OutputExistsError(f"{path}: {NO_FILE}. Give another place for the result.")
+        raise OutputExistsError(f"{path}: {NO_FILE}. Give another output.")
     if not force:
-        raise OutputExistsError(f"{path} exists: pass force=True (--force) to replace it.")
+        raise OutputExistsError(f"{path} exists. Pass force=True (--force) to replace it.")
     is_folder = os.path.isdir(path) and not is_link(path)
     if model and not is_folder:
-        raise OutputExistsError(f"{path} is a link or no folder, and stays as it is: give another place.")
+        raise OutputExistsError(f"{path} is a link or no folder, and is not replaced. Give another output.")
     if is_folder and (foreign := list_foreign_entries(path, model)):
         raise OutputExistsError(
-            f"{path} holds {join_some(foreign, 4)}, no file of {'a model' if model else 'an adapter'}, and stays as "
-            "it is: "
-            "move that away, or give another place."
+            f"{path} holds {join_some(foreign, 4)}, which is no file of {'a model' if model else 'an adapter'}. Move "
+            "that away, or give another output."
         )
 
 
 def list_foreign_entries(folder: str, model: bool) -> list[str]:
-    """Return the entries of a folder that are no files of a model, or of one adapter; all, if it has no weights.
+    """Return the entries of a folder that do not belong to a model (`model`), or otherwise to one adapter of any
+    format.
 
-    Names alone tell, so that a damaged adapter is one, too.
+    Files are judged by their names. If the folder has no weights, all entries are foreign. The format with the fewest
+    foreign entries counts.
     """
     kinds = [model_file_patterns(folder)] if model else [module_of(name).FOLDER for name in FORMATS]
     leftovers = []
@@ -207,62 +224,66 @@ def list_foreign_entries(folder: str, model: bool) -> list[str]:
 
 
 def model_file_patterns(folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names, as in a shell, of the files that stand in a model's folder: weights, others."""
+    """Return shell patterns of the files in a model's folder: (weights, others).
+
+    The files in its index count as weights.
+    """
     named: list[str] = []
     if os.path.isfile(os.path.join(folder, INDEX)):
-        with suppress(CheckpointError):  # it is damaged, and names none
+        with suppress(CheckpointError):  # a damaged index names no files
             named = [glob.escape(name) for name in list_shards(folder) if name.endswith(".safetensors")]
     return (*WEIGHTS, *named), MODEL
 
 
 def take_work_folder(path: str) -> None:
-    """Make a folder for work, which nobody else may enter, or take one that a killed run has left.
+    """Create a folder that only this user may enter, or take over one of this user that an earlier run left.
 
     Raises:
-        OutputExistsError: what stands there is a link, no folder, or another user's.
+        OutputExistsError: the path is a link, no folder, or another user's.
     """
     try:
         os.mkdir(path, 0o700)
     except FileExistsError:
         facts = os.lstat(path)
-        is_own = not hasattr(os, "geteuid") or facts.st_uid == os.geteuid()  # Windows has no such numbers
+        is_own = not hasattr(os, "geteuid") or facts.st_uid == os.geteuid()  # Windows has no user numbers
         if not (is_own and stat.S_ISDIR(facts.st_mode)) or is_link(path):
             raise OutputExistsError(
-                f"{path}, where work in progress goes, is a link, no folder, or another user's: remove it, or give "
-                "another place for the result."
+                f"{path}, the folder for work in progress, is a link, no folder, or another user's. Remove it, or give "
+                "another output."
             ) from None
         os.chmod(path, 0o700)
 
 
 def check_output_is_apart(path: str, sources: Iterable[str | os.PathLike[str]]) -> None:
-    """Raise OptionError if a result would stand on, in or around a source, which nothing ever changes."""
+    """Raise OptionError if a result's path equals, lies in, or contains an existing source. Links are resolved."""
     output = os.path.realpath(path)
     for source in filter(os.path.exists, sources):
         source_path = os.path.realpath(source)
         if os.path.commonpath([output, source_path]) in (output, source_path):
             raise OptionError(
-                f"{path} is the source {os.fspath(source)}, or one lies in the other: sources stay as they are. Give "
-                "another place for the result."
+                f"{path} is the source {os.fspath(source)}, or one lies in the other. Sources are never changed: give "
+                "another output."
             )
 
 
 @contextmanager
 def place_when_done(path: str, stays: bool = True) -> Iterator[str]:
-    """Yield another path to write a file or folder to; afterwards it gets its name.
+    """Yield a temporary path; after the `with` block, move the file or folder from there to `path`.
 
-    What stands there leaves only when the new one has come, and an error leaves it as it was.
+    An existing result is replaced only then. After an error it is unchanged, and new parent folders are removed.
 
     Args:
-        stays: False: nothing stays; whatever can fail has been tried.
+        stays: False: a dry run: the result is written to the temporary directory and deleted.
 
     Raises:
-        OutputExistsError: something has come there meanwhile.
-        OSError: the disk is full, say; it names `path`.
+        OutputExistsError: another process wrote `path` meanwhile.
+        CheckpointError: the block wrote nothing.
+        OSError: writing failed, for example on a full disk; it names `path`.
     """
     path = os.path.abspath(path)
     folder, stood = os.path.dirname(path), os.path.lexists(path)
     new_folders = [] if os.path.isdir(folder) or not stays else list_missing_folders(folder)
-    # named before it is made: an interrupt in between leaves nothing
+    # the name is chosen first, so that an interrupt in between leaves nothing
     room = os.path.join(folder if stays else tempfile.gettempdir(), f".graft-{os.urandom(8).hex()}")
     try:
         if stays:
@@ -276,7 +297,7 @@ def place_when_done(path: str, stays: bool = True) -> Iterator[str]:
     except PeftError:
         raise
     except OSError as e:
-        if str(e.filename or room).startswith(room):  # a full disk does not say whose
+        if str(e.filename or room).startswith(room):  # the error of a full disk has no file name
             raise OSError(e.errno or errno.EIO, e.strerror or str(e), path) from e
         raise
     finally:
@@ -287,7 +308,10 @@ def place_when_done(path: str, stays: bool = True) -> Iterator[str]:
 
 
 def delete_folder(folder: str) -> None:
-    """Delete a folder, if it is there; an interrupt meanwhile comes when it is gone."""
+    """Delete a folder if it exists, ignoring errors.
+
+    After an interrupt it is deleted first, then the interrupt is raised.
+    """
     try:
         shutil.rmtree(folder, ignore_errors=True)
     except BaseException:
@@ -296,7 +320,7 @@ def delete_folder(folder: str) -> None:
 
 
 def list_missing_folders(folder: str) -> list[str]:
-    """Return a folder and those around it that are not there, the innermost first."""
+    """Return a folder and its parents that do not exist, the innermost first."""
     out = []
     while not os.path.lexists(folder):
         out.append(folder)
@@ -305,39 +329,51 @@ def list_missing_folders(folder: str) -> list[str]:
 
 
 def place_result(temporary: str, target: str, stood: bool) -> None:
-    """Rename a result to its target. An old result gets its name, to be deleted; one of another process stays."""
+    """Move a result to its target path.
+
+    If `stood` (the target existed before), exchange the two: the old result gets the temporary path.
+
+    Raises OutputExistsError if another process created the target, CheckpointError if there is no result, OSError if
+    the target is a pipe or device.
+    """
     if is_special(target):
         raise OSError(errno.EINVAL, NO_FILE, target)
     if not os.path.exists(temporary):
         raise CheckpointError(f"Nothing was written for {target}.")
     if stood and os.path.lexists(target):
-        check_output(target, [], force=True)  # once more, since the work took its time
+        check_output(target, [], force=True)  # again, since the work took time
         exchange_paths(temporary, target)
     else:
         move_to_free_name(temporary, target)
 
 
 def move_to_free_name(source: str, target: str) -> None:
-    """Rename a file or folder to a name that nothing has.
+    """Move a file or folder to a path that must not exist.
+
+    A file is hard-linked, which never replaces anything; its temporary name stays.
+
+    Without hard links, and for folders, it is renamed after a check.
 
     Raises:
-        OutputExistsError: something has come there, from another process.
+        OutputExistsError: the path exists now.
     """
     try:
         if os.path.isdir(source):
-            if os.path.lexists(target):  # renaming would replace an empty folder
+            if os.path.lexists(target):  # os.rename would replace an empty folder
                 raise FileExistsError
             os.rename(source, target)
             return
         try:
-            os.link(source, target)  # which replaces nothing, as renaming does
+            os.link(source, target)  # unlike renaming, a link never replaces a file
         except FileExistsError:
             raise
-        except OSError:  # a file system without hard links
+        except OSError:  # the file system has no hard links
             if os.path.lexists(target):
                 raise FileExistsError from None
             os.rename(source, target)
     except OSError as e:
         if not os.path.lexists(target):
             raise
-        raise OutputExistsError(f"{target} has come meanwhile, from another process, and stays as it is.") from e
+        raise OutputExistsError(
+            f"{target} was created by another process meanwhile, and is not replaced. Give another output."
+        ) from e

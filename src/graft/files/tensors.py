@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors in files, read when they are asked for, and safetensors files of them: by numpy, without torch."""
+"""Tensors in files, read on demand, and safetensors files of them. numpy only, no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from graft.core.errors import shorten_text
 if TYPE_CHECKING:
     import numpy as np
 
-BITS = {  # of an element, by the name that safetensors gives a dtype
+BITS = {  # safetensors' dtype name → bits per element
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
@@ -36,11 +36,11 @@ MOST_DIMENSIONS = 64  # as in numpy
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of known shape and dtype; whoever reads it gets its values.
+    """A tensor with a known shape and dtype. Its values are loaded at each read.
 
     Attributes:
         shape: as in the file.
-        dtype: as safetensors calls it: "F32", "BF16".
+        dtype: in safetensors' names: "F32", "BF16".
         load: returns the bytes, little-endian and contiguous.
     """
 
@@ -50,10 +50,13 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
+        """The size of the values in bytes."""
         return prod(self.shape) * BITS[self.dtype] // 8
 
     def read(self) -> np.ndarray:
-        """Return the values: float64 and integers as they are, other floating dtypes as float32."""
+        """Load the values as a numpy array: float64, float32, integers and booleans unchanged, other floats as
+        float32.
+        """
         import numpy as np
 
         data = self.load()
@@ -67,11 +70,11 @@ class Tensor:
 
 
 def list_float8_values(dtype: str) -> np.ndarray:
-    """Return the 256 values of a float of 8 bits, as float32."""
+    """Return the values of all 256 codes of an 8-bit float dtype, as float32, with NaN."""
     import numpy as np
 
     codes = np.arange(256)
-    if dtype == "F8_E5M2":  # the first half of a float16
+    if dtype == "F8_E5M2":  # the upper byte of a float16
         return (codes.astype("<u2") << 8).view("<f2").astype("f4")
     if dtype == "F8_E8M0":
         return np.where(codes == 255, np.nan, np.exp2(codes - 127.0)).astype("f4")
@@ -81,18 +84,21 @@ def list_float8_values(dtype: str) -> np.ndarray:
 
 
 def dtype_for_writing(dtype: str) -> str:
-    """Return the dtype in which new values of a tensor are written: bfloat16 for floats of 8 bits, else its own."""
+    """Return the dtype for new values of a tensor: "BF16" for 8-bit floats, otherwise the same dtype."""
     return "BF16" if dtype in EIGHT_BITS else dtype
 
 
 def make_tensor(values: np.ndarray, dtype: str | None = None) -> Tensor:
-    """Return an array as a Tensor. `dtype` rounds it to nearest, ties to even; None: the array's own dtype.
+    """Return an array as a Tensor of `dtype`, rounded to nearest, ties to even; None: the array's dtype.
 
-    For a float of 8 bits the Tensor gets `dtype_for_writing`.
+    Overflow gives infinity.
+
+    8-bit floats become bfloat16. The values are converted now. Raises CheckpointError for dtypes that files do not
+    have.
     """
     import numpy as np
 
-    values = np.asarray(values, order="C")  # a number alone stays one
+    values = np.asarray(values, order="C")  # a 0-d array keeps its shape
     own_dtype = next((name for name, form in NUMPY.items() if np.dtype(form) == values.dtype), None)
     dtype = dtype_for_writing(dtype or own_dtype or "")
     if dtype == "BF16":
@@ -103,23 +109,26 @@ def make_tensor(values: np.ndarray, dtype: str | None = None) -> Tensor:
         with np.errstate(over="ignore"):
             array = values.astype(NUMPY[dtype])
     else:
-        raise CheckpointError(f"Values cannot be written as {dtype or values.dtype}.")
+        raise CheckpointError(f"Values cannot be written as {dtype or values.dtype}. Convert them to float32 first.")
     return Tensor(tuple(values.shape), dtype, array.tobytes)
 
 
 def reshape_tensor(t: Tensor, *shape: int) -> Tensor:
-    """Return a tensor of the same values, in order, with another shape."""
+    """Return the same tensor with another shape. The number of elements is not checked."""
     return replace(t, shape=shape)
 
 
 def rearrange_tensor(t: Tensor, change: Callable[[np.ndarray], np.ndarray], *shape: int) -> Tensor:
-    """Return a tensor whose values `change` puts into another order when it is read; they stay the same bits.
+    """Return a tensor that applies `change` to the values on each load.
+
+    `change` sees the bits as unsigned integers, so it may only move or pad them.
 
     Args:
-        shape: that `change` gives.
+        shape: the shape that `change` returns.
     """
 
     def load() -> bytes:
+        """Load the source, apply `change`, and return the bytes."""
         import numpy as np
 
         return change(np.frombuffer(t.load(), f"u{BITS[t.dtype] // 8}").reshape(t.shape)).tobytes()
@@ -128,15 +137,16 @@ def rearrange_tensor(t: Tensor, change: Callable[[np.ndarray], np.ndarray], *sha
 
 
 def make_int64_tensor(values: Sequence[int]) -> Tensor:
-    """Return numbers as a tensor of I64."""
+    """Return whole numbers as a 1-D tensor of dtype "I64"."""
     return Tensor((len(values),), "I64", lambda: struct.pack(f"<{len(values)}q", *values))
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a safetensors file, none of them read yet, and its metadata.
+    """Return the tensors of a safetensors file by name, with values unread, and its metadata as texts.
 
     Raises:
-        CheckpointError: the file is no safetensors file, or is damaged: tensors overlap, or lie outside the file.
+        CheckpointError: the file is no safetensors file, a git-lfs pointer, or damaged: tensors overlap, leave gaps, or
+            exceed the file.
     """
     path = os.fspath(path)
     with open_file(path) as f:
@@ -144,14 +154,14 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
         version = file_version(f)
         whole = version[0]
         if size == int.from_bytes(LFS[:8], "little"):
-            raise CheckpointError(f"{path} is git-lfs's pointer to a file: fetch that by `git lfs pull`.")
+            raise CheckpointError(f"{path} is git-lfs's pointer to a file. Run `git lfs pull`.")
         if not 2 <= size <= min(LARGEST, whole - 8):
             raise CheckpointError(
                 f"{path} is no safetensors file, or is cut off: its header would be {size} bytes long."
             )
         header = parse_json(f.read(size), f"The header of {path}")
         try:
-            metadata = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}  # MLX: null
+            metadata = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}  # MLX writes null
             listed = [(name, _parse_entry(entry)) for name, entry in header.items()]
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise CheckpointError(f"The header of {path} is damaged: {shorten_text(str(e))}") from None
@@ -169,6 +179,10 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
 
 
 def _parse_entry(entry: Json) -> tuple[str, tuple[int, ...], int, int]:
+    """Return (dtype, shape, begin, end) of a header's entry.
+
+    Raises ValueError, KeyError or TypeError if it is malformed.
+    """
     begin, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
     if entry["dtype"] not in BITS:
@@ -179,57 +193,73 @@ def _parse_entry(entry: Json) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def file_version(f: IO[bytes]) -> tuple[int, int]:
-    """Return what tells a file from one that has replaced it: size and time. Some file systems make up inodes."""
+    """Return size and modification time of an open file; they show that a file was replaced.
+
+    Inodes are not reliable.
+    """
     facts = os.fstat(f.fileno())
     return facts.st_size, facts.st_mtime_ns
 
 
 def make_part_reader(path: str, version: tuple[int, int], begin: int, size: int) -> Callable[[], bytes]:
-    """Return a function that reads `size` bytes of a file, or raises CheckpointError if the file is another by then."""
+    """Return a function that reads `size` bytes of a file at `begin`.
+
+    It raises CheckpointError if the file has another version then.
+    """
 
     def load() -> bytes:
+        """Open the file, read the bytes, and check the file's version."""
         with open_file(path) as f:
             f.seek(begin)
             data = f.read(size)
             same = file_version(f) == version and len(data) == size
-        if not same:  # else a tensor would be of another save than the one before it
-            raise CheckpointError(f"{path} has been written anew while it was read: do it again.")
+        if not same:  # otherwise tensors of two saves would be mixed
+            raise CheckpointError(f"{path} was replaced while it was read. Run the command again.")
         return data
 
     return load
 
 
 def write_safetensors(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors into a file, which appears whole."""
+    """Write tensors into a safetensors file, which appears completely or not at all."""
     put_in_place(path, make_safetensors_writer(tensors, metadata))
 
 
 def make_safetensors_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Write:
-    """Return a function that writes tensors one after another."""
+    """Return a function that writes these tensors to a path, loading one after another."""
     parts = [(name, t.dtype, t.shape, BITS[t.dtype] // 8, t.load) for name, t in tensors.items()]
     return lambda path: write_tensors(path, parts, metadata)
 
 
-# RoPE turns pairs of a head's rows: entry i with i + d/2 in transformers' order, 2i with 2i + 1 in that of llama.cpp,
+# RoPE rotates pairs of a head's rows: i with i + d/2 in transformers' order, 2i with 2i + 1 in that of llama.cpp,
 # torchtune and Meta's own
 
 
 def halves_to_pairs(t: Tensor, heads: int) -> Tensor:
-    """Return rows (heads · d, …) that were in two halves per head as pairs, bit for bit."""
+    """Return rows (heads · d, …) reordered from two halves per head to pairs, bit for bit, on load.
+
+    Raises BaseModelMismatchError if the rows do not divide into heads of an even size.
+    """
     return _reorder_rows(t, heads, pairs=False)
 
 
 def pairs_to_halves(t: Tensor, heads: int) -> Tensor:
-    """Return rows that were pairs as two halves per head: the inverse of `halves_to_pairs`."""
+    """Return rows (heads · d, …) reordered from pairs to two halves per head: the inverse of `halves_to_pairs`."""
     return _reorder_rows(t, heads, pairs=True)
 
 
 def _reorder_rows(t: Tensor, heads: int, pairs: bool) -> Tensor:
+    """Return rows reordered within each head: from pairs to halves, or from halves to pairs if `pairs` is False.
+
+    Raises BaseModelMismatchError if the rows do not divide into heads of an even size.
+    """
     import numpy as np
 
     rows = t.shape[0]
     if not heads or rows % (2 * heads):
-        raise BaseModelMismatchError(f"{rows} rows of q or k do not divide into {heads} heads of an even size.")
+        raise BaseModelMismatchError(
+            f"{rows} rows of q or k do not divide into {heads} heads of an even size. Give the adapter's base."
+        )
     half = rows // heads // 2
     shape = (heads, half, 2) if pairs else (heads, 2, half)
     order = np.arange(rows).reshape(shape).transpose(0, 2, 1).reshape(-1)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a running server apply an adapter? Its log-probabilities beside graft's own, on the same weights and tokens.
+"""A test of a running server: does it apply an adapter? Its log-probabilities are compared with graft's, on the same
+weights.
 
-graft computes what the server should say, and what it would say if it made one of the mistakes that servers make:
-without the adapter, without one kind of module, with one scale for all, with a scale that is k times too large.
+graft computes the correct answer, and the answers after typical mistakes of servers: no adapter, one kind of module
+missing, one scale for all modules, a scale that is off by a factor k.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from graft.files.ask import Connection, LogProbabilities, ask_log_probabilities,
 from graft.files.errors import OptionError
 from graft.model.functional import layers_with_scaling, rescale_layers
 
-TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}  # of a log-probability, as a root mean square
-OF_NOISE = 3  # a tolerance is at least this multiple of what server and graft differ by on the base
+# server's dtype → root mean square difference of log-probabilities
+TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+OF_NOISE = 3  # a tolerance is at least this multiple of the noise on the base
 ANOTHER_BASE = 10  # tolerances
-GRID = [2.0**n for n in range(-6, 7)]  # multiples of the scale, where the search for k begins
+GRID = [2.0**n for n in range(-6, 7)]  # first values of k in the search
 APPLIED, UNDECIDED = "applied", "too small to tell"
 NOT_APPLIED, OFF, MISSING, PATTERNS, ALPHAS, ROOTS, ANOTHER, LEAKED = FAULTS = (
     "not applied", "scale off", "missing", "patterns not read", "alpha_pattern not read", "use_rslora not read",
@@ -34,27 +36,27 @@ NOT_APPLIED, OFF, MISSING, PATTERNS, ALPHAS, ROOTS, ANOTHER, LEAKED = FAULTS = (
 
 
 class Scale(NamedTuple):
-    """The scaling of a layer, and what a server makes of its config that does not read all of it."""
+    """The scaling of a layer, and the scalings of servers that read only a part of its config."""
 
     actual: float
     plain: float  # lora_alpha / r for all layers
-    one_alpha: float  # lora_alpha / each layer's own rank
-    rootless: float  # each layer's own alpha / rank
+    one_alpha: float  # lora_alpha / the layer's rank
+    rootless: float  # the layer's alpha / the layer's rank
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a server does with an adapter.
+    """The result of the test.
 
     Attributes:
         verdict: "applied", "not applied", "scale off", "missing", "patterns not read", "alpha_pattern not read",
             "use_rslora not read", "another adapter", "too small to tell", or "in the base too".
-        text: the same in a sentence.
-        tolerance: the root mean square of differences of log-probabilities that counts as equal.
-        effect: what the adapter changes log-probabilities by.
-        noise: what server and graft differ by on the base.
-        deviations: what the server's adapter differs by from each thing that it might be.
-        scale: k, of "scale off".
+        text: the same as a sentence.
+        tolerance: root mean square difference of log-probabilities that counts as equal.
+        effect: root mean square change of log-probabilities by the adapter.
+        noise: root mean square difference of server and graft on the base.
+        deviations: possible explanation → root mean square difference to the server's adapter.
+        scale: k, for "scale off".
     """
 
     verdict: str
@@ -67,14 +69,16 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
+        """True if the server applies the adapter."""
         return self.verdict == APPLIED
 
     def as_dict(self) -> Json:
+        """Return the fields and "ok" as a dict."""
         return asdict(self) | {"ok": self.ok}
 
 
 def make_prompts(vocabulary: int, number: int = 4, length: int = 16) -> list[list[int]]:
-    """Return the same prompts each time: token ids all over a vocabulary."""
+    """Return `number` fixed prompts of `length` token ids, spread over the vocabulary; the same at each call."""
     return [
         [(7919 * i * i + 104729 * i + 13) % vocabulary for i in range(n, n + length)]
         for n in range(1, 977 * number, 977)
@@ -91,21 +95,25 @@ def verify_server(
     tolerance: float | None = None,
     server: str | None = None,
 ) -> Verdict:
-    """Ask a server for log-probabilities of its base and of an adapter, and compare them with a model's own.
+    """Ask a server for log-probabilities of its base and its adapter, and compare them with those of a local model.
+
+    If the server's base differs from the local base, but equals the local model with the adapter, the verdict is "in
+    the base too".
 
     Args:
-        base: the base model in eval mode, with the weights that the server has.
-        load: puts the adapter onto the base, and returns the model; what an initialisation does to the base's weights
-            happens there.
-        name: by which the server knows the adapter.
-        dtype: in which the server computes; its tolerance is at least that of TOLERANCES.
-        tolerance: use this one.
-        server: as `identify_server` returns it, where the server does not say so.
+        base: the base model in eval mode, with the server's weights.
+        load: puts the adapter onto the base and returns the model; it may change the base's weights, as initialisations
+            do.
+        name: the adapter's name on the server.
+        base_name: the base's name on the server.
+        dtype: the server's dtype, a key of TOLERANCES, which gives the least tolerance.
+        tolerance: use exactly this one.
+        server: a name that `identify_server` returns, if the server does not say it.
 
     Raises:
-        BaseModelMismatchError: the server's base has other weights, or another vocabulary.
-        ServerError: it cannot be asked.
-        OptionError: `dtype` is none of TOLERANCES, `tolerance` is no number of 0 or more, `server` is unknown.
+        BaseModelMismatchError: the server's base has other weights or another vocabulary.
+        ServerError: a request fails.
+        OptionError: `dtype`, `tolerance` or `server` is invalid.
     """
     check_verify_options(dtype, tolerance)
     server = identify_server(connection, server)
@@ -124,6 +132,10 @@ def verify_server(
     layers = layers_with_scaling(model)
 
     def compute_with_adapter(factor: Callable[[str], float] | None = None) -> Tensor:
+        """Return the local log-probabilities with the adapter.
+
+        `factor` multiplies the scaling of the layer at a path, for this call.
+        """
         with nullcontext() if factor is None or not layers else rescale_layers(layers, factor, "verify()"):
             return compute_log_probabilities(model, asked, places)
 
@@ -133,56 +145,68 @@ def verify_server(
     for part in ("all", *sorted({last_name(path) for path in scales})):
         alone = compute_with_adapter({path: float(part in ("all", last_name(path))) for path in scales}.__getitem__)
         if root_mean_square(before - alone) <= floor:
-            text = f"The server's base answers with the adapter, too ({part} of it): the two names are not kept apart."
+            text = (
+                f"The server's base answers with the adapter, too ({part} of it): it does not separate the two names."
+            )
             effect, deviations = (
                 root_mean_square(compute_with_adapter() - own_base),
                 {APPLIED: root_mean_square(now - compute_with_adapter())},
             )
             return Verdict(LEAKED, text, floor, effect, noise, deviations)
     raise BaseModelMismatchError(
-        f"The server's base {base_name!r} says other log-probabilities than this base model, by {noise:.2g} in the "
-        f"mean, where {dtype} explains {floor:.2g}: it has other weights, or computes in another dtype (--dtype)."
+        f"The server's base {base_name!r} differs from this base model by {noise:.2g} in log-probabilities, and "
+        f"{dtype} explains {floor:.2g}. Give the server's weights, or its dtype (--dtype)."
     )
 
 
 def check_verify_options(dtype: str, tolerance: float | None) -> None:
-    """Raise OptionError if `dtype` is none of TOLERANCES, or `tolerance` no number of 0 or more."""
+    """Raise OptionError if `dtype` is no key of TOLERANCES, or `tolerance` is negative, infinite or NaN.
+
+    None is allowed.
+    """
     if dtype not in TOLERANCES:
-        raise OptionError(f"dtype={dtype!r}: one of {', '.join(TOLERANCES)}, in which the server computes.")
+        raise OptionError(f"dtype={dtype!r} is unknown. Give the server's: one of {', '.join(TOLERANCES)}.")
     if tolerance is not None and not 0 <= tolerance < math.inf:
-        raise OptionError(f"tolerance={tolerance}: a number of 0 or more, of a log-probability.")
+        raise OptionError(f"tolerance={tolerance} is not possible. Give a number of 0 or more.")
 
 
 def judge_answers(
     now: Tensor, before: Tensor, own_base: Tensor, compute_with_adapter: Callable[..., Tensor],
     scales: dict[str, Scale], tolerance: float, noise: float,
 ) -> Verdict:  # fmt: skip
-    """Say which of its possible mistakes explains what a server says.
+    """Return the verdict that explains the server's log-probabilities, tested in this order.
+
+    First "too small to tell", if the effect is below two tolerances. Then "applied", "not applied", one kind of module
+    "missing" (lm_head first). Then patterns, use_rslora or alpha_pattern not read, and "scale off" by a fitted k.
+    Otherwise "another adapter".
 
     Args:
-        now: the log-probabilities by the server's adapter.
-        before: by its base.
-        own_base: graft's, without the adapter.
-        own: returns graft's with the adapter, its layers' scalings multiplied by a factor by path.
-        scales: by path of the layer.
+        now: the server's values with the adapter.
+        before: the server's values of its base.
+        own_base: graft's values without the adapter.
+        compute_with_adapter: returns graft's values with the adapter, with layer scalings multiplied by a function of
+            the path.
+        scales: by path of the layer; {} for methods without scalings, which skips the tests of scales.
+        noise: is only copied into the verdict.
     """
     right = compute_with_adapter()
     effect = root_mean_square(right - own_base)
     near = {APPLIED: root_mean_square(now - right), NOT_APPLIED: root_mean_square(now - before)}
 
     def verdict(which: str, text: str, k: float | None = None) -> Verdict:
+        """Return a Verdict of this kind, with the common numbers."""
         return Verdict(which, text, tolerance, effect, noise, near, k)
 
     if effect < 2 * tolerance:
         return verdict(
             UNDECIDED,
-            f"The adapter changes log-probabilities by {effect:.2g} only, too little beside the tolerance: has it been "
-            "trained? A server in float32 tells more.",
+            f"The adapter changes log-probabilities by {effect:.2g} only, less than two tolerances. Has it been "
+            "trained? A server in float32 is more exact.",
         )
     if near[APPLIED] <= tolerance:
         return verdict(APPLIED, "The server applies the adapter.")
     if near[NOT_APPLIED] <= tolerance:
-        return verdict(NOT_APPLIED, "The server answers as its base: it has loaded the adapter and does not apply it.")
+        return verdict(NOT_APPLIED, "The server answers as its base: it loaded the adapter and does not apply it.")
     for part in sorted({last_name(path) for path in scales}, key=lambda name: (name != "lm_head", name)):
         near[f"{part} {MISSING}"] = root_mean_square(
             now - compute_with_adapter(lambda path, part=part: float(last_name(path) != part))
@@ -195,7 +219,7 @@ def judge_answers(
         (ALPHAS, "one_alpha", "lora_alpha / rank of each module"),
     ):
         factors = {path: getattr(s, attribute) / s.actual if s.actual else 1.0 for path, s in scales.items()}
-        if len({round(f, 6) for f in factors.values()}) > 1:  # else it is a scale that is off
+        if len({round(f, 6) for f in factors.values()}) > 1:  # an equal factor for all layers is "scale off"
             near[which] = root_mean_square(now - compute_with_adapter(factors.__getitem__))
             if near[which] <= tolerance:
                 return verdict(which, f"{which}: the server takes {each} as the scale.")
@@ -208,12 +232,15 @@ def judge_answers(
     return verdict(
         ANOTHER,
         f"another adapter: the server's answers are {near[least]:.2g} from the nearest of its possible mistakes "
-        f"({least}). It has other values, or was loaded under this name before they changed.",
+        f"({least}). It has other values, or the server loaded an earlier adapter of this name.",
     )
 
 
 def explain_factor(k: float, scales: dict[str, Scale]) -> str:
-    """Explain a factor by what a server may not have read."""
+    """Return a reason for a wrong scale by the factor k, as the end of a sentence; "" if neither fits to 1 %.
+
+    Reasons are that the server takes lora_alpha / r (no use_rslora), or 1 (no config).
+    """
     if all(math.isclose(k * s.actual, s.plain, rel_tol=1e-2) for s in scales.values()):
         return ": the server takes lora_alpha / r, and does not read use_rslora"
     if all(math.isclose(k * s.actual, 1, rel_tol=1e-2) for s in scales.values()):
@@ -222,7 +249,9 @@ def explain_factor(k: float, scales: dict[str, Scale]) -> str:
 
 
 def fit_scale_factor(residual: Callable[[float], Tensor]) -> float:
-    """Return the k with the least squares of `residual`, by Gauss and Newton from the best of a grid."""
+    """Return the k with the least root mean square `residual(k)`: the best of GRID, then up to 8 Gauss-Newton steps
+    that improve it.
+    """
     best = min(GRID, key=lambda k: root_mean_square(residual(k)))
     k, r = best, residual(best)
     for _ in range(8):
@@ -244,7 +273,9 @@ def fit_scale_factor(residual: Callable[[float], Tensor]) -> float:
 def compute_log_probabilities(
     model: nn.Module, asked: Sequence[Sequence[int]], places: Sequence[tuple[int, int, int]]
 ) -> Tensor:
-    """Return the model's own values at (prompt, position, token), in float64."""
+    """Run the model on the prompts, and return its log-probabilities at (prompt, position, token), in float64 on the
+    CPU, without gradients.
+    """
     ids = torch.tensor(asked, device=next(model.parameters()).device)
     logits = model(input_ids=ids).logits.double().log_softmax(-1).cpu()
     which, position, token = torch.tensor(places, device="cpu").T
@@ -252,7 +283,10 @@ def compute_log_probabilities(
 
 
 def list_scales(model: nn.Module, layers: Json) -> dict[str, Scale]:
-    """Return the scales of each layer."""
+    """Return the scales of each layer by path.
+
+    Without r and lora_alpha in the config all four are the layer's scaling.
+    """
     scales = {}
     for path, layer in layers.items():
         (name, scaling), *_ = layer.scaling.items()
@@ -274,26 +308,34 @@ def list_scales(model: nn.Module, layers: Json) -> dict[str, Scale]:
 def list_common_places(
     a: list[LogProbabilities], b: list[LogProbabilities], vocabulary: int
 ) -> list[tuple[int, int, int]]:
-    """Return (prompt, position, token) of what a server says of both models."""
+    """Return the (prompt, position, token) with a log-probability in both answers, sorted within a prompt.
+
+    Raises BaseModelMismatchError if there are none, or a token is outside the vocabulary.
+    """
     places = [
         (n, *place) for n, (first, second) in enumerate(zip(a, b)) for place in sorted(first.keys() & second.keys())
     ]
     if not places:
         raise BaseModelMismatchError(
-            "The server tells no log-probability of the same token for the base and the adapter."
+            "The server gives no log-probability of the same token for base and adapter. Check the two names."
         )
     if strange := [token for *_, token in places if not 0 <= token < vocabulary]:
-        raise BaseModelMismatchError(f"The server has a token {strange[0]}, and the base model {vocabulary} of them.")
+        raise BaseModelMismatchError(
+            f"The server has a token {strange[0]}, and the base model only {vocabulary}. Give the server's base."
+        )
     return places
 
 
 def stack_values(seen: list[LogProbabilities], places: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Return the log-probabilities at these places as a float64 tensor on the CPU."""
     return torch.tensor([seen[n][position, token] for n, position, token in places], dtype=torch.float64, device="cpu")
 
 
 def root_mean_square(t: Tensor) -> float:
+    """Return the root mean square of a tensor's values."""
     return float(t.square().mean().sqrt())
 
 
 def last_name(path: str) -> str:
+    """Return the last part of a dotted path."""
     return path.rpartition(".")[2]

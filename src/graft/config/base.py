@@ -470,9 +470,11 @@ def validate(config: DataclassInstance) -> None:
 
 
 def fill_nulls(config: DataclassInstance) -> None:
-    """Set fields of a dataclass that are None, where the annotation does not allow None, to their defaults.
+    """Set fields of a dataclass that are None to their defaults, if the annotation is Any or does not allow None.
 
-    A field without a default stays None, and so does one with the default None. Files contain many `null`.
+    Files contain many `null`.
+
+    A field without a default stays None, and so does one with the default None.
     """
     wanted = type_hints(type(config))
     for f in fields(config):

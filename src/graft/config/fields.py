@@ -56,7 +56,10 @@ class Targeted(Targets):
     exclude_modules: list[str] | set[str] | str | None = None  # names, suffixes or one regex
 
     def __post_init__(self) -> None:
-        """Check the fields, and make lists of `target_modules` and `exclude_modules` sets."""
+        """Check the fields, and make lists of `target_modules` and `exclude_modules` sets.
+
+        Raises TypeError if `target_parameters` is a text.
+        """
         super().__post_init__()
         self.exclude_modules = as_set(self.exclude_modules)
 

@@ -211,9 +211,14 @@ def find_obstacles(view: ServerView, config: PeftConfig | None, model: nn.Module
 def find_layer_obstacles(view: ServerView, layer: AdapterLayer) -> Iterator[str]:
     """Yield each reason why the server cannot run the adapter on one layer.
 
-    In all layouts: it does more than add B A; it has other tensors than plain factors, or a bias of B; it holds factors
-    in blocks; it changed the base at its start and recorded no shift. Layouts other than "peft" also need known
-    experts, and linear layers or embeddings.
+    In all layouts:
+
+    - It does more than add B A.
+    - It has other tensors than plain factors, or a bias of B.
+    - It holds factors in blocks.
+    - It changed the base at its start and recorded no shift.
+
+    Layouts other than "peft" also need known experts, and otherwise linear layers or embeddings.
     """
     m: Method = layer.methods[view.adapter]
     containers = {slot.container for slot in layer.slots(view.adapter) if slot.saved}

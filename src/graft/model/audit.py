@@ -296,10 +296,11 @@ def was_trained(registry: Any) -> bool:
 
 
 def report_updates(parts: list[Part], report: AuditReport, stepped: bool) -> None:
-    """Set `stepped` and `updates` of the report, and add parts to `broken`, `exploded` and `not_moved`.
+    """Set `stepped` and `updates` of the report, and add parts to `broken` (values not finite), `exploded` and
+    `not_moved`.
 
-    The update is judged as a share of its weight: above `HUGE` it has exploded, unless the adapter starts with a part
-    of the weight; below `TINY` it has not moved, if an optimizer has stepped.
+    The update is judged as a share of its weight, where that is known. Above `HUGE` it has exploded, unless the adapter
+    starts with a part of the weight. Below `TINY` it has not moved, if an optimizer has stepped.
     """
     report.stepped = stepped
     for part, (finite, share) in zip(parts, measure_updates(parts)):

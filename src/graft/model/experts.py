@@ -158,7 +158,7 @@ class XLoraRegistry(Registry):
         return expert, loaded
 
     def _check_experts(self, names: Iterable[str]) -> None:
-        """Raise ConfigError for the first layer or wrapper on which X-LoRA cannot weigh the named experts.
+        """Raise ConfigError for the first layer or wrapper that keeps X-LoRA from weighing the named experts.
 
         On a layer each expert must only add, and the layer must be linear, an embedding, or a stack of experts. A
         wrapper of a head or of token rows may have only one of the experts.
@@ -184,8 +184,9 @@ class XLoraRegistry(Registry):
                 ) from e
 
     def _make_classifier(self, adapter_name: str, config: XLoraConfig, names: list[str], on_meta: bool) -> None:
-        """Make the classifier, frozen, and attach it to the tuner; number the layers in the model's order, and the
-        experts.
+        """Make the classifier, frozen, and attach it to the tuner.
+
+        Record the adapter's name, its experts, and the order of layers (that of the model) and experts.
 
         It is on the first layer's device (`on_meta`: the meta device), in the dtype of the model's first parameter.
         """

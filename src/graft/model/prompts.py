@@ -172,9 +172,9 @@ class Prompts(Registry):
         """Set the sizes in the config from the model, and check that a prompt of it fits the model.
 
         Raises:
-            ConfigError: task_type or num_virtual_tokens is missing; the model is a stage of a pipeline; SEQ_2_SEQ_LM
-                without a decoder, or CAUSAL_LM with embeddings and an encoder or without `generate`; the sizes or the
-                kind of prompt do not fit the stacks; the head needs as many outputs as tokens.
+            ConfigError: task_type or num_virtual_tokens is missing. The model is a stage of a pipeline. The task is
+                SEQ_2_SEQ_LM without a decoder, or CAUSAL_LM with embeddings and an encoder, or without `generate`. The
+                sizes or the kind of prompt do not fit the stacks. The head needs as many outputs as tokens.
             DistributedError: FSDP has wrapped the model, and the prompt would train.
         """
         if not cfg.inference_mode and dist.is_available() and dist.is_initialized():

@@ -83,11 +83,11 @@ class Suggestion:
     steps: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        """Return a line with the best rate and the good and tested ranges, a line for each search and for each other
-        size, a line with the source's rates, and one with the lengths of the runs.
+        """Return the suggestion as lines of text.
 
-        If nothing was measured on this type of model, the source's rates come first. Without any rate, the text advises
-        a sweep.
+        The first line has the best rate and the good and tested ranges. Lines for each search and each other size
+        follow, then the source's rates and the lengths of the runs. If nothing was measured on this type of model, the
+        source's rates come first. Without any rate, the text advises a sweep.
         """
         lines = []
         if self.tested is not None:

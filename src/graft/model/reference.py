@@ -69,7 +69,7 @@ def make_reference(
     config = copy.deepcopy(registry.peft_config[adapter_name])
     config.inference_mode = True
     state = copy_tensors(model, adapter_name)
-    if find_start_change(config):  # and has done so: beside it a copy is plain
+    if find_start_change(config):  # the base has changed already, so the copy is plain
         config.init_lora_weights = True
         state = {key: t for key, t in state.items() if ".lora_shift." not in key}
     loaded = LoadedWeights(state, f"adapter '{adapter_name}'", finite=True)

@@ -221,7 +221,7 @@ class Registry:
         self.composition: Composition | None = None  # the Average or Parallel that they form
         self.checked: set[JointAdapters] = set()  # adapters that can act together so
         self.states: dict[str, Any] = {}  # state of methods during training, by adapter
-        self.starts: dict[str, RankNote] = {}  # notes of the values with which adapters began, by adapter
+        self.starts: dict[str, RankNote] = {}  # notes of the initial values, by adapter
         self.watched: set[str] = set()  # adapters that a watch was made for
         self.trained: set[str] = set()  # adapters that were active in a backward pass
         self.frozen: set[str] = set()  # adapters that never train, and that are saved only if selected
@@ -243,9 +243,8 @@ class Registry:
             if is_used:
                 known[adapter_name] = method
         if method.arguments:
-            self.arguments |= {*method.arguments}.difference(
-                list_forward_arguments(self.model)
-            )  # the base gets its own
+            # arguments that the base takes itself are passed to it
+            self.arguments |= {*method.arguments}.difference(list_forward_arguments(self.model))
 
     # carriers
 

@@ -58,9 +58,9 @@ def test_rows_in_order(names, in_order):
 
 def test_ids_that_all_samples_share_are_repeated():
     rows, ids = Rows.from_names(["a", "b", "a"]), torch.arange(4)[None]
-    assert torch.equal(rows.take(ids, "positions", ids=True), ids.expand(3, 4))
+    assert torch.equal(rows.expand_to_batch(ids, "positions", ids=True), ids.expand(3, 4))
     whole = torch.randn(3, 4)
-    assert rows.take(whole, "layer") is whole
+    assert rows.expand_to_batch(whole, "layer") is whole
 
 
 @pytest.mark.parametrize("size", [1, 2, 6])
@@ -82,9 +82,9 @@ def test_using_puts_back_what_was_there_also_after_an_error():
 
 def test_facts_of_some_rows_are_where_these_are():
     """A caller may have them elsewhere, and layers may be on several devices."""
-    some = CallContext(facts={"fact": torch.arange(4)}).only(torch.tensor([0, 2], device="meta"))
+    some = CallContext(facts={"fact": torch.arange(4)}).narrow(torch.tensor([0, 2], device="meta"))
     assert some.facts["fact"].device.type == "meta"
-    assert CallContext(facts={"fact": torch.arange(4)}).only(torch.tensor([0, 2])).facts["fact"].tolist() == [0, 2]
+    assert CallContext(facts={"fact": torch.arange(4)}).narrow(torch.tensor([0, 2])).facts["fact"].tolist() == [0, 2]
 
 
 def test_a_layer_that_sees_no_rows_of_the_batch_is_named():

@@ -48,7 +48,7 @@ class LayerState(State):
         self.plans: dict[tuple[str, ...], LayerPlan | None] = {}  # by the names of their adapters
         self.mixed_plan: MixedPlan | None = None  # the plan of the last mixed batch
 
-    def forget(self, adapter: str) -> None:
+    def drop_plans(self, adapter: str) -> None:
         """Drop the cached plans with `adapter`, and the plan of the last mixed batch."""
         self.plans = {names: plan for names, plan in self.plans.items() if adapter not in names}
         self.mixed_plan = None
@@ -100,7 +100,7 @@ class Host(Holding, Carrier, nn.Module):
     def base_weight(self) -> Weight:
         """Return a Weight of the innermost base module, where hosts of several parameters surround one module.
 
-        Made anew at each call, as `move` may exchange the module.
+        Made anew at each call, as `replace_base_layer` may exchange the module.
         """
         module, site = self._modules[self.inner_name], self.site
         while isinstance(module, Host):  # a host of another parameter
@@ -138,7 +138,7 @@ class Host(Holding, Carrier, nn.Module):
         self.methods[method.name] = method
         if method.config not in self.kinds:
             self.kinds.append(method.config)
-        self.state.forget(method.name)
+        self.state.drop_plans(method.name)
 
     def drop(self, adapter: str) -> None:
         """Delete an adapter's method and values, and all cached plans that run it.
@@ -158,7 +158,7 @@ class Host(Holding, Carrier, nn.Module):
         if not methods or len(self.kinds) > 1:
             used_kinds = {m.config for m in methods.values()}
             self.kinds[:] = [kind for kind in self.kinds if kind in used_kinds]
-        state.forget(adapter)
+        state.drop_plans(adapter)
 
     def refresh_plan(self) -> None:
         """Set the plan that `forward` runs, after a change of active or merged adapters.
@@ -463,14 +463,14 @@ class AdapterLayer(PeftNames, Host):
             self.on_rollback(restore)
             weight.write(W)
 
-    def move(self, module: nn.Module, op: Op, store: Store) -> None:
+    def replace_base_layer(self, module: nn.Module, op: Op, store: Store) -> None:
         """Replace the base layer by another module with the same values, its Op and its Store.
 
         Nothing may be merged.
 
         Drops all cached plans and refreshes the active one.
         """
-        self.site.move(module, op, store)
+        self.site.replace_module(module, op, store)
         self.op, self.store = op, store
         self.output_is_new = op.output_is_new and store.exact and is_stock(module)
         self._modules["base_layer"] = module

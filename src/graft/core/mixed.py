@@ -91,11 +91,11 @@ class MixedPlan:
                 self.taps += plan.taps
                 self.plans[n], self.tapped = plan.plan, True
         plans = [plan for plan in self.plans.values() if plan is not None]
-        self.whole = next((plan for plan in plans if isinstance(plan, InputOutputPlan)), None)
-        self.blocks = {n: plan for n, plan in self.plans.items() if isinstance(plan, BlockPlan)}
+        self.input_plan = next((plan for plan in plans if isinstance(plan, InputOutputPlan)), None)
+        self.block_plans = {n: plan for n, plan in self.plans.items() if isinstance(plan, BlockPlan)}
         self.adds = all(plan.only_adds_on_top for plan in plans)
         self.products = all(isinstance(p, SumPlan) and p.single and p.product is not None for p in plans)
-        self.stacks = [(i, plan) for i, n in enumerate(keys) if isinstance(plan := self.plans[n], FoldedPlan)]
+        self.folded_plans = [(i, plan) for i, n in enumerate(keys) if isinstance(plan := self.plans[n], FoldedPlan)]
         self.routes = all(
             isinstance(plan, FoldedPlan) and plan.routes for plan in plans
         )  # experts that graft can run itself
@@ -119,7 +119,7 @@ class MixedPlan:
         if not self.tapped:
             return self.run_plans(rows, *args, **kwargs)
         if self.taps:
-            x = rows.take(find_first_input(self.layer.argument_names, args, kwargs), self.layer.site.key)
+            x = rows.expand_to_batch(find_first_input(self.layer.argument_names, args, kwargs), self.layer.site.key)
             keep_input(self.layer, self.taps, x)
         try:
             return self.run_plans(rows, *args, **kwargs)
@@ -149,33 +149,33 @@ class MixedPlan:
         layer = self.layer
         if self.is_idle:
             return layer.base_module(*args, **kwargs)
-        if self.stacks:
+        if self.folded_plans:
             if self.routes and (len(rows.segments) > 1 or layer.call.current_context().draws is not None):
-                if not all(plan.adds for _, plan in self.stacks):
+                if not all(plan.adds for _, plan in self.folded_plans):
                     check_no_gates(layer)
                 return layer.site.experts.run_updated(
                     layer,
                     args,
                     kwargs,
-                    lambda n: [u for i, plan in self.stacks for u in plan.stack_updates(n, i)],
+                    lambda n: [u for i, plan in self.folded_plans for u in plan.make_stack_updates(n, i)],
                     rows,
                 )
             one = self.find_single_plan(rows)
             return layer.base_module(*args, **kwargs) if one is None else one.run(*args, **kwargs)
-        if self.whole is not None:
+        if self.input_plan is not None:
             output = layer.base_module(*args, **kwargs)
             with self.hide_idle_adapters(rows):
-                x = rows.take(self.whole.read_input(args, kwargs), layer.site.key)
-            return change_first_output(output, lambda y: self.add(rows.on(x.device), x, y))
-        if self.blocks:
+                x = rows.expand_to_batch(self.input_plan.read_input(args, kwargs), layer.site.key)
+            return change_first_output(output, lambda y: self.add(rows.to_device(x.device), x, y))
+        if self.block_plans:
             return self.run_block(rows, args, kwargs)
         if args:
             x, args = args[0], args[1:]
         else:
             name = layer.argument_names[0]
             x, kwargs = kwargs[name], {k: v for k, v in kwargs.items() if k != name}
-        x = rows.take(x, layer.site.key, layer.op.takes_ids)
-        rows = rows.on(x.device)
+        x = rows.expand_to_batch(x, layer.site.key, layer.op.takes_ids)
+        rows = rows.to_device(x.device)
         context = layer.call.current_context()
         if len(rows.segments) == 1 and context.draws is None:
             return self.run_one(rows.segments[0][0], x, args, kwargs)
@@ -360,9 +360,13 @@ class MixedPlan:
 
         In both, an adapter sees the facts of its rows, and draws from its generator.
         """
-        x, call = next(iter(self.blocks.values())).read_input(args, kwargs)
-        x = rows.take(x, self.layer.site.key)
-        adapted = [(n, self.blocks[n], index) for n, index in rows.on(x.device).segments if self.plans[n] is not None]
+        x, call = next(iter(self.block_plans.values())).read_input(args, kwargs)
+        x = rows.expand_to_batch(x, self.layer.site.key)
+        adapted = [
+            (n, self.block_plans[n], index)
+            for n, index in rows.to_device(x.device).segments
+            if self.plans[n] is not None
+        ]
         inner, inputs = x, []
         for name, plan, index in adapted:
             with self.narrow_facts(index), self.draw_for(name, x.device):
@@ -384,7 +388,7 @@ class MixedPlan:
     def narrow_facts(self, index: Tensor) -> AbstractContextManager[None]:
         """Return a context where the layer sees gates and facts of the rows at `index` alone."""
         call = self.layer.call
-        return call.narrow_context(call.current_context().only(index))
+        return call.narrow_context(call.current_context().narrow(index))
 
     def draw_for(self, key: Key, device: torch.device) -> AbstractContextManager[None]:
         """Return a context where the adapter draws from its own generator; a no-op in eval mode or if the call has
@@ -404,7 +408,7 @@ class MixedPlan:
         """
         call, n = self.layer.call, len(index)
         rows = Rows.from_groups(n, {key: list(range(n))}, index.device)
-        return call.narrow_context(call.current_context().only(index)._replace(rows=rows, draws=None))
+        return call.narrow_context(call.current_context().narrow(index)._replace(rows=rows, draws=None))
 
     def hide_idle_adapters(self, rows: Rows) -> AbstractContextManager[None]:
         """Return a context where rows of adapters without a plan on this layer count as rows of the base model.
@@ -442,10 +446,10 @@ class MixedPlan:
                 continue
             adapter_input, adapter_output = x.index_select(0, index), y.index_select(0, index)
             with self.draw_for(name, x.device):
-                if gates is None and not facts and not self.tapped and self.whole is None:
+                if gates is None and not facts and not self.tapped and self.input_plan is None:
                     adapter_output = plan.add(adapter_input, adapter_output, fuse)
                 else:
-                    with self.narrow_facts(index) if self.whole is None else self.narrow_to_rows(index, name):
+                    with self.narrow_facts(index) if self.input_plan is None else self.narrow_to_rows(index, name):
                         adapter_output = (
                             plan.add(adapter_input, adapter_output, fuse)
                             if gates is None
@@ -527,27 +531,27 @@ class FactorSnapshot:
         if len(modules) < 2 or not has_no_hooks(*modules):
             return False
         for d, key in places:
-            self._entry(d, key)
+            self._record_entry(d, key)
         for m in modules if f.dropout is None else (*modules, f.dropout):
-            self._module(m)
+            self._record_module(m)
         return True
 
-    def _entry(self, d: dict[str, object], key: str) -> None:
+    def _record_entry(self, d: dict[str, object], key: str) -> None:
         """Record the value of `d[key]`; None if the key is missing."""
         self._dicts.append(d)
         self._keys.append(key)
         self._values.append(d.get(key))
 
-    def _module(self, m: nn.Module) -> None:
+    def _record_module(self, m: nn.Module) -> None:
         """Record a module's mode, dropout rate and parameters, and the lengths of its `__dict__` and of its
         dictionaries of hooks.
         """
         attributes = m.__dict__
         for key in ("training", "p"):
             if key in attributes:
-                self._entry(attributes, key)
+                self._record_entry(attributes, key)
         for key in attributes["_parameters"]:
-            self._entry(attributes["_parameters"], key)
+            self._record_entry(attributes["_parameters"], key)
         for d in (attributes, *(v for k, v in attributes.items() if k.endswith("_hooks") and v is not None)):
             self._sized.append(d)
             self._sizes.append(len(d))

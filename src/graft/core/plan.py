@@ -574,7 +574,7 @@ class FoldedPlan(LayerPlan):
             check_no_gates(layer)
         W = None if gated or packed else self.find_plain_weight()
         if self.routes and (gated or packed or (self.forms_delta and W is not None and not W.requires_grad)):
-            return layer.site.experts.run_updated(layer, args, kwargs, self.stack_updates, None)
+            return layer.site.experts.run_updated(layer, args, kwargs, self.make_stack_updates, None)
         if packed:
             self.raise_packed()
         if self.forms_delta or W is None or W.dim() < 2:
@@ -604,7 +604,7 @@ class FoldedPlan(LayerPlan):
         W = self.layer.weight_now
         return W if type(W) in fused.PLAIN else None
 
-    def stack_updates(self, tokens: int, group: int | None = None) -> list[StackUpdate]:
+    def make_stack_updates(self, tokens: int, group: int | None = None) -> list[StackUpdate]:
         """Return the update of the stack by each step, with its gate for each of `tokens` tokens, if the call has
         gates.
 

@@ -82,7 +82,7 @@ class Rows:
         segments = zip(groups, order.split([len(rows) for rows in groups.values()]))
         return cls(batch, groups, listed == sorted(listed), tuple(segments), order, inverse)
 
-    def on(self, device: torch.device) -> Rows:
+    def to_device(self, device: torch.device) -> Rows:
         """Return the same rows with index tensors on `device`: this object if they are there, else one that is made
         once.
         """
@@ -146,7 +146,7 @@ class Rows:
         order = self.order if whole else torch.cat([index for _, index in adapted])
         return [name for name, _ in adapted], order, [len(index) for _, index in adapted], whole and self.in_order
 
-    def take(self, x: Tensor, layer: str, ids: bool = False) -> Tensor:
+    def expand_to_batch(self, x: Tensor, layer: str, ids: bool = False) -> Tensor:
         """Return x with one row per sample: x itself, or one row of ids (such as positions) expanded to the batch.
 
         Args:
@@ -255,7 +255,7 @@ class CallContext(NamedTuple):
         """Return the ids of rows, gates and facts: equal tuples belong to one call."""
         return id(self.rows), id(self.gates), id(self.facts)
 
-    def only(self, index: Tensor) -> CallContext:
+    def narrow(self, index: Tensor) -> CallContext:
         """Return this context for the rows at `index` alone: their gates and facts, and `some` with their numbers in
         the batch.
 

@@ -140,18 +140,18 @@ class Site:
     shape: tuple[int, ...] = field(init=False)  # canonical: (out, in / groups, *kernel)
 
     def __post_init__(self) -> None:
-        self.measure()
+        self.read_shapes()
 
-    def measure(self) -> None:
+    def read_shapes(self) -> None:
         """Read the sizes and the canonical shape from the module, and set `path` to `key` if it is empty."""
         self.out_features, self.in_features = self.op.dims(self.module)
         self.shape = tuple(self.op.shape(self.module))
         self.path = self.path or self.key
 
-    def move(self, module: nn.Module, op: Op, store: Store) -> None:
+    def replace_module(self, module: nn.Module, op: Op, store: Store) -> None:
         """Exchange the module, its Op and its Store by others that hold the same values, and measure again."""
         self.module, self.op, self.store = module, op, store
-        self.measure()
+        self.read_shapes()
 
     @property
     def weight(self) -> Weight:

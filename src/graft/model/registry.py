@@ -814,7 +814,7 @@ class Registry:
         try:
             for layer, store in packed:
                 plain = store.dense(layer.base_layer, dtype)
-                layer.move(plain, find_op(plain), DENSE)
+                layer.replace_base_layer(plain, find_op(plain), DENSE)
             if done:
                 self._merge(done, False, undoable=True)
             yield bool(packed)
@@ -822,7 +822,7 @@ class Registry:
             if self.merged_adapters:
                 self.unmerge_adapter()
             for layer, module, op, store in before:
-                layer.move(module, op, store)
+                layer.replace_base_layer(module, op, store)
             if done:
                 self._merge(done, False, undoable=True)
             raise

@@ -218,7 +218,7 @@ class Pass:
             start = self.start(name, h)
             self.starts[name] = start
             return start
-        index = None if self.rows is None else self.rows.on(start.device).index_of(name)
+        index = None if self.rows is None else self.rows.to_device(start.device).index_of(name)
         return start if index is None else start.index_select(0, index)
 
     def finish(self, output: Any) -> object:
@@ -242,7 +242,7 @@ class Pass:
         tensors: dict[str, Any] = {"state": self.starts[name]}
         tensors |= {key: self.arguments.get(key) for key in ("labels", "input_ids")}
         if self.rows is not None:
-            index = {t.device: self.rows.on(t.device).index_of(name) for t in tensors.values() if t is not None}
+            index = {t.device: self.rows.to_device(t.device).index_of(name) for t in tensors.values() if t is not None}
             tensors = {key: t if t is None else t.index_select(0, index[t.device]) for key, t in tensors.items()}
         loss = shadow_loss(self.tuner, cfg, name, tensors.pop("state"), tensors)
         if loss is None:

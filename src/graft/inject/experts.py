@@ -100,7 +100,7 @@ class ExpertStacks:
                 return PartPlace(stack, parts.index(part), parts) if part in parts else None
         return None
 
-    def parts(self, path: str, name: str) -> tuple[str, ...]:
+    def list_part_names(self, path: str, name: str) -> tuple[str, ...]:
         """Return the old names of the parts of the parameter `name` of the module at `path`, in the order of their
         rows. Returns () if no conversion makes that parameter.
         """
@@ -123,9 +123,8 @@ def is_rewritten_by_peft(model: object) -> bool:
     """Return True if PEFT rewrites expert names in configs for this model: Mixtral, or a family that uses Mixtral's or
     Qwen2-MoE's conversions. Returns False if transformers' conversion module is not imported.
     """
-    conversion_mapping = sys.modules.get(
-        "transformers.conversion_mapping"
-    )  # every model of transformers 5 and later imports it
+    # every model of transformers 5 and later imports it
+    conversion_mapping = sys.modules.get("transformers.conversion_mapping")
     kind = getattr(getattr(model, "config", None), "model_type", None)
     families = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
     return conversion_mapping is not None and (kind == BY_PEFT[0] or families.get(kind) in BY_PEFT)
@@ -178,7 +177,7 @@ def list_stacks(tree: ModuleTree, experts: ExpertStacks | None = None) -> Iterat
         if not path.rpartition(".")[2].endswith("experts"):
             continue
         for name, size in ExpertBlock(innermost(module)).sizes.items():
-            yield ExpertStack(path, name, size, () if experts is None else experts.parts(path, name))
+            yield ExpertStack(path, name, size, () if experts is None else experts.list_part_names(path, name))
 
 
 @dataclass
@@ -251,12 +250,11 @@ def convert_expert_targets(
     experts = ExpertStacks(model, tree)
     all_stacks, chosen = experts.stacks, ExpertTargets(cfg, experts)
     if keys is None:
-        parts_by_stack = {stack: chosen.parts(stack) for stack in all_stacks}
-        moved = chosen.modules()
+        parts_by_stack = {stack: chosen.list_parts(stack) for stack in all_stacks}
+        moved = chosen.list_modules()
         chosen_parts = {part for parts in parts_by_stack.values() for part in parts}
-        alone = chosen_parts.isdisjoint(
-            path.rpartition(".")[2] for path in moved
-        )  # then the names can only mean experts
+        # then the names can only mean experts
+        alone = chosen_parts.isdisjoint(path.rpartition(".")[2] for path in moved)
         alone = alone and bool(chosen_parts) and chosen.linear is None
         if not (chosen_parts or moved) or not (experts.by_peft or alone):
             unreached.stacks = [stack for stack in all_stacks if chosen.is_unnamed(stack)]
@@ -264,7 +262,7 @@ def convert_expert_targets(
             return unreached
     else:
         parts_by_stack = find_stack_parts(keys, experts)
-        moved = chosen.modules() if parts_by_stack else []
+        moved = chosen.list_modules() if parts_by_stack else []
     parts_by_stack = {stack: parts for stack, parts in parts_by_stack.items() if parts}
     if not parts_by_stack and not moved:
         return unreached
@@ -309,7 +307,7 @@ class ExpertTargets:
         """Return True if the config targets a path; for "all-linear", if it is that of a linear layer."""
         return path in self.linear if self.linear is not None else self.matcher(path).outcome == "matched"
 
-    def parts(self, stack: ExpertStack) -> list[str]:
+    def list_parts(self, stack: ExpertStack) -> list[str]:
         """Return the parts of a stack that the config targets in at least one expert. "all-linear" targets all."""
         if self.linear is not None:
             return [*stack.parts]
@@ -333,7 +331,7 @@ class ExpertTargets:
             return {self.cfg.target_modules}
         return {entry for entry in self.cfg.target_modules if entry.rpartition(".")[2] in names}
 
-    def modules(self) -> list[str]:
+    def list_modules(self) -> list[str]:
         """Return the paths of chosen modules that end with an old name of experts or routers.
 
         For "all-linear" routers next to expert stacks count as chosen, too.

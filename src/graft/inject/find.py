@@ -196,7 +196,7 @@ def match_modules(job: InjectionJob, unreached: UnreachedTargets) -> None:
         elif not module._modules:
             report.untargeted[get_type_name(module)] += 1
     if job.steps is not None:
-        job.steps.modules()
+        job.steps.adapt_modules()
     for key in [key for key, site in targets.sites.items() if site.op.opaque and site.path == key]:
         site = targets.sites.pop(key)
         for path in (f"{key}.{child}" for child in list_read_children(site.module)):

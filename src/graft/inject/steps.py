@@ -142,7 +142,7 @@ class ReplacedSteps:
             return config_verdict
         return Verdict("matched", config_verdict.entry or path) if answer else Verdict("left", config_verdict.entry)
 
-    def modules(self) -> None:
+    def adapt_modules(self) -> None:
         """Call the replaced `_create_and_replace` for each site in `job.targets.sites`, which then holds the sites it
         chose. Without a replacement only a copy of the config is kept, to see later changes.
         """
@@ -302,9 +302,8 @@ class ReplacedSteps:
         Changes that a replacement made to the adapter's config after the search are ignored.
         """
         noted = self.noted.get(key, SiteConfig(key, None))
-        adapter_config = (
-            self.job.cfg if self.job.cfg == self.before else self.before
-        )  # a replacement may have changed it since
+        # a replacement may have changed it since
+        adapter_config = self.job.cfg if self.job.cfg == self.before else self.before
         return adapter_config if noted.cfg is None else noted.cfg, noted.target
 
 

@@ -213,9 +213,8 @@ def find_inner_uses(kind: type) -> dict[Path, Use]:
             for name, value in vars(cls).items():
                 if (function := get_written_function(value)) is not None and not SETS_UP.match(name):
                     functions.setdefault(name, function)
-    naming = [
-        f for f in functions.values() if TENSORS & set(list_names(f.__code__))
-    ]  # few functions; to parse all would take 0.25 s
+    # few functions; to parse all would take 0.25 s
+    naming = [f for f in functions.values() if TENSORS & set(list_names(f.__code__))]
     uses: dict[Path, Use] = {}
     if any(seen.reads for seen in parse_functions(naming)):
         sources = parse_functions(functions.values())
@@ -242,9 +241,8 @@ class ModuleTree:
     wrappers: dict[str, Wrapper] = field(default_factory=dict)
     owners: dict[nn.Parameter, int] = field(default_factory=dict)  # number of the base's modules that hold a parameter
     vacant: dict[str, nn.Module] = field(default_factory=dict)  # bases of carriers that have no adapter left
-    nests: dict[str, list[AdapterLayer]] = field(
-        default_factory=dict
-    )  # layers of parameters of one module, by its path
+    # layers of parameters of one module, by its path
+    nests: dict[str, list[AdapterLayer]] = field(default_factory=dict)
     ops: dict[type, Op] = field(default_factory=dict)  # of types of modules that only this injection knows
     parameters: int = 0
     absent: dict[str, str] = field(default_factory=dict)  # path of a module of another pipeline stage → of its parent

@@ -35,9 +35,8 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 DUMMY = "dummy-target-modules"  # inject into no module
-COMPRESS_FROM = (
-    20  # from this many names on, targets become the shortest suffixes that tell them apart from other modules
-)
+# from this many names on, targets become the shortest suffixes that tell them apart from other modules
+COMPRESS_FROM = 20
 HEAD_NAMES = ("score", "classifier")
 
 

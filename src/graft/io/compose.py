@@ -107,9 +107,7 @@ def compose_cartridge_adapters(
         ValueError: `output_path` is a file.
     """
     if isinstance(adapter_paths, (str, os.PathLike)):
-        raise ConfigError(
-            f"adapter_paths must be a list of paths, got '{os.fspath(adapter_paths)}'. Pass two or more in a list."
-        )
+        raise ConfigError(f"adapter_paths must be a list of paths, got '{os.fspath(adapter_paths)}'. Pass a list.")
     paths = [os.fspath(path) for path in adapter_paths]
     if len(paths) < 2:
         raise ConfigError(f"Need at least 2 adapters to compose, got {len(paths)}.")

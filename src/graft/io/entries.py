@@ -151,9 +151,8 @@ def list_entries(parts: AdapterCarriers, adapter: str, prefix: str) -> Iterator[
             if slot.saved:
                 memory = f"{prefix}{in_model.path(key)}.{slot.container}.{adapter}.{slot.path}"
                 stem = f"{prefix}{strip_inner_wrappers(in_file.path(key))}"
-                also = (
-                    f"{stem}.{slot.container}.{slot.path}",
-                )  # files with embeddings hold a head on an embedding twice
+                # files with embeddings hold a head on an embedding twice
+                also = (f"{stem}.{slot.container}.{slot.path}",)
                 yield Entry(memory, f"{stem}.{slot.path}", also, slot.owner, slot.attribute, slot.tensor)
     shared = parts.shared
     if shared is None:

@@ -214,9 +214,8 @@ def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = Tr
             except ValueError:  # tensors of no numbers (AdaLoRA's rank 0), which safetensors 0.4 reads from files alone
                 unordered = {key: t.clone() for key, t in load_file(path).items()}
             header, _ = notes.parse_header(data)  # `load` does not return it
-            tensors = {
-                key: unordered[key] for key in header if key in unordered
-            }  # in the file's order, which `load` loses
+            # in the file's order, which `load` loses
+            tensors = {key: unordered[key] for key in header if key in unordered}
         except FileNotFoundError:
             raise
         except (SafetensorError, OSError, KeyError) as e:  # KeyError: a dtype that torch lacks

@@ -179,9 +179,7 @@ def get_tensor(state: dict[str, Tensor], key: str, adapter: str) -> Tensor:
     """
     name = key if key in state else strip_all_wrappers(key)
     if name not in state:
-        raise AdapterKeyError(
-            f"The state dict lacks '{key}' of adapter '{adapter}'. Pass the whole state dict of the model."
-        )
+        raise AdapterKeyError(f"The state dict lacks '{key}' of adapter '{adapter}'. Pass the whole state dict.")
     return state[name]
 
 
@@ -340,10 +338,8 @@ def collect_embeddings(base: nn.Module, config: object, save: str | bool) -> dic
                     out[f"{key}.base_layer.weight"] = compute_unmerged_weight(module)
         elif not targeted and any(module is m for m in layers):
             rows = module.inner_host if isinstance(module, TrainableTokensWrapper) else None
-            stem, embedding = (
-                (key, module) if rows is None else (f"{key}.{module.inner_name}.base_layer", rows.base_layer)
-            )
-            out |= {f"{stem}.{n}": p for n, p in find_parameters_below(embedding).items()}
+            stem, table = (key, module) if rows is None else (f"{key}.{module.inner_name}.base_layer", rows.base_layer)
+            out |= {f"{stem}.{n}": p for n, p in find_parameters_below(table).items()}
             if rows is not None and rows.base_weight.why_unreadable() is None:
                 out[f"{stem}.weight"] = compute_unmerged_weight(rows)
     return out

@@ -19,9 +19,8 @@ from graft.core.errors import CheckpointError, shorten_text
 KEY = "graft_digest"  # key in the safetensors metadata
 KIND = "crc32:"  # a digest of another kind is one of a later version
 
-Part = tuple[
-    str, str, Sequence[int], Any
-]  # name, dtype, shape and bytes of a tensor; or a function that returns the bytes
+# name, dtype, shape and bytes of a tensor; or a function that returns the bytes
+Part = tuple[str, str, Sequence[int], Any]
 
 
 def compute_digest(parts: Iterable[Part]) -> str:
@@ -52,9 +51,7 @@ def check_digest(saved: str, found: str, path: str, may_differ: bool = True) -> 
         may_differ: the caller accepts `check_digest=False`; the error names it.
     """
     if not saved.startswith(KIND) and not may_differ:
-        raise CheckpointError(
-            f"{path} has the digest '{shorten_text(saved)}' of a later graft. Update graft to read it."
-        )
+        raise CheckpointError(f"{path} has the digest '{shorten_text(saved)}' of a later graft. Update graft.")
     if saved.startswith(KIND) and saved != found:
         text = f"its tensors are not those that were saved (digest {found}, saved with {saved})"
         but = "; if you changed them yourself, check_digest=False loads them" if may_differ else ""

@@ -93,7 +93,7 @@ class ServerBlock:
         out = dict(zip(self.parts[IN], (FactorPair(pairs[IN].A, B) for B in self.split_rows(pairs[IN].B))))
         return out | {self.parts[OUT][0]: pairs[OUT]}
 
-    def zeros(self, which: str, like: FactorPair) -> FactorPair:
+    def make_zeros(self, which: str, like: FactorPair) -> FactorPair:
         """Return zero factors of all experts for the stack `which`, with the rank, dtype and device of `like`."""
         n, out, fan_in = self.shapes[which]
         r = like.A.shape[1]
@@ -131,9 +131,7 @@ class ServerBlocks(ExpertStacks):
         parts = {which: s.parts or PARTS[which][not gated and which == IN :] for which, s in named.items()}
         assumed = bool(getattr(module, "is_transposed", False))
         transposed = raw[IN][1] == raw[OUT][2] and raw[IN][2] == 2 * raw[OUT][1] if gated else assumed
-        shapes: dict[str, tuple[int, ...]] = {
-            which: (n, b, a) if transposed else (n, a, b) for which, (n, a, b) in raw.items()
-        }
+        shapes: dict[str, tuple[int, ...]] = {w: (n, b, a) if transposed else (n, a, b) for w, (n, a, b) in raw.items()}
         if len(parts[IN]) != 1 + gated or len(parts[OUT]) != 1 or shapes[IN][1] != (1 + gated) * shapes[OUT][2]:
             return f"{path} has stacks of shapes {[*raw.values()]}, which are not gate, up and down"
         in_order = hasattr(module, "is_concatenated") or named[IN].parts or type(module).__name__ in ONE_AFTER_THE_OTHER

@@ -289,7 +289,7 @@ def lay_out(
     for path, pairs in experts.items():
         block = view.blocks.found[path]
         only = next(iter(pairs.values()))
-        pairs = {which: pairs[which] if which in pairs else block.zeros(which, only) for which in (IN, OUT)}
+        pairs = {which: pairs[which] if which in pairs else block.make_zeros(which, only) for which in (IN, OUT)}
         if view.layout.endswith("-shared") and (why := why_not_shared(pairs)) is not None:
             raise LossError(f"Adapter '{view.adapter}' cannot be given to a server as '{view.layout}': {why} ({path}).")
         written = dict(WRITERS[view.layout](block, pairs))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods on stacks of matrices, such as those of experts: any that changes the weight of a linear layer acts on each
-matrix of a stack as on such a layer. Its tensors have the stack's first dimension in front.
+"""Methods on stacks of matrices, such as expert weights.
+
+Any method that changes the weight of a linear layer acts on each matrix of a stack as on such a layer. Its tensors have
+the stack's first dimension in front.
 
 `find` makes such a method for a stack. It builds the method once for each matrix, and joins the tensors. The method on
 one matrix has a layer with views of these. The effect also says how single matrices change: where graft runs the
@@ -33,7 +35,7 @@ from graft.kernels.experts import Form
 
 
 class Matrix(Op):
-    """A matrix of a stack, taken as the weight of a linear layer."""
+    """The op of one matrix of a stack, used as the weight of a linear layer."""
 
     linear = True
 
@@ -41,13 +43,14 @@ class Matrix(Op):
         self.size = out_features, in_features
 
     def dims(self, m: nn.Module) -> tuple[int, int]:
+        """Return (out_features, in_features) of the matrix; the module is ignored."""
         return self.size
 
 
 class MatrixLayer:
     """The layer of a stack, as a method on one of its matrices sees it: with the method's tensors for that matrix.
 
-    W: the matrix, without any adapter; None: read it when asked.
+    W: the matrix without any adapter; None: it is read at each access.
     """
 
     def __init__(
@@ -58,31 +61,39 @@ class MatrixLayer:
         self.__dict__["_stack"] = layer, expert, W
 
     def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the layer of the whole stack."""
         return getattr(self.__dict__["_stack"][0], name)
 
     @property
     def W0(self) -> Tensor:
+        """The matrix (out, in) without any adapter: the one given, or read from the layer's stack.
+
+        A matrix of a packed stack is unpacked, with adapters that are merged left out.
+        """
         layer, expert, W = self._stack
         if W is None and layer.op.packed_shape is None:
             return layer.W0[expert]  # type: ignore[no-any-return]
-        if W is None:  # the matrix of a packed stack, without any adapter
+        if W is None:  # unpack one matrix of the packed stack
             stack = read_base_stack(layer)
             W = stack.in_rows().matrix(expert, stack.dtype or torch.float32)
         return W  # type: ignore[no-any-return]
 
     @property
     def local_W0(self) -> tuple[Tensor, None, None]:
+        """The matrix without any adapter, and None for both cuts: no process holds only a part."""
         return self.W0, None, None
 
 
 def read_base_stack(layer: Layer) -> Any:
-    """Return a packed stack, without any adapter."""
+    """Return a copy of a layer's packed stack without any adapter: the state from before the first merge, on the
+    layer's device, or the present state.
+    """
     first = next((state for _, state, _ in layer.state.undo if state is not None), None)
     return layer.base_weight.snapshot() if first is None else first.to(layer.base_weight.where()[0])
 
 
 class StackMethod(Method):
-    """A method on a stack, made of `kind` on each matrix."""
+    """A method on a stack: `kind` acts on each matrix. Subclasses are made by `stack_method_class`."""
 
     kind: ClassVar[type[Method]] = Method
 
@@ -93,24 +104,27 @@ class StackMethod(Method):
 
     @property
     def matrix_method(self) -> Method:
+        """The method on one matrix, without a layer, which answers questions about the kind."""
         return self._matrix_method
 
     @property
     def cfg(self) -> object:
+        """The config of the method on one matrix."""
         return self.matrix_method.cfg
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        """Return a pickle that names `kind`, since the class is made at run time."""
         return new_stack_method, (self.kind,), self.__dict__
 
     def method_on_matrix(
         self, expert: int, tensors: Sequence[Tensor] | None = None, W: Tensor | None = None, trains: bool | None = None
     ) -> Method:
-        """Return the method on one matrix.
+        """Return a new method on one matrix, with a `MatrixLayer` as its layer.
 
         Args:
-            tensors: its own tensors, in the order of `slots`; None: those on the layer.
-            W: the matrix, without any adapter.
-            trains: whether the layer trains; None: as it does now.
+            tensors: the matrix's tensors, in the order of `slots`; None: parts of those on the layer.
+            W: the matrix without any adapter; None: it is read if needed.
+            trains: the training mode; None: as the layer's.
         """
         m = self.kind(self.matrix_method.site, self.cfg, self.name)
         slots = self.slots
@@ -123,19 +137,29 @@ class StackMethod(Method):
 
     @property
     def slots(self) -> list[Slot]:
-        """The slots of all its tensors, each of which has the stack's first dimension in front."""
+        """The slots of all tensors of the adapter. Each tensor has the stack's first dimension in front."""
         slots: list[Slot] = self.layer.slots(self.name)
         return slots
 
     # declare
 
     def check(self) -> str | None:
+        """Return why the method cannot act on this stack, or None: it changes the weight at the start, a matrix fails
+        the check of `kind`, or `why_not_on_stack` has a reason.
+        """
         name = self.kind.__name__
         if Use.CHANGES in self.uses_weight():
             return f"{name} would begin with a change of the weight, which is for layers: choose another start"
         return self.matrix_method.check() or why_not_on_stack(self.matrix_method)
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
+        """Return the values of `kind.build` for all matrices, stacked.
+
+        On meta, placeholders of one matrix are repeated.
+
+        Raises:
+            UnsupportedLayerError: a tensor has another shape for each matrix.
+        """
         count = self.site.shape[0]
         if device == META:
             return stack_build_values([build_placeholders(self.matrix_method, shared)] * count)
@@ -155,14 +179,20 @@ class StackMethod(Method):
 
     @torch.no_grad()
     def init_values(self) -> None:
+        """Initialize the tensors of each matrix by `kind.init_values`, without gradients."""
         self.run_on_all(self.kind.init_values)
 
     @torch.no_grad()
     def finish_load(self) -> None:
+        """Run `kind.finish_load` on each matrix, without gradients."""
         self.run_on_all(self.kind.finish_load)
 
     def run_on_all(self, run: Callable[[Method], None]) -> None:
-        """Run what fills in values on each matrix; take over tensors that it puts in the place of those of before."""
+        """Call `run` with the method on each matrix.
+
+        Tensors that it overwrites in place change the stacked ones. Tensors that it replaces are stacked, and replace
+        the adapter's tensors in their slots.
+        """
         slots, experts = self.slots, range(self.site.shape[0])
         new: dict[int, list[Tensor]] = {}
         for expert in experts:
@@ -180,28 +210,41 @@ class StackMethod(Method):
             slot.where[slot.attribute] = nn.Parameter(t, slot.tensor.requires_grad) if slot.is_parameter else t
 
     def uses_weight(self) -> Use:
+        """Return how the method uses the weight, as on one matrix."""
         return self.matrix_method.uses_weight()
 
     def why_incompatible(self, other: object) -> str | None:
+        """Return why the method cannot be on a layer with another adapter, as on one matrix; None if it can."""
         return self.matrix_method.why_incompatible(other)
 
     def to_file_tensors(self, values: Tensors, cfg: object) -> Tensors:
+        """Return the tensors for a file: unchanged if the kind stores them so, else each matrix converted and the
+        results stacked.
+        """
         if self.is_stored_unchanged:
             return values
         return self.map_matrices(values, lambda m, own: m.to_file_tensors(own, cfg))
 
     @property
     def is_stored_unchanged(self) -> bool:
+        """True if a file has the tensors as in memory, as on one matrix."""
         return self.matrix_method.is_stored_unchanged
 
     def from_file_tensors(self, tensors: Tensors, cfg: object) -> Tensors:
+        """Return the tensors of a file for memory: unchanged if the kind does not convert, else each matrix converted
+        and the results stacked.
+        """
         same = self.kind.from_file_tensors is Method.from_file_tensors
         return tensors if same else self.map_matrices(tensors, lambda m, own: m.from_file_tensors(own, cfg))
 
     def map_matrices(self, values: Tensors, change: Callable[[Method, Tensors], Tensors]) -> Tensors:
-        """Return what `change` makes of the tensors of each matrix."""
+        """Apply `change` to the method and the tensors of each matrix, and return the stacked results.
+
+        Returns the tensors unchanged if one lacks the stack's first dimension: they are not this adapter's, and the
+        load compares shapes later.
+        """
         count = self.site.shape[0]
-        if any(t.shape[:1] != (count,) for t in values.values()):  # not this adapter's: its shapes are compared later
+        if any(t.shape[:1] != (count,) for t in values.values()):  # another adapter's: shapes are compared later
             return values
         experts = range(count)
         results = [change(self.method_on_matrix(e), {key: t[e] for key, t in values.items()}) for e in experts]
@@ -210,6 +253,9 @@ class StackMethod(Method):
     # act
 
     def describe(self) -> Effect:
+        """Return the effect on the whole stack: an `Update` or `Rewrite` computed matrix by matrix, with pieces for
+        single ones. If the kind cannot act on a stack, return its effect on one matrix.
+        """
         effect = self.matrix_method.effect
         if why_not_on_stack(self.matrix_method) is not None:
             return effect
@@ -219,7 +265,9 @@ class StackMethod(Method):
         return Update(self.stack_delta, of_weight=effect.of_weight, draws=draws, pieces=self.pieces)
 
     def pieces(self) -> Pieces:
-        """Return the changes of single matrices by the method."""
+        """Return the changes of single matrices: from the adapter's tensors, and the trainable parameters of containers
+        that the layer shares with the model. They need the matrix if the effect depends on W₀ or does more than add.
+        """
         layer, effect = self.layer, self.matrix_method.effect
         modules = (layer._modules[key] for key in layer.attached)
         common_parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
@@ -229,7 +277,18 @@ class StackMethod(Method):
     def change_matrix(
         self, expert: int, tensors: Sequence[Tensor], W0: Tensor | None, W: Tensor | None, trains: bool
     ) -> tuple[Tensor, ...]:
-        """Return the change of one matrix, as `Pieces.change`."""
+        """Return the change of one matrix: A (r, in) and B (out, r) if the effect is only a product, else (ΔW,), with
+        ΔW (out, in).
+
+        Dropout drops the same inputs for all rows. A `Rewrite` gives the rewritten matrix minus W, or minus W₀ if W is
+        None, in the adapter's dtype.
+
+        Args:
+            tensors: those of the matrix, in the order of `slots`.
+            W0: the matrix without any adapter; None: it is read if needed.
+            W: the matrix with earlier adapters in it.
+            trains: the training mode.
+        """
         m = self.method_on_matrix(expert, tensors, W0, trains)
         effect = m.effect
         if effect.product is not None:
@@ -240,24 +299,35 @@ class StackMethod(Method):
         return (fold_effect(m.layer, m, effect, W, None, drops=True)[0] - W,)
 
     def stack_delta(self, W0: Tensor | None = None) -> Tensor:
-        """Return ΔW of all matrices, (n, out, in); inputs dropped in training are the same for all rows."""
+        """Return ΔW of all matrices, (n, out, in). Dropout drops the same inputs for all rows.
+
+        W0: the stack without any adapter; None: it is read if needed.
+        """
         methods = (self.method_on_matrix(e, W=None if W0 is None else W0[e]) for e in range(self.site.shape[0]))
         return torch.stack([compute_delta(m.layer, m.effect, drops=True) for m in methods])
 
     def fold_stack(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the stack W with the method's change in each matrix, and the bias b unchanged.
+
+        Dropout drops the same inputs for all rows.
+        """
         methods = (self.method_on_matrix(e) for e in range(len(W)))
         return torch.stack([fold_effect(m.layer, m, m.effect, w, None, drops=True)[0] for m, w in zip(methods, W)]), b
 
 
 def matrix_methods(method: Method) -> list[Any]:
-    """Return the methods on all matrices of a stack; the method itself on anything else."""
+    """Return the methods on all matrices of a stack. For any other method, return a list with the method itself."""
     if not isinstance(method, StackMethod):
         return [method]
     return [method.method_on_matrix(e) for e in range(method.site.shape[0])]
 
 
 def pieces_of(layer: Layer, effect: Effect) -> Pieces | None:
-    """Return the changes of single matrices of a stack by an effect; None if it has none."""
+    """Return the changes of single matrices of a stack by an effect.
+
+    An effect that is only a product gives parts of its factors, with dropout on A's columns. Returns None if the effect
+    has no pieces.
+    """
     if effect.product is None:
         return None if effect.pieces is None else effect.pieces()
     A, B = Opaque.split_matrices(*drop_inputs_of_A(effect.product()).matrices(), layer.site.shape[0])
@@ -265,9 +335,10 @@ def pieces_of(layer: Layer, effect: Effect) -> Pieces | None:
 
 
 class MatrixUpdate(Form):
-    """How adapters, each on the matrix that those before it made, change a matrix.
+    """The update of single matrices by several adapters, each on the matrix that the ones before it changed: a `Form`
+    of `kernels/experts.py`.
 
-    The second time, in a backward pass, they draw what they drew the first time.
+    In training, a second call for a matrix, in the backward pass, draws the same random numbers as the first.
     """
 
     def __init__(self, pieces: Sequence[Pieces], trains: bool):
@@ -278,6 +349,11 @@ class MatrixUpdate(Form):
         self.common_parameters = list({id(t): t for p in pieces for t in p.common_parameters}.values())
 
     def __call__(self, expert: int, tensors: Sequence[Tensor], W: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return the update of one matrix, as `compute_update`.
+
+        In training, the first call for a matrix notes the states of the random generators. A later call sets these
+        states, and afterwards restores the present ones.
+        """
         if not self.trains:
             return self.compute_update(expert, tensors, W)
         now = read_generator_states()
@@ -290,6 +366,9 @@ class MatrixUpdate(Form):
                 restore_generator_states(now)
 
     def compute_update(self, expert: int, tensors: Sequence[Tensor], W0: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the update of one matrix: the change of the only piece (ΔW, or A and B), or (ΔW,) of several pieces in
+        turn, in float32 at least.
+        """
         if len(self.pieces) == 1:
             return self.pieces[0].change(expert, tensors, W0, W0, self.trains)
         assert W0 is not None
@@ -297,7 +376,12 @@ class MatrixUpdate(Form):
         return (self.apply_pieces(expert, tensors, W0, W) - W,)
 
     def apply_pieces(self, expert: int, tensors: Sequence[Tensor], W0: Tensor, W: Tensor) -> Tensor:
-        """Return the matrix W with all changes in it."""
+        """Return the matrix W (out, in) with the changes of all pieces, in order, in W's dtype.
+
+        Args:
+            tensors: those of all pieces for this matrix, in the order of `self.tensors`.
+            W0: the matrix without any adapter.
+        """
         remaining = iter(tensors)
         for p in self.pieces:
             piece_tensors = [next(remaining) for _ in p.tensors]
@@ -307,7 +391,11 @@ class MatrixUpdate(Form):
 
 
 def why_not_on_stack(m: Method) -> str | None:
-    """Return the reason why a method cannot act on the matrices of a stack; None if it can."""
+    """Return why a method cannot act on the matrices of a stack; None if it can.
+
+    The reasons: it needs a call of the layer or has no merged form, it replaces the layer or looks up rows, or it
+    changes the bias.
+    """
     effect, name = m.effect, type(m).__name__
     why = why_not_in_weight(m)
     if why is None and (effect.whole or getattr(effect, "looks_up", False)):
@@ -319,7 +407,9 @@ def why_not_on_stack(m: Method) -> str | None:
 
 @cache
 def stack_method_class(kind: type[Method]) -> type[StackMethod]:
-    """Return the method that does to each matrix of a stack what `kind` does to a linear layer."""
+    """Return the subclass of `StackMethod` for methods of class `kind`, with its name and the class attributes that
+    `Method` declares. It is cached, and takes a device.
+    """
     stack_class: type[StackMethod] = type(kind.__name__, (StackMethod,), {"kind": kind, "__module__": kind.__module__})
     for name, annotation in get_annotations(Method).items():
         if str(annotation).startswith("ClassVar") and name != "takes_device":
@@ -329,7 +419,7 @@ def stack_method_class(kind: type[Method]) -> type[StackMethod]:
 
 
 def new_stack_method(kind: Any) -> StackMethod:
-    """Return a method without state, for copies."""
+    """Return a `StackMethod` of a kind without calling `__init__`, for copies and pickles."""
     stack_class = stack_method_class(kind)
     return stack_class.__new__(stack_class)
 
@@ -339,11 +429,19 @@ class ShapesDiffer(Exception):
 
 
 def stack_build_values(built_values: Sequence[dict[str, object]]) -> dict[str, object]:
-    """Return the tensors and modules of a stack, made from those that `build` returned for each matrix."""
+    """Return the values of a stack, by name, from the values that `build` returned for each matrix."""
     return {name: stack_values([values[name] for values in built_values], name) for name in built_values[0]}
 
 
 def stack_values(values: Sequence[Any], name: str) -> Any:
+    """Return one value for a stack from the values for each matrix, under `name` in errors.
+
+    Tensors are stacked along a new first dimension; a parameter stays one, and a `Transient` too. A module is copied,
+    with its parameters, buffers and submodules stacked. Of any other value the first is returned.
+
+    Raises:
+        ShapesDiffer: a tensor has another shape for each matrix.
+    """
     first = values[0]
     if isinstance(first, Transient):
         return type(first)(stack_values([v.tensor for v in values], name))
@@ -364,7 +462,9 @@ def stack_values(values: Sequence[Any], name: str) -> Any:
 
 
 def make_containers(layer: Any, slots: Sequence[Slot], tensors: Sequence[Tensor], adapter: str) -> dict[str, object]:
-    """Return the containers of a method with these tensors: themselves, or modules that hold them."""
+    """Return the containers of a method, by name, with these tensors for its slots: the tensor itself, or a copy of the
+    layer's module that holds it.
+    """
     out: dict[str, object] = {}
     inside: dict[str, dict[str, Tensor]] = {}
     for slot, t in zip(slots, tensors):
@@ -378,7 +478,12 @@ def make_containers(layer: Any, slots: Sequence[Slot], tensors: Sequence[Tensor]
 
 
 def copy_with_tensors(module: nn.Module, by_path: Mapping[str, Tensor], path: str = "") -> nn.Module:
-    """Return a module that computes with other tensors, by their paths."""
+    """Return a copy of a module, and of its submodules, with other tensors at the paths of `by_path`.
+
+    Its other tensors are shared.
+
+    path: the path of `module` itself, with a dot at the end.
+    """
     out = copy.copy(module)
     for kind in ("_parameters", "_buffers"):
         tensors = getattr(module, kind)

@@ -103,10 +103,10 @@ class ModelChange:
         self.before: tuple[ModelChange | None, ModelChange | None] = (None, None)
 
     def __enter__(self) -> ModelChange:
-        """Take the gate's turn, and close the gate unless the change is late.
+        """Take the gate's turn, and close the gate unless the change is late. After an error the turn is given back.
 
-        Within a change of the same thread this is a part of that change, and closes the gate if the outer change was
-        late. Within a call, the turn must be free at once.
+        Within a change of the same thread, and in the same call or none, this is a part of that change. It then only
+        closes the gate, if the outer change is late and this one is not. Within a call, the turn must be free at once.
 
         Raises:
             InUseError: the turn of another change lasts longer than the gate's timeout; or see `close_gate`.
@@ -219,7 +219,7 @@ class Gate:
         return Gate, (self.timeout,)
 
     def call(self, what: str, uses: Callable[[], Names] = all_adapters) -> RunningCall:
-        """Return a context manager: a call. Errors call it by the text `what`.
+        """Return a context manager: a call. Errors contain its name, the first argument.
 
         uses: returns the adapters that the call uses (None: all); called only when a change within a call or an error
         needs them.
@@ -229,7 +229,7 @@ class Gate:
     def change(self, what: str, touches: Names = None, late: bool = False) -> ModelChange:
         """Return a context manager: a change of the adapters `touches` (None: all and the base).
 
-        Errors call it by the text `what`.
+        Errors contain its name, the first argument.
 
         late: the change waits for calls only when the first change within it begins.
 
@@ -302,7 +302,7 @@ class Gate:
                 raise InUseError(
                     f"{change.what} within a call of the model would tear "
                     f"{'that call' if is_own_call else 'another call'}, "
-                    f"part of which has run already: {call}. Make the change between calls. Within one, adapter_names "
+                    f"which has partly run already: {call}. Make the change between calls. Within one, adapter_names "
                     "of a further call give rows their adapters, and a disable_adapter() block runs the base."
                 )
 

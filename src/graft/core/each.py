@@ -223,7 +223,7 @@ class StackMethod(Method):
         """
         if self.is_stored_unchanged:
             return values
-        return self.map_matrices(values, lambda m, own: m.to_file_tensors(own, cfg))
+        return self.map_matrices(values, lambda m, tensors: m.to_file_tensors(tensors, cfg))
 
     @property
     def is_stored_unchanged(self) -> bool:
@@ -235,7 +235,7 @@ class StackMethod(Method):
         and the results stacked.
         """
         same = self.kind.from_file_tensors is Method.from_file_tensors
-        return tensors if same else self.map_matrices(tensors, lambda m, own: m.from_file_tensors(own, cfg))
+        return tensors if same else self.map_matrices(tensors, lambda m, values: m.from_file_tensors(values, cfg))
 
     def map_matrices(self, values: Tensors, change: Callable[[Method, Tensors], Tensors]) -> Tensors:
         """Apply `change` to the method and the tensors of each matrix, and return the stacked results.

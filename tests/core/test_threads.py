@@ -19,7 +19,7 @@ from tests.looks import get_registry, layers, merged
 from tests.models import adapted, disturb, seeded
 from tests.threads import at_once
 
-pytestmark = pytest.mark.filterwarnings("ignore:This thread was started while another one:graft.PeftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:This thread was started while another thread:graft.PeftWarning")
 X = torch.linspace(-1, 1, 18).view(6, 3)
 
 

@@ -112,7 +112,7 @@ def test_a_thread_that_may_have_been_started_for_the_block_is_told():
     early = threading.Thread(target=lambda: (asked.wait(10), model(X), entered.set()))
     early.start()
     with model.disable_adapter():
-        with pytest.warns(graft.PeftWarning, match="For the base model, open one in this thread"):
+        with pytest.warns(graft.PeftWarning, match="For the base model, open a block in this thread"):
             in_thread(lambda: model(X))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -312,7 +312,7 @@ def test_one_backward_pass_of_a_disabled_call_and_another_is_refused_where_layer
     x = X.clone().requires_grad_()
     with model.disable_adapter():
         loss = model(x).sum()
-    with pytest.raises(graft.RoutingError, match="or one with disabled adapters"):
+    with pytest.raises(graft.RoutingError, match="gates or disabled adapters"):
         (loss + model(x).square().sum()).backward()
     x.grad = None
     model(x).square().sum().backward()

@@ -57,7 +57,12 @@ def resize(
     source = resolve_adapter(adapter)
 
     def run(model: BaseDescription | None) -> list[ResizedModule]:
-        """Read the adapter with the base `model`, resize it, and write it. Return the account of each module."""
+        """Check the output path, read the adapter with the base `model`, resize it, and write it.
+
+        Return the account of each module.
+
+        In a dry run the result is written to a temporary folder and deleted.
+        """
         check_output(output, [source, *([] if model is None else [model.path])], force)
         smaller, rows = resized(read_adapter(source, model), rank, energy, ratio, max_mb, max_rank, uniform)
         with place_when_done(output, not dry_run) as out:

@@ -161,10 +161,7 @@ def compute_dora_delta(lora: LowRank, W: np.ndarray) -> np.ndarray:
 
 
 def compute_svd(product: Product) -> Svd:
-    """Return the SVD of B A, with as many singular values as the smaller factor dimension, at most r.
-
-    Values of 0 are kept.
-    """
+    """Return the SVD of B A with min(out, in, r) singular values, the largest first. Values of 0 are kept."""
     Qb, Rb = np.linalg.qr(product.B)
     Qa, Ra = np.linalg.qr(product.A.T)
     U, s, Vt = np.linalg.svd(Rb @ Ra.T)

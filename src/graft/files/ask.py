@@ -97,12 +97,14 @@ class Connection:
             raise ServerError(f"{url} has not answered within {self.timeout:g} s. Give it longer with --timeout.")
         if isinstance(outcome, (OSError, HTTPException)):
             reason = escape_controls(shorten_text(str(getattr(outcome, "reason", outcome))))
-            raise ServerError(f"{url} cannot be reached: {reason or repr(outcome)}")
+            raise ServerError(
+                f"{url} cannot be reached: {reason or repr(outcome)}. Start the server, or correct the address."
+            )
         if isinstance(outcome, BaseException):
             raise outcome
         status, location, text = outcome
         if len(text) > LARGEST:
-            raise ServerError(f"{url} answers more than {LARGEST} bytes.")
+            raise ServerError(f"{url} answers more than {LARGEST} bytes. Check the address.")
         if 300 <= status < 400:
             raise ServerError(
                 f"{url} answers {status}, a redirect to {quote_answer(location)}, which graft does not follow. "
@@ -117,7 +119,9 @@ class Connection:
         try:
             return parse(json.loads(text))
         except MALFORMED:
-            raise ServerError(f"{self.url}{path} answers something else than expected: {quote_answer(text)}") from None
+            raise ServerError(
+                f"{self.url}{path} answers something else than expected: {quote_answer(text)}. Check its version."
+            ) from None
 
 
 class Exchange(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
@@ -250,7 +254,9 @@ def ask_log_probabilities(
         return [ask_one(connection, name, prompt) for prompt in prompts]
     except UnknownModelError as e:
         models = shorten_text(str(list_served_models(connection)))
-        raise UnknownModelError(f"The server at {connection.url} has no model {name!r}, but {models} ({e})") from None
+        raise UnknownModelError(
+            f"The server at {connection.url} has no model {name!r}, but {models} ({e}). Give one of them."
+        ) from None
 
 
 def list_served_models(connection: Connection) -> list[str]:
@@ -340,7 +346,9 @@ def select_llama_adapter(connection: Connection, name: str | None) -> list[Json]
     fits = [i for i, file in files.items() if name in (str(i), paths[i], file, file.removesuffix(".gguf"))]
     if name is not None and len(fits) != 1:
         text = shorten_text(str(paths))
-        raise UnknownModelError(f"The server at {connection.url} has no adapter {name!r}, but {text}.")
+        raise UnknownModelError(
+            f"The server at {connection.url} has no adapter {name!r}, but {text}. Give one of them."
+        )
     return [{"id": i, "scale": 1.0 if name is not None and i in fits else 0.0} for i in paths]
 
 

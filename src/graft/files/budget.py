@@ -173,7 +173,7 @@ def measure_budget(
     optimizer: str = "adamw",
     bits: int | str | None = None,
 ) -> Budget:
-    """Return the memory of a training step, part by part.
+    """Return the memory of a training step, part by part. Builds the models on the meta device and runs steps there.
 
     Args:
         batch: rows.

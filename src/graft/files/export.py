@@ -109,9 +109,8 @@ def to_plain_lora(adapter: AdapterFile, server: Server, base: Base) -> tuple[Ada
     errors = {path: rounding_error_of_b(of, dtype) for path, of in by_name.items()}
     if over := sorted(path for path, error in errors.items() if not np.isfinite(error)):
         raise LossError(
-            f"B of {join_some(over)} in {adapter.path} is beyond the largest number of {dtype} with its scale in it: "
-            "save "
-            "the adapter in float32 or bfloat16, and export that."
+            f"B of {join_some(over)} in {adapter.path} is beyond the largest number of {dtype} with its scale in it. "
+            "Save the adapter in float32 or bfloat16, and export that."
         )
     wide = {path: pad_rank(of, rank) for path, of in by_name.items()}
     out: dict[str, LowRank | OtherMethod] = {
@@ -237,10 +236,11 @@ def read_unscaled_factors(path: str, module: LowRank | OtherMethod, config: dict
 
 
 def expand_shared_factors(path: str, module: OtherMethod, config: Json) -> tuple[np.ndarray, np.ndarray]:
-    """Return dense A (r, in) and B (out, r) of QA-LoRA, with A repeated over each group of inputs, or of BD-LoRA, with
-    the block-diagonal factor filled with zeros.
+    """Return dense A (r, in) and B (out, r) of QA-LoRA or BD-LoRA.
 
-    Raises LossError for other methods.
+    QA-LoRA: A is repeated over the inputs of each group, and multiplied by the number of groups / the group size.
+    BD-LoRA: the block-diagonal factor (A for modules of target_modules_bd_a, otherwise B) is filled with zeros. Raises
+    LossError for other methods.
     """
     A, B = (module.tensors[f"lora_{name}.weight"].read() for name in "AB")
     if module.method == "QALORA":  # A acts on means of `size` inputs, times the number of groups
@@ -318,11 +318,10 @@ def drop_language_model(path: str) -> str:
 
 
 def choose_suffixes(modules: Iterable[str], base: Base, server: Server) -> tuple[list[str], list[str]]:
-    """Return the fewest suffixes that select these modules, and the further base modules that they also select; both
-    sorted.
+    """Return suffixes that select these modules, and the further base modules that they also select; both sorted.
 
-    A suffix is the last name, with earlier names as long as it would select another kind of module. For SGLang `v_proj`
-    is added where `q_proj` is.
+    A suffix is the last name, with earlier names as long as it would select another kind of module. For SGLang,
+    `v_proj` is added where `q_proj` is, if the base has it.
     """
     paths, known = {*modules}, [*base.modules]
     kinds = {mask_layer_number(path) for path in paths}

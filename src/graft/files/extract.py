@@ -213,11 +213,11 @@ def is_resized_embedding(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 def add_tensor_change(
     extraction: Extraction, name: str, layers: CheckpointPair, rank: int | None, energy: float | None, embed: str
 ) -> None:
-    """Record the change of one tensor in `extraction`: its adapter and its rows.
+    """Record the change of one tensor in `extraction.adapter`, and its account in `extraction.rows`.
 
     An equal tensor only raises the count `same`. A tensor of another shape, or one that no LoRA fits, is stored whole.
-    Every other tensor is stored as factors from its SVD, for a stack one SVD per expert. Raises NonFiniteError for NaN
-    or infinite numbers.
+    Every other tensor is stored as factors from its SVD, for a stack one SVD per expert with a common rank. Raises
+    NonFiniteError for NaN or infinite numbers.
     """
     new, old = layers.new[name], layers.old[name]
     if old.shape != new.shape:

@@ -67,8 +67,8 @@ class CheckpointPair:
         """Return groups of names that may be one tensor: an embedding and a head, and other tensors that the model can
         tie.
 
-        Sets `is_tied`. In each group, modules without children come first, and among them embeddings. Without a model
-        it is guessed from names and the config.
+        Sets `is_tied`, and switches tie_word_embeddings on in the model's config. In each group, modules without
+        children come first, and among them embeddings. Without a model it is guessed from names and the config.
         """
         if self.model is None:
             tokens = [n for n in self.old if module_path(n).rpartition(".")[2] in TOKENS and n.endswith(".weight")]

@@ -41,7 +41,7 @@ def convert_ia3(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod], 
     """Return the adapter as PEFT's (IA)³: vectors plus 1, and a config with the input-side modules as
     feedforward_modules.
 
-    It is unchanged if a module scales outputs and has a bias in the base, or without a base.
+    If any module scales outputs, and the base is None or has a bias there, the adapter is returned unchanged.
     """
     modules: dict[str, LowRank | OtherMethod] = {}
     of_inputs = []

@@ -55,8 +55,8 @@ def resize_adapter(
     Exactly one of four options chooses the ranks.
 
     A module that loses nothing keeps its factors, padded with zeros if its rank grows. Other factors come from an SVD,
-    in the same dtype; for 8-bit floats in bfloat16. DoRA's magnitudes stay. Initialisation fields of the config are
-    reset.
+    in the same dtype; for 8-bit floats in bfloat16. DoRA's magnitudes stay, and extra tensors of variants are dropped.
+    The method becomes LoRA, and initialisation fields of the config are reset.
 
     Args:
         rank: of all modules.
@@ -123,8 +123,8 @@ def check_resize_options(ways: Mapping[str, float | None], max_rank: int | None)
     )  # fmt: skip
     if wrong or (max_rank is not None and max_rank < 1):
         raise OptionError(
-            f"{name}={value} with max_rank={max_rank}: a rank is at least 1, an energy in (0, 1], a ratio above 1, "
-            "a size above 0."
+            f"{name}={value} with max_rank={max_rank} is not possible. A rank is at least 1, an energy in (0, 1], a "
+            "ratio above 1, a size above 0."
         )
 
 
@@ -181,7 +181,8 @@ def choose_ranks_for_size(
     left = int(max_mb * MB) - count_other_bytes(adapter, loras) - sum(costs.values())
     if left < 0:
         raise LossError(
-            f"{adapter.path} needs {(int(max_mb * MB) - left) / MB:.3g} MB at rank 1: {max_mb} is too little."
+            f"{adapter.path} needs {(int(max_mb * MB) - left) / MB:.3g} MB at rank 1: {max_mb} is too little. Give a "
+            "larger max_mb."
         )
     if uniform:
         return dict.fromkeys(loras, min(max(most.values()), 1 + left // sum(costs.values())))

@@ -427,9 +427,9 @@ def experts(s: Subject) -> Iterable[str]:
 
 @register_condition
 def stacks_of_peft(s: Subject) -> Iterable[str]:
-    """Yield the stacks of experts in PEFT's layout, unless vLLM loads stacks for this model type.
+    """Yield the stacks of experts in PEFT's layout, unless vLLM loads stacks for the base's model type.
 
-    The condition is for vLLM.
+    Without a base they are yielded.
     """
     from graft.io.servers import STACKED_IN_VLLM  # loads torch
 

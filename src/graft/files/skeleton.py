@@ -136,6 +136,8 @@ def build_meta_model(path: str, architecture: str | None = None) -> PreTrainedMo
 def fill_with_zeros(model: PreTrainedModel) -> PreTrainedModel:
     """Replace all parameters and buffers of a model, in place, by expanded zeros on the CPU, which need almost no
     memory. Returns the model.
+
+    The new parameters do not require gradients.
     """
     for module in model.modules():
         for name, p in module._parameters.items():

@@ -147,8 +147,8 @@ def run_with_base(adapter: str, base: str | None, run: Callable[[BaseDescription
 
 
 def describe_named_base(adapter: str) -> Skeleton | None:
-    """Return names and shapes, without values, of the base that an adapter names; None if it names none or is not on
-    this machine.
+    """Return names and shapes, without values, of the base that an adapter names; None if it names none, or its files
+    are damaged or not on this machine.
     """
     try:
         name = read_base_name(adapter)
@@ -237,6 +237,8 @@ def model_file_patterns(folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def take_work_folder(path: str) -> None:
     """Create a folder that only this user may enter, or take over one of this user that an earlier run left.
+
+    A folder that is taken over keeps its files, and its mode becomes 0700.
 
     Raises:
         OutputExistsError: the path is a link, no folder, or another user's.

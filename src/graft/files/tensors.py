@@ -157,21 +157,28 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
             raise CheckpointError(f"{path} is git-lfs's pointer to a file. Run `git lfs pull`.")
         if not 2 <= size <= min(LARGEST, whole - 8):
             raise CheckpointError(
-                f"{path} is no safetensors file, or is cut off: its header would be {size} bytes long."
+                f"{path} is no safetensors file, or is cut off: its header would be {size} bytes long. Save or "
+                "download it again."
             )
         header = parse_json(f.read(size), f"The header of {path}")
         try:
             metadata = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}  # MLX writes null
             listed = [(name, _parse_entry(entry)) for name, entry in header.items()]
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise CheckpointError(f"The header of {path} is damaged: {shorten_text(str(e))}") from None
+            raise CheckpointError(
+                f"The header of {path} is damaged: {shorten_text(str(e))}. Save or download it again."
+            ) from None
     start, end = 8 + size, 0
     for name, (dtype, shape, begin, stop) in sorted(listed, key=lambda item: item[1][2:]):
         if begin != end or stop - begin != prod(shape) * BITS[dtype] // 8 or start + stop > whole:
-            raise CheckpointError(f"{path} is damaged or cut off: '{name}' is not where its header says.")
+            raise CheckpointError(
+                f"{path} is damaged or cut off: '{name}' is not where its header says. Save or download it again."
+            )
         end = stop
     if start + end != whole:
-        raise CheckpointError(f"{path} is damaged: {whole - start - end} bytes behind its last tensor.")
+        raise CheckpointError(
+            f"{path} is damaged: {whole - start - end} bytes behind its last tensor. Save or download it again."
+        )
     return {
         name: Tensor(shape, dtype, make_part_reader(path, version, start + b, e - b))
         for name, (dtype, shape, b, e) in listed

@@ -97,8 +97,9 @@ def verify_server(
 ) -> Verdict:
     """Ask a server for log-probabilities of its base and its adapter, and compare them with those of a local model.
 
-    If the server's base differs from the local base, but equals the local model with the adapter, the verdict is "in
-    the base too".
+    The noise is the difference on the base. Up to 10 tolerances of noise are accepted, and the tolerance rises to 3
+    times the noise. With more, the verdict is "in the base too" if the server's base equals the local model with the
+    adapter, or with one kind of its modules.
 
     Args:
         base: the base model in eval mode, with the server's weights.

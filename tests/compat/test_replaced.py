@@ -465,7 +465,7 @@ def test_classes_without_layers_say_so(monkeypatch):
 
 def test_adapter_names_for_one_layer():
     model = GRAFT.wrap(base(), LINEAR)
-    with pytest.raises(graft.RoutingError, match="pass them to the PeftModel"):
+    with pytest.raises(graft.RoutingError, match="Pass them to the PeftModel"):
         model.base_model.model.blocks[0].k._mixed_batch_forward(X, adapter_names=["default"] * 4)
 
 

@@ -205,7 +205,7 @@ def test_what_changes_the_weight_stands_only_beside_its_like(first):
     layer = carried(ON["linear"], plain if first else kasa)
     weight = layer.base_layer.weight.clone()
     cfg = (kasa if first else plain).make("other")
-    with pytest.raises(ValueError, match=r"KaSA cannot be combined with adapters that don't use KaSA.*'b' beside 'a'"):
+    with pytest.raises(ValueError, match=r"KaSA cannot be combined with adapters that don't use KaSA.*'b' next to 'a'"):
         place(graft.method_of("LORA").variant(cfg)(layer.site, cfg, "b"), layer, cfg, layer.shared)
     assert layer.adapters == ["a"] and torch.equal(layer.base_layer.weight, weight)
 

@@ -163,7 +163,7 @@ def finish_runs(folder: Path, bases: Path) -> Tensor:
     runs = add_runs(MultiTrain.resume(base_at(bases / "llama"), folder), bases)
     assert [run.step for run in runs.list_runs()] == [4, 1, 4, 4]
     found = []
-    for run in runs.run().all():
+    for run in runs.run().list_runs():
         assert run.step == 6 and run.state == "ended", run.name
         found += [sampled(p) for p in run.parameters]
         found += [torch.tensor([point.loss for point in run.curve]), torch.tensor([look.loss for look in run.valid])]

@@ -611,7 +611,7 @@ def half_a_sweep() -> Folder:
     """Return the files of a sweep that was killed within its second rung."""
     module = import_module("graft.many.sweep")
     with TemporaryDirectory() as place:
-        rounds = module.Job.run_rounds
+        rounds = module.SweepJob.run_rounds
 
         def killed(job: Any) -> None:
             rounds(job)
@@ -619,13 +619,13 @@ def half_a_sweep() -> Folder:
             if job.trials[0].losses:
                 raise KeyboardInterrupt
 
-        module.Job.run_rounds = killed  # type: ignore[method-assign]
+        module.SweepJob.run_rounds = killed  # type: ignore[method-assign]
         try:
             swept(tiny(), Path(place))
         except KeyboardInterrupt:
             return files_in(Path(place))
         finally:
-            module.Job.run_rounds = rounds  # type: ignore[method-assign]
+            module.SweepJob.run_rounds = rounds  # type: ignore[method-assign]
     raise AssertionError("it was not killed")
 
 

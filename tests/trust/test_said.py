@@ -261,7 +261,7 @@ def test_a_name_twice(call, tmp_path):
 
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload", "layer.merge", "selected_adapters"])
 def test_a_string_where_a_list_is_meant(call, tmp_path):
-    with pytest.raises(TypeError, match=r"should be a list of strings, got 'a': write \['a'\]"):
+    with pytest.raises(TypeError, match=r"should be a list of strings, got 'a'. Write \['a'\]"):
         TWICE[call](net_with("a", "b"), "a", tmp_path)
     assert not list(tmp_path.iterdir())
 

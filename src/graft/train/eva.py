@@ -386,7 +386,7 @@ def set_layer_start(layer: AdapterLayer, adapter: str, r: int, alpha: float, A: 
         new_method = type(method)(layer.site, cfg, adapter)
         layer.add(new_method, new_method.build({}))
         layer.methods.update({name: layer.methods.pop(name) for name in names})  # in the order that they had
-        new_method.init()
+        new_method.init_values()
         layer.place_adapter(adapter, layer.where, upcast)
         layer.require_grad(adapter, adapter in layer.state.trainable)
         layer.refresh_plan()

@@ -148,7 +148,7 @@ def find_again(layer: AdapterLayer, m: Method, where: Where) -> None:
     if Use.AGAIN in m.uses_weight():
         saved = [(slot, t.clone()) for slot, t in layer.tensors(m.name)]
         with torch.random.fork_rng(devices=[]):
-            m.init()
+            m.init_values()
         layer.place_adapter(m.name, where)
         for slot, t in saved:
             slot.tensor.copy_(t)

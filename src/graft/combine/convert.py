@@ -248,9 +248,7 @@ def make_lora_values(m: Method, change: WeightChange, cfg: LoraConfig) -> Tensor
     values = method_of("LORA")(site, cfg, m.name).holding(A, B)
     if cfg.lora_bias:
         if site.op.takes_ids:
-            raise ConfigError(
-                f"The adapter changes the output's bias of the embedding '{site.key}', which LoRA cannot. Leave it out."
-            )
+            raise ConfigError(f"The adapter changes the bias of embedding '{site.key}', which LoRA cannot. Drop it.")
         values["lora_B", "bias"] = B.new_zeros(site.out_features) if change.shift is None else change.shift
     if not site.op.takes_ids:
         factors = site.op.factor_modules(site.module, len(A), False, False, META)

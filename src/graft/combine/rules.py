@@ -270,9 +270,7 @@ class Recipe:
         for key, ts in terms.items():
             groups = ts[0].groups
             if rank % groups:
-                raise ConfigError(
-                    f"Layer '{key}' has {groups} groups, which do not divide rank {rank}. Pass another svd_rank."
-                )
+                raise ConfigError(f"Layer '{key}' has {groups} groups, and {rank} is no multiple. Change svd_rank.")
             ranks[key] = min(rank, ts[0].highest)
         return ranks
 

@@ -100,9 +100,7 @@ class Loader:
             self._is_broken = not isinstance(self.data, Iterator)
             raise
         if batch is END and not self.taken:
-            raise ConfigError(
-                f"{self.label}: its data holds no batch (epoch {self.epoch + 1}). Pass data with a batch."
-            )
+            raise ConfigError(f"{self.label}: its data holds no batch (epoch {self.epoch + 1}). Pass some data.")
         if batch is END and not self.once:
             self._batches, self.epoch, self.taken = None, self.epoch + 1, 0
             self.began = self.draws.states

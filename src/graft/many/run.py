@@ -171,9 +171,7 @@ class Run:
             RuntimeError: a step is under way, in another thread or around a loss that calls this.
         """
         if self.owner[self.name] is not self:
-            raise AdapterNotFoundError(
-                f"This run '{self.name}' has been removed with its adapter. Save a run before you remove it."
-            )
+            raise AdapterNotFoundError(f"This run '{self.name}' has been removed. Save a run before you remove it.")
         self.owner.save_adapter(self.name, folder)
 
     @property

@@ -187,10 +187,7 @@ def restore_run(run: Run, model: nn.Module, state: Json, where: str) -> None:
             "the data that it had, drawn by torch's generators only."
         )
     if run.steps is not None and state["step"] > run.steps:
-        raise ConfigError(
-            f"Run '{run.name}' in {where} has made {state['step']} steps, and is to make {run.steps}. Raise its "
-            "`steps`."
-        )
+        raise ConfigError(f"Run '{run.name}' has made {state['step']} steps, and is to make {run.steps}. Raise it.")
     for thing, name in (run.optimizer, "optimizer"), (run.schedule, "schedule"):
         try:
             if thing is not None:

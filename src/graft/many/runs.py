@@ -429,9 +429,7 @@ class MultiTrain:
         is_on_model = self.model is not None and name in self.model.peft_config
         if config is None:
             if not is_on_model:
-                raise AdapterNotFoundError(
-                    f"Run '{name}' has no config, and the model has no adapter of that name. Pass a config."
-                )
+                raise AdapterNotFoundError(f"Run '{name}' has no config, and the model has no such adapter. Pass one.")
             return False
         if is_on_model:
             raise AdapterNameError(f"The model has an adapter '{name}' already. To train it, leave its config out.")
@@ -778,9 +776,7 @@ class MultiTrain:
             self._note_batch_error(items[0], failure)
             return
         if len(items) == 1:
-            text = self._runs[items[0].name].fail(
-                f"one batch needs more memory than there is ({failure})", float("nan")
-            )
+            text = self._runs[items[0].name].fail(f"one batch needs more memory ({failure})", float("nan"))
             warn(f"{text} Give it smaller batches, and accumulate= for the same step.", PeftWarning)
             return
         half, known = len(items) // 2, len(self._batch_errors)
@@ -792,7 +788,7 @@ class MultiTrain:
         if not (memory or is_half) and len(self._batch_errors) == known:
             names = [item.name for item in items]
             warn(
-                f"A pass of {names} raised {shorten_text(repr(failure))}, but no single one did. Please report it.",
+                f"A pass of {names} raised {shorten_text(repr(failure))}, but no single one did.",
                 PeftWarning,
             )
 
@@ -1151,8 +1147,7 @@ def refuse_covered_targets(name: str, asked: PeftConfig, config: Any, wrappers: 
         if hidden := [p for p, m in inner if matcher(p).outcome in wanted and (is_linear(m) or not everything)]:
             raise ConfigError(
                 f"Run '{name}' would train {join_some(hidden)}, and run '{wrapper.adapters[0]}' trains '{key}' "
-                "whole. Leave "
-                "them out of the targets, or train the two in separate MultiTrains."
+                "whole. Leave them out of the targets, or train the two in separate MultiTrains."
             )
 
 

@@ -151,8 +151,7 @@ def _no_slots_error(name: str, keys: Sequence[str]) -> AdapterKeyError:
     """Return the AdapterKeyError for tensors of modules without slots."""
     return AdapterKeyError(
         f"Adapter '{name}' does not fit: no slots for {join_some(list(keys))}. Name these modules in `targets`, if "
-        "they are "
-        "linear layers."
+        "they are linear layers."
     )
 
 
@@ -204,10 +203,7 @@ def _make_factors(
     cfg = config.at(key)
     A, B, r = below[A_], below[B_], cfg.r
     if r > max_rank:
-        raise ConfigError(
-            f"Adapter '{name}' does not fit: rank {r} on '{key}' is above max_rank={max_rank}. Make slots of a higher "
-            "rank."
-        )
+        raise ConfigError(f"Adapter '{name}' does not fit: rank {r} on '{key}' is above max_rank={max_rank}. Raise it.")
     _check_shapes(
         name, key, below, {A_: (r, layer.in_features), B_: (layer.out_features, r), MAGNITUDE: (layer.out_features,)}
     )
@@ -251,9 +247,7 @@ def _check_shapes(name: str, key: str, below: dict[str, Tensor], shapes: dict[st
                 f"{shapes[leaf]} by its config and the base model."
             )
         if not tensor.is_floating_point():
-            raise AdapterKeyError(
-                f"Adapter '{name}' does not fit: '{key}.{leaf}' is {tensor.dtype}. Save it in a float dtype."
-            )
+            raise AdapterKeyError(f"Adapter '{name}' does not fit: '{key}.{leaf}' is {tensor.dtype}. Use floats.")
 
 
 def _copy_to_host(t: Tensor) -> Tensor:

@@ -219,9 +219,7 @@ class AdapterSlots:
                     f"There is no adapter {join_some(absent) if absent else 'to serve'}. Known: {known}."
                 )
             if merged := get_registry(model).merged_adapters:
-                raise ConfigError(
-                    f"Adapters {join_some(merged)} are merged into the base weights. Call unmerge_adapter()."
-                )
+                raise ConfigError(f"Adapters {join_some(merged)} are merged into the base. Call unmerge_adapter().")
             adapters = {name: (configs[name], get_peft_model_state_dict(model, None, name)) for name in names}
             ranks, targets = [1], dict[str, None]()
             for name, (config, tensors) in adapters.items():
@@ -242,9 +240,7 @@ class AdapterSlots:
             by_rank = isinstance(n, Mapping)
             rank = max(n, default=0) if by_rank else max(ranks) if max_rank is None else max_rank
             if rank < max(ranks) or not (n if by_rank else n >= 1):
-                raise ConfigError(
-                    f"These adapters need max_rank={max(ranks)} and a slot, got {rank} and {n} slots. Pass more."
-                )
+                raise ConfigError(f"Adapters need max_rank={max(ranks)} and a slot, got {rank}, {n} slots. Pass more.")
             slots, room = cls.__new__(cls), count_slots_by_rank(n, max_rank if by_rank else rank)
             slots._allocate(sites, room, keep_gathered, dtype, gains, change_timeout)
             base = source.unload() if source is not model else source.unload(keep_modules=False)
@@ -736,10 +732,7 @@ def check_sites(sites: Mapping[str, Site]) -> None:
     """
     for key, site in sites.items():
         if not site.op.linear:
-            raise UnsupportedLayerError(
-                f"Target module {key} ({site.type_name}) is not linear, so that it has no slots. Leave it out of "
-                "`targets`."
-            )
+            raise UnsupportedLayerError(f"Target module {key} ({site.type_name}) is not linear. Leave it out.")
         if not site.is_called:
             raise UnsupportedLayerError(
                 f"Target module {key} ({site.type_name}) is read by the module around it and never called, so that "

@@ -80,9 +80,7 @@ class Versions:
                 and the current one stays. A warning tells if it cannot be unloaded.
         """
         if not tensors.tensors:
-            raise ConfigError(
-                f"There are no tensors to publish as '{self.name}'. Call this in the first process, which has them."
-            )
+            raise ConfigError(f"There are no tensors to publish as '{self.name}'. Call this in the first process.")
         with self._publishing:
             self.number += 1
             name = f"{self.name}-v{self.number}-{tensors.digest[:4]}"
@@ -213,8 +211,5 @@ class Versions:
             ConfigError: this object has published more versions already.
         """
         if self.number > state["number"]:
-            raise ConfigError(
-                f"'{self.name}' is at version {self.number} already, and {state} is earlier. Load the state before "
-                "publishing."
-            )
+            raise ConfigError(f"'{self.name}' is at version {self.number}, and {state} is earlier. Load it first.")
         self.number = state["number"]

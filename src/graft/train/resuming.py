@@ -208,9 +208,7 @@ def load_training(folder: str) -> tuple[Json, dict[str, Tensor]]:
         )
     note, tensors = read_state_file(path, NOTE, "the file of a training: save_training writes these")
     if note.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {note.get('format')!r}: a later version of graft wrote it. Update graft."
-        )
+        raise CheckpointError(f"{path} has format {note.get('format')!r}. A later graft wrote it: update.")
     check_training_note(note, path)
     return note, tensors
 

@@ -65,9 +65,7 @@ def set_steering_vectors(
         for key in layers:
             first, second = (of[key] for of in states)
             if first.shape != second.shape:
-                raise CalibrationError(
-                    f"A pair has batches of {len(first)} and {len(second)} rows. Give both the same number."
-                )
+                raise CalibrationError(f"A pair has batches of {len(first)} and {len(second)} rows. Make them equal.")
             differences[key].append(first - second)
     if how == "pca" and any(sum(len(part) for part in parts) < 2 for parts in differences.values() if parts):
         raise CalibrationError("A principal component needs two pairs at least.")

@@ -136,7 +136,7 @@ MUTATIONS = [
     Mutation(
         "an inactive adapter trains",
         "core/carrier.py",
-        "state.let_train(name, False)",
+        "state.set_trainable(name, False)",
         "True",
     ),
     Mutation(

@@ -17,7 +17,7 @@ from graft.core.gate import all_adapters, changes
 from graft.core.names import as_name_list
 
 
-class State:
+class CarrierState:
     """The state of a carrier that changes when adapters are switched.
 
     It is a plain object, since setting an attribute of a module takes ten times as long.
@@ -35,7 +35,7 @@ class State:
         self.undo: list[tuple[str, Any, Tensor | None]] = []  # (kind, state of the weight, the bias) of each merge
         self.survived: list[Tensor] = []  # of each merge that rounded the weight: see `core/finite.py`
 
-    def let_train(self, adapter: str, on: bool) -> bool:
+    def set_trainable(self, adapter: str, on: bool) -> bool:
         """Set `requires_grad` of an adapter's parameters to `on`, except for those that never train.
 
         Returns False, possibly after some were set, if a module in `slots` was replaced or the adapter has no slots:
@@ -59,7 +59,7 @@ class Carrier:
     (`drop`), and how to react to other active adapters (`refresh_plan`).
     """
 
-    state: State
+    state: CarrierState
     key: str  # path in the model
     inner_name: str  # name of the child that leads to the base model's module
     claim: str  # verb of messages: "it {claim} adapter(s) ['a']"
@@ -193,10 +193,10 @@ class Carrier:
         """
         state, on = self.state, names if train else ()
         for name in state.trainable:
-            if name not in on and not state.let_train(name, False):
+            if name not in on and not state.set_trainable(name, False):
                 self.require_grad(name, False)
         for name in on:
-            if not state.let_train(name, True):
+            if not state.set_trainable(name, True):
                 self.require_grad(name, True)
         state.active, state.trainable, state.weights, state.apart = names, on, weights, apart
         self.refresh_plan()

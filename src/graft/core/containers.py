@@ -290,7 +290,7 @@ class Slot:
         self.where[self.attribute] = nn.Parameter(value, tensor.requires_grad) if self.is_parameter else value
 
 
-def slots_of(
+def iter_slots(
     key: str, container: nn.Module, adapter: str, never: Collection[tuple[str, str]] | None = None
 ) -> Iterator[Slot]:
     """Yield the slots of an adapter's tensors in `container`, the layer's attribute `key`.
@@ -429,7 +429,7 @@ def move_tensor(t: Tensor, device: torch.device | None, dtype: torch.dtype | Non
     return t if device is None or t.device == device or t.is_meta else t.to(device)
 
 
-class Exact(nn.Module):
+class ExactBuffers(nn.Module):
     """A module with buffers that move with the base weight and keep their dtype."""
 
 
@@ -439,8 +439,8 @@ def place_tensor(
     """Move and cast a parameter or buffer of a module, as `move_tensor` does.
 
     A changed parameter is replaced by a new one with the same `requires_grad`; a buffer is replaced. A parameter that
-    FSDP1 keeps in a flat one stays. Buffers of `Exact` modules keep their dtype, and only buffers of containers are
-    upcast.
+    FSDP1 keeps in a flat one stays. Buffers of `ExactBuffers` modules keep their dtype. Other buffers are only upcast
+    if a container holds them itself.
     """
     if (p := owner._parameters.get(name)) is not None:
         before = p.data
@@ -449,7 +449,7 @@ def place_tensor(
             owner._parameters[name] = nn.Parameter(data, requires_grad=p.requires_grad)
     elif (b := owner._buffers.get(name)) is not None:
         upcast = upcast and isinstance(owner, (BufferDict, AnyDict))  # as in PEFT: no buffers of an adapter's modules
-        owner._buffers[name] = move_tensor(b, device, None if isinstance(owner, Exact) else dtype, upcast)
+        owner._buffers[name] = move_tensor(b, device, None if isinstance(owner, ExactBuffers) else dtype, upcast)
 
 
 def place_tensors(

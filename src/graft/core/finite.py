@@ -55,12 +55,12 @@ def is_dense_float(t: Tensor) -> bool:
 AT_ONCE, ON_CPU = 2**24, 2**16  # numbers per block: small copies; on a CPU they fit the cache
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
+def dot_product(a: Tensor, b: Tensor) -> Tensor:
     """Return the scalar product of two tensors of one shape, ()."""
     return torch.dot(a.flatten(), b.flatten())
 
 
-def spread_dot(a: Tensor, b: Tensor) -> Tensor:
+def sharded_dot_product(a: Tensor, b: Tensor) -> Tensor:
     """Return the scalar product, (), of two DTensors, split over processes. Each process gets the full value."""
     return (a * b).sum().full_tensor()  # type: ignore[attr-defined,no-any-return]
 
@@ -81,7 +81,9 @@ def measure_survival(W: Tensor, wide: Tensor, after: Tensor | None = None) -> Te
             function writes the rounded `wide` into W, and destroys the values of `wide`.
     """
     at_once, spread = ON_CPU if W.device.type == "cpu" else AT_ONCE, hasattr(W, "full_tensor")
-    rows, product = (max(1, len(W)), spread_dot) if spread else (max(1, at_once // max(1, W[:1].numel())), dot)
+    rows, product = (
+        (max(1, len(W)), sharded_dot_product) if spread else (max(1, at_once // max(1, W[:1].numel())), dot_product)
+    )
     total: Tensor | None = None
     for i in range(0, len(W), rows):
         before, asked = W[i : i + rows].float(), wide[i : i + rows]

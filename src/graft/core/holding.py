@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.carrier import State
+from graft.core.carrier import CarrierState
 from graft.core.containers import (
     FACTS,
     UPCAST,
@@ -22,9 +22,9 @@ from graft.core.containers import (
     Transient,
     can_hold,
     container_for,
+    iter_slots,
     make_facts_class,
     place_tensor,
-    slots_of,
     store_value,
 )
 from graft.core.lean import ModuleDict
@@ -43,7 +43,7 @@ class Holding:
     attached: set[str]  # names of containers that belong to the model, and that layers share
     scaling: dict[str, float]  # by adapter, if its method has a scaling
     scaling_at_start: dict[str, float]
-    state: State
+    state: CarrierState
     methods: dict[str, Method]  # by adapter
     kinds: list[type]  # config classes of the methods, in the order of their first adapter
     inner_name: str
@@ -117,7 +117,7 @@ class Holding:
                 container = self._widen_container(key, container)
             if type(container) is AnyDict:
                 container[adapter] = value
-                slots += slots_of(key, container, adapter)
+                slots += iter_slots(key, container, adapter)
                 continue
             if is_module:
                 container._modules[adapter] = value
@@ -132,13 +132,13 @@ class Holding:
                             )
                 else:
                     value.train(training)
-                    slots += slots_of(key, container, adapter)
+                    slots += iter_slots(key, container, adapter)
                 continue
             if isinstance(container, dict):
                 self.set_facts(adapter, **{key: value})
                 continue
             store_value(container, adapter, value)
-            slots += slots_of(key, container, adapter)
+            slots += iter_slots(key, container, adapter)
         for key, container in method.empty.items():
             if key not in modules and key not in attributes:
                 attributes[key] = container
@@ -189,7 +189,7 @@ class Holding:
         """
         wider = self._modules[key] = AnyDict(container)
         for name, slots in self.state.slots.items():
-            moved = iter(slots_of(key, wider, name, {(s.container, s.path) for s in slots if not s.trains}))
+            moved = iter(iter_slots(key, wider, name, {(s.container, s.path) for s in slots if not s.trains}))
             self.state.slots[name] = [next(moved) if s.container == key else s for s in slots]
         return wider
 
@@ -253,9 +253,9 @@ class Holding:
             return slots
         place = self.whole_container(adapter)
         if place is not None:  # the adapter's module and the base layer are swapped
-            return list(slots_of(place, ModuleDict({adapter: self._modules[self.inner_name]}), adapter))
+            return list(iter_slots(place, ModuleDict({adapter: self._modules[self.inner_name]}), adapter))
         never = {(slot.container, slot.path) for slot in slots if slot.is_parameter and not slot.trains}
-        slots = [slot for key in self.holders for slot in slots_of(key, self._modules[key], adapter, never)]
+        slots = [slot for key in self.holders for slot in iter_slots(key, self._modules[key], adapter, never)]
         self.state.slots[adapter] = slots
         return slots
 

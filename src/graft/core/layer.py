@@ -18,7 +18,7 @@ from torch.compiler import is_dynamo_compiling
 
 from graft.core import merging
 from graft.core.call import Call
-from graft.core.carrier import Carrier, State
+from graft.core.carrier import Carrier, CarrierState
 from graft.core.errors import ConfigError, PeftWarning, RoutingError, UnsupportedLayerError, warn
 from graft.core.folding import why_not_in_weight
 from graft.core.gate import ForkSafeLock, all_adapters, changes
@@ -38,7 +38,7 @@ from graft.kernels.eager import eager, has_no_hooks
 from graft.kernels.withheld import Withheld
 
 
-class LayerState(State):
+class LayerState(CarrierState):
     """The state of a layer: active and merged adapters, and the plans that follow from them."""
 
     def __init__(self, call: Call) -> None:

@@ -28,7 +28,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from graft.core.containers import slots_of
+from graft.core.containers import iter_slots
 from graft.core.each import MatrixUpdate, pieces_of, read_base_stack
 from graft.core.effect import HALF, Effect, Replace, Rewrite, Update
 from graft.core.errors import PeftWarning, UnsupportedLayerError, describe_function, warn
@@ -263,7 +263,7 @@ def check_adapters_finite(chosen: Mapping[L, Sequence[str]]) -> None:
     for layer, names in chosen.items():
         for name in names:
             if name in layer.methods:
-                shared = (slot for key in layer.attached for slot in slots_of(key, getattr(layer, key), name))
+                shared = (slot for key in layer.attached for slot in iter_slots(key, getattr(layer, key), name))
                 for slot in (*layer.slots(name), *shared):
                     tensors.setdefault(id(slot.tensor), (slot.tensor, []))[1].append(layer)
     sizes = max_magnitudes([tensor for tensor, _ in tensors.values()])

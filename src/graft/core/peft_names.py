@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from graft.core.containers import Exact, move_tensor
+from graft.core.containers import ExactBuffers, move_tensor
 from graft.core.effect import Update
 from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, RoutingError, warn
 from graft.core.finite import is_finite
@@ -268,14 +268,14 @@ class PeftNames:
         """Move an adapter's tensors to the base weight's device, or to `device`, and cast floats to the base weight's
         dtype.
 
-        Values of an `Exact` module keep their dtype, and all do if the weight is no float. Does nothing if the layer
+        Values of `ExactBuffers` keep their dtype, and all do if the weight is no float. Does nothing if the layer
         does not carry the adapter.
         """
         if adapter_name not in self.methods:
             return
         base_device, dtype = self.where
         for slot in self.slots(adapter_name):
-            keeps = isinstance(slot.owner, Exact) or dtype is None or not dtype.is_floating_point
+            keeps = isinstance(slot.owner, ExactBuffers) or dtype is None or not dtype.is_floating_point
             data = slot.tensor.data
             new = move_tensor(
                 data, base_device if device is None else torch.device(device), None if keeps else dtype, False

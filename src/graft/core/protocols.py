@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.call import Call
-from graft.core.carrier import State
+from graft.core.carrier import CarrierState
 from graft.core.containers import Slot
 from graft.core.method import Method
 from graft.core.ops import Op
@@ -38,7 +38,7 @@ class Layer(Protocol):
     _modules: dict[str, nn.Module | None]
 
     @property
-    def state(self) -> State: ...
+    def state(self) -> CarrierState: ...
     @property
     def base_layer(self) -> nn.Module: ...
     @property

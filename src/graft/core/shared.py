@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.call import Call
-from graft.core.carrier import Carrier, State
-from graft.core.containers import Attached, Slot, Transient, container_for, place_tensors, slots_of
+from graft.core.carrier import Carrier, CarrierState
+from graft.core.containers import Attached, Slot, Transient, container_for, iter_slots, place_tensors
 
 
 class SharedTensors(Carrier):
@@ -25,7 +25,7 @@ class SharedTensors(Carrier):
     keyed = True  # names in memory contain that of the adapter
 
     def __init__(self) -> None:
-        self.state = State()
+        self.state = CarrierState()
         self.containers: dict[str, Any] = {}  # "a.b": b is within a module a
         self.parents: dict[str, nn.Module] = {}  # the modules "a" of such names
         self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: the tensors that never train
@@ -71,7 +71,7 @@ class SharedTensors(Carrier):
                 self._open_container(name, value)
             container = self.containers[name]
             container[adapter] = value.tensor if isinstance(value, Transient) else value
-            slots += list(slots_of(name, container, adapter))
+            slots += list(iter_slots(name, container, adapter))
             place_tensors(container, adapter, *where, upcast and name.partition(".")[0] not in narrow)
         self.never[adapter] = {(s.container, s.path) for s in slots if s.is_parameter and not s.trains}
         self.require_grad(adapter, False)
@@ -80,7 +80,7 @@ class SharedTensors(Carrier):
     def slots(self, adapter: str) -> list[Slot]:
         """Return the slots of an adapter's tensors in all containers."""
         never = self.never.get(adapter, set())
-        return [slot for name, c in self.containers.items() for slot in slots_of(name, c, adapter, never)]
+        return [slot for name, c in self.containers.items() for slot in iter_slots(name, c, adapter, never)]
 
     def drop(self, adapter: str) -> None:
         """Delete an adapter from all containers. Nothing happens if it has no entry; containers stay."""

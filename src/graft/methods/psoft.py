@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.bounds import Bound
 from graft.config.fields import COUNT, LORA, FanInFanOut, LayerRange, Targeted
-from graft.core.containers import Exact
+from graft.core.containers import ExactBuffers
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method, Tensors, Use, make_dropout
@@ -82,7 +82,7 @@ class Turn(nn.Module):
         self.vector_a = nn.Parameter(torch.ones(r)) if cfg.psoft_mag_a else None
 
 
-class Basis(Exact):
+class Basis(ExactBuffers):
     """The singular components within which R turns, in at least float32."""
 
     A: Tensor  # (r, fan_in)

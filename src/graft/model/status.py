@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from graft.core.carrier import carrier_of
-from graft.core.containers import slots_of
+from graft.core.containers import iter_slots
 from graft.core.layer import AdapterLayer
 from graft.inject.beside import ModulesToSaveWrapper
 from graft.inject.parts import ParameterLayerPaths, check_no_foreign_adapters, get_registry, unwrap_model
@@ -99,7 +99,7 @@ def unwrap_with_layers(model: nn.Module, caller: str) -> nn.Module:
 
 def find_shared_parameters(layer: AdapterLayer | ModulesToSaveWrapper, adapter: str) -> list[nn.Parameter]:
     """Return the parameters of an adapter that a layer shares with other layers."""
-    slots = (slot for key in layer.attached for slot in slots_of(key, layer._modules[key], adapter))
+    slots = (slot for key in layer.attached for slot in iter_slots(key, layer._modules[key], adapter))
     return [slot.tensor for slot in slots if slot.is_parameter]  # type: ignore[misc]
 
 

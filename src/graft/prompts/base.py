@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.call import Call
-from graft.core.carrier import Carrier, State
-from graft.core.containers import Slot, slots_of
+from graft.core.carrier import Carrier, CarrierState
+from graft.core.containers import Slot, iter_slots
 from graft.core.errors import CheckpointError, ConfigError
 from graft.core.method import PublishedRate
 from graft.core.wrappers import end_offloading
@@ -177,7 +177,7 @@ class Encoders(Carrier, nn.ModuleDict):
 
     def __init__(self, call: Call) -> None:
         super().__init__()
-        self.state = State(call)
+        self.state = CarrierState(call)
         self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: parameters that never train
 
     def __getitem__(self, key: str) -> Prompt:
@@ -199,13 +199,13 @@ class Encoders(Carrier, nn.ModuleDict):
     def add(self, adapter: str, prompt: Prompt) -> None:
         """Take in the prompt of an adapter, note its parameters that never train, and freeze it."""
         self[adapter] = prompt
-        slots = slots_of(PLACE, self, adapter)
+        slots = iter_slots(PLACE, self, adapter)
         self.never[adapter] = {(s.container, s.path) for s in slots if s.is_parameter and not s.trains}
         self.require_grad(adapter, False)
 
     def slots(self, adapter: str) -> list[Slot]:
         """Return the places of a prompt's tensors; those that never train are marked so."""
-        return list(slots_of(PLACE, self, adapter, self.never[adapter]))
+        return list(iter_slots(PLACE, self, adapter, self.never[adapter]))
 
     def drop(self, adapter: str) -> None:
         """Delete the prompt of an adapter and the note of its parameters. Raises KeyError if there is none."""

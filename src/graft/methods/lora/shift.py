@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from graft.core.containers import Exact
+from graft.core.containers import ExactBuffers
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.method import Tensors
 from graft.methods.lora.loftq import round_to_bits
@@ -38,7 +38,7 @@ SAMPLES = 16
 TOLERANCE = 2**-7  # relative: a base in half precision is the same base
 
 
-class Shift(Exact):
+class Shift(ExactBuffers):
     """The product B A that an initialisation subtracted from one weight, kept in float32: rounded, it would make
     another base.
     """

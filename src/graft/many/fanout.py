@@ -91,9 +91,7 @@ def find_fan(base: nn.Module, hosts: Sequence[nn.Module]) -> Fan | None:
 def are_batches_equal(batches: Sequence[Mapping[str, object]]) -> bool:
     """Return True if all batches have the same keys and values, as `is_same_value` compares them."""
     first, *later = batches
-    return all(
-        batch.keys() == first.keys() and all(is_same_value(v, first[k]) for k, v in batch.items()) for batch in later
-    )
+    return all(b.keys() == first.keys() and all(is_same_value(v, first[k]) for k, v in b.items()) for b in later)
 
 
 def is_same_value(a: object, b: object) -> bool:

@@ -57,11 +57,9 @@ class ForwardArguments:
 
         `**kwargs` count only if no argument has a name.
         """
-        parameters = inspect.signature(model.forward).parameters.values()
-        named = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-        return cls(
-            named, not named and any(p.kind is p.VAR_KEYWORD for p in parameters), exact, find_padding_token(model)
-        )
+        params = inspect.signature(model.forward).parameters.values()
+        named = frozenset(p.name for p in params if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        return cls(named, not named and any(p.kind is p.VAR_KEYWORD for p in params), exact, find_padding_token(model))
 
     def select(self, batch: Mapping[str, object]) -> Batch:
         """Return the entries of a batch that forward takes, without targets such as labels."""

@@ -306,12 +306,10 @@ class MultiTrain:
         for key, function in ("loss", loss), ("stop", stop), ("schedule", schedule):
             if function is not None and not callable(function):
                 raise ConfigError(f"Run '{name}': {key} must be a function, got {function!r}.")
-        taker = next(
-            (run.name for run in self._runs.values() if run.joins_next_round and run.loader.data is data), None
-        )
-        if taker is not None and shares_position(data):
+        user = next((run.name for run in self._runs.values() if run.joins_next_round and run.loader.data is data), None)
+        if user is not None and shares_position(data):
             raise ConfigError(
-                f"Run '{name}' would take batches from run '{taker}', since their data is one iterator or one loader "
+                f"Run '{name}' would take batches from run '{user}', since their data is one iterator or one loader "
                 "with persistent_workers. Give each run its own."
             )
         if config is not None and config.is_prompt_learning:

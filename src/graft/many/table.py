@@ -27,12 +27,12 @@ def make_table(runs: Iterable[Run]) -> Table:
         column.justify = "right"
     for run in runs:
         table.add_row(
-            *map(format_cell, format_cells(run)), style={"failed": "red", "running": None}.get(run.state, "dim")
+            *map(format_cell, list_cells(run)), style={"failed": "red", "running": None}.get(run.state, "dim")
         )
     return table
 
 
-def format_cells(run: Run) -> list[str]:
+def list_cells(run: Run) -> list[str]:
     """Return the texts of a run's row: name, step, last loss, last validation loss, rate, norm of the gradient, tokens
     per second, state. A missing number is "".
     """

@@ -614,7 +614,7 @@ class ResumeJob:
                 device = "cpu" if name.startswith("loader:") else name
                 check_generator(self.generator_states.get(name), f"{path}: '{name}'", device)
 
-    def note_mismatch(self, error: type[PeftError], text: str, fresh: list[str], missing: list[str]) -> None:
+    def add_mismatch(self, error: type[PeftError], text: str, fresh: list[str], missing: list[str]) -> None:
         """Raise `error` if `strict`.
 
         Else add to the report the names that begin anew, and those left over in the file.
@@ -651,13 +651,13 @@ class ResumeJob:
         shapes = [n for n in both if shape[n] != self.tensors[n].shape]
         if shapes:
             text = [f"'{n}' has shape {tuple(self.tensors[n].shape)} there and {shape[n]} here" for n in shapes]
-            self.note_mismatch(AdapterKeyError, f"{join_some(text, 3)}, as of another rank", shapes, [])
+            self.add_mismatch(AdapterKeyError, f"{join_some(text, 3)}, as of another rank", shapes, [])
         masters = find_master_ids(current.values())
         dtype = {n: torch.float32 if id(current[n]) in masters else current[n].dtype for n in both}
         dtypes = [n for n in both if n not in shapes and dtype[n] != self.tensors[n].dtype]
         if dtypes:
             text = [f"'{n}' is {self.tensors[n].dtype} there and {dtype[n]} here" for n in dtypes]
-            self.note_mismatch(AdapterKeyError, f"{join_some(text, 3)}", [], [])
+            self.add_mismatch(AdapterKeyError, f"{join_some(text, 3)}", [], [])
         fresh = [n for n in current if n not in self.tensors]
         missing = [n for n in self.tensors if n not in current and n not in network_names]
         if fresh or missing:
@@ -666,9 +666,7 @@ class ResumeJob:
                 for what, names in (("it does not hold", fresh), ("here is no", missing))
                 if names
             ]
-            self.note_mismatch(
-                AdapterKeyError, f"{'; '.join(parts)}: other targets, or another adapter", fresh, missing
-            )
+            self.add_mismatch(AdapterKeyError, f"{'; '.join(parts)}: other targets, or another adapter", fresh, missing)
 
     def check_prompts(self) -> set[str]:
         """Return the names of prompt tensors, here and in the file, where only one of the two computes the prompt by a
@@ -685,7 +683,7 @@ class ResumeJob:
             saved = [n for n in self.tensors if stem is not None and n.startswith(stem)]
             if saved and named.keys() != {*saved}:
                 places = ("there", "here") if len(saved) > len(named) else ("here", "there")
-                self.note_mismatch(
+                self.add_mismatch(
                     AdapterKeyError,
                     f"{places[0]} a network computes the prompt of adapter '{adapter}', and {places[1]} none does. "
                     "get_peft_model makes the network; loading the adapter, as Trainer does before it resumes, leaves "
@@ -703,7 +701,7 @@ class ResumeJob:
         """
         then, now = self.note["optimizer"], get_class_name(self.optimizer_states.inner)
         if then != now:
-            self.note_mismatch(ConfigError, f"its optimizer is a {then}, and here is a {now}", ["optimizer"], [])
+            self.add_mismatch(ConfigError, f"its optimizer is a {then}, and here is a {now}", ["optimizer"], [])
             return
         groups = [set(group["params"]) for group in self.note["groups"]]
         sets = self.list_group_names()
@@ -715,7 +713,7 @@ class ResumeJob:
                 if one
                 else "they hold others of the parameters"
             )
-            self.note_mismatch(
+            self.add_mismatch(
                 ConfigError,
                 f"its optimizer has {len(groups)} groups of {[*map(len, groups)]} parameters, and here are {len(sets)} "
                 f"of {[*map(len, sets)]}; {text}",
@@ -735,7 +733,7 @@ class ResumeJob:
         then, now = self.note.get("processes", 1), processes()
         if then != now:
             text = f"{then} processes trained it, and here are {now}, so that their rows and random numbers are others"
-            self.note_mismatch(ConfigError, text, ["generators"], ["generators"])
+            self.add_mismatch(ConfigError, text, ["generators"], ["generators"])
 
     def check_scheduler(self) -> None:
         """Note a mismatch if the scheduler has another class or functions, other keys in its state, or another number
@@ -744,13 +742,13 @@ class ResumeJob:
         then, now = self.note["scheduler"], None if self.scheduler is None else describe_scheduler(self.scheduler)
         if then != now:
             text = f"its scheduler is {then}, and here is {now}"
-            self.note_mismatch(ConfigError, text, ["scheduler"] if now else [], ["scheduler"] if then else [])
+            self.add_mismatch(ConfigError, text, ["scheduler"] if now else [], ["scheduler"] if then else [])
         elif now and (differing := self.note["schedule"].keys() ^ self.scheduler.state_dict().keys()):
-            self.note_mismatch(ConfigError, f"its scheduler's state differs in {sorted(differing)}", ["scheduler"], [])
+            self.add_mismatch(ConfigError, f"its scheduler's state differs in {sorted(differing)}", ["scheduler"], [])
         elif now and "optimizer" not in self.report.fresh:
             rates, current = self.note["schedule"].get("base_lrs", []), getattr(self.scheduler, "base_lrs", [])
             if isinstance(rates, list) and len(rates) != len(current):
-                self.note_mismatch(
+                self.add_mismatch(
                     ConfigError, f"its scheduler has {len(rates)} rates, here {len(current)}", ["scheduler"], []
                 )
 
@@ -759,7 +757,7 @@ class ResumeJob:
         then, now = (self.rank_state or {}).get("loader"), get_loader_state(self.loader)
         if (then is None) != (now is None):
             text = "it holds the state of a loader, and none is passed" if now is None else "it holds no loader's state"
-            self.note_mismatch(ConfigError, text, [] if now is None else ["loader"], ["loader"] if now is None else [])
+            self.add_mismatch(ConfigError, text, [] if now is None else ["loader"], ["loader"] if now is None else [])
 
     def put_values(self) -> None:
         """Write the file's values into the adapters, then into the base's parameters.

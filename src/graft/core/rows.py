@@ -4,9 +4,9 @@
 Also a run of the model that is about to begin, as `Method.surround_run` sees it, and caches of transformers.
 
 Facts are values for each row that a method reads in its layers, such as aLoRA's offsets or Poly's tasks; a method's
-`surround_run` sets them for a run. A layer in a mixed batch sees the facts of its rows. Copies that `generate` makes of
-a row see the row's. Layers that a backward pass runs again see those of their forward pass. Methods need no code for
-that.
+`surround_run` sets them for a run. A layer in a mixed batch sees the facts of its rows. `generate` copies rows, and
+each copy has the facts of its row. Layers that a backward pass runs again see the facts of their forward pass. Methods
+need no code for that.
 """
 
 from __future__ import annotations

@@ -75,9 +75,10 @@ def fit_to_format(
 ) -> tuple[AdapterFile, list[str]]:
     """Return a copy of an adapter with only the parts that a format can hold, and descriptions of the lost parts.
 
-    AdaLoRA becomes LoRA, unless the format holds it. Tucker cores are multiplied into A where needed. Scales and ranks
-    are made equal where needed, by folding into B and padding with zeros. Modules without a magnitude get one where the
-    format needs it for all.
+    AdaLoRA becomes LoRA, unless the format holds it; other methods that it does not hold are lost. Tucker cores are
+    multiplied into A where needed. Scales and ranks are made equal where needed, by folding into B and padding with
+    zeros. If the format needs a magnitude for all modules, modules without one get it, unless the adapter has that
+    format already.
 
     Args:
         to: the format's name.
@@ -190,8 +191,8 @@ def unify_scales_and_ranks(adapter: AdapterFile, holds: FormatLimits) -> float:
 
     Return the largest rounding error of B.
 
-    Ranks are padded with zeros to the largest. Scales become the most common one, and the difference is multiplied into
-    B.
+    Ranks are padded with zeros to the largest. Scales (or alphas) become the most common one that is not 0, and the
+    difference is multiplied into B. Without LoRA modules nothing changes, and 0 is returned.
     """
     low_rank = adapter.low_rank
     rounding = 0.0
@@ -274,9 +275,9 @@ def fold_scale(module: LowRank, scale: float) -> tuple[LowRank, float]:
 
 
 def pad_rank(module: LowRank, rank: int) -> LowRank:
-    """Return a module of rank `rank` with the same effect: the factors get zeros at the end.
+    """Return a module of rank `rank` with the same effect: the factors get zeros at the end, and `alpha` is dropped.
 
-    With an equal rank it is unchanged.
+    With an equal rank the module is returned unchanged.
     """
     more = rank - module.rank
     if not more:

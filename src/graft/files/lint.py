@@ -131,8 +131,8 @@ def find_zero_b(look: LintSubject) -> Faults:
 def find_outliers(look: LintSubject) -> Faults:
     """Yield one fault with the modules that have an unusually large ‖ΔW‖/‖W‖, if there are any.
 
-    It is more than `OUTLIER` median absolute deviations above the median. With fewer than four modules, or without a
-    spread, nothing is yielded.
+    It is more than `OUTLIER` median absolute deviations above the median. Only modules with a base weight other than 0
+    count; with fewer than four of them, or without a spread, nothing is yielded.
     """
     wholes = {path: float(np.linalg.norm(W)) for path in look.norms if (W := look.read_weight(path)) is not None}
     sizes = {path: look.norms[path] / whole for path, whole in wholes.items() if whole > 0}
@@ -244,10 +244,12 @@ def find_pickles(look: LintSubject) -> Faults:
 
 
 def find_intruders(look: LintSubject) -> Faults:
-    """Yield one fault with the modules that have intruder dimensions, if there are any. Needs an SVD of each weight.
+    """Yield one fault with the modules that have intruder dimensions, if there are any.
+
+    Needs two SVDs for each weight.
 
     An intruder is one of the first `TOP` left singular vectors of W + ΔW with a cosine below `INTRUDER` to all of W.
-    Experts and modules without a base weight are skipped.
+    Experts, modules with ΔW = 0 and modules without a base weight are skipped.
     """
     paths, texts = [], []
     for path, lora in look.finite_loras.items():

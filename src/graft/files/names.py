@@ -156,10 +156,11 @@ def is_stored_in_out(adapter: AdapterFile, base_config: Json) -> bool:
 
 
 def is_update_of(lora: LowRank, shape: tuple[int, ...], transposed: bool = False) -> bool:
-    """Return True if the factors of a module give an update of a weight of this shape.
+    """Return True if the factors of a module give an update of a weight of this shape; False if A and B have different
+    ranks.
 
-    Experts also fit a 2-D shape, which one expert may have. A weight with a 1 × 1 kernel fits a linear update.
-    `transposed` also accepts (in, out).
+    Experts also fit any shape below three dimensions, since a base may store each expert by itself. A weight with a 1 ×
+    1 kernel fits a linear update. `transposed` also accepts (in, out).
     """
     A, B = lora.A.shape, lora.B.shape
     if lora.kind == "experts":
@@ -193,13 +194,15 @@ def group_layers_by_kind(paths: Iterable[str]) -> dict[str, set[str]]:
 
 
 def split_layer_number(path: str) -> tuple[str, str] | None:
-    """Return a path with "#" in place of its first number, and that number as a text; None if it has none."""
+    """Return a path with "#" in place of its first number between dots, and that number as a text; None if it
+    has none.
+    """
     match = re.search(r"\.(\d+)\.", path)
     return (f"{path[: match.start(1)]}#{path[match.end(1) :]}", match[1]) if match else None
 
 
 def mask_layer_number(path: str) -> str:
-    """Return a path with "#" in place of its first number; without a number, the path itself."""
+    """Return a path with "#" in place of its first number between dots; without a number, the path itself."""
     numbered = split_layer_number(path)
     return numbered[0] if numbered else path
 
@@ -266,9 +269,10 @@ def find_common_method(adapter: AdapterFile, otherwise: str) -> str:
 
 
 def join_pipeline(parts: dict[str, AdapterFile], path: str) -> AdapterFile:
-    """Return the adapters of a pipeline's parts as one adapter, with the part's name before each path.
+    """Return the adapters of a pipeline's parts as one adapter, with the part's name before each path and each unknown
+    key.
 
-    The config is empty.
+    The config is empty; method, format and base are those of the first part.
     """
     out = replace(next(iter(parts.values())), path=path, modules={}, full={}, rows={}, shared={}, unknown_keys=[],
                   config={}, selected=None, is_pipeline=True)  # fmt: skip

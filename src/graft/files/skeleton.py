@@ -109,7 +109,8 @@ def build_meta_model(path: str, architecture: str | None = None) -> PreTrainedMo
     transformers does not know it.
 
     Args:
-        architecture: name of the class to build; None: the first known class in the config, or AutoModel.
+        architecture: name of the class to build; None: the first known class in the config. AutoModel builds the model
+            if no class is known.
 
     Raises:
         CheckpointError: as in `build_model_config`, or transformers fails to build the model.
@@ -170,8 +171,8 @@ def silence_transformers() -> Iterator[None]:
 
 
 def describe_checkpoint(base: BaseFiles) -> Skeleton | None:
-    """Return a checkpoint under the parameter names of the model in its config; None if no installed library knows the
-    model.
+    """Return a checkpoint under the parameter names of the model in its config; None if the config names no class, or
+    no installed library knows it.
 
     Values are read later; quantized weights are read as dequantized floats. Parameters that the checkpoint lacks have
     only a shape.

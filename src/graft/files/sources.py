@@ -75,7 +75,7 @@ def resolve_adapter(source: str) -> str:
     hub = {"revision": named["revision"]} if named["revision"] else {}
     config = fetch_file(named["repo"], CONFIG_NAME, **hub)
     if config is None or all(fetch_file(named["repo"], name, **hub) is None for name in (SAFETENSORS, TORCH)):
-        raise CheckpointError(f"There is no adapter at '{source}'{describe_offline(named['repo'])}.")
+        raise CheckpointError(f"There is no adapter at '{source}'{describe_offline(named['repo'])}. Check the name.")
     fetch_file(named["repo"], CARD, **hub)
     return os.path.dirname(config)
 
@@ -85,8 +85,10 @@ def find_base(base: str | os.PathLike[str]) -> str:
 
     The network is never used.
 
+    A path that exists, or that has no form of a hub id, is returned unchanged.
+
     Raises:
-        CheckpointError: `base` does not exist and has the form of a hub id that is not in the cache.
+        CheckpointError: `base` is a hub id that is not in the cache.
     """
     base = os.fspath(base)
     named = None if os.path.exists(base) else BASE_ID.fullmatch(base)

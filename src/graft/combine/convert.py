@@ -146,8 +146,8 @@ def check_convertible(layers: Layers, adapter: str, cfg: Any, rank: Any, effects
 
 
 def check_rank(rank: object) -> None:
-    """Raise ConfigTypeError for a rank that is neither an int nor a float, ConfigError for an int below 1 or a float
-    outside (0, 1].
+    """Raise ConfigTypeError for a bool or a rank that is neither an int nor a float, ConfigError for an int below 1 or
+    a float outside (0, 1].
     """
     if isinstance(rank, bool) or not isinstance(rank, (int, float)):
         raise ConfigTypeError(f"rank must be an int, or a float for the part of ‖ΔW‖² to keep, got {rank!r}.")

@@ -99,11 +99,17 @@ class ProductForm(Generic[C]):
         return read_term(m, weight)
 
     def write(self, A: Tensor, B: Tensor, parts: Parts, cfg: C) -> Tensors:
-        """Return the tensors of a new adapter with ΔW = B A, made from `parts`: (method, weight)."""
+        """Return the tensors of a new adapter with ΔW = B A, made from `parts`: (method, weight).
+
+        Raises NotImplementedError here: subclasses override it.
+        """
         raise NotImplementedError
 
     def configure(self, cfg: C, ranks: Ranks, patterns: Ranks, configs: Sequence[C]) -> None:
-        """Change `cfg` so that it describes the tensors that `write` returns."""
+        """Change `cfg` so that it describes the tensors that `write` returns.
+
+        Raises NotImplementedError here: subclasses override it.
+        """
         raise NotImplementedError
 
 
@@ -127,9 +133,10 @@ class LoraForm(ProductForm["LoraConfig"]):
     takes_factors: ClassVar[bool] = True
 
     def write(self, A: Tensor, B: Tensor, parts: Parts, cfg: LoraConfig) -> Tensors:
-        """Return LoRA's tensors for ΔW = B A.
+        """Return LoRA's tensors for ΔW = B A. Matrices of a stack are joined first.
 
-        Matrices of a stack are joined first. With `cfg.lora_bias` B's bias is the weighted sum of the parts' shifts.
+        With `cfg.lora_bias` B's bias is the weighted sum of the parts' shifts, zeros if none has one; not for
+        embeddings.
         """
         m = parts[0][0]
         if m.site.op.opaque and len(B) == m.site.op.count_matrices(m.site.module) > 1 and B.dim() > 2:

@@ -186,7 +186,7 @@ class Run:
 
         A batch from a Trainer sets the number of batches of the step.
 
-        If the data has ended, end the run, count its unused batches, and return None.
+        If the data has ended, end the run, count its unused batches, mark it for a check, and return None.
         """
         batch = self.loader.next_batch()
         if batch is None:

@@ -387,8 +387,9 @@ class MultiTrain:
         return run
 
     def _check_base_unchanged(self, name: str, config: PeftConfig | None) -> None:
-        """Raise ConfigError if the new adapter, or one on the model, changes the base: files of other runs would not
-        fit, and `unload` would return another base. One changing adapter may train if it is the only run.
+        """Raise ConfigError if the new adapter changes the base, since files of other runs would not fit, and `unload`
+        would return another base. Raise it also if an adapter on the model has changed the base, unless that is the
+        only run.
         """
         if config is not None:
             refuse_base_change(name, config)
@@ -467,6 +468,10 @@ class MultiTrain:
         """Remove a run and its adapter, release its file for other processes, and return the run with its curve.
 
         After the last one the base has its modes of before.
+
+        Raises:
+            AdapterNotFoundError: there is no such run.
+            RuntimeError: a step is under way.
         """
         run = self[name]
         self._remove_adapter(name)
@@ -923,7 +928,7 @@ class MultiTrain:
         rows: list[int] = []
 
         def record_losses(group: list[RunBatch], losses: list[Tensor]) -> None:
-            """Add the loss of each batch to the sums of its run."""
+            """Append the loss of each batch to the list of its run in `sums`."""
             for part, loss in zip(group, losses):
                 sums[part.name].append(loss)
 

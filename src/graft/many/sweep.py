@@ -357,9 +357,10 @@ class SweepJob:
 
     def run_rungs(self, assigned: Iterable[int], ladder: list[int], keep: float) -> None:
         """Train to the end of each rung the trials still in the race, those in `assigned` here, and exchange the
-        losses. Keep the best part, and drop the others.
+        losses. Keep the best part, and drop the others; after the last rung all finite ones stay.
 
-        Trials that the table shows past a rung do not train again. Writes the table after each rung.
+        Trials that the table shows past a rung do not train again. Writes the table after each rung. Raises ConfigError
+        if every trial has failed.
         """
         indices, alive = set(assigned), list(range(len(self.trials)))
         for rung, until in enumerate(ladder):

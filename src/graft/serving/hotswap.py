@@ -93,7 +93,11 @@ def hotswap_adapter_from_state_dict(
     config: LoraConfig,
     parameter_prefix: str = "lora_",
 ) -> None:
-    """Do as `hotswap_adapter`, from tensors. Their keys may be those of a file or of the model's state dict.
+    """Replace the values of a LoRA adapter by those of a state dict.
+
+    Keys may be those of a file or of the model's state dict.
+
+    All else, and the errors, are as of `hotswap_adapter`.
 
     Args:
         config: the new adapter's, for its scaling and targets.

@@ -156,7 +156,7 @@ class AdapterSlots:
         self._leaving: set[str] = set()  # no longer known; `unload` waits for their batches
         self._slots: dict[str, int] = {}  # by adapter, the least recently used one first
         self._pinned: set[str] = set()
-        self.gate = Gate(change_timeout)  # its `moved` guards the fields below
+        self.gate = Gate(change_timeout)  # its `state_changed` guards the fields below
         self._using: dict[int, list[str | tuple[str, ...]]] = {}  # the names chosen by open `using` blocks, by thread
         self._line: list[object] = []  # requests that wait for slots, the first one first
         self._ranks: dict[str, int] = {}  # of an adapter's slot, in or out of it
@@ -166,7 +166,10 @@ class AdapterSlots:
             self._free.setdefault(self._rank_of[slot], []).append(slot)
 
     def _attach(self, model: nn.Module, tree: ModuleTree) -> None:
-        """Replace the target modules of a model without adapters by the layers with slots, in all their places."""
+        """Replace the target modules of a model without adapters by the layers with slots, in all their places.
+
+        Each layer gets the mode of its base layer.
+        """
         self.model = model
         self._places = {key: tree.list_places(key) for key in self.layers}
         for key, layer in self.layers.items():
@@ -276,6 +279,8 @@ class AdapterSlots:
             AdapterNameError: the name is taken (while `unload` waits for its batches, too), or cannot be one.
             ConfigError, AdapterKeyError, BaseModelMismatchError: it does not fit: its method, ranks or targets.
             CheckpointError: the folder holds no adapter, or its files are damaged.
+            RoutingError: the slots were removed from the model.
+            TypeError: an option is unknown.
         """
         self._check_known([])
         check_adapter_name(name, self._names_taken, TAKEN)
@@ -464,7 +469,10 @@ class AdapterSlots:
             self.gate.state_changed.notify_all()
 
     def _is_room_for(self, names: set[str]) -> bool:
-        """Return True if there are slots for all of these at once, by rank."""
+        """Return True if there are slots for all of these at once, by rank.
+
+        Names without a rank, such as "__base__", need none.
+        """
         needed = Counter(self._ranks[name] for name in names if name in self._ranks)
         return all(n <= self.sizes[rank] for rank, n in needed.items())
 

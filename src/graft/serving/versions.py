@@ -97,9 +97,10 @@ class Versions:
     def _run_within_timeout(self, run: Callable[[], object], what: str, name: str = "") -> None:
         """Call the server by `run`, for `timeout` seconds at most: in another thread if there is a limit.
 
-        Errors of `run` are raised.
-
         If that fails or is late, version `name` is unloaded: at once, or by the late thread when it ends.
+
+        Raises:
+            ServerTimeoutError: it was late, or raised a TimeoutError. Any other error of `run` is raised as it is.
         """
         failed: list[BaseException] = []
         late: list[bool] = []

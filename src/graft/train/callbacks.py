@@ -64,7 +64,8 @@ class AdaLoraCallback(Listener):
 
 
 def adalora_callback(model: nn.Module) -> AdaLoraCallback:
-    """Return a callback for transformers' Trainer: `Trainer(…, callbacks=[graft.train.adalora_callback(model)])`.
+    """Return a callback for transformers' Trainer that allocates ranks after each optimizer step: `Trainer(…,
+    callbacks=[graft.train.adalora_callback(model)])`.
 
     Raises:
         ConfigError: the model has no AdaLoRA.

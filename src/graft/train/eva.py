@@ -57,12 +57,18 @@ def prepare_model_inputs_fn_language_modeling(model_input: object, peft_config: 
 
 
 def prepare_layer_inputs_fn_language_modeling(layer_input: object, model_input: Tensor, layer_name: str) -> Tensor:
-    """Return the rows (n, in) of a layer's input at the positions `model_input` (n, 2)."""
+    """Return the rows (n, in) of a layer's input at the positions `model_input` (n, 2).
+
+    Raises TypeError if the input is no tensor.
+    """
     return get_first_tensor(layer_input, layer_name)[model_input.T.unbind()]
 
 
 def flatten_rows(layer_input: object, model_input: object, layer_name: str) -> Tensor:
-    """Return all rows (n, in) of a layer's input (…, in)."""
+    """Return all rows (n, in) of a layer's input (…, in), or of its first item.
+
+    Raises TypeError if that is no tensor.
+    """
     return get_first_tensor(layer_input, layer_name).flatten(0, -2)
 
 

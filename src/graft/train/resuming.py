@@ -575,7 +575,7 @@ class ResumeJob:
     def check_all(self) -> None:
         """Check values, optimizer, scheduler, processes, loader and contents, in this order.
 
-        Differences are raised or noted in the report.
+        Differences are raised with `strict`, else they go into the report.
         """
         self.check_values()
         self.check_optimizer()
@@ -640,9 +640,8 @@ class ResumeJob:
             check_base(then, now, f"The training of adapter '{adapter}' in {self.folder}")
 
     def check_values(self) -> None:
-        """Note mismatches of shapes, of dtypes, and of names that are only here or only in the file.
-
-        Master values of ZeRO-3 count as float32.
+        """Report a mismatch, an error with `strict`, of shapes, of dtypes, and of names that are only here or only in
+        the file. Master values of ZeRO-3 count as float32.
         """
         network_names = self.check_prompts()
         current = {name: v.tensor for name, v in self.values.items() if name not in network_names}
@@ -670,7 +669,7 @@ class ResumeJob:
 
     def check_prompts(self) -> set[str]:
         """Return the names of prompt tensors, here and in the file, where only one of the two computes the prompt by a
-        network. Notes a mismatch for each such adapter.
+        network. Reports a mismatch, an error with `strict`, for each such adapter.
 
         Without this check, the network's first tensor would match a prompt's by name, and maybe by shape.
         """
@@ -695,9 +694,9 @@ class ResumeJob:
         return differing
 
     def check_optimizer(self) -> None:
-        """Note a mismatch if the optimizer is of another class: then all of it begins anew.
+        """Report a mismatch, an error with `strict`, if the optimizer is of another class: then all of it begins anew.
 
-        Else note one if its groups have other parameters.
+        Otherwise report one if its groups have other parameters.
         """
         then, now = self.note["optimizer"], get_class_name(self.optimizer_states.inner)
         if then != now:
@@ -729,15 +728,15 @@ class ResumeJob:
         ]
 
     def check_processes(self) -> None:
-        """Note a mismatch if the number of processes differs: then generators begin anew."""
+        """Report a mismatch, an error with `strict`, if the number of processes differs: then generators begin anew."""
         then, now = self.note.get("processes", 1), processes()
         if then != now:
             text = f"{then} processes trained it, and here are {now}, so that their rows and random numbers are others"
             self.add_mismatch(ConfigError, text, ["generators"], ["generators"])
 
     def check_scheduler(self) -> None:
-        """Note a mismatch if the scheduler has another class or functions, other keys in its state, or another number
-        of rates.
+        """Report a mismatch, an error with `strict`, if the scheduler has another class or functions, other keys in its
+        state, or another number of rates. The number is not compared if the optimizer begins anew.
         """
         then, now = self.note["scheduler"], None if self.scheduler is None else describe_scheduler(self.scheduler)
         if then != now:
@@ -753,7 +752,7 @@ class ResumeJob:
                 )
 
     def check_loader(self) -> None:
-        """Note a mismatch if only one of the file and this call has a loader."""
+        """Report a mismatch, an error with `strict`, if only one of the file and this call has a loader."""
         then, now = (self.rank_state or {}).get("loader"), get_loader_state(self.loader)
         if (then is None) != (now is None):
             text = "it holds the state of a loader, and none is passed" if now is None else "it holds no loader's state"
@@ -806,7 +805,7 @@ class ResumeJob:
     def parameters_with_state(self) -> Iterator[tuple[nn.Parameter, int, str]]:
         """Yield (parameter, number of its group, name) for parameters with a state in the file that do not begin anew.
 
-        None if the optimizer begins anew.
+        Yields nothing if the optimizer begins anew.
         """
         for i in range(len(self.optimizer_states.groups)) if "optimizer" not in self.report.fresh else ():
             for p in self.optimizer_states.parameters(i):

@@ -542,7 +542,10 @@ class LoraMuonOptimizer(PerParameterOptimizer):
             step_adam(p, g, self.state[p], group, True)
 
     def _muon(self, p: Tensor, g: Tensor, group: Group) -> None:
-        """Update the momentum of p, and add the orthogonalised update to p in place, matrix by matrix of a stack."""
+        """Update the momentum of p by its gradient g, and subtract a step from p in place.
+
+        The step is the orthogonalised Nesterov update, of each matrix of a stack, times lr · 0.2 · √(larger side).
+        """
         state, momentum = self.state[p], group["momentum"]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(g)

@@ -483,8 +483,9 @@ class AdapterLayer(PeftNames, Host):
         self.state.takebacks = [*(self.state.takebacks or ()), takeback]
 
     def rollback(self) -> None:
-        """Call the functions of `on_rollback`, the last one first, with merged adapters taken out meanwhile, and remove
-        them.
+        """Call the functions of `on_rollback`, the last one first, and remove them.
+
+        Merged adapters are taken out meanwhile.
         """
         takebacks, self.state.takebacks = self.state.takebacks, None
         if takebacks:

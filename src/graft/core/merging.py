@@ -205,7 +205,8 @@ def shifts_bias(layer: Layer, m: Method, checked_kinds: CheckedKinds) -> bool:
     """Return True if merging an adapter makes a bias where the layer has none.
 
     Method, config and layer type decide that. So a kind that is in `checked_kinds` gives False, and others are added to
-    it. A Rewrite has to be folded for the answer, which takes as long as the merge.
+    it. An effect on single matrices of a stack gives False. A Rewrite has to be folded for the answer, which takes as
+    long as the merge.
     """
     kind = (type(m), id(m.cfg), type(layer.op))
     if kind in checked_kinds or m.effect.pieces is not None:
@@ -360,8 +361,8 @@ def merge_adapters(layer: Layer, names: list[str], undoable: bool) -> None:
     """Merge adapters that passed `check_merge`, and add them to the merged ones. The caller refreshes the plan.
 
     A replacement unmerges all others and exchanges the modules. Else, if new steps cannot go on top of merged ones, all
-    are taken out and merged together. On an error an undoable merge leaves the layer as it was, with its former
-    adapters merged; any other may leave it changed.
+    are taken out and merged together. On an error an undoable merge leaves the layer as it was: all is taken out, the
+    former adapters are merged again, and the plan is refreshed. Any other merge may leave it changed.
     """
     if includes_replacement(layer, names):
         if layer.state.merged:
@@ -565,9 +566,8 @@ def _write_merge(layer: Layer, names: list[str], steps: Sequence[Step], undoable
         state.undo.append(("restore", _take_snapshot(layer), None if shifted is None else _copy_bias(old)))
     rounded = wide.to(before.dtype)
     if layer.store.exact and rounded is not wide:
-        state.survived.append(
-            measure_survival(before, wide)
-        )  # before writing, which may change the tensor that was read
+        # before writing, which may change the tensor that was read
+        state.survived.append(measure_survival(before, wide))
     replaced = layer.base_weight.write(rounded)
     if replaced is not None:
         layer._modules["base_layer"] = replaced
@@ -653,10 +653,10 @@ def warn_lost(layers: Iterable[Layer]) -> dict[str, float]:
 
 @contextmanager
 def lift_merged(layer: Layer) -> Iterator[None]:
-    """Take merged adapters out within the block, and merge them again into the weight that the block leaves.
+    """Take merged adapters out within the block, and merge them again, undoably, into the weight that the block leaves.
 
-    Does nothing if none is merged, or if the merged one replaces the layer. Other threads' calls wait at the model's
-    gate. They are merged again after an error as well.
+    They are merged again after an error as well. Does nothing if none is merged, or if the merged one replaces the
+    layer. Waits until no call of the model runs, and keeps calls of other threads waiting.
     """
     names = list(layer.state.merged)
     if not names or includes_replacement(layer, names):

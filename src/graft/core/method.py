@@ -55,9 +55,8 @@ def _reader(name: str) -> property:
         """Return the value of this adapter in the layer's container `name`. Raises TypeError if it has none there."""
         attributes = self.layer.__dict__
         try:
-            return (attributes[name] if name in attributes else attributes["_modules"][name])[
-                self.name
-            ]  # facts are in plain dicts
+            # facts are in plain dicts
+            return (attributes[name] if name in attributes else attributes["_modules"][name])[self.name]
         except (KeyError, AttributeError):  # the second: an empty container of Parameters
             raise _not_built(self, name) from None
 
@@ -87,9 +86,8 @@ class Use(Flag):
     TAKES = auto()  # some come from it, so that it has to be finite
     READS = auto()  # `init_values` reads it, also where other adapters stay on the meta device
     CHANGES = auto()  # `init_values` changes it
-    AGAIN = (
-        auto()
-    )  # `init_values` runs before a load, too: its results are in no file, and `finish_load` does not set them
+    # `init_values` runs before a load, too: its results are in no file, and `finish_load` does not set them
+    AGAIN = auto()
     STARTS = TAKES | READS  # for most methods with an `init_values` that reads it
 
 
@@ -498,8 +496,8 @@ class Method(Generic[C]):
 
     @property
     def is_variant(self) -> bool:
-        """Return True if this class is a subclass that `variant` chose by the config, and not the class that defines
-        `variant`.
+        """Return True if this class is a subclass of the class that defines its `variant`, and so chosen by
+        the config.
         """
         owner = next(cls for cls in type(self).__mro__ if "variant" in vars(cls))
         return owner not in (type(self), Method)

@@ -96,9 +96,8 @@ class MixedPlan:
         self.adds = all(plan.only_adds_on_top for plan in plans)
         self.products = all(isinstance(p, SumPlan) and p.single and p.product is not None for p in plans)
         self.folded_plans = [(i, plan) for i, n in enumerate(keys) if isinstance(plan := self.plans[n], FoldedPlan)]
-        self.routes = all(
-            isinstance(plan, FoldedPlan) and plan.routes for plan in plans
-        )  # experts that graft can run itself
+        # experts that graft can run itself
+        self.routes = all(isinstance(plan, FoldedPlan) and plan.routes for plan in plans)
         self.acts_elsewhere = any(isinstance(plan, ReplacementPlan) and plan.acts_elsewhere for plan in plans)
         self.is_idle = not plans
         self.sums = any(type(p) is SumPlan and p.product is not None for p in plans)
@@ -237,7 +236,8 @@ class MixedPlan:
     def may_share(self, x: Tensor) -> bool:
         """Return True if adapters may share the call of the base, as far as the layer and its input decide.
 
-        That needs gradients, a linear layer that may fuse, a frozen base, no autocast, and an aligned input.
+        That needs gradients, a plan that is a product, a linear layer that may fuse, a frozen base, no autocast, and an
+        aligned input.
         """
         layer = self.layer
         if not (self.sums and layer.may_fuse and torch.is_grad_enabled()) or layer.base_trains or not layer.op.linear:
@@ -276,15 +276,15 @@ class MixedPlan:
     def find_own_factors(self, name: str | None, product: Callable[[], Factors]) -> Factors | None:
         """Return an adapter's factors if A and B are leaf tensors without vectors; else None.
 
-        The first time it also decides that for later calls. Then torch's generator is restored, as computed factors may
-        draw and will be computed again.
+        The first call for a name computes the factors and stores that answer in `has_own_factors`. Then it restores
+        torch's generator, as computed factors may draw and will be computed again. Later calls return `product()`
+        without a check.
         """
         if name in self.has_own_factors:
             return product()
         before = torch.get_rng_state()
-        with saved_tensors_hooks(
-            return_unchanged, return_unchanged
-        ):  # else a checkpointed block would count the tensors saved here
+        # without these hooks a checkpointed block would count the tensors saved here
+        with saved_tensors_hooks(return_unchanged, return_unchanged):
             f = product()
             self.has_own_factors[name] = (
                 f.inner is None and f.outer is None and all(factor_matrix(m).is_leaf for m in (f.A, f.B))

@@ -444,9 +444,8 @@ class Opaque(Op):
             owner, path = inner.base_module, f"{inner.inner_name}.{path}"
         if compiling():
             return functional_call(base, {path: W}, args, kwargs)
-        places: list[dict[str, Any]] = [
-            home for home in (owner._parameters, owner.__dict__) if name in home
-        ]  # FSDP1 has its views in both
+        # FSDP1 has its views in both
+        places: list[dict[str, Any]] = [home for home in (owner._parameters, owner.__dict__) if name in home]
         real = [home[name] for home in places]
         try:
             for home in places:

@@ -380,7 +380,8 @@ def name_arguments(model: nn.Module, inputs: Sequence[object], kwargs: Mapping[s
 def count_copies(model: object, inputs: Sequence[object], kwargs: Mapping[str, Any]) -> int:
     """Return how often the model's `generate` repeats each row: the larger of num_beams and num_return_sequences.
 
-    Each comes from `kwargs`, else from the generation config in the call, else from the model's; 1 if none sets it.
+    Each comes from `kwargs`, else from the generation config of the call (a keyword, or a positional argument with
+    `num_beams`), else from the model's; 1 if none sets it.
     """
     config = kwargs.get("generation_config") or next((value for value in inputs if hasattr(value, "num_beams")), None)
     configs = config, getattr(model, "generation_config", None)  # the model's config completes the caller's

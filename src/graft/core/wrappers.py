@@ -16,16 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-INNER_ATTRIBUTES = (
-    "_fsdp_wrapped_module",
-    "_orig_mod",
-    "_checkpoint_wrapped_module",
-)  # attributes with the module inside
-OUTER_CLASSES = (
-    "DistributedDataParallel",
-    "DataParallel",
-    "DeepSpeedEngine",
-)  # classes that hold a whole model as `module`
+# attributes with the module inside
+INNER_ATTRIBUTES = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+# classes that hold a whole model as `module`
+OUTER_CLASSES = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
 WRAPPER_NAMES = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join((*INNER_ATTRIBUTES, 'module'))})\.")
 WRAPPER_PREFIX = re.compile(rf"(?:(?:{'|'.join((*INNER_ATTRIBUTES, 'module'))})\.)+")  # see `strip_outer_wrappers`
 MANAGED = "_is_fsdp_managed_module"  # FSDP sets it on all modules that it manages

@@ -311,7 +311,8 @@ def create_arrow_model(
         adapter_kwargs: for `from_pretrained` and `load_adapter`.
 
     Raises:
-        ConfigError: there are no experts, `top_k` exceeds their number, or they differ in rank, shapes or layers.
+        ConfigError: there are no experts, or no general paths for `use_gks`; `top_k` exceeds their number; or they
+            differ in rank, shapes or layers.
         UnsupportedLayerError: they adapt other layers than linear ones.
         CheckpointError: a folder holds no adapter. After each error the model is as before, also in the modes of its
             modules.

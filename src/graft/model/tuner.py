@@ -331,12 +331,14 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: dict[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Inject an adapter and return the same model, unwrapped: keys have no `base_model.model.` prefix.
+    """Inject an adapter, make it active, and return the same model, unwrapped: keys have no `base_model.model.` prefix.
 
-    `model.peft_config` becomes a dict of its configs. Adapters have the base's dtype, half precision too: only a
-    PeftModel widens it. The first gradient warns if the adapter has dropout and is in eval mode.
+    The adapter trains unless its config has `inference_mode`. `model.peft_config` becomes a dict of its configs.
+    Adapters have the base's dtype, half precision too: only a PeftModel widens it. The first gradient gives a warning
+    if the adapter has dropout and is in eval mode.
 
     Args:
+        low_cpu_mem_usage: leave the adapter's tensors on the meta device.
         state_dict: adapt exactly the layers that it has tensors for; warn if the config targets others.
 
     Raises:

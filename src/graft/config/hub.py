@@ -69,7 +69,7 @@ def fetch_file(where: str | os.PathLike[str], filename: str, subfolder: str | No
         if is_offline(**hub):
             return None
         raise HubError(
-            f"There is no folder '{where}', the hub's cache has no '{filename}' of such a repository, and the hub "
+            f"There is no folder '{where}' here, the hub's cache has no '{filename}' of such a repository, and the hub "
             f"cannot be reached: {failure or e}"
         ) from e
     except (errors.EntryNotFoundError, errors.HFValidationError):

@@ -552,5 +552,5 @@ class Replace(Effect):
         return False
 
     def times(self, weight: float) -> Effect | None:
-        """Return the effect itself if it is `aside`, so that no weight applies; else None."""
+        """Return the effect itself if it `acts_elsewhere`, so that no weight applies; else None."""
         return self if self.acts_elsewhere else None

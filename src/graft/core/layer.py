@@ -359,7 +359,9 @@ class AdapterLayer(PeftNames, Host):
 
     @property
     def W0(self) -> Tensor:
-        """Return the canonical weight without any adapter: computed anew if any is merged, else the present one."""
+        """Return the canonical weight without any adapter: the present one, or computed from it if a merge
+        changed it.
+        """
         return self.op.canon(merging.compute_unmerged_weight(self)) if self.state.undo else self.weight_now
 
     @property
@@ -468,7 +470,7 @@ class AdapterLayer(PeftNames, Host):
 
         Nothing may be merged.
 
-        Drops all cached plans and refreshes the active one.
+        Drops all cached plans, and plans anew for the active adapters.
         """
         self.site.replace_module(module, op, store)
         self.op, self.store = op, store

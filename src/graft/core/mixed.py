@@ -514,12 +514,10 @@ class FactorSnapshot:
         )
 
     def record(self, method: Method, f: Factors) -> bool:
-        """Record the objects that the factors of a method consist of.
+        """Record the objects that the factors of a method consist of. Return True if all could be recorded.
 
-        Return False, and record nothing, if that is not possible.
-
-        It is possible for two linear modules without hooks, a number and a dropout that drops nothing, if all are
-        values of the adapter in the layer's containers.
+        Returns False, and records nothing, unless A and B are linear modules without hooks, dropout drops nothing now,
+        and all of A, B, scale and dropout are values of the adapter in the layer's containers.
         """
         parts = [part for part in (f.A, f.B, f.scale, f.dropout) if part is not None]
         places = [place for part in parts for place in find_entries(method, part)]

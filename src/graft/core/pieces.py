@@ -147,7 +147,8 @@ def drop_piece_inputs(layer: Layer, module: nn.Module, x: Tensor) -> Tensor:
 def low_rank_piece(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
     """Return this process's piece of scale · outer ⊙ B (inner ⊙ A dropout(x)).
 
-    Tensors are cut like the weight. Factors that are modules with hooks get whole inputs, and their output is cut.
+    Factors are cut as the weight is: with cut inputs, A's columns are used and the partial results summed; with cut
+    outputs, B's rows. A factor that is a module with hooks is called with whole tensors, and its output is cut.
     """
     op, base, piece = layer.op, layer.base_layer, layer.site.piece
     x = m.cast(x)

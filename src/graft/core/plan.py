@@ -223,7 +223,7 @@ class LayerPlan:
     def fold(self, W: Tensor, b: Tensor | None, drops: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return weight (canonical) and bias of a plain layer that computes the same as the base with all steps.
 
-        Folds each step into W and b in turn (`fold_step`), which do not change themselves. drops: as in `fold_step`.
+        Folds each step into W and b in turn (`fold_effect`), which do not change themselves. drops: as there.
         """
         for m, effect in self.steps:
             W, b = fold_effect(self.layer, m, effect, W, b, drops)

@@ -162,7 +162,7 @@ def build_on(device: torch.device | None, default: torch.device | None = None) -
 def draw_from_seed(seed: int) -> Iterator[None]:
     """Make all draws of the block those that `seed` gives on a CPU, whatever the device.
 
-    All generators keep their state.
+    Afterwards the CPU's generator has its former state; others were not used.
     """
     with torch.random.fork_rng(devices=[]), DrawOnCPU():
         torch.default_generator.manual_seed(seed)

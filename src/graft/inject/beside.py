@@ -2,8 +2,8 @@
 """The hosts of two kinds of training next to an adapter's layers: whole modules (`modules_to_save`), called heads, and
 single rows of an embedding (`trainable_token_indices`).
 
-A wrapper of a head hosts an effect that replaces the module, marked as `aside`: gates do not weigh it, rows of narrower
-heads are padded, and nothing is merged. Token rows are trained by a method on a layer of rows. PEFT's
+A wrapper of a head hosts an effect that replaces the module, with `acts_elsewhere`: gates do not weigh it, rows of
+narrower heads are padded, and nothing is merged. Token rows are trained by a method on a layer of rows. PEFT's
 `TrainableTokensWrapper` around it is only one more module in memory, and carries nothing.
 """
 

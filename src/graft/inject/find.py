@@ -155,8 +155,8 @@ def drop_read_targets(cfg: Targeted, method: type[Method], adapter: str, tree: M
 def make_method(site: Site, kind: Any, cfg: PeftConfig, adapter: str) -> Method:
     """Return a new method of class `kind` for a site.
 
-    For a parameter with more than two dimensions it is an `OnEach`, which has one method for each matrix; unless the
-    class lays out stacks itself.
+    For a parameter with more than two dimensions it is a `StackMethod`, which has one method for each matrix; unless
+    the class lays out stacks itself.
     """
     kind = stack_method_class(kind) if site.is_stack and not kind.lays_out_stacks else kind
     return kind(site, cfg, adapter)  # type: ignore[no-any-return]

@@ -315,11 +315,11 @@ class Doubled(bnb.nn.LinearNF4):
 
 def test_a_subclass_with_a_forward_of_its_own():
     net = nn.Sequential(Doubled(64, 32).to("cpu"))
-    with pytest.raises(UnsupportedLayerError, match="Doubled has a forward of its own"):
+    with pytest.raises(UnsupportedLayerError, match="Doubled has a replaced forward"):
         graft.get_peft_model(net, graft.LoraConfig(r=2, target_modules=["0"], use_dora=True))
     model = graft.get_peft_model(net, graft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
     model(X).sum().backward()
-    with pytest.raises(NotImplementedError, match="Doubled has a forward of its own"):
+    with pytest.raises(NotImplementedError, match="Doubled has a replaced forward"):
         model.merge_and_unload()
 
 

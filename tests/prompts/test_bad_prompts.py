@@ -423,7 +423,7 @@ def text_config(sample, path, text):
 def test_another_models_tokenizer(sample, tmp_path):
     """Its last token is one more than the model knows; tokens that are cut away count for nothing."""
     path = tokenizer(tmp_path / "tokenizer", 60)
-    words = ("tokenizer_name_or_path", path, "token 41", "41 tokens", "belongs to it")
+    words = ("tokenizer_name_or_path", path, "token 41", "41 tokens", "the base model's tokenizer")
     cannot_be_added(sample, text_config(sample, path, "w3 w41"), graft.ConfigError, *words)
     model = graft.get_peft_model(make("llama"), text_config(sample, path, "w3 w40 w5 w41"))
     words = model.get_base_model().get_input_embeddings().weight
@@ -622,7 +622,7 @@ def test_rows_of_several_adapters_in_beams(sample):
 @each(FIRSTS)
 def test_a_cache_without_room(sample):
     model = ready(sample)
-    with refused(model, ValueError, "cache_implementation='static'", "leave it out", inputs=inputs_of(sample)):
+    with refused(model, ValueError, "cache_implementation='static'", "Leave it out", inputs=inputs_of(sample)):
         model.generate(**inputs_of(sample), max_new_tokens=2, cache_implementation="static")
 
 

@@ -143,7 +143,7 @@ def refused(base, *words, **options):
 @pytest.mark.parametrize("name", STATES)
 def test_keys_for_layers_that_keep_a_state(name, method):
     base = base_of(f"{name}Config", f"{name}ForCausalLM", **STATES[name])
-    refused(base, "Layers [0]", f"{name}Model", method, "PROMPT_TUNING or P_TUNING can", method=method)
+    refused(base, "Layers [0]", f"{name}Model", method, "Use PROMPT_TUNING or P_TUNING", method=method)
     x = ids()
     model = with_prompt(base)
     with_cache, without = (model.generate(x, max_new_tokens=6, do_sample=False, use_cache=c) for c in (True, False))

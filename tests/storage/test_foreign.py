@@ -89,7 +89,7 @@ def with_unknown():
 KINDS = {
     "another copy": (
         lambda: Beside(6, 4),
-        "Beside has a forward of its own, which may use its weight in another way than",
+        "Beside has a replaced forward, which may use its weight in another way than",
     ),
     "codes": (lambda: Int8(6, 4), "its weight holds int8, not plain floating-point numbers"),
     "a tensor subclass": (with_unknown, "its weight is of type Unknown, which graft does not know"),
@@ -298,7 +298,7 @@ def test_what_is_not_linear_is_refused_before_anything_has_changed(kind):
     with seeded(0):
         base = nn.Sequential(kind(6, 4))
     names, plain = [name for name, _ in base.named_modules()], base(X)
-    why = f"{kind.__name__} has a forward of its own, .*, and {NOT_LINEAR[kind]}"
+    why = f"{kind.__name__} has a replaced forward, .*, and {NOT_LINEAR[kind]}"
     with pytest.raises(UnsupportedLayerError, match=f"needs its weight, and {why}"):
         graft.get_peft_model(base, lora(use_dora=True))
     assert [name for name, _ in base.named_modules()] == names and torch.equal(base(X), plain)

@@ -107,8 +107,8 @@ class Prompt(nn.Module):
             write_whole(old, value)
         elif layout_of(old) is not None:
             raise CheckpointError(
-                f"A prompt of shape {tuple(value.shape)} cannot take the place of the network that computes this one, "
-                "whose tensors are spread over processes: load it before the model is wrapped."
+                f"A prompt of shape {tuple(value.shape)} cannot replace the network that computes the present one, as "
+                "its tensors are spread over processes. Load the adapter before the model is wrapped."
             )
         else:
             weight = nn.Parameter(value.to(device=old.device, dtype=old.dtype), requires_grad=old.requires_grad)
@@ -134,7 +134,7 @@ def words_of(ids: Tensor, words: nn.Module | None, why: str) -> Tensor:
         ConfigError: the model has no word embeddings, or none of one of these tokens.
     """
     if words is None:
-        raise ConfigError(f"{why} needs the base model's word embeddings, and it has none.")
+        raise ConfigError(f"{why} needs word embeddings, and the base model has none. Choose another initial value.")
     check_tokens(ids, words, why)
     with torch.no_grad():
         return words(ids.to(find_device_and_dtype(words)[0])).detach().clone().to(torch.float32)
@@ -146,8 +146,8 @@ def check_tokens(ids: Tensor, words: nn.Module, why: str) -> None:
     unknown = ids[(ids < 0) | (ids >= size)]
     if len(unknown):
         raise ConfigError(
-            f"{why} has token {int(unknown[0])}, but the base model knows {size} tokens, from 0 on: use the tokenizer "
-            "that belongs to it."
+            f"{why} has token {int(unknown[0])}, but the base model knows {size} tokens, from 0 on. Use the base "
+            "model's tokenizer."
         )
 
 
@@ -160,7 +160,7 @@ def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token
         ValueError: pad_token_id is None.
     """
     if pad_token_id is None:
-        raise ValueError("self.model.config.pad_token_id has to be defined: it takes the place of ignored labels.")
+        raise ValueError("self.model.config.pad_token_id has to be defined: it replaces ignored labels.")
     start = torch.full_like(input_ids[:, :1], decoder_start_token_id)
     shifted = torch.cat([start, input_ids[:, :-1]], dim=1)
     return shifted.masked_fill(shifted == IGNORED_LABEL, pad_token_id)
@@ -215,6 +215,6 @@ class Encoders(Carrier, nn.ModuleDict):
         """Raise ValueError for more than one name: only one prompt can be in front of the input."""
         if len(names) > 1:
             raise ValueError(
-                f"Only one prompt can be in front of the input at a time, got {list(names)}: call set_adapter() with "
+                f"Only one prompt can be in front of the input at a time, got {list(names)}. Call set_adapter() with "
                 "one of them."
             )

@@ -157,7 +157,7 @@ class CPTEmbedding(Prompt):
         targets = torch.cat([ids.expand(batch, -1), labels], dim=1)[:, 1:]
         is_label = (kinds > 0) & (kinds % 4 == LABEL)
         none = (
-            "No token is a label: the types of the input count on from the largest of cpt_tokens_type_mask, which "
+            "No token is a label. The types of the input count on from the largest of cpt_tokens_type_mask, which "
             f"is {max(self.cfg.cpt_tokens_type_mask)} and must be a multiple of 4."
         )
         raise_unless(is_label.any(), lambda: ValueError(none), none)

@@ -117,12 +117,12 @@ def _enter(stack: PromptStack, arguments: dict[str, object]) -> None:
     if arguments.get("input_ids") is not None and arguments.get("inputs_embeds") is not None:
         raise ValueError("Pass either input_ids or inputs_embeds: they are the same input.")
     if first.dim() < 2:
-        raise ValueError(f"The input must be (batch, tokens), got {tuple(first.shape)}: pass input_ids[None].")
+        raise ValueError(f"The input must be (batch, tokens), got {tuple(first.shape)}. Pass input_ids[None].")
     order = next((name for name in ORDERS if arguments.get(name) is not None), None)
     if order is not None:
         raise ValueError(
-            f"{order} has no place for the prompt's tokens: {type(stack.module).__name__} cannot generate with a "
-            "prompt, which forward() can be used with."
+            f"{order} has no place for the prompt's tokens, so that {type(stack.module).__name__} cannot generate with "
+            "a prompt. Call forward() instead."
         )
     batch, new = first.shape[:2]
     cache = arguments.get(stack.cache_name) if stack.cache_name else None
@@ -130,14 +130,14 @@ def _enter(stack: PromptStack, arguments: dict[str, object]) -> None:
     stack.now.entered = not seen
     if not seen and is_static(cache):
         raise ValueError(
-            f"A {type(cache).__name__} has no room for a prompt of {stack.now.tokens} tokens: leave it out, or pass "
+            f"A {type(cache).__name__} has no room for a prompt of {stack.now.tokens} tokens. Leave it out, or pass "
             "cache_implementation='dynamic' to generate()."
         )
     total = new + (seen or stack.now.tokens)
     if stack.positions is not None and total > stack.positions:
         raise ValueError(
             f"{total - stack.now.tokens} tokens and a prompt of {stack.now.tokens} need {total} positions, and "
-            f"{type(stack.module).__name__} has {stack.positions}: {total - stack.positions} too many."
+            f"{type(stack.module).__name__} has {stack.positions}: {total - stack.positions} too many. Pass fewer."
         )
     before = 0
     if stack.now.entered and stack.now.embeddings is not None:
@@ -166,8 +166,8 @@ def check_kind(stack: PromptStack, cfg: Any) -> None:
     stateful = stack.cache_name is None and "cache_params" in stack.names
     if stateful or (states and not any(map(kv_prefix.holds_tokens, cached))):
         raise ConfigError(
-            f"{name} keeps a state instead of a cache of tokens: {kind} cannot be used with it. Methods that act "
-            "on layers, such as LORA, can."
+            f"{name} keeps a state instead of a cache of tokens, so that {kind} cannot be used with it. Use a method "
+            "that acts on layers, such as LORA."
         )
     if not cfg.holds_keys:
         return
@@ -175,17 +175,17 @@ def check_kind(stack: PromptStack, cfg: Any) -> None:
     if why is not None:
         raise ConfigError(
             f"{kind} cannot know which heads of {name} this process has: its attention has {why}, and no k_proj "
-            "that is cut by heads. Load the model without tp_plan; or use PROMPT_TUNING or P_TUNING."
+            "that is cut by heads. Load the model without tp_plan, or use PROMPT_TUNING or P_TUNING."
         )
     if states:
         raise ConfigError(
-            f"Layers {states} of {name} keep a state instead of keys and values: {kind} cannot be used with it. "
-            "PROMPT_TUNING or P_TUNING can."
+            f"Layers {states} of {name} keep a state instead of keys and values, so that {kind} cannot be used with "
+            "it. Use PROMPT_TUNING or P_TUNING."
         )
     if getattr(stack.config, "kv_lora_rank", None):
         raise ConfigError(
-            f"{name} compresses the keys and values of its layers (multi-head latent attention): {kind} cannot be "
-            "used with it. PROMPT_TUNING or P_TUNING can."
+            f"{name} compresses keys and values (multi-head latent attention), so that {kind} cannot be used with it. "
+            "Use PROMPT_TUNING or P_TUNING."
         )
 
 
@@ -200,24 +200,24 @@ def check_size(stack: PromptStack, cfg: Any) -> None:
     if isinstance(limit, int) and limit > 0 and cfg.num_virtual_tokens >= limit:
         raise ConfigError(
             f"num_virtual_tokens={cfg.num_virtual_tokens} leaves no room for input: {name} has {limit} positions, "
-            f"{cfg.num_virtual_tokens - limit + 1} too few."
+            f"{cfg.num_virtual_tokens - limit + 1} too few. Use fewer virtual tokens."
         )
     if cfg.holds_keys:
         if stack.cache_name is None:
             raise ConfigError(
                 f"Model does not support past key values which are required for prefix tuning: {name} has no "
-                f"cache argument, so {kind} cannot be used with it. PROMPT_TUNING or P_TUNING can."
+                f"cache argument, so {kind} cannot be used with it. Use PROMPT_TUNING or P_TUNING."
             )
         if cfg.num_layers < len(stack.layers):
-            raise ConfigError(f"num_layers={cfg.num_layers}, but {name} has {len(stack.layers)}: pass them all.")
+            raise ConfigError(f"num_layers={cfg.num_layers}, but {name} has {len(stack.layers)} layers. Pass them all.")
         return
     if "inputs_embeds" not in stack.names or stack.width is None:
         raise ConfigError(
             f"{name} takes no inputs_embeds, embeddings of words, which {kind} needs: its input is "
-            f"{stack.names[0] if stack.names else 'nothing'}. Methods that act on layers, such as LORA, can be used."
+            f"{stack.names[0] if stack.names else 'nothing'}. Use a method that acts on layers, such as LORA."
         )
     if cfg.token_dim != stack.width:
-        raise ConfigError(f"token_dim={cfg.token_dim}, but {name} has embeddings of {stack.width} numbers.")
+        raise ConfigError(f"token_dim={cfg.token_dim}, but {name} has embeddings of {stack.width}. Set that width.")
 
 
 INPUTS = ("input_ids", "inputs", "inputs_embeds")
@@ -232,13 +232,13 @@ def check_caches(kwargs: dict[str, object], model: nn.Module) -> None:
     kind = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
     if kind is not None and "static" in str(kind):
         raise ValueError(
-            f"cache_implementation='{kind}' has no room for a prompt: leave it out, so that the cache can grow."
+            f"cache_implementation='{kind}' has no room for a prompt. Leave it out, so that the cache can grow."
         )
     count = next((count_tokens(kwargs[name]) for name in CACHES if kwargs.get(name) is not None), 0)
     if count:  # generate would skip that many tokens of its input, the prompt's among them
         raise ValueError(
-            f"generate() got a cache that holds {count} tokens, and would take the prompt's for tokens of the input. A "
-            "cache that holds a prompt is continued by forward(); or leave the cache out, to begin anew."
+            f"generate() got a cache that holds {count} tokens, and would take the prompt's for tokens of the input. "
+            "Continue the cache with forward(), or leave it out to begin anew."
         )
 
 
@@ -251,8 +251,8 @@ def check_assistant(kwargs: dict[str, object], model: nn.Module, stack: PromptSt
     lookup = kwargs.get("prompt_lookup_num_tokens") or getattr(settings, "prompt_lookup_num_tokens", None)
     if stack.cache_name == OLD_CACHE and (lookup or kwargs.get("assistant_model") is not None):
         raise ValueError(
-            "Assisted decoding cuts off the prompt's part of the cache under this version of transformers: leave "
-            "assistant_model and prompt_lookup_num_tokens out, or use one whose cache argument is `cache`."
+            "Assisted decoding cuts off the prompt's part of the cache under this version of transformers. Leave "
+            "assistant_model and prompt_lookup_num_tokens out, or use a version with a cache argument `cache`."
         )
 
 
@@ -263,7 +263,7 @@ def drop_encoder_outputs(kwargs: dict[str, object], cfg: PromptLearningConfig) -
     """
     if kwargs.get("encoder_outputs") is not None:
         if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
-            raise ValueError("encoder_outputs do not hold the prompt: pass input_ids instead.")
+            raise ValueError("encoder_outputs do not hold the prompt. Pass input_ids instead.")
         del kwargs["encoder_outputs"]
         warn(
             "`encoder_outputs` should not be passed when using prompts in the encoder: they are computed again, with "
@@ -278,4 +278,4 @@ def check_rows(value: Tensor, kwargs: dict[str, object]) -> None:
     """
     first = next((t for n in INPUTS if isinstance(t := kwargs.get(n), Tensor)), None)
     if value.dim() == 3 and first is not None and len(value) not in (1, len(first)):
-        raise ValueError(f"task_ids has {len(value)} numbers, and the batch {len(first)} samples: pass one for each.")
+        raise ValueError(f"task_ids has {len(value)} numbers, and the batch {len(first)} samples. Pass one for each.")

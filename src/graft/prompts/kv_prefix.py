@@ -100,8 +100,8 @@ def fit_pairs(pairs: list[tuple[Tensor, Tensor]], shapes: list[Shape | None] | N
             out.append(pair if shape == size else tuple(t[:, : shape[0], :, : shape[1]] for t in pair))  # type: ignore[arg-type]
     if len(skipped) == len(out):
         raise ValueError(
-            "Prefix tuning skipped every layer because none has keys and values of its own in the prompt's shape: "
-            f"{pairs[0][0].shape[1]} heads of {pairs[0][0].shape[3]}."
+            "Prefix tuning skipped every layer because none has keys and values in the prompt's shape: "
+            f"{pairs[0][0].shape[1]} heads of {pairs[0][0].shape[3]}. Use PROMPT_TUNING or P_TUNING."
         )
     if skipped:
         done = [i for i in range(len(out)) if i not in skipped]

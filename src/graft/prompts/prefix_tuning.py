@@ -78,7 +78,7 @@ class PrefixEncoder(Prompt):
             ValueError: the shape differs, or a projection computes them.
         """
         if self.prefix_projection:
-            raise ValueError("Keys and values that a projection computes cannot be set: use prefix_projection=False.")
+            raise ValueError("Keys and values that a projection computes cannot be set. Use prefix_projection=False.")
         check_shape(values, self.embedding.weight)
         self.restore("", values)
 
@@ -86,7 +86,7 @@ class PrefixEncoder(Prompt):
 def check_shape(values: Tensor, there: Tensor) -> None:
     """Raise ValueError if the values have another shape than the tensor `there`."""
     if values.shape != there.shape:
-        raise ValueError(f"Prompt embeddings of shape {tuple(values.shape)} do not fit {tuple(there.shape)}.")
+        raise ValueError(f"Prompt embeddings must have shape {tuple(there.shape)}, got {tuple(values.shape)}.")
 
 
 def as_pairs(prompt: Tensor, cfg: Any) -> list[tuple[Tensor, Tensor]]:

@@ -67,7 +67,7 @@ class Replays:
         }
         if not places:
             raise ValueError(
-                f"Gradient checkpointing of {type(module).__name__} leaves keys and values of a prompt out: call "
+                f"Gradient checkpointing of {type(module).__name__} leaves keys and values of a prompt out. Call "
                 "gradient_checkpointing_disable()."
             )
         for layer, place in places.items():

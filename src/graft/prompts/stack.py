@@ -200,8 +200,8 @@ class PromptStack:
         """
         if self.now.tokens and not self.now.visited:
             raise RuntimeError(
-                f"The base model never called its {type(self.module).__name__}, where the prompt enters: prompt "
-                "methods cannot be used with a model that is built like this one."
+                f"The base model never called its {type(self.module).__name__}, where the prompt enters. Use a method "
+                "that acts on layers, such as LORA."
             )
 
     def fill_cache(self, cache: object, pairs: kv_prefix.Pairs, batch: int) -> object:

@@ -116,9 +116,8 @@ class Four(Quantized):
         weight.data, weight.quant_state = undo_rearrangement(weight.data, state)
         m.quant_state = weight.quant_state
         return (
-            "bitsandbytes has rearranged weights of 4 bits for a CPU with AVX512-BF16, in a forward pass in eval mode: "
-            "adapters would get no gradients. graft puts them back; their scales stay rounded to bfloat16. Adapt a "
-            "model before its first forward pass to keep them as they are."
+            "bitsandbytes has rearranged weights of 4 bits for AVX512-BF16; graft puts them back so that adapters get "
+            "gradients, but their scales stay rounded to bfloat16. Adapt a model before its first forward pass."
         )
 
     def release(self, m: nn.Module) -> None:

@@ -79,9 +79,8 @@ def mark_plain_layers(model: nn.Module) -> None:
     field = next((field for field in SKIPPED if hasattr(marks, field)), None)
     if field is None:
         warn(
-            f"Some layers of the model are plain now, and others hold codes, which {type(marks).__name__} cannot tell "
-            "apart: transformers will not load what save_pretrained() writes. Adapt all quantized layers, or merge "
-            "into a base that is loaded dequantized.",
+            f"The model has plain layers next to quantized ones, which {type(marks).__name__} cannot tell apart, so "
+            "that transformers cannot load a saved copy. Adapt all quantized layers, or dequantize the base model.",
             PeftWarning,
         )
         return

@@ -91,7 +91,7 @@ def explain_forward(m: nn.Module) -> tuple[str, str] | None:
     if known is None:
         return None
     return (
-        f"{type(m).__name__} has a forward of its own, which may use its weight in another way than {known.__name__} "
+        f"{type(m).__name__} has a replaced forward, which may use its weight in another way than {known.__name__} "
         "does",
         f": if it does not, say so with graft.core.ops.OPS.add('{class_path(type(m))}', "
         f"graft.core.ops.OPS.find({class_path(known)}))",
@@ -162,7 +162,7 @@ class Dense:
             return why
         if t is None:
             return (
-                f"its {name} is computed from other tensors: make it one of its own first, with torch's "
+                f"its {name} is computed from other tensors: make it a plain parameter first, with torch's "
                 "parametrize.remove_parametrizations, remove_weight_norm or prune.remove"
             )
         if (why := strange_tensor(m, name)) is not None:

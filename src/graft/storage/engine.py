@@ -47,4 +47,4 @@ def why_no_engine_adapter(m: nn.Module) -> str | None:
         return None
     if getattr(m, "tp_size", 1) > 1:
         return f"its parallel_mode '{getattr(m, 'parallel_mode', None)}' leaves a process a piece of the weight"
-    return "it returns its bias beside the output" if getattr(m, "return_bias", False) else None
+    return "it returns its bias next to the output" if getattr(m, "return_bias", False) else None

@@ -157,8 +157,8 @@ class ExpertBlock:
         if rows is not None:
             if getattr(m, "_is_expert_parallel", False):
                 raise RoutingError(
-                    f"Layer '{updates.key}' does not support mixed adapter batches under expert parallelism, where "
-                    "tokens of other processes come. Give all rows of a batch one adapter."
+                    f"Layer '{updates.key}' does not support mixed adapter batches under expert parallelism, as it "
+                    "gets tokens of other processes. Give all rows of a batch one adapter."
                 )
             group, groups = rows.groups_of_tokens(len(x), updates.key, x.device), len(rows.groups)
         parts = {name: make(len(x)) for name, make in updates.of_stacks.items()}

@@ -56,8 +56,8 @@ def find_cut(m: nn.Module) -> Cut | None:
     group = find_megatron_group(m)
     if group is None:
         raise UnsupportedLayerError(
-            f"A {type(m).__name__} has {part} of {size} features, and no group of processes that have the others: give "
-            "it its tp_group, or initialise Megatron's parallel state."
+            f"A {type(m).__name__} has {part} of {size} features, and no process group is known that has the others. "
+            "Set its tp_group, or initialise Megatron's parallel state."
         )
     return Cut(group, dist.get_rank(group), dist.get_world_size(group), size)
 
@@ -93,7 +93,7 @@ def why_no_megatron_adapter(m: nn.Module) -> str | None:
         return "it is sequence parallel, so that a process has only some of the tokens"
     if getattr(m, "explicit_expert_comm", False) or getattr(m, "is_expert", False):
         return "it is an expert's, whose outputs other modules sum over processes"
-    return "it has no weight of its own" if m._parameters.get("weight") is None else None
+    return "it has no weight parameter" if m._parameters.get("weight") is None else None
 
 
 class Megatron(Dense):
@@ -127,8 +127,8 @@ class Megatron(Dense):
     def protect(self, y: Tensor) -> Tensor:
         """Raise UnsupportedLayerError: the layers return tuples, which cannot take rows of several adapters."""
         raise UnsupportedLayerError(
-            "Megatron's layers return a tuple, which rows of a batch with different adapters cannot be put into: run "
-            "one adapter at a time."
+            "Megatron's layers return tuples, which cannot take the rows of different adapters in a batch. Run one "
+            "adapter at a time."
         )
 
     def piece(self, m: nn.Module, op: Op) -> tuple[Tensor, Cut | None, Cut | None]:

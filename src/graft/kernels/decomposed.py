@@ -41,7 +41,7 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, rows: Cut | None = None, columns:
     return norms if rows is None else gather_whole(norms, rows, 0)
 
 
-SPARSE_TO = 0.15  # up to this share of dropped inputs, W x' is computed as W x minus the product of the dropped ones
+SPARSE_TO = 0.15  # up to this share of dropped inputs, W x' is W x minus the product of the dropped ones
 
 
 def plain_dora_linear(

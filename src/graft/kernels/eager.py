@@ -21,7 +21,7 @@ from torch.nn.modules import module as modules
 # ruff: noqa: RUF019 - a membership test takes half of the time of `get`
 
 
-# hooks on all modules; torch fills and empties these in place
+# hooks on all modules; torch changes these dicts in place
 BEFORE, AFTER = modules._global_forward_pre_hooks, modules._global_forward_hooks
 BACKWARD_BEFORE, BACKWARD = modules._global_backward_pre_hooks, modules._global_backward_hooks
 

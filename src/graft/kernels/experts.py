@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from graft.kernels.eager import Context, Function, autocast_dtype
 from graft.kernels.waits import differences
 
-BUDGET = 2**28  # bytes of matrices that are dense at once; one matrix at least is
+BUDGET = 2**28  # bytes of matrices that are dense at once, but at least one matrix
 
-FEW = 4  # rows: products of fewer are other functions, so that a row would depend on who else has its expert
+FEW = 4  # rows: smaller products run other kernels, so that a row's bits would depend on the other rows of its expert
 
-Span = tuple[int, int, int]  # an expert, and its rows from here to there
+Span = tuple[int, int, int]  # an expert, its first row, and the row after its last
 
 
 class PackedMatrices(Protocol):
@@ -44,7 +44,7 @@ class Form:
     """A function that makes the update of one matrix from smaller tensors. It runs again in the backward pass."""
 
     tensors: Sequence[Tensor]  # (experts, …)
-    common_parameters: Sequence[Tensor]  # tensors of all experts that the function reads where they stand
+    common_parameters: Sequence[Tensor]  # tensors of all experts, which the function reads itself
     reads: bool  # the function needs the matrix
 
     def __call__(self, expert: int, tensors: Sequence[Tensor], W: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ from graft.kernels.sparse import gathers
 BLOCK = 256  # rows in a cast
 
 
-@lru_cache(maxsize=1)  # several products of one layer ask for the same, one after another
+@lru_cache(maxsize=1)  # several products of one layer need the same places, one after another
 def places(size: int, p: float, seed: int, device: torch.device) -> Tensor:
     """Return where dropout puts zeros: each of `size` places with probability p < 1, (count,) int64, sorted.
 
@@ -184,7 +184,8 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: fl
         (A,) = autocast(x, A)
         x = x.to(A.dtype)
         return add_product(y, (dropout(x, p) if p else x) @ A.T, B, scale)
-    # With dropout also without gradients: reentrant checkpointing runs first without, then with them, and by one mask.
+    # Dropout without gradients comes here, too: reentrant checkpointing runs once without and once with gradients,
+    # and both runs need the same mask.
     if x.numel() >= FUSED_FROM * x.shape[-1]:
         A, B = autocast(x, A, B)
         return _AddLowRank.apply(y, x, A, B, scale, p, seed_for(p))

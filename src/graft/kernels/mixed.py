@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graft.kernels.low_rank import down, down_each
 from graft.kernels.waits import vector
 
-STACKED = 2**20  # numbers in the stacked factors: to copy more costs more than a loop over the adapters
+STACKED = 2**20  # numbers in the stacked factors: copying more is slower than a loop over the adapters
 
 Factors = Sequence[tuple[Tensor, Tensor, float]]  # A (r, in), B (out, r), scaling
 
@@ -92,7 +92,7 @@ def _add_stacked(y: Tensor, groups: Tensor, factors: Factors, order: Tensor | No
     scales = [s for _, _, s in factors]
     one = scales[0] if len(set(scales)) == 1 else None
     in_place = order is None and y.dtype == h.dtype == B.dtype and not torch.is_grad_enabled()
-    if in_place and one is not None and not isinstance(one, Tensor):  # to the bits of one adapter's
+    if in_place and one is not None and not isinstance(one, Tensor):  # has the bits of one adapter's product
         y.view(len(factors), -1, y.shape[-1]).baddbmm_(h, B.mT, alpha=one)
         return y
     h = h * (vector(scales, h)[:, None, None] if one is None else one)

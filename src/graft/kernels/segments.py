@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from graft.kernels.eager import Context, Function
 from graft.kernels.low_rank import FUSED_FROM, add_up, down, down_each, dropped, gradients
 
-NARROW, SMALL = 2, 400  # vectors, and multiplications: with fewer, products of one and of many are other functions
-LINE = 64  # bytes: products of tensors that begin elsewhere than at a multiple have other bits
+NARROW, SMALL = 2, 400  # vectors, and multiplications: smaller products run other kernels alone than in a batch
+LINE = 64  # bytes: products of tensors that do not begin at a multiple have other bits
 
 
 def is_at_line(x: Tensor) -> bool:
@@ -81,7 +81,7 @@ class Group(NamedTuple):
 
     start: int  # the first of their rows
     stop: int
-    width: int  # how many they are
+    width: int  # the number of segments
     A: Tensor  # (r, in), or (width, r, in)
     B: Tensor  # (out, r), or (width, out, r)
     scale: float

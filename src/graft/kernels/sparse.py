@@ -86,7 +86,7 @@ def product_entries(g: Tensor, W: Tensor, places: Tensor) -> Tensor:
     return torch.sparse.sampled_addmm(pattern, g.to(dtype), W.to(dtype)).values()
 
 
-SPARSE = 0.12  # up to this share of numbers, a product of these alone beats the full product on a CPU
+SPARSE = 0.12  # up to this share of numbers, computing these alone is faster than the full product on a CPU
 
 
 class Scattered(NamedTuple):

@@ -174,7 +174,7 @@ class Spectrum(NamedTuple):
         (out, fan_in), (u, v) = self.size, self.places
         back = 2 * u > out
         u, v = torch.where(back, out - u, u), torch.where(back, -v % fan_in, v)
-        beyond = 2 * v > fan_in  # there the sine has the other sign
+        beyond = 2 * v > fan_in  # the sine changes its sign there
         v = torch.where(beyond, fan_in - v, v)
         c = self.coefficients * (self.scale / (out * fan_in))
         values = torch.stack((c, torch.where(beyond, c, -c)))
@@ -379,7 +379,7 @@ def sample_products(G: Parts, rows: Tensor, z: Parts, cols: Tensor) -> Tensor:
     if eager() and not torch.is_grad_enabled():
         order, starts = sort_targets(rows, len(G[0]))
         values, pick = [p.new_zeros(len(rows)).requires_grad_() for p in z], cols[order]
-        with torch.enable_grad():  # they are the derivatives of such sums by their weights
+        with torch.enable_grad():  # the products are derivatives of such sums by their weights
             sums = [embedding_bag(pick, p, starts, mode="sum", per_sample_weights=v) for p, v in zip(z, values)]
             return torch.stack(torch.autograd.grad(sums, values, G))[:, order.argsort()]
     step = max(1, AT_ONCE // z[0].shape[1]) if eager() else len(rows)
@@ -411,7 +411,7 @@ class _TransformedProduct(Function):
         if ctx.needs_input_grad[0]:
             dx = (
                 synthesize_entries(values, rows, G, cols, ctx.T).reshape(x.shape).contiguous()
-            )  # as one of several rows' is
+            )  # one row's gradient is contiguous as well, like that of several
         if ctx.needs_input_grad[1]:
             dvalues = sample_products(G, rows, ctx.T.analysis(x.reshape(-1, x.shape[-1])), cols)
         return dx, dvalues, None, None, None, None

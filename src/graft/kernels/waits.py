@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from graft.kernels.eager import eager, watched
 
-KEPT = 256  # constants
+KEPT = 256  # number of cached constants
 
 
 def constant(values: tuple[object, ...], dtype: torch.dtype, device: torch.device | None) -> Tensor:
@@ -34,7 +34,7 @@ def _constant(values: tuple[object, ...], dtype: torch.dtype, device: torch.devi
 
     It is no tensor of inference mode, as training may save it.
     """
-    with torch.inference_mode(False):  # training may save it for a backward pass
+    with torch.inference_mode(False):  # a backward pass may need it later
         return torch.tensor(values, dtype=dtype, device=device)
 
 
@@ -59,7 +59,7 @@ def differences(ends: Tensor, rows: int) -> list[int]:
     if ends.is_meta:
         return [rows // len(ends) + (i < rows % len(ends)) for i in range(len(ends))]
     tensor_ref, version, sizes = _read
-    now = None if ends.is_inference() else ends._version  # None: nobody would see that it has changed
+    now = None if ends.is_inference() else ends._version  # None: torch does not count its changes
     if tensor_ref() is not ends or version != now or now is None:
         sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
         _read = (ref(ends), now, sizes)
@@ -98,7 +98,7 @@ def move_to_devices(tensors: Sequence[Tensor], devices: Sequence[torch.device]) 
     return out
 
 
-# {tensor: {device: (its version, copy)}}; copies go when the tensor does, and no copy or file of the model holds them
+# {tensor: {device: (its version, copy)}}; copies are freed with the tensor, and no copy or file of the model has them
 COPIES = WeakTensorKeyDictionary()
 
 
@@ -115,7 +115,7 @@ def copy_on_device(t: Tensor, device: torch.device) -> Tensor:
     copies: dict[torch.device, tuple[int, Tensor]] = COPIES.setdefault(t, {})
     version, copy = copies.get(device, (-1, t))
     if version != t._version:
-        with torch.inference_mode(False):  # or training could not use it
+        with torch.inference_mode(False):  # training cannot use a tensor of inference mode
             copy = t.to(device)
         copies[device] = t._version, copy
     return copy

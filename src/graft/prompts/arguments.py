@@ -204,7 +204,7 @@ def put_keys(stack: PromptStack, arguments: dict[str, object], cache: object, ba
     if not stack.causal and not stack.in_pair and mask is None:
         arguments["attention_mask"] = torch.ones(first.shape[:2], dtype=torch.long, device=first.device)
     elif isinstance(mask, dict) and getattr(stack.config, "_attn_implementation", None) == "sdpa":
-        # None would stand for torch's causal mask, in which queries and keys begin together
+        # None means torch's causal mask, which aligns the first query with the first key
         causal = torch.ones(first.shape[1], first.shape[1], dtype=torch.bool, device=first.device).tril()
         arguments["attention_mask"] = {kind: causal[None, None] if m is None else m for kind, m in mask.items()}
 

@@ -54,7 +54,7 @@ class CartridgeEncoder(Prompt):
         return torch.cat([*frozen, self.trainable_embedding])
 
     @property
-    def embedding(self) -> CartridgeEncoder:  # for `encoder.embedding.weight`, which other encoders have
+    def embedding(self) -> CartridgeEncoder:
         """The encoder itself: `encoder.embedding.weight` is then the prompt, as in other encoders."""
         return self
 

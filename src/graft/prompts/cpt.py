@@ -110,7 +110,7 @@ class CPTEmbedding(Prompt):
     def project(self) -> None:
         """Shorten rows of delta_embedding that are longer than their radius to it, in place and without gradients."""
         delta = self.delta_embedding.weight.data
-        seen = delta.clone()  # another thread may be here: both write the same values
+        seen = delta.clone()  # another thread may run this, too, and writes the same values
         norm, radius = seen.norm(dim=1), self.radius()
         delta.copy_(seen * torch.where(norm > 0, radius / torch.maximum(norm, radius), 1)[:, None])
 
@@ -165,7 +165,7 @@ class CPTEmbedding(Prompt):
         weights = self._decay(kinds, is_label) if self.cfg.opt_weighted_loss_type == "decay" else torch.ones_like(kinds)
         logits = logits[:, :-1]
         count = mask.sum()
-        if logits.is_cpu:  # on a device the host would wait for how many there are
+        if logits.is_cpu:  # on a device this would wait for the number of labels
             logits, targets, weights, mask = logits[mask], targets[mask], weights[mask], mask[mask]
         targets = targets.masked_fill(~mask, IGNORED_LABEL)
         losses = nn.functional.cross_entropy(

@@ -15,7 +15,7 @@ from graft.prompts.arguments import extend_arguments, extend_encoder_mask, put_e
 from graft.prompts.kv_prefix import count_tokens, is_static
 from graft.prompts.stack import CACHES, NEW_CACHE, OLD_CACHE, PromptStack, find_first_input
 
-ORDERS = ("perm_mask", "target_mapping")  # XLNet's arguments, which have no place for a prompt
+ORDERS = ("perm_mask", "target_mapping")  # arguments of XLNet, which cannot cover a prompt
 
 
 def attach(stack: PromptStack) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 NAMES = ("cache", "layer_past", "past_key_values", "past_key_value")  # names that layers have for their cache argument
 RUN = "_gradient_checkpointing_func"
-TURNS = ForkSafeLock()  # calls that change what layers have in common run in turn
+TURNS = ForkSafeLock()  # calls that change shared layers take turns
 
 
 class Replays:

@@ -164,8 +164,6 @@ class PromptStack:
         """
         self.now.keys, self.now.as_pairs, self.now.tokens = value, as_pairs, value.shape[-2]
 
-    # facts
-
     @property
     def words(self) -> nn.Module | None:
         """The word embeddings that the stack's module or else the model has now: an adapter may have other ones.

@@ -17,7 +17,7 @@ from graft.core.ops import Embedding
 from graft.storage.dense import Dense
 from graft.storage.quantized import Quantized, move_snapshot
 
-REARRANGES = "_graft_held_in_order"  # mark on layers that bitsandbytes would rearrange, but for their adapters
+REARRANGES = "_graft_held_in_order"  # mark on layers after graft has switched off the layout
 BLOCK = 32  # rows that the layout for AVX512-BF16 interleaves
 
 

@@ -84,7 +84,7 @@ def mark_plain_layers(model: nn.Module) -> None:
             PeftWarning,
         )
         return
-    model_config.quantization_config = marks = copy.copy(marks)  # the caller's may load other models
+    model_config.quantization_config = marks = copy.copy(marks)  # the caller's config may load other models
     setattr(marks, field, sorted({*(getattr(marks, field) or ()), *plain}))
 
 
@@ -106,8 +106,8 @@ def prepare_packed(modules: Iterable[nn.Module]) -> None:
 
 
 def release_packed(modules: Iterable[nn.Module]) -> None:
-    """Undo `prepare_packed` for modules on which no adapter acts any more: blocks of experts, and stores of packed
-    weights.
+    """Undo `prepare_packed` for modules without adapters: restore blocks of experts, and let packed stores run
+    `release`.
 
     Replaced forwards of classes stay.
     """
@@ -159,8 +159,8 @@ def has_loose_bias(module: nn.Module) -> bool:
 def make_bias_parameter(module: nn.Module) -> tuple[nn.Parameter, Callable[[], None]]:
     """Make the bias of a layer a Parameter without gradient, with the same memory.
 
-    The bias is taken from the module's buffers or attributes. Return the Parameter, and a function that puts the old
-    bias back in its place.
+    The bias is taken from the module's buffers or attributes. Return the Parameter, and a function that undoes the
+    change.
     """
     owner: Any = module._buffers if "bias" in module._buffers else module.__dict__
     before = owner.pop("bias")

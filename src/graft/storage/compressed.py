@@ -16,7 +16,7 @@ class Compressed(Dense):
     """The store of torch's layers that compressed-tensors has given a forward which also rounds inputs or outputs."""
 
     name = "compressed-tensors"
-    exact = False  # kernels that pass the layer by would not round its inputs
+    exact = False  # kernels that do not call the layer would not round its inputs
 
     def waits(self, m: nn.Module, name: str) -> str | None:
         """Return why the weight cannot be used yet: it is compressed until the model's first call.

@@ -17,9 +17,9 @@ from graft.storage.parallel import gather_tensor, layout_of
 
 NUMBERS = frozenset(
     {torch.float64, torch.float32, torch.bfloat16, torch.float16}
-)  # narrower ones have a scale somewhere
+)  # narrower dtypes have scales in another tensor
 PLAIN = frozenset({Tensor, nn.Parameter})
-LIKE_PLAIN: TypeTable[bool] = TypeTable(  # types of tensors that can be read and written as plain ones are
+LIKE_PLAIN: TypeTable[bool] = TypeTable(  # types of tensors that are read and written like plain ones
     {
         "torch.distributed.tensor.DTensor": True,
         "torch._subclasses.fake_tensor.FakeTensor": True,
@@ -70,7 +70,7 @@ def plain_tensors(t: Tensor) -> list[Tensor] | None:
         return None if None in parts else [p for part in parts for p in part]
     if type(t) in PLAIN or LIKE_PLAIN.find(type(t)):
         return [t]
-    with torch._C.DisableTorchFunctionSubclass():  # notes on plain memory
+    with torch._C.DisableTorchFunctionSubclass():  # such a subclass only adds attributes
         return [t.detach().as_subclass(Tensor)]
 
 
@@ -83,9 +83,9 @@ def strange_forward(m: nn.Module) -> str | None:
 
 
 def explain_forward(m: nn.Module) -> tuple[str, str] | None:
-    """Return the reason and the remedy for a module whose class or instance replaces the forward of a class in OPS.
+    """Return the reason and the remedy for a module with a replaced forward, whether of its class or of itself alone.
 
-    None if the forward is a known one.
+    The reason names the class in OPS that the forward replaces. None if the forward is a known one.
     """
     known = find_replaced_forward(m)
     if known is None:
@@ -130,7 +130,7 @@ class Dense:
         """
         t = m._parameters.get(name)
         if type(t) in PLAIN and t.dtype in NUMBERS and MANAGED not in m.__dict__:  # type: ignore[union-attr]
-            return None  # as nearly all
+            return None  # the quick answer for nearly all tensors
         return strange_tensor(m, name) or why_flat(m, name)
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
@@ -142,7 +142,7 @@ class Dense:
         t: Tensor = getattr(m, name)
         if t.is_meta and find_offload_hooks(m):
             return copy_offloaded(m, name)
-        return t if t.numel() else gather_tensor(t)  # ZeRO-3 empties it between calls
+        return t if t.numel() else gather_tensor(t)
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
         """Return why a merge cannot write the tensor; None if it can.
@@ -214,17 +214,17 @@ class Dense:
         """Put a snapshot back: a parameter becomes the module's parameter again, which ties it; a tensor is copied in
         place.
         """
-        if isinstance(state, nn.Parameter):  # tie again
+        if isinstance(state, nn.Parameter):
             setattr(m, name, state)
         else:
             getattr(m, name).data.copy_(state)
 
     def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
-        """Return device and dtype of a tensor; for one on the meta device the device on which accelerate runs the
-        module.
+        """Return device and dtype of a tensor.
 
-        A block without the tensor answers by its first parameter, a module without any by (None, None). The dtype is
-        None if it is no floating-point one.
+        For one on the meta device it is the device that accelerate runs the module on. A block without the tensor
+        answers by its first parameter, a module without any by (None, None). The dtype is None if it is no
+        floating-point one.
         """
         p, owner = m._parameters.get(name), m
         if p is None:

@@ -35,7 +35,7 @@ from graft.storage.stacks import PackedMatrices
 
 GATE = "_apply_gate"
 FLAGS = ("has_gate", "has_bias", GATE, "num_experts")  # attributes that transformers' decorator sets
-HOOKED = "_is_hooked"  # gpt-oss: so marked, the experts are called with routes, and not with those of kernels
+HOOKED = "_is_hooked"  # gpt-oss: experts with this mark get routes as other blocks do, not those of kernels
 MENDED = "_graft_routes"  # mark on modules that `ExpertBlock.prepare` has changed
 UPDATES = "_graft_updates"  # mark on a module while layers around it run
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_PLACES: dict[int, tuple[Any, int]] = {}  # id of an original parameter → (weak reference to its flat one, its number)
+_PLACES: dict[int, tuple[Any, int]] = {}  # id of an original parameter → weak reference to its flat one, number
 
 
 class FlatPiece(NamedTuple):
@@ -54,7 +54,7 @@ class FlatPiece(NamedTuple):
         padded[: len(local)] = local
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
-        # the first processes have it all; with HYBRID_SHARD others have it again
+        # with HYBRID_SHARD the pieces repeat: the first ones make up the whole
         return torch.cat([part[:count] for part, count in zip(parts, counts)])[:n].view(self.shape).to(local.device)
 
     def fill(self, value: Tensor) -> None:
@@ -137,7 +137,7 @@ def look_up_place(p: Tensor) -> tuple[object, int] | None:
 
 
 def sendable(t: Tensor, group: ProcessGroup | None = None) -> torch.device:
-    """Return a device on which the group's backend can send this tensor.
+    """Return a device from which the group's backend can send this tensor.
 
     It is the tensor's device if that is no CPU or the backend is gloo, else the accelerator; the CPU without one.
 

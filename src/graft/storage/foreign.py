@@ -53,7 +53,9 @@ def read_by_identity(m: nn.Module, dims: tuple[int, int], device: torch.device |
     """
     run = copy_for_reading(m)
     W = torch.empty(dims, device=device, dtype=dtype)
-    zero = run_forward(run, torch.zeros(1, dims[1], device=device, dtype=dtype))  # a bias that is out of reach
+    zero = run_forward(
+        run, torch.zeros(1, dims[1], device=device, dtype=dtype)
+    )  # the bias, which a kernel may add from its own tensors
     for columns, rows in _iterate_identity(dims[1], device, dtype):
         W[:, columns] = (run_forward(run, rows) - zero).T
     return W
@@ -84,7 +86,7 @@ def why_not_affine(m: nn.Module, dims: tuple[int, int], device: torch.device | N
 
     None if it is. A missing bias counts as zeros. A copy of the module runs, without hooks.
     """
-    bias = getattr(m, "bias", None)  # first: a call may put it away again
+    bias = getattr(m, "bias", None)  # read before the call, which may remove it
     zero = run_forward(copy_for_reading(m, keep_bias=True), torch.zeros(1, dims[1], device=device, dtype=dtype))[0]
     if not _is_near(zero.float(), torch.zeros_like(zero).float() if bias is None else bias.detach().float()):
         return "its output for an input of zeros is not its bias"
@@ -165,7 +167,7 @@ def _is_near(rows: Tensor, goal: Tensor) -> bool:
     return bool(((rows - goal).norm(dim=-1) <= TOLERANCE * scale + 1e-6).all())
 
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # to try where a layer does not tell
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # tried in this order if the compute dtype is not known
 
 
 class ByIdentity(OwnModule):
@@ -209,7 +211,7 @@ class ByIdentity(OwnModule):
                 try:
                     self.known[m] = self.look(m, op.dims(m), device, runs_in), runs_in
                     break
-                except Exception as e:  # whatever a forward raises; it may run later, on another device
+                except Exception as e:  # a forward may raise anything, and may run later on another device
                     first = first or e
             else:
                 return f"{reason}, and running the layer to read it ends in {type(first).__name__}: {first}"

@@ -39,8 +39,8 @@ class Layout(Protocol):
     """One way to spread a tensor over processes."""
 
     name: str
-    has_gradients: bool  # those of a tensor are a tensor of the layout as well
-    writable: bool  # computing with the tensors, and copying into them, does the same to all parts
+    has_gradients: bool  # the gradient of a tensor has the layout as well
+    writable: bool  # computing with the tensors, and copying into them, acts on all parts alike
 
     def ranks(self, t: Tensor) -> list[int]: ...  # of the processes that hold it
     def shape(self, t: Tensor) -> torch.Size: ...  # of the whole tensor
@@ -146,8 +146,8 @@ def has_no_layout(t: Tensor) -> bool:
 
 
 def layout_of(t: Tensor) -> Layout | None:
-    """Return the layout by which processes share a tensor: DTensor, ZeRO-3 or FSDP1; None if this process has all of
-    it.
+    """Return the layout of a tensor that processes share: DTensor, ZeRO-3 or FSDP1; None if this process has
+    all of it.
     """
     if has_no_layout(t):
         return None
@@ -198,7 +198,7 @@ def is_whole(t: Tensor) -> bool:
     if has_no_layout(t):
         return True
     if "_fsdp_flattened" in t.__dict__:
-        return find_flat_place(t) is not None and find_flat_piece(t) is None  # with NO_SHARD it is flattened, and whole
+        return find_flat_place(t) is not None and find_flat_piece(t) is None  # NO_SHARD flattens, and keeps it whole
     return find_flat_piece(t) is None
 
 
@@ -229,7 +229,9 @@ def write_whole(t: Tensor, value: Tensor) -> None:
     if id(t) in find_master_ids([t]):
         from deepspeed.utils import safe_set_full_fp32_param
 
-        safe_set_full_fp32_param(t, value.to(device=t.device, dtype=torch.float32))  # else the next step takes it back
+        safe_set_full_fp32_param(
+            t, value.to(device=t.device, dtype=torch.float32)
+        )  # else the next step undoes the write
 
 
 @torch.no_grad()
@@ -262,7 +264,7 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
 
 def shard_value(value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
     """Return a DTensor of `value`, which every process has whole: each process cuts out its part without waiting."""
-    from torch.distributed import tensor  # rarely needed
+    from torch.distributed import tensor  # imported here, as it is rarely needed
 
     if "src_data_rank" in inspect.signature(tensor.distribute_tensor).parameters:
         return tensor.distribute_tensor(value, mesh, placements, src_data_rank=None)

@@ -36,7 +36,7 @@ class Quantized(Dense):
     exact = live = False
     parts: tuple[str, ...] = ("weight",)  # attributes of the module that make up the packed weight
     writes = True  # graft knows how to quantize anew: a column of docs/reference/storages.md
-    calibrated: str | None = None  # why there is no writing: "its weight is … codes that were calibrated"
+    calibrated: str | None = None  # why it cannot be written: "its weight is … codes that were calibrated"
 
     def values(self, m: nn.Module) -> Tensor:
         """Return the dense weight in new memory, in the module's orientation and in the dtype that the module computes

@@ -43,7 +43,7 @@ def why_no_adapter(module: nn.Module, op: Op, inside: bool) -> str | None:
     """
     is_torch = type(module).__module__.startswith(
         "torch.nn.modules."
-    )  # no package's, nor a parametrized one of a package's
+    )  # packages and parametrizations have classes elsewhere
     why = None if is_torch else megatron.why_no_megatron_adapter(module) or engine.why_no_engine_adapter(module)
     return (
         tensor_parallel.why_no_parallel_adapter(module, op, inside)

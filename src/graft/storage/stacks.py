@@ -438,7 +438,7 @@ class TorchAO(PackedMatrices):
         """
         old, module, experts = self.weight, import_module(type(self.weight).__module__), range(self.shape[0])
         outer = old.per_tensor_scale  # (), or (experts, 1, 1)
-        if outer is not None:  # one that grows moves all numbers
+        if outer is not None:  # a larger one changes all numbers, so it grows only where it must
             tops = torch.stack([matrix(e).abs().amax() for e in experts])
             tops = tops.view_as(outer) if outer.dim() else tops.amax()
             outer = torch.maximum(outer, module.per_tensor_amax_to_scale(tops).to(outer))
@@ -512,5 +512,5 @@ def list_packed_names(m: nn.Module) -> list[str]:
         and "parametrizations" not in m._modules
         and m._parameters.keys().isdisjoint(NAMES)
     ):
-        return []  # as nearly all modules
+        return []  # the quick answer for nearly all modules
     return [name for name in NAMES if find_stack_class(m, name) is not None]

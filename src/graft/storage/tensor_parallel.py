@@ -32,12 +32,12 @@ WHOLE = ("EmbeddingParallel", "TensorParallelLayer")  # with inputs and outputs 
 
 
 class Style(NamedTuple):
-    """The style of transformers' tensor parallelism by which a module runs."""
+    """A style of transformers' tensor parallelism, as one module runs it."""
 
     name: str  # in a plan
     kind: str  # name of its class
     home: str  # module of its class
-    it: Any  # the style itself; None where the forward does not hold it
+    it: Any  # the style object; None if the forward does not hold it
     mesh: Any
 
 
@@ -103,12 +103,9 @@ def find_parallel_group(module: nn.Module) -> ProcessGroup | None:
 def why_not_cut(module: nn.Module, style: Style) -> str | None:
     """Return why a parallel module has no plain pieces of inputs or outputs; None if it has.
 
-    The style TensorParallelLayer never has a reason. The others are refused when:
-
-    - the weight is no DTensor over a mesh of one dimension;
-    - the module returns a DTensor;
-    - a packed layer has a bias, which transformers cuts in another way than the weight;
-    - graft has no rule for the style or its layouts.
+    The style TensorParallelLayer never has a reason. There are four for the others. The weight is no DTensor over a
+    mesh of one dimension. The module returns a DTensor. A packed layer has a bias, which transformers cuts in another
+    way than the weight. Or graft has no rule for the style or its layouts.
     """
     kind, it = style.kind, style.it
     weight = module._parameters.get("weight")
@@ -253,14 +250,14 @@ class TensorParallel(Dense):
         """Put a snapshot back: a parameter becomes the module's again, which ties it; the piece of a tensor is copied
         in place.
         """
-        if isinstance(state, nn.Parameter):  # tie again
+        if isinstance(state, nn.Parameter):
             setattr(m, name, state)
         else:
             local(getattr(m, name)).copy_(local(state))
 
     def protect(self, y: Tensor) -> Tensor:
         """Return a copy of the output, always: it may be a view of a DTensor's, which takes no writing in place."""
-        return y.clone()  # it may be a view of a DTensor's, which takes no writing in place
+        return y.clone()
 
 
 def gather_dtensor(t: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ Again = Callable[[Any, Tensor], Tensor]  # (the old tensor, new values) → a te
 
 
 class TorchAO(Quantized):
-    """The store of a plain module whose weight is a tensor of torchao.
+    """The store of a plain module with a tensor of torchao as weight.
 
     Args:
         again: quantizes anew; None where graft does not know how the class does that.
@@ -81,7 +81,12 @@ class TorchAO(Quantized):
         if isinstance(bias := m._parameters.get("bias"), Tensor):
             values["bias"] = nn.Parameter(bias.detach().to(dtype or bias.dtype, copy=True), bias.requires_grad)
         clone = copy_with(m, values)
-        for name in ("extra_repr", "forward", "_old_forward", "_hf_hook"):  # torchao's and accelerate's, bound to m
+        for name in (
+            "extra_repr",
+            "forward",
+            "_old_forward",
+            "_hf_hook",
+        ):  # torchao and accelerate have bound these to m
             clone.__dict__.pop(name, None)
         return clone
 

@@ -27,8 +27,11 @@ class PackedMatrices(Protocol):
     """A packed stack of matrices that returns single matrices."""
 
     @property
-    def shape(self) -> tuple[int, int, int]: ...  # (experts, out, in)
-    def dense(self, experts: Sequence[int], dtype: torch.dtype) -> Sequence[Tensor]: ...  # matrices (out, in)
+    def shape(self) -> tuple[int, int, int]:
+        """The sizes (experts, out, in)."""
+
+    def dense(self, experts: Sequence[int], dtype: torch.dtype) -> Sequence[Tensor]:
+        """Return the matrices (out, in) of these experts in `dtype`."""
 
 
 class LowRankUpdate(NamedTuple):
@@ -48,9 +51,9 @@ class Form:
     reads: bool  # the function needs the matrix
 
     def __call__(self, expert: int, tensors: Sequence[Tensor], W: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return (ΔW (out, in),), or A (r, in) and B (out, r), from the expert's own `tensors` and its matrix.
+        """Raise NotImplementedError here. A form returns (ΔW (out, in),), or A (r, in) and B (out, r), of an expert.
 
-        Abstract.
+        tensors: those of the expert. W: its matrix, if `reads`.
         """
         raise NotImplementedError
 

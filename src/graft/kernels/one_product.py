@@ -25,10 +25,14 @@ class Addend(Protocol):
     """ΔW (out, n): a NamedTuple of tensors, and of facts."""
 
     def __iter__(self) -> Iterator[object]: ...
-    def add_to(self, W: Tensor) -> Tensor: ...  # W + ΔW, in the dtype of the product
+    def add_to(self, W: Tensor) -> Tensor:
+        """Return W + ΔW, in the dtype of the product."""
 
-    # of all fields, from the gradient of the output (rows, out) and x (rows, n). need: which fields get one
-    def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> Sequence[Tensor | None]: ...
+    def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> Sequence[Tensor | None]:
+        """Return the gradients of all fields, from that of the output, g (rows, out), and x (rows, n).
+
+        need: the fields that get one.
+        """
 
 
 def linear_with(

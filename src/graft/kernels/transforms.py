@@ -288,14 +288,24 @@ class Basis(Protocol):
     """A matrix S (n, parts · size) with fast transforms. M acts on each part of its columns apart."""
 
     @property
-    def n(self) -> int: ...
-    @property
-    def size(self) -> int: ...
+    def n(self) -> int:
+        """The number of rows of S."""
 
-    def analysis(self, x: Tensor) -> Parts: ...  # x (samples, n) → Sᵀ xᵀ
-    def synthesis(self, z: Parts) -> Tensor: ...  # z → (S D⁻¹ z)ᵀ, (samples, n)
-    def factors(self, index: Tensor) -> Tensor: ...  # D[index], which `synthesis` leaves to its caller
-    def at(self, index: Tensor, q: Tensor, dtype: torch.dtype) -> Parts: ...  # S[q, index], (indices, samples)
+    @property
+    def size(self) -> int:
+        """The number of columns of S in each part."""
+
+    def analysis(self, x: Tensor) -> Parts:
+        """Return Sᵀ xᵀ by parts, for x (samples, n)."""
+
+    def synthesis(self, z: Parts) -> Tensor:
+        """Return (S D⁻¹ z)ᵀ, (samples, n)."""
+
+    def factors(self, index: Tensor) -> Tensor:
+        """Return D[index]: the caller multiplies by it before `synthesis`."""
+
+    def at(self, index: Tensor, q: Tensor, dtype: torch.dtype) -> Parts:
+        """Return S[q, index] by parts, (indices, samples) each."""
 
 
 class Sparse(NamedTuple):

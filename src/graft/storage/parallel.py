@@ -42,10 +42,17 @@ class Layout(Protocol):
     has_gradients: bool  # the gradient of a tensor has the layout as well
     writable: bool  # computing with the tensors, and copying into them, acts on all parts alike
 
-    def ranks(self, t: Tensor) -> list[int]: ...  # of the processes that hold it
-    def shape(self, t: Tensor) -> torch.Size: ...  # of the whole tensor
-    def gather(self, t: Tensor) -> Tensor: ...  # collective
-    def fill(self, t: Tensor, value: Tensor) -> None: ...  # put in a whole value, in place
+    def ranks(self, t: Tensor) -> list[int]:
+        """Return the ranks of the processes that hold a part of the tensor."""
+
+    def shape(self, t: Tensor) -> torch.Size:
+        """Return the shape of the whole tensor."""
+
+    def gather(self, t: Tensor) -> Tensor:
+        """Return the whole tensor. Every process that holds a part must call this."""
+
+    def fill(self, t: Tensor, value: Tensor) -> None:
+        """Write a whole value into the tensor in place."""
 
 
 class Distributed:

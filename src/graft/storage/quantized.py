@@ -39,13 +39,19 @@ class Quantized(Dense):
     calibrated: str | None = None  # why it cannot be written: "its weight is … codes that were calibrated"
 
     def values(self, m: nn.Module) -> Tensor:
-        """Return the dense weight in new memory, in the module's orientation and in the dtype that the module computes
-        in, without gradients.
+        """Raise NotImplementedError here. A store returns the dense weight in new memory, without gradients.
+
+        It is in the module's orientation, and in the dtype that the module computes in.
         """
         raise NotImplementedError
 
     def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
-        """Return new values of `parts` that hold W, with the settings of the old ones, which do not change."""
+        """Raise NotImplementedError here.
+
+        A store returns new values of `parts` that hold W, with the settings of the old ones.
+
+        The old ones do not change.
+        """
         raise NotImplementedError
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:

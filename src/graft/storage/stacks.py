@@ -30,11 +30,14 @@ class PackedMatrices:
 
     @classmethod
     def of(cls, m: nn.Module, name: str) -> PackedMatrices:
-        """Return the packed stack with parameter `name` of a module; it shares the module's tensors. Abstract."""
+        """Raise NotImplementedError here.
+
+        A format returns the packed stack `name` of a module, which shares its tensors.
+        """
         raise NotImplementedError
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
-        """Return one matrix (out, in), decoded, in `dtype`. Abstract."""
+        """Raise NotImplementedError here. A format returns one matrix (out, in), decoded, in `dtype`."""
         raise NotImplementedError
 
     def dense(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -52,7 +55,7 @@ class PackedMatrices:
 
     @property
     def device(self) -> torch.device:
-        """The device of the codes. Abstract."""
+        """Raises NotImplementedError here. In a format: the device of the codes."""
         raise NotImplementedError
 
     @property
@@ -67,7 +70,11 @@ class PackedMatrices:
         return "it is on the meta device, not loaded: have the model on real devices first" if on_meta else None
 
     def remake(self, matrix: Callable[[int], Tensor]) -> PackedMatrices:
-        """Return a new stack with other values and the settings of this one, which does not change. Abstract.
+        """Raise NotImplementedError here.
+
+        A format returns a new stack with other values and the settings of this one.
+
+        This one does not change.
 
         Args:
             matrix: returns the new matrix (out, in) of an expert. It may be called twice for one expert; results are
@@ -107,15 +114,21 @@ class PackedMatrices:
         return bool(torch.stack([wide.to(W.dtype).isfinite().all() for W, wide in pairs]).all())
 
     def put(self, m: nn.Module, name: str) -> None:
-        """Make this the stack `name` of a module: replaces the module's tensors. Abstract."""
+        """Raise NotImplementedError here.
+
+        A format makes itself the stack `name` of a module, by replacing the module's tensors.
+        """
         raise NotImplementedError
 
     def to(self, device: torch.device) -> PackedMatrices:
-        """Return the stack on a device. Abstract."""
+        """Raise NotImplementedError here. A format returns the stack on a device."""
         raise NotImplementedError
 
     def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
-        """Return True if the module's own forward can run the input x, with gradients if `trains`. Abstract."""
+        """Raise NotImplementedError here.
+
+        A format returns True if the module's forward can run x, with gradients if `trains`.
+        """
         raise NotImplementedError
 
 

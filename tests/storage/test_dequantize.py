@@ -88,7 +88,7 @@ def test_the_quantization_config_names_what_is_plain_beside_packed_layers(field,
 def test_a_config_without_room_for_plain_layers_is_told():
     net = Net(Calibrated)
     net.config = SimpleNamespace(quantization_config=SimpleNamespace())
-    with pytest.warns(graft.PeftWarning, match="cannot load a saved copy. Adapt all quantized layers"):
+    with pytest.warns(graft.PeftWarning, match=r"cannot load a saved copy\. Adapt all quantized layers"):
         adapted(net, lora()).merge_and_unload(dequantize=True)
     adapted(net, graft.LoraConfig(r=3, target_modules=["plain"])).merge_and_unload(dequantize=True)  # no news
 

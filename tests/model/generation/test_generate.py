@@ -387,7 +387,7 @@ def test_encoder_outputs_are_computed_again(name, method):
     with pytest.warns(UserWarning, match="`encoder_outputs` should not be passed when using prompts in the encoder"):
         out = model(**given, encoder_outputs=encoded).logits
     close(out, model(**given).logits)
-    with pytest.raises(ValueError, match="encoder_outputs do not hold the prompt. Pass input_ids"):
+    with pytest.raises(ValueError, match=r"encoder_outputs do not hold the prompt\. Pass input_ids"):
         model(**without(given, "input_ids"), encoder_outputs=encoded)
     prompt = without(given, "decoder_input_ids")
     with pytest.warns(UserWarning, match="encoder_outputs"):
@@ -470,7 +470,7 @@ def test_an_object_without_room_is_refused(name, method):
         close(model(**given, past_key_values=cache).logits, model(**given).logits)
         return
     want = model(**given).logits
-    with pytest.raises(ValueError, match=r"Cache has no room for a prompt of 4 tokens. Leave it out"):
+    with pytest.raises(ValueError, match=r"Cache has no room for a prompt of 4 tokens\. Leave it out"):
         model(**given, past_key_values=cache)
     close(model(**given).logits, want)
 

@@ -171,7 +171,7 @@ def test_decoder_of_less_depth_than_the_encoder(name):
 def test_decoder_of_more_depth_than_the_encoder(name):
     model, given = coded(name, 1, 2), {**inputs(name), "decoder_input_ids": inputs(name)["input_ids"][:, :2]}
     before = model(**given).logits
-    with pytest.raises(graft.ConfigError, match=r"num_layers=1, but \w+ has 2 layers. Pass them"):
+    with pytest.raises(graft.ConfigError, match=r"num_layers=1, but \w+ has 2 layers\. Pass them"):
         graft.get_peft_model(model, config(name, "prefix"))
     assert torch.equal(model(**given).logits, before)
     peft = graft.get_peft_model(model, config(name, "prefix", num_layers=2)).eval()

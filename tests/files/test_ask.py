@@ -79,7 +79,7 @@ def test_malformed_log_probabilities(kind):
     with serving({"base": None, "tuned": None}, kind, lambda h: say(now[0], PATHS[kind], "/detokenize")(h)) as url:
         connection = Connection(url, 5)
         for now[0] in said:
-            with pytest.raises(ServerError, match=r"answers something else than expected|tells no log-prob") as error:
+            with pytest.raises(ServerError, match=r"answers something else than expected|gives no log-prob") as error:
                 ask_log_probabilities(connection, kind, "tuned", [PROMPT], is_base=False)
             assert str(error.value).isprintable() and len(str(error.value)) < 600, now[0][:100]
 
@@ -97,7 +97,7 @@ def test_malformed_lists_of_models(text):
 
 @pytest.mark.parametrize("text", [*ANYWHERE, b'{"content": 5}'])
 def test_malformed_pieces_of_text(text):
-    """llama.cpp's server is asked for a plain token where it tells no log-probabilities."""
+    """llama.cpp's server is asked for a plain token where it gives no log-probabilities."""
 
     def answer(handler):
         return handler.path in ("/completion", "/detokenize") and say(b"{}" if handler.path == "/completion" else text)(

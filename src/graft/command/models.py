@@ -30,9 +30,7 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
     """
     files = read_base_files(path)
     if os.path.exists(os.path.join(files.path, CONFIG_NAME)):  # transformers would load the adapter's base instead
-        raise CheckpointError(
-            f"{path} holds a model and an adapter, {CONFIG_NAME}. Give a folder with the model alone."
-        )
+        raise CheckpointError(f"{path} holds a model and an adapter, {CONFIG_NAME}. Give the model alone.")
     try:
         import torch
         import transformers

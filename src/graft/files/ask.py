@@ -49,9 +49,7 @@ class Connection:
         if not 0 < timeout <= TIMEOUT_MAX:
             raise OptionError(f"The timeout {timeout} is not possible. Give a number of seconds above 0.")
         if key is not None and not is_printable_ascii(key):
-            raise OptionError(
-                "The API key has a space, a line break or another character that no header can hold. Check the key."
-            )
+            raise OptionError("The API key has a space or another character that no header can hold. Correct it.")
         self.url, self.timeout = url.rstrip("/").removesuffix("/v1"), timeout
         self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
@@ -97,9 +95,7 @@ class Connection:
             raise ServerError(f"{url} has not answered within {self.timeout:g} s. Give it longer with --timeout.")
         if isinstance(outcome, (OSError, HTTPException)):
             reason = escape_controls(shorten_text(str(getattr(outcome, "reason", outcome))))
-            raise ServerError(
-                f"{url} cannot be reached: {reason or repr(outcome)}. Start the server, or correct the address."
-            )
+            raise ServerError(f"{url} cannot be reached: {reason or repr(outcome)}. Check that it runs there.")
         if isinstance(outcome, BaseException):
             raise outcome
         status, location, text = outcome
@@ -255,7 +251,7 @@ def ask_log_probabilities(
     except UnknownModelError as e:
         models = shorten_text(str(list_served_models(connection)))
         raise UnknownModelError(
-            f"The server at {connection.url} has no model {name!r}, but {models} ({e}). Give one of them."
+            f"The server at {connection.url} has no model {name!r}, but {models} ({e}). Give one."
         ) from None
 
 
@@ -346,9 +342,7 @@ def select_llama_adapter(connection: Connection, name: str | None) -> list[Json]
     fits = [i for i, file in files.items() if name in (str(i), paths[i], file, file.removesuffix(".gguf"))]
     if name is not None and len(fits) != 1:
         text = shorten_text(str(paths))
-        raise UnknownModelError(
-            f"The server at {connection.url} has no adapter {name!r}, but {text}. Give one of them."
-        )
+        raise UnknownModelError(f"The server at {connection.url} has no adapter {name!r}, but {text}. Give one.")
     return [{"id": i, "scale": 1.0 if name is not None and i in fits else 0.0} for i in paths]
 
 
@@ -398,7 +392,4 @@ def find_plain_token(connection: Connection) -> int:
         text = connection.post("/detokenize", {"tokens": [token]}, lambda reply: reply["content"])
         if isinstance(text, str) and text.isascii() and text.strip().isalpha():
             return token
-    raise ServerError(
-        f"{connection.url} gives no log-probabilities, and has no token of plain text. Check that it serves a text "
-        "model."
-    )
+    raise ServerError(f"{connection.url} gives no log-probabilities, nor tokens of text. Give a text model.")

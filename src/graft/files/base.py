@@ -103,9 +103,7 @@ def read_base_files(path: str | os.PathLike[str]) -> BaseFiles:
     """
     path = os.fspath(path)
     if not os.path.isdir(path):
-        raise CheckpointError(
-            f"{path} is no folder with a model. Give a folder with config.json and safetensors files."
-        )
+        raise CheckpointError(f"{path} is no folder with a model. Give one with config.json and safetensors files.")
     config = os.path.join(path, "config.json")
     base = BaseFiles(path, read_object(config, finite=False) if os.path.exists(config) else {})
     for name in list_shards(path):
@@ -162,9 +160,7 @@ def check_file_is_inside(folder: str, name: str) -> None:
             "there."
         )
     if not real.is_file():
-        raise CheckpointError(
-            f"{os.path.join(folder, name)} is no regular file. Remove it, or put the model's file there."
-        )
+        raise CheckpointError(f"{os.path.join(folder, name)} is no regular file. Put the model's file there.")
 
 
 def list_shards(path: str) -> list[str]:
@@ -186,9 +182,7 @@ def list_shards(path: str) -> list[str]:
             raise CheckpointError(f"{index} names no file for each tensor. Save or download it again.")
         names = sorted(set(names))
         if strange := [n for n in names if os.path.basename(n) != n]:
-            raise CheckpointError(
-                f"{index} names files outside its folder: {strange[:3]}. Save or download the model again."
-            )
+            raise CheckpointError(f"{index} names files outside its folder: {strange[:3]}. Download the model again.")
         return [WHOLE] if whole and WHOLE not in names else names  # transformers looks for it first
     shard_names = sorted(
         n for n in os.listdir(path) if n.endswith(".safetensors") and not n.startswith(("adapter_", "."))

@@ -67,9 +67,7 @@ def open_pipeline(path: str) -> Skeleton:
     folders = [part for part in sorted(os.listdir(path)) if part.startswith(COMPONENTS)]
     parts = {part: open_base(os.path.join(path, part)) for part in folders if is_model_folder(os.path.join(path, part))}
     if not any(True for part in parts.values() for _ in part.modules):
-        raise CheckpointError(
-            f"{path} has no {', '.join(COMPONENTS)} with modules. Give the folder of a complete pipeline."
-        )
+        raise CheckpointError(f"{path} has no {', '.join(COMPONENTS)} with modules. Give a complete pipeline.")
     return join_pipeline_models(path, read_object(os.path.join(path, PIPELINE)), parts)
 
 

@@ -387,9 +387,7 @@ def compute_training_loss(model: PeftModel, ids: Tensor) -> Tensor:
     base: nn.Module = model.get_base_model()
     task, main_input = type(base).__name__, getattr(base, "main_input_name", "input_ids")
     if main_input != "input_ids":
-        raise ConfigError(
-            f"{task} takes {main_input}, and a plan measures models of token ids only. Give a text model."
-        )
+        raise ConfigError(f"{task} takes {main_input}, and a plan measures models of token ids. Give a text model.")
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if any(hasattr(config, name) for config in model.peft_config.values() for name in ("n_tasks", "num_tasks")):
         inputs["task_ids"] = torch.zeros(len(ids), dtype=torch.long, device=ids.device)

@@ -154,9 +154,7 @@ def add_companion_tensors(adapter: AdapterFile, layers: CheckpointPair) -> None:
     adapted = {module_path(path) for path, lora in adapter.low_rank.items() if lora.kind == "experts"}
     bare = [name for name in adapter.full if layers.is_container(name) or module_path(name) in adapted]
     if bare:
-        raise LossError(
-            f"PEFT's files cannot hold the parameters {join_some(sorted(bare))}. Leave them out with exclude."
-        )
+        raise LossError(f"PEFT's files cannot hold {join_some(sorted(bare))}. Leave them out with exclude.")
     biases = {f"{path}.bias" for path in adapter.modules} & layers.new.keys()
     modules = {module_path(name) for name in adapter.full} - {*adapter.modules}
     beside = {name for name in layers.new if module_path(name) in modules}
@@ -272,9 +270,7 @@ def split_into_matrices(t: Tensor, kind: Kind | None) -> list[Tensor]:
 def finite_norm(name: str, values: np.ndarray) -> float:
     """Return the norm of an array. Raises NonFiniteError, naming the tensor, if a value is NaN or infinite."""
     if not np.isfinite(values).all():
-        raise NonFiniteError(
-            f"'{name}' has NaN or infinite numbers in one of the checkpoints. Leave it out with exclude."
-        )
+        raise NonFiniteError(f"'{name}' has NaN or infinite numbers in a checkpoint. Leave it out with exclude.")
     return float(np.linalg.norm(values))
 
 

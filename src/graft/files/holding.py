@@ -39,11 +39,8 @@ PARTS = {
     "layer_replication": "repeated layers of the base",
     "arrow_config": "a router among other adapters",
 }
-FIELDS = (
-    "alora_invocation_tokens",
-    "layer_replication",
-    "arrow_config",
-)  # fields of PEFT's config that change the effect of the same factors
+# fields of PEFT's config that change the effect of the same factors
+FIELDS = ("alora_invocation_tokens", "layer_replication", "arrow_config")
 
 
 @dataclass(frozen=True)

@@ -182,9 +182,7 @@ def read_base_weight(path: str, adapter: AdapterFile, base: BaseDescription, low
     """
     rows, columns = algebra.delta_shape(low)
     if (name := find_weight_name(path, base)) is None:
-        raise BaseModelMismatchError(
-            f"{base.path} has no weight for '{path}'. Give the base that the adapter was trained on."
-        )
+        raise BaseModelMismatchError(f"{base.path} has no weight for '{path}'. Give the adapter's own base.")
     shape = base.shapes[name]
     expected = (columns, rows) if low.kind == "embedding" else (rows, columns)
     stack = low.kind == "experts"

@@ -77,9 +77,7 @@ def load_adapter(
     lost: list[str] = []
     tensors = {name: to_torch(t) for name, t in name_tensors(adapter, lost).items()}
     if lost and not lossy:
-        raise LossError(
-            f"graft has no method for {join_some(lost)} of {adapter.path}. Pass lossy=True to load the rest."
-        )
+        raise LossError(f"graft has no method for {join_some(lost)} of {adapter.path}. Pass lossy=True for the rest.")
     fields = complete_config(adapter, known)
     config = PeftConfig.resolve(fields["peft_type"])(**{k: v for k, v in fields.items() if k != "peft_type"})
     pair: Any = AdapterInMemory(config, LoadedWeights(tensors, os.fspath(path)))

@@ -74,9 +74,7 @@ def convert_lokr(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod],
         try:
             one, two = factor_shape(m, "lokr_w1"), factor_shape(m, "lokr_w2")
         except (KeyError, IndexError) as e:
-            raise CheckpointError(
-                f"{adapter.path} lacks a factor of '{path}', or it is no matrix: {e}. Save or download it again."
-            ) from e
+            raise CheckpointError(f"{adapter.path} has no valid factors of '{path}': {e}. Save it again.") from e
         # the last factor of a kernel has n · kernel size columns
         if base is not None and f"{path}.weight" in base.shapes:
             two = two[0], base.shapes[f"{path}.weight"][1] // one[1]

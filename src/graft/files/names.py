@@ -292,7 +292,5 @@ def count_heads(base: Base, keys: bool) -> int:
     heads = base.config.get("num_attention_heads")
     heads = base.config.get("num_key_value_heads") or heads if keys else heads
     if not isinstance(heads, int) or heads < 1:
-        raise BaseNeededError(
-            f"The config of {base.path} does not say how many attention heads it has. Add num_attention_heads."
-        )
+        raise BaseNeededError(f"The config of {base.path} has no number of heads. Add num_attention_heads.")
     return heads

@@ -153,9 +153,7 @@ class ComputedParameters:
             parameters = conversion.convert(self.first, model=self.model, config=self.model.config)
         except (ValueError, KeyError, IndexError, TypeError, RuntimeError, AttributeError) as e:
             names = join_some([key for key, _ in self.keys], 3)
-            raise CheckpointError(
-                f"transformers cannot compute '{self.first}' from {names} in the checkpoint: {e}"
-            ) from e
+            raise CheckpointError(f"transformers cannot compute '{self.first}' from the tensors {names}: {e}") from e
         return {name: value[0] if isinstance(value, list) else value for name, value in parameters.items()}
 
 

@@ -146,8 +146,7 @@ def collect_loras(adapter: AdapterFile) -> dict[str, LowRank]:
     }
     if unsuitable := [f"{path} ({m.method})" for path, m in other_modules.items()]:
         raise LossError(
-            f"{adapter.path} has modules that are no LoRA: {join_some(unsuitable)}. Convert them with "
-            "graft.convert_to_lora."
+            f"{adapter.path} has modules that are no LoRA: {join_some(unsuitable)}. See graft.convert_to_lora."
         )
     if grouped := [path for path, h in low_rank.items() if h.kind == "conv" and h.B.shape[1] != h.rank]:
         raise LossError(

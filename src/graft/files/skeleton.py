@@ -211,9 +211,7 @@ def describe_config(path: str, config: Json) -> Skeleton:
     """
     if (name := config.get("_class_name")) is None:
         if (model := build_meta_model(path)) is None:
-            raise CheckpointError(
-                f"{path} holds no weights, and no installed library knows its model. Give a folder with weights."
-            )
+            raise CheckpointError(f"{path} has no weights, and no installed library knows its model. Give its weights.")
         return describe_model(model, path)
     try:
         import diffusers

@@ -378,6 +378,4 @@ def move_to_free_name(source: str, target: str) -> None:
     except OSError as e:
         if not os.path.lexists(target):
             raise
-        raise OutputExistsError(
-            f"{target} was created by another process meanwhile, and is not replaced. Give another output."
-        ) from e
+        raise OutputExistsError(f"{target} was created by another process meanwhile. Give another output.") from e

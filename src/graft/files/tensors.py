@@ -166,18 +166,18 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
             listed = [(name, _parse_entry(entry)) for name, entry in header.items()]
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise CheckpointError(
-                f"The header of {path} is damaged: {shorten_text(str(e))}. Save or download it again."
+                f"The header of {path} is damaged: {shorten_text(str(e))}. Download it again."
             ) from None
     start, end = 8 + size, 0
     for name, (dtype, shape, begin, stop) in sorted(listed, key=lambda item: item[1][2:]):
         if begin != end or stop - begin != prod(shape) * BITS[dtype] // 8 or start + stop > whole:
             raise CheckpointError(
-                f"{path} is damaged or cut off: '{name}' is not where its header says. Save or download it again."
+                f"{path} is damaged or cut off: '{name}' is not where its header says. Save it again."
             )
         end = stop
     if start + end != whole:
         raise CheckpointError(
-            f"{path} is damaged: {whole - start - end} bytes behind its last tensor. Save or download it again."
+            f"{path} is damaged: {whole - start - end} bytes behind its last tensor. Download it again."
         )
     return {
         name: Tensor(shape, dtype, make_part_reader(path, version, start + b, e - b))
@@ -265,7 +265,7 @@ def _reorder_rows(t: Tensor, heads: int, pairs: bool) -> Tensor:
     rows = t.shape[0]
     if not heads or rows % (2 * heads):
         raise BaseModelMismatchError(
-            f"{rows} rows of q or k do not divide into {heads} heads of an even size. Give the adapter's base."
+            f"{rows} rows of q or k are no {heads} heads of an even size. Give the adapter's base."
         )
     half = rows // heads // 2
     shape = (heads, half, 2) if pairs else (heads, 2, half)

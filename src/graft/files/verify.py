@@ -146,9 +146,7 @@ def verify_server(
     for part in ("all", *sorted({last_name(path) for path in scales})):
         alone = compute_with_adapter({path: float(part in ("all", last_name(path))) for path in scales}.__getitem__)
         if root_mean_square(before - alone) <= floor:
-            text = (
-                f"The server's base answers with the adapter, too ({part} of it): it does not separate the two names."
-            )
+            text = f"The server's base answers with the adapter, too ({part} of it): it mixes up the two names."
             effect, deviations = (
                 root_mean_square(compute_with_adapter() - own_base),
                 {APPLIED: root_mean_square(now - compute_with_adapter())},
@@ -318,11 +316,11 @@ def list_common_places(
     ]
     if not places:
         raise BaseModelMismatchError(
-            "The server gives no log-probability of the same token for base and adapter. Check the two names."
+            "The server gives no token's log-probability for both models. Check the two names."
         )
     if strange := [token for *_, token in places if not 0 <= token < vocabulary]:
         raise BaseModelMismatchError(
-            f"The server has a token {strange[0]}, and the base model only {vocabulary}. Give the server's base."
+            f"The server has a token {strange[0]}, the base model {vocabulary}. Give its base."
         )
     return places
 

@@ -251,3 +251,13 @@ def test_the_dtype_of_a_loaded_adapter(autocast, dtype, tmp_path):
     graft.get_peft_model(copy.deepcopy(base), config, **options).save_pretrained(tmp_path)
     loaded = graft.PeftModel.from_pretrained(base, tmp_path, **options)
     assert {p.dtype for n, p in loaded.named_parameters() if "adamss_" in n} == {dtype}
+
+
+def test_a_rank_above_the_inputs_is_cut_to_them():
+    model = graft.get_peft_model(
+        nn.Sequential(nn.Linear(4, 12, bias=False)),
+        graft.AdamssConfig(target_modules=["0"], r=9, num_subspaces=2, subspace_rank=1),
+    )
+    shapes = {tuple(b.shape) for name, b in model.named_buffers() if "newB" in name}
+    shapes |= {tuple(p.shape) for name, p in model.named_parameters() if "newB" in name}
+    assert shapes == {(4, 4)}

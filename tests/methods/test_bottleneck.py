@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.testing import assert_close
 
 import graft
@@ -192,3 +194,28 @@ def test_presets_have_the_names_of_their_papers_too(old, new):
 def test_the_page_lists_the_presets():
     page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     assert [name for name in PRESETS if f"`{name}`" not in page] == []
+
+
+@pytest.mark.parametrize(("how", "std", "bound"), [("bert", 0.02, None), ("houlsby", 0.01, 0.02)])
+def test_initial_values_have_the_spread_of_their_source(how, std, bound):
+    from graft.methods.bottleneck import init_projection
+
+    with seeded(0):
+        module = nn.Linear(300, 300)
+        init_projection(module, how)
+    W = module.weight.detach()
+    if bound is None:
+        assert abs(W.std().item() / std - 1) < 0.02
+    else:  # a normal distribution cut at two deviations has 0.88 of its spread
+        assert abs(W.std().item() / (0.88 * std) - 1) < 0.02 and W.abs().max() <= bound
+    assert not module.bias.any()
+
+
+def test_a_model_of_one_block_gets_one_bottleneck():
+    base = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    model = graft.get_peft_model(base, graft.BottleneckConfig.preset("seq_bn"))
+    assert len(layers(model)) == 1

@@ -196,11 +196,9 @@ def compute_change(m: Method, effect: Effect | None = None) -> WeightChange:
                 A, B = Opaque.split_matrices(A, B, layer.site.shape[0])
                 return WeightChange(A, B if f.scale is None else B * f.scale, None)
             has_group_rows = len(A) == groups * B.shape[1]  # each group has separate rows of A
-            return WeightChange(
-                A.unflatten(0, (groups, -1)) if has_group_rows else A.expand(groups, *A.shape),
-                (B if f.scale is None else B * f.scale).unflatten(0, (groups, -1)),
-                f.shift(),
-            )
+            A = A.unflatten(0, (groups, -1)) if has_group_rows else A.expand(groups, *A.shape)
+            B = B if f.scale is None else B * f.scale
+            return WeightChange(A, B.unflatten(0, (groups, -1)), f.shift())
         if effect.additive:
             W, shift = compute_delta(layer, effect), effect.shift()
         else:

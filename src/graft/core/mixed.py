@@ -43,6 +43,7 @@ from graft.core.plan import (
 from graft.core.protocols import Layer
 from graft.core.rows import CallContext, JointAdapters, Key, Rows, adapters_in
 from graft.kernels.eager import autocast_dtype, eager, has_no_hooks
+from graft.kernels.experts import StackUpdate
 from graft.kernels.low_rank import new_seed
 from graft.kernels.mixed import add_groups, can_add_groups
 from graft.kernels.segments import LINE, Group, Segment, Stacks, align, group_segments, is_at_line, segments_linear
@@ -152,13 +153,7 @@ class MixedPlan:
             if self.routes and (len(rows.segments) > 1 or layer.call.current_context().draws is not None):
                 if not all(plan.adds for _, plan in self.folded_plans):
                     check_no_gates(layer)
-                return layer.site.experts.run_updated(
-                    layer,
-                    args,
-                    kwargs,
-                    lambda n: [u for i, plan in self.folded_plans for u in plan.make_stack_updates(n, i)],
-                    rows,
-                )
+                return layer.site.experts.run_updated(layer, args, kwargs, self.make_stack_updates, rows)
             one = self.find_single_plan(rows)
             return layer.base_module(*args, **kwargs) if one is None else one.run(*args, **kwargs)
         if self.input_plan is not None:
@@ -331,6 +326,10 @@ class MixedPlan:
         """Return the output for x (rows, …), sorted by group, with one call of the base for all groups."""
         layer = self.layer
         return segments_linear(layer.base_layer, layer.op.input_gradient, layer.weight_now, x, groups)
+
+    def make_stack_updates(self, tokens: int) -> list[StackUpdate]:
+        """Return the updates of a stack by all plans, each for its group of rows, for a batch of so many tokens."""
+        return [update for i, plan in self.folded_plans for update in plan.make_stack_updates(tokens, i)]
 
     def find_single_plan(self, rows: Rows) -> LayerPlan | None:
         """Return the plan that all rows use, of a weight that its module uses in its own ways; None if no key has a

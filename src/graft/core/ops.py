@@ -342,17 +342,8 @@ class Conv(Op):
 
         `fill` is not used: both have torch's initial values.
         """
-        down = self.module(
-            m.in_channels,
-            r,
-            m.kernel_size,
-            stride=m.stride,
-            padding=m.padding,
-            dilation=m.dilation,
-            padding_mode=m.padding_mode,
-            bias=False,
-            device=device,
-        )
+        options: Any = dict(stride=m.stride, padding=m.padding, dilation=m.dilation, padding_mode=m.padding_mode)
+        down = self.module(m.in_channels, r, m.kernel_size, **options, bias=False, device=device)
         up = self.module(r, m.out_channels, 1, groups=m.groups, bias=bias, device=device)
         return down, up
 

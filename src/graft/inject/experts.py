@@ -434,11 +434,8 @@ def convert_patterns(
         gone = set(old)
         still = [*(path for path in tree.modules if path not in gone), *(stack.path for stack in parts_by_stack)]
         used = {p for p in patterns_of_field if any(cfg.reaches(p, path, name) for path in old)}
-        remaining_patterns = {
-            p: v
-            for p, v in patterns_of_field.items()
-            if p not in used or any(cfg.reaches(p, path, name) for path in still)
-        }
+        unused = {p for p in used if not any(cfg.reaches(p, path, name) for path in still)}
+        remaining_patterns = {p: v for p, v in patterns_of_field.items() if p not in unused}
         whole = {rf".*\.{re.escape(s.parameter)}": default * len(s.parts) for s in parts_by_stack if len(s.parts) > 1}
         sums[name] = exact | remaining_patterns | {p: v for p, v in whole.items() if p not in remaining_patterns}
     for name, patterns in sums.items():

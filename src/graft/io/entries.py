@@ -127,10 +127,8 @@ def list_entries(parts: AdapterCarriers, adapter: str, prefix: str) -> Iterator[
     for key, layer in {**parts.layers, **rows}.items():
         method = layer.methods[adapter]
         files = method.files
-        stem_in_memory, stem_in_file = (
-            f"{prefix}{in_model.path(key, layer)}.",
-            f"{prefix}{strip_inner_wrappers(in_file.path(key, layer))}.",
-        )
+        stem_in_memory = f"{prefix}{in_model.path(key, layer)}."
+        stem_in_file = f"{prefix}{strip_inner_wrappers(in_file.path(key, layer))}."
         for slot in layer.slots(adapter):
             if not slot.saved:
                 continue

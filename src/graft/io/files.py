@@ -162,10 +162,8 @@ def read_torch(path: str, check_digest: bool = True) -> LoadedWeights:
         tensors = check_tensors_by_name(load_torch_file(f, path), path)
     if check_digest and seal.KEY in noted and not any(map(describe_fault, tensors.values())):
         seal.check_digest(noted[seal.KEY], digest_tensors(tensors), path)
-    of_base, file_notes = (
-        read_fingerprint(noted.get(KEY), path),
-        notes.WeightsFile(path, noted.get(notes.CONFIG), stamp),
-    )
+    of_base = read_fingerprint(noted.get(KEY), path)
+    file_notes = notes.WeightsFile(path, noted.get(notes.CONFIG), stamp)
     return LoadedWeights(separate_memory(tensors), path, of_base, file_notes)
 
 
@@ -228,13 +226,9 @@ def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = Tr
         if saved is not None and digest is not None:
             seal.check_digest(saved, digest.result(), path, may_differ)
     noted = notes.select_texts(header.get("__metadata__"))
-    return LoadedWeights(
-        tensors,
-        path,
-        read_fingerprint(noted.get(KEY), path),
-        notes.WeightsFile(path, noted.get(notes.CONFIG), stamp),
-        finite=finite,
-    )
+    of_base = read_fingerprint(noted.get(KEY), path)
+    file_notes = notes.WeightsFile(path, noted.get(notes.CONFIG), stamp)
+    return LoadedWeights(tensors, path, of_base, file_notes, finite=finite)
 
 
 def load_peft_weights(

@@ -238,10 +238,8 @@ class CheckpointValues:
         pairs_to_load: list[tuple[Entry, str]] = []
         mismatched: list[Mismatch] = []
         used: set[str] = set()
-        groups = [
-            (layer, [(entry, find_key(entry, names)) for entry in group])
-            for layer, group in groupby(list_entries(parts, self.adapter, prefix), lambda entry: entry.layer)
-        ]
+        by_layer = groupby(list_entries(parts, self.adapter, prefix), lambda entry: entry.layer)
+        groups = [(layer, [(entry, find_key(entry, names)) for entry in group]) for layer, group in by_layer]
         for layer, pairs in groups:
             if layer is None:  # layers may restore values as large as the shared tensors
                 both = [(in_memory(e.label), self.tensors[n].shape, find_whole_shape(e.tensor)) for e, n in pairs if n]
@@ -318,11 +316,8 @@ class CheckpointValues:
         """Return the keys of the trained biases that the file lacks: of adapted layers, and with "all" of the whole
         base. If it lacks all biases of "<method>_only", as PEFT writes it, warns and returns [].
         """
-        has_bias = (
-            key
-            for key, layer in parts.layers.items()
-            if not layer.op.opaque and layer.get_base_layer()._parameters.get("bias") is not None
-        )
+        layers = ((key, layer.get_base_layer()) for key, layer in parts.layers.items() if not layer.op.opaque)
+        has_bias = [key for key, base_layer in layers if base_layer._parameters.get("bias") is not None]
         in_file = make_file_namer(parts)
         wanted = {in_file(f"{key}.bias"): f"{key}.bias" for key in has_bias}
         if kind == "all":

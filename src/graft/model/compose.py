@@ -244,10 +244,8 @@ def copy_rows(
             )
         return value
 
-    return (
-        tuple(copy_value(value, f"number {i}") for i, value in enumerate(inputs)),
-        {name: copy_value(value, name) for name, value in kwargs.items()},
-    )
+    positional = tuple(copy_value(value, f"number {i}") for i, value in enumerate(inputs))
+    return positional, {name: copy_value(value, name) for name, value in kwargs.items()}
 
 
 def split(output: T, n: int) -> list[T]:

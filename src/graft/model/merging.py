@@ -75,11 +75,8 @@ def merge_layers(
         if undoable:
             until = f"in layers that carry {', '.join(names)}, they have no effect until unmerge_adapter()"
         warn(f"Active adapters {silent} are not merged: {until}.")
-    by_delta = {
-        layer: graft_merges.pop(layer)
-        for layer in [*graft_merges]
-        if merging.find_patched_method(layer, merging.DELTA) is not None
-    }
+    patched = [layer for layer in graft_merges if merging.find_patched_method(layer, merging.DELTA) is not None]
+    by_delta = {layer: graft_merges.pop(layer) for layer in patched}
     before = {layer: list(layer.state.merged) for layer in (*replaced, *by_delta, *(graft_merges if undoable else ()))}
     try:  # first a client's `merge`, which may raise: the merges after it may keep no undo
         for layer, merge in replaced.items():

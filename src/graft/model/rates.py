@@ -25,17 +25,9 @@ FILE = Path(__file__).with_name("rates.json")  # one RateSearch for each search 
 NUMBER = re.compile(r"_niter_\d+$")
 # fields that do not change the method or size of an adapter
 COMMON = {
-    "task_type",
-    "peft_type",
-    "peft_version",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "progressbar",
-    "target_modules",
-    "exclude_modules",
-    "layers_pattern",
-}
+    "task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "progressbar",
+    "target_modules", "exclude_modules", "layers_pattern",
+}  # fmt: skip
 
 
 class RateSearch(TypedDict):
@@ -212,10 +204,8 @@ def find_similar(config: PeftConfig) -> list[RateSearch]:
     """
     same = [row for row in read_searches() if row["adapter"] == class_name_of(config) and best_lr([row])]
     marks_of_config = words_and_flags(find_settings(config))
-    apart = [
-        (count_differences(marks_of_row, marks_of_config), len(marks_of_row.items() - marks_of_config.items()))
-        for marks_of_row in (words_and_flags(r["config"]) for r in same)
-    ]
+    marks = (words_and_flags(row["config"]) for row in same)
+    apart = [(count_differences(m, marks_of_config), len(m.items() - marks_of_config.items())) for m in marks]
     return [row for row, n in zip(same, apart) if n == min(apart)]
 
 

@@ -792,11 +792,8 @@ class Registry:
         """
         done = self.merged_adapters
         choice = None if adapter_names is None else check_name_list(adapter_names, "adapter_names")
-        layers = [
-            layer
-            for layer in self.mergeable_layers()
-            if not layer.methods.keys().isdisjoint([*done, *(layer.active_adapters if choice is None else choice)])
-        ]
+        named = ((layer, layer.active_adapters if choice is None else choice) for layer in self.mergeable_layers())
+        layers = [layer for layer, names in named if not layer.methods.keys().isdisjoint([*done, *names])]
         packed = [(layer, layer.store) for layer in layers if isinstance(layer.store, Quantized)]
         for layer, store in packed:
             if (why := store.why_unreadable(layer.base_layer)) is not None:

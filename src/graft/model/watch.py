@@ -181,12 +181,10 @@ class Watch:
             return AuditReport(after="the first backward pass", nothing_trains=names)
         part_states = list(zip(parts, gradient_states(parts)))
         ids = {id(p) for part in parts for p in part.parameters}
-        others_trained = [
-            p for p in iterate_parameters(model) if p.requires_grad and p.grad is not None and id(p) not in ids
-        ]
-        if not others_trained and all([state in (NONE, ZERO) for _, state in part_states]):
+        outside = [p for p in iterate_parameters(model) if p.requires_grad and p.grad is not None and id(p) not in ids]
+        if not outside and all([state in (NONE, ZERO) for _, state in part_states]):
             return None  # the loss was constant, or another library took the gradients
-        report = AuditReport(after="the first backward pass", not_saved=self._find_unsaved(others_trained))
+        report = AuditReport(after="the first backward pass", not_saved=self._find_unsaved(outside))
         half = self.half or any([p.dtype == torch.float16 for p in model.parameters()])
         if BROKEN in [state for _, state in part_states] and not half:
             report.not_finite = [part.label for part, state in part_states if state == BROKEN]

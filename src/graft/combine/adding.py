@@ -66,11 +66,8 @@ def make_plain_config(configs: Sequence[PeftConfig]) -> LoraConfig:
     Exclusions and layer ranges are those of the first.
     """
     first = configs[0]
-    like = config_of("LORA")(
-        task_type=first.task_type,
-        base_model_name_or_path=first.base_model_name_or_path,
-        revision=first.revision,
-    )
+    names = ("task_type", "base_model_name_or_path", "revision")
+    like = config_of("LORA")(**{name: getattr(first, name) for name in names})
     for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         setattr(like, name, getattr(first, name, None))
     return union_configs(configs, like=like)
@@ -223,9 +220,8 @@ class CombinedValues:
             raise OtherLayersError
         out: list[tuple[Receiver, Tensor]] = []
         for key, layer in parts.layers.items():
-            out += [
-                (SlotTarget(layer, slot), self.values[key][slot.container, slot.path]) for slot in layer.slots(adapter)
-            ]
+            values = self.values[key]
+            out += [(SlotTarget(layer, slot), values[slot.container, slot.path]) for slot in layer.slots(adapter)]
         for key, host in parts.wrappers.items():
             if host.takes_rows:
                 pairs = self.rows[key]

@@ -102,9 +102,7 @@ def fix_effects(layers: Layers, adapter: str, at: Mapping[str, object]) -> dict[
     if unknown := sorted(set(at) - follows):
         says = f"follows {sorted(follows)}" if follows else "follows no argument of a call"
         raise ConfigError(f"at={dict(at)!r} names {unknown}, and adapter '{adapter}' {says}. Leave them out.")
-    return {
-        key: m.effect_at(at[name]) for key, m in methods.items() if (name := m.depends_on) is not None and name in at
-    }
+    return {k: m.effect_at(at[n]) for k, m in methods.items() if (n := m.depends_on) is not None and n in at}
 
 
 def check_convertible(layers: Layers, adapter: str, cfg: Any, rank: Any, effects: Mapping[str, Effect]) -> None:

@@ -48,9 +48,8 @@ class WeightedReport:
             return text
         key = min(self.energy, key=lambda k: self.energy[k])
         mean = sum(self.energy.values()) / len(self.energy)
-        return (
-            f"{text}, retained energy {mean:.4f} on average, at least {self.energy[key]:.4f} ('{escape_controls(key)}')"
-        )
+        where = escape_controls(key)
+        return f"{text}, retained energy {mean:.4f} on average, at least {self.energy[key]:.4f} ('{where}')"
 
 
 def gather_whole(combine: Callable[..., WeightedReport]) -> Callable[..., WeightedReport]:
@@ -206,9 +205,8 @@ def add_weighted_mixed(
     Raises:
         NotImplementedError: an adapter has no ΔW, as IA3 or OFT, which act on inputs and outputs.
     """
-    functions = {
-        choose_combination(tuner.peft_config[name].peft_type) for name in adapters if name in tuner.peft_config
-    }
+    configs = tuner.peft_config
+    functions = {choose_combination(configs[name].peft_type) for name in adapters if name in configs}
     combine = functions.pop() if len(functions) == 1 and refuse_combination not in functions else add_weighted_adapter
     return combine(tuner, adapters, weights, adapter_name, *args, **kwargs)
 

@@ -206,10 +206,7 @@ LORA = _by_model_type(
 # mixers with a state, which PEFT has no targets for: the projections around them, and attention as in `LORA`
 MIXERS = _by_model_type(
     ("mamba mamba2 falcon_mamba", ["in_proj", "out_proj"]),
-    (
-        "jamba bamba falcon_h1 zamba zamba2 granitemoehybrid lfm2 lfm2_moe",
-        ["q_proj", "v_proj", "in_proj", "out_proj"],
-    ),
+    ("jamba bamba falcon_h1 zamba zamba2 granitemoehybrid lfm2 lfm2_moe", ["q_proj", "v_proj", "in_proj", "out_proj"]),
     ("qwen3_next", ["q_proj", "v_proj", "in_proj_qkvz", "out_proj"]),
 )
 
@@ -293,10 +290,7 @@ VBLORA = {**ADALORA, "roberta": ["query", "value"]}
 BEFT = _by_model_type(
     ("t5 mt5", ["v"]),
     ("roberta bert", ["value"]),
-    (
-        "opt gptj gpt_neo bart llama llama4 mistral mixtral phi gemma gemma2 gemma3_text qwen2 qwen3",
-        ["v_proj"],
-    ),
+    ("opt gptj gpt_neo bart llama llama4 mistral mixtral phi gemma gemma2 gemma3_text qwen2 qwen3", ["v_proj"]),
     ("deberta-v2", ["value_proj"]),
 )
 

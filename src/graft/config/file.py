@@ -142,8 +142,7 @@ class ConfigFile:
         if names:
             differ = ", ".join(f"{n} ({fields.get(n)!r}, saved with {inside.get(n)!r})" for n in names)
             warn(
-                f"{self.path} was edited since its weights were saved: {differ}. The edited values count.",
-                PeftWarning,
+                f"{self.path} was edited since its weights were saved: {differ}. The edited values count.", PeftWarning
             )
 
     def _warn_cut_short(self, weights: str) -> None:

@@ -174,10 +174,8 @@ class Pattern:
                 "list "
                 "to name modules plainly."
             ) from e
-        self.match, self.fullmatch = (
-            partial(self._call_in_time, timed.match),
-            partial(self._call_in_time, timed.fullmatch),
-        )
+        self.match = partial(self._call_in_time, timed.match)
+        self.fullmatch = partial(self._call_in_time, timed.fullmatch)
         self.subn = partial(self._call_in_time, timed.subn)
 
     def _call_in_time(self, function: Callable[..., object], *args: object) -> Any:

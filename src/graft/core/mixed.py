@@ -449,11 +449,10 @@ class MixedPlan:
                     adapter_output = plan.add(adapter_input, adapter_output, fuse)
                 else:
                     with self.narrow_facts(index) if self.input_plan is None else self.narrow_to_rows(index, name):
-                        adapter_output = (
-                            plan.add(adapter_input, adapter_output, fuse)
-                            if gates is None
-                            else plan.add_gated(adapter_input, adapter_output)
-                        )
+                        if gates is None:
+                            adapter_output = plan.add(adapter_input, adapter_output, fuse)
+                        else:
+                            adapter_output = plan.add_gated(adapter_input, adapter_output)
             y.index_copy_(0, index, adapter_output.to(y.dtype))
         return y
 

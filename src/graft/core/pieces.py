@@ -236,9 +236,8 @@ def may_draw(m: Method) -> bool:
     """Return True if an adapter may draw random numbers in training: a dropout of its config is above 0, or its effect
     draws.
     """
-    return any(
-        isinstance(value, float) and value > 0 for name, value in vars(m.cfg).items() if "dropout" in name
-    ) or bool(getattr(m.effect, "draws", False))
+    rates = [value for name, value in vars(m.cfg).items() if "dropout" in name]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates) or bool(getattr(m.effect, "draws", False))
 
 
 class PieceSumPlan(PiecePlan, SumPlan):

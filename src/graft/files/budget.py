@@ -167,11 +167,7 @@ class StepMemory:
 
 
 def measure_budget(
-    training: Training,
-    batch: int,
-    checkpointing: bool = False,
-    optimizer: str = "adamw",
-    bits: int | str | None = None,
+    training: Training, batch: int, checkpointing: bool = False, optimizer: str = "adamw", bits: int | str | None = None
 ) -> Budget:
     """Return the memory of a training step, part by part. Builds the models on the meta device and runs steps there.
 

@@ -170,12 +170,7 @@ def find_spots(
     parameter_names = model.state_dict()
     try:
         from transformers import conversion_mapping
-        from transformers.core_model_loading import (
-            WeightRenaming,
-            apply_renamings,
-            dot_natural_key,
-            rename_source_key,
-        )
+        from transformers.core_model_loading import WeightRenaming, apply_renamings, dot_natural_key, rename_source_key
     except ImportError:  # before transformers 5
         return find_spots_by_patterns(getattr(type(model), "_checkpoint_conversion_mapping", None) or {}, shapes)
     conversions = conversion_mapping.get_model_conversion_mapping(model)

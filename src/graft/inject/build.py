@@ -49,9 +49,8 @@ def count_early_numbers(job: InjectionJob) -> float:
     """
     total, local_methods = 0.0, job.local_methods.values()
     if job.method.shares and local_methods:
-        layers = AdaptedLayers(
-            job.model, [m.matrix_method.site for m in local_methods], job.cfg, job.shared.containers, job.other_configs
-        )
+        sites = [m.matrix_method.site for m in local_methods]
+        layers = AdaptedLayers(job.model, sites, job.cfg, job.shared.containers, job.other_configs)
         total += count_needed_numbers(lambda: job.method.share(layers))
     rows = [m for m in job.beside.values() if isinstance(m, TrainableTokens)]
     early = [*(m for m in local_methods if Use.READS in m.uses_weight()), *rows]
@@ -444,13 +443,8 @@ def set_fan_in_fan_out(cfg: PeftConfig, sites: Iterable[Site]) -> None:
     if not hasattr(cfg, "fan_in_fan_out"):
         return
     for site in sites:
-        if (
-            not site.op.known
-            or site.op.opaque
-            or site.op.takes_ids
-            or len(site.shape) != 2
-            or cfg.fan_in_fan_out == site.op.transposed
-        ):
+        is_matrix = site.op.known and not site.op.opaque and not site.op.takes_ids and len(site.shape) == 2
+        if not is_matrix or cfg.fan_in_fan_out == site.op.transposed:
             continue
         kind = "Conv1D" if site.op.transposed else "torch.nn.Linear"
         warn(

@@ -241,11 +241,8 @@ def convert_expert_targets(
         ConfigError: the config names only some of the parts that are fused into one stack.
     """
     unreached = UnreachedTargets()
-    if (
-        cfg.peft_type != "LORA"
-        or cfg.target_modules is None
-        or not (is_rewritten_by_peft(model) or any(list_stacks(tree)))
-    ):
+    is_lora = cfg.peft_type == "LORA" and cfg.target_modules is not None
+    if not is_lora or not (is_rewritten_by_peft(model) or any(list_stacks(tree))):
         return unreached
     experts = ExpertStacks(model, tree)
     all_stacks, chosen = experts.stacks, ExpertTargets(cfg, experts)

@@ -143,11 +143,9 @@ def drop_read_targets(cfg: Targeted, method: type[Method], adapter: str, tree: M
     for name in names:
         key = next((key for key in tree.modules if f".{key}".endswith(f".{name}")), None)
         site = None if key is None else get_site(key, tree.modules[key], tree)
-        if (
-            site is not None
-            and site.is_read
-            and why_not_in_weight(make_method(site, kind, cfg.at(site.key), adapter)) is not None
-        ):
+        if site is None or not site.is_read:
+            continue
+        if why_not_in_weight(make_method(site, kind, cfg.at(site.key), adapter)) is not None:
             read.add(name)
     cfg.target_modules = names - read or names
 
@@ -513,11 +511,8 @@ def report_matches(
     outcome_kinds = {v.outcome for v in verdicts}
     targets = cfg.target_modules
     excluded = bool(outcome_kinds & {"excluded", "saved"})
-    if (
-        "matched" not in outcome_kinds
-        and not parameters
-        and DUMMY not in (targets if isinstance(targets, (set, list)) else (targets,))
-    ):
+    entries = targets if isinstance(targets, (set, list)) else (targets,)
+    if "matched" not in outcome_kinds and not parameters and DUMMY not in entries:
         why = experts_left.experts_text or explain_no_match(cfg, outcomes, excluded)
         raise NoMatchingPeftModuleError(f"{why} Adapter '{report.adapter}'.")
     if isinstance(targets, str) and "matched" not in outcome_kinds and targets != DUMMY:

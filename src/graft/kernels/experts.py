@@ -337,10 +337,8 @@ class _StackProduct(Function):
                 if e not in maker.spans:
                     continue
                 a, b = maker.spans[e]
-                update, v = (
-                    maker.make(e, [t[e] for t in part_tensors[: maker.per_expert]], W),
-                    rows(a, b).to(maker.dtype),
-                )
+                update = maker.make(e, [t[e] for t in part_tensors[: maker.per_expert]], W)
+                v = rows(a, b).to(maker.dtype)
                 z = v @ update[0].T
                 if len(update) > 1:  # each h in separate memory: a view's alignment would change its bits
                     low[i, e], z = z, z @ update[1].T

@@ -299,11 +299,9 @@ class Rescaled(NamedTuple):
     def columns(self, ids: Tensor) -> Tensor:
         """Return the columns of ΔW that `ids` (…) name: (…, out); zeros without a and b."""
         columns = embedding(ids, self.W.T)
-        return (
-            torch.zeros_like(columns)
-            if self.a is None or self.b is None
-            else columns * self.a.flatten() + self.b.flatten()
-        )
+        if self.a is None or self.b is None:
+            return torch.zeros_like(columns)
+        return columns * self.a.flatten() + self.b.flatten()
 
     def product(self, x: Tensor) -> None:
         """Return None: for few rows, too, the matrix has to be formed."""

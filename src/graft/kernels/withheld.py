@@ -50,11 +50,7 @@ class Withheld(Tensor):
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
-        cls,
-        function: object,
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
+        cls, function: object, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
     ) -> NoReturn:
         """Raise the error of the first `Withheld` among the arguments, for every operation below autograd."""
         raise_first_error(args, kwargs)

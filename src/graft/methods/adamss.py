@@ -185,11 +185,8 @@ class Allocator(Importance):
 
         The host waits once.
         """
-        means = [
-            self.score(f"{key}.{part}.{j}", getattr(methods[key], part)[j]).mean()
-            for key, j in spaces
-            for part in PARTS
-        ]
+        keys = ((key, part, j) for key, j in spaces for part in PARTS)
+        means = [self.score(f"{key}.{part}.{j}", getattr(methods[key], part)[j]).mean() for key, part, j in keys]
         device = means[0].device
         scores = torch.stack([mean.to(device) for mean in means]).view(-1, len(PARTS)).tolist()
         return [sum(parts) for parts in scores]
@@ -262,9 +259,8 @@ def choose(methods: dict[str, Method], state: Allocator, step: int, cfg: AdamssC
     spaces = [(key, j) for key, m in methods.items() for j in range(len(m.adamss_A))]
     scores = zip(spaces, state.of(methods, spaces))
     rank = {(key, j): (score, methods[key].adamss_A[j].requires_grad) for (key, j), score in scores}
-    best = set(
-        sorted(spaces, key=lambda space: rank[space], reverse=True)[: count_trained_subspaces(step, len(spaces), cfg)]
-    )
+    count = count_trained_subspaces(step, len(spaces), cfg)
+    best = set(sorted(spaces, key=lambda space: rank[space], reverse=True)[:count])
     for key, m in methods.items():
         for slot in m.layer.slots(m.name):
             if slot.container in PARTS:  # `set_adapter` lets those train that may

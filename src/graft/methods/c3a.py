@@ -58,10 +58,8 @@ class C3A(Method[C3AConfig]):
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return `c3a_kernel` (out / b, in / b, b) of zeros, trained, and the fact `block_size`."""
         b = self.cfg.block_size
-        return dict(
-            c3a_kernel=nn.Parameter(torch.zeros(self.site.out_features // b, self.site.fan_in // b, b)),
-            block_size=b,
-        )
+        kernel = torch.zeros(self.site.out_features // b, self.site.fan_in // b, b)
+        return dict(c3a_kernel=nn.Parameter(kernel), block_size=b)
 
     def init_values(self) -> None:
         """Fill the kernel as `init_weights` says.

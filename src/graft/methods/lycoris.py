@@ -52,13 +52,8 @@ class Lycoris(Method[L]):
         dropout rates.
         """
         cfg = self.cfg
-        return dict(
-            r=cfg.r,
-            alpha=cfg.alpha,
-            scaling=cfg.alpha / cfg.r,
-            rank_dropout=cfg.rank_dropout,
-            module_dropout=cfg.module_dropout,
-        )
+        dropouts = dict(rank_dropout=cfg.rank_dropout, module_dropout=cfg.module_dropout)
+        return dict(r=cfg.r, alpha=cfg.alpha, scaling=cfg.alpha / cfg.r, **dropouts)
 
     @property
     def cp(self) -> bool:

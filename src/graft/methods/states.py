@@ -203,10 +203,8 @@ class OnStates(Method[S]):
             if tuner.is_disabled:
                 yield finish
                 return
-            facts: dict[str, PerRow] = {
-                **facts_of(run.name_arguments(tuner.model), tuner.model),
-                **cls.facts(run, tuner.model),
-            }
+            prompt_facts = facts_of(run.name_arguments(tuner.model), tuner.model)
+            facts: dict[str, PerRow] = {**prompt_facts, **cls.facts(run, tuner.model)}
             with call.extend_context(facts=facts), follow_generate(tuner.model, call, run):
                 yield finish
 

@@ -62,11 +62,8 @@ class Places:
         """Return four tensors of a layer: factors of A (r, in) and B (out, r), then indices of A and B."""
         start, a, b = self.first[site.key], r * site.fan_in, r * site.out_features
         shapes = ((r, site.fan_in), (site.out_features, r))
-        return [
-            part.view(shape)
-            for t in (self.scale, self.index)
-            for part, shape in zip(t[start : start + a + b].split((a, b)), shapes)
-        ]
+        pairs = (t[start : start + a + b].split((a, b)) for t in (self.scale, self.index))
+        return [part.view(shape) for pair in pairs for part, shape in zip(pair, shapes)]
 
 
 class UniLoRA(Method[UniLoraConfig]):

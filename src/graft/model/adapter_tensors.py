@@ -77,10 +77,7 @@ class AdapterTensors:
 
 @run_as_call
 def adapter_tensors(
-    model: nn.Module,
-    adapter_name: str = "default",
-    layout: str = "peft",
-    dtype: torch.dtype | None = None,
+    model: nn.Module, adapter_name: str = "default", layout: str = "peft", dtype: torch.dtype | None = None
 ) -> AdapterTensors:
     """Return an adapter as tensors in the layout of a server.
 

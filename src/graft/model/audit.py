@@ -169,9 +169,7 @@ class Part(NamedTuple):
 
 
 def audit(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    loss: Callable[[], Tensor] | None = None,
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, loss: Callable[[], Tensor] | None = None
 ) -> AuditReport:
     """Return a report of the active adapters: which do not train or move, have exploded, are not saved, or not
     optimized.
@@ -217,9 +215,8 @@ def audit(
     report.not_trained = find_frozen(carriers)
     configs = {name: get_config(model, name) for name in names}
     by_name = {name: find_carriers(model, name) for name in names}
-    report.not_saved = find_unsaved(
-        model, [(name, parts_of_name, base, configs[name]) for name, (parts_of_name, _, base) in by_name.items()]
-    )
+    adapters = [(name, carriers_of_name, base, configs[name]) for name, (carriers_of_name, _, base) in by_name.items()]
+    report.not_saved = find_unsaved(model, adapters)
     if optimizer is not None:
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         report.not_optimized = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]

@@ -295,12 +295,7 @@ class Registry:
     # add
 
     @prepares
-    def add_adapter(
-        self,
-        adapter_name: str,
-        config: PeftConfig,
-        options: Options,
-    ) -> InjectReport:
+    def add_adapter(self, adapter_name: str, config: PeftConfig, options: Options) -> InjectReport:
         """Inject another adapter, inactive, and return the report. On an error nothing has changed.
 
         If a client replaced `inject_adapter` of the tuner, that is called, and has to call the original.

@@ -107,10 +107,7 @@ class MultitaskPromptEmbedding(PromptEmbedding):
 
     def to_file_tensors(self) -> dict[str, Tensor]:
         """Return the shared prompt and the factors of all tasks, detached, by name."""
-        return {
-            STORED: self.embedding.weight.detach(),
-            **{name: getattr(self, name).detach() for name in FACTORS},
-        }
+        return {STORED: self.embedding.weight.detach(), **{name: getattr(self, name).detach() for name in FACTORS}}
 
     def restore(self, name: str, value: Tensor) -> None:
         """Copy the value into the shared prompt (`prompt_embeddings`) or the factor with this name, in place."""

@@ -222,10 +222,7 @@ class SlotLayer(nn.Module):
         if not torch.compiler.is_compiling():
             groups = sorted({self.place[slot][0] for slot in self.choice.used if slot != NONE})  # type: ignore[assignment]
         pairs = [(getattr(self, name), self.places[i][index]) for i in groups for name in self.names[i]]
-        return (
-            *[t.index_select(0, place) for t, place in pairs],
-            *[t.index_select(0, index) for t in self.vectors],
-        )
+        return (*[t.index_select(0, place) for t, place in pairs], *[t.index_select(0, index) for t in self.vectors])
 
     def apply_gains(
         self,

@@ -11,19 +11,7 @@ from torch import nn
 from graft.core.carrier import carrier_of
 from graft.core.ops import OPS, Linear, TypeTable, find_replaced_forward
 from graft.core.site import Store
-from graft.storage import (
-    aqlm,
-    bnb,
-    calibrated,
-    compressed,
-    float8,
-    hqq,
-    integers,
-    megatron,
-    quanto,
-    stacks,
-    torchao,
-)
+from graft.storage import aqlm, bnb, calibrated, compressed, float8, hqq, integers, megatron, quanto, stacks, torchao
 from graft.storage.dense import NUMBERS, PLAIN, Dense, strange_tensor
 from graft.storage.engine import Engine
 from graft.storage.experts import PACKED_STACK

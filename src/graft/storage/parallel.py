@@ -247,9 +247,7 @@ def write_all_whole(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
     Pairs (tensor, value) with plain tensors are written first, all at once; then the others by `write_whole`, in order.
     """
-    local = [
-        pair for pair in pairs if has_no_layout(t := pair[0]) or (layout_of(t) is None and not find_master_ids([t]))
-    ]
+    local = [p for p in pairs if has_no_layout(t := p[0]) or (layout_of(t) is None and not find_master_ids([t]))]
     if local:
         write_all(local)
     for t, value in pairs if len(local) < len(pairs) else ():

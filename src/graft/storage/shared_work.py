@@ -45,8 +45,6 @@ def why_no_adapter(module: nn.Module, op: Op, inside: bool) -> str | None:
         "torch.nn.modules."
     )  # packages and parametrizations have classes elsewhere
     why = None if is_torch else megatron.why_no_megatron_adapter(module) or engine.why_no_engine_adapter(module)
-    return (
-        tensor_parallel.why_no_parallel_adapter(module, op, inside)
-        if why is None
-        else f"As a {type(module).__name__}, {why}"
-    )
+    if why is not None:
+        return f"As a {type(module).__name__}, {why}"
+    return tensor_parallel.why_no_parallel_adapter(module, op, inside)

@@ -363,15 +363,12 @@ class Bnb4(PackedMatrices):
         """
         old, functional = self.state, import_module("bitsandbytes.functional")
         settings = dict(blocksize=old.blocksize, quant_type=old.quant_type, quant_storage=self.codes.dtype)
-        codes, states = zip(
-            *(functional.quantize_4bit(self._in_layout(matrix(e)), **settings) for e in range(self.shape[0]))
-        )
+        layouts = (self._in_layout(matrix(e)) for e in range(self.shape[0]))
+        codes, states = zip(*(functional.quantize_4bit(W, **settings) for W in layouts))
         scales, nested = torch.cat([state.absmax for state in states]), {}
         if old.nested:
-            nested["offset"] = scales.mean()
-            scales, nested["state2"] = functional.quantize_blockwise(
-                scales - nested["offset"], blocksize=old.state2.blocksize
-            )
+            offset = nested["offset"] = scales.mean()
+            scales, nested["state2"] = functional.quantize_blockwise(scales - offset, blocksize=old.state2.blocksize)
         state = type(old)(scales, old.shape, states[0].code, old.blocksize, old.quant_type, old.dtype, **nested)
         return replace(self, codes=torch.cat(codes).view(self.codes.shape), state=state)
 

@@ -158,9 +158,8 @@ def standalone(module: nn.Module) -> nn.Module:
             why = "a copy of it, which would train whole, has no place in the model"
             raise UnsupportedLayerError(f"{name}: {_explain_style(style, why)}.")
     cut = [p for p in module.parameters() if is_sharded(p)]
-    clone = offload.standalone(
-        module, {id(p): nn.Parameter(gather_dtensor(p.detach()).clone(), p.requires_grad) for p in cut}
-    )
+    whole: dict[int, object] = {id(p): nn.Parameter(gather_dtensor(p.detach()).clone(), p.requires_grad) for p in cut}
+    clone = offload.standalone(module, whole)
     for path, *_ in styles:
         del clone.get_submodule(path).__dict__["forward"]
     return clone
@@ -180,11 +179,8 @@ def why_no_parallel_adapter(module: nn.Module, op: Op, inside: bool) -> str | No
     if not inside:
         return None
     child_style = next((s for m in module.modules() if (s := style_of(m)) is not None), None)
-    return (
-        None
-        if child_style is None
-        else _explain_style(child_style, "the adapter would take the piece of one process for the whole")
-    )
+    why = "the adapter would take the piece of one process for the whole"
+    return None if child_style is None else _explain_style(child_style, why)
 
 
 def _explain_style(style: Style, why: str) -> str:

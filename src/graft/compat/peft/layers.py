@@ -269,11 +269,7 @@ def layer_names(peft_type: str) -> list[str]:
     """Return the names of a method's layer classes, with and without the method's name, which PEFT puts before some."""
     if peft_type not in METHODS:  # prompts act on no layer
         return []
-    return [
-        f"{stem(peft_type)}Layer",
-        *kind_names(peft_type, KINDS),
-        *SPECIAL.get(peft_type, ()),
-    ]
+    return [f"{stem(peft_type)}Layer", *kind_names(peft_type, KINDS), *SPECIAL.get(peft_type, ())]
 
 
 def kind_names(peft_type: str, kinds: tuple[str, ...]) -> list[str]:

@@ -98,12 +98,8 @@ class BdLoRA(LoRA):
         """Return LoRA's tensors, with `lora_A` (side A) or `lora_B` (side B) replaced by a `BlockDiagonal` of
         `nblocks`.
         """
-        values, site, r, n = (
-            super().build(shared, device),
-            self.site,
-            self.cfg.r,
-            require_sub_config(self.cfg.use_bdlora).nblocks,
-        )
+        values, site = super().build(shared, device), self.site
+        r, n = self.cfg.r, require_sub_config(self.cfg.use_bdlora).nblocks
         if self.side == "A":
             values["lora_A"] = BlockDiagonal(site.in_features, r, n, device)
         elif self.side == "B":

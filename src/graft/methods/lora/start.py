@@ -246,8 +246,4 @@ def directions(how: str, r: int) -> tuple[Tensor, Tensor]:
     if how == "random":
         chosen = torch.randperm(2 * r)[:r]
         return chosen, chosen
-    return {
-        "ArBr": (both[1::2], both[0::2]),
-        "A2rBr": (both[r:], both[:r]),
-        "ArB2r": (both[:r], both[r:]),
-    }[how]
+    return {"ArBr": (both[1::2], both[0::2]), "A2rBr": (both[r:], both[:r]), "ArB2r": (both[:r], both[r:])}[how]

@@ -115,10 +115,8 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
         """Return the output of the step, completed by its `Pass`; None in other threads."""
         return passes.pop().finish(output) if get_ident() == thread else None
 
-    handles = [
-        tuner.model.register_forward_pre_hook(before, with_kwargs=True),
-        tuner.model.register_forward_hook(after, with_kwargs=True),
-    ]
+    handles = [tuner.model.register_forward_pre_hook(before, with_kwargs=True)]
+    handles.append(tuner.model.register_forward_hook(after, with_kwargs=True))
     try:
         with call.extend_context():
             yield return_unchanged
@@ -185,9 +183,7 @@ class Pass:
         network, projection = containers["shadow_backbone"][name], containers["shadow_projection"][name]
         parameters = signature(network.forward).parameters
         device, dtype = find_device_and_dtype(network)
-        call_arguments = {
-            key: self.arguments[key] for key in TAKEN if key in parameters and self.arguments.get(key) is not None
-        }
+        call_arguments = {k: self.arguments[k] for k in TAKEN if k in parameters and self.arguments.get(k) is not None}
         ids = self.arguments.get("input_ids")
         if inputs_embeds is None:
             inputs_embeds = self.arguments.get("inputs_embeds")
@@ -197,9 +193,7 @@ class Pass:
             call_arguments["inputs_embeds"] = inputs_embeds.to(dtype)
         else:
             call_arguments["input_ids"] = ids
-        call_arguments = {
-            key: value.to(device) if isinstance(value, Tensor) else value for key, value in call_arguments.items()
-        }
+        call_arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in call_arguments.items()}
         cache_name = next((n for n in NAMES if n in parameters), None)
         if cache_name is not None:
             call_arguments["use_cache"] = self.shadows is not None

@@ -104,11 +104,10 @@ def find_writer(adapter: AdapterFile) -> str | None:
 
 
 def describe_module(path: str, module: LowRank | OtherMethod, spectrum: bool) -> Json:
-    """Return the report on one module.
+    """Return the report on one module: path, method, scale, number of parameters and kind.
 
-    Only LoRA (and AdaLoRA) have rank, shape and norm, and with `spectrum` singular values.
-
-    Singular values of experts are root sums of squares over all experts; ranks are means.
+    LoRA and AdaLoRA also have rank, shape and norm, and with `spectrum` singular values and ranks computed from them.
+    Singular values of experts are root sums of squares over all experts; their ranks are means.
     """
     low = algebra.as_low_rank(module)
     out: Json = {
@@ -282,7 +281,8 @@ def compare_adapters(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> 
     """Return the difference of two adapters as plain values; `equal` is True if both do the same to every weight.
 
     It holds differing config fields, names in only one adapter, and the relative difference of each common module and
-    tensor. Rows of tokens with other indices differ by 1.
+    tensor. Rows of tokens with other indices differ by 1. `equal` needs the same names, the same changed base, equal
+    config fields of `list_deciding_fields`, and differences up to `tol`.
 
     Args:
         tol: the largest relative difference that counts as equal.

@@ -114,8 +114,7 @@ def rename_base_modules(known: Skeleton, names: Mapping[str, str]) -> Skeleton:
     """Return a copy of a Skeleton with other module paths, also in the names of shapes and tensors.
 
     Args:
-        names: old path → new path; modules that are not in it are dropped from the list, and their tensors keep their
-            names.
+        names: old path → new path. Its values become the list of modules; tensors of other modules keep their names.
     """
 
     def new_name(name: str) -> str:
@@ -132,8 +131,8 @@ def rename_base_modules(known: Skeleton, names: Mapping[str, str]) -> Skeleton:
 def describe_base_of(model: Any) -> Skeleton:
     """Return names, shapes and lazily read values of a model without its adapters, even if some are merged.
 
-    For a PeftModel it is the base model; modules inside adapted layers are left out. Meta tensors, integers and tensor
-    subclasses have a shape but no values.
+    For a PeftModel it is the base model, with the adapters' configs in `adapters`; modules inside adapted layers are
+    left out. Meta tensors, integers and tensor subclasses have a shape but no values.
     """
     is_adapted = hasattr(model, "get_base_model")
     base: nn.Module = model.get_base_model() if is_adapted else model

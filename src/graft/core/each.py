@@ -26,7 +26,7 @@ from graft.core.containers import Slot, Transient
 from graft.core.effect import Effect, Pieces, Rewrite, Update
 from graft.core.errors import UnsupportedLayerError
 from graft.core.folding import compute_delta, drop_inputs_of_A, fold_effect, why_not_in_weight
-from graft.core.method import Method, Tensors, Use, build_placeholders
+from graft.core.method import Method, Tensors, WeightUse, build_placeholders
 from graft.core.ops import META, Op, Opaque
 from graft.core.protocols import Layer
 from graft.core.random import read_generator_states, restore_generator_states
@@ -148,7 +148,7 @@ class StackMethod(Method):
         the check of `kind`, or `why_not_on_stack` has a reason.
         """
         name = self.kind.__name__
-        if Use.CHANGES in self.uses_weight():
+        if WeightUse.CHANGES in self.uses_weight():
             return f"{name} would begin with a change of the weight, which is for layers: choose another start"
         return self.matrix_method.check() or why_not_on_stack(self.matrix_method)
 
@@ -209,7 +209,7 @@ class StackMethod(Method):
             slot, t = slots[i], torch.stack([v.detach() for v in values])
             slot.where[slot.attribute] = nn.Parameter(t, slot.tensor.requires_grad) if slot.is_parameter else t
 
-    def uses_weight(self) -> Use:
+    def uses_weight(self) -> WeightUse:
         """Return how the method uses the weight, as on one matrix."""
         return self.matrix_method.uses_weight()
 

@@ -79,15 +79,15 @@ def _not_built(method: Method, name: str) -> TypeError:  # no AttributeError: Py
     )
 
 
-class Use(Flag):
+class WeightUse(Flag):
     """Flags that say how the first values of an adapter depend on the base weight."""
 
-    NOT = 0
+    NONE = 0
     TAKES = auto()  # some come from it, so that it has to be finite
     READS = auto()  # `init_values` reads it, also where other adapters stay on the meta device
     CHANGES = auto()  # `init_values` changes it
     # `init_values` runs before a load, too: its results are in no file, and `finish_load` does not set them
-    AGAIN = auto()
+    BEFORE_LOAD = auto()
     STARTS = TAKES | READS  # for most methods with an `init_values` that reads it
 
 
@@ -363,7 +363,7 @@ class Method(Generic[C]):
             return self.ungrouped
         if not (site.op.known or effect.adapts_any_module):
             return f"Currently, only the following modules are supported: {', '.join(OPS.names())}"
-        reads = effect.reads or Use.READS in self.uses_weight() or site.op.opaque
+        reads = effect.reads or WeightUse.READS in self.uses_weight() or site.op.opaque
         why = site.weight.why_unreadable() if reads else None
         if why is not None:
             return f"{name} needs its weight, and {why}"
@@ -379,7 +379,10 @@ class Method(Generic[C]):
         raise NotImplementedError
 
     def init_values(self) -> None:
-        """Set the initial values of the tensors in place. Skipped before a load, except with `Use.AGAIN`."""
+        """Set the initial values of the tensors in place.
+
+        Skipped before a load, except with `WeightUse.BEFORE_LOAD`.
+        """
 
     def fill_start(self, t: Tensor, std: float | None = None) -> None:
         """Fill a new tensor in place: with zeros if the config's `init_weights` is true, so that the adapter starts as
@@ -395,12 +398,12 @@ class Method(Generic[C]):
         else:
             nn.init.normal_(t, std=std)
 
-    def uses_weight(self) -> Use:
+    def uses_weight(self) -> WeightUse:
         """Return how the first values depend on the base weight. By default they do not.
 
-        With `Use.READS`, `share` may read the weight as well.
+        With `WeightUse.READS`, `share` may read the weight as well.
         """
-        return Use.NOT
+        return WeightUse.NONE
 
     def finish_load(self) -> None:
         """Adapt values or the base after a checkpoint was loaded into the adapter's tensors.

@@ -22,7 +22,7 @@ from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.finite import max_magnitudes
 from graft.core.layer import AdapterLayer, Host, make_adapter_layer
 from graft.core.merging import lift_merged
-from graft.core.method import AdaptedLayers, Method, Use, build_placeholders
+from graft.core.method import AdaptedLayers, Method, WeightUse, build_placeholders
 from graft.core.ops import META
 from graft.core.random import build_on
 from graft.core.shared import SharedTensors
@@ -53,7 +53,7 @@ def count_early_numbers(job: InjectionJob) -> float:
         layers = AdaptedLayers(job.model, sites, job.cfg, job.shared.containers, job.other_configs)
         total += count_needed_numbers(lambda: job.method.share(layers))
     rows = [m for m in job.beside.values() if isinstance(m, TrainableTokens)]
-    early = [*(m for m in local_methods if Use.READS in m.uses_weight()), *rows]
+    early = [*(m for m in local_methods if WeightUse.READS in m.uses_weight()), *rows]
     return total + sum(count_needed_numbers(partial(build_placeholders, method, {})) for method in early)
 
 
@@ -305,7 +305,7 @@ def make_shared_tensors(job: InjectionJob) -> None:
     layers = AdaptedLayers(job.model, sites, job.cfg, job.shared.containers, job.other_configs)
     layers.check_agreement(job.method)
     with ExitStack() as stack:
-        reads = any(Use.READS in method.uses_weight() for method in job.methods.values())
+        reads = any(WeightUse.READS in method.uses_weight() for method in job.methods.values())
         for layer in job.tree.layers.values() if reads else ():
             if layer.merged_adapters:
                 stack.enter_context(lift_merged(layer))
@@ -344,11 +344,11 @@ def add_layers(job: InjectionJob) -> None:
         layer = job.layers[key] = job.tree.layers.get(key) or make_adapter_layer(site, call)
         use = method.uses_weight()
         if loads:
-            nowhere = Use.AGAIN not in use
+            nowhere = WeightUse.BEFORE_LOAD not in use
         else:
-            nowhere = Use.CHANGES not in use if site.on_meta else on_meta and Use.READS not in use
+            nowhere = WeightUse.CHANGES not in use if site.on_meta else on_meta and WeightUse.READS not in use
         size = add_adapter(layer, method, shared, on_meta=nowhere, upcast=options.upcast, default=default)
-        if not nowhere and Use.TAKES in use:
+        if not nowhere and WeightUse.TAKES in use:
             started.append(layer)
         if method.lenders:  # borrowed tensors count on the lender
             size -= sum(s.tensor.numel() for s in layer.slots(adapter) if s.trains and s.container in method.lenders)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from graft.core.call import Call
 from graft.core.errors import CheckpointError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.layer import make_adapter_layer
-from graft.core.method import Method, Use
+from graft.core.method import Method, WeightUse
 from graft.core.random import build_on, read_generator_states, restore_generator_states
 from graft.core.site import Site
 from graft.inject.match import Matcher
@@ -152,7 +152,7 @@ def discard_initial_values(method: Method, shared: dict[str, object], call: Call
     method.layer = spare
     with build_on(spare.where[0]):
         spare.add(method, method.build(shared))
-        if Use.CHANGES not in method.uses_weight():
+        if WeightUse.CHANGES not in method.uses_weight():
             method.init_values()
 
 

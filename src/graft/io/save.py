@@ -20,7 +20,7 @@ from graft.core.base_config import input_embeddings, output_embeddings, text_con
 from graft.core.carrier import layer_in
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
 from graft.core.merging import compute_unmerged_weight, find_unmerged_bias
-from graft.core.method import Use
+from graft.core.method import WeightUse
 from graft.core.names import is_bias
 from graft.core.wrappers import (
     copy_offloaded,
@@ -413,4 +413,4 @@ def fingerprint_carriers(
 def changes_base(parts: AdapterCarriers, adapter: str) -> bool:
     """Return True if the adapter's method changes the base weight on one of its layers."""
     methods = [layer.methods.get(adapter) for layer in parts.layers.values()]
-    return any(m is not None and Use.CHANGES in m.uses_weight() for m in methods)
+    return any(m is not None and WeightUse.CHANGES in m.uses_weight() for m in methods)

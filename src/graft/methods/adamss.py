@@ -17,7 +17,7 @@ from graft.core.containers import Transient
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError, UnsupportedLayerError
 from graft.core.merging import find_unmerged_bias
-from graft.core.method import COMPARISON, Method, PublishedRate, Tensors, Tuner, Use
+from graft.core.method import COMPARISON, Method, PublishedRate, Tensors, Tuner, WeightUse
 from graft.core.random import draw_from_seed
 from graft.methods.adalora.allocator import Importance
 
@@ -353,9 +353,9 @@ class AdaMSS(Method[AdamssConfig]):
             adamss_B=nn.Parameter(torch.empty(out, cfg.subspace_rank)),
         )
 
-    def uses_weight(self) -> Use:
-        """Return `Use.STARTS`: the clusters come from the weight; a file has them."""
-        return Use.STARTS
+    def uses_weight(self) -> WeightUse:
+        """Return `WeightUse.STARTS`: the clusters come from the weight; a file has them."""
+        return WeightUse.STARTS
 
     def finish_load(self) -> None:
         """Forget `self.rows`, and compute `adamss_places` from the loaded clusters."""

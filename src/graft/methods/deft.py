@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import COUNT, LORA, BaseBias, FanInFanOut, LayerRange, Targeted
 from graft.core.effect import Effect, Factors, Product, Update
-from graft.core.method import Method, Use, make_dropout
+from graft.core.method import Method, WeightUse, make_dropout
 from graft.kernels.narrow import multiply_widened
 
 
@@ -47,9 +47,12 @@ class DEFT(Method[DeftConfig]):
         """Return an `Update` by `factors` that reads W₀ (`of_weight`)."""
         return Update(factors=self.factors, of_weight=True)
 
-    def uses_weight(self) -> Use:
-        """Return `Use.STARTS` if R starts from the weight: with `init_weights` and without `para`. Else `Use.NOT`."""
-        return Use.STARTS if self.cfg.init_weights and not self.cfg.para else Use.NOT
+    def uses_weight(self) -> WeightUse:
+        """Return `WeightUse.STARTS` if R starts from the weight: with `init_weights` and without `para`.
+
+        Else `WeightUse.NONE`.
+        """
+        return WeightUse.STARTS if self.cfg.init_weights and not self.cfg.para else WeightUse.NONE
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return uninitialised `deft_P` (out, r) and, unless `para`, `deft_R` (r, fan_in), with r at most out; the

@@ -12,7 +12,7 @@ from torch import nn
 
 from graft.config.fields import COUNT, LORA, LayerRange, RankPattern, Targeted
 from graft.core.effect import Factors
-from graft.core.method import Method, Use, make_dropout
+from graft.core.method import Method, WeightUse, make_dropout
 
 SHORTEST = 1e-4  # a shorter vector keeps its length: B starts at zero
 
@@ -69,9 +69,9 @@ class DeLoRA(Method[DeloraConfig]):
         self.delora_lambda.data.fill_(self.cfg.delora_lambda)
         self.delora_w_norm.copy_(torch.linalg.vector_norm(self.layer.W0.detach().flatten(1), dim=0))
 
-    def uses_weight(self) -> Use:
-        """Return `Use.STARTS`: the norms come from the weight; a file has them."""
-        return Use.STARTS  # the file has the norms
+    def uses_weight(self) -> WeightUse:
+        """Return `WeightUse.STARTS`: the norms come from the weight; a file has them."""
+        return WeightUse.STARTS  # the file has the norms
 
     def factors(self) -> Factors:
         """Return A ⊙ w and B ⊙ λ / (r ‖a_k‖ ‖b_k‖), with dropout.

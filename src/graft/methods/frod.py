@@ -16,7 +16,7 @@ from graft.config.fields import FRACTION, FROD, BaseBias, FanInFanOut, LayerRang
 from graft.core.containers import Attached, Transient
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError, PeftWarning, warn_of_layer
-from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tensors, Use, make_dropout
+from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tensors, WeightUse, make_dropout
 from graft.core.site import Site
 from graft.kernels.waits import copy_on_device
 from graft.methods.projections import check_places, maybe_transient, warn_unsaved
@@ -211,9 +211,9 @@ class FRoD(Method[FrodConfig]):
         """Return the module `frod_dropout`."""
         return self.frod_dropout
 
-    def uses_weight(self) -> Use:
-        """Return `Use.STARTS`: U and λ come from the weight; `finish_load` computes U again after a load."""
-        return Use.STARTS  # `finish_load` follows
+    def uses_weight(self) -> WeightUse:
+        """Return `WeightUse.STARTS`: U and λ come from the weight; `finish_load` computes U again after a load."""
+        return WeightUse.STARTS  # `finish_load` follows
 
     @torch.no_grad()
     def init_values(self) -> None:

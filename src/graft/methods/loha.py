@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from graft.config.fields import Targets
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, PeftWarning, warn_of_layer
-from graft.core.method import Use
+from graft.core.method import WeightUse
 from graft.kernels.one_product import Hadamard, is_narrow, narrow
 from graft.methods.loraxs import find_largest_components
 from graft.methods.lycoris import Lycoris, LycorisConfig, kernel_of
@@ -89,9 +89,9 @@ class LoHa(Lycoris[LoHaConfig]):
                 )
         return super().check()
 
-    def uses_weight(self) -> Use:
-        """Return `Use.STARTS` for init_weights="abba", which starts from the weight; else `Use.NOT`."""
-        return Use.STARTS if self.cfg.init_weights == "abba" else Use.NOT
+    def uses_weight(self) -> WeightUse:
+        """Return `WeightUse.STARTS` for init_weights="abba", which starts from the weight; else `WeightUse.NONE`."""
+        return WeightUse.STARTS if self.cfg.init_weights == "abba" else WeightUse.NONE
 
     def describe(self) -> Effect:
         """Return an `Update` by `factors` of rank r² where these are cheaper than ΔW (`is_narrow`) and the kernel is

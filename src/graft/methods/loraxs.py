@@ -18,7 +18,7 @@ from graft.config.fields import COUNT, LORA, LayerRange, Targeted
 from graft.core.each import Matrix
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
-from graft.core.method import Method, PublishedRate, Use, make_dropout
+from graft.core.method import Method, PublishedRate, WeightUse, make_dropout
 from graft.methods.projections import maybe_transient
 
 STEP = "_graft_lorasb_step"  # attribute of a base layer: (out, in), by `graft.preprocess_lorasb`
@@ -70,11 +70,11 @@ class LoraXS(Method[LoraXsConfig]):
             return "LoRA-SB measures linear layers only"
         return super().check()
 
-    def uses_weight(self) -> Use:
-        """Return `Use.STARTS`; with `save_projection=False` also `Use.AGAIN`, so that `init_values` computes A and B
-        before a load.
+    def uses_weight(self) -> WeightUse:
+        """Return `WeightUse.STARTS`; with `save_projection=False` also `WeightUse.BEFORE_LOAD`, so that `init_values`
+        computes A and B before a load.
         """
-        return Use.STARTS if self.cfg.save_projection else Use.STARTS | Use.AGAIN
+        return WeightUse.STARTS if self.cfg.save_projection else WeightUse.STARTS | WeightUse.BEFORE_LOAD
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return `loraxs_R` (r, r), trained, and the buffers `loraxs_A` (r, fan_in) and `loraxs_B` (out, r), all zeros;

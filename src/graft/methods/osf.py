@@ -16,7 +16,7 @@ from graft.core.base_config import model_type
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, warn
-from graft.core.method import COMPARISON, Method, PublishedRate, Use
+from graft.core.method import COMPARISON, Method, PublishedRate, WeightUse
 from graft.kernels.narrow import project_gradient_inside, project_gradient_outside
 from graft.kernels.one_product import Difference
 
@@ -83,11 +83,11 @@ class OSF(Method[OSFConfig]):
             )
         return super().check()
 
-    def uses_weight(self) -> Use:
-        """Return `Use.STARTS | Use.AGAIN`: files lack the frozen components, so `init_values` also runs before
-        a load.
+    def uses_weight(self) -> WeightUse:
+        """Return `WeightUse.STARTS | WeightUse.BEFORE_LOAD`: files lack the frozen components, so `init_values` also
+        runs before a load.
         """
-        return Use.STARTS | Use.AGAIN
+        return WeightUse.STARTS | WeightUse.BEFORE_LOAD
 
     def describe(self) -> Effect:
         """Return an `Update` by `factors` of rank 2 r where these are cheap, 4 r (out + in) < out · in; else by

@@ -15,7 +15,7 @@ from graft.config.fields import COUNT, LORA, FanInFanOut, LayerRange, Targeted
 from graft.core.containers import ExactBuffers
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError, warn
-from graft.core.method import Method, Tensors, Use, make_dropout
+from graft.core.method import Method, Tensors, WeightUse, make_dropout
 from graft.core.random import draw_from_seed
 from graft.core.site import Site
 from graft.kernels.orthogonal import orthogonal, skew
@@ -121,9 +121,9 @@ class PSOFT(Method[PsoftConfig]):
             )
         return super().check()
 
-    def uses_weight(self) -> Use:
-        """Return `Use.STARTS`: the basis comes from the weight; a file has it."""
-        return Use.STARTS  # a file holds the basis
+    def uses_weight(self) -> WeightUse:
+        """Return `WeightUse.STARTS`: the basis comes from the weight; a file has it."""
+        return WeightUse.STARTS  # a file holds the basis
 
     def from_file_tensors(self, tensors: Tensors, cfg: PsoftConfig) -> Tensors:
         """Return the file's tensors; if they lack the basis, as PEFT's do, add that of this adapter, or of the weight

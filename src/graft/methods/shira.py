@@ -14,7 +14,7 @@ from graft.config.fields import COUNT, PHI_ATTENTION, FanInFanOut, Targets
 from graft.core.containers import CheckpointOnly
 from graft.core.errors import CheckpointError, ConfigError, warn
 from graft.core.merging import lift_merged
-from graft.core.method import COMPARISON, Method, PublishedRate, Tensors, Use
+from graft.core.method import COMPARISON, Method, PublishedRate, Tensors, WeightUse
 from graft.core.site import Site
 from graft.kernels.sparse import Scattered
 
@@ -100,9 +100,13 @@ class SHiRA(Method[ShiraConfig]):
             )
         return super().check()
 
-    def uses_weight(self) -> Use:
-        """Return `Use.STARTS` with a `mask_fn` of the user's, which may look at the weight; else `Use.NOT`."""
-        return Use.STARTS if self.cfg.mask_fn not in (None, random_mask) else Use.NOT  # a mask may look at it
+    def uses_weight(self) -> WeightUse:
+        """Return `WeightUse.STARTS` with a `mask_fn` of the user's, which may look at the weight; else
+        `WeightUse.NONE`.
+        """
+        return (
+            WeightUse.STARTS if self.cfg.mask_fn not in (None, random_mask) else WeightUse.NONE
+        )  # a mask may look at it
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return `shira_weight` (k,) of zeros, trained, the places `shira_indices` (2, k) int32, which files hold, and

@@ -14,7 +14,7 @@ from graft.config.fields import BELOW_1, COUNT, LORA, Targets
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, warn
-from graft.core.method import Method, Tensors, Use, make_dropout
+from graft.core.method import Method, Tensors, WeightUse, make_dropout
 from graft.core.ops import make_linear
 from graft.kernels.sparse import Scattered
 from graft.methods.projections import check_places
@@ -92,11 +92,11 @@ class SuperTuning(Method[SupertuningConfig]):
         saves = getattr(other, "save_precomputed_indices", self.cfg.save_precomputed_indices)
         return None if saves == self.cfg.save_precomputed_indices else SAVING
 
-    def uses_weight(self) -> Use:
-        """Return `Use.STARTS`; with `save_precomputed_indices=False` also `Use.AGAIN`, so that `init_values` finds the
-        places before a load.
+    def uses_weight(self) -> WeightUse:
+        """Return `WeightUse.STARTS`; with `save_precomputed_indices=False` also `WeightUse.BEFORE_LOAD`, so that
+        `init_values` finds the places before a load.
         """
-        return Use.STARTS if self.cfg.save_precomputed_indices else Use.STARTS | Use.AGAIN
+        return WeightUse.STARTS if self.cfg.save_precomputed_indices else WeightUse.STARTS | WeightUse.BEFORE_LOAD
 
     def describe(self) -> Effect:
         """Return an `Update` by `delta`, with the factors of the LoRA update if r is set."""

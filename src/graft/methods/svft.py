@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graft.config.fields import COUNT, LORA, NOT_NEGATIVE, LayerRange, Targeted
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
-from graft.core.method import Method, PublishedRate, Tensors, Use
+from graft.core.method import Method, PublishedRate, Tensors, WeightUse
 from graft.methods.loraxs import find_largest_components
 from graft.methods.projections import check_places, maybe_transient
 
@@ -77,11 +77,11 @@ class SVFT(Method[SvftConfig]):
             return "pattern='top_k' compares outputs with inputs: the weight has to be square"
         return super().check()
 
-    def uses_weight(self) -> Use:
-        """Return `Use.STARTS`; with `save_projection=False` also `Use.AGAIN`, so that `init_values` computes U and V
-        before a load.
+    def uses_weight(self) -> WeightUse:
+        """Return `WeightUse.STARTS`; with `save_projection=False` also `WeightUse.BEFORE_LOAD`, so that `init_values`
+        computes U and V before a load.
         """
-        return Use.STARTS if self.cfg.save_projection else Use.STARTS | Use.AGAIN
+        return WeightUse.STARTS if self.cfg.save_projection else WeightUse.STARTS | WeightUse.BEFORE_LOAD
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return trained `svft_M` (numbers,) and `svft_gate` (1,), buffers `svft_places` (numbers,), `svft_U` (out, n)

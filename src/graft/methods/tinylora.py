@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import COUNT, FRACTION, LORA, BaseBias, FanInFanOut, LayerRange, Targets
 from graft.core.effect import Factors
-from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Use, make_dropout
+from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, WeightUse, make_dropout
 from graft.methods.projections import maybe_transient
 
 
@@ -99,9 +99,9 @@ class TinyLoRA(Method[TinyLoraConfig]):
             r=r,
         )
 
-    def uses_weight(self) -> Use:
-        """Return `Use.STARTS`: A and B come from the weight; a file has them."""
-        return Use.STARTS  # a file holds A and B
+    def uses_weight(self) -> WeightUse:
+        """Return `WeightUse.STARTS`: A and B come from the weight; a file has them."""
+        return WeightUse.STARTS  # a file holds A and B
 
     @torch.no_grad()
     def init_values(self) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from graft.config.fields import COUNT, LORA, POSITIVE, LayerRange, RankPatterns, Targeted
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, RoutingError
-from graft.core.method import Method, PublishedRate, Use
+from graft.core.method import Method, PublishedRate, WeightUse
 from graft.core.rows import Constant, Finish, Run
 from graft.kernels.waits import raise_unless
 from graft.methods.loraxs import find_largest_components
@@ -110,9 +110,9 @@ class TLoRA(Method[TLoraConfig]):
             )
         return super().check()
 
-    def uses_weight(self) -> Use:
-        """Return `Use.STARTS` with `use_data_init`, else `Use.NOT`."""
-        return Use.STARTS if self.cfg.use_data_init else Use.NOT
+    def uses_weight(self) -> WeightUse:
+        """Return `WeightUse.STARTS` with `use_data_init`, else `WeightUse.NONE`."""
+        return WeightUse.STARTS if self.cfg.use_data_init else WeightUse.NONE
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return trained `tlora_P` (out, r), `tlora_Q` (r, fan_in) and `tlora_lambda` (r,), buffers `…P0`, `…Q0`,

@@ -14,7 +14,7 @@ from graft.core.base_config import input_embeddings
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
-from graft.core.method import COMPARISON, Method, PublishedRate, Use
+from graft.core.method import COMPARISON, Method, PublishedRate, WeightUse
 from graft.kernels.waits import copy_on_device
 
 
@@ -80,12 +80,13 @@ class TrainableTokens(Method[TrainableTokensConfig]):
                 )
             seen |= set(m.token_indices)
 
-    def uses_weight(self) -> Use:
-        """Return `Use.STARTS | Use.AGAIN`: `init_values` copies rows of the weight, also before a load.
+    def uses_weight(self) -> WeightUse:
+        """Return `WeightUse.STARTS | WeightUse.BEFORE_LOAD`: `init_values` copies rows of the weight, also before a
+        load.
 
-        With `init_weights=False` `Use.READS | Use.AGAIN`.
+        With `init_weights=False` `WeightUse.READS | WeightUse.BEFORE_LOAD`.
         """
-        return (Use.STARTS if self.cfg.init_weights else Use.READS) | Use.AGAIN
+        return (WeightUse.STARTS if self.cfg.init_weights else WeightUse.READS) | WeightUse.BEFORE_LOAD
 
     def describe(self) -> Effect:
         """Return a `Rewrite` by `fold` and `post`, which acts on the output without its bias (`apart`) and gives rows

@@ -17,7 +17,7 @@ from graft.config.base import FORMAT_VERSION, PeftConfig
 from graft.config.reading import Json
 from graft.core.errors import ConfigError, LossError, join_some
 from graft.core.layer import AdapterLayer
-from graft.core.method import Method, Use
+from graft.core.method import Method, WeightUse
 from graft.core.ops import Opaque
 from graft.core.wrappers import strip_inner_wrappers
 from graft.inject.parts import AdapterCarriers, ParameterLayerPaths, run_as_call, unwrap_model
@@ -227,7 +227,7 @@ def find_layer_obstacles(view: ServerView, layer: AdapterLayer) -> Iterator[str]
         yield f"servers know no {', '.join(strange or ['bias of B'])}"
     elif "lora_A" in containers and not is_full_size(layer, m):
         yield f"the factors of {type(m).__name__} are no whole matrices: export it (graft export)"
-    if Use.CHANGES in m.uses_weight() and "lora_shift" not in containers:
+    if WeightUse.CHANGES in m.uses_weight() and "lora_shift" not in containers:
         yield f"the start of {type(m).__name__} changed the base, and nothing says how"
     if view.layout == "peft":
         return

@@ -22,7 +22,7 @@ from graft.core.effect import Rewrite
 from graft.core.errors import join_some
 from graft.core.finite import is_dense_float, max_magnitudes
 from graft.core.folding import EvaluationMode, compute_delta, fold_effect
-from graft.core.method import Use
+from graft.core.method import WeightUse
 from graft.inject.beside import ModulesToSaveWrapper
 from graft.inject.parts import AdapterCarriers, check_no_foreign_adapters, get_registry, unwrap_model
 from graft.inject.report import star_indices
@@ -317,7 +317,7 @@ def starts_large(part: Part) -> bool:
     """
     layer = part.carrier.adapter_layer
     method = None if layer is None else layer.methods.get(part.adapter)
-    return method is not None and Use.CHANGES in method.uses_weight()
+    return method is not None and WeightUse.CHANGES in method.uses_weight()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from graft.core.effect import Replace, Rewrite
 from graft.core.folding import EvaluationMode, fold_effect
 from graft.core.holding import Where
 from graft.core.merging import why_unmergeable
-from graft.core.method import Use
+from graft.core.method import WeightUse
 from graft.core.random import build_on
 from graft.files.base import BaseFiles
 from graft.files.formats import peft
@@ -145,7 +145,7 @@ def find_again(layer: AdapterLayer, m: Method, where: Where) -> None:
 
     where: dtype of the weight in a model, to which the result is rounded.
     """
-    if Use.AGAIN in m.uses_weight():
+    if WeightUse.BEFORE_LOAD in m.uses_weight():
         saved = [(slot, t.clone()) for slot, t in layer.tensors(m.name)]
         with torch.random.fork_rng(devices=[]):
             m.init_values()
@@ -181,7 +181,7 @@ def fold(
         parameters[layer.site.parameter] = nn.Parameter(W0, requires_grad=False)
         if b0 is not None:
             parameters["bias"] = nn.Parameter(b0, requires_grad=False)
-        if Use.AGAIN in m.uses_weight() or type(m).finish_load is not Method.finish_load:
+        if WeightUse.BEFORE_LOAD in m.uses_weight() or type(m).finish_load is not Method.finish_load:
             find_again(layer, m, where)
         try:
             merged = fold_effect(layer, m, m.effect, layer.op.canon(W), b)[1 if of_bias else 0]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graft.core.effect import Effect, Factors, Update
-from graft.core.method import PublishedRate, Use
+from graft.core.method import PublishedRate, WeightUse
 from graft.kernels.decomposed import row_norms
 from graft.kernels.eager import cast, eager
 from graft.kernels.versions import version_of
@@ -126,9 +126,9 @@ class DoRA(LoRA):
         shape = (1, self.site.out_features, *kernel) if kernel else (self.site.out_features,)
         return super().build(shared, device) | dict(lora_magnitude_vector=Magnitude(torch.empty(shape, device=device)))
 
-    def uses_weight(self) -> Use:
-        """Return `Use.TAKES` with the flags of LoRA: the magnitudes start from the base weight."""
-        return super().uses_weight() | Use.TAKES
+    def uses_weight(self) -> WeightUse:
+        """Return `WeightUse.TAKES` with the flags of LoRA: the magnitudes start from the base weight."""
+        return super().uses_weight() | WeightUse.TAKES
 
     def init_values(self) -> None:
         """Initialise A and B as LoRA does, then set m to ‖W₀ + ΔW‖ per output channel, in m's dtype on A's device.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graft.config.fields import require_sub_config
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
-from graft.core.method import Tensors, Use
+from graft.core.method import Tensors, WeightUse
 from graft.kernels.orthogonal import gram_distance
 from graft.methods.lora.lora import LoRA
 
@@ -56,11 +56,11 @@ class KaSA(LoRA):
         """False: a load computes the truncated weight anew, with the change of the initialisation."""
         return False  # the weight is made anew on loading, in one go with the truncation
 
-    def uses_weight(self) -> Use:
-        """Return LoRA's flags with `Use.AGAIN`: `init_values` also runs before a load, since files lack the
+    def uses_weight(self) -> WeightUse:
+        """Return LoRA's flags with `WeightUse.BEFORE_LOAD`: `init_values` also runs before a load, since files lack the
         truncation.
         """
-        return super().uses_weight() | Use.AGAIN
+        return super().uses_weight() | WeightUse.BEFORE_LOAD
 
     def why_incompatible(self, other: object) -> str | None:
         """Return None if the other adapter has a `kasa_config`, too; else the reason that KaSA changes the base

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graft.core.errors import ConfigError
-from graft.core.method import Method, Tensors, Use
+from graft.core.method import Method, Tensors, WeightUse
 from graft.core.random import kaiming_bound
 from graft.methods.lora import shift
 from graft.methods.lora.config import LoraConfig
@@ -169,13 +169,13 @@ class Started(Method[LoraConfig]):
         how = cfg.init_lora_weights
         return f"init_lora_weights={how!r}" if start_name(how) else None
 
-    def uses_weight(self) -> Use:
-        """Return `Use.STARTS | Use.CHANGES` if `changes_base` names a setting: `init_values` reads and changes the
-        weight.
+    def uses_weight(self) -> WeightUse:
+        """Return `WeightUse.STARTS | WeightUse.CHANGES` if `changes_base` names a setting: `init_values` reads and
+        changes the weight.
 
-        Else `Use.NOT`.
+        Else `WeightUse.NONE`.
         """
-        return Use.NOT if self.changes_base(self.cfg) is None else Use.STARTS | Use.CHANGES
+        return WeightUse.NONE if self.changes_base(self.cfg) is None else WeightUse.STARTS | WeightUse.CHANGES
 
     @property
     def keeps_shift(self) -> bool:

@@ -129,23 +129,23 @@ def extract(
     folders = find_base(tuned), find_base(base)
     check_output(output, [*folders], force)
     models = read_base_files(folders[0]), read_base_files(folders[1])
-    result = extracted(
+    done = extracted(
         *models, rank, energy, max_mb, include, exclude, embed, lambda name: show.print_progress(name, quiet)
     )
     with place_when_done(output, not dry_run) as out:
-        peft.write(result.adapter, out)
+        peft.write(done.adapter, out)
     document = {
-        "output": None if dry_run else output, "tensors": [asdict(r) for r in result.rows], "unchanged": result.same,
+        "output": None if dry_run else output, "tensors": [asdict(r) for r in done.rows], "unchanged": done.same,
     }  # fmt: skip
 
     def report() -> None:
         """Print a table of the changed tensors and a summary."""
         show.print_table(
             "", ["tensor", "kept as", "rank", "energy kept", "‖Δ‖", "‖Δ‖/‖W‖"],
-            [(r.name, r.how, r.rank or None, f"{r.energy:.2%}", r.size, r.relative) for r in result.rows],
+            [(r.name, r.how, r.rank or None, f"{r.energy:.2%}", r.size, r.relative) for r in done.rows],
         )  # fmt: skip
         show.print_line(
-            f"{len(result.rows)} tensors, {result.same} unchanged" + (" (dry run)" if dry_run else f": {output}")
+            f"{len(done.rows)} tensors, {done.same} unchanged" + (" (dry run)" if dry_run else f": {output}")
         )
 
     return Result(document, report)

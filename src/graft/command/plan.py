@@ -153,9 +153,7 @@ def make_adapter_config(
         config.inference_mode = False  # a save sets it
         config.task_type = config.task_type or task
         return config
-    kinds = {
-        str(getattr(kind, "value", kind)): config_class for kind, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items()
-    }
+    kinds = {str(getattr(kind, "value", kind)): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if method.upper() not in kinds:
         raise OptionError(f"--method {method} is unknown. Choose one of {', '.join(sorted(kinds))}.")
     kind = kinds[method.upper()]

@@ -203,9 +203,9 @@ def verify(
     connection = Connection(url, timeout, api_key)
     kind = identify_server(connection, server)  # first, since loading the base takes minutes
     source = resolve_adapter(adapter)
-    base_model = load_base(require_base(source, base), device=device)
+    local = load_base(require_base(source, base), device=device)
     answer = compare(
-        connection, base_model, lambda _: attach_adapter(base_model, source), model, base_name, dtype, tolerance, kind
+        connection, local, lambda _: attach_adapter(local, source), model, base_name, dtype, tolerance, kind
     )
 
     def report() -> None:

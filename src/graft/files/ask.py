@@ -359,9 +359,7 @@ def ask_llama_server(connection: Connection, lora: list[Json], ids: Sequence[int
         Raises ValueError for impossible token ids.
         """
         said = reply.get("completion_probabilities") or [{"top_logprobs": []}]
-        seen = {
-            (len(ids), int(entry["id"])): parse_log_probability(entry["logprob"]) for entry in said[0]["top_logprobs"]
-        }
+        seen = {(len(ids), int(item["id"])): parse_log_probability(item["logprob"]) for item in said[0]["top_logprobs"]}
         if not all(0 <= token < MOST_TOKENS for _, token in seen):
             raise ValueError("no vocabulary has such a token")
         return seen

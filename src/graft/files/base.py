@@ -184,9 +184,7 @@ def list_shards(path: str) -> list[str]:
         if strange := [n for n in names if os.path.basename(n) != n]:
             raise CheckpointError(f"{index} names files outside its folder: {strange[:3]}. Download the model again.")
         return [WHOLE] if whole and WHOLE not in names else names  # transformers looks for it first
-    shard_names = sorted(
-        n for n in os.listdir(path) if n.endswith(".safetensors") and not n.startswith(("adapter_", "."))
-    )
-    if not shard_names:
+    shards = sorted(n for n in os.listdir(path) if n.endswith(".safetensors") and not n.startswith(("adapter_", ".")))
+    if not shards:
         raise CheckpointError(f"{path} has no safetensors files of a model. Give the folder of the base model.")
-    return shard_names
+    return shards

@@ -307,17 +307,11 @@ def compare_adapters(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> 
     modules = [compare_module(path, a.modules[path], b.modules[path]) for path in a.modules if path in b.modules]
     tensors = []
     for kind in ("full", "shared"):
-        tensors_a, tensors_b = getattr(a, kind), getattr(b, kind)
-        tensors += [
-            {"tensor": n, "relative": relative_difference(tensors_a[n], tensors_b[n])}
-            for n in tensors_a
-            if n in tensors_b
-        ]
+        in_a, in_b = getattr(a, kind), getattr(b, kind)
+        tensors += [{"tensor": n, "relative": relative_difference(in_a[n], in_b[n])} for n in in_a if n in in_b]
     for name in sorted(a.rows.keys() & b.rows.keys()):
-        (at, tensors_a), (bt, tensors_b) = a.rows[name], b.rows[name]
-        tensors.append(
-            {"tensor": name, "relative": relative_difference(tensors_a, tensors_b) if at.load() == bt.load() else 1.0}
-        )
+        (at, in_a), (bt, in_b) = a.rows[name], b.rows[name]
+        tensors.append({"tensor": name, "relative": relative_difference(in_a, in_b) if at.load() == bt.load() else 1.0})
     names = [{*m.modules, *m.full, *m.shared, *m.rows} for m in (a, b)]
     only = [sorted(names[0] - names[1]), sorted(names[1] - names[0])]
     acts = sorted(list_deciding_fields(a, b) & config.keys())
@@ -357,11 +351,9 @@ def compare_module(path: str, a: LowRank | OtherMethod, b: LowRank | OtherMethod
     comparison = algebra.compare_deltas(algebra.list_delta_products(x), algebra.list_delta_products(y))
     # parts other than the factors
     pairs = ((x.magnitude, y.magnitude, (1.0, 1.0)), (x.bias, y.bias, (x.scale, y.scale)))
-    extra_difference = max(
-        (relative_difference(s, t, k) for s, t, k in pairs if s is not None or t is not None), default=0.0
-    )
+    further = max((relative_difference(s, t, k) for s, t, k in pairs if s is not None or t is not None), default=0.0)
     out |= {"ranks": [x.rank, y.rank], "cosine": comparison.cosine, "angle": comparison.angle}
-    return out | {"relative": max(comparison.relative, extra_difference)}
+    return out | {"relative": max(comparison.relative, further)}
 
 
 def compare_module_tensors(a: LowRank | OtherMethod, b: LowRank | OtherMethod) -> float:

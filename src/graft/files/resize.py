@@ -141,10 +141,8 @@ def collect_loras(adapter: AdapterFile) -> dict[str, LowRank]:
         )
     loras = {path: algebra.as_low_rank(module) for path, module in adapter.modules.items()}
     low_rank = {path: lora for path, lora in loras.items() if lora is not None}
-    other_modules = {
-        path: m for path, m in adapter.modules.items() if isinstance(m, OtherMethod) and path not in low_rank
-    }
-    if unsuitable := [f"{path} ({m.method})" for path, m in other_modules.items()]:
+    unfit = {path: m for path, m in adapter.modules.items() if isinstance(m, OtherMethod) and path not in low_rank}
+    if unsuitable := [f"{path} ({m.method})" for path, m in unfit.items()]:
         raise LossError(
             f"{adapter.path} has modules that are no LoRA: {join_some(unsuitable)}. See graft.convert_to_lora."
         )

@@ -215,14 +215,12 @@ def list_foreign_entries(folder: str, model: bool) -> list[str]:
     foreign entries counts.
     """
     kinds = [model_file_patterns(folder)] if model else [module_of(name).FOLDER for name in FORMATS]
-    leftovers = []
-    for weights, companions in kinds:
-        present = [*list_folder_entries(folder, (*weights, *companions))]
+    foreign = []
+    for weights, extras in kinds:
+        present = [*list_folder_entries(folder, (*weights, *extras))]
         known = any(is_file and matches_any(name, weights) for name, is_file in present)
-        leftovers.append(
-            [n for n, is_file in present if not (known and is_file and matches_any(n, (*weights, *companions)))]
-        )
-    return min(leftovers, key=len)
+        foreign.append([n for n, is_file in present if not (known and is_file and matches_any(n, (*weights, *extras)))])
+    return min(foreign, key=len)
 
 
 def model_file_patterns(folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -132,7 +132,7 @@ def verify_server(
 
     layers = layers_with_scaling(model)
 
-    def compute_with_adapter(factor: Callable[[str], float] | None = None) -> Tensor:
+    def compute(factor: Callable[[str], float] | None = None) -> Tensor:
         """Return the local log-probabilities with the adapter.
 
         `factor` multiplies the scaling of the layer at a path, for this call.
@@ -142,14 +142,14 @@ def verify_server(
 
     scales = list_scales(model, layers)
     if noise <= ANOTHER_BASE * floor:
-        return judge_answers(now, before, own_base, compute_with_adapter, scales, allowed, noise)
+        return judge_answers(now, before, own_base, compute, scales, allowed, noise)
     for part in ("all", *sorted({last_name(path) for path in scales})):
-        alone = compute_with_adapter({path: float(part in ("all", last_name(path))) for path in scales}.__getitem__)
+        alone = compute({path: float(part in ("all", last_name(path))) for path in scales}.__getitem__)
         if root_mean_square(before - alone) <= floor:
             text = f"The server's base answers with the adapter, too ({part} of it): it mixes up the two names."
             effect, deviations = (
-                root_mean_square(compute_with_adapter() - own_base),
-                {APPLIED: root_mean_square(now - compute_with_adapter())},
+                root_mean_square(compute() - own_base),
+                {APPLIED: root_mean_square(now - compute())},
             )
             return Verdict(LEAKED, text, floor, effect, noise, deviations)
     raise BaseModelMismatchError(
@@ -170,7 +170,7 @@ def check_verify_options(dtype: str, tolerance: float | None) -> None:
 
 
 def judge_answers(
-    now: Tensor, before: Tensor, own_base: Tensor, compute_with_adapter: Callable[..., Tensor],
+    now: Tensor, before: Tensor, own_base: Tensor, compute: Callable[..., Tensor],
     scales: dict[str, Scale], tolerance: float, noise: float,
 ) -> Verdict:  # fmt: skip
     """Return the verdict that explains the server's log-probabilities, tested in this order.
@@ -183,12 +183,12 @@ def judge_answers(
         now: the server's values with the adapter.
         before: the server's values of its base.
         own_base: graft's values without the adapter.
-        compute_with_adapter: returns graft's values with the adapter, with layer scalings multiplied by a function of
+        compute: returns graft's values with the adapter, with layer scalings multiplied by a function of
             the path.
         scales: by path of the layer; {} for methods without scalings, which skips the tests of scales.
         noise: is only copied into the verdict.
     """
-    right = compute_with_adapter()
+    right = compute()
     effect = root_mean_square(right - own_base)
     near = {APPLIED: root_mean_square(now - right), NOT_APPLIED: root_mean_square(now - before)}
 
@@ -208,7 +208,7 @@ def judge_answers(
         return verdict(NOT_APPLIED, "The server answers as its base: it loaded the adapter and does not apply it.")
     for part in sorted({last_name(path) for path in scales}, key=lambda name: (name != "lm_head", name)):
         near[f"{part} {MISSING}"] = root_mean_square(
-            now - compute_with_adapter(lambda path, part=part: float(last_name(path) != part))
+            now - compute(lambda path, part=part: float(last_name(path) != part))
         )
         if near[f"{part} {MISSING}"] <= tolerance:
             return verdict(MISSING, f"{part} {MISSING}: the server applies all of the adapter but that.")
@@ -219,12 +219,12 @@ def judge_answers(
     ):
         factors = {path: getattr(s, attribute) / s.actual if s.actual else 1.0 for path, s in scales.items()}
         if len({round(f, 6) for f in factors.values()}) > 1:  # an equal factor for all layers is "scale off"
-            near[which] = root_mean_square(now - compute_with_adapter(factors.__getitem__))
+            near[which] = root_mean_square(now - compute(factors.__getitem__))
             if near[which] <= tolerance:
                 return verdict(which, f"{which}: the server takes {each} as the scale.")
     if scales:
-        k = fit_scale_factor(lambda k: compute_with_adapter(lambda path: k) - now)
-        near[f"scale × {k:.4g}"] = root_mean_square(now - compute_with_adapter(lambda path: k))
+        k = fit_scale_factor(lambda k: compute(lambda path: k) - now)
+        near[f"scale × {k:.4g}"] = root_mean_square(now - compute(lambda path: k))
         if near[f"scale × {k:.4g}"] <= tolerance:
             return verdict(OFF, f"scale off by {k:.4g}{explain_factor(k, scales)}.", k)
     least = min(near, key=near.__getitem__)

@@ -98,7 +98,9 @@ def has_no_hooks(*modules: nn.Module) -> bool:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the dtype of autocast on this device; None if it is off, or the device has none (meta)."""
+    """Return the dtype of autocast for the type of a device; None if autocast is off there, or torch has none
+    (meta).
+    """
     if not _is_any_autocast_enabled():
         return None
     kind = device.type
@@ -132,7 +134,7 @@ def _without_autocast(backward: Callable[[object, Tensor], object]) -> Callable[
 
     @wraps(backward)
     def run(ctx: Context, g: Tensor) -> object:
-        """Return the result of `backward`; with autocast off, if it is on for the gradient's device."""
+        """Return the result of `backward`. Autocast is switched off for it if it is on for the gradient's device."""
         if autocast_dtype(g.device) is None:
             return backward(ctx, g)
         with torch.autocast(g.device.type, enabled=False):

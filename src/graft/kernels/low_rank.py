@@ -310,7 +310,7 @@ class _AddProduct(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Return g itself for y, the gradient of h, and that of B if it was needed; None for the scale."""
+        """Return g itself for y, scale · g B for h, and scale · gᵀ h for B, None if it is fixed; None for the scale."""
         (h, B), (shape, scale) = ctx.saved_tensors, ctx.options
         rows, dB = g.reshape(-1, g.shape[-1]), None
         if h is None:  # B is fixed
@@ -552,8 +552,8 @@ class _Sketched(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
-        """Return the gradient g A of x, and that of A from the projections, times the scale; None where none
-        is needed.
+        """Return the gradient g A of x, and that of A, scale · (gᵀ c) ⊗ v from the kept projections c, each None
+        without need.
         """
         c, A, v = ctx.saved_tensors
         dx = g @ A if ctx.needs_input_grad[0] else None

@@ -130,7 +130,9 @@ class Factored(NamedTuple):
         return torch.addmm(W, self.B, self.A, alpha=self.scale)
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        """Return the gradients of A and B, each None without need, from gᵀ x; None for the scale."""
+        """Return the gradients s · Bᵀ G of A and s · G Aᵀ of B, with G = gᵀ x, each None without need; None for the
+        scale.
+        """
         G = g.T @ x
         dA = (self.B.T @ G) * self.scale if need[0] else None
         dB = (G @ self.A.T) * self.scale if need[1] else None
@@ -148,8 +150,9 @@ def is_narrow(r: int, out: int, n: int) -> bool:
 
 
 def narrow(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A (r², n) and B (out, r²) with (a b) ⊙ (c d) = B A: products of all pairs of rows of b and d, of columns
-    of a and c.
+    """Return A (r², n) and B (out, r²) with (a b) ⊙ (c d) = B A.
+
+    A has the products of all pairs of rows of b and d, B those of all pairs of columns of a and c.
     """
     return (b[:, None] * d).flatten(0, 1), (a[:, :, None] * c[:, None]).flatten(1)
 
@@ -223,7 +226,10 @@ class _HadamardProduct(Function):
 
 
 def factor_gradients(grad: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of a, b, c and d, always all, from that of (a b) ⊙ (c d), in the widest of their dtypes."""
+    """Return the gradients of a, b, c and d, always all, from that of (a b) ⊙ (c d).
+
+    They are computed in the widest dtype of the four.
+    """
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.promote_types(c.dtype, d.dtype))
     a, b, c, d = (t.to(wide) for t in (a, b, c, d))  # autocast may have made some of them
     left = grad * (c @ d)
@@ -363,6 +369,6 @@ class Difference(NamedTuple):
         return torch.addmm(torch.addmm(W.contiguous().to(A.dtype), B, A), B0, A0, alpha=-1)
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        """Return the gradients of B and A, always, from gᵀ x; None for B₀, A₀ and shape."""
+        """Return the gradients G Aᵀ of B and Bᵀ G of A, always, with G = gᵀ x; None for B₀, A₀ and shape."""
         G = g.T @ x
         return G @ self.A.T, self.B.T @ G, None, None, None

@@ -158,7 +158,7 @@ class _Rotate(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, object]:
-        """Return the gradients of x, in its dtype, and of R, each None without need."""
+        """Return the gradients g Rᵀ of x, in its dtype, and xᵀ g of R, block by block, each None without need."""
         x, R = ctx.saved_tensors
         g = g.to(R.dtype)
         dx = _rotate_blocks(g, R.mT).to(x.dtype) if ctx.needs_input_grad[0] else None
@@ -256,7 +256,10 @@ class _Reflect(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
-        """Return the gradients of x, U and T, each None without need. For a second derivative h is computed again."""
+        """Return the gradients of x, U and T, each None without need.
+
+        That of x is g - (g U) T Uᵀ. For a second derivative h is computed again.
+        """
         x, U, T, h = ctx.saved_tensors
         need_x, need_U, need_T = ctx.needs_input_grad
         flat = x.reshape(-1, x.shape[-1]).to(U.dtype)
@@ -312,7 +315,11 @@ class _RotatePairs(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of z, c and s, each None without need; those of c and s are summed over rows."""
+        """Return the gradients of z, c and s, each None without need.
+
+        That of z is g rotated with the two rows of s exchanged. Those of c and s are products of g and z, summed over
+        rows.
+        """
         z, c, s = ctx.saved_tensors
         need_z, need_c, need_s = ctx.needs_input_grad
         pairs, out = (t.to(c.dtype).unflatten(-1, c.shape) for t in (z, g))

@@ -68,11 +68,14 @@ class Stacks(Protocol):
     """Tensors of adapters that lie at equal distances in one memory."""
 
     def follows(self, a: Tensor, b: Tensor) -> bool:
-        """Return True if b comes next after a."""
+        """Return True if tensor b comes next after tensor a in their common memory. A protocol, without a body."""
         ...
 
     def stack(self, first: Tensor, n: int) -> Tensor:
-        """Return `first` and the tensors after it as one leaf (n, …) that passes its gradient on to them."""
+        """Return `first` and the n - 1 tensors after it as one leaf (n, …) that passes its gradient on to them.
+
+        A protocol, without a body.
+        """
         ...
 
 

@@ -34,7 +34,9 @@ class Inputs(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix, (k r + s, in)."""
+        """The matrix of the map as a dense tensor, (k r + s, in): blocks placed among zeros, then the weight of
+        `general`.
+        """
         k, width, r = self.A.shape
         chunks = self.A.unflatten(-1, (k, -1)).permute(2, 0, 3, 1)  # (j, n, chunk, in / k)
         place = torch.eye(k, dtype=chunks.dtype, device=chunks.device)
@@ -57,7 +59,9 @@ class Outputs(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix, (out, k r + s)."""
+        """The matrix of the map as a dense tensor, (out, k r + s): blocks placed among zeros, then the weight of
+        `general`.
+        """
         k, r, width = self.B.shape
         place = torch.eye(k, dtype=self.B.dtype, device=self.B.device)
         blocks = (self.B.mT[:, :, None] * place[:, None, :, None]).reshape(k * width, k * r)

@@ -51,7 +51,10 @@ class Summed(Tensor):
         return tensor
 
     def materialize(self) -> Tensor:
-        """Return the sum as a plain tensor, in the dtype of W, with its last dimensions exchanged if `flipped`."""
+        """Return the sum as a plain tensor, in the dtype of W, with its last two dimensions exchanged if `flipped`.
+
+        Each product is cast to W's dtype before it is added.
+        """
         W = self.W
         for A, B, s in self.parts:
             W = W + (s * (B @ A)).to(W.dtype)

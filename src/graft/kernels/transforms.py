@@ -32,7 +32,7 @@ class Circulant(NamedTuple):
         return self.scale * blocks.transpose(1, 2).reshape(self.shape)
 
     def columns(self, ids: Tensor) -> Tensor:
-        """Return the columns that `ids` (…) name: (…, out)."""
+        """Return the columns that `ids` (…) name, times the scale: (…, out), without forming the matrix."""
         m, _, b = self.w.shape
         t = torch.arange(b, device=self.w.device)
         part, s = ids.reshape(-1, 1) // b, ids.reshape(-1, 1) % b
@@ -66,7 +66,9 @@ def block_spectra(x: Tensor, parts: int) -> Tensor:
 
 
 def invert_spectra(X: Tensor, shape: tuple[int, ...], b: int) -> Tensor:
-    """Return the inverse of `block_spectra`, reshaped to `shape`."""
+    """Return the inverse real FFT, over the first dimension, of X (b / 2 + 1, rows, parts): parts of b numbers, as
+    `shape`.
+    """
     return torch.fft.irfft(X.permute(1, 2, 0), n=b).reshape(shape)
 
 
@@ -170,7 +172,11 @@ class Spectrum(NamedTuple):
         return torch.fft.ifft2(F).real.reshape(self.shape) * self.scale
 
     def to_half_spectrum(self) -> Sparse:
-        """Return the same matrix from the frequencies f ≤ n / 2 alone: (u, v) and (-u, -v) have one real part."""
+        """Return the same matrix as a `Sparse` over `Waves`, from the frequencies f ≤ n / 2 alone.
+
+        A place (u, v) beyond half of the rows or columns moves to a mirrored one, with the sine's sign changed where
+        needed. Coefficients are divided by out · in and times the scale. (u, v) and (-u, -v) have one real part.
+        """
         (out, fan_in), (u, v) = self.size, self.places
         back = 2 * u > out
         u, v = torch.where(back, out - u, u), torch.where(back, -v % fan_in, v)
@@ -319,7 +325,10 @@ class Sparse(NamedTuple):
     shape: tuple[int, ...]  # of the weight that it updates
 
     def dense(self) -> Tensor:
-        """Return the whole matrix of one part."""
+        """Return the matrix of the first part, by two syntheses, in `shape`; meant for bases of one part.
+
+        Values at the same place add up.
+        """
         S, T = self.S, self.T
         values = self.values[0] * S.factors(self.rows) * T.factors(self.cols)
         M = values.new_zeros(S.size, T.size).index_put((self.rows, self.cols), values, accumulate=True)

@@ -108,7 +108,10 @@ class CPTEmbedding(Prompt):
         return out
 
     def project(self) -> None:
-        """Shorten rows of delta_embedding that are longer than their radius to it, in place and without gradients."""
+        """Shorten rows of delta_embedding that are longer than their radius to that length, in place and past autograd.
+
+        Rows of zeros stay.
+        """
         delta = self.delta_embedding.weight.data
         seen = delta.clone()  # another thread may run this, too, and writes the same values
         norm, radius = seen.norm(dim=1), self.radius()
@@ -174,7 +177,11 @@ class CPTEmbedding(Prompt):
         return (losses * weights.flatten()).sum() / count
 
     def _decay(self, kinds: Tensor, is_label: Tensor) -> Tensor:
-        """Return each label's weight: 1 in the last example, times `opt_loss_decay_factor` for each one before it."""
+        """Return each token's weight, float32 (batch, tokens): 1 in the last example, times the decay factor for each
+        one before.
+
+        An example is a kind of label token, in ascending order; weights of other tokens mean nothing.
+        """
         ordered, places = kinds.masked_fill(~is_label, 0).sort(dim=1)
         example = (ordered.diff(dim=1, prepend=ordered[:, :1]) > 0).cumsum(1)  # a number for each kind, ascending
         age = torch.empty_like(example).scatter(1, places, example[:, -1:] - example)

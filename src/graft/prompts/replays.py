@@ -124,7 +124,11 @@ def find_cache_argument(layer: nn.Module) -> tuple[str, int] | None:
 
 
 def with_cache(run: Callable[..., object], cache: object, name: str, index: int) -> Callable[..., object]:
-    """Return a checkpointing function that passes `cache` to the layer it runs, also in the backward pass."""
+    """Return a checkpointing function that runs `run` with `cache` as an argument of the layer, also in the backward
+    pass.
+
+    name, index: of the layer's cache argument.
+    """
 
     def run_checkpointed(function: Callable[..., object], *args: object, **options: object) -> object:
         """Run a layer's function through the old checkpointing function, with the cache put in."""

@@ -34,7 +34,10 @@ def layers_in(module: nn.Module) -> dict[int, nn.Module]:
 
 
 def words_in(module: nn.Module) -> nn.Module | None:
-    """Return the word embeddings of a model; None if it has none, or none with a weight."""
+    """Return the word embeddings of a model, from `get_input_embeddings`.
+
+    None if the model lacks that method or it is not implemented, or if their weight is no tensor.
+    """
     try:
         words = module.get_input_embeddings()
     except (AttributeError, NotImplementedError):

@@ -137,7 +137,7 @@ def look_up_place(p: Tensor) -> tuple[object, int] | None:
 
 
 def sendable(t: Tensor, group: ProcessGroup | None = None) -> torch.device:
-    """Return a device on which the group's backend can send.
+    """Return a device for sending this tensor with the group's backend.
 
     It is the tensor's device if that is no CPU or the backend is gloo, else the accelerator; the CPU without one.
 

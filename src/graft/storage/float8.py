@@ -90,12 +90,13 @@ class Rows(Float8):
 
 
 def decode(codes: Tensor, scale: Tensor, block: Sequence[int] | None = None) -> Tensor:
-    """Return the values of a matrix (out, in) in float32.
+    """Return the values of a matrix (out, in) in float32, in new memory.
 
     Args:
         codes: floats of 8 bits (out, in); or bytes (out, in/2) of two floats of 4 bits, the low half first.
         scale: see `expand_scales`.
-        block: the rows and columns of 8-bit floats that share a scale; None: the scales divide the matrix evenly.
+        block: the rows and columns of 8-bit floats that share a scale; None, or 4 bits: the scales divide the matrix
+            evenly.
     """
     W, block = (codes.float(), block) if codes.is_floating_point() else (unpack_pairs(codes, FP4, True), None)
     return W.mul_(expand_scales(scale, W.shape, block))

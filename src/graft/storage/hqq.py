@@ -18,8 +18,9 @@ class HQQ(Quantized):
         return m.dequantize()
 
     def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
-        """Return codes `W_q` and their `meta` for W, from a new HQQ layer with the settings and device of the
-        old one.
+        """Return codes `W_q` and their `meta` for W, from a new HQQ layer with the settings and device of the old one.
+
+        The old layer does not change.
         """
         config = {**m.quant_config, "offload_meta": m.offload_meta}
         layer = type(m)(None, config, compute_dtype=m.compute_dtype, device=str(m.W_q.device))

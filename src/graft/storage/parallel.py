@@ -198,7 +198,8 @@ def gather_master_values(t: Tensor) -> Tensor:
 def is_whole(t: Tensor) -> bool:
     """Return True if a tensor holds all its values: not emptied by ZeRO-3, and no slice of FSDP1's flat parameter.
 
-    A DTensor counts as whole. A tensor of floats without numbers is not whole.
+    A DTensor counts as whole. A tensor of floats without numbers is not whole. An original parameter that FSDP1 has
+    flattened is whole only with NO_SHARD, and if its flat parameter is found.
     """
     if not t.numel() and t.is_floating_point():
         return False
@@ -268,7 +269,10 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def shard_value(value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
-    """Return a DTensor of `value`, which every process has whole: each process cuts out its part without waiting."""
+    """Return a DTensor of `value`, which every process has whole: each process cuts out its part without waiting.
+
+    On torch 2.6 it is first wrapped as replicated, and then redistributed.
+    """
     from torch.distributed import tensor  # imported here, as it is rarely needed
 
     if "src_data_rank" in inspect.signature(tensor.distribute_tensor).parameters:
@@ -299,7 +303,10 @@ def gather_slots(slots: Iterable[Slot]) -> Iterator[None]:
 
 
 def find_parameters_below(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of a module and of its children by name, each once, with wrappers' names left out."""
+    """Return the parameters of a module and of its children by path, each tensor once, under its first path.
+
+    Wrappers' names are left out of the paths.
+    """
     parameters: dict[int, tuple[str, Tensor]] = {}
     for path, m in walk_unwrapped(module):
         for name, p in collect_parameters(m).items():

@@ -187,8 +187,9 @@ class MXFP4(PackedMatrices):
         return torch.ldexp(values, self.scale[expert].int()[..., None] - 127).flatten(1).to(dtype)
 
     def remake(self, matrix: Callable[[int], Tensor]) -> MXFP4:
-        """Return a new stack of `matrix(expert)` in the layout of the file; scales grow only where numbers
-        exceed them.
+        """Return a new stack of `matrix(expert)` in the layout of the file; scales grow only where numbers exceed them.
+
+        This stack does not change.
         """
         weight, scale = in_rows(self.weight).clone(), in_rows(self.scale).clone()
         for e in range(len(weight)):
@@ -262,7 +263,10 @@ class FineFP8(PackedMatrices):
         return decode(self.weight[expert], self.scale[expert], self.block).to(dtype)
 
     def remake(self, matrix: Callable[[int], Tensor]) -> FineFP8:
-        """Return a new stack of `matrix(expert)`, encoded as the old one: see `encode`."""
+        """Return a new stack of `matrix(expert)`, in the dtypes and block size of this one.
+
+        Scales of 8-bit floats are chosen anew; those of 4-bit floats only grow. This stack does not change.
+        """
         weight, scale = self.weight.clone(), self.scale.clone()
         for e in range(len(weight)):
             weight[e], scale[e] = encode(matrix(e), weight[e], scale[e], self.block)

@@ -103,9 +103,11 @@ def find_parallel_group(module: nn.Module) -> ProcessGroup | None:
 def why_not_cut(module: nn.Module, style: Style) -> str | None:
     """Return why a parallel module has no plain pieces of inputs or outputs; None if it has.
 
-    The style TensorParallelLayer never has a reason. There are four for the others. The weight is no DTensor over a
-    mesh of one dimension. The module returns a DTensor. A packed layer has a bias, which transformers cuts in another
-    way than the weight. Or graft has no rule for the style or its layouts.
+    The style TensorParallelLayer never has a reason. All others need a weight that is a DTensor over a mesh of one
+    dimension, and must return no DTensor. EmbeddingParallel needs nothing else. ColwiseParallel needs replicated
+    inputs, and RowwiseParallel replicated outputs; its other side is replicated or cut along the last dimension.
+    PackedColwiseParallel needs no bias, and outputs that the number of stripes divides. Graft has no rule for other
+    styles.
     """
     kind, it = style.kind, style.it
     weight = module._parameters.get("weight")

@@ -68,11 +68,13 @@ def dora_linear(
     scale: float,
     p: float,
 ) -> Tensor:
-    """Return the product of `plain_dora_linear` with dropout of the share p, in the dtype of base(x) = W x + b.
+    """Return base(x) + (ratio - 1) ⊙ W x' + ratio ⊙ scale · B A x' with x' = dropout(x, p), in the dtype of base(x) = W
+    x + b.
 
-    W and b get no gradient; with p > 0 a random seed is drawn.
+    W and b get no gradient. With p > 0 a random seed is drawn. x (…, in), W (out, in), A (r, in), B (out, r), b and
+    ratio (out,).
 
-    base, input_gradient, W: as in `low_rank_linear`.
+    input_gradient: (gradient of the layer's output (rows, out), W) → gradient of its input (rows, in).
     """
     return _DoraLinear.apply(x, W, b, A, B, ratio, base, input_gradient, scale, p, seed_for(p))
 

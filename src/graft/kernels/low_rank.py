@@ -170,7 +170,9 @@ def plus(y: Tensor, z: Tensor, scale: Tensor | float) -> Tensor:
 
 
 def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
-    """Return y + scale · dropout(x) Aᵀ Bᵀ; y's memory may hold the result. Shapes as in `plain`.
+    """Return y + scale · dropout(x) Aᵀ Bᵀ; y's memory may hold the result.
+
+    y (…, out), x (…, in), A (r, in), B (out, r).
 
     y must be fresh: nothing else may need its values, not even its own backward pass (a linear layer's does not).
     Without gradients and dropout it is added in place. If only B trains, nothing keeps x. Otherwise `FUSED_FROM` rows
@@ -402,9 +404,10 @@ def plain_scaled_low_rank(y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor)
 
 
 def add_scaled(y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
-    """Return y + ((h ⊙ d) Bᵀ) ⊙ b. B gets no gradient. Shapes as in `plain_scaled_low_rank`.
+    """Return y + ((h ⊙ d) Bᵀ) ⊙ b. B gets no gradient. y (…, out), h (…, r), B (out, r), d (r,), b (out,).
 
-    If `worth_it(h)`, an autograd.Function writes the result to y's memory, so that nothing else may need y's values.
+    If `worth_it(h)`, an autograd.Function writes the result to y's memory past autograd, so that nothing else may need
+    y's values. Else the result is new.
     """
     return _AddScaled.apply(y, h, B, d, b) if worth_it(h) else plain_scaled_low_rank(y, h, B, d, b)
 
@@ -426,7 +429,9 @@ def linear_with(
 
     Only d, b and x get gradients. All have one dtype.
 
-    call: (x, weight, bias) → the output of the layer. input_gradient: as in `low_rank_linear`.
+    Args:
+        call: (x, weight, bias) → the output of the layer.
+        input_gradient: (gradient of that output (rows, out), weight) → gradient of its input (rows, in).
     """
     h = x.reshape(-1, x.shape[-1]) @ A.T
     return _OneProduct.apply(x, h, W, bias, A, B, d, b, call, input_gradient)

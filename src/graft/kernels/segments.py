@@ -128,7 +128,9 @@ def segments_linear(
     W gets no gradient.
 
     Args:
-        base, input_gradient, W: as in `low_rank_linear`.
+        base: a linear layer without hooks.
+        input_gradient: (gradient of its output (rows, out), W) → gradient of its input (rows, in).
+        W: its weight, as `input_gradient` takes it.
         x: (…, in). `group_segments` has counted its rows over all dimensions but the last.
     """
     factors = [t for g in groups for t in (g.A, g.B)]

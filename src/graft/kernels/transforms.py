@@ -361,7 +361,7 @@ class Sparse(NamedTuple):
 def plain_transformed(x: Tensor, values: Tensor, rows: Tensor, cols: Tensor, S: Basis, T: Basis) -> Tensor:
     """Return Σ_p S_p M_p T_pᵀ x for each row, (…, n of S), by operations that autograd records. x (…, n of T).
 
-    values (parts, entries), rows and cols (entries,): as in `Sparse`.
+    M_p[rows[e], cols[e]] is the sum of values[p, e]. values (parts, entries), rows and cols (entries,).
     """
     flat = x.reshape(-1, x.shape[-1])
     return synthesize_entries(values, cols, T.analysis(flat), rows, S).reshape(*x.shape[:-1], -1)

@@ -196,7 +196,11 @@ class Eight(Quantized):
         return {"codes": m.weight.data, "scales": scales_of(m)}
 
     def snapshot_values(self, m: nn.Module, name: str, state: dict[str, Any]) -> Tensor:
-        """Return the values of the codes and scales in a snapshot: see `dequantize_rows`. The module is not read."""
+        """Return the values of a snapshot: codes · scales / 127 in float32, or floats rounded to 8 bits and back in
+        their dtype.
+
+        The module is not read.
+        """
         return dequantize_rows(**state)
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:

@@ -31,14 +31,17 @@ class Compressed(Dense):
         )
 
     def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
-        """Return the reason of `waits` for a compressed weight, else that of plain tensors; None if the tensor can be
-        read.
+        """Return that the weight is compressed until the model's first call, else why a plain tensor could not be read.
+
+        None if it can.
         """
         return self.waits(m, name) or super().why_unreadable(m, name)
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
-        """Return the reason of `waits` for a compressed weight, else that of plain tensors; None if a merge can write
-        it.
+        """Return that the weight is compressed until the model's first call, else why a plain tensor could not be
+        written.
+
+        None if it can.
         """
         return self.waits(m, name) or super().why_unwritable(m, name)
 

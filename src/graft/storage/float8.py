@@ -103,16 +103,16 @@ def decode(codes: Tensor, scale: Tensor, block: Sequence[int] | None = None) -> 
 
 
 def encode(W: Tensor, codes: Tensor, scale: Tensor, block: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-    """Return codes and scales of a matrix W (out, in), as `decode` takes them, in the dtypes and shapes of the old
-    ones.
+    """Return codes and scales of a matrix W (out, in), in the dtypes and shapes of the old ones.
 
     Scales of 8-bit floats are chosen anew: the largest magnitude of a block becomes the largest float. For 4-bit floats
     the old scales stay, and only grow by powers of two where numbers exceed them. The old tensors do not change.
 
     Args:
-        codes: the old codes, which decide by their dtype: 8-bit floats, else pairs of 4-bit floats.
+        codes: the old codes, which decide by their dtype: 8-bit floats (out, in), else pairs of 4-bit floats (out,
+            in/2).
         scale: the old scales.
-        block: as of `decode`.
+        block: the rows and columns of 8-bit floats that share a scale; None: the scales divide the matrix evenly.
     """
     W = W.float()
     if not codes.is_floating_point():
@@ -149,7 +149,7 @@ def expand_scales(scale: Tensor, shape: Sequence[int], block: Sequence[int] | No
 
     Args:
         scale: one, (out), (out, 1), (out, groups), or one for each block.
-        block: as of `decode`.
+        block: the rows and columns that share a scale; None: the scales divide the weight evenly.
     """
     if scale.numel() == 1:
         return decode_scales(scale).reshape(1, 1)
@@ -163,7 +163,9 @@ def find_block_maxima(W: Tensor, scale: Tensor, block: Sequence[int] | None = No
 
     Blocks at the border may be smaller.
 
-    scale, block: as of `expand_scales`.
+    Args:
+        scale: the old scales; without `block` their number gives the blocks.
+        block: the rows and columns of a block.
     """
     rows, columns = block_sizes(scale, W.shape, block)
     down, right = -W.shape[0] % rows, -W.shape[1] % columns
@@ -204,7 +206,11 @@ def make_pair_table(values: Values, low_first: bool, dtype: torch.dtype, device:
 def unpack_pairs(codes: Tensor, values: Values, low_first: bool, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the values of bytes (…, n) with two 4-bit codes each as (…, 2n) in `dtype`, by one gather for each pair.
 
-    values, low_first: as of `make_pair_table`.
+    The table of pairs is cached.
+
+    Args:
+        values: the 16 values by code.
+        low_first: the low half of a byte is the first code.
     """
     with torch.inference_mode(False):
         table = make_pair_table(values, low_first, dtype, codes.device)

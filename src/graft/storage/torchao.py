@@ -34,7 +34,7 @@ class TorchAO(Quantized):
         self.again, self.writes = again, again is not None
 
     def values(self, m: nn.Module) -> Tensor:
-        """Return the dequantized weight in the module's orientation: see `dequantize_weight`."""
+        """Return the dequantized weight in the module's orientation, times the scales of its inputs if it has such."""
         return dequantize_weight(m.weight)
 
     def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:

@@ -68,11 +68,10 @@ def dora_linear(
     scale: float,
     p: float,
 ) -> Tensor:
-    """Return base(x) + (ratio - 1) ⊙ W x' + ratio ⊙ scale · B A x' with x' = dropout(x, p), in the dtype of base(x) = W
-    x + b.
+    """Return base(x) + (ratio - 1) ⊙ W x' + ratio ⊙ scale · B A x', with x' = dropout(x, p), in the dtype of base(x).
 
-    W and b get no gradient. With p > 0 a random seed is drawn. x (…, in), W (out, in), A (r, in), B (out, r), b and
-    ratio (out,).
+    base(x) is W x + b. W and b get no gradient. With p > 0 a random seed is drawn. x (…, in), W (out, in), A (r, in), B
+    (out, r), b and ratio (out,).
 
     input_gradient: (gradient of the layer's output (rows, out), W) → gradient of its input (rows, in).
     """

@@ -435,7 +435,7 @@ def test_cache_of_an_earlier_generate_is_refused(method):
     model, given = with_prompt("llama", method), {"input_ids": inputs("llama")["input_ids"][:1]}
     first = generate(model, given, return_dict_in_generate=True)
     longer = torch.cat([first.sequences, first.sequences], dim=1)
-    with pytest.raises(ValueError, match="A cache that holds a prompt is continued by forward"):
+    with pytest.raises(ValueError, match="Continue the cache with forward"):
         generate(model, {"input_ids": longer, "past_key_values": kept(first)})
 
 
@@ -447,7 +447,7 @@ def test_a_cache_of_the_base_is_refused(method):
         held = kept(model(input_ids=given["input_ids"][:, :3], use_cache=True))
         want = generate(model, {**without(given, "task_ids"), "past_key_values": copy.deepcopy(held)})
     for argument in ARGUMENTS:
-        with pytest.raises(ValueError, match=r"got a cache that holds 3 tokens.*or leave the cache out"):
+        with pytest.raises(ValueError, match=r"got a cache that holds 3 tokens.*or leave it out"):
             generate(model, {**given, argument: held})
     with model.disable_adapter():
         assert torch.equal(generate(model, {**without(given, "task_ids"), "past_key_values": held}), want)

@@ -422,7 +422,8 @@ def test_a_timeout_names_the_calls_and_changes_nothing(other):
     model.change_timeout, on = 0.05, model(X)
     with stopped(model, KINDS["mixed"]):
         with pytest.raises(
-            graft.InUseError, match=r"set_adapter\('bob'\) waited 0.05 s.*forward.*'request'.*change_timeout"
+            graft.InUseError,
+            match=r"set_adapter\('bob'\) changed nothing, since it waited 0.05 s.*forward.*'request'.*change_timeout",
         ):
             model.set_adapter("bob")
         with pytest.raises(graft.InUseError, match="add_adapter"):

@@ -172,9 +172,8 @@ class StackMethod(Method):
             return stack_build_values(built_values)
         except ShapesDiffer as e:
             raise UnsupportedLayerError(
-                f"Target parameter {self.site.key} ({self.site.type_name}) is not supported. '{e}' of "
-                f"{self.kind.__name__} has another shape for each matrix, and follows from its values. Adapter "
-                f"'{self.name}': name other target_parameters."
+                f"Adapter '{self.name}' cannot target parameter {self.site.key} ({self.site.type_name}): '{e}' of "
+                f"{self.kind.__name__} has another shape for each matrix. Name other target_parameters."
             ) from None
 
     @torch.no_grad()

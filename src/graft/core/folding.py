@@ -58,7 +58,7 @@ def compute_delta(layer: Layer, effect: Effect, drops: bool = False, f: Factors 
         TypeError: the effect is no `Update`, or one without a weight.
     """
     if not isinstance(effect, Update) or effect.weightless:
-        raise TypeError(f"a {type(effect).__name__} has no ΔW")
+        raise TypeError(f"A {type(effect).__name__} of layer '{layer.site.key}' has no ΔW. Merge the adapter instead.")
     if effect.factors is None:
         delta = evaluate_delta(layer, effect)
         W = torch.zeros(layer.site.shape, device=layer.where[0]) if delta is None else form_delta(delta)

@@ -180,8 +180,8 @@ class ModelChange:
                     self.open_gate()
         if not ended:
             raise InUseError(
-                f"{self.what} waited {gate.timeout:g} s for calls of the model to end, and these still run: {running}. "
-                f"Nothing has changed. {REMEDY}"
+                f"{self.what} changed nothing, since it waited {gate.timeout:g} s for calls of the model that still "
+                f"run: {running}. {REMEDY}"
             )
         self.closed = True
 
@@ -289,7 +289,7 @@ class Gate:
         if running_change is not None:
             doing = f"{running_change.what} in thread '{thread_name(running_change.thread)}'"
         if change.within is not None:
-            return f"{change.what} within a call of the model cannot wait for {doing}: make the change between calls."
+            return f"{change.what} within a call of the model cannot wait for {doing}. Make the change between calls."
         return f"{change.what} waited {self.timeout:g} s for {doing}. {REMEDY}"
 
     def check_change_within_call(self, change: ModelChange, touches: Names) -> None:
@@ -302,8 +302,8 @@ class Gate:
                 raise InUseError(
                     f"{change.what} within a call of the model would tear "
                     f"{'that call' if is_own_call else 'another call'}, "
-                    f"which has partly run already: {call}. Make the change between calls. Within one, adapter_names "
-                    "of a further call give rows their adapters, and a disable_adapter() block runs the base."
+                    f"which has partly run already: {call}. Make the change between calls, or use adapter_names of "
+                    "further calls and disable_adapter() blocks."
                 )
 
     def _all_calls(self) -> list[RunningCall]:
@@ -337,8 +337,8 @@ class Gate:
 
 
 REMEDY = (
-    "Let calls end (a block of graft.calling(), or a call that waits for this thread, is one), or give the model more "
-    "time with change_timeout."
+    "Let calls and blocks of graft.calling() end, also those that wait for this thread, or give the model more time "
+    "with change_timeout."
 )
 
 

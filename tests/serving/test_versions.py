@@ -268,7 +268,7 @@ def test_numbers_go_on_after_a_resume():
     again = Versions("policy", server.load, server.unload)
     again.load_state_dict(state)
     assert again.publish(tensors(1)) == "policy-v2-0001"
-    with pytest.raises(ConfigError, match="at version 2 already"):
+    with pytest.raises(ConfigError, match="at version 2, and"):
         again.load_state_dict(state)
 
 

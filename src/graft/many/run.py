@@ -332,9 +332,8 @@ class Run:
             self.step += 1
             self.curve.append(StepRecord(self.step, loss, lr, norm))
         except BaseException as error:
-            annotate_error(
-                error, self.fail(f"an error stopped its optimizer or schedule in the middle ({error!r})", loss)
-            )
+            why = f"an error stopped its optimizer or schedule in the middle ({error!r})"
+            annotate_error(error, self.fail(why, loss))
             raise
         self.drop_partial_step()
         self.needs_check = True

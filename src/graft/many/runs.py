@@ -677,9 +677,8 @@ class MultiTrain:
         for run in self._runs.values():
             if run not in runs:
                 run.set_row(None)
-        self._banks = Banks(
-            {run.name: (run.bank_order, run.parameters) for run in runs}, (*model.parameters(), *model.buffers())
-        )
+        tensors = {run.name: (run.bank_order, run.parameters) for run in runs}
+        self._banks = Banks(tensors, (*model.parameters(), *model.buffers()))
         for run in runs:
             run.set_row(self._banks.rows[run.name])
 
@@ -790,10 +789,7 @@ class MultiTrain:
             self._run_pass(section, compute, take, is_half=True)
         if not (memory or is_half) and len(self._batch_errors) == known:
             names = [item.name for item in items]
-            warn(
-                f"A pass of {names} raised {shorten_text(repr(failure))}, but no single one did.",
-                PeftWarning,
-            )
+            warn(f"A pass of {names} raised {shorten_text(repr(failure))}, but no single one did.", PeftWarning)
 
     def _compute_gradients(self, items: list[RunBatch]) -> tuple[list[Tensor], list[int]] | Exception:
         """Run a joint pass and its backward pass; gradients are left in `grad`, and earlier ones dropped.

@@ -204,9 +204,8 @@ def _make_factors(
     A, B, r = below[A_], below[B_], cfg.r
     if r > max_rank:
         raise ConfigError(f"Adapter '{name}' does not fit: rank {r} on '{key}' is above max_rank={max_rank}. Raise it.")
-    _check_shapes(
-        name, key, below, {A_: (r, layer.in_features), B_: (layer.out_features, r), MAGNITUDE: (layer.out_features,)}
-    )
+    n, out = layer.in_features, layer.out_features
+    _check_shapes(name, key, below, {A_: (r, n), B_: (out, r), MAGNITUDE: (out,)})
     scaling = cfg.lora_alpha / (math.sqrt(r) if cfg.use_rslora else r)
     factors = SlotFactors(_copy_to_host(A), _copy_to_host(B.T), scaling)
     if MAGNITUDE in below:

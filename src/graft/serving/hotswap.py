@@ -469,9 +469,8 @@ def prepare_model_for_compiled_hotswap(
         if target_rank is not None:
             for name, layers in on.items():
                 check_paddable(name, layers, target_rank, get_config(model, name))
-            to_grow = [
-                entry for name, layers in on.items() for entry in list_entries(AdapterCarriers(layers, {}), name, "")
-            ]
+            carriers = ((name, AdapterCarriers(layers, {})) for name, layers in on.items())
+            to_grow = [entry for name, parts in carriers for entry in list_entries(parts, name, "")]
             to_grow = [entry for entry in to_grow if compute_shape(entry, target_rank) != entry.tensor.shape]
             replace_tensors([(entry, pad_to_rank(entry, entry.tensor, target_rank), target_rank) for entry in to_grow])
         for name, layers in on.items():

@@ -180,11 +180,10 @@ class SlotLayer(nn.Module):
         slot = None if compiling else self.choice.slot  # one path for compiled code
         if slot == NONE:
             return self.base_layer(x, *args, **kwargs)
-        tensors = (
-            self.gather_rows(x.shape[0])
-            if slot is None
-            else (*self.get_factors(slot), *[t[slot] for t in self.vectors])
-        )
+        if slot is None:
+            tensors = self.gather_rows(x.shape[0])
+        else:
+            tensors = (*self.get_factors(slot), *[t[slot] for t in self.vectors])
         n = len(tensors) - len(self.vectors)
         pairs, vectors = [(tensors[i], tensors[i + 1]) for i in range(0, n, 2)], tensors[n:]
         if vectors and (compiling or (self.gained if slot is None else slot in self.gained)):

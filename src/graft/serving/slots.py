@@ -149,9 +149,8 @@ class AdapterSlots:
         with torch.inference_mode(False):
             self._fills = [0]
             self._choice = SlotChoice(first.weight.where()[0], self._fills)
-            self.layers = {
-                key: SlotLayer(site, sizes, self._choice, keep_gathered, dtype, gains) for key, site in sites.items()
-            }
+            options = sizes, self._choice, keep_gathered, dtype, gains
+            self.layers = {key: SlotLayer(site, *options) for key, site in sites.items()}
         self._known: dict[str, KnownAdapter] = {}
         self._leaving: set[str] = set()  # no longer known; `unload` waits for their batches
         self._slots: dict[str, int] = {}  # by adapter, the least recently used one first

@@ -41,9 +41,8 @@ def why_no_adapter(module: nn.Module, op: Op, inside: bool) -> str | None:
 
     inside: the adapter computes with modules inside this one.
     """
-    is_torch = type(module).__module__.startswith(
-        "torch.nn.modules."
-    )  # packages and parametrizations have classes elsewhere
+    # packages and parametrizations have classes elsewhere
+    is_torch = type(module).__module__.startswith("torch.nn.modules.")
     why = None if is_torch else megatron.why_no_megatron_adapter(module) or engine.why_no_engine_adapter(module)
     if why is not None:
         return f"As a {type(module).__name__}, {why}"

@@ -156,10 +156,8 @@ def preprocess_corda(
             )
     cached = read_cache(cfg.cache_file)
     if cached is not None:
-        eigens = {
-            key: CordaEigens(*(get_cached(cached, f"{key}.{EIGENS}.{n}", cfg.cache_file) for n in NAMES))
-            for key in methods
-        }
+        file = cfg.cache_file
+        eigens = {k: CordaEigens(*(get_cached(cached, f"{k}.{EIGENS}.{n}", file) for n in NAMES)) for k in methods}
     else:
         covariances = measure_covariances(model, methods, cfg, run_model, hooked_model)
         eigens = {}

@@ -96,10 +96,8 @@ def find_kappa_target_modules(
     The other arguments are those of `KappaTuneSelector`.
     """
     selector = KappaTuneSelector(model, max_dim_size_to_analyze, moe_param_suffixes, show_progress)
-    return {
-        "target_modules": selector.get_best_targets(top_p=top_p),
-        "target_parameters": selector.get_best_target_parameters(top_p=top_p) or None,
-    }
+    modules, parameters = selector.get_best_targets(top_p=top_p), selector.get_best_target_parameters(top_p=top_p)
+    return {"target_modules": modules, "target_parameters": parameters or None}
 
 
 def select_targets(

@@ -96,11 +96,8 @@ def check_restart(layer: AdapterLayer, name: str, optimizer: Optimizer, optimize
     """
     base, parameter = layer.base_layer, layer.site.parameter
     m: Method = layer.methods[name]
-    why = (
-        m.effect.why_unmergeable
-        or layer.store.why_unreadable(base, parameter)
-        or layer.store.why_unwritable(base, parameter)
-    )
+    why = m.effect.why_unmergeable or layer.store.why_unreadable(base, parameter)
+    why = why or layer.store.why_unwritable(base, parameter)
     if why is None and not layer.store.exact:
         why = "its weight is packed, and would round the update away: begin with merge_and_unload(dequantize=True)"
     if why is None and layer.site.shared:

@@ -328,10 +328,8 @@ class TrainingSnapshot:
             states[name] = {k: pack(v, self.tensors, *where[k]) for k, v in state.items()}
         self.tensors |= gather_tensors(self.tensors)
         together = processes() > 1
-        bases = {
-            name: fingerprint_base(unwrap_model(self.model), name, together=together)
-            for name in list_adapters(self.model)
-        }
+        model = unwrap_model(self.model)
+        bases = {name: fingerprint_base(model, name, together=together) for name in list_adapters(self.model)}
         everyone = exchange_objects((self.rank_state, self.rank_tensors))
         for _, rank_tensors in everyone:
             self.tensors |= rank_tensors
@@ -660,11 +658,8 @@ class ResumeJob:
         fresh = [n for n in current if n not in self.tensors]
         missing = [n for n in self.tensors if n not in current and n not in network_names]
         if fresh or missing:
-            parts = [
-                f"{what} {join_some(sorted(names), 3)}"
-                for what, names in (("it does not hold", fresh), ("here is no", missing))
-                if names
-            ]
+            lists = (("it does not hold", fresh), ("here is no", missing))
+            parts = [f"{what} {join_some(sorted(names), 3)}" for what, names in lists if names]
             self.add_mismatch(AdapterKeyError, f"{'; '.join(parts)}: other targets, or another adapter", fresh, missing)
 
     def check_prompts(self) -> set[str]:
@@ -707,11 +702,8 @@ class ResumeJob:
         if groups != sets:
             saved, live = set().union(*groups), set().union(*sets)
             one = sorted(saved ^ live)
-            text = (
-                f"parameters of only one of the two are {join_some(one, 3)}"
-                if one
-                else "they hold others of the parameters"
-            )
+            text = f"parameters of only one of the two are {join_some(one, 3)}"
+            text = text if one else "they hold others of the parameters"
             self.add_mismatch(
                 ConfigError,
                 f"its optimizer has {len(groups)} groups of {[*map(len, groups)]} parameters, and here are {len(sets)} "
@@ -722,10 +714,8 @@ class ResumeJob:
 
     def list_group_names(self) -> list[set[str]]:
         """Return for each group of the optimizer the names of its parameters."""
-        return [
-            {self.names[id(p)] for p in self.optimizer_states.parameters(i)}
-            for i in range(len(self.optimizer_states.groups))
-        ]
+        states = self.optimizer_states
+        return [{self.names[id(p)] for p in states.parameters(i)} for i in range(len(states.groups))]
 
     def check_processes(self) -> None:
         """Report a mismatch, an error with `strict`, if the number of processes differs: then generators begin anew."""

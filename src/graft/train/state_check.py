@@ -235,11 +235,8 @@ def list_required_names(kind: str, group: Mapping[str, Any]) -> list[str]:
     if kind == "LoraMuonOptimizer":
         return ["momentum_buffer"] if group.get("muon") else KEPT["Adam"].split()
     more = [name for option, name in MORE.items() if group.get(option) and kind in KEPT]
-    return [
-        *KEPT.get(kind, "").split(),
-        *more,
-        *(["momentum_buffer"] if kind == "RMSprop" and group["momentum"] else []),
-    ]
+    momentum = ["momentum_buffer"] if kind == "RMSprop" and group["momentum"] else []
+    return [*KEPT.get(kind, "").split(), *more, *momentum]
 
 
 def check_state_finite(values: Mapping[str, object], what: str) -> None:

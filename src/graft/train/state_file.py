@@ -103,10 +103,8 @@ def pack(value: object, tensors: dict[str, Tensor], where: str, key: str | None 
     if isinstance(value, list):
         return [pack(v, tensors, where, stem=stem) for v in value]
     if isinstance(value, dict):
-        pairs = [
-            (pack(k, tensors, where, stem=stem), pack(v, tensors, f"{where}, '{k}'", stem=stem))
-            for k, v in value.items()
-        ]
+        pack_item = partial(pack, stem=stem)
+        pairs = [(pack_item(k, tensors, where), pack_item(v, tensors, f"{where}, '{k}'")) for k, v in value.items()]
         if value.keys() & {TENSOR, PAIRS, TUPLE} or not all(type(k) is str for k in value):
             return {PAIRS: [list(pair) for pair in pairs]}
         return dict(pairs)

@@ -52,7 +52,7 @@ def resize(
     """
     from graft.files.formats import peft
     from graft.files.resize import resize_adapter as resized
-    from graft.files.sources import check_output, place_when_done, read_adapter, resolve_adapter, run_with_base
+    from graft.files.sources import check_output, open_adapter, place_when_done, resolve_adapter, run_with_base
 
     source = resolve_adapter(adapter)
 
@@ -64,7 +64,7 @@ def resize(
         In a dry run the result is written to a temporary folder and deleted.
         """
         check_output(output, [source, *([] if model is None else [model.path])], force)
-        smaller, rows = resized(read_adapter(source, model), rank, energy, ratio, max_mb, max_rank, uniform)
+        smaller, rows = resized(open_adapter(source, model), rank, energy, ratio, max_mb, max_rank, uniform)
         with place_when_done(output, not dry_run) as out:
             peft.write(smaller, out, model)
         return rows

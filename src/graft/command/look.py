@@ -26,10 +26,10 @@ def inspect(adapter: str, *, base: str | None = None, spectrum: bool = False, pl
         show.limit_numpy_threads()
     from graft.files.inspect import inspect_adapter as report_of
     from graft.files.inspect import plot_spectra as draw
-    from graft.files.sources import read_adapter, resolve_adapter, run_with_base
+    from graft.files.sources import open_adapter, resolve_adapter, run_with_base
 
     source, with_spectra = resolve_adapter(adapter), spectrum or plot is not None
-    report = run_with_base(source, base, lambda model: report_of(read_adapter(source, model), model, with_spectra))
+    report = run_with_base(source, base, lambda model: report_of(open_adapter(source, model), model, with_spectra))
     if plot is not None:
         draw(report, plot)
     return Result(report, partial(print_inspection, report, spectrum))
@@ -87,11 +87,11 @@ def diff(a: str, b: str, *, base: str | None = None, tol: float = 1e-6) -> Resul
     if base is None:
         show.limit_numpy_threads()
     from graft.files.inspect import compare_adapters
-    from graft.files.sources import read_adapter, resolve_adapter, run_with_base
+    from graft.files.sources import open_adapter, resolve_adapter, run_with_base
 
     one, two = resolve_adapter(a), resolve_adapter(b)
     differences = run_with_base(
-        one, base, lambda model: compare_adapters(read_adapter(one, model), read_adapter(two, model), tol)
+        one, base, lambda model: compare_adapters(open_adapter(one, model), open_adapter(two, model), tol)
     )
 
     def report() -> None:
@@ -135,11 +135,11 @@ def lint(adapter: str, *, base: str | None = None, strict: bool = False) -> Resu
     """
     from graft.files.bases import open_base
     from graft.files.lint import lint_adapter as findings_of
-    from graft.files.sources import describe_named_base, find_base, read_adapter, resolve_adapter
+    from graft.files.sources import describe_named_base, find_base, open_adapter, resolve_adapter
 
     source = resolve_adapter(adapter)
     model = describe_named_base(source) if base is None else open_base(find_base(base))
-    findings = findings_of(read_adapter(source, model), model)
+    findings = findings_of(open_adapter(source, model), model)
     bad = [f for f in findings if f.severity == "error" or (strict and f.severity == "warning")]
 
     def report() -> None:

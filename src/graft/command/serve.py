@@ -50,7 +50,7 @@ def check(
     """
     from graft.files import serving
     from graft.files.bases import open_base
-    from graft.files.sources import describe_named_base, find_base, read_adapter, resolve_adapter
+    from graft.files.sources import describe_named_base, find_base, open_adapter, resolve_adapter
 
     options = ServerOptions(max_rank, None if targets is None else tuple(show.split_commas(targets)))
     names = show.split_commas(servers_)
@@ -58,7 +58,7 @@ def check(
         raise OptionError(f"--for names no server. Choose one of {', '.join(list_servers())}.")
     source = resolve_adapter(adapter)
     model = describe_named_base(source) if base is None else open_base(find_base(base))
-    findings = serving.check_servers(read_adapter(source, model), names, model, options)
+    findings = serving.check_servers(open_adapter(source, model), names, model, options)
     document = {"adapter": adapter, "servers": names, "findings": [asdict(f) for f in findings]}
     return Result(
         document, partial(print_findings, names, findings, model is not None), not all(f.ok for f in findings)

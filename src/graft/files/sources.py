@@ -48,7 +48,7 @@ CARD = "README.md"
 Result = TypeVar("Result")
 
 
-def read_adapter(source: str, base: Base | None = None) -> AdapterFile:
+def open_adapter(source: str, base: Base | None = None) -> AdapterFile:
     """Read an adapter of any format from a file, a folder, or the hub (`user/repo@rev`).
 
     Only a hub id uses the network.

@@ -27,8 +27,11 @@ BACKWARD_BEFORE, BACKWARD = modules._global_backward_pre_hooks, modules._global_
 
 
 def eager() -> bool:
-    """Return True if operations run as written, and nothing more: no compiler fuses them, no tracer records them, there
-    is no functional transform or forward-mode derivative, no hook on all modules. Every layer asks at every call."""
+    """Return True if operations run as written, and nothing more.
+
+    False under a compiler, a tracer, a functional transform or a forward-mode derivative, and with a forward or
+    backward hook on all modules. Every layer calls this at every call.
+    """
     return not (
         is_dynamo_compiling()
         or compiler._is_compiling_flag
@@ -75,7 +78,9 @@ def functional() -> bool:
 
 
 def watched() -> bool:
-    """Return True if a dispatch mode sees operations one by one, and may give them tensors without values."""
+    """Return True if a torch dispatch mode is active: it sees operations one by one, and may give them tensors without
+    values.
+    """
     return _len_torch_dispatch_stack() > 0
 
 

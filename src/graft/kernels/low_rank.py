@@ -233,7 +233,7 @@ def low_rank_linear(
 
 
 def autocast(x: Tensor, *factors: Tensor) -> Sequence[Tensor]:
-    """Return `factors` in the dtype of autocast if it is on, else as they are."""
+    """Return `factors` as a list in the dtype of autocast on x's device if it is on; else as they are."""
     if not _is_any_autocast_enabled() or (dtype := autocast_dtype(x.device)) is None:
         return factors
     return [f.to(dtype) for f in factors]
@@ -390,7 +390,10 @@ def gradients(
 
 
 def worth_it(x: Tensor) -> bool:
-    """Return True if gradients are on, x has enough rows, and no compiler or autocast changes the operations."""
+    """Return True if an autograd.Function pays for x: autograd records, and x has at least `FUSED_FROM` rows.
+
+    False under compilers, tracers, transforms and hooks on all modules (`eager`), and under autocast.
+    """
     many = torch.is_grad_enabled() and x.numel() >= FUSED_FROM * x.shape[-1]
     return many and eager() and autocast_dtype(x.device) is None
 
@@ -440,7 +443,10 @@ def linear_with(
 def vector_gradients(
     G: Tensor, B: Tensor, d: Tensor, b: Tensor, need: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of d and b from G = gᵀ h (out, r), without another product of the width of y."""
+    """Return the gradients b (G ⊙ B) of d and (G ⊙ B) d of b, each None without need, from G = gᵀ h (out, r).
+
+    This takes no further product of the width of y. B (out, r), d (r,), b (out,).
+    """
     dd = b @ (G * B) if need[0] else None
     db = (G * B) @ d if need[1] else None
     return dd, db

@@ -74,7 +74,7 @@ def _have_one_shape(factors: Factors, sizes: Sequence[int]) -> bool:
 
 
 def _is_cheap_to_stack(factors: Factors) -> bool:
-    """Return True if the stacked factors have at most `STACKED` numbers."""
+    """Return True if the stacked factors have at most `STACKED` numbers, taking the first adapter's size for all."""
     A, B, _ = factors[0]
     return len(factors) * (A.numel() + B.numel()) <= STACKED
 

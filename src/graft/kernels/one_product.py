@@ -172,11 +172,13 @@ class Hadamard(NamedTuple):
         return self.scale * multiply_hadamard(*self[:4]).reshape(self.shape)
 
     def columns(self, ids: Tensor) -> Tensor:
-        """Return the columns of ΔW that `ids` (…) name: (…, out)."""
+        """Return the columns of ΔW = scale · (a b) ⊙ (c d) that `ids` (…) name, (…, out), from columns of b and d
+        alone.
+        """
         return self.scale * (embedding(ids, self.b.T) @ self.a.T) * (embedding(ids, self.d.T) @ self.c.T)
 
     def product(self, x: Tensor) -> None:
-        """Return None: for few rows, too, the matrix has to be formed."""
+        """Return None, whatever x is: for few rows, too, the matrix has to be formed."""
 
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
@@ -252,12 +254,14 @@ class Modulated(NamedTuple):
         return delta if self.D is None else delta + product_like(self.D, self.C, self.W).view(self.W.shape)  # type: ignore[arg-type]
 
     def columns(self, ids: Tensor) -> Tensor:
-        """Return the columns of ΔW that `ids` (…) name: (…, out)."""
+        """Return the columns of ΔW = W ⊙ (B A) + D C that `ids` (…) name, (…, out), without forming ΔW; without D no D
+        C.
+        """
         columns = embedding(ids, self.W.T) * (embedding(ids, self.A.T) @ self.B.T)
         return columns if self.D is None else columns + embedding(ids, self.C.T) @ self.D.T  # type: ignore[union-attr]
 
     def product(self, x: Tensor) -> None:
-        """Return None: for few rows, too, the matrix has to be formed."""
+        """Return None, whatever x is: for few rows, too, the matrix has to be formed."""
 
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
@@ -310,7 +314,7 @@ class Rescaled(NamedTuple):
         return columns * self.a.flatten() + self.b.flatten()
 
     def product(self, x: Tensor) -> None:
-        """Return None: for few rows, too, the matrix has to be formed."""
+        """Return None, whatever x is: for few rows, too, the matrix has to be formed."""
 
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
@@ -344,11 +348,13 @@ class Difference(NamedTuple):
         return (self.B @ self.A - self.B0 @ self.A0).view(self.shape)
 
     def columns(self, ids: Tensor) -> Tensor:
-        """Return the columns of ΔW that `ids` (…) name: (…, out)."""
+        """Return the columns of ΔW = B A - B₀ A₀ that `ids` (…) name, (…, out), from columns of A and A₀ alone."""
         return embedding(ids, self.A.T) @ self.B.T - embedding(ids, self.A0.T) @ self.B0.T
 
     def product(self, x: Tensor) -> Tensor | None:
-        """Return x ΔWᵀ, (…, out); None if x has so many rows that forming ΔW is less work."""
+        """Return x ΔWᵀ, (…, out), by the four factors; None if x has so many rows that forming ΔW takes fewer
+        multiplications.
+        """
         (out, r), n = self.B.shape, self.A.shape[1]
         rows = x.numel() // n
         if 2 * r * rows * (out + n) > out * n * (2 * r + rows):
@@ -362,7 +368,9 @@ class Difference(NamedTuple):
         return linear_with(W, bias, x, self, call, input_gradient) if holds(self.A, W) else None
 
     def add_to(self, W: Tensor) -> Tensor:
-        """Return W + ΔW in the dtype of A and the memory layout of W, which may be stored as (in, out)."""
+        """Return W + B A - B₀ A₀ in new memory, in the dtype of A and the layout of W, which may be stored as (in,
+        out).
+        """
         B, A, B0, A0, shape = self
         if W.T.is_contiguous() and not W.is_contiguous():
             return Difference(A.T, B.T, A0.T, B0.T, shape[::-1]).add_to(W.T).T

@@ -178,9 +178,12 @@ def butterfly_order(n: int, size: int, level: int) -> Tensor:
 
 
 def butterfly(x: Tensor, R: Tensor, orders: Tensor | None, transpose: bool = False) -> Tensor:
-    """Return x R_F … R_1, or x (R_F … R_1)ᵀ; each factor is block-diagonal in its own order.
+    """Return x R_F … R_1, or with `transpose` x (R_F … R_1)ᵀ, (…, n).
 
-    x (…, n), R (F, blocks, b, b), orders (F, 2, n): the order of each factor and its inverse; None: as they stand.
+    Each factor is block-diagonal in an order of the inputs.
+
+    x (…, n), R (F, blocks, b, b). orders (F, 2, n): the order of each factor and its inverse; None: inputs are not
+    reordered.
     """
     levels = range(len(R))
     for i in levels if transpose else reversed(levels):
@@ -209,9 +212,9 @@ def compact_reflections(u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gram_schmidt(u: Tensor) -> Tensor:
-    """Return u with its columns made orthonormal, one after another.
+    """Return u (n, r) with its columns made orthonormal, one after another.
 
-    A column that depends on those before it becomes 0.
+    A column becomes 0 if at most 1e-5 of its norm is left after the projections on those before it.
     """
     columns: list[Tensor] = []
     for column in u.unbind(1):

@@ -97,7 +97,7 @@ class Group(NamedTuple):
         return self.stop - self.start < FUSED_FROM * self.width
 
     def rows_of(self, x: Tensor) -> Tensor:
-        """Return the group's rows of x (rows, n); x itself if these are all."""
+        """Return the group's rows of x (rows, n) as a view; x itself if these are all."""
         return x if self.stop - self.start == len(x) else x[self.start : self.stop]
 
 
@@ -161,8 +161,10 @@ def group_segments(segments: Sequence[Segment], stacks: Stacks | None, dtype: to
 
 
 def _can_share(a: Segment, b: Segment, stacks: Stacks) -> bool:
-    """Return True if two neighbours may share products: equal rows, scales and shapes, no dropout, stacked factors, and
-    sizes at which shared products have the bits of single ones.
+    """Return True if two neighbouring segments may share products, so that their results have the bits of single ones.
+
+    Both need an adapter without dropout, equal rows and scales, and factors of b that follow those of a in one memory.
+    The products must be large enough: `NARROW` rows and rank, and `SMALL` multiplications.
     """
     if a.A is None or a.B is None or b.A is None or b.B is None or a.p or b.p or (a.rows, a.scale) != (b.rows, b.scale):
         return False

@@ -101,7 +101,7 @@ class Scattered(NamedTuple):
         return self.values.new_zeros(prod(self.shape)).index_add(0, self.places, self.values).view(self.shape)
 
     def columns(self, ids: Tensor) -> Tensor:
-        """Return the columns of ΔW that `ids` (…) name: (…, out)."""
+        """Return the columns of ΔW that `ids` (…) name, (…, out), by forming ΔW of two dimensions."""
         return embedding(ids, self.dense().T)
 
     def product(self, x: Tensor) -> Tensor | None:

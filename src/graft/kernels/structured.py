@@ -83,7 +83,7 @@ class Shards(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix of zeros and ones, (r, fan_in)."""
+        """The matrix (r, fan_in) of identity matrices next to each other, cut to fan_in columns."""
         eye = torch.eye(self.r, dtype=self.like.dtype, device=self.like.device)
         return eye.repeat(1, -(-self.fan_in // self.r))[:, : self.fan_in]
 
@@ -101,7 +101,7 @@ class Repeated(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix [D D …]ᵀ, (out, r)."""
+        """The matrix [D D …]ᵀ, (out, r), with `times` copies; a view for one."""
         return (self.D if self.times == 1 else self.D.repeat(1, self.times)).T
 
 
@@ -117,7 +117,7 @@ class Kronecker(NamedTuple):
         return torch.kron(self.a, self.b).reshape(self.shape)
 
     def columns(self, ids: Tensor) -> Tensor:
-        """Return the columns that `ids` (…) name: (…, l k)."""
+        """Return the columns of a ⊗ b that `ids` (…) name: (…, l k), from columns of a and b alone."""
         n = self.b.shape[1]
         a, b = embedding(ids // n, self.a.T), embedding(ids % n, self.b.T)
         return (a[..., :, None] * b[..., None, :]).flatten(-2)

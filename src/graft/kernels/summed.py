@@ -201,10 +201,11 @@ def _multiply_right(function: Any, x: Tensor, M: Summed) -> Any:
 def _multiply_grouped(function: Any, x: Tensor, M: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the products of rows of x, sorted by expert, with the matrices of a stack, without forming the sums.
 
-    Rows behind the last offset belong to no expert: they get no update. offs: the end of each expert's rows; the host
-    waits for them.
+    `function`, torch's grouped product, multiplies by W; each expert's rows get their updates on top, in the dtype of
+    the factors or of autocast. Rows behind the last offset belong to no expert, and get no update. The host waits for
+    the offsets. Return NotImplemented if M is no `Summed` stack, x is one, or offsets are missing.
 
-    Return NotImplemented if M is no `Summed` stack or offsets are missing.
+    offs, in args or kwargs: the end of each expert's rows.
     """
     offs = kwargs.get("offs", args[0] if args else None)
     if not isinstance(M, Summed) or isinstance(x, Summed) or offs is None or M.dim() != 3:

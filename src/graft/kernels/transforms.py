@@ -187,11 +187,13 @@ class Spectrum(NamedTuple):
         return Sparse(values, u, v, Waves(out), Waves(fan_in), self.shape)
 
     def times(self, x: Tensor) -> Tensor:
-        """Return x ΔWᵀ. x (…, in) → (…, out)."""
+        """Return x ΔWᵀ, (…, out), by fast transforms over the frequencies f ≤ n / 2. x (…, in)."""
         return self.to_half_spectrum().times(x)
 
     def columns(self, ids: Tensor) -> Tensor:
-        """Return the columns of ΔW that `ids` (…) name: (…, out)."""
+        """Return the columns of ΔW that `ids` (…) name, (…, out), without forming ΔW, from the frequencies f ≤
+        n / 2.
+        """
         return self.to_half_spectrum().columns(ids)
 
 
@@ -384,7 +386,9 @@ def synthesize_entries(values: Tensor, source: Tensor, z: Parts, target: Tensor,
 
 
 def sort_targets(target: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return the permutation that sorts `target`, and the position in it at which each number below `size` begins."""
+    """Return the permutation that sorts `target`, and for each number below `size` the position in it where that
+    begins.
+    """
     order = target.argsort()
     return order, torch.searchsorted(target[order], torch.arange(size, device=order.device))
 
@@ -392,8 +396,8 @@ def sort_targets(target: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def sample_products(G: Parts, rows: Tensor, z: Parts, cols: Tensor) -> Tensor:
     """Return Σ_samples G[p][rows[e]] z[p][cols[e]] for each part p and entry e, (parts, entries).
 
-    Eager code without gradients uses the backward pass of embedding_bag; else chunks of `AT_ONCE` numbers are
-    multiplied.
+    Eager code without gradients uses the backward pass of embedding_bag. Eager code with gradients multiplies in chunks
+    of `AT_ONCE` numbers, other code all at once.
     """
     if eager() and not torch.is_grad_enabled():
         order, starts = sort_targets(rows, len(G[0]))

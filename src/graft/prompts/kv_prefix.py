@@ -132,12 +132,15 @@ def count_tokens(cache: Any) -> int:
 
 
 def holds_tokens(layer: AdapterLayer) -> bool:
-    """Return True if a layer of a cache holds keys and values."""
+    """Return True if a layer of a cache holds keys and values: it has a method `get_seq_length`."""
     return hasattr(layer, "get_seq_length")
 
 
 def holds_state(layer: AdapterLayer) -> bool:
-    """Return True if a layer of a cache holds only a state, as for linear attention and convolutions."""
+    """Return True if a layer of a cache holds only a state, as for linear attention and convolutions.
+
+    It then has `conv_states`, and no method `get_seq_length`.
+    """
     return hasattr(layer, "conv_states") and not holds_tokens(layer)
 
 
@@ -147,7 +150,9 @@ def is_static(cache: object) -> bool:
 
 
 def has_sliding_window(cache: object) -> bool:
-    """Return True if a cache has layers that keep only the tokens of a sliding window."""
+    """Return True if a cache, or its part for self-attention, has a layer that keeps only the tokens of a sliding
+    window.
+    """
     inner = getattr(cache, "self_attention_cache", cache)
     return any(getattr(layer, "is_sliding", False) for layer in getattr(inner, "layers", ()))
 
@@ -182,11 +187,10 @@ def per_row(t: Tensor, batch: int) -> Tensor:
 
 
 def freeze_cache(cache: Any) -> Any:
-    """Replace each layer's `update` of a filled cache by one that stores nothing, so that a layer may run again in a
-    backward pass.
+    """Replace each layer's `update` of a filled cache by one that stores nothing, and return the cache.
 
-    It returns the prompt's keys and values followed by the call's. Of an encoder-decoder cache only self-attention is
-    changed. Return the cache.
+    A layer may then run again in a backward pass. The new `update` returns the prompt's keys and values followed by the
+    call's. Of an encoder-decoder cache only self-attention is changed.
     """
     for layer in getattr(cache, "self_attention_cache", cache).layers:
         layer.update = _Reading(layer.keys, layer.values)

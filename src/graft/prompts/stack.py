@@ -138,7 +138,7 @@ class PromptStack:
 
     @property
     def now(self) -> Visit:
-        """The visit that this thread is in."""
+        """The visit of the stack that this thread is in; one without a prompt outside of calls."""
         return self.here.now
 
     def begin(self) -> Visit:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def innermost(module: nn.Module) -> nn.Module:
-    """Return the base model's module beneath all layers on it."""
+    """Return the base model's module beneath all layers of adapters on it; the module itself if it has none."""
     while (carrier := carrier_of(module)) is not None:
         module = carrier.base_module
     return module
@@ -96,8 +96,11 @@ def find_tensor_store(module: nn.Module, name: str) -> Store:
 
 
 def find_store_of_tensor(module: nn.Module, name: str) -> Store:
-    """Return the store of a parameter by its class and dtype alone: DENSE, one for its class, TENSOR_PARALLEL, or
-    FOREIGN.
+    """Return the store of a module's parameter by its class and dtype alone.
+
+    A plain tensor of floats with 16 to 64 bits gets DENSE. A DTensor in a module with a style of tensor parallelism
+    gets TENSOR_PARALLEL. Others get the store for their class, if there is one. The rest gets FOREIGN, unless the
+    tensor behaves like a plain one or the module has none: then DENSE.
     """
     t = module._parameters.get(name)
     kind = type(t)

@@ -72,9 +72,10 @@ class Quantized(Dense):
         return device is not None and device.type == "meta"
 
     def strange(self, m: nn.Module) -> str | None:
-        """Return why the module may compute with other values than `values` returns: it has a replaced forward.
+        """Return the text of a replaced forward of the module, which may compute with other values than `values`
+        returns.
 
-        None if not.
+        None if the forward is a known one.
         """
         return strange_forward(m)
 

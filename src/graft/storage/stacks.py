@@ -514,7 +514,9 @@ def find_stack_class(m: nn.Module, name: str) -> type[PackedMatrices] | None:
 
 
 def find_matrices(m: nn.Module, name: str) -> PackedMatrices | None:
-    """Return a packed stack of a module; None if this parameter is none."""
+    """Return the packed stack with parameter `name` of a module, read anew; None if this parameter is no
+    packed stack.
+    """
     kind = find_stack_class(m, name)
     return None if kind is None else kind.of(m, name)
 

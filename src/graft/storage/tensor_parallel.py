@@ -259,7 +259,10 @@ class TensorParallel(Dense):
 
 
 def gather_dtensor(t: Tensor) -> Tensor:
-    """Return the whole tensor of a DTensor, with a gradient where autograd records; other tensors unchanged."""
+    """Return the whole tensor of a DTensor; other tensors unchanged. Every process of the mesh must call this.
+
+    The result has a gradient if the tensor trains and autograd records; else it is detached.
+    """
     if not is_sharded(t):
         return t
     return (t if t.requires_grad and torch.is_grad_enabled() else t.detach()).full_tensor()  # type: ignore[attr-defined]

@@ -108,14 +108,19 @@ def rounds_inputs(weight: object) -> bool:
 
 
 def dequantize_weight(weight: Tensor) -> Tensor:
-    """Return the values of a weight, times the scales of its inputs if it has such."""
+    """Return the values of a weight, from `get_original_weight` if it has that, else from `dequantize`.
+
+    They are multiplied by the scales of the inputs, if the weight has such.
+    """
     W: Tensor = weight.get_original_weight() if hasattr(weight, "get_original_weight") else weight.dequantize()
     scale = pre_scale(weight)
     return W if scale is None else W * scale
 
 
 def pre_scale(weight: Tensor) -> Tensor | None:
-    """Return the scales of the inputs (in,) that AWQ and SmoothQuant have taken out of a weight."""
+    """Return the scales of the inputs (in,) that AWQ and SmoothQuant have taken out of a weight; None for other
+    weights.
+    """
     return getattr(weight, "act_pre_scale", None)
 
 

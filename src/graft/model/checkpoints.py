@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads of adapters into a model, new or existing ones, and saves by one process or by several together.
 
-A load reads the files (`read_adapter`), finds and checks the value of each tensor (`io/load.py`), and only then assigns
+A load reads the files (`read_checkpoint`), finds and checks a value for each tensor (`io/load.py`), and then assigns
 one, in an injection or in `fill_adapter`. A save computes all tensors first. The files are then written under temporary
 names, synced and renamed (`config/pair.py`).
 
@@ -52,7 +52,7 @@ class AdapterInMemory(NamedTuple):
     loaded: files.LoadedWeights
 
 
-def read_adapter(
+def read_checkpoint(
     where: str | os.PathLike[str] | AdapterInMemory,
     options: dict[str, Any],
     replacement: Callable[[PeftConfig], str | None],

@@ -82,7 +82,7 @@ def hotswap_adapter(
     """
     warn_unknown(hotswap_adapter, kwargs, HUB_KEYWORDS | OPTIONS | READING)
     config: Any
-    config, loaded = checkpoints.read_adapter(model_name_or_path, kwargs, lambda _: None)
+    config, loaded = checkpoints.read_checkpoint(model_name_or_path, kwargs, lambda _: None)
     swap_values(model, loaded, adapter_name, config, **{k: kwargs[k] for k in OPTIONS if k in kwargs})
 
 

@@ -38,7 +38,7 @@ from graft.io.files import LoadedWeights
 from graft.io.save import get_config
 from graft.kernels.waits import move_to_devices
 from graft.methods.lora import LoRA
-from graft.model.checkpoints import read_adapter as read_adapter
+from graft.model.checkpoints import read_checkpoint as read_checkpoint
 from graft.model.registry import check_adapter_name
 from graft.serving.fits import A_, KnownAdapter, SlotFactors, check_config, fit_adapter, group_by_layer
 from graft.serving.layer import NONE, SlotChoice, SlotLayer
@@ -316,7 +316,7 @@ class AdapterSlots:
             loaded = LoadedWeights(dict(source), "the given state dict")
         else:
             try:
-                config, loaded = read_adapter(source, hub, lambda _: None, config)
+                config, loaded = read_checkpoint(source, hub, lambda _: None, config)
             except NotImplementedError as e:
                 raise ConfigError(f"Adapter '{name}' does not fit: {e}") from e
         if config is None:

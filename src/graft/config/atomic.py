@@ -225,9 +225,7 @@ def find_abandoned(folder: str) -> dict[str, str]:
     """
     with os.scandir(folder) as entries:
         names = {entry.path: match for entry in entries if (match := TEMPORARY.fullmatch(entry.name))}
-    return {
-        path: match["of"] for path, match in names.items() if not is_in_use(path, match["machine"], int(match["pid"]))
-    }
+    return {path: m["of"] for path, m in names.items() if not is_in_use(path, m["machine"], int(m["pid"]))}
 
 
 def is_in_use(path: str, where: str, pid: int) -> bool:

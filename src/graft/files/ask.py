@@ -184,11 +184,8 @@ def is_server_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
         host = (parts.hostname or "").encode("idna")
-        return (
-            bool(parts.scheme in ("http", "https") and host and parts.port != 0)
-            and "@" not in url
-            and is_printable_ascii(url)
-        )
+        has_place = bool(parts.scheme in ("http", "https") and host and parts.port != 0)
+        return has_place and "@" not in url and is_printable_ascii(url)
     except ValueError:  # invalid port, IPv6 address or host label
         return False
 

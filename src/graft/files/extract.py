@@ -181,11 +181,8 @@ def check_same_architecture(layers: CheckpointPair, tuned: str, base: str) -> No
     missing, added = sorted(old_names - new_names), sorted(new_names - old_names)
     packed = [n for m in (new, old) for n, t in m.items() if t.dtype not in FLOATS and n in new_names | old_names]
     packed += layers.quantized
-    misfits = [
-        n
-        for n in new_names & old_names
-        if new[n].shape != old[n].shape and not is_resized_embedding(new[n].shape, old[n].shape)
-    ]
+    shapes = {n: (new[n].shape, old[n].shape) for n in new_names & old_names}
+    misfits = [n for n, (a, b) in shapes.items() if a != b and not is_resized_embedding(a, b)]
     if missing or added or misfits or packed or not new_names & old_names:
         raise BaseModelMismatchError(
             f"{tuned} is not a fine-tuned {base}: "

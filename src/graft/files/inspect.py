@@ -118,11 +118,8 @@ def describe_module(path: str, module: LowRank | OtherMethod, spectrum: bool) ->
         return out
     parts = algebra.list_delta_products(low)
     rows, columns = algebra.delta_shape(low)
-    out |= {
-        "rank": low.rank,
-        "shape": [rows, columns],
-        "norm": float(np.sqrt(sum(algebra.frobenius_norm(p) ** 2 for p in parts))),
-    }
+    norm = float(np.sqrt(sum(algebra.frobenius_norm(p) ** 2 for p in parts)))
+    out |= {"rank": low.rank, "shape": [rows, columns], "norm": norm}
     if spectrum:
         spectra = [algebra.compute_singular_values(p) for p in parts]
         s = np.sqrt((np.stack(spectra) ** 2).sum(0))  # root sum of squares over experts
@@ -299,11 +296,8 @@ def compare_adapters(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> 
         if adapter.has_flat_names and not (a.has_flat_names and b.has_flat_names and a.format == b.format):
             raise make_names_error(adapter)
     fields = sorted({*a.config, *b.config} - DESCRIBING)
-    config = {
-        f: [a.config.get(f), b.config.get(f)]
-        for f in fields
-        if normalize_value(a.config.get(f)) != normalize_value(b.config.get(f))
-    }
+    values = {f: [a.config.get(f), b.config.get(f)] for f in fields}
+    config = {f: pair for f, pair in values.items() if normalize_value(pair[0]) != normalize_value(pair[1])}
     modules = [compare_module(path, a.modules[path], b.modules[path]) for path in a.modules if path in b.modules]
     tensors = []
     for kind in ("full", "shared"):

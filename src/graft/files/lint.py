@@ -72,10 +72,8 @@ class LintSubject:
     @cached_property
     def norms(self) -> dict[str, float]:
         """‖ΔW‖ of each finite LoRA module, over all experts."""
-        return {
-            p: float(np.sqrt(sum(algebra.frobenius_norm(x) ** 2 for x in algebra.list_delta_products(h))))
-            for p, h in self.finite_loras.items()
-        }
+        products = ((p, algebra.list_delta_products(h)) for p, h in self.finite_loras.items())
+        return {p: float(np.sqrt(sum(algebra.frobenius_norm(x) ** 2 for x in xs))) for p, xs in products}
 
     def read_weight(self, path: str) -> np.ndarray | None:
         """Return the base's weight of a LoRA module; None if the base lacks it, has another shape, or has no values."""
@@ -142,10 +140,8 @@ def find_outliers(look: LintSubject) -> Faults:
     spread = float(np.median([abs(s - middle) for s in sizes.values()]))
     if outliers := [path for path, s in sizes.items() if spread > 0 and s > middle + OUTLIER * spread]:
         worst = max(outliers, key=sizes.__getitem__)
-        yield (
-            f"‖ΔW‖/‖W‖ is {sizes[worst]:.3g} in {worst}, {middle:.3g} in the median: {join_some(outliers, 3)}",
-            outliers,
-        )
+        text = f"‖ΔW‖/‖W‖ is {sizes[worst]:.3g} in {worst}, {middle:.3g} in the median: {join_some(outliers, 3)}"
+        yield text, outliers
 
 
 def find_unused_targets(look: LintSubject) -> Faults:
@@ -330,11 +326,8 @@ def list_gaps(adapter: AdapterFile, base: BaseDescription | None = None) -> list
     if "peft_type" not in adapter.config:
         return []
     known = None if base is None else choose_names(base, adapter.modules)
-    return [
-        *list_factor_gaps(adapter),
-        *list_tensor_gaps(adapter, known),
-        *([] if known is None else list_layer_gaps(adapter, known)),
-    ]
+    layer_gaps = [] if known is None else list_layer_gaps(adapter, known)
+    return [*list_factor_gaps(adapter), *list_tensor_gaps(adapter, known), *layer_gaps]
 
 
 def list_factor_gaps(adapter: AdapterFile) -> Iterator[str]:

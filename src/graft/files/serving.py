@@ -273,11 +273,8 @@ def make_variant_condition(name: str) -> Condition:
     return of
 
 
-CONDITIONS |= {
-    "kasa": make_variant_condition("KASA"),
-    "blocks": make_variant_condition("BDLORA"),
-    "pooled": make_variant_condition("QALORA"),
-}
+VARIANTS = {"kasa": "KASA", "blocks": "BDLORA", "pooled": "QALORA"}
+CONDITIONS |= {name: make_variant_condition(variant) for name, variant in VARIANTS.items()}
 
 
 @register_condition

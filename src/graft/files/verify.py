@@ -292,11 +292,10 @@ def list_scales(model: nn.Module, layers: Json) -> dict[str, Scale]:
         cfg = model.peft_config[name]
         layer_config = layer.methods[name].cfg
         known = hasattr(cfg, "lora_alpha") and hasattr(cfg, "r")
-        rates = (
-            (cfg.lora_alpha / cfg.r, cfg.lora_alpha / layer_config.r, layer_config.lora_alpha / layer_config.r)
-            if known
-            else (scaling,) * 3
-        )
+        rates: tuple[float, ...] = (scaling,) * 3
+        if known:
+            alpha, r = cfg.lora_alpha, layer_config.r
+            rates = alpha / cfg.r, alpha / r, layer_config.lora_alpha / r
         scales[path] = Scale(float(scaling), *map(float, rates))
     return scales
 

@@ -67,9 +67,8 @@ class TinyLoRA(Method[TinyLoraConfig]):
             if cfg.init_weights is not True:
                 nn.init.uniform_(v, -cfg.init_v_bound, cfg.init_v_bound)
             vectors[str(group)] = nn.Parameter(v)
-        return dict(
-            tinylora_v=vectors, tinylora_places={site.key: (n, groups, len(sites)) for n, site in enumerate(sites)}
-        )
+        places = {site.key: (n, groups, len(sites)) for n, site in enumerate(sites)}
+        return dict(tinylora_v=vectors, tinylora_places=places)
 
     @property
     def rank(self) -> int:

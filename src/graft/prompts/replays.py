@@ -62,9 +62,8 @@ class Replays:
             ValueError: no layer here takes a cache, so that the prompt would have no effect.
         """
         module = self.stack.module
-        places = {
-            layer: place for layer in self.layers() if layer is not module and (place := find_cache_argument(layer))
-        }
+        layers = (layer for layer in self.layers() if layer is not module)
+        places = {layer: place for layer in layers if (place := find_cache_argument(layer))}
         if not places:
             raise ValueError(
                 f"Gradient checkpointing of {type(module).__name__} leaves keys and values of a prompt out. Call "

@@ -30,10 +30,8 @@ from graft.files.tensors import Tensor, make_tensor
 NAME = "adapterhub"
 CONFIG = "adapter_config.json"
 FILES = ("adapter.safetensors", "pytorch_adapter.bin")
-FUSION, FUSION_FILES = (
-    "adapter_fusion_config.json",
-    ("model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin"),
-)
+FUSION = "adapter_fusion_config.json"
+FUSION_FILES = ("model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin")
 FOLDER = (
     (*FILES, *FUSION_FILES),
     (CONFIG, FUSION, "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"),

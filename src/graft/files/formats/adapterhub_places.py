@@ -125,11 +125,8 @@ def complete(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], options
 def find_base_blocks(path: str, base: Base | None) -> tuple[list[Block], Base]:
     if base is None:
         raise BaseNeededError(f"{path} stands at blocks that only a base names: give the base model (--base).")
-    linears = {
-        key.removesuffix(".weight"): (shape[0], shape[1])
-        for key, shape in base.shapes.items()
-        if key.endswith(".weight") and len(shape) == 2
-    }
+    matrices = {key: shape for key, shape in base.shapes.items() if key.endswith(".weight") and len(shape) == 2}
+    linears = {key.removesuffix(".weight"): (shape[0], shape[1]) for key, shape in matrices.items()}
     return blocks_in(linears, list(base.modules), text_width(base.config)), base
 
 
@@ -218,11 +215,8 @@ def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Ba
         elif not all(blocks.index(block) in known[name].leave_out for name in names):  # there it does nothing
             site = find_site(match["place"], block, known[names[0]])
             modules.setdefault(site, {})[f"fusion_{match['leaf']}"] = values
-    settings = dict(
-        adapters=names,
-        value=bool(their_config.get("value", True)),
-        regularization=bool(their_config.get("regularization")),
-    )
+    value, regularization = bool(their_config.get("value", True)), bool(their_config.get("regularization"))
+    settings = dict(adapters=names, value=value, regularization=regularization)
     settings["dropout"] = their_config.get("dropout_prob") or base.config.get("attention_probs_dropout_prob") or 0.0
     return complete(out, modules, settings)
 

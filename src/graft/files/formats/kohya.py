@@ -90,12 +90,8 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
             raise
         return renamed
     whole = join_pipeline(parts, file)
-    return replace(
-        whole,
-        has_flat_names=False,
-        unknown_keys=out.unknown_keys + whole.unknown_keys,
-        method=find_common_method(whole, whole.method),
-    )
+    unknown_keys, method = out.unknown_keys + whole.unknown_keys, find_common_method(whole, whole.method)
+    return replace(whole, has_flat_names=False, unknown_keys=unknown_keys, method=method)
 
 
 def take_part(adapter: AdapterFile, modules: Mapping[str, dict[str, Tensor]], base: Base) -> AdapterFile:
@@ -273,10 +269,8 @@ def leaves(module: LowRank | OtherMethod) -> dict[str, Tensor]:
     alpha = module.scale * module.rank
     out = {DOWN: module.A, UP: module.B, "alpha": make_tensor(np.array(alpha, "f4"))}
     if not alpha:  # 0 means 1 to every reader
-        out |= {
-            UP: make_tensor(np.zeros(module.B.shape, "f4"), module.B.dtype),
-            "alpha": make_tensor(np.array(module.rank, "f4")),
-        }
+        out[UP] = make_tensor(np.zeros(module.B.shape, "f4"), module.B.dtype)
+        out["alpha"] = make_tensor(np.array(module.rank, "f4"))
     if module.mid is not None:
         out[MID] = module.mid
     if module.magnitude is not None:

@@ -88,14 +88,8 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     orthogonality, subtract = KINDS[places[0].kind]
     position_fields = positions(path, fields, max(units.values()))
     numbers = sorted(units) if len(units) < len(blocks) else "all"
-    out.config = {
-        "peft_type": "REFT",
-        "target_modules": "places",
-        "layers": numbers,
-        "inference_mode": True,
-        **position_fields,
-    }
-    out.config |= {"orthogonality": orthogonality, "subtract_projection": subtract}
+    out.config = {"peft_type": "REFT", "target_modules": "places", "layers": numbers, "inference_mode": True}
+    out.config |= {**position_fields, "orthogonality": orthogonality, "subtract_projection": subtract}
     out.config["r"] = next(iter(out.modules.values())).tensors["reft_R"].shape[0]  # type: ignore[union-attr]
     out.selected = frozenset(out.modules)
     return out

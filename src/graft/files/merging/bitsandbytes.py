@@ -113,10 +113,8 @@ class Form(BaseWeights):
         blocks = torch.nn.functional.pad(remainder, (0, -len(remainder) % size)).view(-1, size)
         outer = blocks.abs().amax(1)
         codes = nearest(blocks / outer.clamp_min(1e-30)[:, None], of_file(old[f"{name}.nested_quant_map"]).float())
-        return {
-            f"{name}.absmax": to_file(codes.flatten()[: len(remainder)].to(torch.uint8)),
-            f"{name}.nested_absmax": to_file(outer),
-        }
+        absmax = codes.flatten()[: len(remainder)].to(torch.uint8)
+        return {f"{name}.absmax": to_file(absmax), f"{name}.nested_absmax": to_file(outer)}
 
 
 def nearest(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -312,9 +312,8 @@ class AdaLoRA(Method[AdaLoraConfig]):
                 warn_if_forgotten(tuner)
             loss = getattr(output, "loss", None)
             if tuner.training and isinstance(loss, Tensor):
-                output.loss = loss + sum(
-                    compute_loss() for compute_loss in orthogonal_losses(tuner, names, run).values()
-                )
+                losses = orthogonal_losses(tuner, names, run).values()
+                output.loss = loss + sum(compute_loss() for compute_loss in losses)
             elif tuner.training and not run.generates:
                 call.thread_state.losses.update(orthogonal_losses(tuner, names, run))
             return output

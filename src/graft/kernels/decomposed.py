@@ -115,10 +115,11 @@ class _DoraLinear(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, A, B and ratio, as far as needed; None for all others.
+        """Return the gradients of x, A, B and ratio, each None without need; None for all others.
 
-        For a second derivative autograd runs through `plain_dora_linear` instead. On a CPU with little dropout the
-        gradient of x is one product, corrected at the dropped places.
+        For a second derivative autograd runs through `plain_dora_linear` instead. The gradient of x without dropout is
+        one product with W. With dropout there are two, for x and for x'; on a CPU with little dropout one, corrected at
+        the dropped places.
         """
         x, W, b, A, B, ratio, h, z = ctx.saved_tensors
         scale, p, seed = ctx.options

@@ -351,10 +351,11 @@ class _StackProduct(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x and of each gate and tensor, as far as needed; None for the others.
+        """Return the gradients of x and of each gate and tensor of the updates, each None without need; None for at and
+        job.
 
-        Matrices are made dense again only if x needs a gradient or an update reads them. The gradient of x is summed in
-        at least float32.
+        Matrices are made dense again only if x needs a gradient or an update reads them. Updates are formed again. The
+        gradient of x is summed in at least float32, and cast to x's dtype. With `at` rows of one token add up.
         """
         job, (x, at, *saved) = ctx.job, ctx.saved_tensors
         count = len(saved) - len(ctx.low)
@@ -373,8 +374,11 @@ class _StackProduct(Function):
                 dx.index_add_(0, at[a:b], d.to(dx.dtype))  # tokens of one expert: each once
 
         def run(W: Any, e: int, a: int, b: int) -> None:
-            """Add the gradients of expert e's rows a to b, for x and for the gate and tensors of each of its updates,
-            in place.
+            """Add the gradients of expert e's rows a to b in place: g W to that of x, then those of each update with
+            rows there.
+
+            An update's gate gets the row sums of its product, its tensors theirs through `make_with_gradients`, and x
+            its share. Tensors of one expert are added to that expert's part, common ones to the whole.
             """
             if need_x:
                 add(a, b, multiply_rows(g[a:b], W, g.new_empty(b - a, W.shape[1])))

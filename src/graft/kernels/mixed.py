@@ -105,7 +105,7 @@ def _add_stacked(y: Tensor, groups: Tensor, factors: Factors, order: Tensor | No
 def _add_rows(y: Tensor, order: Tensor | None, added: Tensor) -> Tensor:
     """Add `added` to the rows `order` of y (None: to all), in y's memory; return y.
 
-    If the dtypes differ, the sum is computed in the wider one and rounded once.
+    If the dtypes differ, the sum is computed in the wider one and rounded once. Rows in `order` must differ.
     """
     if order is None:
         added = added.view(y.shape)

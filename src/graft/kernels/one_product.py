@@ -65,8 +65,9 @@ class _OneProduct(Function):
         ctx: Context, x: Tensor, W: Tensor, bias: Tensor | None, kind: Callable[..., Any], call: Call,
         input_gradient: InputGradient, *fields: object,
     ) -> Tensor:  # fmt: skip
-        """Return the output of the layer with W + ΔW, in the dtype of x; keep x, W and the fields of ΔW for the
-        backward pass.
+        """Return the output of the layer with W + ΔW, computed in the dtype of that sum, in the dtype of x.
+
+        The bias is cast to the sum's dtype. Keeps x, W and the fields of ΔW for the backward pass, but not the sum.
         """
         ctx.save_for_backward(x, W, *[f if isinstance(f, Tensor) else None for f in fields])
         ctx.facts = [None if isinstance(f, Tensor) else f for f in fields]

@@ -205,10 +205,10 @@ class _SegmentsLinear(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x and of the groups' A and B, each None without need, and None for the others.
+        """Return the gradients of x and of the groups' A and B; None for the others, and for x without need.
 
-        The gradient of x is that of the base layer; each group adds its own in place. For a second derivative autograd
-        runs through `plain_segments_linear` instead.
+        The gradient of x is that of the base layer; each group adds its share in place. For a second derivative
+        autograd runs through `plain_segments_linear` instead.
         """
         x, W, *saved = ctx.saved_tensors
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
@@ -256,9 +256,10 @@ Two = tuple[Tensor | None, Tensor | None]
 
 
 def _gradients(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, need: Sequence[bool]) -> Two:
-    """Return the gradients of A and B of an adapter from g (rows, out); in a large group None without need.
+    """Return the gradients of A and B of an adapter from g (rows, out).
 
-    Adds the gradient of x to dx in its memory, unless dx is None.
+    In a group of many rows each is None without need; in a small one both are returned. Adds the gradient of x to dx in
+    its memory, unless dx is None.
     """
     A, B, scale = group.A, group.B, group.scale
     if not group.is_small:
@@ -275,7 +276,8 @@ def _gradients_stacked(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor
     """Return the gradients of A (width, r, in) and B (width, out, r) of several adapters, always both, by batched
     products.
 
-    Adds the gradient of x to dx in its memory, unless dx is None.
+    Adds the gradient of x to dx in its memory, unless dx is None. Small groups use the operations of small batches
+    alone, so that the bits agree.
     """
     A, B, n, scale = group.A, group.B, group.width, group.scale
     g, x = g.view(n, -1, g.shape[-1]), x.view(n, -1, x.shape[-1])

@@ -122,10 +122,10 @@ class Scattered(NamedTuple):
         return linear_with(W, bias, x, self, call, input_gradient) if holds(self.values, W) else None
 
     def add_to(self, W: Tensor) -> Tensor:
-        """Return W + ΔW in new memory, in the dtype of the values and the layout of W, which may be stored as (in,
-        out).
+        """Return W + ΔW in new memory, in the dtype of the values.
 
-        Where autograd records, as for a second derivative, ΔW is formed and added.
+        Where autograd records, as for a second derivative, ΔW is formed and added. Otherwise the values are added to a
+        copy of W at their places, in the layout of W, which may be stored as (in, out).
         """
         values, places, _ = self
         if torch.is_grad_enabled():  # for a second derivative

@@ -163,8 +163,9 @@ class _KroneckerProduct(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, a and b, each None without need; a shared product is formed once, by the cheaper
-        order.
+        """Return the gradients of x, a and b, each None without need.
+
+        One product, of g with a or with b as the cheaper order has it, is formed once and shared.
         """
         x, a, b = ctx.saved_tensors
         X, G = x.reshape(-1, a.shape[1], b.shape[1]), g.reshape(-1, a.shape[0], b.shape[0])

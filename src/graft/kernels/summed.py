@@ -177,7 +177,7 @@ def _linear(function: object, x: Tensor, weight: object, bias: Tensor | None = N
 def _matmul(function: Any, x: Any, y: Any) -> Any:
     """Return the product with a sum on either side, without forming it: M x is (xᵀ Mᵀ)ᵀ.
 
-    Return NotImplemented for two sums, and for a vector.
+    Return NotImplemented for two sums, and if the other operand is a vector or, for M x, the sum has no two dimensions.
     """
     if isinstance(x, Summed) and isinstance(y, Summed):
         return NotImplemented

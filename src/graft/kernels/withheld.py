@@ -57,9 +57,9 @@ class Withheld(Tensor):
 
 
 def raise_first_error(args: tuple[object, ...], kwargs: dict[str, object] | None) -> NoReturn:
-    """Raise the error of the first `Withheld` among the arguments of an operation, within lists and tuples too.
+    """Raise the error of the first `Withheld` among the arguments of an operation, keyword arguments last.
 
-    Raises TypeError if there is none.
+    Lists and tuples are searched after the arguments themselves. Raises TypeError if there is none.
     """
     values: list[object] = [*args, *(kwargs or {}).values()]
     while values:

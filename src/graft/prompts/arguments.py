@@ -212,8 +212,9 @@ def put_keys(stack: PromptStack, arguments: dict[str, object], cache: object, ba
 def extend_arguments(stack: PromptStack, arguments: dict[str, Any], total: int, before: int, batch: int) -> None:
     """Extend masks and positions in `arguments` to the prompt's tokens, in place.
 
-    Masks may be one or a dict by kind of layer; sliding layers get their window. Positions are shifted by the number of
-    the prompt's tokens, and with `before` get the prompt's in front.
+    Masks may be one, or a dict by kind of layer. In a dict the kinds with "sliding" in their name get the config's
+    window; a single mask gets it if all layers slide. Without a mask nothing is made. `position_ids` and
+    `cache_position` are shifted by the number of the prompt's tokens; with `before` the prompt's positions go in front.
 
     before: the number of the prompt's tokens in front of this call's input.
     """

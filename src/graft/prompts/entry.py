@@ -104,12 +104,14 @@ def leave(stack: PromptStack, module: nn.Module, args: tuple[object, ...], outpu
 def _enter(stack: PromptStack, arguments: dict[str, object]) -> None:
     """Put the prompt of the present visit into `arguments`, in place.
 
-    At the first step its embeddings are put before the input, or its keys and values into the cache; in later steps the
-    cache has them. Masks and positions are extended unless `step` did. Without an input nothing happens: the module's
-    error names the missing argument.
+    If the cache holds no tokens, the prompt enters: its embeddings go before the input, or its keys and values into the
+    cache. The visit notes whether it entered. Masks and positions are extended in every step, unless `step` did.
+    Without an input nothing happens: the module's error names the missing argument.
 
     Raises:
-        ValueError: two inputs; an input without batch; XLNet's orders; a static cache; or more tokens than positions.
+        ValueError: both input_ids and inputs_embeds; an input without batch; XLNet's orders; a static cache that is
+            empty;
+            or more tokens than the module has positions.
     """
     first = find_first_input(arguments)
     if first is None:
@@ -157,8 +159,9 @@ if TYPE_CHECKING:
 def check_kind(stack: PromptStack, cfg: Any) -> None:
     """Raise ConfigError if prompts of this kind cannot enter the stack, whatever their sizes.
 
-    No prompt can enter a model that keeps only states. Keys and values cannot enter with heads that are cut in an
-    unknown way, with some layers that keep a state, or with compressed keys and values.
+    No prompt can enter a model that keeps only states: it takes `cache_params` and no cache, or its cache has states
+    and no tokens. A kind with keys and values has three further reasons: heads are cut over processes in an unknown
+    way; some layers keep a state; or keys and values are compressed (`kv_lora_rank`).
     """
     name, kind = type(stack.module).__name__, cfg.peft_type.value
     cached = list(getattr(kv_prefix.new_cache(stack.config, False), "layers", ())) if stack.cache_name else []
@@ -192,8 +195,9 @@ def check_kind(stack: PromptStack, cfg: Any) -> None:
 def check_size(stack: PromptStack, cfg: Any) -> None:
     """Raise ConfigError if the prompt of a config cannot enter the stack.
 
-    It leaves no position for input. Keys and values need a cache argument and all layers. Embeddings need
-    `inputs_embeds` and the width of the word embeddings.
+    A prompt must have fewer tokens than the stack has positions, by its table or its config. Keys and values need a
+    cache argument, and a num_layers that covers the stack's layers. Embeddings need an argument `inputs_embeds`, and a
+    token_dim equal to the width of the word embeddings.
     """
     name, kind = type(stack.module).__name__, cfg.peft_type.value
     limit = stack.positions or getattr(stack.config, "max_position_embeddings", None)
@@ -226,7 +230,8 @@ INPUTS = ("input_ids", "inputs", "inputs_embeds")
 def check_caches(kwargs: dict[str, object], model: nn.Module) -> None:
     """Raise ValueError for caches that `generate` cannot use with a prompt: a static one, or one that holds tokens.
 
-    The static one may be set in `kwargs` or in the generation config of the call or of the model.
+    The static one may be set in `kwargs`, or in the generation config of the call or else of the model. A cache in
+    `kwargs` may have the new or the old argument's name.
     """
     settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     kind = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
@@ -259,7 +264,7 @@ def check_assistant(kwargs: dict[str, object], model: nn.Module, stack: PromptSt
 def drop_encoder_outputs(kwargs: dict[str, object], cfg: PromptLearningConfig) -> None:
     """Delete `encoder_outputs`, which lack the prompt, from `kwargs`, with a warning; without them do nothing.
 
-    Raises ValueError if there is no other input.
+    Raises ValueError if the call has neither input_ids nor inputs_embeds; then nothing is deleted.
     """
     if kwargs.get("encoder_outputs") is not None:
         if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:

@@ -56,9 +56,9 @@ def head_cuts(stack: nn.Module) -> dict[int, Cut]:
 
 
 def unclear_heads(stack: nn.Module) -> str | None:
-    """Return, for an error, a projection in an attention other than `k_proj` with outputs cut over processes.
+    """Return, for an error, the first projection in an attention, other than `k_proj`, with outputs cut over processes.
 
-    None if there is none.
+    The text names it and its style. Attentions are modules with a number in `layer_idx`. None if there is none.
     """
     for module in stack.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
@@ -78,11 +78,10 @@ def cut_heads(pairs: Pairs, cuts: dict[int, Cut]) -> Pairs:
 
 
 def fit_pairs(pairs: list[tuple[Tensor, Tensor]], shapes: list[Shape | None] | None) -> Pairs:
-    """Return the pairs that each layer can hold: cut if its heads are fewer or smaller, None if they are more or
-    larger.
+    """Return the pairs that each layer can hold.
 
-    Layers that share keys get None, too. Without shapes return all pairs. Gives a warning about layers that are
-    skipped.
+    A pair is cut if the layer has fewer or smaller heads. It is None if the layer has more or larger heads, or shares
+    keys. Without shapes return all pairs. Gives one warning that lists the layers that are skipped.
 
     Raises:
         ValueError: no layer can hold its pair.

@@ -37,10 +37,12 @@ class PromptTuningConfig(PromptLearningConfig):
     inits: ClassVar[type[Enum]] = PromptTuningInit
 
     def __post_init__(self) -> None:
-        """Make prompt_tuning_init a member of its enum.
+        """Check the fields, and make prompt_tuning_init a member of the class's enum (`inits`).
 
         Raises:
-            ConfigError: it is none; TEXT has no tokenizer or no text; or tokenizer_kwargs are set without TEXT.
+            ConfigError: prompt_tuning_init is no member; TEXT without tokenizer_name_or_path or
+                prompt_tuning_init_text; or
+                tokenizer_kwargs without TEXT.
         """
         super().__post_init__()
         init = self.prompt_tuning_init

@@ -153,8 +153,9 @@ def has_no_layout(t: Tensor) -> bool:
 
 
 def layout_of(t: Tensor) -> Layout | None:
-    """Return the layout of a tensor that processes share: DTensor, ZeRO-3 or FSDP1; None if this process has
-    all of it.
+    """Return the layout of a tensor that processes share; None if this process has all of it.
+
+    A DTensor has DISTRIBUTED, a tensor with DeepSpeed's `ds_id` ZERO3, and a piece of a sharded flat parameter FLAT.
     """
     if has_no_layout(t):
         return None

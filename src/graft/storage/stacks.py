@@ -446,9 +446,10 @@ class TorchAO(PackedMatrices):
         return W.T if self.flipped else W
 
     def remake(self, matrix: Callable[[int], Tensor]) -> TorchAO:
-        """Return a new stack of `matrix(expert)`, each quantized with the old settings.
+        """Return a new stack of `matrix(expert)`, each quantized with the old settings; this stack does not change.
 
-        The outer scale grows where a new number exceeds it; `matrix` is then called a first time for the maxima.
+        With an outer scale, for all experts or for each, `matrix` is first called for the maxima. The outer scale grows
+        where a new number exceeds it, and never shrinks.
         """
         old, module, experts = self.weight, import_module(type(self.weight).__module__), range(self.shape[0])
         outer = old.per_tensor_scale  # (), or (experts, 1, 1)

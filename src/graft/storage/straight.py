@@ -79,7 +79,9 @@ def let_gradients_through(m: nn.Module, store: object) -> None:
 
 
 def _through(before: Callable[..., Tensor], store_of: Callable[[nn.Module], Any]) -> Callable[..., Tensor]:
-    """Return a forward with the outputs of `before` and a gradient for the input and the bias; it is noted as mended.
+    """Return a forward that gives the outputs of `before`, with a gradient for the input and for a bias that trains.
+
+    It is noted in `MENDED_FORWARDS`, so that it is not wrapped again.
 
     store_of: module → its store, or None for a module that keeps `before`.
     """

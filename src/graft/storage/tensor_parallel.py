@@ -42,9 +42,10 @@ class Style(NamedTuple):
 
 
 def style_of(module: nn.Module) -> Style | None:
-    """Return the style of a module's tensor parallelism, from its replaced forward, else from `_hf_tp_plan`.
+    """Return the style of a module's tensor parallelism; None without one.
 
-    None without either. A style from `_hf_tp_plan` has only the name and the mesh: no kind, and no style object.
+    It is read from the closure of a forward that transformers has replaced, with the style object if the closure holds
+    one. Else it comes from `_hf_tp_plan`: that style has only a name and a mesh, no kind and no object.
     """
     forward = module.__dict__.get("forward")
     if type(forward) is FunctionType and forward.__module__ in (STYLES, OF_EXPERTS):

@@ -149,9 +149,9 @@ class _DoraLinear(Function):
 
 
 def _differentiable_gradients(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of all eleven inputs by autograd through `plain_dora_linear`, with the same dropout mask.
+    """Return the gradients of all eleven inputs of `_DoraLinear` by autograd, so that they have gradients themselves.
 
-    They have gradients themselves. None for inputs that need none.
+    `plain_dora_linear` runs again, with the dropout mask of the seed. None for inputs that need none.
     """
     x, W, b, A, B, ratio, *_ = ctx.saved_tensors
     scale, p, seed = ctx.options

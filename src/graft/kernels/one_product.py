@@ -99,7 +99,7 @@ class Dense(NamedTuple):
     delta: Tensor  # (out, n)
 
     def add_to(self, W: Tensor) -> Tensor:
-        """Return W + ΔW in the wider of both dtypes."""
+        """Return W + ΔW in the wider of both dtypes, in new memory."""
         return W + self.delta
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor]:
@@ -169,7 +169,7 @@ class Hadamard(NamedTuple):
     shape: tuple[int, ...]  # of ΔW
 
     def dense(self) -> Tensor:
-        """Return ΔW in `shape`."""
+        """Return ΔW = scale · (a b) ⊙ (c d) in `shape`; autograd keeps only the factors."""
         return self.scale * multiply_hadamard(*self[:4]).reshape(self.shape)
 
     def columns(self, ids: Tensor) -> Tensor:
@@ -184,17 +184,18 @@ class Hadamard(NamedTuple):
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
     ) -> Tensor | None:
-        """Return x (W + ΔW)ᵀ + bias by one product; None if W has another dtype than the factors, since the sum would
-        round.
+        """Return x (W + scale · (a b) ⊙ (c d))ᵀ + bias by one product.
+
+        Return None if W has another dtype than the factors, since the sum would round.
         """
         return linear_with(W, bias, x, self, call, input_gradient) if W.dtype == self.a.dtype else None
 
     def add_to(self, W: Tensor) -> Tensor:
-        """Return W + ΔW in new memory, for W of two dimensions."""
+        """Return W + scale · (a b) ⊙ (c d) in new memory, for W of two dimensions."""
         return torch.addcmul(W, self.a @ self.b, self.c @ self.d, value=self.scale)
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        """Return the gradients of a, b, c and d, always, from gᵀ x; None for scale and shape."""
+        """Return the gradients of a, b, c and d, always all, from scale · gᵀ x; None for scale and shape."""
         return *factor_gradients((g.T @ x) * self.scale, *self[:4]), None, None
 
 
@@ -250,7 +251,7 @@ class Modulated(NamedTuple):
     C: Tensor | None = None  # (r, in · kernel)
 
     def dense(self) -> Tensor:
-        """Return ΔW in the shape and memory layout of W."""
+        """Return ΔW = W ⊙ (B A) + D C in the shape and memory layout of W; without D no D C."""
         delta = self.W * product_like(self.B, self.A, self.W).view(self.W.shape)
         return delta if self.D is None else delta + product_like(self.D, self.C, self.W).view(self.W.shape)  # type: ignore[arg-type]
 
@@ -267,19 +268,23 @@ class Modulated(NamedTuple):
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
     ) -> Tensor | None:
-        """Return x (W + ΔW)ᵀ + bias by one product; None if the factors' dtype cannot hold W's."""
+        """Return x (W + ΔW)ᵀ + bias with ΔW = W ⊙ (B A) + D C, by one product; None if the factors' dtype cannot hold
+        W's.
+        """
         return linear_with(W, bias, x, self, call, input_gradient) if holds(self.A, W) else None
 
     def add_to(self, W: Tensor) -> Tensor:
-        """Return W + ΔW in new memory, in the dtype of the factors and the layout of W."""
+        """Return W + W ⊙ (B A) + D C in new memory, in the dtype of the factors and the layout of W; without D
+        no D C.
+        """
         P = product_like(self.B, self.A, W)
         S = torch.addcmul(W, self.W, P) if W.dtype == P.dtype else (self.W * P).add_(W)
         return S if self.D is None or self.C is None else S.addmm_(self.D, self.C)
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        """Return None for W and the gradients of B, A, D and C. Those of B and A are always computed.
+        """Return None for W and the gradients of B, A, D and C from G = gᵀ x: (G ⊙ W) Aᵀ, Bᵀ (G ⊙ W), G Cᵀ and Dᵀ G.
 
-        D and C get None without the second product, or if neither needs one.
+        Those of B and A are always computed. D and C get None without the second product, or if neither needs one.
         """
         inner = g.T @ x  # of ΔW
         dD = dC = None
@@ -302,13 +307,13 @@ class Rescaled(NamedTuple):
     b: Tensor | None
 
     def dense(self) -> Tensor:
-        """Return ΔW in the shape of W; zeros without a and b."""
+        """Return ΔW = a ⊙ W + b 1ᵀ in the shape of W; zeros without a and b."""
         if self.a is None or self.b is None:
             return torch.zeros_like(self.W)
         return torch.addcmul(self.b, self.a, self.W.flatten(1)).view(self.W.shape)
 
     def columns(self, ids: Tensor) -> Tensor:
-        """Return the columns of ΔW that `ids` (…) name: (…, out); zeros without a and b."""
+        """Return the columns of ΔW = a ⊙ W + b 1ᵀ that `ids` (…) name: (…, out); zeros without a and b."""
         columns = embedding(ids, self.W.T)
         if self.a is None or self.b is None:
             return torch.zeros_like(columns)
@@ -345,7 +350,7 @@ class Difference(NamedTuple):
     shape: tuple[int, ...]  # of ΔW
 
     def dense(self) -> Tensor:
-        """Return ΔW in `shape`."""
+        """Return ΔW = B A - B₀ A₀ in `shape`."""
         return (self.B @ self.A - self.B0 @ self.A0).view(self.shape)
 
     def columns(self, ids: Tensor) -> Tensor:
@@ -365,7 +370,7 @@ class Difference(NamedTuple):
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
     ) -> Tensor | None:
-        """Return x (W + ΔW)ᵀ + bias by one product; None if the factors' dtype cannot hold W's."""
+        """Return x (W + B A - B₀ A₀)ᵀ + bias by one product; None if the factors' dtype cannot hold W's."""
         return linear_with(W, bias, x, self, call, input_gradient) if holds(self.A, W) else None
 
     def add_to(self, W: Tensor) -> Tensor:

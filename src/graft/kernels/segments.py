@@ -205,10 +205,11 @@ class _SegmentsLinear(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x and of the groups' A and B; None for the others, and for x without need.
+        """Return the gradients of x and of the groups' A and B, each None without need, and None for the others.
 
-        The gradient of x is that of the base layer; each group adds its share in place. For a second derivative
-        autograd runs through `plain_segments_linear` instead.
+        The gradient of x is that of the base layer; each group adds its share in place. Groups of few rows, or of
+        several adapters, compute both factors' gradients always. For a second derivative autograd runs through
+        `plain_segments_linear` instead.
         """
         x, W, *saved = ctx.saved_tensors
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]

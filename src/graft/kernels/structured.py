@@ -208,19 +208,18 @@ def factorization(n: int, factor: int) -> tuple[int, int]:
 
 
 def plain_diagonals(left: Tensor, A: Tensor, right: Tensor) -> Tensor:
-    """Return left_j ⊙ A_j ⊙ right of each row j, (r · n, d), by plain operations; the reference.
+    """Return left_j ⊙ A_j ⊙ right of each row j, (r · n, d), by plain operations; the reference of `between_diagonals`.
 
-    left (r, n), A (r, d), right (n, d).
+    Row j · n + i is left[j, i] · A[j] ⊙ right[i]. left (r, n), A (r, d), right (n, d).
     """
     return (left[..., None] * A[:, None] * right).flatten(0, 1)
 
 
 def between_diagonals(left: Tensor, A: Tensor, right: Tensor) -> Tensor:
-    """Return the product of `plain_diagonals`, (r · n, d); keep only the arguments for the backward pass.
+    """Return left_j ⊙ A_j ⊙ right of each row j, (r · n, d), and keep only the arguments for the backward pass.
 
-    A gets no gradient.
-
-    Without gradients, and under compilers, tracers and transforms, it is the plain operation, which gives A one.
+    A gets no gradient. Without gradients, and under compilers, tracers and transforms, it is the plain operation, which
+    gives A one. left (r, n), A (r, d), right (n, d).
     """
     if not (torch.is_grad_enabled() and eager()):
         return plain_diagonals(left, A, right)

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def find_piece(module: nn.Module, op: Op) -> LayerPiece | None:
-    """Return this process's piece of a layer's work, under transformers' tensor parallelism or Megatron.
+    """Return this process's piece of a layer's work, under transformers' tensor parallelism or else Megatron.
 
-    None if it computes the whole layer, or no adapter can act on its piece.
+    A piece may have no cuts: then each process computes the whole layer. None for a layer of neither package, or one
+    that no adapter can act on.
     """
     return tensor_parallel.find_parallel_piece(module, op) or megatron.find_megatron_piece(module, op)
 

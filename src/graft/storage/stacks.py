@@ -48,8 +48,9 @@ class PackedMatrices:
         return out
 
     def in_rows(self) -> PackedMatrices:
-        """Return the stack in the layout of the file, so that single matrices can be read: itself, unless a kernel has
-        its order.
+        """Return the stack itself: its layout is that of the file, so that single matrices can be read.
+
+        A format that may be in a kernel's order overrides this.
         """
         return self
 

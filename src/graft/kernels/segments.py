@@ -240,9 +240,9 @@ def _add_group(y: Tensor, x: Tensor, group: Group) -> Tensor:
 
 
 def _add_stacked(y: Tensor, x: Tensor, group: Group) -> Tensor:
-    """Add the updates of several adapters to y, in its memory, by batched products.
+    """Add scale · x Aᵀ Bᵀ of several adapters to their rows of y, in its memory, by batched products.
 
-    Return h = x Aᵀ (width, rows of each, r).
+    Return h = x Aᵀ (width, rows of each, r). Small groups use the operations of small batches alone.
     """
     B, n = group.B.mT, group.width
     y, h = y.view(n, -1, y.shape[-1]), down_each(x.view(n, -1, x.shape[-1]), group.A)

@@ -109,9 +109,8 @@ def _enter(stack: PromptStack, arguments: dict[str, object]) -> None:
     Without an input nothing happens: the module's error names the missing argument.
 
     Raises:
-        ValueError: both input_ids and inputs_embeds; an input without batch; XLNet's orders; a static cache that is
-            empty;
-            or more tokens than the module has positions.
+        ValueError: both input_ids and inputs_embeds; an input without batch; XLNet's orders; an empty static cache; or
+            more tokens than positions.
     """
     first = find_first_input(arguments)
     if first is None:

@@ -327,7 +327,7 @@ class PackedStack(Dense):
         """Quantize W (in the module's orientation) matrix by matrix with the old settings, and put new tensors into the
         module.
 
-        Earlier snapshots keep their values. Returns None.
+        Earlier snapshots keep their values. Returns None. `shared` changes nothing.
         """
         with torch.no_grad():
             self.snapshot(m, name).remake((W.mT if ExpertBlock(m).is_transposed else W).__getitem__).put(m, name)

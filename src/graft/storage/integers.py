@@ -143,7 +143,7 @@ class AutoBits(Bits):
         return m.weight.dtype
 
     def loses_gradient(self, m: nn.Module) -> bool:
-        """Return False: the layer has a backward pass."""
+        """Return False: the layer has a backward pass, so that only a missing gradient is replaced."""
         return False
 
 

@@ -114,8 +114,9 @@ class Megatron(Dense):
 
     @torch.no_grad()
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
-        """Write this process's piece of the whole W as `Dense.write` does: in place, or as a new parameter if
-        `shared`.
+        """Write this process's piece of the whole W into the tensor in place, past autograd; return None.
+
+        If the weight is tied (`shared`), the module gets a new parameter with the piece instead.
         """
         place = self.place(m, name)
         return super().write(m, name, W if place is None else take_piece(W, *place), shared)

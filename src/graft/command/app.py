@@ -90,11 +90,13 @@ class Result(NamedTuple):
 
 
 def add_verb(panel: str) -> Callable[[Verb], Verb]:
-    """Return a decorator that adds a function to the verbs, under the heading `panel` of `graft --help`.
+    """Return a decorator that adds a function to the verbs, under the heading `panel` of `graft --help`, and returns it
+    unchanged.
 
     Positional parameters become arguments, and keyword-only parameters become options. Help texts come from the `Args`
-    of its docstring, or from COMMON. --json and --quiet are added; a parameter `quiet` is True for either of them. The
-    decorator returns the function unchanged.
+    of its docstring, or from COMMON, else they are empty. --json and --quiet are added; a parameter `quiet` is True for
+    either of them. The command prints the result's report, its document with --json, or nothing with --quiet. It exits
+    with code 1 if the result has problems.
     """
 
     def add(function: Verb) -> Verb:

@@ -40,9 +40,9 @@ def max_magnitudes(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def is_dense_float(t: Tensor) -> bool:
-    """Return True for a dense tensor or parameter of floating numbers of two bytes or more.
+    """Return True for a strided or CSR tensor or parameter of floating numbers of two bytes or more.
 
-    False for subclasses, such as shards, and for integers, float8, sparse and meta tensors.
+    False for subclasses, such as shards, and for integers, float8, sparse COO and meta tensors.
     """
     return (
         type(t) in (Tensor, torch.nn.Parameter)

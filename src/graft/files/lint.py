@@ -178,7 +178,9 @@ def find_unknown_keys(look: LintSubject) -> Faults:
 
 
 def find_gaps(look: LintSubject) -> Faults:
-    """Yield one fault with all parts that the config names and the file lacks (`list_gaps`), if there are any."""
+    """Yield one fault if the file lacks parts that its config names (`list_gaps`): a text with the first three, and the
+    list of all.
+    """
     if lost := list_gaps(look.adapter, look.base):
         yield f"the file lacks {join_some(lost, 3)}, which its config names", lost
 
@@ -315,11 +317,12 @@ def check_whole(adapter: AdapterFile, base: BaseDescription | None = None) -> No
 def list_gaps(adapter: AdapterFile, base: BaseDescription | None = None) -> list[str]:
     """Return descriptions of the parts that an adapter's config names and the adapter lacks; [] for a complete one.
 
-    An adapter without any tensors gives ["every tensor"], or [] if it has unknown keys. Files without PEFT's config
-    give [].
+    The rules in their order: an adapter without any tensors gives ["every tensor"], or [] if it has unknown keys. A
+    file without PEFT's config gives []. Else: factors whose partner lacks, then magnitudes, biases, heads and token
+    rows that the config names.
 
     Args:
-        base: also checks that all modules which the targets select have factors, and the biases.
+        base: also lists the modules that the targets select and that have no factors.
     """
     if not adapter.modules and not adapter.loose_tensors:
         return [] if adapter.unknown_keys else ["every tensor"]

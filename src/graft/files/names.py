@@ -269,10 +269,9 @@ def find_common_method(adapter: AdapterFile, otherwise: str) -> str:
 
 
 def join_pipeline(parts: dict[str, AdapterFile], path: str) -> AdapterFile:
-    """Return the adapters of a pipeline's parts as one adapter, with the part's name before each path and each unknown
-    key.
+    """Return the adapters of a pipeline's parts as one adapter: paths become "part.path", unknown keys "part: key".
 
-    The config is empty; method, format and base are those of the first part.
+    The config is empty, `selected` None and `is_pipeline` True; method, format and base are those of the first part.
     """
     out = replace(next(iter(parts.values())), path=path, modules={}, full={}, rows={}, shared={}, unknown_keys=[],
                   config={}, selected=None, is_pipeline=True)  # fmt: skip

@@ -104,7 +104,12 @@ def make_classification_loss(model: nn.Module, labels: int | None) -> Loss:
     tokens = model.loss_type == "ForTokenClassification"
 
     def compute_loss(output: Outputs, batch: Outputs, **_: object) -> Tensor:
-        """Return the model's loss of the logits, after the cut. The number of labels is that of the columns left."""
+        """Return the model's loss of the logits; if they have more than `labels` columns, of the first `labels` of
+        them.
+
+        Without `labels` nothing is cut. The loss gets the number of columns left as `num_labels`, in a namespace in
+        place of the model's config, which stays unchanged.
+        """
         logits = output["logits"]
         if labels is not None and logits.shape[-1] > labels:
             logits = logits[..., :labels].contiguous()

@@ -261,7 +261,9 @@ def record(
 
 
 def node_name(node: Node) -> str:
-    """Return the path of a called module, or the name of a function, a method or an argument."""
+    """Return the target of a node: the path of a called module, the name of a method or argument, or a function's
+    `__name__`; "" for a function without one.
+    """
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 

@@ -55,9 +55,10 @@ class RandLoRA(Method[RandLoraConfig]):
     def share(cls, layers: AdaptedLayers) -> dict[str, object]:
         """Return the shared random matrices `randlora_A` (r, 1, d) and `randlora_B` (D, ⌈d / r⌉, r).
 
-        d is the smaller, D the larger of the widest input and output over all layers. If another adapter shares the
-        matrices, return that one's; ConfigError if they are too small. Else draw them: `ternary` with `sparse` or
-        `very_sparse`, `uniform` otherwise. No file holds them with `save_projection=False`.
+        d is the smaller, D the larger of the widest input and output over all layers. They are drawn by `ternary` with
+        `sparse` or `very_sparse`, by `uniform` otherwise. If another adapter shares the matrices, return that one's
+        instead; ConfigError if A is narrower than the largest smaller size of a single layer, or B shorter than the
+        largest larger size. No file holds them with `save_projection=False`.
         """
         cfg, existing = layers.cfg, layers.existing
         sizes = [sorted((s.out_features, s.fan_in)) for s in layers.sites]

@@ -245,8 +245,10 @@ class Prompts(Registry):
             check_assistant(kwargs, self.model, last)
 
     def _names_used(self) -> tuple[str, ...]:
-        """Return the adapters that a call uses: none without modules trained whole, since the prompt is computed when
-        the call begins.
+        """Return the names that a call holds, as the base class does, if the model has modules trained whole: the
+        active adapters and the mark ACTIVE.
+
+        Without such modules return (): the prompt is computed when the call begins.
         """
         return super()._names_used() if self.wrappers else ()  # the prompt has been computed when the model begins
 

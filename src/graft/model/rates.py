@@ -265,10 +265,10 @@ def describe_search(row: RateSearch) -> str:
 
 
 def best_lr(searches: Sequence[RateSearch]) -> float:
-    """Return the rate with the least loss, divided by each search's least loss and averaged over searches; 0.0 if there
-    is none.
+    """Return the rate with the least loss, averaged over searches; 0.0 if there is none.
 
-    Only rates count that all searches tested, without divergence in one of them.
+    The losses of a search are divided by its least loss, or taken as they are if that is 0. Only rates count that all
+    searches tested, without divergence in one of them.
     """
     shares: dict[float, list[float]] = {}
     for row in searches:

@@ -126,7 +126,11 @@ class CPTEmbedding(Prompt):
         return pick(self.embedding.weight, indices) + pick(self.delta_embedding.weight, indices)
 
     def restore(self, name: str, value: Tensor) -> None:
-        """Put the value in as the frozen embedding, and set all changes to zero. `name` is unused."""
+        """Put the value in as the frozen embedding, and set all changes to zero. `name` is unused.
+
+        A value of another shape becomes a new embedding of its size. Raises CheckpointError if the embedding is spread
+        over processes.
+        """
         super().restore(STORED, value)
         nn.init.zeros_(self.delta_embedding.weight)
 

@@ -19,7 +19,9 @@ class Engine(Dense):
         return "its weight is offloaded" if find_offload_hooks(m) else None
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
-        """Return the dequantized weight; a weight without `dequantize`, and other tensors, unchanged."""
+        """Return the tensor of a module; a weight that has `dequantize`, as every torch tensor has, is dequantized:
+        plain bfloat16 becomes float32.
+        """
         t = getattr(m, name)
         return t.dequantize() if hasattr(t, "dequantize") and name == "weight" else t
 

@@ -171,7 +171,10 @@ def check_value_like(value: object, current: object, what: str, exact: bool, nam
 
 def check_state_like(thing: object, value: object, state: object, what: str, name: str = "") -> None:
     """Raise CheckpointError unless `thing`, an optimizer or schedule, can take `value` where it has `state`, by
-    `check_value_like`. Classes of torch and graft must have the same entries.
+    `check_value_like`.
+
+    `state` is first turned into the form that a file would hold (`simulate_read`). Objects of classes of torch and
+    graft must have the same entries.
     """
     check_value_like(value, simulate_read(state), what, is_known(thing, KNOWN_MODULES), name)
 

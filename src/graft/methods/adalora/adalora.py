@@ -117,10 +117,12 @@ class AdaLoraConfig(LoraConfig):
 
 
 def warn_if_forgotten(tuner: Tuner) -> None:
-    """Warn once if an optimizer step has changed the trained adapter and `update_and_allocate` was never called.
+    """Give a PeftWarning, once, if an optimizer step has changed the first adapter that trains, and
+    `update_and_allocate` was never called.
 
-    A step is a changed version of the first A since the first call. Does nothing if an active adapter has been
-    allocated or warned of already, or if A is frozen.
+    A step shows as a changed version of its first A since the first call of this function. Does nothing if an active
+    adapter has been allocated or warned of already, or if A is frozen. The remedy names `update_and_allocate` and the
+    callbacks; in a PeftMixedModel, that the adapter has to train in a PeftModel.
     """
     for name in tuner.active_adapters:
         state = tuner.states.get(name)

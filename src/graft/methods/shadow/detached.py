@@ -26,7 +26,12 @@ NAMES = ("cache", "past_key_values")  # the argument in transformers from 5.2x o
 
 @cache
 def find_cache_class() -> type:
-    """Return the class ShadowCache, which derives from transformers' Cache; made at the first call."""
+    """Return the class ShadowCache, which derives from transformers' Cache; made at the first call, returned again
+    later.
+
+    A ShadowCache holds the base model's cache and a dict of shadow networks' caches by adapter. Its `layers` are those
+    of all these caches; its length and all other attributes are the base cache's.
+    """
     from transformers import Cache
 
     class ShadowCache(Cache):

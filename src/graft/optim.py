@@ -245,7 +245,7 @@ class LoraFAOptimizer(PerParameterOptimizer):
     def _update(self, p: nn.Parameter, g: Tensor, group: Group) -> None:
         """Take a step of Adam on p, then decay it.
 
-        The gradient of a B in `factors` is first multiplied by (A Aᵀ)⁺ / scaling².
+        The gradient of a B in `factors` is first multiplied by (A Aᵀ + 1e-8)⁺ / scaling², for each matrix of a stack.
         """
         if p in self.factors:
             (A, scaling), n = self.factors[p], self.stacks.get(p, 1)
@@ -306,8 +306,10 @@ def create_lorafa_optimizer(
 def check_options(model: nn.Module, r: int | None, lora_alpha: float | None, use_rslora: bool | None) -> None:
     """Compare the options with the configs of the active adapters, which decide.
 
-    Raises ConfigError if a config contradicts `use_rslora`; warns that it is deprecated. Warns if no config has `r` or
-    `lora_alpha`. Options that are None are not compared.
+    Options that are None are not compared.
+
+    Raises ConfigError if a config contradicts `use_rslora`; else passing it warns that it is deprecated. Warns if `r`
+    or `lora_alpha` is the value of no config.
     """
     registry = get_registry(model)
     configs = {} if registry is None else {name: registry.peft_config[name] for name in registry.active_adapters}

@@ -390,10 +390,10 @@ class MixedPlan:
         return call.narrow_context(call.current_context().narrow(index))
 
     def draw_for(self, key: Key, device: torch.device) -> AbstractContextManager[None]:
-        """Return a context where the adapter draws from its own generator; a no-op in eval mode or if the call has
-        none.
+        """Return a context where the adapter draws from its own generator, with a new ticket.
 
-        Each call draws a new ticket. The block must not contain calls of other layers.
+        A no-op for JointAdapters, in eval mode, and if the call has no generators. The block must not contain calls of
+        other layers.
         """
         draws = self.layer.call.current_context().draws if self.layer.training else None
         if draws is None or isinstance(key, JointAdapters):
@@ -514,8 +514,8 @@ class FactorSnapshot:
     def record(self, method: Method, f: Factors) -> bool:
         """Record the objects that the factors of a method consist of. Return True if all could be recorded.
 
-        Returns False, and records nothing, unless A and B are linear modules without hooks, dropout drops nothing now,
-        and all of A, B, scale and dropout are values of the adapter in the layer's containers.
+        Returns False, and records nothing, unless A and B are linear modules without hooks and dropout drops nothing
+        now. Also A, B, scale and dropout must be values of the adapter in the layer's containers.
         """
         parts = [part for part in (f.A, f.B, f.scale, f.dropout) if part is not None]
         places = [place for part in parts for place in find_entries(method, part)]

@@ -203,10 +203,12 @@ class LayerPlan:
         raise NotImplementedError
 
     def add_gated(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y plus the part of each step times its gate in this call. All parts are computed from y itself.
+        """Return y plus the part of each step times its gate in this call, in the dtype of y.
+
+        All parts are computed from y itself.
 
         Raises:
-            RoutingError: a step does more than add to the output.
+            RoutingError: the call has gates, and a step does more than add to the output.
         """
         if not all([effect.weighable for _, effect in self.steps]):
             check_no_gates(self.layer)
@@ -338,8 +340,9 @@ class ChainPlan(LayerPlan):
         return y
 
     def apply_step(self, n: int, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
-        """Return y, the output with n steps for x, with the next step on it: the `post` of a Rewrite, or y
-        plus a part.
+        """Return the output with n + 1 steps for x, from y, the output with n steps.
+
+        A Rewrite changes y by its `post`; its `pre` is not applied. Any other effect adds its part to y.
         """
         if isinstance(effect, Rewrite):
             return self.apply_post(n, m, effect, find_step_input(self.layer, m, effect, x), y)
@@ -486,8 +489,8 @@ def _apply_gain(
     """Return b + gain ⊙ (y - b + ΔW x) in the dtype of y, where b is the bias with n steps.
 
     With active dropout, `beneath` runs again on the dropped x. Its output and ΔW of the dropped x are scaled by the
-    gain, and the difference of y from that output is added unscaled. Without, and if `fuse`, a kernel may add ΔW x in
-    the memory of y.
+    gain, and the difference of y from that output is added unscaled. Without, and if `fuse` and y has the adapter's
+    dtype, a kernel may add ΔW x in the memory of y.
 
     Args:
         beneath: the function from an input to the output with n steps; y is its value for x.

@@ -256,10 +256,10 @@ class CallContext(NamedTuple):
         return id(self.rows), id(self.gates), id(self.facts)
 
     def narrow(self, index: Tensor) -> CallContext:
-        """Return this context for the rows at `index` alone: their gates and facts, and `some` with their numbers in
+        """Return this context for the rows at `index` alone: gates and facts of them, and `some` with their numbers in
         the batch.
 
-        `rows` stays as it is.
+        `rows`, draws and all else stay as they are. If the context was narrowed before, `index` counts in its rows.
         """
         gates = None if self.gates is None else self.gates.rows(index)
         facts = {name: select_facts(fact, index) for name, fact in self.facts.items()} or NO_FACTS

@@ -83,7 +83,10 @@ class SharedTensors(Carrier):
         return [slot for name, c in self.containers.items() for slot in iter_slots(name, c, adapter, never)]
 
     def drop(self, adapter: str) -> None:
-        """Delete an adapter from all containers. Nothing happens if it has no entry; containers stay."""
+        """Delete an adapter from all containers, and forget its tensors that never train. Containers stay.
+
+        Nothing happens if it has no entry.
+        """
         for container in self.containers.values():
             if adapter in container:
                 del container[adapter]
@@ -120,7 +123,10 @@ class SharedTensors(Carrier):
         return {name: Attached(container) for name, container in self.containers.items()}
 
     def _open_container(self, name: str, value: object) -> None:
-        """Make a container for values like this one."""
+        """Make an empty container that fits `value`, and store it under `name`.
+
+        For a name "a.b", also add it as child b to the module `parents["a"]`, which is made if it is missing.
+        """
         container = self.containers[name] = container_for(value)
         group, dot, inner = name.rpartition(".")
         if dot:

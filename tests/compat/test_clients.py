@@ -18,7 +18,7 @@ import peft
 import pytest
 
 from graft.compat.peft import children
-from graft.compat.peft.modules import AliasModule, known, names_in, resolve
+from graft.compat.peft.modules import AliasModule, is_known_module, names_in, resolve
 from graft.compat.peft.names import MODULES
 from tests.compat.test_compat import run
 
@@ -62,7 +62,7 @@ def in_peft(name: str) -> bool:
 def resolved(name: str):
     """What graft has under a dotted name, as `import` and attributes find it."""
     parts = name.split(".")
-    i = max(i for i in range(len(parts) + 1) if known(".".join(parts[:i])))
+    i = max(i for i in range(len(parts) + 1) if is_known_module(".".join(parts[:i])))
     value = importlib.import_module(".".join(parts[:i]))
     for part in parts[i:]:
         value = getattr(value, part)
@@ -261,7 +261,7 @@ def test_issubclass():
 @pytest.mark.parametrize(("transformers", "said"), [("", "0.22.0"), ("5.6.0", "0.20.0"), ("5.24.0", "0.22.0")])
 def test_the_version_suits_the_installed_transformers(transformers, said, monkeypatch):
     numbers = tuple(map(int, transformers.split("."))) if transformers else ()
-    monkeypatch.setattr("graft.compat.peft.shims.release", lambda package: numbers)
+    monkeypatch.setattr("graft.compat.peft.shims.read_release", lambda package: numbers)
     monkeypatch.delenv(children.VERSION_VARIABLE, raising=False)
-    assert children.version_to_say(None) == said
-    assert children.version_to_say("0.19.1") == "0.19.1"
+    assert children.choose_version(None) == said
+    assert children.choose_version("0.19.1") == "0.19.1"

@@ -143,7 +143,7 @@ def test_who_goes_on_using_peft_is_named():
             except ImportError as e:
                 return str(e)
         assert "__main__" in said() and "transformers" not in said() and "force=True" in said()
-        assert trainer.PeftModel is theirs and sys.modules["peft"] is peft and not alias.installed()
+        assert trainer.PeftModel is theirs and sys.modules["peft"] is peft and not alias.is_installed()
         config = peft.LoraConfig()
         mine = types.ModuleType("mine")
         exec("class Mine(Base): pass", mine.__dict__ | {"Base": theirs}, mine.__dict__)
@@ -203,7 +203,7 @@ except ImportError as e:
     assert str(e).startswith("other.inside.HAS_PEFT says") and "first import of other, or" in str(e), e
 else:
     raise AssertionError
-assert not alias.installed() and not is_peft_available() and not hasattr(trainer, "PeftModel")
+assert not alias.is_installed() and not is_peft_available() and not hasattr(trainer, "PeftModel")
 assert "peft" not in sys.modules
 alias.install(force=True)
 assert other.HAS_PEFT is False and trainer.PeftModel is graft.PeftModel

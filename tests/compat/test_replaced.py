@@ -222,7 +222,7 @@ def test_a_param_wrapper_that_goes_its_own_way(monkeypatch):
 
 def test_the_class_of_a_layer_in_few_bits():
     """By the type of the base layer: a replacement for another class does not reach it."""
-    from graft.compat.peft.layers import OWN, REPLACED, find, layer_class
+    from graft.compat.peft.layers import OWN, REPLACED, find_replacement, layer_class
 
     four, plain = layer_class("LORA", "Linear4bit"), layer_class("LORA", "Linear")
     fake = type("Linear4bit", (nn.Linear,), {})
@@ -230,9 +230,9 @@ def test_the_class_of_a_layer_in_few_bits():
     layers = [m._registry.layers["k"] for m in models]
     four.forward = f = lambda self, x: x
     try:
-        assert find("forward", layers[0]) is f and find("forward", layers[1]) is None
+        assert find_replacement("forward", layers[0]) is f and find_replacement("forward", layers[1]) is None
         plain.forward = g = lambda self, x: x + 1
-        assert find("forward", layers[0]) is f and find("forward", layers[1]) is g
+        assert find_replacement("forward", layers[0]) is f and find_replacement("forward", layers[1]) is g
         close(layers[0](X), X)
         close(layers[1](X[:, :3]), X[:, :3] + 1)
     finally:

@@ -180,11 +180,11 @@ def test_the_rest_of_the_path_stays(path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", path)
     for name in (children.VARIABLE, children.VERSION_VARIABLE):  # both are put back at the end of the test
         monkeypatch.setenv(name, "")
-    inherited = children.variables(VERSION)
+    inherited = children.make_child_environment(VERSION)
     assert inherited["PYTHONPATH"] == os.pathsep.join([children.FOLDER, *([path] if path else [])])
-    children.hand_down(inherited)
+    children.set_child_environment(inherited)
     assert sys.path.count(children.FOLDER) == 1
-    children.keep_to_itself()
+    children.clear_child_environment()
     assert os.environ.get("PYTHONPATH", "") == path and sys.path == before
 
 

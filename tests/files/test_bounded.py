@@ -123,7 +123,7 @@ def test_gguf_that_states_what_it_has_not(name, tmp_path):
 
 def test_gguf_is_read_without_the_package(tmp_path):
     """Its values are those that the package wrote; of a file that ends anywhere is said that it does."""
-    fields, tensors = gguf_file.contents(str(GGUF))
+    fields, tensors = gguf_file.read_contents(str(GGUF))
     assert fields["general.type"] == "adapter" and fields["adapter.lora.alpha"] == 6.0
     wanted = load_file(FIXTURES / "gguf_llama.delta.safetensors")
     adapter = formats.read(GGUF)

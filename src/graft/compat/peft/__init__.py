@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compat room: `import peft` gives graft, for programs and libraries that are written for PEFT.
 
-Entry points: `install` before the first import of peft, `uninstall`, `installed`; for a script, and all processes that
-it starts, `python -m graft.compat.peft script.py`. docs/moving_from_peft.md describes versions and clients.
+Entry points: `install` before the first import of peft, `uninstall`, `is_installed`; for a script, and all processes
+that it starts, `python -m graft.compat.peft script.py`. docs/moving_from_peft.md describes versions and clients.
 
 - `names.py`: the names in each module of PEFT, as data.
 - `modules.py`: the finder that makes modules called peft, and hands out graft's objects.
@@ -15,9 +15,15 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-from graft.compat.peft.children import hand_down, handed_down, keep_to_itself, variables, version_to_say
-from graft.compat.peft.late import check_flags, holders, settle_clients
-from graft.compat.peft.modules import FINDER, ours, real_peft
+from graft.compat.peft.children import (
+    choose_version,
+    clear_child_environment,
+    has_child_environment,
+    make_child_environment,
+    set_child_environment,
+)
+from graft.compat.peft.late import check_flags, list_holders, settle_clients
+from graft.compat.peft.modules import FINDER, real_peft, select_peft_modules
 from graft.core.errors import join_some
 
 __all__ = ["install", "installed", "uninstall"]
@@ -25,7 +31,7 @@ __all__ = ["install", "installed", "uninstall"]
 _displaced: dict[str, ModuleType] = {}
 
 
-def installed() -> bool:
+def is_installed() -> bool:
     """Return True if `import peft` is graft now."""
     return FINDER in sys.meta_path
 
@@ -43,10 +49,10 @@ def install(*, force: bool = False, version: str | None = None, children: bool =
             names them, and all is as before.
         ConfigError: the version is none.
     """
-    version = version_to_say(version)
-    inherited = variables(version) if children or handed_down() else None
+    version = choose_version(version)
+    inherited = make_child_environment(version) if children or has_child_environment() else None
     before, FINDER.version = FINDER.version, version
-    if not installed():
+    if not is_installed():
         real = real_peft()
         try:
             take_place(real, force)
@@ -54,7 +60,7 @@ def install(*, force: bool = False, version: str | None = None, children: bool =
             FINDER.version = before
             raise
     if inherited:
-        hand_down(inherited)
+        set_child_environment(inherited)
 
 
 def take_place(real: dict[str, ModuleType], force: bool) -> None:
@@ -66,7 +72,7 @@ def take_place(real: dict[str, ModuleType], force: bool) -> None:
         settle_clients()
         if not force:
             check_flags()
-        if real and not force and (names := holders(real)):
+        if real and not force and (names := list_holders(real)):
             raise ImportError(
                 f"peft has been imported already, and part of the program would go on using it: {join_some(names)}. "
                 "Call "
@@ -81,17 +87,17 @@ def take_place(real: dict[str, ModuleType], force: bool) -> None:
 
 
 def give_place(real: dict[str, ModuleType]) -> None:
-    for name in ours(list(sys.modules)):
+    for name in select_peft_modules(list(sys.modules)):
         del sys.modules[name]
     sys.modules.update(real)
 
 
 def uninstall() -> None:
     """Take the alias away, put back the modules that `install` displaced, and have clients hold what is there."""
-    if not installed():
+    if not is_installed():
         return
     sys.meta_path.remove(FINDER)
-    keep_to_itself()
+    clear_child_environment()
     give_place(_displaced)
     _displaced.clear()
     settle_clients()
@@ -100,7 +106,7 @@ def uninstall() -> None:
 def stand_in() -> None:
     """Put graft in the place of the module `peft` that is being imported, which calls this."""
     sys.modules.pop("peft", None)
-    if not installed():
-        FINDER.version = version_to_say(None)
+    if not is_installed():
+        FINDER.version = choose_version(None)
         sys.meta_path.insert(0, FINDER)  # whoever looked has found this one, so that nobody has to look again
     import_module("peft")

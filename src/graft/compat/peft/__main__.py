@@ -10,7 +10,7 @@ import sys
 
 from graft import ConfigError
 from graft.compat.peft import install
-from graft.compat.peft.children import exports, version_to_say
+from graft.compat.peft.children import choose_version, make_export_line
 
 USAGE = "usage: python -m graft.compat.peft [--peft-version X.Y.Z] ((script.py | -m module) [arguments …] | --env)"
 
@@ -18,11 +18,11 @@ USAGE = "usage: python -m graft.compat.peft [--peft-version X.Y.Z] ((script.py |
 def main(arguments: list[str]) -> None:
     choice, arguments = version_in(arguments)
     try:
-        version = version_to_say(choice)
+        version = choose_version(choice)
     except ConfigError as e:
         sys.exit(f"{e} {USAGE}")
     if arguments == ["--env"]:
-        print(exports(version))
+        print(make_export_line(version))
         return
     as_module = arguments[:1] == ["-m"]
     arguments = arguments[as_module:]

@@ -27,29 +27,29 @@ OF_VERSIONS = ("graft", "as_peft")  # in the user's cache: a folder for each ver
 RELEASE = re.compile(r"\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[a-z0-9]+(\.[a-z0-9]+)*)?")
 
 
-def version_to_say(choice: str | None) -> str:
+def choose_version(choice: str | None) -> str:
     """Return the version to say: the one given, that of the variable, or the usual one.
 
     Raises:
         ConfigError: it is none.
     """
-    version = choice if choice is not None else os.environ.get(VERSION_VARIABLE) or usual()
+    version = choice if choice is not None else os.environ.get(VERSION_VARIABLE) or find_default_version()
     if not (isinstance(version, str) and RELEASE.fullmatch(version)):
         where = VERSION_VARIABLE if choice is None else "the version for peft"
         raise ConfigError(f"{where} is {version!r}, which is no version: give one like '{VERSION}'.")
     return version
 
 
-def usual() -> str:
+def find_default_version() -> str:
     """Return the version that the installed transformers takes, and the trainers that are made for it."""
-    from graft.compat.peft.shims import release
+    from graft.compat.peft.shims import read_release
 
-    return OLDER if () < release("transformers") < NEEDS_NEWER else VERSION
+    return OLDER if () < read_release("transformers") < NEEDS_NEWER else VERSION
 
 
-def variables(version: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+def make_child_environment(version: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return what a process has to inherit: GRAFT_AS_PEFT, the version, and PYTHONPATH with our folders in front."""
-    path = os.pathsep.join([*folders(version), *rest(environment)])
+    path = os.pathsep.join([*folders(version), *list_foreign_paths(environment)])
     return {VARIABLE: "1", VERSION_VARIABLE: version, "PYTHONPATH": path}
 
 
@@ -75,39 +75,41 @@ def is_ours(folder: str) -> bool:
     return folder == FOLDER or tuple(folder.split(os.sep)[-3:-1]) == OF_VERSIONS
 
 
-def rest(environment: Mapping[str, str]) -> list[str]:
+def list_foreign_paths(environment: Mapping[str, str]) -> list[str]:
     """Return the entries of PYTHONPATH that are not ours."""
     path = environment.get("PYTHONPATH")
     return [p for p in path.split(os.pathsep) if not is_ours(p)] if path else []  # an empty entry: where it starts
 
 
-def exports(version: str) -> str:
+def make_export_line(version: str) -> str:
     """Return a line for a shell: `eval "$(python -m graft.compat.peft --env)"`."""
-    return "export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in variables(version).items())
+    return "export " + " ".join(
+        f"{name}={shlex.quote(value)}" for name, value in make_child_environment(version).items()
+    )
 
 
-def hand_down(inherited: dict[str, str]) -> None:
+def set_child_environment(inherited: dict[str, str]) -> None:
     """Have all processes that this one starts from now on find graft under PEFT's name.
 
     Args:
-        inherited: what `variables` returns.
+        inherited: what `make_child_environment` returns.
     """
-    keep_to_itself()
+    clear_child_environment()
     os.environ.update(inherited)
     # after the script's own folder: multiprocessing's spawn gives children the parent's path
     sys.path[1:1] = filter(is_ours, inherited["PYTHONPATH"].split(os.pathsep))
 
 
-def handed_down() -> bool:
+def has_child_environment() -> bool:
     """Return True if processes that this one starts find graft under PEFT's name."""
     return FOLDER in os.environ.get("PYTHONPATH", "").split(os.pathsep)
 
 
-def keep_to_itself() -> None:
-    """Undo `hand_down`."""
+def clear_child_environment() -> None:
+    """Undo `set_child_environment`."""
     for name in (VARIABLE, VERSION_VARIABLE):
         os.environ.pop(name, None)
-    path = rest(os.environ)
+    path = list_foreign_paths(os.environ)
     os.environ.pop("PYTHONPATH", None)
     if path:
         os.environ["PYTHONPATH"] = os.pathsep.join(path)

@@ -44,35 +44,35 @@ def settle_clients() -> None:
     Sets names and constants in their modules, and empties the caches of their functions that answer. A name that a
     module has from elsewhere than PEFT and graft stays.
     """
-    there = find_spec("peft") is not None
-    for module in loaded(CLIENTS):
+    has_peft = find_spec("peft") is not None
+    for module in list_loaded_modules(CLIENTS):
         namespace = vars(module)
         for name in [name for name in namespace if "peft" in name.lower()]:
             if hasattr(namespace[name], "cache_clear"):
                 namespace[name].cache_clear()
         for name in FLAGS:
             if isinstance(namespace.get(name), bool):
-                namespace[name] = there
+                namespace[name] = has_peft
         if VERSION in namespace:
-            namespace[VERSION] = import_module("peft").__version__ if there else "N/A"
+            namespace[VERSION] = import_module("peft").__version__ if has_peft else "N/A"
         for pattern, names in NAMES.items():
             if fnmatchcase(module.__name__, pattern):
                 for path in names.split():
-                    set_name(namespace, path, there)
+                    set_name(namespace, path, has_peft)
 
 
-def set_name(namespace: dict[str, object], path: str, there: bool) -> None:
+def set_name(namespace: dict[str, object], path: str, has_peft: bool) -> None:
     """Set a name of PEFT's in the namespace of a client's module; delete it where `import peft` finds nothing."""
     parent, _, name = path.rpartition(".")
-    held = namespace.get(name)
-    if held is not None and not is_named_peft(held):
+    current = namespace.get(name)
+    if current is not None and not is_named_peft(current):
         return
-    if not there:
+    if not has_peft:
         namespace.pop(name, None)
     elif name == "peft":
         namespace[name] = import_module("peft")
     else:
-        namespace[name] = getattr(import_module(f"peft.{parent}".rstrip(".")), name, held)
+        namespace[name] = getattr(import_module(f"peft.{parent}".rstrip(".")), name, current)
 
 
 def is_named_peft(value: object) -> bool:
@@ -81,7 +81,7 @@ def is_named_peft(value: object) -> bool:
     return isinstance(home, str) and home.partition(".")[0] in ("peft", "graft")
 
 
-def loaded(packages: tuple[str, ...]) -> list[ModuleType]:
+def list_loaded_modules(packages: tuple[str, ...]) -> list[ModuleType]:
     """Return the modules of these packages that have been imported to the end."""
     modules = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] in packages]
     return [m for m in modules if isinstance(m, ModuleType) and not is_initializing(m)]
@@ -110,14 +110,14 @@ def check_flags() -> None:
 # who goes on using an installed PEFT
 
 
-def holders(real: Mapping[str, ModuleType]) -> list[str]:
+def list_holders(real: Mapping[str, ModuleType]) -> list[str]:
     """Name the modules that hold something of an imported PEFT, and what it has made that is alive."""
     outside = [m for name, m in list(sys.modules.items()) if isinstance(m, ModuleType) and name not in real]
-    found = [m.__name__ for m in outside if any(is_of(value, real) for value in list(vars(m).values()))]
-    return [*dict.fromkeys(found), *dict.fromkeys(alive(real))]
+    names = [m.__name__ for m in outside if any(belongs_to_peft(value, real) for value in list(vars(m).values()))]
+    return [*dict.fromkeys(names), *dict.fromkeys(list_live_objects(real))]
 
 
-def is_of(value: object, real: Mapping[str, ModuleType]) -> bool:
+def belongs_to_peft(value: object, real: Mapping[str, ModuleType]) -> bool:
     """Return True for PEFT's modules, classes and functions, and for classes derived from its own."""
     if isinstance(value, ModuleType):
         return real.get(value.__name__) is value
@@ -128,7 +128,7 @@ def is_of(value: object, real: Mapping[str, ModuleType]) -> bool:
     return isinstance(value, type) and any(vars(c).get("__module__") in real for c in type.mro(value))
 
 
-def alive(real: Mapping[str, ModuleType]) -> Iterator[str]:
+def list_live_objects(real: Mapping[str, ModuleType]) -> Iterator[str]:
     """Name the classes of models, layers and configs of PEFT's that there are objects of."""
     from torch import nn
 

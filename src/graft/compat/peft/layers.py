@@ -77,7 +77,7 @@ class _LayerType(ABCMeta):
             return False
         if cls.method is not None and not any(isinstance(m, cls.method) for m in obj.methods.values()):
             return False
-        return cls.kind is None or cls.kind in kinds_of(obj)
+        return cls.kind is None or cls.kind in list_class_names(obj)
 
     def __subclasscheck__(cls, other: type) -> bool:
         if isinstance(other, _LayerType) or not issubclass(other, AdapterLayer):
@@ -90,13 +90,13 @@ class _LayerType(ABCMeta):
         )
 
     def __call__(cls, *args: Any, **kwargs: Any) -> AdapterLayer:
-        """Make a layer by hand, as `by_hand` says."""
+        """Make a layer by hand, as `build_layer` says."""
         if cls.derived or cls.method is None:
             raise TypeError(
                 f"{cls.__name__} is only for isinstance: graft makes layers when a config is injected, and not from "
                 f"such classes; {INSTEAD}."
             )
-        return by_hand(cls, *args, **kwargs)
+        return build_layer(cls, *args, **kwargs)
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__") or cls.__dict__.get("derived", True):
@@ -111,7 +111,7 @@ class _LayerType(ABCMeta):
             if cls.kind == "":
                 warn(f"{cls.__name__}.{name} was replaced: graft has no such layers, and never calls it.", PeftWarning)
             else:
-                substitute(cls, name, value)
+                set_replacement(cls, name, value)
             return
         if name == READ and name in cls.__dict__ and not cls.derived:
             setattr(ParamWrapper, name, value)
@@ -119,23 +119,25 @@ class _LayerType(ABCMeta):
             return
         if name == "__init__" and not cls.derived:
             warn(f"{cls.__name__}.__init__ was replaced: graft makes layers without it, as before.", PeftWarning)
-        original = any(value is getattr(cls, own, None) for own in REPLACEABLE)  # to be called or put back
+        original = any(
+            value is getattr(cls, method_name, None) for method_name in REPLACEABLE
+        )  # to be called or put back
         marks = name.startswith("_") and (original or isinstance(value, (bool, int, str, type(None))))
         if not (name.startswith(("__", "_abc")) or cls.derived or marks):
-            own = "AdapterLayer" if cls.method is None else cls.method.__name__
+            method_name = "AdapterLayer" if cls.method is None else cls.method.__name__
             raise AttributeError(
                 f"setting {cls.__name__}.{name} would change nothing: graft's layers are AdapterLayer, and their "
-                f"mathematics is {own}; {INSTEAD}."
+                f"mathematics is {method_name}; {INSTEAD}."
             )
         super().__setattr__(name, value)
 
     def __delattr__(cls, name: str) -> None:
         super().__delattr__(name)
         if name in REPLACEABLE and not cls.derived and cls.kind != "":
-            substitute(cls, name, OWN[name])
+            set_replacement(cls, name, OWN[name])
 
 
-def elsewhere(name: str) -> Callable[..., None]:
+def make_refusing_method(name: str) -> Callable[..., None]:
     """Return a method in the place of one that makes PEFT's layers: it is there to be asked for."""
 
     def refuse(*args: object, **kwargs: object) -> None:
@@ -144,34 +146,34 @@ def elsewhere(name: str) -> Callable[..., None]:
     return refuse
 
 
-def substitute(cls: type, name: str, value: object) -> None:
+def set_replacement(cls: type, name: str, value: object) -> None:
     """Have graft's layers ask for a replacement of a method as long as some class has one; `value` is the newest."""
-    theirs = REPLACED[name]
-    theirs[:] = [(c, f) for c, f in theirs if c is not cls]
+    replacements = REPLACED[name]
+    replacements[:] = [(c, f) for c, f in replacements if c is not cls]
     if value is not OWN[name]:
-        theirs.insert(0, (cls, value))
+        replacements.insert(0, (cls, value))
     for changed in (name, *(("forward",) if name == DELTA else ())):
         asked = REPLACED[changed] or (changed == "forward" and REPLACED[DELTA])
-        for kind, own in GRAFTS[changed].items():
-            setattr(kind, changed, asking(changed) if asked else own)
+        for kind, original in GRAFTS[changed].items():
+            setattr(kind, changed, make_asking_method(changed) if asked else original)
 
 
-def asking(name: str) -> Callable[..., object]:
+def make_asking_method(name: str) -> Callable[..., object]:
     """Return the form of a layer's method that looks for a replacement."""
 
     def run(self: AdapterLayer, *args: object, **kwargs: object) -> object:
-        theirs = run.find(self)  # type: ignore[attr-defined]
-        if theirs is None:
+        replacement = run.find(self)  # type: ignore[attr-defined]
+        if replacement is None:
             return OWN[name](self, *args, **kwargs)
         if name == "forward" and self.call.open and (names := names_of_rows(self.call)):
             kwargs["adapter_names"] = names
-        return theirs(self, *args, **kwargs)
+        return replacement(self, *args, **kwargs)
 
-    run.find = partial(find, name)  # type: ignore[attr-defined]
+    run.find = partial(find_replacement, name)  # type: ignore[attr-defined]
     return run
 
 
-def find(name: str, layer: AdapterLayer) -> Callable[..., object] | None:
+def find_replacement(name: str, layer: AdapterLayer) -> Callable[..., object] | None:
     """Return the function that has replaced a method of layers of this kind; None if none has."""
     if name == "forward" and layer.call.current_gates() is not None:  # PEFT's mixtures do not call it
         return None
@@ -207,7 +209,7 @@ OF_WHOLE_MODELS = (  # fields that choose layers of a model, of which one made b
 )
 
 
-def by_hand(cls: Any, base_layer: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> AdapterLayer:
+def build_layer(cls: Any, base_layer: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> AdapterLayer:
     """Return the layer of a class: `base_layer` with an adapter, whose own parameters train as before.
 
     Args:
@@ -224,17 +226,17 @@ def by_hand(cls: Any, base_layer: nn.Module, adapter_name: str, *args: object, *
     config: Any = options.get("config")
     if getattr(config, "peft_type", None) != cls.method.config.peft_type:
         raise TypeError(f"{cls.__name__} is made with config=…, a {cls.method.config.__name__}; it is {config!r}.")
-    own = dict.fromkeys(OF_WHOLE_MODELS)
-    own |= {k: options[k] for k in ("r", "lora_alpha") if options.get(k) is not None}
+    fields = dict.fromkeys(OF_WHOLE_MODELS)
+    fields |= {k: options[k] for k in ("r", "lora_alpha") if options.get(k) is not None}
     if cls.kind == WRAPPER:
-        own["target_parameters"] = [f"base.{options['parameter_name']}"]
+        fields["target_parameters"] = [f"base.{options['parameter_name']}"]
     else:
-        own["target_modules"] = ["base"]
+        fields["target_modules"] = ["base"]
     trained = [p for p in base_layer.parameters() if p.requires_grad]
     around = nn.Module()
     around.base = base_layer
     inject_adapter_in_model(
-        replace(config, **{k: v for k, v in own.items() if hasattr(config, k)}), around, adapter_name
+        replace(config, **{k: v for k, v in fields.items() if hasattr(config, k)}), around, adapter_name
     )
     for p in trained:
         p.requires_grad_(True)
@@ -243,24 +245,24 @@ def by_hand(cls: Any, base_layer: nn.Module, adapter_name: str, *args: object, *
     return around.base  # type: ignore[no-any-return]
 
 
-def kind_of(layer: AdapterLayer) -> str:
+def get_class_name(layer: AdapterLayer) -> str:
     """Return PEFT's class name for a layer type: that of the base layer, or of the first above it that has one."""
     names = [SAME.get(c.__name__, c.__name__) for c in type(layer.get_base_layer()).__mro__]
     return next((n for n in names if n in KINDS), names[0])
 
 
-def kinds_of(layer: AdapterLayer) -> tuple[str, ...]:
+def list_class_names(layer: AdapterLayer) -> tuple[str, ...]:
     """Return what PEFT's class of a layer may be called: by its base layer's type and store, or as one of a tensor."""
     if layer.op.opaque:
         return (WRAPPER,)
-    kind = kind_of(layer)
+    kind = get_class_name(layer)
     return (kind, layer.store.name, *(("LoraParallelLinear",) if kind in PARALLEL else ()))
 
 
 PREFIXES = {"ADALORA": "SVD"}  # prefixes of PEFT's class names that are not the method's name
 
 
-def stem(peft_type: str) -> str:
+def get_class_prefix(peft_type: str) -> str:
     """Return the beginning of a method's class names: "HRA" for HRAConfig."""
     return METHODS[peft_type].config.removesuffix("Config")
 
@@ -269,11 +271,11 @@ def layer_names(peft_type: str) -> list[str]:
     """Return the names of a method's layer classes, with and without the method's name, which PEFT puts before some."""
     if peft_type not in METHODS:  # prompts act on no layer
         return []
-    return [f"{stem(peft_type)}Layer", *kind_names(peft_type, KINDS), *SPECIAL.get(peft_type, ())]
+    return [f"{get_class_prefix(peft_type)}Layer", *kind_names(peft_type, KINDS), *SPECIAL.get(peft_type, ())]
 
 
 def kind_names(peft_type: str, kinds: tuple[str, ...]) -> list[str]:
-    return [*kinds, *(f"{PREFIXES.get(peft_type, stem(peft_type))}{kind}" for kind in kinds)]
+    return [*kinds, *(f"{PREFIXES.get(peft_type, get_class_prefix(peft_type))}{kind}" for kind in kinds)]
 
 
 class BaseTunerLayer(AdapterLayer, metaclass=_LayerType):
@@ -285,7 +287,7 @@ class BaseTunerLayer(AdapterLayer, metaclass=_LayerType):
     # the originals, for those who replace them
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> object:  # type: ignore[override]
-        if REPLACED[DELTA] and self.op.opaque and find(DELTA, self) is not None:
+        if REPLACED[DELTA] and self.op.opaque and find_replacement(DELTA, self) is not None:
             plan = self.find_reader_plan()
             if plan is not None and (len(plan.steps) > 1 or self.num_experts == 1):  # else PEFT's runs by the factors
                 return run_with_delta_weight(self, plan, x, *args, **kwargs)
@@ -310,21 +312,21 @@ REPLACED: dict[str, list[tuple[type, Any]]] = {name: [] for name in REPLACEABLE}
 @cache
 def layer_class(peft_type: str, name: str) -> type | None:
     """Return the class of that name, or None: `LoraLayer` is any layer of LoRA, `Linear` one on a linear layer."""
-    own = stem(peft_type)
-    if name == f"{own}Layer":
+    prefix = get_class_prefix(peft_type)
+    if name == f"{prefix}Layer":
         bases: tuple[type, ...] = (BaseTunerLayer,)
         kind = None
     else:
         special = SPECIAL.get(peft_type, {})
-        kind = special[name] if name in special else name.removeprefix(PREFIXES.get(peft_type, own))
+        kind = special[name] if name in special else name.removeprefix(PREFIXES.get(peft_type, prefix))
         if name not in special and kind not in KINDS:
             return None
-        bases = (layer_class(peft_type, f"{own}Layer"),)  # type: ignore[assignment]
+        bases = (layer_class(peft_type, f"{prefix}Layer"),)  # type: ignore[assignment]
     method = method_of(peft_type)
     facts: dict[str, object] = {"method": method, "kind": kind, "adapter_layer_names": method.layer_names}
     facts |= OWN | {"__module__": __name__}  # clients look for the originals in a class's own namespace
     if kind is None:
-        facts |= {asked: elsewhere(asked) for asked in ASKED.get(peft_type, ())}
+        facts |= {asked: make_refusing_method(asked) for asked in ASKED.get(peft_type, ())}
     if kind == WRAPPER:
         facts[READ] = getattr(ParamWrapper, READ)
     return _LayerType(name, bases, facts)

@@ -25,29 +25,29 @@ ROOT = "peft"
 VERSION = "0.22.0"  # the least that transformers 5.24 accepts; graft's interface is that of 0.21.2
 
 
-def face() -> ModuleType:
+def import_graft() -> ModuleType:
     """Return the package `graft`, imported at run time, since its public names stand above this package."""
     return import_module("graft")
 
 
-def known(module: str) -> bool:
-    return below(module) in MODULES or below(module) in OF_METHODS
+def is_known_module(module: str) -> bool:
+    return strip_root(module) in MODULES or strip_root(module) in OF_METHODS
 
 
-def below(module: str) -> str:
+def strip_root(module: str) -> str:
     return module.removeprefix(ROOT).removeprefix(".")
 
 
 def names_in(module: str) -> list[str]:
     """Return the names in a module: those of the tables, and modules inside it."""
-    path = below(module)
+    path = strip_root(module)
     if path in OF_METHODS:
-        own = [*method_names(*OF_METHODS[path]), *MODULES.get(path, "").split()]
+        names = [*method_names(*OF_METHODS[path]), *MODULES.get(path, "").split()]
     else:
-        own = [*MODULES[path].split(), *(face().__all__ if path == "" else ())]
+        names = [*MODULES[path].split(), *(import_graft().__all__ if path == "" else ())]
     start = f"{path}." if path else ""
     inner = {p[len(start) :].partition(".")[0] for p in (*MODULES, *OF_METHODS) if p and p.startswith(start)}
-    return sorted({*own, *inner})
+    return sorted({*names, *inner})
 
 
 def method_names(peft_type: str, suffix: str) -> list[str]:
@@ -72,9 +72,9 @@ def resolve(module: str, name: str) -> Any:
     Raises:
         AttributeError: graft has nothing to put there.
     """
-    if known(f"{module}.{name}"):
+    if is_known_module(f"{module}.{name}"):
         return import_module(f"{module}.{name}")
-    path = below(module)
+    path = strip_root(module)
     if path in OF_METHODS and name in layer_names(OF_METHODS[path][0]):
         return layer_class(OF_METHODS[path][0], name)
     if path == "import_utils":
@@ -91,14 +91,14 @@ def resolve(module: str, name: str) -> Any:
         if name in MAPPINGS:
             return method_of(MAPPINGS[name]).targets
         if name in WHERE:
-            holder, ours = WHERE[name]
-            return getattr(import_module(holder), ours)
-        return getattr(face(), name)
-    raise AttributeError(absent(module, name))
+            holder, attribute = WHERE[name]
+            return getattr(import_module(holder), attribute)
+        return getattr(import_graft(), name)
+    raise AttributeError(describe_missing_name(module, name))
 
 
-def absent(module: str, name: str) -> str:
-    close = difflib.get_close_matches(name, names_in(module), n=1, cutoff=0.9) if known(module) else []
+def describe_missing_name(module: str, name: str) -> str:
+    close = difflib.get_close_matches(name, names_in(module), n=1, cutoff=0.9) if is_known_module(module) else []
     hint = f" (did you mean {close[0]}?)" if close else ""
     return (
         f"{module}.{name} is not in graft yet{hint}: graft stands for peft here, see graft.compat.peft. What is "
@@ -110,7 +110,7 @@ class AliasModule(ModuleType):
     """A module that looks names up on first use, as `graft` itself does."""
 
     def __getattr__(self, name: str) -> Any:
-        if name == "__version__" and below(self.__name__) in ("", "config"):
+        if name == "__version__" and strip_root(self.__name__) in ("", "config"):
             return FINDER.version
         if name == "__all__":
             return names_in(self.__name__)
@@ -149,7 +149,7 @@ class _Distribution(importlib.metadata.Distribution):
         return self._texts.get(filename)
 
     def locate_file(self, path: str | os.PathLike[str]) -> Any:
-        return os.path.join(os.path.dirname(face().__file__ or ""), path)
+        return os.path.join(os.path.dirname(import_graft().__file__ or ""), path)
 
 
 class Finder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
@@ -162,10 +162,10 @@ class Finder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
     ) -> ModuleSpec | None:
         if name != ROOT and not name.startswith(f"{ROOT}."):
             return None
-        if not known(name):
+        if not is_known_module(name):
             # named after its parent: `from peft import X` would hide an error that is named peft.X
             parent, _, last = name.rpartition(".")
-            raise ModuleNotFoundError(absent(parent, last), name=parent)
+            raise ModuleNotFoundError(describe_missing_name(parent, last), name=parent)
         spec = importlib.machinery.ModuleSpec(name, self, origin="graft.compat.peft")
         spec.submodule_search_locations = []  # a package, so that Python asks here for a missing name
         return spec
@@ -185,12 +185,12 @@ class Finder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
 FINDER = Finder()
 
 
-def ours(modules: Iterable[str]) -> list[str]:
+def select_peft_modules(modules: Iterable[str]) -> list[str]:
     """Return those of `modules` that are peft, or below it."""
     return [m for m in modules if m == ROOT or m.startswith(f"{ROOT}.")]
 
 
 def real_peft() -> dict[str, ModuleType]:
     """Return the imported modules of an installed PEFT, by name; None is one that a program has hidden."""
-    found = {m: sys.modules[m] for m in ours(list(sys.modules))}
-    return {m: x for m, x in found.items() if x is None or not (isinstance(x, AliasModule) or "STAND_IN" in vars(x))}
+    imported = {m: sys.modules[m] for m in select_peft_modules(list(sys.modules))}
+    return {m: x for m, x in imported.items() if x is None or not (isinstance(x, AliasModule) or "STAND_IN" in vars(x))}

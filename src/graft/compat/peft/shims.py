@@ -65,13 +65,13 @@ def build_peft_weight_mapping(
         config = copy.copy(peft_config)  # injection rewrites it to today's names
         converters = [c for c in conversions if is_merge_of_modules(c)]
         for conversion in converters:
-            changes += of_experts(conversion, adapter_name, config, targets_outer(config, converters))
+            changes += make_expert_converters(conversion, adapter_name, config, targets_outer(config, converters))
         if peft_config.target_parameters:
-            changes += of_stacks(adapter_name, config)
+            changes += make_stack_converters(adapter_name, config)
     return changes
 
 
-def of_experts(
+def make_expert_converters(
     conversion: WeightConverter, adapter_name: str, config: LoraConfig, nested: bool
 ) -> list[WeightConverter]:
     """Return what puts A and B of each expert together, where a conversion does so with the experts' weights.
@@ -95,7 +95,7 @@ def of_experts(
     ]
 
 
-def of_stacks(adapter_name: str, config: LoraConfig) -> list[WeightConverter]:
+def make_stack_converters(adapter_name: str, config: LoraConfig) -> list[WeightConverter]:
     """Return what gives the factors of stacks the layout that they have here."""
     from transformers.core_model_loading import WeightConverter
 
@@ -154,17 +154,17 @@ class Arranging:
         self, input_dict: dict[str, list[Tensor]], source_patterns: list[str], target_patterns: list[str],
         full_layer_name: str, model: nn.Module, **_: object,
     ) -> dict[str, Tensor]:  # fmt: skip
-        found = {
+        pair = {
             name: tensors[0] if isinstance(tensors, list) else tensors
             for pattern, name in zip(source_patterns, target_patterns)
             if (tensors := input_dict.pop(pattern, None)) is not None
         }
         layer = layer_at(model, full_layer_name)
-        if layer is None or len(found) < 2 or not can_be_stack_factors(layer, *found.values()):
-            return found
+        if layer is None or len(pair) < 2 or not can_be_stack_factors(layer, *pair.values()):
+            return pair
         doubts: set[str] = set()
         a, b = target_patterns
-        stack = StackFactors(layer, a, b, found[a], found[b])
+        stack = StackFactors(layer, a, b, pair[a], pair[b])
         factors = convert_factors([stack], self.layout, doubts)
         warn_of_doubts(
             doubts - self.doubts, self.layout, f"Adapter '{self.adapter}' (load it by PeftModel.from_pretrained)"
@@ -249,11 +249,13 @@ def calculate_alora_offsets(
     peft_config: dict[str, object], active_adapter: str, input_ids: Tensor, adapter_names: list[str] | None = None
 ) -> list[int | None]:
     """Return how far before its end each row invokes its aLoRA adapter; None where it does not, or uses no such one."""
-    found: list[int | None] = []
+    offsets: list[int | None] = []
     for row, name in zip(input_ids, adapter_names or [active_adapter] * len(input_ids)):
         tokens = getattr(peft_config.get(name), "alora_invocation_tokens", None)
-        found.append((tokens and int(find_last_occurrence(row[None], torch.tensor(tokens, device=row.device)))) or None)
-    return found
+        offsets.append(
+            (tokens and int(find_last_occurrence(row[None], torch.tensor(tokens, device=row.device)))) or None
+        )
+    return offsets
 
 
 # tensors
@@ -318,12 +320,12 @@ def import_check(name: str) -> Callable[[], bool] | bool | None:
         package = PACKAGES.get(match[1], match[1])
         return lambda *_, **__: importlib.util.find_spec(package) is not None
     if match := re.fullmatch(r"is_([a-z]+)_ge_v(\d+(?:_\d+)*)", name):
-        new_enough = release(match[1]) >= tuple(int(n) for n in match[2].split("_"))
+        new_enough = read_release(match[1]) >= tuple(int(n) for n in match[2].split("_"))
         return new_enough if match[1] == "transformers" else lambda: new_enough
     return None
 
 
-def release(package: str) -> tuple[int, ...]:
+def read_release(package: str) -> tuple[int, ...]:
     """Return the numbers of an installed package's version; () if it is not installed."""
     try:
         version = importlib.metadata.version(package)

@@ -75,12 +75,12 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         BaseNeededError: a bottleneck or ReFT, whose places the base's names tell; or a fusion without the model that
             has its bottlenecks.
     """
-    out = read_adapter(path, base)
+    out = read_without_head(path, base)
     add_head(out, base)
     return out
 
 
-def read_adapter(path: str, base: Base | None) -> AdapterFile:
+def read_without_head(path: str, base: Base | None) -> AdapterFile:
     """Read a folder without its head: see `read`."""
     if os.path.isfile(os.path.join(path, FUSION)):
         return adapterhub_places.read_fusion(

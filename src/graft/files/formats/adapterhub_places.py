@@ -88,7 +88,7 @@ def read(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | No
             "alone is not the adapter."
         )
     options_of_file = {f.name: getattr(cfg, f.name) for f in fields_of(BottleneckConfig) if f.name in fields["config"]}
-    return complete(out, modules, options_of_file)
+    return set_modules(out, modules, options_of_file)
 
 
 def check_compared(path: str, base: Base, cfg: BottleneckConfig | None) -> None:
@@ -114,7 +114,7 @@ def check_compared(path: str, base: Base, cfg: BottleneckConfig | None) -> None:
         )
 
 
-def complete(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], options: Json) -> AdapterFile:
+def set_modules(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], options: Json) -> AdapterFile:
     """Give an adapter its modules, and a config that puts them at the places of its base's blocks."""
     out.modules = {module: OtherMethod(out.method, tensors) for module, tensors in modules.items()}
     out.selected = frozenset(out.modules)
@@ -178,7 +178,7 @@ def read_reft(path: str, fields: Json, by_name: Mapping[str, Tensor], blocks: li
         except KeyError as e:
             raise CheckpointError(f"{path} lacks {e} of '{module}': it is cut off, or was written wrong.") from None
         modules.setdefault(module, {}).update(named)
-    return complete(out, modules, options)
+    return set_modules(out, modules, options)
 
 
 def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
@@ -218,7 +218,7 @@ def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Ba
     value, regularization = bool(their_config.get("value", True)), bool(their_config.get("regularization"))
     settings = dict(adapters=names, value=value, regularization=regularization)
     settings["dropout"] = their_config.get("dropout_prob") or base.config.get("attention_probs_dropout_prob") or 0.0
-    return complete(out, modules, settings)
+    return set_modules(out, modules, settings)
 
 
 def compute_orthonormal_weight(state: Mapping[str, Tensor], layer: str) -> torch.Tensor:

@@ -21,7 +21,7 @@ from graft.config.reading import LARGEST_NUMBER, Json, open_file
 from graft.core.errors import join_some, shorten_text
 from graft.files.errors import BaseNeededError, PackageNeededError
 from graft.files.formats import Base, one_file
-from graft.files.formats.gguf_file import MAGIC, contents, package
+from graft.files.formats.gguf_file import MAGIC, import_gguf, read_contents
 from graft.files.holding import (
     FormatLimits,
     check_losses,
@@ -84,7 +84,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         BaseModelMismatchError: the base is of another architecture, or lacks a module.
     """
     path = one_file(path, ".gguf") or path
-    fields, tensors = contents(path)
+    fields, tensors = read_contents(path)
     if fields.get("general.architecture") == ARCHITECTURE:
         return read_control(path, fields, tensors, base)
     kind = fields.get("general.type")
@@ -181,7 +181,7 @@ def paths_of(base: Base, arch: str, what: str) -> dict[str, str]:
 
 def names_of(base: Base) -> dict[str, str]:
     """Return llama.cpp's name of each module of a base that has one."""
-    gguf = package()
+    gguf = import_gguf()
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch_of(base)[0])
     blocks = base.config.get("num_hidden_layers") or base.config.get("n_layer")
     if not isinstance(blocks, int | None) or not 0 <= (blocks or 0) <= MOST_BLOCKS:
@@ -201,7 +201,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         LossError: llama.cpp has no name for a module, or `fit` raises it.
         PackageNeededError: the package is too old for aLoRA's tokens.
     """
-    gguf = package()
+    gguf = import_gguf()
     if adapter.method == "STEERING":
         vectors, facts, lost = control_vectors(adapter, base, lossy)
         save_gguf(path, ARCHITECTURE, facts, vectors)
@@ -236,7 +236,7 @@ def save_gguf(path: str, arch: str, fields: Json, tensors: Mapping[str, Tensor])
     Raises:
         OSError: the disk is full, which the package does not notice.
     """
-    gguf = package()
+    gguf = import_gguf()
 
     def write(temporary: str) -> None:
         writer = gguf.GGUFWriter(temporary, arch)
@@ -251,20 +251,20 @@ def save_gguf(path: str, arch: str, fields: Json, tensors: Mapping[str, Tensor])
             kind = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
             kind(name, value)
         for name, t in tensors.items():
-            add(gguf, writer, name, t)
+            add_tensor(gguf, writer, name, t)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
         try:
-            contents(temporary)
+            read_contents(temporary)
         except CheckpointError as e:
             raise OSError(errno.EIO, "it was not written whole, perhaps because the disk is full", path) from e
 
     replace_file(path, write)
 
 
-def add(gguf: ModuleType, writer: Any, name: str, t: Tensor) -> None:
+def add_tensor(gguf: ModuleType, writer: Any, name: str, t: Tensor) -> None:
     if t.dtype not in DTYPES:
         t = make_tensor(t.read().astype("f4"), "F32")
     if t.dtype == "BF16":

@@ -28,7 +28,7 @@ MOST_DIMENSIONS = 4
 ALIGNMENT = "general.alignment"
 
 
-def contents(path: str) -> tuple[Json, dict[str, Tensor]]:
+def read_contents(path: str) -> tuple[Json, dict[str, Tensor]]:
     """Return the fields of a file, and its tensors, which become float32 when they are read if they are quantized.
 
     Raises:
@@ -134,7 +134,7 @@ class Reader:
 
 def find_block_size(kind: int) -> tuple[int, int]:
     """Return the numbers of a block of a quantized type, and its bytes; 0 and 0 of a type that the package lacks."""
-    sizes: dict[int, tuple[int, int]] = package().GGML_QUANT_SIZES
+    sizes: dict[int, tuple[int, int]] = import_gguf().GGML_QUANT_SIZES
     return sizes.get(kind, (0, 0))
 
 
@@ -142,7 +142,7 @@ def dequantize(data: bytes, rows: tuple[int, ...], kind: int, name: str) -> byte
     """Return the float32 values of a quantized tensor. rows: the shape of its bytes."""
     import numpy as np
 
-    gguf = package()
+    gguf = import_gguf()
     try:
         values = gguf.quants.dequantize(np.frombuffer(data, "u1").reshape(rows), gguf.GGMLQuantizationType(kind))
     except NotImplementedError as e:
@@ -152,7 +152,7 @@ def dequantize(data: bytes, rows: tuple[int, ...], kind: int, name: str) -> byte
     return values.astype("<f4").tobytes()
 
 
-def package() -> ModuleType:
+def import_gguf() -> ModuleType:
     try:
         import gguf
     except ImportError as e:

@@ -237,7 +237,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     paths = {name: name for name in fitted.modules} if own_names else name_modules(fitted)
     tensors: dict[str, Tensor] = {}
     for module, of_module in fitted.modules.items():
-        tensors |= {f"{paths[module]}.{leaf}": values for leaf, values in leaves(of_module).items()}
+        tensors |= {f"{paths[module]}.{leaf}": values for leaf, values in list_leaves(of_module).items()}
     write_safetensors(path, tensors, fitted.metadata if fitted.format == NAME else {"format": "pt"})
     return lost
 
@@ -254,7 +254,7 @@ def name_modules(adapter: AdapterFile) -> dict[str, str]:
     return out
 
 
-def leaves(module: LowRank | OtherMethod) -> dict[str, Tensor]:
+def list_leaves(module: LowRank | OtherMethod) -> dict[str, Tensor]:
     """Return a module's tensors by the ends of their names."""
     if isinstance(module, OtherMethod):
         out = dict(module.tensors)

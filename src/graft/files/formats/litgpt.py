@@ -113,7 +113,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         match = OWN.fullmatch(name)
         if match is not None and match["rest"] == "attn.qkv":
             stem = f"model.layers.{match['number']}."
-            for suffix, (a, b) in parts(path, name, A, B, r, run, model).items():
+            for suffix, (a, b) in split_qkv(path, name, A, B, r, run, model).items():
                 out.modules[stem + suffix] = LowRank(a, b, alpha / r)
         elif name == "lm_head" or (match is not None and match["rest"] in NAMES):
             if A.shape[0] != r or B.shape[1] != r:
@@ -125,7 +125,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     return out
 
 
-def parts(
+def split_qkv(
     path: str, name: str, A: Tensor, B: Tensor, r: int, run: Json, model: Json
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the factors of q, k and v, as far as the run adapted them."""

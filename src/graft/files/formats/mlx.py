@@ -108,7 +108,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     first = next(iter(modules.values()))
     config = {
         "fine_tune_type": "dora" if dora else "lora",
-        "lora_parameters": {"dropout": 0.0, "keys": keys(modules), "rank": first.rank, "scale": first.scale},
+        "lora_parameters": {"dropout": 0.0, "keys": choose_keys(modules), "rank": first.rank, "scale": first.scale},
         "model": adapter.base,
         "num_layers": -1,
     }
@@ -118,7 +118,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     return lost
 
 
-def keys(modules: dict[str, LowRank]) -> list[str]:
+def choose_keys(modules: dict[str, LowRank]) -> list[str]:
     """Return names below a block where all blocks have the same, else whole paths, which older versions do not read."""
     blocks: dict[str, set[str]] = {}
     for name in modules:

@@ -80,13 +80,13 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         units[place.block] += 1
         module = out.modules.setdefault(blocks[place.block].path, OtherMethod("REFT", {}))
         assert isinstance(module, OtherMethod)
-        module.tensors.update(unit(path, place, end))
+        module.tensors.update(read_unit(path, place, end))
     if not places or len(set(units.values())) > 1 or max(units.values()) > 2:
         raise CheckpointError(
             f"{path} has {units} interventions by block: graft reads one for each, or two, for first tokens and last."
         )
     orthogonality, subtract = KINDS[places[0].kind]
-    position_fields = positions(path, fields, max(units.values()))
+    position_fields = read_positions(path, fields, max(units.values()))
     numbers = sorted(units) if len(units) < len(blocks) else "all"
     out.config = {"peft_type": "REFT", "target_modules": "places", "layers": numbers, "inference_mode": True}
     out.config |= {**position_fields, "orthogonality": orthogonality, "subtract_projection": subtract}
@@ -122,7 +122,7 @@ def list_places(path: str, fields: Json) -> list[Place]:
     return places
 
 
-def unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
+def read_unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
     """Return A and R of an intervention, by graft's names."""
     from graft.files.formats.adapterhub_places import TURNED, compute_orthonormal_weight
 
@@ -163,7 +163,7 @@ def read_state(kind: str, A: Mapping[str, torch.Tensor], R: torch.Tensor) -> dic
     return state | {f"rotate_layer.{name}": t for name, t in layer.state_dict().items()}
 
 
-def positions(path: str, fields: Json, units: int) -> Json:
+def read_positions(path: str, fields: Json, units: int) -> Json:
     """Return the fields of ReftConfig that pyreft's files lack: those that graft wrote there, or defaults."""
     own_fields = fields.get(OURS)
     if isinstance(own_fields, dict):

@@ -93,7 +93,7 @@ class Form(BaseWeights):
             reach = float8.find_block_maxima(W.float(), scale).reshape(scale.shape)
             grown = torch.where(reach > scale.float() * (most + 0.5), reach / most, scale.float()).to(scale.dtype)
         else:
-            grown = reaching(W, scale.float(), zero, most).to(scale.dtype)
+            grown = extend_scales(W, scale.float(), zero, most).to(scale.dtype)
         codes = W.float() / float8.expand_scales(grown, W.shape)
         if zero is not None:
             codes += float8.expand_scales(zero, W.shape)
@@ -123,7 +123,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
-def reaching(W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, most: float) -> torch.Tensor:
+def extend_scales(W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, most: float) -> torch.Tensor:
     """Return scales that let codes from -most - 1 to most, minus their zero, cover all values of each group."""
     parts = W.float().reshape(*scale.shape, -1)
     for end, last in ((parts.amax(-1), most - zero), (parts.amin(-1), -most - 1 - zero)):

@@ -128,7 +128,7 @@ def fold_low_rank(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> Tensor
     def fold(W: torch.Tensor, read_value: Read) -> torch.Tensor:
         read_value = read_value if replacement is None else lambda: to_wide(replacement)
         folded = W if adds or job.weight == 1 else W.clone()
-        for matrix, before, A, B in parts(lora, spot, view, folded, read_value):
+        for matrix, before, A, B in list_matrices(lora, spot, view, folded, read_value):
             A, B = A.to(matrix.dtype), B.to(matrix.dtype) * scale
             gain = None
             if not adds:  # norms and shifts are of the checkpoint's own weight, whatever has been merged before
@@ -218,7 +218,7 @@ def matrix_sizes(lora: LowRank, spot: Spot) -> tuple[int, int]:
     return lora.B.shape[0], lora.A.shape[1] * prod(kernel)
 
 
-def parts(
+def list_matrices(
     lora: LowRank, spot: Spot, view: Callable[[torch.Tensor], torch.Tensor], W: torch.Tensor, own: Read
 ) -> Iterator[tuple[torch.Tensor, Callable[..., torch.Tensor], torch.Tensor, torch.Tensor]]:
     """Yield each matrix (out, fan_in) of a weight, a function that returns the checkpoint's matrix, and the factors A

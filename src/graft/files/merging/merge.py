@@ -112,7 +112,7 @@ def merge_adapters(
     files = read_base_files(base)
     output, paths = os.fspath(output), [os.fspath(a) for a in adapters]
     weights = [1.0] * len(paths) if weights is None else [float(w) for w in weights]
-    key = key_of([files.path, *paths], [weights, dtype, shard_size, keep_quantized])
+    key = digest_inputs([files.path, *paths], [weights, dtype, shard_size, keep_quantized])
     place = Workplace(output, key, force)
     check_output(output, [files.path, *paths], force, model=True)
     work = Work(files, paths, weights, dtype, keep_quantized, others)
@@ -130,23 +130,23 @@ def merge_adapters(
         note_losses(account)
         work.small_files(place.folder, layout)
         if certificate:
-            text = json.dumps(certificate_of(work, place, account), indent=1)
+            text = json.dumps(make_certificate(work, place, account), indent=1)
             replace_file(os.path.join(place.folder, CERTIFICATE), text + "\n")
         place.finish()
     return account
 
 
-def key_of(paths: Iterable[str], options: list[object]) -> str:
+def digest_inputs(paths: Iterable[str], options: list[object]) -> str:
     """Return a digest of all that an output depends on: the inputs by size and time, and the options."""
     seen: list[object] = [options]
     for path in paths:
-        for name in sorted(inputs(path)):
+        for name in sorted(list_input_files(path)):
             stat = os.stat(name)
             seen.append([os.path.realpath(name), stat.st_size, stat.st_mtime_ns])
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 
-def inputs(path: str) -> list[str]:
+def list_input_files(path: str) -> list[str]:
     """Return the files of a folder, or the file itself."""
     if not os.path.isdir(path):
         return [path] if os.path.exists(path) else []
@@ -430,15 +430,15 @@ def note_losses(account: Merged) -> None:
         )
 
 
-def certificate_of(work: Work, place: Workplace, account: Merged) -> Json:
+def make_certificate(work: Work, place: Workplace, account: Merged) -> Json:
     from graft.config.base import FORMAT_VERSION
 
     base = [os.path.join(work.base.path, name) for name in {*work.base.files.values(), "config.json"}]
     return {
         "graft": "1", "peft_format": FORMAT_VERSION,
-        "base": {"path": work.base.path, "files": digests(base), "form": work.base_weights.form},
+        "base": {"path": work.base.path, "files": hash_files(base), "form": work.base_weights.form},
         "adapters": [
-            {"path": p, "weight": w, "format": a.format, "method": a.method, "files": digests(inputs(p))}
+            {"path": p, "weight": w, "format": a.format, "method": a.method, "files": hash_files(list_input_files(p))}
             for p, w, a in zip(work.paths, work.weights, work.adapters)
         ],
         "output": {name: shard["sha256"] for name, shard in place.done.items()},
@@ -447,7 +447,7 @@ def certificate_of(work: Work, place: Workplace, account: Merged) -> Json:
     }  # fmt: skip
 
 
-def digests(paths: Iterable[str]) -> dict[str, str]:
+def hash_files(paths: Iterable[str]) -> dict[str, str]:
     """Return the sha256 of files, by their names."""
     by_name = {}
     for path in sorted(paths):

@@ -119,7 +119,7 @@ def list_layer_changes(
     layer_changes = []
     if not m.effect.keeps_weight:
         layer_changes.append(TensorChange(spot.key, name, partial(fold, job, layer, m, where, False, key), shape, (m,)))
-    if shifts(layer, m, asked):
+    if changes_bias(layer, m, asked):
         if key is None:
             raise job.misfit(path, "it shifts the bias, and the layer has none: merged, there is no place for that")
         act = partial(fold, job, layer, m, where, True, spot.key)
@@ -127,7 +127,7 @@ def list_layer_changes(
     return layer_changes
 
 
-def shifts(layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> bool:
+def changes_bias(layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> bool:
     """Return True if an adapter changes the bias; one layer of those with the same method, config and kind answers."""
     kind = (type(m), id(m.cfg), type(layer.op), getattr(layer.base_layer, "bias", None) is None)
     if kind not in asked:
@@ -140,7 +140,7 @@ def shifts(layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> bool:
     return asked[kind]
 
 
-def find_again(layer: AdapterLayer, m: Method, where: Where) -> None:
+def recompute_values(layer: AdapterLayer, m: Method, where: Where) -> None:
     """Let an adapter compute, from the true weight, the tensors that its file lacks; it was loaded on zeros.
 
     where: dtype of the weight in a model, to which the result is rounded.
@@ -168,7 +168,7 @@ def fold(
     """Return the merged weight, or the merged bias, of an adapter's layer.
 
     Args:
-        where: as of `find_again`.
+        where: as of `recompute_values`.
         other: the checkpoint's name of the bias, or of the weight if `value` is the bias; None: there is none.
     """
     beside = None if other is None else job.read(other)
@@ -182,7 +182,7 @@ def fold(
         if b0 is not None:
             parameters["bias"] = nn.Parameter(b0, requires_grad=False)
         if WeightUse.BEFORE_LOAD in m.uses_weight() or type(m).finish_load is not Method.finish_load:
-            find_again(layer, m, where)
+            recompute_values(layer, m, where)
         try:
             merged = fold_effect(layer, m, m.effect, layer.op.canon(W), b)[1 if of_bias else 0]
             assert merged is not None

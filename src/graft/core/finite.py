@@ -60,7 +60,7 @@ def dot_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.flatten(), b.flatten())
 
 
-def sharded_dot_product(a: Tensor, b: Tensor) -> Tensor:
+def dtensor_dot_product(a: Tensor, b: Tensor) -> Tensor:
     """Return the scalar product, (), of two DTensors, split over processes. Each process gets the full value."""
     return (a * b).sum().full_tensor()  # type: ignore[attr-defined,no-any-return]
 
@@ -82,7 +82,7 @@ def measure_survival(W: Tensor, wide: Tensor, after: Tensor | None = None) -> Te
     """
     at_once, spread = ON_CPU if W.device.type == "cpu" else AT_ONCE, hasattr(W, "full_tensor")
     rows, product = (
-        (max(1, len(W)), sharded_dot_product) if spread else (max(1, at_once // max(1, W[:1].numel())), dot_product)
+        (max(1, len(W)), dtensor_dot_product) if spread else (max(1, at_once // max(1, W[:1].numel())), dot_product)
     )
     total: Tensor | None = None
     for i in range(0, len(W), rows):

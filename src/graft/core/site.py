@@ -138,6 +138,7 @@ class Site:
     out_features: int = field(init=False)  # or channels
     in_features: int = field(init=False)  # or channels; `fan_in` counts the kernel as well
     shape: tuple[int, ...] = field(init=False)  # canonical: (out, in / groups, *kernel)
+    is_stack: bool = field(init=False)  # the weight is a stack of matrices, (n, out, in), as of experts
 
     def __post_init__(self) -> None:
         self.read_shapes()
@@ -146,6 +147,7 @@ class Site:
         """Read the sizes and the canonical shape from the module, and set `path` to `key` if it is empty."""
         self.out_features, self.in_features = self.op.dims(self.module)
         self.shape = tuple(self.op.shape(self.module))
+        self.is_stack = self.op.opaque and len(self.shape) > 2
         self.path = self.path or self.key
 
     def replace_module(self, module: nn.Module, op: Op, store: Store) -> None:
@@ -157,11 +159,6 @@ class Site:
     def weight(self) -> Weight:
         """Return a Weight of the present module and parameter."""
         return Weight(self.module, self.parameter, self.op, self.store, self.shared)
-
-    @property
-    def is_stack(self) -> bool:
-        """Return True if the canonical weight is a stack of matrices, as of experts."""
-        return self.op.opaque and len(self.shape) > 2
 
     @property
     def fan_in(self) -> int:

@@ -18,6 +18,7 @@ from graft.storage.dense import NUMBERS, PLAIN, strange_tensor
 from graft.storage.experts import ExpertBlock
 from graft.storage.find import STORES, TENSORS, find_marked_store
 from graft.storage.quantized import Quantized
+from graft.storage.stacks import list_packed_names
 
 FLAGS = ("is_loaded_in_8bit", "is_loaded_in_4bit")
 SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert")  # lists of plain modules in configs of transformers
@@ -96,7 +97,8 @@ def prepare_packed(modules: Iterable[nn.Module]) -> None:
     """
     warnings: dict[str | None, None] = {}
     for m in modules:
-        ExpertBlock(m).prepare()
+        if list_packed_names(m):  # as hardly any module
+            ExpertBlock(m).prepare()
         store = find_packed_store(m)
         if isinstance(store, (Quantized, Compressed)):
             warnings[store.ready(m)] = None

@@ -41,9 +41,9 @@ def test_a_batch_grouped_as_one_before_has_its_indices():
         Rows.from_names(["x", "y", "z", "x", "y"], torch.device("cpu")),
     )
     assert first.order.data_ptr() == other.order.data_ptr() and other.names == ("x", "y", "z")
-    assert first.on(torch.device("cpu")) is first
-    there = first.on(torch.device("meta"))
-    assert there is first.on(torch.device("meta")) and {i.device.type for _, i in there.segments} == {"meta"}
+    assert first.to_device(torch.device("cpu")) is first
+    there = first.to_device(torch.device("meta"))
+    assert there is first.to_device(torch.device("meta")) and {i.device.type for _, i in there.segments} == {"meta"}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_ids_that_all_samples_share_are_repeated():
 def test_other_numbers_of_rows_cannot_be_routed(size):
     text = rf"'down' received {size} rows in a mixed batch of 3.*exclude_modules"
     with pytest.raises(graft.RoutingError, match=text):
-        Rows.from_names(["a", "b", "a"]).take(torch.randn(size, 4), "down")
+        Rows.from_names(["a", "b", "a"]).expand_to_batch(torch.randn(size, 4), "down")
 
 
 def test_using_puts_back_what_was_there_also_after_an_error():

@@ -263,7 +263,7 @@ def test_a_combination_of_higher_rank_is_refused(kind):
     """Its config would take more out of the base, now and when it is loaded."""
     model = with_kasa(adapters=("default", "b"))
     weights = model.base_model.model[0].base_layer.weight.clone()
-    with pytest.raises(graft.ConfigError, match=r"On layer '0' it would be 6 in place of 3"):
+    with pytest.raises(graft.ConfigError, match=r"on layer '0'.*would be 6"):
         model.add_weighted_adapter(["default", "b"], [0.6, -0.8], "sum", kind)
     assert list(model.peft_config) == ["default", "b"]
     assert torch.equal(model.base_model.model[0].base_layer.weight, weights)

@@ -682,7 +682,7 @@ def test_a_dry_run_writes_nothing(tmp_path):
 KILLED = """
 import os, signal, sys
 from graft.files.merging import stream
-from graft.files.merging.merge import merge
+from graft.files.merging.merge import merge_adapters
 whole, left = stream.write_shard, int(sys.argv[4])
 def killed(path, outs):
     global left
@@ -692,7 +692,7 @@ def killed(path, outs):
         os.kill(os.getpid(), signal.SIGKILL)
     return made
 stream.write_shard = killed
-merge(sys.argv[1], [sys.argv[2]], sys.argv[3])
+merge_adapters(sys.argv[1], [sys.argv[2]], sys.argv[3])
 """
 
 

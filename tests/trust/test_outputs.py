@@ -390,7 +390,7 @@ def test_weights_that_lie_elsewhere_are_not_copied(places):
 def test_a_pipe_in_the_base_does_not_hang(places):
     here, _ = places
     os.mkfifo(here / "base" / "tokenizer.json")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is no file"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is no regular file"):
         merged(here)
 
 

@@ -140,11 +140,11 @@ def one_product_beats(W: Tensor, rows: int, A: Tensor, B: Tensor) -> bool:
 def make_segment(W: Tensor, f: Factors, x: Tensor, rows: int) -> Segment | None:
     """Return a `Segment`: the addition of these factors to `rows` rows of x, with a seed still missing.
 
-    Then rows of several adapters share one call of the base layer.
+    Rows of several adapters can then share one call of the base layer.
 
     Returns None if `run_with_factors` would not run `low_rank_linear` for these rows alone, with gradients: the factors
-    have a gain or vectors, are not plain, have a tensor as scale, or train B alone. Few rows give None with dropout or
-    mixed dtypes; many rows do if W + s · B A costs less.
+    have a gain or vectors, are not plain, have a tensor as scale, or train B alone. Below FUSED_FROM rows, it returns
+    None with dropout or mixed dtypes. From FUSED_FROM rows on, it returns None if W + s · B A costs less.
     """
     if f.gain is not None or f.inner is not None or f.outer is not None:
         return None

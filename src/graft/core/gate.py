@@ -307,7 +307,7 @@ class Gate:
                 )
 
     def _all_calls(self) -> list[RunningCall]:
-        """Return all running calls of all threads, the inner ones first, with the outer calls around them."""
+        """Return the running calls of all threads: of each thread the innermost first, then the calls around it."""
         calls = []
         for call in list(self.calls.values()):
             nested: RunningCall | None = call

@@ -32,22 +32,29 @@ _displaced: dict[str, ModuleType] = {}
 
 
 def is_installed() -> bool:
-    """Return True if `import peft` is graft now."""
+    """Return True if `sys.meta_path` has graft's finder, so that `import peft` finds graft."""
     return FINDER in sys.meta_path
 
 
 def install(*, force: bool = False, version: str | None = None, children: bool = False) -> None:
-    """Make `import peft` and all below it resolve to graft. A second call changes only the version, for children too.
+    """Make `import peft` and every import below it find graft.
+
+    A second call changes only the version, for children too.
+
+    An imported PEFT is taken out of `sys.modules` until `uninstall`. Loaded clients (transformers, accelerate, TRL,
+    diffusers) get graft's names and flags.
 
     Args:
-        force: also if the program holds objects of PEFT, or a module holds that it is not there; they keep them.
-        version: for `peft.__version__` and the package metadata; None: GRAFT_PEFT_VERSION, or the usual.
-        children: also in processes that this one starts, until `uninstall`.
+        force: skip the check for objects, modules and constants of the program that use PEFT or say that it is absent.
+        version: for `peft.__version__` and the package metadata; None: GRAFT_PEFT_VERSION, else the default for the
+            installed transformers.
+        children: set environment variables so that child processes find graft too, until `uninstall`.
 
     Raises:
-        ImportError: the program uses PEFT already, or a client outside the table holds that it is not there. The text
-            names them, and all is as before.
-        ConfigError: the version is none.
+        ImportError: the program uses PEFT already, or a module outside the client table holds a constant that says PEFT
+            is absent. Modules and clients are as before then. `force=True` skips this.
+        ConfigError: `version` is no version number.
+        OSError: with `children`, the user's cache cannot be written.
     """
     version = choose_version(version)
     inherited = make_child_environment(version) if children or has_child_environment() else None
@@ -64,7 +71,15 @@ def install(*, force: bool = False, version: str | None = None, children: bool =
 
 
 def take_place(real: dict[str, ModuleType], force: bool) -> None:
-    """Have `import peft` find graft, and the clients that have looked for PEFT hold graft's names."""
+    """Make `import peft` find graft, and set graft's names and flags in the clients that are loaded.
+
+    Deletes the modules `real` of PEFT from `sys.modules`, puts the finder first in `sys.meta_path`, and keeps `real`
+    for `uninstall`. On any error all three and the clients are put back, and the error is raised again.
+
+    Raises:
+        ImportError: without `force`, a module's constant says that PEFT is absent, or a module or live object still
+            uses `real`.
+    """
     for name in real:
         del sys.modules[name]
     sys.meta_path.insert(0, FINDER)
@@ -87,13 +102,18 @@ def take_place(real: dict[str, ModuleType], force: bool) -> None:
 
 
 def give_place(real: dict[str, ModuleType]) -> None:
+    """Delete graft's `peft` modules from `sys.modules`, and put the modules `real` of PEFT back there."""
     for name in select_peft_modules(list(sys.modules)):
         del sys.modules[name]
     sys.modules.update(real)
 
 
 def uninstall() -> None:
-    """Take the alias away, put back the modules that `install` displaced, and have clients hold what is there."""
+    """Undo `install`; without it, do nothing.
+
+    Removes the finder and the environment variables for children. Puts PEFT's displaced modules back into
+    `sys.modules`, and sets the clients' names and flags by the PEFT found then, if any.
+    """
     if not is_installed():
         return
     sys.meta_path.remove(FINDER)
@@ -104,7 +124,13 @@ def uninstall() -> None:
 
 
 def stand_in() -> None:
-    """Put graft in the place of the module `peft` that is being imported, which calls this."""
+    """Replace the module `peft` that is being imported by graft's.
+
+    The package `peft` of the folder `as_peft` calls this.
+
+    Puts the finder first in `sys.meta_path` with the default version, unless it is there, and imports `peft` again. The
+    clients' names and flags are not set.
+    """
     sys.modules.pop("peft", None)
     if not is_installed():
         FINDER.version = choose_version(None)

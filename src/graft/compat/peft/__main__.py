@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m graft.compat.peft script.py …` runs a script, `-m module …` a module, with graft in PEFT's place.
 
-The processes that it starts have graft there as well. `--env` prints what a shell has to set for that.
+Child processes find graft as PEFT, too. `--env` prints the line that sets these variables in a shell.
 """
 
 import os
@@ -16,6 +16,15 @@ USAGE = "usage: python -m graft.compat.peft [--peft-version X.Y.Z] ((script.py |
 
 
 def main(arguments: list[str]) -> None:
+    """Run the command line: a script, a module after `-m`, or `--env`, which prints an export line for a shell.
+
+    Before a script or module runs, `install(children=True)` puts graft in PEFT's place, and `sys.argv` becomes its
+    arguments. For a script, `sys.path[0]` becomes its folder, unless Python runs with `-P` (safe path).
+
+    Raises:
+        SystemExit: with a message, the version is no version number or the script does not exist; with code 2 and the
+            usage on stderr, there is no script, or another option.
+    """
     choice, arguments = version_in(arguments)
     try:
         version = choose_version(choice)
@@ -42,7 +51,10 @@ def main(arguments: list[str]) -> None:
 
 
 def version_in(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Return the version that stands before the script, None if there is none, and the rest."""
+    """Return the version of a leading `--peft-version X` or `--peft-version=X`, and the arguments after it.
+
+    Without such an option: None and all arguments.
+    """
     if arguments[:1] == ["--peft-version"] and len(arguments) > 1:
         return arguments[1], arguments[2:]
     if arguments and arguments[0].startswith("--peft-version="):

@@ -20,7 +20,7 @@ from graft.compat.peft.modules import VERSION, metadata
 from graft.config.atomic import replace_file
 
 VARIABLE = "GRAFT_AS_PEFT"  # "1": `import graft` calls install(children=True)
-VERSION_VARIABLE = "GRAFT_PEFT_VERSION"  # what `install` says where it is not told
+VERSION_VARIABLE = "GRAFT_PEFT_VERSION"  # the version, if `install` gets none
 OLDER, NEEDS_NEWER = "0.20.0", (5, 24)  # the most that LLaMA-Factory takes; transformers that takes VERSION at least
 FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "as_peft")
 OF_VERSIONS = ("graft", "as_peft")  # in the user's cache: a folder for each version
@@ -28,10 +28,12 @@ RELEASE = re.compile(r"\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[a-z0-
 
 
 def choose_version(choice: str | None) -> str:
-    """Return the version to say: the one given, that of the variable, or the usual one.
+    """Return the version that `peft` reports: `choice`, else GRAFT_PEFT_VERSION, else `find_default_version()`.
+
+    An empty GRAFT_PEFT_VERSION counts as unset.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is no release number such as "0.22.0" or "0.19.0.dev1"; an empty `choice`, too.
     """
     version = choice if choice is not None else os.environ.get(VERSION_VARIABLE) or find_default_version()
     if not (isinstance(version, str) and RELEASE.fullmatch(version)):
@@ -41,20 +43,29 @@ def choose_version(choice: str | None) -> str:
 
 
 def find_default_version() -> str:
-    """Return the version that the installed transformers takes, and the trainers that are made for it."""
+    """Return "0.20.0" if a transformers before 5.24 is installed, else VERSION ("0.22.0"), also without
+    transformers.
+    """
     from graft.compat.peft.shims import read_release
 
     return OLDER if () < read_release("transformers") < NEEDS_NEWER else VERSION
 
 
 def make_child_environment(version: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return what a process has to inherit: GRAFT_AS_PEFT, the version, and PYTHONPATH with our folders in front."""
+    """Return the variables that make a child process find graft as PEFT.
+
+    GRAFT_AS_PEFT is "1", GRAFT_PEFT_VERSION the version, PYTHONPATH graft's folders before the foreign entries of
+    `environment`. For a version other than VERSION this writes metadata to the user's cache; `folders` has the error.
+    """
     path = os.pathsep.join([*folders(version), *list_foreign_paths(environment)])
     return {VARIABLE: "1", VERSION_VARIABLE: version, "PYTHONPATH": path}
 
 
 def folders(version: str) -> list[str]:
-    """Return the folders that children look into: the stand-in's, and before it one that says another version.
+    """Return graft's folders for the PYTHONPATH of children: only `as_peft` for VERSION.
+
+    For another version, a folder of the user's cache (XDG_CACHE_HOME or ~/.cache) comes first. It is created, and its
+    `peft-<version>.dist-info/METADATA` is written anew.
 
     Raises:
         OSError: the user's cache cannot be written.
@@ -72,27 +83,33 @@ def folders(version: str) -> list[str]:
 
 
 def is_ours(folder: str) -> bool:
+    """Return True for the folder `as_peft`, and for a path that ends in graft/as_peft/<any version>."""
     return folder == FOLDER or tuple(folder.split(os.sep)[-3:-1]) == OF_VERSIONS
 
 
 def list_foreign_paths(environment: Mapping[str, str]) -> list[str]:
-    """Return the entries of PYTHONPATH that are not ours."""
+    """Return the entries of PYTHONPATH that are not graft's; [] if the variable is unset or empty.
+
+    An empty entry is kept: it means the folder where the child starts.
+    """
     path = environment.get("PYTHONPATH")
     return [p for p in path.split(os.pathsep) if not is_ours(p)] if path else []  # an empty entry: where it starts
 
 
 def make_export_line(version: str) -> str:
-    """Return a line for a shell: `eval "$(python -m graft.compat.peft --env)"`."""
+    """Return a shell's `export` line with the quoted variables of `make_child_environment`, as `--env` prints it."""
     return "export " + " ".join(
         f"{name}={shlex.quote(value)}" for name, value in make_child_environment(version).items()
     )
 
 
 def set_child_environment(inherited: dict[str, str]) -> None:
-    """Have all processes that this one starts from now on find graft under PEFT's name.
+    """Make child processes of this one find graft as PEFT, by `os.environ`. An earlier call is undone first.
+
+    graft's folders are inserted into `sys.path` after the first entry.
 
     Args:
-        inherited: what `make_child_environment` returns.
+        inherited: the result of `make_child_environment`.
     """
     clear_child_environment()
     os.environ.update(inherited)
@@ -101,12 +118,15 @@ def set_child_environment(inherited: dict[str, str]) -> None:
 
 
 def has_child_environment() -> bool:
-    """Return True if processes that this one starts find graft under PEFT's name."""
+    """Return True if PYTHONPATH of this process has the folder `as_peft`, so that its children find graft as PEFT."""
     return FOLDER in os.environ.get("PYTHONPATH", "").split(os.pathsep)
 
 
 def clear_child_environment() -> None:
-    """Undo `set_child_environment`."""
+    """Undo `set_child_environment`: delete both variables, and graft's folders from PYTHONPATH and `sys.path`.
+
+    PYTHONPATH is deleted if no other entry is left.
+    """
     for name in (VARIABLE, VERSION_VARIABLE):
         os.environ.pop(name, None)
     path = list_foreign_paths(os.environ)

@@ -31,35 +31,48 @@ class _ExcludedModule:
 
 
 def onload_layer(layer: nn.Module) -> AbstractContextManager[None]:
-    """Bring a layer's tensors in for the block, if accelerate keeps them elsewhere; keep what it writes to the base."""
+    """Return a context manager that loads a layer's tensors which accelerate has offloaded, for the time of the block.
+
+    Changes of the block to the innermost base layer are written back. Without offloading it does nothing.
+    """
     base = getattr(layer, "base_layer", None)
     return bring_in(layer, None if base is None else innermost(base))
 
 
 def get_bnb_param_type(param: Tensor) -> str | bool:
-    """Return "4bit" or "8bit" for a weight of bitsandbytes; False for any other."""
+    """Return "4bit" for a parameter with a class called Params4bit, "8bit" for Int8Params, False for any other."""
     return {"Params4bit": "4bit", "Int8Params": "8bit"}.get(type(param).__name__, False)
 
 
 def get_quantization_config(model: nn.Module, method: str) -> object:
-    """Return the quantization config of a model that transformers quantized by `method`; None for any other."""
+    """Return `model.config.quantization_config` if `model.quantization_method` equals `method`; else None.
+
+    None, too, if the model has no config, or the config no such field.
+    """
     if getattr(model, "quantization_method", None) != method:
         return None
     return getattr(getattr(model, "config", None), "quantization_config", None)
 
 
 def get_model_conversion_mapping(*args: Any, **kwargs: Any) -> Any:
-    """Return what transformers says: PEFT only imports the function."""
+    """Call transformers' function of this name with these arguments, and return its result.
+
+    Raises:
+        ImportError: the installed transformers has no such function.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping as theirs
 
     return theirs(*args, **kwargs)
 
 
 def convert_peft_config_for_transformers(peft_config: PeftConfig, model: nn.Module, conversions: object = None) -> None:
-    """Rewrite a config that names experts one by one for a model that holds them as stacks; see `inject.experts`.
+    """Rewrite the targets of a LoRA config, in place, where they name experts one by one and the model holds stacks of
+    experts.
+
+    Other methods' configs, and configs for a model without `config.model_type`, stay as they are.
 
     Args:
-        conversions: without effect, as graft asks transformers itself.
+        conversions: has no effect; graft gets the conversions from transformers itself.
     """
     if peft_config.peft_type == "LORA" and hasattr(getattr(model, "config", None), "model_type"):
         experts.convert_expert_targets(peft_config, model, survey_model(model), None)
@@ -75,21 +88,30 @@ def llama_rotate_half(x: Tensor) -> Tensor:
 
 
 def llama_apply_rotary_pos_emb(q: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
-    """Return queries (batch, heads, length, dim) turned by tables of positions (…, positions, dim)."""
+    """Return queries (batch, heads, length, dim) after RoPE: q * cos + rotate_half(q) * sin.
+
+    Args:
+        cos, sin: tables (…, positions, dim), flattened to rows; row n is for position n.
+        position_ids: (batch, length), the rows to take.
+    """
     cos, sin = (table.reshape(-1, table.shape[-1])[position_ids][:, None] for table in (cos, sin))
     return q * cos + llama_rotate_half(q) * sin
 
 
-# what has nothing in graft that could run it
+# names of PEFT that graft has nothing to run for
 
 
 class _Unused(type):
-    """The metaclass of classes of PEFT's that nothing in graft makes or asks."""
+    """The metaclass of PEFT's classes that graft exports and never uses: calling one raises, setting an attribute
+    warns.
+    """
 
     def __call__(cls, *args: object, **kwargs: object) -> NoReturn:
+        """Raise NotImplementedError with the class's name and docstring, instead of making an object."""
         raise NotImplementedError(f"{cls.__name__}: {cls.__doc__}")
 
     def __setattr__(cls, name: str, value: object) -> None:
+        """Set the attribute, after a PeftWarning that graft never reads it."""
         warn(f"{cls.__name__}.{name} was set, and nothing in graft asks for it: {cls.__doc__}", PeftWarning)
         super().__setattr__(name, value)
 
@@ -98,6 +120,7 @@ class RankAllocator(metaclass=_Unused):
     """graft's AdaLoRA ranks the triplets of all layers at once, in model.base_model.update_and_allocate(step)."""
 
     def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
+        """Raise NotImplementedError with the class's docstring, always."""
         raise NotImplementedError(type(self).__doc__)
 
 
@@ -105,6 +128,7 @@ class DoraLinearLayer(metaclass=_Unused):
     """graft's DoRA is a method of its layers, and reads weights of every storage without a layer of this class."""
 
     def update_layer(self, *args: object, **kwargs: object) -> None:
+        """Raise NotImplementedError with the class's docstring, always."""
         raise NotImplementedError(type(self).__doc__)
 
 
@@ -114,9 +138,15 @@ class MiCALinearVariant(metaclass=_Unused):
 
 @cache
 def dispatcher(name: str) -> Callable[..., object]:
-    """Return a function in the place of one that chooses PEFT's layer class for a module."""
+    """Return a function called `name` that raises NotImplementedError.
+
+    It replaces one that chooses PEFT's layer class.
+
+    The same name gets the same function again.
+    """
 
     def dispatch(*args: object, **kwargs: object) -> object:
+        """Raise NotImplementedError with the remedy, whatever the arguments."""
         raise NotImplementedError(
             f"{name}() chooses one of PEFT's layer classes. In graft an injection makes layers, of what a module's Op "
             "and Store say: call get_peft_model(), or Linear(base, adapter, config=…) of peft.tuners.lora for one."
@@ -129,10 +159,10 @@ def dispatcher(name: str) -> Callable[..., object]:
 def register_peft_method(
     *, name: str, config_cls: object, model_cls: object, prefix: str | None = None, is_mixed_compatible: bool = False
 ) -> None:
-    """Refuse: PEFT's tuner classes have nothing in graft that could run them.
+    """Raise NotImplementedError: graft cannot run PEFT's tuner classes.
 
     Raises:
-        NotImplementedError: always.
+        NotImplementedError: always, with the way to add a method to graft.
     """
     raise NotImplementedError(
         f"register_peft_method: '{name}' is written for PEFT's tuners, which graft does not have. A method here is "

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that asked for PEFT before `install`, and hold the answer.
+"""Modules that looked for PEFT before `install`, and keep the result.
 
-transformers, accelerate, TRL and diffusers look on import whether the package peft is there and keep the answer: in a
-cache (`is_peft_available`), in constants (`USE_PEFT_BACKEND`), in the names that they import if it is (`PeftModel`).
-Two tables name these; a late `install` sets them. None of the clients' source runs again.
+transformers, accelerate, TRL and diffusers look at import whether the package peft is installed. They keep the result
+in a cache (`is_peft_available`), in constants (`USE_PEFT_BACKEND`), and in the names that they import (`PeftModel`).
+Two tables list these; a late `install` sets them. None of the clients' source runs again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from types import FunctionType, GenericAlias, ModuleType
 CLIENTS = ("transformers", "accelerate", "trl", "diffusers")
 OF_TRL = "peft LoraConfig PeftConfig PeftModel PrefixTuningConfig PromptLearningConfig get_peft_model "
 OF_TRL += "prepare_model_for_kbit_training tuners.tuners_utils.BaseTunerLayer"
-NAMES = {  # modules by pattern → what they import from peft, if it is there
+NAMES = {  # modules by pattern → names that they import from peft, if it is installed
     "transformers.trainer": "PeftModel",
     "transformers.trainer_utils": "PeftModel PeftMixedModel",
     "trl.*_trainer": OF_TRL,
@@ -30,7 +30,7 @@ NAMES = {  # modules by pattern → what they import from peft, if it is there
     "diffusers.loaders.lora_base": "tuners.tuners_utils.BaseTunerLayer",
     "diffusers.training_utils": "set_peft_model_state_dict",
 }
-FLAGS = (  # constants of clients that say whether it is there
+FLAGS = (  # constants of clients that say whether PEFT is installed
     "USE_PEFT_BACKEND", "_LOW_CPU_MEM_USAGE_DEFAULT_LORA", "_SHOULD_DISABLE_PEFT_INPUT_AUTOCAST", "_peft_available",
     "_required_peft_version",
 )  # fmt: skip
@@ -39,10 +39,11 @@ FLAG = re.compile(r"_?(is_|has_|have_)peft\w*|\w*peft_(is_)?(available|installed
 
 
 def settle_clients() -> None:
-    """Have loaded clients hold what `import peft` finds now, or that it finds nothing.
+    """Set names and flags of PEFT in the loaded modules of CLIENTS by whether `import peft` finds a package now.
 
-    Sets names and constants in their modules, and empties the caches of their functions that answer. A name that a
-    module has from elsewhere than PEFT and graft stays.
+    Bools called as in FLAGS become True or False, `_peft_version` the version or "N/A". Names of the table NAMES are
+    set or deleted, unless their value comes from neither PEFT nor graft. Caches of functions with "peft" in the name
+    are cleared. May import `peft`.
     """
     has_peft = find_spec("peft") is not None
     for module in list_loaded_modules(CLIENTS):
@@ -62,7 +63,15 @@ def settle_clients() -> None:
 
 
 def set_name(namespace: dict[str, object], path: str, has_peft: bool) -> None:
-    """Set a name of PEFT's in the namespace of a client's module; delete it where `import peft` finds nothing."""
+    """Set the last part of `path` in a client module's namespace to PEFT's object; without PEFT, delete it.
+
+    A current value that is neither PEFT's nor graft's stays. An object that `peft` lacks leaves the current value, or
+    None.
+
+    Args:
+        path: of the object below `peft`; "peft": the package itself.
+        has_peft: `import peft` finds something.
+    """
     parent, _, name = path.rpartition(".")
     current = namespace.get(name)
     if current is not None and not is_named_peft(current):
@@ -76,25 +85,27 @@ def set_name(namespace: dict[str, object], path: str, has_peft: bool) -> None:
 
 
 def is_named_peft(value: object) -> bool:
-    """Return True for a module, class or function of PEFT's or graft's."""
+    """Return True for a module `peft` or `graft` or below them, and for an object with such a `__module__`."""
     home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
     return isinstance(home, str) and home.partition(".")[0] in ("peft", "graft")
 
 
 def list_loaded_modules(packages: tuple[str, ...]) -> list[ModuleType]:
-    """Return the modules of these packages that have been imported to the end."""
+    """Return the loaded modules of these packages and below them, without those still being imported."""
     modules = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] in packages]
     return [m for m in modules if isinstance(m, ModuleType) and not is_initializing(m)]
 
 
 def is_initializing(module: ModuleType) -> bool:
+    """Return True if the import of a module has not finished, by its `__spec__`; False for a module without a spec."""
     return bool(getattr(vars(module).get("__spec__"), "_initializing", False))
 
 
 def check_flags() -> None:
-    """Raise ImportError if a module that has been imported holds in a constant that PEFT is not there.
+    """Raise ImportError for the first loaded module with a constant that says PEFT is not installed.
 
-    Call it after `settle_clients`, which sets the constants that it knows.
+    A constant counts if it is False and called like FLAG, such as HAS_PEFT. `__main__` is skipped. Call it after
+    `settle_clients`, which sets the known clients' constants.
     """
     for name, module in list(sys.modules.items()):
         if name == "__main__" or not isinstance(module, ModuleType):
@@ -107,18 +118,29 @@ def check_flags() -> None:
             )
 
 
-# who goes on using an installed PEFT
+# users of an installed PEFT
 
 
 def list_holders(real: Mapping[str, ModuleType]) -> list[str]:
-    """Name the modules that hold something of an imported PEFT, and what it has made that is alive."""
+    """Return who still uses an imported PEFT: modules with an object of PEFT in their namespace, then classes of live
+    objects.
+
+    Args:
+        real: PEFT's modules by name; they are not listed themselves.
+    """
     outside = [m for name, m in list(sys.modules.items()) if isinstance(m, ModuleType) and name not in real]
     names = [m.__name__ for m in outside if any(belongs_to_peft(value, real) for value in list(vars(m).values()))]
     return [*dict.fromkeys(names), *dict.fromkeys(list_live_objects(real))]
 
 
 def belongs_to_peft(value: object, real: Mapping[str, ModuleType]) -> bool:
-    """Return True for PEFT's modules, classes and functions, and for classes derived from its own."""
+    """Return True for a module, function or class of `real`, and for a class derived from a class of `real`.
+
+    False for all other values, objects of PEFT's classes and types such as list[int] too.
+
+    Args:
+        real: PEFT's modules by name.
+    """
     if isinstance(value, ModuleType):
         return real.get(value.__name__) is value
     if isinstance(value, FunctionType):
@@ -129,7 +151,10 @@ def belongs_to_peft(value: object, real: Mapping[str, ModuleType]) -> bool:
 
 
 def list_live_objects(real: Mapping[str, ModuleType]) -> Iterator[str]:
-    """Name the classes of models, layers and configs of PEFT's that there are objects of."""
+    """Yield "an object of …" for each live model, layer or config of PEFT's own classes, once for each object.
+
+    Looks at all objects of the garbage collector.
+    """
     from torch import nn
 
     configs = getattr(real.get("peft"), "PeftConfig", ())

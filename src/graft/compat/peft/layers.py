@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """PEFT's layer classes, for isinstance: an AdapterLayer belongs to one by its methods and its base layer.
 
-Calling one makes a layer by hand. Other packages derive classes from these when they are imported, whether or not they
-use them later. A derived class can be defined; to make an instance of it is an error that says what to do instead, and
-so is setting a method. Markers may be set, and four methods can be replaced: `forward`, `merge`, `unmerge` and
-`get_delta_weight`. Only then do graft's layers look for replacements.
+Calling one makes a layer by hand. Other packages derive classes from these when they are imported, and may never use
+them. A class may be derived; making an instance of it raises an error with the remedy, and so does setting a method.
+Markers may be set, and four methods can be replaced: `forward`, `merge`, `unmerge` and `get_delta_weight`. Only then do
+graft's layers look for replacements.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from graft.methods import METHODS
 from graft.storage import STORES
 
 SAME = {"Conv1D": "Linear"}  # layer types that share a class in PEFT
-BNB = ("Linear4bit", "Linear8bitLt")  # layer types of bitsandbytes, for which PEFT has classes of every method
+BNB = ("Linear4bit", "Linear8bitLt")  # layer types of bitsandbytes; PEFT has classes of every method for them
 PLAIN = [name.rpartition(".")[2] for name in OPS.names() if name not in STORES.names()]
 WRAPPER = "ParamWrapper"  # PEFT's class of LoRA on a tensor that its module does not call
 PARALLEL = ("ColumnParallelLinear", "RowParallelLinear")  # Megatron's
@@ -50,8 +50,8 @@ SPECIAL: dict[str, dict[str, str | None]] = {  # class names that do not follow 
     "LORA": {**OF_STORES, **OF_LORA},
     "ADAPTION_PROMPT": {"AdaptedAttention": None, "AdaptedAttentionGPT": "GPT2Attention"},
 }
-ASKED = {"LORA": ("lora_ga_init",)}  # methods that clients ask a class for, to know what PEFT can do
-READ = "get_param"  # of a ParamWrapper; nothing in graft calls it: a replacement is what other clients get
+ASKED = {"LORA": ("lora_ga_init",)}  # methods that clients look for to see the abilities of PEFT
+READ = "get_param"  # of a ParamWrapper; nothing in graft calls it; other clients get a replacement
 KINDS = tuple(dict.fromkeys(SAME.get(kind, kind) for kind in (*PLAIN, *BNB)))
 
 
@@ -67,12 +67,21 @@ class _LayerType(ABCMeta):
     derived: bool  # by a client
 
     def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, object], **options: object) -> _LayerType:
+        """Make the class.
+
+        A class without `method` in its namespace, so a client's, is marked `derived` and loses the base nn.Module.
+        """
         if "method" in namespace:
             return super().__new__(mcs, name, bases, namespace | {"derived": False}, **options)
-        bases = tuple(b for b in bases if b is not nn.Module)  # PEFT's are no modules, so that clients add it in front
+        bases = tuple(b for b in bases if b is not nn.Module)  # PEFT's are no modules: clients put nn.Module in front
         return super().__new__(mcs, name, bases, namespace | {"derived": True}, **options)
 
     def __instancecheck__(cls, obj: object) -> bool:
+        """Return True if `obj` is an AdapterLayer with an adapter of the class's method, and the class's `kind` fits
+        it.
+
+        The kind fits if `list_class_names` has it. Method or kind None fits any; a client's derived class fits none.
+        """
         if cls.derived or not isinstance(obj, AdapterLayer):
             return False
         if cls.method is not None and not any(isinstance(m, cls.method) for m in obj.methods.values()):
@@ -80,6 +89,11 @@ class _LayerType(ABCMeta):
         return cls.kind is None or cls.kind in list_class_names(obj)
 
     def __subclasscheck__(cls, other: type) -> bool:
+        """Return True if `other` is derived from this class; AdapterLayer and its subclasses count for BaseTunerLayer.
+
+        Raises:
+            TypeError: `other` is an AdapterLayer class, and this class has a method or kind: only objects have these.
+        """
         if isinstance(other, _LayerType) or not issubclass(other, AdapterLayer):
             return super().__subclasscheck__(other)
         if cls.method is None and cls.kind is None:
@@ -90,7 +104,11 @@ class _LayerType(ABCMeta):
         )
 
     def __call__(cls, *args: Any, **kwargs: Any) -> AdapterLayer:
-        """Make a layer by hand, as `build_layer` says."""
+        """Return a layer by `build_layer` with these arguments.
+
+        Raises:
+            TypeError: the class is derived by a client, or has no method (BaseTunerLayer).
+        """
         if cls.derived or cls.method is None:
             raise TypeError(
                 f"{cls.__name__} is only for isinstance: graft makes layers when a config is injected, and not from "
@@ -99,6 +117,10 @@ class _LayerType(ABCMeta):
         return build_layer(cls, *args, **kwargs)
 
     def __getattr__(cls, name: str) -> Any:
+        """Raise AttributeError for a name that the class lacks.
+
+        The text has the remedy, except for dunder names and derived classes, which get Python's own text.
+        """
         if name.startswith("__") or cls.__dict__.get("derived", True):
             raise AttributeError(f"type object '{cls.__name__}' has no attribute '{name}'")
         raise AttributeError(
@@ -106,6 +128,18 @@ class _LayerType(ABCMeta):
         )
 
     def __setattr__(cls, name: str, value: object) -> None:
+        """Set an attribute of the class, or refuse it.
+
+        - `forward`, `merge`, `unmerge`, `get_delta_weight`: set, and graft's layers of this class call the replacement.
+            If graft has no such layers (kind ""), a PeftWarning is given instead.
+        - `get_param`, where the class has it: set here and on graft's ParamWrapper.
+        - `__init__`: set with a PeftWarning that graft never calls it.
+        - other dunder and `_abc` names, any attribute of a client's derived class, and markers: set. Markers begin with
+            "_" and are bool, int, str, None, or one of the original methods.
+
+        Raises:
+            AttributeError: any other name.
+        """
         if name in REPLACEABLE and not cls.derived:
             super().__setattr__(name, value)
             if cls.kind == "":
@@ -132,22 +166,28 @@ class _LayerType(ABCMeta):
         super().__setattr__(name, value)
 
     def __delattr__(cls, name: str) -> None:
+        """Delete the attribute. For a replaced method of a class with layers in graft, graft's original acts again."""
         super().__delattr__(name)
         if name in REPLACEABLE and not cls.derived and cls.kind != "":
             set_replacement(cls, name, OWN[name])
 
 
 def make_refusing_method(name: str) -> Callable[..., None]:
-    """Return a method in the place of one that makes PEFT's layers: it is there to be asked for."""
+    """Return a method that raises NotImplementedError. It only exists for clients that look whether PEFT has `name`."""
 
     def refuse(*args: object, **kwargs: object) -> None:
+        """Raise NotImplementedError with the remedy, whatever the arguments."""
         raise NotImplementedError(f"{name}() is done by graft's injection, of what a config says: {INSTEAD}.")
 
     return refuse
 
 
 def set_replacement(cls: type, name: str, value: object) -> None:
-    """Have graft's layers ask for a replacement of a method as long as some class has one; `value` is the newest."""
+    """Register `value` as the newest replacement of method `name` for layers of `cls`; the original removes the entry.
+
+    While any class has a replacement, AdapterLayer and ParamWrapper get a method that looks for it; afterwards their
+    own. `get_delta_weight` patches `forward`, too.
+    """
     replacements = REPLACED[name]
     replacements[:] = [(c, f) for c, f in replacements if c is not cls]
     if value is not OWN[name]:
@@ -159,9 +199,20 @@ def set_replacement(cls: type, name: str, value: object) -> None:
 
 
 def make_asking_method(name: str) -> Callable[..., object]:
-    """Return the form of a layer's method that looks for a replacement."""
+    """Return a method for AdapterLayer that calls the replacement for the layer, if there is one, else graft's
+    original.
+
+    Its attribute `find` is `find_replacement` for this name.
+    """
 
     def run(self: AdapterLayer, *args: object, **kwargs: object) -> object:
+        """Call the replacement that fits this layer, else graft's original.
+
+        A replaced `forward` gets `adapter_names`, the adapter of each row, when a mixed batch runs.
+
+        Raises:
+            RoutingError: a row of that batch uses several adapters at once.
+        """
         replacement = run.find(self)  # type: ignore[attr-defined]
         if replacement is None:
             return OWN[name](self, *args, **kwargs)
@@ -174,7 +225,10 @@ def make_asking_method(name: str) -> Callable[..., object]:
 
 
 def find_replacement(name: str, layer: AdapterLayer) -> Callable[..., object] | None:
-    """Return the function that has replaced a method of layers of this kind; None if none has."""
+    """Return the newest replacement of method `name` on a class that fits the layer; None if there is none.
+
+    None for `forward` while a mixture's gates are active, since PEFT's mixtures do not call it.
+    """
     if name == "forward" and layer.call.current_gates() is not None:  # PEFT's mixtures do not call it
         return None
     return next((f for cls, f in REPLACED[name] if cls.__instancecheck__(layer)), None)
@@ -183,7 +237,13 @@ def find_replacement(name: str, layer: AdapterLayer) -> Callable[..., object] | 
 def run_with_delta_weight(
     layer: AdapterLayer, plan: LayerPlan, *args: object, adapter_names: object = None, **kwargs: object
 ) -> object:
-    """Run a layer of a parameter with the updates that a replaced `get_delta_weight` gives."""
+    """Run a layer of a parameter on its weight plus the updates that the replaced `get_delta_weight` returns.
+
+    Takes the swap lock, except while the compiler traces. `adapter_names` is ignored.
+
+    Raises:
+        UnsupportedLayerError: an adapter of the plan has no delta weight.
+    """
     if (why := why_no_delta_weight(layer, [m for m, _ in plan.steps])) is not None:
         raise UnsupportedLayerError(f"Layer '{layer.site.key}' cannot run: {why}. Put the original back.")
     folded_plan = FoldedPlan(layer, use_patched_delta_weight(layer, plan.steps))
@@ -192,7 +252,14 @@ def run_with_delta_weight(
 
 
 def names_of_rows(call: Call) -> list[str] | None:
-    """Return the adapter of each row of the mixed batch that runs, as PEFT hands it to layers; None in none."""
+    """Return the adapter name of each row of the mixed batch that runs, in order of rows; "__base__" for rows without
+    one.
+
+    None if no mixed batch runs.
+
+    Raises:
+        RoutingError: rows use several adapters at once (a Stack or an Average).
+    """
     rows = call.current_rows()
     groups = {} if rows is None else rows.groups
     named: dict[int, str] = {}
@@ -203,21 +270,24 @@ def names_of_rows(call: Call) -> list[str] | None:
     return [named[row] for row in sorted(named)] or None
 
 
-OF_WHOLE_MODELS = (  # fields that choose layers of a model, of which one made by hand is none
+OF_WHOLE_MODELS = (  # fields that choose layers of a model; a layer made by hand is in no model
     *("rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "exclude_modules", "modules_to_save"),
     *("layers_to_transform", "layers_pattern", "layer_replication", "trainable_token_indices", "ensure_weight_tying"),
 )
 
 
 def build_layer(cls: Any, base_layer: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> AdapterLayer:
-    """Return the layer of a class: `base_layer` with an adapter, whose own parameters train as before.
+    """Return `base_layer` with an adapter, for PEFT's call `Linear(base_layer, "default", config=…)`.
+
+    Injects a copy of the config without the fields that choose layers of a model. Parameters of `base_layer` that
+    required gradients still do.
 
     Args:
-        args, kwargs: for a ParamWrapper `parameter_name`; then `config`, `r` and `lora_alpha` (None: those of the
-            config). Others have no effect.
+        args, kwargs: for a ParamWrapper `parameter_name` first; then `config`, `r` and `lora_alpha`, which replace the
+            config's unless None. Others have no effect.
 
     Raises:
-        TypeError: there is no config of the class's method, or its layers are around other modules.
+        TypeError: `config` is missing or of another method, or layers around such a module belong to another class.
     """
     from graft import inject_adapter_in_model
 
@@ -246,13 +316,19 @@ def build_layer(cls: Any, base_layer: nn.Module, adapter_name: str, *args: objec
 
 
 def get_class_name(layer: AdapterLayer) -> str:
-    """Return PEFT's class name for a layer type: that of the base layer, or of the first above it that has one."""
+    """Return PEFT's class name for a layer: the first of KINDS among the classes of its base layer and their parents.
+
+    Conv1D counts as "Linear". If none is in KINDS, the name of the base layer's class.
+    """
     names = [SAME.get(c.__name__, c.__name__) for c in type(layer.get_base_layer()).__mro__]
     return next((n for n in names if n in KINDS), names[0])
 
 
 def list_class_names(layer: AdapterLayer) -> tuple[str, ...]:
-    """Return what PEFT's class of a layer may be called: by its base layer's type and store, or as one of a tensor."""
+    """Return the kinds of PEFT classes that a layer belongs to: its base layer's class name and the name of its store.
+
+    "LoraParallelLinear" is added for Megatron's layers. A layer of a parameter has only "ParamWrapper".
+    """
     if layer.op.opaque:
         return (WRAPPER,)
     kind = get_class_name(layer)
@@ -268,13 +344,20 @@ def get_class_prefix(peft_type: str) -> str:
 
 
 def layer_names(peft_type: str) -> list[str]:
-    """Return the names of a method's layer classes, with and without the method's name, which PEFT puts before some."""
+    """Return the names of a method's layer classes: "<Method>Layer", each kind with and without the method's prefix,
+    special ones.
+
+    [] for prompt methods, which have no layers.
+    """
     if peft_type not in METHODS:  # prompts act on no layer
         return []
     return [f"{get_class_prefix(peft_type)}Layer", *kind_names(peft_type, KINDS), *SPECIAL.get(peft_type, ())]
 
 
 def kind_names(peft_type: str, kinds: tuple[str, ...]) -> list[str]:
+    """Return the kinds, and after them each with the method's prefix: "Linear" and "LoraLinear"; "SVDLinear" for
+    AdaLoRA.
+    """
     return [*kinds, *(f"{PREFIXES.get(peft_type, get_class_prefix(peft_type))}{kind}" for kind in kinds)]
 
 
@@ -287,6 +370,14 @@ class BaseTunerLayer(AdapterLayer, metaclass=_LayerType):
     # the originals, for those who replace them
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> object:  # type: ignore[override]
+        """Run graft's own forward, as clients call it when they replace `forward` and keep this original.
+
+        A layer of a parameter runs by the delta weight if `get_delta_weight` is replaced for it. With a single adapter
+        on a stack of several matrices it runs by the factors.
+
+        Raises:
+            UnsupportedLayerError: the replaced `get_delta_weight` cannot serve an adapter of the layer.
+        """
         if REPLACED[DELTA] and self.op.opaque and find_replacement(DELTA, self) is not None:
             plan = self.find_reader_plan()
             if plan is not None and (len(plan.steps) > 1 or self.num_experts == 1):  # else PEFT's runs by the factors
@@ -294,12 +385,15 @@ class BaseTunerLayer(AdapterLayer, metaclass=_LayerType):
         return self._mixed_batch_forward(x, *args, **kwargs)
 
     def merge(self, *args: object, **kwargs: object) -> None:
+        """Merge by AdapterLayer's own method, also while `merge` is replaced."""
         GRAFTS["merge"][AdapterLayer](self, *args, **kwargs)
 
     def unmerge(self) -> None:
+        """Unmerge by AdapterLayer's own method, also while `unmerge` is replaced."""
         GRAFTS["unmerge"][AdapterLayer](self)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return AdapterLayer's own delta weight of an adapter, also while `get_delta_weight` is replaced."""
         return GRAFTS[DELTA][AdapterLayer](self, adapter)  # type: ignore[no-any-return]
 
 
@@ -311,7 +405,13 @@ REPLACED: dict[str, list[tuple[type, Any]]] = {name: [] for name in REPLACEABLE}
 
 @cache
 def layer_class(peft_type: str, name: str) -> type | None:
-    """Return the class of that name, or None: `LoraLayer` is any layer of LoRA, `Linear` one on a linear layer."""
+    """Return PEFT's layer class of a method by its name; None if the method has no class of that name.
+
+    Results are cached.
+
+    `LoraLayer` is the class of all layers of LoRA, and `Linear` and `LoraLinear` of those on a linear layer. The class
+    has PEFT's `adapter_layer_names`, the four replaceable methods, and for LoRA's base class `lora_ga_init`.
+    """
     prefix = get_class_prefix(peft_type)
     if name == f"{prefix}Layer":
         bases: tuple[type, ...] = (BaseTunerLayer,)
@@ -333,7 +433,9 @@ def layer_class(peft_type: str, name: str) -> type | None:
 
 
 class AuxiliaryTrainingWrapper(ABC):  # noqa: B024
-    """A wrapper of a module that trains beside the adapter layers."""
+    """PEFT's base class of module copies that train next to adapter layers; graft's two wrappers are registered with
+    it.
+    """
 
 
 AuxiliaryTrainingWrapper.register(ModulesToSaveWrapper)

@@ -26,20 +26,25 @@ VERSION = "0.22.0"  # the least that transformers 5.24 accepts; graft's interfac
 
 
 def import_graft() -> ModuleType:
-    """Return the package `graft`, imported at run time, since its public names stand above this package."""
+    """Return the package `graft`, imported at run time: its public names are in a layer above this package."""
     return import_module("graft")
 
 
 def is_known_module(module: str) -> bool:
+    """Return True if graft has a module for the dotted name, such as "peft.tuners.lora"."""
     return strip_root(module) in MODULES or strip_root(module) in OF_METHODS
 
 
 def strip_root(module: str) -> str:
+    """Return a module's name without a leading "peft" and dot: "" for "peft", "tuners.lora" for "peft.tuners.lora"."""
     return module.removeprefix(ROOT).removeprefix(".")
 
 
 def names_in(module: str) -> list[str]:
-    """Return the names in a module: those of the tables, and modules inside it."""
+    """Return the names in a known module, sorted: those of the tables, and of the modules directly inside it.
+
+    `peft` itself also has all public names of graft. Raises KeyError for a module that graft does not have.
+    """
     path = strip_root(module)
     if path in OF_METHODS:
         names = [*method_names(*OF_METHODS[path]), *MODULES.get(path, "").split()]
@@ -51,6 +56,11 @@ def names_in(module: str) -> list[str]:
 
 
 def method_names(peft_type: str, suffix: str) -> list[str]:
+    """Return the names in a method's module by its suffix: ".config", ".layer", ".model", ".bnb", a store's, or "" for
+    the package.
+
+    ".model" also has PEFT's table of default targets. The package has the names of all its modules without that table.
+    """
     row = ROWS[peft_type]
     parts = {
         ".config": [row.config, *BESIDE.get(peft_type, ())],
@@ -67,10 +77,13 @@ def method_names(peft_type: str, suffix: str) -> list[str]:
 
 
 def resolve(module: str, name: str) -> Any:
-    """Return the object that `module` has under `name`.
+    """Return the object that PEFT's `module` has under `name`: the first of these that exists.
+
+    1. a module; 2. a method's layer class; 3. in `peft.import_utils`, a check such as `is_bnb_available`; 4. a name of
+    the tables: a refusing dispatcher, default targets, an object inside graft, or a public name of graft.
 
     Raises:
-        AttributeError: graft has nothing to put there.
+        AttributeError: graft has no such name; the text suggests a similar one.
     """
     if is_known_module(f"{module}.{name}"):
         return import_module(f"{module}.{name}")
@@ -98,6 +111,9 @@ def resolve(module: str, name: str) -> Any:
 
 
 def describe_missing_name(module: str, name: str) -> str:
+    """Return the error text for a name that graft lacks, with the most similar name of a known module, if one
+    is close.
+    """
     close = difflib.get_close_matches(name, names_in(module), n=1, cutoff=0.9) if is_known_module(module) else []
     hint = f" (did you mean {close[0]}?)" if close else ""
     return (
@@ -107,9 +123,16 @@ def describe_missing_name(module: str, name: str) -> str:
 
 
 class AliasModule(ModuleType):
-    """A module that looks names up on first use, as `graft` itself does."""
+    """A module that looks names up on first use and then keeps them, as `graft` itself does."""
 
     def __getattr__(self, name: str) -> Any:
+        """Return PEFT's object of that name, by `resolve`, and keep it in the module.
+
+        `__version__` of `peft` and `peft.config` is the version of `install`; `__all__` is `names_in`. Neither is kept.
+
+        Raises:
+            AttributeError: another dunder name, or a name that graft lacks.
+        """
         if name == "__version__" and strip_root(self.__name__) in ("", "config"):
             return FINDER.version
         if name == "__all__":
@@ -121,7 +144,12 @@ class AliasModule(ModuleType):
         return value
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Set a name for those who look it up here, and say that graft itself looks nothing up here."""
+        """Set a name in this module.
+
+        Warns with PeftWarning if the name has another value, since graft never reads it here.
+
+        Modules and dunder names are set without a warning.
+        """
         plain = name.startswith("__") or isinstance(value, ModuleType)
         if not plain and getattr(self, name, value) is not value:
             warn(
@@ -132,23 +160,28 @@ class AliasModule(ModuleType):
         super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
+        """Return `names_in` of this module, whether the objects have been looked up or not."""
         return names_in(self.__name__)
 
 
 def metadata(version: str) -> str:
+    """Return the text of a METADATA file for a distribution `peft` of that version."""
     return f"Metadata-Version: 2.1\nName: {ROOT}\nVersion: {version}\nSummary: graft in PEFT's place\n"
 
 
 class _Distribution(importlib.metadata.Distribution):
-    """The answer to `importlib.metadata.version("peft")`, by which libraries tell whether PEFT is installed."""
+    """The distribution `peft` for `importlib.metadata`; libraries check there that PEFT is installed."""
 
     def __init__(self, version: str):
+        """Keep two texts: METADATA with the version, and top_level.txt with "peft"."""
         self._texts = {"METADATA": metadata(version), "top_level.txt": ROOT}
 
     def read_text(self, filename: str) -> str | None:
+        """Return METADATA or top_level.txt; None for any other file."""
         return self._texts.get(filename)
 
     def locate_file(self, path: str | os.PathLike[str]) -> Any:
+        """Return `path` below the folder of the package graft. The file need not exist."""
         return os.path.join(os.path.dirname(import_graft().__file__ or ""), path)
 
 
@@ -160,6 +193,12 @@ class Finder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Return the spec of a module `peft` or below it, always as a package with no folders; None for all other
+        names.
+
+        Raises:
+            ModuleNotFoundError: graft has no such module below `peft`. The error has the parent's name.
+        """
         if name != ROOT and not name.startswith(f"{ROOT}."):
             return None
         if not is_known_module(name):
@@ -171,12 +210,17 @@ class Finder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
         return spec
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        """Return an empty AliasModule with the spec's name."""
         return AliasModule(spec.name, f"graft in the place of {spec.name}")
 
     def exec_module(self, module: ModuleType) -> None:
+        """Set the module's `__file__` to that of graft.compat.peft; nothing else runs."""
         module.__file__ = os.path.join(os.path.dirname(__file__), "__init__.py")
 
     def find_distributions(self, context: object = None) -> Iterator[importlib.metadata.Distribution]:
+        """Yield the distribution `peft` with this finder's version, if the context asks for "peft" in any case or for
+        all.
+        """
         name = getattr(context, "name", None)
         if name is None or name.lower() == ROOT:
             yield _Distribution(self.version)
@@ -186,11 +230,14 @@ FINDER = Finder()
 
 
 def select_peft_modules(modules: Iterable[str]) -> list[str]:
-    """Return those of `modules` that are peft, or below it."""
+    """Return those of the names that are "peft" or begin with "peft."."""
     return [m for m in modules if m == ROOT or m.startswith(f"{ROOT}.")]
 
 
 def real_peft() -> dict[str, ModuleType]:
-    """Return the imported modules of an installed PEFT, by name; None is one that a program has hidden."""
+    """Return an installed PEFT's modules in `sys.modules`, by name, without graft's aliases and its package `as_peft`.
+
+    An entry None, as set by a program that hides a module, is included.
+    """
     imported = {m: sys.modules[m] for m in select_peft_modules(list(sys.modules))}
     return {m: x for m, x in imported.items() if x is None or not (isinstance(x, AliasModule) or "STAND_IN" in vars(x))}

@@ -83,7 +83,11 @@ _SUBMODULES = "_get_submodules get_pattern_key transpose"
 
 
 def mapping_name(config: str) -> str:
-    """Return PEFT's name of a method's default targets: for LNTuningConfig, TRANSFORMERS_MODELS_TO_LNTUNING_…"""
+    """Return PEFT's name of a method's table of default targets:
+    TRANSFORMERS_MODELS_TO_<METHOD>_TARGET_MODULES_MAPPING.
+
+    The method is the config's class name in upper case without "Config".
+    """
     return f"TRANSFORMERS_MODELS_TO_{config.removesuffix('Config').upper()}_TARGET_MODULES_MAPPING"
 
 
@@ -141,7 +145,7 @@ MODULES: dict[str, str] = {
     "tuners.lora.dora": "DoraLinearLayer dequantize_module_weight transpose",
     "tuners.lora.layer": "ALLOWED_COMPUTE_DTYPES VARIANT_KWARG_KEYS check_adapters_to_merge transpose",
     "tuners.lora.variants": "MiCALinearVariant calculate_alora_offsets",
-    # beside those that follow from the table of methods
+    # in addition to those that follow from the table of methods
     "tuners.lora": f"{_EVA} convert_to_lora create_arrow_model preprocess_loraga save_as_lora",
     "tuners.lora.corda": "CordaEigens LoraConfig preprocess_corda",
     "tuners.lora.eva": f"{_EVA} LoraConfig forward_fn_dict prepare_layer_inputs_fn_language_modeling "
@@ -180,7 +184,7 @@ MODULES: dict[str, str] = {
 }
 
 
-# classes that a method has beside its config
+# classes that a method has in addition to its config
 BESIDE: dict[str, tuple[str, ...]] = {
     "LORA": (
         "LoraRuntimeConfig",
@@ -202,7 +206,7 @@ BESIDE: dict[str, tuple[str, ...]] = {
 
 
 def folder(peft_type: str) -> str:
-    """Return the folder of a method below peft.tuners, which has the same name as graft's."""
+    """Return the folder of a method of PEFT below peft.tuners: the last part of graft's module of the method."""
     return IN_PEFT[peft_type].method.partition(":")[0].rpartition(".")[2]
 
 
@@ -232,7 +236,7 @@ OF_STORES = {  # PEFT's classes of LoRA on other packed weights → the store
 }
 OF_METHODS |= {f"tuners.lora.{store}": ("LORA", f".{store}") for store in OF_STORES.values()}
 OF_METHODS |= {f"tuners.lora.{file}": ("LORA", f".{file}") for file in ("tp_layer", "te")}
-DISPATCH = {  # module below peft.tuners.lora → what of functions that choose a layer class it has
+DISPATCH = {  # module below peft.tuners.lora → ends of the `dispatch_…` functions in it
     "layer": "default",
     "bnb": "bnb_4bit bnb_8bit",
     "te": "transformer_engine",

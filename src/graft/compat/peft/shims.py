@@ -39,16 +39,20 @@ if TYPE_CHECKING:
 
     Conversion = WeightConverter | WeightRenaming
 
-OUTER = "down_proj"  # the stack of experts whose layer stands around those of the others
+OUTER = "down_proj"  # this stack's layer wraps the layers of the other stacks
 
 
 def build_peft_weight_mapping(
     weight_conversions: list[Conversion] | None, adapter_name: str, peft_config: LoraConfig | None = None
 ) -> list[Conversion]:
-    """Return what becomes of an adapter's file on a model: drop the prefix, add the adapter's name to the container.
+    """Return the conversions with which transformers loads an adapter's file into a model with injected layers.
 
-    Where the model holds experts as stacks, LoRA's A and B of each expert are put together for them. Other conversions
-    of base weights (q, k and v fused into one tensor) are left out, and transformers reports their keys as unexpected.
+    Renamings drop "base_model.model." and put the adapter's name behind each parameter container. The prefixes are
+    those of the config's method, or of all methods without a config. Renamings of `weight_conversions` follow.
+
+    For LoRA, converters stack A and B of single experts, and bring factors of `target_parameters` into the layers'
+    layout. Other conversions of base weights (q, k and v fused into one tensor) are left out, and transformers reports
+    their keys as unexpected.
     """
     from transformers.core_model_loading import WeightRenaming
 
@@ -57,7 +61,7 @@ def build_peft_weight_mapping(
     changes: list[Conversion] = [WeightRenaming(r"^base_model\.model\.", "")]
     for prefix in prefixes:
         changes.append(WeightRenaming(rf"({re.escape(prefix)}[^\.]*)", rf"\1.{adapter_name}"))
-    # DoRA's magnitude is a module, of which files leave out ".weight"
+    # DoRA's magnitude is a module; files leave out its ".weight"
     changes.append(WeightRenaming(rf"(lora_magnitude_vector\.{re.escape(adapter_name)})$", r"\1.weight"))
     conversions = [c for c in weight_conversions or () if not isinstance(c, WeightRenaming)]
     changes += [c for c in weight_conversions or () if isinstance(c, WeightRenaming)]
@@ -74,10 +78,13 @@ def build_peft_weight_mapping(
 def make_expert_converters(
     conversion: WeightConverter, adapter_name: str, config: LoraConfig, nested: bool
 ) -> list[WeightConverter]:
-    """Return what puts A and B of each expert together, where a conversion does so with the experts' weights.
+    """Return two converters, for A and B, that stack the factors of single experts as `conversion` stacks their
+    weights.
+
+    [] if the path of the conversion's target, without the parameter, does not end with "experts".
 
     Args:
-        nested: the outer stack has a layer, too.
+        nested: the outer stack (down_proj) has a layer, too, so the other stacks are below its `base_layer`.
     """
     path, _, parameter = conversion.target_patterns[0].rpartition(".")
     if not path.endswith("experts"):
@@ -96,7 +103,11 @@ def make_expert_converters(
 
 
 def make_stack_converters(adapter_name: str, config: LoraConfig) -> list[WeightConverter]:
-    """Return what gives the factors of stacks the layout that they have here."""
+    """Return converters that bring A and B of each parameter in `target_parameters` into the layout of the layers.
+
+    Two for each last module name before the parameter: below `base_layer`, and directly. One operation is shared, so
+    that a doubt about the layout is warned of once.
+    """
     from transformers.core_model_loading import WeightConverter
 
     operation = Arranging(adapter_name, StackLayout.from_config(vars(config)))
@@ -110,7 +121,11 @@ def make_stack_converters(adapter_name: str, config: LoraConfig) -> list[WeightC
 
 
 def targets_outer(config: LoraConfig, converters: list[WeightConverter]) -> bool:
-    """Whether an adapter is on the outer stack, too, under its name or that of its part in each expert."""
+    """Return True if the config has an adapter on the outer stack (down_proj), by its name or by its part in each
+    expert.
+
+    True, too, if `target_modules` is a text.
+    """
     modules = config.target_modules or ()
     if isinstance(modules, str):
         return True
@@ -120,17 +135,23 @@ def targets_outer(config: LoraConfig, converters: list[WeightConverter]) -> bool
 
 
 class Stacking:
-    """An operation as transformers has them on weights: A or B of all experts → that of their stack."""
+    """An operation in transformers' interface: makes A or B of a stack from those of all experts."""
 
     supports_many_to_many = False
 
     def __init__(self, side: str, parts: list[str], config: LoraConfig, adapter: str):
+        """Keep the side ("A" or "B"), the patterns of the experts' parts, the LoRA config, and the adapter's name."""
         self.side, self.parts, self.config, self.adapter = side, parts, config, adapter
 
     def convert(
         self, input_dict: dict[str, list[Tensor]], source_patterns: list[str], target_patterns: list[str],
         full_layer_name: str, model: nn.Module, **_: object,
     ) -> dict[str, Tensor]:  # fmt: skip
+        """Return the stacked factor under the first target pattern. Removes the sources from `input_dict`.
+
+        B of experts is first rescaled, so that each expert keeps its own rank and alpha of the config on the stack's
+        one scale. Without an AdapterLayer at that place it is not.
+        """
         tensors = [input_dict.pop(pattern) for pattern in source_patterns]  # each: a tensor for each expert
         layer = layer_at(model, full_layer_name)
         if self.side == "B" and layer is not None:
@@ -143,17 +164,25 @@ class Stacking:
 
 
 class Arranging:
-    """An operation as transformers has them on weights: A and B of a stack, in whatever layout → as they are here."""
+    """An operation in transformers' interface: brings A and B of a stack, in any layout, into the layout of graft's
+    layers.
+    """
 
     supports_many_to_many = True
 
     def __init__(self, adapter: str, layout: StackLayout):
+        """Keep the adapter's name and the file's layout; no doubt has been warned of yet."""
         self.adapter, self.layout, self.doubts = adapter, layout, set[str]()
 
     def convert(
         self, input_dict: dict[str, list[Tensor]], source_patterns: list[str], target_patterns: list[str],
         full_layer_name: str, model: nn.Module, **_: object,
     ) -> dict[str, Tensor]:  # fmt: skip
+        """Return A and B under the target names, converted from the file's layout. Removes them from `input_dict`.
+
+        They are returned unchanged if there is no AdapterLayer, one of the two is missing, or they cannot be factors of
+        its stack. Warns of doubts about the layout, each once for the adapter.
+        """
         pair = {
             name: tensors[0] if isinstance(tensors, list) else tensors
             for pattern, name in zip(source_patterns, target_patterns)
@@ -174,7 +203,10 @@ class Arranging:
 
 
 def layer_at(model: nn.Module, name: str) -> AdapterLayer | None:
-    """Return the layer whose parameter has a name."""
+    """Return the AdapterLayer with the parameter `name`: the module before ".lora_"; None if that is another module.
+
+    Raises AttributeError if the model has no such module.
+    """
     layer = model.get_submodule(name.partition(".lora_")[0])
     return layer if isinstance(layer, AdapterLayer) else None
 
@@ -182,7 +214,7 @@ def layer_at(model: nn.Module, name: str) -> AdapterLayer | None:
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
-EMBEDDING_LAYER_NAMES = [*EMBEDDING_NAMES]  # lists, to which callers add
+EMBEDDING_LAYER_NAMES = [*EMBEDDING_NAMES]  # lists, since callers append to them
 SEQ_CLS_HEAD_NAMES = [*HEAD_NAMES]
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
@@ -191,21 +223,30 @@ TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
 
 def check_target_module_exists(config: PeftConfig, key: str) -> bool:
-    """Return True if a config targets the module at path `key`."""
+    """Return True if a config targets the module at path `key`, its exclusions and layer numbers considered."""
     return Matcher(config)(key).outcome == "matched"
 
 
 def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
+    """Return the match of the pattern with the whole path `key`, or None.
+
+    Raises ConfigError if the pattern is no regular expression.
+    """
     return compile_pattern(target_pattern, "target_modules").fullmatch(key)
 
 
 def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
-    """Return the first pattern that `key_to_match` ends with at a dot, else `key_to_match` itself."""
+    """Return the first regular expression that matches `key_to_match` as a whole or from a dot to its end; else
+    `key_to_match` itself.
+    """
     return next((p for p in pattern_keys if matches_end(p, key_to_match, "the patterns")), key_to_match)
 
 
 def _maybe_include_all_linear_layers(peft_config: PeftConfig, model: nn.Module) -> object:
-    """Replace target_modules="all-linear" by the names of the linear layers."""
+    """Return the config.
+
+    If its target_modules is "all-linear" in any case, replace that by the linear layers' names, in place.
+    """
     targets = getattr(peft_config, "target_modules", None)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         peft_config.target_modules = list_linear_layers(peft_config, model, survey_model(model).modules)
@@ -213,7 +254,10 @@ def _maybe_include_all_linear_layers(peft_config: PeftConfig, model: nn.Module) 
 
 
 def _set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-    """Make adapters active on the heads and token rows of a model; where there is none of them, the base's act."""
+    """Set the active adapters of all copies of modules (`modules_to_save`) and token rows in a model.
+
+    A copy gets those of the names that it has; with none, the base's module acts.
+    """
     names = as_name_list(adapter_name, "_set_adapter")
     for wrapper in survey_model(model).wrappers.values():
         wrapper.set_adapter([name for name in names if name in wrapper.adapters], inference_mode)
@@ -228,16 +272,21 @@ def check_adapters_to_merge(module: nn.Module, adapter_names: Sequence[str] | No
 
 
 def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
-    """Return (parent, module, name in its parent) of the module at path `key`."""
+    """Return (parent, module, name in its parent) of the module at path `key`.
+
+    Raises AttributeError if there is none.
+    """
     parent, _, name = key.rpartition(".")
     return model.get_submodule(parent), model.get_submodule(key), name
 
 
 def _get_input_embeddings_name(model: nn.Module, default: str | None = None) -> str | None:
+    """Return the path of the model's input embedding; `default` if it has none."""
     return input_embedding(model) or default
 
 
 def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
+    """Return the names of the modules with a weight tied to the input embedding. A PeftModel is unwrapped first."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return find_tied_modules(base, survey_model(base))[1]
 
@@ -248,7 +297,14 @@ def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
 def calculate_alora_offsets(
     peft_config: dict[str, object], active_adapter: str, input_ids: Tensor, adapter_names: list[str] | None = None
 ) -> list[int | None]:
-    """Return how far before its end each row invokes its aLoRA adapter; None where it does not, or uses no such one."""
+    """Return for each row the number of tokens from the last start of its invocation sequence to its end, or None.
+
+    None if the row lacks the sequence, or its adapter has no `alora_invocation_tokens`.
+
+    Args:
+        peft_config: adapter name → config.
+        adapter_names: the adapter of each row; None: all use `active_adapter`.
+    """
     offsets: list[int | None] = []
     for row, name in zip(input_ids, adapter_names or [active_adapter] * len(input_ids)):
         tokens = getattr(peft_config.get(name), "alora_invocation_tokens", None)
@@ -262,6 +318,7 @@ def calculate_alora_offsets(
 
 
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """Return `weight.T` if `fan_in_fan_out`, else `weight` itself."""
     return weight.T if fan_in_fan_out else weight
 
 
@@ -272,7 +329,7 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
 
 
 def dequantize_module_weight(module: nn.Module) -> Tensor:
-    """Return the weight of a layer, dense, whatever its store."""
+    """Return a layer's weight as a dense tensor, read by the layer's store (plain, bitsandbytes, GPTQ, …)."""
     return find_store(module).read(module, "weight")
 
 
@@ -280,7 +337,11 @@ def dequantize_module_weight(module: nn.Module) -> Tensor:
 def gather_params_ctx(
     param: Tensor | Iterable[Tensor], modifier_rank: int | None = 0, fwd_module: nn.Module | None = None
 ) -> Iterator[None]:
-    """Make parameters that DeepSpeed's ZeRO-3 has partitioned whole within the block; leave others alone."""
+    """Gather parameters that DeepSpeed's ZeRO-3 partitioned, for the block; without such parameters do nothing.
+
+    Args:
+        modifier_rank: rank of the process that keeps its changes of the block.
+    """
     params = [param] if isinstance(param, Tensor) else list(param)
     if any(hasattr(p, "ds_id") for p in params):
         import deepspeed
@@ -292,7 +353,10 @@ def gather_params_ctx(
 
 
 def init_empty_weights(include_buffers: bool | None = None) -> AbstractContextManager[object]:
-    """Build modules on the meta device in this block."""
+    """Return a context that creates tensors on the meta device.
+
+    `include_buffers` has no effect: buffers are included.
+    """
     return torch.device("meta")
 
 
@@ -310,9 +374,11 @@ PACKAGES = {
 
 @cache
 def import_check(name: str) -> Callable[[], bool] | bool | None:
-    """Return `is_bnb_available`, `is_torchao_ge_v0_18_0` (functions) or `is_transformers_ge_v5_6_0` (a value) by name.
+    """Return PEFT's check of that name, or None if it is no such name. Results are cached.
 
-    None for any other.
+    `is_<package>_available` is a function: True if the package can be found. `is_<package>_ge_v1_2` is a function that
+    returns whether the installed version is at least that one; for transformers it is a bool. `is_xpu_available` is
+    torch's function.
     """
     if name == "is_xpu_available":
         return torch.xpu.is_available
@@ -326,7 +392,7 @@ def import_check(name: str) -> Callable[[], bool] | bool | None:
 
 
 def read_release(package: str) -> tuple[int, ...]:
-    """Return the numbers of an installed package's version; () if it is not installed."""
+    """Return the leading numbers of an installed package's version, such as (5, 24, 0); () if it is not installed."""
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

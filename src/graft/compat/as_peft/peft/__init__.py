@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """graft in PEFT's place, for processes that find this folder on their path: see `graft.compat.peft.children`."""
 
-STAND_IN = True  # before the import, by which graft knows this module from PEFT
+STAND_IN = True  # set before the import: graft tells this module from PEFT by it
 
 from graft.compat.peft import stand_in  # noqa: E402
 

@@ -210,7 +210,8 @@ def summarize_report(model: PreTrainedModel, report: InjectReport) -> Json:
 def make_training(model: PreTrainedModel, adapter: PeftConfig, length: int, dtype: str, on_gpu: bool) -> Training:
     """Return the training setup of an adapter on a model, which can be built with any number of blocks.
 
-    Raises OptionError if the config does not say how many blocks the model has.
+    Raises OptionError if the config does not say how many blocks the model has. `make` builds only the base model, on
+    the default device. The other values are stored as they are; `period` is that of the config's `layer_types`.
     """
     import torch
 

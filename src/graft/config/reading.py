@@ -208,7 +208,10 @@ def compile_pattern(text: str, field: str, whole: str | None = None) -> Pattern:
 
 
 def compile_ending(text: str, field: str) -> Pattern:
-    """Return a pattern that matches a path if `text` matches its end, from the path's start or after a dot."""
+    """Return a pattern that matches a path if `text` matches its end, from the path's start or after a dot.
+
+    The result is cached and has a time limit; a pattern that is too large raises ConfigError as well.
+    """
     return compile_pattern(text, field, rf"(.*\.)?({text})$")
 
 

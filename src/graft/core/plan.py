@@ -205,7 +205,7 @@ class LayerPlan:
     def add_gated(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y plus the part of each step times its gate in this call, in the dtype of y.
 
-        All parts are computed from y itself.
+        All parts are computed from y itself. The sum is cast to y's dtype once, at the end. The error names the layer.
 
         Raises:
             RoutingError: the call has gates, and a step does more than add to the output.

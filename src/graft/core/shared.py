@@ -143,6 +143,8 @@ class SharedTensors(Carrier):
     def modules(self) -> dict[str, nn.Module]:
         """Return the modules that the tuner registers: containers that are modules and have no dot in their name, and
         `parents`.
+
+        The entries of `parents` are keys next to those of the modules.
         """
         containers = {name: c for name, c in self.containers.items() if isinstance(c, nn.Module) and "." not in name}
         return containers | self.parents

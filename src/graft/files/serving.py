@@ -88,7 +88,7 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        """True if the finding is only a remark."""
+        """True if the finding is only a remark. The other verdicts are "refused", "wrong" and "ignored"."""
         return self.verdict == "ok"
 
 

@@ -28,7 +28,8 @@ def join_stages(
     """Write into `folder` the adapter that the stages of a pipeline saved in `folders`, in their order.
 
     Call it on one process, after all have saved. The file equals that of a single process. A tensor may be in several
-    parts if its values are equal.
+    parts if its values are equal. `target_modules`, results that configs record, and fingerprints are united; any other
+    difference of the configs is the error. The number of stages is not checked.
 
     Raises:
         CheckpointError: no folder is named, the parts do not belong together, or one is missing or damaged.

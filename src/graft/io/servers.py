@@ -174,7 +174,8 @@ def write_by_expert(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iter
 def write_shared_by_w(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
     """Yield keys and factors by part, called w1, w3 and w2, for all experts.
 
-    A of the input and B of the output are those of expert 0.
+    A of the input and B of the output are those of expert 0. `pairs` maps IN and OUT to factors, and the input is cut
+    by part. w1 is the first part, w3 the second, w2 the output; an ungated block has w1 alone.
     """
     names = name_parts_by_w(block.parts)
     for part, pair in block.split_by_part(collapse_shared(pairs)).items():
@@ -198,7 +199,7 @@ def write_stacked(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iterat
 def write_shared_by_part(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
     """Yield keys and factors by part, called gate_proj, up_proj and down_proj, for all experts.
 
-    A of the input and B of the output are those of expert 0.
+    A of the input and B of the output are those of expert 0. An ungated block has up_proj as its only input part.
     """
     names = dict(zip(block.parts[IN], PARTS[IN][not block.is_gated :])) | {block.parts[OUT][0]: "down_proj"}
     for part, pair in block.split_by_part(collapse_shared(pairs)).items():

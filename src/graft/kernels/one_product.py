@@ -203,7 +203,8 @@ def multiply_hadamard(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     """Return (a b) ⊙ (c d), (out, n), and keep only the factors for the backward pass: both products are as large as
     ΔW.
 
-    Under tracers and forward-mode derivatives it is the plain operation.
+    Under tracers and forward-mode derivatives it is the plain operation. Under torch.compile the autograd function is
+    used; the plain form only under other tracers and in forward mode. All four gradients are always computed.
     """
     return _HadamardProduct.apply(a, b, c, d) if only_backward() else plain_hadamard(a, b, c, d)
 

@@ -41,7 +41,10 @@ class Circulant(NamedTuple):
 
 
 def plain_multiply_circulant(x: Tensor, w: Tensor) -> Tensor:
-    """Return x Cᵀ, (…, out), with the matrix C formed; the reference. x (…, in), w (out / b, in / b, b)."""
+    """Return x Cᵀ, (…, out), with the matrix C formed; the reference. x (…, in), w (out / b, in / b, b).
+
+    Block (m, n) has w[m, n, (s − t) mod b] in row t and column s: w is its first row.
+    """
     m, n, b = w.shape
     return x @ Circulant(w, 1.0, (m * b, n * b)).dense().T
 
@@ -191,8 +194,9 @@ class Spectrum(NamedTuple):
         return self.to_half_spectrum().times(x)
 
     def columns(self, ids: Tensor) -> Tensor:
-        """Return the columns of ΔW that `ids` (…) name, (…, out), without forming ΔW, from the frequencies f ≤
-        n / 2.
+        """Return the columns of ΔW that `ids` (…) name, (…, out), without forming ΔW, from the frequencies f ≤ n / 2.
+
+        Coefficients are multiplied by scale / (out · in).
         """
         return self.to_half_spectrum().columns(ids)
 

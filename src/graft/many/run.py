@@ -186,7 +186,9 @@ class Run:
 
         A batch from a Trainer sets the number of batches of the step.
 
-        If the data has ended, end the run, count its unused batches, mark it for a check, and return None.
+        If the data has ended, end the run, count its unused batches, mark it for a check, and return None. The
+        generator's state is noted before every batch. An end of the data drops the step under way and records the
+        reason. Without a number from a Trainer a step has `accumulate` batches.
         """
         batch = self.loader.next_batch()
         if batch is None:

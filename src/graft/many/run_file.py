@@ -146,6 +146,8 @@ def to_json_value(value: object) -> Any:
 def name_object(value: object) -> object:
     """Return a name for an object that JSON lacks: a list of function and arguments for a partial, the qualified name
     of a function or class, else its text. If the text holds an address, the name of the class.
+
+    A partial gives one flat list: its function, its arguments and its keywords. A qualified name has no module.
     """
     if isinstance(value, partial):
         return [value.func, *value.args, value.keywords]

@@ -126,7 +126,11 @@ class MixLoRA(Method[MixLoraConfig]):
 
     @property
     def chosen(self) -> bool:
-        """True if the site is a layer of an MLP, with a LoRA for each expert."""
+        """True if the site is a layer of an MLP, with a LoRA for each expert.
+
+        It is in one if `cfg.within` has the site's key: the path lies in a module named as an MLP or listed in
+        `mlp_modules`.
+        """
         return self.site.key in self.cfg.within
 
     def check(self) -> str | None:

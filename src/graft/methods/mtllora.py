@@ -55,7 +55,7 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
         """Return parameters of ones: `mtllora_A` (r, in), `mtllora_B` (projections, out, r), `mtllora_lambda` (tasks,
         r), `mtllora_w` (tasks, projections).
 
-        w trains only if there are several projections.
+        w trains only if there are several projections. They are made on the default device, in the default dtype.
         """
         cfg, site = self.cfg, self.site
         tasks, n, r = cfg.n_tasks, cfg.n_up_projection, cfg.r

@@ -215,7 +215,10 @@ class Tuner(nn.Module, metaclass=TunerType):
 
     @property
     def targeted_module_names(self) -> list[str]:
-        """The paths of the adapted modules."""
+        """The paths of the adapted modules.
+
+        Layers of parameters are left out, and keys that are not the path of a module.
+        """
         return [key for key, layer in get_registry(self).layers.items() if layer.site.path == key]
 
     @property

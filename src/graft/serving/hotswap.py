@@ -215,6 +215,8 @@ def prepare_swap(
 def check_compatible(now: LoraConfig, new: LoraConfig) -> None:
     """Raise ConfigError unless an adapter of config `new` can replace one of config `now`: both LoRA, equal in the
     fields `MUST_AGREE`, and with starts that leave the base unchanged.
+
+    Also raised if either adapter has block-diagonal factors (`use_bdlora`).
     """
     kinds = [getattr(c.peft_type, "value", c.peft_type) for c in (now, new)]
     if kinds[0] != kinds[1]:

@@ -235,7 +235,8 @@ class SlotLayer(nn.Module):
     ) -> Tensor:
         """Return gain ⊙ (W (inner ⊙ x) + b + x Aᵀ B) + shift in the dtype of the base's output.
 
-        Tensors are of one adapter, or have a dimension of rows.
+        Tensors are of one adapter, or have a dimension of rows. The update is computed in the dtype of gains and
+        factors; the base's input, `inner` ⊙ x, has x's dtype.
         """
         rows = () if gain.dim() == 1 else (x.shape[0],)
         gain, shift, inner = (v.view(*rows, *[1] * (x.dim() - 1 - len(rows)), -1) for v in (gain, shift, inner))

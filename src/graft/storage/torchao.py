@@ -40,7 +40,8 @@ class TorchAO(Quantized):
     def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         """Return W quantized like the old weight, as the parameter `weight` without gradient.
 
-        If the old weight has scales of inputs, W is divided by them first.
+        If the old weight has scales of inputs, W is divided by them first. `again`, the function that quantizes anew,
+        has to be known: the call fails with TypeError otherwise.
         """
         old = m.weight
         if (scale := pre_scale(old)) is not None:

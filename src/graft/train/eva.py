@@ -143,9 +143,11 @@ class InputMeasurement:
             prepare = (prepare.get(name) if isinstance(prepare, Mapping) else prepare) or flatten_rows
 
             def hook(module: nn.Module, args: object, output: object) -> None:
-                """Call `see` with the rows of the input, of all processes with `gather`.
+                """Call `see` with the rows of the input: the result of the layer's function of `prepare_layer`, else of
+                `flatten_rows`.
 
-                Raise CalibrationError if they are not finite.
+                With `gather`, and torch.distributed initialized, the rows are those of all processes. Raises
+                CalibrationError if they are not finite.
                 """
                 rows = prepare(args, prepared, name)
                 if self.gather and dist.is_initialized():

@@ -243,7 +243,10 @@ def list_required_names(kind: str, group: Mapping[str, Any]) -> list[str]:
 
 
 def check_state_finite(values: Mapping[str, object], what: str) -> None:
-    """Raise NonFiniteError, with up to three names, for tensors and floats that are NaN or infinite."""
+    """Raise NonFiniteError, with up to three names, for tensors and floats that are NaN or infinite.
+
+    Only floating tensors and floats are looked at: complex and sharded tensors are left out.
+    """
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     bad = find_nonfinite(tensors) + [n for n, v in values.items() if type(v) is float and not math.isfinite(v)]
     if bad:

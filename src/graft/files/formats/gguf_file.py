@@ -153,6 +153,10 @@ def dequantize(data: bytes, rows: tuple[int, ...], kind: int, name: str) -> byte
 
 
 def import_gguf() -> ModuleType:
+    """Return the module gguf.
+
+    Raises PackageNeededError if it is missing, or if another module of that name is there, without MODEL_ARCH_NAMES.
+    """
     try:
         import gguf
     except ImportError as e:

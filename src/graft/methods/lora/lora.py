@@ -115,7 +115,7 @@ class LoRA(Started):
     def prepare(cls, cfg: LoraConfig, model: nn.Module) -> None:
         """Raise ConfigError if the model is of a Mamba family (MAMBA) and the set `target_modules` names "conv1d".
 
-        Else do nothing.
+        Else do nothing. The entry has to equal "conv1d": a longer path or a regex does not count.
         """
         kind, targets = getattr(getattr(model, "config", None), "model_type", None), cfg.target_modules
         hit: set[str] = UNTARGETABLE & targets if kind in MAMBA and isinstance(targets, set) else set()

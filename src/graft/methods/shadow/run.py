@@ -162,8 +162,10 @@ class Pass:
                 self.starts[name] = self.start(name)
 
     def why_no_cache(self) -> str | None:
-        """Return the first reason why an adapter's network cannot run with a cache, with the remedy; None if
-        all can.
+        """Return the first reason why an adapter's network cannot run with a cache, with the remedy; None if all can.
+
+        The reasons: a cache class of the model alone, an encoder-decoder, or no layer that counts tokens. The text
+        names the adapter.
         """
         for name in self.names:
             network = self.tuner.common_tensors.containers["shadow_backbone"][name]

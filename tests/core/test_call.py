@@ -5,6 +5,7 @@ import copy
 import io
 from dataclasses import dataclass
 from functools import partial
+from threading import Event, Thread, get_ident
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +15,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import graft
-from graft.core.call import Call
-from graft.core.rows import BASE, CallContext, Rows
+from graft.core.call import Call, RecomputeContext
+from graft.core.rows import BASE, NOTHING, CallContext, Rows
 from tests import models
 from tests.looks import get_registry, layers
 from tests.models import disturb, seeded
@@ -451,3 +452,21 @@ def test_outputs_are_saved_without_a_warning_of_hooks():
     assert torch.equal(torch.load(file), y)
     y.sum().backward()
     assert any(p.grad is not None for p in model.parameters())
+
+
+def test_contexts_of_failed_backward_passes_are_removed_once_their_thread_has_ended():
+    call, this, ended = Call(), get_ident(), -1  # no thread has the identifier -1
+    release = Event()
+    running = Thread(target=release.wait)
+    running.start()
+    threads = {
+        "here": (ended, this),
+        "ended": (this, ended),
+        "running": (this, running.ident),
+        "of another": (ended, ended),
+    }
+    call._restored.update({task: RecomputeContext(NOTHING, pair) for task, pair in threads.items()})
+    call._drop_stale_contexts()
+    release.set()
+    running.join()
+    assert set(call._restored) == {"running", "of another"}

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.call import Call
-from graft.core.containers import CheckpointOnly, Transient
+from graft.core.containers import Attached, CheckpointOnly, Transient
 from graft.core.layer import make_adapter_layer
 from graft.inject.survey import get_site, survey_model
 
@@ -162,3 +162,10 @@ def test_lists_of_adapters_that_a_layer_shows_cannot_be_changed():
     assert type(layer.active_adapters) is list and layer.active_adapters == layer.active_adapter == ["default"]
     model.unmerge_adapter()
     assert layer.merged_adapters == []
+
+
+def test_a_shared_container_of_a_group_is_no_child_of_the_layer():
+    shared, of_group = nn.ParameterDict(), nn.ParameterDict()
+    layer = made(lambda: {"thing_A": parameter(), "thing_s": Attached(shared), "thing_s.group": Attached(of_group)})
+    assert layer.thing_s is shared and layer.attached == {"thing_s"}
+    assert of_group not in list(layer.modules())

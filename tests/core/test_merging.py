@@ -519,3 +519,12 @@ def test_max_norm_shrinks_the_rows_of_the_weight_alone(name, training):
     assert all(torch.equal(p, before[key]) for key, p in model.named_parameters() if key in before)
     assert_close(y, layer.base_layer(ids) + layer.get_delta_weight("a"), rtol=1e-5, atol=1e-5)
     y.sum().backward()
+
+
+def test_a_write_past_the_checks_refuses_a_shift_of_a_missing_bias():
+    with pytest.warns(UserWarning, match="no bias"):
+        model = graft.get_peft_model(nn.Sequential(nn.Linear(3, 2, bias=False)), graft.BeftConfig(target_modules=["0"]))
+    layer = layers(model)["0"]
+    with pytest.raises(NotImplementedError, match=r"'default'.*layer '0': they shift the bias, and it has none"):
+        layer.merge_checked(["default"], True)
+    assert not layer.state.merged and not layer.state.undo and layer.base_layer.bias is None

@@ -17,6 +17,7 @@ from graft.core.method import AdaptedLayers
 from graft.core.rows import Rows
 from graft.core.shared import SharedTensors
 from graft.inject.build import add_adapter
+from graft.inject.find import make_method
 from graft.inject.survey import make_parameter_site, survey_model
 from tests.models import seeded
 
@@ -133,3 +134,15 @@ def test_a_parameter_of_which_fsdp1_puts_views_into_the_module(group, targets):
     assert_close(out, expected)
     out.square().sum().backward()
     assert_close({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, gradients)
+
+
+def test_the_method_on_one_matrix_has_the_path_of_the_module():
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(3, 4, 6))
+
+    net = nn.Sequential(Stack())
+    site = make_parameter_site("0", net[0], "w", survey_model(net))
+    method = make_method(site, graft.methods.method_of("LOHA"), graft.LoHaConfig(r=2), "a")
+    assert (method.matrix_method.site.key, method.matrix_method.site.path) == ("0.w", "0")

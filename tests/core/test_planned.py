@@ -18,6 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 import graft
+from graft.core import fused
+from graft.core.effect import Factors
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers
 from tests.models import disturb, seeded
@@ -318,3 +320,52 @@ def test_exported_after_calls(kind):
     model = planned(kind)
     exported = torch.export.export(model.get_base_model(), (X,)).module()
     assert_close(exported(2 * X), model(2 * X), rtol=1e-5, atol=1e-5)
+
+
+def test_factors_are_unchanged_only_while_their_modules_have_the_same_weights():
+    A, B, x = nn.Linear(4, 2, bias=False), nn.Linear(2, 3, bias=False), torch.zeros(5, 4)
+    f = Factors(A, B, 2.0)
+    segment = fused.make_segment(torch.zeros(3, 4), f, x, len(x))
+    assert fused.is_unchanged(Factors(A, B, 2.0), f, segment) and not fused.is_unchanged(Factors(A, B, 3.0), f, segment)
+    for factor in (A, B):
+        before, factor.weight = factor.weight, nn.Parameter(factor.weight.detach().clone())
+        assert not fused.is_unchanged(f, f, segment)
+        factor.weight = before
+    assert fused.is_unchanged(f, f, segment)
+
+
+def test_a_module_in_place_of_the_layer_gets_the_keyword_arguments():
+    class Norm(nn.LayerNorm):
+        def forward(self, x, scale=1.0):
+            return super().forward(x) * scale
+
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = Norm(12)
+
+        def forward(self, x):
+            return self.norm(x, scale=3.0)
+
+    base = Holder()
+    expected = base(X)
+    model = graft.get_peft_model(base, graft.LNTuningConfig(target_modules=["norm"]))
+    assert_close(model(X), expected)
+    assert not torch.allclose(expected, base.norm(X))
+
+
+def test_a_gain_of_another_dtype_than_the_output_rounds_once():
+    """The base's output, the update and the gain are summed in the adapter's dtype, and rounded at the end."""
+    with seeded(0):
+        base = nn.Sequential(nn.Linear(12, 20)).to(torch.bfloat16)
+        config = graft.LoraConfig(r=2, use_dora=True, init_lora_weights=False, target_modules=["0"])
+        model = graft.get_peft_model(base, config).eval()
+    layer, x = layers(model)["0"], X.to(torch.bfloat16)
+    with torch.no_grad():
+        layer.lora_magnitude_vector["default"].weight.mul_(torch.linspace(0.3, 3, 20))
+        f = layer.methods["default"].effect.factors()
+        A, B = f.matrices()
+        b = layer.base_layer.bias.float()
+        expected = (layer.base_layer(x).float() - b + x.float() @ A.T @ B.T) * f.gain + b
+        assert A.dtype == torch.float32
+        assert_close(model(x), expected.to(torch.bfloat16), rtol=0, atol=0)

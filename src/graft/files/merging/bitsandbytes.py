@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of bitsandbytes: codes of 4 bits with a scale for each block, of 8 bits with one for each row.
 
-Nothing of the package is needed: a file holds the table of its codes' values. QLoRA, arXiv 2305.14314, describes the
-form and the second quantization of the scales.
+The package bitsandbytes is not needed: a file holds the table of its codes' values. QLoRA, arXiv 2305.14314, describes
+the form and the second quantization of the scales.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ INT8 = ("SCB", "weight_format")
 
 
 def is_state(state: object) -> bool:
-    """Return True if a value says shape, dtype and size of the blocks of a weight in 4 bits."""
+    """Return True if a JSON value is a valid state of a weight in 4 bits.
+
+    It has a dtype of KINDS, a shape of two positive numbers, and a block size of 1 to 65536. Optional are a nested
+    block size in the same range and a number `nested_offset`.
+    """
     if not isinstance(state, dict) or state.get("dtype") not in (*KINDS,) or not isinstance(state.get("shape"), list):
         return False
     blocks = state.get("blocksize"), state.get("nested_blocksize", 1)
@@ -37,9 +41,18 @@ def is_state(state: object) -> bool:
 
 
 class Form(BaseWeights):
+    """The weights of a checkpoint of bitsandbytes: in 4 bits (NF4, FP4), in 8 bits (LLM.int8), or plain."""
+
     form = "bitsandbytes"
 
     def __init__(self, base: BaseFiles, config: Mapping[str, object]):
+        """Find the packed weights: 4 bits by their quant_state tensor, 8 bits by their scales `SCB`.
+
+        `shapes` gets their dense shapes and loses the tensors of scales and tables. `config` is not read.
+
+        Raises:
+            CheckpointError: a weight's codes are missing, or its state is invalid.
+        """
         super().__init__(base)
         self.states: dict[str, Json] = {}
         for key in base.tensors:
@@ -57,6 +70,12 @@ class Form(BaseWeights):
                 self.shapes.pop(part, None)
 
     def _four(self, name: str, key: str) -> None:
+        """Add the weight `name` in 4 bits, with the state in tensor `key`, to `states`, `packed` and `shapes`.
+
+        Raises:
+            CheckpointError: the state is invalid, or the codes, the scales (absmax) or the table (quant_map) are
+                missing.
+        """
         where = f"'{key}' of {self.base.path}"
         state = parse_json(bytes(self.base.tensors[key].load()), where)
         if not is_state(state) or not {name, f"{name}.absmax", f"{name}.quant_map"} <= self.base.tensors.keys():
@@ -67,6 +86,12 @@ class Form(BaseWeights):
         self.packed[name] = [name, *(p for end in ends if (p := f"{name}.{end}") in self.base.tensors), key]
 
     def unpack(self, name: str, parts: Mapping[str, Tensor]) -> torch.Tensor:
+        """Return the dense weight (out, in) in float32.
+
+        8 bits: codes times the row's scale / 127. 4 bits: two codes in a byte, the high one first, looked up in the
+        file's table and multiplied by the block's scale. The result is rounded to the state's dtype, since training saw
+        it so.
+        """
         if name not in self.states:
             scale = of_file(parts[f"{name.removesuffix('weight')}SCB"]).float()
             return of_file(parts[name]).float() * (scale / 127)[:, None]
@@ -80,7 +105,11 @@ class Form(BaseWeights):
         return W.to(state["dtype"]).float().view(state["shape"])  # rounded as training saw it
 
     def _scales(self, name: str, parts: Mapping[str, Tensor]) -> torch.Tensor:
-        """Return the scale of each block; they may be codes themselves."""
+        """Return the scale of each block in float32.
+
+        If the scales are quantized themselves, each is the table's value times the scale of its outer block, plus the
+        offset.
+        """
         absmax, state = of_file(parts[f"{name}.absmax"]), self.states[name]
         if f"{name}.nested_absmax" not in parts:
             return absmax.float()
@@ -89,6 +118,14 @@ class Form(BaseWeights):
         return values * outer.repeat_interleave(state["nested_blocksize"])[: len(values)] + state["nested_offset"]
 
     def pack(self, name: str, W: torch.Tensor) -> dict[str, Tensor]:
+        """Return the tensors of a packed weight for the dense `W`, with new codes and scales.
+
+        Tables and state are the old ones.
+
+        8 bits: the scale is the row's largest absolute value. 4 bits: W is rounded to the state's dtype, the scale is
+        the block's largest absolute value, and each code is that of the nearest value in the table. The codes keep
+        dtype and shape.
+        """
         old = self.parts(name)
         if name not in self.states:
             scale = W.abs().amax(1)
@@ -105,6 +142,10 @@ class Form(BaseWeights):
         return old | parts | self._pack_scales(name, scale, old)
 
     def _pack_scales(self, name: str, scale: torch.Tensor, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of new scales `scale` (blocks,): plain absmax, or quantized if the old ones were.
+
+        Quantized scales keep the old offset. Each outer block gets its largest absolute remainder as scale.
+        """
         if f"{name}.nested_absmax" not in old:
             return {f"{name}.absmax": to_file(scale)}
         state = self.states[name]
@@ -118,6 +159,6 @@ class Form(BaseWeights):
 
 
 def nearest(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Return the places of the nearest values in a table, in any order."""
+    """Return the index in `table` of the nearest entry for each value. The table may be in any order."""
     ordered, places = table.sort()
     return places[torch.bucketize(values, (ordered[1:] + ordered[:-1]) / 2)]

@@ -22,9 +22,19 @@ CODES = ("F8_E4M3", "F8_E5M2")
 
 
 class Form(BaseWeights):
+    """The weights of a checkpoint in 8-bit floats; tensors of other dtypes are plain."""
+
     form = "fp8"
 
     def __init__(self, base: BaseFiles, config: Json):
+        """Find each 8-bit tensor and its scales. `shapes` loses the scales, and those of activations.
+
+        Args:
+            config: the quantization config; `weight_block_size` gives the rows and columns of a block.
+
+        Raises:
+            UnsupportedLayerError: such a tensor has no scales, or is no matrix.
+        """
         super().__init__(base)
         block = config.get("weight_block_size")
         self.block = (int(block[0]), int(block[1])) if block else None
@@ -43,15 +53,25 @@ class Form(BaseWeights):
                 del self.shapes[part]
 
     def unpack(self, name: str, parts: Mapping[str, Tensor]) -> torch.Tensor:
+        """Return the dense weight (out, in) in float32: codes times the scales of their blocks."""
         return float8.decode(of_file(parts[name]), *self._scale(name, parts))
 
     def _scale(self, name: str, parts: Mapping[str, Tensor]) -> tuple[torch.Tensor, tuple[int, int] | None]:
-        """Return the scales of a weight and its blocks; None if they are of other sizes than config.json says."""
+        """Return the scales of a weight, and the block (rows, columns) of config.json.
+
+        The block is None if config.json has none, or if it does not fit the shape of the scales, which tells the block
+        then.
+        """
         scale = of_file(parts[f"{name}{SCALE}"])
         fits = self.block and scale.shape == tuple(-(-n // b) for n, b in zip(self.shapes[name], self.block))
         return scale, self.block if fits else None
 
     def pack(self, name: str, W: torch.Tensor) -> dict[str, Tensor]:
+        """Return the weight's tensors with new codes and scales for the dense `W`, in the dtypes and shapes of the old
+        ones.
+
+        Scales of activations are kept.
+        """
         old = self.parts(name)
         codes, scale = float8.encode(W, of_file(old[name]), *self._scale(name, old))
         return old | {name: to_file(codes), f"{name}{SCALE}": to_file(scale)}

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of compressed-tensors: integers of 8 bits, or of 4 packed into 32, with scales for rows or groups.
+"""Checkpoints of compressed-tensors: integers of 8 bits, or of 4 packed into 32, or 8-bit floats; scales for rows or
+groups.
 
-`x.weight` (int8) or `x.weight_packed` (int32, with `x.weight_shape`) comes with `x.weight_scale` and, if zero is not
-code 0, `x.weight_zero_point`.
+`x.weight` (int8) or `x.weight_packed` (int32, with `x.weight_shape`) has `x.weight_scale` and, if zero is not code 0,
+`x.weight_zero_point`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,22 @@ ENDS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_
 
 
 class Form(BaseWeights):
+    """The weights of a checkpoint of compressed-tensors; tensors without a `weight_scale` are plain."""
+
     form = "compressed-tensors"
 
     def __init__(self, base: BaseFiles, config: Json):
+        """Find the packed weights by their `weight_scale`.
+
+        `shapes` gets their dense shapes and loses their other tensors.
+
+        Args:
+            config: the quantization config.
+
+        Raises:
+            UnsupportedLayerError: a format other than those of packed or plain integers and 8-bit floats, transformed
+                weights, or a weight that `_check` refuses.
+        """
         super().__init__(base)
         kinds = {g.get("format") or config.get("format") for g in (config.get("config_groups") or {}).values()}
         strange = kinds - {"pack-quantized", "int-quantized", "naive-quantized", "float-quantized", None}
@@ -52,6 +66,12 @@ class Form(BaseWeights):
             self.shapes[name] = tuple(int(n) for n in of_file(base.tensors[shape])) if shape in parts else codes.shape
 
     def _check(self, name: str, parts: list[str], config: Json) -> None:
+        """Set the number of bits of weight `name`: 4 or 8 by the config if it is packed into int32, else 8.
+
+        Raises:
+            UnsupportedLayerError: groups have their own order (g_idx), the codes have another dtype than int32, int8 or
+                float8 e4m3, or packed weights have other or several numbers of bits.
+        """
         if f"{name}_g_idx" in parts:
             raise UnsupportedLayerError(
                 f"'{name}' has groups in an order of its own (g_idx), which merging cannot read."
@@ -66,6 +86,9 @@ class Form(BaseWeights):
         self.bits[name] = bits.pop() if kind == "I32" else 8
 
     def unpack(self, name: str, parts: Mapping[str, Tensor]) -> torch.Tensor:
+        """Return the dense weight in float32: (codes - zero point) * scale, rounded to the scale's dtype as the layer
+        computes it.
+        """
         codes, shape = of_file(parts[self.packed[name][0]]), self.shapes[name]
         if codes.dtype == torch.int32:
             codes = unpack_codes(codes, self.bits[name], shape[1])
@@ -76,6 +99,9 @@ class Form(BaseWeights):
         return (W * float8.expand_scales(scale, W.shape)).to(scale.dtype).float()  # as the layer computes it
 
     def _zero(self, name: str, parts: Mapping[str, Tensor], scale: torch.Tensor) -> torch.Tensor | None:
+        """Return the zero points in float32, unpacked along the rows if they are packed into int32; None if there are
+        none.
+        """
         if f"{name}_zero_point" not in parts:
             return None
         zero = of_file(parts[f"{name}_zero_point"])
@@ -84,11 +110,17 @@ class Form(BaseWeights):
         return zero.float()
 
     def pack(self, name: str, W: torch.Tensor) -> dict[str, Tensor]:
+        """Return the tensors of a packed weight for the dense `W`, with new codes and scales; zero points are the old
+        ones.
+
+        A scale grows only where the old one cannot reach all values, so that unchanged values keep their codes. Codes
+        are rounded, clamped to their range, and packed as before.
+        """
         old = self.parts(name)
         first, scale = of_file(old[self.packed[name][0]]), of_file(old[f"{name}_scale"])
         zero, kind = self._zero(name, old, scale), first.dtype
         most = 448.0 if kind == torch.float8_e4m3fn else 2.0 ** (self.bits[name] - 1) - 1
-        # the scales of the old weight where they reach, so that what did not change keeps its codes
+        # old scales where they suffice, so that unchanged values keep their codes
         if zero is None:
             reach = float8.find_block_maxima(W.float(), scale).reshape(scale.shape)
             grown = torch.where(reach > scale.float() * (most + 0.5), reach / most, scale.float()).to(scale.dtype)
@@ -105,18 +137,25 @@ class Form(BaseWeights):
         return old | {self.packed[name][0]: to_file(values), f"{name}_scale": to_file(grown)}
 
     def plain_config(self, config: Mapping[str, object]) -> Json:
+        """Return config.json without `quantization_config` and `compression_config`."""
         return {n: v for n, v in super().plain_config(config).items() if n != "compression_config"}
 
 
 def unpack_codes(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """Return the codes (rows, columns) in words of 32 bits, the first in the lowest bits; 0 is the smallest code."""
+    """Return the signed codes (rows, columns) in int8 from words of 32 bits; columns beyond `columns` are dropped.
+
+    The first code is in the lowest bits, and is stored plus 2^(bits-1): stored 0 is the smallest code.
+    """
     at = torch.arange(0, 32, bits)
     codes = (words[..., None] >> at) & (2**bits - 1)
     return (codes.flatten(1)[:, :columns] - 2 ** (bits - 1)).to(torch.int8)
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return codes (rows, columns) in words of 32 bits."""
+    """Return codes (rows, columns) packed into int32 words, the inverse of `unpack_codes`.
+
+    The last word of a row is filled up with stored zeros.
+    """
     each = 32 // bits
     raised = torch.nn.functional.pad(codes.long() + 2 ** (bits - 1), (0, -codes.shape[1] % each))
     words = (raised.view(len(codes), -1, each) << torch.arange(0, 32, bits)).sum(-1)
@@ -124,7 +163,10 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def extend_scales(W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, most: float) -> torch.Tensor:
-    """Return scales that let codes from -most - 1 to most, minus their zero, cover all values of each group."""
+    """Return scales that let codes from -most - 1 to most, minus their zero point, cover all values of each group of W.
+
+    A scale that suffices stays. A group's end with the code `zero` itself cannot be extended, and is skipped.
+    """
     parts = W.float().reshape(*scale.shape, -1)
     for end, last in ((parts.amax(-1), most - zero), (parts.amin(-1), -most - 1 - zero)):
         beyond = (last != 0) & (end / last > scale)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes of an adapter file's parts to the tensors of a checkpoint."""
+"""The changes that the parts of an adapter file make to the tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TensorChange:
 
 @dataclass
 class MergeJob:
-    """An adapter on its way into a checkpoint."""
+    """One adapter that is merged into a checkpoint, with the data that merging needs."""
 
     adapter: AdapterFile
     weight: float
@@ -68,18 +68,26 @@ class MergeJob:
 
     @property
     def name(self) -> str:
+        """The path of the adapter file, for errors."""
         return self.adapter.path
 
     def misfit(self, path: str, why: str) -> BaseModelMismatchError:
+        """Return (do not raise) a BaseModelMismatchError: the adapter does not fit the base at `path`, with the reason
+        `why`.
+        """
         return BaseModelMismatchError(f"Adapter '{self.name}' does not fit the base at '{path}': {why}.")
 
 
 def list_changes(job: MergeJob) -> list[TensorChange]:
-    """Return the changes of a file's low-rank parts, whole tensors and rows to a checkpoint, in order.
+    """Return the changes of an adapter to a checkpoint: whole tensors, then low-rank parts with their biases, then
+    rows.
+
+    Parts that are not low rank (`OtherMethod`) are left out.
 
     Raises:
-        BaseModelMismatchError: something has no place in the checkpoint, or another shape there.
-        LossError: the adapter has no merged form, or its file lacks the change that its start made to the base.
+        BaseModelMismatchError: a tensor has no place in the checkpoint, or another shape there.
+        LossError: the config has a field that no weight can hold, or the start changed the base and the file does not
+            say how.
     """
     result = list[TensorChange]()
     if named := [PARTS[name] for name in FIELDS if job.adapter.config.get(name)]:
@@ -96,7 +104,7 @@ def list_changes(job: MergeJob) -> list[TensorChange]:
     spots = job.places.locate_all(
         [weight_name(path, lora) for path, lora in low.items()] + list(job.adapter.rows), job.name
     )
-    for name, value in job.adapter.full.items():  # first, since some files bring along what their factors add to
+    for name, value in job.adapter.full.items():  # first, since factors may add to a tensor of the same file
         result += replace_whole(job, name, value)
     for path, lora in low.items():
         for spot in spots[weight_name(path, lora)]:
@@ -109,6 +117,7 @@ def list_changes(job: MergeJob) -> list[TensorChange]:
 
 
 def weight_name(path: str, lora: LowRank) -> str:
+    """Return the name of the tensor that a low-rank part changes: `path` for a stack of experts, else `path`.weight."""
     return path if lora.kind == "experts" else f"{path}.weight"
 
 
@@ -116,6 +125,13 @@ def weight_name(path: str, lora: LowRank) -> str:
 
 
 def fold_low_rank(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> TensorChange:
+    """Return the change of one low-rank part to the tensor at `spot`.
+
+    The tensor is the file's own whole tensor of that name, if it has one, else the checkpoint's.
+
+    Raises:
+        BaseModelMismatchError: factors or magnitude do not fit the shape.
+    """
     replacement = job.adapter.full.get(weight_name(path, lora))
     shape = job.places.shapes[spot.key] if replacement is None else replacement.shape
     view = orientation(job, path, lora, spot, shape)
@@ -126,6 +142,12 @@ def fold_low_rank(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> Tensor
     shift = None if lora.shift is None else Shift(lora, job.adapter.config, job.kinds.get(spot.key))
 
     def fold(W: torch.Tensor, read_value: Read) -> torch.Tensor:
+        """Return W with the adapter merged into each of its matrices. W may be overwritten.
+
+        Without magnitude and shift: W + weight · scale · B A. Else the shift moves the matrix first, scale · B A is
+        added, and each row is multiplied by magnitude / norm. Norms and shifts are those of the value that `read_value`
+        returns, without earlier merges. Then W goes the part `weight` of the way to that result.
+        """
         read_value = read_value if replacement is None else lambda: to_wide(replacement)
         folded = W if adds or job.weight == 1 else W.clone()
         for matrix, before, A, B in list_matrices(lora, spot, view, folded, read_value):
@@ -148,14 +170,17 @@ def fold_low_rank(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> Tensor
 
 
 class Shift:
-    """The product that an initialisation subtracted from a weight before training: a base that still has it loses it
+    """The product that an initialisation subtracted from a weight before training; a base that still has it loses it
     now.
 
     Args:
-        kind: dtype of the base's weight in training.
+        kind: dtype of the base's weight in training; None: no rounding.
     """
 
     def __init__(self, lora: LowRank, config: Json, kind: torch.dtype | None):
+        """Keep the factors, the sample of the weight before and after, and the bits of LoftQ (4 by default; None for
+        others).
+        """
         assert lora.shift is not None
         self.A, self.B = lora.shift
         self.sample = lora.extra.get("lora_shift.sample")
@@ -164,6 +189,10 @@ class Shift:
         self.kind = kind
 
     def __call__(self, W: torch.Tensor) -> torch.Tensor:
+        """Return W minus the product B A, in new memory; W itself if its sample shows that the base is changed already.
+
+        For LoftQ the result is rounded to its bits. It is rounded to the dtype of training.
+        """
         if self.sample is not None:
             current, (fresh, changed) = sample(W), to_wide(self.sample)
             if torch.dist(current, changed) < torch.dist(current, fresh) and are_near(current, changed):
@@ -179,6 +208,12 @@ def orientation(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the function that views a stored weight, or a matrix of a stack, as the matrix (out, fan_in) that B A adds
     to.
+
+    The view is flattened to two dimensions, or transposed where the weight is stored (in, out). For a square matrix
+    `square_is_turned` decides; embeddings are always transposed.
+
+    Raises:
+        BaseModelMismatchError: the shape fits neither, or a stack has another number of experts.
     """
     out, fan_in = matrix_sizes(lora, spot)
     matrix_shape = shape[1:] if lora.kind == "experts" and spot.expert is None else shape
@@ -197,11 +232,17 @@ def orientation(
 
 
 def groups_hint(lora: LowRank, own: tuple[int, ...], out: int, fan_in: int) -> str:
+    """Return a hint for an error if a convolution's shape fits only with groups; else ""."""
     grouped = lora.kind == "conv" and own and own[0] == out and len(own) > 2 and fan_in % max(1, prod(own[1:])) == 0
     return " (a convolution with groups has no weight that says what the adapter does)" if grouped else ""
 
 
 def square_is_turned(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> bool:
+    """Return True if a square weight is stored (in, out).
+
+    A stack of experts: by `job.stacked`; a single expert's matrix and a convolution: never; others: by config of
+    adapter and base.
+    """
     if lora.kind == "experts":
         return spot.expert is None and job.stacked(path)
     if lora.kind == "conv":
@@ -210,7 +251,10 @@ def square_is_turned(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> boo
 
 
 def matrix_sizes(lora: LowRank, spot: Spot) -> tuple[int, int]:
-    """Return (out, fan_in) of the matrix that B A adds to."""
+    """Return (out, fan_in) of the matrix that B A adds to.
+
+    For experts, only the rows at `spot` count. For a convolution, fan_in includes the kernel.
+    """
     if lora.kind == "experts":
         out, fan_in = lora.B.shape[1], lora.A.shape[2]
         return (out if spot.rows is None else spot.rows[1]), fan_in
@@ -221,8 +265,11 @@ def matrix_sizes(lora: LowRank, spot: Spot) -> tuple[int, int]:
 def list_matrices(
     lora: LowRank, spot: Spot, view: Callable[[torch.Tensor], torch.Tensor], W: torch.Tensor, own: Read
 ) -> Iterator[tuple[torch.Tensor, Callable[..., torch.Tensor], torch.Tensor, torch.Tensor]]:
-    """Yield each matrix (out, fan_in) of a weight, a function that returns the checkpoint's matrix, and the factors A
-    and B.
+    """Yield for each matrix of a weight: its view in W, a function that returns the checkpoint's matrix, and its
+    factors A and B.
+
+    One matrix, except for a whole stack of experts, which has one for each. A Tucker core is multiplied into A. Factors
+    are in float32 or float64, with two dimensions.
     """
     A, B = to_wide(lora.A), to_wide(lora.B)
     if lora.kind != "experts":
@@ -239,7 +286,11 @@ def list_matrices(
 
 
 def change_bias(job: MergeJob, path: str, lora: LowRank) -> TensorChange:
-    """Return the change of a bias, which the second factor's own bias adds to."""
+    """Return the change that adds the bias of the second factor, times scale and weight, to the layer's bias.
+
+    Raises:
+        BaseModelMismatchError: the layer has no bias, or one of another shape.
+    """
     assert lora.bias is not None
     spot = job.places.find(f"{path}.bias")
     if not spot:
@@ -249,6 +300,7 @@ def change_bias(job: MergeJob, path: str, lora: LowRank) -> TensorChange:
         raise job.misfit(path, f"its bias is {tuple(value.shape)}, '{spot[0].key}' {shape}")
 
     def fold(b: torch.Tensor, own: Read) -> torch.Tensor:
+        """Add weight · scale · bias to `b` in place, and return it."""
         return b.add_(to_wide(value).to(b.dtype), alpha=lora.scale * job.weight)
 
     return TensorChange(spot[0].key, f"{path}.bias", fold, shape, (value, lora.scale))
@@ -258,7 +310,13 @@ def change_bias(job: MergeJob, path: str, lora: LowRank) -> TensorChange:
 
 
 def replace_whole(job: MergeJob, name: str, value: Tensor) -> list[TensorChange]:
-    """Return the changes that replace a base tensor by a trained one, or add it if the base has none."""
+    """Return the changes that replace a base tensor by a trained one, one for each place; or one that adds it as a new
+    tensor.
+
+    Raises:
+        BaseModelMismatchError: the shape differs beyond the first dimension, or a new tensor is not in
+            `modules_to_save`.
+    """
     spots = job.places.find(name)
     if spots is None and name in list_unnamed(job.adapter):
         raise job.misfit(name, "it is a tensor that neither the base has nor the adapter's modules_to_save names")
@@ -268,6 +326,12 @@ def replace_whole(job: MergeJob, name: str, value: Tensor) -> list[TensorChange]
 
 
 def replace_part(job: MergeJob, name: str, value: Tensor, spot: Spot) -> TensorChange:
+    """Return the change that replaces the tensor at `spot` by its part of a trained one: all, one expert, or rows of an
+    expert.
+
+    Raises:
+        BaseModelMismatchError: the shapes differ; another number of rows is allowed outside of experts.
+    """
     shape = job.places.shapes[spot.key]
     cut = value.shape
     if spot.expert is not None:
@@ -277,6 +341,11 @@ def replace_part(job: MergeJob, name: str, value: Tensor, spot: Spot) -> TensorC
         raise job.misfit(name, f"it brings a tensor {tuple(value.shape)}, '{spot.key}' is {shape}")
 
     def fold(W: torch.Tensor, own: Read) -> torch.Tensor:
+        """Return the trained values for weight 1, else W moved the part `weight` of the way to them, in place.
+
+        Raises:
+            OptionError: the weight is not 1 and the sizes differ.
+        """
         new = to_wide(value)
         if spot.expert is not None:
             new = new[spot.expert]
@@ -294,7 +363,13 @@ def replace_part(job: MergeJob, name: str, value: Tensor, spot: Spot) -> TensorC
 
 
 def replace_rows(job: MergeJob, name: str, indices: Tensor, values: Tensor, spots: list[Spot]) -> TensorChange:
-    """Return the change that replaces rows of an embedding by trained ones."""
+    """Return the change that replaces rows of an embedding by trained ones.
+
+    The file's own whole embedding, if it has one, gives the shape. Several indices of one token are merged.
+
+    Raises:
+        BaseModelMismatchError: the width differs, the embedding is no matrix, or an index is beyond its rows.
+    """
     (spot,) = spots
     replacement = job.adapter.full.get(name)
     shape = job.places.shapes[spot.key] if replacement is None else replacement.shape
@@ -304,6 +379,10 @@ def replace_rows(job: MergeJob, name: str, indices: Tensor, values: Tensor, spot
         raise job.misfit(name, f"it brings rows {tuple(values.shape)} up to number {int(at.max())}, of {shape}")
 
     def fold(W: torch.Tensor, own: Read) -> torch.Tensor:
+        """Overwrite the rows of W, for another weight than 1 move them part of the way, and return W.
+
+        A token that is named several times gets the mean of its rows.
+        """
         new = to_wide(values).to(W.dtype)
         if len(distinct) < len(at):  # a token that is named several times has the mean of its rows
             new = torch.zeros(len(distinct), new.shape[1], dtype=new.dtype).index_add_(0, place, new)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merge adapter files into a model's folder, tensor by tensor: at no time is more than one weight in memory."""
+"""Merge adapter files into a model's folder, tensor by tensor: at most one weight is in memory."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ ELSEWHERE = (
     "*.index.json",
     "README.md",
     CERTIFICATE,
-)  # of a base: what a merge writes, or nobody misses
+)  # files of a base that a merge writes anew, or that are not needed
 KEPT = 0.9  # share of an update; less is worth a note
 Others = Callable[[MergeJob, BaseFiles], list[TensorChange]]  # changes of the parts of an adapter that are not low rank
 
@@ -89,25 +89,26 @@ def merge_adapters(
     """Write a model's folder with adapters merged into it, one after another: W ← W + weight · ΔW, rounded once.
 
     Peak memory is one weight in float32, plus the temporaries of the certificate's figures. The same call continues a
-    run that was killed; a run that fails leaves nothing. Sources are never changed.
+    run that was killed; an error deletes the unfinished output. Sources are never changed.
 
     Args:
         base: a folder with config.json and safetensors files.
         adapters: files or folders of any format that graft reads.
-        weights: one for each adapter; None: 1. An adapter that does not add, such as DoRA, is put in the part of the
-            way to the weight that it makes.
+        weights: one for each adapter; None: 1. For an adapter that does not add, such as DoRA, W moves that part of the
+            way to the adapter's result.
         dtype: "float32", "float16", "bfloat16" for all floating tensors; None: each keeps its own.
         shard_size: bytes; None: the base's shards.
         certificate: write merge.json.
-        keep_quantized: a quantized checkpoint stays so; else it becomes a dense one.
+        keep_quantized: a quantized checkpoint stays quantized; else it becomes a dense one.
         force: replace an output that exists.
-        dry_run: check all and write nothing.
-        others: the function that merges the parts of adapters that are not low rank; None: they are refused.
-        step: called with the name of each shard when it stands.
+        dry_run: check everything, write nothing, and return the account without measures.
+        others: the function that returns changes of parts that are not low rank; None: such adapters are refused.
+        step: called with the name of each shard that is finished.
 
     Raises:
         OutputExistsError, CheckpointError, BaseModelMismatchError, LossError, OptionError, OSError: before anything has
-            been written, except for faults of values, such as NaN.
+            been written, except for faults of values.
+        NonFiniteError: a merged weight holds NaN or is infinite, or does not fit float16.
     """
     files = read_base_files(base)
     output, paths = os.fspath(output), [os.fspath(a) for a in adapters]
@@ -137,7 +138,10 @@ def merge_adapters(
 
 
 def digest_inputs(paths: Iterable[str], options: list[object]) -> str:
-    """Return a digest of all that an output depends on: the inputs by size and time, and the options."""
+    """Return a sha256 digest of the options and of each input file's path, size and modification time.
+
+    Files of a folder count without subfolders and hidden files.
+    """
     seen: list[object] = [options]
     for path in paths:
         for name in sorted(list_input_files(path)):
@@ -147,14 +151,19 @@ def digest_inputs(paths: Iterable[str], options: list[object]) -> str:
 
 
 def list_input_files(path: str) -> list[str]:
-    """Return the files of a folder, or the file itself."""
+    """Return the files directly in a folder without hidden ones, or the file itself; [] if the path does not exist."""
     if not os.path.isdir(path):
         return [path] if os.path.exists(path) else []
     return [e.path for e in os.scandir(path) if e.is_file() and not e.name.startswith(".")]
 
 
 class Work:
-    """A merge that is checked and not written yet."""
+    """A merge that is checked and not yet written.
+
+    Attributes:
+        changed: name of an output tensor → its changes, in the order of the adapters.
+        notes: sentences for the user.
+    """
 
     def __init__(
         self,
@@ -165,6 +174,16 @@ class Work:
         keep_quantized: bool,
         others: Others | None,
     ):
+        """Read all adapters, list their changes, and check them against the base and each other.
+
+        No weight is merged yet.
+
+        Raises:
+            OptionError: there is no adapter, the number of weights differs, a weight is not finite, the dtype is
+                unknown, `keep_quantized` for a plain base, or adapters exclude each other.
+            LossError, BaseModelMismatchError, CheckpointError, UnsupportedLayerError: an adapter or the base cannot be
+                merged.
+        """
         if not adapters:
             raise OptionError("There is no adapter to merge.")
         if len(weights) != len(adapters):
@@ -198,6 +217,11 @@ class Work:
         self._check_writable()
 
     def _read(self, path: str) -> AdapterFile:
+        """Return the adapter at `path`, with KaSA converted to LoRA.
+
+        Raises:
+            LossError: it has tensors that graft does not know.
+        """
         adapter = read(path, self.base)
         if adapter.unknown_keys:
             raise LossError(
@@ -207,6 +231,14 @@ class Work:
         return kasa_to_lora(adapter, self.base)
 
     def _add(self, job: MergeJob, others: Others | None) -> None:
+        """Add one adapter's changes to `changed`, and a note where it replaces the result of an earlier one.
+
+        Raises:
+            LossError: the adapter is not low rank and `others` is None.
+            CheckpointError: it changes no weight.
+            OptionError: it and an earlier adapter bring the same new tensor, give a tensor different shapes, or replace
+                the same rows or a tensor that has one value.
+        """
         adapter = job.adapter
         self.tied.look_at(adapter)
         new_changes = list_changes(job)
@@ -238,7 +270,11 @@ class Work:
             before.append(change)
 
     def _is_stored_transposed(self, path: str) -> bool:
-        """Return True if the module of a parameter says that the matrices of its stacks are stored (in, out)."""
+        """Return True if the parameter's module in the base's model has `is_transposed`: its stacks are stored (in,
+        out).
+
+        False if the model or the module is unknown.
+        """
         model = self.model()
         try:
             owner = None if model is None else model.get_submodule(path.rpartition(".")[0])
@@ -247,6 +283,9 @@ class Work:
         return bool(getattr(owner, "is_transposed", False))
 
     def _check_writable(self) -> None:
+        """Raise BaseModelMismatchError if a changed tensor of the base is neither floating point nor packed in a known
+        form.
+        """
         for key in self.changed:
             kind = None if key not in self.base.tensors else self.base.tensors[key].dtype
             if key not in self.base_weights.packed and kind is not None and kind not in FLOATS:
@@ -255,10 +294,14 @@ class Work:
                     "graft cannot merge into it."
                 )
 
-    # what will be written
+    # the plan of the output
 
     def layout(self, shard_size: int | None) -> dict[str, list[Out]]:
-        """Return the tensors of each file of the output."""
+        """Return file → its tensors for the output, in the order of the base's shards.
+
+        New tensors go to the file of the tensor that they are tied to, else to the last. Files without tensors are left
+        out. With `shard_size` in bytes the tensors are split anew.
+        """
         parts = {part: name for name, names in self.base_weights.packed.items() for part in names}
         by_file: dict[str, list[Out]] = {name: [] for name in list_shards(self.base.path)}
         for key, file in self.base.files.items():
@@ -276,7 +319,11 @@ class Work:
         return by_file if shard_size is None else split_shards(by_file, shard_size)
 
     def _list_packed(self, name: str, key: str) -> list[Out]:
-        """Return the output's tensors for one tensor of a packed weight; [] if another tensor covers it."""
+        """Return the output's tensors for the tensor `key` of the packed weight `name`.
+
+        Kept quantized: `key` itself, copied or packed anew. Else the dense weight, if `key` is the first of its
+        tensors, and [] for the others.
+        """
         if self.keep:
             if name not in self.changed:
                 return [self._copy(key, cast=False)]
@@ -285,21 +332,31 @@ class Work:
         return [self._edit(name)] if key == self.base_weights.packed[name][0] else []
 
     def _copy(self, key: str, cast: bool = True) -> Out:
+        """Return the output tensor that copies a base tensor; a floating one is cast to the output's dtype unless
+        `cast` is False.
+        """
         tensor = self.base.tensors[key]
         if cast and self.dtype is not None and tensor.dtype in FLOATS and tensor.dtype != self.dtype:
             return Out(key, self.dtype, tensor.shape, partial(self._cast, key, self.dtype))
         return Out(key, tensor.dtype, tensor.shape, lambda: (tensor.load(), None))
 
     def _cast(self, key: str, dtype: str) -> tuple[Bytes, None]:
+        """Return the bytes of a base tensor in another dtype, and no certificate entry."""
         return to_bytes(self._in_dtype(key, self.base_weights.read(key), dtype)), None
 
     def _edit(self, key: str) -> Out:
+        """Return the output tensor of a dense weight with its changes, if it has some, in the last change's shape."""
         folds = self.changed.get(key, [])
         shape = folds[-1].shape if folds else self.tied.shapes[key]
         dtype = self._dtype(key)
         return Out(key, dtype, shape, partial(self._fold, key, dtype))
 
     def _dtype(self, key: str) -> str:
+        """Return safetensors' name of an output tensor's dtype.
+
+        The option's dtype, else that of unpacked weights for a packed one, else the base tensor's. A new tensor gets
+        the base's most frequent floating dtype, "F32" without one.
+        """
         if self.dtype is not None:
             return self.dtype
         source = self.tied.source(key)
@@ -313,11 +370,19 @@ class Work:
     # values
 
     def _read_own(self, key: str) -> torch.Tensor:
+        """Return a copy of the base's value of a tensor, or of the one that it is tied to, in float32 or float64."""
         W = self.base_weights.read(self.tied.source(key))
         return W.to(torch.promote_types(W.dtype, torch.float32), copy=True)
 
     @torch.no_grad()
     def _exact(self, key: str) -> torch.Tensor:
+        """Return a tensor with all its changes applied, in at least float32.
+
+        A new tensor starts from an empty one.
+
+        Raises:
+            NonFiniteError: a change leads to NaN or infinite values.
+        """
         folds = self.changed.get(key, [])
         W = torch.empty(0) if folds and folds[0].new else self._read_own(key)
         for i, change in enumerate(folds):
@@ -327,17 +392,23 @@ class Work:
         return W
 
     def _fold(self, key: str, dtype: str) -> tuple[Bytes, Json | None]:
+        """Return the bytes of a merged tensor in `dtype`, and its certificate entry."""
         exact = self._exact(key)
         after = self._in_dtype(key, exact, dtype)
         return to_bytes(after), self._row(key, exact, after)
 
     def _in_dtype(self, key: str, exact: torch.Tensor, dtype: str) -> torch.Tensor:
+        """Return the values in `dtype`. Raises NonFiniteError if a value is beyond float16's range."""
         after = exact.to(TORCH[dtype])
         if dtype == "F16" and not after.isfinite().all():
             raise NonFiniteError(f"'{key}' holds numbers beyond float16's 65504: use --dtype bfloat16 or float32.")
         return after
 
     def _row(self, key: str, exact: torch.Tensor, after: torch.Tensor) -> Json | None:
+        """Return the certificate entry of a merged tensor: its losses, {"new": True}, or {"resized": [old, new shape]}.
+
+        None for a tensor without changes.
+        """
         if key not in self.changed:
             return None
         if self.changed[key] and self.changed[key][0].new:
@@ -349,6 +420,11 @@ class Work:
 
     @torch.no_grad()
     def _repack(self, name: str, key: str) -> tuple[Bytes, Json | None]:
+        """Return the bytes of tensor `key` of the packed weight `name`, merged and packed anew, and a certificate
+        entry.
+
+        The entry, with the losses of rounding and packing, is on the first of its tensors only; None on the others.
+        """
         exact = self._exact(name)
         parts = self.base_weights.pack(name, exact)
         row = None
@@ -360,9 +436,15 @@ class Work:
     # the rest
 
     def small_files(self, folder: str, layout: dict[str, list[Out]]) -> None:
-        """Write config and index, and copy the other files that the model needs."""
+        """Write config.json and the index to `folder`, and copy the files that the model needs besides its weights.
+
+        No config is written if the base has none, and no index if the only shard is model.safetensors.
+
+        Raises:
+            CheckpointError: a file leads out of the base's folder by now.
+        """
         for name in self.beside:
-            check_file_is_inside(self.base.path, name)  # once more, since the work took its time
+            check_file_is_inside(self.base.path, name)  # once more, since the merge may have taken hours
             target = os.path.join(folder, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
             replace_file(target, partial(shutil.copyfile, os.path.join(self.base.path, name)))
@@ -376,7 +458,11 @@ class Work:
             replace_file(os.path.join(folder, INDEX), json.dumps(index, indent=2) + "\n")
 
     def config(self) -> Json:
-        """Return config.json of the output."""
+        """Return config.json of the output, from the base's.
+
+        Quantization is removed unless kept; dtype, ties, vocabulary size, and the class and labels of a new head are
+        set where the merge changed them.
+        """
         config = dict(self.base.config)
         if self.base_weights.packed and not self.keep:
             config = self.base_weights.plain_config(config)
@@ -389,7 +475,7 @@ class Work:
 
 
 def list_needed_files(base: BaseFiles, notes: list[str]) -> list[str]:
-    """Return the names of files that a model needs besides its weights. Add a note about files that are left out.
+    """Return the names of files that a model needs besides its weights. Add a note about files that are not copied.
 
     Raises:
         CheckpointError: one of them, or of the weights, is no file, or a link that leads out of the folder.
@@ -408,7 +494,10 @@ def list_needed_files(base: BaseFiles, notes: list[str]) -> list[str]:
 
 
 def split_shards(by_file: dict[str, list[Out]], size: int) -> dict[str, list[Out]]:
-    """Return the same tensors in files of at most that many bytes, where no tensor is larger."""
+    """Return the tensors in new files of at most `size` bytes, in the same order; a larger tensor gets a file alone.
+
+    The name is model.safetensors for one file, else model-00001-of-N.safetensors.
+    """
     groups: list[list[Out]] = [[]]
     for out in (out for outs in by_file.values() for out in outs):
         if groups[-1] and sum(o.nbytes for o in groups[-1]) + out.nbytes > size:
@@ -420,7 +509,7 @@ def split_shards(by_file: dict[str, list[Out]], size: int) -> dict[str, list[Out
 
 
 def note_losses(account: Merged) -> None:
-    """Add a note about updates that rounding removed for the most part."""
+    """Add one note to the account if rounding removed more than a tenth of the update of some tensors."""
     lost = {key: row["kept"] for key, row in account.tensors.items() if row.get("kept", 1.0) < KEPT}
     if lost:
         worst = min(lost, key=lost.__getitem__)
@@ -431,6 +520,11 @@ def note_losses(account: Merged) -> None:
 
 
 def make_certificate(work: Work, place: Workplace, account: Merged) -> Json:
+    """Return the content of merge.json: base, adapters and output files with sha256, options, entries of tensors,
+    notes.
+
+    Reads all files of base and adapters for their digests.
+    """
     from graft.config.base import FORMAT_VERSION
 
     base = [os.path.join(work.base.path, name) for name in {*work.base.files.values(), "config.json"}]
@@ -448,7 +542,7 @@ def make_certificate(work: Work, place: Workplace, account: Merged) -> Json:
 
 
 def hash_files(paths: Iterable[str]) -> dict[str, str]:
-    """Return the sha256 of files, by their names."""
+    """Return file name → sha256 for the files at `paths`. Files that do not exist are left out."""
     by_name = {}
     for path in sorted(paths):
         with suppress(FileNotFoundError):

@@ -36,8 +36,14 @@ NAME = "default"
 
 
 def merge_files(base: str | os.PathLike[str], adapters: Any, output: str | os.PathLike[str], **options: Any) -> Merged:
-    """Merge adapter files into a model's folder, tensor by tensor, of every method that has a merged form: see
-    `graft.files.merging.merge.merge`."""
+    """Merge adapter files of any method with a merged form into a model's folder, tensor by tensor.
+
+    `merge_adapters` has the options, result and errors. Values are computed on the CPU, whatever torch's default
+    device.
+
+    Args:
+        adapters: one path, or a list.
+    """
     adapters = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
     with build_on(torch.device("cpu")):  # values come from files, whatever device a process has as its default
         return merge_adapters(base, adapters, output, others=list_method_changes, **options)
@@ -46,9 +52,13 @@ def merge_files(base: str | os.PathLike[str], adapters: Any, output: str | os.Pa
 def list_method_changes(job: MergeJob, base: BaseFiles) -> list[TensorChange]:
     """Return the changes of an adapter's parts that are not low rank to a checkpoint.
 
+    Loads the adapter onto the base's model with zeros as weights. A module that the adapter replaces whole may not be
+    changed by another adapter.
+
     Raises:
-        LossError: they have no merged form.
-        BaseModelMismatchError: transformers does not know the base, or it has no place for them.
+        LossError: a part has no merged form (prompts, FROD without its basis, an effect that depends on the input, or
+            one on a block).
+        BaseModelMismatchError: transformers does not know the base, or it has no place for a part.
     """
     adapter = job.adapter
     if adapter.method in peft.PROMPTS:
@@ -63,7 +73,7 @@ def list_method_changes(job: MergeJob, base: BaseFiles) -> list[TensorChange]:
     asked: dict[object, bool] = {}
     if absent := [p for p, module in adapter.modules.items() if p not in layers and not isinstance(module, LowRank)]:
         raise job.misfit(absent[0], "there is no such layer in the model")
-    for path, layer in layers.items():  # which may have all their tensors in common, as UniLoRA's
+    for path, layer in layers.items():  # in UniLoRA the layers share all their tensors
         if isinstance(adapter.modules.get(path), LowRank):
             continue
         m = layer.methods[NAME]
@@ -82,7 +92,15 @@ def list_method_changes(job: MergeJob, base: BaseFiles) -> list[TensorChange]:
 
 
 def load_layers(job: MergeJob, base: BaseFiles) -> dict[str, AdapterLayer]:
-    """Return the layers of an adapter on the base's model, with zeros as weights, which take no memory."""
+    """Return path → layer of the base's model with the adapter as "default".
+
+    The weights are zeros that take no memory.
+
+    A file of another format is first written as PEFT's to a temporary folder. Warnings of loading are suppressed.
+
+    Raises:
+        BaseModelMismatchError: transformers does not know the base.
+    """
     kind = head_class(base.config, job.adapter) if job.adapter.full else None
     model = build_meta_model(base.path, kind)
     if model is None:
@@ -103,6 +121,17 @@ def load_layers(job: MergeJob, base: BaseFiles) -> dict[str, AdapterLayer]:
 def list_layer_changes(
     job: MergeJob, path: str, layer: AdapterLayer, m: Method, asked: dict[object, bool]
 ) -> list[TensorChange]:
+    """Return the changes of one layer's adapter `m`: to its weight, unless its effect keeps it, and to its bias, if it
+    changes that.
+
+    Args:
+        path: of the layer.
+        asked: the cache of `changes_bias`, filled here.
+
+    Raises:
+        BaseModelMismatchError: the checkpoint holds the weight in several tensors, by expert, or in another shape; or
+            the bias that would change does not exist.
+    """
     name = f"{path}.{layer.site.parameter}" if not path.endswith(f".{layer.site.parameter}") else path
     (spot, *more) = job.places.locate_all([name], job.name)[name]
     shape = job.places.shapes[spot.key]
@@ -114,7 +143,7 @@ def list_layer_changes(
         raise job.misfit(path, f"'{spot.key}' {shape} is not the layer's weight as the model holds it")
     bias = job.places.find(f"{path}.bias")
     key = bias[0].key if bias and getattr(layer.base_layer, "bias", None) is not None else None
-    kind = job.kinds.get(spot.key)  # what a model has that is loaded from the checkpoint
+    kind = job.kinds.get(spot.key)  # the dtype of a model that is loaded from the checkpoint
     where = layer.where if kind is None or kind.itemsize < 2 else (layer.where[0], kind)
     layer_changes = []
     if not m.effect.keeps_weight:
@@ -128,7 +157,11 @@ def list_layer_changes(
 
 
 def changes_bias(layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> bool:
-    """Return True if an adapter changes the bias; one layer of those with the same method, config and kind answers."""
+    """Return True if adapter `m` changes the bias of its layer.
+
+    Computed once, on zeros, for layers with the same method, config, layer type, and bias or none; `asked` is the
+    cache.
+    """
     kind = (type(m), id(m.cfg), type(layer.op), getattr(layer.base_layer, "bias", None) is None)
     if kind not in asked:
         with torch.no_grad(), EvaluationMode(layer):
@@ -141,9 +174,13 @@ def changes_bias(layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> b
 
 
 def recompute_values(layer: AdapterLayer, m: Method, where: Where) -> None:
-    """Let an adapter compute, from the true weight, the tensors that its file lacks; it was loaded on zeros.
+    """Compute from the true weight the tensors that an adapter's file lacks; the adapter was loaded on zeros.
 
-    where: dtype of the weight in a model, to which the result is rounded.
+    A method that reads the weight before loading is initialised anew, without a change of the random state, and gets
+    the file's tensors back. Then `finish_load` runs. All in place.
+
+    Args:
+        where: device and dtype for the adapter.
     """
     if WeightUse.BEFORE_LOAD in m.uses_weight():
         saved = [(slot, t.clone()) for slot, t in layer.tensors(m.name)]
@@ -165,11 +202,16 @@ def fold(
     value: torch.Tensor,
     own: Read,
 ) -> torch.Tensor:
-    """Return the merged weight, or the merged bias, of an adapter's layer.
+    """Return the merged weight, or the merged bias, of an adapter's layer, in the checkpoint's orientation.
+
+    Puts the checkpoint's weight and bias into the layer, computes tensors that the file lacks, and merges `value`. For
+    another job weight than 1 `value` goes that part of the way. The layer gets zeros again, after an error too.
 
     Args:
-        where: as of `recompute_values`.
+        where: device and dtype for the adapter's tensors.
+        of_bias: `value` is the bias.
         other: the checkpoint's name of the bias, or of the weight if `value` is the bias; None: there is none.
+        own: returns the checkpoint's value, before earlier adapters.
     """
     beside = None if other is None else job.read(other)
     W, b = (beside, value) if of_bias else (value, beside)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the shards of a model one after another, each tensor when it is its turn; go on where a killed run stopped."""
+"""Write the shards of a model one after another, making each tensor just before; continue where a killed run
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -46,16 +48,24 @@ class Out:
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensor in the file, by shape and dtype."""
         return prod(self.shape) * BITS[self.dtype] // 8
 
 
 def write_shard(path: str, outs: Sequence[Out]) -> tuple[str, list[Json]]:
-    """Write a safetensors file, which appears whole; return its sha256, and its tensors' entries for the
-    certificate.
+    """Write a safetensors file, making each tensor in turn.
+
+    Return its sha256, and its tensors' entries for the certificate.
+
+    The file replaces an older one in one step, once it is complete.
     """
     digest, rows = hashlib.sha256(), list[Json]()
 
     def load(out: Out) -> Bytes:
+        """Make a tensor, keep its certificate entry (if not None) with its name, and return its bytes.
+
+        Raises AssertionError if their number is not that of shape and dtype.
+        """
         data, row = out.make()
         assert len(data) == out.nbytes, out.name
         if row is not None:
@@ -79,7 +89,8 @@ def sha256_of(path: str) -> str:
 def is_note(note: object, changed: Collection[str]) -> bool:
     """Return True if a state's note about a shard has the form that `Workplace.write` gives it.
 
-    changed: tensors that its rows may name.
+    It has "sha256" and "rows". Each row names a tensor of `changed`, and has either all measures as floats, or only
+    "new" or "resized".
     """
     rows = note.get("rows") if isinstance(note, dict) and "sha256" in note else None
     return isinstance(rows, list) and all(
@@ -97,13 +108,17 @@ def is_note(note: object, changed: Collection[str]) -> bool:
 class Workplace:
     """A locked folder next to the output, under a name that the next run finds.
 
-    In it stand the output until it gets its name, a lock, and the state: which files of the output are finished.
+    It holds the unfinished output, a lock file, and the state: the finished shards with digests.
 
     Args:
-        key: of inputs and options. Files of another key are deleted.
+        key: digest of inputs and options. Shards of another key are deleted.
     """
 
     def __init__(self, output: str, key: str, force: bool):
+        """Compute the paths: `room` is `.NAME.graft-merge` next to the output, `folder` the output in it.
+
+        Nothing is created.
+        """
         self.output = os.path.abspath(output)
         parent, name = os.path.split(self.output)
         self.room = os.path.join(parent, f".{name}.graft-merge")
@@ -114,18 +129,24 @@ class Workplace:
         self.parents: list[str] = []  # folders around the output that this run has made
 
     def check(self) -> None:
-        """Raise OutputExistsError if the output's path exists and may not be replaced."""
+        """Raise OutputExistsError if the output exists without `force`, or is no folder with only a model's files.
+
+        An empty folder passes.
+        """
         check_output(self.output, [], self.force, model=True)
 
     @contextmanager
     def lock(self, shards: Collection[str], changed: Collection[str]) -> Iterator[None]:
-        """Lock the folder for the block; keep the shards that a killed run of the same key has finished.
+        """Lock the folder for the block, creating it and the output's parents.
 
-        An error deletes the folder; an interrupt leaves it for the next run.
+        Keep shards of a killed run with the same key.
+
+        All other files of earlier runs are deleted. An exception deletes the folder; an interrupt leaves it for the
+        next run.
 
         Args:
-            shards: names of the files that are to be written.
-            changed: names of the tensors that a certificate speaks of.
+            shards: names of the files that will be written.
+            changed: names of the tensors that may have certificate entries.
 
         Raises:
             OutputExistsError: the folder is a link, another user's, locked by another process, or has files that no
@@ -148,6 +169,7 @@ class Workplace:
                 raise
 
     def _check_own(self) -> None:
+        """Raise OutputExistsError if the folder holds an entry that no merge writes."""
         if foreign := [name for name, is_own in self._entries() if not is_own]:
             raise OutputExistsError(
                 f"{self.room}, where work in progress goes, holds {join_some(foreign, 4)}, which no merge has written: "
@@ -156,6 +178,11 @@ class Workplace:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
+        """Hold an exclusive lock on the lock file for the block; create the file. On Windows nothing is locked.
+
+        Raises:
+            OutputExistsError: another process holds the lock, or has just finished and deleted the folder.
+        """
         try:
             import fcntl
         except ImportError:  # Windows, where nobody notices a second process
@@ -178,8 +205,9 @@ class Workplace:
             os.close(lock)
 
     def _entries(self) -> list[tuple[str, bool]]:
-        """Return the names of the folder's entries, and whether a merge may have written each: no link, a
-        known name.
+        """Return the paths of the folder's entries, and for each whether a merge may have written it.
+
+        True for plain files with a name that a merge uses, and temporary files of such.
         """
         rows = []
         for path, is_file in list_folder_entries(self.room, self.names):
@@ -190,8 +218,11 @@ class Workplace:
         return rows
 
     def _take_up(self, shards: Collection[str], changed: Collection[str]) -> None:
-        """Find the shards that a run of the same key has finished, by their digests; delete all else."""
-        self.key += f"-{os.stat(self.room).st_ino}"  # a room that came with an archive has another number
+        """Fill `done` with the finished shards of a run with the same key, checked by digest; delete all other files.
+
+        The key is extended by the folder's inode, so that a copied folder does not count. Creates the output's folder.
+        """
+        self.key += f"-{os.stat(self.room).st_ino}"  # a folder that was copied has another number
         state: Json = {}
         with suppress(OSError, CheckpointError):
             state = read_object(self.state, LARGEST)
@@ -209,7 +240,7 @@ class Workplace:
         os.makedirs(self.folder, exist_ok=True)  # with the modes that the umask gives
 
     def check_room(self, shards: Mapping[str, Sequence[Out]]) -> None:
-        """Raise OSError (ENOSPC) unless the disk has room for the shards that are not written yet."""
+        """Raise OSError (ENOSPC) unless the disk has room for the shards that are not written yet, and 1 MiB."""
         left = sum(out.nbytes for name, outs in shards.items() if name not in self.done for out in outs) + SPARE
         free = shutil.disk_usage(self.folder).free
         if left > free:
@@ -220,6 +251,10 @@ class Workplace:
             )  # fmt: skip
 
     def write(self, shards: Mapping[str, Sequence[Out]], step: Callable[[str], None] | None = None) -> None:
+        """Write the shards that are not done, each followed by the state file.
+
+        Call `step` with every shard's name, done ones too.
+        """
         for name, outs in shards.items():
             if name not in self.done:
                 digest, rows = write_shard(os.path.join(self.folder, name), outs)
@@ -229,7 +264,11 @@ class Workplace:
                 step(name)
 
     def finish(self) -> None:
-        """Move the folder to the output's path. An older output is moved away first, and then deleted."""
+        """Move the folder to the output's path; an older output folder is exchanged with it, and then deleted by
+        `clear`.
+
+        Also deletes the lock and the state, even after an interrupt, once the output is in place. Raises as `check`.
+        """
         self.check()
         sync_file(self.folder)
         folder_state = os.stat(self.folder)
@@ -243,7 +282,11 @@ class Workplace:
                 self.clear()
 
     def clear(self) -> None:
-        """Delete the files that a merge wrote to the folder, and the folder if it is empty then."""
+        """Delete the unfinished output, state and lock; then the work folder and the parents that this run created, if
+        empty.
+
+        Failures to delete are ignored.
+        """
         delete_folder(self.folder)
         for path in self.state, self.lock_file:
             with suppress(OSError):

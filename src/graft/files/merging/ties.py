@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tied weights, new sizes and heads: effects of changes on other weights, and on a merged model's config."""
+"""Tied weights, new sizes and heads: changes that follow in other weights, and in the merged model's config."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ Groups = list[list[str]]
 def find_tied_groups(
     model: Callable[[], PreTrainedModel | None], config: Mapping[str, object], shapes: Mapping[str, object]
 ) -> Groups:
-    """Return the names of parameters that are one, by the model; without one, by its config."""
+    """Return the groups of parameter names that are one tensor; [] if config.json has tie_word_embeddings false.
+
+    By the model, which ties its weights. If `model` returns None, by the config alone: the only embedding and
+    "lm_head.weight", if tie_word_embeddings is true.
+    """
     if config.get("tie_word_embeddings") is False:
         return []
     empty_model = model()
@@ -37,13 +41,15 @@ def find_tied_groups(
 
 
 class Tied:
-    """The ties of a checkpoint, looked at only where an adapter may pull one apart.
+    """The ties of a checkpoint, looked up only if an adapter may make tied tensors differ.
 
     Attributes:
         shapes: the checkpoint's, and those of tied tensors that it leaves out.
+        untied: a merge gives tied tensors different values.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], groups: Callable[[], Groups]):
+        """Keep shapes and the function that returns the groups; it is not called yet."""
         self.shapes = dict(shapes)
         self.names = set(shapes)
         self.groups_of = groups
@@ -52,8 +58,10 @@ class Tied:
         self.untied = False
 
     def look_at(self, adapter: AdapterFile) -> None:
-        """Find the ties, if an adapter changes tensors that may be tied: embeddings, whole tensors, tensors that seem
-        missing.
+        """Look the ties up, once, if an adapter may change tied tensors: embeddings, rows, whole tensors, heads,
+        methods other than LoRA, or tensors that the checkpoint lacks.
+
+        Sets `groups`, and adds tied tensors that the checkpoint leaves out to `shapes` and `sources`.
         """
         touched = [path for path, lora in adapter.low_rank.items() if lora.kind != "experts"]
         may = adapter.rows or adapter.full or len(touched) < len(adapter.modules)
@@ -69,13 +77,14 @@ class Tied:
                     self.shapes[name], self.sources[name] = self.shapes[present[0]], present[0]
 
     def source(self, key: str) -> str:
+        """Return the checkpoint's tensor that `key` is tied to, if the checkpoint leaves `key` out; else `key`."""
         return self.sources.get(key, key)
 
     def spread(self, found: list[TensorChange], adapter: AdapterFile) -> list[TensorChange]:
-        """Return the changes, with those of one tied tensor on all where the adapter means all.
+        """Return the changes, and copies of those of tied tensors for the other names of the group that lack them.
 
-        Trained rows and biases of the base are those of all, since training had the one tensor; others are if the
-        config says `ensure_weight_tying`.
+        Changes of rows are copied, and those of biases if the config trains biases; all others only if the config has
+        `ensure_weight_tying`.
         """
         result = list(found)
         together = bool(adapter.config.get("ensure_weight_tying"))
@@ -89,9 +98,13 @@ class Tied:
         return result
 
     def locate_all(self, changed: dict[str, list[TensorChange]]) -> list[str]:
-        """Decide for each group of tied tensors whether to write one or all of them. Return sentences for the user.
+        """Decide for each group of tied tensors whether they stay one.
 
-        Members with the same changes stay tied.
+        Return sentences for the user about groups that do not.
+
+        With the same changes they stay tied, and names that the checkpoint lacks are deleted from `changed`. With
+        different ones `untied` is set, and all tied tensors of all groups are added to `changed`, so that each is
+        written.
         """
         notes = []
         for group in self.groups or ():
@@ -108,7 +121,7 @@ class Tied:
             notes.append(
                 f"{one} are one tensor in the base and differ now: each is written, tie_word_embeddings=false."
             )
-        if self.untied:  # of all that the config ties
+        if self.untied:  # all tensors that the config ties, since one field ties them all
             for group in self.groups or ():
                 for name in group:
                     if name in self.shapes:
@@ -116,7 +129,9 @@ class Tied:
         return notes
 
     def mark(self, config: dict[str, object]) -> None:
-        """Set the config's fields for untied embeddings, if a merge has untied them."""
+        """Set tie_word_embeddings to False in the config and in its parts that have it true, if a merge has untied
+        tensors.
+        """
         if not self.untied:
             return
         config["tie_word_embeddings"] = False
@@ -129,13 +144,14 @@ HEADS = ("lm_head", "embed_out", "output", "decoder", "score", "classifier")  # 
 
 
 def are_alike(a: list[TensorChange], b: list[TensorChange]) -> bool:
-    """Return True if two lists of changes have the same source values."""
+    """Return True if two lists of changes have the same number, shapes and source values, in the same order."""
     return len(a) == len(b) and all(
         x.shape == y.shape and len(x.of) == len(y.of) and all(map(is_same_value, x.of, y.of)) for x, y in zip(a, b)
     )
 
 
 def is_same_value(a: object, b: object) -> bool:
+    """Return True for equal values; tensors are equal if shape, dtype and bytes are. May read both tensors."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or ((a.shape, a.dtype) == (b.shape, b.dtype) and bytes(a.load()) == bytes(b.load()))
     return bool(a == b)
@@ -144,7 +160,9 @@ def is_same_value(a: object, b: object) -> bool:
 def resize_vocabulary(
     config: dict[str, object], changed: Mapping[str, list[TensorChange]], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Set the size of the vocabulary, in the part of the config that has the old one, where an adapter changed it."""
+    """Set `vocab_size`, in place, where the config or a part of it has the old number of rows of a tensor that got
+    another.
+    """
     for key, folds in changed.items():
         old, new = shapes.get(key), folds[-1].shape if folds else None
         if old is None or new is None or old == new or old[0] == new[0]:
@@ -160,7 +178,12 @@ def resize_vocabulary(
 def name_architecture(
     config: dict[str, object], changed: Mapping[str, list[TensorChange]], adapters: Sequence[AdapterFile]
 ) -> Json:
-    """Name the class that has the heads which an adapter brought along, and its labels, if transformers knows it."""
+    """Return the config with the class of an adapter's new head in `architectures`, and labels for a classification
+    head.
+
+    The labels are LABEL_0 …, one for each row of the first new weight. Unchanged if no adapter brings new tensors, or
+    its class is unknown.
+    """
     new = {key: folds[-1].shape for key, folds in changed.items() if folds and folds[0].new}
     if not new:
         return config
@@ -177,7 +200,10 @@ def name_architecture(
 
 
 def head_class(config: Mapping[str, object], adapter: AdapterFile) -> str | None:
-    """Return the class of the model that an adapter was trained on, as its config says: by name, or by its task."""
+    """Return the name of the model class that an adapter was trained on; None if unknown, or without transformers.
+
+    By the adapter's `auto_mapping`; else by its task (SEQ_CLS, TOKEN_CLS, QUESTION_ANS) and the base's model type.
+    """
     named = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
     task = adapter.config.get("task_type")
     try:

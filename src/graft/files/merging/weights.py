@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of a checkpoint as torch tensors, plain or in a quantized form, and the measures of merged ones."""
+"""Weights of a checkpoint as torch tensors, plain or quantized, and measures of the loss of merged ones."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from graft.io.check import NARROW
 
 
 class BaseWeights:
-    """The weights of a checkpoint. A subclass knows a quantized form.
+    """The weights of a checkpoint that is not quantized. A subclass reads and writes a quantized form.
 
     Attributes:
         shapes: of the dense weights, by name.
         packed: name of a dense weight → the checkpoint's tensors that hold it, the codes first.
-        dtype: of dense weights that are written in place of packed ones, as safetensors calls it.
+        dtype: safetensors' name of the dtype of dense weights that are written in place of packed ones.
     """
 
     form = "plain"
 
     def __init__(self, base: BaseFiles):
+        """Keep the base. `dtype` is config.json's if that is float32 or float16, else "BF16"; no weight is packed."""
         self.base = base
         self.packed: dict[str, list[str]] = {}
         self.shapes = dict(base.shapes)
@@ -45,15 +46,21 @@ class BaseWeights:
         return {part: self.base.tensors[part] for part in self.packed[name]}
 
     def pack(self, name: str, W: torch.Tensor) -> dict[str, Tensor]:
-        """Return the tensors that hold W as the checkpoint held the weight of that name."""
+        """Return the tensors that hold the dense W in the form of the old weight `name`.
+
+        For subclasses; raises NotImplementedError here.
+        """
         raise NotImplementedError
 
     def unpack(self, name: str, parts: Mapping[str, Tensor]) -> torch.Tensor:
-        """Return the dense weight, in float32, that `pack` made these tensors of."""
+        """Return the dense weight `name` in float32 from the tensors that hold it.
+
+        For subclasses; raises NotImplementedError here.
+        """
         raise NotImplementedError
 
     def plain_config(self, config: Mapping[str, object]) -> Json:
-        """Return config.json of the model without quantization."""
+        """Return config.json without `quantization_config`."""
         return {name: value for name, value in config.items() if name != "quantization_config"}
 
 
@@ -61,10 +68,10 @@ FORMS = {"fp8": "block_fp8", "bitsandbytes": "bitsandbytes", "compressed-tensors
 
 
 def find_base_weights(base: BaseFiles) -> BaseWeights:
-    """Return how a checkpoint holds its weights.
+    """Return the reader and writer of a checkpoint's weights, by `quantization_config` or `compression_config`.
 
     Raises:
-        UnsupportedLayerError: in a quantized form that graft cannot read.
+        UnsupportedLayerError: they are quantized in a form that graft cannot read.
     """
     config = base.config.get("quantization_config") or base.config.get("compression_config")
     if not config:
@@ -90,7 +97,11 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def of_file(t: Tensor) -> torch.Tensor:
-    """Return the values in the file's dtype. They may be read only: make a copy before writing to them."""
+    """Return the values in the file's dtype. They may be read only: make a copy before writing to them.
+
+    Raises:
+        CheckpointError: this torch has no such dtype.
+    """
     kind = TORCH.get(t.dtype)
     if kind is None:
         raise CheckpointError(f"This torch has no dtype for {t.dtype}.")
@@ -103,19 +114,20 @@ def of_file(t: Tensor) -> torch.Tensor:
 
 
 def to_wide(t: Tensor) -> torch.Tensor:
-    """Return the values as float32, or float64 if they are that; new memory."""
+    """Return the values in new memory: float64 for float64, else float32."""
     values = of_file(t)
     kind = torch.float32 if values.dtype in NARROW else torch.promote_types(values.dtype, torch.float32)
     return values.to(kind, copy=True)
 
 
 def to_bytes(values: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor, little-endian as torch's on every machine that it runs on."""
+    """Return the little-endian bytes of a tensor on the CPU; a contiguous one shares its memory."""
     array: Any = values.detach().contiguous().flatten().view(torch.uint8).numpy()
     return memoryview(array)
 
 
 def to_file(values: torch.Tensor) -> Tensor:
+    """Return a file tensor of these values, without a copy; their bytes are taken when it is loaded."""
     return Tensor(tuple(values.shape), NAMES[values.dtype], lambda: to_bytes(values))
 
 
@@ -125,7 +137,7 @@ AT_ONCE = 2**18  # numbers: copies of a few rows, not of a weight
 
 @torch.no_grad()
 def measure_loss(before: torch.Tensor, exact: torch.Tensor, after: torch.Tensor) -> Json:
-    """Compare a merged weight with the one that was asked for.
+    """Compare a merged weight with the exact result, a few rows at a time, in float64.
 
     Args:
         before: the weight without adapters.
@@ -134,8 +146,9 @@ def measure_loss(before: torch.Tensor, exact: torch.Tensor, after: torch.Tensor)
 
     Returns:
         update: ‖ΔW‖; weight: ‖W‖; largest_difference, largest_relative_difference: of single numbers, stored against
-        exact; unchanged: the share of the changed numbers that are stored as they were, since their change was below
-        half a unit of the dtype; kept: the share of ΔW that is stored, <W' - W, ΔW> / ‖ΔW‖².
+            exact; unchanged: the share of changed numbers that are stored as before, since the change was below half a
+            unit of the dtype (0 without changes); kept: the share of ΔW that is stored, <W' - W, ΔW> / ‖ΔW‖² (1 without
+            changes).
     """
     update = weight = largest = relative = share = 0.0
     changed = lost = 0

@@ -485,3 +485,19 @@ def test_adapters_of_rank_0_can_be_combined(kind, empty, tmp_path):
     loaded.save_pretrained(tmp_path, selected_adapters=["sum"])
     again = graft.PeftModel.from_pretrained(base(), tmp_path / "sum")
     torch.testing.assert_close(again(x).logits, model(x).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_sharded_layer_keeps_the_distances_of_its_training_call_alone():
+    model = with_adalora(graft).train()
+    layer, x = layers(model)["a"], data()[0][0]
+    m = layer.methods["default"]
+    expected = m.distances()
+    m.sees = True
+    layer(x)
+    assert [d.requires_grad for d in m.seen] == [True, True]
+    torch.testing.assert_close(m.distances(), expected)
+    with torch.no_grad():
+        layer(x)
+    layer.eval()(x)
+    with pytest.raises(NotImplementedError, match="left no graph"):
+        m.distances()

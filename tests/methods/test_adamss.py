@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graft
+from graft.methods.adamss import Allocator
 from tests import models
+from tests.looks import get_registry
 from tests.models import seeded
 from tests.pair import LIBS, adapt, close, output, randomize
 from tests.samples import first
@@ -261,3 +263,14 @@ def test_a_rank_above_the_inputs_is_cut_to_them():
     shapes = {tuple(b.shape) for name, b in model.named_buffers() if "newB" in name}
     shapes |= {tuple(p.shape) for name, p in model.named_parameters() if "newB" in name}
     assert shapes == {(4, 4)}
+
+
+def test_each_choice_begins_a_new_measure_of_importance():
+    model = small(graft, init_warmup=0, final_warmup=8, mask_interval=4)
+    states = get_registry(model).states
+    train(model, [1])
+    first = states["default"]
+    train(model, [2])
+    assert states["default"] is first
+    train(model, [4])
+    assert vars(states["default"]) == vars(Allocator(first.beta1, first.beta2)) != vars(first)

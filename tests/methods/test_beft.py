@@ -104,3 +104,12 @@ def test_the_update_of_the_weight_is_where_the_weight_is():
     with torch.device("meta"):
         model = graft.get_peft_model(nn.Sequential(nn.Linear(3, 2)), graft.BeftConfig(target_modules=["0"]))
     assert model.base_model.model[0].get_delta_weight("default").is_meta
+
+
+def test_all_tokens_shift_an_embedding_and_train_the_shift():
+    """Also padding, since a merge shifts every row."""
+    base = nn.Sequential(nn.Embedding(6, 3, padding_idx=0))
+    model = graft.get_peft_model(base, graft.BeftConfig(target_modules=["0"]))
+    c = layers(model)["0"].beft_bias["default"]
+    model(torch.tensor([[0, 0, 5], [1, 0, 5]])).sum().backward()
+    assert c.grad.flatten().tolist() == [6.0, 6.0, 6.0]

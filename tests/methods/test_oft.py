@@ -185,3 +185,15 @@ def test_functional_transforms_write_nothing():
 
     same(torch.func.grad(value)(values), gradients, 1e-5)
     assert all(torch.equal(values[name], p) for name, p in before.items())
+
+
+def test_dropped_blocks_keep_the_dtype_of_the_rotation():
+    model = graft.get_peft_model(
+        nn.Sequential(nn.Linear(8, 3)), graft.OFTConfig(r=0, oft_block_size=4, module_dropout=0.5, target_modules=["0"])
+    )
+    m = model.base_model.model[0].methods["default"]
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert m.R().dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -4,6 +4,7 @@
 import copy
 import pickle
 from functools import partial
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -15,7 +16,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForSequenceClassificati
 
 import graft
 from graft.core.rows import list_forward_arguments
-from graft.methods.shadow.detached import NAMES
+from graft.methods.shadow.detached import NAMES, no_cache_for
 from tests import models
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.pair import LIBS, close, close_dicts, randomize, shapes, trainable
@@ -535,3 +536,7 @@ def test_a_base_whose_config_counts_its_layers_in_a_property():
     assert len(model.base_model.shadow_backbone["default"].layers) == 1
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
     assert any(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_network_with_attention_has_a_cache_next_to_a_model_without_a_config():
+    assert no_cache_for(SimpleNamespace(config=models.make("llama").config), nn.Linear(2, 2)) is None

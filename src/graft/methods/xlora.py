@@ -402,7 +402,7 @@ def weigh(tuner: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any])
     inputs = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None)
     with torch.no_grad():
         if cfg.scaling_pass_value == 0:
-            context = call.context._replace(rows=Rows.from_names([BASE] * len(inputs), inputs.device), gates=None)
+            context = call.context._replace(rows=Rows.from_names([BASE] * len(inputs), inputs.device))
         else:
             dummy = classifier.constant(inputs, cfg.scaling_pass_value)
             context = call.context._replace(gates=Scalings(chosen(dummy, cfg), *places))

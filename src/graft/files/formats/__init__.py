@@ -21,18 +21,18 @@ from graft.files.neutral import AdapterFile
 from graft.files.pickles import mentions_name
 from graft.files.tensors import read_header
 
-Base = BaseDescription  # a format may need: names and shapes; values only where it says so
-# in the order in which they look at a path
+Base = BaseDescription  # the base's names and shapes; a format reads values only if its docstring says so
+# in the order in which `recognise` tries them
 FORMATS = ("gguf", "torchtune", "litgpt", "peft", "mlx", "adapterhub", "pyreft", "kohya", "diffusers")
 WRITTEN = tuple(name for name in FORMATS if name not in ("torchtune", "litgpt"))  # their libraries have ended
 
 
-NEMO = "adapter_metadata.json"  # beside the weights that NeMo 2 saves
+NEMO = "adapter_metadata.json"  # a file next to the weights that NeMo 2 saves
 OF_NEMO = (
     "an adapter of NeMo or Megatron, which graft does not read: the model orders the rows of its fused projections. "
     "Their own export to HuggingFace PEFT writes what graft reads"
 )
-SIGNS = {  # in names of tensors → what the file is
+SIGNS = {  # part of tensors' names → the description of such a file
     ".adapter.linear_in.": OF_NEMO,
     "lora_kqv_adapter": OF_NEMO,
     "adapter_query.weight": "an adapter of the original LLaMA-Adapter, which graft does not read: it has a gate for "
@@ -47,19 +47,21 @@ class Format(Protocol):
     FOLDER: tuple[tuple[str, ...], tuple[str, ...]]  # names, as in a shell, of its files: weights, others
 
     def recognises(self, path: str) -> bool:
-        """Return True if a file or folder is of this format; a look at names and a header, never at values."""
+        """Return True if a file or folder is of this format, by names and a header; no values are read."""
 
-    def read(self, path: str, base: Base | None = None) -> AdapterFile: ...
+    def read(self, path: str, base: Base | None = None) -> AdapterFile:
+        """Return the adapter at `path`. Formats that need the base's names raise BaseNeededError without `base`."""
+        ...
 
     def write(self, adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-        """Write a file or folder, whole or not at all; return descriptions of the losses, [] unless `lossy`.
+        """Write a file or folder, whole or not at all. Return descriptions of the losses, [] unless `lossy`.
 
-        Of formats in `WRITTEN`.
+        Only formats in `WRITTEN` have it. Raises LossError if something would be lost and `lossy` is False.
         """
 
 
 def module_of(name: str) -> ModuleType:
-    """Return the module of a format by its name."""
+    """Return the module `graft.files.formats.<name>`, imported when it is first needed."""
     return import_module(f"graft.files.formats.{name}")
 
 
@@ -76,10 +78,11 @@ def writer_of(name: str) -> ModuleType:
 
 
 def recognise(path: str) -> str:
-    """Return the name of the format of a file or folder.
+    """Return the name of the format of a file or folder: the first of FORMATS that recognises it.
 
     Raises:
-        CheckpointError: it is of none that graft reads, or is a model.
+        CheckpointError: nothing exists there, or it is a pipe or device, a model, a known format that graft cannot
+            read, a folder of adapters, or unknown.
     """
     if not os.path.exists(path):
         raise CheckpointError(f"{path} does not exist.")
@@ -99,7 +102,10 @@ def recognise(path: str) -> str:
 
 
 def unread(path: str) -> str | None:
-    """Return the name of a known format that graft does not read, with the reason; None for other files."""
+    """Return a description of a known format that graft does not read, with the reason; None for other paths.
+
+    Detects NeMo and Megatron by file name, and others by the tensors' names in the only file of weights.
+    """
     if one_file(path, ".nemo") or os.path.exists(os.path.join(path, NEMO)):
         return OF_NEMO
     file = one_file(path, ".pth", ".pt", ".ckpt") or one_file(path, ".safetensors")
@@ -111,7 +117,10 @@ def unread(path: str) -> str | None:
 
 
 def is_model(path: str) -> bool:
-    """Return True if a folder, or a file of safetensors, looks like a model: names of weights, and none of factors."""
+    """Return True if a path looks like a model: a folder with config.json and without adapter_config.json.
+
+    Or a safetensors file with a tensor that ends in .weight or .bias.
+    """
     if os.path.isdir(path):
         return os.path.isfile(os.path.join(path, "config.json")) and not os.path.isfile(os.path.join(path, CONFIG_NAME))
     names = read_header(path)[0] if path.endswith(".safetensors") else {}
@@ -121,9 +130,16 @@ def is_model(path: str) -> bool:
 def read(path: str | os.PathLike[str], base: Base | None = None) -> AdapterFile:
     """Read an adapter file of any format.
 
+    If its modules do not fit the base's files, read it once more by the model's names.
+
     Args:
         path: a file or folder.
         base: the base model's names, where the format needs them.
+
+    Raises:
+        CheckpointError: `recognise` finds no format, a file is damaged, or the base model's name is no text.
+        NonFiniteError: a module's scale is NaN or infinite.
+        BaseModelMismatchError, BaseNeededError: the base does not fit, or is needed.
     """
     path = os.fspath(path)
     form: Format = module_of(recognise(path))

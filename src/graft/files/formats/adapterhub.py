@@ -37,7 +37,7 @@ FOLDER = (
     (CONFIG, FUSION, "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"),
 )
 HEAD, HEAD_FILES = "head_config.json", ("model_head.safetensors", "pytorch_model_head.bin")
-# that library's own heads, by kind and number of layers → models with the same head, its layers, and what it has to say
+# that library's heads, by kind and number of layers → models with the same head, its layers, and needed config fields
 HEADS: dict[tuple[str, int], tuple[str, tuple[str, ...], Json]] = {
     ("classification", 1): ("(Bert|Albert)ForSequenceClassification", ("classifier",), {"use_pooler": True}),
     ("classification", 2): (
@@ -48,7 +48,7 @@ HEADS: dict[tuple[str, int], tuple[str, tuple[str, ...], Json]] = {
     ("question_answering", 1): (".*ForQuestionAnswering", ("qa_outputs",), {}),
 }  # fmt: skip
 HOLDS = FormatLimits("alpha", False, methods=frozenset({"IA3"}))
-PLACES = {  # ends of the paths that a config of theirs can name → its field, and a word of attn_matrices
+PLACES = {  # ends of the paths that their config can name → its field, and a letter of attn_matrices
     "query": ("selfattn_lora", "q"), "q_proj": ("selfattn_lora", "q"), "key": ("selfattn_lora", "k"),
     "k_proj": ("selfattn_lora", "k"), "value": ("selfattn_lora", "v"), "v_proj": ("selfattn_lora", "v"),
     "intermediate.dense": ("intermediate_lora", None), "fc1": ("intermediate_lora", None),
@@ -58,6 +58,11 @@ PLACES = {  # ends of the paths that a config of theirs can name → its field, 
 
 
 def recognises(path: str) -> bool:
+    """Return True for a folder with AdapterHub's adapter or fusion of adapters.
+
+    An adapter has adapter_config.json with a dict `config` and `version`, and without `peft_type`; a fusion has
+    adapter_fusion_config.json.
+    """
     config = os.path.join(path, CONFIG)
     if os.path.isfile(os.path.join(path, FUSION)):
         return True
@@ -68,12 +73,11 @@ def recognises(path: str) -> bool:
 
 
 def read(path: str, base: Base | None = None) -> AdapterFile:
-    """Read a folder. A head that the base has the same of is trained whole; any other is unread.
+    """Read a folder. Its head becomes whole tensors if the base has the same head; else its keys are unknown keys.
 
     Raises:
-        CheckpointError: a file is not there or damaged, or the adapter is none of these.
-        BaseNeededError: a bottleneck or ReFT, whose places the base's names tell; or a fusion without the model that
-            has its bottlenecks.
+        CheckpointError: a file is missing or damaged, or the architecture is none that graft reads.
+        BaseNeededError: a bottleneck or ReFT needs the base's names, or a fusion the model with its bottlenecks.
     """
     out = read_without_head(path, base)
     add_head(out, base)
@@ -81,7 +85,16 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
 
 def read_without_head(path: str, base: Base | None) -> AdapterFile:
-    """Read a folder without its head: see `read`."""
+    """Read a folder without its head: a fusion, a bottleneck, ReFT, LoRA, or (IA)³, by its config.
+
+    (IA)³ is LoRA with composition_mode "scale": its vector is lora_B times alpha, as a column. Tensors of another
+    adapter name are unknown keys.
+
+    Raises:
+        CheckpointError: another architecture, r below 1 or no numbers, a missing or damaged file, or a module without
+            its factors.
+        BaseNeededError: see `read`.
+    """
     if os.path.isfile(os.path.join(path, FUSION)):
         return adapterhub_places.read_fusion(
             path, read_object(os.path.join(path, FUSION)), tensors_in(path, FUSION_FILES), base
@@ -115,13 +128,13 @@ def read_without_head(path: str, base: Base | None) -> AdapterFile:
             )
         else:
             out.modules[module] = read_factors(path, module, of_module, r, alpha)
-    if scales:  # which scale outputs everywhere, where PEFT would scale the inputs of some
+    if scales:  # these scale outputs everywhere; PEFT scales the inputs of feed-forward layers
         out.config = {"peft_type": "IA3", "feedforward_modules": [], "target_modules": sorted(modules)}
     return out
 
 
 def tensors_in(path: str, files: tuple[str, ...]) -> Mapping[str, Tensor]:
-    """Return the tensors of the first of these files that a folder has."""
+    """Return the tensors of the first of these files that a folder has. Raises CheckpointError if it has none."""
     file = take_first(path, files)
     if file is None:
         raise CheckpointError(f"{path} holds neither {' nor '.join(files)}.")
@@ -129,15 +142,16 @@ def tensors_in(path: str, files: tuple[str, ...]) -> Mapping[str, Tensor]:
 
 
 def take_first(path: str, files: tuple[str, ...]) -> str | None:
+    """Return the path of the first of these files that exists in a folder; None if none does."""
     return next((where for name in files if os.path.exists(where := os.path.join(path, name))), None)
 
 
 def add_head(out: AdapterFile, base: Base | None) -> None:
-    """Add the head in an adapter's folder to the adapter, as whole tensors.
+    """Add the head in an adapter's folder to `out.full`, in place, and to `modules_to_save` of a config with
+    `peft_type`.
 
-    Tensors with the base's values are left out.
-
-    If the base has no such head, its tensors are added to `unread`.
+    Tensors with the base's values are left out. If the base has no such head, or one of other shapes, its keys go to
+    `out.unknown_keys`. Without a head file nothing happens.
     """
     file = take_first(out.path, HEAD_FILES)
     if file is None:
@@ -158,7 +172,11 @@ def add_head(out: AdapterFile, base: Base | None) -> None:
 
 
 def head_names(tensors: Iterable[str], config: Json, base: Base | None) -> dict[str, str] | None:
-    """Return the names of a base's tensors, by those of the same head of that library; None: it has no such head."""
+    """Return the base's tensor names by those of AdapterHub's head.
+
+    None if the table has no such head, the base's class has another, a field of the config differs, or the number of
+    layers does.
+    """
     kind = str(config.get("head_type")).removeprefix("multilabel_")
     pattern, layers, facts = HEADS.get((kind, config.get("layers", 0)), ("", (), {}))
     model = getattr(base, "model", None)
@@ -173,6 +191,11 @@ def head_names(tensors: Iterable[str], config: Json, base: Base | None) -> dict[
 
 
 def read_factors(path: str, module: str, factors: dict[str, Tensor], r: int, alpha: float) -> LowRank:
+    """Return a module's factors, with scale alpha / r.
+
+    Raises:
+        CheckpointError: a factor is missing, or the shapes do not fit each other and r, as in a fused projection.
+    """
     A, B = get_factor_pair(factors, ("lora_A", "lora_B"), path, module)
     if len(A.shape) != 2 or len(B.shape) != 2 or A.shape[0] != B.shape[1] or A.shape[0] % r:
         raise make_shape_error(path, module, A, B, f"of rank {r}")
@@ -185,11 +208,16 @@ def read_factors(path: str, module: str, factors: dict[str, Tensor], r: int, alp
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-    """Write a folder. Ranks are filled up, scales folded into B.
+    """Write a folder. Ranks are made equal by padding, and scales by folding them into B.
+
+    Return descriptions of the losses. The config has alpha = scale · rank of the first module.
+
+    Args:
+        base: gives sizes and classes for the config; may be None.
 
     Raises:
-        LossError: its config cannot name the modules: it knows query, key and value, and the two layers of an MLP, in
-            all blocks.
+        LossError: without `lossy`, a module has no field in the config: it knows query, key, value, and the two layers
+            of an MLP. Or nothing is left.
     """
     fitted, lost = fit_to_format(adapter, HOLDS, NAME, lossy)
     modules = fitted.modules
@@ -232,6 +260,11 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
 
 
 def place_of(module: str) -> tuple[str, str | None] | None:
-    if "attention.output" in module:  # of which their config knows nothing
+    """Return the config's field of a module, and its letter in attn_matrices or None; None if the config cannot name
+    it.
+
+    A path with "attention.output" is never named.
+    """
+    if "attention.output" in module:  # their config cannot name this layer
         return None
     return next((place for end, place in PLACES.items() if f".{module}".endswith(f".{end}")), None)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bottlenecks, ReFT and fusion of AdapterHub's adapters: their keys name modules of AdapterHub's, at places of
-a base.
-"""
+"""Bottlenecks, ReFT and fusion of AdapterHub's adapters: their keys name AdapterHub's modules, at places of a base."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ REFT = re.compile(r"(?P<place>.+)\.reft_layer\.refts\.[^.]+\.units\.(?P<unit>[01
 FUSED = re.compile(r"(?P<place>.+?)\.adapter_fusion_layer\.[^.]+\.(?P<leaf>(query|key|value)\.(weight|bias))")
 RULE = re.compile(r"(?:.+\.)?shared_parameters\.(?P<name>[^.]+)\.phm_rule")
 SUBLAYER = re.compile(r"\.block\.\d+\.layer\.(\d)$")  # T5's
-# their fields that graft's config lacks, and the values that it stands for
+# their fields that graft's config lacks → values that mean graft's behaviour; the first is their default
 ONLY: dict[str, tuple[object, ...]] = {
     "ln_after": (False,), "adapter_residual_before_ln": (False,), "factorized_phm_W": (True, None),
     "shared_W_phm": (False, None), "shared_phm_rule": (True, None), "factorized_phm_rule": (False, None),
@@ -41,7 +39,7 @@ ONLY: dict[str, tuple[object, ...]] = {
 FUSION: dict[str, tuple[object, ...]] = {
     "query": (True,), "key": (True,), "query_before_ln": (False,), "residual_before": (False,), "temperature": (False,),
 }  # fmt: skip
-# fields by which AdapterHub's library means another place than graft, by type of model: of those that tests compare
+# by type of model that tests compare: field values that AdapterHub's library puts at another place than graft
 COMPARED: dict[str, dict[str, object]] = {
     "albert": {"mh_adapter": True}, "bart": {}, "beit": {"original_ln_before": False}, "bert": {},
     "bert-generation": {}, "clip_text_model": {}, "clip_vision_model": {}, "deberta-v2": {}, "distilbert": {},
@@ -58,12 +56,13 @@ KNOWN = ((True, True, True), (False, True, True), (True, False, False))  # Pfeif
 def read(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
     """Read a bottleneck, or ReFT.
 
-    Keys without a place go to `unread`; the tensors of phm layers that layers share, to `shared`.
+    Keys without a place go to `unknown_keys`; the tensors that all phm layers share go to `shared`.
 
     Raises:
-        BaseNeededError: there is no base to tell the adapter's places.
-        CheckpointError: the config has a value that graft lacks, the base has no such places, graft was never compared
-            with AdapterHub's library on its type, or shared tensors are missing.
+        BaseNeededError: there is no base to tell the adapter's places, or no library makes a model of it.
+        BaseModelMismatchError: the base's model lacks blocks of its files.
+        CheckpointError: the config has a value that graft lacks, tests do not compare the base's type with AdapterHub's
+            library, or shared tensors are missing.
     """
     blocks, base = find_base_blocks(path, base)
     if fields["config"].get("architecture") == "reft":
@@ -92,8 +91,13 @@ def read(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | No
 
 
 def check_compared(path: str, base: Base, cfg: BottleneckConfig | None) -> None:
-    """Raise CheckpointError if an adapter was not compared with AdapterHub's library on a model of the base's type, or
-    differs there. cfg: None for ReFT.
+    """Raise CheckpointError if tests do not compare the adapter with AdapterHub's library on a model of the base's
+    type.
+
+    Also if a field's value puts it at another place there, and for ReFT of an encoder and a decoder.
+
+    Args:
+        cfg: None for ReFT.
     """
     kind = str(base.config.get("model_type"))
     if kind not in COMPARED:
@@ -115,7 +119,9 @@ def check_compared(path: str, base: Base, cfg: BottleneckConfig | None) -> None:
 
 
 def set_modules(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], options: Json) -> AdapterFile:
-    """Give an adapter its modules, and a config that puts them at the places of its base's blocks."""
+    """Set the adapter's modules, `selected` and its config (targets "places", inference mode, `options`), and return
+    it.
+    """
     out.modules = {module: OtherMethod(out.method, tensors) for module, tensors in modules.items()}
     out.selected = frozenset(out.modules)
     out.config = {"peft_type": out.method, "target_modules": PLACES, "inference_mode": True, **options}
@@ -123,6 +129,11 @@ def set_modules(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], opti
 
 
 def find_base_blocks(path: str, base: Base | None) -> tuple[list[Block], Base]:
+    """Return the base's blocks, found by its linear weights and module names, and the base.
+
+    Raises:
+        BaseNeededError: `base` is None.
+    """
     if base is None:
         raise BaseNeededError(f"{path} stands at blocks that only a base names: give the base model (--base).")
     matrices = {key: shape for key, shape in base.shapes.items() if key.endswith(".weight") and len(shape) == 2}
@@ -150,6 +161,14 @@ def follow_blocks(path: str, blocks: list[Block], base: Base) -> list[Block]:
 
 
 def read_reft(path: str, fields: Json, by_name: Mapping[str, Tensor], blocks: list[Block]) -> AdapterFile:
+    """Return the ReFT adapter of a file, with graft's names of tensors in the base's blocks.
+
+    An orthonormal R is computed from torch's parametrization. Units for positions that the config leaves out have no
+    effect and are dropped. Keys without a block go to `unknown_keys`.
+
+    Raises:
+        CheckpointError: a tensor of a unit is missing.
+    """
     out = AdapterFile("adapterhub", path, "REFT", base=fields.get("model_name") or None)
     known = {f.name for f in fields_of(ReftConfig)} - {"peft_type", "task_type"}
     options = {name: value for name, value in fields["config"].items() if name in known and value is not None}
@@ -167,7 +186,7 @@ def read_reft(path: str, fields: Json, by_name: Mapping[str, Tensor], blocks: li
         if (unit == "1" and not cfg.suffix_positions) or (
             unit == "0" and not (cfg.prefix_positions or cfg.tied_weights)
         ):
-            continue  # which does nothing
+            continue  # it has no effect
         end = "_suffix" if unit == "1" else ""
         try:
             named = {f"reft_A{end}.{leaf}": leaves[f"learned_source.{leaf}"] for leaf in ("weight", "bias")}
@@ -184,9 +203,13 @@ def read_reft(path: str, fields: Json, by_name: Mapping[str, Tensor], blocks: li
 def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
     """Read a fusion of bottlenecks that the model has.
 
+    Tensors in blocks that all bottlenecks leave out have no effect and are dropped; keys without a block go to
+    `unknown_keys`.
+
     Raises:
-        BaseNeededError: the model is not there, or lacks one of them.
-        CheckpointError: the config has a value that graft lacks.
+        BaseNeededError: there is no base, or no library makes a model of it, or it lacks one of the bottlenecks.
+        BaseModelMismatchError: the base's model lacks blocks of its files.
+        CheckpointError: the config has a value that graft lacks, or `check_compared` refuses a bottleneck.
     """
     their_config, names = fields["config"], list(fields.get("adapter_names") or str(fields.get("name")).split(","))
     strange = [
@@ -222,7 +245,10 @@ def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Ba
 
 
 def compute_orthonormal_weight(state: Mapping[str, Tensor], layer: str) -> torch.Tensor:
-    """Return the weight of a layer that torch keeps orthonormal."""
+    """Return the weight of a layer that torch's parametrization keeps orthonormal, from its two saved tensors.
+
+    Raises KeyError if one of them is missing.
+    """
     parts = {name: to_torch(state[f"{layer}.{TURNED}.{name}"]) for name in ("original", "0.base")}
     module = make_parametrized(*parts["original"].shape)
     module.load_state_dict({f"{TURNED}.{name}": t for name, t in parts.items()})
@@ -230,20 +256,30 @@ def compute_orthonormal_weight(state: Mapping[str, Tensor], layer: str) -> torch
 
 
 def make_parametrized(*shape: int) -> torch.nn.Module:
-    """Return a module with a weight of this shape that torch keeps orthonormal."""
+    """Return a module with an orthonormal weight of this shape, random, and torch's parametrization on it."""
     module = torch.nn.Module()
     module.weight = torch.nn.Parameter(torch.nn.init.orthogonal_(torch.empty(shape)))
     return torch.nn.utils.parametrizations.orthogonal(module)
 
 
 def block_of(place: str, blocks: list[Block]) -> Block | None:
-    """Return the block that a path of AdapterHub's begins with; None if no block fits."""
+    """Return the block with the number that a path of AdapterHub's has first; None without a number, or for too high a
+    one.
+
+    If paths contain "decoder", only blocks on the same side (encoder or decoder) count, unless there are none.
+    """
     number = re.search(r"\d{1,9}", place)
     parts = [b for b in blocks if ("decoder" in b.path) == ("decoder" in place)] or blocks
     return None if number is None or int(number[0]) >= len(parts) else parts[int(number[0])]
 
 
 def make_bottleneck_config(path: str, theirs: Json) -> BottleneckConfig:
+    """Return graft's config of a bottleneck, with AdapterHub's fields that both have and that are not None.
+
+    Raises:
+        CheckpointError: a field that graft lacks has another value than graft's behaviour, or the three fields of norms
+            have an unknown combination (allowed if is_parallel).
+    """
     strange = [f"{name}={theirs[name]!r}" for name, good in ONLY.items() if theirs.get(name, good[0]) not in good]
     norms = {name: theirs.get(name, default) for name, default in NORMS.items()}
     if not theirs.get("is_parallel") and tuple(norms.values()) not in KNOWN:
@@ -255,12 +291,13 @@ def make_bottleneck_config(path: str, theirs: Json) -> BottleneckConfig:
     return BottleneckConfig(**options)
 
 
-SAME = "same"  # a tensor that stands under another key, too
+SAME = "same"  # a tensor that is in the file under another key, too
 
 
 def place_tensor(key: str, cfg: BottleneckConfig, blocks: list[Block], base: Base) -> tuple[str, str] | None:
-    """Return the module and the tensor's name in it for a key of AdapterHub's file; the name is "" for one of the whole
-    model.
+    """Return the base's module and the tensor's name in it for a key of AdapterHub's file; None for an unknown key.
+
+    The name is "" for a tensor that the whole model shares, and SAME for a copy of another tensor.
     """
     if RULE.fullmatch(key):
         return "bottleneck_rule", ""
@@ -275,7 +312,11 @@ def place_tensor(key: str, cfg: BottleneckConfig, blocks: list[Block], base: Bas
 
 
 def find_site(place: str, block: Block, cfg: BottleneckConfig) -> str:
-    """Return the path in the base where a bottleneck of AdapterHub's acts."""
+    """Return the path in the base where AdapterHub's bottleneck at `place` acts.
+
+    For attention and cross attention the end of that part of the block. For the MLP the config's place in the block
+    that is no such end.
+    """
     sublayer = SUBLAYER.search(f".{place}")
     if sublayer:
         last = len(block.ends)
@@ -303,7 +344,11 @@ def rename_leaf(leaf: str, cfg: BottleneckConfig) -> str | None:
 
 
 def find_embedding(base: Base) -> str:
-    """Return the path of the module that outputs the embedding of the input."""
+    """Return the path of the module that outputs the embedding of the input.
+
+    Raises:
+        CheckpointError: there is none, or the encoder shares it with the decoder.
+    """
     ends = ("word_embeddings", "embed_tokens", "wte")
     matches = [m for m in base.modules if m.rpartition(".")[2] in ends]
     place = find_embedding_output(matches, set(base.modules), bool(base.config.get("is_encoder_decoder")))

@@ -42,6 +42,12 @@ PART = re.compile(rf"({'|'.join(COMPONENTS)})(_\d+)?\.")
 
 
 def recognises(path: str) -> bool:
+    """Return True for a file of diffusers, or a folder with one: by metadata, names of a first release, or pipeline
+    parts.
+
+    More than half of the names must begin with a part of a pipeline or have the oldest layout. A .bin file is searched
+    for diffusers' names without loading it.
+    """
     file = find_diffusers_file(path)
     if file is None:
         return False
@@ -58,17 +64,17 @@ def recognises(path: str) -> bool:
 
 
 def of_first_release(keys: Iterable[str]) -> bool:
-    """Return True if tensors have the names of a model's first release."""
+    """Return True if a tensor has a name of a model's first release, with a known ending of factors."""
     return any(FIRST.fullmatch(key) is not None and split_key(key) is not None for key in keys)
 
 
 def read_renamed(file: str, base: Base | None) -> dict[str, Tensor]:
-    """Return a file's tensors by diffusers' names, with alphas in the factors, as the base's pipeline reads them.
+    """Return a file's tensors by diffusers' names, with alphas in the factors, as the base's pipeline class reads them.
 
     Raises:
-        BaseNeededError: there is no base, or the base has an unknown pipeline.
+        BaseNeededError: there is no base, or it is neither a pipeline nor a transformer.
         PackageNeededError: diffusers is not installed.
-        LossError: the pipeline reads no such files.
+        LossError: the class reads no LoRA files.
         CheckpointError: it cannot read this one.
     """
     name = "" if base is None else class_of(base)
@@ -94,17 +100,24 @@ def read_renamed(file: str, base: Base | None) -> dict[str, Tensor]:
 
 
 def class_of(base: Base) -> str:
-    """Return the name of the pipeline's class, or of the model's if that is all there is."""
+    """Return the name of the pipeline's class by the base's config, or else that of the loaded model's class; "" if
+    neither.
+    """
     model = getattr(base, "model", None)
     return str(base.config.get("_class_name", "" if model is None else type(model).__name__))
 
 
 def find_diffusers_file(path: str) -> str | None:
+    """Return the file, or the only .safetensors file or pytorch_lora_weights.bin of a folder; None for others."""
     return one_file(path, ".safetensors") or one_file(path, "pytorch_lora_weights.bin")
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """Return path and kind of a tensor; None: it is of no layout."""
+    """Return the module's path and the kind of a tensor ("A", "B", "bias", "magnitude", "alpha"); None for an unknown
+    name.
+
+    Names of the oldest layout get the part "unet." if they have none.
+    """
     if match := OLDEST.fullmatch(key):
         path = f"{match['path']}.{match['which']}{'.0' if match['which'] == 'to_out' else ''}"
         path = path if PART.match(path) else f"unet.{path}"
@@ -128,7 +141,13 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
 
 def make_adapter(file: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> AdapterFile:
-    """Return the adapter of tensors by diffusers' names."""
+    """Return the adapter of tensors by diffusers' names.
+
+    Unknown keys, and an alpha without factors, go to `unknown_keys`.
+
+    Raises:
+        CheckpointError: factors are missing, have wrong shapes, or contradict the metadata.
+    """
     out = AdapterFile(NAME, file, metadata=metadata)
     configs = configs_in(metadata, file)
     modules: dict[str, dict[str, Tensor]] = {}
@@ -148,7 +167,11 @@ def make_adapter(file: str, tensors: Mapping[str, Tensor], metadata: dict[str, s
 
 
 def configs_in(metadata: dict[str, str], file: str) -> dict[str, Json]:
-    """Return the config of each part of the pipeline."""
+    """Return the config of each part of the pipeline from the file's metadata; {} without such metadata.
+
+    Raises:
+        CheckpointError: they are no JSON dict, or hold values that no config has.
+    """
     if METADATA not in metadata:
         return {}
     fields = parse_json(metadata[METADATA], f"{file}: {METADATA}")
@@ -163,6 +186,14 @@ def configs_in(metadata: dict[str, str], file: str) -> dict[str, Json]:
 
 
 def make_low_rank(file: str, module: str, tensors: dict[str, Tensor], configs: dict[str, dict[str, object]]) -> LowRank:
+    """Return a module's factors with scale, magnitude and bias.
+
+    The scale is alpha / rank of the file, else that of the part's config (with √rank for rsLoRA), else 1. Factors of
+    more than two dimensions are a convolution's.
+
+    Raises:
+        CheckpointError: a factor is missing, shapes do not fit, or the metadata have another rank.
+    """
     A, B = get_factor_pair(tensors, "AB", file, module)
     if len(A.shape) < 2 or len(A.shape) != len(B.shape) or B.shape[1] != A.shape[0]:
         raise make_shape_error(file, module, A, B)
@@ -182,11 +213,16 @@ def make_low_rank(file: str, module: str, tensors: dict[str, Tensor], configs: d
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
     """Write a file of the newest layout, into a folder unless `path` ends in .safetensors.
 
+    Return descriptions of the losses.
+
+    The header gets a LoraConfig for each part.
+
     Args:
-        base: tells which part of the pipeline an adapter of one model is for.
+        base: tells the part of the pipeline for an adapter of one model.
 
     Raises:
-        BaseNeededError: nothing tells that.
+        BaseNeededError: nothing tells that part.
+        LossError: without `lossy`, a part of the adapter cannot be held.
     """
     fitted, lost = fit_to_format(adapter, HOLDS, NAME, lossy, base)
     parts: dict[str, dict[str, LowRank]] = {}
@@ -215,7 +251,14 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
 
 
 def place_modules(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]:
-    """Return modules by paths that begin with a part of a pipeline."""
+    """Return modules by paths that begin with a part of a pipeline.
+
+    Unchanged for a pipeline's adapter. Else the only part of `base` that has all modules, or by class "unet." or
+    "transformer." for a base that is one model.
+
+    Raises:
+        BaseNeededError: no part, or several, fit.
+    """
     modules = adapter.low_rank
     known = set() if base is None else set(base.modules)
     if adapter.is_pipeline or (is_pipeline(base) and known.issuperset(modules)):
@@ -234,7 +277,9 @@ def place_modules(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]
 
 
 def make_config(modules: dict[str, LowRank]) -> Json:
-    """Return the fields of a LoraConfig that gives each module its rank and scale."""
+    """Return the fields of a LoraConfig that gives each module its rank and scale; the first module gives `r` and
+    `lora_alpha`.
+    """
     first = next(iter(modules.values()))
     r, alpha = first.rank, round_alpha(first.scale * first.rank)
     alphas = {path: round_alpha(m.scale * m.rank) for path, m in modules.items()}

@@ -40,7 +40,7 @@ KEY = re.compile(r"(.+)\.weight\.lora_([ab])")
 ALORA, TOKENS = "adapter.alora.invocation_tokens", "alora_invocation_tokens"  # here, and in a config of PEFT
 HOLDS = FormatLimits("alpha", True, frozenset({"embedding", "experts", TOKENS}))
 # llama.cpp's converter, November 2026: architecture in config.json → its name in GGUF, whether it permutes q and k.
-# Those whose weights it changes in another way (falcon's qkv, bloom's, internlm2's) are not here.
+# Left out: architectures with weights that it changes in another way (falcon's qkv, bloom's, internlm2's).
 ARCHITECTURES = {
     "LlamaForCausalLM": ("llama", True),
     "MistralForCausalLM": ("llama", True),
@@ -68,6 +68,7 @@ DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}  # safetensors' names → 
 
 
 def recognises(path: str) -> bool:
+    """Return True for a file that begins with GGUF's magic bytes, or a folder with one .gguf file that does."""
     file = one_file(path, ".gguf") or path
     if not os.path.isfile(file):
         return False
@@ -115,6 +116,14 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
 
 def read_gguf_pair(path: str, name: str, tensors: Mapping[str, Tensor], alpha: float, base: Base | None) -> LowRank:
+    """Return the factors of module `name`. Scale: alpha / rank, or 1 for alpha 0.
+
+    The embedding's A is transposed; factors of three dimensions are those of experts. With a base, rows of B that
+    llama.cpp permutes by heads are put back.
+
+    Raises:
+        CheckpointError: a factor is missing, or shapes do not fit.
+    """
     a, b = get_factor_pair(tensors, "ab", path, name)
     kind: Kind = "embedding"
     if name.startswith("token_embd"):
@@ -131,13 +140,13 @@ def read_gguf_pair(path: str, name: str, tensors: Mapping[str, Tensor], alpha: f
 
 
 def arch_of(base: Base) -> tuple[str, bool]:
-    """Return the name of a base's architecture in GGUF, and whether llama.cpp's converter permutes its q and k.
+    """Return the base's architecture in GGUF, and whether llama.cpp's converter permutes its q and k.
 
     A config without `architectures` has that of its `model_type`.
 
     Raises:
         BaseNeededError: the base's config has neither.
-        LossError: nobody here knows how llama.cpp holds that architecture.
+        LossError: graft does not know the architecture.
     """
     kind = str(base.config.get("model_type") or "").replace("_", "")
     of_kind = {name.lower().removesuffix("forcausallm").removesuffix("lmheadmodel"): name for name in ARCHITECTURES}
@@ -153,7 +162,9 @@ def arch_of(base: Base) -> tuple[str, bool]:
 
 
 def heads_in(name: str, base: Base) -> int | None:
-    """Return the number of heads if llama.cpp permutes the rows of a module by heads; None: they are not."""
+    """Return the number of heads if llama.cpp permutes a module's rows by heads (q and k of some architectures); else
+    None.
+    """
     leaf = name.rpartition(".")[2]
     if leaf not in ("attn_q", "attn_k") or not arch_of(base)[1]:
         return None
@@ -180,7 +191,12 @@ def paths_of(base: Base, arch: str, what: str) -> dict[str, str]:
 
 
 def names_of(base: Base) -> dict[str, str]:
-    """Return llama.cpp's name of each module of a base that has one."""
+    """Return module path → llama.cpp's name, for the base's modules that have one.
+
+    Raises:
+        CheckpointError: the config's number of blocks is no number from 0 to 10,000.
+        PackageNeededError: the package gguf is missing.
+    """
     gguf = import_gguf()
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch_of(base)[0])
     blocks = base.config.get("num_hidden_layers") or base.config.get("n_layer")
@@ -194,12 +210,12 @@ def names_of(base: Base) -> dict[str, str]:
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-    """Write a file.
+    """Write a file: LoRA, or control vectors for steering vectors. Return descriptions of the losses.
 
     Raises:
-        BaseNeededError: `base` is None: its architecture and heads are in the file.
-        LossError: llama.cpp has no name for a module, or `fit` raises it.
-        PackageNeededError: the package is too old for aLoRA's tokens.
+        BaseNeededError: `base` is None: the file needs its architecture and heads.
+        LossError: without `lossy`, a module has no name in llama.cpp, or a part cannot be held.
+        PackageNeededError: the package gguf is missing, or too old for aLoRA's tokens.
     """
     gguf = import_gguf()
     if adapter.method == "STEERING":
@@ -231,14 +247,19 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
 
 
 def save_gguf(path: str, arch: str, fields: Json, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file, whole or not at all.
+    """Write a file with fields and tensors, whole or not at all.
 
     Raises:
-        OSError: the disk is full, which the package does not notice.
+        OSError: the disk is full. The package does not notice that, so the file is read again.
+        PackageNeededError: the package is too old for a list of numbers.
     """
     gguf = import_gguf()
 
     def write(temporary: str) -> None:
+        """Write the file to the path `temporary`, and read it again to see that it is whole.
+
+        Lists are written as arrays of uint32; other fields by their type as text, uint32 or float32.
+        """
         writer = gguf.GGUFWriter(temporary, arch)
         for name, value in fields.items():
             if isinstance(value, list):
@@ -265,6 +286,7 @@ def save_gguf(path: str, arch: str, fields: Json, tensors: Mapping[str, Tensor])
 
 
 def add_tensor(gguf: ModuleType, writer: Any, name: str, t: Tensor) -> None:
+    """Add a tensor to the writer: F32, F16 and BF16 as they are, other dtypes as F32."""
     if t.dtype not in DTYPES:
         t = make_tensor(t.read().astype("f4"), "F32")
     if t.dtype == "BF16":
@@ -281,7 +303,7 @@ VECTOR = "steering_vector"
 
 
 def read_control(path: str, fields: dict[str, object], tensors: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
-    """Read control vectors: `direction.N` is added to the output of block N.
+    """Read control vectors: `direction.N` is added to the output of block N. Other names go to `unknown_keys`.
 
     Raises:
         BaseNeededError: there is no base to count blocks.
@@ -313,12 +335,14 @@ def read_control(path: str, fields: dict[str, object], tensors: Mapping[str, Ten
 
 
 def control_vectors(adapter: AdapterFile, base: Base | None, lossy: bool) -> tuple[dict[str, Tensor], Json, list[str]]:
-    """Return steering vectors times their coefficient, by block number, the fields of a file, and descriptions of the
-    losses.
+    """Return steering vectors times their coefficient, by name, the fields of a file, and descriptions of the losses.
+
+    A vector of zeros elsewhere is dropped without a loss.
 
     Raises:
         BaseNeededError: there is no base to count blocks.
-        LossError: a vector acts elsewhere than after a block or after the first one, or in another way than by adding.
+        LossError: without `lossy`, a vector acts after the first block or after no block, or the config has normalize
+            or min_token_index. Or nothing is left.
     """
     from graft.files.formats.adapterhub_places import find_base_blocks
 

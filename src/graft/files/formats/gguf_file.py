@@ -29,29 +29,32 @@ ALIGNMENT = "general.alignment"
 
 
 def read_contents(path: str) -> tuple[Json, dict[str, Tensor]]:
-    """Return the fields of a file, and its tensors, which become float32 when they are read if they are quantized.
+    """Return the fields of a GGUF file, and its tensors, read on demand; quantized ones are dequantized to float32
+    then.
 
     Raises:
         CheckpointError: the file is damaged or cut off, or states a length that it cannot have.
-        PackageNeededError: a tensor is quantized, and the package gguf is not there.
+        PackageNeededError: a tensor is quantized, and the package gguf is missing.
     """
     with open_file(path) as f:
         return Reader(f, path).contents()
 
 
 class Reader:
-    """Reads a GGUF file from its beginning to its tensors.
+    """Reads a GGUF file from its beginning to its tensors. Every length is compared with the bytes that are left.
 
     Attributes:
-        left: bytes of the file behind those that were read.
+        left: bytes of the file that have not been read.
         entries: how many more entries of arrays, fields and tensors it may have.
     """
 
     def __init__(self, f: IO[bytes], path: str):
+        """Start at the beginning of `f`; `version` (size and time of the file) detects later changes."""
         self.f, self.path, self.version = f, path, file_version(f)
         self.left, self.entries = self.version[0], MOST
 
     def make_damage_error(self, why: str) -> CheckpointError:
+        """Return (do not raise) a CheckpointError: the file is damaged or cut off, with the reason `why`."""
         return CheckpointError(f"{self.path} is damaged or cut off: {why}. Save or download it again.")
 
     def take(self, n: int) -> bytes:
@@ -62,22 +65,34 @@ class Reader:
         return self.f.read(n)
 
     def number(self, form: str = "Q") -> Any:
+        """Return the next little-endian number, in struct's `form`; by default 8 bytes unsigned. Raises as `take`."""
         return struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))[0]
 
     def count(self, n: int, least: int) -> int:
-        """Return a number of entries of at least so many bytes each, which the file must have."""
+        """Return `n`, and subtract it from `entries`.
+
+        Raises CheckpointError if the file has too few bytes for n entries of `least` bytes each, or too many entries.
+        """
         self.entries -= n
         if n * least > self.left or self.entries < 0:
             raise self.make_damage_error(f"it states {n:,} entries, and has {self.left:,} bytes left")
         return n
 
     def text(self) -> str:
+        """Return the next text: a length of 8 bytes, then UTF-8.
+
+        Raises CheckpointError if it is not UTF-8, or cut off.
+        """
         try:
             return self.take(self.number()).decode()
         except UnicodeDecodeError:
             raise self.make_damage_error("a text of it is not UTF-8") from None
 
     def value(self, kind: int) -> object:
+        """Return the next value of type number `kind`: a text, a number, a bool, or a list of texts or numbers.
+
+        Raises CheckpointError for an unknown type, an array of arrays, or a length beyond the file.
+        """
         if kind == TEXT:
             return self.text()
         if kind == ARRAY:
@@ -93,6 +108,12 @@ class Reader:
         return self.number(NUMBERS[kind])
 
     def contents(self) -> tuple[Json, dict[str, Tensor]]:
+        """Return all fields, and the tensors by name, which load on demand.
+
+        Raises:
+            CheckpointError: no GGUF of version 2 or 3, a name that is there twice, a wrong alignment, or a damaged
+                part.
+        """
         if self.take(4) != MAGIC or self.number("I") not in VERSIONS:
             raise CheckpointError(f"{self.path} is no GGUF file of version 2 or 3. Convert it by llama.cpp's tools.")
         tensors, fields = self.number(), dict[str, Any]()
@@ -112,6 +133,10 @@ class Reader:
         return fields, out
 
     def info(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Return the next tensor's name, shape (rows first), type number, and offset in the part of tensors.
+
+        Raises CheckpointError for more than 4 dimensions.
+        """
         name, n = self.text(), self.number("I")
         if n > MOST_DIMENSIONS:
             raise self.make_damage_error(f"tensor '{shorten_text(name)}' has {n} dimensions")
@@ -119,6 +144,13 @@ class Reader:
         return name, shape[::-1], self.number("I"), self.number()
 
     def tensor(self, name: str, shape: tuple[int, ...], kind: int, begin: int) -> Tensor:
+        """Return a tensor that loads from byte `begin`. One of a quantized type is F32, dequantized when it loads.
+
+        Raises:
+            CheckpointError: the type is unknown, the last dimension is no whole number of blocks, or the file is too
+                short.
+            PackageNeededError: the type is quantized, and the package gguf is missing.
+        """
         block, size = (1, BITS[DTYPES[kind]] // 8) if kind in DTYPES else find_block_size(kind)
         nbytes = prod(shape) // block * size
         if not block or (shape[-1] if shape else 1) % block or begin + nbytes > self.version[0]:
@@ -133,13 +165,22 @@ class Reader:
 
 
 def find_block_size(kind: int) -> tuple[int, int]:
-    """Return the numbers of a block of a quantized type, and its bytes; 0 and 0 of a type that the package lacks."""
+    """Return the numbers in a block of a quantized type, and its bytes; (0, 0) if the package gguf does not have the
+    type.
+    """
     sizes: dict[int, tuple[int, int]] = import_gguf().GGML_QUANT_SIZES
     return sizes.get(kind, (0, 0))
 
 
 def dequantize(data: bytes, rows: tuple[int, ...], kind: int, name: str) -> bytes:
-    """Return the float32 values of a quantized tensor. rows: the shape of its bytes."""
+    """Return the bytes of a quantized tensor's values in float32.
+
+    Args:
+        rows: the shape of the quantized bytes.
+
+    Raises:
+        CheckpointError: the package gguf cannot dequantize this type.
+    """
     import numpy as np
 
     gguf = import_gguf()
@@ -153,9 +194,10 @@ def dequantize(data: bytes, rows: tuple[int, ...], kind: int, name: str) -> byte
 
 
 def import_gguf() -> ModuleType:
-    """Return the module gguf.
+    """Return llama.cpp's Python package gguf.
 
-    Raises PackageNeededError if it is missing, or if another module of that name is there, without MODEL_ARCH_NAMES.
+    Raises:
+        PackageNeededError: it is not installed, or another module is called gguf.
     """
     try:
         import gguf

@@ -47,6 +47,10 @@ HOLDS = FormatLimits(parts=frozenset({"magnitude", "conv", "mid"}), methods=OWN 
 
 
 def recognises(path: str) -> bool:
+    """Return True for a file, or the only one of a folder, with more than half of its names in kohya's form.
+
+    A .pt or .ckpt file is searched for names of factors without loading it.
+    """
     file = one_file(path, ".safetensors", ".pt", ".ckpt")
     if file is None:
         return False
@@ -57,12 +61,15 @@ def recognises(path: str) -> bool:
 
 
 def read(path: str, base: Base | None = None) -> AdapterFile:
-    """Read a file; without a base the modules have its own names.
+    """Read a file; without a base the modules have the file's flat names.
 
-    Of a pipeline's file and a base that is one model, the parts that this model is not keep the file's names.
+    Names without a known prefix go to `unknown_keys`.
+
+    If the base is one model and the file a pipeline's, the parts that are not this model keep flat names. Names of a
+    model's first release are read with diffusers.
 
     Raises:
-        CheckpointError: factors are missing or do not fit each other, or a name is that of two modules of the base.
+        CheckpointError: factors are missing or do not fit each other, or two names are one module of the base.
         BaseModelMismatchError: the base has no such modules, and diffusers finds none under their first names.
     """
     file = one_file(path, ".safetensors", ".pt", ".ckpt") or path
@@ -95,7 +102,12 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
 
 def take_part(adapter: AdapterFile, modules: Mapping[str, dict[str, Tensor]], base: Base) -> AdapterFile:
-    """Return the adapter of one part of a pipeline: by the base's paths, or by the file's names if it has none."""
+    """Return the adapter of one part of a pipeline: by the base's paths, or by the file's names if the base lacks
+    modules.
+
+    Raises:
+        CheckpointError: factors are missing or do not fit each other.
+    """
     for known in (base, None):
         out = replace(adapter, modules={}, full={}, unknown_keys=[], has_flat_names=known is None)
         try:
@@ -108,10 +120,10 @@ def take_part(adapter: AdapterFile, modules: Mapping[str, dict[str, Tensor]], ba
 
 
 def take_modules(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], base: Base | None) -> None:
-    """Read these modules of a file into `out`.
+    """Read these modules of a file into `out`, by the base's paths, or without a base by the file's names.
 
     Raises:
-        CheckpointError: factors are missing or do not fit each other, or a name is that of two modules of the base.
+        CheckpointError: factors are missing or do not fit each other, or two names are one module of the base.
         BaseModelMismatchError: the base lacks some of them.
     """
     paths = dict(zip(modules, modules)) if base is None else match_modules(out, modules, base)
@@ -124,14 +136,19 @@ def take_modules(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], bas
 
 
 def components_of(name: str) -> tuple[str, ...]:
-    """Return the parts of a pipeline that may have a module, by the prefix of its name; "": the base is one model."""
+    """Return the parts of a pipeline that may have a module, by its name's prefix; "" means that the base is one model.
+
+    Raises StopIteration for a name without a known prefix.
+    """
     return PREFIXES[next(prefix for prefix in PREFIXES if name.startswith(prefix))]
 
 
 def of_first_release(file: str, base: Base | None) -> AdapterFile | None:
-    """Return a file in the names that a model had first, as sd-scripts write them of Flux; None: it is none.
+    """Return the adapter of a safetensors file with names of a model's first release, as sd-scripts write them for
+    Flux.
 
-    diffusers knows those names, today's names, and how a product of q, k and v is split.
+    diffusers renames them, and splits products of q, k and v. None if there is no base, diffusers cannot read the file,
+    or the modules are not the base's.
     """
     from graft.files.formats import diffusers
 
@@ -140,13 +157,18 @@ def of_first_release(file: str, base: Base | None) -> AdapterFile | None:
     try:
         adapter = diffusers.make_adapter(file, diffusers.read_renamed(file, base), {})
         names.check_modules(select_pipeline_part(adapter, base), base)
-    except PeftError:  # then the base is another, as far as anybody knows
+    except PeftError:  # then the file is not of this base
         return None
     return replace(adapter, format=NAME)
 
 
 def match_modules(adapter: AdapterFile, modules: Mapping[str, object], base: Base) -> dict[str, str]:
-    """Return the path in the base of each name of a file."""
+    """Return name in the file → path in the base.
+
+    Raises:
+        BaseModelMismatchError: the base has no module for a name.
+        CheckpointError: two names are one module.
+    """
     flat = names.FlatNames(base)
     paths: dict[str, str] = {}
     absent = []
@@ -167,10 +189,18 @@ def match_modules(adapter: AdapterFile, modules: Mapping[str, object], base: Bas
 
 
 def read_module(out: AdapterFile, path: str, name: str, tensors: dict[str, Tensor], base: Base | None) -> None:
-    """Read one module of a file into `out`; tensors without a meaning go to `out.unknown_keys`."""
+    """Read one module of a file into `out`: LoRA, LoHa, LoKr, another method of LyCORIS, or differences of whole
+    tensors.
+
+    Tensors without a meaning go to `out.unknown_keys`. DoRA of a method other than LoRA keeps all tensors as they are.
+
+    Raises:
+        CheckpointError: factors are missing or do not fit each other.
+    """
     unread = dict(tensors)
 
     def take(*leaves: str) -> dict[str, Tensor]:
+        """Return those of the tensors called `leaves` that are not read yet, and mark them as read."""
         return {leaf: unread.pop(leaf) for leaf in leaves if leaf in unread}
 
     if DOWN in tensors or UP in tensors:
@@ -187,13 +217,21 @@ def read_module(out: AdapterFile, path: str, name: str, tensors: dict[str, Tenso
                 break
     for leaf, values in take(*WHOLE).items():
         add_whole_tensor(out, f"{path}.{WHOLE[leaf]}", leaf, values, base)
-    if "dora_scale" in unread and path in out.modules:  # of a method that is not LoRA
+    if "dora_scale" in unread and path in out.modules:  # DoRA of another method than LoRA
         out.modules[path] = OtherMethod(DORA_OF_OTHERS, tensors)
         unread.pop("dora_scale")
     out.unknown_keys += [f"{name}.{leaf}" for leaf in unread]
 
 
 def read_kohya_pair(file: str, name: str, tensors: dict[str, Tensor]) -> LowRank | OtherMethod:
+    """Return a module's factors with scale, magnitude and Tucker core; DoRA with a magnitude for each input is
+    `OtherMethod`.
+
+    The scale is alpha / rank, and 1 without alpha. A flat B of a convolution gets the dimensions of a kernel of size 1.
+
+    Raises:
+        CheckpointError: a factor is missing, or factors, core or magnitude do not fit each other.
+    """
     (A, B), mid = get_factor_pair(tensors, (DOWN, UP), file, name), tensors.get(MID)
     rank = A.shape[0] if A.shape else 0
     if len(A.shape) < 2 or len(B.shape) < 2 or B.shape[1] != rank or (mid and mid.shape[:2] != (rank, rank)):
@@ -214,7 +252,14 @@ def read_kohya_pair(file: str, name: str, tensors: dict[str, Tensor]) -> LowRank
 
 
 def add_whole_tensor(out: AdapterFile, key: str, leaf: str, difference: Tensor, base: Base | None) -> None:
-    """Put a tensor that was trained whole into `full`, if the base has values; else keep the difference."""
+    """Add base value + difference to `out.full` in float32, if the base has values.
+
+    Else keep the difference as a module of method "LyCORIS full"; if the module has factors, its key goes to
+    `unknown_keys`.
+
+    Raises:
+        CheckpointError: the base's tensor has another shape.
+    """
     base_value = None if base is None else base.tensors.get(key)
     path = key.rpartition(".")[0]
     if base_value is None:
@@ -232,6 +277,14 @@ def add_whole_tensor(out: AdapterFile, key: str, leaf: str, difference: Tensor, 
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
+    """Write one file. Return descriptions of the losses.
+
+    An adapter that was read from this format without a base keeps its names, and a kohya file its metadata.
+
+    Raises:
+        LossError: without `lossy`, a part cannot be held, or magnitudes need the base's weights.
+        BaseNeededError: the names are another format's flat names.
+    """
     own_names = adapter.format == NAME and adapter.has_flat_names
     fitted, lost = fit_to_format(replace(adapter, has_flat_names=False) if own_names else adapter, HOLDS, NAME, lossy)
     paths = {name: name for name in fitted.modules} if own_names else name_modules(fitted)
@@ -243,7 +296,10 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
 
 
 def name_modules(adapter: AdapterFile) -> dict[str, str]:
-    """Return the name in a file of each path."""
+    """Return path → name in a file: the prefix of its part of a pipeline, or "lycoris_", and the path with "_" for ".".
+
+    The first text encoder is "te1" if there is a second one, else "te".
+    """
     second = any(path.startswith("text_encoder_2.") for path in adapter.modules)
     prefixes = {"unet": "lora_unet_", "transformer": "lora_transformer_", "text_encoder_2": "lora_te2_",
                 "text_encoder_3": "lora_te3_", "text_encoder": "lora_te1_" if second else "lora_te_"}  # fmt: skip
@@ -255,7 +311,11 @@ def name_modules(adapter: AdapterFile) -> dict[str, str]:
 
 
 def list_leaves(module: LowRank | OtherMethod) -> dict[str, Tensor]:
-    """Return a module's tensors by the ends of their names."""
+    """Return a module's tensors by the ends of their names, with alpha = scale · rank.
+
+    Readers take alpha 0 for 1: with scale 0 the up factor (for LoHa and LoKr the first one) becomes zeros. LoKr without
+    a rank gets its scale in lokr_w1.
+    """
     if isinstance(module, OtherMethod):
         out = dict(module.tensors)
         if module.scale is not None and "alpha" not in out:

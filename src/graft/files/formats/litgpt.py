@@ -25,26 +25,28 @@ OWN = re.compile(r"transformer\.h\.(?P<number>\d+)\.(?P<rest>.+)")
 NAMES = {"attn.proj": "self_attn.o_proj", "mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj",
          "mlp.proj": "mlp.down_proj"}  # fmt: skip
 QKV = {"self_attn.q_proj": "lora_query", "self_attn.k_proj": "lora_key", "self_attn.v_proj": "lora_value"}
-MLPS = ("LLaMAMLP", "GemmaMLP")  # classes of which litgpt's checkpoints become models of transformers with these names
+MLPS = ("LLaMAMLP", "GemmaMLP")  # MLP classes of litgpt with the names above in transformers
 LARGEST = 2**16  # bytes of a YAML file
 
 
 def find_checkpoint(path: str) -> str | None:
+    """Return the path of lit_model.pth.lora, for that file itself or a folder with it; else None."""
     where = os.path.join(path, FILE) if os.path.isdir(path) else path
     return where if os.path.basename(where) == FILE and os.path.isfile(where) else None
 
 
 def recognises(path: str) -> bool:
+    """Return True if there is a lit_model.pth.lora that mentions ".lora_A". It is not loaded."""
     file = find_checkpoint(path)
     return file is not None and mentions_name(file, b".lora_A")
 
 
 def fields_of(path: str) -> Json:
-    """Return the content of a YAML file: plain values, each named once.
+    """Return the content of a YAML file: a dict of plain values, each named once.
 
     Raises:
-        CheckpointError: it is not there, too large, or holds more than plain values; or it has an alias, since a few
-            bytes of aliases can become gigabytes.
+        CheckpointError: it is missing, damaged, larger than 64 KiB, or holds other values; or it has an alias, since a
+            few bytes of aliases can become gigabytes.
     """
     import yaml
 
@@ -56,7 +58,7 @@ def fields_of(path: str) -> Json:
         raise CheckpointError(f"{path} has more than {LARGEST:,} bytes: it is no config. Copy it again.")
     try:
         fields = yaml.load(text, plain_loader())
-    except Exception as e:  # of odd tags, dates and numbers: errors of many types
+    except Exception as e:  # odd tags, dates and numbers raise errors of many types
         raise CheckpointError(f"{path} is damaged, or holds more than plain values: {shorten_text(str(e))}") from None
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} holds a {type(fields).__name__}, not the fields of a config.")
@@ -65,11 +67,14 @@ def fields_of(path: str) -> Json:
 
 
 def plain_loader() -> Any:
-    """Return a class that reads YAML of plain values, and refuses aliases and names that stand twice."""
+    """Return a YAML loader class for plain values that refuses aliases, and names that are in one mapping twice."""
     import yaml
 
     class PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
+        """A safe loader without aliases and repeated names."""
+
         def compose_node(self, parent: Any, index: Any) -> Any:
+            """Return the next node. Raises YAMLError for an alias, or a mapping with one name twice."""
             if self.check_event(yaml.AliasEvent):
                 raise yaml.YAMLError("it has an alias: write the value in its place")
             node = super().compose_node(parent, index)
@@ -82,10 +87,13 @@ def plain_loader() -> Any:
 
 
 def read(path: str, base: Base | None = None) -> AdapterFile:
-    """Read a folder, or the file of weights in it.
+    """Read a folder, or the file of weights in it. Modules get transformers' names, and the scale is alpha / r.
+
+    Modules other than qkv, those of NAMES and lm_head go to `unknown_keys`.
 
     Raises:
-        CheckpointError: one of the three files is not there or damaged, or they contradict each other.
+        CheckpointError: one of the three files is missing or damaged, they contradict each other, or the model's MLP
+            class is unknown.
     """
     file = find_checkpoint(path) or path
     folder = os.path.dirname(file)
@@ -128,7 +136,12 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 def split_qkv(
     path: str, name: str, A: Tensor, B: Tensor, r: int, run: Json, model: Json
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the factors of q, k and v, as far as the run adapted them."""
+    """Return the factors of q, k and v as separate pairs, for those that the run adapted: r rows of A each, and their
+    rows of B.
+
+    Raises:
+        CheckpointError: the shapes do not fit r and the config of the run.
+    """
     rows = count_qkv_rows(model)
     on = [suffix for suffix, flag in QKV.items() if run.get(flag)]
     if A.shape[0] != r * len(on) or B.shape != (sum(rows[suffix] for suffix in on), r):
@@ -144,7 +157,13 @@ def split_qkv(
 
 
 def count_qkv_rows(model: Mapping[str, object]) -> dict[str, int]:
-    """Return the number of rows of q, k and v by litgpt's config of a model."""
+    """Return the number of rows of q, k and v by litgpt's config of a model.
+
+    k and v have the rows of the query groups.
+
+    Raises:
+        CheckpointError: the numbers of heads and groups, or the size of a head, are missing.
+    """
     heads, width = model.get("n_head"), model.get("n_embd")
     groups = model.get("n_query_groups") or heads
     size = model.get("head_size") or (

@@ -35,6 +35,7 @@ BLOCK = re.compile(r"^(?P<blocks>.*?\.layers)\.(?P<number>\d+)\.(?P<key>.+)$")
 
 
 def recognises(path: str) -> bool:
+    """Return True for a folder with adapters.safetensors and an adapter_config.json without `peft_type`."""
     config = os.path.join(path, CONFIG)
     if not os.path.exists(config) or not os.path.exists(os.path.join(path, WEIGHTS)):
         return False
@@ -42,10 +43,11 @@ def recognises(path: str) -> bool:
 
 
 def read(path: str, base: Base | None = None) -> AdapterFile:
-    """Read a folder.
+    """Read a folder. After a full fine-tuning all tensors are whole tensors. The scale is 20 if the config has none.
 
     Raises:
-        CheckpointError: a file is not there or damaged, or factors are missing, or not transposed as MLX has them.
+        CheckpointError: a file is missing or damaged, factors are missing or not transposed as MLX has them, or the
+            scale is no number.
     """
     config = read_object(os.path.join(path, CONFIG))
     tensors, metadata = read_header(os.path.join(path, WEIGHTS))
@@ -65,6 +67,14 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 def read_mlx_pair(
     path: str, module: str, tensors: dict[str, Tensor], scale: float, rank: object
 ) -> LowRank | OtherMethod:
+    """Return a module's factors, transposed to PEFT's order. Three dimensions are experts, in PEFT's order already.
+
+    A module called embed…, wte… or tok_emb… is an embedding; with a magnitude it becomes `OtherMethod`.
+
+    Raises:
+        CheckpointError: a factor is missing, the magnitude is no vector, or shapes are not (in, r) and (r, out) of the
+            config's rank.
+    """
     (a, b), m = get_factor_pair(tensors, ("lora_a", "lora_b"), path, module), tensors.get("m")
     if m is not None and len(m.shape) != 1:
         raise CheckpointError(f"{path}: the magnitude of '{module}' has shape {m.shape}, and is no vector.")
@@ -80,16 +90,21 @@ def read_mlx_pair(
 
 
 def transpose_factors(t: Tensor) -> Tensor:
-    """Return a matrix the other way round, bit for bit."""
+    """Return a matrix transposed, on loading and in the same dtype."""
     return rearrange_tensor(t, lambda values: values.T, *t.shape[::-1])
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-    """Write a folder. Modules below a block are named as mlx-lm names them there, others by their whole paths.
+    """Write a folder.
+
+    Return descriptions of the losses. Modules are named below their block if all blocks have the same, else by whole
+    paths.
+
+    Ranks and scales are made equal. If one module has a magnitude, all get one.
 
     Raises:
-        LossError: some modules have a magnitude, and others not, and the base's weights are not there; or an embedding
-            has one; or it is not of LoRA.
+        LossError: without `lossy`, a part cannot be held: another method than LoRA, or an embedding's magnitude. Or
+            magnitudes need the base's weights.
     """
     fitted, lost = fit_to_format(adapter, HOLDS, NAME, lossy)
     of_outputs = {path: m for path, m in fitted.low_rank.items() if m.kind == "embedding" and m.magnitude is not None}
@@ -119,7 +134,10 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
 
 
 def choose_keys(modules: dict[str, LowRank]) -> list[str]:
-    """Return names below a block where all blocks have the same, else whole paths, which older versions do not read."""
+    """Return names below a block, sorted, if all modules are in blocks of one stack and all these have the same names.
+
+    Else whole paths, which older versions of mlx-lm cannot read.
+    """
     blocks: dict[str, set[str]] = {}
     for name in modules:
         match = BLOCK.match(name)

@@ -59,16 +59,18 @@ PREFIXES: dict[str, str] = {  # of the names of a method's tensors on a module
 ANY = tuple(PREFIXES.values())
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
 OF_PROMPT = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
-NONE = "dummy-target-modules"  # as target_modules: the adapter is what stands beside LoRA
-BESIDE = re.compile(r"\.(modules_to_save|original_module)(?=\.)")  # of a head: again, and the base's own, in some files
-TOKENS = "token_adapter"  # a module of PEFT around an embedding whose rows train
-# variants of LoRA whose A and B are not LoRA's
+NONE = "dummy-target-modules"  # as target_modules: the adapter has no LoRA, only whole tensors or rows
+BESIDE = re.compile(
+    r"\.(modules_to_save|original_module)(?=\.)"
+)  # some files hold a head again, and the base's head, under these names
+TOKENS = "token_adapter"  # a module of PEFT around an embedding with trained rows
+# variants of LoRA with another meaning of A and B
 VARIANTS: dict[str, str] = {"kasa_config": "KASA", "use_bdlora": "BDLORA", "use_qalora": "QALORA"}
 BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")  # values of init_lora_weights, or their beginning
 SCALED = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # methods of the scale alpha / r → its field
 FIRST = ("gate_up_proj", "w1", "w13", "up_proj", "down_proj", "w2", "w3")  # parameters of experts as modules hold them
 TRANSPOSED = ("gpt_oss",)  # types of models with matrices of experts stored (in, out)
-UNMARKED = ("llama4", "llama4_text")  # and of those that store them so, and do not say it
+UNMARKED = ("llama4", "llama4_text")  # types that store them so without a mark on the module
 RANK = 8  # where a config does not say r or alpha
 LISTS = ("target_parameters", "modules_to_save")  # lists of text in a config
 KINDS: dict[str, type] = {"peft_type": str, "base_model_name_or_path": str, "use_bdlora": dict}  # of other fields
@@ -78,6 +80,12 @@ KINDS: dict[str, type] = {"peft_type": str, "base_model_name_or_path": str, "use
 
 
 def recognises(path: str) -> bool:
+    """Return True for PEFT's folder or one of its files: adapter_config.json has `peft_type`, or the weights hold
+    graft's note of the config.
+
+    True, too, if the config is damaged and weights are there. A folder of a pipeline's parts needs every part to be
+    one.
+    """
     if parts := parts_in(path):
         return all(recognises(os.path.join(path, part)) for part in parts)
     folder = folder_of(path)
@@ -87,12 +95,14 @@ def recognises(path: str) -> bool:
     try:
         fields = read_object(config) if os.path.isfile(config) else {}
     except CheckpointError:
-        return pair.find_weights(folder) is not None  # then reading says what is wrong with it
+        return pair.find_weights(folder) is not None  # then `read` raises the error
     return "peft_type" in fields or getattr(pair.find_weights(folder), "config", None) is not None
 
 
 def parts_in(path: str) -> list[str]:
-    """Return the sub-folders with adapters of a pipeline's parts; [] if the folder is one adapter."""
+    """Return the sub-folders with adapters of a pipeline's parts, sorted; [] for other paths, and with
+    adapter_config.json.
+    """
     if not os.path.isdir(path) or os.path.exists(os.path.join(path, pair.CONFIG_NAME)):
         return []
     folders = [entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")]
@@ -100,7 +110,9 @@ def parts_in(path: str) -> list[str]:
 
 
 def folder_of(path: str) -> str | None:
-    """Return the folder of an adapter, for the folder itself or one of its files; None for other paths."""
+    """Return the folder of an adapter, for the folder itself or a path of its config or weights; None for
+    other paths.
+    """
     if os.path.isdir(path):
         return path
     if os.path.basename(path) in (pair.CONFIG_NAME, pair.SAFETENSORS, pair.TORCH):
@@ -109,15 +121,19 @@ def folder_of(path: str) -> str | None:
 
 
 def read(path: str, base: Base | None = None) -> AdapterFile:
-    """Read an adapter.
+    """Read an adapter; for a pipeline, all its parts together.
+
+    Converts layouts of servers and names of tinker, and exchanges A and B of stacks that an old PEFT wrote exchanged.
+    Warns with PeftWarning if the layout of experts is a guess.
 
     Args:
         path: the folder, or one of the two files in it.
         base: tells which parameters of experts the factors belong to, where the config leaves that open.
 
     Raises:
-        CheckpointError: a file is not there or damaged, or config and tensors contradict each other.
-        BaseNeededError: experts stand there as servers have them.
+        CheckpointError: a file is missing or damaged, the method is unknown, or config and tensors contradict each
+            other.
+        BaseNeededError: the experts are in the layout of servers, and there is no base.
     """
     if parts := parts_in(path):
         return join_pipeline({part: read(os.path.join(path, part)) for part in parts}, path)
@@ -146,7 +162,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         else:
             take_other(out, clean(raw), method, of_module)
     if method in PREFIXES:
-        for path in dict.fromkeys(around(tensors)):  # modules of which the file has nothing but their bias
+        for path in dict.fromkeys(around(tensors)):  # modules with only their bias in the file
             out.modules.setdefault(path, OtherMethod(method, {}))
     exchange_old_factors(out, layout, base)
     if not any(m.shift for m in out.low_rank.values()):
@@ -156,7 +172,10 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
 
 def check_kinds(config: Json, path: str) -> None:
-    """Raise CheckpointError for a config field of a type that this module cannot read."""
+    """Raise CheckpointError if LISTS in the config are no lists of text, or the fields of KINDS have another type.
+
+    Missing and empty fields pass.
+    """
     for name in LISTS:
         value = config.get(name) or []
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
@@ -167,7 +186,11 @@ def check_kinds(config: Json, path: str) -> None:
 
 
 def list_unnamed(adapter: AdapterFile) -> list[str]:
-    """Return the whole tensors of a file of PEFT's that its config does not name."""
+    """Return the whole tensors of a PEFT file that its config does not name.
+
+    Named are `modules_to_save`, embed_tokens, lm_head, biases if the config trains some, and tensors of adapted
+    modules. [] for prompts, and for a config without `peft_type`.
+    """
     config = adapter.config
     if "peft_type" not in config or adapter.method in PROMPTS:
         return []
@@ -181,7 +204,13 @@ def list_unnamed(adapter: AdapterFile) -> list[str]:
 
 
 def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.WeightsFile]:
-    """Return the tensors of an adapter's folder, the file's metadata, and graft's notes in it."""
+    """Return the tensors of an adapter's folder, the file's metadata, and graft's notes in it.
+
+    safetensors comes before torch.
+
+    Raises:
+        CheckpointError: no file of weights, a damaged one, or tensors that differ from graft's digest in it.
+    """
     path = os.path.join(folder, pair.SAFETENSORS)
     if os.path.isfile(path):
         with open_file(path) as f:
@@ -205,14 +234,15 @@ def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.We
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """Return the digest of a file's tensors, one in memory at a time."""
+    """Return graft's digest of tensors, by name, dtype, shape and bytes. Loads one after another."""
     return seal.compute_digest((name, t.dtype, t.shape, t.load) for name, t in tensors.items())
 
 
 def split_tensors(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Sort a file's tensors: whole tensors, rows and unknown keys go to `out`.
+    """Return the tensors of adapted modules: module as the file names it → name → tensor.
 
-    Return the tensors of adapted modules: module as the file names it → name → tensor.
+    All others go to `out`: prompts and tensors of the whole model to `shared`, trained rows to `rows`, whole tensors to
+    `full`, and unknown names to `unknown_keys`. Second copies of a head are skipped.
     """
     by_module: dict[str, dict[str, Tensor]] = {}
     of_prompt = out.method in PROMPTS
@@ -245,7 +275,7 @@ def split_tensors(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 
 def around(names: Iterable[str]) -> Iterator[str]:
-    """Yield the modules with a base tensor in the file: with adapters around them."""
+    """Yield the path of each module with a weight or bias below `base_layer` in the file, token rows excepted."""
     for name in names:
         head, middle, tail = name.partition(".base_layer.")
         if middle and tail in ("weight", "bias") and not head.endswith(f".{TOKENS}"):
@@ -253,11 +283,18 @@ def around(names: Iterable[str]) -> Iterator[str]:
 
 
 def clean(path: str) -> str:
-    """Return a module's path without the wrappers that PEFT adds."""
+    """Return a module's path without the parts "base_layer" and "modules_to_save", which PEFT's wrappers add."""
     return ".".join(part for part in path.split(".") if part not in ("base_layer", "modules_to_save"))
 
 
 def take_rows(out: AdapterFile, path: str, key: str, values: Tensor) -> None:
+    """Add trained rows of the embedding at `path` to `out.rows`, with the token indices of the config.
+
+    If the config has none for it, or another number, the key goes to `unknown_keys`.
+
+    Raises:
+        CheckpointError: the indices are no whole numbers from 0.
+    """
     which = out.config.get("token_indices" if out.method == "TRAINABLE_TOKENS" else "trainable_token_indices")
     if isinstance(which, dict):
         which = next((rows for name, rows in which.items() if f".{path}".endswith(f".{name}")), None)
@@ -272,6 +309,10 @@ def take_rows(out: AdapterFile, path: str, key: str, values: Tensor) -> None:
 
 
 def take_other(out: AdapterFile, path: str, method: str, tensors: dict[str, Tensor]) -> None:
+    """Add a module of a method other than LoRA to `out`, with alpha / r as scale for LoHa and LoKr.
+
+    AdaLoRA's scale is lora_alpha / (init_r + 1e-5), with init_r for an alpha of 0 or less. Others have None.
+    """
     scale = None
     if method in SCALED:
         r, alpha = find_rank_and_alpha(out.config, path, SCALED[method])
@@ -290,6 +331,20 @@ def take_lora(
     base: Base | None,
     layout: StackLayout,
 ) -> None:
+    """Add one module of LoRA to `out.modules`: factors with scale, magnitude, bias, and other tensors as `extra`.
+
+    The path gets the parameter's name if the factors belong to one; a stack's factors are split by expert. KaSA,
+    BD-LoRA (on its blocks) and QA-LoRA become `OtherMethod`. Without two factors of the same number of dimensions all
+    keys go to `unknown_keys`.
+
+    Args:
+        raw: the module as the file names it.
+        parts: its tensors; emptied.
+        every: all modules of the file.
+
+    Raises:
+        CheckpointError: the shapes are not of the config's rank, or the parameter is unclear.
+    """
     config, path = out.config, clean(raw)
     A, B = parts.pop("lora_A.weight", None), parts.pop("lora_B.weight", None)
     embedded = A is None and B is None
@@ -329,12 +384,23 @@ def take_lora(
 
 
 def list_bdlora_blocks(config: Json) -> list[str]:
+    """Return the parts of paths that BD-LoRA's options name: those with a block-diagonal A, then those with
+    such a B.
+    """
     options = config["use_bdlora"]
     return [*(options.get("target_modules_bd_a") or ()), *(options.get("target_modules_bd_b") or ())]
 
 
 def find_rank_and_alpha(config: Json, path: str, name: str) -> tuple[int, float]:
-    """Return rank and alpha of a module."""
+    """Return rank and alpha of the module at `path`: of the first pattern that matches the path's end, else the
+    config's, else 8.
+
+    Args:
+        name: the config's field of alpha.
+
+    Raises:
+        CheckpointError: one is no number, the rank is below 1, or the patterns are no dict.
+    """
     numbers: list[Any] = []
     for field, patterns in (("r", "rank_pattern"), (name, "alpha_pattern")):
         value = config.get(field)
@@ -354,11 +420,14 @@ def find_rank_and_alpha(config: Json, path: str, name: str) -> tuple[int, float]
     return numbers[0], numbers[1]
 
 
-# experts: factors of parameters, of which a module may have several
+# experts: factors of parameters; a module may have several
 
 
 def parameter_at(config: Json, raw: str, every: Iterable[str], A: Tensor, B: Tensor, base: Base | None) -> str | None:
-    """Return the name of the parameter that a pair of factors belongs to; None if they belong to a module.
+    """Return the name of the parameter that the factors at `raw` belong to; None if they belong to the module.
+
+    Several parameters of a module are nested by `base_layer`: in the module's order, the innermost first. The base's
+    shapes choose between names if their numbers differ.
 
     Raises:
         CheckpointError: `target_parameters` names several, and neither the file nor the base tells which it is.
@@ -384,13 +453,15 @@ def parameter_at(config: Json, raw: str, every: Iterable[str], A: Tensor, B: Ten
 
 
 def in_module_order(names: list[str]) -> list[str]:
-    """Sort the parameters of a module as it holds them, where that is known."""
+    """Return a module's parameter names in the order of FIRST, if that has them all; else as they are."""
     known = set(names) <= set(FIRST)
     return sorted(names, key=FIRST.index) if known else names
 
 
 def is_target(config: Json, path: str) -> bool:
-    """Return True if `target_modules` selects a module."""
+    """Return True if `target_modules` selects the path: "all-linear", a regular expression for the whole path, or names
+    of its end.
+    """
     targets = config.get("target_modules")
     if isinstance(targets, str):
         return targets == "all-linear" or compile_pattern(targets, "target_modules").fullmatch(path) is not None
@@ -398,14 +469,15 @@ def is_target(config: Json, path: str) -> bool:
 
 
 def is_stack_shape(shape: tuple[int, ...] | None, A: Tensor, B: Tensor) -> bool:
+    """Return True if the last two sizes of `shape` are A's inputs and B's outputs, in any order; False for None."""
     return shape is not None and len(shape) > 1 and {shape[-1], shape[-2]} == {A.shape[1], B.shape[0]}
 
 
 def by_expert(A: Tensor, B: Tensor, n: int, grouped: bool) -> tuple[Tensor, Tensor]:
-    """Return the factors (n, r, in) and (n, out, r) of a stack.
+    """Return the factors (n, r, in) and (n, out, r) of a stack of n experts, from A (n r, in) and B (out, n r).
 
     Args:
-        grouped: the columns of B that are an expert's are next to each other, as Unsloth had them.
+        grouped: each expert's r columns of B are next to each other, as Unsloth had them; else the experts alternate.
     """
     (rows, fan_in), out = A.shape, B.shape[0]
     r = rows // n
@@ -417,7 +489,12 @@ def by_expert(A: Tensor, B: Tensor, n: int, grouped: bool) -> tuple[Tensor, Tens
 
 
 def exchange_old_factors(out: AdapterFile, layout: StackLayout, base: Base | None) -> None:
-    """Exchange A and B of stacks that a PEFT before 0.19.1 wrote exchanged, in place."""
+    """Exchange A and B of stacks of experts that a PEFT before 0.19.1 wrote exchanged, in place, and set
+    `peft_version`.
+
+    The base's shapes decide, else the sizes of gate, up and down, else the version. Warns with PeftWarning of doubts,
+    and without a base of exchanges by version.
+    """
     stacks = {path: lora for path, lora in out.low_rank.items() if lora.kind == "experts"}
     if not stacks:
         return
@@ -445,9 +522,10 @@ def exchange_old_factors(out: AdapterFile, layout: StackLayout, base: Base | Non
 
 
 def are_exchanged_by_shape(path: str, stacks: Mapping[str, LowRank], base: Base | None, kind: str) -> bool | None:
-    """Return True if A and B of a stack are exchanged, by the base's shape; None if the sizes do not tell.
+    """Return True if A and B of a stack are exchanged, False if not; None if the sizes do not tell.
 
-    The input of gate and up is the output of down, and the output of both twice the input of down.
+    By the base's shape. Without it, or for a square one: the input of gate and up is the output of down, and the output
+    of both twice the input of down.
     """
     module = path.rpartition(".")[0]
     first, last = stacks.get(f"{module}.gate_up_proj"), stacks.get(f"{module}.down_proj")
@@ -468,7 +546,8 @@ def are_exchanged_by_shape(path: str, stacks: Mapping[str, LowRank], base: Base 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
     """Write an adapter as a folder that PEFT and graft load; for a pipeline, one folder for each part.
 
-    Return descriptions of the losses.
+    Return descriptions of the losses. An older folder is replaced whole. graft's fingerprint of the base is kept if no
+    module has changed.
 
     Args:
         base: its modules' names let `target_modules` be short.
@@ -502,7 +581,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
 
 
 def make_names_error(adapter: AdapterFile) -> BaseNeededError:
-    """Return the error for an adapter that has a format's module names, not the base's: a base is needed."""
+    """Return (do not raise) the error for an adapter with flat names of its format: a base is needed."""
     return BaseNeededError(
         f"{adapter.path} names modules as its format does ({join_some([*adapter.modules], 2)}): give the base model "
         "whose "
@@ -511,7 +590,10 @@ def make_names_error(adapter: AdapterFile) -> BaseNeededError:
 
 
 def name_tensors(adapter: AdapterFile, lost: list[str]) -> dict[str, Tensor]:
-    """Return an adapter's tensors by PEFT's names. Tensors that PEFT has no name for are added to `lost`."""
+    """Return an adapter's tensors by PEFT's names: modules, whole tensors, rows, shared ones.
+
+    Modules of another method than the adapter's are left out, and added to `lost`.
+    """
     out: dict[str, Tensor] = {}
     of_prompt = adapter.method in PROMPTS
     wrapped = PROMPT_WRAPPED if of_prompt else WRAPPED
@@ -545,6 +627,11 @@ def name_tensors(adapter: AdapterFile, lost: list[str]) -> dict[str, Tensor]:
 
 
 def tensors_of_lora(lora: LowRank) -> dict[str, Tensor]:
+    """Return a LoRA module's tensors by PEFT's names without the path.
+
+    A Tucker core is multiplied into A. A stack's factors become A (n r, in) and B (out, r n), the experts alternating.
+    A convolution's magnitude gets the dimensions of its weight. `extra` is added.
+    """
     A, B = lora.A, lora.B
     if lora.kind == "embedding":
         out = {"lora_embedding_A": A, "lora_embedding_B": B}
@@ -569,7 +656,7 @@ def tensors_of_lora(lora: LowRank) -> dict[str, Tensor]:
 
 
 def add_base_layers(path: str, adapter: AdapterFile) -> str:
-    """Return a path with `base_layer` after each parent module that is adapted too."""
+    """Return a path with `base_layer` after each parent module that is adapted, too, unless it is there already."""
     out, above = [], ""
     for part in path.split("."):
         out += ["base_layer"] * (part != "base_layer" and above in adapter.modules)
@@ -579,7 +666,11 @@ def add_base_layers(path: str, adapter: AdapterFile) -> str:
 
 
 def find_peft_path(path: str, adapter: AdapterFile) -> str:
-    """Return the path of a module as PEFT names it. PEFT nests the layers of several parameters of one module."""
+    """Return the module's path as PEFT names it. A parameter's name is dropped.
+
+    PEFT nests layers of several parameters of one module: the last in the module's order is outermost, and each earlier
+    one gets one ".base_layer" more.
+    """
     of_module = adapter.modules[path]
     if of_module.kind != "experts":
         return add_base_layers(path, adapter)
@@ -594,7 +685,12 @@ def find_peft_path(path: str, adapter: AdapterFile) -> str:
 
 
 def complete_config(adapter: AdapterFile, base: Base | None) -> Json:
-    """Return the fields of adapter_config.json: those of the source, corrected where the adapter has changed."""
+    """Return the fields of adapter_config.json: those of the source, or new ones for another method, corrected.
+
+    If the modules have changed, targets are set anew and the fields that exclude modules become None. Rank and alpha
+    follow the modules. An initialisation that changes the base becomes True if the file no longer needs it. With
+    experts, `peft_version` is today's.
+    """
     config = dict(adapter.config) if adapter.config.get("peft_type") == adapter.method else new_config(adapter)
     if adapter.selected != frozenset(adapter.modules):
         parameters = {p: as_target(p, adapter) for p, h in adapter.modules.items() if h.kind == "experts"}
@@ -615,18 +711,24 @@ def complete_config(adapter: AdapterFile, base: Base | None) -> Json:
     ):
         config["init_lora_weights"] = True
     if any(lora.kind == "experts" for lora in adapter.low_rank.values()):
-        config["peft_version"] = FORMAT_VERSION  # by which readers know the order of A and B
+        config["peft_version"] = FORMAT_VERSION  # it tells readers the order of A and B
     return config
 
 
 def find_base_change(config: Mapping[str, object]) -> str | None:
-    """Return the initialisation of a config that changes the base's weights; None if it does not."""
+    """Return init_lora_weights in lower case if it begins with an initialisation that changes the base's weights; else
+    None.
+    """
     init = str(config.get("init_lora_weights")).lower()
     return init if init.startswith(BASE_CHANGING) else None
 
 
 def new_config(adapter: AdapterFile) -> Json:
-    """Return a new config for an adapter that was read from another format."""
+    """Return a new config, without targets and ranks, for an adapter without a source config of its method.
+
+    For LoRA: `bias` is "all", "lora_only" or "none" by the whole tensors, and DoRA, biases, rows and aLoRA's tokens by
+    the parts there are.
+    """
     biases = {n for n in adapter.full if n.endswith(".bias") and f"{n.removesuffix('bias')}weight" not in adapter.full}
     of_targets = {n for n in biases if n.removesuffix(".bias") in adapter.modules}
     whole = {n.rpartition(".")[0] for n in adapter.full if n not in biases}
@@ -653,8 +755,10 @@ def new_config(adapter: AdapterFile) -> Json:
 
 
 def targets_of(paths: list[str], base: Base | None) -> list[str]:
-    """Return `target_modules` that select these modules and no other: their last names if the base shows that these
-    do, else whole paths."""
+    """Return `target_modules` that select these modules and no other.
+
+    Their last names, if no other module of the base has one of these; else whole paths.
+    """
     if base is not None:
         known = set(base.modules)
         leaves = {p.rpartition(".")[2] for p in paths}
@@ -664,12 +768,17 @@ def targets_of(paths: list[str], base: Base | None) -> list[str]:
 
 
 def as_target(path: str, adapter: AdapterFile) -> str:
-    """Return the name that a config has for a module, or a parameter."""
+    """Return a config's name for a module: its path, with ".weight" for one that is adapted as a parameter."""
     return f"{path}.weight" if path in adapter.by_parameter else path
 
 
 def set_numbers(config: dict[str, object], adapter: AdapterFile) -> None:
-    """Set rank, alpha and their patterns in the config to those of the modules, unless they are right already."""
+    """Set rank, alpha and their patterns in the config to those of the modules, in place, unless they are right
+    already.
+
+    The most frequent rank and alpha become `r` and alpha; other modules get patterns. Modules without a rank are
+    ignored.
+    """
     name = SCALED[adapter.method]
     wanted = {
         as_target(p, adapter): n for p, h in adapter.modules.items() if (n := rank_and_scale(h, adapter)) is not None
@@ -679,9 +788,11 @@ def set_numbers(config: dict[str, object], adapter: AdapterFile) -> None:
     root = bool(config.get("use_rslora"))
 
     def scale_of(r: int, alpha: float) -> float:
+        """Return alpha / r, or alpha / √r with rsLoRA."""
         return alpha / (math.sqrt(r) if root else r)
 
     def read_numbers(path: str) -> tuple[int, float]:
+        """Return rank and scale that the config gives the module at `path` now."""
         r, alpha = find_rank_and_alpha(config, path, name)
         return r, scale_of(r, alpha)
 
@@ -698,6 +809,7 @@ def set_numbers(config: dict[str, object], adapter: AdapterFile) -> None:
 
 
 def rank_and_scale(module: LowRank | OtherMethod, adapter: AdapterFile) -> tuple[int, float] | None:
+    """Return rank and scale of a module; None for another method than the adapter's, and without rank or scale."""
     if isinstance(module, LowRank):
         return module.rank, module.scale
     if module.scale is None or module.method != adapter.method or not module.rank:
@@ -706,17 +818,21 @@ def rank_and_scale(module: LowRank | OtherMethod, adapter: AdapterFile) -> tuple
 
 
 def is_same_rank_and_scale(a: tuple[int, float], b: tuple[int, float]) -> bool:
+    """Return True for equal ranks, and scales equal to a relative 1e-12."""
     return a[0] == b[0] and math.isclose(a[1], b[1], rel_tol=1e-12)
 
 
 def round_alpha(value: float) -> float:
-    """Return alpha rounded to a whole number if it differs by the noise of a division only."""
+    """Return alpha without the noise of a division: a whole number as int if it is one to 10 decimals.
+
+    Else rounded to 10 decimals if that differs by less than a relative 1e-12, else unchanged.
+    """
     near = round(value, 10)
     return int(near) if near == int(near) else near if math.isclose(near, value, rel_tol=1e-12) else value
 
 
 def key_of(path: str, paths: Iterable[str]) -> str:
-    """Return the pattern of one module: its path, marked as whole if it is the end of another's, too."""
+    """Return the pattern of one module: its escaped path, or "^path" if another path ends with ".path"."""
     twice = any(p != path and p.endswith(f".{path}") for p in paths)
     return re.escape(path).replace(r"\_", "_") if not twice else f"^{path}"
 
@@ -730,7 +846,11 @@ UNEMBED = re.compile(r"(?:model\.)?unembed_tokens(?=\.lora_)")  # tinker's name 
 
 
 def rename_from_tinker(tensors: Mapping[str, Tensor], base: Base | None) -> dict[str, Tensor]:
-    """Return tensors by the model's names: tinker has other names for the head and gpt-oss's attention."""
+    """Return tensors by the model's names: tinker has other names for the head and gpt-oss's attention.
+
+    Unchanged if the base has a module `unembed_tokens`, or no name is tinker's or a server's. `.attn.` becomes
+    `.self_attn.` only if the base has that name alone.
+    """
     renames_head = base is not None and any(m.rpartition(".")[2] == "unembed_tokens" for m in base.modules)
     if renames_head or not any(UNEMBED.search(key) or OF_SERVERS.fullmatch(key) for key in tensors):
         return dict(tensors)
@@ -745,14 +865,14 @@ def rename_from_tinker(tensors: Mapping[str, Tensor], base: Base | None) -> dict
 
 
 def is_served(tensors: Mapping[str, Tensor]) -> bool:
-    """Return True if a file has a stack of experts as servers do."""
+    """Return True if a file has a three-dimensional factor of experts, as servers hold them."""
     return any(len(t.shape) == 3 and OF_SERVERS.fullmatch(key) for key, t in tensors.items())
 
 
 def convert_served(
     tensors: Mapping[str, Tensor], config: Json, base: Base | None, what: str
 ) -> tuple[dict[str, Tensor], Json]:
-    """Return tensors and config of a file as PEFT has them.
+    """Return tensors and config of a file in a server's layout, as PEFT has them.
 
     Args:
         what: the file, for errors.

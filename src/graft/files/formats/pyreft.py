@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """pyreft's interventions: a folder with config.json and `intkey_….bin` for each; ReFT after blocks.
 
-Its files do not say at which tokens they act: every call there does. graft writes that, and reads it, under the key
-`graft` of config.json, which pyreft keeps and does not read.
+pyreft's files do not say at which tokens they act: every call passes positions. graft writes them under the key `graft`
+of config.json, which pyreft keeps and ignores, and reads them there.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SAID = ("prefix_positions", "suffix_positions", "tied_weights", "non_linearity",
 
 
 class Place(NamedTuple):
-    """Where an intervention stands: a block by its number, its name in the file, and its class."""
+    """The place of an intervention: a block by its number, its name in the file, and its class."""
 
     block: int
     key: str
@@ -50,6 +50,7 @@ class Place(NamedTuple):
 
 
 def recognises(path: str) -> bool:
+    """Return True for a folder with a config.json that has a list `representations`, and `intervention_types`."""
     if not os.path.isdir(path) or not os.path.isfile(os.path.join(path, CONFIG)):
         return False
     fields = read_object(os.path.join(path, CONFIG))
@@ -57,12 +58,15 @@ def recognises(path: str) -> bool:
 
 
 def read(path: str, base: Base | None = None) -> AdapterFile:
-    """Read a folder. Where it does not say at which tokens it acts, take ReftConfig's and warn.
+    """Read a folder. A block's second intervention is that of the last tokens.
+
+    Without graft's entry on positions, the defaults are taken with a PeftWarning.
 
     Raises:
         BaseNeededError: there is no base to count blocks.
         BaseModelMismatchError: the base has no such block.
-        CheckpointError: a file is not there or damaged, or an intervention is none that graft has.
+        CheckpointError: a file is missing or damaged, graft has no such intervention, or blocks have different numbers
+            of interventions or more than two.
     """
     from graft.files.formats.adapterhub_places import (
         find_base_blocks,  # loads torch, which a look at headers does not need
@@ -96,7 +100,12 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
 
 def list_places(path: str, fields: Json) -> list[Place]:
-    """Return where the interventions of a config stand, in its order."""
+    """Return the places of the interventions in a config, in its order.
+
+    Raises:
+        CheckpointError: the config lacks a key or class for one, one is not at a block's output by position, its name
+            is no file name, or the classes differ.
+    """
     representations, types = fields["representations"], fields["intervention_types"]
     keys = fields.get("sorted_keys")
     if not isinstance(keys, list) or not isinstance(types, list) or not len(keys) == len(types) == len(representations):
@@ -123,7 +132,12 @@ def list_places(path: str, fields: Json) -> list[Place]:
 
 
 def read_unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
-    """Return A and R of an intervention, by graft's names."""
+    """Return A, its bias, and R of an intervention, by graft's names with the ending `end`. R is (r, width).
+
+    Raises:
+        CheckpointError: the file is missing or damaged, lacks one of the three, their shapes do not fit, or the
+            projection has a bias that is not 0.
+    """
     from graft.files.formats.adapterhub_places import TURNED, compute_orthonormal_weight
 
     file = os.path.join(path, KEY.format(place.key))
@@ -147,7 +161,10 @@ def read_unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
 
 
 def read_state(kind: str, A: Mapping[str, torch.Tensor], R: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the tensors that a class of pyreft saves, made from A's weight and bias and from R (r, H)."""
+    """Return the tensors that pyreft's class `kind` saves, from A's weight and bias and from R (r, width).
+
+    Orthonormal classes other than LoReft save torch's parametrization of R.
+    """
     import torch
 
     from graft.files.formats.adapterhub_places import make_parametrized
@@ -164,7 +181,11 @@ def read_state(kind: str, A: Mapping[str, torch.Tensor], R: torch.Tensor) -> dic
 
 
 def read_positions(path: str, fields: Json, units: int) -> Json:
-    """Return the fields of ReftConfig that pyreft's files lack: those that graft wrote there, or defaults."""
+    """Return the fields of ReftConfig that pyreft's files lack: those that graft wrote there.
+
+    Else the defaults with a PeftWarning: the first 3 tokens, with two interventions for each block also the last 3, no
+    dropout.
+    """
     own_fields = fields.get(OURS)
     if isinstance(own_fields, dict):
         return {"dropout": 0.0} | {name: own_fields[name] for name in SAID if name in own_fields}
@@ -180,12 +201,12 @@ def read_positions(path: str, fields: Json, units: int) -> Json:
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-    """Write a folder.
+    """Write a folder. Return descriptions of the losses.
 
     Raises:
         BaseNeededError: there is no base to count blocks.
-        LossError: it is no ReFT, acts elsewhere than after blocks, or has an activation, which pyreft's files do not
-            say.
+        LossError: it is no ReFT; or without `lossy` it acts on other modules than blocks, or has an activation, which
+            pyreft's files cannot say.
     """
     from graft import ReftConfig
     from graft.files.formats.adapterhub_places import find_base_blocks

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchtune, read only: a folder with adapter_model.pt and a config; its own names, and the rows of q and k as pairs.
+"""torchtune, read only: a folder with adapter_model.pt and a config; torchtune's names, rows of q and k as pairs.
 
 The PEFT files that torchtune 0.6 writes next to it are wrong. It leaves DoRA's magnitude in the other order, and
 permutes Qwen's rows though they are no pairs: graft reads adapter_model.pt.
@@ -25,7 +25,7 @@ from graft.files.tensors import Tensor, pairs_to_halves
 NAME = "torchtune"
 FILE, CONFIG = "adapter_model.pt", "adapter_config.json"
 FOLDER = (FILE,), (CONFIG,)
-NAMES = {  # torchtune's → transformers', of llama's family and Qwen2; Phi's fused layers have no names of their own
+NAMES = {  # torchtune's → transformers', for llama's family and Qwen2; Phi's fused layers have no such names
     "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj",
     "attn.output_proj": "self_attn.o_proj", "mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.down_proj",
     "mlp.w3": "mlp.up_proj",
@@ -33,11 +33,14 @@ NAMES = {  # torchtune's → transformers', of llama's family and Qwen2; Phi's f
 LEAVES = {"lora_a.weight": "A", "lora_b.weight": "B", "magnitude": "magnitude"}
 KEY = re.compile(rf"(?P<path>.+)\.(?P<leaf>{'|'.join(map(re.escape, LEAVES))})")
 OWN = re.compile(r"(?:decoder\.)?layers\.(?P<number>\d+)\.(?P<rest>.+)")
-PAIRS = {"llama", "mistral", "gemma", "gemma2"}  # model types whose q and k torchtune keeps as pairs
+PAIRS = {"llama", "mistral", "gemma", "gemma2"}  # model types with rows of q and k as pairs in torchtune
 HALVES = {"qwen2"}
 
 
 def find_torchtune_file(path: str) -> str | None:
+    """Return adapter_model.pt of a folder, or a file called adapter_model.pt or adapter_<number>.pt; None for
+    others.
+    """
     if os.path.isdir(path) and os.path.exists(os.path.join(path, FILE)):
         return os.path.join(path, FILE)
     file = one_file(path, ".pt") if os.path.isfile(path) else None
@@ -45,6 +48,7 @@ def find_torchtune_file(path: str) -> str | None:
 
 
 def recognises(path: str) -> bool:
+    """Return True if there is such a file that mentions ".lora_a.weight". It is not loaded."""
     file = find_torchtune_file(path)
     return file is not None and mentions_name(file, b".lora_a.weight")
 
@@ -52,9 +56,12 @@ def recognises(path: str) -> bool:
 def read(path: str, base: Base | None = None) -> AdapterFile:
     """Read a folder, or the file in it with the config next to it.
 
+    Names that transformers does not have go to `unknown_keys`.
+
     Raises:
-        CheckpointError: the config is not there, or a file is damaged.
+        CheckpointError: the config is missing, a file is damaged, or factors are missing or not of the config's rank.
         BaseNeededError: q or k is adapted, and only the base says how many heads it has.
+        LossError: q or k is adapted in a model of another family.
     """
     file = find_torchtune_file(path) or path
     config_path = os.path.join(os.path.dirname(file), CONFIG)
@@ -77,7 +84,9 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
 
 def rename_modules(path: str) -> str | None:
-    """Return transformers' path of a module; None: it has none."""
+    """Return transformers' path of torchtune's module: "lm_head" for the output, else that in its block; None if
+    unknown.
+    """
     if path in ("output", "decoder.output"):
         return "lm_head"
     match = OWN.fullmatch(path)
@@ -89,6 +98,14 @@ def rename_modules(path: str) -> str | None:
 def read_torchtune_pair(
     out: AdapterFile, name: str, tensors: dict[str, Tensor], config: Json, base: Base | None
 ) -> LowRank:
+    """Return a module's factors with scale alpha / r and magnitude.
+
+    Rows of B and of the magnitude that are in pairs by heads are put into transformers' order of halves.
+
+    Raises:
+        CheckpointError: a factor is missing, or the shapes are not of the config's rank.
+        BaseNeededError, LossError: see `heads_in`.
+    """
     A, B = get_factor_pair(tensors, "AB", out.path, name)
     r, alpha = find_rank_and_alpha(config, name, "lora_alpha")
     if len(A.shape) != 2 or len(B.shape) != 2 or (A.shape[0], B.shape[1]) != (r, r):
@@ -102,11 +119,12 @@ def read_torchtune_pair(
 
 
 def heads_in(name: str, base: Base | None) -> int | None:
-    """Return the number of heads if a module's rows are pairs by heads; None: they are not.
+    """Return the number of heads if the rows of module `name` are in pairs by heads: q and k of llama's family; else
+    None.
 
     Raises:
-        BaseNeededError: there is no base to say it.
-        LossError: it is of a family that graft does not know torchtune's order of.
+        BaseNeededError: for q and k, there is no base to say it.
+        LossError: for q and k, graft does not know torchtune's order for this model type.
     """
     leaf = name.rpartition(".")[2]
     if leaf not in ("q_proj", "k_proj"):

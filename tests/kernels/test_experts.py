@@ -103,3 +103,16 @@ def test_half_precision_computes_updates_in_their_own_dtype_and_sums_in_float32(
     assert half.dtype == torch.bfloat16 and auto.dtype == torch.float32
     for y in (half, auto):
         assert (y - expected).norm() < 0.03 * expected.norm()
+
+
+def test_biases_of_a_wider_dtype_leave_the_products_in_theirs():
+    up, down, biases, _, x, index, weights = problem()
+    dtypes = []
+
+    def watched(y):
+        dtypes.append(y.dtype)
+        return act(y)
+
+    block = UpdatedStack(up, (), biases[0]), watched, UpdatedStack(down, (), biases[1]), watched
+    assert experts.run_experts(x.bfloat16(), index, weights, *block).dtype == torch.bfloat16
+    assert dtypes == [torch.bfloat16] * 2

@@ -109,6 +109,6 @@ def test_blocks_that_do_not_say_whose_tokens_they_have_are_refused(tmp_path):
     model.config.use_cache = False
     before = {n: p.requires_grad for n, p in model.named_parameters()}
     config = graft.XLoraConfig(hidden_size=16, adapters={"a": str(tmp_path)}, task_type="CAUSAL_LM")
-    with pytest.raises(graft.ConfigError, match=r"cannot on layer 'model\..*experts.down_proj' \(Llama4TextExperts"):
+    with pytest.raises(graft.ConfigError, match=r"which layer 'model\..*experts.down_proj' \(Llama4TextExperts"):
         graft.get_peft_model(model, config)
     assert {n: p.requires_grad for n, p in model.named_parameters()} == before

@@ -130,7 +130,7 @@ def test_code_that_a_part_of_a_config_names_does_not_run(base):
     fields["text_config"]["auto_map"] = {"AutoModel": f"{base}--own.Model"}
     fields["architectures"] = ["LlavaForConditionalGeneration"]
     (base / "config.json").write_text(json.dumps(fields, default=str))
-    with pytest.raises(CheckpointError, match="transformers cannot make the model"):
+    with pytest.raises(CheckpointError, match="transformers cannot build the model"):
         build_meta_model(str(base))
     with pytest.raises(CheckpointError):
         load_base(base)
@@ -145,7 +145,7 @@ def test_an_architecture_is_a_class_of_models(base, names):
     (base / "model.safetensors").rename(base / "weights")
     assert open_base(base).shapes
     (base / "weights").rename(base / "model.safetensors")
-    with pytest.raises(ConfigError, match="has no such class"):
+    with pytest.raises(ConfigError, match=r"transformers \S+ cannot build the model"):
         load_base(base)
 
 

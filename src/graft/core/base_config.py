@@ -68,6 +68,8 @@ def input_embeddings(model: Any) -> nn.Module | None:
 def output_embeddings(model: Any) -> nn.Module | None:
     """Return the result of `model.get_output_embeddings()`, the head over the vocabulary; None if the model lacks the
     function.
+
+    Errors of the model's own function pass on.
     """
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 

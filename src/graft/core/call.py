@@ -326,7 +326,8 @@ class Call:
     def _end_backward(self, task: int) -> None:
         """Remove the context of a backward pass, and its entry in `open`.
 
-        Does nothing if the context is removed already.
+        Does nothing if the context is removed already. Only a pass that has put a context in `open` takes the last
+        entry out of it.
 
         Args:
             task: the id of the backward pass in autograd.

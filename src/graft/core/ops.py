@@ -240,7 +240,8 @@ class Embedding(Op):
     def down(self, m: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         """Return the columns of A (r, vocabulary) at the ids x, scaled as the module scales.
 
-        The module's `max_norm` does not count: torch would shrink rows of A in place.
+        The module's `max_norm` does not count: torch would shrink rows of A in place. `sparse` does not count: the
+        gradient of A is dense.
         """
         return self.scale_rows(m, F.embedding(x, A.T, m.padding_idx, None, m.norm_type, m.scale_grad_by_freq))
 

@@ -210,7 +210,8 @@ class AdapterGenerators:
         Holds the lock of all threads. The first block of a ticket starts from the generator's state, and stores the new
         state in it afterwards. A later block of the same ticket and adapter starts from the same state, and leaves the
         generator as it is. On an accelerator, its generator gets a seed drawn from the adapter's. Afterwards torch's
-        generators are as before.
+        generators are as before. Raises KeyError for an adapter without a generator. The start states of all tickets
+        stay as long as the call.
         """
         if adapter is None:
             yield

@@ -264,7 +264,9 @@ def list_served_models(connection: Connection) -> list[str]:
 def ask_openai(connection: Connection, name: str, ids: Sequence[int]) -> LogProbabilities:
     """Return the log-probabilities of a prompt's tokens from position 1, by OpenAI's completions with `echo`.
 
-    Raises BaseModelMismatchError if the answer has fewer tokens than the prompt, or other token ids.
+    Raises BaseModelMismatchError if the answer has fewer tokens than the prompt, or other token ids. The result maps
+    (position, token id) to log-probabilities. One new token is requested; ids are compared only if the server names
+    tokens "token_id:N", as vLLM does.
     """
 
     def parse(reply: Any) -> tuple[int, list[int], LogProbabilities]:

@@ -199,6 +199,9 @@ def read_base_weight(path: str, adapter: AdapterFile, base: BaseDescription, low
 def group_modules(modules: list[Json]) -> list[Json]:
     """Return one summary for all modules with the same last name and method: count, ranks, scales, parameters, and
     least, median and largest norm.
+
+    Scales are rounded to 9 digits, and None is left out. Modules without a rank or a norm are left out of that list
+    alone.
     """
     out: dict[tuple[str, str], list[Json]] = {}
     for m in modules:

@@ -104,7 +104,8 @@ class Injection(InjectionJob):
 
         Empty carriers of deleted adapters are replaced by their base modules. Packed weights are prepared for adapters.
         Changes of base weights by `init_values` become final, unless the injection is provisional. Nothing here can
-        fail.
+        fail. New wrappers take the training mode of the module they replace. Existing layers and wrappers stay in
+        place.
         """
         tree = self.tree
         prepare_packed(tree.modules.values())

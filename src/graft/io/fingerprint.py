@@ -37,7 +37,8 @@ def digest_base_tensors(
     """Return "dtype:digest" of each tensor of the base model by its original name.
 
     Reads all tensors, at about the speed of the disk that they came from. Leaves out sharded tensors, those on the meta
-    device, types that do not show their bytes, and layers with a merged adapter.
+    device, types that do not show their bytes, and layers with a merged adapter. Only tensors of the state dict count:
+    no non-persistent buffers.
 
     Args:
         names: look only at these; None: all.

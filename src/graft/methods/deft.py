@@ -106,7 +106,7 @@ class DEFT(Method[DeftConfig]):
         """Return A = s R - Zᵀ W₀ and B = Q; with `para` A = -Zᵀ W₀, without dropout.
 
         In training with dropout, A is a product that drops inputs of R alone. Where that is not possible (a convolution
-        with groups), dropout acts on both.
+        with groups), dropout acts on both. A layer that takes ids, an embedding, gets no such product either.
         """
         Q, Z = self.projections()
         A0, B = -multiply_widened(Z.T, self.W0).to(self.dtype), Q.to(self.dtype)

@@ -279,6 +279,7 @@ class SlotLayer(nn.Module):
 
     @property
     def in_features(self) -> int:
+        """The layer's number of input features, as its site has it."""
         return self.site.in_features
 
     @property

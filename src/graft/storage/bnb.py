@@ -208,8 +208,9 @@ class Eight(Quantized):
         return m.weight.dtype if m.weight.is_floating_point() else None
 
     def trains(self, m: nn.Module) -> bool:
-        """Return True if the weight holds floats and has `has_fp16_weights` set: the module rounds them at
-        each call.
+        """Return True if the weight holds floats and has `has_fp16_weights` set: the module rounds them at each call.
+
+        The flag is the weight's attribute; AttributeError if the weight lacks it.
         """
         return bool(m.weight.is_floating_point() and m.weight.has_fp16_weights)
 

@@ -104,7 +104,8 @@ class Zero3OptimizerStates(OptimizerStates):
     def states(self) -> Iterator[tuple[nn.Parameter, State]]:
         """Yield each parameter with its state.
 
-        Moments are gathered from all processes, so that all must call this; other values stay.
+        Moments are gathered from all processes, so that all must call this; other values stay. Parameters without a
+        state yet are left out.
         """
         from deepspeed.utils import safe_get_full_optimizer_state as whole
 

@@ -628,7 +628,8 @@ class ResumeJob:
     def check_base(self) -> None:
         """Raise BaseModelMismatchError if an adapter of the file, which the model has, was on another base.
 
-        Fields are compared that both fingerprints have.
+        Fields are compared that both fingerprints have. If one fingerprint does not name its weights, both are compared
+        in full. The present one is made for each adapter, by all processes together where there are several.
         """
         for adapter, then in self.note["bases"].items():
             if adapter not in get_registry(unwrap_model(self.model)).peft_config:

@@ -280,7 +280,7 @@ def build_layer(cls: Any, base_layer: nn.Module, adapter_name: str, *args: objec
     """Return `base_layer` with an adapter, for PEFT's call `Linear(base_layer, "default", config=…)`.
 
     Injects a copy of the config without the fields that choose layers of a model. Parameters of `base_layer` that
-    required gradients still do.
+    required gradients still do. `r` and `lora_alpha` have no effect on a config without that field.
 
     Args:
         args, kwargs: for a ParamWrapper `parameter_name` first; then `config`, `r` and `lora_alpha`, which replace the

@@ -72,7 +72,8 @@ def sample(W: Tensor) -> Tensor:
 def without(lora: Method, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """Return the base weight that remains: W - B A, in W's dtype, computed in at least float32.
 
-    For "loftq" it is also rounded to `loftq_bits`.
+    For "loftq" it is also rounded to `loftq_bits`. W, A and B are matrices, with the scale inside; A and B are widened
+    before the product. Nothing is subtracted if A has no rows.
     """
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
     if len(A):

@@ -92,7 +92,7 @@ def test_refusals(tmp_path):
         convert_adapter_file(FIXTURES / "mlx_lora", "gguf", tmp_path / "a.gguf")
     with pytest.raises(BaseNeededError, match="--base"):
         convert_adapter_file(FILE, "peft", tmp_path / "a")
-    with pytest.raises(LossError, match=r"does not know what llama\.cpp's converter does"):
+    with pytest.raises(LossError, match=r"does not know how llama\.cpp converts"):
         convert_adapter_file(FILE, "peft", tmp_path / "a", FIXTURES / "base_bert")
     other = tmp_path / "qwen"
     shutil.copytree(LLAMA, other)

@@ -105,7 +105,7 @@ def test_an_adapter_computes_what_it_computes_there(name, label, tmp_path):
 @pytest.mark.parametrize("name, label", [(name, label) for name, labels in ELSEWHERE.items() for label in labels])
 def test_what_stands_elsewhere_there_is_refused(name, label, tmp_path):
     model = base(name)
-    with pytest.raises(graft.CheckpointError, match=r"another place in a model of type|has no embedding"):
+    with pytest.raises(graft.CheckpointError, match=r"acts at another place than graft|has no embedding"):
         graft.load_adapter(model, folder(name, label, tmp_path / label))
     assert not any(isinstance(m, graft.AdapterLayer) for m in model.modules())
 
@@ -115,12 +115,12 @@ def test_models_that_no_fixture_compares_are_refused(label, tmp_path, monkeypatc
     assert set(COMPARED) == set(MODELS)
     model = base("bert")
     monkeypatch.setattr(type(model.config), "model_type", "xmod")
-    with pytest.raises(graft.CheckpointError, match=r"type 'xmod', in which no test compares"):
+    with pytest.raises(graft.CheckpointError, match=r"type 'xmod': no test compares"):
         graft.load_adapter(model, folder("bert", label, tmp_path / label))
 
 
 def test_reft_of_an_encoder_and_a_decoder_is_refused(tmp_path):
-    with pytest.raises(graft.CheckpointError, match="the positions of the encoder"):
+    with pytest.raises(graft.CheckpointError, match="the encoder's positions to both"):
         graft.load_adapter(base("t5"), folder("llama", "loreft", tmp_path / "a"))
 
 
@@ -157,7 +157,7 @@ def test_a_base_of_files_tells_the_places_too(label, tmp_path):
     assert_close(output(model, given), held[label], rtol=2e-5, atol=2e-5)
     unknown = shutil.copytree(HERE / "bert", tmp_path / "unknown")
     (unknown / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(BaseNeededError, match=r"no library here makes a model of .*unknown.*graft.load_adapter"):
+    with pytest.raises(BaseNeededError, match=r"no installed library makes a model of .*unknown.*graft.load_adapter"):
         convert_adapter_file(source, "peft", tmp_path / "other", base=unknown)
 
 

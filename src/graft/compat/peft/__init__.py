@@ -89,8 +89,7 @@ def take_place(real: dict[str, ModuleType], force: bool) -> None:
             check_flags()
         if real and not force and (names := list_holders(real)):
             raise ImportError(
-                f"peft has been imported already, and part of the program would go on using it: {join_some(names)}. "
-                "Call "
+                f"peft has been imported already, and parts of the program still use it: {join_some(names)}. Call "
                 "graft.compat.peft.install() before the first import of peft there, or pass force=True."
             )
     except BaseException:
@@ -134,5 +133,5 @@ def stand_in() -> None:
     sys.modules.pop("peft", None)
     if not is_installed():
         FINDER.version = choose_version(None)
-        sys.meta_path.insert(0, FINDER)  # whoever looked has found this one, so that nobody has to look again
+        sys.meta_path.insert(0, FINDER)  # no client looked for PEFT in vain: none is settled
     import_module("peft")

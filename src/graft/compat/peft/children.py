@@ -38,7 +38,7 @@ def choose_version(choice: str | None) -> str:
     version = choice if choice is not None else os.environ.get(VERSION_VARIABLE) or find_default_version()
     if not (isinstance(version, str) and RELEASE.fullmatch(version)):
         where = VERSION_VARIABLE if choice is None else "the version for peft"
-        raise ConfigError(f"{where} is {version!r}, which is no version: give one like '{VERSION}'.")
+        raise ConfigError(f"{where} is {version!r}, which is no version. Give one like '{VERSION}'.")
     return version
 
 
@@ -78,7 +78,7 @@ def folders(version: str) -> list[str]:
         os.makedirs(info, exist_ok=True)
         replace_file(os.path.join(info, "METADATA"), metadata(version))
     except OSError as e:
-        raise OSError(f"Other processes cannot be told version {version} ({e}): set XDG_CACHE_HOME.") from e
+        raise OSError(f"Version {version} cannot be stored for child processes ({e}). Set XDG_CACHE_HOME.") from e
     return [folder, FOLDER]
 
 

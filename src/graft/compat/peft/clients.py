@@ -148,8 +148,8 @@ def dispatcher(name: str) -> Callable[..., object]:
     def dispatch(*args: object, **kwargs: object) -> object:
         """Raise NotImplementedError with the remedy, whatever the arguments."""
         raise NotImplementedError(
-            f"{name}() chooses one of PEFT's layer classes. In graft an injection makes layers, of what a module's Op "
-            "and Store say: call get_peft_model(), or Linear(base, adapter, config=…) of peft.tuners.lora for one."
+            f"{name}() chooses one of PEFT's layer classes, which graft does not have. Call get_peft_model(), or "
+            "Linear(base, adapter, config=…) of peft.tuners.lora for one layer."
         )
 
     dispatch.__name__ = name
@@ -165,7 +165,6 @@ def register_peft_method(
         NotImplementedError: always, with the way to add a method to graft.
     """
     raise NotImplementedError(
-        f"register_peft_method: '{name}' is written for PEFT's tuners, which graft does not have. A method here is "
-        'one file, a Method that says its effect, and one line in graft.methods: see "Add a method" in '
-        "docs/architecture.md. To train this one, use PEFT itself."
+        f"register_peft_method: '{name}' is written for PEFT's tuners, which graft does not have. Use PEFT for it, or "
+        'write a graft.Method: see "Add a method" in docs/architecture.md.'
     )

@@ -99,8 +99,8 @@ class _LayerType(ABCMeta):
         if cls.method is None and cls.kind is None:
             return True
         raise TypeError(
-            f"issubclass(…, {cls.__name__}) has no answer: graft's layers are of the class {other.__name__}, whatever "
-            f"their method. Ask isinstance(layer, {cls.__name__})."
+            f"issubclass(…, {cls.__name__}) has no answer: graft's layers are of the class {other.__name__} for every "
+            f"method. Call isinstance(layer, {cls.__name__})."
         )
 
     def __call__(cls, *args: Any, **kwargs: Any) -> AdapterLayer:
@@ -111,8 +111,8 @@ class _LayerType(ABCMeta):
         """
         if cls.derived or cls.method is None:
             raise TypeError(
-                f"{cls.__name__} is only for isinstance: graft makes layers when a config is injected, and not from "
-                f"such classes; {INSTEAD}."
+                f"{cls.__name__} is only for isinstance: graft makes layers when it injects a config. "
+                f"Instead, {INSTEAD}."
             )
         return build_layer(cls, *args, **kwargs)
 
@@ -124,7 +124,7 @@ class _LayerType(ABCMeta):
         if name.startswith("__") or cls.__dict__.get("derived", True):
             raise AttributeError(f"type object '{cls.__name__}' has no attribute '{name}'")
         raise AttributeError(
-            f"{cls.__name__}.{name} is not in graft, whose layers are made and run in other ways: {INSTEAD}."
+            f"{cls.__name__}.{name} is not in graft: its layers are made and run in another way. Instead, {INSTEAD}."
         )
 
     def __setattr__(cls, name: str, value: object) -> None:
@@ -161,7 +161,7 @@ class _LayerType(ABCMeta):
             method_name = "AdapterLayer" if cls.method is None else cls.method.__name__
             raise AttributeError(
                 f"setting {cls.__name__}.{name} would change nothing: graft's layers are AdapterLayer, and their "
-                f"mathematics is {method_name}; {INSTEAD}."
+                f"mathematics is {method_name}. Instead, {INSTEAD}."
             )
         super().__setattr__(name, value)
 
@@ -177,7 +177,7 @@ def make_refusing_method(name: str) -> Callable[..., None]:
 
     def refuse(*args: object, **kwargs: object) -> None:
         """Raise NotImplementedError with the remedy, whatever the arguments."""
-        raise NotImplementedError(f"{name}() is done by graft's injection, of what a config says: {INSTEAD}.")
+        raise NotImplementedError(f"{name}() is not in graft: injection follows the config. Instead, {INSTEAD}.")
 
     return refuse
 

@@ -117,8 +117,8 @@ def describe_missing_name(module: str, name: str) -> str:
     close = difflib.get_close_matches(name, names_in(module), n=1, cutoff=0.9) if is_known_module(module) else []
     hint = f" (did you mean {close[0]}?)" if close else ""
     return (
-        f"{module}.{name} is not in graft yet{hint}: graft stands for peft here, see graft.compat.peft. What is "
-        "missing on purpose, and what to do instead, is in docs/differences.md; PEFT itself has the name."
+        f"{module}.{name} is not in graft yet{hint}: graft replaces peft here, see graft.compat.peft. Use PEFT for it, "
+        "or see docs/differences.md for names that are missing on purpose."
     )
 
 

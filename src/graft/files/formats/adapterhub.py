@@ -117,7 +117,7 @@ def read_without_head(path: str, base: Base | None) -> AdapterFile:
     modules = group_by_module(out, tensors, re.compile(rf"(.+)\.loras\.{name}\.(lora_[AB])"))
     r, alpha = config.get("r"), config.get("alpha", 1)
     if not isinstance(r, int) or r < 1 or not isinstance(alpha, (int, float)):
-        raise CheckpointError(f"{path}: r is {r!r} and alpha {alpha!r}.")
+        raise CheckpointError(f"{path}: r is {r!r} and alpha {alpha!r}. Edit {CONFIG}.")
     for module, of_module in modules.items():
         if scales:
             if "lora_B" not in of_module:
@@ -201,8 +201,8 @@ def read_factors(path: str, module: str, factors: dict[str, Tensor], r: int, alp
         raise make_shape_error(path, module, A, B, f"of rank {r}")
     if A.shape[0] != r:
         raise CheckpointError(
-            f"{path}: '{module}' has {A.shape[0]} rows of A for rank {r}: a fused projection, of which graft does not "
-            "know the parts."
+            f"{path}: '{module}' has {A.shape[0]} rows of A for rank {r}: a fused projection, with parts that "
+            "graft does not know. Train it anew without the fusion."
         )
     return LowRank(A, B, alpha / r)
 

@@ -83,8 +83,8 @@ def read(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | No
             modules.setdefault(where[0], {})[where[1]] = values
     if cfg.phm_layer and not out.shared:
         raise CheckpointError(
-            f"{path} lacks what its Compacter layers share (phm_rule), which adapters 1.3.0 does not save: the file "
-            "alone is not the adapter."
+            f"{path} lacks the shared tensor of its Compacter layers (phm_rule): adapters 1.3.0 does not save it. "
+            "Train the adapter anew."
         )
     options_of_file = {f.name: getattr(cfg, f.name) for f in fields_of(BottleneckConfig) if f.name in fields["config"]}
     return set_modules(out, modules, options_of_file)
@@ -102,19 +102,19 @@ def check_compared(path: str, base: Base, cfg: BottleneckConfig | None) -> None:
     kind = str(base.config.get("model_type"))
     if kind not in COMPARED:
         raise CheckpointError(
-            f"{path} is for a model of type {kind!r}, in which no test compares graft's places with those of "
-            "AdapterHub's library. Train it anew, or take one of the types in docs/reference/formats.md."
+            f"{path} is for a model of type {kind!r}: no test compares graft's places there with AdapterHub's. "
+            "Train it anew, or take one of the types in docs/reference/formats.md."
         )
     if cfg is None and base.config.get("is_encoder_decoder"):
         raise CheckpointError(
-            f"{path} is ReFT of an encoder and a decoder, to which AdapterHub's library gives the positions of the "
-            "encoder. Train it anew: graft.ReftConfig."
+            f"{path} is ReFT of an encoder and a decoder: AdapterHub's library applies the encoder's positions to "
+            "both. Train it anew: graft.ReftConfig."
         )
     wrong = [f"{name}={value}" for name, value in COMPARED[kind].items() if cfg and getattr(cfg, name) == value]
     if wrong:
         raise CheckpointError(
-            f"{path} has {' and '.join(wrong)}, by which AdapterHub's library means another place in a model of type "
-            f"{kind!r} than graft. Train it anew: graft.BottleneckConfig."
+            f"{path} has {' and '.join(wrong)}: AdapterHub's library acts at another place than graft in a model of "
+            f"type {kind!r}. Train it anew: graft.BottleneckConfig."
         )
 
 
@@ -135,7 +135,7 @@ def find_base_blocks(path: str, base: Base | None) -> tuple[list[Block], Base]:
         BaseNeededError: `base` is None.
     """
     if base is None:
-        raise BaseNeededError(f"{path} stands at blocks that only a base names: give the base model (--base).")
+        raise BaseNeededError(f"{path} is for blocks that only a base names. Give the base model (--base).")
     matrices = {key: shape for key, shape in base.shapes.items() if key.endswith(".weight") and len(shape) == 2}
     linears = {key.removesuffix(".weight"): (shape[0], shape[1]) for key, shape in matrices.items()}
     return blocks_in(linears, list(base.modules), text_width(base.config)), base
@@ -151,8 +151,8 @@ def follow_blocks(path: str, blocks: list[Block], base: Base) -> list[Block]:
     view: Any = base if getattr(base, "model", None) is not None else view_by_model_names(base)
     if view is None or view.model is None:
         raise BaseNeededError(
-            f"{path} stands where the code of its base tells, and no library here makes a model of {base.path}. Load "
-            "the model, and the adapter onto it: graft.load_adapter(model, path)."
+            f"{path} depends on the code of its base, and no installed library makes a model of {base.path}. Load the "
+            "model, and the adapter onto it: graft.load_adapter(model, path)."
         )
     modules = dict(walk(view.model))
     if missing := [block.path for block in blocks if block.path not in modules]:
@@ -195,7 +195,9 @@ def read_reft(path: str, fields: Json, by_name: Mapping[str, Tensor], blocks: li
                 from_torch(compute_orthonormal_weight(leaves, "projection"), "reft_R") if R is None else R
             )
         except KeyError as e:
-            raise CheckpointError(f"{path} lacks {e} of '{module}': it is cut off, or was written wrong.") from None
+            raise CheckpointError(
+                f"{path} lacks {e} of '{module}': it is cut off, or was written wrong. Save or download it again."
+            ) from None
         modules.setdefault(module, {}).update(named)
     return set_modules(out, modules, options)
 

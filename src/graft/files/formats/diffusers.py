@@ -87,7 +87,7 @@ def read_renamed(file: str, base: Base | None) -> dict[str, Tensor]:
         import diffusers
         from diffusers.loaders import lora_pipeline
     except ImportError:
-        raise PackageNeededError(f"{file} is read by diffusers itself: pip install diffusers.") from None
+        raise PackageNeededError(f"{file} is read by diffusers itself. Run pip install diffusers.") from None
     mixin = f"{name.partition('Transformer')[0]}LoraLoaderMixin"  # of FluxTransformer2DModel: FluxLoraLoaderMixin
     kind: Any = getattr(diffusers, name, None) if name.endswith("Pipeline") else getattr(lora_pipeline, mixin, None)
     if not hasattr(kind, "lora_state_dict"):

@@ -152,11 +152,11 @@ def arch_of(base: Base) -> tuple[str, bool]:
     of_kind = {name.lower().removesuffix("forcausallm").removesuffix("lmheadmodel"): name for name in ARCHITECTURES}
     named = (base.config.get("architectures") or [of_kind.get(kind.removesuffix("text"), kind)])[0]
     if not named:
-        raise BaseNeededError(f"{base.path} has no config.json that names its architecture: give a folder with one.")
+        raise BaseNeededError(f"{base.path} has no config.json that names its architecture. Give a folder with one.")
     if named not in ARCHITECTURES:
         raise LossError(
-            f"graft does not know what llama.cpp's converter does to the weights of {named} ({base.path}); of these "
-            f"it does: {', '.join(ARCHITECTURES)}."
+            f"graft does not know how llama.cpp converts the weights of {named} ({base.path}). Give a model of these: "
+            f"{', '.join(ARCHITECTURES)}."
         )
     return ARCHITECTURES[named]
 
@@ -223,7 +223,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         save_gguf(path, ARCHITECTURE, facts, vectors)
         return lost
     if base is None:
-        raise BaseNeededError("A GGUF adapter says its base's architecture: give the base model (--base).")
+        raise BaseNeededError("A GGUF adapter says its base's architecture. Give the base model (--base).")
     arch, _ = arch_of(base)
     fitted, lost = fit_to_format(adapter, HOLDS, NAME, lossy)
     names = names_of(base)
@@ -267,7 +267,7 @@ def save_gguf(path: str, arch: str, fields: Json, tensors: Mapping[str, Tensor])
                     writer.add_key_value(name, value, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
                 except TypeError as e:  # the first versions know no kind of an array's items but int32
                     writer.close()
-                    raise PackageNeededError(f"{name} needs a later version of gguf: pip install -U gguf.") from e
+                    raise PackageNeededError(f"{name} needs a later version of gguf. Run pip install -U gguf.") from e
                 continue
             kind = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
             kind(name, value)

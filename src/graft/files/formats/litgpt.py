@@ -51,7 +51,7 @@ def fields_of(path: str) -> Json:
     import yaml
 
     if not os.path.exists(path):
-        raise CheckpointError(f"{path} is not there: litgpt's weights alone say neither scale nor which of q, k and v.")
+        raise CheckpointError(f"{path} is not there: litgpt's weights do not say scale and projections. Copy it, too.")
     with open_file(path) as f:
         text = f.read(LARGEST + 1)
     if len(text) > LARGEST:
@@ -76,7 +76,7 @@ def plain_loader() -> Any:
         def compose_node(self, parent: Any, index: Any) -> Any:
             """Return the next node. Raises YAMLError for an alias, or a mapping with one name twice."""
             if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("it has an alias: write the value in its place")
+                raise yaml.YAMLError("it has an alias. Write the value itself")
             node = super().compose_node(parent, index)
             names = [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
             if len({*names}) < len(names):
@@ -170,6 +170,6 @@ def count_qkv_rows(model: Mapping[str, object]) -> dict[str, int]:
         width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
     )
     if not all(isinstance(n, int) and n > 0 for n in (heads, groups, size)):
-        raise CheckpointError(f"{OF_MODEL} does not say how many heads of which size the model has.")
+        raise CheckpointError(f"{OF_MODEL} does not say the number and size of the model's heads. Copy it again.")
     q, kv = heads * size, groups * size  # type: ignore[operator]
     return {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}

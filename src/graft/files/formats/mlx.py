@@ -58,7 +58,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     parameters = config.get("lora_parameters") or {}
     scale = parameters.get("scale", DEFAULT) if isinstance(parameters, dict) else None
     if not isinstance(scale, (int, float)):
-        raise CheckpointError(f"{path}: the scale in lora_parameters={parameters!r} is no number.")
+        raise CheckpointError(f"{path}: the scale in lora_parameters={parameters!r} is no number. Edit {CONFIG}.")
     for module, of_module in group_by_module(out, tensors, KEY).items():
         out.modules[module] = read_mlx_pair(path, module, of_module, float(scale), parameters.get("rank"))
     return out
@@ -77,7 +77,9 @@ def read_mlx_pair(
     """
     (a, b), m = get_factor_pair(tensors, ("lora_a", "lora_b"), path, module), tensors.get("m")
     if m is not None and len(m.shape) != 1:
-        raise CheckpointError(f"{path}: the magnitude of '{module}' has shape {m.shape}, and is no vector.")
+        raise CheckpointError(
+            f"{path}: the magnitude of '{module}' has shape {m.shape}, and is no vector. Save or download it again."
+        )
     if len(a.shape) == len(b.shape) == 3 and a.shape[:2] == (b.shape[0], b.shape[2]):
         return LowRank(a, b, scale, "experts", m)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0] or rank not in (None, a.shape[1]):

@@ -516,7 +516,7 @@ def exchange_old_factors(out: AdapterFile, layout: StackLayout, base: Base | Non
     if base is None and (guessed := [path for path, verdict in verdicts.items() if all(verdict)]):
         warn(
             f"{out.path} is of PEFT {layout.version}, which had A and B of most stacks of experts in each other's "
-            f"place: {join_some(guessed)} were read so. Give the base model, whose shapes tell (--base).",
+            f"place: {join_some(guessed)} were read so. Give the base model for its shapes (--base).",
             PeftWarning,
         )
 
@@ -883,7 +883,7 @@ def convert_served(
     """
     if base is None:
         raise BaseNeededError(
-            f"{what} has experts as servers hold them, and only the base model says which of its rows are whose: give "
+            f"{what} has experts as servers hold them, and only the base model tells their rows apart. Give "
             "it (--base)."
         )
     from graft import PeftConfig
@@ -894,7 +894,7 @@ def convert_served(
     model = getattr(base, "model", None) or build_meta_model(base.path)
     if model is None:
         raise CheckpointError(
-            f"{what} has experts as servers hold them, and {base.path} is no model that is known here."
+            f"{what} has experts as servers hold them, and transformers does not know {base.path}. Update transformers."
         )
     lora_config: Any = PeftConfig.resolve("LORA")(**{k: v for k, v in config.items() if k != "peft_type"})
     state = convert_server_layout({key: to_torch(t) for key, t in tensors.items()}, lora_config, model)

@@ -66,7 +66,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     file = find_torchtune_file(path) or path
     config_path = os.path.join(os.path.dirname(file), CONFIG)
     if not os.path.exists(config_path):
-        raise CheckpointError(f"{config_path} is not there: torchtune's file alone does not say rank and alpha.")
+        raise CheckpointError(f"{config_path} is not there, and has rank and alpha. Copy it next to the weights.")
     config = read_object(config_path)
     out = AdapterFile(NAME, path, config={k: v for k, v in config.items() if k != "peft_type"})
     out.base = config.get("base_model_name_or_path")
@@ -131,8 +131,7 @@ def heads_in(name: str, base: Base | None) -> int | None:
         return None
     if base is None:
         raise BaseNeededError(
-            f"torchtune has the rows of {name} in pairs per head: give the base model, whose config says how many heads"
-            " it has (--base)."
+            f"torchtune has the rows of {name} in pairs per head. Give the base model for its number of heads (--base)."
         )
     kind = base.config.get("model_type")
     if kind in HALVES:

@@ -74,7 +74,7 @@ class Form(BaseWeights):
         """
         if f"{name}_g_idx" in parts:
             raise UnsupportedLayerError(
-                f"'{name}' has groups in an order of its own (g_idx), which merging cannot read."
+                f"'{name}' has groups in another order (g_idx), which merging cannot read. Merge before quantization."
             )
         kind = self.base.tensors[parts[0]].dtype
         if kind not in ("I32", "I8", "F8_E4M3"):
@@ -82,7 +82,7 @@ class Form(BaseWeights):
         groups = list((config.get("config_groups") or {}).values())
         bits: set[Any] = {(g.get("weights") or {}).get("num_bits") for g in groups}
         if kind == "I32" and (len(bits) != 1 or bits.isdisjoint({4, 8})):
-            raise UnsupportedLayerError(f"'{name}' is packed with {bits} bits: merging reads 4 or 8, one for all.")
+            raise UnsupportedLayerError(f"'{name}' is packed with {bits} bits. Quantize it with 4 or 8, one for all.")
         self.bits[name] = bits.pop() if kind == "I32" else 8
 
     def unpack(self, name: str, parts: Mapping[str, Tensor]) -> torch.Tensor:

@@ -187,7 +187,7 @@ class Work:
         if not adapters:
             raise OptionError("There is no adapter to merge.")
         if len(weights) != len(adapters):
-            raise OptionError(f"{len(weights)} weights for {len(adapters)} adapters: give one for each.")
+            raise OptionError(f"{len(weights)} weights for {len(adapters)} adapters. Give one for each.")
         if not all(map(math.isfinite, weights)):
             raise OptionError(f"Weights are finite numbers, not {', '.join(map(str, weights))}.")
         if dtype is not None and dtype not in DTYPES:
@@ -199,7 +199,7 @@ class Work:
         self.base_weights: BaseWeights = find_base_weights(base)
         self.keep = keep_quantized and bool(self.base_weights.packed)
         if keep_quantized and not self.base_weights.packed:
-            raise OptionError(f"{base.path} is not quantized: leave --keep-quantized out.")
+            raise OptionError(f"{base.path} is not quantized. Leave --keep-quantized out.")
         self.model = cache(partial(build_meta_model, base.path))
         self.tied: Tied = Tied(
             self.base_weights.shapes, partial(find_tied_groups, self.model, base.config, self.base_weights.shapes)
@@ -246,15 +246,15 @@ class Work:
         unusual = {path: module for path, module in adapter.modules.items() if not isinstance(module, LowRank)}
         if unusual or adapter.shared:
             if others is None:
-                raise LossError(f"{adapter.method} of {job.name} is not low rank: merge it with graft.merge_files.")
+                raise LossError(f"{adapter.method} of {job.name} is not low rank. Merge it with graft.merge_files.")
             new_changes += others(job, self.base)
         if not new_changes:
-            raise CheckpointError(f"{job.name} ({adapter.method}) changes no weight: there is nothing to merge.")
+            raise CheckpointError(f"{job.name} ({adapter.method}) changes no weight. Give another adapter.")
         together = self.tied.spread(new_changes, adapter)
         for change in together:
             before = self.changed.setdefault(change.key, [])
             if change.new and any(c.new for c in before):
-                raise OptionError(f"Two adapters bring '{change.key}' along: merge one of them.")
+                raise OptionError(f"Two adapters bring a new tensor '{change.key}'. Merge one of them.")
             if before and before[-1].shape not in (change.shape, self.tied.shapes.get(change.key)):
                 raise OptionError(
                     f"{job.name} takes '{change.key}' for {change.shape}, and an adapter merged before it makes that "
@@ -290,8 +290,8 @@ class Work:
             kind = None if key not in self.base.tensors else self.base.tensors[key].dtype
             if key not in self.base_weights.packed and kind is not None and kind not in FLOATS:
                 raise BaseModelMismatchError(
-                    f"'{key}' of {self.base.path} is of dtype {kind}, and nothing says what its values mean: "
-                    "graft cannot merge into it."
+                    f"'{key}' of {self.base.path} is of dtype {kind} in an unknown form. Merge into the model before "
+                    "quantization."
                 )
 
     # the plan of the output
@@ -388,7 +388,9 @@ class Work:
         for i, change in enumerate(folds):
             W = change.fold(W, partial(self._read_own, key) if i else partial(torch.Tensor.view_as, W, W))
             if not W.isfinite().all():
-                raise NonFiniteError(f"Merged, '{change.param}' holds NaN or infinite numbers: an adapter is broken.")
+                raise NonFiniteError(
+                    f"Merged, '{change.param}' holds NaN or infinite numbers. Train or download the adapter again."
+                )
         return W
 
     def _fold(self, key: str, dtype: str) -> tuple[Bytes, Json | None]:
@@ -401,7 +403,7 @@ class Work:
         """Return the values in `dtype`. Raises NonFiniteError if a value is beyond float16's range."""
         after = exact.to(TORCH[dtype])
         if dtype == "F16" and not after.isfinite().all():
-            raise NonFiniteError(f"'{key}' holds numbers beyond float16's 65504: use --dtype bfloat16 or float32.")
+            raise NonFiniteError(f"'{key}' holds numbers beyond float16's 65504. Use --dtype bfloat16 or float32.")
         return after
 
     def _row(self, key: str, exact: torch.Tensor, after: torch.Tensor) -> Json | None:

@@ -2,6 +2,7 @@
 """An adapter on one of two modules that share a weight changes that one alone, merged or not."""
 
 import copy
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -12,7 +13,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from graft.inject.targets import find_weight
+from graft.inject.survey import get_site, survey_model
+from graft.inject.targets import find_tied_modules, find_weight
 from tests import models
 from tests.looks import layers
 from tests.models import adapted, disturb, seeded
@@ -440,3 +442,29 @@ def test_an_encoder_and_a_decoder_are_tied_again_after_a_merge():
     weight = plain.shared.weight
     assert plain.encoder.embed_tokens.weight is plain.decoder.embed_tokens.weight is plain.lm_head.weight is weight
     torch.testing.assert_close(plain(**batch).logits, y, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_with_a_weight_of_its_own_is_not_tied_by_the_config():
+    class Told(Tied):
+        config = SimpleNamespace(tie_word_embeddings=True)
+
+        def get_input_embeddings(self):
+            return self.emb
+
+        def get_output_embeddings(self):
+            return self.head
+
+    net = Told()
+    assert find_tied_modules(net, survey_model(net)) == ("emb", ["head"])
+    net.head.weight = nn.Parameter(net.head.weight.detach().clone())
+    assert find_tied_modules(net, survey_model(net)) == ("emb", [])
+    assert find_tied_modules(net.to("meta"), survey_model(net)) == ("emb", ["head"])
+
+
+def test_the_site_of_a_module_beneath_the_layer_of_its_parameter():
+    net = nn.Sequential(nn.Linear(4, 3))
+    base = net[0]
+    graft.inject_adapter_in_model(graft.LoraConfig(target_parameters=["0.weight"], r=2), net)
+    tree = survey_model(net)
+    assert net[0] is not base and tree.nests.keys() == {"0"}
+    assert get_site("0", net[0], tree).module is base

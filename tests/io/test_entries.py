@@ -13,6 +13,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import graft
+from graft.io import save
+from graft.io.entries import rename_keys
 from tests import models
 from tests.covering import EVERYTHING
 from tests.pair import adapt, close, close_dicts, output, randomize
@@ -161,3 +163,23 @@ def test_a_wrapper_that_is_in_no_name_of_a_state_dict(wrapped, place):
     graft.set_base_model_state_dict(model, {name: t + 1 for name, t in before.items()})
     found = graft.get_base_model_state_dict(model)
     assert all(torch.equal(found[name], t + 1) for name, t in before.items())
+
+
+def test_a_key_mapping_that_fits_is_silent():
+    keys = dict.fromkeys(["base_model.model.a.x", "b.y", "c"], 0)
+    assert list(rename_keys(keys, {r"^a\.": "z.", r"^b": "w", r"\.": "!"}, True)) == [
+        "base_model.model.z.x",
+        "w.y",
+        "c",
+    ]
+
+
+def test_a_sharded_prompt_is_saved_from_its_gathered_tensors(monkeypatch):
+    model = graft.get_peft_model(
+        models.make("llama"), graft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    before = graft.get_peft_model_state_dict(model)
+    monkeypatch.setattr(save, "gather_tensors", lambda tensors: {k: torch.full_like(t, 3) for k, t in tensors.items()})
+    after = graft.get_peft_model_state_dict(model)
+    assert after.keys() == before.keys() == {"prompt_embeddings"}
+    assert (after["prompt_embeddings"] == 3).all() and not (before["prompt_embeddings"] == 3).any()

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 import graft
 from tests import models
+from tests.models import seeded
 
 
 class Renamed(nn.Module):
@@ -59,3 +60,19 @@ def test_a_base_that_carries_the_adapter_already(dtype, tmp_path):
     inputs = models.inputs("llama")
     close = dict(atol=1e-5, rtol=1e-5) if dtype is torch.float32 else dict(atol=0.1, rtol=0.1)
     assert_close(models.output(loaded.eval(), inputs).float(), models.output(made.eval(), inputs), **close)
+
+
+def test_a_head_of_other_inputs_is_not_resized(tmp_path):
+    """Only the number of labels may differ: a head of another width keeps the base's shape, or the load fails."""
+
+    def make(width, labels):
+        with seeded(0):
+            return nn.ModuleDict({"lin": nn.Linear(4, 4), "head": nn.Linear(width, labels)})
+
+    config = graft.LoraConfig(target_modules=["lin"], modules_to_save=["head"], r=2)
+    graft.get_peft_model(make(6, 3), config).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning):
+        loaded = graft.PeftModel.from_pretrained(make(4, 3), tmp_path, ignore_mismatched_sizes=True)
+    assert loaded.base_model.model["head"].modules_to_save["default"].weight.shape == (3, 4)
+    with pytest.raises(RuntimeError, match=r"size mismatch .*head"):
+        graft.PeftModel.from_pretrained(make(4, 3), tmp_path)

@@ -4,6 +4,8 @@
 import copy
 import gc
 import io
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graft
+from graft.inject import inject
 from graft.inject.job import Options
 from graft.io.files import read_safetensors
 from tests.looks import get_registry
@@ -52,6 +55,25 @@ def test_the_collector_is_as_it_was(enabled, fails):
         assert gc.isenabled() is enabled and gc.get_threshold() == threshold
     finally:
         (gc.enable if was else gc.disable)()
+
+
+@pytest.mark.parametrize(
+    "enabled, objects, frozen, calls",
+    [
+        (True, 10_001, 0, ["disable", "freeze", "unfreeze", "enable"]),
+        (True, 10_000, 0, ["disable", "enable"]),
+        (True, 10_001, 5, ["disable", "enable"]),  # unfreeze() would undo the caller's freeze
+        (False, 10_001, 0, ["disable"]),
+    ],
+)
+def test_many_new_objects_count_as_old_unless_the_caller_froze_some(monkeypatch, enabled, objects, frozen, calls):
+    counts, seen = iter([(7, 0, 0), (7 + objects, 0, 0)]), []
+    answers = {"isenabled": lambda: enabled, "get_count": lambda: next(counts), "get_freeze_count": lambda: frozen}
+    noted = {name: partial(seen.append, name) for name in ("disable", "enable", "freeze", "unfreeze")}
+    monkeypatch.setattr(inject, "gc", SimpleNamespace(**answers, **noted))
+    with inject.pause_collector():
+        assert seen == ["disable"]
+    assert seen == calls
 
 
 class Failing:

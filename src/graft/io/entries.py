@@ -227,14 +227,14 @@ def rename_keys(tensors: dict[str, T], mapping: dict[str, str], must_fit: bool =
         except (re.error, IndexError) as e:
             raise ConfigError(f"{replacement!r} of key_mapping cannot replace {text!r}: {e}.") from e
     out: dict[str, T] = {}
-    hits = 0
+    has_match = False
     for key, tensor in tensors.items():
         prefix = next((p for p in (WRAPPED, PROMPT_WRAPPED) if key.startswith(p)), "")
         new_name = key[len(prefix) :]
         for wanted, replacement in patterns:
             new, n = wanted.subn(replacement, new_name)
             if n:
-                new_name, hits = new, hits + 1
+                new_name, has_match = new, True
                 break
         if prefix + new_name in out:
             raise AdapterKeyError(
@@ -242,6 +242,6 @@ def rename_keys(tensors: dict[str, T], mapping: dict[str, str], must_fit: bool =
                 "mapping that tells them apart."
             )
         out[prefix + new_name] = tensor
-    if must_fit and not hits:
+    if must_fit and not has_match:
         warn(f"key_mapping={mapping} fits none of the checkpoint's keys, such as '{next(iter(out), '')}'.", PeftWarning)
     return out

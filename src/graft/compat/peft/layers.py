@@ -372,8 +372,8 @@ class BaseTunerLayer(AdapterLayer, metaclass=_LayerType):
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> object:  # type: ignore[override]
         """Run graft's own forward, as clients call it when they replace `forward` and keep this original.
 
-        A layer of a parameter runs by the delta weight if `get_delta_weight` is replaced for it. With a single adapter
-        on a stack of several matrices it runs by the factors.
+        A layer of a parameter runs by the delta weight if `get_delta_weight` is replaced for it. Without active
+        adapters, and with a single one on a stack of several matrices, it runs as usual.
 
         Raises:
             UnsupportedLayerError: the replaced `get_delta_weight` cannot serve an adapter of the layer.

@@ -124,8 +124,8 @@ def targets_outer(config: LoraConfig, converters: list[WeightConverter]) -> bool
     """Return True if the config has an adapter on the outer stack (down_proj), by its name or by its part in each
     expert.
 
-    True, too, if `target_modules` is a text. A text in `target_modules`, a regular expression, gives True without a
-    match; names are compared by their last part.
+    If `target_modules` is a text (a regular expression), True without a comparison. Names are compared by their last
+    part.
     """
     modules = config.target_modules or ()
     if isinstance(modules, str):

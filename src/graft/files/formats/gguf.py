@@ -212,6 +212,9 @@ def names_of(base: Base) -> dict[str, str]:
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
     """Write a file: LoRA, or control vectors for steering vectors. Return descriptions of the losses.
 
+    Rows of q and k are put into llama.cpp's order where its converter permutes them. The file has one alpha: scale ·
+    rank of the first module.
+
     Raises:
         BaseNeededError: `base` is None: the file needs its architecture and heads.
         LossError: without `lossy`, a module has no name in llama.cpp, or a part cannot be held.

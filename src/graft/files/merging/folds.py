@@ -31,15 +31,16 @@ class TensorChange:
     """The change of one adapter to one tensor of a checkpoint.
 
     Attributes:
-        key: the tensor's name.
+        key: the tensor's name in the checkpoint.
         param: the parameter that the adapter changes, by its name in the model.
-        fold: (the value, in at least float32, which it may overwrite; the checkpoint's own, by a call before that) →
-            the new value.
+        fold: function of the current value, in at least float32, and a function that returns the checkpoint's value
+            without earlier adapters. Returns the new value. May overwrite the current value, but only after it has
+                called that function.
         shape: of the new value.
-        of: the adapter's tensors that it comes from.
+        of: the values that the change is computed from: tensors and scales. Changes with equal ones are equal.
         new: the checkpoint has no such tensor; `fold` gets an empty one.
-        replaces: nothing stays of the value.
-        rows: those of an embedding that it replaces.
+        replaces: the new value does not depend on the old one.
+        rows: the rows of an embedding that it replaces.
         alone: no other adapter may change the tensor.
     """
 
@@ -61,9 +62,9 @@ class MergeJob:
     adapter: AdapterFile
     weight: float
     places: CheckpointPlaces
-    config: Json  # the base's
+    config: Json  # config.json of the base
     stacked: Callable[[str], bool]  # path of a parameter → its matrices are stored (in, out)
-    kinds: Mapping[str, torch.dtype]  # of the checkpoint's floating tensors
+    kinds: Mapping[str, torch.dtype]  # dtypes of the checkpoint's floating tensors
     read: Callable[[str], torch.Tensor]  # the checkpoint's own value, in new memory
 
     @property

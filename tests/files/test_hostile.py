@@ -267,7 +267,7 @@ def test_sizes_of_another_run(tmp_path):
 
 
 def test_heads_need_the_base(tmp_path):
-    refused(BaseNeededError, "how many heads", FIXTURES / "torchtune_lora", "peft", tmp_path / "out")
+    refused(BaseNeededError, "number of heads", FIXTURES / "torchtune_lora", "peft", tmp_path / "out")
 
 
 def test_an_output_that_exists(tmp_path, locon):

@@ -103,7 +103,7 @@ def test_free_projections_there_and_back(preset, tmp_path):
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(BaseNeededError, match="give the base model"):
+    with pytest.raises(BaseNeededError, match="Give the base model"):
         formats.read(SAVED / "loreft")
     file = "intkey_layer_1_comp_block_output_unit_pos_nunit_1#0.bin"
     config = json.loads((SAVED / "direft/config.json").read_text())

@@ -78,7 +78,7 @@ def test_what_a_file_cannot_hold(tmp_path):
     saved(tmp_path / "late", layers=[1], min_token_index=2)
     with pytest.raises(LossError, match="min_token_index=2"):
         convert_adapter_file(tmp_path / "late", "gguf", tmp_path / "late.gguf", BASE)
-    with pytest.raises(BaseNeededError, match="give the base model"):
+    with pytest.raises(BaseNeededError, match="Give the base model"):
         formats.read(FILE)
     other = gguf.GGUFWriter(tmp_path / "wide.gguf", "controlvector")
     other.add_tensor("direction.1", np.zeros(9, "f4"))

@@ -97,7 +97,7 @@ def read_without_head(path: str, base: Base | None) -> AdapterFile:
     """
     if os.path.isfile(os.path.join(path, FUSION)):
         return adapterhub_places.read_fusion(
-            path, read_object(os.path.join(path, FUSION)), tensors_in(path, FUSION_FILES), base
+            path, read_object(os.path.join(path, FUSION)), read_first_file(path, FUSION_FILES), base
         )
     fields = read_object(os.path.join(path, CONFIG))
     config = fields["config"]
@@ -108,7 +108,7 @@ def read_without_head(path: str, base: Base | None) -> AdapterFile:
             f"{path} is an adapter of architecture {architecture!r}: graft reads LoRA, (IA)³, bottlenecks and ReFT of "
             "AdapterHub."
         )
-    tensors = tensors_in(path, FILES)
+    tensors = read_first_file(path, FILES)
     if at_places:
         return adapterhub_places.read(path, fields, tensors, base)
     scales = config.get("composition_mode") == "scale"
@@ -133,7 +133,7 @@ def read_without_head(path: str, base: Base | None) -> AdapterFile:
     return out
 
 
-def tensors_in(path: str, files: tuple[str, ...]) -> Mapping[str, Tensor]:
+def read_first_file(path: str, files: tuple[str, ...]) -> Mapping[str, Tensor]:
     """Return the tensors of the first of these files that a folder has. Raises CheckpointError if it has none."""
     file = take_first(path, files)
     if file is None:
@@ -225,7 +225,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     letters: set[str] = set()
     tensors: dict[str, object] = {}
     for module, m in modules.items():
-        place = place_of(module)
+        place = find_config_field(module)
         if place is None or (isinstance(m, OtherMethod) and m.tensors["ia3_l"].shape[-1] != 1):
             lost.append(LostModule(f"no place in the config of AdapterHub: {module}"))
             continue
@@ -259,7 +259,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     return lost
 
 
-def place_of(module: str) -> tuple[str, str | None] | None:
+def find_config_field(module: str) -> tuple[str, str | None] | None:
     """Return the config's field of a module, and its letter in attn_matrices or None; None if the config cannot name
     it.
 

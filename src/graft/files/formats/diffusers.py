@@ -77,7 +77,7 @@ def read_renamed(file: str, base: Base | None) -> dict[str, Tensor]:
         LossError: the class reads no LoRA files.
         CheckpointError: it cannot read this one.
     """
-    name = "" if base is None else class_of(base)
+    name = "" if base is None else get_base_class(base)
     if not name.endswith("Pipeline") and "Transformer" not in name:
         raise BaseNeededError(
             f"{file} has the names of a model's first release: give the folder of the pipeline or of the transformer "
@@ -99,7 +99,7 @@ def read_renamed(file: str, base: Base | None) -> dict[str, Tensor]:
     return convert_tensors(state[0] if isinstance(state, tuple) else state, file)
 
 
-def class_of(base: Base) -> str:
+def get_base_class(base: Base) -> str:
     """Return the name of the pipeline's class by the base's config, or else that of the loaded model's class; "" if
     neither.
     """
@@ -149,7 +149,7 @@ def make_adapter(file: str, tensors: Mapping[str, Tensor], metadata: dict[str, s
         CheckpointError: factors are missing, have wrong shapes, or contradict the metadata.
     """
     out = AdapterFile(NAME, file, metadata=metadata)
-    configs = configs_in(metadata, file)
+    configs = read_part_configs(metadata, file)
     modules: dict[str, dict[str, Tensor]] = {}
     for key, values in tensors.items():
         place = split_key(key)
@@ -166,7 +166,7 @@ def make_adapter(file: str, tensors: Mapping[str, Tensor], metadata: dict[str, s
     return out
 
 
-def configs_in(metadata: dict[str, str], file: str) -> dict[str, Json]:
+def read_part_configs(metadata: dict[str, str], file: str) -> dict[str, Json]:
     """Return the config of each part of the pipeline from the file's metadata; {} without such metadata.
 
     Raises:

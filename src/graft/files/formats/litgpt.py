@@ -41,7 +41,7 @@ def recognises(path: str) -> bool:
     return file is not None and mentions_name(file, b".lora_A")
 
 
-def fields_of(path: str) -> Json:
+def read_yaml(path: str) -> Json:
     """Return the content of a YAML file: a dict of plain values, each named once.
 
     Raises:
@@ -97,7 +97,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     """
     file = find_checkpoint(path) or path
     folder = os.path.dirname(file)
-    run, model = fields_of(os.path.join(folder, OF_RUN)), fields_of(os.path.join(folder, OF_MODEL))
+    run, model = read_yaml(os.path.join(folder, OF_RUN)), read_yaml(os.path.join(folder, OF_MODEL))
     if model.get("mlp_class_name") not in MLPS:
         raise CheckpointError(
             f"{path} is for a model with the MLP {model.get('mlp_class_name')!r}: graft knows litgpt's names of those "

@@ -86,7 +86,7 @@ def recognises(path: str) -> bool:
     True, too, if the config is damaged and weights are there. A folder of a pipeline's parts needs every part to be
     one.
     """
-    if parts := parts_in(path):
+    if parts := list_parts(path):
         return all(recognises(os.path.join(path, part)) for part in parts)
     folder = folder_of(path)
     if folder is None:
@@ -99,7 +99,7 @@ def recognises(path: str) -> bool:
     return "peft_type" in fields or getattr(pair.find_weights(folder), "config", None) is not None
 
 
-def parts_in(path: str) -> list[str]:
+def list_parts(path: str) -> list[str]:
     """Return the sub-folders with adapters of a pipeline's parts, sorted; [] for other paths, and with
     adapter_config.json.
     """
@@ -135,7 +135,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
             other.
         BaseNeededError: the experts are in the layout of servers, and there is no base.
     """
-    if parts := parts_in(path):
+    if parts := list_parts(path):
         return join_pipeline({part: read(os.path.join(path, part)) for part in parts}, path)
     folder = folder_of(path) or path
     config_file = ConfigFile(folder, None)
@@ -160,9 +160,9 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         if method == "LORA":
             take_lora(out, raw, of_module, by_module, base, layout)
         else:
-            take_other(out, clean(raw), method, of_module)
+            take_other(out, clean_path(raw), method, of_module)
     if method in PREFIXES:
-        for path in dict.fromkeys(around(tensors)):  # modules with only their bias in the file
+        for path in dict.fromkeys(list_wrapped_modules(tensors)):  # modules with only their bias in the file
             out.modules.setdefault(path, OtherMethod(method, {}))
     exchange_old_factors(out, layout, base)
     if not any(m.shift for m in out.low_rank.values()):
@@ -262,19 +262,19 @@ def split_tensors(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, 
         leaf = None if at is None else ".".join(parts[at:])
         path = ".".join(parts[:at])
         if leaf in (f"{TOKENS}.trainable_tokens_delta", "trainable_tokens_delta"):
-            take_rows(out, clean(path), key, t)
+            take_rows(out, clean_path(path), key, t)
         elif leaf == f"{TOKENS}.base_layer.weight":  # the base's, where its vocabulary was resized
-            out.full[f"{clean(path)}.weight"] = t
+            out.full[f"{clean_path(path)}.weight"] = t
         elif leaf is not None and path and parts[at] != TOKENS:  # type: ignore[index]
             by_module.setdefault(path, {})[leaf] = t
-        elif leaf is not None or any(part.startswith(ANY) for part in parts) or clean(name) in out.full:
+        elif leaf is not None or any(part.startswith(ANY) for part in parts) or clean_path(name) in out.full:
             out.unknown_keys.append(key)
         else:
-            out.full[clean(name)] = t
+            out.full[clean_path(name)] = t
     return by_module
 
 
-def around(names: Iterable[str]) -> Iterator[str]:
+def list_wrapped_modules(names: Iterable[str]) -> Iterator[str]:
     """Yield the path of each module with a weight or bias below `base_layer` in the file, token rows excepted."""
     for name in names:
         head, middle, tail = name.partition(".base_layer.")
@@ -282,7 +282,7 @@ def around(names: Iterable[str]) -> Iterator[str]:
             yield head.removeprefix(WRAPPED)
 
 
-def clean(path: str) -> str:
+def clean_path(path: str) -> str:
     """Return a module's path without the parts "base_layer" and "modules_to_save", which PEFT's wrappers add."""
     return ".".join(part for part in path.split(".") if part not in ("base_layer", "modules_to_save"))
 
@@ -345,7 +345,7 @@ def take_lora(
     Raises:
         CheckpointError: the shapes are not of the config's rank, or the parameter is unclear.
     """
-    config, path = out.config, clean(raw)
+    config, path = out.config, clean_path(raw)
     A, B = parts.pop("lora_A.weight", None), parts.pop("lora_B.weight", None)
     embedded = A is None and B is None
     if embedded:
@@ -354,7 +354,7 @@ def take_lora(
         unread = {"lora_A.weight": A, "lora_B.weight": B} | parts
         out.unknown_keys += [f"{WRAPPED}{raw}.{name}" for name, t in unread.items() if t is not None]
         return
-    stack = None if embedded else parameter_at(config, raw, every, A, B, base)
+    stack = None if embedded else find_parameter(config, raw, every, A, B, base)
     if stack is not None:
         path = f"{path}.{stack}" if stack != "weight" else path
     r, alpha = find_rank_and_alpha(config, f"{path}.weight" if stack == "weight" else path, SCALED["LORA"])
@@ -374,7 +374,7 @@ def take_lora(
         )
     kind: Kind = "embedding" if embedded else "conv" if len(A.shape) > 2 else "linear"
     if n > 1 or (stack is not None and stack != "weight"):
-        kind, A, B = "experts", *by_expert(A, B, n, bool(layout.by_expert))
+        kind, A, B = "experts", *split_by_expert(A, B, n, bool(layout.by_expert))
     module = LowRank(A, B, scale, kind)
     if (m := parts.pop("lora_magnitude_vector", None)) is not None:
         module.magnitude = reshape_tensor(m, math.prod(m.shape))
@@ -423,7 +423,7 @@ def find_rank_and_alpha(config: Json, path: str, name: str) -> tuple[int, float]
 # experts: factors of parameters; a module may have several
 
 
-def parameter_at(config: Json, raw: str, every: Iterable[str], A: Tensor, B: Tensor, base: Base | None) -> str | None:
+def find_parameter(config: Json, raw: str, every: Iterable[str], A: Tensor, B: Tensor, base: Base | None) -> str | None:
     """Return the name of the parameter that the factors at `raw` belong to; None if they belong to the module.
 
     Several parameters of a module are nested by `base_layer`: in the module's order, the innermost first. The base's
@@ -432,13 +432,13 @@ def parameter_at(config: Json, raw: str, every: Iterable[str], A: Tensor, B: Ten
     Raises:
         CheckpointError: `target_parameters` names several, and neither the file nor the base tells which it is.
     """
-    path = clean(raw)
+    path = clean_path(raw)
     targets = config.get("target_parameters") or ()
     names = [t.rpartition(".")[2] for t in targets if f".{path}".endswith(f".{t.rpartition('.')[0]}".rstrip("."))]
     names = list(dict.fromkeys(names))
     if not names or (any("." not in t for t in targets) and is_target(config, path)):
         return None
-    nest = sorted((e for e in every if clean(e) == path), key=len, reverse=True)  # the innermost first
+    nest = sorted((e for e in every if clean_path(e) == path), key=len, reverse=True)  # the innermost first
     if base is not None and len(names) != len(nest):
         names = [n for n in names if is_stack_shape(base.shapes.get(f"{path}.{n}"), A, B)] or names
     if len(names) == 1 and len(nest) == 1:
@@ -473,7 +473,7 @@ def is_stack_shape(shape: tuple[int, ...] | None, A: Tensor, B: Tensor) -> bool:
     return shape is not None and len(shape) > 1 and {shape[-1], shape[-2]} == {A.shape[1], B.shape[0]}
 
 
-def by_expert(A: Tensor, B: Tensor, n: int, grouped: bool) -> tuple[Tensor, Tensor]:
+def split_by_expert(A: Tensor, B: Tensor, n: int, grouped: bool) -> tuple[Tensor, Tensor]:
     """Return the factors (n, r, in) and (n, out, r) of a stack of n experts, from A (n r, in) and B (out, n r).
 
     Args:
@@ -604,7 +604,7 @@ def name_tensors(adapter: AdapterFile, lost: list[str]) -> dict[str, Tensor]:
             if adapter.method != "LORA":
                 lost.append(LostModule(f"{path} (LoRA beside {adapter.method})"))
             else:
-                out |= {f"{stem}.{name}": t for name, t in tensors_of_lora(of_module).items()}
+                out |= {f"{stem}.{name}": t for name, t in name_lora_tensors(of_module).items()}
         elif of_module.method not in alike or adapter.method not in PREFIXES:
             lost.append(LostModule(f"{path} ({of_module.method})"))
         else:
@@ -626,7 +626,7 @@ def name_tensors(adapter: AdapterFile, lost: list[str]) -> dict[str, Tensor]:
     return out
 
 
-def tensors_of_lora(lora: LowRank) -> dict[str, Tensor]:
+def name_lora_tensors(lora: LowRank) -> dict[str, Tensor]:
     """Return a LoRA module's tensors by PEFT's names without the path.
 
     A Tucker core is multiplied into A. A stack's factors become A (n r, in) and B (out, r n), the experts alternating.
@@ -696,7 +696,7 @@ def complete_config(adapter: AdapterFile, base: Base | None) -> Json:
         parameters = {p: as_target(p, adapter) for p, h in adapter.modules.items() if h.kind == "experts"}
         parameters |= {p: as_target(p, adapter) for p in adapter.modules if p in adapter.by_parameter}
         paths = [p for p in adapter.modules if p not in parameters]
-        config["target_modules"] = targets_of(paths, base) if adapter.modules else NONE
+        config["target_modules"] = choose_targets(paths, base) if adapter.modules else NONE
         for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
             if config.get(field) is not None:
                 config[field] = None
@@ -754,7 +754,7 @@ def new_config(adapter: AdapterFile) -> Json:
     return config
 
 
-def targets_of(paths: list[str], base: Base | None) -> list[str]:
+def choose_targets(paths: list[str], base: Base | None) -> list[str]:
     """Return `target_modules` that select these modules and no other.
 
     Their last names, if no other module of the base has one of these; else whole paths.
@@ -781,7 +781,9 @@ def set_numbers(config: dict[str, object], adapter: AdapterFile) -> None:
     """
     name = SCALED[adapter.method]
     wanted = {
-        as_target(p, adapter): n for p, h in adapter.modules.items() if (n := rank_and_scale(h, adapter)) is not None
+        as_target(p, adapter): n
+        for p, h in adapter.modules.items()
+        if (n := get_rank_and_scale(h, adapter)) is not None
     }
     if not wanted:
         return
@@ -808,7 +810,7 @@ def set_numbers(config: dict[str, object], adapter: AdapterFile) -> None:
     }  # fmt: skip
 
 
-def rank_and_scale(module: LowRank | OtherMethod, adapter: AdapterFile) -> tuple[int, float] | None:
+def get_rank_and_scale(module: LowRank | OtherMethod, adapter: AdapterFile) -> tuple[int, float] | None:
     """Return rank and scale of a module; None for another method than the adapter's, and without rank or scale."""
     if isinstance(module, LowRank):
         return module.rank, module.scale

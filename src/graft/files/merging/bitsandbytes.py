@@ -135,7 +135,7 @@ class Form(BaseWeights):
         flat = W.to(state["dtype"]).float().flatten()
         blocks = torch.nn.functional.pad(flat, (0, -len(flat) % state["blocksize"])).view(-1, state["blocksize"])
         scale = blocks.abs().amax(1)
-        codes = nearest(blocks / scale.clamp_min(1e-30)[:, None], table).flatten()[: len(flat)]
+        codes = find_nearest(blocks / scale.clamp_min(1e-30)[:, None], table).flatten()[: len(flat)]
         codes = torch.nn.functional.pad(codes, (0, len(flat) % 2)).view(-1, 2)
         form = of_file(old[name])
         parts = {name: to_file((codes[:, 0] << 4 | codes[:, 1]).to(torch.uint8).view(form.dtype).view(form.shape))}
@@ -153,12 +153,12 @@ class Form(BaseWeights):
         remainder = scale - state["nested_offset"]  # that of the file: a mean of much the same scales
         blocks = torch.nn.functional.pad(remainder, (0, -len(remainder) % size)).view(-1, size)
         outer = blocks.abs().amax(1)
-        codes = nearest(blocks / outer.clamp_min(1e-30)[:, None], of_file(old[f"{name}.nested_quant_map"]).float())
+        codes = find_nearest(blocks / outer.clamp_min(1e-30)[:, None], of_file(old[f"{name}.nested_quant_map"]).float())
         absmax = codes.flatten()[: len(remainder)].to(torch.uint8)
         return {f"{name}.absmax": to_file(absmax), f"{name}.nested_absmax": to_file(outer)}
 
 
-def nearest(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def find_nearest(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Return the index in `table` of the nearest entry for each value. The table may be in any order."""
     ordered, places = table.sort()
     return places[torch.bucketize(values, (ordered[1:] + ordered[:-1]) / 2)]

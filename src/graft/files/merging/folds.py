@@ -103,12 +103,12 @@ def list_changes(job: MergeJob) -> list[TensorChange]:
         )
     low = job.adapter.low_rank
     spots = job.places.locate_all(
-        [weight_name(path, lora) for path, lora in low.items()] + list(job.adapter.rows), job.name
+        [get_weight_name(path, lora) for path, lora in low.items()] + list(job.adapter.rows), job.name
     )
     for name, value in job.adapter.full.items():  # first, since factors may add to a tensor of the same file
         result += replace_whole(job, name, value)
     for path, lora in low.items():
-        for spot in spots[weight_name(path, lora)]:
+        for spot in spots[get_weight_name(path, lora)]:
             result.append(fold_low_rank(job, path, lora, spot))
         if lora.bias is not None:
             result.append(change_bias(job, path, lora))
@@ -117,7 +117,7 @@ def list_changes(job: MergeJob) -> list[TensorChange]:
     return result
 
 
-def weight_name(path: str, lora: LowRank) -> str:
+def get_weight_name(path: str, lora: LowRank) -> str:
     """Return the name of the tensor that a low-rank part changes: `path` for a stack of experts, else `path`.weight."""
     return path if lora.kind == "experts" else f"{path}.weight"
 
@@ -133,11 +133,11 @@ def fold_low_rank(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> Tensor
     Raises:
         BaseModelMismatchError: factors or magnitude do not fit the shape.
     """
-    replacement = job.adapter.full.get(weight_name(path, lora))
+    replacement = job.adapter.full.get(get_weight_name(path, lora))
     shape = job.places.shapes[spot.key] if replacement is None else replacement.shape
-    view = orientation(job, path, lora, spot, shape)
-    if lora.magnitude is not None and prod(lora.magnitude.shape) != matrix_sizes(lora, spot)[0]:
-        raise job.misfit(path, f"its magnitude is {lora.magnitude.shape}, of {matrix_sizes(lora, spot)[0]} rows")
+    view = find_orientation(job, path, lora, spot, shape)
+    if lora.magnitude is not None and prod(lora.magnitude.shape) != get_matrix_sizes(lora, spot)[0]:
+        raise job.misfit(path, f"its magnitude is {lora.magnitude.shape}, of {get_matrix_sizes(lora, spot)[0]} rows")
     adds = lora.magnitude is None and lora.shift is None
     scale = lora.scale * job.weight if adds else lora.scale
     shift = None if lora.shift is None else Shift(lora, job.adapter.config, job.kinds.get(spot.key))
@@ -167,7 +167,7 @@ def fold_low_rank(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> Tensor
         return folded if folded is W else W.lerp_(folded, job.weight)
 
     of = (scale, lora.A, lora.B, lora.magnitude, lora.mid, *(lora.shift or ()))
-    return TensorChange(spot.key, weight_name(path, lora), fold, shape, of)
+    return TensorChange(spot.key, get_weight_name(path, lora), fold, shape, of)
 
 
 class Shift:
@@ -204,7 +204,7 @@ class Shift:
         return shifted if self.kind is None else shifted.to(self.kind).to(W.dtype)
 
 
-def orientation(
+def find_orientation(
     job: MergeJob, path: str, lora: LowRank, spot: Spot, shape: tuple[int, ...]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the function that views a stored weight, or a matrix of a stack, as the matrix (out, fan_in) that B A adds
@@ -216,7 +216,7 @@ def orientation(
     Raises:
         BaseModelMismatchError: the shape fits neither, or a stack has another number of experts.
     """
-    out, fan_in = matrix_sizes(lora, spot)
+    out, fan_in = get_matrix_sizes(lora, spot)
     matrix_shape = shape[1:] if lora.kind == "experts" and spot.expert is None else shape
     straight, turned = (*matrix_shape[:1], prod(matrix_shape[1:])) == (out, fan_in), matrix_shape == (fan_in, out)
     if lora.kind == "embedding" or (straight and turned and square_is_turned(job, path, lora, spot)):
@@ -228,11 +228,11 @@ def orientation(
     if turned:
         return lambda W: W.T
     raise job.misfit(
-        path, f"B A is {(out, fan_in)}, '{spot.key}' {shape}" + groups_hint(lora, matrix_shape, out, fan_in)
+        path, f"B A is {(out, fan_in)}, '{spot.key}' {shape}" + describe_groups(lora, matrix_shape, out, fan_in)
     )
 
 
-def groups_hint(lora: LowRank, own: tuple[int, ...], out: int, fan_in: int) -> str:
+def describe_groups(lora: LowRank, own: tuple[int, ...], out: int, fan_in: int) -> str:
     """Return a hint for an error if a convolution's shape fits only with groups; else ""."""
     grouped = lora.kind == "conv" and own and own[0] == out and len(own) > 2 and fan_in % max(1, prod(own[1:])) == 0
     return " (a convolution with groups has no weight that says what the adapter does)" if grouped else ""
@@ -251,7 +251,7 @@ def square_is_turned(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> boo
     return is_stored_in_out(job.adapter, job.config)
 
 
-def matrix_sizes(lora: LowRank, spot: Spot) -> tuple[int, int]:
+def get_matrix_sizes(lora: LowRank, spot: Spot) -> tuple[int, int]:
     """Return (out, fan_in) of the matrix that B A adds to.
 
     For experts, only the rows at `spot` count. For a convolution, fan_in includes the kernel.

@@ -147,11 +147,13 @@ def list_layer_changes(
     where = layer.where if kind is None or kind.itemsize < 2 else (layer.where[0], kind)
     layer_changes = []
     if not m.effect.keeps_weight:
-        layer_changes.append(TensorChange(spot.key, name, partial(fold, job, layer, m, where, False, key), shape, (m,)))
+        layer_changes.append(
+            TensorChange(spot.key, name, partial(merge_layer_weight, job, layer, m, where, False, key), shape, (m,))
+        )
     if changes_bias(layer, m, asked):
         if key is None:
             raise job.misfit(path, "it shifts the bias, and the layer has none: merged, there is no place for that")
-        act = partial(fold, job, layer, m, where, True, spot.key)
+        act = partial(merge_layer_weight, job, layer, m, where, True, spot.key)
         layer_changes.append(TensorChange(key, f"{path}.bias", act, job.places.shapes[key], (m,)))
     return layer_changes
 
@@ -192,7 +194,7 @@ def recompute_values(layer: AdapterLayer, m: Method, where: Where) -> None:
     m.finish_load()
 
 
-def fold(
+def merge_layer_weight(
     job: MergeJob,
     layer: AdapterLayer,
     m: Method,

@@ -26,7 +26,7 @@ from graft.compat.peft.late import check_flags, list_holders, settle_clients
 from graft.compat.peft.modules import FINDER, real_peft, select_peft_modules
 from graft.core.errors import join_some
 
-__all__ = ["install", "installed", "uninstall"]
+__all__ = ["install", "is_installed", "uninstall"]
 
 _displaced: dict[str, ModuleType] = {}
 

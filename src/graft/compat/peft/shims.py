@@ -378,8 +378,8 @@ def import_check(name: str) -> Callable[[], bool] | bool | None:
     """Return PEFT's check of that name, or None if it is no such name. Results are cached.
 
     `is_<package>_available` is a function: True if the package can be found. `is_<package>_ge_v1_2` is a function that
-    returns whether the installed version is at least that one; for transformers it is a bool. `is_xpu_available` is
-    torch's function.
+    returns whether the installed version is at least that one; for transformers it is a bool. A missing package gives
+    False. `is_xpu_available` is torch's function.
     """
     if name == "is_xpu_available":
         return torch.xpu.is_available

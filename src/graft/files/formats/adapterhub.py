@@ -216,8 +216,8 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         base: gives sizes and classes for the config; may be None.
 
     Raises:
-        LossError: without `lossy`, a module has no field in the config: it knows query, key, value, and the two layers
-            of an MLP. Or nothing is left.
+        LossError: without `lossy`, a module has no field in the config (it knows query, key, value, and the two layers
+            of an MLP), or an (IA)³ vector is for inputs. Or nothing is left.
     """
     fitted, lost = fit_to_format(adapter, HOLDS, NAME, lossy)
     modules = fitted.modules

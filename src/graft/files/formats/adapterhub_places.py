@@ -316,8 +316,9 @@ def place_tensor(key: str, cfg: BottleneckConfig, blocks: list[Block], base: Bas
 def find_site(place: str, block: Block, cfg: BottleneckConfig) -> str:
     """Return the path in the base where AdapterHub's bottleneck at `place` acts.
 
-    For attention and cross attention the end of that part of the block. For the MLP the config's place in the block
-    that is no such end.
+    The part of the block is attention, cross attention or MLP: by those words in `place`, or for T5 by the number of
+    its sub-layer (0, between, last). Attention's is the module at that part's end. The MLP's is the config's first
+    place in the block that is no such end, taps excepted.
     """
     sublayer = SUBLAYER.search(f".{place}")
     if sublayer:
@@ -332,7 +333,11 @@ def find_site(place: str, block: Block, cfg: BottleneckConfig) -> str:
 
 
 def rename_leaf(leaf: str, cfg: BottleneckConfig) -> str | None:
-    """Return graft's name for AdapterHub's name of a bottleneck's tensor; None if graft has no such tensor."""
+    """Return graft's name of a bottleneck's tensor for AdapterHub's `leaf`; None if graft has no such tensor.
+
+    SAME for the layer norm at index 0 of `adapter_down` if the config has `ln_before`: the file holds it under another
+    key, too.
+    """
     if leaf == "scaling":
         return "bottleneck_scale"
     head, _, tail = leaf.partition(".")

@@ -79,10 +79,14 @@ def recognises(path: str) -> bool:
 def read(path: str, base: Base | None = None) -> AdapterFile:
     """Read a file with LoRA or control vectors; without a base, LoRA's modules have llama.cpp's names.
 
+    aLoRA's tokens become `alora_invocation_tokens` of the config. The base's name is that of the repository, else of
+    the model, in the metadata.
+
     Raises:
         CheckpointError: it is a model, an adapter of another type, has an alpha or aLoRA's tokens of a wrong type, or
             is damaged.
         BaseModelMismatchError: the base is of another architecture, or lacks a module.
+        BaseNeededError: control vectors without a base.
     """
     path = one_file(path, ".gguf") or path
     fields, tensors = read_contents(path)

@@ -241,8 +241,12 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 def split_tensors(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of adapted modules: module as the file names it → name → tensor.
 
-    All others go to `out`: prompts and tensors of the whole model to `shared`, trained rows to `rows`, whole tensors to
-    `full`, and unknown names to `unknown_keys`. Second copies of a head are skipped.
+    All others go to `out`:
+    - `shared`: a prompt's tensors, and names that begin with "base_model." but not "base_model.model.".
+    - `rows`: trained rows of embeddings. `full`: whole tensors, with the base's resized embedding around such rows.
+    - `unknown_keys`: tensors of other methods, second ones of the same whole tensor, and rows without known indices.
+
+    Second copies of a head (`modules_to_save`, `original_module`) are skipped.
     """
     by_module: dict[str, dict[str, Tensor]] = {}
     of_prompt = out.method in PROMPTS
@@ -426,8 +430,9 @@ def find_rank_and_alpha(config: Json, path: str, name: str) -> tuple[int, float]
 def find_parameter(config: Json, raw: str, every: Iterable[str], A: Tensor, B: Tensor, base: Base | None) -> str | None:
     """Return the name of the parameter that the factors at `raw` belong to; None if they belong to the module.
 
-    Several parameters of a module are nested by `base_layer`: in the module's order, the innermost first. The base's
-    shapes choose between names if their numbers differ.
+    They belong to the module if no entry of `target_parameters` is in it, or if `target_modules` selects it and an
+    entry has no module. Several parameters of a module are nested by `base_layer`, the innermost first in the module's
+    order. If the numbers of names and nested layers differ, the base's shapes choose names.
 
     Raises:
         CheckpointError: `target_parameters` names several, and neither the file nor the base tells which it is.

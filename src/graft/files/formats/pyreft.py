@@ -60,7 +60,8 @@ def recognises(path: str) -> bool:
 def read(path: str, base: Base | None = None) -> AdapterFile:
     """Read a folder. A block's second intervention is that of the last tokens.
 
-    Without graft's entry on positions, the defaults are taken with a PeftWarning.
+    The config gets the class's two flags, the rank of the first R, and the numbers of the blocks, or "all". Without
+    graft's entry on positions, the defaults are taken with a PeftWarning.
 
     Raises:
         BaseNeededError: there is no base to count blocks.
@@ -101,6 +102,9 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
 def list_places(path: str, fields: Json) -> list[Place]:
     """Return the places of the interventions in a config, in its order.
+
+    The block is the entry's number for the component "block_output", or the number in a path such as
+    "model.layers[3].output". The class is the last name in "<class 'pyreft.interventions.X'>".
 
     Raises:
         CheckpointError: the config lacks a key or class for one, one is not at a block's output by position, its name

@@ -190,9 +190,11 @@ class Shift:
         self.kind = kind
 
     def __call__(self, W: torch.Tensor) -> torch.Tensor:
-        """Return W minus the product B A, in new memory; W itself if its sample shows that the base is changed already.
+        """Return W minus the product B A, in new memory; W itself if the base has been changed already.
 
-        For LoftQ the result is rounded to its bits. It is rounded to the dtype of training.
+        That is so if W's sample is close to the file's sample after the change, and closer than to the one before.
+        Without samples the product is always subtracted. For LoftQ the result is rounded to its bits, and then to the
+        dtype of training, if known.
         """
         if self.sample is not None:
             current, (fresh, changed) = sample(W), to_wide(self.sample)

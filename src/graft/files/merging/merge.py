@@ -231,11 +231,12 @@ class Work:
         return kasa_to_lora(adapter, self.base)
 
     def _add(self, job: MergeJob, others: Others | None) -> None:
-        """Add one adapter's changes to `changed`, and a note where it replaces the result of an earlier one.
+        """Add one adapter's changes to `changed`, with copies for tied tensors, and a note where it replaces an earlier
+        result.
 
         Raises:
             LossError: the adapter is not low rank and `others` is None.
-            CheckpointError: it changes no weight.
+            CheckpointError: it changes no weight, or its file is not whole.
             OptionError: it and an earlier adapter bring the same new tensor, give a tensor different shapes, or replace
                 the same rows or a tensor that has one value.
         """

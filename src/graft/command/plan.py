@@ -144,7 +144,9 @@ def make_adapter_config(
     16 if the method needs one. Options that the method's config lacks are ignored, but not `settings`. A config without
     a task type gets `task`.
 
-    Raises OptionError for an unknown method or a malformed setting.
+    Raises OptionError for an unknown method or a malformed setting. A file means its folder, and a loaded config gets
+    `inference_mode=False`. `rank` also sets `init_r` where a config has it, and `oft_block_size` to 0. Targets other
+    than "all-linear" are split at commas.
     """
     from graft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, method_of
 

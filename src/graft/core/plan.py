@@ -206,6 +206,7 @@ class LayerPlan:
         """Return y plus the part of each step times its gate in this call, in the dtype of y.
 
         All parts are computed from y itself. The sum is cast to y's dtype once, at the end. The error names the layer.
+        Other errors of an adapter pass on. The call must have gates.
 
         Raises:
             RoutingError: the call has gates, and a step does more than add to the output.

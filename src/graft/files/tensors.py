@@ -211,7 +211,8 @@ def file_version(f: IO[bytes]) -> tuple[int, int]:
 def make_part_reader(path: str, version: tuple[int, int], begin: int, size: int) -> Callable[[], bytes]:
     """Return a function that reads `size` bytes of a file at `begin`.
 
-    It raises CheckpointError if the file has another version then.
+    It raises CheckpointError if the file has another version then. The check comes after the read; fewer bytes than
+    `size` raise the error as well.
     """
 
     def load() -> bytes:

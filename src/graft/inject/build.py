@@ -245,6 +245,8 @@ def add_adapter(
 ) -> int:
     """Make an adapter's tensors on a host and put them in place, frozen. Return how many of its numbers can train.
 
+    Sets `method.layer` first. The tensors take device and dtype of the base weight.
+
     Args:
         on_meta: make placeholders on the meta device instead of calling the method's `build` and `init_values`.
         upcast: hold half-precision tensors in float32.

@@ -64,7 +64,10 @@ class Entry:
         return buffers if self.attribute in buffers else parameter_dict(self.owner, self.attribute)
 
     def refresh(self) -> None:
-        """Set `tensor` to the one that the owner holds now; it may have been replaced since the entry was made."""
+        """Set `tensor` to the one that the owner holds now; it may have been replaced since the entry was made.
+
+        Raises KeyError if the owner no longer has it.
+        """
         self.tensor = self.where[self.attribute]
 
     def assign(self, value: Tensor) -> None:

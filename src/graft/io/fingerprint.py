@@ -150,7 +150,10 @@ def make_fingerprint(
 
 
 def choose_sampled_names(names: Iterable[str]) -> list[str]:
-    """Return the names of up to 16 weights that a fingerprint samples, evenly spaced in sorted order."""
+    """Return the names of up to 16 weights that a fingerprint samples, evenly spaced in sorted order.
+
+    It takes every (n // 16)-th name from the first on, and at most 16: of 17 to 31 names the first 16.
+    """
     names = sorted(names)
     return names[:: max(1, len(names) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
 

@@ -30,7 +30,8 @@ def eager() -> bool:
     """Return True if operations run as written, and nothing more.
 
     False under a compiler, a tracer, a functional transform or a forward-mode derivative, and with a forward or
-    backward hook on all modules. Every layer calls this at every call.
+    backward hook on all modules. Every layer calls this at every call. Dispatch and function modes of torch do not
+    count.
     """
     return not (
         is_dynamo_compiling()

@@ -100,7 +100,10 @@ class FlatParameters:
             group["params"] = members
 
     def attach_row(self, row: AdapterRow) -> None:
-        """Make the vectors slices of this row: data and gradient. The row must be in a bank."""
+        """Make the vectors slices of this row: data and gradient. The row must be in a bank.
+
+        The vectors follow each other in the row, each with its size.
+        """
         assert row.value is not None and row.gradient is not None
         start = 0
         for vector, size in zip(self.vectors, self.sizes):

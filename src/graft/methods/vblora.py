@@ -91,7 +91,7 @@ def savable_parameters(tuner: Tuner, adapter: str = "default") -> tuple[int, int
     parameters that train.
 
     With `save_only_topk_weights` logits count as their `topk` indices and weights. Raises AdapterNotFoundError for an
-    unknown adapter.
+    unknown adapter. Tensors of any adapter, not only of this one, are left out of the other parameters.
     """
     tuner.check_known([adapter])
     cfg, carriers = tuner.peft_config[adapter], [*tuner.layers.values(), tuner.common_tensors]

@@ -146,7 +146,7 @@ def restore_modules(model: nn.Module) -> None:
         each once.
 
         Of nested layers and of layers around a block, the innermost module remains, and its children are visited as
-        well.
+        well. The remainder of a single carrier (`remainder`) is not visited, unless the carrier is around a block.
         """
         for name, child in list(module._modules.items()):
             if child is None:

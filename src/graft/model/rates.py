@@ -256,6 +256,8 @@ def size_of(row: RateSearch) -> str:
 def describe_search(row: RateSearch) -> str:
     """Return one line for a search: task, model, size, flags, best rate, number of rates, seeds, steps, batch size and
     date.
+
+    The flags are all entries of its config that are bools (False, too) or texts, as name and value.
     """
     words = "".join(f", {k} {v}" for k, v in row["config"].items() if isinstance(v, (bool, str)))
     return (

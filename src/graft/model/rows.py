@@ -182,7 +182,7 @@ def use_copies(call: Call, copies: int, model: nn.Module) -> Iterator[None]:
     """Within the block, set the thread's call context to one with `copies` of each row, as `generate` repeats rows.
 
     The encoder of an encoder-decoder model runs before the copies are made: hooks give it, in this thread, the context
-    without copies.
+    without copies. This holds for one copy, too. The second hook does not run if the encoder raises.
     """
     once = call.context
     copied = once.repeat(copies)

@@ -152,7 +152,10 @@ class _HandOver(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context, hidden: Tensor, value: Tensor, leaf: list[Tensor]) -> Tensor:
-        """Return a view of the embeddings, and keep the leaf."""
+        """Return a view of the embeddings, and keep the leaf.
+
+        `leaf` is a list that holds the leaf; `ctx.leaf` is its element.
+        """
         ctx.leaf = leaf[0]
         return hidden.view_as(hidden)
 

@@ -477,7 +477,10 @@ class AdapterSlots:
 
     @property
     def _size_text(self) -> str:
-        """The number of slots as text; by rank, if there are several ranks."""
+        """The number of slots as text; by rank, if there are several ranks.
+
+        With several ranks it is the text of the dict from rank to number of slots, as {8: 4, 16: 2}.
+        """
         return str(self.sizes if len(self.sizes) > 1 else self.max_adapters)
 
     def _fill_slots(self, wanted: Sequence[str], read: ValuesRead) -> None:

@@ -110,7 +110,11 @@ def why_flat(m: nn.Module, name: str) -> str | None:
 
 
 def explain_parts(name: str, layout: str) -> str:
-    """Return the reason and the remedy, in one text, for a tensor that a layout spreads over processes."""
+    """Return the reason and the remedy, in one text, for a tensor that a layout spreads over processes.
+
+    The remedy is the same for all layouts: save the adapter and merge it in a model of one process. The layout is only
+    named.
+    """
     return (
         f"its {name} is in parts, which {layout} puts together for a call of the module: save the adapter, and load it "
         "into a model of one process to merge it"

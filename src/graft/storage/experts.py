@@ -230,7 +230,10 @@ class ExpertBlock:
 
         The module's own forward still runs where it has a gradient or needs none. Marks the module, and an MXFP4 block
         also as hooked, so that it is called with routes. Does nothing for a module without packed stacks, one that
-        graft cannot run, and on a second call; `release` undoes it.
+        graft cannot run, and on a second call; `release` undoes it. It replaces the function that calls run
+        (`_old_forward` under accelerate), and is left out of torch.compile. Gradients are wanted if autograd records
+        and the input or the routes' weights require one. `release` gets the earlier forward and whether the hook mark
+        was set.
         """
         m = self.module
         if MENDED in m.__dict__ or not self.packed or not self.can_run:

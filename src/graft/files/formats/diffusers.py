@@ -143,7 +143,8 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 def make_adapter(file: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> AdapterFile:
     """Return the adapter of tensors by diffusers' names.
 
-    Unknown keys, and an alpha without factors, go to `unknown_keys`.
+    Unknown keys, and an alpha without factors, go to `unknown_keys`. Each module becomes an entry of `modules`, without
+    a config. `is_pipeline` is set; no tensors give an empty adapter.
 
     Raises:
         CheckpointError: factors are missing, have wrong shapes, or contradict the metadata.

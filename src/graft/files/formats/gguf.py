@@ -344,7 +344,8 @@ def read_control(path: str, fields: dict[str, object], tensors: Mapping[str, Ten
 def control_vectors(adapter: AdapterFile, base: Base | None, lossy: bool) -> tuple[dict[str, Tensor], Json, list[str]]:
     """Return steering vectors times their coefficient, by name, the fields of a file, and descriptions of the losses.
 
-    A vector of zeros elsewhere is dropped without a loss.
+    A vector of zeros elsewhere is dropped without a loss. Unknown keys and modules of other methods are losses, too.
+    The fields are `model_hint` and `layer_count`, the number of vectors written.
 
     Raises:
         BaseNeededError: there is no base to count blocks.

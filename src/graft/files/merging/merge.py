@@ -410,7 +410,8 @@ class Work:
     def _row(self, key: str, exact: torch.Tensor, after: torch.Tensor) -> Json | None:
         """Return the certificate entry of a merged tensor: its losses, {"new": True}, or {"resized": [old, new shape]}.
 
-        None for a tensor without changes.
+        None for a tensor without changes. Both follow from the merge's changes of this key, not from values: none gives
+        None, a first change marked `new` gives {"new": True}.
         """
         if key not in self.changed:
             return None

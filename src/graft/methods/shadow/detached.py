@@ -217,8 +217,10 @@ NAME = "DetachedShadowModel"
 
 @cache
 def find_model_class() -> type[PreTrainedModel]:
-    """Return the class DetachedShadowModel, which derives from transformers' PreTrainedModel; made at the
-    first call.
+    """Return the class DetachedShadowModel, which derives from transformers' PreTrainedModel; made at the first call.
+
+    The class can generate (GenerationMixin), holds network, projection and head, and its forward returns logits and
+    loss as the base model's class does.
     """
     from transformers import GenerationMixin, PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput

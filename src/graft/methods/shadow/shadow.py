@@ -172,6 +172,8 @@ class Shadow(Method[ShadowConfig]):
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Run the shadow networks before the model, or before each step of `generate`; add their losses and caches to
         the output (`surround`).
+
+        All this happens inside the base class's `surround_run`.
         """
         with super().surround_run(tuner, call, run) as _, surround(tuner, call, run) as finish:
             yield finish

@@ -60,9 +60,7 @@ ANY = tuple(PREFIXES.values())
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
 OF_PROMPT = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
 NONE = "dummy-target-modules"  # as target_modules: the adapter has no LoRA, only whole tensors or rows
-BESIDE = re.compile(
-    r"\.(modules_to_save|original_module)(?=\.)"
-)  # some files hold a head again, and the base's head, under these names
+BESIDE = re.compile(r"\.(modules_to_save|original_module)(?=\.)")  # some files repeat a head under these names
 TOKENS = "token_adapter"  # a module of PEFT around an embedding with trained rows
 # variants of LoRA with another meaning of A and B
 VARIANTS: dict[str, str] = {"kasa_config": "KASA", "use_bdlora": "BDLORA", "use_qalora": "QALORA"}

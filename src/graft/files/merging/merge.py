@@ -61,7 +61,7 @@ class Merged:
 
     Attributes:
         tensors: names of the changed tensors, with the certificate's entry for each, once they are written.
-        notes: sentences about differences from a plain sum.
+        notes: sentences for the user about losses, replaced results, tied tensors and files that are not copied.
         shards: file → bytes of its tensors.
     """
 

@@ -232,7 +232,7 @@ def test_what_memory_cannot_merge_files_do_not_and_all_else_to_the_same_values(s
     adapted(LlamaForCausalLM.from_pretrained(wide_base), config).save_pretrained(tmp_path / "a")
     model = graft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(wide_base), tmp_path / "a")
     if str(sample) in IN_MEMORY_ONLY:
-        with pytest.raises(LossError, match=r"merge it in memory|on a model in memory"):
+        with pytest.raises(LossError, match=r"Merge it in memory|on a model in memory"):
             merge_files(wide_base, tmp_path / "a", tmp_path / "out")
         return
     try:
@@ -256,7 +256,7 @@ def test_factors_that_do_another_thing_than_add_are_refused(fields, tmp_path):
     base = base_of("llama", tmp_path)
     _, adapter = saved_adapter("llama", tmp_path, lora(target_modules=["q_proj"], task_type="CAUSAL_LM", **fields))
     for run in (merge_adapters, merge_files):
-        with pytest.raises(LossError, match="which no weight of the base can take over: keep it unmerged"):
+        with pytest.raises(LossError, match=r"which no weight of the base can take over\. Keep it unmerged"):
             run(base, [adapter], tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
 

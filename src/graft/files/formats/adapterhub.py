@@ -121,7 +121,7 @@ def read_without_head(path: str, base: Base | None) -> AdapterFile:
     for module, of_module in modules.items():
         if scales:
             if "lora_B" not in of_module:
-                raise CheckpointError(f"{path} has no vector for '{module}': it is cut off, or was written wrong.")
+                raise CheckpointError(f"{path} has no vector for '{module}': it is cut off. Save or download it again.")
             vector = of_module["lora_B"].read().astype("f8").reshape(-1, 1) * alpha
             out.modules[module] = OtherMethod(
                 "IA3", {"ia3_l": make_tensor(vector.astype("f4"), of_module["lora_B"].dtype)}

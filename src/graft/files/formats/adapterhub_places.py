@@ -224,7 +224,7 @@ def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Ba
     missing = [name for name in names if not isinstance(known.get(name), BottleneckConfig)]
     if missing:
         raise BaseNeededError(
-            f"{path} fuses adapters {names}, which say where it stands, and the model lacks {missing}: load them by "
+            f"{path} fuses adapters {names}, which say where it stands, and the model lacks {missing}. Load them by "
             "these names before, into a PeftMixedModel."
         )
     for name in names:
@@ -362,7 +362,7 @@ def find_embedding(base: Base) -> str:
     if place is None and any(f".{module}".endswith(".shared") for module in base.modules):
         raise CheckpointError(
             f"The encoder and the decoder of {base.path} have one module for their embeddings, and the invertible "
-            "adapter of the file is the encoder's alone: use transformers 5, under which each has its own."
+            "adapter of the file is only for the encoder's. Use transformers 5, where each has its own."
         )
     if place is None:
         raise CheckpointError(f"{base.path} has no embedding for an invertible adapter: none of {', '.join(ends)}.")

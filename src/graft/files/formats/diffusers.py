@@ -80,7 +80,7 @@ def read_renamed(file: str, base: Base | None) -> dict[str, Tensor]:
     name = "" if base is None else get_base_class(base)
     if not name.endswith("Pipeline") and "Transformer" not in name:
         raise BaseNeededError(
-            f"{file} has the names of a model's first release: give the folder of the pipeline or of the transformer "
+            f"{file} has the names of a model's first release. Give the folder of the pipeline or of the transformer "
             "that it is for (--base)."
         )
     try:
@@ -271,7 +271,7 @@ def place_modules(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]
         fitting = ["unet."] if name.startswith("UNet") else ["transformer."] if "Transformer" in name else []
     if len(fitting) != 1:
         raise BaseNeededError(
-            f"Nothing says which part of a pipeline {adapter.path} is for: give the pipeline's folder, or that of its "
+            f"Nothing says which part of a pipeline {adapter.path} is for. Give the pipeline's folder, or that of its "
             f"unet or transformer (--base).{' It fits ' + ' and '.join(sorted(fitting)) if fitting else ''}"
         )
     return {fitting[0] + module: of_module for module, of_module in modules.items()}

@@ -205,7 +205,7 @@ def import_gguf() -> ModuleType:
         raise PackageNeededError("GGUF files need the package gguf. Run pip install 'gguf>=0.10'.") from e
     if not hasattr(gguf, "MODEL_ARCH_NAMES"):
         raise PackageNeededError(
-            f"The module gguf of {getattr(gguf, '__file__', 'nowhere')} is not llama.cpp's package: take it off the "
+            f"The module gguf of {getattr(gguf, '__file__', 'nowhere')} is not llama.cpp's package. Take it off the "
             "path, and pip install 'gguf>=0.10'."
         )
     return gguf

@@ -144,7 +144,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     config.pop(MARK, None)  # B is held as PEFT has it
     method = config.get("peft_type")
     if method not in PREFIXES and method not in PROMPTS:
-        raise CheckpointError(f"{config_file.path} has peft_type {method!r}, which graft does not know.")
+        raise CheckpointError(f"{config_file.path} has peft_type {method!r}, which graft does not know. Update graft.")
     names = set(tensors)
     served = method == "LORA" and is_served(tensors)
     if method == "LORA":
@@ -448,9 +448,8 @@ def find_parameter(config: Json, raw: str, every: Iterable[str], A: Tensor, B: T
         return names[0]
     if len(names) != len(nest):
         raise CheckpointError(
-            f"'{raw}' holds factors of one of the parameters {join_some(names)}, and the file does not tell which: "
-            "give the "
-            "base model."
+            f"'{raw}' holds factors of one of the parameters {join_some(names)}, and the file does not tell which. "
+            "Give the base model (--base)."
         )
     return in_module_order(names)[nest.index(raw)] if len(nest) > 1 else names[0]
 

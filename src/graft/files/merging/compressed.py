@@ -48,7 +48,7 @@ class Form(BaseWeights):
             how = ", ".join(map(str, strange)) or "transformed weights"
             raise UnsupportedLayerError(
                 f"{base.path} is held by compressed-tensors as {how}, "
-                "which merging cannot read: merge into the model as it was before, and quantize the result."
+                "which merging cannot read. Merge into the model as it was before, and quantize the result."
             )
         self.bits: dict[str, int] = {}
         for key in base.tensors:

@@ -93,13 +93,13 @@ def list_changes(job: MergeJob) -> list[TensorChange]:
     result = list[TensorChange]()
     if named := [PARTS[name] for name in FIELDS if job.adapter.config.get(name)]:
         raise LossError(
-            f"Adapter '{job.name}' has {named[0]}, which no weight of the base can take over: keep it unmerged, on a "
+            f"Adapter '{job.name}' has {named[0]}, which no weight of the base can take over. Keep it unmerged, on a "
             "model in memory."
         )
     if job.adapter.changed_base is not None:
         raise LossError(
             f"Adapter '{job.name}' was trained on a base that init_lora_weights='{job.adapter.changed_base}' changed, "
-            "and its file does not say how: load it with graft, and save it again, or as plain LoRA (save_as_lora)."
+            "and its file does not say how. Load it with graft, and save it again, or as plain LoRA (save_as_lora)."
         )
     low = job.adapter.low_rank
     spots = job.places.locate_all(
@@ -358,7 +358,7 @@ def replace_part(job: MergeJob, name: str, value: Tensor, spot: Spot) -> TensorC
         if resized:
             raise OptionError(
                 f"Adapter '{job.name}' brings '{name}' with other sizes than the base's, which weight {job.weight} "
-                "cannot mix: give it weight 1."
+                "cannot mix. Give it weight 1."
             )
         return W.lerp_(new.to(W.dtype), job.weight)
 

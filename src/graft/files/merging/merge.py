@@ -185,7 +185,7 @@ class Work:
                 merged.
         """
         if not adapters:
-            raise OptionError("There is no adapter to merge.")
+            raise OptionError("There is no adapter to merge. Give one.")
         if len(weights) != len(adapters):
             raise OptionError(f"{len(weights)} weights for {len(adapters)} adapters. Give one for each.")
         if not all(map(math.isfinite, weights)):
@@ -259,12 +259,12 @@ class Work:
             if before and before[-1].shape not in (change.shape, self.tied.shapes.get(change.key)):
                 raise OptionError(
                     f"{job.name} takes '{change.key}' for {change.shape}, and an adapter merged before it makes that "
-                    f"{before[-1].shape}: merge one of the two, or train this one on the merged model."
+                    f"{before[-1].shape}. Merge one of the two, or train this one on the merged model."
                 )
             if any(change.alone or c.alone or change.rows & c.rows for c in before):
                 what = f"rows of '{change.key}'" if change.rows else f"'{change.key}'"
                 raise OptionError(
-                    f"{job.name} and an adapter before it each replace {what}, which has one value: merge one of them."
+                    f"{job.name} and an adapter before it each replace {what}, which has one value. Merge one of them."
                 )
             if before and change.replaces and not are_alike(before, [change]):
                 self.notes.append(f"'{change.key}' is as {job.name} brings it: what came before changes nothing there.")

@@ -65,8 +65,8 @@ def list_method_changes(job: MergeJob, base: BaseFiles) -> list[TensorChange]:
         raise LossError(f"{adapter.method} of {job.name} is an input of the model, which no weight can take over.")
     if adapter.method == "FROD" and not adapter.shared:
         raise LossError(
-            f"FROD of {job.name} has a basis of all weights of a kind, which its file lacks (save_projection=False): "
-            "merge it in memory, with PeftModel.from_pretrained(…).merge_and_unload(), and save that model."
+            f"FROD of {job.name} has a basis of all weights of a kind, which its file lacks (save_projection=False). "
+            "Merge it in memory, with PeftModel.from_pretrained(…).merge_and_unload(), and save that model."
         )
     layers = {path: layer for path, layer in load_layers(job, base).items() if NAME in layer.methods}
     result: list[TensorChange] = []

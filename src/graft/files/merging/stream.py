@@ -172,8 +172,8 @@ class Workplace:
         """Raise OutputExistsError if the folder holds an entry that no merge writes."""
         if foreign := [name for name, is_own in self._entries() if not is_own]:
             raise OutputExistsError(
-                f"{self.room}, where work in progress goes, holds {join_some(foreign, 4)}, which no merge has written: "
-                "remove it, or give another place for the result."
+                f"{self.room}, where work in progress goes, holds {join_some(foreign, 4)}, which no merge has written. "
+                "Remove it, or give another place for the result."
             )
 
     @contextmanager

@@ -157,12 +157,13 @@ def split_qkv(
 
 
 def count_qkv_rows(model: Mapping[str, object]) -> dict[str, int]:
-    """Return the number of rows of q, k and v by litgpt's config of a model.
+    """Return the number of rows of q, k and v by litgpt's config of a model: heads · head size, and for k and v groups
+    · head size.
 
-    k and v have the rows of the query groups.
+    Groups default to the heads, the head size to n_embd // n_head.
 
     Raises:
-        CheckpointError: the numbers of heads and groups, or the size of a head, are missing.
+        CheckpointError: one of the three numbers is missing or not positive.
     """
     heads, width = model.get("n_head"), model.get("n_embd")
     groups = model.get("n_query_groups") or heads

@@ -45,6 +45,8 @@ def recognises(path: str) -> bool:
 def read(path: str, base: Base | None = None) -> AdapterFile:
     """Read a folder. After a full fine-tuning all tensors are whole tensors. The scale is 20 if the config has none.
 
+    Names other than those of factors and magnitudes go to `unknown_keys`.
+
     Raises:
         CheckpointError: a file is missing or damaged, factors are missing or not transposed as MLX has them, or the
             scale is no number.

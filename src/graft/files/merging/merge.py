@@ -300,8 +300,9 @@ class Work:
     def layout(self, shard_size: int | None) -> dict[str, list[Out]]:
         """Return file → its tensors for the output, in the order of the base's shards.
 
-        New tensors go to the file of the tensor that they are tied to, else to the last. Files without tensors are left
-        out. With `shard_size` in bytes the tensors are split anew.
+        A packed weight becomes one dense tensor, unless it is kept quantized. New tensors go to the file of the tensor
+        that they are tied to, else to the last. Files without tensors are left out. With `shard_size` in bytes the
+        tensors are split anew.
         """
         parts = {part: name for name, names in self.base_weights.packed.items() for part in names}
         by_file: dict[str, list[Out]] = {name: [] for name in list_shards(self.base.path)}
@@ -462,10 +463,12 @@ class Work:
             replace_file(os.path.join(folder, INDEX), json.dumps(index, indent=2) + "\n")
 
     def config(self) -> Json:
-        """Return config.json of the output, from the base's.
+        """Return config.json of the output: a copy of the base's with the changes of the merge.
 
-        Quantization is removed unless kept; dtype, ties, vocabulary size, and the class and labels of a new head are
-        set where the merge changed them.
+        - `quantization_config` is removed if packed weights become dense.
+        - `dtype` or `torch_dtype`, whichever is there, or else `dtype`, is set if the option has one.
+        - `tie_word_embeddings` is False if tied tensors differ now; `vocab_size` follows a resized tensor.
+        - `architectures` and labels follow a new head.
         """
         config = dict(self.base.config)
         if self.base_weights.packed and not self.keep:

@@ -68,10 +68,14 @@ FORMS = {"fp8": "block_fp8", "bitsandbytes": "bitsandbytes", "compressed-tensors
 
 
 def find_base_weights(base: BaseFiles) -> BaseWeights:
-    """Return the reader and writer of a checkpoint's weights, by `quantization_config` or `compression_config`.
+    """Return the object that reads and writes a checkpoint's weights: for fp8, bitsandbytes or compressed-tensors its
+    `Form`.
+
+    The method is that of `quantization_config`, else of `compression_config`, in config.json; without both,
+    BaseWeights.
 
     Raises:
-        UnsupportedLayerError: they are quantized in a form that graft cannot read.
+        UnsupportedLayerError: the method is another one, or the form cannot be read.
     """
     config = base.config.get("quantization_config") or base.config.get("compression_config")
     if not config:

@@ -122,7 +122,7 @@ def test_a_shadow_network_gives_its_loss_on_the_models_device(tmp_path):
 def test_adapters_cannot_share_memory_of_two_devices(more):
     base = apart(llama(tied=True))
     config = graft.LoraConfig(**{"r": 3, "target_modules": ["q_proj"], "ensure_weight_tying": True, **more})
-    with pytest.raises(graft.ConfigError, match="Put both on one device"):
+    with pytest.raises(graft.ConfigError, match="put both on one device"):
         graft.get_peft_model(base, config)
     assert not any("lora" in name or "modules_to_save" in name for name in base.state_dict())
 

@@ -32,7 +32,7 @@ pytestmark = [
 CUDA = torch.device("cuda:0")
 ROWS = ["default", "other", BASE, "default", "other"]
 ALLOWED = {
-    "core/finite.py:largest": "the audit after the first backward pass that reaches all layers, once",
+    "core/finite.py:max_magnitudes": "the audit after the first backward pass that reaches all layers, once",
     "methods/lora/alora.py:find_offsets": "aLoRA in `generate`, once per prompt: says which rows do not invoke it",
     "methods/adalora/allocator.py:allocate": "AdaLoRA's config holds what stays; one read per allocation",
     "methods/adamss.py:of": "AdaMSS freezes parameters by their scores; one read per choice",
@@ -82,7 +82,7 @@ def check_all(model, inputs, rows=None, trains=True):
     for options in ({}, {"adapter_names": rows}) if rows else ({},):
         check(lambda o=options: forward(model.eval(), inputs, **o))
         if trains:
-            check(lambda o=options: step(model.train(), inputs, **o), ["core/finite.py:largest"])
+            check(lambda o=options: step(model.train(), inputs, **o), ["core/finite.py:max_magnitudes"])
 
 
 # methods
@@ -109,7 +109,7 @@ def test_layers(cell):
             check(lambda o=options: run(**o))
         if trains:
             model.train()
-            check(lambda o=options: run(**o).square().mean().backward(), ["core/finite.py:largest"])
+            check(lambda o=options: run(**o).square().mean().backward(), ["core/finite.py:max_magnitudes"])
 
 
 PLAIN = {s.method: s for s in [*samples.each("plain", "llama"), *samples.SAMPLES][::-1] if s.model == "llama"}
@@ -251,7 +251,9 @@ def test_prompts(sample):
         inputs["input_type_mask"] = torch.full_like(inputs["input_ids"], 4)
     check(lambda: model.eval().generate(**inputs, min_new_tokens=3, max_new_tokens=3))
     check_all(model, {**inputs, "labels": inputs["input_ids"]})
-    check(lambda: model.train()(**inputs, labels=inputs["input_ids"]).loss.backward(), ["core/finite.py:largest"])
+    check(
+        lambda: model.train()(**inputs, labels=inputs["input_ids"]).loss.backward(), ["core/finite.py:max_magnitudes"]
+    )
 
 
 @pytest.mark.differs(

@@ -188,9 +188,9 @@ def test_a_module_left_out_and_one_within_the_target(both, tmp_path):
     "of a tuner class",
     peft="works",
     graft=(
-        "an injection asks the replacement before anything is built; the original notes what to adapt and with which "
-        "config, so that no layer is there when it returns; a module twice or from outside the model, or a layer of "
-        "its own in place: an error, nothing changed"
+        "an injection calls the replacement before it builds anything; graft's original then records the modules and "
+        "their config, and builds no layer; an error, with nothing changed, for a module that is named twice or stands "
+        "outside the model, and for a layer that the replacement has built itself"
     ),
     why="the steps: src/graft/inject/steps.py",
 )

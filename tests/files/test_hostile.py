@@ -354,7 +354,7 @@ def test_nobody_is_told_to_run_a_pickle(tmp_path):
         path.unlink()
     weights = folder / "adapter_model.bin"
     torch.save({"base_model.model.a.lora_A.weight": Code()}, weights, pickle_module=pickle)
-    with pytest.raises(CheckpointError, match=r"nothing of it has been run .*getattr") as raised:
+    with pytest.raises(CheckpointError, match=r"getattr .*nothing of it has been run") as raised:
         formats.read(folder)
     assert RAN == [] and "weights_only" not in str(raised.value)
 

@@ -36,11 +36,16 @@ def load_torch_file(f: IO[bytes], path: str) -> object:
     except UnpicklingError as e:  # torch's text explains how to run the code, so it is left out
         match = re.search(r"WeightsUnpickler error: *\n?(.*?)(\. |\n|$)", str(e))
         at = f" ({match[1].strip()})" if match and match[1].strip() else ""
-        raise CheckpointError(f"{path} holds other objects than tensors, and nothing of it has been run{at}.") from e
+        raise CheckpointError(
+            f"{path} holds other objects than tensors{at}, and nothing of it has been run. "
+            "Ask its author for a safetensors file."
+        ) from e
     except Warning:  # torch warns, and this program turns warnings into errors
         raise
     except Exception as e:
-        raise CheckpointError(f"{path} cannot be read as tensors ({e}): it is damaged, or holds other objects.") from e
+        raise CheckpointError(
+            f"{path} cannot be read as tensors ({e}): it is damaged, or holds other objects. Save or download it again."
+        ) from e
 
 
 def read_weights(path: str | os.PathLike[str], what: str) -> dict[str, Tensor]:

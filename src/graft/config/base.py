@@ -405,7 +405,8 @@ def make_config(fields: dict[str, object], path: str, where: str, subfolder: str
     result = target.from_pretrained(where, subfolder=subfolder, **hub)
     if not isinstance(result, PeftConfig):
         raise ConfigTypeError(
-            f"{target.__name__}.from_pretrained() returned {describe_value(result)}, which is no config."
+            f"{target.__name__}.from_pretrained() returned {describe_value(result)}, which is no config. "
+            "Call it on the class of a method's config."
         )
     return result
 

@@ -53,11 +53,17 @@ def read_object(path: str | os.PathLike[str], largest: int = LARGEST, finite: bo
     """
     with open_file(path) as f:
         if (size := os.fstat(f.fileno()).st_size) > largest:
-            raise CheckpointError(f"{path} has {size:,} bytes: a config has at most {largest:,}, so it is none.")
+            raise CheckpointError(
+                f"{path} has {size:,} bytes: a config has at most {largest:,}, so it is none. "
+                "Give the folder of an adapter."
+            )
         loaded = parse_json(f.read(size), str(path))
     check_value(loaded, str(path), "", 0, finite)
     if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not the fields of an adapter.")
+        raise CheckpointError(
+            f"{path} holds a {type(loaded).__name__}, not the fields of an adapter. "
+            "Give the adapter_config.json of an adapter."
+        )
     return loaded
 
 
@@ -80,9 +86,13 @@ def parse_json(text: str | bytes, what: str) -> Any:
             raise CheckpointError(f"{what} holds more than {MOST_CONTAINERS:,} lists and objects. It is damaged.")
         return json.loads(text, parse_int=parse_int if LONG.search(text) else None, object_pairs_hook=make_object)
     except RecursionError as e:
-        raise CheckpointError(f"{what} nests lists and objects more than {DEEPEST} deep: no adapter does.") from e
+        raise CheckpointError(
+            f"{what} nests lists and objects more than {DEEPEST} deep: no adapter does. Save or download it again."
+        ) from e
     except ValueError as e:  # of JSON or UTF-8
-        raise CheckpointError(f"{what} is not valid JSON ({e}): it is truncated or was edited by hand.") from e
+        raise CheckpointError(
+            f"{what} is not valid JSON ({e}): it is truncated or was edited by hand. Save or download it again."
+        ) from e
 
 
 def parse_int(digits: str) -> float:
@@ -113,10 +123,16 @@ def check_value(value: object, what: str, field: str, depth: int, finite: bool =
     """
     if isinstance(value, float):
         if finite and not math.isfinite(value):
-            raise CheckpointError(f"{what}: the field '{field}' has a number that is too large, infinite or NaN.")
+            raise CheckpointError(
+                f"{what}: the field '{field}' has a number that is too large, infinite or NaN. "
+                "Write a finite number there."
+            )
     elif isinstance(value, (dict, list)):
         if depth >= DEEPEST:
-            raise CheckpointError(f"{what}: the field '{field}' nests lists and objects more than {DEEPEST} deep.")
+            raise CheckpointError(
+                f"{what}: the field '{field}' nests lists and objects more than {DEEPEST} deep. "
+                "Flatten it, or leave it out."
+            )
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if type(inner) in (float, list, dict):
                 check_value(inner, what, field or str(key), depth + 1, finite)
@@ -159,7 +175,10 @@ class Pattern:
         whole = text if whole is None else whole
         bare = remove_escapes(text)
         if len(text) > LONGEST or math.prod(repeat_counts(bare)) > MOST_REPEATS:
-            raise ConfigError(f"{shorten_text(repr(text))} of {field} is too large for a regular expression of names.")
+            raise ConfigError(
+                f"{shorten_text(repr(text))} of {field} is too large for a regular expression of names. "
+                "Use a list of names."
+            )
         try:
             plain = re.compile(whole)
             if is_quick(bare):

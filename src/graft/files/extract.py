@@ -194,7 +194,7 @@ def check_same_architecture(layers: CheckpointPair, tuned: str, base: str) -> No
                 )
                 if names
             )
-            + "."
+            + ". Give the base that it was tuned from."
         )  # fmt: skip
 
 

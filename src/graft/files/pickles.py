@@ -86,7 +86,9 @@ def from_torch(t: torch.Tensor, what: str) -> Tensor:
     from graft.io.check import describe_fault
 
     if (why := describe_fault(t)) is not None or t.dtype not in NAMES:
-        raise CheckpointError(f"{what} {why or f'has dtype {t.dtype}'}: adapters are plain tensors of real numbers.")
+        raise CheckpointError(
+            f"{what} {why or f'has dtype {t.dtype}'}: adapters are plain tensors of real numbers. Save it again."
+        )
     return to_file(t.cpu())
 
 

@@ -164,7 +164,7 @@ def get_gate(model: nn.Module) -> Gate:
     """
     gate = find_gate(model)
     if gate is None:
-        raise AdapterNotFoundError(f"The model ({type(model).__name__}) carries no adapter.")
+        raise AdapterNotFoundError(f"The model ({type(model).__name__}) carries no adapter. Inject or load one first.")
     return gate
 
 

@@ -111,7 +111,7 @@ def compose_cartridge_adapters(
         raise ConfigError(f"adapter_paths must be a list of paths, got '{os.fspath(adapter_paths)}'. Pass a list.")
     paths = [os.fspath(path) for path in adapter_paths]
     if len(paths) < 2:
-        raise ConfigError(f"Need at least 2 adapters to compose, got {len(paths)}.")
+        raise ConfigError(f"Need at least 2 adapters to compose, got {len(paths)}. Give the folders of two cartridges.")
     if os.path.isfile(output_path):
         raise ValueError(f"Provided path ({output_path}) should be a directory, not a file")
     pairs = [load_pair(path) for path in paths]

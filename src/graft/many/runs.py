@@ -867,7 +867,7 @@ class MultiTrain:
         with get_registry(model).call.use_stacks(stacks, copies):
             output = model(**arguments, adapter_names=names)
         if fan is not None and not cut.covers_all_rows(output):
-            raise RuntimeError("The output has not all rows of the blocks.")
+            raise RuntimeError("The output has not all rows of the blocks. Return the model's output as it is.")
         return cut.split(output), [n * length for n, length in zip(cut.rows, cut.lengths)]
 
     @contextmanager

@@ -85,7 +85,7 @@ def recognise(path: str) -> str:
             read, a folder of adapters, or unknown.
     """
     if not os.path.exists(path):
-        raise CheckpointError(f"{path} does not exist.")
+        raise CheckpointError(f"{path} does not exist. Give a file or folder of an adapter.")
     if is_special(path):
         raise CheckpointError(f"{path} is a pipe or device, and no adapter. Give a file or folder.")
     for name in FORMATS:

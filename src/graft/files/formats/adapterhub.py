@@ -137,7 +137,7 @@ def read_first_file(path: str, files: tuple[str, ...]) -> Mapping[str, Tensor]:
     """Return the tensors of the first of these files that a folder has. Raises CheckpointError if it has none."""
     file = take_first(path, files)
     if file is None:
-        raise CheckpointError(f"{path} holds neither {' nor '.join(files)}.")
+        raise CheckpointError(f"{path} holds neither {' nor '.join(files)}. Save or download its weights again.")
     return read_tensors(file)[0]
 
 

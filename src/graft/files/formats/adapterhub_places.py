@@ -156,7 +156,10 @@ def follow_blocks(path: str, blocks: list[Block], base: Base) -> list[Block]:
         )
     modules = dict(walk(view.model))
     if missing := [block.path for block in blocks if block.path not in modules]:
-        raise BaseModelMismatchError(f"{base.path} has blocks {join_some(missing)} in its files that its model lacks.")
+        raise BaseModelMismatchError(
+            f"{base.path} has blocks {join_some(missing)} in its files that its model lacks. "
+            "Give the base that the adapter was trained on."
+        )
     return [block.follow(modules[block.path]) for block in blocks]
 
 
@@ -218,7 +221,10 @@ def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Ba
         f"{name}={their_config[name]!r}" for name, good in FUSION.items() if their_config.get(name, good[0]) not in good
     ]
     if strange:
-        raise CheckpointError(f"{path} is a fusion of a kind that graft has not: {join_some(strange)}.")
+        raise CheckpointError(
+            f"{path} is a fusion of a kind that graft has not: {join_some(strange)}. "
+            "Use it with AdapterHub's own library."
+        )
     blocks, base = find_base_blocks(path, base)
     known: Mapping[str, Any] = getattr(base, "adapters", {})
     missing = [name for name in names if not isinstance(known.get(name), BottleneckConfig)]
@@ -287,7 +293,10 @@ def make_bottleneck_config(path: str, theirs: Json) -> BottleneckConfig:
     if not theirs.get("is_parallel") and tuple(norms.values()) not in KNOWN:
         strange += [f"{name}={value}" for name, value in norms.items()]
     if strange:
-        raise CheckpointError(f"{path} is a bottleneck of a kind that graft has not: {join_some(strange)}.")
+        raise CheckpointError(
+            f"{path} is a bottleneck of a kind that graft has not: {join_some(strange)}. "
+            "Use it with AdapterHub's own library."
+        )
     known = {f.name for f in fields_of(BottleneckConfig)} - {"peft_type", "task_type"}
     options = {name: value for name, value in theirs.items() if name in known and value is not None}
     return BottleneckConfig(**options)

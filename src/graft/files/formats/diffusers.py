@@ -91,7 +91,10 @@ def read_renamed(file: str, base: Base | None) -> dict[str, Tensor]:
     mixin = f"{name.partition('Transformer')[0]}LoraLoaderMixin"  # of FluxTransformer2DModel: FluxLoraLoaderMixin
     kind: Any = getattr(diffusers, name, None) if name.endswith("Pipeline") else getattr(lora_pipeline, mixin, None)
     if not hasattr(kind, "lora_state_dict"):
-        raise LossError(f"{name} of diffusers {diffusers.__version__} reads no LoRA files, such as {file}.")
+        raise LossError(
+            f"{name} of diffusers {diffusers.__version__} reads no LoRA files, such as {file}. "
+            "Name a pipeline that does."
+        )
     try:
         state = kind.lora_state_dict(file, local_files_only=True)
     except (ValueError, KeyError, RuntimeError, IndexError) as e:
@@ -177,7 +180,10 @@ def read_part_configs(metadata: dict[str, str], file: str) -> dict[str, Json]:
         return {}
     fields = parse_json(metadata[METADATA], f"{file}: {METADATA}")
     if not isinstance(fields, dict):
-        raise CheckpointError(f"{file}: {METADATA} is a {type(fields).__name__}, and no dict of the parts' fields.")
+        raise CheckpointError(
+            f"{file}: {METADATA} is a {type(fields).__name__}, and no dict of the parts' fields. "
+            "Save or download it again."
+        )
     check_value(fields, f"{file}: {METADATA}", "", 0)
     out: dict[str, Json] = {}
     for key, value in fields.items():
@@ -203,7 +209,9 @@ def make_low_rank(file: str, module: str, tensors: dict[str, Tensor], configs: d
     if "alpha" not in tensors and part in configs:
         r, alpha = find_rank_and_alpha(configs[part], path, "lora_alpha")
         if r != A.shape[0]:
-            raise CheckpointError(f"{file}: '{module}' has rank {A.shape[0]}, and its metadata say {r}.")
+            raise CheckpointError(
+                f"{file}: '{module}' has rank {A.shape[0]}, and its metadata say {r}. Save or download it again."
+            )
         scale = alpha / (r**0.5 if configs[part].get("use_rslora") else r)
     magnitude = tensors.get("magnitude")
     if magnitude is not None:

@@ -94,7 +94,9 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         return read_control(path, fields, tensors, base)
     kind = fields.get("general.type")
     if kind != "adapter":
-        raise CheckpointError(f"{path} is a model (general.type = {kind!r}), not an adapter.")
+        raise CheckpointError(
+            f"{path} is a model (general.type = {kind!r}), not an adapter. Pass it as --base, and give an adapter."
+        )
     if fields.get("adapter.type") != "lora":
         raise CheckpointError(f"{path} is an adapter of type {fields.get('adapter.type')!r}: graft reads LoRA.")
     arch, alpha = str(fields.get("general.architecture")), fields.get("adapter.lora.alpha", 0.0)
@@ -112,7 +114,8 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     paths = {name: name for name in modules} if base is None else paths_of(base, arch, path)
     if absent := [name for name in modules if name not in paths]:
         raise BaseModelMismatchError(
-            f"{base.path if base else ''} has no modules for {join_some(absent, 4)} of {path}."
+            f"{base.path if base else ''} has no modules for {join_some(absent, 4)} of {path}. "
+            "Give the adapter's base by --base."
         )
     for name, factors in modules.items():
         out.modules[paths[name]] = read_gguf_pair(path, name, factors, alpha, base)
@@ -185,7 +188,8 @@ def paths_of(base: Base, arch: str, what: str) -> dict[str, str]:
     base_arch, _ = arch_of(base)
     if base_arch != arch:
         raise BaseModelMismatchError(
-            f"{what} is for a model of architecture '{arch}', and {base.path} is '{base_arch}'."
+            f"{what} is for a model of architecture '{arch}', and {base.path} is '{base_arch}'. "
+            "Give the base that it belongs to."
         )
     out: dict[str, str] = {}
     for path, name in names_of(base).items():
@@ -331,10 +335,13 @@ def read_control(path: str, fields: dict[str, object], tensors: Mapping[str, Ten
         number = int(match[1])
         if number >= len(blocks) or values.shape != (blocks[number].width,):
             size = f"{len(blocks)} blocks of width {blocks[0].width}" if blocks else "no blocks"
-            raise BaseModelMismatchError(f"{path} has {name} of shape {values.shape}, and {base.path} has {size}.")
+            raise BaseModelMismatchError(
+                f"{path} has {name} of shape {values.shape}, and {base.path} has {size}. "
+                "Give the base that it belongs to."
+            )
         out.modules[blocks[number].path] = OtherMethod("STEERING", {VECTOR: values})
     if not out.modules:
-        raise CheckpointError(f"{path} is a control vector without a direction.")
+        raise CheckpointError(f"{path} is a control vector without a direction. Save or download it again.")
     numbers = [i for i, block in enumerate(blocks) if block.path in out.modules]
     out.config |= {"target_modules": "places", "layers": numbers}
     out.selected = frozenset(out.modules)

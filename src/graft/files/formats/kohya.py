@@ -132,7 +132,9 @@ def take_modules(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], bas
             read_module(out, paths[name], name, of_module, base)
         except IndexError as e:  # a tensor has fewer dimensions than its name says
             shapes = {leaf: t.shape for leaf, t in of_module.items()}
-            raise CheckpointError(f"{out.path}: the tensors of '{name}' have shapes that cannot be: {shapes}.") from e
+            raise CheckpointError(
+                f"{out.path}: the tensors of '{name}' have shapes that cannot be: {shapes}. Save or download it again."
+            ) from e
 
 
 def components_of(name: str) -> tuple[str, ...]:
@@ -184,7 +186,9 @@ def match_modules(adapter: AdapterFile, modules: Mapping[str, object], base: Bas
     twice: dict[str, str] = {}
     for name, path in paths.items():
         if (first_name := twice.setdefault(path, name)) != name:
-            raise CheckpointError(f"{adapter.path} has {path} twice, as {first_name} and as {name}.")
+            raise CheckpointError(
+                f"{adapter.path} has {path} twice, as {first_name} and as {name}. Remove one of them."
+            )
     return paths
 
 
@@ -244,7 +248,8 @@ def read_kohya_pair(file: str, name: str, tensors: dict[str, Tensor]) -> LowRank
             return OtherMethod(DORA_OF_INPUTS, tensors)
         if magnitude.nbytes == 0 or magnitude.shape[0] != B.shape[0] or set(magnitude.shape[1:]) - {1}:
             raise CheckpointError(
-                f"{file}: dora_scale of '{name}' has shape {magnitude.shape}, for {B.shape[0]} outputs."
+                f"{file}: dora_scale of '{name}' has shape {magnitude.shape}, for {B.shape[0]} outputs. "
+                "Save or download it again."
             )
         magnitude = reshape_tensor(magnitude, B.shape[0])
     kind: Kind = "conv" if len(A.shape) > 2 else "linear"
@@ -271,7 +276,8 @@ def add_whole_tensor(out: AdapterFile, key: str, leaf: str, difference: Tensor, 
         return
     if base_value.shape != difference.shape:
         raise CheckpointError(
-            f"{out.path}: the difference of {key} has shape {difference.shape}, not {base_value.shape}."
+            f"{out.path}: the difference of {key} has shape {difference.shape}, not {base_value.shape}. "
+            "Give the base that it belongs to."
         )
     out.full[key] = make_tensor((base_value.read() + difference.read()).astype("f4"), "F32")
 

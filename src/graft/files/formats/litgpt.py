@@ -61,7 +61,9 @@ def read_yaml(path: str) -> Json:
     except Exception as e:  # odd tags, dates and numbers raise errors of many types
         raise CheckpointError(f"{path} is damaged, or holds more than plain values: {shorten_text(str(e))}") from None
     if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} holds a {type(fields).__name__}, not the fields of a config.")
+        raise CheckpointError(
+            f"{path} holds a {type(fields).__name__}, not the fields of a config. Save or download it again."
+        )
     check_value(fields, path, "", 0)
     return fields
 
@@ -113,7 +115,9 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         or type(alpha) not in (int, float)
         or abs(alpha) > LARGEST_NUMBER
     ):
-        raise CheckpointError(f"{os.path.join(folder, OF_RUN)}: lora_r is {r!r} and lora_alpha {alpha!r}.")
+        raise CheckpointError(
+            f"{os.path.join(folder, OF_RUN)}: lora_r is {r!r} and lora_alpha {alpha!r}. Write positive numbers there."
+        )
     for name, of_module in group_by_module(out, tensors, KEY).items():
         A, B = get_factor_pair(of_module, "AB", file, name)
         if len(A.shape) != 2 or len(B.shape) != 2:

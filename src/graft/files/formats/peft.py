@@ -177,10 +177,12 @@ def check_kinds(config: Json, path: str) -> None:
     for name in LISTS:
         value = config.get(name) or []
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-            raise CheckpointError(f"{path}: {name} is {value!r}, and no list of names.")
+            raise CheckpointError(f"{path}: {name} is {value!r}, and no list of names. Correct the config.")
     for name, kind in KINDS.items():
         if (value := config.get(name)) and not isinstance(value, kind):
-            raise CheckpointError(f"{path}: {name} is {value!r}, and no {'text' if kind is str else 'dict'}.")
+            raise CheckpointError(
+                f"{path}: {name} is {value!r}, and no {'text' if kind is str else 'dict'}. Correct the config."
+            )
 
 
 def list_unnamed(adapter: AdapterFile) -> list[str]:
@@ -302,7 +304,8 @@ def take_rows(out: AdapterFile, path: str, key: str, values: Tensor) -> None:
         which = next((rows for name, rows in which.items() if f".{path}".endswith(f".{name}")), None)
     if which is not None and not (isinstance(which, list) and all(type(i) is int and i >= 0 for i in which)):
         raise CheckpointError(
-            f"adapter_config.json: the token indices of '{path}' are {which!r}: they are whole numbers from 0 on."
+            f"adapter_config.json: the token indices of '{path}' are {which!r}: they are whole numbers from 0 on. "
+            "Correct the config."
         )
     if which is None or len(which) != values.shape[0]:
         out.unknown_keys.append(key)
@@ -408,7 +411,9 @@ def find_rank_and_alpha(config: Json, path: str, name: str) -> tuple[int, float]
         value = config.get(field)
         by_pattern = config.get(patterns) or {}
         if not isinstance(by_pattern, dict):
-            raise CheckpointError(f"adapter_config.json: {patterns} is {by_pattern!r}, and no dict of patterns.")
+            raise CheckpointError(
+                f"adapter_config.json: {patterns} is {by_pattern!r}, and no dict of patterns. Correct the config."
+            )
         for key, pattern_value in by_pattern.items():
             if compile_ending(key, patterns).match(path):
                 value = pattern_value
@@ -416,7 +421,8 @@ def find_rank_and_alpha(config: Json, path: str, name: str) -> tuple[int, float]
         value = RANK if value is None else value
         if isinstance(value, bool) or not isinstance(value, (int, float)) or (field == "r" and value < 1):
             raise CheckpointError(
-                f"adapter_config.json: {field} of '{path}' is {shorten_text(repr(value))}, which is no number for it."
+                f"adapter_config.json: {field} of '{path}' is {shorten_text(repr(value))}, which is no number for it. "
+                "Correct the config."
             )
         numbers.append(value)
     return numbers[0], numbers[1]
@@ -570,7 +576,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     tensors = name_tensors(adapter, lost)
     config = complete_config(adapter, base)
     if lost and not lossy:
-        raise LossError(f"PEFT's files have no place for {join_some(lost)} of {adapter.path}.")
+        raise LossError(f"PEFT's files have no place for {join_some(lost)} of {adapter.path}. --lossy writes the rest.")
     if not tensors:
         raise CheckpointError(f"Nothing is left of {adapter.path} that could be written to {path}.")
     text = json.dumps(config, indent=2, sort_keys=True)

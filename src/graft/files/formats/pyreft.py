@@ -80,7 +80,10 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     units: dict[int, int] = {}
     for place in places:
         if place.block >= len(blocks):
-            raise BaseModelMismatchError(f"{path} acts after block {place.block}, and {base.path} has {len(blocks)}.")
+            raise BaseModelMismatchError(
+                f"{path} acts after block {place.block}, and {base.path} has {len(blocks)}. "
+                "Give the base that it belongs to."
+            )
         end = "_suffix" if units.setdefault(place.block, 0) else ""
         units[place.block] += 1
         module = out.modules.setdefault(blocks[place.block].path, OtherMethod("REFT", {}))
@@ -113,7 +116,9 @@ def list_places(path: str, fields: Json) -> list[Place]:
     representations, types = fields["representations"], fields["intervention_types"]
     keys = fields.get("sorted_keys")
     if not isinstance(keys, list) or not isinstance(types, list) or not len(keys) == len(types) == len(representations):
-        raise CheckpointError(f"{path}: {CONFIG} does not say one key and one class for each intervention.")
+        raise CheckpointError(
+            f"{path}: {CONFIG} does not say one key and one class for each intervention. Save or download it again."
+        )
     places = []
     for entry, key, kind in zip(representations, keys, types):
         layer, component, unit_ = (*entry, *[None] * 3)[:3] if isinstance(entry, list) else (None, None, None)
@@ -126,7 +131,7 @@ def list_places(path: str, fields: Json) -> list[Place]:
                 "block_output, by 'pos'."
             )
         if not isinstance(key, str) or os.path.basename(key) != key:
-            raise CheckpointError(f"{path}: {key!r} is no name of an intervention.")
+            raise CheckpointError(f"{path}: {key!r} is no name of an intervention. Save or download it again.")
         places.append(Place(number, key, name))
     if len({place.kind for place in places}) > 1:
         raise CheckpointError(
@@ -146,7 +151,7 @@ def read_unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
 
     file = os.path.join(path, KEY.format(place.key))
     if not os.path.isfile(file):
-        raise CheckpointError(f"{path} lacks {os.path.basename(file)}.")
+        raise CheckpointError(f"{path} lacks {os.path.basename(file)}. Save or download it again.")
     state = convert_tensors(read_torch(file), file)
     values = {name.format(end): state[t] for name, sources in SOURCE.items() for t in sources if t in state}
     if "rotate_layer" in state:  # (H, r)
@@ -157,10 +162,15 @@ def read_unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
         values[f"reft_R{end}"] = state["proj_layer.weight"]
         bias = state.get("proj_layer.bias")
         if bias is not None and KINDS[place.kind][1] and bias.read().any():
-            raise CheckpointError(f"{file} has a bias of the projection, which graft's ReFT has not.")
+            raise CheckpointError(
+                f"{file} has a bias of the projection, which graft's ReFT has not. Use it with pyreft."
+            )
     shapes = [values[name].shape for name in sorted(values)]
     if len(values) < 3 or len(shapes[2]) != 2 or shapes[1] != shapes[2] or shapes[0] != shapes[2][:1]:
-        raise CheckpointError(f"{file} does not hold A, b and R of one rank and width, but {sorted(state)}: {shapes}.")
+        raise CheckpointError(
+            f"{file} does not hold A, b and R of one rank and width, but {sorted(state)}: {shapes}. "
+            "Save or download it again."
+        )
     return values
 
 
@@ -217,7 +227,9 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     from graft.methods.reft import orthonormal
 
     if adapter.method != "REFT":
-        raise LossError(f"The format {NAME} holds ReFT alone, and {adapter.path} is {adapter.method}.")
+        raise LossError(
+            f"The format {NAME} holds ReFT alone, and {adapter.path} is {adapter.method}. Choose --to peft."
+        )
     numbers = {block.path: i for i, block in enumerate(find_base_blocks(adapter.path, base)[0])}
     known = ReftConfig.__dataclass_fields__
     cfg = ReftConfig(**{name: value for name, value in adapter.config.items() if name in known and name != "peft_type"})

@@ -65,7 +65,7 @@ class Form(BaseWeights):
                 self.packed[name] = [name, *(part for part in parts if part in base.tensors)]
         for name, parts in self.packed.items():
             if name not in base.tensors:
-                raise CheckpointError(f"{base.path} has '{parts[1]}' and no '{name}'.")
+                raise CheckpointError(f"{base.path} has '{parts[1]}' and no '{name}'. Save or download the base again.")
             for part in parts[1:]:
                 self.shapes.pop(part, None)
 

@@ -44,8 +44,8 @@ class Form(BaseWeights):
             scale = f"{name}{SCALE}"
             if scale not in base.tensors or len(t.shape) != 2:
                 raise UnsupportedLayerError(
-                    f"'{name}' of {base.path} holds 8-bit floats, and '{scale}' is not there, or it is no matrix: "
-                    "graft cannot tell its values."
+                    f"'{name}' of {base.path} holds 8-bit floats, and '{scale}' is not there, or it is no matrix. "
+                    "Save or download the base again."
                 )
             beside = [f"{name.rpartition('.')[0]}.{end}" for end in ("activation_scale", "input_scale")]
             self.packed[name] = [name, scale, *(n for n in beside if n in base.tensors)]

@@ -226,7 +226,7 @@ class Work:
         if adapter.unknown_keys:
             raise LossError(
                 f"Nothing is known of {len(adapter.unknown_keys)} tensors of {path}, and merging would drop them: "
-                f"{join_some(adapter.unknown_keys, 4)}."
+                f"{join_some(adapter.unknown_keys, 4)}. Remove them from the file."
             )
         return kasa_to_lora(adapter, self.base)
 

@@ -62,7 +62,10 @@ def list_method_changes(job: MergeJob, base: BaseFiles) -> list[TensorChange]:
     """
     adapter = job.adapter
     if adapter.method in peft.PROMPTS:
-        raise LossError(f"{adapter.method} of {job.name} is an input of the model, which no weight can take over.")
+        raise LossError(
+            f"{adapter.method} of {job.name} is an input of the model, which no weight can take over. "
+            "Load it with its base."
+        )
     if adapter.method == "FROD" and not adapter.shared:
         raise LossError(
             f"FROD of {job.name} has a basis of all weights of a kind, which its file lacks (save_projection=False). "
@@ -106,7 +109,7 @@ def load_layers(job: MergeJob, base: BaseFiles) -> dict[str, AdapterLayer]:
     if model is None:
         raise BaseModelMismatchError(
             f"{job.adapter.method} of {job.name} can be merged only into a model that the installed transformers "
-            f"knows, and it does not know {base.path}."
+            f"knows, and it does not know {base.path}. Install the transformers that knows it."
         )
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")  # of a fingerprint that zeros do not have

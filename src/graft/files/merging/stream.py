@@ -197,7 +197,9 @@ class Workplace:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise OutputExistsError(f"Another process is merging into {self.output} now.") from None
+                raise OutputExistsError(
+                    f"Another process is merging into {self.output} now. Wait for it, or give another folder."
+                ) from None
             if not os.path.exists(self.lock_file) or not os.path.samestat(os.fstat(lock), os.stat(self.lock_file)):
                 raise gone
             yield

@@ -108,7 +108,7 @@ def of_file(t: Tensor) -> torch.Tensor:
     """
     kind = TORCH.get(t.dtype)
     if kind is None:
-        raise CheckpointError(f"This torch has no dtype for {t.dtype}.")
+        raise CheckpointError(f"This torch has no dtype for {t.dtype}. Install a newer torch.")
     data = t.load()
     if not len(data):
         return torch.empty(t.shape, dtype=kind)

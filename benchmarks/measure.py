@@ -53,13 +53,17 @@ class Goal:
 
     def met(self, row: Row) -> bool | None:
         """None if the row lacks a value that the goal is about, or there is no goal."""
+        return self.met_by(row.faster, row.over_floor)
+
+    def met_by(self, faster: float | None, over_floor: float | None) -> bool | None:
+        """The same of two ratios."""
         tests = []
         if self.faster is not None:
-            tests.append(None if row.faster is None else row.faster >= self.faster)
+            tests.append(None if faster is None else faster >= self.faster)
         if self.over_floor is not None:
-            tests.append(None if row.over_floor is None else row.over_floor <= self.over_floor)
+            tests.append(None if over_floor is None else over_floor <= self.over_floor)
         if self.within is not None:
-            tests.append(None if row.over_floor is None else abs(row.over_floor - 1) <= self.within)
+            tests.append(None if over_floor is None else abs(over_floor - 1) <= self.within)
         return all(tests) if tests and None not in tests else None
 
     def __str__(self) -> str:

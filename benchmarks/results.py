@@ -2,7 +2,7 @@
 """What a run found, as a file: `--json` writes it, the tables of the pages and the picture are made of it.
 
 `python -m benchmarks.results WHOLE AGAIN…` writes results.json of the files of a whole run and of rows that ran again
-after it, by today's goals, and notes which of these are met.
+after it, by today's goals, and adds them to the history.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def main(whole: str, *again: str) -> None:
     first = read(Path(whole))
     rows, text = joined({b.what: b.goal for b in BENCHES}, first, [read(Path(file)) for file in again])
     put(RESULTS, rows, first.versions, text, first.whole)
-    guard.record(rows)
+    guard.record(rows, time.strftime("%Y-%m-%d"))
 
 
 if __name__ == "__main__":

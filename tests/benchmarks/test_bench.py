@@ -2,6 +2,7 @@
 """The benchmark's own arithmetic: goals, noise, and goals that were met and are lost."""
 
 import itertools
+import json
 import re
 import time
 from pathlib import Path
@@ -27,27 +28,30 @@ def row(graft, peft=(10.0,), floor=None, goal=None, what="inject"):
 
 @pytest.fixture
 def record(tmp_path, monkeypatch):
-    monkeypatch.setattr(guard, "RECORD", tmp_path / "met.json")
+    monkeypatch.setattr(guard, "HISTORY", tmp_path / "history.json")
+    days = (f"2026-01-{day:02}" for day in itertools.count(1))
+    return lambda *rows: guard.record(list(rows), next(days))
 
 
-def test_a_goal_that_is_lost_beyond_the_noise_is_named(record):
-    guard.record([row([1.0])])
-    assert guard.lost([row([1.0])]) == []
-    assert guard.lost([row([2.1])]) == [], "within the noise"
-    (text,) = guard.lost([row([3.0])])
-    assert "inject" in text and "3.33" in text and "5" in text
+def test_a_row_slower_than_in_the_last_runs_is_named_beyond_the_noise(record):
+    record(row([1.0]))
+    assert guard.list_losses([row([1.04])]) == [], "within the noise"
+    (text,) = guard.list_losses([row([1.1])])
+    assert "inject" in text and "9.09" in text and "10.00" in text
 
 
-def test_what_was_never_met_cannot_be_lost(record):
-    assert guard.lost([row([5.0])]) == []
-    guard.record([row([5.0])])
-    assert guard.lost([row([5.0])]) == []
+def test_a_row_without_a_run_of_this_machine_cannot_be_lost(record, monkeypatch):
+    assert guard.list_losses([row([5.0])]) == []
+    record(row([1.0]))
+    monkeypatch.setattr(guard, "name_machine", lambda: "another")
+    assert guard.list_losses([row([5.0])]) == []
 
 
-def test_a_record_keeps_what_was_met(record):
-    guard.record([row([1.0]), row([1.0], what="load")])
-    guard.record([row([5.0])])
-    assert len(guard.lost([row([5.0])])) == len(guard.lost([row([5.0], what="load")])) == 1
+def test_a_row_is_held_to_the_median_of_its_last_three_runs(record):
+    for graft in (0.1, 1.0, 1.3, 1.1):
+        record(row([graft]))
+    assert [run.faster for run in guard.read_history()["inject"]] == [10.0, 7.692, 9.091]
+    assert guard.list_losses([row([1.15])]) == [] != guard.list_losses([row([1.2])])
 
 
 def test_each_round_begins_with_another():
@@ -66,16 +70,39 @@ def test_each_round_begins_with_another():
 
 
 def test_unsteady_values_are_noise(record):
-    guard.record([row([1.0])])
-    steady, shaky = [2.6, 2.6, 2.6, 2.6], [1.5, 2.0, 3.2, 4.5]
-    assert len(guard.lost([row(steady)])) == 1 and guard.lost([row(shaky)]) == []
+    record(row([1.0]))
+    steady, shaky = [2.6, 2.6, 2.6, 2.6], [0.5, 0.8, 1.6, 2.5]
+    assert len(guard.list_losses([row(steady)])) == 1 and guard.list_losses([row(shaky)]) == []
 
 
 def test_the_floor_counts_too(record):
-    goal = Goal(over_floor=1.1)
-    guard.record([row([1.0], floor=[1.0], goal=goal)])
-    assert guard.lost([row([1.15], floor=[1.0], goal=goal)]) == []
-    assert len(guard.lost([row([1.3], floor=[1.0], goal=goal)])) == 1
+    record(row([1.0], floor=[1.0]), row([1.0], peft=[], floor=[1.0], what="alone"))
+    assert guard.list_losses([row([1.03], floor=[1.0]), row([1.03], peft=[], floor=[1.0], what="alone")]) == []
+    slower = [row([1.3], floor=[1.0]), row([1.3], peft=[], floor=[1.0], what="alone")]
+    assert [text.split(":")[0] for text in guard.list_losses(slower)] == ["inject", "alone"]
+    assert guard.list_losses([row([1.3], floor=[1.3])]) == [], "the machine is slower, not graft"
+
+
+def test_an_estimate_is_lost_if_it_met_its_goal_once(record):
+    def estimate(value):
+        return row([value], peft=[], floor=[1.0], goal=Goal(within=0.1))
+
+    record(estimate(1.5))
+    assert guard.list_losses([estimate(2.0)]) == []
+    record(estimate(1.05))
+    assert guard.list_losses([estimate(0.95)]) == [] != guard.list_losses([estimate(1.5)])
+
+
+def test_rows_that_never_moved_are_sampled_those_that_ran_longest_ago_first(record):
+    still = [f"still {i}" for i in range(10)]
+    goals = {what: Goal(faster=5.0) for what in [*still, "moves", "misses", "new"]}
+    for faster in (1.0, 1.05, 1.2):
+        rows = [row([1.0 + 0.01 * faster], what=what) for what in still]
+        record(*rows, row([faster], what="moves"), row([5.0], what="misses"))
+    first = guard.sample_rows(goals)
+    assert first == {"moves", "misses", "new", *still[:2]}
+    record(*(row([1.0], what=what) for what in first & set(still)))
+    assert guard.sample_rows(goals) == {"moves", "misses", "new", *still[2:4]}
 
 
 @pytest.mark.parametrize(("values", "expected"), [((2, 10, 1), True), ((2.1, 10.5, 1), False), ((2, 9, 1), False)])
@@ -129,25 +156,10 @@ def test_the_run_that_is_shown_is_of_rows_that_there_are():
     assert {r.what for r in results.read().rows} <= {bench.what for bench in BENCHES}
 
 
-def test_a_goal_that_changed_is_recorded_anew_or_not_at_all(record):
-    guard.record([row([1.0], floor=[0.5]), row([1.0], floor=[0.5], what="load")])
-    near, far = Goal(1.0, 3.0), Goal(1.0, 1.5)
-    guard.record([row([1.0], floor=[0.5], goal=near), row([1.0], floor=[0.5], goal=far, what="load")])
-    assert guard.known() == {"inject": "≥ 1 ×, ≤ 3 × floor", "load": 2.0}
-
-
-def test_a_row_that_misses_its_goal_is_held_to_what_it_reached(record):
-    def missed(graft):
-        return row([graft], floor=[1.0], goal=Goal(1.0, 1.5))
-
-    guard.record([missed(3.0)])
-    guard.record([missed(2.0)])
-    guard.record([missed(4.0)])
-    assert guard.met_once() == {} and guard.lost([missed(2.1)]) == []
-    (text,) = guard.lost([missed(2.5)])
-    assert "once 2.0 × floor" in text
-    guard.record([missed(1.0)])
-    assert guard.lost([missed(1.5)]) == [] and "goal" in guard.lost([missed(2.0)])[0]
+def test_goals_met_once_are_judged_by_todays(record):
+    record(row([1.0], floor=[0.5]), row([3.0], what="load"))
+    goals = {"inject": Goal(1.0, 3.0), "load": Goal(5.0), "never run": Goal(1.0)}
+    assert guard.list_goals_met_once(goals) == {"inject": "≥ 1 ×, ≤ 3 × floor"}
 
 
 def test_rows_that_ran_again_stand_in_for_those_of_the_whole_run_by_the_goals_of_today(tmp_path):
@@ -165,9 +177,9 @@ def test_rows_that_ran_again_stand_in_for_those_of_the_whole_run_by_the_goals_of
     assert text.startswith(whole.run) and "2 rows ran again" in text and text.endswith(": new; again")
 
 
-def test_the_record_is_of_goals_that_there_are():
-    goals = {bench.what: str(bench.goal) for bench in BENCHES}
-    assert guard.met_once().items() <= goals.items()
+def test_the_history_is_of_rows_that_there_are():
+    for machine in json.loads(guard.HISTORY.read_text()):
+        assert guard.read_history(machine).keys() <= {bench.what for bench in BENCHES}
 
 
 # floors: they do what they stand for

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from graft import CheckpointError, ConfigError
-from graft.config.pair import CONFIG_NAME
+from graft.config import pair
 from graft.core.errors import join_some
 from graft.files.base import read_base_files
 from graft.files.formats import recognise
@@ -29,8 +29,8 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
         ConfigError: transformers is missing, or does not know the class or config.
     """
     files = read_base_files(path)
-    if os.path.exists(os.path.join(files.path, CONFIG_NAME)):  # transformers would load the adapter's base instead
-        raise CheckpointError(f"{path} holds a model and an adapter, {CONFIG_NAME}. Give the model alone.")
+    if os.path.exists(os.path.join(files.path, pair.CONFIG_NAME)):  # transformers would load the adapter's base instead
+        raise CheckpointError(f"{path} holds a model and an adapter, {pair.CONFIG_NAME}. Give the model alone.")
     try:
         import torch
         import transformers

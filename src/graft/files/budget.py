@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from graft import ConfigError, PeftConfig, PeftModel, get_peft_model
-from graft.kernels.eager import Context
 from graft.kernels.experts import BUDGET as CHUNK
 
 CONTEXT = 600e6  # bytes of a CUDA context and its libraries
@@ -357,7 +356,7 @@ class _FusedKernel(torch.autograd.Function):
     """Attention without values: the shapes of the output and of the saved tensors are those of a fused kernel."""
 
     @staticmethod
-    def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return an empty output (…, length, value size).
 
         Save q, k, v, the output and a float32 tensor (…, length) for the backward pass.
@@ -367,7 +366,7 @@ class _FusedKernel(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Context, g: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
         """Return empty gradients of q, k and v."""
         q, k, v, *_ = ctx.saved_tensors
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

@@ -23,6 +23,7 @@ from graft.files.formats import read
 from graft.files.formats.peft import complete_config, name_tensors
 from graft.files.holding import PEFT, fit_to_format
 from graft.files.lycoris import lycoris_to_peft
+from graft.files.merging.weights import NAMES
 from graft.files.names import check_modules, rename_modules, select_pipeline_part
 from graft.files.neutral import AdapterFile
 from graft.files.pickles import from_torch, to_torch
@@ -31,7 +32,6 @@ from graft.files.tensors import Tensor
 from graft.inject.experts import ExpertStacks
 from graft.inject.survey import survey_model
 from graft.io.files import LoadedWeights
-from graft.io.tensors import name_dtype
 from graft.model.checkpoints import AdapterInMemory
 
 
@@ -148,10 +148,10 @@ def describe_base_of(model: Any) -> Skeleton:
             out.shapes.pop(name, None)
             continue
         out.shapes[plain] = tuple(p.shape)
-        if p.device.type != "meta" and p.is_floating_point() and type(p.data) is type(p.detach()):
+        if p.device.type != "meta" and p.dtype in NAMES and p.is_floating_point() and type(p.data) is type(p.detach()):
             layer = layers.get(plain.removesuffix(".weight")) if of_layer else None
             read = (lambda p=p: p.data) if layer is None else partial(compute_unmerged_weight, layer)
-            out.tensors[plain] = Tensor(tuple(p.shape), name_dtype(p.dtype), partial(read_weight_bytes, read, plain))
+            out.tensors[plain] = Tensor(tuple(p.shape), NAMES[p.dtype], partial(read_weight_bytes, read, plain))
     return out
 
 

@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from graft import CheckpointError, PeftError
-from graft.config.atomic import NO_FILE, exchange_paths, is_link, is_special
+from graft.config import pair
+from graft.config.atomic import exchange_paths, is_link, is_special
 from graft.config.hub import describe_offline, fetch_file
-from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH
 from graft.config.reading import open_file, read_object
 from graft.core.errors import join_some
 from graft.files.base import (
@@ -73,8 +73,8 @@ def resolve_adapter(source: str) -> str:
     if named is None:
         return source
     hub = {"revision": named["revision"]} if named["revision"] else {}
-    config = fetch_file(named["repo"], CONFIG_NAME, **hub)
-    if config is None or all(fetch_file(named["repo"], name, **hub) is None for name in (SAFETENSORS, TORCH)):
+    config = fetch_file(named["repo"], pair.CONFIG_NAME, **hub)
+    if config is None or all(fetch_file(named["repo"], name, **hub) is None for name in (pair.SAFETENSORS, pair.TORCH)):
         raise CheckpointError(f"There is no adapter at '{source}'{describe_offline(named['repo'])}. Check the name.")
     fetch_file(named["repo"], CARD, **hub)
     return os.path.dirname(config)
@@ -110,7 +110,7 @@ def read_base_name(adapter: str) -> str | None:
 
     Paths on another machine (//host/share) are None, since opening one would send credentials there.
     """
-    path = os.path.join(adapter, CONFIG_NAME)
+    path = os.path.join(adapter, pair.CONFIG_NAME)
     config = read_object(path) if os.path.isfile(path) else {}
     name = next((name for field in BASE_FIELDS if isinstance(name := config.get(field), str) and name), None)
     return None if name is None or name.startswith(("//", "\\\\")) else name
@@ -194,7 +194,7 @@ def check_output(path: str, sources: Iterable[str | os.PathLike[str]], force: bo
     if not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path)):
         return
     if is_special(path):
-        raise OutputExistsError(f"{path}: {NO_FILE}. Give another output.")
+        raise OutputExistsError(f"{path}: It is a device or a pipe, and stays as it is. Give another output.")
     if not force:
         raise OutputExistsError(f"{path} exists. Pass force=True (--force) to replace it.")
     is_folder = os.path.isdir(path) and not is_link(path)
@@ -335,11 +335,9 @@ def place_result(temporary: str, target: str, stood: bool) -> None:
 
     If `stood` (the target existed before), exchange the two: the old result gets the temporary path.
 
-    Raises OutputExistsError if another process created the target, CheckpointError if there is no result, OSError if
-    the target is a pipe or device.
+    Raises OutputExistsError if another process created the target, or the target is a pipe or device; CheckpointError
+    if there is no result.
     """
-    if is_special(target):
-        raise OSError(errno.EINVAL, NO_FILE, target)
     if not os.path.exists(temporary):
         raise CheckpointError(f"Nothing was written for {target}.")
     if stood and os.path.lexists(target):

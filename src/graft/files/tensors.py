@@ -11,7 +11,6 @@ from math import prod
 from typing import IO, TYPE_CHECKING
 
 from graft import BaseModelMismatchError, CheckpointError
-from graft.config.atomic import Write
 from graft.config.atomic import replace_file as put_in_place
 from graft.config.notes import LARGEST, LFS, write_tensors
 from graft.config.reading import Json, open_file, parse_json
@@ -233,7 +232,7 @@ def write_safetensors(path: str, tensors: Mapping[str, Tensor], metadata: Mappin
     put_in_place(path, make_safetensors_writer(tensors, metadata))
 
 
-def make_safetensors_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Write:
+def make_safetensors_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Callable[[str], None]:
     """Return a function that writes these tensors to a path, loading one after another."""
     parts = [(name, t.dtype, t.shape, BITS[t.dtype] // 8, t.load) for name, t in tensors.items()]
     return lambda path: write_tensors(path, parts, metadata)

@@ -10,9 +10,9 @@ from types import ModuleType
 from typing import Protocol
 
 from graft import BaseModelMismatchError, CheckpointError, NonFiniteError
+from graft.config import pair
 from graft.config.atomic import is_special
 from graft.config.file import find_adapter_folders
-from graft.config.pair import CONFIG_NAME
 from graft.core.errors import join_some, shorten_text
 from graft.files.base import BaseDescription
 from graft.files.bases import view_by_model_names
@@ -122,7 +122,9 @@ def is_model(path: str) -> bool:
     Or a safetensors file with a tensor that ends in .weight or .bias.
     """
     if os.path.isdir(path):
-        return os.path.isfile(os.path.join(path, "config.json")) and not os.path.isfile(os.path.join(path, CONFIG_NAME))
+        return os.path.isfile(os.path.join(path, "config.json")) and not os.path.isfile(
+            os.path.join(path, pair.CONFIG_NAME)
+        )
     names = read_header(path)[0] if path.endswith(".safetensors") else {}
     return any(name.endswith((".weight", ".bias")) for name in names)
 

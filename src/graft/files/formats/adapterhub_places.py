@@ -19,7 +19,7 @@ from graft.files.formats import Base
 from graft.files.neutral import AdapterFile, OtherMethod
 from graft.files.pickles import from_torch, to_torch
 from graft.files.tensors import Tensor
-from graft.methods.bottleneck import PLACES, find_embedding_output, of_block
+from graft.methods.bottleneck import find_embedding_output, of_block
 from graft.methods.places import Block, blocks_in, text_width, walk
 
 KEY = re.compile(r"(?P<place>.+?)\.adapters\.(?P<name>[^.]+)\.(?P<leaf>.+)")
@@ -124,7 +124,7 @@ def set_modules(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], opti
     """
     out.modules = {module: OtherMethod(out.method, tensors) for module, tensors in modules.items()}
     out.selected = frozenset(out.modules)
-    out.config = {"peft_type": out.method, "target_modules": PLACES, "inference_mode": True, **options}
+    out.config = {"peft_type": out.method, "target_modules": "places", "inference_mode": True, **options}
     return out
 
 

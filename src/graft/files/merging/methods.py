@@ -18,7 +18,6 @@ from torch import nn
 from graft import AdapterLayer, BaseModelMismatchError, LossError, Method, PeftModel
 from graft.core.effect import Replace, Rewrite
 from graft.core.folding import EvaluationMode, fold_effect
-from graft.core.holding import Where
 from graft.core.merging import why_unmergeable
 from graft.core.method import WeightUse
 from graft.core.random import build_on
@@ -178,7 +177,7 @@ def changes_bias(layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> b
     return asked[kind]
 
 
-def recompute_values(layer: AdapterLayer, m: Method, where: Where) -> None:
+def recompute_values(layer: AdapterLayer, m: Method, where: tuple[torch.device, torch.dtype]) -> None:
     """Compute from the true weight the tensors that an adapter's file lacks; the adapter was loaded on zeros.
 
     A method that reads the weight before loading is initialised anew, without a change of the random state, and gets
@@ -201,7 +200,7 @@ def merge_layer_weight(
     job: MergeJob,
     layer: AdapterLayer,
     m: Method,
-    where: Where,
+    where: tuple[torch.device, torch.dtype],
     of_bias: bool,
     other: str | None,
     value: torch.Tensor,

@@ -18,7 +18,7 @@ from functools import partial
 from math import prod
 
 from graft import CheckpointError
-from graft.config.atomic import NO_FOLLOW, TEMPORARY, exchange_paths, replace_file, sync_file
+from graft.config.atomic import TEMPORARY, exchange_paths, replace_file, sync_file
 from graft.config.notes import LARGEST, write_tensors
 from graft.config.reading import Json, open_file, read_object
 from graft.core.errors import join_some
@@ -190,7 +190,7 @@ class Workplace:
             return
         gone = OutputExistsError(f"Another process has just merged into {self.output}.")  # while this one waited
         try:
-            lock = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o600)
+            lock = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
         except FileNotFoundError:
             raise gone from None
         try:

@@ -15,7 +15,6 @@ from graft import CheckpointError, UnsupportedLayerError
 from graft.config.reading import Json
 from graft.files.base import BaseFiles
 from graft.files.tensors import Tensor
-from graft.io.check import NARROW
 
 
 class BaseWeights:
@@ -120,7 +119,7 @@ def of_file(t: Tensor) -> torch.Tensor:
 def to_wide(t: Tensor) -> torch.Tensor:
     """Return the values in new memory: float64 for float64, else float32."""
     values = of_file(t)
-    kind = torch.float32 if values.dtype in NARROW else torch.promote_types(values.dtype, torch.float32)
+    kind = torch.float32 if values.itemsize == 1 else torch.promote_types(values.dtype, torch.float32)
     return values.to(kind, copy=True)
 
 

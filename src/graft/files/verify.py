@@ -9,10 +9,10 @@ missing, one scale for all modules, a scale that is off by a factor k.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from graft import BaseModelMismatchError
 from graft.config.reading import Json
 from graft.files.ask import Connection, LogProbabilities, ask_log_probabilities, identify_server
 from graft.files.errors import OptionError
-from graft.model.functional import layers_with_scaling, rescale_layers
+from graft.inject.survey import survey_model
 
 # server's dtype → root mean square difference of log-probabilities
 TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
@@ -130,14 +130,14 @@ def verify_server(
     allowed = max(floor, OF_NOISE * noise) if tolerance is None else tolerance
     model = load(base)
 
-    layers = layers_with_scaling(model)
+    layers = {path: layer for path, layer in survey_model(model).layers.items() if getattr(layer, "scaling", None)}
 
     def compute(factor: Callable[[str], float] | None = None) -> Tensor:
         """Return the local log-probabilities with the adapter.
 
         `factor` multiplies the scaling of the layer at a path, for this call.
         """
-        with nullcontext() if factor is None or not layers else rescale_layers(layers, factor, "verify()"):
+        with nullcontext() if factor is None or not layers else rescale_layers(layers, factor):
             return compute_log_probabilities(model, asked, places)
 
     scales = list_scales(model, layers)
@@ -156,6 +156,19 @@ def verify_server(
         f"The server's base {base_name!r} differs from this base model by {noise:.2g} in log-probabilities, and "
         f"{dtype} explains {floor:.2g}. Give the server's weights, or its dtype (--dtype)."
     )
+
+
+@contextmanager
+def rescale_layers(layers: Mapping[str, Any], factor: Callable[[str], float]) -> Iterator[None]:
+    """Multiply the scalings of each layer by `factor(path)` within the block; afterwards they are as before."""
+    before = {path: layer.scaling for path, layer in layers.items()}
+    try:
+        for path, layer in layers.items():
+            layer.scaling = {name: value * factor(path) for name, value in layer.scaling.items()}
+        yield
+    finally:
+        for path, layer in layers.items():
+            layer.scaling = before[path]
 
 
 def check_verify_options(dtype: str, tolerance: float | None) -> None:

@@ -19,9 +19,7 @@ from graft.files.names import is_stored_in_out
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.places import CheckpointPlaces, Spot
 from graft.files.tensors import Tensor
-from graft.kernels.decomposed import row_norms
-from graft.methods.lora.loftq import round_to_bits
-from graft.methods.lora.shift import are_near, sample
+from graft.methods.lora.shift import is_base_changed, without
 
 Read = Callable[[], torch.Tensor]  # returns the checkpoint's own value, in new memory
 
@@ -158,7 +156,7 @@ def fold_low_rank(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> Tensor
                 unchanged = before()
                 start = unchanged if shift is None else shift(unchanged)
                 if lora.magnitude is not None:
-                    gain = to_wide(lora.magnitude).flatten().to(matrix.dtype) / row_norms(start, A, B)
+                    gain = to_wide(lora.magnitude).flatten().to(matrix.dtype) / torch.addmm(start, B, A).norm(dim=1)
                 if start is not unchanged:
                     matrix.copy_(matrix - unchanged + start)
             matrix.addmm_(B, A)
@@ -196,13 +194,9 @@ class Shift:
         Without samples the product is always subtracted. For LoftQ the result is rounded to its bits, and then to the
         dtype of training, if known.
         """
-        if self.sample is not None:
-            current, (fresh, changed) = sample(W), to_wide(self.sample)
-            if torch.dist(current, changed) < torch.dist(current, fresh) and are_near(current, changed):
-                return W  # the base is the one that the initialisation made
-        shifted = W - to_wide(self.B).to(W.dtype) @ to_wide(self.A).to(W.dtype)
-        if self.bits is not None:
-            shifted = round_to_bits(shifted, self.bits)
+        if self.sample is not None and is_base_changed(W, to_wide(self.sample)):
+            return W  # the base is the one that the initialisation made
+        shifted = without(W, to_wide(self.A), to_wide(self.B), self.bits)
         return shifted if self.kind is None else shifted.to(self.kind).to(W.dtype)
 
 

@@ -69,18 +69,24 @@ def sample(W: Tensor) -> Tensor:
     return W.detach()[at // W.shape[1], at % W.shape[1]].float()
 
 
-def without(lora: Method, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+def is_base_changed(W: Tensor, seen: Tensor) -> bool:
+    """Return True if W is the weight after the initialisation: its sample is near that one, and nearer than the one
+    before. `seen`: the samples before and after, (2, n), on W's device.
+    """
+    current, (fresh, changed) = sample(W), seen
+    return bool(torch.dist(current, changed) < torch.dist(current, fresh)) and are_near(current, changed)
+
+
+def without(W: Tensor, A: Tensor, B: Tensor, bits: int | None = None) -> Tensor:
     """Return the base weight that remains: W - B A, in W's dtype, computed in at least float32.
 
-    For "loftq" it is also rounded to `loftq_bits`. W, A and B are matrices, with the scale inside; A and B are widened
-    before the product. Nothing is subtracted if A has no rows.
+    With `bits`, of LoftQ, it is also rounded to them. W, A and B are matrices, with the scale inside; A and B are
+    widened before the product. Nothing is subtracted if A has no rows.
     """
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
     if len(A):
         wide = wide - B.to(wide) @ A.to(wide)
-    if lora.cfg.init_lora_weights == "loftq":
-        wide = round_to_bits(wide, lora.cfg.loftq_config["loftq_bits"])
-    return wide.to(W.dtype)
+    return (wide if bits is None else round_to_bits(wide, bits)).to(W.dtype)
 
 
 def take_out(lora: Method, A: Tensor, B: Tensor) -> None:
@@ -96,7 +102,8 @@ def take_out(lora: Method, A: Tensor, B: Tensor) -> None:
             f"{title} changes the base weights of the model and should thus not be used with other adapters. Consider "
             f"saving the {title} adapter as plain LoRA, with path_initial_model_for_weight_conversion."
         )
-    before, changed = sample(W), without(lora, W, A, B)
+    bits = lora.cfg.loftq_config["loftq_bits"] if lora.cfg.init_lora_weights == "loftq" else None
+    before, changed = sample(W), without(W, A, B, bits)
     layer.rewrite_base(changed)
     if lora.keeps_shift:
         shift = lora.lora_shift
@@ -193,8 +200,8 @@ def apply_file_shift(lora: Method) -> None:
     if lora.site.on_meta:
         layer.rewrite_base(layer.W0)  # warns, as there is nothing to change
         return
-    current, (fresh, changed) = sample(layer.W0), shift.sample.to(layer.W0.device)
-    if torch.dist(current, changed) < torch.dist(current, fresh) and are_near(current, changed):
+    seen = shift.sample.to(layer.W0.device)
+    if is_base_changed(layer.W0, seen):
         shift.done = True
         warn(
             f"The base model has been changed already as the {title_of(lora)} initialisation of adapter '{lora.name}' "
@@ -202,7 +209,7 @@ def apply_file_shift(lora: Method) -> None:
             PeftWarning,
         )
         return
-    if not are_near(current, fresh):
+    if not are_near(sample(layer.W0), seen[0]):
         warn(
             f"The {title_of(lora)} initialisation of adapter '{lora.name}' changed a base model with other weights. "
             "Expect other outputs than in training.",

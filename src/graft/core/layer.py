@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
@@ -20,11 +21,11 @@ from graft.core import merging
 from graft.core.call import Call
 from graft.core.carrier import Carrier, CarrierState
 from graft.core.errors import ConfigError, PeftWarning, RoutingError, UnsupportedLayerError, warn
-from graft.core.folding import why_not_in_weight
+from graft.core.folding import WeightChange, compute_change, why_not_in_weight
 from graft.core.gate import ForkSafeLock, all_adapters, changes
-from graft.core.holding import Holding
+from graft.core.holding import Holding, Where
 from graft.core.lean import init_lean, make_lean
-from graft.core.method import Method
+from graft.core.method import Method, WeightUse
 from graft.core.mixed import MixedPlan
 from graft.core.names import as_name_list
 from graft.core.ops import Op, is_stock
@@ -378,6 +379,31 @@ class AdapterLayer(PeftNames, Host):
     def b0(self) -> Tensor | None:
         """Return the bias without any adapter; None if the layer has none."""
         return merging.find_unmerged_bias(self)
+
+    def compute_change(self, adapter: str) -> WeightChange:
+        """Return ΔW, as factors where the method has them, and Δb of an adapter without others (`compute_change`)."""
+        return compute_change(self.methods[adapter])
+
+    def why_unmergeable(self, adapter: str) -> str | None:
+        """Return why merging cannot write this adapter into the layer, as the end of an error; None if it can."""
+        return merging.why_unmergeable(self, [self.methods[adapter]])
+
+    def recompute_values(self, adapter: str, where: Where) -> None:
+        """Compute from the present weight the tensors that an adapter's file lacks, for an adapter that was loaded on
+        another weight.
+
+        A method that reads the weight before a load is initialised anew, without a change of torch's random state, and
+        gets its other tensors back. Then `finish_load` runs. `where`: device and dtype for the adapter.
+        """
+        m = self.methods[adapter]
+        if WeightUse.BEFORE_LOAD in m.uses_weight():
+            saved = [(slot, t.clone()) for slot, t in self.tensors(adapter)]
+            with torch.random.fork_rng(devices=[]):
+                m.init_values()
+            self.place_adapter(adapter, where)
+            for slot, t in saved:
+                slot.tensor.copy_(t)
+        m.finish_load()
 
     @property
     def base_trains(self) -> bool:

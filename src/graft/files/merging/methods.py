@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,11 +17,6 @@ import torch
 from torch import nn
 
 from graft import AdapterLayer, BaseModelMismatchError, LossError, Method, PeftModel
-from graft.core.effect import Replace, Rewrite
-from graft.core.folding import EvaluationMode, fold_effect
-from graft.core.merging import why_unmergeable
-from graft.core.method import WeightUse
-from graft.core.random import build_on
 from graft.files.base import BaseFiles
 from graft.files.formats import peft
 from graft.files.merging.folds import MergeJob, Read, TensorChange, replace_whole
@@ -44,7 +40,8 @@ def merge_files(base: str | os.PathLike[str], adapters: Any, output: str | os.Pa
         adapters: one path, or a list.
     """
     adapters = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
-    with build_on(torch.device("cpu")):  # values come from files, whatever device a process has as its default
+    on_cpu = torch.get_default_device().type == "cpu"  # values come from files, whatever device is the default
+    with nullcontext() if on_cpu else torch.device("cpu"):
         return merge_adapters(base, adapters, output, others=list_method_changes, **options)
 
 
@@ -80,12 +77,12 @@ def list_method_changes(job: MergeJob, base: BaseFiles) -> list[TensorChange]:
             continue
         m = layer.methods[NAME]
         effect = m.effect
-        why = why_unmergeable(layer, [m]) or (
+        why = layer.why_unmergeable(NAME) or (
             "it acts on a module without a weight" if getattr(effect, "block", False) else None
         )
         if why is not None:
             raise LossError(f"{adapter.method} of {job.name} cannot be merged at '{path}': {why}.")
-        if isinstance(effect, Replace):
+        if effect.whole:
             for name, p in effect.module().named_parameters():
                 result += [replace(change, alone=True) for change in replace_whole(job, f"{path}.{name}", to_file(p))]
         else:
@@ -161,39 +158,29 @@ def list_layer_changes(
 
 
 def changes_bias(layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> bool:
-    """Return True if adapter `m` changes the bias of its layer.
+    """Return True if adapter `m`, the only one on its layer, changes the layer's bias.
 
     Computed once, on zeros, for layers with the same method, config, layer type, and bias or none; `asked` is the
     cache.
     """
     kind = (type(m), id(m.cfg), type(layer.op), getattr(layer.base_layer, "bias", None) is None)
     if kind not in asked:
-        with torch.no_grad(), EvaluationMode(layer):
-            if isinstance(m.effect, Rewrite):
-                b = None if kind[-1] else torch.zeros(layer.site.out_features)
-                asked[kind] = m.effect.merged(torch.zeros(layer.site.shape), b)[1] is not b
-            else:
+        with torch.no_grad():
+            if m.effect.additive:
                 asked[kind] = m.effect.shift() is not None
+            else:
+                b = None if kind[-1] else torch.zeros(layer.site.out_features)
+                asked[kind] = fold_adapter(layer, torch.zeros(layer.site.shape), b)[1] is not b
     return asked[kind]
 
 
-def recompute_values(layer: AdapterLayer, m: Method, where: tuple[torch.device, torch.dtype]) -> None:
-    """Compute from the true weight the tensors that an adapter's file lacks; the adapter was loaded on zeros.
-
-    A method that reads the weight before loading is initialised anew, without a change of the random state, and gets
-    the file's tensors back. Then `finish_load` runs. All in place.
-
-    Args:
-        where: device and dtype for the adapter.
-    """
-    if WeightUse.BEFORE_LOAD in m.uses_weight():
-        saved = [(slot, t.clone()) for slot, t in layer.tensors(m.name)]
-        with torch.random.fork_rng(devices=[]):
-            m.init_values()
-        layer.place_adapter(m.name, where)
-        for slot, t in saved:
-            slot.tensor.copy_(t)
-    m.finish_load()
+def fold_adapter(
+    layer: AdapterLayer, W: torch.Tensor, b: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return a weight (canonical) and bias with the layer's adapter merged into them; W and b stay as they are."""
+    plan = layer.plan_for((NAME,))
+    assert plan is not None
+    return plan.fold(W, b)
 
 
 def merge_layer_weight(
@@ -223,14 +210,13 @@ def merge_layer_weight(
     assert W is not None and W0 is not None
     base: nn.Module = layer.base_layer
     parameters = base._parameters
-    with torch.no_grad(), EvaluationMode(layer):
+    with torch.no_grad():
         parameters[layer.site.parameter] = nn.Parameter(W0, requires_grad=False)
         if b0 is not None:
             parameters["bias"] = nn.Parameter(b0, requires_grad=False)
-        if WeightUse.BEFORE_LOAD in m.uses_weight() or type(m).finish_load is not Method.finish_load:
-            recompute_values(layer, m, where)
+        layer.recompute_values(NAME, where)
         try:
-            merged = fold_effect(layer, m, m.effect, layer.op.canon(W), b)[1 if of_bias else 0]
+            merged = fold_adapter(layer, layer.op.canon(W), b)[1 if of_bias else 0]
             assert merged is not None
             merged = merged if of_bias else layer.op.uncanon(merged)
             return merged if job.weight == 1 else torch.lerp(value, merged.to(value.dtype), job.weight)

@@ -10,43 +10,35 @@ import tempfile
 import warnings
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from graft import LossError, PeftWarning, convert_to_lora
-from graft.core.folding import compute_change
+from graft import AdapterLayer, LossError, PeftModel, PeftWarning, save_as_lora
 from graft.files.convert import ENDS
 from graft.files.export import ExportReport
 from graft.files.export import export_adapter_file as export_file
 from graft.files.formats import peft
 from graft.files.load import describe_base_of
+from graft.files.neutral import AdapterFile
+from graft.files.pickles import to_torch
 from graft.files.serving import get_server
 from graft.inject.parts import run_as_call
-from graft.io import files
-from graft.io.fingerprint import list_base_weights, make_fingerprint
-from graft.model.checkpoints import adapter_folder, check_save_arguments, file_contents, names_to_save
-from graft.model.convert import find_adapter
+from graft.inject.survey import survey_model
+from graft.model.checkpoints import save_one_adapter
 
 ENERGY = 1 - 1e-8  # share of ‖ΔW‖² that each layer keeps, for methods other than LoRA
 LOSS = 1e-3  # share of a layer's ‖ΔW‖ that may be lost without `lossy`
 RANK = 512  # the largest rank that servers accept
 
 
-def export_adapters(
-    model: nn.Module, directory: str, selected: list[str] | None, server: str, writes: bool = True
-) -> None:
-    """Write adapters of a model for a server: "default" into `directory`, others into sub-folders of their names.
+def export_adapters(model: nn.Module, folders: dict[str, str], server: str, writes: bool = True) -> None:
+    """Write adapters of a model for a server, each into its folder: {adapter: folder}.
 
-    For a format of one file that file is `adapter` plus its ending, in the folder. With `writes` False only the checks
-    run, as on processes that do not save.
-
-    Args:
-        selected: names of the adapters; None: all that a save would write.
+    For a format of one file that file is `adapter` plus its ending, in the folder. With `writes` False only the check
+    of `server` runs, as on processes that do not save.
     """
     end = ENDS.get(get_server(server).formats[0])
-    check_save_arguments(directory, "sampled", True)
-    for name in names_to_save(model, selected, directory):
+    for name, path in folders.items():
         if writes:
-            path = adapter_folder(name, directory)
             if end is not None:
                 os.makedirs(path, exist_ok=True)
                 path = os.path.join(path, f"adapter{end}")
@@ -77,18 +69,16 @@ def export_model_adapter(
             f"Adapter '{adapter}' ({config.peft_type.value}) is an input of the model, which no LoRA can replace. "
             "Serve it from a PeftModel, or train a LoRA."
         )
-    if config.peft_type == "LORA" and rank is None:
-        tensors, config = file_contents(model, adapter, None, False, None)
-    else:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "As LoRA of rank", PeftWarning)  # LossError below says the same
-            lora_config, tensors = convert_to_lora(model, ENERGY if rank is None else rank, adapter)
-        error = check_factor_loss(model, adapter, tensors, rank, lossy)
-        lora_config.base_model_name_or_path, config = config.base_model_name_or_path, lora_config
-    parts, _, base, _ = find_adapter(model, adapter)
     with tempfile.TemporaryDirectory() as folder:
-        files.save_adapter(folder, tensors, config, True, make_fingerprint(list_base_weights(parts, base)))
-        file = peft.read(folder)
+        if config.peft_type == "LORA" and rank is None:
+            save_one_adapter(model, adapter, folder, embeddings=False)
+            file = peft.read(folder)
+        else:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "As LoRA of rank", PeftWarning)  # LossError below says the same
+                save_as_lora(folder, model, ENERGY if rank is None else rank, adapter)
+            file = peft.read(folder)
+            error = check_factor_loss(model, adapter, file, rank, lossy)
         file.path = f"adapter '{adapter}'"
         report = export_file(file, server, describe_base_of(model), os.fspath(path))
     report.error = error
@@ -99,25 +89,27 @@ def export_model_adapter(
 
 @torch.no_grad()
 def check_factor_loss(
-    model: nn.Module, adapter: str, tensors: dict[str, Tensor], rank: int | float | None, lossy: bool
+    model: nn.Module, adapter: str, file: AdapterFile, rank: int | float | None, lossy: bool
 ) -> float:
-    """Return ‖ΔW - B A‖ / ‖ΔW‖ over all layers, for the tensors of `convert_to_lora`, whose scaling is 1; 0 if all ΔW
-    are 0.
+    """Return ‖ΔW - B A‖ / ‖ΔW‖ over all layers, for the factors in a file of `save_as_lora`, whose scaling is 1; 0 if
+    all ΔW are 0.
 
-    Layers without tensors are skipped.
+    Layers without factors in the file are skipped, and so are stacks of experts and embeddings.
 
     Raises:
         LossError: a layer loses more than `LOSS` plus the rounding of its dtype, unless `lossy`; or without a `rank`, a
             layer needs more than `RANK`.
     """
-    parts, prefix, *_ = find_adapter(model, adapter)
     lost = whole = worst = 0.0
     where, ranks = "", dict[str, int]()
-    for key, layer in parts.layers.items():
-        A, B = (tensors.get(f"{prefix}{key}.lora_{name}.weight") for name in "AB")
-        if A is None or B is None:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers: dict[str, AdapterLayer] = survey_model(base).layers
+    for key, layer in layers.items():
+        factors = file.low_rank.get(key)
+        if factors is None or factors.kind not in ("linear", "conv"):
             continue
-        change, ranks[key] = compute_change(layer.methods[adapter]), len(A)
+        A, B = to_torch(factors.A), to_torch(factors.B)
+        change, ranks[key] = layer.compute_change(adapter), len(A)
         delta = (change.A if change.B is None else change.B @ change.A).flatten(0, 1)
         approximation = (B.flatten(1).float() @ A.flatten(1).float()).to(delta).reshape(-1, delta.shape[-1])
         off, size = float((delta - approximation).square().sum()), float(delta.square().sum())

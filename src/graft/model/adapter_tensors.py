@@ -38,7 +38,7 @@ from graft.io.servers import (
 from graft.io.tensors import digest_tensors
 from graft.io.written import TRAINING_ONLY
 from graft.methods.lora.config import LoraConfig
-from graft.model.checkpoints import adapter_folder, check_save_arguments, names_to_save
+from graft.model.checkpoints import list_save_folders
 from graft.storage.parallel import layout_of, processes
 
 PREFIX = "base_model.model."
@@ -133,14 +133,13 @@ def save_in_layout(
         writes: False: take part in the computation, but write nothing.
 
     Raises:
-        ValueError: the path is a file, or a selected adapter is not loaded. Other errors: see `adapter_tensors`.
+        ValueError, CheckpointError: as `list_save_folders`. Other errors: see `adapter_tensors`.
     """
-    check_save_arguments(directory, "sampled", True)
-    names = names_to_save(model, selected, directory)
-    adapters = {name: adapter_tensors(model, name, layout) for name in names}
+    folders = list_save_folders(model, selected, directory)
+    adapters = {name: adapter_tensors(model, name, layout) for name in folders}
     for name, tensors in adapters.items():
         if writes:
-            tensors.save(adapter_folder(name, directory))
+            tensors.save(folders[name])
 
 
 @dataclass

@@ -290,11 +290,11 @@ def save_adapters(
         write()
 
 
-def save_one_adapter(model: nn.Module, name: str, folder: str) -> None:
+def save_one_adapter(model: nn.Module, name: str, folder: str, embeddings: str | bool = "auto") -> None:
     """Write one adapter into `folder` itself, whatever its name, as safetensors with a sampled fingerprint of
-    the base.
+    the base. `embeddings`: as `save_embedding_layers` of `PeftModel.save_pretrained`.
     """
-    tensors, config = file_contents(model, name, None, "auto", None)
+    tensors, config = file_contents(model, name, None, embeddings, None)
     files.save_adapter(folder, tensors, config, True, save.fingerprint_base(model, name))
 
 
@@ -362,6 +362,18 @@ def file_contents(
     if getattr(config, "target_parameters", None):
         config.peft_version = FORMAT_VERSION  # readers tell the layout of stacks by it
     return tensors, config
+
+
+def list_save_folders(model: nn.Module, selected: list[str] | None, directory: str) -> dict[str, str]:
+    """Return name → folder of each adapter that a save into `directory` writes: those selected, or all that are not
+    frozen references.
+
+    Raises:
+        ValueError: the directory is a file, or a selected adapter is not loaded or named twice.
+        CheckpointError: nothing is selected and the model has no adapter, or a sub-folder is a link.
+    """
+    check_save_arguments(directory, "sampled", True)
+    return {name: adapter_folder(name, directory) for name in names_to_save(model, selected, directory)}
 
 
 def adapter_folder(adapter: str, directory: str) -> str:

@@ -639,7 +639,8 @@ class PeftModel(nn.Module):
                 return
             if for_server is not None:
                 export_adapters = import_from_room("export_adapters")
-                export_adapters(self, save_directory, selected_adapters, for_server, is_main_process)
+                folders = checkpoints.list_save_folders(self, selected_adapters, save_directory)
+                export_adapters(self, folders, for_server, is_main_process)
                 return
             saved = list(self.peft_config) if selected_adapters is None else selected_adapters
             if part := [name for name in saved if name in self._registry.taken_in]:

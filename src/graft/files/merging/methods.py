@@ -76,7 +76,7 @@ def list_method_changes(job: MergeJob, base: BaseFiles) -> list[TensorChange]:
         if isinstance(adapter.modules.get(path), LowRank):
             continue
         m = layer.methods[NAME]
-        effect = m.effect
+        effect: Any = m.effect
         why = layer.why_unmergeable(NAME) or (
             "it acts on a module without a weight" if getattr(effect, "block", False) else None
         )
@@ -187,7 +187,7 @@ def merge_layer_weight(
     job: MergeJob,
     layer: AdapterLayer,
     m: Method,
-    where: tuple[torch.device, torch.dtype],
+    where: tuple[torch.device | None, torch.dtype | None],
     of_bias: bool,
     other: str | None,
     value: torch.Tensor,

@@ -19,6 +19,7 @@ from graft.files.names import is_stored_in_out
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.places import CheckpointPlaces, Spot
 from graft.files.tensors import Tensor
+from graft.kernels.decomposed import row_norms
 from graft.methods.lora.shift import is_base_changed, without
 
 Read = Callable[[], torch.Tensor]  # returns the checkpoint's own value, in new memory
@@ -156,7 +157,7 @@ def fold_low_rank(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> Tensor
                 unchanged = before()
                 start = unchanged if shift is None else shift(unchanged)
                 if lora.magnitude is not None:
-                    gain = to_wide(lora.magnitude).flatten().to(matrix.dtype) / torch.addmm(start, B, A).norm(dim=1)
+                    gain = to_wide(lora.magnitude).flatten().to(matrix.dtype) / row_norms(start, A, B)
                 if start is not unchanged:
                     matrix.copy_(matrix - unchanged + start)
             matrix.addmm_(B, A)

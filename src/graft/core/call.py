@@ -152,11 +152,13 @@ class Call:
         gates, facts = context.gates if gates is None else gates, {**context.facts, **facts} or NO_FACTS
         return self.use_context(context._replace(gates=gates, facts=facts))
 
-    def use_stacks(self, stacks: Stacks | None, copies: int) -> AbstractContextManager[None]:
-        """Return a context manager that sets two things in this thread's context: `stacks`, the stacked tensors of
-        adapters, and `copies`, the number of rows that layers get for each row of the base.
+    def use_stacks(self, stacks: Stacks | None, copies: int, may_draw: bool) -> AbstractContextManager[None]:
+        """Return a context manager that sets three things in this thread's context: `stacks`, the stacked tensors of
+        adapters; `copies`, the number of rows that layers get for each row of the base; and `may_draw`, True if draws
+        from torch's own generators are no error, since other threads make them.
         """
-        return self.use_context(self.thread_state.context._replace(stacks=stacks, copies=copies))
+        context = self.thread_state.context
+        return self.use_context(context._replace(stacks=stacks, copies=copies, may_draw=may_draw))
 
     @contextmanager
     def pass_to_layers(self, adapter: str, value: Tensor) -> Iterator[None]:

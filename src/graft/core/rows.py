@@ -245,6 +245,7 @@ class CallContext(NamedTuple):
     some: Tensor | None = None  # numbers of the rows of the batch that a layer sees now; None: all
     stacks: Stacks | None = None  # memory with tensors of adapters next to each other, which can share products
     copies: int = 1  # rows where adapters act for each row of the base's input
+    may_draw: bool = False  # draws from torch's own generators are no error, since other threads make them
 
     def __bool__(self) -> bool:
         """Return True if the call has rows, gates or facts."""

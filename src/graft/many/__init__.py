@@ -3,13 +3,24 @@
 
 Entry points: `graft.MultiTrain`, which `add` gives runs, and `graft.sweep`, which searches settings.
 
-- `runs.py`: `MultiTrain`, its steps and its folder.
+- `runs.py`: `MultiTrain`, its loop, the calls that train runs by steps, and its folder.
 - `run.py`: one run, an adapter with its batches, optimizer and schedule; it knows no other run.
 - `joint.py`: one pass of the model for the batches of several runs.
 """
 
-from graft.many.run import Run, StepRecord, ValidationRecord
-from graft.many.runs import MultiTrain, Step
+from graft.many.run import BatchResult, Run, StepRecord, ValidationRecord
+from graft.many.runs import AdapterSnapshot, MultiTrain, Step
 from graft.many.sweep import Sweep, Trial, sweep
 
-__all__ = ["MultiTrain", "Run", "Step", "StepRecord", "Sweep", "Trial", "ValidationRecord", "sweep"]
+__all__ = [
+    "AdapterSnapshot",
+    "BatchResult",
+    "MultiTrain",
+    "Run",
+    "Step",
+    "StepRecord",
+    "Sweep",
+    "Trial",
+    "ValidationRecord",
+    "sweep",
+]

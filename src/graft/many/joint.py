@@ -23,10 +23,17 @@ BY_TOKEN = ("start_logits", "end_logits")  # outputs (rows, tokens)
 
 
 class RunBatch(NamedTuple):
-    """A batch and the name of its run, which is also the name of the adapter."""
+    """A batch and the name of its run, which is also the name of the adapter.
+
+    Attributes:
+        loss: the loss of this batch; None: the run's.
+        mean_of: the loss is divided by this number, the batches in the mean of a step.
+    """
 
     name: str
     batch: Batch
+    loss: Callable[..., object] | None = None
+    mean_of: int = 1
 
 
 @dataclass

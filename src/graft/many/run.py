@@ -7,10 +7,10 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ from torch.optim import Optimizer
 
 from graft import AdapterNotFoundError, ConfigError
 from graft.many.bank import AdapterRow
-from graft.many.draws import Draws
+from graft.many.draws import Draws, States
 from graft.many.flat import FlatParameters, can_flatten, is_step_hooked, order_by_group
 from graft.many.joint import RunBatch
-from graft.many.loader import Batch, Loader, annotate_error
+from graft.many.loader import Loader, annotate_error
 from graft.many.losses import Loss
 
 if TYPE_CHECKING:
@@ -35,6 +35,17 @@ STATES: tuple[str, ...] = ("running", "ended", "stopped", "failed")
 RUNNING, ENDED, STOPPED, FAILED = STATES
 
 
+# settings of an optimizer's group that its state and layout depend on
+FIXED = {
+    "params",
+    "initial_lr",
+    "fused",
+    "foreach",
+    "capturable",
+    "differentiable",
+    "decoupled_weight_decay",
+    "amsgrad",
+}
 WINDOW = "batches_of_this_step"  # a batch may say it, where the end of an epoch leaves fewer
 ELSEWHERE = ("base_model_name_or_path", "revision", "peft_version", "auto_mapping")  # of a config: not of the adapter
 
@@ -45,6 +56,20 @@ class RunOwner(Protocol):
     def __getitem__(self, name: str) -> Run: ...
 
     def save_adapter(self, name: str, folder: str | os.PathLike[str]) -> None: ...
+
+
+class BatchResult(NamedTuple):
+    """The result of a backward pass for one batch of a run.
+
+    Attributes:
+        loss: the value of the loss function, (), detached; undivided and without the loss that the adapter adds.
+        outputs: the tensors that the loss function returned with the loss, detached, such as a number per token.
+        tokens: number of tokens of the batch.
+    """
+
+    loss: Tensor
+    outputs: dict[str, Any]
+    tokens: int
 
 
 class StepRecord(NamedTuple):
@@ -102,6 +127,7 @@ class Run:
     stop: Callable[[Run], bool] | None
     validation: Iterable[object] | None
     every: int | None
+    has_data: bool = True  # False: only `backward` and `step` of the MultiTrain train it
 
     def __post_init__(self) -> None:
         """Set the state of a new run: step 0, running.
@@ -124,8 +150,10 @@ class Run:
         self._row: AdapterRow | None = None  # its place among those that train now
         self._flat: FlatParameters | None = None  # replaces the parameters in the optimizer
         self._can_flatten = can_flatten(self.optimizer, self.parameters)
-        self._sums: list[Tensor | None] | None = None  # of gradients of the step under way, but for the last batch
-        self._saved: tuple[list[Tensor], list[Tensor | None] | None] | None = None  # losses and sums before this round
+        self._sums: list[Tensor | None] | None = None  # gradients of the step under way, unless its row has them
+        self._has_sums_in_row = False
+        # losses, gradients and random states before this round
+        self._saved: tuple[list[Tensor], list[Tensor | None] | None, States] | None = None
         self.unused_batches = 0  # batches of a step that its data had no more for
         self.needs_check = False  # a step, or the end, at which nobody has looked, nor asked `stop`
         self._since = time.perf_counter()
@@ -137,15 +165,22 @@ class Run:
 
     @property
     def joins_next_round(self) -> bool:
-        """Return True if it takes part in the next round: it is running, and has not reached the step `until`."""
-        return self.state == RUNNING and (self.until is None or self.step < self.until)
+        """Return True if it takes part in the next round: it has data, is running, and has not reached `until`."""
+        return self.has_data and self.state == RUNNING and (self.until is None or self.step < self.until)
+
+    @property
+    def is_called(self) -> bool:
+        """Return True if calls train it: it has no data, and has not failed."""
+        return not self.has_data and self.state == RUNNING
 
     @property
     def can_continue(self) -> bool:
-        """Return True if it has ended, and now has more steps to make than when it ended.
+        """Return True if it has ended, and now has more steps to make than when it ended; or has no data.
 
         Runs through their data once cannot.
         """
+        if not self.has_data:
+            return True
         return self.state == ENDED and self.steps is not None and self.step < self.steps and not self.loader.once
 
     @property
@@ -190,6 +225,7 @@ class Run:
         generator's state is noted before every batch. An end of the data drops the step under way and records the
         reason. Without a number from a Trainer a step has `accumulate` batches.
         """
+        before = self.draws.states
         batch = self.loader.next_batch()
         if batch is None:
             self.unused_batches = len(self.losses)
@@ -198,28 +234,49 @@ class Run:
             self.end(ENDED, f"its data ended at step {self.step}{early}{unused if self.unused_batches else ''}")
             self.needs_check = True
             return None
-        self._saved = [*self.losses], self._sums
         self._window = batch.get(WINDOW, self.accumulate)
-        return RunBatch(self.name, batch)
+        return self.begin_batch(RunBatch(self.name, batch, mean_of=self._window), before)
+
+    def begin_batch(self, item: RunBatch, states: States) -> RunBatch:
+        """Return `item`. Notes losses, gradients and these random states for `undo_round`.
+
+        Moves gradients of earlier batches out of the row, which the next pass overwrites.
+        """
+        self.store_gradients()
+        self._saved = [*self.losses], self._sums, states
+        return item
+
+    def store_gradients(self) -> None:
+        """Copy the gradients of the step under way out of the row, if they are there."""
+        if self._has_sums_in_row:
+            self._sums, self._has_sums_in_row = self.row.copy_gradients(), False
 
     def undo_round(self) -> None:
-        """After an error: restore losses and gradients from before the round, and return the batch to the loader.
+        """After an error: restore losses, gradients and random states from before the round, and return the batch to
+        the loader, if there is one.
 
         Nothing happens if the batch has become a step.
         """
         if self._saved is not None:
-            (self.losses, self._sums), self._saved = self._saved, None
-            self.loader.return_batch()
+            self._has_sums_in_row = False
+            (self.losses, self._sums, self.draws.states), self._saved = self._saved, None
+            if self.has_data:
+                self.loader.return_batch()
 
     def finish_round(self) -> None:
         """End the round: `undo_round` does nothing from now on."""
         self._saved = None
 
-    def compute_loss(self, output: object, batch: Batch, auxiliary: Tensor | float = 0.0) -> Tensor:
-        """Return the value to differentiate: the loss of a batch plus `auxiliary`, over the number of batches of a
-        step. A Trainer's loss is already divided.
+    def has_user_loss(self, item: RunBatch) -> bool:
+        """Return True if a function of the user computes the loss of this batch, not the model."""
+        return self.draws_in_loss or item.loss is not None
 
-        A loss given to `add` draws from the run's random states. Its errors get a note with the run's name.
+    def compute_loss(self, output: object, item: RunBatch, auxiliary: Any = 0.0) -> tuple[Tensor, BatchResult]:
+        """Return the value to differentiate: the loss of a batch plus `auxiliary`, over `item.mean_of`; and the result
+        with the loss and 0 tokens. A Trainer's loss is already divided.
+
+        The loss function returns the loss, or (loss, tensors by name). One of the user draws from the run's random
+        states. Errors of it get a note with the run's name.
 
         auxiliary: the loss that the adapter adds.
 
@@ -227,28 +284,33 @@ class Run:
             ConfigError: the loss is no tensor (), or no gradient leads to it.
         """
         try:
-            with self.draws if self.draws_in_loss else nullcontext():
-                loss = self.loss(output, batch)
+            with self.draws if self.has_user_loss(item) else nullcontext():
+                loss: Any = (item.loss or self.loss)(output, item.batch)
         except Exception as error:
             annotate_error(error, f"Run '{self.name}': its loss raised this.")
             raise
+        outputs: Mapping[str, Any] = {}
+        if isinstance(loss, tuple) and len(loss) == 2 and isinstance(loss[1], Mapping):
+            loss, outputs = loss
         if not isinstance(loss, Tensor) or loss.dim():
             fault = f"has the shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"is {loss!r}"
             raise ConfigError(f"Run '{self.name}': its loss {fault}. Return a mean, a tensor ().")
-        value = (loss if self.is_loss_scaled else loss / self._window) + auxiliary / self._window
+        value = (loss if self.is_loss_scaled else loss / item.mean_of) + auxiliary / item.mean_of
         if not value.requires_grad:
             raise ConfigError(
                 f"Run '{self.name}': no gradient leads from its loss to the adapter. Compute it from the output's "
                 "tensors, without detach(), item() or no_grad()."
             )
-        return value
+        outputs = {key: v.detach() if isinstance(v, Tensor) else v for key, v in outputs.items()}
+        return value, BatchResult(loss.detach(), outputs, 0)
 
     def set_row(self, row: AdapterRow | None) -> None:
-        """Take a row among the runs that train now; None: leave it.
+        """Take a row among the runs that train now; None: leave it. Gradients of the step under way are kept.
 
         If the row is in a bank and the optimizer allows it, the optimizer gets vectors in place of its parameters. If
         the row is in no bank, it gets its parameters back for good.
         """
+        self.store_gradients()
         self._row, flat = row, self._flat
         if flat is None:
             if row is not None and row.value is not None and self._can_flatten:
@@ -264,6 +326,13 @@ class Run:
         """Return True if `row` is the row of this run."""
         return self._row is row
 
+    def leave_row(self) -> None:
+        """Leave the row, and give the optimizer its original parameters and their state until the next row."""
+        if self._flat is not None:
+            self._flat.restore_parameters()
+            self._flat = None
+        self.set_row(None)
+
     def _restore_parameters(self) -> None:
         """Give the optimizer its original parameters for good; it is never flattened again."""
         if self._flat is not None:
@@ -278,12 +347,19 @@ class Run:
 
     def record_loss(self, loss: Tensor) -> None:
         """Note the loss of a batch after its backward pass, and add the gradients of the step's earlier batches to the
-        row. If the step needs more batches, copy the sums.
+        row.
         """
         self.losses.append(loss.detach())
         if self._sums is not None:
             self.row.add_gradients(self._sums)
-        self._sums = None if self.is_step_due else self.row.copy_gradients()
+        self._sums, self._has_sums_in_row = None, True
+
+    def load_gradients(self) -> None:
+        """Move the gradients of the step under way into the row, unless they are there."""
+        if not self._has_sums_in_row:
+            self.row.received = [False] * len(self.row.received)
+            self.row.add_gradients(self._sums or ())
+            self._sums, self._has_sums_in_row = None, True
 
     @property
     def is_step_due(self) -> bool:
@@ -294,6 +370,33 @@ class Run:
     def step_loss(self) -> Tensor:
         """The sum of the losses of the step's batches, (); each is divided by their number already."""
         return self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).sum()
+
+    def check_settings(self, settings: dict[str, Any]) -> None:
+        """Raise ConfigError if a setting is none of the optimizer, has different values for groups of its parameters,
+        is the rate that the schedule sets, or has a value that an optimizer of torch refuses.
+        """
+        kind, groups = type(self.optimizer), self.optimizer.param_groups
+        known = groups[0].keys() - FIXED
+        for key in settings:
+            if key not in known:
+                raise ConfigError(
+                    f"Run '{self.name}': its {kind.__name__} has no setting '{key}' to change. It has "
+                    f"{', '.join(sorted(known))}."
+                )
+            if any(group[key] != groups[0][key] for group in groups):
+                raise ConfigError(
+                    f"Run '{self.name}': groups of its parameters have different {key}. Set them in "
+                    "run.optimizer.param_groups."
+                )
+        if "lr" in settings and self.schedule is not None:
+            raise ConfigError(
+                f"Run '{self.name}': its schedule sets lr. Leave lr out, or add the run without schedule."
+            )
+        if settings and kind.__module__.startswith("torch.optim."):
+            try:
+                kind([nn.Parameter(torch.empty(1))], **settings)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"Run '{self.name}': {error}. Pass another value.") from error
 
     def make_step(self, loss: float, norm: float, length: Tensor) -> None:
         """Clip the gradients and make a step of optimizer and schedule, then drop the gradients.
@@ -338,15 +441,16 @@ class Run:
             annotate_error(error, self.fail(why, loss))
             raise
         self.drop_partial_step()
-        self.needs_check = True
+        self.needs_check = self.has_data
         if self.steps is not None and self.step >= self.steps:
             self.end(ENDED, f"{self.step} steps")
 
     def gradients(self) -> list[Tensor | None] | None:
-        """Return by parameter the summed gradients of the step's earlier batches; None if there are none."""
-        if self._sums is None:
+        """Return by parameter the summed gradients of the step under way; None if there are none."""
+        if not self.losses:
             return None
-        sums = {id(p): grad for p, grad in zip(self.bank_order, self._sums)}
+        gradients = self._sums if self._sums is not None else self.row.copy_gradients()
+        sums = {id(p): grad for p, grad in zip(self.bank_order, gradients)}
         return [sums[id(p)] for p in self.parameters]
 
     def restore_partial_step(self, losses: list[Tensor], gradients: list[Tensor | None] | None) -> None:
@@ -356,7 +460,7 @@ class Run:
         self.losses = [loss.to(self.parameters[0].device) for loss in losses]
         if gradients is not None:
             sums = {id(p): None if g is None else g.to(p.device) for p, g in zip(self.parameters, gradients)}
-            self._sums = [sums[id(p)] for p in self.bank_order]
+            self._sums, self._has_sums_in_row = [sums[id(p)] for p in self.bank_order], False
 
     def optimizer_state_dict(self) -> dict[str, object]:
         """Return the optimizer's `state_dict` by original parameter, also while it has vectors."""
@@ -365,7 +469,7 @@ class Run:
 
     def drop_partial_step(self) -> None:
         """Forget losses and gradients of the step under way. `undo_round` does nothing from now on."""
-        self.losses, self._sums, self._saved = [], None, None
+        self.losses, self._sums, self._saved, self._has_sums_in_row = [], None, None, False
 
     def end(self, state: str, why: str) -> None:
         """End the run with a state and the reason; drop the step under way, and note the seconds it ran."""

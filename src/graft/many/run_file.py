@@ -183,7 +183,7 @@ def restore_run(run: Run, model: nn.Module, state: Json, where: str) -> None:
             )
     check_run_contents(run, model, state, path)
     first = state["first"]
-    if first is not None and not run.loader.begins_with(first):
+    if first is not None and run.has_data and not run.loader.begins_with(first):
         raise ConfigError(
             f"Run '{run.name}' in {where} was begun with other data, since the first batch differs. Add it with "
             "the data that it had, drawn by torch's generators only."
@@ -232,7 +232,8 @@ def check_run_contents(run: Run, model: nn.Module, state: Json, path: str) -> No
         "curve": len(state["curve"]) == state["step"] and all(map(make_row_test(4), state["curve"])),
         "valid": all(map(make_row_test(2), state["valid"])),
         "position": state["position"]["taken"] <= (state["step"] + 1) * run.accumulate,  # it may have failed there
-        "losses": len(losses) < run.accumulate and all(loss.shape == () and is_number(loss) for loss in losses),
+        "losses": (len(losses) < run.accumulate or not run.has_data)
+        and all(loss.shape == () and is_number(loss) for loss in losses),
         "gradients": (gradients is not None) == bool(losses) and len(gradients or shapes) == len(shapes) and all(
             g is None or (isinstance(g, Tensor) and g.shape == shape and describe_fault(g) is None)
             for g, shape in zip(gradients or (), shapes)

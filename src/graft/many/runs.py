@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import os
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -36,17 +38,28 @@ from graft.inject.beside import add_task_heads
 from graft.inject.match import Matcher
 from graft.inject.parts import get_registry
 from graft.inject.targets import is_linear
+from graft.io.files import save_adapter as save_adapter_files
+from graft.io.fingerprint import Fingerprint
+from graft.io.save import fingerprint_base
 from graft.many import run_file
 from graft.many.bank import Banks
 from graft.many.claims import Claims
 from graft.many.draws import Draws
 from graft.many.fanout import Fan, are_batches_equal, find_fan
-from graft.many.joint import ForwardArguments, OutputSplitter, RunBatch, divide_passes, find_main_argument, join_batches
+from graft.many.joint import (
+    ForwardArguments,
+    OutputSplitter,
+    RunBatch,
+    divide_passes,
+    find_main_argument,
+    is_target,
+    join_batches,
+)
 from graft.many.loader import Loader, annotate_error, shares_position
 from graft.many.losses import Loss, find_model_loss
-from graft.many.run import RUNNING, STOPPED, Run, ValidationRecord
+from graft.many.run import RUNNING, STOPPED, BatchResult, Run, StepRecord, ValidationRecord
 from graft.many.trainer import TrainerDescription
-from graft.model.checkpoints import save_one_adapter
+from graft.model.checkpoints import file_contents
 from graft.model.registry import check_adapter_name
 
 if TYPE_CHECKING:
@@ -74,7 +87,7 @@ def list_names(names: Iterable[str]) -> str:
 def refuse_within_step(method: F) -> F:
     """Decorate a method of MultiTrain that must not run during a step, in any thread.
 
-    The call holds the lock of steps.
+    The call holds the lock of steps. It waits for calls of other threads, but not for a step of the loop.
     """
 
     known = inspect.signature(method).parameters
@@ -85,7 +98,7 @@ def refuse_within_step(method: F) -> F:
 
         Raises:
             TypeError: an argument is unknown; the text names those of the method.
-            RuntimeError: a step is under way, or another thread has the lock.
+            RuntimeError: a step is under way, in this thread or in the loop of another thread.
         """
         if unknown := kwargs.keys() - known.keys():
             remedy = f"It takes {', '.join([*known][1:]) or 'nothing'}."
@@ -114,10 +127,54 @@ class Step:
     valid: dict[str, float] = field(default_factory=dict)  # by run, of those that looked at their validation data
 
 
+class AdapterSnapshot(NamedTuple):
+    """The copy of an adapter, which later steps do not change.
+
+    `AdapterSlots.load(name, snapshot.tensors, config=snapshot.config)` uses it without a file.
+
+    Attributes:
+        config: of the adapter.
+        tensors: by their names in a file.
+        base: the fingerprint of the base model.
+    """
+
+    config: PeftConfig
+    tensors: dict[str, Tensor]
+    base: Fingerprint
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the adapter to a folder, in the form that `save_pretrained` gives the adapter "default"."""
+        save_adapter_files(os.fspath(folder), self.tensors, self.config, True, self.base)
+
+
+@dataclass(eq=False)
+class BackwardCall:
+    """One call of `MultiTrain.backward`, with its results or its error once `is_done`."""
+
+    batches: dict[str, Mapping[str, Any]]
+    loss: Callable[..., object] | None
+    mean_of: int
+    results: dict[str, BatchResult] = field(default_factory=dict)
+    error: Exception | None = None
+    is_done: bool = False
+
+
 class MultiTrain:
     """Many adapters trained at once on one base. The results of a run do not depend on the other runs.
 
-    Iterate over it for one `Step` at a time, or call `run`.
+    Iterate over it for one `Step` at a time, or call `run`. A run that `add` got no data for is trained by calls, such
+    as those of reinforcement learning:
+
+        add(name, config, optimizer=…, clip=…, seed=…) -> Run
+        backward({name: batch, …}, loss=None, mean_of=1) -> {name: BatchResult}   # gradients add up until `step`
+        gradient_norm(name) -> float
+        step(name, lr=…, …) -> StepRecord                 # one optimizer step, which empties the gradients
+        snapshot(name) -> AdapterSnapshot                 # a copy for a sampler
+        save_run(name, folder), load_run(name, folder)    # the whole state of a run, as `save` writes it
+
+    Any threads may make these calls. A call waits while another is under way; all `backward` calls that wait share
+    passes. The values of a run have the bits of a plain loop that makes its calls alone. The loop makes its passes and
+    steps by the same code. A thread that uses `model` itself, for example to sample, does so `with runs.lock_steps():`.
 
     Args:
         model: the base model, which gets the adapters; or a PeftModel with adapters that may become runs.
@@ -157,8 +214,12 @@ class MultiTrain:
         self._number = 0
         self._lock = threading.RLock()  # held by `lock_steps`
         self._batch_errors: dict[str, Exception] = {}  # by run, the error of its batch in this round
+        self._loss_errors: dict[str, Exception] = {}  # the same, of a loss that the user gave
+        self._results: dict[str, BatchResult] = {}  # by run, of the passes of this round
+        self._waiting: deque[BackwardCall] = deque()  # calls of all threads that no pass has taken yet
         self._is_in_pass = False  # some runs have taken their batch of a round, and others have not
         self._stepping = False
+        self._is_base_checked = False  # a pass has shown that the base draws no random numbers
         self._modes = [(m, m.training) for m in self.base.modules()]
         if not base_in_eval and (drops := find_dropout(self.base, self._find_adapter_modules())):
             raise ConfigError(
@@ -254,7 +315,7 @@ class MultiTrain:
             name: of the run and its adapter.
             config: of the adapter; a copy is used. None: the model has an adapter of this name.
             data: batches, mappings of the model's arguments and labels to tensors; iterated again until the steps are
-                made.
+                made. None: `backward` and `step` train the run, and the loop leaves it out.
             optimizer: makes the optimizer of the adapter's parameters, such as `partial(AdamW, lr=1e-3)`.
             schedule: makes the schedule of the optimizer; it steps after each optimizer step.
             loss: of (the output of the run's rows, its batch), a mean; None: the model's own.
@@ -281,6 +342,7 @@ class MultiTrain:
         if name in self._runs:
             raise AdapterNameError(f"There is a run '{name}' already. Give this one another name.")
         description = None
+        options: dict[str, object]
         if trainer is not None:
             options = dict(
                 data=data, schedule=schedule, loss=loss, clip=clip, steps=steps, accumulate=accumulate, seed=seed
@@ -289,7 +351,10 @@ class MultiTrain:
             description = TrainerDescription(name, trainer)
             seed, accumulate, clip = description.seed, description.accumulate, description.clip
         elif data is None:
-            raise ConfigError(f"Run '{name}' needs data, an iterable of batches, or a trainer.")
+            options = {"steps": steps, "accumulate": accumulate, "stop": stop, "valid": valid, "every": every}
+            if loop_only := [key for key, value in options.items() if value is not ADD_DEFAULTS[key]]:
+                raise ConfigError(f"Run '{name}' has no data, so {', '.join(loop_only)} cannot be used. Pass data.")
+        has_data = data is not None or trainer is not None
         check_settings(name, clip=clip, steps=steps, accumulate=accumulate, every=every)
         if every is not None and (valid is None or isinstance(valid, Iterator)):
             valid_kind = "none" if valid is None else "an iterator, which one look takes to its end"
@@ -325,6 +390,7 @@ class MultiTrain:
                 f"Run '{name}': {cfg.peft_type.value} adds a loss of the call's labels to the model's, and calls "
                 "of MultiTrain have none. Train it without MultiTrain."
             )
+        data = data if has_data else ()
         draws = Draws(seed, data)
         state = None if self.folder is None else run_file.load_run(name, self.folder)
         with draws:
@@ -345,7 +411,7 @@ class MultiTrain:
                 judge = self._find_model_loss(name, needed=valid is not None)
                 loss, loss_name = description.make_loss(self.base, judge), run_file.to_json_value(description.loss_name)
             else:
-                loss = judge = self._find_model_loss(name) if loss is None else loss
+                loss = judge = self._find_model_loss(name, needed=has_data) if loss is None else loss
             with draws:
                 run_optimizer = optimizer(parameters)
                 run_schedule = None if schedule is None else schedule(run_optimizer)
@@ -371,6 +437,7 @@ class MultiTrain:
                 draws_in_loss=drawn,
                 loss_name=loss_name,
                 is_loss_scaled=description is not None,
+                has_data=has_data,
             )
             if state is not None:
                 run_file.restore_run(run, model, state, self.folder or "")
@@ -525,33 +592,57 @@ class MultiTrain:
         while any(run.joins_next_round or run.needs_check for run in self._runs.values()):
             yield self.step()
 
-    @refuse_within_step
-    def step(self) -> Step:
-        """Take a batch of each run that takes part, and make the optimizer steps that are due.
+    @overload
+    def step(self) -> Step: ...
+
+    @overload
+    def step(self, name: str, **settings: Any) -> StepRecord: ...
+
+    def step(self, name: str | None = None, **settings: Any) -> Step | StepRecord:
+        """Without a name: take a batch of each run that takes part, and make the optimizer steps that are due.
 
         After an error, of a loss or a loader, all runs are where they were, except those that made their step before
         it. The next call continues there.
 
+        With the name of a run without data: clip its gradients, make one step of its optimizer and schedule, empty the
+        gradients, and return the record of the step. Waits for calls of other threads.
+
+        Args:
+            settings: of the optimizer, such as `lr=1e-4`, for all its parameters. They hold for later steps, too.
+
         Raises:
-            RuntimeError: another thread is in a step, or a `stop` calls this.
+            RuntimeError: without a name, another thread is in a step, or a `stop` calls this. With a name, the run has
+                no gradients, or has failed.
+            AdapterNotFoundError: there is no such run.
+            ConfigError: the run has data; the optimizer has no such setting, refuses its value, or has several values
+                for it; or `lr` is given and the run has a schedule. Nothing has changed.
+            FloatingPointError: loss or gradient is not finite. The gradients are dropped, and the values stay.
         """
-        if self._stepping:
-            raise RuntimeError("A step is under way. To make the next one, let its `stop` return.")
-        self._stepping = True
-        try:
-            return self._run_round()
-        finally:
-            self._stepping = False
+        if name is not None:
+            with self._lock_call():
+                return self._step_run(name, settings)
+        if settings:
+            raise TypeError(f"MultiTrain.step() takes {list_names(settings)} only with the name of a run. Pass one.")
+        with self.lock_steps():
+            if self._stepping:
+                raise RuntimeError("A step is under way. To make the next one, let its `stop` return.")
+            self._stepping = True
+            try:
+                return self._run_round()
+            finally:
+                self._stepping = False
 
     @contextmanager
-    def lock_steps(self) -> Iterator[None]:
+    def lock_steps(self, waits: bool = False) -> Iterator[None]:
         """Within the block, no other thread can make a step or change the runs.
 
+        Waits while another thread is in such a block.
+
         Raises:
-            RuntimeError: another thread is in such a block, or this thread is within the pass of a step, for example in
-                a loss.
+            RuntimeError: the loop of another thread is in a step, unless `waits`; or this thread is within a pass or a
+                step, for example in a loss.
         """
-        if not self._lock.acquire(blocking=False):
+        if not self._lock.acquire(blocking=waits or not self._stepping):
             raise RuntimeError(f"Another thread has the runs {', '.join(self._runs)}. Let one thread run them.")
         try:
             if self._is_in_pass:
@@ -559,6 +650,179 @@ class MultiTrain:
             yield
         finally:
             self._lock.release()
+
+    @contextmanager
+    def _lock_call(self) -> Iterator[None]:
+        """Within the block, no other thread can make a step or change the runs, and nor can a loss or an optimizer
+        that runs here. Waits while another thread is in such a block, also in a step of its loop.
+
+        Raises RuntimeError if this thread is within a pass or a step.
+        """
+        with self.lock_steps(waits=True):
+            self._is_in_pass = True
+            try:
+                yield
+            finally:
+                self._is_in_pass = False
+
+    def backward(
+        self,
+        batches: Mapping[str, Mapping[str, Any]],
+        loss: Callable[..., object] | None = None,
+        mean_of: int = 1,
+    ) -> dict[str, BatchResult]:
+        """Add the gradients of a batch for each of these runs to those that wait for its `step`. Return the results.
+
+        The batches of this call, and of calls of other threads that wait, share passes. The model is in training mode
+        afterwards.
+
+        Args:
+            batches: by name of a run without data, a mapping of the model's arguments, and of all that the loss needs,
+                to tensors.
+            loss: a function of (the output of the run's rows, its batch). It returns a loss (), or a loss and a dict of
+                tensors, which the result has detached. None: the loss given to `add`, or the model's.
+            mean_of: each loss is divided by this number. 1: gradients of several calls add up to those of the sum;
+                the number of calls: to those of the mean.
+
+        Raises:
+            AdapterNotFoundError: there is no such run.
+            ConfigError: a run has data or no loss; or a batch has no rows, unknown keys, or is no mapping.
+            RuntimeError: a run has failed, or a loss or an optimizer calls this.
+            And the error of the model or a loss. Whatever is raised, all runs of the call are as before it.
+        """
+        if not isinstance(batches, Mapping) or not batches or not all(isinstance(b, Mapping) for b in batches.values()):
+            raise ConfigError(
+                f"backward: batches must be like {{'run': {{'input_ids': …}}}}, got {shorten_text(repr(batches))}."
+            )
+        if type(mean_of) is not int or mean_of < 1 or not (loss is None or callable(loss)):
+            raise ConfigError(f"backward: pass a positive int and a function, got mean_of={mean_of!r}, loss={loss!r}.")
+        call = BackwardCall(dict(batches), loss, mean_of)
+        self._waiting.append(call)
+        try:
+            with self._lock_call():
+                while not call.is_done:  # one of an earlier thread for the same run comes first
+                    self._run_waiting_calls()
+        finally:
+            if call in self._waiting:
+                self._waiting.remove(call)
+        if call.error is not None:
+            raise call.error
+        return call.results
+
+    def _run_waiting_calls(self) -> None:
+        """Make the passes of all waiting calls, except of calls for a run that an earlier one is for.
+
+        Each call gets its results or its error. After an error of this thread, such as an interrupt, all runs are as
+        before, and the calls wait again.
+        """
+        calls, later, names = list[BackwardCall](), list[BackwardCall](), set[str]()
+        for _ in range(len(self._waiting)):
+            call = self._waiting.popleft()
+            (calls if names.isdisjoint(call.batches) else later).append(call)
+            names |= call.batches.keys()
+        self._waiting.extendleft(reversed(later))
+        items = list[RunBatch]()
+        try:
+            for call in calls:
+                try:
+                    added = [self._check_batch(call, name) for name in call.batches]
+                except Exception as error:
+                    call.error = error
+                else:
+                    items += [
+                        self._runs[item.name].begin_batch(item, self._runs[item.name].draws.states) for item in added
+                    ]
+            self._run_backward(items)
+        except BaseException:
+            for item in items:
+                self._runs[item.name].undo_round()
+            self._waiting.extendleft(reversed(calls))
+            raise
+        errors = self._batch_errors | self._loss_errors
+        for call in calls:
+            call.is_done, call.error = True, next((errors[n] for n in call.batches if n in errors), call.error)
+            call.results = {name: self._results[name] for name in call.batches} if call.error is None else {}
+        kept = {name for call in calls if call.error is None for name in call.batches}
+        for item in items:
+            run = self._runs[item.name]
+            run.finish_round() if item.name in kept else run.undo_round()
+
+    def _check_batch(self, call: BackwardCall, name: str) -> RunBatch:
+        """Return the batch of a run in a call. Raises the errors that `backward` describes, before a pass."""
+        run, batch = self._get_called_run(name), call.batches[name]
+        if call.loss is None and run.loss is None:
+            raise ConfigError(f"Run '{name}' has no loss, nor has the model. Pass loss to backward(), or to add().")
+        known = self.arguments
+        if not (call.loss or run.draws_in_loss or known.accepts_any):
+            unknown = [key for key in batch if key not in known.names and not is_target(key)]
+            if unknown:
+                raise ConfigError(
+                    f"Run '{name}': the model and its loss take no {list_names(unknown)}. The model takes "
+                    f"{list_names(known.names)}."
+                )
+        return RunBatch(name, dict(batch), call.loss, call.mean_of)
+
+    def _get_called_run(self, name: str) -> Run:
+        """Return the run of a name, which calls may train.
+
+        Raises:
+            AdapterNotFoundError: there is no such run.
+            ConfigError: it has data.
+            RuntimeError: it has failed.
+        """
+        run = self[name]
+        if run.has_data:
+            raise ConfigError(
+                f"Run '{name}' has data, so its loop trains it. Add it without data to train it by calls."
+            )
+        if run.state != RUNNING:
+            raise RuntimeError(f"{run.why} Load an earlier state by load_run(), or remove the run.")
+        return run
+
+    def _measure_gradients(self, name: str) -> tuple[Run, float, float, Tensor]:
+        """Return a run, its loss, and the norm of its gradients as a number and a tensor. The row has the gradients.
+
+        Raises RuntimeError if there are no gradients, and the errors of `_get_called_run`.
+        """
+        run = self._get_called_run(name)
+        if not run.losses:
+            raise RuntimeError(f"Run '{name}' has no gradients for a step. Call backward() first.")
+        self._assign_rows()
+        run.load_gradients()
+        return run, *self._read_numbers([run])[0]
+
+    def _step_run(self, name: str, settings: dict[str, Any]) -> StepRecord:
+        """Make the step that `step` describes, for one run."""
+        run, loss, norm, length = self._measure_gradients(name)
+        run.check_settings(settings)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            run.drop_partial_step()
+            raise FloatingPointError(
+                f"Run '{name}': loss {loss:g} and gradient norm {norm:g} at step {run.step + 1} are not both finite. "
+                "The gradients are dropped; go on with another batch."
+            )
+        for group in run.optimizer.param_groups:
+            group.update(settings)
+        run.make_step(loss, norm, length)
+        return run.curve[-1]
+
+    def gradient_norm(self, name: str) -> float:
+        """Return the norm of the gradients that wait for the step of a run without data, before they are clipped.
+
+        Waits for calls of other threads. Raises AdapterNotFoundError, ConfigError or RuntimeError as `step`.
+        """
+        with self._lock_call():
+            return self._measure_gradients(name)[2]
+
+    def snapshot(self, name: str) -> AdapterSnapshot:
+        """Return a copy of a run's adapter, after one step and before the next. Waits for calls of other threads.
+
+        Raises AdapterNotFoundError if there is no such run.
+        """
+        with self.lock_steps(waits=True):
+            tensors, config = file_contents(self._peft_model, self[name].name, None, "auto", None)
+            copies = {key: t.detach().clone() for key, t in tensors.items()}
+            return AdapterSnapshot(copy.deepcopy(config), copies, fingerprint_base(self._peft_model, name))
 
     def _run_round(self) -> Step:
         """Make a round and return its `Step`: checks left over from an error, training, then validation and stops.
@@ -597,27 +861,49 @@ class MultiTrain:
         """
         if not going:
             return
-        self._set_mode(True)
         items = [item for run in going if (item := run.take_batch()) is not None]
-        self._assign_rows([run for run in going if run.state == RUNNING])
-        self._batch_errors = {}
-        for joint in divide_passes(self._complete_batches(items), self.arguments, self.at_once, self._note_batch_error):
-            self._run_pass(joint, self._compute_gradients, self._collect_gradients)
+        self._run_backward(items)
+        for error in self._loss_errors.values():
+            raise error
         if self._batch_errors:
-            self._fail_runs(len(self._batch_errors) == len(items))
+            self._fail_runs(len(items))
         due = [run for run in going if run.state == RUNNING and run.is_step_due]
-        if not due:
-            return
-        lengths = self._banks.compute_norms([run.name for run in due])
-        losses = [run.step_loss for run in due]
-        numbers = torch.stack([t.float().to(losses[0].device) for t in (*losses, *lengths)]).tolist()
-        for run, loss, norm, length in zip(due, numbers, numbers[len(due) :], lengths):
+        for run in going:
+            if run not in due:
+                run.store_gradients()
+        for run, (loss, norm, length) in zip(due, self._read_numbers(due)):
             bad = run.fail_if_not_finite(loss, norm)
             if bad is not None:
                 warn(bad, PeftWarning)
                 continue
             run.make_step(loss, norm, length)
             step.losses[run.name] = loss
+
+    def _run_backward(self, items: Sequence[RunBatch]) -> None:
+        """Run joint passes of these batches, of different runs, and add the gradients to the rows of the runs.
+
+        Sets training mode and assigns rows. Fills `_results`, and for batches that failed `_batch_errors` and
+        `_loss_errors`.
+        """
+        self._batch_errors, self._loss_errors, self._results = {}, {}, {}
+        if not items:
+            return
+        self._set_mode(True)
+        self._assign_rows()
+        for joint in divide_passes(self._complete_batches(items), self.arguments, self.at_once, self._note_batch_error):
+            self._run_pass(joint, self._compute_gradients, self._collect_gradients)
+
+    def _read_numbers(self, runs: Sequence[Run]) -> list[tuple[float, float, Tensor]]:
+        """Return for each run the loss of its step, and the norm of the gradients in its row, as a number and a tensor.
+
+        Waits once for the device.
+        """
+        if not runs:
+            return []
+        lengths = self._banks.compute_norms([run.name for run in runs])
+        losses = [run.step_loss for run in runs]
+        numbers = torch.stack([t.float().to(losses[0].device) for t in (*losses, *lengths)]).tolist()
+        return list(zip(numbers, numbers[len(runs) :], lengths))
 
     def _validate_and_stop(self, step: Step) -> None:
         """For runs after a step: measure validation data that is due, call `stop`, and measure again runs that have
@@ -663,11 +949,12 @@ class MultiTrain:
                 run.valid.append(ValidationRecord(run.step, losses[run.name]))
                 step.valid[run.name] = losses[run.name]
 
-    def _assign_rows(self, runs: list[Run]) -> None:
-        """Give each of these runs, which train now, a row in new banks.
+    def _assign_rows(self) -> None:
+        """Give a row in new banks to each run that takes part in the next round, or is trained by calls.
 
         Other runs leave theirs. Nothing happens if all have their rows and the banks are intact.
         """
+        runs = [run for run in self._runs.values() if run.joins_next_round or run.is_called]
         rows = self._banks.rows
         is_assigned = [*rows] == [run.name for run in runs] and all(run.is_on_row(rows[run.name]) for run in runs)
         if is_assigned and self._banks.is_intact():
@@ -699,7 +986,7 @@ class MultiTrain:
             batch = batch | {"decoder_input_ids": make(labels=batch["labels"])}
         for method in dict.fromkeys(get_registry(self._peft_model).surrounding.values()):
             batch = {**method.arguments_of(batch, self.base), **batch}
-        return RunBatch(item.name, batch)
+        return item._replace(batch=batch)
 
     def _complete_batches(self, items: Sequence[RunBatch]) -> list[RunBatch]:
         """Return these batches, completed.
@@ -719,15 +1006,21 @@ class MultiTrain:
         annotate_error(error, f"Run '{item.name}': the model cannot take its batch.")
         self._batch_errors[item.name] = error
 
-    def _fail_runs(self, all_of_them: bool) -> None:
+    def _fail_runs(self, batches: int) -> None:
         """Fail the runs with a batch that the model cannot take, with a warning, and keep each error in `run.error`.
 
-        If all batches of the round are such, raise the first error instead, and no run fails.
+        If all `batches` of the round are such, raise the first error instead, and no run fails. A run without memory
+        for its batch fails always, and keeps no error.
         """
+        refused = {name: error for name, error in self._batch_errors.items() if not is_out_of_memory(error)}
         for name, error in self._batch_errors.items():
-            if all_of_them:
-                raise error
             run = self._runs[name]
+            if name not in refused:
+                text = run.fail(f"one batch needs more memory ({error})", float("nan"))
+                warn(f"{text} Give it smaller batches, and accumulate= for the same step.", PeftWarning)
+                continue
+            if len(refused) == batches:
+                raise error
             text = run.fail(f"the model cannot take its batch ({shorten_text(repr(error))})", float("nan"))
             drop_frames(error)
             run.error = error
@@ -745,7 +1038,7 @@ class MultiTrain:
         After an error random states are restored, and in training gradients dropped.
 
         If memory is short, run the halves one after the other, and lower `at_once` to the tokens of a half. A single
-        batch without enough memory fails its run with a warning.
+        batch without enough memory is noted.
 
         In training, any other error halves them as well, until it comes from a single batch, which is noted. If no
         single batch raises it, warn. In validation other errors are raised with a note, and warnings that are errors
@@ -774,12 +1067,8 @@ class MultiTrain:
             run_draws.states = states
         if torch.is_grad_enabled():
             self._banks.drop_gradients([item.name for item in items])
-        if len(items) == 1 and not memory:
-            self._note_batch_error(items[0], failure)
-            return
         if len(items) == 1:
-            text = self._runs[items[0].name].fail(f"one batch needs more memory ({failure})", float("nan"))
-            warn(f"{text} Give it smaller batches, and accumulate= for the same step.", PeftWarning)
+            self._note_batch_error(items[0], failure)
             return
         half, known = len(items) // 2, len(self._batch_errors)
         if memory:
@@ -791,40 +1080,47 @@ class MultiTrain:
             names = [item.name for item in items]
             warn(f"A pass of {names} raised {shorten_text(repr(failure))}, but no single one did.", PeftWarning)
 
-    def _compute_gradients(self, items: list[RunBatch]) -> tuple[list[Tensor], list[int]] | Exception:
+    def _compute_gradients(self, items: list[RunBatch]) -> list[tuple[Tensor, BatchResult] | Exception]:
         """Run a joint pass and its backward pass; gradients are left in `grad`, and earlier ones dropped.
 
-        Return the losses, and the number of tokens of each batch.
+        Return for each batch the loss and the result.
 
-        If a loss given to `add` raises an error other than of memory, return the error: no smaller pass would help.
+        If a loss of the user raises an error other than of memory, return the error for its batch, which takes no part
+        in the backward pass: no smaller pass would help.
         """
         self._banks.drop_gradients([item.name for item in items])
         with self._share_blocks(items) as fan:
             outputs, tokens = self._run_with_fan(items, fan)
             added = [get_registry(self.model).call.loss_of(item.name) for item in items]
-            runs = [self._runs[item.name] for item in items]
-            losses = list[Tensor]()
-            for run, output, item, more in zip(runs, outputs, items, added):
+            results, losses = list[tuple[Tensor, BatchResult] | Exception](), list[Tensor]()
+            for output, item, more, count in zip(outputs, items, added, tokens):
+                run = self._runs[item.name]
                 try:
-                    losses.append(run.compute_loss(output, item.batch, more))
+                    value, result = run.compute_loss(output, item, more)
                 except Exception as error:
-                    if not run.draws_in_loss or is_out_of_memory(error):
+                    if not run.has_user_loss(item) or is_out_of_memory(error):
                         raise
-                    return error
-            torch.autograd.backward(losses)
-        return losses, tokens
+                    results.append(error)
+                else:
+                    losses.append(value)
+                    results.append((value, result._replace(tokens=count)))
+            if losses:
+                torch.autograd.backward(losses)
+        return results
 
-    def _collect_gradients(self, items: list[RunBatch], result: tuple[list[Tensor], list[int]] | Exception) -> None:
-        """Move the gradients of a pass into the runs' rows, and record each loss and number of tokens.
+    def _collect_gradients(self, items: list[RunBatch], results: list[tuple[Tensor, BatchResult] | Exception]) -> None:
+        """Move the gradients of a pass into the runs' rows, and record each loss and result.
 
-        If the result is an error, raise it.
+        Errors of losses are noted.
         """
-        if isinstance(result, Exception):
-            raise result
         self._banks.collect_gradients([item.name for item in items])
-        for item, loss, count in zip(items, *result):
-            self._runs[item.name].record_loss(loss)
-            self._runs[item.name].tokens += count
+        for item, result in zip(items, results):
+            if isinstance(result, Exception):
+                self._loss_errors[item.name] = result
+                continue
+            run, (loss, self._results[item.name]) = self._runs[item.name], result
+            run.record_loss(loss)
+            run.tokens += result[1].tokens
 
     def _run_with_fan(self, items: Sequence[RunBatch], fan: Fan | None) -> tuple[Sequence[object], list[int]]:
         """Return output and number of tokens of each batch, with the fan.
@@ -864,8 +1160,10 @@ class MultiTrain:
         if torch.is_grad_enabled():
             arguments["adapter_generators"] = {item.name: self._runs[item.name].draws.generator for item in items}
         stacks = self._banks if torch.is_grad_enabled() else None
-        with get_registry(model).call.use_stacks(stacks, copies):
+        # one pass shows whether the base draws random numbers; later on other threads may draw, such as samplers
+        with get_registry(model).call.use_stacks(stacks, copies, may_draw=self._is_base_checked):
             output = model(**arguments, adapter_names=names)
+        self._is_base_checked |= torch.is_grad_enabled()
         if fan is not None and not cut.covers_all_rows(output):
             raise RuntimeError("The output has not all rows of the blocks. Return the model's output as it is.")
         return cut.split(output), [n * length for n, length in zip(cut.rows, cut.lengths)]
@@ -976,6 +1274,8 @@ class MultiTrain:
             ConfigError: `every` is no positive int.
             FolderInUseError, CheckpointError: as `save`, before the first round.
         """
+        if self._runs and not any(run.has_data for run in self._runs.values()):
+            raise ConfigError("run: no run has data. Add one with data, or train them by backward() and step().")
         if type(every) is not int or every < 1:
             raise ConfigError(f"run: every must be a positive int, got {every!r}.")
         if save is not None:
@@ -1010,8 +1310,40 @@ class MultiTrain:
             CheckpointError: the folder of a run, or of the locks, is a symbolic link.
         """
         self.claims.claim(os.fspath(folder), self._runs)
-        for run in self._runs.values():
-            run_file.save_run(run, self._peft_model, os.fspath(folder))
+        for name in self._runs:
+            self.save_run(name, folder)
+
+    def save_run(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Write one run to its file, as `save` does. Waits for calls of other threads.
+
+        Raises AdapterNotFoundError if there is no such run, and the errors of `save`.
+        """
+        with self.lock_steps(waits=True):
+            self.claims.claim(os.fspath(folder), [self[name].name])
+            run_file.save_run(self[name], self._peft_model, os.fspath(folder))
+
+    def load_run(self, name: str, folder: str | os.PathLike[str]) -> Run:
+        """Put a run without data into the state of its file, which `save` or `save_run` wrote. Return the run.
+
+        Values, gradients, optimizer, schedule and random states are overwritten. The run may have failed. Waits for
+        calls of other threads.
+
+        Raises:
+            AdapterNotFoundError: there is no such run.
+            CheckpointError: there is no such file, or it is damaged.
+            ConfigError: the run has data, or the file's run has another config or other settings.
+            BaseModelMismatchError: the file's run has another base. Whatever is raised, the run is as before.
+        """
+        with self.lock_steps(waits=True):
+            run = self[name]
+            if run.has_data:
+                raise ConfigError(f"Run '{name}' has data: MultiTrain.resume() continues it from {folder}.")
+            state = run_file.load_run(name, os.fspath(folder))
+            if state is None:
+                raise CheckpointError(f"{folder} holds no run '{name}'. Pass a folder of MultiTrain.save().")
+            run.leave_row()
+            run_file.restore_run(run, self._peft_model, state, os.fspath(folder))
+            return run
 
     @refuse_within_step
     def save_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
@@ -1020,7 +1352,10 @@ class MultiTrain:
         Raises:
             AdapterNotFoundError: there is no such run.
         """
-        save_one_adapter(self._peft_model, self[name].name, os.fspath(folder))
+        self.snapshot(name).save_pretrained(folder)
+
+
+ADD_DEFAULTS = {key: p.default for key, p in inspect.signature(MultiTrain.add).parameters.items()}
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -1096,8 +1431,7 @@ def check_settings(name: str, **settings: float | None) -> None:
 
 def refuse_trainer_settings(name: str, options: dict[str, object]) -> None:
     """Raise ConfigError for options that differ from their defaults in `MultiTrain.add`, since a Trainer makes them."""
-    defaults = inspect.signature(MultiTrain.add).parameters
-    both = [key for key, value in options.items() if value is not defaults[key].default]
+    both = [key for key, value in options.items() if value is not ADD_DEFAULTS[key]]
     if both:
         raise ConfigError(f"Run '{name}': its trainer sets {', '.join(both)}. Leave that out.")
 

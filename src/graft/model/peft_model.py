@@ -519,7 +519,7 @@ class PeftModel(nn.Module):
         run = Run(inputs, kwargs, own_arguments, rows, generates, shares=shares)
         run.copies = count_copies(registry.model, inputs, kwargs) if generates else 1
         with (
-            forbid_shared_draws(draws),
+            forbid_shared_draws(None if call.context.may_draw else draws),
             call.use_rows(rows, draws),
             self._heads_of(used),
             registry.enter_methods(run) as finish,

@@ -9,8 +9,9 @@ Entry points: `graft.MultiTrain`, which `add` gives runs, and `graft.sweep`, whi
 """
 
 from graft.many.run import BatchResult, Run, StepRecord, ValidationRecord
-from graft.many.runs import AdapterSnapshot, MultiTrain, Step
+from graft.many.runs import MultiTrain, Step
 from graft.many.sweep import Sweep, Trial, sweep
+from graft.model.checkpoints import AdapterSnapshot
 
 __all__ = [
     "AdapterSnapshot",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,6 @@ from graft.inject.beside import add_task_heads
 from graft.inject.match import Matcher
 from graft.inject.parts import get_registry
 from graft.inject.targets import is_linear
-from graft.io.files import save_adapter as save_adapter_files
-from graft.io.fingerprint import Fingerprint
-from graft.io.save import fingerprint_base
 from graft.many import run_file
 from graft.many.bank import Banks
 from graft.many.claims import Claims
@@ -59,7 +56,7 @@ from graft.many.loader import Loader, annotate_error, shares_position
 from graft.many.losses import Loss, find_model_loss
 from graft.many.run import RUNNING, STOPPED, BatchResult, Run, StepRecord, ValidationRecord
 from graft.many.trainer import TrainerDescription
-from graft.model.checkpoints import file_contents
+from graft.model.checkpoints import AdapterSnapshot
 from graft.model.registry import check_adapter_name
 
 if TYPE_CHECKING:
@@ -125,26 +122,6 @@ class Step:
     losses: dict[str, float] = field(default_factory=dict)  # by run, of those that made an optimizer step
     ended: dict[str, str] = field(default_factory=dict)  # why, by run, of those that go on no more
     valid: dict[str, float] = field(default_factory=dict)  # by run, of those that looked at their validation data
-
-
-class AdapterSnapshot(NamedTuple):
-    """The copy of an adapter, which later steps do not change.
-
-    `AdapterSlots.load(name, snapshot.tensors, config=snapshot.config)` uses it without a file.
-
-    Attributes:
-        config: of the adapter.
-        tensors: by their names in a file.
-        base: the fingerprint of the base model.
-    """
-
-    config: PeftConfig
-    tensors: dict[str, Tensor]
-    base: Fingerprint
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the adapter to a folder, in the form that `save_pretrained` gives the adapter "default"."""
-        save_adapter_files(os.fspath(folder), self.tensors, self.config, True, self.base)
 
 
 @dataclass(eq=False)
@@ -820,9 +797,7 @@ class MultiTrain:
         Raises AdapterNotFoundError if there is no such run.
         """
         with self.lock_steps(waits=True):
-            tensors, config = file_contents(self._peft_model, self[name].name, None, "auto", None)
-            copies = {key: t.detach().clone() for key, t in tensors.items()}
-            return AdapterSnapshot(copy.deepcopy(config), copies, fingerprint_base(self._peft_model, name))
+            return AdapterSnapshot.take(self._peft_model, self[name].name)
 
     def _run_round(self) -> Step:
         """Make a round and return its `Step`: checks left over from an error, training, then validation and stops.

@@ -289,6 +289,16 @@ def sample_weight(weight: BaseWeight, together: bool = False) -> list[float] | N
     return [float(f"{v:.5g}") for v in values]
 
 
+def why_other_base(of_file: Fingerprint, now: Fingerprint, common: bool = False) -> str | None:
+    """Return in words how a file's fingerprint differs from `now`, in shapes or sampled values; None if both are of one
+    base. common: compare the weights that both have; all if one does not name its weights.
+    """
+    if common:
+        of_file, now = restrict_to_common(of_file, now) or (of_file, now)
+    differs = describe_difference(of_file, now)
+    return differs if differs or match_values(of_file, now) else "its weights have other values"
+
+
 def match_values(of_file: Fingerprint, now: Fingerprint) -> bool:
     """Return True if the sampled values of two fingerprints agree within 1/128 of the larger, or if one has no sample.
 

@@ -38,7 +38,8 @@ def copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_sealed(path: str, tensors: dict[str, Tensor]) -> None:
-    """Write tensors with their digest to `path`, whole or not at all: an error leaves the old file."""
+    """Write copies of tensors with their digest to `path`, whole or not at all: an error leaves the old file."""
+    tensors = copy_to_cpu(tensors)
     replace_file(path, lambda to: write_safetensors(to, tensors, {"format": "pt", KEY: digest_tensors(tensors)}))
 
 

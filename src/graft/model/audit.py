@@ -64,6 +64,10 @@ class AuditReport:
         """Whether all lists are empty."""
         return not any(getattr(self, name) for name in SECTIONS)
 
+    def count_findings(self) -> dict[str, int]:
+        """Return fault → number of its entries, for the lists that are not empty."""
+        return {fault: len(getattr(self, name)) for name, (fault, _) in SECTIONS.items() if getattr(self, name)}
+
     def __str__(self) -> str:
         """Return the report as text: a line that says after which backward pass, and whether nothing is wrong.
 

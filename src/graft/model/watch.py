@@ -189,7 +189,7 @@ class Watch:
         if BROKEN in [state for _, state in part_states] and not half:
             report.not_finite = [part.label for part, state in part_states if state == BROKEN]
         suspects = [(p, state) for p, state in part_states if state == NONE or (state == ZERO and not trains_rows(p))]
-        if any([state == NONE for _, state in suspects]) and gradients_elsewhere(model, parts):
+        if any([state == NONE for _, state in suspects]) and gradients_elsewhere(model, registry.carriers()):
             return report
         if all([state == NONE for part, state in part_states if not isinstance(part.carrier, ModulesToSaveWrapper)]):
             report.no_gradient = [part.label for part, _ in suspects]
@@ -255,11 +255,11 @@ def trains_rows(part: Part) -> bool:
     return part.carrier.takes_rows or (layer is not None and layer.op.takes_ids)
 
 
-def gradients_elsewhere(model: nn.Module, parts: Iterable[Part]) -> bool:
-    """Return True if a library may have taken gradients away from parameters, or holds them sharded: FSDP, DeepSpeed,
-    Megatron, or an optimizer that steps within the backward pass.
+def gradients_elsewhere(model: nn.Module, carriers: Iterable[Carrier]) -> bool:
+    """Return True if a library may have taken gradients away from active parameters of these carriers, or holds them
+    sharded: FSDP, DeepSpeed, Megatron, or an optimizer that steps within the backward pass.
     """
-    parameters = [p for part in parts for p in part.parameters]
+    parameters = [p for part in find_active_parts(carriers) for p in part.parameters]
     return any(
         not p.numel() or is_sharded(p) or p._post_accumulate_grad_hooks or any(hasattr(p, a) for a in KEPT_ELSEWHERE)
         for p in parameters

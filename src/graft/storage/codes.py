@@ -14,7 +14,7 @@ from graft.core.errors import PeftWarning, warn
 from graft.core.ops import find_op
 from graft.core.site import Store
 from graft.storage.compressed import Compressed
-from graft.storage.dense import NUMBERS, PLAIN, strange_tensor
+from graft.storage.dense import NUMBERS, PLAIN, is_composed, strange_tensor
 from graft.storage.experts import ExpertBlock
 from graft.storage.find import STORES, TENSORS, find_marked_store
 from graft.storage.quantized import Quantized
@@ -137,6 +137,25 @@ def holds_codes(m: nn.Module) -> bool:
     """
     store = STORES.find(type(m))
     return strange_tensor(m, "weight") is not None if store is None else isinstance(store, Quantized)
+
+
+def find_castable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that may get another dtype: numbers of 16 to 64 bits that are no part of a packed weight.
+
+    Of a packed layer only the bias may, and that not if the layer has a tensor composed of others, since it computes in
+    that dtype.
+    """
+    fixed = set[nn.Parameter]()
+    for m in filter(holds_codes, model.modules()):
+        parameters = {name: p for name, p in m._parameters.items() if p is not None}
+        computes_in_one = any(map(is_composed, parameters.values()))
+        fixed |= {p for name, p in parameters.items() if computes_in_one or name != "bias"}
+    return [p for p in model.parameters() if p.dtype in NUMBERS and p not in fixed and type(p).__name__ not in PACKED]
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Return True if the model is marked as quantized (`is_marked`), or a module of it has a packed weight."""
+    return is_marked(model) or any(map(holds_codes, model.modules()))
 
 
 def why_copy_cannot_train(module: nn.Module) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,12 @@ from graft import (
 from graft.config.archives import read_weights
 from graft.config.atomic import replace_file
 from graft.config.base import check_config
-from graft.config.fields import require_sub_config
 from graft.core.errors import join_some
 from graft.core.pieces import check_no_pieces
 from graft.inject.inject import Injection
 from graft.methods.lora.start import EIGENS, GRADIENT, CordaEigens, eigens_of
 from graft.methods.loraxs import STEP
-from graft.methods.sdt import A_LOG, CHANGE, SDT, X_PROJ
+from graft.methods.sdt import A_LOG, CHANGE, X_PROJ
 from graft.model.modes import use_mode
 
 
@@ -147,7 +147,7 @@ def preprocess_corda(
     from tqdm import tqdm
 
     methods = find_linear_methods(model, lora_config, "corda")
-    cfg = require_sub_config(lora_config.corda_config)
+    cfg = cast(CordaConfig, lora_config.corda_config)
     for key, m in methods.items():
         if m.cfg.r > min(m.site.shape):
             raise ConfigError(
@@ -387,7 +387,7 @@ def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn
     if not isinstance(config, SdtConfig):
         raise ConfigError(f"preprocess_sdt prepares a SdtConfig, got a {type(config).__name__}. Pass a SdtConfig.")
     methods = Injection(model, config, method_of(config.peft_type), "default").find().methods
-    ends = [key for key, m in methods.items() if isinstance(m, SDT) and m.mixer is not None]
+    ends = [key for key, m in methods.items() if getattr(m, "mixer", None) is not None]
     mixers = {path: model.get_submodule(path) for path in dict.fromkeys(key.rpartition(".")[0] for key in ends)}
     if not mixers:
         raise ConfigError(f"The config targets no {A_LOG} or {X_PROJ} of a Mamba's mixer. Name them in target_modules.")

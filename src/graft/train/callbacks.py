@@ -14,9 +14,6 @@ from torch.utils.hooks import RemovableHandle
 
 from graft import AuditReport, ConfigError, FineGatesModel, LoraModel, audit
 from graft.inject.parts import get_registry, unwrap_model
-from graft.methods.finegates import sparsity_loss
-from graft.methods.lora.lora import monteclora_loss
-from graft.model.audit import SECTIONS, find_active_parts
 from graft.model.watch import gradients_elsewhere
 
 if TYPE_CHECKING:
@@ -112,11 +109,11 @@ class AdapterLossMixin:
 
     Attributes:
         tuner_class: of the adapters that have such a loss.
-        adapter_loss: returns their loss for a registry.
+        loss_name: of the tuner's function that returns their loss.
     """
 
     tuner_class: type[nn.Module]  # of adapters that have such a loss
-    adapter_loss: Callable[[Any], Tensor | float]  # their loss, of a registry
+    loss_name: str
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, object], return_outputs: bool = False, **kwargs: object
@@ -129,7 +126,7 @@ class AdapterLossMixin:
         if not model.training:
             return result
         kind = type(self)
-        losses = [kind.adapter_loss(get_registry(m)) for m in model.modules() if isinstance(m, kind.tuner_class)]
+        losses = [getattr(m, kind.loss_name)() for m in model.modules() if isinstance(m, kind.tuner_class)]
         loss = sum(losses) / max(1, len(losses)) / count_summed_losses(self, kwargs)
         return (result[0] + loss, result[1]) if return_outputs else result + loss
 
@@ -137,13 +134,13 @@ class AdapterLossMixin:
 class MontecloraTrainerMixin(AdapterLossMixin):
     """Adds MonteCLoRA's loss: `class MontecloraTrainer(MontecloraTrainerMixin, Trainer)`."""
 
-    tuner_class, adapter_loss = LoraModel, staticmethod(monteclora_loss)
+    tuner_class, loss_name = LoraModel, "_get_monteclora_loss"
 
 
 class FineGatesTrainerMixin(AdapterLossMixin):
     """Adds the sparsity loss of FineGates: `class GatesTrainer(FineGatesTrainerMixin, Trainer)`."""
 
-    tuner_class, adapter_loss = FineGatesModel, staticmethod(sparsity_loss)
+    tuner_class, loss_name = FineGatesModel, "_get_finegates_loss"
 
 
 def count_summed_losses(trainer: Any, arguments: dict[str, object]) -> int:
@@ -178,7 +175,7 @@ def audit_trainer_model(model: nn.Module, optimizer: torch.optim.Optimizer, half
     """
     model = unwrap_model(model)
     registry = get_registry(model)
-    elsewhere = registry is not None and gradients_elsewhere(model, find_active_parts(registry.carriers()))
+    elsewhere = registry is not None and gradients_elsewhere(model, registry.carriers())
     report = audit(model, None if elsewhere else optimizer)
     if early:
         waiting = half or optimizer is None or not any([group["lr"] for group in optimizer.param_groups])
@@ -193,11 +190,10 @@ def format_report(report: AuditReport, when: str) -> str:
     """Return a report in one line: the kinds of findings with their numbers, or that nothing is wrong, and the range of
     updates. when: such as "after 3 steps".
     """
-    counts = {name: len(getattr(report, name)) for name in SECTIONS}
     sizes = f"updates are {report.range_of_updates()} of their weights" if report.updates else ""
     if report.ok:
         return f"graft, {when}: nothing is wrong with the adapters" + (f"; {sizes}." if sizes else ".")
-    wrong = ", ".join(f"{SECTIONS[name][0]} ({n})" for name, n in counts.items() if n)
+    wrong = ", ".join(f"{fault} ({n})" for fault, n in report.count_findings().items())
     return f"graft, {when}: {wrong}" + (f"; {sizes}" if sizes else "") + ". print(watch.report) names them."
 
 

@@ -21,11 +21,10 @@ from graft.core.pieces import check_no_pieces
 from graft.inject.inject import attach_module
 from graft.inject.match import minimize_names
 from graft.inject.parts import get_registry
-from graft.inject.survey import Place, survey_model
+from graft.inject.survey import survey_model
 from graft.inject.targets import COMPRESS_FROM
 from graft.methods.lora.eva import Components, distribute_ranks
 from graft.model.modes import use_mode
-from graft.model.registry import Registry
 from graft.storage import find_device_and_dtype
 from graft.train.calibration import check_measured, find_linear_methods
 
@@ -316,7 +315,7 @@ def digest_rows(rows: Tensor) -> tuple[object, ...]:
     return (*rows.shape, rows.dtype, int((words * places).sum()), int(words.sum()))
 
 
-def set_eva_values(registry: Registry, adapter: str, values: dict[str, Tensor]) -> None:
+def set_eva_values(registry: Any, adapter: str, values: dict[str, Tensor]) -> None:
     """Set A of an adapter's layers, with its rank, and describe the result in the config: target_modules, rank_pattern
     and alpha_pattern.
 
@@ -403,7 +402,7 @@ def set_layer_start(layer: AdapterLayer, adapter: str, r: int, alpha: float, A: 
         method.lora_A.weight.data.copy_(A)
 
 
-def remove_from_layer(registry: Registry, layer: AdapterLayer, key: str, adapter: str, places: Iterable[Place]) -> None:
+def remove_from_layer(registry: Any, layer: AdapterLayer, key: str, adapter: str, places: Any) -> None:
     """Remove an adapter from a layer.
 
     If the layer has no other, put its base layer back in all places, and remove it from the registry.

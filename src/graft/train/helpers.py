@@ -16,9 +16,7 @@ from graft import AdapterLayer, PeftWarning
 from graft.core.errors import warn
 from graft.inject.parts import unwrap_model
 from graft.prompts.base import Prompt
-from graft.storage import holds_codes
-from graft.storage.codes import PACKED, dtype_is_fixed, is_marked
-from graft.storage.dense import NUMBERS, is_composed
+from graft.storage.codes import dtype_is_fixed, find_castable_parameters, is_quantized
 
 PROMPT_ENCODERS = ("PrefixEncoder", "PromptEncoder", "PromptEmbedding", "CartridgeEncoder")
 
@@ -34,10 +32,8 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
 
     Codes and scales of packed weights keep their dtype.
     """
-    scales = {p for m in unwrap_model(model).modules() if holds_codes(m) for p in find_fixed_dtype_parameters(m)}
-    for p in model.parameters():
-        if p.dtype in NUMBERS and p not in scales:
-            p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
+    for p in find_castable_parameters(unwrap_model(model)):
+        p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
 
 
 # FSDP
@@ -160,28 +156,16 @@ def prepare_model_for_kbit_training(
             False}.
         auto_clear_cache: give the memory of the replaced weights back to the device.
     """
-    packed = [m for m in unwrap_model(model).modules() if holds_codes(m)]
-    widen = not dtype_is_fixed(model)
-    narrow = {p for m in packed for p in find_fixed_dtype_parameters(m)}
-    for p in model.parameters():
-        p.requires_grad_(False)
-        if widen and p.dtype in HALF and p not in narrow and type(p).__name__ not in PACKED:
+    inner = unwrap_model(model)
+    inner.requires_grad_(False)
+    for p in () if dtype_is_fixed(inner) else find_castable_parameters(inner):
+        if p.dtype in HALF:
             p.data = p.data.to(torch.float32)
     if auto_clear_cache:
         clear_device_cache()
-    if use_gradient_checkpointing and (packed or is_marked(model)):
+    if use_gradient_checkpointing and is_quantized(inner):
         enable_checkpointing(model, gradient_checkpointing_kwargs or {})
     return model
-
-
-def find_fixed_dtype_parameters(m: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a packed layer that keep their dtype: all but the bias.
-
-    The bias is included if the layer has a tensor composed of others, since it computes in that dtype.
-    """
-    parameters = {name: p for name, p in m._parameters.items() if p is not None}
-    fixed = any(map(is_composed, parameters.values()))  # the layer computes in the dtype of that tensor
-    return [p for name, p in parameters.items() if fixed or name != "bias"]
 
 
 def enable_checkpointing(model: nn.Module, options: dict[str, object]) -> None:

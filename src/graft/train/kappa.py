@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from graft import PeftWarning
-from graft.core.carrier import layer_in
 from graft.core.errors import warn
 from graft.inject.survey import survey_model
 from graft.inject.targets import is_linear
@@ -121,7 +120,7 @@ def read_weight(module: nn.Module) -> Tensor | None:
     """
     if not is_linear(module):
         return None
-    layer = layer_in(module)
+    layer = getattr(module, "adapter_layer", None)
     base, store = (module, find_store(module)) if layer is None else (layer.base_layer, layer.store)
     if store.why_unreadable(base, "weight") is not None:
         return None

@@ -3,22 +3,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graft import AdapterLayer, ConfigError, LoraConfig, UnsupportedLayerError, method_of
-from graft.core.folding import EvaluationMode, compute_delta
-from graft.core.random import kaiming_bound
 from graft.inject.parts import get_registry, unwrap_model
 from graft.storage.parallel import layout_of
 
 if TYPE_CHECKING:
     from graft import Method
-    from graft.model.registry import Registry
 
 
 @torch.no_grad()
@@ -53,9 +51,9 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
         registry.taken_in.add(name)
         for layer in layers:
             m: Method = layer.methods[name]
-            with layer.store.bring_in(layer, None), EvaluationMode(layer):
+            with layer.store.bring_in(layer, None):
                 W = layer.W0
-                W = W + compute_delta(layer, m.effect).to(W.dtype)
+                W = W + layer.op.canon(layer.get_delta_weight(name)).to(W.dtype)
             layer.rewrite_base(W)
             layer.drop_rollback()
             reset_factors(m)
@@ -64,7 +62,7 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
                     prune_moment(moment, keep)
 
 
-def find_restartable_adapter(registry: Registry) -> str:
+def find_restartable_adapter(registry: Any) -> str:
     """Return the name of a model's only adapter.
 
     Raises:
@@ -134,7 +132,7 @@ def reset_factors(m: Method) -> None:
     (A, B), ids = m.pair, m.site.op.takes_ids
     drawn, zeros = (B, A) if ids else (A, B)
     values = torch.empty(drawn.shape, device="cpu")
-    bound = kaiming_bound(drawn[0].numel())
+    bound = 1 / math.sqrt(drawn[0].numel())
     drawn.copy_(values.normal_() if ids else values.uniform_(-bound, bound))
     zeros.zero_()
 

@@ -25,7 +25,6 @@ from graft import AdapterKeyError, CheckpointError, ConfigError, DistributedErro
 from graft.config.atomic import make_folder, replace_file
 from graft.config.fields import to_int
 from graft.config.reading import Json
-from graft.core.containers import Slot
 from graft.core.errors import join_some
 from graft.core.random import find_accelerator
 from graft.core.wrappers import strip_inner_wrappers
@@ -33,7 +32,6 @@ from graft.inject.build import assign_values
 from graft.inject.parts import get_registry, unwrap_model
 from graft.io.check import check_tensors
 from graft.io.fingerprint import check_fingerprint as check_fingerprint
-from graft.io.fingerprint import restrict_to_common
 from graft.io.rendezvous import Meeting, exchange_objects, gather_tensors, get_rank, run_on_all
 from graft.io.save import fingerprint_base
 from graft.storage.parallel import find_master_ids, find_whole_shape, gather_master_values, processes, write_whole
@@ -93,7 +91,7 @@ class TrainedTensor(NamedTuple):
 
     tensor: Tensor
     adapter: str | None
-    slot: Slot | None
+    slot: Any
 
     def assign(self, value: Tensor) -> None:
         """Write a whole value into the tensor, in place, whether it is sharded or not. A tensor on meta is replaced."""
@@ -635,8 +633,8 @@ class ResumeJob:
             if adapter not in get_registry(unwrap_model(self.model)).peft_config:
                 continue  # its tensors are missing
             now = fingerprint_base(unwrap_model(self.model), adapter, together=processes() > 1)
-            then, now = restrict_to_common(then, now) or (then, now)  # other targets show in the names of parameters
-            check_base(then, now, f"The training of adapter '{adapter}' in {self.folder}")
+            what = f"The training of adapter '{adapter}' in {self.folder}"
+            check_base(then, now, what, common=True)  # other targets show in the names of parameters
 
     def check_values(self) -> None:
         """Report a mismatch, an error with `strict`, of shapes, of dtypes, and of names that are only here or only in

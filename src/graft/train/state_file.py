@@ -16,12 +16,11 @@ from torch import Generator, Tensor, nn
 
 from graft import BaseModelMismatchError, CheckpointError, ConfigError
 from graft.config.reading import Json, parse_json
-from graft.core.containers import Slot
 from graft.core.errors import shorten_text
 from graft.inject.parts import get_registry
 from graft.io.files import read_safetensors
-from graft.io.fingerprint import Fingerprint, describe_difference, match_values
-from graft.io.tensors import copy_to_cpu, write_sealed
+from graft.io.fingerprint import why_other_base
+from graft.io.tensors import write_sealed
 
 DEEPEST = 100  # lists and dicts inside each other
 TENSOR, PAIRS, TUPLE = "__tensor__", "__pairs__", "__tuple__"  # marks of values that JSON lacks
@@ -33,9 +32,7 @@ def write_state_file(path: str, note_name: str, note: object, tensors: dict[str,
     The note becomes a tensor of bytes named `note_name`.
     """
     text = json.dumps(note).encode()
-    on_cpu = copy_to_cpu(tensors)
-    on_cpu[note_name] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    write_sealed(path, on_cpu)
+    write_sealed(path, tensors | {note_name: torch.frombuffer(bytearray(text), dtype=torch.uint8)})
 
 
 def read_state_file(path: str, note_name: str, what: str) -> tuple[Json, dict[str, Tensor]]:
@@ -57,20 +54,22 @@ def read_state_file(path: str, note_name: str, what: str) -> tuple[Json, dict[st
     return note, tensors
 
 
-def iterate_slots(model: nn.Module, adapter: str) -> Iterator[tuple[str, Slot]]:
+def iterate_slots(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
     """Yield (key, slot) for all tensors of an adapter, parameters and buffers. The key is "carrier.container.path"."""
     for carrier in get_registry(model).parts_of(adapter).carriers():
         for slot in carrier.slots(adapter):
             yield f"{carrier.key}.{slot.container}.{slot.path}", slot
 
 
-def check_base(then: Fingerprint, now: Fingerprint, what: str) -> None:
+def check_base(then: Json, now: Json, what: str, common: bool = False) -> None:
     """Raise BaseModelMismatchError unless two fingerprints are of one base: equal shapes, and equal values where both
-    have them. what: begins the error, such as "The training in x".
+    have them.
+
+    Args:
+        what: begins the error, such as "The training in x".
+        common: compare the weights that both have; all if one does not name its weights.
     """
-    why = describe_difference(then, now)
-    if why is None and not match_values(then, now):
-        why = "its weights have other values"
+    why = why_other_base(then, now, common)
     if why is not None:
         raise BaseModelMismatchError(f"{what} was on another base: {why}. Resume it on the base that it had.")
 

@@ -27,7 +27,7 @@ from graft.inject.beside import RowsLayer, TrainableTokensWrapper
 from graft.inject.job import InjectionJob
 from graft.inject.parts import sort_inside_out
 from graft.inject.stage import find_model_group, synchronize_generators
-from graft.inject.survey import ModuleTree, Place, survey_model
+from graft.inject.survey import ModuleTree, Place, attach_module, survey_model
 from graft.methods import ROWS
 from graft.storage import innermost, prepare_packed
 
@@ -170,18 +170,6 @@ def pause_collector() -> Iterator[None]:
             gc.unfreeze()
         if enabled:
             gc.enable()
-
-
-def attach_module(places: Iterable[Place], module: nn.Module) -> None:
-    """Put `module` into each of the places (parent, name), without `setattr`.
-
-    A parent with torch's fast path of TransformerEncoderLayer gets that switched off, since it would not call the
-    module.
-    """
-    for parent, name in places:
-        if "activation_relu_or_gelu" in parent.__dict__:
-            parent.activation_relu_or_gelu = 0  # type: ignore[assignment]  # torch's fast path in TransformerEncoderLayer would not call the layer
-        parent._modules[name] = module  # setattr would only look the old one up again
 
 
 def nest_layers(places: Iterable[Place], layers: list[AdapterLayer], base: nn.Module) -> None:

@@ -148,6 +148,9 @@ def format_hint(similar: list[tuple[str, int]]) -> str:
     return f"; did you mean {names}?"
 
 
+COMPRESS_FROM = 20
+
+
 def minimize_names(targets: Iterable[str], other_paths: Iterable[str]) -> set[str]:
     """Return few, short suffixes that select all of `targets` and none of `other_paths`.
 

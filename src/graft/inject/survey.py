@@ -207,9 +207,7 @@ def find_inner_uses(kind: type) -> dict[Path, Use]:
         return SOURCES[kind]
     functions: dict[str, FunctionType] = {}
     for cls in kind.__mro__:
-        if not f"{cls.__module__}.".startswith(
-            "torch."
-        ):  # for torch's see `list_read_children`, and `attach_module` in inject.py
+        if not f"{cls.__module__}.".startswith("torch."):  # for torch's see `list_read_children`, and `attach_module`
             for name, value in vars(cls).items():
                 if (function := get_written_function(value)) is not None and not SETS_UP.match(name):
                     functions.setdefault(name, function)
@@ -513,3 +511,21 @@ def make_parameter_site(path: str, module: nn.Module, name: str, tree: ModuleTre
 def get_type_name(module: nn.Module) -> str:
     """Return the class name of a module; for a layer that of its base module."""
     return str(module.site.type_name) if isinstance(module, AdapterLayer) else type(module).__name__
+
+
+def attach_module(places: Iterable[Place], module: nn.Module) -> None:
+    """Put `module` into each of the places (parent, name), without `setattr`.
+
+    A parent with torch's fast path of TransformerEncoderLayer gets that switched off, since it would not call the
+    module.
+    """
+    for parent, name in places:
+        if "activation_relu_or_gelu" in parent.__dict__:
+            parent.activation_relu_or_gelu = 0  # type: ignore[assignment]  # torch's fast path in TransformerEncoderLayer would not call the layer
+        parent._modules[name] = module  # setattr would only look the old one up again
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return True for a linear layer, also beneath an adapter layer."""
+    layer = layer_in(module)
+    return find_op(module).linear if layer is None else layer.op.linear

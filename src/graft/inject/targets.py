@@ -24,9 +24,9 @@ from graft.core.method import Method
 from graft.core.ops import find_op
 from graft.core.site import Site
 from graft.inject.beside import find_saved_entry
-from graft.inject.match import Matcher, TargetNames, find_unmatched, minimize_names
+from graft.inject.match import COMPRESS_FROM, Matcher, TargetNames, find_unmatched, minimize_names
 from graft.inject.report import InjectReport, Skipped
-from graft.inject.survey import ModuleTree, get_site, get_type_name, make_parameter_site, skip_empty_carriers
+from graft.inject.survey import ModuleTree, get_site, get_type_name, is_linear, make_parameter_site, skip_empty_carriers
 from graft.storage import DENSE, ExpertBlock, find_store, innermost
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 DUMMY = "dummy-target-modules"  # inject into no module
 # from this many names on, targets become the shortest suffixes that tell them apart from other modules
-COMPRESS_FROM = 20
 HEAD_NAMES = ("score", "classifier")
 
 
@@ -97,12 +96,6 @@ def list_linear_layers(cfg: PeftConfig, model: object, modules: dict[str, nn.Mod
         if head is None and cfg.task_type == "SEQ_CLS":
             head = next((getattr(model, n) for n in HEAD_NAMES if isinstance(getattr(model, n, None), nn.Module)), None)
     return {key for key, m in modules.items() if is_linear(m) and not is_or_wraps(m, head)}
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Return True for a linear layer, also beneath an adapter layer."""
-    layer = layer_in(module)
-    return find_op(module).linear if layer is None else layer.op.linear
 
 
 def is_or_wraps(module: nn.Module, other: nn.Module | None) -> bool:

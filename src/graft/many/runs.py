@@ -37,7 +37,7 @@ from graft.core.errors import join_some, shorten_text, warn
 from graft.inject.beside import add_task_heads
 from graft.inject.match import Matcher
 from graft.inject.parts import get_registry
-from graft.inject.targets import is_linear
+from graft.inject.survey import is_linear
 from graft.many import run_file
 from graft.many.bank import Banks
 from graft.many.claims import Claims

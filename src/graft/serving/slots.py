@@ -31,9 +31,9 @@ from graft.core.gate import PATIENCE, Gate
 from graft.core.pieces import check_no_pieces
 from graft.core.rows import BASE, count_copies
 from graft.core.site import Site
-from graft.inject.inject import Injection, attach_module
+from graft.inject.inject import Injection
 from graft.inject.parts import find_gate, get_gate, get_registry
-from graft.inject.survey import ModuleTree, survey_model
+from graft.inject.survey import ModuleTree, attach_module, survey_model
 from graft.io.files import LoadedWeights
 from graft.io.save import get_config
 from graft.kernels.waits import move_to_devices

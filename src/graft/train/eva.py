@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from graft import AdapterLayer, CalibrationError, ConfigError, PeftWarning
 from graft.core.errors import join_some, warn
 from graft.core.pieces import check_no_pieces
-from graft.inject.inject import attach_module
-from graft.inject.match import minimize_names
+from graft.inject.match import COMPRESS_FROM, minimize_names
 from graft.inject.parts import get_registry
-from graft.inject.survey import survey_model
-from graft.inject.targets import COMPRESS_FROM
+from graft.inject.survey import attach_module, survey_model
 from graft.methods.lora.eva import Components, distribute_ranks
 from graft.model.modes import use_mode
 from graft.storage import find_device_and_dtype

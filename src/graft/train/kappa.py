@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from graft import PeftWarning
 from graft.core.errors import warn
-from graft.inject.survey import survey_model
-from graft.inject.targets import is_linear
+from graft.inject.survey import is_linear, survey_model
 from graft.storage import find_store
 
 EXPERTS = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")  # ends of names of the fused weights of experts

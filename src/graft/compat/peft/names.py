@@ -20,9 +20,9 @@ HELD: dict[str, str] = {
     "graft.serving.hotswap": "check_hotswap_configs_compatible=check_compatible",
     "graft.combine.rules": "dare_linear dare_ties magnitude_based_pruning=keep_largest magnitude_prune "
     "task_arithmetic=linear ties",
-    "graft.inject.match": "_find_minimal_target_modules=minimize_names",
-    "graft.inject.targets": "DUMMY_TARGET_MODULES=DUMMY INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR "
+    "graft.inject.match": "_find_minimal_target_modules=minimize_names "
     "MIN_TARGET_MODULES_FOR_OPTIMIZATION=COMPRESS_FROM",
+    "graft.inject.targets": "DUMMY_TARGET_MODULES=DUMMY INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR",
     "graft.inject.beside": "TrainableTokensWrapper",
     "graft.model.tasks": "_BaseAutoPeftModel=AutoPeftModel",
     "graft.model.functional": "cast_adapter_dtype check_if_peft_model delete_adapter disable_input_dtype_casting "

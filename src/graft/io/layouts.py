@@ -23,7 +23,7 @@ from graft.core.layer import AdapterLayer
 from graft.core.ops import Opaque
 from graft.inject.experts import OF_EXPERT, ExpertStacks
 from graft.inject.parts import AdapterCarriers, ParameterLayerPaths
-from graft.io.written import StackLayout, find_exchanges, warn_of_doubts
+from graft.io.written import StackLayout
 
 
 def fuse_experts(
@@ -147,7 +147,7 @@ def convert_stack_layouts(
         return tensors
     doubts = set[str]()
     out = tensors | convert_factors(stacks, layout, doubts)
-    warn_of_doubts(doubts, layout, what)
+    layout.warn_of_doubts(doubts, what)
     return out
 
 
@@ -158,7 +158,7 @@ def convert_factors(stacks: Sequence[StackFactors], layout: StackLayout, doubts:
     Adds to `doubts`: "exchanged" or "by_expert" if nothing tells, and "twice" if columns were reordered although
     another package replaced PEFT's `load_adapter`.
     """
-    exchanges, out = find_exchanges({s.a: s.verdict for s in stacks}, layout, doubts), dict[str, Tensor]()
+    exchanges, out = layout.find_exchanges({s.a: s.verdict for s in stacks}, doubts), dict[str, Tensor]()
     for layer, a, b, A, B in stacks:
         n = layer.site.shape[0]
         r = len(A) // n

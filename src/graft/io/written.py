@@ -60,6 +60,59 @@ class StackLayout:
             out = replace(out, **NAMES[name])
         return out
 
+    def find_exchanges(
+        self, stacks: Mapping[str, tuple[bool | None, bool]], doubts: set[str]
+    ) -> dict[str, tuple[bool, bool]]:
+        """Return {stack: (exchanged, by_version)}: whether A and B of a stack are exchanged in a file, and whether only
+        PEFT's version says so. This layout or the stack's shape decide first, then shapes of other stacks of equal
+        modules.
+
+        Args:
+            stacks: {stack: (verdict of its shapes, None if square; whether its module holds (in, out))}.
+            doubts: gets "exchanged" if nothing tells.
+        """
+        by_shape = {kind: {s for s, t in stacks.values() if s is not None and t == kind} for kind in (False, True)}
+        verdicts = {}
+        for key, (shape, transposed) in stacks.items():
+            exchanged, by_version = self.exchanged if shape is None else shape, False
+            if exchanged is None and len(by_shape[transposed]) == 1:
+                (exchanged,) = by_shape[transposed]
+            if exchanged is None:
+                exchanged, by_version = decide_exchange(self.version, transposed)
+                doubts |= set() if by_version else {"exchanged"}
+            verdicts[key] = exchanged, by_version
+        return verdicts
+
+    def warn_of_doubts(self, doubts: set[str], what: str) -> None:
+        """Give one warning for each of the `doubts`, which names the `expert_layout` option that settles it.
+
+        Each text begins with `what`, the adapter and file.
+        """
+        if "exchanged" in doubts:
+            read = "exchanged, as PEFT before 0.18 wrote them" if self.version is None else "as PEFT 0.19.1 writes them"
+            warn(
+                f"{what} has square stacks of experts, and does not tell whether A and B are exchanged: they were "
+                f"read {read}. Pass expert_layout='exchanged' if PEFT before 0.19.1 trained it, 'peft' if a later one "
+                "did.",
+                PeftWarning,
+            )
+        if "twice" in doubts:
+            warn(
+                f"{what}: expert_layout='grouped_by_expert' has put the columns of B in order. PeftModel.load_adapter "
+                f"was replaced by {self.left_to}: if that does so as well, leave expert_layout out.",
+                PeftWarning,
+            )
+        if "by_expert" in doubts:
+            read = "they were read as PEFT writes them"
+            if self.left_to is not None:
+                read = f"that is left to {self.left_to}, which has replaced PeftModel.load_adapter"
+            warn(
+                f"{what} was trained by Unsloth and does not tell the order of the columns of B of stacks of experts: "
+                f"{read}. Pass expert_layout='grouped_by_expert' if Unsloth before September 2026 trained it"
+                + (", 'rank_major' if a later one did." if self.left_to is None else " and that leaves it alone."),
+                PeftWarning,
+            )
+
 
 TODAY = StackLayout()
 
@@ -85,57 +138,3 @@ def decide_exchange(version: str | None, transposed: bool) -> tuple[bool, bool]:
     if ".dev" in version and (0, 18, 0) < release <= (0, 19, 1):  # the changes came between releases
         return False, False
     return release < (0, 19, 1) and (release >= (0, 19, 0) or not transposed), True
-
-
-def find_exchanges(
-    stacks: Mapping[str, tuple[bool | None, bool]], layout: StackLayout, doubts: set[str]
-) -> dict[str, tuple[bool, bool]]:
-    """Return {stack: (exchanged, by_version)}: whether A and B of a stack are exchanged in a file, and whether only
-    PEFT's version says so. The caller's layout or the stack's shape decide first, then shapes of other stacks of equal
-    modules.
-
-    Args:
-        stacks: {stack: (verdict of its shapes, None if square; whether its module holds (in, out))}.
-        doubts: gets "exchanged" if nothing tells.
-    """
-    by_shape = {kind: {s for s, t in stacks.values() if s is not None and t == kind} for kind in (False, True)}
-    verdicts = {}
-    for key, (shape, transposed) in stacks.items():
-        exchanged, by_version = layout.exchanged if shape is None else shape, False
-        if exchanged is None and len(by_shape[transposed]) == 1:
-            (exchanged,) = by_shape[transposed]
-        if exchanged is None:
-            exchanged, by_version = decide_exchange(layout.version, transposed)
-            doubts |= set() if by_version else {"exchanged"}
-        verdicts[key] = exchanged, by_version
-    return verdicts
-
-
-def warn_of_doubts(doubts: set[str], layout: StackLayout, what: str) -> None:
-    """Give one warning for each of the `doubts`, which names the `expert_layout` option that settles it.
-
-    Each text begins with `what`, the adapter and file.
-    """
-    if "exchanged" in doubts:
-        read = "exchanged, as PEFT before 0.18 wrote them" if layout.version is None else "as PEFT 0.19.1 writes them"
-        warn(
-            f"{what} has square stacks of experts, and does not tell whether A and B are exchanged: they were "
-            f"read {read}. Pass expert_layout='exchanged' if PEFT before 0.19.1 trained it, 'peft' if a later one did.",
-            PeftWarning,
-        )
-    if "twice" in doubts:
-        warn(
-            f"{what}: expert_layout='grouped_by_expert' has put the columns of B in order. PeftModel.load_adapter was "
-            f"replaced by {layout.left_to}: if that does so as well, leave expert_layout out.",
-            PeftWarning,
-        )
-    if "by_expert" in doubts:
-        read = "they were read as PEFT writes them"
-        if layout.left_to is not None:
-            read = f"that is left to {layout.left_to}, which has replaced PeftModel.load_adapter"
-        warn(
-            f"{what} was trained by Unsloth and does not tell the order of the columns of B of stacks of experts: "
-            f"{read}. Pass expert_layout='grouped_by_expert' if Unsloth before September 2026 trained it"
-            + (", 'rank_major' if a later one did." if layout.left_to is None else " and that leaves it alone."),
-            PeftWarning,
-        )

@@ -26,7 +26,7 @@ from graft.inject.match import Matcher
 from graft.inject.survey import survey_model
 from graft.inject.targets import ALL_LINEAR, HEAD_NAMES, find_tied_modules, list_linear_layers
 from graft.io.layouts import StackFactors, can_be_stack_factors, convert_factors, rescale_parts, stack_factors
-from graft.io.written import StackLayout, warn_of_doubts
+from graft.io.written import StackLayout
 from graft.methods import METHODS
 from graft.methods.lora.alora import find_last_occurrence
 from graft.methods.trainable_tokens import input_embedding
@@ -196,8 +196,8 @@ class Arranging:
         a, b = target_patterns
         stack = StackFactors(layer, a, b, pair[a], pair[b])
         factors = convert_factors([stack], self.layout, doubts)
-        warn_of_doubts(
-            doubts - self.doubts, self.layout, f"Adapter '{self.adapter}' (load it by PeftModel.from_pretrained)"
+        self.layout.warn_of_doubts(
+            doubts - self.doubts, f"Adapter '{self.adapter}' (load it by PeftModel.from_pretrained)"
         )
         self.doubts |= doubts
         return factors

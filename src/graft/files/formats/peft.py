@@ -34,7 +34,7 @@ from graft.files.tensors import (
     reshape_tensor,
 )
 from graft.io import seal
-from graft.io.written import MARK, StackLayout, find_exchanges, warn_of_doubts
+from graft.io.written import MARK, StackLayout
 
 if TYPE_CHECKING:
     from graft.files.formats import Base
@@ -511,7 +511,7 @@ def exchange_old_factors(out: AdapterFile, layout: StackLayout, base: Base | Non
         doubts.add("by_expert")
     kind = "" if base is None else str(base.config.get("model_type"))
     shapes = {path: (are_exchanged_by_shape(path, stacks, base, kind), kind in TRANSPOSED) for path in stacks}
-    verdicts = find_exchanges(shapes, layout, doubts)
+    verdicts = layout.find_exchanges(shapes, doubts)
     for path, lora in stacks.items():
         if verdicts[path][0]:
             (n, r, fan_in), outs = lora.A.shape, lora.B.shape[1]
@@ -520,7 +520,7 @@ def exchange_old_factors(out: AdapterFile, layout: StackLayout, base: Base | Non
                 B=rearrange_tensor(lora.A, lambda v: v.swapaxes(1, 2), n, fan_in, r),
             )  # fmt: skip
             out.config["peft_version"] = FORMAT_VERSION
-    warn_of_doubts(doubts, layout, out.path)
+    layout.warn_of_doubts(doubts, out.path)
     if base is None and (guessed := [path for path, verdict in verdicts.items() if all(verdict)]):
         warn(
             f"{out.path} is of PEFT {layout.version}, which had A and B of most stacks of experts in each other's "

@@ -136,9 +136,7 @@ class ConfigFile:
         Fields in `DESCRIBING` are left out; no warning if none differs.
         """
         # a save writes all fields of a config: of others, `PeftConfig.from_known_fields` warns
-        names = [
-            n for n in sorted(set(inside) - DESCRIBING) if normalize_value(fields.get(n)) != normalize_value(inside[n])
-        ]
+        names = [n for n in find_differing_fields(fields, inside) if n in inside]
         if names:
             differ = ", ".join(f"{n} ({fields.get(n)!r}, saved with {inside.get(n)!r})" for n in names)
             warn(
@@ -152,6 +150,12 @@ class ConfigFile:
             "weights is used. Save the adapter again: other libraries would combine the two.",
             PeftWarning,
         )
+
+
+def find_differing_fields(a: Json, b: Json) -> list[str]:
+    """Return the names of the fields with different values in two configs, sorted; those in `DESCRIBING` left out."""
+    names = sorted({*a, *b} - DESCRIBING)
+    return [n for n in names if normalize_value(a.get(n)) != normalize_value(b.get(n))]
 
 
 def normalize_value(value: object) -> object:

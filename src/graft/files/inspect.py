@@ -11,8 +11,7 @@ import numpy as np
 
 from graft import BaseModelMismatchError, NonFiniteError
 from graft.config.atomic import replace_file as put_in_place
-from graft.config.file import DESCRIBING, normalize_value
-from graft.config.notes import CONFIG
+from graft.config.file import find_differing_fields
 from graft.config.reading import Json
 from graft.core.errors import join_some
 from graft.files import algebra
@@ -98,7 +97,7 @@ def describe_method(adapter: AdapterFile) -> str:
 def find_writer(adapter: AdapterFile) -> str | None:
     """Return "graft" if the file has graft's metadata, "PEFT 0.x" if its config names a version, or None."""
     version = adapter.config.get("peft_version")
-    if CONFIG in adapter.metadata:
+    if any(key.startswith("graft_") for key in adapter.metadata):
         return "graft"
     return f"PEFT {version}" if version else None
 
@@ -298,9 +297,7 @@ def compare_adapters(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> 
         check_adapter_is_finite(adapter)
         if adapter.has_flat_names and not (a.has_flat_names and b.has_flat_names and a.format == b.format):
             raise make_names_error(adapter)
-    fields = sorted({*a.config, *b.config} - DESCRIBING)
-    values = {f: [a.config.get(f), b.config.get(f)] for f in fields}
-    config = {f: pair for f, pair in values.items() if normalize_value(pair[0]) != normalize_value(pair[1])}
+    config = {f: [a.config.get(f), b.config.get(f)] for f in find_differing_fields(a.config, b.config)}
     modules = [compare_module(path, a.modules[path], b.modules[path]) for path in a.modules if path in b.modules]
     tensors = []
     for kind in ("full", "shared"):
@@ -328,7 +325,7 @@ def list_deciding_fields(a: AdapterFile, b: AdapterFile) -> set[str]:
     """
     fields = {*FIELDS}
     if a.shared or any(isinstance(module, OtherMethod) for module in a.modules.values()):
-        both = {*a.config} & {*b.config} - IN_THE_TENSORS - DESCRIBING
+        both = {*a.config} & {*b.config} - IN_THE_TENSORS
         fields |= {name for name in both if "dropout" not in name and not name.startswith("init_")}
     return fields
 

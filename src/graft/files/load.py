@@ -17,7 +17,6 @@ from torch import nn
 
 from graft import BaseModelMismatchError, LossError, PeftConfig, PeftMixedModel, PeftModel
 from graft.core.errors import join_some
-from graft.core.merging import compute_unmerged_weight
 from graft.files.base import Skeleton
 from graft.files.formats import read
 from graft.files.formats.peft import complete_config, name_tensors
@@ -31,7 +30,6 @@ from graft.files.skeleton import describe_model
 from graft.files.tensors import Tensor
 from graft.inject.experts import ExpertStacks
 from graft.inject.survey import survey_model
-from graft.io.files import LoadedWeights
 from graft.model.checkpoints import AdapterInMemory
 
 
@@ -80,7 +78,7 @@ def load_adapter(
         raise LossError(f"graft has no method for {join_some(lost)} of {adapter.path}. Pass lossy=True for the rest.")
     fields = complete_config(adapter, known)
     config = PeftConfig.resolve(fields["peft_type"])(**{k: v for k, v in fields.items() if k != "peft_type"})
-    pair: Any = AdapterInMemory(config, LoadedWeights(tensors, os.fspath(path)))
+    pair: Any = AdapterInMemory.of(config, tensors, os.fspath(path))
     if not isinstance(model, PeftModel):
         return (PeftMixedModel if mixed else PeftModel).from_pretrained(model, pair, adapter_name, **options)
     model.load_adapter(pair, adapter_name, **options)
@@ -150,7 +148,7 @@ def describe_base_of(model: Any) -> Skeleton:
         out.shapes[plain] = tuple(p.shape)
         if p.device.type != "meta" and p.dtype in NAMES and p.is_floating_point() and type(p.data) is type(p.detach()):
             layer = layers.get(plain.removesuffix(".weight")) if of_layer else None
-            read = (lambda p=p: p.data) if layer is None else partial(compute_unmerged_weight, layer)
+            read = (lambda p=p: p.data) if layer is None else (lambda layer=layer: layer.op.uncanon(layer.W0))
             out.tensors[plain] = Tensor(tuple(p.shape), NAMES[p.dtype], partial(read_weight_bytes, read, plain))
     return out
 

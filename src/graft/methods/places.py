@@ -106,7 +106,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
         op = find_op(module)
         if op.linear:
             linears[path] = op.dims(module)
-    blocks = blocks_in(linears, modules, text_width(getattr(model, "config", None)))
+    blocks = blocks_in(linears, modules, getattr(model, "config", None))
     if not blocks:
         raise NoMatchingPeftModuleError(
             f"{type(model).__name__} has no blocks with an attention and an MLP, by their names. Name the modules in "
@@ -137,19 +137,18 @@ def chosen_blocks(model: nn.Module, layers: Collection[int] | str) -> list[Block
     return blocks
 
 
-def blocks_in(
-    linears: Mapping[str, tuple[int, int]], modules: Collection[str], hidden: int | None = None
-) -> list[Block]:
+def blocks_in(linears: Mapping[str, tuple[int, int]], modules: Collection[str], config: Any = None) -> list[Block]:
     """Return the blocks of a model. A block is a numbered path with an attention and other layers below it.
 
-    Of several lists of blocks, those of width `hidden` come first, of these those that are not for images or sound, of
-    these the longest. Routers do not count.
+    Of several lists of blocks, those of the width of the text come first. Of these, those that are not for images or
+    sound come first, and then the longest. Routers do not count.
 
     Args:
         linears: the sizes (out, in) of its linear layers.
         modules: the paths of all modules.
-        hidden: see `text_width`.
+        config: of the model, which may say the width of its text (`text_width`).
     """
+    hidden = text_width(config)
     linears = {path: sizes for path, sizes in linears.items() if "router" not in path.split(".")}
     attended: set[str] = set()  # paths that end in a number, with an attention below them
     more: set[str] = set()  # such paths with other layers below them

@@ -51,6 +51,11 @@ class AdapterInMemory(NamedTuple):
     config: PeftConfig
     loaded: files.LoadedWeights
 
+    @classmethod
+    def of(cls, config: PeftConfig, tensors: dict[str, Tensor], path: str) -> AdapterInMemory:
+        """Return an adapter of this config with these tensors by PEFT's names. `path` names it in errors."""
+        return cls(config, files.LoadedWeights(tensors, path))
+
 
 def read_checkpoint(
     where: str | os.PathLike[str] | AdapterInMemory,

@@ -61,7 +61,7 @@ def iterate_slots(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
             yield f"{carrier.key}.{slot.container}.{slot.path}", slot
 
 
-def check_base(then: Json, now: Json, what: str, common: bool = False) -> None:
+def check_base(then: Any, now: Any, what: str, common: bool = False) -> None:
     """Raise BaseModelMismatchError unless two fingerprints are of one base: equal shapes, and equal values where both
     have them.
 

@@ -20,7 +20,7 @@ from graft.files.neutral import AdapterFile, OtherMethod
 from graft.files.pickles import from_torch, to_torch
 from graft.files.tensors import Tensor
 from graft.methods.bottleneck import find_embedding_output, of_block
-from graft.methods.places import Block, blocks_in, text_width, walk
+from graft.methods.places import Block, blocks_in, walk
 
 KEY = re.compile(r"(?P<place>.+?)\.adapters\.(?P<name>[^.]+)\.(?P<leaf>.+)")
 INVERTIBLE = re.compile(
@@ -138,7 +138,7 @@ def find_base_blocks(path: str, base: Base | None) -> tuple[list[Block], Base]:
         raise BaseNeededError(f"{path} is for blocks that only a base names. Give the base model (--base).")
     matrices = {key: shape for key, shape in base.shapes.items() if key.endswith(".weight") and len(shape) == 2}
     linears = {key.removesuffix(".weight"): (shape[0], shape[1]) for key, shape in matrices.items()}
-    return blocks_in(linears, list(base.modules), text_width(base.config)), base
+    return blocks_in(linears, list(base.modules), base.config), base
 
 
 def follow_blocks(path: str, blocks: list[Block], base: Base) -> list[Block]:

@@ -211,26 +211,22 @@ def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.We
     Raises:
         CheckpointError: no file of weights, a damaged one, or tensors that differ from graft's digest in it.
     """
-    path = os.path.join(folder, pair.SAFETENSORS)
-    if os.path.isfile(path):
-        with open_file(path) as f:
-            stamp = notes.read_stamp(f.fileno())
-        tensors, metadata = read_header(path)
-        if (saved := metadata.get(seal.KEY)) is not None:
-            seal.check_digest(saved, digest_of(tensors), path)
-        return tensors, metadata, notes.WeightsFile(path, metadata.get(notes.CONFIG), stamp)
-    path = os.path.join(folder, pair.TORCH)
-    if not os.path.isfile(path):
+    paths = [os.path.join(folder, name) for name in (pair.SAFETENSORS, pair.TORCH)]
+    path = next(filter(os.path.isfile, paths), None)
+    if path is None:
         raise CheckpointError(
             f"Can't find weights in {folder}: neither {pair.SAFETENSORS} nor {pair.TORCH} is there"
             f"{describe_whole_model(folder)}."
         )
-    from graft.io.files import read_torch
-
-    loaded = read_torch(path)
     with open_file(path) as f:
-        metadata = notes.read_torch_notes(f)
-    return pickles.convert_tensors(loaded.tensors, path), metadata, loaded.noted or notes.WeightsFile(path, None, None)
+        stamp, metadata = notes.read_stamp(f.fileno()), notes.read_torch_notes(f) if path == paths[1] else {}
+    if path == paths[0]:
+        tensors, metadata = read_header(path)
+    else:
+        tensors = pickles.convert_tensors(pickles.read_torch(path), path)
+    if (saved := metadata.get(seal.KEY)) is not None:
+        seal.check_digest(saved, digest_of(tensors), path)
+    return tensors, metadata, notes.WeightsFile(path, metadata.get(notes.CONFIG), stamp)
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:

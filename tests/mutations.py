@@ -316,9 +316,9 @@ MUTATIONS = [
     ),
     Mutation(
         "resuming: another base",
-        "train/state_file.py",
-        "if why is None and not match_values(then, now):",
-        "if False:",
+        "io/fingerprint.py",
+        'return differs if differs or match_values(of_file, now) else "its weights have other values"',
+        "return differs",
         "tests/train/test_resuming.py",
     ),
     Mutation(

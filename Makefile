@@ -59,7 +59,7 @@ test-slow: $(VENV)/.test
 test-device: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(GRAFT_TESTS_DEVICE),,-p tests.device.simulated) tests/device $(DEVICE)
 
-# these tests and a short benchmark on a GPU of this machine, in out/device-report.json, to send in (docs/devices.md)
+# `graft device-report` and these tests on a GPU of this machine, in out/device-report.json, to send in (docs/devices.md)
 device-report: $(VENV)/.test
 	GRAFT_TESTS_DEVICE=$(or $(GRAFT_TESTS_DEVICE),cuda) $(BIN)/python -m tests.device.report $(REPORT)
 

@@ -78,8 +78,18 @@ def story() -> None:
     torch.testing.assert_close(merged(x), wanted)
 
 
+def check_device() -> None:
+    """`graft device-report` needs no tests: its laws hold for LoRA, on the CPU."""
+    from graft.command import device_checks
+
+    device_checks.METHODS = {"LORA": graft.LoraConfig}
+    results = device_checks.check_device(torch.device("cpu"), print)
+    assert not results["failed"] and not results["skipped"] and results["passed"] == 13, results
+
+
 if __name__ == "__main__":
     warnings.simplefilter("error", graft.PeftWarning)  # nothing here deserves one
     installed()
     story()
+    check_device()
     print(f"graft {graft.__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}: {imports()} modules")

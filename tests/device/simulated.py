@@ -123,6 +123,7 @@ def simulate(waits: Waits) -> ModuleType:
     C._cuda_setDevice = C._cuda_exchangeDevice = C._cuda_maybeExchangeDevice = device.exchange
     cuda._exchange_device = cuda._maybe_exchange_device = device.exchange
     cuda.synchronize = cuda.empty_cache = cuda.ipc_collect = cuda.reset_peak_memory_stats = nothing
+    torch.accelerator.synchronize = nothing
     cuda.memory_allocated = cuda.max_memory_allocated = cuda.memory_reserved = lambda d=None: 0
     cuda.mem_get_info = lambda d=None: (1 << 33, 1 << 34)
     cuda.default_generators = tuple(device.default_generator(i) for i in range(2))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report on a device that `make device-report` writes."""
+"""The reports on a device: that of `graft device-report`, and that of `make device-report` with results of tests."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.device import report
+from graft.command import app, device_checks
 
 ROOT = Path(__file__).parents[2]
 FAILING = """
@@ -43,8 +43,7 @@ def test_a_report_names_what_failed(tmp_path):
     (tmp_path / "test_some.py").write_text(FAILING)
     done, found = written(tmp_path, tmp_path / "test_some.py")
     assert done.returncode == 1, done.stderr
-    assert found["device"] == {"type": "cuda, simulated"} and "benchmark" not in found
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["device"] == {"type": "cuda, simulated"} and "checks" not in found
     tests = found["tests"]
     assert (tests["passed"], tests["skipped"], tests["skipped_tests"]) == (1, ["not now"], 1)
     ((name, text),) = tests["failed"].items()
@@ -54,12 +53,26 @@ def test_a_report_names_what_failed(tmp_path):
 @pytest.mark.skipif(torch.xpu.is_available(), reason="the device is there")
 def test_a_device_that_is_not_there(tmp_path):
     done, found = written(tmp_path, tmp_path, GRAFT_TESTS_DEVICE="xpu")
-    assert done.returncode == 2 and "no device 'xpu'" in done.stderr and found is None
+    assert done.returncode == 3 and "no device 'xpu'" in done.stderr and found is None
 
 
-@pytest.mark.filterwarnings("ignore:::peft")
-def test_the_benchmark_measures_all_three():
-    found = report.benchmark(torch.device("cpu"), layers=1, tokens=4, turns=1)
-    assert len(found) == 4
-    for row in found.values():
-        assert row["waits"] is None and all(row[who] > 0 for who in ("graft", "PEFT", "base"))
+@pytest.mark.filterwarnings("ignore")  # PEFT's, of names and of a tied prefix
+def test_the_command_checks_and_measures_on_a_device(tmp_path, monkeypatch, capsys):
+    """Each law is compared in each dtype; a law that computes something else on the device is named."""
+    monkeypatch.setattr(device_checks, "METHODS", {n: device_checks.METHODS[n] for n in ("LORA", "OFT", "LILY")})
+    monkeypatch.setattr(device_checks.run_benchmark, "__defaults__", (64, 4, 1))
+    monkeypatch.setattr(sys, "argv", ["graft", "device-report", "-o", str(tmp_path / "r.json")])
+    with pytest.raises(SystemExit) as left:
+        app.main()
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert not left.value.code, written["checks"]["failed"]
+    assert written["device"]["type"] == (os.environ.get("GRAFT_TESTS_DEVICE") or "cuda")
+    checks = written["checks"]
+    assert checks["passed"] == 3 * (5 + 4 + 4) - 3 and len(checks["deviations"]) == 13
+    assert checks["skipped"].keys() == {f"LILY merge {dtype}" for dtype in ("float32", "bfloat16", "float16")}
+    assert 0 < checks["deviations"]["backward float32"] < 1e-4
+    assert len(written["benchmark"]) == 4
+    assert all(
+        row.keys() == {"graft", "PEFT", "base"} and min(row.values()) > 0 for row in written["benchmark"].values()
+    )
+    assert "LORA" not in capsys.readouterr().err and str(tmp_path) not in (tmp_path / "r.json").read_text()

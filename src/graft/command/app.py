@@ -40,7 +40,7 @@ CODES: tuple[tuple[type[Exception], int], ...] = (  # the first match counts
 )  # fmt: skip
 MODULES = {  # of this package → its verbs, in the order of `graft --help`
     "look": "inspect diff lint", "change": "resize extract merge convert", "serve": "check export verify",
-    "plan": "plan",
+    "plan": "plan", "device": "device-report",
 }  # fmt: skip
 VERBS = {verb: module for module, verbs in MODULES.items() for verb in verbs.split()}
 
@@ -55,6 +55,7 @@ COMMON = {  # help of parameters that several verbs share
 }
 NAMES = {"as_json": ("--json",), "quiet": ("--quiet", "-q"), "output": ("--output", "-o")}
 LOOK, CHANGE, SERVE, PLAN = "Look at adapters", "Change them", "Have them served", "Before training"  # of `--help`
+DEVICE = "On a GPU"
 HELP = """
 Adapters as files: look at them, compare, change, convert and prove them.
 
@@ -81,12 +82,14 @@ class Result(NamedTuple):
     Attributes:
         document: of --json.
         report: a function that prints the result for people.
-        has_problems: the exit code is 1.
+        has_problems: the command exits with `code`.
+        code: 1, or another exit code.
     """
 
     document: object
     report: Callable[[], None]
     has_problems: bool = False
+    code: int = FOUND
 
 
 def add_verb(panel: str) -> Callable[[Verb], Verb]:
@@ -96,11 +99,13 @@ def add_verb(panel: str) -> Callable[[Verb], Verb]:
     Positional parameters become arguments, and keyword-only parameters become options. Help texts come from the `Args`
     of its docstring, or from COMMON, else they are empty. --json and --quiet are added; a parameter `quiet` is True for
     either of them. The command prints the result's report, its document with --json, or nothing with --quiet. It exits
-    with code 1 if the result has problems.
+    with the result's code if that has problems.
     """
 
     def add(function: Verb) -> Verb:
-        """Build the verb's signature, register it with typer under the function's name, and return the function."""
+        """Build the verb's signature, register it with typer under the function's name, `_` as `-`, and return the
+        function.
+        """
         text, _, described = (getdoc(function) or "").partition("\nArgs:\n")
         texts = COMMON | {
             name: " ".join(words.split())
@@ -113,7 +118,7 @@ def add_verb(panel: str) -> Callable[[Verb], Verb]:
         def run(as_json: bool, quiet: bool, **options: Any) -> None:
             """Call the function, then print its result as JSON, as a report, or not at all (--quiet).
 
-            Exits with code 1 on problems.
+            Exits with the result's code on problems.
             """
             silent = {"quiet": as_json or quiet} if "quiet" in arguments else {}
             result = function(**options, **silent)
@@ -122,11 +127,11 @@ def add_verb(panel: str) -> Callable[[Verb], Verb]:
             elif not quiet:
                 result.report()
             if result.has_problems:
-                raise typer.Exit(FOUND)
+                raise typer.Exit(result.code)
 
         run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        app.command(function.__name__, help=text, rich_help_panel=panel)(run)
+        app.command(function.__name__.replace("_", "-"), help=text, rich_help_panel=panel)(run)
         return function
 
     return add

@@ -18,7 +18,7 @@ LONG = set(Path(__file__).with_name("quick_without.txt").read_text().split())
 # one test in so many of a function runs: all where they take a few milliseconds each and notice much
 SHARES = {
     "tests/conformance/test_together.py": 9, "tests/conformance/test_matrix.py::test_a_default_device": 1,
-    "tests/conformance/": 3,
+    "tests/conformance/test_traces.py": 2, "tests/conformance/": 3,
     "tests/kernels/test_eager.py": 5, "tests/kernels/test_other_kernels.py": 5, "tests/kernels/test_low_rank.py": 5,
     "tests/kernels/": 1,
     "tests/methods/test_adapterhub.py": 8, "tests/methods/test_places.py": 8, "tests/methods/test_reft.py": 3,

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers of every method under every value of its config, as tests/conformance/traces.txt has them.
+
+python -m tests.conformance.traces       write the file anew, after a change that is meant to change them
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import graft
+from graft.config.base import type_hints
+from tests.conformance.samples import CALLED_CELLS, CELLS, Cell
+from tests.models import disturb, seed
+
+FILE = Path(__file__).with_suffix(".txt")
+COMMON = {field.name for field in dataclasses.fields(graft.config.PeftConfig)} | {
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+    "target_parameters", "megatron_core", "progressbar", "layers", "init_r", "total_step",
+}  # fmt: skip
+TEXTS = {  # values of fields whose annotation is only `str`
+    "non_linearity": ["tanh", "gelu", "silu"], "act_fn": ["tanh", "none"], "wavelet_family": ["db2", "sym3", "haar"],
+    "variant": ["road_2", "road_4"], "mask_type": ["other"],
+    "bias": ["all", "{}_only"], "init_lora_weights": ["gaussian", "orthogonal", "pissa_niter_2"],
+}  # fmt: skip
+
+
+def values_of(method: str, name: str, hint: Any, value: Any) -> Iterator[Any]:
+    """Yield a few values of a field other than `value`, by its annotation."""
+    while typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    if name in TEXTS:
+        yield from (text.format(method.lower()) for text in TEXTS[name] if text != value)
+    elif typing.get_origin(hint) is typing.Literal:
+        yield from (v for v in typing.get_args(hint) if v != value)
+    elif typing.get_origin(hint) in (typing.Union, types.UnionType):
+        for part in typing.get_args(hint):
+            yield from values_of(method, name, part, value)
+    elif hint is bool:
+        yield from ({True, False} - {value})
+    elif hint is int and type(value) in (int, type(None)):
+        yield from ([value + 1, 2 * value] if value else [1, 2])
+    elif hint is float and type(value) in (int, float, type(None)):
+        yield from ([value / 2] if value else [0.4])
+
+
+@functools.cache
+def rows() -> dict[str, tuple[Cell, dict[str, Any]]]:
+    """Return each row's cell, and the changes of its config, by name."""
+    table: dict[str, tuple[Cell, dict[str, Any]]] = {}
+    for cell in [c for c in CELLS + CALLED_CELLS if c.store.name == "dense"]:
+        table[f"{cell.sample} {cell.layer}"] = cell, {}
+        first = not cell.sample.label and cell.layer.name in ("embedding", "conv2d-stride", "conv1d", "conv2d-grouped")
+        if (cell.layer.name != "linear" and not first) or cell.sample.method == "LN_TUNING":
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = cell.sample.make()
+        for name, hint in type_hints(type(config)).items():
+            if name not in COMMON or name == "bias":
+                for value in values_of(cell.sample.method, name, hint, getattr(config, name, None)):
+                    table[f"{cell.sample} {cell.layer} {name}={value}"] = cell, {name: value}
+    return table
+
+
+def sizes(tensors: list[Tensor]) -> float:
+    """Return a number that each of these tensors changes: a weighted sum of their mean magnitudes."""
+    return sum(t.detach().double().abs().mean().item() * (1 + i / 9) for i, t in enumerate(tensors) if t.numel())
+
+
+def trace(cell: Cell, changes: dict[str, Any]) -> list[str]:
+    """Return numbers of an adapter: its parameters, outputs and gradients, fresh, trained and merged; or an error."""
+    sample = dataclasses.replace(cell.sample, config={**cell.sample.config, **changes})
+    cell, numbers = dataclasses.replace(cell, sample=sample), []
+    try:
+        model, x = cell.fresh(), cell.inputs()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        numbers += [sum(p.numel() for p in trained), sizes([*trained, *model.buffers()]), sizes([model(x)])]
+        numbers.append(sizes([disturb(model)(x)]))
+        seed(4)
+        y = model.train()(x)
+        y.square().sum().backward()
+        numbers += [sizes([y]), sizes([p.grad for p in trained if p.grad is not None])]
+        model.eval().merge_adapter()
+        numbers.append(sizes([model(x)]))
+    except Exception as error:
+        return [*map(written, numbers), type(error).__name__]
+    return [*map(written, numbers)]
+
+
+def written(number: float) -> str:
+    return f"{number:.5g}"
+
+
+def generator_print() -> list[str]:
+    """Return what this torch draws and decomposes under a seed: where it differs, traces do."""
+    torch.default_generator.manual_seed(5)
+    A = torch.randn(9, 7)
+    drawn = [
+        A,
+        torch.rand(5),
+        torch.randperm(50).float(),
+        nn.init.orthogonal_(torch.empty(5, 5)),
+        torch.linalg.svd(A)[0],
+    ]
+    return [written(t.flatten()[-1].item()) for t in drawn]
+
+
+@functools.cache
+def read() -> dict[str, list[str]]:
+    """Return the words of each row of the file, by name; "=" are those of the config without a change."""
+    table: dict[str, list[str]] = {}
+    for line in FILE.read_text().splitlines():
+        name, _, words = line.rpartition(": ")
+        table[name] = table[plain(name)] if words == "=" else words.split()
+    return table
+
+
+def plain(name: str) -> str:
+    """Return the name of the row of the same cell without changes of its config."""
+    return " ".join(name.split(" ")[:2])
+
+
+def differ(ours: list[str], theirs: list[str]) -> bool:
+    """Return True if two rows have other words, or numbers that differ by more than rounding."""
+    return len(ours) != len(theirs) or any(
+        not math.isclose(float(a), float(b), rel_tol=2e-3, abs_tol=1e-6) if digits(a) and digits(b) else a != b
+        for a, b in zip(ours, theirs)
+    )
+
+
+def digits(word: str) -> bool:
+    """Return True for a number, False for the name of an error."""
+    return not word.endswith("Error")
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    lines = [f"torch: {' '.join(generator_print())}"]
+    table = {name: trace(*row) for name, row in rows().items()}
+    for name, words in table.items():
+        same = name != plain(name) and words == table[plain(name)]
+        lines.append(f"{name}: {'=' if same else ' '.join(words)}")
+    FILE.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

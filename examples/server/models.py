@@ -29,6 +29,13 @@ PATIENCE = 60  # seconds that a load or unload waits for another
 MOST_CHARACTERS = 32  # of a text for each token that the base has a position for
 
 
+def read_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text. Drops the end token that some tokenizers append: an answer continues the text."""
+    ids: list[int] = tokenizer(text).input_ids
+    appended = bool(ids) and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
+    return ids[:-1] if appended else ids
+
+
 class Models:
     """The base, adapters of any methods that act on layers, and the queue of what they are asked.
 
@@ -110,7 +117,7 @@ class Models:
                 raise Refused(f"{self.name} has no tokenizer: give the prompt as a list of token ids.")
             if len(prompt) > MOST_CHARACTERS * self.longest:  # which takes the tokenizer a while
                 raise Refused(f"The prompt's {len(prompt)} characters are too many for {self.longest} tokens.")
-            prompt = self.tokenizer(prompt).input_ids
+            prompt = read_prompt(self.tokenizer, prompt)
         if not prompt or not all(0 <= token < self.vocabulary for token in prompt):
             raise Refused(f"A prompt has at least one token, of 0 to {self.vocabulary - 1}.")
         if len(prompt) + limit > self.longest:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measured parts of docs/reference/methods.md, printed from runs of the comparisons.
+"""The measured parts of docs/reference/measurements.md, printed from runs of the comparisons.
 
 `python -m tests.docs.comparison FILE …` takes the `out/compare.json` that `make compare` wrote, or the `out/texts.json`
 of `make compare-texts`, as the run to show, and draws the page's picture of it anew.
@@ -24,7 +24,7 @@ from graft.model.rates import best_lr, read_searches
 from tests.docs.marks import put
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE, PICTURE = DOCS / "reference" / "methods.md", DOCS / "compare.png"
+PAGE, PICTURE = DOCS / "reference" / "measurements.md", DOCS / "compare.png"
 RESULTS = Path(__file__).parents[2] / "examples" / "compare" / "results.json"
 TEXTS, TEXTS_PICTURE = RESULTS.with_name("texts.json"), DOCS / "compare-texts.png"
 SHOWN = "topics"  # the task of the picture

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.docs.marks import put
 from tests.peft_suite.results import sentences
 
-PAGE = Path(__file__).parents[2] / "docs" / "moving_from_peft.md"
+PAGE = Path(__file__).parents[2] / "docs" / "trainers.md"
 
 
 def page() -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of learning rates in docs/reference/methods.md, from the package and the sources of methods."""
+"""The table of learning rates in docs/reference/measurements.md, from the package and the sources of methods."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 """What pages say of each method, printed from the code: `python -m tests.docs.tables` writes it into them,
 and into README.
 
-Printed anew: the table of docs/reference/methods.md, and the entries of reference/configs.md. A method without a row
+Printed anew: the tables of docs/reference/methods.md and measurements.md, and the entries of reference/configs.md. A method without a row
 in the list of all methods gets one: the first sentence of its config's docstring and the paper that its file names.
 """
 
@@ -24,6 +24,7 @@ from tests.samples.laws import Sample
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, CONFIGS = DOCS / "reference" / "methods.md", DOCS / "reference" / "configs.md"
+MEASUREMENTS = DOCS / "reference" / "measurements.md"
 MARK = "printed by tests/docs/tables.py"
 KINDS = {  # column → layers of the law suite
     "linear": ("linear", "Conv1D"),
@@ -126,7 +127,8 @@ def listed(text: str) -> str:
 def pages() -> dict[Path, str]:
     """The pages as the code has them now."""
     return {
-        PAGE: listed(put(put(PAGE.read_text(), MARK, table()), "rates", rates.table())),
+        PAGE: listed(put(PAGE.read_text(), MARK, table())),
+        MEASUREMENTS: put(MEASUREMENTS.read_text(), "rates", rates.table()),
         CONFIGS: put(CONFIGS.read_text(), MARK, f"\n{entries()}\n"),
     }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measured parts of docs/reference/methods.md and their pictures show the runs in examples/compare."""
+"""The measured parts of docs/reference/measurements.md and their pictures show the runs in examples/compare."""
 
 import json
 

@@ -9,7 +9,7 @@ from graft.methods import ROWS
 from tests.docs import storages, tables
 
 
-@pytest.mark.parametrize("path", [tables.PAGE, tables.CONFIGS], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [tables.PAGE, tables.MEASUREMENTS, tables.CONFIGS], ids=lambda path: path.name)
 def test_what_pages_say_of_each_method_is_printed_from_the_code(path):
     assert path.read_text() == tables.pages()[path], "run python -m tests.docs.tables"
 

@@ -9,7 +9,7 @@ from tests.docs.marks import put
 from tests.trainers import results
 
 DOCS = Path(__file__).parents[2] / "docs"
-SHOWN = {"trainers.md": (results.cases, results.tests), "moving_from_peft.md": (results.figures,)}
+SHOWN = {"trainers.md": (results.figures, results.cases, results.tests)}
 
 
 def pages() -> dict[Path, str]:

@@ -32,6 +32,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    ByT5Tokenizer,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -42,6 +43,7 @@ from transformers import (
 
 import graft
 from examples.server.batches import Batches, Row, Search
+from examples.server.models import read_prompt
 from tests.models import make, seeded
 
 ROOT = Path(__file__).parents[2]
@@ -670,3 +672,10 @@ def test_the_server_runs_from_its_wheel_without_a_clone(folder, tmp_path):
     assert "argument --port: invalid int value" in run("--base", str(folder / "base"), "--port", "any")
     text = (ROOT / "packaging" / "server" / "pyproject.toml").read_text()
     assert f'version = "{graft.__version__}"' in text
+
+
+def test_a_prompt_does_not_end_the_text():
+    assert read_prompt(ByT5Tokenizer(), "ab") == [100, 101] and ByT5Tokenizer()("ab").input_ids == [100, 101, 1]
+    assert read_prompt(ByT5Tokenizer(), "") == []
+    for text in ("ab", "a</s>"):
+        assert read_prompt(bytes_tokenizer(), text) == bytes_tokenizer()(text).input_ids

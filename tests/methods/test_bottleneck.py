@@ -192,7 +192,7 @@ def test_presets_have_the_names_of_their_papers_too(old, new):
 
 
 def test_the_page_lists_the_presets():
-    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "methods.md").read_text()
     assert [name for name in PRESETS if f"`{name}`" not in page] == []
 
 

@@ -241,7 +241,7 @@ def same(a, b):
         "calls of any kind run side by side; a change waits until they have ended (`change_timeout`), and is an "
         "`InUseError` within a call that it would tear"
     ),
-    why="a call sees one state from its beginning to its end: docs/serving.md",
+    why="a call sees one state from its beginning to its end: docs/reference/threads.md",
 )
 @quiet
 @pytest.mark.parametrize(("change", "kind"), CASES, ids=[f"{c}-{k}" for c, k in CASES])

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-from tests.docs.preludes import many_adapters
+"""The base and the lines that README's first block makes."""
 
-fresh_base, loader, valid = many_adapters.fresh_base, many_adapters.loader, many_adapters.valid
+from tests.docs.blocks import ROOT, blocks
+
+exec(blocks(ROOT / "README.md")[0].text, {})

@@ -2,7 +2,7 @@
 """The compat room: `import peft` gives graft, for programs and libraries that are written for PEFT.
 
 Entry points: `install` before the first import of peft, `uninstall`, `is_installed`; for a script, and all processes
-that it starts, `python -m graft.compat.peft script.py`. docs/moving_from_peft.md describes versions and clients.
+that it starts, `python -m graft.compat.peft script.py`. docs/trainers.md describes versions and clients.
 
 - `names.py`: the names in each module of PEFT, as data.
 - `modules.py`: the finder that makes modules called peft, and hands out graft's objects.

@@ -19,8 +19,8 @@ from tests.docs.blocks import ROOT
 from tests.serving.server import answers, serving
 
 PAGE = ROOT / "docs" / "command.md"
-REFERENCE = ROOT / "docs" / "reference" / "command.md"
-PAGES = (PAGE, REFERENCE, ROOT / "docs" / "from_training_to_a_server.md")
+VERBS, REFERENCE = (ROOT / "docs" / "reference" / name for name in ("verbs.md", "command.md"))
+PAGES = (PAGE, VERBS, ROOT / "docs" / "from_training_to_a_server.md")
 PORT = "127.0.0.1:8000"  # of a server on a page
 BLOCK = re.compile(r"```console\n\$ (?P<command>graft [^\n]*)\n(?P<output>.*?)```", re.S)
 
@@ -75,9 +75,9 @@ def filled(text: str, answer: Callable[[str], str]) -> str:
 
 def main() -> None:
     """Fill in all pages, or those whose names are given."""
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder))
-        for page in [p for p in PAGES if p.stem in sys.argv[1:] or len(sys.argv) == 1]:
+    for page in [p for p in PAGES if p.stem in sys.argv[1:] or len(sys.argv) == 1]:
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(Path(folder))
             page.write_text(filled(page.read_text(), lambda command: run(command, Path(folder))))
 
 

@@ -2,8 +2,9 @@
 """What pages say of each method, printed from the code: `python -m tests.docs.tables` writes it into them,
 and into README.
 
-Printed anew: the tables of docs/reference/methods.md and measurements.md, and the entries of reference/configs.md. A method without a row
-in the list of all methods gets one: the first sentence of its config's docstring and the paper that its file names.
+Printed anew: the tables of docs/reference/methods.md and measurements.md, and the entries of reference/configs.md.
+A method without a row in the list of all methods gets one: the first sentence of its config's docstring and the paper
+that its file names.
 """
 
 from __future__ import annotations

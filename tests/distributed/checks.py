@@ -316,19 +316,29 @@ def merges(layout: str, folder: str) -> None:
 @pytest.mark.differs(
     "an adapter that is to train, injected after FSDP has wrapped the model",
     peft="trains on each process by itself, silent",
-    graft="`DistributedError` at injection",
+    graft="trains as on one process after `fully_shard`; `DistributedError` at injection with FSDP1",
 )
 def comes_late(layout: str, folder: str) -> None:
-    """An adapter that comes after wrapping acts, and does not train."""
+    """An adapter that comes after wrapping acts; it trains as on one process under FSDP2, and elsewhere not at all."""
     wrapped = LAYOUTS[layout](with_method("LORA"))
-    if layout.startswith("fsdp"):
-        refused(graft.DistributedError, "before fully_shard", lambda: wrapped.peft.add_adapter("b", CONFIGS["LORA"]()))
+    if layout.startswith("fsdp1"):
+        text = "before FullyShardedDataParallel"
+        refused(graft.DistributedError, text, lambda: wrapped.peft.add_adapter("b", CONFIGS["LORA"]()))
         assert list(wrapped.peft.peft_config) == ["default"]
     wrapped.peft.load_adapter(alone("LORA", folder)[2], "b")
     wrapped.peft.set_adapter("b")
     wrapped.outer.eval()
     close(logits(wrapped.outer), logits(trained("LORA", folder).eval()), 1e-5)
     wrapped.outer.train()
+    if layout.startswith("fsdp2"):
+        one = LAYOUTS["single"](trained("LORA", folder))
+        wrapped.optimizer = wrapped._optimizer()
+        for _ in range(2):
+            loss = one.step(batch())
+            assert abs(mean(wrapped.step(batch(dist.get_rank(), dist.get_world_size()))) - loss) <= 1e-6 * abs(loss)
+        for (_, a), (_, b) in zip(one.peft.adapter_parameters("default"), wrapped.peft.adapter_parameters("b")):
+            close(a, b, 1e-5)
+        return
     refused(graft.DistributedError, "did not see", lambda: wrapped.step(batch(dist.get_rank(), dist.get_world_size())))
 
 

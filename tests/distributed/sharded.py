@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import graft
-from graft.core.errors import DistributedError, UnsupportedLayerError
+from graft.core.errors import UnsupportedLayerError
 from tests.distributed.tensor_parallel import held, refused, same_on_all, write_llama
 from tests.families import IDS, base
 from tests.models import seeded
@@ -27,7 +27,7 @@ PROMPTS: dict[str, Callable[[], Any]] = {
     "MULTITASK_PROMPT_TUNING": lambda: graft.MultitaskPromptTuningConfig(**T, num_tasks=2),
     "CARTRIDGE": lambda: graft.CartridgeConfig(**T),
     "CPT": lambda: graft.CPTConfig(
-        task_type="CAUSAL_LM", cpt_token_ids=[1, 2, 3], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 3]
+        task_type="CAUSAL_LM", cpt_token_ids=[1, 2, 3], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 4]
     ),
 }
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -59,35 +59,45 @@ def names(model: nn.Module) -> list[tuple[str, bool]]:
     return [(name, p.requires_grad) for name, p in model.named_parameters()]
 
 
+def trains_alike(model: Any) -> None:
+    """Processes with seeds and batches of their own begin and end with one adapter."""
+    same_on_all(held(model))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = held(model)
+    for step in range(3):
+        with seeded(10 * step + dist.get_rank()):
+            own = torch.randint(41, (2, 6))
+        tasks = {"task_ids": torch.zeros(2, dtype=torch.int64)} if model.peft_type == "MULTITASK_PROMPT_TUNING" else {}
+        model(input_ids=own, labels=own, **tasks).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    same_on_all(held(model))
+    assert any(not torch.equal(before[name], t) for name, t in held(model).items())
+
+
 def prompt_after_sharding(folder: Path, name: str) -> None:
-    """A prompt that trains is refused, and leaves the base as it was; one that acts alone loads."""
+    """A prompt on a base in parts is equal on all processes, and stays so; also one that was loaded to act alone."""
     for whole in (True, False):
-        model = sharded(folder, whole)
-        before = names(model)
-        for act in (graft.get_peft_model, graft.plan):
-            refused(partial(act, model, PROMPTS[name]()), DistributedError, "before fully_shard", "'default'")
-        assert names(model) == before and not hasattr(model, "peft_config")
+        torch.manual_seed(dist.get_rank())
+        trains_alike(graft.get_peft_model(sharded(folder, whole), PROMPTS[name]()).train())
     path = folder / name
     if dist.get_rank() == 0:
         one = AutoModelForCausalLM.from_pretrained(folder / "llama")
         graft.get_peft_model(one, PROMPTS[name]()).save_pretrained(path)
     dist.barrier()
-    loaded: Any = graft.PeftModel.from_pretrained(model, path)
+    loaded: Any = graft.PeftModel.from_pretrained(sharded(folder), path)
     assert not any(p.requires_grad for n, p in loaded.named_parameters() if "prompt_encoder" in n)
     if name == "PROMPT_TUNING":
         loaded.train().set_requires_grad("default")
-        refused(lambda: loaded(input_ids=ids(), labels=ids()).loss.backward(), DistributedError, "before fully_shard")
+        trains_alike(loaded)
 
 
 def layers_beside_units(folder: Path) -> None:
-    """A layer that FSDP2 left alone, of a model of which it has others, gets no adapter that trains."""
+    """Layers that FSDP2 left alone, of a model of which it has others, have equal adapters as well."""
     for more in ({}, {"modules_to_save": ["lm_head"]}):
+        torch.manual_seed(dist.get_rank())
         model = sharded(folder, whole=False)
-        config = partial(graft.LoraConfig, target_modules=["embed_tokens"], **more)
-        before = names(model)
-        refused(partial(graft.get_peft_model, model, config()), DistributedError, "before fully_shard")
-        assert names(model) == before
-    graft.get_peft_model(model, config(inference_mode=True))
+        trains_alike(graft.get_peft_model(model, graft.LoraConfig(target_modules=["embed_tokens"], **more)).train())
 
 
 def expert_parallel(**more: Any) -> Any:
@@ -129,6 +139,6 @@ def experts_in_parts() -> None:
 def checks(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     write_llama(folder)
     for name in PROMPTS:
-        yield f"refuses {name}", partial(prompt_after_sharding, folder, name)
-    yield "refuses layers beside units", partial(layers_beside_units, folder)
+        yield f"trains {name}", partial(prompt_after_sharding, folder, name)
+    yield "trains layers beside units", partial(layers_beside_units, folder)
     yield "refuses experts", experts_in_parts

@@ -8,7 +8,7 @@ from tests.distributed.sharded import PROMPTS
 from tests.leaves_out import FSDP2_ON_CPUS
 
 pytestmark = FSDP2_ON_CPUS
-NAMES = [*(f"refuses {name}" for name in PROMPTS), "refuses layers beside units", "refuses experts"]
+NAMES = [*(f"trains {name}" for name in PROMPTS), "trains layers beside units", "refuses experts"]
 
 
 @pytest.fixture(scope="module")

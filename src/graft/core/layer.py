@@ -348,12 +348,13 @@ class AdapterLayer(PeftNames, Host):
         (offloaded).
         """
         bias = getattr(self.base_layer, "bias", None)
-        as_it_is = bias is None or (self.site.piece is None and not bias.is_meta)  # False: in pieces, or offloaded
+        cut = self.store.in_parts or self.site.piece is not None
+        as_it_is = bias is None or not (cut or bias.is_meta)  # False: in pieces, or offloaded
         return bias if as_it_is else self.store.read(self.base_layer, "bias")
 
     def write_bias(self, bias: Tensor) -> None:
         """Overwrite the values of the base layer's bias: by the store if each process has a piece, else in place."""
-        if self.site.piece is None:
+        if self.site.piece is None and not self.store.in_parts:
             self.base_layer.bias.data.copy_(bias)
         else:
             self.store.write(self.base_layer, "bias", bias, False)

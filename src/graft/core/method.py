@@ -589,6 +589,7 @@ class Tuner(Protocol):
     starts: dict[str, Any]  # notes of first values, by adapter
     trained: set[str]
     watch: Any
+    averager: Any
     in_ddp: bool
 
     @property

@@ -21,6 +21,7 @@ class Store(Protocol):
 
     name: str
     live: bool  # `read` gives the tensor itself, and the core may add to it in place
+    in_parts: bool  # this process has a part of each tensor of the module, the bias too
     exact: bool  # writing and reading back loses nothing, so that subtraction takes an update out again
 
     def why_unreadable(self, m: nn.Module, name: str) -> str | None:

@@ -113,7 +113,7 @@ def build_carriers(job: InjectionJob) -> None:
     checkpoint. Call it after `resolve_job`. The model stays as it is, except that packed biases become Parameters.
     Corrects `fan_in_fan_out` in the config, with a warning.
 
-    With a process group that computes the model in pieces, all its processes get equal values. On any error
+    With a team of processes that hold one model together, all of them get equal values. On any error
     `job.undo()` takes everything back before the error continues.
 
     Raises:
@@ -147,8 +147,8 @@ def build_carriers(job: InjectionJob) -> None:
             assign_values(job.parts, job.adapter, values.match_entries(job.parts, job.adapter))
         elif related := [layer for layer in job.layers.values() if layer.methods[job.adapter].lenders]:
             share_lent_tensors(related, job.adapter)
-        if job.group is not None:
-            synchronize_tensors(job.parts, job.adapter, job.group, values is not None)
+        if job.team is not None:
+            synchronize_tensors(job.parts, job.adapter, job.team, values is not None)
         for method in job.methods.values():
             if method.source is not None:
                 method.tie_to_embedding(method.source)

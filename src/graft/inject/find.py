@@ -33,7 +33,7 @@ from graft.inject.experts import UnreachedTargets
 from graft.inject.job import InjectionJob
 from graft.inject.match import WHY, Matcher, Verdict, find_unmatched, format_hint
 from graft.inject.report import InjectReport, Skipped
-from graft.inject.stage import add_remote_sites, find_absent_modules
+from graft.inject.stage import ProcessTeam, add_remote_sites, find_absent_modules
 from graft.inject.survey import (
     ModuleTree,
     get_site,
@@ -72,7 +72,7 @@ def resolve_job(job: InjectionJob) -> None:
     Raises:
         NoMatchingPeftModuleError: no module matches.
         UnsupportedLayerError, ConfigError: the adapter cannot adapt a target, a head or token rows.
-        DistributedError: the adapter would train on a model that FSDP manages.
+        DistributedError: the adapter would train on a model that FSDP1 manages.
     """
     tree, cfg, method, adapter, model = job.tree, job.cfg, job.method, job.adapter, job.model
     tree.ops = getattr(cfg, "_custom_modules", None) or {}
@@ -116,8 +116,8 @@ def resolve_job(job: InjectionJob) -> None:
     variant.split_budget([m.matrix_method for m in (*in_order, *(job.methods[key] for key in tied))])
     check_sites(job.methods, tree, job.mixed)
     trains = not cfg.inference_mode and (job.options.values is None or job.options.values.names)
-    if trains and dist.is_available() and dist.is_initialized():
-        check_not_fsdp(tree.modules.items(), adapter)
+    if trains:
+        check_not_fsdp1(tree.modules.items(), adapter, job.team)
     if in_order and in_order[0].layer_keys:
         assign_lenders(in_order)
     names, heads = getattr(cfg, "modules_to_save", None), job.options.heads
@@ -301,19 +301,23 @@ def why_not_parallel(method: Method) -> str | None:
     return why
 
 
-def check_not_fsdp(modules: Iterable[tuple[str, nn.Module]], adapter: str) -> None:
-    """Raise DistributedError if FSDP manages one of the modules, since no process would average the gradients of a new
-    adapter.
+def check_not_fsdp1(modules: Iterable[tuple[str, nn.Module]], adapter: str, team: ProcessTeam | None) -> None:
+    """Raise DistributedError if FSDP1 manages one of the modules, since no process would average the gradients of a new
+    adapter. Without a process group, and with a base that FSDP2 has sharded, nothing is checked.
 
     Args:
         modules: all modules of the model, with their paths.
+        team: the processes that hold the model together.
     """
+    is_sharded = team is not None and team.sharding is not None
+    if is_sharded or not (dist.is_available() and dist.is_initialized()):
+        return
     key = next((key for key, module in modules if MANAGED in module.__dict__), None)
     if key is not None:
         raise DistributedError(
-            f"Adapter '{adapter}' would train on a model with FSDP around '{key}' already: nobody would average its "
-            "gradients. Inject adapters before fully_shard (or FullyShardedDataParallel); for inference set "
-            "inference_mode=True."
+            f"Adapter '{adapter}' would train on a model with FullyShardedDataParallel around '{key}' already: nobody "
+            "would average its gradients. Inject adapters before FullyShardedDataParallel, or use fully_shard; for "
+            "inference set inference_mode=True."
         )
 
 

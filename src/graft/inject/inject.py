@@ -26,7 +26,7 @@ from graft.inject import build, find
 from graft.inject.beside import RowsLayer, TrainableTokensWrapper
 from graft.inject.job import InjectionJob
 from graft.inject.parts import sort_inside_out
-from graft.inject.stage import find_model_group, synchronize_generators
+from graft.inject.stage import draw_alike, find_team
 from graft.inject.survey import ModuleTree, Place, attach_module, survey_model
 from graft.methods import ROWS
 from graft.storage import innermost, prepare_packed
@@ -42,19 +42,21 @@ class Injection(InjectionJob):
         """Put the adapter on the model, in place, inactive and frozen. Return this injection.
 
         Waits until no call of the model runs. Copies the completed config into the caller's. The garbage collector
-        pauses meanwhile. Gathered warnings come just before the commit. If processes compute the model in pieces, their
-        random generators are synchronized first. An error or a warning turned into one undoes everything.
+        pauses meanwhile. Gathered warnings come just before the commit. If processes hold the model together, they draw
+        as the first does. Those of a sharded base wait for each other. An error or a warning turned into one undoes
+        everything.
 
         Raises:
+            DistributedError: a process of a sharded base does not come, or with another adapter.
             NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: the model is as it was before the call.
         """
         with self.restructure_model():
             with pause_collector(), gather_warnings() as say:
                 self.find()
-                if self.several and (group := find_model_group(self.tree.modules.values())) is not None:
-                    synchronize_generators(group)
-                    self.group = group
-                build.build_carriers(self)
+                if self.team is not None:
+                    self.team.meet(self.adapter, self.cfg, [*self.methods, *self.beside])
+                with draw_alike(self.team):
+                    build.build_carriers(self)
             try:
                 say()
                 with self.call.gate.change("a change", ()):  # waits until no call of the model runs
@@ -71,6 +73,7 @@ class Injection(InjectionJob):
 
         Return this injection. The model and the caller's config stay as they are. Raises the errors of `resolve_job`.
         """
+        self.team = find_team(self.model.modules())  # before stores are found, which depend on it
         self.tree = self.tree or survey_model(self.model)
         self.cfg = copy.copy(self.config)
         with nullcontext() if self.steps is None else self.steps.swap_config(self):

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
@@ -19,6 +18,7 @@ from graft.core.site import Site
 from graft.inject.beside import Head, describe_trained_module
 from graft.inject.parts import AdapterCarriers
 from graft.inject.report import InjectReport, Matched
+from graft.inject.stage import ProcessTeam
 from graft.inject.survey import ModuleTree, Wrapper
 from graft.methods.trainable_tokens import TrainableTokens
 from graft.prompts.base import Prompt
@@ -111,7 +111,7 @@ class InjectionJob:
     tree: ModuleTree = None  # type: ignore[assignment]
     mixed: bool = False
     several: bool = field(default_factory=lambda: processes() > 1)  # this process is one of several
-    group: dist.ProcessGroup | None = None  # of the processes that compute the model in pieces
+    team: ProcessTeam | None = None  # the processes that hold the model together, in pieces or sharded
     prompt: Prompt | None = None
     steps: Any = None  # ReplacedSteps, if another package replaced a step
 

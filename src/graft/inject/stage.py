@@ -5,16 +5,19 @@ pieces.
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.core.call import Call
-from graft.core.errors import CheckpointError, PeftWarning, UnsupportedLayerError, warn
+from graft.core.errors import CheckpointError, DistributedError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.layer import make_adapter_layer
 from graft.core.method import Method, WeightUse
 from graft.core.random import build_on, read_generator_states, restore_generator_states
@@ -22,10 +25,12 @@ from graft.core.site import Site
 from graft.inject.match import Matcher
 from graft.inject.parts import AdapterCarriers
 from graft.inject.survey import ModuleTree
-from graft.storage import find_group, innermost
+from graft.storage import Sharding, find_group, find_sharding, innermost
 from graft.storage.flat import sendable
+from graft.storage.meeting import Meeting
 from graft.storage.parallel import processes
 
+CALL = "get_peft_model() (or add_adapter, from_pretrained)"  # for errors
 MARK = "PipelineIdentityLayer"  # transformers' class
 
 
@@ -195,21 +200,110 @@ def find_model_group(modules: Iterable[nn.Module]) -> dist.ProcessGroup | None:
     return next((g for m in modules if (g := find_group(m)) is not None), None)
 
 
-def synchronize_generators(group: dist.ProcessGroup) -> None:
-    """Copy the states of the first process's random generators to all processes of the group, so that they draw the
+class ProcessTeam:
+    """The processes that compute one model, in pieces or with a sharded base, and so have to hold equal adapters.
+
+    A broadcast passes through their groups in turn, one per dimension of their mesh, and reaches all from the first.
+    """
+
+    def __init__(self, pieces: dist.ProcessGroup | None, sharding: Sharding | None):
+        """Take the group of processes that compute the model in pieces, and the sharding of the base; one is None."""
+        self.pieces, self.sharding = pieces, sharding
+        self.groups = sharding.groups if sharding is not None else [] if pieces is None else [pieces]
+
+    def meet(self, adapter: str, config: Any, paths: Iterable[str]) -> None:
+        """Wait until all processes of a sharded base come with the same adapter. Without a sharding does nothing.
+
+        Raises:
+            DistributedError: a process does not come in time, or has another name, config or other targets.
+        """
+        if self.sharding is None:
+            return
+        fields = {k: v for k, v in config.to_file_dict().items() if k not in ("base_model_name_or_path", "revision")}
+        text = json.dumps(fields, sort_keys=True, default=describe_value)
+        paths = sorted(paths)
+        targets = f"{len(paths)} targets {digest(str(paths))}"
+        task = f"'{adapter}' ({config.peft_type.value}, config {digest(text)}, {targets})"
+        Meeting(CALL, task, sorted(self.sharding.ranks), "give one adapter to", DistributedError)
+
+    def broadcast(self, data: Tensor) -> None:
+        """Overwrite `data` by the first process's. All processes must call this."""
+        for group in self.groups:
+            dist.broadcast(data, dist.get_global_rank(group, 0), group=group)
+
+    def gather(self, thing: object) -> dict[int, object]:
+        """Return every process's `thing`, by rank. All processes must call this."""
+        things = {dist.get_rank(): thing}
+        for group in self.groups:
+            parts: list[dict[int, object]] = [{}] * dist.get_world_size(group)
+            dist.all_gather_object(parts, things, group=group)
+            things = {rank: value for part in parts for rank, value in part.items()}
+        return things
+
+    @contextmanager
+    def draw_alike(self) -> Iterator[None]:
+        """Within the block, all processes draw as the first does; then a process with another state gets its own back.
+
+        Processes that compute the model in pieces keep one state, that of their first: dropout has to be equal there.
+        All processes must call this.
+        """
+        if self.sharding is None:
+            synchronize_generators(self)
+            yield
+            return
+        if self.pieces is not None:
+            synchronize_generators(ProcessTeam(self.pieces, None))
+        before = read_generator_states()
+        synchronize_generators(self)
+        differs = not all(map(torch.equal, before, read_generator_states()))
+        try:
+            yield
+        finally:
+            if differs:
+                restore_generator_states(before)
+
+
+def describe_value(value: object) -> object:
+    """Return a set as a sorted list of texts, and the name of the class of any other value that JSON lacks."""
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else type(value).__name__
+
+
+def digest(text: str) -> str:
+    """Return a CRC-32 of a text as 8 hex digits."""
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def find_team(modules: Iterable[nn.Module]) -> ProcessTeam | None:
+    """Return the processes that hold one model of these modules together, in pieces or sharded by FSDP2; else None.
+
+    Copies, as of DDP, and a model that is yet to be sharded are models of one process each.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    modules = list(modules)
+    pieces, sharding = find_model_group(modules) if processes() > 1 else None, find_sharding(modules)
+    return None if pieces is None and sharding is None else ProcessTeam(pieces, sharding)
+
+
+def draw_alike(team: ProcessTeam | None) -> AbstractContextManager[None]:
+    """Return a context in which all processes of a team draw equal values; it does nothing for None."""
+    return nullcontext() if team is None else team.draw_alike()
+
+
+def synchronize_generators(team: ProcessTeam) -> None:
+    """Copy the states of the first process's random generators to all processes of the team, so that they draw the
     same values. All processes must call this.
     """
-    first = dist.get_global_rank(group, 0)
     alike = []
     for state in read_generator_states():
-        sent = state.to(sendable(state, group), copy=True)
-        dist.broadcast(sent, first, group=group)
+        sent = state.to(sendable(state, team.groups[0]), copy=True)
+        team.broadcast(sent)
         alike.append(sent.cpu())
     restore_generator_states(alike)
 
 
-def synchronize_tensors(parts: AdapterCarriers, adapter: str, group: dist.ProcessGroup, loads: bool) -> None:
-    """Overwrite an adapter's tensors on all processes of a group with the values of its first process.
+def synchronize_tensors(parts: AdapterCarriers, adapter: str, team: ProcessTeam, loads: bool) -> None:
+    """Overwrite an adapter's tensors on all processes of a team with the values of its first process.
 
     All processes must call this. Empty tensors, those on the meta device and DTensors are left out.
 
@@ -224,9 +318,9 @@ def synchronize_tensors(parts: AdapterCarriers, adapter: str, group: dist.Proces
         device_tensors = [t for t in tensors if t.device == device]
         data = torch.cat([t.detach().reshape(-1).contiguous().view(torch.uint8) for t in device_tensors])
         if loads:
-            check_equal_data(data, adapter, group)
+            check_equal_data(data, adapter, team)
             continue
-        dist.broadcast(data, dist.get_global_rank(group, 0), group=group)
+        team.broadcast(data)
         pieces = data.split([t.numel() * t.itemsize for t in device_tensors])
         for t, part in zip(device_tensors, pieces):
             t.data.copy_(part.clone().view(t.dtype).view(t.shape))
@@ -248,17 +342,17 @@ def list_adapter_tensors(parts: AdapterCarriers, adapter: str) -> Iterator[Tenso
             yield t
 
 
-def check_equal_data(data: Tensor, adapter: str, group: dist.ProcessGroup) -> None:
-    """Raise CheckpointError if the bytes of `data` differ between the processes of a group.
+def check_equal_data(data: Tensor, adapter: str, team: ProcessTeam) -> None:
+    """Raise CheckpointError if the bytes of `data` differ between the processes of a team.
 
-    Gathers a CRC-32 of each, so that all must call this. The text names the first rank that differs from rank 0.
+    Gathers a CRC-32 of each, so that all must call this. The text names the ranks that differ from the first.
     """
     checksum: int = zlib.crc32(data.cpu().numpy())  # type: ignore[arg-type]  # an array is a buffer
-    checksums: list[object] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(checksums, checksum, group=group)
-    differing_ranks = [rank for rank, digest in enumerate(checksums) if digest != checksums[0]]
+    checksums = team.gather(checksum)
+    first = min(checksums)
+    differing_ranks = sorted(rank for rank, digest in checksums.items() if digest != checksums[first])
     if differing_ranks:
         raise CheckpointError(
-            f"Adapter '{adapter}' has other values on process {differing_ranks[0]} of its tensor parallel group "
-            "than on process 0. Load the same file on all of them."
+            f"Adapter '{adapter}' has other values on rank(s) {differing_ranks} than on rank {first}, which compute "
+            "one model together. Load the same file on all of them."
         )

@@ -270,7 +270,7 @@ def sample_weight(weight: BaseWeight, together: bool = False) -> list[float] | N
     NaN or infinite. A sharded weight is read if `together` says that all processes call this.
     """
     site, base, name = weight.site, weight.module, weight.site.parameter
-    if not site.store.exact or weight.merged or not site.op.known:
+    if not site.store.exact or weight.merged or not site.op.known or (site.store.in_parts and not together):
         return None
     parameter = collect_parameters(base).get(name)
     if parameter is not None and not parameter.is_meta and layout_of(parameter) is not None:

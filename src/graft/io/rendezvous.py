@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from itertools import groupby
 from operator import attrgetter
@@ -28,6 +28,8 @@ from graft.inject.build import add_adapter
 from graft.inject.parts import AdapterCarriers
 from graft.io.entries import Entry
 from graft.io.fingerprint import hash_text
+from graft.storage.meeting import PATIENCE, get_store, leave_error, pickle_error
+from graft.storage.meeting import Meeting as Meeting
 from graft.storage.parallel import find_whole_shape, gather_tensor, has_no_layout, is_whole, layout_of, processes
 
 T = TypeVar("T")
@@ -119,101 +121,6 @@ def compute_shapes(layer: AdapterLayer, adapter: str, parts: AdapterCarriers) ->
     return {(slot.container, slot.path): slot.tensor.shape for slot in spare.slots(adapter)}
 
 
-PATIENCE = float(os.environ.get("GRAFT_PATIENCE", 30))  # seconds to wait for the other processes
-WORK = timedelta(hours=1)  # the longest that the first process may take to write
-GO, LEFT = b"go", b"left"
-
-
-def get_store() -> dist.Store:
-    """Return the key-value store of the default process group, shared by all its processes."""
-    return dist.distributed_c10d._get_default_store()
-
-
-class Meeting:
-    """A meeting of processes at one place in the program.
-
-    Raises:
-        CheckpointError: other processes do not call this, or call it with another task.
-    """
-
-    def __init__(self, call: str, task: str, ranks: Sequence[int]):
-        """Wait for the processes of these ranks, and compare their tasks.
-
-        Args:
-            call: the user's call, such as "save_pretrained", for errors.
-            task: adapters and arguments of the call, as text. Every process must pass the same.
-
-        Raises:
-            CheckpointError: a process did not come in time, or passed another task.
-        """
-        self.call, self.store, self.rank, self.ranks = call, get_store(), dist.get_rank(), ranks
-        self.room = self._wait_for_all(task)
-        self._compare_tasks()
-
-    def _wait_for_all(self, task: str) -> str:
-        """Write `task` into the store and wait for the other ranks.
-
-        Return the prefix of this meeting's keys. The last to come lets all begin. A meeting that a process has left in
-        vain is skipped.
-
-        Raises:
-            CheckpointError: the others did not come in time. The text names their ranks.
-        """
-        store, size = self.store, len(self.ranks)
-        building = f"graft/{hash_text(str(list(self.ranks)))}"
-        while True:
-            room = f"{building}/{store.add(f'{building}/rank {self.rank}', 1)}"
-            go = f"{room}/go"
-            if not store.check([go]):
-                break  # else a process has waited here in vain and left
-        store.set(f"{room}/{self.rank}", task)
-        if store.add(f"{room}/count", 1) == size:
-            store.compare_set(go, "", GO.decode())
-        try:
-            store.wait([go], timedelta(seconds=PATIENCE))
-            answer = bytes(store.get(go))
-        except RuntimeError:
-            answer = bytes(store.compare_set(go, "", LEFT.decode()))
-        if answer != GO:
-            missing = [rank for rank in self.ranks if not store.check([f"{room}/{rank}"])]
-            who = f"rank {self.rank} waited {PATIENCE:g} s for {missing or 'the others'}"
-            raise CheckpointError(
-                f"{self.call} has to gather tensors that are spread over {size} processes, and this one is alone "
-                f"({who}). Call {self.call} on all processes."
-            )
-        return room
-
-    def _compare_tasks(self) -> None:
-        """Raise CheckpointError if another rank wrote another task. The text shows both."""
-        tasks = {rank: bytes(self.store.get(f"{self.room}/{rank}")) for rank in self.ranks}
-        differing_ranks = [rank for rank, task in tasks.items() if task != tasks[self.rank]]
-        if differing_ranks:
-            raise CheckpointError(
-                f"{self.call} was called with adapters that are not the same on all processes: rank {self.rank} has "
-                f"{tasks[self.rank].decode()}, rank {differing_ranks[0]} has {tasks[differing_ranks[0]].decode()}. "
-                "Give all processes the same adapters, names and arguments."
-            )
-
-    def run_on_first(self, act: Callable[[], object]) -> None:
-        """Call `act` on the first rank.
-
-        The others wait up to an hour until it is done. An error of `act` is raised on all.
-        """
-        done = f"{self.room}/done"
-        if self.rank != self.ranks[0]:
-            self.store.wait([done], WORK)
-            error = pickle.loads(self.store.get(done))
-            if error is not None:
-                raise error
-            return
-        try:
-            act()
-        except BaseException as e:
-            leave_error(self.store, done, e)
-            raise
-        leave_error(self.store, done, None)
-
-
 def get_rank() -> int:
     """Return this process's rank; 0 for a single process."""
     return dist.get_rank() if processes() > 1 else 0
@@ -299,24 +206,6 @@ def save_once(folder: str, values: str, act: Callable[[], object]) -> None:
         raise
     shelf.set(place, values)
     leave_error(shelf, key, None)
-
-
-def leave_error(shelf: dist.Store, key: str, error: BaseException | None) -> None:
-    """Write an error, or None, into the store."""
-    shelf.set(key, pickle_error(error))  # type: ignore[arg-type]  # bytes do, too
-
-
-def pickle_error(error: BaseException | None) -> bytes:
-    """Return an error, or None, as bytes.
-
-    An error that cannot be pickled becomes a CheckpointError with its type and text.
-    """
-    try:
-        data = pickle.dumps(error)
-        pickle.loads(data)
-    except Exception:
-        data = pickle.dumps(CheckpointError(f"Rank 0 could not write: {type(error).__name__}: {error}"))
-    return data
 
 
 class RankNote:

@@ -44,6 +44,7 @@ from graft.io.base import make_file_namer, remove_carrier_names
 from graft.io.entries import Entry, list_entries
 from graft.io.fingerprint import Fingerprint, digest_base_tensors, list_base_weights, make_fingerprint
 from graft.io.rendezvous import check_entries, check_value, find_ranks, gather_tensors
+from graft.storage import find_sharding
 from graft.storage.offload import find_offloaded
 from graft.storage.parallel import copy_unwrapped, find_parameters_below, has_no_layout, processes
 
@@ -183,22 +184,33 @@ def get_tensor(state: dict[str, Tensor], key: str, adapter: str) -> Tensor:
     return state[name]
 
 
-def find_adapter_ranks(model: nn.Module, adapters: list[str]) -> list[int]:
+def find_adapter_ranks(model: nn.Module, adapters: list[str], save_embedding_layers: str | bool = "auto") -> list[int]:
     """Return the ranks of the processes that save these adapters together; [] if each process holds all.
 
     That is the group of processes that compute the model in pieces, else those that share the sharded tensors. For a
-    prompt the base's tensors count, too.
+    prompt the base's tensors count, too. On a base that was sharded before its adapters, only tensors in files count.
     """
-    group = find_model_group(model.modules()) if processes() > 1 else None
+    registry = get_registry(unwrap_model(model))
+    averager = None if registry is None else registry.averager
+    group = find_model_group(model.modules()) if processes() > 1 and averager is None else None
     if group is not None:
         return dist.get_process_group_ranks(group)
     tensors: list[Tensor] = []
     for adapter in adapters:
         parts, _, base = find_carriers(model, adapter)
-        if parts.prompt is not None:  # the fingerprint reads base weights, which may be sharded, too
+        if averager is not None:
+            tensors += list_sharded_base_tensors(base, get_config(model, adapter), save_embedding_layers)
+        elif parts.prompt is not None:  # the fingerprint reads base weights, which may be sharded, too
             tensors += [*find_parameters_below(parts.prompt).values(), *find_parameters_below(base).values()]
         tensors += [slot.tensor for carrier in parts.carriers() for slot in carrier.slots(adapter) if slot.saved]
     return find_ranks(tensors)
+
+
+def list_sharded_base_tensors(base: nn.Module, config: Any, save_embedding_layers: str | bool) -> list[Tensor]:
+    """Return a base tensor that is sharded, if an adapter's file holds biases or embeddings of the base; else []."""
+    in_file = getattr(config, "bias", "none") != "none" or will_save_embeddings(base, config, save_embedding_layers)
+    sharding = find_sharding(base.modules()) if in_file else None
+    return [] if sharding is None else [p.sharded_param for g in sharding.parameter_groups for p in g.fsdp_params]
 
 
 def copy_twins(all_entries: list[Entry], values: dict[str, Tensor], adapter: str) -> None:
@@ -296,29 +308,39 @@ def make_adapter_name_test(parts: AdapterCarriers) -> Callable[[str], bool]:
     return lambda name: any(name.startswith(f"{k}.") and not name.startswith(f"{k}.base_layer.") for k in keys)
 
 
+def target_embeddings(base: nn.Module, config: object) -> bool:
+    """Return True if `target_modules` of a config names embeddings of the base."""
+    targets: Any = getattr(config, "target_modules", None)
+    if isinstance(targets, str) and targets != "all-linear":
+        named = TargetNames(targets)
+        return any(k.endswith(EMBEDDING_NAMES) and bool(named.find(k)) for k, _ in base.named_modules())
+    return not isinstance(targets, str) and any(name in (targets or ()) for name in EMBEDDING_NAMES)
+
+
+def will_save_embeddings(base: nn.Module, config: object, save: str | bool) -> bool:
+    """Return whether an adapter's file holds the base's embeddings.
+
+    With `save="auto"` it does, with a warning, if `target_modules` names them and no token rows train, or if the
+    vocabulary was resized.
+    """
+    if save != "auto":
+        return bool(save)
+    tokens = any(getattr(config, f, None) is not None for f in ("trainable_token_indices", "token_indices"))
+    if target_embeddings(base, config) and not tokens:
+        warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.")
+        return True
+    origin: Any = getattr(config, "base_model_name_or_path", None) or base.__dict__.get("name_or_path")
+    return bool(origin) and is_vocabulary_resized(base, origin)
+
+
 def collect_embeddings(base: nn.Module, config: object, save: str | bool) -> dict[str, Tensor]:
     """Return the base's input and output embeddings by their names, with nothing merged; {} if they are not to be
     saved.
 
-    `save="auto"` saves them, with a warning, if `target_modules` names them and no token rows train, or if the
-    vocabulary was resized. If `target_modules` names embeddings, only those with adapter layers are saved. Warns and
-    returns {} for a base without `get_input_embeddings`.
+    If `target_modules` names embeddings, only those with adapter layers are saved. Warns as `will_save_embeddings`, and
+    for a base without `get_input_embeddings`, which has {}.
     """
-    targets = getattr(config, "target_modules", None)
-    targeted = False
-    if isinstance(targets, str) and targets != "all-linear":
-        named = TargetNames(targets)
-        targeted = any(k.endswith(EMBEDDING_NAMES) and named.find(k) for k, _ in base.named_modules())
-    elif targets and not isinstance(targets, str):
-        targeted = any(name in targets for name in EMBEDDING_NAMES)
-    if save == "auto":
-        tokens = any(getattr(config, f, None) is not None for f in ("trainable_token_indices", "token_indices"))
-        if targeted and not tokens:
-            warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.")
-            save = True
-        else:
-            origin: Any = getattr(config, "base_model_name_or_path", None) or base.__dict__.get("name_or_path")
-            save = bool(origin) and is_vocabulary_resized(base, origin)
+    targeted, save = target_embeddings(base, config), will_save_embeddings(base, config, save)
     if not save:
         return {}
     if not hasattr(base, "get_input_embeddings"):
@@ -389,20 +411,30 @@ def fingerprint_base(model: nn.Module, adapter: str, full: bool = False, togethe
         together: all processes call this, so that sharded values can be read.
     """
     parts, _, base = find_carriers(model, adapter)
-    return fingerprint_carriers(parts, base, adapter, get_config(model, adapter), full, together)
+    registry = get_registry(unwrap_model(model))
+    sample = None if registry is None else registry.samples.get(adapter)
+    return fingerprint_carriers(parts, base, adapter, get_config(model, adapter), full, together, sample)
 
 
 def fingerprint_carriers(
-    parts: AdapterCarriers, base: nn.Module, adapter: str, config: Any, full: bool, together: bool
+    parts: AdapterCarriers,
+    base: nn.Module,
+    adapter: str,
+    config: Any,
+    full: bool,
+    together: bool,
+    sample: dict[str, list[float]] | None = None,
 ) -> Fingerprint:
-    """Return the fingerprint of the base of these carriers.
+    """Return the fingerprint of the base of these carriers, with the values in `sample` if it is passed.
 
     It has no values if the adapter changes base weights, and all weights on a pipeline stage. With `full` it has
     digests of the tensors that the adapter does not train or change.
     """
     changes = changes_base(parts, adapter)
     stage = processes() > 1 and bool(find_absent_in_model(base))
-    note = make_fingerprint(list_base_weights(parts, base), not changes, together, part=stage)
+    note = make_fingerprint(list_base_weights(parts, base), not changes and sample is None, together, part=stage)
+    if sample is not None and not changes:
+        note["sample"] = sample
     if full:
         trained_names = set(collect_base_tensors(base, parts, config, False))
         trained_names |= {f"{key}.{layer.site.parameter}" for key, layer in parts.layers.items()} if changes else set()

@@ -35,9 +35,10 @@ from graft.inject.survey import survey_model
 from graft.io import files, save
 from graft.io.fingerprint import Fingerprint, digest_base_tensor, hash_text
 from graft.io.load import CheckpointValues
-from graft.io.rendezvous import CALL, Meeting, save_once
+from graft.io.rendezvous import CALL, save_once
 from graft.io.written import StackLayout
-from graft.model.watch import is_replicated
+from graft.model.averaging import is_replicated
+from graft.storage.meeting import Meeting
 from graft.storage.parallel import processes
 
 SETTLED = {f.name for f in fields(PeftConfig)} | {  # fields that the tensors imply, or that have no effect later
@@ -261,7 +262,7 @@ def save_adapters(
     check_save_arguments(directory, fingerprint, safetensors)
     registry = get_registry(model)
     names, are_several = names_to_save(model, selected, directory), processes() > 1
-    ranks = save.find_adapter_ranks(model, names) if are_several and state_dict is None else []
+    ranks = save.find_adapter_ranks(model, names, embeddings) if are_several and state_dict is None else []
     if not (ranks or writes):
         return
     meeting = Meeting(CALL, f"{sorted(names)}, fingerprint={fingerprint!r}", ranks) if len(ranks) > 1 else None
@@ -272,7 +273,10 @@ def save_adapters(
         folder = adapter_folder(name, directory)
         files.check_saved_tensors(folder, tensors)
         parts, full = registry.parts_of(name), fingerprint == "full"
-        note = save.fingerprint_carriers(parts, registry.model, name, registry.peft_config[name], full, together)
+        sample = registry.samples.get(name)
+        note = save.fingerprint_carriers(
+            parts, registry.model, name, registry.peft_config[name], full, together, sample
+        )
         contents_by_folder[folder] = (tensors, config, note)
 
     def write() -> None:

@@ -16,7 +16,7 @@ from graft.config.base import PeftConfig, check_config
 from graft.config.hub import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
 from graft.config.prompt import PromptLearningConfig
 from graft.core.base_config import input_embeddings
-from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, describe_function, warn
+from graft.core.errors import AdapterNotFoundError, ConfigError, DistributedError, PeftWarning, describe_function, warn
 from graft.core.gate import PATIENCE, Names
 from graft.core.rows import BASE, CallContext, Run, count_copies
 from graft.inject.job import Options
@@ -25,6 +25,7 @@ from graft.inject.survey import ModuleTree
 from graft.io.load import CheckpointValues, LoadReport
 from graft.methods import method_of
 from graft.model import checkpoints
+from graft.model.averaging import WHY_NOT_DDP, check_averaged, note_start
 from graft.model.compose import Composition, adapters_in, copy_shares
 from graft.model.modes import restore_modes_on_error
 from graft.model.registry import Registry, check_adapter_name, restore_on_error
@@ -41,7 +42,7 @@ from graft.model.rows import (
 )
 from graft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from graft.model.tuner import Tuner, tuner_of
-from graft.model.watch import check_averaged, note_start, warn_trainer_unaware
+from graft.model.watch import warn_trainer_unaware
 from graft.storage import count_numbers
 from graft.storage.parallel import processes
 
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 OF_TASKS: dict[object, type[PeftModel]] = {}  # the PeftModel class by task type; `model/tasks.py` fills it
 # attributes of models that can checkpoint gradients: transformers 5, 4
 CHECKPOINTABLE = ("is_activation_checkpointing", "is_gradient_checkpointing")
+IGNORED = "_ddp_params_and_buffers_to_ignore"  # the first attribute that DistributedDataParallel reads
 OF_PROMPTS = ("prompt_tokens", "word_embeddings")  # attributes that only a PeftModel with prompts has
 
 
@@ -146,12 +148,15 @@ class PeftModel(nn.Module):
 
         Raises:
             AttributeError: the base model lacks it as well, or the name begins with "__".
+            DistributedError: DistributedDataParallel wraps a model with a base that FSDP2 had sharded.
         """
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "base_model" or name.startswith("__"):
                 raise
+            if name == IGNORED and self._registry is not None and self._registry.averager is not None:
+                raise DistributedError(WHY_NOT_DDP) from None
             if name in OF_PROMPTS and hasattr(self._registry, name):
                 return getattr(self._registry, name)
             return getattr(self.base_model, name)
@@ -476,6 +481,8 @@ class PeftModel(nn.Module):
             break
         if torch.is_grad_enabled() and not (generates or torch.compiler.is_compiling()):
             registry.call.keep_for_backward(output, context)
+            if registry.averager is not None:
+                registry.averager.follow(output)
             if registry.watch is not None and names is None:
                 registry.watch.follow(output, (*inputs, *kwargs.values()))
         return output

@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.config.prompt import PromptLearningConfig
@@ -29,12 +28,12 @@ from graft.core.gate import prepares
 from graft.core.method import Method, return_unchanged
 from graft.core.rows import Finish, Run
 from graft.inject.build import count_needed_numbers
-from graft.inject.find import check_not_fsdp
+from graft.inject.find import check_not_fsdp1
 from graft.inject.inject import Injection
 from graft.inject.job import Options
 from graft.inject.parts import AdapterCarriers, get_registry, unwrap_model
 from graft.inject.report import InjectReport, Matched
-from graft.inject.stage import find_absent_in_model, find_model_group, synchronize_generators
+from graft.inject.stage import draw_alike, find_absent_in_model, find_team
 from graft.inject.survey import ModuleTree, survey_model
 from graft.methods import method_of
 from graft.model.merging import unload_adapters
@@ -54,7 +53,6 @@ from graft.prompts.entry import (
 from graft.prompts.kv_prefix import fit_pairs
 from graft.prompts.prefix_tuning import as_pairs, from_pairs
 from graft.prompts.stack import PromptStack, stacks_of
-from graft.storage.parallel import processes
 
 COUNTED = ("BigBirdForQuestionAnswering",)  # their heads need as many outputs of the stack as there are tokens
 
@@ -131,15 +129,17 @@ class Prompts(Registry):
         self._fit(cfg, adapter_name)
         if options.values is not None:
             options.values.check_room(count_needed_numbers(lambda: {"": self._make_prompt(cfg)}))
-        if processes() > 1 and (group := find_model_group(self.model.modules())) is not None:
-            synchronize_generators(group)
+        team = find_team(self.model.modules())
+        if team is not None:
+            team.meet(adapter_name, cfg, ())
         tree, self.tree = self.tree, None
-        prompt = self._make_prompt(cfg)
-        prompt.to(self.stacks["main"].device)
-        done = Injection(
-            self.model, cfg, NoLayers, adapter_name, call=self.call, other_configs=self.peft_config,
-            tree=tree or survey_model(self.model), options=options, keys=(), prompt=prompt,
-        ).run()  # fmt: skip
+        with draw_alike(team):
+            prompt = self._make_prompt(cfg)
+            prompt.to(self.stacks["main"].device)
+            done = Injection(
+                self.model, cfg, NoLayers, adapter_name, call=self.call, other_configs=self.peft_config,
+                tree=tree or survey_model(self.model), options=options, keys=(), prompt=prompt,
+            ).run()  # fmt: skip
         done.report.matched.append(describe_prompt(prompt))
         prompt.train(self.model.training)
         self.prompt_encoder.add(adapter_name, prompt)
@@ -175,10 +175,10 @@ class Prompts(Registry):
             ConfigError: task_type or num_virtual_tokens is missing. The model is a stage of a pipeline. The task is
                 SEQ_2_SEQ_LM without a decoder, or CAUSAL_LM with embeddings and an encoder, or without `generate`. The
                 sizes or the kind of prompt do not fit the stacks. The head needs as many outputs as tokens.
-            DistributedError: FSDP has wrapped the model, and the prompt would train.
+            DistributedError: FSDP1 has wrapped the model, and the prompt would train.
         """
-        if not cfg.inference_mode and dist.is_available() and dist.is_initialized():
-            check_not_fsdp(self.model.named_modules(), adapter_name)
+        if not cfg.inference_mode:
+            check_not_fsdp1(self.model.named_modules(), adapter_name, find_team(self.model.modules()))
         if cfg.task_type is None:
             raise ConfigError(
                 f"{cfg.peft_type.value} needs a task_type, such as CAUSAL_LM: it decides how inputs and labels change."

@@ -52,14 +52,16 @@ from graft.inject.steps import ReplacedSteps
 from graft.inject.survey import ModuleTree, survey_model
 from graft.io.base import remove_carrier_names
 from graft.io.rendezvous import RankNote
+from graft.io.save import fingerprint_carriers
 from graft.methods import ROWS, method_of
 from graft.model import merging
 from graft.model.auxiliary import add_to_loss, compute_losses
+from graft.model.averaging import Averager
 from graft.model.compose import Average, Composition, Parallel, Stack, check_known, row_keys
 from graft.model.tuner_type import INJECT, names_of_replaced
 from graft.model.watch import Watch
 from graft.prompts.base import Prompt
-from graft.storage import DENSE, Quantized, holds_codes
+from graft.storage import DENSE, Quantized, Sharding, holds_codes
 from graft.storage.codes import find_unpacked_dtype, mark_plain_layers, remove_quantization_marks
 
 _TAKEN = {name for container in (nn.ModuleDict(), nn.ParameterDict(), BufferDict()) for name in dir(container)}
@@ -166,6 +168,7 @@ class Registry:
     steps: ReplacedSteps | None = None  # of the injection under way, if some were replaced
     pending: Options | None = None  # of an injection that a replaced `inject_adapter` has to make
     watch: Watch | None = None  # looks at the first backward passes, until it has seen enough
+    averager: Averager | None = None  # of a base that was sharded before its adapters came
     averaged = False  # it was checked that processes average the gradients of the parameters that train now
     in_ddp = False  # the model ran within a DDP, at the last check
     frozen_before: set[str] | None = None  # names of the base's parameters; None: leave all as they are
@@ -221,6 +224,7 @@ class Registry:
         self.composition: Composition | None = None  # the Average or Parallel that they form
         self.checked: set[JointAdapters] = set()  # adapters that can act together so
         self.states: dict[str, Any] = {}  # state of methods during training, by adapter
+        self.samples: dict[str, Any] = {}  # values of a sharded base for fingerprints, by adapter
         self.starts: dict[str, RankNote] = {}  # notes of the initial values, by adapter
         self.watched: set[str] = set()  # adapters that a watch was made for
         self.trained: set[str] = set()  # adapters that were active in a backward pass
@@ -440,7 +444,21 @@ class Registry:
                     state.weights, state.apart = weights_and_apart(self.composition)
             if disabled:
                 part.enable_adapters(False)
+        if injection.team is not None and (sharding := injection.team.sharding) is not None:
+            self._share(adapter_name, parts, injection.cfg, sharding)
         return injection.report
+
+    def _share(self, adapter_name: str, parts: AdapterCarriers, config: PeftConfig, sharding: Sharding) -> None:
+        """Have the gradients of a new adapter on a sharded base averaged, and read what its fingerprint needs now.
+
+        All processes do this together; a save is then the work of one.
+        """
+        if self.averager is None:
+            self.averager = Averager(self, sharding)
+        self.averager.sharding = sharding
+        self.averager.find_parameters()
+        note = fingerprint_carriers(parts, self.model, adapter_name, config, False, together=True)
+        self.samples[adapter_name] = note.get("sample")
 
     @contextmanager
     def provisional(self, adapter_name: str, then_keep: bool = True) -> Iterator[None]:
@@ -569,7 +587,7 @@ class Registry:
         if not self.watched.issuperset(names):
             self.watched.update(names)
             self.watch = Watch(self)
-        self.averaged = False  # until somebody looks again
+        self.note_training()
         self.on_change()
 
     def check_together(self, names: Sequence[str]) -> None:
@@ -609,7 +627,13 @@ class Registry:
             part.set_requires_grad(names, requires_grad)
         if not self.frozen.isdisjoint(names):
             self._freeze(names)
+        self.note_training()
+
+    def note_training(self) -> None:
+        """Note that other parameters may train: the next step in training checks that their gradients are averaged."""
         self.averaged = False
+        if self.averager is not None:
+            self.averager.find_parameters()
 
     def trains(self, adapter_name: str) -> bool:
         """Return True if some parameter of an adapter requires gradients."""
@@ -863,7 +887,7 @@ class Registry:
             )
         check_not_merged([adapter_name], self.merged_adapters)
         composition, self.checked = self.composition, set()
-        known: list[dict[str, Any]] = [self.peft_config, self.reports, self.states, self.starts]
+        known: list[dict[str, Any]] = [self.peft_config, self.reports, self.states, self.starts, self.samples]
         for by_name in known:
             by_name.pop(adapter_name, None)
         for names in (self.watched, self.trained, self.frozen, self.taken_in):

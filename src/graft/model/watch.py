@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that a model in training makes by itself: warnings of adapters that do not train, and errors where processes
-would drift apart.
+"""Checks that a model in training makes by itself: warnings of adapters that do not train.
 
 A model audits itself once, when a backward pass ends, and gives one warning. The first pass is enough for four faults:
 
@@ -11,10 +10,6 @@ A model audits itself once, when a backward pass ends, and gives one warning. Th
 
  A single layer without gradients may be an expert that got no token, a head of another task, or a layer that was
      dropped. Such layers are suspects: the warning comes only if `PASSES` backward passes have left no gradient there.
-
-DDP, FSDP and DeepSpeed look at a model once, when they wrap it. Parameters that come later, or begin to train, would
-then train on each process separately, without an error: `check_averaged` raises one. It runs at the first step after a
-change of the parameters that train.
 """
 
 from __future__ import annotations
@@ -26,22 +21,17 @@ from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import unserializable_hook
 
 from graft.config.base import PeftConfig
-from graft.core.carrier import Carrier, iter_carried
-from graft.core.containers import Slot
-from graft.core.errors import DistributedError, PeftWarning, warn
+from graft.core.carrier import Carrier
+from graft.core.errors import PeftWarning, warn
 from graft.core.method import Tuner
 from graft.core.rows import find_tensors
-from graft.core.wrappers import MANAGED
 from graft.inject.beside import ModulesToSaveWrapper
-from graft.io.rendezvous import RankNote
 from graft.kernels.eager import autocast_dtype
 from graft.model.audit import BROKEN, NONE, ZERO, AuditReport, Part, find_active_parts, find_unsaved, gradient_states
-from graft.storage.flat import is_flat, trains
-from graft.storage.parallel import find_master_ids, is_sharded, layout_of, processes
+from graft.storage.parallel import is_sharded
 
 
 def active_dropouts(config: PeftConfig) -> list[str]:
@@ -283,126 +273,3 @@ def warn_trainer_unaware(model_class: type) -> None:
         "trainers would fail. Call graft.compat.peft.install() before you train with one; other loops need nothing.",
         PeftWarning,
     )
-
-
-# averaging of gradients
-
-
-REMEDY = (
-    "wrap the model again, or set all adapters trainable before wrapping "
-    "(model.set_requires_grad([…]) of all their names) and find_unused_parameters=True"
-)
-
-
-def note_start(registry: Tuner, adapter: str) -> None:
-    """Record shapes and norms of an adapter's first values in `registry.starts`, for a comparison with other
-    processes.
-    """
-    tensors = initial_tensors(registry, adapter)
-    tensor_norms = torch._foreach_norm(tensors) if tensors else []
-    norms = (
-        torch.stack([n.to(tensor_norms[0].device) for n in tensor_norms]).tolist() if tensor_norms else []
-    )  # of several devices, maybe
-    registry.starts[adapter] = RankNote(str([(tuple(t.shape), t.dtype) for t in tensors]), str(norms))
-
-
-def check_averaged(registry: Tuner) -> None:
-    """Raise DistributedError if gradients of parameters that train will not be averaged over the processes.
-
-    Checked are DDP, FSDP1, FSDP2 and DeepSpeed: each must have known the parameter when it wrapped the model. With
-    tensors in parts, warn if processes began with other values. Records in `registry.in_ddp` whether the model runs
-    within DDP. With one process, nothing is checked.
-    """
-    ddp = DistributedDataParallel._active_ddp_module
-    registry.in_ddp = ddp is not None
-    if processes() < 2:
-        return
-    slots = list(slots_of_active(registry))
-    trained = {name: slot.tensor for name, slot, _ in slots if trains(slot.tensor)}
-    if ddp is not None:
-        owned = {id(p) for bucket in ddp.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()}
-        check_none_missed([n for n, p in trained.items() if id(p) not in owned], "DistributedDataParallel", REMEDY)
-    still = [name for name, slot, wanted in slots if wanted and is_flat(slot.tensor) and not trains(slot.tensor)]
-    check_none_missed(still, "FullyShardedDataParallel", f"{REMEDY}, or use_orig_params=True")
-    if any(map(is_managed, registry.model.modules())):
-        late = [name for name, slot, _ in slots if trains(slot.tensor) and is_late(slot)]
-        check_none_missed(late, "FSDP", "inject all adapters before fully_shard (or FullyShardedDataParallel)")
-    ids = find_master_ids([*registry.model.parameters(), *trained.values()])
-    if ids:
-        check_none_missed(
-            [n for n, p in trained.items() if id(p) not in ids], "DeepSpeed", "call deepspeed.initialize again"
-        )
-    if any([layout_of(slot.tensor) is not None or is_managed(slot.owner) for _, slot, _ in slots]):
-        warn_other_starts(registry)
-
-
-def is_replicated(registry: Tuner) -> bool:
-    """Return True if there are several processes, and each is known to hold the whole adapter, as with DDP or
-    DeepSpeed.
-    """
-    if processes() < 2:
-        return False
-    return registry.in_ddp or bool(find_master_ids(registry.model.parameters()))
-
-
-def check_none_missed(names: list[str], who: str, remedy: str) -> None:
-    """Raise DistributedError if `names`, parameters that `who` did not see when it wrapped the model, is not empty."""
-    if names:
-        raise DistributedError(
-            f"{len(names)} parameters train that {who} did not see when it wrapped the model, such as '{names[0]}', so "
-            "their gradients would not be averaged. After set_adapter(), add_adapter() or set_requires_grad(): "
-            f"{remedy}."
-        )
-
-
-def warn_other_starts(registry: Tuner) -> None:
-    """Warn of each active adapter with other initial values on other processes, since each process holds a part of it.
-
-    Each adapter is compared once.
-    """
-    for adapter in registry.active_adapters:
-        note = registry.starts.pop(adapter, None)
-        ranks = [] if note is None else note.list_differing_ranks()
-        if ranks:
-            warn(
-                f"Adapter '{adapter}' began with other values on rank(s) {ranks} than on this one, and each process "
-                "holds a part of it. Call torch.manual_seed() with one seed on all processes before the adapter is "
-                "made, or broadcast rank 0's values.",
-                PeftWarning,
-            )
-
-
-def slots_of_active(registry: Tuner) -> Iterable[tuple[str, Slot, bool]]:
-    """Yield (name for errors, slot, whether the adapter is set to train) of each tensor of active adapters that can
-    train.
-    """
-    for carrier, name in iter_carried(registry.carriers(), registry.active_adapters):
-        for slot in carrier.slots(name):
-            if slot.trains:
-                yield f"{carrier.key}.{slot.container}.{name}", slot, name in carrier.state.trainable
-
-
-def initial_tensors(registry: Tuner, adapter: str) -> list[Tensor]:
-    """Return an adapter's floating-point tensors, detached, that are neither empty, on the meta device, nor in
-    parts.
-    """
-    slots = (s for carrier, name in iter_carried(registry.carriers(), [adapter]) for s in carrier.slots(name))
-    tensors = [s.tensor.detach() for s in slots if s.tensor.is_floating_point() and not s.tensor.is_meta]
-    return [t for t in tensors if t.numel() and layout_of(t) is None]
-
-
-def is_late(slot: Slot) -> bool:
-    """Return True if FSDP2 does not know a parameter: FSDP does not manage its module, or other parameters there are in
-    parts and this one is not.
-
-    A whole parameter alone proves nothing: by now FSDP has gathered those of its outermost unit.
-    """
-    if not is_managed(slot.owner):
-        return True
-    are_sharded = [layout_of(p) is not None for p in slot.owner._parameters.values() if p is not None]
-    return layout_of(slot.tensor) is None and any(are_sharded)
-
-
-def is_managed(module: nn.Module) -> bool:
-    """Return True if FSDP2 manages a module."""
-    return MANAGED in module.__dict__

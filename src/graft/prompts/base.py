@@ -18,7 +18,7 @@ from graft.core.containers import Slot, iter_slots
 from graft.core.errors import CheckpointError, ConfigError
 from graft.core.method import PublishedRate
 from graft.core.wrappers import end_offloading
-from graft.storage import find_device_and_dtype
+from graft.storage import find_device_and_dtype, gather_module
 from graft.storage.parallel import find_whole_shape, layout_of, write_whole
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def pick(table: Tensor, indices: Tensor | None) -> Tensor:
 
 def words_of(ids: Tensor, words: nn.Module | None, why: str) -> Tensor:
     """Return the base model's embeddings of some tokens, (tokens, dim), in new memory, float32, on the device of the
-    words.
+    words. If FSDP2 has sharded the words, every process must call this.
 
     Args:
         why: the source of the tokens, for errors.
@@ -136,6 +136,7 @@ def words_of(ids: Tensor, words: nn.Module | None, why: str) -> Tensor:
     if words is None:
         raise ConfigError(f"{why} needs word embeddings, and the base model has none. Choose another initial value.")
     check_tokens(ids, words, why)
+    words = gather_module(words)
     with torch.no_grad():
         return words(ids.to(find_device_and_dtype(words)[0])).detach().clone().to(torch.float32)
 

@@ -33,9 +33,9 @@ from graft.storage.find import (
     innermost,
 )
 from graft.storage.foreign import ByIdentity
+from graft.storage.fsdp2 import Sharding, find_sharding, gather_module, standalone
 from graft.storage.quantized import Quantized
 from graft.storage.shared_work import find_group, find_piece, why_no_adapter
-from graft.storage.tensor_parallel import standalone
 
 __all__ = [
     "DENSE",
@@ -47,13 +47,16 @@ __all__ = [
     "Dense",
     "ExpertBlock",
     "Quantized",
+    "Sharding",
     "count_numbers",
     "find_device_and_dtype",
     "find_group",
     "find_piece",
+    "find_sharding",
     "find_store",
     "find_store_of_tensor",
     "find_tensor_store",
+    "gather_module",
     "has_loose_bias",
     "holds_codes",
     "innermost",

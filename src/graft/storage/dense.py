@@ -126,6 +126,7 @@ class Dense:
 
     name = "dense"
     exact = live = True
+    in_parts = False
 
     def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
         """Return why a call cannot read a tensor: its class or dtype is strange, or FSDP1 has it in a flat parameter.

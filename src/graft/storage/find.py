@@ -16,6 +16,7 @@ from graft.storage.dense import NUMBERS, PLAIN, Dense, strange_tensor
 from graft.storage.engine import Engine
 from graft.storage.experts import PACKED_STACK
 from graft.storage.foreign import Foreign, Packed
+from graft.storage.fsdp2 import Sharded, find_parameter_group
 from graft.storage.megatron import Megatron
 from graft.storage.parallel import is_sharded
 from graft.storage.quantized import Quantized
@@ -36,6 +37,7 @@ DENSE: Store = Dense()
 FOREIGN: Store = Foreign()
 PACKED: Store = Packed()
 TENSOR_PARALLEL: Store = TensorParallel()
+SHARDED: Store = Sharded()
 MEGATRON: Store = Megatron()
 STORES: TypeTable[Store] = TypeTable(dict.fromkeys(megatron.KINDS.names(), MEGATRON))  # by a module's type
 TENSORS: TypeTable[Store] = TypeTable(
@@ -98,12 +100,15 @@ def find_tensor_store(module: nn.Module, name: str) -> Store:
 def find_store_of_tensor(module: nn.Module, name: str) -> Store:
     """Return the store of a module's parameter by its class and dtype alone.
 
-    A plain tensor of floats with 16 to 64 bits gets DENSE. A DTensor in a module with a style of tensor parallelism
+    One that FSDP2 has sharded gets SHARDED, also while it is whole. A plain tensor of floats with 16 to 64 bits gets
+    DENSE. A DTensor in a module with a style of tensor parallelism
     gets TENSOR_PARALLEL. Others get the store for their class, if there is one. The rest gets FOREIGN, unless the
     tensor behaves like a plain one or the module has none: then DENSE.
     """
     t = module._parameters.get(name)
     kind = type(t)
+    if find_parameter_group(module, name) is not None and t.dtype in NUMBERS:  # type: ignore[union-attr]
+        return SHARDED
     if kind in PLAIN and t.dtype in NUMBERS:  # type: ignore[union-attr]  # most are, and there are many
         return DENSE
     if t is not None and is_sharded(t) and style_of(module) is not None:

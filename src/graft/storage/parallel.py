@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.core.containers import Slot, parameter_dict
-from graft.core.wrappers import collect_parameters, find_inner_module, walk_unwrapped
+from graft.core.wrappers import MANAGED, collect_parameters, find_inner_module, walk_unwrapped
 from graft.kernels.versions import write_all
 from graft.storage.flat import FlatPiece, find_flat_piece, find_flat_place, sendable
 
@@ -316,25 +316,25 @@ def find_parameters_below(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def gather_numbers(t: Any, places: list[int]) -> list[float] | None:
-    """Return the numbers at these flat positions of the whole tensor. Every process must call this.
+def gather_numbers(t: Any, places: list[int]) -> list[float]:
+    """Return the numbers at these flat positions of the whole tensor. Every process with a part must call this.
 
-    Return None for a DTensor over only some of the processes. For FSDP1 and DTensors the processes send only these
-    numbers; copies on several processes count as their mean. Other layouts gather the whole tensor.
+    For FSDP1 and DTensors the processes send only these numbers; copies on several processes count as their mean. Other
+    layouts, and DTensors that two dimensions cut along one of theirs, gather the whole tensor.
     """
-    piece, layout = find_flat_piece(t), layout_of(t)
+    piece, layout, groups = find_flat_piece(t), layout_of(t), [None]
     if piece is not None:
         numbers, sent = pick_piece_numbers(piece, places), piece.flat
-    elif layout is DISTRIBUTED:
-        if t.device_mesh.size() != dist.get_world_size():
-            return None
+    elif layout is DISTRIBUTED and not any("Strided" in type(p).__name__ for p in t.placements):
         numbers, sent = pick_shard_numbers(t, places), t
+        groups = [t.device_mesh.get_group(dim) for dim in range(t.device_mesh.ndim)]
     else:
         flat = gather_tensor(t).reshape(-1)
         return [float(flat[place]) for place in places]
     counts = torch.tensor([[0.0, 0.0] if v is None else [v, 1.0] for v in numbers], dtype=torch.float64)
     counts = counts.to(sendable(sent))
-    dist.all_reduce(counts)
+    for group in groups:
+        dist.all_reduce(counts, group=group)
     return (counts[:, 0] / counts[:, 1]).tolist()
 
 
@@ -366,8 +366,13 @@ def pick_shard_numbers(t: DTensor, places: list[int]) -> list[float | None]:
     return out
 
 
+# beginnings of the names of attributes that FSDP2 adds to modules
+NOTES = (MANAGED, "_fsdp_use_orig_params", "__composable_api_state_key")
+
+
 def copy_unwrapped(module: M, values: dict[str, Tensor]) -> M:
-    """Return a copy of a module without the hooks, wrappers and classes of layouts, with `values` as tensors, by name.
+    """Return a copy of a module without hooks, wrappers, classes and marks of layouts, with `values` as tensors, by
+    name.
 
     Children are copied as well. Parameters are new, detached, with the old requires_grad; those that `values` lacks
     share memory with the module's. Buffers and other attributes are shared. A parameter that is reached through a
@@ -380,7 +385,7 @@ def copy_unwrapped(module: M, values: dict[str, Tensor]) -> M:
     copy: M = kind.__new__(kind)
     parameters = collect_parameters(bare)
     for name, value in bare.__dict__.items():
-        if name not in parameters:
+        if name not in parameters and not name.startswith(NOTES):
             copy.__dict__[name] = type(value)() if "hooks" in name and isinstance(value, dict) else value
     copy.__dict__.update(_parameters=dict.fromkeys(bare._parameters), _buffers=dict(bare._buffers), _modules={})
     for name, p in parameters.items():

@@ -138,7 +138,22 @@ def _last(layout: Any) -> bool:
 def standalone(module: nn.Module) -> nn.Module:
     """Return a copy of a module with all tensors in memory, whole on each process, and without parallel forwards.
 
-    DTensors are gathered, so that every process must call this; offloaded tensors are loaded.
+    DTensors are gathered, so that every process must call this; offloaded tensors are loaded. Raises the errors of
+    `list_styles`.
+    """
+    styles = list_styles(module)
+    if not styles:
+        return offload.standalone(module)
+    cut = [p for p in module.parameters() if is_sharded(p)]
+    whole: dict[int, object] = {id(p): nn.Parameter(gather_dtensor(p.detach()).clone(), p.requires_grad) for p in cut}
+    clone = offload.standalone(module, whole)
+    for path in styles:
+        del clone.get_submodule(path).__dict__["forward"]
+    return clone
+
+
+def list_styles(module: nn.Module) -> list[str]:
+    """Return the paths of the parallel modules in a module that is to be copied whole.
 
     Raises:
         UnsupportedLayerError: a layer of Megatron in it has a piece of its weight, or a parallel module takes or
@@ -152,20 +167,13 @@ def standalone(module: nn.Module) -> nn.Module:
             f"A {type(child).__name__} has a piece of its weight, and a copy of it, which would train whole, has no "
             "place in the model. Take it out of modules_to_save, or name other target_modules."
         )
-    if not styles:
-        return offload.standalone(module)
     for path, m, style in styles:
         piece = find_parallel_piece(m, find_op(m))
         if style.kind not in WHOLE and (piece is None or piece.inputs is not None or piece.outputs is not None):
             name = f"'{path}' in it" if path else f"The {type(m).__name__}"
             why = "a copy of it, which would train whole, has no place in the model"
             raise UnsupportedLayerError(f"{name}: {_explain_style(style, why)}.")
-    cut = [p for p in module.parameters() if is_sharded(p)]
-    whole: dict[int, object] = {id(p): nn.Parameter(gather_dtensor(p.detach()).clone(), p.requires_grad) for p in cut}
-    clone = offload.standalone(module, whole)
-    for path, *_ in styles:
-        del clone.get_submodule(path).__dict__["forward"]
-    return clone
+    return [path for path, *_ in styles]
 
 
 def why_no_parallel_adapter(module: nn.Module, op: Op, inside: bool) -> str | None:
@@ -205,19 +213,25 @@ class TensorParallel(Dense):
     """
 
     name, live, exact = "tensor parallel", False, True
+    in_parts = True
+
+    def tensor(self, m: nn.Module, name: str) -> Tensor:
+        """Return the module's tensor as it is: a DTensor, or a plain one."""
+        t: Tensor = getattr(m, name)
+        return t
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         """Return the whole tensor, gathered, with a gradient where autograd records and it trains; a plain tensor
         itself.
         """
-        return gather_dtensor(getattr(m, name))
+        return gather_dtensor(self.tensor(m, name))
 
     def piece(self, m: nn.Module, op: Op) -> tuple[Tensor, Cut | None, Cut | None]:
         """Return this process's piece of the weight (canonical), and the cuts of its rows and columns.
 
         At most one of the cuts is set; both are None if the weight is whole on each process.
         """
-        t = m.weight
+        t: Any = m.weight
         mesh, shard = t.device_mesh, t.placements[0]
         if mesh.size() == 1 or not hasattr(shard, "dim"):
             return op.canon(local(t)), None, None
@@ -232,13 +246,18 @@ class TensorParallel(Dense):
 
         If the weight is tied (`shared`), the module gets a new parameter with the piece, with the same requires_grad.
         """
-        p = getattr(m, name)
+        p = self.tensor(m, name)
         piece = shard_as(p, W)
         if shared:
             setattr(m, name, nn.Parameter(piece, requires_grad=p.requires_grad))
         else:
             local(p).copy_(local(piece))
         return None
+
+    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> Tensor:
+        """Return a detached copy of this process's piece; if the weight is tied (`shared`), the parameter itself."""
+        p = self.tensor(m, name)
+        return p if shared else p.detach().clone()
 
     def snapshot_values(self, m: nn.Module, name: str, state: Tensor) -> Tensor:
         """Return the whole tensor of a snapshot, gathered; a plain tensor itself."""
@@ -252,7 +271,7 @@ class TensorParallel(Dense):
         if isinstance(state, nn.Parameter):
             setattr(m, name, state)
         else:
-            local(getattr(m, name)).copy_(local(state))
+            local(self.tensor(m, name)).copy_(local(state))
 
     def protect(self, y: Tensor) -> Tensor:
         """Return a copy of the output, always: it may be a view of a DTensor's, which takes no writing in place."""

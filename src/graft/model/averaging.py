@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of adapters over processes: who averages them, and the average of adapters on a sharded base.
+
+DDP, FSDP and DeepSpeed look at a model once, when they wrap it. Parameters that come later, or begin to train, would
+then train on each process separately, without an error: `check_averaged` raises one. It runs at the first step after a
+change of the parameters that train.
+
+If FSDP2 had sharded the base before the adapter came, each process has the whole adapter, and trains it on its own
+batch. An `Averager` then averages the gradients, once when a backward pass ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import unserializable_hook
+
+from graft.core.carrier import iter_carried
+from graft.core.containers import Slot
+from graft.core.errors import DistributedError, PeftWarning, warn
+from graft.core.method import Tuner
+from graft.core.rows import find_tensors
+from graft.core.wrappers import MANAGED
+from graft.io.fingerprint import hash_text
+from graft.io.rendezvous import RankNote
+from graft.kernels.waits import constant
+from graft.storage import Sharding
+from graft.storage.flat import is_flat, trains
+from graft.storage.meeting import Meeting
+from graft.storage.parallel import find_master_ids, is_sharded, layout_of, processes
+
+MARK = "_replicated_grad_hook_registered"  # transformers' Trainer averages a parameter itself unless it has this
+
+
+class Averager:
+    """Averages the gradients of adapters on a base that FSDP2 had sharded before they came.
+
+    Hooks on parameters, and on the outputs of calls, tell it that a backward pass runs. When the pass ends, one sum
+    over the processes takes all gradients of a dtype and device. A process without a gradient adds zeros. If no process
+    has one, the gradient stays None.
+    """
+
+    def __init__(self, registry: Tuner, sharding: Sharding):
+        """Serve the model of a registry. Nothing happens until `find_parameters`."""
+        self.registry, self.sharding = registry, sharding
+        self.parameters: list[nn.Parameter] = []  # with a hook, in the model's order
+        self.agreed: list[int] = []  # ids of those that trained when the processes last compared them
+        self.task: int | None = None  # the backward pass that will be averaged at its end
+        self.follows = False  # a call's output began that pass, and not a parameter
+
+    def find_parameters(self) -> None:
+        """Hook each plain parameter of adapters, and each other plain one that trains, unless FSDP2 averages it.
+
+        Parameters that have a hook keep it. Sets Trainer's mark on each.
+        """
+        registry, managed = self.registry, self.sharding.list_managed_ids()
+        known, parameters = set(map(id, self.parameters)), dict[int, Any]()
+        carried = iter_carried(registry.carriers(), [*registry.peft_config])
+        slots = [slot for carrier, name in carried for slot in carrier.slots(name)]
+        places = [(s.owner, s.attribute, s.tensor) for s in slots if s.is_parameter and s.trains]
+        places += [
+            (m, name, p)
+            for m in registry.model.modules()
+            for name, p in m._parameters.items()
+            if p is not None and p.requires_grad
+        ]
+        for owner, name, p in places:
+            if (id(owner), name) not in managed and not (is_sharded(p) or p.is_meta):
+                parameters[id(p)] = p
+        self.parameters = list(parameters.values())
+        for p in self.parameters:
+            if id(p) not in known:
+                before = p.requires_grad
+                p.requires_grad_().register_post_accumulate_grad_hook(self._on_gradient)
+                p.requires_grad_(before)
+            setattr(p, MARK, True)
+
+    def agree(self) -> None:
+        """Compare the parameters that train with the other processes, if they have changed since the last time.
+
+        Raises:
+            DistributedError: other parameters train on another process, or it does not come in time.
+        """
+        training = [p for p in self.parameters if p.requires_grad]
+        ids = list(map(id, training))
+        if ids == self.agreed:
+            return
+        task = f"{len(ids)} tensors that train ({hash_text(str([(tuple(p.shape), p.dtype) for p in training]))})"
+        Meeting("A training step", task, sorted(self.sharding.ranks), "average gradients over", DistributedError)
+        self.agreed = ids
+
+    def follow(self, output: object) -> None:
+        """Hook the tensors of a call's output, so that the gradients are averaged when its backward pass ends.
+
+        A pass that an error broke off before is forgotten.
+        """
+        if torch._C._current_graph_task_id() == -1:  # else gradient checkpointing calls the model
+            self.task, self.follows = None, False
+        for t in find_tensors(output):
+            if t.grad_fn is not None:
+                t.register_hook(self._on_output)
+
+    @unserializable_hook  # type: ignore[untyped-decorator]
+    def _on_output(self, _grad: Tensor) -> None:
+        """Hook of an output's gradient: have autograd call `_on_end` after the pass, once."""
+        if not self.follows:
+            self.follows, self.task = True, torch._C._current_graph_task_id()
+            torch.autograd.Variable._execution_engine.queue_callback(self._on_end)
+
+    @unserializable_hook  # type: ignore[untyped-decorator]
+    def _on_gradient(self, _parameter: Tensor) -> None:
+        """Hook of a parameter with a new gradient: have autograd call `_on_end` after the pass, unless that is certain.
+
+        Under reentrant checkpointing, without a call of the PeftModel, that is after the pass of each block.
+        """
+        task = torch._C._current_graph_task_id()
+        if not self.follows and task != self.task:
+            self.task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._on_end)
+
+    @torch.no_grad()
+    def _on_end(self) -> None:
+        """Average the gradients of all parameters that train, unless FSDP2 waits for a later pass as well.
+
+        The next pass then averages the sum of both. Half precision is summed in float32.
+        """
+        self.task, self.follows = None, False
+        if not self.sharding.syncs_gradients:
+            return
+        self.agree()
+        rows: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
+        for p in self.parameters:
+            if p.requires_grad:
+                rows.setdefault((p.device, torch.promote_types(p.dtype, torch.float32)), []).append(p)
+        for (device, dtype), parameters in rows.items():
+            self._average(parameters, device, dtype)
+
+    def _average(self, parameters: list[nn.Parameter], device: torch.device, dtype: torch.dtype) -> None:
+        """Average the gradients of parameters by one sum over the processes in `dtype`, flags of who has one included.
+
+        Waits for the device only if this process lacks a gradient: another one may have it.
+        """
+        has = [p.grad is not None for p in parameters]
+        grads = [torch.zeros_like(p, dtype=dtype) if p.grad is None else p.grad.to(dtype) for p in parameters]
+        flags = constant(tuple(map(float, has)), dtype, device)
+        row = torch.cat([*(g.to_dense().reshape(-1) if g.is_sparse else g.reshape(-1) for g in grads), flags])
+        size = 1
+        for group in self.sharding.batches:
+            dist.all_reduce(row, group=group)
+            size *= dist.get_world_size(group)
+        *means, counts = row.split([*(p.numel() for p in parameters), len(has)])
+        if not all(has):
+            has = [count > 0 for count in counts.real.tolist()]
+        for p, mean, is_there in zip(parameters, means, has):
+            if not is_there:
+                continue
+            mean = mean.view(p.shape) / size
+            if p.grad is None or p.grad.is_sparse:
+                p.grad = mean.to(p.dtype)
+            else:
+                p.grad.copy_(mean)
+
+
+REMEDY = (
+    "wrap the model again, or set all adapters trainable before wrapping "
+    "(model.set_requires_grad([…]) of all their names) and find_unused_parameters=True"
+)
+
+
+WHY_NOT_DDP = (
+    "DistributedDataParallel cannot wrap a model with a base that FSDP2 has sharded: graft averages the gradients of "
+    "its adapters already. Train it without DistributedDataParallel."
+)
+
+
+def note_start(registry: Tuner, adapter: str) -> None:
+    """Record shapes and norms of an adapter's first values in `registry.starts`, for a comparison with other
+    processes.
+    """
+    tensors = initial_tensors(registry, adapter)
+    tensor_norms = torch._foreach_norm(tensors) if tensors else []
+    norms = (
+        torch.stack([n.to(tensor_norms[0].device) for n in tensor_norms]).tolist() if tensor_norms else []
+    )  # of several devices, maybe
+    registry.starts[adapter] = RankNote(str([(tuple(t.shape), t.dtype) for t in tensors]), str(norms))
+
+
+def check_averaged(registry: Tuner) -> None:
+    """Raise DistributedError if gradients of parameters that train will not be averaged over the processes.
+
+    Checked are DDP, FSDP1, FSDP2 and DeepSpeed: each must have known the parameter when it wrapped the model. With
+    tensors in parts, warn if processes began with other values. Records in `registry.in_ddp` whether the model runs
+    within DDP. With one process, nothing is checked.
+    """
+    ddp = DistributedDataParallel._active_ddp_module
+    registry.in_ddp = ddp is not None
+    averager = registry.averager
+    if averager is not None:
+        if ddp is not None:
+            raise DistributedError(WHY_NOT_DDP)
+        averager.find_parameters()
+        averager.agree()
+    if processes() < 2:
+        return
+    slots = list(slots_of_active(registry))
+    trained = {name: slot.tensor for name, slot, _ in slots if trains(slot.tensor)}
+    if ddp is not None:
+        owned = {id(p) for bucket in ddp.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()}
+        check_none_missed([n for n, p in trained.items() if id(p) not in owned], "DistributedDataParallel", REMEDY)
+    still = [name for name, slot, wanted in slots if wanted and is_flat(slot.tensor) and not trains(slot.tensor)]
+    check_none_missed(still, "FullyShardedDataParallel", f"{REMEDY}, or use_orig_params=True")
+    if averager is None and any(map(is_managed, registry.model.modules())):
+        late = [name for name, slot, _ in slots if trains(slot.tensor) and is_late(slot)]
+        check_none_missed(late, "FSDP", "inject all adapters before fully_shard (or FullyShardedDataParallel)")
+    ids = find_master_ids([*registry.model.parameters(), *trained.values()])
+    if ids:
+        check_none_missed(
+            [n for n, p in trained.items() if id(p) not in ids], "DeepSpeed", "call deepspeed.initialize again"
+        )
+    if any([layout_of(slot.tensor) is not None or is_managed(slot.owner) for _, slot, _ in slots]):
+        warn_other_starts(registry)
+
+
+def is_replicated(registry: Tuner) -> bool:
+    """Return True if there are several processes, and each is known to hold the whole adapter: with DDP, DeepSpeed or a
+    base that was sharded before.
+    """
+    if processes() < 2:
+        return False
+    has_copies = registry.in_ddp or registry.averager is not None
+    return has_copies or bool(find_master_ids(registry.model.parameters()))
+
+
+def check_none_missed(names: list[str], who: str, remedy: str) -> None:
+    """Raise DistributedError if `names`, parameters that `who` did not see when it wrapped the model, is not empty."""
+    if names:
+        raise DistributedError(
+            f"{len(names)} parameters train that {who} did not see when it wrapped the model, such as '{names[0]}', so "
+            "their gradients would not be averaged. After set_adapter(), add_adapter() or set_requires_grad(): "
+            f"{remedy}."
+        )
+
+
+def warn_other_starts(registry: Tuner) -> None:
+    """Warn of each active adapter with other initial values on other processes, since each process holds a part of it.
+
+    Each adapter is compared once.
+    """
+    for adapter in registry.active_adapters:
+        note = registry.starts.pop(adapter, None)
+        ranks = [] if note is None else note.list_differing_ranks()
+        if ranks:
+            warn(
+                f"Adapter '{adapter}' began with other values on rank(s) {ranks} than on this one, and each process "
+                "holds a part of it. Call torch.manual_seed() with one seed on all processes before the adapter is "
+                "made, or broadcast rank 0's values.",
+                PeftWarning,
+            )
+
+
+def slots_of_active(registry: Tuner) -> Iterable[tuple[str, Slot, bool]]:
+    """Yield (name for errors, slot, whether the adapter is set to train) of each tensor of active adapters that can
+    train.
+    """
+    for carrier, name in iter_carried(registry.carriers(), registry.active_adapters):
+        for slot in carrier.slots(name):
+            if slot.trains:
+                yield f"{carrier.key}.{slot.container}.{name}", slot, name in carrier.state.trainable
+
+
+def initial_tensors(registry: Tuner, adapter: str) -> list[Tensor]:
+    """Return an adapter's floating-point tensors, detached, that are neither empty, on the meta device, nor in
+    parts.
+    """
+    slots = (s for carrier, name in iter_carried(registry.carriers(), [adapter]) for s in carrier.slots(name))
+    tensors = [s.tensor.detach() for s in slots if s.tensor.is_floating_point() and not s.tensor.is_meta]
+    return [t for t in tensors if t.numel() and layout_of(t) is None]
+
+
+def is_late(slot: Slot) -> bool:
+    """Return True if FSDP2 does not know a parameter: FSDP does not manage its module, or other parameters there are in
+    parts and this one is not.
+
+    A whole parameter alone proves nothing: by now FSDP has gathered those of its outermost unit.
+    """
+    if not is_managed(slot.owner):
+        return True
+    are_sharded = [layout_of(p) is not None for p in slot.owner._parameters.values() if p is not None]
+    return layout_of(slot.tensor) is None and any(are_sharded)
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Return True if FSDP2 manages a module."""
+    return MANAGED in module.__dict__

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bases that FSDP2 has sharded before their adapters come: the processes that share them, and the store of weights.
+
+A weight is a DTensor between calls, and whole while its unit of FSDP2 runs; under tensor parallelism it is then a
+DTensor over that dimension alone. A unit may keep its weights whole after a call. Its DTensors, which FSDP2 reads for
+the next call, are then not at the module: the store has FSDP2 put them there before it reads or writes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from graft.core.wrappers import MANAGED
+from graft.storage import offload, tensor_parallel
+from graft.storage.parallel import copy_unwrapped, gather_slots
+from graft.storage.tensor_parallel import TensorParallel
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+GROUPS: WeakKeyDictionary[nn.Module, dict[str, ref[Any]]] = WeakKeyDictionary()  # FSDP2's groups by module and name
+
+
+def find_parameter_groups(modules: Iterable[nn.Module]) -> list[Any]:
+    """Return FSDP2's parameter groups with parameters, of the units among these modules, each once.
+
+    [] without FSDP2. Notes the group of each parameter for `find_parameter_group`.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if not hasattr(fsdp, "FSDPModule"):
+        return []
+    groups: dict[int, Any] = {}
+    for module in modules:
+        if isinstance(module, fsdp.FSDPModule):
+            state: Any = module._get_fsdp_state()
+            one = getattr(state, "_fsdp_param_groups", None)  # until torch 2.11 a state has one group
+            for group in [state._fsdp_param_group] if one is None else one:
+                if group is not None and group.fsdp_params:
+                    groups[id(group)] = group
+    for group in groups.values():
+        for owner, name in list_managed([group]):
+            GROUPS.setdefault(owner, {})[name] = ref(group)
+    return list(groups.values())
+
+
+def list_managed(groups: Iterable[Any]) -> Iterator[tuple[nn.Module, str]]:
+    """Yield (module, name) of each parameter of FSDP2's groups, at all modules that share it."""
+    return (place for group in groups for parameter in group.fsdp_params for place in list_names(parameter))
+
+
+def list_names(parameter: Any) -> Iterator[tuple[nn.Module, str]]:
+    """Yield (module, name) of one parameter of FSDP2, at all modules that share it."""
+    info = parameter._module_info
+    yield info.module, info.param_name
+    yield from zip(info.shared_modules, info.shared_param_names)
+
+
+def find_parameter_group(m: nn.Module, name: str) -> Any:
+    """Return FSDP2's group of a module's parameter, once `find_parameter_groups` has seen it; else None."""
+    group = GROUPS.get(m, {}).get(name) if MANAGED in m.__dict__ else None
+    return None if group is None else group()
+
+
+@dataclass
+class Sharding:
+    """The processes that share a base, which FSDP2 had sharded before an adapter came.
+
+    Args:
+        parameter_groups: FSDP2's.
+        ranks: of all processes that hold a part of the base.
+        groups: process groups, one per dimension of their mesh: what passes through all in turn reaches all ranks.
+        batches: process groups, one per dimension, of processes with batches of their own: without tensor parallelism.
+    """
+
+    parameter_groups: list[Any]
+    ranks: list[int]
+    groups: list[ProcessGroup]
+    batches: list[ProcessGroup]
+
+    @property
+    def syncs_gradients(self) -> bool:
+        """True unless a unit has `set_requires_gradient_sync(False)` at the moment."""
+        return all(group.reduce_grads for group in self.parameter_groups)
+
+    def list_managed_ids(self) -> set[tuple[int, str]]:
+        """Return (id of the module, name) of the parameters that FSDP2 knows."""
+        return {(id(owner), name) for owner, name in list_managed(self.parameter_groups)}
+
+
+def find_sharding(modules: Iterable[nn.Module]) -> Sharding | None:
+    """Return the processes that share a model of these modules; None if FSDP2 has sharded nothing of it.
+
+    Of several meshes the largest counts, such as that of a model's dense part if its experts have a smaller one.
+    """
+    parameter_groups = find_parameter_groups(modules)
+    if not parameter_groups or not dist.is_initialized():
+        return None
+    parameters = [p.sharded_param for group in parameter_groups for p in group.fsdp_params]
+    mesh: DeviceMesh = max((p.device_mesh for p in parameters), key=lambda mesh: mesh.size())
+    unit: DeviceMesh = max((group.mesh_info.mesh for group in parameter_groups), key=lambda mesh: mesh.size())
+    return Sharding(parameter_groups, mesh.mesh.flatten().tolist(), list_groups(mesh), list_groups(unit))
+
+
+def list_groups(mesh: DeviceMesh) -> list[ProcessGroup]:
+    """Return the process groups of a mesh that this process is in, one per dimension.
+
+    For a mesh of all processes with several dimensions it is the default group alone.
+    """
+    if mesh.ndim > 1 and mesh.size() == dist.get_world_size():
+        return [dist.distributed_c10d._get_default_group()]
+    return [mesh.get_group(dim) for dim in range(mesh.ndim)]
+
+
+class Sharded(TensorParallel):
+    """The store of dense weights that FSDP2 had sharded before the adapter came.
+
+    All processes have to take part in reads, writes and restores, except within a call of the unit.
+    """
+
+    name, live, exact = "FSDP2", False, True
+
+    def tensor(self, m: nn.Module, name: str) -> Tensor:
+        """Return the parameter that holds the values now: the DTensor between calls, the whole one within a call.
+
+        If the unit kept its whole weights after a call, it gives them up first.
+        """
+        group = find_parameter_group(m, name)
+        if group is not None and not group.is_sharded and group._training_state.name == "IDLE":
+            group.reshard()
+        t: Tensor = getattr(m, name)
+        return t
+
+    def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
+        """Return why a merge cannot write the tensor: as a dense one, or because FSDP2 has tied it to another module.
+
+        None if it can.
+        """
+        group = find_parameter_group(m, name)
+        for parameter in () if group is None else group.fsdp_params:
+            names = list(list_names(parameter))
+            if len(names) > 1 and any(owner is m and key == name for owner, key in names):
+                return (
+                    f"its {name} is sharded by FSDP2 as one with that of another module, which would change, too: save "
+                    "the adapter, and merge it into a model of one process"
+                )
+        return super().why_unwritable(m, name)
+
+    def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
+        """Return the device that FSDP2 computes on, which is another than the weight's under offload, and the dtype."""
+        device, dtype = super().where(m, name)
+        group = find_parameter_group(m, name)
+        return device if group is None or device is None or device.type == "meta" else group.device, dtype
+
+    @contextmanager
+    def bring_in(self, layer: Any, written: nn.Module | None = None) -> Iterator[None]:
+        """Within the block, tensors of the layer's adapters that FSDP2 has sharded as well are whole, for reading.
+
+        Every process must call this.
+        """
+        with super().bring_in(layer, written), gather_slots(s for name in layer.adapters for s in layer.slots(name)):
+            yield
+
+    def protect(self, y: Tensor) -> Tensor:
+        """Return the output, or a copy of a view: it may be one of a DTensor's, which takes no writing in place."""
+        return y.clone() if y._is_view() else y
+
+
+def gather_module(module: nn.Module) -> nn.Module:
+    """Return a module for a call between those of its unit: a copy with whole tensors and without FSDP2, or itself if
+    FSDP2 has not sharded it.
+
+    Buffers of a copy are shared. Every process must call this.
+    """
+    owners = [(path, m) for path, m in module.named_modules() if m in GROUPS]
+    store = Sharded()
+    values = {f"{path}.{n}" if path else n: store.read(m, n).detach() for path, m in owners for n in GROUPS[m]}
+    return copy_unwrapped(module, values) if owners else module
+
+
+def standalone(module: nn.Module) -> nn.Module:
+    """Return a copy of a module with all tensors in memory and whole on each process, which no layout manages.
+
+    If FSDP2 has sharded it, every process must call this, and hooks stay behind. Else as
+    `tensor_parallel.standalone`.
+    """
+    if not any(m in GROUPS for m in module.modules()):
+        return tensor_parallel.standalone(module)
+    styles = tensor_parallel.list_styles(module)
+    clone = offload.standalone(gather_module(module))
+    for path in styles:
+        del clone.get_submodule(path).__dict__["forward"]
+    return clone

@@ -70,9 +70,23 @@ MUTATIONS = [
     ),
     Mutation(
         "nobody asks who averages gradients",
-        "model/watch.py",
+        "model/averaging.py",
         "    if names:\n        raise",
         "    if not names:\n        raise",
+        "tests/distributed",
+    ),
+    Mutation(
+        "adapters on a sharded base: each process keeps its gradients",
+        "model/averaging.py",
+        "            dist.all_reduce(row, group=group)\n",
+        "",
+        "tests/distributed",
+    ),
+    Mutation(
+        "adapters on a sharded base: each process draws its own",
+        "inject/stage.py",
+        "        team.broadcast(data)\n",
+        "",
         "tests/distributed",
     ),
     Mutation(

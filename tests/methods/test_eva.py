@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from transformers import BertConfig, BertForSequenceClassification
 
 import graft
-from graft.methods.lora.eva import Components
+from graft.train.components import Components
 from tests import models
 from tests.looks import layers
 from tests.pair import json_of

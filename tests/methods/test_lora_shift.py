@@ -14,6 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
+from graft.train.calibration import CordaEigens
 from tests import models
 from tests.conformance.stores import Rounded, held
 from tests.looks import layers
@@ -298,7 +299,7 @@ def test_where_it_has_no_meaning_nothing_changes(how):
             model = Tied()
         before = {k: v.clone() for k, v in model.state_dict().items()}
         if how in ("corda", "lora_ga"):  # which would say that there are no data for 'lin'
-            model.lin.eigens = graft.methods.lora.start.CordaEigens(torch.ones(2), torch.ones(6, 2), torch.ones(6, 2))
+            model.lin.eigens = CordaEigens(torch.ones(2), torch.ones(6, 2), torch.ones(6, 2))
             model.lin._peft_loraga_grad = torch.randn(6, 6)
         with pytest.raises(graft.ConfigError, match=text):
             graft.get_peft_model(model, config(how, r=2, target_modules=["lin", name]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -29,7 +30,7 @@ from graft.config.base import check_config
 from graft.core.errors import join_some
 from graft.core.pieces import check_no_pieces
 from graft.inject.inject import Injection
-from graft.methods.lora.start import EIGENS, GRADIENT, CordaEigens, eigens_of
+from graft.methods.lora.start import EIGENS, GRADIENT
 from graft.methods.loraxs import STEP
 from graft.methods.sdt import A_LOG, CHANGE, X_PROJ
 from graft.model.modes import use_mode
@@ -121,6 +122,16 @@ def get_cached(cached: dict[str, Tensor], name: str, path: str | None) -> Tensor
 
 
 NAMES = ("S_WC", "U_WC", "V_WC")
+DAMP, GOOD_ENOUGH = 0.01, 0.05
+
+
+@dataclass
+class CordaEigens:
+    """r singular triples of W C, with C⁻¹ multiplied back: W ≈ U diag(S) Vᵀ on inputs like those behind C."""
+
+    S_WC: Tensor  # (r,)
+    U_WC: Tensor  # (out, r)
+    V_WC: Tensor  # (in, r)
 
 
 @torch.no_grad()
@@ -227,6 +238,33 @@ def measure_covariances(
     means = {key: sums[key] / calls[key] for key in methods}
     write_cache(cfg.covariance_file, means)
     return means
+
+
+@torch.no_grad()
+def eigens_of(W: Tensor, C: Tensor, r: int, method: str, key: str) -> CordaEigens:
+    """Return r singular triples of W C with C's inverse multiplied back; W (out, in), C (in, in).
+
+    The r largest for method "ipm", else the r smallest ("kpm"). C's diagonal gets 1 % of its mean added, doubled until
+    the inverse is good (error < 0.05).
+
+    Raises:
+        CalibrationError: C is zero or not finite; `key` names the layer.
+    """
+    W, C = W.float(), C.float()
+    mean = C.diagonal().mean()
+    if not (C.isfinite().all() and mean > 0):
+        raise CalibrationError(f"The inputs of layer '{key}' are all zero, or not finite. Pass other data.")
+    one, damp = torch.eye(len(C), device=C.device), DAMP
+    while True:
+        damped = C + damp * mean * one
+        inverse = torch.linalg.inv(damped)
+        if torch.dist(damped @ inverse, one) < GOOD_ENOUGH:
+            break
+        damp *= 2
+    U, S, Vh = torch.linalg.svd(W @ damped, full_matrices=False)
+    V = (Vh @ inverse).T
+    cut = slice(r) if method == "ipm" else slice(len(S) - r, None)
+    return CordaEigens(S[cut].clone(), U[:, cut].clone(), V[:, cut].clone())
 
 
 # LoRA-GA

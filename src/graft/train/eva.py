@@ -21,10 +21,10 @@ from graft.core.pieces import check_no_pieces
 from graft.inject.match import COMPRESS_FROM, minimize_names
 from graft.inject.parts import get_registry
 from graft.inject.survey import attach_module, survey_model
-from graft.methods.lora.eva import Components, distribute_ranks
 from graft.model.modes import use_mode
 from graft.storage import find_device_and_dtype
 from graft.train.calibration import check_measured, find_linear_methods
+from graft.train.components import Components, distribute_ranks
 
 
 def forward_fn_dict(model: nn.Module, inputs: Any) -> object:

@@ -31,7 +31,7 @@ HELD: dict[str, str] = {
     "graft.model.status": "TunerLayerStatus TunerModelStatus",
     "graft.model.mixed": "MixedModel PEFT_TYPE_TO_MIXED_MODEL_MAPPING PeftMixedModel",
     "graft.model.tuner": "BaseTuner=Tuner",
-    "graft.methods.lora.start": "CordaEigens",
+    "graft.train.calibration": "CordaEigens",
     "graft.methods.lora.loftq": "loftq_init",
     "graft.train.eva": "forward_fn_dict prepare_layer_inputs_fn_language_modeling "
     "prepare_model_inputs_fn_language_modeling",

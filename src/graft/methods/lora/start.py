@@ -11,7 +11,6 @@ on data with a running model are in `train/`.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -128,16 +127,6 @@ def olora(lora: Method, W: Tensor) -> Start:
 
 
 EIGENS = "eigens"  # attribute of a base layer, as in PEFT
-DAMP, GOOD_ENOUGH = 0.01, 0.05
-
-
-@dataclass
-class CordaEigens:
-    """r singular triples of W C, with C⁻¹ multiplied back: W ≈ U diag(S) Vᵀ on inputs like those behind C."""
-
-    S_WC: Tensor  # (r,)
-    U_WC: Tensor  # (out, r)
-    V_WC: Tensor  # (in, r)
 
 
 def corda(lora: Method, W: Tensor) -> Start:
@@ -166,33 +155,6 @@ def corda(lora: Method, W: Tensor) -> Start:
             raise CalibrationError(f"Invalid value found in matrix {name} for layer '{site.key}'. Pass other data.")
     root = (S / s).sqrt()
     return Start.of(root[:, None] * V.T, U * root, s)
-
-
-@torch.no_grad()
-def eigens_of(W: Tensor, C: Tensor, r: int, method: str, key: str) -> CordaEigens:
-    """Return r singular triples of W C with C's inverse multiplied back; W (out, in), C (in, in).
-
-    The r largest for method "ipm", else the r smallest ("kpm"). C's diagonal gets 1 % of its mean added, doubled until
-    the inverse is good (error < 0.05).
-
-    Raises:
-        CalibrationError: C is zero or not finite; `key` names the layer.
-    """
-    W, C = W.float(), C.float()
-    mean = C.diagonal().mean()
-    if not (C.isfinite().all() and mean > 0):
-        raise CalibrationError(f"The inputs of layer '{key}' are all zero, or not finite. Pass other data.")
-    one, damp = torch.eye(len(C), device=C.device), DAMP
-    while True:
-        damped = C + damp * mean * one
-        inverse = torch.linalg.inv(damped)
-        if torch.dist(damped @ inverse, one) < GOOD_ENOUGH:
-            break
-        damp *= 2
-    U, S, Vh = torch.linalg.svd(W @ damped, full_matrices=False)
-    V = (Vh @ inverse).T
-    cut = slice(r) if method == "ipm" else slice(len(S) - r, None)
-    return CordaEigens(S[cut].clone(), U[:, cut].clone(), V[:, cut].clone())
 
 
 GRADIENT = "_peft_loraga_grad"  # attribute of a base layer, as in PEFT

@@ -13,7 +13,7 @@ needs its own rules for values, gradients and files.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -28,7 +28,6 @@ from graft.core.method import Method
 from graft.core.plan import ChainPlan, LayerPlan, Step, SumPlan, apply_delta, compute_part, find_step_input
 from graft.core.protocols import Layer
 from graft.core.random import read_generator_states
-from graft.core.site import Site
 from graft.kernels.cuts import Cut, cut_tensor, join_pieces, sum_gradient, sum_partial_results
 from graft.kernels.low_rank import dropout
 
@@ -93,19 +92,6 @@ class LayerPiece:
                 "other inputs on each and their adapters drift apart. Call torch.manual_seed with one seed on all of "
                 "them, after draws on some only."
             )
-
-
-def check_no_pieces(sites: Iterable[tuple[str, Site]], what: str) -> None:
-    """Raise UnsupportedLayerError if this process has only a piece of one of these sites (path, site).
-
-    The error begins with the name of the task that needs whole layers.
-    """
-    cut = [(key, p.style) for key, s in sites if (p := s.piece) is not None and (p.inputs or p.outputs or p.left_out)]
-    if cut:
-        raise UnsupportedLayerError(
-            f"{what} of whole layers, and layer '{cut[0][0]}' is parallel by the style '{cut[0][1]}' ({len(cut)} "
-            "layers are). Load the model without tp_plan for this."
-        )
 
 
 def show_type(t: Tensor) -> str:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Supported inside: rooms may import this module.
-"""The carriers of one adapter; the registry and the gate of a model.
+"""The carriers of one adapter; the registry, the gate and the modes of a model.
 
 Several layers on parameters of one module are nested around each other, by the names that PEFT gives them. A layer's
 base weight is that of the innermost module.
@@ -9,17 +9,18 @@ base weight is that of the innermost module.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from graft.config.base import PeftConfig
 from graft.core.carrier import Carrier
-from graft.core.errors import AdapterNotFoundError, AlreadyInjectedError
+from graft.core.errors import AdapterNotFoundError, AlreadyInjectedError, UnsupportedLayerError
 from graft.core.gate import Gate
 from graft.core.layer import AdapterLayer
 from graft.core.shared import SharedTensors
+from graft.core.site import Site
 from graft.core.wrappers import find_inner_module
 from graft.inject.survey import Wrapper, check_model, survey_model
 from graft.prompts.base import Prompt
@@ -182,3 +183,52 @@ def run_as_call(function: F) -> F:
             return function(model, *args, **kwargs)
 
     return run  # type: ignore[return-value]
+
+
+def check_no_pieces(sites: Iterable[tuple[str, Site]], what: str) -> None:
+    """Raise UnsupportedLayerError if this process has only a piece of one of these sites (path, site).
+
+    The error begins with the name of the task that needs whole layers.
+    """
+    cut = [(key, p.style) for key, s in sites if (p := s.piece) is not None and (p.inputs or p.outputs or p.left_out)]
+    if cut:
+        raise UnsupportedLayerError(
+            f"{what} of whole layers, and layer '{cut[0][0]}' is parallel by the style '{cut[0][1]}' ({len(cut)} "
+            "layers are). Load the model without tp_plan for this."
+        )
+
+
+@contextmanager
+def use_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Within the block, set the whole model to training (True) or eval mode.
+
+    Afterwards each module has its own mode back.
+    """
+    before = read_modes(model)
+    model.train(training)
+    try:
+        yield
+    finally:
+        restore_modes(before)
+
+
+@contextmanager
+def restore_modes_on_error(model: nn.Module) -> Iterator[None]:
+    """If the block raises, put the modes of all modules of a model back."""
+    before = read_modes(model)
+    try:
+        yield
+    except BaseException:
+        restore_modes(before)
+        raise
+
+
+def read_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Return each module of a model with its mode, (module, training)."""
+    return [(module, module.training) for module in model.modules()]
+
+
+def restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Set the mode of each module in (module, training)."""
+    for module, training in modes:
+        module.training = training

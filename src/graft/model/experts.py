@@ -22,7 +22,7 @@ from graft.core.ops import META
 from graft.core.shared import TunerTensors
 from graft.inject.build import assign_values
 from graft.inject.job import Options
-from graft.inject.parts import AdapterCarriers, get_registry
+from graft.inject.parts import AdapterCarriers, get_registry, read_modes, restore_modes
 from graft.inject.report import InjectReport
 from graft.inject.survey import ModuleTree, survey_model
 from graft.io import files
@@ -31,7 +31,6 @@ from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.sub_configs import ArrowConfig
 from graft.methods.xlora import CLASSIFIER, XLoraClassifier, XLoraConfig, check_top_k
 from graft.model.compose import Composition
-from graft.model.modes import read_modes, restore_modes
 from graft.model.peft_model import PeftModel
 from graft.model.registry import Configs, Registry, check_adapter_name
 from graft.model.tuner import Tuner

@@ -20,14 +20,13 @@ from graft.core.errors import AdapterNotFoundError, ConfigError, DistributedErro
 from graft.core.gate import PATIENCE, Names
 from graft.core.rows import BASE, CallContext, Run, count_copies
 from graft.inject.job import Options
-from graft.inject.parts import HOLDER, get_registry
+from graft.inject.parts import HOLDER, get_registry, restore_modes_on_error
 from graft.inject.survey import ModuleTree
 from graft.io.load import CheckpointValues, LoadReport
 from graft.methods import method_of
 from graft.model import checkpoints
 from graft.model.averaging import WHY_NOT_DDP, check_averaged, note_start
 from graft.model.compose import Composition, adapters_in, copy_shares
-from graft.model.modes import restore_modes_on_error
 from graft.model.registry import Registry, check_adapter_name, restore_on_error
 from graft.model.rooms import import_from_room
 from graft.model.rows import (

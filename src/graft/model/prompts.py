@@ -31,13 +31,12 @@ from graft.inject.build import count_needed_numbers
 from graft.inject.find import check_not_fsdp1
 from graft.inject.inject import Injection
 from graft.inject.job import Options
-from graft.inject.parts import AdapterCarriers, get_registry, unwrap_model
+from graft.inject.parts import AdapterCarriers, get_registry, unwrap_model, use_mode
 from graft.inject.report import InjectReport, Matched
 from graft.inject.stage import draw_alike, find_absent_in_model, find_team
 from graft.inject.survey import ModuleTree, survey_model
 from graft.methods import method_of
 from graft.model.merging import unload_adapters
-from graft.model.modes import use_mode
 from graft.model.registry import Registry
 from graft.prompts.arguments import put_labels
 from graft.prompts.base import PLACE, STORED, Encoders, Prompt, check_tokens

@@ -28,11 +28,10 @@ from graft import (
 from graft.config.hub import HUB_KEYWORDS
 from graft.core.errors import join_some
 from graft.core.gate import PATIENCE, Gate
-from graft.core.pieces import check_no_pieces
 from graft.core.rows import BASE, count_copies
 from graft.core.site import Site
 from graft.inject.inject import Injection
-from graft.inject.parts import find_gate, get_gate, get_registry
+from graft.inject.parts import check_no_pieces, find_gate, get_gate, get_registry
 from graft.inject.survey import ModuleTree, attach_module, survey_model
 from graft.io.files import LoadedWeights
 from graft.io.save import get_config

@@ -28,12 +28,11 @@ from graft.config.archives import read_weights
 from graft.config.atomic import replace_file
 from graft.config.base import check_config
 from graft.core.errors import join_some
-from graft.core.pieces import check_no_pieces
 from graft.inject.inject import Injection
+from graft.inject.parts import check_no_pieces, use_mode
 from graft.methods.lora.start import EIGENS, GRADIENT
 from graft.methods.loraxs import STEP
 from graft.methods.sdt import A_LOG, CHANGE, X_PROJ
-from graft.model.modes import use_mode
 
 
 def find_linear_methods(

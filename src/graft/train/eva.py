@@ -17,11 +17,9 @@ from torch import Tensor, nn
 
 from graft import AdapterLayer, CalibrationError, ConfigError, PeftWarning
 from graft.core.errors import join_some, warn
-from graft.core.pieces import check_no_pieces
 from graft.inject.match import COMPRESS_FROM, minimize_names
-from graft.inject.parts import get_registry
+from graft.inject.parts import check_no_pieces, get_registry, use_mode
 from graft.inject.survey import attach_module, survey_model
-from graft.model.modes import use_mode
 from graft.storage import find_device_and_dtype
 from graft.train.calibration import check_measured, find_linear_methods
 from graft.train.components import Components, distribute_ranks

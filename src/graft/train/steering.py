@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from graft import AdapterLayer, CalibrationError, ConfigError, SteeringConfig
-from graft.inject.parts import get_registry
+from graft.inject.parts import get_registry, use_mode
 from graft.methods.states import Positions
-from graft.model.modes import use_mode
 
 Inputs = Mapping[str, object]  # arguments of the model's forward
 

@@ -342,10 +342,10 @@ def test_only_ops_run_a_layer_with_another_weight():
 
 
 def test_files_are_opened_to_read_in_one_place():
-    """`config/reading.py` refuses pipes and devices, which block, and `config/archives.py` runs no code of a pickle."""
+    """`config/reading.py` refuses pipes and devices, which block, and runs no code of a pickle."""
     own = {"graft.model.rates", "graft.files.serving", "graft.config.atomic", "graft.config.base"}  # files of graft's
     alone = {
-        "torch.load": "graft.config.archives",
+        "torch.load": "graft.config.reading",
         "pickle.load": None,
         "json.load": None,
         "load_file": "graft.io.files",

@@ -13,7 +13,7 @@ import time
 from graft.config import notes
 from graft.config.hub import describe_offline, fetch_file, looks_like_repository
 from graft.config.pair import CONFIG_NAME, find_stamp, find_weights, mark_token, read_marks
-from graft.config.reading import Json, open_file, parse_json, read_object
+from graft.config.reading import LARGEST_HEADER, Json, open_file, parse_json, read_object
 from graft.core.errors import CheckpointError, PeftWarning, join_some, warn
 
 PATIENCE, PAUSE = 0.2, 0.01  # seconds: a save takes less from the weights to the config
@@ -213,10 +213,10 @@ def read_tensor_names(path: str) -> list[str]:
     """
     try:
         if path.endswith(".json"):
-            return list(read_object(path, notes.LARGEST)["weight_map"])
+            return list(read_object(path, LARGEST_HEADER)["weight_map"])
         if path.endswith(".safetensors"):
             with open_file(path) as f:
-                return list(parse_json(f.read(min(int.from_bytes(f.read(8), "little"), notes.LARGEST)), path))
+                return list(parse_json(f.read(min(int.from_bytes(f.read(8), "little"), LARGEST_HEADER)), path))
     except (OSError, CheckpointError, LookupError, TypeError):
         pass
     return []

@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import IO, Any
 
-from graft.config.archives import read_record
-from graft.config.reading import Json, open_file, parse_json
+from graft.config.reading import LARGEST_HEADER, Json, open_file, parse_json, read_record
 from graft.core.errors import CheckpointError
 
 CONFIG = "graft_config"  # the note that holds the text of adapter_config.json
 START = b'{"__metadata__":'  # the beginning of a safetensors header that holds notes
 RECORD = "graft.json"  # file with the notes in a torch file, which is a zip archive
 LFS = b"version https://git-lfs"  # the beginning of a pointer that git puts in the place of a file not yet fetched
-LARGEST = 100_000_000  # bytes: safetensors reads no longer header
 NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 BUFFER = 2**20  # bytes: many tensors are small
 Stamp = tuple[int, int, int]
@@ -74,7 +72,7 @@ def read_safetensors_notes(f: IO[bytes]) -> dict[str, str]:
     Its tensors are not read.
     """
     size = int.from_bytes(f.read(8), "little")
-    header = f.read(min(size, LARGEST))
+    header = f.read(min(size, LARGEST_HEADER))
     if not header.startswith(START):
         return {}
     try:
@@ -133,7 +131,7 @@ def read_torch_notes(f: IO[bytes]) -> dict[str, str]:
 
     Its tensors are not read.
     """
-    text = read_record(f, f"/{RECORD}", LARGEST)
+    text = read_record(f, f"/{RECORD}", LARGEST_HEADER)
     try:
         return {} if text is None else select_texts(parse_json(text, RECORD))
     except CheckpointError:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graft import CheckpointError
-from graft.config.notes import LARGEST
-from graft.config.reading import Json, read_object
+from graft.config.reading import LARGEST_HEADER, Json, read_object
 from graft.files.tensors import Tensor, read_header
 
 if TYPE_CHECKING:
@@ -176,7 +175,7 @@ def list_shards(path: str) -> list[str]:
     index = os.path.join(path, INDEX)
     whole = os.path.exists(os.path.join(path, WHOLE))
     if os.path.exists(index):
-        files = read_object(index, LARGEST).get("weight_map")
+        files = read_object(index, LARGEST_HEADER).get("weight_map")
         names = list(files.values()) if isinstance(files, dict) else []
         if not names or not all(isinstance(name, str) for name in names):
             raise CheckpointError(f"{index} names no file for each tensor. Save or download it again.")

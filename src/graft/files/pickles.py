@@ -8,9 +8,8 @@ import os
 from typing import TYPE_CHECKING
 
 from graft import CheckpointError
-from graft.config.archives import load_torch_file, read_record
 from graft.config.atomic import replace_file
-from graft.config.reading import open_file
+from graft.config.reading import load_torch_file, open_file, read_record
 from graft.files.tensors import Tensor, read_header
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import IO, TYPE_CHECKING
 
 from graft import BaseModelMismatchError, CheckpointError
 from graft.config.atomic import replace_file as put_in_place
-from graft.config.notes import LARGEST, LFS, write_tensors
-from graft.config.reading import Json, open_file, parse_json
+from graft.config.notes import LFS, write_tensors
+from graft.config.reading import LARGEST_HEADER, Json, open_file, parse_json
 from graft.core.errors import shorten_text
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
         whole = version[0]
         if size == int.from_bytes(LFS[:8], "little"):
             raise CheckpointError(f"{path} is git-lfs's pointer to a file. Run `git lfs pull`.")
-        if not 2 <= size <= min(LARGEST, whole - 8):
+        if not 2 <= size <= min(LARGEST_HEADER, whole - 8):
             raise CheckpointError(
                 f"{path} is no safetensors file, or is cut off: its header would be {size} bytes long. Save or "
                 "download it again."

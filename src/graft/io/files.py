@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from graft.config import notes, pair
-from graft.config.archives import load_torch_file
+from graft.config.atomic import replace_file
 from graft.config.base import make_config, make_files
 from graft.config.file import ConfigFile, describe_whole_model
 from graft.config.hub import describe_offline, fetch_file
 from graft.config.pair import SAFETENSORS as SAFETENSORS_WEIGHTS_NAME
 from graft.config.pair import TORCH as WEIGHTS_NAME
-from graft.config.reading import open_file
+from graft.config.reading import load_torch_file, open_file
 from graft.core.errors import CheckpointError
 from graft.io import seal
 from graft.io.check import describe_fault, is_file_sum_finite
@@ -82,6 +82,12 @@ def save_adapter(
                 notes.add_notes(f, noted)
 
     pair.save_pair(folder, SAFETENSORS_WEIGHTS_NAME if safetensors else WEIGHTS_NAME, write, text, beside)
+
+
+def write_sealed(path: str, tensors: dict[str, Tensor]) -> None:
+    """Write copies of tensors with their digest to `path`, whole or not at all: an error leaves the old file."""
+    tensors = copy_to_cpu(tensors)
+    replace_file(path, lambda to: write_safetensors(to, tensors, {"format": "pt", seal.KEY: digest_tensors(tensors)}))
 
 
 def check_saved_tensors(folder: str, tensors: dict[str, Tensor]) -> None:

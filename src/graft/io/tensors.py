@@ -13,10 +13,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from graft.config.atomic import replace_file
 from graft.config.notes import parse_header, write_tensors
 from graft.core.errors import CheckpointError
-from graft.io.seal import KEY, compute_digest
+from graft.io.seal import compute_digest
 from graft.storage import standalone
 
 
@@ -35,12 +34,6 @@ def copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     Training in another thread does not change them, so that a digest is that of the file.
     """
     return {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
-
-
-def write_sealed(path: str, tensors: dict[str, Tensor]) -> None:
-    """Write copies of tensors with their digest to `path`, whole or not at all: an error leaves the old file."""
-    tensors = copy_to_cpu(tensors)
-    replace_file(path, lambda to: write_safetensors(to, tensors, {"format": "pt", KEY: digest_tensors(tensors)}))
 
 
 def digest_tensors(tensors: dict[str, Tensor]) -> str:

@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.archives import read_weights
 from graft.config.fields import POSITIVE
+from graft.config.reading import read_weights
 from graft.core.errors import CheckpointError, ConfigError
 from graft.core.wrappers import strip_inner_wrappers
 from graft.kernels.waits import raise_unless

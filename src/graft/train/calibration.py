@@ -24,9 +24,9 @@ from graft import (
     SdtConfig,
     method_of,
 )
-from graft.config.archives import read_weights
 from graft.config.atomic import replace_file
 from graft.config.base import check_config
+from graft.config.reading import read_weights
 from graft.core.errors import join_some
 from graft.inject.inject import Injection
 from graft.inject.parts import check_no_pieces, use_mode

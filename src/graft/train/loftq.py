@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from graft import AdapterLayer, CheckpointError, ConfigError, PeftWarning
 from graft.config.hub import fetch_file
-from graft.config.notes import LARGEST
-from graft.config.reading import read_object
+from graft.config.reading import LARGEST_HEADER, read_object
 from graft.core.errors import warn
 from graft.core.merging import lift_merged
 from graft.inject.parts import get_registry
@@ -112,7 +111,7 @@ class BaseWeightFiles:
         path = where if where.endswith(".safetensors") else fetch_file(where, FILE, local_files_only=True)
         index = None if path and os.path.isfile(path) else fetch_file(self.where, INDEX, local_files_only=True)
         if index is not None:
-            self.files: dict[str, str] = read_object(index, LARGEST).get("weight_map", {})
+            self.files: dict[str, str] = read_object(index, LARGEST_HEADER).get("weight_map", {})
             named = [*self.files.values()] if isinstance(self.files, dict) else [self.files]
             if not all(isinstance(name, str) and os.path.basename(name) == name for name in named):
                 raise CheckpointError(f"{index} names files outside its folder. Download it again.")

@@ -13,8 +13,7 @@ from zipfile import is_zipfile
 from torch import nn
 
 from graft import CheckpointError, ConfigError
-from graft.config.notes import LARGEST
-from graft.config.reading import read_object
+from graft.config.reading import LARGEST_HEADER, read_object
 from graft.core.errors import warn
 from graft.files.tensors import read_header
 from graft.storage.parallel import layout_of
@@ -189,7 +188,7 @@ def is_whole_checkpoint(path: str, step: int, by_name: bool) -> bool:
     error.
     """
     try:
-        state = read_object(os.path.join(path, STATE), LARGEST, finite=False)  # its losses may be NaN
+        state = read_object(os.path.join(path, STATE), LARGEST_HEADER, finite=False)  # its losses may be NaN
         if state.get("global_step") != step:
             return False
         for name in os.listdir(path):

@@ -18,9 +18,8 @@ from graft import BaseModelMismatchError, CheckpointError, ConfigError
 from graft.config.reading import Json, parse_json
 from graft.core.errors import shorten_text
 from graft.inject.parts import get_registry
-from graft.io.files import read_safetensors
+from graft.io.files import read_safetensors, write_sealed
 from graft.io.fingerprint import why_other_base
-from graft.io.tensors import write_sealed
 
 DEEPEST = 100  # lists and dicts inside each other
 TENSOR, PAIRS, TUPLE = "__tensor__", "__pairs__", "__tuple__"  # marks of values that JSON lacks

@@ -19,8 +19,8 @@ from math import prod
 
 from graft import CheckpointError
 from graft.config.atomic import TEMPORARY, exchange_paths, replace_file, sync_file
-from graft.config.notes import LARGEST, write_tensors
-from graft.config.reading import Json, open_file, read_object
+from graft.config.notes import write_tensors
+from graft.config.reading import LARGEST_HEADER, Json, open_file, read_object
 from graft.core.errors import join_some
 from graft.files.base import list_folder_entries, matches_any
 from graft.files.errors import OutputExistsError
@@ -227,7 +227,7 @@ class Workplace:
         self.key += f"-{os.stat(self.room).st_ino}"  # a folder that was copied has another number
         state: Json = {}
         with suppress(OSError, CheckpointError):
-            state = read_object(self.state, LARGEST)
+            state = read_object(self.state, LARGEST_HEADER)
         notes = state.get("shards") if state.get("key") == self.key else None
         for name, note in notes.items() if isinstance(notes, dict) else ():
             path = os.path.join(self.folder, name)

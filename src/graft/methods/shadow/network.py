@@ -12,9 +12,8 @@ from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from graft.config.archives import read_weights
 from graft.config.fields import COUNT, LayerRange, Targeted
-from graft.config.reading import read_object
+from graft.config.reading import read_object, read_weights
 from graft.core.base_config import text_config
 from graft.core.errors import ConfigError
 from graft.core.method import Tuner

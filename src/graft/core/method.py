@@ -190,6 +190,7 @@ class Method(Generic[C]):
     )
     over_layers: ClassVar[str | None] = None  # its work on all layers, for errors; then one adapter trains at a time
     published_lr: ClassVar[PublishedRate | None] = None  # None: its source names none
+    base_mark: str = ""  # attribute of the base module that a calibration sets, see `leave_on_base`
     agreeing_fields: ClassVar[tuple[str, ...]] = ()  # fields that have to be equal in adapters that share tensors
     # container → function of an adapter's methods, in the model's order, to keys: layers with equal keys share a tensor
     layer_keys: ClassVar[dict[str, Callable[[Sequence[Any]], Sequence[Hashable]]]] = {}
@@ -459,15 +460,19 @@ class Method(Generic[C]):
         by_factors = _find_last_override(type(self), "factors", "delta") == "factors"
         return Update(factors=self.factors) if by_factors else Update(self.delta)
 
-    def take_from_base(self, mark: str, missing: str) -> Any:
-        """Remove the attribute `mark`, which a calibration set on the base module, and return its value.
+    def leave_on_base(self, value: object) -> None:
+        """Set the attribute `base_mark` of the base module to a calibration's result, for `take_from_base`."""
+        setattr(self.site.module, self.base_mark, value)
+
+    def take_from_base(self, missing: str) -> Any:
+        """Remove the attribute `base_mark`, which a calibration set on the base module, and return its value.
 
         `rollback` of the layer sets it again, if the injection fails.
 
         Raises:
             CalibrationError: the module has no such attribute, with the message `missing`.
         """
-        module = self.site.module
+        module, mark = self.site.module, self.base_mark
         if mark not in module.__dict__:
             raise CalibrationError(missing)
         left = module.__dict__.pop(mark)

@@ -21,8 +21,6 @@ from graft.core.errors import ConfigError
 from graft.core.method import Method, PublishedRate, WeightUse, make_dropout
 from graft.methods.projections import maybe_transient
 
-STEP = "_graft_lorasb_step"  # attribute of a base layer: (out, in), by `graft.preprocess_lorasb`
-
 
 @dataclass(kw_only=True)
 class LoraXsConfig(Targeted, LayerRange):
@@ -48,6 +46,7 @@ class LoraXS(Method[LoraXsConfig]):
     prefix = "loraxs_"
     published_lr = PublishedRate(1e-4, 4e-3, "arXiv 2405.17604, GLUE (to 1e-3) and models of 7B (from 2e-3)")
     targets = LORA
+    base_mark = "_graft_lorasb_step"  # (out, in), by `graft.preprocess_lorasb`
 
     loraxs_R: nn.Parameter  # (r, r)
     loraxs_A: Tensor  # (r, fan_in): singular vectors, times their values
@@ -117,7 +116,6 @@ class LoraXS(Method[LoraXsConfig]):
             CalibrationError: the layer has none.
         """
         step: Tensor = self.take_from_base(
-            STEP,
             f"There is no step for layer '{self.site.key}' (adapter '{self.name}'). Call preprocess_lorasb with this "
             "model and config before.",
         )

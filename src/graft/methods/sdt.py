@@ -25,7 +25,6 @@ from graft.methods.places import walk
 from graft.methods.shira import with_places
 
 A_LOG, X_PROJ = "A_log", "x_proj"
-CHANGE = "_graft_sdt_change"  # of A_log in the warm-up: attribute of the mixer and its x_proj, until `init_values`
 SHARE = must_be("above 0 and at most 1", lambda share: 0 < share <= 1)
 
 
@@ -99,6 +98,7 @@ class SDT(Method[SdtConfig]):
     lays_out_stacks = True  # it takes none
     published_lr = PublishedRate(4e-3, 4e-3, "arXiv 2410.09016, Mamba of 130M parameters")
     targets = TARGETS
+    base_mark = "_graft_sdt_change"  # of A_log in the warm-up, on the mixer and its x_proj
 
     sdt_weight: nn.Parameter  # v (k,)
     sdt_indices: Tensor  # (2, k) int32: row and column of each
@@ -197,7 +197,6 @@ class SDT(Method[SdtConfig]):
             CalibrationError: there is none.
         """
         change: Tensor = self.take_from_base(
-            CHANGE,
             f"It is not known which channels of layer '{self.site.key}' adapter '{self.name}' trains. Call "
             "preprocess_sdt with this model and config before.",
         )

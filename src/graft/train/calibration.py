@@ -30,9 +30,6 @@ from graft.config.reading import read_weights
 from graft.core.errors import join_some
 from graft.inject.inject import Injection
 from graft.inject.parts import check_no_pieces, use_mode
-from graft.methods.lora.start import EIGENS, GRADIENT
-from graft.methods.loraxs import STEP
-from graft.methods.sdt import A_LOG, CHANGE, X_PROJ
 
 
 def find_linear_methods(
@@ -167,16 +164,20 @@ def preprocess_corda(
     cached = read_cache(cfg.cache_file)
     if cached is not None:
         file = cfg.cache_file
-        eigens = {k: CordaEigens(*(get_cached(cached, f"{k}.{EIGENS}.{n}", file) for n in NAMES)) for k in methods}
+        eigens = {
+            k: CordaEigens(*(get_cached(cached, f"{k}.{m.base_mark}.{n}", file) for n in NAMES))
+            for k, m in methods.items()
+        }
     else:
         covariances = measure_covariances(model, methods, cfg, run_model, hooked_model)
         eigens = {}
         for key, m in tqdm(methods.items(), desc="Collecting eigens", disable=not cfg.verbose):
             W = m.site.weight.canon().detach()
             eigens[key] = eigens_of(W, covariances[key].to(W.device), m.cfg.r, cfg.corda_method, key)
-        write_cache(cfg.cache_file, {f"{key}.{EIGENS}.{n}": getattr(e, n) for key, e in eigens.items() for n in NAMES})
+        names = {(key, n): f"{key}.{m.base_mark}.{n}" for key, m in methods.items() for n in NAMES}
+        write_cache(cfg.cache_file, {name: getattr(eigens[key], n) for (key, n), name in names.items()})
     for key, m in methods.items():
-        setattr(m.site.module, EIGENS, eigens[key])
+        m.leave_on_base(eigens[key])
 
 
 def measure_covariances(
@@ -296,12 +297,12 @@ def preprocess_loraga(
     refuse_quantized(methods, "LoRA-GA")
     cached = read_cache(cache_file)
     if cached is not None:
-        gradients = {key: get_cached(cached, f"{key}.{GRADIENT}", cache_file) for key in methods}
+        gradients = {key: get_cached(cached, f"{key}.{m.base_mark}", cache_file) for key, m in methods.items()}
     else:
         gradients = measure_gradients(model, methods, train_step)
-        write_cache(cache_file, {f"{key}.{GRADIENT}": G for key, G in gradients.items()})
+        write_cache(cache_file, {f"{key}.{methods[key].base_mark}": G for key, G in gradients.items()})
     for key, m in methods.items():
-        setattr(m.site.module, GRADIENT, gradients[key].to(m.site.weight.where()[0]))
+        m.leave_on_base(gradients[key].to(m.site.weight.where()[0]))
 
 
 def preprocess_lorasb(model: nn.Module, config: LoraXsConfig, train_step: Callable[[], object], step: float) -> None:
@@ -323,8 +324,7 @@ def preprocess_lorasb(model: nn.Module, config: LoraXsConfig, train_step: Callab
     methods = find_linear_methods(model, config, "sb", "init_weights")
     refuse_quantized(methods, "LoRA-SB")
     for key, G in measure_gradients(model, methods, train_step).items():
-        site = methods[key].site
-        setattr(site.module, STEP, -step * site.op.canon(G).sign())
+        methods[key].leave_on_base(-step * methods[key].site.op.canon(G).sign())
 
 
 def refuse_quantized(methods: dict[str, Method], who: str) -> None:
@@ -404,6 +404,9 @@ def restrict_training(model: nn.Module, parameters: Iterable[nn.Parameter]) -> I
 # SDT
 
 
+A_LOG, X_PROJ = "A_log", "x_proj"  # of Mamba's mixers
+
+
 def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn.Parameter]], object]) -> None:
     """Find by training which channels and states of state spaces `get_peft_model` shall train.
 
@@ -446,4 +449,4 @@ def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn
         )
     for path, mixer in mixers.items():
         for module in (mixer, mixer.get_submodule(X_PROJ)):
-            setattr(module, CHANGE, changes[path])
+            setattr(module, methods[ends[0]].base_mark, changes[path])

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from graft import AdapterLayer, CalibrationError, ConfigError, SteeringConfig
 from graft.inject.parts import get_registry, use_mode
-from graft.methods.states import Positions
 
 Inputs = Mapping[str, object]  # arguments of the model's forward
 
@@ -87,7 +86,8 @@ def record_last_states(model: nn.Module, layers: Mapping[str, AdapterLayer], inp
     The model runs once, in eval mode and without adapters; the mask's padding is left out.
     """
     out: dict[str, Tensor] = {}
-    positions = Positions.of(inputs.get("attention_mask"))
+    mask = inputs.get("attention_mask")
+    real = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def make_hook(key: str) -> Callable[[nn.Module, object, Tensor], None]:
         """Return a forward hook that keeps a layer's output at the last token of each row."""
@@ -99,8 +99,8 @@ def record_last_states(model: nn.Module, layers: Mapping[str, AdapterLayer], inp
             y = (y if isinstance(y, Tensor) else y[0]).float()
             if y.dim() > 2:
                 last = y.new_full((len(y),), y.shape[1] - 1, dtype=torch.long)
-                if positions.start is not None and positions.length is not None:
-                    last = (positions.start + positions.length - 1).to(y.device)
+                if real is not None:
+                    last = (real.int().argmax(1) + real.sum(1) - 1).to(y.device)
                 y = y[torch.arange(len(y), device=y.device), last]
             out[key] = y
 

@@ -31,6 +31,7 @@ STARTS = {  # init → "module:function" in this folder, called with the adapter
     "lora_ga": "start:loraga",
     "loftq": "loftq:start",
 }
+BASE_MARKS = {"corda": "eigens", "lora_ga": "_peft_loraga_grad"}  # init → `Method.base_mark`, as in PEFT
 
 
 class Start(NamedTuple):
@@ -126,9 +127,6 @@ def olora(lora: Method, W: Tensor) -> Start:
     return Start.of(R[: lora.cfg.r], Q[:, : lora.cfg.r], lora.scaling)
 
 
-EIGENS = "eigens"  # attribute of a base layer, as in PEFT
-
-
 def corda(lora: Method, W: Tensor) -> Start:
     """Return the start of CorDA: A = √(S/s) Vᵀ and B = U √(S/s), from the triples in the base layer's attribute
     `eigens`, which it removes.
@@ -139,7 +137,6 @@ def corda(lora: Method, W: Tensor) -> Start:
     """
     site, r, s = lora.site, lora.cfg.r, lora.scaling
     eigens = lora.take_from_base(
-        EIGENS,
         f"`eigens` attribute not found for layer '{site.key}', please run `preprocess_corda` first, with this model "
         f"and config (adapter '{lora.name}').",
     )
@@ -157,9 +154,6 @@ def corda(lora: Method, W: Tensor) -> Start:
     return Start.of(root[:, None] * V.T, U * root, s)
 
 
-GRADIENT = "_peft_loraga_grad"  # attribute of a base layer, as in PEFT
-
-
 def loraga(lora: Method, W: Tensor) -> Start:
     """Return the start of LoRA-GA from a randomized SVD of the gradient G in the base layer's `_peft_loraga_grad`,
     which it removes.
@@ -173,7 +167,6 @@ def loraga(lora: Method, W: Tensor) -> Start:
     """
     site, r, s, cfg = lora.site, lora.cfg.r, lora.scaling, lora.cfg.lora_ga_config
     G = lora.take_from_base(
-        GRADIENT,
         f"There is no gradient for layer '{site.key}' (adapter '{lora.name}'). Call preprocess_loraga with this model "
         "and config before.",
     )

@@ -19,7 +19,7 @@ from graft.core.method import Method, Tensors, WeightUse
 from graft.core.random import kaiming_bound
 from graft.methods.lora import shift
 from graft.methods.lora.config import LoraConfig
-from graft.methods.lora.start import STARTS, start_name, start_of
+from graft.methods.lora.start import BASE_MARKS, STARTS, start_name, start_of
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
@@ -160,6 +160,11 @@ class Started(Method[LoraConfig]):
                 f"'{self.site.key}': True, False and 'gaussian' are known. For another, add the adapter anew."
             )
         initialise(self, how)
+
+    @property
+    def base_mark(self) -> str:  # type: ignore[override]
+        """The attribute of the base module that the calibration of CorDA or LoRA-GA sets; "" for other starts."""
+        return BASE_MARKS.get(self.cfg.init_lora_weights, "")
 
     @classmethod
     def changes_base(cls, cfg: LoraConfig) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -388,6 +389,10 @@ class AdapterLayer(PeftNames, Host):
     def why_unmergeable(self, adapter: str) -> str | None:
         """Return why merging cannot write this adapter into the layer, as the end of an error; None if it can."""
         return merging.why_unmergeable(self, [self.methods[adapter]])
+
+    def lift_merged(self) -> AbstractContextManager[None]:
+        """Return a block without merged adapters in the weight; afterwards those merged before are merged again."""
+        return merging.lift_merged(self)
 
     def recompute_values(self, adapter: str, where: Where) -> None:
         """Compute from the present weight the tensors that an adapter's file lacks, for an adapter that was loaded on

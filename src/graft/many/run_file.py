@@ -20,9 +20,9 @@ from graft import CheckpointError, ConfigError
 from graft.config.atomic import is_link
 from graft.config.reading import Json
 from graft.core.errors import join_some
+from graft.inject.parts import get_registry
 from graft.io.check import describe_fault
 from graft.io.fingerprint import check_fingerprint as check_fingerprint
-from graft.io.save import fingerprint_base
 from graft.many.run import STATES, Run, StepRecord, ValidationRecord
 from graft.train.state_check import (
     REMEDY,
@@ -104,7 +104,7 @@ def collect_run_state(run: Run, model: nn.Module) -> Json:
     loader = run.loader
     return {
         "config": run.config_values,
-        "base": fingerprint_base(model, run.name),
+        "base": get_registry(model).fingerprint_base(run.name),
         "settings": describe_settings(run),
         "values": {key: slot.tensor for key, slot in iterate_slots(model, run.name)},
         "optimizer": run.optimizer_state_dict(),
@@ -171,7 +171,7 @@ def restore_run(run: Run, model: nn.Module, state: Json, where: str) -> None:
     """
     path = os.path.join(where, run.name, FILE)
     check_fingerprint(state["base"], f"{path}: the fingerprint of the base")
-    check_base(state["base"], fingerprint_base(model, run.name), f"Run '{run.name}' in {where}")
+    check_base(state["base"], get_registry(model).fingerprint_base(run.name), f"Run '{run.name}' in {where}")
     current = {"config": run.config_values, "settings": describe_settings(run)}
     for what, now in current.items():
         now = simulate_read(now)

@@ -29,7 +29,6 @@ from graft.core.containers import place_tensors
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.names import check_name_list
-from graft.inject.build import assign_values
 from graft.inject.parts import get_registry
 from graft.inject.survey import survey_model
 from graft.io import files, save
@@ -154,8 +153,7 @@ def fill_adapter(model: nn.Module, values: CheckpointValues, is_trainable: bool,
     registry.wait_for_calls(None if whole else (adapter,))
     if upcast:
         widen_to_float32(parts.layers.values(), adapter)
-    assign_values(parts, adapter, new_values)
-    registry.states.pop(adapter, None)  # which belongs to the values from before
+    registry.assign_values(adapter, new_values)
     if is_trainable and len([*prompt.modules()]) < before:
         warn(
             f"The network that computed the prompt of adapter '{adapter}' is gone, since the file holds only the "

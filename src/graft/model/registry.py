@@ -12,7 +12,7 @@ change. A load or an injection closes the gate (`core/gate.py`) only for its las
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from types import MappingProxyType
@@ -43,14 +43,16 @@ from graft.core.ops import find_op
 from graft.core.rows import BASE, Finish, JointAdapters, Run, list_forward_arguments
 from graft.core.shared import SharedTensors
 from graft.inject.beside import RowsLayer
+from graft.inject.build import assign_values
 from graft.inject.find import list_trained_biases
 from graft.inject.inject import Injection, check_second_bias
-from graft.inject.job import Options
+from graft.inject.job import Options, Receiver
 from graft.inject.parts import AdapterCarriers, check_no_foreign_adapters, get_registry
 from graft.inject.report import InjectReport
 from graft.inject.steps import ReplacedSteps
 from graft.inject.survey import ModuleTree, survey_model
 from graft.io.base import remove_carrier_names
+from graft.io.fingerprint import Fingerprint
 from graft.io.rendezvous import RankNote
 from graft.io.save import fingerprint_carriers
 from graft.methods import ROWS, method_of
@@ -59,7 +61,7 @@ from graft.model.auxiliary import add_to_loss, compute_losses
 from graft.model.averaging import Averager
 from graft.model.compose import Average, Composition, Parallel, Stack, check_known, row_keys
 from graft.model.tuner_type import INJECT, names_of_replaced
-from graft.model.watch import Watch
+from graft.model.watch import Watch, gradients_elsewhere
 from graft.prompts.base import Prompt
 from graft.storage import DENSE, Quantized, Sharding, holds_codes
 from graft.storage.codes import find_unpacked_dtype, mark_plain_layers, remove_quantization_marks
@@ -272,6 +274,23 @@ class Registry:
             self.common_tensors if self.common_tensors.containers else None,
             all_layers=self.layers,
         )
+
+    def fingerprint_base(self, adapter_name: str, together: bool = False) -> Fingerprint:
+        """Return the sampled fingerprint of an adapter's base.
+
+        together: all processes call this, so that sharded values can be read.
+        """
+        parts, config = self.parts_of(adapter_name), self.peft_config[adapter_name]
+        return fingerprint_carriers(parts, self.model, adapter_name, config, False, together)
+
+    def assign_values(self, adapter_name: str, values: Iterable[tuple[Receiver, Tensor]]) -> None:
+        """Write values into an adapter's tensors (`assign_values`), and drop the training state of the old ones."""
+        assign_values(self.parts_of(adapter_name), adapter_name, values)
+        self.states.pop(adapter_name, None)
+
+    def has_gradients_elsewhere(self) -> bool:
+        """Return True if a library may have taken gradients away from active adapters (`gradients_elsewhere`)."""
+        return gradients_elsewhere(self.model, self.carriers())
 
     def slots_of(self, adapter: str) -> Iterator[Slot]:
         """Yield the slot of each tensor of an adapter, on all its carriers."""

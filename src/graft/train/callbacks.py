@@ -14,7 +14,6 @@ from torch.utils.hooks import RemovableHandle
 
 from graft import AuditReport, ConfigError, FineGatesModel, LoraModel, audit
 from graft.inject.parts import get_registry, unwrap_model
-from graft.model.watch import gradients_elsewhere
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -175,7 +174,7 @@ def audit_trainer_model(model: nn.Module, optimizer: torch.optim.Optimizer, half
     """
     model = unwrap_model(model)
     registry = get_registry(model)
-    elsewhere = registry is not None and gradients_elsewhere(model, registry.carriers())
+    elsewhere = registry is not None and registry.has_gradients_elsewhere()
     report = audit(model, None if elsewhere else optimizer)
     if early:
         waiting = half or optimizer is None or not any([group["lr"] for group in optimizer.param_groups])

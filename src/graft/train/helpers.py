@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from graft import AdapterLayer, PeftWarning
 from graft.core.errors import warn
-from graft.inject.parts import unwrap_model
-from graft.prompts.base import Prompt
+from graft.inject.parts import get_registry, unwrap_model
 from graft.storage.codes import dtype_is_fixed, find_castable_parameters, is_quantized
 
 PROMPT_ENCODERS = ("PrefixEncoder", "PromptEncoder", "PromptEmbedding", "CartridgeEncoder")
@@ -53,7 +52,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
-    layers = find_transformer_layers(model)
+    layers, prompts = find_transformer_layers(model), find_prompts(model)
     read, methods = find_uncalled_modules(model)
     if methods:
         warn(
@@ -70,7 +69,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
         _or_policy,
         policies=[
             partial(lambda_auto_wrap_policy, lambda_fn=is_unit),
-            partial(lambda_auto_wrap_policy, lambda_fn=lambda m: isinstance(m, Prompt)),
+            partial(lambda_auto_wrap_policy, lambda_fn=prompts.__contains__),
             partial(transformer_auto_wrap_policy, transformer_layer_cls=layers),
         ],
     )
@@ -83,11 +82,9 @@ def find_uncalled_modules(model: nn.Module) -> tuple[set[nn.Module], list[str]]:
     These are modules inside prompts, and those of methods without a product of modules, or with tensors that are no
     leaf's weight.
     """
-    read: set[nn.Module] = set()
+    read: set[nn.Module] = {m for prompt in find_prompts(model) for m in prompt.modules() if m is not prompt}
     names: dict[str, None] = {}
     for module in model.modules():
-        if isinstance(module, Prompt):
-            read.update(m for m in module.modules() if m is not module)
         if not isinstance(module, AdapterLayer):
             continue
         for adapter, method in module.methods.items():
@@ -99,6 +96,13 @@ def find_uncalled_modules(model: nn.Module) -> tuple[set[nn.Module], list[str]]:
                     if slot.tensor.requires_grad:
                         names[type(method).__name__] = None
     return read, list(names)
+
+
+def find_prompts(model: nn.Module) -> set[nn.Module]:
+    """Return the modules that compute the prompts of a model's adapters; none for one without a registry."""
+    registry = get_registry(unwrap_model(model))
+    parts = [] if registry is None else [registry.parts_of(name) for name in registry.peft_config]
+    return {of_adapter.prompt for of_adapter in parts if of_adapter.prompt is not None}
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -14,7 +14,6 @@ from graft import AdapterLayer, CheckpointError, ConfigError, PeftWarning
 from graft.config.hub import fetch_file
 from graft.config.reading import LARGEST_HEADER, read_object
 from graft.core.errors import warn
-from graft.core.merging import lift_merged
 from graft.inject.parts import get_registry
 from graft.methods.lora.loftq import decompose
 
@@ -65,7 +64,7 @@ def replace_lora_weights_loftq(
     change = registry.call.gate.change(f"replace_lora_weights_loftq() of '{adapter_name}'", (adapter_name,))
     with change, ExitStack() as merges, ExitStack() as undo:
         for layer in layers.values():  # merged again with the new values, or the restored ones
-            merges.enter_context(lift_merged(layer))
+            merges.enter_context(layer.lift_merged())
         for key, layer in layers.items():
             method = layer.methods[adapter_name]
             W0 = layer.W0.float()

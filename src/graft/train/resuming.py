@@ -28,12 +28,10 @@ from graft.config.reading import Json
 from graft.core.errors import join_some
 from graft.core.random import find_accelerator
 from graft.core.wrappers import strip_inner_wrappers
-from graft.inject.build import assign_values
 from graft.inject.parts import get_registry, unwrap_model
 from graft.io.check import check_tensors
 from graft.io.fingerprint import check_fingerprint as check_fingerprint
 from graft.io.rendezvous import Meeting, exchange_objects, gather_tensors, get_rank, run_on_all
-from graft.io.save import fingerprint_base
 from graft.storage.parallel import find_master_ids, find_whole_shape, gather_master_values, processes, write_whole
 from graft.train.optimizer_states import OptimizerStates, check_sharding, wrap_optimizer
 from graft.train.state_check import (
@@ -326,8 +324,8 @@ class TrainingSnapshot:
             states[name] = {k: pack(v, self.tensors, *where[k]) for k, v in state.items()}
         self.tensors |= gather_tensors(self.tensors)
         together = processes() > 1
-        model = unwrap_model(self.model)
-        bases = {name: fingerprint_base(model, name, together=together) for name in list_adapters(self.model)}
+        registry = get_registry(unwrap_model(self.model))
+        bases = {name: registry.fingerprint_base(name, together) for name in list_adapters(self.model)}
         everyone = exchange_objects((self.rank_state, self.rank_tensors))
         for _, rank_tensors in everyone:
             self.tensors |= rank_tensors
@@ -629,10 +627,11 @@ class ResumeJob:
         Fields are compared that both fingerprints have. If one fingerprint does not name its weights, both are compared
         in full. The present one is made for each adapter, by all processes together where there are several.
         """
+        registry = get_registry(unwrap_model(self.model))
         for adapter, then in self.note["bases"].items():
-            if adapter not in get_registry(unwrap_model(self.model)).peft_config:
+            if adapter not in registry.peft_config:
                 continue  # its tensors are missing
-            now = fingerprint_base(unwrap_model(self.model), adapter, together=processes() > 1)
+            now = registry.fingerprint_base(adapter, together=processes() > 1)
             what = f"The training of adapter '{adapter}' in {self.folder}"
             check_base(then, now, what, common=True)  # other targets show in the names of parameters
 
@@ -758,8 +757,7 @@ class ResumeJob:
         for adapter in registry.peft_config:
             adapter_pairs = [(v, tensor) for v, tensor in fits if v.adapter == adapter]
             if adapter_pairs:
-                assign_values(registry.parts_of(adapter), adapter, adapter_pairs)
-                registry.states.pop(adapter, None)
+                registry.assign_values(adapter, adapter_pairs)
         with torch.no_grad():
             for v, tensor in fits:
                 if v.adapter is None:

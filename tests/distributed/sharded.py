@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import graft
-from graft.core.errors import UnsupportedLayerError
-from tests.distributed.tensor_parallel import held, refused, same_on_all, write_llama
+from graft.core.errors import RoutingError, UnsupportedLayerError
+from graft.storage.parallel import is_sharded
+from tests.distributed.tensor_parallel import close, held, refused, same_on_all, write_llama
 from tests.families import IDS, base
 from tests.models import seeded
 
@@ -113,18 +115,82 @@ def expert_parallel(**more: Any) -> Any:
     return apply_expert_parallelism(model, mesh(), mesh(), plan, **more)
 
 
+STACKS: dict[str, Callable[[], Any]] = {
+    "LORA": lambda: graft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=EXPERTS),
+    "LORA-one": lambda: graft.LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS[1:]),
+    "LOHA": lambda: graft.LoHaConfig(r=2, target_modules=[], target_parameters=EXPERTS),
+    "OFT": lambda: graft.OFTConfig(oft_block_size=4, target_modules=[], target_parameters=EXPERTS),
+}
+
+
+def run_experts(model: Any, name: str, folder: Path, seed: int) -> dict[str, Any]:
+    """Train an adapter on stacks of experts, save, merge and unmerge it."""
+    torch.manual_seed(seed)
+    adapted: Any = graft.get_peft_model(model, STACKS[name]())
+    with torch.no_grad(), seeded(4):
+        for _, p in sorted((n, p) for n, p in adapted.named_parameters() if p.requires_grad):
+            p.add_(torch.randn(p.shape), alpha=0.05)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.3)
+    losses = []
+    for _ in range(3):
+        loss = adapted(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    adapted.save_pretrained(folder)
+    adapted.eval()
+    found = {"losses": torch.stack(losses), "held": held(adapted), "model": adapted}
+    with torch.no_grad():
+        found["y"] = adapted(input_ids=IDS).logits
+        stack = adapted.base_model.model.model.layers[0].mlp.experts.base_layer
+        before = [
+            stack._parameters[n].to_local().clone() for n in stack._parameters if is_sharded(stack._parameters[n])
+        ]
+        adapted.merge_adapter()
+        found["merged"] = adapted(input_ids=IDS).logits
+        adapted.unmerge_adapter()
+        found["unmerged"] = adapted(input_ids=IDS).logits
+    after = [stack._parameters[n].to_local() for n in stack._parameters if is_sharded(stack._parameters[n])]
+    assert all(map(torch.equal, before, after))
+    return found
+
+
+def experts_of_all(folder: Path, name: str) -> None:
+    """An adapter on dispatched experts has the numbers of one process, and its file; a file of one process loads."""
+    own, shared = folder / f"rank{dist.get_rank()}" / f"experts {name}", folder / f"experts {name}"
+    one = run_experts(base("mixtral").train(), name, own, 1)
+    here = run_experts(expert_parallel(), name, shared, 1 + dist.get_rank())
+    dist.barrier()
+    close(here["losses"], one["losses"], 1e-6)
+    same_on_all(here["held"])
+    for key, t in one["held"].items():
+        close(here["held"][key], t)
+    for what in ("y", "merged"):
+        close(here[what], one[what], 1e-5)
+    close(here["unmerged"], here["y"], 1e-6)
+    files = [load_file(path / "adapter_model.safetensors") for path in (own, shared)]
+    assert files[0].keys() == files[1].keys()
+    for key, t in files[0].items():
+        close(files[1][key], t)
+    for model, path in ((expert_parallel(), own), (base("mixtral"), shared)):
+        loaded: Any = graft.PeftModel.from_pretrained(model, path).eval()
+        with torch.no_grad():
+            close(loaded(input_ids=IDS).logits, one["y"], 1e-5)
+    refused(
+        partial(here["model"], input_ids=IDS, adapter_names=["default"] * len(IDS)),
+        RoutingError, "expert parallel", "fsdp_size",
+    )  # fmt: skip
+
+
 def experts_in_parts() -> None:
-    """Stacks of experts are refused, by the name of the style; what is whole on each process takes adapters."""
-    for options in (
-        {"target_parameters": EXPERTS, "target_modules": []},
-        {"target_parameters": EXPERTS[:1], "target_modules": ["q_proj"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
-    ):
-        model = expert_parallel()
-        before = names(model)
-        act = partial(graft.get_peft_model, model, graft.LoraConfig(r=2, **options))
-        refused(act, UnsupportedLayerError, "expert parallel", "ep_dispatch_experts", "ep_size")
-        assert names(model) == before and not hasattr(model, "peft_config")
+    """A copy of a block is refused by the name of the style; what is whole on each process takes adapters."""
+    model = expert_parallel()
+    before = names(model)
+    config = graft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"])
+    act = partial(graft.get_peft_model, model, config)
+    refused(act, UnsupportedLayerError, "expert parallel", "ep_dispatch_experts", "ep_size")
+    assert names(model) == before and not hasattr(model, "peft_config")
     torch.manual_seed(dist.get_rank())  # processes of one batch begin alike, whatever each would draw
     adapted = graft.get_peft_model(expert_parallel(), graft.LoraConfig(r=2, target_modules=["q_proj"]))
     same_on_all(held(adapted))
@@ -134,6 +200,10 @@ def experts_in_parts() -> None:
         optimizer.step()
         optimizer.zero_grad()
     same_on_all(held(adapted))
+    bank = graft.VBLoRAConfig(r=1, num_vectors=8, vector_length=4, topk=2, target_modules=[], target_parameters=EXPERTS)
+    torch.manual_seed(0)
+    shared = graft.get_peft_model(expert_parallel(), bank)
+    refused(lambda: shared(input_ids=IDS, labels=IDS), UnsupportedLayerError, "tp_size", "share")
 
 
 def checks(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -142,3 +212,5 @@ def checks(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"trains {name}", partial(prompt_after_sharding, folder, name)
     yield "trains layers beside units", partial(layers_beside_units, folder)
     yield "refuses experts", experts_in_parts
+    for name in STACKS:
+        yield f"experts {name}", partial(experts_of_all, folder, name)

@@ -4,11 +4,12 @@
 import pytest
 
 from tests.distributed.processes import run
-from tests.distributed.sharded import PROMPTS
+from tests.distributed.sharded import PROMPTS, STACKS
 from tests.leaves_out import FSDP2_ON_CPUS
 
 pytestmark = FSDP2_ON_CPUS
 NAMES = [*(f"trains {name}" for name in PROMPTS), "trains layers beside units", "refuses experts"]
+NAMES += [f"experts {name}" for name in STACKS]
 
 
 @pytest.fixture(scope="module")

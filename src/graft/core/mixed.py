@@ -133,8 +133,8 @@ class MixedPlan:
 
         - No key has a plan: the base runs alone.
         - Plans fold an opaque weight: graft runs experts with the update of each group, if it can and there are several
-            groups
-          or generators. Else all rows must have one plan, which runs.
+          groups or generators; for experts that are dispatched to processes it refuses. Else all rows must have one
+          plan, which runs.
         - Adapters read an input of a module with several: it runs once, and parts are added to its output.
         - Adapters change the first input or the output of a module with several: `run_block`.
         - One group of rows, and no generators: its plan runs.
@@ -150,7 +150,8 @@ class MixedPlan:
         if self.is_idle:
             return layer.base_module(*args, **kwargs)
         if self.folded_plans:
-            if self.routes and (len(rows.segments) > 1 or layer.call.current_context().draws is not None):
+            dispatched = self.routes and layer.site.experts.dispatch is not None
+            if self.routes and (dispatched or len(rows.segments) > 1 or layer.call.current_context().draws is not None):
                 if not all(plan.adds for _, plan in self.folded_plans):
                     check_no_gates(layer)
                 return layer.site.experts.run_updated(layer, args, kwargs, self.make_stack_updates, rows)

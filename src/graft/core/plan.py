@@ -564,9 +564,9 @@ class FoldedPlan(LayerPlan):
     def run(self, *args: object, **kwargs: object) -> object:
         """Return the module's output with the adapted weight.
 
-        If the stack of experts is packed, if the call has gates, or if updates must be formed for a plain frozen
-        weight, graft runs the experts itself. Else the module runs with another tensor in place of its parameter: a
-        lazy sum if all steps are products and the weight is plain, or the folded weight.
+        If the stack of experts is packed or dispatched to processes, if the call has gates, or if updates must be
+        formed for a plain frozen weight, graft runs the experts itself. Else the module runs with another tensor in
+        place of its parameter: a lazy sum if all steps are products and the weight is plain, or the folded weight.
 
         Raises:
             RoutingError: the call has gates, and steps do more than add, or graft cannot run the module.
@@ -576,8 +576,9 @@ class FoldedPlan(LayerPlan):
         gated, packed = layer.call.current_gates() is not None, op.packed_shape is not None
         if gated and not (self.routes and self.adds):
             check_no_gates(layer)
-        W = None if gated or packed else self.find_plain_weight()
-        if self.routes and (gated or packed or (self.forms_delta and W is not None and not W.requires_grad)):
+        runs = packed or (self.routes and layer.site.experts.dispatch is not None)
+        W = None if gated or runs else self.find_plain_weight()
+        if self.routes and (gated or runs or (self.forms_delta and W is not None and not W.requires_grad)):
             return layer.site.experts.run_updated(layer, args, kwargs, self.make_stack_updates, None)
         if packed:
             self.raise_packed()
@@ -626,7 +627,7 @@ class FoldedPlan(LayerPlan):
                 updates.append(FormedUpdate(MatrixUpdate([effect.pieces()], layer.training), group, gate))
             elif effect.product is not None:
                 A, B = drop_inputs_of_A(effect.product()).matrices()
-                A, B = self.op.split_matrices(A, B, self.op.count_matrices(layer.site.module))
+                A, B = self.op.split_matrices(A, B, layer.site.shape[0])
                 updates.append(LowRankUpdate(A, B, group, gate))
         return updates
 

@@ -30,6 +30,7 @@ from graft.core.rows import Rows
 from graft.kernels.experts import StackUpdate, UpdatedStack, run_experts
 from graft.storage import stacks
 from graft.storage.dense import PLAIN, Dense
+from graft.storage.dispatch import RUNS, Dispatch, find_dispatch, is_dispatched_stack, refuse_rows
 from graft.storage.offload import computes_on, is_away
 from graft.storage.stacks import PackedMatrices
 
@@ -103,16 +104,22 @@ class ExpertBlock:
 
     @property
     def can_run(self) -> bool:
-        """True if graft can run the module: it knows how, and both stacks are packed or plain tensors of three
-        dimensions.
+        """True if graft can run the module: it knows how, and both stacks are packed, plain tensors of three
+        dimensions, or dispatched: then they are plain during a call.
         """
 
         def is_readable(name: str) -> bool:
-            """Return True if the module's stack `name` is a plain tensor of three dimensions, or packed."""
+            """Return True if a call finds a plain tensor of three dimensions at `name`, or a packed stack."""
             p = self.module._parameters.get(name)
-            return (type(p) in PLAIN and p.dim() == 3) or stacks.find_stack_class(self.module, name) is not None
+            is_plain = (type(p) in PLAIN and p.dim() == 3) or is_dispatched_stack(self.module, name)
+            return is_plain or stacks.find_stack_class(self.module, name) is not None
 
         return self.names is not None and all(map(is_readable, self.names))
+
+    @property
+    def dispatch(self) -> Dispatch | None:
+        """How transformers dispatches tokens between processes; None if each process has all experts."""
+        return find_dispatch(self.module)
 
     def packed_shape(self, name: str) -> tuple[int, ...] | None:
         """Return the canonical shape (experts, out, in) of a packed stack; None if the parameter is no packed stack."""
@@ -156,12 +163,11 @@ class ExpertBlock:
         rows, group, groups = updates.rows, None, 1
         if rows is not None:
             if getattr(m, "_is_expert_parallel", False):
-                raise RoutingError(
-                    f"Layer '{updates.key}' does not support mixed adapter batches under expert parallelism, as it "
-                    "gets tokens of other processes. Give all rows of a batch one adapter."
-                )
+                refuse_rows(updates.key)
             group, groups = rows.groups_of_tokens(len(x), updates.key, x.device), len(rows.groups)
         parts = {name: make(len(x)) for name, make in updates.of_stacks.items()}
+        if (dispatch := self.dispatch) is not None:
+            parts = {name: [dispatch.cut_update(update, updates.key) for update in own] for name, own in parts.items()}
         biased = self.is_mxfp4 or m.has_bias
         up, down = (
             UpdatedStack(self.find_stack(n), parts.get(n, ()), getattr(m, f"{n}_bias") if biased else None)
@@ -194,25 +200,38 @@ class ExpertBlock:
         """Return the output of a layer's base with updates on the layer's stack.
 
         The outermost of the layers around the module replaces the module's forward by `run` for the call, and restores
-        it afterwards. Layers below it find its mark on the module, add their updates to it, and call their base.
+        it afterwards. Layers below it find its mark on the module, add their updates to it, and call their base. Of
+        dispatched experts `run` replaces the forward that gets the tokens of this process's experts.
 
         Args:
             updates: number of tokens → the updates.
             rows: the rows of a batch with several adapters; None: the updates act on all rows.
+
+        Raises:
+            RoutingError: the experts are dispatched, and rows have several adapters, or the call has gates.
         """
         attributes, name = self.module.__dict__, layer.site.parameter
         if UPDATES in attributes:
             attributes[UPDATES].of_stacks[name] = updates
             return layer.base_layer(*args, **kwargs)
         place, before = self.find_forward()
+        homes, dispatch = [attributes], self.dispatch
+        if dispatch is not None:
+            if rows is not None or layer.call.current_gates() is not None:
+                refuse_rows(layer.site.key)
+            homes, place = list(dispatch.places), RUNS
+            before = homes[0][place]
         shared = attributes[UPDATES] = Updates(layer.site.key, rows, {name: updates})
-        attributes[place] = lambda *args, **kwargs: self.run(shared, args, kwargs)
+        for home in homes:
+            home[place] = lambda *args, **kwargs: self.run(shared, args, kwargs)
         try:
             return layer.base_layer(*args, **kwargs)
         finally:
-            del attributes[UPDATES], attributes[place]
-            if before is not None:
-                attributes[place] = before
+            del attributes[UPDATES]
+            for home in homes:
+                del home[place]
+                if before is not None:
+                    home[place] = before
 
     run_updated._torchdynamo_disable = True  # type: ignore[attr-defined]  # the host must know how many rows experts have
 

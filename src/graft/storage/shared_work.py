@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from graft.core.ops import Op
+from graft.core.ops import Op, Opaque
 from graft.core.pieces import LayerPiece
 from graft.storage import engine, megatron, tensor_parallel
+from graft.storage.experts import ExpertBlock
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,7 +39,7 @@ def why_no_adapter(module: nn.Module, op: Op, inside: bool) -> str | None:
     """Return why a module that processes share cannot be adapted; None if no sharing prevents it.
 
     Rules of Megatron and Transformer Engine come first, unless the class is torch's; their reasons name the class. Then
-    the rules of tensor parallelism decide.
+    the rules of tensor parallelism decide. Dispatched stacks of experts that graft can run have no reason.
 
     inside: the adapter computes with modules inside this one.
     """
@@ -47,4 +48,7 @@ def why_no_adapter(module: nn.Module, op: Op, inside: bool) -> str | None:
     why = None if is_torch else megatron.why_no_megatron_adapter(module) or engine.why_no_engine_adapter(module)
     if why is not None:
         return f"As a {type(module).__name__}, {why}"
+    block = ExpertBlock(module)
+    if isinstance(op, Opaque) and op.parameter in (block.names or ()) and block.dispatch is not None and block.can_run:
+        return None
     return tensor_parallel.why_no_parallel_adapter(module, op, inside)

@@ -11,8 +11,9 @@ PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
 unexport PYTHONDONTWRITEBYTECODE  # else each process of a test compiles graft and its tests again
 
-.PHONY: quick test test-slow test-device device-report test-all coverage test-oldest test-newest test-storages test-distributed \
-	test-clients test-peft test-formats test-oracles test-trainers test-serving mutations drawn simulate fuzz fuzz-files check dist release bench \
+.DEFAULT_GOAL := help
+.PHONY: help quick test check verify test-slow test-device device-report test-all coverage test-oldest test-newest test-storages test-distributed \
+	test-clients test-peft test-formats test-oracles test-trainers test-serving mutations drawn simulate fuzz fuzz-files dist release bench \
 	demo demo-sweep demo-lm demo-4bit compare compare-texts rates examples guide-serving docs docs-look clean
 
 $(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt examples/guides/carriers.txt
@@ -41,6 +42,19 @@ $(VENV)/.docs: pyproject.toml $(VERSIONS)
 
 bench: $(VENV)/.test $(VENV)/packages/bitsandbytes/.installed
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# three targets for people, and all others by the rows of `make verify`
+help:
+	@echo "make quick   after each change: a drawn sample of every law, method, storage and file format, in a minute"
+	@echo "make test    before a commit: the tests, in an environment that it makes; seven minutes on two cores"
+	@echo "make check   before a commit: ruff, mypy, and the budget of each room"
+	@echo
+	@echo "make verify  every other suite, row by row, into docs/verified.md; ROWS=\"slow clients\" takes some:"
+	@$(PYTHON) -m tools.verify --list
+
+# each suite that `make test` leaves out and that has no valid result; it may be stopped, and goes on anywhere
+verify: $(VENV)/.test
+	$(BIN)/python -m tools.verify $(ROWS)
 
 # a drawn sample of every law, method, storage and format, in a minute: for whoever changes something
 quick: $(VENV)/.test
@@ -85,9 +99,9 @@ test-newest:
 	$(MAKE) test test-slow VENV=$(VENV)/newest PYTHON=$(NEWEST_PYTHON) VERSIONS=tests/versions/newest.txt \
 		TESTS="$(NEWEST_TESTS)"
 
+# every law on every cell, where `make test` takes a covering array; device and distributed are rows of `make verify`
 test-all: $(VENV)/.test
-	GRAFT_TESTS=all $(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/device
-	GRAFT_TESTS=all $(MAKE) test-device
+	GRAFT_TESTS=all $(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/distributed --ignore=tests/device
 
 test-storages: $(PACKAGES:%=test-storages-%)
 
@@ -250,10 +264,10 @@ dist: $(VENV)/dist/.tools
 	$(VENV)/dist/bin/twine check --strict dist/*
 	$(VENV)/dist/bin/python -m tools.dist dist $(DIST_PYTHONS)
 
-# checks, tests, builds and tags; uploads nothing (see CONTRIBUTING.md)
+# refuses rows of `make verify` without a valid result; checks, tests, builds, tags; uploads nothing (CONTRIBUTING.md)
 release: $(VENV)/.test
 	$(BIN)/python -m tools.release
-	$(MAKE) check test test-slow test-storages test-distributed test-oldest dist
+	$(MAKE) check test dist
 	$(BIN)/python -m tools.release --tag
 
 demo: $(VENV)/.demo

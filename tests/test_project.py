@@ -67,6 +67,14 @@ def test_every_command_is_a_target():
     assert [(name, target) for name, target in said if target not in TARGETS] == []
 
 
+def test_the_map_of_tests_has_each_folder():
+    packages = {path.name for path in (ROOT / "src" / "graft").iterdir()} | {"optim"}
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/*.py")}
+    linked = set(re.findall(r"\]\((\w+)[)/]", text_of("tests/README.md")))
+    assert folders - packages <= linked and linked <= folders
+    assert len(text_of("tests/README.md").splitlines()) <= 50, "one screen"
+
+
 def test_hosted_ci_covers_what_pyproject_promises():
     jobs = yaml.safe_load(text_of(".github/workflows/ci.yml"))["jobs"]
     cells = [cell for job in ("test", "oldest") for cell in jobs[job]["strategy"]["matrix"]["include"]]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make release`: whether the tree says one thing about one version; with `--tag`, tag it. Nothing is uploaded."""
+"""`make release`: check that the tree has one version and valid results of `make verify`; with `--tag`, tag it.
+
+Nothing is uploaded.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+from tools import verify
 
 ROOT = Path(__file__).parents[1]
 HEADING = re.compile(r"^## \[(?P<name>[^\]]+)\](?: - (?P<date>\d{4}-\d\d-\d\d))?$", re.MULTILINE)
@@ -57,7 +62,7 @@ def tag(root: Path) -> str:
 
 
 def main(*arguments: str) -> None:
-    if found := problems(ROOT):
+    if found := problems(ROOT) + verify.find_problems(ROOT):
         sys.exit("\n".join(f"- {problem}" for problem in found))
     if "--tag" in arguments:
         name = tag(ROOT)

@@ -13,7 +13,7 @@ from tests.docs.blocks import PAGES, ROOT
 
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s#]*)(?:#([^)\s]+))?\)")
 TARGETS = set(re.findall(r"^([a-z][\w-]*)(?=[:%])", (ROOT / "Makefile").read_text(), re.M))
-READ = [*PAGES, ROOT / "CONTRIBUTING.md"]
+READ = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "tests" / "README.md"]
 
 
 def prose(page: Path) -> str:

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make verify`: run every suite that `make test` leaves out, row by row, and keep the results in tests/verified.
+
+    make verify                      all rows without a valid result, in order; stop it and call it again at any time
+    make verify ROWS="slow clients"  these rows, even if they are valid; "storages" names storages-hqq and its like
+    make verify ROWS=--print         print docs/verified.md anew
+
+A row's result has the commit, the date, the seconds and the versions. It stays valid until a file that the row covers
+changes, on any machine: commit tests/verified and docs/verified.md. `make release` refuses rows that are not valid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = "tests/verified", "docs/verified.md"
+NEVER_COVERED = tuple(f":(exclude){path}" for path in (RESULTS, PAGE))  # each run writes them
+VERSIONS = """
+import importlib.metadata, json, os, platform
+names = {d.name: d.version for d in importlib.metadata.distributions() if d.name in ("torch", "transformers", "peft")}
+machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+print(json.dumps({"Python": platform.python_version(), **dict(sorted(names.items())), "machine": machine}))
+"""  # run by a row's own Python
+IMPORT = re.compile(
+    r"^\s*(?:from|import) ((?:tests|examples|benchmarks|tools)(?:\.\w+)*)(?:(?= import \(?([\w\s,]+)))?", re.M
+)
+KEPT_LINES = 20  # of the output of a row that failed
+
+SOURCE = "src/graft/** pyproject.toml"
+LIBRARY = f"{SOURCE} tests/conftest.py tests/samples/*.py"  # each run of pytest reads these
+ALL = f"{LIBRARY} tests/** examples/** benchmarks/** docs/** tools/** README.md"
+
+
+class Row(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    target: str  # of make, with its variables
+    claim: str  # the statement that the row verifies, with its cost
+    covers: str  # globs of the files that the statement is about; modules that they import count, too
+    venv: str = ".venv"  # the environment with the versions that the result names
+    needs: str = ""  # a thing that this project's machines lack; the row may then stay without a result
+
+
+def list_rows(root: Path = ROOT) -> list[Row]:
+    """Return all rows in the order in which they run: the cheap ones first, the benchmark last. tests/packages and
+    tests/trainers give a row for each of their .txt files.
+    """
+    packages, trainers = (sorted(p.stem for p in (root / "tests" / f).glob("*.txt")) for f in ("packages", "trainers"))
+    return [
+        Row("docs", "docs", "the site builds, without a dead link", "src/graft/** docs/** mkdocs.yml README.md"),
+        Row("dist", "dist", "wheel and source distribution work where nothing else is installed",
+            "src/graft/** pyproject.toml tools/** README.md", ".venv/dist"),
+        Row("formats", "test-formats", "the libraries of other formats load graft's files",
+            f"{LIBRARY} tests/formats/** tests/golden/**", ".venv-formats"),
+        Row("oracles", "test-oracles", "AdapterHub, pyreft, repeng and LyCORIS make the fixtures that tests read; 1 GB",
+            "tests/oracles/** tests/*/make_*.py tests/*/fixtures/** tests/versions/today.txt"),
+        Row("simulator", "simulate", "drawn lives of adapters equal a dense reference; killed and racing saves",
+            f"{LIBRARY} tests/trust/simulator.py tests/trust/campaign.py"),
+        Row("fuzz", "fuzz", "10,000 damaged adapter folders are refused or loaded whole",
+            f"{LIBRARY} tests/trust/fuzz*.py tests/*/fixtures/**"),
+        Row("fuzz-files", "fuzz-files", "2,000 damaged files of formats, trainings, runs, sweeps and merges",
+            f"{LIBRARY} tests/trust/fuzz*.py tests/*/fixtures/**"),
+        Row("device", "test-device GRAFT_TESTS=all", "a simulated CUDA device computes as the CPU, and does not wait",
+            f"{LIBRARY} tests/device/**"),
+        Row("slow", "test-slow", "the tests that take seconds: processes, a compiler, threads", ALL),
+        *(Row(f"storages-{name}", f"test-storages-{name}", f"laws on the quantized layers of {name} itself",
+              f"{LIBRARY} tests/packages/conftest.py tests/packages/test_{name}*.py "
+              f"tests/packages/{name}.txt docs/storages.md examples/demo_*/**")
+          for name in packages),
+        Row("distributed", "test-distributed", "DDP, FSDP, ZeRO, tensor and pipeline parallel equal one process",
+            f"{LIBRARY} tests/distributed/**"),
+        Row("clients", "test-clients", "TRL, Trainer, diffusers, sentence-transformers, accelerate: with graft as with "
+            "PEFT", f"{LIBRARY} tests/clients/** docs/** README.md examples/*/carriers.txt tests/docs/preludes/** "
+            "tests/docs/test_blocks.py tests/compat/test_late.py tests/test_face.py", ".venv-clients"),
+        Row("examples", "examples", "every guide, and the server with eight clients", f"{LIBRARY} examples/** "
+            "tests/examples/test_guides.py tests/examples/test_server.py",
+            ".venv-clients"),
+        Row("coverage", "coverage", "`make test` and the slow tests run 95 % of the lines", ALL),
+        Row("all", "test-all", "each law on every cell; `make test` takes a covering array", ALL),
+        Row("oldest", "test-oldest", "the lower bounds, on Python 3.10; 5 GB", f"{LIBRARY} tests/**", ".venv/oldest"),
+        *(Row(f"oldest-{name}", f"test-oldest OLDEST=oldest-{name}", f"the oldest {name} with the newest of all else",
+              f"{LIBRARY} tests/**", f".venv/oldest-{name}") for name in ("torch", "transformers")),
+        Row("newest", "test-newest", "the newest release of all packages, on Python 3.13.1 or later",
+            ALL, ".venv/newest"),
+        Row("peft", "test-peft", "PEFT's own tests with graft under PEFT's name; 20 minutes",
+            f"{SOURCE} tests/peft_suite/**", ".venv-peft"),
+        *(Row(f"trainers-{name}", f"test-trainers-{name}", f"commands or tests of {name}, with graft as with PEFT; "
+              "12 GB in all", f"{SOURCE} tests/trainers/**", f".venv/trainers/{name}") for name in trainers),
+        Row("servers", "test-serving", "vLLM and llama.cpp load exported adapters; 2.7 GB, 15 minutes to build",
+            f"{LIBRARY} tests/servers/**", ".venv/servers/vllm"),
+        Row("guide-serving", "guide-serving", "GRPO trains while vLLM answers with its versions",
+            f"{SOURCE} examples/guides/**", ".venv-clients"),
+        Row("mutations", "mutations", "the tests notice each patch written by hand", f"{LIBRARY} tests/**"),
+        Row("drawn", "drawn", "the share of 100 drawn changes that the tests notice; hours", f"{LIBRARY} tests/**"),
+        *(Row(name, name, f"{claim}, on real weights", f"{SOURCE} examples/{folder}/**") for name, folder, claim in (
+            ("demo", "demo", "the main job"), ("demo-sweep", "demo", "sixteen settings at once"),
+            ("demo-lm", "demo_lm", "a language model"), ("demo-4bit", "demo_*", "a base in four bits"))),
+        Row("docs-look", "docs-look", "every page in Chromium, as wide as a desktop and as a phone",
+            "src/graft/** docs/** mkdocs.yml README.md tests/docs/look.py"),
+        Row("bench", "bench BENCH=--all", "graft and PEFT, each row; an hour or more, with nothing else running",
+            f"{SOURCE} benchmarks/** examples/demo_lm/model.py"),
+        Row("gpu", "device-report", "the tests of `device`, and the checks and times of `graft device-report`",
+            f"{LIBRARY} tests/device/**", needs="a GPU"),
+    ]  # fmt: skip
+
+
+def git(root: Path, *arguments: str) -> str:
+    """Return git's output in a repository, stripped. Raises CalledProcessError."""
+    return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def list_changes(root: Path) -> str:
+    """Return git's lines about uncommitted and untracked files; results and the page do not count."""
+    return git(root, "status", "--porcelain", "--", ".", *NEVER_COVERED)
+
+
+def list_covered_files(root: Path, row: Row) -> list[str]:
+    """Return the files that a row covers, sorted: those of its globs, and modules of tests, examples, benchmarks and
+    tools that these import, directly or not.
+    """
+    tracked = {*git(root, "ls-files").splitlines()}
+    covered = {
+        *git(root, "ls-files", "--", *(f":(glob){glob}" for glob in row.covers.split()), *NEVER_COVERED).split("\n")
+    }
+    queue = [name for name in covered if name.endswith(".py") and not name.startswith("src/")]
+    while queue:
+        for module, names in IMPORT.findall((root / queue.pop()).read_text()):
+            path = module.replace(".", "/")
+            modules = {
+                f"{path}.py",
+                f"{path}/__init__.py",
+                *(f"{path}/{name}.py" for name in re.findall(r"\w+", names)),
+            }
+            queue += (modules & tracked) - covered
+            covered |= modules & tracked
+    return sorted(covered)
+
+
+def hash_covered(root: Path, row: Row) -> str:
+    """Return one hash of the paths and contents of all files that a row covers, as git's index has them."""
+    listing = git(root, "ls-files", "--stage", "--", *list_covered_files(root, row))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def read_result(root: Path, row: Row) -> dict[str, Any] | None:
+    """Return the last result of a row, or None."""
+    path = root / RESULTS / f"{row.name}.json"
+    result: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return result
+
+
+def judge(root: Path, row: Row) -> tuple[str, int | None]:
+    """Return the state of a row, and the number of covered files that changed since its result.
+
+    The state is "valid", "failed", "invalid" (a covered file changed), "never run", or "needs …". The number is None
+    without a result, and if git does not know the result's commit.
+    """
+    result = read_result(root, row)
+    if result is None:
+        return (f"needs {row.needs}" if row.needs else "never run"), None
+    changed: int | None = 0
+    if result["covered"] != hash_covered(root, row):
+        try:
+            difference = git(
+                root, "diff", "--name-only", result["commit"], "HEAD", "--", *list_covered_files(root, row)
+            )
+            changed = len(difference.splitlines())
+        except subprocess.CalledProcessError:  # the commit is of another machine, or was rewritten
+            changed = None
+    return ("failed" if not result["passed"] else "valid" if changed == 0 else "invalid"), changed
+
+
+def find_problems(root: Path = ROOT) -> list[str]:
+    """Return a text that names all rows without a valid result; nothing if there are none. Rows that need a thing which
+    is missing here may lack a result.
+    """
+    states = {row.name: judge(root, row)[0] for row in list_rows(root)}
+    bad = [f"{name} ({state})" for name, state in states.items() if state != "valid" and not state.startswith("needs")]
+    return [f"these rows of `make verify` have no valid result: {', '.join(bad)}. Run it, and commit."] if bad else []
+
+
+def run_row(root: Path, row: Row) -> bool:
+    """Run a row's target with its output in out/verify, write its result, and return whether it passed.
+
+    Exits without a result if the commit or a file of the tree changed meanwhile.
+    """
+    commit, covered, log = git(root, "rev-parse", "HEAD"), hash_covered(root, row), root / f"out/verify/{row.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{row.name}: make {row.target}, into {log}", flush=True)
+    start = time.monotonic()
+    with log.open("w") as output:
+        done = subprocess.run(["make", *shlex.split(row.target)], cwd=root, stdout=output, stderr=subprocess.STDOUT)
+    seconds = round(time.monotonic() - start)
+    if (changes := list_changes(root)) or git(root, "rev-parse", "HEAD") != commit:
+        sys.exit(f"{row.name} is not recorded, since the tree changed while it ran:\n{changes}")
+    lines = clean_lines(root, log.read_text(errors="replace"))
+    passed = done.returncode == 0
+    result = {
+        "commit": commit, "covered": covered, "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "seconds": seconds, "passed": passed, "versions": read_versions(root, row), "says": summarise(lines),
+        "last_lines": [] if passed else lines[-KEPT_LINES:],
+    }  # fmt: skip
+    path = root / RESULTS / f"{row.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    print(f"{row.name}: {'passed' if passed else 'FAILED'} after {seconds} s. {result['says']}", flush=True)
+    return passed
+
+
+def read_versions(root: Path, row: Row) -> dict[str, str]:
+    """Return the versions of Python, torch, transformers and peft in a row's environment, and the machine's system and
+    cores. A row without its environment has this interpreter's.
+    """
+    python = root / row.venv / "bin" / "python"
+    command = [python if python.exists() else sys.executable, "-c", VERSIONS]
+    versions: dict[str, str] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return versions
+
+
+def clean_lines(root: Path, text: str) -> list[str]:
+    """Return the lines of an output that are not empty, without escape sequences, and with the repository and the home
+    folder as "." and "~"; each has 200 characters at most.
+    """
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace(str(root), ".").replace(str(Path.home()), "~")
+    return [line.rstrip()[:200] for line in re.split(r"[\r\n]+", text) if line.strip()]
+
+
+def summarise(lines: list[str]) -> str:
+    """Return the last lines of all runs of pytest in an output, such as "3 passed in 2.1s", else the output's last."""
+    counts = [line.strip("= ") for line in lines if re.search(r"\d+ (passed|failed|skipped|errors?)\b.* in \d", line)]
+    return "; ".join(counts) or (lines[-1] if lines else "")
+
+
+def format_page(root: Path) -> str:
+    """Return docs/verified.md: a table of all rows, with the last lines of those that failed."""
+    rows = [(row, read_result(root, row), *judge(root, row)) for row in list_rows(root)]
+    commit, valid = git(root, "rev-parse", "--short=8", "HEAD"), sum(state == "valid" for *_, state, _ in rows)
+    text = HEAD.format(commit=commit, valid=valid, rows=len(rows))
+    for row, result, state, changed in rows:
+        cells: list[Any] = [row.name, row.claim, state if state == "valid" else f"**{state}**", "–", "–", "–", "–", "–"]
+        if result:
+            ran, under = f"{result['date']}, `{result['commit'][:8]}`", ", ".join(result["versions"].values())
+            cells[3:] = ["?" if changed is None else changed, ran, result["seconds"], under, escape(result["says"])]
+        text += f"| {' | '.join(map(str, cells))} |\n"
+    for row, result, *_ in rows:
+        if result and not result["passed"]:
+            text += f"\n## {row.name} failed\n\n```text\n" + "\n".join(result["last_lines"]) + "\n```\n"
+    return text
+
+
+HEAD = """# Verified
+
+This page says which suites passed on which commit. `make verify` runs the suites that `make test` leaves out, and
+writes this page.
+
+A result is valid until a file that its row covers changes; "changed" counts these files. At commit `{commit}`, {valid}
+of {rows} rows are valid. "Under" has the versions of Python, peft, torch and transformers, and the machine.
+
+Nothing ran on a GPU, on macOS or on Windows; [Devices](devices.md) says how to send in a report of a GPU.
+
+| row | verifies | result | changed | ran | seconds | under | says |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def escape(text: str) -> str:
+    """Return a text as a cell of a table: pipes, backticks, angle brackets and stars stay as they are written."""
+    return re.sub(r"([|`<*_\[])", r"\\\1", text)
+
+
+def select(rows: list[Row], names: list[str]) -> list[Row]:
+    """Return the rows with these names, or with these names before a hyphen. Exits if a name selects none."""
+    unknown = [name for name in names if not any(f"{row.name}-".startswith(f"{name}-") for row in rows)]
+    if unknown:
+        sys.exit(f"no row {', '.join(unknown)}; there are {', '.join(row.name for row in rows)}")
+    return [row for row in rows if any(f"{row.name}-".startswith(f"{name}-") for name in names)]
+
+
+def main(*names: str, root: Path = ROOT) -> None:
+    """Run rows, by default all that are neither valid nor need a missing thing, and write the page after each.
+
+    `--list` prints the rows, and `--print` writes the page; both run nothing. Exits with an error if the tree has
+    uncommitted changes, or a row fails.
+    """
+    rows = list_rows(root)
+    if "--list" in names:
+        print("\n".join(f"  {row.name:<28}{row.claim}" for row in rows))
+        return
+    if "--print" in names:
+        (root / PAGE).write_text(format_page(root))
+        return
+    if changes := list_changes(root):
+        sys.exit(f"the tree is not clean; commit first, since a result is of a commit:\n{changes}")
+    undone = [row for row in rows if judge(root, row)[0] != "valid" and not row.needs]
+    wanted = select(rows, [*names]) if names else undone
+    failed = []
+    for row in wanted:
+        if not run_row(root, row):
+            failed.append(row.name)
+        (root / PAGE).write_text(format_page(root))
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; the last lines are in {PAGE}, all lines in out/verify")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stages of a pipeline and equal processes, as one process sees them; tests/distributed has several."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
-from graft.core.errors import CheckpointError
-from graft.inject import stage
+import graft
+from graft.core.errors import CheckpointError, UnsupportedLayerError
+from graft.inject import job, stage
+from tests import samples
+from tests.models import seeded
 
 
 def test_paths_below_absent_modules():
@@ -30,3 +36,72 @@ def test_processes_with_other_values_are_named():
         stage.check_equal_data(data, "a", Team(*equal))
     with pytest.raises(CheckpointError, match=r"'a' has other values on rank\(s\) \[1, 3\] than on rank 0"):
         stage.check_equal_data(data, "a", Team(False, True, False, True))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(10, 6), nn.LayerNorm(6)
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.layers, self.last = (
+            nn.Linear(10, 6),
+            nn.ModuleList([Block() for _ in range(4)]),
+            nn.Linear(10, 6),
+        )
+
+
+class PipelineIdentityLayer(nn.Identity):
+    """The name of transformers' placeholder."""
+
+
+def stage_of(model, here, empty):
+    """Return a model that lacks the blocks outside `here`, and what comes before or after them."""
+    for i in set(range(4)) - set(here):
+        model.layers._modules[str(i)] = empty()
+    if empty is PipelineIdentityLayer:
+        setattr(model, "last" if 0 in here else "first", empty())
+    return model
+
+
+def start(model, sample, targets):
+    config = sample.make()
+    config.target_modules = targets
+    with seeded(1):
+        model = graft.get_peft_model(model, config)
+        after = torch.rand(3)
+    return {name: t.clone() for name, t in model.state_dict().items() if ".layers." in name} | {"after": after}
+
+
+TOGETHER = {  # what adapters need of layers on other stages
+    "ADALORA": "divides a budget", "BOTTLENECK-compacter": "trains 'bottleneck_rule'", "FROD": "decomposes the weights",
+    "LILY": "uses tensors of layer", "TINYLORA": "trains 'tinylora_v'", "UNILORA": "trains 'unilora_theta_d'",
+    "VBLORA": "trains 'vblora_vector_bank'",
+}  # fmt: skip
+FORMS = [((0, 1), lambda: None), ((2, 3), nn.Identity), ((1, 2), PipelineIdentityLayer)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("sample", samples.BY_THEMSELVES, ids=str)
+def test_a_stage_begins_with_the_values_of_the_whole_model(monkeypatch, sample):
+    with seeded(0):
+        whole = Blocks()
+    targets = r"layers\.\d\.layer"
+    expected = start(copy.deepcopy(whole), sample, targets)
+    monkeypatch.setattr(stage, "processes", lambda: 2)
+    monkeypatch.setattr(job, "processes", lambda: 2)
+    if str(sample) in TOGETHER:
+        with pytest.raises(
+            UnsupportedLayerError, match=rf"{TOGETHER[str(sample)]}.*lacks 2 modules, such as 'layers\.0'"
+        ):
+            start(stage_of(whole, (2, 3), nn.Identity), sample, targets)
+        return
+    for here, empty in FORMS:
+        values = start(stage_of(copy.deepcopy(whole), here, empty), sample, targets)
+        assert {n for n in expected if n == "after" or int(n.split(".layers.")[1][0]) in here} == values.keys()
+        for name, t in values.items():
+            # with `rewrites` the start on other stages would change weights that are not there
+            assert sample.rewrites or torch.equal(t, expected[name]), (here, name)

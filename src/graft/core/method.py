@@ -189,6 +189,7 @@ class Method(Generic[C]):
         None  # the argument of a call that its update follows, and which `effect_at` fixes
     )
     over_layers: ClassVar[str | None] = None  # its work on all layers, for errors; then one adapter trains at a time
+    joins_weights: ClassVar[str | None] = None  # its work on the base weights of all layers, for errors
     published_lr: ClassVar[PublishedRate | None] = None  # None: its source names none
     base_mark: str = ""  # attribute of the base module that a calibration sets, see `leave_on_base`
     agreeing_fields: ClassVar[tuple[str, ...]] = ()  # fields that have to be equal in adapters that share tensors

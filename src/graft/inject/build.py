@@ -135,7 +135,8 @@ def build_carriers(job: InjectionJob) -> None:
             make_shared_tensors(job)
         if job.tree.absent:
             trains = [slot.container for slot in job.shared.slots(job.adapter) if slot.trains]
-            check_stage_independence(job.method, job.methods, job.order, trains, job.tree.absent, job.adapter)
+            absent, starts = job.tree.absent, values is None
+            check_stage_independence(job.method, job.methods, job.order, trains, absent, job.adapter, starts)
         add_layers(job)
         if job.biases and values is None:
             warn_of_offloaded_biases(job.biases, job.model, job.adapter, job.cfg.bias)

@@ -168,18 +168,21 @@ def check_stage_independence(
     trains: list[str],
     absent: dict[str, str],
     adapter: str,
+    starts: bool,
 ) -> None:
     """Raise UnsupportedLayerError if an adapter on a pipeline stage needs tensors of other stages.
 
-    Causes: the method works over all layers, shared tensors train, or a layer here borrows tensors of a remote layer.
+    Causes: the method works over all layers, shared tensors train, a layer here borrows tensors of a remote layer, or
+    a new adapter begins with values made of all base weights.
 
     Args:
         methods: of the layers on this process, by path.
         order: those and the methods of other stages' layers.
         trains: names of the trainable tensors that all layers share.
         absent: modules on other stages, for the error.
+        starts: the adapter is new, and not loaded.
     """
-    why = kind.over_layers
+    why = kind.over_layers or (kind.joins_weights if starts else None)
     if why is None and trains:
         why = f"trains '{trains[0]}', which all layers share"
     remote = {id(method) for key, method in order.items() if key not in methods}

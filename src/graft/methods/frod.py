@@ -140,6 +140,7 @@ class FRoD(Method[FrodConfig]):
     keeps_base_dtype = frozenset({"frod_U", "frod_V"})
     lays_out_stacks = True  # it takes none
     agreeing_fields = ("projection_prng_key", "save_projection")
+    joins_weights = "decomposes the weights of all layers of a category together"
 
     frod_lambda_l: nn.Parameter  # (in,)
     frod_lambda_s_values: nn.Parameter  # (entries,)

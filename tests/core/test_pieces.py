@@ -13,12 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
 import graft
 from graft.core import pieces
-from graft.core.errors import ConfigError, UnsupportedLayerError
+from graft.core.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from graft.kernels.cuts import Cut
 from tests import samples
 from tests.distributed.megatron import MegatronNet
@@ -34,6 +35,7 @@ class Exchange:
 
     def __init__(self):
         self.here, self.barrier, self.values = threading.local(), threading.Barrier(WORLD, timeout=20), {}
+        self.store = dist.HashStore()
 
     def collect(self, value):
         """Return what the threads passed, by rank."""
@@ -50,7 +52,7 @@ class Exchange:
         for output, value in zip(outputs, self.collect(t.clone()), strict=True):
             output.copy_(value)
 
-    def all_gather_object(self, outputs, value, group):
+    def all_gather_object(self, outputs, value, group=None):
         outputs[:] = [pickle.loads(text) for text in self.collect(pickle.dumps(value))]
 
     def broadcast(self, t, first, group):
@@ -62,6 +64,10 @@ def exchange(monkeypatch):
     it = Exchange()
     for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast"):
         monkeypatch.setattr(dist, name, getattr(it, name))
+    monkeypatch.setattr(dist, "is_initialized", lambda: hasattr(it.here, "rank"))
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: list(range(WORLD)))
+    monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: it.store)
     monkeypatch.setattr(dist, "get_rank", lambda group=None: it.here.rank)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: WORLD)
     monkeypatch.setattr(dist, "get_global_rank", lambda group, rank: rank)
@@ -137,15 +143,18 @@ def compare(exchange, inject, leaves_bias=False):
 
     def act(parallel):
         model = inject(parallel).eval()
+        starts.append({name: graft.get_peft_model_state_dict(model, adapter_name=name) for name in model.peft_config})
+        starts.append(copy.deepcopy(starts.pop()))
         for name, tensors in adapters.items():
             graft.set_peft_model_state_dict(model, tensors, name)
         return history(model, x)
 
-    expected = history(one, x)
+    expected, starts = history(one, x), []
     for values in in_pieces(exchange, net, leaves_bias, act):
         assert values.keys() == expected.keys() and values.get("refused") == expected.get("refused")
         for name in values.keys() - {"refused"}:
             assert_close(values[name], expected[name], rtol=1e-4, atol=1e-5)
+    assert_close(*starts, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -215,3 +224,38 @@ def test_only_plain_tensors_of_all_tokens_are_taken(x, y):
     piece.check(torch.ones(3, 8), torch.ones(3, 5), "fc")
     with pytest.raises(UnsupportedLayerError, match=r"'fc', parallel by the style 'colwise', maps a Tensor\(3, 8\)"):
         piece.check(torch.ones(x, 8), y if y is None else torch.ones(y), "fc")
+
+
+@pytest.mark.parametrize("config", [graft.LoraConfig(r=3), graft.OFTConfig(oft_block_size=2), graft.VeraConfig(r=3)])
+def test_pieces_save_the_files_of_a_whole_model_and_load_them(exchange, config, tmp_path):
+    with seeded(5):
+        x, net = torch.randn(3, 10), Net()
+    config = dataclasses.replace(config, target_modules=["layer", "after"])
+    if hasattr(config, "projection_prng_key"):
+        config.save_projection = True
+    one = disturb(graft.get_peft_model(copy.deepcopy(net), config)).eval()
+    one.save_pretrained(tmp_path / "one")
+
+    def act(parallel):
+        model = graft.PeftModel.from_pretrained(parallel, tmp_path / "one")
+        model.save_pretrained(tmp_path / "all")
+        return model(x).detach()
+
+    for y in in_pieces(exchange, net, False, act):
+        assert_close(y, one(x), rtol=1e-4, atol=1e-5)
+    one, both = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "all"))
+    assert_close(both, one, rtol=0, atol=0)
+
+
+def test_processes_that_load_other_values_are_named(exchange, tmp_path):
+    with seeded(0):
+        net = Net()
+    for rank in range(WORLD):
+        config = graft.LoraConfig(r=3, target_modules=["layer"], init_lora_weights=False)
+        graft.get_peft_model(copy.deepcopy(net), config).save_pretrained(tmp_path / str(rank))
+
+    def act(parallel):
+        return graft.PeftModel.from_pretrained(parallel, tmp_path / str(exchange.here.rank))
+
+    with pytest.raises(CheckpointError, match=r"'default' has other values on rank\(s\) \[1\] than on rank 0"):
+        in_pieces(exchange, net, False, act)

@@ -30,7 +30,7 @@ from graft.files.skeleton import describe_model
 from graft.files.tensors import Tensor
 from graft.inject.experts import ExpertStacks
 from graft.inject.survey import survey_model
-from graft.model.checkpoints import AdapterInMemory
+from graft.io.files import AdapterInMemory
 
 
 def load_adapter(

@@ -82,7 +82,7 @@ def from_torch(t: torch.Tensor, what: str) -> Tensor:
             `what`.
     """
     from graft.files.merging.weights import NAMES, to_file
-    from graft.io.check import describe_fault
+    from graft.io.files import describe_fault
 
     if (why := describe_fault(t)) is not None or t.dtype not in NAMES:
         raise CheckpointError(

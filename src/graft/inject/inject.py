@@ -13,7 +13,6 @@ of base weights by an initialisation are rolled back.
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -25,7 +24,7 @@ from graft.core.layer import AdapterLayer
 from graft.inject import build, find
 from graft.inject.beside import RowsLayer, TrainableTokensWrapper
 from graft.inject.job import InjectionJob
-from graft.inject.parts import sort_inside_out
+from graft.inject.parts import pause_collector, sort_inside_out
 from graft.inject.stage import draw_alike, find_team
 from graft.inject.survey import ModuleTree, Place, attach_module, survey_model
 from graft.methods import ROWS
@@ -149,30 +148,6 @@ def list_frozen_names(model: nn.Module, tree: ModuleTree) -> set[str] | None:
     if not frozen_parameters:
         return set()
     return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-
-
-MANY = 10_000  # new objects; below this the collector searches them in a few ms
-
-
-@contextmanager
-def pause_collector() -> Iterator[None]:
-    """Pause the garbage collector for the block; switch it on afterwards if it was on.
-
-    After more than 10,000 new objects, they move to the oldest generation, unless the caller has frozen objects.
-    Otherwise Python would search them at once, as young: 0.4 s of 1.1 s for 10,000 modules. An injection makes no
-    garbage.
-    """
-    enabled, before = gc.isenabled(), gc.get_count()[0]
-    gc.disable()
-    try:
-        yield
-    finally:
-        # unfreezing would undo a caller's freeze
-        if enabled and gc.get_count()[0] - before > MANY and not gc.get_freeze_count():
-            gc.freeze()
-            gc.unfreeze()
-        if enabled:
-            gc.enable()
 
 
 def nest_layers(places: Iterable[Place], layers: list[AdapterLayer], base: nn.Module) -> None:

@@ -8,26 +8,35 @@ base weight is that of the innermost module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import gc
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+from torch import nn
 
 from graft.config.base import PeftConfig
 from graft.core.carrier import Carrier
-from graft.core.errors import AdapterNotFoundError, AlreadyInjectedError, UnsupportedLayerError
+from graft.core.containers import BufferDict
+from graft.core.errors import (
+    AdapterNameError,
+    AdapterNotFoundError,
+    AlreadyInjectedError,
+    UnsupportedLayerError,
+    shorten_text,
+)
 from graft.core.gate import Gate
 from graft.core.layer import AdapterLayer
+from graft.core.rows import BASE
 from graft.core.shared import SharedTensors
 from graft.core.site import Site
 from graft.core.wrappers import find_inner_module
 from graft.inject.survey import Wrapper, check_model, survey_model
 from graft.prompts.base import Prompt
 from graft.storage import ExpertBlock
-
-if TYPE_CHECKING:
-    from torch import nn
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -232,3 +241,99 @@ def restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
     """Set the mode of each module in (module, training)."""
     for module, training in modes:
         module.training = training
+
+
+_TAKEN = {name for container in (nn.ModuleDict(), nn.ParameterDict(), BufferDict()) for name in dir(container)}
+LONGEST_NAME = 255  # bytes
+REMEDY = "Choose another name (add_adapter() puts it beside that one), or delete_adapter() it first."
+
+
+def check_adapter_name(name: str, taken: Sequence[str] = (), remedy: str = REMEDY) -> None:
+    """Raise AdapterNameError unless `name` can name a new adapter.
+
+    Not allowed: an empty name or no text, ".", "/" or "\\", "__base__", more than 255 bytes, NUL, attributes of torch's
+    containers, names in `taken`.
+
+    Args:
+        remedy: the second sentence of the error for a taken name.
+    """
+    if not isinstance(name, str) or not name:
+        raise AdapterNameError(f"An adapter needs a non-empty string as its name, got {shorten_text(repr(name))}.")
+    if "." in name:
+        raise AdapterNameError(
+            f'module name can\'t contain ".", got: {name}: adapter names are parts of parameter names.'
+        )
+    if "/" in name or "\\" in name or name == BASE:
+        raise AdapterNameError(
+            f"'{name}' cannot name an adapter: names become folders, and '{BASE}' means the base model."
+        )
+    try:
+        size = len(os.fsencode(name))
+    except UnicodeEncodeError:
+        size = 0
+    if not 0 < size <= LONGEST_NAME or "\0" in name:
+        raise AdapterNameError(
+            f"{shorten_text(repr(name))} cannot name an adapter: names become folders, and file systems take up to "
+            f"{LONGEST_NAME} bytes of valid text without NUL."
+        )
+    if name in _TAKEN:
+        raise AdapterNameError(
+            f"attribute '{name}' already exists on torch's containers: give the adapter another name."
+        )
+    if name in taken:
+        raise AdapterNameError(f"Adapter with name '{name}' already exists. {remedy}")
+
+
+MANY = 10_000  # new objects; below this the collector searches them in a few ms
+
+
+@contextmanager
+def pause_collector() -> Iterator[None]:
+    """Pause the garbage collector for the block; switch it on afterwards if it was on.
+
+    After more than 10,000 new objects, they move to the oldest generation, unless the caller has frozen objects.
+    Otherwise Python would search them at once, as young: 0.4 s of 1.1 s for 10,000 modules. An injection makes no
+    garbage.
+    """
+    enabled, before = gc.isenabled(), gc.get_count()[0]
+    gc.disable()
+    try:
+        yield
+    finally:
+        # unfreezing would undo a caller's freeze
+        if enabled and gc.get_count()[0] - before > MANY and not gc.get_freeze_count():
+            gc.freeze()
+            gc.unfreeze()
+        if enabled:
+            gc.enable()
+
+
+def find_carriers(model: nn.Module, adapter: str) -> tuple[AdapterCarriers, str, nn.Module]:
+    """Return the carriers of an adapter, the prefix of its keys, and the base model.
+
+    Wrappers such as DDP are skipped. The prefix is "model." for a tuner, "" for a model without a registry, and else
+    that of a PeftModel.
+
+    Raises:
+        AdapterNotFoundError: the model has no such adapter.
+        AlreadyInjectedError: it has adapters of another package.
+    """
+    model = unwrap_model(model)
+    registry = get_registry(model)
+    if registry is not None:
+        registry.check_known([adapter])
+        parts = registry.parts_of(adapter)
+        is_tuner = getattr(registry, "holder", None) is model
+        return parts, "model." if is_tuner else parts.prefix, registry.model
+    check_no_foreign_adapters(model)
+    tree = survey_model(model)
+    layers = {k: layer for k, layer in tree.layers.items() if adapter in layer.methods}
+    wrappers = {k: w for k, w in tree.wrappers.items() if adapter in w.adapters}
+    if not layers and not wrappers:
+        raise AdapterNotFoundError(f"Adapter {adapter} not found: no layer of the model carries it.")
+    return AdapterCarriers(layers, wrappers, all_layers=tree.layers), "", model
+
+
+def get_config(model: nn.Module, adapter: str) -> Any:
+    """Return an adapter's config from the model's `peft_config`; None if there is none."""
+    return (getattr(model, "peft_config", None) or {}).get(adapter)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
-from graft.io.check import check_tensors
-from graft.io.files import LoadedWeights, load_pair, save_adapter
+from graft.io.files import LoadedWeights, check_tensors, load_pair, save_adapter
 from graft.io.fingerprint import Fingerprint, join_fingerprints, make_fingerprint
 from graft.prompts.base import STORED
 

@@ -24,12 +24,11 @@ from graft.core.wrappers import strip_inner_wrappers
 from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.build import assign_values
 from graft.inject.job import Receiver
-from graft.inject.parts import AdapterCarriers, get_gate, get_registry, unwrap_model
+from graft.inject.parts import AdapterCarriers, find_carriers, get_config, get_gate, get_registry, unwrap_model
 from graft.inject.stage import find_absent_in_model, is_below
 from graft.io.base import make_file_namer
-from graft.io.check import check_tensors
 from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, find_key, list_entries, list_tied_row_keys, rename_keys
-from graft.io.files import LoadedWeights
+from graft.io.files import LoadedWeights, check_tensors
 from graft.io.fingerprint import (
     describe_difference,
     digest_base_tensors,
@@ -42,7 +41,7 @@ from graft.io.fingerprint import (
     restrict_to_stage,
 )
 from graft.io.layouts import convert_stack_layouts, fuse_experts
-from graft.io.save import changes_base, find_carriers, get_config
+from graft.io.save import changes_base
 from graft.io.servers import convert_server_layout
 from graft.io.tensors import find_torn_bias, resize_parameters
 from graft.io.written import TODAY

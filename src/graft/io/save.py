@@ -18,7 +18,7 @@ from graft.config.fields import EMBEDDING_NAMES
 from graft.config.reading import read_object
 from graft.core.base_config import input_embeddings, output_embeddings, text_config
 from graft.core.carrier import layer_in
-from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
+from graft.core.errors import AdapterKeyError, warn
 from graft.core.merging import compute_unmerged_weight, find_unmerged_bias
 from graft.core.method import WeightUse
 from graft.core.names import is_bias
@@ -34,12 +34,12 @@ from graft.inject.match import TargetNames
 from graft.inject.parts import (
     AdapterCarriers,
     ParameterLayerPaths,
-    check_no_foreign_adapters,
+    find_carriers,
+    get_config,
     get_registry,
     unwrap_model,
 )
 from graft.inject.stage import find_absent_in_model, find_model_group
-from graft.inject.survey import survey_model
 from graft.io.base import make_file_namer, remove_carrier_names
 from graft.io.entries import Entry, list_entries
 from graft.io.fingerprint import Fingerprint, digest_base_tensors, list_base_weights, make_fingerprint
@@ -51,37 +51,6 @@ from graft.storage.parallel import copy_unwrapped, find_parameters_below, has_no
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
     from graft.prompts.base import Prompt
-
-
-def find_carriers(model: nn.Module, adapter: str) -> tuple[AdapterCarriers, str, nn.Module]:
-    """Return the carriers of an adapter, the prefix of its keys, and the base model.
-
-    Wrappers such as DDP are skipped. The prefix is "model." for a tuner, "" for a model without a registry, and else
-    that of a PeftModel.
-
-    Raises:
-        AdapterNotFoundError: the model has no such adapter.
-        AlreadyInjectedError: it has adapters of another package.
-    """
-    model = unwrap_model(model)
-    registry = get_registry(model)
-    if registry is not None:
-        registry.check_known([adapter])
-        parts = registry.parts_of(adapter)
-        is_tuner = getattr(registry, "holder", None) is model
-        return parts, "model." if is_tuner else parts.prefix, registry.model
-    check_no_foreign_adapters(model)
-    tree = survey_model(model)
-    layers = {k: layer for k, layer in tree.layers.items() if adapter in layer.methods}
-    wrappers = {k: w for k, w in tree.wrappers.items() if adapter in w.adapters}
-    if not layers and not wrappers:
-        raise AdapterNotFoundError(f"Adapter {adapter} not found: no layer of the model carries it.")
-    return AdapterCarriers(layers, wrappers, all_layers=tree.layers), "", model
-
-
-def get_config(model: nn.Module, adapter: str) -> Any:
-    """Return an adapter's config from the model's `peft_config`; None if there is none."""
-    return (getattr(model, "peft_config", None) or {}).get(adapter)
 
 
 def get_peft_model_state_dict(

@@ -81,23 +81,6 @@ def raise_unless(condition: Tensor, error: Callable[[], Exception], text: str) -
         raise error()
 
 
-def move_to_devices(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> list[Tensor]:
-    """Return each tensor on its device; tensors that are there already themselves.
-
-    Others that share source, dtype and destination are copied together, and returned as views of one copy.
-    """
-    out = list(tensors)
-    groups: dict[tuple[torch.device, torch.dtype, torch.device], list[int]] = {}
-    for i, (t, device) in enumerate(zip(tensors, devices)):
-        if t.device != device:
-            groups.setdefault((t.device, t.dtype, device), []).append(i)
-    for (_, _, device), places in groups.items():
-        flat = torch.cat([tensors[i].flatten() for i in places]).to(device)
-        for i, part in zip(places, flat.split([tensors[i].numel() for i in places])):
-            out[i] = part.view(tensors[i].shape)
-    return out
-
-
 # {tensor: {device: (its version, copy)}}; copies are freed with the tensor, and no copy or file of the model has them
 COPIES = WeakTensorKeyDictionary()
 

@@ -21,7 +21,7 @@ from graft.config.atomic import is_link
 from graft.config.reading import Json
 from graft.core.errors import join_some
 from graft.inject.parts import get_registry
-from graft.io.check import describe_fault
+from graft.io.files import describe_fault
 from graft.io.fingerprint import check_fingerprint as check_fingerprint
 from graft.many.run import STATES, Run, StepRecord, ValidationRecord
 from graft.train.state_check import (

@@ -36,7 +36,7 @@ from graft.config.base import check_config
 from graft.core.errors import join_some, shorten_text, warn
 from graft.inject.beside import add_task_heads
 from graft.inject.match import Matcher
-from graft.inject.parts import get_registry
+from graft.inject.parts import check_adapter_name, get_registry
 from graft.inject.survey import is_linear
 from graft.many import run_file
 from graft.many.bank import Banks
@@ -57,7 +57,6 @@ from graft.many.losses import Loss, find_model_loss
 from graft.many.run import RUNNING, STOPPED, BatchResult, Run, StepRecord, ValidationRecord
 from graft.many.trainer import TrainerDescription
 from graft.model.checkpoints import AdapterSnapshot
-from graft.model.registry import check_adapter_name
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler

@@ -24,11 +24,18 @@ from graft.core.finite import is_dense_float, max_magnitudes
 from graft.core.folding import EvaluationMode, compute_delta, fold_effect
 from graft.core.method import WeightUse
 from graft.inject.beside import ModulesToSaveWrapper
-from graft.inject.parts import AdapterCarriers, check_no_foreign_adapters, get_registry, unwrap_model
+from graft.inject.parts import (
+    AdapterCarriers,
+    check_no_foreign_adapters,
+    find_carriers,
+    get_config,
+    get_registry,
+    unwrap_model,
+)
 from graft.inject.report import star_indices
 from graft.inject.survey import survey_model
 from graft.io.entries import list_entries
-from graft.io.save import collect_base_tensors, find_carriers, get_config
+from graft.io.save import collect_base_tensors
 from graft.model.rates import class_name_of, find_known_range
 from graft.storage.parallel import layout_of
 

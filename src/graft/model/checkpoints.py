@@ -32,6 +32,7 @@ from graft.core.names import check_name_list
 from graft.inject.parts import get_registry
 from graft.inject.survey import survey_model
 from graft.io import files, save
+from graft.io.files import AdapterInMemory
 from graft.io.fingerprint import Fingerprint, digest_base_tensor, hash_text
 from graft.io.load import CheckpointValues
 from graft.io.rendezvous import CALL, save_once
@@ -43,18 +44,6 @@ from graft.storage.parallel import processes
 SETTLED = {f.name for f in fields(PeftConfig)} | {  # fields that the tensors imply, or that have no effect later
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
-
-
-class AdapterInMemory(NamedTuple):
-    """The config and the tensors of an adapter in memory, passed instead of a folder."""
-
-    config: PeftConfig
-    loaded: files.LoadedWeights
-
-    @classmethod
-    def of(cls, config: PeftConfig, tensors: dict[str, Tensor], path: str) -> AdapterInMemory:
-        """Return an adapter of this config with these tensors by PEFT's names. `path` names it in errors."""
-        return cls(config, files.LoadedWeights(tensors, path))
 
 
 def read_checkpoint(

@@ -14,7 +14,14 @@ from graft.config.base import PeftConfig
 from graft.config.fields import to_int
 from graft.core.errors import ConfigError, ConfigTypeError
 from graft.core.wrappers import strip_inner_wrappers
-from graft.inject.parts import AdapterCarriers, ParameterLayerPaths, run_as_call, unwrap_model
+from graft.inject.parts import (
+    AdapterCarriers,
+    ParameterLayerPaths,
+    find_carriers,
+    get_config,
+    run_as_call,
+    unwrap_model,
+)
 from graft.io import files, save
 from graft.io.entries import list_entries
 from graft.io.fingerprint import list_base_weights, make_fingerprint
@@ -151,7 +158,7 @@ def find_adapter(model: nn.Module, adapter: str) -> tuple[AdapterCarriers, str, 
         AdapterNotFoundError: it has others.
     """
     model = unwrap_model(model)
-    config = save.get_config(model, adapter)
+    config = get_config(model, adapter)
     if config is None and not getattr(model, "peft_config", None):
         raise ConfigTypeError("Could not detect any layer that supports LoRA conversion. The model has no adapters.")
-    return *save.find_carriers(model, adapter), config
+    return *find_carriers(model, adapter), config

@@ -22,7 +22,7 @@ from graft.core.ops import META
 from graft.core.shared import TunerTensors
 from graft.inject.build import assign_values
 from graft.inject.job import Options
-from graft.inject.parts import AdapterCarriers, get_registry, read_modes, restore_modes
+from graft.inject.parts import AdapterCarriers, check_adapter_name, get_registry, read_modes, restore_modes
 from graft.inject.report import InjectReport
 from graft.inject.survey import ModuleTree, survey_model
 from graft.io import files
@@ -32,7 +32,7 @@ from graft.methods.lora.sub_configs import ArrowConfig
 from graft.methods.xlora import CLASSIFIER, XLoraClassifier, XLoraConfig, check_top_k
 from graft.model.compose import Composition
 from graft.model.peft_model import PeftModel
-from graft.model.registry import Configs, Registry, check_adapter_name
+from graft.model.registry import Configs, Registry
 from graft.model.tuner import Tuner
 
 OTHERS = ("base_model.lora_model.", f"base_model.{CLASSIFIER}.")  # in PEFT's files of whole X-LoRA models

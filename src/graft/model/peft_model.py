@@ -20,14 +20,15 @@ from graft.core.errors import AdapterNotFoundError, ConfigError, DistributedErro
 from graft.core.gate import PATIENCE, Names
 from graft.core.rows import BASE, CallContext, Run, count_copies
 from graft.inject.job import Options
-from graft.inject.parts import HOLDER, get_registry, restore_modes_on_error
+from graft.inject.parts import HOLDER, check_adapter_name, get_registry, restore_modes_on_error
 from graft.inject.survey import ModuleTree
+from graft.io.files import AdapterInMemory
 from graft.io.load import CheckpointValues, LoadReport
 from graft.methods import method_of
 from graft.model import checkpoints
 from graft.model.averaging import WHY_NOT_DDP, check_averaged, note_start
 from graft.model.compose import Composition, adapters_in, copy_shares
-from graft.model.registry import Registry, check_adapter_name, restore_on_error
+from graft.model.registry import Registry, restore_on_error
 from graft.model.rooms import import_from_room
 from graft.model.rows import (
     RowNames,
@@ -731,7 +732,7 @@ class PeftModel(nn.Module):
             model_id, kwargs, lambda read: find_replaced_loader(by_task.get(read.task_type, cls)), config
         )
         kind = by_task.get(config.task_type, cls)
-        replaced_loader = None if isinstance(model_id, checkpoints.AdapterInMemory) else find_replaced_loader(kind)
+        replaced_loader = None if isinstance(model_id, AdapterInMemory) else find_replaced_loader(kind)
         if replaced_loader is None and kwargs:
             warn_unknown(PeftModel.from_pretrained, kwargs, LOADING | IDLE_LOADING | config.load_options)
         with restore_on_error(config), nullcontext() if replaced_loader is None else restore_modes_on_error(model):

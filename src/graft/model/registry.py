@@ -11,7 +11,6 @@ change. A load or an injection closes the gate (`core/gate.py`) only for its las
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from graft.config.base import PeftConfig, check_config
 from graft.core.call import AuxiliaryValue, Call
 from graft.core.carrier import Carrier, active_after_deletion, check_not_merged, iter_carried
-from graft.core.containers import BufferDict, Slot
+from graft.core.containers import Slot
 from graft.core.errors import (
     AdapterNameError,
     AdapterNotFoundError,
@@ -32,7 +31,6 @@ from graft.core.errors import (
     ConfigError,
     UnsupportedLayerError,
     describe_function,
-    shorten_text,
     warn,
 )
 from graft.core.gate import ACTIVE, Names, adapters_of_deletion, all_adapters, changes, prepares
@@ -40,14 +38,14 @@ from graft.core.layer import AdapterLayer, Host
 from graft.core.method import Method, return_unchanged
 from graft.core.names import as_name_list, check_name_list
 from graft.core.ops import find_op
-from graft.core.rows import BASE, Finish, JointAdapters, Run, list_forward_arguments
+from graft.core.rows import Finish, JointAdapters, Run, list_forward_arguments
 from graft.core.shared import SharedTensors
 from graft.inject.beside import RowsLayer
 from graft.inject.build import assign_values
 from graft.inject.find import list_trained_biases
 from graft.inject.inject import Injection, check_second_bias
 from graft.inject.job import Options, Receiver
-from graft.inject.parts import AdapterCarriers, check_no_foreign_adapters, get_registry
+from graft.inject.parts import AdapterCarriers, check_adapter_name, check_no_foreign_adapters, get_registry
 from graft.inject.report import InjectReport
 from graft.inject.steps import ReplacedSteps
 from graft.inject.survey import ModuleTree, survey_model
@@ -66,11 +64,6 @@ from graft.prompts.base import Prompt
 from graft.storage import DENSE, Quantized, Sharding, holds_codes
 from graft.storage.codes import find_unpacked_dtype, mark_plain_layers, remove_quantization_marks
 
-_TAKEN = {name for container in (nn.ModuleDict(), nn.ParameterDict(), BufferDict()) for name in dir(container)}
-
-
-LONGEST_NAME = 255  # bytes
-
 
 def names_to_activate(choice: str | Sequence[str] | Composition) -> list[str]:
     """Return the adapters that a choice for `set_adapter` names.
@@ -85,45 +78,6 @@ def weights_and_apart(value: Composition | None) -> tuple[tuple[float, ...] | No
     rows.
     """
     return value.weights if isinstance(value, Average) else None, isinstance(value, Parallel)
-
-
-REMEDY = "Choose another name (add_adapter() puts it beside that one), or delete_adapter() it first."
-
-
-def check_adapter_name(name: str, taken: Sequence[str] = (), remedy: str = REMEDY) -> None:
-    """Raise AdapterNameError unless `name` can name a new adapter.
-
-    Not allowed: an empty name or no text, ".", "/" or "\\", "__base__", more than 255 bytes, NUL, attributes of torch's
-    containers, names in `taken`.
-
-    Args:
-        remedy: the second sentence of the error for a taken name.
-    """
-    if not isinstance(name, str) or not name:
-        raise AdapterNameError(f"An adapter needs a non-empty string as its name, got {shorten_text(repr(name))}.")
-    if "." in name:
-        raise AdapterNameError(
-            f'module name can\'t contain ".", got: {name}: adapter names are parts of parameter names.'
-        )
-    if "/" in name or "\\" in name or name == BASE:
-        raise AdapterNameError(
-            f"'{name}' cannot name an adapter: names become folders, and '{BASE}' means the base model."
-        )
-    try:
-        size = len(os.fsencode(name))
-    except UnicodeEncodeError:
-        size = 0
-    if not 0 < size <= LONGEST_NAME or "\0" in name:
-        raise AdapterNameError(
-            f"{shorten_text(repr(name))} cannot name an adapter: names become folders, and file systems take up to "
-            f"{LONGEST_NAME} bytes of valid text without NUL."
-        )
-    if name in _TAKEN:
-        raise AdapterNameError(
-            f"attribute '{name}' already exists on torch's containers: give the adapter another name."
-        )
-    if name in taken:
-        raise AdapterNameError(f"Adapter with name '{name}' already exists. {remedy}")
 
 
 class Configs(dict[str, PeftConfig]):

@@ -21,14 +21,20 @@ from graft import AdapterKeyError, AdapterLayer, ConfigError, LoraConfig, PeftWa
 from graft.config.hub import HUB_KEYWORDS, warn_unknown
 from graft.core.errors import join_some, warn
 from graft.core.wrappers import strip_inner_wrappers
-from graft.inject.inject import pause_collector
 from graft.inject.match import Matcher
-from graft.inject.parts import AdapterCarriers, find_gate, get_gate, unwrap_model
+from graft.inject.parts import (
+    AdapterCarriers,
+    find_carriers,
+    find_gate,
+    get_config,
+    get_gate,
+    pause_collector,
+    unwrap_model,
+)
 from graft.inject.survey import survey_model
 from graft.io.entries import Entry, list_entries
 from graft.io.files import LoadedWeights
 from graft.io.load import CheckpointValues
-from graft.io.save import find_carriers, get_config
 from graft.methods.lora import LoRA
 from graft.model import checkpoints
 from graft.storage.parallel import find_whole_shape, layout_of, write_all_whole

@@ -31,16 +31,13 @@ from graft.core.gate import PATIENCE, Gate
 from graft.core.rows import BASE, count_copies
 from graft.core.site import Site
 from graft.inject.inject import Injection
-from graft.inject.parts import check_no_pieces, find_gate, get_gate, get_registry
+from graft.inject.parts import check_adapter_name, check_no_pieces, find_gate, get_config, get_gate, get_registry
 from graft.inject.survey import ModuleTree, attach_module, survey_model
 from graft.io.files import LoadedWeights
-from graft.io.save import get_config
-from graft.kernels.waits import move_to_devices
 from graft.methods.lora import LoRA
 from graft.model.checkpoints import read_checkpoint as read_checkpoint
-from graft.model.registry import check_adapter_name
 from graft.serving.fits import A_, KnownAdapter, SlotFactors, check_config, fit_adapter, group_by_layer
-from graft.serving.layer import NONE, SlotChoice, SlotLayer
+from graft.serving.layer import NONE, SlotChoice, SlotLayer, move_to_devices
 
 ValuesRead = Mapping[str, tuple[KnownAdapter, dict[str, SlotFactors]]]  # by name, with the adapter as it was then
 TAKEN = "Choose another name, or unload() it first."

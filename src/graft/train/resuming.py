@@ -29,7 +29,7 @@ from graft.core.errors import join_some
 from graft.core.random import find_accelerator
 from graft.core.wrappers import strip_inner_wrappers
 from graft.inject.parts import get_registry, unwrap_model
-from graft.io.check import check_tensors
+from graft.io.files import check_tensors
 from graft.io.fingerprint import check_fingerprint as check_fingerprint
 from graft.io.rendezvous import Meeting, exchange_objects, gather_tensors, get_rank, run_on_all
 from graft.storage.parallel import find_master_ids, find_whole_shape, gather_master_values, processes, write_whole

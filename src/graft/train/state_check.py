@@ -19,7 +19,7 @@ from torch import Tensor
 
 from graft import CheckpointError, NonFiniteError
 from graft.core.errors import join_some
-from graft.io.check import describe_fault, find_nonfinite
+from graft.io.files import describe_fault, find_nonfinite
 from graft.train.state_file import simulate_read
 
 REMEDY = "Take an earlier checkpoint."

@@ -235,7 +235,8 @@ class Registry:
         together: all processes call this, so that sharded values can be read.
         """
         parts, config = self.parts_of(adapter_name), self.peft_config[adapter_name]
-        return fingerprint_carriers(parts, self.model, adapter_name, config, False, together)
+        sample = self.samples.get(adapter_name)
+        return fingerprint_carriers(parts, self.model, adapter_name, config, False, together, sample)
 
     def assign_values(self, adapter_name: str, values: Iterable[tuple[Receiver, Tensor]]) -> None:
         """Write values into an adapter's tensors (`assign_values`), and drop the training state of the old ones."""

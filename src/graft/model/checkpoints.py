@@ -259,11 +259,7 @@ def save_adapters(
         tensors, config = file_contents(model, name, state_dict, embeddings, subtract)
         folder = adapter_folder(name, directory)
         files.check_saved_tensors(folder, tensors)
-        parts, full = registry.parts_of(name), fingerprint == "full"
-        sample = registry.samples.get(name)
-        note = save.fingerprint_carriers(
-            parts, registry.model, name, registry.peft_config[name], full, together, sample
-        )
+        note = registry.fingerprint_base(name, together, full=fingerprint == "full")
         contents_by_folder[folder] = (tensors, config, note)
 
     def write() -> None:

@@ -229,14 +229,16 @@ class Registry:
             all_layers=self.layers,
         )
 
-    def fingerprint_base(self, adapter_name: str, together: bool = False) -> Fingerprint:
-        """Return the sampled fingerprint of an adapter's base.
+    def fingerprint_base(self, adapter_name: str, together: bool = False, full: bool = False) -> Fingerprint:
+        """Return the fingerprint of an adapter's base.
 
-        together: all processes call this, so that sharded values can be read.
+        Args:
+            together: all processes call this, so that sharded values can be read.
+            full: with digests of all tensors that the adapter leaves alone.
         """
         parts, config = self.parts_of(adapter_name), self.peft_config[adapter_name]
         sample = self.samples.get(adapter_name)
-        return fingerprint_carriers(parts, self.model, adapter_name, config, False, together, sample)
+        return fingerprint_carriers(parts, self.model, adapter_name, config, full, together, sample)
 
     def assign_values(self, adapter_name: str, values: Iterable[tuple[Receiver, Tensor]]) -> None:
         """Write values into an adapter's tensors (`assign_values`), and drop the training state of the old ones."""

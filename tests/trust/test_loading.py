@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import graft
 from graft.config import reading
 from graft.core.errors import HubError, NonFiniteError
-from graft.io.files import check_tensors, is_file_sum_finite
 from graft.io.entries import rename_keys
+from graft.io.files import check_tensors, is_file_sum_finite
 from graft.io.fingerprint import KEY
 from graft.serving import AdapterSlots
 from tests import models

@@ -109,6 +109,16 @@ def test_a_law_that_the_cpu_breaks_fails(monkeypatch):
     assert check(monkeypatch, "LORA")["failed"] == {"LORA law float32": "AssertionError: not restored"}
 
 
+@pytest.mark.parametrize("error, where", [(ImportError("no sklearn"), "skipped"), (ValueError("no"), "failed")])
+def test_a_method_that_cannot_be_made(monkeypatch, error, where):
+    def make_config(**options):
+        raise error
+
+    monkeypatch.setattr(device_checks, "METHODS", {"ADAMSS": make_config})
+    results = device_checks.check_device(CPU, lambda _: None)
+    assert results[where] == {"ADAMSS": f"{type(error).__name__}: {error}"} and results["passed"] == 0
+
+
 def test_a_step_that_waits_fails(monkeypatch):
     monkeypatch.setattr(device_checks, "count_step_waits", lambda model, x: 2)
     results = check(monkeypatch, "LORA", "VBLORA")
@@ -123,11 +133,13 @@ def test_every_method_is_checked_or_left_out_by_name():
 
 @pytest.mark.slow
 def test_every_method_keeps_the_laws_on_the_cpu(monkeypatch):
+    if os.environ.get("GRAFT_TESTS") != "all":
+        monkeypatch.setattr(device_checks, "TOLERANCES", {torch.float32: 1e-4})
     results = check(monkeypatch, *device_checks.METHODS)
     assert results["failed"] == {}
     unmergeable = {"LILY", "BOTTLENECK", "REFT", "STEERING", "EWORA", "MOELORA"}
     assert {name.split()[0] for name in results["skipped"]} == unmergeable
-    assert results["passed"] + len(results["skipped"]) == 43 * 13
+    assert results["passed"] + len(results["skipped"]) == 43 * len(results["deviations"])
 
 
 def test_an_adapter_of_the_checks_changes_the_output(tmp_path):

@@ -114,8 +114,8 @@ LAWS = (run_forward, run_backward, run_autocast, run_save, run_merge)  # merge l
 def check_device(device: torch.device, show: Callable[[str], None]) -> Json:
     """Check the laws for METHODS on a device against the CPU, in float32, bfloat16 and float16.
 
-    A law that raises an error on the CPU is skipped, unless that is an AssertionError. Where torch counts waits for the
-    device, on CUDA, a second training step that waits fails, but for VB-LoRA's.
+    A method that lacks a package is skipped, and a law with an error on the CPU that is no AssertionError. Where torch
+    counts waits for the device, on CUDA, a second training step that waits fails, but for VB-LoRA's.
 
     Args:
         show: called with the name of each method before its checks.
@@ -138,6 +138,8 @@ def check_device(device: torch.device, show: Callable[[str], None]) -> Json:
                     results["waits"][method] = waits
                     if method != "VBLORA":
                         raise AssertionError(f"A training step waits {waits} times for the device.")
+            except ImportError as e:  # of AdaMSS without scikit-learn
+                results["skipped"][method] = shorten_error(e)
             except Exception as e:
                 results["failed"][method] = shorten_error(e)
     return results
@@ -154,7 +156,7 @@ def check_laws(method: str, folder: str, dtype: torch.dtype, device: torch.devic
         try:
             wanted = law(reference, x)  # raises for a merge that the method lacks, or a product that the CPU lacks
             stage = "failed"
-            limit = TOLERANCES[torch.bfloat16 if law is run_autocast else dtype]
+            limit = 5e-2 if law is run_autocast else TOLERANCES[dtype]
             deviation = measure_deviation(law(model, x.to(device)), wanted)
             if not deviation <= limit:  # NaN is not below
                 raise AssertionError(f"The deviation from the CPU is {deviation:.3g}, above {limit:.3g}.")

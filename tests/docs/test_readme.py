@@ -5,10 +5,25 @@ from graft.methods import ROWS
 from tests.docs import readme
 
 LONGEST = 560  # words, code and tables among them, as `wc -w` counts
+TASKS = {  # a page that does a task after README → its title there
+    "getting_started": "First steps",
+    "methods": "Which method",
+    "serving": "Serving",
+    "moving_from_peft": "From PEFT",
+    "command": "The command",
+}
 
 
 def test_readme_is_short():
     assert len(readme.PAGE.read_text().split()) <= LONGEST
+
+
+def test_five_tasks_take_half_an_hour_of_reading():
+    _, _, pages = readme.PAGE.read_text().partition("## One page for each task")
+    assert all(f"- [{title}](docs/{name}.md): " in pages for name, title in TASKS.items())
+    texts = [readme.PAGE.read_text() + (readme.ROOT / "docs" / f"{name}.md").read_text() for name in TASKS]
+    minutes = [len(text.split()) / 200 for text in texts]
+    assert max(minutes) <= 7 and sum(minutes) <= 28
 
 
 def test_its_first_sentence_counts_the_methods():

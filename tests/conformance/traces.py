@@ -6,13 +6,16 @@ python -m tests.conformance.traces       write the file anew, after a change tha
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
 import types
 import typing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,9 @@ from torch import Tensor, nn
 
 import graft
 from graft.config.base import type_hints
+from tests import models
 from tests.conformance.samples import CALLED_CELLS, CELLS, Cell
+from tests.looks import get_registry, layers
 from tests.models import disturb, seed
 
 FILE = Path(__file__).with_suffix(".txt")
@@ -34,6 +39,31 @@ TEXTS = {  # values of fields whose annotation is only `str`
     "variant": ["road_2", "road_4"], "mask_type": ["other"],
     "bias": ["all", "{}_only"], "init_lora_weights": ["gaussian", "orthogonal", "pissa_niter_2"],
 }  # fmt: skip
+
+
+WHOLE: dict[str, tuple[dict[str, Any], str]] = {  # methods on whole attentions or blocks: config and models
+    "ADAPTION_PROMPT": (dict(adapter_len=4, adapter_layers=1, task_type="CAUSAL_LM"), "llama gpt2"),
+    "MIXLORA": (dict(r=2, lora_alpha=4, num_experts=3), "llama"),
+    "SHADOW": (dict(task_type="CAUSAL_LM"), "llama gpt2"),
+    "BOTTLENECK": (dict(reduction_factor=4), "llama bert"),
+    "REFT": ({}, "llama"),
+    "LORA": (dict(r=4), "t5 gemma3"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeModel:
+    """A method on its default targets of a small model."""
+
+    name: str
+    method: str
+    config: dict[str, Any] = dataclasses.field(hash=False)
+
+    def fresh(self) -> Any:
+        config = graft.PEFT_TYPE_TO_CONFIG_MAPPING[self.method](**copy.deepcopy(self.config))
+        model = models.make(self.name)
+        seed(1)
+        return graft.get_peft_model(model, config).eval()
 
 
 def values_of(method: str, name: str, hint: Any, value: Any) -> Iterator[Any]:
@@ -55,23 +85,38 @@ def values_of(method: str, name: str, hint: Any, value: Any) -> Iterator[Any]:
         yield from ([value / 2] if value else [0.4])
 
 
+def variants(method: str, make: Callable[[], Any]) -> Iterator[dict[str, Any]]:
+    """Yield changes of a config, each of one of its fields."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = make()
+    for name, hint in type_hints(type(config)).items():
+        if name not in COMMON or name == "bias":
+            for value in values_of(method, name, hint, getattr(config, name, None)):
+                yield {name: value}
+
+
 @functools.cache
-def rows() -> dict[str, tuple[Cell, dict[str, Any]]]:
-    """Return each row's cell, and the changes of its config, by name."""
-    table: dict[str, tuple[Cell, dict[str, Any]]] = {}
+def rows() -> dict[str, tuple[Cell | WholeModel, dict[str, Any]]]:
+    """Return what each row is of, and the changes of its config, by name."""
+    table: dict[str, tuple[Cell | WholeModel, dict[str, Any]]] = {}
     for cell in [c for c in CELLS + CALLED_CELLS if c.store.name == "dense"]:
-        table[f"{cell.sample} {cell.layer}"] = cell, {}
+        name, changes = f"{cell.sample} {cell.layer}", iter(())
         first = not cell.sample.label and cell.layer.name in ("embedding", "conv2d-stride", "conv1d", "conv2d-grouped")
-        if (cell.layer.name != "linear" and not first) or cell.sample.method == "LN_TUNING":
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = cell.sample.make()
-        for name, hint in type_hints(type(config)).items():
-            if name not in COMMON or name == "bias":
-                for value in values_of(cell.sample.method, name, hint, getattr(config, name, None)):
-                    table[f"{cell.sample} {cell.layer} {name}={value}"] = cell, {name: value}
+        if (cell.layer.name == "linear" or first) and cell.sample.method != "LN_TUNING":
+            changes = variants(cell.sample.method, cell.sample.make)
+        table |= {named(name, change): (cell, change) for change in ({}, *changes)}
+    for method, (config, names) in WHOLE.items():
+        kind = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method]
+        presets = [{"preset": preset} for preset in getattr(import_module(kind.__module__), "PRESETS", ())]
+        for name in names.split():
+            cell, changes = WholeModel(name, method, config), variants(method, partial(kind, **config))
+            table |= {named(f"{method} {name}", change): (cell, change) for change in ({}, *changes, *presets)}
     return table
+
+
+def named(name: str, changes: dict[str, Any]) -> str:
+    return " ".join([name, *(f"{field}={value}" for field, value in changes.items())])
 
 
 def sizes(tensors: list[Tensor]) -> float:
@@ -79,24 +124,50 @@ def sizes(tensors: list[Tensor]) -> float:
     return sum(t.detach().double().abs().mean().item() * (1 + i / 9) for i, t in enumerate(tensors) if t.numel())
 
 
-def trace(cell: Cell, changes: dict[str, Any]) -> list[str]:
+def facts_of(model: nn.Module) -> Iterator[float]:
+    """Yield the numbers that layers hold of an adapter next to its tensors."""
+    for layer in layers(model).values():
+        held = {key: v["default"] for key, v in vars(layer).items() if isinstance(v, dict) and "default" in v}
+        yield from (float(v) for key, v in sorted(held.items()) if isinstance(v, (bool, int, float)))
+
+
+def trace(cell: Cell | WholeModel, changes: dict[str, Any]) -> list[str]:
     """Return numbers of an adapter: its parameters, outputs and gradients, fresh, trained and merged; or an error."""
-    sample = dataclasses.replace(cell.sample, config={**cell.sample.config, **changes})
-    cell, numbers = dataclasses.replace(cell, sample=sample), []
+    numbers: list[float] = []
     try:
-        model, x = cell.fresh(), cell.inputs()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        numbers += [sum(p.numel() for p in trained), sizes([*trained, *model.buffers()]), sizes([model(x)])]
-        numbers.append(sizes([disturb(model)(x)]))
+        if isinstance(cell, Cell):
+            sample = dataclasses.replace(cell.sample, config={**cell.sample.config, **changes})
+            cell = dataclasses.replace(cell, sample=sample)
+            model, run = cell.fresh(), partial(call_cell, inputs=cell.inputs())
+        else:
+            if "preset" in changes:
+                presets = import_module(graft.PEFT_TYPE_TO_CONFIG_MAPPING[cell.method].__module__).PRESETS
+                small = {"phm_dim": 2, "reduction_factor": 4}  # what divides the model's width
+                changes = presets[changes["preset"]] | (small if "compacter" in changes["preset"] else {})
+            cell = dataclasses.replace(cell, config={**cell.config, **changes})
+            model, run = cell.fresh(), partial(models.output, batch=models.inputs(cell.name))
+        trained, numbers = [p for p in model.parameters() if p.requires_grad], []
+        facts = sum(v * (1 + i / 9) for i, v in enumerate(facts_of(model)))
+        numbers += [sum(p.numel() for p in trained), facts, sizes([*trained, *model.buffers()]), sizes([run(model)])]
+        numbers.append(sizes([run(disturb(model) if layers(model) else model)]))
         seed(4)
-        y = model.train()(x)
-        y.square().sum().backward()
-        numbers += [sizes([y]), sizes([p.grad for p in trained if p.grad is not None])]
+        y = run(model.train())
+        (y * torch.linspace(-1, 2, y.numel()).view(y.shape)).sum().backward()
+        loss = get_registry(model).auxiliary_loss("default")
+        numbers += [
+            sizes([y]),
+            float(loss),
+            sizes([p.grad for p in trained if p.grad is not None]),
+        ]
         model.eval().merge_adapter()
-        numbers.append(sizes([model(x)]))
-    except Exception as error:
+        numbers.append(sizes([run(model)]))
+    except (ValueError, RuntimeError) as error:
         return [*map(written, numbers), type(error).__name__]
     return [*map(written, numbers)]
+
+
+def call_cell(model: nn.Module, inputs: Tensor) -> Tensor:
+    return model(inputs)
 
 
 def written(number: float) -> str:

@@ -48,7 +48,7 @@ class Opaque(Rounded):
 
 class RoundedStore:
     name = "rounded"
-    exact = live = False
+    exact = live = in_parts = False
 
     def why_unreadable(self, m, name):
         return None
@@ -69,7 +69,7 @@ class RoundedStore:
     def snapshot(self, m, name, shared):
         return m.weight.data.clone(), m.step
 
-    def kept(self, m, name, state):
+    def snapshot_values(self, m, name, state):
         weight, step = state
         return weight * step
 

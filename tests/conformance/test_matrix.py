@@ -454,24 +454,44 @@ def shapes(model: nn.Module) -> dict[str, tuple]:
 READ = ["MTLLORA", "POLY", "TLORA"]  # they make a tensor of the numbers that a call gives, wherever torch would
 
 
+def life(cell: Cell, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Return what a model computes: in training, in a mixed batch, with gradients, merged, unmerged and its tensors."""
+    torch.default_generator.manual_seed(3)
+    y = model.train()(x)
+    if y.requires_grad:
+        y.square().sum().backward()
+    values = [y, model.eval()(x, adapter_names=NAMES), *(p.grad for p in model.parameters() if p.grad is not None)]
+    if cell.unmergeable is None:
+        model.merge_adapter()
+        values.append(model(x))
+        if cell.store.name == "dense":
+            model.unmerge_adapter()
+    return [*values, model(x)]
+
+
 @law("cell", [c for c in CELLS + CALLED_CELLS if c.sample.method not in READ], features)
 def test_a_default_device_changes_nothing(cell):
     """Each new tensor names the device of its layer: none is made on the default one, which here holds no values."""
-
-    def values(model):
-        torch.default_generator.manual_seed(3)
-        y = model.train()(x)
-        if y.requires_grad:
-            y.square().sum().backward()
-        mixed = model.eval()(x, adapter_names=NAMES)
-        if cell.unmergeable is None:
-            model.merge_adapter()
-        return [y, mixed, model(x), *(p.grad for p in model.parameters() if p.grad is not None)]
-
     x, model, twin = cell.inputs(), cell.trained(["default", "other"]), cell.trained(["default", "other"])
-    expected = values(model)
+    expected = life(cell, model, x)
     with torch.device("meta"):
-        assert_close(values(twin), expected, rtol=0, atol=0)
+        assert_close(life(cell, twin, x), expected, rtol=0, atol=0)
+
+
+@law("cell", [c for c in CELLS + CALLED_CELLS if c.store.name == "dense"], features)
+def test_a_default_dtype_changes_nothing(cell):
+    """Each new tensor names its dtype, or the numbers in it have it already."""
+    fresh, names = cell.fresh(), ["default", "other"]
+    x, model, twin, base = cell.inputs(), cell.trained(names), cell.trained(names), cell.base()
+    expected = life(cell, model, x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        values = life(cell, twin, x)
+        if not cell.sample.prepare:  # which runs the model on inputs of the default dtype
+            assert shapes(cell.fresh(base=base)) == shapes(fresh)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_close(values, expected, rtol=1e-5, atol=1e-5)
 
 
 @every

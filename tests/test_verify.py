@@ -153,14 +153,17 @@ def test_a_row_that_fails_is_recorded_with_its_last_lines(project, rows):
     assert states(project)["bad"] == ("valid", 0), "a row that failed runs again"
 
 
-def test_rows_by_name_run_although_they_are_valid(project):
+def test_rows_by_name_run_although_they_are_valid(project, rows):
     verify.main(root=project)
     verify.main("other", root=project)
     assert calls(project)[2:] == ["ran other"]
+    rows.append(Row("good-too", "bad", "it is better", "b/**"))
+    verify.main("good", root=project)
+    assert calls(project)[3:] == ["ran good"], "a name that a row has selects that row alone"
     with pytest.raises(SystemExit) as left:
         verify.main("good", "oth", "gpus", root=project)
-    assert left.value.code == "no row oth, gpus; there are good, other-x, gpu"
-    assert len(calls(project)) == 3
+    assert left.value.code == "no row oth, gpus; there are good, other-x, gpu, good-too"
+    assert len(calls(project)) == 4
 
 
 def test_a_stopped_run_goes_on(project, monkeypatch):

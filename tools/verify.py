@@ -280,11 +280,14 @@ def escape(text: str) -> str:
 
 
 def select(rows: list[Row], names: list[str]) -> list[Row]:
-    """Return the rows with these names, or with these names before a hyphen. Exits if a name selects none."""
-    unknown = [name for name in names if not any(f"{row.name}-".startswith(f"{name}-") for row in rows)]
-    if unknown:
-        sys.exit(f"no row {', '.join(unknown)}; there are {', '.join(row.name for row in rows)}")
-    return [row for row in rows if any(f"{row.name}-".startswith(f"{name}-") for name in names)]
+    """Return the rows with these names. A name that no row has selects the rows that begin with it and a hyphen. Exits
+    if a name selects none.
+    """
+    known = [row.name for row in rows]
+    chosen = {name: [name] if name in known else [row for row in known if row.startswith(f"{name}-")] for name in names}
+    if unknown := [name for name in names if not chosen[name]]:
+        sys.exit(f"no row {', '.join(unknown)}; there are {', '.join(known)}")
+    return [row for row in rows if any(row.name in those for those in chosen.values())]
 
 
 def main(*names: str, root: Path = ROOT) -> None:

@@ -182,11 +182,11 @@ def judge(root: Path, row: Row) -> tuple[str, int | None]:
 
 
 def find_problems(root: Path = ROOT) -> list[str]:
-    """Return a text that names all rows without a valid result; nothing if there are none. Rows that need a thing which
-    is missing here may lack a result.
+    """Return a text that names all rows without a valid result; nothing if there are none. Rows with `needs` may lack
+    one.
     """
-    states = {row.name: judge(root, row)[0] for row in list_rows(root)}
-    bad = [f"{name} ({state})" for name, state in states.items() if state != "valid" and not state.startswith("needs")]
+    states = {row.name: judge(root, row)[0] for row in list_rows(root) if not row.needs}
+    bad = [f"{name} ({state})" for name, state in states.items() if state != "valid"]
     return [f"these rows of `make verify` have no valid result: {', '.join(bad)}. Run it, and commit."] if bad else []
 
 

@@ -18,6 +18,8 @@ good:
 	@echo "= 3 passed, 1 skipped in 0.1s ="
 other:
 	@echo "ran other" >> out/calls; echo done
+idle:
+	@echo "3 passed in 0.1s"; echo "2 skipped in 0.1s"
 bad:
 	@seq 1 30; echo "in $(CURDIR)"; exit 1
 meddling:
@@ -121,9 +123,8 @@ def test_a_module_that_a_covered_file_imports_counts(project):
 def test_a_deleted_file_counts(project):
     verify.main(root=project)
     (project / "b" / "two.py").unlink()
-    (project / "b" / "three.py").write_text("")
     commit(project)
-    assert states(project)["other-x"][0] == "invalid"
+    assert states(project)["other-x"] == ("invalid", 1)
 
 
 def test_a_result_of_an_unknown_commit_counts_by_its_files(project):
@@ -151,6 +152,17 @@ def test_a_row_that_fails_is_recorded_with_its_last_lines(project, rows):
     rows[0] = BAD._replace(target="good")
     verify.main(root=project)
     assert states(project)["bad"] == ("valid", 0), "a row that failed runs again"
+
+
+def test_a_run_that_skips_all_its_tests_fails(project, rows):
+    rows[:] = [BAD._replace(target="idle")]
+    with pytest.raises(SystemExit):
+        verify.main(root=project)
+    assert (
+        states(project)["bad"] == ("failed", 0) and cells(project, "bad")[-1] == "3 passed in 0.1s; 2 skipped in 0.1s"
+    )
+    change(project, "b/two.py")
+    assert states(project)["bad"] == ("failed", 1)
 
 
 def test_rows_by_name_run_although_they_are_valid(project, rows):

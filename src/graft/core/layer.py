@@ -261,7 +261,7 @@ class AdapterLayer(PeftNames, Host):
             in_features=site.in_features,
             out_features=site.out_features,
             fan_in=site.fan_in,
-            output_is_new=site.op.output_is_new and site.store.exact and site.piece is None and is_stock(site.module),
+            output_is_new=site.output_is_new and site.piece is None,
         )
 
     def __getattr__(self, name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from graft.core.ops import Op
+from graft.core.ops import Op, is_stock
 
 
 class Store(Protocol):
@@ -155,6 +155,11 @@ class Site:
         """Exchange the module, its Op and its Store by others that hold the same values, and measure again."""
         self.module, self.op, self.store = module, op, store
         self.read_shapes()
+
+    @property
+    def output_is_new(self) -> bool:
+        """True if the module runs a known forward with a plain weight, so that adapters may overwrite its output."""
+        return self.op.output_is_new and self.store.exact and is_stock(self.module)
 
     @property
     def weight(self) -> Weight:

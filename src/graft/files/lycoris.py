@@ -66,7 +66,7 @@ def convert_lokr(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod],
     modules' method becomes "LoKr of several factors", which writing as PEFT refuses. Raises CheckpointError for missing
     or one-dimensional factors.
     """
-    from graft.kernels.structured import factorization
+    from graft import LoKrConfig  # loads torch
 
     ranks, alphas = {}, {}
     grids: list[tuple[tuple[int, int], tuple[int, int]]] = []
@@ -81,16 +81,10 @@ def convert_lokr(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod],
         grids.append((one, two))
         ranks[path] = m.rank or max(two)
         alphas[path] = (m.scale or 1.0) * ranks[path]
-    factor = next(
-        (
-            f for f in (-1, *range(1, 1 + max(max(one) for one, _ in grids)))
-            if all(
-                (factorization(a[0] * b[0], f), factorization(a[1] * b[1], f)) == ((a[0], b[0]), (a[1], b[1]))
-                for a, b in grids
-            )
-        ),
-        None,
-    )  # fmt: skip
+    sizes = {pair for one, two in grids for pair in zip(one, two)}
+    candidates = (LoKrConfig(decompose_factor=f) for f in (-1, *range(1, 1 + max(max(one) for one, _ in grids))))
+    fits = (c.decompose_factor for c in candidates if all(c.factor_sizes(a * b) == (a, b) for a, b in sizes))
+    factor = next(fits, None)
     if factor is None:
         several: dict[str, LowRank | OtherMethod] = {
             path: OtherMethod("LoKr of several factors", m.tensors, m.scale) for path, m in other_modules.items()

@@ -7,8 +7,7 @@ Adapters Strike Back, 2406.06820 (AdapterPlus); Compacter, 2106.04647; MAD-X, 20
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -23,14 +22,13 @@ from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite, Tap
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, UnsupportedLayerError
 from graft.core.method import AdaptedLayers, Method, PublishedRate, make_dropout
-from graft.methods.places import Block, find_blocks, find_width, match_paths, walk
+from graft.methods.places import Block, find_blocks, find_embedding_output, find_width, match_paths, walk
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "gelu": F.gelu, "swish": F.silu, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
     "leakyrelu": F.leaky_relu, "relu6": F.relu6, "elu": F.elu, "mish": F.mish, "linear": lambda x: x,
 }  # fmt: skip
 ENDS = ("embedding", "head")
-ENCODERS = re.compile(r"(.*\.)?encoder\.(.*\.)?(embed_tokens|word_embeddings)")  # embeddings of words
 PLACES = "places"  # target_modules of a config that names none: they are found from the model's structure
 
 
@@ -131,6 +129,38 @@ class BottleneckConfig(Targeted, Chosen):
             raise ConfigError(f"There is no preset {name!r}; there are {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **changes})
 
+    def places_in_block(self, i: int, block: Block) -> dict[str, BottleneckPlace]:
+        """Return the places in block number `i`, by path; `Block.follow` has completed the block.
+
+        Parallel: a tap at the module with the residual, and its reader at the end of the MLP. Else "after" at the ends
+        of attentions (`mh_adapter`, `cross_adapter`). `output_adapter`: "after" at the MLP without
+        `original_ln_before`, else "norm" if the block ends with one and `original_ln_after`, else "after" at the block.
+
+        Raises:
+            UnsupportedLayerError: a parallel adapter needs the residual of the MLP, and no module gets it.
+        """
+        places: dict[str, BottleneckPlace] = {}
+        after = BottleneckPlace("after", block.width, i)
+        if self.is_parallel:
+            if block.residual is None:
+                raise UnsupportedLayerError(
+                    f"A parallel bottleneck needs the residual of block '{block.path}', which no module gets as its "
+                    "input. Choose another preset than par_bn."
+                )
+            return {
+                block.residual: BottleneckPlace("tap", block.width, i, (block.mlp,)),
+                block.mlp: BottleneckPlace("beside", block.width, i)
+            }  # fmt: skip
+        for cross, adapts in ((False, self.mh_adapter), (True, self.cross_adapter)):
+            places.update(dict.fromkeys(block.ends_of(cross) if adapts else (), after))
+        if self.output_adapter and not self.original_ln_before:
+            places[block.mlp] = after
+        elif self.output_adapter and block.norm is not None and self.original_ln_after:
+            places[block.norm] = BottleneckPlace("norm", block.width, i)
+        elif self.output_adapter:
+            places[block.path] = after
+        return places
+
 
 PFEIFFER: Json = dict(init_weights="bert")
 HOULSBY: Json = dict(mh_adapter=True, original_ln_before=False, non_linearity="swish", init_weights="bert")
@@ -168,7 +198,7 @@ class BottleneckPlace(NamedTuple):
 def places_in(cfg: BottleneckConfig, model: nn.Module) -> dict[str, BottleneckPlace]:
     """Return the places of an adapter in a model, by path.
 
-    They are those in each block except `leave_out` (`of_block`). With `attention_modules`, `mlp_modules` or
+    They are those in each block except `leave_out` (`places_in_block`). With `attention_modules`, `mlp_modules` or
     `block_modules` they are the outputs of these modules instead. The invertible adapter adds its own (`around_model`).
 
     Raises:
@@ -185,7 +215,7 @@ def places_in(cfg: BottleneckConfig, model: nn.Module) -> dict[str, BottleneckPl
     modules, numbers = dict(walk(model)), {*range(len(blocks))}
     for i, block in enumerate(blocks):
         if i not in cfg.leave_out:
-            places |= of_block(cfg, i, block.follow(modules[block.path]))
+            places |= cfg.places_in_block(i, block.follow(modules[block.path]))
     for name, wanted in overridden.items():
         for path in match_paths(filter(None, modules), wanted, name):
             number = next((int(part) for part in path.split(".") if part.isdecimal()), 0)
@@ -199,39 +229,6 @@ def places_in(cfg: BottleneckConfig, model: nn.Module) -> dict[str, BottleneckPl
         raise NoMatchingPeftModuleError(
             "The options leave no place for a bottleneck. Set output_adapter, or a shorter leave_out."
         )
-    return places
-
-
-def of_block(cfg: BottleneckConfig, i: int, block: Block) -> dict[str, BottleneckPlace]:
-    """Return the places in block number `i`, by path; `Block.follow` has completed the block.
-
-    Parallel: a tap at the module with the residual, and its reader at the end of the MLP. Else "after" at the ends of
-    attentions (`mh_adapter`, `cross_adapter`). `output_adapter`: "after" at the MLP without `original_ln_before`, else
-    "norm" if the block ends with one and `original_ln_after`, else "after" at the block.
-
-    Raises:
-        UnsupportedLayerError: a parallel adapter needs the residual of the MLP, and no module gets it.
-    """
-    places: dict[str, BottleneckPlace] = {}
-    after = BottleneckPlace("after", block.width, i)
-    if cfg.is_parallel:
-        if block.residual is None:
-            raise UnsupportedLayerError(
-                f"A parallel bottleneck needs the residual of block '{block.path}', which no module gets as its input. "
-                "Choose another preset than par_bn."
-            )
-        return {
-            block.residual: BottleneckPlace("tap", block.width, i, (block.mlp,)),
-            block.mlp: BottleneckPlace("beside", block.width, i)
-        }  # fmt: skip
-    for cross, adapts in ((False, cfg.mh_adapter), (True, cfg.cross_adapter)):
-        places.update(dict.fromkeys(block.ends_of(cross) if adapts else (), after))
-    if cfg.output_adapter and not cfg.original_ln_before:
-        places[block.mlp] = after
-    elif cfg.output_adapter and block.norm is not None and cfg.original_ln_after:
-        places[block.norm] = BottleneckPlace("norm", block.width, i)
-    elif cfg.output_adapter:
-        places[block.path] = after
     return places
 
 
@@ -262,27 +259,6 @@ def around_model(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Bottlenec
     if head and cfg.inverse_before_head:
         places[head] = BottleneckPlace("head", embedding.weight.shape[1])
     return places
-
-
-def find_embedding_output(paths: Iterable[str], modules: Collection[str], twofold: bool) -> str | None:
-    """Return the path of the module with the output that enters the first block; None without `paths`, those of the
-    word embedding.
-
-    It is the module "embeddings" around the embedding; else "drop" next to it, if there is a "wpe"; else
-    "layernorm_embedding" next to it; else the embedding. twofold: the model has an encoder and a decoder: take the
-    encoder's embedding.
-    """
-    if twofold:
-        paths = [path for path in modules if ENCODERS.fullmatch(path)]
-    for path in paths:
-        around, _, _ = path.rpartition(".")
-        if around.rpartition(".")[2] == "embeddings":  # with positions and their norm
-            return around
-        drop, norm = (f"{around}.{name}".lstrip(".") for name in ("drop", "layernorm_embedding"))
-        if drop in modules and f"{around}.wpe".lstrip(".") in modules:  # of the sum with positions
-            return drop
-        return norm if norm in modules else path
-    return None
 
 
 def strip_carriers(module: nn.Module | None) -> nn.Module | None:

@@ -40,6 +40,15 @@ class IA3Config(Targeted, FanInFanOut):
                 f"`feedforward_modules` should be a subset of `target_modules`, but has {sorted(left)} too."
             )
 
+    def is_feedforward(self, key: str) -> bool:
+        """Return True if the layer at path `key` is a feed-forward layer, scaled at its input.
+
+        `feedforward_modules` is a regular expression for the whole path, or names that the path may end with.
+        """
+        if isinstance(self.feedforward_modules, str):
+            return compile_pattern(self.feedforward_modules, "feedforward_modules").fullmatch(key) is not None
+        return any(key.endswith(name) for name in self.feedforward_modules or ())
+
 
 class IA3(Method[IA3Config]):
     """IA3, arXiv 2205.05638: y ⊙ l, l (out,); in feed-forward layers W (x ⊙ l), l (in,)."""
@@ -77,7 +86,7 @@ class IA3(Method[IA3Config]):
     @property
     def inner(self) -> bool:
         """True if the config scales this layer's input, as `is_feedforward` says."""
-        return is_feedforward(self.site.key, self.cfg)
+        return self.cfg.is_feedforward(self.site.key)
 
     def describe(self) -> Effect:
         """Return a `Rewrite` by `fold`, with `pre` on a feed-forward layer, else `post`."""
@@ -124,13 +133,3 @@ class IA3(Method[IA3Config]):
         groups = self.site.op.count_groups(self.site.module)
         per_group = l.view(groups, -1).repeat_interleave(W.shape[0] // groups, dim=0)  # (out, in / groups)
         return W * per_group.view(*per_group.shape, *[1] * (W.dim() - 2)), b
-
-
-def is_feedforward(key: str, cfg: IA3Config) -> bool:
-    """Return True if the layer at `key` is a feed-forward layer, scaled at its input.
-
-    `feedforward_modules` is a regular expression for the whole path, or names that the path may end with.
-    """
-    if isinstance(cfg.feedforward_modules, str):
-        return compile_pattern(cfg.feedforward_modules, "feedforward_modules").fullmatch(key) is not None
-    return any(key.endswith(name) for name in cfg.feedforward_modules or ())

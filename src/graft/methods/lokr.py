@@ -26,6 +26,10 @@ class LoKrConfig(LycorisConfig):
     rank_dropout_scale: bool = False  # divide by the share of rows that rank_dropout leaves
     init_weights: bool | Literal["lycoris"] = True  # w1 is zero; "lycoris": w2 is; False: none
 
+    def factor_sizes(self, n: int) -> tuple[int, int]:
+        """Return (a, b) with a b = n: the sizes of w1 and w2 along a dimension of n (`factorization`)."""
+        return factorization(n, self.decompose_factor)
+
 
 class LoKr(Lycoris[LoKrConfig]):
     """LoKr, arXiv 2309.14859: ΔW = s · w1 ⊗ w2; of a convolution, w2 holds the kernel, optionally with a factor t2 for
@@ -58,7 +62,7 @@ class LoKr(Lycoris[LoKrConfig]):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the parameters, by name.
 
-        out = l · k, in = m · n by `factorization` with `decompose_factor`.
+        out = l · k, in = m · n by `factor_sizes`.
 
         w1 (l, m), or w1_a (l, r) and w1_b (r, m) with `decompose_both` and r < max(l, m) / 2. w2 (k, n, *kernel) if r ≥
         max(k, n) / 2; else w2_a (k, r) and w2_b (r, n · kernel size). With a factored kernel (`cp`): w2_a (r, k), w2_b
@@ -66,8 +70,8 @@ class LoKr(Lycoris[LoKrConfig]):
         """
         site, cfg, r = self.site, self.cfg, self.cfg.r
         kernel = site.shape[2:]
-        l, k = factorization(site.out_features, cfg.decompose_factor)
-        m, n = factorization(site.shape[1], cfg.decompose_factor)
+        l, k = cfg.factor_sizes(site.out_features)
+        m, n = cfg.factor_sizes(site.shape[1])
         pair = cfg.decompose_both and r < max(l, m) / 2
         shapes: dict[str, tuple[int, ...]] = dict(w1_a=(l, r), w1_b=(r, m)) if pair else dict(w1=(l, m))
         if r >= max(k, n) / 2:

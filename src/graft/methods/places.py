@@ -285,3 +285,27 @@ def text_width(config: Any) -> int | None:
 def width_in(config: object) -> int | None:
     """Return the first of `hidden_size`, `d_model`, `n_embd` and `dim` that a config has; None if it has none."""
     return next((v for n in ("hidden_size", "d_model", "n_embd", "dim") if (v := getattr(config, n, None))), None)
+
+
+ENCODERS = re.compile(r"(.*\.)?encoder\.(.*\.)?(embed_tokens|word_embeddings)")  # embeddings of words
+
+
+def find_embedding_output(paths: Iterable[str], modules: Collection[str], twofold: bool) -> str | None:
+    """Return the path of the module with the output that enters the first block; None without `paths`, those of the
+    word embedding.
+
+    It is the module "embeddings" around the embedding; else "drop" next to it, if there is a "wpe"; else
+    "layernorm_embedding" next to it; else the embedding. twofold: the model has an encoder and a decoder: take the
+    encoder's embedding.
+    """
+    if twofold:
+        paths = [path for path in modules if ENCODERS.fullmatch(path)]
+    for path in paths:
+        around, _, _ = path.rpartition(".")
+        if around.rpartition(".")[2] == "embeddings":  # with positions and their norm
+            return around
+        drop, norm = (f"{around}.{name}".lstrip(".") for name in ("drop", "layernorm_embedding"))
+        if drop in modules and f"{around}.wpe".lstrip(".") in modules:  # of the sum with positions
+            return drop
+        return norm if norm in modules else path
+    return None

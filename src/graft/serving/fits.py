@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graft import AdapterKeyError, ConfigError, LoraConfig
+from graft import AdapterKeyError, ConfigError, LoraConfig, method_of
 from graft.core.errors import join_some
 from graft.inject.match import Matcher
 from graft.inject.parts import AdapterCarriers
 from graft.io.files import LoadedWeights
 from graft.io.load import CheckpointValues
-from graft.kernels.decomposed import row_norms
-from graft.methods.ia3 import is_feedforward
-from graft.methods.lora.sub_configs import CONVERTED
 from graft.serving.layer import SlotLayer
 
 if TYPE_CHECKING:
@@ -108,7 +105,7 @@ def check_config(name: str, config: Any, gains: bool) -> None:
                 "it from a PeftModel, or merge it into a copy of the base."
             )
     how = getattr(config, "init_lora_weights", True)
-    if isinstance(how, str) and how.startswith(CONVERTED):
+    if how != "loftq" and kind == "LORA" and method_of("LORA").variant(config).changes_base(config) is not None:
         raise ConfigError(
             f"Adapter '{name}' does not fit: it belongs to base weights that init_lora_weights={how!r} changed. Save "
             "it as plain LoRA, with path_initial_model_for_weight_conversion."
@@ -214,7 +211,7 @@ def _make_factors(
         W = layer.site.weight.canon()
         wide = torch.promote_types(A.dtype, torch.float32)  # of half-precision files the gain is not rounded as well
         A, B, m = (t.to(W.device, wide) for t in (A, B, below[MAGNITUDE]))
-        gain = m / row_norms(W, A, scaling * B)
+        gain = m / torch.addmm(W.to(wide), scaling * B, A).norm(dim=1)
         factors.gain, b = _copy_to_host(gain), layer.bias
         factors.shift = None if b is None else _copy_to_host(b * (1 - gain))
     return factors
@@ -226,7 +223,7 @@ def _make_scales(
     """Return the factors of IA3 on a layer: rank 0, and its vector as `inner` for a feed-forward module, else as
     `gain`. Raises AdapterKeyError for another shape or no float dtype.
     """
-    inner, l = is_feedforward(key, config), below[SCALES]
+    inner, l = config.is_feedforward(key), below[SCALES]
     n = layer.in_features if inner else layer.out_features
     _check_shapes(name, key, below, {SCALES: (1, n) if inner else (n, 1)})
     factors = SlotFactors(l.new_empty(0, layer.in_features), l.new_empty(0, layer.out_features))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from graft import AdapterKeyError, AdapterLayer, ConfigError, LoraConfig, PeftWarning
+from graft import AdapterKeyError, AdapterLayer, ConfigError, LoraConfig, PeftWarning, method_of
 from graft.config.hub import HUB_KEYWORDS, warn_unknown
 from graft.core.errors import join_some, warn
 from graft.core.wrappers import strip_inner_wrappers
@@ -32,10 +32,9 @@ from graft.inject.parts import (
     unwrap_model,
 )
 from graft.inject.survey import survey_model
-from graft.io.entries import Entry, list_entries
+from graft.io.entries import list_entries
 from graft.io.files import LoadedWeights
 from graft.io.load import CheckpointValues
-from graft.methods.lora import LoRA
 from graft.model import checkpoints
 from graft.storage.parallel import find_whole_shape, layout_of, write_all_whole
 
@@ -148,7 +147,7 @@ class SwapPlan:
 
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (parameter, value) of one shape
     zeros: list[Tensor] = field(default_factory=list)
-    larger: list[tuple[Entry, Tensor, int]] = field(default_factory=list)  # (…, value, rank): larger values
+    larger: list[tuple[Any, Tensor, int]] = field(default_factory=list)  # (…, value, rank): larger values
     changes: list[LayerChange] = field(default_factory=list)
     layers_found: dict[str, AdapterLayer] = field(default_factory=dict)  # layers of the new adapter
     missing: list[str] = field(default_factory=list)
@@ -241,7 +240,7 @@ def check_start(config: LoraConfig, which: str) -> None:
     """Raise ConfigError if an adapter's initialisation changes the base, which other adapters have unchanged, or if its
     factors are block-diagonal, so that its rank cannot change. which: describes the adapter in the text.
     """
-    setting = LoRA.variant(config).changes_base(config)
+    setting = method_of("LORA").variant(config).changes_base(config)
     if setting is not None:
         raise ConfigError(
             f"The adapter {which} belongs to base weights that {setting} changed, and others to the base as it was. "
@@ -331,7 +330,7 @@ def plan_swap(load: CheckpointValues, parts: AdapterCarriers) -> SwapPlan:
     return plan
 
 
-def find_name(names: Collection[str], entry: Entry) -> str | None:
+def find_name(names: Collection[str], entry: Any) -> str | None:
     """Return the one of `names` that belongs to an entry, in a file or in the model's state dict; None if there is
     none.
     """
@@ -340,7 +339,7 @@ def find_name(names: Collection[str], entry: Entry) -> str | None:
     return next((n for n in map(strip_inner_wrappers, (entry.memory, *entry.also)) if n in names), None)
 
 
-def _plan_values(plan: SwapPlan, pairs: list[tuple[Entry, Tensor | None]], room: int = 0, r: int = 0) -> None:
+def _plan_values(plan: SwapPlan, pairs: list[tuple[Any, Tensor | None]], room: int = 0, r: int = 0) -> None:
     """Add to the plan the values of rank r for tensors of rank `room`: as copies, padded with zeros if r is smaller, or
     as larger tensors. A missing or unfit value is noted in `plan.missing` or `plan.wrong`.
     """
@@ -365,12 +364,12 @@ def _plan_values(plan: SwapPlan, pairs: list[tuple[Entry, Tensor | None]], room:
 # A and B at another rank
 
 
-def count_entry_groups(entry: Entry) -> int:
+def count_entry_groups(entry: Any) -> int:
     """Return the number of groups of the layer of an entry; 1 if it is no convolution."""
-    return entry.layer.op.count_groups(entry.layer.base_layer)  # type: ignore[union-attr]
+    return entry.layer.op.count_groups(entry.layer.base_layer)
 
 
-def compute_shape(entry: Entry, r: int) -> torch.Size:
+def compute_shape(entry: Any, r: int) -> torch.Size:
     """Return the shape that an adapter's tensor would have at rank r. Tensors without a rank keep their shape."""
     shape = list(find_whole_shape(entry.tensor))
     dim = RANK_DIM.get(entry.container)
@@ -379,7 +378,7 @@ def compute_shape(entry: Entry, r: int) -> torch.Size:
     return torch.Size(shape)
 
 
-def pad_to_rank(entry: Entry, value: Tensor, r: int) -> Tensor:
+def pad_to_rank(entry: Any, value: Tensor, r: int) -> Tensor:
     """Return A or B padded with zeros up to rank r; in A of grouped convolutions, at the end of each group."""
     out = value.new_zeros(compute_shape(entry, r))
     inside, values = out, value
@@ -389,7 +388,7 @@ def pad_to_rank(entry: Entry, value: Tensor, r: int) -> Tensor:
     return out
 
 
-def replace_tensors(larger: list[tuple[Entry, Tensor, int]]) -> None:
+def replace_tensors(larger: list[tuple[Any, Tensor, int]]) -> None:
     """Replace A and B by tensors of another rank, and set the sizes of their modules.
 
     Parameter objects stay, except for those of inference mode; their `grad` becomes None.
@@ -463,7 +462,7 @@ def prepare_model_for_compiled_hotswap(
     model = unwrap_model(model)
     on: dict[str, dict[str, AdapterLayer]] = defaultdict(dict)  # layers by adapter
     for key, layer in survey_model(model).layers.items():
-        for name in (n for n, m in layer.methods.items() if isinstance(m, LoRA)):
+        for name in (n for n, m in layer.methods.items() if isinstance(m, method_of("LORA"))):
             on[name][key] = layer
     if not on:
         raise ConfigError(

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from graft import RoutingError
-from graft.core.containers import move_tensor
-from graft.core.ops import is_stock
 from graft.core.site import Site, Store
 from graft.kernels.eager import eager, has_no_hooks
 from graft.kernels.waits import constant
 
+HALF = (torch.float16, torch.bfloat16)
 NONE = 0  # the slot of zeros, for rows without adapter
 
 
@@ -135,9 +134,9 @@ class SlotLayer(nn.Module):
         super().__init__()
         self.base_layer = site.module
         self.site, self.choice, self.keep, self.has_gains = site, choice, keep, gains
-        self.output_is_new = site.op.output_is_new and site.store.exact and is_stock(site.module)
+        self.output_is_new = site.output_is_new
         device, base = site.weight.where()
-        like = torch.empty(0, device=device, dtype=dtype) if dtype else move_tensor(torch.empty(0), device, base, True)
+        like = torch.empty(0, device=device, dtype=dtype or (torch.float32 if base in HALF else base))
         self.names = [(f"A{i or ''}", f"B{i or ''}") for i in range(len(sizes))]
         self.place = [(0, 0)]  # group and place in it, by slot
         for i, ((a, b), (rank, n)) in enumerate(zip(self.names, sizes.items())):

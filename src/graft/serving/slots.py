@@ -24,6 +24,7 @@ from graft import (
     RoutingError,
     UnsupportedLayerError,
     get_peft_model_state_dict,
+    method_of,
 )
 from graft.config.hub import HUB_KEYWORDS
 from graft.core.errors import join_some
@@ -34,7 +35,6 @@ from graft.inject.inject import Injection
 from graft.inject.parts import check_adapter_name, check_no_pieces, find_gate, get_config, get_gate, get_registry
 from graft.inject.survey import ModuleTree, attach_module, survey_model
 from graft.io.files import LoadedWeights
-from graft.methods.lora import LoRA
 from graft.model.checkpoints import read_checkpoint as read_checkpoint
 from graft.serving.fits import A_, KnownAdapter, SlotFactors, check_config, fit_adapter, group_by_layer
 from graft.serving.layer import NONE, SlotChoice, SlotLayer, move_to_devices
@@ -118,7 +118,7 @@ class AdapterSlots:
         """Find the target layers, allocate their slots, and replace the layers in the model."""
         sizes = count_slots_by_rank(max_adapters, max_rank)
         config = LoraConfig(target_modules=targets, exclude_modules=exclude, r=max(sizes))
-        injection = Injection(getattr(model, "_orig_mod", model), config, LoRA, "slots").find()
+        injection = Injection(getattr(model, "_orig_mod", model), config, method_of("LORA"), "slots").find()
         carrying = [*injection.tree.layers, *injection.tree.wrappers]
         if carrying:
             raise AlreadyInjectedError(

@@ -19,8 +19,7 @@ from graft.files.formats import Base
 from graft.files.neutral import AdapterFile, OtherMethod
 from graft.files.pickles import from_torch, to_torch
 from graft.files.tensors import Tensor
-from graft.methods.bottleneck import find_embedding_output, of_block
-from graft.methods.places import Block, blocks_in, walk
+from graft.methods.places import Block, blocks_in, find_embedding_output, walk
 
 KEY = re.compile(r"(?P<place>.+?)\.adapters\.(?P<name>[^.]+)\.(?P<leaf>.+)")
 INVERTIBLE = re.compile(
@@ -337,7 +336,7 @@ def find_site(place: str, block: Block, cfg: BottleneckConfig) -> str:
         kind = "cross" if "cross" in place else "attention" if "attention" in place else "mlp"
     if kind != "mlp":
         return block.ends_of(kind == "cross")[0]
-    places = of_block(cfg, 0, block)
+    places = cfg.places_in_block(0, block)
     return next(path for path, spot in places.items() if spot.role != "tap" and path not in block.ends.values())
 
 

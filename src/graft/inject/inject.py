@@ -19,15 +19,17 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from graft.config.base import check_config
 from graft.core.errors import gather_warnings
 from graft.core.layer import AdapterLayer
+from graft.core.method import Method
 from graft.inject import build, find
 from graft.inject.beside import RowsLayer, TrainableTokensWrapper
 from graft.inject.job import InjectionJob
 from graft.inject.parts import pause_collector, sort_inside_out
 from graft.inject.stage import draw_alike, find_team
 from graft.inject.survey import ModuleTree, Place, attach_module, survey_model
-from graft.methods import ROWS
+from graft.methods import ROWS, method_of
 from graft.storage import innermost, prepare_packed
 
 if TYPE_CHECKING:
@@ -148,6 +150,16 @@ def list_frozen_names(model: nn.Module, tree: ModuleTree) -> set[str] | None:
     if not frozen_parameters:
         return set()
     return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def find_methods(model: nn.Module, config: PeftConfig) -> dict[str, Method]:
+    """Return by path the methods that an injection of `config` would put on layers of `model`; neither changes.
+
+    Raises:
+        ConfigTypeError: `config` is no PeftConfig. Other errors as `get_peft_model`, for a config that does not fit.
+    """
+    check_config(config)
+    return Injection(model, config, method_of(config.peft_type), "default").find().methods
 
 
 def nest_layers(places: Iterable[Place], layers: list[AdapterLayer], base: nn.Module) -> None:

@@ -11,7 +11,7 @@ change. A load or an injection closes the gate (`core/gate.py`) only for its las
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from types import MappingProxyType
@@ -45,6 +45,7 @@ from graft.inject.build import assign_values
 from graft.inject.find import list_trained_biases
 from graft.inject.inject import Injection, check_second_bias
 from graft.inject.job import Options, Receiver
+from graft.inject.match import COMPRESS_FROM, minimize_names
 from graft.inject.parts import AdapterCarriers, check_adapter_name, check_no_foreign_adapters, get_registry
 from graft.inject.report import InjectReport
 from graft.inject.steps import ReplacedSteps
@@ -244,6 +245,13 @@ class Registry:
         """Write values into an adapter's tensors (`assign_values`), and drop the training state of the old ones."""
         assign_values(self.parts_of(adapter_name), adapter_name, values)
         self.states.pop(adapter_name, None)
+
+    def name_targets(self, keys: Collection[str]) -> set[str]:
+        """Return names for `target_modules` that select these paths and no other module: from `COMPRESS_FROM` paths on
+        short suffixes, else the paths.
+        """
+        others = [key for key in survey_model(self.model).modules if key not in keys]
+        return minimize_names(keys, others) if len(keys) >= COMPRESS_FROM else set(keys)
 
     def has_gradients_elsewhere(self) -> bool:
         """Return True if a library may have taken gradients away from active adapters (`gradients_elsewhere`)."""

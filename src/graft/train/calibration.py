@@ -22,13 +22,11 @@ from graft import (
     LoraXsConfig,
     Method,
     SdtConfig,
-    method_of,
 )
 from graft.config.atomic import replace_file
-from graft.config.base import check_config
 from graft.config.reading import read_weights
 from graft.core.errors import join_some
-from graft.inject.inject import Injection
+from graft.inject.inject import find_methods
 from graft.inject.parts import check_no_pieces, use_mode
 
 
@@ -46,10 +44,9 @@ def find_linear_methods(
         ConfigError: the config has another initialisation, or targets no linear layer, or single matrices of a stack.
         as `get_peft_model`, for a config that does not fit.
     """
-    check_config(config)
+    methods = find_methods(model, config)
     if (init := getattr(config, field, None)) != how:
         raise ConfigError(f"This prepares {field}='{how}', and the config says {init!r}.")
-    methods = Injection(model, config, method_of(config.peft_type), "default").find().methods
     linear = {key: m for key, m in methods.items() if m.site.op.linear}
     if not linear:
         kinds = ", ".join(sorted({m.site.type_name for m in methods.values()}))
@@ -287,8 +284,7 @@ def preprocess_loraga(
         ConfigError: the config is not of LoRA-GA, or a layer is quantized.
         CheckpointError: the cache is damaged, or of another model.
     """
-    check_config(lora_config)
-    if lora_config.lora_ga_config is None:
+    if isinstance(lora_config, LoraConfig) and lora_config.lora_ga_config is None:
         raise ConfigError(
             "If you want to use LoRA-GA, please initialize the LoraConfig with init_lora_weights='lora_ga' and "
             "lora_ga_config=LoraGAConfig(...)."
@@ -426,7 +422,7 @@ def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn
     """
     if not isinstance(config, SdtConfig):
         raise ConfigError(f"preprocess_sdt prepares a SdtConfig, got a {type(config).__name__}. Pass a SdtConfig.")
-    methods = Injection(model, config, method_of(config.peft_type), "default").find().methods
+    methods = find_methods(model, config)
     ends = [key for key, m in methods.items() if getattr(m, "mixer", None) is not None]
     mixers = {path: model.get_submodule(path) for path in dict.fromkeys(key.rpartition(".")[0] for key in ends)}
     if not mixers:

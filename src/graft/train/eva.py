@@ -17,10 +17,8 @@ from torch import Tensor, nn
 
 from graft import AdapterLayer, CalibrationError, ConfigError, PeftWarning
 from graft.core.errors import join_some, warn
-from graft.inject.match import COMPRESS_FROM, minimize_names
 from graft.inject.parts import check_no_pieces, get_registry, use_mode
 from graft.inject.survey import attach_module, survey_model
-from graft.storage import find_device_and_dtype
 from graft.train.calibration import check_measured, find_linear_methods
 from graft.train.components import Components, distribute_ranks
 
@@ -91,6 +89,7 @@ class InputMeasurement:
 
     Attributes:
         ranks: by layer, as the config has them.
+        device: of the model's inputs; None: they stay where they are.
         cfg: the LoraConfig.
         forward_fn, prepare_model, prepare_layer: as of `get_eva_state_dict`.
         gather: use the inputs of all processes.
@@ -100,6 +99,7 @@ class InputMeasurement:
     model: nn.Module
     layers: dict[str, nn.Module]  # by name in the model
     ranks: dict[str, int]  # by layer, as the config has them
+    device: torch.device | None  # of the model's inputs
     cfg: Any  # LoraConfig
     dataloader: Iterable[object]
     forward_fn: Callable[[nn.Module, object], object]
@@ -113,8 +113,7 @@ class InputMeasurement:
 
         Without `prepare_model` the second is a copy of the batch.
         """
-        device = find_device_and_dtype(self.model)[0]
-        device = None if device is None or device.type == "meta" else device
+        device = None if self.device is None or self.device.type == "meta" else self.device
         for batch in self.dataloader:
             inputs = batch if device is None else move_to_device(batch, device)
             prepared = copy.deepcopy(inputs) if self.prepare_model is None else self.prepare_model(inputs, self.cfg)
@@ -340,8 +339,7 @@ def set_eva_values(registry: Any, adapter: str, values: dict[str, Tensor]) -> No
             r = len(A)
         set_layer_start(layer, adapter, r, alpha, A)
         by_key[key] = (r, alpha)
-    other_keys = [key for key in tree.modules if key not in by_key]
-    cfg.target_modules = minimize_names(by_key, other_keys) if len(by_key) >= COMPRESS_FROM else set(by_key)
+    cfg.target_modules = registry.name_targets(by_key)
     cfg.rank_pattern = {key: r for key, (r, _) in by_key.items() if r != cfg.r}
     cfg.alpha_pattern = {key: alpha for key, (_, alpha) in by_key.items() if alpha != cfg.lora_alpha}
     if missing:
@@ -452,12 +450,14 @@ def get_eva_state_dict(
         check_no_pieces(((key, layer.site) for key, layer in with_adapter.items()), "EVA measures inputs")
         layers: dict[str, nn.Module] = {f"{prefix}{key}": m for key, m in with_adapter.items() if m.op.linear}
         ranks = {f"{prefix}{key}": peft_config.at(key).r for key, m in with_adapter.items() if m.op.linear}
+        device = next((m.where[0] for m in with_adapter.values()), None)
     elif peft_config is None:
         raise ConfigError("peft_config is required if model is not a PeftModel")
     else:
         methods = find_linear_methods(model, peft_config, "eva")
         layers = {key: m.site.module for key, m in methods.items()}
         ranks = {key: m.cfg.r for key, m in methods.items()}
+        device = next(iter(methods.values())).site.weight.where()[0]
     if isinstance(prepare_layer_inputs_fn, Mapping) and (unknown := sorted({*prepare_layer_inputs_fn} - {*layers})):
         raise ConfigError(
             "prepare_layer_inputs_fn is a mapping but the following module names were not found in the model: "
@@ -472,6 +472,7 @@ def get_eva_state_dict(
         model,
         layers,
         ranks,
+        device,
         peft_config,
         dataloader,
         forward_fn,

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from graft import PeftWarning
 from graft.core.errors import warn
-from graft.inject.survey import is_linear, survey_model
-from graft.storage import find_store
+from graft.inject.survey import ModuleTree, get_site, is_linear, survey_model
 
 EXPERTS = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")  # ends of names of the fused weights of experts
 FLOOR = 1e-8  # added to the smallest singular value
@@ -49,9 +48,11 @@ class KappaTuneSelector:
         self.modules: dict[str, float] = {}  # κ by name of the layer
         self.parameters: dict[str, float] = {}  # κ by name of the parameter
         unread: list[str] = []
-        modules = survey_model(model).modules.items()
-        for name, module in tqdm(modules, desc="Condition numbers", unit="module", disable=not show_progress):
-            W = read_weight(module)
+        tree = survey_model(model)
+        for name, module in tqdm(
+            tree.modules.items(), desc="Condition numbers", unit="module", disable=not show_progress
+        ):
+            W = read_weight(name, tree)
             if W is None:
                 unread += [name] if is_linear(module) else []
             elif max(W.shape) <= max_dim_size_to_analyze:
@@ -112,18 +113,19 @@ def select_targets(
     return names if threshold is None else [name for name in names if kappas[name] <= threshold]
 
 
-def read_weight(module: nn.Module) -> Tensor | None:
-    """Return the weight of a linear layer without adapters.
+def read_weight(path: str, tree: ModuleTree) -> Tensor | None:
+    """Return the weight of the linear layer at a path of a model, without adapters.
 
     Return None for another module, a weight that cannot be read, or one on meta.
     """
+    module = tree.modules[path]
     if not is_linear(module):
         return None
     layer = getattr(module, "adapter_layer", None)
-    base, store = (module, find_store(module)) if layer is None else (layer.base_layer, layer.store)
-    if store.why_unreadable(base, "weight") is not None:
+    weight = get_site(path, module, tree).weight if layer is None else layer.base_weight
+    if weight.why_unreadable() is not None:
         return None
-    W: Tensor = store.read(module, "weight") if layer is None else layer.W0
+    W: Tensor = weight.read() if layer is None else layer.W0
     return None if W.is_meta else W
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 import os
 import random
 from collections.abc import Iterator
@@ -21,9 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graft import AdapterKeyError, CheckpointError, ConfigError, DistributedError, PeftError
+from graft import AdapterKeyError, CheckpointError, ConfigError, ConfigTypeError, DistributedError, PeftError
 from graft.config.atomic import make_folder, replace_file
-from graft.config.fields import to_int
 from graft.config.reading import Json
 from graft.core.errors import join_some
 from graft.core.random import find_accelerator
@@ -285,7 +285,7 @@ class TrainingSnapshot:
         options = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in optimizer_states.groups]
         self.note: Json = {
             "format": FORMAT,
-            "step": to_int(step, "step"),
+            "step": to_step(step),
             "extra": pack(extra, tensors, "extra"),
             "processes": processes(),
             "optimizer": get_class_name(optimizer_states.inner),
@@ -331,6 +331,14 @@ class TrainingSnapshot:
             self.tensors |= rank_tensors
         notes = [notes for notes, _ in everyone]
         return self.note | notes[0] | {"bases": bases, "states": states, "of_ranks": notes[1:]}, self.tensors
+
+
+def to_step(value: object) -> int:
+    """Return a number of steps of any integer type as an int. Raises ConfigTypeError for other values."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigTypeError(f"step must be an int, got {value!r}.") from None
 
 
 def rank_prefix(number: int) -> str:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """The two files of an adapter, which change together: the weights, and adapter_config.json.
 
 The weights hold the text of the config as well. So a save happens at one moment: the rename of the new weights.

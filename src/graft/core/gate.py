@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """The gate of a model: calls pass it concurrently, a change passes alone.
 
 A call therefore sees one state of the model from its beginning to its end.

@@ -21,9 +21,8 @@ from graft.files.load import describe_base_of
 from graft.files.neutral import AdapterFile
 from graft.files.pickles import to_torch
 from graft.files.serving import get_server
-from graft.inject.parts import run_as_call
+from graft.inject.parts import get_registry, run_as_call
 from graft.inject.survey import survey_model
-from graft.model.checkpoints import save_one_adapter
 
 ENERGY = 1 - 1e-8  # share of ‖ΔW‖² that each layer keeps, for methods other than LoRA
 LOSS = 1e-3  # share of a layer's ‖ΔW‖ that may be lost without `lossy`
@@ -71,7 +70,7 @@ def export_model_adapter(
         )
     with tempfile.TemporaryDirectory() as folder:
         if config.peft_type == "LORA" and rank is None:
-            save_one_adapter(model, adapter, folder, embeddings=False)
+            get_registry(model).save_adapter(adapter, folder, embeddings=False)
             file = peft.read(folder)
         else:
             with warnings.catch_warnings():

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """The meaning of a config's targets in a model: defaults by architecture, "all-linear", tied modules, parameters.
 
 A parameter of a module with a forward of an unknown kind (a stack of experts, `in_proj_weight` of an attention) is a

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """Meetings of all processes: a step that needs them all begins once all have come, and ends alike for all.
 
 A process in a collective waits for ever if others do not come. So they meet in the store of the process group first,

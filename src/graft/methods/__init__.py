@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """The table of methods, a row for each. The first use of a method imports its file."""
 
 from __future__ import annotations

@@ -309,14 +309,6 @@ class AdapterSnapshot(NamedTuple):
         files.save_adapter(os.fspath(folder), self.tensors, self.config, True, self.base)
 
 
-def save_one_adapter(model: nn.Module, name: str, folder: str, embeddings: str | bool = "auto") -> None:
-    """Write one adapter into `folder` itself, whatever its name, as safetensors with a sampled fingerprint of
-    the base. `embeddings`: as `save_embedding_layers` of `PeftModel.save_pretrained`.
-    """
-    tensors, config = file_contents(model, name, None, embeddings, None)
-    files.save_adapter(folder, tensors, config, True, save.fingerprint_base(model, name))
-
-
 def check_save_arguments(directory: str, fingerprint: str, safetensors: bool) -> None:
     """Raise ValueError if the fingerprint is neither "sampled" nor "full", is "full" without safetensors, or the
     directory is a file.

@@ -50,12 +50,13 @@ from graft.inject.parts import AdapterCarriers, check_adapter_name, check_no_for
 from graft.inject.report import InjectReport
 from graft.inject.steps import ReplacedSteps
 from graft.inject.survey import ModuleTree, survey_model
+from graft.io import files
 from graft.io.base import remove_carrier_names
 from graft.io.fingerprint import Fingerprint
 from graft.io.rendezvous import RankNote
 from graft.io.save import fingerprint_carriers
 from graft.methods import ROWS, method_of
-from graft.model import merging
+from graft.model import checkpoints, merging
 from graft.model.auxiliary import add_to_loss, compute_losses
 from graft.model.averaging import Averager
 from graft.model.compose import Average, Composition, Parallel, Stack, check_known, row_keys
@@ -240,6 +241,14 @@ class Registry:
         parts, config = self.parts_of(adapter_name), self.peft_config[adapter_name]
         sample = self.samples.get(adapter_name)
         return fingerprint_carriers(parts, self.model, adapter_name, config, full, together, sample)
+
+    def save_adapter(self, adapter_name: str, folder: str, embeddings: str | bool = "auto") -> None:
+        """Write an adapter into `folder` itself, whatever its name, as safetensors with a fingerprint of the base.
+
+        embeddings: as `save_embedding_layers` of `PeftModel.save_pretrained`.
+        """
+        tensors, config = checkpoints.file_contents(self.holder, adapter_name, None, embeddings, None)
+        files.save_adapter(folder, tensors, config, True, self.fingerprint_base(adapter_name))
 
     def assign_values(self, adapter_name: str, values: Iterable[tuple[Receiver, Tensor]]) -> None:
         """Write values into an adapter's tensors (`assign_values`), and drop the training state of the old ones."""

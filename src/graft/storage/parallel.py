@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """Layouts of tensors that are spread over processes: gathering them, and writing whole values into them.
 
 A layout is a class with the functions of `Layout`. All code that reads or writes adapters asks `layout_of`.

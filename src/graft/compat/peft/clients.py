@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from graft import PeftWarning
+from graft import PeftWarning, method_of
 from graft.core.errors import warn
 from graft.inject import experts
 from graft.inject.survey import survey_model
-from graft.methods.adaption_prompt import AdaptionPrompt
 from graft.storage import innermost
 from graft.storage.offload import bring_in
 
 if TYPE_CHECKING:
     from graft import PeftConfig
 
-TRANSFORMERS_MODEL_CONFIG = AdaptionPrompt.targets  # by model_type; callers ask which there are
+TRANSFORMERS_MODEL_CONFIG = method_of("ADAPTION_PROMPT").targets  # by model_type; callers ask which there are
 VARIANT_KWARG_KEYS = ["alora_offsets"]  # arguments of a layer's forward that are its adapters'
 
 

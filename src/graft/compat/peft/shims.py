@@ -20,7 +20,6 @@ from graft.config.base import matches_end
 from graft.config.fields import EMBEDDING_NAMES
 from graft.config.reading import compile_pattern
 from graft.core.merging import select_unmerged
-from graft.core.names import as_name_list
 from graft.inject.experts import is_merge_of_modules, read_part_name
 from graft.inject.match import Matcher
 from graft.inject.survey import survey_model
@@ -259,7 +258,7 @@ def _set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_
 
     A copy gets those of the names that it has; with none, the base's module acts.
     """
-    names = as_name_list(adapter_name, "_set_adapter")
+    names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
     for wrapper in survey_model(model).wrappers.values():
         wrapper.set_adapter([name for name in names if name in wrapper.adapters], inference_mode)
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from graft import CheckpointError, LossError, PeftWarning
 from graft.config import notes, pair
 from graft.config.atomic import make_folder
-from graft.config.base import FORMAT_VERSION
 from graft.config.file import ConfigFile, describe_whole_model
 from graft.config.reading import Json, compile_ending, compile_pattern, open_file, read_object
 from graft.core.errors import join_some, shorten_text, warn
@@ -34,7 +33,7 @@ from graft.files.tensors import (
     reshape_tensor,
 )
 from graft.io import seal
-from graft.io.written import MARK, StackLayout
+from graft.io.written import MARK, TODAY, StackLayout
 
 if TYPE_CHECKING:
     from graft.files.formats import Base
@@ -515,7 +514,7 @@ def exchange_old_factors(out: AdapterFile, layout: StackLayout, base: Base | Non
                 lora, A=rearrange_tensor(lora.B, lambda v: v.swapaxes(1, 2), n, r, outs),
                 B=rearrange_tensor(lora.A, lambda v: v.swapaxes(1, 2), n, fan_in, r),
             )  # fmt: skip
-            out.config["peft_version"] = FORMAT_VERSION
+            out.config["peft_version"] = TODAY.version
     layout.warn_of_doubts(doubts, out.path)
     if base is None and (guessed := [path for path, verdict in verdicts.items() if all(verdict)]):
         warn(
@@ -715,7 +714,7 @@ def complete_config(adapter: AdapterFile, base: Base | None) -> Json:
     ):
         config["init_lora_weights"] = True
     if any(lora.kind == "experts" for lora in adapter.low_rank.values()):
-        config["peft_version"] = FORMAT_VERSION  # it tells readers the order of A and B
+        config["peft_version"] = TODAY.version  # it tells readers the order of A and B
     return config
 
 

@@ -25,6 +25,15 @@ WRAPPER_PREFIX = re.compile(rf"(?:(?:{'|'.join((*INNER_ATTRIBUTES, 'module'))})\
 MANAGED = "_is_fsdp_managed_module"  # FSDP sets it on all modules that it manages
 
 
+def find_unsharded_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module; if `fully_shard` has replaced it by a subclass, the class of before."""
+    return next(
+        kind
+        for kind in type(module).__mro__
+        if not (kind.__name__.startswith("FSDP") and kind.__module__.startswith("torch.distributed."))
+    )
+
+
 def strip_inner_wrappers(name: str) -> str:
     """Return a tensor's name as a file has it: without the attributes of FSDP, torch.compile and checkpoint wrappers.
 

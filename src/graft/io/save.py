@@ -24,6 +24,7 @@ from graft.core.method import WeightUse
 from graft.core.names import is_bias
 from graft.core.wrappers import (
     copy_offloaded,
+    find_unsharded_class,
     strip_all_wrappers,
     strip_inner_wrappers,
     strip_outer_wrappers,
@@ -138,7 +139,7 @@ def describe_base(config: PeftConfig, base: nn.Module) -> None:
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
     if config.task_type is None:
-        cls = type(base)
+        cls = find_unsharded_class(base)
         config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.core.containers import Slot, parameter_dict
-from graft.core.wrappers import MANAGED, collect_parameters, find_inner_module, walk_unwrapped
+from graft.core.wrappers import MANAGED, collect_parameters, find_inner_module, find_unsharded_class, walk_unwrapped
 from graft.kernels.versions import write_all
 from graft.storage.flat import FlatPiece, find_flat_piece, find_flat_place, sendable
 
@@ -382,7 +382,7 @@ def copy_unwrapped(module: M, values: dict[str, Tensor]) -> M:
     bare: nn.Module = module
     while (inner := find_inner_module(bare)) is not None:
         bare = inner
-    kind: Any = next(c for c in type(bare).__mro__ if not c.__name__.startswith("FSDP"))
+    kind: Any = find_unsharded_class(bare)
     copy: M = kind.__new__(kind)
     parameters = collect_parameters(bare)
     for name, value in bare.__dict__.items():

@@ -45,7 +45,8 @@ def style_of(module: nn.Module) -> Style | None:
     """Return the style of a module's tensor parallelism; None without one.
 
     It is read from the closure of a forward that transformers has replaced, with the style object if the closure holds
-    one. Else it comes from `_hf_tp_plan`: that style has only a name and a mesh, no kind and no object.
+    one. Else it comes from `_hf_tp_plan`: that style has only a name and a mesh, no kind and no object. The mesh is
+    that of processes with one batch, also for dispatched experts.
     """
     forward = module.__dict__.get("forward")
     if type(forward) is FunctionType and forward.__module__ in (STYLES, OF_EXPERTS):
@@ -54,7 +55,8 @@ def style_of(module: nn.Module) -> Style | None:
             closure = dict(zip(forward.__code__.co_freevars, (c.cell_contents for c in forward.__closure__ or ())))
             it = closure.get("self")
             kind, home = kind if it is None else type(it).__name__, forward.__module__
-            return Style(_name(kind, it, home), kind, home, it, closure.get("mesh", closure.get("ep_mesh")))
+            mesh = getattr(closure.get("implementation"), "tp_mesh", closure.get("ep_mesh"))
+            return Style(_name(kind, it, home), kind, home, it, closure.get("mesh", mesh))
     plan = module.__dict__.get("_hf_tp_plan")
     return None if plan is None else Style(str(plan), "", STYLES, None, module.__dict__.get("_hf_device_mesh"))
 

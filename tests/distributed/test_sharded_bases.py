@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bases that were sharded before their adapters came: checks of three modules, in processes that start once for each.
+
+`make test-distributed` runs all of them; else a few on two processes.
+"""
+
+import pytest
+
+from tests.distributed import sharded_bases, sharded_loops, sharded_refusals
+from tests.distributed.processes import run, started
+from tests.distributed.run import free_port
+from tests.distributed.tensor_parallel import ALL_LAWS
+from tests.leaves_out import not_under
+
+pytestmark = [
+    not_under("torch", "2.7", "transformers shards at load from torch 2.8 on"),
+    not_under("transformers", "5.16", "it has no DistributedConfig with these sizes"),
+]
+WORLDS = (2, 4) if ALL_LAWS else (2,)
+
+
+def failures(found, names):
+    """Return what went wrong by check; a check that was not reached counts."""
+    return {name: text for name in names if (text := found.get(name, found.get("end", "not reached")))}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return {
+        world: run("tests.distributed.sharded_bases", tmp_path_factory.mktemp(f"bases{world}"), world)
+        for world in WORLDS
+    }
+
+
+@pytest.mark.parametrize("name", [name for name, way in sharded_bases.WAYS.items() if way.world in WORLDS])
+def test_an_adapter_on_a_sharded_base_is_that_of_one_process(name, found):
+    world = sharded_bases.WAYS[name].world
+    names = [case for case in sharded_bases.names(world) if case.startswith(f"{name} ")]
+    assert f"{name} drift" in names and not failures(found[world], names)
+
+
+@pytest.mark.skipif(not ALL_LAWS, reason="make test-distributed")
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_method_on_sharded_layers_is_that_of_one_process(world, found):
+    names = [case for case in sharded_bases.names(world) if case.startswith("law ")]
+    assert len(names) > 20 and not failures(found[world], names)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_bad_input_is_an_error_on_all_processes(world, tmp_path):
+    command = lambda rank: [
+        "tests.distributed.processes", "tests.distributed.sharded_refusals", str(tmp_path), str(rank), str(world)
+    ]  # fmt: skip
+    refusals = started(command, tmp_path, world, 200, GRAFT_PATIENCE="4")
+    names = sharded_refusals.TWO if world == 2 else sharded_refusals.FOUR
+    assert not failures(refusals, names) and "end" not in refusals
+
+
+@pytest.mark.parametrize("name", sharded_loops.NAMES)
+def test_loops_of_others(name, loops):
+    assert not failures(loops, [name])
+
+
+@pytest.fixture(scope="module")
+def loops(tmp_path_factory):
+    root, ends = tmp_path_factory.mktemp("loops"), {}
+    for world, name in ((1, "one"), (2, "two")):
+        (folder := root / name).mkdir()
+        command = lambda rank: [
+            "tests.distributed.processes", "tests.distributed.sharded_loops", str(folder), str(rank), str(world)  # noqa: B023
+        ]  # fmt: skip
+        ends[world] = started(command, folder, world, 200, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    assert not any(ends[1].values()), ends[1]
+    return ends[2]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_processes_end(world, found):
+    assert "end" not in found[world], found[world]["end"]

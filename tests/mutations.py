@@ -219,15 +219,15 @@ MUTATIONS = [
     Mutation(
         "banks: other memory goes unseen",
         "many/bank.py",
-        "if p.data_ptr() != at or not p.requires_grad",
-        "if not p.requires_grad",
+        "list(map(Tensor.data_ptr, self._parameters)) == self._addresses",
+        "True",
         "tests/many/test_bank.py tests/many/test_flat.py",
     ),
     Mutation(
         "banks: the norm of another adapter",
         "many/bank.py",
-        "norms.append(shared[key][i])",
-        "norms.append(shared[key][0])",
+        "compute_norms(order, [i for _, i in members])",
+        "compute_norms(order, [0 for _ in members])",
         "tests/many/test_bank.py tests/many/test_flat.py",
     ),
     Mutation(

@@ -23,6 +23,9 @@ class Side:
         (k, i), (m, j) = self.index[id(a)], self.index[id(b)]
         return k == m and i + 1 == j
 
+    def sink(self, t):
+        return None
+
     def stack(self, first, n):
         k, i = self.index[id(first)]
         assert i == 0 and n == len(self.rows)

@@ -78,10 +78,16 @@ def test_norms_have_the_bits_of_torch():
     banks = banks_of(model, "uvw")
     with seeded(1):
         for row in banks.rows.values():
-            row.gradient.normal_()
+            for gradient in row.gradients:
+                gradient.normal_()
             row.received = [True] * len(row.received)
     expected = [get_total_norm([row.gradients[i] for i in row.model_order]) for row in banks.rows.values()]
-    assert all(map(torch.equal, banks.compute_norms("uvw"), expected))
+    assert all(map(torch.equal, banks.compute_norms(dict.fromkeys("uvw", True)), expected))
+    assert torch.equal(banks.compute_norms({"v": True})[0], expected[1])
+    for names in ("uvw", "wu", "v"):
+        found = dict(zip(names, banks.compute_norms({name: name == "w" for name in names})))
+        for name, norm in zip("uvw", expected):
+            assert name not in found or (torch.equal if name == "w" else torch.allclose)(found[name], norm)
 
 
 def other_shapes(model):

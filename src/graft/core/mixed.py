@@ -192,15 +192,17 @@ class MixedPlan:
         Outputs of heads are padded to one width. Returns rows in the batch's order.
         """
         layer, draws = self.layer, context.draws if self.layer.training else None
-        ticket = 0 if draws is None else draws.ticket()
+        ticket: list[int] = []  # of this run, drawn when an adapter first draws
 
         def drawing(key: Key) -> AbstractContextManager[None]:
             """Return a context where `key` draws from its generator, with the ticket of this run; a no-op if there is
-            none.
+            none. The first call draws the ticket.
             """
             if draws is None or isinstance(key, JointAdapters):
                 return nullcontext()
-            return draws.use_generator(key, ticket, x.device)
+            if not ticket:
+                ticket.append(draws.ticket())
+            return draws.use_generator(key, ticket[0], x.device)
 
         x, stacks = rows.sort_by_adapter(x), context.stacks
         may_share = context.gates is None and not (args or kwargs) and self.may_share(x)
@@ -494,22 +496,33 @@ def pad_outputs(outputs: list[Any], key: str) -> list[Tensor]:
     return [nn.functional.pad(p, (0, width - p.shape[-1]), value=float("-inf")) for p in outputs]
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # run when a module runs
+
+
 class FactorSnapshot:
-    """Entries of dictionaries, and lengths of some, as they were when recorded: modules, their tensors and numbers,
-    hooks.
+    """Containers of adapters, modules with their tensors, and hooks, as they were when recorded.
+
+    A layer compares them at each batch, so that this is done by few calls for all adapters.
     """
 
     def __init__(self) -> None:
+        self._containers: dict[int, tuple[dict[str, object], dict[str, object]]] = {}  # by id: it, and a copy
         self._dicts: list[dict[str, object]] = []
         self._keys: list[str] = []
         self._values: list[object] = []
-        self._sized: list[Sized] = []
+        self._hooks: list[Sized] = []
+        self._attributes: list[Sized] = []
         self._sizes: list[int] = []
 
     def is_unchanged(self) -> bool:
-        """Return True if each recorded entry is the same object, and each recorded dictionary has the same length."""
-        return list(map(len, self._sized)) == self._sizes and all(
-            map(is_, map(dict.get, self._dicts, self._keys), self._values)
+        """Return True if containers and recorded entries hold the same objects, modules have as many attributes, and no
+        module has a hook.
+        """
+        return (
+            all([now == before for now, before in self._containers.values()])
+            and all(map(is_, map(dict.get, self._dicts, self._keys), self._values))
+            and not any(self._hooks)
+            and list(map(len, self._attributes)) == self._sizes
         )
 
     def record(self, method: Method, f: Factors) -> bool:
@@ -527,10 +540,17 @@ class FactorSnapshot:
         modules = [m for m in (f.A, f.B) if isinstance(m, nn.Linear) and type(m) in LINEARS]
         if len(modules) < 2 or not has_no_hooks(*modules):
             return False
-        for d, key in places:
-            self._record_entry(d, key)
+        for d, _ in places:
+            self._containers.setdefault(id(d), (d, dict(d)))
         for m in modules if f.dropout is None else (*modules, f.dropout):
-            self._record_module(m)
+            attributes = m.__dict__
+            for key in attributes["_parameters"]:
+                self._record_entry(attributes["_parameters"], key)
+            self._hooks += [hooks for key in HOOKS if (hooks := attributes.get(key)) is not None]
+            self._attributes.append(attributes)
+            self._sizes.append(len(attributes))
+        for key in () if f.dropout is None else ("training", "p"):
+            self._record_entry(f.dropout.__dict__, key)
         return True
 
     def _record_entry(self, d: dict[str, object], key: str) -> None:
@@ -538,20 +558,6 @@ class FactorSnapshot:
         self._dicts.append(d)
         self._keys.append(key)
         self._values.append(d.get(key))
-
-    def _record_module(self, m: nn.Module) -> None:
-        """Record a module's mode, dropout rate and parameters, and the lengths of its `__dict__` and of its
-        dictionaries of hooks.
-        """
-        attributes = m.__dict__
-        for key in ("training", "p"):
-            if key in attributes:
-                self._record_entry(attributes, key)
-        for key in attributes["_parameters"]:
-            self._record_entry(attributes["_parameters"], key)
-        for d in (attributes, *(v for k, v in attributes.items() if k.endswith("_hooks") and v is not None)):
-            self._sized.append(d)
-            self._sizes.append(len(d))
 
 
 def find_entries(method: Method, part: object) -> list[tuple[dict[str, object], str]]:

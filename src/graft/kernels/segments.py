@@ -64,6 +64,20 @@ class Segment(NamedTuple):
     seed: int = 0
 
 
+class GradientSink(Protocol):
+    """The memory that receives the gradient of one factor in a backward pass, in place of its `grad`."""
+
+    def claim(self) -> Tensor | None:
+        """Return the memory for the first gradient of the pass, for an operation to write to; None for a later one. A
+        protocol, without a body.
+        """
+        ...
+
+    def add(self, gradient: Tensor) -> None:
+        """Add a later gradient of the pass to the memory. A protocol, without a body."""
+        ...
+
+
 class Stacks(Protocol):
     """Tensors of adapters that lie at equal distances in one memory."""
 
@@ -78,6 +92,15 @@ class Stacks(Protocol):
         """
         ...
 
+    def sink(self, t: Tensor) -> GradientSink | None:
+        """Return the memory for the gradient of a stacked or single tensor; None if its `grad` has to receive it. A
+        protocol, without a body.
+        """
+        ...
+
+
+Two = tuple[Tensor | None, Tensor | None]
+
 
 class Group(NamedTuple):
     """Consecutive segments that share their products."""
@@ -90,6 +113,7 @@ class Group(NamedTuple):
     scale: float
     p: float
     seed: int
+    sinks: tuple[GradientSink, GradientSink] | None = None  # of A and B; None: autograd gets their gradients
 
     @property
     def is_small(self) -> bool:
@@ -100,6 +124,25 @@ class Group(NamedTuple):
         """Return the group's rows of x (rows, n) as a view; x itself if these are all."""
         return x if self.stop - self.start == len(x) else x[self.start : self.stop]
 
+    def claim_sinks(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the memory for the gradients of A and B; None where autograd gets it, or it has to be added."""
+        return (None, None) if self.sinks is None else (self.sinks[0].claim(), self.sinks[1].claim())
+
+    def deliver(self, dA: Tensor, dB: Tensor, into: tuple[Tensor | None, Tensor | None]) -> Two:
+        """Return the gradients of A and B for autograd, or (None, None) if the sinks have them.
+
+        into: the memory that `claim_sinks` returned. A gradient that is not there is copied there; one without memory
+        is added to those of earlier uses.
+        """
+        if self.sinks is None:
+            return dA, dB
+        for gradient, memory, sink in zip((dA, dB), into, self.sinks):
+            if memory is None:
+                sink.add(gradient)
+            elif memory is not gradient:
+                memory.copy_(gradient)
+        return None, None
+
 
 def plain_segments_linear(y: Tensor, x: Tensor, groups: Sequence[Group]) -> Tensor:
     """Return y = base(x) with each group's updates added to its rows, (rows, out), by plain operations; the reference.
@@ -107,7 +150,7 @@ def plain_segments_linear(y: Tensor, x: Tensor, groups: Sequence[Group]) -> Tens
     y (rows, out), x (rows, in). Rows of no group stay.
     """
     parts, end = [], 0
-    for start, stop, n, A, B, scale, p, seed in groups:
+    for start, stop, n, A, B, scale, p, seed, _ in groups:
         group_rows, part, (A, B) = y[start:stop], x[start:stop], (A, B) if n > 1 else (A[None], B[None])
         parts.append(y[end:start])
         for into, piece, a, b in zip(group_rows.chunk(n), part.chunk(n), A, B):
@@ -155,9 +198,16 @@ def group_segments(segments: Sequence[Segment], stacks: Stacks | None, dtype: to
                 count += 1
             if share and count > 1:
                 A, B = share.stack(A, count), share.stack(B, count)
-            groups.append(Group(start, start + count * rows, count, A, B, scale, p, seed))
+            groups.append(Group(start, start + count * rows, count, A, B, scale, p, seed, _find_sinks(share, A, B)))
         start, i = start + count * rows, i + count
     return groups
+
+
+def _find_sinks(stacks: Stacks | None, A: Tensor, B: Tensor) -> tuple[GradientSink, GradientSink] | None:
+    """Return the sinks of both factors; None if one of them has none."""
+    if stacks is None or (a := stacks.sink(A)) is None or (b := stacks.sink(B)) is None:
+        return None
+    return a, b
 
 
 def _can_share(a: Segment, b: Segment, stacks: Stacks) -> bool:
@@ -253,48 +303,45 @@ def _add_stacked(y: Tensor, x: Tensor, group: Group) -> Tensor:
     return h
 
 
-Two = tuple[Tensor | None, Tensor | None]
-
-
 def _gradients(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, need: Sequence[bool]) -> Two:
-    """Return the gradients of A and B of an adapter from g (rows, out).
+    """Return the gradients of A and B of an adapter from g (rows, out); None for those that a sink gets.
 
     In a group of many rows each is None without need; in a small one both are returned. Adds the gradient of x to dx in
     its memory, unless dx is None.
     """
-    A, B, scale = group.A, group.B, group.scale
+    A, B, scale, into = group.A, group.B, group.scale, group.claim_sinks()
     if not group.is_small:
         _, dA, dB = gradients(g, x, A, B, h, scale, group.p, group.seed, need=(dx is not None, need[0], need[1]), dx=dx)
-        return dA, dB
+        return (dA, dB) if dA is None or dB is None else group.deliver(dA, dB, into)
     g = g if scale == 1 else g * scale
-    dh, dB = g @ B, g.mT @ h
+    dh, dB = g @ B, torch.mm(g.mT, h, out=into[1])
     if dx is not None:
         dx += dh @ A
-    return dh.mT @ x, dB
+    return group.deliver(torch.mm(dh.mT, x, out=into[0]), dB, into)
 
 
 def _gradients_stacked(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, need: Sequence[bool]) -> Two:
     """Return the gradients of A (width, r, in) and B (width, out, r) of several adapters, always both, by batched
-    products.
+    products; None for those that a sink gets.
 
     Adds the gradient of x to dx in its memory, unless dx is None. Small groups use the operations of small batches
     alone, so that the bits agree.
     """
-    A, B, n, scale = group.A, group.B, group.width, group.scale
+    A, B, n, scale, into = group.A, group.B, group.width, group.scale, group.claim_sinks()
     g, x = g.view(n, -1, g.shape[-1]), x.view(n, -1, x.shape[-1])
     dx = None if dx is None else dx.view(n, -1, dx.shape[-1])
     if group.is_small:
         g = g if scale == 1 else g * scale
-        dh, dB = torch.bmm(g, B), torch.bmm(g.mT, h)
+        dh, dB = torch.bmm(g, B), torch.bmm(g.mT, h, out=into[1])
         if dx is not None:
             dx += torch.bmm(dh, A)
-        return torch.bmm(dh.mT, x), dB
+        return group.deliver(torch.bmm(dh.mT, x, out=into[0]), dB, into)
     dh, dB = torch.bmm(B.mT, g.mT), torch.bmm(h.mT, g)
     if scale != 1:
         dh, dB = dh * scale, dB * scale
     if dx is not None:
         dx.baddbmm_(dh.mT, A)
-    return torch.bmm(dh, x), dB.mT
+    return group.deliver(torch.bmm(dh, x, out=into[0]), dB.mT, into)
 
 
 def _differentiable_gradients(

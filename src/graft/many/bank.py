@@ -11,13 +11,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+LONG = 2**20  # numbers: float32 sums of more squares lose digits
 LINE = 32  # numbers of 16 bits and more: each tensor begins at a line of memory, as tensors by themselves do
+
+HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")  # of a tensor
+read_grad = attrgetter("grad")
 
 Parameters = Sequence[nn.Parameter]
 
@@ -43,6 +48,11 @@ class AdapterRow:
         self.value: Tensor | None = None
         self.gradient: Tensor | None = None
         self.spans: list[tuple[int, int]] = []
+
+    @property
+    def has_grads(self) -> bool:
+        """Return True if the `grad` of a parameter is not None."""
+        return any([grad is not None for grad in map(read_grad, self.parameters)])
 
     @property
     def is_complete(self) -> bool:
@@ -83,20 +93,51 @@ class AdapterRow:
             torch._foreach_add_(*both)
 
 
-class StackedTensor(NamedTuple):
-    """One tensor of n neighbouring adapters as one leaf of autograd.
+class Sink:
+    """One tensor of one adapter, or of n neighbouring ones as one leaf of autograd, and the memory for its gradient.
 
     Attributes:
-        tensor: (n, …), a view of the bank's values that requires gradients.
-        gradient: the view of the bank's gradients that receives its gradient.
-        rows: of the adapters.
+        tensor: a Parameter; or (n, …), a view of the bank's values that requires gradients.
+        gradient: the view of the bank's gradients that has the gradient after a pass.
+        memory: contiguous; kernels write the gradient there during a pass. `gradient` itself for one adapter.
+        first, rows: number of the first adapter in the bank; the rows of all.
         place: index of the tensor in their `parameters`.
+        is_filled: True if `memory` has a gradient of this pass.
     """
 
-    tensor: Tensor
-    gradient: Tensor  # where its gradient goes
-    rows: list[AdapterRow]
-    place: int
+    def __init__(self, tensor: Tensor, gradient: Tensor, first: int, rows: list[AdapterRow], place: int) -> None:
+        self.tensor, self.gradient, self.first, self.rows, self.place = tensor, gradient, first, rows, place
+        self.memory, self.is_filled = gradient, False
+        self._users: list[Sink] = []  # of the memory of this place in this pass
+
+    def use_memory(self, memory: Tensor, users: list[Sink]) -> Sink:
+        """Return self, with this memory, (n, …), in place of `gradient`. Sinks with the same `users` may overlap it."""
+        self.memory, self._common, self._users = memory, memory, users
+        return self
+
+    def claim(self) -> Tensor | None:
+        """Return `memory` for the first gradient of the pass, and mark it as filled; None for a later one.
+
+        If a stack that has some of these adapters has filled the same memory, use a new one for this pass.
+        """
+        if self.is_filled:
+            return None
+        self.is_filled = True
+        if self.memory is not self.gradient:
+            stop = self.first + len(self.rows)
+            taken = any(user.first < stop and self.first < user.first + len(user.rows) for user in self._users)
+            self.memory = torch.empty_like(self._common) if taken else self._common
+            self._users.append(self)
+        return self.memory
+
+    def empty(self) -> None:
+        """Forget the gradient of the pass."""
+        self.is_filled = False
+        self._users.clear()
+
+    def add(self, gradient: Tensor) -> None:
+        """Add a later gradient of the pass in place."""
+        self.memory += gradient
 
 
 class Bank:
@@ -107,7 +148,7 @@ class Bank:
     Attributes:
         values, gradients: (adapters, P). Gaps between tensors stay zero in both.
         spans: start and end of each tensor in a row.
-        stacked: `StackedTensor` by (place, first row, number of rows), filled by `get_stacked`.
+        singles, stacks: sinks by (place, row), and by (place, first row, number of rows), made when they are needed.
     """
 
     def __init__(self, rows: Sequence[AdapterRow]) -> None:
@@ -124,26 +165,44 @@ class Bank:
                 for p, (start, stop) in zip(row.parameters, self.spans):
                     p.data = value[start:stop].view(p.shape).copy_(p)
                     row.gradients.append(gradient[start:stop].view(p.shape))
-        self.stacked: dict[tuple[int, int, int], StackedTensor] = {}
+        self.singles: dict[tuple[int, int], Sink] = {}
+        self.stacks: dict[tuple[int, int, int], Sink] = {}
+        # by place: (adapters, size), contiguous; and the sinks that use it in this pass
+        self._memories: dict[int, tuple[Tensor, list[Sink]]] = {}
 
-    def get_stacked(self, place: int, first: int, n: int) -> StackedTensor:
-        """Return the tensor number `place` of the `n` rows from number `first` on.
+    def get_single(self, place: int, row: int) -> Sink:
+        """Return the sink of the Parameter number `place` of one adapter. It is made at the first call and cached."""
+        if (place, row) not in self.singles:
+            its: Any = self.rows[row]
+            self.singles[place, row] = Sink(its.parameters[place], its.gradients[place], row, [its], place)
+        return self.singles[place, row]
 
-        It is made at the first call and cached.
+    def get_stack(self, place: int, first: int, n: int) -> Sink:
+        """Return the sink of the tensor number `place` of the `n` rows from number `first` on.
+
+        It is made at the first call and cached. All stacks of a place share one memory.
         """
         key = place, first, n
-        if key not in self.stacked:
+        if key not in self.stacks:
             (start, stop), shape = self.spans[place], self.rows[0].parameters[place].shape
             value, gradient = (t[first : first + n, start:stop].view(n, *shape) for t in (self.values, self.gradients))
-            self.stacked[key] = StackedTensor(value.requires_grad_(), gradient, self.rows[first : first + n], place)
-        return self.stacked[key]
+            if place not in self._memories:
+                self._memories[place] = self.values.new_empty(len(self.rows), stop - start), []
+            memory, users = self._memories[place]
+            sink = Sink(value.requires_grad_(), gradient, first, self.rows[first : first + n], place)
+            self.stacks[key] = sink.use_memory(memory[first : first + n].view(n, *shape), users)
+        return self.stacks[key]
 
-    def compute_norms(self, order: Iterable[int]) -> Tensor:
-        """Return the norm of all gradients of each row, (adapters,).
+    def compute_norms(self, order: Iterable[int] | None, rows: Sequence[int]) -> Tensor:
+        """Return the norm of all gradients of each of these rows, (len(rows),).
 
-        `order` is the order of the tensors, so that the bits equal those of `get_total_norm`.
+        `order` is the order of the tensors, so that the bits equal those of `get_total_norm`. None: of the whole row at
+        once, which is faster and close to that.
         """
-        each = [torch.linalg.vector_norm(self.gradients[:, a:b], dim=1) for a, b in (self.spans[i] for i in order)]
+        some = self.gradients if len(rows) == len(self.rows) else self.gradients[rows]
+        if order is None:
+            return torch.linalg.vector_norm(some, dim=1)
+        each = [torch.linalg.vector_norm(some[:, a:b], dim=1) for a, b in (self.spans[i] for i in order)]
         return torch.linalg.vector_norm(torch.stack(each, 1), dim=1)
 
 
@@ -175,8 +234,10 @@ class Banks:
         for bank in self.banks:
             for i, row in enumerate(bank.rows):
                 self.index.update((id(p), (bank, place, i)) for place, p in enumerate(row.parameters))
-        # each, where it lies, and whether that is a bank
-        self._pointers = [(p, p.data_ptr(), r.value is not None) for r in self.rows.values() for p in r.parameters]
+        self._stack_sinks: dict[int, Sink] = {}  # by id of the stacked tensor
+        self._parameters = [p for row in self.rows.values() for p in row.parameters]
+        self._addresses = [p.data_ptr() for p in self._parameters]
+        self._banked = [p for bank in self.banks for row in bank.rows for p in row.parameters]
 
     @property
     def names(self) -> list[str]:
@@ -185,16 +246,16 @@ class Banks:
 
     def is_intact(self) -> bool:
         """Return False if a parameter has got other memory since, or was frozen, or if one in a bank has got a hook."""
-        for p, at, banked in self._pointers:
-            if p.data_ptr() != at or not p.requires_grad or (banked and is_hooked(p)):
-                return False
-        return True
+        return (
+            list(map(Tensor.data_ptr, self._parameters)) == self._addresses
+            and all(map(attrgetter("requires_grad"), self._parameters))
+            and not any(any(map(attrgetter(hooks), self._banked)) for hooks in HOOKS)
+        )
 
     def separate_memory(self) -> None:
         """Copy each parameter of a bank into separate memory. The rows and banks themselves stay as they are."""
-        for p, _, banked in self._pointers:
-            if banked:
-                p.data = p.data.clone()
+        for p in self._banked:
+            p.data = p.data.clone()
 
     def follows(self, a: Tensor, b: Tensor) -> bool:
         """Return True if both are Parameters of one bank, at the same place, and the row of `b` is directly after the
@@ -208,39 +269,67 @@ class Banks:
         it.
         """
         bank, place, row = self.index[id(first)]
-        return bank.get_stacked(place, row, n).tensor
+        sink = bank.get_stack(place, row, n)
+        self._stack_sinks[id(sink.tensor)] = sink
+        return sink.tensor
+
+    def sink(self, t: Tensor) -> Sink | None:
+        """Return the memory for the gradient of a stacked tensor or of a Parameter in a bank; None for another one."""
+        if (sink := self._stack_sinks.get(id(t))) is not None:
+            return sink
+        found = self.index.get(id(t))
+        return None if found is None else found[0].get_single(found[1], found[2])
 
     def drop_gradients(self, names: Iterable[str]) -> None:
         """Forget the gradients of these adapters before a pass: `received` becomes False, and `grad` of their
-        parameters None. `grad` of every stacked tensor becomes None, too.
+        parameters None. All sinks become empty, and `grad` of their tensors None.
         """
         for name in names:
             row = self.rows[name]
             row.received = [False] * len(row.received)
-            for p in row.parameters:
-                p.grad = None
+            if row.has_grads:
+                for p in row.parameters:
+                    p.grad = None
         for bank in self.banks:
-            for leaf in bank.stacked.values():
-                leaf.tensor.grad = None
+            for sink in (*bank.singles.values(), *bank.stacks.values()):
+                sink.empty()
+            for sink in bank.stacks.values():
+                sink.tensor.grad = None
 
     @torch.no_grad()
     def collect_gradients(self, names: Iterable[str]) -> None:
         """Move the gradients of a pass to the rows of these adapters, set `received`, and set each `grad` to None.
 
-        Gradients of stacked tensors are copied into the banks, for all adapters. Those of single parameters are copied,
-        or added if a stack gave one; an adapter in no bank keeps the tensor.
+        Gradients in sinks of stacks are copied into the banks, for all adapters, or added where another sink or stack
+        gave one; those in sinks of single parameters are there. Each `grad` is copied into the bank, or added if the
+        parameter has received one; an adapter in no bank keeps the tensor.
         """
         into, gradients = list[Tensor](), list[Tensor]()
-        for bank in self.banks:
-            for tensor, gradient, rows, place in bank.stacked.values():
-                if tensor.grad is not None:
-                    into.append(gradient)
-                    gradients.append(tensor.grad)
-                    tensor.grad = None
-                    for row in rows:
-                        row.received[place] = True
-        later: tuple[list[Tensor], list[Tensor]] = ([], [])  # of parameters that some layer has run by themselves
-        for row in (self.rows[name] for name in names):
+        later: tuple[list[Tensor], list[Tensor]] = ([], [])  # of parameters that have received a gradient before
+        for sink in (sink for bank in self.banks for sink in bank.singles.values() if sink.is_filled):
+            sink.rows[0].received[sink.place] = True
+            sink.empty()
+        for sink in (sink for bank in self.banks for sink in bank.stacks.values()):
+            if (grad := sink.tensor.grad) is not None:
+                sink.tensor.grad = None
+                if (memory := sink.claim()) is None:
+                    sink.add(grad)
+                else:
+                    memory.copy_(grad)
+            if not sink.is_filled:
+                continue
+            if any([row.received[sink.place] for row in sink.rows]):
+                for row, gradient, memory in zip(sink.rows, sink.gradient, sink.memory):
+                    to, values = later if row.received[sink.place] else (into, gradients)
+                    to.append(gradient)
+                    values.append(memory)
+            else:
+                into.append(sink.gradient)
+                gradients.append(sink.memory)
+            for row in sink.rows:
+                row.received[sink.place] = True
+            sink.empty()
+        for row in (row for name in names if (row := self.rows[name]).has_grads):
             for i, p in enumerate(row.parameters):
                 grad = p.grad
                 if grad is None:
@@ -260,23 +349,27 @@ class Banks:
         if later[0]:
             torch._foreach_add_(*later)
 
-    def compute_norms(self, names: Iterable[str]) -> list[Tensor]:
-        """Return for each name the norm of its gradients, (), to the bits of `get_total_norm` in the model's order.
+    def compute_norms(self, names: Mapping[str, bool]) -> list[Tensor]:
+        """Return for each name the norm of its gradients, ().
 
-        One call computes the norms of a whole bank, if an adapter is in one and has all gradients. Otherwise the norm
-        is that of the gradients received.
+        If its value is True, or the row is long, it has the bits of `get_total_norm` in the model's order; else it is
+        close to that. One call computes the norms of adapters in one bank with all gradients. Otherwise the norm is
+        that of the gradients received.
         """
-        norms, shared = list[Tensor](), dict[tuple[int, tuple[int, ...]], Tensor]()
-        for row in (self.rows[name] for name in names):
+        norms, shared = dict[str, Tensor](), dict[tuple[int, tuple[int, ...] | None], list[tuple[str, int]]]()
+        for name, exact in names.items():
+            row = self.rows[name]
             if row.gradient is None or not row.is_complete:
-                norms.append(get_total_norm([row.gradients[i] for i in row.model_order if row.received[i]]))  # type: ignore[misc]
+                norms[name] = get_total_norm([row.gradients[i] for i in row.model_order if row.received[i]])  # type: ignore[misc]
                 continue
             bank, i = self.of_row[id(row)]
-            key = id(bank), row.model_order
-            if key not in shared:
-                shared[key] = bank.compute_norms(row.model_order)
-            norms.append(shared[key][i])
-        return norms
+            order = row.model_order if exact or len(row.gradient) > LONG else None
+            shared.setdefault((self.banks.index(bank), order), []).append((name, i))
+        for (number, order), members in shared.items():
+            norms.update(
+                zip([name for name, _ in members], self.banks[number].compute_norms(order, [i for _, i in members]))
+            )
+        return [norms[name] for name in names]
 
 
 def can_share_row(parameters: Parameters, memories: Mapping[int, int]) -> bool:
@@ -309,7 +402,7 @@ def ends_at_line(p: Tensor) -> bool:
 
 def is_hooked(p: Tensor) -> bool:
     """Return True if a tensor has backward hooks or hooks after the accumulation of its gradient."""
-    return bool(p._backward_hooks or p._post_accumulate_grad_hooks)
+    return any(getattr(p, hooks) for hooks in HOOKS)
 
 
 def lay_out_row(parameters: Parameters) -> tuple[list[tuple[int, int]], int]:

@@ -56,6 +56,41 @@ def is_step_hooked(optimizer: Optimizer) -> bool:
     return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
+def are_settings_equal(a: Optimizer, b: Optimizer) -> bool:
+    """Return True if two optimizers have one class, and their groups equal settings, apart from the parameters."""
+    if type(a) is not type(b) or len(a.param_groups) != len(b.param_groups):
+        return False
+    for one, two in zip(a.param_groups, b.param_groups):
+        if one.keys() != two.keys() or not all(
+            [k == "params" or v is two[k] or bool(v == two[k]) for k, v in one.items()]
+        ):
+            return False
+    return True
+
+
+def step_together(optimizers: Sequence[Optimizer]) -> None:
+    """Make a step of each of these optimizers, whose settings are equal, by one call of the first one's `step`.
+
+    Meanwhile the first one has the parameters and the state of all.
+    """
+    first, *others = optimizers
+    parameters = [list(group["params"]) for group in first.param_groups]
+    try:
+        for other in others:
+            first.state.update(other.state)
+            for group, its in zip(first.param_groups, other.param_groups):
+                group["params"] = group["params"] + its["params"]
+        first.step()
+    finally:
+        for group, members in zip(first.param_groups, parameters):
+            group["params"] = members
+        for other in others:
+            for p in (p for group in other.param_groups for p in group["params"]):
+                if p in first.state:
+                    other.state[p] = first.state.pop(p)
+            other._opt_called = True  # type: ignore[attr-defined]  # as schedules want it
+
+
 class FlatParameters:
     """The vectors that replace the parameters in an optimizer, one for each group.
 

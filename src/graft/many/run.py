@@ -21,7 +21,14 @@ from torch.optim import Optimizer
 from graft import AdapterNotFoundError, ConfigError
 from graft.many.bank import AdapterRow
 from graft.many.draws import Draws, States
-from graft.many.flat import FlatParameters, can_flatten, is_step_hooked, order_by_group
+from graft.many.flat import (
+    FlatParameters,
+    are_settings_equal,
+    can_flatten,
+    is_step_hooked,
+    order_by_group,
+    step_together,
+)
 from graft.many.joint import RunBatch
 from graft.many.loader import Loader, annotate_error
 from graft.many.losses import Loss
@@ -153,7 +160,7 @@ class Run:
         self._sums: list[Tensor | None] | None = None  # gradients of the step under way, unless its row has them
         self._has_sums_in_row = False
         # losses, gradients and random states before this round
-        self._saved: tuple[list[Tensor], list[Tensor | None] | None, States] | None = None
+        self._saved: tuple[list[Tensor], list[Tensor | None] | None, States | None] | None = None
         self.unused_batches = 0  # batches of a step that its data had no more for
         self.needs_check = False  # a step, or the end, at which nobody has looked, nor asked `stop`
         self._since = time.perf_counter()
@@ -225,7 +232,6 @@ class Run:
         generator's state is noted before every batch. An end of the data drops the step under way and records the
         reason. Without a number from a Trainer a step has `accumulate` batches.
         """
-        before = self.draws.states
         batch = self.loader.next_batch()
         if batch is None:
             self.unused_batches = len(self.losses)
@@ -235,15 +241,15 @@ class Run:
             self.needs_check = True
             return None
         self._window = batch.get(WINDOW, self.accumulate)
-        return self.begin_batch(RunBatch(self.name, batch, mean_of=self._window), before)
+        return self.begin_batch(RunBatch(self.name, batch, mean_of=self._window))
 
-    def begin_batch(self, item: RunBatch, states: States) -> RunBatch:
-        """Return `item`. Notes losses, gradients and these random states for `undo_round`.
+    def begin_batch(self, item: RunBatch) -> RunBatch:
+        """Return `item`. Notes losses, gradients and, without data, random states for `undo_round`.
 
         Moves gradients of earlier batches out of the row, which the next pass overwrites.
         """
         self.store_gradients()
-        self._saved = [*self.losses], self._sums, states
+        self._saved = [*self.losses], self._sums, None if self.has_data else self.draws.states
         return item
 
     def store_gradients(self) -> None:
@@ -259,9 +265,11 @@ class Run:
         """
         if self._saved is not None:
             self._has_sums_in_row = False
-            (self.losses, self._sums, self.draws.states), self._saved = self._saved, None
-            if self.has_data:
+            (self.losses, self._sums, states), self._saved = self._saved, None
+            if states is None:
                 self.loader.return_batch()
+            else:
+                self.draws.states = states
 
     def finish_round(self) -> None:
         """End the round: `undo_round` does nothing from now on."""
@@ -295,7 +303,9 @@ class Run:
         if not isinstance(loss, Tensor) or loss.dim():
             fault = f"has the shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"is {loss!r}"
             raise ConfigError(f"Run '{self.name}': its loss {fault}. Return a mean, a tensor ().")
-        value = (loss if self.is_loss_scaled else loss / item.mean_of) + auxiliary / item.mean_of
+        value = loss if self.is_loss_scaled or item.mean_of == 1 else loss / item.mean_of
+        if isinstance(auxiliary, Tensor):
+            value = value + auxiliary / item.mean_of
         if not value.requires_grad:
             raise ConfigError(
                 f"Run '{self.name}': no gradient leads from its loss to the adapter. Compute it from the output's "
@@ -398,22 +408,14 @@ class Run:
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"Run '{self.name}': {error}. Pass another value.") from error
 
-    def make_step(self, loss: float, norm: float, length: Tensor) -> None:
-        """Clip the gradients and make a step of optimizer and schedule, then drop the gradients.
-
-        Adds a record to `curve`, and ends the run after its last step.
+    def prepare_step(self, length: Tensor) -> None:
+        """Give the optimizer the gradients, and clip them.
 
         If a gradient is missing or the optimizer's steps have hooks, the optimizer gets its parameters back for good.
-        Optimizers not of torch draw from the run's random states.
 
-        Args:
-            loss, norm: finite numbers for the record.
-            length: the norm of the gradient, (), on the device.
-
-        Raises:
-            Exception: the optimizer's or schedule's error, with a note. The run has then failed.
+        length: the norm of the gradient, (), on the device.
         """
-        lr, row = self.lr, self.row
+        row = self.row
         # an optimizer leaves parameters without a gradient as they are
         if not row.is_complete or is_step_hooked(self.optimizer):
             self._restore_parameters()
@@ -424,26 +426,32 @@ class Run:
             self._flat.restore_gradients(row)
         if self.clip is not None:
             clip_grads_with_norm_(self.parameters if self._flat is None else self._flat.vectors, self.clip, length)
-        try:
-            with self.draws if self.draws_in_steps else nullcontext():
-                self.optimizer.step()
-            if self.schedule is not None:
-                self.schedule.step()
-            if self._flat is None:
-                for p in self.parameters:
-                    p.grad = None
-            else:
-                increment_version(self.parameters)  # caches of values computed from them see that they have changed
-            self.step += 1
-            self.curve.append(StepRecord(self.step, loss, lr, norm))
-        except BaseException as error:
-            why = f"an error stopped its optimizer or schedule in the middle ({error!r})"
-            annotate_error(error, self.fail(why, loss))
-            raise
+
+    def finish_step(self, loss: float, norm: float, lr: float) -> None:
+        """After the optimizer's step: make the schedule's, drop the gradients, add a record to `curve`, and end the run
+        after its last step.
+        """
+        if self.schedule is not None:
+            self.schedule.step()
+        if self._flat is None:
+            for p in self.parameters:
+                p.grad = None
+        else:
+            increment_version(self.parameters)  # caches of values computed from them see that they have changed
+        self.step += 1
+        self.curve.append(StepRecord(self.step, loss, lr, norm))
         self.drop_partial_step()
         self.needs_check = self.has_data
         if self.steps is not None and self.step >= self.steps:
             self.end(ENDED, f"{self.step} steps")
+
+    def can_step_with(self, other: Run) -> bool:
+        """Return True if one call of either optimizer can make the steps of both runs: both have vectors, and equal
+        classes and settings.
+        """
+        return (
+            self._flat is not None and other._flat is not None and are_settings_equal(self.optimizer, other.optimizer)
+        )
 
     def gradients(self) -> list[Tensor | None] | None:
         """Return by parameter the summed gradients of the step under way; None if there are none."""
@@ -497,6 +505,44 @@ class Run:
         """Tokens of this run in this process over the seconds since it was made, or until it ended."""
         seconds = self.seconds or time.perf_counter() - self._since
         return self.tokens / seconds if seconds else 0.0
+
+
+def make_steps(runs: Iterable[tuple[Run, float, float, Tensor]]) -> None:
+    """Make a step of each run: clip its gradients, step optimizer and schedule, and add a record to its `curve`.
+
+    Runs with equal optimizers on vectors step by one call, without a change of results. Optimizers not of torch draw
+    from the run's random states.
+
+    Args:
+        runs: each with finite loss and norm of its gradient, and the norm as a tensor () on the device.
+
+    Raises:
+        Exception: the error of an optimizer or schedule, with a note. The runs that shared its call have then failed,
+            and those after it have made no step.
+    """
+    by_rate: dict[float, list[list[tuple[Run, float, float, Tensor]]]] = {}  # which is what differs most often
+    for item in runs:
+        run = item[0]
+        run.prepare_step(item[3])
+        groups = by_rate.setdefault(run.lr, [])
+        group = next((group for group in groups if group[0][0].can_step_with(run)), None)
+        if group is None:
+            groups.append([item])
+        else:
+            group.append(item)
+    for group in (group for groups in by_rate.values() for group in groups):
+        run, rates = group[0][0], [run.lr for run, *_ in group]
+        try:
+            with run.draws if run.draws_in_steps else nullcontext():
+                step_together([run.optimizer for run, *_ in group])
+            for (run, loss, norm, _), lr in zip(group, rates):
+                run.finish_step(loss, norm, lr)
+        except BaseException as error:
+            why = f"an error stopped its optimizer or schedule in the middle ({error!r})"
+            for run, loss, *_ in group:
+                if run.losses:  # it has not finished
+                    annotate_error(error, run.fail(why, loss))
+            raise
 
 
 def describe_optimizer(optimizer: Optimizer) -> list[dict[str, object]]:

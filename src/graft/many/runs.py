@@ -54,7 +54,7 @@ from graft.many.joint import (
 )
 from graft.many.loader import Loader, annotate_error, shares_position
 from graft.many.losses import Loss, find_model_loss
-from graft.many.run import RUNNING, STOPPED, BatchResult, Run, StepRecord, ValidationRecord
+from graft.many.run import RUNNING, STOPPED, BatchResult, Run, StepRecord, ValidationRecord, make_steps
 from graft.many.trainer import TrainerDescription
 from graft.model.checkpoints import AdapterSnapshot
 
@@ -705,9 +705,7 @@ class MultiTrain:
                 except Exception as error:
                     call.error = error
                 else:
-                    items += [
-                        self._runs[item.name].begin_batch(item, self._runs[item.name].draws.states) for item in added
-                    ]
+                    items += [self._runs[item.name].begin_batch(item) for item in added]
             self._run_backward(items)
         except BaseException:
             for item in items:
@@ -779,7 +777,7 @@ class MultiTrain:
             )
         for group in run.optimizer.param_groups:
             group.update(settings)
-        run.make_step(loss, norm, length)
+        make_steps([(run, loss, norm, length)])
         return run.curve[-1]
 
     def gradient_norm(self, name: str) -> float:
@@ -845,13 +843,15 @@ class MultiTrain:
         for run in going:
             if run not in due:
                 run.store_gradients()
+        finite = list[tuple[Run, float, float, Tensor]]()
         for run, (loss, norm, length) in zip(due, self._read_numbers(due)):
             bad = run.fail_if_not_finite(loss, norm)
-            if bad is not None:
+            if bad is None:
+                finite.append((run, loss, norm, length))
+            else:
                 warn(bad, PeftWarning)
-                continue
-            run.make_step(loss, norm, length)
-            step.losses[run.name] = loss
+        make_steps(finite)
+        step.losses |= {run.name: loss for run, loss, *_ in finite}
 
     def _run_backward(self, items: Sequence[RunBatch]) -> None:
         """Run joint passes of these batches, of different runs, and add the gradients to the rows of the runs.
@@ -874,7 +874,7 @@ class MultiTrain:
         """
         if not runs:
             return []
-        lengths = self._banks.compute_norms([run.name for run in runs])
+        lengths = self._banks.compute_norms({run.name: run.clip is not None for run in runs})
         losses = [run.step_loss for run in runs]
         numbers = torch.stack([t.float().to(losses[0].device) for t in (*losses, *lengths)]).tolist()
         return list(zip(numbers, numbers[len(runs) :], lengths))

@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from graft.core.ops import Op
 from graft.core.wrappers import MANAGED
+from graft.kernels.cuts import Cut
 from graft.storage import offload, tensor_parallel
 from graft.storage.parallel import copy_unwrapped, gather_slots
 from graft.storage.tensor_parallel import TensorParallel
@@ -69,6 +71,11 @@ def find_parameter_group(m: nn.Module, name: str) -> Any:
     """Return FSDP2's group of a module's parameter, once `find_parameter_groups` has seen it; else None."""
     group = GROUPS.get(m, {}).get(name) if MANAGED in m.__dict__ else None
     return None if group is None else group()
+
+
+def is_running(group: Any) -> bool:
+    """Return True within a call or backward pass of the unit of a parameter group, which has its weights whole then."""
+    return group.is_unsharded and group._training_state.name != "IDLE"
 
 
 @dataclass
@@ -135,10 +142,18 @@ class Sharded(TensorParallel):
         If the unit kept its whole weights after a call, it gives them up first.
         """
         group = find_parameter_group(m, name)
-        if group is not None and not group.is_sharded and group._training_state.name == "IDLE":
+        if group is not None and not (group.is_sharded or is_running(group)):
             group.reshard()
         t: Tensor = getattr(m, name)
         return t
+
+    def piece(self, m: nn.Module, op: Op) -> tuple[Tensor, Cut | None, Cut | None]:
+        """Return this process's piece of the weight and its cuts within a call, as tensor parallelism has them.
+
+        Between calls return the whole weight without cuts: a DTensor is then also one over FSDP2's processes.
+        """
+        group = find_parameter_group(m, "weight")
+        return super().piece(m, op) if group is None or is_running(group) else (op.canon(self.read(m)), None, None)
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
         """Return why a merge cannot write the tensor: as a dense one, or because FSDP2 has tied it to another module.

@@ -30,7 +30,7 @@ from graft.inject.parts import pause_collector, sort_inside_out
 from graft.inject.stage import draw_alike, find_team
 from graft.inject.survey import ModuleTree, Place, attach_module, survey_model
 from graft.methods import ROWS, method_of
-from graft.storage import innermost, prepare_packed
+from graft.storage import DENSE, find_store_of_tensor, innermost, prepare_packed
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
@@ -76,6 +76,8 @@ class Injection(InjectionJob):
         """
         self.team = find_team(self.model.modules())  # before stores are found, which depend on it
         self.tree = self.tree or survey_model(self.model)
+        if self.team is not None and self.team.sharding is not None:
+            find_stores_again(self.tree)
         self.cfg = copy.copy(self.config)
         with nullcontext() if self.steps is None else self.steps.swap_config(self):
             find.resolve_job(self)
@@ -137,6 +139,17 @@ class Injection(InjectionJob):
                 attach_module(tree.list_places(key), module.train(tree.modules[key].training))
         for bias in self.biases:
             bias.requires_grad = True  # `build_carriers` has made Parameters of packed ones
+
+
+def find_stores_again(tree: ModuleTree) -> None:
+    """Set the store of each layer with a weight that FSDP2 has sharded since its first adapter came, in place.
+
+    Merged layers keep theirs, which has to undo the merge.
+    """
+    for layer in (*tree.layers.values(), *tree.wrappers.values()):
+        if layer.store is DENSE and not layer.state.merged:
+            weight = layer.base_weight
+            layer.store = layer.site.store = find_store_of_tensor(weight.module, weight.name)
 
 
 def list_frozen_names(model: nn.Module, tree: ModuleTree) -> set[str] | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from graft.prompts import kv_prefix
 from graft.prompts.replays import Replays
-from graft.storage import find_device_and_dtype
+from graft.storage import find_compute_dtype, find_device_and_dtype
 
 
 def find_first_input(arguments: dict[str, object]) -> Any:
@@ -192,8 +192,9 @@ class PromptStack:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the module's first floating-point parameter."""
-        return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
+        """The dtype of the module's first floating-point parameter, or that of FSDP2's mixed precision."""
+        dtype = find_compute_dtype(self.module)
+        return next(p.dtype for p in self.module.parameters() if p.is_floating_point()) if dtype is None else dtype
 
     def check_visited(self) -> None:
         """Raise RuntimeError if the present visit has a prompt and the model never ran this module: it had no

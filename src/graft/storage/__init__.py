@@ -33,7 +33,7 @@ from graft.storage.find import (
     innermost,
 )
 from graft.storage.foreign import ByIdentity
-from graft.storage.fsdp2 import Sharding, find_sharding, gather_module, standalone
+from graft.storage.fsdp2 import Sharding, find_compute_dtype, find_sharding, gather_module, standalone
 from graft.storage.quantized import Quantized
 from graft.storage.shared_work import find_group, find_piece, why_no_adapter
 
@@ -49,6 +49,7 @@ __all__ = [
     "Quantized",
     "Sharding",
     "count_numbers",
+    "find_compute_dtype",
     "find_device_and_dtype",
     "find_group",
     "find_piece",

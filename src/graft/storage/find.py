@@ -11,6 +11,7 @@ from torch import nn
 from graft.core.carrier import carrier_of
 from graft.core.ops import OPS, Linear, TypeTable, find_replaced_forward
 from graft.core.site import Store
+from graft.core.wrappers import MANAGED
 from graft.storage import aqlm, bnb, calibrated, compressed, float8, hqq, integers, megatron, quanto, stacks, torchao
 from graft.storage.dense import NUMBERS, PLAIN, Dense, strange_tensor
 from graft.storage.engine import Engine
@@ -107,7 +108,8 @@ def find_store_of_tensor(module: nn.Module, name: str) -> Store:
     """
     t = module._parameters.get(name)
     kind = type(t)
-    if find_parameter_group(module, name) is not None and t.dtype in NUMBERS:  # type: ignore[union-attr]
+    is_managed = t is not None and MANAGED in module.__dict__ and t.dtype in NUMBERS
+    if is_managed and (is_sharded(t) or find_parameter_group(module, name) is not None):
         return SHARDED
     if kind in PLAIN and t.dtype in NUMBERS:  # type: ignore[union-attr]  # most are, and there are many
         return DENSE

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
@@ -36,19 +37,22 @@ GROUPS: WeakKeyDictionary[nn.Module, dict[str, ref[Any]]] = WeakKeyDictionary() 
 def find_parameter_groups(modules: Iterable[nn.Module]) -> list[Any]:
     """Return FSDP2's parameter groups with parameters, of the units among these modules, each once.
 
-    [] without FSDP2. Notes the group of each parameter for `find_parameter_group`.
+    After a first call, units around them count as well. [] without FSDP2. Notes the group of each parameter for
+    `find_parameter_group`.
     """
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if not hasattr(fsdp, "FSDPModule"):
         return []
+    states: list[Any] = [module._get_fsdp_state() for module in modules if isinstance(module, fsdp.FSDPModule)]
+    states += [
+        state for first in states[:1] for state in first._state_ctx.all_states
+    ]  # a unit around the model as well
     groups: dict[int, Any] = {}
-    for module in modules:
-        if isinstance(module, fsdp.FSDPModule):
-            state: Any = module._get_fsdp_state()
-            one = getattr(state, "_fsdp_param_groups", None)  # until torch 2.11 a state has one group
-            for group in [state._fsdp_param_group] if one is None else one:
-                if group is not None and group.fsdp_params:
-                    groups[id(group)] = group
+    for state in states:
+        several = getattr(state, "_fsdp_param_groups", None)  # until torch 2.11 a state has one group
+        for group in [state._fsdp_param_group] if several is None else several:
+            if group is not None and group.fsdp_params:
+                groups[id(group)] = group
     for group in groups.values():
         for owner, name in list_managed([group]):
             GROUPS.setdefault(owner, {})[name] = ref(group)
@@ -71,6 +75,14 @@ def find_parameter_group(m: nn.Module, name: str) -> Any:
     """Return FSDP2's group of a module's parameter, once `find_parameter_groups` has seen it; else None."""
     group = GROUPS.get(m, {}).get(name) if MANAGED in m.__dict__ else None
     return None if group is None else group()
+
+
+def find_compute_dtype(module: nn.Module) -> torch.dtype | None:
+    """Return the dtype that FSDP2's mixed precision computes in, by the first sharded parameter in a module; None
+    without.
+    """
+    group = next((g for m in module.modules() for g in GROUPS.get(m, {}).values()), lambda: None)()
+    return None if group is None else group.mp_policy.param_dtype
 
 
 def is_running(group: Any) -> bool:
@@ -205,8 +217,8 @@ def gather_module(module: nn.Module) -> nn.Module:
 def standalone(module: nn.Module) -> nn.Module:
     """Return a copy of a module with all tensors in memory and whole on each process, which no layout manages.
 
-    If FSDP2 has sharded it, every process must call this, and hooks stay behind. Else as
-    `tensor_parallel.standalone`.
+    If FSDP2 has sharded it, every process must call this, and hooks stay behind. With its mixed precision, hooks cast
+    inputs to the copy's dtype and the output to that of the precision. Else as `tensor_parallel.standalone`.
     """
     if not any(m in GROUPS for m in module.modules()):
         return tensor_parallel.standalone(module)
@@ -214,4 +226,26 @@ def standalone(module: nn.Module) -> nn.Module:
     clone = offload.standalone(gather_module(module))
     for path in styles:
         del clone.get_submodule(path).__dict__["forward"]
+    dtype = find_compute_dtype(module)
+    held = next((p.dtype for p in clone.parameters() if p.is_floating_point()), dtype)
+    if dtype is not None and held != dtype:
+        clone.register_forward_pre_hook(partial(cast_inputs, held), with_kwargs=True)
+        clone.register_forward_hook(partial(cast_output, dtype))
     return clone
+
+
+def cast_inputs(
+    dtype: torch.dtype, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Return the arguments of a call with floating-point tensors in `dtype`. A hook of whole copies."""
+    return tuple(cast_tensor(x, dtype) for x in args), {name: cast_tensor(x, dtype) for name, x in kwargs.items()}
+
+
+def cast_output(dtype: torch.dtype, module: nn.Module, args: object, output: object) -> object:
+    """Return an output in the dtype that FSDP2's mixed precision computes in. A hook of whole copies."""
+    return cast_tensor(output, dtype)
+
+
+def cast_tensor(x: object, dtype: torch.dtype) -> object:
+    """Return a floating-point tensor in `dtype`, and any other object unchanged."""
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x

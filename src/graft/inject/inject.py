@@ -55,7 +55,9 @@ class Injection(InjectionJob):
             with pause_collector(), gather_warnings() as say:
                 self.find()
                 if self.team is not None:
-                    self.team.meet(self.adapter, self.cfg, [*self.methods, *self.beside])
+                    self.team.meet(
+                        self.adapter, self.cfg, [*self.methods, *self.beside], self.options.values is not None
+                    )
                 with draw_alike(self.team):
                     build.build_carriers(self)
             try:

@@ -27,7 +27,7 @@ from graft.inject.parts import AdapterCarriers
 from graft.inject.survey import ModuleTree
 from graft.storage import Sharding, find_group, find_sharding, innermost
 from graft.storage.flat import sendable
-from graft.storage.meeting import Meeting
+from graft.storage.meeting import LONG_PATIENCE, Meeting
 from graft.storage.parallel import processes
 
 CALL = "get_peft_model() (or add_adapter, from_pretrained)"  # for errors
@@ -214,11 +214,16 @@ class ProcessTeam:
         self.pieces, self.sharding = pieces, sharding
         self.groups = sharding.groups if sharding is not None else [] if pieces is None else [pieces]
 
-    def meet(self, adapter: str, config: Any, paths: Iterable[str]) -> None:
+    def meet(self, adapter: str, config: Any, paths: Iterable[str], loads: bool) -> None:
         """Wait until all processes of a sharded base come with the same adapter. Without a sharding does nothing.
 
+        Args:
+            paths: of the targets.
+            loads: the adapter comes from a checkpoint.
+
         Raises:
-            DistributedError: a process does not come in time, or has another name, config or other targets.
+            DistributedError, or CheckpointError with `loads`: a process does not come in time, or has another name,
+                config or other targets.
         """
         if self.sharding is None:
             return
@@ -227,7 +232,8 @@ class ProcessTeam:
         paths = sorted(paths)
         targets = f"{len(paths)} targets {digest(str(paths))}"
         task = f"'{adapter}' ({config.peft_type.value}, config {digest(text)}, {targets})"
-        Meeting(CALL, task, sorted(self.sharding.ranks), "give one adapter to", DistributedError)
+        error = CheckpointError if loads else DistributedError
+        Meeting(CALL, task, self.sharding.ranks, "give one adapter to", error, LONG_PATIENCE)
 
     def broadcast(self, data: Tensor) -> None:
         """Overwrite `data` by the first process's. All processes must call this."""

@@ -11,7 +11,8 @@ batch. An `Averager` then averages the gradients, once when a backward pass ends
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import unserializable_hook
 
+from graft.core.base_config import input_embeddings
 from graft.core.carrier import iter_carried
 from graft.core.containers import Slot
 from graft.core.errors import DistributedError, PeftWarning, warn
@@ -31,7 +33,7 @@ from graft.io.rendezvous import RankNote
 from graft.kernels.waits import constant
 from graft.storage import Sharding
 from graft.storage.flat import is_flat, trains
-from graft.storage.meeting import Meeting
+from graft.storage.meeting import LONG_PATIENCE, Meeting
 from graft.storage.parallel import find_master_ids, is_sharded, layout_of, processes
 
 MARK = "_replicated_grad_hook_registered"  # transformers' Trainer averages a parameter itself unless it has this
@@ -51,6 +53,7 @@ class Averager:
         self.parameters: list[nn.Parameter] = []  # with a hook, in the model's order
         self.agreed: list[int] = []  # ids of those that trained when the processes last compared them
         self.task: int | None = None  # the backward pass that will be averaged at its end
+        self.last_meeting: Meeting | None = None  # of calls with names of rows
         self.follows = False  # a call's output began that pass, and not a parameter
 
     def find_parameters(self) -> None:
@@ -91,8 +94,48 @@ class Averager:
         if ids == self.agreed:
             return
         task = f"{len(ids)} tensors that train ({hash_text(str([(tuple(p.shape), p.dtype) for p in training]))})"
-        Meeting("A training step", task, sorted(self.sharding.ranks), "average gradients over", DistributedError)
+        ranks = self.sharding.ranks
+        Meeting("A training step", task, ranks, "average gradients over", DistributedError, LONG_PATIENCE)
         self.agreed = ids
+
+    @contextmanager
+    def reach_inputs(self, names: Iterable[str]) -> Iterator[None]:
+        """Within the block, the backward pass of a call with rows of these adapters passes through all layers.
+
+        FSDP2 gathers the weights of the layers that a pass reaches: those below the first adapter of its rows, too, if
+        other processes reach them. Does nothing if none of the adapters trains, or without word embeddings.
+        """
+        registry = self.registry
+        words = input_embeddings(registry.model) if any(registry.trains(name) for name in names) else None
+        if words is None:
+            yield
+            return
+        handle = words.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def check_rows(self, output: object) -> None:
+        """Wait until all processes have called the model with names of rows, and compare if a pass can follow.
+
+        The host waits for the other hosts, and for no device.
+
+        Raises:
+            DistributedError: the output of a process has no gradient, or a process does not come in time.
+        """
+        task = "" if any([t.grad_fn is not None for t in find_tensors(output)]) else "no gradient"
+        call, ranks = "A call with adapter_names in training", self.sharding.ranks
+        meeting = Meeting(call, task, ranks, "average gradients over", DistributedError, LONG_PATIENCE, compares=False)
+        idle_ranks = meeting.list_ranks_with_task()
+        if self.last_meeting is not None:
+            self.last_meeting.clear()
+        self.last_meeting = meeting
+        if idle_ranks:
+            raise DistributedError(
+                f"All rows of rank(s) {idle_ranks} lack an adapter that trains: their backward pass would fail, and "
+                "the other processes wait for it. Give each process a row with such an adapter."
+            )
 
     def follow(self, output: object) -> None:
         """Hook the tensors of a call's output, so that the gradients are averaged when its backward pass ends.

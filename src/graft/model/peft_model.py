@@ -476,12 +476,17 @@ class PeftModel(nn.Module):
                     methods = [method_of(config.peft_type) for config in self.peft_config.values()]
                     own_arguments = {*self.special_peft_forward_args, *(name for m in methods for name in m.arguments)}
                     inputs, kwargs, names, facts = copy_batch(registry.call, value, inputs, kwargs, own_arguments)
-                with facts:
+                reaches_inputs: AbstractContextManager[None] = nullcontext()
+                if used is not None and registry.averager is not None and self.training and torch.is_grad_enabled():
+                    reaches_inputs = registry.averager.reach_inputs(used)
+                with facts, reaches_inputs:
                     output, context = self._run_in_call(function, names, inputs, kwargs, generates, copy_shares(value))
             break
         if torch.is_grad_enabled() and not (generates or torch.compiler.is_compiling()):
             registry.call.keep_for_backward(output, context)
             if registry.averager is not None:
+                if used is not None and self.training:
+                    registry.averager.check_rows(output)
                 registry.averager.follow(output)
             if registry.watch is not None and names is None:
                 registry.watch.follow(output, (*inputs, *kwargs.values()))

@@ -130,7 +130,7 @@ class Prompts(Registry):
             options.values.check_room(count_needed_numbers(lambda: {"": self._make_prompt(cfg)}))
         team = find_team(self.model.modules())
         if team is not None:
-            team.meet(adapter_name, cfg, ())
+            team.meet(adapter_name, cfg, (), options.values is not None)
         tree, self.tree = self.tree, None
         with draw_alike(team):
             prompt = self._make_prompt(cfg)

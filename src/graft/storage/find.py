@@ -11,13 +11,12 @@ from torch import nn
 from graft.core.carrier import carrier_of
 from graft.core.ops import OPS, Linear, TypeTable, find_replaced_forward
 from graft.core.site import Store
-from graft.core.wrappers import MANAGED
 from graft.storage import aqlm, bnb, calibrated, compressed, float8, hqq, integers, megatron, quanto, stacks, torchao
 from graft.storage.dense import NUMBERS, PLAIN, Dense, strange_tensor
 from graft.storage.engine import Engine
 from graft.storage.experts import PACKED_STACK
 from graft.storage.foreign import Foreign, Packed
-from graft.storage.fsdp2 import Sharded, find_parameter_group
+from graft.storage.fsdp2 import Sharded, is_managed
 from graft.storage.megatron import Megatron
 from graft.storage.parallel import is_sharded
 from graft.storage.quantized import Quantized
@@ -108,8 +107,7 @@ def find_store_of_tensor(module: nn.Module, name: str) -> Store:
     """
     t = module._parameters.get(name)
     kind = type(t)
-    is_managed = t is not None and MANAGED in module.__dict__ and t.dtype in NUMBERS
-    if is_managed and (is_sharded(t) or find_parameter_group(module, name) is not None):
+    if t is not None and is_managed(module, name) and t.dtype in NUMBERS:
         return SHARDED
     if kind in PLAIN and t.dtype in NUMBERS:  # type: ignore[union-attr]  # most are, and there are many
         return DENSE

@@ -24,7 +24,7 @@ from graft.core.ops import Op
 from graft.core.wrappers import MANAGED
 from graft.kernels.cuts import Cut
 from graft.storage import offload, tensor_parallel
-from graft.storage.parallel import copy_unwrapped, gather_slots
+from graft.storage.parallel import copy_unwrapped, gather_slots, is_sharded
 from graft.storage.tensor_parallel import TensorParallel
 
 if TYPE_CHECKING:
@@ -90,6 +90,12 @@ def is_running(group: Any) -> bool:
     return group.is_unsharded and group._training_state.name != "IDLE"
 
 
+def is_managed(m: nn.Module, name: str) -> bool:
+    """Return True if FSDP2 has sharded a module's parameter: a DTensor, or `find_parameter_groups` has seen it."""
+    t = m._parameters.get(name) if MANAGED in m.__dict__ else None
+    return t is not None and (is_sharded(t) or find_parameter_group(m, name) is not None)
+
+
 @dataclass
 class Sharding:
     """The processes that share a base, which FSDP2 had sharded before an adapter came.
@@ -127,7 +133,7 @@ def find_sharding(modules: Iterable[nn.Module]) -> Sharding | None:
     parameters = [p.sharded_param for group in parameter_groups for p in group.fsdp_params]
     mesh: DeviceMesh = max((p.device_mesh for p in parameters), key=lambda mesh: mesh.size())
     unit: DeviceMesh = max((group.mesh_info.mesh for group in parameter_groups), key=lambda mesh: mesh.size())
-    return Sharding(parameter_groups, mesh.mesh.flatten().tolist(), list_groups(mesh), list_groups(unit))
+    return Sharding(parameter_groups, sorted(mesh.mesh.flatten().tolist()), list_groups(mesh), list_groups(unit))
 
 
 def list_groups(mesh: DeviceMesh) -> list[ProcessGroup]:
@@ -227,8 +233,8 @@ def standalone(module: nn.Module) -> nn.Module:
     for path in styles:
         del clone.get_submodule(path).__dict__["forward"]
     dtype = find_compute_dtype(module)
-    held = next((p.dtype for p in clone.parameters() if p.is_floating_point()), dtype)
-    if dtype is not None and held != dtype:
+    held = next((p.dtype for p in clone.parameters() if p.is_floating_point()), None)
+    if dtype is not None and held is not None and held != dtype:
         clone.register_forward_pre_hook(partial(cast_inputs, held), with_kwargs=True)
         clone.register_forward_hook(partial(cast_output, dtype))
     return clone

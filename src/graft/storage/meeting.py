@@ -18,6 +18,7 @@ import torch.distributed as dist
 from graft.core.errors import CheckpointError
 
 PATIENCE = float(os.environ.get("GRAFT_PATIENCE", 30))  # seconds to wait for the other processes
+LONG_PATIENCE = float(os.environ.get("GRAFT_PATIENCE", 600))  # where others may load a model or data before
 WORK = timedelta(hours=1)  # the longest that the first process may take to write
 GO, LEFT = b"go", b"left"
 
@@ -41,6 +42,8 @@ class Meeting:
         ranks: Sequence[int],
         purpose: str = "gather tensors that are spread over",
         error: type[Exception] = CheckpointError,
+        patience: float | None = None,
+        compares: bool = True,
     ):
         """Wait for the processes of these ranks, and compare their tasks.
 
@@ -49,14 +52,18 @@ class Meeting:
             task: adapters and arguments of the call, as text. Every process must pass the same.
             purpose: the verb phrase before "<n> processes" in the error of a process that is alone.
             error: the class of errors.
+            patience: seconds to wait; None: `PATIENCE`.
+            compares: False: tasks may differ, and `list_ranks_with_task` tells of them.
 
         Raises:
             CheckpointError, or `error`: a process did not come in time, or passed another task.
         """
-        self.purpose, self.error = purpose, error
+        self.purpose, self.error, self.compares = purpose, error, compares
+        self.patience = PATIENCE if patience is None else patience
         self.call, self.store, self.rank, self.ranks = call, get_store(), dist.get_rank(), ranks
         self.room = self._wait_for_all(task)
-        self._compare_tasks()
+        if compares:
+            self._compare_tasks()
 
     def _wait_for_all(self, task: str) -> str:
         """Write `task` into the store and wait for the other ranks.
@@ -75,16 +82,18 @@ class Meeting:
             if not store.check([go]):
                 break  # else a process has waited here in vain and left
         store.set(f"{room}/{self.rank}", task)
+        if task and not self.compares:
+            store.add(f"{room}/tasks", 1)
         if store.add(f"{room}/count", 1) == size:
             store.compare_set(go, "", GO.decode())
         try:
-            store.wait([go], timedelta(seconds=PATIENCE))
+            store.wait([go], timedelta(seconds=self.patience))
             answer = bytes(store.get(go))
         except RuntimeError:
             answer = bytes(store.compare_set(go, "", LEFT.decode()))
         if answer != GO:
             missing = [rank for rank in self.ranks if not store.check([f"{room}/{rank}"])]
-            who = f"rank {self.rank} waited {PATIENCE:g} s for {missing or 'the others'}"
+            who = f"rank {self.rank} waited {self.patience:g} s for {missing or 'the others'}"
             raise self.error(
                 f"{self.call} has to {self.purpose} {size} processes, and this one is alone "
                 f"({who}). Call {self.call} on all processes."
@@ -102,6 +111,24 @@ class Meeting:
                 f"(differing ranks: {differing_ranks}). "
                 "Give all processes the same adapters, names and arguments."
             )
+
+    def list_ranks_with_task(self) -> list[int]:
+        """Return the ranks that came with a text that is not empty, of a meeting that does not compare texts.
+
+        One read of the store if there is none.
+        """
+        if not self.store.add(f"{self.room}/tasks", 0):
+            return []
+        return [rank for rank in self.ranks if bytes(self.store.get(f"{self.room}/{rank}"))]
+
+    def clear(self) -> None:
+        """Delete the meeting's keys from the store: its own, and as the first process the common ones.
+
+        Call this after a later meeting of the same processes, when nobody reads them any more.
+        """
+        common = ("go", "count", "tasks") if self.rank == self.ranks[0] else ()
+        for name in (str(self.rank), *common):
+            self.store.delete_key(f"{self.room}/{name}")
 
     def run_on_first(self, act: Callable[[], object]) -> None:
         """Call `act` on the first rank.

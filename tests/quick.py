@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tests `make quick` runs: a draw by a fixed seed from each test function, and more from the laws.
 
-Functions whose tests take long are left out; tests/quick_without.txt has their names.
+Functions whose tests take long are left out; tests/quick_without.txt has their names. tests/quick_with.txt has tests
+of lines that few of the others run, which tests/drawn/choosing.py has chosen by a record of what each test runs.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import pytest
 
 SEED = "1"
 LONG = set(Path(__file__).with_name("quick_without.txt").read_text().split())
+WITH = Path(__file__).with_name("quick_with.txt")
 # one test in so many of a function runs: all where they take a few milliseconds each and notice much
 SHARES = {
     "tests/conformance/test_together.py": 9, "tests/conformance/test_matrix.py::test_a_default_device": 1,
-    "tests/conformance/test_traces.py": 2, "tests/conformance/": 3,
+    "tests/conformance/": 3, "tests/methods/test_refused.py": 1, "tests/core/test_pieces.py": 3,
     "tests/kernels/test_eager.py": 5, "tests/kernels/test_other_kernels.py": 5, "tests/kernels/test_low_rank.py": 5,
     "tests/kernels/": 1,
     "tests/methods/test_adapterhub.py": 8, "tests/methods/test_places.py": 8, "tests/methods/test_reft.py": 3,
@@ -31,17 +33,22 @@ SHARES = {
 
 def draw_tests(items: list[pytest.Item]) -> list[pytest.Item]:
     """Return the tests of a collection that `make quick` runs, in their order."""
-    functions: dict[str, list[pytest.Item]] = defaultdict(list)
-    for item in items:
-        function = item.nodeid.partition("[")[0]
-        if function not in LONG:
-            functions[function].append(item)
-    chosen = {item.nodeid for function, cells in functions.items() for item in draw_cells(function, cells)}
+    chosen = draw_names([item.nodeid for item in items]) | set(WITH.read_text().splitlines())
     return [item for item in items if item.nodeid in chosen]
 
 
-def draw_cells(function: str, cells: list[pytest.Item]) -> list[pytest.Item]:
+def draw_names(names: list[str]) -> set[str]:
+    """Return a share of the tests of each function that is not left out, at least one of each."""
+    functions: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        function = name.partition("[")[0]
+        if function not in LONG:
+            functions[function].append(name)
+    return {name for function, cells in functions.items() for name in draw_cells(function, cells)}
+
+
+def draw_cells(function: str, cells: list[str]) -> list[str]:
     """Return a share of the tests of one function, at least one."""
     share = next(share for folder, share in SHARES.items() if function.startswith(folder))
-    order = sorted(cells, key=lambda item: zlib.crc32(f"{SEED} {item.nodeid}".encode()))
+    order = sorted(cells, key=lambda name: zlib.crc32(f"{SEED} {name}".encode()))
     return order[: math.ceil(len(cells) / share)]

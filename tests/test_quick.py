@@ -4,13 +4,13 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-from tests.quick import LONG, draw_tests
+from tests.quick import LONG, WITH, draw_tests
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_functions_that_are_left_out_exist():
-    for name in LONG:
+def test_functions_that_are_named_exist():
+    for name in LONG | {line.partition("[")[0] for line in WITH.read_text().splitlines()}:
         file, *names = name.split("::")
         assert f"def {names[-1]}(" in (ROOT / file).read_text() or names[-1] == "runTest", name
 

@@ -6,6 +6,7 @@ import importlib.util
 import pytest
 
 from tests.drawn.changes import Finder, draw_changes
+from tests.drawn.choosing import choose_tests
 from tests.drawn.mapping import PACKAGE, Record
 from tests.drawn.patching import Functions
 
@@ -69,3 +70,17 @@ def test_tests_that_were_not_recorded_follow_those_of_their_function(tmp_path):
     chosen = record.tests_of("core/x.py", 7, range(6, 9), tests)
     assert chosen == ["t.py::b", "t.py::a[0]", "t.py::a[1]", "t.py::c[1]"]
     assert record.tests_of("core/x.py", 8, range(9, 10), ["t.py::c[0]", "t.py::d"]) == ["t.py::c[0]"]
+
+
+def test_tests_are_chosen_by_what_they_add():
+    lines = {
+        "drawn": {0, 1},
+        "same": {0, 1},
+        "more": {0, 2, 3},
+        "most": {0, 1, 2, 3, 4},
+        "slow": {5, 6, 7},
+        "again": {4},
+    }
+    times = dict.fromkeys(lines, 0.1) | {"slow": 9.0, "most": 0.4}
+    assert list(choose_tests(lines, times, ["drawn"], 0.15)) == ["more", "again"]
+    assert list(choose_tests(lines, times, ["drawn"], 0.25)) == ["more", "again", "same"]

@@ -7,13 +7,13 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np  # torch reads no read-only bytes
 import torch
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from graft.config import notes, pair
 from graft.config.atomic import replace_file
-from graft.config.base import make_config, make_files
+from graft.config.base import PeftConfig, make_config, make_files, why_no_config
 from graft.config.file import ConfigFile, describe_whole_model
-from graft.config.hub import describe_offline, fetch_file
+from graft.config.hub import describe_offline, fetch_file, select_hub_keywords
 from graft.config.pair import SAFETENSORS as SAFETENSORS_WEIGHTS_NAME
 from graft.config.pair import TORCH as WEIGHTS_NAME
 from graft.config.reading import load_torch_file, open_file
@@ -35,9 +35,6 @@ from graft.io.rendezvous import GATHER
 from graft.io.tensors import copy_to_cpu, digest_tensors, write_safetensors
 from graft.io.written import TODAY, StackLayout
 from graft.storage.parallel import is_sharded
-
-if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
 
 LOOKS = 5  # attempts to find the weights, as another process may replace them by the other format
 
@@ -135,6 +132,48 @@ def load_pair(
     if loaded.noted is None or loaded.noted.config is None:  # graft did not write it
         loaded.layout = StackLayout.from_config(fields)
     return make_config(fields, config_file.path, os.fspath(where), subfolder, **hub), loaded
+
+
+def read_checkpoint(
+    where: str | os.PathLike[str] | AdapterInMemory,
+    options: dict[str, Any],
+    replacement: Callable[[PeftConfig], str | None],
+    config: PeftConfig | None = None,
+) -> tuple[PeftConfig, LoadedWeights]:
+    """Return config and tensors of a saved adapter. An `AdapterInMemory` is returned unchanged.
+
+    The layout of stacks of experts in the file is set from the config's version, from clients that replaced the
+    loading, and from `expert_layout`.
+
+    Args:
+        where: folder or hub repository.
+        options: keyword arguments of the caller: those for the hub, `subfolder`, `check_digest` and `expert_layout`;
+            others are ignored.
+        replacement: returns the name of the client that replaced the loading of adapters with a config, or None.
+        config: use this instead of the stored one, which is then not read.
+
+    Raises:
+        ValueError: `config` is no config.
+        ConfigError: `expert_layout` is no known layout.
+        CheckpointError, HubError: as `PeftModel.from_pretrained`.
+    """
+    if isinstance(where, AdapterInMemory):
+        return where
+    source = select_hub_keywords(options) | {"where": os.fspath(where), "subfolder": options.get("subfolder")}
+    source["check_digest"] = options.get("check_digest", True)
+    if config is None:
+        config, loaded = load_pair(**source)
+    elif not isinstance(config, PeftConfig):
+        raise ValueError(f"The input config must be a PeftConfig, {why_no_config(config)}")
+    else:
+        loaded = load_weights(**source)
+        if loaded.noted is None or loaded.noted.config is None:  # graft did not write it
+            loaded.layout = StackLayout(config.peft_version)
+    if (who := replacement(config)) is not None:
+        loaded.layout = loaded.layout.for_replacement(who)
+    if layouts := options.get("expert_layout"):
+        loaded.layout = loaded.layout.with_names(layouts)
+    return config, loaded
 
 
 def load_weights(where: str, subfolder: str | None = None, check_digest: bool = True, **hub: object) -> LoadedWeights:

@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from graft.config.atomic import check_no_link
-from graft.config.base import FORMAT_VERSION, PeftConfig, why_no_config
-from graft.config.hub import select_hub_keywords
+from graft.config.base import FORMAT_VERSION, PeftConfig
 from graft.config.prompt import NAMES as OF_THE_BASE
 from graft.core.containers import place_tensors
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
@@ -32,11 +31,9 @@ from graft.core.names import check_name_list
 from graft.inject.parts import get_registry
 from graft.inject.survey import survey_model
 from graft.io import files, save
-from graft.io.files import AdapterInMemory
 from graft.io.fingerprint import Fingerprint, digest_base_tensor, hash_text
 from graft.io.load import CheckpointValues
 from graft.io.rendezvous import CALL, save_once
-from graft.io.written import StackLayout
 from graft.model.averaging import is_replicated
 from graft.storage.meeting import Meeting
 from graft.storage.parallel import processes
@@ -44,48 +41,6 @@ from graft.storage.parallel import processes
 SETTLED = {f.name for f in fields(PeftConfig)} | {  # fields that the tensors imply, or that have no effect later
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
-
-
-def read_checkpoint(
-    where: str | os.PathLike[str] | AdapterInMemory,
-    options: dict[str, Any],
-    replacement: Callable[[PeftConfig], str | None],
-    config: PeftConfig | None = None,
-) -> tuple[PeftConfig, files.LoadedWeights]:
-    """Return config and tensors of a saved adapter. An `AdapterInMemory` is returned unchanged.
-
-    The layout of stacks of experts in the file is set from the config's version, from clients that replaced the
-    loading, and from `expert_layout`.
-
-    Args:
-        where: folder or hub repository.
-        options: keyword arguments of the caller: those for the hub, `subfolder`, `check_digest` and `expert_layout`;
-            others are ignored.
-        replacement: returns the name of the client that replaced the loading of adapters with a config, or None.
-        config: use this instead of the stored one, which is then not read.
-
-    Raises:
-        ValueError: `config` is no config.
-        ConfigError: `expert_layout` is no known layout.
-        CheckpointError, HubError: as `PeftModel.from_pretrained`.
-    """
-    if isinstance(where, AdapterInMemory):
-        return where
-    source = select_hub_keywords(options) | {"where": os.fspath(where), "subfolder": options.get("subfolder")}
-    source["check_digest"] = options.get("check_digest", True)
-    if config is None:
-        config, loaded = files.load_pair(**source)
-    elif not isinstance(config, PeftConfig):
-        raise ValueError(f"The input config must be a PeftConfig, {why_no_config(config)}")
-    else:
-        loaded = files.load_weights(**source)
-        if loaded.noted is None or loaded.noted.config is None:  # graft did not write it
-            loaded.layout = StackLayout(config.peft_version)
-    if (who := replacement(config)) is not None:
-        loaded.layout = loaded.layout.for_replacement(who)
-    if layouts := options.get("expert_layout"):
-        loaded.layout = loaded.layout.with_names(layouts)
-    return config, loaded
 
 
 def prepare_config(config: PeftConfig, is_trainable: bool) -> None:

@@ -22,7 +22,7 @@ from graft.core.rows import BASE, CallContext, Run, count_copies
 from graft.inject.job import Options
 from graft.inject.parts import HOLDER, check_adapter_name, get_registry, restore_modes_on_error
 from graft.inject.survey import ModuleTree
-from graft.io.files import AdapterInMemory
+from graft.io.files import AdapterInMemory, read_checkpoint
 from graft.io.load import CheckpointValues, LoadReport
 from graft.methods import method_of
 from graft.model import checkpoints
@@ -733,7 +733,7 @@ class PeftModel(nn.Module):
             HubError: the hub cannot be reached, or does not give a file.
         """
         by_task = {} if cls._mixed_tuner else OF_TASKS
-        config, loaded = checkpoints.read_checkpoint(
+        config, loaded = read_checkpoint(
             model_id, kwargs, lambda read: find_replaced_loader(by_task.get(read.task_type, cls)), config
         )
         kind = by_task.get(config.task_type, cls)
@@ -829,7 +829,7 @@ class PeftModel(nn.Module):
         if all(k in kwargs for k in ("offload_folder", "offload_dir")):
             raise ValueError("Cannot use `offload_folder` when `offload_dir` is specified: they mean the same.")
         warn_unknown(PeftModel.load_adapter, kwargs, LOADING | IDLE_LOADING)
-        config, loaded = checkpoints.read_checkpoint(model_id, kwargs, lambda _: find_replaced_loader(type(self)))
+        config, loaded = read_checkpoint(model_id, kwargs, lambda _: find_replaced_loader(type(self)))
         tears: Names = None if self.training and not is_trainable else ()  # the model goes to eval mode
         with self._registry.call.gate.change(f"load_adapter({adapter_name!r})", tears, late=True):
             new = adapter_name not in self.peft_config

@@ -33,9 +33,8 @@ from graft.inject.parts import (
 )
 from graft.inject.survey import survey_model
 from graft.io.entries import list_entries
-from graft.io.files import LoadedWeights
+from graft.io.files import LoadedWeights, read_checkpoint
 from graft.io.load import CheckpointValues
-from graft.model import checkpoints
 from graft.storage.parallel import find_whole_shape, layout_of, write_all_whole
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def hotswap_adapter(
     """
     warn_unknown(hotswap_adapter, kwargs, HUB_KEYWORDS | OPTIONS | READING)
     config: Any
-    config, loaded = checkpoints.read_checkpoint(model_name_or_path, kwargs, lambda _: None)
+    config, loaded = read_checkpoint(model_name_or_path, kwargs, lambda _: None)
     swap_values(model, loaded, adapter_name, config, **{k: kwargs[k] for k in OPTIONS if k in kwargs})
 
 

@@ -34,8 +34,7 @@ from graft.core.site import Site
 from graft.inject.inject import Injection
 from graft.inject.parts import check_adapter_name, check_no_pieces, find_gate, get_config, get_gate, get_registry
 from graft.inject.survey import ModuleTree, attach_module, survey_model
-from graft.io.files import LoadedWeights
-from graft.model.checkpoints import read_checkpoint as read_checkpoint
+from graft.io.files import LoadedWeights, read_checkpoint
 from graft.serving.fits import A_, KnownAdapter, SlotFactors, check_config, fit_adapter, group_by_layer
 from graft.serving.layer import NONE, SlotChoice, SlotLayer, move_to_devices
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """Merging: the base weight takes the updates of adapters in, and gives them back.
 
 One implementation for all methods.

@@ -22,7 +22,6 @@ from graft.config.reading import Json
 from graft.core.errors import join_some
 from graft.inject.parts import get_registry
 from graft.io.files import describe_fault
-from graft.io.fingerprint import check_fingerprint as check_fingerprint
 from graft.many.run import STATES, Run, StepRecord, ValidationRecord
 from graft.train.state_check import (
     REMEDY,
@@ -35,7 +34,7 @@ from graft.train.state_check import (
     is_count,
     is_number,
 )  # fmt: skip
-from graft.train.state_file import check_base, iterate_slots, pack, read_state_file, simulate_read, write_state_file
+from graft.train.state_file import iterate_slots, pack, read_state_file, simulate_read, write_state_file
 
 FILE, NOTE = "run.safetensors", "run.json"
 FIELDS = {
@@ -170,8 +169,7 @@ def restore_run(run: Run, model: nn.Module, state: Json, where: str) -> None:
             raised, the adapter's values have not changed.
     """
     path = os.path.join(where, run.name, FILE)
-    check_fingerprint(state["base"], f"{path}: the fingerprint of the base")
-    check_base(state["base"], get_registry(model).fingerprint_base(run.name), f"Run '{run.name}' in {where}")
+    get_registry(model).check_base(run.name, state["base"], f"Run '{run.name}' in {where}")
     current = {"config": run.config_values, "settings": describe_settings(run)}
     for what, now in current.items():
         now = simulate_read(now)

@@ -28,6 +28,7 @@ from graft.core.errors import (
     AdapterNameError,
     AdapterNotFoundError,
     AlreadyInjectedError,
+    BaseModelMismatchError,
     ConfigError,
     UnsupportedLayerError,
     describe_function,
@@ -52,7 +53,7 @@ from graft.inject.steps import ReplacedSteps
 from graft.inject.survey import ModuleTree, survey_model
 from graft.io import files
 from graft.io.base import remove_carrier_names
-from graft.io.fingerprint import Fingerprint
+from graft.io.fingerprint import Fingerprint, check_fingerprint, why_other_base
 from graft.io.rendezvous import RankNote
 from graft.io.save import fingerprint_carriers
 from graft.methods import ROWS, method_of
@@ -241,6 +242,25 @@ class Registry:
         parts, config = self.parts_of(adapter_name), self.peft_config[adapter_name]
         sample = self.samples.get(adapter_name)
         return fingerprint_carriers(parts, self.model, adapter_name, config, full, together, sample)
+
+    def check_base(
+        self, adapter_name: str, of_file: Any, what: str, together: bool = False, common: bool = False
+    ) -> None:
+        """Raise BaseModelMismatchError unless a file's fingerprint is of this adapter's base: equal shapes, and equal
+        values where both have them.
+
+        Args:
+            what: begins the error, such as "The training in x".
+            together: as of `fingerprint_base`.
+            common: compare the weights that both have; all if one does not name its weights.
+
+        Raises:
+            CheckpointError: the fingerprint is none.
+        """
+        check_fingerprint(of_file, f"{what}: the fingerprint of the base")
+        why = why_other_base(of_file, self.fingerprint_base(adapter_name, together), common)
+        if why is not None:
+            raise BaseModelMismatchError(f"{what} was on another base: {why}. Resume it on the base that it had.")
 
     def save_adapter(self, adapter_name: str, folder: str, embeddings: str | bool = "auto") -> None:
         """Write an adapter into `folder` itself, whatever its name, as safetensors with a fingerprint of the base.

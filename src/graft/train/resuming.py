@@ -30,7 +30,6 @@ from graft.core.random import find_accelerator
 from graft.core.wrappers import strip_inner_wrappers
 from graft.inject.parts import get_registry, unwrap_model
 from graft.io.files import check_tensors
-from graft.io.fingerprint import check_fingerprint as check_fingerprint
 from graft.io.rendezvous import Meeting, exchange_objects, gather_tensors, get_rank, run_on_all
 from graft.storage.parallel import find_master_ids, find_whole_shape, gather_master_values, processes, write_whole
 from graft.train.optimizer_states import OptimizerStates, check_sharding, wrap_optimizer
@@ -45,7 +44,7 @@ from graft.train.state_check import (
     is_a,
     is_count,
 )
-from graft.train.state_file import check_base, find_generators, iterate_slots, pack, read_state_file, write_state_file
+from graft.train.state_file import find_generators, iterate_slots, pack, read_state_file, write_state_file
 
 FILE, NOTE = "training.safetensors", "training.json"
 FORMAT = 1
@@ -216,8 +215,6 @@ def check_training_note(note: Json, path: str) -> None:
     check_fields(note, FIELDS, path)
     for group in note["groups"]:
         check_fields(group, {"params": is_a(list, str)}, f"{path}: a group of parameters")
-    for adapter, base in note["bases"].items():
-        check_fingerprint(base, f"{path}: the fingerprint of the base of adapter '{adapter}'")
     for rank_state in note["of_ranks"]:
         check_fields(rank_state, OF_RANK, f"{path}: the state of a process")
     if (note["scheduler"] is None) != (note["schedule"] is None) or len(note["of_ranks"]) != note["processes"] - 1:
@@ -639,9 +636,9 @@ class ResumeJob:
         for adapter, then in self.note["bases"].items():
             if adapter not in registry.peft_config:
                 continue  # its tensors are missing
-            now = registry.fingerprint_base(adapter, together=processes() > 1)
             what = f"The training of adapter '{adapter}' in {self.folder}"
-            check_base(then, now, what, common=True)  # other targets show in the names of parameters
+            # other targets show in the names of parameters
+            registry.check_base(adapter, then, what, together=processes() > 1, common=True)
 
     def check_values(self) -> None:
         """Report a mismatch, an error with `strict`, of shapes, of dtypes, and of names that are only here or only in

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from graft import BaseModelMismatchError, CheckpointError, ConfigError
+from graft import CheckpointError, ConfigError
 from graft.config.reading import Json, parse_json
 from graft.core.errors import shorten_text
 from graft.inject.parts import get_registry
 from graft.io.files import read_safetensors, write_sealed
-from graft.io.fingerprint import why_other_base
 
 DEEPEST = 100  # lists and dicts inside each other
 TENSOR, PAIRS, TUPLE = "__tensor__", "__pairs__", "__tuple__"  # marks of values that JSON lacks
@@ -58,19 +57,6 @@ def iterate_slots(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
     for carrier in get_registry(model).parts_of(adapter).carriers():
         for slot in carrier.slots(adapter):
             yield f"{carrier.key}.{slot.container}.{slot.path}", slot
-
-
-def check_base(then: Any, now: Any, what: str, common: bool = False) -> None:
-    """Raise BaseModelMismatchError unless two fingerprints are of one base: equal shapes, and equal values where both
-    have them.
-
-    Args:
-        what: begins the error, such as "The training in x".
-        common: compare the weights that both have; all if one does not name its weights.
-    """
-    why = why_other_base(then, now, common)
-    if why is not None:
-        raise BaseModelMismatchError(f"{what} was on another base: {why}. Resume it on the base that it had.")
 
 
 def pack(value: object, tensors: dict[str, Tensor], where: str, key: str | None = None, stem: str = "t") -> object:

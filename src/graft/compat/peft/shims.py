@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from graft import AdapterLayer, method_of
-from graft.config.base import matches_end
 from graft.config.fields import EMBEDDING_NAMES
-from graft.config.reading import compile_pattern
+from graft.config.reading import compile_ending, compile_pattern
 from graft.core.merging import select_unmerged
 from graft.inject.experts import is_merge_of_modules, read_part_name
 from graft.inject.match import Matcher
@@ -239,7 +238,7 @@ def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
     """Return the first regular expression that matches `key_to_match` as a whole or from a dot to its end; else
     `key_to_match` itself.
     """
-    return next((p for p in pattern_keys if matches_end(p, key_to_match, "the patterns")), key_to_match)
+    return next((p for p in pattern_keys if compile_ending(p, "the patterns").match(key_to_match)), key_to_match)
 
 
 def _maybe_include_all_linear_layers(peft_config: PeftConfig, model: nn.Module) -> object:

@@ -9,7 +9,8 @@ Each ΔW knows how to add itself to W, and the gradients of its fields: - `Dense
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from functools import reduce
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,6 +34,20 @@ class Addend(Protocol):
 
         need: the fields that get one.
         """
+
+
+@runtime_checkable
+class ByRows(Protocol):
+    """A ΔW that can be cut by rows."""
+
+    def rows(self, part: slice) -> Any: ...  # the ΔW of some rows of the weight
+
+
+@runtime_checkable
+class Multiplying(Protocol):
+    """A ΔW with a product of its own for many rows."""
+
+    def multiply(self, x: Tensor) -> Tensor | None: ...  # x ΔWᵀ in the dtype of x; None if forming ΔW is faster
 
 
 def linear_with(
@@ -65,32 +80,92 @@ class _OneProduct(Function):
         ctx: Context, x: Tensor, W: Tensor, bias: Tensor | None, kind: Callable[..., Any], call: Call,
         input_gradient: InputGradient, *fields: object,
     ) -> Tensor:  # fmt: skip
-        """Return the output of the layer with W + ΔW, computed in the dtype of that sum, in the dtype of x.
+        """Return the output of the layer with W + ΔW, computed in their wider dtype, in the dtype of x.
 
-        The bias is cast to the sum's dtype. Keeps x, W and the fields of ΔW for the backward pass, but not the sum.
+        The bias is cast to that dtype. If `multiplies_apart`, x is multiplied by ΔW first, in the dtype of W, and the
+        product with W is added in the same operation, which rounds once. Keeps x, W and the fields of ΔW for the
+        backward pass, but not the sum.
         """
         ctx.save_for_backward(x, W, *[f if isinstance(f, Tensor) else None for f in fields])
         ctx.facts = [None if isinstance(f, Tensor) else f for f in fields]
-        total = kind(*fields).add_to(W)
-        ctx.options = kind, input_gradient, total.dtype, None if bias is None else bias.dtype
-        bias = None if bias is None else bias.to(total.dtype)
-        return call(x.to(total.dtype), total, bias).to(x.dtype)
+        delta, dtype = kind(*fields), widest(W, *fields)
+        ctx.options = kind, input_gradient, dtype, None if bias is None else bias.dtype
+        if not multiplies_apart(W, dtype):
+            bias = None if bias is None else bias.to(dtype)
+            return call(x.to(dtype), delta.add_to(W), bias).to(x.dtype)
+        y = delta.multiply(x) if isinstance(delta, Multiplying) else None
+        y = call(x, form_rounded(delta, W, False), None) if y is None else y
+        y.view(-1, len(W)).addmm_(x.reshape(-1, x.shape[-1]), W.T)
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
         """Return the gradients of x (through W + ΔW, formed again), bias and the fields of ΔW, as far as needed.
 
-        Those of the fields come from `kind.gradients`. None for W and the others.
+        Those of the fields come from `kind.gradients`. None for W and the others. If `multiplies_apart`, the sum is
+        rounded to the dtype of W: that costs the gradient of x no more than its own rounding does.
         """
         x, W, *tensors = ctx.saved_tensors
         kind, input_gradient, dtype, bias_dtype = ctx.options
         delta = kind(*[fact if t is None else t for t, fact in zip(tensors, ctx.facts)])
         need_x, _, need_bias, _, _, _, *need = ctx.needs_input_grad
-        rows, flat = (t.reshape(-1, t.shape[-1]).to(dtype) for t in (g, x))
-        dx = input_gradient(rows, delta.add_to(W)).to(x.dtype).view(x.shape) if need_x else None
-        dbias = rows.sum(0).to(bias_dtype) if need_bias else None
+        apart = multiplies_apart(W, dtype)
+        rows, flat = (t.reshape(-1, t.shape[-1]).to(W.dtype if apart else dtype) for t in (g, x))
+        dx = None
+        if need_x:
+            total = form_rounded(delta, W, True) if apart else delta.add_to(W)
+            dx = input_gradient(rows, total).to(x.dtype).view(x.shape)
+        dbias = rows.sum(0, dtype=dtype).to(bias_dtype) if need_bias else None
         field_grads = delta.gradients(rows, flat, need) if any(need) else [None] * len(need)
         return dx, None, dbias, None, None, None, *field_grads
+
+
+def widest(*fields: object) -> torch.dtype:
+    """Return the dtype that holds the values of all floating-point tensors among `fields`."""
+    dtypes = [f.dtype for f in fields if isinstance(f, Tensor) and f.is_floating_point()]
+    return reduce(torch.promote_types, dtypes)
+
+
+def multiplies_apart(W: Tensor, dtype: torch.dtype) -> bool:
+    """Return True if products with W and ΔW apart, in bfloat16, replace one product with their sum in `dtype`.
+
+    That is so if W is in bfloat16 and ΔW is not. bfloat16 has the exponents of float32: a ΔW far below the steps of W
+    keeps its leading digits, while the sum would lose it. Products in float32 take at least twice as long.
+    """
+    return W.dtype == torch.bfloat16 != dtype
+
+
+PART = 1 << 17  # numbers of a matrix that stay in the cache for several operations
+
+
+def split_rows(W: Tensor) -> Iterator[slice]:
+    """Yield slices of rows of a matrix (out, n), of at most `PART` numbers each, or of one row if that has more."""
+    step = max(1, PART // max(1, W.shape[1]))
+    return (slice(at, at + step) for at in range(0, len(W), step))
+
+
+def form_rounded(delta: Any, W: Tensor, with_weight: bool) -> Tensor:
+    """Return ΔW, or W + ΔW if `with_weight`, computed in the wider dtype and rounded to that of W, (out, n).
+
+    If autograd does not record and `delta` can be cut by rows, it is formed part by part, which saves wide temporaries.
+    """
+    if torch.is_grad_enabled() or not isinstance(delta, ByRows):
+        return (delta.add_to(W) if with_weight else delta.dense()).to(W.dtype)
+    out = torch.empty_like(W)
+    for part in split_rows(W):
+        some = delta.rows(part)
+        out[part] = some.add_to(W[part]) if with_weight else some.dense()
+    return out
+
+
+def split_gradient(g: Tensor, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield gᵀ x, the gradient of ΔW (out, n), in `dtype`, in slices of rows. g (rows, out), x (rows, n).
+
+    Where autograd records, as for a second derivative, there is one slice.
+    """
+    G = g.T @ x
+    for part in [slice(None)] if torch.is_grad_enabled() else split_rows(G):
+        yield part, G[part].to(dtype)
 
 
 class Dense(NamedTuple):
@@ -134,7 +209,7 @@ class Factored(NamedTuple):
         """Return the gradients s · Bᵀ G of A and s · G Aᵀ of B, with G = gᵀ x, each None without need; None for the
         scale.
         """
-        G = g.T @ x
+        G = (g.T @ x).to(self.A.dtype)
         dA = (self.B.T @ G) * self.scale if need[0] else None
         dB = (G @ self.A.T) * self.scale if need[1] else None
         return dA, dB, None
@@ -251,6 +326,10 @@ class Modulated(NamedTuple):
     D: Tensor | None = None  # (out, r); None: no D C
     C: Tensor | None = None  # (r, in · kernel)
 
+    def rows(self, part: slice) -> Modulated:
+        """Return the ΔW of some rows of W."""
+        return Modulated(self.W[part], self.B[part], self.A, None if self.D is None else self.D[part], self.C)
+
     def dense(self) -> Tensor:
         """Return ΔW = W ⊙ (B A) + D C in the shape and memory layout of W; without D no D C."""
         delta = self.W * product_like(self.B, self.A, self.W).view(self.W.shape)
@@ -287,12 +366,16 @@ class Modulated(NamedTuple):
 
         Those of B and A are always computed. D and C get None without the second product, or if neither needs one.
         """
-        inner = g.T @ x  # of ΔW
-        dD = dC = None
-        if self.D is not None and self.C is not None and (need[3] or need[4]):
-            dD, dC = inner @ self.C.T, self.D.T @ inner
-        inner = inner * self.W if torch.is_grad_enabled() else inner.mul_(self.W)  # of B A
-        return None, inner @ self.A.T, self.B.T @ inner, dD, dC
+        second = self.D is not None and self.C is not None and (need[3] or need[4])
+        parts = [self.rows(part)._gradients(G, second) for part, G in split_gradient(g, x, self.A.dtype)]
+        dB, dA, dD, dC = zip(*parts)
+        return None, torch.cat(dB), sum(dA), *((torch.cat(dD), sum(dC)) if second else (None, None))
+
+    def _gradients(self, G: Tensor, second: bool) -> tuple[Tensor | None, ...]:
+        """Return the gradients of B, A, D and C from that of ΔW, G (out, n); None for D and C without `second`."""
+        inner = G * self.W
+        dB, dA = inner @ self.A.T, self.B.T @ inner
+        return (dB, dA, G @ self.C.T, self.D.T @ G) if second else (dB, dA, None, None)  # type: ignore[union-attr]
 
 
 def product_like(B: Tensor, A: Tensor, like: Tensor) -> Tensor:
@@ -350,6 +433,11 @@ class Difference(NamedTuple):
     A0: Tensor
     shape: tuple[int, ...]  # of ΔW
 
+    def rows(self, part: slice) -> Difference:
+        """Return the ΔW of some rows."""
+        shape = len(self.B[part]), *self.shape[1:]
+        return Difference(self.B[part], self.A, self.B0[part], self.A0, shape)
+
     def dense(self) -> Tensor:
         """Return ΔW = B A - B₀ A₀ in `shape`."""
         return (self.B @ self.A - self.B0 @ self.A0).view(self.shape)
@@ -385,5 +473,5 @@ class Difference(NamedTuple):
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
         """Return the gradients G Aᵀ of B and Bᵀ G of A, always, with G = gᵀ x; None for B₀, A₀ and shape."""
-        G = g.T @ x
+        G = (g.T @ x).to(self.A.dtype)
         return G @ self.A.T, self.B.T @ G, None, None, None

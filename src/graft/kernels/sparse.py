@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from graft.kernels.eager import eager, watched
 from graft.kernels.one_product import Call, InputGradient, holds, linear_with
 
 SAMPLED = ("cpu", "cuda")  # device types with torch.sparse.sampled_addmm
@@ -47,9 +48,15 @@ def multiply_sampled(x: Tensor, W: Tensor, places: Tensor) -> Tensor:
     x (rows, n), W (out, n), places sorted.
     """
     dtype = torch.promote_types(W.dtype, torch.float32)
-    rows, n = x.shape
     values = x.reshape(-1).index_select(0, places).to(dtype)
-    table = W.T.to(dtype).contiguous()
+    return multiply_entries(values, places, len(x), W.T.to(dtype).contiguous())
+
+
+def multiply_entries(values: Tensor, places: Tensor, rows: int, table: Tensor) -> Tensor:
+    """Return the product of a matrix (rows, n), with `values` at `places` (sorted) and zeros elsewhere, with a table
+    (n, m) of the same dtype: (rows, m).
+    """
+    n = len(table)
     first = row_starts(places, rows, n)[:-1]
     return F.embedding_bag(places % n, table, first, mode="sum", per_sample_weights=values)
 
@@ -74,18 +81,24 @@ def product_entries(g: Tensor, W: Tensor, places: Tensor) -> Tensor:
     dtype = torch.promote_types(W.dtype, torch.float32)
     if g.device.type not in SAMPLED:
         return plain_product_entries(g.to(dtype), W.to(dtype), places)
+    return torch.sparse.sampled_addmm(
+        zero_pattern(places, len(g), W.shape[1], dtype), g.to(dtype), W.to(dtype)
+    ).values()
+
+
+def zero_pattern(places: Tensor, rows: int, n: int, dtype: torch.dtype) -> Tensor:
+    """Return a sparse matrix (rows, n) of zeros at `places`, which are sorted."""
     silence_beta_warning()
-    shape = g.shape[0], W.shape[1]
-    pattern = torch.sparse_csr_tensor(
-        row_starts(places, *shape),
-        places % shape[1],
+    return torch.sparse_csr_tensor(
+        row_starts(places, rows, n),
+        places % n,
         torch.zeros_like(places, dtype=dtype),
-        shape,
+        (rows, n),
         check_invariants=False,
     )
-    return torch.sparse.sampled_addmm(pattern, g.to(dtype), W.to(dtype)).values()
 
 
+BLOCK = 256  # rows that are transposed at a time, so that they stay in the cache
 SPARSE = 0.12  # up to this share of numbers, computing these alone is faster than the full product on a CPU
 
 
@@ -95,6 +108,7 @@ class Scattered(NamedTuple):
     values: Tensor  # (k,)
     places: Tensor  # (k,) long: indices into ΔW as a flat list, row by row
     shape: tuple[int, ...]  # of ΔW, (out, in, *kernel)
+    order: Tensor | None = None  # (k,): indices that sort the places, if `find_order` was asked and had some
 
     def dense(self) -> Tensor:
         """Return ΔW in `shape`, with the values of equal places summed."""
@@ -105,21 +119,40 @@ class Scattered(NamedTuple):
         return embedding(ids, self.dense().T)
 
     def product(self, x: Tensor) -> Tensor | None:
-        """Return x ΔWᵀ, (…, out), for a ΔW of two dimensions.
+        """Return x ΔWᵀ, (…, out), for a ΔW of two dimensions; for many rows None if forming ΔW is faster (`multiply`).
 
-        Return None if x has so many rows that the intermediate would be larger than ΔW.
+        Few rows are such that the intermediate, a number for each value and row, is not larger than ΔW.
         """
         out, n = self.shape
         if x.numel() // n * len(self.values) > out * n:
-            return None
+            return self.multiply(x)
         parts = x.index_select(-1, self.places % n) * self.values  # (…, k)
         return x.new_zeros(*x.shape[:-1], out).index_add(-1, self.places // n, parts)
+
+    def multiply(self, x: Tensor) -> Tensor | None:
+        """Return x ΔWᵀ, (…, out), in the dtype of x, for a ΔW of two dimensions, in blocks of rows.
+
+        Return None if autograd or a tracer records, if more than the share `SPARSE` of ΔW has values, or on another
+        device than a CPU.
+        """
+        out, n = self.shape
+        if torch.is_grad_enabled() or len(self.values) > SPARSE * out * n or not (gathers(x) and eager()):
+            return None
+        values, places = self.values.to(x.dtype), self.places
+        if (order := find_order(places) if self.order is None else self.order) is not None:
+            values, places = values[order], places[order]
+        y = x.new_empty(*x.shape[:-1], out)
+        for some, rows in zip(x.reshape(-1, n).split(BLOCK), y.view(-1, out).split(BLOCK)):
+            rows.copy_(multiply_entries(values, places, out, some.T.contiguous()).T)
+        return y
 
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
     ) -> Tensor | None:
         """Return x (W + ΔW)ᵀ + bias by one product; None if the values' dtype cannot hold W's."""
-        return linear_with(W, bias, x, self, call, input_gradient) if holds(self.values, W) else None
+        if not holds(self.values, W):
+            return None
+        return linear_with(W, bias, x, self._replace(order=find_order(self.places)), call, input_gradient)
 
     def add_to(self, W: Tensor) -> Tensor:
         """Return W + ΔW in new memory, in the dtype of the values.
@@ -127,7 +160,7 @@ class Scattered(NamedTuple):
         Where autograd records, as for a second derivative, ΔW is formed and added. Otherwise the values are added to a
         copy of W at their places, in the layout of W, which may be stored as (in, out).
         """
-        values, places, _ = self
+        values, places = self.values, self.places
         if torch.is_grad_enabled():  # for a second derivative
             return W + values.new_zeros(W.numel()).index_add(0, places, values).view(W.shape)
         n, in_memory = W.shape[1], W if W.is_contiguous() else W.T
@@ -138,19 +171,35 @@ class Scattered(NamedTuple):
         return total if in_memory is W else total.T
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        """Return the gradient of the values, gᵀ x at their places, always; None for places and shape."""
-        return gradient_entries(g, x, self.places), None, None
+        """Return the gradient of the values, gᵀ x at their places, always; None for places, shape and order."""
+        return gradient_entries(g, x, self.places, self.order, self.values.dtype), None, None, None
 
 
-def gradient_entries(g: Tensor, x: Tensor, places: Tensor) -> Tensor:
-    """Return gᵀ x at `places`, (k,), for g (rows, out), x (rows, n) and places (k,) in any order.
+def gradient_entries(g: Tensor, x: Tensor, places: Tensor, order: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return gᵀ x at `places`, (k,), in `dtype`, for g (rows, out), x (rows, n) and places (k,) in any order.
+
+    order: the indices that sort the places; None: they are looked for.
 
     On a CPU, up to the share `SPARSE` of all numbers, they alone are computed. Otherwise, and for a second derivative,
     they are picked from the full product.
     """
     size = g.shape[1] * x.shape[1]
     if torch.is_grad_enabled() or len(places) > SPARSE * size or not gathers(x):
-        return (g.T @ x).reshape(-1).index_select(0, places)
-    order = places.argsort()
-    values = product_entries(g.T.contiguous(), x, places[order])
-    return torch.empty_like(values).index_copy_(0, order, values)
+        return (g.T @ x).reshape(-1).index_select(0, places).to(dtype)
+    order = find_order(places) if order is None else order
+    sums = zero_pattern(places if order is None else places[order], g.shape[1], x.shape[1], dtype)
+    for some, rows in zip(g.split(BLOCK), x.split(BLOCK)):
+        some, rows = (t.T.contiguous().to(dtype) for t in (some, rows))
+        sums = torch.sparse.sampled_addmm(sums, some, rows.T)
+    values = sums.values()
+    return values if order is None else torch.empty_like(values).index_copy_(0, order, values)
+
+
+def find_order(places: Tensor) -> Tensor | None:
+    """Return the indices that sort `places`; None if they are sorted, or on a device where no kernel needs that.
+
+    While a dispatch mode is active, which may give tensors without values, they are sorted in any case.
+    """
+    if not gathers(places) or (not watched() and (places[1:] >= places[:-1]).all()):
+        return None
+    return places.argsort()

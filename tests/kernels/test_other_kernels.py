@@ -157,10 +157,13 @@ def test_turning_in_half_precision_errs_no_more():
 # low rank, scaled by vectors
 
 
-def scaled(dtype=torch.float32):
+RANKS = [5, low_rank.KEPT_FROM]  # of which the second keeps a tensor of full width
+
+
+def scaled(dtype=torch.float32, r=5, rows=ROWS):
     with seeded(3):
-        y, h, d, b = randn((2, ROWS // 2, OUT), (2, ROWS // 2, 5), (5,), (OUT,))
-        (B,) = randn((OUT, 5), grad=False)
+        y, h, d, b = randn((2, rows // 2, OUT), (2, rows // 2, r), (r,), (OUT,))
+        (B,) = randn((OUT, r), grad=False)
     return y.detach().to(dtype).requires_grad_(), h, B, d, b
 
 
@@ -168,8 +171,9 @@ def fresh(function):
     return lambda y, *rest: function(y * 1, *rest)
 
 
-def test_adding_scaled_equals_the_plain_formula():
-    values = scaled()
+@pytest.mark.parametrize("r", RANKS)
+def test_adding_scaled_equals_the_plain_formula(r):
+    values = scaled(r=r)
     exact = results(low_rank.plain_scaled_low_rank, wide(values))
     assert max(errors(results(fresh(low_rank.add_scaled), values), exact)) < 1e-6
     y, *rest = values
@@ -177,8 +181,35 @@ def test_adding_scaled_equals_the_plain_formula():
     assert low_rank.add_scaled(base, *rest).data_ptr() == base.data_ptr(), "in its memory"
 
 
-def test_adding_scaled_in_half_precision_errs_no_more():
-    not_worse(fresh(low_rank.add_scaled), low_rank.plain_scaled_low_rank, scaled(torch.bfloat16))
+@pytest.mark.parametrize("r", RANKS)
+def test_adding_scaled_in_half_precision_errs_no_more(r):
+    """In several blocks of rows."""
+    values = scaled(torch.bfloat16, r, 2 * low_rank.BLOCK + 10)
+    not_worse(fresh(low_rank.add_scaled), low_rank.plain_scaled_low_rank, values)
+    small = [t.detach().mul(1e-6).requires_grad_() if n == 1 else t for n, t in enumerate(values)]
+    not_worse(fresh(low_rank.add_scaled), low_rank.plain_scaled_low_rank, small)
+
+
+@pytest.mark.parametrize("r", RANKS)
+def test_what_adding_scaled_keeps(r):
+    kept = []
+    y, h, B, d, b = scaled(torch.bfloat16, r)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.shape[-1], t.dtype)) or t, lambda t: t):
+        low_rank.add_scaled(y * 1, h, B, d, b)
+    assert ((OUT, torch.float16) in kept) == (r == low_rank.KEPT_FROM)
+
+
+def test_sampling_hidden_values_equals_the_plain_formula():
+    with seeded(3):
+        h, d = randn((2, ROWS // 2, 10), (10,))
+        (noise,) = randn((2, ROWS // 2, 5), grad=False)
+    values = [h, d, noise]
+    exact = results(low_rank.plain_sample_hidden, wide(values))
+    assert max(errors(results(low_rank.sample_hidden, values), exact)) < 1e-6
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        low_rank.sample_hidden(*values)
+    assert sorted(kept) == sorted(t.numel() for t in values)
 
 
 def input_gradient(g, W):
@@ -437,6 +468,9 @@ def test_first_and_second_derivatives():
         d, b, *factors = randn((3,), (6,), (6, 2), (2, 8), (6, 2), (2, 8), dtype=torch.float64)
         c, s = randn((2, 2, 2), (2, 2, 2), dtype=torch.float64)
         W, A, B, y = randn((6, 8), (3, 8), (6, 3), (ROWS, 6), dtype=torch.float64, grad=False)
+        r = low_rank.KEPT_FROM
+        h, many, wide_B = randn((ROWS, r), (r,), (6, r), dtype=torch.float64)
+    wide_B.requires_grad_(False)
     U, T = (t.detach().requires_grad_() for t in orthogonal.compact_reflections(u))
     linear = nn.functional.linear
     for function, values in (
@@ -446,6 +480,8 @@ def test_first_and_second_derivatives():
         (lambda Q: orthogonal.orthogonal(Q, 5), (orthogonal.skew(v * 0.1, 4),)),
         (lambda Q: orthogonal.orthogonal(Q, None), (orthogonal.skew(v * 0.1, 4),)),
         (lambda x, d, b: low_rank.add_scaled(y.clone(), x @ A.T, B, d, b), (x, d, b)),
+        (lambda h, d, b: low_rank.add_scaled(y.clone(), h, wide_B, d, b), (h, many, b)),
+        (lambda h, d: low_rank.sample_hidden(h, d, h.detach()[:, : len(d) // 2] * 0 + 0.3), (h, many)),
         (lambda x, d, b: low_rank.linear_with(W, None, x, A, B, d, b, linear, input_gradient), (x, d, b)),
         (lambda x, *f: product(*f).linear_with(W, None, x, linear, input_gradient), (x, *factors)),
         (

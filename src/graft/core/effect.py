@@ -116,11 +116,16 @@ class Product(NamedTuple):
     """A factor with a product of a special kind, such as one with another backward pass."""
 
     call: Callable[[Tensor], Tensor]  # x → product; it casts x
-    weight: Tensor  # the matrix: norms, merges and files are computed from it
+    matrix: Tensor | Callable[[], Tensor]  # or a function that makes it: a forward pass does not need it
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the product of x with the factor, by `call`."""
         return self.call(x)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix: norms, merges and files are computed from it."""
+        return self.matrix if isinstance(self.matrix, Tensor) else self.matrix()
 
 
 class Deferred(Protocol):

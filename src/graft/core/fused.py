@@ -208,6 +208,9 @@ def run_product_factor(f: Factors, x: Tensor, base: Callable[[], Tensor]) -> Ten
     if B is None or p is None:
         return None
     h = f.A(dropout(x, p) if p else x)
+    if f.outer is not None and not B.requires_grad:
+        B, d, b = autocast(h, B, h.new_ones(h.shape[-1]) if f.inner is None else f.inner, _outer_times_scale(f))
+        return add_scaled(base(), cast(h, B.dtype), B, d, b)
     h = h if f.inner is None else h * f.inner
     scale = 1.0 if f.scale is None else f.scale
     return add_product(base(), h, B if f.outer is None else f.outer[:, None] * B, scale)

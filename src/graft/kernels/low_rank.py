@@ -415,6 +415,43 @@ def add_scaled(y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
     return _AddScaled.apply(y, h, B, d, b) if worth_it(h) else plain_scaled_low_rank(y, h, B, d, b)
 
 
+def plain_sample_hidden(h: Tensor, d: Tensor, noise: Tensor) -> Tensor:
+    """Return μ + ε σ, (…, r), with (μ, log σ²) = h ⊙ d, by plain operations; the reference.
+
+    h (…, 2 r), d (2 r,), ε = `noise` (…, r).
+    """
+    mean, log_variance = (h * d).chunk(2, -1)
+    return mean + noise * (0.5 * log_variance).exp()
+
+
+def sample_hidden(h: Tensor, d: Tensor, noise: Tensor) -> Tensor:
+    """Return μ + ε σ, (…, r), with (μ, log σ²) = h ⊙ d: by an autograd.Function that keeps the arguments alone if
+    `worth_it(h)`, else by plain operations.
+
+    h (…, 2 r), d (2 r,), ε = `noise` (…, r), which gets no gradient.
+    """
+    return _SampledHidden.apply(h, d, noise) if worth_it(h) else plain_sample_hidden(h, d, noise)
+
+
+class _SampledHidden(Function):
+    """The function of `sample_hidden`."""
+
+    @staticmethod
+    def forward(ctx: Context, h: Tensor, d: Tensor, noise: Tensor) -> Tensor:
+        """Return μ + ε σ. Keeps h, d and the noise."""
+        ctx.save_for_backward(h, d, noise)
+        return plain_sample_hidden(h, d, noise)
+
+    @staticmethod
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return the gradients of h and d, from σ computed again; None for the noise."""
+        h, d, noise = ctx.saved_tensors
+        (h1, h2), (d1, d2) = h.chunk(2, -1), d.chunk(2)
+        v = g * noise * (0.5 * d2 * h2).exp() * 0.5  # the gradient of log σ²
+        dd = [(t * part).flatten(0, -2).sum(0) for t, part in ((g, h1), (v, h2))]
+        return torch.cat((g * d1, v * d2), -1), torch.cat(dd), None
+
+
 def one_product_pays(rows: int, out: int, n: int) -> bool:
     """Return True if forming W + ΔW, once in each direction, costs less than three products with the factors.
 
@@ -452,26 +489,73 @@ def vector_gradients(
     return dd, db
 
 
+KEPT_FROM = 128  # rank of B: from it on, keeping h Bᵀ for the gradient of b costs less than another product
+
+
+TINY = 1e-30  # a block of rows is never divided by less
+
+
 class _AddScaled(Function):
     """The function of `add_scaled`."""
 
     @staticmethod
     def forward(ctx: Context, y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
-        """Add ((h ⊙ d) Bᵀ) ⊙ b to y's memory past autograd, and return y's data. Keeps h, B, d and b."""
+        """Add ((h ⊙ d) Bᵀ) ⊙ b to y's memory past autograd, and return y's data. Keeps h, B, d and b.
+
+        From the rank `KEPT_FROM` on, (h ⊙ d) Bᵀ is kept, too, if b needs a gradient: in the dtype of h if y has that,
+        else in float16, which errs an eighth of a bfloat16 y, with each block of rows divided by its largest number.
+        """
         flat = h.reshape(-1, h.shape[-1])
-        ctx.save_for_backward(h, B, d, b)
-        return add_up(y.data, flat * d, b[:, None] * B, 1.0)
+        ctx.kept = len(d) >= KEPT_FROM and ctx.needs_input_grad[4]
+        if not ctx.kept:
+            ctx.save_for_backward(h, B, d, b)
+            return add_up(y.data, flat * d, b[:, None] * B, 1.0)
+        rows = y.data.view(-1, y.shape[-1])
+        if y.dtype == h.dtype:
+            z = (flat * d) @ B.T
+            ctx.save_for_backward(h, B, d, b, z, None)
+            rows.addcmul_(z, b)
+            return y.data
+        z = torch.empty_like(rows, dtype=torch.float16)
+        largest = h.new_empty(-(-len(rows) // BLOCK))
+        ctx.save_for_backward(h, B, d, b, z, largest)
+        for n, (some, narrow, kept) in enumerate(zip(rows.split(BLOCK), flat.split(BLOCK), z.split(BLOCK))):
+            wide = (narrow * d) @ B.T
+            some.copy_(torch.addcmul(some.to(h.dtype), wide, b))
+            torch.amax(wide.abs(), (0, 1), out=largest[n]).clamp_(min=TINY)
+            kept.copy_(wide.div_(largest[n]))
+        return y.data
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
-        """Return g itself for y, and the gradients of h, d and b, as far as needed; None for B."""
-        h, B, d, b = ctx.saved_tensors
-        flat = h.reshape(-1, h.shape[-1])
-        rows = g.reshape(-1, g.shape[-1]).to(h.dtype)
+        """Return g itself for y, and the gradients of h, d and b, as far as needed; None for B.
+
+        A second derivative finds (h ⊙ d) Bᵀ again from h.
+        """
+        h, B, d, b, *kept = ctx.saved_tensors
+        _, need_h, _, need_d, need_b = ctx.needs_input_grad
+        flat, rows = h.reshape(-1, h.shape[-1]), g.reshape(-1, g.shape[-1])
         scaled = b[:, None] * B
-        dd, db = vector_gradients(outer_wide(rows, flat, 1.0), B, d, b, ctx.needs_input_grad[3:])
-        dh = (down(rows, scaled.T) * d).view(h.shape) if ctx.needs_input_grad[1] else None
-        return g, dh, None, dd, db
+        if not kept or torch.is_grad_enabled():
+            rows = rows.to(h.dtype)
+            dd, db = vector_gradients(outer_wide(rows, flat, 1.0), B, d, b, (need_d, need_b))
+            return g, (down(rows, scaled.T) * d).view(h.shape) if need_h else None, None, dd, db
+        z, largest = kept
+        dd, db = torch.zeros_like(d), torch.zeros_like(b)
+        if largest is None:
+            dh = rows @ scaled
+            for some, wide in zip(rows.split(BLOCK), z.split(BLOCK)):
+                db += (some * wide).sum(0)
+        else:
+            dh = torch.empty_like(flat)
+            for some, wide, out, unit in zip(rows.split(BLOCK), z.split(BLOCK), dh.split(BLOCK), largest):
+                some = some.to(h.dtype)
+                torch.mm(some, scaled, out=out)
+                db.addcmul_(wide.to(h.dtype).mul_(some).sum(0), unit)
+        if need_d:
+            for out, narrow in zip(dh.split(BLOCK), flat.split(BLOCK)):
+                dd += (out * narrow).sum(0)
+        return g, dh.mul_(d).view(h.shape) if need_h else None, None, dd if need_d else None, db
 
 
 class _OneProduct(Function):

@@ -13,8 +13,8 @@ from graft.config.fields import PVERA, BaseBias
 from graft.core.effect import Factors, Product
 from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, make_dropout
 from graft.core.site import Site
-from graft.kernels.eager import eager
-from graft.kernels.low_rank import new_seed
+from graft.kernels.eager import cast, eager
+from graft.kernels.low_rank import new_seed, sample_hidden
 from graft.kernels.waits import copy_on_device
 from graft.methods.projections import DRAWN, ProjectionConfig, projections
 
@@ -105,20 +105,23 @@ class PVeRA(Method[PveraConfig]):
         A, B = A.to(d.dtype), B.to(d.dtype)  # FSDP casts parameters for a call, and leaves buffers as they are
         if not (self.layer.training or self.cfg.sample_at_inference):
             return Factors(A[:r], B, dropout=self.pvera_dropout, inner=d[:r], outer=b)
-        return Factors(Product(self.sample, d[:r, None] * A[:r]), B, dropout=self.pvera_dropout, outer=b)
+        return Factors(Product(self.sample, lambda: d[:r, None] * A[:r]), B, dropout=self.pvera_dropout, outer=b)
 
     def sample(self, x: Tensor) -> Tensor:
         """Return μ + ε σ, r channels, for an input x after dropout: (μ, log σ²) = λ_d ⊙ A x, ε from `noise`."""
         op, d = self.site.op, self.pvera_lambda_d
         A = copy_on_device(self.pvera_A, d.device)[:, : self.site.fan_in]
         x = self.cast(x)
-        h = op.down(self.layer.base_layer, x, A.to(d.dtype if op.takes_ids else x.dtype)) * op.channels(d)
-        mean, log_variance = h.chunk(2, dim=1 - len(self.site.shape))
+        h = op.down(self.layer.base_layer, x, A.to(d.dtype if op.takes_ids else x.dtype))
+        h = cast(h, torch.promote_types(h.dtype, d.dtype))
+        if op.linear:
+            return sample_hidden(h, d, self.noise(h[..., : self.cfg.r]))
+        mean, log_variance = (h * op.channels(d)).chunk(2, dim=1 - len(self.site.shape))
         std = (0.5 * log_variance).exp()
         return mean + self.noise(std) * std
 
-    def noise(self, std: Tensor) -> Tensor:
-        """Return standard normal values in the shape, dtype and device of `std`.
+    def noise(self, like: Tensor) -> Tensor:
+        """Return standard normal values in the shape, dtype and device of `like`.
 
         Without `generator_seed`, or in compiled code, torch's generator draws them. Else a CPU generator of this layer
         with that seed draws them. The state before each draw is kept, for the last 16 runs. When gradient checkpointing
@@ -126,7 +129,7 @@ class PVeRA(Method[PveraConfig]):
         its present state.
         """
         if self.cfg.generator_seed is None or not eager():
-            return torch.randn_like(std)
+            return torch.randn_like(like)
         if self.generator is None:
             self.generator = torch.Generator("cpu").manual_seed(self.cfg.generator_seed)
         generator, ticket = self.generator, self.ticket()
@@ -139,11 +142,11 @@ class PVeRA(Method[PveraConfig]):
             self.before[ticket] = now
             if len(self.before) > KEPT:
                 del self.before[next(iter(self.before))]
-        pinned = std.is_cuda  # from such memory CUDA copies without a wait
-        noise = torch.randn(std.shape, generator=generator, dtype=std.dtype, device="cpu", pin_memory=pinned)
+        pinned = like.is_cuda  # from such memory CUDA copies without a wait
+        noise = torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu", pin_memory=pinned)
         if again:
             generator.set_state(now)
-        return noise.to(std.device, non_blocking=pinned)
+        return noise.to(like.device, non_blocking=pinned)
 
     def ticket(self) -> int:
         """Return a number that identifies a run of the layer in training, drawn from torch's generator; 0 in eval mode.

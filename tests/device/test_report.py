@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import graft
 from graft.command import app, device_checks
+from tests.device import simulated
 
 ROOT = Path(__file__).parents[2]
 FAILING = """
@@ -54,6 +56,25 @@ def test_a_report_names_what_failed(tmp_path):
 def test_a_device_that_is_not_there(tmp_path):
     done, found = written(tmp_path, tmp_path, GRAFT_TESTS_DEVICE="xpu")
     assert done.returncode == 3 and "no device 'xpu'" in done.stderr and found is None
+
+
+@pytest.mark.skipif(simulated.WHY_NOT is not None, reason="only the simulated device tells of waits")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["LORA", "OSF", "FOURIERFT", "MOELORA", "FINEGATES", "VBLORA"])
+def test_the_step_that_is_counted_waits_nowhere(method, monkeypatch, tmp_path):
+    """The steps before it copy constants, audit gradients, and look at VB-LoRA's new logits."""
+
+    def set_mode(mode):
+        simulated.WAITS.on = "it" if mode == "warn" else None
+
+    monkeypatch.setattr(torch._C, "_cuda_set_sync_debug_mode", None, raising=False)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    config = device_checks.METHODS[method](target_modules=["up", "down"])
+    device_checks.randomize_adapters(graft.get_peft_model(device_checks.build_base(), config)).save_pretrained(tmp_path)
+    model, x = device_checks.load_model(str(tmp_path), torch.device("cuda", 0)), torch.randn(8, 256).to("cuda")
+    simulated.WAITS.found.clear()
+    device_checks.count_step_waits(model, x)
+    assert not simulated.WAITS.found
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's, of names and of a tied prefix

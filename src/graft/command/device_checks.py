@@ -115,16 +115,15 @@ def check_device(device: torch.device, show: Callable[[str], None]) -> Json:
     """Check the laws for METHODS on a device against the CPU, in float32, bfloat16 and float16.
 
     A method that lacks a package is skipped, and a law with an error on the CPU that is no AssertionError. Where torch
-    counts waits for the device, on CUDA, a second training step that waits fails, but for VB-LoRA's.
+    counts waits for the device, on CUDA, a ninth training step that waits fails.
 
     Args:
         show: called with the name of each method before its checks.
 
     Returns:
         "passed": a number. "failed", "skipped": {"METHOD law dtype": error}. "deviations": {"law dtype": the largest}.
-        "waits": {method: number} of methods that wait.
     """
-    results: Json = {"passed": 0, "failed": {}, "skipped": {}, "deviations": {}, "waits": {}}
+    results: Json = {"passed": 0, "failed": {}, "skipped": {}, "deviations": {}}
     for method, make_config in METHODS.items():
         show(method)
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -134,10 +133,8 @@ def check_device(device: torch.device, show: Callable[[str], None]) -> Json:
                 randomize_adapters(graft.get_peft_model(build_base(), config)).save_pretrained(folder)
                 for dtype in TOLERANCES:
                     check_laws(method, folder, dtype, device, results)
-                if waits := count_step_waits(load_model(folder, device), torch.ones(8, 256).to(device)):
-                    results["waits"][method] = waits
-                    if method != "VBLORA":
-                        raise AssertionError(f"A training step waits {waits} times for the device.")
+                if waits := count_step_waits(load_model(folder, device), torch.randn(8, 256).to(device)):
+                    raise AssertionError(f"A training step waits {waits} times for the device.")
             except ImportError as e:  # of AdaMSS without scikit-learn
                 results["skipped"][method] = shorten_error(e)
             except Exception as e:
@@ -183,12 +180,15 @@ def shorten_error(error: Exception) -> str:
 
 
 def count_step_waits(model: Any, x: Tensor) -> int:
-    """Run two forward and backward passes. Return how often the second waits for a CUDA device, by torch's warnings; 0
+    """Run nine forward and backward passes. Return how often the last waits for a CUDA device, by torch's warnings; 0
     without running for other devices and in CPU builds.
+
+    The passes before it copy constants and audit gradients, which waits: eight times for a part without gradients.
     """
     if not x.is_cuda or not hasattr(torch._C, "_cuda_set_sync_debug_mode"):
         return 0
-    run_backward(model, x)
+    for _ in range(8):
+        run_backward(model, x)
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")

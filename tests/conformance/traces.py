@@ -48,7 +48,15 @@ WHOLE: dict[str, tuple[dict[str, Any], str]] = {  # methods on whole attentions 
     "BOTTLENECK": (dict(reduction_factor=4), "llama bert"),
     "REFT": ({}, "llama"),
     "LORA": (dict(r=4), "t5 gemma3"),
-}
+    "ADAPTER_FUSION": (dict(adapters=["a", "b"]), "llama"),
+    "ADALORA": (
+        dict(init_r=4, target_r=2, total_step=9, tinit=1, tfinal=2, deltaT=2, target_modules=["lin0", "fc1"]), "mlp"
+    ),
+    "ADAMSS": (
+        dict(r=7, num_subspaces=4, subspace_rank=2, use_asa=True, asa_target_subspaces=3, init_warmup=1, final_warmup=6,
+             mask_interval=2, target_modules=["lin0", "fc1"]), "mlp"
+    ),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +71,12 @@ class WholeModel:
         config = graft.PEFT_TYPE_TO_CONFIG_MAPPING[self.method](**copy.deepcopy(self.config))
         model = models.make(self.name)
         seed(1)
+        if self.method == "ADAPTER_FUSION":
+            model = graft.get_peft_model(model, graft.BottleneckConfig(reduction_factor=2), "a", mixed=True)
+            model.add_adapter("b", graft.BottleneckConfig(reduction_factor=2))
+            model.add_adapter("default", config)
+            model.set_adapter("default")
+            return model.eval()
         return graft.get_peft_model(model, config).eval()
 
 
@@ -161,11 +175,25 @@ def trace(cell: Cell | WholeModel, changes: dict[str, Any]) -> list[str]:
             float(loss),
             sizes([p.grad for p in trained if p.grad is not None]),
         ]
+        if hasattr(model.base_model, "update_and_allocate") and isinstance(cell, WholeModel):
+            numbers += train(model, run, trained)
         model.eval().merge_adapter()
         numbers.append(sizes([run(model)]))
     except (ValueError, RuntimeError) as error:
         return [*map(written, numbers), type(error).__name__]
     return [*map(written, numbers)]
+
+
+def train(model: Any, run: Callable[[Any], Tensor], trained: list[nn.Parameter]) -> list[float]:
+    """Return numbers of a training with an allocator: what trains after each step, and the parameters at the end."""
+    optimizer, numbers = torch.optim.SGD(trained, lr=0.05), []
+    for step in range(8):
+        optimizer.zero_grad()
+        run(model).square().mean().backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        numbers.append(sizes([p for p in model.parameters() if p.requires_grad]))
+    return [*numbers, sizes(trained)]
 
 
 def call_cell(model: nn.Module, inputs: Tensor) -> Tensor:

@@ -31,6 +31,9 @@ class Store(Protocol):
     def why_unwritable(self, m: nn.Module, name: str) -> str | None:
         """Return why merging cannot read and write the tensor; None if it can."""
 
+    def why_tied_unwritable(self, name: str) -> str | None:
+        """Return why merging cannot write a tensor that is tied to another module; None if it can."""
+
     def bring_in(self, layer: Any, written: nn.Module | None) -> AbstractContextManager[None]:
         """Return a context that makes the tensors of the layer present, such as gathered or loaded.
 
@@ -80,8 +83,11 @@ class Weight:
         return self.store.why_unreadable(self.module, self.name)
 
     def why_unwritable(self) -> str | None:
-        """Return the store's reason why merging cannot read and write this tensor; None if it can."""
-        return self.store.why_unwritable(self.module, self.name)
+        """Return the store's reason why merging cannot read and write this tensor, a tied one included; None if it
+        can.
+        """
+        why = self.store.why_unwritable(self.module, self.name)
+        return self.store.why_tied_unwritable(self.name) if why is None and self.shared else why
 
     def bring_in(self, layer: object, writes: bool = False) -> AbstractContextManager[None]:
         """Return the store's context that makes the tensors of `layer` present, such as gathered or loaded.

@@ -11,6 +11,7 @@ batch. An `Averager` then averages the gradients, once when a backward pass ends
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,6 +53,7 @@ class Averager:
         self.registry, self.sharding = registry, sharding
         self.parameters: list[nn.Parameter] = []  # with a hook, in the model's order
         self.agreed: list[int] = []  # ids of those that trained when the processes last compared them
+        self.compares_values = True  # at the next comparison: values came from files or data of each process
         self.task: int | None = None  # the backward pass that will be averaged at its end
         self.last_meeting: Meeting | None = None  # of calls with names of rows
         self.follows = False  # a call's output began that pass, and not a parameter
@@ -84,19 +86,22 @@ class Averager:
             setattr(p, MARK, True)
 
     def agree(self) -> None:
-        """Compare the parameters that train with the other processes, if they have changed since the last time.
+        """Compare the parameters that train with the other processes, if others train than at the last time.
+
+        With `compares_values` also compare their values, and set it to False. Values are read once, by a checksum.
 
         Raises:
-            DistributedError: other parameters train on another process, or it does not come in time.
+            DistributedError: other parameters, or other values, train on another process; or it does not come in time.
         """
         training = [p for p in self.parameters if p.requires_grad]
         ids = list(map(id, training))
-        if ids == self.agreed:
+        if ids == self.agreed and not self.compares_values:
             return
-        task = f"{len(ids)} tensors that train ({hash_text(str([(tuple(p.shape), p.dtype) for p in training]))})"
+        task = f"{len(ids)} tensors that train ({hash_text(str([(tuple(p.shape), p.dtype) for p in training]))}"
+        task += f", values {checksum(training)})" if self.compares_values else ")"
         ranks = self.sharding.ranks
         Meeting("A training step", task, ranks, "average gradients over", DistributedError, LONG_PATIENCE)
-        self.agreed = ids
+        self.agreed, self.compares_values = ids, False
 
     @contextmanager
     def reach_inputs(self, names: Iterable[str]) -> Iterator[None]:
@@ -213,6 +218,15 @@ REMEDY = (
     "wrap the model again, or set all adapters trainable before wrapping "
     "(model.set_requires_grad([…]) of all their names) and find_unused_parameters=True"
 )
+
+
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """Return a CRC-32 of the bytes of all tensors, as 8 hex digits. Waits for their devices."""
+    crc = 0
+    for t in tensors:
+        data = t.detach().reshape(-1).contiguous().view(torch.uint8).cpu()
+        crc = zlib.crc32(data.numpy(), crc)  # type: ignore[arg-type]  # an array is a buffer
+    return f"{crc:08x}"
 
 
 WHY_NOT_DDP = (

@@ -271,8 +271,12 @@ class Registry:
         files.save_adapter(folder, tensors, config, True, self.fingerprint_base(adapter_name))
 
     def assign_values(self, adapter_name: str, values: Iterable[tuple[Receiver, Tensor]]) -> None:
-        """Write values into an adapter's tensors (`assign_values`), and drop the training state of the old ones."""
+        """Write values into an adapter's tensors (`assign_values`), and drop the training state of the old ones.
+
+        Processes of a sharded base compare the values at their next step.
+        """
         assign_values(self.parts_of(adapter_name), adapter_name, values)
+        self.note_values()
         self.states.pop(adapter_name, None)
 
     def name_targets(self, keys: Collection[str]) -> set[str]:
@@ -469,7 +473,7 @@ class Registry:
         if self.averager is None:
             self.averager = Averager(self, sharding)
         self.averager.sharding = sharding
-        self.averager.find_parameters()
+        self.note_values()
         note = fingerprint_carriers(parts, self.model, adapter_name, config, False, together=True)
         self.samples[adapter_name] = note.get("sample")
 
@@ -647,6 +651,12 @@ class Registry:
         self.averaged = False
         if self.averager is not None:
             self.averager.find_parameters()
+
+    def note_values(self) -> None:
+        """Note that an adapter has got values from a file: processes of a sharded base compare theirs before a step."""
+        self.note_training()
+        if self.averager is not None:
+            self.averager.compares_values = True
 
     def trains(self, adapter_name: str) -> bool:
         """Return True if some parameter of an adapter requires gradients."""

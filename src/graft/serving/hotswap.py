@@ -28,6 +28,7 @@ from graft.inject.parts import (
     find_gate,
     get_config,
     get_gate,
+    get_registry,
     pause_collector,
     unwrap_model,
 )
@@ -154,7 +155,7 @@ class SwapPlan:
 
 
 def swap_values(model: nn.Module, loaded: LoadedWeights, adapter: str, config: LoraConfig, **options: object) -> None:
-    """Check everything, then write the values.
+    """Check everything, then write the values, and note for a registry that there are others.
 
     Holds the model's gate, and waits for calls that use the adapter before writing.
     """
@@ -164,6 +165,8 @@ def swap_values(model: nn.Module, loaded: LoadedWeights, adapter: str, config: L
         write_values = prepare_swap(model, loaded, adapter, config, **options)
         with gate.change("hotswap", (adapter,)):
             write_values()
+            if (registry := get_registry(model)) is not None:
+                registry.note_values()
 
 
 def prepare_swap(

@@ -180,6 +180,10 @@ class Dense:
             return f"its {name} is on the meta device, not loaded or offloaded: have the model on real devices first"
         return None
 
+    def why_tied_unwritable(self, name: str) -> str | None:
+        """Return None: the module of a tied tensor can get a tensor of its own."""
+        return None
+
     def bring_in(self, layer: nn.Module, written: nn.Module | None = None) -> AbstractContextManager[None]:
         """Return a context that loads offloaded tensors of `layer` with its children.
 

@@ -173,20 +173,12 @@ class Sharded(TensorParallel):
         group = find_parameter_group(m, "weight")
         return super().piece(m, op) if group is None or is_running(group) else (op.canon(self.read(m)), None, None)
 
-    def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
-        """Return why a merge cannot write the tensor: as a dense one, or because FSDP2 has tied it to another module.
-
-        None if it can.
-        """
-        group = find_parameter_group(m, name)
-        for parameter in () if group is None else group.fsdp_params:
-            names = list(list_names(parameter))
-            if len(names) > 1 and any(owner is m and key == name for owner, key in names):
-                return (
-                    f"its {name} is sharded by FSDP2 as one with that of another module, which would change, too: save "
-                    "the adapter, and merge it into a model of one process"
-                )
-        return super().why_unwritable(m, name)
+    def why_tied_unwritable(self, name: str) -> str | None:
+        """Return that a merge would change the other module of a tied tensor: FSDP2 keeps one for both."""
+        return (
+            f"its {name} is tied to that of another module, and FSDP2 has sharded both as one: save the adapter, and "
+            "load it into a model of one process to merge it"
+        )
 
     def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
         """Return the device that FSDP2 computes on, which is another than the weight's under offload, and the dtype."""

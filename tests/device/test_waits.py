@@ -13,7 +13,10 @@ import torch
 import graft
 from graft import optim
 from graft.core.rows import BASE
+from graft.inject.parts import get_registry
+from graft.model.averaging import Averager
 from graft.serving import AdapterSlots
+from graft.storage import Sharding
 from tests import models, pair, samples
 from tests.conformance.samples import CALLED_CELLS, CELLS, STORES, cells, features
 from tests.covering import cover
@@ -346,6 +349,15 @@ def test_slots(tmp_path, keep):
 
 
 # the list
+
+
+def test_averages_on_a_sharded_base(monkeypatch):
+    monkeypatch.setattr(Averager, "agree", lambda self: None)  # once per change of what trains
+    model = graft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), graft.LoraConfig(target_modules=["0"]))
+    registry = get_registry(model.to(CUDA).train())
+    registry.averager = Averager(registry, Sharding([], [0], [], []))
+    check(lambda: step(model, {"input": torch.randn(3, 8, device=CUDA)}), ["core/finite.py:max_magnitudes"])
+    assert registry.averager.parameters[0].grad is not None
 
 
 def test_the_list_names_what_there_is():

@@ -14,6 +14,7 @@ from tests.distributed.methods import base, batch
 from tests.docs import blocks as pages
 
 PAGE = pages.ROOT / "docs" / "distributed.md"
+AT_LOAD = ("sharded-trainer", "sharded-loop")  # followed by sharded_loops.py, on a base in a folder
 OF = {"ddp": ["ddp", "ddp-two"], "fsdp2": ["fsdp2"], "fsdp1": ["fsdp1"], "zero2": ["deepspeed"], "zero3": ["deepspeed"]}
 
 
@@ -26,6 +27,22 @@ def python(name: str) -> str:
     """The block that begins with its name."""
     (found,) = [text for text in blocks("python") if text.startswith(f"# {name}\n")]
     return found
+
+
+def follow_at_load(name: str, path: str, folder: str) -> dict[str, Any]:
+    """Do what a recipe for a base that is sharded at load says, and return its names. path: of the base."""
+    (text,) = [b.text for b in pages.blocks(PAGE, "python") if b.text.startswith("# sharded\n")]
+    part = [row[dist.get_rank() :: dist.get_world_size()] for row in batch().values()]
+    held: dict[str, Any] = {
+        "path": path,
+        "folder": folder,
+        "rows": [dict(zip(batch(), row)) for row in zip(*batch().values())] * 4,
+        "loader": [dict(zip(batch(), part))] * 3,
+    }
+    exec("".join(line for line in text.splitlines(True) if "init_process_group" not in line), held)
+    exec(python(name), held)
+    dist.barrier()
+    return held
 
 
 def deepspeed_config(stage: int) -> dict[str, Any]:

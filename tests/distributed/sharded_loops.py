@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
+from tests.distributed import recipes
 from tests.distributed.sharded_bases import (
     ATTENTION,
     FILE,
@@ -123,10 +124,26 @@ def with_accelerate(folder: Path) -> None:
     same_file(held(model), held(one))
 
 
+def follows_recipe(folder: Path, name: str) -> None:
+    """A recipe of docs/distributed.md trains one adapter on all processes, and its file loads on one."""
+    if dist.get_world_size() == 1:
+        return
+    if dist.get_rank() == 0:
+        recipes.base().save_pretrained(folder / "recipe")
+    dist.barrier()
+    saved = folder / name
+    model = recipes.follow_at_load(name, str(folder / "recipe"), str(saved))["model"]
+    same_on_all(held(model))
+    assert all(t.any() for key, t in held(model).items() if "lora_B" in key), "the optimizer took a step"
+    one = graft.PeftModel.from_pretrained(recipes.base(), saved)
+    same_file(held(one), held(model), 0)
+
+
 CHECKS: dict[str, Callable[[Path], None]] = {
     "Trainer": partial(with_trainer, optimizer="sgd"),
     "Trainer AdamW": partial(with_trainer, optimizer="adamw_torch"),
     "accelerate": with_accelerate,
+    **{name: partial(follows_recipe, name=name) for name in recipes.AT_LOAD},
 }
 NAMES = tuple(CHECKS)
 

@@ -5,7 +5,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from tests.distributed.recipes import OF, blocks, deepspeed_config, python
+from tests.distributed.recipes import AT_LOAD, OF, blocks, deepspeed_config, python
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
@@ -31,5 +31,5 @@ def test_accelerate_knows_the_options_of_fsdp(monkeypatch):
 
 def test_every_recipe_is_followed_by_some_check():
     named = {text.splitlines()[0].removeprefix("# ") for text in blocks("python")}
-    assert named == {"setup", *(name for names in OF.values() for name in names)}
+    assert named == {"setup", *AT_LOAD, *(name for names in OF.values() for name in names)}
     assert all(python(name) for name in named) and deepspeed_config(2)["zero_optimization"] == {"stage": 2}

@@ -19,7 +19,7 @@ ELSEWHERE = Counter(  # blocks that do not run here by themselves: a page that a
         ("needs", "trl, datasets"): 1,
         ("needs", "trl, datasets, bitsandbytes"): 5,
         ("not run", "the loop is yours"): 1,
-        ("run by", "tests/distributed/recipes.py"): 6,
+        ("run by", "tests/distributed/recipes.py"): 8,
         ("run by", "tests/docs/test_add_a_method.py"): 4,
     }
 )

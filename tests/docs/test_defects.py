@@ -10,7 +10,12 @@ import pytest
 
 from tests.docs import defects
 
-CHECKS = ("distributed/checks.py", "distributed/pipeline.py", "distributed/tensor_parallel.py")  # of several processes
+CHECKS = (
+    "distributed/checks.py",
+    "distributed/pipeline.py",
+    "distributed/sharded_bases.py",
+    "distributed/tensor_parallel.py",
+)  # of several processes
 
 
 @cache

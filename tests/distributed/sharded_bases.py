@@ -530,6 +530,39 @@ def saves_alone(folder: Path, name: str) -> None:
         step(one, rows(None))
 
 
+def second_after(folder: Path, name: str) -> None:
+    """A layer adapted before `fully_shard` takes a second adapter after it, and merges both."""
+    from torch.distributed.fsdp import fully_shard
+
+    way = WAYS[name]
+    models = []
+    for where in (None, way):
+        base = load(folder, None, way.base)
+        torch.manual_seed(SEED)
+        model = graft.get_peft_model(base, lora())
+        if where is not None:
+            for block in base.model.layers:
+                fully_shard(block)
+            fully_shard(model)
+        torch.manual_seed(SEED if where is None else own_seed())
+        model.add_adapter("b", graft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+        model.set_adapter("b")
+        for _ in range(2):
+            step(model, rows(where))
+        models.append(model.eval())
+    one, here = (graft.get_peft_model_state_dict(m, adapter_name="b") for m in models)
+    same_file(here, one)
+    before = [logits(m) for m in models]
+    for m in models:
+        m.merge_adapter(["b"])
+    merged = [logits(m) for m in models]
+    close(merged[1], merged[0], 1e-5)
+    for m in models:
+        m.unmerge_adapter()
+    close(before[1], before[0], 1e-5)
+    assert torch.equal(logits(models[1]), before[1])
+
+
 # the covering array: every method on layers of a small net
 
 
@@ -651,13 +684,14 @@ CHECKS: dict[str, Callable[[Path, str], None]] = {
     "unloads": unloads,
     "saves alone": saves_alone,
     "narrow": narrow,
+    "second after": second_after,
 }
 BY_HAND = tuple(name for name in CHECKS if name != "narrow")
-AT_LOAD = tuple(CHECKS)
+AT_LOAD = tuple(name for name in CHECKS if name != "second after")
 ELSEWHERE = ("drift", "mixed rows", "switches", "unloads", "saves alone")
 FEW = {
     "fsdp": ("LORA", "DORA", "SAVED", "TOKENS", "PROMPT_TUNING", "drift", "mixed rows", "accumulates"),
-    "hand": ("OFT", "drift"),
+    "hand": ("OFT", "drift", "second after"),
     "experts": ("EXPERTS", "drift"),
     "ep": ("EXPERTS", "drift"),
 }  # where not all run

@@ -109,6 +109,18 @@ def in_ddp(folder: Path) -> None:
     refused(act, DistributedError, "average")
 
 
+def rows_without(folder: Path) -> None:
+    """A process whose rows all lack adapters, while others train: an error on all, and no waiting."""
+    model = adapted(folder, FSDP, lora())
+    n = len(rows(FSDP)["input_ids"])
+    names = ["__base__" if dist.get_rank() else "default"] * n
+
+    def act() -> None:
+        model(**rows(FSDP), adapter_names=names).loss.backward()
+
+    refused(act, DistributedError, "rank(s) [1]", "row")
+
+
 def resumed_elsewhere(folder: Path) -> None:
     """A training at load's layout goes on in the one made by hand, to the bit."""
     path = place(folder, FSDP, "elsewhere")
@@ -193,6 +205,7 @@ TWO: dict[str, Callable[[Path], None]] = {
     "other configs": other_configs,
     "alone": alone,
     "DDP": in_ddp,
+    "rows without": rows_without,
     "resumed elsewhere": resumed_elsewhere,
     "offloaded": offloaded,
 }

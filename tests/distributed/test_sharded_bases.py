@@ -51,7 +51,7 @@ def test_bad_input_is_an_error_on_all_processes(world, tmp_path):
     command = lambda rank: [
         "tests.distributed.processes", "tests.distributed.sharded_refusals", str(tmp_path), str(rank), str(world)
     ]  # fmt: skip
-    refusals = started(command, tmp_path, world, 200, GRAFT_PATIENCE="4")
+    refusals = started(command, tmp_path, world, 200, GRAFT_PATIENCE="8" if world == 2 else "60")
     names = sharded_refusals.TWO if world == 2 else sharded_refusals.FOUR
     assert not failures(refusals, names) and "end" not in refusals
 

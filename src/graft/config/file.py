@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """The config of a saved adapter. It exists twice: in adapter_config.json, and as a copy in the weights file.
 
 If the two differ, `choose_fields` decides. adapter_config.json counts if somebody edited it. The copy in the weights

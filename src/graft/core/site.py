@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# Supported inside: rooms may import this module.
 """A Site, one place to adapt, the Weight of a module, and the protocol of a Store, which holds weights."""
 
 from __future__ import annotations

@@ -12,17 +12,16 @@ import warnings
 import torch
 from torch import nn
 
-from graft import AdapterLayer, LossError, PeftModel, PeftWarning, save_as_lora
+from graft import LossError, PeftWarning, save_as_lora
 from graft.files.convert import ENDS
 from graft.files.export import ExportReport
 from graft.files.export import export_adapter_file as export_file
 from graft.files.formats import peft
-from graft.files.load import describe_base_of
+from graft.files.load import describe_base_of, find_adapter_layers
 from graft.files.neutral import AdapterFile
 from graft.files.pickles import to_torch
 from graft.files.serving import get_server
 from graft.inject.parts import get_registry, run_as_call
-from graft.inject.survey import survey_model
 
 ENERGY = 1 - 1e-8  # share of ‖ΔW‖² that each layer keeps, for methods other than LoRA
 LOSS = 1e-3  # share of a layer's ‖ΔW‖ that may be lost without `lossy`
@@ -101,9 +100,7 @@ def check_factor_loss(
     """
     lost = whole = worst = 0.0
     where, ranks = "", dict[str, int]()
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    layers: dict[str, AdapterLayer] = survey_model(base).layers
-    for key, layer in layers.items():
+    for key, layer in find_adapter_layers(model).items():
         factors = file.low_rank.get(key)
         if factors is None or factors.kind not in ("linear", "conv"):
             continue

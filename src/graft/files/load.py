@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graft import BaseModelMismatchError, LossError, PeftConfig, PeftMixedModel, PeftModel
+from graft import AdapterLayer, BaseModelMismatchError, LossError, PeftConfig, PeftMixedModel, PeftModel
 from graft.core.errors import join_some
 from graft.files.base import Skeleton
 from graft.files.formats import read
@@ -29,7 +29,6 @@ from graft.files.pickles import from_torch, to_torch
 from graft.files.skeleton import describe_model
 from graft.files.tensors import Tensor
 from graft.inject.experts import ExpertStacks
-from graft.inject.survey import survey_model
 from graft.io.files import AdapterInMemory
 
 
@@ -134,7 +133,7 @@ def describe_base_of(model: Any) -> Skeleton:
     """
     is_adapted = hasattr(model, "get_base_model")
     base: nn.Module = model.get_base_model() if is_adapted else model
-    layers = survey_model(base).layers
+    layers = find_adapter_layers(base)
     out = describe_model(base, f"the model ({type(base).__name__})")
     inside = tuple(f"{path}." for path in layers)
     out.adapters = model.peft_config if is_adapted else {}
@@ -151,6 +150,11 @@ def describe_base_of(model: Any) -> Skeleton:
             read = (lambda p=p: p.data) if layer is None else (lambda layer=layer: layer.op.uncanon(layer.W0))
             out.tensors[plain] = Tensor(tuple(p.shape), NAMES[p.dtype], partial(read_weight_bytes, read, plain))
     return out
+
+
+def find_adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    """Return path in the base model → layer, for the layers in a model that carry adapters."""
+    return {m.key: m for m in model.modules() if isinstance(m, AdapterLayer) and m.methods}
 
 
 def read_weight_bytes(read: Callable[[], torch.Tensor], name: str) -> bytes:

@@ -21,7 +21,7 @@ from graft import BaseModelMismatchError
 from graft.config.reading import Json
 from graft.files.ask import Connection, LogProbabilities, ask_log_probabilities, identify_server
 from graft.files.errors import OptionError
-from graft.inject.survey import survey_model
+from graft.files.load import find_adapter_layers
 
 # server's dtype → root mean square difference of log-probabilities
 TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
@@ -130,7 +130,7 @@ def verify_server(
     allowed = max(floor, OF_NOISE * noise) if tolerance is None else tolerance
     model = load(base)
 
-    layers = {path: layer for path, layer in survey_model(model).layers.items() if getattr(layer, "scaling", None)}
+    layers = {path: layer for path, layer in find_adapter_layers(model).items() if getattr(layer, "scaling", None)}
 
     def compute(factor: Callable[[str], float] | None = None) -> Tensor:
         """Return the local log-probabilities with the adapter.

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """Loading: from a dict of tensors into a model with adapters, with a report on every key.
 
 Every entry gets its value, and all are checked, before the injection assigns one.

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from graft import RoutingError
-from graft.core.site import Site, Store
 from graft.kernels.eager import eager, has_no_hooks
 from graft.kernels.waits import constant
 
@@ -99,7 +98,7 @@ class SlotLayer(nn.Module):
     """
 
     base_layer: nn.Module
-    site: Site
+    site: Any
     choice: SlotChoice
     keep: bool  # keep a mix's gathered factors for its next forward
     output_is_new: bool  # the base layer's output may be overwritten
@@ -115,7 +114,7 @@ class SlotLayer(nn.Module):
 
     def __init__(
         self,
-        site: Site,
+        site: Any,
         sizes: dict[int, int],
         choice: SlotChoice,
         keep: bool,
@@ -286,7 +285,7 @@ class SlotLayer(nn.Module):
         return self.site.out_features
 
     @property
-    def store(self) -> Store:
+    def store(self) -> Any:
         return self.site.store
 
     def get_base_layer(self) -> nn.Module:

@@ -30,7 +30,6 @@ from graft.config.hub import HUB_KEYWORDS
 from graft.core.errors import join_some
 from graft.core.gate import PATIENCE, Gate
 from graft.core.rows import BASE, count_copies
-from graft.core.site import Site
 from graft.inject.inject import Injection
 from graft.inject.parts import check_adapter_name, check_no_pieces, find_gate, get_config, get_gate, get_registry
 from graft.inject.survey import ModuleTree, attach_module, survey_model
@@ -131,7 +130,7 @@ class AdapterSlots:
 
     def _allocate(
         self,
-        sites: Mapping[str, Site],
+        sites: Mapping[str, Any],
         sizes: dict[int, int],
         keep_gathered: bool,
         dtype: torch.dtype | None,
@@ -731,7 +730,7 @@ def count_slots_by_rank(max_adapters: int | Mapping[int, int], max_rank: int | N
     return sizes
 
 
-def check_sites(sites: Mapping[str, Site]) -> None:
+def check_sites(sites: Mapping[str, Any]) -> None:
     """Raise UnsupportedLayerError unless all layers, by path, are linear, called by the model, and computed whole by
     this process.
     """

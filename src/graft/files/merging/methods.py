@@ -19,13 +19,13 @@ from torch import nn
 from graft import AdapterLayer, BaseModelMismatchError, LossError, Method, PeftModel
 from graft.files.base import BaseFiles
 from graft.files.formats import peft
+from graft.files.load import find_adapter_layers
 from graft.files.merging.folds import MergeJob, Read, TensorChange, replace_whole
 from graft.files.merging.merge import Merged, merge_adapters
 from graft.files.merging.ties import head_class
 from graft.files.merging.weights import to_file
 from graft.files.neutral import LowRank
 from graft.files.skeleton import build_meta_model, fill_with_zeros, make_expanded_zero
-from graft.inject.survey import survey_model
 
 NAME = "default"
 
@@ -114,7 +114,7 @@ def load_layers(job: MergeJob, base: BaseFiles) -> dict[str, AdapterLayer]:
             peft.write(job.adapter, folder, base)
             path = folder
         peft_model = PeftModel.from_pretrained(fill_with_zeros(model), path, adapter_name=NAME)
-    return survey_model(peft_model.get_base_model()).layers
+    return find_adapter_layers(peft_model)
 
 
 def list_layer_changes(

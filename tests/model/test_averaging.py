@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Averages of gradients on a sharded base, and its store, as one process sees them; tests/distributed has several."""
 
+import gc
+from weakref import ref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -128,6 +131,18 @@ def test_a_sharded_base_merges_after_a_call_that_left_it_whole(group, method):
         assert torch.equal(model(x), before)
         plain = model.merge_and_unload()
         assert torch.allclose(plain(x), before, atol=1e-6)
+
+
+@FSDP2_ON_CPUS
+def test_hooks_keep_no_model_in_memory(group):
+    from torch.distributed.fsdp import fully_shard
+
+    model = graft.get_peft_model(fully_shard(net()), graft.LoraConfig(**CONFIG)).train()
+    model(torch.randn(3, 8)).sum().backward()
+    kept = [ref(model), ref(next(p for p in model.parameters() if p.requires_grad))]
+    del model
+    gc.collect()
+    assert [reference() for reference in kept] == [None, None]
 
 
 def test_a_meeting_tells_who_came_with_a_text(monkeypatch):

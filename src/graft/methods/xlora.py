@@ -365,14 +365,19 @@ class XLora(Method[XLoraConfig]):
                 return
             run.kwargs["use_cache"] = False
 
-            thread = get_ident()
+            thread, weighing = get_ident(), [False]
 
             def step(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
                 """Weigh the experts for the step's arguments and set the gates of this thread's call; do nothing in
-                other threads.
+                other threads, and in the extra pass.
                 """
-                if get_ident() == thread:  # others may run the model as well
-                    call.swap_context(call.context._replace(gates=weigh(tuner, call, args, kwargs)))
+                if get_ident() == thread and not weighing[0]:  # others may run the model as well
+                    weighing[0] = True
+                    try:
+                        gates = weigh(tuner, call, args, kwargs)
+                    finally:
+                        weighing[0] = False
+                    call.swap_context(call.context._replace(gates=gates))
 
             handle = tuner.model.register_forward_pre_hook(step, with_kwargs=True)
             try:
@@ -407,7 +412,8 @@ def weigh(tuner: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any])
             dummy = classifier.constant(inputs, cfg.scaling_pass_value)
             context = call.context._replace(gates=Scalings(chosen(dummy, cfg), *places))
         with call.use_context(context):
-            output = tuner.model.forward(*args, **kwargs)
+            run = tuner.model.forward if tuner.averager is None else tuner.model  # FSDP2 gathers weights by its hooks
+            output = run(*args, **kwargs)
     hidden = getattr(output, "hidden_states", None)
     if not hidden:
         raise RoutingError(

@@ -14,7 +14,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -81,7 +83,7 @@ class Averager:
         for p in self.parameters:
             if id(p) not in known:
                 before = p.requires_grad
-                p.requires_grad_().register_post_accumulate_grad_hook(self._on_gradient)
+                p.requires_grad_().register_post_accumulate_grad_hook(partial(note_gradient, ref(self)))
                 p.requires_grad_(before)
             setattr(p, MARK, True)
 
@@ -160,9 +162,8 @@ class Averager:
             self.follows, self.task = True, torch._C._current_graph_task_id()
             torch.autograd.Variable._execution_engine.queue_callback(self._on_end)
 
-    @unserializable_hook  # type: ignore[untyped-decorator]
-    def _on_gradient(self, _parameter: Tensor) -> None:
-        """Hook of a parameter with a new gradient: have autograd call `_on_end` after the pass, unless that is certain.
+    def note_gradient(self) -> None:
+        """Have autograd call `_on_end` after the pass that has given a parameter a gradient, unless that is certain.
 
         Under reentrant checkpointing, without a call of the PeftModel, that is after the pass of each block.
         """
@@ -218,6 +219,12 @@ REMEDY = (
     "wrap the model again, or set all adapters trainable before wrapping "
     "(model.set_requires_grad([…]) of all their names) and find_unused_parameters=True"
 )
+
+
+def note_gradient(averager: ref[Averager], _parameter: Tensor) -> None:
+    """Tell an averager of a parameter's new gradient: the hook of the parameter, which keeps no model in memory."""
+    if (it := averager()) is not None:
+        it.note_gradient()
 
 
 def checksum(tensors: Iterable[Tensor]) -> str:

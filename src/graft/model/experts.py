@@ -24,6 +24,7 @@ from graft.inject.build import assign_values
 from graft.inject.job import Options
 from graft.inject.parts import AdapterCarriers, check_adapter_name, get_registry, read_modes, restore_modes
 from graft.inject.report import InjectReport
+from graft.inject.stage import draw_alike, find_team
 from graft.inject.survey import ModuleTree, survey_model
 from graft.io import files
 from graft.io.load import CheckpointValues
@@ -86,7 +87,7 @@ class XLoraRegistry(Registry):
     ) -> InjectReport:
         """Load the experts onto the model and make the classifier; return the report.
 
-        On an error everything is taken off again.
+        On an error everything is taken off again. Processes that hold the model together draw an equal classifier.
 
         With `options.values` the classifier gets the values of a file.
 
@@ -107,7 +108,8 @@ class XLoraRegistry(Registry):
                 values = CheckpointValues(self.model, expert, name, loaded)
                 self._inject(name, expert, Options(options.upcast, values=values))
             self._check_experts(experts)
-            self._make_classifier(adapter_name, config, list(experts), options.on_meta)
+            with draw_alike(find_team(self.model.modules())):
+                self._make_classifier(adapter_name, config, list(experts), options.on_meta)
             report = InjectReport(adapter_name, "XLORA")
             report.other_trainable = sum(p.numel() for p in self.classifier.parameters())
             if options.values is not None:

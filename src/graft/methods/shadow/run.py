@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graft.core.method import return_unchanged
 from graft.core.rows import name_arguments
 from graft.methods.shadow.detached import NAMES, empty, no_cache_for, shadow_loss, unpack, with_cache
-from graft.storage import find_device_and_dtype
+from graft.storage import find_device_and_dtype, gather_module
 
 if TYPE_CHECKING:
     from graft.core.call import Call
@@ -190,7 +190,7 @@ class Pass:
         if inputs_embeds is None:
             inputs_embeds = self.arguments.get("inputs_embeds")
         if inputs_embeds is None and hasattr(network, "needs_embeddings"):
-            inputs_embeds = self.tuner.model.get_input_embeddings()(ids)
+            inputs_embeds = gather_module(self.tuner.model.get_input_embeddings())(ids)
         if inputs_embeds is not None:
             call_arguments["inputs_embeds"] = inputs_embeds.to(dtype)
         else:

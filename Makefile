@@ -14,8 +14,8 @@ unexport PYTHONDONTWRITEBYTECODE  # else each process of a test compiles graft a
 .DEFAULT_GOAL := help
 .PHONY: help quick test check verify \
 	test-slow test-device device-report test-all coverage test-oldest test-newest test-storages test-distributed \
-	test-clients test-peft test-formats test-oracles test-trainers test-serving mutations drawn simulate fuzz fuzz- \
-	files dist release bench demo demo-sweep demo-lm demo-4bit compare compare-texts rates examples guide-serving \
+	test-clients test-peft test-formats test-oracles test-trainers test-serving mutations drawn simulate fuzz \
+	fuzz-files dist release bench demo demo-sweep demo-lm demo-4bit compare compare-texts rates examples guide-serving \
 	docs docs-look clean
 
 $(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt examples/guides/carriers.txt

@@ -366,14 +366,16 @@ def lora(**options: Any) -> Any:
 
 def mixed_rows(folder: Path, name: str) -> None:
     """Batches with rows of several adapters: each process has others, and not all use each adapter."""
-    parts = WAYS[name].parts
+    way = WAYS[name]
+    parts = way.parts
+    method = "EXPERTS" if name == "experts" else "ATTENTION"
     batches = [["a", "b", "b", "a"], ["a", "a", "b", "b"]]
     if parts < ROWS:
         batches.append(["a", "__base__", "__base__", "b"])
 
     def make(model: Any) -> Any:
-        model.add_adapter("a", lora())
-        model.add_adapter("b", lora())
+        model.add_adapter("a", METHODS[method]())
+        model.add_adapter("b", METHODS[method]())
         model.set_requires_grad(["a", "b"])
         return model
 
@@ -386,7 +388,7 @@ def mixed_rows(folder: Path, name: str) -> None:
             taken.append(step(model, rows(way) | {"adapter_names": names}))
         return taken
 
-    compare_steps(folder, name, make, train, ("a", "b"))
+    compare_steps(folder, name, make, train, ("a", "b"), METHODS[method])
 
 
 def accumulates(folder: Path, name: str) -> None:
@@ -443,7 +445,10 @@ def checkpoints(folder: Path, name: str, reentrant: bool) -> None:
         model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
         return model
 
-    compare_steps(folder, name, make, lambda model, way: [step(model, rows(way)) for _ in range(2)])
+    def train(model: Any, way: Way | None) -> list[tuple[float, float]]:
+        return [step(model, rows(way)) for _ in range(2)]
+
+    compare_steps(folder, name, make, train, config=METHODS["LORA" if WAYS[name].base == "llama" else "EXPERTS"])
 
 
 def calls_base(folder: Path, name: str) -> None:
@@ -462,7 +467,7 @@ def goes_on(folder: Path, name: str) -> None:
 
     def make(seed: int) -> tuple[Any, Any]:
         model = adapted(folder, way, lora(lora_dropout=0.3))
-        torch.manual_seed(seed + dist.get_rank())
+        torch.manual_seed(seed + dist.get_rank() * way.parts // way.world)
         return model, torch.optim.AdamW(trainable(model), lr=1e-2)
 
     def train(model: Any, optimizer: Any) -> float:
@@ -688,7 +693,17 @@ CHECKS: dict[str, Callable[[Path, str], None]] = {
 }
 BY_HAND = tuple(name for name in CHECKS if name != "narrow")
 AT_LOAD = tuple(name for name in CHECKS if name != "second after")
-ELSEWHERE = ("drift", "mixed rows", "switches", "unloads", "saves alone")
+ELSEWHERE = (
+    "drift",
+    "mixed rows",
+    "accumulates",
+    "switches",
+    "checkpointing",
+    "goes on",
+    "unloads",
+    "saves alone",
+    "narrow",
+)
 FEW = {
     "fsdp": ("LORA", "DORA", "SAVED", "TOKENS", "PROMPT_TUNING", "drift", "mixed rows", "accumulates"),
     "hand": ("OFT", "drift", "second after"),

@@ -31,6 +31,7 @@ from graft.kernels.experts import StackUpdate, UpdatedStack, run_experts
 from graft.storage import stacks
 from graft.storage.dense import PLAIN, Dense
 from graft.storage.dispatch import RUNS, Dispatch, find_dispatch, is_dispatched_stack, refuse_rows
+from graft.storage.fsdp2 import is_managed
 from graft.storage.offload import computes_on, is_away
 from graft.storage.stacks import PackedMatrices
 
@@ -104,15 +105,19 @@ class ExpertBlock:
 
     @property
     def can_run(self) -> bool:
-        """True if graft can run the module: it knows how, and both stacks are packed, plain tensors of three
-        dimensions, or dispatched: then they are plain during a call.
+        """True if graft can run the module: it knows how, and both stacks are packed, or plain tensors of three
+        dimensions, at least during a call, as sharded by FSDP2 or dispatched.
         """
 
         def is_readable(name: str) -> bool:
             """Return True if a call finds a plain tensor of three dimensions at `name`, or a packed stack."""
             p = self.module._parameters.get(name)
-            is_plain = (type(p) in PLAIN and p.dim() == 3) or is_dispatched_stack(self.module, name)
-            return is_plain or stacks.find_stack_class(self.module, name) is not None
+            is_plain = p is not None and p.dim() == 3 and (type(p) in PLAIN or is_managed(self.module, name))
+            return (
+                is_plain
+                or is_dispatched_stack(self.module, name)
+                or stacks.find_stack_class(self.module, name) is not None
+            )
 
         return self.names is not None and all(map(is_readable, self.names))
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.notes import parse_header, write_tensors
+from graft.config.seal import compute_digest
 from graft.core.errors import CheckpointError
-from graft.io.seal import compute_digest
 from graft.storage import standalone
 
 

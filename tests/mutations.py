@@ -90,6 +90,20 @@ MUTATIONS = [
         "tests/distributed",
     ),
     Mutation(
+        "dispatched experts: each process takes the first experts' part",
+        "storage/dispatch.py",
+        "return t[self.first : self.first + self.count]",
+        "return t[: self.count]",
+        "tests/distributed/test_sharded.py",
+    ),
+    Mutation(
+        "dispatched experts: processes of one batch keep their gradients",
+        "storage/dispatch.py",
+        "if mesh.size() > 1 and t.requires_grad:",
+        "if False:",
+        "tests/distributed/test_sharded.py",
+    ),
+    Mutation(
         "a slot: buffers are forgotten",
         "core/containers.py",
         "for name, b in module._buffers.items():",

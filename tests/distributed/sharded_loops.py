@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
+from graft.train import Resumable
 from tests.distributed import recipes
 from tests.distributed.sharded_bases import (
     ATTENTION,
@@ -56,7 +57,7 @@ def dataset() -> list[dict[str, torch.Tensor]]:
 
 
 class InOrder(Trainer):
-    """A Trainer that takes rows in order and keeps the norms."""
+    """A Trainer that takes rows in order."""
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         return SequentialSampler(self.train_dataset)
@@ -93,6 +94,31 @@ def with_trainer(folder: Path, optimizer: str) -> None:
     checkpoint = f"checkpoint-{STEPS}"
     files = [load_file(p / checkpoint / FILE) for p in (folder / optimizer, place)]
     same_file(files[0], files[1], 2e-6)
+
+
+def resumes(folder: Path) -> None:
+    """Trainer with `Resumable`: a resumed training has the bits of one that went on, with dropout."""
+    if dist.get_world_size() == 1:
+        return
+    ends, logs = [], []
+    checkpoint = folder / "resumes" / "checkpoint-2"
+    for name, seed in (("resumes", 0), ("again", 40)):
+        config = graft.LoraConfig(r=4, lora_dropout=0.3, target_modules=ATTENTION)
+        model = adapted(folder, WAYS["fsdp"], config)
+        torch.manual_seed(seed + dist.get_rank())
+        watch = Resumable(checkpoint if seed else None)
+        arguments = TrainingArguments(
+            str(folder / name), report_to="none", disable_tqdm=True, learning_rate=1e-2, max_steps=4, use_cpu=True,
+            per_device_train_batch_size=2, save_steps=2, logging_steps=1, save_only_model=True, seed=seed,
+        )  # fmt: skip
+        trainer = InOrder(model, arguments, train_dataset=dataset(), callbacks=[watch])
+        trainer.train(resume_from_checkpoint=str(checkpoint) if seed else None)
+        dist.barrier()
+        ends.append(held(trainer.model))
+        logs.append([log["loss"] for log in trainer.state.log_history if "loss" in log and log["step"] > 2])
+    assert logs[0] == logs[1] and len(logs[0]) == 2, logs
+    assert all(torch.equal(t, ends[1][key]) for key, t in ends[0].items())
+    same_on_all(ends[1])
 
 
 def with_accelerate(folder: Path) -> None:
@@ -142,6 +168,7 @@ def follows_recipe(folder: Path, name: str) -> None:
 CHECKS: dict[str, Callable[[Path], None]] = {
     "Trainer": partial(with_trainer, optimizer="sgd"),
     "Trainer AdamW": partial(with_trainer, optimizer="adamw_torch"),
+    "Resumable": resumes,
     "accelerate": with_accelerate,
     **{name: partial(follows_recipe, name=name) for name in recipes.AT_LOAD},
 }

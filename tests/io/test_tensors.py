@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The safetensors files that graft writes are those of safetensors, but for the order of metadata."""
 
+import ctypes
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 import graft
-from graft.io.tensors import write_safetensors
+from graft.config.atomic import write_pieces
+from graft.io.seal import digest_file
+from graft.io.tensors import PackedTensors, digest_tensors, write_safetensors
 
 DTYPES = ["float64", "float32", "bfloat16", "bool", "float16", "int64", "uint8", "float8_e4m3fn"]
 
@@ -26,6 +30,35 @@ def test_files_equal_those_of_safetensors(tmp_path, dtypes):
     read = load_file(tmp_path / "x")
     assert read.keys() == plain.keys()
     assert all(t.dtype == plain[key].dtype and torch.equal(t, plain[key]) for key, t in read.items())
+
+
+def test_copies_have_the_digest_of_their_file_and_later_changes_do_not_reach_them(tmp_path):
+    class Named(torch.Tensor):
+        """A subclass with values of its own."""
+
+    made = {f'é"{i}': torch.ones(i, 2).to(getattr(torch, d)) for i, d in enumerate(DTYPES)}
+    made |= {"w": nn.Parameter(torch.randn(2, 3)), "s": torch.randn(3).as_subclass(Named), "scalar": torch.tensor(1.5)}
+    plain = {key: t.detach().clone().as_subclass(torch.Tensor) for key, t in made.items()}
+    packed = PackedTensors.copy(made)
+    for t in made.values():
+        t.data.zero_()
+    write_safetensors(str(tmp_path / "x"), packed, {"format": "pt"})
+    assert packed.digest() == digest_tensors(plain) == digest_file((tmp_path / "x").read_bytes())
+    read = load_file(tmp_path / "x")
+    assert read.keys() == plain.keys() and all(torch.equal(t, plain[key]) for key, t in read.items())
+
+
+@pytest.mark.parametrize("reserves", [True, False])
+def test_a_file_in_pieces_replaces_an_older_one(tmp_path, reserves, monkeypatch):
+    """Also where the system reserves no blocks."""
+    if not reserves:
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    path = tmp_path / "x"
+    path.write_bytes(b"older and longer")
+    write_pieces(str(path), [b"ab", memoryview(b""), memoryview(b"cde")])
+    assert path.read_bytes() == b"abcde"
+    write_pieces(str(path), [b""])
+    assert path.read_bytes() == b""
 
 
 def test_metadata_is_in_order(tmp_path):

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 
@@ -111,6 +111,29 @@ def swap_by_system(one: bytes, other: bytes) -> bool:
         if hasattr(library, name):
             return not getattr(library, name)(*arguments)
     return False
+
+
+def write_pieces(path: str, pieces: Sequence[bytes | memoryview]) -> None:
+    """Write a file that consists of these pieces, each by one call, after its blocks have been reserved."""
+    with open(path, "wb", 0) as f:
+        reserve_blocks(f.fileno(), sum(len(piece) for piece in pieces))
+        for piece in pieces:
+            rest = memoryview(piece)
+            while rest:
+                rest = rest[f.write(rest) :]
+
+
+def reserve_blocks(fd: int, size: int) -> None:
+    """Have Linux reserve `size` bytes for an empty open file at once: writing them then takes two thirds of the time.
+
+    Where the system or the file system has no such call, or the disk is full, nothing happens. The C library's
+    `posix_fallocate` would write a byte into each block there.
+    """
+    import ctypes  # only where something is written
+
+    reserve = getattr(ctypes.CDLL(None), "fallocate", None) if os.name == "posix" else None
+    if reserve is not None and size:
+        reserve(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size))
 
 
 @contextmanager

@@ -30,16 +30,11 @@ Source = tuple[str, str, Sequence[int], int, Callable[[], Any]]  # name, dtype, 
 
 @dataclass
 class WeightsFile:
-    """The path of a weights file, its notes, and its stamp."""
+    """The path of a weights file, the config that it holds, and its stamp."""
 
     path: str
-    texts: dict[str, str]  # all notes
+    config: str | None  # the text of adapter_config.json, if graft wrote the file
     stamp: Stamp | None
-
-    @property
-    def config(self) -> str | None:
-        """The text of adapter_config.json; None if graft did not write the file."""
-        return self.texts.get(CONFIG)
 
 
 def read_notes(path: str) -> WeightsFile | None:
@@ -50,7 +45,7 @@ def read_notes(path: str) -> WeightsFile | None:
     try:
         with open_file(path) as f:
             notes = read_torch_notes(f) if path.endswith(".bin") else read_safetensors_notes(f)
-            return WeightsFile(path, notes, read_stamp(f.fileno()))
+            return WeightsFile(path, notes.get(CONFIG), read_stamp(f.fileno()))
     except (OSError, CheckpointError):
         return None
 
@@ -86,6 +81,23 @@ def read_safetensors_notes(f: IO[bytes]) -> dict[str, str]:
         return {}  # reading the tensors will report the damage
 
 
+def make_header(tensors: Iterable[Sequence[Any]], notes: Mapping[str, str]) -> bytes:
+    """Return the beginning of a safetensors file, up to the first tensor: its size, the notes sorted by name, and the
+    tensors in the order of the file.
+
+    Args:
+        tensors: name, dtype, shape and bytes of a number of each, in that order; more items are ignored.
+    """
+    header: Json = {"__metadata__": dict(sorted(notes.items()))} if notes else {}
+    end = 0
+    for name, dtype, shape, width, *_ in tensors:
+        begin, end = end, end + prod(shape) * width
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def write_tensors(path: str, tensors: Iterable[Source], notes: Mapping[str, str], see: See = len) -> None:
     """Write a safetensors file: the notes sorted by name, then the tensors.
 
@@ -98,15 +110,9 @@ def write_tensors(path: str, tensors: Iterable[Source], notes: Mapping[str, str]
         see: is passed the bytes of the file, piece by piece.
     """
     order = sorted(tensors, key=lambda source: (-source[3], source[0]))
-    header: Json = {"__metadata__": dict(sorted(notes.items()))} if notes else {}
-    end = 0
-    for name, dtype, shape, width, _ in order:
-        begin, end = end, end + prod(shape) * width
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    header = make_header(order, notes)
     with open(path, "wb", BUFFER) as f:
-        for load in (lambda: len(text).to_bytes(8, "little") + text, *(source[-1] for source in order)):
+        for load in (lambda: header, *(source[-1] for source in order)):
             data = load()
             f.write(data)
             see(data)

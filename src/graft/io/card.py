@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from graft.config.atomic import replace_file
@@ -33,41 +34,58 @@ def write_card(model: nn.Module, folder: str) -> None:
     An existing card keeps its text and gets missing parts. A link counts as no card and is replaced. If nothing
     changes, nothing is written.
     """
-    from huggingface_hub import ModelCard, ModelCardData
-
     path = os.path.join(folder, "README.md")
     base = model.get_base_model()
     name = getattr(getattr(base, "config", None), "_name_or_path", None) or base.__dict__.get("name_or_path")
-    name = escape_controls(str(name)) if name else None
-    kind = model.peft_type.value
     before = None
     if os.path.isfile(path) and not os.path.islink(path):  # a link may lead to a private text
         with open_file(path) as f:
             before = f.read().decode("utf-8-sig")
-        card = ModelCard(before)
-    else:
-        text = TEXT.format(
-            base=name or type(base).__name__, kind=kind, version=FORMAT_VERSION, cls=type(model).__name__
-        )
-        card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n{text}")
-    tags = set(card.data.get("tags") or []) | set(getattr(base, "model_tags", None) or [])
+    tags = set(getattr(base, "model_tags", None) or [])
     if hasattr(base, "_checkpoint_conversion_mapping") or hasattr(type(base), "is_gradient_checkpointing"):
         tags.add("transformers")
+    causal = bool(model.peft_config) and next(iter(model.peft_config.values())).task_type == "CAUSAL_LM"
+    base_name = escape_controls(str(name)) if name else None
+    adapter = model.peft_type.value, type(model).__name__
+    text = compose_card(before, base_name, type(base).__name__, *adapter, frozenset(tags), causal)
+    if text != before:
+        os.makedirs(folder, exist_ok=True)
+        replace_file(path, text)
+
+
+@lru_cache(maxsize=16)  # a training saves the same card again and again
+def compose_card(
+    before: str | None, name: str | None, base_class: str, kind: str, cls: str, tags: frozenset[str], causal: bool
+) -> str:
+    """Return the text of a card. Cached.
+
+    Args:
+        before: the card to update; None: a new one.
+        name: of the base model, if it has one; base_class: its class.
+        kind: peft_type; cls: class of the model with the adapter.
+        tags: to be added to those of `before`.
+        causal: the model generates text.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    if before is not None:
+        card = ModelCard(before)
+    else:
+        text = TEXT.format(base=name or base_class, kind=kind, version=FORMAT_VERSION, cls=cls)
+        card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n{text}")
+    all_tags = {*(card.data.get("tags") or []), *tags}
     if kind == "LORA":
-        tags.add("lora")
+        all_tags.add("lora")
     if name:
-        tags.add(f"base_model:adapter:{name}")
+        all_tags.add(f"base_model:adapter:{name}")
         card.data["base_model"] = name
     card.data["library_name"] = "peft"
-    card.data["tags"] = sorted(tags)
-    if model.peft_config and next(iter(model.peft_config.values())).task_type == "CAUSAL_LM":
+    card.data["tags"] = sorted(all_tags)
+    if causal:
         card.data["pipeline_tag"] = "text-generation"
     line = f"- PEFT {FORMAT_VERSION}"
     if VERSIONS not in card.text:
         card.text = f"{card.text.rstrip()}\n\n{VERSIONS}\n\n{line}\n"
     elif line not in card.text:
         card.text = card.text.replace(f"{VERSIONS}\n", f"{VERSIONS}\n\n{line}\n", 1)
-    text = str(card)
-    if text != before:
-        os.makedirs(folder, exist_ok=True)
-        replace_file(path, text)
+    return str(card)

@@ -19,7 +19,7 @@ import numpy as np  # torch reads no read-only bytes
 import torch
 from torch import Tensor
 
-from graft.config import notes, pair, seal
+from graft.config import notes, pair
 from graft.config.atomic import replace_file
 from graft.config.base import PeftConfig, make_config, make_files, why_no_config
 from graft.config.file import ConfigFile, describe_whole_model
@@ -28,10 +28,11 @@ from graft.config.pair import SAFETENSORS as SAFETENSORS_WEIGHTS_NAME
 from graft.config.pair import TORCH as WEIGHTS_NAME
 from graft.config.reading import load_torch_file, open_file
 from graft.core.errors import CheckpointError, NonFiniteError, join_some
+from graft.io import seal
 from graft.io.entries import rename_keys
 from graft.io.fingerprint import KEY, Fingerprint, read_fingerprint
 from graft.io.rendezvous import GATHER
-from graft.io.tensors import copy_to_cpu, digest_tensors, write_safetensors
+from graft.io.tensors import PackedTensors, copy_to_cpu, digest_tensors, write_safetensors
 from graft.io.written import TODAY, StackLayout
 from graft.storage.parallel import is_sharded
 
@@ -79,7 +80,7 @@ def save_adapter(
     beside = make_files(config)
     text = beside.pop(pair.CONFIG_NAME).decode()
     os.makedirs(folder, exist_ok=True)
-    on_cpu = copy_to_cpu(tensors)
+    on_cpu: Any = PackedTensors.copy(tensors) if safetensors else copy_to_cpu(tensors)
     noted = {KEY: json.dumps(fingerprint), notes.CONFIG: text, seal.KEY: digest_tensors(on_cpu)}
 
     def write(path: str) -> None:
@@ -96,8 +97,8 @@ def save_adapter(
 
 def write_sealed(path: str, tensors: dict[str, Tensor]) -> None:
     """Write copies of tensors with their digest to `path`, whole or not at all: an error leaves the old file."""
-    tensors = copy_to_cpu(tensors)
-    replace_file(path, lambda to: write_safetensors(to, tensors, {"format": "pt", seal.KEY: digest_tensors(tensors)}))
+    packed = PackedTensors.copy(tensors)
+    replace_file(path, lambda to: write_safetensors(to, packed, {"format": "pt", seal.KEY: packed.digest()}))
 
 
 def check_saved_tensors(folder: str, tensors: dict[str, Tensor]) -> None:
@@ -221,7 +222,7 @@ def read_torch(path: str, check_digest: bool = True) -> LoadedWeights:
     if check_digest and seal.KEY in noted and not any(map(describe_fault, tensors.values())):
         seal.check_digest(noted[seal.KEY], digest_tensors(tensors), path)
     of_base = read_fingerprint(noted.get(KEY), path)
-    file_notes = notes.WeightsFile(path, noted, stamp)
+    file_notes = notes.WeightsFile(path, noted.get(notes.CONFIG), stamp)
     return LoadedWeights(separate_memory(tensors), path, of_base, file_notes)
 
 
@@ -285,7 +286,7 @@ def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = Tr
             seal.check_digest(saved, digest.result(), path, may_differ)
     noted = notes.select_texts(header.get("__metadata__"))
     of_base = read_fingerprint(noted.get(KEY), path)
-    file_notes = notes.WeightsFile(path, noted, stamp)
+    file_notes = notes.WeightsFile(path, noted.get(notes.CONFIG), stamp)
     return LoadedWeights(tensors, path, of_base, file_notes, finite=finite)
 
 

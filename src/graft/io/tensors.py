@@ -8,24 +8,68 @@ that under a name nobody can recognise.
 from __future__ import annotations
 
 import ctypes
-from functools import cache, partial
+from collections.abc import Mapping
+from functools import cache
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.notes import parse_header, write_tensors
-from graft.config.seal import compute_digest
+from graft.config.atomic import write_pieces
+from graft.config.notes import make_header, parse_header
 from graft.core.errors import CheckpointError
+from graft.io.seal import compute_digest
 from graft.storage import standalone
 
 
-def write_safetensors(path: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors and metadata to `path`: the widest dtypes first, so that all are aligned, and metadata in a fixed
-    order. The file is overwritten in place.
+class PackedTensors(NamedTuple):
+    """Copies of tensors on the CPU, in the order of a safetensors file: the widest numbers first, so that all are
+    aligned, then by name. Tensors of one dtype that follow one another are in one memory.
     """
-    on_cpu = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-    parts = ((k, name_dtype(t.dtype), t.shape, t.element_size(), partial(view_bytes, k, t)) for k, t in on_cpu.items())
-    write_tensors(path, parts, metadata)
+
+    parts: list[tuple[str, str, torch.Size, int, memoryview]]  # name, dtype, shape, bytes of a number, its memory
+    memories: list[memoryview]  # one after the other they are the file without its header
+
+    @classmethod
+    def copy(cls, tensors: Mapping[str, Tensor]) -> PackedTensors:
+        """Return copies of all tensors. Later steps of training do not change them."""
+        packed = cls([], [])
+        order = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+        for dtype, group in groupby(order, key=lambda item: item[1].dtype):
+            named = list(group)
+            with torch.no_grad():
+                joined = torch.cat([flatten_on_cpu(key, t) for key, t in named])
+            array: Any = joined.view(torch.uint8).numpy()
+            memory, end = memoryview(array), 0
+            packed.memories.append(memory)
+            width, name = joined.element_size(), name_dtype(dtype)
+            for key, t in named:
+                begin, end = end, end + t.numel() * width
+                packed.parts.append((key, name, t.shape, width, memory[begin:end]))
+        return packed
+
+    def digest(self) -> str:
+        """Return the digest of the tensors."""
+        return compute_digest((name, dtype, shape, memory) for name, dtype, shape, _, memory in self.parts)
+
+
+def flatten_on_cpu(key: str, t: Tensor) -> Tensor:
+    """Return a plain tensor of one dimension on the CPU; it may share the memory of t.
+
+    Raises:
+        CheckpointError: a tensor subclass that holds its values elsewhere.
+    """
+    if type(t) in (Tensor, nn.Parameter):
+        return t.cpu().reshape(-1)
+    data = view_bytes(key, t.detach().cpu().contiguous())
+    return torch.frombuffer(data, dtype=t.dtype) if len(data) else torch.empty(0, dtype=t.dtype)
+
+
+def write_safetensors(path: str, tensors: Mapping[str, Tensor] | PackedTensors, metadata: dict[str, str]) -> None:
+    """Write tensors and metadata to `path`, with metadata in a fixed order. The file is overwritten in place."""
+    packed = tensors if isinstance(tensors, PackedTensors) else PackedTensors.copy(tensors)
+    write_pieces(path, [make_header(packed.parts, metadata), *packed.memories])
 
 
 def copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -36,8 +80,10 @@ def copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
 
 
-def digest_tensors(tensors: dict[str, Tensor]) -> str:
+def digest_tensors(tensors: dict[str, Tensor] | PackedTensors) -> str:
     """Return the digest of plain tensors, on any device."""
+    if isinstance(tensors, PackedTensors):
+        return tensors.digest()
     on_cpu = ((key, t.detach().cpu().contiguous()) for key, t in tensors.items())
     return compute_digest((key, name_dtype(t.dtype), list(t.shape), view_bytes(key, t)) for key, t in on_cpu)
 

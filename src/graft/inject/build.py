@@ -145,7 +145,8 @@ def build_carriers(job: InjectionJob) -> None:
         if job.targets.tied:
             adapt_tied_modules(job)
         if values is not None:
-            assign_values(job.parts, job.adapter, values.match_entries(job.parts, job.adapter))
+            match = partial(values.match_entries, job.parts, job.adapter)
+            assign_values(job.parts, job.adapter, match() if job.team is None else job.team.run_on_all(match))
         elif related := [layer for layer in job.layers.values() if layer.methods[job.adapter].lenders]:
             share_lent_tensors(related, job.adapter)
         if job.team is not None:

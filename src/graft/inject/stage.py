@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from graft.storage.flat import sendable
 from graft.storage.meeting import LONG_PATIENCE, Meeting
 from graft.storage.parallel import processes
 
+T = TypeVar("T")
 CALL = "get_peft_model() (or add_adapter, from_pretrained)"  # for errors
 MARK = "PipelineIdentityLayer"  # transformers' class
 
@@ -248,6 +249,27 @@ class ProcessTeam:
             dist.all_gather_object(parts, things, group=group)
             things = {rank: value for part in parts for rank, value in part.items()}
         return things
+
+    def run_on_all(self, act: Callable[[], T]) -> T:
+        """Call `act`, which sends nothing, and return its result. If it fails on one process, it fails on all.
+
+        All processes must call this.
+
+        Raises:
+            CheckpointError: `act` has failed on other processes alone; the text names their ranks.
+            Exception: the error of `act` here.
+        """
+        error, result = None, None
+        try:
+            result = act()
+        except Exception as e:
+            error = e
+        texts = {rank: text for rank, text in self.gather(None if error is None else str(error)).items() if text}
+        if error is not None:
+            raise error
+        if texts:
+            raise CheckpointError(f"Rank(s) {sorted(texts)} cannot load the adapter: {texts[min(texts)]}")
+        return result  # type: ignore[return-value]
 
     @contextmanager
     def draw_alike(self) -> Iterator[None]:

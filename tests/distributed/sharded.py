@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import graft
-from graft.core.errors import RoutingError, UnsupportedLayerError
+from graft.core.errors import CheckpointError, DistributedError, RoutingError, UnsupportedLayerError
 from graft.storage.parallel import is_sharded
-from tests.distributed.tensor_parallel import close, held, refused, same_on_all, write_llama
+from tests.distributed.tensor_parallel import FILE, close, held, refused, same_on_all, write_llama
 from tests.families import IDS, base
 from tests.models import seeded
 
@@ -61,11 +61,16 @@ def names(model: nn.Module) -> list[tuple[str, bool]]:
     return [(name, p.requires_grad) for name, p in model.named_parameters()]
 
 
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of all tensors that train here and are whole."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad and not is_sharded(p)}
+
+
 def trains_alike(model: Any) -> None:
     """Processes with seeds and batches of their own begin and end with one adapter."""
-    same_on_all(held(model))
+    same_on_all(trained(model))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    before = held(model)
+    before = trained(model)
     for step in range(3):
         with seeded(10 * step + dist.get_rank()):
             own = torch.randint(41, (2, 6))
@@ -73,8 +78,8 @@ def trains_alike(model: Any) -> None:
         model(input_ids=own, labels=own, **tasks).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    same_on_all(held(model))
-    assert any(not torch.equal(before[name], t) for name, t in held(model).items())
+    same_on_all(trained(model))
+    assert any(not torch.equal(before[name], t) for name, t in trained(model).items())
 
 
 def prompt_after_sharding(folder: Path, name: str) -> None:
@@ -92,6 +97,123 @@ def prompt_after_sharding(folder: Path, name: str) -> None:
     if name == "PROMPT_TUNING":
         loaded.train().set_requires_grad("default")
         trains_alike(loaded)
+
+
+def rows_at_other_depths(folder: Path) -> None:
+    """Rows of this process reach other layers than those of the other: FSDP2 gathers in step, and both train alike."""
+    write_llama(folder / "deep", layers=6)
+    model = graft.get_peft_model(sharded(folder / "deep"), graft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("last", graft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[5]))
+    model.train().set_requires_grad(["default", "last"])
+    before = trained(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        row_names = [("default", "last")[dist.get_rank()], "__base__"]
+        model(input_ids=ids(), labels=ids(), adapter_names=row_names).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    same_on_all(trained(model))
+    for name in ("default", "last"):
+        assert any(name in key and not torch.equal(before[key], t) for key, t in trained(model).items())
+
+
+def files_that_differ(folder: Path) -> None:
+    """A file that one process cannot load, and other values in an adapter that is there, are errors on all."""
+    config, rank = graft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), dist.get_rank()
+    one = AutoModelForCausalLM.from_pretrained(folder / "llama")
+    torch.manual_seed(rank)
+    path = folder / f"own{rank}"
+    graft.get_peft_model(one, config).save_pretrained(path)
+    dist.barrier()
+    for load in (graft.hotswap_adapter, lambda model, path, name: model.load_adapter(path, name, is_trainable=True)):
+        model = graft.get_peft_model(sharded(folder), config).train()
+        trains_alike(model)
+        load(model, str(path), "default")
+        refused(lambda model=model: model(input_ids=ids(), labels=ids()), DistributedError, f"[{1 - rank}]")  # type: ignore[misc]
+        load(model, str(folder / "own0"), "default")
+        trains_alike(model)
+    if rank:
+        tensors = load_file(path / FILE)
+        save_file(dict(list(tensors.items())[1:]), path / FILE)
+    base_model = sharded(folder)
+    load = lambda path: graft.PeftModel.from_pretrained(base_model, path, is_trainable=True, check_digest=False)
+    own = folder / ("own1" if rank else "own0")
+    refused(lambda: load(own), graft.AdapterKeyError if rank else CheckpointError, "missing adapter keys")
+    trains_alike(load(folder / "own0").train())
+
+
+def tied_words(folder: Path) -> None:
+    """Adapters act on an embedding that FSDP2 has sharded as one with the head; they cannot be merged there."""
+    from torch.distributed.fsdp import fully_shard
+
+    config = AutoConfig.from_pretrained(folder / "llama", tie_word_embeddings=True)
+    with seeded(0):
+        model = AutoModelForCausalLM.from_config(config)
+    model = graft.get_peft_model(
+        fully_shard(model, mesh=mesh()), graft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])
+    ).train()
+    trains_alike(model)
+    refused(model.merge_adapter, NotImplementedError, "embed_tokens", "tied", "one process")
+
+
+def mixtures(folder: Path) -> None:
+    """X-LoRA's classifier, and the networks of SHADOW and MixLoRA, are equal on all processes, and stay so."""
+    experts = {name: str(folder / name) for name in ("a", "b")}
+    for path in experts.values() if dist.get_rank() == 0 else ():
+        config = graft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        one = AutoModelForCausalLM.from_pretrained(folder / "llama")
+        graft.get_peft_model(one, config).save_pretrained(path)
+    dist.barrier()
+    for config in (
+        graft.XLoraConfig(hidden_size=48, adapters=experts, task_type="CAUSAL_LM"),
+        graft.ShadowConfig(task_type="CAUSAL_LM"),
+        graft.MixLoraConfig(task_type="CAUSAL_LM"),
+    ):
+        torch.manual_seed(dist.get_rank())
+        base_model = sharded(folder)
+        base_model.config.use_cache = False
+        trains_alike(graft.get_peft_model(base_model, config).train())
+
+
+def resumes_in_another_layout(folder: Path) -> None:
+    """A training on a sharded base ends with the same bits if it resumes with an adapter that was there before
+    `fully_shard`, under DDP, or the other way round.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    def make(layout: str) -> tuple[Any, Any]:
+        torch.manual_seed(3)
+        config = graft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        if layout == "before":
+            model = graft.get_peft_model(sharded(folder), config).train()
+            return model, model
+        model = graft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "llama"), config).train()
+        if layout == "ddp":
+            return model, nn.parallel.DistributedDataParallel(model)
+        for block in model.get_base_model().model.layers:
+            fully_shard(block, mesh=mesh())
+        return model, fully_shard(model, mesh=mesh())
+
+    def train(outer: Any, optimizer: Any, steps: int) -> None:
+        for _ in range(steps):
+            outer(input_ids=ids() + dist.get_rank(), labels=ids()).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for first, then in (("before", "after"), ("after", "before"), ("before", "ddp")):
+        ends = []
+        for layout, resumed in ((first, False), (then, True)):
+            model, outer = make(layout)
+            optimizer = torch.optim.AdamW([p for p in outer.parameters() if p.requires_grad], lr=0.01)
+            path = folder / f"{first}-{then}"
+            if resumed:
+                graft.resume(path, model, optimizer)
+            else:
+                train(outer, optimizer, 1)
+                graft.save_training(path, model, optimizer, step=1)
+            train(outer, optimizer, 2)
+            ends.append({k: t.clone() for k, t in graft.get_peft_model_state_dict(model).items()})
+        assert all(torch.equal(t, ends[1][key]) for key, t in ends[0].items()), (first, then)
 
 
 def layers_beside_units(folder: Path) -> None:
@@ -206,11 +328,16 @@ def experts_in_parts() -> None:
     refused(lambda: shared(input_ids=IDS, labels=IDS), UnsupportedLayerError, "tp_size", "share")
 
 
+WHOLE = (rows_at_other_depths, files_that_differ, tied_words, mixtures, resumes_in_another_layout)
+
+
 def checks(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     write_llama(folder)
     for name in PROMPTS:
         yield f"trains {name}", partial(prompt_after_sharding, folder, name)
     yield "trains layers beside units", partial(layers_beside_units, folder)
+    for check in WHOLE:
+        yield check.__name__.replace("_", " "), partial(check, folder)
     yield "refuses experts", experts_in_parts
     for name in STACKS:
         yield f"experts {name}", partial(experts_of_all, folder, name)

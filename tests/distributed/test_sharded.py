@@ -4,11 +4,12 @@
 import pytest
 
 from tests.distributed.processes import run
-from tests.distributed.sharded import PROMPTS, STACKS
+from tests.distributed.sharded import PROMPTS, STACKS, WHOLE
 from tests.leaves_out import FSDP2_ON_CPUS
 
 pytestmark = FSDP2_ON_CPUS
 NAMES = [*(f"trains {name}" for name in PROMPTS), "trains layers beside units", "refuses experts"]
+NAMES += [check.__name__.replace("_", " ") for check in WHOLE]
 NAMES += [f"experts {name}" for name in STACKS]
 
 

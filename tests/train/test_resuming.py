@@ -21,8 +21,8 @@ from torch.optim.lr_scheduler import LambdaLR
 import graft
 from graft import optim
 from graft.config import atomic
+from graft.config.seal import KEY
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, CheckpointError, ConfigError
-from graft.io.seal import KEY
 from graft.io.tensors import digest_tensors, write_safetensors
 from graft.train import resuming, state_file
 from graft.train.resuming import FILE, NOTE

@@ -26,6 +26,7 @@ import safetensors.torch
 import torch
 
 import graft
+from graft.config.seal import KEY
 from graft.files import formats, serving
 from graft.files.bases import open_base
 from graft.files.convert import convert_adapter_file
@@ -35,7 +36,6 @@ from graft.files.inspect import inspect_adapter
 from graft.files.lint import lint_adapter
 from graft.files.merging.merge import merge_adapters
 from graft.files.resize import resize_adapter
-from graft.io.seal import KEY
 from graft.io.tensors import digest_tensors, write_safetensors
 from graft.many import MultiTrain
 from graft.many.sweep import TABLE

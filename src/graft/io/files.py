@@ -19,7 +19,7 @@ import numpy as np  # torch reads no read-only bytes
 import torch
 from torch import Tensor
 
-from graft.config import notes, pair
+from graft.config import notes, pair, seal
 from graft.config.atomic import replace_file
 from graft.config.base import PeftConfig, make_config, make_files, why_no_config
 from graft.config.file import ConfigFile, describe_whole_model
@@ -28,7 +28,6 @@ from graft.config.pair import SAFETENSORS as SAFETENSORS_WEIGHTS_NAME
 from graft.config.pair import TORCH as WEIGHTS_NAME
 from graft.config.reading import load_torch_file, open_file
 from graft.core.errors import CheckpointError, NonFiniteError, join_some
-from graft.io import seal
 from graft.io.entries import rename_keys
 from graft.io.fingerprint import KEY, Fingerprint, read_fingerprint
 from graft.io.rendezvous import GATHER

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from graft.config.atomic import write_pieces
 from graft.config.notes import make_header, parse_header
+from graft.config.seal import compute_digest
 from graft.core.errors import CheckpointError
-from graft.io.seal import compute_digest
 from graft.storage import standalone
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace as replaced
 from typing import TYPE_CHECKING, Any
 
 from graft import CheckpointError, LossError, PeftWarning
-from graft.config import notes, pair
+from graft.config import notes, pair, seal
 from graft.config.atomic import make_folder
 from graft.config.file import ConfigFile, describe_whole_model
 from graft.config.reading import Json, compile_ending, compile_pattern, open_file, read_object
@@ -32,7 +32,6 @@ from graft.files.tensors import (
     rearrange_tensor,
     reshape_tensor,
 )
-from graft.io import seal
 from graft.io.written import MARK, TODAY, StackLayout
 
 if TYPE_CHECKING:

@@ -30,11 +30,16 @@ Source = tuple[str, str, Sequence[int], int, Callable[[], Any]]  # name, dtype, 
 
 @dataclass
 class WeightsFile:
-    """The path of a weights file, the config that it holds, and its stamp."""
+    """The path of a weights file, its notes, and its stamp."""
 
     path: str
-    config: str | None  # the text of adapter_config.json, if graft wrote the file
+    texts: dict[str, str]  # all notes
     stamp: Stamp | None
+
+    @property
+    def config(self) -> str | None:
+        """The text of adapter_config.json; None if graft did not write the file."""
+        return self.texts.get(CONFIG)
 
 
 def read_notes(path: str) -> WeightsFile | None:
@@ -45,7 +50,7 @@ def read_notes(path: str) -> WeightsFile | None:
     try:
         with open_file(path) as f:
             notes = read_torch_notes(f) if path.endswith(".bin") else read_safetensors_notes(f)
-            return WeightsFile(path, notes.get(CONFIG), read_stamp(f.fileno()))
+            return WeightsFile(path, notes, read_stamp(f.fileno()))
     except (OSError, CheckpointError):
         return None
 

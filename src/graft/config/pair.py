@@ -16,11 +16,11 @@ save into one folder, the last to finish makes the two files agree.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
-from graft.config import notes
-from graft.config.atomic import TEMPORARY, Scratch, Write, find_abandoned, sync_file
+from graft.config import notes, seal
+from graft.config.atomic import TEMPORARY, Scratch, Write, find_abandoned, make_folder, sync_file
 from graft.core.errors import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
@@ -87,6 +87,27 @@ def save_pair(folder: str, name: str, write: Write, text: str, beside: dict[str,
             raise
     if left:
         remove_files(path for path, of in left.items() if of.startswith(MARK))
+
+
+def save_sealed(folder: str, tensors: Sequence[notes.Source], text: str, texts: Mapping[str, str]) -> None:
+    """Replace an adapter in a folder, made if needed, by safetensors with a digest, and its config (`save_pair`).
+
+    Args:
+        tensors: as of `notes.write_tensors`. Each is loaded twice, one after another.
+        text: of adapter_config.json.
+        texts: further notes of the weights file.
+    """
+    digest = seal.compute_digest((name, dtype, shape, load) for name, dtype, shape, _, load in tensors)
+    texts = {**texts, "format": "pt", notes.CONFIG: text, seal.KEY: digest}
+    with make_folder(folder):
+        save_pair(folder, SAFETENSORS, lambda path: notes.write_tensors(path, tensors, texts), text)
+
+
+def check_sealed(texts: Mapping[str, str], tensors: Sequence[notes.Source], path: str) -> None:
+    """Raise CheckpointError if the notes `texts` of a weights file have a digest, and its tensors have another."""
+    if (saved := texts.get(seal.KEY)) is not None:
+        digest = seal.compute_digest((name, dtype, shape, load) for name, dtype, shape, _, load in tensors)
+        seal.check_digest(saved, digest, path)
 
 
 def agree_on_config(scratch: Scratch, text: str) -> None:

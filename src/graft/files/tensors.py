@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING
 
 from graft import BaseModelMismatchError, CheckpointError
 from graft.config.atomic import replace_file as put_in_place
-from graft.config.notes import LFS, write_tensors
+from graft.config.notes import write_tensors
 from graft.config.reading import LARGEST_HEADER, Json, open_file, parse_json
 from graft.core.errors import shorten_text
 
@@ -27,6 +27,7 @@ NUMPY = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
+POINTER = b"version "  # the beginning of a pointer that git-lfs puts in the place of a file
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
 FLOATS = ("F64", "F32", "F16", "BF16", *EIGHT_BITS)
 Bytes = bytes | memoryview
@@ -152,7 +153,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
         size = int.from_bytes(f.read(8), "little")
         version = file_version(f)
         whole = version[0]
-        if size == int.from_bytes(LFS[:8], "little"):
+        if size == int.from_bytes(POINTER, "little"):
             raise CheckpointError(f"{path} is git-lfs's pointer to a file. Run `git lfs pull`.")
         if not 2 <= size <= min(LARGEST_HEADER, whole - 8):
             raise CheckpointError(
@@ -229,13 +230,12 @@ def make_part_reader(path: str, version: tuple[int, int], begin: int, size: int)
 
 def write_safetensors(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors into a safetensors file, which appears completely or not at all."""
-    put_in_place(path, make_safetensors_writer(tensors, metadata))
+    put_in_place(path, lambda to: write_tensors(to, list_sources(tensors), metadata))
 
 
-def make_safetensors_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Callable[[str], None]:
-    """Return a function that writes these tensors to a path, loading one after another."""
-    parts = [(name, t.dtype, t.shape, BITS[t.dtype] // 8, t.load) for name, t in tensors.items()]
-    return lambda path: write_tensors(path, parts, metadata)
+def list_sources(tensors: Mapping[str, Tensor]) -> list[tuple[str, str, tuple[int, ...], int, Callable[[], Bytes]]]:
+    """Return (name, dtype, shape, bytes of a number, function that loads the bytes) of each tensor."""
+    return [(name, t.dtype, t.shape, BITS[t.dtype] // 8, t.load) for name, t in tensors.items()]
 
 
 # RoPE rotates pairs of a head's rows: i with i + d/2 in transformers' order, 2i with 2i + 1 in that of llama.cpp,

@@ -221,7 +221,7 @@ def read_torch(path: str, check_digest: bool = True) -> LoadedWeights:
     if check_digest and seal.KEY in noted and not any(map(describe_fault, tensors.values())):
         seal.check_digest(noted[seal.KEY], digest_tensors(tensors), path)
     of_base = read_fingerprint(noted.get(KEY), path)
-    file_notes = notes.WeightsFile(path, noted.get(notes.CONFIG), stamp)
+    file_notes = notes.WeightsFile(path, noted, stamp)
     return LoadedWeights(separate_memory(tensors), path, of_base, file_notes)
 
 
@@ -285,7 +285,7 @@ def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = Tr
             seal.check_digest(saved, digest.result(), path, may_differ)
     noted = notes.select_texts(header.get("__metadata__"))
     of_base = read_fingerprint(noted.get(KEY), path)
-    file_notes = notes.WeightsFile(path, noted.get(notes.CONFIG), stamp)
+    file_notes = notes.WeightsFile(path, noted, stamp)
     return LoadedWeights(tensors, path, of_base, file_notes, finite=finite)
 
 

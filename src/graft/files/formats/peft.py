@@ -13,10 +13,9 @@ from dataclasses import replace as replaced
 from typing import TYPE_CHECKING, Any
 
 from graft import CheckpointError, LossError, PeftWarning
-from graft.config import notes, pair, seal
-from graft.config.atomic import make_folder
+from graft.config import pair
 from graft.config.file import ConfigFile, describe_whole_model
-from graft.config.reading import Json, compile_ending, compile_pattern, open_file, read_object
+from graft.config.reading import Json, compile_ending, compile_pattern, read_object
 from graft.core.errors import join_some, shorten_text, warn
 from graft.files import pickles
 from graft.files.bases import COMPONENTS
@@ -25,14 +24,14 @@ from graft.files.names import find_pipeline_parts, join_pipeline, split_pipeline
 from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank, OtherMethod
 from graft.files.tensors import (
     Tensor,
+    list_sources,
     make_int64_tensor,
-    make_safetensors_writer,
     make_tensor,
     read_header,
     rearrange_tensor,
     reshape_tensor,
 )
-from graft.io.written import MARK, TODAY, StackLayout
+from graft.io.written import MARK, StackLayout
 
 if TYPE_CHECKING:
     from graft.files.formats import Base
@@ -201,7 +200,7 @@ def list_unnamed(adapter: AdapterFile) -> list[str]:
     ]  # fmt: skip
 
 
-def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.WeightsFile]:
+def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], Any]:
     """Return the tensors of an adapter's folder, the file's metadata, and graft's notes in it.
 
     safetensors comes before torch.
@@ -209,27 +208,18 @@ def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.We
     Raises:
         CheckpointError: no file of weights, a damaged one, or tensors that differ from graft's digest in it.
     """
-    paths = [os.path.join(folder, name) for name in (pair.SAFETENSORS, pair.TORCH)]
-    path = next(filter(os.path.isfile, paths), None)
-    if path is None:
+    weights = pair.find_weights(folder)
+    if weights is None:
         raise CheckpointError(
             f"Can't find weights in {folder}: neither {pair.SAFETENSORS} nor {pair.TORCH} is there"
             f"{describe_whole_model(folder)}."
         )
-    with open_file(path) as f:
-        stamp, metadata = notes.read_stamp(f.fileno()), notes.read_torch_notes(f) if path == paths[1] else {}
-    if path == paths[0]:
-        tensors, metadata = read_header(path)
+    if weights.path.endswith(pair.SAFETENSORS):
+        tensors, metadata = read_header(weights.path)
     else:
-        tensors = pickles.convert_tensors(pickles.read_torch(path), path)
-    if (saved := metadata.get(seal.KEY)) is not None:
-        seal.check_digest(saved, digest_of(tensors), path)
-    return tensors, metadata, notes.WeightsFile(path, metadata.get(notes.CONFIG), stamp)
-
-
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """Return graft's digest of tensors, by name, dtype, shape and bytes. Loads one after another."""
-    return seal.compute_digest((name, t.dtype, t.shape, t.load) for name, t in tensors.items())
+        tensors, metadata = pickles.convert_tensors(pickles.read_torch(weights.path), weights.path), weights.texts
+    pair.check_sealed(metadata, list_sources(tensors), weights.path)
+    return tensors, metadata, weights
 
 
 def split_tensors(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -513,7 +503,7 @@ def exchange_old_factors(out: AdapterFile, layout: StackLayout, base: Base | Non
                 lora, A=rearrange_tensor(lora.B, lambda v: v.swapaxes(1, 2), n, r, outs),
                 B=rearrange_tensor(lora.A, lambda v: v.swapaxes(1, 2), n, fan_in, r),
             )  # fmt: skip
-            out.config["peft_version"] = TODAY.version
+            out.config["peft_version"] = StackLayout().version
     layout.warn_of_doubts(doubts, out.path)
     if base is None and (guessed := [path for path, verdict in verdicts.items() if all(verdict)]):
         warn(
@@ -576,9 +566,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     text = json.dumps(config, indent=2, sort_keys=True)
     unchanged = adapter.selected == frozenset(adapter.modules)
     noted = {"graft_base": adapter.metadata["graft_base"]} if unchanged and "graft_base" in adapter.metadata else {}
-    noted |= {"format": "pt", notes.CONFIG: text, seal.KEY: digest_of(tensors)}
-    with make_folder(path):
-        pair.save_pair(path, pair.SAFETENSORS, make_safetensors_writer(tensors, noted), text)
+    pair.save_sealed(path, list_sources(tensors), text, noted)
     return lost
 
 
@@ -713,7 +701,7 @@ def complete_config(adapter: AdapterFile, base: Base | None) -> Json:
     ):
         config["init_lora_weights"] = True
     if any(lora.kind == "experts" for lora in adapter.low_rank.values()):
-        config["peft_version"] = TODAY.version  # it tells readers the order of A and B
+        config["peft_version"] = StackLayout().version  # it tells readers the order of A and B
     return config
 
 

@@ -532,11 +532,11 @@ def make_certificate(work: Work, place: Workplace, account: Merged) -> Json:
 
     Reads all files of base and adapters for their digests.
     """
-    from graft.io.written import TODAY
+    from graft.io.written import StackLayout
 
     base = [os.path.join(work.base.path, name) for name in {*work.base.files.values(), "config.json"}]
     return {
-        "graft": "1", "peft_format": TODAY.version,
+        "graft": "1", "peft_format": StackLayout().version,
         "base": {"path": work.base.path, "files": hash_files(base), "form": work.base_weights.form},
         "adapters": [
             {"path": p, "weight": w, "format": a.format, "method": a.method, "files": hash_files(list_input_files(p))}

@@ -6,11 +6,11 @@ for that.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from graft.core.errors import HubError, PeftWarning, warn
+from graft.core.errors import HubError
 
 HUB_KEYWORDS = {"revision", "cache_dir", "token", "force_download", "local_files_only", "proxies", "repo_type"}
 LOADING = HUB_KEYWORDS | {"subfolder", "ignore_mismatched_sizes", "check_digest", "expert_layout"}
@@ -23,21 +23,6 @@ IDLE_SAVING = {"save_function", "max_shard_size", "token", "variant", "save_peft
 def select_hub_keywords(kwargs: dict[str, object]) -> dict[str, Any]:
     """Return the entries of `kwargs` that are arguments for the hub (`HUB_KEYWORDS`)."""
     return {k: v for k, v in kwargs.items() if k in HUB_KEYWORDS}
-
-
-def warn_unknown(function: Callable[..., object], kwargs: Iterable[str], known: set[str]) -> None:
-    """Warn of each keyword in `kwargs` that is not in `known`: it has no effect.
-
-    The text suggests a similar parameter.
-    """
-    import inspect
-    from difflib import get_close_matches
-
-    for name in kwargs:
-        if name not in known:
-            close = get_close_matches(name, known | set(inspect.signature(function).parameters), n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else ""
-            warn(f"{function.__name__}() knows no argument '{name}': it has no effect.{hint}", PeftWarning)
 
 
 def fetch_file(where: str | os.PathLike[str], filename: str, subfolder: str | None = None, **hub: Any) -> str | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
@@ -197,3 +197,18 @@ def gather_warnings() -> Iterator[Callable[[], None]]:
         yield say
     finally:
         _gathered.reset(token)
+
+
+def warn_unknown(function: Callable[..., object], kwargs: Iterable[str], known: set[str]) -> None:
+    """Warn of each keyword in `kwargs` that is not in `known`: it has no effect.
+
+    The text suggests a similar parameter.
+    """
+    import inspect
+    from difflib import get_close_matches
+
+    for name in kwargs:
+        if name not in known:
+            close = get_close_matches(name, known | set(inspect.signature(function).parameters), n=1)
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            warn(f"{function.__name__}() knows no argument '{name}': it has no effect.{hint}", PeftWarning)

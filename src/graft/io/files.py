@@ -23,7 +23,7 @@ from graft.config import notes, pair, seal
 from graft.config.atomic import replace_file
 from graft.config.base import PeftConfig, make_config, make_files, why_no_config
 from graft.config.file import ConfigFile, describe_whole_model
-from graft.config.hub import describe_offline, fetch_file, select_hub_keywords
+from graft.config.hub import HUB_KEYWORDS, describe_offline, fetch_file, select_hub_keywords
 from graft.config.pair import SAFETENSORS as SAFETENSORS_WEIGHTS_NAME
 from graft.config.pair import TORCH as WEIGHTS_NAME
 from graft.config.reading import load_torch_file, open_file
@@ -35,6 +35,7 @@ from graft.io.tensors import PackedTensors, copy_to_cpu, digest_tensors, write_s
 from graft.io.written import TODAY, StackLayout
 from graft.storage.parallel import is_sharded
 
+READING = HUB_KEYWORDS | {"subfolder", "check_digest", "expert_layout"}  # options of `read_checkpoint`
 LOOKS = 5  # attempts to find the weights, as another process may replace them by the other format
 
 

@@ -13,10 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig, check_config
-from graft.config.hub import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
+from graft.config.hub import IDLE_LOADING, IDLE_SAVING, LOADING
 from graft.config.prompt import PromptLearningConfig
 from graft.core.base_config import input_embeddings
-from graft.core.errors import AdapterNotFoundError, ConfigError, DistributedError, PeftWarning, describe_function, warn
+from graft.core.errors import (
+    AdapterNotFoundError,
+    ConfigError,
+    DistributedError,
+    PeftWarning,
+    describe_function,
+    warn,
+    warn_unknown,
+)
 from graft.core.gate import PATIENCE, Names
 from graft.core.rows import BASE, CallContext, Run, count_copies
 from graft.inject.job import Options

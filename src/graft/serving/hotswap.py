@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from graft import AdapterKeyError, AdapterLayer, ConfigError, LoraConfig, PeftWarning, method_of
-from graft.config.hub import HUB_KEYWORDS, warn_unknown
-from graft.core.errors import join_some, warn
+from graft.core.errors import join_some, warn, warn_unknown
 from graft.core.wrappers import strip_inner_wrappers
 from graft.inject.match import Matcher
 from graft.inject.parts import (
@@ -34,7 +33,7 @@ from graft.inject.parts import (
 )
 from graft.inject.survey import survey_model
 from graft.io.entries import list_entries
-from graft.io.files import LoadedWeights, read_checkpoint
+from graft.io.files import READING, LoadedWeights, read_checkpoint
 from graft.io.load import CheckpointValues
 from graft.storage.parallel import find_whole_shape, layout_of, write_all_whole
 
@@ -54,7 +53,6 @@ MUST_AGREE = (
     "trainable_token_indices",
     "ensure_weight_tying",
 )
-READING = {"subfolder", "check_digest", "expert_layout"}  # keyword arguments
 OPTIONS = {"key_mapping", "allow_nonfinite"}
 RANK_DIM = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
 SIZES = (("out_features", "out_channels"), ("in_features", "in_channels"))  # attributes of A and of B with the rank
@@ -85,7 +83,7 @@ def hotswap_adapter(
         BaseModelMismatchError: the saved adapter was made for another architecture.
         CheckpointError: the folder holds no adapter, or its files are damaged.
     """
-    warn_unknown(hotswap_adapter, kwargs, HUB_KEYWORDS | OPTIONS | READING)
+    warn_unknown(hotswap_adapter, kwargs, OPTIONS | READING)
     config: Any
     config, loaded = read_checkpoint(model_name_or_path, kwargs, lambda _: None)
     swap_values(model, loaded, adapter_name, config, **{k: kwargs[k] for k in OPTIONS if k in kwargs})

@@ -26,14 +26,13 @@ from graft import (
     get_peft_model_state_dict,
     method_of,
 )
-from graft.config.hub import HUB_KEYWORDS
 from graft.core.errors import join_some
 from graft.core.gate import PATIENCE, Gate
 from graft.core.rows import BASE, count_copies
 from graft.inject.inject import Injection
 from graft.inject.parts import check_adapter_name, check_no_pieces, find_gate, get_config, get_gate, get_registry
 from graft.inject.survey import ModuleTree, attach_module, survey_model
-from graft.io.files import LoadedWeights, read_checkpoint
+from graft.io.files import READING, LoadedWeights, read_checkpoint
 from graft.serving.fits import A_, KnownAdapter, SlotFactors, check_config, fit_adapter, group_by_layer
 from graft.serving.layer import NONE, SlotChoice, SlotLayer, move_to_devices
 
@@ -277,7 +276,7 @@ class AdapterSlots:
         """
         self._check_known([])
         check_adapter_name(name, self._names_taken, TAKEN)
-        if unknown := set(hub) - HUB_KEYWORDS - {"subfolder", "check_digest"}:
+        if unknown := set(hub) - (READING - {"expert_layout"}):
             raise TypeError(f"load() got unexpected keyword arguments: {', '.join(sorted(unknown))}.")
         if not keep and isinstance(source, (nn.Module, Mapping)):
             raise ConfigError(f"Adapter '{name}': keep=False reads it again from a folder. Pass a folder, or keep it.")

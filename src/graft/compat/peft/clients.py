@@ -15,7 +15,7 @@ from graft import PeftWarning, method_of
 from graft.core.errors import warn
 from graft.inject import experts
 from graft.inject.survey import survey_model
-from graft.storage import innermost
+from graft.storage.find import innermost
 from graft.storage.offload import bring_in
 
 if TYPE_CHECKING:

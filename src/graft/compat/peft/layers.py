@@ -29,20 +29,18 @@ from graft import (
     method_of,
 )
 from graft.compat.peft.names import OF_STORES
-from graft.core.call import Call
 from graft.core.errors import warn
 from graft.core.layer import SWAP_LOCK, ParamWrapper
 from graft.core.merging import DELTA, use_patched_delta_weight, why_no_delta_weight
-from graft.core.ops import OPS
 from graft.core.plan import FoldedPlan, LayerPlan
 from graft.core.rows import BASE, JointAdapters
 from graft.inject.beside import TrainableTokensWrapper
 from graft.methods import METHODS
-from graft.storage import STORES
+from graft.storage.find import list_dense_types
 
 SAME = {"Conv1D": "Linear"}  # layer types that share a class in PEFT
 BNB = ("Linear4bit", "Linear8bitLt")  # layer types of bitsandbytes; PEFT has classes of every method for them
-PLAIN = [name.rpartition(".")[2] for name in OPS.names() if name not in STORES.names()]
+PLAIN = list_dense_types()
 WRAPPER = "ParamWrapper"  # PEFT's class of LoRA on a tensor that its module does not call
 PARALLEL = ("ColumnParallelLinear", "RowParallelLinear")  # Megatron's
 OF_LORA = {WRAPPER: WRAPPER, "LoraParallelLinear": "LoraParallelLinear", "_LoraParameterProxy": "", "TeLinear": ""}
@@ -251,7 +249,7 @@ def run_with_delta_weight(
         return folded_plan.run(*args, **kwargs)
 
 
-def names_of_rows(call: Call) -> list[str] | None:
+def names_of_rows(call: Any) -> list[str] | None:
     """Return the adapter name of each row of the mixed batch that runs, in order of rows; "__base__" for rows without
     one.
 

@@ -28,7 +28,7 @@ from graft.io.written import StackLayout
 from graft.methods import METHODS
 from graft.methods.lora.alora import find_last_occurrence
 from graft.methods.trainable_tokens import input_embedding
-from graft.storage import find_store
+from graft.storage.find import find_store
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter, WeightRenaming

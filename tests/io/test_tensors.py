@@ -12,7 +12,7 @@ from torch import nn
 
 import graft
 from graft.config.atomic import write_pieces
-from graft.io.seal import digest_file
+from graft.config.seal import digest_file
 from graft.io.tensors import PackedTensors, digest_tensors, write_safetensors
 
 DTYPES = ["float64", "float32", "bfloat16", "bool", "float16", "int64", "uint8", "float8_e4m3fn"]

@@ -399,7 +399,9 @@ def accumulates(folder: Path, name: str) -> None:
         taken = []
         for _ in range(2):
             for last in (False, True):
-                if way is not None:
+                if way is not None and "dp_replicate_size" in way.options:  # as Trainer does
+                    unit.set_requires_all_reduce(last)
+                elif way is not None:
                     unit.set_requires_gradient_sync(last)
                 batch = rows(way)
                 if not last:
@@ -509,9 +511,10 @@ def unloads(folder: Path, name: str) -> None:
 def narrow(folder: Path, name: str) -> None:
     """`fsdp_mixed_precision`: units compute in bfloat16, adapters stay float32 and do not drift."""
     way = WAYS[name]
-    one = adapted(folder, None, lora(), way.base)
+    make = METHODS["EXPERTS" if way.base == "moe" else "ATTENTION"]
+    one = adapted(folder, None, make(), way.base)
     expected = [step(one, rows(None)) for _ in range(STEPS)]
-    model = adapted(folder, way, lora(), fsdp_mixed_precision=True)
+    model = adapted(folder, way, make(), fsdp_mixed_precision=True)
     assert {p.dtype for p in trainable(model)} == {torch.float32}
     taken = [step(model, rows(way)) for _ in range(STEPS)]
     for (loss, norm), (a, b) in zip(taken, expected):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks of experts whose tokens transformers dispatches between processes (`ep_size`).
+"""Blocks of experts that share their tokens between processes: transformers' dispatch (`ep_size`).
 
 Each process has some experts whole. The block's forward sends each token to the processes of its experts, runs the
 block's class there on the arrived tokens, and brings the results back. Adapters are whole on each process. So a process
@@ -78,6 +78,7 @@ class FormOfOwnExperts(Form):
     """A form of the updates of all experts, called with the indices of this process's experts."""
 
     def __init__(self, form: Form, first: int, tensors: Sequence[Tensor]):
+        """Wrap the form of all experts. first: the index of this process's first one; tensors: cut to its experts."""
         self.form, self.first, self.tensors = form, first, tensors
         self.reads, self.common_parameters = form.reads, form.common_parameters
 
@@ -104,7 +105,7 @@ def find_dispatch(module: nn.Module) -> Dispatch | None:
 
 
 def is_dispatched_stack(module: nn.Module, name: str) -> bool:
-    """Return True if a parameter is a stack of experts with three dimensions, of which each process has some."""
+    """Return True if a parameter is a sharded stack, with three dimensions, of a block whose tokens are dispatched."""
     p = module._parameters.get(name)
     return p is not None and p.dim() == 3 and is_sharded(p) and find_dispatch(module) is not None
 

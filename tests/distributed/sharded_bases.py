@@ -87,13 +87,14 @@ METHODS: dict[str, Callable[[], Any]] = {
     "EXPERTS-LOHA": lambda: graft.LoHaConfig(r=2, target_modules=[], target_parameters=STACKS),
 }
 OF_LLAMAS = tuple(name for name in METHODS if name not in ("ATTENTION", "EXPERTS", "EXPERTS-LOHA"))
+OF_DOWN = ("LORA", "DORA", "LOHA", "IA3")  # on layers that a block of experts has as stacks
 TRIED = {
     "fsdp": OF_LLAMAS,
     "hand": OF_LLAMAS,
     "hsdp": OF_LLAMAS,
     "fsdp-tp": OF_LLAMAS,
     "experts": ("ATTENTION", "EXPERTS", "SAVED", "PROMPT_TUNING"),
-    "ep": ("ATTENTION", "EXPERTS", "EXPERTS-LOHA", "SAVED", "PROMPT_TUNING"),
+    "ep": ("ATTENTION", "EXPERTS", "EXPERTS-LOHA", *(name for name in OF_LLAMAS if name not in OF_DOWN)),
     "ep-fsdp": ("ATTENTION", "EXPERTS", "EXPERTS-LOHA", "SAVED"),
     "ep-tp": ("ATTENTION", "EXPERTS", "EXPERTS-LOHA", "SAVED"),
 }

@@ -195,24 +195,25 @@ class Averager:
         Waits for the device only if this process lacks a gradient: another one may have it.
         """
         has = [p.grad is not None for p in parameters]
-        grads = [torch.zeros_like(p, dtype=dtype) if p.grad is None else p.grad.to(dtype) for p in parameters]
-        flags = constant(tuple(map(float, has)), dtype, device)
-        row = torch.cat([*(g.to_dense().reshape(-1) if g.is_sparse else g.reshape(-1) for g in grads), flags])
-        size = 1
+        grads = [torch.zeros_like(p, dtype=dtype) if p.grad is None else to_dense(p.grad, dtype) for p in parameters]
+        row = torch.cat([*(g.reshape(-1) for g in grads), constant(tuple(map(float, has)), dtype, device)])
         for group in self.sharding.batches:
             dist.all_reduce(row, group=group)
-            size *= dist.get_world_size(group)
-        *means, counts = row.split([*(p.numel() for p in parameters), len(has)])
+            row /= dist.get_world_size(group)
+        *means, shares = row.split([*(p.numel() for p in parameters), len(has)])
         if not all(has):
-            has = [count > 0 for count in counts.real.tolist()]
-        for p, mean, is_there in zip(parameters, means, has):
-            if not is_there:
-                continue
-            mean = mean.view(p.shape) / size
+            has = [share > 0 for share in shares.real.tolist()]
+        pairs = [(p, mean.view(p.shape)) for p, mean, is_there in zip(parameters, means, has) if is_there]
+        for p, _ in pairs:
             if p.grad is None or p.grad.is_sparse:
-                p.grad = mean.to(p.dtype)
-            else:
-                p.grad.copy_(mean)
+                p.grad = torch.empty_like(p)
+        if pairs:
+            torch._foreach_copy_([p.grad for p, _ in pairs], [mean for _, mean in pairs])  # type: ignore[misc]
+
+
+def to_dense(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a gradient in `dtype`, dense if it is sparse."""
+    return (grad.to_dense() if grad.is_sparse else grad).to(dtype)
 
 
 REMEDY = (

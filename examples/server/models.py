@@ -77,7 +77,8 @@ class Models:
             if name in self.folders or name == "__base__":
                 raise Refused(f"The name {name!r} is taken: unload that adapter first, or give this one another name.")
             if not Path(folder, "adapter_config.json").is_file():  # no hub is asked
-                raise Refused(f"The folder {str(Path(folder).absolute())!r} holds no adapter: there is no adapter_config.json.")
+                path = str(Path(folder).absolute())
+                raise Refused(f"The folder {path!r} holds no adapter: there is no adapter_config.json.")
             try:
                 self.model.load_adapter(folder, name)
                 token = torch.zeros(2, 1, dtype=torch.long, device=self.model.device)

@@ -26,14 +26,14 @@ MLX = Path(__file__).parents[1] / "files" / "fixtures" / "mlx_lora"
 )  # fmt: skip
 def test_an_error_is_one_line_and_a_code(error, code, monkeypatch, capsys):
     def fail(**_):
-        raise error("what is wrong")
+        raise error("what is wrong. Pass lossy=True (--lossy).")
 
     monkeypatch.setattr(app, "app", fail)
     monkeypatch.setattr(app, "VERBS", ())
     with pytest.raises(SystemExit) as left:
         app.main()
     assert left.value.code == code
-    assert capsys.readouterr().err == "graft: what is wrong\n"
+    assert capsys.readouterr().err == "graft: what is wrong. Pass --lossy.\n"
 
 
 def test_other_errors_are_bugs_and_show_their_trace(monkeypatch):

@@ -34,7 +34,7 @@ def run(monkeypatch, capsys):
 
 
 def test_check_finds_something(run):
-    code, out, _ = run("check", adapters.folder("rslora"), "--for", "vllm,sglang", "--base", adapters.base())
+    code, out, _ = run("check", adapters.folder("rslora"), "--for", "vLLM,sglang", "--base", adapters.base())
     assert code == 1
     assert "vllm 0.32.0" in out and "ok: no problem is known" in out
     assert "wrong: sglang takes lora_alpha / r for all modules (sglang 40835)" in out

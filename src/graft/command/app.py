@@ -188,7 +188,7 @@ def main() -> None:
         code = getattr(e, "exit_code", None) or next((code for kind, code in CODES if isinstance(e, kind)), None)
         if code is None:
             raise
-        text = str(e)
+        text = re.sub(r"\b\w+=True \((--[a-z-]+)\)", r"\1", str(e))  # the option, not Python's argument
         if hasattr(e, "format_message"):  # a usage error of typer
             text = e.format_message()
             if not text:  # no verb was given, and typer printed the help

@@ -53,7 +53,7 @@ def check(
     from graft.files.sources import describe_named_base, find_base, open_adapter, resolve_adapter
 
     options = ServerOptions(max_rank, None if targets is None else tuple(show.split_commas(targets)))
-    names = show.split_commas(servers_)
+    names = [get_server(name).name for name in show.split_commas(servers_)]
     if not names:
         raise OptionError(f"--for names no server. Choose one of {', '.join(list_servers())}.")
     source = resolve_adapter(adapter)
@@ -116,7 +116,7 @@ def export(
     from graft.files.formats import read
     from graft.files.sources import check_output, place_when_done, require_base, resolve_adapter
 
-    get_server(server)
+    server = get_server(server).name
     rank_or_share = None if rank is None else parse_rank(rank)
     source = resolve_adapter(adapter)
     folder = require_base(source, base)

@@ -261,7 +261,7 @@ def find_intruders(look: LintSubject) -> Faults:
             paths.append(path)
             texts.append(f"{path} {n}")
     if paths:
-        yield f"singular vectors of W + ΔW that are unlike all of W's: {join_some(texts, 3)}", paths
+        yield f"strong directions (singular vectors) that the base does not have: {join_some(texts, 3)}", paths
 
 
 def add_delta(lora: LowRank, W: np.ndarray) -> np.ndarray:
@@ -296,8 +296,9 @@ RULES = (
     Rule("base-name", "note", check_base_name, "Write the hub id of the original model into base_model_name_or_path."),
     Rule("no-card", "note", find_missing_card, "Write one, with the training data, the purpose and the licence."),
     Rule("pickle", "warning", find_pickles,
-         "Remove files of a training run: graft convert writes safetensors."),
-    Rule("intruder", "note", find_intruders, "They cost knowledge of the base. See graft.reduce_intruder_dimension.",
+         "Delete training_args.bin and other files of a training run. graft convert writes weights as safetensors."),
+    Rule("intruder", "note", find_intruders,
+         "The model may have forgotten what the base knew. graft.reduce_intruder_dimension weakens these directions.",
          True),
 )  # fmt: skip
 

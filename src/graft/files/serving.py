@@ -163,11 +163,11 @@ def list_servers() -> dict[str, Server]:
 
 
 def get_server(name: str) -> Server:
-    """Return a server by its name. Raises UnknownServerError, with the known names, if there is none."""
+    """Return a server by its name in any case. Raises UnknownServerError, with the known names, if there is none."""
     known = list_servers()
-    if name not in known:
+    if name.lower() not in known:
         raise UnknownServerError(f"The server {name!r} is unknown. Choose one of {', '.join(known)}.")
-    return known[name]
+    return known[name.lower()]
 
 
 def check_servers(
@@ -189,7 +189,7 @@ def check_servers(
         UnknownServerError: a server is unknown.
         BaseModelMismatchError: LoRA factors do not fit the base's weight.
     """
-    asked = [get_server(name) for name in dict.fromkeys(names)]
+    asked = [get_server(name) for name in dict.fromkeys(map(str.lower, names))]
     if base is not None:
         # modules with a copied weight, which may be resized
         copied_paths = {name.rpartition(".")[0] for name in list_copied_weights(adapter)}

@@ -139,3 +139,29 @@ def test_changes_from_elsewhere_are_seen(change):
     assert banks.is_intact()
     change(banks.rows["v"].parameters[3])
     assert not banks.is_intact()
+
+
+def test_sinks_that_overlap_add_up():
+    """Stacks of one tensor that share adapters, a later gradient of one, a single parameter, and its `grad`."""
+    model = model_with(RUNS)
+    banks = banks_of(model, RUNS)
+    u, v, w = (row.parameters[0] for row in banks.rows.values())
+    for turn in (1, 2):
+        banks.drop_gradients("uvw")
+        for sink, value in (
+            (banks.sink(banks.stack(u, 2)), 1), (banks.sink(banks.stack(v, 2)), 10), (banks.sink(v), 100),
+        ):  # fmt: skip
+            sink.claim().fill_(value * turn)
+            assert sink.claim() is None
+        banks.sink(banks.stack(u, 2)).add(torch.full((2, *u.shape), 1000.0))
+        w.grad = torch.full_like(w, 5.0)
+        banks.collect_gradients("uvw")
+        sums = [row.gradients[0].unique().tolist() for row in banks.rows.values()]
+        assert sums == [[1000 + turn], [1000 + 111 * turn], [5 + 10 * turn]]
+        assert all(row.received[0] and not any(row.received[1:]) for row in banks.rows.values())
+    banks.drop_gradients("uvw")
+    banks.sink(banks.stack(u, 2)).claim().fill_(7)
+    banks.drop_gradients("uvw")
+    banks.collect_gradients("uvw")
+    assert not any(row.received[0] for row in banks.rows.values())
+    assert banks.sink(torch.zeros(1)) is None

@@ -114,8 +114,16 @@ class MixedPlan:
     def run(self, rows: Rows, *args: object, **kwargs: object) -> object:
         """Return the layer's output for a batch.
 
-        If adapters tap inputs, keeps the input first, and drops kept inputs afterwards.
+        If adapters tap inputs, keeps the input first, and drops kept inputs afterwards. A batch like the last one uses
+        its groups at once.
         """
+        if self.cached_groups is not None and rows.in_order and len(args) == 1 and not (kwargs or self.tapped):
+            x: Any = args[0]
+            context = self.layer.call.current_context()
+            if context.gates is None and len(x) == rows.batch and self.may_share(x):
+                groups = None if context.stacks is None else self.find_cached_groups(context.stacks, rows, x)
+                if groups is not None:
+                    return self.run_shared_base(x, groups)
         if not self.tapped:
             return self.run_plans(rows, *args, **kwargs)
         if self.taps:

@@ -127,11 +127,18 @@ class Context(FunctionCtx):
 
 
 class Function(torch.autograd.Function):
-    """A Function with one output. Its `backward` does all casts itself; autocast around backward() changes nothing."""
+    """A Function with one output. Its `backward` does all casts itself; autocast around backward() changes nothing.
+
+    Attributes:
+        apply_eagerly: `apply` without its checks for functional transforms, for callers that have asked `eager`.
+    """
+
+    apply_eagerly: Callable[..., Any]
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Replace the `backward` of a subclass by one that runs with autocast off."""
         super().__init_subclass__(**kwargs)
+        cls.apply_eagerly = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
         cls.backward = staticmethod(_without_autocast(cls.backward))  # type: ignore[assignment]
 
 

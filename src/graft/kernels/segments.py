@@ -136,6 +136,8 @@ class Group(NamedTuple):
         """
         if self.sinks is None:
             return dA, dB
+        if into[0] is dA and into[1] is dB:
+            return None, None
         for gradient, memory, sink in zip((dA, dB), into, self.sinks):
             if memory is None:
                 sink.add(gradient)
@@ -177,7 +179,7 @@ def segments_linear(
         x: (…, in). `group_segments` has counted its rows over all dimensions but the last.
     """
     factors = [t for g in groups for t in (g.A, g.B)]
-    return _SegmentsLinear.apply(x, W, base, input_gradient, groups, *factors)
+    return _SegmentsLinear.apply_eagerly(x, W, base, input_gradient, groups, *factors)
 
 
 def group_segments(segments: Sequence[Segment], stacks: Stacks | None, dtype: torch.dtype) -> list[Group]:

@@ -108,7 +108,7 @@ class Sink:
     def __init__(self, tensor: Tensor, gradient: Tensor, first: int, rows: list[AdapterRow], place: int) -> None:
         self.tensor, self.gradient, self.first, self.rows, self.place = tensor, gradient, first, rows, place
         self.memory, self.is_filled = gradient, False
-        self._users: list[Sink] = []  # of the memory of this place in this pass
+        self._users: list[Sink] | None = None  # of the memory of this place in this pass; None: for one adapter
 
     def use_memory(self, memory: Tensor, users: list[Sink]) -> Sink:
         """Return self, with this memory, (n, …), in place of `gradient`. Sinks with the same `users` may overlap it."""
@@ -123,17 +123,21 @@ class Sink:
         if self.is_filled:
             return None
         self.is_filled = True
-        if self.memory is not self.gradient:
-            stop = self.first + len(self.rows)
-            taken = any(user.first < stop and self.first < user.first + len(user.rows) for user in self._users)
-            self.memory = torch.empty_like(self._common) if taken else self._common
+        if self._users is not None:
+            if self._users:
+                stop = self.first + len(self.rows)
+                taken = any(user.first < stop and self.first < user.first + len(user.rows) for user in self._users)
+                self.memory = torch.empty_like(self._common) if taken else self._common
             self._users.append(self)
         return self.memory
 
     def empty(self) -> None:
         """Forget the gradient of the pass."""
-        self.is_filled = False
-        self._users.clear()
+        if self.is_filled:
+            self.is_filled = False
+            if self._users is not None:
+                self.memory = self._common
+                self._users.clear()
 
     def add(self, gradient: Tensor) -> None:
         """Add a later gradient of the pass in place."""

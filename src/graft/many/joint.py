@@ -260,6 +260,8 @@ class OutputSplitter:
 
         One split for all batches makes the backward pass one concatenation.
         """
+        if len(self.rows) == 1:
+            return [output]
         if isinstance(output, Tensor):
             return self._split_tensor("", output)
         if isinstance(output, Mapping):

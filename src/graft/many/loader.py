@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
@@ -87,7 +88,8 @@ class Loader:
             self.seek(self.epoch, self.taken, self.began, now=self.draws.states)
         before = self.draws.states
         try:
-            with self.draws:
+            # a list draws nothing
+            with nullcontext() if type(self.data) is list else self.draws:
                 batch = next(self._epoch_iterator(), END)
             if batch is not END and not isinstance(batch, Mapping):
                 raise ConfigError(

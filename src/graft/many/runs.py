@@ -1131,6 +1131,8 @@ class MultiTrain:
         cut = OutputSplitter(cut.rows * copies, cut.lengths * copies)
         names = [item.name for item, n in zip(items, cut.rows) for _ in range(n)]
         model = self._peft_model
+        if "use_cache" in self._arguments.names:  # nobody reads the keys and values, which take copies
+            arguments.setdefault("use_cache", False)
         if torch.is_grad_enabled():
             arguments["adapter_generators"] = {item.name: self._runs[item.name].draws.generator for item in items}
         stacks = self._banks if torch.is_grad_enabled() else None
@@ -1151,12 +1153,15 @@ class MultiTrain:
         That is so for a single batch, unequal batches, as many rows as the last dimension of the tokens, or arguments
         that methods look up by row.
         """
+        if len(items) == 1:
+            yield None
+            return
         batches = [self.arguments.select(item.batch) for item in items]
         main, fan = find_main_argument(batches[0]), None
         apart = len(main) != main.shape[-1]  # otherwise rows could not be distinguished from tokens
         # methods look up rows in such arguments
         apart = apart and get_registry(self.model).arguments.isdisjoint(batches[0])
-        if len(items) > 1 and apart and are_batches_equal(batches):
+        if apart and are_batches_equal(batches):
             fan = self._find_fan([item.name for item in items])
         with nullcontext() if fan is None else fan.repeat_inputs(len(main), len(items)):
             yield fan

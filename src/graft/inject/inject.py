@@ -141,6 +141,8 @@ class Injection(InjectionJob):
                 attach_module(tree.list_places(key), module.train(tree.modules[key].training))
         for bias in self.biases:
             bias.requires_grad = True  # `build_carriers` has made Parameters of packed ones
+        if self.team is not None and self.team.sharding is not None:
+            self.team.sharding.align_trainability()
 
 
 def find_stores_again(tree: ModuleTree) -> None:

@@ -882,6 +882,8 @@ class Registry:
             for part in self.carriers():
                 part.state.active = []
         merging.unload_adapters(self.model, self.frozen_before)
+        if self.averager is not None:
+            self.averager.sharding.align_trainability()
         self.layers, self.wrappers = {}, {}
         return self.model
 

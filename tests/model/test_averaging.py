@@ -134,14 +134,15 @@ def test_a_sharded_base_merges_after_a_call_that_left_it_whole(group, method):
 
 
 @FSDP2_ON_CPUS
-def test_a_base_that_was_called_before_is_frozen_in_both_forms(group):
+@pytest.mark.parametrize("more", [{}, {"use_dora": True}], ids=["LORA", "DORA"])  # DoRA's start reads weights
+def test_a_base_that_was_called_before_is_frozen_in_both_forms(group, more):
     from torch.distributed.fsdp import fully_shard
 
     base, x = net(), torch.randn(3, 8)
     fully_shard(base.up)
     fully_shard(base, reshard_after_forward=False)
     base(x)  # the outer unit keeps its weights whole
-    model = graft.get_peft_model(base, graft.LoraConfig(**CONFIG)).train()
+    model = graft.get_peft_model(base, graft.LoraConfig(**CONFIG, **more)).train()
     model(x).sum().backward()
     names = [name for name, p in model.named_parameters() if p.requires_grad or p.grad is not None]
     assert names and all("lora_" in name for name in names)

@@ -115,12 +115,14 @@ class Injection(InjectionJob):
         fail. New wrappers take the training mode of the module they replace. Existing layers and wrappers stay in
         place.
         """
-        tree = self.tree
+        tree, sharding = self.tree, None if self.team is None else self.team.sharding
         prepare_packed(tree.modules.values())
         if not tree.layers and not tree.wrappers:
             self.frozen_before = list_frozen_names(self.model, tree)
             for p in tree.owners:
                 p.requires_grad = False
+            if sharding is not None:
+                sharding.set_trainability(tree.owners, False)
         for path, base in tree.vacant.items():
             attach_module(tree.list_places(path), base)
         nests: dict[str, list[AdapterLayer]] = {path: list(layers) for path, layers in tree.nests.items()}
@@ -141,8 +143,8 @@ class Injection(InjectionJob):
                 attach_module(tree.list_places(key), module.train(tree.modules[key].training))
         for bias in self.biases:
             bias.requires_grad = True  # `build_carriers` has made Parameters of packed ones
-        if self.team is not None and self.team.sharding is not None:
-            self.team.sharding.align_trainability()
+        if sharding is not None:
+            sharding.set_trainability(self.biases, True)  # type: ignore[arg-type]  # parameters by now
 
 
 def find_stores_again(tree: ModuleTree) -> None:

@@ -883,7 +883,8 @@ class Registry:
                 part.state.active = []
         merging.unload_adapters(self.model, self.frozen_before)
         if self.averager is not None:
-            self.averager.sharding.align_trainability()
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.averager.sharding.set_trainability(trained, True)
         self.layers, self.wrappers = {}, {}
         return self.model
 

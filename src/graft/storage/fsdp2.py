@@ -117,18 +117,19 @@ class Sharding:
         """True unless a unit has `set_requires_gradient_sync(False)` at the moment."""
         return all(group.reduce_grads for group in self.parameter_groups)
 
-    def align_trainability(self) -> None:
-        """Give both forms of each sharded parameter, whole and DTensor, the `requires_grad` of the one at the module.
+    def set_trainability(self, parameters: Iterable[nn.Parameter], trains: bool) -> None:
+        """Set `requires_grad` of the sharded parameters among these, in both forms: the DTensor and the whole one.
 
-        A unit that kept its weights whole after a call would else train the DTensors of frozen weights.
+        A unit that kept its weights whole after a call shows only these, and would else train the DTensors of frozen
+        weights.
         """
+        ids = set(map(id, parameters))
         for group in self.parameter_groups:
             for parameter in group.fsdp_params:
-                owner, name = next(list_names(parameter))
-                shown = owner._parameters.get(name)  # None: of a deleted adapter
-                for form in (parameter.sharded_param, getattr(parameter, "_unsharded_param", None)):
-                    if form is not None and shown is not None:
-                        form.requires_grad_(shown.requires_grad)
+                forms = [parameter.sharded_param, getattr(parameter, "_unsharded_param", None)]
+                for form in forms if not ids.isdisjoint(map(id, forms)) else ():
+                    if form is not None:
+                        form.requires_grad_(trains)
 
     def list_managed_ids(self) -> set[tuple[int, str]]:
         """Return (id of the module, name) of the parameters that FSDP2 knows."""

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import graft
+from graft.core import fused
 from graft.kernels import decomposed, low_rank, mixed, sparse
 from graft.kernels.decomposed import row_norms
 from graft.kernels.low_rank import FUSED_FROM, add_low_rank, dropout, dropout_mask, dropped, plain
@@ -599,3 +600,50 @@ def test_groups_without_gradients(dtype):
             assert found.dtype == dtype
             tolerance = 1e-5 if dtype == torch.float32 else 2**-8
             assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+# few rows
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3), (1,)])
+@pytest.mark.parametrize("scale, bias", [(1.37, True), (1.0, False)])
+def test_few_rows_in_one_function_have_the_bits_of_plain_operations(shape, scale, bias):
+    torch.manual_seed(0)
+    x = torch.randn(*shape, 12, requires_grad=True)
+    A, B = torch.randn(3, 12, requires_grad=True), torch.randn(10, 3, requires_grad=True)
+    W, b, g = torch.randn(10, 12), torch.randn(10) if bias else None, torch.randn(*shape, 10)
+
+    def in_turn(x, A, B):
+        x = x.view_as(x)
+        return low_rank.plain(nn.functional.linear(x, W, b), x, A, B, scale)
+
+    def at_once(x, A, B):
+        return low_rank.few_rows_linear(x, W, b, A, B, scale)
+
+    found = []
+    for form in (in_turn, at_once):
+        y = form(x, A, B)
+        found.append((y, *torch.autograd.grad(y, (x, A, B), g)))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    assert at_once(x.detach(), A, B.detach()).requires_grad
+    W, b = W.double(), None if b is None else b.double()
+    values = [t.detach().double().requires_grad_() for t in (x, A, B)]
+    assert torch.autograd.gradcheck(at_once, values) and torch.autograd.gradgradcheck(at_once, values)
+
+
+@pytest.mark.parametrize("rows", [3, low_rank.FUSED_FROM])
+@pytest.mark.parametrize("other", ["", "dropout", "A is fixed", "bfloat16", "autocast", "a hook", "no gradients"])
+def test_where_few_rows_run_in_one_function(rows, other, monkeypatch):
+    calls = []
+    real = fused.few_rows_linear
+    monkeypatch.setattr(fused, "few_rows_linear", lambda *args: calls.append(1) or real(*args))
+    base = nn.Sequential(nn.Linear(12, 10, dtype=torch.bfloat16 if other == "bfloat16" else None))
+    config = graft.LoraConfig(target_modules=["0"], r=3, lora_dropout=0.5 * (other == "dropout"))
+    model = graft.get_peft_model(base, config)
+    layer = model.base_model.model[0]
+    layer.lora_A["default"].weight.requires_grad_(other != "A is fixed")
+    if other == "a hook":
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    with torch.autocast("cpu", enabled=other == "autocast"), torch.set_grad_enabled(other != "no gradients"):
+        model(torch.randn(rows, 12, dtype=base[0].weight.dtype))
+    assert bool(calls) == (rows == 3 and not other)

@@ -32,6 +32,7 @@ from graft.kernels.low_rank import (
     add_scaled,
     autocast,
     dropout,
+    few_rows_linear,
     linear_with,
     low_rank_linear,
     one_product_pays,
@@ -100,10 +101,28 @@ def run_with_factors(layer: Layer, f: Factors, x: Tensor) -> Tensor | None:
     parts = plain_factors(f)
     if joint and parts is not None and (y := _run_joint(layer, f, x, *parts)) is not None:
         return y
+    if not joint and parts is not None and (y := _run_few_rows(base, f, x, *parts)) is not None:
+        return y
     x = once(x)
     if parts is None or f.gain is not None:
         return run_product_factor(f, x, partial(base, x))
     return _add_parts(f, base(x), x, *parts)
+
+
+def _run_few_rows(base: Any, f: Factors, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor | None:
+    """Return the output of an `nn.Linear` for few rows, with gradients, from one kernel.
+
+    Return None for another module, without gradients, with dropout, vectors or a scale that is a tensor, if A does not
+    train, under autocast, or if x, W, A and B differ in dtype.
+    """
+    if p or not (type(base) in LINEARS and torch.is_grad_enabled() and A.requires_grad) or f.inner is not None:
+        return None
+    W, dtype = base._parameters.get("weight"), x.dtype
+    if type(W) not in PLAIN or not (W.dtype == dtype == A.dtype == B.dtype):
+        return None
+    if f.outer is not None or isinstance(scale, Tensor) or autocast_dtype(x.device) is not None:
+        return None
+    return few_rows_linear(x, W, base._parameters["bias"], A, B, scale)
 
 
 def _run_joint(layer: Layer, f: Factors, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor | None:

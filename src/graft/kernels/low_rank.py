@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _is_any_autocast_enabled
+from torch.nn.functional import linear
 
 from graft.kernels.eager import Context, Function, autocast_dtype, cast, eager
 from graft.kernels.one_product import Call, InputGradient
@@ -160,7 +161,7 @@ def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0
     y (…, out), x (…, in), A (r, in), B (out, r).
     """
     x = x if x.dtype == A.dtype else x.to(A.dtype)  # as `cast`
-    out = plus(y, (nn.functional.dropout(x, p) if p else x) @ A.T @ B.T, scale)
+    out = plus(y, linear(linear(nn.functional.dropout(x, p) if p else x, A), B), scale)
     return out if out.dtype == y.dtype else out.to(y.dtype)
 
 
@@ -230,6 +231,49 @@ def low_rank_linear(
     """
     A, B = autocast(x, A, B)
     return _LowRankLinear.apply(x, W, A, B, base, input_gradient, scale, p, seed_for(p))
+
+
+def few_rows_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return x Wᵀ + bias + scale · x Aᵀ Bᵀ for few rows, with the bits of plain operations, gradients included.
+
+    One autograd.Function takes the place of six nodes of the graph. All tensors have one dtype; W and bias get no
+    gradient. For eager code without autocast.
+    """
+    return _FewRowsLinear.apply_eagerly(x, W, bias, A, B, scale)
+
+
+class _FewRowsLinear(Function):
+    """The function of `few_rows_linear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Context, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+    ) -> Tensor:  # fmt: skip
+        """Return the output. Keeps x, W, A, B and h = x Aᵀ."""
+        h = linear(x, A)
+        ctx.save_for_backward(x, W, A, B, h)
+        ctx.scale = scale
+        return linear(x, W, bias).add_(linear(h, B), alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
+        """Return the gradients of x, A and B as far as needed; None for the others.
+
+        A second derivative finds h again from x.
+        """
+        x, W, A, B, h = ctx.saved_tensors
+        need_x, _, _, need_A, need_B, _ = ctx.needs_input_grad
+        if need_B and torch.is_grad_enabled():
+            h = linear(x, A)
+        shape = x.shape
+        if len(shape) != 2:
+            g, x, h = (t.reshape(-1, t.shape[-1]) for t in (g, x, h))
+        scaled = g * ctx.scale
+        dh = scaled @ B
+        dx = (g @ W).add_(dh @ A) if need_x else None
+        if dx is not None and len(shape) != 2:
+            dx = dx.view(shape)
+        return dx, None, None, dh.t() @ x if need_A else None, scaled.t() @ h if need_B else None, None
 
 
 def autocast(x: Tensor, *factors: Tensor) -> Sequence[Tensor]:

@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graft import AdapterLayer, CheckpointError, ConfigError, PeftWarning
-from graft.config.hub import fetch_file
-from graft.config.reading import LARGEST_HEADER, read_object
 from graft.core.errors import warn
+from graft.files.base import read_base_files
+from graft.files.pickles import to_torch
+from graft.files.sources import find_base
+from graft.files.tensors import Tensor as FileTensor
+from graft.files.tensors import read_header
 from graft.inject.parts import get_registry
 from graft.methods.lora.loftq import decompose
-
-FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @torch.no_grad()
@@ -59,8 +60,9 @@ def replace_lora_weights_loftq(
     if len(layers) < len(packed):
         key = next(key for key in packed if key not in layers)
         warn(f"{len(packed) - len(layers)} layers keep their A and B, such as '{key}': {reasons[key]}.", PeftWarning)
-    weights = BaseWeightFiles(model_path or find_base_path(registry.model), registry.model)
-    files = {key: weights.find_file(key, layer) for key, layer in layers.items()}
+    where = model_path or find_base_path(registry.model)
+    in_files, prefix = read_base_weights(where), f"{getattr(registry.model, 'base_model_prefix', '')}."
+    weights = {key: find_weight(in_files, key, layer, prefix, where) for key, layer in layers.items()}
     change = registry.call.gate.change(f"replace_lora_weights_loftq() of '{adapter_name}'", (adapter_name,))
     with change, ExitStack() as merges, ExitStack() as undo:
         for layer in layers.values():  # merged again with the new values, or the restored ones
@@ -68,7 +70,7 @@ def replace_lora_weights_loftq(
         for key, layer in layers.items():
             method = layer.methods[adapter_name]
             W0 = layer.W0.float()
-            A, B = decompose(layer.op.canon(weights.read(*files[key])).to(W0) - W0, method.cfg.r)
+            A, B = decompose(layer.op.canon(to_torch(weights[key])).to(W0) - W0, method.cfg.r)
             root = method.scaling**0.5
             with ExitStack() as back:
                 for p, value in zip(method.pair, (A / root, B / root)):
@@ -90,72 +92,40 @@ def find_base_path(model: nn.Module) -> str:
     return str(name)
 
 
-class BaseWeightFiles:
-    """The tensors of a base model's safetensors files, read one by one.
+def read_base_weights(where: str) -> dict[str, FileTensor]:
+    """Return the tensors of a base model's safetensors files, unread, by name. Nothing is downloaded.
 
-    Attributes:
-        where: the folder, or the name of the model on the hub.
-        files: name of a tensor → name of its file.
-        prefix: of names in memory that files may lack.
+    Args:
+        where: a folder, a file in it, or a model in the hub's cache.
+
+    Raises:
+        FileNotFoundError: there are none.
+        CheckpointError: a file is damaged or missing, or an index names files outside its folder.
     """
+    if os.path.isfile(where):
+        return read_header(where)[0]
+    folder = os.path.dirname(where) or "." if where.endswith(".safetensors") else where
+    with suppress(CheckpointError):  # no model of that name in the cache
+        folder = find_base(folder)
+    if not os.path.isdir(folder) or not any(name.endswith(".safetensors") for name in os.listdir(folder)):
+        raise FileNotFoundError(
+            f"Could not find file for {where}, ensure that there is a (sharded) safetensors file of the model."
+        )
+    return read_base_files(folder).tensors
 
-    def __init__(self, where: str, model: nn.Module):
-        """Find the file or the index of a folder, a file, or a model in the hub's cache. Nothing is downloaded.
 
-        Raises:
-            FileNotFoundError: there is neither.
-            CheckpointError: the index names files outside its folder.
-        """
-        self.where = os.path.dirname(where) or "." if where.endswith(".safetensors") else where
-        path = where if where.endswith(".safetensors") else fetch_file(where, FILE, local_files_only=True)
-        index = None if path and os.path.isfile(path) else fetch_file(self.where, INDEX, local_files_only=True)
-        if index is not None:
-            self.files: dict[str, str] = read_object(index, LARGEST_HEADER).get("weight_map", {})
-            named = [*self.files.values()] if isinstance(self.files, dict) else [self.files]
-            if not all(isinstance(name, str) and os.path.basename(name) == name for name in named):
-                raise CheckpointError(f"{index} names files outside its folder. Download it again.")
-        elif path and os.path.isfile(path):
-            from safetensors import safe_open
+def find_weight(weights: dict[str, FileTensor], key: str, layer: AdapterLayer, prefix: str, where: str) -> FileTensor:
+    """Return the tensor of a layer's weight, unread. Its name may lack the model's prefix.
 
-            with safe_open(path, framework="pt") as f:
-                self.files = dict.fromkeys(f.keys(), os.path.basename(path))
-            self.where = os.path.dirname(path)
-        else:
-            raise FileNotFoundError(
-                f"Could not find file for {where}, ensure that there is a (sharded) safetensors file of the model."
-            )
-        prefix = getattr(model, "base_model_prefix", "")
-        self.prefix = f"{prefix}." if prefix else ""
-
-    def find_file(self, key: str, layer: AdapterLayer) -> tuple[str, str]:
-        """Return the file's path and the tensor's name of a layer's weight. The name may lack the model's prefix.
-
-        Raises:
-            CheckpointError: no file has it, or the sizes differ from those of the layer, in any order.
-            FileNotFoundError: the file that the index names is not there.
-        """
-        from safetensors import safe_open
-
-        name = f"{key}.{layer.site.parameter}"
-        if name not in self.files and name.startswith(self.prefix):
-            name = name.removeprefix(self.prefix)
-        if name not in self.files:
-            raise CheckpointError(f"{self.where} has no weight for layer '{key}'. Pass the base model's folder.")
-        path = fetch_file(self.where, self.files[name], local_files_only=True)
-        if path is None:
-            raise FileNotFoundError(f"{self.where} lacks {self.files[name]}, which its index names. Download it again.")
-        with safe_open(path, framework="pt") as f:
-            shape = tuple(f.get_slice(name).get_shape())
-        if sorted(shape) != sorted(layer.site.shape):
-            raise CheckpointError(
-                f"The weight of layer '{key}' is {shape} in {path}, and {tuple(layer.site.shape)} in the model."
-            )
-        return path, name
-
-    def read(self, path: str, name: str) -> Tensor:
-        """Return a tensor of a file, on the CPU."""
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as f:
-            tensor: Tensor = f.get_tensor(name)
-            return tensor
+    Raises:
+        CheckpointError: no file has it, or the sizes differ from those of the layer, in any order.
+    """
+    name = f"{key}.{layer.site.parameter}"
+    weight = weights.get(name) or weights.get(name.removeprefix(prefix))
+    if weight is None:
+        raise CheckpointError(f"{where} has no weight for layer '{key}'. Pass the base model's folder.")
+    if sorted(weight.shape) != sorted(layer.site.shape):
+        raise CheckpointError(
+            f"The weight of layer '{key}' is {weight.shape} in {where}, and {tuple(layer.site.shape)} in the model."
+        )
+    return weight

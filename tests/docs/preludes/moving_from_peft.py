@@ -1,14 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder that PEFT writes."""
+"""The base that README's first block makes."""
 
-import peft
+from tests.docs.blocks import ROOT, blocks
 
-from tests.docs.preludes import language_model, tokens
-
-fresh_base, ids = language_model, tokens()
-config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-peft.get_peft_model(fresh_base(), config).save_pretrained("from_peft")
-del config
+exec(blocks(ROOT / "README.md")[0].text, {})
 
 
 def fresh(text: str) -> dict:

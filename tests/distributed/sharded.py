@@ -299,9 +299,20 @@ def experts_of_all(folder: Path, name: str) -> None:
         loaded: Any = graft.PeftModel.from_pretrained(model, path).eval()
         with torch.no_grad():
             close(loaded(input_ids=IDS).logits, one["y"], 1e-5)
+    for model in (here["model"], one["model"]):
+        with seeded(5):
+            model.add_adapter("b", STACKS[name]())
+        with torch.no_grad(), seeded(6):
+            for _, p in sorted((n, p) for n, p in model.named_parameters() if ".b." in n or n.endswith(".b")):
+                p.add_(torch.randn(p.shape), alpha=0.05)
+    for rows in (["default", "b"], ["__base__", "b"], ["b", "b"]):
+        y, expected = (m(input_ids=IDS, adapter_names=rows).logits.detach() for m in (here["model"], one["model"]))
+        close(y, expected, 1e-5)
+    if name != "LORA":
+        return
+    both = graft.Average("default", "b")
     refused(
-        partial(here["model"], input_ids=IDS, adapter_names=["default"] * len(IDS)),
-        RoutingError, "expert parallel", "fsdp_size",
+        partial(here["model"], input_ids=IDS, adapter_names=[both, "b"]), RoutingError, "expert parallel", "fsdp_size"
     )  # fmt: skip
 
 

@@ -369,7 +369,7 @@ def mixed_rows(folder: Path, name: str) -> None:
     """Batches with rows of several adapters: each process has others, and not all use each adapter."""
     way = WAYS[name]
     parts = way.parts
-    method = "EXPERTS" if name == "experts" else "ATTENTION"
+    method = "ATTENTION" if way.base == "llama" else "EXPERTS"
     batches = [["a", "b", "b", "a"], ["a", "a", "b", "b"]]
     if parts < ROWS:
         batches.append(["a", "__base__", "__base__", "b"])

@@ -87,7 +87,7 @@ def alone(model, row):
 @pytest.mark.differs(
     "mixed batches with adapters on stacks of experts",
     peft="ValueError",
-    graft="each row as with its adapter alone, in training too; refused for Llama 4 and under expert parallelism",
+    graft="each row as with its adapter alone, in training too; refused for Llama 4",
 )
 @pytest.mark.parametrize("kind", MAKE)
 def test_each_row_is_as_with_its_adapter_alone(kind):

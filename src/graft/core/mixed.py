@@ -139,10 +139,10 @@ class MixedPlan:
 
         The first case that holds decides:
 
+        - The layer is a stack of dispatched experts: `run_dispatched`.
         - No key has a plan: the base runs alone.
         - Plans fold an opaque weight: graft runs experts with the update of each group, if it can and there are several
-          groups or generators; for experts that are dispatched to processes it refuses. Else all rows must have one
-          plan, which runs.
+          groups or generators. Else all rows must have one plan, which runs.
         - Adapters read an input of a module with several: it runs once, and parts are added to its output.
         - Adapters change the first input or the output of a module with several: `run_block`.
         - One group of rows, and no generators: its plan runs.
@@ -155,11 +155,12 @@ class MixedPlan:
                 several plans.
         """
         layer = self.layer
+        if self.keys and layer.site.experts is not None and layer.site.experts.dispatch is not None:
+            return self.run_dispatched(rows, args, kwargs)
         if self.is_idle:
             return layer.base_module(*args, **kwargs)
         if self.folded_plans:
-            dispatched = self.routes and layer.site.experts.dispatch is not None
-            if self.routes and (dispatched or len(rows.segments) > 1 or layer.call.current_context().draws is not None):
+            if self.routes and (len(rows.segments) > 1 or layer.call.current_context().draws is not None):
                 if not all(plan.adds for _, plan in self.folded_plans):
                     check_no_gates(layer)
                 return layer.site.experts.run_updated(layer, args, kwargs, self.make_stack_updates, rows)
@@ -187,6 +188,24 @@ class MixedPlan:
         if not (self.adds or self.acts_elsewhere):
             check_no_gates(layer)
         return self.run_groups(rows, x, context, args, kwargs)
+
+    def run_dispatched(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        """Return the output of dispatched experts, with all adapters of the layer: tokens of other processes may use
+        those that no row here uses.
+
+        Raises:
+            RoutingError: the call has gates or generators, or a row has several adapters.
+        """
+        layer, context = self.layer, self.layer.call.current_context()
+        if context.draws is not None or any(isinstance(key, JointAdapters) for key in rows.groups):
+            layer.site.experts.refuse_rows(layer.site.key)
+        plans = {name: plan for name in layer.methods if isinstance(plan := layer.plan_for((name,)), FoldedPlan)}
+
+        def make(tokens: int) -> list[StackUpdate]:
+            """Return the updates of all adapters, each with the adapter's number as its group."""
+            return [u for i, plan in enumerate(plans.values()) for u in plan.make_stack_updates(tokens, i)]
+
+        return layer.site.experts.run_updated(layer, args, kwargs, make, rows, [*plans])
 
     def run_groups(
         self, rows: Rows, x: Tensor, context: CallContext, args: tuple[object, ...], kwargs: dict[str, object]

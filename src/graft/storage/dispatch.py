@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graft.core.errors import RoutingError, UnsupportedLayerError
+from graft.core.errors import UnsupportedLayerError
 from graft.kernels.cuts import Cut, sum_gradient
 from graft.kernels.experts import Form, LowRankUpdate, StackUpdate
 from graft.storage.parallel import is_sharded
@@ -108,11 +108,3 @@ def is_dispatched_stack(module: nn.Module, name: str) -> bool:
     """Return True if a parameter is a sharded stack, with three dimensions, of a block whose tokens are dispatched."""
     p = module._parameters.get(name)
     return p is not None and p.dim() == 3 and is_sharded(p) and find_dispatch(module) is not None
-
-
-def refuse_rows(key: str) -> None:
-    """Raise RoutingError: rows of a batch cannot have different adapters, or gates, on dispatched experts."""
-    raise RoutingError(
-        f"Layer '{key}' does not support mixed adapter batches under expert parallelism, as it gets tokens of other "
-        "processes. Give all rows one adapter by set_adapter(), or load the model with fsdp_size alone."
-    )

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,14 @@ from graft.core.errors import RoutingError, UnsupportedLayerError
 from graft.core.protocols import Layer
 from graft.core.rows import Rows
 from graft.kernels.experts import StackUpdate, UpdatedStack, run_experts
+from graft.kernels.waits import constant
 from graft.storage import stacks
 from graft.storage.dense import PLAIN, Dense
-from graft.storage.dispatch import RUNS, Dispatch, find_dispatch, is_dispatched_stack, refuse_rows
+from graft.storage.dispatch import RUNS, Dispatch, find_dispatch, is_dispatched_stack
 from graft.storage.fsdp2 import is_managed
 from graft.storage.offload import computes_on, is_away
 from graft.storage.stacks import PackedMatrices
+from graft.storage.tensor_parallel import local
 
 GATE = "_apply_gate"
 FLAGS = ("has_gate", "has_bias", GATE, "num_experts")  # attributes that transformers' decorator sets
@@ -49,6 +51,27 @@ class Updates:
     key: str = ""  # of the outermost layer
     rows: Rows | None = None  # of a batch with several adapters; None: the updates act on all rows
     of_stacks: dict[str, Callable[[int], Sequence[StackUpdate]]] = field(default_factory=dict)  # number of tokens → …
+    # of dispatched experts, in a call with rows: by stack the adapters that the groups of its updates are
+    adapters: dict[str, Sequence[str]] = field(default_factory=dict)
+    columns: Sequence[str] = ()  # all adapters on the stacks, equal on all processes: each token has a mark for each
+
+    def mark_tokens(self, x: Tensor) -> Tensor:
+        """Return tokens (tokens, width) with a column for each adapter behind: 1 where its row uses it, else 0."""
+        assert self.rows is not None
+        table = [[float(name == key) for name in self.columns] for key in self.rows.groups]
+        flat = constant(tuple(mark for marks in table for mark in marks), x.dtype, x.device)
+        marks = flat.view(len(table), -1)[self.rows.groups_of_tokens(len(x), self.key, x.device)]
+        return torch.cat([x, marks], 1)
+
+    def read_marks(self, x: Tensor) -> tuple[Tensor, dict[str, list[StackUpdate]]]:
+        """Return marked tokens without their marks, and the updates by stack, each with its tokens' marks as gate."""
+        columns = self.columns
+        x, marks = x.split([x.shape[1] - len(columns), len(columns)], 1)
+        updates = {}
+        for stack, make in self.of_stacks.items():
+            gates = [marks.detach()[:, columns.index(name)] for name in self.adapters[stack]]
+            updates[stack] = [u._replace(group=None, gate=gates[u.group]) for u in make(len(x)) if u.group is not None]
+        return x, updates
 
 
 @dataclass(frozen=True)
@@ -165,13 +188,16 @@ class ExpertBlock:
             UnsupportedLayerError: a packed stack cannot be read.
         """
         m, (x, index, weights) = self.module, self.bind(args, kwargs)
-        rows, group, groups = updates.rows, None, 1
-        if rows is not None:
-            if getattr(m, "_is_expert_parallel", False):
-                refuse_rows(updates.key)
-            group, groups = rows.groups_of_tokens(len(x), updates.key, x.device), len(rows.groups)
-        parts = {name: make(len(x)) for name, make in updates.of_stacks.items()}
-        if (dispatch := self.dispatch) is not None:
+        rows, group, groups, dispatch = updates.rows, None, 1, self.dispatch
+        if updates.adapters:
+            x, parts = updates.read_marks(x)
+        else:
+            if rows is not None:
+                if getattr(m, "_is_expert_parallel", False):
+                    self.refuse_rows(updates.key)
+                group, groups = rows.groups_of_tokens(len(x), updates.key, x.device), len(rows.groups)
+            parts = {name: list(make(len(x))) for name, make in updates.of_stacks.items()}
+        if dispatch is not None:
             parts = {name: [dispatch.cut_update(update, updates.key) for update in own] for name, own in parts.items()}
         biased = self.is_mxfp4 or m.has_bias
         up, down = (
@@ -201,6 +227,7 @@ class ExpertBlock:
         kwargs: dict[str, object],
         updates: Callable[[int], Sequence[StackUpdate]],
         rows: Rows | None,
+        adapters: Sequence[str] = (),
     ) -> object:
         """Return the output of a layer's base with updates on the layer's stack.
 
@@ -211,22 +238,31 @@ class ExpertBlock:
         Args:
             updates: number of tokens → the updates.
             rows: the rows of a batch with several adapters; None: the updates act on all rows.
+            adapters: of dispatched experts in a call with rows: all on the layer. The group of an update is an index
+                into them, and each token takes marks of its row's adapters along to the process of its expert.
 
         Raises:
-            RoutingError: the experts are dispatched, and rows have several adapters, or the call has gates.
+            RoutingError: the experts are dispatched, and the call has gates.
         """
         attributes, name = self.module.__dict__, layer.site.parameter
         if UPDATES in attributes:
             attributes[UPDATES].of_stacks[name] = updates
+            if adapters:
+                attributes[UPDATES].adapters[name] = adapters
             return layer.base_layer(*args, **kwargs)
         place, before = self.find_forward()
         homes, dispatch = [attributes], self.dispatch
+        shared = Updates(layer.site.key, rows, {name: updates})
         if dispatch is not None:
-            if rows is not None or layer.call.current_gates() is not None:
-                refuse_rows(layer.site.key)
+            if layer.call.current_gates() is not None:
+                self.refuse_rows(layer.site.key)
             homes, place = list(dispatch.places), RUNS
             before = homes[0][place]
-        shared = attributes[UPDATES] = Updates(layer.site.key, rows, {name: updates})
+        if adapters:
+            shared.adapters[name], shared.columns = adapters, list_adapters_around(layer)
+            x, *args_of_routes = self.bind(args, kwargs)
+            args, kwargs = (shared.mark_tokens(local(x)), *args_of_routes), {}
+        attributes[UPDATES] = shared
         for home in homes:
             home[place] = lambda *args, **kwargs: self.run(shared, args, kwargs)
         try:
@@ -239,6 +275,16 @@ class ExpertBlock:
                     home[place] = before
 
     run_updated._torchdynamo_disable = True  # type: ignore[attr-defined]  # the host must know how many rows experts have
+
+    @staticmethod
+    def refuse_rows(key: str) -> NoReturn:
+        """Raise RoutingError: gates, generators of adapters, or several adapters of one row cannot reach the process of
+        a token's expert.
+        """
+        raise RoutingError(
+            f"Layer '{key}' takes one adapter for each row under expert parallelism, without gates, as it gets tokens "
+            "of other processes. Use adapter_names alone, or load the model with fsdp_size and without ep_size."
+        )
 
     def find_forward(self) -> tuple[str, Any]:
         """Return the name of the attribute that the module's calls run, and its value on the module; None: the class's
@@ -301,6 +347,15 @@ class ExpertBlock:
                     attributes[place] = before
         if hooked:
             attributes.pop(HOOKED)
+
+
+def list_adapters_around(layer: Any) -> list[str]:
+    """Return the names of all adapters on the outermost layer around a block of experts and on those within, sorted."""
+    names: set[str] = set()
+    while hasattr(layer, "base_layer"):
+        names.update(layer.methods)
+        layer = layer.base_layer
+    return sorted(names)
 
 
 def apply_clamped_gate(m: nn.Module, y: Tensor) -> Tensor:

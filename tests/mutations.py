@@ -233,7 +233,7 @@ MUTATIONS = [
     Mutation(
         "banks: other memory goes unseen",
         "many/bank.py",
-        "list(map(Tensor.data_ptr, self._parameters)) == self._addresses",
+        "list(map(Tensor.data_ptr, self.parameters)) == self.addresses",
         "True",
         "tests/many/test_bank.py tests/many/test_flat.py",
     ),

@@ -636,3 +636,21 @@ def test_snapshots_while_another_thread_trains():
             steps |= moved
         training.result()
     assert steps <= set(range(21)) and runs["x"].step == 20
+
+
+def test_parameters_that_move_between_backward_and_step():
+    """As `model.to()` moves them: gradients go with them."""
+    found = []
+    for moves in (False, True):
+        runs = MultiTrain(tiny())
+        for name in ("x", "y"):
+            runs.add(name, lora(r=4), optimizer=partial(AdamW, lr=1e-2))
+        for batch in batches(3):
+            runs.backward({"x": batch, "y": batch})
+            for p in runs["x"].parameters if moves else ():
+                p.data = p.data.clone()
+            norm = runs.gradient_norm("x")
+            assert runs.step("x").norm == norm > 0 and runs.step("y").norm == norm
+        assert same(runs["x"].parameters, runs["y"].parameters)
+        found.append([p.detach() for p in runs["x"].parameters])
+    assert same(*found)

@@ -21,8 +21,8 @@ from torch.nn.utils import get_total_norm
 LONG = 2**20  # numbers: float32 sums of more squares lose digits
 LINE = 32  # numbers of 16 bits and more: each tensor begins at a line of memory, as tensors by themselves do
 
-HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")  # of a tensor
-read_grad = attrgetter("grad")
+HOOKS = (attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks"))  # of a tensor
+requires_grad, read_grad = attrgetter("requires_grad"), attrgetter("grad")
 
 Parameters = Sequence[nn.Parameter]
 
@@ -48,6 +48,15 @@ class AdapterRow:
         self.value: Tensor | None = None
         self.gradient: Tensor | None = None
         self.spans: list[tuple[int, int]] = []
+        self.addresses: list[int] = []  # of the parameters' memory, when the banks were made
+
+    def is_intact(self) -> bool:
+        """Return False if a parameter has got other memory since, or was frozen, or if one in a bank has got a hook."""
+        return (
+            list(map(Tensor.data_ptr, self.parameters)) == self.addresses
+            and all(map(requires_grad, self.parameters))
+            and (self.value is None or not any([any(map(read_hooks, self.parameters)) for read_hooks in HOOKS]))
+        )
 
     @property
     def has_grads(self) -> bool:
@@ -239,9 +248,8 @@ class Banks:
             for i, row in enumerate(bank.rows):
                 self.index.update((id(p), (bank, place, i)) for place, p in enumerate(row.parameters))
         self._stack_sinks: dict[int, Sink] = {}  # by id of the stacked tensor
-        self._parameters = [p for row in self.rows.values() for p in row.parameters]
-        self._addresses = [p.data_ptr() for p in self._parameters]
-        self._banked = [p for bank in self.banks for row in bank.rows for p in row.parameters]
+        for row in self.rows.values():
+            row.addresses = [p.data_ptr() for p in row.parameters]
 
     @property
     def names(self) -> list[str]:
@@ -249,16 +257,12 @@ class Banks:
         return list(self.rows)
 
     def is_intact(self) -> bool:
-        """Return False if a parameter has got other memory since, or was frozen, or if one in a bank has got a hook."""
-        return (
-            list(map(Tensor.data_ptr, self._parameters)) == self._addresses
-            and all(map(attrgetter("requires_grad"), self._parameters))
-            and not any(any(map(attrgetter(hooks), self._banked)) for hooks in HOOKS)
-        )
+        """Return True if all rows are intact."""
+        return all([row.is_intact() for row in self.rows.values()])
 
     def separate_memory(self) -> None:
         """Copy each parameter of a bank into separate memory. The rows and banks themselves stay as they are."""
-        for p in self._banked:
+        for p in (p for bank in self.banks for row in bank.rows for p in row.parameters):
             p.data = p.data.clone()
 
     def follows(self, a: Tensor, b: Tensor) -> bool:
@@ -406,7 +410,7 @@ def ends_at_line(p: Tensor) -> bool:
 
 def is_hooked(p: Tensor) -> bool:
     """Return True if a tensor has backward hooks or hooks after the accumulation of its gradient."""
-    return any(getattr(p, hooks) for hooks in HOOKS)
+    return any(read_hooks(p) for read_hooks in HOOKS)
 
 
 def lay_out_row(parameters: Parameters) -> tuple[list[tuple[int, int]], int]:

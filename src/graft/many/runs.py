@@ -761,7 +761,9 @@ class MultiTrain:
         run = self._get_called_run(name)
         if not run.losses:
             raise RuntimeError(f"Run '{name}' has no gradients for a step. Call backward() first.")
-        self._assign_rows()
+        row = self._banks.rows.get(name)
+        if row is None or not run.is_on_row(row) or not row.is_intact():
+            self._assign_rows()
         run.load_gradients()
         return run, *self._read_numbers([run])[0]
 

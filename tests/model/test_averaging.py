@@ -152,6 +152,19 @@ def test_a_base_that_was_called_before_is_frozen_in_both_forms(group, more):
 
 
 @FSDP2_ON_CPUS
+def test_adapters_without_a_peft_model_are_averaged(group, monkeypatch):
+    from torch.distributed.fsdp import fully_shard
+
+    model, sums = fully_shard(net()), []
+    monkeypatch.setattr(Averager, "_average", lambda self, parameters, *_: sums.append(len(parameters)))
+    for i, name in enumerate(("a", "b"), 1):
+        model = graft.inject_adapter_in_model(graft.LoraConfig(**CONFIG), model, name).train()
+        gc.collect()  # no tuner is left
+        model(torch.randn(3, 8)).sum().backward()
+        assert len(sums) == i
+
+
+@FSDP2_ON_CPUS
 def test_hooks_keep_no_model_in_memory(group):
     from torch.distributed.fsdp import fully_shard
 

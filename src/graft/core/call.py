@@ -85,6 +85,7 @@ class Call:
         self.thread_state = ThreadState()
         self.blocks: list[frozenset[int | None]] = []  # by `disable_in_block` block: the threads alive when it began
         self.gate = Gate()
+        self.averager: object = None  # of gradients, on a sharded base: lives as long as a layer does
         self._restored: dict[int, RecomputeContext] = {}  # by backward pass
         self._last: dict[int, CallContext] = {}  # by thread: of its last call, if no hook restores it
 

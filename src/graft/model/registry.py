@@ -471,7 +471,7 @@ class Registry:
         All processes do this together; a save is then the work of one.
         """
         if self.averager is None:
-            self.averager = Averager(self, sharding)
+            self.averager = self.call.averager = Averager(self, sharding)
         self.averager.sharding = sharding
         self.note_values()
         note = fingerprint_carriers(parts, self.model, adapter_name, config, False, together=True)

@@ -56,6 +56,7 @@ def test_bad_input_is_an_error_on_all_processes(world, tmp_path):
     assert not failures(refusals, names) and "end" not in refusals
 
 
+@pytest.mark.skipif(not ALL_LAWS, reason="make test-distributed")
 @pytest.mark.parametrize("name", sharded_loops.NAMES)
 def test_loops_of_others(name, loops):
     assert not failures(loops, [name])

@@ -229,10 +229,13 @@ def read_versions(root: Path, row: Row) -> dict[str, str]:
 
 
 def clean_lines(root: Path, text: str) -> list[str]:
-    """Return the lines of an output that are not empty, without escape sequences, and with the repository and the home
-    folder as "." and "~"; each has 200 characters at most.
+    """Return the lines of an output that are not empty, without escape sequences, at most 200 characters of each.
+
+    ".", ".venv" and "~" replace the paths of the repository, of this interpreter's environment and of the home folder.
     """
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace(str(root), ".").replace(str(Path.home()), "~")
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    for path, name in ((root, "."), (sys.prefix, ".venv"), (Path.home(), "~")):
+        text = text.replace(str(path), name)
     return [line.rstrip()[:200] for line in re.split(r"[\r\n]+", text) if line.strip()]
 
 

@@ -57,7 +57,7 @@ class Averager:
         self.agreed: list[int] = []  # ids of those that trained when the processes last compared them
         self.compares_values = True  # at the next comparison: values came from files or data of each process
         self.task: int | None = None  # the backward pass that will be averaged at its end
-        self.last_meeting: Meeting | None = None  # of calls with names of rows
+        self.last_meeting: Meeting | None = None  # its keys are still in the store
         self.follows = False  # a call's output began that pass, and not a parameter
 
     def find_parameters(self) -> None:
@@ -101,9 +101,17 @@ class Averager:
             return
         task = f"{len(ids)} tensors that train ({hash_text(str([(tuple(p.shape), p.dtype) for p in training]))}"
         task += f", values {checksum(training)})" if self.compares_values else ")"
-        ranks = self.sharding.ranks
-        Meeting("A training step", task, ranks, "average gradients over", DistributedError, LONG_PATIENCE)
+        self._meet("A training step", task)
         self.agreed, self.compares_values = ids, False
+
+    def _meet(self, call: str, task: str, compares: bool = True) -> Meeting:
+        """Return a meeting of all processes of the base, and delete the keys of the one before from the store."""
+        purpose, ranks = "average gradients over", self.sharding.ranks
+        meeting = Meeting(call, task, ranks, purpose, DistributedError, LONG_PATIENCE, compares)
+        if self.last_meeting is not None:
+            self.last_meeting.clear()
+        self.last_meeting = meeting
+        return meeting
 
     @contextmanager
     def reach_inputs(self, names: Iterable[str]) -> Iterator[None]:
@@ -132,12 +140,8 @@ class Averager:
             DistributedError: the output of a process has no gradient, or a process does not come in time.
         """
         task = "" if any([t.grad_fn is not None for t in find_tensors(output)]) else "no gradient"
-        call, ranks = "A call with adapter_names in training", self.sharding.ranks
-        meeting = Meeting(call, task, ranks, "average gradients over", DistributedError, LONG_PATIENCE, compares=False)
+        meeting = self._meet("A call with adapter_names in training", task, compares=False)
         idle_ranks = meeting.list_ranks_with_task()
-        if self.last_meeting is not None:
-            self.last_meeting.clear()
-        self.last_meeting = meeting
         if idle_ranks:
             raise DistributedError(
                 f"All rows of rank(s) {idle_ranks} lack an adapter that trains: their backward pass would fail, and "

@@ -649,13 +649,12 @@ class Registry:
     def note_training(self) -> None:
         """Note that other parameters may train: the next step in training checks that their gradients are averaged."""
         self.averaged = False
-        if self.averager is not None:
-            self.averager.find_parameters()
 
     def note_values(self) -> None:
         """Note that an adapter has got values from a file: processes of a sharded base compare theirs before a step."""
         self.note_training()
         if self.averager is not None:
+            self.averager.find_parameters()  # a load may have replaced some
             self.averager.compares_values = True
 
     def trains(self, adapter_name: str) -> bool:

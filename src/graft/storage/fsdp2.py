@@ -103,8 +103,8 @@ class Sharding:
     Args:
         parameter_groups: FSDP2's.
         ranks: of all processes that hold a part of the base.
-        groups: process groups, one per dimension of their mesh: what passes through all in turn reaches all ranks.
-        batches: process groups, one per dimension, of processes with batches of their own: without tensor parallelism.
+        groups: process groups, one per dimension of their mesh. Broadcasts in each group in turn reach all ranks.
+        batches: process groups, one per dimension, of processes that compute different batches.
     """
 
     parameter_groups: list[Any]

@@ -14,14 +14,6 @@ from graft.many.sweep import Sweep, Trial, sweep
 from graft.model.checkpoints import AdapterSnapshot
 
 __all__ = [
-    "AdapterSnapshot",
-    "BatchResult",
-    "MultiTrain",
-    "Run",
-    "Step",
-    "StepRecord",
-    "Sweep",
-    "Trial",
-    "ValidationRecord",
+    "AdapterSnapshot", "BatchResult", "MultiTrain", "Run", "Step", "StepRecord", "Sweep", "Trial", "ValidationRecord",
     "sweep",
-]
+]  # fmt: skip

@@ -115,6 +115,7 @@ class Sink:
     """
 
     def __init__(self, tensor: Tensor, gradient: Tensor, first: int, rows: list[AdapterRow], place: int) -> None:
+        """Hold the tensors, with `gradient` as the memory."""
         self.tensor, self.gradient, self.first, self.rows, self.place = tensor, gradient, first, rows, place
         self.memory, self.is_filled = gradient, False
         self._users: list[Sink] | None = None  # of the memory of this place in this pass; None: for one adapter
@@ -135,8 +136,8 @@ class Sink:
         if self._users is not None:
             if self._users:
                 stop = self.first + len(self.rows)
-                taken = any(user.first < stop and self.first < user.first + len(user.rows) for user in self._users)
-                self.memory = torch.empty_like(self._common) if taken else self._common
+                overlaps = any(user.first < stop and self.first < user.first + len(user.rows) for user in self._users)
+                self.memory = torch.empty_like(self._common) if overlaps else self._common
             self._users.append(self)
         return self.memory
 
@@ -285,8 +286,8 @@ class Banks:
         """Return the memory for the gradient of a stacked tensor or of a Parameter in a bank; None for another one."""
         if (sink := self._stack_sinks.get(id(t))) is not None:
             return sink
-        found = self.index.get(id(t))
-        return None if found is None else found[0].get_single(found[1], found[2])
+        bank, place, row = self.index.get(id(t), (None, 0, 0))
+        return None if bank is None else bank.get_single(place, row)
 
     def drop_gradients(self, names: Iterable[str]) -> None:
         """Forget the gradients of these adapters before a pass: `received` becomes False, and `grad` of their

@@ -69,26 +69,26 @@ def are_settings_equal(a: Optimizer, b: Optimizer) -> bool:
 
 
 def step_together(optimizers: Sequence[Optimizer]) -> None:
-    """Make a step of each of these optimizers, whose settings are equal, by one call of the first one's `step`.
+    """Make a step of each of these optimizers, which have equal settings, by one call of the first one's `step`.
 
     Meanwhile the first one has the parameters and the state of all.
     """
-    first, *others = optimizers
+    first, *rest = optimizers
     parameters = [list(group["params"]) for group in first.param_groups]
     try:
-        for other in others:
-            first.state.update(other.state)
-            for group, its in zip(first.param_groups, other.param_groups):
+        for optimizer in rest:
+            first.state.update(optimizer.state)
+            for group, its in zip(first.param_groups, optimizer.param_groups):
                 group["params"] = group["params"] + its["params"]
         first.step()
     finally:
         for group, members in zip(first.param_groups, parameters):
             group["params"] = members
-        for other in others:
-            for p in (p for group in other.param_groups for p in group["params"]):
+        for optimizer in rest:
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
                 if p in first.state:
-                    other.state[p] = first.state.pop(p)
-            other._opt_called = True  # type: ignore[attr-defined]  # as schedules want it
+                    optimizer.state[p] = first.state.pop(p)
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # as schedules want it
 
 
 class FlatParameters:

@@ -382,8 +382,8 @@ class Run:
         return self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).sum()
 
     def check_settings(self, settings: dict[str, Any]) -> None:
-        """Raise ConfigError if a setting is none of the optimizer, has different values for groups of its parameters,
-        is the rate that the schedule sets, or has a value that an optimizer of torch refuses.
+        """Raise ConfigError if the optimizer lacks a setting, or if its groups of parameters have different values for
+        it. Raise it also for `lr` if there is a schedule, and for a value that an optimizer of torch refuses.
         """
         kind, groups = type(self.optimizer), self.optimizer.param_groups
         known = groups[0].keys() - FIXED
@@ -520,7 +520,9 @@ def make_steps(runs: Iterable[tuple[Run, float, float, Tensor]]) -> None:
         Exception: the error of an optimizer or schedule, with a note. The runs that shared its call have then failed,
             and those after it have made no step.
     """
-    by_rate: dict[float, list[list[tuple[Run, float, float, Tensor]]]] = {}  # which is what differs most often
+    by_rate: dict[
+        float, list[list[tuple[Run, float, float, Tensor]]]
+    ] = {}  # the rate is the setting that differs most often
     for item in runs:
         run = item[0]
         run.prepare_step(item[3])

@@ -141,12 +141,12 @@ class MultiTrain:
     Iterate over it for one `Step` at a time, or call `run`. A run that `add` got no data for is trained by calls, such
     as those of reinforcement learning:
 
-        add(name, config, optimizer=…, clip=…, seed=…) -> Run
-        backward({name: batch, …}, loss=None, mean_of=1) -> {name: BatchResult}   # gradients add up until `step`
-        gradient_norm(name) -> float
-        step(name, lr=…, …) -> StepRecord                 # one optimizer step, which empties the gradients
-        snapshot(name) -> AdapterSnapshot                 # a copy for a sampler
-        save_run(name, folder), load_run(name, folder)    # the whole state of a run, as `save` writes it
+    - `add(name, config, optimizer=…, clip=…, seed=…)` returns the Run.
+    - `backward({name: batch, …}, loss=None, mean_of=1)` returns {name: BatchResult}. Gradients add up until `step`.
+    - `gradient_norm(name)` returns a float.
+    - `step(name, lr=…, …)` makes one optimizer step, empties the gradients and returns a StepRecord.
+    - `snapshot(name)` returns an AdapterSnapshot, a copy for a sampler.
+    - `save_run(name, folder)` and `load_run(name, folder)` write and restore the whole state of a run.
 
     Any threads may make these calls. A call waits while another is under way; all `backward` calls that wait share
     passes. The values of a run have the bits of a plain loop that makes its calls alone. The loop makes its passes and

@@ -41,7 +41,7 @@ ALLOWED = {
     "methods/adamss.py:of": "AdaMSS freezes parameters by their scores; one read per choice",
     "kernels/waits.py:differences": "experts by grouped products: how many rows each has, once per layer and call",
     "kernels/summed.py:_multiply_grouped": "torch's grouped product, which reads them without a kernel for the dtype",
-    "kernels/waits.py:move_to_devices": "an adapter that enters a slot, by one copy per dtype",
+    "serving/layer.py:move_to_devices": "an adapter that enters a slot, by one copy per dtype",
     "kernels/waits.py:_constant": "rows or slots in an arrangement that no batch before had",
 }
 folder = xlora.folder
@@ -345,7 +345,7 @@ def test_slots(tmp_path, keep):
         check(lambda: slots(**inputs, adapter_names="a"))
         new = ["b", BASE, "a"] if keep else ["b", BASE, "b"]
         assert waiting(lambda: slots(**inputs, adapter_names=new)) == {"kernels/waits.py:_constant": 1}
-        assert waiting(lambda: slots.pin("c")) == {"kernels/waits.py:move_to_devices": 1}  # one enters, of six tensors
+        assert waiting(lambda: slots.pin("c")) == {"serving/layer.py:move_to_devices": 1}  # one enters, of six tensors
 
 
 # the list

@@ -221,6 +221,19 @@ def test_a_file_of_peft_without_what_data_took_out(how, tmp_path):
     assert_close(output(loaded), output(model), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("over", [False, True])
+@pytest.mark.parametrize("tensor", ["A", "B", "sample"])
+def test_a_file_with_a_part_of_what_was_taken_out_is_refused(tensor, over, tmp_path):
+    model = started("pissa")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if k != f"base_model.model.lin0.lora_shift.{tensor}"}, path)
+    expected = output(model)
+    with pytest.raises(graft.AdapterKeyError, match=rf"lin0.lora_shift.\w+.{tensor}\b"):
+        model.load_adapter(tmp_path, "default" if over else "other")
+    assert torch.equal(output(model), expected)
+
+
 def test_without_the_init_in_the_config_a_file_is_for_the_base_as_it_is(tmp_path):
     """PEFT's way of sharing a changed base with its adapter."""
     model = started("pissa")

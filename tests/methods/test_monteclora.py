@@ -10,6 +10,7 @@ import peft
 import peft.helpers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -267,3 +268,20 @@ def test_tied_layers_are_refused():
 def test_refused(name, lib):
     with pytest.raises(ValueError, match=f"`{name}` must be greater than 0."):
         lib.MontecloraConfig(**{name: 0})
+
+
+def test_a_load_that_fails_beside_plain_lora_leaves_no_container(tmp_path):
+    """The plain adapter's own attribute `lora_monteclora_sampler`, empty, comes back."""
+    with_monteclora().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if "sampler" not in k}, path)
+    model = graft.get_peft_model(net(), graft.LoraConfig(target_modules=["0", "2"]))
+    before, has = dict(model.named_modules()), vars(model.base_model.model[0]).keys()
+    with pytest.raises(graft.AdapterKeyError):
+        model.load_adapter(tmp_path, "other")
+    assert dict(model.named_modules()) == before and vars(model.base_model.model[0]).keys() == has
+    with_monteclora().save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "other", is_trainable=True)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    assert model.base_model.model[0].lora_monteclora_sampler.keys() == {"other"}

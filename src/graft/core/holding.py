@@ -181,6 +181,22 @@ class Holding:
         else:
             self.__dict__[key] = container
 
+    def close_containers(self, number: int) -> None:
+        """Remove all containers but the first `number`, for an injection that failed. They must be empty.
+
+        Attributes that the remaining methods expect (`Method.empty`) come back.
+        """
+        for key in self.containers[number:]:
+            if self._modules.pop(key, None) is None:
+                del self.__dict__[key]
+            else:
+                self.holders.remove(key)
+        del self.containers[number:]
+        for method in self.methods.values():
+            for key, container in method.empty.items():
+                if key not in self._modules:
+                    self.__dict__.setdefault(key, container)
+
     def _widen_container(self, key: str, container: nn.ModuleDict | nn.ParameterDict | BufferDict) -> AnyDict:
         """Replace a container by an `AnyDict` with the same entries, since methods use its name for different kinds of
         values.

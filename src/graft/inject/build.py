@@ -345,7 +345,12 @@ def add_layers(job: InjectionJob) -> None:
             if not (loads or on_meta):
                 discard_initial_values(method, shared, call)
             continue
-        layer = job.layers[key] = job.tree.layers.get(key) or make_adapter_layer(site, call)
+        layer = job.tree.layers.get(key)
+        if layer is None:
+            layer = make_adapter_layer(site, call)
+        else:
+            job.takebacks.append(partial(layer.close_containers, len(layer.containers)))
+        job.layers[key] = layer
         use = method.uses_weight()
         if loads:
             nowhere = WeightUse.BEFORE_LOAD not in use

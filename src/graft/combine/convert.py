@@ -172,10 +172,10 @@ def truncate_change(
 ) -> tuple[Tensor, Tensor, float]:
     """Return A (groups, k, n) and B (groups, m, k) with the product nearest to ΔW, and the part of ‖ΔW‖ that is lost.
 
-    The part is 0 for an update with factors, or a float.
+    The part is computed only for an int and an update without factors, else it is 0: the caller compares the results.
 
-    Factors that have the rank already, or less with an int, are kept; zeros and random rows fill them up. A float takes
-    the smallest k, at least 1, that keeps this part of ‖ΔW‖².
+    k is the int divided by the number of groups. Factors that have the rank already, or less with an int, are kept;
+    zeros and random rows fill them up. A float takes the smallest k, at least 1, that keeps this part of ‖ΔW‖².
     """
     A, B, _ = change
     if isinstance(rank, int):

@@ -209,7 +209,9 @@ def verify(
     )
 
     def report() -> None:
-        """Print the verdict, the adapter's effect, the noise on the base, and the deviations, the smallest first."""
+        """Print the verdict, the adapter's effect, the difference of both sides on the base, the tolerance, and the
+        deviations, the smallest first.
+        """
         show.print_line(answer.text)
         show.print_line(
             f"  the adapter changes log-probabilities by {answer.effect:.3g}; on the base the two differ by"

@@ -199,7 +199,7 @@ def mark_name(stamp: notes.Stamp | None, text: str) -> str:
 
 
 def mark_token(of: object) -> str:
-    """Return 16 hex digits, a hash, for a stamp of weights or for the text of a config."""
+    """Return 16 hex digits, a hash: of bytes as they are, of another object's `str()`."""
     import hashlib
 
     return hashlib.sha256(of if isinstance(of, bytes) else str(of).encode()).hexdigest()[:16]

@@ -154,6 +154,7 @@ INSIDE = (  # modules between the caller of graft and a warning
 def warn(text: str, category: type[Warning] = UserWarning) -> None:
     """Give a warning that points at the first line outside graft, contextlib and torch's wrappers in the call stack.
 
+    Frames are judged by the name of their module. If all are inside, the warning has no line of the stack.
     Control characters of the text are escaped, except line ends.
     """
     level = 2

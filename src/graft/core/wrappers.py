@@ -123,7 +123,10 @@ def copy_offloaded(m: nn.Module, name: str) -> Tensor:
 
 
 def remove_hook(m: nn.Module) -> None:
-    """Remove accelerate's hook and its replaced forward from a module. The module's tensors stay where they are."""
+    """Remove accelerate's hook and the forward of the instance, if there are any, without calling the hook.
+
+    The class's forward runs from then on. The module's tensors stay where they are.
+    """
     for name in (HOOK, "_old_forward", "forward"):
         m.__dict__.pop(name, None)
 

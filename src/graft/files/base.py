@@ -128,7 +128,8 @@ def list_folder_entries(folder: str, patterns: Collection[str]) -> Iterator[tupl
     """Yield (name, is a regular file) for the entries of a folder in order of names. Links are not followed.
 
     A folder named by the first part of a pattern with "/" is opened, and its entries are yielded as "folder/name".
-    Other folders are yielded as "name/" and False.
+    Other folders are yielded as "name/" and False. The rest of the pattern opens folders below in the same way.
+    Patterns leave out no entry.
 
     Args:
         patterns: shell patterns of file names.

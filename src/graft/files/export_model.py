@@ -49,7 +49,8 @@ def export_model_adapter(
 ) -> ExportReport:
     """Write one adapter of a model for a server, and return an account. A method other than LoRA is converted first.
 
-    Its account has the error of the conversion. The adapter goes through a temporary PEFT folder.
+    The account has the error of the conversion as `error` and as first note; LoRA without `rank` has none. The adapter
+    goes through a temporary PEFT folder, without rows of embeddings. The conversion's own warning is silenced.
 
     Args:
         rank: for methods other than LoRA, as `graft.convert_to_lora` takes it; None: the lowest that holds each layer.

@@ -528,7 +528,7 @@ def scale_is_not_told(s: Subject) -> Iterable[str]:
 
 @register_condition
 def regular_expression(s: Subject) -> Iterable[str]:
-    """Yield target_modules if it is a regular expression."""
+    """Yield target_modules if it is a regular expression: any text but "all" and "all-linear"."""
     targets = s.config.get("target_modules")
     if isinstance(targets, str) and targets not in ("all-linear", "all"):
         yield f"target_modules={targets!r}"

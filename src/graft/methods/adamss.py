@@ -358,7 +358,7 @@ class AdaMSS(Method[AdamssConfig]):
         return WeightUse.STARTS
 
     def finish_load(self) -> None:
-        """Forget `self.rows`, and compute `adamss_places` from the loaded clusters."""
+        """Delete the cached `self.rows`, and overwrite `adamss_places` by the order of the loaded clusters."""
         self.__dict__.pop("rows", None)
         self.adamss_places.copy_(find_cluster_order(self.adamss_clusters))
 

@@ -152,9 +152,9 @@ class FRoD(Method[FrodConfig]):
         """Return three tensors for each category of layers: `frod_V` (n, n), `frod_s_indices` (2, entries) and
         `frod_s_size` [n, n].
 
-        V and indices of a category come from another adapter that shares them, the indices only in the same shape. Else
-        V is `basis`, and `support` draws the places from `projection_prng_key`, in the alphabetical order of
-        categories. No file holds them with `save_projection=False`.
+        V and indices of a category come from the first other adapter if it has them, the indices only in the same
+        shape. Else V is `basis`. `support` draws places from `projection_prng_key` for each category, in alphabetical
+        order, also where they are not used. No file holds the tensors with `save_projection=False`.
 
         Raises:
             ConfigError: layers of a category have different widths, or the shared V has another width.

@@ -154,7 +154,8 @@ class MoeLoRA(Method[MoeLoraConfig]):
     def branch(self, x: Tensor) -> Tensor:
         """Return alpha / r · Σₑ gₑ Bₑ Aₑ dropout(x).
 
-        In training with `router_loss`, note the router's probabilities for the auxiliary loss.
+        In training with `router_loss`, record the router's probabilities at the call, for the auxiliary loss, unless
+        the router is frozen.
         """
         cfg, op, base = self.cfg, self.site.op, self.layer.base_layer
         p = self.moelora_router(x).softmax(-1, dtype=torch.float32)  # (…, experts)

@@ -189,9 +189,9 @@ def fit_adapter(
 def _make_factors(
     name: str, key: str, below: dict[str, Tensor], config: LoraConfig, layer: SlotLayer, max_rank: int
 ) -> SlotFactors:
-    """Return the factors of LoRA on a layer.
+    """Return copies of the factors of LoRA in host memory: A (r, in), B (r, out), and the scaling as a field.
 
-    DoRA's magnitude becomes a gain and a shift, computed from the base weight.
+    DoRA's magnitude becomes a gain, computed from the base weight, and with a bias of the layer a shift.
 
     Raises:
         ConfigError: the rank is above `max_rank`, or DoRA cannot read the weight.

@@ -292,6 +292,7 @@ class SlotLayer(nn.Module):
         return self.base_layer
 
     def extra_repr(self) -> str:
+        """Return the text in the printed model: number of slots, largest rank, and all ranks if there are several."""
         ranks = [getattr(self, a).shape[1] for a, _ in self.names]
         return f"slots={len(self.place) - 1}, max_rank={max(ranks)}" + (f", ranks={ranks}" if len(ranks) > 1 else "")
 

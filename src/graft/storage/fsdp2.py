@@ -195,7 +195,10 @@ class Sharded(TensorParallel):
         )
 
     def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
-        """Return the device that FSDP2 computes on, which is another than the weight's under offload, and the dtype."""
+        """Return the device that FSDP2 computes on, another than the weight's under offload, and the weight's dtype.
+
+        A weight on the meta device keeps that device.
+        """
         device, dtype = super().where(m, name)
         group = find_parameter_group(m, name)
         return device if group is None or device is None or device.type == "meta" else group.device, dtype

@@ -109,8 +109,8 @@ def why_not_cut(module: nn.Module, style: Style) -> str | None:
     The style TensorParallelLayer never has a reason. All others need a weight that is a DTensor over a mesh of one
     dimension, and must return no DTensor. EmbeddingParallel needs nothing else. ColwiseParallel needs replicated
     inputs, and RowwiseParallel replicated outputs; its other side is replicated or cut along the last dimension.
-    PackedColwiseParallel needs no bias, and outputs that the number of stripes divides. Graft has no rule for other
-    styles.
+    PackedColwiseParallel needs no bias, and `out_features` that `split_factor` divides. Other styles have no rule,
+    except for layers that are whole on each process (`WHOLE`).
     """
     kind, it = style.kind, style.it
     weight = module._parameters.get("weight")

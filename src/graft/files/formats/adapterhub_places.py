@@ -326,7 +326,7 @@ def find_site(place: str, block: Block, cfg: BottleneckConfig) -> str:
 
     The part of the block is attention, cross attention or MLP: by those words in `place`, or for T5 by the number of
     its sub-layer (0, between, last). Attention's is the module at that part's end. The MLP's is the config's first
-    place in the block that is no such end, taps excepted.
+    place in the block that is no such end, taps excepted; StopIteration if there is none.
     """
     sublayer = SUBLAYER.search(f".{place}")
     if sublayer:

@@ -242,7 +242,9 @@ class Workplace:
         os.makedirs(self.folder, exist_ok=True)  # with the modes that the umask gives
 
     def check_room(self, shards: Mapping[str, Sequence[Out]]) -> None:
-        """Raise OSError (ENOSPC) unless the disk has room for the shards that are not written yet, and 1 MiB."""
+        """Raise OSError (ENOSPC, of the output) unless the work folder's disk has room for the tensors that are not
+        written yet, and 1 MiB.
+        """
         left = sum(out.nbytes for name, outs in shards.items() if name not in self.done for out in outs) + SPARE
         free = shutil.disk_usage(self.folder).free
         if left > free:

@@ -179,7 +179,7 @@ def warn_if_base_changed(tuner: Tuner, names: list[str], adapter_name: str, cfg:
 
 
 def find_start_change(cfg: PeftConfig) -> str | None:
-    """Return the setting by which the initialisation of a config changes the base weights, such as
+    """Return the setting of a config that makes its initialisation change the base weights, such as
     "init_lora_weights='pissa'". Return None if it does not.
     """
     setting_of = getattr(method_of(cfg.peft_type).variant(cfg), "changes_base", None)

@@ -118,9 +118,9 @@ def write_pieces(path: str, pieces: Sequence[bytes | memoryview]) -> None:
     with open(path, "wb", 0) as f:
         reserve_blocks(f.fileno(), sum(len(piece) for piece in pieces))
         for piece in pieces:
-            rest = memoryview(piece)
-            while rest:
-                rest = rest[f.write(rest) :]
+            unwritten = memoryview(piece)
+            while unwritten:
+                unwritten = unwritten[f.write(unwritten) :]
 
 
 def reserve_blocks(fd: int, size: int) -> None:

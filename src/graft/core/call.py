@@ -154,9 +154,12 @@ class Call:
         return self.use_context(context._replace(gates=gates, facts=facts))
 
     def use_stacks(self, stacks: Stacks | None, copies: int, may_draw: bool) -> AbstractContextManager[None]:
-        """Return a context manager that sets three things in this thread's context: `stacks`, the stacked tensors of
-        adapters; `copies`, the number of rows that layers get for each row of the base; and `may_draw`, True if draws
-        from torch's own generators are no error, since other threads make them.
+        """Return a context manager that sets three values in this thread's context.
+
+        Args:
+            stacks: the stacked tensors of adapters.
+            copies: the number of rows that layers get for each row of the base.
+            may_draw: draws from torch's own generators are no error, since other threads make them.
         """
         context = self.thread_state.context
         return self.use_context(context._replace(stacks=stacks, copies=copies, may_draw=may_draw))

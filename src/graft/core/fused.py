@@ -112,8 +112,8 @@ def run_with_factors(layer: Layer, f: Factors, x: Tensor) -> Tensor | None:
 def _run_few_rows(base: Any, f: Factors, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor | None:
     """Return the output of an `nn.Linear` for few rows, with gradients, from one kernel.
 
-    Return None for another module, without gradients, with dropout, vectors or a scale that is a tensor, if A does not
-    train, under autocast, or if x, W, A and B differ in dtype.
+    Return None for another module, without gradients, under autocast, and if x, W, A and B differ in dtype. Also with
+    dropout, vectors, a frozen A or a scale that is a tensor.
     """
     if p or not (type(base) in LINEARS and torch.is_grad_enabled() and A.requires_grad) or f.inner is not None:
         return None

@@ -564,8 +564,8 @@ class FoldedPlan(LayerPlan):
     def run(self, *args: object, **kwargs: object) -> object:
         """Return the module's output with the adapted weight.
 
-        If the stack of experts is packed or dispatched to processes, if the call has gates, or if updates must be
-        formed for a plain frozen weight, graft runs the experts itself. Else the module runs with another tensor in
+        Graft runs the experts itself if their stack is packed or dispatched to processes, or if the call has gates. It
+        also does so if updates must be formed for a plain frozen weight. Else the module runs with another tensor in
         place of its parameter: a lazy sum if all steps are products and the weight is plain, or the folded weight.
 
         Raises:

@@ -90,8 +90,9 @@ def export_model_adapter(
 def check_factor_loss(
     model: nn.Module, adapter: str, file: AdapterFile, rank: int | float | None, lossy: bool
 ) -> float:
-    """Return ‖ΔW - B A‖ / ‖ΔW‖ over all layers, for the factors in a file of `save_as_lora`, whose scaling is 1; 0 if
-    all ΔW are 0.
+    """Return ‖ΔW - B A‖ / ‖ΔW‖ over all layers, for the factors in a file of `save_as_lora`; 0 if all ΔW are 0.
+
+    The factors' scaling is 1.
 
     Layers without factors in the file are skipped, and so are stacks of experts and embeddings.
 

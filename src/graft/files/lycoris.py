@@ -62,7 +62,7 @@ def convert_ia3(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod], 
 def convert_lokr(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod], base: Base | None) -> AdapterFile:
     """Return an adapter with a config of PEFT's LoKr: one decompose_factor, and the rank and alpha of each module.
 
-    A full second factor gets the lowest rank for which PEFT keeps it full. If no single factor gives all shapes, the
+    A full second factor gets the lowest rank that keeps it full in PEFT. If no single factor gives all shapes, the
     modules' method becomes "LoKr of several factors", which writing as PEFT refuses. Raises CheckpointError for missing
     or one-dimensional factors.
     """

@@ -38,9 +38,9 @@ def places(size: int, p: float, seed: int, device: torch.device) -> Tensor:
     draws = int(size * p + 6 * math.sqrt(size * p)) + 16  # enough but for one time in 10⁹
     while True:
         gaps = torch.rand(draws, generator=g, device=device).neg_().log1p_().mul_(1 / math.log1p(-p))
-        found = gaps.to(torch.int64).add_(1).cumsum(0).sub_(1)
-        if found[-1] >= size:
-            return found[: int(torch.searchsorted(found, size))]
+        positions = gaps.to(torch.int64).add_(1).cumsum(0).sub_(1)
+        if positions[-1] >= size:
+            return positions[: int(torch.searchsorted(positions, size))]
         draws *= 2
 
 
@@ -428,8 +428,8 @@ def gradients(
     if need_x and dx is not None and not again:
         dx = add_up(dx, dh, A.T, 1.0, p, seed)
     elif need_x:
-        own = up(dh, A.T, x.dtype, **drop)
-        dx = own if dx is None else dx + own
+        branch_dx = up(dh, A.T, x.dtype, **drop)
+        dx = branch_dx if dx is None else dx + branch_dx
     return None if dx is None else dx.to(x.dtype).view(x.shape), dA, dB if need_B else None
 
 
@@ -563,11 +563,11 @@ class _AddScaled(Function):
         z = torch.empty_like(rows, dtype=torch.float16)
         largest = h.new_empty(-(-len(rows) // BLOCK))
         ctx.save_for_backward(h, B, d, b, z, largest)
-        for n, (some, narrow, kept) in enumerate(zip(rows.split(BLOCK), flat.split(BLOCK), z.split(BLOCK))):
+        for n, (some, narrow, quotients) in enumerate(zip(rows.split(BLOCK), flat.split(BLOCK), z.split(BLOCK))):
             wide = (narrow * d) @ B.T
             some.copy_(torch.addcmul(some.to(h.dtype), wide, b))
             torch.amax(wide.abs(), (0, 1), out=largest[n]).clamp_(min=TINY)
-            kept.copy_(wide.div_(largest[n]))
+            quotients.copy_(wide.div_(largest[n]))
         return y.data
 
     @staticmethod
@@ -576,15 +576,15 @@ class _AddScaled(Function):
 
         A second derivative finds (h ⊙ d) Bᵀ again from h.
         """
-        h, B, d, b, *kept = ctx.saved_tensors
+        h, B, d, b, *saved = ctx.saved_tensors
         _, need_h, _, need_d, need_b = ctx.needs_input_grad
         flat, rows = h.reshape(-1, h.shape[-1]), g.reshape(-1, g.shape[-1])
         scaled = b[:, None] * B
-        if not kept or torch.is_grad_enabled():
+        if not saved or torch.is_grad_enabled():
             rows = rows.to(h.dtype)
             dd, db = vector_gradients(outer_wide(rows, flat, 1.0), B, d, b, (need_d, need_b))
             return g, (down(rows, scaled.T) * d).view(h.shape) if need_h else None, None, dd, db
-        z, largest = kept
+        z, largest = saved
         dd, db = torch.zeros_like(d), torch.zeros_like(b)
         if largest is None:
             dh = rows @ scaled

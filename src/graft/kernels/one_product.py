@@ -45,7 +45,7 @@ class ByRows(Protocol):
 
 @runtime_checkable
 class Multiplying(Protocol):
-    """A ΔW with a product of its own for many rows."""
+    """A ΔW that has a separate product for many rows."""
 
     def multiply(self, x: Tensor) -> Tensor | None: ...  # x ΔWᵀ in the dtype of x; None if forming ΔW is faster
 

@@ -73,10 +73,10 @@ def step_together(optimizers: Sequence[Optimizer]) -> None:
 
     Meanwhile the first one has the parameters and the state of all.
     """
-    first, *rest = optimizers
+    first, *followers = optimizers
     parameters = [list(group["params"]) for group in first.param_groups]
     try:
-        for optimizer in rest:
+        for optimizer in followers:
             first.state.update(optimizer.state)
             for group, its in zip(first.param_groups, optimizer.param_groups):
                 group["params"] = group["params"] + its["params"]
@@ -84,7 +84,7 @@ def step_together(optimizers: Sequence[Optimizer]) -> None:
     finally:
         for group, members in zip(first.param_groups, parameters):
             group["params"] = members
-        for optimizer in rest:
+        for optimizer in followers:
             for p in (p for group in optimizer.param_groups for p in group["params"]):
                 if p in first.state:
                     optimizer.state[p] = first.state.pop(p)

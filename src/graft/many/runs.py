@@ -716,10 +716,10 @@ class MultiTrain:
         for call in calls:
             call.is_done, call.error = True, next((errors[n] for n in call.batches if n in errors), call.error)
             call.results = {name: self._results[name] for name in call.batches} if call.error is None else {}
-        kept = {name for call in calls if call.error is None for name in call.batches}
+        succeeded = {name for call in calls if call.error is None for name in call.batches}
         for item in items:
             run = self._runs[item.name]
-            run.finish_round() if item.name in kept else run.undo_round()
+            run.finish_round() if item.name in succeeded else run.undo_round()
 
     def _check_batch(self, call: BackwardCall, name: str) -> RunBatch:
         """Return the batch of a run in a call. Raises the errors that `backward` describes, before a pass."""
@@ -1418,7 +1418,7 @@ def refuse_trainer_settings(name: str, options: dict[str, object]) -> None:
 
 
 def find_base_change(config: PeftConfig) -> str | None:
-    """Return the setting by which an adapter changes or trains the base's own weights, such as "bias='all'".
+    """Return the setting that makes an adapter change or train the base's weights, such as "bias='all'".
 
     Return None if it does neither.
     """

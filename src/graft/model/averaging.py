@@ -198,16 +198,16 @@ class Averager:
 
         Waits for the device only if this process lacks a gradient: another one may have it.
         """
-        has = [p.grad is not None for p in parameters]
+        presence = [p.grad is not None for p in parameters]
         grads = [torch.zeros_like(p, dtype=dtype) if p.grad is None else to_dense(p.grad, dtype) for p in parameters]
-        row = torch.cat([*(g.reshape(-1) for g in grads), constant(tuple(map(float, has)), dtype, device)])
+        row = torch.cat([*(g.reshape(-1) for g in grads), constant(tuple(map(float, presence)), dtype, device)])
         for group in self.sharding.batches:
             dist.all_reduce(row, group=group)
             row /= dist.get_world_size(group)
-        *means, shares = row.split([*(p.numel() for p in parameters), len(has)])
-        if not all(has):
-            has = [share > 0 for share in shares.real.tolist()]
-        pairs = [(p, mean.view(p.shape)) for p, mean, is_there in zip(parameters, means, has) if is_there]
+        *means, shares = row.split([*(p.numel() for p in parameters), len(presence)])
+        if not all(presence):
+            presence = [share > 0 for share in shares.real.tolist()]
+        pairs = [(p, mean.view(p.shape)) for p, mean, is_there in zip(parameters, means, presence) if is_there]
         for p, _ in pairs:
             if p.grad is None or p.grad.is_sparse:
                 p.grad = torch.empty_like(p)

@@ -283,8 +283,8 @@ class Registry:
         """Return names for `target_modules` that select these paths and no other module: from `COMPRESS_FROM` paths on
         short suffixes, else the paths.
         """
-        others = [key for key in survey_model(self.model).modules if key not in keys]
-        return minimize_names(keys, others) if len(keys) >= COMPRESS_FROM else set(keys)
+        other_paths = [key for key in survey_model(self.model).modules if key not in keys]
+        return minimize_names(keys, other_paths) if len(keys) >= COMPRESS_FROM else set(keys)
 
     def has_gradients_elsewhere(self) -> bool:
         """Return True if a library may have taken gradients away from active adapters (`gradients_elsewhere`)."""

@@ -99,7 +99,7 @@ class _Classification(_WithHead):
     def _labels_of(self, names: Sequence[str] | None) -> int | None:
         """Return the number of labels of the head that runs; of a mixed batch the largest, the width of its logits.
 
-        A name without a copy of its own has the base model's head. None if no width is known.
+        A name without a copy has the base model's head. None if no width is known.
         """
         head = self._head()
         if names is None:

@@ -181,7 +181,7 @@ class Dense:
         return None
 
     def why_tied_unwritable(self, name: str) -> str | None:
-        """Return None: the module of a tied tensor can get a tensor of its own."""
+        """Return None: the module of a tied tensor can get another tensor."""
         return None
 
     def bring_in(self, layer: nn.Module, written: nn.Module | None = None) -> AbstractContextManager[None]:

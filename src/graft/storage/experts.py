@@ -198,7 +198,10 @@ class ExpertBlock:
                 group, groups = rows.groups_of_tokens(len(x), updates.key, x.device), len(rows.groups)
             parts = {name: list(make(len(x))) for name, make in updates.of_stacks.items()}
         if dispatch is not None:
-            parts = {name: [dispatch.cut_update(update, updates.key) for update in own] for name, own in parts.items()}
+            parts = {
+                name: [dispatch.cut_update(update, updates.key) for update in updates_of_stack]
+                for name, updates_of_stack in parts.items()
+            }
         biased = self.is_mxfp4 or m.has_bias
         up, down = (
             UpdatedStack(self.find_stack(n), parts.get(n, ()), getattr(m, f"{n}_bias") if biased else None)

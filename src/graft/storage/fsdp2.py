@@ -242,9 +242,9 @@ def standalone(module: nn.Module) -> nn.Module:
     for path in styles:
         del clone.get_submodule(path).__dict__["forward"]
     dtype = find_compute_dtype(module)
-    held = next((p.dtype for p in clone.parameters() if p.is_floating_point()), None)
-    if dtype is not None and held is not None and held != dtype:
-        clone.register_forward_pre_hook(partial(cast_inputs, held), with_kwargs=True)
+    copy_dtype = next((p.dtype for p in clone.parameters() if p.is_floating_point()), None)
+    if dtype is not None and copy_dtype not in (None, dtype):
+        clone.register_forward_pre_hook(partial(cast_inputs, copy_dtype), with_kwargs=True)
         clone.register_forward_hook(partial(cast_output, dtype))
     return clone
 

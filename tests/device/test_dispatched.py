@@ -11,7 +11,7 @@ from torch import nn
 import graft
 from graft.inject.parts import get_registry
 from graft.kernels.waits import copy_on_device
-from graft.model import watch
+from graft.model import averaging
 from tests import models
 from tests.device.dispatch import (
     FIRST,
@@ -178,12 +178,12 @@ def test_copies_are_kept_as_long_as_they_hold():
 def test_what_an_adapter_begins_with_is_noted_of_both_devices(monkeypatch):
     """Several processes, each with a model over two devices."""
     notes = []
-    monkeypatch.setattr(watch, "processes", lambda: 2)
-    monkeypatch.setattr(watch, "RankNote", lambda _topic, text: notes.append(text))
+    monkeypatch.setattr(averaging, "processes", lambda: 2)
+    monkeypatch.setattr(averaging, "RankNote", lambda _topic, text: notes.append(text))
     for spread in (lambda model: model, split):
         config = graft.LoraConfig(r=3, target_modules=["layer"])
         with seeded(1):
-            watch.note_start(get_registry(graft.get_peft_model(spread(parts()), config)), "default")
+            averaging.note_start(get_registry(graft.get_peft_model(spread(parts()), config)), "default")
     assert notes[0] == notes[1] != "[]"
 
 

@@ -521,6 +521,11 @@ def of_low_rank():
     return y, (x, A, B)
 
 
+def of_few_rows():
+    x, W, b, A, B = drawn((8, 12), (20, 12), (20,), (3, 12), (20, 3))
+    return low_rank.few_rows_linear(x, W.detach(), b.detach(), A, B, 1.3), (x, A, B)
+
+
 def of_an_update():
     y, x, A, B = drawn((80, 20), (80, 12), (3, 12), (20, 3))
     return low_rank.add_low_rank(y * 1, x, A, B, 1.3, 0.2), (y, x, A, B)
@@ -585,6 +590,7 @@ def of_layers():
 
 ALONE = [
     of_low_rank,
+    of_few_rows,
     of_an_update,
     of_a_product,
     of_dora,

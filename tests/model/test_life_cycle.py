@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graft
-from graft.inject import inject
+from graft.inject import parts
 from graft.inject.job import Options
 from graft.io.files import read_safetensors
 from tests.looks import get_registry
@@ -70,8 +70,8 @@ def test_many_new_objects_count_as_old_unless_the_caller_froze_some(monkeypatch,
     counts, seen = iter([(7, 0, 0), (7 + objects, 0, 0)]), []
     answers = {"isenabled": lambda: enabled, "get_count": lambda: next(counts), "get_freeze_count": lambda: frozen}
     noted = {name: partial(seen.append, name) for name in ("disable", "enable", "freeze", "unfreeze")}
-    monkeypatch.setattr(inject, "gc", SimpleNamespace(**answers, **noted))
-    with inject.pause_collector():
+    monkeypatch.setattr(parts, "gc", SimpleNamespace(**answers, **noted))
+    with parts.pause_collector():
         assert seen == ["disable"]
     assert seen == calls
 

@@ -7,7 +7,6 @@ import json
 
 from graft.command import show
 from graft.command.app import DEVICE, UNREADABLE, Result, add_verb
-from graft.core.errors import escape_controls
 
 PLAN = """torch finds no {} on this machine. With one, `graft device-report` does this:
   forward, backward, autocast, save and merge of {} methods in float32, bfloat16 and float16, against the CPU
@@ -34,8 +33,8 @@ def device_report(*, device: str | None = None, output: str = "device-report.jso
     check_output(output, [], force)
     place = device_checks.find_device(device)
     if place is None:
-        plan = PLAN.format(escape_controls(device or "GPU"), len(device_checks.METHODS))
-        return Result({"device": None, "plan": plan}, lambda: print(plan), True, UNREADABLE)
+        plan = PLAN.format(device or "GPU", len(device_checks.METHODS))
+        return Result({"device": None, "plan": plan}, lambda: show.print_lines(plan), True, UNREADABLE)
     report = device_checks.build_report(place, show.print_progress)
     with place_when_done(output) as path, open(path, "w") as file:
         json.dump(report, file, indent=1)

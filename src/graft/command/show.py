@@ -48,6 +48,12 @@ def print_line(line: str) -> None:
     print(escape_controls(line))
 
 
+def print_lines(text: str) -> None:
+    """Print each line of a text on standard output, with other control characters escaped."""
+    for line in text.splitlines():
+        print_line(line)
+
+
 def format_value(value: object) -> str:
     """Return a value as a text: "–" for None, yes or no, floats with four digits, lists by commas; control characters
     are escaped.

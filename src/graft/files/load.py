@@ -29,6 +29,7 @@ from graft.files.pickles import from_torch, to_torch
 from graft.files.skeleton import describe_model
 from graft.files.tensors import Tensor
 from graft.inject.experts import ExpertStacks
+from graft.inject.parts import get_registry
 from graft.io.files import AdapterInMemory
 
 
@@ -129,8 +130,10 @@ def describe_base_of(model: Any) -> Skeleton:
     """Return names, shapes and lazily read values of a model without its adapters, even if some are merged.
 
     For a PeftModel it is the base model, with the adapters' configs in `adapters`; modules inside adapted layers are
-    left out. Meta tensors, integers and tensor subclasses have a shape but no values.
+    left out. Meta tensors, integers and tensor subclasses have a shape but no values. Raises TypeError if
+    `model` is a class or no module.
     """
+    get_registry(model)  # raises TypeError if `model` is none
     is_adapted = hasattr(model, "get_base_model")
     base: nn.Module = model.get_base_model() if is_adapted else model
     layers = find_adapter_layers(base)

@@ -171,8 +171,8 @@ class LoraForm(ProductForm["LoraConfig"]):
 
 
 def check_base_unchanged(cfg: PeftConfig, ranks: dict[str, int], configs: Sequence[LoraConfig]) -> None:
-    """Raise ConfigError if the new adapter's variant takes a part of its rank out of the base weights, and this rank
-    differs from the highest of the others on a layer.
+    """Raise ConfigError for a variant that takes a part of its rank out of the base weights, unless each layer has the
+    highest rank of the other adapters.
     """
     setting = method_of(cfg.peft_type).variant(cfg).changes_base(cfg)
     for key, r in ranks.items() if setting else ():

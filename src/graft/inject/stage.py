@@ -317,7 +317,7 @@ def find_team(modules: Iterable[nn.Module]) -> ProcessTeam | None:
 
 
 def draw_alike(team: ProcessTeam | None) -> AbstractContextManager[None]:
-    """Return a context in which all processes of a team draw equal values. For None the context does nothing."""
+    """Return a context manager: within its block a team's processes draw equal values. For None it does nothing."""
     return nullcontext() if team is None else team.draw_alike()
 
 

@@ -59,7 +59,7 @@ class AdapterRow:
         )
 
     @property
-    def has_grads(self) -> bool:
+    def holds_gradients(self) -> bool:
         """Return True if the `grad` of a parameter is not None."""
         return any([grad is not None for grad in map(read_grad, self.parameters)])
 
@@ -296,7 +296,7 @@ class Banks:
         for name in names:
             row = self.rows[name]
             row.received = [False] * len(row.received)
-            if row.has_grads:
+            if row.holds_gradients:
                 for p in row.parameters:
                     p.grad = None
         for bank in self.banks:
@@ -338,7 +338,7 @@ class Banks:
             for row in sink.rows:
                 row.received[sink.place] = True
             sink.empty()
-        for row in (row for name in names if (row := self.rows[name]).has_grads):
+        for row in (row for name in names if (row := self.rows[name]).holds_gradients):
             for i, p in enumerate(row.parameters):
                 grad = p.grad
                 if grad is None:

@@ -275,7 +275,7 @@ class Run:
         """End the round: `undo_round` does nothing from now on."""
         self._saved = None
 
-    def has_user_loss(self, item: RunBatch) -> bool:
+    def runs_user_loss(self, item: RunBatch) -> bool:
         """Return True if a function of the user computes the loss of this batch, not the model."""
         return self.draws_in_loss or item.loss is not None
 
@@ -292,7 +292,7 @@ class Run:
             ConfigError: the loss is no tensor (), or no gradient leads to it.
         """
         try:
-            with self.draws if self.has_user_loss(item) else nullcontext():
+            with self.draws if self.runs_user_loss(item) else nullcontext():
                 loss: Any = (item.loss or self.loss)(output, item.batch)
         except Exception as error:
             annotate_error(error, f"Run '{self.name}': its loss raised this.")

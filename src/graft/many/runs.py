@@ -1074,7 +1074,7 @@ class MultiTrain:
                 try:
                     value, result = run.compute_loss(output, item, more)
                 except Exception as error:
-                    if not run.has_user_loss(item) or is_out_of_memory(error):
+                    if not run.runs_user_loss(item) or is_out_of_memory(error):
                         raise
                     results.append(error)
                 else:

@@ -286,7 +286,7 @@ class Registry:
         other_paths = [key for key in survey_model(self.model).modules if key not in keys]
         return minimize_names(keys, other_paths) if len(keys) >= COMPRESS_FROM else set(keys)
 
-    def has_gradients_elsewhere(self) -> bool:
+    def are_gradients_elsewhere(self) -> bool:
         """Return True if a library may have taken gradients away from active adapters (`gradients_elsewhere`)."""
         return gradients_elsewhere(self.model, self.carriers())
 
@@ -466,7 +466,7 @@ class Registry:
         return injection.report
 
     def _share(self, adapter_name: str, parts: AdapterCarriers, config: PeftConfig, sharding: Sharding) -> None:
-        """Have the gradients of a new adapter on a sharded base averaged, and read what its fingerprint needs now.
+        """Hook the gradients of a new adapter on a sharded base, and read the values for its fingerprint now.
 
         All processes do this together; a save is then the work of one.
         """

@@ -105,6 +105,6 @@ def find_dispatch(module: nn.Module) -> Dispatch | None:
 
 
 def is_dispatched_stack(module: nn.Module, name: str) -> bool:
-    """Return True if a parameter is a sharded stack, with three dimensions, of a block whose tokens are dispatched."""
+    """Return True if a parameter is a sharded stack with three dimensions, and tokens of its block are dispatched."""
     p = module._parameters.get(name)
     return p is not None and p.dim() == 3 and is_sharded(p) and find_dispatch(module) is not None

@@ -61,10 +61,10 @@ def find_parameter_groups(modules: Iterable[nn.Module]) -> list[Any]:
 
 def list_managed(groups: Iterable[Any]) -> Iterator[tuple[nn.Module, str]]:
     """Yield (module, name) of each parameter of FSDP2's groups, at all modules that share it."""
-    return (place for group in groups for parameter in group.fsdp_params for place in list_names(parameter))
+    return (place for group in groups for parameter in group.fsdp_params for place in list_parameter_places(parameter))
 
 
-def list_names(parameter: Any) -> Iterator[tuple[nn.Module, str]]:
+def list_parameter_places(parameter: Any) -> Iterator[tuple[nn.Module, str]]:
     """Yield (module, name) of one parameter of FSDP2, at all modules that share it."""
     info = parameter._module_info
     yield info.module, info.param_name
@@ -238,7 +238,7 @@ def standalone(module: nn.Module) -> nn.Module:
     if not any(m in GROUPS for m in module.modules()):
         return tensor_parallel.standalone(module)
     styles = tensor_parallel.list_styles(module)
-    clone = offload.standalone(gather_module(module))
+    clone = offload.copy_into_memory(gather_module(module))
     for path in styles:
         del clone.get_submodule(path).__dict__["forward"]
     dtype = find_compute_dtype(module)

@@ -99,7 +99,7 @@ def _buffer_names(m: nn.Module, hook: Any) -> list[str]:
     return [n for n in m._buffers if hook.offload_buffers and n not in m._non_persistent_buffers_set]
 
 
-def standalone(module: nn.Module, copies: dict[int, object] | None = None) -> nn.Module:
+def copy_into_memory(module: nn.Module, copies: dict[int, object] | None = None) -> nn.Module:
     """Return a deep copy of a module with all tensors in memory, without accelerate's offloading hooks.
 
     If nothing in it is offloaded, other hooks of accelerate are kept and shared with the original. Otherwise the copy

@@ -145,10 +145,10 @@ def standalone(module: nn.Module) -> nn.Module:
     """
     styles = list_styles(module)
     if not styles:
-        return offload.standalone(module)
+        return offload.copy_into_memory(module)
     cut = [p for p in module.parameters() if is_sharded(p)]
     whole: dict[int, object] = {id(p): nn.Parameter(gather_dtensor(p.detach()).clone(), p.requires_grad) for p in cut}
-    clone = offload.standalone(module, whole)
+    clone = offload.copy_into_memory(module, whole)
     for path in styles:
         del clone.get_submodule(path).__dict__["forward"]
     return clone

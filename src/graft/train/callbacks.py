@@ -174,7 +174,7 @@ def audit_trainer_model(model: nn.Module, optimizer: torch.optim.Optimizer, half
     """
     model = unwrap_model(model)
     registry = get_registry(model)
-    elsewhere = registry is not None and registry.has_gradients_elsewhere()
+    elsewhere = registry is not None and registry.are_gradients_elsewhere()
     report = audit(model, None if elsewhere else optimizer)
     if early:
         waiting = half or optimizer is None or not any([group["lr"] for group in optimizer.param_groups])

@@ -17,7 +17,7 @@ from graft.config.reading import read_object, read_weights
 from graft.core.base_config import text_config
 from graft.core.errors import ConfigError
 from graft.core.method import Tuner
-from graft.storage.offload import standalone, without_hooks
+from graft.storage.offload import copy_into_memory, without_hooks
 
 MIRROR = "mirror"  # the shadow network is of the base model's own class
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
@@ -210,7 +210,7 @@ def make_modules(model: nn.Module, cfg: ShadowConfig) -> dict[str, nn.Module]:
         projection = nn.Identity() if network_width == width else nn.Linear(network_width, width, bias=False)
     modules["shadow_projection"] = projection
     if cfg.task_type == "SEQ_CLS":
-        head = standalone(next(getattr(model, n) for n in HEADS if hasattr(model, n)))
+        head = copy_into_memory(next(getattr(model, n) for n in HEADS if hasattr(model, n)))
         modules["shadow_head"] = without_hooks(head)  # it stands where the network does
     for module in modules.values():
         module.train(model.training)

@@ -69,9 +69,8 @@ def try_out(built: Path, interpreter: str) -> None:
         subprocess.run([python, "-m", "pip", "install", "-q", f"{built.resolve()}[trainer]"], check=True, cwd=folder)
         text, printed = first_example((ROOT / "README.md").read_text())
         done = subprocess.run([python, "-I", "-c", text], check=True, cwd=folder, stdout=subprocess.PIPE, text=True)
-        if [
-            line for line in done.stdout.splitlines() if not line.startswith("{")
-        ] != printed.splitlines():  # Trainer's log
+        lines = [line for line in done.stdout.splitlines() if line and not line.startswith("{")]  # without Trainer's
+        if lines != printed.splitlines():
             sys.exit(f"README's first example prints, under {built.name}:\n{done.stdout}")
         print("README's first example prints the text that stands below it", flush=True)
 

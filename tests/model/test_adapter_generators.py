@@ -7,6 +7,7 @@ from torch import nn
 
 import graft
 from graft.core.errors import AdapterNotFoundError, RoutingError
+from graft.core.random import AdapterGenerators
 from tests.models import seeded
 
 
@@ -40,6 +41,16 @@ IDS = torch.arange(10).view(2, 5)
 
 def generator(seed: int = 7) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def test_layers_draw_apart_where_another_thread_sets_torchs_generator_back():
+    draws, found = AdapterGenerators({"b": generator()}), []
+    for _ in range(2):
+        with seeded(0):
+            ticket = draws.ticket()
+        with draws.use_generator("b", ticket, torch.device("cpu")):
+            found.append(torch.rand(3))
+    assert torch.equal(torch.cat(found), torch.rand(6, generator=generator()))
 
 
 def test_parameters_of_one_adapter_stand_in_the_order_of_the_model():

@@ -192,16 +192,20 @@ class AdapterGenerators:
         """Keep the generators, and their present states for `rewind`."""
         self.generators = generators
         self._first = {name: g.get_state() for name, g in generators.items()}
-        self._began: dict[tuple[int, str], Tensor] = {}  # (ticket, adapter) → the state at its first block
+        self._began: dict[int, dict[str, Tensor]] = {}  # by ticket, each adapter's state at its first block
 
     def ticket(self) -> int:
         """Draw a number from torch's own CPU generator, under the lock, and count it.
 
-        It identifies one run of a layer.
+        It identifies one run of a layer. Another thread may set torch's generator back, so that a number comes twice.
+        Outside a backward pass the earlier run's states are therefore dropped.
         """
         with LOCK:
             _tickets[0] += 1
-            return new_seed()
+            number = new_seed()
+            if torch._C._current_graph_task_id() == -1:
+                self._began.pop(number, None)
+            return number
 
     @contextmanager
     def use_generator(self, adapter: str | None, ticket: int, device: torch.device) -> Iterator[None]:
@@ -217,7 +221,8 @@ class AdapterGenerators:
             yield
             return
         generator, torch_generator = self.generators[adapter], torch.default_generator
-        began = self._began.get((ticket, adapter))
+        states = self._began.setdefault(ticket, {})
+        began = states.get(adapter)
         with LOCK:
             before = torch_generator.get_state()
             start = generator.get_state() if began is None else began
@@ -232,7 +237,7 @@ class AdapterGenerators:
             finally:
                 if began is None:
                     generator.set_state(torch_generator.get_state())
-                    self._began[ticket, adapter] = start
+                    states[adapter] = start
                 torch_generator.set_state(before)
                 if device_module is not None:
                     device_module.set_rng_state(device_state, device)

@@ -381,11 +381,12 @@ def test_calls_within_a_loss_are_refused():
 def test_runs_come_and_go_while_others_train():
     runs, plan = MultiTrain(tiny()), PLANS["supervised"]
     plan.add(runs, "x")
+    batch = batches(1)[0]  # it seeds torch's generator, which no thread may do while another is in a pass
     with ThreadPoolExecutor(2) as pool:
         training = pool.submit(train_by_calls, runs, plan, "x", plan.batches(STEPS))
         while not training.done():
             pool.submit(runs.add, "other", lora(r=4)).result()
-            pool.submit(runs.backward, {"other": batches(1)[0]}).result()
+            pool.submit(runs.backward, {"other": batch}).result()
             runs.remove("other")
     assert_as_plain(runs["x"], plan, *training.result())
 

@@ -151,6 +151,7 @@ class MultiTrain:
     Any threads may make these calls. A call waits while another is under way; all `backward` calls that wait share
     passes. The values of a run have the bits of a plain loop that makes its calls alone. The loop makes its passes and
     steps by the same code. A thread that uses `model` itself, for example to sample, does so `with runs.lock_steps():`.
+    So does one that seeds torch's generator, which dropout uses during a pass.
 
     Args:
         model: the base model, which gets the adapters; or a PeftModel with adapters that may become runs.

@@ -28,7 +28,7 @@ from types import ModuleType
 
 PRELOADED = (
     "torch._dynamo", "numpy", "safetensors.torch", "transformers.models.llama.modeling_llama", "graft.model.api",
-    "graft.methods.lora", "graft.command.app",
+    "graft.methods.lora.lora", "graft.command.app",
 )  # fmt: skip
 
 

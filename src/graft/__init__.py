@@ -25,8 +25,9 @@ _NAMES: dict[str, str] = {
         "graft.core.method": "Method",
         "graft.config.base": "PeftConfig TaskType",
         "graft.methods": "PeftType method_of",
-        "graft.methods.lora": "ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig "
-        "LoraRuntimeConfig MontecloraConfig VeloraConfig",
+        "graft.methods.lora.config": "LoraRuntimeConfig",
+        "graft.methods.lora.sub_configs": "ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig "
+        "LoraGAConfig MontecloraConfig VeloraConfig",
         "graft.methods.lora.dora": "DoraCaching",
         "graft.combine.intruders": "reduce_intruder_dimension",
         "graft.prompts.prompt_tuning": "PromptTuningInit",

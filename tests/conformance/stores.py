@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graft.core.ops import OPS
-from graft.storage import STORES
+from graft.storage.find import STORES
 
 STEPS = 2**15 - 1
 

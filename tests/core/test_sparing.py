@@ -7,7 +7,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from graft.core.ops import OPS, Linear
-from graft.storage import STORES
+from graft.storage.find import STORES
 from tests.samples import LAWS
 from tests.storage.cells import IN, OUT, SAMPLES, Kind, packed
 from tests.storage.test_cells import Eight, EightStore

@@ -16,7 +16,7 @@ from graft.core.rows import BASE
 from graft.inject.parts import get_registry
 from graft.model.averaging import Averager
 from graft.serving import AdapterSlots
-from graft.storage import Sharding
+from graft.storage.fsdp2 import Sharding
 from tests import models, pair, samples
 from tests.conformance.samples import CALLED_CELLS, CELLS, STORES, cells, features
 from tests.covering import cover

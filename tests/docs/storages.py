@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from graft.storage import STORES, TENSORS
+from graft.storage.find import STORES, TENSORS
 from tests.docs.marks import put
 from tests.samples import LAWS, mergeable
 

@@ -122,7 +122,7 @@ def coarse():
 @pytest.fixture(autouse=True)
 def stores():
     from graft.core.ops import OPS
-    from graft.storage import STORES
+    from graft.storage.find import STORES
 
     name = f"{Coarse.__module__}.{Coarse.__qualname__}"
     STORES.add(name, STORES.find(Rounded))

@@ -13,7 +13,7 @@ import graft
 from graft.inject.parts import get_registry
 from graft.model import averaging
 from graft.model.averaging import MARK, Averager
-from graft.storage import Sharding
+from graft.storage.fsdp2 import Sharding
 from graft.storage.meeting import Meeting
 from tests.leaves_out import FSDP2_ON_CPUS
 

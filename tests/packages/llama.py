@@ -14,7 +14,8 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graft
-from graft.storage import Quantized, find_store
+from graft.storage.find import find_store
+from graft.storage.quantized import Quantized
 from tests.looks import layers
 from tests.models import adapted, seeded
 

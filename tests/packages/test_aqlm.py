@@ -10,7 +10,7 @@ from aqlm.inference import QuantizedLinear
 from torch.testing import assert_close
 
 import graft
-from graft.storage import find_store
+from graft.storage.find import find_store
 from tests.models import disturb
 from tests.storage.cells import IN, OUT, Kind, Net, cells, identity, linear
 

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.errors import UnsupportedLayerError
-from graft.storage import find_store
+from graft.storage.find import find_store
 from tests.looks import layers
 from tests.models import adapted, disturb, seeded
 from tests.packages.bnb_layers import eight, embedding, four, pair, rearranged

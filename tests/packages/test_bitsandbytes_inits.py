@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.layer import AdapterLayer
-from graft.storage import find_store
+from graft.storage.find import find_store
 from tests import samples
 from tests.looks import layers
 from tests.models import disturb, seeded

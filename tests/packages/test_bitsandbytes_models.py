@@ -18,7 +18,8 @@ import graft
 from graft.compat.peft import names as compat
 from graft.compat.peft.layers import BNB, PREFIXES, layer_class
 from graft.compat.peft.modules import resolve
-from graft.storage import Quantized, find_store
+from graft.storage.find import find_store
+from graft.storage.quantized import Quantized
 from tests.looks import layers
 from tests.models import adapted, disturb, seeded
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from graft.storage import find_store
+from graft.storage.find import find_store
 from tests.looks import layers
 from tests.models import disturb, seeded
 from tests.packages.llama import model_tests, plain

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import LlamaForCausalLM, QuantoConfig
 
 import graft
-from graft.storage import find_store
+from graft.storage.find import find_store
 from tests.looks import layers
 from tests.models import disturb, seeded
 from tests.packages.llama import model_tests

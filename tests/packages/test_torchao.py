@@ -30,7 +30,8 @@ from transformers import LlamaForCausalLM, TorchAoConfig
 
 import graft
 from graft.core.errors import UnsupportedLayerError
-from graft.storage import find_store, straight
+from graft.storage import straight
+from graft.storage.find import find_store
 from tests.models import disturb, seeded
 from tests.packages.llama import model_tests
 from tests.storage.cells import IN, Kind, cells, identity, linear

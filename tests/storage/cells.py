@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import graft
-from graft.storage import find_store
+from graft.storage.find import find_store
 from tests import samples
 from tests.covering import Case, Sometimes, law
 from tests.looks import layers

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.methods.lora.loftq import NF4
-from graft.storage import find_store
+from graft.storage.find import find_store
 from tests.storage.cells import FEW, Kind, Net, cells, identity, linear, near
 
 # 4 bits: two codes in a byte, the first in the high half; a scale for each block of 64

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import graft
-from graft.storage import STORES, TENSORS, find_store
+from graft.storage.find import STORES, TENSORS, find_store
 from tests.conformance.stores import RoundedStore
 from tests.models import seeded
 

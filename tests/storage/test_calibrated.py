@@ -9,7 +9,7 @@ from torch.testing import assert_close
 import graft
 from graft.compat.peft.modules import names_in, resolve
 from graft.core.errors import ConfigError, UnsupportedLayerError
-from graft.storage import find_store
+from graft.storage.find import find_store
 from tests.looks import layers
 from tests.models import disturb, seeded
 from tests.storage.cells import IN, Kind, Net, cells, identity, linear

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from graft.core.ops import OPS, Linear
-from graft.storage import STORES, Quantized
+from graft.storage.find import STORES
+from graft.storage.quantized import Quantized
 from tests.storage.cells import FEW, Kind, cells
 
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.errors import UnsupportedLayerError
-from graft.storage import find_store
+from graft.storage.find import find_store
 from tests.models import disturb, seeded
 
 

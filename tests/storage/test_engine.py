@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.core.ops import find_op
-from graft.storage import why_no_adapter
+from graft.storage.shared_work import why_no_adapter
 from tests.models import disturb, seeded
 
 PYTORCH = "transformer_engine.pytorch"

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.kernels import experts as kernel
-from graft.storage import innermost, stacks
+from graft.storage import stacks
+from graft.storage.find import innermost
 from tests.covering import law, product
 from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import layers

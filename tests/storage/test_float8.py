@@ -10,7 +10,7 @@ from transformers.integrations import compressed_tensors, fbgemm_fp8, finegraine
 
 import graft
 from graft.core.errors import UnsupportedLayerError
-from graft.storage import find_store
+from graft.storage.find import find_store
 from tests.models import disturb
 from tests.storage.cells import IN, Kind, Net, cells, linear
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.errors import UnsupportedLayerError
-from graft.storage import DENSE, FOREIGN, PACKED, find_store, find_tensor_store
+from graft.storage.find import DENSE, FOREIGN, PACKED, find_store, find_tensor_store
 from tests.conformance.stores import Coded, held
 from tests.models import adapted, disturb, seeded
 

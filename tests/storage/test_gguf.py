@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.integrations.gguf import utils
 
-from graft.storage import find_store
+from graft.storage.find import find_store
 from tests.storage.cells import Kind, cells, linear
 
 Q8_0, SIZE = 8, 32  # of a block: a scale in float16, and 32 integers of 8 bits

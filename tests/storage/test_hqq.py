@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.errors import UnsupportedLayerError
-from graft.storage import find_store
+from graft.storage.find import find_store
 from tests.looks import layers
 from tests.models import disturb, seeded
 from tests.storage.cells import FEW, IN, OUT, Kind, cells, linear

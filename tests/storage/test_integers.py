@@ -9,7 +9,7 @@ from transformers.integrations import bitnet, gemma_quant
 
 import graft
 from graft.core.errors import PeftWarning, UnsupportedLayerError
-from graft.storage import find_store
+from graft.storage.find import find_store
 from tests.models import disturb, seeded
 from tests.storage.cells import IN, Kind, Net, cells, linear
 from tests.storage.standins import Eetq

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.errors import UnsupportedLayerError
-from graft.storage import FOREIGN, find_store
+from graft.storage.find import FOREIGN, find_store
 from tests.models import disturb
 from tests.storage.cells import FEW, IN, OUT, Kind, cells, identity, linear
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from graft.config.base import PeftConfig
     from graft.core.method import Method
     from graft.core.site import Site
-    from graft.methods.adalora import AdaLoraConfig
+    from graft.methods.adalora.adalora import AdaLoraConfig
     from graft.methods.loha import LoHaConfig
     from graft.methods.lora.config import LoraConfig
 

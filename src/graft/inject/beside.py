@@ -27,7 +27,9 @@ from graft.core.rows import OFF, adapters_in
 from graft.core.site import Site
 from graft.kernels.withheld import Withheld
 from graft.methods.trainable_tokens import TrainableTokens
-from graft.storage import find_device_and_dtype, find_store, standalone, why_copy_cannot_train
+from graft.storage.codes import why_copy_cannot_train
+from graft.storage.find import find_device_and_dtype, find_store
+from graft.storage.fsdp2 import standalone
 
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 

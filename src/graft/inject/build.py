@@ -34,7 +34,8 @@ from graft.inject.parts import AdapterCarriers
 from graft.inject.report import Matched
 from graft.inject.stage import check_stage_independence, discard_initial_values, synchronize_tensors
 from graft.methods.trainable_tokens import TrainableTokens
-from graft.storage import find_device_and_dtype, make_bias_parameter
+from graft.storage.codes import make_bias_parameter
+from graft.storage.find import find_device_and_dtype
 from graft.storage.offload import find_offloaded
 
 if TYPE_CHECKING:

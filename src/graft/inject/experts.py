@@ -25,7 +25,8 @@ from graft.core.ops import find_op
 from graft.inject.match import Matcher, minimize_names
 from graft.inject.survey import ModuleTree, survey_model
 from graft.inject.targets import ALL_LINEAR, list_linear_layers
-from graft.storage import DENSE, ExpertBlock, find_store, innermost
+from graft.storage.experts import ExpertBlock
+from graft.storage.find import DENSE, find_store, innermost
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform

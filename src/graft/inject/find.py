@@ -52,7 +52,9 @@ from graft.inject.targets import (
     resolve_targets,
 )
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
-from graft.storage import has_loose_bias, innermost, why_no_adapter
+from graft.storage.codes import has_loose_bias
+from graft.storage.find import innermost
+from graft.storage.shared_work import why_no_adapter
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig

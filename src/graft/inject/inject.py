@@ -30,7 +30,8 @@ from graft.inject.parts import pause_collector, sort_inside_out
 from graft.inject.stage import draw_alike, find_team
 from graft.inject.survey import ModuleTree, Place, attach_module, survey_model
 from graft.methods import ROWS, method_of
-from graft.storage import DENSE, find_store_of_tensor, innermost, prepare_packed
+from graft.storage.codes import prepare_packed
+from graft.storage.find import DENSE, find_store_of_tensor, innermost
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig

@@ -36,7 +36,7 @@ from graft.core.site import Site
 from graft.core.wrappers import find_inner_module
 from graft.inject.survey import Wrapper, check_model, survey_model
 from graft.prompts.base import Prompt
-from graft.storage import ExpertBlock
+from graft.storage.experts import ExpertBlock
 
 F = TypeVar("F", bound=Callable[..., object])
 

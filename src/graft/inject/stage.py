@@ -25,10 +25,12 @@ from graft.core.site import Site
 from graft.inject.match import Matcher
 from graft.inject.parts import AdapterCarriers
 from graft.inject.survey import ModuleTree
-from graft.storage import Sharding, find_group, find_sharding, innermost
+from graft.storage.find import innermost
 from graft.storage.flat import sendable
+from graft.storage.fsdp2 import Sharding, find_sharding
 from graft.storage.meeting import LONG_PATIENCE, Meeting
 from graft.storage.parallel import processes
+from graft.storage.shared_work import find_group
 
 T = TypeVar("T")
 CALL = "get_peft_model() (or add_adapter, from_pretrained)"  # for errors

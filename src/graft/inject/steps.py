@@ -29,7 +29,7 @@ from graft.inject.parts import get_registry
 from graft.inject.report import Skipped
 from graft.inject.survey import ModuleTree, get_site, get_type_name, skip_empty_carriers
 from graft.inject.targets import UnmatchedEntries, find_named_parameters, resolve_parameter
-from graft.storage import innermost
+from graft.storage.find import innermost
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig

@@ -26,15 +26,10 @@ from graft.core.ops import Op, Opaque, find_op
 from graft.core.site import Site
 from graft.core.wrappers import find_inner_attribute, find_inner_module
 from graft.inject.beside import ModulesToSaveWrapper, RowsLayer
-from graft.storage import (
-    ExpertBlock,
-    count_numbers,
-    find_piece,
-    find_store,
-    find_store_of_tensor,
-    find_tensor_store,
-    innermost,
-)
+from graft.storage.codes import count_numbers
+from graft.storage.experts import ExpertBlock
+from graft.storage.find import find_store, find_store_of_tensor, find_tensor_store, innermost
+from graft.storage.shared_work import find_piece
 
 Path = tuple[str, ...]  # of attributes, from a module on; ITEM for one of a list
 

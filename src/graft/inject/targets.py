@@ -28,7 +28,8 @@ from graft.inject.beside import find_saved_entry
 from graft.inject.match import COMPRESS_FROM, Matcher, TargetNames, find_unmatched, minimize_names
 from graft.inject.report import InjectReport, Skipped
 from graft.inject.survey import ModuleTree, get_site, get_type_name, is_linear, make_parameter_site, skip_empty_carriers
-from graft.storage import DENSE, ExpertBlock, find_store, innermost
+from graft.storage.experts import ExpertBlock
+from graft.storage.find import DENSE, find_store, innermost
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig

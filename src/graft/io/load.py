@@ -46,7 +46,7 @@ from graft.io.save import changes_base
 from graft.io.servers import convert_server_layout
 from graft.io.tensors import find_torn_bias, resize_parameters
 from graft.io.written import TODAY
-from graft.storage import innermost
+from graft.storage.find import innermost
 from graft.storage.offload import find_offloaded, is_tied
 from graft.storage.offload import write_offloaded as put_away
 from graft.storage.parallel import find_whole_shape, write_whole

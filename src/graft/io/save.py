@@ -45,7 +45,7 @@ from graft.io.base import make_file_namer, remove_carrier_names
 from graft.io.entries import Entry, list_entries
 from graft.io.fingerprint import Fingerprint, digest_base_tensors, list_base_weights, make_fingerprint
 from graft.io.rendezvous import check_entries, check_value, find_ranks, gather_tensors
-from graft.storage import find_sharding
+from graft.storage.fsdp2 import find_sharding
 from graft.storage.offload import find_offloaded
 from graft.storage.parallel import copy_unwrapped, find_parameters_below, has_no_layout, processes
 

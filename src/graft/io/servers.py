@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from graft.core.base_config import model_type
 from graft.core.ops import Opaque
 from graft.inject.experts import ExpertStack, ExpertStacks, shorten_paths
-from graft.storage import innermost
+from graft.storage.find import innermost
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig

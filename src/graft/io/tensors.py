@@ -20,7 +20,7 @@ from graft.config.atomic import write_pieces
 from graft.config.notes import make_header, parse_header
 from graft.config.seal import compute_digest
 from graft.core.errors import CheckpointError
-from graft.storage import standalone
+from graft.storage.fsdp2 import standalone
 
 
 class PackedTensors(NamedTuple):

@@ -24,8 +24,8 @@ class Row(NamedTuple):
 
 
 METHODS: dict[str, Row] = {
-    "LORA": Row("methods.lora:LoRA", "LoraConfig", "LoraModel"),
-    "ADALORA": Row("methods.adalora:AdaLoRA", "AdaLoraConfig", "AdaLoraModel"),
+    "LORA": Row("methods.lora.lora:LoRA", "LoraConfig", "LoraModel"),
+    "ADALORA": Row("methods.adalora.adalora:AdaLoRA", "AdaLoraConfig", "AdaLoraModel"),
     "IA3": Row("methods.ia3:IA3", "IA3Config", "IA3Model"),
     "VERA": Row("methods.vera:VeRA", "VeraConfig", "VeraModel"),
     "PVERA": Row("methods.pvera:PVeRA", "PveraConfig", "PveraModel"),
@@ -48,7 +48,7 @@ METHODS: dict[str, Row] = {
     "GLORA": Row("methods.glora:GLoRA", "GloraConfig", "GloraModel"),
     "PEANUT": Row("methods.peanut:PEANuT", "PeanutConfig", "PeanutModel"),
     "LILY": Row("methods.lily:Lily", "LilyConfig", "LilyModel"),
-    "SHADOW": Row("methods.shadow:Shadow", "ShadowConfig", "ShadowModel"),
+    "SHADOW": Row("methods.shadow.shadow:Shadow", "ShadowConfig", "ShadowModel"),
     "ADAMSS": Row("methods.adamss:AdaMSS", "AdamssConfig", "AdamssModel"),
     "FROD": Row("methods.frod:FRoD", "FrodConfig", "FrodModel"),
     "TRAINABLE_TOKENS": Row(

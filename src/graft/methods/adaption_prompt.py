@@ -17,7 +17,7 @@ from graft.core.errors import ConfigError
 from graft.core.method import COMPARISON, Method, PublishedRate
 from graft.core.ops import find_op
 from graft.methods.places import walk
-from graft.storage import innermost
+from graft.storage.find import innermost
 
 
 @dataclass(kw_only=True)

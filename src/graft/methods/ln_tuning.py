@@ -11,7 +11,8 @@ from torch import nn
 from graft.config.fields import LN_TUNING, Targeted
 from graft.core.effect import Effect, Replace
 from graft.core.method import Method
-from graft.storage import standalone, why_copy_cannot_train
+from graft.storage.codes import why_copy_cannot_train
+from graft.storage.fsdp2 import standalone
 
 
 @dataclass(kw_only=True)

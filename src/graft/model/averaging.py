@@ -34,8 +34,8 @@ from graft.core.wrappers import MANAGED
 from graft.io.fingerprint import hash_text
 from graft.io.rendezvous import RankNote
 from graft.kernels.waits import constant
-from graft.storage import Sharding
 from graft.storage.flat import is_flat, trains
+from graft.storage.fsdp2 import Sharding
 from graft.storage.meeting import LONG_PATIENCE, Meeting
 from graft.storage.parallel import find_master_ids, is_sharded, layout_of, processes
 

@@ -19,7 +19,8 @@ from graft.core.errors import warn
 from graft.core.layer import AdapterLayer
 from graft.inject.parts import check_no_foreign_adapters, get_registry, unwrap_model
 from graft.inject.survey import is_block, list_nested_layers, survey_model
-from graft.storage import innermost, release_packed
+from graft.storage.codes import release_packed
+from graft.storage.find import innermost
 
 
 def unique_names(names: Iterable[list[str]]) -> list[str]:

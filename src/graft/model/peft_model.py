@@ -51,7 +51,7 @@ from graft.model.rows import (
 from graft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from graft.model.tuner import Tuner, tuner_of
 from graft.model.watch import warn_trainer_unaware
-from graft.storage import count_numbers
+from graft.storage.codes import count_numbers
 from graft.storage.parallel import processes
 
 if TYPE_CHECKING:

@@ -64,8 +64,10 @@ from graft.model.compose import Average, Composition, Parallel, Stack, check_kno
 from graft.model.tuner_type import INJECT, names_of_replaced
 from graft.model.watch import Watch, gradients_elsewhere
 from graft.prompts.base import Prompt
-from graft.storage import DENSE, Quantized, Sharding, holds_codes
-from graft.storage.codes import find_unpacked_dtype, mark_plain_layers, remove_quantization_marks
+from graft.storage.codes import find_unpacked_dtype, holds_codes, mark_plain_layers, remove_quantization_marks
+from graft.storage.find import DENSE
+from graft.storage.fsdp2 import Sharding
+from graft.storage.quantized import Quantized
 
 
 def names_to_activate(choice: str | Sequence[str] | Composition) -> list[str]:

@@ -18,7 +18,8 @@ from graft.core.containers import Slot, iter_slots
 from graft.core.errors import CheckpointError, ConfigError
 from graft.core.method import PublishedRate
 from graft.core.wrappers import end_offloading
-from graft.storage import find_device_and_dtype, gather_module
+from graft.storage.find import find_device_and_dtype
+from graft.storage.fsdp2 import gather_module
 from graft.storage.parallel import find_whole_shape, layout_of, write_whole
 
 if TYPE_CHECKING:

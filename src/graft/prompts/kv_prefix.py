@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from graft.core.errors import warn
 from graft.core.ops import find_op
 from graft.kernels.cuts import Cut, cut_tensor
-from graft.storage import find_piece, innermost
+from graft.storage.find import innermost
+from graft.storage.shared_work import find_piece
 
 if TYPE_CHECKING:
     from graft.core.layer import AdapterLayer

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from graft.prompts import kv_prefix
 from graft.prompts.replays import Replays
-from graft.storage import find_compute_dtype, find_device_and_dtype
+from graft.storage.find import find_device_and_dtype
+from graft.storage.fsdp2 import find_compute_dtype
 
 
 def find_first_input(arguments: dict[str, object]) -> Any:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from graft.core.method import return_unchanged
 from graft.core.rows import name_arguments
 from graft.methods.shadow.detached import NAMES, empty, no_cache_for, shadow_loss, unpack, with_cache
-from graft.storage import find_device_and_dtype, gather_module
+from graft.storage.find import find_device_and_dtype
+from graft.storage.fsdp2 import gather_module
 
 if TYPE_CHECKING:
     from graft.core.call import Call

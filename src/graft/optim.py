@@ -89,8 +89,7 @@ def invert_gram(factor: Tensor, damping: float) -> Tensor:
         return invert_gram_by_cholesky(factor, damping)
     factor = factor.float()
     eye = torch.eye(factor.shape[-2], device=factor.device)
-    inverted: Tensor = torch.linalg.pinv(factor @ factor.mT + damping * eye)
-    return inverted
+    return torch.linalg.pinv(factor @ factor.mT + damping * eye)
 
 
 def invert_gram_by_cholesky(factor: Tensor, damping: float) -> Tensor:
@@ -392,8 +391,7 @@ def damp_gram(G: Tensor) -> Tensor:
 
 def invert_matrices(G: Tensor) -> Tensor:
     """Return G⁻¹ without a check that it exists, as the host would wait for the check."""
-    inverted: Tensor = torch.linalg.inv_ex(G)[0]
-    return inverted
+    return torch.linalg.inv_ex(G)[0]
 
 
 SIGN_STEPS = 40  # Newton's iteration doubles small eigenvalues and halves large ones, then converges
@@ -413,8 +411,7 @@ def solve_sylvester(P: Tensor, Q: Tensor, C: Tensor) -> Tensor:
 
 def matrix_norms(M: Tensor) -> Tensor:
     """Return the Frobenius norm of each matrix, (…, 1, 1)."""
-    size: Tensor = M.norm(dim=(-2, -1), keepdim=True)
-    return size
+    return M.norm(dim=(-2, -1), keepdim=True)
 
 
 Change = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]  # of A, B, their gradients, s

@@ -183,8 +183,7 @@ def find_start_change(cfg: PeftConfig) -> str | None:
     "init_lora_weights='pissa'". Return None if it does not.
     """
     setting_of = getattr(method_of(cfg.peft_type).variant(cfg), "changes_base", None)
-    setting: str | None = None if setting_of is None else setting_of(cfg)
-    return setting
+    return None if setting_of is None else setting_of(cfg)
 
 
 class OtherLayersError(Exception):

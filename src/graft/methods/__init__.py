@@ -120,8 +120,7 @@ def config_of(peft_type: str) -> type[PeftConfig]:
     Raises:
         ConfigError: there is no such method.
     """
-    config: type[PeftConfig] = method_of(peft_type).config
-    return config
+    return method_of(peft_type).config
 
 
 def tier_of(peft_type: str) -> str:

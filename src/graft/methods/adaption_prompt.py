@@ -130,8 +130,7 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
             return q
         cos, sin = call.get("position_embeddings") or module.rotary_emb(x, call["position_ids"])
         first, second = q.chunk(2, -1)
-        turned: Tensor = q * cos.unsqueeze(2) + torch.cat((-second, first), -1) * sin.unsqueeze(2)
-        return turned
+        return q * cos.unsqueeze(2) + torch.cat((-second, first), -1) * sin.unsqueeze(2)
 
     def cast(self, x: Tensor) -> Tensor:
         """Return x as it is: `branch` casts the prompt to the queries' dtype instead."""

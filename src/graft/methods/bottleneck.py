@@ -302,8 +302,7 @@ class Coupling(nn.Module):
 
     def step(self, net: nn.ModuleList, x: Tensor) -> Tensor:
         """Return net[1](activation(net[0](x)))."""
-        out: Tensor = net[1](ACTIVATIONS[self.activation](net[0](x)))
-        return out
+        return net[1](ACTIVATIONS[self.activation](net[0](x)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (…, width) with y₁ = x₁ + F(x₂) and y₂ = x₂ + G(y₁)."""
@@ -485,8 +484,7 @@ class Bottleneck(Method[BottleneckConfig]):
         if self.cfg.use_gating:
             gate = self.bottleneck_gate(x.to(self.dtype)).sigmoid()
             z = z * (gate.mean(tuple(range(1, x.dim() - 1)), keepdim=True) if x.dim() > 2 else gate)
-        out: Tensor = z
-        return out
+        return z
 
     def up(self, x: Tensor) -> Tensor:
         """Return s · Up σ(Down x), without dropout and gate: AdapterFusion takes this.
@@ -505,8 +503,7 @@ class Bottleneck(Method[BottleneckConfig]):
         """Return the output of Down or Up for x: of a `Kronecker` with the shared rule and its bias, else the
         module's.
         """
-        out: Tensor = x @ module.matrix(self.bottleneck_rule) + module.b if self.cfg.phm_layer else module(x)
-        return out
+        return x @ module.matrix(self.bottleneck_rule) + module.b if self.cfg.phm_layer else module(x)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the update for the layer's output y."""
@@ -518,14 +515,12 @@ class Bottleneck(Method[BottleneckConfig]):
 
     def after_embedding(self, ids: object, y: Tensor) -> Tensor:
         """Return the invertible function of the embedding's output y."""
-        out: Tensor = self.bottleneck_inv(y.to(self.dtype))
-        return out
+        return self.bottleneck_inv(y.to(self.dtype))
 
     def before_head(self, h: Tensor) -> Tensor:
         """Return the inverse of the invertible function of h, the head's input."""
         coupling = self.bottleneck_inv
-        out: Tensor = coupling.inverse(h.to(self.dtype))
-        return out
+        return coupling.inverse(h.to(self.dtype))
 
     def before_norm(self, s: Tensor) -> Tensor:
         """Return the update u(LN s) for the norm's input s; the norm's input becomes s + u."""

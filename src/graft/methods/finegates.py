@@ -177,5 +177,4 @@ class FineGates(Method[FineGatesConfig]):
         for z in (self.finegates_rows, self.finegates_columns):
             likely = torch.special.ndtr(compute_openness(z.float()) / 0.5)
             off = off + (likely.mean() - (1 - cfg.target_sparsity)).abs()
-        loss: Tensor = cfg.sparsity_loss_weight * off / 2
-        return loss
+        return cfg.sparsity_loss_weight * off / 2

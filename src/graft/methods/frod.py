@@ -103,8 +103,7 @@ def basis(sites: Sequence[Site], n: int, alpha: float) -> Tensor:
     eye = alpha * torch.eye(n, device=stack.device)
     parts = Q.split([len(W) for W in weights])
     T = sum(torch.linalg.inv(part.T @ part + eye) for part in parts) / len(parts)
-    basis: Tensor = R.T @ torch.linalg.eigh(T).eigenvectors
-    return basis
+    return R.T @ torch.linalg.eigh(T).eigenvectors
 
 
 def count_entries(n: int, rate: float) -> int:

@@ -199,8 +199,7 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         scores = self.fusion_dropout((k @ q[..., None]).squeeze(-1))  # (…, adapters)
         v = self.fusion_value(u) if self.cfg.value else u
         self.note_value_matrix()
-        out: Tensor = (scores.softmax(-1)[..., None, :] @ v).squeeze(-2)
-        return out
+        return (scores.softmax(-1)[..., None, :] @ v).squeeze(-2)
 
     def note_value_matrix(self) -> None:
         """In training, note the value matrix for `compute_auxiliary_loss`, if it trains and the config has `value` and

@@ -115,11 +115,10 @@ class LoraXS(Method[LoraXsConfig]):
         Raises:
             CalibrationError: the layer has none.
         """
-        step: Tensor = self.take_from_base(
+        return self.take_from_base(
             f"There is no step for layer '{self.site.key}' (adapter '{self.name}'). Call preprocess_lorasb with this "
             "model and config before.",
         )
-        return step
 
     def factors(self) -> Factors:
         """Return A and B R with scaling and dropout; A and B are cast to R's dtype."""

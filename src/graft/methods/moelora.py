@@ -167,4 +167,4 @@ class MoeLoRA(Method[MoeLoraConfig]):
     @classmethod
     def compute_auxiliary_loss(cls, cfg: Any, noted: Sequence[NotedTokens]) -> Tensor:
         """Return router_aux_loss_coef · the balance loss of the noted probabilities (`compute_balance_loss`), ()."""
-        return cfg.router_aux_loss_coef * compute_balance_loss(noted, cfg.top_k)  # type: ignore[no-any-return]
+        return cfg.router_aux_loss_coef * compute_balance_loss(noted, cfg.top_k)

@@ -141,8 +141,7 @@ class Poly(ByTask[PolyConfig]):
             z = draw_relaxed_bernoulli(z)
         else:
             z = z.sigmoid()
-        shares: Tensor = z / (z.sum(-1, keepdim=True) + EPS)
-        return shares
+        return z / (z.sum(-1, keepdim=True) + EPS)
 
 
 def draw_relaxed_bernoulli(logits: Tensor) -> Tensor:

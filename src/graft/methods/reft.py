@@ -244,5 +244,4 @@ class Reft(OnStates[ReftConfig]):
             z = ACTIVATIONS[cfg.non_linearity.lower()](z)
         if cfg.subtract_projection:
             z = z - h @ R.T
-        out: Tensor = self.reft_dropout(h + z @ R)
-        return out
+        return self.reft_dropout(h + z @ R)

@@ -196,11 +196,10 @@ class SDT(Method[SdtConfig]):
         Raises:
             CalibrationError: there is none.
         """
-        change: Tensor = self.take_from_base(
+        return self.take_from_base(
             f"It is not known which channels of layer '{self.site.key}' adapter '{self.name}' trains. Call "
             "preprocess_sdt with this model and config before.",
         )
-        return change
 
     def describe(self) -> Effect:
         """Return an `Update` by `delta` in a mixer, else by `factors`."""

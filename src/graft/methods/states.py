@@ -183,8 +183,7 @@ class OnStates(Method[S]):
         call.
         """
         fact = self.layer.call.fact(OF_DECODER) if self.continues else None
-        positions: Positions | None = self.layer.call.fact(FACT) if fact is None else fact
-        return positions
+        return self.layer.call.fact(FACT) if fact is None else fact
 
     @classmethod
     def facts(cls, run: Run, model: nn.Module) -> dict[str, PerRow]:

@@ -129,8 +129,7 @@ class SVFT(Method[SvftConfig]):
             places = torch.randperm(n * n, generator=generator, device="cpu")[:numbers]
         else:
             places = (V @ U).T.flatten().topk(numbers)[1]
-        in_order: Tensor = places.sort()[0]
-        return in_order
+        return places.sort()[0]
 
     def from_file_tensors(self, tensors: Tensors, cfg: SvftConfig) -> Tensors:
         """Return the file's tensors. Raises CheckpointError if they have places outside of M."""

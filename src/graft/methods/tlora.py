@@ -198,7 +198,7 @@ class TLoRA(Method[TLoraConfig]):
         z = op.down(base, x, Q)
         spatial = len(self.site.shape) - 2
         between = [1] * (z.dim() - 2 - spatial)
-        return op.up(base, z * weights.unflatten(-1, (*between, -1, *[1] * spatial)), P)  # type: ignore[no-any-return]
+        return op.up(base, z * weights.unflatten(-1, (*between, -1, *[1] * spatial)), P)
 
     def acting(self, x: Tensor) -> Tensor:
         """Return the mask m of the ranks that act: of each row, (batch, r), or of all, (1, r).

@@ -162,8 +162,7 @@ def chosen(scalings: Tensor, cfg: XLoraConfig) -> Tensor:
     if cfg.enable_softmax_topk:
         out = scalings == 0
         scalings = scalings.masked_fill(out, -torch.inf).softmax(-1).masked_fill(out, 0)
-    weights: Tensor = scalings * cfg.global_scaling_weight
-    return weights
+    return scalings * cfg.global_scaling_weight
 
 
 class XLoraClassifier(nn.Module):
@@ -250,8 +249,7 @@ def set_global_scaling_weight(tuner: Any, weight: float) -> None:
 
 def get_global_scaling_weight(tuner: Any) -> float:
     """Return the factor of all experts' updates."""
-    weight: float = tuner.classifier.config.global_scaling_weight
-    return weight
+    return tuner.classifier.config.global_scaling_weight
 
 
 def set_scaling_pass_value(tuner: Any, value: float | None) -> None:

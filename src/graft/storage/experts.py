@@ -367,8 +367,7 @@ def apply_clamped_gate(m: nn.Module, y: Tensor) -> Tensor:
     Even columns are the gate, clamped from above to the module's `limit`; odd ones `up`, clamped to ± `limit`.
     """
     gate, up = y[:, ::2].clamp(max=m.limit), y[:, 1::2].clamp(-m.limit, m.limit)
-    out: Tensor = (up + 1) * gate * torch.sigmoid(gate * m.alpha)
-    return out
+    return (up + 1) * gate * torch.sigmoid(gate * m.alpha)
 
 
 class PackedStack(Dense):

@@ -176,8 +176,7 @@ class Sharded(TensorParallel):
         group = find_parameter_group(m, name)
         if group is not None and not (group.is_sharded or is_running(group)):
             group.reshard()
-        t: Tensor = getattr(m, name)
-        return t
+        return getattr(m, name)
 
     def piece(self, m: nn.Module, op: Op) -> tuple[Tensor, Cut | None, Cut | None]:
         """Return this process's piece of the weight and its cuts within a call, as tensor parallelism has them.

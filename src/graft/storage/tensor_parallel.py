@@ -219,8 +219,7 @@ class TensorParallel(Dense):
 
     def tensor(self, m: nn.Module, name: str) -> Tensor:
         """Return the module's tensor as it is: a DTensor, or a plain one."""
-        t: Tensor = getattr(m, name)
-        return t
+        return getattr(m, name)
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         """Return the whole tensor, gathered, with a gradient where autograd records and it trains; a plain tensor

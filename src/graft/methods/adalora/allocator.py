@@ -119,8 +119,7 @@ def allocator_of(tuner: Tuner, name: str) -> Allocator:
     """Return the adapter's Allocator in `tuner.states`; create it from the config if there is none."""
     if name not in tuner.states:
         tuner.states[name] = Allocator(tuner.peft_config[name])
-    allocator: Allocator = tuner.states[name]
-    return allocator
+    return tuner.states[name]
 
 
 def update_and_allocate(tuner: Tuner, global_step: int) -> None:

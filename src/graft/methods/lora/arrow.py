@@ -90,8 +90,7 @@ class Arrow(LoRA):
         share = share.scatter(-1, which, (score / cfg.router_temperature).softmax(-1).to(x.dtype))
         share = share * vector([m.scaling for m in experts], share)
         z = (x @ A.flatten(0, 1).T).unflatten(-1, (E, -1)) * share[..., None]  # (…, experts, r)
-        out: Tensor = self.lora_dropout(z.flatten(-2) @ B.movedim(0, 1).flatten(1).T)
-        return out
+        return self.lora_dropout(z.flatten(-2) @ B.movedim(0, 1).flatten(1).T)
 
     def split_adapters(self) -> tuple[list[Method], list[Method]]:
         """Return two lists of the layer's adapters: general knowledge, and experts.

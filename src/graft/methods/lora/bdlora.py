@@ -39,8 +39,7 @@ class BlockDiagonal(nn.Module):
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return the whole matrix (out, in), zero outside of the blocks, from a weight (out, in / nblocks)."""
-        whole: Tensor = torch.block_diag(*weight.chunk(self.nblocks))
-        return whole
+        return torch.block_diag(*weight.chunk(self.nblocks))
 
     def extra_repr(self) -> str:
         """Return the two sizes and the number of blocks for `repr`."""

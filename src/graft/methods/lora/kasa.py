@@ -99,8 +99,7 @@ class KaSA(LoRA):
         A, B = (p.float() for p in self.pair)
         cfg = require_sub_config(self.cfg.kasa_config)
         size = self.lora_diag.float().square().sum()
-        loss: Tensor = cfg.beta * size + cfg.gamma * (gram_distance(B.T) + gram_distance(A))
-        return loss
+        return cfg.beta * size + cfg.gamma * (gram_distance(B.T) + gram_distance(A))
 
 
 @torch.no_grad()

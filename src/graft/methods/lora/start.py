@@ -83,7 +83,7 @@ def start_of(lora: Method, W: Tensor) -> Start:
         )
     check_rank(lora, 2 if kind == "lora_ga" else 1)
     module, name = STARTS[kind].split(":")
-    return getattr(import_module(f"graft.methods.lora.{module}"), name)(lora, W.detach().float())  # type: ignore[no-any-return]
+    return getattr(import_module(f"graft.methods.lora.{module}"), name)(lora, W.detach().float())
 
 
 def check_rank(lora: Method, times: int) -> None:

@@ -69,8 +69,7 @@ def find_cache_class() -> type:
 
 def pack(base: Cache, shadows: dict[str, Cache]) -> Cache:
     """Return a ShadowCache of the base model's cache and those of shadow networks, by adapter."""
-    packed: Cache = find_cache_class()(base, shadows)
-    return packed
+    return find_cache_class()(base, shadows)
 
 
 def unpack(model: nn.Module, kwargs: dict[str, object], use_cache: bool | None) -> dict[str, Cache] | None:
@@ -91,7 +90,7 @@ def unpack(model: nn.Module, kwargs: dict[str, object], use_cache: bool | None) 
     cache = kwargs[name]
     if isinstance(cache, find_cache_class()):
         kwargs[name] = cache.base  # type: ignore[attr-defined]
-        return cache.shadows  # type: ignore[attr-defined,no-any-return]
+        return cache.shadows  # type: ignore[attr-defined]
     seen = count_cached_tokens(cache)
     if seen is None:
         raise NotImplementedError(

@@ -202,8 +202,7 @@ class Pass:
             call_arguments["use_cache"] = self.shadows is not None
             if self.shadows is not None:
                 call_arguments[cache_name] = self.shadows.setdefault(name, empty(network))
-        states: Tensor = projection(network(**call_arguments).last_hidden_state)
-        return states
+        return projection(network(**call_arguments).last_hidden_state)
 
     def seed(self, name: str, h: Tensor) -> Tensor:
         """Return the state before the first block for the adapter's rows.

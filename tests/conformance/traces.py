@@ -30,7 +30,7 @@ from tests.looks import get_registry, layers
 from tests.models import disturb, seed
 
 FILE = Path(__file__).with_suffix(".txt")
-COMMON = {field.name for field in dataclasses.fields(graft.config.PeftConfig)} | {
+COMMON = {field.name for field in dataclasses.fields(graft.PeftConfig)} | {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
     "target_parameters", "megatron_core", "progressbar", "layers", "init_r", "total_step",
 }  # fmt: skip

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """Hosts: modules that replace a module of the base model and hold its methods. The main one is AdapterLayer.
 
 Rows of a mixed batch run by `core/mixed.py`. Every other call runs the layer's plan (`core/plan.py`), or the base layer
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -31,7 +32,7 @@ from graft.core.mixed import MixedPlan
 from graft.core.names import as_name_list
 from graft.core.ops import Op, is_stock
 from graft.core.peft_names import PeftNames
-from graft.core.plan import LayerPlan, ParallelPlan, check_no_gates, plan_adapters
+from graft.core.plan import FoldedPlan, LayerPlan, ParallelPlan, check_no_gates, plan_adapters
 from graft.core.rows import OFF, Rows
 from graft.core.site import Site, Store, Weight
 from graft.core.wrappers import HOOK, end_offloading, move_inputs
@@ -613,6 +614,19 @@ class ParamWrapper(AdapterLayer):
     _graft_forward = forward
 
     where = property(lambda self: self.base_weight.where())  # the parameter's
+
+    def run_with_delta_weight(self, plan: LayerPlan, *args: object, **kwargs: object) -> object:
+        """Run the layer on its weight plus the updates that a replaced `get_delta_weight` returns, for a plan.
+
+        Takes the lock of all threads, except while torch.compile traces.
+
+        Raises:
+            UnsupportedLayerError: an adapter of the plan has no delta weight.
+        """
+        if (why := merging.why_no_delta_weight(self, [m for m, _ in plan.steps])) is not None:
+            raise UnsupportedLayerError(f"Layer '{self.site.key}' cannot run: {why}. Put the original back.")
+        with nullcontext() if is_dynamo_compiling() else SWAP_LOCK.lock:
+            return FoldedPlan(self, merging.use_patched_delta_weight(self, plan.steps)).run(*args, **kwargs)
 
     def get_param(self) -> nn.Parameter:
         """Return the parameter itself, without adapters."""

@@ -46,17 +46,17 @@ FULL = (torch.float32, torch.float64)  # unmerging subtracts, which restores wei
 MIN_SHARE_KEPT = 0.9  # share of an update; a merge that keeps less warns
 
 
-def select_unmerged(layer: Layer, names: Sequence[str] | None) -> list[str]:
-    """Return those of `names` that are not merged yet; None means the active adapters.
+def select_unmerged(module: Layer, adapter_names: Sequence[str] | None = None) -> list[str]:
+    """Return those of `adapter_names` that are not merged yet; None means the active adapters.
 
     Warns if some are merged already, or if a replacement forces an unmerge. Raises TypeError or ValueError for bad
     names.
     """
-    done = layer.state.merged
-    names = layer.state.active if names is None else check_name_list(names, "adapter_names")
+    done = module.state.merged
+    names = module.state.active if adapter_names is None else check_name_list(adapter_names, "adapter_names")
     left = [n for n in names if n not in done]
     if done:
-        warn_merged(done, names, left, includes_replacement(layer, left))
+        warn_merged(done, names, left, includes_replacement(module, left))
     return left
 
 

@@ -127,6 +127,11 @@ class Matcher:
         return None
 
 
+def is_targeted(config: Any, key: str) -> bool:
+    """Return True if a config targets the module at path `key`, its exclusions and layer numbers considered."""
+    return Matcher(config)(key).outcome == "matched"
+
+
 def find_unmatched(entries: Iterable[str], used: set[str], paths: Iterable[str]) -> dict[str, list[tuple[str, int]]]:
     """Return the entries that are not in `used`, sorted, each with up to two similar last names among `paths` and their
     counts. Only the first 100 entries get similar names.

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 DUMMY = "dummy-target-modules"  # inject into no module
-# from this many names on, targets become the shortest suffixes that tell them apart from other modules
+EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 HEAD_NAMES = ("score", "classifier")
 
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """The layouts of expert stacks in files.
 
 The shapes, the program that wrote the file, or the caller tells which one it is.
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from graft.config.reading import Json
 from graft.core.errors import PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.ops import Opaque
@@ -149,6 +151,28 @@ def convert_stack_layouts(
     out = tensors | convert_factors(stacks, layout, doubts)
     layout.warn_of_doubts(doubts, what)
     return out
+
+
+class StackArranger:
+    """Brings the factors of stacks, two at a time, from a file's layout into graft's."""
+
+    def __init__(self, fields: Json, what: str):
+        """Keep the layout that the fields of the file's config tell, and the adapter and file that warnings name."""
+        self.layout, self.what, self.doubts = StackLayout.from_config(fields), what, set[str]()
+
+    def convert(self, layer: AdapterLayer, pair: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return A and B of a stack, first A, in graft's layout; unchanged if they cannot be factors of the layer.
+
+        Warns of a layout that nothing tells, of each such doubt once.
+        """
+        (a, A), (b, B) = pair.items()
+        if not can_be_stack_factors(layer, A, B):
+            return pair
+        doubts = set[str]()
+        factors = convert_factors([StackFactors(layer, a, b, A, B)], self.layout, doubts)
+        self.layout.warn_of_doubts(doubts - self.doubts, self.what)
+        self.doubts |= doubts
+        return factors
 
 
 def convert_factors(stacks: Sequence[StackFactors], layout: StackLayout, doubts: set[str]) -> dict[str, Tensor]:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from graft.config.fields import EMBEDDING_NAMES
 from graft.config.reading import read_object
 from graft.core.base_config import input_embeddings, output_embeddings, text_config
 from graft.core.carrier import layer_in
@@ -41,6 +40,7 @@ from graft.inject.parts import (
     unwrap_model,
 )
 from graft.inject.stage import find_absent_in_model, find_model_group
+from graft.inject.targets import EMBEDDING_NAMES
 from graft.io.base import make_file_namer, remove_carrier_names
 from graft.io.entries import Entry, list_entries
 from graft.io.fingerprint import Fingerprint, digest_base_tensors, list_base_weights, make_fingerprint

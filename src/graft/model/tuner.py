@@ -17,7 +17,7 @@ from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
 from graft.core.rows import Run
 from graft.inject.job import Options
-from graft.inject.match import Matcher
+from graft.inject.match import Matcher, is_targeted
 from graft.inject.parts import HOLDER, get_registry, unwrap_model
 from graft.inject.steps import ReplacedSteps
 from graft.inject.survey import ModuleTree, survey_model
@@ -165,7 +165,7 @@ class Tuner(nn.Module, metaclass=TunerType):
     @mark_step
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
         """Return True if a config targets the module at path `key`."""
-        return Matcher(peft_config)(key).outcome == "matched"
+        return is_targeted(peft_config, key)
 
     @mark_step
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -123,8 +123,3 @@ def find_device_and_dtype(module: nn.Module) -> tuple[torch.device | None, torch
     """
     first = next((m for m in module.modules() if any(p is not None for p in m._parameters.values())), module)
     return find_store(first).where(first, "weight")
-
-
-def list_dense_types() -> list[str]:
-    """Return the class names of the modules that graft runs and that have no store for their type."""
-    return [name.rpartition(".")[2] for name in OPS.names() if name not in STORES.names()]

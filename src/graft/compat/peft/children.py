@@ -17,7 +17,6 @@ from collections.abc import Mapping
 
 from graft import ConfigError
 from graft.compat.peft.modules import VERSION, metadata
-from graft.config.atomic import replace_file
 
 VARIABLE = "GRAFT_AS_PEFT"  # "1": `import graft` calls install(children=True)
 VERSION_VARIABLE = "GRAFT_PEFT_VERSION"  # the version, if `install` gets none
@@ -76,7 +75,10 @@ def folders(version: str) -> list[str]:
     info = os.path.join(folder, f"peft-{version}.dist-info")
     try:
         os.makedirs(info, exist_ok=True)
-        replace_file(os.path.join(info, "METADATA"), metadata(version))
+        text = os.path.join(info, "METADATA")
+        with open(f"{text}.{os.getpid()}", "w") as f:
+            f.write(metadata(version))
+        os.replace(f.name, text)  # at once: other processes may read it
     except OSError as e:
         raise OSError(f"Version {version} cannot be stored for child processes ({e}). Set XDG_CACHE_HOME.") from e
     return [folder, FOLDER]

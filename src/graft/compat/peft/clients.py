@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,8 +15,6 @@ from graft import PeftWarning, method_of
 from graft.core.errors import warn
 from graft.inject import experts
 from graft.inject.survey import survey_model
-from graft.storage.find import innermost
-from graft.storage.offload import bring_in
 
 if TYPE_CHECKING:
     from graft import PeftConfig
@@ -34,8 +32,8 @@ def onload_layer(layer: nn.Module) -> AbstractContextManager[None]:
 
     Changes of the block to the innermost base layer are written back. Without offloading it does nothing.
     """
-    base = getattr(layer, "base_layer", None)
-    return bring_in(layer, None if base is None else innermost(base))
+    weight = getattr(layer, "base_weight", None)  # only graft's layers have one
+    return nullcontext() if weight is None else weight.bring_in(layer, writes=True)
 
 
 def get_bnb_param_type(param: Tensor) -> str | bool:

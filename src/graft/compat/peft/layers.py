@@ -11,13 +11,11 @@ from __future__ import annotations
 
 from abc import ABC, ABCMeta
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 
 from graft import (
     AdapterLayer,
@@ -25,22 +23,16 @@ from graft import (
     ModulesToSaveWrapper,
     PeftWarning,
     RoutingError,
-    UnsupportedLayerError,
     method_of,
 )
-from graft.compat.peft.names import OF_STORES
+from graft.compat.peft.names import OF_STORES, import_held
 from graft.core.errors import warn
-from graft.core.layer import SWAP_LOCK, ParamWrapper
-from graft.core.merging import DELTA, use_patched_delta_weight, why_no_delta_weight
-from graft.core.plan import FoldedPlan, LayerPlan
-from graft.core.rows import BASE, JointAdapters
-from graft.inject.beside import TrainableTokensWrapper
+from graft.core.layer import ParamWrapper
 from graft.methods import METHODS
-from graft.storage.find import list_dense_types
 
 SAME = {"Conv1D": "Linear"}  # layer types that share a class in PEFT
 BNB = ("Linear4bit", "Linear8bitLt")  # layer types of bitsandbytes; PEFT has classes of every method for them
-PLAIN = list_dense_types()
+PLAIN = ("Linear", "FalconLinear", "Embedding", "Conv1d", "Conv2d", "Conv3d")  # layer types of torch and transformers
 WRAPPER = "ParamWrapper"  # PEFT's class of LoRA on a tensor that its module does not call
 PARALLEL = ("ColumnParallelLinear", "RowParallelLinear")  # Megatron's
 OF_LORA = {WRAPPER: WRAPPER, "LoraParallelLinear": "LoraParallelLinear", "_LoraParameterProxy": "", "TeLinear": ""}
@@ -50,9 +42,10 @@ SPECIAL: dict[str, dict[str, str | None]] = {  # class names that do not follow 
 }
 ASKED = {"LORA": ("lora_ga_init",)}  # methods that clients look for to see the abilities of PEFT
 READ = "get_param"  # of a ParamWrapper; nothing in graft calls it; other clients get a replacement
-KINDS = tuple(dict.fromkeys(SAME.get(kind, kind) for kind in (*PLAIN, *BNB)))
+KINDS = (*PLAIN, *BNB)
 
 
+DELTA = "get_delta_weight"
 REPLACEABLE = ("forward", "merge", "unmerge", DELTA)
 INSTEAD = "write a graft.Method for new mathematics, an Op for a new layer type"
 
@@ -232,23 +225,6 @@ def find_replacement(name: str, layer: AdapterLayer) -> Callable[..., object] | 
     return next((f for cls, f in REPLACED[name] if cls.__instancecheck__(layer)), None)
 
 
-def run_with_delta_weight(
-    layer: AdapterLayer, plan: LayerPlan, *args: object, adapter_names: object = None, **kwargs: object
-) -> object:
-    """Run a layer of a parameter on its weight plus the updates that the replaced `get_delta_weight` returns.
-
-    Takes the swap lock, except while the compiler traces. `adapter_names` is ignored.
-
-    Raises:
-        UnsupportedLayerError: an adapter of the plan has no delta weight.
-    """
-    if (why := why_no_delta_weight(layer, [m for m, _ in plan.steps])) is not None:
-        raise UnsupportedLayerError(f"Layer '{layer.site.key}' cannot run: {why}. Put the original back.")
-    folded_plan = FoldedPlan(layer, use_patched_delta_weight(layer, plan.steps))
-    with nullcontext() if is_dynamo_compiling() else SWAP_LOCK.lock:
-        return folded_plan.run(*args, **kwargs)
-
-
 def names_of_rows(call: Any) -> list[str] | None:
     """Return the adapter name of each row of the mixed batch that runs, in order of rows; "__base__" for rows without
     one.
@@ -262,9 +238,9 @@ def names_of_rows(call: Any) -> list[str] | None:
     groups = {} if rows is None else rows.groups
     named: dict[int, str] = {}
     for key, group in groups.items():
-        if isinstance(key, JointAdapters):
+        if not isinstance(key, str | None):
             raise RoutingError("A replaced layer takes one adapter for each row, not a Stack or an Average.")
-        named |= dict.fromkeys(group, BASE if key is None else key)
+        named |= dict.fromkeys(group, "__base__" if key is None else key)
     return [named[row] for row in sorted(named)] or None
 
 
@@ -379,7 +355,8 @@ class BaseTunerLayer(AdapterLayer, metaclass=_LayerType):
         if REPLACED[DELTA] and self.op.opaque and find_replacement(DELTA, self) is not None:
             plan = self.find_reader_plan()
             if plan is not None and (len(plan.steps) > 1 or self.num_experts == 1):  # else PEFT's runs by the factors
-                return run_with_delta_weight(self, plan, x, *args, **kwargs)
+                kwargs.pop("adapter_names", None)
+                return self.run_with_delta_weight(plan, x, *args, **kwargs)
         return self._mixed_batch_forward(x, *args, **kwargs)
 
     def merge(self, *args: object, **kwargs: object) -> None:
@@ -437,4 +414,4 @@ class AuxiliaryTrainingWrapper(ABC):  # noqa: B024
 
 
 AuxiliaryTrainingWrapper.register(ModulesToSaveWrapper)
-AuxiliaryTrainingWrapper.register(TrainableTokensWrapper)
+AuxiliaryTrainingWrapper.register(import_held("TrainableTokensWrapper"))

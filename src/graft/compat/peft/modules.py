@@ -17,7 +17,7 @@ from typing import Any
 
 from graft import PeftWarning, method_of
 from graft.compat.peft.layers import BNB, kind_names, layer_class, layer_names
-from graft.compat.peft.names import BESIDE, MAPPINGS, MODULES, OF_METHODS, OF_STORES, WHERE, WITH_BNB
+from graft.compat.peft.names import BESIDE, MAPPINGS, MODULES, OF_METHODS, OF_STORES, WHERE, WITH_BNB, import_held
 from graft.core.errors import warn
 from graft.methods import ROWS
 
@@ -104,8 +104,7 @@ def resolve(module: str, name: str) -> Any:
         if name in MAPPINGS:
             return method_of(MAPPINGS[name]).targets
         if name in WHERE:
-            holder, attribute = WHERE[name]
-            return getattr(import_module(holder), attribute)
+            return import_held(name)
         return getattr(import_graft(), name)
     raise AttributeError(describe_missing_name(module, name))
 

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 from graft.methods import IN_PEFT, METHODS
 
 # PEFT's names that are not public in graft, by the module that holds them: "theirs=ours" or the one name
 HELD: dict[str, str] = {
     "graft.kernels.structured": "factorization",
     "graft.core.containers": "BufferDict",
+    "graft.core.merging": "check_adapters_to_merge=select_unmerged",
     "graft.methods.road": "RoadVariant",
     "graft.methods.shadow.detached": "DetachedShadowModel ShadowCache",
     "graft.methods.shira": "random_mask",
@@ -21,7 +25,7 @@ HELD: dict[str, str] = {
     "graft.combine.rules": "dare_linear dare_ties magnitude_based_pruning=keep_largest magnitude_prune "
     "task_arithmetic=linear ties",
     "graft.inject.match": "_find_minimal_target_modules=minimize_names "
-    "MIN_TARGET_MODULES_FOR_OPTIMIZATION=COMPRESS_FROM",
+    "MIN_TARGET_MODULES_FOR_OPTIMIZATION=COMPRESS_FROM check_target_module_exists=is_targeted",
     "graft.inject.targets": "DUMMY_TARGET_MODULES=DUMMY INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR",
     "graft.inject.beside": "TrainableTokensWrapper",
     "graft.model.tasks": "_BaseAutoPeftModel=AutoPeftModel",
@@ -50,7 +54,7 @@ HELD: dict[str, str] = {
     "EMBEDDING_LAYER_NAMES SEQ_CLS_HEAD_NAMES "
     "calculate_alora_offsets TOKENIZER_CONFIG_NAME _get_input_embeddings_name "
     "_get_module_names_tied_with_embedding _get_submodules _maybe_include_all_linear_layers _set_adapter "
-    "check_adapters_to_merge check_target_module_exists dequantize_module_weight gather_params_ctx get_pattern_key "
+    "dequantize_module_weight gather_params_ctx get_pattern_key "
     "id_tensor_storage init_empty_weights match_target_against_key transpose",
 }
 WHERE: dict[str, tuple[str, str]] = {
@@ -58,6 +62,13 @@ WHERE: dict[str, tuple[str, str]] = {
     for module, items in HELD.items()
     for item in items.split()
 }
+
+
+def import_held(name: str) -> Any:
+    """Return the object inside graft of a name in `HELD`; its module is imported on the first call."""
+    module, attribute = WHERE[name]
+    return getattr(import_module(module), attribute)
+
 
 _TASKS = (
     "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "

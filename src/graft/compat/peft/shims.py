@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from graft import AdapterLayer, method_of
-from graft.config.fields import EMBEDDING_NAMES
 from graft.config.reading import compile_ending, compile_pattern
-from graft.core.merging import select_unmerged
 from graft.inject.experts import is_merge_of_modules, read_part_name
-from graft.inject.match import Matcher
-from graft.inject.survey import survey_model
-from graft.inject.targets import ALL_LINEAR, HEAD_NAMES, find_tied_modules, list_linear_layers
-from graft.io.layouts import StackFactors, can_be_stack_factors, convert_factors, rescale_parts, stack_factors
-from graft.io.written import StackLayout
+from graft.inject.survey import ModuleTree, get_site, survey_model
+from graft.inject.targets import (
+    ALL_LINEAR,
+    EMBEDDING_NAMES,
+    HEAD_NAMES,
+    find_embedding_path,
+    find_tied_modules,
+    list_linear_layers,
+)
+from graft.io.layouts import StackArranger, rescale_parts, stack_factors
 from graft.methods import METHODS
-from graft.methods.lora.alora import find_last_occurrence
-from graft.methods.trainable_tokens import input_embedding
-from graft.storage.find import find_store
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -108,7 +108,7 @@ def make_stack_converters(adapter_name: str, config: LoraConfig) -> list[WeightC
     """
     from transformers.core_model_loading import WeightConverter
 
-    operation = Arranging(adapter_name, StackLayout.from_config(vars(config)))
+    operation = Arranging(adapter_name, config)
     names = {name.split(".")[-2] for name in config.target_parameters or () if "." in name}
     both = [
         [f"{name}{within}.lora_{side}.{adapter_name}.weight" for side in "AB"]
@@ -169,9 +169,9 @@ class Arranging:
 
     supports_many_to_many = True
 
-    def __init__(self, adapter: str, layout: StackLayout):
-        """Keep the adapter's name and the file's layout; no doubt has been warned of yet."""
-        self.adapter, self.layout, self.doubts = adapter, layout, set[str]()
+    def __init__(self, adapter: str, config: LoraConfig):
+        """Take the layout of the file from its config; no doubt has been warned of yet."""
+        self.arranger = StackArranger(vars(config), f"Adapter '{adapter}' (load it by PeftModel.from_pretrained)")
 
     def convert(
         self, input_dict: dict[str, list[Tensor]], source_patterns: list[str], target_patterns: list[str],
@@ -188,17 +188,7 @@ class Arranging:
             if (tensors := input_dict.pop(pattern, None)) is not None
         }
         layer = layer_at(model, full_layer_name)
-        if layer is None or len(pair) < 2 or not can_be_stack_factors(layer, *pair.values()):
-            return pair
-        doubts: set[str] = set()
-        a, b = target_patterns
-        stack = StackFactors(layer, a, b, pair[a], pair[b])
-        factors = convert_factors([stack], self.layout, doubts)
-        self.layout.warn_of_doubts(
-            doubts - self.doubts, f"Adapter '{self.adapter}' (load it by PeftModel.from_pretrained)"
-        )
-        self.doubts |= doubts
-        return factors
+        return pair if layer is None or len(pair) < 2 else self.arranger.convert(layer, pair)
 
 
 def layer_at(model: nn.Module, name: str) -> AdapterLayer | None:
@@ -219,11 +209,6 @@ TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
 
 # targets
-
-
-def check_target_module_exists(config: PeftConfig, key: str) -> bool:
-    """Return True if a config targets the module at path `key`, its exclusions and layer numbers considered."""
-    return Matcher(config)(key).outcome == "matched"
 
 
 def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
@@ -262,11 +247,6 @@ def _set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_
         wrapper.set_adapter([name for name in names if name in wrapper.adapters], inference_mode)
 
 
-def check_adapters_to_merge(module: nn.Module, adapter_names: Sequence[str] | None = None) -> list[str]:
-    """Return those of `adapter_names` (None: the active ones) that are not merged into a layer yet."""
-    return select_unmerged(module, adapter_names)
-
-
 # a model's modules
 
 
@@ -281,7 +261,7 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
 
 def _get_input_embeddings_name(model: nn.Module, default: str | None = None) -> str | None:
     """Return the path of the model's input embedding; `default` if it has none."""
-    return input_embedding(model) or default
+    return find_embedding_path(model, survey_model(model)) or default
 
 
 def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
@@ -305,11 +285,10 @@ def calculate_alora_offsets(
         adapter_names: the adapter of each row; None: all use `active_adapter`.
     """
     offsets: list[int | None] = []
-    for row, name in zip(input_ids, adapter_names or [active_adapter] * len(input_ids)):
-        tokens = getattr(peft_config.get(name), "alora_invocation_tokens", None)
-        offsets.append(
-            (tokens and int(find_last_occurrence(row[None], torch.tensor(tokens, device=row.device)))) or None
-        )
+    for row, name in zip(input_ids.tolist(), adapter_names or [active_adapter] * len(input_ids)):
+        tokens = list(getattr(peft_config.get(name), "alora_invocation_tokens", None) or ())
+        starts = range(len(row) - len(tokens), -1, -1) if tokens else ()
+        offsets.append(next((len(row) - i for i in starts if row[i : i + len(tokens)] == tokens), None))
     return offsets
 
 
@@ -329,7 +308,7 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
 
 def dequantize_module_weight(module: nn.Module) -> Tensor:
     """Return a layer's weight as a dense tensor, read by the layer's store (plain, bitsandbytes, GPTQ, …)."""
-    return find_store(module).read(module, "weight")
+    return get_site("", module, ModuleTree(module)).weight.read()
 
 
 @contextmanager

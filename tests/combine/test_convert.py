@@ -16,6 +16,7 @@ from tests.conformance.samples import CELLS, features
 from tests.covering import law
 from tests.models import seeded
 from tests.pair import LIBS, close, outcome
+from tests.raised import refuses
 
 T = ["lin0", "fc1", "fc2"]
 CONVERTED = [  # methods that PEFT converts, and graft has
@@ -87,8 +88,7 @@ def test_what_can_be_converted_acts_as_before(cell):
     why = why_no_delta(layer.methods["default"])
     assert layer.supports_lora_conversion() == model.supports_lora_conversion() == (why is None)
     if why is not None:
-        with pytest.raises(TypeError, match="do not support LoRA conversion"):
-            graft.convert_to_lora(model, 1.0)
+        refuses(TypeError, "do not support LoRA conversion", graft.convert_to_lora, model, 1.0)
     else:
         config, tensors = graft.convert_to_lora(model, 1.0)
         new = put(config, tensors, cell.bare())
@@ -280,13 +280,11 @@ def failed(lib, name, folder, make=loha, rank=2):
 )
 @pytest.mark.parametrize("rank", [True, -1, None])
 def test_what_is_no_rank_is_refused(rank):
-    with pytest.raises(ValueError, match=r"rank must be an int|rank of -1"):
-        graft.convert_to_lora(loha(), rank)
+    refuses(ValueError, r"rank must be an int|rank of -1", graft.convert_to_lora, loha(), rank)
 
 
 def test_an_adapter_that_is_not_loaded():
-    with pytest.raises(graft.AdapterNotFoundError, match="zz"):
-        graft.convert_to_lora(loha(), 2, "zz")
+    refuses(graft.AdapterNotFoundError, "zz", graft.convert_to_lora, loha(), 2, "zz")
     assert not loha().supports_lora_conversion("zz")
 
 
@@ -545,8 +543,7 @@ def test_in_a_mixed_model():
     moved(model)
     config, tensors = graft.convert_to_lora(model, 1.0, "a")
     close(put(config, tensors, models.make("mlp"))(**models.inputs("mlp")), model(**models.inputs("mlp")), 1e-3)
-    with pytest.raises(TypeError, match="Lily"):
-        graft.convert_to_lora(model, 1.0, "b")
+    refuses(TypeError, "Lily", graft.convert_to_lora, model, 1.0, "b")
 
 
 def test_progress_and_compilation(capsys):

@@ -11,6 +11,7 @@ import graft
 from tests import models
 from tests.combine.test_convert import moved
 from tests.pair import LIBS, close
+from tests.raised import refuses
 
 REDUCE = {graft: graft.reduce_intruder_dimension, peft: theirs_of.reduce_intruder_dimension}
 T = ["lin0", "fc1", "fc2"]
@@ -135,8 +136,7 @@ def loha(lib):
 def test_refusals_are_pefts(case):
     make, options, text = REFUSED[case]
     for lib in LIBS:
-        with pytest.raises(ValueError, match=text):
-            reduced(make(lib), lib, **options)
+        refuses(ValueError, text, reduced, make(lib), lib, **options)
 
 
 @pytest.mark.differs(
@@ -166,12 +166,10 @@ def test_refusals_are_pefts(case):
 def test_refusals_change_nothing(make, old, error, text):
     model = make()
     before = state(model)
-    with pytest.raises(error, match=text):
-        reduced(model, old_adapter_name=old)
+    refuses(error, text, reduced, model, old_adapter_name=old)
     after = state(model)
     assert after[:2] == before[:2] and all(torch.equal(after[2][k], t) for k, t in before[2].items())
-    with pytest.raises(graft.ConfigError, match="not using LoRA"):
-        graft.reduce_intruder_dimension(models.make("mlp"))
+    refuses(graft.ConfigError, "not using LoRA", graft.reduce_intruder_dimension, models.make("mlp"))
 
 
 def test_stacks_of_matrices_are_refused():
@@ -182,8 +180,7 @@ def test_stacks_of_matrices_are_refused():
 
     base = torch.nn.ModuleDict({"experts": Experts()})
     model = graft.get_peft_model(base, graft.LoraConfig(r=2, target_parameters=["experts.up"]))
-    with pytest.raises(graft.ConfigError, match="no plain product"):
-        graft.reduce_intruder_dimension(model)
+    refuses(graft.ConfigError, "no plain product", graft.reduce_intruder_dimension, model)
 
 
 def test_the_new_adapter_has_the_dtype_of_the_old():

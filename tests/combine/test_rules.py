@@ -13,6 +13,7 @@ import graft
 from graft.combine import rules
 from tests import models
 from tests.pair import close
+from tests.raised import refuses
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 numbers = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=30)  # few different ones: many draws
@@ -115,15 +116,12 @@ def test_equal_to_peft(name, method, density):
 @pytest.mark.parametrize("rule", [rules.magnitude_prune, rules.dare_linear, rules.ties, rules.dare_ties])
 def test_a_negative_density_is_refused(rule):
     for odd in (float("nan"), "x"):
-        with pytest.raises(graft.ConfigError, match=r"Density should be >= 0"):
-            rule([torch.ones(2)], [1.0], odd)
-    with pytest.raises(graft.ConfigError, match=r"Density should be >= 0, got -0\.5"):
-        rule([torch.ones(2)], [1.0], -0.5)
+        refuses(graft.ConfigError, r"Density should be >= 0", rule, [torch.ones(2)], [1.0], odd)
+    refuses(graft.ConfigError, r"Density should be >= 0, got -0\.5", rule, [torch.ones(2)], [1.0], -0.5)
 
 
 def test_an_unknown_vote_is_refused():
-    with pytest.raises(graft.ConfigError, match='Unimplemented mask method "mean"'):
-        rules.ties([torch.ones(2)], [1.0], 0.5, "mean")
+    refuses(graft.ConfigError, 'Unimplemented mask method "mean"', rules.ties, [torch.ones(2)], [1.0], 0.5, "mean")
 
 
 # low-rank products

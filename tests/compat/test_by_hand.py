@@ -19,6 +19,7 @@ from graft.compat.peft import clients, shims
 from graft.compat.peft.layers import layer_class
 from tests import fresh, models
 from tests.pair import LIBS, adapt, randomize
+from tests.raised import refuses
 from tests.samples import first
 
 PAIRS = pytest.mark.parametrize("name", ["Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding"])
@@ -114,12 +115,9 @@ def test_what_cannot_be_made_by_hand():
     linear, config = nn.Linear(3, 2), graft.LoraConfig()
     Linear, Conv = layer_class("LORA", "Linear"), layer_class("LORA", "Conv2d")
     for cls, options in (Conv, {"config": config}), (Linear, {}), (Linear, {"config": graft.IA3Config()}):
-        with pytest.raises(TypeError):
-            cls(linear, "a", **options)
-    with pytest.raises(TypeError, match="only for isinstance"):
-        type("Own", (Linear,), {})(linear, "a", config=config)
-    with pytest.raises(graft.ConfigError):
-        Linear(linear, "a", config=config, r=-1)
+        refuses(TypeError, None, cls, linear, "a", **options)
+    refuses(TypeError, "only for isinstance", type("Own", (Linear,), {}), linear, "a", config=config)
+    refuses(graft.ConfigError, None, Linear, linear, "a", config=config, r=-1)
     assert type(linear) is nn.Linear and linear.weight.requires_grad and list(linear.state_dict()) == ["weight", "bias"]
 
 
@@ -191,16 +189,13 @@ def test_reset_lora_parameters_with_bad_input():
     for layer in layers:
         before = {k: v.clone() for k, v in layer.state_dict().items()}
         for how in ("pissa", "nothing"):
-            with pytest.raises(ValueError, match="Unknown initialization"):
-                layer.reset_lora_parameters("a", how)
+            refuses(ValueError, "Unknown initialization", layer.reset_lora_parameters, "a", how)
         assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
-    with pytest.raises(graft.AdapterNotFoundError):  # PEFT does nothing
-        layers[0].reset_lora_parameters("b", True)
+    refuses(graft.AdapterNotFoundError, None, layers[0].reset_lora_parameters, "b", True)  # PEFT does nothing
     vera = graft.get_peft_model(
         nn.Sequential(nn.Linear(6, 4)), graft.IA3Config(target_modules=["0"], feedforward_modules=[])
     )
-    with pytest.raises(graft.ConfigError, match="IA3"):
-        vera.base_model.model[0].reset_lora_parameters("default", True)
+    refuses(graft.ConfigError, "IA3", vera.base_model.model[0].reset_lora_parameters, "default", True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -251,8 +246,7 @@ def test_the_configs_that_a_base_shows_are_no_adapters_of_its_own():
     config = graft.LoraConfig(target_modules=["0"])
     model = graft.get_peft_model(base, config)
     for make in (graft.get_peft_model, graft.PeftModel, lambda b, c: graft.LoraModel(b, c, "other")):
-        with pytest.raises(graft.AlreadyInjectedError):
-            make(base, config)
+        refuses(graft.AlreadyInjectedError, None, make, base, config)
     assert list(base.peft_config) == ["default"] and list(pickle.loads(pickle.dumps(base.peft_config))) == ["default"]
     assert type(model.unload()) is nn.Sequential
     injected = graft.inject_adapter_in_model(config, base, "x")

@@ -23,6 +23,7 @@ from graft.model.functional import disable_input_dtype_casting
 from tests import models
 from tests.leaves_out import FSDP2_ON_CPUS
 from tests.pair import LIBS, adapt, both, close, close_dicts, output, randomize
+from tests.raised import refuses
 from tests.samples import each, first, mergeable
 
 # FSDP2: parameters of which each process holds a part
@@ -195,8 +196,7 @@ def test_layerwise_casting(sample, everything):
             with disable(model) if everything else nullcontext():
                 outputs.append(output(model, sample))
             if everything:
-                with pytest.raises(RuntimeError, match="same dtype"):
-                    output(model, sample)
+                refuses(RuntimeError, "same dtype", output, model, sample)
     assert outputs[0].dtype == torch.float32
     close(*outputs)
 
@@ -275,12 +275,9 @@ def test_injecting_through_the_tuner():
         assert set(tuner.target_module_mapping) >= {"llama", "t5"}
     close(*outputs)
     tuner = adapt(LIBS[0], sample).base_model
-    with pytest.raises(LIBS[0].AdapterNameError, match="'default' already exists"):
-        tuner.inject_adapter(tuner.model, "default")
-    with pytest.raises(LIBS[0].AdapterNotFoundError):
-        tuner.inject_adapter(tuner.model, "unknown")
-    with pytest.raises(ValueError, match="own model"):
-        tuner.inject_adapter(models.make("mlp"), "default")
+    refuses(LIBS[0].AdapterNameError, "'default' already exists", tuner.inject_adapter, tuner.model, "default")
+    refuses(LIBS[0].AdapterNotFoundError, None, tuner.inject_adapter, tuner.model, "unknown")
+    refuses(ValueError, "own model", tuner.inject_adapter, models.make("mlp"), "default")
 
 
 def test_small_functions():

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 import graft
 from tests.compat.test_steps import GRAFT, LINEAR, PEFT, STACKS, Library, X, base
 from tests.models import nudged
+from tests.raised import refuses
 
 BOTH = pytest.mark.parametrize("lib", [PEFT, GRAFT], ids=["peft", "graft"])
 ORIGINAL = graft.PeftModel.load_adapter
@@ -138,8 +139,7 @@ def test_one_that_raises_leaves_the_base_as_it_was(config, after, tmp_path, monk
 
     with monkeypatch.context() as within:
         within.setattr(graft.PeftModel, "load_adapter", load_adapter)
-        with pytest.raises(LookupError, match="mine"):
-            graft.PeftModel.from_pretrained(model, tmp_path)
+        refuses(LookupError, "mine", graft.PeftModel.from_pretrained, model, tmp_path)
     now = dict(model.named_parameters())
     assert now.keys() == before.keys() and not hasattr(model, "peft_config")
     for name, (p, value, trains) in before.items():
@@ -256,8 +256,7 @@ def test_one_that_raises_for_a_prompt(tmp_path, monkeypatch):
     before, trains = model(ids).logits, [p.requires_grad for p in model.parameters()]
     with monkeypatch.context() as within:
         within.setattr(graft.PeftModel, "load_adapter", lambda *args, **kwargs: json.loads("not JSON"))
-        with pytest.raises(ValueError, match="Expecting value"):
-            graft.PeftModel.from_pretrained(model, tmp_path)
+        refuses(ValueError, "Expecting value", graft.PeftModel.from_pretrained, model, tmp_path)
     assert torch.equal(model(ids).logits, before) and [p.requires_grad for p in model.parameters()] == trains
     assert type(model.lm_head) is nn.Linear
     assert graft.PeftModel.from_pretrained(model, tmp_path)(ids).logits.shape[1] >= 5

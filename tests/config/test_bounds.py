@@ -13,6 +13,7 @@ from graft.config.base import is_typed, type_hints
 from graft.config.bounds import bounds_of, one_of
 from graft.config.fields import POSITIVE, Targeted
 from graft.methods import ROWS
+from tests.raised import refuses
 
 NEEDED = {"AdaLoraConfig": dict(total_step=100), "CPTConfig": dict(task_type="CAUSAL_LM")}
 CONFIGS = [getattr(graft, row.config) for row in ROWS.values()]
@@ -48,8 +49,7 @@ class NarrowConfig(BoundedConfig):
 
 @pytest.mark.parametrize("cls", [BoundedConfig, NarrowConfig])
 def test_a_subclass_with_another_default_keeps_the_bound(cls):
-    with pytest.raises(graft.ConfigError, match=r"^`width` must be positive, got 0\.$"):
-        cls(width=0)
+    refuses(graft.ConfigError, r"^`width` must be positive, got 0\.$", cls, width=0)
 
 
 def test_overrides_by_layer_have_the_bound_of_their_field():
@@ -60,12 +60,9 @@ def test_overrides_by_layer_have_the_bound_of_their_field():
 def test_none_and_known_names_are_allowed():
     assert BoundedConfig().side is None
     assert BoundedConfig(side="left").side == "left"
-    with pytest.raises(graft.ConfigError, match=r"^`side` must be one of 'left', 'right', got 'up'\.$"):
-        BoundedConfig(side="up")
+    refuses(graft.ConfigError, r"^`side` must be one of 'left', 'right', got 'up'\.$", BoundedConfig, side="up")
 
 
 def test_errors_of_types_name_the_type_without_its_bound():
-    with pytest.raises(graft.ConfigTypeError, match=r"BoundedConfig\.width must be int, got 'x' of type str"):
-        BoundedConfig(width="x")
-    with pytest.raises(graft.ConfigTypeError, match=r"BoundedConfig\.side must be str \| None, got 3 of type int"):
-        BoundedConfig(side=3)
+    refuses(graft.ConfigTypeError, r"BoundedConfig\.width must be int, got 'x' of type str", BoundedConfig, width="x")
+    refuses(graft.ConfigTypeError, r"BoundedConfig\.side must be str \| None, got 3 of type int", BoundedConfig, side=3)

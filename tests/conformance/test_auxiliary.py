@@ -22,6 +22,7 @@ from graft.methods.ln_tuning import LNTuning
 from tests import models
 from tests.looks import get_registry, layers
 from tests.models import adapted, seeded
+from tests.raised import refuses
 from tests.threads import at_once
 
 WIDTH, TOKENS = 4, 3
@@ -161,8 +162,7 @@ def test_where_the_output_has_none_the_tuner_gives_it(model):
     assert_close(model.base_model.auxiliary_loss(), by_hand(model, "a", x))
     assert_close(model.auxiliary_loss("a"), by_hand(model, "a", x))
     assert model.auxiliary_loss(["b"]) == 0.0
-    with pytest.raises(AdapterNotFoundError, match="Adapter c not found"):
-        model.auxiliary_loss("c")
+    refuses(AdapterNotFoundError, "Adapter c not found", model.auxiliary_loss, "c")
     model.auxiliary_loss().backward()
     assert {n.split(".")[-1] for n in gradients(model)} == {"a"}
     model.eval()(x)
@@ -354,8 +354,7 @@ def test_threads_have_losses_of_their_own(model):
 def test_a_run_that_fails_leaves_nothing(model):
     x = inputs()
     model(x)
-    with pytest.raises(RuntimeError):
-        model(x[..., :2])
+    refuses(RuntimeError, None, model, x[..., :2])
     assert get_registry(model).call.thread_state.noted is None
     assert model.auxiliary_loss() == 0.0
     model(x)

@@ -18,6 +18,7 @@ from tests.covering import law
 from tests.looks import get_registry, layers, merged
 from tests.methods import test_xlora as xlora
 from tests.models import disturb, seeded
+from tests.raised import refuses
 
 folder = xlora.folder  # of experts
 
@@ -62,8 +63,7 @@ def test_beside_an_adapter_that_is_merged(cell):
     both = model(x)
     close(both, plain + alone - cell.base()(x))
     error, reason = cell.unmergeable
-    with pytest.raises(error, match=reason):
-        model.base_model.merge_adapter(["default"])
+    refuses(error, reason, model.base_model.merge_adapter, ["default"])
     assert merged(model) == []
     with pytest.warns(UserWarning, match=r"\['default'\] are not merged: .*have no effect until unmerge_adapter"):
         model.base_model.merge_adapter(["plain"])
@@ -171,8 +171,7 @@ def test_a_routers_rows_and_experts_that_are_merged(layer):
     model.base_model.set_adapter(["router", "y"])
     both = model(x)
     close(both, alone["router"] + alone["y"] - alone["__base__"])
-    with pytest.raises(RuntimeError, match="Cannot merge an active Arrow router adapter"):
-        model.merge_adapter(["router"])
+    refuses(RuntimeError, "Cannot merge an active Arrow router adapter", model.merge_adapter, ["router"])
     assert merged(model) == []
     with pytest.warns(UserWarning, match=r"\['router'\] are not merged: .*have no effect until unmerge_adapter"):
         model.merge_adapter(["y"])

@@ -28,6 +28,7 @@ from tests.conformance.samples import (
 from tests.covering import EVERYTHING, Case, Sometimes, law
 from tests.looks import layers, merged
 from tests.models import disturb, seeded, trainable
+from tests.raised import refuses
 
 NAMES = ["other", "__base__", "default", "other", "default"]  # a mixed batch
 
@@ -200,8 +201,7 @@ def test_a_safe_merge_refuses_values_that_are_not_finite(cell):
     before = weights(model)
     with torch.no_grad():
         trainable(layers(model)["layer"], "default")[0].view(-1)[-1] = torch.nan
-    with pytest.raises(ValueError, match=r"NaNs detected.*default"):
-        model.merge_adapter(safe_merge=True)
+    refuses(ValueError, r"NaNs detected.*default", model.merge_adapter, safe_merge=True)
     unchanged(model, before)
     assert merged(model) == []
     with model.disable_adapter():
@@ -230,8 +230,7 @@ def test_merging_and_unloading_leaves_a_plain_model(cell):
 def test_two_active_adapters_fold_into_one_weight(cell):
     x, model = cell.inputs(), cell.trained(ADAPTERS)
     if not cell.sample.together:
-        with pytest.raises(ValueError, match="activate one"):
-            model.base_model.set_adapter(list(ADAPTERS))
+        refuses(ValueError, "activate one", model.base_model.set_adapter, list(ADAPTERS))
         return
     model.base_model.set_adapter(list(ADAPTERS))
     both = model(x)
@@ -257,8 +256,7 @@ def test_what_cannot_be_merged_says_why(cell):
     x, model = cell.inputs(), cell.trained()
     before, expected = weights(model), model(x)
     error, reason = cell.unmergeable
-    with pytest.raises(error, match=reason):
-        model.merge_adapter()
+    refuses(error, reason, model.merge_adapter)
     unchanged(model, before)
     assert merged(model) == []
     assert torch.equal(model(x), expected)
@@ -500,8 +498,7 @@ def test_injection_on_the_meta_device_gives_the_same_names_and_shapes(cell):
     with torch.device("meta"):
         base = cell.base()
     if cell.sample.reads:
-        with pytest.raises(graft.UnsupportedLayerError, match=r"'layer'.*meta device"):
-            cell.fresh(base=base)
+        refuses(graft.UnsupportedLayerError, r"'layer'.*meta device", cell.fresh, base=base)
     elif not cell.sample.prepare:  # which runs the model
         assert shapes(cell.fresh(base=base)) == shapes(expected)
     light = cell.fresh(low_cpu_mem_usage=True)

@@ -12,6 +12,7 @@ from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, STORES, UNMERGEA
 from tests.covering import Sometimes, law
 from tests.looks import layers
 from tests.models import disturb, seeded
+from tests.raised import refuses
 
 FACTOR = 1.37  # no power of two, of which products are exact
 
@@ -200,8 +201,6 @@ def test_half_an_override_is_refused():
     IA3, HRA, LoHa = (graft.method_of(name) for name in ("IA3", "HRA", "LOHA"))
     with pytest.raises(TypeError, match="Half overrides fold and inherits pre, post, which says the same"):
         type("Half", (IA3,), {"fold": lambda self, W, b: (W, b)})
-    with pytest.raises(TypeError, match="overrides pre and inherits fold"):
-        type("Half", (HRA,), {"pre": lambda self, x: x})
-    with pytest.raises(TypeError, match="overrides delta and inherits factors"):
-        type("Half", (LoHa,), {"delta": lambda self: 0})
+    refuses(TypeError, "overrides pre and inherits fold", type, "Half", (HRA,), {"pre": lambda self, x: x})
+    refuses(TypeError, "overrides delta and inherits factors", type, "Half", (LoHa,), {"delta": lambda self: 0})
     type("Whole", (HRA,), {"pre": lambda self, x: x, "fold": lambda self, W, b: (W, b)})

@@ -20,6 +20,7 @@ from graft.core.rows import BASE, NOTHING, CallContext, Rows
 from tests import models
 from tests.looks import get_registry, layers
 from tests.models import disturb, seeded
+from tests.raised import refuses
 from tests.threads import at_once
 
 FIRST, SECOND = ["default", "b", BASE, "b"], ["b", "b", "default", BASE]
@@ -67,8 +68,7 @@ def test_ids_that_all_samples_share_are_repeated():
 @pytest.mark.parametrize("size", [1, 2, 6])
 def test_other_numbers_of_rows_cannot_be_routed(size):
     text = rf"'down' received {size} rows in a mixed batch of 3.*exclude_modules"
-    with pytest.raises(graft.RoutingError, match=text):
-        Rows.from_names(["a", "b", "a"]).expand_to_batch(torch.randn(size, 4), "down")
+    refuses(graft.RoutingError, text, Rows.from_names(["a", "b", "a"]).expand_to_batch, torch.randn(size, 4), "down")
 
 
 def test_using_puts_back_what_was_there_also_after_an_error():
@@ -99,8 +99,7 @@ def test_a_layer_that_sees_no_rows_of_the_batch_is_named():
 
     model = adapter_pair(Pooled(), "LORA", ["flat"], r=2)
     x = torch.randn(4, 5, 3)
-    with pytest.raises(graft.RoutingError, match="'flat' received 20 rows"):
-        model(x, adapter_names=FIRST)
+    refuses(graft.RoutingError, "'flat' received 20 rows", model, x, adapter_names=FIRST)
     assert not get_registry(model).call.open
     model(x)
 
@@ -148,14 +147,11 @@ def alone(model, x, names):
 def test_names_are_checked_before_anything_runs():
     model = adapter_pair(nn.Sequential(nn.Linear(3, 3)), "LORA", ["0"], r=2)
     x = torch.randn(2, 3)
-    with pytest.raises(graft.RoutingError, match=r"non-existing adapter.*: x, y"):
-        model(x, adapter_names=["y", "x"])
+    refuses(graft.RoutingError, r"non-existing adapter.*: x, y", model, x, adapter_names=["y", "x"])
     for names in (["b"], ["b"] * 3, []):
-        with pytest.raises(graft.RoutingError, match=f"same as the number of inputs.*{len(names)} and 2"):
-            model(x, adapter_names=names)
+        refuses(graft.RoutingError, f"same as the number of inputs.*{len(names)} and 2", model, x, adapter_names=names)
     model.merge_adapter()
-    with pytest.raises(graft.RoutingError, match=r"merged adapters.*unmerge_adapter.*default"):
-        model(x, adapter_names=["b", "b"])
+    refuses(graft.RoutingError, r"merged adapters.*unmerge_adapter.*default", model, x, adapter_names=["b", "b"])
     model.unmerge_adapter()
     assert not get_registry(model).call.open
     model(x, adapter_names=["b", BASE])
@@ -165,15 +161,13 @@ def test_an_error_inside_the_model_leaves_no_rows_behind():
     model = adapter_pair(nn.Sequential(nn.Linear(3, 3)), "LORA", ["0"], r=2)
     x = torch.randn(2, 3)
     expected = model(x)
-    with pytest.raises(RuntimeError):
-        model(torch.randn(2, 7), adapter_names=["b", "b"])
+    refuses(RuntimeError, None, model, torch.randn(2, 7), adapter_names=["b", "b"])
     assert torch.equal(model(x), expected)
 
 
 def test_no_adapter_can_be_named_as_the_base_is():
     model = adapter_pair(nn.Sequential(nn.Linear(3, 3)), "LORA", ["0"], r=2)
-    with pytest.raises(graft.AdapterNameError, match=BASE):
-        model.add_adapter(BASE, graft.LoraConfig(target_modules=["0"]))
+    refuses(graft.AdapterNameError, BASE, model.add_adapter, BASE, graft.LoraConfig(target_modules=["0"]))
 
 
 # gradients, with and without recomputing
@@ -272,8 +266,7 @@ def test_a_mixed_and_a_plain_forward_and_one_backward_are_refused(plain, reentra
     model = llama(checkpointing=reentrant)
     numbers = {False: 1, True: 3}
     total = sum(loss(model, names, numbers[names is None]) for names in order)
-    with pytest.raises(graft.RoutingError, match="forward passes with different rows"):
-        total.backward()
+    refuses(graft.RoutingError, "forward passes with different rows", total.backward)
     model.zero_grad()
     equal(backward(model, FIRST, 1), plain[0])
 
@@ -287,8 +280,7 @@ def test_a_backward_pass_that_fails_leaves_no_rows_behind(plain, reentrant):
     expected = loss(model, None, 3)
     p = layers(model)["model.layers.0.self_attn.q_proj"].lora_A["default"].weight
     hook = p.register_post_accumulate_grad_hook(fail)  # torch 2.6 runs no others where a checkpoint saves a Parameter
-    with pytest.raises(KeyError):
-        loss(model, FIRST, 1).backward()
+    refuses(KeyError, None, loss(model, FIRST, 1).backward)
     hook.remove()
     model.zero_grad()
     assert torch.equal(loss(model, None, 3), expected)

@@ -15,6 +15,7 @@ from graft.core.rows import BASE, NO_FACTS, CallContext, Rows
 from graft.methods.tasks import TASKS
 from tests.looks import get_registry, layers
 from tests.models import seeded
+from tests.raised import refuses
 from tests.threads import at_once
 
 X = torch.linspace(-1, 1, 24).view(4, 6)
@@ -100,11 +101,9 @@ def test_each_thread_has_its_own():
 def test_a_layer_past_the_models_own_forward_knows_nothing():
     model = poly()
     model(X, task_ids=FACT)
-    with pytest.raises(graft.RoutingError, match="task_ids should not be None"):
-        model.get_base_model()(X)
+    refuses(graft.RoutingError, "task_ids should not be None", model.get_base_model(), X)
     for p in model.parameters():
         p.requires_grad = False  # so that nothing in the output tells of a backward pass
     model(X, task_ids=FACT)
-    with pytest.raises(graft.RoutingError, match="task_ids should not be None"):
-        model.get_base_model()(X)
+    refuses(graft.RoutingError, "task_ids should not be None", model.get_base_model(), X)
     assert get_registry(copy.deepcopy(model)).call.fact(TASKS) is None

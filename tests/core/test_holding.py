@@ -15,6 +15,7 @@ from graft.core.call import Call
 from graft.core.containers import Attached, CheckpointOnly, Transient
 from graft.core.layer import make_adapter_layer
 from graft.inject.survey import get_site, survey_model
+from tests.raised import refuses
 
 
 def made(build, name="a", layer=None, prefix="thing_"):
@@ -53,11 +54,9 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_a_layer_refuses_what_it_cannot_hold(what):
     build, words = WRONG[what]
-    with pytest.raises(TypeError, match=rf"Thing .*adapter 'a' on layer '0'.*{words}"):
-        made(build)
+    refuses(TypeError, rf"Thing .*adapter 'a' on layer '0'.*{words}", made, build)
     layer = made(lambda: {"thing_A": parameter()}, "b")
-    with pytest.raises(TypeError, match=words):
-        made(build, "a", layer)
+    refuses(TypeError, words, made, build, "a", layer)
     assert layer.adapters == ["b"] and "a" not in layer.state.slots
     assert not any("a" in layer._modules[key] for key in layer.holders)
 
@@ -67,8 +66,7 @@ def test_a_fact_and_a_tensor_cannot_share_a_name(first):
     one, other = (first, torch.zeros(2)) if first else (torch.zeros(2), 3)
     layer = made(lambda: {"thing_A": parameter(), "thing_size": one}, "a")
     words = r"'thing_size' of Thing adapter 'b' on layer '0'.*\('a'\).*under another"
-    with pytest.raises(TypeError, match=words):
-        made(lambda: {"thing_A": parameter(), "thing_size": other}, "b", layer)
+    refuses(TypeError, words, made, lambda: {"thing_A": parameter(), "thing_size": other}, "b", layer)
     assert layer.adapters == ["a"]
 
 
@@ -122,8 +120,7 @@ def test_facts_that_nothing_computes_with_cannot_be_set():
             lambda f: f.setdefault("x", 1),
             lambda f: f.clear(),
         ):
-            with pytest.raises(AttributeError, match=rf"layer\.{name}\[…\] cannot be set.*layer\.scaling"):
-                change(facts)
+            refuses(AttributeError, rf"layer\.{name}\[…\] cannot be set.*layer\.scaling", change, facts)
         assert facts == before
         for same in (copy.deepcopy(facts), copy.copy(facts), pickle.loads(pickle.dumps(facts))):
             assert same == before
@@ -155,8 +152,7 @@ def test_lists_of_adapters_that_a_layer_shows_cannot_be_changed():
         shown = getattr(layer, name)
         assert shown == ["default"] and isinstance(shown, list)
         for change in (lambda s: s.append("x"), lambda s: s.remove("default"), lambda s: s.clear()):
-            with pytest.raises(AttributeError, match=rf"{name} cannot be changed: .*(merge|set_adapter)\(\)"):
-                change(shown)
+            refuses(AttributeError, rf"{name} cannot be changed: .*(merge|set_adapter)\(\)", change, shown)
         assert type(copy.deepcopy(shown)) is list and pickle.loads(pickle.dumps(shown)) == ["default"]
     layer.active_adapters.append("x")  # a copy: other packages hand it on, and pickle it
     assert type(layer.active_adapters) is list and layer.active_adapters == layer.active_adapter == ["default"]

@@ -14,6 +14,7 @@ from graft.model import functional
 from tests.conformance.samples import SAMPLES
 from tests.looks import layers, merged
 from tests.models import adapted, disturb, seeded
+from tests.raised import refuses
 from tests.samples import BY_THEMSELVES
 
 X = torch.linspace(-1, 1, 30).view(5, 6)
@@ -86,8 +87,7 @@ def test_a_layer_without_the_active_adapter_is_the_base():
 def test_an_unknown_adapter_is_refused_and_nothing_changes():
     model = net_with("a")
     for call in (model.set_adapter, model.delete_adapter, model.set_requires_grad):
-        with pytest.raises(graft.AdapterNotFoundError, match=r"zz.*Loaded adapters: a"):
-            call("zz")
+        refuses(graft.AdapterNotFoundError, r"zz.*Loaded adapters: a", call, "zz")
     assert model.active_adapters == ["a"]
 
 
@@ -147,10 +147,8 @@ def test_scaling_by_no_number():
     start = layer.scaling["a"]
     for bad in (float("nan"), float("inf"), -float("inf")):
         for call in (lambda v: layer.set_scale("a", v), layer.scale_layer, layer.unscale_layer):
-            with pytest.raises(ConfigError, match="'one' cannot scale an adapter by"):
-                call(bad)
-    with pytest.raises(ConfigError, match="by 0"):
-        layer.unscale_layer(0)
+            refuses(ConfigError, "'one' cannot scale an adapter by", call, bad)
+    refuses(ConfigError, "by 0", layer.unscale_layer, 0)
     assert layer.scaling == {"a": start}
 
 
@@ -214,10 +212,8 @@ def test_merging_twice_says_so_and_does_nothing():
 
 def test_merging_takes_a_list_of_known_names():
     model = net_with("a")
-    with pytest.raises(TypeError, match=r"list of strings.*\['a'\]"):
-        model.merge_adapter("a")
-    with pytest.raises(graft.AdapterNotFoundError, match="zz"):
-        model.merge_adapter(["a", "zz"])
+    refuses(TypeError, r"list of strings.*\['a'\]", model.merge_adapter, "a")
+    refuses(graft.AdapterNotFoundError, "zz", model.merge_adapter, ["a", "zz"])
     assert merged(model) == []
 
 
@@ -266,8 +262,7 @@ def test_switching_or_disabling_while_merged_unmerges_at_once():
 def test_a_merged_adapter_cannot_be_deleted():
     model = net_with("a", "b")
     model.merge_adapter()
-    with pytest.raises(ValueError, match=r"Cannot delete adapter.*'a'.*merged"):
-        model.delete_adapter("a")
+    refuses(ValueError, r"Cannot delete adapter.*'a'.*merged", model.delete_adapter, "a")
     assert "a" in model.peft_config
     model.delete_adapter("b")
     model.unmerge_adapter()
@@ -286,8 +281,7 @@ def test_a_merge_that_fails_half_way_leaves_nothing_merged(method):
     model = net_with("a", method=method)
     spoil(model, "a")  # the second of two layers
     before = weights(model)
-    with pytest.raises(ValueError, match=r"NaNs detected.*'two'"):
-        model.merge_adapter(safe_merge=True)
+    refuses(ValueError, r"NaNs detected.*'two'", model.merge_adapter, safe_merge=True)
     assert merged(model) == []
     now = weights(model)
     for name, t in before.items():
@@ -300,8 +294,7 @@ def test_a_second_merge_that_fails_leaves_the_first(method):
     spoil(model, "b")
     model.merge_adapter(["a"])
     expected = model(X)
-    with pytest.raises(ValueError, match="NaNs detected"):
-        model.merge_adapter(["b"], safe_merge=True)
+    refuses(ValueError, "NaNs detected", model.merge_adapter, ["b"], safe_merge=True)
     assert merged(model) == ["a"]
     assert all(layer.merged_adapters == ["a"] for layer in layers(model).values())
     assert_close(model(X), expected, rtol=1e-6, atol=1e-6)
@@ -318,8 +311,7 @@ def test_a_failed_merge_and_unload_leaves_the_model():
 
     model = net_with("a", base=Grouped())
     expected = model(X)
-    with pytest.raises(NotImplementedError, match=r"'two': Merging is not supported .* groups > 1"):
-        model.merge_and_unload()
+    refuses(NotImplementedError, r"'two': Merging is not supported .* groups > 1", model.merge_and_unload)
     assert_close(model(X), expected)
     assert merged(model) == []
 
@@ -361,10 +353,8 @@ def test_a_replacement_is_swapped_in_and_out():
 
 def test_two_replacements_cannot_stand_in_for_one_layer():
     model = normed()
-    with pytest.raises(ValueError, match="activate one"):
-        model.base_model.set_adapter(["a", "b"])
-    with pytest.raises(ValueError, match=r"merge one|activate one"):
-        model.merge_adapter(["a", "b"])
+    refuses(ValueError, "activate one", model.base_model.set_adapter, ["a", "b"])
+    refuses(ValueError, r"merge one|activate one", model.merge_adapter, ["a", "b"])
     assert model.active_adapters == ["a"] and merged(model) == []
 
 
@@ -456,8 +446,7 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it_or_is_refused(method):
     expected = base(x)
     cfg = config(method, ["0"], **({"feedforward_modules": []} if method == "IA3" else {}))
     if method in FOLDING:
-        with pytest.raises(graft.UnsupportedLayerError, match="Standardized"):
-            graft.get_peft_model(base, cfg)
+        refuses(graft.UnsupportedLayerError, "Standardized", graft.get_peft_model, base, cfg)
     else:
         assert_close(graft.get_peft_model(base, cfg)(x), expected, rtol=1e-5, atol=1e-5)
 
@@ -510,8 +499,7 @@ def test_the_delta_weight_is_what_merging_adds(sample):
         before, delta = layer.weight.clone(), layer.get_delta_weight("default")
         model.merge_adapter()
         assert_close(layer.weight - before, delta, rtol=1e-4, atol=1e-5)
-    with pytest.raises(graft.AdapterNotFoundError, match="zz"):
-        layer.get_delta_weight("zz")
+    refuses(graft.AdapterNotFoundError, "zz", layer.get_delta_weight, "zz")
 
 
 @pytest.mark.differs(

@@ -22,6 +22,7 @@ from tests.core.test_layer import Net, X, config, net_with, same, weights
 from tests.leaves_out import FSDP2_ON_CPUS
 from tests.looks import layers, merged
 from tests.models import disturb, seeded
+from tests.raised import refuses
 
 
 def said(record):
@@ -113,10 +114,8 @@ def test_what_is_disabled_cannot_be_merged(method):
     base = weights(model)
     with model.disable_adapter():
         y = model(X)
-        with pytest.raises(ValueError, match=r"\['x'\] into layer 'one' while adapters are disabled.*Enable"):
-            model.merge_adapter()
-        with pytest.raises(ValueError, match="while adapters are disabled"):
-            model.base_model.model.one.merge()
+        refuses(ValueError, r"\['x'\] into layer 'one' while adapters are disabled.*Enable", model.merge_adapter)
+        refuses(ValueError, "while adapters are disabled", model.base_model.model.one.merge)
         assert torch.equal(model(X), y) and same(weights(model), base)
     model.merge_adapter()
     assert merged(model) == ["x"]
@@ -263,8 +262,7 @@ def test_a_weight_that_cannot_be_written_notes_no_merge():
     layer = layers(model)["two"]
     layer.base_layer.weight = nn.Parameter(layer.base_layer.weight[:, :1].expand(-1, 8))  # one number in many places
     before, y = weights(model), model(X)
-    with pytest.raises(RuntimeError, match="single memory location"):
-        model.merge_adapter()
+    refuses(RuntimeError, "single memory location", model.merge_adapter)
     assert not merged(model) and not any(layer.state.undo for layer in layers(model).values())
     assert torch.equal(layer.W0, layer.base_layer.weight)
     assert_close(model(X), y)
@@ -307,8 +305,7 @@ def test_a_computed_bias_refuses_what_would_shift_it():
         parametrizations.weight_norm(base.one, "bias", dim=None)
         model = net_with("x", base=base, lora_bias=bias)
         if bias:
-            with pytest.raises(NotImplementedError, match="layer 'one': its bias is computed"):
-                model.merge_adapter()
+            refuses(NotImplementedError, "layer 'one': its bias is computed", model.merge_adapter)
         else:
             y = model(X)
             model.merge_adapter()
@@ -326,8 +323,7 @@ def test_an_initialisation_that_changes_the_base_refuses_a_computed_weight():
 
 def test_a_weight_that_is_nowhere_refuses_merging():
     model = graft.get_peft_model(Net().to("meta"), config(), "x")
-    with pytest.raises(NotImplementedError, match="layer 'one': its weight is on the meta device"):
-        model.merge_adapter()
+    refuses(NotImplementedError, "layer 'one': its weight is on the meta device", model.merge_adapter)
 
 
 # shards
@@ -459,8 +455,7 @@ def test_an_embedding_with_a_largest_norm_does_not_take_up_what_acts_behind_it(m
     model, ids = shrunk(make()), torch.arange(8)
     y = model(ids)
     for merge in (model.merge_adapter, model.merge_and_unload, partial(model.merge_and_unload, dequantize=True)):
-        with pytest.raises(NotImplementedError, match=r"'0': .*max_norm=0\.5.*Keep them unmerged, or unload"):
-            merge()
+        refuses(NotImplementedError, r"'0': .*max_norm=0\.5.*Keep them unmerged, or unload", merge)
     assert torch.equal(model(ids), y)
 
 
@@ -493,8 +488,7 @@ def test_an_adapter_that_makes_a_bias_is_refused_before_any_layer_is_written(by,
     model = graft.get_peft_model(base, graft.LoraConfig(target_modules=["0", "1", "2", "3"], r=2), "a").eval()
     before = {name: p.clone() for name, p in model.named_parameters()}
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(NotImplementedError, match=r"'a'.*layer '2': they shift the bias, and it has none"):
-            merge()
+        refuses(NotImplementedError, r"'a'.*layer '2': they shift the bias, and it has none", merge)
     assert not merged(model)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 

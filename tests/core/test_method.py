@@ -15,6 +15,7 @@ from graft.inject.survey import get_site, survey_model
 from graft.methods import METHODS, method_of
 from graft.methods.ln_tuning import LNTuning
 from tests.looks import layers
+from tests.raised import refuses
 
 
 def site(layer: nn.Module):
@@ -132,8 +133,7 @@ def test_the_parts_of_an_update_add_up(monkeypatch, delta, beside):
     model.set_adapter("default")
     y = model(x)
     if delta == "branch":
-        with pytest.raises(NotImplementedError, match="no merged form"):
-            model.merge_adapter()
+        refuses(NotImplementedError, "no merged form", model.merge_adapter)
         return
     model.merge_adapter()
     assert_close(model(x), y)
@@ -142,8 +142,7 @@ def test_the_parts_of_an_update_add_up(monkeypatch, delta, beside):
 
 
 def test_a_gain_has_nothing_beside_it():
-    with pytest.raises(TypeError, match="has no delta, branch or bias"):
-        Update(lambda: None, factors=lambda: None, gains=True)
+    refuses(TypeError, "has no delta, branch or bias", Update, lambda: None, factors=lambda: None, gains=True)
 
 
 def test_a_view_reads_the_tensors_of_its_adapter(tmp_path):
@@ -153,8 +152,7 @@ def test_a_view_reads_the_tensors_of_its_adapter(tmp_path):
     layer = layers(model)["0"]
     assert layer.methods["b"].lora_A is layer.lora_A["b"] and layer.methods["b"].scaling == 3.0
     for missing in ("__deepcopy__", "__getstate__x__", "layer_"):
-        with pytest.raises(AttributeError):
-            getattr(layer.methods["b"], missing)
+        refuses(AttributeError, None, getattr, layer.methods["b"], missing)
     bare = Method.__new__(method_of("LORA"))
     with pytest.raises(AttributeError):
         _ = bare.layer

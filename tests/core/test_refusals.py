@@ -10,6 +10,7 @@ import graft
 from graft.core.effect import Rewrite
 from graft.inject.inject import Injection
 from graft.methods.hra import HRA, HRAConfig
+from tests.raised import refuses
 
 
 def base(bias=True):
@@ -34,8 +35,7 @@ def lora(**options):
 def test_state_that_peft_keeps_in_private_attributes(name, value, remedy):
     layer = graft.get_peft_model(base(), lora()).base_model.model[0]
     before = getattr(layer, name)
-    with pytest.raises(AttributeError, match=remedy):
-        setattr(layer, name, value)
+    refuses(AttributeError, remedy, setattr, layer, name, value)
     assert getattr(layer, name) == before
 
 
@@ -81,14 +81,12 @@ def injected(method, bias=True):
 def test_a_fold_that_returns_a_bias_where_there_is_none():
     layer = injected(Shifting, bias=False)[0]
     before = layer.get_base_weight().clone()
-    with pytest.raises(NotImplementedError, match=r"\['a'\] into layer '0'.*bias"):
-        layer.merge(adapter_names=["a"])
+    refuses(NotImplementedError, r"\['a'\] into layer '0'.*bias", layer.merge, adapter_names=["a"])
     assert not layer.merged and torch.equal(layer.get_base_weight(), before)
 
 
 def test_values_that_are_no_tensors():
-    with pytest.raises(TypeError, match=r"'hra_table' of adapter 'a' on layer '0'.*torch\.from_numpy"):
-        injected(OfNumpy)
+    refuses(TypeError, r"'hra_table' of adapter 'a' on layer '0'.*torch\.from_numpy", injected, OfNumpy)
 
 
 STARTS = {
@@ -102,6 +100,5 @@ STARTS = {
 def test_a_base_that_cannot_be_decomposed(config):
     model = base()
     model[1].weight.data[0, 0] = torch.nan
-    with pytest.raises(torch.linalg.LinAlgError, match=r"'default'.*layer '1'.*NaN"):
-        graft.get_peft_model(model, config())
+    refuses(torch.linalg.LinAlgError, r"'default'.*layer '1'.*NaN", graft.get_peft_model, model, config())
     assert type(model[1]) is nn.Linear

@@ -13,6 +13,7 @@ from tests.inject.test_parameters import SIZES, base
 from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import layers
 from tests.models import checkpoint, seeded
+from tests.raised import refuses
 from tests.storage.packed_experts import KINDS, both
 
 pytestmark = FUSED_EXPERTS
@@ -148,12 +149,10 @@ def test_what_graft_cannot_run_is_refused_and_nothing_is_left_behind():
     expected = model(IDS).logits
     inner = layers(model)["model.layers.0.mlp.experts.down_proj"].get_base_layer()
     inner.down_proj.requires_grad = True
-    with pytest.raises(RoutingError, match="need a frozen stack on this process"):
-        model(IDS, adapter_names=ROWS)
+    refuses(RoutingError, "need a frozen stack on this process", model, IDS, adapter_names=ROWS)
     inner.down_proj.requires_grad = False
     inner._is_expert_parallel = True
-    with pytest.raises(RoutingError, match="expert parallelism"):
-        model(IDS, adapter_names=ROWS)
+    refuses(RoutingError, "expert parallelism", model, IDS, adapter_names=ROWS)
     inner._is_expert_parallel = False
     assert "forward" not in inner.__dict__ and not any("graft" in key for key in inner.__dict__)
     assert torch.equal(model(IDS).logits, expected)

@@ -18,6 +18,7 @@ from graft.core.errors import ConfigError, RoutingError, UnsupportedLayerError
 from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import layers
 from tests.models import adapted, checkpoint, seeded
+from tests.raised import refuses
 from tests.threads import at_once
 
 SIZES = dict(
@@ -424,8 +425,7 @@ def test_a_refusal_changes_nothing(config, error, text):
     model = stack()
     before = {n: p.requires_grad for n, p in model.named_parameters()}
     values = dict(r=2, **LAYERS) | config
-    with pytest.raises((error, ValueError), match=text):
-        graft.get_peft_model(model, graft.LoraConfig(**values))
+    refuses((error, ValueError), text, graft.get_peft_model, model, graft.LoraConfig(**values))
     assert {n: p.requires_grad for n, p in model.named_parameters()} == before
     assert type(model["m"]) is Stack
 
@@ -443,8 +443,7 @@ def test_parametrized_parameters_and_those_of_the_model_itself_are_refused():
     with pytest.raises(ConfigError, match=r"top-level module is not supported \(parameter 'flat'\)"):
         graft.get_peft_model(Stack(), graft.LoraConfig(target_parameters=["flat"]))
     for lib in (graft, peft):
-        with pytest.raises(TypeError, match="must be a list of strings or None"):
-            lib.LoraConfig(target_parameters="flat")
+        refuses(TypeError, "must be a list of strings or None", lib.LoraConfig, target_parameters="flat")
 
 
 @pytest.mark.parametrize("lib", [graft, peft])
@@ -487,8 +486,7 @@ def test_exclusions_and_layers_apply_to_parameters():
 def test_rows_with_different_adapters_are_refused_where_the_module_does_not_say_whose_tokens_it_gets():
     model = on_stacks(graft, "llama4")
     expected = logits(model)
-    with pytest.raises(RoutingError, match="does not support mixed adapter batches"):
-        model(IDS, adapter_names=["default", "__base__"])
+    refuses(RoutingError, "does not support mixed adapter batches", model, IDS, adapter_names=["default", "__base__"])
     assert torch.equal(model(IDS, adapter_names=["default", "default"]).logits, expected)
 
 
@@ -684,8 +682,7 @@ class Scaled(nn.Module):
 @torch.no_grad()
 def test_types_of_modules_that_a_config_registers():
     config = graft.LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False)
-    with pytest.raises(UnsupportedLayerError):
-        graft.get_peft_model(nn.ModuleDict({"layer": Scaled()}), config)
+    refuses(UnsupportedLayerError, None, graft.get_peft_model, nn.ModuleDict({"layer": Scaled()}), config)
     with pytest.raises(TypeError, match="does not say how Scaled uses its weight"):
         config._register_custom_module({Scaled: peft.tuners.lora.Linear})
     config._register_custom_module({Scaled: nn.Linear})
@@ -708,8 +705,7 @@ def test_methods_that_do_not_adapt_stacks_of_experts():
     with pytest.raises(ConfigError, match="does not work with use_dora"):
         graft.get_peft_model(base, graft.LoraConfig(target_parameters=stacks, use_dora=True))
     said = r"down_proj \(MixtralExperts\) .*SDT trains A_log of a Mamba's mixer.*name other target_parameters"
-    with pytest.raises(UnsupportedLayerError, match=said):
-        graft.get_peft_model(base, graft.SdtConfig(target_parameters=stacks))
+    refuses(UnsupportedLayerError, said, graft.get_peft_model, base, graft.SdtConfig(target_parameters=stacks))
     assert before == {n: p.requires_grad for n, p in base.named_parameters()}
 
 
@@ -731,8 +727,7 @@ def test_peft_tells_that_it_does_not_know_stacks_of_other_methods(method, target
         assert torch.equal(logits(graft.PeftModel.from_pretrained(base("mixtral"), tmp_path)), logits(model))
     with pytest.warns(UserWarning, match="Unexpected keyword arguments .'target_parameters'"):
         if targets is None:
-            with pytest.raises(ValueError, match="No `target_modules` passed"):
-                peft.PeftModel.from_pretrained(base("mixtral"), tmp_path)
+            refuses(ValueError, "No `target_modules` passed", peft.PeftModel.from_pretrained, base("mixtral"), tmp_path)
         else:
             peft.PeftModel.from_pretrained(base("mixtral"), tmp_path)
     plain = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](r=2, target_modules=["q_proj"])

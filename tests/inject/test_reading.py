@@ -19,6 +19,7 @@ from graft.core.errors import RoutingError, UnsupportedLayerError
 from graft.inject.survey import SETS_UP, SourceUses, Use, find_inner_uses
 from tests.leaves_out import KERNELS_ON_CPUS
 from tests.models import adapted, seeded
+from tests.raised import refuses
 
 MODELS = Path(transformers.__file__).parent / "models"
 READ = re.compile(r"self\.[\w.\[\]]+\.(?:weight|bias)\b(?!\.(?:dtype|device|shape|size)\b)")
@@ -216,19 +217,16 @@ def test_the_kernel_of_mamba_2_gets_the_adapted_weight(name, monkeypatch):
 @KERNELS_ON_CPUS
 def test_what_has_no_weight_to_give_out_is_refused():
     invoked = dict(task_type="CAUSAL_LM", alora_invocation_tokens=[3])
-    with pytest.raises(UnsupportedLayerError, match=r"dt_proj.*default"):
-        with_target("mamba", "dt_proj", **invoked)
+    refuses(UnsupportedLayerError, r"dt_proj.*default", with_target, "mamba", "dt_proj", **invoked)
     model = with_target("jamba", "dt_proj", **invoked)  # is called where the model is quantized
-    with pytest.raises(UnsupportedLayerError, match=r"dt_proj.*default"):
-        model(IDS % 6)
+    refuses(UnsupportedLayerError, r"dt_proj.*default", model, IDS % 6)
 
 
 @KERNELS_ON_CPUS
 def test_rows_of_a_mixed_batch_are_refused_where_the_weight_is_read():
     model = with_target("mamba", "dt_proj")
     assert_close(model(IDS, adapter_names=["default"] * 2).logits, model(IDS).logits)
-    with pytest.raises(RoutingError, match="dt_proj"):
-        model(IDS, adapter_names=["default", "__base__"])
+    refuses(RoutingError, "dt_proj", model, IDS, adapter_names=["default", "__base__"])
     model.base_model.disable_adapter_layers()
     with model.disable_adapter():
         base = model(IDS).logits
@@ -282,8 +280,7 @@ def test_a_weight_that_is_read_is_that_of_the_rows_of_the_call(options):
         want["__base__"] = model(ids)
     for name, expected in want.items():
         assert_close(model(ids, adapter_names=[name] * 2), expected)
-    with pytest.raises(RoutingError, match=r"held|tokens|head"):
-        model(ids, adapter_names=["u", "v"])
+    refuses(RoutingError, r"held|tokens|head", model, ids, adapter_names=["u", "v"])
     model.base_model.disable_adapter_layers()
     assert_close(model(ids, adapter_names=["u", "v"]), want["__base__"])
 

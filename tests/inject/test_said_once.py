@@ -3,10 +3,10 @@
 
 import warnings
 
-import pytest
 from torch import nn
 
 import graft
+from tests.raised import refuses
 
 
 def net(*widths: int, bias: bool = True) -> nn.Sequential:
@@ -44,8 +44,7 @@ def test_a_warning_that_is_an_error_leaves_the_model():
     before = list(model.state_dict()), [p.requires_grad for p in model.parameters()]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(graft.PeftWarning, match="has no bias"):
-            graft.get_peft_model(model, config(graft.BeftConfig))
+        refuses(graft.PeftWarning, "has no bias", graft.get_peft_model, model, config(graft.BeftConfig))
     assert before == (list(model.state_dict()), [p.requires_grad for p in model.parameters()])
     assert {type(m) for m in model} == {nn.Linear}
     assert len(said(model, config(graft.BeftConfig))) == 1

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import graft
 from tests import models
 from tests.models import disturb, seeded
+from tests.raised import refuses
 
 BASE, FEW, MANY = 3, 2, 5  # labels of the base, of "default", of "many"
 
@@ -86,8 +87,7 @@ def test_the_loss_is_that_of_the_active_head():
         model.set_adapter(name)
         out = model(**batch(labels=labels))
         assert_close(out.loss, cross_entropy(out.logits, torch.tensor(labels)))
-        with pytest.raises(IndexError):
-            model(**batch(labels=[MANY, 0, 0, 0]))
+        refuses(IndexError, None, model, **batch(labels=[MANY, 0, 0, 0]))
     with model.disable_adapter():
         out = model(**batch(labels=[2, 0, 1, 1]))
         assert_close(out.loss, cross_entropy(out.logits, torch.tensor([2, 0, 1, 1])))
@@ -185,13 +185,11 @@ def test_a_head_takes_the_dtype_and_mode_of_the_original():
 def test_heads_that_fit_nothing_are_refused_and_nothing_changes(heads, text):
     base = models.make("bert-seq")
     names = base.state_dict().keys()
-    with pytest.raises(graft.ConfigError, match=text):
-        graft.get_peft_model(base, config(), heads=heads)
+    refuses(graft.ConfigError, text, graft.get_peft_model, base, config(), heads=heads)
     assert base.state_dict().keys() == names and all(p.requires_grad for p in base.parameters())
     model = two_heads()
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(graft.ConfigError, match=text):
-        model.add_adapter("third", config(), heads=heads)
+    refuses(graft.ConfigError, text, model.add_adapter, "third", config(), heads=heads)
     assert list(model.peft_config) == ["default", "many"] and number_of_labels(model) == (FEW, FEW)
     assert model.state_dict().keys() == before.keys()
 
@@ -243,10 +241,8 @@ def test_a_mixed_batch_leaves_the_number_of_labels():
     model = two_heads()
     model(**batch(), adapter_names=NAMES)
     assert number_of_labels(model) == (FEW, FEW)
-    with pytest.raises(graft.RoutingError):
-        model(**batch(), adapter_names=["zz"] * 4)
-    with pytest.raises(IndexError):
-        model(**batch(labels=[7, 0, 0, 0]), adapter_names=NAMES)
+    refuses(graft.RoutingError, None, model, **batch(), adapter_names=["zz"] * 4)
+    refuses(IndexError, None, model, **batch(labels=[7, 0, 0, 0]), adapter_names=NAMES)
     assert number_of_labels(model) == (FEW, FEW) and model(**batch()).logits.shape == (4, FEW)
 
 
@@ -314,8 +310,7 @@ def test_loading_other_labels_into_an_existing_adapter_is_refused(tmp_path):
     two_heads().save_pretrained(tmp_path)
     model = two_heads()
     before = model(**batch()).logits
-    with pytest.raises(graft.AdapterKeyError, match=r"size mismatch for .*classifier"):
-        model.load_adapter(tmp_path / "many", "default")
+    refuses(graft.AdapterKeyError, r"size mismatch for .*classifier", model.load_adapter, tmp_path / "many", "default")
     assert torch.equal(model(**batch()).logits, before) and number_of_labels(model) == (FEW, FEW)
 
 

@@ -12,6 +12,7 @@ from graft.io.compose import compose_cartridge_adapters, join_stages
 from graft.io.files import load_pair, save_adapter
 from graft.prompts.base import STORED
 from tests.models import disturb, inputs, make, output, seeded
+from tests.raised import refuses
 
 FILES = {True: "adapter_model.safetensors", False: "adapter_model.bin"}
 
@@ -54,8 +55,7 @@ REFUSED = {
 def test_parts_of_other_saves_are_refused(tmp_path, name):
     options, text = REFUSED[name]
     stage(tmp_path / "a", ["lin0"]), stage(tmp_path / "b", **options)
-    with pytest.raises(CheckpointError, match=text):
-        join_stages([tmp_path / "a", tmp_path / "b"], tmp_path / "joined")
+    refuses(CheckpointError, text, join_stages, [tmp_path / "a", tmp_path / "b"], tmp_path / "joined")
     assert not (tmp_path / "joined").exists()
 
 
@@ -108,8 +108,7 @@ def test_cartridges_of_other_sizes_are_refused(tmp_path):
         ([first, wrong], CheckpointError, r"has shape \(3, 2\), but its config says"),
         ([first, nothing], CheckpointError, "does not hold"),
     ):
-        with pytest.raises(error, match=text):
-            compose_cartridge_adapters(paths, output_path=tmp_path / "all")
+        refuses(error, text, compose_cartridge_adapters, paths, output_path=tmp_path / "all")
     with pytest.raises(ValueError, match="should be a directory"):
         compose_cartridge_adapters([first, first], output_path=first / FILES[True])
     assert not (tmp_path / "all").exists()

@@ -5,6 +5,7 @@ import pytest
 import torch.distributed as dist
 
 from graft.io import rendezvous
+from tests.raised import refuses
 
 
 @pytest.fixture
@@ -36,8 +37,7 @@ def test_the_first_may_be_saves_ahead(saved):
 def test_a_save_after_an_error_has_its_own_end(saved):
     save, written = saved
     for rank in (0, 1):
-        with pytest.raises(OSError, match="no space"):
-            save(rank, OSError("no space"))
+        refuses(OSError, "no space", save, rank, OSError("no space"))
     for rank in (0, 1):
         save(rank)
     assert written == [0]
@@ -70,5 +70,4 @@ def test_an_error_of_one_process_is_raised_on_all(monkeypatch, fails_here, fails
     if not (fails_here or fails_there):
         assert rendezvous.run_on_all(act, "save()") == 3
         return
-    with pytest.raises(KeyError if fails_here else OSError, match="here"):
-        rendezvous.run_on_all(act, "save()")
+    refuses(KeyError if fails_here else OSError, "here", rendezvous.run_on_all, act, "save()")

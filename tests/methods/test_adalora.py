@@ -25,6 +25,7 @@ from graft.train import adalora_callback, allocate_on_step
 from tests.compat.test_compat import run
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers
+from tests.raised import refuses
 
 STEPS = 12
 CONFIG = dict(target_modules=["a", "b", "c"], init_r=5, target_r=2, total_step=STEPS, tinit=2, tfinal=3, lora_alpha=3)
@@ -200,8 +201,7 @@ def test_what_allocates_is_found_in_wrappers_or_missed_at_once():
     handle.remove()
     other = graft.get_peft_model(nn.Sequential(nn.Linear(3, 3)), graft.LoraConfig(target_modules=["0"]))
     for make in adalora_callback, partial(allocate_on_step, optimizer):
-        with pytest.raises(ConfigError, match="with the AdaLoRA"):
-            make(other)
+        refuses(ConfigError, "with the AdaLoRA", make, other)
     assert not optimizer._optimizer_step_post_hooks
 
 
@@ -283,8 +283,7 @@ def test_trainer_resumes_and_loads_the_best_once_pruning_has_begun(tmp_path):
 def test_only_one_adapter_trains():
     model = with_adalora(graft)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="supports only 1 trainable adapter"):
-        model.add_adapter("b", graft.AdaLoraConfig(**CONFIG))
+    refuses(ValueError, "supports only 1 trainable adapter", model.add_adapter, "b", graft.AdaLoraConfig(**CONFIG))
     assert model.state_dict().keys() == before.keys()
     model.add_adapter("b", graft.AdaLoraConfig(**CONFIG, inference_mode=True))
 
@@ -312,8 +311,7 @@ def test_only_one_adapter_trains():
     ids=str,
 )
 def test_impossible_settings_are_refused(changes, text):
-    with pytest.raises(ValueError, match=text):
-        graft.AdaLoraConfig(**{**CONFIG, **changes})
+    refuses(ValueError, text, graft.AdaLoraConfig, **{**CONFIG, **changes})
 
 
 def test_a_target_above_the_start_is_said():
@@ -428,10 +426,8 @@ def test_pruned_triples_leave_memory(tmp_path):
     assert ours.base_model.model.a.lora_E["default"].requires_grad
     ours.save_pretrained(tmp_path)
     torch.testing.assert_close(graft.PeftModel.from_pretrained(base(), tmp_path)(x).logits, before)
-    with pytest.raises(ConfigError, match=r"'a'.*triples"):
-        ours.base_model.resize_modules_by_rank_pattern(pattern, "default")
-    with pytest.raises(ConfigError, match="'z'"):
-        ours.base_model.resize_modules_by_rank_pattern({"z.lora_E": [True]}, "default")
+    refuses(ConfigError, r"'a'.*triples", ours.base_model.resize_modules_by_rank_pattern, pattern, "default")
+    refuses(ConfigError, "'z'", ours.base_model.resize_modules_by_rank_pattern, {"z.lora_E": [True]}, "default")
 
 
 def test_what_masks_of_a_caller_leave_can_be_loaded(tmp_path):
@@ -499,5 +495,4 @@ def test_a_sharded_layer_keeps_the_distances_of_its_training_call_alone():
     with torch.no_grad():
         layer(x)
     layer.eval()(x)
-    with pytest.raises(NotImplementedError, match="left no graph"):
-        m.distances()
+    refuses(NotImplementedError, "left no graph", m.distances)

@@ -18,6 +18,7 @@ from tests import models
 from tests.looks import get_registry
 from tests.models import seeded
 from tests.pair import LIBS, adapt, close, output, randomize
+from tests.raised import refuses
 from tests.samples import first
 
 pytest.importorskip("sklearn")
@@ -199,8 +200,7 @@ def test_clusters_of_other_sizes_come_with_their_file(tmp_path):
     tensors = load_file(file)
     key = next(k for k in tensors if k.endswith("lin0.adamss_clusters"))
     save_file(tensors | {key: tensors[key].clone().fill_(0)}, file, metadata={"format": "pt"})
-    with pytest.raises(graft.AdapterKeyError, match="size mismatch"):
-        graft.PeftModel.from_pretrained(models.make("mlp"), tmp_path)
+    refuses(graft.AdapterKeyError, "size mismatch", graft.PeftModel.from_pretrained, models.make("mlp"), tmp_path)
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])
@@ -225,8 +225,7 @@ def test_the_bias_is_shifted_and_comes_back():
 
 def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(ImportError, match=r"pip install scikit-learn"):
-        adapt(graft, SAMPLE)
+    refuses(ImportError, r"pip install scikit-learn", adapt, graft, SAMPLE)
 
 
 def test_init_weights_false_means_none():
@@ -237,8 +236,7 @@ def test_init_weights_false_means_none():
         dict(use_asa=True, init_warmup=9, final_warmup=9),
     ):
         for lib in LIBS:
-            with pytest.raises(ValueError):
-                lib.AdamssConfig(**bad)
+            refuses(ValueError, None, lib.AdamssConfig, **bad)
 
 
 @pytest.mark.differs(

@@ -21,6 +21,7 @@ from tests import models
 from tests.looks import layers
 from tests.models import STD, VOCAB, seeded, transformer
 from tests.pair import json_of, outcome
+from tests.raised import refuses
 
 LIBS = (graft, peft)
 _mistral = dict(
@@ -302,8 +303,7 @@ def test_switching_deleting_disabling(name):
     assert torch.equal(logits(model), alone["default"])
     model.set_adapter("other", inference_mode=True)
     assert torch.equal(logits(model), alone["other"]) and not any(p.requires_grad for p in model.parameters())
-    with pytest.raises(ValueError, match="Adapter third does not exist"):
-        model.delete_adapter("third")
+    refuses(ValueError, "Adapter third does not exist", model.delete_adapter, "third")
     plain = model.unload()
     assert not any(isinstance(m, AdapterLayer) for m in plain.modules())
     assert plain.state_dict().keys() == base.state_dict().keys() and torch.equal(logits(plain), logits(base))
@@ -418,8 +418,7 @@ def test_merging_is_refused_and_changes_nothing():
     model = opened(adapt())
     expected = logits(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(NotImplementedError, match="a branch next to the layer has no merged form"):
-            merge()
+        refuses(NotImplementedError, "a branch next to the layer has no merged form", merge)
     assert torch.equal(logits(model), expected)
 
 
@@ -579,18 +578,15 @@ def test_errors_that_peft_raises_as_well(name):
 @pytest.mark.parametrize("field", ["adapter_len", "adapter_layers"])
 def test_numbers_must_be_positive(field):
     for value in (0, -1):
-        with pytest.raises(ConfigError, match=f"`{field}` must be positive, got {value}"):
-            config(**{field: value})
-    with pytest.raises(ConfigTypeError, match=field):
-        config(**{field: "3"})
+        refuses(ConfigError, f"`{field}` must be positive, got {value}", config, **{field: value})
+    refuses(ConfigTypeError, field, config, **{field: "3"})
 
 
 def test_a_second_adapter_that_does_not_fit():
     model = adapt()
     with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
         model.add_adapter("lora", graft.LoraConfig(task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="more adapter layers '3'"):
-        model.add_adapter("deep", config(adapter_layers=3))
+    refuses(ValueError, "more adapter layers '3'", model.add_adapter, "deep", config(adapter_layers=3))
     assert list(model.peft_config) == ["default"] and torch.equal(logits(model), logits(make()))
 
 

@@ -16,6 +16,7 @@ from tests import models
 from tests.leaves_out import CHUNKS_OF_PADDED, WHOLE_GRAPHS
 from tests.looks import get_registry, layers
 from tests.models import adapted, seeded
+from tests.raised import refuses
 
 TOKENS = [11, 10]  # in the rows 0 and 1 of the batch
 CONFIG = dict(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -328,8 +329,7 @@ def test_gradient_checkpointing(names, reentrant):
 def test_two_forwards_and_one_backward_with_checkpointing_are_refused():
     model, inputs = with_alora(False), batch()
     total = sum(model(**inputs).logits.sum() for _ in range(2))
-    with pytest.raises(graft.RoutingError, match=r"with different rows, facts, gates.*backward\(\) after each"):
-        total.backward()
+    refuses(graft.RoutingError, r"with different rows, facts, gates.*backward\(\) after each", total.backward)
     model.zero_grad()
     assert gradients(model, inputs)
 
@@ -369,8 +369,7 @@ def test_tokens_that_are_none(tokens):
 
 
 def test_configs():
-    with pytest.raises(graft.ConfigError, match="variant combination"):
-        graft.LoraConfig(**ALORA, use_dora=True)
+    refuses(graft.ConfigError, "variant combination", graft.LoraConfig, **ALORA, use_dora=True)
     with pytest.warns(UserWarning, match="only supported for CAUSAL_LM"):
         graft.LoraConfig(alora_invocation_tokens=[1])
     with pytest.raises(graft.UnsupportedLayerError, match="linear layers"):
@@ -388,8 +387,7 @@ def test_configs():
 )
 def test_offsets_that_are_none(given, error, text):
     model, inputs = with_alora(), batch()
-    with pytest.raises(error, match=text):
-        model(**inputs, alora_offsets=given)
+    refuses(error, text, model, **inputs, alora_offsets=given)
     assert not get_registry(model).call.context
     model(**inputs)
 
@@ -397,10 +395,8 @@ def test_offsets_that_are_none(given, error, text):
 def test_merging_is_refused():
     model, inputs = with_alora(plain={}), batch()
     expected = logits(model, inputs)
-    with pytest.raises(NotImplementedError, match="aLoRA does not support merging"):
-        model.merge_adapter()
-    with pytest.raises(NotImplementedError, match="aLoRA does not support merging"):
-        copy.deepcopy(model).merge_and_unload()
+    refuses(NotImplementedError, "aLoRA does not support merging", model.merge_adapter)
+    refuses(NotImplementedError, "aLoRA does not support merging", copy.deepcopy(model).merge_and_unload)
     assert torch.equal(logits(model, inputs), expected)
     model.merge_adapter(["plain"])
     assert get_registry(model).merged_adapters == ["plain"]

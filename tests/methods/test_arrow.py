@@ -17,6 +17,7 @@ from tests import models
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import get_registry, layers
 from tests.models import seeded
+from tests.raised import refuses
 
 LIBS = (graft, peft)
 LORA = dict(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -253,8 +254,7 @@ def unchanged(folder, error, text, on="llama", **options):
     before = {n: (p.clone(), p.requires_grad) for n, p in base.named_parameters()}
     [*base.train().modules()][-1].eval()
     modes = [m.training for m in base.modules()]
-    with pytest.raises(error, match=text):
-        made(graft, folder, base=base, **options)
+    refuses(error, text, made, graft, folder, base=base, **options)
     after = dict(base.named_parameters())
     assert after.keys() == before.keys()
     assert all(torch.equal(p, before[n][0]) and p.requires_grad == before[n][1] for n, p in after.items())
@@ -284,14 +284,11 @@ def test_what_cannot_be_made(folder, tmp_path):
 
 def test_configs():
     for lib in LIBS:
-        with pytest.raises(ValueError, match="top_k cannot be negative"):
-            lib.ArrowConfig(top_k=0)
-        with pytest.raises(ValueError, match="router_temperature must be greater than 0"):
-            lib.ArrowConfig(router_temperature=0)
+        refuses(ValueError, "top_k cannot be negative", lib.ArrowConfig, top_k=0)
+        refuses(ValueError, "router_temperature must be greater than 0", lib.ArrowConfig, router_temperature=0)
     config = graft.LoraConfig(arrow_config={"top_k": 2, "task_adapter_names": ["a"]})
     assert config.arrow_config.top_k == 2 and config.arrow_config.task_adapter_names is None
-    with pytest.raises(graft.ConfigError, match="variant combination"):
-        graft.LoraConfig(arrow_config=graft.ArrowConfig(), use_dora=True)
+    refuses(graft.ConfigError, "variant combination", graft.LoraConfig, arrow_config=graft.ArrowConfig(), use_dora=True)
     with pytest.raises(graft.UnsupportedLayerError, match="linear layers only"):
         config = graft.LoraConfig(arrow_config=graft.ArrowConfig(), target_modules=["embed_tokens"])
         graft.get_peft_model(models.make("llama"), config)
@@ -301,22 +298,18 @@ def test_what_a_router_cannot_do(folder):
     model = made(graft, folder)
     expected = output(model)
     for call in (model.merge_adapter, copy.deepcopy(model).merge_and_unload):
-        with pytest.raises(RuntimeError, match=r"Cannot merge an active Arrow router adapter\. Remove it first"):
-            call()
+        refuses(RuntimeError, r"Cannot merge an active Arrow router adapter\. Remove it first", call)
     with pytest.raises(NotImplementedError, match="Arrow router, which has no update"):
         model.add_weighted_adapter(["task_0", "arrow_router"], [1.0, 1.0], "sum", combination_type="linear")
     assert torch.equal(output(model), expected)
     model.add_adapter("dora", graft.LoraConfig(**LORA, use_dora=True))
-    with pytest.raises(graft.RoutingError, match=r"must be plain LoRA, without bias, and \['dora'\] are not"):
-        output(model)
+    refuses(graft.RoutingError, r"must be plain LoRA, without bias, and \['dora'\] are not", output, model)
     model.delete_adapter("dora")
     model.add_adapter("wide", graft.LoraConfig(**{**LORA, "r": 5}))
-    with pytest.raises(graft.RoutingError, match=r"must have one rank.*'wide': \(5, "):
-        output(model)
+    refuses(graft.RoutingError, r"must have one rank.*'wide': \(5, ", output, model)
     model.delete_adapter("wide")
     model.delete_adapter("task_0"), model.delete_adapter("task_1")
-    with pytest.raises(graft.RoutingError, match=r"top_k=2 is more than its 1 experts \['task_2'\]"):
-        output(model)
+    refuses(graft.RoutingError, r"top_k=2 is more than its 1 experts \['task_2'\]", output, model)
     assert not get_registry(model).call.context
 
 
@@ -325,5 +318,4 @@ def test_a_router_without_general_adapters(folder):
     config = graft.LoraConfig(**LORA, arrow_config=graft.ArrowConfig(top_k=1, use_gks=True))
     model.add_adapter("router", config)
     model.set_adapter("router")
-    with pytest.raises(graft.RoutingError, match="needs adapters of general knowledge"):
-        output(model)
+    refuses(graft.RoutingError, "needs adapters of general knowledge", output, model)

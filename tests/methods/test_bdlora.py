@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import graft
 from tests.models import adapted, nudged, seeded
+from tests.raised import refuses
 
 LIBS = (graft, peft)
 A, B = dict(target_modules_bd_a=["down"], nblocks=2), dict(target_modules_bd_b=["down"], nblocks=2)
@@ -108,10 +109,8 @@ def test_blocks_are_not_swapped_in(tmp_path):
     model.save_pretrained(tmp_path)
     plain = graft.get_peft_model(net(), graft.LoraConfig(r=4, target_modules=["down"]))
     for carrier in (model, plain):
-        with pytest.raises(graft.ConfigError, match="block-diagonal factors"):
-            graft.hotswap_adapter(carrier, str(tmp_path), "default")
-    with pytest.raises(graft.ConfigError, match="block-diagonal factors"):
-        graft.prepare_model_for_compiled_hotswap(model, target_rank=8)
+        refuses(graft.ConfigError, "block-diagonal factors", graft.hotswap_adapter, carrier, str(tmp_path), "default")
+    refuses(graft.ConfigError, "block-diagonal factors", graft.prepare_model_for_compiled_hotswap, model, target_rank=8)
 
 
 REFUSED = {
@@ -127,8 +126,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case, lib):
     blocks, options, text = REFUSED[case]
-    with pytest.raises(ValueError, match=text):
-        with_blocks(blocks, lib, **options)
+    refuses(ValueError, text, with_blocks, blocks, lib, **options)
 
 
 @pytest.mark.differs(
@@ -154,7 +152,6 @@ def test_refused_where_peft_goes_wrong(blocks, options, text):
     """PEFT shifts the base by PiSSA's factors and draws others; drops the bias; divides by zero."""
     base = net()
     before = {name: t.clone() for name, t in base.state_dict().items()}
-    with pytest.raises(graft.ConfigError, match=text):
-        with_blocks(blocks, base=base, **options)
+    refuses(graft.ConfigError, text, with_blocks, blocks, base=base, **options)
     assert type(base["down"]) is nn.Linear
     assert all(torch.equal(t, before[name]) for name, t in base.state_dict().items())

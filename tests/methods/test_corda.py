@@ -16,6 +16,7 @@ from torch.testing import assert_close
 import graft
 from tests import models
 from tests.pair import common
+from tests.raised import refuses
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}
 
@@ -154,8 +155,7 @@ def test_data_that_say_too_little():
             **dict(r=2, target_modules=list(names), init_lora_weights="corda", corda_config=graft.CordaConfig())
             | options
         )
-        with pytest.raises(kind, match=text):
-            graft.preprocess_corda(model, cfg, run and (lambda: run(model)))
+        refuses(kind, text, graft.preprocess_corda, model, cfg, run and (lambda: run(model)))
         assert not model.a._forward_hooks and not hasattr(model.a, "eigens") and model.training
 
     x = torch.randn(30, 6)
@@ -169,8 +169,7 @@ def test_data_that_say_too_little():
     )
     with pytest.raises(graft.CalibrationError, match=r"call|run `preprocess_corda` first"):
         graft.get_peft_model(Net(), graft.LoraConfig(target_modules=["a"], r=2, init_lora_weights="corda"))
-    with pytest.raises(ValueError, match="`corda_method` must be one of 'ipm', 'kpm', got 'x'"):
-        graft.CordaConfig(corda_method="x")
+    refuses(ValueError, "`corda_method` must be one of 'ipm', 'kpm', got 'x'", graft.CordaConfig, corda_method="x")
 
 
 def test_a_failed_injection_keeps_what_was_measured():
@@ -180,8 +179,7 @@ def test_a_failed_injection_keeps_what_was_measured():
     graft.preprocess_corda(model, cfg, lambda: model(x))
     weight, eigens = model.a.weight.clone(), model.a.eigens
     wrong = graft.LoraConfig(r=2, target_modules=["a", "b"], init_lora_weights="corda", corda_config={})
-    with pytest.raises(graft.CalibrationError, match="layer 'b'"):
-        graft.get_peft_model(model, wrong)
+    refuses(graft.CalibrationError, "layer 'b'", graft.get_peft_model, model, wrong)
     assert torch.equal(model.a.weight, weight) and model.a.eigens is eigens
     other = graft.LoraConfig(r=3, target_modules=["a"], init_lora_weights="corda", corda_config={})
     with pytest.raises(graft.CalibrationError, match=r"Matrix S size mismatch: \(2,\) vs. \(3,\) on layer 'a'"):

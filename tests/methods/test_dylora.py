@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import graft
 from tests.models import seeded
+from tests.raised import refuses
 
 R, ALPHA = 4, 6
 
@@ -83,16 +84,11 @@ def test_rows_and_two_layers_have_one_draw():
 
 def test_what_cannot_be():
     model, x = made(), torch.ones(3, 6)
-    with pytest.raises(graft.RoutingError, match="layer '0' was called in another way"):
-        model.base_model.model(x)
-    with pytest.raises(graft.ConfigError, match="between 1 and 4, that of layer '0', got 5"):
-        graft.truncate_lora(model, 5)
+    refuses(graft.RoutingError, "layer '0' was called in another way", model.base_model.model, x)
+    refuses(graft.ConfigError, "between 1 and 4, that of layer '0', got 5", graft.truncate_lora, model, 5)
     for rank in (2.0, "2", None):
-        with pytest.raises(graft.ConfigTypeError, match="rank must be an int"):
-            graft.truncate_lora(model, rank)
+        refuses(graft.ConfigTypeError, "rank must be an int", graft.truncate_lora, model, rank)
     with pytest.raises(graft.ConfigError, match="'default' is not plain LoRA or DyLoRA"):
         graft.truncate_lora(graft.get_peft_model(net(), graft.LoHaConfig(target_modules=["0"])), 1)
-    with pytest.raises(graft.ConfigError, match="variant combination"):
-        made(use_dora=True)
-    with pytest.raises(ValueError, match="no ranks of a bias"):
-        made(lora_bias=True)
+    refuses(graft.ConfigError, "variant combination", made, use_dora=True)
+    refuses(ValueError, "no ranks of a bias", made, lora_bias=True)

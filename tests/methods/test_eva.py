@@ -22,6 +22,7 @@ from graft.train.components import Components
 from tests import models
 from tests.looks import layers
 from tests.pair import json_of
+from tests.raised import refuses
 
 WIDTHS = torch.tensor([3.0, 2.0, 1.5, 1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05])
 
@@ -136,8 +137,7 @@ def test_a_label_of_a_sequence_says_nothing_of_its_tokens():
 
     labels = torch.zeros(8, dtype=torch.long)
     same(found(graft, labels=labels), found(peft))
-    with pytest.raises(RuntimeError, match="size of tensor"):
-        found(peft, labels=labels)
+    refuses(RuntimeError, "size of tensor", found, peft, labels=labels)
 
 
 def test_a_forward_and_rows_of_the_callers_own_for_a_named_adapter():
@@ -256,11 +256,9 @@ def small(*names, **options):
 def test_data_that_say_too_little(names, data, text):
     for model, cfg in ((Net(), small(*names)), (graft.get_peft_model(Net(), small(*names)), None)):
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        with pytest.raises(graft.CalibrationError, match=text):
-            graft.get_eva_state_dict(model, data, cfg, **PLAIN)
+        refuses(graft.CalibrationError, text, graft.get_eva_state_dict, model, data, cfg, **PLAIN)
         if cfg is None:
-            with pytest.raises(graft.CalibrationError):
-                graft.initialize_lora_eva_weights(model, data, **PLAIN)
+            refuses(graft.CalibrationError, None, graft.initialize_lora_eva_weights, model, data, **PLAIN)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         assert not any(m._forward_hooks for m in model.modules()) and model.training
 
@@ -285,10 +283,8 @@ def test_what_never_settles_ends(monkeypatch):
 )
 def test_bad_input():
     data = [dict(x=torch.randn(20, 6))]
-    with pytest.raises(ValueError, match="peft_config is required"):
-        graft.get_eva_state_dict(Net(), data)
-    with pytest.raises(ValueError, match="model must be a PeftModel"):
-        graft.initialize_lora_eva_weights(Net(), data)
+    refuses(ValueError, "peft_config is required", graft.get_eva_state_dict, Net(), data)
+    refuses(ValueError, "model must be a PeftModel", graft.initialize_lora_eva_weights, Net(), data)
     with pytest.raises(graft.ConfigError, match="rank of layer 'a' is 7, and its inputs have 6"):
         graft.get_eva_state_dict(Net(), data, small("a", r=7), **PLAIN)
     with pytest.raises(TypeError, match="inputs must be a dictionary"):
@@ -299,18 +295,15 @@ def test_bad_input():
     with pytest.raises(ValueError, match="can only be used with `init_lora_weights='eva'`"):
         graft.initialize_lora_eva_weights(plain, data)
     model = graft.get_peft_model(Net(), small("a"))
-    with pytest.raises(ValueError, match="dataloader is required"):
-        graft.initialize_lora_eva_weights(model)
+    refuses(ValueError, "dataloader is required", graft.initialize_lora_eva_weights, model)
     for values, text in (
         ({"b": torch.randn(2, 6)}, r"values for \[b\], where adapter 'default' is not"),
         ({"a": torch.randn(2, 5)}, r"shape \(2, 5\), expected is \(rank, 6\)"),
         ({"a": torch.randn(0, 6)}, "gives no layer of adapter 'default' a rank"),
     ):
-        with pytest.raises(graft.CalibrationError, match=text):
-            graft.initialize_lora_eva_weights(model, eva_state_dict=values)
+        refuses(graft.CalibrationError, text, graft.initialize_lora_eva_weights, model, eva_state_dict=values)
     for wrong, text in ((dict(rho=0.5), "`rho` must be >= 1.0"), (dict(tau=2.0), "`tau` must be between 0.0 and 1.0")):
-        with pytest.raises(ValueError, match=text):
-            graft.EvaConfig(**wrong)
+        refuses(ValueError, text, graft.EvaConfig, **wrong)
     with pytest.warns(UserWarning, match="`eva_config` is not specified. Using default EVA config"):
         assert graft.LoraConfig(init_lora_weights="eva").eva_config == graft.EvaConfig()
 

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 import graft
 from graft.train import FineGatesTrainerMixin
 from tests.models import seeded
+from tests.raised import refuses
 
 Z = torch.tensor([-2.0, -0.2, 0.1, 0.5, 3.0])
 
@@ -53,8 +54,7 @@ def test_the_loss():
     model.add_adapter("other", graft.FineGatesConfig(target_modules=["0"], gate_init_mean=0.1))
     both = sum(model.base_model._get_finegates_loss(name).item() for name in ("default", "other")) / 2
     assert model.base_model._get_finegates_loss(["default", "other"]).item() == pytest.approx(both)
-    with pytest.raises(graft.AdapterNotFoundError, match="zz"):
-        model.base_model._get_finegates_loss("zz")
+    refuses(graft.AdapterNotFoundError, "zz", model.base_model._get_finegates_loss, "zz")
 
 
 def test_noise_is_for_training_alone():
@@ -139,5 +139,4 @@ def test_batches_that_accumulate_add_the_loss_once():
 
 @pytest.mark.parametrize("options", [dict(target_sparsity=1.2), dict(gate_noise_std=-1.0)])
 def test_numbers_that_cannot_be(options):
-    with pytest.raises(graft.ConfigError, match=next(iter(options))):
-        made(**options)
+    refuses(graft.ConfigError, next(iter(options)), made, **options)

@@ -14,6 +14,7 @@ from graft.files.errors import BaseNeededError
 from tests.looks import get_registry, layers
 from tests.methods.test_adapterhub import base as hub_base
 from tests.models import checkpoint, inputs, make, output, seeded
+from tests.raised import refuses
 
 HERE = Path(__file__).parent / "fixtures"
 CASES = sorted(folder.name for folder in (HERE / "fusion").iterdir())
@@ -129,8 +130,7 @@ def test_files_rows_and_a_stack(name, preset, tmp_path):
 
 
 def test_bad_input(tmp_path):
-    with pytest.raises(ConfigError, match="each once, got adapters="):
-        graft.AdapterFusionConfig(adapters=["a", "a"])
+    refuses(ConfigError, "each once, got adapters=", graft.AdapterFusionConfig, adapters=["a", "a"])
     with pytest.raises(ConfigError, match=r"needs bottlenecks. Name them"):
         graft.get_peft_model(make("llama"), graft.AdapterFusionConfig())
     with pytest.raises(ConfigError, match=r"needs adapters \['a'\], which the model does not have"):
@@ -147,8 +147,7 @@ def test_bad_input(tmp_path):
         model.add_adapter("other", graft.AdapterFusionConfig(adapters=["inv"]))
     model.delete_adapter(["inv", "lora"])
     assert {name for name, _ in model.named_parameters() if "fusion_" in name} == before
-    with pytest.raises(NotImplementedError, match="changes activations"):
-        model.merge_and_unload()
+    refuses(NotImplementedError, "changes activations", model.merge_and_unload)
     model.delete_adapter("b")
     with pytest.raises(RoutingError, match=r"needs adapters \['b'\] on layer 'model.layers.0', which are gone"):
         output(model, inputs("llama"))

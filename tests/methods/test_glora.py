@@ -10,6 +10,7 @@ import graft
 from tests import models
 from tests.models import adapted
 from tests.pair import LIBS, close, output, randomize
+from tests.raised import refuses
 from tests.samples import Sample, first
 
 KINDS = {
@@ -118,10 +119,8 @@ def test_a_base_bias_that_trains_gets_its_whole_gradient():
 @pytest.mark.parametrize("field", ["config_A_B", "config_C", "config_D_E"])
 def test_unknown_kinds(field):
     for lib in LIBS:
-        with pytest.raises(ValueError, match=field):
-            lib.GloraConfig(**{field: "matrix"})
-    with pytest.raises(graft.ConfigError, match="`r` should be a positive integer"):
-        graft.GloraConfig(r=0)
+        refuses(ValueError, field, lib.GloraConfig, **{field: "matrix"})
+    refuses(graft.ConfigError, "`r` should be a positive integer", graft.GloraConfig, r=0)
 
 
 @pytest.mark.differs(

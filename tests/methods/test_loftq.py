@@ -16,6 +16,7 @@ from graft.methods.lora.loftq import BLOCK, NF4, loftq_init, round_to_bits
 from tests import models
 from tests.conformance.stores import Rounded, held
 from tests.looks import layers
+from tests.raised import refuses
 
 
 def weight(out=24, fan_in=40):
@@ -58,10 +59,8 @@ def test_product_and_quantized_weight_are_near(bits):
         assert_close(B @ A, torch.linalg.svd(W - Q)[0][:, :r] @ torch.linalg.svd(W - Q)[0][:, :r].T @ (W - Q))
     assert max(errors) < 0.95 * (W - round_to_bits(W, bits)).norm()
     assert bits == 8 or errors[0] > errors[1] > errors[2]  # more rounds come nearer
-    with pytest.raises(ValueError, match="`loftq_bits` must be one of 4, 8"):
-        loftq_init(W, 3, r)
-    with pytest.raises(ValueError, match="`loftq_iter` must be at least 1"):
-        loftq_init(W, 4, r, 0)
+    refuses(ValueError, "`loftq_bits` must be one of 4, 8", loftq_init, W, 3, r)
+    refuses(ValueError, "`loftq_iter` must be at least 1", loftq_init, W, 4, r, 0)
 
 
 @pytest.mark.differs(
@@ -84,8 +83,7 @@ def test_the_adapter_makes_up_for_what_is_lost(name, alpha):
 
 
 def test_the_config():
-    with pytest.raises(ValueError, match="`loftq_config` must be specified"):
-        graft.LoraConfig(init_lora_weights="loftq")
+    refuses(ValueError, "`loftq_config` must be specified", graft.LoraConfig, init_lora_weights="loftq")
     cfg = graft.LoraConfig(init_lora_weights="loftq", loftq_config=graft.LoftQConfig(loftq_bits=8))
     assert cfg.loftq_config == dict(loftq_bits=8, loftq_iter=1)
     with pytest.warns(UserWarning, match="`loftq_config` specified but will be ignored"):
@@ -95,8 +93,7 @@ def test_the_config():
 def test_a_quantized_base_is_refused():
     base = nn.Sequential(held(nn.Linear(8, 6)))
     cfg = graft.LoraConfig(r=2, target_modules=["0"], init_lora_weights="loftq", loftq_config=dict(loftq_bits=4))
-    with pytest.raises(graft.ConfigError, match="'0' is quantized already"):
-        graft.get_peft_model(base, cfg)
+    refuses(graft.ConfigError, "'0' is quantized already", graft.get_peft_model, base, cfg)
 
 
 # replacing
@@ -163,8 +160,7 @@ def test_what_is_merged_holds_the_values_that_came(tmp_path):
     assert all(torch.equal(t, wanted[key]) for key, t in first.state_dict().items())
     tensors["other.weight"] = tensors["other.weight"].T.contiguous()
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(RuntimeError, match="size of tensor"):
-        graft.replace_lora_weights_loftq(first, str(tmp_path))
+    refuses(RuntimeError, "size of tensor", graft.replace_lora_weights_loftq, first, str(tmp_path))
     assert all(torch.equal(t, wanted[key]) for key, t in first.state_dict().items())
 
 
@@ -189,8 +185,7 @@ def test_an_error_on_the_way_leaves_all_as_it_was(tmp_path):
     tensors["other.weight"] = tensors["other.weight"].T.contiguous()  # of the same numbers of rows and columns
     save_file(tensors, tmp_path / "model.safetensors")
     before = {key: t.clone() for key, t in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match="size of tensor"):
-        graft.replace_lora_weights_loftq(model, str(tmp_path))
+    refuses(RuntimeError, "size of tensor", graft.replace_lora_weights_loftq, model, str(tmp_path))
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
 
 
@@ -201,20 +196,15 @@ def test_an_error_on_the_way_leaves_all_as_it_was(tmp_path):
 )
 def test_what_cannot_be_replaced(tmp_path):
     model, tensors = coarse()
-    with pytest.raises(TypeError, match="valid PeftModel"):
-        graft.replace_lora_weights_loftq(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="pass the model_path argument"):
-        graft.replace_lora_weights_loftq(model)
-    with pytest.raises(FileNotFoundError, match="Could not find file"):
-        graft.replace_lora_weights_loftq(model, str(tmp_path))
+    refuses(TypeError, "valid PeftModel", graft.replace_lora_weights_loftq, nn.Linear(2, 2))
+    refuses(ValueError, "pass the model_path argument", graft.replace_lora_weights_loftq, model)
+    refuses(FileNotFoundError, "Could not find file", graft.replace_lora_weights_loftq, model, str(tmp_path))
     plain = graft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), graft.LoraConfig(target_modules=["0"]))
-    with pytest.raises(ValueError, match="No bnb LoRA module found"):
-        graft.replace_lora_weights_loftq(plain, str(tmp_path))
+    refuses(ValueError, "No bnb LoRA module found", graft.replace_lora_weights_loftq, plain, str(tmp_path))
     for wrong, text in ((tensors["lin.weight"][:3].clone(), "is \\(3, 20\\)"), (None, "no weight for layer 'other'")):
         kept = {k: v for k, v in tensors.items() if k != "other.weight"} | (
             {} if wrong is None else {"other.weight": wrong}
         )
         save_file(kept, tmp_path / "model.safetensors")
-        with pytest.raises(graft.CheckpointError, match=text):
-            graft.replace_lora_weights_loftq(model, str(tmp_path))
+        refuses(graft.CheckpointError, text, graft.replace_lora_weights_loftq, model, str(tmp_path))
         assert not layers(model)["lin"].lora_B["default"].weight.any()

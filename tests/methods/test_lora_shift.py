@@ -18,6 +18,7 @@ from graft.train.calibration import CordaEigens
 from tests import models
 from tests.conformance.stores import Rounded, held
 from tests.looks import layers
+from tests.raised import refuses
 
 TARGETS = ["lin0", "fc1"]
 X = models.inputs("mlp")
@@ -214,8 +215,7 @@ def test_a_file_of_peft_without_what_data_took_out(how, tmp_path):
         assert torch.equal(output(loaded), expected)
         return
     fresh = base()
-    with pytest.raises(graft.CalibrationError, match="run `preprocess_corda` first"):
-        graft.PeftModel.from_pretrained(fresh, tmp_path)
+    refuses(graft.CalibrationError, "run `preprocess_corda` first", graft.PeftModel.from_pretrained, fresh, tmp_path)
     assert type(fresh.lin0) is nn.Linear
     loaded = graft.PeftModel.from_pretrained(prepared(fresh, config("corda")), tmp_path)
     assert_close(output(loaded), output(model), atol=1e-5, rtol=1e-5)
@@ -314,8 +314,7 @@ def test_where_it_has_no_meaning_nothing_changes(how):
         if how in ("corda", "lora_ga"):  # which would say that there are no data for 'lin'
             model.lin.eigens = CordaEigens(torch.ones(2), torch.ones(6, 2), torch.ones(6, 2))
             model.lin._peft_loraga_grad = torch.randn(6, 6)
-        with pytest.raises(graft.ConfigError, match=text):
-            graft.get_peft_model(model, config(how, r=2, target_modules=["lin", name]))
+        refuses(graft.ConfigError, text, graft.get_peft_model, model, config(how, r=2, target_modules=["lin", name]))
         assert {k: True for k in before} == {k: torch.equal(v, before[k]) for k, v in model.state_dict().items()}
         assert type(model.lin) is nn.Linear
         assert how != "corda" or hasattr(model.lin, "eigens")
@@ -364,8 +363,7 @@ def test_a_rank_above_the_dimensions(how):
     else:
         cfg = config(how, r=11)
     if how == "corda":
-        with pytest.raises(graft.ConfigError, match="rank of layer 'lin0' is 11, and its weight has 10"):
-            prepared(model, cfg)
+        refuses(graft.ConfigError, "rank of layer 'lin0' is 11, and its weight has 10", prepared, model, cfg)
     with pytest.raises(graft.ConfigError, match=f"'lin0' can have, at most {5 if how == 'lora_ga' else 10}"):
         graft.get_peft_model(model, cfg)
     assert type(model.lin0) is nn.Linear
@@ -373,8 +371,7 @@ def test_a_rank_above_the_dimensions(how):
 
 @pytest.mark.parametrize("how", ["pissa_niter_2", "corda", "lora_ga"])
 def test_kasa_takes_none_that_loading_cannot_repeat(how):
-    with pytest.raises(graft.ConfigError, match=f"kasa_config does not work with init_lora_weights='{how}'"):
-        config(how, kasa_config={})
+    refuses(graft.ConfigError, f"kasa_config does not work with init_lora_weights='{how}'", config, how, kasa_config={})
 
 
 def test_beside_others_it_warns():

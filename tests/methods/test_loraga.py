@@ -13,6 +13,7 @@ import graft
 from tests import models
 from tests.conformance.stores import held
 from tests.pair import common
+from tests.raised import refuses
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}
 
@@ -127,8 +128,7 @@ def test_data_that_say_too_little():
     def attempt(step, *names, text, kind=graft.CalibrationError, model=None, **options):
         model = model or Net().eval()
         model.a.bias.requires_grad = False
-        with pytest.raises(kind, match=text):
-            graft.preprocess_loraga(model, config(*names, **options), lambda: step(model))
+        refuses(kind, text, graft.preprocess_loraga, model, config(*names, **options), lambda: step(model))
         assert not hasattr(model.a, "_peft_loraga_grad") and not model.a._backward_hooks and not model.training
         assert [p.requires_grad for p in model.parameters()][-3:] == [False, True, True]
         assert all(p.grad is None for p in model.parameters())
@@ -145,11 +145,9 @@ def test_data_that_say_too_little():
     with pytest.raises(ValueError, match="If you want to use LoRA-GA"):
         graft.preprocess_loraga(Net(), graft.LoraConfig(target_modules=["a"]), lambda: None)
     table = nn.ModuleDict({"emb": nn.Embedding(5, 5)})
-    with pytest.raises(ValueError, match="No supported layers found"):
-        graft.preprocess_loraga(table, config("emb"), lambda: None)
+    refuses(ValueError, "No supported layers found", graft.preprocess_loraga, table, config("emb"), lambda: None)
     for wrong in (dict(direction="x"), dict(scale="x"), dict(stable_gamma=0)):
-        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be"):
-            graft.LoraGAConfig(**wrong)
+        refuses(ValueError, f"`{next(iter(wrong))}` must be", graft.LoraGAConfig, **wrong)
 
 
 def test_gradients_that_were_there_stay():

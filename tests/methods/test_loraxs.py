@@ -10,6 +10,7 @@ import graft
 from tests.conformance.stores import held
 from tests.looks import layers
 from tests.models import seeded
+from tests.raised import refuses
 
 
 def net():
@@ -54,8 +55,7 @@ def test_signs_do_not_depend_on_the_decomposition(monkeypatch):
 
 
 def test_a_rank_that_the_weight_lacks_is_refused():
-    with pytest.raises(graft.ConfigError, match=r"layer '2'.*\(4, 5\).*smaller r than 5"):
-        graft.get_peft_model(net(), config(r=5))
+    refuses(graft.ConfigError, r"layer '2'.*\(4, 5\).*smaller r than 5", graft.get_peft_model, net(), config(r=5))
 
 
 def sb(step=0.02, model=None, **options):
@@ -82,22 +82,18 @@ def test_lora_sb_begins_with_the_best_product_for_adamws_first_step(tmp_path):
 def test_lora_sb_says_what_it_lacks():
     with pytest.raises(graft.CalibrationError, match=r"no step for layer '0' .*Call preprocess_lorasb"):
         graft.get_peft_model(net(), config(init_weights="sb"))
-    with pytest.raises(graft.ConfigError, match="Leave save_projection on"):
-        config(init_weights="sb", save_projection=False)
+    refuses(graft.ConfigError, "Leave save_projection on", config, init_weights="sb", save_projection=False)
     with pytest.raises(graft.ConfigError, match="prepares init_weights='sb', and the config says True"):
         graft.preprocess_lorasb(net(), config(), lambda: None, 0.1)
-    with pytest.raises(graft.ConfigError, match="`step` should be a positive number"):
-        sb(step=-1.0)
+    refuses(graft.ConfigError, "`step` should be a positive number", sb, step=-1.0)
     packed = net()
     packed[0] = held(packed[0])
-    with pytest.raises(graft.ConfigError, match=r"LoRA-SB does not support quantized models.*'0'"):
-        sb(model=packed)
+    refuses(graft.ConfigError, r"LoRA-SB does not support quantized models.*'0'", sb, model=packed)
 
 
 def test_a_refused_injection_leaves_the_step():
     model, cfg, _ = sb()
     step = model[0]._graft_lorasb_step
     model[2].__dict__.pop("_graft_lorasb_step")
-    with pytest.raises(graft.CalibrationError, match="layer '2'"):
-        graft.get_peft_model(model, cfg)
+    refuses(graft.CalibrationError, "layer '2'", graft.get_peft_model, model, cfg)
     assert model[0]._graft_lorasb_step is step

@@ -11,6 +11,7 @@ import graft
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers
 from tests.models import checkpoint, make, seeded
+from tests.raised import refuses
 
 IDS = torch.arange(1, 25).view(3, 8)
 ROWS = ["two", "__base__", "one"]
@@ -242,8 +243,7 @@ def test_it_compiles():
 
 def test_what_it_refuses():
     model = with_mixlora("one", "two")
-    with pytest.raises(NotImplementedError, match=r"layer 'model.layers.0.*router chooses experts for each token"):
-        model.merge_adapter()
+    refuses(NotImplementedError, r"layer 'model.layers.0.*router chooses experts for each token", model.merge_adapter)
     with pytest.raises(ValueError, match=r"\['one', 'two'\] at once on layer .*activate one"):
         model.base_model.set_adapter(["one", "two"])
     assert model.active_adapters == ["one"]
@@ -257,18 +257,15 @@ def test_what_it_refuses():
         (dict(mlp_modules="ff("), graft.ConfigError, "mlp_modules"),
         (dict(target_modules=["up_proj", "input_layernorm"]), graft.UnsupportedLayerError, "linear layers only"),
     ):
-        with pytest.raises(error, match=text):
-            graft.get_peft_model(base, config(**options))
+        refuses(error, text, graft.get_peft_model, base, config(**options))
         assert not any(isinstance(m, graft.AdapterLayer) for m in base.modules())
-    with pytest.raises(graft.ConfigError, match="`top_k` is 4"):
-        config(top_k=4)
+    refuses(graft.ConfigError, "`top_k` is 4", config, top_k=4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "bert"])
 def test_other_models(name):
     if name == "bert":  # whose two layers have no module of their own around them
-        with pytest.raises(graft.NoMatchingPeftModuleError, match="in an MLP"):
-            graft.get_peft_model(make("bert"), config())
+        refuses(graft.NoMatchingPeftModuleError, "in an MLP", graft.get_peft_model, make("bert"), config())
         return
     with seeded(1):
         model = graft.get_peft_model(make(name), config(init_weights=False)).train()

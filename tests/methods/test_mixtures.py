@@ -9,6 +9,7 @@ from torch.testing import assert_close
 import graft
 from tests.looks import layers
 from tests.models import seeded
+from tests.raised import refuses
 
 
 def linear(config, names=("default",)):
@@ -83,8 +84,7 @@ def test_eworas_experts_lose_inputs_of_their_own():
     ids=str,
 )
 def test_what_ewora_refuses(options, text):
-    with pytest.raises(graft.ConfigError, match=text):
-        ewora(**options)
+    refuses(graft.ConfigError, text, ewora, **options)
 
 
 # MoE-LoRA
@@ -238,5 +238,4 @@ def test_without_router_loss_there_is_none():
     ids=str,
 )
 def test_what_a_mixture_refuses(options, text):
-    with pytest.raises(graft.ConfigError, match=text):
-        moelora(**options)
+    refuses(graft.ConfigError, text, moelora, **options)

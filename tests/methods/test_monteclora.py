@@ -19,6 +19,7 @@ import graft
 from graft.methods.lora.monteclora import wishart_diagonal
 from graft.train import MontecloraTrainerMixin
 from tests.models import seeded
+from tests.raised import refuses
 
 LIBS = (graft, peft)
 SETTINGS = dict(num_samples=3, sample_scaler=0.3, kl_loss_weight=0.2, use_entropy=True, dirichlet_prior=0.4)
@@ -115,8 +116,7 @@ def test_the_loss_is_of_the_adapters_that_are_asked_for_and_train():
     one, other = model._get_monteclora_loss(), model._get_monteclora_loss("b")
     assert one != other
     assert_close(model._get_monteclora_loss(["default", "b"]), (one + other) / 2)
-    with pytest.raises(ValueError, match="zz"):
-        model._get_monteclora_loss("zz")
+    refuses(ValueError, "zz", model._get_monteclora_loss, "zz")
     assert model.eval()._get_monteclora_loss() == 0.0
     plain = graft.get_peft_model(net(), graft.LoraConfig(target_modules=["0"])).train()
     assert plain._get_monteclora_loss() == 0.0
@@ -266,8 +266,7 @@ def test_tied_layers_are_refused():
 @pytest.mark.parametrize("lib", LIBS)
 @pytest.mark.parametrize("name", ["num_samples", "dirichlet_prior", "buffer_size"])
 def test_refused(name, lib):
-    with pytest.raises(ValueError, match=f"`{name}` must be greater than 0."):
-        lib.MontecloraConfig(**{name: 0})
+    refuses(ValueError, f"`{name}` must be greater than 0.", lib.MontecloraConfig, **{name: 0})
 
 
 def test_a_load_that_fails_beside_plain_lora_leaves_no_container(tmp_path):
@@ -277,8 +276,7 @@ def test_a_load_that_fails_beside_plain_lora_leaves_no_container(tmp_path):
     save_file({k: v for k, v in load_file(path).items() if "sampler" not in k}, path)
     model = graft.get_peft_model(net(), graft.LoraConfig(target_modules=["0", "2"]))
     before, has = dict(model.named_modules()), vars(model.base_model.model[0]).keys()
-    with pytest.raises(graft.AdapterKeyError):
-        model.load_adapter(tmp_path, "other")
+    refuses(graft.AdapterKeyError, None, model.load_adapter, tmp_path, "other")
     assert dict(model.named_modules()) == before and vars(model.base_model.model[0]).keys() == has
     with_monteclora().save_pretrained(tmp_path)
     model.load_adapter(tmp_path, "other", is_trainable=True)

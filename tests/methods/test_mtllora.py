@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 import graft
 from tests.models import seeded
+from tests.raised import refuses
 
 
 def made(**options):
@@ -49,12 +50,10 @@ def test_what_trains():
 
 def test_bad_input():
     model, x = made(), torch.ones(3, 4)
-    with pytest.raises(graft.RoutingError, match="task_ids"):
-        model(x)
+    refuses(graft.RoutingError, "task_ids", model, x)
     with pytest.raises(graft.RoutingError, match=r"Only 3 tasks available\. Found task id = 3"):
         model(x, task_ids=torch.tensor([0, 3, 1]))
-    with pytest.raises(graft.ConfigError, match="n_up_projection"):
-        made(n_up_projection=0)
+    refuses(graft.ConfigError, "n_up_projection", made, n_up_projection=0)
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -68,5 +67,4 @@ def test_for_a_task_it_is_lora(n, tmp_path):
         assert_close(lora(x), model(x, task_ids=torch.tensor([task] * 3)))
     with pytest.raises(graft.ConfigError, match="Only 3 tasks available: task_ids=3"):
         graft.convert_to_lora(model, rank=3, at={"task_ids": 3})
-    with pytest.raises(TypeError, match="follows `task_ids` of a call"):
-        graft.convert_to_lora(model, rank=3)
+    refuses(TypeError, "follows `task_ids` of a call", graft.convert_to_lora, model, rank=3)

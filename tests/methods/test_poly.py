@@ -16,6 +16,7 @@ from tests import models
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import get_registry, layers
 from tests.models import adapted, seeded
+from tests.raised import refuses
 
 LIBS = (graft, peft)
 TASKS = torch.tensor([2, 0, 1, 2])
@@ -242,15 +243,13 @@ def test_compiled():
 def test_tasks_that_are_none(tasks, text):
     model = with_poly(graft)
     expected = output(model)
-    with pytest.raises(ValueError, match=text):
-        output(model, tasks)
+    refuses(ValueError, text, output, model, tasks)
     assert not get_registry(model).call.context
     assert torch.equal(output(model), expected)
     if isinstance(tasks, torch.Tensor) and tasks.dim() == 1 and tasks.max() < 3:
         return
     if tasks is None or tasks.dim() == 1:
-        with pytest.raises(ValueError, match=text):
-            output(with_poly(peft), tasks)
+        refuses(ValueError, text, output, with_poly(peft), tasks)
 
 
 def test_a_layer_without_one_row_per_sample():
@@ -263,8 +262,7 @@ def test_a_layer_without_one_row_per_sample():
             return self.flat(x.flatten(0, 1))
 
     model = graft.get_peft_model(Pooled(), graft.PolyConfig(target_modules=["flat"], n_tasks=3))
-    with pytest.raises(graft.RoutingError, match="'flat' received 20 rows for 4 task_ids"):
-        model(torch.randn(4, 5, 3), task_ids=TASKS)
+    refuses(graft.RoutingError, "'flat' received 20 rows for 4 task_ids", model, torch.randn(4, 5, 3), task_ids=TASKS)
 
 
 def test_modules_that_are_left_out_or_trained_whole(tmp_path):
@@ -291,8 +289,7 @@ def test_configs_and_layers():
         with pytest.raises(TypeError, match=r"following modules are supported: `torch\.nn\.Linear`"):
             lib.get_peft_model(models.make("embedding"), lib.PolyConfig(target_modules=["emb"]))
     for name in ("n_tasks", "n_skills", "n_splits"):
-        with pytest.raises(graft.ConfigError, match=f"`{name}` must be positive, got 0"):
-            graft.PolyConfig(**{name: 0})
+        refuses(graft.ConfigError, f"`{name}` must be positive, got 0", graft.PolyConfig, **{name: 0})
     with pytest.raises(graft.ConfigError, match="in_features=10 of layer 'lin0' must be divisible by n_splits=4"):
         graft.get_peft_model(models.make("mlp"), graft.PolyConfig(target_modules=["lin0"], n_splits=4))
     targets = graft.get_peft_model(models.make("llama"), graft.PolyConfig()).peft_config["default"].target_modules
@@ -303,6 +300,5 @@ def test_merging_is_refused():
     model = with_poly(graft)
     expected = output(model)
     for call in (model.merge_adapter, copy.deepcopy(model).merge_and_unload):
-        with pytest.raises(NotImplementedError, match="no weight is that of all tasks"):
-            call()
+        refuses(NotImplementedError, "no weight is that of all tasks", call)
     assert torch.equal(output(model), expected)

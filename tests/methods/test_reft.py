@@ -19,6 +19,7 @@ from tests.looks import layers
 from tests.many.alone import Spec, alone, as_alone, rows, tiny
 from tests.methods.make_reft_steering import IDS
 from tests.models import STD, VOCAB, adapted, checkpoint, inputs, make, output, seeded, transformer
+from tests.raised import refuses
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ENDS = dict(r=2, prefix_positions=2, suffix_positions=1, dropout=0.0)
@@ -188,8 +189,7 @@ def test_generate_takes_lengths_of_prompts():
 )
 def test_lengths_that_are_none(lengths, text):
     model = with_two()
-    with pytest.raises(RoutingError, match=f"reft_prompt_lengths .*{text}"):
-        model(**inputs("llama"), reft_prompt_lengths=lengths)
+    refuses(RoutingError, f"reft_prompt_lengths .*{text}", model, **inputs("llama"), reft_prompt_lengths=lengths)
 
 
 class Prompted(Spec):
@@ -279,8 +279,7 @@ def test_orthonormal_rows_are_themselves():
 )
 def test_bad_configs_change_nothing(changes, text):
     base = make("llama")
-    with pytest.raises(ConfigError, match=text):
-        graft.get_peft_model(base, graft.ReftConfig(**changes))
+    refuses(ConfigError, text, lambda: graft.get_peft_model(base, graft.ReftConfig(**changes)))
     assert not layers_in(base) and all(p.requires_grad for p in base.parameters())
 
 
@@ -367,8 +366,7 @@ def test_caches_of_states_generate_as_without(name, config):
 def test_shadow_generates_without_a_cache_of_states():
     model, ids = with_states(WITH_STATES["mamba"], graft.ShadowConfig(task_type="CAUSAL_LM")), torch.tensor([[7, 5]])
     options = dict(input_ids=ids, max_new_tokens=2, do_sample=False, eos_token_id=None)
-    with pytest.raises(NotImplementedError, match="Pass use_cache=False"):
-        model.generate(**options)
+    refuses(NotImplementedError, "Pass use_cache=False", model.generate, **options)
     assert model.generate(**options, use_cache=False).shape == (1, 4)
 
 

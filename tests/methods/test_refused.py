@@ -12,6 +12,7 @@ from graft.core.errors import AdapterNotFoundError, CheckpointError, RoutingErro
 from graft.inject.match import minimize_names
 from graft.io.compose import join_stages
 from tests.models import make
+from tests.raised import refuses
 
 BD = dict(target_modules_bd_a=["lin0"], nblocks=2)
 # a config, options that are refused, a part of the text, and options in their place that are not
@@ -59,8 +60,7 @@ def test_options(name, options, text, taken):
     if text is None:
         config_of(name, options)
         return
-    with pytest.raises(graft.ConfigError, match=text):
-        config_of(name, options)
+    refuses(graft.ConfigError, text, config_of, name, options)
 
 
 # the same for an adapter on "mlp", of which lin0 has 10 inputs and 12 outputs
@@ -104,8 +104,7 @@ def inject(name, options):
 )
 def test_layers(name, options, text, taken):
     inject(name, taken)
-    with pytest.raises(graft.ConfigError, match=text):
-        inject(name, options)
+    refuses(graft.ConfigError, text, inject, name, options)
 
 
 def masked(shape):
@@ -203,8 +202,7 @@ def test_calls(call):
     act, error, text, taken = CALLS[call]
     if taken is not None:
         taken()
-    with pytest.raises(error, match=text):
-        act()
+    refuses(error, text, act)
 
 
 def test_a_merged_adapter_stays():
@@ -233,15 +231,13 @@ def test_ranks_that_have_no_product(shapes, refused):
     op = lora().base_model.model.lin0.op
     A, B = map(torch.ones, shapes)
     if refused:
-        with pytest.raises(NotImplementedError, match="A of rank 3 and B of rank 2"):
-            op.product(A, B, (4, 3))
+        refuses(NotImplementedError, "A of rank 3 and B of rank 2", op.product, A, B, (4, 3))
         return
     assert_close(op.product(A, B, (4, 3)), torch.full((4, 3), 2.0))
 
 
 def test_adapters_that_are_not_there():
-    with pytest.raises(AdapterNotFoundError, match="x"):
-        graft.get_peft_model_state_dict(lora(), adapter_name="x")
+    refuses(AdapterNotFoundError, "x", graft.get_peft_model_state_dict, lora(), adapter_name="x")
 
 
 def test_a_base_that_is_no_float_has_no_singular_values():

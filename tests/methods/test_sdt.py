@@ -13,6 +13,7 @@ from graft.methods.sdt import strongest
 from tests.inject.test_reading import IDS, SSM, base
 from tests.looks import layers
 from tests.models import adapted, seeded
+from tests.raised import refuses
 
 OPTIONS = dict(channels=0.1, states=0.5, r=2)
 D, N, R = SSM["intermediate_size"], SSM["state_size"], SSM["time_step_rank"]
@@ -111,8 +112,7 @@ def test_what_a_state_space_takes_as_the_page_says():
     with pytest.raises(graft.RoutingError, match=r"mixer.A_log'.* Give all rows of a batch one adapter"):
         model(IDS, adapter_names=["default", *["two"] * (batch - 1)])
     assert not model.supports_lora_conversion()
-    with pytest.raises(ConfigTypeError, match=r"do not support LoRA conversion: SDT"):
-        graft.convert_to_lora(model, rank=2)
+    refuses(ConfigTypeError, r"do not support LoRA conversion: SDT", graft.convert_to_lora, model, rank=2)
     assert_close(model.merge_and_unload()(IDS).logits, both)
 
 
@@ -127,8 +127,7 @@ def test_only_the_chosen_entries_move():
 
 
 def test_bad_input(tmp_path):
-    with pytest.raises(ConfigError, match="`channels` must be above 0 and at most 1, got 2"):
-        graft.SdtConfig(channels=2)
+    refuses(ConfigError, "`channels` must be above 0 and at most 1, got 2", graft.SdtConfig, channels=2)
     with pytest.raises(
         CalibrationError, match=r"which channels of layer 'backbone.layers.0.mixer.\w+'.*preprocess_sdt"
     ):
@@ -144,15 +143,13 @@ def test_bad_input(tmp_path):
     state = graft.load_peft_weights(tmp_path)
     key = next(k for k in state if k.endswith("sdt_indices"))
     state[key] = state[key] + 1000
-    with pytest.raises(CheckpointError, match=r"outside of its weight"):
-        graft.set_peft_model_state_dict(model, state)
+    refuses(CheckpointError, r"outside of its weight", graft.set_peft_model_state_dict, model, state)
 
 
 def test_a_failed_injection_gives_the_changes_back(monkeypatch):
     model, config = base("mamba"), graft.SdtConfig(**OPTIONS)
     warmed(model, config)
     monkeypatch.setattr("graft.methods.sdt.nn.init.kaiming_uniform_", lambda *a, **k: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        graft.get_peft_model(model, config)
+    refuses(ZeroDivisionError, None, graft.get_peft_model, model, config)
     monkeypatch.undo()
     assert layers(graft.get_peft_model(model, config))

@@ -20,6 +20,7 @@ from graft.methods.shadow.detached import NAMES, no_cache_for
 from tests import models
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.pair import LIBS, close, close_dicts, randomize, shapes, trainable
+from tests.raised import refuses
 from tests.samples import Sample
 
 X = models.inputs("llama")
@@ -293,8 +294,7 @@ def test_other_ways_to_call():
     close(model(IDS, X["attention_mask"]).logits, expected.logits)
     close(model(**X, labels=IDS, return_dict=False)[0], expected.loss)
     close(model.base_model(**X).logits, expected.logits)
-    with pytest.raises(graft.core.errors.RoutingError, match=r"has no state to read. Call the PeftModel"):
-        model.get_base_model()(**X)
+    refuses(graft.core.errors.RoutingError, r"has no state to read. Call the PeftModel", model.get_base_model(), **X)
 
 
 # training
@@ -337,8 +337,7 @@ def test_blocks_that_are_checkpointed_around_the_adapter(rows):
         return {n.replace(".block", ""): p.grad for n, p in model.named_parameters() if p.grad is not None}
 
     close_dicts(grads(lambda block: Checkpointed(block, False)), grads(lambda block: block))
-    with pytest.raises(NotImplementedError, match="Pass use_reentrant=False"):
-        grads(lambda block: Checkpointed(block, True))
+    refuses(NotImplementedError, "Pass use_reentrant=False", grads, lambda block: Checkpointed(block, True))
 
 
 def test_dtypes_in_half_precision_are_pefts():
@@ -371,10 +370,8 @@ def test_it_compiles_without_a_break():
 def test_one_is_active_and_none_is_merged():
     model = two()
     for lib in LIBS:
-        with pytest.raises(NotImplementedError):
-            with_shadow(lib).merge_adapter()
-    with pytest.raises(ValueError, match="exactly one active adapter at a time"):
-        model.base_model.set_adapter(["default", "b"])
+        refuses(NotImplementedError, None, with_shadow(lib).merge_adapter)
+    refuses(ValueError, "exactly one active adapter at a time", model.base_model.set_adapter, ["default", "b"])
     with pytest.raises(ValueError, match="`inject_adapter_in_model` does not support"):
         graft.inject_adapter_in_model(graft.ShadowConfig(), models.make("llama"))
     model.set_adapter("b")
@@ -433,10 +430,8 @@ def test_a_network_from_a_folder(tmp_path):
 @pytest.mark.parametrize("options", [dict(shadow_model="a/b", shadow_hidden_size=8), dict(layers_pattern="layers")])
 def test_bad_configs(options):
     for lib in LIBS:
-        with pytest.raises(ValueError):
-            lib.ShadowConfig(**options)
-    with pytest.raises(graft.ConfigError, match="should be a positive integer"):
-        graft.ShadowConfig(r=0)
+        refuses(ValueError, None, lib.ShadowConfig, **options)
+    refuses(graft.ConfigError, "should be a positive integer", graft.ShadowConfig, r=0)
 
 
 @pytest.mark.differs(
@@ -494,8 +489,7 @@ def test_a_network_that_cannot_run_with_a_cache(family):
     model.eval()
     greedy = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, do_sample=False)
     for call in (lambda: model.generate(**greedy), lambda: model(input_ids=IDS, use_cache=True)):
-        with pytest.raises(NotImplementedError, match=r"adapter 'default' cannot run with a cache: .*use_cache=False"):
-            call()
+        refuses(NotImplementedError, r"adapter 'default' cannot run with a cache: .*use_cache=False", call)
     plain = model.generate(**greedy, use_cache=False)
     deep = with_shadow(base=model.unload(), shadow_num_hidden_layers=2).eval()
     if deep.base_model.model._supports_default_dynamic_cache():
@@ -511,8 +505,7 @@ SEQ2SEQ = dict(
 def test_decoders_of_encoder_decoders():
     base = transformers.BartForConditionalGeneration(transformers.BartConfig(**SEQ2SEQ))
     model, greedy = with_shadow(base=base).eval(), dict(input_ids=IDS, max_new_tokens=3, do_sample=False)
-    with pytest.raises(NotImplementedError, match=r"the decoder of an encoder-decoder.*Pass use_cache=False"):
-        model.generate(**greedy)
+    refuses(NotImplementedError, r"the decoder of an encoder-decoder.*Pass use_cache=False", model.generate, **greedy)
     model.generate(**greedy, use_cache=False)
     config = transformers.BartConfig(**SEQ2SEQ, is_decoder=True, is_encoder_decoder=False)
     model = moved(with_shadow(base=transformers.BartForCausalLM(config)))

@@ -13,6 +13,7 @@ from graft.methods.shira import random_mask
 from tests import models
 from tests.looks import layers
 from tests.pair import LIBS, adapt, close, outcome, output, randomize
+from tests.raised import refuses
 from tests.samples import Sample, first
 
 WEIGHTS = "adapter_model.safetensors"
@@ -88,8 +89,7 @@ def test_masks_that_do_not_fit(mask, reason):
     base = models.make("mlp")
     config = OWN.config(graft)
     config.mask_fn = mask
-    with pytest.raises(graft.ConfigError, match=rf"{reason}"):
-        graft.get_peft_model(base, config)
+    refuses(graft.ConfigError, rf"{reason}", graft.get_peft_model, base, config)
     assert not any(hasattr(m, "base_layer") for m in base.modules())
 
 
@@ -113,8 +113,7 @@ def test_places_outside_of_the_weight(tmp_path):
     before = {n: t.clone() for n, t in model.state_dict().items()}
     tensors[key][1, 0] = 99
     save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(graft.CheckpointError, match="shira_indices of layer"):
-        model.load_adapter(tmp_path, "default")
+    refuses(graft.CheckpointError, "shira_indices of layer", model.load_adapter, tmp_path, "default")
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 

@@ -19,6 +19,7 @@ from graft.methods.steering import coefficients
 from tests.looks import layers
 from tests.methods.make_reft_steering import IDS, PAIRS, Letters
 from tests.models import adapted, inputs, make, output, seeded, transformer
+from tests.raised import refuses
 
 HERE = Path(__file__).parent / "fixtures"
 
@@ -53,13 +54,11 @@ def test_the_formula():
     assert_close(late, torch.cat([h[:, :3], moved[:, 3:]], 1))
     mixed = states(model, adapter_names=["default", "__base__", "default"], steering_coefficient=[1, 5, 3])
     assert_close(mixed, h + torch.tensor([1.0, 0, 3])[:, None, None] * v)
-    with pytest.raises(RoutingError, match=r"shape \(2,\) for 3 rows"):
-        model(**inputs("llama"), steering_coefficient=[1, 2])
+    refuses(RoutingError, r"shape \(2,\) for 3 rows", model, **inputs("llama"), steering_coefficient=[1, 2])
     for value in (float("nan"), [1.0, float("inf"), 1.0], torch.tensor([1.0, float("nan"), 1.0]), 1e39):
         with pytest.raises(RoutingError, match=r"NaN or infinite\. Give finite numbers"):
             model(**inputs("llama"), steering_coefficient=value)
-    with pytest.raises(RoutingError, match="takes a number, or one for each row"):
-        model(**inputs("llama"), steering_coefficient=10**400)
+    refuses(RoutingError, "takes a number, or one for each row", model, **inputs("llama"), steering_coefficient=10**400)
 
 
 def test_coefficients_go_where_the_rows_are():
@@ -198,16 +197,13 @@ def test_vectors_are_a_change_which_a_call_does_not_see():
 
 def test_bad_input():
     model = graft.get_peft_model(make("llama"), graft.SteeringConfig())
-    with pytest.raises(CalibrationError, match="no pairs"):
-        graft.set_steering_vectors(model, [])
+    refuses(CalibrationError, "no pairs", graft.set_steering_vectors, model, [])
     with pytest.raises(ConfigError, match="'other' is no adapter of steering vectors"):
         graft.set_steering_vectors(model, pairs(), "other")
     with pytest.raises(ConfigError, match="'default' is no adapter of steering vectors"):
         graft.set_steering_vectors(make("llama"), pairs())
-    with pytest.raises(ConfigError, match="'mean' or 'pca'"):
-        graft.set_steering_vectors(model, pairs(), how="median")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="blocks 0 to 1"):
-        graft.get_peft_model(make("llama"), graft.SteeringConfig(layers=[7]))
+    refuses(ConfigError, "'mean' or 'pca'", graft.set_steering_vectors, model, pairs(), how="median")
+    refuses(ConfigError, "blocks 0 to 1", graft.get_peft_model, make("llama"), graft.SteeringConfig(layers=[7]))
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import graft
 from graft.methods.tlora import ranks
 from tests.models import seeded
+from tests.raised import refuses
 
 ORACLE = load_file(Path(__file__).parent / "fixtures" / "tlora.safetensors")  # by make_tlora.py
 NAMES = ("P", "lambda", "Q")
@@ -91,8 +92,7 @@ def test_who_gives_the_timestep():
 def test_a_mixed_model_gives_the_timestep_in_a_block():
     with seeded(1):
         model = graft.get_peft_model(base(), graft.LoraConfig(target_modules=["conv"]), "plain", mixed=True).eval()
-        with pytest.raises(AttributeError, match="timestep"):
-            model.timestep(3)
+        refuses(AttributeError, "timestep", lambda: model.timestep(3))
         model.add_adapter("t", graft.TLoraConfig(target_modules=["inner"], init_weights=False))
     model.set_adapter("t")
     x = ORACLE["x"]
@@ -101,8 +101,7 @@ def test_a_mixed_model_gives_the_timestep_in_a_block():
     assert torch.equal(inside, model(x, 700)) and not torch.equal(inside, model(x, 3))
     model.set_adapter("plain")
     model.delete_adapter("t")
-    with pytest.raises(AttributeError, match="timestep"):
-        model.timestep(3)
+    refuses(AttributeError, "timestep", lambda: model.timestep(3))
 
 
 @pytest.mark.parametrize("active", [True, False])
@@ -136,16 +135,11 @@ def test_copies_of_a_batch_have_the_timesteps_of_its_rows(active):
 
 def test_what_a_call_lacks():
     model, x = made(), ORACLE["x"]
-    with pytest.raises(graft.RoutingError, match=r"know the timestep"):
-        model(x, None)
-    with pytest.raises(graft.RoutingError, match=r"get_peft_model returns"):
-        model.base_model.model(x, 5)
-    with pytest.raises(graft.RoutingError, match=r"between 0 and max_timestep=1000.*'default'"):
-        model(x, torch.tensor([3, 1001, 5]))
-    with pytest.raises(graft.RoutingError, match=r"one per row, got torch.int64 of shape \(1, 3\)"):
-        model(x, torch.tensor([[3, 4, 5]]))
-    with pytest.raises(graft.RoutingError, match="layer 'inner' received 3 rows for 2 timesteps"):
-        model(x, torch.tensor([3, 4]))
+    refuses(graft.RoutingError, r"know the timestep", model, x, None)
+    refuses(graft.RoutingError, r"get_peft_model returns", model.base_model.model, x, 5)
+    refuses(graft.RoutingError, r"between 0 and max_timestep=1000.*'default'", model, x, torch.tensor([3, 1001, 5]))
+    refuses(graft.RoutingError, r"one per row, got torch.int64 of shape \(1, 3\)", model, x, torch.tensor([[3, 4, 5]]))
+    refuses(graft.RoutingError, "layer 'inner' received 3 rows for 2 timesteps", model, x, torch.tensor([3, 4]))
 
 
 def test_a_file_holds_the_start(tmp_path):
@@ -172,8 +166,7 @@ def test_a_file_holds_the_start(tmp_path):
     (dict(sig_type="first"), TypeError, "sig_type"),
 ])  # fmt: skip
 def test_configs_that_cannot_be(options, error, text):
-    with pytest.raises(error, match=text):
-        made(**options)
+    refuses(error, text, made, **options)
 
 
 def test_gradients_through_a_checkpointed_block():
@@ -210,8 +203,7 @@ def test_at_a_timestep_it_is_lora(t):
 
 def test_as_lora_it_has_to_know_the_timestep():
     model = made()
-    with pytest.raises(TypeError, match=r"follows `timestep` of a call: say which, at="):
-        graft.convert_to_lora(model, rank=2)
+    refuses(TypeError, r"follows `timestep` of a call: say which, at=", graft.convert_to_lora, model, rank=2)
     with pytest.raises(graft.ConfigError, match="between 0 and max_timestep=1000, got 1001"):
         graft.convert_to_lora(model, rank=2, at={"timestep": 1001})
     with pytest.raises(graft.ConfigError, match=r"names \['task_ids'\], and adapter 'default' follows \['timestep'\]"):

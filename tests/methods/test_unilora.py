@@ -2,12 +2,12 @@
 """Uni-LoRA: the places of the numbers, and what files depend on."""
 
 import numpy as np
-import pytest
 import torch
 
 import graft
 from tests import models
 from tests.pair import LIBS, adapt, close, close_dicts, output, randomize
+from tests.raised import refuses
 from tests.samples import Sample, first
 
 SAMPLE = first("UNILORA")
@@ -46,8 +46,7 @@ def test_adapters_have_their_own_vectors():
     model = adapt(graft, SAMPLE)
     model.add_adapter("b", SAMPLE.config(graft, r=2, theta_d_length=20, proj_seed=1))
     assert [len(model.base_model.unilora_theta_d[n]) for n in ("default", "b")] == [50, 20]
-    with pytest.raises(graft.ConfigError, match="save_indices"):
-        model.add_adapter("c", SAMPLE.config(graft, save_indices=True))
+    refuses(graft.ConfigError, "save_indices", model.add_adapter, "c", SAMPLE.config(graft, save_indices=True))
     model.set_adapter("b")
     assert [p for p in model.parameters() if p.requires_grad] == [model.base_model.unilora_theta_d["b"]]
 

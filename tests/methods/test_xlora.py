@@ -17,6 +17,7 @@ from graft.core.rows import CACHES, list_forward_arguments
 from tests import models
 from tests.looks import get_registry, layers
 from tests.models import adapted, seeded
+from tests.raised import refuses
 
 EXPERT = dict(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 PEFT_NAMES, OTHER_NAMES = ("0", "1", "2"), ("math", "0", "layers")
@@ -180,8 +181,7 @@ def test_experts_by_themselves_and_none(folder):
     assert_close(rows[0], output(alone)[0], rtol=1e-4, atol=1e-4)
     model.set_adapter("default")
     assert torch.equal(output(model), mixed)
-    with pytest.raises(graft.RoutingError, match="acts on the whole batch"):
-        output(model, adapter_names=["default"] * 3)
+    refuses(graft.RoutingError, "acts on the whole batch", output, model, adapter_names=["default"] * 3)
     assert not get_registry(model).call.context
 
 
@@ -237,8 +237,7 @@ def test_an_error_leaves_nothing_behind(folder):
         raise KeyError("stop")
 
     handle = model.get_base_model().lm_head.register_forward_hook(fail)
-    with pytest.raises(KeyError):
-        output(model)
+    refuses(KeyError, None, output, model)
     handle.remove()
     assert not get_registry(model).call.context
     assert torch.equal(output(model), expected)
@@ -330,8 +329,7 @@ def test_files_between_the_libraries(folder, tmp_path):
 
 def unchanged(model, call, error, text):
     before = {n: (p.clone(), p.requires_grad) for n, p in model.named_parameters()}
-    with pytest.raises(error, match=text):
-        call(model)
+    refuses(error, text, call, model)
     after = {n: (p, p.requires_grad) for n, p in model.named_parameters()}
     assert after.keys() == before.keys()
     assert all(torch.equal(p, before[n][0]) and on == before[n][1] for n, (p, on) in after.items())
@@ -373,8 +371,7 @@ def test_what_cannot_be_made(folder, tmp_path):
 
 def test_configs():
     ok = dict(hidden_size=24, adapters={})
-    with pytest.raises(graft.ConfigError, match="X-LoRA depth must be strictly positive"):
-        graft.XLoraConfig(**ok, xlora_depth=0)
+    refuses(graft.ConfigError, "X-LoRA depth must be strictly positive", graft.XLoraConfig, **ok, xlora_depth=0)
     for lib in LIBS:
         with pytest.warns(UserWarning, match="No value was provided for `hidden_size`"):
             assert lib.XLoraConfig(adapters={}).hidden_size == 4096
@@ -387,8 +384,7 @@ def test_configs():
         with pytest.warns(UserWarning, match="`enable_softmax_topk` enabled `top_k_lora` is not set"):
             lib.XLoraConfig(**ok, enable_softmax_topk=True, enable_softmax=False)
     for name in ("hidden_size", "xlora_size", "softmax_temperature"):
-        with pytest.raises(graft.ConfigError, match=f"`{name}` must be positive, got 0"):
-            graft.XLoraConfig(**{**ok, name: 0})
+        refuses(graft.ConfigError, f"`{name}` must be positive, got 0", graft.XLoraConfig, **{**ok, name: 0})
     with pytest.raises(graft.ConfigError, match=r"`xlora_dropout_p` must be between 0 and 1, got 1\.5"):
         graft.XLoraConfig(**ok, xlora_dropout_p=1.5)
 
@@ -432,21 +428,16 @@ def test_what_it_does_not_do(folder):
     model = mixture(graft, folder)
     expected = output(model)
     for call in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(NotImplementedError, match="cannot be merged"):
-            call()
+        refuses(NotImplementedError, "cannot be merged", call)
     with pytest.raises(ValueError, match=r"different peft types\. Found .*XLORA and .*LORA"):
         model.add_adapter("more", graft.LoraConfig(**EXPERT))
-    with pytest.raises(graft.ConfigError, match="is an expert of X-LoRA adapter 'default'"):
-        model.delete_adapter("1")
-    with pytest.raises(graft.ConfigError, match="top_k_lora=9"):
-        model.set_topk_lora(9)
+    refuses(graft.ConfigError, "is an expert of X-LoRA adapter 'default'", model.delete_adapter, "1")
+    refuses(graft.ConfigError, "top_k_lora=9", model.set_topk_lora, 9)
     assert torch.equal(output(model), expected)
     assert torch.equal(output(copy.deepcopy(model)), expected)
-    with pytest.raises(graft.ConfigError, match="XLORA adapts no layers itself"):
-        graft.plan(base(), config(graft, folder))
+    refuses(graft.ConfigError, "XLORA adapts no layers itself", graft.plan, base(), config(graft, folder))
     narrow = mixture(graft, folder, hidden_size=20)
-    with pytest.raises(graft.RoutingError, match="width 20, and the base model's have 24"):
-        output(narrow)
+    refuses(graft.RoutingError, "width 20, and the base model's have 24", output, narrow)
     model.set_adapter("0")
     plain = output(model)
     model.merge_adapter(["0"])

@@ -9,6 +9,7 @@ import graft
 from graft.core.errors import AdapterNotFoundError, RoutingError
 from graft.core.random import AdapterGenerators
 from tests.models import seeded
+from tests.raised import refuses
 
 
 class Net(nn.Module):
@@ -60,8 +61,7 @@ def test_parameters_of_one_adapter_stand_in_the_order_of_the_model():
     assert {n.split(".")[-1] for n in mine} == {"weight", "bias", "b"} and any("tokens" in n for n in mine)
     others = dict(model.adapter_parameters("c"))
     assert len(others) == 4 and all(".c." in name and not p.requires_grad for name, p in others.items())
-    with pytest.raises(AdapterNotFoundError, match=r"Adapter d not found. Loaded adapters: b, c"):
-        model.adapter_parameters("d")
+    refuses(AdapterNotFoundError, r"Adapter d not found. Loaded adapters: b, c", model.adapter_parameters, "d")
 
 
 def test_biases_are_of_the_adapter_that_trains_them():
@@ -130,8 +130,7 @@ def test_wrong_generators_are_refused_before_anything_is_drawn():
 
     def refused(error, text, generators, **options):
         before = one.get_state()
-        with pytest.raises(error, match=text):
-            model(IDS, **{"adapter_names": ["b", "c"], **options}, adapter_generators=generators)
+        refuses(error, text, model, IDS, **{"adapter_names": ["b", "c"], **options}, adapter_generators=generators)
         assert torch.equal(one.get_state(), before)
 
     refused(RoutingError, r"has none for \['c'\]", {"b": one})

@@ -16,6 +16,7 @@ from tests.families import FAMILIES, IDS, base
 from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import layers
 from tests.models import adapted, make, seeded
+from tests.raised import refuses
 
 pytestmark = FUSED_EXPERTS
 LAYOUTS = ["peft", "vllm", "vllm-2d", "vllm-3d", "sglang"]
@@ -92,8 +93,7 @@ def test_factors_that_all_experts_share(family, layout, tmp_path):
             assert not part or len(t) == (1 if (part in outs) == (side == "B") else 4)
         made.save(tmp_path)
         assert_close(logits(graft.PeftModel.from_pretrained(base(family), tmp_path)), logits(model))
-    with pytest.raises(LossError, match="the experts' A of the input differ"):
-        graft.adapter_tensors(with_experts(family), layout=layout)
+    refuses(LossError, "the experts' A of the input differ", graft.adapter_tensors, with_experts(family), layout=layout)
 
 
 # plain LoRA
@@ -178,14 +178,12 @@ def test_all_reasons_at_once(monkeypatch):
         (dict(alora_invocation_tokens=[1], task_type="CAUSAL_LM"), "does more than to add B A"),
         (dict(trainable_token_indices=[1]), "embed_tokens"),
     ):
-        with pytest.raises(LossError, match=text):
-            graft.adapter_tensors(plain(**options))
+        refuses(LossError, text, graft.adapter_tensors, plain(**options))
     with pytest.raises(LossError, match="it is LOHA, and servers load LoRA: convert it"):
         graft.adapter_tensors(graft.get_peft_model(make("llama"), graft.LoHaConfig(target_modules=["q_proj"])))
     with pytest.raises(LossError, match="holds its stacks the other way round: take 'vllm-2d'"):
         graft.adapter_tensors(with_experts("llama4"), layout="vllm-3d")
-    with pytest.raises(graft.ConfigError, match=r"layout='tgi': one of peft, vllm"):
-        graft.adapter_tensors(model, layout="tgi")
+    refuses(graft.ConfigError, r"layout='tgi': one of peft, vllm", graft.adapter_tensors, model, layout="tgi")
 
 
 def test_save_pretrained_in_a_layout(tmp_path):

@@ -15,6 +15,7 @@ import graft
 from tests import models
 from tests.covering import law, product
 from tests.pair import adapt, output, randomize
+from tests.raised import refuses
 from tests.samples import each, first, mergeable
 
 pytestmark = pytest.mark.graft_only
@@ -200,12 +201,9 @@ def test_numbers_that_no_formula_can_do_with(config, field, value):
 
 
 def test_unknown_field_and_types():
-    with pytest.raises(TypeError, match="rnak"):
-        lora(rnak=3)
-    with pytest.raises(ValueError, match=r"XX.*SEQ_CLS"):
-        lora(task_type="XX")
-    with pytest.raises((ValueError, KeyError), match=r"WHAT.*LORA"):
-        graft.get_peft_config({"peft_type": "WHAT"})
+    refuses(TypeError, "rnak", lora, rnak=3)
+    refuses(ValueError, r"XX.*SEQ_CLS", lora, task_type="XX")
+    refuses((ValueError, KeyError), r"WHAT.*LORA", graft.get_peft_config, {"peft_type": "WHAT"})
 
 
 def test_unknown_peft_type_in_a_file(tmp_path):
@@ -588,6 +586,5 @@ def test_what_is_no_model(door, kind, tmp_path):
     adapt(graft, LORA).save_pretrained(tmp_path)
     model = make()
     before = {k: v.clone() for k, v in model.state_dict().items()} if isinstance(model, nn.Module) else {}
-    with pytest.raises(error, match=re.escape(text)):
-        (TAKE_MODELS | TAKE_BASES)[door](model, tmp_path)
+    refuses(error, re.escape(text), (TAKE_MODELS | TAKE_BASES)[door], model, tmp_path)
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())

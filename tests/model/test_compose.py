@@ -13,6 +13,7 @@ import graft
 from graft.core.errors import RoutingError
 from tests import models
 from tests.models import seeded
+from tests.raised import refuses
 
 NAMES = ("one", "two", "three")
 
@@ -161,10 +162,8 @@ def test_parallel_is_each_child_alone():
     torch.testing.assert_close(model(x), torch.cat(want))
     with model.disable_adapter():
         assert len(model(x)) == len(x)
-    with pytest.raises(NotImplementedError, match="in parallel"):
-        model.merge_adapter()
-    with pytest.raises(RoutingError, match="Call the PeftModel itself"):
-        model.get_base_model()(x)
+    refuses(NotImplementedError, "in parallel", model.merge_adapter)
+    refuses(RoutingError, "Call the PeftModel itself", model.get_base_model(), x)
     model.set_adapter("one")
     torch.testing.assert_close(model(x), want[0])
 
@@ -211,8 +210,7 @@ def test_parallel_copies_masks_and_generates(tiny):
     for shared in ({"position_ids": positions}, {"cache_position": positions[0]}):
         got = model(**shared, input_ids=ids, attention_mask=mask, compose=value)
         torch.testing.assert_close(got.logits, out.logits)
-    with pytest.raises(RoutingError, match="past_key_values"):
-        model(input_ids=ids, past_key_values=out.past_key_values, compose=value)
+    refuses(RoutingError, "past_key_values", model, input_ids=ids, past_key_values=out.past_key_values, compose=value)
 
 
 @pytest.fixture
@@ -336,10 +334,8 @@ def test_bad_compositions_change_nothing():
         (lambda: model(x, adapter_names=[graft.Parallel("one")] * 3), "compose="),
         (lambda: graft.split(before, 2), "3 rows into 2"),
     ):
-        with pytest.raises(RoutingError, match=text):
-            make()
-    with pytest.raises(TypeError, match="compose takes"):
-        model(x, compose=["one"])
+        refuses(RoutingError, text, make)
+    refuses(TypeError, "compose takes", model, x, compose=["one"])
     assert model.active_adapters == ["one"] and torch.equal(model(x), before)
 
 

@@ -16,6 +16,7 @@ from graft.methods.adalora.allocator import orthogonal_losses
 from tests.covering import Sometimes, law
 from tests.looks import get_registry, layers, merged
 from tests.models import seeded
+from tests.raised import refuses
 
 X = torch.linspace(-1, 1, 30).view(5, 6)
 CONFIGS = {
@@ -221,12 +222,10 @@ def test_two_adapters_of_adalora_train():
 def test_deleting_several():
     model = mixed("LORA", "OFT", "LOHA")
     model.set_adapter(["a", "c"])
-    with pytest.raises(ValueError, match="zz"):
-        model.delete_adapter(["b", "zz"])
+    refuses(ValueError, "zz", model.delete_adapter, ["b", "zz"])
     assert list(model.peft_config) == ["a", "b", "c"]
     model.base_model.merge_adapter()
-    with pytest.raises(ValueError, match=r"Cannot delete adapter\(s\) \['a'\] while they are merged"):
-        model.delete_adapter(["a", "b"])
+    refuses(ValueError, r"Cannot delete adapter\(s\) \['a'\] while they are merged", model.delete_adapter, ["a", "b"])
     model.base_model.unmerge_adapter()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -239,12 +238,9 @@ def test_what_a_mixed_model_refuses():
     before = set(model.state_dict())
     with pytest.raises(ValueError, match="not compatible with the `PeftMixedModel`"):
         model.add_adapter("p", graft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(ValueError, match="'a' already exists"):
-        model.add_adapter("a", config("OFT"))
-    with pytest.raises(graft.NoMatchingPeftModuleError):
-        model.add_adapter("b", config("OFT", targets=["zz"]))
-    with pytest.raises(graft.AdapterNotFoundError, match="zz"):
-        model.set_adapter(["a", "zz"])
+    refuses(ValueError, "'a' already exists", model.add_adapter, "a", config("OFT"))
+    refuses(graft.NoMatchingPeftModuleError, None, model.add_adapter, "b", config("OFT", targets=["zz"]))
+    refuses(graft.AdapterNotFoundError, "zz", model.set_adapter, ["a", "zz"])
     assert set(model.state_dict()) == before and list(model.peft_config) == ["a"]
     with pytest.raises(graft.ConfigError, match=r"peft types.*'b'.*PeftMixedModel\.from_pretrained.*mixed=True"):
         graft.get_peft_model(net(), config("LORA")).add_adapter("b", config("OFT"))
@@ -259,8 +255,7 @@ def test_a_mixed_model_begins_with_an_adapter_on_layers(lib):
     with pytest.raises(ValueError, match="'PROMPT_TUNING' is not compatible with the `PeftMixedModel`"):
         lib.get_peft_model(base, prompt, mixed=True)
     assert all(p.requires_grad for p in base.parameters())
-    with pytest.raises(ValueError, match="Please specify `target_modules`"):
-        lib.get_peft_model(net(), lib.LoraConfig(), mixed=True)
+    refuses(ValueError, "Please specify `target_modules`", lib.get_peft_model, net(), lib.LoraConfig(), mixed=True)
     model = lib.get_peft_model(models.make("llama"), lib.LoraConfig(), mixed=True)
     assert set(model.peft_config["default"].target_modules) == {"q_proj", "v_proj"}
 

@@ -9,6 +9,7 @@ import graft
 from graft.model.functional import set_requires_grad
 from tests.leaves_out import FUSED_EXPERTS
 from tests.models import make, seeded
+from tests.raised import refuses
 
 LISTED = ["q_proj", "up_proj"]
 IDS = torch.arange(12).view(2, 6)
@@ -96,13 +97,10 @@ def test_it_never_trains_and_is_in_no_file(tmp_path):
 
 def test_bad_calls():
     model = policy()
-    with pytest.raises(graft.AdapterNotFoundError, match="Adapter policy not found"):
-        model.reference("policy")
+    refuses(graft.AdapterNotFoundError, "Adapter policy not found", model.reference, "policy")
     reference = model.reference()
-    with pytest.raises(graft.AdapterNameError):
-        model.reference()
-    with pytest.raises(graft.ConfigError, match="number of rows"):
-        reference()
+    refuses(graft.AdapterNameError, None, model.reference)
+    refuses(graft.ConfigError, "number of rows", reference)
     assert [*model.peft_config] == ["default", "default-reference"]
 
 

@@ -13,6 +13,7 @@ import graft
 from graft.model.functional import delete_adapter
 from tests.looks import get_registry, layers
 from tests.models import adapted, disturb, seeded
+from tests.raised import refuses
 
 X = torch.linspace(-1, 1, 18).view(3, 6)
 
@@ -85,8 +86,7 @@ def test_an_injection_that_fails_leaves_layers_without_adapters():
     graft.inject_adapter_in_model(KINDS["IA3"](), model, "first")
     delete_adapter(model, "first")
     before = kinds(model)
-    with pytest.raises(graft.UnsupportedLayerError, match="Tanh"):
-        graft.inject_adapter_in_model(lora("head", "inner.1"), model, "then")
+    refuses(graft.UnsupportedLayerError, "Tanh", graft.inject_adapter_in_model, lora("head", "inner.1"), model, "then")
     assert kinds(model) == before
 
 
@@ -174,8 +174,7 @@ def test_a_base_with_adapters_of_another_peft_model(how, name, tmp_path):
         "PeftModel": lambda: graft.PeftModel(base, lora(), name),
         "LoraModel": lambda: graft.LoraModel(base, lora(), name),
     }
-    with pytest.raises(graft.AlreadyInjectedError, match=r"add_adapter\(\).*unload\(\)"):
-        make[how]()
+    refuses(graft.AlreadyInjectedError, r"add_adapter\(\).*unload\(\)", make[how])
     assert kinds(base) == before and torch.equal(model(X), expected)
     model.load_adapter(tmp_path, "two")
     assert list(model.peft_config) == ["one", "two"]
@@ -303,8 +302,7 @@ def test_any_iterable_of_names_will_do(kind):
 )
 def test_what_are_no_names(names, text):
     model = adapted(net(), dict.fromkeys("ab", lora()))
-    with pytest.raises(TypeError, match=text):
-        model(X, adapter_names=names)
+    refuses(TypeError, text, model, X, adapter_names=names)
     assert not get_registry(model).call.open
 
 
@@ -312,8 +310,7 @@ def test_what_are_no_names(names, text):
 def test_an_argument_that_all_rows_share_does_not_count_them(first):
     model = adapted(net(), dict.fromkeys("ab", lora()))
     assert torch.equal(model(scale=first, x=X, adapter_names=NAMES), model(X, adapter_names=NAMES))
-    with pytest.raises(graft.RoutingError, match="but got 2 and 3"):
-        model(x=X, scale=torch.ones(3), adapter_names=["a", "b"])
+    refuses(graft.RoutingError, "but got 2 and 3", model, x=X, scale=torch.ones(3), adapter_names=["a", "b"])
 
 
 @pytest.mark.differs(
@@ -338,8 +335,7 @@ def test_errors_name_the_adapter():
         dict(exclude_modules=["0"]),
         dict(trainable_token_indices={"zz": [1]}),
     ):
-        with pytest.raises(graft.NoMatchingPeftModuleError, match="'second'"):
-            model.add_adapter("second", lora(**options))
+        refuses(graft.NoMatchingPeftModuleError, "'second'", model.add_adapter, "second", lora(**options))
 
 
 @pytest.mark.parametrize("lib", [graft, peft])

@@ -26,6 +26,7 @@ from tests import models
 from tests.covering import EVERYTHING
 from tests.looks import get_registry, layers
 from tests.models import adapted, disturb, seeded
+from tests.raised import refuses
 from tests.threads import at_once, in_child
 
 X = torch.linspace(-1, 1, 18).view(6, 3)
@@ -426,10 +427,8 @@ def test_a_timeout_names_the_calls_and_changes_nothing(other):
             match=r"set_adapter\('bob'\) changed nothing, since it waited 0.05 s.*forward.*'request'.*change_timeout",
         ):
             model.set_adapter("bob")
-        with pytest.raises(graft.InUseError, match="add_adapter"):
-            model.add_adapter("new", copy.deepcopy(CONFIGS["LORA"]))
-        with pytest.raises(graft.InUseError, match="load_adapter"):
-            model.load_adapter(other / "ann", "new")
+        refuses(graft.InUseError, "add_adapter", model.add_adapter, "new", copy.deepcopy(CONFIGS["LORA"]))
+        refuses(graft.InUseError, "load_adapter", model.load_adapter, other / "ann", "new")
         assert model.active_adapter == "ann" and list(model.peft_config) == ["ann", "bob"]
         assert not any("new" in layer.methods for layer in layers(model).values())
         assert torch.equal(model(X), on)
@@ -450,8 +449,7 @@ def test_a_call_that_waits_too_long_for_a_change_says_for_which():
     thread = Thread(hold, "changer")
     entered.wait(20)
     model.change_timeout = 0.05
-    with pytest.raises(graft.InUseError, match=r"forward waited 0.05 s for a long one in thread 'changer'"):
-        model(X)
+    refuses(graft.InUseError, r"forward waited 0.05 s for a long one in thread 'changer'", model, X)
     with pytest.raises(
         graft.InUseError, match=r"set_adapter\('bob'\) waited 0.05 s for a long one in thread 'changer'"
     ):
@@ -656,12 +654,10 @@ def test_a_model_without_a_wrapper_has_a_gate_as_well():
         thread = Thread(lambda: functional.set_adapter(model, "bob"))
         until(lambda: model.first.call.gate.closed_by)
         assert torch.equal(model.head(model.second(torch.tanh(h))), before)
-        with pytest.raises(graft.InUseError, match=r"a block of graft\.calling"):
-            functional.delete_adapter(model, "ann")
+        refuses(graft.InUseError, r"a block of graft\.calling", functional.delete_adapter, model, "ann")
     thread.value()
     assert not torch.equal(model(X), before)
-    with pytest.raises(graft.AdapterNotFoundError, match="no adapter"):
-        graft.calling(Net())
+    refuses(graft.AdapterNotFoundError, "no adapter", graft.calling, Net())
 
 
 def test_labels_of_heads_with_other_sizes_are_those_of_the_request():
@@ -848,8 +844,7 @@ def test_unload_and_remove_wait_for_batches_that_use_them():
         slots.load("new", graft.get_peft_model(Net(), graft.LoraConfig(r=2, target_modules=["first"])))
         unloads = Thread(lambda: slots.unload("a0"))
         until(lambda: "a0" not in slots.names)
-        with pytest.raises(graft.RoutingError, match="Unknown adapter"):
-            slots(X, adapter_names="a0")
+        refuses(graft.RoutingError, "Unknown adapter", slots, X, adapter_names="a0")
         assert unloads.is_alive()
     assert torch.equal(batch.value(), expected) and unloads.value() is None
     assert "a0" not in slots.report().resident
@@ -874,8 +869,7 @@ def test_a_name_is_taken_until_the_batches_of_its_adapter_have_ended():
     with stopped_slots(slots, "a0") as batch:
         unloads = Thread(lambda: slots.unload("a0"))
         until(lambda: "a0" not in slots.names)
-        with pytest.raises(graft.AdapterNameError, match="'a0'"):
-            slots.load("a0", another())
+        refuses(graft.AdapterNameError, "'a0'", slots.load, "a0", another())
     assert torch.equal(batch.value(), before) and unloads.value() is None
     slots.load("a0", another())
     slots.load("other", another())
@@ -901,10 +895,8 @@ def test_slots_lose_patience():
     with stopped_slots(slots, ["a0", "a1"] * 3):
         with pytest.raises(graft.InUseError, match=r"A batch of \[a2\] waited 0.05 s.*'batch'.*max_adapters, now 2"):
             slots(X, adapter_names="a2")
-        with pytest.raises(graft.InUseError, match="unload"):
-            slots.unload("a0")
-        with pytest.raises(graft.InUseError, match="remove"):
-            slots.remove()
+        refuses(graft.InUseError, "unload", slots.unload, "a0")
+        refuses(graft.InUseError, "remove", slots.remove)
         assert "a0" in slots.names
     slots(X, adapter_names="a2")
 

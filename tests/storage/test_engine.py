@@ -16,6 +16,7 @@ from graft.core.errors import UnsupportedLayerError
 from graft.core.ops import find_op
 from graft.storage.shared_work import why_no_adapter
 from tests.models import disturb, seeded
+from tests.raised import refuses
 
 PYTORCH = "transformer_engine.pytorch"
 
@@ -131,8 +132,7 @@ def test_dense_weights_merge_and_8_bit_ones_say_why_not(name):
     assert_close(model(x), expected)
     model, _ = trained(Net(True), name)
     expected = model(x)
-    with pytest.raises(NotImplementedError, match=r"8-bit floats.*bfloat16"):
-        model.merge_adapter()
+    refuses(NotImplementedError, r"8-bit floats.*bfloat16", model.merge_adapter)
     assert torch.equal(model(x), expected)
 
 
@@ -142,8 +142,7 @@ def test_dense_weights_merge_and_8_bit_ones_say_why_not(name):
 )
 def test_what_a_layer_does_in_another_way_is_refused(options, why):
     net = Net(False, **options)
-    with pytest.raises(UnsupportedLayerError, match=why):
-        graft.get_peft_model(net, CONFIGS["LORA"]())
+    refuses(UnsupportedLayerError, why, graft.get_peft_model, net, CONFIGS["LORA"]())
     assert type(net.layer) is Linear
 
 

@@ -21,6 +21,7 @@ from tests.covering import law, product
 from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import layers
 from tests.models import adapted, checkpoint, seeded
+from tests.raised import refuses
 from tests.storage.packed_experts import BOTH, IDS, KINDS, WIDTH, blocks, both
 
 pytestmark = FUSED_EXPERTS
@@ -310,8 +311,7 @@ def merges_and_unmerges(packed):
         assert torch.equal(model(IDS).logits, unmerged) and graft.merge_report(model) == {}
         assert all(torch.equal(W, before[key]) for key, W in dense_of(inner).items())
     assert shares[0] < 0.9 < shares[1] and far < 0.5, (shares, far)
-    with pytest.raises(NotImplementedError, match=r"understands only codes.*base dequantized"):
-        model.merge_and_unload(dequantize=True)
+    refuses(NotImplementedError, r"understands only codes.*base dequantized", model.merge_and_unload, dequantize=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -361,8 +361,7 @@ def test_a_merge_that_is_not_finite_is_refused_and_nothing_changes():
     for n, p in model.named_parameters():
         if n.endswith("lora_B.default.weight"):
             p.fill_(3e38)  # finite, and its product is not
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
-        model.merge_adapter(safe_merge=True)
+    refuses(ValueError, "NaNs detected in the merged weights", model.merge_adapter, safe_merge=True)
     assert all(torch.equal(W, before[key]) for key, W in dense_of(inner).items())
     assert graft.merge_report(model) == {}
 

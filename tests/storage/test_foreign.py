@@ -15,6 +15,7 @@ from graft.core.errors import UnsupportedLayerError
 from graft.storage.find import DENSE, FOREIGN, PACKED, find_store, find_tensor_store
 from tests.conformance.stores import Coded, held
 from tests.models import adapted, disturb, seeded
+from tests.raised import refuses
 
 X = torch.linspace(-1, 1, 30).view(5, 6)
 
@@ -154,8 +155,7 @@ def test_merging_is_refused_and_the_adapter_is_not_lost(kind, safe):
     model = adapted(net(kind), {"a": lora()})
     expected = model(X)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(NotImplementedError, match=f"layer '0': .*{KINDS[kind][1]}.*[Kk]eep them unmerged"):
-            merge(safe_merge=safe)
+        refuses(NotImplementedError, f"layer '0': .*{KINDS[kind][1]}.*[Kk]eep them unmerged", merge, safe_merge=safe)
     assert torch.equal(model(X), expected) and not model.base_model.model[0].merged
     assert torch.equal(model.unload()(X), net(kind)(X))
 
@@ -201,8 +201,7 @@ def test_what_reads_the_weight_has_it_from_a_layer_that_is_linear(kind, method):
     (model, ours), (_, theirs) = run(net(kind)), run(beside(kind))
     assert len(ours) == len(theirs) > 2
     assert_close(ours, theirs)
-    with pytest.raises(NotImplementedError, match=f"{KINDS[kind][1]}.*, and graft does not know how to write it"):
-        model.merge_adapter()
+    refuses(NotImplementedError, f"{KINDS[kind][1]}.*, and graft does not know how to write it", model.merge_adapter)
     expected = model(X)
     plain = model.merge_and_unload(dequantize=True)
     assert type(plain[0]) is nn.Linear
@@ -299,12 +298,10 @@ def test_what_is_not_linear_is_refused_before_anything_has_changed(kind):
         base = nn.Sequential(kind(6, 4))
     names, plain = [name for name, _ in base.named_modules()], base(X)
     why = f"{kind.__name__} has a replaced forward, .*, and {NOT_LINEAR[kind]}"
-    with pytest.raises(UnsupportedLayerError, match=f"needs its weight, and {why}"):
-        graft.get_peft_model(base, lora(use_dora=True))
+    refuses(UnsupportedLayerError, f"needs its weight, and {why}", graft.get_peft_model, base, lora(use_dora=True))
     assert [name for name, _ in base.named_modules()] == names and torch.equal(base(X), plain)
     model = graft.get_peft_model(base, lora())
-    with pytest.raises(NotImplementedError, match=f"Cannot dequantize layer '0': {why}"):
-        model.merge_and_unload(dequantize=True)
+    refuses(NotImplementedError, f"Cannot dequantize layer '0': {why}", model.merge_and_unload, dequantize=True)
 
 
 def test_a_layer_on_the_meta_device_is_refused():
@@ -345,8 +342,7 @@ def test_a_layer_that_is_quantized_later_refuses_merging():
         model = disturb(graft.get_peft_model(nn.Sequential(nn.Linear(6, 4)), lora()))
     base = model.base_model.model[0].base_layer
     base.weight = nn.Parameter(Unknown(base.weight.detach()), requires_grad=False)
-    with pytest.raises(NotImplementedError, match="its weight is of type Unknown"):
-        model.merge_adapter()
+    refuses(NotImplementedError, "its weight is of type Unknown", model.merge_adapter)
 
 
 class Cast(nn.Linear):

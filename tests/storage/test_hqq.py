@@ -15,6 +15,7 @@ from graft.core.errors import UnsupportedLayerError
 from graft.storage.find import find_store
 from tests.looks import layers
 from tests.models import disturb, seeded
+from tests.raised import refuses
 from tests.storage.cells import FEW, IN, OUT, Kind, cells, linear
 
 CONFIG = dict(weight_quant_params=dict(nbits=4, group_size=64), scale_quant_params=None, zero_quant_params=None)
@@ -124,8 +125,7 @@ def test_a_failed_call_leaves_biases_as_they_were(tmp_path):
     save_file({"base_model.model.0.lora_A.weight": torch.zeros(3, IN)}, tmp_path / "adapter_model.safetensors")
     base = net()
     before = base[0].bias
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        graft.PeftModel.from_pretrained(base, tmp_path)
+    refuses(RuntimeError, "size mismatch", graft.PeftModel.from_pretrained, base, tmp_path)
     assert type(base[0]) is HQQLinear and base[0].__dict__["bias"] is before
 
 
@@ -139,6 +139,5 @@ def test_what_would_train_packed_weights_is_refused():
     kinds = [type(m) for m in base]
     saved = graft.LoraConfig(r=2, target_modules=["1"], modules_to_save=["0"])
     for config in (saved, graft.LNTuningConfig(target_modules=["0"])):
-        with pytest.raises(UnsupportedLayerError, match="is held in codes, which cannot train"):
-            graft.get_peft_model(base, config)
+        refuses(UnsupportedLayerError, "is held in codes, which cannot train", graft.get_peft_model, base, config)
         assert [type(m) for m in base] == kinds

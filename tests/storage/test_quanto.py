@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """quanto's row on a stand-in: a layer of that name with a scale for each row, whose arithmetic is here."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.storage.find import find_store
 from tests.models import disturb
+from tests.raised import refuses
 from tests.storage.cells import FEW, IN, OUT, Kind, cells, linear
 
 
@@ -92,8 +92,7 @@ test_reading, test_forward_and_gradients, test_merging, test_merging_into_a_dens
 
 def test_a_view_that_its_function_has_made_is_not_written_to():
     layer, x = hold(linear()), torch.ones(2, 3, IN, requires_grad=True)
-    with pytest.raises(RuntimeError, match="view"):
-        layer(x)[0].add_(1)
+    refuses(RuntimeError, "view", layer(x)[0].add_, 1)
     y = find_store(layer).protect(layer(x))
     y[0] += 1
     y.sum().backward()
@@ -125,6 +124,5 @@ def test_what_would_train_packed_weights_is_refused():
     kinds = [type(m) for m in base]
     saved = graft.LoraConfig(r=2, target_modules=["1"], modules_to_save=["0"])
     for config in (saved, graft.LNTuningConfig(target_modules=["0"])):
-        with pytest.raises(UnsupportedLayerError, match="is held in codes, which cannot train"):
-            graft.get_peft_model(base, config)
+        refuses(UnsupportedLayerError, "is held in codes, which cannot train", graft.get_peft_model, base, config)
         assert [type(m) for m in base] == kinds

@@ -14,6 +14,7 @@ from graft.core.errors import UnsupportedLayerError
 from tests.conformance.stores import Coded, Opaque, ReadOnly, Rounded, RoundedStore, held
 from tests.looks import layers
 from tests.models import disturb, seeded
+from tests.raised import refuses
 from tests.samples import BY_THEMSELVES
 
 X = torch.linspace(-1, 1, 700).view(70, 10)
@@ -64,8 +65,7 @@ def test_a_weight_that_cannot_be_written_runs_and_refuses_merging(sample, kind):
     model = build(sample, kind)
     assert_close(model(X), expected)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(NotImplementedError, match=refusal(model, why)):
-            merge(safe_merge=True)
+        refuses(NotImplementedError, refusal(model, why), merge, safe_merge=True)
     assert_close(model(X), expected)
     assert type(model.unload()[0]) is kind
 
@@ -87,8 +87,7 @@ def test_a_weight_that_cannot_be_read_runs_or_is_refused_at_once(sample, monkeyp
     loss = model(X).pow(2).sum()
     loss.backward()
     assert any(p.grad is not None for p in model.parameters())
-    with pytest.raises(NotImplementedError, match=refusal(model, why)):
-        model.merge_adapter()
+    refuses(NotImplementedError, refusal(model, why), model.merge_adapter)
 
 
 def test_a_method_that_folds_is_refused_where_nothing_can_be_read():
@@ -123,7 +122,5 @@ def test_an_initialisation_that_changes_the_base_asks_whether_it_may(how):
         return base
 
     assert_close(make(Rounded)(X), net(Rounded)(X), atol=1e-3, rtol=1e-3)
-    with pytest.raises(UnsupportedLayerError, match="layer '0', which it would change: read-only weights cannot"):
-        make(ReadOnly)
-    with pytest.raises(UnsupportedLayerError, match="needs its weight, and opaque weights cannot be read"):
-        make(Opaque)
+    refuses(UnsupportedLayerError, "layer '0', which it would change: read-only weights cannot", make, ReadOnly)
+    refuses(UnsupportedLayerError, "needs its weight, and opaque weights cannot be read", make, Opaque)

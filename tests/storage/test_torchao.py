@@ -18,6 +18,7 @@ import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.storage.find import FOREIGN, find_store
 from tests.models import disturb
+from tests.raised import refuses
 from tests.storage.cells import FEW, IN, OUT, Kind, cells, identity, linear
 
 NF4 = [-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626]
@@ -265,8 +266,7 @@ def test_what_only_kernels_unpack_runs_and_is_refused_where_its_values_are_neede
     W, x = identity(base[0].base_layer), torch.ones(2, IN)
     assert_close(model(x), x @ (W + base[0].get_delta_weight("default")).T + base[0].base_layer.bias)
     for options in ({}, {"dequantize": True}):
-        with pytest.raises(NotImplementedError, match=why):
-            model.merge_and_unload(**options)
+        refuses(NotImplementedError, why, model.merge_and_unload, **options)
     for fingerprint in ("sampled", "full"):
         model.save_pretrained(tmp_path, fingerprint=fingerprint)
 
@@ -303,8 +303,7 @@ def test_tensors_that_nobody_knows_are_never_dense_and_can_be_saved(kind, tmp_pa
     layer = nn.Sequential(with_weight(lambda W: kind(W.shape, **held))(linear()))
     assert find_store(layer[0]) is FOREIGN or kind is Other
     model = graft.get_peft_model(layer, graft.LoraConfig(r=2, target_modules=["0"]))
-    with pytest.raises(NotImplementedError, match=f"{kind.__name__}, which"):
-        model.merge_adapter()
+    refuses(NotImplementedError, f"{kind.__name__}, which", model.merge_adapter)
     for fingerprint in ("sampled", "full"):
         model.save_pretrained(tmp_path, fingerprint=fingerprint)
 
@@ -320,6 +319,5 @@ def test_what_would_train_packed_weights_is_refused():
     kinds = [type(m) for m in base]
     saved = graft.LoraConfig(r=2, target_modules=["1"], modules_to_save=["0"])
     for config in (saved, graft.LNTuningConfig(target_modules=["0"])):
-        with pytest.raises(UnsupportedLayerError, match="is held in codes, which cannot train"):
-            graft.get_peft_model(base, config)
+        refuses(UnsupportedLayerError, "is held in codes, which cannot train", graft.get_peft_model, base, config)
         assert [type(m) for m in base] == kinds

@@ -10,6 +10,7 @@ from tests.covering import Case, Sometimes, law, pairs, product
 from tests.model.generation.models import MODELS as GENERATING
 from tests.model.generation.models import SEQ2SEQ, TOKENS, close, generate, inputs, spread, with_prompt
 from tests.models import _bert, checkpoint, seeded, transformer
+from tests.raised import refuses
 
 MODELS = ["llama", "gpt2", "opt", "gemma3", "t5", "bart", "bert"]
 METHODS = ["lstm", "multitask", "prefix", "projection", "cartridge"]
@@ -150,8 +151,7 @@ def test_functions_are_restored_when_the_forward_raises(name, method):
         raise RuntimeError("enough")
 
     handle = layers[1].register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="enough"):
-        model(**given)
+    refuses(RuntimeError, "enough", model, **given)
     handle.remove()
     assert functions(model) == before
     assert hooks == {name: len(m._forward_hooks) for name, m in model.named_modules()}
@@ -183,8 +183,7 @@ def test_layers_that_a_prompt_cannot_reach(name, method, monkeypatch):
     before = functions(model)
     with monkeypatch.context() as patch:
         patch.setattr("graft.prompts.replays.find_cache_argument", lambda layer: None)
-        with pytest.raises(ValueError, match=r"leaves keys and values of a prompt out.*gradient_checkpointing_disable"):
-            model(**given)
+        refuses(ValueError, r"leaves keys and values of a prompt out.*gradient_checkpointing_disable", model, **given)
     assert functions(model) == before
     same(backward(model, given), want)
 

@@ -89,20 +89,14 @@ def test_bash_completes_verbs_options_and_names(tmp_path):
         f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _graft_completion graft; "
         'echo "${COMPREPLY[*]}"\n' for words in asked
     )  # fmt: skip
-    env = {
-        **os.environ,
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
-    }
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=env)
     assert done.stdout.split() == ["inspect", "--spectrum", "gguf", "vllm,sglang"], done.stderr
 
 
-def test_version(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["graft", "--version"])
-    with pytest.raises(SystemExit) as left:
-        app.main()
-    assert not left.value.code and capsys.readouterr().out == f"graft {graft.__version__}\n"
+def test_version(run):
+    assert run("--version") == (0, f"graft {graft.__version__}\n", "")
 
 
 def test_a_pattern_is_shown_as_it_is_written():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from graft.command import app
+from graft.files.convert import convert_adapter_file
 
 FIXTURES = Path(__file__).parents[1] / "files" / "fixtures"
 LLAMA, BERT, KOHYA, MLX = (FIXTURES / name for name in ("base_llama", "base_bert", "kohya_sd", "mlx_lora"))
@@ -23,25 +23,15 @@ class Code:
         return RAN.append, ("it ran",)
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["graft", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            app.main()
-        return left.value.code or 0, "".join(capsys.readouterr())
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """Folders and files by the names that the words below have for them."""
     made = tmp_path_factory.mktemp("bad")
     shutil.copytree(LLAMA, made / "BASE")
     shutil.copytree(MLX, made / "MLX")
-    run_main("convert", made / "MLX", "--to", "peft", "-o", made / "GOOD", "-q")
-    for name in ("CUT", "CODE", "REGEX"):
+    convert_adapter_file(MLX, "peft", made / "GOOD")
+    convert_adapter_file(FIXTURES / "mlx_dora", "peft", made / "DORA")
+    for name in ("CUT", "CODE", "REGEX", "SEVERAL/one", "SEVERAL/two"):
         shutil.copytree(made / "GOOD", made / name)
     weights = made / "CUT" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-500])
@@ -50,16 +40,7 @@ def places(tmp_path_factory):
     torch.save({"lora_unet_a.lora_down.weight": Code()}, made / "CODE.pt", pickle_module=pickle)
     (made / "OTHERS").mkdir()
     (made / "OTHERS" / "letter.txt").write_text("Dear")
-    shutil.copytree(made / "GOOD", made / "SEVERAL" / "one")
-    shutil.copytree(made / "GOOD", made / "SEVERAL" / "two")
     return made
-
-
-def run_main(*words):
-    sys.argv = ["graft", *map(str, words)]
-    with pytest.raises(SystemExit) as left:
-        app.main()
-    assert not left.value.code
 
 
 def contents(folder):
@@ -84,8 +65,8 @@ READERS = (
 def test_no_verb_takes_what_is_no_adapter(source, says, places, run, tmp_path):
     before = contents(places)
     for verb in READERS:
-        code, said = run(*words(verb.format(source), places, tmp_path))
-        assert (code, says in said, said.count("\n")) == (3, True, 1), (verb, said)
+        code, out, said = run(*words(verb.format(source), places, tmp_path))
+        assert (code, out, says in said, said.count("\n")) == (3, "", True, 1), (verb, said)
     assert contents(places) == before and not [*tmp_path.iterdir()] and RAN == []
 
 
@@ -105,6 +86,7 @@ def words(line, places, tmp_path):
         ("convert GOOD --to mlx --base BERT -o OUT", 4, "Give the model that the adapter was trained on"),
         ("merge BERT GOOD -o OUT", 4, "checkpoint does not hold"),
         ("export GOOD --for vllm --base BERT -o OUT", 4, "has no module"),
+        ("convert KOHYA --to peft --base BASE -o OUT", 4, "has no modules for"),
         ("extract BERT BASE -o OUT", 4, "is not a fine-tuned"),
         ("check GOOD --for vllm --base BERT", 1, "refused"),
         ("export GOOD --for vllm --base WIDE -o OUT", 4, "of other shapes"),
@@ -117,12 +99,22 @@ def words(line, places, tmp_path):
         ("inspect GOOD --base NOWHERE", 3, "no folder with a model"),
         ("merge OTHERS GOOD -o OUT", 3, "no safetensors files of a model"),
         ("plan NOWHERE", 3, "no config.json"),
+        ("check GOOD --for vllm --base GOOD", 3, "no safetensors files of a model"),
+        ("inspect GOOD --base OTHERS", 3, "no safetensors files of a model"),
+        ("extract GOOD BASE -o OUT", 3, "no safetensors files of a model"),
+        ("extract BASE BASE -o OUT", 3, "have no difference"),
+        # what another form cannot hold
+        ("convert DORA --to adapterhub --base BASE -o OUT", 5, "DoRA's magnitude: model.layers.1.mlp.down_proj"),
+        ("convert MLX --to torchtune -o OUT", 2, "The format 'torchtune' is read, and not written. Formats"),
+        ("export DORA --for vllm --base BASE -o OUT", 5, "graft merge"),
         # outputs
         ("resize GOOD --rank 1 -o GOOD --force", 2, "the source"),
         ("convert GOOD --to kohya -o GOOD", 2, "the source"),
         ("convert GOOD --to mlx --base BASE -o BASE --force", 2, "the source"),
         ("merge BASE GOOD -o GOOD/inner", 2, "one lies in the other"),
         ("export GOOD --for vllm --base BASE -o BASE --force", 2, "the source"),
+        ("export GOOD --for vllm --base BASE -o GOOD", 2, "the source"),
+        ("export GOOD --for vllm --base BASE -o GOOD --force", 2, "the source"),
         ("extract BASE BASE -o BASE/inner", 2, "the source"),
         ("resize GOOD --rank 1 -o MLX", 2, "--force"),
         ("resize GOOD --rank 1 -o OTHERS --force", 2, "holds [letter.txt], which is no file of an adapter"),
@@ -136,11 +128,16 @@ def words(line, places, tmp_path):
         ("diff GOOD GOOD --tol nan", 2, "at least 0"),
         ("convert GOOD --to word -o OUT", 2, "no format 'word'"),
         ("check GOOD --for ollama", 2, "ollama"),
+        ("check GOOD --for ,", 2, "--for names no server"),
+        ("check GOOD", 2, "Choose one of vllm, sglang, llama.cpp"),
+        ("export GOOD --for vllm --base BASE -o OUT --rank x", 2, "--rank x"),
         ("export GOOD --for vllm --base BASE -o OUT --rank 0", 2, "--rank 0 is not possible"),
         ("export GOOD --for vllm --base BASE -o OUT --rank 1.5", 2, "--rank 1.5 is not possible"),
         ("export GOOD --for vllm --base BASE -o OUT --rank nan", 2, "--rank nan is not possible"),
         ("plan BASE --gpu much", 2, "much"),
         ("verify --url ftp://x --adapter GOOD --base BASE", 2, "no address"),
+        ("verify --adapter GOOD --base BASE", 2, "--url"),
+        ("inspect no-one/has-this", 3, "There is no adapter at"),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
@@ -150,8 +147,9 @@ def test_what_cannot_be_is_said(line, code, says, places, run, tmp_path):
             shutil.copytree(source, places / name)
         widen(places / "WIDE" / "model.safetensors")
     before = contents(places)
-    found, said = run(*words(line, places, tmp_path))
-    assert (found, says in said) == (code, True), said
+    found, out, err = run(*words(line, places, tmp_path))
+    assert (found, says in out + err) == (code, True), out + err
+    assert out == "" or code == 1
     assert contents(places) == before and not [*tmp_path.iterdir()]
 
 
@@ -165,8 +163,7 @@ def widen(path):
 def test_a_config_that_selects_nothing_is_found(places, run):
     config = places / "REGEX" / "adapter_config.json"
     config.write_text(config.read_text().replace('"target_modules": [', '"target_modules": "((", "_": ['))
-    code, said = run("lint", places / "REGEX", "--strict")
-    assert code == 1 and "unused-target" in said
+    assert "unused-target" in run("lint", places / "REGEX", "--strict")[1]
 
 
 @pytest.mark.parametrize("to", ["mlx", "kohya", "adapterhub", "gguf"])
@@ -179,28 +176,22 @@ def test_a_full_disk_leaves_nothing(to, places, run, tmp_path, monkeypatch):
     before, limits = contents(places), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
     try:
-        code, said = run("convert", places / "GOOD", "--to", to, "--base", places / "BASE", "-o", tmp_path / "a" / "b")
+        code, _, said = run(*words(f"convert GOOD --to {to} --base BASE -o", places, tmp_path), tmp_path / "a" / "b")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 3 and str(tmp_path / "a" / "b") in said, said
     assert contents(places) == before and not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "resize GOOD --rank 1 -o {} --force",
-        "convert GOOD --to kohya --base BASE -o {} --force",
-        "convert GOOD --to mlx --base BASE -o {} --force",
-        "merge BASE GOOD -o {} --force",
-        "inspect GOOD --plot {}.png",
-    ],
-)
+@pytest.mark.parametrize("line", [
+    "resize GOOD --rank 1 -o {} --force", "convert GOOD --to kohya --base BASE -o {} --force",
+    "convert GOOD --to mlx --base BASE -o {} --force", "merge BASE GOOD -o {} --force", "inspect GOOD --plot {}.png",
+])  # fmt: skip
 def test_a_pipe_is_no_output(line, places, run, tmp_path):
     """As root a rename would put a folder in the place of /dev/null."""
     pipe = tmp_path / ("pipe.png" if "plot" in line else "pipe")
     os.mkfifo(pipe)
-    code, said = run(*words(line.format(tmp_path / "pipe"), places, tmp_path))
+    code, _, said = run(*words(line.format(tmp_path / "pipe"), places, tmp_path))
     assert code in (2, 3) and str(pipe) in said and "stays as it is" in said.lower(), said
     assert pipe.is_fifo() and [*tmp_path.iterdir()] == [pipe]
 
@@ -214,7 +205,7 @@ def test_an_output_without_a_name_is_none(line, places, run, tmp_path, monkeypat
     (tmp_path / "thesis.txt").write_text("years")
     monkeypatch.chdir(tmp_path)
     for force in ([], ["--force"]):
-        code, _ = run(*words(line, places, tmp_path), "", *force)
+        code, *_ = run(*words(line, places, tmp_path), "", *force)
         assert code in (2, 3, 4) and [p.name for p in Path.cwd().iterdir()] == ["thesis.txt"]
         assert Path.cwd().samefile(tmp_path)
 

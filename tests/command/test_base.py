@@ -6,13 +6,11 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
-from graft.command import app
 from graft.files.sources import describe_named_base, find_base, read_base_name
 from tests.files import adapters
 from tests.serving.server import answers, serving
@@ -57,18 +55,6 @@ def snapshot(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", look_up_here)
     cache(tmp_path / "hub", "gpt2", adapters.base())
     return cache(tmp_path / "hub", "me/base", adapters.base())
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["graft", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            app.main()
-        said = capsys.readouterr()
-        return left.value.code or 0, said.out, said.err
-
-    return call
 
 
 @pytest.mark.parametrize("words", [

@@ -92,23 +92,18 @@ def test_no_verb_prints_them(words, code, places, monkeypatch, capfd):
         assert "\ufffd" not in stream
 
 
-def test_verify_prints_what_a_server_answers(places, monkeypatch, capfd):
+def test_verify_prints_what_a_server_answers(places, run):
     model = adapters.model("plain")
     names = {f"{EVIL}-base": answers(adapters.make("llama")), EVIL: answers(model)}
     with serving(names) as url:
-        words = ["--adapter", places["GOOD"], "--base", adapters.base(), "--url", url]
-        monkeypatch.setattr(sys, "argv", [str(w) for w in ("graft", "verify", *words, "--base-name", "nobody")])
-        with pytest.raises(SystemExit) as left:
-            app.main()
-    printed = "".join(capfd.readouterr())
-    assert left.value.code == 2 and "\\x1b" in printed and printed.rstrip("\n").isprintable()
+        words = "--adapter", places["GOOD"], "--base", adapters.base(), "--url", url, "--base-name", "nobody"
+        code, *said = run("verify", *words)
+    printed = "".join(said)
+    assert code == 2 and "\\x1b" in printed and printed.rstrip("\n").isprintable()
 
 
-def test_names_are_shown_escaped(places, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["graft", "inspect", str(places["A"]), "--spectrum"])
-    with pytest.raises(SystemExit):
-        app.main()
-    printed = capsys.readouterr().out
+def test_names_are_shown_escaped(places, run):
+    printed = run("inspect", places["A"], "--spectrum")[1]
     shown = errors.escape_controls(EVIL)
     assert f"model.layers.0.self{shown}_attn.q_proj" in printed and f"someone/{shown}" in printed
     assert shown == r"\x1b]0;x\x07\x1bc\r\u202e\u2066\x9b31m\nequal"
@@ -166,11 +161,7 @@ def test_status_and_numbers_of_a_model(capsys):
     make = adapters.make
     model = graft.get_peft_model(make("llama"), graft.LoraConfig(target_modules=["q_proj"]), adapter_name=f"a{EVIL}")
     model.print_trainable_parameters()
-    print(
-        model.get_model_status(),
-        model.get_layer_status(),
-        graft.audit(model),
-        graft.plan(make("llama"), graft.LoraConfig(target_modules=["q_proj", EVIL])),
-    )
+    planned = graft.plan(make("llama"), graft.LoraConfig(target_modules=["q_proj", EVIL]))
+    print(model.get_model_status(), model.get_layer_status(), graft.audit(model), planned)
     printed = capsys.readouterr().out
     assert "\\x1b" in printed and all(line.isprintable() for line in printed.split("\n"))

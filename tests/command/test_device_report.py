@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import graft
-from graft.command import app, device_checks
+from graft.command import device_checks
 
 CPU = torch.device("cpu")
 
@@ -38,23 +38,19 @@ def test_without_a_device_it_says_its_plan(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_the_file_of_a_report(tmp_path, monkeypatch, capsys):
+def test_the_file_of_a_report(tmp_path, monkeypatch, run):
     """It is not replaced without --force, and a failed check is exit code 1."""
     monkeypatch.setattr(device_checks, "METHODS", {"LORA": device_checks.METHODS["LORA"]})
-    command = ["graft", "device-report", "--device", "cpu", "-o", str(tmp_path / "r.json")]
-    monkeypatch.setattr(sys, "argv", command)
+    words = "device-report", "--device", "cpu", "-o", tmp_path / "r.json"
     monkeypatch.setattr(device_checks, "TOLERANCES", {torch.float32: 1e-4})
     monkeypatch.setattr(device_checks, "LAWS", (device_checks.run_forward, fail))
-    with pytest.raises(SystemExit) as left:
-        app.main()
-    said = capsys.readouterr().out
-    assert left.value.code == 1 and "1 checks passed, 1 failed" in said and "LORA fail float32: ValueError: no" in said
+    code, said, _ = run(*words)
+    assert code == 1 and "1 checks passed, 1 failed" in said and "LORA fail float32: ValueError: no" in said
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["versions"]["torch"] == torch.__version__ and report["versions"]["graft-adapters"]
     assert report["device"]["type"] == "cpu" and report["benchmark"] == {}
-    with pytest.raises(SystemExit) as left:
-        app.main()
-    assert left.value.code == 2 and "exists" in capsys.readouterr().err
+    code, _, said = run(*words)
+    assert code == 2 and "exists" in said
 
 
 calls = []

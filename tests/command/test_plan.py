@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from typer.testing import CliRunner
 
 import graft
@@ -15,26 +15,17 @@ from graft.files.errors import OptionError
 from tests.leaves_out import PLANS
 
 pytestmark = PLANS
-
-
-@pytest.fixture
-def adapter(tmp_path):
-    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, vocab_size=96)  # fmt: skip
-    model = graft.get_peft_model(LlamaForCausalLM(config), graft.LoraConfig(r=4, target_modules=["q_proj"]))
-    model.save_pretrained(tmp_path / "adapter")
-    config.save_pretrained(tmp_path / "base")
-    return tmp_path / "adapter"
+BASE = Path(__file__).parents[1] / "files" / "fixtures" / "base_llama"
 
 
 def run(*args):
     return CliRunner().invoke(app, [*map(str, args)], catch_exceptions=False)
 
 
-def test_plan_shows_layers_memory_and_what_fits(adapter, tmp_path):
-    args = ["plan", tmp_path / "base", "--targets", "q_proj,v_proj", "-r", "4", "--batch", "2", "--seq", "16"]
+def test_plan_shows_layers_memory_and_what_fits():
+    args = ["plan", BASE, "--targets", "q_proj,v_proj", "-r", "4", "--batch", "2", "--seq", "16"]
     found = json.loads(run(*args, "--gpu", "2GB", "--json").stdout)
-    assert found["layers"] == 4 and found["trainable"] == 2 * (4 * 64 + 4 * 48)
+    assert found["layers"] == 4 and found["trainable"] == 2 * (4 * 32 + 4 * 24)
     assert found["memory"]["total"] > found["memory"]["weights"] > 0
     assert found["gpu"] == {"bytes": 2 * 10**9, "fits": True}
     text = run(*args, "--gpu", "2GB").stdout
@@ -64,10 +55,9 @@ def test_plan_of_packed_experts(tmp_path):
 
 
 def test_plan_of_a_model_whose_language_part_has_its_own_config(tmp_path):
-    text = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-                                    vocab_size=64)  # fmt: skip
-    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                           num_attention_heads=4, image_size=16, patch_size=8)  # fmt: skip
+    sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4)
+    text = LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=64)
+    vision = CLIPVisionConfig(**sizes, num_hidden_layers=2, image_size=16, patch_size=8)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=3)
     config.architectures = ["LlavaForConditionalGeneration"]
     config.save_pretrained(tmp_path)
@@ -79,26 +69,21 @@ def test_plan_of_a_model_whose_language_part_has_its_own_config(tmp_path):
     "method, layers",
     [("SHADOW", 2), ("LN_TUNING", 5), ("BOTTLENECK", 2), ("BEFT", 2), ("IA3", 6), ("POLY", 14), ("MTLLORA", 14)],
 )
-def test_a_method_has_its_own_places(method, layers, tmp_path):
+def test_a_method_has_its_own_places(method, layers):
     """Blocks, norms or some projections; methods like LoRA get all linear layers."""
-    sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4, vocab_size=96)
-    LlamaConfig(**sizes, num_hidden_layers=2, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
-    found = json.loads(run("plan", tmp_path, "--method", method, "--rank", "4", "--seq", "8", "--json").stdout)
+    words = "plan", BASE, "--seq", "8", "--json", "--method", method
+    found = json.loads(run(*words, "--rank", "4").stdout)
     assert (found["method"], found["layers"]) == (method, layers) and found["memory"]["total"] > 0
     if method == "IA3":
-        named = run("plan", tmp_path, "--method", method, "--targets", "all-linear", "--seq", "8", "--json")
-        assert json.loads(named.stdout)["layers"] == 14
+        assert json.loads(run(*words, "--targets", "all-linear").stdout)["layers"] == 14
 
 
 def test_a_prompt_gets_the_task_of_the_model(tmp_path):
-    sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4, vocab_size=96)
-    LlamaConfig(**sizes, num_hidden_layers=2, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "base")
-    graft.PromptTuningConfig(num_virtual_tokens=3).save_pretrained(tmp_path / "prompt")
-    found = json.loads(run("plan", tmp_path / "base", "--config", tmp_path / "prompt", "--seq", "8", "--json").stdout)
-    assert found["trainable"] == 3 * 32
+    graft.PromptTuningConfig(num_virtual_tokens=3).save_pretrained(tmp_path)
+    found = json.loads(run("plan", BASE, "--config", tmp_path, "--seq", "8", "--json").stdout)
+    assert found["trainable"] == 3 * 16
 
 
-BASE = Path(__file__).parents[1] / "files" / "fixtures" / "base_llama"
 SETTINGS = {
     "ADALORA": ["total_step=100"],
     "ADAPTION_PROMPT": ["adapter_len=3", "adapter_layers=1"],
@@ -123,11 +108,8 @@ def test_plan_of_a_method_whose_config_needs_more(method):
 
 def test_plan_names_the_option_for_a_field_that_is_missing():
     args = ["plan", BASE, "--seq", "8", "--method"]
-    for method, field in (
-        ("prompt_tuning", "num_virtual_tokens"),
-        ("adalora", "total_step"),
-        ("sdt", "target_modules"),
-    ):
+    fields = {"prompt_tuning": "num_virtual_tokens", "adalora": "total_step", "sdt": "target_modules"}
+    for method, field in fields.items():
         with pytest.raises(OptionError, match=rf"{field}.* {method.upper()}'s config: --set name=value, .*--config"):
             run(*args, method)
     for text in ("r", "=3", "a b=3"):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -13,28 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import graft
-from graft.command import app
+from graft.command import app, change
 from graft.files import inspect
+from graft.files.errors import OptionError
 from graft.files.formats import read
 from tests import models
 from tests.pair import adapt, close, output, randomize
 from tests.samples import first
 
+FIXTURES = Path(__file__).parents[1] / "files" / "fixtures"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command in this process; return its exit code, output and what it logs."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["graft", *map(str, args)])
-        with pytest.raises(SystemExit) as left:
-            app.main()
-        said = capsys.readouterr()
-        return left.value.code or 0, said.out, said.err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +93,11 @@ def test_diff(run, folder, tmp_path):
     run("resize", folder / "a", "-o", tmp_path / "less", "--rank", "2")
     code, out, _ = run("diff", folder / "a", tmp_path / "less", "--json")
     assert code == 1
-    rows = {
-        row["module"]: row
-        for row in json.loads(run("resize", folder / "a", "-o", "x", "--rank", "2", "--dry-run", "--json")[1])[
-            "modules"
-        ]
-    }
+    rows = json.loads(run("resize", folder / "a", "-o", "x", "--rank", "2", "--dry-run", "--json")[1])["modules"]
+    energy = {row["module"]: row["energy"] for row in rows}
     for m in json.loads(out)["modules"]:
-        assert m["relative"] ** 2 == pytest.approx(1 - rows[m["module"]]["energy"], rel=1e-4)
-        assert m["cosine"] ** 2 == pytest.approx(rows[m["module"]]["energy"], rel=1e-4)
+        assert m["relative"] ** 2 == pytest.approx(1 - energy[m["module"]], rel=1e-4)
+        assert m["cosine"] ** 2 == pytest.approx(energy[m["module"]], rel=1e-4)
     assert run("diff", folder / "a", tmp_path / "less", "--tol", "1")[0] == 0
     code, out, _ = run("diff", folder / "a", folder / "loha")
     assert code == 1 and "peft_type" in out
@@ -164,19 +149,12 @@ def test_float8(dtype, run, folder, tmp_path):
     both = [tmp_path / name for name in ("narrow", "wide")]
     code, out, _ = run("diff", *both, "--json")
     assert code == 0 and json.loads(out)["largest"] < 1e-14
-    for words in (
-        ("inspect", "--spectrum"),
-        ("lint",),
-        ("check", "--for", "vllm"),
-        ("inspect", "--base", folder / "base"),
-    ):
+    reads = ("inspect", "--spectrum"), ("lint",), ("check", "--for", "vllm"), ("inspect", "--base", folder / "base")
+    for words in reads:
         codes, reports = zip(*((code, json.loads(out)) for code, out, _ in (run(*words, p, "--json") for p in both)))
         assert codes[0] == codes[1] and reports[0].get("modules") == reports[1].get("modules"), words
-    for words in (
-        ("resize", "--rank", 2),
-        ("export", "--for", "vllm", "--base", folder / "base"),
-        ("convert", "--to", "mlx"),
-    ):
+    exported = "export", "--for", "vllm", "--base", folder / "base"
+    for words in (("resize", "--rank", 2), exported, ("convert", "--to", "mlx")):
         made = [tmp_path / f"{p.name}-{words[0]}" for p in both]
         assert [run(*words, p, "-o", out)[0] for p, out in zip(both, made)] == [0, 0], words
         assert run("diff", *made, "--tol", 2**-8, "-q")[0] == 0, words
@@ -197,13 +175,11 @@ def test_resize_writes_what_peft_loads(run, folder, tmp_path):
     close(output(ours, sample), output(theirs, sample), 1e-5)
     before = (tmp_path / "b" / WEIGHTS).read_bytes()
     assert run("resize", folder / "a", "-o", tmp_path / "b", "--rank", "1")[0] == 2
-    assert run("resize", folder / "a", "-o", folder / "a", "--rank", "1", "--force")[0] == 2, "a source"
     assert run("resize", folder / "a", "-o", tmp_path / "b", "--rank", "1", "--force", "--dry-run")[0] == 0
     assert (tmp_path / "b" / WEIGHTS).read_bytes() == before
     assert run("resize", folder / "a", "-o", tmp_path / "b", "--rank", "1", "--force")[0] == 0
     assert {h.rank for h in read(tmp_path / "b").low_rank.values()} == {1}
     assert run("resize", folder / "loha", "-o", tmp_path / "c", "--rank", "1")[0] == 5
-    assert run("resize", folder / "a", "-o", tmp_path / "c")[0] == 2
     assert not (tmp_path / "c").exists()
 
 
@@ -211,32 +187,45 @@ def test_extract_gives_the_adapter_back(run, folder, tmp_path):
     code, out, err = run("extract", folder / "tuned", folder / "base", "-o", tmp_path / "e", "--rank", "8")
     assert code == 0 and "unchanged" in out and "q_proj" in out and not err
     assert run("diff", folder / "a", tmp_path / "e", "--tol", "1e-4", "-q")[0] == 0
-    assert run("extract", folder / "base", folder / "base", "-o", tmp_path / "f")[0] == 3
-    assert run("extract", folder / "a", folder / "base", "-o", tmp_path / "f")[0] == 3, "no model"
-    models.make("gpt2").save_pretrained(tmp_path / "gpt2")
-    code, _, err = run("extract", tmp_path / "gpt2", folder / "base", "-o", tmp_path / "f", "-q")
-    assert code == 4 and "is not a fine-tuned" in err
-    assert not (tmp_path / "f").exists()
 
 
-def test_bad_input(run, folder, tmp_path):
-    code, _, err = run("inspect", folder / "base")
-    assert code == 3 and err.startswith("graft: ") and err.count("\n") == 1
-    assert run("inspect", tmp_path / "nothing")[0] == 3
-    assert run("inspect", folder / "a", "--base", tmp_path)[0] == 3
-    models.make("gpt2").save_pretrained(tmp_path / "gpt2")
-    assert run("inspect", folder / "a", "--base", tmp_path / "gpt2")[0] == 4
-    os.makedirs(tmp_path / "cut")
-    (tmp_path / "cut" / CONFIG).write_text((folder / "a" / CONFIG).read_text())
-    for size in (0, 7, 100, -1):
-        (tmp_path / "cut" / WEIGHTS).write_bytes((folder / "a" / WEIGHTS).read_bytes()[:size])
-        for verb in ("inspect", "lint"):
-            code, _, err = run(verb, tmp_path / "cut")
-            assert code == 3 and WEIGHTS in err, size
-    (tmp_path / "cut" / CONFIG).write_text("{")
-    assert run("lint", tmp_path / "cut")[0] == 3
-    assert run("inspect")[0] == 2
-    assert run("inspect", "no-one/has-this")[0] == 3
+def test_convert(run, tmp_path):
+    base, out = FIXTURES / "base_llama", tmp_path / "a.safetensors"
+    assert run("convert", FIXTURES / "mlx_lora", "--to", "kohya", "-o", out)[1] == f"mlx → kohya: 3 modules, in {out}\n"
+    words = "convert", out, "--to", "peft", "--base", base, "-o", tmp_path / "b"
+    shown = json.loads(run(*words, "--json")[1])
+    assert (shown["of"], shown["to"], shown["modules"], shown["lost"]) == ("kohya", "peft", 3, [])
+    assert json.loads((tmp_path / "b" / CONFIG).read_text())["lora_alpha"] == 12  # scale 3, rank 4
+    assert run(*words, "--force", "-q") == (0, "", "")
+    words = "--to", "adapterhub", "--base", base, "--lossy", "-o", tmp_path / "c"
+    said = run("convert", FIXTURES / "mlx_dora", *words)[1]
+    assert said.startswith("mlx → adapterhub: 3 modules,")
+    assert "lost: DoRA's magnitude: model.layers.1.mlp.down_proj\n" in said
+
+
+def test_merge(run, folder, tmp_path):
+    words = "merge", folder / "base", folder / "loha", "-o", tmp_path / "out"
+    code, out, _ = run(*words, "--dry-run")
+    assert code == 0 and out.startswith("Would merge into 6 tensors") and not (tmp_path / "out").exists()
+    code, out, err = run(*words, "--certificate", "--json")
+    told, held = json.loads(out), json.loads((tmp_path / "out/merge.json").read_text())
+    assert {*told["tensors"]} == {f"{path}.weight" for path in read(folder / "loha").modules}
+    assert (code, err, held["tensors"]) == (0, "", told["tensors"])
+    assert run(*words, "--force", "-q") == (0, "", "") and (tmp_path / "out/config.json").exists()
+    code, _, err = run(*words)
+    assert code == 2 and err.startswith("graft: ") and "--force" in err
+    assert run("merge", folder / "base", folder / "a")[0] == 2
+
+
+def test_sizes_and_weights_are_read_or_refused():
+    sizes = {"5GB": 5 * 10**9, "1.5 mb": 1_500_000, "200": 200, "2K": 2000}
+    assert {text: change.parse_size(text) for text in sizes} == sizes
+    assert change.parse_weights("0.5,-1") == [0.5, -1.0]
+    for text in ("five", "5 GiB", "0", "-1GB"):
+        with pytest.raises(OptionError, match="The size"):
+            change.parse_size(text)
+    with pytest.raises(OptionError, match="--weights"):
+        change.parse_weights("a,b")
 
 
 def test_no_verb_waits_for_torch(folder, tmp_path):

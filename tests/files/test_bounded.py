@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from graft.config.file import describe_whole_model
+from graft.config.pair import describe_whole_model
 from graft.config.reading import MOST_CONTAINERS, open_file, parse_json, read_object
 from graft.core.errors import CheckpointError, NonFiniteError, PeftError
 from graft.files import formats

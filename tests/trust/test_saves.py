@@ -49,7 +49,7 @@ def edited(folder):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Wait less for a save that was cut short."""
-    monkeypatch.setattr("graft.config.file.PATIENCE", 0.02, raising=False)
+    monkeypatch.setattr("graft.config.pair.PATIENCE", 0.02, raising=False)
 
 
 FORMATS = {"safetensors": True, "bin": False}

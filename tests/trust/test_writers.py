@@ -22,7 +22,7 @@ ROUNDS = 25 if EVERYTHING else 6
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Wait less for a save that was cut short."""
-    monkeypatch.setattr("graft.config.file.PATIENCE", 0.02, raising=False)
+    monkeypatch.setattr("graft.config.pair.PATIENCE", 0.02, raising=False)
 
 
 def ended(pids: list[int]) -> list[int]:

@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from graft.config.atomic import replace_file
 from graft.config.bounds import check_bounds, check_numbers
-from graft.config.file import ConfigFile
 from graft.config.hub import select_hub_keywords
-from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH, find_weights
+from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH, ConfigFile, find_weights
 from graft.config.reading import Json, compile_ending, read_object
 from graft.core.errors import CheckpointError, ConfigError, ConfigTypeError, PeftError, PeftWarning, shorten_text, warn
 
@@ -538,3 +537,28 @@ def is_typed(value: object, hint: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(is_typed(k, args[0]) and is_typed(v, args[1]) for k, v in value.items())
     return isinstance(value, hint)
+
+
+TASK_HEADS: dict[str, list[str]] = {  # new modules of a task's model: they train, and files hold them
+    "SEQ_CLS": ["classifier", "score"],
+    "TOKEN_CLS": ["classifier", "score"],
+    "QUESTION_ANS": ["qa_outputs"],
+}
+
+
+def add_task_heads(config: Any) -> None:
+    """Append the default head names of the config's `task_type` to its `modules_to_save`, in place, without duplicates.
+
+    Also stores them as `_default_heads`, so that no warning comes if the model lacks them. A config without the field
+    `modules_to_save` only gets a warning. A task without default heads changes nothing.
+    """
+    if config.task_type in TASK_HEADS and not hasattr(config, "modules_to_save"):
+        warn(
+            f"{config.peft_type.value} has no modules_to_save: the head of the {config.task_type.value} model stays as "
+            "it is, and a fresh one stays random.",
+            PeftWarning,
+        )
+    elif config.task_type in TASK_HEADS:
+        names = list(config.modules_to_save or [])
+        config.modules_to_save = names + [n for n in TASK_HEADS[config.task_type] if n not in names]
+        config._default_heads = TASK_HEADS[config.task_type]  # no model has all of them: no warning

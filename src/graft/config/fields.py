@@ -315,9 +315,3 @@ FOURIER = {**LORA, "gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}  # Fou
 
 WAVELET = {k: v for k, v in FOURIER.items() if k not in ("btlm", "rwkv", "rwkv7")}
 ADAMSS = {**LORA, "vit": ["query", "value"]}
-
-TASK_HEADS: dict[str, list[str]] = {  # new modules of a task's model: they train, and files hold them
-    "SEQ_CLS": ["classifier", "score"],
-    "TOKEN_CLS": ["classifier", "score"],
-    "QUESTION_ANS": ["qa_outputs"],
-}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import IO, Any
@@ -22,10 +22,7 @@ START = b'{"__metadata__":'  # the beginning of a safetensors header that holds 
 RECORD = "graft.json"  # file with the notes in a torch file, which is a zip archive
 LFS = b"version https://git-lfs"  # the beginning of a pointer that git puts in the place of a file not yet fetched
 NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-BUFFER = 2**20  # bytes: many tensors are small
 Stamp = tuple[int, int, int]
-See = Callable[[Any], object]  # is passed bytes
-Source = tuple[str, str, Sequence[int], int, Callable[[], Any]]  # name, dtype, shape, bytes of a number, memory
 
 
 @dataclass
@@ -101,27 +98,6 @@ def make_header(tensors: Iterable[Sequence[Any]], notes: Mapping[str, str]) -> b
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def write_tensors(path: str, tensors: Iterable[Source], notes: Mapping[str, str], see: See = len) -> None:
-    """Write a safetensors file: the notes sorted by name, then the tensors.
-
-    Wide numbers come first, so that all are aligned.
-
-    Each tensor is loaded when it is written, and dropped afterwards.
-
-    Args:
-        tensors: (name, dtype, shape, bytes of a number, function that returns the bytes) of each.
-        see: is passed the bytes of the file, piece by piece.
-    """
-    order = sorted(tensors, key=lambda source: (-source[3], source[0]))
-    header = make_header(order, notes)
-    with open(path, "wb", BUFFER) as f:
-        for load in (lambda: header, *(source[-1] for source in order)):
-            data = load()
-            f.write(data)
-            see(data)
-            del data  # before the next one comes
 
 
 def parse_header(data: bytes) -> tuple[Json, int]:

@@ -31,6 +31,8 @@ LARGEST_NUMBER = 2**24  # of a size or factor
 DEEPEST = 32  # containers inside each other
 MOST_CONTAINERS = 2**22  # each takes 60 bytes of memory, and 3 of the file
 DIGITS = 300  # of a whole number: more do not fit a float
+DTYPES = {"float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32", "int64", "uint16",
+          "uint32"}  # fmt: skip
 LONG = re.compile(rf"[0-9]{{{DIGITS + 1}}}")
 
 
@@ -323,6 +325,32 @@ def read_weights(path: str | os.PathLike[str], what: str) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{what} '{path}' does not hold tensors by name. Give another file.")
     return tensors
+
+
+def check_tensors_by_name(content: object, path: str) -> dict[str, Tensor]:
+    """Return `content` if it is a dict of tensors by name; else raise CheckpointError, which names the file."""
+    from torch import Tensor
+
+    if isinstance(content, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in content.items()):
+        return content
+    raise CheckpointError(f"{path} does not hold a dict of tensors by name. Pass an adapter's weights file.")
+
+
+def describe_fault(t: Tensor) -> str | None:
+    """Return why a tensor cannot be loaded into an adapter, such as "is sparse or nested"; None if it can.
+
+    Other faults: a dtype that is not known, the meta device, memory with repeated numbers.
+    """
+    from torch import strided
+
+    if (name := str(t.dtype).removeprefix("torch.")) not in DTYPES and not name.startswith("float8_"):
+        return "is quantized" if t.is_quantized else f"has dtype {t.dtype}"
+    if t.layout is not strided or t.is_nested:
+        return "is sparse or nested"
+    if t.is_meta:
+        return "is on the meta device, without values"
+    repeats = not t.is_contiguous() and t.numel() * t.itemsize > t.untyped_storage().nbytes()
+    return "repeats its numbers" if repeats else None
 
 
 def read_record(f: IO[bytes], end: str, most: int) -> bytes | None:

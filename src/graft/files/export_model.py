@@ -21,7 +21,6 @@ from graft.files.load import describe_base_of, find_adapter_layers
 from graft.files.neutral import AdapterFile
 from graft.files.pickles import to_torch
 from graft.files.serving import get_server
-from graft.inject.parts import get_registry, run_as_call
 
 ENERGY = 1 - 1e-8  # share of ‖ΔW‖² that each layer keeps, for methods other than LoRA
 LOSS = 1e-3  # share of a layer's ‖ΔW‖ that may be lost without `lossy`
@@ -43,7 +42,6 @@ def export_adapters(model: nn.Module, folders: dict[str, str], server: str, writ
             export_model_adapter(model, name, server, path)
 
 
-@run_as_call
 def export_model_adapter(
     model: nn.Module, adapter: str, server: str, path: str, rank: int | float | None = None, lossy: bool = False
 ) -> ExportReport:
@@ -70,8 +68,8 @@ def export_model_adapter(
         )
     with tempfile.TemporaryDirectory() as folder:
         if config.peft_type == "LORA" and rank is None:
-            get_registry(model).save_adapter(adapter, folder, embeddings=False)
-            file = peft.read(folder)
+            model.save_pretrained(folder, selected_adapters=[adapter], save_embedding_layers=False)
+            file = peft.read(folder if adapter == "default" else os.path.join(folder, adapter))
         else:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "As LoRA of rank", PeftWarning)  # LossError below says the same

@@ -11,7 +11,7 @@ import numpy as np
 
 from graft import BaseModelMismatchError, NonFiniteError
 from graft.config.atomic import replace_file as put_in_place
-from graft.config.file import find_differing_fields
+from graft.config.pair import find_differing_fields
 from graft.config.reading import Json
 from graft.core.errors import join_some
 from graft.files import algebra

@@ -51,9 +51,10 @@ class CheckpointPair:
         self.quantized = [m.path for m in (tuned, base) if "quantization_config" in m.config]
         if not self.quantized and (known := view_by_model_names(base)) is not None:
             from graft.files.skeleton import name_by_model
-            from graft.inject.experts import ExpertStacks
+            from graft.io.servers import ServerBlocks
 
-            self.model, self.experts = cast("PreTrainedModel", known.model), ExpertStacks(known.model)
+            self.model = cast("PreTrainedModel", known.model)
+            self.experts = ServerBlocks(self.model)
             self.new, self.old = name_by_model(tuned.tensors, self.model), known.tensors
         self.is_tied, self.twins = False, dict[str, str]()
         for group in self._list_tied_groups():

@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from graft import BaseModelMismatchError, CheckpointError, ConfigError
-from graft.config.hub import looks_like_repository
 from graft.config.reading import Json, compile_pattern, parse_json
 from graft.core.errors import join_some
 from graft.files import algebra
@@ -25,7 +24,7 @@ from graft.files.formats.peft import list_unnamed
 from graft.files.inspect import find_weight_name, is_stored_by_expert, list_module_tensors, read_base_weight
 from graft.files.names import mask_layer_number
 from graft.files.neutral import AdapterFile, LowRank
-from graft.files.sources import CARD
+from graft.files.sources import BASE_ID, CARD
 from graft.files.tensors import FLOATS, Tensor
 from graft.inject.match import Matcher
 
@@ -221,7 +220,7 @@ def check_base_name(look: LintSubject) -> Faults:
     name = look.adapter.base
     if not name:
         yield "the file does not name its base", []
-    elif "\\" in name or not looks_like_repository(name):
+    elif name.startswith(".") or BASE_ID.fullmatch(name) is None:
         yield f"the base is a path of one machine: {name}", [name]
     elif MIRROR.search(name):
         yield f"the base is a quantized copy of a model: {name}", [name]

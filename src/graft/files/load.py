@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from graft import AdapterLayer, BaseModelMismatchError, LossError, PeftConfig, PeftMixedModel, PeftModel
-from graft.core.errors import join_some
+from graft.config.pair import AdapterInMemory
+from graft.core.errors import join_some, shorten_text
 from graft.files.base import Skeleton
 from graft.files.formats import read
 from graft.files.formats.peft import complete_config, name_tensors
@@ -28,9 +29,6 @@ from graft.files.neutral import AdapterFile
 from graft.files.pickles import from_torch, to_torch
 from graft.files.skeleton import describe_model
 from graft.files.tensors import Tensor
-from graft.inject.experts import ExpertStacks
-from graft.inject.parts import get_registry
-from graft.io.files import AdapterInMemory
 
 
 def load_adapter(
@@ -78,7 +76,7 @@ def load_adapter(
         raise LossError(f"graft has no method for {join_some(lost)} of {adapter.path}. Pass lossy=True for the rest.")
     fields = complete_config(adapter, known)
     config = PeftConfig.resolve(fields["peft_type"])(**{k: v for k, v in fields.items() if k != "peft_type"})
-    pair: Any = AdapterInMemory.of(config, tensors, os.fspath(path))
+    pair: Any = AdapterInMemory(config, tensors, os.fspath(path))
     if not isinstance(model, PeftModel):
         return (PeftMixedModel if mixed else PeftModel).from_pretrained(model, pair, adapter_name, **options)
     model.load_adapter(pair, adapter_name, **options)
@@ -103,7 +101,10 @@ def read_part_of_model(path: str | os.PathLike[str], known: Skeleton) -> Adapter
 
 def list_former_names(known: Skeleton) -> dict[str, str] | None:
     """Return module path → path in earlier versions of transformers, for all modules; None if all are equal."""
-    experts = ExpertStacks(known.model)
+    from graft.io.servers import ServerBlocks
+
+    assert known.model is not None
+    experts = ServerBlocks(known.model)
     names = {path: experts.find_old_path(path) for path in known.modules}
     return names if any(old != new for new, old in names.items()) else None
 
@@ -133,7 +134,8 @@ def describe_base_of(model: Any) -> Skeleton:
     left out. Meta tensors, integers and tensor subclasses have a shape but no values. Raises TypeError if
     `model` is a class or no module.
     """
-    get_registry(model)  # raises TypeError if `model` is none
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"A model has to be a torch.nn.Module, got {shorten_text(repr(model))}. Load it first.")
     is_adapted = hasattr(model, "get_base_model")
     base: nn.Module = model.get_base_model() if is_adapted else model
     layers = find_adapter_layers(base)

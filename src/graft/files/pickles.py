@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from graft import CheckpointError
 from graft.config.atomic import replace_file
-from graft.config.reading import load_torch_file, open_file, read_record
+from graft.config.reading import check_tensors_by_name, describe_fault, load_torch_file, open_file, read_record
 from graft.files.tensors import Tensor, read_header
 
 if TYPE_CHECKING:
@@ -69,8 +69,6 @@ def convert_tensors(state: object, path: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: `state` is no such dict, or a tensor is no plain tensor of real numbers.
     """
-    from graft.io.files import check_tensors_by_name
-
     return {key: from_torch(t, f"'{key}' in {path}") for key, t in check_tensors_by_name(state, path).items()}
 
 
@@ -82,7 +80,6 @@ def from_torch(t: torch.Tensor, what: str) -> Tensor:
             `what`.
     """
     from graft.files.merging.weights import NAMES, to_file
-    from graft.io.files import describe_fault
 
     if (why := describe_fault(t)) is not None or t.dtype not in NAMES:
         raise CheckpointError(

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, TypeVar
 from graft import CheckpointError, PeftError
 from graft.config import pair
 from graft.config.atomic import exchange_paths, is_link, is_special
-from graft.config.hub import describe_offline, fetch_file
 from graft.config.reading import open_file, read_object
 from graft.core.errors import join_some
 from graft.files.base import (
@@ -72,12 +71,7 @@ def resolve_adapter(source: str) -> str:
     named = None if os.path.exists(source) else HUB_ID.fullmatch(source)
     if named is None:
         return source
-    hub = {"revision": named["revision"]} if named["revision"] else {}
-    config = fetch_file(named["repo"], pair.CONFIG_NAME, **hub)
-    if config is None or all(fetch_file(named["repo"], name, **hub) is None for name in (pair.SAFETENSORS, pair.TORCH)):
-        raise CheckpointError(f"There is no adapter at '{source}'{describe_offline(named['repo'])}. Check the name.")
-    fetch_file(named["repo"], CARD, **hub)
-    return os.path.dirname(config)
+    return pair.fetch_adapter(named["repo"], named["revision"], CARD)
 
 
 def find_base(base: str | os.PathLike[str]) -> str:

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING
 
 from graft import BaseModelMismatchError, CheckpointError
 from graft.config.atomic import replace_file as put_in_place
-from graft.config.notes import write_tensors
+from graft.config.pair import write_tensors
 from graft.config.reading import LARGEST_HEADER, Json, open_file, parse_json
 from graft.core.errors import shorten_text
 

@@ -15,11 +15,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from graft.config.fields import TASK_HEADS
 from graft.core.carrier import Carrier, Shell, carrier_of, layer_in
 from graft.core.containers import iter_tensors
 from graft.core.effect import Effect, Replace
-from graft.core.errors import PeftWarning, RoutingError, UnsupportedLayerError, warn
+from graft.core.errors import RoutingError, UnsupportedLayerError
 from graft.core.layer import AdapterLayer, Host
 from graft.core.method import Method
 from graft.core.ops import UNKNOWN
@@ -225,24 +224,6 @@ def find_saved_entry(key: str, names: Sequence[str]) -> str | None:
     As in PEFT the end need not begin at a dot.
     """
     return next((n for n in names if key.endswith(n)), None)
-
-
-def add_task_heads(config: Any) -> None:
-    """Append the default head names of the config's `task_type` to its `modules_to_save`, in place, without duplicates.
-
-    Also stores them as `_default_heads`, so that no warning comes if the model lacks them. A config without the field
-    `modules_to_save` only gets a warning. A task without default heads changes nothing.
-    """
-    if config.task_type in TASK_HEADS and not hasattr(config, "modules_to_save"):
-        warn(
-            f"{config.peft_type.value} has no modules_to_save: the head of the {config.task_type.value} model stays as "
-            "it is, and a fresh one stays random.",
-            PeftWarning,
-        )
-    elif config.task_type in TASK_HEADS:
-        names = list(config.modules_to_save or [])
-        config.modules_to_save = names + [n for n in TASK_HEADS[config.task_type] if n not in names]
-        config._default_heads = TASK_HEADS[config.task_type]  # no model has all of them: no warning
 
 
 def check_can_train_whole(key: str, module: nn.Module, inside: Sequence[str], adapter: str) -> None:

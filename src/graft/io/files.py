@@ -22,11 +22,11 @@ from torch import Tensor
 from graft.config import notes, pair, seal
 from graft.config.atomic import replace_file
 from graft.config.base import PeftConfig, make_config, make_files, why_no_config
-from graft.config.file import ConfigFile, describe_whole_model
 from graft.config.hub import HUB_KEYWORDS, describe_offline, fetch_file, select_hub_keywords
 from graft.config.pair import SAFETENSORS as SAFETENSORS_WEIGHTS_NAME
 from graft.config.pair import TORCH as WEIGHTS_NAME
-from graft.config.reading import load_torch_file, open_file
+from graft.config.pair import AdapterInMemory, ConfigFile, describe_whole_model
+from graft.config.reading import check_tensors_by_name, describe_fault, load_torch_file, open_file
 from graft.core.errors import CheckpointError, NonFiniteError, join_some
 from graft.io.entries import rename_keys
 from graft.io.fingerprint import KEY, Fingerprint, read_fingerprint
@@ -51,16 +51,24 @@ class LoadedWeights:
     finite: bool = False  # True: all numbers are known to be finite; False: not checked
 
 
-class AdapterInMemory(NamedTuple):
-    """The config and the tensors of an adapter in memory, passed instead of a folder."""
+class AdapterSnapshot(NamedTuple):
+    """A copy of an adapter, which later steps do not change.
+
+    `AdapterSlots.load(name, snapshot.tensors, config=snapshot.config)` uses it without a file.
+
+    Attributes:
+        config: of the adapter.
+        tensors: by their names in a file.
+        base: the fingerprint of the base model.
+    """
 
     config: PeftConfig
-    loaded: LoadedWeights
+    tensors: dict[str, Tensor]
+    base: Fingerprint
 
-    @classmethod
-    def of(cls, config: PeftConfig, tensors: dict[str, Tensor], path: str) -> AdapterInMemory:
-        """Return an adapter of this config with these tensors by PEFT's names. `path` names it in errors."""
-        return cls(config, LoadedWeights(tensors, path))
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the adapter to a folder, in the form that `save_pretrained` gives the adapter "default"."""
+        save_adapter(os.fspath(folder), self.tensors, self.config, True, self.base)
 
 
 def save_adapter(
@@ -140,7 +148,7 @@ def read_checkpoint(
     replacement: Callable[[PeftConfig], str | None],
     config: PeftConfig | None = None,
 ) -> tuple[PeftConfig, LoadedWeights]:
-    """Return config and tensors of a saved adapter. An `AdapterInMemory` is returned unchanged.
+    """Return config and tensors of a saved adapter, or of an `AdapterInMemory`, for which the options have no effect.
 
     The layout of stacks of experts in the file is set from the config's version, from clients that replaced the
     loading, and from `expert_layout`.
@@ -158,7 +166,7 @@ def read_checkpoint(
         CheckpointError, HubError: as `PeftModel.from_pretrained`.
     """
     if isinstance(where, AdapterInMemory):
-        return where
+        return where.config, LoadedWeights(where.tensors, where.path)
     source = select_hub_keywords(options) | {"where": os.fspath(where), "subfolder": options.get("subfolder")}
     source["check_digest"] = options.get("check_digest", True)
     if config is None:
@@ -201,13 +209,6 @@ def load_weights(where: str, subfolder: str | None = None, check_digest: bool = 
         f"Can't find weights for {place}: neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME} is there, or on "
         f"the hub{describe_whole_model(place) or describe_offline(where, **hub)}."
     )
-
-
-def check_tensors_by_name(content: object, path: str) -> dict[str, Tensor]:
-    """Return `content` if it is a dict of tensors by name; else raise CheckpointError, which names the file."""
-    if isinstance(content, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in content.items()):
-        return content
-    raise CheckpointError(f"{path} does not hold a dict of tensors by name. Pass an adapter's weights file.")
 
 
 def read_torch(path: str, check_digest: bool = True) -> LoadedWeights:
@@ -307,8 +308,6 @@ def load_peft_weights(
 
 
 NARROW = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))  # dtypes without arithmetic
-KNOWN = {torch.float16, torch.bfloat16, torch.float32, torch.float64, *NARROW, torch.bool, torch.uint8, torch.int8,
-         torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32}  # fmt: skip
 SMALL, TOGETHER = 2**14, 2**20  # numbers of a tensor, and of several that are summed up in one pass
 
 
@@ -338,21 +337,6 @@ def check_tensors(tensors: dict[str, Tensor], path: str, allow_nonfinite: bool =
             "damaged. "
             "Pass allow_nonfinite=True to load it all the same."
         )
-
-
-def describe_fault(t: Tensor) -> str | None:
-    """Return why a tensor cannot be loaded into an adapter, such as "is sparse or nested"; None if it can.
-
-    Other faults: a dtype that is not known, the meta device, memory with repeated numbers.
-    """
-    if t.dtype not in KNOWN:
-        return "is quantized" if t.is_quantized else f"has dtype {t.dtype}"
-    if t.layout is not torch.strided or t.is_nested:
-        return "is sparse or nested"
-    if t.is_meta:
-        return "is on the meta device, without values"
-    repeats = not t.is_contiguous() and t.numel() * t.itemsize > t.untyped_storage().nbytes()
-    return "repeats its numbers" if repeats else None
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """The layout of expert stacks' factors in a file, as far as its config says it."""
 
 from __future__ import annotations

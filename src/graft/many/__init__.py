@@ -8,10 +8,10 @@ Entry points: `graft.MultiTrain`, which `add` gives runs, and `graft.sweep`, whi
 - `joint.py`: one pass of the model for the batches of several runs.
 """
 
+from graft.io.files import AdapterSnapshot
 from graft.many.run import BatchResult, Run, StepRecord, ValidationRecord
 from graft.many.runs import MultiTrain, Step
 from graft.many.sweep import Sweep, Trial, sweep
-from graft.model.checkpoints import AdapterSnapshot
 
 __all__ = [
     "AdapterSnapshot", "BatchResult", "MultiTrain", "Run", "Step", "StepRecord", "Sweep", "Trial", "ValidationRecord",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from graft import ConfigError
-from graft.core.base_config import text_config
 from graft.many.loader import Batch
 
 MASK, POSITIONS = "attention_mask", "position_ids"
@@ -75,7 +75,9 @@ class ForwardArguments:
 
 def find_padding_token(model: nn.Module) -> int:
     """Return `pad_token_id` of the model's text config; 0 if it has none or one outside the vocabulary."""
-    config = text_config(model)
+    config = getattr(model, "config", None)
+    with suppress(AttributeError, ValueError):  # no config of parts, or several with texts
+        config = config.get_text_config()  # type: ignore[union-attr]
     token, tokens = (getattr(config, name, None) for name in ("pad_token_id", "vocab_size"))
     return token if isinstance(token, int) and isinstance(tokens, int) and 0 <= token < tokens else 0
 

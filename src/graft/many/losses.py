@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from graft import ConfigError, ModulesToSaveWrapper
-from graft.config.fields import TASK_HEADS
+from graft.config.base import TASK_HEADS
 
 Loss = Callable[..., Tensor]  # of (the output of a run's rows, its batch): their mean, ()
 Outputs = Mapping[str, Tensor]

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from graft import CheckpointError, ConfigError
 from graft.config.atomic import is_link
-from graft.config.reading import Json
+from graft.config.reading import Json, describe_fault
 from graft.core.errors import join_some
 from graft.inject.parts import get_registry
-from graft.io.files import describe_fault
 from graft.many.run import STATES, Run, StepRecord, ValidationRecord
 from graft.train.state_check import (
     REMEDY,

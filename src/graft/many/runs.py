@@ -31,13 +31,12 @@ from graft import (
     get_peft_model,
     method_of,
 )
-from graft.combine.adding import find_start_change
-from graft.config.base import check_config
+from graft.config.base import add_task_heads, check_config
 from graft.core.errors import join_some, shorten_text, warn
-from graft.inject.beside import add_task_heads
 from graft.inject.match import Matcher
 from graft.inject.parts import check_adapter_name, get_registry
 from graft.inject.survey import is_linear
+from graft.io.files import AdapterSnapshot
 from graft.many import run_file
 from graft.many.bank import Banks
 from graft.many.claims import Claims
@@ -56,7 +55,6 @@ from graft.many.loader import Loader, annotate_error, shares_position
 from graft.many.losses import Loss, find_model_loss
 from graft.many.run import RUNNING, STOPPED, BatchResult, Run, StepRecord, ValidationRecord, make_steps
 from graft.many.trainer import TrainerDescription
-from graft.model.checkpoints import AdapterSnapshot
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -797,7 +795,7 @@ class MultiTrain:
         Raises AdapterNotFoundError if there is no such run.
         """
         with self.lock_steps(waits=True):
-            return AdapterSnapshot.take(self._peft_model, self[name].name)
+            return get_registry(self._peft_model).take_snapshot(self[name].name)
 
     def _run_round(self) -> Step:
         """Make a round and return its `Step`: checks left over from an error, training, then validation and stops.
@@ -1425,7 +1423,8 @@ def find_base_change(config: PeftConfig) -> str | None:
     """
     bias = getattr(config, "bias", "none")
     trains = bias == "all" or bias.endswith("_only")  # another value is refused by the injection
-    return find_start_change(config) or (f"bias={bias!r}" if trains else None)
+    changes_base = getattr(method_of(config.peft_type).variant(config), "changes_base", lambda config: None)
+    return changes_base(config) or (f"bias={bias!r}" if trains else None)
 
 
 def refuse_base_change(name: str, config: PeftConfig) -> None:

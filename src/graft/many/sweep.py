@@ -25,14 +25,13 @@ from graft.config.atomic import replace_file
 from graft.config.base import check_config
 from graft.config.reading import Json, read_object
 from graft.core.errors import shorten_text
-from graft.inject.report import format_cell
 from graft.many import run_file
 from graft.many.loader import digest_first_batch
 from graft.many.run import FAILED, STATES, Run, ValidationRecord
 from graft.many.run_file import make_row_test
 from graft.many.runs import AT_ONCE, MultiTrain, list_names, refuse_base_change
 from graft.many.search import Setting, compute_rungs, list_settings, select_best
-from graft.many.table import Progress
+from graft.many.table import Progress, make_table
 from graft.train.state_check import check_fields, is_a, is_count
 
 if TYPE_CHECKING:
@@ -116,14 +115,8 @@ class Sweep:
 
     def table(self) -> Table:
         """Return `rows` as a table of rich, to print; the best row is bold."""
-        from rich.table import Table
-
-        rows = self.rows
-        table = Table(*rows[0])
-        for row in rows:
-            cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
-            table.add_row(*map(format_cell, cells), style="bold" if row is rows[0] else None)
-        return table
+        rows = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in self.rows]
+        return make_table(self.rows[0], zip(rows, ["bold", *[None] * len(rows)]))
 
 
 def sweep(

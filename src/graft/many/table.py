@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from graft.inject.report import format_cell
+from graft.core.errors import escape_controls
 from graft.many.run import Run
 
 if TYPE_CHECKING:
@@ -18,17 +18,26 @@ COLUMNS = ("run", "step", "loss", "validation", "lr", "gradient", "tokens/s", "s
 LIVE, PRINTED = 0.25, 30.0  # seconds between two looks
 
 
-def make_table(runs: Iterable[Run]) -> Table:
-    """Return a table of runs as they are now, a row each. Failed runs are red, and those that do not run are dim."""
-    from rich.table import Table
+def make_table(columns: Iterable[str], rows: Iterable[tuple[list[str], str | None]]) -> Table:
+    """Return a table of rich with these rows: the texts of the cells and the style of each.
 
-    table = Table(*COLUMNS)
+    Control characters are escaped, and brackets are not read as markup.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns)
+    for cells, style in rows:
+        table.add_row(*(Text(escape_controls(cell)) for cell in cells), style=style)
+    return table
+
+
+def make_run_table(runs: Iterable[Run]) -> Table:
+    """Return a table of runs as they are now, a row each. Failed runs are red, and those that do not run are dim."""
+    styles = {"failed": "red", "running": None}
+    table = make_table(COLUMNS, ((list_cells(run), styles.get(run.state, "dim")) for run in runs))
     for column in table.columns[1:-1]:
         column.justify = "right"
-    for run in runs:
-        table.add_row(
-            *map(format_cell, list_cells(run)), style={"failed": "red", "running": None}.get(run.state, "dim")
-        )
     return table
 
 
@@ -87,9 +96,9 @@ class Progress:
         """Show the runs now: refresh the live display, or print a new table. Notes the time."""
         self._shown = self.clock()
         if self._live is None:
-            self.console.print(make_table(self.runs()))
+            self.console.print(make_run_table(self.runs()))
         else:
-            self._live.update(make_table(self.runs()), refresh=True)
+            self._live.update(make_run_table(self.runs()), refresh=True)
 
     def __exit__(self, *_: object) -> None:
         self.show()

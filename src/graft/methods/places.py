@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """Places in a transformer, found from its structure: blocks, and the layers that end their attentions and MLPs."""
 
 from __future__ import annotations

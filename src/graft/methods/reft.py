@@ -100,6 +100,7 @@ class Reft(OnStates[ReftConfig]):
     published_lr = PublishedRate(6e-4, 4e-3, "arXiv 2404.03592, r 4 to 8 (to 9e-4), and its README (4e-3)")
     acts = "ReFT acts on vectors"
     arguments = (LENGTHS,)
+    orthonormal = staticmethod(orthonormal)
 
     reft_A: nn.Linear  # (r, H), of the first tokens; of both ends if tied
     reft_R: nn.Parameter  # (r, H): any rows, also in files; R is their orthonormal form

@@ -11,14 +11,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.base import PeftConfig, check_config
+from graft.config.base import PeftConfig, add_task_heads, check_config
 from graft.config.prompt import PromptLearningConfig
 from graft.config.reading import Json
 from graft.core.errors import AlreadyInjectedError, ConfigError, warn
 from graft.core.gate import PATIENCE
 from graft.core.method import AdaptedLayers, Method, build_placeholders
 from graft.core.shared import SharedTensors
-from graft.inject.beside import add_task_heads
 from graft.inject.inject import Injection
 from graft.inject.parts import check_no_foreign_adapters, get_registry, unwrap_model
 from graft.inject.report import InjectReport, Matched

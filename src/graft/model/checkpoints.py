@@ -17,7 +17,6 @@ import copy
 import os
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -31,7 +30,7 @@ from graft.core.names import check_name_list
 from graft.inject.parts import get_registry
 from graft.inject.survey import survey_model
 from graft.io import files, save
-from graft.io.fingerprint import Fingerprint, digest_base_tensor, hash_text
+from graft.io.fingerprint import digest_base_tensor, hash_text
 from graft.io.load import CheckpointValues
 from graft.io.rendezvous import CALL, save_once
 from graft.model.averaging import is_replicated
@@ -235,33 +234,6 @@ def save_adapters(
         save_once(os.fspath(directory), hash_text(str(values)), write)
     else:
         write()
-
-
-class AdapterSnapshot(NamedTuple):
-    """A copy of an adapter, which later steps do not change.
-
-    `AdapterSlots.load(name, snapshot.tensors, config=snapshot.config)` uses it without a file.
-
-    Attributes:
-        config: of the adapter.
-        tensors: by their names in a file.
-        base: the fingerprint of the base model.
-    """
-
-    config: PeftConfig
-    tensors: dict[str, Tensor]
-    base: Fingerprint
-
-    @classmethod
-    def take(cls, model: nn.Module, name: str) -> AdapterSnapshot:
-        """Return a copy of an adapter of a model, on its device, with a sampled fingerprint of the base."""
-        tensors, config = file_contents(model, name, None, "auto", None)
-        copies = {key: t.detach().clone() for key, t in tensors.items()}
-        return cls(copy.deepcopy(config), copies, save.fingerprint_base(model, name))
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the adapter to a folder, in the form that `save_pretrained` gives the adapter "default"."""
-        files.save_adapter(os.fspath(folder), self.tensors, self.config, True, self.base)
 
 
 def check_save_arguments(directory: str, fingerprint: str, safetensors: bool) -> None:

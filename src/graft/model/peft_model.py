@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from graft.config.base import PeftConfig, check_config
 from graft.config.hub import IDLE_LOADING, IDLE_SAVING, LOADING
+from graft.config.pair import AdapterInMemory
 from graft.config.prompt import PromptLearningConfig
 from graft.core.base_config import input_embeddings
 from graft.core.errors import (
@@ -30,7 +31,7 @@ from graft.core.rows import BASE, CallContext, Run, count_copies
 from graft.inject.job import Options
 from graft.inject.parts import HOLDER, check_adapter_name, get_registry, restore_modes_on_error
 from graft.inject.survey import ModuleTree
-from graft.io.files import AdapterInMemory, read_checkpoint
+from graft.io.files import read_checkpoint
 from graft.io.load import CheckpointValues, LoadReport
 from graft.methods import method_of
 from graft.model import checkpoints

@@ -11,6 +11,7 @@ change. A load or an injection closes the gate (`core/gate.py`) only for its las
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -271,6 +272,12 @@ class Registry:
         """
         tensors, config = checkpoints.file_contents(self.holder, adapter_name, None, embeddings, None)
         files.save_adapter(folder, tensors, config, True, self.fingerprint_base(adapter_name))
+
+    def take_snapshot(self, adapter_name: str) -> files.AdapterSnapshot:
+        """Return a copy of an adapter, on its device, with a sampled fingerprint of the base."""
+        tensors, config = checkpoints.file_contents(self.holder, adapter_name, None, "auto", None)
+        copies = {key: t.detach().clone() for key, t in tensors.items()}
+        return files.AdapterSnapshot(copy.deepcopy(config), copies, self.fingerprint_base(adapter_name))
 
     def assign_values(self, adapter_name: str, values: Iterable[tuple[Receiver, Tensor]]) -> None:
         """Write values into an adapter's tensors (`assign_values`), and drop the training state of the old ones.

@@ -14,11 +14,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from graft.config.base import PeftConfig
-from graft.config.fields import TASK_HEADS
+from graft.config.base import TASK_HEADS, PeftConfig, add_task_heads
 from graft.config.hub import fetch_file, select_hub_keywords
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, shorten_text, warn
-from graft.inject.beside import add_task_heads
 from graft.inject.parts import get_registry
 from graft.model.peft_model import OF_TASKS, PeftModel
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """Floats of 8 and 4 bits with a scale for each block or row: their codec, and the stores of transformers' layers."""
 
 from __future__ import annotations

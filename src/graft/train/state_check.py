@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from graft import CheckpointError, NonFiniteError
+from graft.config.reading import describe_fault
 from graft.core.errors import join_some
-from graft.io.files import describe_fault, find_nonfinite
+from graft.io.files import find_nonfinite
 from graft.train.state_file import simulate_read
 
 REMEDY = "Take an earlier checkpoint."

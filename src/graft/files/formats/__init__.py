@@ -12,7 +12,6 @@ from typing import Protocol
 from graft import BaseModelMismatchError, CheckpointError, NonFiniteError
 from graft.config import pair
 from graft.config.atomic import is_special
-from graft.config.file import find_adapter_folders
 from graft.core.errors import join_some, shorten_text
 from graft.files.base import BaseDescription
 from graft.files.bases import view_by_model_names
@@ -93,7 +92,7 @@ def recognise(path: str) -> str:
             return name
     if what := unread(path):
         raise CheckpointError(f"{path} is {what}.")
-    if inner := find_adapter_folders(path):
+    if inner := pair.find_adapter_folders(path):
         raise CheckpointError(
             f"{path} is no adapter, but holds some in the folders {join_some(inner)}: give one of them."
         )

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from graft import CheckpointError, LossError, PeftWarning
 from graft.config import pair
-from graft.config.file import ConfigFile, describe_whole_model
 from graft.config.reading import Json, compile_ending, compile_pattern, read_object
 from graft.core.errors import join_some, shorten_text, warn
 from graft.files import pickles
@@ -133,7 +132,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     if parts := list_parts(path):
         return join_pipeline({part: read(os.path.join(path, part)) for part in parts}, path)
     folder = folder_of(path) or path
-    config_file = ConfigFile(folder, None)
+    config_file = pair.ConfigFile(folder, None)
     tensors, metadata, noted = weights_in(folder)
     config = dict(config_file.choose_fields(noted))
     check_kinds(config, config_file.path)
@@ -212,7 +211,7 @@ def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], Any]:
     if weights is None:
         raise CheckpointError(
             f"Can't find weights in {folder}: neither {pair.SAFETENSORS} nor {pair.TORCH} is there"
-            f"{describe_whole_model(folder)}."
+            f"{pair.describe_whole_model(folder)}."
         )
     if weights.path.endswith(pair.SAFETENSORS):
         tensors, metadata = read_header(weights.path)

@@ -222,9 +222,8 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         LossError: it is no ReFT; or without `lossy` it acts on other modules than blocks, or has an activation, which
             pyreft's files cannot say.
     """
-    from graft import ReftConfig
+    from graft import ReftConfig, method_of
     from graft.files.formats.adapterhub_places import find_base_blocks
-    from graft.methods.reft import orthonormal
 
     if adapter.method != "REFT":
         raise LossError(
@@ -246,7 +245,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
             A = {name: to_torch(m.tensors[f"reft_A{end}.{name}"]) for name in ("weight", "bias")}
             R = to_torch(m.tensors[f"reft_R{end}"])
             width = R.shape[1]
-            state = read_state(kind, A, orthonormal(R) if cfg.orthogonality else R)
+            state = read_state(kind, A, method_of("REFT").orthonormal(R) if cfg.orthogonality else R)
             key = f"layer_{number}_comp_block_output_unit_pos_nunit_1#{i}"
             keys.append((number, key))
             files[KEY.format(key)] = {name: t.contiguous() for name, t in state.items()}

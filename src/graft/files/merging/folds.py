@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from graft import BaseModelMismatchError, LossError
+from graft import BaseModelMismatchError, LossError, method_of
 from graft.config.reading import Json
 from graft.files.errors import OptionError
 from graft.files.formats.peft import list_unnamed
@@ -19,8 +19,6 @@ from graft.files.names import is_stored_in_out
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.places import CheckpointPlaces, Spot
 from graft.files.tensors import Tensor
-from graft.kernels.decomposed import row_norms
-from graft.methods.lora.shift import is_base_changed, without
 
 Read = Callable[[], torch.Tensor]  # returns the checkpoint's own value, in new memory
 
@@ -157,7 +155,7 @@ def fold_low_rank(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> Tensor
                 unchanged = before()
                 start = unchanged if shift is None else shift(unchanged)
                 if lora.magnitude is not None:
-                    gain = to_wide(lora.magnitude).flatten().to(matrix.dtype) / row_norms(start, A, B)
+                    gain = to_wide(lora.magnitude).flatten().to(matrix.dtype) / method_of("LORA").row_norms(start, A, B)
                 if start is not unchanged:
                     matrix.copy_(matrix - unchanged + start)
             matrix.addmm_(B, A)
@@ -195,10 +193,9 @@ class Shift:
         Without samples the product is always subtracted. For LoftQ the result is rounded to its bits, and then to the
         dtype of training, if known.
         """
-        if self.sample is not None and is_base_changed(W, to_wide(self.sample)):
-            return W  # the base is the one that the initialisation made
-        shifted = without(W, to_wide(self.A), to_wide(self.B), self.bits)
-        return shifted if self.kind is None else shifted.to(self.kind).to(W.dtype)
+        sample = None if self.sample is None else to_wide(self.sample)
+        shifted: torch.Tensor = method_of("LORA").subtract_start(W, to_wide(self.A), to_wide(self.B), sample, self.bits)
+        return shifted if self.kind is None or shifted is W else shifted.to(self.kind).to(W.dtype)
 
 
 def find_orientation(

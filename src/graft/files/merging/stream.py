@@ -19,7 +19,7 @@ from math import prod
 
 from graft import CheckpointError
 from graft.config.atomic import TEMPORARY, exchange_paths, replace_file, sync_file
-from graft.config.notes import write_tensors
+from graft.config.pair import write_tensors
 from graft.config.reading import LARGEST_HEADER, Json, open_file, read_object
 from graft.core.errors import join_some
 from graft.files.base import list_folder_entries, matches_any

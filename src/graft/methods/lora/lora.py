@@ -16,6 +16,7 @@ from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import AdapterNotFoundError, ConfigError
 from graft.core.lean import Identity, new_lean
 from graft.core.method import Method, PublishedRate, Tensors, Tuner
+from graft.kernels.decomposed import row_norms
 from graft.methods.lora import checks, shift
 from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.replicate import replicate
@@ -80,6 +81,7 @@ class LoRA(Started):
     lays_out_stacks = True  # as files of PEFT do
     published_lr = PublishedRate(6e-5, 5e-4, "arXiv 2106.09685, tables 9 to 12")
     targets = LORA
+    row_norms, subtract_start = staticmethod(row_norms), staticmethod(shift.subtract_start)  # for merges of files
     files: ClassVar[dict[str, str]] = {"lora_magnitude_vector": "{0}"}
     tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {
         "_get_kasa_loss": kasa_loss,

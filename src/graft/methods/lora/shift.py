@@ -89,6 +89,14 @@ def without(W: Tensor, A: Tensor, B: Tensor, bits: int | None = None) -> Tensor:
     return (wide if bits is None else round_to_bits(wide, bits)).to(W.dtype)
 
 
+def subtract_start(W: Tensor, A: Tensor, B: Tensor, seen: Tensor | None, bits: int | None) -> Tensor:
+    """Return `without(W, A, B, bits)`; W itself if its sample shows that the base has been changed already.
+
+    seen: the samples before and after, as of `is_base_changed`; None: the base counts as unchanged.
+    """
+    return W if seen is not None and is_base_changed(W, seen) else without(W, A, B, bits)
+
+
 def take_out(lora: Method, A: Tensor, B: Tensor) -> None:
     """Replace the base weight by `without(W, A, B)`. Warns if the layer has other adapters too.
 

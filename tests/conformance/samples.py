@@ -118,15 +118,16 @@ STORES = [Storage("dense"), Storage("rounded", stores.held, ("linear", "linear-n
 
 
 class Net(nn.Module):
-    """One layer between two frozen factors."""
+    """One layer between two frozen factors. It gets its input as the keyword argument `name`, if that is set."""
 
     def __init__(self, layer: nn.Module, ids: bool):
         super().__init__()
-        self.layer, self.ids = layer, ids
+        self.layer, self.ids, self.name = layer, ids, ""
         self.before, self.after = nn.Parameter(torch.tensor(1.3)), nn.Parameter(torch.tensor(0.7))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x if self.ids else x * self.before) * self.after
+        x = x if self.ids else x * self.before
+        return (self.layer(**{self.name: x}) if self.name else self.layer(x)) * self.after
 
 
 @dataclass(frozen=True)

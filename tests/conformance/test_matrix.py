@@ -102,9 +102,12 @@ def test_a_fresh_adapter_is_the_identity(cell):
 
 
 @every
-def test_an_adapter_does_something(cell):
-    x = cell.inputs()
-    assert (cell.trained()(x) - cell.base()(x)).abs().max() > 1e-3
+def test_an_adapter_does_something_to_an_input_by_place_or_by_name(cell):
+    x, model = cell.inputs(), cell.trained()
+    y = model(x)
+    assert (y - cell.base()(x)).abs().max() > 1e-3
+    model.get_base_model().name = layers(model)["layer"].argument_names[0]
+    assert torch.equal(model(x), y)
 
 
 @every

@@ -32,7 +32,7 @@ from graft.core.mixed import MixedPlan
 from graft.core.names import as_name_list
 from graft.core.ops import Op, is_stock
 from graft.core.peft_names import PeftNames
-from graft.core.plan import FoldedPlan, LayerPlan, ParallelPlan, check_no_gates, plan_adapters
+from graft.core.plan import FoldedPlan, LayerPlan, ParallelPlan, check_no_gates, plan_adapters, put_input_first
 from graft.core.rows import OFF, Rows
 from graft.core.site import Site, Store, Weight
 from graft.core.wrappers import HOOK, end_offloading, move_inputs
@@ -200,7 +200,7 @@ class Host(Holding, Carrier, nn.Module):
         A call with rows runs a mixed plan, or the base module alone if the call disables adapters. Else the active plan
         runs, or the base module alone if there is none. If accelerate dispatched the module, inputs are moved to its
         device and the output back. Then, and on modules of unknown type, offloaded tensors of adapters are loaded for
-        good.
+        good. A plan that takes one input gets it as a positional argument, also if the call named it.
         """
         base, plan, back = self._modules[self.inner_name], self.state.plan, None
         if HOOK in base.__dict__:
@@ -213,6 +213,8 @@ class Host(Holding, Carrier, nn.Module):
         elif plan is None:
             y = base(*args, **kwargs)
         else:
+            if not args and plan.takes_one_input:
+                args, kwargs = put_input_first(self.argument_names, kwargs)
             y = plan.run(*args, **kwargs)
         return y if back is None else back(y)
 

@@ -39,6 +39,7 @@ from graft.core.plan import (
     drop_inputs,
     find_first_input,
     keep_input,
+    put_input_first,
 )
 from graft.core.protocols import Layer
 from graft.core.rows import CallContext, JointAdapters, Key, Rows, adapters_in
@@ -173,11 +174,9 @@ class MixedPlan:
             return change_first_output(output, lambda y: self.add(rows.to_device(x.device), x, y))
         if self.block_plans:
             return self.run_block(rows, args, kwargs)
-        if args:
-            x, args = args[0], args[1:]
-        else:
-            name = layer.argument_names[0]
-            x, kwargs = kwargs[name], {k: v for k, v in kwargs.items() if k != name}
+        if not args:
+            args, kwargs = put_input_first(layer.argument_names, kwargs)
+        x, args = args[0], args[1:]
         x = rows.expand_to_batch(x, layer.site.key, layer.op.takes_ids)
         rows = rows.to_device(x.device)
         context = layer.call.current_context()

@@ -165,6 +165,7 @@ class LayerPlan:
     """Base of the plans. steps: pairs of a method and its effect, the innermost first."""
 
     only_adds_on_top = False  # `add` needs only input and output of the base layer
+    takes_one_input = False  # `run` needs the module's input as its first positional argument
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         self.layer, self.steps = layer, list(steps)
@@ -263,7 +264,7 @@ class LayerPlan:
 class SumPlan(LayerPlan):
     """Adapters that only add to the output."""
 
-    only_adds_on_top = True
+    only_adds_on_top = takes_one_input = True
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
@@ -319,6 +320,8 @@ class SumPlan(LayerPlan):
 
 class ChainPlan(LayerPlan):
     """Adapters that each act on the layer with all those before them."""
+
+    takes_one_input = True
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
@@ -790,6 +793,7 @@ class TappedPlan(LayerPlan):
         self.taps = [(m.name, reader) for m, effect in steps if isinstance(effect, Tap) for reader in effect.readers]
         super().__init__(layer, [step for step in steps if not isinstance(step[1], Tap)])
         self.plan = make_plan(layer, self.steps, one_output) if self.steps else None
+        self.takes_one_input = self.plan is not None and self.plan.takes_one_input
         self.names = layer.argument_names  # before a compiler asks
 
     def run(self, *args: object, **kwargs: object) -> object:
@@ -822,6 +826,16 @@ def drop_inputs(layer: Layer) -> None:
 def find_first_input(names: Sequence[str], args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
     """Return the first positional argument, or the keyword argument with the first of `names`."""
     return args[0] if args else kwargs[names[0]]
+
+
+def put_input_first(names: Sequence[str], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call without positional ones: the keyword argument with the first of `names` becomes
+    positional. Without it, all stay keyword arguments.
+    """
+    name = names[0]
+    if name not in kwargs:
+        return (), kwargs
+    return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
 
 
 def change_first_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -133,6 +133,7 @@ def words(line, places, tmp_path):
         ("export GOOD --for vllm --base BASE -o OUT --rank x", 2, "--rank x"),
         ("export GOOD --for vllm --base BASE -o OUT --rank 0", 2, "--rank 0 is not possible"),
         ("export GOOD --for vllm --base BASE -o OUT --rank 1.5", 2, "--rank 1.5 is not possible"),
+        ("export GOOD --for vllm --base BASE -o OUT --rank 99", 2, "The layer is 'model."),
         ("export GOOD --for vllm --base BASE -o OUT --rank nan", 2, "--rank nan is not possible"),
         ("plan BASE --gpu much", 2, "much"),
         ("verify --url ftp://x --adapter GOOD --base BASE", 2, "no address"),

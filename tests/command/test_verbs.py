@@ -197,6 +197,9 @@ def test_convert(run, tmp_path):
     assert (shown["of"], shown["to"], shown["modules"], shown["lost"]) == ("kohya", "peft", 3, [])
     assert json.loads((tmp_path / "b" / CONFIG).read_text())["lora_alpha"] == 12  # scale 3, rank 4
     assert run(*words, "--force", "-q") == (0, "", "")
+    save_file({"base_model.model.head.weight": torch.ones(4, 2)}, tmp_path / "b" / WEIGHTS)  # a head alone
+    said = run("convert", tmp_path / "b", "--to", "peft", "-o", tmp_path / "d")[1]
+    assert said == f"peft → peft: 1 tensors outside of modules, in {tmp_path / 'd'}\n"
     words = "--to", "adapterhub", "--base", base, "--lossy", "-o", tmp_path / "c"
     said = run("convert", FIXTURES / "mlx_dora", *words)[1]
     assert said.startswith("mlx → adapterhub: 3 modules,")

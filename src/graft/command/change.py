@@ -276,10 +276,10 @@ def convert(
     done = run_with_base(source, base, lambda model: run(source, to, output, model, lossy, force, dry_run))
 
     def report() -> None:
-        """Print formats, number of modules, path, rounding, and the lost parts."""
-        show.print_line(
-            f"{done.of} → {done.to}: {done.modules} modules, {'would be ' * dry_run}in {shorten_path(done.path)}"
-        )
+        """Print formats, number of modules and of other tensors, path, rounding, and the lost parts."""
+        counts = {"modules": done.modules, "tensors outside of modules": done.tensors}
+        parts = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        show.print_line(f"{done.of} → {done.to}: {parts}, {'would be ' * dry_run}in {shorten_path(done.path)}")
         if done.rounding:
             show.print_line(f"Scales are folded into B, which rounds its entries by {done.rounding:.1e} at most.")
         for line in done.lost:

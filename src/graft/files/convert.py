@@ -30,6 +30,7 @@ class Conversion:
         of: the source's format.
         to: the output's format.
         modules: the number of modules in the output.
+        tensors: the number of tensors outside of modules in the output, such as whole weights and rows of embeddings.
         lost: descriptions of the parts that the output lacks.
         rounding: the largest relative error of an entry of B, from folding a scale into it.
     """
@@ -41,6 +42,7 @@ class Conversion:
     modules: int
     lost: list[str]
     rounding: float
+    tensors: int = 0
 
 
 def convert_adapter_file(
@@ -99,7 +101,8 @@ def convert_adapter_file(
     with place_when_done(target, not dry_run) as temporary:
         losses = form.write(adapter, temporary, known, lossy)
     written = len(adapter.modules) - sum(isinstance(line, LostModule) for line in losses)
-    return Conversion(source, target, of, to, written, lost + losses, rounding)
+    tensors = len(adapter.loose_tensors) if to == "peft" else 0  # no other format holds any
+    return Conversion(source, target, of, to, written, lost + losses, rounding, tensors)
 
 
 def choose_output_path(source: str, to: str) -> str:

@@ -12,8 +12,9 @@ import warnings
 import torch
 from torch import nn
 
-from graft import LossError, PeftWarning, save_as_lora
+from graft import ConfigError, LossError, PeftWarning, save_as_lora
 from graft.files.convert import ENDS
+from graft.files.errors import OptionError
 from graft.files.export import ExportReport
 from graft.files.export import export_adapter_file as export_file
 from graft.files.formats import peft
@@ -58,6 +59,7 @@ def export_model_adapter(
     Raises:
         LossError: the adapter is a prompt, plain LoRA cannot do the same, a layer loses too much at this rank, or
             without `rank` a layer needs more than servers allow.
+        OptionError: an adapter or a layer does not allow this `rank`.
         TypeError: the adapter has no ΔW.
     """
     config, error = model.peft_config[adapter], None
@@ -73,7 +75,12 @@ def export_model_adapter(
         else:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "As LoRA of rank", PeftWarning)  # LossError below says the same
-                save_as_lora(folder, model, ENERGY if rank is None else rank, adapter)
+                try:
+                    save_as_lora(folder, model, ENERGY if rank is None else rank, adapter)
+                except ConfigError as e:
+                    if rank is None:
+                        raise
+                    raise OptionError(str(e)) from e
             file = peft.read(folder)
             error = check_factor_loss(model, adapter, file, rank, lossy)
         file.path = f"adapter '{adapter}'"

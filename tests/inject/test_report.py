@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report of an injection, as a value and as a table."""
 
+import pytest
 import torch
 from rich.console import Console
 from torch import nn
@@ -41,3 +42,9 @@ def test_a_parameter_that_another_field_takes_out_is_reported():
 
 def test_the_largest_magnitude_of_no_numbers_is_zero():
     assert max_magnitudes([torch.empty(0), torch.tensor([1.0, -3.0])]) == [0.0, 3.0]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_magnitudes_of_tensors_without_rows_are_not_read():
+    sparse = torch.tensor([[0.0, 5.0]])
+    assert max_magnitudes([sparse.to_sparse_csr(), sparse.to_sparse(), sparse.long(), sparse]) == [1.0, 1.0, 1.0, 5.0]

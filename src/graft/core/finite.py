@@ -40,15 +40,16 @@ def max_magnitudes(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def is_dense_float(t: Tensor) -> bool:
-    """Return True for a strided or CSR tensor or parameter of floating numbers of two bytes or more.
+    """Return True for a strided tensor or parameter of floating numbers of two bytes or more.
 
-    False for subclasses, such as shards, and for integers, float8, sparse COO and meta tensors.
+    False for subclasses, such as shards, and for integers, float8, meta tensors and all sparse layouts.
     """
     return (
         type(t) in (Tensor, torch.nn.Parameter)
         and t.is_floating_point()
         and t.element_size() > NARROW
-        and not (t.is_meta or t.is_sparse)
+        and t.layout == torch.strided
+        and not t.is_meta
     )
 
 

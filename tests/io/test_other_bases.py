@@ -7,6 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
+from graft.io.fingerprint import choose_sampled_names
 from tests import models
 from tests.models import seeded
 from tests.raised import refuses
@@ -75,3 +76,12 @@ def test_a_head_of_other_inputs_is_not_resized(tmp_path):
         loaded = graft.PeftModel.from_pretrained(make(4, 3), tmp_path, ignore_mismatched_sizes=True)
     assert loaded.base_model.model["head"].modules_to_save["default"].weight.shape == (3, 4)
     refuses(RuntimeError, r"size mismatch .*head", graft.PeftModel.from_pretrained, make(4, 3), tmp_path)
+
+
+def test_sampled_weights_are_spread_over_the_model():
+    for n in (*range(1, 40), 64, 224):
+        names = [f"{i:03}" for i in range(n)]
+        sampled = [int(name) for name in choose_sampled_names(reversed(names))]
+        gaps = [b - a for a, b in zip(sampled, [*sampled[1:], n])]
+        assert sampled[0] == 0 and len(sampled) == min(n, 16) and min(gaps) >= 1, n
+        assert 32 < n < 64 or max(gaps) - min(gaps) <= 1, n

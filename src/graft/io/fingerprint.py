@@ -152,9 +152,12 @@ def make_fingerprint(
 def choose_sampled_names(names: Iterable[str]) -> list[str]:
     """Return the names of up to 16 weights that a fingerprint samples, evenly spaced in sorted order.
 
-    It takes every (n // 16)-th name from the first on, and at most 16: of 17 to 31 names the first 16.
+    It takes every (n // 16)-th name of n from the first on, and at most 16. Of 17 to 31 names it takes number i n / 16,
+    rounded down.
     """
     names = sorted(names)
+    if SAMPLED_LAYERS < len(names) < 2 * SAMPLED_LAYERS:
+        return [names[i * len(names) // SAMPLED_LAYERS] for i in range(SAMPLED_LAYERS)]
     return names[:: max(1, len(names) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from graft.config.base import PeftConfig
+from graft.config.bounds import must_be
 from graft.config.fields import POSITIVE
 from graft.config.reading import Json
 from graft.core.errors import ConfigError
@@ -18,33 +19,26 @@ NAMES = {
     "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
 }
 
+ONE_OR_TWO = must_be("1, or 2 for an encoder and a decoder", lambda number: number in (1, 2))
+
 
 @dataclass(kw_only=True)
 class PromptLearningConfig(PeftConfig):
     """The config of a prompt method. `fit` takes sizes that are None from the base model's config.
 
     Raises:
-        ConfigError: a size is not positive.
+        ConfigError: a size is not positive, or `num_transformer_submodules` neither 1 nor 2.
     """
 
     num_virtual_tokens: Annotated[int | None, POSITIVE] = None
     token_dim: Annotated[int | None, POSITIVE] = None  # size of an embedding, or of one layer's keys
-    num_transformer_submodules: Annotated[int | None, POSITIVE] = None  # 2 for an encoder and a decoder, else 1
+    num_transformer_submodules: Annotated[int | None, ONE_OR_TWO] = None  # 2 for an encoder and a decoder, else 1
     num_attention_heads: Annotated[int | None, POSITIVE] = None
     num_layers: Annotated[int | None, POSITIVE] = None
     modules_to_save: list[str] | None = None  # trained whole and saved next to the prompt
 
     is_prompt_learning: ClassVar[bool] = True
     holds_keys: ClassVar[bool] = False  # the prompt is keys and values of each layer, not embeddings
-
-    def __post_init__(self) -> None:
-        """Check the fields. Raises ConfigError if `num_transformer_submodules` is more than 2."""
-        super().__post_init__()
-        if (self.num_transformer_submodules or 1) > 2:
-            raise ConfigError(
-                "`num_transformer_submodules` must be 1, or 2 for an encoder and a decoder, got "
-                f"{self.num_transformer_submodules}."
-            )
 
     @property
     def rows(self) -> int:

@@ -149,6 +149,14 @@ class PublishedRate(NamedTuple):
 COMPARISON = "PEFT's method comparison, on MetaMathQA with Llama 3.2 3B"
 
 
+def fill_kaiming(t: Tensor) -> Tensor:
+    """Fill a tensor with uniform numbers of at most 1 / √n, n its number of inputs, as `nn.Linear` fills its weight.
+
+    Return the tensor.
+    """
+    return nn.init.kaiming_uniform_(t, a=math.sqrt(5))
+
+
 def make_dropout(share: float) -> nn.Module:
     """Return `nn.Dropout(share)`, or an Identity if `share` is 0 or less."""
     return nn.Dropout(share) if share > 0 else nn.Identity()
@@ -396,7 +404,7 @@ class Method(Generic[C]):
         if self.cfg.init_weights:  # type: ignore[attr-defined]
             nn.init.zeros_(t)
         elif std is None:
-            nn.init.kaiming_uniform_(t, a=math.sqrt(5))
+            fill_kaiming(t)
         else:
             nn.init.normal_(t, std=std)
 

@@ -15,19 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graft.config.bounds import Bound
 from graft.config.fields import BELOW_1, POSITIVE, Chosen, Targeted
 from graft.config.reading import Json
 from graft.core.base_config import input_embeddings, output_embeddings
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite, Tap
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, UnsupportedLayerError
-from graft.core.method import AdaptedLayers, Method, PublishedRate, make_dropout
+from graft.core.method import AdaptedLayers, Method, PublishedRate, fill_kaiming, make_dropout
 from graft.methods.places import Block, find_blocks, find_embedding_output, find_width, match_paths, walk
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "gelu": F.gelu, "swish": F.silu, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
     "leakyrelu": F.leaky_relu, "relu6": F.relu6, "elu": F.elu, "mish": F.mish, "linear": lambda x: x,
 }  # fmt: skip
+NON_LINEARITY = Bound(
+    lambda name: name.lower() in ACTIVATIONS, f"Unknown {{name}} {{value!r}}. Known: {', '.join(ACTIVATIONS)}."
+)
 ENDS = ("embedding", "head")
 PLACES = "places"  # target_modules of a config that names none: they are found from the model's structure
 
@@ -44,7 +48,7 @@ class BottleneckConfig(Targeted, Chosen):
 
     peft_type: str = "BOTTLENECK"
     reduction_factor: float | dict[str, float] = 16  # hidden size / width of the bottleneck; by block: {"default": 16}
-    non_linearity: str = "relu"  # σ
+    non_linearity: Annotated[str, NON_LINEARITY] = "relu"  # σ
     mh_adapter: bool = False  # after attention
     cross_adapter: bool = False  # after attention to an encoder
     output_adapter: bool = True  # after the MLP
@@ -79,8 +83,6 @@ class BottleneckConfig(Targeted, Chosen):
         self.width: int | None = None
         for r in self.factors:
             POSITIVE.check("reduction_factor", r)
-        if self.non_linearity.lower() not in ACTIVATIONS:
-            raise ConfigError(f"Unknown non_linearity {self.non_linearity!r}. Known: {', '.join(ACTIVATIONS)}.")
         if self.is_parallel and (self.mh_adapter or self.cross_adapter or not self.output_adapter):
             raise ConfigError("Parallel bottlenecks adapt the MLP only. Leave mh_adapter and cross_adapter off.")
         if self.original_ln_before and not self.is_parallel and (self.mh_adapter or self.cross_adapter):
@@ -550,4 +552,4 @@ def init_projection(module: nn.Module, how: str, last: bool = False) -> None:
     elif last:
         nn.init.zeros_(module.weight)
     else:
-        nn.init.kaiming_uniform_(module.weight, a=5**0.5)
+        fill_kaiming(module.weight)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -12,7 +11,7 @@ from torch import nn
 
 from graft.config.fields import COUNT, LORA, LayerRange, RankPattern, Targeted
 from graft.core.effect import Factors
-from graft.core.method import Method, WeightUse, make_dropout
+from graft.core.method import Method, WeightUse, fill_kaiming, make_dropout
 
 SHORTEST = 1e-4  # a shorter vector keeps its length: B starts at zero
 
@@ -64,7 +63,7 @@ class DeLoRA(Method[DeloraConfig]):
 
         The buffer gets the norms of the columns of W₀.
         """
-        nn.init.kaiming_uniform_(self.delora_A, a=math.sqrt(5))
+        fill_kaiming(self.delora_A)
         self.fill_start(self.delora_B)
         self.delora_lambda.data.fill_(self.cfg.delora_lambda)
         self.delora_w_norm.copy_(torch.linalg.vector_norm(self.layer.W0.detach().flatten(1), dim=0))

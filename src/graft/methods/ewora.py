@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
+from graft.config.bounds import Bound
 from graft.config.fields import BELOW_1, COUNT, LORA, POSITIVE, BaseBias, FanInFanOut, LayerRange, RankPattern, Targeted
 from graft.core.effect import Effect, Update
-from graft.core.errors import ConfigError
-from graft.core.method import Method, make_dropout
+from graft.core.method import Method, fill_kaiming, make_dropout
+
+UNSET = Bound(lambda value: not value, "`{name}` means nothing to EWoRA. Leave it out.")
 
 
 @dataclass(kw_only=True)
@@ -29,16 +30,9 @@ class EworaConfig(Targeted, LayerRange, RankPattern, FanInFanOut, BaseBias):
     num_experts: Annotated[int, POSITIVE] = 8  # of each layer
     ewora_dropout: Annotated[float, BELOW_1] = 0.0  # of the input of each expert, drawn for each
     init_weights: bool = True  # B of zeros; False: random, for tests
-    use_dora: bool = False  # only False
-    megatron_config: dict[str, object] | None = None  # only None
-    layer_replication: list[tuple[int, int]] | None = None  # only None
-
-    def __post_init__(self) -> None:
-        """Validate the fields; raise ConfigError if `use_dora`, `megatron_config` or `layer_replication` is set."""
-        super().__post_init__()
-        for name in ("use_dora", "megatron_config", "layer_replication"):
-            if getattr(self, name):
-                raise ConfigError(f"`{name}` means nothing to EWoRA. Leave it out.")
+    use_dora: Annotated[bool, UNSET] = False
+    megatron_config: Annotated[dict[str, object] | None, UNSET] = None
+    layer_replication: Annotated[list[tuple[int, int]] | None, UNSET] = None
 
 
 class Ewora(Method[EworaConfig]):
@@ -77,7 +71,7 @@ class Ewora(Method[EworaConfig]):
 
         With `init_weights=False` B is kaiming uniform.
         """
-        nn.init.kaiming_uniform_(self.ewora_As, a=math.sqrt(5))  # of all three dimensions: ±1 / √(in · r)
+        fill_kaiming(self.ewora_As)  # of all three dimensions: ±1 / √(in · r)
         nn.init.uniform_(self.ewora_weighting.weight, -0.01, 0.01)
         nn.init.uniform_(self.ewora_weighting.bias, *(s * (self.cfg.num_experts * self.cfg.r) ** -0.5 for s in (-1, 1)))
         self.fill_start(self.ewora_Bs)

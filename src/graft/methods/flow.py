@@ -192,12 +192,7 @@ class Recorder(GraphAppendingTracer):
 
     def terms(self, total: Node, names: Collection[str] = SUMS | FACTORS, normed: bool = False) -> set[Node]:
         """Return a sum and all nodes that it adds up, directly or through other sums: `parts`, followed to the end."""
-        left, seen = [total], {total}
-        while left:
-            more = [n for n in self.parts(left.pop(), names, normed) if n not in seen]
-            left += more
-            seen.update(more)
-        return seen
+        return find_reachable(total, lambda node: self.parts(node, names, normed))
 
 
 def flow_of(block: nn.Module, attentions: Collection[str], norms: Collection[str], mlp: str) -> Flow:
@@ -302,14 +297,18 @@ def is_cross(attention: Node, x: Node) -> bool:
     """Return True if an input of an attention is computed from an encoder's states, and not from the block's
     input `x`.
     """
-    return any(ENCODER in sources and x.target not in sources for sources in map(sources_of, attention.all_input_nodes))
+    for value in attention.all_input_nodes:
+        sources = {node.target for node in find_reachable(value, lambda node: node.all_input_nodes)}
+        if ENCODER in sources and x.target not in sources:
+            return True
+    return False
 
 
-def sources_of(node: Node) -> set[object]:
-    """Return the targets of all nodes that a value is computed from: arguments, functions and modules, its own too."""
-    left, seen = [node], {node}
+def find_reachable(start: Node, neighbours: Callable[[Node], Collection[Node]]) -> set[Node]:
+    """Return a node and all nodes that lead from it, by one step of `neighbours` or several."""
+    left, seen = [start], {start}
     while left:
-        more = [n for n in left.pop().all_input_nodes if n not in seen]
+        more = [node for node in neighbours(left.pop()) if node not in seen]
         left += more
         seen.update(more)
-    return {n.target for n in seen}
+    return seen

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from graft.config.fields import COUNT, LORA, NOT_NEGATIVE, BaseBias, FanInFanOut, LayerRange, Targets
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
-from graft.core.method import COMPARISON, Method, PublishedRate, make_dropout
+from graft.core.method import COMPARISON, Method, PublishedRate, fill_kaiming, make_dropout
 from graft.core.ops import make_linear
 from graft.kernels.structured import Inputs, Outputs
 from graft.methods.projections import indivisible
@@ -110,7 +109,7 @@ class GraLoRA(Method[GraloraConfig]):
             return
         A = self.gralora_A_general.weight
         B = self.gralora_B_general.weight
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        fill_kaiming(A)
         self.fill_start(B)
 
     def factors(self) -> Factors:
@@ -127,4 +126,4 @@ class GraLoRA(Method[GraloraConfig]):
 
 def draw_factor(out: int, fan_in: int) -> Tensor:
     """Return a new tensor (out, fan_in), kaiming uniform with a=√5."""
-    return nn.init.kaiming_uniform_(torch.empty(out, fan_in), a=math.sqrt(5))
+    return fill_kaiming(torch.empty(out, fan_in))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from graft.config.fields import COUNT, LORA, BaseBias, LayerRange, Targeted
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import warn
-from graft.core.method import Method, PublishedRate
+from graft.core.method import Method, PublishedRate, fill_kaiming
 from graft.kernels.orthogonal import compact_reflections, gram_schmidt, reflect
 
 
@@ -59,12 +58,12 @@ class HRA(Method[HRAConfig]):
         r, init = self.cfg.r, self.cfg.init_weights
         if init and r % 2 == 0:
             half = torch.empty(self.hra_u.shape[0], r // 2)
-            nn.init.kaiming_uniform_(half, a=math.sqrt(5))
+            fill_kaiming(half)
             self.hra_u.data.copy_(half.repeat_interleave(2, dim=1))
             return
         if init:
             warn(f"r={r} is odd: the adapter does not start as the identity. Choose an even r.")
-        nn.init.kaiming_uniform_(self.hra_u, a=math.sqrt(5))
+        fill_kaiming(self.hra_u)
 
     def compact(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return U (fan_in, r) and T (r, r), in `dtype`, with H = I - U T Uᵀ; computed in at least float32.

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from graft.config.bounds import at_least
 from graft.config.fields import COUNT, LORA, LayerRange, Targeted
 from graft.core.effect import Effect, Update
-from graft.core.method import Method
+from graft.core.method import Method, fill_kaiming
 
 
 @dataclass(kw_only=True)
@@ -109,7 +108,7 @@ class Lily(Method[LilyConfig]):
         uniform, too.
         """
         for layer in (self.lily_A, self.lily_router):
-            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+            fill_kaiming(layer.weight)
         self.fill_start(self.lily_B.weight)
 
     def branch(self, x: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ product that starts as the best approximation of the weight of rank r.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 from graft.config.fields import Targets
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, PeftWarning, warn_of_layer
-from graft.core.method import WeightUse
+from graft.core.method import WeightUse, fill_kaiming
 from graft.kernels.one_product import Hadamard, is_narrow, narrow
-from graft.methods.loraxs import find_largest_components
+from graft.methods.loraxs import check_vectors, find_largest_components
 from graft.methods.lycoris import Lycoris, LycorisConfig, kernel_of
 
 if TYPE_CHECKING:
@@ -78,15 +77,10 @@ class LoHa(Lycoris[LoHaConfig]):
 
         Raises ConfigError for "abba" with r above the smaller side of the weight, or r < 1.
         """
-        site, r = self.site, self.cfg.r
-        if self.cfg.init_weights == "abba" and site.op.known:
+        if self.cfg.init_weights == "abba" and self.site.op.known:
             if self.cp:
                 return "ABBA's start has no factors of kernels: leave use_effective_conv2d out"
-            if r > min(site.out_features, site.fan_in):
-                raise ConfigError(
-                    f"ABBA begins with r singular vectors of the weight, and that of layer '{site.key}' has the shape "
-                    f"{tuple(site.shape)}. Choose a smaller r than {r}."
-                )
+            check_vectors("ABBA's start", self.site, self.cfg.r)
         return super().check()
 
     def uses_weight(self) -> WeightUse:
@@ -134,7 +128,7 @@ class LoHa(Lycoris[LoHaConfig]):
                 if name == "w2_b" and self.cfg.init_weights:
                     nn.init.zeros_(self.hada_w2_b)
                 else:
-                    nn.init.kaiming_uniform_(getattr(self, f"hada_{name}"), a=math.sqrt(5))
+                    fill_kaiming(getattr(self, f"hada_{name}"))
 
     @torch.no_grad()
     def init_ones(self) -> None:
@@ -150,7 +144,7 @@ class LoHa(Lycoris[LoHaConfig]):
             PeftWarning,
         )
         nn.init.zeros_(self.hada_w1_a)
-        nn.init.kaiming_uniform_(self.hada_w1_b, a=math.sqrt(5))
+        fill_kaiming(self.hada_w1_b)
         nn.init.normal_(self.hada_w2_b, std=self.hada_w2_b.shape[1] ** -0.5)
         self.hada_w2_b[0] = 1
         nn.init.zeros_(self.hada_w2_a)

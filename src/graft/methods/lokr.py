@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.effect import Effect, Update
-from graft.core.method import COMPARISON, PublishedRate
+from graft.core.method import COMPARISON, PublishedRate, fill_kaiming
 from graft.kernels.structured import Kronecker, factorization, multiply_kronecker
 from graft.methods.lycoris import Lycoris, LycorisConfig, kernel_of
 
@@ -90,7 +90,7 @@ class LoKr(Lycoris[LoKrConfig]):
             if name in zero[self.cfg.init_weights]:
                 nn.init.zeros_(p)
             else:
-                nn.init.kaiming_uniform_(p, a=math.sqrt(5))
+                fill_kaiming(p)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return scaling · w1 (l, m) and w2, (k, n, *kernel) or (k, n · kernel size); products of factors are

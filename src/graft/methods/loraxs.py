@@ -19,6 +19,7 @@ from graft.core.each import Matrix
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Method, PublishedRate, WeightUse, make_dropout
+from graft.core.site import Site
 from graft.methods.projections import maybe_transient
 
 
@@ -59,12 +60,8 @@ class LoraXS(Method[LoraXsConfig]):
 
         Raises ConfigError if r is above the smaller side of the weight.
         """
-        site, r = self.site, self.cfg.r
-        if site.op.known and r > min(site.out_features, site.fan_in):
-            raise ConfigError(
-                f"LoRA-XS has at most as many singular vectors as the weight of layer '{site.key}', of shape "
-                f"{tuple(site.shape)}. Choose a smaller r than {r}."
-            )
+        site = self.site
+        check_vectors("LoRA-XS", site, self.cfg.r)
         if self.cfg.init_weights == "sb" and (not site.op.linear or isinstance(site.op, Matrix)):
             return "LoRA-SB measures linear layers only"
         return super().check()
@@ -125,6 +122,15 @@ class LoraXS(Method[LoraXsConfig]):
         R = self.loraxs_R
         A, B = self.loraxs_A.to(R.dtype), self.loraxs_B.to(R.dtype)  # FSDP casts parameters for a call, not buffers
         return Factors(A, B @ R, self.scaling, self.loraxs_dropout)
+
+
+def check_vectors(title: str, site: Site, r: int) -> None:
+    """Raise ConfigError if r is above the smaller side of a layer's weight. A layer of unknown type passes."""
+    if site.op.known and r > min(site.out_features, site.fan_in):
+        raise ConfigError(
+            f"{title} takes r singular vectors of a weight, and that of layer '{site.key}' has the shape "
+            f"{tuple(site.shape)}. Choose a smaller r than {r}."
+        )
 
 
 def find_largest_components(W: Tensor, r: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:

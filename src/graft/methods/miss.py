@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from graft.config.fields import COUNT, LORA, BaseBias, LayerRange, Targeted
 from graft.core.effect import Effect, Factors, Rewrite
 from graft.core.errors import warn
-from graft.core.method import Method, make_dropout
+from graft.core.method import Method, fill_kaiming, make_dropout
 from graft.kernels.structured import Repeated, Shards
 
 
@@ -75,7 +74,7 @@ class MiSS(Method[MissConfig]):
     def init_values(self) -> None:
         """Keep D at zero; with `init_weights=False` fill it kaiming uniform (a=√5)."""
         if self.cfg.init_weights is False:
-            nn.init.kaiming_uniform_(self.miss_block, a=math.sqrt(5))
+            fill_kaiming(self.miss_block)
 
     def factors(self) -> Factors:
         """Return factors with dropout: A sums the shards of the input, (r, fan_in), B repeats Dᵀ to (out, r).

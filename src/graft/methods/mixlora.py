@@ -7,7 +7,6 @@ has plain LoRA.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from graft.config.fields import BELOW_1, COUNT, NOT_NEGATIVE, POSITIVE, LayerRange, RankPatterns, Targeted
 from graft.core.effect import Effect, Factors, Replace, Update
 from graft.core.errors import NoMatchingPeftModuleError, RoutingError, UnsupportedLayerError, join_some
-from graft.core.method import Method, NotedTokens, PublishedRate, make_dropout
+from graft.core.method import Method, NotedTokens, PublishedRate, fill_kaiming, make_dropout
 from graft.core.ops import find_op
 from graft.methods.moelora import check_experts, compute_balance_loss, sum_experts
 from graft.methods.places import ATTENTION, MLP, match_paths, walk
@@ -166,7 +165,7 @@ class MixLoRA(Method[MixLoraConfig]):
             nn.init.normal_(self.mixlora_router.weight, std=self.cfg.router_init_range)
             return
         for A in self.mixlora_A if self.chosen else (self.mixlora_A,):
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            fill_kaiming(A)
         self.fill_start(self.mixlora_B, self.cfg.r**-0.5)
 
     def describe(self) -> Effect:

@@ -7,7 +7,6 @@ have one A (`shared_A`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from graft.config.fields import BELOW_1, COUNT, LORA, NOT_NEGATIVE, POSITIVE, LayerRange, RankPatterns, Targeted
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
-from graft.core.method import Method, NotedTokens, PublishedRate, make_dropout
+from graft.core.method import Method, NotedTokens, PublishedRate, fill_kaiming, make_dropout
 from graft.core.ops import Op
 
 
@@ -142,7 +141,7 @@ class MoeLoRA(Method[MoeLoraConfig]):
         with std 1/√r.
         """
         for matrix in (*self.moelora_A, self.moelora_router.weight):
-            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+            fill_kaiming(matrix)
         self.fill_start(self.moelora_B, self.cfg.r**-0.5)
 
     def describe(self) -> Effect:

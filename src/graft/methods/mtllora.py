@@ -6,7 +6,6 @@ All tasks share A and some up-projections B; each task has weights λ of the ran
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from graft.config.fields import COUNT, LORA, POSITIVE, LayerRange, Targeted
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError
-from graft.core.method import PublishedRate
+from graft.core.method import PublishedRate, fill_kaiming
 from graft.methods.tasks import TASKS, ByTask
 
 
@@ -70,7 +69,7 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
 
         λ and w stay ones.
         """
-        nn.init.kaiming_uniform_(self.mtllora_A, a=math.sqrt(5))
+        fill_kaiming(self.mtllora_A)
         self.fill_start(self.mtllora_B, self.cfg.r**-0.5)
 
     def describe(self) -> Effect:

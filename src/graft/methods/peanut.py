@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from graft.config.fields import COUNT, LORA, NOT_NEGATIVE, LayerRange, Targeted
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError
-from graft.core.method import Method
+from graft.core.method import Method, fill_kaiming
 from graft.kernels.narrow import multiply_widened
 
 F = nn.functional
@@ -80,7 +79,7 @@ class PEANuT(Method[PeanutConfig]):
         random.
         """
         for layer in (self.peanut_A, *self.peanut_encoders, *self.peanut_decoders):
-            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+            fill_kaiming(layer.weight)
         self.fill_start(self.peanut_B.weight)
 
     def factors(self) -> Factors:

@@ -159,17 +159,11 @@ def blocks_in(linears: Mapping[str, tuple[int, int]], modules: Collection[str], 
     for path in modules:
         if MLP.search(path.rpartition(".")[2]):
             more.update(block for block in list_numbered_prefixes(path) if not ATTENTION.search(path[len(block) :]))
+    attended &= more
     inside: dict[str, list[str]] = {}  # by block
     for path in linears:
-        if block := next(
-            (
-                b
-                for b in list_numbered_prefixes(path)
-                if b in attended and b in more and ATTENTION.search(path[len(b) :])
-            ),
-            "",
-        ):
-            inside.setdefault(block, [])
+        around = [b for b in list_numbered_prefixes(path) if b in attended and ATTENTION.search(path[len(b) :])]
+        inside |= {block: [] for block in around[:1]}  # the innermost
     for path in linears:
         for block in list_numbered_prefixes(path):
             if block in inside:

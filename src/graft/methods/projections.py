@@ -73,16 +73,17 @@ def check_wide(name: str, size: int, needed: int) -> None:
         )
 
 
-def check_places(tensors: Tensors, name: str, most: int, key: str) -> None:
-    """Raise CheckpointError if a file's tensor (`name`, "") has an index below 0 or not below `most`.
+def check_places(tensors: Tensors, name: str, most: int, key: str) -> Tensors:
+    """Return a file's tensors as they are.
 
-    Without that tensor, do nothing.
+    Raises CheckpointError if the tensor (`name`, "") is there and has an index below 0 or not below `most`.
 
     An index past the end would stop a GPU for good in the first call; a negative one would count from the end.
     """
     places = tensors.get((name, ""))
     if places is not None and not ((places >= 0) & (places < most)).all():
         raise CheckpointError(f"{name} of layer '{key}' are outside of 0 to {most - 1}. Load another file.")
+    return tensors
 
 
 def projections(layers: AdaptedLayers, names: tuple[str, str], rows: int) -> dict[str, object]:

@@ -21,6 +21,7 @@ from graft.core.site import Site
 from graft.kernels.orthogonal import orthogonal, skew
 from graft.methods.oft import TERMS
 
+ALPHA = Bound(bool, "`{name}` must not be 0: B holds the singular values divided by alpha / r.")
 EPS = Bound(lambda eps: 0 < eps < 1, "`{name}` must be in (0, 1) when set; got {value}.")
 
 
@@ -30,7 +31,7 @@ class PsoftConfig(Targeted, LayerRange, FanInFanOut):
 
     peft_type: str = "PSOFT"
     r: Annotated[int, COUNT] = 32
-    psoft_alpha: int = 32  # the update counts alpha / r times
+    psoft_alpha: Annotated[int, ALPHA] = 32  # the update counts alpha / r times
     psoft_dropout: float = 0.0
     ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"  # singular values in B, or their roots in A and B
     psoft_svd: Literal["full", "lowrank"] = "full"
@@ -47,11 +48,7 @@ class PsoftConfig(Targeted, LayerRange, FanInFanOut):
     counters: ClassVar[tuple[str, ...]] = ("random_seed",)
 
     def __post_init__(self) -> None:
-        """Validate the fields; warn of options of the Cayley-Neumann series or the low-rank SVD that have no effect.
-
-        Raises:
-            ConfigError: `psoft_alpha` is 0.
-        """
+        """Validate the fields; warn of options of the Cayley-Neumann series or the low-rank SVD that have no effect."""
         super().__post_init__()
         eps, terms = self.cayley_neumann_eps, self.num_cayley_neumann_terms
         niter = self.psoft_svd_lowrank_niter
@@ -62,8 +59,6 @@ class PsoftConfig(Targeted, LayerRange, FanInFanOut):
         ):
             if value and not met:
                 warn(f"`{name}` is only used when `{condition}`. It has no effect here.")
-        if self.psoft_alpha == 0:
-            raise ConfigError("`psoft_alpha` must not be 0: B holds the singular values divided by alpha / r.")
 
 
 BASIS = "psoft_basis"  # container

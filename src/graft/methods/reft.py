@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from graft.config.fields import BELOW_1, COUNT
 from graft.config.reading import Json
 from graft.core.errors import ConfigError, RoutingError
-from graft.core.method import PublishedRate, make_dropout
+from graft.core.method import PublishedRate, fill_kaiming, make_dropout
 from graft.core.rows import PerRow, Run
-from graft.methods.bottleneck import ACTIVATIONS
+from graft.methods.bottleneck import ACTIVATIONS, NON_LINEARITY
 from graft.methods.states import MASKS, OnStates, StatesConfig, is_encoder_decoder, numbers_by_row
 
 
@@ -43,21 +43,18 @@ class ReftConfig(StatesConfig):
     orthogonality: bool = True  # the rows of R are orthonormal
     subtract_projection: bool = True  # False: without - R h
     tied_weights: bool = False  # one A, R for both ends
-    non_linearity: str | None = None  # σ
+    non_linearity: Annotated[str | None, NON_LINEARITY] = None  # σ
     dropout: Annotated[float, BELOW_1] = 0.05  # of the whole state there
 
     def __post_init__(self) -> None:
         """Validate the fields.
 
         Raises:
-            ConfigError: `prefix_positions` or `suffix_positions` is negative, or both are 0; an unknown
-                `non_linearity`.
+            ConfigError: `prefix_positions` or `suffix_positions` is negative, or both are 0.
         """
         super().__post_init__()
         if min(self.prefix_positions, self.suffix_positions) < 0 or not self.prefix_positions + self.suffix_positions:
             raise ConfigError("`prefix_positions` and `suffix_positions` must not be negative, nor both 0.")
-        if self.non_linearity is not None and self.non_linearity.lower() not in ACTIVATIONS:
-            raise ConfigError(f"Unknown non_linearity {self.non_linearity!r}. Known: {', '.join(ACTIVATIONS)}.")
 
     @classmethod
     def preset(cls, name: str, **changes: object) -> ReftConfig:
@@ -146,7 +143,7 @@ class Reft(OnStates[ReftConfig]):
             if self.cfg.orthogonality:
                 nn.init.orthogonal_(R)
             else:
-                nn.init.kaiming_uniform_(R, a=5**0.5)
+                fill_kaiming(R)
 
     def part(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the update of y, (rows, tokens, H) or (rows, H): nonzero at the first and last positions of each row's

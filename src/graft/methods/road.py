@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
+from graft.config.bounds import Bound
 from graft.config.fields import LORA, Targets
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
@@ -19,6 +20,11 @@ from graft.kernels.orthogonal import rotate_pairs
 RoadVariant = Literal["road_1", "road_2", "road_4"]
 # numbers of angles, and of scales, that a pair has: (2 if c and s have their own, 2 if both channels have their own)
 LAYOUT = {"road_1": (1, 1), "road_2": (1, 2), "road_4": (2, 2)}
+VARIANT = Bound(LAYOUT.__contains__, f"Invalid variant {{value}} specified. Known ones: {', '.join(LAYOUT)}.")
+EVEN = Bound(
+    lambda size: size > 0 and size % 2 == 0,
+    "The group_size must be divisible by 2 when using RoadLayer, but got {value}. Give 2, 4, …",
+)
 
 
 @dataclass(kw_only=True)
@@ -30,21 +36,9 @@ class RoadConfig(Targets):
     """
 
     peft_type: str = "ROAD"
-    variant: str = "road_1"  # an angle and a scale per pair; road_2: per channel; road_4: per entry of the 2 × 2
-    group_size: int = 64  # g; must divide the channels of every layer
+    variant: Annotated[str, VARIANT] = "road_1"  # an angle and a scale per pair; road_2: per channel; road_4: per entry
+    group_size: Annotated[int, EVEN] = 64  # g; must divide the channels of every layer
     init_weights: bool = True  # the identity; else random
-
-    def __post_init__(self) -> None:
-        """Validate the fields; raise ConfigError for a variant other than road_1, road_2 and road_4, and for a
-        `group_size` that is not positive and even.
-        """
-        super().__post_init__()
-        if self.variant not in LAYOUT:
-            raise ConfigError(f"Invalid variant {self.variant} specified. Known ones: {', '.join(LAYOUT)}.")
-        if self.group_size <= 0 or self.group_size % 2:
-            raise ConfigError(
-                f"The group_size must be divisible by 2 when using RoadLayer, but got {self.group_size}. Give 2, 4, …"
-            )
 
 
 class Road(Method[RoadConfig]):

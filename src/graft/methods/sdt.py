@@ -7,7 +7,6 @@ make B and C of such a channel. Layers outside of the state space have LoRA.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -19,7 +18,7 @@ from graft.config.fields import BELOW_1, COUNT, LayerRange, Targeted
 from graft.config.fields import SDT as TARGETS
 from graft.core.containers import CheckpointOnly
 from graft.core.effect import Effect, Factors, Update
-from graft.core.method import Method, PublishedRate, Tensors, make_dropout
+from graft.core.method import Method, PublishedRate, Tensors, fill_kaiming, make_dropout
 from graft.kernels.sparse import Scattered
 from graft.methods.places import walk
 from graft.methods.shira import with_places
@@ -167,7 +166,7 @@ class SDT(Method[SdtConfig]):
         """
         drawn = not self.cfg.init_weights
         if self.mixer is None:
-            nn.init.kaiming_uniform_(self.sdt_A, a=math.sqrt(5))
+            fill_kaiming(self.sdt_A)
             if drawn:
                 nn.init.normal_(self.sdt_B, std=self.cfg.r**-0.5)
             return

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.fields import BELOW_1, COUNT, LORA, Targets
-from graft.core.containers import Transient
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, warn
-from graft.core.method import Method, Tensors, WeightUse, make_dropout
+from graft.core.method import Method, Tensors, WeightUse, fill_kaiming, make_dropout
 from graft.core.ops import make_linear
 from graft.kernels.sparse import Scattered
-from graft.methods.projections import check_places
+from graft.methods.projections import check_places, maybe_transient
 
 MOST = 2**31  # entries of a weight that int32 counts
 SAVING = "Super-Tuning indices must be saved for all adapters or none (save_precomputed_indices)"
@@ -110,10 +109,10 @@ class SuperTuning(Method[SupertuningConfig]):
         and scaling = alpha / r.
         """
         cfg, site = self.cfg, self.site
-        keep = (lambda t: t) if cfg.save_precomputed_indices else Transient
+        places = torch.zeros(self.size, dtype=torch.int32)
         values = dict(
             supertuning_values=nn.Parameter((torch.zeros if cfg.init_weights else torch.randn)(self.size)),
-            supertuning_indices=keep(torch.zeros(self.size, dtype=torch.int32)),
+            supertuning_indices=maybe_transient(places, cfg.save_precomputed_indices),
         )
         if cfg.r is None:
             return values
@@ -135,13 +134,12 @@ class SuperTuning(Method[SupertuningConfig]):
         largest = W.abs().flatten().topk(self.size, largest=cfg.select_top)
         self.supertuning_indices.copy_(largest.indices)
         if cfg.r is not None:
-            nn.init.kaiming_uniform_(self.supertuning_lora_A.weight, a=math.sqrt(5))
+            fill_kaiming(self.supertuning_lora_A.weight)
             self.fill_start(self.supertuning_lora_B.weight)
 
     def from_file_tensors(self, tensors: Tensors, cfg: SupertuningConfig) -> Tensors:
         """Return the file's tensors. Raises CheckpointError if they have indices outside of the weight."""
-        check_places(tensors, "supertuning_indices", math.prod(self.site.shape), self.site.key)
-        return tensors
+        return check_places(tensors, "supertuning_indices", math.prod(self.site.shape), self.site.key)
 
     def delta(self) -> Scattered:
         """Return ΔW with v at the indices, 0 elsewhere, as a `Scattered`."""

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from graft.config.fields import COUNT, LORA, NOT_NEGATIVE, LayerRange, Targeted
 from graft.core.effect import Factors
-from graft.core.errors import ConfigError
 from graft.core.method import Method, PublishedRate, Tensors, WeightUse
-from graft.methods.loraxs import find_largest_components
+from graft.methods.loraxs import check_vectors, find_largest_components
 from graft.methods.projections import check_places, maybe_transient
 
 
@@ -65,15 +64,11 @@ class SVFT(Method[SvftConfig]):
         Raises ConfigError if r is above the smaller side of the weight. Layers of unknown type get `Method.check`
         alone.
         """
-        site, cfg = self.site, self.cfg
+        site = self.site
         if not site.op.known:
             return super().check()
-        if self.n > min(site.out_features, site.fan_in):
-            raise ConfigError(
-                f"SVFT has at most as many singular vectors as the weight of layer '{site.key}', of shape "
-                f"{tuple(site.shape)}. Choose a smaller r than {cfg.r}."
-            )
-        if cfg.pattern == "top_k" and site.out_features != site.fan_in:
+        check_vectors("SVFT", site, self.n)
+        if self.cfg.pattern == "top_k" and site.out_features != site.fan_in:
             return "pattern='top_k' compares outputs with inputs: the weight has to be square"
         return super().check()
 
@@ -133,8 +128,7 @@ class SVFT(Method[SvftConfig]):
 
     def from_file_tensors(self, tensors: Tensors, cfg: SvftConfig) -> Tensors:
         """Return the file's tensors. Raises CheckpointError if they have places outside of M."""
-        check_places(tensors, "svft_places", self.n**2, self.site.key)
-        return tensors
+        return check_places(tensors, "svft_places", self.n**2, self.site.key)
 
     def factors(self) -> Factors:
         """Return A = σ(γ) M V and B = U; U and V are cast to M's dtype."""

@@ -21,7 +21,7 @@ from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method, PublishedRate, WeightUse
 from graft.core.rows import Constant, Finish, Run
 from graft.kernels.waits import raise_unless
-from graft.methods.loraxs import find_largest_components
+from graft.methods.loraxs import check_vectors, find_largest_components
 
 if TYPE_CHECKING:
     from graft.core.call import Call
@@ -99,11 +99,7 @@ class TLoRA(Method[TLoraConfig]):
             return super().check()
         if not site.op.factorable(site.module):
             return "T-LoRA has no factors for a convolution with groups"
-        if cfg.r > min(site.out_features, site.fan_in):
-            raise ConfigError(
-                f"T-LoRA begins with r singular vectors of a matrix like the weight of layer '{site.key}', of shape "
-                f"{tuple(site.shape)}. Choose a smaller r than {cfg.r}."
-            )
+        check_vectors("T-LoRA", site, cfg.r)
         if cfg.min_rank > cfg.r:
             raise ConfigError(
                 f"`min_rank` is {cfg.min_rank}, and layer '{site.key}' has r={cfg.r}. Choose a smaller one."

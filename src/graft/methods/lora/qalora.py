@@ -7,13 +7,12 @@ the zero points of a base are that is quantized by groups.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from graft.core.effect import Compact, Factors
 from graft.core.errors import ConfigError
+from graft.core.method import fill_kaiming
 from graft.core.random import skip_draws
 from graft.methods.lora import checks
 from graft.methods.lora.lora import LoRA
@@ -95,7 +94,7 @@ class QALoRA(LoRA):
             skip_draws(torch.empty(self.cfg.r, self.site.in_features))
         super().init_values()
         if how is False:
-            nn.init.kaiming_uniform_(self.pair[0], a=math.sqrt(5))
+            fill_kaiming(self.pair[0])
 
     def factors(self) -> Factors:
         """Return LoRA's factors with A as a `Compact`, which forms its whole matrix (r, in) on demand."""

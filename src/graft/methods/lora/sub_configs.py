@@ -19,7 +19,10 @@ RHO = must_be(">= 1.0", lambda rho: rho >= 1)
 TAU = must_be("between 0.0 and 1.0", lambda tau: 0 <= tau <= 1)
 DIRECTION = one_of("ArBr", "A2rBr", "ArB2r", "random")
 SCALE = one_of("stable", "weight_svd", "gd_scale", "unit")
-DIRECTIONS = ("batch_average", "batch_average_once", "random")
+INIT_TYPE = Bound(
+    ("batch_average", "batch_average_once", "random").__contains__,
+    "Unsupported `{name}` {value!r}. Supported values are batch_average, batch_average_once and random.",
+)
 
 
 @dataclass
@@ -97,15 +100,7 @@ class VeloraConfig(Settings):
 
     num_groups: Annotated[int, GROUPS] = 64  # numbers kept of each input vector: more take more memory
     scale: Annotated[float, GROUPS] = 1.0  # of the inputs put together again from them
-    init_type: str = "batch_average"  # the direction of the projection: of each batch, of the first, random
-
-    def __post_init__(self) -> None:
-        """Validate the fields; raise ConfigError if `init_type` is none of "batch_average", "batch_average_once" and
-        "random".
-        """
-        super().__post_init__()
-        if self.init_type not in DIRECTIONS:
-            raise ConfigError(f"Unsupported `init_type` {self.init_type!r}. Supported values are {DIRECTIONS}.")
+    init_type: Annotated[str, INIT_TYPE] = "batch_average"  # direction: of each batch, of the first, random
 
 
 @dataclass

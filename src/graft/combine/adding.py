@@ -289,11 +289,8 @@ def inject_combined(
         warnings.simplefilter("ignore")  # the user saw them when the adapters came
         try:
             inject()
-        except (
-            OtherLayersError,
-            NoMatchingPeftModuleError,
-            UnsupportedLayerError,
-        ):  # exclusions or layer ranges differ
+        # exclusions or layer ranges differ
+        except (OtherLayersError, NoMatchingPeftModuleError, UnsupportedLayerError):
             sites = {key: tuner.layers[key].site for key in values}
             target_exactly(cfg, values, [key for key, site in sites.items() if site.path != key])
             inject()

@@ -436,9 +436,8 @@ class _TransformedProduct(Function):
         x, values, rows, cols = ctx.saved_tensors
         G, dx, dvalues = ctx.S.analysis(g.reshape(-1, g.shape[-1])), None, None
         if ctx.needs_input_grad[0]:
-            dx = (
-                synthesize_entries(values, rows, G, cols, ctx.T).reshape(x.shape).contiguous()
-            )  # one row's gradient is contiguous as well, like that of several
+            # one row's gradient is contiguous as well, like that of several
+            dx = synthesize_entries(values, rows, G, cols, ctx.T).reshape(x.shape).contiguous()
         if ctx.needs_input_grad[1]:
             dvalues = sample_products(G, rows, ctx.T.analysis(x.reshape(-1, x.shape[-1])), cols)
         return dx, dvalues, None, None, None, None

@@ -90,9 +90,8 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
 
     def of_task(self, task: int) -> Factors:
         """Return the factors for one task: A, Σₖ softmax(w_t / τ)ₖ Bₖ, alpha / r, and λ_t as `inner`."""
-        mixing = (
-            (self.mtllora_w[task] / self.cfg.weights_sharpness).softmax(-1).to(self.mtllora_B.dtype)
-        )  # (projections,)
+        # (projections,)
+        mixing = (self.mtllora_w[task] / self.cfg.weights_sharpness).softmax(-1).to(self.mtllora_B.dtype)
         B = torch.einsum("k,kor->or", mixing, self.mtllora_B)
         return Factors(self.mtllora_A, B, self.cfg.lora_alpha / self.cfg.r, inner=self.mtllora_lambda[task])
 

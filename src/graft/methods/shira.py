@@ -104,9 +104,8 @@ class SHiRA(Method[ShiraConfig]):
         """Return `WeightUse.STARTS` with a `mask_fn` of the user's, which may look at the weight; else
         `WeightUse.NONE`.
         """
-        return (
-            WeightUse.STARTS if self.cfg.mask_fn not in (None, random_mask) else WeightUse.NONE
-        )  # a mask may look at it
+        # a mask may look at it
+        return WeightUse.STARTS if self.cfg.mask_fn not in (None, random_mask) else WeightUse.NONE
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return `shira_weight` (k,) of zeros, trained, the places `shira_indices` (2, k) int32, which files hold, and

@@ -111,9 +111,8 @@ class UniLoRA(Method[UniLoraConfig]):
 
     def init_values(self) -> None:
         """Advance the generator as if A and B were drawn, as PEFT does. No tensor changes."""
-        skip_draws(
-            *(torch.empty(shape) for shape in (self.unilora_indices_A.shape, self.unilora_indices_B.shape))
-        )  # as PEFT
+        # as PEFT
+        skip_draws(*(torch.empty(shape) for shape in (self.unilora_indices_A.shape, self.unilora_indices_B.shape)))
 
     def from_file_tensors(self, tensors: Tensors, cfg: UniLoraConfig) -> Tensors:
         """Return the file's tensors. Raises CheckpointError if they have indices outside of θ."""

@@ -157,9 +157,8 @@ class CPTEmbedding(Prompt):
                 raise ValueError(f"{name} must be {(batch, length)}, a number for each token, got {tuple(t.shape)}.")
         ids = constant(tuple(self.cfg.cpt_token_ids), torch.long, labels.device)
         input_types = torch.full_like(labels, 4) if input_type_mask is None else input_type_mask.to(labels.device)
-        input_types = torch.where(
-            input_types > 0, input_types + types.max(), input_types
-        )  # types of the input count on from the examples
+        # types of the input count on from the examples
+        input_types = torch.where(input_types > 0, input_types + types.max(), input_types)
         kinds = torch.cat([types.to(input_types.device).expand(batch, -1), input_types], dim=1)[:, 1:]
         targets = torch.cat([ids.expand(batch, -1), labels], dim=1)[:, 1:]
         is_label = (kinds > 0) & (kinds % 4 == LABEL)

@@ -15,9 +15,8 @@ from graft.core.wrappers import MANAGED, collect_parameters, copy_offloaded, fin
 from graft.storage.offload import bring_in, device_of, is_hooked, is_tied
 from graft.storage.parallel import gather_tensor, layout_of
 
-NUMBERS = frozenset(
-    {torch.float64, torch.float32, torch.bfloat16, torch.float16}
-)  # narrower dtypes have scales in another tensor
+# narrower dtypes have scales in another tensor
+NUMBERS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 PLAIN = frozenset({Tensor, nn.Parameter})
 LIKE_PLAIN: TypeTable[bool] = TypeTable(  # types of tensors that are read and written like plain ones
     {

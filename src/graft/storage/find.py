@@ -40,9 +40,8 @@ TENSOR_PARALLEL: Store = TensorParallel()
 SHARDED: Store = Sharded()
 MEGATRON: Store = Megatron()
 STORES: TypeTable[Store] = TypeTable(dict.fromkeys(megatron.KINDS.names(), MEGATRON))  # by a module's type
-TENSORS: TypeTable[Store] = TypeTable(
-    {"transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor": Engine()}
-)  # by a tensor's type, for modules that STORES does not know
+# by a tensor's type, for modules that STORES does not know
+TENSORS: TypeTable[Store] = TypeTable({"transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor": Engine()})
 FILES: tuple[ModuleType, ...] = (  # of packed weights
     bnb,
     torchao,

@@ -53,9 +53,8 @@ def read_by_identity(m: nn.Module, dims: tuple[int, int], device: torch.device |
     """
     run = copy_for_reading(m)
     W = torch.empty(dims, device=device, dtype=dtype)
-    zero = run_forward(
-        run, torch.zeros(1, dims[1], device=device, dtype=dtype)
-    )  # the bias, which a kernel may add from its own tensors
+    # the bias, which a kernel may add from its own tensors
+    zero = run_forward(run, torch.zeros(1, dims[1], device=device, dtype=dtype))
     for columns, rows in _iterate_identity(dims[1], device, dtype):
         W[:, columns] = (run_forward(run, rows) - zero).T
     return W

@@ -44,9 +44,8 @@ def find_parameter_groups(modules: Iterable[nn.Module]) -> list[Any]:
     if not hasattr(fsdp, "FSDPModule"):
         return []
     states: list[Any] = [module._get_fsdp_state() for module in modules if isinstance(module, fsdp.FSDPModule)]
-    states += [
-        state for first in states[:1] for state in first._state_ctx.all_states
-    ]  # a unit around the model as well
+    # a unit around the model as well
+    states += [state for first in states[:1] for state in first._state_ctx.all_states]
     groups: dict[int, Any] = {}
     for state in states:
         several = getattr(state, "_fsdp_param_groups", None)  # until torch 2.11 a state has one group

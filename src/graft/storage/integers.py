@@ -93,9 +93,8 @@ class Bits(OwnModule):
 
         Byte n holds rows n, n + N/4, n + N/2 and n + 3 N/4.
         """
-        codes = unpack_integers(m.weight.T, 2).unflatten(
-            -1, (-1, 4)
-        )  # a byte has rows n, n + N/4, n + N/2 and n + 3 N/4
+        # a byte has rows n, n + N/4, n + N/2 and n + 3 N/4
+        codes = unpack_integers(m.weight.T, 2).unflatten(-1, (-1, 4))
         W = codes.permute(2, 1, 0).reshape(m.out_features, m.in_features)
         return ((W - 1) / m.weight_scale.float()).to(self.compute_dtype(m))
 

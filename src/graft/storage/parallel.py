@@ -239,9 +239,8 @@ def write_whole(t: Tensor, value: Tensor) -> None:
     if id(t) in find_master_ids([t]):
         from deepspeed.utils import safe_set_full_fp32_param
 
-        safe_set_full_fp32_param(
-            t, value.to(device=t.device, dtype=torch.float32)
-        )  # else the next step undoes the write
+        # else the next step undoes the write
+        safe_set_full_fp32_param(t, value.to(device=t.device, dtype=torch.float32))
 
 
 @torch.no_grad()

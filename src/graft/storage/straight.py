@@ -71,9 +71,8 @@ def let_gradients_through(m: nn.Module, store: object) -> None:
             attributes[name] = _through(before, lambda m: store).__get__(m)
         return
     OF_KIND[type(m)] = store
-    owner: Any = next(
-        c for c in type(m).__mro__ if "forward" in c.__dict__
-    )  # a base class may also be one of other stores
+    # a base class may also be one of other stores
+    owner: Any = next(c for c in type(m).__mro__ if "forward" in c.__dict__)
     if owner.forward not in MENDED_FORWARDS and not owner.__module__.startswith("torch."):
         owner.forward = _through(owner.forward, lambda m: OF_KIND.get(type(m)))
 

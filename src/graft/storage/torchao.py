@@ -82,12 +82,8 @@ class TorchAO(Quantized):
         if isinstance(bias := m._parameters.get("bias"), Tensor):
             values["bias"] = nn.Parameter(bias.detach().to(dtype or bias.dtype, copy=True), bias.requires_grad)
         clone = copy_with(m, values)
-        for name in (
-            "extra_repr",
-            "forward",
-            "_old_forward",
-            "_hf_hook",
-        ):  # torchao and accelerate have bound these to m
+        # torchao and accelerate have bound these to m
+        for name in ("extra_repr", "forward", "_old_forward", "_hf_hook"):
             clone.__dict__.pop(name, None)
         return clone
 

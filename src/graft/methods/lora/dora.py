@@ -140,9 +140,8 @@ class DoRA(LoRA):
             return
         m: Tensor = self.lora_magnitude_vector.weight
         with torch.no_grad():
-            norm = row_norms(
-                self.layer.W0.flatten(1), *super().factors().matrices()
-            )  # to the bit, if in pieces as well
+            # to the bit, if in pieces as well
+            norm = row_norms(self.layer.W0.flatten(1), *super().factors().matrices())
         m.data = norm.to(device=self.pair[0].device, dtype=m.dtype).view(m.shape)
 
     def describe(self) -> Effect:

@@ -31,10 +31,8 @@ STARTS = {  # init → "module:function" in this folder, called with the adapter
     "lora_ga": "start:loraga",
     "loftq": "loftq:start",
 }
-BASE_MARKS: dict[object, str] = {
-    "corda": "eigens",
-    "lora_ga": "_peft_loraga_grad",
-}  # init → `Method.base_mark`, as in PEFT
+# init → `Method.base_mark`, as in PEFT
+BASE_MARKS: dict[object, str] = {"corda": "eigens", "lora_ga": "_peft_loraga_grad"}
 
 
 class Start(NamedTuple):

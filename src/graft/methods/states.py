@@ -271,9 +271,5 @@ def follow_generate(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
         seen += new
         call.swap_context(call.context._replace(facts={**call.context.facts, **steps}))
 
-    handle = model.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        with call.extend_context():
-            yield
-    finally:
-        handle.remove()
+    with model.register_forward_pre_hook(before, with_kwargs=True), call.extend_context():
+        yield

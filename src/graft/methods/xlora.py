@@ -377,12 +377,9 @@ class XLora(Method[XLoraConfig]):
                         weighing[0] = False
                     call.swap_context(call.context._replace(gates=gates))
 
-            handle = tuner.model.register_forward_pre_hook(step, with_kwargs=True)
-            try:
-                with call.extend_context(gates=Scalings(torch.empty(0), {}, {})):  # until the first step
-                    yield finish
-            finally:
-                handle.remove()
+            none = Scalings(torch.empty(0), {}, {})  # until the first step
+            with tuner.model.register_forward_pre_hook(step, with_kwargs=True), call.extend_context(gates=none):
+                yield finish
 
 
 def weigh(tuner: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scalings:

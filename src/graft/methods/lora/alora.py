@@ -8,7 +8,7 @@ base model's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from threading import get_ident
 from typing import Any
@@ -122,12 +122,10 @@ def following(model: nn.Module, run: Run, offsets: Mapping[object, Offsets]) -> 
 
     # transformers 4 fills a cache in chunks by `forward` itself, past the hooks of the model, not those of its decoder
     decoder = getattr(model, getattr(model, "base_model_prefix", ""), model)
-    handles = [m.register_forward_pre_hook(follow, with_kwargs=True) for m in {model, decoder}]
-    try:
+    with ExitStack() as hooks:
+        for m in {model, decoder}:
+            hooks.enter_context(m.register_forward_pre_hook(follow, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 ARGUMENT = "alora_offsets"

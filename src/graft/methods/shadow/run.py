@@ -116,14 +116,9 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
         """Return the output of the step, completed by its `Pass`; None in other threads."""
         return passes.pop().finish(output) if get_ident() == thread else None
 
-    handles = [tuner.model.register_forward_pre_hook(before, with_kwargs=True)]
-    handles.append(tuner.model.register_forward_hook(after, with_kwargs=True))
-    try:
-        with call.extend_context():
-            yield return_unchanged
-    finally:
-        for handle in handles:
-            handle.remove()
+    starts = tuner.model.register_forward_pre_hook(before, with_kwargs=True)
+    with starts, tuner.model.register_forward_hook(after, with_kwargs=True), call.extend_context():
+        yield return_unchanged
 
 
 class Pass:

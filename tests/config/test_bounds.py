@@ -25,7 +25,9 @@ CASES = [(cls, name) for cls in (*CONFIGS, *WITHIN) for name in bounds_of(cls)]
 @pytest.mark.filterwarnings("ignore")  # of options that these values make pointless
 def test_each_bound_is_checked(cls, name):
     bound, values = bounds_of(cls)[name], NEEDED.get(cls.__name__, {})
-    typed = [value for value in (-1, 0, 1, 2000, "x") if is_typed(value, type_hints(cls)[name])]
+    typed = [
+        value for value in (-1, 0, 1, 2000, "x", True, {"x": 1}, [(0, 1)]) if is_typed(value, type_hints(cls)[name])
+    ]
     wrong = [value for value in typed if not bound.allows(value)]
     assert wrong
     for value in wrong:

@@ -239,16 +239,14 @@ def make_lora_values(m: Method, change: WeightChange, cfg: LoraConfig) -> Tensor
     assert B is not None
     if site.op.opaque:
         A, B = Opaque.join_matrices(change.A, B)
-        stacked = method_of("LORA")(site, cfg, m.name).holding(A, B)
-        return {place: t.detach().to(m.dtype, copy=True).contiguous() for place, t in stacked.items()}
-    B = B.flatten(0, 1)
-    A = spread_groups(change.A, site).flatten(0, 1)
+    else:
+        A, B = spread_groups(change.A, site).flatten(0, 1), B.flatten(0, 1)
     values = method_of("LORA")(site, cfg, m.name).holding(A, B)
-    if cfg.lora_bias:
+    if cfg.lora_bias and not site.op.opaque:
         if site.op.takes_ids:
             raise ConfigError(f"The adapter changes the bias of embedding '{site.key}', which LoRA cannot. Drop it.")
         values["lora_B", "bias"] = B.new_zeros(site.out_features) if change.shift is None else change.shift
-    if not site.op.takes_ids:
+    if not (site.op.takes_ids or site.op.opaque):
         factors = site.op.factor_modules(site.module, len(A), False, False, META)
         for name, factor in zip("AB", factors or ()):
             values[f"lora_{name}", "weight"] = values[f"lora_{name}", "weight"].reshape(factor.weight.shape)

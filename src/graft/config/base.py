@@ -412,8 +412,6 @@ def make_config(fields: dict[str, object], path: str, where: str, subfolder: str
 
 def suggest_names(unknown: Iterable[str], known: Iterable[str]) -> str:
     """Return "'<known>' for '<unknown>', …" for each unknown name that resembles a known one; "" if none does."""
-    from difflib import get_close_matches
-
     matches = [(name, get_close_matches(name, known, n=1, cutoff=0.8)) for name in unknown]
     return ", ".join(f"'{close[0]}' for '{name}'" for name, close in matches if close)
 

@@ -16,18 +16,6 @@ STACKED = 2**20  # numbers in the stacked factors: copying more is slower than a
 Factors = Sequence[tuple[Tensor, Tensor, float]]  # A (r, in), B (out, r), scaling
 
 
-def plain_add_groups(y: Tensor, x: Tensor, factors: Factors, order: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return a copy of y with s · x Aᵀ Bᵀ added to the rows of each (A, B, s), computed in A's dtype; the reference.
-
-    y (batch, …, out), x (batch, …, in). order: the rows of the first adapter, then of the second, …; sizes: how many
-    each has.
-    """
-    out = y.clone()
-    for index, (A, B, s) in zip(order.split(list(sizes)), factors):
-        out[index] += (x[index].to(A.dtype) @ A.T @ B.T * s).to(y.dtype)
-    return out
-
-
 def can_add_groups(y: Tensor, x: Tensor, factors: Factors, sizes: Sequence[int]) -> bool:
     """Return True if `add_groups` takes these factors.
 

@@ -71,11 +71,9 @@ class GradientSink(Protocol):
         """Return the memory for the first gradient of the pass, for an operation to write to; None for a later one. A
         protocol, without a body.
         """
-        ...
 
     def add(self, gradient: Tensor) -> None:
         """Add a later gradient of the pass to the memory. A protocol, without a body."""
-        ...
 
 
 class Stacks(Protocol):
@@ -83,20 +81,17 @@ class Stacks(Protocol):
 
     def follows(self, a: Tensor, b: Tensor) -> bool:
         """Return True if tensor b comes next after tensor a in their common memory. A protocol, without a body."""
-        ...
 
     def stack(self, first: Tensor, n: int) -> Tensor:
         """Return `first` and the n - 1 tensors after it as one leaf (n, …) that passes its gradient on to them.
 
         A protocol, without a body.
         """
-        ...
 
     def sink(self, t: Tensor) -> GradientSink | None:
         """Return the memory for the gradient of a stacked or single tensor; None if its `grad` has to receive it. A
         protocol, without a body.
         """
-        ...
 
 
 Two = tuple[Tensor | None, Tensor | None]

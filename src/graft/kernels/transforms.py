@@ -7,7 +7,7 @@ The work never grows with the number of elements of the matrix.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -294,30 +294,10 @@ AT_ONCE = 1 << 18  # numbers that `sample_products` gathers at once: few enough 
 
 
 Parts = Sequence[Tensor]  # for each part, (size, samples)
-
-
-class Basis(Protocol):
-    """A matrix S (n, parts · size) with fast transforms. M acts on each part of its columns apart."""
-
-    @property
-    def n(self) -> int:
-        """The number of rows of S."""
-
-    @property
-    def size(self) -> int:
-        """The number of columns of S in each part."""
-
-    def analysis(self, x: Tensor) -> Parts:
-        """Return Sᵀ xᵀ by parts, for x (samples, n)."""
-
-    def synthesis(self, z: Parts) -> Tensor:
-        """Return (S D⁻¹ z)ᵀ, (samples, n)."""
-
-    def factors(self, index: Tensor) -> Tensor:
-        """Return D[index]: the caller multiplies by it before `synthesis`."""
-
-    def at(self, index: Tensor, q: Tensor, dtype: torch.dtype) -> Parts:
-        """Return S[q, index] by parts, (indices, samples) each."""
+# A basis is a matrix S (n, parts · size) with fast transforms; M acts on each part of its columns apart. `analysis`
+# returns Sᵀ xᵀ for x (samples, n), `synthesis` (S D⁻¹ z)ᵀ, `factors` D[index], by which its caller multiplies before,
+# and `at` S[q, index], (indices, samples) each.
+Basis = Waves | Wavelet | Plain
 
 
 class Sparse(NamedTuple):

@@ -154,8 +154,7 @@ def make_cluster_A(U: Tensor, cfg: AdamssConfig) -> Tensor:
         large = S.gt(S[0] * cfg.svd_threshold)
         rank = max(1, min(rank, int(large.sum())))
     left = torch.svd_lowrank(gram, q=rank, niter=2)[0]
-    Q: Tensor = torch.linalg.qr(U.T @ left).Q
-    return Q.T.contiguous()
+    return torch.linalg.qr(U.T @ left).Q.T.contiguous()
 
 
 PARTS = ("adamss_A", "adamss_B")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -438,25 +439,16 @@ class Bottleneck(Method[BottleneckConfig]):
             factor = cfg.inv_adapter_reduction_factor
             return dict(bottleneck_inv=Coupling(self.width, factor, cfg.non_linearity.lower()))
         H, d = self.width, self.narrow
-        values: dict[str, object] = {}
-        if cfg.phm_layer:
-            values |= dict(bottleneck_down=Kronecker(cfg.phm_dim, H, d), bottleneck_up=Kronecker(cfg.phm_dim, d, H))
-        else:
-            values |= dict(bottleneck_down=nn.Linear(H, d), bottleneck_up=nn.Linear(d, H))
+        make: Any = partial(Kronecker, cfg.phm_dim) if cfg.phm_layer else nn.Linear
+        values: dict[str, object] = dict(bottleneck_down=make(H, d), bottleneck_up=make(d, H))
         if cfg.ln_before:
             values["bottleneck_norm"] = nn.LayerNorm(H)
         if isinstance(cfg.scaling, str):
             values["bottleneck_scale"] = nn.Parameter(torch.ones(H if cfg.scaling == "channel" else 1))
         if cfg.use_gating:
             values["bottleneck_gate"] = nn.Linear(H, 1)
-        return (
-            values
-            | shared
-            | dict(
-                bottleneck_dropout=make_dropout(cfg.dropout),
-                scaling=1.0 if isinstance(cfg.scaling, str) else float(cfg.scaling),
-            )
-        )
+        scaling = 1.0 if isinstance(cfg.scaling, str) else float(cfg.scaling)
+        return values | shared | dict(bottleneck_dropout=make_dropout(cfg.dropout), scaling=scaling)
 
     def init_values(self) -> None:
         """Fill Down and Up as `init_weights` says (`init_projection`), and the gate as "bert". A tap has no values.

@@ -89,8 +89,7 @@ class DEFT(Method[DeftConfig]):
     @property
     def W0(self) -> Tensor:
         """The base weight (out, fan_in) without adapters and gradient."""
-        W0: Tensor = self.layer.W0
-        return W0.detach().flatten(1)
+        return self.layer.W0.detach().flatten(1)
 
     def projections(self) -> tuple[Tensor, Tensor]:
         """Return Q and Z (out, r), in at least float32: P and relu(P) for "relu", else twice the orthonormal Q of P's

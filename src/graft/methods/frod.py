@@ -97,8 +97,7 @@ def basis(sites: Sequence[Site], n: int, alpha: float) -> Tensor:
     weights = [site.weight.canon() for _, site in sorted(last.items())]
     stack = torch.cat([W.detach().flatten(1).to("cpu", torch.float32) for W in weights])
     if len(stack) < n:
-        Vh: Tensor = torch.linalg.svd(stack, full_matrices=True).Vh
-        return Vh.T.contiguous()
+        return torch.linalg.svd(stack, full_matrices=True).Vh.T.contiguous()
     Q, R = torch.linalg.qr(stack)
     eye = alpha * torch.eye(n, device=stack.device)
     parts = Q.split([len(W) for W in weights])
@@ -276,5 +275,4 @@ class FRoD(Method[FrodConfig]):
         values, n = self.frod_lambda_s_values, len(V)
         M = values.new_zeros(n, n).index_put((rows, columns), values) + torch.diag(self.frod_lambda_l)
         parts = self.frod_U.to(values.dtype), M, V.T.to(values.dtype)
-        turned: Tensor = torch.linalg.multi_dot(parts)  # in the cheaper order
-        return turned.view(W0.shape) - W0
+        return torch.linalg.multi_dot(parts).view(W0.shape) - W0  # in the cheaper order

@@ -211,8 +211,7 @@ class MixLoRA(Method[MixLoraConfig]):
                 "Set mlp_modules to other modules."
             )
         g = top.values / top.values.sum(-1, keepdim=True)
-        out: Tensor = (y.unflatten(-2, (-1, k)) * g.unsqueeze(-1)).sum(-2)
-        return out.to(y.dtype)
+        return (y.unflatten(-2, (-1, k)) * g.unsqueeze(-1)).sum(-2).to(y.dtype)
 
     def expert(self, x: Tensor) -> Tensor:
         """Return alpha / r · B_e A_e dropout(x) for each token, with e the expert that `mixture` has paired it with.

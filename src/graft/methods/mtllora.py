@@ -107,5 +107,4 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
         z = z * self.mtllora_lambda[tasks].unflatten(-1, (*between, -1))  # (batch, …, r)
         z = z.unsqueeze(-2) * mixing.unflatten(-1, (*between, -1, 1))  # (batch, …, projections, r)
         B = self.mtllora_B.transpose(0, 1).flatten(1)  # (out, projections · r)
-        scaled: Tensor = z.flatten(-2) * (self.cfg.lora_alpha / self.cfg.r)
-        return self.site.op.up(self.layer.base_layer, scaled, B)
+        return self.site.op.up(self.layer.base_layer, z.flatten(-2) * (self.cfg.lora_alpha / self.cfg.r), B)

@@ -82,8 +82,7 @@ def orthonormal(V: Tensor) -> Tensor:
     Computed in at least float32, returned in V's dtype.
     """
     Q, S = torch.linalg.qr(V.T.to(torch.promote_types(V.dtype, torch.float32)))
-    R: Tensor = (Q * S.diagonal().sign()).T
-    return R.to(V.dtype)
+    return (Q * S.diagonal().sign()).T.to(V.dtype)
 
 
 LENGTHS = "reft_prompt_lengths"

@@ -98,8 +98,7 @@ class Steering(OnStates[SteeringConfig]):
                     f"adapter '{self.name}' needs one row for each sample. Use exclude_modules."
                 )
             at = at - positions.start.to(delta.device)[:, None]
-        acts: Tensor = at >= least
-        return delta * acts[..., None]
+        return delta * (at >= least)[..., None]
 
     @classmethod
     def facts(cls, run: Run, model: nn.Module) -> dict[str, PerRow]:

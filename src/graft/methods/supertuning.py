@@ -110,7 +110,7 @@ class SuperTuning(Method[SupertuningConfig]):
         """
         cfg, site = self.cfg, self.site
         places = torch.zeros(self.size, dtype=torch.int32)
-        values = dict(
+        values: dict[str, object] = dict(
             supertuning_values=nn.Parameter((torch.zeros if cfg.init_weights else torch.randn)(self.size)),
             supertuning_indices=maybe_transient(places, cfg.save_precomputed_indices),
         )

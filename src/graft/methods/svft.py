@@ -117,8 +117,7 @@ class SVFT(Method[SvftConfig]):
         n, numbers = self.n, len(self.svft_M)
         if self.cfg.pattern == "banded":
             row = torch.arange(n, device="cpu")
-            near: Tensor = (row[:, None] - row).abs() <= self.cfg.off_diag
-            return near.flatten().nonzero()[:, 0]
+            return ((row[:, None] - row).abs() <= self.cfg.off_diag).flatten().nonzero()[:, 0]
         if self.cfg.pattern == "random":
             generator = torch.Generator("cpu").manual_seed(self.cfg.seed)
             places = torch.randperm(n * n, generator=generator, device="cpu")[:numbers]

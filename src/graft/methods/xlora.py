@@ -263,8 +263,7 @@ def get_latest_scalings(tuner: Any) -> Tensor | None:
     """Return the classifier's last output, (batch, tokens, layers, experts), before top-k; None before the
     first call.
     """
-    classifier: XLoraClassifier = tuner.classifier
-    return classifier.latest
+    return tuner.classifier.latest
 
 
 def get_scalings_log(tuner: Any) -> list[Tensor]:

@@ -2,7 +2,7 @@
 # Supported inside: rooms may import this module.
 """Layouts of tensors that are spread over processes: gathering them, and writing whole values into them.
 
-A layout is a class with the functions of `Layout`. All code that reads or writes adapters asks `layout_of`.
+A layout has the functions of `Distributed`. All code that reads or writes adapters asks `layout_of`.
 
 Saving, loading, hot-swapping and combining gather one tensor at a time, in sorted order on all processes, and only the
 adapter's tensors.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,26 +34,6 @@ M = TypeVar("M", bound=nn.Module)
 def processes() -> int:
     """Return the number of processes in the default group of torch.distributed; 1 without a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-class Layout(Protocol):
-    """One way to spread a tensor over processes."""
-
-    name: str
-    has_gradients: bool  # the gradient of a tensor has the layout as well
-    writable: bool  # computing with the tensors, and copying into them, acts on all parts alike
-
-    def ranks(self, t: Tensor) -> list[int]:
-        """Return the ranks of the processes that hold a part of the tensor."""
-
-    def shape(self, t: Tensor) -> torch.Size:
-        """Return the shape of the whole tensor."""
-
-    def gather(self, t: Tensor) -> Tensor:
-        """Return the whole tensor. Every process that holds a part must call this."""
-
-    def fill(self, t: Tensor, value: Tensor) -> None:
-        """Write a whole value into the tensor in place."""
 
 
 class Distributed:
@@ -141,6 +121,9 @@ class Zero3(OfAll):
             t.data.copy_(value)
 
 
+# `has_gradients`: the gradient of a tensor has the layout as well. `writable`: computing with the tensors, and copying
+# into them, acts on all parts alike.
+Layout = Distributed | FlatParameter | Zero3
 DISTRIBUTED, FLAT, ZERO3 = Distributed(), FlatParameter(), Zero3()
 
 

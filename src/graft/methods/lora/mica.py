@@ -84,5 +84,4 @@ def minor(W: Tensor, r: int) -> Tensor:
     """Return the left singular vectors (out, r) of the r smallest singular values of W (out, in), in at least float32,
     without gradient.
     """
-    U: Tensor = torch.linalg.svd(W.to(torch.promote_types(W.dtype, torch.float32)), full_matrices=False).U
-    return U[:, -r:]
+    return torch.linalg.svd(W.to(torch.promote_types(W.dtype, torch.float32)), full_matrices=False).U[:, -r:]

@@ -66,8 +66,7 @@ class Sampler(nn.Module):
         with torch.no_grad():
             self.gaussian_var_prior.copy_(variances.diag())
             self.expert_weights.copy_(weights)
-        noise: Tensor = torch.tensordot(weights, samples, 1) * (variances.sqrt() * self.cfg.sample_scaler)
-        return noise.T
+        return (torch.tensordot(weights, samples, 1) * (variances.sqrt() * self.cfg.sample_scaler)).T
 
     def last(self) -> tuple[Tensor, Tensor]:
         """Return variances (r,) and weights w (n,) of the last draw, as differentiable functions of the parameters.

@@ -37,8 +37,7 @@ class Pooled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (sums of x over groups of `size`) · (weight · factor)ᵀ, (…, out_features)."""
-        sums: Tensor = x.unflatten(-1, (-1, self.size)).sum(-1)
-        return sums @ (self.weight * self.factor).T
+        return x.unflatten(-1, (-1, self.size)).sum(-1) @ (self.weight * self.factor).T
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return M (out, in) with `forward`(x) = x Mᵀ: each column of `weight` (out, in / size) times `factor`,

@@ -150,8 +150,7 @@ class Shadow(Method[ShadowConfig]):
                 "SHADOW needs blocks that all see the same tokens. Name such blocks in target_modules."
             )
         difference = self.shadow_dropout(self.shadow_down(x - s.to(x)))
-        update: Tensor = self.cfg.shadow_alpha * self.shadow_up(difference)
-        return x + update
+        return x + self.cfg.shadow_alpha * self.shadow_up(difference)
 
     def post(self, h: Tensor, y: Tensor) -> Tensor:
         """Return y unchanged, and set the adapter's state to s + g (T(y) - s), g = σ(G(y)).

@@ -8,20 +8,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from graft.core.carrier import layer_in
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.ops import Opaque
 from graft.inject.parts import get_registry
-
-if TYPE_CHECKING:
-    from torch.optim.optimizer import ParamsT
 
 Group = dict[str, Any]  # of parameters, or the state of one, as an optimizer holds it
 

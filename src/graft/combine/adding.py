@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from graft.config.base import PeftConfig
+from graft.config.fields import Targets
 from graft.core.containers import Slot
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.folding import widen
 from graft.core.layer import AdapterLayer
-from graft.core.method import Method
+from graft.core.method import Method, Tuner
 from graft.inject.job import Options, Receiver
 from graft.inject.parts import AdapterCarriers
+from graft.inject.survey import Wrapper
 from graft.methods import config_of, method_of
 
 if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
-    from graft.config.fields import Targets
-    from graft.core.method import Tuner
-    from graft.inject.survey import Wrapper
     from graft.methods.lora.config import LoraConfig
 
 Tensors = dict[tuple[str, str], Tensor]  # by (container, path below the adapter's name)

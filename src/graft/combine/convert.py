@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from graft.combine import adding, rules
 from graft.combine.adding import Tensors, find_start_change
 from graft.combine.forms import spread_groups
+from graft.config.base import PeftConfig
 from graft.core.effect import Effect
 from graft.core.errors import ConfigError, ConfigTypeError, PeftWarning, warn
 from graft.core.folding import WeightChange, compute_change, why_no_delta
@@ -23,9 +24,6 @@ from graft.inject.match import Matcher
 from graft.inject.survey import survey_model
 from graft.methods import method_of
 from graft.methods.lora.config import LoraConfig
-
-if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
 
 SMALLEST = 1e-30
 TELL_FROM = 0.1  # of ‖ΔW‖

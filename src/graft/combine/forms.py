@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from graft.combine.adding import Tensors, make_plain_config, union_configs
+from graft.config.base import PeftConfig
 from graft.core.errors import ConfigError
 from graft.core.folding import EvaluationMode, compute_change, why_no_delta, widen
+from graft.core.method import Method
 from graft.core.ops import Opaque
+from graft.core.site import Site
 from graft.kernels.one_product import narrow
 from graft.methods import method_of
 
 if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
-    from graft.core.method import Method
-    from graft.core.site import Site
     from graft.methods.adalora.adalora import AdaLoraConfig
     from graft.methods.loha import LoHaConfig
     from graft.methods.lora.config import LoraConfig

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,17 +12,15 @@ from torch import Tensor
 from graft.combine import adding, rules
 from graft.combine.adding import inject_combined, warn_if_base_changed
 from graft.combine.forms import read_term
+from graft.config.base import PeftConfig
 from graft.config.fields import to_int
 from graft.core.containers import UPCAST
 from graft.core.errors import ConfigError
 from graft.core.folding import widen
+from graft.core.layer import AdapterLayer
+from graft.core.method import Method
 from graft.inject.parts import get_registry
 from graft.methods.lora.config import LoraConfig
-
-if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
-    from graft.core.layer import AdapterLayer
-    from graft.core.method import Method
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -15,17 +15,15 @@ from graft.combine import adding, rules
 from graft.combine.adding import Tensors, inject_combined, warn_if_base_changed
 from graft.combine.forms import FORMS, ProductForm, UpdateForm
 from graft.combine.rules import TYPES, Recipe
+from graft.config.base import PeftConfig
 from graft.core.errors import AdapterNotFoundError, ConfigError, ConfigTypeError, escape_controls
 from graft.core.finite import is_finite
 from graft.core.folding import widen
 from graft.core.gate import prepares
+from graft.core.method import Method, Tuner
 from graft.inject.stage import discard_initial_values
 from graft.methods import method_of
 from graft.storage.parallel import gather_slots
-
-if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
-    from graft.core.method import Method, Tuner
 
 
 @dataclass

@@ -8,7 +8,7 @@ that computes only with whole tensors needs none of them: its parameters get equ
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,16 +16,13 @@ from torch import Tensor, nn
 
 from graft.kernels.eager import Context, Function
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 
 class Cut(NamedTuple):
     """One dimension of a tensor that is cut into a piece for each process, as torch.chunk cuts: the last may be
     shorter.
     """
 
-    group: ProcessGroup | None  # its process group
+    group: dist.ProcessGroup | None  # its process group
     rank: int  # of this process, in the group
     world: int
     size: int  # of the whole dimension

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,7 @@ from graft.config.fields import FRACTION, LORA, NOT_NEGATIVE, BaseBias, FanInFan
 from graft.core.each import matrix_methods
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import PeftWarning, warn_of_layer
-from graft.core.method import Method, PublishedRate
-
-if TYPE_CHECKING:
-    from graft.core.method import Tuner
+from graft.core.method import Method, PublishedRate, Tuner
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,10 @@ from torch import Tensor, nn
 from graft.config.fields import Targets
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, PeftWarning, warn_of_layer
-from graft.core.method import WeightUse, fill_kaiming
+from graft.core.method import Method, WeightUse, fill_kaiming
 from graft.kernels.one_product import Hadamard, is_narrow, narrow
 from graft.methods.loraxs import check_vectors, find_largest_components
 from graft.methods.lycoris import Lycoris, LycorisConfig, kernel_of
-
-if TYPE_CHECKING:
-    from graft.core.method import Method
 
 
 @dataclass(kw_only=True)

@@ -9,23 +9,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import get_ident
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from graft.config.fields import Chosen, Targeted
+from graft.core.call import Call
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import RoutingError
-from graft.core.method import Method
+from graft.core.method import Method, Tuner
 from graft.core.rows import Finish, PerRow, Run, count_cached_tokens, find_cache, is_stateful, name_arguments
 from graft.kernels.waits import raise_unless
 from graft.methods.bottleneck import PLACES
 from graft.methods.places import chosen_blocks, find_width
-
-if TYPE_CHECKING:
-    from graft.core.call import Call
-    from graft.core.method import Tuner
 
 
 @dataclass(kw_only=True)

@@ -10,22 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from graft.config.fields import COUNT, LORA, POSITIVE, LayerRange, RankPatterns, Targeted
+from graft.core.call import Call
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, RoutingError
-from graft.core.method import Method, PublishedRate, WeightUse
+from graft.core.method import Method, PublishedRate, Tuner, WeightUse
 from graft.core.rows import Constant, Finish, Run
 from graft.kernels.waits import raise_unless
 from graft.methods.loraxs import check_vectors, find_largest_components
-
-if TYPE_CHECKING:
-    from graft.core.call import Call
-    from graft.core.method import Tuner
 
 TIMESTEP = "timestep"
 

@@ -6,26 +6,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import Bound
 from graft.config.fields import COUNT, POSITIVE, VBLORA, BaseBias, FanInFanOut, LayerRange, Targeted
+from graft.core.call import Call
 from graft.core.effect import Factors
 from graft.core.errors import CheckpointError, ConfigError
-from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tensors, make_dropout
+from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tensors, Tuner, make_dropout
 from graft.core.random import skip_draws
+from graft.core.rows import Finish, Run
 from graft.core.site import Site
 from graft.kernels.eager import eager, watched
 from graft.kernels.waits import raise_unless
 from graft.methods.projections import indivisible
 
-if TYPE_CHECKING:
-    from graft.core.call import Call
-    from graft.core.method import Tuner
-    from graft.core.rows import Finish, Run
 SIZE = Bound(POSITIVE.allows, "`{name}` {value} should be a positive integer value")
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,9 @@ from torch import Tensor, nn
 from graft.config.bounds import Bound
 from graft.config.fields import WAVELET, BaseBias
 from graft.core.errors import PeftWarning, warn
+from graft.core.method import Method
 from graft.kernels.transforms import Basis, Plain, Sparse, Wavelet
 from graft.methods.spectral import Spectral, SpectralConfig
-
-if TYPE_CHECKING:
-    from graft.core.method import Method
-
 
 # low-pass and high-pass filters of the synthesis, by family
 LOW: dict[str, tuple[float, ...]] = {

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import get_ident
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,12 @@ from graft.config.bounds import Bound
 from graft.config.fields import FRACTION, POSITIVE
 from graft.config.hub import fetch_file
 from graft.config.pair import CONFIG_NAME
+from graft.core.call import Call
 from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.method import AdaptedLayers, Method
+from graft.core.protocols import Layer
 from graft.core.rows import BASE, Finish, Rows, Run, find_cache, name_arguments
 
-if TYPE_CHECKING:
-    from graft.core.call import Call
-    from graft.core.protocols import Layer
 DEPTH = Bound(POSITIVE.allows, "X-LoRA depth must be strictly positive.")
 
 

@@ -7,11 +7,13 @@ And the carrier of a model's prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from graft.config.base import PeftConfig
+from graft.config.prompt import PromptLearningConfig
 from graft.core.call import Call
 from graft.core.carrier import Carrier, CarrierState
 from graft.core.containers import Slot, iter_slots
@@ -21,10 +23,6 @@ from graft.core.wrappers import end_offloading
 from graft.storage.find import find_device_and_dtype
 from graft.storage.fsdp2 import gather_module
 from graft.storage.parallel import find_whole_shape, layout_of, write_whole
-
-if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
-    from graft.config.prompt import PromptLearningConfig
 
 IGNORED_LABEL = -100  # torch's cross entropy skips it
 STORED = "prompt_embeddings"  # name of the prompt in a checkpoint

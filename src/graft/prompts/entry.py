@@ -5,10 +5,11 @@ the prompt into the arguments, and cut it from the output."""
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import ConfigError, warn
 from graft.prompts import kv_prefix
 from graft.prompts.arguments import extend_arguments, extend_encoder_mask, put_embeddings, put_keys
@@ -149,10 +150,6 @@ def _enter(stack: PromptStack, arguments: dict[str, object]) -> None:
     if not stack.now.widened_outside:
         extend_arguments(stack, arguments, total, before, batch)
     stack.now.widened_outside = False
-
-
-if TYPE_CHECKING:
-    from graft.config.prompt import PromptLearningConfig
 
 
 def check_kind(stack: PromptStack, cfg: Any) -> None:

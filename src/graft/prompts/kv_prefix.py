@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,6 @@ from graft.core.ops import find_op
 from graft.kernels.cuts import Cut, cut_tensor
 from graft.storage.find import innermost
 from graft.storage.shared_work import find_piece
-
-if TYPE_CHECKING:
-    from graft.core.layer import AdapterLayer
 
 Shape = tuple[int, int]  # heads, head_dim
 
@@ -131,12 +128,12 @@ def count_tokens(cache: Any) -> int:
     return int(next((n for layer in layers if holds_tokens(layer) and (n := layer.get_seq_length())), 0))
 
 
-def holds_tokens(layer: AdapterLayer) -> bool:
+def holds_tokens(layer: object) -> bool:
     """Return True if a layer of a cache holds keys and values: it has a method `get_seq_length`."""
     return hasattr(layer, "get_seq_length")
 
 
-def holds_state(layer: AdapterLayer) -> bool:
+def holds_state(layer: object) -> bool:
     """Return True if a layer of a cache holds only a state, as for linear attention and convolutions.
 
     It then has `conv_states`, and no method `get_seq_length`.

@@ -5,17 +5,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from graft.core.gate import ForkSafeLock
 from graft.kernels.eager import Context
 from graft.prompts import kv_prefix
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 NAMES = ("cache", "layer_past", "past_key_values", "past_key_value")  # names that layers have for their cache argument
 RUN = "_gradient_checkpointing_func"

@@ -6,13 +6,10 @@ GPTQ and AWQ are among them: only the kernel knows how it has repacked, rotated 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from torch import nn
 
 from graft.core.ops import UNKNOWN, Linear, Op
 from graft.storage.foreign import ByIdentity
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 class Sized(Linear):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -21,9 +21,6 @@ from graft.storage.megatron import Megatron
 from graft.storage.parallel import is_sharded
 from graft.storage.quantized import Quantized
 from graft.storage.tensor_parallel import TensorParallel, style_of
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 
 def innermost(module: nn.Module) -> nn.Module:

@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import gc
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 _PLACES: dict[int, tuple[Any, int]] = {}  # id of an original parameter → weak reference to its flat one, number
 
@@ -136,7 +133,7 @@ def look_up_place(p: Tensor) -> tuple[object, int] | None:
     return (flat, number) if flat is not None and flat._params[number] is p else None
 
 
-def sendable(t: Tensor, group: ProcessGroup | None = None) -> torch.device:
+def sendable(t: Tensor, group: dist.ProcessGroup | None = None) -> torch.device:
     """Return a device for sending this tensor with the group's backend.
 
     It is the tensor's device if that is no CPU or the backend is gloo, else the accelerator; the CPU without one.

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -26,10 +26,6 @@ from graft.kernels.cuts import Cut
 from graft.storage import offload, tensor_parallel
 from graft.storage.parallel import copy_unwrapped, gather_slots, is_sharded
 from graft.storage.tensor_parallel import TensorParallel
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
 
 GROUPS: WeakKeyDictionary[nn.Module, dict[str, ref[Any]]] = WeakKeyDictionary()  # FSDP2's groups by module and name
 
@@ -108,8 +104,8 @@ class Sharding:
 
     parameter_groups: list[Any]
     ranks: list[int]
-    groups: list[ProcessGroup]
-    batches: list[ProcessGroup]
+    groups: list[dist.ProcessGroup]
+    batches: list[dist.ProcessGroup]
 
     @property
     def syncs_gradients(self) -> bool:
@@ -144,12 +140,12 @@ def find_sharding(modules: Iterable[nn.Module]) -> Sharding | None:
     if not parameter_groups or not dist.is_initialized():
         return None
     parameters = [p.sharded_param for group in parameter_groups for p in group.fsdp_params]
-    mesh: DeviceMesh = max((p.device_mesh for p in parameters), key=lambda mesh: mesh.size())
-    unit: DeviceMesh = max((group.mesh_info.mesh for group in parameter_groups), key=lambda mesh: mesh.size())
+    mesh: dist.DeviceMesh = max((p.device_mesh for p in parameters), key=lambda mesh: mesh.size())
+    unit: dist.DeviceMesh = max((group.mesh_info.mesh for group in parameter_groups), key=lambda mesh: mesh.size())
     return Sharding(parameter_groups, sorted(mesh.mesh.flatten().tolist()), list_groups(mesh), list_groups(unit))
 
 
-def list_groups(mesh: DeviceMesh) -> list[ProcessGroup]:
+def list_groups(mesh: dist.DeviceMesh) -> list[dist.ProcessGroup]:
     """Return the process groups of a mesh that this process is in, one per dimension.
 
     For a mesh of all processes with several dimensions it is the default group alone.

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -20,14 +19,11 @@ from graft.core.pieces import LayerPiece
 from graft.kernels.cuts import Cut, gather_whole, join_pieces, take_piece
 from graft.storage.dense import Dense
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 LAYERS = "megatron.core.tensor_parallel.layers"
 KINDS: TypeTable[str] = TypeTable({f"{LAYERS}.{k}": k for k in ("ColumnParallelLinear", "RowParallelLinear")})
 
 
-def find_megatron_group(m: nn.Module) -> ProcessGroup | None:
+def find_megatron_group(m: nn.Module) -> dist.ProcessGroup | None:
     """Return the process group of a module: its `tp_group`, else that of Megatron's parallel state if it is
     initialised.
 

@@ -25,7 +25,6 @@ from graft.kernels.versions import write_all
 from graft.storage.flat import FlatPiece, find_flat_piece, find_flat_place, sendable
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
 
 M = TypeVar("M", bound=nn.Module)
@@ -252,7 +251,7 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
     return shard_value(value, mesh, placements)
 
 
-def shard_value(value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
+def shard_value(value: Tensor, mesh: dist.DeviceMesh, placements: Sequence[Placement]) -> Tensor:
     """Return a DTensor of `value`, which every process has whole: each process cuts out its part without waiting.
 
     On torch 2.6 it is first wrapped as replicated, and then redistributed.

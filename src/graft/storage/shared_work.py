@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import torch.distributed as dist
 from torch import nn
 
 from graft.core.ops import Op, Opaque
 from graft.core.pieces import LayerPiece
 from graft.storage import engine, megatron, tensor_parallel
 from graft.storage.experts import ExpertBlock
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def find_piece(module: nn.Module, op: Op) -> LayerPiece | None:
@@ -25,7 +21,7 @@ def find_piece(module: nn.Module, op: Op) -> LayerPiece | None:
     return tensor_parallel.find_parallel_piece(module, op) or megatron.find_megatron_piece(module, op)
 
 
-def find_group(module: nn.Module) -> ProcessGroup | None:
+def find_group(module: nn.Module) -> dist.ProcessGroup | None:
     """Return the group of processes that compute a module in pieces, under Megatron or tensor parallelism.
 
     None for another module, and for a layer of Megatron that is not cut.

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import sys
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.core.errors import UnsupportedLayerError
@@ -22,9 +23,6 @@ from graft.kernels.cuts import Cut
 from graft.storage import megatron, offload
 from graft.storage.dense import Dense
 from graft.storage.parallel import is_sharded, shard_value
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 STYLES = "transformers.distributed.tensor_parallel"  # where transformers has them, from 5.17 on
 OF_EXPERTS = "transformers.distributed.expert_parallel"  # of whole experts, some on each process: `ep_size`
@@ -95,7 +93,7 @@ def find_parallel_piece(module: nn.Module, op: Op) -> LayerPiece | None:
     return LayerPiece(style.name, group, inputs, outputs)
 
 
-def find_parallel_group(module: nn.Module) -> ProcessGroup | None:
+def find_parallel_group(module: nn.Module) -> dist.ProcessGroup | None:
     """Return the group of processes that compute a parallel module together; None for another module or
     without a mesh.
     """

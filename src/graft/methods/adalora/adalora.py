@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from graft.core.containers import Transient
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.method import Method, PublishedRate, Tensors, Tuner, make_dropout
-from graft.core.rows import Finish
+from graft.core.rows import Finish, Run
 from graft.kernels.orthogonal import gram_distance
 from graft.methods.adalora.allocator import (
     all_trainable,
@@ -33,9 +33,6 @@ from graft.methods.adalora.allocator import (
 )
 from graft.methods.lora.config import LoraConfig
 from graft.storage.parallel import gather_tensor, layout_of
-
-if TYPE_CHECKING:
-    from graft.core.rows import Run
 
 SMOOTHING = must_be("between 0 and 1", lambda beta: 0 < beta < 1)
 PENALTY = Bound(

@@ -6,19 +6,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from graft.core.errors import ConfigError, PeftWarning, join_some, warn
+from graft.core.protocols import Layer
+from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.lora import LoRA
 from graft.methods.lora.shift import NAME
 from graft.methods.lora.sub_configs import CONVERTED
-
-if TYPE_CHECKING:
-    from graft.core.protocols import Layer
-    from graft.methods.lora.config import LoraConfig
 
 MARK = f".{NAME}."
 FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")

@@ -6,20 +6,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
+from graft.config.base import PeftConfig
 from graft.config.fields import require_sub_config
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Tensors, WeightUse
 from graft.kernels.orthogonal import gram_distance
 from graft.methods.lora.lora import LoRA
-
-if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
 
 
 class KaSA(LoRA):

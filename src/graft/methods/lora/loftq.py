@@ -6,17 +6,13 @@ The base weight becomes Q, quantized values in its own dtype, and A, B begin wit
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from graft.core.errors import ConfigError
+from graft.core.method import Method
 from graft.methods.lora.start import Start
 from graft.methods.lora.sub_configs import LoftQConfig
-
-if TYPE_CHECKING:
-    from graft.core.method import Method
 
 NF4 = (  # quantiles of a normal distribution, QLoRA (arXiv 2305.14314), appendix E
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

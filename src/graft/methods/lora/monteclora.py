@@ -7,8 +7,6 @@ drawn from a Wishart distribution, the weights w from one on the simplex; both h
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +15,7 @@ from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.methods.lora.lora import LoRA
-
-if TYPE_CHECKING:
-    from graft.methods.lora.sub_configs import MontecloraConfig
+from graft.methods.lora.sub_configs import MontecloraConfig
 
 
 class Sampler(nn.Module):

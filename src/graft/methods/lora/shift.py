@@ -18,20 +18,16 @@ could not continue.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from graft.core.containers import ExactBuffers
 from graft.core.errors import ConfigError, PeftWarning, warn
-from graft.core.method import Tensors
+from graft.core.method import Method, Tensors
 from graft.methods.lora.loftq import round_to_bits
 from graft.methods.lora.start import start_of
 from graft.methods.lora.sub_configs import TITLES
-
-if TYPE_CHECKING:
-    from graft.core.method import Method
 
 NAME = "lora_shift"  # container
 SAMPLES = 16

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import re
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from graft.core.errors import CalibrationError, ConfigError, shorten_text
+from graft.core.method import Method
 from graft.methods.lora.sub_configs import TITLES
-
-if TYPE_CHECKING:
-    from graft.core.method import Method
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 STARTS = {  # init → "module:function" in this folder, called with the adapter and W (out, in) in float32

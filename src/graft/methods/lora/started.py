@@ -9,20 +9,16 @@ B on the way: either library computes the same from a file of the other, and not
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from graft.config.base import PeftConfig
 from graft.core.errors import ConfigError
 from graft.core.method import Method, Tensors, WeightUse
 from graft.core.random import kaiming_bound
 from graft.methods.lora import shift
 from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.start import BASE_MARKS, STARTS, start_name, start_of
-
-if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
 
 KNOWN = ("True", "False", "gaussian", "orthogonal", "mica", "eva", "pissa_niter_[number]", *STARTS)
 

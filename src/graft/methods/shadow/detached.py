@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graft.config.base import PeftConfig
 from graft.core.errors import AdapterNotFoundError
 from graft.core.rows import count_cached_tokens
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
     from transformers import PreTrainedConfig as Config
 
-    from graft.config.base import PeftConfig
     from graft.core.method import Tuner
 
 NAMES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before

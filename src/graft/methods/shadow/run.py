@@ -7,21 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graft.core.method import return_unchanged
-from graft.core.rows import name_arguments
+from graft.core.call import Call
+from graft.core.method import Tuner, return_unchanged
+from graft.core.rows import Run, name_arguments
 from graft.methods.shadow.detached import NAMES, empty, no_cache_for, shadow_loss, unpack, with_cache
 from graft.storage.find import find_device_and_dtype
 from graft.storage.fsdp2 import gather_module
-
-if TYPE_CHECKING:
-    from graft.core.call import Call
-    from graft.core.method import Tuner
-    from graft.core.rows import Run
 
 FACT = "shadow"  # its name among the facts of a call
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -13,14 +13,11 @@ from graft.core.call import Call
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tuner, make_dropout
-from graft.core.rows import Finish
+from graft.core.rows import Finish, Run
 from graft.methods.shadow import network
 from graft.methods.shadow.detached import unload
 from graft.methods.shadow.network import ShadowConfig
 from graft.methods.shadow.run import FACT, States, surround
-
-if TYPE_CHECKING:
-    from graft.core.rows import Run
 
 OWN = ("shadow_down", "shadow_up", "shadow_update_transform", "shadow_update_gate")
 BESIDE = ("shadow_backbone", "shadow_projection", "shadow_head")

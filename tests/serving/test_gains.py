@@ -47,19 +47,9 @@ def base(dtype=torch.float32):
     return model.to(dtype)
 
 
-@torch.no_grad()
 def carrying(dtype=torch.float32):
     """A model with all of the adapters, with random values, always the same: what slots must agree with."""
-    torch.manual_seed(2)
-    model = graft.get_peft_model(base(dtype), copy.deepcopy(CONFIGS["plain"]), "plain", mixed=True)
-    for name, config in CONFIGS.items():
-        if name != "plain":
-            model.add_adapter(name, copy.deepcopy(config))
-    g = torch.Generator().manual_seed(1)
-    for name in CONFIGS:
-        for _, p in model.adapter_parameters(name):
-            p.copy_(p + torch.randn(p.shape, generator=g) * 0.3)
-    return model.eval()
+    return models.adapted(base(dtype), CONFIGS, seed=2, mixed=True)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@
 import copy
 import json
 import warnings
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import peft
 import pytest
@@ -33,100 +33,54 @@ MLP = dict(target_modules=["lin0", "fc1", "fc2"])
 CONV = dict(target_modules=["conv", "grouped", "rect", "lin"])
 
 
-@dataclass(frozen=True)
-class Case:
-    """An adapter and the one that takes its place."""
+def on(*targets, **fields):
+    return {"target_modules": [*targets], **fields}
+
+
+class Case(NamedTuple):
+    """An adapter and the one that takes its place: what both configs say, and what each says next to it."""
 
     model: str
+    both: dict
     first: dict
     second: dict
     like_peft: bool = True  # PEFT can swap these, and rightly
-    seeds: tuple = field(default=(1, 2))
 
 
+PATTERNS = {"rank_pattern": {"fc2": 4, "layers.0.fc1": 2}, "alpha_pattern": {"lin0": 5.3}}
 CASES = {
-    "values only": Case("mlp", {**LORA, **MLP}, {**LORA, **MLP}),
-    "other alpha": Case("mlp", {**LORA, **MLP}, {**LORA, **MLP, "lora_alpha": 7.3}),
-    "smaller rank": Case("mlp", {**LORA, **MLP, "r": 5}, {**LORA, **MLP, "r": 2}),
-    "larger rank": Case("mlp", {**LORA, **MLP}, {**LORA, **MLP, "r": 7}),
-    "rsLoRA": Case("mlp", {**LORA, **MLP, "use_rslora": True}, {**MLP, "r": 2, "lora_alpha": 2.9, "use_rslora": True}),
-    "fewer targets": Case("mlp", {**LORA, **MLP}, {**LORA, "r": 2, "target_modules": ["fc2"]}),
-    "fewer targets, rsLoRA": Case(
-        "mlp", {**LORA, **MLP, "use_rslora": True}, {**LORA, "target_modules": ["fc2"], "use_rslora": True}
-    ),
-    "one layer": Case("mlp", {**LORA, **MLP}, {**LORA, "r": 5, "target_modules": ["layers.1.fc1"]}),
-    "by a regex": Case("mlp", {**LORA, **MLP}, {**LORA, "target_modules": r"layers\.[02]\.fc\d"}),
-    "patterns": Case(
-        "mlp",
-        {**LORA, **MLP, "rank_pattern": {"fc1": 6}},
-        {**LORA, **MLP, "rank_pattern": {"fc2": 4, "layers.0.fc1": 2}, "alpha_pattern": {"lin0": 5.3}},
-        like_peft=False,
-    ),
-    "bias of B": Case(
-        "mlp",
-        {**LORA, "target_modules": ["lin0", "fc1"], "lora_bias": True},
-        {**LORA, "target_modules": ["fc1"], "r": 2, "lora_bias": True},
-    ),
-    "Conv1D": Case(
-        "conv1D", {**LORA, "target_modules": ["c_fc", "c_proj"]}, {**LORA, "r": 2, "target_modules": ["c_proj"]}
-    ),
-    "conv1d": Case(
-        "conv1d",
-        {**LORA, "r": 4, "target_modules": ["conv", "grouped"]},
-        {**LORA, "r": 2, "target_modules": ["conv", "grouped"]},
-        like_peft=False,
-    ),
-    "conv2d, smaller": Case("conv2d", {**LORA, **CONV, "r": 6}, {**LORA, **CONV, "r": 2}),
-    "conv2d, larger": Case("conv2d", {**LORA, **CONV, "r": 2}, {**LORA, **CONV, "r": 6}),
-    "conv3d": Case(
-        "conv3d", {**LORA, "target_modules": ["conv"]}, {**LORA, "r": 2, "target_modules": ["conv"]}, like_peft=False
-    ),
-    "embedding": Case(
-        "embedding",
-        {**LORA, "target_modules": ["emb", "lin"]},
-        {**LORA, "r": 2, "target_modules": ["emb", "lin"]},
-        like_peft=False,
-    ),
-    "embedding, larger": Case(
-        "embedding",
-        {**LORA, "target_modules": ["emb", "lin"]},
-        {**LORA, "r": 5, "lora_alpha": 3.7, "target_modules": ["emb"]},
-        like_peft=False,
-    ),
+    "values only": Case("mlp", MLP, {}, {}),
+    "other alpha": Case("mlp", MLP, {}, {"lora_alpha": 7.3}),
+    "smaller rank": Case("mlp", MLP, {"r": 5}, {"r": 2}),
+    "larger rank": Case("mlp", MLP, {}, {"r": 7}),
+    "rsLoRA": Case("mlp", MLP | {"use_rslora": True}, {}, {"r": 2, "lora_alpha": 2.9}),
+    "fewer targets": Case("mlp", MLP, {}, on("fc2", r=2)),
+    "fewer targets, rsLoRA": Case("mlp", MLP | {"use_rslora": True}, {}, on("fc2")),
+    "one layer": Case("mlp", MLP, {}, on("layers.1.fc1", r=5)),
+    "by a regex": Case("mlp", MLP, {}, {"target_modules": r"layers\.[02]\.fc\d"}),
+    "patterns": Case("mlp", MLP, {"rank_pattern": {"fc1": 6}}, PATTERNS, like_peft=False),
+    "bias of B": Case("mlp", {"lora_bias": True}, on("lin0", "fc1"), on("fc1", r=2)),
+    "Conv1D": Case("conv1D", {}, on("c_fc", "c_proj"), on("c_proj", r=2)),
+    "conv1d": Case("conv1d", on("conv", "grouped"), {"r": 4}, {"r": 2}, like_peft=False),
+    "conv2d, smaller": Case("conv2d", CONV, {"r": 6}, {"r": 2}),
+    "conv2d, larger": Case("conv2d", CONV, {"r": 2}, {"r": 6}),
+    "conv3d": Case("conv3d", on("conv"), {}, {"r": 2}, like_peft=False),
+    "embedding": Case("embedding", on("emb", "lin"), {}, {"r": 2}, like_peft=False),
+    "embedding, larger": Case("embedding", {}, on("emb", "lin"), on("emb", r=5, lora_alpha=3.7), like_peft=False),
     "embedding saved as well": Case(
-        "llama",
-        {**LORA, "target_modules": ["embed_tokens", "q_proj"]},
-        {**LORA, "r": 2, "target_modules": ["embed_tokens"]},
-        like_peft=False,
+        "llama", {}, on("embed_tokens", "q_proj"), on("embed_tokens", r=2), like_peft=False
     ),
-    "DoRA": Case(
-        "mlp",
-        {**LORA, **MLP, "use_dora": True},
-        {**LORA, **MLP, "r": 2, "use_dora": True},
-        like_peft=False,
-    ),
-    "modules to save": Case(
-        "mlp",
-        {**LORA, "target_modules": ["fc1"], "modules_to_save": ["head"]},
-        {**LORA, "r": 2, "target_modules": ["fc1"], "modules_to_save": ["head"]},
-        like_peft=False,
-    ),
-    "token rows": Case(
-        "embedding",
-        {**LORA, "target_modules": ["lin"], "trainable_token_indices": {"emb": [2, 5]}},
-        {**LORA, "r": 2, "target_modules": ["lin"], "trainable_token_indices": {"emb": [2, 5]}},
-        like_peft=False,
-    ),
+    "DoRA": Case("mlp", MLP | {"use_dora": True}, {}, {"r": 2}, like_peft=False),
+    "modules to save": Case("mlp", on("fc1", modules_to_save=["head"]), {}, {"r": 2}, like_peft=False),
+    "token rows": Case("embedding", on("lin", trainable_token_indices={"emb": [2, 5]}), {}, {"r": 2}, like_peft=False),
     "transformer": Case(
-        "llama",
-        {**LORA, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"},
-        {**LORA, "r": 5, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"},
+        "llama", {"task_type": "CAUSAL_LM"}, on("q_proj", "v_proj", "down_proj"), on("q_proj", "down_proj", r=5)
     ),
 }
 
 
 @torch.no_grad()
-def random_lora(lib, name, seed, **config):
+def random_lora(lib, name="llama", seed=1, **config):
     """A model with an adapter that has random values all over."""
     model = lib.get_peft_model(models.make(name), lib.LoraConfig(**copy.deepcopy(config)))
     g = torch.Generator().manual_seed(seed)
@@ -145,10 +99,8 @@ def save(folder, name, seed, **config):
 @pytest.fixture
 def folders(request, tmp_path):
     case = CASES[request.param]
-    return case, *(
-        save(tmp_path / str(seed), case.model, seed, **config)
-        for seed, config in zip(case.seeds, (case.first, case.second))
-    )
+    pair = enumerate((case.first, case.second), 1)
+    return case, *(save(tmp_path / str(seed), case.model, seed, **LORA | case.both | own) for seed, own in pair)
 
 
 def loaded(lib, name, folder):
@@ -249,9 +201,7 @@ def test_a_config_that_several_adapters_share_is_left_alone(tmp_path):
 
 
 @pytest.mark.differs(
-    "hot-swapping: `rank_pattern` of the new adapter",
-    peft="ignores it: wrong scaling",
-    graft="applies it",
+    "hot-swapping: `rank_pattern` of the new adapter", peft="ignores it: wrong scaling", graft="applies it"
 )
 def test_names_that_end_alike_keep_their_own_ranks(tmp_path):
     class Nested(torch.nn.Module):
@@ -390,15 +340,9 @@ def refused(tmp_path, error, match, name="mlp", first=LORA | MLP, config=None, e
     assert torch.equal(output(model, name), y)
 
 
-@pytest.mark.differs(
-    "hot-swapping: other `alpha_pattern`",
-    peft="ValueError",
-    graft="applied",
-)
+@pytest.mark.differs("hot-swapping: other `alpha_pattern`", peft="ValueError", graft="applied")
 @pytest.mark.parametrize(
-    "second",
-    [dict(use_rslora=True), dict(lora_dropout=0.1), dict(use_dora=True)],
-    ids=lambda d: next(iter(d)),
+    "second", [dict(use_rslora=True), dict(lora_dropout=0.1), dict(use_dora=True)], ids=lambda d: next(iter(d))
 )
 def test_configs_must_agree_as_in_peft(tmp_path, second):
     refused(tmp_path, ConfigError, f"Configs are incompatible: for {next(iter(second))}", **second)
@@ -442,38 +386,23 @@ def test_an_arrow_router_sees_experts_that_have_grown(tmp_path):
     assert_close(output(model, "llama"), output(arrow(folders[2:]), "llama"))
 
 
-def test_an_adapter_that_was_made_in_inference_mode_grows(tmp_path):
-    folder = save(tmp_path, "mlp", 1, **MLP, r=7)
-    with torch.inference_mode():
-        model = random_lora(graft, "mlp", 2, **MLP, r=3).eval()
+def swap(model, folder):
     graft.hotswap_adapter(model, folder, "default")
-    new = graft.PeftModel.from_pretrained(models.make("mlp"), folder)
-    assert_close(output(model, "mlp"), output(new, "mlp"))
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_an_adapter_that_was_made_in_inference_mode_has_new_values_in_its_place(tmp_path, dora):
-    folder = save(tmp_path, "mlp", 1, **MLP, r=3, use_dora=dora)
+def fill(model, folder):
+    graft.set_peft_model_state_dict(model, graft.get_peft_model_state_dict(loaded(graft, "mlp", folder)))
+
+
+@pytest.mark.parametrize("way, rank, dora", [(swap, 7, False), (swap, 3, False), (swap, 3, True), (fill, 3, True)])
+def test_an_adapter_that_was_made_in_inference_mode_grows_or_has_new_values_in_its_place(tmp_path, way, rank, dora):
+    folder = save(tmp_path, "mlp", 1, **MLP, r=rank, use_dora=dora)
     with torch.inference_mode():
         model = random_lora(graft, "mlp", 2, **MLP, r=3, use_dora=dora).eval()
         output(model, "mlp")  # DoRA keeps norms of it
-    graft.hotswap_adapter(model, folder, "default")
-    new = graft.PeftModel.from_pretrained(models.make("mlp"), folder)
-    with torch.inference_mode():
-        assert_close(output(model, "mlp"), output(new, "mlp"))
-
-
-def test_values_are_loaded_into_an_adapter_that_was_made_in_inference_mode(tmp_path):
-    folder = save(tmp_path, "mlp", 1, **MLP, r=3, use_dora=True)
-    with torch.inference_mode():
-        model = random_lora(graft, "mlp", 2, **MLP, r=3, use_dora=True).eval()
-        output(model, "mlp")
-    graft.set_peft_model_state_dict(
-        model, graft.get_peft_model_state_dict(graft.PeftModel.from_pretrained(models.make("mlp"), folder))
-    )
-    new = graft.PeftModel.from_pretrained(models.make("mlp"), folder)
-    with torch.inference_mode():
-        assert_close(output(model, "mlp"), output(new, "mlp"))
+    way(model, folder)
+    with torch.inference_mode(rank == 3):
+        assert_close(output(model, "mlp"), output(loaded(graft, "mlp", folder), "mlp"))
 
 
 def test_other_methods_are_refused(tmp_path):
@@ -547,11 +476,7 @@ def test_an_adapter_for_none_of_the_layers_is_refused(tmp_path):
     peft="accepted: the next forward fails, or the scaling is wrong",
     graft="`AdapterKeyError`",
 )
-@pytest.mark.differs(
-    "hot-swapping: an error on the way",
-    peft="may leave a mixture",
-    graft="changes nothing",
-)
+@pytest.mark.differs("hot-swapping: an error on the way", peft="may leave a mixture", graft="changes nothing")
 def test_shapes_and_ranks_must_be_those_of_the_config(tmp_path):
     def edit(tensors):
         key = "base_model.model.lin0.lora_A.weight"
@@ -620,25 +545,19 @@ def test_another_architecture_and_damaged_files(tmp_path):
     unchanged(model, before)
 
 
-def test_tied_adapters_do_not_grow(tmp_path):
-    def make(r):
-        base = models.make("llama")
-        base.tie_weights()
-        base.lm_head.weight = base.model.embed_tokens.weight
-        base.config.tie_word_embeddings = True
-        return graft.get_peft_model(
-            base,
-            graft.LoraConfig(r=r, lora_alpha=4.11, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True),
-        )
+def tied(r=3, **fields):
+    base = models.make("llama")
+    base.lm_head.weight = base.model.embed_tokens.weight
+    base.config.tie_word_embeddings = True
+    options = on("embed_tokens", "q_proj", lora_alpha=4.11, ensure_weight_tying=True, **fields)
+    return graft.get_peft_model(base, graft.LoraConfig(r=r, **options))
 
+
+def test_tied_adapters_do_not_grow():
     def tensors(model):
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.requires_grad:
-                    p.copy_(torch.randn(p.shape) * 0.3)
-        return {k: v.detach().clone() for k, v in graft.get_peft_model_state_dict(model).items()}
+        return {k: v.detach().clone() for k, v in graft.get_peft_model_state_dict(disturb(model)).items()}
 
-    model, same, larger = make(3), make(3), make(5)
+    model, same, larger = tied(3), tied(3), tied(5)
     assert isinstance(model.base_model.model.lm_head, AdapterLayer)
     graft.hotswap_adapter_from_state_dict(model, tensors(same), "default", same.peft_config["default"])
     assert_close(output(model, "llama"), output(same, "llama"))
@@ -651,22 +570,7 @@ def test_tied_adapters_do_not_grow(tmp_path):
 
 
 def test_a_tied_head_has_the_rank_and_alpha_of_its_embedding(tmp_path):
-    def make():
-        base = models.make("llama")
-        base.lm_head.weight = base.model.embed_tokens.weight
-        base.config.tie_word_embeddings = True
-        return graft.get_peft_model(
-            base,
-            graft.LoraConfig(
-                r=2,
-                target_modules=["embed_tokens", "q_proj"],
-                ensure_weight_tying=True,
-                rank_pattern={"embed_tokens": 4},
-                alpha_pattern={"embed_tokens": 32},
-            ),
-        )
-
-    model, other = make(), make()
+    model, other = (tied(2, rank_pattern={"embed_tokens": 4}, alpha_pattern={"embed_tokens": 32}) for _ in range(2))
     disturb(other)
     assert other.base_model.model.lm_head.scaling == {"default": 8.0}
     other.save_pretrained(tmp_path)
@@ -758,12 +662,13 @@ def test_what_comes_while_scales_are_changed_keeps_its_own(tmp_path, how):
 def test_preparing_refuses_what_it_cannot_do():
     model = random_lora(graft, "conv2d", 1, **LORA | CONV | {"r": 4})
     before = state(model)
-    with pytest.raises(ConfigError, match=r"target rank 3, but the original rank is larger \(4\).*'default'.*conv'"):
-        graft.prepare_model_for_compiled_hotswap(model, target_rank=3)
-    with pytest.raises(ConfigError, match=r"groups=2 to target rank 7.*grouped'"):
-        graft.prepare_model_for_compiled_hotswap(model, target_rank=7)
-    with pytest.raises(ConfigError, match=r"check_compile.* should be one of"):
-        graft.prepare_model_for_compiled_hotswap(model, check_compiled="maybe")
+    for options, text in (
+        (dict(target_rank=3), r"target rank 3, but the original rank is larger \(4\).*'default'.*conv'"),
+        (dict(target_rank=7), r"groups=2 to target rank 7.*grouped'"),
+        (dict(check_compiled="maybe"), r"check_compile.* should be one of"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            graft.prepare_model_for_compiled_hotswap(model, **options)
     compiled = torch.compile(model, backend="eager")
     with pytest.raises(ConfigError, match=r"\*before\* compiling"):
         graft.prepare_model_for_compiled_hotswap(compiled, target_rank=6)
@@ -779,12 +684,7 @@ def test_preparing_refuses_what_it_cannot_do():
         graft.prepare_model_for_compiled_hotswap(models.make("mlp"))
 
 
-SWAPS = [  # rank, alpha, targets
-    (2, 3.3, ["fc1"]),
-    (6, 4.7, ["lin0", "fc2"]),
-    (1, 2.1, ["lin0", "fc1", "fc2"]),
-    (4, 1.9, ["layers.1.fc2"]),
-]
+SWAPS = [(2, 3.3, ["fc1"]), (6, 4.7, ["lin0", "fc2"]), (1, 2.1, ["lin0", "fc1", "fc2"]), (4, 1.9, ["layers.1.fc2"])]
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])

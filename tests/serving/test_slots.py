@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters in slots: the same results as a PeftModel that carries them, whatever is loaded, evicted and mixed."""
 
-import copy
 import shutil
 import warnings
 import weakref
+from functools import partial
 from threading import Thread
 
 import pytest
@@ -29,6 +29,7 @@ from graft.core.errors import (
 from graft.io.files import load_weights
 from graft.serving import AdapterSlots
 from tests import models
+from tests.serving.test_hotswap import random_lora as any_lora
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 BASE = "__base__"
@@ -36,25 +37,10 @@ ADAPTERS = {
     "a": dict(r=3, lora_alpha=4.11, target_modules=TARGETS),
     "b": dict(r=5, lora_alpha=3.7, target_modules=["q_proj", "down_proj"]),
     "c": dict(r=2, lora_alpha=2.3, target_modules=TARGETS, use_rslora=True, lora_dropout=0.3),
-    "d": dict(
-        r=1,
-        lora_alpha=1.7,
-        target_modules=["v_proj", "layers.1.mlp.down_proj"],
-        rank_pattern={"down_proj": 4},
-        alpha_pattern={"layers.0.self_attn.v_proj": 2.9},
-    ),
-}
-
-
-@torch.no_grad()
-def random_lora(name="llama", seed=1, **config):
-    """A PeftModel with one adapter of random values."""
-    model = graft.get_peft_model(models.make(name), graft.LoraConfig(**copy.deepcopy(config)))
-    g = torch.Generator().manual_seed(seed)
-    for key, p in model.named_parameters():
-        if "lora_" in key or p.requires_grad:
-            p.copy_(torch.randn(p.shape, generator=g) * 0.4)
-    return model.eval()
+    "d": dict(r=1, lora_alpha=1.7, target_modules=["v_proj", "layers.1.mlp.down_proj"],
+              rank_pattern={"down_proj": 4}, alpha_pattern={"layers.0.self_attn.v_proj": 2.9}),
+}  # fmt: skip
+random_lora = partial(any_lora, graft)
 
 
 @pytest.fixture(scope="module")
@@ -445,6 +431,7 @@ def refused(slots, error, match, *args, **options):
         (dict(init_lora_weights="pissa"), "init_lora_weights='pissa' changed"),
         (dict(init_lora_weights="olora"), "init_lora_weights='olora' changed"),
         (dict(layer_replication=[(0, 2), (0, 2)]), "layer_replication"),
+        (dict(alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM"), "'x' does not fit: .*alora_invocation_tokens"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
@@ -465,28 +452,15 @@ def test_biases_are_refused(tmp_path):
 
 
 def test_other_methods_are_refused_by_name(folders, tmp_path):
-    base = models.make("llama")
-    graft.get_peft_model(base, graft.IA3Config(target_modules=["v_proj"], feedforward_modules=[])).save_pretrained(
-        tmp_path / "ia3"
-    )
-    prompt = graft.get_peft_model(
-        models.make("llama"), graft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
-    )
+    ia3 = graft.IA3Config(target_modules=["v_proj"], feedforward_modules=[])
+    graft.get_peft_model(models.make("llama"), ia3).save_pretrained(tmp_path / "ia3")
+    config = graft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    prompt = graft.get_peft_model(models.make("llama"), config)
     prompt.save_pretrained(tmp_path / "prompt")
     slots = slotted(folders)
     refused(slots, ConfigError, "'x' does not fit: IA3 needs vectors .*gains=True", "x", tmp_path / "ia3")
     refused(slots, ConfigError, "PROMPT_TUNING", "x", tmp_path / "prompt")
     refused(slots, ConfigError, "PROMPT_TUNING", "x", prompt)
-
-
-def test_what_graft_does_not_know_is_refused_by_name(folders, tmp_path):
-    import json
-    import shutil
-
-    shutil.copytree(folders["a"], tmp_path / "x")
-    path = tmp_path / "x" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"alora_invocation_tokens": [1, 2]}))
-    refused(slotted(folders), ConfigError, "'x' does not fit: .*alora_invocation_tokens", "x", tmp_path / "x")
 
 
 def test_other_targets_are_refused_by_name(folders):

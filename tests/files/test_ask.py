@@ -216,7 +216,8 @@ def test_what_is_no_http(said):
 
 @pytest.mark.parametrize("url", [
     "http://", "http:///v1", "http://[", "http://a..b", "http://" + "a" * 70, "http://h:99999", "http://h:x", "http://h:0",
-    "http://user:secret@h", "http://h\r\nX: y", "http://h/ v1", "http://h\u00fc", "http://h\x1b", "gopher://h",
+    "http://user:secret@h", "http://h\r\nX: y", "http://h/ v1", "http://h\u00fc", "http://h\x1b", "gopher://h", "",
+    "ftp://host", "localhost:8000", "file:///etc/passwd",
 ])  # fmt: skip
 def test_addresses_that_are_none(url):
     with pytest.raises(OptionError, match="no address of a server"):

@@ -6,18 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTModel,
-)
+import transformers as t
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import graft
@@ -29,26 +18,14 @@ from tests.storage.packed_experts import BOTH, EXPERTS, KINDS, WIDTH, blocks, ma
 
 pytestmark = PLANS
 LLAMA = dict(hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2, vocab_size=200)
+BERT = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, vocab_size=200)
+T5 = dict(d_model=64, d_ff=160, d_kv=16, num_heads=4, vocab_size=200, decoder_start_token_id=0, pad_token_id=0)
 MODELS = {
-    "llama": lambda n: LlamaForCausalLM(LlamaConfig(**LLAMA, num_hidden_layers=n)),
-    "tied": lambda n: LlamaForCausalLM(LlamaConfig(**LLAMA, num_hidden_layers=n, tie_word_embeddings=True)),
-    "gpt2": lambda n: GPT2LMHeadModel(GPT2Config(n_embd=64, n_head=4, vocab_size=200, n_layer=n)),
-    "bert": lambda n: BertForMaskedLM(
-        BertConfig(hidden_size=64, intermediate_size=128, num_attention_heads=4, vocab_size=200, num_hidden_layers=n)
-    ),
-    "t5": lambda n: T5ForConditionalGeneration(
-        T5Config(
-            d_model=64,
-            d_ff=160,
-            d_kv=16,
-            num_heads=4,
-            num_layers=n,
-            num_decoder_layers=2,
-            vocab_size=200,
-            decoder_start_token_id=0,
-            pad_token_id=0,
-        )
-    ),
+    "llama": lambda n: t.LlamaForCausalLM(t.LlamaConfig(**LLAMA, num_hidden_layers=n)),
+    "tied": lambda n: t.LlamaForCausalLM(t.LlamaConfig(**LLAMA, num_hidden_layers=n, tie_word_embeddings=True)),
+    "gpt2": lambda n: t.GPT2LMHeadModel(t.GPT2Config(n_embd=64, n_head=4, vocab_size=200, n_layer=n)),
+    "bert": lambda n: t.BertForMaskedLM(t.BertConfig(**BERT, num_hidden_layers=n)),
+    "t5": lambda n: t.T5ForConditionalGeneration(t.T5Config(**T5, num_layers=n, num_decoder_layers=2)),
 }
 CONFIGS = {
     "lora": lambda: graft.LoraConfig(r=8, target_modules="all-linear"),
@@ -95,18 +72,18 @@ def test_the_estimate_is_within_a_tenth_of_what_a_step_takes(kind, config, dtype
     held = measure_budget(of, 3, checkpointing)
     assert step(held) == pytest.approx(real_peak(of, 3, checkpointing), rel=0.1)
     model = of.build_model(of.layers, "cpu")
-    frozen = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}
+    frozen = {id(x): x.nbytes for x in (*model.parameters(), *model.buffers()) if not x.requires_grad}
     assert held.weights == sum(frozen.values())
 
 
 def test_blocks_of_several_kinds_come_again_after_a_period():
     """Every third block is twice as wide."""
 
-    class Uneven(LlamaForCausalLM):
+    class Uneven(t.LlamaForCausalLM):
         def __init__(self, blocks):
-            super().__init__(LlamaConfig(**LLAMA, num_hidden_layers=blocks))
+            super().__init__(t.LlamaConfig(**LLAMA, num_hidden_layers=blocks))
             for block in self.model.layers[2::3]:
-                wide = LlamaConfig(**LLAMA | {"intermediate_size": 1600})
+                wide = t.LlamaConfig(**LLAMA | {"intermediate_size": 1600})
                 block.mlp = LlamaMLP(wide)
 
     of = Training(Uneven, 9, CONFIGS["lora"](), 48, torch.float32, period=3)
@@ -115,11 +92,7 @@ def test_blocks_of_several_kinds_come_again_after_a_period():
 
 def test_checkpointing_takes_less_and_a_packed_base_too():
     of = training("llama", layers=8, length=64)
-    whole, again, packed = (
-        measure_budget(of, 4),
-        measure_budget(of, 4, checkpointing=True),
-        measure_budget(of, 4, bits=4),
-    )
+    whole, again, packed = (measure_budget(of, 4, **o) for o in ({}, dict(checkpointing=True), dict(bits=4)))
     assert again.kept < whole.kept / 4 and again.total < whole.total
     blocks = sum(p.numel() for p in of.whole_model.get_base_model().model.layers.parameters() if p.ndim > 1)
     saved = (4 - 0.5625) * (blocks - sum(p.numel() for p in of.whole_model.parameters() if p.requires_grad))
@@ -169,20 +142,20 @@ def test_what_trains_is_counted_once_and_optimizers_differ():
 
 
 def test_a_model_of_pictures_is_refused():
-    config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
-    of = Training(lambda n: ViTModel(config), 2, CONFIGS["lora"](), 16)
+    config = t.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    of = Training(lambda n: t.ViTModel(config), 2, CONFIGS["lora"](), 16)
     with pytest.raises(ConfigError, match="pixel_values"):
         measure_budget(of, 1)
 
 
 def test_a_model_that_does_not_run_on_meta_says_so():
-    class PickyForCausalLM(LlamaForCausalLM):
+    class PickyForCausalLM(t.LlamaForCausalLM):
         def forward(self, *args, **kwargs):
             out = super().forward(*args, **kwargs)
             with torch.autocast(out.loss.device.type, enabled=False):
                 return out
 
-    of = Training(lambda n: PickyForCausalLM(LlamaConfig(**LLAMA, num_hidden_layers=n)), 2, CONFIGS["lora"](), 16)
+    of = Training(lambda n: PickyForCausalLM(t.LlamaConfig(**LLAMA, num_hidden_layers=n)), 2, CONFIGS["lora"](), 16)
     with pytest.raises(ConfigError, match=r"PickyForCausalLM cannot run on tensors without values.*transformers 5"):
         measure_budget(of, 1)
 

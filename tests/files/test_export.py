@@ -29,7 +29,7 @@ EXACT = [
 REFUSED = {
     "dora": "magnitude", "bias": "lora_bias", "whole head": "lm_head", "whole norm": "model.norm", "rows": "2 rows",
     "alora": "alora_invocation_tokens", "replicated": "layer_replication", "peft/pissa": "pissa",
-    "method/LoHaConfig": "LOHA", "method/IA3Config": "IA3",
+    "method/LoHaConfig": "LOHA", "method/IA3Config": "IA3", "resized/embed": "embed_tokens",
 }  # fmt: skip
 
 
@@ -88,25 +88,23 @@ def test_no_server_has_anything_against_it(name, tmp_path):
 
 
 def test_what_changed_is_said(tmp_path):
-    notes = {
-        name: " ".join(exported(name, tmp_path / name).notes) for name in ("plain", "one layer", "pissa", "velora")
-    }
+    names = ("plain", "one layer", "pissa", "velora")
+    notes = {name: " ".join(exported(name, tmp_path / name).notes) for name in names}
     assert "zeros" not in notes["plain"] and "3 modules have factors of zeros" in notes["one layer"]
     assert "twice the rank" in notes["pissa"] and "lora_velora_embed" in notes["velora"]
 
 
-def save_in_bfloat16(folder, part):
-    """Save an adapter, the parameters with this in their names in bfloat16."""
-    model = adapters.model("rslora")
+def save_in(dtype, folder, part="lora_", name="rslora"):
+    """Save an adapter, the parameters with this in their names in another dtype."""
+    model = adapters.model(name)
     for key, p in model.named_parameters():
-        if part in key:
-            p.data = p.data.bfloat16()
+        p.data = p.data.to(dtype) if part in key else p.data
     model.save_pretrained(folder)
 
 
 def test_a_file_in_half_precision(tmp_path):
     """B with the scale in it is cast once, and the error is said."""
-    save_in_bfloat16(tmp_path / "bf16", "lora_")
+    save_in(torch.bfloat16, tmp_path / "bf16")
     base = read_base_files(adapters.base())
     held = formats.read(tmp_path / "bf16")
     assert {of.B.dtype for of in held.low_rank.values()} == {"BF16"}
@@ -123,7 +121,7 @@ def test_a_file_in_half_precision(tmp_path):
 
 
 def test_factors_of_two_dtypes_are_written_in_float32(tmp_path):
-    save_in_bfloat16(tmp_path / "mixed", "lora_B")
+    save_in(torch.bfloat16, tmp_path / "mixed", "lora_B")
     report = export_adapter_file(
         formats.read(tmp_path / "mixed"), "vllm", read_base_files(adapters.base()), str(tmp_path / "out")
     )
@@ -135,20 +133,14 @@ def test_factors_of_two_dtypes_are_written_in_float32(tmp_path):
 
 
 def test_a_scale_that_half_precision_cannot_hold(tmp_path):
-    model = adapters.model("plain")
-    for key, p in model.named_parameters():
-        if "lora_" in key:
-            p.data = p.data.half()
-    model.save_pretrained(tmp_path / "fp16")
+    save_in(torch.float16, tmp_path / "fp16", name="plain")
     base = read_base_files(adapters.base())
     held = formats.read(tmp_path / "fp16")
     path = next(iter(held.modules))
-    held.modules[path].scale = 1e6
-    with pytest.raises(LossError, match=f"{re.escape(path)}.*F16"):
-        export_adapter_file(held, "vllm", base, str(tmp_path / "out"))
-    held.modules[path].scale = float("nan")
-    with pytest.raises(LossError, match=f"{re.escape(path)}"):
-        export_adapter_file(held, "vllm", base, str(tmp_path / "out"))
+    for scale, says in ((1e6, ".*F16"), (float("nan"), "")):
+        held.modules[path].scale = scale
+        with pytest.raises(LossError, match=re.escape(path) + says):
+            export_adapter_file(held, "vllm", base, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -157,7 +149,7 @@ def test_what_plain_lora_cannot_hold(name, tmp_path):
     with pytest.raises(LossError, match=re.escape(REFUSED[name])) as refused:
         exported(name, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    if name in ("dora", "bias", "whole head", "whole norm", "rows"):
+    if name in ("dora", "bias", "whole head", "whole norm", "rows", "resized/embed"):
         assert "graft merge" in str(refused.value)
 
 
@@ -198,14 +190,12 @@ def test_a_suffix_that_other_modules_have(tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["left.fc1"]
 
 
-def test_another_vocabulary(tmp_path):
-    with pytest.raises(LossError, match=r"embed_tokens.*graft merge"):
-        exported("resized/embed", tmp_path)
-
-
 def test_an_unknown_server(tmp_path):
     with pytest.raises(ConfigError, match=r"ollama.*vllm"):
         exported("plain", tmp_path, "ollama")
+    with pytest.raises(ConfigError, match="ollama"):
+        adapters.model("plain").save_pretrained(tmp_path, for_server="ollama")
+    assert not os.listdir(tmp_path)
 
 
 def test_a_format_that_cannot_be_written(tmp_path, monkeypatch):
@@ -229,11 +219,28 @@ def test_save_pretrained_for_a_server(name, tmp_path):
     torch.testing.assert_close(run(model), expected)  # which is as it was
 
 
-def test_save_pretrained_refuses(tmp_path):
-    with pytest.raises(LossError, match="graft merge"):
-        adapters.model("dora").save_pretrained(tmp_path, for_server="vllm")
-    with pytest.raises(ConfigError, match="ollama"):
-        adapters.model("plain").save_pretrained(tmp_path, for_server="ollama")
+PROMPT = graft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+MODELS = {  # what is refused of a model in memory
+    "dora": (lambda: adapters.model("dora"), LossError, "graft merge"),
+    "kasa, which changed the base": (lambda: adapters.model("kasa"), LossError, r"KASA.*save it, and export the file"),
+    "prompt": (
+        lambda: graft.get_peft_model(make("llama"), PROMPT),
+        LossError,
+        r"'default' \(PROMPT_TUNING\) is an input",
+    ),
+    "no update": (
+        lambda: adapters.moved(make("llama"), graft.BottleneckConfig()),
+        TypeError,
+        "support LoRA conversion",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_save_pretrained_refuses(name, tmp_path):
+    build, error, text = MODELS[name]
+    with pytest.raises(error, match=text):
+        build().save_pretrained(tmp_path, for_server="vllm")
     assert not os.listdir(tmp_path)
 
 
@@ -271,11 +278,6 @@ def test_adalora_is_exact(tmp_path):
     torch.testing.assert_close(run(loaded(tmp_path / "out", peft)), run(model), rtol=1e-5, atol=1e-5)
 
 
-def test_kasa_in_memory_has_changed_the_base_that_is_served(tmp_path):
-    with pytest.raises(LossError, match=r"KASA.*save it, and export the file"):
-        adapters.model("kasa").save_pretrained(tmp_path, for_server="vllm")
-
-
 def test_a_rank_that_loses_much_is_an_error_that_names_the_layer(tmp_path):
     model = adapters.moved(make("llama"), graft.LoHaConfig(r=4, target_modules=adapters.LISTED))
     for rank in (2, 0.9):
@@ -308,17 +310,3 @@ def test_a_truncated_method_says_its_error(tmp_path):
     lost = sum(float((exact[n] - made[n].get_delta_weight("default")).square().sum()) for n in exact)
     assert report.error == pytest.approx((lost / sum(float(d.square().sum()) for d in exact.values())) ** 0.5, rel=1e-4)
     assert report.error > 0.1
-
-
-def test_a_prompt(tmp_path):
-    config = graft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
-    with pytest.raises(LossError, match=r"'default' \(PROMPT_TUNING\) is an input of the model"):
-        graft.get_peft_model(make("llama"), config).save_pretrained(tmp_path, for_server="vllm")
-    assert not os.listdir(tmp_path)
-
-
-def test_a_method_without_an_update(tmp_path):
-    model = adapters.moved(make("llama"), graft.BottleneckConfig())
-    with pytest.raises(TypeError, match="support LoRA conversion"):
-        model.save_pretrained(tmp_path, for_server="vllm")
-    assert not os.listdir(tmp_path)

@@ -5,10 +5,9 @@ import os
 import warnings
 
 import numpy as np
-import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import graft
 from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError
@@ -148,16 +147,13 @@ def test_large_matrices(how, monkeypatch):
 
 
 def test_what_is_not_of_one_architecture(tmp_path):
-    old = write(tmp_path / "old", {"a.weight": torch.randn(4, 4), "b.weight": torch.randn(3)})
+    a, b = {"a.weight": torch.randn(4, 4)}, {"b.weight": torch.randn(3)}
+    old = write(tmp_path / "old", a | b)
     for name, tensors, text in (
-        ("lacks", {"a.weight": torch.randn(4, 4)}, "it lacks .b.weight"),
-        ("shape", {"a.weight": torch.randn(4, 5), "b.weight": torch.randn(3)}, "other shapes of .a.weight"),
-        (
-            "more",
-            {"a.weight": torch.randn(4, 4), "b.weight": torch.randn(3), "c.weight": torch.ones(1)},
-            "base lacks .c",
-        ),
-        ("int", {"a.weight": torch.ones(4, 4, dtype=torch.int8), "b.weight": torch.randn(3)}, "a.weight"),
+        ("lacks", a, "it lacks .b.weight"),
+        ("shape", {"a.weight": torch.randn(4, 5)} | b, "other shapes of .a.weight"),
+        ("more", a | b | {"c.weight": torch.ones(1)}, "base lacks .c"),
+        ("int", {"a.weight": torch.ones(4, 4, dtype=torch.int8)} | b, "a.weight"),
     ):
         with pytest.raises(BaseModelMismatchError, match=text):
             extract.extract_adapter(write(tmp_path / name, tensors), old)
@@ -165,8 +161,6 @@ def test_what_is_not_of_one_architecture(tmp_path):
         extract.extract_adapter(old, old)
     with pytest.raises(OptionError):
         extract.extract_adapter(old, old, rank=2, energy=0.5)
-    assert load_file(tmp_path / "old" / "model.safetensors")
-    assert peft
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (3,), (5, 4)], ids=["matrix", "vector", "resized"])
@@ -240,9 +234,8 @@ def test_pairs_that_training_ties_or_unties(kind, base_is_tied, how, embed, tmp_
             weight = (tuned.get_input_embeddings() if part == "e" else tuned.get_output_embeddings()).weight
             weight.copy_(weight + torch.randn(weight.shape, generator=g) / 5)
     tuned.save_pretrained(tmp_path / "tuned")
-    made = extract.extract_adapter(
-        read_base_files(tmp_path / "tuned"), read_base_files(tmp_path / "base"), rank=40, embed=embed
-    )
+    files = (read_base_files(tmp_path / name) for name in ("tuned", "base"))
+    made = extract.extract_adapter(*files, rank=40, embed=embed)
     assert made.adapter.config["ensure_weight_tying"] == (base_is_tied and how == "ee")
     form.write(made.adapter, str(tmp_path / "a"))
     ids = torch.arange(8)[None]

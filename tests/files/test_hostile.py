@@ -47,6 +47,10 @@ def locon(tmp_path):
     return path
 
 
+def copied(tmp_path, name):
+    return Path(shutil.copytree(FIXTURES / name, tmp_path / "a"))
+
+
 def refused(error, match, source, to, out, *args, **options):
     before = sorted(out.parent.iterdir())
     with pytest.raises(error, match=match):
@@ -57,8 +61,7 @@ def refused(error, match, source, to, out, *args, **options):
 @pytest.mark.parametrize("name", ["adapter_model.pt", "lit_model.pth.lora", "pytorch_adapter.bin"])
 def test_code_in_a_pickle_never_runs(tmp_path, name):
     source = {"adapter_model.pt": "torchtune_lora", "lit_model.pth.lora": "litgpt_lora"}.get(name, "adapterhub_lora")
-    folder = tmp_path / "a"
-    shutil.copytree(FIXTURES / source, folder)
+    folder = copied(tmp_path, source)
     held = torch.load(folder / name)
     torch.save({**held, "more.lora_a.weight": Code()}, folder / name, pickle_module=pickle)
     base = LLAMA if source != "adapterhub_lora" else None
@@ -102,11 +105,10 @@ def test_a_pickle_that_grows(tmp_path):
 @pytest.mark.parametrize("keep", [0.2, 0.6, 0.99])
 @pytest.mark.parametrize("name", ["mlx_lora", "lycoris_loha", "diffusers_new", "torchtune_lora", "litgpt_lora"])
 def test_a_file_that_is_cut_off(tmp_path, name, keep):
-    folder = tmp_path / name
-    shutil.copytree(FIXTURES / name, folder)
+    folder = copied(tmp_path, name)
     file = max(folder.iterdir(), key=lambda p: p.stat().st_size)
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * keep)])
-    refused(CheckpointError, name, folder, "peft", tmp_path / "out", LLAMA)
+    refused(CheckpointError, f"{folder}", folder, "peft", tmp_path / "out", LLAMA)
 
 
 def test_underscore_names_need_the_base(locon, tmp_path):
@@ -133,12 +135,9 @@ def test_a_name_that_two_modules_have(locon):
 
 def test_two_paths_of_one_name_cannot_be_written(tmp_path):
     tensors = load_file(FIXTURES / "mlx_lora" / "adapters.safetensors")
-    name = "model.layers.1.self_attn.q_proj.lora_a"
-    stem = name.removesuffix(".lora_a")
     for leaf in ("lora_a", "lora_b"):
-        tensors[f"model.layers.1.self.attn_q_proj.{leaf}"] = tensors[f"{stem}.{leaf}"]
-    shutil.copytree(FIXTURES / "mlx_lora", tmp_path / "a")
-    save_file(tensors, tmp_path / "a" / "adapters.safetensors")
+        tensors[f"model.layers.1.self.attn_q_proj.{leaf}"] = tensors[f"model.layers.1.self_attn.q_proj.{leaf}"]
+    save_file(tensors, copied(tmp_path, "mlx_lora") / "adapters.safetensors")
     refused(CheckpointError, "would both be named", tmp_path / "a", "kohya", tmp_path / "out.safetensors")
 
 
@@ -176,37 +175,36 @@ def test_a_head_that_shares_the_weight_of_an_embedding(tmp_path):
     assert "lm_head" in back.modules
 
 
-def test_half_a_pair(tmp_path):
-    folder = tmp_path / "a"
-    shutil.copytree(FIXTURES / "mlx_lora", folder)
-    tensors = load_file(folder / "adapters.safetensors")
-    del tensors["model.layers.1.mlp.down_proj.lora_b"]
-    save_file(tensors, folder / "adapters.safetensors")
-    refused(CheckpointError, "only one factor", folder, "peft", tmp_path / "out")
+def put(end, t):
+    """Replace the first tensor whose key ends so; None: remove it."""
+
+    def change(held):
+        key = next(key for key in held if key.endswith(end))
+        held.pop(key)
+        return held if t is None else held | {key: t}
+
+    return change
 
 
-@pytest.mark.parametrize(
-    "name, end, t",
-    [("lycoris_locon", "alpha", np.ones(0, "f4")), ("lycoris_dora", "dora_scale", np.array(1, "f4")),
-     ("lycoris_loha", "hada_w1_b", np.array(1, "f4")), ("lycoris_lokr", "lokr_w1", np.array(1, "f4")),
-     ("lycoris_lokr", "lokr_w1", None), ("mlx_dora", ".m", np.array(1, "f4"))],
-)  # fmt: skip
-def test_a_tensor_of_another_shape_or_none(tmp_path, name, end, t):
-    shutil.copytree(FIXTURES / name, tmp_path / "a")
-    (file,) = (tmp_path / "a").glob("*.safetensors")
-    held = load_file(file)
-    key = next(key for key in held if key.endswith(end))
-    held.pop(key)
-    save_file(held if t is None else held | {key: t}, file)
-    base = LLAMA if name.startswith("mlx") else NET
-    refused(
-        CheckpointError,
-        "q_proj|mlp" if base == LLAMA else "down_blocks",
-        tmp_path / "a",
-        "peft",
-        tmp_path / "out",
-        base,
-    )
+def turn(held):
+    return {key: np.ascontiguousarray(t.T) for key, t in held.items()}
+
+
+@pytest.mark.parametrize("name, change, base, says", [
+    ("lycoris_locon", put("alpha", np.ones(0, "f4")), NET, "down_blocks"),
+    ("lycoris_dora", put("dora_scale", np.array(1, "f4")), NET, "down_blocks"),
+    ("lycoris_loha", put("hada_w1_b", np.array(1, "f4")), NET, "down_blocks"),
+    ("lycoris_lokr", put("lokr_w1", np.array(1, "f4")), NET, "down_blocks"),
+    ("lycoris_lokr", put("lokr_w1", None), NET, "down_blocks"),
+    ("mlx_dora", put(".m", np.array(1, "f4")), LLAMA, "q_proj|mlp"),
+    ("mlx_lora", put("model.layers.1.mlp.down_proj.lora_b", None), None, "only one factor"),
+    ("mlx_lora", turn, None, r"where MLX has \(in, 4\)"),  # factors that nobody transposed
+])  # fmt: skip
+def test_a_tensor_of_another_shape_or_none(tmp_path, name, change, base, says):
+    folder = copied(tmp_path, name)
+    (file,) = folder.glob("*.safetensors")
+    save_file(change(load_file(file)), file)
+    refused(CheckpointError, says, folder, "peft", tmp_path / "out", base)
 
 
 @pytest.mark.parametrize(
@@ -215,8 +213,7 @@ def test_a_tensor_of_another_shape_or_none(tmp_path, name, end, t):
      ("adapterhub_lora", "name", 3, "which no reader knows")],
 )  # fmt: skip
 def test_a_config_of_another_shape(tmp_path, name, field, value, says):
-    shutil.copytree(FIXTURES / name, tmp_path / "a")
-    config = tmp_path / "a" / "adapter_config.json"
+    config = copied(tmp_path, name) / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
     refused((CheckpointError, LossError), says, tmp_path / "a", "kohya", tmp_path / "out.safetensors")
 
@@ -238,17 +235,8 @@ def test_a_field_of_another_kind(tmp_path, field):
         lint_adapter(formats.read(tmp_path / "a"))
 
 
-def test_factors_of_mlx_that_nobody_transposed(tmp_path):
-    folder = tmp_path / "a"
-    shutil.copytree(FIXTURES / "mlx_lora", folder)
-    tensors = load_file(folder / "adapters.safetensors")
-    save_file({k: np.ascontiguousarray(v.T) for k, v in tensors.items()}, folder / "adapters.safetensors")
-    refused(CheckpointError, r"where MLX has \(in, 4\)", folder, "peft", tmp_path / "out")
-
-
 def test_a_vector_that_is_not_there(tmp_path):
-    folder = tmp_path / "a"
-    shutil.copytree(FIXTURES / "adapterhub_ia3", folder)
+    folder = copied(tmp_path, "adapterhub_ia3")
     file = folder / "pytorch_adapter.bin"
     tensors = torch.load(file, weights_only=True)
     name = next(name for name in tensors if name.endswith(".lora_B"))
@@ -257,8 +245,7 @@ def test_a_vector_that_is_not_there(tmp_path):
 
 
 def test_sizes_of_another_run(tmp_path):
-    folder = tmp_path / "a"
-    shutil.copytree(FIXTURES / "litgpt_lora", folder)
+    folder = copied(tmp_path, "litgpt_lora")
     path = folder / "hyperparameters.yaml"
     path.write_text(path.read_text().replace("lora_key: false", "lora_key: true"))
     refused(CheckpointError, "of another run", folder, "peft", tmp_path / "out")
@@ -332,8 +319,7 @@ def test_a_config_alone_has_the_names(tmp_path):
 
 
 def test_half_precision_is_rounded_once_and_says_so(tmp_path):
-    folder = tmp_path / "a"
-    shutil.copytree(FIXTURES / "lycoris_locon", folder)
+    folder = copied(tmp_path, "lycoris_locon")
     tensors = load_file(folder / "adapter.safetensors")
     names = [name for name in tensors if "proj_in" not in name]
     tensors = {name: tensors[name].astype("f2") for name in names}
@@ -348,8 +334,7 @@ def test_half_precision_is_rounded_once_and_says_so(tmp_path):
 
 def test_nobody_is_told_to_run_a_pickle(tmp_path):
     """torch's own error tells how to load the file all the same."""
-    folder = tmp_path / "a"
-    shutil.copytree(FIXTURES / "torchtune_lora", folder)
+    folder = copied(tmp_path, "torchtune_lora")
     for path in [*folder.glob("*.safetensors"), folder / "adapter_model.pt"]:
         path.unlink()
     weights = folder / "adapter_model.bin"
@@ -473,9 +458,7 @@ def test_what_is_not_finite_equals_nothing_and_has_no_spectrum(where, value):
 
     good, bad = adapter(1), adapter(value)
     assert compare_adapters(good, adapter(1))["equal"]
-    for act, args in (
-        (compare_adapters, (good, bad)), (compare_adapters, (bad, good)), (inspect_adapter, (bad, None, True)),
-                       (resize_adapter, (bad, 1)),
-    ):  # fmt: skip
+    calls = (compare_adapters, (good, bad)), (compare_adapters, (bad, good)), (inspect_adapter, (bad, None, True))
+    for act, args in (*calls, (resize_adapter, (bad, 1))):
         with pytest.raises(NonFiniteError, match=r"\[q\]" if where == "factors" else r"\[norm\.weight\]"):
             act(*args)

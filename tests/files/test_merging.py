@@ -10,21 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers as t
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 
 import graft
 from graft.config import atomic
@@ -45,18 +32,14 @@ SMALL = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=96,
 )  # fmt: skip
-MOE = dict(SMALL, num_experts_per_tok=2)
+MOE, EIGHTS = dict(SMALL, num_experts_per_tok=2), dict(num_experts=4, moe_intermediate_size=48, head_dim=8)
 MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-    "tied": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96, n_positions=64)),
-    "bert": lambda: BertForMaskedLM(
-        BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=96)
-    ),
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**MOE, num_local_experts=4)),
-    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**MOE, num_experts=4, moe_intermediate_size=48, head_dim=8)
-    ),
+    "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SMALL)),
+    "tied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SMALL, tie_word_embeddings=True)),
+    "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96, n_positions=64)),
+    "bert": lambda: t.BertForMaskedLM(t.BertConfig(**{k: v for k, v in SMALL.items() if "key" not in k})),
+    "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**MOE, num_local_experts=4)),
+    "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**MOE, **EIGHTS)),
 }
 TARGETS = {"gpt2": ["c_attn", "c_proj"], "bert": ["query", "output.dense"]}
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -79,6 +62,27 @@ def saved_adapter(kind, folder, config, lib=graft, name="adapter", seed=0):
             p.data += 0.05 * torch.randn(p.shape, generator=generator)
     model.save_pretrained(folder / name)
     return model, folder / name
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """A base, a LoRA on it, and the two merged in memory."""
+    folder = tmp_path_factory.mktemp("plain")
+    base = base_of("llama", folder)
+    model, adapter = saved_adapter("llama", folder, lora())
+    return base, adapter, model.merge_and_unload()
+
+
+def trained(model, spread=0.05):
+    """The model in eval mode, all that trains moved."""
+    for p in model.eval().parameters():
+        if p.requires_grad:
+            p.data += spread * torch.randn_like(p)
+    return model
+
+
+def weights_in(folder):
+    return {key: t for f in folder.glob("*.safetensors") for key, t in load_file(f).items()}
 
 
 def lora(lib=graft, kind="llama", **fields):
@@ -112,14 +116,12 @@ LORAS = [
 ]
 
 
+CASES = [(*case, dora) for case in LORAS for dora in (False, True) if not (dora and "target_parameters" in case[1])]
+
+
 @pytest.mark.parametrize(
     "kind, fields, dora",  # there is no DoRA of parameters
-    [
-        pytest.param(*case, dora, marks=FUSED_EXPERTS if "target_parameters" in case[1] else ())
-        for case in LORAS
-        for dora in (False, True)
-        if not (dora and "target_parameters" in case[1])
-    ],
+    [pytest.param(*case, marks=FUSED_EXPERTS if "target_parameters" in case[1] else ()) for case in CASES],
 )
 def test_lora_merges_to_the_same_bits_as_in_memory(kind, fields, dora, tmp_path):
     base = base_of(kind, tmp_path)
@@ -184,10 +186,7 @@ def test_what_a_file_lacks_is_found_in_half_precision_too(method, tmp_path):
     plain = loaded("llama", tmp_path / "base").to(torch.bfloat16)
     before = {name: W.clone() for name, W in plain.state_dict().items()}
     model = graft.get_peft_model(plain, METHODS[method]())
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.05 * torch.randn_like(p) * p.requires_grad
-    model.save_pretrained(tmp_path / "adapter")
+    trained(model).save_pretrained(tmp_path / "adapter")
     state = torch.get_rng_state()
     merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert torch.equal(state, torch.get_rng_state())
@@ -218,8 +217,8 @@ IN_MEMORY_ONLY = ("FROD-unsaved-llama", "LORA-replicated-llama")  # of which fil
 def wide_base(tmp_path_factory):
     """A folder with a model whose sizes all methods take."""
     folder = tmp_path_factory.mktemp("wide")
-    LlamaForCausalLM(
-        LlamaConfig(**SMALL | dict(hidden_size=60, num_attention_heads=3, num_key_value_heads=3))
+    t.LlamaForCausalLM(
+        t.LlamaConfig(**SMALL | dict(hidden_size=60, num_attention_heads=3, num_key_value_heads=3))
     ).save_pretrained(folder)
     return folder
 
@@ -229,8 +228,8 @@ def wide_base(tmp_path_factory):
 def test_what_memory_cannot_merge_files_do_not_and_all_else_to_the_same_values(sample, wide_base, tmp_path):
     config = sample.make() if sample in FIRST.values() else sample.config(graft)
     config.target_modules = {"q_proj"} if config.target_modules in ({"layer"}, ["layer"]) else config.target_modules
-    adapted(LlamaForCausalLM.from_pretrained(wide_base), config).save_pretrained(tmp_path / "a")
-    model = graft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(wide_base), tmp_path / "a")
+    adapted(t.LlamaForCausalLM.from_pretrained(wide_base), config).save_pretrained(tmp_path / "a")
+    model = graft.PeftModel.from_pretrained(t.LlamaForCausalLM.from_pretrained(wide_base), tmp_path / "a")
     if str(sample) in IN_MEMORY_ONLY:
         with pytest.raises(LossError, match=r"Merge it in memory|on a model in memory"):
             merge_files(wide_base, tmp_path / "a", tmp_path / "out")
@@ -243,8 +242,8 @@ def test_what_memory_cannot_merge_files_do_not_and_all_else_to_the_same_values(s
         assert os.listdir(tmp_path) == ["a"]
         return
     merge_files(wide_base, tmp_path / "a", tmp_path / "out")
-    base = LlamaForCausalLM.from_pretrained(wide_base)
-    assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "out"), whole, base, ulps=100)
+    base = t.LlamaForCausalLM.from_pretrained(wide_base)
+    assert_same(t.LlamaForCausalLM.from_pretrained(tmp_path / "out"), whole, base, ulps=100)
 
 
 @pytest.mark.parametrize(
@@ -271,11 +270,8 @@ def test_two_adapters_that_replace_the_same_are_refused(tmp_path):
     norms = pair(*[graft.LNTuningConfig(target_modules=["norm"])] * 2)
     tokens = pair(*[graft.TrainableTokensConfig(token_indices=[3, n]) for n in (5, 3 + 4)])
     rows = pair(*[lora(trainable_token_indices=[n, 9]) for n in (1, 2)])
-    for adapters, what in (
-        (norms, "model.norm.weight"),
-        (tokens, "rows of 'model.embed"),
-        (rows, "rows of 'model.embed"),
-    ):
+    embeddings = "rows of 'model.embed"
+    for adapters, what in ((norms, "model.norm.weight"), (tokens, embeddings), (rows, embeddings)):
         with pytest.raises(OptionError, match=f"each replace .*{what}"):
             merge_files(base, adapters, tmp_path / "out")
     apart = pair(*[graft.TrainableTokensConfig(token_indices=[n, n + 1]) for n in (3, 5)])
@@ -341,16 +337,13 @@ def test_what_stands_on_the_base_is_not_changed_by_an_adapter_merged_before(fiel
 
 def test_a_head_that_the_base_lacks_comes_along_with_its_class(tmp_path):
     base = base_of("llama", tmp_path)
-    config = AutoConfig.from_pretrained(base, num_labels=3)
-    model = AutoModelForSequenceClassification.from_pretrained(base, config=config)
+    config = t.AutoConfig.from_pretrained(base, num_labels=3)
+    model = t.AutoModelForSequenceClassification.from_pretrained(base, config=config)
     model.config.pad_token_id = 0
-    model = graft.get_peft_model(model, lora(task_type="SEQ_CLS")).eval()
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data += 0.05 * torch.randn_like(p)
+    model = trained(graft.get_peft_model(model, lora(task_type="SEQ_CLS")))
     model.save_pretrained(tmp_path / "adapter")
     merge_adapters(base, [tmp_path / "adapter"], tmp_path / "out")
-    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    merged = t.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
     merged.config.pad_token_id = 0
     with torch.no_grad():
@@ -367,7 +360,7 @@ def test_a_new_tensor_has_the_first_of_the_dtypes_that_most_have(kinds, tmp_path
     config = graft.LoraConfig(r=2, target_modules=["q"], modules_to_save=["score"])
     graft.get_peft_model(base, config).save_pretrained(tmp_path / "a")
     merge_adapters(tmp_path / "base", [tmp_path / "a"], tmp_path / "out")
-    held = {key: t for f in (tmp_path / "out").glob("*.safetensors") for key, t in load_file(f).items()}
+    held = weights_in(tmp_path / "out")
     assert held["score.weight"].dtype == kinds[0]
 
 
@@ -375,10 +368,7 @@ def test_a_larger_vocabulary_is_written_with_its_size(tmp_path):
     base = base_of("llama", tmp_path)
     model = loaded("llama", base)
     model.resize_token_embeddings(100)
-    model = graft.get_peft_model(model, lora(modules_to_save=["embed_tokens", "lm_head"])).eval()
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data += 0.05 * torch.randn_like(p)
+    model = trained(graft.get_peft_model(model, lora(modules_to_save=["embed_tokens", "lm_head"])))
     model.save_pretrained(tmp_path / "adapter")
     merge_adapters(base, [tmp_path / "adapter"], tmp_path / "out")
     with torch.no_grad():
@@ -418,10 +408,8 @@ def test_trained_rows_of_a_larger_vocabulary(lib, kind, tmp_path):
     base = base_of(kind, tmp_path)
     model = loaded(kind, base)
     model.resize_token_embeddings(100)
-    model = lib.get_peft_model(model, lora(lib, target_modules=["q_proj"], trainable_token_indices=[97, 98])).eval()
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data += 0.05 * torch.randn_like(p)
+    config = lora(lib, target_modules=["q_proj"], trainable_token_indices=[97, 98])
+    model = trained(lib.get_peft_model(model, config))
     model.save_pretrained(tmp_path / "adapter")
     convert_adapter_file(tmp_path / "adapter", "peft", tmp_path / "copy")
     for source in ("adapter", "copy"):
@@ -454,8 +442,7 @@ def test_untied_embeddings_are_told_and_all_of_them_written(tmp_path):
     account = merge_adapters(base, [adapter], tmp_path / "out")
     assert "tie_word_embeddings" in account.notes[0]
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
-    held = {k: v for f in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(f).items()}
-    old = {k: v for f in base.glob("*.safetensors") for k, v in load_file(f).items()}["model.embed_tokens.weight"]
+    held, old = weights_in(tmp_path / "out"), weights_in(base)["model.embed_tokens.weight"]
     assert torch.equal(held["lm_head.weight"], old) and not torch.equal(held["model.embed_tokens.weight"], old)
 
 
@@ -487,7 +474,7 @@ def test_untouched_tensors_are_the_same_bytes_and_changed_ones_rounded_once(tmp_
     assert account.notes == ["Not copied from the base: [notes/, pytorch_model.bin]."]
     wide = loaded("llama", base).float().state_dict()
     factors = load_file(adapter / "adapter_model.safetensors")
-    got = {k: v for f in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(f).items()}
+    got = weights_in(tmp_path / "out")
     for name, W in got.items():
         key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
         if f"{key}A.weight" in factors:
@@ -495,9 +482,7 @@ def test_untouched_tensors_are_the_same_bytes_and_changed_ones_rounded_once(tmp_
             assert torch.equal(W, (wide[name].addmm(B * 1.5, A)).bfloat16())
         else:
             assert torch.equal(W, wide[name].bfloat16())
-    names = {
-        os.path.relpath(os.path.join(r, f), tmp_path / "out") for r, _, fs in os.walk(tmp_path / "out") for f in fs
-    }
+    names = {f.relative_to(tmp_path / "out").as_posix() for f in (tmp_path / "out").rglob("*") if f.is_file()}
     shards = {f.name for f in base.glob("*.safetensors")}
     assert len(shards) > 1
     assert names == {*shards, "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
@@ -537,27 +522,24 @@ def test_an_update_that_rounding_loses_is_told(tmp_path):
     assert loaded("llama", tmp_path / "wide").dtype == torch.float32
 
 
-def test_shards_of_another_size_hold_the_same(tmp_path):
-    base = base_of("llama", tmp_path)
-    model, adapter = saved_adapter("llama", tmp_path, lora())
+def test_shards_of_another_size_hold_the_same(merged, tmp_path):
+    base, adapter, whole = merged
     merge_adapters(base, [adapter], tmp_path / "one", shard_size=10**9)
     merge_adapters(base, [adapter], tmp_path / "many", shard_size=20_000)
     assert [f.name for f in (tmp_path / "one").glob("*.safetensors")] == ["model.safetensors"]
     assert len([*(tmp_path / "many").glob("*.safetensors")]) > 5
-    whole = model.merge_and_unload()
     for folder in ("one", "many"):
         assert_same(loaded("llama", tmp_path / folder), whole, loaded("llama", base))
 
 
-def test_a_whole_file_beside_an_index_of_others_is_the_model(tmp_path):
+def test_a_whole_file_beside_an_index_of_others_is_the_model(merged, tmp_path):
     """As transformers takes it."""
-    base = base_of("llama", tmp_path)
-    model, adapter = saved_adapter("llama", tmp_path, lora())
+    base, adapter, whole = merged
     merge_adapters(base, [adapter], tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "both")
     loaded("llama", base).save_pretrained(tmp_path / "whole")
     shutil.copy(tmp_path / "whole" / "model.safetensors", tmp_path / "both")
-    assert_same(loaded("llama", tmp_path / "one"), model.merge_and_unload(), loaded("llama", tmp_path / "both"))
+    assert_same(loaded("llama", tmp_path / "one"), whole, loaded("llama", tmp_path / "both"))
     merge_adapters(tmp_path / "both", [adapter], tmp_path / "out")
     assert_same(loaded("llama", tmp_path / "out"), loaded("llama", tmp_path / "one"), loaded("llama", base))
     assert [f.name for f in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
@@ -577,64 +559,54 @@ def test_an_adapter_of_few_bits_merges_as_in_memory(dtype, tmp_path):
 # what is refused, before anything is written
 
 
-def test_bad_input_is_refused_and_leaves_nothing(tmp_path):
-    base = base_of("llama", tmp_path)
-    _, adapter = saved_adapter("llama", tmp_path, lora())
-    other = SimpleNamespace(base=tmp_path / "gpt2" / "base")
-    (tmp_path / "gpt2").mkdir()
-    base_of("gpt2", tmp_path / "gpt2")
-    out = tmp_path / "out"
-    with pytest.raises(BaseModelMismatchError, match="does not hold 4 of the 4"):
-        merge_adapters(other.base, [adapter], out)
-    with pytest.raises(OptionError, match="one for each"):
-        merge_adapters(base, [adapter], out, weights=[1, 2])
-    with pytest.raises(OptionError, match="one lies in the other"):
-        merge_adapters(base, [adapter], base / "merged")
-    with pytest.raises(OptionError, match="one lies in the other"):
-        merge_adapters(base, [adapter], tmp_path, force=True)
-    with pytest.raises(OptionError, match="one lies in the other"):
-        merge_adapters(base, [adapter], adapter, force=True)
-    with pytest.raises(CheckpointError):
-        merge_adapters(tmp_path / "nowhere", [adapter], out)
-    with pytest.raises(OptionError, match="not quantized"):
-        merge_adapters(base, [adapter], out, keep_quantized=True)
-    _, hra = saved_adapter("llama", tmp_path, graft.HRAConfig(r=4, target_modules=T), name="hra")
-    with pytest.raises(LossError, match="not low rank"):
-        merge_adapters(base, [hra], out)
-    _, prompt = saved_adapter(
-        "llama", tmp_path, graft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), name="p"
+def edited(adapter, folder, change):
+    """Copy an adapter, its tensors changed."""
+    shutil.copytree(adapter, folder)
+    weights = folder / "adapter_model.safetensors"
+    save_file(change(load_file(weights)), weights)
+    return folder
+
+
+def test_bad_input_is_refused_and_leaves_nothing(merged, tmp_path):
+    base, adapter, _ = merged
+    own, out = tmp_path / "own", tmp_path / "out"
+    other = base_of("gpt2", own)
+    made = lambda name, config: saved_adapter("llama", base.parent, config, name=own / name)[1]
+    hra = made("hra", graft.HRAConfig(r=4, target_modules=T))
+    prompt = made("prompt", graft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    biased, dora = made("biased", lora(lora_bias=True)), made("dora", lora(use_dora=True))
+    nan = float("nan")
+    unknown = edited(adapter, own / "unknown", lambda held: held | {"base_model.model.extra.weight": torch.ones(2)})
+    short = edited(dora, own / "short", lambda held: {k: t[:-1] if "magnitude" in k else t for k, t in held.items()})
+    broken = edited(
+        adapter, own / "nan", lambda held: {k: t * nan if "layers.1.mlp.up" in k else t for k, t in held.items()}
     )
-    with pytest.raises(LossError, match="an input of the model"):
-        merge_files(base, prompt, out)
-    _, biased = saved_adapter("llama", tmp_path, lora(lora_bias=True), name="biased")
-    with pytest.raises(BaseModelMismatchError, match="shifts the bias"):
-        merge_adapters(base, [biased], out)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "biased", "gpt2", "hra", "p"]
+    for call, error, text in (
+        (lambda: merge_adapters(other, [adapter], out), BaseModelMismatchError, "does not hold 4 of the 4"),
+        (lambda: merge_adapters(base, [adapter], out, weights=[1, 2]), OptionError, "one for each"),
+        (lambda: merge_adapters(base, [adapter], base / "merged"), OptionError, "one lies in the other"),
+        (lambda: merge_adapters(base, [adapter], base.parent, force=True), OptionError, "one lies in the other"),
+        (lambda: merge_adapters(base, [adapter], adapter, force=True), OptionError, "one lies in the other"),
+        (lambda: merge_adapters(tmp_path / "nowhere", [adapter], out), CheckpointError, ""),
+        (lambda: merge_adapters(base, [adapter], out, keep_quantized=True), OptionError, "not quantized"),
+        (lambda: merge_adapters(base, [hra], out), LossError, "not low rank"),
+        (lambda: merge_files(base, prompt, out), LossError, "an input of the model"),
+        (lambda: merge_adapters(base, [biased], out), BaseModelMismatchError, "shifts the bias"),
+        (
+            lambda: merge_adapters(base, [unknown], out),
+            BaseModelMismatchError,
+            r"at 'extra\.weight': .* modules_to_save",
+        ),
+        (lambda: merge_adapters(base, [short], out), BaseModelMismatchError, "its magnitude is"),
+        (lambda: merge_adapters(base, [broken], out), NonFiniteError, r"layers\.1\.mlp\.up_proj"),
+    ):
+        with pytest.raises(error, match=text):
+            call()
+        assert os.listdir(tmp_path) == ["own"] and sorted(os.listdir(base.parent)) == ["adapter", "base"]
 
 
-def test_a_tensor_that_nobody_names_does_not_fit(tmp_path):
-    base = base_of("llama", tmp_path)
-    _, adapter = saved_adapter("llama", tmp_path, lora())
-    weights = adapter / "adapter_model.safetensors"
-    save_file(load_file(weights) | {"base_model.model.extra.weight": torch.ones(2)}, weights)
-    with pytest.raises(BaseModelMismatchError, match=r"at 'extra\.weight': .* modules_to_save"):
-        merge_adapters(base, [adapter], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_magnitude_of_another_size_does_not_fit(tmp_path):
-    base = base_of("llama", tmp_path)
-    _, adapter = saved_adapter("llama", tmp_path, lora(use_dora=True))
-    weights = adapter / "adapter_model.safetensors"
-    save_file({key: t[:-1] if "magnitude" in key else t for key, t in load_file(weights).items()}, weights)
-    with pytest.raises(BaseModelMismatchError, match="its magnitude is"):
-        merge_adapters(base, [adapter], tmp_path / "out")
-    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
-
-
-def test_an_output_that_exists_stays_without_force(tmp_path):
-    base = base_of("llama", tmp_path)
-    model, adapter = saved_adapter("llama", tmp_path, lora())
+def test_an_output_that_exists_stays_without_force(merged, tmp_path):
+    base, adapter, whole = merged
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("precious")
     with pytest.raises(OutputExistsError, match="--force"):
@@ -644,36 +616,24 @@ def test_an_output_that_exists_stays_without_force(tmp_path):
     assert (tmp_path / "out/mine").read_text() == "precious"
     (tmp_path / "out/mine").rename(tmp_path / "out/model.safetensors")
     merge_adapters(base, [adapter], tmp_path / "out", force=True)
-    assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
+    assert_same(loaded("llama", tmp_path / "out"), whole, loaded("llama", base))
+    assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_broken_adapter_is_named_and_leaves_nothing(tmp_path):
-    base = base_of("llama", tmp_path)
-    model, _ = saved_adapter("llama", tmp_path, lora())
-    next(p for n, p in model.named_parameters() if "layers.1.mlp.up_proj.lora_B" in n).data[0, 0] = float("nan")
-    model.save_pretrained(tmp_path / "nan")
-    with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.up_proj"):
-        merge_adapters(base, [tmp_path / "nan"], tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "nan"]
-
-
-def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
-    base = base_of("llama", tmp_path)
-    _, adapter = saved_adapter("llama", tmp_path, lora())
+def test_a_full_disk_is_told_before_anything_is_written(merged, tmp_path, monkeypatch):
+    base, adapter, _ = merged
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match="are free") as e:
         merge_adapters(base, [adapter], tmp_path / "out")
     assert e.value.errno == errno.ENOSPC
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+    assert os.listdir(tmp_path) == []
 
 
-def test_a_dry_run_writes_nothing(tmp_path):
-    base = base_of("llama", tmp_path)
-    _, adapter = saved_adapter("llama", tmp_path, lora())
+def test_a_dry_run_writes_nothing(merged, tmp_path):
+    base, adapter, _ = merged
     account = merge_adapters(base, [adapter], tmp_path / "out", dry_run=True)
     assert len(account.tensors) == 4 and sum(account.shards.values()) > 80_000
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+    assert os.listdir(tmp_path) == []
 
 
 # killed
@@ -698,22 +658,20 @@ merge_adapters(sys.argv[1], [sys.argv[2]], sys.argv[3])
 
 @pytest.mark.skipif(os.name != "posix", reason="no kill -9")
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_a_run_that_was_killed_goes_on(after, tmp_path):
+def test_a_run_that_was_killed_goes_on(merged, after, tmp_path):
     """After so many shards, of which the last had not been noted as finished."""
-    base = base_of("llama", tmp_path)
-    model, adapter = saved_adapter("llama", tmp_path, lora())
+    base, adapter, whole = merged
     done = fresh.run("-c", KILLED, base, adapter, tmp_path / "out", after)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "out").exists()
     assert merge_adapters(base, [adapter], tmp_path / "out").resumed == max(after - 1, 0)
-    assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
+    assert_same(loaded("llama", tmp_path / "out"), whole, loaded("llama", base))
+    assert os.listdir(tmp_path) == ["out"]
 
 
-def test_what_another_call_left_is_not_taken_up(tmp_path):
+def test_what_another_call_left_is_not_taken_up(merged, tmp_path):
     """A state of the same output with other options, and one with its first shard finished."""
-    base = base_of("llama", tmp_path)
-    model, adapter = saved_adapter("llama", tmp_path, lora())
+    base, adapter, whole = merged
 
     def stop(name):
         raise KeyboardInterrupt
@@ -726,14 +684,13 @@ def test_what_another_call_left_is_not_taken_up(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         merge_adapters(base, [adapter], tmp_path / "out", step=stop)
     assert merge_adapters(base, [adapter], tmp_path / "out").resumed == 1
-    assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
+    assert_same(loaded("llama", tmp_path / "out"), whole, loaded("llama", base))
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, None])
-def test_an_interrupt_between_the_names(at, tmp_path, monkeypatch):
+def test_an_interrupt_between_the_names(merged, at, tmp_path, monkeypatch):
     """What stood there comes back, or the new one is there, and nothing of the other; None: the two are swapped."""
-    base = base_of("llama", tmp_path)
-    model, adapter = saved_adapter("llama", tmp_path, lora())
+    base, adapter, whole = merged
     merge_adapters(base, [adapter], tmp_path / "out", weights=[2.0])
     weights = lambda: {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.safetensors")}
     before = weights()
@@ -756,14 +713,13 @@ def test_an_interrupt_between_the_names(at, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert before and weights() and (weights() == before) is (at == 1)
     merge_adapters(base, [adapter], tmp_path / "out", force=True)
-    assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
+    assert_same(loaded("llama", tmp_path / "out"), whole, loaded("llama", base))
+    assert os.listdir(tmp_path) == ["out"]
 
 
-def test_an_output_that_comes_while_this_one_waits(tmp_path, monkeypatch):
+def test_an_output_that_comes_while_this_one_waits(merged, tmp_path, monkeypatch):
     """Two at once, without force: the second one leaves what the first has written."""
-    base = base_of("llama", tmp_path)
-    _, adapter = saved_adapter("llama", tmp_path, lora())
+    base, adapter, _ = merged
     original = Workplace.lock
 
     def later(*args):
@@ -774,4 +730,4 @@ def test_an_output_that_comes_while_this_one_waits(tmp_path, monkeypatch):
     monkeypatch.setattr(Workplace, "lock", later)
     with pytest.raises(OutputExistsError, match="exists"):
         merge_adapters(base, [adapter], tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
+    assert os.listdir(tmp_path) == ["out"]

@@ -213,7 +213,7 @@ class Gate:
         self.closed_by: ModelChange | None = None  # the change that waits for calls, or runs
         self.turn_of: ModelChange | None = None  # the change that has the turn, from its preparation on
         self.turn, self.state_changed = RLock(), Condition()  # `state_changed`: something has begun or ended
-        GATES.add(self)
+        FORK_SAFE.add(self)
 
     def __reduce__(self) -> tuple[type[Gate], tuple[float | None]]:
         """Return a pickle that makes an open gate with the same timeout."""
@@ -347,12 +347,11 @@ class ForkSafeLock:
     """A reentrant lock as `lock`, which is always free at the beginning of a child process."""
 
     def __init__(self) -> None:
-        """Make the lock, and register `reset` to run in forked child processes."""
-        self.reset()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self.reset)
+        """Make the lock, and register it for a reset in forked child processes."""
+        self.reset_after_fork()
+        FORK_SAFE.add(self)
 
-    def reset(self) -> None:
+    def reset_after_fork(self) -> None:
         """Replace `lock` by a new, free one."""
         self.lock = RLock()
 
@@ -368,17 +367,17 @@ def adapters_suffix(uses: Names) -> str:
     return f" with adapters {sorted(names)}" if names else ""
 
 
-GATES: WeakSet[Gate] = WeakSet()
+FORK_SAFE: WeakSet[Gate | ForkSafeLock] = WeakSet()  # objects to reset in forked child processes
 
 
-def _reset_gates() -> None:
-    """Reset all gates of this process after a fork."""
-    for gate in list(GATES):
-        gate.reset_after_fork()
+def _reset_all() -> None:
+    """Reset all gates and locks of this process after a fork."""
+    for part in list(FORK_SAFE):
+        part.reset_after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset_gates)
+    os.register_at_fork(after_in_child=_reset_all)
 
 
 def changes(touches: Callable[..., Names], late: bool = False) -> Callable[[F], F]:

@@ -161,8 +161,7 @@ class Holding:
         return TypeError(
             f"'{key}' of {type(method).__name__} adapter '{method.name}' on layer '{self.site.key}' is a "
             f"{kind.__name__}, and of other adapters there ({other_adapters}) something else: facts and tensors "
-            "cannot share a "
-            "name. Let build() return it under another."
+            "cannot share a name. Let build() return it under another."
         )
 
     def _open_container(self, key: str, value: object, training: bool) -> None:

@@ -311,8 +311,7 @@ def _make_patched_update(layer: Layer, m: Method, effect: Effect, function: Call
             what = tuple(update.shape) if isinstance(update, Tensor) else f"a {type(update).__name__}"
             raise UnsupportedLayerError(
                 f"get_delta_weight of layer '{layer.site.key}', replaced by {describe_function(function)}, is to "
-                "return the update "
-                f"of adapter '{m.name}' in the weight's shape, {tuple(shape)}: it returned {what}."
+                f"return the update of adapter '{m.name}' in the weight's shape, {tuple(shape)}: it returned {what}."
             )
         return layer.op.canon(update)
 

@@ -6,38 +6,34 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.base_config import model_type
 from graft.core.call import Call
-from graft.core.carrier import Carrier
 from graft.core.effect import Delta, Effect, Factors, Update
 from graft.core.errors import CalibrationError, ConfigError
 from graft.core.ops import META, OPS
 from graft.core.rows import Finish, Run
-from graft.core.shared import SharedTensors
 from graft.core.site import Site
 from graft.kernels.eager import cast
 
 if TYPE_CHECKING:
     from typing import Self
 
-    from graft.core.call import Call
-    from graft.core.rows import Finish, Run
-
     C = TypeVar("C", default=Any)  # the config of a method; bare `Method` is one of any config
 else:
     C = TypeVar("C")
 
 T = TypeVar("T")
+Tuner = Any  # the `Registry` of a model's adapters, which is in a layer above this package
 
 # annotations of values that do not train: facts, which a layer keeps in plain dicts, and buffers
 UNTRAINED_TYPES = ("float", "int", "bool", "str", "list", "dict", "Tensor")
@@ -574,43 +570,3 @@ def _check_overrides(cls: type[Method]) -> None:
                 f"{cls.__name__} overrides {', '.join(new)} and inherits {', '.join(inherited)}, which says the same. "
                 "Override both, or `describe`."
             )
-
-
-class Tuner(Protocol):
-    """A model with adapters, as methods see it. `Registry` describes each attribute."""
-
-    @property
-    def model(self) -> nn.Module: ...  # the user's, of any class
-    @property
-    def training(self) -> bool: ...
-    @property
-    def is_disabled(self) -> bool: ...
-    @property
-    def is_mixed(self) -> bool: ...
-    @property
-    def peft_config(self) -> Mapping[str, Any]: ...  # by adapter
-    @property
-    def active_adapters(self) -> list[str]: ...
-    @property
-    def layers(self) -> Mapping[str, Any]: ...  # by path
-    @property
-    def wrappers(self) -> Mapping[str, Any]: ...  # by path
-    @property
-    def states(self) -> dict[str, Any]: ...  # of methods that allocate a budget, by adapter
-    @property
-    def common_tensors(self) -> SharedTensors: ...
-
-    starts: dict[str, Any]  # notes of first values, by adapter
-    trained: set[str]
-    watch: Any
-    averager: Any
-    in_ddp: bool
-
-    @property
-    def call(self) -> Call: ...
-    def carriers(self) -> Iterator[Carrier]: ...
-    def parts_of(self, adapter_name: str) -> Any: ...
-    def check_known(self, names: Sequence[str]) -> None: ...
-    def trains(self, adapter_name: str) -> bool: ...
-    def calling(self, what: str) -> AbstractContextManager[object]: ...
-    def enter_methods(self, run: Run) -> AbstractContextManager[Finish]: ...

@@ -20,20 +20,14 @@ def check_name_list(names: Iterable[str], argument: str) -> list[str]:
     """
     if isinstance(names, str):
         raise TypeError(f"{argument} should be a list of strings, got {names!r}. Write ['{names}'].")
-    listed = list(names)
-    if len(listed) > 1 or not all([isinstance(name, str) for name in listed]):
-        check_unique_names(listed, argument)
-    return listed
-
-
-def check_unique_names(names: list[str], argument: str) -> None:
-    """Raise TypeError if an item of `names` is no string, and ValueError if a name is in the list twice."""
+    names = list(names)
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
         raise TypeError(f"{argument} takes names of adapters, got {wrong[0]!r} of type {type(wrong[0]).__name__}.")
     repeats = sorted({name for name in names if names.count(name) > 1})
     if repeats:
         raise ValueError(f"{argument} holds {repeats} twice, and an adapter acts once. Name each adapter one time.")
+    return names
 
 
 def is_bias(name: str) -> bool:

@@ -79,12 +79,12 @@ class Op:
         return self.dims(m)
 
     def canon(self, W: Tensor) -> Tensor:
-        """Return a stored weight in canonical orientation; here unchanged."""
-        return W
+        """Return a stored weight in canonical orientation: with its last two dimensions swapped if the module stores it
+        transposed, else unchanged. `uncanon` undoes that.
+        """
+        return W.mT if self.transposed else W
 
-    def uncanon(self, W: Tensor) -> Tensor:
-        """Return a canonical weight in the module's orientation; here unchanged."""
-        return W
+    uncanon = canon
 
     def call(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """Return the module's own function of x with another (canonical) weight and bias."""
@@ -149,13 +149,14 @@ class Op:
         self, m: nn.Module, r: int, bias: bool, fill: bool = True, device: torch.device | None = None
     ) -> tuple[nn.Module, nn.Module] | None:
         """Return two new modules with a composition that is a rank-r update of this layer; None for types without such
-        modules.
+        modules. For a stack they hold A and B of all matrices, with r times their number as inner size.
 
         Args:
             bias: the second module has a bias.
             fill: draw the values that torch's constructors draw; else they may be undefined.
         """
         out_features, in_features = self.dims(m)
+        r *= self.count_matrices(m)
         return make_linear(in_features, r, False, fill, device), make_linear(r, out_features, bias, fill, device)
 
 
@@ -200,14 +201,6 @@ class Conv1D(Op):
         in_features, out_features = m.weight.shape
         return out_features, in_features
 
-    def canon(self, W: Tensor) -> Tensor:
-        """Return the transposed weight: (out, in)."""
-        return W.T
-
-    def uncanon(self, W: Tensor) -> Tensor:
-        """Return the transposed weight: (in, out)."""
-        return W.T
-
 
 class Embedding(Op):
     """A linear layer on one-hot inputs: in = vocabulary, out = embedding dim. The module stores (in, out)."""
@@ -224,14 +217,6 @@ class Embedding(Op):
     def dims(self, m: nn.Module) -> tuple[int, int]:
         """Return (embedding_dim, num_embeddings)."""
         return m.embedding_dim, m.num_embeddings
-
-    def canon(self, W: Tensor) -> Tensor:
-        """Return the transposed table: (embedding dim, vocabulary)."""
-        return W.T
-
-    def uncanon(self, W: Tensor) -> Tensor:
-        """Return the transposed weight: (vocabulary, embedding dim)."""
-        return W.T
 
     def call(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """Return the rows of the table W.T at the ids x, with all options of the module. `b` is ignored."""
@@ -366,12 +351,6 @@ class Opaque(Op):
         self.parameter, self.transposed = parameter, transposed
         self.packed_shape = packed_shape
 
-    def canon(self, W: Tensor) -> Tensor:
-        """Return W with its last two dimensions swapped if the module stores it transposed; else W. Its own inverse."""
-        return W.mT if self.transposed else W
-
-    uncanon = canon
-
     def shape(self, m: nn.Module) -> tuple[int, ...]:
         """Return the canonical shape: that of the packed stack, or the parameter's, with the last two swapped if
         transposed.
@@ -414,16 +393,6 @@ class Opaque(Op):
     def join_matrices(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return A (n·r, in) and B (out, r·n) from the factors of each matrix: the inverse of `split_matrices`."""
         return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
-
-    def factor_modules(
-        self, m: nn.Module, r: int, bias: bool, fill: bool = True, device: torch.device | None = None
-    ) -> tuple[nn.Module, nn.Module]:
-        """Return two linear modules that hold A and B of all matrices, with r times the number of matrices as inner
-        size.
-        """
-        out_features, in_features = self.dims(m)
-        r *= self.count_matrices(m)
-        return make_linear(in_features, r, False, fill, device), make_linear(r, out_features, bias, fill, device)
 
     def apply(self, base: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], W: Tensor) -> object:
         """Return the output of a layer's base module, with W in place of the parameter of the innermost module.

@@ -254,7 +254,7 @@ class GeneratorSnapshot:
     def __init__(self) -> None:
         """Record the states of torch's CPU generator and of the accelerator's, and the number of tickets so far."""
         with LOCK:
-            self._cpu, self._tickets, self._device = torch.default_generator.get_state(), _tickets[0], _device_state()
+            self._states, self._tickets = read_generator_states(), _tickets[0]
 
     def is_untouched(self) -> bool:
         """Return True if nothing but tickets was drawn from torch's CPU generator since, and nothing from the
@@ -265,16 +265,7 @@ class GeneratorSnapshot:
         """
         with LOCK:
             twin = Generator("cpu")
-            twin.set_state(self._cpu)
+            twin.set_state(self._states[0])
             for _ in range(_tickets[0] - self._tickets):
                 new_seed(twin)
-            if not torch.equal(twin.get_state(), torch.default_generator.get_state()):
-                return False
-        now = _device_state()
-        return now is None or self._device is None or torch.equal(now, self._device)
-
-
-def _device_state() -> Tensor | None:
-    """Return the state of the accelerator's default generator; None if no accelerator is in use."""
-    device = find_accelerator()
-    return None if device is None else torch.get_device_module(device).get_rng_state()
+            return all(map(torch.equal, read_generator_states(), [twin.get_state(), *self._states[1:]]))

@@ -148,9 +148,6 @@ class Site:
     is_stack: bool = field(init=False)  # the weight is a stack of matrices, (n, out, in), as of experts
 
     def __post_init__(self) -> None:
-        self.read_shapes()
-
-    def read_shapes(self) -> None:
         """Read the sizes and the canonical shape from the module, and set `path` to `key` if it is empty."""
         self.out_features, self.in_features = self.op.dims(self.module)
         self.shape = tuple(self.op.shape(self.module))
@@ -160,7 +157,7 @@ class Site:
     def replace_module(self, module: nn.Module, op: Op, store: Store) -> None:
         """Exchange the module, its Op and its Store by others that hold the same values, and measure again."""
         self.module, self.op, self.store = module, op, store
-        self.read_shapes()
+        self.__post_init__()
 
     @property
     def output_is_new(self) -> bool:

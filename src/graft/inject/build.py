@@ -64,10 +64,7 @@ class LargestTensorMode(TorchDispatchMode):
     `numbers` is its count of elements.
     """
 
-    def __init__(self) -> None:
-        """Begin with `numbers` = 0."""
-        TorchDispatchMode.__init__(self)
-        self.numbers = 0
+    numbers = 0
 
     def __torch_dispatch__(
         self,
@@ -89,7 +86,7 @@ def count_needed_numbers(make: Callable[[], Mapping[str, object]]) -> float:
     `make` runs on the meta device without warnings. Returns infinity if torch raises RuntimeError or OverflowError for
     a shape.
     """
-    largest = LargestTensorMode()
+    largest = LargestTensorMode()  # type: ignore[no-untyped-call]
     try:
         with META, largest, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the real build gives the same warnings

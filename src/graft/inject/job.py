@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,41 +33,13 @@ class Receiver(Protocol):
         ...
 
 
-class ValueSource(Protocol):
-    """The values of a checkpoint, which an injection assigns instead of initial ones."""
-
-    @property
-    def names(self) -> Collection[str]:
-        """The checkpoint's keys."""
-        ...
-
-    def make_head(self, key: str, module: nn.Module) -> nn.Module | None:
-        """Return a module for `modules_to_save` with the checkpoint's shapes if these differ from those of `module`,
-        else None.
-        """
-        ...
-
-    def check_room(self, numbers: float) -> None:
-        """Raise if `numbers`, the count to be allocated before values are read, is far more than the
-        checkpoint holds.
-        """
-        ...
-
-    def match_entries(self, parts: AdapterCarriers, adapter: str) -> list[tuple[Receiver, Tensor]]:
-        """Return each entry of the adapter with its value, all checked.
-
-        Nothing is written: an entry's `assign` does that.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class Options:
     """The optional arguments of an injection. The comments say the effect of each."""
 
     upcast: bool = True  # train half-precision adapters in float32
     on_meta: bool = False  # leave its tensors on the meta device
-    values: ValueSource | None = None  # a checkpoint's, in place of initial ones
+    values: Any = None  # the `CheckpointValues` of a file, in place of initial ones
     heads: dict[str, nn.Module] | None = None  # modules for `modules_to_save`, by name, instead of copies of the base's
     state_dict: dict[str, Tensor] | None = None  # adapt exactly the layers that it has tensors for
     provisional: bool = False  # the caller may still remove the adapter: see `Registry.provisional`

@@ -91,9 +91,7 @@ class InjectReport:
             add_row("…", kind, str(n), "", "not targeted")
         return table
 
-    def __rich__(self) -> Table:
-        """Return the table; rich prints it."""
-        return self.table()
+    __rich__ = table
 
     def __str__(self) -> str:
         """Return the table as text, 110 columns wide."""

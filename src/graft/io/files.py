@@ -334,8 +334,7 @@ def check_tensors(tensors: dict[str, Tensor], path: str, allow_nonfinite: bool =
     if bad := find_nonfinite(tensors):
         raise NonFiniteError(
             f"NaN or infinite numbers are in {join_some(bad, 4)}, of {path}: training has diverged, or the file is "
-            "damaged. "
-            "Pass allow_nonfinite=True to load it all the same."
+            "damaged. Pass allow_nonfinite=True to load it all the same."
         )
 
 

@@ -203,11 +203,6 @@ def rename_weights(note: Fingerprint, rename: Callable[[Json], Json]) -> Fingerp
     return new_note | {"shapes": summarize_weights(new_note["weights"], None)["shapes"]}
 
 
-def restrict_to_stage(note: Fingerprint, is_here: Callable[[str], bool]) -> Fingerprint | None:
-    """Return a fingerprint without the weights that `is_here` says False to; None if it does not name its weights."""
-    return select_weights(note, is_here) if note.get("weights") else None
-
-
 def select_weights(note: Fingerprint, wanted: Callable[[str], bool]) -> Fingerprint:
     """Return a copy of a fingerprint with count, digest and shapes only of weights that `wanted` says True to.
 

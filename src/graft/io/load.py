@@ -39,7 +39,7 @@ from graft.io.fingerprint import (
     match_values,
     rename_weights,
     restrict_to_common,
-    restrict_to_stage,
+    select_weights,
 )
 from graft.io.layouts import convert_stack_layouts, fuse_experts
 from graft.io.save import changes_base
@@ -421,10 +421,9 @@ class CheckpointValues:
         if self.renamed_fingerprint is not None and describe_difference(of_file, now):
             of_file = self.renamed_fingerprint
         if describe_difference(of_file, now) and self.absent:
-            restricted = restrict_to_stage(of_file, lambda key: not self.is_absent(key))
-            if restricted is None:
+            if not of_file.get("weights"):
                 return
-            of_file = restricted
+            of_file = select_weights(of_file, lambda key: not self.is_absent(key))
         if parts.prompt is not None:
             both = restrict_to_common(of_file, now)
             if both is None:

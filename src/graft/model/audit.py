@@ -18,10 +18,8 @@ from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
 from graft.core.carrier import Carrier, iter_carried
-from graft.core.effect import Rewrite
 from graft.core.errors import join_some
 from graft.core.finite import is_dense_float, max_magnitudes
-from graft.core.folding import EvaluationMode, compute_delta, fold_effect
 from graft.core.method import WeightUse
 from graft.inject.beside import ModulesToSaveWrapper
 from graft.inject.parts import (
@@ -461,27 +459,16 @@ def update_norms(carrier: Carrier, adapter: str) -> tuple[Tensor, ...]:
     layer = carrier.adapter_layer
     if layer is None or adapter not in layer.methods:
         return ()
-    method = layer.methods[adapter]
-    effect = method.effect
-    if effect.whole or effect.weightless or effect.why_unmergeable:
+    effect = layer.methods[adapter].effect
+    if effect.whole or effect.weightless or effect.why_unmergeable or layer.base_weight.why_unreadable():
         return ()
-    base = layer.base_layer
-    if layer.site.piece is not None or any([layout_of(t) is not None for t in base.parameters()]):
+    if layer.site.piece is not None or any([layout_of(t) is not None for t in layer.base_layer.parameters()]):
         return ()  # processes would have to read it together
-    if layer.base_weight.why_unreadable():
-        return ()
-    with EvaluationMode(layer):
-        W = layer.W0
-        if isinstance(effect, Rewrite):
-            b = layer.b0
-            folded, bias = fold_effect(layer, method, effect, W, b)
-            delta, shift = folded.float() - W.float(), None if bias is None or b is None else bias - b
-        else:
-            delta, shift = compute_delta(layer, effect), effect.shift()
-        update = delta.float().norm()
-        if shift is not None:
-            update = torch.hypot(update, shift.float().norm())
-        return update, W.float().norm()
+    A, B, shift = layer.compute_change(adapter)
+    update = (A if B is None else B @ A).norm()
+    if shift is not None:
+        update = torch.hypot(update, shift.float().norm())
+    return update, layer.W0.float().norm()
 
 
 def module_norms(module: nn.Module, original: nn.Module) -> tuple[Tensor, ...]:

@@ -148,8 +148,7 @@ class XLoraRegistry(Registry):
         else:
             raise CheckpointError(
                 f"Expert '{name}' of X-LoRA adapter '{owner}' is neither next to its config nor at '{where}' "
-                f"({error}). "
-                "Name its folder in XLoraConfig.adapters, or pass from_pretrained(…, adapters={…})."
+                f"({error}). Name its folder in XLoraConfig.adapters, or pass from_pretrained(…, adapters={{…}})."
             )
         if expert.peft_type != "LORA":
             raise ConfigError(f"Expert '{name}' of X-LoRA is {expert.peft_type.value}: only LoRA adapters can be.")

@@ -124,7 +124,7 @@ WARNED = [
         "of several adapters one is merged",
         "core/test_layer.py core/test_merging.py "
         "io/test_checkpoint_files.py::test_a_merged_adapter_does_not_make_it_another_base "
-        "methods/test_alora.py::test_merging_is_refused methods/test_beft.py::test_merged_between_others "
+        "methods/test_beft.py::test_merged_between_others "
         "methods/test_glora.py::test_adapters_act_on_the_weight_as_it_was "
         "model/test_mixed.py::test_three_methods_and_two_adapters_of_one "
         "packages/ parity/test_adapters.py::test_while_merged parity/test_merge.py::test_merge_one_of_two",
@@ -133,7 +133,6 @@ WARNED = [
         "Adapter .* was active which is now deleted",
         "the active adapter is deleted",
         "compat/test_callers.py inject/test_saved_modules.py "
-        "methods/test_adaption_prompt.py::test_switching_deleting_disabling "
         "methods/test_vblora.py::test_it_trains_with_its_adapter "
         "model/test_mixed.py::test_methods_that_call_different_things_by_one_name "
         "model/test_nothing_silent.py::test_configs_of_a_model_without_a_wrapper_follow_deletion "

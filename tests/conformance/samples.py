@@ -29,9 +29,9 @@ CALLED = (
 )  # aLoRA, Poly, T-LoRA: for the laws of forward, gradients, files and copies; nothing merges them
 # on whole attentions or blocks, with experts: their laws have tests of their own
 ELSEWHERE = {
-    "ADAPTION_PROMPT": "methods/test_adaption_prompt.py",
-    "MIXLORA": "methods/test_mixlora.py",
-    "SHADOW": "methods/test_shadow.py",
+    "ADAPTION_PROMPT": "methods/test_whole.py",
+    "MIXLORA": "methods/test_whole.py",
+    "SHADOW": "methods/test_whole.py",
     "XLORA": "conformance/test_called.py",
     "ADAPTER_FUSION": "methods/test_fusion.py",
 }

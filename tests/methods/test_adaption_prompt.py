@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adaption prompts: an adapter on whole attentions, which reads all arguments of their call."""
 
-import copy
 import json
 import math
-import pickle
 import warnings
 from dataclasses import fields
 
@@ -287,28 +285,6 @@ def test_attention_weights_are_still_handed_out():
 # adapters
 
 
-@every
-def test_switching_deleting_disabling(name):
-    model, base = three(name), make(name)
-    alone = {}
-    for adapter in ("default", "other", "third"):
-        model.set_adapter(adapter)
-        alone[adapter] = logits(model)
-        assert {k.rpartition(".")[2] for k, p in model.named_parameters() if p.requires_grad} == {adapter}
-    assert len({y.sum().item() for y in alone.values()}) == 3
-    with model.disable_adapter():
-        assert torch.equal(logits(model), logits(base))
-    assert torch.equal(logits(model), alone["third"])
-    model.delete_adapter("third")
-    assert torch.equal(logits(model), alone["default"])
-    model.set_adapter("other", inference_mode=True)
-    assert torch.equal(logits(model), alone["other"]) and not any(p.requires_grad for p in model.parameters())
-    refuses(ValueError, "Adapter third does not exist", model.delete_adapter, "third")
-    plain = model.unload()
-    assert not any(isinstance(m, AdapterLayer) for m in plain.modules())
-    assert plain.state_dict().keys() == base.state_dict().keys() and torch.equal(logits(plain), logits(base))
-
-
 @pytest.mark.differs(
     "adaption prompts: several adapters",
     peft="only the active one is in the model",
@@ -324,36 +300,6 @@ def test_two_active_adapters_add_up():
         y[len(names), names[0]] = layer(**kwargs)[0]
     base = layer.base_layer(**kwargs)[0]
     assert_close(y[2, "default"], y[1, "default"] + y[1, "other"] - base, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.differs(
-    "adaption prompts: mixed batches, layer status, `inject_adapter_in_model`, `set_adapter(inference_mode=True)`",
-    peft="an error",
-    graft="work",
-    why="follows from the hooks",
-)
-@every
-def test_a_mixed_batch_is_each_row_alone(name):
-    model = three(name)
-    names = ["other", "__base__", "default", "third", "other"]
-    batch = models.inputs("llama", 5)
-    model.set_requires_grad(["default", "other", "third"])
-    mixed = model(**batch, adapter_names=names).logits
-    with seeded(4):
-        loss = torch.randn(mixed.shape)
-    (mixed * loss).sum().backward()
-    got = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    for row, adapter in enumerate(names):
-        model.base_model.set_adapter([a for a in [adapter] if a != "__base__"])
-        alone = model(**{k: v[row : row + 1] for k, v in batch.items()}).logits
-        assert_close(mixed[row : row + 1], alone, rtol=1e-5, atol=1e-5)
-        if adapter != "__base__":
-            (alone * loss[row]).sum().backward()
-    assert got.keys() == {k for k, p in model.named_parameters() if p.grad is not None}
-    for key, p in model.named_parameters():
-        if p.grad is not None:
-            assert_close(got[key], p.grad, rtol=1e-4, atol=1e-5)
 
 
 @every
@@ -397,29 +343,12 @@ def test_on_a_model_that_carries_others(name, first):
     assert_close(found, plain(**batch).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_and_copied_models_do_the_same(dtype):
-    model = opened(adapt(base=make(dtype=dtype)))
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(logits(twin), logits(model))
-        layer = layers(twin)[NAME["llama"]]
-        assert layer.methods["default"].layer is layer is not layers(model)[NAME["llama"]]
-
-
 def test_status():
     model = three()
     assert [s.name for s in model.get_layer_status()] == [f"model.model.layers.{i}.self_attn" for i in (0, 1)]
     status = model.get_model_status()
     assert status.adapter_model_type == "AdaptionPromptModel" and status.num_adapter_layers == 2
     assert status.trainable_params == 2 * (3 * 24 + 1) and status.available_adapters == ["default", "other", "third"]
-
-
-def test_merging_is_refused_and_changes_nothing():
-    model = opened(adapt())
-    expected = logits(model)
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        refuses(NotImplementedError, "a branch next to the layer has no merged form", merge)
-    assert torch.equal(logits(model), expected)
 
 
 # generation
@@ -447,20 +376,6 @@ def test_generating_with_a_cache_is_a_step_at_a_time(name):
     assert (got.logits[0] - make(name)(input_ids=ids, attention_mask=mask).logits[:, -1]).abs().max() > 0.1
 
 
-@generating
-def test_generating_a_mixed_batch(name):
-    model = three(name)
-    with seeded(5):
-        ids = torch.randint(3, VOCAB, (3, 4))
-    names = ["other", "__base__", "default"]
-    options = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, num_beams=2)
-    mixed = model.generate(input_ids=ids, adapter_names=names, **options)
-    for row, adapter in enumerate(names):
-        model.base_model.set_adapter([a for a in [adapter] if a != "__base__"])
-        alone = model.generate(input_ids=ids[row : row + 1], **options)
-        assert torch.equal(mixed[row, 4:], alone[0, 4:])
-
-
 # compiled, checkpointed, on meta
 
 
@@ -474,15 +389,6 @@ def test_compiled_whole(name):
         _, args, kwargs, y = call_of(base, NAME[name])
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         assert_close(compiled(*args, **kwargs)[0], y[0])
-
-
-@every
-def test_gradient_checkpointing(name):
-    model = opened(adapt(name)).train()
-    expected = gradients(model)
-    models.checkpoint(model)
-    for key, grad in gradients(model).items():
-        assert_close(grad, expected[key], rtol=1e-5, atol=1e-6)
 
 
 def test_planning_and_loading_without_memory(tmp_path):

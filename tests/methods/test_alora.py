@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """aLoRA: an adapter that acts from its invocation tokens on."""
 
-import copy
 import warnings
 
 import peft
@@ -304,23 +303,6 @@ def gradients(model, inputs, **options):
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@pytest.mark.parametrize("names", [None, ["default", "plain"]])
-def test_gradient_checkpointing(names, reentrant):
-    plain, inputs = with_alora(plain={}).train(), batch()
-    model = with_alora(reentrant, plain={})
-    for m in (plain, model):
-        m.set_requires_grad(["default", "plain"])
-    options = {} if names is None else {"adapter_names": names}
-    expected = gradients(plain, inputs, **options)
-    for _ in range(2):
-        found = gradients(model, inputs, **options)
-        assert found.keys() == expected.keys()
-        for name, g in expected.items():
-            assert_close(found[name], g, rtol=1e-4, atol=1e-5 * max(1.0, g.abs().max().item()))
-        assert not get_registry(model).call.context
-
-
 @pytest.mark.differs(
     "aLoRA: a second forward under gradient checkpointing, before a backward",
     peft="ValueError",
@@ -390,16 +372,6 @@ def test_offsets_that_are_none(given, error, text):
     refuses(error, text, model, **inputs, alora_offsets=given)
     assert not get_registry(model).call.context
     model(**inputs)
-
-
-def test_merging_is_refused():
-    model, inputs = with_alora(plain={}), batch()
-    expected = logits(model, inputs)
-    refuses(NotImplementedError, "aLoRA does not support merging", model.merge_adapter)
-    refuses(NotImplementedError, "aLoRA does not support merging", copy.deepcopy(model).merge_and_unload)
-    assert torch.equal(logits(model, inputs), expected)
-    model.merge_adapter(["plain"])
-    assert get_registry(model).merged_adapters == ["plain"]
 
 
 # PEFT

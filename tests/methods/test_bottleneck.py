@@ -14,66 +14,11 @@ from torch.testing import assert_close
 import graft
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError
 from tests.leaves_out import EMBEDDINGS_APART
-from tests.looks import get_registry, layers
-from tests.models import adapted, checkpoint, disturb, inputs, make, output, seeded
+from tests.looks import layers
+from tests.models import adapted, disturb, inputs, make, output, seeded
 
 SMALL = dict(reduction_factor=3)
 PRESETS = ["seq_bn", "double_seq_bn", "par_bn", "adapter_plus", "seq_bn_inv"]
-
-
-def with_two(base, preset):
-    return adapted(base, dict.fromkeys(["default", "other"], graft.BottleneckConfig.preset(preset, **SMALL)), scale=0.2)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-@torch.no_grad()
-def test_rows_of_a_mixed_batch_and_files(preset, tmp_path):
-    model, batch = with_two(make("llama"), preset), inputs("llama")
-    plain, alone = output(make("llama"), batch), {}
-    for name in ("default", "other"):
-        model.set_adapter(name)
-        alone[name] = output(model, batch)
-        assert (alone[name] - plain).abs().max() > 1e-3
-    mixed = model(**batch, adapter_names=["other", "__base__", "default"]).logits
-    for row, expected in enumerate((alone["other"], plain, alone["default"])):
-        assert_close(mixed[row], expected[row], rtol=1e-4, atol=1e-4)
-    model.save_pretrained(tmp_path)
-    loaded = graft.PeftModel.from_pretrained(make("llama"), tmp_path)
-    loaded.load_adapter(tmp_path / "other", "other")
-    assert_close(output(loaded.eval(), batch), alone["default"])
-    loaded.set_adapter("other")
-    assert_close(output(loaded, batch), alone["other"])
-    assert torch.equal(output(model.unload(), batch), plain)
-
-
-@pytest.mark.parametrize("name", ["llama", "bert"])
-@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
-@pytest.mark.parametrize("preset", ["par_bn", "seq_bn"])
-def test_gradients_under_checkpointing(name, preset, reentrant):
-    grads = []
-    for again in (False, True):
-        model = with_two(make(name), preset)
-        model.set_adapter("default")
-        if again:
-            checkpoint(model, reentrant)
-            model.enable_input_require_grads()
-        output(model.train(), inputs(name)).square().mean().backward()
-        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-        assert not get_registry(model).call.thread_state.tapped
-    assert grads[0].keys() == grads[1].keys() and len(grads[0]) >= 8
-    assert_close(grads[0], grads[1])
-
-
-@torch.no_grad()
-def test_generate_is_that_of_one_row_after_another():
-    model, ids = with_two(make("llama"), "par_bn"), inputs("llama")["input_ids"]
-    model.set_adapter("default")
-    mask = torch.ones_like(ids)  # without it transformers 4 takes the id 0 for padding
-    given = dict(attention_mask=mask, do_sample=False, eos_token_id=None)
-    ours = model.generate(input_ids=ids, max_new_tokens=4, **given)
-    for _ in range(4):
-        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(ours, ids)
 
 
 def test_places_by_name_and_blocks_left_out():
@@ -134,7 +79,7 @@ def test_beside_lora_on_the_same_layer():
 
 
 def test_bfloat16_keeps_the_dtype_of_the_model():
-    model = with_two(make("llama").bfloat16(), "par_bn")
+    model = adapted(make("llama").bfloat16(), graft.BottleneckConfig.preset("par_bn", **SMALL), scale=0.2)
     y = output(model, inputs("llama"))
     assert y.dtype == torch.bfloat16 and y.isfinite().all()
     assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "bottleneck_" in n)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Poly and multi-head routing: skills mixed by task."""
 
-import copy
 import json
 
 import peft
@@ -145,24 +144,6 @@ def test_what_is_added():
         assert_close(seen[0][1][row], expected[0], rtol=1e-5, atol=1e-5)
 
 
-def test_rows_with_adapters_of_their_own():
-    model = with_poly(graft)
-    with seeded(8):
-        model.add_adapter("other", graft.PolyConfig(**{**LLAMA, "n_skills": 2, "n_splits": 3, "init_weights": False}))
-    names, parts = ["default", "other", "__base__", "other"], {}
-    for name in ("default", "other"):
-        model.set_adapter(name)
-        parts[name] = output(model)
-    with model.disable_adapter():
-        parts["__base__"] = output(model, None)
-    mixed = output(model, adapter_names=names)
-    for row, name in enumerate(names):
-        assert_close(mixed[row], parts[name][row], rtol=1e-4, atol=1e-4)
-    model.base_model.set_adapter(["default", "other"])
-    both = output(model)
-    assert (both - parts["default"]).abs().max() > 1e-3 and (both - parts["other"]).abs().max() > 1e-3
-
-
 @pytest.mark.differs(
     "Poly in a plain PeftModel, mixed batches, inputs of any shape, beams, Conv1D",
     peft="fail",
@@ -197,18 +178,6 @@ def test_conv1D_too():
     graft.set_peft_model_state_dict(same, graft.get_peft_model_state_dict(model), strict=True)
     x = torch.randn(4, 5, 6)
     assert_close(model(x, task_ids=TASKS), same(x, task_ids=TASKS))
-
-
-@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-def test_gradient_checkpointing(reentrant):
-    model = with_poly(graft).train()
-    models.seed(3)
-    expected = gradients(model)
-    models.checkpoint(model, reentrant)
-    model.enable_input_require_grads()
-    models.seed(3)
-    equal(gradients(model), expected)
-    assert not get_registry(model).call.context
 
 
 @WHOLE_GRAPHS
@@ -294,11 +263,3 @@ def test_configs_and_layers():
         graft.get_peft_model(models.make("mlp"), graft.PolyConfig(target_modules=["lin0"], n_splits=4))
     targets = graft.get_peft_model(models.make("llama"), graft.PolyConfig()).peft_config["default"].target_modules
     assert targets == {"q_proj", "v_proj"}
-
-
-def test_merging_is_refused():
-    model = with_poly(graft)
-    expected = output(model)
-    for call in (model.merge_adapter, copy.deepcopy(model).merge_and_unload):
-        refuses(NotImplementedError, "no weight is that of all tasks", call)
-    assert torch.equal(output(model), expected)

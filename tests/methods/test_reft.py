@@ -18,7 +18,7 @@ from tests.leaves_out import STATES_OF_MAMBA
 from tests.looks import layers
 from tests.many.alone import Spec, alone, as_alone, rows, tiny
 from tests.methods.make_reft_steering import IDS
-from tests.models import STD, VOCAB, adapted, checkpoint, inputs, make, output, seeded, transformer
+from tests.models import STD, VOCAB, adapted, inputs, make, output, seeded, transformer
 from tests.raised import refuses
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -224,39 +224,6 @@ def test_a_decoders_prompt_ends_where_generate_goes_on():
         cached, anew = (model.generate(**options, **more, use_cache=cache).logits for cache in (True, False))
         assert_close(cached, anew, rtol=1e-4, atol=1e-4)
         assert (cached[0] - base.generate(**options, **more).logits[0]).abs().max() > 1e-2
-
-
-@torch.no_grad()
-def test_rows_of_a_mixed_batch_and_files(tmp_path):
-    model, batch, alone = with_two(), inputs("llama"), {}
-    for name in ("default", "other"):
-        model.set_adapter(name)
-        alone[name] = output(model, batch)
-    plain = output(make("llama"), batch)
-    mixed = model(**batch, adapter_names=["other", "__base__", "default"]).logits
-    for row, expected in enumerate((alone["other"], plain, alone["default"])):
-        assert_close(mixed[row], expected[row], rtol=1e-4, atol=1e-4)
-    model.save_pretrained(tmp_path)
-    loaded = graft.PeftModel.from_pretrained(make("llama"), tmp_path).eval()
-    assert torch.equal(output(loaded, batch), alone["default"])
-
-
-@pytest.mark.parametrize("name", ["llama", "bert"])
-@pytest.mark.parametrize("rows", [None, ["other", "__base__", "default"]], ids=["", "mixed"])
-def test_gradients_under_checkpointing(name, rows):
-    options = {} if rows is None else dict(adapter_names=rows)
-    grads = []
-    for again in (False, True):
-        model = with_two(name)
-        model.set_adapter("default")
-        model.set_requires_grad("other")
-        if again:
-            checkpoint(model)
-        batch = dict(inputs(name), attention_mask=torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 7]))
-        output(model.train(), batch | options).square().mean().backward()
-        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys() and len(grads[0]) >= 8
-    assert_close(grads[0], grads[1])
 
 
 def test_orthonormal_rows_are_themselves():

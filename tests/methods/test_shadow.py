@@ -58,14 +58,6 @@ def two(**options):
     return moved(model)
 
 
-def alone(model, name, call):
-    if name == "__base__":
-        with model.disable_adapter():
-            return call()
-    model.set_adapter(name)
-    return call()
-
-
 def classifier(labels=3, kind=None):
     config = LlamaConfig(
         vocab_size=41, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4,
@@ -168,36 +160,6 @@ def test_hidden_states_are_pefts():
 # mixed batches
 
 
-@pytest.mark.differs(
-    "SHADOW: mixed batches, also in `generate` and in training",
-    peft="ignores `adapter_names`",
-    graft="work: each row has the state of its adapter's network",
-)
-def test_a_mixed_batch_is_its_rows_one_by_one():
-    model = two()
-    mixed = model(**X, adapter_names=ROWS).logits
-    for i, name in enumerate(ROWS):
-        row = {k: v[i : i + 1] for k, v in X.items()}
-        close(mixed[i : i + 1], alone(model, name, lambda row=row: model(**row).logits))
-
-
-def test_a_mixed_batch_trains():
-    model = two().train()
-    grads = []
-    for names in (ROWS, None):
-        model.zero_grad()
-        model.set_requires_grad(["default", "b"])
-        parts = [model(**X, adapter_names=names).logits] if names else []
-        for i, name in enumerate(() if names else ROWS):
-            row = {k: v[i : i + 1] for k, v in X.items()}
-            parts.append(alone(model, name, lambda row=row: model(**row).logits))
-            model.set_requires_grad(["default", "b"])
-        y = torch.cat(parts)
-        (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
-        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    close_dicts(*grads, 1e-4)
-
-
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
 def test_the_loss_of_a_mixed_batch_is_of_the_rows_of_each(task):
     """The shadow loss of an adapter is what it has alone on its rows, whatever rows others have."""
@@ -239,17 +201,6 @@ def test_generation_with_a_cache_is_that_without(beams):
     plain = ours.generate(**whole, use_cache=False)
     assert torch.equal(ours.generate(**whole), plain)
     assert torch.equal(theirs.generate(**whole, use_cache=False), plain)
-
-
-@pytest.mark.parametrize("beams", [1, 2])
-def test_generation_of_a_mixed_batch(beams):
-    model, options = two(), dict(max_new_tokens=5, do_sample=False, num_beams=beams)
-    ones = torch.ones_like(IDS)
-    mixed = model.generate(input_ids=IDS, attention_mask=ones, adapter_names=ROWS, **options)
-    for i, name in enumerate(ROWS):
-        row = dict(input_ids=IDS[i : i + 1], attention_mask=ones[:1])
-        found = alone(model, name, lambda row=row: model.generate(**row, **options))[0]
-        assert torch.equal(mixed[i, : len(found)], found)
 
 
 @pytest.mark.differs(
@@ -298,18 +249,6 @@ def test_other_ways_to_call():
 
 
 # training
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(reentrant):
-    grads = []
-    for on in (False, True):
-        model = moved(with_shadow()).train()
-        if on:
-            models.checkpoint(model.get_base_model(), reentrant)
-        model(**X, labels=IDS).loss.backward()
-        grads.append({n: p.grad for n, p in model.named_parameters()})
-    close_dicts(*grads)
 
 
 class Checkpointed(nn.Module):
@@ -379,11 +318,6 @@ def test_one_is_active_and_none_is_merged():
     model.delete_adapter("default")
     assert not any(".default." in name for name in model.state_dict())
     assert torch.equal(model.unload()(**X).logits, models.make("llama")(**X).logits)
-
-
-def test_a_copy_is_equal():
-    model = moved(with_shadow())
-    assert torch.equal(copy.deepcopy(model)(**X).logits, model(**X).logits)
 
 
 @pytest.mark.differs(

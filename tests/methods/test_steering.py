@@ -67,13 +67,6 @@ def test_coefficients_go_where_the_rows_are():
         assert coefficients(value, run).device.type == "meta"
 
 
-@torch.no_grad()
-def test_generate_with_a_cache_is_that_without():
-    model, ids = with_vectors(min_token_index=2), inputs("llama")["input_ids"]
-    options = dict(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
-    assert torch.equal(model.generate(**options), model.generate(**options, use_cache=False))
-
-
 TINY = dict(vocab_size=41, hidden_size=24, num_hidden_layers=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 CACHED = {  # a cache of tokens, of tokens in its second layer only, and of states
     "llama": lambda: make("llama"),

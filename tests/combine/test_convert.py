@@ -16,7 +16,7 @@ from tests.conformance.samples import CELLS, features
 from tests.covering import law
 from tests.models import seeded
 from tests.pair import LIBS, close, outcome
-from tests.raised import refuses
+from tests.raised import refuses, warns
 
 T = ["lin0", "fc1", "fc2"]
 CONVERTED = [  # methods that PEFT converts, and graft has
@@ -123,8 +123,7 @@ def test_what_multiplies_the_weight_is_the_lora_that_is_merged(name):
 
 def test_what_a_low_rank_leaves_out_of_a_rotation_is_said():
     model = made(graft, ("OFTConfig", dict(oft_block_size=4)))
-    with pytest.warns(UserWarning, match=r"rank 1.*loses up to \d+ %|rank 1.*loses up to \d+%"):
-        graft.convert_to_lora(model, 1)
+    warns(UserWarning, r"rank 1.*loses up to \d+ %|rank 1.*loses up to \d+%", graft.convert_to_lora, model, 1)
 
 
 # the same as PEFT
@@ -303,8 +302,7 @@ def test_what_says_that_it_can_be_converted():
 
 def test_lora_again_says_so():
     for model, lib in [(made(lib, ("LoraConfig", dict(r=2))), lib) for lib in LIBS]:
-        with pytest.warns(UserWarning, match="that is already a LoRA adapter"):
-            lib.convert_to_lora(model, 1)
+        warns(UserWarning, "that is already a LoRA adapter", lib.convert_to_lora, model, 1)
 
 
 @pytest.mark.parametrize("rank", [2, 5])

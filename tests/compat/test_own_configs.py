@@ -15,7 +15,7 @@ from torch import nn
 
 import graft
 from tests.pair import LIBS
-from tests.raised import refuses
+from tests.raised import refuses, warns
 
 LIB = pytest.mark.parametrize("lib", LIBS, ids=lambda lib: lib.__name__)
 MORE = "more.json"
@@ -202,6 +202,5 @@ def test_configs_made_of_their_fields(within):
     again = graft.LoraConfig(**asdict(config))
     assert again == config and isinstance(again.runtime_config, graft.LoraRuntimeConfig)
     assert graft.LoraConfig(runtime_config={"ephemeral_gpu_offload": True}).runtime_config.ephemeral_gpu_offload
-    with pytest.warns(UserWarning, match=r"'ephemeral'.*LoraRuntimeConfig"):
-        graft.LoraConfig(runtime_config={"ephemeral": True})
+    warns(UserWarning, r"'ephemeral'.*LoraRuntimeConfig", graft.LoraConfig, runtime_config={"ephemeral": True})
     refuses(graft.ConfigTypeError, "runtime_config", graft.LoraConfig, runtime_config=3)

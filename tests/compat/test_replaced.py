@@ -19,6 +19,7 @@ from graft.core.layer import AdapterLayer, ParamWrapper
 from tests.compat.test_steps import GRAFT, LINEAR, PEFT, STACKS, TARGETS, X, base
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.models import nudged
+from tests.raised import warns
 
 NAMES = ("forward", "merge", "unmerge", "get_delta_weight")
 BEFORE = {(kind, name): getattr(kind, name) for kind in (AdapterLayer, ParamWrapper) for name in NAMES}
@@ -319,8 +320,7 @@ def test_a_merge_that_raises_leaves_nothing_merged(monkeypatch):
     linear = layer_of(GRAFT, "Linear")
     model = nudged(GRAFT.wrap(base(), ALL))
     model.add_adapter("other", graft.LoraConfig(**ALL))
-    with pytest.warns(UserWarning, match="'default'. are not merged"):
-        model.merge_adapter(["other"])
+    warns(UserWarning, "'default'. are not merged", model.merge_adapter, ["other"])
     before, merged = {n: p.clone() for n, p in model.named_parameters()}, linear.merge
 
     def merge(self, *args, **kwargs):
@@ -459,8 +459,7 @@ def test_a_client_keeps_the_original_on_the_class(monkeypatch):
 def test_classes_without_layers_say_so(monkeypatch):
     with pytest.warns(graft.PeftWarning, match="_LoraParameterProxy.forward was replaced: graft has no such layers"):
         monkeypatch.setattr(layer_of(GRAFT, "_LoraParameterProxy"), "forward", lambda self, W: W)
-    with pytest.warns(graft.PeftWarning):
-        monkeypatch.undo()
+    warns(graft.PeftWarning, None, monkeypatch.undo)
 
 
 def test_adapter_names_for_one_layer():

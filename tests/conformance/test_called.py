@@ -18,7 +18,7 @@ from tests.covering import law
 from tests.looks import get_registry, layers, merged
 from tests.methods import test_xlora as xlora
 from tests.models import disturb, seeded
-from tests.raised import refuses
+from tests.raised import refuses, warns
 
 folder = xlora.folder  # of experts
 
@@ -208,8 +208,7 @@ def test_a_router_saved_with_its_experts_copied_and_deleted(tmp_path):
     close(loaded(x), expected)
     model.delete_adapter("z")  # two are left, and both act on each token
     assert (model(x) - expected).abs().max() > 1e-3
-    with pytest.warns(UserWarning, match="router was active which is now deleted"):
-        model.delete_adapter("router")
+    warns(UserWarning, "router was active which is now deleted", model.delete_adapter, "router")
     model.set_adapter("x")
     alone = model(x)
     loaded.set_adapter("x")
@@ -271,8 +270,7 @@ def test_an_expert_of_xlora_that_was_merged_counts_once(folder):
     alone = xlora.output(model)
     model.merge_adapter(["1"])
     close(xlora.output(model), alone, 1e-4)
-    with pytest.warns(UserWarning, match="Unmerging the model first"):
-        model.set_adapter("default")
+    warns(UserWarning, "Unmerging the model first", model.set_adapter, "default")
     assert merged(model) == []
     close(xlora.output(model), expected, 1e-4)
     with model.disable_adapter():

@@ -14,7 +14,7 @@ from graft.model import functional
 from tests.conformance.samples import SAMPLES
 from tests.looks import layers, merged
 from tests.models import adapted, disturb, seeded
-from tests.raised import refuses
+from tests.raised import refuses, warns
 from tests.samples import BY_THEMSELVES
 
 X = torch.linspace(-1, 1, 30).view(5, 6)
@@ -163,8 +163,7 @@ def test_what_has_no_scaling_says_so(method):
     model = net_with("a", method=method)
     layer, before = layers(model)["one"], model(X)
     for call in (lambda: layer.set_scale("a", 2), lambda: layer.scale_layer(2), lambda: layer.unscale_layer(2)):
-        with pytest.warns(graft.PeftWarning, match=r"Scaling has no meaning.*one"):
-            call()
+        warns(graft.PeftWarning, r"Scaling has no meaning.*one", call)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         layer.scale_layer(1)
@@ -200,14 +199,12 @@ def test_merging_twice_says_so_and_does_nothing():
     model = net_with("a", "b")
     model.merge_adapter()
     once = weights(model)
-    with pytest.warns(UserWarning, match="All adapters are already merged"):
-        model.merge_adapter()
+    warns(UserWarning, "All adapters are already merged", model.merge_adapter)
     with pytest.warns(UserWarning, match=r"Already following adapters were merged a. .*additionally merging b"):
         model.merge_adapter(["a", "b"])
     assert not same(weights(model), once) and merged(model) == ["a", "b"]
     model.unmerge_adapter()
-    with pytest.warns(UserWarning, match="Already unmerged"):
-        model.unmerge_adapter()
+    warns(UserWarning, "Already unmerged", model.unmerge_adapter)
 
 
 def test_merging_takes_a_list_of_known_names():
@@ -245,8 +242,7 @@ def test_switching_or_disabling_while_merged_unmerges_at_once():
     model.set_adapter("b")
     b = model(X)
     model.merge_adapter()
-    with pytest.warns(UserWarning, match="Unmerging the model first"):
-        model.set_adapter("a")
+    warns(UserWarning, "Unmerging the model first", model.set_adapter, "a")
     assert merged(model) == []
     assert_close(model(X), a)
     model.merge_adapter()
@@ -344,8 +340,7 @@ def test_a_replacement_is_swapped_in_and_out():
     base, own, expected = layer.base_layer, dict(layer.ln_tuning_layers), model(X)
     model.merge_adapter()
     assert layer.base_layer is own["a"] and torch.equal(model(X), expected)
-    with pytest.warns(UserWarning, match=r"Unmerging \['a'\] first"):
-        model.merge_adapter(["b"])
+    warns(UserWarning, r"Unmerging \['a'\] first", model.merge_adapter, ["b"])
     assert layer.base_layer is own["b"] and layer.merged_adapters == ["b"]
     model.unmerge_adapter()
     assert layer.base_layer is base and dict(layer.ln_tuning_layers) == own and torch.equal(model(X), expected)
@@ -563,8 +558,7 @@ def test_deleting_the_active_adapter_of_one_part_chooses_the_next(kind):
         warnings.simplefilter("error")
         part.delete_adapter("y")
     assert part.active_adapters == ["z"]
-    with pytest.warns(UserWarning, match="z was active which is now deleted. Setting active adapter to x"):
-        part.delete_adapter("z")
+    warns(UserWarning, "z was active which is now deleted. Setting active adapter to x", part.delete_adapter, "z")
     assert part.active_adapters == part.adapters == ["x"]
     own = {n for n, p in part.named_parameters() if p.requires_grad}
     assert own and all("x" in n.split(".") for n in own)
@@ -580,8 +574,7 @@ def test_deleting_from_one_layer_runs_what_is_chosen():
     model.set_adapter("x")
     y = layer(X)
     model.set_adapter("y")
-    with pytest.warns(UserWarning, match="Setting active adapter to x"):
-        layer.delete_adapter("y")
+    warns(UserWarning, "Setting active adapter to x", layer.delete_adapter, "y")
     assert torch.equal(layer(X), y)
     model.base_model.model.two.delete_adapter("y", ["x"])  # without a word: the caller chose
     assert model.base_model.model.two.active_adapters == ["x"]

@@ -22,7 +22,7 @@ from tests.core.test_layer import Net, X, config, net_with, same, weights
 from tests.leaves_out import FSDP2_ON_CPUS
 from tests.looks import layers, merged
 from tests.models import disturb, seeded
-from tests.raised import refuses
+from tests.raised import refuses, warns
 
 
 def said(record):
@@ -36,10 +36,8 @@ def test_switching_to_what_is_active_takes_out_others_that_are_merged():
     model = net_with("x", "y")
     model.set_adapter("x")
     y = model(X)
-    with pytest.warns(UserWarning, match="no effect"):
-        model.merge_adapter(["y"])
-    with pytest.warns(UserWarning, match="Unmerging the model first"):
-        model.set_adapter("x")
+    warns(UserWarning, "no effect", model.merge_adapter, ["y"])
+    warns(UserWarning, "Unmerging the model first", model.set_adapter, "x")
     assert not merged(model)
     assert_close(model(X), y)
 
@@ -50,8 +48,7 @@ def test_switching_without_a_wrapper_takes_out_others_that_are_merged():
     functional.set_adapter(model, "x")
     y = model(X)
     model.one.merge(adapter_names=["y"])
-    with pytest.warns(UserWarning, match="Unmerging the model first"):
-        functional.set_adapter(model, "x")
+    warns(UserWarning, "Unmerging the model first", functional.set_adapter, model, "x")
     assert not model.one.merged
     assert_close(model(X), y)
 
@@ -236,8 +233,7 @@ def test_an_error_on_one_layer_leaves_all_as_they_were(make, after, dtype, monke
         x = torch.randn(4, 6).to(dtype)
     model.base_model.set_adapter(["a", "b"])
     y, base = model(x), weights(model)
-    with pytest.warns(UserWarning, match="no effect"):
-        model.merge_adapter(["b"])
+    warns(UserWarning, "no effect", model.merge_adapter, ["b"])
     before, write = model(x), merging._write_merge
 
     def fails(layer, names, *args):
@@ -381,8 +377,7 @@ def test_merging_goes_on_with_layers_that_are_not_merged_yet():
     model = net_with("x")
     y = model(X)
     model.base_model.model.one.merge()
-    with pytest.warns(UserWarning, match="Already"):
-        model.merge_adapter()
+    warns(UserWarning, "Already", model.merge_adapter)
     assert merged(model) == ["x"] and model.base_model.model.two.merged
     assert_close(model(X), y)
 

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.errors import PeftWarning
+from tests.raised import warns
 from tests.storage.test_bnb import eight, four, package  # noqa: F401
 
 WIDTH = 64
@@ -88,8 +89,7 @@ def test_an_adapter_that_does_nothing_loses_nothing():
 
 def test_what_was_merged_for_good_can_be_read_of_the_peft_model():
     made = with_change(model(hold=four), 1e-5)
-    with pytest.warns(PeftWarning, match="dequantize=True"):
-        made.merge_and_unload()
+    warns(PeftWarning, "dequantize=True", made.merge_and_unload)
     assert graft.merge_report(made)["2"] < 0.5
 
 
@@ -108,11 +108,9 @@ def test_the_share_of_several_merges_is_that_of_all_they_asked_for():
     with torch.no_grad():
         made.base_model.model[0].lora_B["b"].weight.normal_(std=1e-6)
     made.base_model.set_adapter(["a", "b"])
-    with pytest.warns(UserWarning, match="not merged"):
-        made.merge_adapter(["a"])
+    warns(UserWarning, "not merged", made.merge_adapter, ["a"])
     alone = made.base_model.model[0].share_kept
-    with pytest.warns(UserWarning, match="additionally merging"):
-        made.merge_adapter(["b"])
+    warns(UserWarning, "additionally merging", made.merge_adapter, ["b"])
     assert made.base_model.model[0].share_kept == pytest.approx(alone, abs=1e-3)
 
 
@@ -120,8 +118,7 @@ def test_a_layer_that_is_merged_alone_warns_as_well():
     made = graft.inject_adapter_in_model(graft.LoraConfig(r=4, target_modules=["0"]), model(torch.bfloat16), "a")
     with torch.no_grad():
         made[0].lora_B["a"].weight.normal_(std=1e-6)
-    with pytest.warns(PeftWarning, match="1 of 1 layers"):
-        made[0].merge()
+    warns(PeftWarning, "1 of 1 layers", made[0].merge)
     assert graft.merge_report(made) == {"0": made[0].share_kept}
 
 

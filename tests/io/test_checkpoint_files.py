@@ -24,7 +24,7 @@ from graft.io.fingerprint import KEY
 from tests import models
 from tests.looks import layers
 from tests.models import adapted, disturb, seeded
-from tests.raised import refuses
+from tests.raised import refuses, warns
 
 CONFIG, TENSORS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 X = models.inputs("mlp")["x"]
@@ -200,8 +200,7 @@ def test_a_model_card_that_fails_does_not_fail_the_save(saved, monkeypatch):
     (saved / "README.md").write_text("# Mine\n")  # which gets more text
     with monkeypatch.context() as patch:
         done = fail_at(patch, 3)
-        with pytest.warns(graft.PeftWarning, match=r"is saved; .*README.md could not be written"):
-            model.save_pretrained(saved)
+        warns(graft.PeftWarning, r"is saved; .*README.md could not be written", model.save_pretrained, saved)
     assert done[:3] == [TENSORS, CONFIG, "README.md"]
     assert set(files(saved)) == {CONFIG, TENSORS, "README.md"}
     assert torch.equal(load(saved)(X), model(X))
@@ -450,8 +449,7 @@ def test_a_torch_file_that_holds_more_than_tensors_is_refused(saved, kind):
 def test_config_keys_of_newer_versions_are_named_and_left_out(saved):
     values = json.loads((saved / CONFIG).read_text())
     (saved / CONFIG).write_text(json.dumps({**values, "foo": 1, "bar": [2]}))
-    with pytest.warns(UserWarning, match=r"\['bar', 'foo'\] for class LoraConfig.*newer version"):
-        loaded = load(saved)
+    loaded = warns(UserWarning, r"\['bar', 'foo'\] for class LoraConfig.*newer version", load, saved)
     assert torch.equal(loaded(X), mlp_with()(X)) and not hasattr(loaded.peft_config["default"], "foo")
 
 
@@ -542,8 +540,7 @@ def test_without_strict_an_existing_adapter_keeps_what_is_missing(saved):
     spoil(saved, SPOILT["missing"][0])
     model = mlp_with("mine", number=2)
     kept = layers(model)["lin0"].lora_B["mine"].weight.clone()
-    with pytest.warns(UserWarning, match="missing adapter keys"):
-        model.load_adapter(saved, "mine", strict=False)
+    warns(UserWarning, "missing adapter keys", model.load_adapter, saved, "mine", strict=False)
     assert torch.equal(layers(model)["lin0"].lora_B["mine"].weight, kept)
 
 
@@ -709,8 +706,7 @@ def other_weights():
 
 
 def test_a_base_with_other_weights(saved):
-    with pytest.warns(graft.PeftWarning, match="same architecture but with other weights"):
-        load(saved, base=other_weights())
+    warns(graft.PeftWarning, "same architecture but with other weights", load, saved, base=other_weights())
 
 
 def test_other_weights_that_are_not_adapted_do_not_matter(saved, quiet):
@@ -955,8 +951,7 @@ def test_rows_of_a_vocabulary_that_was_resized(tied, writer, tmp_path):
         for p in model.parameters():
             if p.requires_grad:
                 p += torch.randn(p.shape)
-    with pytest.warns(UserWarning, match="save_embedding_layers"):
-        model.save_pretrained(tmp_path / "a")
+    warns(UserWarning, "save_embedding_layers", model.save_pretrained, tmp_path / "a")
     expected = logits(model)
     assert not [key for key in graft.load_peft_weights(tmp_path / "a") if key.endswith("default")]
     for lib in (graft, peft):
@@ -965,6 +960,5 @@ def test_rows_of_a_vocabulary_that_was_resized(tied, writer, tmp_path):
     over.load_adapter(tmp_path / "a", "default")
     torch.testing.assert_close(logits(over), expected)
     over.merge_adapter()
-    with pytest.warns(UserWarning, match="save_embedding_layers"):
-        over.save_pretrained(tmp_path / "merged")
+    warns(UserWarning, "save_embedding_layers", over.save_pretrained, tmp_path / "merged")
     torch.testing.assert_close(logits(graft.PeftModel.from_pretrained(base(4), tmp_path / "merged")), expected)

@@ -10,7 +10,7 @@ import graft
 from graft.io.fingerprint import choose_sampled_names
 from tests import models
 from tests.models import seeded
-from tests.raised import refuses
+from tests.raised import refuses, warns
 
 
 class Renamed(nn.Module):
@@ -34,8 +34,7 @@ def test_modules_that_were_renamed(tmp_path):
     loaded = graft.PeftModel.from_pretrained(new, tmp_path)
     mine, theirs = (dict(graft.get_peft_model_state_dict(m)) for m in (made, loaded))
     assert_close([*mine.values()], [*theirs.values()])
-    with pytest.warns(graft.PeftWarning, match="with other weights"):
-        graft.PeftModel.from_pretrained(Renamed(), tmp_path)
+    warns(graft.PeftWarning, "with other weights", graft.PeftModel.from_pretrained, Renamed(), tmp_path)
 
 
 def test_sizes_that_are_ignored(tmp_path):

@@ -25,7 +25,7 @@ from graft.train import adalora_callback, allocate_on_step
 from tests.compat.test_compat import run
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers
-from tests.raised import refuses
+from tests.raised import refuses, warns
 
 STEPS = 12
 CONFIG = dict(target_modules=["a", "b", "c"], init_r=5, target_r=2, total_step=STEPS, tinit=2, tfinal=3, lora_alpha=3)
@@ -178,8 +178,7 @@ def test_a_forgotten_allocator_is_noticed_at_the_second_step():
     model = with_adalora(graft)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     step(model, optimizer)
-    with pytest.warns(graft.PeftWarning, match=r"update_and_allocate\(\)"):
-        step(model, optimizer, 1)
+    warns(graft.PeftWarning, r"update_and_allocate\(\)", step, model, optimizer, 1)
 
 
 def test_the_optimizer_hook_allocates_at_every_step(recwarn):

@@ -18,7 +18,7 @@ from tests import models
 from tests.looks import get_registry
 from tests.models import seeded
 from tests.pair import LIBS, adapt, close, output, randomize
-from tests.raised import refuses
+from tests.raised import refuses, warns
 from tests.samples import first
 
 pytest.importorskip("sklearn")
@@ -190,8 +190,7 @@ def test_clusters_of_other_sizes_come_with_their_file(tmp_path):
     """Another device, or another scikit-learn, may find them."""
     model = randomize(adapt(graft, SAMPLE, base=other_base()), SAMPLE).eval()
     model.save_pretrained(tmp_path)
-    with pytest.warns(graft.PeftWarning, match="other weights"):
-        loaded = graft.PeftModel.from_pretrained(models.make("mlp"), tmp_path)
+    loaded = warns(graft.PeftWarning, "other weights", graft.PeftModel.from_pretrained, models.make("mlp"), tmp_path)
     mine, theirs = loaded.base_model.model.lin0, model.base_model.model.lin0
     assert [p.shape for p in mine.adamss_B["default"]] == [p.shape for p in theirs.adamss_B["default"]]
     mine.base_layer.load_state_dict(theirs.base_layer.state_dict())

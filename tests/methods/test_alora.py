@@ -15,7 +15,7 @@ from tests import models
 from tests.leaves_out import CHUNKS_OF_PADDED, WHOLE_GRAPHS
 from tests.looks import get_registry, layers
 from tests.models import adapted, seeded
-from tests.raised import refuses
+from tests.raised import refuses, warns
 
 TOKENS = [11, 10]  # in the rows 0 and 1 of the batch
 CONFIG = dict(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -123,8 +123,7 @@ def test_padding(left):
 def test_rows_without_the_tokens_are_the_base_models_and_named():
     model, inputs = with_alora(), batch(3)
     inputs["input_ids"][1] = 20
-    with pytest.warns(graft.PeftWarning, match=r"not in rows \[1\] of the input"):
-        out = logits(model, inputs)
+    out = warns(graft.PeftWarning, r"not in rows \[1\] of the input", logits, model, inputs)
     with model.disable_adapter(), warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is searched for
         base = logits(model, inputs)
@@ -265,8 +264,7 @@ def test_generation_from_embeddings():
     options = dict(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], max_new_tokens=3, min_new_tokens=3)
     out = model.generate(**options, do_sample=False, alora_offsets=[7, 6])
     assert torch.equal(out, expected[:, 8:])
-    with pytest.warns(UserWarning, match="during generate as input_ids are not available"):
-        model.generate(**options, do_sample=False)
+    warns(UserWarning, "during generate as input_ids are not available", model.generate, **options, do_sample=False)
 
 
 @pytest.mark.differs(
@@ -352,8 +350,7 @@ def test_tokens_that_are_none(tokens):
 
 def test_configs():
     refuses(graft.ConfigError, "variant combination", graft.LoraConfig, **ALORA, use_dora=True)
-    with pytest.warns(UserWarning, match="only supported for CAUSAL_LM"):
-        graft.LoraConfig(alora_invocation_tokens=[1])
+    warns(UserWarning, "only supported for CAUSAL_LM", graft.LoraConfig, alora_invocation_tokens=[1])
     with pytest.raises(graft.UnsupportedLayerError, match="linear layers"):
         graft.get_peft_model(models.make("llama"), graft.LoraConfig(**{**ALORA, "target_modules": ["embed_tokens"]}))
 

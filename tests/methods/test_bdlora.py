@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import graft
 from tests.models import adapted, nudged, seeded
-from tests.raised import refuses
+from tests.raised import refuses, warns
 
 LIBS = (graft, peft)
 A, B = dict(target_modules_bd_a=["down"], nblocks=2), dict(target_modules_bd_b=["down"], nblocks=2)
@@ -75,8 +75,7 @@ def test_hooks_on_the_factors_run(blocks):
 )
 def test_it_adapts_what_stores_its_weight_transposed():
     """PEFT: AttributeError."""
-    with pytest.warns(UserWarning, match="fan_in_fan_out"):
-        model = with_blocks(A, base=net(Conv1D(12, 10)))
+    model = warns(UserWarning, "fan_in_fan_out", with_blocks, A, base=net(Conv1D(12, 10)))
     layer, x = model.base_model.model["down"], inputs()
     y = layer(x)
     layer.merge()

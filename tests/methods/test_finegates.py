@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import graft
 from graft.train import FineGatesTrainerMixin
 from tests.models import seeded
-from tests.raised import refuses
+from tests.raised import refuses, warns
 
 Z = torch.tensor([-2.0, -0.2, 0.1, 0.5, 3.0])
 
@@ -102,8 +102,7 @@ def test_loss_and_shares_count_the_matrices_of_a_stack():
 
 
 def test_gates_that_cannot_learn_are_said():
-    with pytest.warns(UserWarning, match="Nearly all gates of '0' are open.*gate_noise_std"):
-        made(gate_init_mean=0.9, gate_init_std=0.1)
+    warns(UserWarning, "Nearly all gates of '0' are open.*gate_noise_std", made, gate_init_mean=0.9, gate_init_std=0.1)
     made(gate_init_mean=0.9, gate_init_std=0.1, gate_noise_std=0.1)
 
 

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graft
-from tests.raised import refuses
+from tests.raised import refuses, warns
 
 IDS = torch.arange(3, 15)[None]
 
@@ -157,8 +157,7 @@ def test_replicated_layers_share_weights_but_not_adapters(tmp_path):
 def test_replication_says_that_it_changes_the_base_of_others():
     model = graft.get_peft_model(llama(), graft.LoraConfig(target_modules=["q_proj"]), "first")
     config = graft.LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 3)])
-    with pytest.warns(graft.PeftWarning, match=r"base of adapters \['first'\] another one"):
-        model.add_adapter("second", config)
+    warns(graft.PeftWarning, r"base of adapters \['first'\] another one", model.add_adapter, "second", config)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.add_adapter("third", config)

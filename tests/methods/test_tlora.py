@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import graft
 from graft.methods.tlora import ranks
 from tests.models import seeded
-from tests.raised import refuses
+from tests.raised import refuses, warns
 
 ORACLE = load_file(Path(__file__).parent / "fixtures" / "tlora.safetensors")  # by make_tlora.py
 NAMES = ("P", "lambda", "Q")
@@ -153,8 +153,7 @@ def test_a_file_holds_the_start(tmp_path):
     with torch.no_grad():
         other.inner.weight.mul_(-2)
         change = model(x, 30) - base()(x, 30)
-        with pytest.warns(UserWarning, match="weights"):
-            loaded = graft.PeftModel.from_pretrained(other, tmp_path)
+        loaded = warns(UserWarning, "weights", graft.PeftModel.from_pretrained, other, tmp_path)
         assert_close(loaded(x, 30) - other.get_submodule("inner").base_layer(x), change)
 
 

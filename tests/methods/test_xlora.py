@@ -17,7 +17,7 @@ from graft.core.rows import CACHES, list_forward_arguments
 from tests import models
 from tests.looks import get_registry, layers
 from tests.models import adapted, seeded
-from tests.raised import refuses
+from tests.raised import refuses, warns
 
 EXPERT = dict(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 PEFT_NAMES, OTHER_NAMES = ("0", "1", "2"), ("math", "0", "layers")
@@ -377,10 +377,8 @@ def test_configs():
             assert lib.XLoraConfig(adapters={}).hidden_size == 4096
         with pytest.warns(UserWarning, match="No value was provided for `adapters`"):
             assert lib.XLoraConfig(hidden_size=3).adapters == {}
-        with pytest.warns(UserWarning, match="will result in worse performance"):
-            lib.XLoraConfig(**ok, enable_softmax_topk=True)
-        with pytest.warns(UserWarning, match="must be at least 1"):
-            lib.XLoraConfig(**ok, top_k_lora=0)
+        warns(UserWarning, "will result in worse performance", lib.XLoraConfig, **ok, enable_softmax_topk=True)
+        warns(UserWarning, "must be at least 1", lib.XLoraConfig, **ok, top_k_lora=0)
         with pytest.warns(UserWarning, match="`enable_softmax_topk` enabled `top_k_lora` is not set"):
             lib.XLoraConfig(**ok, enable_softmax_topk=True, enable_softmax=False)
     for name in ("hidden_size", "xlora_size", "softmax_temperature"):

@@ -15,7 +15,7 @@ import graft
 from tests import models
 from tests.covering import law, product
 from tests.pair import adapt, output, randomize
-from tests.raised import refuses
+from tests.raised import refuses, warns
 from tests.samples import each, first, mergeable
 
 pytestmark = pytest.mark.graft_only
@@ -304,8 +304,7 @@ def test_merging_twice(sample):
     model = randomize(adapt(graft, sample), sample).eval()
     model.merge_adapter()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.warns(UserWarning, match="already merged"):
-        model.merge_adapter()
+    warns(UserWarning, "already merged", model.merge_adapter)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

@@ -13,7 +13,7 @@ import graft
 from graft.core.errors import RoutingError
 from tests import models
 from tests.models import seeded
-from tests.raised import refuses
+from tests.raised import refuses, warns
 
 NAMES = ("one", "two", "three")
 
@@ -120,10 +120,8 @@ def test_merging_an_adapter_next_to_an_average():
     mixed.base_model.merge_adapter(["scales", "two", "one"])
     torch.testing.assert_close(mixed(x), plain(x))
     mixed.base_model.unmerge_adapter()
-    with pytest.warns(UserWarning, match=r"\['two'\] are not merged"):
-        mixed.base_model.merge_adapter(["one"])
-    with pytest.warns(UserWarning, match="additionally merging two,scales"):
-        mixed.base_model.merge_adapter(["two", "scales"])
+    warns(UserWarning, r"\['two'\] are not merged", mixed.base_model.merge_adapter, ["one"])
+    warns(UserWarning, "additionally merging two,scales", mixed.base_model.merge_adapter, ["two", "scales"])
     torch.testing.assert_close(mixed(x), plain(x))
 
 
@@ -351,8 +349,7 @@ def test_a_composition_ends_with_a_member():
     model, x = adapters(lora)
     want = alone(model, x, "two")
     model.set_adapter(graft.Average("one", "two"))
-    with pytest.warns(UserWarning, match=r"'one' was a part of Average\('one', 'two'"):
-        model.delete_adapter("one")
+    warns(UserWarning, r"'one' was a part of Average\('one', 'two'", model.delete_adapter, "one")
     torch.testing.assert_close(model(x), want)
 
 

@@ -85,7 +85,7 @@ def pytest_configure(config):
         "markers", "slow: takes seconds: other processes, a compiler, many threads; `make test-slow` runs these"
     )
     config.addinivalue_line(
-        "markers", "differs(case, peft, graft, why): a row of docs/peft_defects.md, which this test shows"
+        "markers", "differs(case): the case of a row of docs/peft_defects.md, which this test shows"
     )
 
 

@@ -15,11 +15,7 @@ from tests.samples import first
 DELETE = {"graft": delete_adapter, "peft": functional.delete_adapter}
 
 
-@pytest.mark.differs(
-    "`delete_adapter` (the function) of an adapter that is not there",
-    peft="silent",
-    graft="as PEFT, nothing is deleted; also a `PeftWarning`",
-)
+@pytest.mark.differs("`delete_adapter` (the function) of an adapter that is not there")
 @pytest.mark.parametrize("names", [["b", "b"], ["zz"], ["b", "a", "b"]], ids=str)
 def test_from_a_model_without_a_wrapper(names):
     """PEFT passes over what is not there without a word; graft says so."""

@@ -313,11 +313,7 @@ OWN = {
 }
 
 
-@pytest.mark.differs(
-    "the losses of AdaLoRA and SHADOW when Trainer accumulates batches",
-    peft="each counts once per batch, with its whole weight",
-    graft="each counts once per optimizer step, as the model's own loss does",
-)
+@pytest.mark.differs("the losses of AdaLoRA and SHADOW when Trainer accumulates batches")
 @pytest.mark.parametrize("method", OWN)
 def test_losses_that_a_method_adds_itself_are_a_mean_over_the_steps_tokens_too(method):
     """Trainer passes the number of tokens of all batches of a step, and adds the losses of the batches up."""

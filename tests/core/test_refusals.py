@@ -22,12 +22,7 @@ def lora(**options):
     return graft.LoraConfig(**{"r": 2, "target_modules": ["0"], **options})
 
 
-@pytest.mark.differs(
-    "setting `layer._active_adapter` or `layer._disable_adapters`",
-    peft="works",
-    graft="AttributeError: it would change nothing",
-    why="instead: `set_adapter()`, `enable_adapters()`",
-)
+@pytest.mark.differs("setting `layer._active_adapter` or `layer._disable_adapters`")
 @pytest.mark.parametrize(
     ("name", "value", "remedy"),
     [("_active_adapter", ["default"], "set_adapter"), ("_disable_adapters", True, "enable_adapters")],

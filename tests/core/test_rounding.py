@@ -35,15 +35,7 @@ def by_hand(layer, before, delta):
     return float((kept * asked).sum() / (asked * asked).sum())
 
 
-@pytest.mark.differs(
-    "merging into 4 or 8 bits, bfloat16 or float16",
-    peft="warns at every merge into 4 or 8 bits, never in half precision",
-    graft=(
-        "measures how much of the update each layer's weight holds (`graft.merge_report`), and warns below 0.9, with "
-        "the remedy"
-    ),
-    why="rounding may take all of a small update",
-)
+@pytest.mark.differs("merging into 4 or 8 bits, bfloat16 or float16")
 @pytest.mark.parametrize("kind", ["4 bits", "8 bits", "bfloat16", "float16"])
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
 def test_a_merge_that_rounding_swallows_says_so(kind, options):

@@ -96,16 +96,7 @@ def test_other_threads_keep_their_adapters(method):
     assert torch.equal(model(X), on) and not get_registry(model).call.open
 
 
-@pytest.mark.differs(
-    "`disable_adapter()` and threads",
-    peft="switches adapters off in all threads, and unfreezes those of others afterwards",
-    graft=(
-        "disables adapters in the thread that opened the block. A thread started within the block computes with "
-        "adapters and gets a `PeftWarning`: open a block in that thread. `disable_adapter_layers()`, `set_adapter` and "
-        "merging are switches of the model"
-    ),
-    why="state of a call belongs to the call",
-)
+@pytest.mark.differs("`disable_adapter()` and threads")
 def test_a_thread_that_may_have_been_started_for_the_block_is_told():
     model = two_adapters()
     asked, entered = threading.Event(), threading.Event()
@@ -289,11 +280,7 @@ def gradients(model, before, within):
     return x.grad
 
 
-@pytest.mark.differs(
-    "`disable_adapter()` and gradient checkpointing",
-    peft="layers that a backward pass runs again are as adapters are then: wrong gradients if that is after the block",
-    graft="as they were in the call; one backward pass of two calls that differ is a `RoutingError`",
-)
+@pytest.mark.differs("`disable_adapter()` and gradient checkpointing")
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("before", [False, True], ids=["disabled", "enabled"])
 @pytest.mark.parametrize("within", [False, True], ids=["backward after the block", "backward in the block"])

@@ -103,12 +103,7 @@ def test_a_merge_is_the_same_in_training_mode(config, safe):
     assert torch.equal(*weights)
 
 
-@pytest.mark.differs(
-    "names of the base model",
-    peft="–",
-    graft="as in PEFT: `model.base_model.layers` is the base's",
-    why="graft's own state stands in a registry beside the model",
-)
+@pytest.mark.differs("names of the base model")
 def test_names_of_the_base_model_are_let_through():
     """PEFT's wrappers hide none but their own, and graft's have no others."""
     import peft

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/peft_defects.md, printed from the tests that show its rows: `python -m tests.docs.defects` writes the page.
+"""The tables of docs/peft_defects.md: `python -m tests.docs.defects` puts them in order and says which test shows what.
 
-A row is a mark of the test that shows it:
+A row is on the page, and the test that shows it is marked with its case:
 
-    @pytest.mark.differs("OLoRA on Conv1D", peft="fails", graft="works")
+    | OLoRA on Conv1D | fails | works |
+
+    @pytest.mark.differs("OLoRA on Conv1D")
     def test_olora_on_conv1d(): ...
+
+A mark may bring the cells of a new row, `peft="fails", graft="works"`; those of the page give way to them.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -40,16 +45,14 @@ class Row(NamedTuple):
     case: str
     peft: str
     graft: str
-    why: str
     file: str  # below tests/
     test: str
     runs_peft: bool
 
     @property
     def line(self) -> str:
-        graft = f"{self.graft}. {self.why[0].upper()}{self.why[1:]}" if self.why else self.graft
         shown = f"`{self.file}` {self.test.removeprefix('test_')}{' *' if self.runs_peft else ''}"
-        cells = (self.case, self.peft, graft, shown)
+        cells = (self.case, self.peft, self.graft, shown)
         return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
@@ -97,7 +100,16 @@ def uses_peft(path: Path, node: ast.AST, seen: set[tuple[Path, str]]) -> bool:
     return False
 
 
+def cells() -> dict[str, tuple[str, str]]:
+    """Return what the page says of PEFT and of graft, by case."""
+    lines = [re.split(r"(?<!\\)\|", line) for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    texts = [[cell.strip().replace(r"\|", "|") for cell in line[1:4]] for line in lines]
+    return {case: (peft, graft) for case, peft, graft in texts}
+
+
 def rows() -> Iterator[Row]:
+    """Yield a row for each mark. Raises a KeyError if neither the mark nor the page has its cells."""
+    page = cells()
     for path in sorted((ROOT / "tests").rglob("*.py")):
         if f"@{MARK}" not in path.read_text():
             continue
@@ -106,11 +118,15 @@ def rows() -> Iterator[Row]:
                 continue
             for mark in node.decorator_list:
                 if isinstance(mark, ast.Call) and ast.unparse(mark.func) == MARK:
-                    said = {k.arg: ast.literal_eval(k.value) for k in mark.keywords}
                     (case,) = map(ast.literal_eval, mark.args)
+                    said = {k.arg: ast.literal_eval(k.value) for k in mark.keywords}
+                    if not said and case not in page:
+                        raise KeyError(f"{PAGE.name} has no row `| {case} | what PEFT does | what graft does |`")
+                    peft, graft = (said.pop("peft"), said.pop("graft")) if said else page[case]
+                    if why := said.pop("why", ""):
+                        graft = f"{graft}. {why[0].upper()}{why[1:]}"
                     file = str(path.relative_to(ROOT / "tests"))
-                    shown = uses_peft(path, node, set())
-                    yield Row(case, said.pop("peft"), said.pop("graft"), said.pop("why", ""), file, node.name, shown)
+                    yield Row(case, peft, graft, file, node.name, uses_peft(path, node, set()))
                     assert not said, said
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/peft_defects.md is what the tests' marks say, and each marked test is one that runs."""
+"""Each row of docs/peft_defects.md has the test that is marked with its case, and each marked test is one that runs."""
 
 from collections import Counter
 from functools import cache
@@ -57,19 +57,25 @@ def plain():
 def test_one(made):
     assert made
 
-@pytest.mark.differs("c", peft="silent", graft="told")
+@pytest.mark.differs("c|d")
 def test_other():
     assert plain()
 """,
 }
+PAGE = r"| c\|d | silent | told |"
 
 
 def test_a_mark_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "tests").mkdir()
     for name, text in FILES.items():
         (tmp_path / "tests" / name).write_text(text)
+    (tmp_path / "page.md").write_text(PAGE)
     monkeypatch.setattr(defects, "ROOT", tmp_path)
+    monkeypatch.setattr(defects, "PAGE", tmp_path / "page.md")
     one, other = defects.rows()
     assert one.runs_peft and not other.runs_peft
     assert one.line == r"| a\|b | wrong | right. It matters | `test_it.py` one * |"
-    assert other.line == "| c | silent | told | `test_it.py` other |"
+    assert other.line == r"| c\|d | silent | told | `test_it.py` other |"
+    (tmp_path / "page.md").write_text(PAGE.replace("c", "e"))
+    with pytest.raises(KeyError, match=r"page.md has no row `\| c"):
+        list(defects.rows())

@@ -97,12 +97,7 @@ def test_slots_stand_in_all_places(tmp_path):
     assert slots.remove() is net and set(places(net)) == {fc}
 
 
-@pytest.mark.differs(
-    "a module that stands in several places of the model, as the embedding of a T5 in transformers 4",
-    peft="adapted in the first of them: where others call it the adapter is without effect until merging adds it",
-    graft="adapted in all of them",
-    why="merging must not change outputs",
-)
+@pytest.mark.differs("a module that stands in several places of the model, as the embedding of a T5 in transformers 4")
 def test_peft_adapts_the_first_place():
     model = with_adapter("LORA", lib=peft)
     y = model(X)

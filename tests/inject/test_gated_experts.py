@@ -65,11 +65,7 @@ def by_hand(module, own, gates, x, index, weights):
     return torch.stack(out)
 
 
-@pytest.mark.differs(
-    "X-LoRA: adapters on stacks of experts",
-    peft="TypeError in the forward pass",
-    graft="weighed at each token of the experts, dense and packed; `ConfigError` for Llama 4",
-)
+@pytest.mark.differs("X-LoRA: adapters on stacks of experts")
 @pytest.mark.parametrize("kind", MAKE)
 def test_outputs_and_gradients_are_those_of_the_formula(kind, tmp_path):
     model = xlora_of_stacks(kind, tmp_path)

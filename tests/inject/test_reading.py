@@ -97,14 +97,7 @@ def with_target(name, target, **options):
 
 @pytest.mark.differs(
     "an adapter on another layer whose weight the modules around it read: `dt_proj`, `x_proj` and `out_proj` of "
-    "Mamba and its kin, WavLM's projections, MobileBERT's head, queries of DETR and its kin",
-    peft=(
-        "no effect and no gradient where they read, until merging adds it; `out_proj` of Mamba is refused by its name"
-    ),
-    graft=(
-        "acts: what they read is W + ΔW, whichever class it is, by its source. A method without a merged form is an "
-        "`UnsupportedLayerError` there, a mixed batch a `RoutingError`"
-    ),
+    "Mamba and its kin, WavLM's projections, MobileBERT's head, queries of DETR and its kin"
 )
 @pytest.mark.parametrize("name, target", MIXERS + OTHERS)
 def test_forward_is_merged_and_all_gets_gradients(name, target):

@@ -213,12 +213,7 @@ def test_a_model_card_that_stays_the_same_is_not_written(saved, monkeypatch):
     assert done == [TENSORS, CONFIG]
 
 
-@pytest.mark.differs(
-    "`adapter_model.bin` beside a new `.safetensors`",
-    peft="stays; a later load may read it",
-    graft="removes the stale one",
-    why="a loader prefers one of the two",
-)
+@pytest.mark.differs("`adapter_model.bin` beside a new `.safetensors`")
 def test_the_files_of_the_other_format_go(tmp_path):
     first, second = mlp_with(), mlp_with(number=2)
     first.save_pretrained(tmp_path, safe_serialization=False)
@@ -232,12 +227,7 @@ def test_the_files_of_the_other_format_go(tmp_path):
     assert torch.equal(load(tmp_path)(X), first(X))
 
 
-@pytest.mark.differs(
-    "whether the vocabulary was resized",
-    peft="asks the hub for the original config",
-    graft="looks at a local copy only",
-    why="saving must not depend on the network",
-)
+@pytest.mark.differs("whether the vocabulary was resized")
 def test_saving_never_asks_the_network(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the network was used")
@@ -258,11 +248,7 @@ def test_saving_never_asks_the_network(tmp_path, monkeypatch):
     assert "base_model: someone/some-model" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.differs(
-    "README.md of an adapter",
-    peft="a template of forty headings to fill in",
-    graft="a short card: what it is, the base model, how to load it",
-)
+@pytest.mark.differs("README.md of an adapter")
 def test_a_model_card_keeps_its_text(saved):
     card = saved / "README.md"
     card.write_text(card.read_text() + "\nMy own words.\n")
@@ -304,12 +290,7 @@ def test_saving_while_merged_saves_the_adapter_once(tmp_path, bias):
     torch.testing.assert_close(load(tmp_path)(X), expected)
 
 
-@pytest.mark.differs(
-    "saving while merged",
-    peft="saves biases and embeddings with the adapter's work in them, and the adapter as well",
-    graft="saves them as they are without it",
-    why="it would act twice",
-)
+@pytest.mark.differs("saving while merged")
 def test_saving_while_an_embedding_is_merged_saves_the_adapter_once(tmp_path):
     made = graft.LoraConfig(target_modules=["embed_tokens"], r=2, task_type="CAUSAL_LM")
     model = disturb(graft.get_peft_model(models.make("llama"), made)).eval()
@@ -656,17 +637,7 @@ def test_a_cancelled_load_leaves_the_model(saved, monkeypatch):
 # the base model
 
 
-@pytest.mark.differs(
-    "the base model of a file",
-    peft="does not check it",
-    graft=(
-        "a fingerprint in the safetensors metadata, of prompts too: other weights warn, another architecture is an "
-        "error. It samples 4 values of each of up to 16 weights (those that are adapted; for a prompt, of the numbered "
-        'blocks), and cannot see a change elsewhere: `save_pretrained(fingerprint="full")` writes a digest of every '
-        "tensor of the base, which saving and each load then read in full"
-    ),
-    why="outputs would be wrong without a word",
-)
+@pytest.mark.differs("the base model of a file")
 def test_the_base_it_was_trained_on(saved, quiet):
     for base in (models.make("mlp"), models.make("mlp").bfloat16(), models.make("mlp").double()):
         load(saved, base=base)

@@ -39,11 +39,7 @@ SAMPLES = [
 ]  # fmt: skip
 
 
-@pytest.mark.differs(
-    'an adapter called "0" or "mlp"',
-    peft="saving others loses keys that contain `.0.`",
-    graft="loses nothing: keys follow from the structure",
-)
+@pytest.mark.differs('an adapter called "0" or "mlp"')
 @given(st.sampled_from(SAMPLES), names)
 @example(SAMPLES[0], ["0", "mlp", "weight"])
 @example(SAMPLES[0], ["lora_A", "self_attn"])

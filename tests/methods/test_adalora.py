@@ -169,11 +169,7 @@ def test_who_computes_the_loss_asks_for_its_part(compiled, monkeypatch):
     assert all(map(torch.equal, *gradients))
 
 
-@pytest.mark.differs(
-    "AdaLoRA without `update_and_allocate`",
-    peft="trains on, never adapting",
-    graft="a warning in any loop; `graft.train.adalora_callback` and `allocate_on_step` do it",
-)
+@pytest.mark.differs("AdaLoRA without `update_and_allocate`")
 def test_a_forgotten_allocator_is_noticed_at_the_second_step():
     model = with_adalora(graft)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -287,11 +283,7 @@ def test_only_one_adapter_trains():
     model.add_adapter("b", graft.AdaLoraConfig(**CONFIG, inference_mode=True))
 
 
-@pytest.mark.differs(
-    "AdaLoRA: `init_r`, `target_r`, `deltaT` < 1, `tinit`, `tfinal` < 0",
-    peft="accepted",
-    graft="`ConfigError`; warns if `target_r` > `init_r`, which prunes nothing",
-)
+@pytest.mark.differs("AdaLoRA: `init_r`, `target_r`, `deltaT` < 1, `tinit`, `tfinal` < 0")
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -318,22 +310,14 @@ def test_a_target_above_the_start_is_said():
         graft.AdaLoraConfig(**{**CONFIG, "target_r": 8})
 
 
-@pytest.mark.differs(
-    "AdaLoRA: `update_and_allocate` after `zero_grad`",
-    peft="TypeError about None",
-    graft="ValueError with the order of the calls",
-)
+@pytest.mark.differs("AdaLoRA: `update_and_allocate` after `zero_grad`")
 def test_allocating_without_gradients_is_refused():
     model = with_adalora(graft)
     with pytest.raises(ValueError, match=r"AdaLoRA adapter 'default' has no gradients.*before zero_grad\(\)"):
         model.base_model.update_and_allocate(0)
 
 
-@pytest.mark.differs(
-    "AdaLoRA: a layer that never had a gradient (an expert without tokens)",
-    peft="TypeError",
-    graft="prunes it first",
-)
+@pytest.mark.differs("AdaLoRA: a layer that never had a gradient (an expert without tokens)")
 def test_a_layer_that_never_got_a_gradient_is_pruned_first():
     model = with_adalora(graft, target_modules=["a", "b", "c"])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -384,10 +368,7 @@ def test_a_pruned_adapter_trains_on_after_loading(tmp_path):
 
 @pytest.mark.differs(
     "AdaLoRA: a pruned checkpoint loaded under the name of an adapter that is not pruned (Trainer resumes, or loads "
-    "the best)",
-    peft="cuts sizes, which an optimizer's state then does not fit; or a size mismatch",
-    graft="puts the triples back to their places, and gives the config the checkpoint's `rank_pattern`",
-    why="training can go on",
+    "the best)"
 )
 def test_a_pruned_checkpoint_goes_into_an_adapter_that_is_not_pruned_and_back(tmp_path):
     pruned, _ = trained(graft)
@@ -456,11 +437,7 @@ def test_a_deleted_adapter_leaves_no_allocator():
     assert all(len(mask) == 7 for mask in model.peft_config["default"].rank_pattern.values())
 
 
-@pytest.mark.differs(
-    "combining: AdaLoRA",
-    peft="TypeError",
-    graft="`cat`, `svd` and `exact` work; the others, which act on A and B apart, NotImplementedError",
-)
+@pytest.mark.differs("combining: AdaLoRA")
 @pytest.mark.parametrize("kind", ["cat", "svd", "exact"])
 @pytest.mark.parametrize("empty", [("a.",), ("a.", "b.", "c.")], ids=["a layer", "all"])
 def test_adapters_of_rank_0_can_be_combined(kind, empty, tmp_path):

@@ -146,12 +146,7 @@ def test_half_precision_is_as_exact_as_pefts(name):
     assert (ours[:2] < 1.2 * theirs[:2]).all() and (ours < 0.05).all(), (ours, theirs)
 
 
-@pytest.mark.differs(
-    "adaption prompts: names in memory",
-    peft="`self_attn.model.q_proj`, `self_attn.adaption_prompt`",
-    graft="`self_attn.base_layer.q_proj`, `self_attn.adaption_prompt.<adapter>`; files are PEFT's",
-    why="a method like the others",
-)
+@pytest.mark.differs("adaption prompts: names in memory")
 @every
 def test_files_are_pefts(name, tmp_path):
     ours, theirs = (opened(adapt(name, lib)) for lib in LIBS)
@@ -285,11 +280,7 @@ def test_attention_weights_are_still_handed_out():
 # adapters
 
 
-@pytest.mark.differs(
-    "adaption prompts: several adapters",
-    peft="only the active one is in the model",
-    graft="all are; two can be active and add up",
-)
+@pytest.mark.differs("adaption prompts: several adapters")
 @torch.no_grad()
 def test_two_active_adapters_add_up():
     model = three()
@@ -452,11 +443,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.differs(
-    "adaption prompts: `target_modules`",
-    peft="any name that ends so",
-    graft="the module's whole name; a list is a `ConfigTypeError`",
-)
+@pytest.mark.differs("adaption prompts: `target_modules`")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused(name):
     base_name, options, error, text = REFUSED[name]
@@ -476,11 +463,7 @@ def test_errors_that_peft_raises_as_well(name):
         assert result.kind is ValueError and text in str(result.error)
 
 
-@pytest.mark.differs(
-    "`adapter_len`, `adapter_layers` missing or ≤ 0",
-    peft="TypeError, or an adapter of no tokens or the wrong layers",
-    graft="`ConfigError`",
-)
+@pytest.mark.differs("`adapter_len`, `adapter_layers` missing or ≤ 0")
 @pytest.mark.parametrize("field", ["adapter_len", "adapter_layers"])
 def test_numbers_must_be_positive(field):
     for value in (0, -1):

@@ -76,11 +76,7 @@ def test_settings_that_contradict(options):
         assert made.kind is ValueError
 
 
-@pytest.mark.differs(
-    "`boft_n_butterfly_factor=0`",
-    peft="accepted",
-    graft="`ConfigError`",
-)
+@pytest.mark.differs("`boft_n_butterfly_factor=0`")
 def test_no_factor():
     with pytest.raises(graft.ConfigError, match="boft_n_butterfly_factor"):
         config(graft, boft_n_butterfly_factor=0)
@@ -126,11 +122,7 @@ def test_files_that_hold_permutations(tmp_path):
     assert not report.unexpected_keys and not report.missing_keys
 
 
-@pytest.mark.differs(
-    "BOFT with several butterfly factors",
-    peft="needs CUDA and a compiler; elsewhere warns and takes one, and files with more fail to load",
-    graft="works everywhere",
-)
+@pytest.mark.differs("BOFT with several butterfly factors")
 @pytest.mark.parametrize("factor", [1, 2, 3])
 def test_several_factors(factor, tmp_path):
     """PEFT has them on CUDA with a compiler; elsewhere it falls back to one factor, and such files fail to load."""
@@ -175,11 +167,7 @@ def test_two_adapters_act_as_in_peft():
         close(found, outputs[0], 1e-4)
 
 
-@pytest.mark.differs(
-    "BOFT adapters of different blocks on one layer",
-    peft="the permutation of the last serves all",
-    graft="each has its own",
-)
+@pytest.mark.differs("BOFT adapters of different blocks on one layer")
 def test_adapters_of_other_blocks_on_one_layer():
     """In PEFT the permutation of the last one serves all."""
     torch.manual_seed(0)

@@ -72,17 +72,8 @@ def test_values_are_pefts_up_to_signs(name, how, preprocess):
         assert_close(made[0][key], theirs, atol=2e-4, rtol=2e-3, msg=lambda m, k=key: f"{k}: {m}")
 
 
-@pytest.mark.differs(
-    "`CordaConfig.prune_temporary_fields=False`",
-    peft="leaves the covariance and counts on each module",
-    graft="accepted, without effect: nothing of that is put on modules",
-    why="`covariance_file` keeps it",
-)
-@pytest.mark.differs(
-    "`preprocess_corda`",
-    peft="needs the package attrs; one row at a time; leaves the model in eval mode",
-    graft="needs no package; any batch; puts modes back",
-)
+@pytest.mark.differs("`CordaConfig.prune_temporary_fields=False`")
+@pytest.mark.differs("`preprocess_corda`")
 def test_options_of_the_covariance(preprocess, capsys):
     """In half precision, with a progress bar, and with fields that PEFT would leave on modules."""
     made = []
@@ -143,11 +134,7 @@ def test_another_model_may_be_watched():
     assert model.a.eigens.S_WC.shape == (2,) and not hasattr(watched.a, "eigens") and watched.training
 
 
-@pytest.mark.differs(
-    "`preprocess_corda`, `preprocess_loraga`, EVA: layers that see no data",
-    peft="KeyError, division by zero, or the default in silence",
-    graft="`CalibrationError` naming them",
-)
+@pytest.mark.differs("`preprocess_corda`, `preprocess_loraga`, EVA: layers that see no data")
 def test_data_that_say_too_little():
     def attempt(run, *names, text, kind=graft.CalibrationError, **options):
         model = Net()

@@ -120,11 +120,7 @@ def test_masks_of_labels_are_pefts(options):
     assert len(made[0]) == 2
 
 
-@pytest.mark.differs(
-    "EVA on a classifier, whose batches have a label for each sequence",
-    peft="fails",
-    graft="a label of a sequence masks no tokens",
-)
+@pytest.mark.differs("EVA on a classifier, whose batches have a label for each sequence")
 def test_a_label_of_a_sequence_says_nothing_of_its_tokens():
     sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=40)
 
@@ -263,11 +259,7 @@ def test_data_that_say_too_little(names, data, text):
         assert not any(m._forward_hooks for m in model.modules()) and model.training
 
 
-@pytest.mark.differs(
-    "EVA with batches of too few rows",
-    peft="prints that it skips them, and never ends",
-    graft="`CalibrationError` after one pass, with the numbers",
-)
+@pytest.mark.differs("EVA with batches of too few rows")
 def test_what_never_settles_ends(monkeypatch):
     monkeypatch.setattr("graft.train.eva.MAX_PASSES", 2)
     with pytest.raises(graft.CalibrationError, match="1 layers still turn after 2 passes"):
@@ -276,11 +268,7 @@ def test_what_never_settles_ends(monkeypatch):
         graft.get_eva_state_dict(Net(), data, small("a", eva_config=graft.EvaConfig(tau=1.0)), **PLAIN)
 
 
-@pytest.mark.differs(
-    "EVA: values for layers that are not adapted",
-    peft="ignores them",
-    graft="`CalibrationError`",
-)
+@pytest.mark.differs("EVA: values for layers that are not adapted")
 def test_bad_input():
     data = [dict(x=torch.randn(20, 6))]
     refuses(ValueError, "peft_config is required", graft.get_eva_state_dict, Net(), data)

@@ -74,11 +74,7 @@ def test_a_large_vocabulary_is_never_transformed():
     close(model(ids), layer.base_layer(ids) + layer.get_delta_weight("default")[ids], 1e-5)
 
 
-@pytest.mark.differs(
-    "C3A's `block_size_pattern`, FourierFT's `n_frequency_pattern`",
-    peft="do not match modules at the top of the model",
-    graft="match as other patterns do",
-)
+@pytest.mark.differs("C3A's `block_size_pattern`, FourierFT's `n_frequency_pattern`")
 def test_the_pattern_reaches_modules_at_the_top():
     assert made(nn.Linear(10, 12), n_frequency_pattern={"0": 7}).base_model.model[0].indices["default"].shape == (2, 7)
 

@@ -58,15 +58,7 @@ def test_which_layers_share_is_as_in_peft():
     assert [shared(lib.get_peft_model(net(), config(lib)), "default") for lib in LIBS] == [EXPECTED] * 2
 
 
-@pytest.mark.differs(
-    "Lily: adapters beyond a model's first",
-    peft="their layers share nothing",
-    graft="share as the first one's do",
-    why=(
-        "a file whose layers hold different values, as PEFT writes of such an adapter, loads as it is, with a "
-        "`PeftWarning`"
-    ),
-)
+@pytest.mark.differs("Lily: adapters beyond a model's first")
 def test_every_adapter_shares(tmp_path):
     """PEFT shares for the first one only."""
     model = graft.get_peft_model(net(), config())
@@ -141,11 +133,7 @@ def test_the_mixture_depends_on_the_whole_batch():
     close(mixed[[0, 2, 3]], ours(X[[0, 2, 3]]))
 
 
-@pytest.mark.differs(
-    "Lily: a layer that several entries of `target_modules` name",
-    peft="counts to one of them by the order of a set, which changes from run to run",
-    graft="to the longest",
-)
+@pytest.mark.differs("Lily: a layer that several entries of `target_modules` name")
 def test_entries_that_name_one_layer():
     """The longest decides; in PEFT that depends on the order of a set of strings, which changes from run to run."""
     model = graft.get_peft_model(net(), config(target_modules=["up", "0.up", "layers.1.up"], stride_A=9))

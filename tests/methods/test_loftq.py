@@ -24,11 +24,7 @@ def weight(out=24, fan_in=40):
         return torch.randn(out, fan_in)
 
 
-@pytest.mark.differs(
-    "LoftQ",
-    peft="needs bitsandbytes, scipy and a GPU",
-    graft="plain torch, on any device; the same NF4 and int8",
-)
+@pytest.mark.differs("LoftQ")
 def test_four_bits_are_the_nearest_of_sixteen_values():
     W = weight()
     Q = round_to_bits(W, 4)
@@ -63,11 +59,7 @@ def test_product_and_quantized_weight_are_near(bits):
     refuses(ValueError, "`loftq_iter` must be at least 1", loftq_init, W, 4, r, 0)
 
 
-@pytest.mark.differs(
-    "LoftQ with a scaling other than 1",
-    peft="A and B add s times the quantization error",
-    graft="A and B add the quantization error",
-)
+@pytest.mark.differs("LoftQ with a scaling other than 1")
 @pytest.mark.parametrize("name", ["mlp", "conv1D"])
 @pytest.mark.parametrize("alpha", [6, 15])
 def test_the_adapter_makes_up_for_what_is_lost(name, alpha):
@@ -189,11 +181,7 @@ def test_an_error_on_the_way_leaves_all_as_it_was(tmp_path):
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
 
 
-@pytest.mark.differs(
-    "`replace_lora_weights_loftq`",
-    peft="4-bit layers of bitsandbytes",
-    graft="every quantized layer; checks all before the first changes",
-)
+@pytest.mark.differs("`replace_lora_weights_loftq`")
 def test_what_cannot_be_replaced(tmp_path):
     model, tensors = coarse()
     refuses(TypeError, "valid PeftModel", graft.replace_lora_weights_loftq, nn.Linear(2, 2))

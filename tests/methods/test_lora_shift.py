@@ -81,18 +81,7 @@ def quiet(call):
         return call()
 
 
-@pytest.mark.differs(
-    "files of PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ",
-    peft=(
-        "A and B; loading runs the initialisation again: with a random one (`pissa_niter_N`) or without data (LoRA-GA) "
-        "outputs differ, CorDA fails"
-    ),
-    graft=(
-        "also hold what was taken out of the base (`lora_shift.A`, `.B`, `.sample`), about twice the size; loading "
-        "takes the same out again. PEFT drops these tensors in silence"
-    ),
-    why="the adapter is the same, to the bit, with `low_cpu_mem_usage` and on quantized bases too",
-)
+@pytest.mark.differs("files of PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("how", HOW)
 def test_saved_and_loaded_on_the_original_base_it_is_the_same(how, dtype, tmp_path):
@@ -111,11 +100,7 @@ def test_saved_and_loaded_on_the_original_base_it_is_the_same(how, dtype, tmp_pa
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.differs(
-    "LoRA-GA on a quantized base",
-    peft="ValueError",
-    graft="works",
-)
+@pytest.mark.differs("LoRA-GA on a quantized base")
 @pytest.mark.parametrize("how", ["pissa", "pissa_niter_2", "olora", "corda"])
 def test_over_a_quantized_base_as_well(how, tmp_path):
     model = started(how, kind=Rounded)
@@ -124,11 +109,7 @@ def test_over_a_quantized_base_as_well(how, tmp_path):
     assert torch.equal(output(loaded), output(model))
 
 
-@pytest.mark.differs(
-    "a file of PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ on a base that has been changed already",
-    peft="takes it out twice",
-    graft="leaves the base, with a `PeftWarning`; warns of a base with other weights",
-)
+@pytest.mark.differs("a file of PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ on a base that has been changed already")
 @pytest.mark.parametrize("how", HOW)
 def test_a_base_that_has_been_changed_already_is_left_alone(how, tmp_path):
     models.seed(1)
@@ -196,12 +177,7 @@ def test_peft_reads_our_files_and_we_read_its(how, tmp_path):
     assert torch.equal(output(graft.PeftModel.from_pretrained(base(), tmp_path / "back")), output(loaded))
 
 
-@pytest.mark.differs(
-    "LoRA-GA files that PEFT wrote",
-    peft="silent",
-    graft="a `PeftWarning`: right on the base as LoRA-GA left it",
-    why="the file does not say what was taken out",
-)
+@pytest.mark.differs("LoRA-GA files that PEFT wrote")
 @pytest.mark.parametrize("how", ["corda", "lora_ga"])
 def test_a_file_of_peft_without_what_data_took_out(how, tmp_path):
     model = started(how)
@@ -245,11 +221,7 @@ def test_without_the_init_in_the_config_a_file_is_for_the_base_as_it_is(tmp_path
     assert torch.equal(output(loaded), expected)
 
 
-@pytest.mark.differs(
-    "converting on save from an adapter that was not the start",
-    peft="wrong outputs",
-    graft="`ConfigError`",
-)
+@pytest.mark.differs("converting on save from an adapter that was not the start")
 def test_a_conversion_from_another_start_is_refused(tmp_path):
     models.seed(1)
     other = graft.get_peft_model(base(), config("pissa_niter_2"))
@@ -298,10 +270,7 @@ class Tied(nn.Module):
 
 @pytest.mark.differs(
     "`init_lora_weights` of linear layers (PiSSA, EVA, …) on an embedding; LoRA-GA on a convolution; unknown "
-    "strings on an embedding",
-    peft="the default, in silence",
-    graft="`ConfigError`, nothing changed. PEFT's files with such layers load",
-    why="an adapter that starts otherwise than asked is not what was asked for",
+    "strings on an embedding"
 )
 @pytest.mark.parametrize("how", HOW)
 def test_where_it_has_no_meaning_nothing_changes(how):
@@ -320,11 +289,7 @@ def test_where_it_has_no_meaning_nothing_changes(how):
         assert how != "corda" or hasattr(model.lin, "eigens")
 
 
-@pytest.mark.differs(
-    '"gaussian" and "orthogonal" on an embedding',
-    peft="the default, in silence",
-    graft="work",
-)
+@pytest.mark.differs('"gaussian" and "orthogonal" on an embedding')
 def test_other_strings_work_or_raise():
     def make(how, *names):
         with models.seeded(0):
@@ -349,11 +314,7 @@ def test_other_strings_work_or_raise():
             make(how, "lin", name) if name != "lin" else make(how, name)
 
 
-@pytest.mark.differs(
-    "a rank above the dimensions, of PiSSA and its like",
-    peft="an error of torch in the forward pass",
-    graft="`ConfigError` with the layer",
-)
+@pytest.mark.differs("a rank above the dimensions, of PiSSA and its like")
 @pytest.mark.parametrize("how", HOW)
 def test_a_rank_above_the_dimensions(how):
     model = base()

@@ -145,12 +145,7 @@ def test_the_trainer_adds_it():
     assert_close(*losses, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.differs(
-    "`MontecloraTrainerMixin` with gradient accumulation",
-    peft="adds the loss once for each batch that accumulates",
-    graft="adds it once for each step",
-    why="transformers divides neither where a loss is that of the items of all batches of a step",
-)
+@pytest.mark.differs("`MontecloraTrainerMixin` with gradient accumulation")
 def test_batches_that_accumulate_add_the_loss_once():
     class Trainer:
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -202,11 +197,7 @@ def test_checkpointing_draws_the_same_again():
         assert_close(a, b)
 
 
-@pytest.mark.differs(
-    "MonteCLoRA: a copy of a model after a training step; its loss for large concentrations",
-    peft="RuntimeError, as buffers hold a graph; infinite",
-    graft="works; finite",
-)
+@pytest.mark.differs("MonteCLoRA: a copy of a model after a training step; its loss for large concentrations")
 def test_a_copy_after_a_step():
     """PEFT's buffers hold a graph, which cannot be copied."""
     model = with_monteclora()
@@ -215,15 +206,7 @@ def test_a_copy_after_a_step():
     assert_close(other._get_monteclora_loss(), model._get_monteclora_loss())
 
 
-@pytest.mark.differs(
-    "MonteCLoRA: draws",
-    peft="150 ahead for each layer, for inference too, while the adapter is built",
-    graft="when a layer runs in training; a seed gives PEFT's draws with `buffer_size=1`",
-    why=(
-        "0.3 GB per layer of 4096 inputs at r 16; gradient checkpointing draws the same again, where PEFT takes the "
-        "next"
-    ),
-)
+@pytest.mark.differs("MonteCLoRA: draws")
 def test_nothing_is_drawn_ahead():
     """PEFT keeps 150 draws of each layer, for inference too."""
     model = with_monteclora()
@@ -233,11 +216,7 @@ def test_nothing_is_drawn_ahead():
     assert held - plain == 2 * (4 + 3 + 4 * 4 + 3)
 
 
-@pytest.mark.differs(
-    "MonteCLoRA with `low_cpu_mem_usage`",
-    peft="makes its tensors at the first forward pass, dropping those of a file",
-    graft="loads them",
-)
+@pytest.mark.differs("MonteCLoRA with `low_cpu_mem_usage`")
 @pytest.mark.parametrize("light", [False, True])
 def test_files_go_both_ways(light, tmp_path):
     for writer, reader in (LIBS, LIBS[::-1]):

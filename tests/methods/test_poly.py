@@ -144,12 +144,7 @@ def test_what_is_added():
         assert_close(seen[0][1][row], expected[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.differs(
-    "Poly in a plain PeftModel, mixed batches, inputs of any shape, beams, Conv1D",
-    peft="fail",
-    graft="work",
-    why="each row has its task, wherever layers run",
-)
+@pytest.mark.differs("Poly in a plain PeftModel, mixed batches, inputs of any shape, beams, Conv1D")
 def test_any_model_and_the_tuner_itself():
     """PEFT's plain PeftModel hands task ids on to the base model, which does not know them."""
     net = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
@@ -193,11 +188,7 @@ def test_compiled():
 # refused
 
 
-@pytest.mark.differs(
-    "Poly: negative `task_ids`; `n_splits` that does not divide a layer",
-    peft="counts from the end; fails in forward",
-    graft="refused before anything runs",
-)
+@pytest.mark.differs("Poly: negative `task_ids`; `n_splits` that does not divide a layer")
 @pytest.mark.parametrize(
     "tasks, text",
     [

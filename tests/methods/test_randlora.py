@@ -15,12 +15,7 @@ SAMPLE = first("RANDLORA")
 FILE = "adapter_model.safetensors"
 
 
-@pytest.mark.differs(
-    "RandLoRA's projections in files",
-    peft="once for each layer and once for the model, all of full size",
-    graft="once; reads both. PEFT loads such a file, and warns of missing keys",
-    why="a file of a 3B model's q and v is 57 times as large",
-)
+@pytest.mark.differs("RandLoRA's projections in files")
 def test_a_file_holds_the_projections_once(tmp_path):
     """PEFT's has a copy for each layer, of full size."""
     ours, theirs = (randomize(adapt(lib, SAMPLE), SAMPLE) for lib in LIBS)
@@ -48,12 +43,7 @@ def test_a_file_with_the_copies_alone(tmp_path):
     close(output(loaded, SAMPLE), output(model, SAMPLE), 0)
 
 
-@pytest.mark.differs(
-    "RandLoRA adapters of different `r` on one model",
-    peft="the number of bases of the later one counts: the earlier fails",
-    graft="`ConfigError`",
-    why="they share A and B",
-)
+@pytest.mark.differs("RandLoRA adapters of different `r` on one model")
 def test_adapters_share_projections_of_one_rank():
     """PEFT overwrites the number of bases: the earlier adapter fails."""
     model = adapt(graft, SAMPLE)

@@ -55,11 +55,7 @@ def test_a_mask_of_ones_own_acts_as_in_peft(tmp_path):
         assert not loaded.warned("mask_type")
 
 
-@pytest.mark.differs(
-    "a `mask_fn` of SHiRA while another adapter is merged",
-    peft="sees the merged weight",
-    graft="sees the weight as it is without adapters",
-)
+@pytest.mark.differs("a `mask_fn` of SHiRA while another adapter is merged")
 def test_a_mask_sees_the_weight_without_adapters():
     model = with_mask(graft)
     randomize(model, first("SHIRA"))
@@ -72,11 +68,7 @@ def test_a_mask_sees_the_weight_without_adapters():
         assert layer.merged_adapters == ["default"]
 
 
-@pytest.mark.differs(
-    'SHiRA without a mask (`mask_type` other than "random", no `mask_fn`)',
-    peft="a KeyError in the forward pass",
-    graft="`ConfigError` at injection; a file has the places, and needs none",
-)
+@pytest.mark.differs('SHiRA without a mask (`mask_type` other than "random", no `mask_fn`)')
 @pytest.mark.parametrize(
     "mask, reason",
     [
@@ -99,11 +91,7 @@ def test_more_numbers_than_the_weight_has(lib):
     assert made.kind is ValueError and "shira params" in str(made.error)
 
 
-@pytest.mark.differs(
-    "places of SHiRA in a file that are outside of the weight",
-    peft="an error in the forward pass, or none",
-    graft="`CheckpointError`, before anything changes",
-)
+@pytest.mark.differs("places of SHiRA in a file that are outside of the weight")
 def test_places_outside_of_the_weight(tmp_path):
     sample = first("SHIRA")
     model = adapt(graft, sample)

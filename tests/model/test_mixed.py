@@ -98,12 +98,7 @@ def disturb(model):
     return model
 
 
-@pytest.mark.differs(
-    "`PeftMixedModel`: which methods",
-    peft="LoRA, LoHa, LoKr, AdaLoRA, OFT, SHiRA; some pairs merge wrongly",
-    graft="every method that acts on layers, in any order; forward = merged",
-    why="an adapter acts on the layer that those before it made",
-)
+@pytest.mark.differs("`PeftMixedModel`: which methods")
 @law("a, b", PAIRS, met)
 def test_every_ordered_pair_acts_and_merges(a, b):
     model, x = mixed(a, b), X
@@ -130,12 +125,7 @@ def test_every_ordered_pair_acts_and_merges(a, b):
     assert_close(plain(x), both, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.differs(
-    "`PeftMixedModel`: layers, files, rows",
-    peft="wrappers nest, so that names hold `base_layer.base_layer`; no files, no `adapter_names`",
-    graft="adapters stand side by side on one layer; a save writes a folder for each; `adapter_names` works",
-    why="PEFT has no files of mixed models",
-)
+@pytest.mark.differs("`PeftMixedModel`: layers, files, rows")
 @law("a, b", [(a, b) for a, b in PAIRS if a < b], lambda pair: [(1, pair[0]), (2, pair[1])])
 def test_each_is_saved_as_an_adapter_of_its_own(a, b, tmp_path):
     model = mixed(a, b)
@@ -262,9 +252,7 @@ def test_a_mixed_model_begins_with_an_adapter_on_layers(lib):
 
 @pytest.mark.differs(
     "`PeftMixedModel`: `get_layer_status`, `get_model_status`, `create_or_update_model_card`; `active_adapter` of "
-    "several",
-    peft="TypeError, NotImplementedError, or each layer counted once for each method; a list",
-    graft="work; the first name, as of any model (`active_adapters` is the list)",
+    "several"
 )
 def test_what_a_mixed_model_tells(tmp_path):
     """PEFT refuses some of it, counts each layer twice, and gives a list for the active adapter."""

@@ -190,11 +190,7 @@ def test_the_models_generation_config_fills_in_what_a_given_one_leaves_open():
     assert torch.equal(out[:, : expected.shape[1]], expected)
 
 
-@pytest.mark.differs(
-    "`generate` of an encoder-decoder with positional arguments",
-    peft="TypeError",
-    graft="works",
-)
+@pytest.mark.differs("`generate` of an encoder-decoder with positional arguments")
 def test_positional_inputs_of_generate():
     model, batch = two_adapters(), full()
     expected = model.generate(**batch, adapter_names=NAMES, max_new_tokens=2, do_sample=False)

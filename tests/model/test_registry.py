@@ -58,11 +58,7 @@ KINDS = {
 }
 
 
-@pytest.mark.differs(
-    "a layer whose adapters were all deleted",
-    peft="stays in the model and in the way of other methods",
-    graft="makes room for whatever comes next",
-)
+@pytest.mark.differs("a layer whose adapters were all deleted")
 @pytest.mark.parametrize("then", KINDS)
 @pytest.mark.parametrize("first", KINDS)
 def test_a_layer_without_adapters_gives_way(first, then):
@@ -128,16 +124,8 @@ def test_all_linear_leaves_a_head_out_that_lost_its_adapters():
     assert type(base.lm_head) is nn.Linear and len(layers(model)) > 1
 
 
-@pytest.mark.differs(
-    "targets inside a module that another adapter trains whole",
-    peft="injects into the copies, too",
-    graft="`UnsupportedLayerError`, or leaves them out and says so",
-)
-@pytest.mark.differs(
-    "`modules_to_save` around a module that carries another adapter",
-    peft="copies it as well: the file fails to load, or saving fails",
-    graft="`UnsupportedLayerError`",
-)
+@pytest.mark.differs("targets inside a module that another adapter trains whole")
+@pytest.mark.differs("`modules_to_save` around a module that carries another adapter")
 def test_a_module_cannot_be_trained_whole_around_other_adapters():
     model = adapted(net(), lora())
     before = kinds(model)
@@ -152,14 +140,7 @@ def test_a_module_cannot_be_trained_whole_around_other_adapters():
 # another PeftModel on the same base
 
 
-@pytest.mark.differs(
-    "a second `PeftModel` on a base that has adapters of another one",
-    peft="two registries of the same layers, in which other adapters are active",
-    graft=(
-        "`AlreadyInjectedError`: call `load_adapter()` of the first, or `unload()` it. graft takes over adapters of a "
-        "model without a PeftModel"
-    ),
-)
+@pytest.mark.differs("a second `PeftModel` on a base that has adapters of another one")
 @pytest.mark.parametrize("name", ["one", "two"])
 @pytest.mark.parametrize("how", ["from_pretrained", "get_peft_model", "PeftModel", "LoraModel"])
 def test_a_base_with_adapters_of_another_peft_model(how, name, tmp_path):
@@ -194,11 +175,7 @@ def test_adapters_of_a_model_without_a_wrapper_are_taken_over(tmp_path):
 # switched off
 
 
-@pytest.mark.differs(
-    "an adapter that is added while adapters are disabled",
-    peft="on new layers it is live",
-    graft="disabled like the others, until they are enabled",
-)
+@pytest.mark.differs("an adapter that is added while adapters are disabled")
 @pytest.mark.parametrize("within", [True, False], ids=["block", "until enabled"])
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["head"]}, {"trainable_token_indices": {"head": [1]}}])
 def test_an_adapter_that_comes_while_all_are_off_is_off(options, within):
@@ -234,10 +211,7 @@ def changed(tmp_path, **options):
 
 
 @pytest.mark.differs(
-    "`load_adapter` into a name that is taken, by a file of another config (alpha, rsLoRA, dropout, …)",
-    peft="the values, with the old scaling, silent",
-    graft="the same, and a `PeftWarning` that names what differs",
-    why="it is not the adapter that was saved",
+    "`load_adapter` into a name that is taken, by a file of another config (alpha, rsLoRA, dropout, …)"
 )
 @pytest.mark.parametrize(
     "options, text",
@@ -284,14 +258,7 @@ def test_any_iterable_of_names_will_do(kind):
     assert torch.equal(model(X, adapter_names=kind(NAMES)), model(X, adapter_names=NAMES))
 
 
-@pytest.mark.differs(
-    "`adapter_names`",
-    peft="a list; the first argument counts the batch",
-    graft=(
-        "any iterable of names, TypeError for a string or None in it; any argument may have as many rows, and samples "
-        "may share others (`position_ids` of one row)"
-    ),
-)
+@pytest.mark.differs("`adapter_names`")
 @pytest.mark.parametrize(
     "names, text",
     [
@@ -313,11 +280,7 @@ def test_an_argument_that_all_rows_share_does_not_count_them(first):
     refuses(graft.RoutingError, "but got 2 and 3", model, x=X, scale=torch.ones(3), adapter_names=["a", "b"])
 
 
-@pytest.mark.differs(
-    "`layers_to_transform=[]` beside `layers_pattern`",
-    peft="adapts all layers",
-    graft="`ConfigError`",
-)
+@pytest.mark.differs("`layers_to_transform=[]` beside `layers_pattern`")
 def test_the_layer_of_the_first_index_alone():
     with seeded(0):
         base = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(3, 3)}) for _ in range(3)])})

@@ -232,18 +232,7 @@ def same(a, b):
     return (a if isinstance(a, type) else type(a)) is b
 
 
-@pytest.mark.differs(
-    "calls and changes in several threads",
-    peft=(
-        "mixes up rows of mixed batches, and gives a call that runs beside `set_adapter`, `delete_adapter`, merging or "
-        "a load an output of neither state, in silence"
-    ),
-    graft=(
-        "calls of any kind run side by side; a change waits until they have ended (`change_timeout`), and is an "
-        "`InUseError` within a call that it would tear"
-    ),
-    why="a call sees one state from its beginning to its end: docs/reference/threads.md",
-)
+@pytest.mark.differs("calls and changes in several threads")
 @quiet
 @pytest.mark.parametrize(("change", "kind"), CASES, ids=[f"{c}-{k}" for c, k in CASES])
 def test_a_change_waits_for_a_request_and_later_ones_for_the_change(change, kind, other):

@@ -22,11 +22,7 @@ def clones(model):
     return {k: v.clone() for k, v in model.state_dict().items()}
 
 
-@pytest.mark.differs(
-    "OFT on Conv2d with kernel > 1",
-    peft="a fresh adapter changes the output; forward ≠ merged",
-    graft="rotates the weight: identity at the start, equal to merged",
-)
+@pytest.mark.differs("OFT on Conv2d with kernel > 1")
 @over([s for s in SAMPLES if "forward" in s.unlike])
 def test_fresh_adapter_is_the_identity(sample):
     """PEFT: OFT on a convolution sums overlapping patches; HRA forgets the dilation."""
@@ -37,15 +33,9 @@ def test_fresh_adapter_is_the_identity(sample):
 
 
 @pytest.mark.differs(
-    "HiRA on an embedding with a factor (Gemma 3), or on a convolution with another `padding_mode` than zeros",
-    peft="forward ≠ merged",
-    graft="equal",
+    "HiRA on an embedding with a factor (Gemma 3), or on a convolution with another `padding_mode` than zeros"
 )
-@pytest.mark.differs(
-    "LoRA on a 1×1×1 Conv3d",
-    peft="cannot merge",
-    graft="merges",
-)
+@pytest.mark.differs("LoRA on a 1×1×1 Conv3d")
 @over([s for s in SAMPLES if s.unlike])
 def test_merged_equals_forward(sample):
     """PEFT: the above; a 1x1x1 kernel cannot be merged; a tied table gets the update twice."""
@@ -76,15 +66,7 @@ ON_LAYERS = [
 ]
 
 
-@pytest.mark.differs(
-    "layer types",
-    peft="each method has its own list",
-    graft=(
-        "every method takes every layer type its formula allows (LoHa on Conv1D and Embedding, HRA on Embedding, HiRA "
-        "on convolutions with groups, MiSS and VB-LoRA on all, …)"
-    ),
-    why="follows from the hooks",
-)
+@pytest.mark.differs("layer types")
 @law("method, layer", ON_LAYERS, lambda case: [(case[0], case[1].partition(".")[0]), (case[1],)])
 def test_any_layer_type(method, layer):
     """A method either adapts a layer completely or says that it cannot; PEFT has a list of classes per method."""
@@ -150,11 +132,7 @@ SIZES = {
 }
 
 
-@pytest.mark.differs(
-    "two OFT adapters",
-    peft="forward ≠ merged",
-    graft="equal: folds them in the order in which they act",
-)
+@pytest.mark.differs("two OFT adapters")
 @pytest.mark.parametrize(
     "sample", [s for s in each(models="mlp embedding conv2d") if s.method in ("OFT", "HRA")], ids=str
 )
@@ -170,11 +148,7 @@ def test_two_rotations_merge_as_they_run(sample):
     close(output(model, sample), plain)
 
 
-@pytest.mark.differs(
-    "IA3 unmerge; RoAd unmerge",
-    peft="divides by l + 1e-8; inverts R, which fails if a scale is 0",
-    graft="restores the weight exactly",
-)
+@pytest.mark.differs("IA3 unmerge; RoAd unmerge")
 @over(mergeable(each(models="mlp conv2d embedding llama")))
 def test_unmerging_is_exact(sample):
     """PEFT divides or subtracts and leaves rounding behind."""
@@ -187,12 +161,7 @@ def test_unmerging_is_exact(sample):
     close_dicts(dict(model.state_dict()), before, 1e-6 if sample.method in subtracts else 0)
 
 
-@pytest.mark.differs(
-    "HiRA's `rank_pattern`",
-    peft="a layer's first adapter ignores it",
-    graft="honoured",
-    why="a file of such an adapter has the rank `r` everywhere: load it with a config that has no pattern",
-)
+@pytest.mark.differs("HiRA's `rank_pattern`")
 def test_ranks_of_hira_by_layer():
     """PEFT honours the pattern from a layer's second adapter on."""
     sample = Sample("HIRA", "ranks", "mlp", dict(target_modules=["lin0", "fc1"], r=4, rank_pattern={"lin0": 2}))
@@ -226,11 +195,7 @@ def test_norms_with_a_head_unload():
 CONTAINER = Sample("LN_TUNING", "container", "mlp", {"target_modules": ["layers.1"]})
 
 
-@pytest.mark.differs(
-    "file keys of a copied container (LN tuning)",
-    peft="contain the adapter's name, so loading under another name loads nothing",
-    graft="writes the same; reads under any name",
-)
+@pytest.mark.differs("file keys of a copied container (LN tuning)")
 def test_copied_containers_load_under_another_name(tmp_path):
     """PEFT keeps the adapter's name inside these keys and then loads nothing."""
     model = randomize(adapt(graft, CONTAINER), CONTAINER)
@@ -253,11 +218,7 @@ def test_copied_containers_move_between_libraries(tmp_path):
 WRONG = [s for s in SAMPLES if "gradients" in s.unlike and s.model in ("mlp", "conv1d", "conv2d")]
 
 
-@pytest.mark.differs(
-    "LoHa `use_effective_conv2d`",
-    peft="wrong gradients: its backward mixes up the two halves",
-    graft="right",
-)
+@pytest.mark.differs("LoHa `use_effective_conv2d`")
 @over(WRONG)
 def test_gradients_are_derivatives(sample):
     """PEFT's hand-written backward of the factored LoHa kernel mixes up its two halves; C3A's gives x a wrong one."""
@@ -288,12 +249,7 @@ def test_dropout_of_rows_keeps_the_mean(sample):
     assert 0.3 < (rows == 0).float().mean() < 0.5
 
 
-@pytest.mark.differs(
-    "training with rank dropout or module dropout (LoHa)",
-    peft="draws from the generator even if off",
-    graft="only if on",
-    why="seeded runs differ in dropout masks only",
-)
+@pytest.mark.differs("training with rank dropout or module dropout (LoHa)")
 def test_dropout_of_whole_updates():
     """Each layer's update is there or not, with the given probability."""
     sample = first("LOHA", "mlp", "module_dropout")
@@ -308,11 +264,7 @@ def test_dropout_of_whole_updates():
     assert 0.3 < sum(torch.allclose(y, base) for y in draws) / 400 < 0.5
 
 
-@pytest.mark.differs(
-    "OFT `module_dropout`",
-    peft="creates it, never applies it",
-    graft="makes blocks the identity in training",
-)
+@pytest.mark.differs("OFT `module_dropout`")
 def test_rotation_dropout_happens():
     """PEFT builds OFT's dropout and never calls it."""
     sample = first("OFT", "mlp", "dropout")
@@ -328,11 +280,7 @@ def test_rotation_dropout_happens():
     assert any(torch.allclose(y, base, atol=1e-6) for y in draws)
 
 
-@pytest.mark.differs(
-    "`ensure_weight_tying`",
-    peft="only embeddings called `embed_tokens` / `lm_head`",
-    graft="whatever module holds the embedding's weight",
-)
+@pytest.mark.differs("`ensure_weight_tying`")
 def test_a_tied_head_stays_tied():
     """PEFT ties only layers called embed_tokens and lm_head, and leaves GPT-2's wte and head apart."""
     config = graft.LoraConfig(target_modules=["c_attn"], modules_to_save=["wte"], ensure_weight_tying=True)
@@ -345,12 +293,7 @@ def test_a_tied_head_stays_tied():
 # heads of another size
 
 
-@pytest.mark.differs(
-    "heads of different sizes on one base",
-    peft="fails",
-    graft='`heads={"classifier": nn.Linear(…)}`; graft pads logits of a mixed batch with -inf',
-    why="two tasks, one base",
-)
+@pytest.mark.differs("heads of different sizes on one base")
 @pytest.mark.parametrize("name, head", [("mlp", "head"), ("bert-seq", "classifier")])
 def test_heads_of_different_sizes(name, head, tmp_path):
     sample = first("LORA", name, "head" if name == "mlp" else "classify")
@@ -395,24 +338,9 @@ SPOILED = {
 }
 
 
-@pytest.mark.differs(
-    "missing keys",
-    peft="warning",
-    graft="`AdapterKeyError` naming them; `strict=False` makes it a warning",
-    why="a half-loaded adapter is not the adapter",
-)
-@pytest.mark.differs(
-    "unexpected keys",
-    peft="silent",
-    graft="also `AdapterKeyError`, or with `strict=False` a warning",
-    why="a checkpoint of another method would load as nothing",
-)
-@pytest.mark.differs(
-    "`load_adapter` returns",
-    peft="a named tuple",
-    graft="a `LoadReport` that unpacks the same way",
-    why="it also lists what was loaded, and base tensors",
-)
+@pytest.mark.differs("missing keys")
+@pytest.mark.differs("unexpected keys")
+@pytest.mark.differs("`load_adapter` returns")
 @pytest.mark.parametrize("how", SPOILED)
 @over(each(models="mlp"))
 def test_missing_and_unexpected_keys(sample, how, tmp_path):
@@ -464,11 +392,7 @@ def test_wrong_target_comes_with_a_hint():
         graft.get_peft_model(models.make("llama"), graft.LoraConfig(target_modules=["v_prj"]))
 
 
-@pytest.mark.differs(
-    "gemma4's default targets",
-    peft="splits a regex into letters",
-    graft="takes the regex",
-)
+@pytest.mark.differs("gemma4's default targets")
 def test_default_targets_that_are_a_pattern():
     """PEFT takes gemma4's regular expression apart into letters."""
     names = ["model.language_model.layers.0.q_proj", "model.vision.layers.0.q_proj"]

@@ -99,11 +99,7 @@ def test_safe_merge_refuses_what_is_not_finite(sample, lib):
         model.merge_adapter(safe_merge=True)
 
 
-@pytest.mark.differs(
-    "a failed safe merge",
-    peft="leaves earlier layers merged",
-    graft="merges nothing",
-)
+@pytest.mark.differs("a failed safe merge")
 @pytest.mark.graft_only
 @over(without_norms(mergeable(each(models="mlp"))))
 def test_refused_merge_changes_nothing(sample):

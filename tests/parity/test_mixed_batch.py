@@ -85,11 +85,7 @@ def test_layers_that_do_not_see_rows(model_name):
         close(mixed.value, row_by_row(model, sample, NAMES))
 
 
-@pytest.mark.differs(
-    "mixed batches (`adapter_names`)",
-    peft="LoRA and a few; others silently run the wrong adapter; not in training",
-    graft="every method that acts on layers, in training too, also under gradient checkpointing",
-)
+@pytest.mark.differs("mixed batches (`adapter_names`)")
 @pytest.mark.graft_only
 @over(by_row(each(models="mlp llama")) + HEADS)
 def test_trains_several_adapters_at_once(sample):

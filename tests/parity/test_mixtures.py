@@ -121,13 +121,7 @@ def targets_of(kind):
 
 @pytest.mark.differs(
     "targets by names that experts had (`gate_proj`, …), where PEFT turns them into stacks (Qwen3-MoE, DeepSeek V2 "
-    "and V3, GLM-4 MoE and 20 others)",
-    peft="dense layers, shared experts and attention gates of the same names are dropped in silence",
-    graft=(
-        'become targets by their weights, `target_parameters=["….gate_proj.weight"]`: same names in files, which PEFT '
-        "loads; packed ones are left out with a warning, and naming them in `target_parameters` takes them"
-    ),
-    why="they were targets, and files from before have them",
+    "and V3, GLM-4 MoE and 20 others)"
 )
 @FAMILIES
 def test_experts_are_targets_by_their_old_names(kind):
@@ -210,14 +204,7 @@ def old_file(folder, kind, targets, model, **config):
     return changed
 
 
-@pytest.mark.differs(
-    "a checkpoint of experts one by one (Qwen2-MoE and its like)",
-    peft="loads the rest and drops the experts in silence",
-    graft=(
-        "loads them into the stacks, as both do for Mixtral; with dense layers and shared experts beside them, and the "
-        "scale of rsLoRA"
-    ),
-)
+@pytest.mark.differs("a checkpoint of experts one by one (Qwen2-MoE and its like)")
 @FAMILIES
 @pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
 @torch.no_grad()
@@ -263,13 +250,7 @@ def test_the_rest_of_such_names_can_be_packed():
 
 
 @pytest.mark.differs(
-    "targets by names that experts had, where PEFT leaves the experts out (Qwen2-MoE, gpt-oss, Granite-MoE, Llama "
-    "4, …)",
-    peft="silent",
-    graft=(
-        "a warning and `plan()` name `target_parameters`; where the names mean nothing else (PhiMoE's `w1`), they "
-        "become the stacks"
-    ),
+    "targets by names that experts had, where PEFT leaves the experts out (Qwen2-MoE, gpt-oss, Granite-MoE, Llama 4, …)"
 )
 def test_plans_name_the_experts_that_are_left_out():
     report = graft.plan(base("gpt_oss"), graft.LoraConfig(target_modules=[*LLAMA, "q_proj"]))
@@ -284,12 +265,7 @@ def test_plans_name_the_experts_that_are_left_out():
 
 @pytest.mark.differs(
     "targets by names that experts had, and that say more (`mlp.gate_proj`, a regex, `layers_to_transform`, rank "
-    "patterns)",
-    peft=(
-        "mean all experts; a regex becomes the last names of what it matches, in all layers; patterns of parts are "
-        "ignored"
-    ),
-    graft="mean what they meant: experts only if they fit one, only there; patterns of parts add up",
+    "patterns)"
 )
 @pytest.mark.parametrize("targets, stacked, dense", [
     ("all-linear", 1, {"0.mlp", "1.mlp.shared_experts"}),

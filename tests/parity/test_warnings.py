@@ -186,11 +186,7 @@ CASES = {
 }
 
 
-@pytest.mark.differs(
-    '`lora_ga_config` missing, or given without `init_lora_weights="lora_ga"`',
-    peft="an error later; no effect, in silence",
-    graft="a warning, as for EVA's and CorDA's",
-)
+@pytest.mark.differs('`lora_ga_config` missing, or given without `init_lora_weights="lora_ga"`')
 @pytest.mark.parametrize("lib", LIBS)
 @pytest.mark.parametrize("case", CASES)
 def test_warned(case, lib, tmp_path):

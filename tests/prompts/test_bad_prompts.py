@@ -249,11 +249,7 @@ def test_a_prompt_longer_than_the_positions(sample, n, over):
         cannot_be_added(sample, config_of(long(sample, n)), graft.ConfigError, *words, base=base)
 
 
-@pytest.mark.differs(
-    "prefix tuning, cartridges of a model without a cache (DeBERTa)",
-    peft="accepted; the forward pass fails",
-    graft="`ConfigError` at once",
-)
+@pytest.mark.differs("prefix tuning, cartridges of a model without a cache (DeBERTa)")
 @pytest.mark.parametrize("given", [{}, dict(num_layers=2, token_dim=24, num_attention_heads=3)], ids=["none", "sizes"])
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
 @each(KEYS)
@@ -626,11 +622,7 @@ def test_a_cache_without_room(sample):
         model.generate(**inputs_of(sample), max_new_tokens=2, cache_implementation="static")
 
 
-@pytest.mark.differs(
-    "both `input_ids` and `inputs_embeds` with soft prompts",
-    peft="ignores `input_ids`",
-    graft="ValueError",
-)
+@pytest.mark.differs("both `input_ids` and `inputs_embeds` with soft prompts")
 @each(FIRSTS)
 def test_no_input_and_twice_the_input(sample):
     model, inputs = ready(sample), inputs_of(sample)
@@ -649,11 +641,7 @@ def test_an_input_without_a_batch(sample):
         model(input_ids=inputs["input_ids"][0], **tasks)
 
 
-@pytest.mark.differs(
-    "CPT with types that make no token a label",
-    peft="a loss of NaN",
-    graft="ValueError with the reason",
-)
+@pytest.mark.differs("CPT with types that make no token a label")
 @pytest.mark.parametrize("name, shape", [("labels", (3, 6)), ("labels", (2, 7)), ("input_type_mask", (3, 8))])
 def test_labels_and_types_of_examples(name, shape):
     sample = first("CPT")
@@ -783,12 +771,7 @@ def test_a_prompt_around_lora(sample):
             graft.get_peft_model(model, config_of(sample))
 
 
-@pytest.mark.differs(
-    "another method around a PeftModel with a prompt",
-    peft="accepted; the prompt acts in it",
-    graft="`AlreadyInjectedError`",
-    why="a PeftModel has adapters of one method; adapt `get_base_model()` instead, without the prompt",
-)
+@pytest.mark.differs("another method around a PeftModel with a prompt")
 @pytest.mark.parametrize("name", ["default", "second"])
 @each(FIRSTS)
 def test_lora_around_a_prompt(sample, name):

@@ -134,9 +134,7 @@ def refused(base, *words, **options):
 
 @pytest.mark.differs(
     "keys for layers that keep a state or latent keys (Jamba, Qwen3-Next, LFM2, MiniMax, DeepSeek-V2 and V3); "
-    "prompts for Mamba",
-    peft="accepted: an internal error, or ignored in `generate`",
-    graft="`ConfigError` with what works instead",
+    "prompts for Mamba"
 )
 @pytest.mark.skipif(VERSION < (5, 0), reason="caches of their own there")
 @pytest.mark.parametrize("method", ["PREFIX_TUNING", "CARTRIDGE"])
@@ -193,9 +191,7 @@ NARROW = {
 
 @pytest.mark.differs(
     "embeddings narrower than the layers (OPT with `word_embed_proj_dim`, ELECTRA, ALBERT, MobileBERT, RemBERT), "
-    "flan-T5 whose heads are wider than the model",
-    peft="fails",
-    graft="sizes are those of the embeddings and of the heads",
+    "flan-T5 whose heads are wider than the model"
 )
 @pytest.mark.parametrize("method", ["PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"])
 @pytest.mark.parametrize("name", NARROW)
@@ -267,11 +263,7 @@ def test_losses_that_leave_out_what_the_mask_does(name):
     close(out.loss, torch.nn.functional.cross_entropy(out.logits[:, P:].flatten(0, 1), labels.flatten()))
 
 
-@pytest.mark.differs(
-    "SEQ_CLS of Longformer",
-    peft="fails: the global attention mask is shorter than the input",
-    graft="the prompt's tokens attend globally",
-)
+@pytest.mark.differs("SEQ_CLS of Longformer")
 @torch.no_grad()
 def test_local_attention_with_a_head_that_looks_far():
     """Longformer: the prompt sees all of the input, as its first token does, whose place it takes."""
@@ -288,12 +280,7 @@ def test_local_attention_with_a_head_that_looks_far():
     assert (model(input_ids=x).logits - model(input_ids=other).logits).abs().max() > 1e-3
 
 
-@pytest.mark.differs(
-    "soft prompts for `BigBirdForQuestionAnswering`; XLNet in `generate`",
-    peft="an internal error about sizes",
-    graft="`ConfigError`; ValueError",
-    why="their heads and orders count the input's tokens",
-)
+@pytest.mark.differs("soft prompts for `BigBirdForQuestionAnswering`; XLNet in `generate`")
 def test_a_head_that_counts_the_tokens():
     settings = dict(encoder, attention_type="original_full")
     base = base_of("BigBirdConfig", "BigBirdForQuestionAnswering", **settings)
@@ -330,14 +317,7 @@ TEXT = torch.tensor([[5, 9, 7, 12]])  # as many tokens as the prompt
 IMAGE = torch.tensor([[40, 40, 40, 40, 6, 8, 11]])
 
 
-@pytest.mark.differs(
-    "PaliGemma, Qwen3-VL with images",
-    peft="puts prompts in again at every step",
-    graft=(
-        "a soft prompt acts as words in front: part of the prefix that sees itself, positions that count from 1, marks "
-        "of images"
-    ),
-)
+@pytest.mark.differs("PaliGemma, Qwen3-VL with images")
 @pytest.mark.skipif(VERSION < (5, 0), reason="types make other masks there")
 @pytest.mark.parametrize("suffix", [None, 0, 2])
 @torch.no_grad()

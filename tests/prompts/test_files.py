@@ -91,12 +91,7 @@ def test_loaded_model_state(sample, tmp_path):
         assert getattr(mine, name) == getattr(other, name)
 
 
-@pytest.mark.differs(
-    "prompts: `requires_grad` of inactive prompts, and of those loaded for inference",
-    peft="true",
-    graft="false",
-    why="they do not train",
-)
+@pytest.mark.differs("prompts: `requires_grad` of inactive prompts, and of those loaded for inference")
 @pytest.mark.graft_only
 @pytest.mark.parametrize("sample", ONE_OF_EACH, ids=str)
 def test_loaded_prompts_do_not_train(sample, tmp_path):
@@ -313,12 +308,7 @@ def test_explicit_state_dict_of_the_model(sample):
 
 
 @pytest.mark.differs(
-    "prompts: reloading a trained prompt into an encoder with a network (`load_adapter` under its name)",
-    peft="P-tuning's network runs on the prompt that it computed; a projection fails",
-    graft=(
-        "the prompt is what the file holds, the network is gone; with `is_trainable`, as when Trainer resumes, a "
-        "warning says so"
-    ),
+    "prompts: reloading a trained prompt into an encoder with a network (`load_adapter` under its name)"
 )
 @pytest.mark.graft_only
 @pytest.mark.parametrize("way", ["load_adapter", "set_peft_model_state_dict"])

@@ -195,11 +195,7 @@ def cells(kinds: list[Kind], chosen: list[Sample] = SAMPLES) -> tuple[Callable[.
                 size if key == "change" else 0.0,
             )
 
-    @pytest.mark.differs(
-        "merging on quanto",
-        peft="is lost without a word",
-        graft="works",
-    )
+    @pytest.mark.differs("merging on quanto")
     @each
     @pytest.mark.filterwarnings("ignore:Merging has lost")  # as few bits do: tests/core/test_rounding.py
     def test_merging(kind, sample):

@@ -78,12 +78,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.differs(
-    "which layers are quantized",
-    peft="marks of transformers (`is_loaded_in_4bit`); a layer without them is taken for dense",
-    graft="the types of module and tensor",
-    why="a merge into codes that count as floats loses the adapter",
-)
+@pytest.mark.differs("which layers are quantized")
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("method", CONFIGS)
 def test_the_tensor_says_how_it_is_held(method, dora):

@@ -51,11 +51,7 @@ def lora(**options):
 X = torch.linspace(-1, 1, 5 * IN).view(5, IN)
 
 
-@pytest.mark.differs(
-    "transformers' `EetqLinear`",
-    peft="ValueError: not supported",
-    graft="works",
-)
+@pytest.mark.differs("transformers' `EetqLinear`")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_two_adapters_files(dtype, tmp_path):
     model = graft.get_peft_model(Model(dtype), lora(use_dora=True), "a")
@@ -88,11 +84,7 @@ def test_half_precision_two_adapters_files(dtype, tmp_path):
     assert_close(plain(x), alone["b"], rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.differs(
-    '`target_modules="all-linear"` on HQQ, GPTQ, AWQ, AQLM',
-    peft="finds nothing",
-    graft="finds them",
-)
+@pytest.mark.differs('`target_modules="all-linear"` on HQQ, GPTQ, AWQ, AQLM')
 def test_all_linear_layers_are_found():
     model = graft.get_peft_model(nn.ModuleDict({"body": Model()}), lora(target_modules="all-linear"))
     assert set(layers(model)) == {"body.q", "body.v", "body.e", "body.head"}
@@ -137,11 +129,7 @@ def test_biases_that_are_no_parameters_train(bias, first, tmp_path):
     assert_close(loaded(X), model(X))
 
 
-@pytest.mark.differs(
-    "merging on GPTQ, AWQ, AQLM and others",
-    peft="ValueError, or an empty message",
-    graft="refused, with `merge_and_unload(dequantize=True)` as a way",
-)
+@pytest.mark.differs("merging on GPTQ, AWQ, AQLM and others")
 def test_merging_is_refused_in_the_words_of_peft_and_with_two_ways_out():
     model = graft.get_peft_model(Model(), lora())
     with pytest.raises(

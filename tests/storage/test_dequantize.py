@@ -34,14 +34,7 @@ def lora(**options):
     return graft.LoraConfig(r=3, target_modules=["layer", "plain"], **options)
 
 
-@pytest.mark.differs(
-    "`merge_and_unload(dequantize=True)`",
-    peft="–",
-    graft=(
-        "plain layers in the dtype of the model, exact; transformers' marks go with the last packed layer, so that "
-        "`save_pretrained` writes a plain model"
-    ),
-)
+@pytest.mark.differs("`merge_and_unload(dequantize=True)`")
 @pytest.mark.parametrize("kind", [Eight, Calibrated])
 @pytest.mark.parametrize("safe", [True, False])
 def test_adapted_layers_become_plain(kind, safe):

@@ -140,14 +140,7 @@ def test_mixed_batches_run_beside_it(kind, grad):
 
 @pytest.mark.differs(
     "a weight that is not dense (integer codes, float8, an unknown tensor subclass such as torchao's), or a layer "
-    "class with a forward of its own (bitsandbytes, quanto, fp8, weight standardization)",
-    peft="often takes it for dense: merges that lose the adapter, norms of codes; saving fails",
-    graft=(
-        "runs and saves adapters beside it; methods that read the weight (DoRA, HiRA) run on linear layers, which are "
-        "read by their own forward, and raise `UnsupportedLayerError` on others; merging raises NotImplementedError "
-        "with the reason, `merge_and_unload(dequantize=True)` works"
-    ),
-    why="only the module knows how to read its numbers",
+    "class with a forward of its own (bitsandbytes, quanto, fp8, weight standardization)"
 )
 @kinds
 @pytest.mark.parametrize("safe", [True, False])
@@ -182,11 +175,7 @@ def weight_by_hand(layer):
         return (layer(torch.eye(6)) - layer(torch.zeros(1, 6))).T.contiguous()
 
 
-@pytest.mark.differs(
-    "unknown modules and tensors",
-    peft="dense, if a subclass of `nn.Linear`",
-    graft="read by their own forward if that is linear; never written",
-)
+@pytest.mark.differs("unknown modules and tensors")
 @kinds
 @pytest.mark.parametrize("method", READERS)
 def test_what_reads_the_weight_has_it_from_a_layer_that_is_linear(kind, method):

@@ -85,9 +85,7 @@ test_reading, test_forward_and_gradients, test_merging, test_merging_into_a_dens
 
 @pytest.mark.differs(
     "layers whose kernel passes no gradient on (BitLinear, Gemma's rounded activations, fbgemm, compressed-tensors "
-    "with rounded activations), or whose backward pass fails (AQLM with codes of 8 bits on CPUs)",
-    peft="what lies below trains with wrong gradients or none, or backward raises",
-    graft="the gradient of the dequantized weight goes through, with or without an adapter on the layer",
+    "with rounded activations), or whose backward pass fails (AQLM with codes of 8 bits on CPUs)"
 )
 @pytest.mark.parametrize("hooked", [False, True])
 def test_layers_below_get_a_gradient(hooked):

@@ -95,11 +95,7 @@ NEED_THE_WEIGHT = {
 }
 
 
-@pytest.mark.differs(
-    "a method that needs the weight (DoRA, PiSSA, token rows) on a base that accelerate offloads",
-    peft="garbage, or an error in the forward pass",
-    graft="brings the weight in from where it is",
-)
+@pytest.mark.differs("a method that needs the weight (DoRA, PiSSA, token rows) on a base that accelerate offloads")
 @pytest.mark.parametrize("name", NEED_THE_WEIGHT)
 def test_what_needs_the_weight_reads_it_where_it_is(name, offload):
     results = []

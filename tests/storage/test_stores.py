@@ -109,11 +109,7 @@ def test_a_method_that_folds_is_refused_where_nothing_can_be_read():
         assert Folds(site, graft.IA3Config(target_modules=["0"]), "a").check() == why
 
 
-@pytest.mark.differs(
-    "KaSA on a 4-bit or 8-bit base",
-    peft="ignored, plain LoRA",
-    graft="`UnsupportedLayerError` where the weight cannot be rewritten",
-)
+@pytest.mark.differs("KaSA on a 4-bit or 8-bit base")
 @pytest.mark.parametrize("how", ["pissa", "olora"])
 def test_an_initialisation_that_changes_the_base_asks_whether_it_may(how):
     def make(kind):

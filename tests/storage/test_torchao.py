@@ -229,11 +229,7 @@ KINDS = [
 test_reading, test_forward_and_gradients, test_merging, test_merging_into_a_dense_layer, test_files = cells(KINDS, FEW)
 
 
-@pytest.mark.differs(
-    "torchao's dynamic activations; float8, Gemma's and BitNet's layers without a backward pass",
-    peft="no gradients below them, in silence",
-    graft="straight through the dequantized weight",
-)
+@pytest.mark.differs("torchao's dynamic activations; float8, Gemma's and BitNet's layers without a backward pass")
 @pytest.mark.parametrize(
     "hold", [dynamic, with_weight(lambda W: intx(W, activation_quantization="tokens"))], ids=["int8", "intx"]
 )
@@ -308,12 +304,7 @@ def test_tensors_that_nobody_knows_are_never_dense_and_can_be_saved(kind, tmp_pa
         model.save_pretrained(tmp_path, fingerprint=fingerprint)
 
 
-@pytest.mark.differs(
-    "`modules_to_save`, or LN tuning, on a layer that holds codes",
-    peft="RuntimeError of torch; trains the codes where they are stored as floats",
-    graft="`UnsupportedLayerError`",
-    why="codes do not train",
-)
+@pytest.mark.differs("`modules_to_save`, or LN tuning, on a layer that holds codes")
 def test_what_would_train_packed_weights_is_refused():
     base = nn.Sequential(KINDS[0].hold(linear()), nn.Linear(OUT, 4))
     kinds = [type(m) for m in base]

@@ -55,12 +55,7 @@ def brief(monkeypatch):
     monkeypatch.setattr(reading, "BUDGET", 0.1)
 
 
-@pytest.mark.differs(
-    "a regular expression that takes seconds to match a name",
-    peft="hangs",
-    graft="`ConfigError` that names it",
-    why="`re` cannot be stopped; `regex` can",
-)
+@pytest.mark.differs("a regular expression that takes seconds to match a name")
 @pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize(
     "field", ["target_modules", "exclude_modules", "rank_pattern", "modules_to_save", "layers_pattern"]
@@ -123,10 +118,7 @@ TEXTS = {
 
 @pytest.mark.differs(
     "numbers of a config above 2²⁴ (seeds and steps: 2⁶³), JSON above 16 MiB or 32 levels deep, more than 10,000 "
-    "patterns, 100 entries of `layers_pattern`, 1,000 Cayley-Neumann terms, 32 times as many layers by replication",
-    peft="accepted",
-    graft="`ConfigError`, `CheckpointError`",
-    why="sizes become memory and time",
+    "patterns, 100 entries of `layers_pattern`, 1,000 Cayley-Neumann terms, 32 times as many layers by replication"
 )
 @pytest.mark.parametrize("case", TEXTS)
 def test_a_config_is_refused_by_file_and_field(tmp_path, case):
@@ -204,11 +196,7 @@ class Sizes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.differs(
-    "a config that describes far more numbers than the file beside it holds",
-    peft="allocates them",
-    graft="`CheckpointError`",
-)
+@pytest.mark.differs("a config that describes far more numbers than the file beside it holds")
 @pytest.mark.parametrize("case", ROOMS)
 def test_what_a_config_asks_for_is_in_proportion_to_the_file(tmp_path, case):
     model = ROOMS[case](tmp_path)
@@ -239,15 +227,7 @@ KINDS = {
 }
 
 
-@pytest.mark.differs(
-    "NaN, infinite, sparse, complex or whole numbers in a file; tensors on the meta device",
-    peft="loaded, or an error in the middle",
-    graft=(
-        "`NonFiniteError` (`allow_nonfinite=True` loads them), `CheckpointError`, `AdapterKeyError`, before anything "
-        "changes"
-    ),
-    why="a loss that became NaN is seen at once",
-)
+@pytest.mark.differs("NaN, infinite, sparse, complex or whole numbers in a file; tensors on the meta device")
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # torch, from 2.15 on
 @pytest.mark.parametrize("case", KINDS)
 def test_a_tensor_of_another_kind_leaves_all_as_it_was(saved, case):
@@ -377,11 +357,7 @@ def test_a_note_that_contradicts_itself(saved):
 # keys outside layers
 
 
-@pytest.mark.differs(
-    'base biases (`bias="all"`, `"…_only"`) that a file lacks',
-    peft="silent",
-    graft='`AdapterKeyError`; a warning for "…_only", of which PEFT\'s files hold none',
-)
+@pytest.mark.differs('base biases (`bias="all"`, `"…_only"`) that a file lacks')
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_biases_of_the_base_that_a_file_lacks(tmp_path, bias):
     mlp_with(bias=bias).save_pretrained(tmp_path)
@@ -440,11 +416,7 @@ def test_a_key_mapping_that_fits_nothing_is_said(saved):
 BAD_NAMES = ["", ".", "..", "a.b", "a/b", "a\\b", "a\0b", "\ud800", "é" * 128, "a" * 256]
 
 
-@pytest.mark.differs(
-    "adapter names longer than 255 bytes, with NUL, or no valid text",
-    peft="accepted until saved",
-    graft="`AdapterNameError`",
-)
+@pytest.mark.differs("adapter names longer than 255 bytes, with NUL, or no valid text")
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_name_that_no_file_system_takes(name):
     model = mlp_with()
@@ -499,11 +471,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.differs(
-    "a network or hub failure",
-    peft="\"Can't find 'adapter_config.json'\", or the other format",
-    graft="`HubError` (a ValueError) that says what it was",
-)
+@pytest.mark.differs("a network or hub failure")
 @pytest.mark.parametrize("case", FAILURES)
 def test_a_failure_of_the_hub_is_told_as_what_it_is(monkeypatch, saved, case):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -535,11 +503,7 @@ def test_a_file_that_is_not_there(monkeypatch, saved):
     assert asked == [CONFIG, TENSORS, BIN]
 
 
-@pytest.mark.differs(
-    "the name of a folder that is not there, with the hub out of reach",
-    peft="tries again for 25 s; the hub's error",
-    graft="one attempt; `HubError`: no such folder here",
-)
+@pytest.mark.differs("the name of a folder that is not there, with the hub out of reach")
 def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
     """Its own downloads try again for half a minute, which no folder of that name is worth."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -610,11 +574,7 @@ def test_a_larger_vocabulary_on_the_hub_is_that_of_the_adapters_revision(monkeyp
 # code
 
 
-@pytest.mark.differs(
-    "`trust_remote_code` of `AutoPeftModel…` for classes of transformers",
-    peft="its default, which asks on a terminal",
-    graft="False unless passed, for model and tokenizer (of `prompt_tuning_init_text`, too)",
-)
+@pytest.mark.differs("`trust_remote_code` of `AutoPeftModel…` for classes of transformers")
 def test_a_tokenizer_beside_an_adapter_runs_no_code(tmp_path, monkeypatch):
     import transformers
 

@@ -72,12 +72,7 @@ def same(got, want):
         torch.testing.assert_close(got[name], grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()))
 
 
-@pytest.mark.differs(
-    "prefix tuning with gradient checkpointing",
-    peft="ValueError",
-    graft="works, reentrant or not (before transformers 4.53, and for BERT before 4.56: ValueError)",
-    why="graft passes the prompt's cache to the layers past the checkpoint",
-)
+@pytest.mark.differs("prefix tuning with gradient checkpointing")
 @pytest.mark.filterwarnings("ignore")
 @law(
     "name, method, reentrant",

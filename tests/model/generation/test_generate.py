@@ -168,11 +168,7 @@ def test_inputs_embeds(name, method):
     assert torch.equal(generate(model, embeds), out if name in SEQ2SEQ else out[:, LENGTH:])
 
 
-@pytest.mark.differs(
-    "prompts: `position_ids`",
-    peft="ignores them with a warning",
-    graft="takes them as positions of the input's own tokens, shifted by the prompt",
-)
+@pytest.mark.differs("prompts: `position_ids`")
 @pytest.mark.parametrize("name", [n for n in PLACED if n not in SLIDING])
 @pytest.mark.parametrize("method", ["lstm", "prefix"])
 def test_padding_changes_nothing_under_position_ids(name, method):
@@ -191,11 +187,7 @@ def four_dims(mask, kind, window=None):
     return sees if kind is torch.bool else torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(kind).min)
 
 
-@pytest.mark.differs(
-    "prompts: the attention mask",
-    peft="becomes float",
-    graft="keeps its dtype; graft widens 4-D masks and dicts of masks, too",
-)
+@pytest.mark.differs("prompts: the attention mask")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "qwen3", "mistral"])
 @pytest.mark.parametrize("method", ["mlp", "prefix"])
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
@@ -373,11 +365,7 @@ def test_compiled_forward(method):
     close(torch.compile(model, backend="eager", fullgraph=True)(**given).logits, model(**given).logits)
 
 
-@pytest.mark.differs(
-    "`encoder_outputs` with soft prompts",
-    peft="drops them with a warning in `generate`, uses them (without the prompt) in `forward`",
-    graft="drops them with a warning in both; an error without `input_ids`",
-)
+@pytest.mark.differs("`encoder_outputs` with soft prompts")
 @pytest.mark.parametrize("name", ["t5", "bart"])
 @pytest.mark.parametrize("method", ["mlp", "multitask"])
 def test_encoder_outputs_are_computed_again(name, method):
@@ -403,12 +391,7 @@ def test_encoder_outputs_are_kept_where_the_prompt_is_in_the_decoder(name, recwa
     assert not [w for w in recwarn if "encoder_outputs" in str(w.message)]
 
 
-@pytest.mark.differs(
-    "static caches where the prompt would be in them",
-    peft="KeyError",
-    graft="ValueError",
-    why="they have no room for the prompt",
-)
+@pytest.mark.differs("static caches where the prompt would be in them")
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_static_cache_is_refused(method):
     model, given = with_prompt("llama", method), inputs("llama")
@@ -420,15 +403,7 @@ def test_static_cache_is_refused(method):
     assert torch.equal(generate(model, given), greedy(model, given))
 
 
-@pytest.mark.differs(
-    "`generate` with a cache that holds tokens",
-    peft="accepted",
-    graft="ValueError",
-    why=(
-        "`generate` would leave out as many tokens of the input as the cache holds, the prompt's among them; `forward` "
-        "continues such a cache"
-    ),
-)
+@pytest.mark.differs("`generate` with a cache that holds tokens")
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_cache_of_an_earlier_generate_is_refused(method):
     """`generate` would skip as many tokens as the cache holds, the prompt's included."""
@@ -475,12 +450,7 @@ def test_an_object_without_room_is_refused(name, method):
     close(model(**given).logits, want)
 
 
-@pytest.mark.differs(
-    "assisted decoding (`assistant_model`, `prompt_lookup_num_tokens`)",
-    peft="accepted",
-    graft="right where the cache argument is `cache`, ValueError before",
-    why="older versions cut the cache back to the input's length",
-)
+@pytest.mark.differs("assisted decoding (`assistant_model`, `prompt_lookup_num_tokens`)")
 @pytest.mark.parametrize("name", ["llama", "gemma3", "t5", "bart"])
 @pytest.mark.parametrize("method", ["multitask", "prefix"])
 @pytest.mark.parametrize("how", ["assistant", "lookup"])

@@ -103,17 +103,8 @@ def twin(model: nn.Module, cell: Cell) -> nn.Module:
     return theirs
 
 
-@pytest.mark.differs(
-    "`generate` under transformers ≥ 5.2x, whose cache argument is `cache`",
-    peft="ignores prefix tuning; puts soft prompts in again at every step",
-    graft="right, under both names",
-    why="the prompt enters where the stack of layers begins, when its cache is empty",
-)
-@pytest.mark.differs(
-    "multitask prompts of an encoder-decoder",
-    peft="leaves the decoder's half out of `generate`",
-    graft="uses it in `generate` as in training",
-)
+@pytest.mark.differs("`generate` under transformers ≥ 5.2x, whose cache argument is `cache`")
+@pytest.mark.differs("multitask prompts of an encoder-decoder")
 @law("cell", [c for c in CELLS if c.method in IN_PEFT], lambda cell: cell.features)
 def test_equals_peft(cell, tmp_path):
     """The folder that graft wrote computes the same in PEFT; equal values have equal losses and gradients."""

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import graft
 import graft.compat.peft
 
-graft.compat.peft.install()  # so that Trainer saves adapters alone
+graft.compat.peft.install()  # so that Trainer saves adapters alone; only processes of these checks import this module
 
 from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
@@ -172,7 +172,6 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "accelerate": with_accelerate,
     **{name: partial(follows_recipe, name=name) for name in recipes.AT_LOAD},
 }
-NAMES = tuple(CHECKS)
 
 
 def checks(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:

@@ -74,17 +74,8 @@ def fresh(folder: str, name: str) -> str:
     return path
 
 
-@pytest.mark.differs(
-    "DoRA under FSDP2",
-    peft="forward ≠ merged",
-    graft="equal",
-)
-@pytest.mark.differs(
-    "saving under FSDP1, FSDP2 or ZeRO-3 without `state_dict`",
-    peft="no tensor at all; RuntimeError about a data pointer; tensors of shape (0,)",
-    graft="gathers the adapter's tensors, one by one: the file of one process, written once, see docs/distributed.md",
-    why="a plain `save_pretrained` on all processes",
-)
+@pytest.mark.differs("DoRA under FSDP2")
+@pytest.mark.differs("saving under FSDP1, FSDP2 or ZeRO-3 without `state_dict`")
 def trains(layout: str, method: str, folder: str) -> None:
     """Before training, the file of one process, byte for byte; losses and the file afterwards as those of one."""
     losses, start, end = alone(method, folder)
@@ -190,11 +181,7 @@ def allocates(layout: str, folder: str) -> None:
     close(logits(wrapped.outer.eval()), logits(one.outer.eval()), 1e-5)
 
 
-@pytest.mark.differs(
-    "a save of spread tensors that one process calls",
-    peft="waits for ever (gathering), or saves parts",
-    graft='`CheckpointError` on that process after 30 s: "this one is alone"',
-)
+@pytest.mark.differs("a save of spread tensors that one process calls")
 def stays_alone(layout: str, folder: str) -> None:
     """A save that one process calls ends with an error, and the next one of all processes is right."""
     wrapped = LAYOUTS[layout](with_method("LORA"))
@@ -220,11 +207,7 @@ def fails_alike(layout: str, folder: str) -> None:
     assert Path(path).read_text() == "no folder"
 
 
-@pytest.mark.differs(
-    "processes that drew different initial values, under FSDP",
-    peft="a mixture, silent",
-    graft="`PeftWarning` at the first step",
-)
+@pytest.mark.differs("processes that drew different initial values, under FSDP")
 def differs(layout: str, folder: str) -> None:
     """Processes with different adapters do not save."""
     wrapped = LAYOUTS[layout](with_method("LORA"))
@@ -242,12 +225,7 @@ def two(seed: int = 1) -> Any:
     return peft.train()
 
 
-@pytest.mark.differs(
-    "a step in which parameters train that DDP or DeepSpeed did not see at wrapping",
-    peft="trains on each process by itself, silent",
-    graft="`DistributedError` on all, with the remedy",
-    why="the processes drift apart",
-)
+@pytest.mark.differs("a step in which parameters train that DDP or DeepSpeed did not see at wrapping")
 def switches(layout: str, folder: str) -> None:
     """A second adapter that is activated after wrapping trains as on one process, or is refused with the remedy."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -313,11 +291,7 @@ def merges(layout: str, folder: str) -> None:
     close(logits(wrapped.outer), before, 1e-5)
 
 
-@pytest.mark.differs(
-    "an adapter that is to train, injected after FSDP has wrapped the model",
-    peft="trains on each process by itself, silent",
-    graft="trains as on one process after `fully_shard`; `DistributedError` at injection with FSDP1",
-)
+@pytest.mark.differs("an adapter that is to train, injected after FSDP has wrapped the model")
 def comes_late(layout: str, folder: str) -> None:
     """An adapter that comes after wrapping acts; it trains as on one process under FSDP2, and elsewhere not at all."""
     wrapped = LAYOUTS[layout](with_method("LORA"))
@@ -438,11 +412,7 @@ SHARDED = ("fsdp1", "fsdp1-flat", "fsdp2", "zero3")
 REFUSED = {("fsdp1-flat", method) for method in ("DORA", "IA3", "ADALORA", "OFT", "VERA", "LOHA")}
 
 
-@pytest.mark.differs(
-    "`fsdp_auto_wrap_policy` for methods whose tensors are read past modules",
-    peft="units that fail in forward (DoRA with use_orig_params=True), or torch's ValueError",
-    graft="no unit for what is not called, and a `PeftWarning` that says use_orig_params=True",
-)
+@pytest.mark.differs("`fsdp_auto_wrap_policy` for methods whose tensors are read past modules")
 def is_refused(layout: str, method: str, folder: str) -> None:
     """The policy says what FSDP needs for methods that read tensors themselves."""
     with warnings.catch_warnings(record=True) as seen:

@@ -137,16 +137,8 @@ def saved(model: Any, path: Path, one: bool) -> Path:
     return path / "whole"
 
 
-@pytest.mark.differs(
-    "a stage of a pipeline: seeds",
-    peft="initial values depend on the layers that the stage has",
-    graft="those of one process",
-)
-@pytest.mark.differs(
-    "a stage of a pipeline: a file of the whole model; parts",
-    peft="ignores keys of absent layers, silent; parts have to be joined by hand",
-    graft="reports them as `absent_keys`; `join_stages` writes the file of one process",
-)
+@pytest.mark.differs("a stage of a pipeline: seeds")
+@pytest.mark.differs("a stage of a pipeline: a file of the whole model; parts")
 def trains(folder: Path, name: str, empty: str) -> None:
     path, own = folder / f"{name}-{empty}", folder / f"one{dist.get_rank()}-{name}"
     with seeded(1):
@@ -175,12 +167,7 @@ def trains(folder: Path, name: str, empty: str) -> None:
         close(again.eval()(input_ids=ids()).logits, one.eval()(input_ids=ids()).logits, 1e-5)
 
 
-@pytest.mark.differs(
-    "AdaLoRA, VB-LoRA on a stage of a pipeline",
-    peft="train apart on each stage, silent",
-    graft="refused at injection",
-    why="layers of other stages take part in them",
-)
+@pytest.mark.differs("AdaLoRA, VB-LoRA on a stage of a pipeline")
 def refusals(folder: Path) -> None:
     rank = dist.get_rank()
     ada = graft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=LAYERS)

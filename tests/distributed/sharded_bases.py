@@ -279,10 +279,7 @@ def begins_alike(here: dict[str, Any], one: dict[str, Any]) -> None:
 
 
 @pytest.mark.differs(
-    "an adapter on a base that `fsdp_size`, HSDP, FSDP2 with tensor parallelism or `ep_size` has sharded",
-    peft="each process draws and trains its own; DoRA and merging raise",
-    graft="the values, losses, norms and files of one process, for every method",
-    why="docs/distributed.md",
+    "an adapter on a base that `fsdp_size`, HSDP, FSDP2 with tensor parallelism or `ep_size` has sharded"
 )
 def life(folder: Path, name: str, method: str) -> None:
     """An adapter's life has the numbers of one process."""

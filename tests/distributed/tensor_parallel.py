@@ -128,32 +128,18 @@ def same_on_all(tensors: dict[str, Tensor]) -> None:
     assert all(torch.equal(other, flat) for other in found), "the processes' adapters drift apart"
 
 
-@pytest.mark.differs(
-    "LoRA on `rowwise` layers of a tensor parallel model; DoRA; LoHa",
-    peft="RuntimeError of torch",
-    graft="as on one process",
-    why="docs/reference/distributed.md",
-)
+@pytest.mark.differs("LoRA on `rowwise` layers of a tensor parallel model; DoRA; LoHa")
 def law(style: str, sample: Any) -> None:
     target, plan = STYLES[style]
     compare(sample, target, lambda net: cut(net, plan), without_bias=style == "packed_colwise")
 
 
-@pytest.mark.differs(
-    "Megatron's layers",
-    peft="KeyError `fan_in_fan_out`; files of one process's piece, under the same name on each",
-    graft="all methods, whole tensors in files; `megatron_config` is not needed",
-)
+@pytest.mark.differs("Megatron's layers")
 def megatron(target: str, sample: Any, world: int, leaves_bias: bool) -> None:
     compare(sample, target, lambda net: MegatronNet(net, world, leaves_bias))
 
 
-@pytest.mark.differs(
-    "LoRA's parameters on tensor parallel layers",
-    peft="DTensors, sharded as the weight is",
-    graft="whole on each process",
-    why="values, gradients, clipping and files are those of one process, for every method",
-)
+@pytest.mark.differs("LoRA's parameters on tensor parallel layers")
 def compare(sample: Any, target: str, parallel: Callable[[Any], nn.Module], without_bias: bool = False) -> None:
     with seeded(5):
         x = torch.randn(3, 4, 10)
@@ -312,12 +298,7 @@ def whole_model(folder: Path, name: str) -> None:
     close(logits(graft.PeftModel.from_pretrained(llama(folder), places["here"] / "end")), expected, 1e-5)
 
 
-@pytest.mark.differs(
-    "OFT, VeRA on a tensor parallel model",
-    peft="silently wrong; files of pieces, which load nowhere",
-    graft="as on one process, and so are the files",
-    why="an adapter is defined on the full weight",
-)
+@pytest.mark.differs("OFT, VeRA on a tensor parallel model")
 def life(folder: Path) -> None:
     """Two adapters, of two methods: switched, in one batch, weighted, swapped, merged, deleted."""
     models = []

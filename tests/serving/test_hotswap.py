@@ -134,9 +134,7 @@ def unchanged(model, before):
 
 
 @pytest.mark.differs(
-    "hot-swapping: embeddings, Conv1d, Conv3d, DoRA, `modules_to_save`, token rows, models without a wrapper",
-    peft="an error",
-    graft="work",
+    "hot-swapping: embeddings, Conv1d, Conv3d, DoRA, `modules_to_save`, token rows, models without a wrapper"
 )
 @pytest.mark.parametrize("folders", CASES, indirect=True)
 def test_a_swapped_adapter_does_what_it_does_when_loaded(folders):
@@ -169,18 +167,8 @@ def lora_layers(model):
     return [(key, m) for key, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "scaling")]
 
 
-@pytest.mark.differs(
-    "hot-swapping: the config after a swap",
-    peft="stays that of the first adapter: saving writes a wrong rank or scaling",
-    graft="describes what the model holds",
-    why="what is saved is what ran",
-)
-@pytest.mark.differs(
-    "hot-swapping: layers that become zero",
-    peft="keep the old scaling",
-    graft="get the new config's",
-    why="saved and loaded again, they are the same",
-)
+@pytest.mark.differs("hot-swapping: the config after a swap")
+@pytest.mark.differs("hot-swapping: layers that become zero")
 @pytest.mark.parametrize("folders", CASES, indirect=True)
 @pytest.mark.parametrize("lib", [graft, peft], ids=["graft", "peft"])
 def test_what_is_saved_after_a_swap_is_the_adapter_that_ran(folders, lib, tmp_path):
@@ -200,9 +188,7 @@ def test_a_config_that_several_adapters_share_is_left_alone(tmp_path):
     assert (model.peft_config["default"].r, config.r, model.peft_config["other"].r) == (7, 3, 3)
 
 
-@pytest.mark.differs(
-    "hot-swapping: `rank_pattern` of the new adapter", peft="ignores it: wrong scaling", graft="applies it"
-)
+@pytest.mark.differs("hot-swapping: `rank_pattern` of the new adapter")
 def test_names_that_end_alike_keep_their_own_ranks(tmp_path):
     class Nested(torch.nn.Module):
         def __init__(self):
@@ -340,7 +326,7 @@ def refused(tmp_path, error, match, name="mlp", first=LORA | MLP, config=None, e
     assert torch.equal(output(model, name), y)
 
 
-@pytest.mark.differs("hot-swapping: other `alpha_pattern`", peft="ValueError", graft="applied")
+@pytest.mark.differs("hot-swapping: other `alpha_pattern`")
 @pytest.mark.parametrize(
     "second", [dict(use_rslora=True), dict(lora_dropout=0.1), dict(use_dora=True)], ids=lambda d: next(iter(d))
 )
@@ -355,9 +341,7 @@ def test_configs_must_agree_as_in_peft(tmp_path, second):
 
 @pytest.mark.differs(
     "hot-swapping: other `trainable_token_indices`, `alora_invocation_tokens`, `layer_replication`, "
-    "`ensure_weight_tying`",
-    peft="does not compare them",
-    graft="`ConfigError`",
+    "`ensure_weight_tying`"
 )
 def test_token_rows_must_be_the_same_ones(tmp_path):
     first = LORA | dict(target_modules=["lin"], trainable_token_indices={"emb": [2, 5]})
@@ -421,12 +405,7 @@ def test_other_methods_are_refused(tmp_path):
     assert folder == str(tmp_path / "lora")
 
 
-@pytest.mark.differs(
-    "hot-swapping: PiSSA, OLoRA, KaSA",
-    peft="swapped onto the base as it is: wrong outputs",
-    graft="`ConfigError`",
-    why="they belong to a changed base weight",
-)
+@pytest.mark.differs("hot-swapping: PiSSA, OLoRA, KaSA")
 @pytest.mark.parametrize("how", ["pissa", "olora"])
 def test_adapters_that_belong_to_a_changed_base_are_refused(tmp_path, how):
     refused(tmp_path, ConfigError, "path_initial_model_for_weight_conversion", init_lora_weights=how)
@@ -450,10 +429,7 @@ def test_keys_that_fit_nothing_are_named(tmp_path):
 
 
 @pytest.mark.differs(
-    "hot-swapping: a layer with only A or only B, or one that the new config targets and the file lacks",
-    peft="zero",
-    graft="`AdapterKeyError` naming them; layers that it does not target become zero, as in PEFT",
-    why="a half-loaded adapter is not the adapter",
+    "hot-swapping: a layer with only A or only B, or one that the new config targets and the file lacks"
 )
 def test_missing_keys_are_named(tmp_path):
     text = r"missing keys: \[base_model\.model\.layers\.1\.fc1\.lora_B\.weight\]"
@@ -471,12 +447,8 @@ def test_an_adapter_for_none_of_the_layers_is_refused(tmp_path):
     refused(tmp_path, AdapterKeyError, text, edit=dict.clear, config=config)
 
 
-@pytest.mark.differs(
-    "hot-swapping: shapes that differ in more than the rank, ranks that are not the config's",
-    peft="accepted: the next forward fails, or the scaling is wrong",
-    graft="`AdapterKeyError`",
-)
-@pytest.mark.differs("hot-swapping: an error on the way", peft="may leave a mixture", graft="changes nothing")
+@pytest.mark.differs("hot-swapping: shapes that differ in more than the rank, ranks that are not the config's")
+@pytest.mark.differs("hot-swapping: an error on the way")
 def test_shapes_and_ranks_must_be_those_of_the_config(tmp_path):
     def edit(tensors):
         key = "base_model.model.lin0.lora_A.weight"
@@ -511,11 +483,7 @@ def test_a_merged_adapter_must_be_unmerged(tmp_path):
     assert_close(output(model, "mlp"), output(loaded(peft, "mlp", folder), "mlp"))
 
 
-@pytest.mark.differs(
-    "hot-swapping: an adapter for another architecture",
-    peft="does not check it",
-    graft="`BaseModelMismatchError`, by the fingerprint",
-)
+@pytest.mark.differs("hot-swapping: an adapter for another architecture")
 def test_another_architecture_and_damaged_files(tmp_path):
     model = random_lora(graft, "mlp", 1, **LORA, **MLP)
     before = state(model)
@@ -727,12 +695,7 @@ def test_a_model_that_is_not_prepared_is_compiled_again(tmp_path):
     torch._dynamo.reset()
 
 
-@pytest.mark.differs(
-    "hot-swapping: growing beyond `target_rank`",
-    peft="silent",
-    graft="also warns",
-    why="compiled code is compiled again",
-)
+@pytest.mark.differs("hot-swapping: growing beyond `target_rank`")
 def test_growing_beyond_the_room_warns(tmp_path):
     model = random_lora(graft, "mlp", 1, **LORA, **MLP)
     graft.prepare_model_for_compiled_hotswap(model, target_rank=5)

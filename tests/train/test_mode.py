@@ -59,18 +59,7 @@ def injected(lib, tmp_path):
 WAYS = [get, loaded, added, loaded_beside, injected]
 
 
-@pytest.mark.differs(
-    "the mode of a fresh PeftModel and of new layers",
-    peft=(
-        "training, over a base in eval mode (`from_pretrained` leaves it so): dropout of the adapter acts, that of the "
-        "base does not"
-    ),
-    graft=(
-        "that of the module they stand on (linear ones, alike in both modes, in training where the adapter trains). A "
-        "first backward pass in eval mode with dropout configured gives a `PeftWarning`: call `model.train()`"
-    ),
-    why="an adapter that is added to a model in service must not make its outputs random",
-)
+@pytest.mark.differs("the mode of a fresh PeftModel and of new layers")
 @pytest.mark.parametrize("way", WAYS)
 def test_first_backward_in_eval_mode_tells(way, tmp_path):
     """PEFT's new layers are in training mode, on a base in eval mode, so that dropout acts; graft's are as the base."""

@@ -187,6 +187,7 @@ class Method(Generic[C]):
     files: ClassVar[dict[str, str]] = {}
     moves: ClassVar[bool] = True  # its tensors go to the device of the base weight, in a dtype to compute in
     compresses_targets: ClassVar[bool] = True  # injection may shorten long lists of targets to suffixes
+    surrounds_disabled: ClassVar[bool] = False  # `surround_run` acts with adapters disabled, too
     has_labelled_loss: ClassVar[bool] = False  # `surround_run` adds one of the labels in the call
     arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call, for the method; not passed to the base model
     depends_on: ClassVar[str | None] = (
@@ -321,7 +322,8 @@ class Method(Generic[C]):
     @classmethod
     @contextmanager
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Surround one run of the model with adapters of this class.
+        """Surround one run of the model with adapters of this class, `run.adapters`; with adapters disabled only if
+        `surrounds_disabled` is True.
 
         Yields a function of the output; here it is identity.
         """

@@ -193,12 +193,9 @@ class OnStates(Method[S]):
         """Show the positions of each row's prompt, and further `facts`, to the layers within the run; follow the steps
         of `generate`.
 
-        Padding and tokens that `generate` adds do not count as prompt. With adapters disabled do nothing more.
+        Padding and tokens that `generate` adds do not count as prompt.
         """
         with super().surround_run(tuner, call, run) as finish:
-            if tuner.is_disabled:
-                yield finish
-                return
             prompt_facts = facts_of(run.name_arguments(tuner.model), tuner.model)
             facts: dict[str, PerRow] = {**prompt_facts, **cls.facts(run, tuner.model)}
             with call.extend_context(facts=facts), follow_generate(tuner.model, call, run):

@@ -88,17 +88,10 @@ class ByTask(Method[K]):
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Show the task of each row to the layers within the run, as a fact of the call.
 
-        With adapters disabled do nothing more.
-
         Raises:
             RoutingError: there are none, or not one for each row, or an adapter that acts lacks a task.
         """
         with super().surround_run(tuner, call, run) as finish:
-            if tuner.is_disabled:
-                yield finish
-                return
-            names = tuner.active_adapters if run.rows is None else [n for n in run.rows.names if n is not None]
-            configs = [c for c in (tuner.peft_config[name] for name in names) if isinstance(c, cls.config)]
-            tasks = check_tasks(run, tuner.model, min(c.n_tasks for c in configs))
+            tasks = check_tasks(run, tuner.model, min(tuner.peft_config[name].n_tasks for name in run.adapters))
             with call.extend_context(facts={TASKS: tasks}):
                 yield finish

@@ -218,15 +218,10 @@ class TLoRA(Method[TLoraConfig]):
         """Show the timestep of each row to the layers: that of the `timestep` block around the call, else the model's
         argument `timestep`.
 
-        With adapters disabled do nothing more.
-
         Raises:
             RoutingError: there is none, or one outside of 0 to `max_timestep`, or not one for each row.
         """
         with super().surround_run(tuner, call, run) as finish:
-            if tuner.is_disabled:
-                yield finish
-                return
             fact = call.fact(TIMESTEP)
             if fact is None:
                 fact = per_row(run.find_argument(TIMESTEP, tuner.model))

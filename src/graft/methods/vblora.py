@@ -192,12 +192,12 @@ class VBLoRA(Method[VBLoRAConfig]):
         """Before a run, raise RuntimeError for an active adapter in training that came from a file with only its
         largest logits.
 
-        Not checked in compiled code, under a dispatch mode, or with adapters disabled.
+        Not checked in compiled code, or under a dispatch mode.
         """
-        if eager() and not (watched() or tuner.is_disabled):
-            for name in tuner.active_adapters if call.rows is None else call.rows.names:
+        if eager() and not watched():
+            for name in run.adapters:
                 m = next((layer.methods[name] for layer in tuner.layers.values() if name in layer.methods), None)
-                if m is not None and isinstance(m.matrix_method, cls) and m.layer.training:
+                if m is not None and m.layer.training:
                     refuse_truncated(m)
         with super().surround_run(tuner, call, run) as finish:
             yield finish

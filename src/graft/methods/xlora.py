@@ -341,15 +341,12 @@ class XLora(Method[XLoraConfig]):
         """Weigh the experts (`weigh`) and show the weights to the layers as gates: once for a forward pass, before each
         step of `generate`.
 
-        For `generate` sets `use_cache` to False. With adapters disabled do nothing more.
+        For `generate` sets `use_cache` to False.
 
         Raises:
             RoutingError: the call names adapters for its rows, or the model returns no hidden states.
         """
         with super().surround_run(tuner, call, run) as finish:
-            if tuner.is_disabled:
-                yield finish
-                return
             if run.rows is not None:
                 raise RoutingError(
                     "adapter_names cannot name an X-LoRA adapter, which acts on the whole batch. Name its experts, or "

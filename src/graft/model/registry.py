@@ -982,7 +982,9 @@ class Registry:
 
     @contextmanager
     def _surround(self, run: Run, adapters_by_method: dict[type[Method], list[str]], losing: bool) -> Iterator[Finish]:
-        """Enter `surround_run` of each method, and collect the values noted by layers if `losing`.
+        """Enter `surround_run` of each method, with adapters disabled only where `surrounds_disabled` is True.
+
+        Collect the values noted by layers if `losing`.
 
         Yield a function for the output.
 
@@ -994,7 +996,8 @@ class Registry:
         with ExitStack() as stack:
             steps = []
             for method, run.adapters in adapters_by_method.items():
-                steps.append(stack.enter_context(method.surround_run(self, self.call, run)))
+                if method.surrounds_disabled or not self.is_disabled:
+                    steps.append(stack.enter_context(method.surround_run(self, self.call, run)))
             if losing:
                 noted = stack.enter_context(self.call.collect_values())
                 steps.append(lambda output: self._add_losses(output, noted, run))

@@ -161,6 +161,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
     lays_out_stacks = True  # it takes none
     published_lr = PublishedRate(5e-4, 2.2e-3, "arXiv 2303.10512, its code, GLUE and XSum")
     targets = ADALORA
+    surrounds_disabled = True  # as PEFT's loss
     over_layers = "divides a budget of ranks among all layers"
     tuner_methods: ClassVar[dict[str, Callable[..., object] | property]] = {
         "update_and_allocate": update_and_allocate,

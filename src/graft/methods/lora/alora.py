@@ -142,9 +142,7 @@ def find_offsets(tuner: Tuner, run: Run) -> dict[str, Offsets]:
     exact, and `warn_absent` may warn. In later forwards on a device, and in compiled code, `longest` is the input's
     length. Marks the adapter in `tuner.states`.
     """
-    names = tuner.active_adapters if run.rows is None else [n for n in run.rows.names if n is not None]
-    all_tokens = {name: getattr(tuner.peft_config[name], "alora_invocation_tokens", None) for name in names}
-    tokens = {name: invocation for name, invocation in all_tokens.items() if invocation}
+    tokens = {name: tuner.peft_config[name].alora_invocation_tokens for name in run.adapters}
     value, ids = run.graft_arguments.get(ARGUMENT), ids_of(run)
     if value is not None:
         offsets = offsets_from(value, run)
@@ -264,15 +262,10 @@ class ALoRA(LoRA):
         """Find each adapter's offsets before the run, and show them to the layers in it as facts of the call; follow
         `generate`.
 
-        With adapters disabled, do nothing more than LoRA.
-
         Raises:
             RoutingError: a search with several beams, or offsets that are not one per row.
         """
         with super().surround_run(tuner, call, run) as finish:
-            if tuner.is_disabled:
-                yield finish
-                return
             offsets: dict[object, Offsets] = {(ARGUMENT, name): o for name, o in find_offsets(tuner, run).items()}
             if offsets and beams(tuner.model, run) > 1:
                 raise RoutingError("Beam search not yet supported for aLoRA. Generate with num_beams=1.")

@@ -30,6 +30,8 @@ class DyLoRA(LoRA):
     for each run.
     """
 
+    surrounds_disabled = True  # draws do not depend on it
+
     def check(self) -> str | None:
         """Return a reason against opaque parameters, convolutions with groups > 1, and `lora_bias`; else that of
         `LoRA.check`.

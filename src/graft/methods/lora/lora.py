@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LORA
 from graft.core.effect import Effect, Factors, Update
-from graft.core.errors import AdapterNotFoundError, ConfigError
+from graft.core.errors import ConfigError
 from graft.core.lean import Identity, new_lean
 from graft.core.method import Method, PublishedRate, Tensors, Tuner
 from graft.kernels.decomposed import row_norms
@@ -61,9 +61,7 @@ def adapters_of(tuner: Tuner, adapter_names: str | list[str] | None, variant: st
     """
     names = tuner.active_adapters if adapter_names is None else adapter_names
     names = [names] if isinstance(names, str) else names
-    unknown = [name for name in names if name not in tuner.peft_config]
-    if unknown:
-        raise AdapterNotFoundError(f"Adapter {', '.join(unknown)} not found.")
+    tuner.check_known(names)
     names = [name for name in names if variant in tuner.peft_config[name].variants]
     return [layer.methods[name] for layer in tuner.layers.values() for name in names if name in layer.methods]
 

@@ -80,11 +80,8 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
     to the layers.
 
     Yield the function that completes the output with loss and cache; in `generate` hooks do that, and it changes
-    nothing. With adapters disabled do nothing.
+    nothing.
     """
-    if tuner.is_disabled:
-        yield return_unchanged
-        return
     names = run.adapters
     if not run.generates:
         one = Pass(tuner, call, names, run.inputs, run.kwargs, run)

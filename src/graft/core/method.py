@@ -178,8 +178,11 @@ class Method(Generic[C]):
     prefix: ClassVar[str]  # the beginning of its containers' names, in memory and in files
     keeps_base_dtype: ClassVar[frozenset[str]] = frozenset()  # containers in half precision: others train in float32
     only_linear: ClassVar[str] = ""  # why it adapts linear layers only
+    unmergeable: ClassVar[str | None] = None  # why a method with a `branch` only has no merged form
+    weight_use: ClassVar[WeightUse] = WeightUse.NONE  # the result of `uses_weight`, unless that is overridden
     ungrouped: ClassVar[str] = ""  # why it cannot adapt a convolution with groups > 1
     targets: ClassVar[Mapping[str, list[str] | str]] = {}  # default target_modules by model_type
+    fallback_targets: ClassVar[str | None] = None  # default target_modules of other model types
     # functions of (tuner, …) that its model class has as methods
     tuner_methods: ClassVar[Mapping[str, Callable[..., object] | property]] = {}
     always_tied: ClassVar[bool] = False  # modules tied to an adapted embedding always use the embedding's parameters
@@ -272,10 +275,10 @@ class Method(Generic[C]):
 
     @classmethod
     def default_targets(cls, model: nn.Module) -> list[str] | str | None:
-        """Return `target_modules` for a config without any, by the model's type; None if `targets` has no
+        """Return `target_modules` for a config without any, by the model's type; `fallback_targets` if `targets` has no
         entry for it.
         """
-        return cls.targets.get(model_type(model))
+        return cls.targets.get(model_type(model), cls.fallback_targets)
 
     @classmethod
     def prepare(cls, cfg: C, model: nn.Module) -> None:
@@ -407,11 +410,11 @@ class Method(Generic[C]):
             nn.init.normal_(t, std=std)
 
     def uses_weight(self) -> WeightUse:
-        """Return how the first values depend on the base weight. By default they do not.
+        """Return how the first values depend on the base weight: by default `weight_use`.
 
         With `WeightUse.READS`, `share` may read the weight as well.
         """
-        return WeightUse.NONE
+        return self.weight_use
 
     def finish_load(self) -> None:
         """Adapt values or the base after a checkpoint was loaded into the adapter's tensors.
@@ -459,13 +462,15 @@ class Method(Generic[C]):
         raise NotImplementedError
 
     def describe(self) -> Effect:
-        """Return the effect of the adapter: an `Update` by `factors` or by `delta`, whichever the most derived class
-        overrides.
+        """Return the effect of the adapter: an `Update` by `factors`, `delta` or `branch`, whichever the most derived
+        class defines. One with a `branch` cannot merge, for the reason `unmergeable`.
 
         An override may depend on the site and the config only, since `effect` keeps the result.
         """
-        by_factors = _find_last_override(type(self), "factors", "delta") == "factors"
-        return Update(factors=self.factors) if by_factors else Update(self.delta)
+        hook = _find_last_override(type(self), "factors", "delta", "branch")
+        if hook == "branch":
+            return Update(branch=self.branch, why_unmergeable=self.unmergeable)
+        return Update(factors=self.factors) if hook == "factors" else Update(self.delta)
 
     def leave_on_base(self, value: object) -> None:
         """Set the attribute `base_mark` of the base module to a calibration's result, for `take_from_base`."""

@@ -289,6 +289,7 @@ class AdaMSS(Method[AdamssConfig]):
     """
 
     prefix = "adamss_"
+    weight_use = WeightUse.STARTS
     published_lr = PublishedRate(1e-4, 1e-4, COMPARISON)
     targets = ADAMSS
     tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {"update_and_allocate": update_and_allocate}
@@ -351,10 +352,6 @@ class AdaMSS(Method[AdamssConfig]):
             adamss_A=nn.Parameter(torch.empty(count * cfg.subspace_rank, R)),
             adamss_B=nn.Parameter(torch.empty(out, cfg.subspace_rank)),
         )
-
-    def uses_weight(self) -> WeightUse:
-        """Return `WeightUse.STARTS`: the clusters come from the weight; a file has them."""
-        return WeightUse.STARTS
 
     def finish_load(self) -> None:
         """Delete the cached `self.rows`, and overwrite `adamss_places` by the order of the loaded clusters."""

@@ -324,6 +324,7 @@ class Bottleneck(Method[BottleneckConfig]):
     """Bottleneck adapters, arXiv 1902.00751: u(x) = g(x) · s · (Up σ(Down x)), added to the output of a layer."""
 
     prefix = "bottleneck_"
+    fallback_targets = PLACES
     published_lr = PublishedRate(1e-4, 1e-4, "AdapterFusion, arXiv 2005.00247, adapters of single tasks")
     compresses_targets = False
     files: ClassVar[dict[str, str]] = {"bottleneck_inv": "{0}{1}"}  # without the adapter's name, which deep ones get
@@ -339,11 +340,6 @@ class Bottleneck(Method[BottleneckConfig]):
     scaling: float
 
     layer_keys = {"bottleneck_inv": lambda methods: [m.place.role in ENDS or m for m in methods]}
-
-    @classmethod
-    def default_targets(cls, model: nn.Module) -> str:
-        """Return "places": the targets are found from the model's structure."""
-        return PLACES
 
     @classmethod
     def prepare(cls, cfg: BottleneckConfig, model: nn.Module) -> None:

@@ -35,6 +35,7 @@ class DeLoRA(Method[DeloraConfig]):
     """DeLoRA, arXiv 2503.18225: ΔW = Σ λ / r · b_k (a_k ⊙ w)ᵀ / (‖a_k‖ ‖b_k‖), w the norms of the columns of W₀."""
 
     prefix = "delora_"
+    weight_use = WeightUse.STARTS  # the file has the norms
     targets = LORA
 
     delora_A: nn.Parameter  # (r, fan_in)
@@ -67,10 +68,6 @@ class DeLoRA(Method[DeloraConfig]):
         self.fill_start(self.delora_B)
         self.delora_lambda.data.fill_(self.cfg.delora_lambda)
         self.delora_w_norm.copy_(torch.linalg.vector_norm(self.layer.W0.detach().flatten(1), dim=0))
-
-    def uses_weight(self) -> WeightUse:
-        """Return `WeightUse.STARTS`: the norms come from the weight; a file has them."""
-        return WeightUse.STARTS  # the file has the norms
 
     def factors(self) -> Factors:
         """Return A ⊙ w and B ⊙ λ / (r ‖a_k‖ ‖b_k‖), with dropout.

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from graft.config.bounds import Bound
 from graft.config.fields import BELOW_1, COUNT, LORA, POSITIVE, BaseBias, FanInFanOut, LayerRange, RankPattern, Targeted
-from graft.core.effect import Effect, Update
 from graft.core.method import Method, fill_kaiming, make_dropout
 
 UNSET = Bound(lambda value: not value, "`{name}` means nothing to EWoRA. Leave it out.")
@@ -42,6 +41,7 @@ class Ewora(Method[EworaConfig]):
     """
 
     prefix = "ewora_"
+    unmergeable = "EWoRA's experts are dynamically weighted, by each token, which no weight is"
     targets = LORA
     only_linear = "EWoRA adapts linear layers only"
 
@@ -75,13 +75,6 @@ class Ewora(Method[EworaConfig]):
         nn.init.uniform_(self.ewora_weighting.weight, -0.01, 0.01)
         nn.init.uniform_(self.ewora_weighting.bias, *(s * (self.cfg.num_experts * self.cfg.r) ** -0.5 for s in (-1, 1)))
         self.fill_start(self.ewora_Bs)
-
-    def describe(self) -> Effect:
-        """Return an `Update` with a `branch` only, which cannot merge: each token weighs the experts."""
-        return Update(
-            branch=self.branch,
-            why_unmergeable="EWoRA's experts are dynamically weighted, by each token, which no weight is",
-        )
 
     def branch(self, x: Tensor) -> Tensor:
         """Return Σₑ gₑ Bₑᵀ Aₑᵀ x, (…, out). Dropout acts on the input of each expert, drawn for each."""

@@ -133,6 +133,7 @@ class FRoD(Method[FrodConfig]):
     """FRoD, AAAI 2026: W' = U (diag(λ) + S) Vᵀ, with U diag(λ) Vᵀ = W₀ at the start and S sparse, 0 at the start."""
 
     prefix = "frod_"
+    weight_use = WeightUse.STARTS  # `finish_load` follows
     published_lr = PublishedRate(1e-3, 1e-3, COMPARISON)
     targets = FROD
     keeps_base_dtype = frozenset({"frod_U", "frod_V"})
@@ -209,10 +210,6 @@ class FRoD(Method[FrodConfig]):
     def dropout(self) -> nn.Module:
         """Return the module `frod_dropout`."""
         return self.frod_dropout
-
-    def uses_weight(self) -> WeightUse:
-        """Return `WeightUse.STARTS`: U and λ come from the weight; `finish_load` computes U again after a load."""
-        return WeightUse.STARTS  # `finish_load` follows
 
     @torch.no_grad()
     def init_values(self) -> None:

@@ -98,6 +98,7 @@ class AdapterFusion(Method[AdapterFusionConfig]):
     """
 
     prefix = "fusion_"
+    fallback_targets = PLACES
     published_lr = PublishedRate(5e-5, 5e-5, "arXiv 2005.00247")
     compresses_targets = False
 
@@ -105,11 +106,6 @@ class AdapterFusion(Method[AdapterFusionConfig]):
     fusion_key: nn.Linear
     fusion_value: nn.Linear  # without bias
     fusion_dropout: nn.Module
-
-    @classmethod
-    def default_targets(cls, model: nn.Module) -> str:
-        """Return "places": the targets are the layers where the bottlenecks act."""
-        return PLACES
 
     @classmethod
     def prepare(cls, cfg: AdapterFusionConfig, model: nn.Module) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from graft.config.bounds import at_least
 from graft.config.fields import COUNT, LORA, LayerRange, Targeted
-from graft.core.effect import Effect, Update
 from graft.core.method import Method, fill_kaiming
 
 
@@ -68,6 +67,7 @@ class Lily(Method[LilyConfig]):
     """
 
     prefix = "lily_"
+    unmergeable = "Lily mixes its projections anew for each input, which no weight does"
     targets = LORA
     layer_keys = {"lily_A": strides, "lily_B": kinds}
 
@@ -81,12 +81,6 @@ class Lily(Method[LilyConfig]):
         if self.site.op.known and not self.site.op.factorable(self.site.module):
             return "Its groups of channels do not mix, and Lily's projections would mix them"
         return super().check()
-
-    def describe(self) -> Effect:
-        """Return an `Update` with a `branch` only, which cannot merge: each input mixes the projections anew."""
-        return Update(
-            branch=self.branch, why_unmergeable="Lily mixes its projections anew for each input, which no weight does"
-        )
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return the facts and three linear layers without bias: `lily_A` (r, fan_in), `lily_B` (num_B · r, out) and

@@ -80,17 +80,13 @@ class MixLoRA(Method[MixLoraConfig]):
     """
 
     prefix = "mixlora_"
+    fallback_targets = "all-linear"
     published_lr = PublishedRate(2e-4, 2e-4, "arXiv 2404.15159, its code, MoE-PEFT")
 
     mixlora_router: nn.Linear  # of an MLP: weight (experts, H)
     mixlora_A: nn.Parameter  # (experts, r, in) in an MLP, (r, in) elsewhere
     mixlora_B: nn.Parameter  # (experts, out, r), (out, r)
     mixlora_dropout: nn.Module
-
-    @classmethod
-    def default_targets(cls, model: nn.Module) -> str:
-        """Return "all-linear"."""
-        return "all-linear"
 
     @classmethod
     def find_companions(cls, cfg: MixLoraConfig, model: nn.Module, paths: Sequence[str]) -> Sequence[str]:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.fields import BELOW_1, COUNT, LORA, NOT_NEGATIVE, POSITIVE, LayerRange, RankPatterns, Targeted
-from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Method, NotedTokens, PublishedRate, fill_kaiming, make_dropout
 from graft.core.ops import Op
@@ -112,6 +111,7 @@ class MoeLoRA(Method[MoeLoraConfig]):
     """
 
     prefix = "moelora_"
+    unmergeable = "MoE-LoRA's routers weigh experts by each token, which no weight does"
     published_lr = PublishedRate(2e-4, 2e-4, "HydraLoRA, arXiv 2404.19245, with r 4 and alpha 32")
     targets = LORA
     only_linear = "MoE-LoRA adapts linear layers only"
@@ -143,12 +143,6 @@ class MoeLoRA(Method[MoeLoraConfig]):
         for matrix in (*self.moelora_A, self.moelora_router.weight):
             fill_kaiming(matrix)
         self.fill_start(self.moelora_B, self.cfg.r**-0.5)
-
-    def describe(self) -> Effect:
-        """Return an `Update` with a `branch` only, which cannot merge: each token weighs the experts."""
-        return Update(
-            branch=self.branch, why_unmergeable="MoE-LoRA's routers weigh experts by each token, which no weight does"
-        )
 
     def branch(self, x: Tensor) -> Tensor:
         """Return alpha / r · Σₑ gₑ Bₑ Aₑ dropout(x).

@@ -40,6 +40,7 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
     """MTL-LoRA, arXiv 2410.09437: Δy = s · Σₖ softmax(w_t / τ)ₖ Bₖ diag(λ_t) A x, for a row of task t."""
 
     prefix = "mtllora_"
+    unmergeable = "MTL-LoRA has weights for each task, and no weight is that of all tasks"
     targets = LORA
     depends_on = TASKS
     published_lr = PublishedRate(3e-4, 3e-4, "arXiv 2410.09437, its code, commonsense reasoning")
@@ -71,12 +72,6 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
         """
         fill_kaiming(self.mtllora_A)
         self.fill_start(self.mtllora_B, self.cfg.r**-0.5)
-
-    def describe(self) -> Effect:
-        """Return an `Update` with a `branch` only, which cannot merge: each task has its own weights."""
-        return Update(
-            branch=self.branch, why_unmergeable="MTL-LoRA has weights for each task, and no weight is that of all tasks"
-        )
 
     def effect_at(self, value: object) -> Effect:
         """Return an `Update` with the factors of task `value` (`of_task`).

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from graft.config.fields import OSF as TARGETS
 from graft.config.fields import Targets
 from graft.config.reading import compile_pattern
-from graft.core.base_config import model_type
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, warn
@@ -52,6 +51,8 @@ class OSF(Method[OSFConfig]):
     """
 
     prefix = "osf_"
+    fallback_targets = "all-linear"
+    weight_use = WeightUse.STARTS | WeightUse.BEFORE_LOAD
     published_lr = PublishedRate(5e-5, 5e-5, COMPARISON)
     targets = TARGETS
 
@@ -61,11 +62,6 @@ class OSF(Method[OSFConfig]):
     osf_V_init: Tensor  # (r, fan_in)
     osf_U_high: Tensor  # (out, k), if out > fan_in
     osf_V_high: Tensor  # (k, fan_in), if out < fan_in
-
-    @classmethod
-    def default_targets(cls, model: nn.Module) -> list[str] | str:
-        """Return the targets of the model type; "all-linear" for unknown types."""
-        return cls.targets.get(model_type(model), "all-linear")
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -82,12 +78,6 @@ class OSF(Method[OSFConfig]):
                 f"{self.cfg.effective_rank}, on layer '{self.site.key}'."
             )
         return super().check()
-
-    def uses_weight(self) -> WeightUse:
-        """Return `WeightUse.STARTS | WeightUse.BEFORE_LOAD`: files lack the frozen components, so `init_values` also
-        runs before a load.
-        """
-        return WeightUse.STARTS | WeightUse.BEFORE_LOAD
 
     def describe(self) -> Effect:
         """Return an `Update` by `factors` of rank 2 r where these are cheap, 4 r (out + in) < out · in; else by

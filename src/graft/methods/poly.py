@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 
 from graft.config.fields import COUNT, LORA, POSITIVE, Targeted
-from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
 from graft.core.random import kaiming_bound
 from graft.methods.tasks import ByTask
@@ -63,6 +62,7 @@ class Poly(ByTask[PolyConfig]):
     """Poly, arXiv 2202.13914: Δy = x A' B' / r, A' = Σ α A and B' = Σ α B over skills, with α of the row's task."""
 
     prefix = "poly_"
+    unmergeable = "Poly mixes its skills for each task, and no weight is that of all tasks"
     targets = LORA
 
     poly_lora_A: nn.Parameter  # (splits, skills, in / splits, r)
@@ -111,13 +111,6 @@ class Poly(ByTask[PolyConfig]):
         else:
             fill_skills(self.poly_lora_B.data)
         nn.init.uniform_(self.poly_router.module_logits, -1e-3, 1e-3)
-
-    def describe(self) -> Effect:
-        """Return an `Update` with a `branch` only, which cannot merge: each task mixes the skills."""
-        return Update(
-            branch=self.branch,
-            why_unmergeable="Poly mixes its skills for each task, and no weight is that of all tasks",
-        )
 
     def branch(self, x: Tensor) -> Tensor:
         """Return x A' B' / r in x's leading shape, with A' (in, r) and B' (r, out) of each row's task.

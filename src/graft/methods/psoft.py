@@ -99,6 +99,7 @@ class PSOFT(Method[PsoftConfig]):
     """
 
     prefix = "psoft_"
+    weight_use = WeightUse.STARTS  # a file holds the basis
     targets = LORA
 
     psoft_R: Turn
@@ -115,10 +116,6 @@ class PSOFT(Method[PsoftConfig]):
                 f"{self.site.out_features}), layer '{self.site.key}'."
             )
         return super().check()
-
-    def uses_weight(self) -> WeightUse:
-        """Return `WeightUse.STARTS`: the basis comes from the weight; a file has it."""
-        return WeightUse.STARTS  # a file holds the basis
 
     def from_file_tensors(self, tensors: Tensors, cfg: PsoftConfig) -> Tensors:
         """Return the file's tensors; if they lack the basis, as PEFT's do, add that of this adapter, or of the weight

@@ -127,13 +127,9 @@ class OnStates(Method[S]):
     `target_modules`.
     """
 
+    fallback_targets = PLACES  # the blocks that `layers` chooses
     compresses_targets = False
     acts: str  # for errors: the action on vectors, a clause
-
-    @classmethod
-    def default_targets(cls, model: nn.Module) -> str:
-        """Return "places": the targets are the blocks that `layers` chooses."""
-        return PLACES
 
     @classmethod
     def prepare(cls, cfg: S, model: nn.Module) -> None:

@@ -40,6 +40,7 @@ class TinyLoRA(Method[TinyLoraConfig]):
     """
 
     prefix = "tinylora_"
+    weight_use = WeightUse.STARTS  # a file holds A and B
     published_lr = PublishedRate(1e-3, 1e-3, COMPARISON)
     targets = LORA
     agreeing_fields = ("save_projection",)
@@ -97,10 +98,6 @@ class TinyLoRA(Method[TinyLoraConfig]):
             tinylora_dropout=make_dropout(cfg.tinylora_dropout),
             r=r,
         )
-
-    def uses_weight(self) -> WeightUse:
-        """Return `WeightUse.STARTS`: A and B come from the weight; a file has them."""
-        return WeightUse.STARTS  # a file holds A and B
 
     @torch.no_grad()
     def init_values(self) -> None:

@@ -71,6 +71,7 @@ class TLoRA(Method[TLoraConfig]):
     """
 
     prefix = "tlora_"
+    unmergeable = "T-LoRA's rank follows the timestep, and no weight is that of all of them"
     published_lr = PublishedRate(1e-4, 1e-4, "arXiv 2507.05964")
     targets = LORA
     arguments = (TIMESTEP,)
@@ -144,13 +145,6 @@ class TLoRA(Method[TLoraConfig]):
                 t.copy_(value)
         if not cfg.init_weights:
             self.tlora_lambda.add_(torch.randn(cfg.r, device="cpu").to(P.device))
-
-    def describe(self) -> Effect:
-        """Return an `Update` with a `branch` only, which cannot merge: the rank follows the timestep."""
-        return Update(
-            branch=self.branch,
-            why_unmergeable="T-LoRA's rank follows the timestep, and no weight is that of all of them",
-        )
 
     def effect_at(self, value: object) -> Effect:
         """Return an `Update` with the factors of timestep `value`.

@@ -56,40 +56,20 @@ class Gptq(ByIdentity):
 GPTQ, AWQ = Gptq(), ByIdentity("awq", "AWQ codes")
 GPTQMODEL = "gptqmodel.nn_modules.qlinear"
 OLD_GPTQ = (
-    "bitblas",
-    "cuda",
-    "cuda_old",
-    "exllama",
-    "exllamav2",
-    "hpu",
-    "ipex",
-    "marlin",
-    "qigen",
-    "triton",
-    "tritonv2",
-)
+    "bitblas", "cuda", "cuda_old", "exllama", "exllamav2", "hpu", "ipex", "marlin", "qigen", "triton", "tritonv2",
+)  # fmt: skip
 AUTO_ROUND = (
-    "torch.qlinear_torch",
-    "torch.qlinear_torch_zp",
-    "triton.qlinear_tritonv2",
-    "triton.qlinear_tritonv2_zp",
-    "cuda.qlinear_exllamav2",
-    "hpu.qlinear_hpu",
-    "ipex.qlinear_ipex_gptq",
-)
+    "torch.qlinear_torch", "torch.qlinear_torch_zp", "triton.qlinear_tritonv2", "triton.qlinear_tritonv2_zp",
+    "cuda.qlinear_exllamav2", "hpu.qlinear_hpu", "ipex.qlinear_ipex_gptq",
+)  # fmt: skip
 QUANT_LINEARS = [
     *[f"auto_gptq.nn_modules.qlinear.qlinear_{kernel}.QuantLinear" for kernel in OLD_GPTQ],
     *[f"auto_round_extension.{module}.QuantLinear" for module in AUTO_ROUND],
 ]
 AUTO_AWQ = (
-    "gemm.WQLinear_GEMM",
-    "gemv.WQLinear_GEMV",
-    "gemv_fast.WQLinear_GEMVFast",
-    "marlin.WQLinear_Marlin",
-    "exllama.WQLinear_Exllama",
-    "exllamav2.WQLinear_ExllamaV2",
-    "gemm_ipex.WQLinear_IPEX",
-)
+    "gemm.WQLinear_GEMM", "gemv.WQLinear_GEMV", "gemv_fast.WQLinear_GEMVFast", "marlin.WQLinear_Marlin",
+    "exllama.WQLinear_Exllama", "exllamav2.WQLinear_ExllamaV2", "gemm_ipex.WQLinear_IPEX",
+)  # fmt: skip
 EETQ = ByIdentity("eetq", "EETQ codes", calibrated=False)
 
 MODULES = {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import graft
-from graft.config.fields import TASK_HEADS
+from graft.config.base import TASK_HEADS
 from graft.core.errors import ConfigError
 from graft.methods import ROWS, method_of
 from graft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 import graft
+from graft.many import MultiTrain
 from tests import models
 
 llama = models.transformer(  # widths of whole vectors of the CPU: the last numbers of other batches round otherwise
@@ -73,6 +74,32 @@ def rows(seed: int, tokens: int = 7, n: int = 22, padding: int = 0) -> list[dict
 
 def lora(**options: Any) -> Any:
     return graft.LoraConfig(target_modules=options.pop("target_modules", ["q_proj", "v_proj"]), **options)
+
+
+def started(names: Any, steps: int, base: Any = None, **options: Any) -> MultiTrain:
+    """Runs of these `SPECS`, to make so many steps; none has begun."""
+    runs = MultiTrain(base or tiny(), **options)
+    for name in names:
+        runs.add(name, SPECS[name].config, **SPECS[name].options(steps))
+    return runs
+
+
+def one_run(config: Any = None, base: Any = None, **options: Any) -> MultiTrain:
+    """Runs of which there is one, "x"."""
+    runs = MultiTrain(base or tiny())
+    runs.add("x", config or lora(), **options)
+    return runs
+
+
+def train(model: Any, data: Any, optimizer: Any) -> list[torch.Tensor]:
+    """Train a model in plain torch, a step for each batch; return the parameters that train."""
+    parameters = [p for p in model.train().parameters() if p.requires_grad]
+    stepper = optimizer(parameters)
+    for batch in data:
+        model(**batch).loss.backward()
+        stepper.step()
+        stepper.zero_grad()
+    return parameters
 
 
 def alone(spec: Spec, steps: int):

@@ -12,7 +12,7 @@ import torch
 
 import graft
 from graft.config.atomic import machine_token
-from graft.core.errors import AdapterNameError, AlreadyInjectedError, ConfigError
+from graft.core.errors import AlreadyInjectedError
 from graft.many import MultiTrain, Trial
 from tests.many.alone import batches, lora, tiny
 
@@ -67,38 +67,6 @@ def test_a_model_that_carries_adapters_of_peft():
             graft.get_peft_model(base, lora())
         with pytest.raises(AlreadyInjectedError, match=r"\['default'\] of another package.*unload\(\)"):
             MultiTrain(base).add("x", lora(), data=batches(1))
-
-
-@pytest.mark.parametrize("options, error, text", [
-    ({"lr": 1e-3}, TypeError, r"add\(\) takes no 'lr'\. An optimizer gets its arguments by optimizer=partial"),
-    ({"learning_rate": 1, "max_steps": 1}, TypeError, r"'learning_rate' \(here 'lr'\), 'max_steps' \(here 'steps'\)"),
-    ({"valid": 3}, ConfigError, "Run 'x': valid must be batches, such as a DataLoader, got 3"),
-    ({"trainer": 3, "data": None}, ConfigError, "Run 'x': trainer must be a Trainer of transformers, got 3"),
-    ({"optimizer": "AdamW"}, ConfigError, "optimizer must make one .* got 'AdamW'"),
-])  # fmt: skip
-def test_options_of_a_run(options, error, text):
-    runs = MultiTrain(tiny())
-    with pytest.raises(error, match=text):
-        runs.add("x", lora(), **{"data": batches(1)} | options)
-    with pytest.raises(AdapterNameError, match=r"needs a non-empty string as its name, got LoraConfig\(.{,190}…"):
-        runs.add(lora(), data=batches(1))
-    assert runs.model is None and not runs.names
-
-
-@pytest.mark.parametrize("options, error, text", [
-    ({"lr": 1e-3}, TypeError, r"sweep\(\) takes no 'lr'\. Arguments of the optimizer go into the space"),
-    ({"space": {"learning_rate": [1e-3]}}, ConfigError, r"\['learning_rate' \(here 'lr'\)\] in the space"),
-    ({"optimizer": torch.optim.AdamW([torch.zeros(1)])}, ConfigError, "must be a class of optimizers, or a partial"),
-    ({"steps": None}, ConfigError, "steps must be a positive int, got None"),
-    ({"steps": 0}, ConfigError, "steps must be a positive int, got 0"),
-    ({"keep": "half"}, ConfigError, r"keep must be in \(0, 1\] .* got 'half'"),
-    ({"share": 3}, ConfigError, r"share must be \(number of this process, of all\), got 3"),
-    ({"at_once": 0}, ConfigError, "at_once must be a positive int, got 0"),
-])  # fmt: skip
-def test_options_of_a_sweep(options, error, text, monkeypatch):
-    monkeypatch.setattr(MultiTrain, "add", None)
-    with pytest.raises(error, match=text):
-        swept(**options)
 
 
 def test_other_methods_say_what_they_take():

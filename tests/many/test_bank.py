@@ -59,11 +59,8 @@ def test_gradients_come_from_stacks_and_from_parameters():
     banks.collect_gradients("uv")
     u, v = banks.rows["u"], banks.rows["v"]
     assert u.gradients[0].unique().tolist() == [3] and u.gradients[1].unique().tolist() == [3]
-    assert v.gradients[0].unique().tolist() == [1] and (sum(u.received), sum(v.received), u.is_complete) == (
-        2,
-        1,
-        False,
-    )
+    assert v.gradients[0].unique().tolist() == [1]
+    assert (sum(u.received), sum(v.received), u.is_complete) == (2, 1, False)
     assert first.grad is None
     kept = u.copy_gradients()
     banks.drop_gradients("uv")

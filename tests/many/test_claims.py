@@ -18,7 +18,7 @@ from graft.core.errors import FolderInUseError
 from graft.many import MultiTrain
 from graft.many.claims import LOCKS, Claims
 from graft.many.sweep import TABLE
-from tests.many.alone import SPECS, batches, tiny
+from tests.many.alone import SPECS, batches, started, tiny
 from tests.many.test_sweep import swept
 from tests.threads import in_child, start
 
@@ -44,10 +44,7 @@ swept(sys.argv[1] + "/sweep", save_every=1)
 
 
 def begun(*names):
-    runs = MultiTrain(tiny())
-    for name in names:
-        runs.add(name, SPECS[name].config, **SPECS[name].options(4))
-    return runs
+    return started(names, 4)
 
 
 def files(folder: Path) -> dict[str, bytes]:

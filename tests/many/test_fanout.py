@@ -6,16 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    MptConfig,
-    MptForCausalLM,
-)
+import transformers as t
 
 from graft.many import MultiTrain
 from tests import models
@@ -123,43 +114,32 @@ def test_a_neighbour_that_diverges():
     assert_equal(together, "one", "three")
 
 
-def bloom():
-    sizes = dict(hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0)
+SIZES = dict(vocab_size=models.VOCAB, hidden_size=32)
+LAYERS = dict(SIZES, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+
+
+def build(cls, **options):
     with models.seeded(0):
-        return BloomForCausalLM(BloomConfig(vocab_size=models.VOCAB, **sizes)).eval()
+        return cls(cls.config_class(**options)).eval()
 
 
-def mpt():
-    """A model whose blocks get a tensor of four heads, as many as a batch has rows."""
-    with models.seeded(0):
-        config = MptConfig(d_model=32, n_layers=2, n_heads=4, max_seq_len=32, vocab_size=models.VOCAB)
-        return MptForCausalLM(config).eval()
+bloom = partial(build, t.BloomForCausalLM, **SIZES, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0)
+# its blocks get a tensor of four heads, as many as a batch has rows
+mpt = partial(build, t.MptForCausalLM, vocab_size=models.VOCAB, d_model=32, n_layers=2, n_heads=4, max_seq_len=32)
+# it picks one token of as many rows as its input has
+classifier = partial(build, t.LlamaForSequenceClassification, **LAYERS, num_labels=3, pad_token_id=0)
+# it picks a token of each row by an index made of its input
+clip = partial(build, t.CLIPTextModelWithProjection, **LAYERS, projection_dim=8, bos_token_id=1, eos_token_id=2)
 
 
-@pytest.mark.parametrize("base, target", [(bloom, "query_key_value"), (mpt, "Wqkv")])
+@pytest.mark.parametrize("base, target", [(bloom, "query_key_value"), (mpt, "Wqkv")], ids=["bloom", "mpt"])
 def test_blocks_whose_input_cannot_be_repeated(base, target):
     runs = {name: (lora(r=4, target_modules=[target], lora_dropout=0.1, **TOP), 1e-2) for name in RUNS}
     together = made(*RUNS, base=base, runs=runs).run()
     assert_equal(together, *RUNS, base=base, runs=runs)
 
 
-def classifier():
-    """A model that picks one token of as many rows as its input has."""
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
-    with models.seeded(0):
-        return LlamaForSequenceClassification(LlamaConfig(vocab_size=models.VOCAB, num_labels=3, **sizes)).eval()
-
-
-def clip():
-    """A model that picks a token of each row by an index made of its input."""
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, projection_dim=8)
-    with models.seeded(0):
-        return CLIPTextModelWithProjection(
-            CLIPTextConfig(vocab_size=models.VOCAB, bos_token_id=1, eos_token_id=2, **sizes)
-        ).eval()
-
-
-@pytest.mark.parametrize("base, key", [(classifier, "logits"), (clip, "text_embeds")])
+@pytest.mark.parametrize("base, key", [(classifier, "logits"), (clip, "text_embeds")], ids=["classifier", "clip"])
 def test_rows_that_a_model_picks_by_its_input(base, key):
     """Each run gets rows of its own adapter, in training and at looks."""
 

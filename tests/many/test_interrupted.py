@@ -21,7 +21,7 @@ import graft
 from graft.many import MultiTrain
 from tests import models
 from tests.covering import law, pairs, product
-from tests.many.alone import SPECS, batches, lora, rows, same, tiny
+from tests.many.alone import SPECS, batches, lora, one_run, rows, same, started, tiny
 
 NAMES = ("plain", "gathers", "timed", "long", "drops")  # of which "long" has passes of its own, and some draw
 STEPS = 6
@@ -51,12 +51,17 @@ def added(runs, name, **more):
     return runs.add(name, options.pop("config", SPECS[name].config), **options)
 
 
+def company(base=None, **more):
+    """Runs of `NAMES`; `more`: options of one, by its name."""
+    runs = MultiTrain(base or tiny())
+    for name in NAMES:
+        added(runs, name, **more.get(name, {}))
+    return runs
+
+
 @pytest.fixture(scope="module")
 def undisturbed():
-    runs = MultiTrain(tiny())
-    for name in NAMES:
-        added(runs, name)
-    return runs.run()
+    return company().run()
 
 
 def go_on(runs, error=Broken):
@@ -90,18 +95,14 @@ def own(base, check):
 @law("at, who, error", product((1, 5), ("plain", "gathers", "long"), ERRORS), pairs)
 def test_a_loss_that_raises(undisturbed, who, at, error):
     """In the first pass of a round or the last, within a step or at its end."""
-    base, check = tiny(), Once(at, error)
-    runs = MultiTrain(base)
-    for name in NAMES:
-        added(runs, name, **({"loss": own(base, check)} if name == who else {}))
+    base = tiny()
+    runs = company(base, **{who: {"loss": own(base, Once(at, error))}})
     assert go_on(runs, error) == 1
     assert_as(undisturbed, runs, *NAMES)
 
 
 def test_who_raises_always_is_removed_and_the_others_go_on(undisturbed):
-    runs = MultiTrain(tiny())
-    for name in NAMES:
-        added(runs, name)
+    runs = company()
     added(runs, "wide", loss=own(runs.base, Once(1)), seed=3)
     with pytest.raises(Broken):
         runs.step()
@@ -113,17 +114,15 @@ def test_who_raises_always_is_removed_and_the_others_go_on(undisturbed):
 def test_saved_after_an_error(undisturbed, tmp_path):
     """The file has the state before the round that an error has stopped."""
     base = tiny()
-    runs = MultiTrain(base)
-    for name in NAMES:
-        added(runs, name, **({"loss": own(base, Once(3))} if name == "long" else {}))
+    runs = company(base, long={"loss": own(base, Once(3))})
     with pytest.raises(Broken):
         runs.run()
     runs.save(tmp_path)
-    for company in (NAMES[:2], NAMES[2:]):
+    for names in (NAMES[:2], NAMES[2:]):
         again = MultiTrain.resume(tiny(), tmp_path)
-        for name in company:
+        for name in names:
             added(again, name, **({"loss": own(again.base, lambda: None)} if name == "long" else {}))
-        assert_as(undisturbed, again.run(), *company)
+        assert_as(undisturbed, again.run(), *names)
 
 
 class Samples(torch.utils.data.Dataset):
@@ -140,10 +139,7 @@ class Samples(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("at", [2, 11])
 def test_a_loader_that_raises(undisturbed, at):
-    runs = MultiTrain(tiny())
-    for name in NAMES:
-        check = {"data": DataLoader(Samples(Once(at)), 4, shuffle=True)}
-        added(runs, name, **(check if name == "plain" else {}))
+    runs = company(plain={"data": DataLoader(Samples(Once(at)), 4, shuffle=True)})
     assert go_on(runs) == 1
     assert_as(undisturbed, runs, *NAMES)
 
@@ -160,10 +156,7 @@ class Stumbles(torch.optim.AdamW):
 
 def test_an_optimizer_that_raises_ends_its_run(undisturbed):
     """Nobody knows which of its tensors it has stepped."""
-    runs = MultiTrain(tiny())
-    for name in NAMES:
-        optimizer = {"optimizer": partial(Stumbles, check=Once(3), lr=1e-2)}
-        added(runs, name, **(optimizer if name == "gathers" else {}))
+    runs = company(gathers={"optimizer": partial(Stumbles, check=Once(3), lr=1e-2)})
     with pytest.raises(Broken):
         runs.run()
     runs.run()
@@ -188,11 +181,9 @@ class Valid(list):
 def test_a_look_that_raises_is_made_later(undisturbed, at):
     found = []
     for valid in (batches(2), Valid(Once(at))):
-        runs = MultiTrain(tiny())
         asked = list[int]()
-        for name in NAMES:
-            look = {"valid": valid, "every": 2, "stop": lambda run, asked=asked: asked.append(run.step)}
-            added(runs, name, **(look if name == "plain" else {}))
+        look = {"valid": valid, "every": 2, "stop": lambda run, asked=asked: asked.append(run.step)}
+        runs = company(plain=look)
         go_on(runs)
         runs.run()
         assert_as(undisturbed, runs, *NAMES)
@@ -201,26 +192,22 @@ def test_a_look_that_raises_is_made_later(undisturbed, at):
 
 
 def test_a_stop_that_raises(undisturbed):
-    runs = MultiTrain(tiny())
     check = Once(2)
-    for name in NAMES:
-        added(runs, name, **({"stop": lambda run: check()} if name == "plain" else {}))
+    runs = company(plain={"stop": lambda run: check()})
     assert go_on(runs) == 1
     assert_as(undisturbed, runs, *NAMES)
 
 
 def test_warnings_that_are_errors():
     """What evicts a run does not disturb the others, also where its warning is an exception."""
-    spec = SPECS["plain"]
     runs = MultiTrain(tiny())
-    runs.add("wild", lora(), **spec.options(STEPS) | {"optimizer": partial(torch.optim.SGD, lr=float("inf"))})
-    runs.add("plain", spec.config, **spec.options(STEPS))
+    added(runs, "plain")
+    options = SPECS["plain"].options(STEPS) | {"optimizer": partial(torch.optim.SGD, lr=float("inf"))}
+    runs.add("wild", lora(), **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error", graft.PeftWarning)
         assert go_on(runs, graft.PeftWarning) == 1
-    alone = MultiTrain(tiny())
-    alone.add("plain", spec.config, **spec.options(STEPS))
-    assert_as(alone.run(), runs, "plain")
+    assert_as(started(["plain"], STEPS).run(), runs, "plain")
 
 
 @pytest.mark.parametrize("call", [
@@ -272,8 +259,7 @@ def test_an_adapter_is_saved_as_it_is_between_steps(tmp_path):
 
 def test_a_run_that_was_removed_is_not_saved(tmp_path):
     """Nor the one that has its name now."""
-    runs = MultiTrain(tiny())
-    runs.add("x", lora(), data=batches(1))
+    runs = one_run(data=batches(1))
     removed = runs.remove("x")
     with pytest.raises(graft.AdapterNotFoundError, match="no run 'x'"):
         removed.save_pretrained(tmp_path / "x")
@@ -289,8 +275,7 @@ def test_a_run_that_was_removed_is_not_saved(tmp_path):
 def test_a_name_that_is_used_again_begins_anew():
     """At once, without a step between."""
     spec = SPECS["drops"]
-    runs = MultiTrain(tiny())
-    runs.add("x", lora(r=4), **SPECS["plain"].options(STEPS))
+    runs = one_run(lora(r=4), **SPECS["plain"].options(STEPS))
     runs.add("y", lora(r=4), **SPECS["timed"].options(9))
     for step in runs:
         if step.number == 3:
@@ -298,8 +283,7 @@ def test_a_name_that_is_used_again_begins_anew():
     runs.remove("x")
     runs.add("x", spec.config, **spec.options(STEPS))
     runs.run()
-    alone = MultiTrain(tiny())
-    alone.add("x", spec.config, **spec.options(STEPS))
+    alone = one_run(spec.config, **spec.options(STEPS))
     assert_as(alone.run(), runs, "x")
     runs.remove("y")
     for out in (lambda: runs.remove("x"), runs.unload):
@@ -431,8 +415,7 @@ def test_what_validation_draws_depends_on_nobody():
 
 
 def test_batches_of_a_step_that_are_left_over():
-    runs = MultiTrain(tiny())
-    runs.add("x", lora(), data=batches(5), accumulate=2)
+    runs = one_run(data=batches(5), accumulate=2)
     with pytest.warns(graft.PeftWarning, match="ended at step 2; 1 of the 2 batches of a step were left over"):
         runs.run()
     assert runs["x"].step == 2
@@ -440,8 +423,7 @@ def test_batches_of_a_step_that_are_left_over():
 
 def test_batches_without_rows():
     empty = {k: v[:0] for k, v in batches(1)[0].items()}
-    runs = MultiTrain(tiny())
-    runs.add("plain", SPECS["plain"].config, **SPECS["plain"].options(2))
+    runs = started(["plain"], 2)
     runs.add("x", lora(), data=[*batches(1), empty], valid=[empty, *batches(1)], every=1)
     runs.step()
     assert runs["x"].valid[0].loss > 0
@@ -485,8 +467,7 @@ def test_a_bad_batch_ends_its_run_alone(undisturbed, kind, at_once, tmp_path):
     with pytest.raises(type(x.error)):
         raise x.error
     assert sys.version_info < (3, 11) or "Run 'x': the model cannot take its batch." in x.error.__notes__
-    alone = MultiTrain(tiny())
-    alone.add("x", lora(lora_dropout=0.1), data=batches(6), seed=9, steps=2)
+    alone = one_run(lora(lora_dropout=0.1), data=batches(6), seed=9, steps=2)
     assert same(x.parameters, alone.run()["x"].parameters)
     runs.save(tmp_path)
     again = MultiTrain.resume(tiny(), tmp_path).add("x", lora(lora_dropout=0.1), data=bad(kind), seed=9)

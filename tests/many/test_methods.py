@@ -13,7 +13,7 @@ import graft
 from graft.core.errors import ConfigError
 from graft.many import MultiTrain
 from tests import models
-from tests.many.alone import Spec, alone, as_alone, batches, lora, same, tiny
+from tests.many.alone import Spec, alone, as_alone, batches, lora, same, tiny, train
 
 QV = ["q_proj", "v_proj"]
 bottleneck = partial(graft.BottleneckConfig, reduction_factor=4)
@@ -76,13 +76,8 @@ def test_what_methods_read_of_a_batch():
     runs.run()
     for name, (config, key) in TOLD.items():
         with models.seeded(4):
-            model = graft.get_peft_model(tiny(), copy.deepcopy(config)).train()
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-            for batch in told(key):
-                model(**batch).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+            model = graft.get_peft_model(tiny(), copy.deepcopy(config))
+            parameters = train(model, told(key), partial(torch.optim.AdamW, lr=1e-2))
         assert same(runs[name].parameters, parameters), name
 
 

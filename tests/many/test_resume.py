@@ -18,18 +18,15 @@ from graft.many.draws import Draws
 from graft.many.loader import Loader, digest_batch
 from graft.train import state_file
 from tests import fresh, models
-from tests.many.alone import SPECS, Spec, batches, lora, rows, same, tiny
+from tests.many.alone import SPECS, Spec, batches, lora, one_run, rows, same, started, tiny
 from tests.many.killed import STEPS
 from tests.train.test_resuming import edited, forge, torch_state
 
 ROOT = Path(__file__).parents[2]
 
 
-def undisturbed(name, steps=STEPS):
-    runs = MultiTrain(tiny())
-    run = runs.add(name, SPECS[name].config, **SPECS[name].options(steps))
-    runs.run()
-    return run
+def undisturbed(name):
+    return started([name], STEPS).run()[name]
 
 
 def child(folder, at, *names):
@@ -105,8 +102,7 @@ def test_two_share_a_loaders_generator_and_each_has_it_alone():
 
 
 def test_more_steps_than_before(tmp_path):
-    runs = MultiTrain(tiny())
-    runs.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4))
+    runs = started(["plain"], 4)
     runs.run(save=tmp_path)
     again = MultiTrain.resume(tiny(), tmp_path)
     ended = again.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4))
@@ -160,8 +156,7 @@ def test_a_failed_run_stays_failed(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path):
-    runs = MultiTrain(tiny())
-    runs.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4))
+    runs = started(["plain"], 4)
     next(iter(runs))
     runs.save(tmp_path)
     return tmp_path
@@ -403,8 +398,7 @@ def mean(output, batch, x=1):
     (partial(mean, x={(0, 1): 2}), partial(mean, x=2), r"loss = \['mean', {'x': {}}\], now"),
 ], ids=["named", "own", "partial", "keys that JSON has not"])  # fmt: skip
 def test_another_loss_than_before(tmp_path, one, other, text):
-    runs = MultiTrain(tiny())
-    runs.add("x", lora(), data=batches(4), loss=one)
+    runs = one_run(data=batches(4), loss=one)
     runs.save(tmp_path)
     again = MultiTrain.resume(tiny(), tmp_path)
     with pytest.raises(ConfigError, match=f"Run 'x' in .* was begun with {text}"):
@@ -417,8 +411,7 @@ def test_state_that_is_no_data(tmp_path):
         def state_dict(self):
             return {**super().state_dict(), "odd": object()}
 
-    runs = MultiTrain(tiny())
-    runs.add("x", lora(), data=batches(2), optimizer=partial(Odd, lr=0.1))
+    runs = one_run(data=batches(2), optimizer=partial(Odd, lr=0.1))
     with pytest.raises(ConfigError, match="Run 'x', 'optimizer', 'odd': object cannot be written"):
         runs.save(tmp_path)
     assert run_file.list_runs(tmp_path) == []

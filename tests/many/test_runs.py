@@ -21,7 +21,7 @@ from graft.core.errors import AdapterNameError, AdapterNotFoundError, ConfigErro
 from graft.many import MultiTrain
 from graft.many.joint import ForwardArguments, RunBatch, divide_passes, join_batches
 from tests import models
-from tests.many.alone import BITS, SPECS, Spec, alone, as_alone, batches, lora, same, tiny
+from tests.many.alone import BITS, SPECS, Spec, alone, as_alone, batches, lora, one_run, same, started, tiny, train
 
 
 def together(specs, steps=12, **options):
@@ -43,11 +43,8 @@ def test_each_is_as_alone(at_once):
 
 
 def test_each_has_the_loss_that_its_adapter_adds():
-    def mixture(**options):
-        return graft.MoeLoraConfig(
-            target_modules=["q_proj", "up_proj"], router_loss=True, router_aux_loss_coef=0.5, **options
-        )
-
+    routed = dict(target_modules=["q_proj", "up_proj"], router_loss=True, router_aux_loss_coef=0.5)
+    mixture = partial(graft.MoeLoraConfig, **routed)
     specs = {
         "few": Spec(mixture(r=2, num_experts=3)),
         "many": Spec(mixture(r=4, num_experts=8), 3e-3, 1, accumulate=2),
@@ -65,9 +62,7 @@ def test_each_has_the_loss_that_its_adapter_adds():
 def test_which_batches_share_a_pass():
     arguments = {exact: ForwardArguments.read_signature(tiny(), exact) for exact in (True, False)}
     parts = [RunBatch(name, next(iter(spec.data()))) for name, spec in SPECS.items()]
-    found = {
-        exact: [{p.name for p in group} for group in divide_passes(parts, a, 4096)] for exact, a in arguments.items()
-    }
+    found = {e: [{p.name for p in group} for group in divide_passes(parts, a, 4096)] for e, a in arguments.items()}
     assert found[True] == [{"plain", "wide", "gathers", "timed", "drops"}, {"long"}, {"masked", "too"}]
     assert found[False] == [{*SPECS}]
     assert [len(group) for group in divide_passes(parts, arguments[False], 4 * 12 * 3)] == [3, 3, 2]
@@ -83,11 +78,8 @@ def test_batches_are_grouped_without_a_look_at_values_on_a_device():
     for other in own:
         del other.batch["logits_to_keep"]
     own.append(part("x", True))
-    assert [[p.name for p in group] for group in divide_passes(own, ForwardArguments.read_signature(tiny()), 4096)] == [
-        ["u", "v"],
-        ["w"],
-        ["x"],
-    ]
+    passes = divide_passes(own, ForwardArguments.read_signature(tiny()), 4096)
+    assert [[p.name for p in group] for group in passes] == [["u", "v"], ["w"], ["x"]]
 
 
 class Seeing(nn.Module):
@@ -165,9 +157,8 @@ def test_a_diverging_run_is_evicted_and_the_others_do_not_see_it():
     runs.add("good", spec.config, **spec.options(8))
     bad = runs.add("bad", lora(r=4), **Spec(None, 1e-2, seed=9).options(8), loss=diverge)
     ended, values = {}, []
-    with pytest.warns(
-        graft.PeftWarning, match=r"Run 'bad' failed at step 4: its loss is not finite \(loss inf, lr 0.01\)"
-    ):
+    text = r"Run 'bad' failed at step 4: its loss is not finite \(loss inf, lr 0.01\)"
+    with pytest.warns(graft.PeftWarning, match=text):
         for step in runs:
             ended |= {name: step.number for name in step.ended}
             values.append([p.detach().clone() for p in bad.parameters])
@@ -242,9 +233,7 @@ def crowded(ends):
 
 
 def trained_as_alone(base, names):
-    runs = MultiTrain(base)
-    for name in names:
-        runs.add(name, SPECS[name].config, **SPECS[name].options(4))
+    runs = started(names, 4, base)
     runs.run()
     for name in names:
         assert as_alone(runs[name].parameters, alone(SPECS[name], 4)[0]), name
@@ -275,9 +264,7 @@ def test_a_batch_that_alone_takes_too_much_ends_its_run(ends):
         return real(x, *args, **kwargs)
 
     base.model.layers[0].forward = forward
-    runs = MultiTrain(base)
-    for name in ("plain", "long"):
-        runs.add(name, SPECS[name].config, **SPECS[name].options(3))
+    runs = started(("plain", "long"), 3, base)
     with pytest.warns(graft.PeftWarning, match=r"Run 'long' failed.*one batch needs more memory.*accumulate"):
         runs.run()
     assert runs["long"].state == "failed" and as_alone(runs["plain"].parameters, alone(SPECS["plain"], 3)[0])
@@ -362,13 +349,7 @@ def test_packed_rows(exact):
     runs.run()
     for i, (name, own) in enumerate(data.items()):
         with models.seeded(i):
-            model = graft.get_peft_model(tiny(), lora(r=4)).train()
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-            for batch in own:
-                model(**batch).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+            parameters = train(graft.get_peft_model(tiny(), lora(r=4)), own, partial(torch.optim.AdamW, lr=1e-2))
         assert as_alone(runs[name].parameters, parameters), name
 
 
@@ -396,9 +377,7 @@ def test_a_torch_file_holds_one_adapter(tmp_path):
 
 
 def test_a_run_that_is_removed_leaves_the_others_as_they_train():
-    runs = MultiTrain(tiny())
-    for name in ("plain", "wide"):
-        runs.add(name, SPECS[name].config, **SPECS[name].options(6))
+    runs = started(("plain", "wide"), 6)
     for step in runs:
         if step.number == 3:
             assert runs.remove("plain").step == 3
@@ -452,13 +431,8 @@ def test_heads_of_other_sizes(base, labels):
     with models.seeded(2):
         head = nn.Linear(24, labels)
     with models.seeded(0):
-        model = graft.get_peft_model(models.make(base), make(), heads={"classifier": head}).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
-    for batch in data:
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        model = graft.get_peft_model(models.make(base), make(), heads={"classifier": head})
+    parameters = train(model, data, partial(torch.optim.SGD, lr=0.1))
     for found, wanted in zip(runs["own"].parameters, parameters):
         torch.testing.assert_close(found, wanted)
 
@@ -545,16 +519,19 @@ def test_validation_does_not_disturb_training():
 
 
 @pytest.mark.parametrize("options, text", [
+    ({"lr": 1e-3}, r"add\(\) takes no 'lr'\. An optimizer gets its arguments by optimizer=partial"),
+    ({"learning_rate": 1, "max_steps": 1}, r"'learning_rate' \(here 'lr'\), 'max_steps' \(here 'steps'\)"),
+    ({"valid": 3}, "Run 'x': valid must be batches, such as a DataLoader, got 3"),
+    ({"trainer": 3, "data": None}, "Run 'x': trainer must be a Trainer of transformers, got 3"),
     ({"data": 3}, "data must be an iterable"),
     ({"steps": 0}, "steps must be a positive int"),
     ({"accumulate": 1.5}, "accumulate must be a positive int"),
     ({"loss": 3}, "loss must be a function"),
     ({"stop": 2}, "stop must be a function"),
     ({"schedule": "cosine"}, "schedule must be a function"),
-    ({"every": 2}, "every=2 .* valid is none"),
     ({"optimizer": lambda p: torch.optim.SGD(p[:1], lr=0.1)}, "its SGD leaves out [0-9]+ of [0-9]+ parameters"),
     ({"clip": -1.0}, "clip must be a positive"),
-    ({"optimizer": "adamw"}, "optimizer must make one of its parameters"),
+    ({"optimizer": "adamw"}, "optimizer must make one of its parameters.* got 'adamw'"),
     ({"seed": "x"}, "seed must be an int"),
     ({"every": 2}, "every=2 needs validation data to iterate again and again, and valid is none"),
     ({"every": 2, "valid": iter(())}, "valid is an iterator, which one look takes to its end"),
@@ -569,7 +546,8 @@ def test_bad_settings_change_nothing(options, text):
     for first in (True, False):
         given = {"config": lora(), "data": batches(1)} | options
         names = [n for n, _ in runs.base.named_modules()]
-        with pytest.raises((ConfigError, TypeError, NoMatchingPeftModuleError), match=text):
+        errors = (TypeError, ConfigError, NoMatchingPeftModuleError)
+        with pytest.raises(TypeError if {"lr", "learning_rate"} & {*options} else errors, match=text):
             runs.add("x", given.pop("config"), **given)
         assert [n for n, _ in runs.base.named_modules()] == names and "x" not in runs
         if first:
@@ -613,6 +591,8 @@ def test_unload_leaves_the_mode_that_was():
 def test_two_runs_of_one_name():
     runs = MultiTrain(tiny())
     runs.add("a1", lora(), data=batches(1))
+    with pytest.raises(AdapterNameError, match=r"needs a non-empty string as its name, got LoraConfig\(.{,190}…"):
+        runs.add(lora(), data=batches(1))
     with pytest.raises(AdapterNameError, match="There is a run 'a1' already"):
         runs.add("a1", lora(), data=batches(1))
     with pytest.raises(AdapterNotFoundError, match=r"no run 'b1'\. Runs: a1"):
@@ -627,8 +607,7 @@ def test_two_runs_of_one_name():
     ([{"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(3, 3)}], "one row per sample"),
 ])  # fmt: skip
 def test_bad_batches(data, text):
-    runs = MultiTrain(tiny())
-    runs.add("x", lora(), data=data)
+    runs = one_run(data=data)
     with pytest.raises(ConfigError, match=f"Run 'x': .*{text}"):
         runs.run()
 

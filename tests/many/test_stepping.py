@@ -22,7 +22,7 @@ from graft.core.errors import AdapterNotFoundError, CheckpointError, ConfigError
 from graft.many import MultiTrain
 from graft.serving import AdapterSlots
 from tests import models
-from tests.many.alone import SPECS, alone, as_alone, batches, lora, same, tiny
+from tests.many.alone import SPECS, alone, as_alone, batches, lora, one_run, same, tiny
 
 # losses
 
@@ -545,8 +545,7 @@ def test_a_run_goes_on_from_its_file(name, tmp_path):
 def test_a_run_of_the_loop_goes_on_by_calls(tmp_path):
     """As one that was trained by calls all the time."""
     data, found = batches(4), []
-    runs = MultiTrain(tiny())
-    runs.add("x", lora(r=4), data=data[:2])
+    runs = one_run(lora(r=4), data=data[:2])
     runs.run().save(tmp_path)
     for begins in (0, 2):
         runs = MultiTrain(tiny())
@@ -561,8 +560,7 @@ def test_a_run_of_the_loop_goes_on_by_calls(tmp_path):
 
 
 def test_a_file_of_another_run_changes_nothing(tmp_path):
-    runs = MultiTrain(tiny())
-    runs.add("x", lora(r=4), seed=3)
+    runs = one_run(lora(r=4), seed=3)
     runs.save_run("x", tmp_path)
     runs = MultiTrain(tiny())
     run = runs.add("x", lora(r=4))

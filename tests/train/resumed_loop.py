@@ -36,12 +36,7 @@ class Net(nn.Module):
 
 
 def config(**options):
-    options = {
-        "target_modules": ["first", "second"],
-        "r": 4,
-        "lora_dropout": 0.3,
-        "modules_to_save": ["head"],
-    } | options
+    options = dict(target_modules=["first", "second"], r=4, lora_dropout=0.3, modules_to_save=["head"]) | options
     return graft.LoraConfig(**options)
 
 

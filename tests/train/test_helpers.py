@@ -140,21 +140,12 @@ def state(model: nn.Module) -> tuple:
     return facts(model), [(list(m.active_adapters), m.merged, list(m.lora_A)) for m in layers]
 
 
-@pytest.mark.parametrize(
-    "steps",
-    [
-        [("set_adapter", "a")],
-        [("set_adapter", ["a", "b"])],
-        [("set_adapter", ["b", "a"], True)],
-        [("set_requires_grad", "a")],
-        [("set_requires_grad", ["a", "b"], False)],
-        [("delete_adapter", "a", "lora_")],
-        [("delete_adapter", "b", "lora_")],
-        [("set_adapter", ["a", "b"]), ("delete_adapter", "b", "lora_")],
-        [("delete_adapter", "a", "lora_"), ("delete_adapter", "b", "lora_")],
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("steps", [
+    [("set_adapter", "a")], [("set_adapter", ["a", "b"])], [("set_adapter", ["b", "a"], True)],
+    [("set_requires_grad", "a")], [("set_requires_grad", ["a", "b"], False)], [("delete_adapter", "a", "lora_")],
+    [("delete_adapter", "b", "lora_")], [("set_adapter", ["a", "b"]), ("delete_adapter", "b", "lora_")],
+    [("delete_adapter", "a", "lora_"), ("delete_adapter", "b", "lora_")],
+], ids=str)  # fmt: skip
 def test_functions_on_injected_models(steps):
     found = []
     for lib, functions in SIDES:

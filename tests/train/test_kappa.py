@@ -47,27 +47,17 @@ def test_experts_are_pefts(options):
 
 
 CHOICES = [
-    {},
-    dict(top_p=0.3),
-    dict(top_p=0.0),
-    dict(num_modules=2, top_p=0.9),
-    dict(num_modules=0),
-    dict(threshold=8.0),
-    dict(threshold=0.5),
-    dict(top_p=0.3, threshold=0.5),
-]
+    {}, dict(top_p=0.3), dict(top_p=0.0), dict(num_modules=2, top_p=0.9), dict(num_modules=0), dict(threshold=8.0),
+    dict(threshold=0.5), dict(top_p=0.3, threshold=0.5),
+]  # fmt: skip
+SELECTORS = (graft.KappaTuneSelector, peft.helpers.KappaTuneSelector)
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_choices_are_pefts(choice):
-    ours, theirs = (
-        lib(models.make("mlp"), show_progress=False)
-        for lib in (graft.KappaTuneSelector, peft.helpers.KappaTuneSelector)
-    )
+    ours, theirs = (select(models.make("mlp"), show_progress=False) for select in SELECTORS)
     assert ours.get_best_targets(**choice) == theirs.get_best_targets(**choice)
-    ours, theirs = (
-        lib(experts(), show_progress=False) for lib in (graft.KappaTuneSelector, peft.helpers.KappaTuneSelector)
-    )
+    ours, theirs = (select(experts(), show_progress=False) for select in SELECTORS)
     assert ours.get_best_target_parameters(**choice) == theirs.get_best_target_parameters(**choice)
 
 

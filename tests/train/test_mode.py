@@ -92,10 +92,7 @@ def test_the_warning_names_adapter_share_and_layers():
     assert f"{layers} modules" in str(warning.message)
 
 
-QUIET = {
-    "no dropout": lambda: lora(graft, 0.0),
-    "for inference": lambda: lora(graft, inference_mode=True),
-}
+QUIET = {"no dropout": lambda: lora(graft, 0.0), "for inference": lambda: lora(graft, inference_mode=True)}
 
 
 @pytest.mark.parametrize("case", QUIET)

@@ -32,6 +32,11 @@ def trainer(folder, callback=None, seed=0, r=2, **options):
     return Trainer(model, arguments, train_dataset=rows, callbacks=[callback or Resumable()])
 
 
+def copied(whole, folder, step=3):
+    """Copy a checkpoint of the whole training; return its path as Trainer takes it."""
+    return str(shutil.copytree(whole[0] / f"checkpoint-{step}", folder / f"checkpoint-{step}"))
+
+
 def outcome(t):
     logs = [(log["step"], log["loss"], log["learning_rate"]) for log in t.state.log_history if "loss" in log]
     return logs, [p.detach().clone() for p in t.model.parameters()]
@@ -50,12 +55,10 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("told", [False, True])
 def test_bits_of_an_uninterrupted_training(step, told, whole, tmp_path):
     """Within the first epoch, between two, and in the second."""
-    folder, (logs, values) = whole
-    name = f"checkpoint-{step}"
-    shutil.copytree(folder / name, tmp_path / name)
-    watch = Resumable(tmp_path / name) if told else Resumable()
+    (logs, values), checkpoint = whole[1], copied(whole, tmp_path, step)
+    watch = Resumable(checkpoint) if told else Resumable()
     again = trainer(tmp_path / "new" if told else tmp_path, watch, seed=8)
-    again.train(resume_from_checkpoint=str(tmp_path / name))
+    again.train(resume_from_checkpoint=checkpoint)
     found, theirs = outcome(again)
     assert watch.resumed.step == step and found[step:] == logs[step:]
     assert all(torch.equal(a, b) for a, b in zip(theirs, values, strict=True))
@@ -88,24 +91,19 @@ def test_a_model_without_adapters_is_told_before_it_trains(tmp_path):
 
 
 def test_what_does_not_fit_is_told(whole, tmp_path):
-    folder, _ = whole
-    shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
+    checkpoint, other = copied(whole, tmp_path), Resumable(whole[0] / "checkpoint-6")
     with pytest.raises(CheckpointError, match="was saved at step 6, and Trainer resumes at step 3"):
-        trainer(tmp_path, Resumable(folder / "checkpoint-6")).train(
-            resume_from_checkpoint=str(tmp_path / "checkpoint-3")
-        )
+        trainer(tmp_path, other).train(resume_from_checkpoint=checkpoint)
     (tmp_path / "checkpoint-3" / "training.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"was killed meanwhile\. No checkpoint near it"):
-        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        trainer(tmp_path).train(resume_from_checkpoint=checkpoint)
 
 
 def test_another_rank_is_told(whole, tmp_path, monkeypatch):
-    folder, _ = whole
-    shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
     again = trainer(tmp_path, r=4)
     monkeypatch.setattr(again, "_load_from_checkpoint", lambda *_: None)  # which says so too, in its own words
     with pytest.raises(AdapterKeyError, match="another rank"):
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        again.train(resume_from_checkpoint=copied(whole, tmp_path))
 
 
 def test_the_newest_checkpoint_that_is_whole(whole, tmp_path):
@@ -114,7 +112,7 @@ def test_the_newest_checkpoint_that_is_whole(whole, tmp_path):
     assert find_last_checkpoint(folder) == str(folder / "checkpoint-12")
     assert find_last_checkpoint(tmp_path) is None
     for step in (2, 10, 11):
-        shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+        copied(whole, tmp_path, step)
     (tmp_path / "checkpoint-99").mkdir()
     (tmp_path / "checkpoint-1000").write_text("a file")
     newest = tmp_path / "checkpoint-11"
@@ -141,9 +139,7 @@ def test_the_newest_checkpoint_that_is_whole(whole, tmp_path):
 
 @pytest.mark.parametrize("extra", [{}, {"epoch": "x"}, {"epoch": float("nan")}, {"epoch": None}])
 def test_a_file_that_does_not_say_its_epoch(extra, whole, tmp_path):
-    folder, _ = whole
-    shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
+    checkpoint = copied(whole, tmp_path)
     forge(tmp_path / "checkpoint-3", edited("extra", value=extra))
-    made = trainer(tmp_path)
     with pytest.raises(CheckpointError, match="does not hold its epoch"):
-        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        trainer(tmp_path).train(resume_from_checkpoint=checkpoint)

@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load
-from torch.optim import SGD
+from torch.optim import SGD, lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
 import graft
@@ -27,6 +27,7 @@ from graft.io.tensors import digest_tensors, write_safetensors
 from graft.train import resuming, state_file
 from graft.train.resuming import FILE, NOTE
 from tests import fresh, models
+from tests.golden.continued import Loader
 from tests.train.resumed_loop import CASES, Training
 
 ROOT = Path(__file__).parents[2]
@@ -99,19 +100,6 @@ def test_another_order_of_parameters(saved):
     assert all(torch.allclose(values[n], t, atol=1e-7) for n, t in whole.values().items())
 
 
-class Loader:
-    """Counts, and can be told."""
-
-    def __init__(self):
-        self.at = 0
-
-    def state_dict(self):
-        return {"at": self.at}
-
-    def load_state_dict(self, state):
-        self.at = state["at"]
-
-
 def test_a_loader(tmp_path):
     training, loader = Training(), Loader()
     loader.at = 7
@@ -177,6 +165,16 @@ def test_other_groups(saved):
         graft.resume(saved, training.model, training.optimizer, training.scheduler)
 
 
+def test_another_rank_or_optimizer_begins_anew(saved):
+    training = Training(r=2)
+    done = graft.resume(saved, *training.parts, strict=False)
+    assert len(done.fresh) == 4 and all("lora_" in n for n in done.fresh)
+    training.run(1)
+    training = Training("sgd")
+    assert graft.resume(saved, *training.parts, strict=False).fresh == ["optimizer", "scheduler"]
+    assert same(training.values(), Training().run(4).values())
+
+
 def test_what_is_new_begins_anew(saved):
     training = Training(target_modules=["first", "head"], modules_to_save=None)
     kept = training.values()
@@ -216,20 +214,6 @@ def test_a_prompt_without_the_network_that_computed_it_begins_anew(tmp_path):
     assert done.fresh == ["prompt_encoder.default.embedding.weight"] and {*done.fresh} < {*done.missing}
 
 
-def test_another_rank_begins_anew(saved):
-    training = Training(r=2)
-    done = graft.resume(saved, *training.parts, strict=False)
-    assert len(done.fresh) == 4 and all("lora_" in n for n in done.fresh)
-    training.run(1)
-
-
-def test_another_optimizer_begins_anew(saved):
-    training = Training("sgd")
-    done = graft.resume(saved, *training.parts, strict=False)
-    assert done.fresh == ["optimizer", "scheduler"]
-    assert same(training.values(), Training().run(4).values())
-
-
 def test_a_weight_of_the_base_that_trains_with_an_adapter_merged_into_it(tmp_path):
     """It would be saved with the adapter in it, or take the place of what is merged."""
     net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
@@ -251,23 +235,21 @@ def test_a_weight_of_the_base_that_trains_with_an_adapter_merged_into_it(tmp_pat
 
 def test_what_cannot_be_saved(tmp_path):
     training = Training()
-    with pytest.raises(ConfigError, match=r"Group 0 of the optimizer has a parameter of shape \(2,\)"):
-        graft.save_training(tmp_path / "a", training.model, SGD([torch.nn.Parameter(torch.zeros(2))], 0.1), step=1)
-    with pytest.raises(ConfigError, match="extra, 'x': object cannot be written"):
-        graft.save_training(tmp_path / "a", *training.parts, step=1, extra={"x": object()})
-    with pytest.raises(TypeError, match="step must be an int, got '1'"):
-        graft.save_training(tmp_path / "a", *training.parts, step="1")
+    other = training.model, SGD([torch.nn.Parameter(torch.zeros(2))], 0.1)
+    for parts, options, error, text in (
+        (other, {}, ConfigError, r"Group 0 of the optimizer has a parameter of shape \(2,\)"),
+        (training.parts, {"extra": {"x": object()}}, ConfigError, "extra, 'x': object cannot be written"),
+        (training.parts, {"step": "1"}, TypeError, "step must be an int, got '1'"),
+    ):
+        with pytest.raises(error, match=text):
+            graft.save_training(tmp_path / "a", *parts, **{"step": 1} | options)
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize(
-    "order, text",
-    [
-        ((1, 0, 2), r"needs a PeftModel.* got AdamW"),
-        ((0, 2, 1), r"is no optimizer\. Pass the optimizer second"),
-        ((0, 1, 3), r"A list is no scheduler\. Pass the scheduler third, then the loader"),
-    ],
-)
+@pytest.mark.parametrize("order, text", [
+    ((1, 0, 2), r"needs a PeftModel.* got AdamW"), ((0, 2, 1), r"is no optimizer\. Pass the optimizer second"),
+    ((0, 1, 3), r"A list is no scheduler\. Pass the scheduler third, then the loader"),
+])  # fmt: skip
 def test_parts_in_another_order(order, text, saved):
     training = Training()
     parts = [[*training.parts, [1, 2]][i] for i in order]
@@ -504,8 +486,8 @@ def adamw_of_a_tensor(parameters):
 def test_every_optimizer_of_torch_and_graft_goes_on(make, tmp_path):
     """What the checks know of each class is what it keeps: names, types and shapes."""
 
-    def parts(seed):
-        training = Training(seed=seed, modules_to_save=None)
+    def parts():
+        training = Training(modules_to_save=None)
         if make in ("loraplus", "lorapro"):
             more = {"loraplus_lr_ratio": 4} if make == "loraplus" else {}
             create = getattr(optim, f"create_{make}_optimizer")
@@ -514,41 +496,35 @@ def test_every_optimizer_of_torch_and_graft_goes_on(make, tmp_path):
             training.optimizer = getattr(optim, f"create_{make}_optimizer")(training.model, lr=0.1)
         else:
             training.optimizer = make([p for p in training.model.parameters() if p.requires_grad])
-        training.scheduler = torch.optim.lr_scheduler.MultiStepLR(training.optimizer, [2, 4])
+        training.scheduler = lr_scheduler.MultiStepLR(training.optimizer, [2, 4])
         return training
 
-    whole = parts(1).run(5)
-    graft.save_training(tmp_path, *parts(1).run(3).parts, step=3)
-    again = parts(1)
-    graft.resume(tmp_path, *again.parts)
+    assert_goes_on(parts, tmp_path)
+
+
+def assert_goes_on(parts, folder):
+    """A training of two halves has the bits of one whole."""
+    whole = parts().run(5)
+    graft.save_training(folder, *parts().run(3).parts, step=3)
+    again = parts()
+    graft.resume(folder, *again.parts)
     assert same(again.run(2).values(), whole.values())
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9),
-        lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, cycle_momentum=False),
-        lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
-        lambda o: torch.optim.lr_scheduler.ChainedScheduler([torch.optim.lr_scheduler.ExponentialLR(o, 0.9)]),
-        lambda o: torch.optim.lr_scheduler.PolynomialLR(o, 9),
-        lambda o: torch.optim.lr_scheduler.MultiplicativeLR(o, halved),
-        lambda o: transformers.get_cosine_schedule_with_warmup(o, 2, 9),
-        lambda o: transformers.get_constant_schedule(o),
-    ],
-)
+@pytest.mark.parametrize("make", [
+    lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=9), lambda o: lr_scheduler.PolynomialLR(o, 9),
+    lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, cycle_momentum=False),
+    lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2), lambda o: lr_scheduler.MultiplicativeLR(o, halved),
+    lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ExponentialLR(o, 0.9)]),
+    lambda o: transformers.get_cosine_schedule_with_warmup(o, 2, 9), transformers.get_constant_schedule,
+])  # fmt: skip
 def test_every_schedule_goes_on(make, tmp_path):
-
-    def parts(seed):
-        training = Training(seed=seed)
+    def parts():
+        training = Training()
         training.scheduler = make(training.optimizer)
         return training
 
-    whole = parts(1).run(5)
-    graft.save_training(tmp_path, *parts(1).run(3).parts, step=3)
-    again = parts(2)
-    graft.resume(tmp_path, *again.parts)
-    assert same(again.run(2).values(), whole.values())
+    assert_goes_on(parts, tmp_path)
 
 
 class Rule:
@@ -578,7 +554,7 @@ def test_objects_and_numbers_of_others_go_on(tmp_path):
     graft.resume(tmp_path, *again.parts)
     seen = [made.scheduler.lr_lambdas[0].seen for made in (training, again)]
     assert seen[0] == seen[1] == [0, 0, 1, 1, 2, 2, 3, 3]
-    training.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(training.optimizer)
+    training.scheduler = lr_scheduler.ReduceLROnPlateau(training.optimizer)
     graft.save_training(tmp_path, *training.parts, step=3)
     training.scheduler.step(0.3)
     graft.resume(tmp_path, *training.parts)
@@ -590,7 +566,7 @@ def test_a_schedule_that_waits_for_a_better_loss(tmp_path):
     for steps in (0, 2):
         training, again = Training(), Training()
         for made in (training, again):
-            made.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(made.optimizer)
+            made.scheduler = lr_scheduler.ReduceLROnPlateau(made.optimizer)
         for _ in range(steps):
             training.scheduler.step(0.3)
         graft.save_training(tmp_path, *training.parts, step=steps)

@@ -25,7 +25,7 @@ from graft.files.lint import check_whole
 from graft.files.lycoris import kasa_to_lora
 from graft.files.names import check_shapes, mask_layer_number
 from graft.files.neutral import AdapterFile, LowRank, OtherMethod
-from graft.files.serving import CONDITIONS, Server, Subject, get_server, list_copied_weights, read_server_data
+from graft.files.serving import Server, Subject, get_server, list_copied_weights, read_server_data
 from graft.files.tensors import make_tensor
 from graft.io.written import TRAINING_ONLY
 
@@ -155,25 +155,25 @@ def check_is_plain(adapter: AdapterFile, server: Server) -> None:
     adapt, aLoRA's tokens, repeated layers, an unknown change of the base, unknown tensors, and methods other than LoRA.
     """
     subject = Subject(adapter, server)
-    blockers = [what for name in MERGED for what in CONDITIONS[name](subject)]
+    blockers = [what for name in MERGED for what in subject.find(name)]
     if blockers:
         raise LossError(
             f"{adapter.path} holds {join_some(blockers)}, which plain LoRA cannot hold. Merge it into the base (graft "
             "merge). KaSA in memory: save it, and export the file."
         )
-    if stacks := [*CONDITIONS["experts"](subject)]:
+    if stacks := subject.find("experts"):
         remedies, name = read_server_data()["remedies"], "layout" if server.name in LAYOUTS else "merge"
         remedy = remedies[name].format(server=server.name, adapter=adapter.path, base="BASE")
         raise LossError(f"{adapter.path} holds stacks of experts, {join_some(stacks)}: {remedy}.")
     for row in read_server_data()["servers"][server.name]["rows"]:
-        matches = [*CONDITIONS[row["when"]](subject)] if row["when"] in PLACES and row["remedy"] == "merge" else []
+        matches = subject.find(row["when"]) if row["when"] in PLACES and row["remedy"] == "merge" else []
         if matches:
             raise LossError(
                 f"{server.name} {row['does']}, and {adapter.path} has factors there: {join_some(matches)}. Merge it "
                 "into the "
                 "base (graft merge), and serve the model."
             )
-    if what := [*CONDITIONS["invocation_tokens"](subject), *CONDITIONS["layer_replication"](subject)]:
+    if what := subject.find("invocation_tokens") + subject.find("layer_replication"):
         raise LossError(
             f"{adapter.path} has {join_some(what)}, which neither plain LoRA nor merged weights can do. Serve it from "
             "a PeftModel."

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predictions of how a server treats an adapter. The knowledge about servers is data, in servers.json.
 
-A row there says of a server: under this condition it does that. Each condition is a function below. It yields texts for
-people on the parts of the adapter that fulfil it, and nothing if the adapter does not.
+A row there says of a server: under this condition it does that. Each condition is a method of `Subject`. It yields
+texts for people on the parts of the adapter that fulfil it, and nothing if the adapter does not.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Subject:
-    """The arguments of a condition: an adapter, a server with its options, and the base if it is known."""
+    """An adapter, a server with its options, and the base if it is known. Methods without arguments are conditions."""
 
     adapter: AdapterFile
     server: Server
@@ -133,15 +133,274 @@ class Subject:
         more = None if known.issuperset(paths) else view_by_model_names(self.base)
         return known if more is None else known.union(more.modules)
 
+    def find(self, condition: str) -> list[str]:
+        """Return the texts that the method `condition` yields; [] if the adapter does not fulfil it."""
+        return list(getattr(self, condition)())
 
-Condition = Callable[[Subject], Iterable[str]]
-CONDITIONS: dict[str, Condition] = {}
+    # conditions: of the file
 
+    def another_format(self) -> Iterable[str]:
+        """Yield the file's format if the server does not load it."""
+        if self.adapter.format not in self.server.formats:
+            yield f"the file is of the format {self.adapter.format}"
 
-def register_condition(function: Condition) -> Condition:
-    """Add a function to CONDITIONS under its name, and return it. For use as a decorator."""
-    CONDITIONS[function.__name__] = function
-    return function
+    def torch_file(self) -> Iterable[str]:
+        """Yield "adapter_model.bin" if a PEFT folder has no safetensors file."""
+        if self.adapter.format == "peft" and not os.path.exists(os.path.join(self.adapter.path, pair.SAFETENSORS)):
+            yield pair.TORCH
+
+    def file_of_added_tokens(self) -> Iterable[str]:
+        """Yield "added_tokens.json" if the adapter's folder has that file."""
+        path = os.path.join(self.adapter.path, "added_tokens.json")
+        if os.path.isdir(self.adapter.path) and os.path.exists(path):
+            yield "added_tokens.json"
+
+    def fields_missing(self) -> Iterable[str]:
+        """Yield those of r, lora_alpha and target_modules that a LoRA config of PEFT lacks."""
+        if self.adapter.format == "peft" and self.adapter.method == "LORA":
+            yield from (name for name in ("r", "lora_alpha", "target_modules") if self.config.get(name) is None)
+
+    def not_whole(self) -> Iterable[str]:
+        """Yield each part that the config names and the file lacks (`list_gaps`)."""
+        return (f"it lacks {what}" for what in list_gaps(self.adapter, self.base))
+
+    def unknown_keys(self) -> Iterable[str]:
+        """Return the keys without a known meaning."""
+        return self.adapter.unknown_keys
+
+    # conditions: what the adapter is
+
+    def another_method(self) -> Iterable[str]:
+        """Yield the adapter's method if it is not LoRA."""
+        if self.adapter.method != "LORA":
+            yield f"its method is {self.adapter.method}"
+
+    def kasa(self) -> Iterable[str]:
+        """Yield "KASA" if a module has that method."""
+        return list_variant(self.adapter, "KASA")
+
+    def blocks(self) -> Iterable[str]:
+        """Yield "BDLORA" if a module has that method."""
+        return list_variant(self.adapter, "BDLORA")
+
+    def pooled(self) -> Iterable[str]:
+        """Yield "QALORA" if a module has that method."""
+        return list_variant(self.adapter, "QALORA")
+
+    def dora(self) -> Iterable[str]:
+        """Yield each module with a DoRA magnitude."""
+        return (f"magnitude of {path}" for path, lora in self.low_rank.items() if lora.magnitude is not None)
+
+    def dora_of_kohya(self) -> Iterable[str]:
+        """Yield each module with a DoRA magnitude if the file is kohya'self."""
+        return self.dora() if self.adapter.format == "kohya" else ()
+
+    def transformer_of_kohya(self) -> Iterable[str]:
+        """Yield the module names that begin with "lora_transformer_" in a kohya file.
+
+        OneTrainer, ComfyUI and `graft convert --to kohya` write these names.
+        """
+        if self.adapter.format == "kohya" and self.adapter.path.endswith(".safetensors"):
+            names = {key.partition(".")[0] for key in read_header(self.adapter.path)[0]}
+            yield from sorted(name for name in names if name.startswith("lora_transformer_"))
+
+    def stacks_of_sglang(self) -> Iterable[str]:
+        """Yield the keys of experts' 3-D factors with SGLang's names of projections, in a file of a server's layout."""
+        path = os.path.join(self.adapter.path, pair.SAFETENSORS)
+        if self.adapter.is_server_layout and os.path.exists(path):
+            header = read_header(path)[0]
+            yield from sorted(key for key, t in header.items() if len(t.shape) == 3 and OF_SGLANG.fullmatch(key))
+
+    def bias(self) -> Iterable[str]:
+        """Yield each module with a lora_bias, and each bias of the base that was trained without its weight."""
+        yield from (f"lora_bias of {path}" for path, lora in self.low_rank.items() if lora.bias is not None)
+        yield from (name for name in self.adapter.full if is_lone_bias(name, self.adapter))
+
+    def extra_tensors(self) -> Iterable[str]:
+        """Return the names of extra tensors in LoRA modules, sorted and once each, without those of a shift."""
+        names = {name for lora in self.low_rank.values() for name in lora.extra if not name.startswith("lora_shift")}
+        return sorted(names)
+
+    def invocation_tokens(self) -> Iterable[str]:
+        """Yield aLoRA's invocation tokens, if the config has them."""
+        if self.config.get("alora_invocation_tokens"):
+            yield f"alora_invocation_tokens={self.config['alora_invocation_tokens']}"
+
+    def layer_replication(self) -> Iterable[str]:
+        """Yield the repeated layers, if the config has them."""
+        if self.config.get("layer_replication"):
+            yield f"layer_replication={self.config['layer_replication']}"
+
+    def base_changed_and_kept(self) -> Iterable[str]:
+        """Yield each module with a stored shift of the base (PiSSA and others, as graft saves them)."""
+        return (f"lora_shift of {path}" for path, lora in self.low_rank.items() if lora.shift is not None)
+
+    def base_changed(self) -> Iterable[str]:
+        """Yield the initialisation that changed the base, if the file does not describe the change."""
+        if self.adapter.changed_base is not None:
+            yield f"init_lora_weights={self.config.get('init_lora_weights')!r}"
+
+    # conditions: further tensors
+
+    def whole_norms(self) -> Iterable[str]:
+        """Return the norms that were trained whole."""
+        return list_norms(self.adapter)
+
+    def whole_modules(self) -> Iterable[str]:
+        """Return the modules trained whole that the server does not load, sorted, without norms, lone biases and copied
+        weights.
+        """
+        names = {*self.adapter.full} - {*list_copied_weights(self.adapter)}
+        modules = {name.rpartition(".")[0] for name in names if not is_lone_bias(name, self.adapter)}
+        return sorted(m for m in modules - {*list_norms(self.adapter)} if last_name(m) not in self.server.heads)
+
+    def another_vocabulary(self) -> Iterable[str]:
+        """Yield each copied weight that has another shape than the base's: an embedding that was resized.
+
+        Nothing without a base.
+        """
+        shapes = {} if self.base is None else self.base.shapes
+        for name in list_copied_weights(self.adapter):
+            shape, base_shape = self.adapter.full[name].shape, shapes.get(name)
+            if base_shape is not None and shape != base_shape:
+                yield f"{name} has the shape {shape}, the base's {base_shape}"
+
+    def token_rows(self) -> Iterable[str]:
+        """Yield the number of trained rows of each embedding with such rows."""
+        return (f"{len(rows.load()) // 8} rows of {name}" for name, (rows, _) in self.adapter.rows.items())
+
+    def embeddings(self) -> Iterable[str]:
+        """Yield the embeddings with LoRA."""
+        return (path for path, lora in self.low_rank.items() if lora.kind == "embedding")
+
+    def output_head(self) -> Iterable[str]:
+        """Yield the modules named lm_head with LoRA."""
+        return (path for path in self.low_rank if last_name(path) == "lm_head")
+
+    def experts(self) -> Iterable[str]:
+        """Yield the stacks of experts with LoRA, unless the file has a server's layout already."""
+        return (
+            path for path, lora in self.low_rank.items() if lora.kind == "experts" and not self.adapter.is_server_layout
+        )
+
+    def stacks_of_peft(self) -> Iterable[str]:
+        """Yield the stacks of experts in PEFT's layout, unless vLLM loads stacks for the base's model type.
+
+        Without a base they are yielded.
+        """
+        from graft.io.servers import STACKED_IN_VLLM  # loads torch
+
+        kind = "" if self.base is None else str(self.base.config.get("model_type"))
+        return () if kind.startswith(STACKED_IN_VLLM) else self.experts()
+
+    def kernels(self) -> Iterable[str]:
+        """Yield each convolution with LoRA and a kernel larger than 1."""
+        for path, lora in self.low_rank.items():
+            if lora.kind == "conv" and any(n > 1 for n in lora.A.shape[2:]):
+                yield f"a kernel of {' × '.join(map(str, lora.A.shape[2:]))} on {path}"
+
+    # conditions: rank and scale
+
+    def rank_above_the_limit(self) -> Iterable[str]:
+        """Yield each module with a rank above the server's limit: that of the options, or its default; nothing
+        without one.
+        """
+        limit = self.options.max_rank or self.server.max_rank
+        if limit is not None:
+            yield from (
+                f"{path} has rank {h.rank}, the limit is {limit}" for path, h in self.low_rank.items() if h.rank > limit
+            )
+
+    def rank_above_128(self) -> Iterable[str]:
+        """Yield each module with a rank above 128."""
+        return (f"{path} has rank {h.rank}" for path, h in self.low_rank.items() if h.rank > 128)
+
+    def several_ranks(self) -> Iterable[str]:
+        """Yield the list of ranks if there is more than one."""
+        ranks = {h.rank for h in self.low_rank.values()}
+        if len(ranks) > 1:
+            yield f"ranks {sorted(ranks)}"
+
+    def scale_is_not_one(self) -> Iterable[str]:
+        """Yield each module with a scale other than 1."""
+        return list_wrong_scales(self, lambda lora, r, alpha: 1.0)
+
+    def scale_is_not_alpha_by_the_rank(self) -> Iterable[str]:
+        """Yield each module with a scale other than lora_alpha / the module's rank."""
+        return list_wrong_scales(self, lambda lora, r, alpha: alpha / lora.rank)
+
+    def scale_is_not_alpha_by_r(self) -> Iterable[str]:
+        """Yield each module with a scale other than lora_alpha / r."""
+        return list_wrong_scales(self, lambda lora, r, alpha: alpha / r)
+
+    def scale_is_not_the_configs(self) -> Iterable[str]:
+        """Yield each module with a scale other than the config's: lora_alpha / r, with use_rslora lora_alpha / √r."""
+        return list_wrong_scales(
+            self, lambda lora, r, alpha: alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
+        )
+
+    def scale_is_not_told(self) -> Iterable[str]:
+        """Yield each module with a scale other than 1 in a diffusers file without metadata of scales: readers take 1
+        then.
+        """
+        if self.adapter.format == "diffusers" and "lora_adapter_metadata" not in self.adapter.metadata:
+            yield from (path for path, lora in self.low_rank.items() if lora.scale != 1.0)
+
+    # conditions: which modules
+
+    def regular_expression(self) -> Iterable[str]:
+        """Yield target_modules if it is a regular expression: any text but "all" and "all-linear"."""
+        targets = self.config.get("target_modules")
+        if isinstance(targets, str) and targets not in ("all-linear", "all"):
+            yield f"target_modules={targets!r}"
+
+    def q_without_v(self) -> Iterable[str]:
+        """Yield each q_proj with LoRA if the v_proj next to it has none."""
+        for path in self.low_rank:
+            stem, _, name = path.rpartition(".")
+            if name == "q_proj" and f"{stem}.v_proj" not in self.low_rank:
+                yield path
+
+    def some_layers_only(self) -> Iterable[str]:
+        """Yield each kind of module that has LoRA in some layers but not in all layers that have such a module.
+
+        Without a base, all layers with any LoRA count.
+        """
+        kinds = group_layers_by_kind(self.low_rank)
+        every = {layer for layers in kinds.values() for layer in layers}
+        base_layers = dict.fromkeys(kinds, every) if self.base is None else group_layers_by_kind(self.modules)
+        for kind, layers in kinds.items():
+            if missing := base_layers.get(kind, layers) - layers:
+                yield f"{kind.replace('#', 'N')} on {len(layers)} of {len(layers | missing)} layers"
+
+    def targets_excluded(self) -> Iterable[str]:
+        """Yield the last names of LoRA modules that the server's `--lora-target-modules` excludes; nothing without that
+        option.
+
+        vLLM includes all of q, k, v, or of gate and up, if one is listed.
+        """
+        packed = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}] if self.server.name == "vllm" else []
+        listed = self.options.targets
+        if listed is not None:
+            more = {name for pack in packed if pack & {*listed} for name in pack}
+            yield from sorted({last_name(path) for path in self.low_rank} - {*listed, *more})
+
+    def modules_missing(self) -> Iterable[str]:
+        """Return the adapted modules that the base lacks, if no module of the base has their last name."""
+        names = {last_name(m) for m in self.modules}
+        return [path for path in self.absent_modules if last_name(path) not in names]
+
+    def layers_missing(self) -> Iterable[str]:
+        """Return the adapted modules that the base lacks in this layer, but has in other layers."""
+        kinds = group_layers_by_kind(self.modules)
+        return [path for path in self.absent_modules if (numbered := split_layer_number(path)) and numbered[0] in kinds]
+
+    def prefixes_differ(self) -> Iterable[str]:
+        """Return the other adapted modules that the base lacks: their last name exists under other prefixes, as in
+        another class of the model.
+        """
+        apart = {*self.modules_missing(), *self.layers_missing()}
+        return [path for path in self.absent_modules if path not in apart]
 
 
 @cache
@@ -198,7 +457,7 @@ def check_servers(
     for server in asked:
         subject = Subject(adapter, server, options or ServerOptions(), base)
         for row in (*read_server_data()["every"], *read_server_data()["servers"][server.name]["rows"]):
-            if what := list(CONDITIONS[row["when"]](subject)):
+            if what := subject.find(row["when"]):
                 where = "BASE" if base is None else base.path
                 known = dict(server=server.name, adapter=adapter.path, format=server.formats[0], base=where)
                 known["max_rank"] = str(subject.options.max_rank or server.max_rank)
@@ -208,149 +467,9 @@ def check_servers(
     return findings
 
 
-# conditions: of the file
-
-
-@register_condition
-def another_format(s: Subject) -> Iterable[str]:
-    """Yield the file's format if the server does not load it."""
-    if s.adapter.format not in s.server.formats:
-        yield f"the file is of the format {s.adapter.format}"
-
-
-@register_condition
-def torch_file(s: Subject) -> Iterable[str]:
-    """Yield "adapter_model.bin" if a PEFT folder has no safetensors file."""
-    if s.adapter.format == "peft" and not os.path.exists(os.path.join(s.adapter.path, pair.SAFETENSORS)):
-        yield pair.TORCH
-
-
-@register_condition
-def file_of_added_tokens(s: Subject) -> Iterable[str]:
-    """Yield "added_tokens.json" if the adapter's folder has that file."""
-    path = os.path.join(s.adapter.path, "added_tokens.json")
-    if os.path.isdir(s.adapter.path) and os.path.exists(path):
-        yield "added_tokens.json"
-
-
-@register_condition
-def fields_missing(s: Subject) -> Iterable[str]:
-    """Yield those of r, lora_alpha and target_modules that a LoRA config of PEFT lacks."""
-    if s.adapter.format == "peft" and s.adapter.method == "LORA":
-        yield from (name for name in ("r", "lora_alpha", "target_modules") if s.config.get(name) is None)
-
-
-@register_condition
-def not_whole(s: Subject) -> Iterable[str]:
-    """Yield each part that the config names and the file lacks (`list_gaps`)."""
-    return (f"it lacks {what}" for what in list_gaps(s.adapter, s.base))
-
-
-@register_condition
-def unknown_keys(s: Subject) -> Iterable[str]:
-    """Return the keys without a known meaning."""
-    return s.adapter.unknown_keys
-
-
-# conditions: what the adapter is
-
-
-@register_condition
-def another_method(s: Subject) -> Iterable[str]:
-    """Yield the adapter's method if it is not LoRA."""
-    if s.adapter.method != "LORA":
-        yield f"its method is {s.adapter.method}"
-
-
-def make_variant_condition(name: str) -> Condition:
-    """Return a condition that yields `name` if a module has that method."""
-
-    def of(s: Subject) -> Iterable[str]:
-        """Yield the variant's name if a module of the adapter has it."""
-        if any(module.method == name for module in s.adapter.modules.values()):
-            yield name
-
-    return of
-
-
-VARIANTS = {"kasa": "KASA", "blocks": "BDLORA", "pooled": "QALORA"}
-CONDITIONS |= {name: make_variant_condition(variant) for name, variant in VARIANTS.items()}
-
-
-@register_condition
-def dora(s: Subject) -> Iterable[str]:
-    """Yield each module with a DoRA magnitude."""
-    return (f"magnitude of {path}" for path, lora in s.low_rank.items() if lora.magnitude is not None)
-
-
-@register_condition
-def dora_of_kohya(s: Subject) -> Iterable[str]:
-    """Yield each module with a DoRA magnitude if the file is kohya's."""
-    return dora(s) if s.adapter.format == "kohya" else ()
-
-
-@register_condition
-def transformer_of_kohya(s: Subject) -> Iterable[str]:
-    """Yield the module names that begin with "lora_transformer_" in a kohya file.
-
-    OneTrainer, ComfyUI and `graft convert --to kohya` write these names.
-    """
-    if s.adapter.format == "kohya" and s.adapter.path.endswith(".safetensors"):
-        names = {key.partition(".")[0] for key in read_header(s.adapter.path)[0]}
-        yield from sorted(name for name in names if name.startswith("lora_transformer_"))
-
-
-@register_condition
-def stacks_of_sglang(s: Subject) -> Iterable[str]:
-    """Yield the keys of 3-D expert factors that have SGLang's projection names, if the file has a server's layout."""
-    path = os.path.join(s.adapter.path, pair.SAFETENSORS)
-    if s.adapter.is_server_layout and os.path.exists(path):
-        header = read_header(path)[0]
-        yield from sorted(key for key, t in header.items() if len(t.shape) == 3 and OF_SGLANG.fullmatch(key))
-
-
-@register_condition
-def bias(s: Subject) -> Iterable[str]:
-    """Yield each module with a lora_bias, and each bias of the base that was trained without its weight."""
-    yield from (f"lora_bias of {path}" for path, lora in s.low_rank.items() if lora.bias is not None)
-    yield from (name for name in s.adapter.full if is_lone_bias(name, s.adapter))
-
-
-@register_condition
-def extra_tensors(s: Subject) -> Iterable[str]:
-    """Return the names of extra tensors in LoRA modules, sorted and once each, without those of a shift."""
-    names = {name for lora in s.low_rank.values() for name in lora.extra if not name.startswith("lora_shift")}
-    return sorted(names)
-
-
-@register_condition
-def invocation_tokens(s: Subject) -> Iterable[str]:
-    """Yield aLoRA's invocation tokens, if the config has them."""
-    if s.config.get("alora_invocation_tokens"):
-        yield f"alora_invocation_tokens={s.config['alora_invocation_tokens']}"
-
-
-@register_condition
-def layer_replication(s: Subject) -> Iterable[str]:
-    """Yield the repeated layers, if the config has them."""
-    if s.config.get("layer_replication"):
-        yield f"layer_replication={s.config['layer_replication']}"
-
-
-@register_condition
-def base_changed_and_kept(s: Subject) -> Iterable[str]:
-    """Yield each module with a stored shift of the base (PiSSA and others, as graft saves them)."""
-    return (f"lora_shift of {path}" for path, lora in s.low_rank.items() if lora.shift is not None)
-
-
-@register_condition
-def base_changed(s: Subject) -> Iterable[str]:
-    """Yield the initialisation that changed the base, if the file does not describe the change."""
-    if s.adapter.changed_base is not None:
-        yield f"init_lora_weights={s.config.get('init_lora_weights')!r}"
-
-
-# conditions: further tensors
+def list_variant(adapter: AdapterFile, name: str) -> list[str]:
+    """Return [name] if a module of the adapter has the method `name`; else []."""
+    return [name] * any(module.method == name for module in adapter.modules.values())
 
 
 def is_lone_bias(name: str, adapter: AdapterFile) -> bool:
@@ -367,82 +486,6 @@ def list_norms(adapter: AdapterFile) -> list[str]:
 def list_copied_weights(adapter: AdapterFile) -> list[str]:
     """Return the names of whole weights of modules that also have factors: copies of the base's weights."""
     return [name for name in adapter.full if name.rpartition(".")[0] in adapter.modules and name.endswith(".weight")]
-
-
-@register_condition
-def whole_norms(s: Subject) -> Iterable[str]:
-    """Return the norms that were trained whole."""
-    return list_norms(s.adapter)
-
-
-@register_condition
-def whole_modules(s: Subject) -> Iterable[str]:
-    """Return the modules trained whole that the server does not load, sorted; norms, lone biases and copied weights are
-    excluded.
-    """
-    names = {*s.adapter.full} - {*list_copied_weights(s.adapter)}
-    modules = {name.rpartition(".")[0] for name in names if not is_lone_bias(name, s.adapter)}
-    return sorted(m for m in modules - {*list_norms(s.adapter)} if last_name(m) not in s.server.heads)
-
-
-@register_condition
-def another_vocabulary(s: Subject) -> Iterable[str]:
-    """Yield each copied weight that has another shape than the base's: an embedding that was resized.
-
-    Nothing without a base.
-    """
-    shapes = {} if s.base is None else s.base.shapes
-    for name in list_copied_weights(s.adapter):
-        shape, base_shape = s.adapter.full[name].shape, shapes.get(name)
-        if base_shape is not None and shape != base_shape:
-            yield f"{name} has the shape {shape}, the base's {base_shape}"
-
-
-@register_condition
-def token_rows(s: Subject) -> Iterable[str]:
-    """Yield the number of trained rows of each embedding with such rows."""
-    return (f"{len(rows.load()) // 8} rows of {name}" for name, (rows, _) in s.adapter.rows.items())
-
-
-@register_condition
-def embeddings(s: Subject) -> Iterable[str]:
-    """Yield the embeddings with LoRA."""
-    return (path for path, lora in s.low_rank.items() if lora.kind == "embedding")
-
-
-@register_condition
-def output_head(s: Subject) -> Iterable[str]:
-    """Yield the modules named lm_head with LoRA."""
-    return (path for path in s.low_rank if last_name(path) == "lm_head")
-
-
-@register_condition
-def experts(s: Subject) -> Iterable[str]:
-    """Yield the stacks of experts with LoRA, unless the file has a server's layout already."""
-    return (path for path, lora in s.low_rank.items() if lora.kind == "experts" and not s.adapter.is_server_layout)
-
-
-@register_condition
-def stacks_of_peft(s: Subject) -> Iterable[str]:
-    """Yield the stacks of experts in PEFT's layout, unless vLLM loads stacks for the base's model type.
-
-    Without a base they are yielded.
-    """
-    from graft.io.servers import STACKED_IN_VLLM  # loads torch
-
-    kind = "" if s.base is None else str(s.base.config.get("model_type"))
-    return () if kind.startswith(STACKED_IN_VLLM) else experts(s)
-
-
-@register_condition
-def kernels(s: Subject) -> Iterable[str]:
-    """Yield each convolution with LoRA and a kernel larger than 1."""
-    for path, lora in s.low_rank.items():
-        if lora.kind == "conv" and any(n > 1 for n in lora.A.shape[2:]):
-            yield f"a kernel of {' × '.join(map(str, lora.A.shape[2:]))} on {path}"
-
-
-# conditions: rank and scale
 
 
 def read_r_and_alpha(s: Subject) -> tuple[float, float] | None:
@@ -464,141 +507,11 @@ def list_wrong_scales(s: Subject, expected: Callable[[LowRank, float, float], fl
                 yield f"{path} has the scale {lora.scale:.4g}, and would get {server_scale:.4g}"
 
 
-@register_condition
-def rank_above_the_limit(s: Subject) -> Iterable[str]:
-    """Yield each module with a rank above the server's limit: that of the options, or its default; nothing
-    without one.
-    """
-    limit = s.options.max_rank or s.server.max_rank
-    if limit is not None:
-        yield from (
-            f"{path} has rank {h.rank}, the limit is {limit}" for path, h in s.low_rank.items() if h.rank > limit
-        )
-
-
-@register_condition
-def rank_above_128(s: Subject) -> Iterable[str]:
-    """Yield each module with a rank above 128."""
-    return (f"{path} has rank {h.rank}" for path, h in s.low_rank.items() if h.rank > 128)
-
-
-@register_condition
-def several_ranks(s: Subject) -> Iterable[str]:
-    """Yield the list of ranks if there is more than one."""
-    ranks = {h.rank for h in s.low_rank.values()}
-    if len(ranks) > 1:
-        yield f"ranks {sorted(ranks)}"
-
-
-@register_condition
-def scale_is_not_one(s: Subject) -> Iterable[str]:
-    """Yield each module with a scale other than 1."""
-    return list_wrong_scales(s, lambda lora, r, alpha: 1.0)
-
-
-@register_condition
-def scale_is_not_alpha_by_the_rank(s: Subject) -> Iterable[str]:
-    """Yield each module with a scale other than lora_alpha / the module's rank."""
-    return list_wrong_scales(s, lambda lora, r, alpha: alpha / lora.rank)
-
-
-@register_condition
-def scale_is_not_alpha_by_r(s: Subject) -> Iterable[str]:
-    """Yield each module with a scale other than lora_alpha / r."""
-    return list_wrong_scales(s, lambda lora, r, alpha: alpha / r)
-
-
-@register_condition
-def scale_is_not_the_configs(s: Subject) -> Iterable[str]:
-    """Yield each module with a scale other than the config's: lora_alpha / r, or lora_alpha / √r with use_rslora."""
-    return list_wrong_scales(s, lambda lora, r, alpha: alpha / (math.sqrt(r) if s.config.get("use_rslora") else r))
-
-
-@register_condition
-def scale_is_not_told(s: Subject) -> Iterable[str]:
-    """Yield each module with a scale other than 1 in a diffusers file without metadata of scales, since its reader then
-    takes 1.
-    """
-    if s.adapter.format == "diffusers" and "lora_adapter_metadata" not in s.adapter.metadata:
-        yield from (path for path, lora in s.low_rank.items() if lora.scale != 1.0)
-
-
-# conditions: which modules
-
-
-@register_condition
-def regular_expression(s: Subject) -> Iterable[str]:
-    """Yield target_modules if it is a regular expression: any text but "all" and "all-linear"."""
-    targets = s.config.get("target_modules")
-    if isinstance(targets, str) and targets not in ("all-linear", "all"):
-        yield f"target_modules={targets!r}"
-
-
-@register_condition
-def q_without_v(s: Subject) -> Iterable[str]:
-    """Yield each q_proj with LoRA if the v_proj next to it has none."""
-    for path in s.low_rank:
-        stem, _, name = path.rpartition(".")
-        if name == "q_proj" and f"{stem}.v_proj" not in s.low_rank:
-            yield path
-
-
-@register_condition
-def some_layers_only(s: Subject) -> Iterable[str]:
-    """Yield each kind of module that has LoRA in some layers but not in all layers that have such a module.
-
-    Without a base, all layers with any LoRA count.
-    """
-    kinds = group_layers_by_kind(s.low_rank)
-    every = {layer for layers in kinds.values() for layer in layers}
-    base_layers = dict.fromkeys(kinds, every) if s.base is None else group_layers_by_kind(s.modules)
-    for kind, layers in kinds.items():
-        if missing := base_layers.get(kind, layers) - layers:
-            yield f"{kind.replace('#', 'N')} on {len(layers)} of {len(layers | missing)} layers"
-
-
-@register_condition
-def targets_excluded(s: Subject) -> Iterable[str]:
-    """Yield the last names of LoRA modules that the server's `--lora-target-modules` excludes; nothing without that
-    option.
-
-    vLLM includes all of q, k, v, or of gate and up, if one is listed.
-    """
-    packed = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}] if s.server.name == "vllm" else []
-    listed = s.options.targets
-    if listed is not None:
-        more = {name for pack in packed if pack & {*listed} for name in pack}
-        yield from sorted({last_name(path) for path in s.low_rank} - {*listed, *more})
-
-
 def owner_path(path: str, module: LowRank | OtherMethod) -> str:
     """Return the path of the module that holds the adapted weight: without the parameter's name for experts, otherwise
     the path itself.
     """
     return path.rpartition(".")[0] if module.kind == "experts" else path
-
-
-@register_condition
-def modules_missing(s: Subject) -> Iterable[str]:
-    """Return the adapted modules that the base lacks, if no module of the base has their last name."""
-    names = {last_name(m) for m in s.modules}
-    return [path for path in s.absent_modules if last_name(path) not in names]
-
-
-@register_condition
-def layers_missing(s: Subject) -> Iterable[str]:
-    """Return the adapted modules that the base lacks in this layer, but has in other layers."""
-    kinds = group_layers_by_kind(s.modules)
-    return [path for path in s.absent_modules if (numbered := split_layer_number(path)) and numbered[0] in kinds]
-
-
-@register_condition
-def prefixes_differ(s: Subject) -> Iterable[str]:
-    """Return the other adapted modules that the base lacks: their last name exists under other prefixes, as in another
-    class of the model.
-    """
-    apart = {*modules_missing(s), *layers_missing(s)}
-    return [path for path in s.absent_modules if path not in apart]
 
 
 def last_name(path: str) -> str:

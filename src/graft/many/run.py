@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,26 +43,10 @@ RUNNING, ENDED, STOPPED, FAILED = STATES
 
 
 # settings of an optimizer's group that its state and layout depend on
-FIXED = {
-    "params",
-    "initial_lr",
-    "fused",
-    "foreach",
-    "capturable",
-    "differentiable",
-    "decoupled_weight_decay",
-    "amsgrad",
-}
+FIXED = {"params", "initial_lr", "fused", "foreach", "capturable", "differentiable", "decoupled_weight_decay",
+         "amsgrad"}  # fmt: skip
 WINDOW = "batches_of_this_step"  # a batch may say it, where the end of an epoch leaves fewer
 ELSEWHERE = ("base_model_name_or_path", "revision", "peft_version", "auto_mapping")  # of a config: not of the adapter
-
-
-class RunOwner(Protocol):
-    """The object that holds runs by name: a MultiTrain."""
-
-    def __getitem__(self, name: str) -> Run: ...
-
-    def save_adapter(self, name: str, folder: str | os.PathLike[str]) -> None: ...
 
 
 class BatchResult(NamedTuple):
@@ -123,7 +107,7 @@ class Run:
     schedule: LRScheduler | None
     loss: Loss
     validation_loss: Loss  # the loss of validation data
-    owner: RunOwner
+    owner: Any  # the MultiTrain that has the run
     seed: int
     draws_in_loss: bool
     loss_name: object  # as JSON has it; None: the model's own loss
@@ -338,16 +322,14 @@ class Run:
 
     def leave_row(self) -> None:
         """Leave the row, and give the optimizer its original parameters and their state until the next row."""
-        if self._flat is not None:
-            self._flat.restore_parameters()
-            self._flat = None
+        self._restore_parameters(for_good=False)
         self.set_row(None)
 
-    def _restore_parameters(self) -> None:
-        """Give the optimizer its original parameters for good; it is never flattened again."""
+    def _restore_parameters(self, for_good: bool = True) -> None:
+        """Give the optimizer its original parameters; with `for_good` it is never flattened again."""
         if self._flat is not None:
             self._flat.restore_parameters()
-        self._flat, self._can_flatten = None, False
+        self._flat, self._can_flatten = None, self._can_flatten and not for_good
 
     @property
     def row(self) -> AdapterRow:

@@ -11,7 +11,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -54,6 +54,7 @@ from graft.many.joint import (
 from graft.many.loader import Loader, annotate_error, shares_position
 from graft.many.losses import Loss, find_model_loss
 from graft.many.run import RUNNING, STOPPED, BatchResult, Run, StepRecord, ValidationRecord, make_steps
+from graft.many.table import Progress
 from graft.many.trainer import TrainerDescription
 
 if TYPE_CHECKING:
@@ -196,13 +197,14 @@ class MultiTrain:
         self._stepping = False
         self._is_base_checked = False  # a pass has shown that the base draws no random numbers
         self._modes = [(m, m.training) for m in self.base.modules()]
-        if not base_in_eval and (drops := find_dropout(self.base, self._find_adapter_modules())):
+        own = {id(m) for m in self._list_adapter_modules()}
+        parts = {key: m for key, m in self.base.named_modules() if id(m) not in own}
+        if not base_in_eval and (drops := find_dropout(parts)):
             raise ConfigError(
                 f"The base drops inputs ({drops[0]}, and {len(drops) - 1} more), so that all runs would draw from "
                 "one generator. Set its dropout to 0, or pass base_in_eval=True."
             )
-
-        if mixing := find_row_mixing(self.base, self._find_adapter_modules(), base_in_eval):
+        if mixing := find_row_mixing(parts, base_in_eval):
             raise ConfigError(
                 f"The base's output for a row depends on other rows of its batch ({mixing[0]}, and {len(mixing) - 1} "
                 "more), so that runs would affect each other. Pass base_in_eval=True for batch normalization, or train "
@@ -554,11 +556,10 @@ class MultiTrain:
         assert self.model is not None
         return self.model
 
-    def _find_adapter_modules(self) -> set[int]:
-        """Return the ids of the modules that adapters have added to the base."""
-        if self.model is None:
-            return set()
-        return {id(m) for c in get_registry(self.model).carriers() if isinstance(c, nn.Module) for m in find_modules(c)}
+    def _list_adapter_modules(self) -> list[nn.Module]:
+        """Return the modules that adapters have added to the base."""
+        carriers = () if self.model is None else get_registry(self.model).carriers()
+        return [m for carrier in carriers if isinstance(carrier, nn.Module) for m in find_modules(carrier)]
 
     # steps
 
@@ -890,7 +891,7 @@ class MultiTrain:
         runs = [run for run in self._runs.values() if run.needs_check]
         self._validate_due_runs(step, runs)
         for run in runs:
-            if not self._is_current(run):  # the `stop` of another one has removed it
+            if self._runs.get(run.name) is not run:  # the `stop` of another one has removed it
                 continue
             try:
                 stops = run.state == RUNNING and run.stop is not None and run.stop(run)
@@ -901,13 +902,9 @@ class MultiTrain:
                 run.end(STOPPED, f"its stop said so at step {run.step}")
             if run.state != RUNNING:
                 step.ended[run.name] = run.why or ""
-        self._validate_due_runs(step, [run for run in runs if self._is_current(run)])
+        self._validate_due_runs(step, [run for run in runs if self._runs.get(run.name) is run])
         for run in runs:
             run.needs_check = False
-
-    def _is_current(self, run: Run) -> bool:
-        """Return True if the run has not been removed."""
-        return self._runs.get(run.name) is run
 
     def _validate_due_runs(self, step: Step, runs: Sequence[Run]) -> None:
         """Measure the validation losses that are due, and add them to `run.valid` and `step.valid`.
@@ -1021,8 +1018,7 @@ class MultiTrain:
 
         is_half: this is part of such a halving.
         """
-        draws = [self._runs[item.name].draws for item in items]
-        before = [run_draws.states for run_draws in draws]
+        before = [(draws := self._runs[item.name].draws, draws.states) for item in items]
         try:
             result = compute(items)
         except Exception as error:
@@ -1038,8 +1034,8 @@ class MultiTrain:
         else:
             take(items, result)
             return
-        for run_draws, states in zip(draws, before):
-            run_draws.states = states
+        for draws, states in before:
+            draws.states = states
         if torch.is_grad_enabled():
             self._banks.drop_gradients([item.name for item in items])
         if len(items) == 1:
@@ -1109,15 +1105,14 @@ class MultiTrain:
         """
         if fan is None:
             return self._run_model(items, None)
-        draws = [self._runs[item.name].draws for item in items]
-        before = [run_draws.states for run_draws in draws]
+        before = [(draws := self._runs[item.name].draws, draws.states) for item in items]
         try:
             return self._run_model(items, fan)
         except (RuntimeError, IndexError, ValueError) as error:  # repeated rows that do not fit the input's
             if is_out_of_memory(error):
                 raise
-            for run_draws, states in zip(draws, before):
-                run_draws.states = states
+            for draws, states in before:
+                draws.states = states
         fan.is_enabled, self._fans[tuple(item.name for item in items)] = False, None
         return self._run_model(items, None)
 
@@ -1238,10 +1233,8 @@ class MultiTrain:
                 model.train(training)
             return
         model.eval()
-        for carrier in get_registry(model).carriers():
-            if isinstance(carrier, nn.Module):
-                for module in find_modules(carrier):
-                    module.training = True
+        for module in self._list_adapter_modules():
+            module.training = True
 
     def run(self, progress: bool = False, save: str | os.PathLike[str] | None = None, every: int = 100) -> MultiTrain:
         """Make rounds until no run takes part. Return self.
@@ -1260,12 +1253,8 @@ class MultiTrain:
             raise ConfigError(f"run: every must be a positive int, got {every!r}.")
         if save is not None:
             self.claims.claim(os.fspath(save), self._runs)
-        shown: AbstractContextManager[Progress | None] = nullcontext()
-        if progress:
-            from graft.many.table import Progress
-
-            shown = Progress(self.list_runs)
-        with shown as table:
+        table = Progress(self.list_runs) if progress else None
+        with table or nullcontext():
             for step in self:
                 if table is not None:
                     table.update()
@@ -1363,14 +1352,12 @@ def find_modules(carrier: nn.Module) -> Iterator[nn.Module]:
 DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-def find_dropout(base: nn.Module, without: set[int]) -> list[str]:
-    """Return the quoted paths where a model drops inputs or layers in training mode: dropout modules, and positive
-    floats in modules with "drop" in their name. Modules with an id in `without` do not count.
+def find_dropout(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the quoted paths where modules drop inputs or layers in training mode: dropout modules, and positive
+    floats in modules with "drop" in their name.
     """
     places = []
-    for key, m in base.named_modules():
-        if id(m) in without:
-            continue
+    for key, m in modules.items():
         if isinstance(m, DROPS) and m.p > 0:
             places.append(f"'{key}'")
         places += [f"'{key}.{n}'" for n, v in vars(m).items() if "drop" in n and isinstance(v, float) and v > 0]
@@ -1380,17 +1367,14 @@ def find_dropout(base: nn.Module, without: set[int]) -> list[str]:
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def find_row_mixing(base: nn.Module, without: set[int], base_in_eval: bool) -> list[str]:
+def find_row_mixing(modules: Mapping[str, nn.Module], base_in_eval: bool) -> list[str]:
     """Return the quoted paths where rows of a batch affect each other: batch normalization, and routers with experts of
     limited capacity.
 
-    Modules with an id in `without` do not count. Nor does a normalization with kept statistics, if the base stays in
-    eval mode.
+    A normalization with kept statistics does not count, if the base stays in eval mode.
     """
     places = []
-    for key, m in base.named_modules():
-        if id(m) in without:
-            continue
+    for key, m in modules.items():
         if isinstance(m, NORMS) and not (base_in_eval and m.track_running_stats):
             places.append(f"'{key}'")
         if getattr(m, "expert_capacity", None) is not None:

@@ -10,7 +10,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from inspect import signature
@@ -31,7 +30,7 @@ from graft.many.run import FAILED, STATES, Run, ValidationRecord
 from graft.many.run_file import make_row_test
 from graft.many.runs import AT_ONCE, MultiTrain, list_names, refuse_base_change
 from graft.many.search import Setting, compute_rungs, list_settings, select_best
-from graft.many.table import Progress, make_table
+from graft.many.table import make_table
 from graft.train.state_check import check_fields, is_a, is_count
 
 if TYPE_CHECKING:
@@ -75,10 +74,6 @@ class Trial:
     def row(self) -> Json:
         """All fields without the setting, which other processes have already."""
         return {key: value for key, value in vars(self).items() if key != "setting"}
-
-    def update_from_row(self, row: Json) -> None:
-        """Overwrite the fields by those of a row from another process or a table; the setting stays."""
-        self.__dict__.update({key: value for key, value in row.items() if key != "setting"})
 
 
 class Sweep:
@@ -211,18 +206,26 @@ def sweep(
     configs = {trial.name: apply_setting(config, trial.setting) for trial in trials}  # before any of them trains
     for trial in trials:
         refuse_base_change(trial.name, configs[trial.name])
+    runs = MultiTrain(model, at_once=at_once, exact=exact, base_in_eval=base_in_eval)
+
+    def add_run(trial: Trial) -> Run:
+        """Add the run of a trial to `runs` and return it.
+
+        Names of a setting that are options of `MultiTrain.add` are passed to it, unless the config has a field of this
+        name. Names that are neither are arguments of the optimizer. `valid` is passed only with `every`.
+        """
+        setting, known = trial.setting, {f.name for f in fields(config)}
+        chosen: Json = {"seed": seed, **options} | {k: v for k, v in setting.items() if k in OPTIONS - known}
+        if chosen.get("every") is not None:  # else it looks on its rungs alone
+            chosen["valid"] = valid
+        maker = partial(optimizer, **{k: v for k, v in setting.items() if k not in OPTIONS | known})
+        loader = data(setting) if callable(data) else data
+        return runs.add(trial.name, configs[trial.name], data=loader, optimizer=maker, steps=steps, **chosen)
+
     job = SweepJob(
-        MultiTrain(model, at_once=at_once, exact=exact, base_in_eval=base_in_eval),
+        runs,
         trials,
-        add_run=partial(
-            add_trial_run,
-            configs=configs,
-            data=data,
-            valid=valid,
-            optimizer=optimizer,
-            steps=steps,
-            options={"seed": seed, **options},
-        ),
+        add_run,
         valid=valid,
         folder=None if folder is None else os.fspath(folder),
         save_every=save_every,
@@ -236,41 +239,18 @@ def sweep(
         if not callable(data) and not isinstance(data, Iterator):
             arguments["data"] = digest_first_batch("sweep", data)
     assigned = range(rank, len(trials), world)
-    with job.claim_files(assigned):
+    try:
+        job.claim_files(assigned)
         try:
             job.load_table({"config": config.to_file_dict(), "rungs": ladder, "keep": keep, **arguments})
             job.run_rungs(assigned, ladder, keep)
             job.save_kept_adapters(assigned, len(ladder))
         except BaseException:
-            job.runs.unload()
+            runs.unload()
             raise
-    return Sweep(trials, job.runs, job.folder)
-
-
-def add_trial_run(
-    runs: MultiTrain,
-    trial: Trial,
-    *,
-    configs: Mapping[str, PeftConfig],
-    data: Iterable[object] | Callable[[Setting], Iterable[object]],
-    valid: Iterable[object],
-    optimizer: Callable[..., torch.optim.Optimizer],
-    steps: int,
-    options: Json,
-) -> Run:
-    """Add the run of a trial to `runs` and return it.
-
-    Names of a setting that are options of `MultiTrain.add` are passed to it, unless the config has a field of this
-    name. Names that are neither are arguments of the optimizer. `valid` is passed only with `every`.
-    """
-    setting, config = trial.setting, configs[trial.name]
-    known = {f.name for f in fields(config)}
-    options = options | {k: v for k, v in setting.items() if k in OPTIONS - known}
-    if options.get("every") is not None:  # else it looks on its rungs alone
-        options["valid"] = valid
-    extra = {k: v for k, v in setting.items() if k not in OPTIONS | known}
-    loader = data(trial.setting) if callable(data) else data
-    return runs.add(trial.name, config, data=loader, optimizer=partial(optimizer, **extra), steps=steps, **options)
+    finally:
+        runs.claims.release()
+    return Sweep(trials, runs, job.folder)
 
 
 def apply_setting(config: PeftConfig, setting: Setting) -> PeftConfig:
@@ -333,7 +313,7 @@ class SweepJob:
 
     runs: MultiTrain
     trials: list[Trial]
-    add_run: Callable[[MultiTrain, Trial], Run]
+    add_run: Callable[[Trial], Run]
     valid: Iterable[object]
     folder: str | None
     save_every: int
@@ -385,24 +365,17 @@ class SweepJob:
         """
         for i in trials:
             trial = self.trials[i]
-            run = self.runs[trial.name] if trial.name in self.runs else self.add_run(self.runs, trial)
+            run = self.runs[trial.name] if trial.name in self.runs else self.add_run(trial)
             run.until = until
         self.run_rounds()
         self.measure_trials(trials, until)
 
     def run_rounds(self) -> None:
-        """Make rounds until no run takes part, and save every `save_every` rounds.
+        """Make rounds until no run takes part, and save every `save_every` rounds and at the end.
 
         With `progress` the first process shows the table.
         """
-        shown = Progress(self.runs.list_runs) if self.progress and self.first else None
-        with shown or nullcontext():
-            while any(run.joins_next_round for run in self.runs.list_runs()):
-                step = self.runs.step()
-                if shown is not None:
-                    shown.update()
-                if step.number % self.save_every == 0:
-                    self.save()
+        self.runs.run(self.progress and self.first, self.folder, self.save_every)
 
     def measure_trials(self, trials: Sequence[int], step: int) -> None:
         """Append to each trial its run's validation loss at `step`, or NaN for a failed run, and copy steps, curve and
@@ -433,26 +406,19 @@ class SweepJob:
         for rows in self.exchange([trial.row for trial in self.trials]):
             for trial, row in zip(self.trials, rows):
                 if len(row["losses"]) > len(trial.losses) or row["state"] == "dropped":
-                    trial.update_from_row(row)
+                    vars(trial).update(row)
 
     # files
 
-    @contextmanager
-    def claim_files(self, assigned: Iterable[int]) -> Iterator[None]:
-        """Within the block, hold the files of these trials against other processes, and the table, if this process
-        writes it. Releases all claims at the end.
+    def claim_files(self, assigned: Iterable[int]) -> None:
+        """Hold the files of these trials against other processes, and the table, if this process writes it.
 
         Raises:
             FolderInUseError: another process has one of them, or another thread the table.
         """
-        claims = self.runs.claims
-        try:
-            if self.folder is not None:
-                claims.claim(self.folder, [TABLE] if self.first else [], alone=True)
-                claims.claim(self.folder, [self.trials[i].name for i in assigned])
-            yield
-        finally:
-            claims.release()
+        if self.folder is not None:
+            self.runs.claims.claim(self.folder, [TABLE] if self.first else [], alone=True)
+            self.runs.claims.claim(self.folder, [self.trials[i].name for i in assigned])
 
     def load_table(self, note: dict[str, object]) -> None:
         """Update the trials from the folder's table.
@@ -480,7 +446,7 @@ class SweepJob:
         if [row["name"] for row in document["trials"]] != [trial.name for trial in self.trials]:
             raise CheckpointError(f"{path} has rows of other names than its settings. Pass another folder.")
         for trial, row in zip(self.trials, document["trials"]):
-            trial.update_from_row({key: row[key] for key in ROW})
+            vars(trial).update({key: row[key] for key in ROW})
 
     def save(self) -> None:
         """Save the runs, if there is a folder and a run."""
@@ -515,7 +481,7 @@ class SweepJob:
             if self.folder is None or i not in indices:
                 continue
             if trial.name not in self.runs and run_file.load_run(trial.name, self.folder) is not None:
-                self.add_run(self.runs, trial)  # trained before this process
+                self.add_run(trial)  # trained before this process
             if trial.name in self.runs:
                 self.runs.save_adapter(trial.name, os.path.join(self.folder, trial.name))
         self.write_table()

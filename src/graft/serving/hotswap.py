@@ -42,17 +42,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MUST_AGREE = (
-    "use_rslora",
-    "lora_dropout",
-    "use_dora",
-    "use_qalora",
-    "alora_invocation_tokens",
-    "velora_config",
-    "monteclora_config",
-    "layer_replication",
-    "trainable_token_indices",
-    "ensure_weight_tying",
-)
+    "use_rslora", "lora_dropout", "use_dora", "use_qalora", "alora_invocation_tokens", "velora_config",
+    "monteclora_config", "layer_replication", "trainable_token_indices", "ensure_weight_tying",
+)  # fmt: skip
 OPTIONS = {"key_mapping", "allow_nonfinite"}
 RANK_DIM = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
 SIZES = (("out_features", "out_channels"), ("in_features", "in_channels"))  # attributes of A and of B with the rank
@@ -292,7 +284,7 @@ def plan_swap(load: CheckpointValues, parts: AdapterCarriers) -> SwapPlan:
     plan, targeted = SwapPlan(), Matcher(load.config)
     prefix = parts.prefix if any(k.startswith("base_model.") for k in load.tensors) else ""
     load.arrange_stacks(parts, prefix)
-    left = {strip_inner_wrappers(k): v for k, v in load.tensors.items()}
+    left = dict(load.tensors)
     for layer, group in groupby(list_entries(parts, load.adapter, prefix), lambda entry: entry.layer):
         pairs = [(entry, None if (name := find_name(left, entry)) is None else left.pop(name)) for entry in group]
         absent = [entry for entry, value in pairs if value is None]

@@ -285,7 +285,9 @@ class AdapterSlots:
             """Read the adapter and return its factors. A source model is held unchanged meanwhile."""
             gate = find_gate(source) if isinstance(source, nn.Module) else None
             with nullcontext() if gate is None else gate.call(f"AdapterSlots.load({name!r})"):
-                return self._fit_adapter(name, *self._read_source(name, source, config, adapter, hub), allow_nonfinite)
+                cfg, loaded = self._read_source(name, source, config, adapter, hub)
+                with torch.inference_mode(False), torch.no_grad():
+                    return fit_adapter(name, cfg, loaded, self.layers, self.max_rank, self.model, allow_nonfinite)
 
         factors = read()
         with self.gate.state_changed:
@@ -315,13 +317,6 @@ class AdapterSlots:
         if config is None:
             raise ConfigError(f"Adapter '{name}' comes without its config, which has its scaling. Pass `config`.")
         return config, loaded
-
-    def _fit_adapter(
-        self, name: str, config: PeftConfig, loaded: LoadedWeights, allow_nonfinite: bool
-    ) -> dict[str, SlotFactors]:
-        """Return the adapter's factors by layer, checked by `fit_adapter`, without gradients."""
-        with torch.inference_mode(False), torch.no_grad():
-            return fit_adapter(name, config, loaded, self.layers, self.max_rank, self.model, allow_nonfinite)
 
     def unload(self, name: str) -> None:
         """Forget an adapter, and free its slot and host memory, once no batch of another thread uses it.

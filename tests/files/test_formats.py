@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from graft.core.errors import CheckpointError, LossError
 from graft.files import formats
-from graft.files.base import Skeleton
+from graft.files.base import BaseDescription
 from graft.files.bases import open_base
 from graft.files.convert import convert_adapter_file
 from graft.files.errors import BaseNeededError, PackageNeededError
@@ -272,14 +272,14 @@ def test_an_architecture_of_gguf_by_the_type_of_the_model(name):
 
     config = getattr(transformers, name).config_class
     type_alone, of_class = ({"model_type": config.model_type}, {"architectures": [name]})
-    assert gguf.arch_of(Skeleton("base", type_alone)) == gguf.arch_of(Skeleton("base", of_class))
+    assert gguf.arch_of(BaseDescription("base", type_alone)) == gguf.arch_of(BaseDescription("base", of_class))
 
 
 def test_an_architecture_of_gguf_that_nothing_says():
     with pytest.raises(LossError, match=r"weights of bert \(base\)"):
-        gguf.arch_of(Skeleton("base", {"model_type": "bert"}))
+        gguf.arch_of(BaseDescription("base", {"model_type": "bert"}))
     with pytest.raises(BaseNeededError, match=r"base has no config\.json that names its architecture"):
-        gguf.arch_of(Skeleton("base", {}))
+        gguf.arch_of(BaseDescription("base", {}))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file as load_torch_file
 from graft.config import atomic
 from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError, NonFiniteError
 from graft.files import formats
-from graft.files.base import Skeleton
+from graft.files.base import BaseDescription
 from graft.files.bases import open_base
 from graft.files.convert import convert_adapter_file
 from graft.files.errors import BaseNeededError, OptionError, OutputExistsError
@@ -128,7 +128,7 @@ def test_another_base(locon, tmp_path):
 
 
 def test_a_name_that_two_modules_have(locon):
-    both = Skeleton("both", {}, {}, ["down_blocks.0.to_q", "down_blocks.0.to.q", "down_blocks.1.to_q"])
+    both = BaseDescription("both", {}, {}, ["down_blocks.0.to_q", "down_blocks.0.to.q", "down_blocks.1.to_q"])
     with pytest.raises(CheckpointError, match=r"down_blocks\.0\.to_q and down_blocks\.0\.to\.q"):
         formats.read(locon, both)
 

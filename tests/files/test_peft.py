@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import graft
 from graft.core.errors import CheckpointError, LossError
-from graft.files.base import Skeleton
+from graft.files.base import BaseDescription
 from graft.files.formats import peft as form
 from graft.files.formats import read, recognise
 from graft.files.neutral import OtherMethod
@@ -143,7 +143,7 @@ def test_experts_of_older_versions(version, kind, exchanged, names, sizes, tmp_p
     write_folder(tmp_path / "a", tensors, config)
     turned = kind == "gpt_oss"
     stored = {f"experts.{name}": (n, *shapes[name][:: -1 if turned else 1]) for name in names}
-    base = Skeleton("base", {"model_type": kind}, stored, ["experts"])
+    base = BaseDescription("base", {"model_type": kind}, stored, ["experts"])
     bases = [base] if len(names) == 1 or version is None else [base, None]
     for known in bases:
         adapter = read(tmp_path / "a", known)

@@ -49,12 +49,7 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
             f"{name or files.config.get('model_type')}. Install a version that knows its class and config."
         )
     transformers.utils.logging.disable_progress_bar()
-    how: Any = {
-        "local_files_only": True,
-        "trust_remote_code": False,
-        "use_safetensors": True,
-        "output_loading_info": True,
-    }
+    how: Any = dict(local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
     try:
         with silence_transformers():  # transformers prints names of tensors unescaped
             model, report = cls.from_pretrained(path, config=config, torch_dtype=torch.float32, **how)

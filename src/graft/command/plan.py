@@ -95,7 +95,7 @@ def plan(
     training = make_training(whole, adapter, length, dtype, gpu is not None)
     memory = measure_budget(training, batch, checkpointing, optimizer, packed)
     how = {"batch": batch, "seq": length, "dtype": dtype, "checkpointing": checkpointing, "base": packed}
-    document["memory"] = memory.as_dict() | how
+    document["memory"] = {**vars(memory), "total": memory.total, **how}
     if gpu is not None:
         document["gpu"] = {"bytes": parse_size(gpu), "fits": memory.total <= parse_size(gpu) * (1 - SPARE)}
     return Result(document, partial(print_plan, report, document))

@@ -223,7 +223,7 @@ def verify(
         for what, by in sorted(answer.deviations.items(), key=lambda item: item[1]):
             show.print_line(f"    {what:<20} {format_difference(by)}")
 
-    return Result(answer.as_dict(), report, not answer.ok)
+    return Result(asdict(answer) | {"ok": answer.ok}, report, not answer.ok)
 
 
 def format_difference(value: float) -> str:

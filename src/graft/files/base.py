@@ -9,7 +9,6 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,54 +43,37 @@ NEEDED: tuple[str, ...] = (
 
 
 @dataclass
-class BaseFiles:
-    """A folder with a model in safetensors files.
+class BaseDescription:
+    """A base model by the names and shapes of its tensors; all, some or none of them have values.
 
     Attributes:
+        path: of its folder; of a live model its name in messages.
         config: the content of config.json.
-        tensors: tensor name in the checkpoint → Tensor, whose values are not read yet.
-        files: tensor name in the checkpoint → name of its file in the folder.
+        shapes: tensor name → shape.
+        modules: the paths of its modules.
+        tensors: those with values, which are not read yet.
+        files: tensor name → name of its file in the folder; empty if the description is not of safetensors files.
+        adapters: of a live model: name → config.
+        model: the live model or its meta copy, if there is one.
+        parts: the models of a pipeline, by name.
+        shift: (prefix of the names here, prefix in its place in the model).
         views: cache of `graft.files.bases.view_by_model_names`: empty, or its one result.
     """
 
     path: str
     config: Json = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-    views: list[Skeleton | None] = field(default_factory=list, compare=False)
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor, by name."""
-        return {name: tensor.shape for name, tensor in self.tensors.items()}
-
-    @property
-    def modules(self) -> Iterable[str]:
-        """The distinct module paths: tensor names without their last part."""
-        return dict.fromkeys(name.rpartition(".")[0] for name in self.tensors)
-
-
-@dataclass
-class Skeleton:
-    """A model by names and shapes; only some tensors, or none, have values."""
-
-    path: str
-    config: Json = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # those with values
-    adapters: Mapping[str, object] = field(default_factory=dict)  # adapters of a live model: name → config
-    model: nn.Module | None = None  # the live model or its meta copy, if there is one
-    parts: Mapping[str, BaseDescription] = field(default_factory=dict)  # the models of a pipeline, by name
-    shift: tuple[str, str] = ("", "")  # (prefix of the names here, prefix in its place in the model)
-    # the cache of `view_by_model_names`, as in `BaseFiles`
-    views: list[Skeleton | None] = field(default_factory=list, compare=False)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    adapters: Mapping[str, object] = field(default_factory=dict)
+    model: nn.Module | None = None
+    parts: Mapping[str, BaseDescription] = field(default_factory=dict)
+    shift: tuple[str, str] = ("", "")
+    views: list[BaseDescription | None] = field(default_factory=list, compare=False)
 
 
-BaseDescription = BaseFiles | Skeleton
-
-
-def read_base_files(path: str | os.PathLike[str]) -> BaseFiles:
+def read_base_files(path: str | os.PathLike[str]) -> BaseDescription:
     """Read config.json and the headers of the safetensors files of a model's folder. Tensor values stay unread.
 
     A missing config.json gives an empty config.
@@ -104,7 +86,7 @@ def read_base_files(path: str | os.PathLike[str]) -> BaseFiles:
     if not os.path.isdir(path):
         raise CheckpointError(f"{path} is no folder with a model. Give one with config.json and safetensors files.")
     config = os.path.join(path, "config.json")
-    base = BaseFiles(path, read_object(config, finite=False) if os.path.exists(config) else {})
+    base = BaseDescription(path, read_object(config, finite=False) if os.path.exists(config) else {})
     for name in list_shards(path):
         where = os.path.join(path, name)
         if not os.path.exists(where):
@@ -115,7 +97,8 @@ def read_base_files(path: str | os.PathLike[str]) -> BaseFiles:
                     f"'{key}' is in two files of {path}, {base.files[key]} and {name}. Remove the file that is not of "
                     "this model."
                 )
-            base.tensors[key], base.files[key] = tensor, name
+            base.tensors[key], base.files[key], base.shapes[key] = tensor, name, tensor.shape
+    base.modules = [*dict.fromkeys(name.rpartition(".")[0] for name in base.tensors)]
     return base
 
 

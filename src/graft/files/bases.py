@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from graft import CheckpointError
 from graft.config.reading import Json, read_object
-from graft.files.base import BaseDescription, BaseFiles, Skeleton, read_base_files
+from graft.files.base import BaseDescription, read_base_files
 from graft.files.places import find_prefix_shift
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ def read_quantization_format(config: Json) -> str | None:
     return None if quantization.get("load_in_8bit") else PACKED.get(str(quantization.get("quant_method")))
 
 
-def open_base(path: str | os.PathLike[str]) -> BaseFiles | Skeleton:
+def open_base(path: str | os.PathLike[str]) -> BaseDescription:
     """Read the names and shapes of a base model's tensors; values stay unread.
 
-    A diffusers pipeline is one Skeleton of all its models. A folder with config.json and no safetensors file is built
-    on the meta device from the config. Every other folder is read as safetensors files.
+    A diffusers pipeline is one description of all its models. A folder with config.json and no safetensors file is
+    built on the meta device from the config. Every other folder is read as safetensors files.
 
     Args:
         path: the model's folder, or its config.json.
@@ -58,8 +58,8 @@ def open_base(path: str | os.PathLike[str]) -> BaseFiles | Skeleton:
     return read_base_files(path)
 
 
-def open_pipeline(path: str) -> Skeleton:
-    """Return the models of a diffusers pipeline as one Skeleton, with names such as "unet.down_blocks.0".
+def open_pipeline(path: str) -> BaseDescription:
+    """Return the models of a diffusers pipeline as one description, with names such as "unet.down_blocks.0".
 
     Only folders with a config.json that begin with a name of `COMPONENTS` count. Raises CheckpointError if none has
     modules.
@@ -76,9 +76,9 @@ def is_model_folder(folder: str) -> bool:
     return os.path.exists(os.path.join(folder, CONFIG))
 
 
-def join_pipeline_models(path: str, config: Json, parts: Mapping[str, BaseDescription]) -> Skeleton:
-    """Return one Skeleton with the names, shapes and tensors of all parts, each with the prefix "part."."""
-    out = Skeleton(path, config, parts=parts)
+def join_pipeline_models(path: str, config: Json, parts: Mapping[str, BaseDescription]) -> BaseDescription:
+    """Return one description with the names, shapes and tensors of all parts, each with the prefix "part."."""
+    out = BaseDescription(path, config, parts=parts)
     for part, model in parts.items():
         out.shapes |= {f"{part}.{name}": shape for name, shape in model.shapes.items()}
         out.tensors |= {f"{part}.{name}": tensor for name, tensor in model.tensors.items()}
@@ -86,14 +86,14 @@ def join_pipeline_models(path: str, config: Json, parts: Mapping[str, BaseDescri
     return out
 
 
-def view_by_model_names(base: BaseDescription) -> Skeleton | None:
+def view_by_model_names(base: BaseDescription) -> BaseDescription | None:
     """Return a base under the parameter names of its transformers or diffusers model, in place of the file's names.
 
     Returns None if no installed library knows the model. For a pipeline, parts without such a view keep their names;
     the result is None if no part has one. The result is cached in `base.views`.
     """
     if not base.views:
-        if isinstance(base, BaseFiles):
+        if base.files:
             from graft.files.skeleton import describe_checkpoint
 
             view = describe_checkpoint(base)
@@ -119,8 +119,8 @@ def choose_names(base: BaseDescription, paths: Iterable[str]) -> BaseDescription
         return len(wanted.difference(known.modules, known.shapes))
 
     best = (view_by_model_names(base) if "quantization_config" in base.config else None) or base
-    for view in (lambda: base, lambda: view_by_model_names(base)):  # the second is only built if the first lacks names
-        if count_missing(best) and (known := view()) is not None:
+    for by_model in (False, True):  # the model is only built if the files lack names
+        if count_missing(best) and (known := view_by_model_names(base) if by_model else base) is not None:
             best = min(best, known, shift_prefix(known, wanted), key=count_missing)
     return best
 
@@ -128,7 +128,7 @@ def choose_names(base: BaseDescription, paths: Iterable[str]) -> BaseDescription
 def shift_prefix(base: BaseDescription, wanted: Set[str]) -> BaseDescription:
     """Return the base with one prefix added to or removed from all names, so that it has the most of `wanted`.
 
-    Returns `base` itself if no prefix helps, otherwise a new Skeleton with the same tensors, and the prefixes in
+    Returns `base` itself if no prefix helps, otherwise a new description with the same tensors, and the prefixes in
     `shift`.
     """
     wanted_prefix, base_prefix = find_prefix_shift(wanted, {*base.modules, *base.shapes})
@@ -139,7 +139,7 @@ def shift_prefix(base: BaseDescription, wanted: Set[str]) -> BaseDescription:
         """Return a name with the base's prefix replaced by the wanted one."""
         return wanted_prefix + name.removeprefix(base_prefix)
 
-    return Skeleton(
+    return BaseDescription(
         base.path, base.config, {rename(name): shape for name, shape in base.shapes.items()},
         [*map(rename, base.modules)],
         {rename(name): tensor for name, tensor in base.tensors.items()}, shift=(wanted_prefix, base_prefix),

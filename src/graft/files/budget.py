@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -66,10 +66,6 @@ class Budget:
         total: float = sum(vars(self).values())
         return total
 
-    def as_dict(self) -> dict[str, float]:
-        """Return the parts and "total" by name."""
-        return {**vars(self), "total": self.total}
-
 
 @dataclass
 class Training:
@@ -100,7 +96,7 @@ class Training:
         The cache is switched off. With `checkpointing`, gradient checkpointing is on; on meta the blocks run again with
         `FusedAttention`. Warnings are silenced. The config is copied.
         """
-        with warnings.catch_warnings(), torch.device(device), use_default_dtype(self.dtype):
+        with warnings.catch_warnings(), torch.device(device):
             warnings.simplefilter("ignore")
             base: nn.Module = self.make(blocks)
             base.config.use_cache = False
@@ -141,20 +137,6 @@ class Training:
             lambda n: measure_training_step(self.build_model(n, "meta", checkpointing), batch, self.length, self.on_gpu)
         )
         return StepMemory(self.extrapolate(lambda n: of(n).activations), self.extrapolate(lambda n: of(n).peak))
-
-
-@contextmanager
-def use_default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Set torch's default dtype within a `with` block, and restore the previous one.
-
-    A model built in it needs no cast.
-    """
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @dataclass

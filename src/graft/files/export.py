@@ -16,7 +16,6 @@ from graft import BaseModelMismatchError, LossError
 from graft.config.reading import Json
 from graft.core.errors import join_some
 from graft.files.algebra import as_low_rank, block_diagonal
-from graft.files.base import Skeleton
 from graft.files.bases import view_by_model_names
 from graft.files.formats import Base, writer_of
 from graft.files.holding import pad_rank
@@ -139,7 +138,7 @@ def to_lora_on_base(adapter: AdapterFile, base: Base) -> AdapterFile:
     KaSA stays KaSA if `base` is a live model, which KaSA has changed already. An adapter without both is returned as it
     is.
     """
-    if not isinstance(base, Skeleton) or base.model is None:  # a live model has KaSA's change already
+    if base.model is None:  # a live model has KaSA's change already
         adapter = kasa_to_lora(adapter, base)
     if adapter.method != "ADALORA":
         return adapter

@@ -20,12 +20,12 @@ from graft import BaseModelMismatchError, CheckpointError, LossError, NonFiniteE
 from graft.core.errors import join_some
 from graft.files import algebra
 from graft.files.algebra import Svd
-from graft.files.base import BaseFiles
+from graft.files.base import BaseDescription
 from graft.files.errors import OptionError
-from graft.files.layers import CheckpointPair, are_equal, module_path
+from graft.files.layers import CheckpointPair, module_path
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.resize import check_resize_options, resize_adapter
-from graft.files.tensors import Bytes, Tensor, rearrange_tensor
+from graft.files.tensors import Bytes, Tensor, are_equal, rearrange_tensor
 
 if TYPE_CHECKING:
     from graft.files.neutral import Kind
@@ -59,8 +59,8 @@ class Extraction:
 
 
 def extract_adapter(
-    tuned: BaseFiles,
-    base: BaseFiles,
+    tuned: BaseDescription,
+    base: BaseDescription,
     rank: int | None = None,
     energy: float | None = None,
     max_mb: float | None = None,
@@ -178,24 +178,19 @@ def check_same_architecture(layers: CheckpointPair, tuned: str, base: str) -> No
     """
     new, old = layers.new, layers.old
     new_names, old_names = ({n for n, t in m.items() if t.dtype in FLOATS} for m in (new, old))
-    missing, added = sorted(old_names - new_names), sorted(new_names - old_names)
     packed = [n for m in (new, old) for n, t in m.items() if t.dtype not in FLOATS and n in new_names | old_names]
     packed += layers.quantized
     shapes = {n: (new[n].shape, old[n].shape) for n in new_names & old_names}
     misfits = [n for n, (a, b) in shapes.items() if a != b and not is_resized_embedding(a, b)]
-    if missing or added or misfits or packed or not new_names & old_names:
+    faults = {
+        "it lacks": sorted(old_names - new_names), "the base lacks": sorted(new_names - old_names),
+        "other shapes of": misfits, "quantized": packed,
+    }  # fmt: skip
+    texts = [f"{what} {join_some(names, 3)}" for what, names in faults.items() if names]
+    if texts or not new_names & old_names:
         raise BaseModelMismatchError(
-            f"{tuned} is not a fine-tuned {base}: "
-            + "; ".join(
-                f"{what} {join_some(names, 3)}"
-                for what, names in (
-                    ("it lacks", missing), ("the base lacks", added), ("other shapes of", misfits),
-                    ("quantized", packed),
-                )
-                if names
-            )
-            + ". Give the base that it was tuned from."
-        )  # fmt: skip
+            f"{tuned} is not a fine-tuned {base}: {'; '.join(texts)}. Give the base that it was tuned from."
+        )
 
 
 def is_resized_embedding(a: tuple[int, ...], b: tuple[int, ...]) -> bool:

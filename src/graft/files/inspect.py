@@ -69,14 +69,18 @@ def list_module_tensors(m: LowRank | OtherMethod) -> Iterable[Tensor]:
     return [t for t in (m.A, m.B, m.mid, m.magnitude, m.bias, *m.extra.values()) if t is not None]
 
 
+def list_floating_tensors(adapter: AdapterFile) -> list[tuple[str, Tensor]]:
+    """Return all floating tensors, each with the path of its module or its own name."""
+    tensors = [(path, t) for path, module in adapter.modules.items() for t in list_module_tensors(module)]
+    return [(name, t) for name, t in (*tensors, *adapter.loose_tensors) if t.dtype in FLOATS]
+
+
 def check_adapter_is_finite(adapter: AdapterFile) -> None:
     """Read all floating tensors of an adapter.
 
     Raises NonFiniteError, with the modules' names, if one has NaN or infinite numbers.
     """
-    tensors = [(path, t) for path, module in adapter.modules.items() for t in list_module_tensors(module)]
-    floats = [(name, t) for name, t in (*tensors, *adapter.loose_tensors) if t.dtype in FLOATS]
-    if bad := sorted({name for name, t in floats if not np.isfinite(t.read()).all()}):
+    if bad := sorted({name for name, t in list_floating_tensors(adapter) if not np.isfinite(t.read()).all()}):
         raise NonFiniteError(
             f"{join_some(bad, 4)} of {adapter.path} have NaN or infinite numbers. Use an earlier checkpoint, or "
             "download the file again."

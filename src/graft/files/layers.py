@@ -9,13 +9,13 @@ from graft.config.reading import Json
 from graft.files.bases import view_by_model_names
 from graft.files.formats.peft import TRANSPOSED
 from graft.files.names import CONV1D
-from graft.files.tensors import Tensor
+from graft.files.tensors import are_equal
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from graft.files.base import BaseFiles
+    from graft.files.base import BaseDescription
     from graft.files.neutral import Kind
 
 # names of modules, for bases that no installed library knows
@@ -41,7 +41,7 @@ class CheckpointPair:
         quantized: the paths of quantized checkpoints; with one, names are those of the files.
     """
 
-    def __init__(self, tuned: BaseFiles, base: BaseFiles):
+    def __init__(self, tuned: BaseDescription, base: BaseDescription):
         """Name the tensors of both checkpoints by the base's model, and find tied tensors.
 
         Ties are compared by value.
@@ -192,11 +192,6 @@ def module_path(name: str) -> str:
 def get_output_head(model: PreTrainedModel) -> nn.Module | None:
     """Return the model's output head; None if the model has none."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-
-
-def are_equal(a: Tensor, b: Tensor) -> bool:
-    """Return True if two tensors have the same shape, dtype and bytes. Reads them, unless they are one object."""
-    return a is b or ((a.shape, a.dtype) == (b.shape, b.dtype) and a.load() == b.load())
 
 
 def is_causal_model(config: Json) -> bool:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
@@ -21,11 +21,10 @@ from graft.files.base import BaseDescription
 from graft.files.bases import choose_names
 from graft.files.errors import BaseNeededError
 from graft.files.formats.peft import list_unnamed
-from graft.files.inspect import find_weight_name, is_stored_by_expert, list_module_tensors, read_base_weight
+from graft.files.inspect import find_weight_name, is_stored_by_expert, list_floating_tensors, read_base_weight
 from graft.files.names import mask_layer_number
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.sources import BASE_ID, CARD
-from graft.files.tensors import FLOATS, Tensor
 from graft.inject.match import Matcher
 
 Severity = Literal["error", "warning", "note"]
@@ -59,14 +58,9 @@ class LintSubject:
     def finite_loras(self) -> dict[str, LowRank]:
         """The LoRA modules (AdaLoRA as LoRA) without NaN and infinite numbers, by path."""
         loras = {path: algebra.as_low_rank(lora) for path, lora in self.adapter.modules.items()}
-        bad = {path for path, values in self.floating_tensors if not np.isfinite(values.read()).all()}
+        tensors = list_floating_tensors(self.adapter)
+        bad = {path for path, values in tensors if not np.isfinite(values.read()).all()}
         return {path: lora for path, lora in loras.items() if lora is not None and path not in bad}
-
-    @cached_property
-    def floating_tensors(self) -> list[tuple[str, Tensor]]:
-        """All floating tensors, each with the path of its module or its own name."""
-        tensors = [(path, t) for path, h in self.adapter.modules.items() for t in list_module_tensors(h)]
-        return [(name, t) for name, t in (*tensors, *self.adapter.loose_tensors) if t.dtype in FLOATS]
 
     @cached_property
     def norms(self) -> dict[str, float]:
@@ -103,18 +97,13 @@ def lint_adapter(adapter: AdapterFile, base: BaseDescription | None = None) -> l
 Faults = Iterator[tuple[str, list[str]]]  # pairs of a text and the names that it is about
 
 
-def find_nan(look: LintSubject) -> Faults:
-    """Yield one fault with the names of the tensors that have NaN, if there are any."""
-    bad = {name for name, t in look.floating_tensors if np.isnan(t.read()).any()}
-    if bad:
-        yield f"NaN in {join_some(sorted(bad), 3)}", sorted(bad)
+def find_numbers(is_bad: Callable[[np.ndarray], np.ndarray], what: str, look: LintSubject) -> Faults:
+    """Yield one fault with the names of the tensors that have a number for which `is_bad` is True, if there are any.
 
-
-def find_infinite(look: LintSubject) -> Faults:
-    """Yield one fault with the names of the tensors that have infinite numbers, if there are any."""
-    bad = {name for name, t in look.floating_tensors if np.isinf(t.read()).any()}
-    if bad:
-        yield f"an infinite number in {join_some(sorted(bad), 3)}", sorted(bad)
+    what: these numbers, at the beginning of the text.
+    """
+    if bad := sorted({name for name, t in list_floating_tensors(look.adapter) if is_bad(t.read()).any()}):
+        yield f"{what} in {join_some(bad, 3)}", bad
 
 
 def find_zero_b(look: LintSubject) -> Faults:
@@ -282,8 +271,10 @@ class Rule(NamedTuple):
 
 
 RULES = (
-    Rule("nan", "error", find_nan, "Train again from a checkpoint before it, with a smaller learning rate."),
-    Rule("inf", "error", find_infinite, "Train again, or save in float32 or bfloat16."),
+    Rule("nan", "error", partial(find_numbers, np.isnan, "NaN"),
+         "Train again from a checkpoint before it, with a smaller learning rate."),
+    Rule("inf", "error", partial(find_numbers, np.isinf, "an infinite number"),
+         "Train again, or save in float32 or bfloat16."),
     Rule("zero-B", "warning", find_zero_b, "They were never trained. Find out why, or leave them out."),
     Rule("outlier", "warning", find_outliers, "Check whether training diverged there. Lower its weight.",
          True),

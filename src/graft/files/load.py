@@ -18,7 +18,7 @@ from torch import nn
 from graft import AdapterLayer, BaseModelMismatchError, LossError, PeftConfig, PeftMixedModel, PeftModel
 from graft.config.pair import AdapterInMemory
 from graft.core.errors import join_some, shorten_text
-from graft.files.base import Skeleton
+from graft.files.base import BaseDescription
 from graft.files.formats import read
 from graft.files.formats.peft import complete_config, name_tensors
 from graft.files.holding import PEFT, fit_to_format
@@ -83,7 +83,7 @@ def load_adapter(
     return model
 
 
-def read_part_of_model(path: str | os.PathLike[str], known: Skeleton) -> AdapterFile:
+def read_part_of_model(path: str | os.PathLike[str], known: BaseDescription) -> AdapterFile:
     """Read an adapter file under a model's names; of a pipeline's file return the part that fits the model.
 
     Module names with one prefix more or less than the model's are renamed. PEFT's own format, except for a pipeline, is
@@ -99,7 +99,7 @@ def read_part_of_model(path: str | os.PathLike[str], known: Skeleton) -> Adapter
     return adapter
 
 
-def list_former_names(known: Skeleton) -> dict[str, str] | None:
+def list_former_names(known: BaseDescription) -> dict[str, str] | None:
     """Return module path → path in earlier versions of transformers, for all modules; None if all are equal."""
     from graft.io.servers import ServerBlocks
 
@@ -109,8 +109,8 @@ def list_former_names(known: Skeleton) -> dict[str, str] | None:
     return names if any(old != new for new, old in names.items()) else None
 
 
-def rename_base_modules(known: Skeleton, names: Mapping[str, str]) -> Skeleton:
-    """Return a copy of a Skeleton with other module paths, also in the names of shapes and tensors.
+def rename_base_modules(known: BaseDescription, names: Mapping[str, str]) -> BaseDescription:
+    """Return a copy of a base's description with other module paths, also in the names of shapes and tensors.
 
     Args:
         names: old path → new path. Its values become the list of modules; tensors of other modules keep their names.
@@ -127,7 +127,7 @@ def rename_base_modules(known: Skeleton, names: Mapping[str, str]) -> Skeleton:
     )  # fmt: skip
 
 
-def describe_base_of(model: Any) -> Skeleton:
+def describe_base_of(model: Any) -> BaseDescription:
     """Return names, shapes and lazily read values of a model without its adapters, even if some are merged.
 
     For a PeftModel it is the base model, with the adapters' configs in `adapters`; modules inside adapted layers are

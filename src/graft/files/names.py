@@ -207,6 +207,11 @@ def mask_layer_number(path: str) -> str:
     return numbered[0] if numbered else path
 
 
+def last_name(path: str) -> str:
+    """Return the last part of a dotted path."""
+    return path.rpartition(".")[2]
+
+
 T = TypeVar("T")
 
 

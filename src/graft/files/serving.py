@@ -22,7 +22,7 @@ from graft.files.base import BaseDescription
 from graft.files.bases import view_by_model_names
 from graft.files.errors import UnknownServerError
 from graft.files.lint import list_gaps
-from graft.files.names import check_shapes, group_layers_by_kind, split_layer_number
+from graft.files.names import check_shapes, group_layers_by_kind, last_name, split_layer_number
 from graft.files.neutral import AdapterFile, LowRank, OtherMethod
 from graft.files.tensors import read_header
 
@@ -512,8 +512,3 @@ def owner_path(path: str, module: LowRank | OtherMethod) -> str:
     the path itself.
     """
     return path.rpartition(".")[0] if module.kind == "experts" else path
-
-
-def last_name(path: str) -> str:
-    """Return the last part of a dotted path."""
-    return path.rpartition(".")[2]

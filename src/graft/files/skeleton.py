@@ -19,7 +19,7 @@ from torch import nn
 
 from graft import CheckpointError, UnsupportedLayerError
 from graft.config.reading import Json, read_object
-from graft.files.base import BaseFiles, Skeleton
+from graft.files.base import BaseDescription
 from graft.files.merging.weights import NAMES, TORCH, find_base_weights, of_file, to_file
 from graft.files.places import ComputedParameters, Spot, find_spots
 from graft.files.tensors import EIGHT_BITS, FLOATS, Bytes, Tensor
@@ -170,7 +170,7 @@ def silence_transformers() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def describe_checkpoint(base: BaseFiles) -> Skeleton | None:
+def describe_checkpoint(base: BaseDescription) -> BaseDescription | None:
     """Return a checkpoint under the parameter names of the model in its config; None if the config names no class, or
     no installed library knows it.
 
@@ -188,7 +188,7 @@ def describe_checkpoint(base: BaseFiles) -> Skeleton | None:
     return view
 
 
-def describe_model(model: nn.Module, path: str) -> Skeleton:
+def describe_model(model: nn.Module, path: str) -> BaseDescription:
     """Return the names and shapes of a live model, on any device, and its config as a dict. Values are not included.
 
     Args:
@@ -199,10 +199,10 @@ def describe_model(model: nn.Module, path: str) -> Skeleton:
     if "architectures" in fields and not fields["architectures"]:  # as save_pretrained writes it
         fields["architectures"] = [type(model).__name__]
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    return Skeleton(path, fields, shapes, [name for name, _ in model.named_modules() if name], model=model)
+    return BaseDescription(path, fields, shapes, [name for name, _ in model.named_modules() if name], model=model)
 
 
-def describe_config(path: str, config: Json) -> Skeleton:
+def describe_config(path: str, config: Json) -> BaseDescription:
     """Return names and shapes of the model of a config, built on the meta device by transformers or, for `_class_name`,
     diffusers.
 
@@ -225,7 +225,7 @@ def describe_config(path: str, config: Json) -> Skeleton:
         raise CheckpointError(f"{path} holds no weights, and its config gives no model: {e}") from e
 
 
-def dequantize_lazily(base: BaseFiles) -> dict[str, Tensor]:
+def dequantize_lazily(base: BaseDescription) -> dict[str, Tensor]:
     """Return a checkpoint's tensors, with each quantized weight replaced by a float32 tensor that is dequantized when
     it is read.
 

@@ -25,7 +25,6 @@ from graft.files.base import (
     TORCH_INDEX,
     WEIGHTS,
     BaseDescription,
-    Skeleton,
     list_folder_entries,
     list_shards,
     matches_any,
@@ -142,7 +141,7 @@ def run_with_base(adapter: str, base: str | None, run: Callable[[BaseDescription
     return run(open_base(require_base(adapter, None)))
 
 
-def describe_named_base(adapter: str) -> Skeleton | None:
+def describe_named_base(adapter: str) -> BaseDescription | None:
     """Return names and shapes, without values, of the base that an adapter names; None if it names none, or its files
     are damaged or not on this machine.
     """
@@ -151,7 +150,7 @@ def describe_named_base(adapter: str) -> Skeleton | None:
         base = None if name is None else read_base_files(find_base(name))
     except CheckpointError:
         return None
-    return None if base is None else Skeleton(base.path, base.config, base.shapes, [*base.modules])
+    return None if base is None else BaseDescription(base.path, base.config, base.shapes, [*base.modules])
 
 
 def read_licence(folder: str) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from graft.config.reading import Json
 from graft.files.ask import Connection, LogProbabilities, ask_log_probabilities, identify_server
 from graft.files.errors import OptionError
 from graft.files.load import find_adapter_layers
+from graft.files.names import last_name
 
 # server's dtype → root mean square difference of log-probabilities
 TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
@@ -71,10 +72,6 @@ class Verdict:
     def ok(self) -> bool:
         """True if the server applies the adapter."""
         return self.verdict == APPLIED
-
-    def as_dict(self) -> Json:
-        """Return the fields and "ok" as a dict."""
-        return asdict(self) | {"ok": self.ok}
 
 
 def make_prompts(vocabulary: int, number: int = 4, length: int = 16) -> list[list[int]]:
@@ -345,8 +342,3 @@ def stack_values(seen: list[LogProbabilities], places: Sequence[tuple[int, int, 
 def root_mean_square(t: Tensor) -> float:
     """Return the root mean square of a tensor's values."""
     return float(t.square().mean().sqrt())
-
-
-def last_name(path: str) -> str:
-    """Return the last part of a dotted path."""
-    return path.rpartition(".")[2]

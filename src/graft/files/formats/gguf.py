@@ -321,9 +321,8 @@ def read_control(path: str, fields: dict[str, object], tensors: Mapping[str, Ten
         BaseModelMismatchError: the base has no such block, or other widths.
         CheckpointError: it has no directions.
     """
-    from graft.files.formats.adapterhub_places import (
-        find_base_blocks,  # loads torch, which a look at headers does not need
-    )
+    # loads torch, which a look at headers does not need
+    from graft.files.formats.adapterhub_places import find_base_blocks
 
     blocks, base = find_base_blocks(path, base)
     out = AdapterFile("gguf", path, "STEERING", config={"peft_type": "STEERING", "inference_mode": True})

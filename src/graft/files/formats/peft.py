@@ -693,11 +693,8 @@ def complete_config(adapter: AdapterFile, base: Base | None) -> Json:
             config["target_parameters"] = [*parameters.values()] or None
     if adapter.method in SCALED:
         set_numbers(config, adapter)
-    if (
-        find_base_change(config)
-        and adapter.changed_base is None
-        and not any(h.shift for h in adapter.low_rank.values())
-    ):
+    needs_change = adapter.changed_base is not None or any(h.shift for h in adapter.low_rank.values())
+    if find_base_change(config) and not needs_change:
         config["init_lora_weights"] = True
     if any(lora.kind == "experts" for lora in adapter.low_rank.values()):
         config["peft_version"] = StackLayout().version  # it tells readers the order of A and B
@@ -768,49 +765,29 @@ def set_numbers(config: dict[str, object], adapter: AdapterFile) -> None:
     The most frequent rank and alpha become `r` and alpha; other modules get patterns. Modules without a rank are
     ignored.
     """
-    name = SCALED[adapter.method]
+    name, divisor = SCALED[adapter.method], math.sqrt if config.get("use_rslora") else float
     wanted = {
-        as_target(p, adapter): n
-        for p, h in adapter.modules.items()
-        if (n := get_rank_and_scale(h, adapter)) is not None
-    }
+        as_target(p, adapter): (h.rank, h.scale) for p, h in adapter.modules.items()
+        if isinstance(h, LowRank) or (h.method == adapter.method and h.rank and h.scale is not None)
+    }  # fmt: skip
     if not wanted:
         return
-    root = bool(config.get("use_rslora"))
 
-    def scale_of(r: int, alpha: float) -> float:
-        """Return alpha / r, or alpha / √r with rsLoRA."""
-        return alpha / (math.sqrt(r) if root else r)
-
-    def read_numbers(path: str) -> tuple[int, float]:
-        """Return rank and scale that the config gives the module at `path` now."""
+    def is_right(path: str, rank: int, scale: Any) -> bool:
+        """Return True if the config gives the module at `path` this rank and, to a relative 1e-12, this scale."""
         r, alpha = find_rank_and_alpha(config, path, name)
-        return r, scale_of(r, alpha)
+        return r == rank and math.isclose(alpha / divisor(r), scale, rel_tol=1e-12)
 
-    if "r" in config and all(is_same_rank_and_scale(read_numbers(p), numbers) for p, numbers in wanted.items()):
+    if "r" in config and all(is_right(p, *numbers) for p, numbers in wanted.items()):
         return
     r = Counter(r for r, _ in wanted.values()).most_common(1)[0][0]
-    alphas = {p: round_alpha(s * (math.sqrt(k) if root else k)) for p, (k, s) in wanted.items()}
+    alphas = {p: round_alpha((s or 0.0) * divisor(k)) for p, (k, s) in wanted.items()}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     config |= {
         "r": r, name: alpha,
         "rank_pattern": {key_of(p, wanted): k for p, (k, _) in wanted.items() if k != r},
         "alpha_pattern": {key_of(p, wanted): a for p, a in alphas.items() if a != alpha},
     }  # fmt: skip
-
-
-def get_rank_and_scale(module: LowRank | OtherMethod, adapter: AdapterFile) -> tuple[int, float] | None:
-    """Return rank and scale of a module; None for another method than the adapter's, and without rank or scale."""
-    if isinstance(module, LowRank):
-        return module.rank, module.scale
-    if module.scale is None or module.method != adapter.method or not module.rank:
-        return None
-    return module.rank, module.scale
-
-
-def is_same_rank_and_scale(a: tuple[int, float], b: tuple[int, float]) -> bool:
-    """Return True for equal ranks, and scales equal to a relative 1e-12."""
-    return a[0] == b[0] and math.isclose(a[1], b[1], rel_tol=1e-12)
 
 
 def round_alpha(value: float) -> float:

@@ -69,9 +69,8 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         CheckpointError: a file is missing or damaged, graft has no such intervention, or blocks have different numbers
             of interventions or more than two.
     """
-    from graft.files.formats.adapterhub_places import (
-        find_base_blocks,  # loads torch, which a look at headers does not need
-    )
+    # loads torch, which a look at headers does not need
+    from graft.files.formats.adapterhub_places import find_base_blocks
 
     fields = read_object(os.path.join(path, CONFIG))
     places = list_places(path, fields)

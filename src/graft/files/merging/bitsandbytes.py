@@ -13,7 +13,7 @@ import torch
 
 from graft import CheckpointError
 from graft.config.reading import Json, parse_json
-from graft.files.base import BaseFiles
+from graft.files.base import BaseDescription
 from graft.files.merging.weights import BaseWeights, of_file, to_file
 from graft.files.tensors import Tensor
 
@@ -45,7 +45,7 @@ class Form(BaseWeights):
 
     form = "bitsandbytes"
 
-    def __init__(self, base: BaseFiles, config: Mapping[str, object]):
+    def __init__(self, base: BaseDescription, config: Mapping[str, object]):
         """Find the packed weights: 4 bits by their quant_state tensor, 8 bits by their scales `SCB`.
 
         `shapes` gets their dense shapes and loses the tensors of scales and tables. `config` is not read.

@@ -12,7 +12,7 @@ import torch
 
 from graft import UnsupportedLayerError
 from graft.config.reading import Json
-from graft.files.base import BaseFiles
+from graft.files.base import BaseDescription
 from graft.files.merging.weights import BaseWeights, of_file, to_file
 from graft.files.tensors import Tensor
 from graft.storage import float8
@@ -26,7 +26,7 @@ class Form(BaseWeights):
 
     form = "fp8"
 
-    def __init__(self, base: BaseFiles, config: Json):
+    def __init__(self, base: BaseDescription, config: Json):
         """Find each 8-bit tensor and its scales. `shapes` loses the scales, and those of activations.
 
         Args:

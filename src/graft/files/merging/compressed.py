@@ -15,7 +15,7 @@ import torch
 
 from graft import UnsupportedLayerError
 from graft.config.reading import Json
-from graft.files.base import BaseFiles
+from graft.files.base import BaseDescription
 from graft.files.merging.weights import BaseWeights, of_file, to_file
 from graft.files.tensors import Tensor
 from graft.storage import float8
@@ -29,7 +29,7 @@ class Form(BaseWeights):
 
     form = "compressed-tensors"
 
-    def __init__(self, base: BaseFiles, config: Json):
+    def __init__(self, base: BaseDescription, config: Json):
         """Find the packed weights by their `weight_scale`.
 
         `shapes` gets their dense shapes and loses their other tensors.

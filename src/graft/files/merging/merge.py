@@ -23,7 +23,7 @@ from graft.core.errors import join_some
 from graft.files.base import (
     INDEX,
     NEEDED,
-    BaseFiles,
+    BaseDescription,
     check_file_is_inside,
     list_folder_entries,
     list_shards,
@@ -45,14 +45,11 @@ from graft.files.sources import CERTIFICATE, check_output
 from graft.files.tensors import Bytes
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-ELSEWHERE = (
-    "*.safetensors",
-    "*.index.json",
-    "README.md",
-    CERTIFICATE,
-)  # files of a base that a merge writes anew, or that are not needed
+# files of a base that a merge writes anew, or that are not needed
+ELSEWHERE = ("*.safetensors", "*.index.json", "README.md", CERTIFICATE)
 KEPT = 0.9  # share of an update; less is worth a note
-Others = Callable[[MergeJob, BaseFiles], list[TensorChange]]  # changes of the parts of an adapter that are not low rank
+# changes of the parts of an adapter that are not low rank
+Others = Callable[[MergeJob, BaseDescription], list[TensorChange]]
 
 
 @dataclass
@@ -167,7 +164,7 @@ class Work:
 
     def __init__(
         self,
-        base: BaseFiles,
+        base: BaseDescription,
         adapters: list[str],
         weights: list[float],
         dtype: str | None,
@@ -481,7 +478,7 @@ class Work:
         return name_architecture(config, self.changed, self.adapters)
 
 
-def list_needed_files(base: BaseFiles, notes: list[str]) -> list[str]:
+def list_needed_files(base: BaseDescription, notes: list[str]) -> list[str]:
     """Return the names of files that a model needs besides its weights. Add a note about files that are not copied.
 
     Raises:

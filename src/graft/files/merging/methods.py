@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from graft import AdapterLayer, BaseModelMismatchError, LossError, Method, PeftModel
-from graft.files.base import BaseFiles
+from graft.files.base import BaseDescription
 from graft.files.formats import peft
 from graft.files.load import find_adapter_layers
 from graft.files.merging.folds import MergeJob, Read, TensorChange, replace_whole
@@ -45,7 +45,7 @@ def merge_files(base: str | os.PathLike[str], adapters: Any, output: str | os.Pa
         return merge_adapters(base, adapters, output, others=list_method_changes, **options)
 
 
-def list_method_changes(job: MergeJob, base: BaseFiles) -> list[TensorChange]:
+def list_method_changes(job: MergeJob, base: BaseDescription) -> list[TensorChange]:
     """Return the changes of an adapter's parts that are not low rank to a checkpoint.
 
     Loads the adapter onto the base's model with zeros as weights. A module that the adapter replaces whole may not be
@@ -90,7 +90,7 @@ def list_method_changes(job: MergeJob, base: BaseFiles) -> list[TensorChange]:
     return result
 
 
-def load_layers(job: MergeJob, base: BaseFiles) -> dict[str, AdapterLayer]:
+def load_layers(job: MergeJob, base: BaseDescription) -> dict[str, AdapterLayer]:
     """Return path → layer of the base's model with the adapter as "default".
 
     The weights are zeros that take no memory.

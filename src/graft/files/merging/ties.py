@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from graft.config.reading import Json
 from graft.files.merging.folds import TensorChange
 from graft.files.neutral import AdapterFile
-from graft.files.tensors import Tensor
+from graft.files.tensors import Tensor, are_equal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -152,9 +152,7 @@ def are_alike(a: list[TensorChange], b: list[TensorChange]) -> bool:
 
 def is_same_value(a: object, b: object) -> bool:
     """Return True for equal values; tensors are equal if shape, dtype and bytes are. May read both tensors."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a is b or ((a.shape, a.dtype) == (b.shape, b.dtype) and bytes(a.load()) == bytes(b.load()))
-    return bool(a == b)
+    return are_equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
 
 
 def resize_vocabulary(

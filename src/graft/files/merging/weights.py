@@ -13,7 +13,7 @@ import torch
 
 from graft import CheckpointError, UnsupportedLayerError
 from graft.config.reading import Json
-from graft.files.base import BaseFiles
+from graft.files.base import BaseDescription
 from graft.files.tensors import Tensor
 
 
@@ -28,7 +28,7 @@ class BaseWeights:
 
     form = "plain"
 
-    def __init__(self, base: BaseFiles):
+    def __init__(self, base: BaseDescription):
         """Keep the base. `dtype` is config.json's if that is float32 or float16, else "BF16"; no weight is packed."""
         self.base = base
         self.packed: dict[str, list[str]] = {}
@@ -66,7 +66,7 @@ class BaseWeights:
 FORMS = {"fp8": "block_fp8", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed"}  # → module
 
 
-def find_base_weights(base: BaseFiles) -> BaseWeights:
+def find_base_weights(base: BaseDescription) -> BaseWeights:
     """Return the object that reads and writes a checkpoint's weights: for fp8, bitsandbytes or compressed-tensors its
     `Form`.
 

@@ -51,14 +51,6 @@ def test_adapters_act_on_one_input(width):
     close(model(x), both)
 
 
-def test_an_empty_batch():
-    model, _ = made(graft, width=(12, 20))
-    x = torch.zeros(0, 12, requires_grad=True)
-    y = model(x)
-    y.sum().backward()
-    assert y.shape == (0, 20) and x.grad.shape == x.shape
-
-
 def test_the_pattern_reaches_modules_at_the_top():
     _, layer = made(graft, block_size_pattern={"0": 2})
     assert layer.block_size == {"a": 2} and layer.c3a_kernel["a"].shape == (4, 4, 2)

@@ -9,10 +9,9 @@ from torch import nn
 
 import graft
 from graft.kernels.narrow import multiply_widened, plain_widened_product
-from tests import models
 from tests.looks import layers
-from tests.pair import LIBS, adapt, close, output, randomize
-from tests.samples import Sample, first
+from tests.pair import adapt, close, output, randomize
+from tests.samples import Sample
 
 
 def config(lib, **options):
@@ -37,21 +36,6 @@ def test_the_start_of_R_is_scaled():
     layer = layers(model)["0"]
     assert layer.deft_R["default"].detach().std() == pytest.approx(0.08, rel=0.05)
     assert layer.deft_P["default"].detach().std() == pytest.approx(0.02, rel=0.05)
-
-
-def test_two_adapters_act_as_in_peft():
-    """Each takes out of the weight as it was."""
-    outputs = []
-    for lib in LIBS:
-        sample = first("DEFT")
-        model = lib.get_peft_model(models.make("mlp"), sample.config(lib))
-        model.add_adapter("b", sample.config(lib))
-        randomize(model, sample).eval().base_model.set_adapter(["default", "b"])
-        outputs.append(output(model, sample))
-        model.merge_adapter()
-        outputs.append(output(model, sample))
-    for found in outputs[1:]:
-        close(found, outputs[0], 1e-4)
 
 
 def test_dropout_acts_on_the_input_of_R():

@@ -61,13 +61,6 @@ def test_a_file_has_the_coefficients_alone(low_cpu_mem_usage, tmp_path):
     assert loaded.base_model.model[0].indices["default"].device == x.device
 
 
-def test_an_empty_batch():
-    model, x = made(nn.Linear(10, 12)), torch.zeros(0, 10, requires_grad=True)
-    y = model(x)
-    y.sum().backward()
-    assert y.shape == (0, 12) and x.grad.shape == x.shape
-
-
 def test_a_large_vocabulary_is_never_transformed():
     model = made(nn.Embedding(50, 12))
     layer, ids = model.base_model.model[0], torch.tensor([[3, 49], [0, 3]])

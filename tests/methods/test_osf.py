@@ -101,17 +101,6 @@ def test_ranks_that_leave_nothing(lib, rank):
     assert made.kind is ValueError
 
 
-def test_two_adapters_add_up():
-    """PEFT runs the first alone, and merges both."""
-    sample = first("OSF")
-    model = adapt(graft, sample)
-    model.add_adapter("b", sample.config(graft))
-    randomize(model, sample).eval().base_model.set_adapter(["default", "b"])
-    both = output(model, sample)
-    model.merge_adapter()
-    close(output(model, sample), both, 1e-4)
-
-
 @pytest.mark.differs("OSF: several active adapters; merging twice; unmerging")
 def test_merging_twice_is_merging_once():
     """PEFT adds the update twice, and cannot unmerge."""
@@ -167,9 +156,10 @@ def test_few_rows_and_many(rows):
 
 
 @pytest.mark.differs("Super-Tuning with `save_precomputed_indices=False`, OSF on another base than in training")
-def test_the_base_is_told_by_its_values(tmp_path):
+@pytest.mark.parametrize("method, options", [("OSF", {}), ("PSOFT", dict(r=3))])
+def test_the_base_is_told_by_its_values(method, options, tmp_path):
     """What is left out of the file comes from the base weight, so another base is not the same adapter."""
-    sample = Sample("OSF", "plain", "mlp", dict(target_modules=["lin0"]))
+    sample = Sample(method, "plain", "mlp", dict(target_modules=["lin0"], **options))
     adapt(graft, sample).save_pretrained(tmp_path)
     other = models.make("mlp")
     other.lin0.weight.data.mul_(1.5)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 import graft
 from graft.kernels import structured
 from tests import models
-from tests.pair import LIBS, adapt, close, close_dicts, output, randomize
+from tests.pair import LIBS, adapt, close, output, randomize
 from tests.samples import first
 
 SAMPLE = first("RANDLORA")
@@ -69,15 +69,6 @@ def test_the_matrix_between_diagonals():
     A.requires_grad_(False)
     close(structured.between_diagonals(left, A, right), structured.plain_diagonals(left, A, right), 0)
     assert torch.autograd.gradcheck(lambda a, b: structured.between_diagonals(a, A, b), (left, right))
-
-
-def test_merged_in_half_precision_and_back():
-    base = models.make("mlp").to(torch.bfloat16)
-    model = randomize(adapt(graft, SAMPLE, base=base), SAMPLE)
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    model.merge_adapter()
-    model.unmerge_adapter()
-    close_dicts(dict(model.named_parameters()), before, 0)
 
 
 @pytest.mark.parametrize("options", [dict(sparse=True), dict(sparse=True, very_sparse=True)], ids=["sparse", "very"])

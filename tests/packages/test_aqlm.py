@@ -33,8 +33,7 @@ def coded(bits):
 FEW = ("LORA", "LORA-dora", "LOHA", "OFT", "HIRA", "IA3", "RANDLORA", "FOURIERFT")
 CODES = "AQLM codes that were calibrated, and merging would quantize them anew"
 KINDS = [Kind(f"{bits} bits", coded(bits), fixed=CODES, only=FEW) for bits in (8, 12)]
-tests = cells(KINDS)
-test_reading, test_forward_and_gradients, test_merging, test_merging_into_a_dense_layer, test_files = tests
+globals().update(cells(KINDS))
 
 
 def test_a_first_call_rearranges_codes_and_nothing_else():

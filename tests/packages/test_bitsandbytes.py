@@ -19,10 +19,15 @@ from tests.models import adapted, disturb, seeded
 from tests.packages.bnb_layers import eight, embedding, four, pair, rearranged
 from tests.storage.cells import FEW, Kind, cells, flat, identity, linear, near, same
 
-tests = cells(
-    [Kind("nf4", four), Kind("nested", partial(four, nested=True)), Kind("int8-training", partial(eight, trains=True))]
+globals().update(
+    cells(
+        [
+            Kind("nf4", four),
+            Kind("nested", partial(four, nested=True)),
+            Kind("int8-training", partial(eight, trains=True)),
+        ]
+    )
 )
-test_reading, test_forward_and_gradients, test_merging, test_merging_into_a_dense_layer, test_files = tests
 
 OTHERS = [
     Kind("fp4", partial(four, kind="fp4")),
@@ -30,9 +35,7 @@ OTHERS = [
     Kind("fp16", partial(four, compute=torch.float16), tolerance=5e-2),
     Kind("int8", eight, tolerance=0.12),  # rounds its inputs
 ]
-test_reading_others, test_others, test_merging_others, test_others_into_a_dense_layer, test_files_of_others = cells(
-    OTHERS, FEW
-)
+globals().update({f"{name}_of_others": test for name, test in cells(OTHERS, FEW).items()})
 
 HOLDS = {"nf4": four, "nested": partial(four, nested=True), "int8": eight}
 TARGETS = ["0", "2"]

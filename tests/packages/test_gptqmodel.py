@@ -40,8 +40,7 @@ KINDS = [
     Kind("gptq", gptq, 2e-2, f"GPTQ {CODES}", dtype=torch.float16, only=FEW),
     Kind("awq", awq, 2e-2, f"AWQ {CODES}", dtype=torch.float16, only=FEW),
 ]
-tests = cells(KINDS)
-test_reading, test_forward_and_gradients, test_merging, test_merging_into_a_dense_layer, test_files = tests
+globals().update(cells(KINDS))
 
 
 def llama(pack):

@@ -62,7 +62,7 @@ KINDS = [
     Kind("nf4", nf4),
 ]
 
-test_reading, test_forward_and_gradients, test_merging, test_merging_into_a_dense_layer, test_files = cells(KINDS)
+globals().update(cells(KINDS))
 
 
 def by_transformers(config):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cells of the matrix method × packed storage: what must hold for each, whatever the package.
 
-A file of tests makes a `Kind` for each storage and takes its tests from `cells(kinds)`.
+A file of tests makes a `Kind` for each storage and takes its tests from `globals().update(cells(kinds))`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import graft
+from graft.core.errors import UnsupportedLayerError
 from graft.storage.find import find_store
 from tests import samples
 from tests.covering import Case, Sometimes, law
 from tests.looks import layers
 from tests.models import adapted, seeded
+from tests.raised import refuses
 from tests.samples.laws import Sample
 
 IN, OUT = 320, 96  # what all samples and all block sizes divide
@@ -156,8 +158,9 @@ def bits(t: Tensor) -> Tensor:
     return t.reshape(-1).contiguous().view(torch.uint8)
 
 
-def cells(kinds: list[Kind], chosen: list[Sample] = SAMPLES) -> tuple[Callable[..., None], ...]:
-    """Return the tests: reading, forward and gradients, merging, dequantizing, files.
+def cells(kinds: list[Kind], chosen: list[Sample] = SAMPLES) -> dict[str, Callable[..., None]]:
+    """Return the tests by name, for the globals of a file: reading, forward and gradients, merging, dequantizing,
+    files, and that codes do not train.
 
     By default each storage and each method meets every law, and a storage with a method, or a sample, one of three.
     """
@@ -251,13 +254,16 @@ def cells(kinds: list[Kind], chosen: list[Sample] = SAMPLES) -> tuple[Callable[.
         loaded = graft.PeftModel.from_pretrained(Net(kind.hold(linear(kind.bias))).eval(), tmp_path / "dense").eval()
         near(loaded(inputs(kind)), model(inputs(kind)), max(kind.tolerance, 1e-5))
 
-    return (
-        test_reading,
-        test_forward_and_gradients,
-        test_merging,
-        test_merging_into_a_dense_layer,
-        test_files,
-    )
+    @pytest.mark.differs("`modules_to_save`, or LN tuning, on a layer that holds codes")
+    @each_kind
+    def test_codes_do_not_train(kind):
+        base = nn.Sequential(nn.Sequential(kind.hold(linear(kind.bias))), nn.Linear(OUT, 4))
+        saved = graft.LoraConfig(r=2, target_modules=["1"], modules_to_save=["0"])
+        for config in (saved, graft.LNTuningConfig(target_modules=["0.0"])):
+            refuses(UnsupportedLayerError, "is held in codes, which cannot train", graft.get_peft_model, base, config)
+            assert not any(isinstance(m, graft.AdapterLayer) for m in base.modules()) and type(base[1]) is nn.Linear
+
+    return {name: test for name, test in locals().items() if name.startswith("test_")}
 
 
 def restored(layer: nn.Linear) -> nn.Linear:

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import graft
-from graft.core.errors import UnsupportedLayerError
 from graft.methods.lora.loftq import NF4
 from graft.storage.find import find_store
 from tests.storage.cells import FEW, Kind, Net, cells, identity, linear, near
@@ -159,8 +158,7 @@ def package(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
 
 
-tests = cells([Kind("nf4", partial(four, storage=torch.bfloat16)), Kind("int8", eight)], FEW)
-test_reading, test_forward_and_gradients, test_merging, test_merging_into_a_dense_layer, test_files = tests
+globals().update(cells([Kind("nf4", partial(four, storage=torch.bfloat16)), Kind("int8", eight)], FEW))
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
@@ -306,20 +304,6 @@ def test_a_model_without_packed_weights_has_no_marks():
     assert part.is_loaded_in_4bit, "another layer is packed"
     config = graft.LoraConfig(r=2, target_modules=["layer", "other"])
     assert not graft.get_peft_model(part, config).merge_and_unload(dequantize=True).is_loaded_in_4bit
-
-
-@pytest.mark.parametrize("hold", [four, partial(four, storage=torch.bfloat16), eight])
-def test_codes_do_not_train(hold):
-    text = r"the weight of a Linear\w+ is held in codes, which cannot train"
-    for config in (
-        graft.LoraConfig(r=2, target_modules=["layer"], modules_to_save=["other"]),
-        graft.LNTuningConfig(target_modules=["other"]),
-    ):
-        base = Net(linear())
-        base.other = nn.Sequential(hold(linear()))
-        with pytest.raises(UnsupportedLayerError, match=text):
-            graft.get_peft_model(base, config)
-        assert type(base.layer) is nn.Linear and base.layer.weight.requires_grad is False
 
 
 def test_numbers_of_parameters():

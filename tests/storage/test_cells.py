@@ -56,5 +56,4 @@ for kind, store in ((Eight, EightStore()), (Calibrated, CalibratedStore())):
     OPS.add(row, Linear())
 
 # all samples: test_calibrated.py, test_float8.py
-tests = cells([Kind("eight", Eight), Kind("calibrated", Calibrated, fixed="codes that were calibrated")], FEW)
-test_reading, test_forward_and_gradients, test_merging, test_merging_into_a_dense_layer, test_files = tests
+globals().update(cells([Kind("eight", Eight), Kind("calibrated", Calibrated, fixed="codes that were calibrated")], FEW))

@@ -87,8 +87,7 @@ KINDS = [
     Kind("fp4", fp4, fixed="4-bit floats, which graft does not know how to write", only=FEW),
     Kind("compressed-tensors", rowwise, only=FEW),
 ]
-tests = cells(KINDS)
-test_reading, test_forward_and_gradients, test_merging, test_merging_into_a_dense_layer, test_files = tests
+globals().update(cells(KINDS))
 
 
 def test_blocks_at_the_border():

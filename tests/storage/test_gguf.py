@@ -47,8 +47,7 @@ def kernels(monkeypatch):
 FEW = ("LORA", "LORA-dora", "LOHA", "OFT")
 WHY = "its weight is GGUF blocks, and graft does not know how to write it"
 KINDS = [Kind("Q8_0", held, fixed=WHY, only=FEW), Kind("Q8_0, inputs in another order", permuted, fixed=WHY, only=FEW)]
-tests = cells(KINDS)
-test_reading, test_forward_and_gradients, test_merging, test_merging_into_a_dense_layer, test_files = tests
+globals().update(cells(KINDS))
 
 
 def test_the_order_of_the_inputs_is_part_of_the_weight():

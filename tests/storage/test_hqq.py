@@ -11,7 +11,6 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from graft.core.errors import UnsupportedLayerError
 from graft.storage.find import find_store
 from tests.looks import layers
 from tests.models import disturb, seeded
@@ -60,7 +59,7 @@ def hold(layer, dtype=torch.float32):
 
 
 KINDS = [Kind("hqq", hold)]
-test_reading, test_forward_and_gradients, test_merging, test_merging_into_a_dense_layer, test_files = cells(KINDS, FEW)
+globals().update(cells(KINDS, FEW))
 X = torch.linspace(-1, 1, 5 * IN).view(5, IN)
 
 
@@ -128,12 +127,3 @@ def test_a_failed_call_leaves_biases_as_they_were(tmp_path):
 def test_a_layer_without_a_weight_yet_is_refused():
     empty = HQQLinear(None, {**CONFIG, "offload_meta": False}, torch.float32, "cpu")
     assert find_store(empty).why_unreadable(empty) == "it is not quantized yet"
-
-
-def test_what_would_train_packed_weights_is_refused():
-    base = nn.Sequential(hold(linear()), nn.Linear(OUT, 4))
-    kinds = [type(m) for m in base]
-    saved = graft.LoraConfig(r=2, target_modules=["1"], modules_to_save=["0"])
-    for config in (saved, graft.LNTuningConfig(target_modules=["0"])):
-        refuses(UnsupportedLayerError, "is held in codes, which cannot train", graft.get_peft_model, base, config)
-        assert [type(m) for m in base] == kinds

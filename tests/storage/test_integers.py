@@ -79,8 +79,7 @@ KINDS = [
         for name, online in (("online", True), ("offline", False))
     ],
 ]
-tests = cells(KINDS)
-test_reading, test_forward_and_gradients, test_merging, test_merging_into_a_dense_layer, test_files = tests
+globals().update(cells(KINDS))
 
 
 @pytest.mark.differs(

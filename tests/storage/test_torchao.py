@@ -226,7 +226,7 @@ KINDS = [
     Kind("intx", with_weight(intx)),
     Kind("nf4", with_weight(lambda W: NF4Tensor.from_tensor(W, 64, 160))),
 ]
-test_reading, test_forward_and_gradients, test_merging, test_merging_into_a_dense_layer, test_files = cells(KINDS, FEW)
+globals().update(cells(KINDS, FEW))
 
 
 @pytest.mark.differs("torchao's dynamic activations; float8, Gemma's and BitNet's layers without a backward pass")
@@ -302,13 +302,3 @@ def test_tensors_that_nobody_knows_are_never_dense_and_can_be_saved(kind, tmp_pa
     refuses(NotImplementedError, f"{kind.__name__}, which", model.merge_adapter)
     for fingerprint in ("sampled", "full"):
         model.save_pretrained(tmp_path, fingerprint=fingerprint)
-
-
-@pytest.mark.differs("`modules_to_save`, or LN tuning, on a layer that holds codes")
-def test_what_would_train_packed_weights_is_refused():
-    base = nn.Sequential(KINDS[0].hold(linear()), nn.Linear(OUT, 4))
-    kinds = [type(m) for m in base]
-    saved = graft.LoraConfig(r=2, target_modules=["1"], modules_to_save=["0"])
-    for config in (saved, graft.LNTuningConfig(target_modules=["0"])):
-        refuses(UnsupportedLayerError, "is held in codes, which cannot train", graft.get_peft_model, base, config)
-        assert [type(m) for m in base] == kinds

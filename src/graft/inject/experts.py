@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """Names of experts from the time when each was a module, in configs and files, for models that hold all experts of a
 block as one stack.
 

@@ -18,7 +18,6 @@ from graft.files.sources import find_base
 from graft.files.tensors import Tensor as FileTensor
 from graft.files.tensors import read_header
 from graft.inject.parts import get_registry
-from graft.methods.lora.loftq import decompose
 
 
 @torch.no_grad()
@@ -70,10 +69,10 @@ def replace_lora_weights_loftq(
         for key, layer in layers.items():
             method = layer.methods[adapter_name]
             W0 = layer.W0.float()
-            A, B = decompose(layer.op.canon(to_torch(weights[key])).to(W0) - W0, method.cfg.r)
-            root = method.scaling**0.5
+            U, S, Vh = torch.linalg.svd(layer.op.canon(to_torch(weights[key])).to(W0) - W0, full_matrices=False)
+            r, root = method.cfg.r, (S / method.scaling).sqrt()
             with ExitStack() as back:
-                for p, value in zip(method.pair, (A / root, B / root)):
+                for p, value in zip(method.pair, (root[:r, None] * Vh[:r], U[:, :r] * root[:r])):
                     back.callback(p.copy_, p.detach().clone())
                     p.copy_(value)
                 if callback is None or callback(peft_model, key):

@@ -97,6 +97,9 @@ class Carrier:
         Does nothing here; subclasses override it.
         """
 
+    def end_merge(self, names: list[str]) -> None:
+        """Unmerge before `names` become active. Does nothing here; layers override it."""
+
     def refresh_plan(self) -> None:
         """Update the computation after a change of the active adapters. Does nothing here; layers override it."""
 
@@ -171,12 +174,18 @@ class Carrier:
 
         With `inference_mode`, none trains.
 
-        For more than one name, first raises an error if `check_active` finds that they cannot be active together. Runs
-        as a change of the model: waits until its calls have ended.
+        For more than one name, first raises an error if `check_active` finds that they cannot be active together. Then
+        a layer with other adapters merged warns and unmerges them. Runs as a change of the model: waits until its calls
+        have ended.
+
+        Raises:
+            TypeError, ValueError: `adapters` is no list of names, has one twice, or they cannot act together here.
+            InUseError: calls of the model do not end in time.
         """
         names = as_name_list(adapters, "set_adapter")
         if len(names) > 1:
             self.check_active(names)
+        self.end_merge(names)
         self.activate(names, not inference_mode)
 
     def activate(

@@ -86,7 +86,8 @@ class RunningCall:
         else:
             gate.calls[self.thread] = self.outer
         if gate.closed_by is not None:
-            gate.notify_change()
+            with gate.state_changed:
+                gate.state_changed.notify_all()
 
     def __str__(self) -> str:
         """Return the call with its adapters and thread, for errors."""
@@ -277,11 +278,6 @@ class Gate:
                     f"'{thread_name(change.thread)}', "
                     f"while these calls run: {self.describe_calls(call.thread) or 'none'}. {REMEDY}"
                 )
-
-    def notify_change(self) -> None:
-        """Wake the threads that wait at the gate, since a call has ended."""
-        with self.state_changed:
-            self.state_changed.notify_all()
 
     def why_no_turn(self, change: ModelChange) -> str:
         """Return the text of the error for a change that did not get its turn: within a call, or after the timeout."""

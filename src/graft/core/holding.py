@@ -266,20 +266,14 @@ class Holding:
                 break
         else:
             return slots
-        place = self.whole_container(adapter)
-        if place is not None:  # the adapter's module and the base layer are swapped
-            return list(iter_slots(place, ModuleDict({adapter: self._modules[self.inner_name]}), adapter))
+        m = self.methods.get(adapter)
+        if m is not None and adapter in self.state.merged and m.effect.whole:  # the two modules are swapped
+            module = ModuleDict({adapter: self._modules[self.inner_name]})
+            return list(iter_slots(m.layer_names[0], module, adapter))
         never = {(slot.container, slot.path) for slot in slots if slot.is_parameter and not slot.trains}
         slots = [slot for key in self.holders for slot in iter_slots(key, self._modules[key], adapter, never)]
         self.state.slots[adapter] = slots
         return slots
-
-    def whole_container(self, adapter: str) -> str | None:
-        """Return the name of the container with the base layer, while a merged adapter's module has replaced it; else
-        None.
-        """
-        m = self.methods.get(adapter)
-        return m.layer_names[0] if m is not None and adapter in self.state.merged and m.effect.whole else None
 
     def tensors(self, adapter: str, transient: bool = False) -> Iterator[tuple[Slot, Tensor]]:
         """Yield (slot, tensor) for each tensor of an adapter that a checkpoint contains.

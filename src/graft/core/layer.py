@@ -29,8 +29,7 @@ from graft.core.holding import Holding, Where
 from graft.core.lean import init_lean, make_lean
 from graft.core.method import Method, WeightUse
 from graft.core.mixed import MixedPlan
-from graft.core.names import as_name_list
-from graft.core.ops import Op, is_stock
+from graft.core.ops import Op
 from graft.core.peft_names import PeftNames
 from graft.core.plan import FoldedPlan, LayerPlan, ParallelPlan, check_no_gates, plan_adapters, put_input_first
 from graft.core.rows import OFF, Rows
@@ -300,26 +299,11 @@ class AdapterLayer(PeftNames, Host):
         """
         merging.check_together(self, [self.methods[n] for n in names if n in self.methods])
 
-    @changes(all_adapters)
-    def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these adapters active, in their order, and trainable unless `inference_mode`.
-
-        All others become inactive.
-
-        If adapters are merged, warns and unmerges them first, unless `adapters` are the active ones and exactly these
-        are merged. Waits until no call of the model runs.
-
-        Raises:
-            TypeError, ValueError: `adapters` is no list of names, has one twice, or they cannot act together here.
-            InUseError: calls of the model do not end in time.
-        """
-        names = as_name_list(adapters, "set_adapter")
-        if len(names) > 1:
-            self.check_active(names)
+    def end_merge(self, names: list[str]) -> None:
+        """Warn and unmerge, if adapters are merged, unless `names` are the active ones and exactly these are merged."""
         if self.state.merged and not (names == self.state.active and self.is_exactly_merged(names)):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge()
-        self.activate(names, not inference_mode)
 
     def is_exactly_merged(self, names: list[str]) -> bool:
         """Return True if the merged adapters are those of `names` that the layer carries, in this order."""
@@ -507,9 +491,10 @@ class AdapterLayer(PeftNames, Host):
 
         Drops all cached plans, and plans anew for the active adapters.
         """
-        self.site.replace_module(module, op, store)
-        self.op, self.store = op, store
-        self.output_is_new = op.output_is_new and store.exact and is_stock(module)
+        site, self.op, self.store = self.site, op, store
+        site.module, site.op, site.store = module, op, store
+        site.__post_init__()
+        self.output_is_new = site.output_is_new and site.piece is None
         self._modules["base_layer"] = module
         self.state.plans.clear()
         self.state.mixed_plan = None

@@ -154,11 +154,6 @@ class Site:
         self.is_stack = self.op.opaque and len(self.shape) > 2
         self.path = self.path or self.key
 
-    def replace_module(self, module: nn.Module, op: Op, store: Store) -> None:
-        """Exchange the module, its Op and its Store by others that hold the same values, and measure again."""
-        self.module, self.op, self.store = module, op, store
-        self.__post_init__()
-
     @property
     def output_is_new(self) -> bool:
         """True if the module runs a known forward with a plain weight, so that adapters may overwrite its output."""

@@ -11,12 +11,13 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from graft.config.base import PeftConfig
 from graft.core.containers import Transient
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.finite import max_magnitudes
@@ -37,9 +38,6 @@ from graft.methods.trainable_tokens import TrainableTokens
 from graft.storage.codes import make_bias_parameter
 from graft.storage.find import find_device_and_dtype
 from graft.storage.offload import find_offloaded
-
-if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
 
 
 def count_early_numbers(job: InjectionJob) -> float:
@@ -167,8 +165,10 @@ def assign_values(parts: AdapterCarriers, adapter: str, values: Iterable[tuple[R
     method's `finish_load`.
     """
     related = [layer for layer in parts.layers.values() if layer.methods[adapter].lenders]
-    if related:
-        copy_borrowed_tensors(related, adapter)
+    for layer in related:
+        for slot in layer.slots(adapter):
+            if slot.container in layer.methods[adapter].lenders and not slot.tensor.is_meta:
+                slot.where[slot.attribute] = nn.Parameter(slot.tensor.detach().clone(), slot.tensor.requires_grad)
     parted = [] if parts.shared is None else parts.shared.separate_buffers(adapter)
     with ExitStack() as stack:
         for carrier in (*parts.layers.values(), *parts.wrappers.values()):
@@ -194,17 +194,6 @@ def assign_values(parts: AdapterCarriers, adapter: str, values: Iterable[tuple[R
         layer.methods[adapter].finish_load()
     if related:
         share_lent_tensors(related, adapter, only_equal=True)
-
-
-def copy_borrowed_tensors(layers: Iterable[AdapterLayer], adapter: str) -> None:
-    """Replace each tensor that a layer borrows from a lender by a copy in a new Parameter, in place.
-
-    Tensors on the meta device stay.
-    """
-    for layer in layers:
-        for slot in layer.slots(adapter):
-            if slot.container in layer.methods[adapter].lenders and not slot.tensor.is_meta:
-                slot.where[slot.attribute] = nn.Parameter(slot.tensor.detach().clone(), slot.tensor.requires_grad)
 
 
 def share_lent_tensors(layers: Iterable[AdapterLayer], adapter: str, only_equal: bool = False) -> None:

@@ -6,11 +6,13 @@ to the model. All errors about targets are raised here.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
+from graft.config.base import PeftConfig
+from graft.config.fields import Targeted
 from graft.core.carrier import carrier_of
 from graft.core.each import stack_method_class
 from graft.core.effect import Rewrite
@@ -55,10 +57,6 @@ from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfi
 from graft.storage.codes import has_loose_bias
 from graft.storage.find import innermost
 from graft.storage.shared_work import why_no_adapter
-
-if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
-    from graft.config.fields import Targeted
 
 MOST_WARNINGS = 100  # most warnings about entries of one field
 

@@ -15,11 +15,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-from graft.config.base import check_config
+from graft.config.base import PeftConfig, check_config
 from graft.core.errors import gather_warnings
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
@@ -32,9 +31,6 @@ from graft.inject.survey import ModuleTree, Place, attach_module, survey_model
 from graft.methods import ROWS, method_of
 from graft.storage.codes import prepare_packed
 from graft.storage.find import DENSE, find_store_of_tensor, innermost
-
-if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
 
 
 class Injection(InjectionJob):

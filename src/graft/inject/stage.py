@@ -88,11 +88,6 @@ def list_missing_blocks(blocks: nn.Module) -> list[str]:
     return [name for name, is_here in zip(blocks._modules, presence) if not is_here]
 
 
-def is_below(path: str, absent: Iterable[str]) -> bool:
-    """Return True if `path` equals a path in `absent` or is below one."""
-    return any(path == key or path.startswith(f"{key}.") for key in absent)
-
-
 def add_remote_sites(sites: dict[str, Site], tree: ModuleTree, matcher: Matcher, adapter: str) -> dict[str, Site]:
     """Return an adapter's sites in the model's order, together with copies for the blocks on other stages.
 

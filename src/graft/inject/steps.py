@@ -17,11 +17,13 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from graft.config.base import PeftConfig
 from graft.core.errors import NoMatchingPeftModuleError, UnsupportedLayerError, describe_function
+from graft.core.method import Tuner
 from graft.core.site import Site
 from graft.inject.job import InjectionJob
 from graft.inject.match import Verdict, find_unmatched
@@ -30,10 +32,6 @@ from graft.inject.report import Skipped
 from graft.inject.survey import ModuleTree, get_site, get_type_name, skip_empty_carriers
 from graft.inject.targets import UnmatchedEntries, find_named_parameters, resolve_parameter
 from graft.storage.find import innermost
-
-if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
-    from graft.core.method import Tuner
 
 CHECK, CREATE = "_check_target_module_exists", "_create_and_replace"
 PARAMETERS, CAST = "_inject_parameters", "_cast_adapter_dtype"

@@ -12,11 +12,12 @@ their sources), they read the weight with the adapters' updates.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from graft.config.fields import MIXERS
+from graft.config.base import PeftConfig
+from graft.config.fields import MIXERS, Targeted
 from graft.core import merging
 from graft.core.base_config import input_embeddings, model_type
 from graft.core.carrier import carrier_of, layer_in
@@ -30,10 +31,6 @@ from graft.inject.report import InjectReport, Skipped
 from graft.inject.survey import ModuleTree, get_site, get_type_name, is_linear, make_parameter_site, skip_empty_carriers
 from graft.storage.experts import ExpertBlock
 from graft.storage.find import DENSE, find_store, innermost
-
-if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
-    from graft.config.fields import Targeted
 
 ALL_LINEAR = "all-linear"
 DUMMY = "dummy-target-modules"  # inject into no module

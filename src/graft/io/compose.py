@@ -6,19 +6,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from graft.config.base import PeftConfig
+from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
 from graft.io.files import LoadedWeights, check_tensors, load_pair, save_adapter
 from graft.io.fingerprint import Fingerprint, join_fingerprints, make_fingerprint
 from graft.prompts.base import STORED
-
-if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
-    from graft.config.prompt import PromptLearningConfig
 
 
 def join_stages(

@@ -13,20 +13,22 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from graft.config.base import PeftConfig
 from graft.core.base_config import count_tokens, input_embeddings, output_embeddings
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, CheckpointError, PeftWarning, join_some, warn
+from graft.core.layer import AdapterLayer
 from graft.core.names import is_bias
 from graft.core.wrappers import strip_inner_wrappers
 from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.build import assign_values
 from graft.inject.job import Receiver
 from graft.inject.parts import AdapterCarriers, find_carriers, get_config, get_gate, get_registry, unwrap_model
-from graft.inject.stage import find_absent_in_model, is_below
+from graft.inject.stage import find_absent_in_model
 from graft.io.base import make_file_namer
 from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, find_key, list_entries, list_tied_row_keys, rename_keys
 from graft.io.files import LoadedWeights, check_tensors
@@ -50,10 +52,6 @@ from graft.storage.find import innermost
 from graft.storage.offload import find_offloaded, is_tied
 from graft.storage.offload import write_offloaded as put_away
 from graft.storage.parallel import find_whole_shape, write_whole
-
-if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
-    from graft.core.layer import AdapterLayer
 
 
 @dataclass(repr=False)
@@ -403,7 +401,7 @@ class CheckpointValues:
 
     def is_absent(self, path: str) -> bool:
         """Return True if `path` is in a module of another pipeline stage."""
-        return is_below(path, self.absent)
+        return any(path == key or path.startswith(f"{key}.") for key in self.absent)
 
     def check_base(self, parts: AdapterCarriers) -> None:
         """Compare the file's fingerprint with the base; return if it has none.

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from graft.config.base import PeftConfig
 from graft.config.reading import read_object
 from graft.core.base_config import input_embeddings, output_embeddings, text_config
 from graft.core.carrier import layer_in
@@ -45,13 +46,10 @@ from graft.io.base import make_file_namer, remove_carrier_names
 from graft.io.entries import Entry, list_entries
 from graft.io.fingerprint import Fingerprint, digest_base_tensors, list_base_weights, make_fingerprint
 from graft.io.rendezvous import check_entries, check_value, find_ranks, gather_tensors
+from graft.prompts.base import Prompt
 from graft.storage.fsdp2 import find_sharding
 from graft.storage.offload import find_offloaded
 from graft.storage.parallel import copy_unwrapped, find_parameters_below, has_no_layout, processes
-
-if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
-    from graft.prompts.base import Prompt
 
 
 def get_peft_model_state_dict(

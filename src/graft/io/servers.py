@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from graft.config.base import PeftConfig
 from graft.core.base_config import model_type
 from graft.core.ops import Opaque
 from graft.inject.experts import ExpertStack, ExpertStacks, shorten_paths
 from graft.storage.find import innermost
 
 if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
     from graft.methods.lora.config import LoraConfig
 
 IN, OUT = "in", "out"  # the two stacks of a block: the one on its input, and the one that makes its output

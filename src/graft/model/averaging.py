@@ -251,11 +251,11 @@ def note_start(registry: Tuner, adapter: str) -> None:
     """Record shapes and norms of an adapter's first values in `registry.starts`, for a comparison with other
     processes.
     """
-    tensors = initial_tensors(registry, adapter)
-    tensor_norms = torch._foreach_norm(tensors) if tensors else []
-    norms = (
-        torch.stack([n.to(tensor_norms[0].device) for n in tensor_norms]).tolist() if tensor_norms else []
-    )  # of several devices, maybe
+    slots = (s for carrier, name in iter_carried(registry.carriers(), [adapter]) for s in carrier.slots(name))
+    tensors = [s.tensor.detach() for s in slots if s.tensor.is_floating_point() and not s.tensor.is_meta]
+    tensors = [t for t in tensors if t.numel() and layout_of(t) is None]
+    norms = torch._foreach_norm(tensors) if tensors else []
+    norms = torch.stack([n.to(norms[0].device) for n in norms]).tolist() if norms else []  # of several devices, maybe
     registry.starts[adapter] = RankNote(str([(tuple(t.shape), t.dtype) for t in tensors]), str(norms))
 
 
@@ -340,15 +340,6 @@ def slots_of_active(registry: Tuner) -> Iterable[tuple[str, Slot, bool]]:
         for slot in carrier.slots(name):
             if slot.trains:
                 yield f"{carrier.key}.{slot.container}.{name}", slot, name in carrier.state.trainable
-
-
-def initial_tensors(registry: Tuner, adapter: str) -> list[Tensor]:
-    """Return an adapter's floating-point tensors, detached, that are neither empty, on the meta device, nor in
-    parts.
-    """
-    slots = (s for carrier, name in iter_carried(registry.carriers(), [adapter]) for s in carrier.slots(name))
-    tensors = [s.tensor.detach() for s in slots if s.tensor.is_floating_point() and not s.tensor.is_meta]
-    return [t for t in tensors if t.numel() and layout_of(t) is None]
 
 
 def is_late(slot: Slot) -> bool:

@@ -138,16 +138,11 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """
     if not isinstance(multiplier, (int, float)):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
-    layers = layers_with_scaling(model)
+    layers = {path: m for path, m in survey_model(model).layers.items() if getattr(m, "scaling", None)}
     if not layers:
         raise ValueError("scaling is only supported for models with `LoraLayer`s, and this one has none.")
     with rescale_layers(layers, lambda path: multiplier, "rescale_adapter_scale()"):
         yield
-
-
-def layers_with_scaling(model: nn.Module) -> dict[str, Any]:
-    """Return the layers with adapters that have a scaling, by path in the base model."""
-    return {path: layer for path, layer in survey_model(model).layers.items() if getattr(layer, "scaling", None)}
 
 
 @contextmanager

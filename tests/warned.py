@@ -29,33 +29,24 @@ WARNED = [
         "methods/test_corda.py methods/test_dora_caching.py methods/test_loftq.py methods/test_loraga.py model/tasks/ "
         "model/test_registry.py::test_all_linear_leaves_a_head_out_that_lost_its_adapters train/test_kappa.py",
     ),
-    Warned(
-        "Invalid `(oft_block_size|r)`",
-        "samples of OFT ask for blocks that do not divide the layers",
-        MATRICES + "core/test_sparing.py io/test_entries.py model/test_bad_input.py trust/test_audit.py",
-    ),
+    Warned("Invalid `(oft_block_size|r)`", "samples of OFT ask for blocks that do not divide the layers",
+           MATRICES + "core/test_sparing.py io/test_entries.py model/test_bad_input.py trust/test_audit.py"),
     Warned(
         "LoRA adapter added to Conv",
         "a convolution with groups cannot be merged",
         MATRICES + "core/test_layer.py::test_a_failed_merge_and_unload_leaves_the_model "
         "model/test_bad_input.py::test_merge_that_cannot_be",
     ),
-    Warned(
-        r"`\w+_config` specified but will be ignored",
-        "a start from data is replaced by its values",
-        MATRICES + "methods/test_corda.py methods/test_lora_shift.py trust/test_audit.py",
-    ),
+    Warned(r"`\w+_config` specified but will be ignored", "a start from data is replaced by its values",
+           MATRICES + "methods/test_corda.py methods/test_lora_shift.py trust/test_audit.py"),
     Warned("Merging has lost a part", "random updates of the size of a rounding step", "packages/ distributed/"),
     Warned("Some layers of the model are plain", "some are adapted, and their configs name no plain ones", "packages/"),
     Warned("Layer '.*'.* has no bias", "BEFT meets layers without one", MATRICES + "model/tasks/"),
     Warned(
         "`lora_bias=True` was passed", "so does LoRA with a bias of its own", MATRICES + "methods/test_lora_extras.py"
     ),
-    Warned(
-        "Specified to not save",
-        "samples leave out of files what a seed gives again",
-        MATRICES + "core/test_shared.py methods/test_supertuning.py::test_files_without_places",
-    ),
+    Warned("Specified to not save", "samples leave out of files what a seed gives again",
+           MATRICES + "core/test_shared.py methods/test_supertuning.py::test_files_without_places"),
     Warned(
         "Setting `save_embedding_layers` to",
         "adapters of embeddings are saved with the embedding",
@@ -68,27 +59,18 @@ WARNED = [
         MATRICES + "inject/test_parameters.py::test_old_checkpoints_load_into_stacks "
         "model/test_scaling.py::test_injection_is_linear_however_targets_are_named",
     ),
-    Warned(
-        r"The following \w+_pattern keys did not match",
-        "patterns name layers that are no targets",
-        MATRICES + "inject/test_match.py::test_rank_patterns methods/test_corda.py",
-    ),
+    Warned(r"The following \w+_pattern keys did not match", "patterns name layers that are no targets",
+           MATRICES + "inject/test_match.py::test_rank_patterns methods/test_corda.py"),
     Warned(
         "Adapter '.*' trains without its",
         "laws compare gradients of eval mode, in which nothing is dropped, with samples of dropout among the configs",
         MATRICES + "core/test_sparing.py methods/test_shadow.py",
     ),
     Warned("Found missing adapter keys", "files lack keys, to be reported", "compat/test_reports.py"),
-    Warned(
-        "Nearly all gates of",
-        "FineGates that begin as the identity",
-        MATRICES + "core/ device/ inject/ io/test_entries.py model/ trust/",
-    ),
-    Warned(
-        "With use_khatri_rao",
-        "LoHa's other start",
-        MATRICES + "core/ device/ inject/ io/test_entries.py model/ trust/",
-    ),
+    Warned("Nearly all gates of", "FineGates that begin as the identity",
+           MATRICES + "core/ device/ inject/ io/test_entries.py model/ trust/"),
+    Warned("With use_khatri_rao", "LoHa's other start",
+           MATRICES + "core/ device/ inject/ io/test_entries.py model/ trust/"),
     Warned("The invocation tokens of aLoRA", "random tokens may be without them", MATRICES),
     Warned(
         "Adapter name '.*' should not be contained in the prefix",
@@ -141,43 +123,29 @@ WARNED = [
         "storage/test_dequantize.py::test_a_failure_leaves_the_packed_weights "
         "train/test_helpers.py",
     ),
-    Warned(
-        "As LoRA of rank",
-        "updates of any rank are compared in ranks that PEFT is asked for",
-        "combine/test_convert.py",
-    ),
-    Warned(
-        "Converting a PEFT adapter to LoRA that is already",
-        "LoRA is the plainest method to convert",
-        "combine/test_convert.py",
-    ),
-    Warned(
-        "The initialisation of '.*' changed the base weights",
-        "the converted adapter belongs to the changed base",
-        "combine/test_convert.py::test_what_can_be_converted_acts_as_before",
-    ),
+    Warned("As LoRA of rank", "updates of any rank are compared in ranks that PEFT is asked for",
+           "combine/test_convert.py"),
+    Warned("Converting a PEFT adapter to LoRA that is already", "LoRA is the plainest method to convert",
+           "combine/test_convert.py"),
+    Warned("The initialisation of '.*' changed the base weights", "the converted adapter belongs to the changed base",
+           "combine/test_convert.py::test_what_can_be_converted_acts_as_before"),
     Warned(
         "AdaLoRA adapter .* took an optimizer step",
         "no rank is to move here",
         "conformance/test_matrix.py::test_a_copy_is_equal_and_independent "
         "kernels/test_other_kernels.py::test_functional_transforms serving/test_hotswap.py",
     ),
-    Warned(
-        "The initialisation changes base weights that are on the meta",
-        "an injection on the meta device has only names and shapes",
-        "conformance/test_matrix.py::test_injection_on_the_meta_device_gives_the_same_names_and_shapes",
-    ),
+    Warned("The initialisation changes base weights that are on the meta",
+           "an injection on the meta device has only names and shapes",
+           "conformance/test_matrix.py::test_injection_on_the_meta_device_gives_the_same_names_and_shapes"),
     Warned(
         "Model has `tie_word_embeddings=True`",
         "a tied head is adapted without its embedding",
         "core/test_merging.py inject/test_tied.py "
         "model/test_registry.py::test_all_linear_leaves_a_head_out_that_lost_its_adapters",
     ),
-    Warned(
-        r"\w+ changes the base weights of the model",
-        "PiSSA and OLoRA stand beside other adapters",
-        "core/test_w0.py::test_an_initialisation_may_rewrite_the_base_under_a_merge packages/test_bitsandbytes.py",
-    ),
+    Warned(r"\w+ changes the base weights of the model", "PiSSA and OLoRA stand beside other adapters",
+           "core/test_w0.py::test_an_initialisation_may_rewrite_the_base_under_a_merge packages/test_bitsandbytes.py"),
     Warned(
         "After the first backward pass",
         "base weights train and are not saved",
@@ -210,11 +178,7 @@ WARNED = [
         "methods/test_corda.py::test_data_that_say_too_little "
         "methods/test_lora_shift.py::test_other_strings_work_or_raise",
     ),
-    Warned(
-        "TRAINABLE_TOKENS has no modules_to_save",
-        "the head of a task is not to train here",
-        "model/tasks/",
-    ),
+    Warned("TRAINABLE_TOKENS has no modules_to_save", "the head of a task is not to train here", "model/tasks/"),
     Warned(
         "Found missing adapter keys",
         "a file holds a part of the adapter",
@@ -227,26 +191,14 @@ WARNED = [
         "inject/test_attention.py::test_a_model_without_a_wrapper_and_its_state_dict "
         "parity/test_functional.py::test_inject_from_a_state_dict",
     ),
-    Warned(
-        "Some weights of adapter 'default' were not initialized",
-        "a file of other sizes, as far as it fits",
-        "parity/test_functional.py::test_mismatched_sizes_can_be_ignored",
-    ),
-    Warned(
-        "You have passed exclude_modules",
-        "one of the exclusions has nothing to exclude",
-        "inject/test_parameters.py::test_exclusions_and_layers_apply_to_parameters",
-    ),
-    Warned(
-        "(The density|combination_type='linear' has no use for density)",
-        "every rule gets a density, and one that prunes nothing",
-        "combine/test_parity.py",
-    ),
-    Warned(
-        "Argument mask_type='largest' is not recognized",
-        "the mask is given after the config is made",
-        "methods/test_shira.py",
-    ),
+    Warned("Some weights of adapter 'default' were not initialized", "a file of other sizes, as far as it fits",
+           "parity/test_functional.py::test_mismatched_sizes_can_be_ignored"),
+    Warned("You have passed exclude_modules", "one of the exclusions has nothing to exclude",
+           "inject/test_parameters.py::test_exclusions_and_layers_apply_to_parameters"),
+    Warned("(The density|combination_type='linear' has no use for density)",
+           "every rule gets a density, and one that prunes nothing", "combine/test_parity.py"),
+    Warned("Argument mask_type='largest' is not recognized", "the mask is given after the config is made",
+           "methods/test_shira.py"),
     Warned("`enable_softmax_topk` enabled", "PEFT says it as well", "methods/test_xlora.py::test_configs"),
     Warned(
         "Adapter '.*' was loaded for inference",
@@ -255,46 +207,25 @@ WARNED = [
         "storage/test_calibrated.py storage/test_hqq.py",
     ),
     Warned(r"`\w*alpha` is 0 on some or all layers", "a warning beside the one in question", "trust/test_said.py"),
-    Warned(
-        "The adapter is saved; .* could not be written",
-        "the disk refuses the model card",
-        "trust/test_saves.py",
-    ),
+    Warned("The adapter is saved; .* could not be written", "the disk refuses the model card", "trust/test_saves.py"),
     Warned("A save was cut short", "it was", "trust/test_saves.py trust/test_writers.py"),
     Warned(
         "for MLP, the argument `encoder_num_layers` is ignored", "PEFT says it as well", "prompts/test_bad_prompts.py"
     ),
-    Warned(
-        "aLoRA is currently only supported for CAUSAL_LM",
-        "it is refused afterwards; or acts in a bare layer, by offsets that the call gives",
-        "serving/test_slots.py conformance/",
-    ),
-    Warned(
-        "Unexpected keyword arguments",
-        "a Cartridge's file is read as prefix tuning's",
-        "prompts/test_kv_prefix.py::test_cartridges_that_cannot_be_composed",
-    ),
+    Warned("aLoRA is currently only supported for CAUSAL_LM",
+           "it is refused afterwards; or acts in a bare layer, by offsets that the call gives",
+           "serving/test_slots.py conformance/"),
+    Warned("Unexpected keyword arguments", "a Cartridge's file is read as prefix tuning's",
+           "prompts/test_kv_prefix.py::test_cartridges_that_cannot_be_composed"),
     # of packages below
-    Warned(
-        "Prefix tuning injected into layers",
-        "Gemma says which layers share keys and values",
-        "model/generation/test_generate.py",
-    ),
-    Warned(
-        "enable_nested_tensor is True",
-        "torch says it of an odd number of heads",
-        "inject/test_attention.py::test_an_encoder_layer_calls_it",
-    ),
-    Warned(
-        "Full backward hook is firing",
-        "PEFT's LoRA-GA has hooks on layers whose inputs have no gradients",
-        "methods/test_loraga.py",
-    ),
-    Warned(
-        "`gradient_checkpointing_enable` is deprecated",
-        "PEFT calls transformers by the old name",
-        "train/test_helpers.py",
-    ),
+    Warned("Prefix tuning injected into layers", "Gemma says which layers share keys and values",
+           "model/generation/test_generate.py"),
+    Warned("enable_nested_tensor is True", "torch says it of an odd number of heads",
+           "inject/test_attention.py::test_an_encoder_layer_calls_it"),
+    Warned("Full backward hook is firing", "PEFT's LoRA-GA has hooks on layers whose inputs have no gradients",
+           "methods/test_loraga.py"),
+    Warned("`gradient_checkpointing_enable` is deprecated", "PEFT calls transformers by the old name",
+           "train/test_helpers.py"),
     Warned(
         "Detected pickle protocol",
         "a damaged torch file",
@@ -305,9 +236,7 @@ WARNED = [
     Warned("TypedStorage is deprecated", "an old torch file", "trust/test_loading.py"),
     Warned("unclosed (file|scandir)", "an interrupt comes between opening and keeping", "trust/test_saves.py"),
     Warned("FSDP2-wrapped module", "the output of a tiny model is a view", "compat/test_callers.py"),
-    Warned(
-        "None of the inputs have requires_grad",
-        "reentrant checkpointing of transformers 4 begins below an embedding that does not train",
-        "model/generation/test_checkpointing.py",
-    ),
-]
+    Warned("None of the inputs have requires_grad",
+           "reentrant checkpointing of transformers 4 begins below an embedding that does not train",
+           "model/generation/test_checkpointing.py"),
+]  # fmt: skip

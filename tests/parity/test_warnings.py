@@ -75,77 +75,47 @@ CASES = {
         inject("LoraConfig", target_modules=["fc1"], fan_in_fan_out=True),
         "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. Setting fan_in_fan_out to False.",
     ),
-    "fan_conv1D": (
-        inject("LoraConfig", "conv1D", target_modules=["c_fc"]),
-        "fan_in_fan_out is set to False but the target module is `Conv1D`. Setting fan_in_fan_out to True.",
-    ),
-    "fan_ia3": (
-        inject("IA3Config", "conv1D", target_modules=["c_fc"], feedforward_modules=[]),
-        "Setting fan_in_fan_out to True.",
-    ),
+    "fan_conv1D": (inject("LoraConfig", "conv1D", target_modules=["c_fc"]),
+                   "fan_in_fan_out is set to False but the target module is `Conv1D`. Setting fan_in_fan_out to True."),
+    "fan_ia3": (inject("IA3Config", "conv1D", target_modules=["c_fc"], feedforward_modules=[]),
+                "Setting fan_in_fan_out to True."),
     "fan_vera": (inject("VeraConfig", "conv1D", target_modules=["c_fc"]), "Setting fan_in_fan_out to True."),
-    "exclude": (
-        inject("LoraConfig", target_modules=["fc1"], exclude_modules=["nope"]),
-        "You have passed exclude_modules=",
-    ),
-    "rank_pattern": (
-        inject("LoraConfig", target_modules=["fc1"], rank_pattern={"nope": 3}),
-        "The following rank_pattern keys did not match any targeted module and were ignored: ['nope'].",
-    ),
-    "alpha_pattern": (
-        inject("LoHaConfig", target_modules=["fc1"], alpha_pattern={"nope": 3}),
-        "The following alpha_pattern keys did not match any targeted module and were ignored: ['nope'].",
-    ),
-    "lora_bias": (
-        inject("LoraConfig", target_modules=["fc2"], lora_bias=True),
-        "`lora_bias=True` was passed but the targeted layer of type Linear has no bias.",
-    ),
+    "exclude": (inject("LoraConfig", target_modules=["fc1"], exclude_modules=["nope"]),
+                "You have passed exclude_modules="),
+    "rank_pattern": (inject("LoraConfig", target_modules=["fc1"], rank_pattern={"nope": 3}),
+                     "The following rank_pattern keys did not match any targeted module and were ignored: ['nope']."),
+    "alpha_pattern": (inject("LoHaConfig", target_modules=["fc1"], alpha_pattern={"nope": 3}),
+                      "The following alpha_pattern keys did not match any targeted module and were ignored: ['nope']."),
+    "lora_bias": (inject("LoraConfig", target_modules=["fc2"], lora_bias=True),
+                  "`lora_bias=True` was passed but the targeted layer of type Linear has no bias."),
     "groups": (inject("LoraConfig", "conv2d", r=4, target_modules=["grouped"]), "Merging is not supported."),
     "oft_adjusted": (inject("OFTConfig", target_modules=["fc1"], oft_block_size=7), "oft_block_size"),
     "hra_odd": (inject("HRAConfig", target_modules=["fc1"], r=3), "odd"),
     "vera_unsaved": (config("VeraConfig", save_projection=False), "Specified to not save vera_A and vera_B"),
-    "tied": (
-        inject("LoraConfig", target_modules=["fc1"], ensure_weight_tying=True),
-        "You have requested `ensure_weight_tying`, but no tied modules",
-    ),
-    "tied_off": (
-        inject("LoraConfig", "opt", target_modules=["lm_head"]),
-        "a tied layer is part of the adapter, but `ensure_weight_tying` is not set to True.",
-    ),
-    "tied_off_saved": (
-        inject("LoraConfig", "opt", target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
-        "a tied layer is part of the adapter, but `ensure_weight_tying` is not set to True.",
-    ),
-    "tied_no_way": (
-        inject("LoHaConfig", "opt", target_modules=["lm_head"]),
-        "a tied layer is part of the adapter, but no implementation exists to tie the adapters.",
-    ),
-    "untied": (
-        inject("LoraConfig", "llama", target_modules=["embed_tokens"], ensure_weight_tying=True),
-        "You have requested `ensure_weight_tying`, but no tied modules were found in the model",
-    ),
-    "untied_tokens": (
-        inject("LoraConfig", "llama", target_modules=["q_proj"], trainable_token_indices=[1], ensure_weight_tying=True),
-        "`ensure_weight_tying",
-    ),
+    "tied": (inject("LoraConfig", target_modules=["fc1"], ensure_weight_tying=True),
+             "You have requested `ensure_weight_tying`, but no tied modules"),
+    "tied_off": (inject("LoraConfig", "opt", target_modules=["lm_head"]),
+                 "a tied layer is part of the adapter, but `ensure_weight_tying` is not set to True."),
+    "tied_off_saved": (inject("LoraConfig", "opt", target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+                       "a tied layer is part of the adapter, but `ensure_weight_tying` is not set to True."),
+    "tied_no_way": (inject("LoHaConfig", "opt", target_modules=["lm_head"]),
+                    "a tied layer is part of the adapter, but no implementation exists to tie the adapters."),
+    "untied": (inject("LoraConfig", "llama", target_modules=["embed_tokens"], ensure_weight_tying=True),
+               "You have requested `ensure_weight_tying`, but no tied modules were found in the model"),
+    "untied_tokens": (inject("LoraConfig", "llama", target_modules=["q_proj"], trainable_token_indices=[1],
+                             ensure_weight_tying=True), "`ensure_weight_tying"),
     "eva_ignored": (config("LoraConfig", eva_config={}), "`eva_config` specified but will be ignored when"),
-    "eva_default": (
-        config("LoraConfig", init_lora_weights="eva"),
-        "`init_lora_weights` is 'eva' but `eva_config` is not specified. Using default EVA config.",
-    ),
+    "eva_default": (config("LoraConfig", init_lora_weights="eva"),
+                    "`init_lora_weights` is 'eva' but `eva_config` is not specified. Using default EVA config."),
     "corda_ignored": (config("LoraConfig", corda_config={}), "`corda_config` specified but will be ignored when"),
     "corda_default": (
         config("LoraConfig", init_lora_weights="corda"),
         "`init_lora_weights` is 'corda' but `corda_config` is not specified. Using default CorDA config.",
     ),
-    "loftq_ignored": (
-        config("LoraConfig", loftq_config=dict(loftq_bits=4)),
-        "`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.",
-    ),
-    "alora_task": (
-        config("LoraConfig", alora_invocation_tokens=[1]),
-        "aLoRA is currently only supported for CAUSAL_LM task.",
-    ),
+    "loftq_ignored": (config("LoraConfig", loftq_config=dict(loftq_bits=4)),
+                      "`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'."),
+    "alora_task": (config("LoraConfig", alora_invocation_tokens=[1]),
+                   "aLoRA is currently only supported for CAUSAL_LM task."),
     **{
         f"rslora_{how}": (
             config("LoraConfig", init_lora_weights=how, use_rslora=True, **{f"{kind}_pattern": {"fc1": 3}}),
@@ -159,31 +129,23 @@ CASES = {
             ("lora_ga", "rank"),
         )
     },
-    "prefix": (
-        inject("LoraConfig", target_modules=["fc1"], adapter="lora"),
-        "Adapter name 'lora' should not be contained in the prefix 'lora_'.",
-    ),
+    "prefix": (inject("LoraConfig", target_modules=["fc1"], adapter="lora"),
+               "Adapter name 'lora' should not be contained in the prefix 'lora_'."),
     "twice": (twice, "You are trying to modify a model with PEFT for a second time."),
-    "switch_while_merged": (
-        switch_while_merged,
-        "Adapter cannot be set when the model is merged. Unmerging the model first.",
-    ),
+    "switch_while_merged": (switch_while_merged,
+                            "Adapter cannot be set when the model is merged. Unmerging the model first."),
     "disable_with_bias": (
         disable_with_bias,
         "Careful, disabling adapter layers with bias configured to be 'all' does not produce the same output",
     ),
-    "half_disabled": (
-        half_disabled,
-        "The model contains some adapter layers that are enabled and others that are disabled.",
-    ),
+    "half_disabled": (half_disabled,
+                      "The model contains some adapter layers that are enabled and others that are disabled."),
     "renamed_base": (renamed_base, "The PEFT config's `base_model_name_or_path` was renamed from 'x' to 'foo/bar'."),
     "revision": (revision, "peft config has already set base model revision to A, overwriting with revision B"),
     "merge_another": (merge_another, "Already following adapters were merged default."),
-    "embedding_saved": (
-        embedding_saved,
-        "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.",
-    ),
-}
+    "embedding_saved": (embedding_saved,
+                        "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`."),
+}  # fmt: skip
 
 
 @pytest.mark.differs('`lora_ga_config` missing, or given without `init_lora_weights="lora_ga"`')

@@ -70,16 +70,9 @@ STARTS = " ".join(f"LORA-{how}" for how in ("pissa", "olora", "corda", "lora_ga"
 REFUSED = [
     (STARTS, "grouped", ConfigError, "support is limited to conv layers where the rank is divisible"),
     *((STARTS, trait, ConfigError, "has no meaning") for trait in ("conv", "embedding")),
-    *(
-        (f"LORA-{name}", trait, error, "adapts linear layers only")
-        for trait in ("conv", "embedding")
-        for name, error in (
-            ("bdlora-a", UnsupportedLayerError),
-            ("bdlora-b", UnsupportedLayerError),
-            ("velora", UnsupportedLayerError),
-            ("qalora", ConfigError),
-        )
-    ),
+    *((f"LORA-{name}", trait, error, "adapts linear layers only") for trait in ("conv", "embedding")
+      for name, error in (("bdlora-a", UnsupportedLayerError), ("bdlora-b", UnsupportedLayerError),
+                          ("velora", UnsupportedLayerError), ("qalora", ConfigError))),
     *(("LORA-alora", trait, UnsupportedLayerError, "linear layers only") for trait in ("conv", "embedding")),
     ("LORA-mica", "grouped", UnsupportedLayerError, "a convolution with groups > 1 has one for each"),
     ("LORA-dylora", "grouped", UnsupportedLayerError, "this weight is several"),
@@ -87,7 +80,7 @@ REFUSED = [
     ("LORA-bias", "embedding", ConfigError, "lora_bias=True is not supported for Embedding"),
     ("LORA-dora", "grouped", UnsupportedLayerError, "a convolution with groups > 1 has no ΔW"),
     *(("LORA-kasa", trait, UnsupportedLayerError, "adapts linear layers only") for trait in ("conv", "embedding")),
-]
+]  # fmt: skip
 UNMERGEABLE = [
     ("LORA-alora", "", NotImplementedError, "aLoRA does not support merging"),
     ("LORA", "grouped", NotImplementedError, "groups > 1"),  # A sees all groups, a grouped weight cannot
@@ -104,13 +97,8 @@ PARITY = [
     *row("rslora", "mlp conv2d embedding", r=5, lora_alpha=7, use_rslora=True),
     *row("float_alpha", "mlp", r=3, lora_alpha=4.11),
     *row("dropout", "mlp conv1D conv1d conv2d embedding llama", **_lora, lora_dropout=0.3),
-    *row(
-        "patterns",
-        "llama",
-        **_lora,
-        rank_pattern={r"layers\.1\.self_attn\.q_proj": 5, "down_proj": 2},
-        alpha_pattern={"^model.layers.0.self_attn.v_proj": 11, "q_proj": 7},
-    ),
+    *row("patterns", "llama", **_lora, rank_pattern={r"layers\.1\.self_attn\.q_proj": 5, "down_proj": 2},
+         alpha_pattern={"^model.layers.0.self_attn.v_proj": 11, "q_proj": 7}),
     *row("patterns", "conv2d", **_lora, rank_pattern={"point": 4}, alpha_pattern={"conv": 7}),
     *row("patterns", "embedding", **_lora, rank_pattern={"emb": 5}, alpha_pattern={"emb": 3.3}),
     *row("bias_all", "mlp opt conv2d t5", **_lora, bias="all"),
@@ -160,29 +148,18 @@ PARITY = [
     *row("rect", "conv2d", **_lora, target_modules=["rect", "point"]),
     *row("tokens", "llama gpt2 opt", **_lora, trainable_token_indices=[3, 5, 8]),
     *row("tokens_by_name", "llama", **_lora, trainable_token_indices={"embed_tokens": [2, 9]}),
-    *row(
-        "tokens_two",
-        "embedding",
-        **_lora,
-        target_modules=["lin"],
-        trainable_token_indices={"emb": [4], "pos": [1, 2]},
-    ),
+    *row("tokens_two", "embedding", **_lora, target_modules=["lin"],
+         trainable_token_indices={"emb": [4], "pos": [1, 2]}),
     *row("embed", "llama gemma3", **_lora, target_modules=["embed_tokens", "q_proj"]),
     *row("lm_head", "llama", **_lora, target_modules=["lm_head"]),
     *row("head_mixed", "mlp", **_lora, target_modules=["fc1", "head"], modules_to_save=["lin0", "norm"]),
     # PEFT builds a linear layer for the tied head and throws it away
     *row("tied_save", "opt", "rng", **_lora, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
     # PEFT initialises the shared factors a second time through the head, and merges them twice
-    *row(
-        "tied_target",
-        "opt",
-        "init rng merge",
-        **_lora,
-        target_modules=["embed_tokens", "q_proj"],
-        ensure_weight_tying=True,
-    ),
+    *row("tied_target", "opt", "init rng merge", **_lora, target_modules=["embed_tokens", "q_proj"],
+         ensure_weight_tying=True),
     *row("replicated", "llama", "merge", **_lora, layer_replication=[(0, 2), (0, 1), (1, 2)]),
     *LAYERS,
     *CHOICE,
     *EXCLUDE,
-]
+]  # fmt: skip

@@ -6,13 +6,9 @@ from tests.samples.laws import Sample
 from tests.samples.parity import CHOICE, DEFAULT_TARGETS, EXCLUDE, LAYERS, row, sized
 
 LAWS = [
-    Sample(
-        "VBLORA",
-        config=dict(r=3, num_vectors=7, vector_length=2, topk=3, init_vector_bank_bound=0.5),
-        identity=False,
-        subtracts=True,
-    ),
-]
+    Sample("VBLORA", config=dict(r=3, num_vectors=7, vector_length=2, topk=3, init_vector_bank_bound=0.5),
+           identity=False, subtracts=True),
+]  # fmt: skip
 REFUSED = [("VBLORA", trait, UnsupportedLayerError, "must be divisible by") for trait in ("odd-in", "odd-out")]
 PARITY = [
     *row("plain", "mlp conv1D", r=3, num_vectors=9, vector_length=2),

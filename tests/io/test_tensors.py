@@ -50,7 +50,8 @@ def test_copies_have_the_digest_of_their_file_and_later_changes_do_not_reach_the
 
 @pytest.mark.parametrize("reserves", [True, False])
 def test_a_file_in_pieces_replaces_an_older_one(tmp_path, reserves, monkeypatch):
-    """Also where the system reserves no blocks."""
+    """Also where the system reserves no blocks, and where a piece takes several calls."""
+    monkeypatch.setattr("graft.config.atomic.CHUNK", 2)
     if not reserves:
         monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
     path = tmp_path / "x"

@@ -36,7 +36,7 @@ def python(tmp_path, text):
 def test_a_server_for_as_long_as_the_block_runs(tmp_path):
     adapters = {"one": "a/one", "two": "/two"}
     with start_vllm(python(tmp_path, SERVER), "a/base", "named", adapters, "bfloat16", 32) as url:
-        said = Connection(url).get("/v1/models")
+        said = Connection(url).ask("/v1/models", dict)
     words = said["words"]
     assert words[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
     given = dict(pairwise(words[2:]))

@@ -152,7 +152,7 @@ def test_a_redirect_does_not_get_the_key():
                 with pytest.raises(ServerError, match=rf"answers {status}, a redirect to '{elsewhere}"):
                     identify_server(connection)
                 with pytest.raises(ServerError, match="a redirect"):
-                    connection.post("/v1/completions", {})
+                    connection.ask("/v1/completions", list, {})
         assert not keys
         assert identify_server(Connection(elsewhere, 5, "secret")) == "vllm" and keys == ["Bearer secret"]
 
@@ -192,7 +192,7 @@ def test_bytes_that_come_forever_end_with_the_timeout(parts, forever):
     with dripping(*parts, forever=forever) as (url, gone):
         begin = time.monotonic()
         with pytest.raises(ServerError, match=r"not answered within 0\.4 s"):
-            Connection(url, 0.4, "secret").get("/v1/models")
+            Connection(url, 0.4, "secret").ask("/v1/models", list)
         assert time.monotonic() - begin < 2
         assert gone.wait(5), "the connection is still open"
 
@@ -200,7 +200,7 @@ def test_bytes_that_come_forever_end_with_the_timeout(parts, forever):
 def test_a_flood_is_not_read_to_its_end():
     with dripping(OK, b"\r\n", forever=b"x" * 1_000_000, pause=0) as (url, gone):
         with pytest.raises(ServerError, match="more than 16000000 bytes"):
-            Connection(url, 20).get("/v1/models")
+            Connection(url, 20).ask("/v1/models", list)
         assert gone.wait(5)
 
 
@@ -210,7 +210,7 @@ def test_a_flood_is_not_read_to_its_end():
 )
 def test_what_is_no_http(said):
     with dripping(said) as (url, _), pytest.raises(ServerError, match="cannot be reached") as error:
-        Connection(url, 5).get("/v1/models")
+        Connection(url, 5).ask("/v1/models", list)
     assert str(error.value).isprintable()
 
 

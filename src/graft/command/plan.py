@@ -162,11 +162,9 @@ def make_adapter_config(
     # the method's default targets are like LoRA's
     if targets is None and "nemotron_h" in getattr(method_of(method.upper()), "targets", ()):
         targets = "all-linear"
-    names: Json = (
-        {}
-        if targets is None
-        else {"target_modules": targets if targets == "all-linear" else show.split_commas(targets)}
-    )
+    names: Json = {}
+    if targets is not None:
+        names["target_modules"] = targets if targets == "all-linear" else show.split_commas(targets)
     if parameters:
         names["target_parameters"] = show.split_commas(parameters)
     fields = kind.__dataclass_fields__

@@ -53,22 +53,21 @@ class Connection:
         self.url, self.timeout = url.rstrip("/").removesuffix("/v1"), timeout
         self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
-    def get(self, path: str, parse: Callable[[Any], Any] = lambda reply: reply) -> Any:
-        """Send a GET request, decode the answer as JSON, and return `parse` of it.
+    def ask(self, path: str, parse: Callable[[Any], Any], body: Json | None = None) -> Any:
+        """Send a request as `send` does, decode the answer as JSON, and return `parse` of it.
 
         Raises:
             ServerError: the server is unreachable, late, answers with an error or a redirect, with no JSON, or with
-                JSON that makes `parse` raise.
+                JSON that makes `parse` raise. The text has the beginning of such an answer.
             UnknownModelError: the server answers 404.
         """
-        return self._parse(path, self.send(path), parse)
-
-    def post(self, path: str, body: Json, parse: Callable[[Any], Any] = lambda reply: reply) -> Any:
-        """Send `body` as JSON in a POST request, decode the answer as JSON, and return `parse` of it.
-
-        Errors are those of `get`.
-        """
-        return self._parse(path, self.send(path, body), parse)
+        text = self.send(path, body)
+        try:
+            return parse(json.loads(text))
+        except MALFORMED:
+            raise ServerError(
+                f"{self.url}{path} answers something else than expected: {quote_answer(text)}. Check its version."
+            ) from None
 
     def send(self, path: str, body: Json | None = None) -> bytes:
         """Send a GET request, or a POST of `body` as JSON if `body` is not None. Return the bytes of the answer.
@@ -109,15 +108,6 @@ class Connection:
         if status >= 400:
             raise (UnknownModelError if status == 404 else ServerError)(f"{url} answers {status}: {quote_answer(text)}")
         return text
-
-    def _parse(self, path: str, text: bytes, parse: Callable[[Any], Any]) -> Any:
-        """Decode JSON and return `parse` of it. Raises ServerError with the beginning of the answer if either fails."""
-        try:
-            return parse(json.loads(text))
-        except MALFORMED:
-            raise ServerError(
-                f"{self.url}{path} answers something else than expected: {quote_answer(text)}. Check its version."
-            ) from None
 
 
 class Exchange(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
@@ -216,7 +206,7 @@ def identify_server(connection: Connection, name: str | None = None) -> str:
         with suppress(UnknownModelError):  # a server without a list of models
             connection.send("/v1/models")
         return name
-    owners = connection.get("/v1/models", lambda reply: {str(entry.get("owned_by")) for entry in reply["data"]})
+    owners = connection.ask("/v1/models", lambda reply: {str(entry.get("owned_by")) for entry in reply["data"]})
     return next((name for name, owner in OWNERS.items() if owner in owners), "openai")
 
 
@@ -255,7 +245,7 @@ def ask_log_probabilities(
 def list_served_models(connection: Connection) -> list[str]:
     """Return the model names in the server's `/v1/models`; [] if that request fails."""
     try:
-        names: list[str] = connection.get("/v1/models", lambda reply: [str(entry["id"]) for entry in reply["data"]])
+        names: list[str] = connection.ask("/v1/models", lambda reply: [str(entry["id"]) for entry in reply["data"]])
         return names
     except ServerError:
         return []
@@ -277,7 +267,7 @@ def ask_openai(connection: Connection, name: str, ids: Sequence[int]) -> LogProb
         return len(values), named[: len(ids)], pair_with_tokens(ids[: len(values)], values)
 
     body = dict(model=name, prompt=list(ids), max_tokens=1, temperature=0, logprobs=1, echo=True)
-    number, named, seen = connection.post("/v1/completions", body | dict(return_tokens_as_token_ids=True), parse)
+    number, named, seen = connection.ask("/v1/completions", parse, body | dict(return_tokens_as_token_ids=True))
     if number < len(ids) or (named and named != list(ids)):
         raise BaseModelMismatchError(
             f"{connection.url} has {number - 1} tokens {shorten_text(str(named[:8]))}… for a prompt of {len(ids)}, "
@@ -304,7 +294,7 @@ def ask_sglang(connection: Connection, name: str, ids: Sequence[int]) -> LogProb
     )  # fmt: skip
     if name not in list_served_models(connection)[:1]:
         body["lora_path"] = name
-    tokens, seen = connection.post("/generate", body, parse)
+    tokens, seen = connection.ask("/generate", parse, body)
     if tokens != list(ids):
         text = shorten_text(str(tokens[:8]))
         raise BaseModelMismatchError(
@@ -336,7 +326,7 @@ def select_llama_adapter(connection: Connection, name: str | None) -> list[Json]
     `name` is an adapter's number, its path, its file name, or that name without ".gguf". Changes nothing on the server.
     Raises UnknownModelError unless exactly one adapter has that name.
     """
-    paths = connection.get("/lora-adapters", lambda reply: {int(entry["id"]): str(entry["path"]) for entry in reply})
+    paths = connection.ask("/lora-adapters", lambda reply: {int(entry["id"]): str(entry["path"]) for entry in reply})
     files = {i: os.path.basename(path) for i, path in paths.items()}
     fits = [i for i, file in files.items() if name in (str(i), paths[i], file, file.removesuffix(".gguf"))]
     if name is not None and len(fits) != 1:
@@ -372,11 +362,10 @@ def ask_llama_server(connection: Connection, lora: list[Json], ids: Sequence[int
     body: Json = dict(
         prompt=list(ids), n_predict=1, n_probs=PROBABILITIES, temperature=0, cache_prompt=False, lora=lora
     )
-    seen: LogProbabilities = connection.post("/completion", body, parse)
+    seen: LogProbabilities = connection.ask("/completion", parse, body)
     if not seen:  # the token was a part of a character
-        seen = connection.post(
-            "/completion", body | dict(logit_bias=[[find_plain_token(connection), 100]]), parse_whole
-        )
+        body |= dict(logit_bias=[[find_plain_token(connection), 100]])
+        seen = connection.ask("/completion", parse_whole, body)
     return seen
 
 
@@ -386,7 +375,7 @@ def find_plain_token(connection: Connection) -> int:
     Raises ServerError if there is none.
     """
     for token in range(3, 300):
-        text = connection.post("/detokenize", {"tokens": [token]}, lambda reply: reply["content"])
+        text = connection.ask("/detokenize", lambda reply: reply["content"], {"tokens": [token]})
         if isinstance(text, str) and text.isascii() and text.strip().isalpha():
             return token
     raise ServerError(f"{connection.url} gives no log-probabilities, nor tokens of text. Give a text model.")

@@ -355,8 +355,8 @@ class _FusedKernel(torch.autograd.Function):
 
 
 def compute_training_loss(model: PeftModel, ids: Tensor) -> Tensor:
-    """Run the model on token ids, with a mask of ones, and return its loss, or the mean of its first output without
-    one.
+    """Run the model on token ids, with a mask of ones. Return its loss, with the ids as labels, for language models and
+    encoder-decoders, which the class's name tells; for other models the mean of the first output in float32.
 
     Methods with several tasks get task 0 for all rows. A method with timesteps (T-LoRA) gets its largest. Raises
     ConfigError for a model with another main input than `input_ids`.
@@ -370,20 +370,10 @@ def compute_training_loss(model: PeftModel, ids: Tensor) -> Tensor:
         inputs["task_ids"] = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     most = next((config.max_timestep for config in model.peft_config.values() if hasattr(config, "max_timestep")), None)
     with nullcontext() if most is None else model.timestep(most):  # T-LoRA
-        return compute_loss_of_inputs(model, base, inputs, task)
-
-
-def compute_loss_of_inputs(model: PeftModel, base: nn.Module, inputs: dict[str, Tensor], task: str) -> Tensor:
-    """Return the model's loss, with `input_ids` as labels, for language models and encoder-decoders; for other models
-    the mean of the first output in float32.
-
-    `task` is the name of the base model's class, which decides this.
-    """
-    takes_tokens = task.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration"))
-    if takes_tokens or getattr(base.config, "is_encoder_decoder", False):
-        loss: Tensor = model(**inputs, labels=inputs["input_ids"]).loss
-        return loss
-    return model(**inputs)[0].float().mean()
+        takes_tokens = task.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration"))
+        if takes_tokens or getattr(base.config, "is_encoder_decoder", False):
+            return model(**inputs, labels=ids).loss
+        return model(**inputs)[0].float().mean()
 
 
 def count_adapted_blocks(matched: list[str], kinds: dict[str, str]) -> dict[str, tuple[int, int]]:

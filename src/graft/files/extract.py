@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -23,12 +23,9 @@ from graft.files.algebra import Svd
 from graft.files.base import BaseDescription
 from graft.files.errors import OptionError
 from graft.files.layers import CheckpointPair, module_path
-from graft.files.neutral import AdapterFile, LowRank
+from graft.files.neutral import AdapterFile, Kind, LowRank
 from graft.files.resize import check_resize_options, resize_adapter
 from graft.files.tensors import Bytes, Tensor, are_equal, rearrange_tensor
-
-if TYPE_CHECKING:
-    from graft.files.neutral import Kind
 
 LARGE = 2048  # above that many rows and columns the SVD is randomized
 OVERSAMPLING, ROUNDS = 10, 2

@@ -9,20 +9,18 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from graft import CheckpointError, LossError
 from graft.core.errors import join_some
 from graft.files.algebra import as_low_rank, contract_tucker_core, list_delta_products
+from graft.files.base import BaseDescription as Base
 from graft.files.formats.peft import PREFIXES, VARIANTS, make_names_error
 from graft.files.names import CONV1D
 from graft.files.neutral import AdapterFile, LostModule, LowRank, OtherMethod
 from graft.files.tensors import Tensor, make_tensor, rearrange_tensor
-
-if TYPE_CHECKING:
-    from graft.files.formats import Base
 
 Parts = frozenset[str]
 PARTS = {

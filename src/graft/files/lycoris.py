@@ -8,20 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from graft import CheckpointError
 from graft.files.algebra import read_float64
-from graft.files.base import BaseDescription
+from graft.files.base import BaseDescription as Base
 from graft.files.bases import choose_names
 from graft.files.inspect import read_base_weight
 from graft.files.neutral import AdapterFile, LowRank, OtherMethod
 from graft.files.tensors import Tensor, make_tensor
-
-if TYPE_CHECKING:
-    from graft.files.formats import Base
 
 
 def lycoris_to_peft(adapter: AdapterFile, base: Base | None = None) -> AdapterFile:
@@ -114,7 +110,7 @@ def factor_shape(m: OtherMethod, name: str) -> tuple[int, int]:
     return tensors[f"{name}_a"].shape[0], tensors[f"{name}_b"].shape[1]
 
 
-def kasa_to_lora(adapter: AdapterFile, base: BaseDescription) -> AdapterFile:
+def kasa_to_lora(adapter: AdapterFile, base: Base) -> AdapterFile:
     """Return an adapter with each KaSA module as LoRA plus a shift: the smallest singular components that KaSA removes
     from the base.
 
@@ -148,9 +144,7 @@ def read_component_bytes(smallest: Callable[[], Sequence[bytes]], i: int) -> byt
     return smallest()[i]
 
 
-def compute_smallest_components(
-    path: str, adapter: AdapterFile, base: BaseDescription, lora: LowRank
-) -> tuple[bytes, bytes]:
+def compute_smallest_components(path: str, adapter: AdapterFile, base: Base, lora: LowRank) -> tuple[bytes, bytes]:
     """Return the smallest singular components of a module's base weight, as many as the rank, as float32 bytes of A and
     B.
 

@@ -7,18 +7,15 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from graft import BaseModelMismatchError, CheckpointError
 from graft.config.reading import Json
 from graft.core.errors import join_some
-from graft.files.base import BaseDescription
+from graft.files.base import BaseDescription as Base
 from graft.files.bases import COMPONENTS, choose_names, view_by_model_names
 from graft.files.errors import BaseNeededError
 from graft.files.neutral import AdapterFile, LowRank
-
-if TYPE_CHECKING:
-    from graft.files.formats import Base
 
 CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}  # model types with weights (in, out)
 
@@ -75,7 +72,7 @@ def make_missing_error(adapter: AdapterFile, names: Iterable[str], base: Base) -
     )
 
 
-def check_modules(adapter: AdapterFile, base: BaseDescription) -> BaseDescription:
+def check_modules(adapter: AdapterFile, base: Base) -> Base:
     """Return the base under the adapter's names, after a check that its modules and the shapes of LoRA factors fit.
 
     Stacks of experts may be missing from the base.
@@ -93,7 +90,7 @@ def check_modules(adapter: AdapterFile, base: BaseDescription) -> BaseDescriptio
     return known
 
 
-def to_model_names(adapter: AdapterFile, base: BaseDescription) -> tuple[AdapterFile, BaseDescription]:
+def to_model_names(adapter: AdapterFile, base: Base) -> tuple[AdapterFile, Base]:
     """Return the adapter and the base under the parameter names of the base's model, if the adapter has the file's
     names.
 

@@ -117,11 +117,8 @@ def check_resize_options(ways: Mapping[str, float | None], max_rank: int | None)
     name = names[0]
     value = ways[name]
     assert value is not None
-    wrong = (
-        (name == "rank" and value < 1) or (name == "energy" and not 0 < value <= 1)
-        or (name == "ratio" and not value > 1) or (name == "max_mb" and not 0 < value < math.inf)
-    )  # fmt: skip
-    if wrong or (max_rank is not None and max_rank < 1):
+    fits = {"rank": value >= 1, "energy": 0 < value <= 1, "ratio": value > 1, "max_mb": 0 < value < math.inf}
+    if not fits[name] or (max_rank is not None and max_rank < 1):
         raise OptionError(
             f"{name}={value} with max_rank={max_rank} is not possible. A rank is at least 1, an energy in (0, 1], a "
             "ratio above 1, a size above 0."

@@ -25,7 +25,6 @@ from graft.files.places import ComputedParameters, Spot, find_spots
 from graft.files.tensors import EIGHT_BITS, FLOATS, Bytes, Tensor
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 

@@ -12,7 +12,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from graft import CheckpointError, PeftError
 from graft.config import pair
@@ -24,19 +24,18 @@ from graft.files.base import (
     NEEDED,
     TORCH_INDEX,
     WEIGHTS,
-    BaseDescription,
     list_folder_entries,
     list_shards,
     matches_any,
     read_base_files,
 )
+from graft.files.base import (
+    BaseDescription as Base,
+)
 from graft.files.bases import open_base
 from graft.files.errors import BaseNeededError, OptionError, OutputExistsError
 from graft.files.formats import FORMATS, module_of, read
 from graft.files.neutral import AdapterFile
-
-if TYPE_CHECKING:
-    from graft.files.formats import Base
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 BASE_ID = re.compile(r"(?P<repo>([\w.-]+/)?[\w.-]+)(@(?P<revision>[\w./-]+))?")  # old models such as gpt2 have no owner
@@ -122,7 +121,7 @@ def require_base(adapter: str, base: str | None) -> str:
     return find_base(name)
 
 
-def run_with_base(adapter: str, base: str | None, run: Callable[[BaseDescription | None], Result]) -> Result:
+def run_with_base(adapter: str, base: str | None, run: Callable[[Base | None], Result]) -> Result:
     """Return `run(base)` for the opened base. If `base` is None, call `run(None)` first.
 
     If that raises BaseNeededError and the adapter names a base, call `run` again with that base.
@@ -141,7 +140,7 @@ def run_with_base(adapter: str, base: str | None, run: Callable[[BaseDescription
     return run(open_base(require_base(adapter, None)))
 
 
-def describe_named_base(adapter: str) -> BaseDescription | None:
+def describe_named_base(adapter: str) -> Base | None:
     """Return names and shapes, without values, of the base that an adapter names; None if it names none, or its files
     are damaged or not on this machine.
     """
@@ -150,7 +149,7 @@ def describe_named_base(adapter: str) -> BaseDescription | None:
         base = None if name is None else read_base_files(find_base(name))
     except CheckpointError:
         return None
-    return None if base is None else BaseDescription(base.path, base.config, base.shapes, [*base.modules])
+    return None if base is None else Base(base.path, base.config, base.shapes, [*base.modules])
 
 
 def read_licence(folder: str) -> str | None:

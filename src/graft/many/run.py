@@ -489,7 +489,10 @@ class Run:
         return self.tokens / seconds if seconds else 0.0
 
 
-def make_steps(runs: Iterable[tuple[Run, float, float, Tensor]]) -> None:
+DueStep = tuple[Run, float, float, Tensor]  # a run, loss and norm of its step, and the norm on the device
+
+
+def make_steps(runs: Iterable[DueStep]) -> None:
     """Make a step of each run: clip its gradients, step optimizer and schedule, and add a record to its `curve`.
 
     Runs with equal optimizers on vectors step by one call, without a change of results. Optimizers not of torch draw
@@ -502,9 +505,7 @@ def make_steps(runs: Iterable[tuple[Run, float, float, Tensor]]) -> None:
         Exception: the error of an optimizer or schedule, with a note. The runs that shared its call have then failed,
             and those after it have made no step.
     """
-    by_rate: dict[
-        float, list[list[tuple[Run, float, float, Tensor]]]
-    ] = {}  # the rate is the setting that differs most often
+    by_rate: dict[float, list[list[DueStep]]] = {}  # the rate is the setting that differs most often
     for item in runs:
         run = item[0]
         run.prepare_step(item[3])

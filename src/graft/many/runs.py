@@ -53,7 +53,7 @@ from graft.many.joint import (
 )
 from graft.many.loader import Loader, annotate_error, shares_position
 from graft.many.losses import Loss, find_model_loss
-from graft.many.run import RUNNING, STOPPED, BatchResult, Run, StepRecord, ValidationRecord, make_steps
+from graft.many.run import RUNNING, STOPPED, BatchResult, DueStep, Run, StepRecord, ValidationRecord, make_steps
 from graft.many.table import Progress
 from graft.many.trainer import TrainerDescription
 
@@ -753,7 +753,7 @@ class MultiTrain:
             raise RuntimeError(f"{run.why} Load an earlier state by load_run(), or remove the run.")
         return run
 
-    def _measure_gradients(self, name: str) -> tuple[Run, float, float, Tensor]:
+    def _measure_gradients(self, name: str) -> DueStep:
         """Return a run, its loss, and the norm of its gradients as a number and a tensor. The row has the gradients.
 
         Raises RuntimeError if there are no gradients, and the errors of `_get_called_run`.
@@ -845,7 +845,7 @@ class MultiTrain:
         for run in going:
             if run not in due:
                 run.store_gradients()
-        finite = list[tuple[Run, float, float, Tensor]]()
+        finite = list[DueStep]()
         for run, (loss, norm, length) in zip(due, self._read_numbers(due)):
             bad = run.fail_if_not_finite(loss, norm)
             if bad is None:

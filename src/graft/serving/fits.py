@@ -24,20 +24,11 @@ if TYPE_CHECKING:
 
 # fields of a LoraConfig that add something to A and B or run them in another way, and the value that leaves them off
 PLAIN: dict[str, tuple[object, ...]] = {
-    "lora_bias": (False,),
-    "bias": ("none",),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "layer_replication": (None,),
-    "alora_invocation_tokens": (None,),
-    "use_qalora": (False,),
-    "use_bdlora": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "velora_config": (None,),
-}
+    "lora_bias": (False,), "bias": ("none",), "modules_to_save": (None, []), "trainable_token_indices": (None,),
+    "target_parameters": (None, []), "layer_replication": (None,), "alora_invocation_tokens": (None,),
+    "use_qalora": (False,), "use_bdlora": (None,), "arrow_config": (None,), "kasa_config": (None,),
+    "monteclora_config": (None,), "velora_config": (None,),
+}  # fmt: skip
 
 
 @dataclass

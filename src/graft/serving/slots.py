@@ -275,7 +275,7 @@ class AdapterSlots:
             TypeError: an option is unknown.
         """
         self._check_known([])
-        check_adapter_name(name, self._names_taken, TAKEN)
+        check_adapter_name(name, [*self._known, *self._leaving], TAKEN)
         if unknown := set(hub) - (READING - {"expert_layout"}):
             raise TypeError(f"load() got unexpected keyword arguments: {', '.join(sorted(unknown))}.")
         if not keep and isinstance(source, (nn.Module, Mapping)):
@@ -291,7 +291,7 @@ class AdapterSlots:
 
         factors = read()
         with self.gate.state_changed:
-            check_adapter_name(name, self._names_taken, TAKEN)
+            check_adapter_name(name, [*self._known, *self._leaving], TAKEN)
             self._known[name] = KnownAdapter(factors, None) if keep else KnownAdapter(None, read)
             needed = find_highest_rank(factors)
             self._ranks[name] = min(rank for rank in self.sizes if rank >= needed)
@@ -375,11 +375,6 @@ class AdapterSlots:
 
     def __contains__(self, name: str) -> bool:
         return name in self._known
-
-    @property
-    def _names_taken(self) -> list[str]:
-        """The names that no other adapter can have now: those known, and those that `unload` waits for."""
-        return [*self._known, *self._leaving]
 
     # slots
 

@@ -10,13 +10,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace as replaced
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from graft import CheckpointError, LossError, PeftWarning
 from graft.config import pair
 from graft.config.reading import Json, compile_ending, compile_pattern, read_object
 from graft.core.errors import join_some, shorten_text, warn
 from graft.files import pickles
+from graft.files.base import BaseDescription as Base
 from graft.files.bases import COMPONENTS
 from graft.files.errors import BaseNeededError
 from graft.files.names import find_pipeline_parts, join_pipeline, split_pipeline
@@ -31,9 +32,6 @@ from graft.files.tensors import (
     reshape_tensor,
 )
 from graft.io.written import MARK, StackLayout
-
-if TYPE_CHECKING:
-    from graft.files.formats import Base
 
 NAME = "peft"
 _FILES = (pair.SAFETENSORS, pair.TORCH), (pair.CONFIG_NAME, "README.md")

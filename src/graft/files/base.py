@@ -56,7 +56,7 @@ class BaseDescription:
         adapters: of a live model: name → config.
         model: the live model or its meta copy, if there is one.
         parts: the models of a pipeline, by name.
-        shift: (prefix of the names here, prefix in its place in the model).
+        shift: (prefix of the names here, prefix that the model has instead).
         views: cache of `graft.files.bases.view_by_model_names`: empty, or its one result.
     """
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Set
-from typing import TYPE_CHECKING
 
 from graft import CheckpointError
 from graft.config.reading import Json, read_object
 from graft.files.base import BaseDescription, read_base_files
 from graft.files.places import find_prefix_shift
-
-if TYPE_CHECKING:
-    pass
 
 PIPELINE, CONFIG = "model_index.json", "config.json"
 # parts of a pipeline that adapters change; text_encoder_2 counts, too
@@ -64,16 +60,12 @@ def open_pipeline(path: str) -> BaseDescription:
     Only folders with a config.json that begin with a name of `COMPONENTS` count. Raises CheckpointError if none has
     modules.
     """
-    folders = [part for part in sorted(os.listdir(path)) if part.startswith(COMPONENTS)]
-    parts = {part: open_base(os.path.join(path, part)) for part in folders if is_model_folder(os.path.join(path, part))}
-    if not any(True for part in parts.values() for _ in part.modules):
+    folders = {part: os.path.join(path, part) for part in sorted(os.listdir(path)) if part.startswith(COMPONENTS)}
+    models = {part: folder for part, folder in folders.items() if os.path.exists(os.path.join(folder, CONFIG))}
+    parts = {part: open_base(folder) for part, folder in models.items()}
+    if not any(part.modules for part in parts.values()):
         raise CheckpointError(f"{path} has no {', '.join(COMPONENTS)} with modules. Give a complete pipeline.")
     return join_pipeline_models(path, read_object(os.path.join(path, PIPELINE)), parts)
-
-
-def is_model_folder(folder: str) -> bool:
-    """Return True if a folder has a config.json."""
-    return os.path.exists(os.path.join(folder, CONFIG))
 
 
 def join_pipeline_models(path: str, config: Json, parts: Mapping[str, BaseDescription]) -> BaseDescription:

@@ -97,13 +97,13 @@ def lint_adapter(adapter: AdapterFile, base: BaseDescription | None = None) -> l
 Faults = Iterator[tuple[str, list[str]]]  # pairs of a text and the names that it is about
 
 
-def find_numbers(is_bad: Callable[[np.ndarray], np.ndarray], what: str, look: LintSubject) -> Faults:
-    """Yield one fault with the names of the tensors that have a number for which `is_bad` is True, if there are any.
+def find_numbers(is_bad: Callable[[np.ndarray], np.ndarray], kind: str, look: LintSubject) -> Faults:
+    """Yield one fault with the names of the tensors that have a number of the kind `is_bad`, if there are any.
 
-    what: these numbers, at the beginning of the text.
+    kind: the name of these numbers, which begins the text.
     """
     if bad := sorted({name for name, t in list_floating_tensors(look.adapter) if is_bad(t.read()).any()}):
-        yield f"{what} in {join_some(bad, 3)}", bad
+        yield f"{kind} in {join_some(bad, 3)}", bad
 
 
 def find_zero_b(look: LintSubject) -> Faults:

@@ -92,6 +92,17 @@ class Finding:
         return self.verdict == "ok"
 
 
+def make_variant_condition(name: str) -> Callable[[Subject], Iterable[str]]:
+    """Return a condition that yields `name` if a module has that method."""
+
+    def find_variant(subject: Subject) -> Iterable[str]:
+        """Yield the variant's name if a module of the adapter has it."""
+        if any(module.method == name for module in subject.adapter.modules.values()):
+            yield name
+
+    return find_variant
+
+
 @dataclass(frozen=True)
 class Subject:
     """An adapter, a server with its options, and the base if it is known. Methods without arguments are conditions."""
@@ -175,17 +186,7 @@ class Subject:
         if self.adapter.method != "LORA":
             yield f"its method is {self.adapter.method}"
 
-    def kasa(self) -> Iterable[str]:
-        """Yield "KASA" if a module has that method."""
-        return list_variant(self.adapter, "KASA")
-
-    def blocks(self) -> Iterable[str]:
-        """Yield "BDLORA" if a module has that method."""
-        return list_variant(self.adapter, "BDLORA")
-
-    def pooled(self) -> Iterable[str]:
-        """Yield "QALORA" if a module has that method."""
-        return list_variant(self.adapter, "QALORA")
+    kasa, blocks, pooled = map(make_variant_condition, ("KASA", "BDLORA", "QALORA"))
 
     def dora(self) -> Iterable[str]:
         """Yield each module with a DoRA magnitude."""
@@ -465,11 +466,6 @@ def check_servers(
                 facts = server.name, server.version, server.date, row["when"], row["verdict"], join_some(what, 3)
                 findings.append(Finding(*facts, row["does"], remedy, row.get("evidence", "run")))
     return findings
-
-
-def list_variant(adapter: AdapterFile, name: str) -> list[str]:
-    """Return [name] if a module of the adapter has the method `name`; else []."""
-    return [name] * any(module.method == name for module in adapter.modules.values())
 
 
 def is_lone_bias(name: str, adapter: AdapterFile) -> bool:

@@ -148,7 +148,7 @@ def read_checkpoint(
     replacement: Callable[[PeftConfig], str | None],
     config: PeftConfig | None = None,
 ) -> tuple[PeftConfig, LoadedWeights]:
-    """Return config and tensors of a saved adapter, or of an `AdapterInMemory`, for which the options have no effect.
+    """Return config and tensors of a saved adapter, or of an `AdapterInMemory`. On the latter options have no effect.
 
     The layout of stacks of experts in the file is set from the config's version, from clients that replaced the
     loading, and from `expert_layout`.

@@ -89,11 +89,11 @@ def compute_token_loss(model: nn.Module, _: int | None, output: Outputs, batch: 
 def compute_classification_loss(
     model: nn.Module, labels: int | None, output: Outputs, batch: Outputs, **_: object
 ) -> Tensor:
-    """Return the loss of a classifier of samples or of tokens; if the logits have more than `labels` columns, of the
-    first `labels` of them, since others are of other heads.
+    """Return the loss of a classifier of samples or of tokens.
 
-    Without `labels` nothing is cut. The loss gets the number of columns left as `num_labels`, in a namespace in place
-    of the model's config, which stays unchanged.
+    Only the first `labels` columns of the logits count, since others are of other heads. Without `labels` all count.
+    The loss gets the number of columns left as `num_labels`, in a namespace in place of the model's config, which
+    stays unchanged.
     """
     logits = output["logits"]
     if labels is not None and logits.shape[-1] > labels:

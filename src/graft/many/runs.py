@@ -197,8 +197,8 @@ class MultiTrain:
         self._stepping = False
         self._is_base_checked = False  # a pass has shown that the base draws no random numbers
         self._modes = [(m, m.training) for m in self.base.modules()]
-        own = {id(m) for m in self._list_adapter_modules()}
-        parts = {key: m for key, m in self.base.named_modules() if id(m) not in own}
+        of_adapters = {id(m) for m in self._list_adapter_modules()}
+        parts = {key: m for key, m in self.base.named_modules() if id(m) not in of_adapters}
         if not base_in_eval and (drops := find_dropout(parts)):
             raise ConfigError(
                 f"The base drops inputs ({drops[0]}, and {len(drops) - 1} more), so that all runs would draw from "

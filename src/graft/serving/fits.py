@@ -217,12 +217,11 @@ def _make_scales(
     inner, l = config.is_feedforward(key), below[SCALES]
     n = layer.in_features if inner else layer.out_features
     _check_shapes(name, key, below, {SCALES: (1, n) if inner else (n, 1)})
-    factors = SlotFactors(l.new_empty(0, layer.in_features), l.new_empty(0, layer.out_features))
-    if inner:
-        factors.inner = _copy_to_host(l.flatten())
-    else:
-        factors.gain = _copy_to_host(l.flatten())
-    return factors
+    factors, vector = (
+        (l.new_empty(0, layer.in_features), l.new_empty(0, layer.out_features)),
+        _copy_to_host(l.flatten()),
+    )
+    return SlotFactors(*factors, inner=vector) if inner else SlotFactors(*factors, gain=vector)
 
 
 def _check_shapes(name: str, key: str, below: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:

@@ -133,7 +133,8 @@ class SlotLayer(nn.Module):
         super().__init__()
         self.base_layer = site.module
         self.site, self.choice, self.keep, self.has_gains = site, choice, keep, gains
-        self.output_is_new = site.output_is_new
+        self.output_is_new, self.store = site.output_is_new, site.store
+        self.in_features, self.out_features = site.in_features, site.out_features
         device, base = site.weight.where()
         like = torch.empty(0, device=device, dtype=dtype or (torch.float32 if base in HALF else base))
         self.names = [(f"A{i or ''}", f"B{i or ''}") for i in range(len(sizes))]
@@ -274,19 +275,6 @@ class SlotLayer(nn.Module):
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
         return self.base_layer.bias
-
-    @property
-    def in_features(self) -> int:
-        """The layer's number of input features, as its site has it."""
-        return self.site.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.site.out_features
-
-    @property
-    def store(self) -> Any:
-        return self.site.store
 
     def get_base_layer(self) -> nn.Module:
         return self.base_layer

@@ -147,7 +147,7 @@ def follow_blocks(path: str, blocks: list[Block], base: Base) -> list[Block]:
         BaseNeededError: no library makes a model of the base.
         BaseModelMismatchError: the model has other blocks than the base's files.
     """
-    view: Any = base if getattr(base, "model", None) is not None else view_by_model_names(base)
+    view: Any = base if base.model is not None else view_by_model_names(base)
     if view is None or view.model is None:
         raise BaseNeededError(
             f"{path} depends on the code of its base, and no installed library makes a model of {base.path}. Load the "
@@ -225,7 +225,7 @@ def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Ba
             "Use it with AdapterHub's own library."
         )
     blocks, base = find_base_blocks(path, base)
-    known: Mapping[str, Any] = getattr(base, "adapters", {})
+    known: Mapping[str, Any] = base.adapters
     missing = [name for name in names if not isinstance(known.get(name), BottleneckConfig)]
     if missing:
         raise BaseNeededError(

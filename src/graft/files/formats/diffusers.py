@@ -106,8 +106,7 @@ def get_base_class(base: Base) -> str:
     """Return the name of the pipeline's class by the base's config, or else that of the loaded model's class; "" if
     neither.
     """
-    model = getattr(base, "model", None)
-    return str(base.config.get("_class_name", "" if model is None else type(model).__name__))
+    return str(base.config.get("_class_name", "" if base.model is None else type(base.model).__name__))
 
 
 def find_diffusers_file(path: str) -> str | None:

@@ -857,7 +857,7 @@ def convert_served(
     from graft.files.skeleton import build_meta_model
     from graft.io.servers import convert_server_layout
 
-    model = getattr(base, "model", None) or build_meta_model(base.path)
+    model = base.model or build_meta_model(base.path)
     if model is None:
         raise CheckpointError(
             f"{what} has experts as servers hold them, and transformers does not know {base.path}. Update transformers."

@@ -188,14 +188,8 @@ TARGETS = read_targets()
 LORA = TARGETS["LORA"]
 # mixers with a state, which PEFT has no targets for: the projections around them, and attention as in `LORA`
 MIXERS = TARGETS["MIXERS"]
-SDT = TARGETS["SDT"]  # A_log of their mixers as well
-IA3 = TARGETS["IA3"]
 IA3_FEEDFORWARD = TARGETS["IA3_FEEDFORWARD"]
-LN_TUNING = TARGETS["LN_TUNING"]
-ADALORA = TARGETS["ADALORA"]
-VBLORA = {**ADALORA, "roberta": ["query", "value"]}
-BEFT = TARGETS["BEFT"]
-OSF = TARGETS["OSF"]
+VBLORA = {**TARGETS["ADALORA"], "roberta": ["query", "value"]}
 PHI_ATTENTION = {**LORA, "phi": ["q_proj", "v_proj"]}  # VeRA and others: phi without its feed-forward layers
 PVERA = {**PHI_ATTENTION, "dinov2": ["query", "value"]}
 FROD = {**PHI_ATTENTION, "vit": ["query", "value"]}

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import BEFT as TARGETS
-from graft.config.fields import Targets
+from graft.config.fields import TARGETS, Targets
 from graft.core.effect import Effect, Update
 from graft.core.errors import PeftWarning, warn_of_layer
 from graft.core.method import Method
@@ -27,7 +26,7 @@ class BEFT(Method[BeftConfig]):
     """BEFT, arXiv 2509.15974: y + c. An embedding has no bias: there c is an update of every row, ΔW = c 1ᵀ."""
 
     prefix = "beft_"
-    targets = TARGETS
+    targets = TARGETS["BEFT"]
 
     beft_bias: nn.Parameter  # (1, out)
 

@@ -132,9 +132,7 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         """Return the effect of the bottlenecks' role: a `Tap`; a `Rewrite` with `before_norm` at a norm, else one that
         adds `fuse` of the output, or of a tapped input.
         """
-        place, block = self.place, not self.site.op.known
-        if place is None:  # which `check` refuses
-            return Rewrite(part=self.after)
+        place, block = self.place or BottleneckPlace("after"), not self.site.op.known  # `check` refuses None
         if place.role == "tap":
             return Tap(place.readers)
         if place.role == "norm":

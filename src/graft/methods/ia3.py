@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import IA3 as TARGETS
-from graft.config.fields import IA3_FEEDFORWARD, FanInFanOut, Targeted, as_set
+from graft.config.fields import IA3_FEEDFORWARD, TARGETS, FanInFanOut, Targeted, as_set
 from graft.config.reading import compile_pattern
 from graft.core.base_config import model_type
 from graft.core.containers import Attached
@@ -55,7 +54,7 @@ class IA3(Method[IA3Config]):
 
     prefix = "ia3_"
     published_lr = PublishedRate(3e-3, 3e-3, "arXiv 2205.05638, T-Few, with Adafactor")
-    targets = TARGETS
+    targets = TARGETS["IA3"]
     compresses_targets = False  # or feedforward_modules would no longer be among them
 
     ia3_l: nn.Parameter  # (out, 1); feed-forward (1, in); convolutions (1, channels, 1, …)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from graft.config.fields import LN_TUNING, Targeted
+from graft.config.fields import TARGETS, Targeted
 from graft.core.effect import Effect, Replace
 from graft.core.method import Method
 from graft.storage.codes import why_copy_cannot_train
@@ -26,7 +26,7 @@ class LNTuning(Method[LNTuningConfig]):
     """LN tuning, arXiv 2312.11420: a trainable copy of the module that replaces it in forward passes."""
 
     prefix = "ln_tuning_"
-    targets = LN_TUNING
+    targets = TARGETS["LN_TUNING"]
     keeps_base_dtype = frozenset({"ln_tuning_layers"})  # the copy computes as the layer did
 
     ln_tuning_layers: nn.Module

@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import OSF as TARGETS
-from graft.config.fields import Targets
+from graft.config.fields import TARGETS, Targets
 from graft.config.reading import compile_pattern
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Factors, Update
@@ -54,7 +53,7 @@ class OSF(Method[OSFConfig]):
     fallback_targets = "all-linear"
     weight_use = WeightUse.STARTS | WeightUse.BEFORE_LOAD
     published_lr = PublishedRate(5e-5, 5e-5, COMPARISON)
-    targets = TARGETS
+    targets = TARGETS["OSF"]
 
     osf_svd_params: nn.ParameterDict  # U_low (out, r), S_low (r,), V_low (r, fan_in)
     osf_U_init: Tensor  # (out, r)

@@ -130,10 +130,7 @@ class Poly(ByTask[PolyConfig]):
         """
         logits = self.poly_router.module_logits
         z = logits[tasks.to(logits.device)].unflatten(-1, (self.cfg.n_splits, -1))
-        if self.layer.training:
-            z = draw_relaxed_bernoulli(z)
-        else:
-            z = z.sigmoid()
+        z = draw_relaxed_bernoulli(z) if self.layer.training else z.sigmoid()
         return z / (z.sum(-1, keepdim=True) + EPS)
 
 

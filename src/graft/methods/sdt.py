@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import must_be
-from graft.config.fields import BELOW_1, COUNT, LayerRange, Targeted
-from graft.config.fields import SDT as TARGETS
+from graft.config.fields import BELOW_1, COUNT, TARGETS, LayerRange, Targeted
 from graft.core.containers import CheckpointOnly
 from graft.core.effect import Effect, Factors, Update
 from graft.core.method import Method, PublishedRate, Tensors, fill_kaiming, make_dropout
@@ -96,7 +95,7 @@ class SDT(Method[SdtConfig]):
     prefix = "sdt_"
     lays_out_stacks = True  # it takes none
     published_lr = PublishedRate(4e-3, 4e-3, "arXiv 2410.09016, Mamba of 130M parameters")
-    targets = TARGETS
+    targets = TARGETS["SDT"]  # A_log of their mixers as well
     base_mark = "_graft_sdt_change"  # of A_log in the warm-up, on the mixer and its x_proj
 
     sdt_weight: nn.Parameter  # v (k,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +54,7 @@ def check_tasks(run: Run, model: nn.Module, known: int) -> Tensor:
     return tasks.to(rows[0].device, non_blocking=True) if rows else tasks
 
 
-class ForTasks(Protocol):
-    n_tasks: int
-
-
-K = TypeVar("K", bound=ForTasks)
+K = TypeVar("K")
 
 
 class ByTask(Method[K]):

@@ -411,8 +411,5 @@ def weigh(tuner: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any])
             "model that knows output_hidden_states."
         )
     scalings = classifier(hidden[-1])
-    if not cfg.layerwise_scalings:
-        scalings = chosen(scalings[:, :, :1], cfg).expand_as(scalings)
-    else:
-        scalings = chosen(scalings, cfg)
-    return Scalings(scalings, *places)
+    weights = chosen(scalings if cfg.layerwise_scalings else scalings[:, :, :1], cfg)
+    return Scalings(weights.expand_as(scalings), *places)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from graft.config.bounds import Bound, at_least, must_be
-from graft.config.fields import ADALORA
+from graft.config.fields import TARGETS
 from graft.config.reading import Json
 from graft.core.call import Call
 from graft.core.containers import Transient
@@ -160,7 +160,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
     prefix = "lora_"
     lays_out_stacks = True  # it takes none
     published_lr = PublishedRate(5e-4, 2.2e-3, "arXiv 2303.10512, its code, GLUE and XSum")
-    targets = ADALORA
+    targets = TARGETS["ADALORA"]
     surrounds_disabled = True  # as PEFT's loss
     over_layers = "divides a budget of ranks among all layers"
     tuner_methods: ClassVar[dict[str, Callable[..., object] | property]] = {

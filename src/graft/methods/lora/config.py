@@ -151,9 +151,7 @@ class LoraConfig(Targeted, LayerRange, RankPatterns, FanInFanOut, BaseBias):
     corda_config: CordaConfig | dict[str, object] | None = None
     lora_ga_config: LoraGAConfig | dict[str, object] | None = None
     use_dora: bool = False  # DoRA (arXiv 2402.09353): magnitudes and directions apart
-    velora_config: VeloraConfig | dict[str, object] | None = (
-        None  # VeLoRA (arXiv 2405.17991): keeps projections of inputs
-    )
+    velora_config: VeloraConfig | dict[str, object] | None = None  # VeLoRA (arXiv 2405.17991): keeps projected inputs
     alora_invocation_tokens: list[int] | None = None  # aLoRA (arXiv 2504.12397): acts from their last occurrence on
     use_qalora: bool = False  # QA-LoRA (arXiv 2309.14717): A sees sums over groups of inputs
     qalora_group_size: int = 16  # inputs in a group
@@ -163,11 +161,9 @@ class LoraConfig(Targeted, LayerRange, RankPatterns, FanInFanOut, BaseBias):
     lora_bias: bool = False  # B has a bias
     target_parameters: list[str] | None = None  # parameters by their own names: matrices, and stacks (experts)
     use_bdlora: BdLoraConfig | dict[str, object] | None = None  # BD-LoRA (arXiv 2510.23346): A or B is block-diagonal
-    arrow_config: ArrowConfig | dict[str, object] | None = (
-        None  # a router over other adapters: see `create_arrow_model`
-    )
+    arrow_config: ArrowConfig | dict[str, object] | None = None  # a router over adapters: see `create_arrow_model`
     kasa_config: KasaConfig | dict[str, object] | None = (
-        None  # KaSA (arXiv 2412.06071): singular values, a truncated base
+        None  # KaSA (arXiv 2412.06071): singular values, truncated base
     )
     ensure_weight_tying: bool = False  # adapt tied embeddings together
     use_dylora: bool = False  # DyLoRA (arXiv 2210.07558): steps train the first ranks; no file holds this choice

@@ -13,14 +13,14 @@ import torch
 
 from graft.combine import adding, rules
 from graft.combine.adding import Tensors, inject_combined, warn_if_base_changed
-from graft.combine.forms import FORMS, ProductForm, UpdateForm
+from graft.combine.forms import FORMS, Parts, ProductForm, UpdateForm
 from graft.combine.rules import TYPES, Recipe
 from graft.config.base import PeftConfig
 from graft.core.errors import AdapterNotFoundError, ConfigError, ConfigTypeError, escape_controls
 from graft.core.finite import is_finite
 from graft.core.folding import widen
 from graft.core.gate import prepares
-from graft.core.method import Method, Tuner
+from graft.core.method import Tuner
 from graft.inject.stage import discard_initial_values
 from graft.methods import method_of
 from graft.storage.parallel import gather_slots
@@ -291,15 +291,13 @@ def make_overflow_error(names: list[str], weights: list[float], key: str) -> Con
     )
 
 
-def find_parts(
-    tuner: Tuner, names: list[str], weights: list[float], form: ProductForm[Any]
-) -> dict[str, list[tuple[Method, float]]]:
+def find_parts(tuner: Tuner, names: list[str], weights: list[float], form: ProductForm[Any]) -> dict[str, Parts]:
     """Return by path the (method, weight) of each adapter on a layer, for layers that have any of them.
 
     Raises:
         NotImplementedError: `form` cannot read a method, such as DoRA, which does more than add.
     """
-    by_layer: dict[str, list[tuple[Method, float]]] = {}
+    by_layer: dict[str, Parts] = {}
     for key, layer in tuner.layers.items():
         parts = [(layer.methods[n], w) for n, w in zip(names, weights) if n in layer.methods]
         for m, _ in parts:

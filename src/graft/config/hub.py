@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from graft.core.errors import HubError
@@ -72,16 +71,7 @@ def fetch_file(where: str | os.PathLike[str], filename: str, subfolder: str | No
         raise HubError(f"'{filename}' of '{where}' cannot be fetched from the hub: {type(e).__name__}: {e}") from e
 
 
-def find_hub_failure(
-    where: str,
-    filename: str,
-    subfolder: str | None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    repo_type: str | None = None,
-    cache_dir: str | Path | None = None,
-    **_: object,
-) -> Exception | None:
+def find_hub_failure(where: str, filename: str, subfolder: str | None, **hub: Any) -> Exception | None:
     """Return the connection error of a request to the hub; None if the hub answers or refuses, or its cache has the
     file.
 
@@ -89,12 +79,12 @@ def find_hub_failure(
     """
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
-    options = {"revision": revision, "repo_type": repo_type}
+    options = {name: hub.get(name) for name in ("revision", "repo_type")}
     path = f"{subfolder}/{filename}" if subfolder else filename
     try:
-        if isinstance(try_to_load_from_cache(where, path, cache_dir, **options), str):
+        if isinstance(try_to_load_from_cache(where, path, hub.get("cache_dir"), **options), str):
             return None  # then a download does not try again
-        get_hf_file_metadata(hf_hub_url(where, path, **options), token=token)
+        get_hf_file_metadata(hf_hub_url(where, path, **options), token=hub.get("token"))
     except (errors.HfHubHTTPError, errors.HFValidationError, ValueError):
         return None  # the download will raise the same
     except Exception as e:  # of the network, of types that differ between versions

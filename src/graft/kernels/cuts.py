@@ -56,11 +56,8 @@ def gather_whole(piece: Tensor, cut: Cut, dim: int) -> Tensor:
     in order. It records no gradient: `join_pieces` does.
     """
     stripes = piece.movedim(dim, 0).unflatten(0, (cut.stripes, -1)).movedim(1, 0)  # (length, stripes, …)
-    padded = (
-        stripes
-        if len(stripes) == cut.chunk
-        else nn.functional.pad(stripes, (0, 0) * (stripes.dim() - 1) + (0, cut.chunk - len(stripes)))
-    )
+    missing = cut.chunk - len(stripes)
+    padded = nn.functional.pad(stripes, (0, 0) * (stripes.dim() - 1) + (0, missing)) if missing else stripes
     padded = padded.contiguous()
     gathered = [torch.empty_like(padded) for _ in range(cut.world)]
     dist.all_gather(gathered, padded, group=cut.group)

@@ -8,6 +8,7 @@ to r numbers. Chunk j of them goes to part j of the output, where B_j (r, out / 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -197,14 +198,8 @@ def factorization(n: int, factor: int) -> tuple[int, int]:
     if factor > 0 and n % factor == 0:
         return factor, n // factor
     limit = n if factor == -1 else factor
-    best = (1, n)
-    for a in range(1, n + 1):
-        if n % a == 0:
-            b = n // a
-            if a + b > sum(best) or a > limit:
-                break
-            best = (a, b)
-    return min(best), max(best)
+    a = max((a for a in range(1, min(limit, math.isqrt(n)) + 1) if n % a == 0), default=1)
+    return a, n // a
 
 
 def plain_diagonals(left: Tensor, A: Tensor, right: Tensor) -> Tensor:

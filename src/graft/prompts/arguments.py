@@ -17,31 +17,28 @@ from graft.prompts.kv_prefix import per_row
 from graft.prompts.stack import PromptStack, find_first_input
 
 
-def extend_mask(
-    mask: Tensor, prompt: int, total: int, before: int, window: int | None, cuts: bool, causal: bool, covered: bool
-) -> Tensor:
-    """Return the mask with the prompt's tokens in front.
+def extend_mask(stack: PromptStack, mask: Tensor, total: int, before: int, window: int | None, cuts: bool) -> Tensor:
+    """Return the mask with the tokens of the stack's prompt in front.
 
-    A mask (batch, tokens) gets columns of ones, unless it is `covered` and has all `total` columns: then it is returned
-    unchanged. A mask of four dimensions gets columns, and with `before` rows, by causality and window. Another object,
-    or another number of tokens in four dimensions, is returned unchanged.
+    A mask (batch, tokens) gets columns of ones. If the visit says `covered` and the mask has all `total` columns, it is
+    returned unchanged. A mask of four dimensions gets columns, and with `before` rows, by causality and window. Another
+    object, or another number of tokens in four dimensions, is returned unchanged.
 
     Args:
+        stack: its visit has the prompt; `causal`: tokens see only those before them.
         mask: (batch, tokens), or (batch, heads, queries, tokens) of numbers to add or of truth values.
-        prompt: the number of tokens of the prompt.
         total: the number of tokens with the prompt.
         before: the number of the prompt's tokens in front of the input of this call.
         window: how many tokens back the layers with this mask see; None: to the beginning.
         cuts: the cache of these layers holds no more than the window.
-        causal: tokens see only those before them.
-        covered: the mask may have columns for the prompt already.
 
     Raises:
         ValueError: a mask (batch, tokens) has another number of tokens.
     """
+    prompt, causal = stack.now.tokens, stack.causal
     tokens = total - prompt
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        if covered and mask.shape[1] == total:
+        if stack.now.covered and mask.shape[1] == total:
             return mask
         if mask.shape[1] != tokens:
             raise ValueError(
@@ -223,11 +220,11 @@ def extend_arguments(stack: PromptStack, arguments: dict[str, Any], total: int, 
     if isinstance(mask, dict):
         windows = {kind: window if "sliding" in kind else None for kind in mask}
         arguments["attention_mask"] = {
-            kind: _extend_mask(stack, m, total, before, windows[kind], cuts) for kind, m in mask.items()
+            kind: extend_mask(stack, m, total, before, windows[kind], cuts) for kind, m in mask.items()
         }
     elif mask is not None:
         slides = all("sliding" in kind for kind in getattr(stack.config, "layer_types", None) or ())
-        arguments["attention_mask"] = _extend_mask(stack, mask, total, before, window if slides else None, cuts)
+        arguments["attention_mask"] = extend_mask(stack, mask, total, before, window if slides else None, cuts)
     for name in ("position_ids", "cache_position"):
         positions = arguments.get(name)
         if positions is not None:
@@ -236,12 +233,6 @@ def extend_arguments(stack: PromptStack, arguments: dict[str, Any], total: int, 
                 front = torch.arange(before, device=positions.device, dtype=positions.dtype)
                 front = front + positions.amin(-1, keepdim=True)  # some models count from 1
                 arguments[name] = torch.cat([front, arguments[name]], dim=-1)
-
-
-def _extend_mask(stack: PromptStack, mask: Tensor, total: int, before: int, window: int | None, cuts: bool) -> object:
-    """Return `extend_mask` of a mask with the prompt, causality and coverage of the stack's present visit."""
-    now = stack.now
-    return extend_mask(mask, now.tokens, total, before, window, cuts, stack.causal, now.covered)
 
 
 def extend_encoder_mask(stack: PromptStack, arguments: dict[str, Any]) -> None:

@@ -16,6 +16,8 @@ from graft.prompts.arguments import extend_arguments, extend_encoder_mask, put_e
 from graft.prompts.kv_prefix import count_tokens, is_static
 from graft.prompts.stack import CACHES, NEW_CACHE, OLD_CACHE, PromptStack, find_first_input
 
+Args = tuple[object, ...]  # of a call
+Keywords = dict[str, object]
 ORDERS = ("perm_mask", "target_mapping")  # arguments of XLNet, which cannot cover a prompt
 
 
@@ -33,9 +35,7 @@ def attach(stack: PromptStack) -> None:
     stack.attached = True
 
 
-def enter(
-    stack: PromptStack, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-) -> tuple[tuple[object, ...], dict[str, object]] | None:
+def enter(stack: PromptStack, module: nn.Module, args: Args, kwargs: Keywords) -> tuple[Args, Keywords] | None:
     """Return the call's arguments by name with the prompt put in: the hook before `module`.
 
     Return None, which changes nothing, if the present visit has no prompt here and none in the encoder's output. Marks
@@ -54,9 +54,7 @@ def enter(
     return (), arguments
 
 
-def step(
-    stack: PromptStack, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-) -> tuple[tuple[object, ...], dict[str, object]] | None:
+def step(stack: PromptStack, module: nn.Module, args: Args, kwargs: Keywords) -> tuple[Args, Keywords] | None:
     """Return the arguments of `outer` with masks and positions widened for the prompt in later steps: the hook on it.
 
     Later steps are calls with a cache that holds tokens. Other calls return None; the visit notes which of both it was.
@@ -70,9 +68,7 @@ def step(
     return (), arguments
 
 
-def _by_name(
-    stack: PromptStack, names: list[str], args: tuple[object, ...], kwargs: dict[str, object]
-) -> dict[str, object]:
+def _by_name(stack: PromptStack, names: list[str], args: Args, kwargs: Keywords) -> Keywords:
     """Return a call's arguments by name.
 
     In a stack with the new cache argument, a cache under the old name is moved to the new one.

@@ -91,9 +91,7 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
     thread = get_ident()
     passes: list[Pass] = []
 
-    def before(
-        _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Start a `Pass` for a step of `generate`, and show its states to the layers.
 
         Return the arguments; in other threads return None.

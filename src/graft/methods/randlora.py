@@ -70,9 +70,7 @@ class RandLoRA(Method[RandLoraConfig]):
         else:
             wide = sorted((layers.max_out_features, layers.max_fan_in))  # as PEFT sizes them
             A, B = (ternary if cfg.sparse or cfg.very_sparse else uniform)(cfg, *wide)
-        return dict(
-            randlora_A=maybe_transient(A, cfg.save_projection), randlora_B=maybe_transient(B, cfg.save_projection)
-        )
+        return {f"randlora_{x}": maybe_transient(M, cfg.save_projection) for x, M in (("A", A), ("B", B))}
 
     @property
     def sizes(self) -> tuple[int, int, int]:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import nn
 
@@ -39,18 +37,8 @@ MEGATRON: Store = Megatron()
 STORES: TypeTable[Store] = TypeTable(dict.fromkeys(megatron.KINDS.names(), MEGATRON))  # by a module's type
 # by a tensor's type, for modules that STORES does not know
 TENSORS: TypeTable[Store] = TypeTable({"transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor": Engine()})
-FILES: tuple[ModuleType, ...] = (  # of packed weights
-    bnb,
-    torchao,
-    hqq,
-    quanto,
-    calibrated,
-    aqlm,
-    float8,
-    integers,
-)
-
-for file in FILES:
+# the files of packed weights
+for file in (bnb, torchao, hqq, quanto, calibrated, aqlm, float8, integers):
     for row, store in getattr(file, "TENSORS", {}).items():
         TENSORS.add(row, store)
     for row, store in getattr(file, "MODULES", {}).items():

@@ -113,23 +113,18 @@ class AnyDict(nn.Module):
         self.transient: set[str] = set()  # names of values that are not part of a checkpoint
         for name in list(other):
             self[name] = other[name]
-            if isinstance(other, TransientParameterDict) or (
-                isinstance(other, BufferDict) and not other.is_in_checkpoint(name)
-            ):
+            if not is_in_checkpoint(other, name):
                 self.transient.add(name)
             if name in other._non_persistent_buffers_set:
                 self._non_persistent_buffers_set.add(name)
 
-    def _dict_with(self, name: object) -> dict[str, Any] | None:
-        """Return the dict among those of modules, parameters and buffers that contains a name; None if none does."""
-        return next((d for d in (self._modules, self._parameters, self._buffers) if name in d), None)
+    def _dict_with(self, name: object) -> dict[str, Any]:
+        """Return the dict of modules, parameters or buffers that contains a name; a new one if none does."""
+        return next((d for d in (self._modules, self._parameters, self._buffers) if name in d), {})
 
     def __getitem__(self, name: str) -> nn.Module | Tensor:
         """Return the module, parameter or buffer of a name. Raises KeyError if there is none."""
-        home = self._dict_with(name)
-        if home is None:
-            raise KeyError(name)
-        return home[name]  # type: ignore[no-any-return]
+        return self._dict_with(name)[name]  # type: ignore[no-any-return]
 
     def __setitem__(self, name: str, value: nn.Module | Tensor | Transient) -> None:
         """Set a value, which replaces one of any kind.
@@ -138,9 +133,7 @@ class AnyDict(nn.Module):
         state dict, unless it is a parameter.
         """
         kind, value = value, value.tensor if isinstance(value, Transient) else value
-        home = self._dict_with(name)
-        if home is not None:
-            del home[name]
+        self._dict_with(name).pop(name, None)
         if isinstance(kind, Transient):
             if not isinstance(kind, CheckpointOnly):
                 self.transient.add(name)
@@ -158,15 +151,12 @@ class AnyDict(nn.Module):
 
         Raises KeyError if there is none of this name.
         """
-        home = self._dict_with(name)
-        if home is None:
-            raise KeyError(name)
-        del home[name]
+        del self._dict_with(name)[name]
         self.transient.discard(name)
         self._non_persistent_buffers_set.discard(name)
 
     def __contains__(self, name: object) -> bool:
-        return self._dict_with(name) is not None
+        return name in self._dict_with(name)
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names: first of modules, then of parameters, then of buffers."""
@@ -395,18 +385,19 @@ def iter_tensors(
             for name, b in module._buffers.items():
                 if b is not None and (transient or name not in module._non_persistent_buffers_set):
                     yield f"{dot}{name}", module, name, b
-    elif isinstance(container, nn.ParameterDict):
-        if adapter in container and (transient or not isinstance(container, TransientParameterDict)):
-            yield "", container, adapter, container[adapter]
-    elif isinstance(container, AnyDict):
-        if adapter in container and (transient or adapter not in container.transient):
-            yield "", container, adapter, container[adapter]  # type: ignore[misc]
-    elif (
-        isinstance(container, BufferDict)
-        and adapter in container
-        and (transient or container.is_in_checkpoint(adapter))
-    ):
-        yield "", container, adapter, container[adapter]
+        return
+    tensors: Any = container if isinstance(container, (nn.ParameterDict, AnyDict, BufferDict)) else ()
+    if adapter in tensors and (transient or is_in_checkpoint(container, adapter)):
+        yield "", tensors, adapter, tensors[adapter]
+
+
+def is_in_checkpoint(container: object, name: str) -> bool:
+    """Return True if checkpoints contain the value of a name in a container, which is there."""
+    if isinstance(container, BufferDict):
+        return container.is_in_checkpoint(name)
+    if isinstance(container, AnyDict):
+        return name not in container.transient
+    return not isinstance(container, TransientParameterDict)
 
 
 UPCAST = (  # adapters of these dtypes train in float32 unless the user says otherwise

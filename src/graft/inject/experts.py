@@ -395,12 +395,12 @@ def is_weight_plain(module: nn.Module, path: str, tree: ModuleTree) -> bool:
     return carrier_of(module) is None or path in tree.nests
 
 
-def shorten_paths(paths: list[str], every: list[str]) -> set[str]:
-    """Return the fewest, shortest names that match all `paths` and no other path of `every`.
+def shorten_paths(paths: Collection[str], every: Collection[str], least: int = 1) -> set[str]:
+    """Return the fewest, shortest names, of at least `least` parts, that match all `paths` and no other one of `every`.
 
     Returns an empty set for no paths.
     """
-    return minimize_names(paths, set(every) - set(paths)) if paths else set()
+    return minimize_names(paths, set(every) - set(paths), least) if paths else set()
 
 
 def convert_patterns(

@@ -156,13 +156,16 @@ def format_hint(similar: list[tuple[str, int]]) -> str:
 COMPRESS_FROM = 20
 
 
-def minimize_names(targets: Iterable[str], other_paths: Iterable[str]) -> set[str]:
+def minimize_names(targets: Iterable[str], other_paths: Iterable[str], least: int = 1) -> set[str]:
     """Return few, short suffixes that select all of `targets` and none of `other_paths`.
 
     Each target gets its shortest suffix that no other path has, or its whole path.
 
     Raises:
         ValueError: there is no target, a name is empty, or one is in both.
+
+    Args:
+        least: the least number of parts of a suffix.
     """
     if isinstance(targets, (str, bytes)) or not targets:
         raise ValueError("target_modules should be a list or set of strings.")
@@ -177,7 +180,7 @@ def minimize_names(targets: Iterable[str], other_paths: Iterable[str]) -> set[st
     other_suffixes = {s for path in other_paths for s in (path, *list_suffixes(path))}
     chosen: set[str] = set()
     for path in sorted(targets):
-        candidates = [*reversed([*list_suffixes(path)]), path]  # shortest first
+        candidates = [*reversed([*list_suffixes(path)]), path][least - 1 :] or [path]  # shortest first
         if chosen.isdisjoint(candidates):
             chosen.add(next((s for s in candidates if s not in other_suffixes), path))
     return chosen

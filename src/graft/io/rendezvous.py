@@ -88,10 +88,7 @@ def needs_shape_check(tensor: Tensor, value: Tensor) -> bool:
     """
     if value is tensor and has_no_layout(tensor):
         return not is_whole(tensor)
-    layout = layout_of(tensor)
-    if layout is not None:
-        return value.shape != layout.shape(tensor)
-    return value.shape != tensor.shape or not is_whole(tensor)
+    return value.shape != find_whole_shape(tensor) or (layout_of(tensor) is None and not is_whole(tensor))
 
 
 def check_value(key: str, value: Tensor, tensor: Tensor, adapter: str, shape: torch.Size | None = None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -171,17 +172,6 @@ def write_by_expert(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iter
             yield from name_factors(f"{block.hub_path}.{e}.{block.in_vllm[part]}", A[e], B[e])
 
 
-def write_shared_by_w(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
-    """Yield keys and factors by part, called w1, w3 and w2, for all experts.
-
-    A of the input and B of the output are those of expert 0. `pairs` maps IN and OUT to factors, and the input is cut
-    by part. w1 is the first part, w3 the second, w2 the output; an ungated block has w1 alone.
-    """
-    names = name_parts_by_w(block.parts)
-    for part, pair in block.split_by_part(collapse_shared(pairs)).items():
-        yield from name_factors(f"{block.hub_path}.{names[part]}", *pair)
-
-
 def name_parts_by_w(parts: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     """Return {part: vLLM's own name}: w1 for gate, w3 for up, w2 for down."""
     return {part: name for which in (IN, OUT) for part, name in zip(parts[which], W[which])}
@@ -196,20 +186,24 @@ def write_stacked(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iterat
         yield from name_factors(f"{block.hub_path}.{block.parameters[which]}", pair.A, B)
 
 
-def write_shared_by_part(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
-    """Yield keys and factors by part, called gate_proj, up_proj and down_proj, for all experts.
+def write_shared(
+    block: ServerBlock, pairs: Mapping[str, FactorPair], by_w: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield keys and factors by part for all experts. A of the input and B of the output are those of expert 0.
 
-    A of the input and B of the output are those of expert 0. An ungated block has up_proj as its only input part.
+    The parts are called gate_proj, up_proj and down_proj, or with `by_w` w1, w3 and w2. An ungated block has up_proj,
+    or w1, as its only input part.
     """
     names = dict(zip(block.parts[IN], PARTS[IN][not block.is_gated :])) | {block.parts[OUT][0]: "down_proj"}
+    names = name_parts_by_w(block.parts) if by_w else names
     for part, pair in block.split_by_part(collapse_shared(pairs)).items():
         yield from name_factors(f"{block.hub_path}.{names[part]}", *pair)
 
 
 Writer = Callable[[ServerBlock, Mapping[str, FactorPair]], Iterator[tuple[str, Tensor]]]
 WRITERS: dict[str, Writer] = {
-    "vllm-2d": write_by_expert, "vllm-3d": write_flat, "vllm-shared": write_shared_by_w, "sglang": write_stacked,
-    "sglang-shared": write_shared_by_part,
+    "vllm-2d": write_by_expert, "vllm-3d": write_flat, "vllm-shared": partial(write_shared, by_w=True),
+    "sglang": write_stacked, "sglang-shared": write_shared,
 }  # fmt: skip
 
 

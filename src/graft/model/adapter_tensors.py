@@ -20,6 +20,7 @@ from graft.core.layer import AdapterLayer
 from graft.core.method import Method, WeightUse
 from graft.core.ops import Opaque
 from graft.core.wrappers import strip_inner_wrappers
+from graft.inject.experts import shorten_paths
 from graft.inject.parts import (
     AdapterCarriers,
     ParameterLayerPaths,
@@ -354,29 +355,13 @@ def make_lora_config(view: ServerView, config: object, ranks: dict[str, int], ba
     lora_config = LoraConfig(r=r, lora_alpha=r, task_type=getattr(config, "task_type", None))
     lora_config.base_model_name_or_path = getattr(config, "base_model_name_or_path", None)
     save.describe_base(lora_config, base)
-    lora_config.target_modules = find_suffixes({*ranks} - parameters, every)
+    lora_config.target_modules = sorted(shorten_paths({*ranks} - parameters, every))
     unadapted = {stack.path for stack in view.blocks.stacks} | {f"{path}.weight" for path in every}
-    lora_config.target_parameters = find_suffixes(parameters, unadapted, 2) or None
+    lora_config.target_parameters = sorted(shorten_paths(parameters, unadapted, 2)) or None
     lora_config.rank_pattern = make_rank_patterns(dict(sorted(ranks.items())))
     lora_config.alpha_pattern = dict(lora_config.rank_pattern)
     lora_config.inference_mode, lora_config.peft_version = True, FORMAT_VERSION
     return lora_config
-
-
-def find_suffixes(names: set[str], every: set[str], least: int = 1) -> list[str]:
-    """Return the shortest endings of `names`, of `least` parts or more, that no name of `every` outside `names` has;
-    sorted.
-
-    A name without such an ending is returned whole.
-    """
-    foreign = {end for name in every - names for end in iterate_suffixes(name, least)}
-    return sorted({next((end for end in iterate_suffixes(name, least) if end not in foreign), name) for name in names})
-
-
-def iterate_suffixes(path: str, least: int) -> Iterator[str]:
-    """Yield the endings of a dotted path, from `least` parts up to the whole path."""
-    parts = path.split(".")
-    yield from (".".join(parts[n:]) for n in range(max(0, len(parts) - least), -1, -1))
 
 
 def server_needs(view: ServerView, ranks: dict[str, int]) -> Json:

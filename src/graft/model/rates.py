@@ -119,7 +119,7 @@ def suggest_lr(config: PeftConfig, model: nn.Module | None = None) -> Suggestion
         TypeError: `config` is no config of graft.
     """
     check_config(config)
-    adapter, published = class_name_of(config), find_published_lr(config)
+    adapter, published = class_name_of(config), find_class(config).published_lr
     similar = find_similar(config)
     if not similar:
         if published is None:
@@ -152,7 +152,7 @@ def find_known_range(config: PeftConfig) -> tuple[float, float] | None:
     """Return (least, largest) of all rates that similar searches found good or the method's source has; None if there
     are none.
     """
-    ends = [*published[:2]] if (published := find_published_lr(config)) else []
+    ends = [*published[:2]] if (published := find_class(config).published_lr) else []
     for row in find_similar(config):
         ends += good_range([row])
     return (min(ends), max(ends)) if ends else None
@@ -175,16 +175,7 @@ def find_class(config: PeftConfig) -> type[Method] | type[Prompt]:
 
 def class_name_of(config: PeftConfig) -> str:
     """Return the name of the class that a config selects: "LoRA", "DoRA"."""
-    name: str = find_class(config).__name__
-    return name
-
-
-def find_published_lr(config: PeftConfig) -> PublishedRate | None:
-    """Return (low, high, source) of the learning rates in the source of a config's method; None if they are
-    not known.
-    """
-    published: PublishedRate | None = find_class(config).published_lr
-    return published
+    return find_class(config).__name__
 
 
 def find_settings(config: PeftConfig) -> Json:

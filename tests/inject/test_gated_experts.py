@@ -9,11 +9,12 @@ from torch.testing import assert_close
 
 import graft
 from graft.storage import stacks
+from tests.families import IDS
 from tests.inject.test_parameters import base
 from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import get_registry, layers
 from tests.models import seeded
-from tests.storage.packed_experts import IDS, both
+from tests.storage.packed_experts import both
 
 pytestmark = FUSED_EXPERTS
 ADAPTERS = ("both", "down")

@@ -3,13 +3,13 @@
 
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 import graft
 from graft.core.errors import RoutingError
 from graft.core.rows import Rows
-from tests.inject.test_parameters import SIZES, base
+from tests.families import base as family
+from tests.inject.test_parameters import base
 from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import layers
 from tests.models import checkpoint, seeded
@@ -22,36 +22,10 @@ ROWS = ["both", "__base__", "first", "both", "down"]
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 
 
-def nemotron():  # without gates
-    import transformers as t
-
-    own = dict(mamba_num_heads=4, mamba_head_dim=8, ssm_state_size=4, n_groups=2, moe_intermediate_size=24, head_dim=8,
-               n_routed_experts=4, moe_shared_expert_intermediate_size=8, layers_block_type=["attention", "moe"],
-               intermediate_size=24)  # fmt: skip
-    return t.NemotronHForCausalLM(t.NemotronHConfig(**SIZES | own))
-
-
-def deepseek():
-    import transformers as t
-
-    own = dict(intermediate_size=24, moe_intermediate_size=8, n_routed_experts=4, n_group=2, topk_group=1,
-               kv_lora_rank=4, q_lora_rank=None, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
-               first_k_dense_replace=1)  # fmt: skip
-    return t.DeepseekV3ForCausalLM(t.DeepseekV3Config(**SIZES | own))
-
-
-def other(make):
-    with seeded(0):
-        model = make()
-        for n, p in model.named_parameters():
-            if "experts" in n:
-                nn.init.normal_(p, std=0.3)
-    return model.eval()
-
-
 MAKE = {
     "mixtral": lambda: base("mixtral"), "qwen": lambda: base("qwen"), "gpt_oss": lambda: base("gpt_oss"),
-    "nemotron": lambda: other(nemotron), "deepseek": lambda: other(deepseek),
+    "nemotron": lambda: family("nemotron_h", moe_intermediate_size=24),  # without gates
+    "deepseek": lambda: family("deepseek_v3", n_group=2, q_lora_rank=None),
     **{kind: lambda kind=kind: both(kind)[0] for kind in KINDS},
 }  # fmt: skip
 

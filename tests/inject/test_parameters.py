@@ -15,58 +15,21 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.errors import ConfigError, RoutingError, UnsupportedLayerError
+from tests.families import IDS
+from tests.families import base as family
 from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import layers
 from tests.models import adapted, checkpoint, seeded
 from tests.raised import refuses
 from tests.threads import at_once
 
-SIZES = dict(
-    vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-    num_experts_per_tok=2, max_position_embeddings=64,
-)  # fmt: skip
-IDS = torch.arange(28).view(2, 14) % 31
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+# gpt-oss and Llama 4 store (experts, in, out), which PEFT takes for (experts, out, in) of the latter
+MODELS = {"mixtral": "mixtral", "qwen": "qwen2_moe", "gpt_oss": "gpt_oss", "llama4": "llama4"}
 
 
-def mixtral():
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    return MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=24, num_local_experts=4))
-
-
-def qwen():
-    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
-
-    sizes = dict(intermediate_size=24, moe_intermediate_size=8, shared_expert_intermediate_size=12, num_experts=4)
-    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **sizes, decoder_sparse_step=2))
-
-
-def gpt_oss():  # stores (experts, in, out)
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    return GptOssForCausalLM(GptOssConfig(**SIZES, head_dim=8, intermediate_size=24, num_local_experts=4))
-
-
-def llama4():  # multiplies all experts at once; stores (experts, in, out), which PEFT takes for (experts, out, in)
-    from transformers import Llama4ForCausalLM, Llama4TextConfig
-
-    sizes = SIZES | dict(num_experts_per_tok=1)
-    return Llama4ForCausalLM(
-        Llama4TextConfig(**sizes, head_dim=8, intermediate_size=24, intermediate_size_mlp=24, num_local_experts=4)
-    )
-
-
-MODELS = {f.__name__: f for f in (mixtral, qwen, gpt_oss, llama4)}
-
-
-def base(name):
-    with seeded(0):
-        model = MODELS[name]()
-        for n, p in model.named_parameters():
-            if "experts" in n:
-                nn.init.normal_(p, std=0.3)
-    return model.eval()
+def base(name, **sizes):
+    return family(MODELS[name], **({"decoder_sparse_step": 2} if name == "qwen" else {}) | sizes)
 
 
 def on_stacks(lib, name, adapter="default", model=None, **config):
@@ -666,16 +629,16 @@ def test_types_of_modules_that_a_config_registers():
 
 @FUSED_EXPERTS
 def test_methods_that_do_not_adapt_stacks_of_experts():
-    base, stacks = mixtral(), ["experts.down_proj"]
-    before = {n: p.requires_grad for n, p in base.named_parameters()}
+    model, stacks = base("mixtral"), ["experts.down_proj"]
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
     config = graft.AdaLoraConfig(total_step=10, target_modules=["q_proj"], target_parameters=stacks)
     with pytest.raises(ConfigError, match=r"AdaLoRA does not adapt stacks of experts \(layer .*down_proj"):
-        graft.get_peft_model(base, config)
+        graft.get_peft_model(model, config)
     with pytest.raises(ConfigError, match="does not work with use_dora"):
-        graft.get_peft_model(base, graft.LoraConfig(target_parameters=stacks, use_dora=True))
+        graft.get_peft_model(model, graft.LoraConfig(target_parameters=stacks, use_dora=True))
     said = r"down_proj \(MixtralExperts\) .*SDT trains A_log of a Mamba's mixer.*name other target_parameters"
-    refuses(UnsupportedLayerError, said, graft.get_peft_model, base, graft.SdtConfig(target_parameters=stacks))
-    assert before == {n: p.requires_grad for n, p in base.named_parameters()}
+    refuses(UnsupportedLayerError, said, graft.get_peft_model, model, graft.SdtConfig(target_parameters=stacks))
+    assert before == {n: p.requires_grad for n, p in model.named_parameters()}
 
 
 @FUSED_EXPERTS

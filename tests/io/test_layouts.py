@@ -12,53 +12,29 @@ from torch.testing import assert_close
 
 import graft
 from tests.covering import Case, law
-from tests.inject.test_parameters import SIZES, gpt_oss, llama4, logits, mixtral, on_stacks, qwen
+from tests.families import SIZES
+from tests.inject.test_parameters import MODELS, base, logits, on_stacks
 from tests.io import old_peft
 from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import layers
-from tests.models import seeded
 
 pytestmark = FUSED_EXPERTS
 SQUARE = SIZES["hidden_size"]
 
 
-def resized(make, width):
+def resized(name, width):
     """A model of which down_proj is square (width 16), or gate_up_proj (width 8), or none."""
-    import transformers as t
-
-    sizes = SIZES | ({"num_experts_per_tok": 1} if make is llama4 else {})
-    given = {
-        mixtral: lambda: t.MixtralForCausalLM(t.MixtralConfig(**sizes, intermediate_size=width, num_local_experts=4)),
-        qwen: lambda: t.Qwen2MoeForCausalLM(
-            t.Qwen2MoeConfig(**sizes, intermediate_size=24, moe_intermediate_size=width,
-                             shared_expert_intermediate_size=12, num_experts=4)
-        ),
-        gpt_oss: lambda: t.GptOssForCausalLM(
-            t.GptOssConfig(**sizes, head_dim=8, intermediate_size=width, num_local_experts=4)
-        ),
-        llama4: lambda: t.Llama4ForCausalLM(
-            t.Llama4TextConfig(**sizes, head_dim=8, intermediate_size=width, intermediate_size_mlp=24,
-                               num_local_experts=4)
-        ),
-    }  # fmt: skip
-    model = given[make]()
-    for n, p in model.named_parameters():
-        if "experts" in n:
-            torch.nn.init.normal_(p, std=0.3)
-    return model.eval()
+    return base(name, **{"moe_intermediate_size" if name == "qwen" else "intermediate_size": width})
 
 
-KINDS = {"mixtral": mixtral, "qwen": qwen, "gpt_oss": gpt_oss, "llama4": llama4}
 BOTH, UP, DOWN = ["experts.gate_up_proj", "experts.down_proj"], ["experts.gate_up_proj"], ["experts.down_proj"]
 STACKS = {"both": BOTH, "up": UP, "down": DOWN}
 WIDTHS = {"down-square": SQUARE, "up-square": SQUARE // 2, "none-square": SQUARE // 4}
 
 
-def written(folder, make, targets, width, version, grouped=False, **fields):
+def written(folder, name, targets, width, version, grouped=False, **fields):
     """Write the file that another release would have; return the logits that it had."""
-    with seeded(0):
-        base = resized(make, width)
-    model = on_stacks(graft, None, model=base, target_modules=[], target_parameters=targets)
+    model = on_stacks(graft, None, model=resized(name, width), target_modules=[], target_parameters=targets)
     expected = logits(model)
     kept = {layer.site.key: layer for layer in layers(model).values()}
     model.save_pretrained(folder)
@@ -66,8 +42,8 @@ def written(folder, make, targets, width, version, grouped=False, **fields):
     tensors = load_file(weights)
     for stem in {k.rpartition(".lora_")[0] for k in tensors}:
         inner = stem.endswith("base_layer") or targets == UP
-        name = "gate_up_proj" if inner else "down_proj"
-        op = next(layer.op for key, layer in kept.items() if key.endswith(name))
+        end = "gate_up_proj" if inner else "down_proj"
+        op = next(layer.op for key, layer in kept.items() if key.endswith(end))
         a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
         A, B = tensors[a].view(4, 2, -1), tensors[b].view(-1, 2, 4).permute(2, 0, 1)  # (4, r, in), (4, out, r)
         if exchanged(version, op.transposed):
@@ -87,9 +63,8 @@ def exchanged(version, transposed):
     return version == "0.19.0"
 
 
-def load(folder, make, width, **options):
-    with seeded(0):
-        return graft.PeftModel.from_pretrained(resized(make, width), folder, **options)
+def load(folder, name, width, **options):
+    return graft.PeftModel.from_pretrained(resized(name, width), folder, **options)
 
 
 VERSIONS = ["0.17.1", "0.18.1", "0.19.0", "0.19.1", "0.21.2"]
@@ -98,44 +73,44 @@ VERSIONS = ["0.17.1", "0.18.1", "0.19.0", "0.19.1", "0.21.2"]
 @pytest.mark.differs("files of PEFT before 0.19.1 with stacks of experts; Unsloth's")
 @law(
     "kind, square, stacks, version",
-    [Case(case) for case in product(KINDS, WIDTHS, STACKS, VERSIONS)],
+    [Case(case) for case in product(MODELS, WIDTHS, STACKS, VERSIONS)],
     lambda case: [*combinations(enumerate(case), 2), ("layout", *case[1:])],
 )
 def test_files_of_old_releases(tmp_path, kind, square, stacks, version):
     """Shapes tell, or else the version; what is saved then is right for PEFT and for graft."""
-    make, width, targets = KINDS[kind], WIDTHS[square], STACKS[stacks]
-    expected = written(tmp_path / "old", make, targets, width, version)
-    model = load(tmp_path / "old", make, width)
+    width, targets = WIDTHS[square], STACKS[stacks]
+    expected = written(tmp_path / "old", kind, targets, width, version)
+    model = load(tmp_path / "old", kind, width)
     assert_close(logits(model), expected)
     model.save_pretrained(tmp_path / "new")
     assert json.loads((tmp_path / "new/adapter_config.json").read_text())["peft_version"] == "0.21.2"
-    assert_close(logits(load(tmp_path / "new", make, width)), expected)
+    assert_close(logits(load(tmp_path / "new", kind, width)), expected)
 
 
 def test_what_a_caller_says_counts(tmp_path):
-    expected = written(tmp_path, mixtral, DOWN, SQUARE, "0.18.1", peft_version="0.20.0")  # trained on by a later one
-    assert not torch.allclose(logits(load(tmp_path, mixtral, SQUARE)), expected, atol=1e-3)
-    assert_close(logits(load(tmp_path, mixtral, SQUARE, expert_layout="exchanged")), expected)
-    model = load(tmp_path, mixtral, SQUARE)
+    expected = written(tmp_path, "mixtral", DOWN, SQUARE, "0.18.1", peft_version="0.20.0")  # trained on by a later one
+    assert not torch.allclose(logits(load(tmp_path, "mixtral", SQUARE)), expected, atol=1e-3)
+    assert_close(logits(load(tmp_path, "mixtral", SQUARE, expert_layout="exchanged")), expected)
+    model = load(tmp_path, "mixtral", SQUARE)
     model.load_adapter(tmp_path, "again", expert_layout=["exchanged", "rank_major"])
     model.set_adapter("again")
     assert_close(logits(model), expected)
     with pytest.raises(graft.ConfigError, match=r"expert_layout='swapped'.*'swapped' is none of peft, exchanged"):
-        load(tmp_path, mixtral, SQUARE, expert_layout="swapped")
+        load(tmp_path, "mixtral", SQUARE, expert_layout="swapped")
 
 
 @pytest.mark.parametrize("version", ["0.18.2.dev0", "0.19.1.dev0@abc", "main"])
 def test_what_cannot_be_decided_is_said(tmp_path, version):
-    written(tmp_path, mixtral, DOWN, SQUARE, version)
+    written(tmp_path, "mixtral", DOWN, SQUARE, version)
     with pytest.warns(graft.PeftWarning, match="does not tell whether A and B.*expert_layout='exchanged'"):
-        load(tmp_path, mixtral, SQUARE)
-    load(tmp_path, mixtral, SQUARE, expert_layout="peft")
+        load(tmp_path, "mixtral", SQUARE)
+    load(tmp_path, "mixtral", SQUARE, expert_layout="peft")
 
 
 def test_a_config_without_a_version_is_old(tmp_path):
-    expected = written(tmp_path, mixtral, DOWN, SQUARE, None)
+    expected = written(tmp_path, "mixtral", DOWN, SQUARE, None)
     with pytest.warns(graft.PeftWarning, match="does not tell whether A and B.*before 0.18 wrote them"):
-        model = load(tmp_path, mixtral, SQUARE)
+        model = load(tmp_path, "mixtral", SQUARE)
     assert_close(logits(model), expected)
 
 
@@ -147,15 +122,15 @@ UNSLOTH = {"auto_mapping": {"base_model_class": "MixtralForCausalLM", "unsloth_f
 def test_files_of_unsloth(tmp_path, targets, version):
     """Columns of B by expert: noted since September 2026, else only the caller knows."""
     unmarked, marked = tmp_path / "unmarked", tmp_path / "marked"
-    written(unmarked, mixtral, targets, SQUARE, version, grouped=True, **UNSLOTH)
-    expected = written(marked, mixtral, targets, SQUARE, version, grouped=True, lora_B_layout="grouped_by_expert")
-    assert_close(logits(load(marked, mixtral, SQUARE)), expected)
+    written(unmarked, "mixtral", targets, SQUARE, version, grouped=True, **UNSLOTH)
+    expected = written(marked, "mixtral", targets, SQUARE, version, grouped=True, lora_B_layout="grouped_by_expert")
+    assert_close(logits(load(marked, "mixtral", SQUARE)), expected)
     with pytest.warns(graft.PeftWarning, match="trained by Unsloth.*expert_layout='grouped_by_expert'"):
-        wrong = load(unmarked, mixtral, SQUARE)
+        wrong = load(unmarked, "mixtral", SQUARE)
     assert not torch.allclose(logits(wrong), expected, atol=1e-3)
-    assert_close(logits(load(unmarked, mixtral, SQUARE, expert_layout="grouped_by_expert")), expected)
-    written(marked, mixtral, targets, SQUARE, version, lora_B_layout="rank_major", **UNSLOTH)
-    assert_close(logits(load(marked, mixtral, SQUARE)), expected)
+    assert_close(logits(load(unmarked, "mixtral", SQUARE, expert_layout="grouped_by_expert")), expected)
+    written(marked, "mixtral", targets, SQUARE, version, lora_B_layout="rank_major", **UNSLOTH)
+    assert_close(logits(load(marked, "mixtral", SQUARE)), expected)
 
 
 @pytest.mark.parametrize("release", sorted(folder.name for folder in old_peft.FOLDER.iterdir()))

@@ -11,7 +11,8 @@ import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.kernels import experts as kernel
 from graft.storage import stacks
-from tests.storage.packed_experts import BOTH, IDS, blocks, gpt_oss, made, mixtral
+from tests.families import IDS
+from tests.storage.packed_experts import BOTH, blocks, gpt_oss, made, mixtral
 from tests.storage.test_experts import holds_one_matrix, merges_and_unmerges, results, same, with_lora
 
 NAMES = ("gate_up_proj", "down_proj")

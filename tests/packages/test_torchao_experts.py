@@ -11,7 +11,8 @@ from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_am
 
 from graft.kernels import experts as kernel
 from graft.storage import stacks
-from tests.storage.packed_experts import IDS, blocks, gpt_oss, made, mixtral
+from tests.families import IDS
+from tests.storage.packed_experts import blocks, gpt_oss, made, mixtral
 from tests.storage.test_experts import holds_one_matrix, merges_and_unmerges, results, same, with_lora
 
 NAMES = ("gate_up_proj", "down_proj")

@@ -7,25 +7,25 @@ import torch
 from torch import nn
 
 from graft.storage import float8, stacks
-from tests.inject.test_parameters import SIZES
+from tests.families import SIZES
 from tests.models import seeded
 
 WIDTH, EXPERTS = 64, 5
-IDS = torch.arange(28).view(2, 14) % 31
+TWO = SIZES | dict(num_experts_per_tok=2)
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 def gpt_oss(width=WIDTH):
     import transformers as t
 
-    sizes = SIZES | dict(hidden_size=width, intermediate_size=width // 2, num_local_experts=EXPERTS, head_dim=32)
+    sizes = TWO | dict(hidden_size=width, intermediate_size=width // 2, num_local_experts=EXPERTS, head_dim=32)
     return t.GptOssForCausalLM(t.GptOssConfig(**sizes, swiglu_limit=0.5))
 
 
 def mixtral(width=WIDTH):
     import transformers as t
 
-    sizes = SIZES | dict(hidden_size=width, intermediate_size=width // 2, num_local_experts=EXPERTS)
+    sizes = TWO | dict(hidden_size=width, intermediate_size=width // 2, num_local_experts=EXPERTS)
     return t.MixtralForCausalLM(t.MixtralConfig(**sizes))
 
 

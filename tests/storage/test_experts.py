@@ -18,11 +18,12 @@ from graft.kernels import experts as kernel
 from graft.storage import stacks
 from graft.storage.find import innermost
 from tests.covering import law, product
+from tests.families import IDS
 from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import layers
 from tests.models import adapted, checkpoint, seeded
 from tests.raised import refuses
-from tests.storage.packed_experts import BOTH, IDS, KINDS, WIDTH, blocks, both
+from tests.storage.packed_experts import BOTH, KINDS, WIDTH, blocks, both
 
 pytestmark = FUSED_EXPERTS
 

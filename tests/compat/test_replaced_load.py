@@ -14,6 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
+from tests import models
 from tests.compat.test_steps import GRAFT, LINEAR, PEFT, STACKS, Library, X, base
 from tests.models import nudged
 from tests.raised import refuses
@@ -236,11 +237,7 @@ def test_columns_are_put_in_order_once(how, noted, monkeypatch):
 
 
 def llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).eval()
+    return models.make("llama")
 
 
 def test_one_that_raises_for_a_prompt(tmp_path, monkeypatch):

@@ -213,25 +213,18 @@ def test_parallel_copies_masks_and_generates(tiny):
 
 @pytest.fixture
 def tiny():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=40)
-    base = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2)).eval()
     config = graft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    model = graft.get_peft_model(base, config, "one")
+    model = graft.get_peft_model(models.make("llama"), config, "one")
     model.add_adapter("two", config)
     return model.eval(), torch.randint(1, 40, (2, 5))
 
 
 def test_parts_of_rewrites_in_an_average_come_from_one_output():
     """Bottlenecks on the MLP's output: y + Σ w u(y), by each adapter's own u, found when it runs alone."""
-    from transformers import LlamaConfig, LlamaModel
-
     torch.manual_seed(0)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=40)
     config = graft.BottleneckConfig(mh_adapter=False, output_adapter=True, init_weights="bert")
-    model = graft.get_peft_model(LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2)).eval(), config, "one")
+    model = graft.get_peft_model(models.make("llama"), config, "one")
     model.add_adapter("two", config)
     for name, p in model.named_parameters():
         if "bottleneck" in name:
@@ -263,12 +256,9 @@ def test_parts_of_rewrites_in_an_average_come_from_one_output():
 @pytest.mark.parametrize("preset", ["seq_bn", "double_seq_bn", "par_bn", "adapter_plus", "compacter++"])
 def test_bottlenecks_of_a_model_whose_norms_stand_after_the_residual_are_averaged(preset):
     """`seq_bn` acts on what the norm gets: LN(s + Σ w u(LN s)), by each adapter's own u on the base's s and LN s."""
-    from transformers import BertConfig, BertModel
-
     torch.manual_seed(0)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=40)
-    config = graft.BottleneckConfig.preset(preset, reduction_factor=4)
-    model = graft.get_peft_model(BertModel(BertConfig(**sizes)).eval(), config, "one")
+    config = graft.BottleneckConfig.preset(preset, reduction_factor=3)
+    model = graft.get_peft_model(models.make("bert"), config, "one")
     model.add_adapter("two", config)
     for name, p in model.named_parameters():
         if "bottleneck" in name:
@@ -291,18 +281,15 @@ def test_bottlenecks_of_a_model_whose_norms_stand_after_the_residual_are_average
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     if preset == "seq_bn":
         layer = model.base_model.model.encoder.layer[1].output.LayerNorm
-        s, norm = torch.randn(2, 3, 16), layer.base_layer
+        s, norm = torch.randn(2, 3, 24), layer.base_layer
         y = norm(s)
         parts = [layer.methods[name].u(y) for name in NAMES[:2]]
         torch.testing.assert_close(layer(s), norm(s + 0.7 * parts[0] + 0.5 * parts[1]))
 
 
 def test_an_average_refuses_invertible_adapters():
-    from transformers import BertConfig, BertModel
-
-    sizes = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=40)
     config = graft.BottleneckConfig.preset("seq_bn_inv", reduction_factor=4)
-    model = graft.get_peft_model(BertModel(BertConfig(**sizes)).eval(), config, "one")
+    model = graft.get_peft_model(models.make("bert"), config, "one")
     model.add_adapter("two", config)
     with pytest.raises(RoutingError, match=r"Adapter 'one' of layer 'embeddings' \(Bottleneck\) does more than add"):
         model.set_adapter(graft.Average("one", "two"))

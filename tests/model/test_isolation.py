@@ -26,17 +26,8 @@ def llama() -> nn.Module:
 @cache
 def _llama() -> nn.Module:
     with seeded(0):
-        return LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                vocab_size=VOCAB,
-                max_position_embeddings=64,
-            )
-        )
+        sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=VOCAB))
 
 
 def lora(**options):

@@ -241,57 +241,33 @@ def tune(here):
     save_file(changed, here / "tuned" / "model.safetensors", {"format": "pt"})
 
 
-def photos(folder):
-    (folder / "photos.jpg").write_bytes(b"1")
+LOCON = FIXTURES / "lycoris_locon" / "adapter.safetensors"
+OTHERS = {  # what is in a folder: name → bytes, the file that a link leads to, or None for a folder
+    "photos": {"photos.jpg": b"1"},
+    "project": {"model.gguf": b"GGUF", "main.py": b"1"},
+    "page": {"config.json": b"{}", ".git/HEAD": b"1"},
+    "collection": {"one.safetensors": LOCON.read_bytes(), "two.safetensors": LOCON.read_bytes()},
+    "config alone": {"config.json": b"{}"},
+    "card alone": {"README.md": b"mine"},
+    "inner": {"model.safetensors": b"1", "adapter_model.safetensors": b"1", "src": None},
+    "links": {"model.safetensors": __file__, "adapter_model.safetensors": __file__},
+}
 
 
-def project(folder):
-    (folder / "model.gguf").write_bytes(b"GGUF")
-    (folder / "main.py").write_text("1")
-
-
-def page(folder):
-    (folder / "config.json").write_text("{}")
-    (folder / ".git").mkdir()
-    (folder / ".git" / "HEAD").write_text("1")
-
-
-def collection(folder):
-    for name in ("one", "two"):
-        shutil.copy(FIXTURES / "lycoris_locon" / "adapter.safetensors", folder / f"{name}.safetensors")
-
-
-def config_alone(folder):
-    (folder / "config.json").write_text("{}")
-
-
-def card_alone(folder):
-    (folder / "README.md").write_text("mine")
-
-
-def inner(folder):
-    (folder / "model.safetensors").write_bytes(b"1")
-    (folder / "adapter_model.safetensors").write_bytes(b"1")
-    (folder / "src").mkdir()
-
-
-def links(folder):
-    (folder / "model.safetensors").symlink_to(__file__)
-    (folder / "adapter_model.safetensors").symlink_to(__file__)
-
-
-OTHERS = [photos, project, page, collection, config_alone, card_alone, inner, links]
-
-
-@pytest.mark.parametrize("make", OTHERS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("kind", OTHERS)
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.filterwarnings("ignore")
-def test_force_replaces_no_folder_of_others(places, run, verb, make):
+def test_force_replaces_no_folder_of_others(places, run, verb, kind):
     here, _ = places
     out = here / "damaged cut off"
     tune(here)
-    out.mkdir()
-    make(out)
+    for name, content in OTHERS[kind].items():
+        path = out / name
+        (path if content is None else path.parent).mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            path.symlink_to(content)
     before = sorted((str(p), p.read_bytes() if p.is_file() else b"") for p in out.rglob("*"))
     line = [str(out) if word == "OUT" else word for word in words(verb, here, "OUT")]
     code, said = run(*line, "--force")

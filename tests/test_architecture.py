@@ -43,13 +43,7 @@ SUPPORTED = "# Supported inside: rooms may import this module."
 # how many other modules of the library each room imports at most: a limit only shrinks, and the aim is none
 UNSUPPORTED = {"toolbox": 1, "many": 1, "training": 4, "serving": 6, "compat": 0}
 # the rooms that each room imports, besides the library and the public names; the list of a room only shrinks
-NEIGHBOURS = {
-    "toolbox": set(),
-    "many": {"training"},
-    "training": {"toolbox"},
-    "serving": set(),
-    "compat": set(),
-}
+NEIGHBOURS = {"toolbox": set(), "many": {"training"}, "training": {"toolbox"}, "serving": set(), "compat": set()}
 HEAVY = ("transformers", "peft", "bitsandbytes", "rich", "huggingface_hub", "safetensors", "accelerate", "matplotlib")
 
 
@@ -374,11 +368,7 @@ def test_files_are_opened_to_read_in_one_place():
 
 def test_the_forward_pass_decides_nothing():
     """`forward` and every `run` hold no isinstance, hasattr, warning or string."""
-    hot = {
-        "layer": {"forward"},
-        "plan": {"run", "run_steps", "add", "add_gated"},
-        "mixed": {"run", "run_one", "add"},
-    }
+    hot = {"layer": {"forward"}, "plan": {"run", "run_steps", "add", "add_gated"}, "mixed": {"run", "run_one", "add"}}
     for module, names in hot.items():
         found = [
             node

@@ -68,11 +68,7 @@ def test_life(folder):
     found["losses"] = losses
     for name in ("one", "two"):
         model.set_adapter(name)
-        found[name] = {
-            "logits": logits(model),
-            "trains": sorted(tiny.adapter(model)),
-            "state": state(model, name),
-        }
+        found[name] = {"logits": logits(model), "trains": sorted(tiny.adapter(model)), "state": state(model, name)}
     model.disable_adapters()
     found["disabled"] = logits(model)
     torch.testing.assert_close(found["disabled"], found["base"])

@@ -13,10 +13,7 @@ def test_the_numbers_of_the_page_are_those_of_the_run():
 
 
 def test_the_pictures_were_drawn_from_the_runs():
-    for picture, file in (
-        (comparison.PICTURE, comparison.RESULTS),
-        (comparison.TEXTS_PICTURE, comparison.TEXTS),
-    ):
+    for picture, file in ((comparison.PICTURE, comparison.RESULTS), (comparison.TEXTS_PICTURE, comparison.TEXTS)):
         assert comparison.digest(file).encode() in picture.read_bytes(), "run python -m tests.docs.comparison FILE"
 
 

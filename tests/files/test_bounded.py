@@ -156,8 +156,7 @@ def test_json_of_many_lists_and_tensors_of_many_dimensions(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, field, value",
-    [("mlx_lora", "model", {"a": 1}), ("torchtune_lora", "base_model_name_or_path", [1])],
+    "name, field, value", [("mlx_lora", "model", {"a": 1}), ("torchtune_lora", "base_model_name_or_path", [1])]
 )
 def test_a_base_whose_name_is_no_text(name, field, value, tmp_path):
     shutil.copytree(FIXTURES / name, tmp_path / "a")

@@ -223,17 +223,11 @@ PROMPT = graft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
 MODELS = {  # what is refused of a model in memory
     "dora": (lambda: adapters.model("dora"), LossError, "graft merge"),
     "kasa, which changed the base": (lambda: adapters.model("kasa"), LossError, r"KASA.*save it, and export the file"),
-    "prompt": (
-        lambda: graft.get_peft_model(make("llama"), PROMPT),
-        LossError,
-        r"'default' \(PROMPT_TUNING\) is an input",
-    ),
-    "no update": (
-        lambda: adapters.moved(make("llama"), graft.BottleneckConfig()),
-        TypeError,
-        "support LoRA conversion",
-    ),
-}
+    "prompt": (lambda: graft.get_peft_model(make("llama"), PROMPT), LossError,
+               r"'default' \(PROMPT_TUNING\) is an input"),
+    "no update": (lambda: adapters.moved(make("llama"), graft.BottleneckConfig()), TypeError,
+                  "support LoRA conversion"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -18,14 +18,7 @@ from graft.files import skeleton
 from graft.files.base import read_base_files
 from graft.files.formats import read
 from graft.files.neutral import AdapterFile, LowRank
-from graft.files.serving import (
-    VERDICTS,
-    ServerOptions,
-    Subject,
-    check_servers,
-    list_servers,
-    read_server_data,
-)
+from graft.files.serving import VERDICTS, ServerOptions, Subject, check_servers, list_servers, read_server_data
 from graft.files.tensors import make_tensor
 from tests.files import adapters
 

@@ -97,12 +97,7 @@ def scripts(table, samples):
     return law(
         "script, sample",
         [Case((script, sample)) for script in table for sample in samples],
-        lambda case: [
-            case[0],
-            case[1].method,
-            (case[1].name, case[1].model),
-            Sometimes((case[0], case[1].method), 6),
-        ],
+        lambda case: [case[0], case[1].method, (case[1].name, case[1].model), Sometimes((case[0], case[1].method), 6)],
     )
 
 

@@ -37,11 +37,7 @@ def status(lib, model, without=()):
     return whole, layers
 
 
-STATUS_OF = [
-    *each("plain", "mlp llama conv2d embedding"),
-    first("LORA", "mlp", "head"),
-    first("IA3", "mlp", "head"),
-]
+STATUS_OF = [*each("plain", "mlp llama conv2d embedding"), first("LORA", "mlp", "head"), first("IA3", "mlp", "head")]
 
 
 @law(

@@ -61,25 +61,19 @@ CASES = {
     "layer_empty_list": ("llama", dict(target_modules=["q_proj"], layers_to_transform=[])),
     "layer_missing": ("llama", dict(target_modules=["q_proj"], layers_to_transform=[7])),
     "layer_pattern": ("llama", dict(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers")),
-    "layer_patterns": (
-        "llama",
-        dict(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern=["h", "layers"]),
-    ),
+    "layer_patterns": ("llama", dict(target_modules=["q_proj"], layers_to_transform=[1],
+                                     layers_pattern=["h", "layers"])),
     "layer_pattern_missing": ("llama", dict(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="h")),
     "layer_pattern_empty": ("llama", dict(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern=[])),
     "layer_without_index": ("mlp", dict(target_modules=["lin0", "fc1"], layers_to_transform=[0])),
     "layer_top_level_list": ("mlp", dict(target_modules=["fc1"], layers_to_transform=[0])),
     "layer_top_level_pattern": ("mlp", dict(target_modules=["fc1"], layers_to_transform=[0], layers_pattern="layers")),
-    "layer_ignored_for_full_names": (
-        "llama",
-        dict(target_modules=[f"{L}.0.self_attn.q_proj", "v_proj"], layers_to_transform=[1]),
-    ),
+    "layer_ignored_for_full_names": ("llama", dict(target_modules=[f"{L}.0.self_attn.q_proj", "v_proj"],
+                                                   layers_to_transform=[1])),
     "layer_of_two_indices": ("t5", dict(target_modules=["q"], layers_to_transform=[1])),
     "layer_pattern_of_two": ("t5", dict(target_modules=["q"], layers_to_transform=[1], layers_pattern="layer")),
-    "layer_exclude": (
-        "llama",
-        dict(target_modules=["q_proj"], layers_to_transform=[0, 1], exclude_modules=["0.self_attn.q_proj"]),
-    ),
+    "layer_exclude": ("llama", dict(target_modules=["q_proj"], layers_to_transform=[0, 1],
+                                    exclude_modules=["0.self_attn.q_proj"])),
     "empty": ("mlp", dict(target_modules=[])),
     "missing": ("mlp", dict(target_modules=["nope"])),
     "missing_regex": ("mlp", dict(target_modules="nope.*")),
@@ -116,7 +110,7 @@ CASES = {
         ),
     ),
     "regex_special_in_list": ("llama", dict(target_modules=[r".*\.q_proj", "v_proj"])),
-}
+}  # fmt: skip
 
 
 def targeted(lib, model, cls, **config):

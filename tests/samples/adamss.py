@@ -4,9 +4,7 @@
 from tests.samples.laws import Sample
 from tests.samples.parity import CHOICE, DEFAULT_TARGETS, LAYERS, row, sized
 
-LAWS = [
-    Sample("ADAMSS", config=dict(r=5, num_subspaces=3), subtracts=True, reads=True),
-]
+LAWS = [Sample("ADAMSS", config=dict(r=5, num_subspaces=3), subtracts=True, reads=True)]
 PARITY = [
     *row("plain", "mlp llama t5 bert", r=7, num_subspaces=3, subspace_rank=2),
     *row("default_targets", "llama bert", **DEFAULT_TARGETS),

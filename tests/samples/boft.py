@@ -5,9 +5,7 @@ from graft.core.errors import ConfigError
 from tests.samples.laws import Sample
 from tests.samples.parity import CHOICE, DEFAULT_TARGETS, EXCLUDE, LAYERS, row, sized
 
-LAWS = [
-    Sample("BOFT", config=dict(boft_block_size=2)),
-]
+LAWS = [Sample("BOFT", config=dict(boft_block_size=2))]
 REFUSED = [("BOFT", "odd-patch", ConfigError, "must be divisible by boft_block_size")]
 PARITY = [
     *row("plain", "mlp", boft_block_size=2),

@@ -4,9 +4,7 @@
 from tests.samples.laws import Sample
 from tests.samples.parity import CHOICE, DEFAULT_TARGETS, LAYERS, row, sized
 
-LAWS = [
-    Sample("FROD", config=dict(sparse_rate=0.1)),
-]
+LAWS = [Sample("FROD", config=dict(sparse_rate=0.1))]
 PARITY = [
     *row("plain", "mlp conv1D llama gpt2 t5", sparse_rate=0.1),
     *row("default_targets", "llama gpt2", **DEFAULT_TARGETS),

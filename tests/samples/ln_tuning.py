@@ -4,9 +4,7 @@
 from tests.samples.laws import Sample
 from tests.samples.parity import DEFAULT_TARGETS, row
 
-LAWS = [
-    Sample("LN_TUNING", together=False),
-]
+LAWS = [Sample("LN_TUNING", together=False)]
 PARITY = [
     *row("plain", "mlp", target_modules=["norm"]),
     *row("plain", "llama", target_modules=["input_layernorm", "norm"]),

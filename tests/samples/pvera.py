@@ -5,9 +5,7 @@ from graft.core.errors import UnsupportedLayerError
 from tests.samples.laws import Sample
 from tests.samples.parity import CHOICE, DEFAULT_TARGETS, LAYERS, row, sized
 
-LAWS = [
-    Sample("PVERA", config=dict(r=3), subtracts=True, draws=True),
-]
+LAWS = [Sample("PVERA", config=dict(r=3), subtracts=True, draws=True)]
 REFUSED = [("PVERA", "grouped", UnsupportedLayerError, "draws one value for all inputs")]
 PARITY = sized(  # with a seed, so that both draw the same in training
     [

@@ -4,9 +4,7 @@
 from tests.samples.laws import Sample
 from tests.samples.parity import CHOICE, DEFAULT_TARGETS, LAYERS, row, sized
 
-LAWS = [
-    Sample("RANDLORA", config=dict(r=3, randlora_alpha=4), subtracts=True),
-]
+LAWS = [Sample("RANDLORA", config=dict(r=3, randlora_alpha=4), subtracts=True)]
 PARITY = sized(
     [
         *row("plain", "mlp conv1D llama gpt2 t5"),

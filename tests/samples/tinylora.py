@@ -4,9 +4,7 @@
 from tests.samples.laws import Sample
 from tests.samples.parity import CHOICE, DEFAULT_TARGETS, LAYERS, row, sized
 
-LAWS = [
-    Sample("TINYLORA", config=dict(r=3, u=5), subtracts=True),
-]
+LAWS = [Sample("TINYLORA", config=dict(r=3, u=5), subtracts=True)]
 PARITY = [
     *row("plain", "mlp embedding llama t5", u=7),
     *row("plain", "conv1D gpt2", u=7, fan_in_fan_out=True),  # else PEFT takes Wᵀ for the second adapter

@@ -4,9 +4,7 @@
 from tests.samples.laws import Sample
 from tests.samples.parity import CHOICE, DEFAULT_TARGETS, LAYERS, row, sized
 
-LAWS = [
-    Sample("UNILORA", config=dict(r=3, theta_d_length=11, init_theta_d_bound=0.9), identity=False, subtracts=True),
-]
+LAWS = [Sample("UNILORA", config=dict(r=3, theta_d_length=11, init_theta_d_bound=0.9), identity=False, subtracts=True)]
 PARITY = [
     *row("plain", "mlp conv1D llama gpt2 t5", r=3, theta_d_length=50),
     *row("default_targets", "llama gpt2 bert", **DEFAULT_TARGETS),

@@ -4,9 +4,7 @@
 from tests.samples.laws import Sample
 from tests.samples.parity import CHOICE, DEFAULT_TARGETS, LAYERS, row
 
-LAWS = [
-    Sample("VERA", config=dict(r=3), subtracts=True),
-]
+LAWS = [Sample("VERA", config=dict(r=3), subtracts=True)]
 PARITY = [
     *row("plain", "mlp conv1D llama gpt2 t5", r=5),
     *row("default_targets", "llama gpt2 bert", r=5, **DEFAULT_TARGETS),

@@ -53,21 +53,16 @@ CASES = {
     "pre-training": [train(stage="pt", dataset="pt", cutoff_len=64)],
     "modules to save": [train(additional_target="lm_head")],
     "resume": [train(), train(output_dir="more", resume_from_checkpoint="out/checkpoint-2", max_steps=6)],
-    "a second adapter on the first": [
-        train(),
-        train(output_dir="more", adapter_name_or_path="out", create_new_adapter=True),
-    ],
+    "a second adapter on the first": [train(), train(output_dir="more", adapter_name_or_path="out",
+                                                     create_new_adapter=True)],
     "export": [train(), export(adapter_name_or_path="out")],
-    "two adapters merged": [
-        train(),
-        train(output_dir="more", seed=1, lora_target="k_proj"),
-        export(adapter_name_or_path="out,more"),
-    ],
+    "two adapters merged": [train(), train(output_dir="more", seed=1, lora_target="k_proj"),
+                            export(adapter_name_or_path="out,more")],
     "ORPO": [train(stage="dpo", dataset="dpo", pref_loss="orpo")],
     "KTO": [train(stage="kto", dataset="kto")],
     "reward model": [train(stage="rm", dataset="dpo")],
     "DPO": [train(stage="dpo", dataset="dpo", pref_beta=0.1)],
-}
+}  # fmt: skip
 DIFFERS = {
     "a second adapter on the first": "loading the first draws random numbers under PEFT alone",
     "reward model": "the value head's bias has no gradient but rounding, of which Adam makes steps",

@@ -50,19 +50,15 @@ CASES = {
     "FourierFT": [train(tuner_type="fourierft", fourier_n_frequency=50)],
     "IA3": [train(tuner_type="ia3")],
     "all weights": [train(tuner_type="full")],
-    "resume": [
-        train(lora_dtype="bfloat16"),
-        train(lora_dtype="bfloat16", output_dir="more", resume_from_checkpoint="out/checkpoint-2", max_steps=6),
-    ],
-    "export": [
-        train(),
-        ["swift.cli.export", *flags(dict(adapters="out/checkpoint-4", merge_lora=True, output_dir="merged"))],
-    ],
+    "resume": [train(lora_dtype="bfloat16"),
+               train(lora_dtype="bfloat16", output_dir="more", resume_from_checkpoint="out/checkpoint-2", max_steps=6)],
+    "export": [train(), ["swift.cli.export", *flags(dict(adapters="out/checkpoint-4", merge_lora=True,
+                                                         output_dir="merged"))]],
     "infer": [train(), ["swift.cli.infer", *flags(INFER)]],
     "DPO": [rlhf()],
     **{name: [rlhf(rlhf_type=name.lower())] for name in ("ORPO", "SimPO", "CPO")},
     "KTO": [rlhf(**KTO)],
     "GRPO": [rlhf(**GRPO)],
     "reward model": [rlhf(rlhf_type="rm")],
-}
+}  # fmt: skip
 DIFFERS = {"FourierFT": "PEFT's norms of gradients are 1e-4 off those in double precision, graft's less"}

@@ -289,11 +289,7 @@ def test_an_adapter_that_is_gone_does_not_replace_a_good_one(tmp_path):
         assert files(tmp_path) == before
 
 
-PARTS = {
-    "slice": lambda t: t[:1],
-    "flat slice": lambda t: t.flatten()[:3],
-    "empty": lambda t: t.new_empty(0),
-}
+PARTS = {"slice": lambda t: t[:1], "flat slice": lambda t: t.flatten()[:3], "empty": lambda t: t.new_empty(0)}
 
 
 @pytest.mark.differs(

@@ -9,10 +9,10 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.call import Call
+from graft.core.carrier import SharedTensors
 from graft.core.layer import AdapterLayer
 from graft.core.method import AdaptedLayers
 from graft.core.rows import Constant, Rows
-from graft.core.shared import SharedTensors
 from graft.inject.build import add_adapter
 from graft.inject.survey import get_site, survey_model
 from graft.methods.lora.dylora import DRAWN

@@ -11,11 +11,11 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.call import Call
+from graft.core.carrier import SharedTensors
 from graft.core.errors import RoutingError
 from graft.core.layer import make_adapter_layer
 from graft.core.method import AdaptedLayers
 from graft.core.rows import Rows
-from graft.core.shared import SharedTensors
 from graft.inject.build import add_adapter
 from graft.inject.find import make_method
 from graft.inject.survey import make_parameter_site, survey_model

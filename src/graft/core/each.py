@@ -26,9 +26,8 @@ from graft.core.containers import Slot, Transient
 from graft.core.effect import Effect, Pieces, Rewrite, Update
 from graft.core.errors import UnsupportedLayerError
 from graft.core.folding import compute_delta, drop_inputs_of_A, fold_effect, why_not_in_weight
-from graft.core.method import Method, Tensors, WeightUse, build_placeholders
+from graft.core.method import Layer, Method, Tensors, WeightUse, build_placeholders
 from graft.core.ops import META, Op, Opaque
-from graft.core.protocols import Layer
 from graft.core.random import read_generator_states, restore_generator_states
 from graft.core.site import Site
 from graft.kernels.experts import Form

@@ -14,9 +14,8 @@ from torch import Tensor
 from graft.core.effect import HALF, Effect, Factors, Rewrite, Update, factor_matrix, form_delta
 from graft.core.errors import RoutingError
 from graft.core.lean import find_dropout_rate
-from graft.core.method import Method
+from graft.core.method import Layer, Method
 from graft.core.ops import Opaque
-from graft.core.protocols import Layer
 
 
 class EvaluationMode:

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from graft.core.effect import Compact, Factors, Product, Unformed
 from graft.core.lean import Linear, find_dropout_rate
-from graft.core.method import Method
-from graft.core.protocols import Layer
+from graft.core.method import Layer, Method
 from graft.kernels import decomposed, one_product
 from graft.kernels.eager import autocast_dtype, cast, has_no_hooks, once
 from graft.kernels.low_rank import (

@@ -29,17 +29,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from graft.core.carrier import check_name_list
 from graft.core.containers import iter_slots
 from graft.core.each import MatrixUpdate, pieces_of, read_base_stack
 from graft.core.effect import HALF, Effect, Replace, Rewrite, Update
 from graft.core.errors import PeftWarning, UnsupportedLayerError, describe_function, warn
 from graft.core.finite import max_magnitudes, measure_survival
 from graft.core.folding import EvaluationMode, fold_effect, weigh_steps
-from graft.core.method import Method
-from graft.core.names import check_name_list
+from graft.core.method import Layer, Method
 from graft.core.ops import Op
 from graft.core.plan import Step, order_steps
-from graft.core.protocols import Layer
 
 L = TypeVar("L", bound=Layer)
 FULL = (torch.float32, torch.float64)  # unmerging subtracts, which restores weights except for the last digits

@@ -11,18 +11,20 @@ from dataclasses import dataclass, field
 from enum import Flag, auto
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.base_config import model_type
 from graft.core.call import Call
+from graft.core.carrier import CarrierState
+from graft.core.containers import Slot
 from graft.core.effect import Delta, Effect, Factors, Update
 from graft.core.errors import CalibrationError, ConfigError
-from graft.core.ops import META, OPS
+from graft.core.ops import META, OPS, Op
 from graft.core.rows import Finish, Run
-from graft.core.site import Site
+from graft.core.site import Site, Store, Weight
 from graft.kernels.eager import cast
 
 if TYPE_CHECKING:
@@ -577,3 +579,55 @@ def _check_overrides(cls: type[Method]) -> None:
                 f"{cls.__name__} overrides {', '.join(new)} and inherits {', '.join(inherited)}, which says the same. "
                 "Override both, or `describe`."
             )
+
+
+class Layer(Protocol):
+    """A base layer and the adapters on it. Each attribute and function is described where AdapterLayer defines it."""
+
+    site: Site
+    op: Op
+    store: Store
+    call: Call
+    methods: dict[str, Method]  # by adapter
+    kinds: list[type]
+    containers: list[str]
+    scaling: dict[str, float]
+    scaling_at_start: dict[str, float]
+    attached: set[str]
+    training: bool
+    cast_input_dtype_enabled: bool
+    _modules: dict[str, nn.Module | None]
+
+    @property
+    def state(self) -> CarrierState: ...
+    @property
+    def base_layer(self) -> nn.Module: ...
+    @property
+    def base_module(self) -> nn.Module: ...
+    @property
+    def base_weight(self) -> Weight: ...
+    @property
+    def weight_now(self) -> Tensor: ...
+    @property
+    def bias_now(self) -> Tensor | None: ...
+    @property
+    def W0(self) -> Tensor: ...
+    @property
+    def base_trains(self) -> bool: ...
+    @property
+    def may_fuse(self) -> bool: ...
+    @property
+    def type_name(self) -> str: ...
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]: ...
+    @property
+    def where(self) -> tuple[torch.device | None, torch.dtype | None]: ...
+    @property
+    def argument_names(self) -> tuple[str, ...]: ...
+    def get_base_layer(self) -> nn.Module: ...
+    def find_reader_plan(self) -> Any: ...
+    def plan_for(self, names: tuple[str, ...], weights: tuple[float, ...] | None = None) -> Any: ...
+    def refresh_plan(self) -> None: ...
+    def slots(self, adapter: str) -> list[Slot]: ...
+    def tensors(self, adapter: str, transient: bool = False) -> Iterator[tuple[Slot, Tensor]]: ...
+    def write_bias(self, bias: Tensor) -> None: ...

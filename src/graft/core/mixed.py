@@ -24,7 +24,7 @@ from graft.core.effect import Factors, factor_matrix
 from graft.core.errors import RoutingError
 from graft.core.fused import LINEARS
 from graft.core.lean import find_dropout_rate
-from graft.core.method import Method, return_unchanged
+from graft.core.method import Layer, Method, return_unchanged
 from graft.core.ops import find_op
 from graft.core.plan import (
     BlockPlan,
@@ -41,7 +41,6 @@ from graft.core.plan import (
     keep_input,
     put_input_first,
 )
-from graft.core.protocols import Layer
 from graft.core.rows import CallContext, JointAdapters, Key, Rows, adapters_in
 from graft.kernels.eager import autocast_dtype, eager, has_no_hooks
 from graft.kernels.experts import StackUpdate

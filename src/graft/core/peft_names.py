@@ -16,8 +16,7 @@ from graft.core.finite import is_finite
 from graft.core.folding import EvaluationMode, compute_delta, why_no_delta
 from graft.core.gate import all_adapters, changes
 from graft.core.merging import lift_merged
-from graft.core.method import Method
-from graft.core.protocols import Layer
+from graft.core.method import Layer, Method
 
 ACTIVATE = "set_adapter() activates adapters"
 CLASS_NAMES = {"trainable_tokens": "TrainableTokensLayer"}  # PEFT's names; all others are folder and type: lora.Linear

@@ -24,9 +24,8 @@ from graft.core.errors import UnsupportedLayerError
 from graft.core.folding import evaluate_delta
 from graft.core.fused import factor_tensors
 from graft.core.lean import find_dropout_rate
-from graft.core.method import Method
+from graft.core.method import Layer, Method
 from graft.core.plan import ChainPlan, LayerPlan, Step, SumPlan, apply_delta, compute_part, find_step_input
-from graft.core.protocols import Layer
 from graft.core.random import read_generator_states
 from graft.kernels.cuts import Cut, cut_tensor, join_pieces, sum_gradient, sum_partial_results
 from graft.kernels.low_rank import dropout

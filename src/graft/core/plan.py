@@ -27,9 +27,8 @@ from graft.core.effect import Effect, Factors, Replace, Rewrite, Tap, Unformed, 
 from graft.core.errors import RoutingError, UnsupportedLayerError
 from graft.core.folding import drop_inputs_of_A, evaluate_delta, fold_effect, weigh_steps
 from graft.core.lean import find_dropout_rate
-from graft.core.method import Method
+from graft.core.method import Layer, Method
 from graft.core.ops import Opaque
-from graft.core.protocols import Layer
 from graft.kernels.eager import cast, eager, once, watched
 from graft.kernels.experts import FormedUpdate, LowRankUpdate, StackUpdate
 from graft.kernels.low_rank import dropout

@@ -57,6 +57,14 @@ def strip_outer_wrappers(name: str) -> str:
     return name if prefix is None else name[prefix.end() :]
 
 
+def is_bias(name: str) -> bool:
+    """Return True if the last part of a dotted parameter name is "bias".
+
+    `bias="all"` trains and saves these, as in PEFT.
+    """
+    return name.rpartition(".")[2] == "bias"
+
+
 def find_inner_attribute(module: nn.Module) -> str | None:
     """Return the attribute under which a wrapper holds its module; None if `module` is no wrapper.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graft.config.base import PeftConfig
+from graft.core.carrier import SharedTensors
 from graft.core.containers import Transient
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.finite import max_magnitudes
@@ -26,7 +27,6 @@ from graft.core.merging import lift_merged
 from graft.core.method import AdaptedLayers, Method, WeightUse, build_placeholders
 from graft.core.ops import META
 from graft.core.random import build_on
-from graft.core.shared import SharedTensors
 from graft.core.site import Site
 from graft.core.wrappers import find_offload_hooks
 from graft.inject.beside import Head, ModulesToSaveWrapper, RowsLayer

@@ -26,9 +26,8 @@ from graft.core.errors import (
 )
 from graft.core.folding import why_not_in_weight
 from graft.core.method import Method
-from graft.core.names import is_bias
 from graft.core.site import Site
-from graft.core.wrappers import MANAGED
+from graft.core.wrappers import MANAGED, is_bias
 from graft.inject import beside, experts
 from graft.inject.beside import Head, HeadConfig
 from graft.inject.experts import UnreachedTargets

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
 from graft.core.call import Call
+from graft.core.carrier import SharedTensors
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
-from graft.core.shared import SharedTensors
 from graft.core.site import Site
 from graft.inject.beside import Head, describe_trained_module
 from graft.inject.parts import AdapterCarriers

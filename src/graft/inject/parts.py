@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from graft.config.base import PeftConfig
-from graft.core.carrier import Carrier
+from graft.core.carrier import Carrier, SharedTensors
 from graft.core.containers import BufferDict
 from graft.core.errors import (
     AdapterNameError,
@@ -31,7 +31,6 @@ from graft.core.errors import (
 from graft.core.gate import Gate
 from graft.core.layer import AdapterLayer
 from graft.core.rows import BASE
-from graft.core.shared import SharedTensors
 from graft.core.site import Site
 from graft.core.wrappers import find_inner_module
 from graft.inject.survey import Wrapper, check_model, survey_model

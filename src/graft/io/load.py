@@ -22,8 +22,7 @@ from graft.config.base import PeftConfig
 from graft.core.base_config import count_tokens, input_embeddings, output_embeddings
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, CheckpointError, PeftWarning, join_some, warn
 from graft.core.layer import AdapterLayer
-from graft.core.names import is_bias
-from graft.core.wrappers import strip_inner_wrappers
+from graft.core.wrappers import is_bias, strip_inner_wrappers
 from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.build import assign_values
 from graft.inject.job import Receiver

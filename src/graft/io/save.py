@@ -21,10 +21,10 @@ from graft.core.carrier import layer_in
 from graft.core.errors import AdapterKeyError, warn
 from graft.core.merging import compute_unmerged_weight, find_unmerged_bias
 from graft.core.method import WeightUse
-from graft.core.names import is_bias
 from graft.core.wrappers import (
     copy_offloaded,
     find_unsharded_class,
+    is_bias,
     strip_all_wrappers,
     strip_inner_wrappers,
     strip_outer_wrappers,

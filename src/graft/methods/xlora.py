@@ -26,8 +26,7 @@ from graft.config.hub import fetch_file
 from graft.config.pair import CONFIG_NAME
 from graft.core.call import Call
 from graft.core.errors import ConfigError, RoutingError, warn
-from graft.core.method import AdaptedLayers, Method
-from graft.core.protocols import Layer
+from graft.core.method import AdaptedLayers, Layer, Method
 from graft.core.rows import BASE, Finish, Rows, Run, find_cache, name_arguments
 
 DEPTH = Bound(POSITIVE.allows, "X-LoRA depth must be strictly positive.")

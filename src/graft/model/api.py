@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from graft.config.base import PeftConfig, add_task_heads, check_config
 from graft.config.prompt import PromptLearningConfig
 from graft.config.reading import Json
+from graft.core.carrier import SharedTensors
 from graft.core.errors import AlreadyInjectedError, ConfigError, warn
 from graft.core.gate import PATIENCE
 from graft.core.method import AdaptedLayers, Method, build_placeholders
-from graft.core.shared import SharedTensors
 from graft.inject.inject import Injection
 from graft.inject.parts import check_no_foreign_adapters, get_registry, unwrap_model
 from graft.inject.report import InjectReport, Matched

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from graft.config.atomic import check_no_link
 from graft.config.base import FORMAT_VERSION, PeftConfig
 from graft.config.prompt import NAMES as OF_THE_BASE
+from graft.core.carrier import check_name_list
 from graft.core.containers import place_tensors
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
-from graft.core.names import check_name_list
 from graft.inject.parts import get_registry
 from graft.inject.survey import survey_model
 from graft.io import files, save

@@ -14,12 +14,11 @@ from torch import nn
 
 from graft.config.base import PeftConfig
 from graft.config.pair import CONFIG_NAME
-from graft.core.carrier import Carrier
+from graft.core.carrier import Carrier, TunerTensors
 from graft.core.errors import CheckpointError, ConfigError, RoutingError, UnsupportedLayerError
 from graft.core.gate import all_adapters, changes, prepares
 from graft.core.method import Method
 from graft.core.ops import META
-from graft.core.shared import TunerTensors
 from graft.inject.build import assign_values
 from graft.inject.job import Options
 from graft.inject.parts import AdapterCarriers, check_adapter_name, get_registry, read_modes, restore_modes

@@ -12,11 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
-from graft.core.carrier import active_after_deletion, check_not_merged, layer_in
+from graft.core.carrier import active_after_deletion, as_name_list, check_not_merged, layer_in
 from graft.core.errors import AdapterNotFoundError, PeftError, PeftWarning, warn
 from graft.core.gate import adapters_of_deletion
 from graft.core.layer import AdapterLayer
-from graft.core.names import as_name_list
 from graft.inject.parts import get_gate, get_registry, unwrap_model
 from graft.inject.survey import Wrapper, survey_model
 from graft.kernels.versions import version_of

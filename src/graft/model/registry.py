@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from graft.config.base import PeftConfig, check_config
 from graft.core.call import AuxiliaryValue, Call
-from graft.core.carrier import Carrier, active_after_deletion, check_not_merged, iter_carried
+from graft.core.carrier import (
+    Carrier,
+    SharedTensors,
+    active_after_deletion,
+    as_name_list,
+    check_name_list,
+    check_not_merged,
+    iter_carried,
+)
 from graft.core.containers import Slot
 from graft.core.errors import (
     AdapterNameError,
@@ -38,10 +46,8 @@ from graft.core.errors import (
 from graft.core.gate import ACTIVE, Names, adapters_of_deletion, all_adapters, changes, prepares
 from graft.core.layer import AdapterLayer, Host
 from graft.core.method import Method, return_unchanged
-from graft.core.names import as_name_list, check_name_list
 from graft.core.ops import find_op
 from graft.core.rows import Finish, JointAdapters, Run, list_forward_arguments
-from graft.core.shared import SharedTensors
 from graft.inject.beside import RowsLayer
 from graft.inject.build import assign_values
 from graft.inject.find import list_trained_biases

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import RoutingError, UnsupportedLayerError
-from graft.core.protocols import Layer
+from graft.core.method import Layer
 from graft.core.rows import Rows
 from graft.kernels.experts import StackUpdate, UpdatedStack, run_experts
 from graft.kernels.waits import constant

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graft.core.errors import ConfigError, PeftWarning, join_some, warn
-from graft.core.protocols import Layer
+from graft.core.method import Layer
 from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.lora import LoRA
 from graft.methods.lora.shift import NAME

@@ -60,7 +60,7 @@ def rows(cell: Cell, count: int) -> Tensor:
 
 
 def describe(y: Tensor) -> str:
-    """Return the operations behind a tensor: graft's by name, the number of casts, and number and hash of the others."""
+    """Return the operations behind a tensor: graft's by name, the number of casts, number and hash of others."""
     names, others = Counter[str](), list[str]()
     left, seen = [y.grad_fn], set()
     while left:

@@ -193,10 +193,14 @@ def test_casting_of_inputs_is_put_back():
     layers[0].cast_input_dtype_enabled = False
     with pytest.raises(ZeroDivisionError), disable_input_dtype_casting(model):
         assert not any(layer.cast_input_dtype_enabled for layer in layers)
+        x = torch.zeros(2)
+        assert layers[0]._cast_input_dtype(x, torch.float64) is x and layers[0]._cast_input_dtype(None, x.dtype) is None
         raise ZeroDivisionError
     assert [layer.cast_input_dtype_enabled for layer in layers] == [False] + [True] * (len(layers) - 1)
     with disable_input_dtype_casting(model, active=False):
         assert layers[1].cast_input_dtype_enabled
+        assert layers[1]._cast_input_dtype(torch.zeros(2), torch.float64).dtype == torch.float64
+        assert layers[1]._cast_input_dtype(None, torch.float64) is None
 
 
 # PEFT's own methods of layers, wrappers and tuners, which scripts call

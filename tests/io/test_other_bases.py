@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from graft.io.fingerprint import choose_sampled_names
+from graft.io.fingerprint import check_fingerprint, choose_sampled_names
 from tests import models
 from tests.models import seeded
 from tests.raised import refuses, warns
@@ -84,3 +84,17 @@ def test_sampled_weights_are_spread_over_the_model():
         gaps = [b - a for a, b in zip(sampled, [*sampled[1:], n])]
         assert sampled[0] == 0 and len(sampled) == min(n, 16) and min(gaps) >= 1, n
         assert 32 < n < 64 or max(gaps) - min(gaps) <= 1, n
+
+
+FIELDS = {"n": 1, "shapes": "ab", "weights": {"a": [2, 3]}, "sample": {"a": [1, 0.5]}, "full": {"a": "ab"}}
+WRONG = {
+    "n": ["1", True], "shapes": [1], "weights": [[2], {"a": 2}, {"a": [1.5]}],
+    "sample": [[2], {"a": ["b"]}, {"a": [float("nan")]}], "full": [["ab"], {"a": 1}, {"a": "b", "c": 1}],
+}  # fmt: skip
+
+
+def test_each_field_of_a_fingerprint_has_its_type():
+    check_fingerprint(FIELDS, "f")
+    for name, values in WRONG.items():
+        for value in values:
+            refuses(graft.CheckpointError, f"f has a field '{name}'", check_fingerprint, FIELDS | {name: value}, "f")

@@ -101,6 +101,17 @@ def test_blocks_are_not_swapped_in(tmp_path):
     refuses(graft.ConfigError, "block-diagonal factors", graft.prepare_model_for_compiled_hotswap, model, target_rank=8)
 
 
+@pytest.mark.parametrize("lib", LIBS)
+def test_blocks_of_b_start_at_zero_also_where_a_plain_b_would_not(lib):
+    options = dict(r=4, target_modules=["down"], init_lora_weights=False)
+    zero = []
+    for blocks in A, B:
+        config = lib.LoraConfig(use_bdlora=lib.BdLoraConfig(**blocks), **options)
+        model = lib.get_peft_model(net(), config)
+        zero.append(not model.base_model.model["down"].lora_B["default"].weight.any())
+    assert zero == [False, True]
+
+
 REFUSED = {
     "overlap": (dict(target_modules_bd_a=["down"], target_modules_bd_b=["down"]), {}, "Found overlapping modules"),
     "both": (dict(target_modules_bd_a=["down"], target_modules_bd_b=["dow"]), {}, "matches both A and B"),

@@ -18,6 +18,7 @@ from graft.core.errors import ConfigError
 from graft.optim import compute_pro_gradients, invert_gram, invert_gram_by_cholesky
 from tests import models
 from tests.pair import adapt, both, close_dicts, gradients, outcome, randomize
+from tests.raised import refuses
 from tests.samples import each, first
 
 SAMPLES = [*each("plain", "mlp conv1D llama"), first("LORA", "mlp", "head"), *each("bias_all rslora", "mlp")]
@@ -157,14 +158,12 @@ WRONG = [dict(lr=-1.0), dict(betas=(1.0, 0.9)), dict(betas=(0.9, -0.1)), dict(ep
 @pytest.mark.parametrize("options", WRONG, ids=str)
 def test_numbers_that_lorafa_refuses(options):
     for cls in (optimizers.LoraFAOptimizer, peft.optimizers.lorafa.LoraFAOptimizer):
-        with pytest.raises(ValueError):
-            cls([torch.nn.Parameter(torch.ones(1))], **options)
+        refuses(ValueError, None, cls, [torch.nn.Parameter(torch.ones(1))], **options)
 
 
 def test_lorafa_that_is_refused_freezes_nothing():
     model = adapt(graft, first("LORA"))
-    with pytest.raises(graft.ConfigError, match="lr and eps must be"):
-        optimizers.create_lorafa_optimizer(model, lr=-1.0)
+    refuses(graft.ConfigError, "lr and eps must be", optimizers.create_lorafa_optimizer, model, lr=-1.0)
     assert all(p.requires_grad for n, p in model.named_parameters() if "lora_A" in n)
 
 
@@ -214,8 +213,7 @@ def test_a_copy_and_a_pickle_still_refuse_closures(name):
     hooks = len(made._optimizer_step_pre_hooks)
     for other in copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made)):
         assert len(other._optimizer_step_pre_hooks) == hooks == 1
-        with pytest.raises(ConfigError, match="closures"):
-            other.step(lambda: 0.0)
+        refuses(ConfigError, "closures", other.step, lambda: 0.0)
 
 
 def test_lorafa_with_a_closure():
@@ -242,18 +240,14 @@ class Needs(torch.optim.SGD):
 def test_riemannian_refusals(lib):
     library = {optimizers: graft, peft.optimizers: peft}[lib]
     create, model = lib.create_riemannian_optimizer, adapt(library, first("LORA"))
-    with pytest.raises(ValueError, match="did not find any trainable"):
-        create(models.make("mlp"), torch.optim.SGD, lr=0.1)
+    refuses(ValueError, "did not find any trainable", create, models.make("mlp"), torch.optim.SGD, lr=0.1)
     for wrong in (dict, torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])):
-        with pytest.raises(TypeError, match="subclass of torch.optim.Optimizer" if wrong is dict else None):
-            create(model, wrong, lr=0.1)
+        refuses(TypeError, "subclass of torch.optim.Optimizer" if wrong is dict else None, create, model, wrong, lr=0.1)
     for needs in (torch.optim.LBFGS, Needs):
-        with pytest.raises(ValueError, match=f"{needs.__name__} requires a closure"):
-            create(model, needs, lr=0.1)
+        refuses(ValueError, f"{needs.__name__} requires a closure", create, model, needs, lr=0.1)
     made = create(model, torch.optim.SGD, lr=0.1)
     assert isinstance(made, torch.optim.SGD)
-    with pytest.raises(ValueError, match="closures"):
-        made.step(lambda: 0.0)
+    refuses(ValueError, "closures", made.step, lambda: 0.0)
 
 
 @pytest.mark.parametrize("name", ["riemannian", "lorapro"])
@@ -280,8 +274,7 @@ def test_factors_that_are_kept_in_part_are_refused(option):
         lambda: optimizers.create_lorafa_optimizer(model),
         lambda: optimizers.create_riemannian_optimizer(model, torch.optim.SGD, lr=0.1),
     ):
-        with pytest.raises(graft.ConfigError, match=f"needs A and B .*{next(iter(option))} makes them smaller"):
-            make()
+        refuses(graft.ConfigError, f"needs A and B .*{next(iter(option))} makes them smaller", make)
 
 
 class Experts(torch.nn.Module):
@@ -392,8 +385,7 @@ def test_muon_takes_torchs_steps_on_b_and_adamw_on_a(decay):
 def test_muon_refusals():
     with pytest.raises(graft.ConfigError, match="did not find any trainable lora_B"):
         optimizers.create_muon_optimizer(models.make("mlp"), lr=0.1)
-    with pytest.raises(graft.ConfigError, match="momentum"):
-        optimizers.create_muon_optimizer(small(), lr=0.1, momentum=1.0)
+    refuses(graft.ConfigError, "momentum", optimizers.create_muon_optimizer, small(), lr=0.1, momentum=1.0)
 
 
 @pytest.mark.parametrize("B_scale", [1.0, 1e-3, 0.0])
@@ -440,5 +432,4 @@ def test_lorapro_steps():
     torch.testing.assert_close((A, B), wanted)
     with pytest.raises(graft.ConfigError, match="create_lorapro_optimizer did not find"):
         optimizers.create_lorapro_optimizer(models.make("mlp"), torch.optim.SGD, lr=0.1)
-    with pytest.raises(graft.ConfigError, match="LoRA-Pro does not support closures"):
-        made.step(lambda: 0.0)
+    refuses(graft.ConfigError, "LoRA-Pro does not support closures", made.step, lambda: 0.0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.pair import LIBS, adapt, close_dicts, common, json_of, outcome
+from tests.raised import refuses
 from tests.samples import ELSEWHERE, METHODS, SAMPLES, Sample, over_all
 
 METHOD = pytest.mark.parametrize("method", METHODS)
@@ -222,10 +223,8 @@ def test_file_without_a_type(method, tmp_path):
         assert cls(lib, method).from_pretrained(tmp_path).peft_type == method
     path.write_text(json.dumps({**json.loads(path.read_text()), "zeta": 1}))
     for lib in LIBS:
-        with pytest.raises(TypeError, match=r"missing required keys: \{'peft_type'\}"):
-            cls(lib, method).from_pretrained(tmp_path)
-        with pytest.raises(TypeError, match=r"missing required keys: \{'peft_type'\}"):
-            lib.PeftConfig.from_pretrained(tmp_path)
+        refuses(TypeError, r"missing required keys: \{'peft_type'\}", cls(lib, method).from_pretrained, tmp_path)
+        refuses(TypeError, r"missing required keys: \{'peft_type'\}", lib.PeftConfig.from_pretrained, tmp_path)
 
 
 def test_old_oft_files(tmp_path):
@@ -234,8 +233,7 @@ def test_old_oft_files(tmp_path):
     values = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in values.items() if k != "oft_block_size"}))
     for lib in LIBS:
-        with pytest.raises(ValueError, match="OFT"):
-            lib.OFTConfig.from_pretrained(tmp_path)
+        refuses(ValueError, "OFT", lib.OFTConfig.from_pretrained, tmp_path)
 
 
 def test_runtime_settings_stay_out_of_files(tmp_path):

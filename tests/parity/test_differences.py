@@ -12,6 +12,7 @@ from tests.covering import Case, Sometimes, law
 from tests.leaves_out import EMPTY_FILES
 from tests.looks import layers_of
 from tests.pair import adapt, close, close_dicts, outcome, output, randomize
+from tests.raised import refuses
 from tests.samples import LAWS, METHODS, SAMPLES, Sample, each, first, mergeable, over
 from tests.trees import Config, tree
 
@@ -366,8 +367,7 @@ def test_load_adapter_is_strict_and_undoes_itself(tmp_path):
     spoil(tmp_path, lambda t: t.pop(max(t)))
     model = adapt(graft, sample)
     before = clones(model)
-    with pytest.raises(graft.AdapterKeyError):
-        model.load_adapter(tmp_path, "b")
+    refuses(graft.AdapterKeyError, None, model.load_adapter, tmp_path, "b")
     assert list(model.peft_config) == ["default"]
     close_dicts(dict(model.state_dict()), before, 0)
     report = model.load_adapter(tmp_path, "b", strict=False)
@@ -454,8 +454,7 @@ def test_an_interrupted_save_leaves_the_old_adapter(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fail)
     monkeypatch.setattr(os, "rename", fail)
-    with pytest.raises(OSError, match="disk full"):
-        model.save_pretrained(tmp_path)
+    refuses(OSError, "disk full", model.save_pretrained, tmp_path)
     monkeypatch.undo()
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name in before} == before
     close_dicts(

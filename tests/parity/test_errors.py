@@ -10,6 +10,7 @@ from torch import nn
 
 from tests import models
 from tests.pair import LIBS, adapt, output
+from tests.raised import refuses
 from tests.samples import METHODS, each, first, over
 from tests.trees import Config, tree
 
@@ -375,8 +376,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_refused(case, lib, tmp_path):
     call, error, fragment = CASES[case]
-    with pytest.raises(error, match=re.escape(fragment) or None):
-        call(lib, tmp_path)
+    refuses(error, re.escape(fragment) or None, call, lib, tmp_path)
 
 
 @pytest.mark.parametrize("lib", LIBS)
@@ -384,8 +384,7 @@ def test_refused(case, lib, tmp_path):
 def test_unknown_adapters_of_every_method(sample, lib):
     model = adapt(lib, sample)
     for call, words in ((model.set_adapter, "not found"), (model.delete_adapter, "does not exist")):
-        with pytest.raises(ValueError, match=f"nope.*{words}"):
-            call("nope")
+        refuses(ValueError, f"nope.*{words}", call, "nope")
 
 
 BARE = sorted(METHODS.keys() - {"LORA", "TINYLORA", "LN_TUNING", "TRAINABLE_TOKENS"})
@@ -401,8 +400,7 @@ def test_unsupported_layers(method, lib):
     sample = first(method)
     base = tree(["a.b", "c"])
     config = sample.config(lib, target_modules=["a"], **({"feedforward_modules": []} if method == "IA3" else {}))
-    with pytest.raises((TypeError, ValueError), match=r"supported|compatible"):
-        lib.get_peft_model(base, config)
+    refuses((TypeError, ValueError), r"supported|compatible", lib.get_peft_model, base, config)
 
 
 @pytest.mark.parametrize("lib", LIBS)

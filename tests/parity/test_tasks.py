@@ -11,6 +11,7 @@ import torch
 from tests import models
 from tests.covering import Case, law
 from tests.pair import LIBS, adapt, both, close, close_dicts, gradients, json_of, output, randomize
+from tests.raised import refuses
 from tests.samples import DRAWS, SAMPLES, each, first, over
 
 TASKS = [s for s in SAMPLES if s.name in ("tasks", "classify")]
@@ -34,10 +35,8 @@ def test_arguments_by_place(sample):
     ids = rest.pop("input_ids")
     for model in (ours.eval(), theirs.eval()):
         close(model(ids, **rest)[0], model(input_ids=ids, **rest)[0])
-        with pytest.raises(TypeError, match="multiple values for argument"):
-            model(ids, input_ids=ids)
-        with pytest.raises(TypeError, match="positional"):
-            model(*[None] * 20)
+        refuses(TypeError, "multiple values for argument", model, ids, input_ids=ids)
+        refuses(TypeError, "positional", model, *[None] * 20)
 
 
 LABELS = {

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import graft
 from tests.looks import get_registry
 from tests.models import seeded
+from tests.raised import refuses
 from tests.threads import at_once, in_child
 from tests.trust.dense import ADD, CONTAINERS, LAYERS, Adapter, Reference, Together
 from tests.trust.folders import faults, killed
@@ -158,8 +159,7 @@ class Life:
         name, kind, targets = dice.choice(NAMES), self.kind_for(dice), dice.choice(TARGETS)
         self.say(f"{name} {kind} {targets}")
         if name in self.names:
-            with pytest.raises(graft.AdapterNameError):
-                self.model.add_adapter(name, config(kind, targets))
+            refuses(graft.AdapterNameError, None, self.model.add_adapter, name, config(kind, targets))
             return
         with seeded(dice.randrange(2**16)):
             self.model.add_adapter(name, config(kind, targets))
@@ -169,8 +169,7 @@ class Life:
         name = dice.choice(NAMES)
         self.say(name)
         if name not in self.names or name in self.reference.merged:
-            with pytest.raises(ValueError):
-                self.model.delete_adapter(name)
+            refuses(ValueError, None, self.model.delete_adapter, name)
             return
         self.model.delete_adapter(name)
         self.reference.delete(name)
@@ -188,8 +187,7 @@ class Life:
         name = dice.choice(NAMES)
         self.say(name)
         if name not in self.names:
-            with pytest.raises(graft.AdapterNotFoundError):
-                self.model.set_adapter(name)
+            refuses(graft.AdapterNotFoundError, None, self.model.set_adapter, name)
             return
         self.model.set_adapter(name)
         self.reference.set([Together((name,))])
@@ -207,8 +205,7 @@ class Life:
         if not parts:
             return
         if self.reference.merged:
-            with pytest.raises(graft.RoutingError):
-                self.model(X, compose=value_of(parts))
+            refuses(graft.RoutingError, None, self.model, X, compose=value_of(parts))
             return
         close(self.model(X, compose=value_of(parts)), self.composed(self.reference, parts))
 
@@ -221,8 +218,7 @@ class Life:
         names = self.some(dice, 1, [kind for kind in CONTAINERS if kind not in ADD])
         self.say(f"{names}")
         if names:
-            with pytest.raises(graft.RoutingError):
-                self.model.set_adapter(graft.Average(*names, weights=[0.5]))
+            refuses(graft.RoutingError, None, self.model.set_adapter, graft.Average(*names, weights=[0.5]))
 
     # on, off, merged
 
@@ -251,8 +247,7 @@ class Life:
         merge = self.model.base_model.merge_adapter
         given = None if names is None else [*names]
         if wanted and (self.reference.disabled or self.is_parallel):
-            with pytest.raises(NotImplementedError if self.is_parallel else ValueError):
-                merge(given, safe_merge=safe)
+            refuses(NotImplementedError if self.is_parallel else ValueError, None, merge, given, safe_merge=safe)
             return
         merge(given, safe_merge=safe)
         if wanted:
@@ -268,8 +263,7 @@ class Life:
         first = next(iter(held.values()))[0].data.view(-1)
         value = first[0].item()
         first[0] = bad
-        with pytest.raises(ValueError, match="NaNs detected"):
-            self.model.base_model.merge_adapter([*names])
+        refuses(ValueError, "NaNs detected", self.model.base_model.merge_adapter, [*names])
         first[0] = value
 
     def unmerge(self, dice: random.Random) -> None:
@@ -338,8 +332,7 @@ class Life:
         self.say(f"{choices}")
         given = [self.row_name(each) for each in choices]
         if self.reference.merged:
-            with pytest.raises(graft.RoutingError):
-                self.model(X, adapter_names=given)
+            refuses(graft.RoutingError, None, self.model, X, adapter_names=given)
             return
         close(self.model(X, adapter_names=given), self.by_row(self.reference, choices))
 
@@ -360,8 +353,7 @@ class Life:
         name, place = dice.choice(NAMES), dice.choice(PLACES)
         self.say(f"{name} in {place}")
         if name not in self.names:
-            with pytest.raises(ValueError):
-                self.model.save_pretrained(self.folder / place, selected_adapters=[name])
+            refuses(ValueError, None, self.model.save_pretrained, self.folder / place, selected_adapters=[name])
             return
         shutil.rmtree(self.folder / place, ignore_errors=True)
         self.model.save_pretrained(
@@ -373,15 +365,13 @@ class Life:
         name, place, train = dice.choice(NAMES), dice.choice(PLACES), dice.random() < 0.5
         self.say(f"{name} from {place}{' to train' if train else ''}")
         if place not in self.saved:
-            with pytest.raises(ValueError):
-                self.model.load_adapter(self.folder / place, name)
+            refuses(ValueError, None, self.model.load_adapter, self.folder / place, name)
             return
         of_file, adapter = self.saved[place]
         path = self.folder / place / of_file
         mine = self.reference.adapters.get(name)
         if mine is not None and (mine.kind, mine.tensors.keys()) != (adapter.kind, adapter.tensors.keys()):
-            with pytest.raises((graft.PeftError, ValueError)):
-                self.model.load_adapter(path, name)
+            refuses((graft.PeftError, ValueError), None, self.model.load_adapter, path, name)
             return
         self.model.load_adapter(path, name, is_trainable=train)
         if mine is None:
@@ -487,8 +477,7 @@ class Life:
             if not reference.active_names:
                 return
             if self.is_parallel:
-                with pytest.raises(NotImplementedError):
-                    tuner.merge_and_unload(safe_merge=safe)
+                refuses(NotImplementedError, None, tuner.merge_and_unload, safe_merge=safe)
                 return
             (active,) = reference.active
             weights = active.weights or (1.0,) * len(active.names)

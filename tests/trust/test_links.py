@@ -15,6 +15,7 @@ from graft.many import MultiTrain, run_file
 from graft.many.sweep import TABLE
 from tests.many.alone import SPECS, tiny
 from tests.many.test_sweep import swept
+from tests.raised import refuses
 from tests.threads import in_child
 from tests.trust.folders import BIN, CARD, CONFIG, TENSORS, adapter, files, held, killed
 
@@ -65,8 +66,7 @@ def test_a_link_under_the_temporary_name_is_never_opened(places, monkeypatch, ta
     for of in (TENSORS, CONFIG):
         name = f".{of}.{atomic.machine_token()}-{os.getpid()}-{'0' * 16}.tmp"
         (folder / name).symlink_to(elsewhere / target)
-        with pytest.raises(FileExistsError):
-            adapter(2).save_pretrained(folder)
+        refuses(FileExistsError, None, adapter(2).save_pretrained, folder)
         assert set(files(folder)) <= {name}
 
 
@@ -74,8 +74,7 @@ def test_an_adapters_own_folder_may_not_be_a_link(places):
     folder, elsewhere = places
     for target in ("", "dangling"):
         (folder / "mine").symlink_to(elsewhere / target)
-        with pytest.raises(graft.CheckpointError, match=r"'.*mine' is a symbolic link"):
-            adapter(2, "mine").save_pretrained(folder)
+        refuses(graft.CheckpointError, r"'.*mine' is a symbolic link", adapter(2, "mine").save_pretrained, folder)
         (folder / "mine").unlink()
     (folder.parent / "link").symlink_to(folder)  # which the user names
     adapter(2).save_pretrained(folder.parent / "link")
@@ -104,13 +103,11 @@ def test_a_run_is_not_saved_through_a_link(places):
     for save in (lambda: begun().save(folder), lambda: begun().run(save=folder)):
         for link in ("plain", ".locks"):
             (folder / link).symlink_to(elsewhere)
-            with pytest.raises(graft.CheckpointError, match=f"{link}' is a symbolic link"):
-                save()
+            refuses(graft.CheckpointError, f"{link}' is a symbolic link", save)
             (folder / link).unlink()
         (folder / ".locks").mkdir()
         (folder / ".locks" / "plain.lock").symlink_to(elsewhere / "secret")
-        with pytest.raises(graft.CheckpointError, match="lock' is a symbolic link"):
-            save()
+        refuses(graft.CheckpointError, "lock' is a symbolic link", save)
         (folder / ".locks" / "plain.lock").unlink()
         (folder / ".locks").rmdir()
     assert not [*folder.iterdir()]
@@ -120,8 +117,7 @@ def test_a_run_is_not_saved_through_a_link(places):
 def test_a_sweep_writes_and_deletes_nothing_through_a_link(places, name):
     folder, elsewhere = places
     (folder / name).symlink_to(elsewhere / ("secret" if name == TABLE else ""))
-    with pytest.raises(graft.CheckpointError, match=f"{name}' is a symbolic link"):
-        swept(folder)
+    refuses(graft.CheckpointError, f"{name}' is a symbolic link", swept, folder)
     assert {*os.listdir(folder)} - {".locks"} == {name} - {".locks"}  # files of locks stay
 
 
@@ -134,8 +130,7 @@ def test_a_table_of_others_names_no_folder_outside(places):
     for row in document["trials"]:
         row["name"] = "../elsewhere"
     (folder / TABLE).write_text(json.dumps(document))
-    with pytest.raises(graft.CheckpointError, match="rows of other names"):
-        swept(folder)
+    refuses(graft.CheckpointError, "rows of other names", swept, folder)
     assert (elsewhere / run_file.FILE).read_bytes() == SECRET
     run_file.delete_run("link", str(folder))
     (folder / "link").symlink_to(elsewhere)

@@ -23,6 +23,7 @@ from graft.files.convert import ENDS, convert_adapter_file
 from graft.files.errors import OutputExistsError
 from graft.files.formats import WRITTEN
 from graft.files.merging.merge import merge_adapters
+from tests.raised import refuses
 from tests.trust.folders import files
 
 FIXTURES = Path(__file__).parents[1] / "files" / "fixtures"
@@ -55,8 +56,7 @@ def interrupted(here, **options):
     def stop(_):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        merged(here, step=stop, shard_size=20_000, **options)
+    refuses(KeyboardInterrupt, None, merged, here, step=stop, shard_size=20_000, **options)
 
 
 # the room in which an output comes about
@@ -65,8 +65,7 @@ def interrupted(here, **options):
 def test_a_room_that_is_a_link_is_refused(places):
     here, victim = places
     (here / ROOM).symlink_to(victim)
-    with pytest.raises(OutputExistsError, match="is a link, no folder, or another user's"):
-        merged(here)
+    refuses(OutputExistsError, "is a link, no folder, or another user's", merged, here)
     assert (here / ROOM).is_symlink() and not (here / "out").exists()
 
 
@@ -92,8 +91,7 @@ def test_a_room_with_files_of_others_is_refused(places, name):
     here, _ = places
     (here / ROOM / name).parent.mkdir(parents=True)
     (here / ROOM / name).write_text("years")
-    with pytest.raises(OutputExistsError, match="which no merge has written"):
-        merged(here)
+    refuses(OutputExistsError, "which no merge has written", merged, here)
     assert (here / ROOM / name).read_text() == "years"
 
 
@@ -102,8 +100,7 @@ def test_a_room_of_another_user_is_refused(places, monkeypatch):
     here, _ = places
     (here / ROOM).mkdir()
     monkeypatch.setattr(os, "geteuid", lambda: os.lstat(here).st_uid + 1)
-    with pytest.raises(OutputExistsError, match="another user's"):
-        merged(here)
+    refuses(OutputExistsError, "another user's", merged, here)
 
 
 def test_where_links_are_junctions_and_opening_follows_them(places, monkeypatch):
@@ -115,8 +112,7 @@ def test_where_links_are_junctions_and_opening_follows_them(places, monkeypatch)
     (here / ROOM).mkdir()
     facts = SimpleNamespace(st_mode=stat.S_IFDIR | 0o700, st_reparse_tag=0xA0000003, st_uid=0)
     monkeypatch.setattr(os, "lstat", lambda path: facts)
-    with pytest.raises(OutputExistsError, match="is a link"):
-        sources.take_work_folder(str(here / ROOM))
+    refuses(OutputExistsError, "is a link", sources.take_work_folder, str(here / ROOM))
     facts.st_reparse_tag = 0
     sources.take_work_folder(str(here / ROOM))
 
@@ -147,8 +143,7 @@ def test_who_may_enter(places):
 def test_a_failed_merge_leaves_no_folder(places, monkeypatch):
     here, _ = places
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    with pytest.raises(OSError, match="are free"):
-        merge_adapters(here / "base", [here / "adapter"], here / "a" / "b" / "out")
+    refuses(OSError, "are free", merge_adapters, here / "base", [here / "adapter"], here / "a" / "b" / "out")
     assert sorted(p.name for p in here.iterdir()) == ["adapter", "base"]
 
 
@@ -349,8 +344,7 @@ def test_a_link_out_of_the_base_is_not_followed(places, name, target):
         target = "../config.json"
     link.unlink(missing_ok=True)
     link.symlink_to(victim / target)
-    with pytest.raises(CheckpointError, match=f"{name} is a link to .*outside of the model's folder"):
-        merged(here)
+    refuses(CheckpointError, f"{name} is a link to .*outside of the model's folder", merged, here)
     assert sorted(os.listdir(here)) == ["adapter", "base"]
 
 
@@ -358,16 +352,14 @@ def test_weights_that_lie_elsewhere_are_not_copied(places):
     here, _ = places
     (here / "base" / "model.safetensors").rename(here / "private.safetensors")
     (here / "base" / "model.safetensors").symlink_to("../private.safetensors")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is a link to .*private"):
-        merged(here)
+    refuses(CheckpointError, r"model\.safetensors is a link to .*private", merged, here)
     assert not (here / "out").exists()
 
 
 def test_a_pipe_in_the_base_does_not_hang(places):
     here, _ = places
     os.mkfifo(here / "base" / "tokenizer.json")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is no regular file"):
-        merged(here)
+    refuses(CheckpointError, r"tokenizer\.json is no regular file", merged, here)
 
 
 def test_a_snapshot_of_the_hubs_cache_is_a_base(places):

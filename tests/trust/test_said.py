@@ -14,6 +14,7 @@ from graft.model import functional
 from graft.optim import create_lorafa_optimizer
 from tests.looks import get_registry, layers
 from tests.models import adapted, seeded
+from tests.raised import refuses
 
 X = torch.linspace(-1, 1, 18).view(3, 6)
 
@@ -224,11 +225,9 @@ TWICE = {
 def test_a_name_twice(call, tmp_path):
     model = net_with("a", "b")
     before = model(X)
-    with pytest.raises(ValueError, match=r"holds \['b'\] twice"):
-        TWICE[call](model, ["b", "a", "b"], tmp_path)
+    refuses(ValueError, r"holds \['b'\] twice", TWICE[call], model, ["b", "a", "b"], tmp_path)
     assert torch.equal(model(X), before) and not list(tmp_path.iterdir())
-    with pytest.raises(TypeError, match="takes names of adapters, got 3 of type int"):
-        TWICE[call](model, ["a", 3], tmp_path)
+    refuses(TypeError, "takes names of adapters, got 3 of type int", TWICE[call], model, ["a", 3], tmp_path)
 
 
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload", "layer.merge", "selected_adapters"])

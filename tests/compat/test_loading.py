@@ -12,7 +12,7 @@ import graft.compat.peft
 graft.compat.peft.install()
 import json, tempfile, torch, transformers, graft
 from pathlib import Path
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 def logits(model):
     with torch.no_grad():
@@ -28,15 +28,27 @@ def same(make, folder):
 
 SIZES = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
              num_key_value_heads=1, num_experts_per_tok=2, initializer_range=0.3)
+
+def make():
+    torch.manual_seed(0)
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=3))
+
+def on_stacks():
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    config = graft.LoraConfig(r=2, target_modules=[], target_parameters=names, init_lora_weights=False)
+    return graft.get_peft_model(make(), config)
 """
+
+
+def run_script(text):
+    """Run a text after `START`."""
+    run(START + text)
 
 
 @pytest.mark.differs("DoRA through transformers' own `model.load_adapter`")
 def test_dora():
     """Files leave ".weight" out of the names of magnitudes."""
-    run(
-        START
-        + """
+    run_script("""
 def make():
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
@@ -48,21 +60,14 @@ for name, p in model.named_parameters():
 with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
     same(make, folder)
-"""
-    )
+""")
 
 
 @pytest.mark.parametrize("parts", ["w1 w2 w3", "w2", "w1 w3"])
 def test_experts_of_old_files(parts):
     """An adapter on experts that were modules, on one stack or on both."""
-    run(
-        START
-        + f"""
+    run_script(f"""
 parts = {parts.split()!r}
-
-def make():
-    torch.manual_seed(0)
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=3))
 
 names = [f"block_sparse_moe.experts.{{e}}.{{part}}" for e in range(3) for part in parts]
 tensors = {{}}
@@ -75,22 +80,15 @@ with tempfile.TemporaryDirectory() as folder:
     config = dict(peft_type="LORA", r=2, lora_alpha=4, target_modules=parts)
     Path(folder, "adapter_config.json").write_text(json.dumps(config))
     same(make, folder)
-"""
-    )
+""")
 
 
 @pytest.mark.parametrize("by", ["part", "expert"])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_experts_whose_alphas_differ(by, rslora):
     """Each part of each expert acts with its own alpha / r; by transformers and by PeftModel."""
-    run(
-        START
-        + f"""
+    run_script(f"""
 pattern = {{"part": {{"w1": 9}}, "expert": {{r"experts\\.1\\.w1": 9}}}}[{by!r}]
-
-def make():
-    torch.manual_seed(0)
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=3))
 
 tensors, expected = {{}}, make()
 experts = expected.model.layers[0].mlp.experts
@@ -109,25 +107,15 @@ with tempfile.TemporaryDirectory() as folder:
     same(make, folder)
     loaded = graft.PeftModel.from_pretrained(make(), folder)
     torch.testing.assert_close(logits(loaded), logits(expected), atol=1e-4, rtol=1e-4)
-"""
-    )
+""")
 
 
 @pytest.mark.parametrize("version", ["0.18.1", "0.19.0", "0.21.2"])
 def test_stacks_of_old_releases(version):
     """A and B of stacks that stand for each other, square or not."""
-    run(
-        START
-        + f"""
-def make():
-    torch.manual_seed(0)
-    sizes = SIZES | dict(intermediate_size=8)
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, num_local_experts=3))
-
-names = ["experts.gate_up_proj", "experts.down_proj"]
-model = graft.get_peft_model(make(), graft.LoraConfig(r=2, target_modules=[], target_parameters=names,
-                                                      init_lora_weights=False))
-from safetensors.torch import load_file
+    run_script(f"""
+SIZES["intermediate_size"] = 8
+model = on_stacks()
 with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
     tensors = load_file(f"{{folder}}/adapter_model.safetensors")
@@ -142,23 +130,13 @@ with tempfile.TemporaryDirectory() as folder:
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(peft_version={version!r})))
     same(make, folder)
     torch.testing.assert_close(logits(graft.PeftModel.from_pretrained(make(), folder)), logits(model))
-"""
-    )
+""")
 
 
 def test_the_layout_that_unsloth_notes():
     """Columns of B by expert, which the config's `lora_B_layout` says."""
-    run(
-        START
-        + """
-def make():
-    torch.manual_seed(0)
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=3))
-
-names = ["experts.gate_up_proj", "experts.down_proj"]
-model = graft.get_peft_model(make(), graft.LoraConfig(r=2, target_modules=[], target_parameters=names,
-                                                      init_lora_weights=False))
-from safetensors.torch import load_file
+    run_script("""
+model = on_stacks()
 with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
     tensors = load_file(f"{folder}/adapter_model.safetensors")
@@ -174,5 +152,4 @@ with tempfile.TemporaryDirectory() as folder:
     loaded.save_pretrained(folder)
     assert "lora_B_layout" not in json.loads(path.read_text())
     torch.testing.assert_close(logits(graft.PeftModel.from_pretrained(make(), folder)), logits(model))
-"""
-    )
+""")

@@ -48,6 +48,13 @@ def errors(found, exact) -> list[float]:
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact)]
 
 
+def agree(fused, plain, values):
+    """Return output and gradients of the plain form in float64, with which those of the fused one agree."""
+    exact = results(plain, wide(values))
+    assert max(errors(results(fused, values), exact)) < 1e-6
+    return exact
+
+
 def not_worse(fused, plain, values):
     """The fused form's error is no larger than the plain one's."""
     exact = results(plain, wide(values))
@@ -79,17 +86,14 @@ def test_reflecting_equals_the_plain_formula(x_grad):
     x, U, T = reflections()
     values = x.detach().requires_grad_(x_grad), U.requires_grad_(), T.requires_grad_()
     assert worth_it(x)
-    exact = results(orthogonal.plain_reflect, wide(values))
-    assert max(errors(results(orthogonal.reflect, values), exact)) < 1e-6
+    exact = agree(orthogonal.reflect, orthogonal.plain_reflect, values)
     assert len(exact) == 3 + x_grad
 
 
 def test_reflecting_in_half_precision_errs_no_more():
     x, U, T = reflections()
     not_worse(
-        orthogonal.reflect,
-        orthogonal.plain_reflect,
-        [x.detach().bfloat16().requires_grad_(), U, T.requires_grad_()],
+        orthogonal.reflect, orthogonal.plain_reflect, [x.detach().bfloat16().requires_grad_(), U, T.requires_grad_()]
     )
 
 
@@ -101,8 +105,7 @@ def test_orthogonal_blocks_keep_one_matrix_and_have_the_plain_gradient(terms):
     with seeded(2):
         (v,) = randn((3, 6))
     Q = orthogonal.skew(v.detach() * 0.2, 4).requires_grad_()
-    exact = results(lambda Q: orthogonal.cayley(Q, terms), wide([Q]))
-    assert max(errors(results(lambda Q: orthogonal.orthogonal(Q, terms), [Q]), exact)) < 1e-6
+    agree(lambda Q: orthogonal.orthogonal(Q, terms), lambda Q: orthogonal.cayley(Q, terms), [Q])
     if terms != 2:
         R = orthogonal.orthogonal(Q, terms)
         (saved,) = R.grad_fn.saved_tensors
@@ -114,8 +117,7 @@ def test_rotating_equals_the_plain_formula(x_grad):
     with seeded(2):
         x, R = randn((2, ROWS // 2, 12), (3, 4, 4))
     values = x.detach().requires_grad_(x_grad), R
-    exact = results(references.plain_rotate, wide(values))
-    assert max(errors(results(orthogonal.rotate, values), exact)) < 1e-6
+    agree(orthogonal.rotate, references.plain_rotate, values)
     dense = torch.block_diag(*R.detach())
     assert_close(orthogonal.rotate(*values).detach(), x.detach() @ dense)
 
@@ -137,8 +139,7 @@ def turns(dtype=torch.float32):
 
 def test_turning_equals_the_plain_formula():
     values = turns()
-    exact = results(orthogonal.plain_rotate_pairs, wide(values))
-    assert max(errors(results(orthogonal.rotate_pairs, values), exact)) < 1e-6
+    exact = agree(orthogonal.rotate_pairs, orthogonal.plain_rotate_pairs, values)
     with torch.no_grad():
         assert_close(orthogonal.rotate_pairs(*values).double(), exact[0], rtol=1e-5, atol=1e-6)
     z, c, s = wide(values)
@@ -174,8 +175,7 @@ def fresh(function):
 @pytest.mark.parametrize("r", RANKS)
 def test_adding_scaled_equals_the_plain_formula(r):
     values = scaled(r=r)
-    exact = results(low_rank.plain_scaled_low_rank, wide(values))
-    assert max(errors(results(fresh(low_rank.add_scaled), values), exact)) < 1e-6
+    agree(fresh(low_rank.add_scaled), low_rank.plain_scaled_low_rank, values)
     y, *rest = values
     base = y * 1
     assert low_rank.add_scaled(base, *rest).data_ptr() == base.data_ptr(), "in its memory"
@@ -204,8 +204,7 @@ def test_sampling_hidden_values_equals_the_plain_formula():
         h, d = randn((2, ROWS // 2, 10), (10,))
         (noise,) = randn((2, ROWS // 2, 5), grad=False)
     values = [h, d, noise]
-    exact = results(low_rank.plain_sample_hidden, wide(values))
-    assert max(errors(results(low_rank.sample_hidden, values), exact)) < 1e-6
+    agree(low_rank.sample_hidden, low_rank.plain_sample_hidden, values)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         low_rank.sample_hidden(*values)
@@ -232,8 +231,7 @@ def test_one_product_with_scaled_factors_equals_two(x_grad):
         w, s, a, c = (t.to(x.dtype) for t in (W, bias, A, B))
         return low_rank.plain_scaled_low_rank(nn.functional.linear(x, w, s), x @ a.T, c, d, b)
 
-    exact = results(two, wide(values))
-    assert max(errors(results(one, values), exact)) < 1e-6
+    exact = agree(one, two, values)
     assert len(exact) == 3 + x_grad
 
 
@@ -274,8 +272,7 @@ def test_one_product_with_a_hadamard_product_equals_two(x_grad):
         w, s = (t.to(x.dtype) for t in (W, bias))
         return nn.functional.linear(x, w, s) + SCALE * x @ one_product.plain_hadamard(*factors).T
 
-    exact = results(two, wide(values))
-    assert max(errors(results(one, values), exact)) < 1e-6
+    exact = agree(one, two, values)
     assert len(exact) == 5 + x_grad
 
 
@@ -308,8 +305,7 @@ def modulating(W, bias, W0):
 def test_one_product_with_a_modulated_weight_equals_two(x_grad):
     fixed, values = modulated_values(x_grad=x_grad)
     one, two = modulating(*fixed)
-    exact = results(two, wide(values))
-    assert max(errors(results(one, values), exact)) < 1e-6
+    exact = agree(one, two, values)
     assert len(exact) == 3 + x_grad
 
 
@@ -412,8 +408,7 @@ def test_one_product_with_a_modulated_weight_and_an_addend_equals_three(x_grad):
         return references.plain_linear_with(W.to(x.dtype), s, x, W0.to(x.dtype) * (B @ A) + D @ C)
 
     values = [x, s, B, A, D, C]
-    exact = results(three, wide(values))
-    assert max(errors(results(one, values), exact)) < 1e-6
+    exact = agree(one, three, values)
     assert len(exact) == 6 + x_grad
     delta = one_product.Modulated(W0, B, A, D, C)
     ids = torch.arange(IN).flip(0).view(2, -1)

@@ -43,13 +43,7 @@ def deltas(model, name):
     "options", [{}, dict(threshold_epsilon=0.5), dict(mitigation_lambda=0.0), dict(top_k=2)], ids=str
 )
 @pytest.mark.parametrize(
-    "values",
-    [
-        dict(),
-        dict(rank_pattern={"fc1": 5}, use_rslora=True),
-        dict(modules_to_save=["head"]),
-    ],
-    ids=str,
+    "values", [dict(), dict(rank_pattern={"fc1": 5}, use_rslora=True), dict(modules_to_save=["head"])], ids=str
 )
 def test_the_new_adapter_is_pefts(values, options):
     ours, theirs = (made(lib, **values) for lib in LIBS)

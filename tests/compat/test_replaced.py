@@ -86,11 +86,7 @@ VARIANTS: dict[str, dict] = {
     "DoRA, dropout": {"use_dora": True, "lora_dropout": 0.4},
     "KaSA": {"kasa_config": graft.KasaConfig(), "r": 2},
     "MiCA": {"init_lora_weights": "mica", "r": 2},
-    "BdLoRA": {
-        "target_modules": ["k"],
-        "use_bdlora": graft.BdLoraConfig(target_modules_bd_a=["k"], nblocks=2),
-        "r": 4,
-    },
+    "BdLoRA": {"target_modules": ["k"], "use_bdlora": graft.BdLoraConfig(target_modules_bd_a=["k"], nblocks=2), "r": 4},
 }
 
 

@@ -57,10 +57,7 @@ def twice(*args: Any, **kwargs: Any) -> None:
 
 
 BAD = {
-    never: (
-        graft.UnsupportedLayerError,
-        "replaced by tests.compat.test_replaced_inj.*never, which has not called",
-    ),
+    never: (graft.UnsupportedLayerError, "replaced by tests.compat.test_replaced_inj.*never, which has not called"),
     afterwards: (LookupError, "mine"),
     twice: (KeyError, "already exists"),
 }

@@ -90,10 +90,7 @@ def test_size_mismatches(injected):
         assert tolerant.error is None and len(tolerant.warnings) == 1
         text = str(tolerant.warnings[0].message)
         named.append(
-            (
-                re.findall(r"size mismatch for ([^\s:]+): ", str(error)),
-                re.findall(r"\S*lora_A\.\w*\.weight", text),
-            )
+            (re.findall(r"size mismatch for ([^\s:]+): ", str(error)), re.findall(r"\S*lora_A\.\w*\.weight", text))
         )
     ours, theirs = named
     assert ours == theirs and len(ours[0]) == 1 and NAME in ours[0][0]

@@ -506,10 +506,7 @@ BACKENDS = [
     "cell, backend",
     BACKENDS,
     lambda case: [effect(case[0]), (case[0].store.name, case[1]), Sometimes((effect(case[0]), case[1]), 3)],
-    (
-        lambda case: [(case[0].sample.method, effect(case[0])), (effect(case[0]), case[1])],
-        pytest.mark.slow,
-    ),
+    (lambda case: [(case[0].sample.method, effect(case[0])), (effect(case[0]), case[1])], pytest.mark.slow),
 )
 def test_compiles_without_a_break(cell, backend):
     torch._dynamo.reset()

@@ -170,11 +170,7 @@ def trace(cell: Cell | WholeModel, changes: dict[str, Any]) -> list[str]:
         y = run(model.train())
         (y * torch.linspace(-1, 2, y.numel()).view(y.shape)).sum().backward()
         loss = get_registry(model).auxiliary_loss("default")
-        numbers += [
-            sizes([y]),
-            float(loss),
-            sizes([p.grad for p in trained if p.grad is not None]),
-        ]
+        numbers += [sizes([y]), float(loss), sizes([p.grad for p in trained if p.grad is not None])]
         if hasattr(model.base_model, "update_and_allocate") and isinstance(cell, WholeModel):
             numbers += train(model, run, trained)
         model.eval().merge_adapter()

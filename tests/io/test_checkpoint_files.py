@@ -726,8 +726,7 @@ def test_a_base_of_another_architecture_without_strict(saved, kind):
         loaded = load(saved, base=BASES[kind][0](), strict=False)
     assert any("another base model" in str(w.message) and w.category is graft.PeftWarning for w in seen)
     assert torch.equal(
-        layers(loaded)["lin0"].lora_A["default"].weight,
-        layers(mlp_with())["lin0"].lora_A["default"].weight,
+        layers(loaded)["lin0"].lora_A["default"].weight, layers(mlp_with())["lin0"].lora_A["default"].weight
     )
     assert loaded(X).isfinite().all()
 

@@ -62,13 +62,7 @@ def test_blocks_that_do_not_fit(options):
         graft.get_peft_model(nn.Sequential(nn.Linear(24, 3)), config(graft, **options))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(boft_block_size=0),
-        dict(boft_block_size=4, boft_block_num=2),
-    ],
-)
+@pytest.mark.parametrize("options", [dict(boft_block_size=0), dict(boft_block_size=4, boft_block_num=2)])
 def test_settings_that_contradict(options):
     for lib in LIBS:
         made = outcome(lambda lib=lib: lib.get_peft_model(nn.Sequential(nn.Linear(24, 3)), config(lib, **options)))

@@ -18,10 +18,7 @@ def config(lib, **options):
 
 @pytest.mark.differs("`psoft_alpha=0`")
 @pytest.mark.parametrize("lib", LIBS)
-@pytest.mark.parametrize(
-    "options",
-    [dict(r=0), dict(r=13), dict(ab_svd_init="other"), dict(psoft_svd="other")],
-)
+@pytest.mark.parametrize("options", [dict(r=0), dict(r=13), dict(ab_svd_init="other"), dict(psoft_svd="other")])
 def test_settings_that_cannot_be(lib, options):
     made = outcome(lambda: lib.get_peft_model(nn.Sequential(nn.Linear(20, 12)), config(lib, **options)))
     assert made.kind in (ValueError, TypeError)

@@ -124,10 +124,7 @@ def test_copies_of_a_batch_have_the_timesteps_of_its_rows(active):
     assert_close(model(x, steps, **call), torch.cat(wants))
     for rows in (dict(adapter_names=["two", "default", "two"]), dict(compose=value)):
         for wrong in (steps[:2], torch.cat([steps, steps[:2]])):
-            with (
-                pytest.raises(graft.RoutingError, match="Give one timestep for each row"),
-                model.timestep(wrong),
-            ):
+            with pytest.raises(graft.RoutingError, match="Give one timestep for each row"), model.timestep(wrong):
                 model(x, 0, **rows)
     with model.timestep(400):
         assert_close(model(x, 0, **call)[2], wants[0][2])

@@ -131,10 +131,7 @@ PLANNED = {
         lambda: models.make("bert-seq"),
         lambda: lora(target_modules=["query"], task_type="SEQ_CLS", bias="all", lora_bias=True),
     ),
-    "bias of layers": (
-        lambda: models.make("bert-seq"),
-        lambda: lora(target_modules=["query"], bias="lora_only"),
-    ),
+    "bias of layers": (lambda: models.make("bert-seq"), lambda: lora(target_modules=["query"], bias="lora_only")),
     "token rows": (
         lambda: models.make("llama"),
         lambda: lora(target_modules=["q_proj"], trainable_token_indices=[1, 2]),

@@ -7,10 +7,7 @@ import torch
 import graft
 from tests.models import make, seeded
 
-BLOCKS = {
-    "residual": graft.ReftConfig(r=2),
-    "narrow": graft.BottleneckConfig(reduction_factor=4),
-}
+BLOCKS = {"residual": graft.ReftConfig(r=2), "narrow": graft.BottleneckConfig(reduction_factor=4)}
 WITHIN = {
     "first": graft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
     "second": graft.LoraConfig(r=3, target_modules=["q_proj", "o_proj"], init_lora_weights=False),

@@ -75,10 +75,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "P_TUNING": {
         "mlp": dict(num_virtual_tokens=3, encoder_hidden_size=10),
         "lstm": dict(
-            num_virtual_tokens=4,
-            encoder_hidden_size=9,
-            encoder_reparameterization_type="LSTM",
-            encoder_num_layers=3,
+            num_virtual_tokens=4, encoder_hidden_size=9, encoder_reparameterization_type="LSTM", encoder_num_layers=3
         ),
     },
     "PREFIX_TUNING": {
@@ -88,10 +85,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "zero_projection": dict(num_virtual_tokens=3, prefix_projection=True, init_weights="zero"),
     },
     "MULTITASK_PROMPT_TUNING": {"random": dict(num_virtual_tokens=3, num_tasks=3, num_ranks=2)},
-    "CPT": {
-        "plain": _CPT,
-        "decay": dict(**_CPT, opt_weighted_loss_type="decay", opt_loss_decay_factor=0.7),
-    },
+    "CPT": {"plain": _CPT, "decay": dict(**_CPT, opt_weighted_loss_type="decay", opt_loss_decay_factor=0.7)},
     "CARTRIDGE": {
         "plain": dict(num_virtual_tokens=4, num_frozen_tokens=2),
         "none_frozen": dict(num_virtual_tokens=3, num_frozen_tokens=0),

@@ -12,19 +12,7 @@ from torch import nn
 import graft
 from tests import models
 from tests.pair import LIBS, close, close_dicts, json_of, outcome
-from tests.prompts.samples import (
-    EMBEDS,
-    MODEL,
-    SAMPLES,
-    adapt,
-    added,
-    batch,
-    both,
-    each,
-    forward,
-    make,
-    randomize,
-)
+from tests.prompts.samples import EMBEDS, MODEL, SAMPLES, adapt, added, batch, both, each, forward, make, randomize
 from tests.prompts.test_adapters import longer
 
 WEIGHTS = "adapter_model.safetensors"

@@ -232,9 +232,7 @@ def test_initial_multitask_source(source, safe, model, tmp_path):
             first(
                 "MULTITASK_PROMPT_TUNING",
                 prompt_tuning_init=source,
-                prompt_tuning_init_state_dict_path=str(
-                    folder / f"adapter_model.{'safetensors' if safe else 'bin'}",
-                ),
+                prompt_tuning_init_state_dict_path=str(folder / f"adapter_model.{'safetensors' if safe else 'bin'}"),
                 prompt_tuning_init_task=1,
                 **tasks,
             ),

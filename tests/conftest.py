@@ -58,9 +58,9 @@ def prepare_process() -> None:
 
     torch.set_num_threads(1)
     if SUBJECT == "graft":
-        from graft.model import watch
+        from graft.model import audit
 
-        watch._said = True  # some test of this process loads Trainer; what a model says then, compat/test_late.py shows
+        audit._said = True  # some test of this process loads Trainer; what a model says then, compat/test_late.py shows
 
 
 @pytest.hookimpl(tryfirst=True)

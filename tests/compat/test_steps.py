@@ -15,7 +15,8 @@ from torch import nn
 
 import graft
 from graft.compat.peft.modules import resolve
-from graft.model import mixed, tuner_type
+from graft.inject import steps
+from graft.model import mixed
 
 BOTH = pytest.mark.parametrize("lib", ["peft", "graft"])
 
@@ -381,7 +382,7 @@ def test_a_mixed_model_asks_the_tuner_of_the_method(both):
         assert not any(".k.lora" in name for name, _ in model.named_parameters())
         model.add_adapter("two", lib.api.LoHaConfig(target_modules=["k"]))
         assert any(".k.hada" in name for name, _ in model.named_parameters())
-    assert mixed.MixedModel._create_and_replace in tuner_type.STEPS["_create_and_replace"]
+    assert mixed.MixedModel._create_and_replace in steps.STEPS["_create_and_replace"]
 
 
 def test_tied_modules(both):
@@ -410,11 +411,11 @@ def test_restored(monkeypatch):
     """What is replaced counts as long as it stands there; the original is none."""
     cls = graft.LoraModel
     original, expected = cls._create_and_replace, GRAFT.shapes(GRAFT.wrap(base(), LINEAR))
-    assert not tuner_type.names_of_replaced(graft.get_peft_model(base(), graft.LoraConfig(**LINEAR)).base_model, None)
+    assert not steps.names_of_replaced(graft.get_peft_model(base(), graft.LoraConfig(**LINEAR)).base_model, None)
     with monkeypatch.context() as within:
         within.setattr(cls, "_create_and_replace", by_clients(cls))
         model = GRAFT.wrap(base(), LINEAR)
-        assert tuner_type.names_of_replaced(model.base_model, None) == ["_create_and_replace"]
+        assert steps.names_of_replaced(model.base_model, None) == ["_create_and_replace"]
         assert len(GRAFT.shapes(model)) == len(expected) / 2
     assert cls._create_and_replace is original
     assert GRAFT.shapes(GRAFT.wrap(base(), LINEAR)) == expected
@@ -565,7 +566,7 @@ def test_originals_outside_of_an_injection():
     assert block.k.lora_A["default"].weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("step", tuner_type.STEPS)
+@pytest.mark.parametrize("step", steps.STEPS)
 def test_a_class_body_that_overrides_a_step(step):
     mine = type(graft.LoraModel)("Mine", (graft.LoraModel,), {step: lambda *args, **kwargs: None})
     with pytest.raises(TypeError, match=rf"Mine overrides {step}.*graft\.Method"):

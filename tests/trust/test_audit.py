@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import graft
-from graft.model.watch import PASSES
+from graft.model.audit import PASSES
 from tests import models
 from tests.conformance.samples import LAYERS, SAMPLES, STORES, Cell
 from tests.covering import Sometimes, law

@@ -5,7 +5,7 @@ An injection calls a step only if it was replaced, before anything is built. The
 module that it wants adapted, with a config. The original only records that call; graft makes the layers.
 
 Four methods of the tuner's class are steps, as in PEFT. Whether they were replaced is compared once per injection
-(`model/tuner_type.py`). A call of the original records a module or parameter and the config that was passed; `find`
+(`names_of_replaced`). A call of the original records a module or parameter and the config that was passed; `find`
 makes sites of the records. If a replacement puts another module into the model, the old one is put back and the
 injection is refused. A replaced `inject_adapter` is called around the whole injection, a replaced `load_adapter` after
 `from_pretrained` has loaded the adapter. An error in either takes the adapter off again.
@@ -14,10 +14,10 @@ injection is refused. A replaced `inject_adapter` is called around the whole inj
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -35,6 +35,22 @@ from graft.storage.find import innermost
 
 CHECK, CREATE = "_check_target_module_exists", "_create_and_replace"
 PARAMETERS, CAST = "_inject_parameters", "_cast_adapter_dtype"
+INJECT = "inject_adapter"  # the injection as a whole, around the steps of it
+F = TypeVar("F", bound=Callable[..., object])
+STEPS: dict[str, list[Callable[..., object]]] = {}  # steps of an injection: graft's own functions, by name
+OF_METHODS: dict[object, type] = {}  # tuner classes by method; None: that of any
+
+
+def mark_step(function: F) -> F:
+    """Record a function of a tuner as graft's own form of a step that packages may replace, and return it."""
+    STEPS.setdefault(function.__name__, []).append(function)
+    return function
+
+
+def names_of_replaced(tuner: nn.Module, method: object) -> list[str]:
+    """Return the names of the steps that are replaced on a tuner, its class, or the tuner class of a method."""
+    classes = (type(tuner), OF_METHODS.get(method, type(tuner)))
+    return [n for n, steps in STEPS.items() if n in tuner.__dict__ or any(getattr(c, n) not in steps for c in classes)]
 
 
 class SiteConfig(NamedTuple):

@@ -10,11 +10,11 @@ from graft.config.base import PeftConfig
 from graft.core.carrier import check_not_merged
 from graft.core.errors import ConfigError
 from graft.inject.parts import HOLDER, get_registry
+from graft.inject.steps import mark_step
 from graft.methods import METHODS, method_of
 from graft.model.compose import Composition
 from graft.model.peft_model import PeftModel
 from graft.model.tuner import Tuner, as_tuner_method, tuner_of
-from graft.model.tuner_type import mark_step
 
 if TYPE_CHECKING:
     from graft.combine.weighted import WeightedReport

@@ -35,6 +35,7 @@ from graft.io.files import read_checkpoint
 from graft.io.load import CheckpointValues, LoadReport
 from graft.methods import method_of
 from graft.model import checkpoints
+from graft.model.audit import warn_trainer_unaware
 from graft.model.averaging import WHY_NOT_DDP, check_averaged, note_start
 from graft.model.compose import Composition, adapters_in, copy_shares
 from graft.model.registry import Registry, restore_on_error
@@ -51,7 +52,6 @@ from graft.model.rows import (
 )
 from graft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from graft.model.tuner import Tuner, tuner_of
-from graft.model.watch import warn_trainer_unaware
 from graft.storage.codes import count_numbers
 from graft.storage.parallel import processes
 

@@ -56,7 +56,7 @@ from graft.inject.job import Options, Receiver
 from graft.inject.match import COMPRESS_FROM, minimize_names
 from graft.inject.parts import AdapterCarriers, check_adapter_name, check_no_foreign_adapters, get_registry
 from graft.inject.report import InjectReport
-from graft.inject.steps import ReplacedSteps
+from graft.inject.steps import INJECT, ReplacedSteps, names_of_replaced
 from graft.inject.survey import ModuleTree, survey_model
 from graft.io import files
 from graft.io.base import remove_carrier_names
@@ -65,11 +65,10 @@ from graft.io.rendezvous import RankNote
 from graft.io.save import fingerprint_carriers
 from graft.methods import ROWS, method_of
 from graft.model import checkpoints, merging
+from graft.model.audit import Watch, gradients_elsewhere
 from graft.model.auxiliary import add_to_loss, compute_losses
 from graft.model.averaging import Averager
 from graft.model.compose import Average, Composition, Parallel, Stack, check_known, row_keys
-from graft.model.tuner_type import INJECT, names_of_replaced
-from graft.model.watch import Watch, gradients_elsewhere
 from graft.prompts.base import Prompt
 from graft.storage.codes import find_unpacked_dtype, holds_codes, mark_plain_layers, remove_quantization_marks
 from graft.storage.find import DENSE

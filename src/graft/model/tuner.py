@@ -8,6 +8,7 @@ from functools import partial, wraps
 from importlib import import_module
 from operator import attrgetter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -19,13 +20,12 @@ from graft.core.rows import Run
 from graft.inject.job import Options
 from graft.inject.match import Matcher, is_targeted
 from graft.inject.parts import HOLDER, get_registry, unwrap_model
-from graft.inject.steps import ReplacedSteps
+from graft.inject.steps import INJECT, OF_METHODS, STEPS, ReplacedSteps, mark_step, names_of_replaced
 from graft.inject.survey import ModuleTree, survey_model
 from graft.methods import METHODS, PROMPTS, method_of
+from graft.model.audit import warn_at_first_gradient
 from graft.model.checkpoints import cast_adapter_dtype, fill_adapter
 from graft.model.registry import Registry
-from graft.model.tuner_type import INJECT, INTERNALS, TunerType, describe_missing, mark_step, names_of_replaced
-from graft.model.watch import warn_at_first_gradient
 
 
 def delegate_to_registry(name: str) -> Callable[..., object]:
@@ -39,6 +39,69 @@ def delegate_to_registry(name: str) -> Callable[..., object]:
         return getattr(self.__dict__[HOLDER], name)(*args, **kwargs)
 
     return run
+
+
+NAMES = (  # methods of PEFT's tuners that make layers; graft's tuners lack them
+    "_check_new_adapter_config _create_and_replace_parameter _create_new_module _get_adapter_state_dict "
+    "_mark_only_adapters_as_trainable _prepare_adapter_config _prepare_model _remap_adapter_state_dict_for_load "
+    "_replace_module _unload_and_optionally_merge"
+)
+INTERNALS = frozenset(NAMES.split())
+OVERRIDES: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()  # names that bodies of classes override
+INSTEAD = (
+    "graft.plan() shows what an adapter is put on; for new mathematics write a graft.Method, for a new layer type an "
+    "Op (docs/architecture.md); for a tuner written for PEFT use PEFT itself"
+)
+
+
+def describe_missing(name: str, holder: str) -> str:
+    """Return the error for a function of PEFT's tuners that graft lacks, with its remedies."""
+    return f"{holder}.{name} is not in graft, which makes layers in other ways: {INSTEAD}."
+
+
+class TunerType(type):
+    """The metaclass of tuners, which refuses patches and subclasses that PEFT's tuners obey and graft's do not.
+
+    PEFT's tuners make layers one by one, in methods that subclasses override and other packages replace. Four of these
+    steps are in graft (`inject/steps.py`). Any other override would never run. Defining a class with an override is no
+    error, since packages do so on import; making an instance of it is.
+    """
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, object], **options: object) -> TunerType:
+        """Make the class; record the functions of PEFT that its body overrides, and its method."""
+        cls = super().__new__(mcs, name, bases, namespace, **options)
+        functions = {n: getattr(value, "__func__", value) for n, value in namespace.items()}
+        OVERRIDES[cls] = frozenset(n for n, f in functions.items() if n in INTERNALS or f not in STEPS.get(n, [f]))
+        if "_method" in namespace:
+            OF_METHODS[namespace["_method"]] = cls
+        return cls
+
+    def __getattr__(cls, name: str) -> object:
+        """Raise AttributeError, with a remedy for functions of PEFT's tuners that graft lacks."""
+        if name in INTERNALS:
+            raise AttributeError(describe_missing(name, cls.__name__))
+        raise AttributeError(f"type object '{cls.__name__}' has no attribute '{name}'")
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        """Set an attribute of the class.
+
+        Raises AttributeError for functions of PEFT's tuners that graft never calls.
+        """
+        if name in INTERNALS:
+            raise AttributeError(
+                f"setting {cls.__name__}.{name} would change nothing, as graft never calls it: {INSTEAD}."
+            )
+        super().__setattr__(name, value)
+
+    def __call__(cls, *args: object, **kwargs: object) -> Any:
+        """Make an instance. Raises TypeError if the class or a base overrides a function that graft never calls."""
+        overridden = sorted({name for c in cls.__mro__ for name in OVERRIDES.get(c, ())})
+        if overridden:
+            raise TypeError(
+                f"{cls.__name__} overrides {', '.join(overridden)}, which graft never calls: that code would not "
+                f"run. Instead: {INSTEAD}."
+            )
+        return super().__call__(*args, **kwargs)
 
 
 class Tuner(nn.Module, metaclass=TunerType):

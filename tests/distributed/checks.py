@@ -524,3 +524,9 @@ def checks_of(layout: str) -> Iterator[tuple[str, Check]]:
         yield f"{layout} {check.__name__}", partial(check, layout)
     for name in recipes.OF.get(layout, ()):
         yield f"{layout} recipe {name}", partial(recipe, name, layout)
+
+
+def checks(folder: Path, *layouts: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    for layout in layouts:
+        for name, check in checks_of(layout):
+            yield name, partial(check, str(folder))

@@ -66,8 +66,14 @@ def ddp(peft: Any, **options: Any) -> Wrapped:
     return Wrapped(peft, nn.parallel.DistributedDataParallel(peft, **options))
 
 
-def blocks(peft: Any) -> Any:
-    return peft.get_base_model().model.layers
+def in_units(model: Any, blocks: Any = None, **options: Any) -> Any:
+    """Let FSDP2 have each block of a model of transformers, and what is left of it."""
+    from torch.distributed.fsdp import fully_shard
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for block in base.model.layers if blocks is None else blocks:
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
 
 
 @layout("fsdp2")
@@ -78,7 +84,7 @@ def blocks(peft: Any) -> Any:
 def fsdp2(
     peft: Any, checkpointing: bool = False, mixed: bool = False, offload: bool = False, **options: Any
 ) -> Wrapped:
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
     if mixed:  # computing in float64 shows that graft goes along, and keeps the values comparable
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.float64, reduce_dtype=torch.float64)
@@ -86,9 +92,7 @@ def fsdp2(
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     if checkpointing:
         peft.get_base_model().gradient_checkpointing_enable(dict(use_reentrant=False))
-    for block in blocks(peft):
-        fully_shard(block, **options)
-    return Wrapped(peft, fully_shard(peft, **options))
+    return Wrapped(peft, in_units(peft, **options))
 
 
 def _fsdp1(peft: Any, **options: Any) -> Wrapped:

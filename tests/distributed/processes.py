@@ -9,37 +9,39 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(module: str, folder: Path, world: int = 2, timeout: float = 300) -> dict[str, str]:
-    """Return, by check of a module, an empty text if all processes passed it, else their tracebacks."""
-    return started(lambda rank: [__name__, module, str(folder), str(rank), str(world)], folder, world, timeout)
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
-def started(
-    command: Callable[[int], list[str]], folder: Path, world: int, timeout: float, **more: str
+def run(
+    module: str, folder: Path, *layouts: str, world: int = 2, timeout: float = 300, **variables: str
 ) -> dict[str, str]:
-    """Start a process for each rank, and return what they report: see `run`.
+    """Return, by check of a module, an empty text if all processes passed it, else their tracebacks.
 
     Args:
-        command: rank → module and arguments.
-        more: variables of their environment.
+        layouts: what the module's `checks` gets beside the folder.
+        variables: of the environment of the processes.
     """
     environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **more,
+        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **variables,
     }  # fmt: skip
     logs = [open(folder / f"{rank}.log", "w+") for rank in range(world)]  # noqa: SIM115
     begun = [
         subprocess.Popen(
-            [sys.executable, "-m", *command(rank)],
+            [sys.executable, "-m", __name__, module, str(folder), str(rank), str(world), *layouts],
             cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
         )
         for rank, log in enumerate(logs)
@@ -67,7 +69,7 @@ def started(
     return found
 
 
-def main(module: str, folder: str, rank: int, world: int) -> None:
+def main(module: str, folder: str, rank: int, world: int, *layouts: str) -> None:
     import warnings
 
     import torch
@@ -76,10 +78,14 @@ def main(module: str, folder: str, rank: int, world: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    store = dist.FileStore(os.path.join(folder, "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=30))
+    of_deepspeed = any(layout.startswith("zero") for layout in layouts)  # it wants torch's own store
+    store = dict(store=dist.FileStore(os.path.join(folder, "store"), world), rank=rank, world_size=world)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60), **({} if of_deepspeed else store))
+    only = os.environ.get("GRAFT_DISTRIBUTED_ONLY", "").split(",")
     done: dict[str, str] = {}
-    for name, check in importlib.import_module(module).checks(Path(folder)):
+    for name, check in importlib.import_module(module).checks(Path(folder), *layouts):
+        if not any(word in name for word in only):
+            continue
         try:
             check()
             done[name] = ""
@@ -91,6 +97,6 @@ def main(module: str, folder: str, rank: int, world: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])
     sys.stdout.flush()
     os._exit(0)  # a thread of gloo that is still there aborts an ordinary exit, now and then

@@ -16,12 +16,12 @@ graft.compat.peft.install()  # so that Trainer saves and loads adapters alone
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from graft.core.errors import ConfigError
 from graft.storage.parallel import layout_of
 from graft.train import Resumable
+from tests.distributed.layouts import in_units
 
 STEPS, STEP = 6, 3
 FSDP2: dict[str, Any] = dict(fsdp=True, fsdp_config=dict(transformer_layer_cls_to_wrap=["LlamaDecoderLayer"]))
@@ -47,9 +47,7 @@ def trainer(folder: Path, seed: int, callback: Any, before: bool = False, **opti
     config = graft.LoraConfig(r=2, lora_dropout=0.4, target_modules=["q_proj", "up_proj"])
     model = graft.get_peft_model(base, config)
     if before:
-        for block in base.model.layers:
-            fully_shard(block)
-        fully_shard(model)
+        in_units(model)
     rows = [{"input_ids": (torch.arange(6) * (i + 1)) % 31, "labels": (torch.arange(6) + i) % 31} for i in range(20)]
     return Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import graft
 from graft.core.errors import CheckpointError, DistributedError, RoutingError, UnsupportedLayerError
 from graft.storage.parallel import is_sharded
-from tests.distributed.tensor_parallel import FILE, close, held, refused, same_on_all, write_llama
+from tests.distributed.layouts import in_units
+from tests.distributed.tensor_parallel import FILE, close, held, mesh, refused, same_on_all, write_llama
 from tests.families import IDS, base
 from tests.models import seeded
 
@@ -33,13 +34,6 @@ PROMPTS: dict[str, Callable[[], Any]] = {
     ),
 }
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-
-
-@cache
-def mesh() -> Any:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
 def ids() -> Tensor:
@@ -179,7 +173,6 @@ def resumes_in_another_layout(folder: Path) -> None:
     """A training on a sharded base ends with the same bits if it resumes with an adapter that was there before
     `fully_shard`, under DDP, or the other way round.
     """
-    from torch.distributed.fsdp import fully_shard
 
     def make(layout: str) -> tuple[Any, Any]:
         torch.manual_seed(3)
@@ -190,9 +183,7 @@ def resumes_in_another_layout(folder: Path) -> None:
         model = graft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "llama"), config).train()
         if layout == "ddp":
             return model, nn.parallel.DistributedDataParallel(model)
-        for block in model.get_base_model().model.layers:
-            fully_shard(block, mesh=mesh())
-        return model, fully_shard(model, mesh=mesh())
+        return model, in_units(model, mesh=mesh())
 
     def train(outer: Any, optimizer: Any, steps: int) -> None:
         for _ in range(steps):

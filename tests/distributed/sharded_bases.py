@@ -8,7 +8,6 @@ and rows of its own.
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,7 +24,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 import graft
 from graft.storage.parallel import is_sharded
-from tests.distributed.tensor_parallel import ALL_LAWS, close, held, same_on_all
+from tests.distributed.layouts import in_units, mean
+from tests.distributed.tensor_parallel import ALL_LAWS, Net, close, held, same_on_all
 from tests.models import seeded
 
 FILE = "adapter_model.safetensors"
@@ -111,14 +111,10 @@ def write_bases(folder: Path) -> None:
 
 def load(folder: Path, way: Way | None, name: str = "", **options: Any) -> Any:
     """Return a base in a layout, or, without one, the base `name` on one process. options: of a DistributedConfig."""
-    from torch.distributed.fsdp import fully_shard
-
     if way is None or not way.options:
         model = AutoModelForCausalLM.from_pretrained(folder / (name if way is None else way.base))
         if way is not None:
-            for block in model.model.layers:
-                fully_shard(block)
-            fully_shard(model)
+            in_units(model)
     else:
         from transformers.distributed import DistributedConfig
 
@@ -156,13 +152,6 @@ def adapted(folder: Path, way: Way | None, config: Any, name: str = "", **option
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
-
-
-def mean(value: float) -> float:
-    """Return the mean of a number over all processes."""
-    t = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(t)
-    return float(t / dist.get_world_size())
 
 
 def step(model: Any, batch: dict[str, Any], call: Any = None) -> tuple[float, float]:
@@ -538,8 +527,6 @@ def saves_alone(folder: Path, name: str) -> None:
 
 def second_after(folder: Path, name: str) -> None:
     """A layer adapted before `fully_shard` takes a second adapter after it, and merges both."""
-    from torch.distributed.fsdp import fully_shard
-
     way = WAYS[name]
     models = []
     for where in (None, way):
@@ -547,9 +534,7 @@ def second_after(folder: Path, name: str) -> None:
         torch.manual_seed(SEED)
         model = graft.get_peft_model(base, lora())
         if where is not None:
-            for block in base.model.layers:
-                fully_shard(block)
-            fully_shard(model)
+            in_units(model)
         torch.manual_seed(SEED if where is None else own_seed())
         model.add_adapter("b", graft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
         model.set_adapter("b")
@@ -572,15 +557,6 @@ def second_after(folder: Path, name: str) -> None:
 # the covering array: every method on layers of a small net
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.layer, self.after = nn.Linear(10, 10), nn.Linear(10, 12), nn.Linear(12, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(torch.tanh(self.layer(self.first(x))))
-
-
 def mesh(*shape: int) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -589,15 +565,10 @@ def mesh(*shape: int) -> Any:
 
 
 def shard_net(net: Any, unit: str) -> Any:
-    from torch.distributed.fsdp import fully_shard
-
     options: dict[str, Any] = dict(reshard_after_forward=unit != "kept")
     if unit == "replicas":
         options["mesh"] = mesh(dist.get_world_size() // 2, 2)
-    if unit != "whole":
-        for child in (net.first, net.layer, net.after):
-            fully_shard(child, **options)
-    return fully_shard(net, **options)
+    return in_units(net, () if unit == "whole" else net.children(), **options)
 
 
 def net_history(net: Any, sample: Any, seed: int, part: slice) -> dict[str, Any]:
@@ -694,17 +665,8 @@ CHECKS: dict[str, Callable[[Path, str], None]] = {
 }
 BY_HAND = tuple(name for name in CHECKS if name != "narrow")
 AT_LOAD = tuple(name for name in CHECKS if name != "second after")
-ELSEWHERE = (
-    "drift",
-    "mixed rows",
-    "accumulates",
-    "switches",
-    "checkpointing",
-    "goes on",
-    "unloads",
-    "saves alone",
-    "narrow",
-)
+ELSEWHERE = ("drift", "mixed rows", "accumulates", "switches", "checkpointing", "goes on", "unloads", "saves alone",
+             "narrow")  # fmt: skip
 FEW = {
     "fsdp": ("LORA", "DORA", "SAVED", "TOKENS", "PROMPT_TUNING", "drift", "mixed rows", "accumulates"),
     "hand": ("OFT", "drift", "second after"),
@@ -733,8 +695,6 @@ def names(world: int) -> list[str]:
 
 
 def checks(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
-    only = os.environ.get("GRAFT_DISTRIBUTED_ONLY", "").split(",")
     write_bases(folder)
     for name, check in cases(dist.get_world_size()).items():
-        if any(word in name for word in only):
-            yield name, partial(check, folder)
+        yield name, partial(check, folder)

@@ -9,7 +9,7 @@ import os
 import pytest
 
 from tests.distributed.checks import checks_of
-from tests.distributed.run import run
+from tests.distributed.processes import run
 
 QUICK = [("ddp", "fsdp2")]
 OTHERS = [
@@ -22,7 +22,9 @@ DEEPSPEED = os.environ.get("GRAFT_DEEPSPEED", "")  # the folder it is in, apart 
 
 @pytest.mark.parametrize("layouts", [*QUICK, *(OTHERS if DEEPSPEED else ())], ids="-".join)
 def test_layouts(layouts, tmp_path):
-    found = run(tmp_path, list(layouts), packages=DEEPSPEED)
+    path = os.pathsep.join(filter(None, [DEEPSPEED and os.path.abspath(DEEPSPEED), os.environ.get("PYTHONPATH")]))
+    variables = dict(GRAFT_PATIENCE="5", DS_ACCELERATOR="cpu", PYTHONPATH=path)
+    found = run("tests.distributed.checks", tmp_path, *layouts, timeout=420, **variables)
     failed = {name: text for name, text in found.items() if text}
     assert not failed, "\n\n".join(f"{name}\n{text}" for name, text in failed.items())
     assert list(found) == [name for layout in layouts for name, _ in checks_of(layout)]

@@ -7,8 +7,7 @@
 import pytest
 
 from tests.distributed import recipes, sharded_bases, sharded_refusals
-from tests.distributed.processes import run, started
-from tests.distributed.run import free_port
+from tests.distributed.processes import run
 from tests.distributed.tensor_parallel import ALL_LAWS
 from tests.leaves_out import not_under
 
@@ -35,7 +34,7 @@ def found(tmp_path_factory):
             for only in [f"{name} " for name in [*layouts, "law"]] if world > 2 else [""]:
                 patch.setenv("GRAFT_DISTRIBUTED_ONLY", only)
                 folder = tmp_path_factory.mktemp(f"bases{world}")
-                ends.setdefault(world, {}).update(run("tests.distributed.sharded_bases", folder, world))
+                ends.setdefault(world, {}).update(run("tests.distributed.sharded_bases", folder, world=world))
     return ends
 
 
@@ -55,10 +54,8 @@ def test_every_method_on_sharded_layers_is_that_of_one_process(world, found):
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_bad_input_is_an_error_on_all_processes(world, tmp_path):
-    command = lambda rank: [
-        "tests.distributed.processes", "tests.distributed.sharded_refusals", str(tmp_path), str(rank), str(world)
-    ]  # fmt: skip
-    refusals = started(command, tmp_path, world, 200, GRAFT_PATIENCE="8" if world == 2 else "60")
+    patience = "8" if world == 2 else "60"
+    refusals = run("tests.distributed.sharded_refusals", tmp_path, world=world, timeout=200, GRAFT_PATIENCE=patience)
     names = sharded_refusals.TWO if world == 2 else sharded_refusals.FOUR
     assert not failures(refusals, names) and "end" not in refusals
 
@@ -74,10 +71,7 @@ def loops(tmp_path_factory):
     root, ends = tmp_path_factory.mktemp("loops"), {}
     for world, name in ((1, "one"), (2, "two")):
         (folder := root / name).mkdir()
-        command = lambda rank: [
-            "tests.distributed.processes", "tests.distributed.sharded_loops", str(folder), str(rank), str(world)  # noqa: B023
-        ]  # fmt: skip
-        ends[world] = started(command, folder, world, 200, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        ends[world] = run("tests.distributed.sharded_loops", folder, world=world, timeout=200)
     assert not any(ends[1].values()) and ends[1].keys() == LOOPS, ends[1]
     return ends[2]
 

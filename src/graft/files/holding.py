@@ -107,7 +107,8 @@ def fit_to_format(
             lost.append(LostModule(f"{PARTS[module.kind]}: {path}"))
             continue
         if module.mid is not None and "mid" not in holds.parts:
-            module = fold_tucker_core(module)
+            # exact, and of the same rank
+            module = replace(module, A=make_tensor(contract_tucker_core(module).astype("f4"), "F32"), mid=None)
         for part in ("magnitude", "bias"):
             if getattr(module, part) is not None and part not in holds.parts:
                 lost.append(f"{PARTS[part]}: {path}")
@@ -285,8 +286,3 @@ def pad_axis(t: Tensor, axis: int, more: int) -> Tensor:
     """Return a tensor with `more` zeros at the end of an axis; values are read later."""
     pads = [(0, more if i == axis else 0) for i in range(len(t.shape))]
     return rearrange_tensor(t, lambda bits: np.pad(bits, pads), *(n + after for n, (_, after) in zip(t.shape, pads)))
-
-
-def fold_tucker_core(module: LowRank) -> LowRank:
-    """Return a convolution with its Tucker core multiplied into A, in float32: exact, and of the same rank."""
-    return replace(module, A=make_tensor(contract_tucker_core(module).astype("f4"), "F32"), mid=None)

@@ -126,7 +126,7 @@ class CheckpointPair:
         module = self._module(name)
         if module is None or self.model is None:
             return module_path(name).rpartition(".")[2] == "lm_head"
-        return module is get_output_head(self.model)
+        return module is getattr(self.model, "get_output_embeddings", lambda: None)()
 
     def is_conv1d(self, name: str) -> bool:
         """Return True if a parameter belongs to a Conv1D, a linear layer with weights (in, out); without a module, by
@@ -187,11 +187,6 @@ class CheckpointPair:
 def module_path(name: str) -> str:
     """Return a parameter's name without its last part."""
     return name.rpartition(".")[0]
-
-
-def get_output_head(model: PreTrainedModel) -> nn.Module | None:
-    """Return the model's output head; None if the model has none."""
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def is_causal_model(config: Json) -> bool:

@@ -324,7 +324,9 @@ class MultiTrain:
             options = dict(
                 data=data, schedule=schedule, loss=loss, clip=clip, steps=steps, accumulate=accumulate, seed=seed
             )
-            refuse_trainer_settings(name, options | {"optimizer": optimizer})
+            options["optimizer"] = optimizer
+            if both := [key for key, value in options.items() if value is not ADD_DEFAULTS[key]]:
+                raise ConfigError(f"Run '{name}': its trainer sets {', '.join(both)}. Leave that out.")
             description = TrainerDescription(name, trainer)
             seed, accumulate, clip = description.seed, description.accumulate, description.clip
         elif data is None:
@@ -1391,13 +1393,6 @@ def check_settings(name: str, **settings: float | None) -> None:
         kinds = (int, float) if key == "clip" else (int,)
         if value is not None and (type(value) not in kinds or not value > 0):
             raise ConfigError(f"Run '{name}': {key} must be a positive {kinds[-1].__name__}, got {value!r}.")
-
-
-def refuse_trainer_settings(name: str, options: dict[str, object]) -> None:
-    """Raise ConfigError for options that differ from their defaults in `MultiTrain.add`, since a Trainer makes them."""
-    both = [key for key, value in options.items() if value is not ADD_DEFAULTS[key]]
-    if both:
-        raise ConfigError(f"Run '{name}': its trainer sets {', '.join(both)}. Leave that out.")
 
 
 def find_base_change(config: PeftConfig) -> str | None:

@@ -140,7 +140,8 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     if method not in PREFIXES and method not in PROMPTS:
         raise CheckpointError(f"{config_file.path} has peft_type {method!r}, which graft does not know. Update graft.")
     names = set(tensors)
-    served = method == "LORA" and is_served(tensors)
+    stacks = [key for key, t in tensors.items() if len(t.shape) == 3 and OF_SERVERS.fullmatch(key)]
+    served = method == "LORA" and bool(stacks)  # factors of experts as servers hold them
     if method == "LORA":
         tensors = rename_from_tinker(tensors, base)
     if served:
@@ -828,11 +829,6 @@ def rename_from_tinker(tensors: Mapping[str, Tensor], base: Base | None) -> dict
             name = name.replace(".attn.", ".self_attn.")
         out[name] = t
     return out
-
-
-def is_served(tensors: Mapping[str, Tensor]) -> bool:
-    """Return True if a file has a three-dimensional factor of experts, as servers hold them."""
-    return any(len(t.shape) == 3 and OF_SERVERS.fullmatch(key) for key, t in tensors.items())
 
 
 def convert_served(

@@ -336,12 +336,10 @@ class Work:
         """
         tensor = self.base.tensors[key]
         if cast and self.dtype is not None and tensor.dtype in FLOATS and tensor.dtype != self.dtype:
-            return Out(key, self.dtype, tensor.shape, partial(self._cast, key, self.dtype))
+            dtype = self.dtype
+            load = lambda: (to_bytes(self._in_dtype(key, self.base_weights.read(key), dtype)), None)
+            return Out(key, dtype, tensor.shape, load)
         return Out(key, tensor.dtype, tensor.shape, lambda: (tensor.load(), None))
-
-    def _cast(self, key: str, dtype: str) -> tuple[Bytes, None]:
-        """Return the bytes of a base tensor in another dtype, and no certificate entry."""
-        return to_bytes(self._in_dtype(key, self.base_weights.read(key), dtype)), None
 
     def _edit(self, key: str) -> Out:
         """Return the output tensor of a dense weight with its changes, if it has some, in the last change's shape."""

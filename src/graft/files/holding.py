@@ -5,7 +5,6 @@ as lost.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -212,22 +211,6 @@ def divide_alpha(alpha: Tensor | None, rank: int) -> float:
     """Return alpha / rank. Without alpha, or if alpha or the rank is 0, return 1, as other readers do."""
     value = 0.0 if alpha is None else float(alpha.read().reshape(-1)[0])
     return value / rank if value and rank else 1.0
-
-
-def group_by_module(
-    out: AdapterFile, tensors: Mapping[str, Tensor], key: re.Pattern[str]
-) -> dict[str, dict[str, Tensor]]:
-    """Return module → name → tensor, by the two groups of the pattern `key`.
-
-    Names that it does not match are added to `out.unknown_keys`.
-    """
-    groups: dict[str, dict[str, Tensor]] = {}
-    for name, t in tensors.items():
-        if match := key.fullmatch(name):
-            groups.setdefault(match[1], {})[match[2]] = t
-        else:
-            out.unknown_keys.append(name)
-    return groups
 
 
 def get_factor_pair(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -116,6 +118,22 @@ class AdapterFile:
     changed_base: str | None = None
     selected: frozenset[str] | None = None
     by_parameter: frozenset[str] = frozenset()
+
+    def group_by_module(
+        self, tensors: Mapping[str, Tensor], split: Callable[[str], re.Match[str] | tuple[str, str] | None]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Return module → name → tensor. Keys for which `split` returns None are added to `unknown_keys`.
+
+        split: returns module and name of a key, as a pair or as a match with two groups.
+        """
+        groups: dict[str, dict[str, Tensor]] = {}
+        for key, t in tensors.items():
+            if (place := split(key)) is None:
+                self.unknown_keys.append(key)
+                continue
+            module, name = place.groups() if isinstance(place, re.Match) else place
+            groups.setdefault(module, {})[name] = t
+        return groups
 
     @property
     def loose_tensors(self) -> list[tuple[str, Tensor]]:

@@ -29,9 +29,7 @@ from graft.files.base import (
     matches_any,
     read_base_files,
 )
-from graft.files.base import (
-    BaseDescription as Base,
-)
+from graft.files.base import BaseDescription as Base
 from graft.files.bases import open_base
 from graft.files.errors import BaseNeededError, OptionError, OutputExistsError
 from graft.files.formats import FORMATS, module_of, read

@@ -15,14 +15,7 @@ from graft.config.atomic import replace_file
 from graft.config.reading import Json, read_object
 from graft.files.formats import Base, adapterhub_places
 from graft.files.formats.peft import round_alpha
-from graft.files.holding import (
-    FormatLimits,
-    check_losses,
-    fit_to_format,
-    get_factor_pair,
-    group_by_module,
-    make_shape_error,
-)
+from graft.files.holding import FormatLimits, check_losses, fit_to_format, get_factor_pair, make_shape_error
 from graft.files.neutral import AdapterFile, LostModule, LowRank, OtherMethod
 from graft.files.pickles import read_tensors, to_torch, write_torch
 from graft.files.tensors import Tensor, make_tensor
@@ -114,7 +107,7 @@ def read_without_head(path: str, base: Base | None) -> AdapterFile:
     scales = config.get("composition_mode") == "scale"
     out = AdapterFile(NAME, path, "IA3" if scales else "LORA", config=fields, base=fields.get("model_name") or None)
     name = re.escape(str(fields["name"])) if "name" in fields else "[^.]+"
-    modules = group_by_module(out, tensors, re.compile(rf"(.+)\.loras\.{name}\.(lora_[AB])"))
+    modules = out.group_by_module(tensors, re.compile(rf"(.+)\.loras\.{name}\.(lora_[AB])").fullmatch)
     r, alpha = config.get("r"), config.get("alpha", 1)
     if not isinstance(r, int) or r < 1 or not isinstance(alpha, (int, float)):
         raise CheckpointError(f"{path}: r is {r!r} and alpha {alpha!r}. Edit {CONFIG}.")

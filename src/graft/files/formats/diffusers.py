@@ -153,14 +153,7 @@ def make_adapter(file: str, tensors: Mapping[str, Tensor], metadata: dict[str, s
     """
     out = AdapterFile(NAME, file, metadata=metadata)
     configs = read_part_configs(metadata, file)
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, values in tensors.items():
-        place = split_key(key)
-        if place is None:
-            out.unknown_keys.append(key)
-        else:
-            modules.setdefault(place[0], {})[place[1]] = values
-    for module, of_module in modules.items():
+    for module, of_module in out.group_by_module(tensors, split_key).items():
         if of_module.keys() == {"alpha"}:
             out.unknown_keys.append(f"{module}.alpha")
         else:

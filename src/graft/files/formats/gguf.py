@@ -22,14 +22,7 @@ from graft.core.errors import join_some, shorten_text
 from graft.files.errors import BaseNeededError, PackageNeededError
 from graft.files.formats import Base, one_file
 from graft.files.formats.gguf_file import MAGIC, import_gguf, read_contents
-from graft.files.holding import (
-    FormatLimits,
-    check_losses,
-    fit_to_format,
-    get_factor_pair,
-    group_by_module,
-    make_shape_error,
-)
+from graft.files.holding import FormatLimits, check_losses, fit_to_format, get_factor_pair, make_shape_error
 from graft.files.names import count_heads
 from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank, OtherMethod
 from graft.files.tensors import Tensor, halves_to_pairs, make_tensor, pairs_to_halves, rearrange_tensor
@@ -110,7 +103,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     out.base = next(
         (str(fields[k]) for k in ("general.base_model.0.repo_url", "general.base_model.0.name") if k in fields), None
     )
-    modules = group_by_module(out, tensors, KEY)
+    modules = out.group_by_module(tensors, KEY.fullmatch)
     paths = {name: name for name in modules} if base is None else paths_of(base, arch, path)
     if absent := [name for name in modules if name not in paths]:
         raise BaseModelMismatchError(

@@ -75,12 +75,9 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     file = one_file(path, ".safetensors", ".pt", ".ckpt") or path
     tensors, metadata = read_tensors(file)
     out = AdapterFile(NAME, file, metadata=metadata, has_flat_names=base is None, base=metadata.get("ss_sd_model_name"))
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, values in tensors.items():
-        name, _, leaf = key.partition(".")
-        modules.setdefault(name, {})[leaf] = values
-    for name in [name for name in modules if not name.startswith((*PREFIXES,))]:
-        out.unknown_keys += [f"{name}.{leaf}" if leaf else name for leaf in modules.pop(name)]
+    modules = out.group_by_module(
+        tensors, lambda key: key.partition(".")[::2] if key.startswith((*PREFIXES,)) else None
+    )
     by_part: dict[str, dict[str, dict[str, Tensor]]] = {}
     for name, of_module in modules.items():
         by_part.setdefault(components_of(name)[0], {})[name] = of_module

@@ -12,7 +12,7 @@ from graft import CheckpointError
 from graft.config.reading import LARGEST_NUMBER, Json, check_value, open_file
 from graft.core.errors import join_some, shorten_text
 from graft.files.formats import Base
-from graft.files.holding import get_factor_pair, group_by_module, make_shape_error
+from graft.files.holding import get_factor_pair, make_shape_error
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.pickles import convert_tensors, mentions_name, read_torch
 from graft.files.tensors import Tensor, make_tensor
@@ -118,7 +118,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         raise CheckpointError(
             f"{os.path.join(folder, OF_RUN)}: lora_r is {r!r} and lora_alpha {alpha!r}. Write positive numbers there."
         )
-    for name, of_module in group_by_module(out, tensors, KEY).items():
+    for name, of_module in out.group_by_module(tensors, KEY.fullmatch).items():
         A, B = get_factor_pair(of_module, "AB", file, name)
         if len(A.shape) != 2 or len(B.shape) != 2:
             raise make_shape_error(file, name, A, B)

@@ -17,7 +17,6 @@ from graft.files.holding import (
     check_losses,
     fit_to_format,
     get_factor_pair,
-    group_by_module,
     make_magnitudes,
     make_shape_error,
 )
@@ -61,7 +60,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     scale = parameters.get("scale", DEFAULT) if isinstance(parameters, dict) else None
     if not isinstance(scale, (int, float)):
         raise CheckpointError(f"{path}: the scale in lora_parameters={parameters!r} is no number. Edit {CONFIG}.")
-    for module, of_module in group_by_module(out, tensors, KEY).items():
+    for module, of_module in out.group_by_module(tensors, KEY.fullmatch).items():
         out.modules[module] = read_mlx_pair(path, module, of_module, float(scale), parameters.get("rank"))
     return out
 

@@ -70,29 +70,24 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     config = read_object(config_path)
     out = AdapterFile(NAME, path, config={k: v for k, v in config.items() if k != "peft_type"})
     out.base = config.get("base_model_name_or_path")
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, values in convert_tensors(read_torch(file), file).items():
-        match = KEY.fullmatch(key)
-        name = None if match is None else rename_modules(match["path"])
-        if match is None or name is None:
-            out.unknown_keys.append(key)
-        else:
-            modules.setdefault(name, {})[LEAVES[match["leaf"]]] = values
+    modules = out.group_by_module(convert_tensors(read_torch(file), file), split_key)
     for name, tensors in modules.items():
         out.modules[name] = read_torchtune_pair(out, name, tensors, config, base)
     return out
 
 
-def rename_modules(path: str) -> str | None:
-    """Return transformers' path of torchtune's module: "lm_head" for the output, else that in its block; None if
-    unknown.
+def split_key(key: str) -> tuple[str, str] | None:
+    """Return transformers' path of the module and "A", "B" or "magnitude" for a key of torchtune's; None if unknown.
+
+    The path is "lm_head" for the output, else that in its block.
     """
-    if path in ("output", "decoder.output"):
-        return "lm_head"
-    match = OWN.fullmatch(path)
-    if match is None or match["rest"] not in NAMES:
+    if (of_key := KEY.fullmatch(key)) is None:
         return None
-    return f"model.layers.{match['number']}.{NAMES[match['rest']]}"
+    leaf, match = LEAVES[of_key["leaf"]], OWN.fullmatch(of_key["path"])
+    if of_key["path"] in ("output", "decoder.output"):
+        return "lm_head", leaf
+    known = match is not None and match["rest"] in NAMES
+    return (f"model.layers.{match['number']}.{NAMES[match['rest']]}", leaf) if known else None  # type: ignore[index]
 
 
 def read_torchtune_pair(

@@ -5,8 +5,10 @@ safetensors files.
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -40,6 +42,10 @@ NEEDED: tuple[str, ...] = (
     "configuration_*.py", "modeling_*.py", "tokenization_*.py", "*processing_*.py", "feature_extraction_*.py",
     "LICENSE*", "NOTICE*",
 )  # fmt: skip
+CERTIFICATE = "merge.json"
+MODEL = (*NEEDED, INDEX, TORCH_INDEX, CERTIFICATE)  # further files of a model's folder
+# files of a base that a merge writes anew, or that are not needed
+ELSEWHERE = ("*.safetensors", "*.index.json", "README.md", CERTIFICATE)
 
 
 @dataclass
@@ -171,3 +177,28 @@ def list_shards(path: str) -> list[str]:
     if not shards:
         raise CheckpointError(f"{path} has no safetensors files of a model. Give the folder of the base model.")
     return shards
+
+
+def model_file_patterns(folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return shell patterns of the files in a model's folder: (weights, others).
+
+    The files in its index count as weights.
+    """
+    named: list[str] = []
+    if os.path.isfile(os.path.join(folder, INDEX)):
+        with suppress(CheckpointError):  # a damaged index names no files
+            named = [glob.escape(name) for name in list_shards(folder) if name.endswith(".safetensors")]
+    return (*WEIGHTS, *named), MODEL
+
+
+def list_needed_files(base: BaseDescription) -> tuple[list[str], list[str]]:
+    """Return the names of files that a model needs besides its weights, and of those that nobody needs.
+
+    Raises:
+        CheckpointError: one of the needed files, or of the weights, is no file, or a link that leads out of the folder.
+    """
+    entries = [name for name, _ in list_folder_entries(base.path, NEEDED)]
+    names = [name for name in entries if matches_any(name, NEEDED)]
+    for name in (*names, *dict.fromkeys(base.files.values())):
+        check_file_is_inside(base.path, name)
+    return names, [n for n in entries if not (n in names or n.startswith(".") or matches_any(n, ELSEWHERE))]

@@ -25,7 +25,7 @@ from graft.files.errors import OptionError
 from graft.files.layers import CheckpointPair, module_path
 from graft.files.neutral import AdapterFile, Kind, LowRank
 from graft.files.resize import check_resize_options, resize_adapter
-from graft.files.tensors import Bytes, Tensor, are_equal, rearrange_tensor
+from graft.files.tensors import Bytes, Tensor, are_equal
 
 LARGE = 2048  # above that many rows and columns the SVD is randomized
 OVERSAMPLING, ROUNDS = 10, 2
@@ -135,8 +135,7 @@ def copy_to_tied_names(adapter: AdapterFile, layers: CheckpointPair) -> bool:
             adapter.full[name] = adapter.full[first]
         elif lora is not None:
             if lora.kind == "embedding" and not layers.is_embedding(name):
-                A, B = (rearrange_tensor(t, lambda v: v.T, *t.shape[::-1]) for t in (lora.B, lora.A))
-                lora = LowRank(A, B, lora.scale)
+                lora = LowRank(lora.B.transpose(), lora.A.transpose(), lora.scale)
             adapter.modules[module_path(name)] = lora
     return changed and layers.is_tied
 

@@ -19,7 +19,7 @@ from graft.files.base import BaseDescription as Base
 from graft.files.formats.peft import PREFIXES, VARIANTS, make_names_error
 from graft.files.names import CONV1D
 from graft.files.neutral import AdapterFile, LostModule, LowRank, OtherMethod
-from graft.files.tensors import Tensor, make_tensor, rearrange_tensor
+from graft.files.tensors import Tensor, make_tensor
 
 Parts = frozenset[str]
 PARTS = {
@@ -268,4 +268,4 @@ def pad_rank(module: LowRank, rank: int) -> LowRank:
 def pad_axis(t: Tensor, axis: int, more: int) -> Tensor:
     """Return a tensor with `more` zeros at the end of an axis; values are read later."""
     pads = [(0, more if i == axis else 0) for i in range(len(t.shape))]
-    return rearrange_tensor(t, lambda bits: np.pad(bits, pads), *(n + after for n, (_, after) in zip(t.shape, pads)))
+    return t.rearrange(lambda bits: np.pad(bits, pads), *(n + after for n, (_, after) in zip(t.shape, pads)))

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import errno
-import glob
 import os
 import re
 import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TypeVar
 
 from graft import CheckpointError, PeftError
@@ -19,17 +18,8 @@ from graft.config import pair
 from graft.config.atomic import exchange_paths, is_link, is_special
 from graft.config.reading import open_file, read_object
 from graft.core.errors import join_some
-from graft.files.base import (
-    INDEX,
-    NEEDED,
-    TORCH_INDEX,
-    WEIGHTS,
-    list_folder_entries,
-    list_shards,
-    matches_any,
-    read_base_files,
-)
 from graft.files.base import BaseDescription as Base
+from graft.files.base import list_folder_entries, matches_any, model_file_patterns, read_base_files
 from graft.files.bases import open_base
 from graft.files.errors import BaseNeededError, OptionError, OutputExistsError
 from graft.files.formats import FORMATS, module_of, read
@@ -162,10 +152,6 @@ def read_licence(folder: str) -> str | None:
     return match[1] if match else None
 
 
-CERTIFICATE = "merge.json"
-MODEL = (*NEEDED, INDEX, TORCH_INDEX, CERTIFICATE)  # further files of a model's folder
-
-
 def check_output(path: str, sources: Iterable[str | os.PathLike[str]], force: bool, model: bool = False) -> None:
     """Raise an error if a result may not be written to a path. A free path or an empty folder passes.
 
@@ -211,18 +197,6 @@ def list_foreign_entries(folder: str, model: bool) -> list[str]:
         known = any(is_file and matches_any(name, weights) for name, is_file in present)
         foreign.append([n for n, is_file in present if not (known and is_file and matches_any(n, (*weights, *extras)))])
     return min(foreign, key=len)
-
-
-def model_file_patterns(folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return shell patterns of the files in a model's folder: (weights, others).
-
-    The files in its index count as weights.
-    """
-    named: list[str] = []
-    if os.path.isfile(os.path.join(folder, INDEX)):
-        with suppress(CheckpointError):  # a damaged index names no files
-            named = [glob.escape(name) for name in list_shards(folder) if name.endswith(".safetensors")]
-    return (*WEIGHTS, *named), MODEL
 
 
 def take_work_folder(path: str) -> None:

@@ -68,6 +68,31 @@ class Tensor:
         values = np.frombuffer(data, NUMPY[self.dtype]).reshape(self.shape)
         return values.astype("<f4") if self.dtype == "F16" else values
 
+    def reshape(self, *shape: int) -> Tensor:
+        """Return the same tensor with another shape. The number of elements is not checked."""
+        return replace(self, shape=shape)
+
+    def transpose(self) -> Tensor:
+        """Return the tensor with its axes in reverse order, on each load."""
+        return self.rearrange(lambda values: values.T, *self.shape[::-1])
+
+    def rearrange(self, change: Callable[[np.ndarray], np.ndarray], *shape: int) -> Tensor:
+        """Return a tensor that applies `change` to the values on each load.
+
+        `change` sees the bits as unsigned integers, so it may only move or pad them.
+
+        Args:
+            shape: the shape that `change` returns.
+        """
+
+        def load() -> bytes:
+            """Load the source, apply `change`, and return the bytes."""
+            import numpy as np
+
+            return change(np.frombuffer(self.load(), f"u{BITS[self.dtype] // 8}").reshape(self.shape)).tobytes()
+
+        return Tensor(shape, self.dtype, load)
+
 
 def list_float8_values(dtype: str) -> np.ndarray:
     """Return the values of all 256 codes of an 8-bit float dtype, as float32, with NaN."""
@@ -116,29 +141,6 @@ def make_tensor(values: np.ndarray, dtype: str | None = None) -> Tensor:
 def are_equal(a: Tensor, b: Tensor) -> bool:
     """Return True if two tensors have the same shape, dtype and bytes. Reads them, unless they are one object."""
     return a is b or ((a.shape, a.dtype) == (b.shape, b.dtype) and a.load() == b.load())
-
-
-def reshape_tensor(t: Tensor, *shape: int) -> Tensor:
-    """Return the same tensor with another shape. The number of elements is not checked."""
-    return replace(t, shape=shape)
-
-
-def rearrange_tensor(t: Tensor, change: Callable[[np.ndarray], np.ndarray], *shape: int) -> Tensor:
-    """Return a tensor that applies `change` to the values on each load.
-
-    `change` sees the bits as unsigned integers, so it may only move or pad them.
-
-    Args:
-        shape: the shape that `change` returns.
-    """
-
-    def load() -> bytes:
-        """Load the source, apply `change`, and return the bytes."""
-        import numpy as np
-
-        return change(np.frombuffer(t.load(), f"u{BITS[t.dtype] // 8}").reshape(t.shape)).tobytes()
-
-    return Tensor(shape, t.dtype, load)
 
 
 def make_int64_tensor(values: Sequence[int]) -> Tensor:
@@ -275,4 +277,4 @@ def _reorder_rows(t: Tensor, heads: int, pairs: bool) -> Tensor:
     half = rows // heads // 2
     shape = (heads, half, 2) if pairs else (heads, 2, half)
     order = np.arange(rows).reshape(shape).transpose(0, 2, 1).reshape(-1)
-    return rearrange_tensor(t, lambda values: values[order], *t.shape)
+    return t.rearrange(lambda values: values[order], *t.shape)

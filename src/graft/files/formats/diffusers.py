@@ -25,7 +25,7 @@ from graft.files.holding import FormatLimits, divide_alpha, fit_to_format, get_f
 from graft.files.names import find_pipeline_parts, is_pipeline
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.pickles import convert_tensors, mentions_name, read_tensors
-from graft.files.tensors import Tensor, read_header, reshape_tensor, write_safetensors
+from graft.files.tensors import Tensor, read_header, write_safetensors
 
 NAME = "diffusers"
 FILE, METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
@@ -207,7 +207,7 @@ def make_low_rank(file: str, module: str, tensors: dict[str, Tensor], configs: d
         scale = alpha / (r**0.5 if configs[part].get("use_rslora") else r)
     magnitude = tensors.get("magnitude")
     if magnitude is not None:
-        magnitude = reshape_tensor(magnitude, B.shape[0])
+        magnitude = magnitude.reshape(B.shape[0])
     return LowRank(A, B, scale, "conv" if len(A.shape) > 2 else "linear", magnitude, tensors.get("bias"))
 
 
@@ -242,7 +242,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
             if m.magnitude is not None:
                 ones = [1] * (len(m.A.shape) - 2)
                 shape = (1, *m.magnitude.shape, *ones) if ones else m.magnitude.shape
-                tensors[f"{stem}.lora_magnitude_vector"] = reshape_tensor(m.magnitude, *shape)
+                tensors[f"{stem}.lora_magnitude_vector"] = m.magnitude.reshape(*shape)
     metadata = {"format": "pt", METADATA: json.dumps(fields, indent=2, sort_keys=True)}
     if not path.endswith(".safetensors"):
         os.makedirs(path, exist_ok=True)

@@ -25,7 +25,7 @@ from graft.files.formats.gguf_file import MAGIC, import_gguf, read_contents
 from graft.files.holding import FormatLimits, check_losses, fit_to_format, get_factor_pair, make_shape_error
 from graft.files.names import count_heads
 from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank, OtherMethod
-from graft.files.tensors import Tensor, halves_to_pairs, make_tensor, pairs_to_halves, rearrange_tensor
+from graft.files.tensors import Tensor, halves_to_pairs, make_tensor, pairs_to_halves
 
 NAME = "gguf"
 FOLDER = ("adapter.gguf",), ()
@@ -129,7 +129,7 @@ def read_gguf_pair(path: str, name: str, tensors: Mapping[str, Tensor], alpha: f
     if name.startswith("token_embd"):
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[1]:
             raise make_shape_error(path, name, a, b)
-        A, rank = rearrange_tensor(a, lambda v: v.T, *a.shape[::-1]), a.shape[1]
+        A, rank = a.transpose(), a.shape[1]
     else:
         if len(a.shape) != len(b.shape) or len(a.shape) not in (2, 3) or a.shape[-2] != b.shape[-1]:
             raise make_shape_error(path, name, a, b)
@@ -238,7 +238,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
         heads = heads_in(name, base)
-        A = rearrange_tensor(module.A, lambda v: v.T, *module.A.shape[::-1]) if module.kind == "embedding" else module.A
+        A = module.A.transpose() if module.kind == "embedding" else module.A
         tensors[f"{name}.weight.lora_a"] = A
         tensors[f"{name}.weight.lora_b"] = module.B if heads is None else halves_to_pairs(module.B, heads)
     keys = gguf.Keys

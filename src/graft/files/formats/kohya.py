@@ -16,7 +16,7 @@ from graft.files.holding import FormatLimits, divide_alpha, fit_to_format, get_f
 from graft.files.names import find_common_method, is_pipeline, join_pipeline, select_pipeline_part
 from graft.files.neutral import AdapterFile, Kind, LowRank, OtherMethod
 from graft.files.pickles import mentions_name, read_tensors
-from graft.files.tensors import Tensor, make_tensor, read_header, reshape_tensor, write_safetensors
+from graft.files.tensors import Tensor, make_tensor, read_header, write_safetensors
 
 NAME = "kohya"
 FOLDER = ("adapter.safetensors",), ()
@@ -238,7 +238,7 @@ def read_kohya_pair(file: str, name: str, tensors: dict[str, Tensor]) -> LowRank
     if len(A.shape) < 2 or len(B.shape) < 2 or B.shape[1] != rank or (mid and mid.shape[:2] != (rank, rank)):
         raise make_shape_error(file, name, A, B)
     if len(A.shape) > 2 and len(B.shape) == 2:
-        B = reshape_tensor(B, *B.shape, *[1] * (len(A.shape) - 2))
+        B = B.reshape(*B.shape, *[1] * (len(A.shape) - 2))
     magnitude = tensors.get("dora_scale")
     if magnitude is not None:
         if magnitude.shape[0] != B.shape[0] and magnitude.shape[:2] == (1, A.shape[1]):
@@ -248,7 +248,7 @@ def read_kohya_pair(file: str, name: str, tensors: dict[str, Tensor]) -> LowRank
                 f"{file}: dora_scale of '{name}' has shape {magnitude.shape}, for {B.shape[0]} outputs. "
                 "Save or download it again."
             )
-        magnitude = reshape_tensor(magnitude, B.shape[0])
+        magnitude = magnitude.reshape(B.shape[0])
     kind: Kind = "conv" if len(A.shape) > 2 else "linear"
     return LowRank(A, B, divide_alpha(tensors.get("alpha"), rank), kind, magnitude, mid=mid)
 
@@ -337,7 +337,5 @@ def list_leaves(module: LowRank | OtherMethod) -> dict[str, Tensor]:
     if module.mid is not None:
         out[MID] = module.mid
     if module.magnitude is not None:
-        out["dora_scale"] = reshape_tensor(
-            module.magnitude, module.magnitude.shape[0], *[1] * (len(module.A.shape) - 1)
-        )
+        out["dora_scale"] = module.magnitude.reshape(*module.magnitude.shape[:1], *[1] * (len(module.A.shape) - 1))
     return out

@@ -21,7 +21,7 @@ from graft.files.holding import (
     make_shape_error,
 )
 from graft.files.neutral import AdapterFile, Kind, LowRank, OtherMethod
-from graft.files.tensors import Tensor, read_header, rearrange_tensor, write_safetensors
+from graft.files.tensors import Tensor, read_header, write_safetensors
 
 NAME = "mlx"
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -89,12 +89,7 @@ def read_mlx_pair(
     kind: Kind = "embedding" if module.rpartition(".")[2].startswith(("embed", "wte", "tok_emb")) else "linear"
     if kind == "embedding" and m is not None:
         return OtherMethod(DORA_OF_TOKENS, tensors, scale)
-    return LowRank(transpose_factors(a), transpose_factors(b), scale, kind, m)
-
-
-def transpose_factors(t: Tensor) -> Tensor:
-    """Return a matrix transposed, on loading and in the same dtype."""
-    return rearrange_tensor(t, lambda values: values.T, *t.shape[::-1])
+    return LowRank(a.transpose(), b.transpose(), scale, kind, m)
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
@@ -119,8 +114,8 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     tensors: dict[str, Tensor] = {}
     dora = any(module.magnitude is not None for module in modules.values())
     for name, module in modules.items():
-        swap = (lambda t: t) if module.kind == "experts" else transpose_factors
-        tensors |= {f"{name}.lora_a": swap(module.A), f"{name}.lora_b": swap(module.B)}
+        for leaf, t in (("lora_a", module.A), ("lora_b", module.B)):
+            tensors[f"{name}.{leaf}"] = t if module.kind == "experts" else t.transpose()
         if module.magnitude is not None:
             tensors[f"{name}.m"] = module.magnitude
     first = next(iter(modules.values()))

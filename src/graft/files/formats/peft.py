@@ -22,15 +22,7 @@ from graft.files.bases import COMPONENTS
 from graft.files.errors import BaseNeededError
 from graft.files.names import find_pipeline_parts, join_pipeline, split_pipeline
 from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank, OtherMethod
-from graft.files.tensors import (
-    Tensor,
-    list_sources,
-    make_int64_tensor,
-    make_tensor,
-    read_header,
-    rearrange_tensor,
-    reshape_tensor,
-)
+from graft.files.tensors import Tensor, list_sources, make_int64_tensor, make_tensor, read_header
 from graft.io.written import MARK, StackLayout
 
 NAME = "peft"
@@ -364,7 +356,7 @@ def take_lora(
         kind, A, B = "experts", *split_by_expert(A, B, n, bool(layout.by_expert))
     module = LowRank(A, B, scale, kind)
     if (m := parts.pop("lora_magnitude_vector", None)) is not None:
-        module.magnitude = reshape_tensor(m, math.prod(m.shape))
+        module.magnitude = m.reshape(math.prod(m.shape))
     module.bias = parts.pop("lora_B.bias", None)
     module.extra = parts
     out.modules[path] = module
@@ -472,10 +464,10 @@ def split_by_expert(A: Tensor, B: Tensor, n: int, grouped: bool) -> tuple[Tensor
     (rows, fan_in), out = A.shape, B.shape[0]
     r = rows // n
     if grouped:
-        B = rearrange_tensor(B, lambda v: v.reshape(out, n, r).transpose(1, 0, 2), n, out, r)
+        B = B.rearrange(lambda v: v.reshape(out, n, r).transpose(1, 0, 2), n, out, r)
     else:
-        B = rearrange_tensor(B, lambda v: v.reshape(out, r, n).transpose(2, 0, 1), n, out, r)
-    return reshape_tensor(A, n, r, fan_in), B
+        B = B.rearrange(lambda v: v.reshape(out, r, n).transpose(2, 0, 1), n, out, r)
+    return A.reshape(n, r, fan_in), B
 
 
 def exchange_old_factors(out: AdapterFile, layout: StackLayout, base: Base | None) -> None:
@@ -498,8 +490,8 @@ def exchange_old_factors(out: AdapterFile, layout: StackLayout, base: Base | Non
         if verdicts[path][0]:
             (n, r, fan_in), outs = lora.A.shape, lora.B.shape[1]
             out.modules[path] = replaced(
-                lora, A=rearrange_tensor(lora.B, lambda v: v.swapaxes(1, 2), n, r, outs),
-                B=rearrange_tensor(lora.A, lambda v: v.swapaxes(1, 2), n, fan_in, r),
+                lora, A=lora.B.rearrange(lambda v: v.swapaxes(1, 2), n, r, outs),
+                B=lora.A.rearrange(lambda v: v.swapaxes(1, 2), n, fan_in, r),
             )  # fmt: skip
             out.config["peft_version"] = StackLayout().version
     layout.warn_of_doubts(doubts, out.path)
@@ -631,15 +623,15 @@ def name_lora_tensors(lora: LowRank) -> dict[str, Tensor]:
         if lora.kind == "experts":
             n, r, fan_in = A.shape
             out_features = B.shape[1]
-            A = reshape_tensor(A, n * r, fan_in)
-            B = rearrange_tensor(B, lambda v: v.transpose(1, 2, 0), out_features, r * n)
+            A = A.reshape(n * r, fan_in)
+            B = B.rearrange(lambda v: v.transpose(1, 2, 0), out_features, r * n)
         out = {"lora_A.weight": A, "lora_B.weight": B}
     if lora.bias is not None:
         out["lora_B.bias"] = lora.bias
     if lora.magnitude is not None:
         ones = (1,) * (len(A.shape) - 2)
         m = lora.magnitude
-        out["lora_magnitude_vector"] = reshape_tensor(m, 1, *m.shape, *ones) if lora.kind == "conv" else m
+        out["lora_magnitude_vector"] = m.reshape(1, *m.shape, *ones) if lora.kind == "conv" else m
     return out | lora.extra
 
 

@@ -21,13 +21,12 @@ from graft.config.atomic import replace_file
 from graft.config.reading import Json
 from graft.core.errors import join_some
 from graft.files.base import (
+    CERTIFICATE,
     INDEX,
-    NEEDED,
     BaseDescription,
     check_file_is_inside,
-    list_folder_entries,
+    list_needed_files,
     list_shards,
-    matches_any,
     read_base_files,
 )
 from graft.files.errors import OptionError
@@ -41,12 +40,10 @@ from graft.files.merging.weights import FLOATS, TORCH, BaseWeights, find_base_we
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.places import CheckpointPlaces
 from graft.files.skeleton import build_meta_model
-from graft.files.sources import CERTIFICATE, check_output
+from graft.files.sources import check_output
 from graft.files.tensors import Bytes
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-# files of a base that a merge writes anew, or that are not needed
-ELSEWHERE = ("*.safetensors", "*.index.json", "README.md", CERTIFICATE)
 KEPT = 0.9  # share of an update; less is worth a note
 # changes of the parts of an adapter that are not low rank
 Others = Callable[[MergeJob, BaseDescription], list[TensorChange]]
@@ -189,8 +186,8 @@ class Work:
             raise OptionError(f"Weights are finite numbers, not {', '.join(map(str, weights))}.")
         if dtype is not None and dtype not in DTYPES:
             raise OptionError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
-        self.base, self.notes = base, list[str]()
-        self.beside = list_needed_files(base, self.notes)
+        self.beside, skipped = list_needed_files(base)
+        self.base, self.notes = base, [f"Not copied from the base: {join_some(skipped)}."] if skipped else []
         self.paths, self.dtype = adapters, None if dtype is None else DTYPES[dtype]
         self.weights = weights
         self.base_weights: BaseWeights = find_base_weights(base)
@@ -474,25 +471,6 @@ class Work:
         self.tied.mark(config)
         resize_vocabulary(config, self.changed, self.base_weights.shapes)
         return name_architecture(config, self.changed, self.adapters)
-
-
-def list_needed_files(base: BaseDescription, notes: list[str]) -> list[str]:
-    """Return the names of files that a model needs besides its weights. Add a note about files that are not copied.
-
-    Raises:
-        CheckpointError: one of them, or of the weights, is no file, or a link that leads out of the folder.
-    """
-    names, skipped = list[str](), list[str]()
-    for name, _ in list_folder_entries(base.path, NEEDED):
-        if matches_any(name, NEEDED):
-            names.append(name)
-        elif not name.startswith(".") and not matches_any(name, ELSEWHERE):
-            skipped.append(name)
-    for name in (*names, *dict.fromkeys(base.files.values())):
-        check_file_is_inside(base.path, name)
-    if skipped:
-        notes.append(f"Not copied from the base: {join_some(skipped)}.")
-    return names
 
 
 def split_shards(by_file: dict[str, list[Out]], size: int) -> dict[str, list[Out]]:

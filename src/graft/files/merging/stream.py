@@ -22,10 +22,10 @@ from graft.config.atomic import TEMPORARY, exchange_paths, replace_file, sync_fi
 from graft.config.pair import write_tensors
 from graft.config.reading import LARGEST_HEADER, Json, open_file, read_object
 from graft.core.errors import join_some
-from graft.files.base import list_folder_entries, matches_any
+from graft.files.base import MODEL, list_folder_entries, matches_any
 from graft.files.errors import OutputExistsError
 from graft.files.merging.weights import MEASURES
-from graft.files.sources import MODEL, check_output, delete_folder, list_missing_folders, take_work_folder
+from graft.files.sources import check_output, delete_folder, list_missing_folders, take_work_folder
 from graft.files.tensors import BITS, Bytes
 
 STATE, LOCK = "state.json", "lock"

@@ -6,6 +6,7 @@ The matrix of tests/conformance has the laws of methods on single layers.
 
 import copy
 import pickle
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import graft
+from tests.covering import Case, law
 from tests.looks import get_registry
 from tests.models import adapted, checkpoint, inputs, make, output, seeded
 from tests.raised import refuses
@@ -23,7 +25,7 @@ LM = "CAUSAL_LM"
 TOKENS = [11, 10]  # that invoke aLoRA
 
 
-class Case(NamedTuple):
+class Setup(NamedTuple):
     """A model with two adapters of one method, and how they differ from what most methods do."""
 
     config: Any
@@ -48,8 +50,8 @@ class Case(NamedTuple):
         return batch | ({"task_ids": torch.tensor([2, 0, 1])} if self.config.peft_type == "POLY" else {})
 
 
-def bottleneck(preset: str, base: str = "llama", **changes) -> Case:
-    return Case(graft.BottleneckConfig.preset(preset, reduction_factor=3), base, scale=0.2, **changes)
+def bottleneck(preset: str, base: str = "llama", **changes) -> Setup:
+    return Setup(graft.BottleneckConfig.preset(preset, reduction_factor=3), base, scale=0.2, **changes)
 
 
 PROMPT = graft.AdaptionPromptConfig(adapter_len=3, adapter_layers=2, task_type=LM)
@@ -61,21 +63,26 @@ SHADOW = graft.ShadowConfig(task_type=LM, shadow_dropout=0.0)
 POLY = graft.PolyConfig(r=3, n_tasks=3, n_skills=3, target_modules=["q_proj", "down_proj"], task_type=LM)
 ALORA = graft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], alora_invocation_tokens=TOKENS, task_type=LM)
 CASES = {
-    "adaption-prompt": Case(PROMPT, other=dict(adapter_len=5, adapter_layers=1), unmergeable=BESIDE),
-    "adaption-prompt-gpt2": Case(PROMPT, "gpt2", dict(adapter_len=2), unmergeable=BESIDE),
-    "mixlora": Case(MIXLORA, reentrant=False, unmergeable="router chooses experts for each token"),
-    "shadow": Case(SHADOW, unmergeable="by a state that changes from token to token"),
+    "adaption-prompt": Setup(PROMPT, other=dict(adapter_len=5, adapter_layers=1), unmergeable=BESIDE),
+    "adaption-prompt-gpt2": Setup(PROMPT, "gpt2", dict(adapter_len=2), unmergeable=BESIDE),
+    "mixlora": Setup(MIXLORA, reentrant=False, unmergeable="router chooses experts for each token"),
+    "shadow": Setup(SHADOW, unmergeable="by a state that changes from token to token"),
     **{preset: bottleneck(preset) for preset in ("seq_bn", "double_seq_bn", "par_bn", "adapter_plus", "seq_bn_inv")},
     "seq_bn-bert": bottleneck("seq_bn", "bert"),
     "par_bn-bert": bottleneck("par_bn", "bert", unmergeable="a layer that runs later reads its input"),
-    "reft": Case(REFT),
-    "reft-bert": Case(REFT, "bert"),
-    "steering": Case(STEERING, scale=1),
-    "poly": Case(POLY, unmergeable="no weight is that of all tasks"),
-    "alora": Case(ALORA, beams=False, unmergeable="aLoRA does not support merging"),
+    "reft": Setup(REFT),
+    "reft-bert": Setup(REFT, "bert"),
+    "steering": Setup(STEERING, scale=1),
+    "poly": Setup(POLY, unmergeable="no weight is that of all tasks"),
+    "alora": Setup(ALORA, beams=False, unmergeable="aLoRA does not support merging"),
 }
-KINDS = [(name, kind) for name, case in CASES.items() for kind in (False, True)[: 1 + case.reentrant]]
-WRITING = [(name, n) for name, case in CASES.items() if case.base != "bert" for n in (1, 2)[: 1 + case.beams]]
+AGAIN = [
+    Case((name, *more))
+    for name in CASES
+    for more in product((False, True), repeat=2)
+    if CASES[name].reentrant >= more[0]
+]  # reentrant, mixed
+WRITING = [Case((name, n)) for name, case in CASES.items() if case.base != "bert" for n in (1, 2)[: 1 + case.beams]]
 every = pytest.mark.parametrize("case", CASES)
 
 
@@ -121,9 +128,8 @@ def test_a_mixed_batch_has_the_outputs_and_gradients_of_its_rows(case):
     assert_close(got, gradients(model), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [None, ROWS], ids=["", "mixed"])
-@pytest.mark.parametrize("case, reentrant", KINDS)
-def test_gradients_under_checkpointing_are_those_without(case, reentrant, rows):
+@law("case, reentrant, mixed", AGAIN, lambda cell: [cell[0], cell[1:]])
+def test_gradients_under_checkpointing_are_those_without(case, reentrant, mixed):
     grads = []
     for again in (False, True):
         model, batch = CASES[case].fresh().train(), CASES[case].batch()
@@ -131,7 +137,7 @@ def test_gradients_under_checkpointing_are_those_without(case, reentrant, rows):
         if again:
             checkpoint(model, reentrant)
             model.enable_input_require_grads()
-        batch |= {} if rows is None else {"adapter_names": rows}
+        batch |= {"adapter_names": ROWS} if mixed else {}
         for _ in range(2):
             with seeded(3):  # the router of Poly draws
                 if CASES[case].base == "bert":
@@ -183,7 +189,7 @@ def test_merging_is_refused_and_changes_nothing(case):
     assert torch.equal(output(model, batch), expected)
 
 
-@pytest.mark.parametrize("case, beams", WRITING)
+@law("case, beams", WRITING, lambda cell: cell)
 @torch.no_grad()
 def test_generating_with_a_cache_is_that_without_and_rows_that_of_each(case, beams):
     model, batch = CASES[case].fresh(), CASES[case].batch()

@@ -16,7 +16,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForSequenceClassificati
 
 import graft
 from graft.core.rows import list_forward_arguments
-from graft.methods.shadow.detached import NAMES, no_cache_for
+from graft.methods.shadow.detached import NAMES, classification, no_cache_for
 from tests import models
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.pair import LIBS, close, close_dicts, randomize, shapes, trainable
@@ -113,6 +113,23 @@ def test_classification_is_that_of_peft(labels, kind, tmp_path):
         close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
     with pytest.raises(graft.ConfigError, match="one adapter only for SEQ_CLS"):
         loaded.add_adapter("b", graft.ShadowConfig(task_type="SEQ_CLS"))
+
+
+@pytest.mark.parametrize(
+    "kind, width, labels, loss",
+    [
+        (None, 1, torch.tensor([0.3, 1.0]), nn.MSELoss()),
+        ("regression", 2, torch.eye(2).long(), nn.MSELoss()),
+        (None, 2, torch.eye(2), nn.BCEWithLogitsLoss()),
+        ("multi_label_classification", 2, torch.eye(2).long(), nn.BCEWithLogitsLoss()),
+        (None, 2, torch.tensor([1, 0]), nn.CrossEntropyLoss()),
+    ],
+)
+def test_the_loss_follows_from_the_kind_of_problem_and_the_labels(kind, width, labels, loss):
+    logits = torch.tensor([[0.5, -1.0], [2.0, 0.25]])[:, :width].half()
+    found = classification(SimpleNamespace(problem_type=kind), logits, labels)
+    wanted = labels if isinstance(loss, nn.CrossEntropyLoss) else labels.float()
+    assert torch.equal(found, loss(logits.float().squeeze(), wanted)) and found.dtype == torch.float32
 
 
 @pytest.mark.parametrize("source, target", [LIBS, LIBS[::-1], (graft, graft)], ids=lambda lib: lib.__name__)

@@ -158,6 +158,10 @@ def test_the_api_of_weights(folder):
         assert model.get_global_scaling_weight() == 0.5
     assert ours.peft_config["default"].scaling_pass_value == pytest.approx(1 / 3)
     assert_close(output(ours), output(theirs), rtol=1e-5, atol=1e-5)
+    embeds = dict(
+        input_ids=None, inputs_embeds=models.make("llama").get_input_embeddings()(torch.arange(21).view(3, 7))
+    )
+    assert_close(output(ours, **embeds), output(theirs, **embeds), rtol=1e-5, atol=1e-5)
 
 
 def test_experts_by_themselves_and_none(folder):

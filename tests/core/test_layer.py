@@ -84,6 +84,20 @@ def test_a_layer_without_the_active_adapter_is_the_base():
     assert not torch.equal(two(h), two.base_layer(h))
 
 
+def test_an_adapter_that_comes_again_under_its_name_acts_in_its_new_way():
+    model = net_with("a", "b", targets=["two"])
+    layer, h = layers(model)["two"], torch.randn(5, 8)
+    layer(h)  # the plan is kept from here on
+    model.set_adapter("b")
+    model.delete_adapter("a")
+    with seeded(7):
+        model.add_adapter("a", config(targets=["two"], use_dora=True))
+    model.set_adapter("a")
+    expected = disturb(model)(X)
+    model.merge_adapter()
+    assert_close(model(X), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_an_unknown_adapter_is_refused_and_nothing_changes():
     model = net_with("a")
     for call in (model.set_adapter, model.delete_adapter, model.set_requires_grad):

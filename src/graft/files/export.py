@@ -326,15 +326,11 @@ def choose_suffixes(modules: Iterable[str], base: Base, server: Server) -> tuple
     kinds = {mask_layer_number(path) for path in paths}
     if server.name == "sglang":  # SGLang needs v_proj with q_proj
         kinds |= {k.replace(".q_proj", ".v_proj") for k in kinds} & {mask_layer_number(m) for m in known}
-    suffixes = set()
+    suffixes, other_modules = set(), [m for m in known if mask_layer_number(m) not in kinds]
     for kind in kinds:
         parts = kind.split(".")
         suffix = parts.pop()
-        while (
-            parts
-            and parts[-1] != "#"
-            and any(ends_with_suffix(m, suffix) and mask_layer_number(m) not in kinds for m in known)
-        ):
+        while parts and parts[-1] != "#" and any(ends_with_suffix(m, suffix) for m in other_modules):
             suffix = f"{parts.pop()}.{suffix}"
         suffixes.add(suffix)
     selected = {m for m in known if any(ends_with_suffix(m, suffix) for suffix in suffixes)}

@@ -169,11 +169,8 @@ class CheckpointPair:
         shape = self.new[name].shape
         if leaf != "weight":
             return "experts" if len(shape) == 3 and path.rpartition(".")[2].endswith("experts") else None
-        if (
-            len(shape) < 2
-            or min(shape[:2]) == 1
-            or (embed == "full" and (self.is_head(name) or self.is_embedding(name)))
-        ):
+        is_whole = embed == "full" and (self.is_head(name) or self.is_embedding(name))
+        if is_whole or len(shape) < 2 or min(shape[:2]) == 1:
             return None
         if self.is_embedding(name):
             return "embedding"

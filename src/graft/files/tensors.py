@@ -249,21 +249,8 @@ def list_sources(tensors: Mapping[str, Tensor]) -> list[tuple[str, str, tuple[in
 # torchtune and Meta's own
 
 
-def halves_to_pairs(t: Tensor, heads: int) -> Tensor:
-    """Return rows (heads · d, …) reordered from two halves per head to pairs, bit for bit, on load.
-
-    Raises BaseModelMismatchError if the rows do not divide into heads of an even size.
-    """
-    return _reorder_rows(t, heads, pairs=False)
-
-
-def pairs_to_halves(t: Tensor, heads: int) -> Tensor:
-    """Return rows (heads · d, …) reordered from pairs to two halves per head: the inverse of `halves_to_pairs`."""
-    return _reorder_rows(t, heads, pairs=True)
-
-
-def _reorder_rows(t: Tensor, heads: int, pairs: bool) -> Tensor:
-    """Return rows reordered within each head: from pairs to halves, or from halves to pairs if `pairs` is False.
+def reorder_rows(t: Tensor, heads: int, to_halves: bool) -> Tensor:
+    """Return rows (heads · d, …) reordered within each head, bit for bit, on load: from pairs to two halves, or back.
 
     Raises BaseModelMismatchError if the rows do not divide into heads of an even size.
     """
@@ -275,6 +262,6 @@ def _reorder_rows(t: Tensor, heads: int, pairs: bool) -> Tensor:
             f"{rows} rows of q or k are no {heads} heads of an even size. Give the adapter's base."
         )
     half = rows // heads // 2
-    shape = (heads, half, 2) if pairs else (heads, 2, half)
+    shape = (heads, half, 2) if to_halves else (heads, 2, half)
     order = np.arange(rows).reshape(shape).transpose(0, 2, 1).reshape(-1)
     return t.rearrange(lambda values: values[order], *t.shape)

@@ -144,11 +144,8 @@ def verify_server(
         alone = compute({path: float(part in ("all", last_name(path))) for path in scales}.__getitem__)
         if root_mean_square(before - alone) <= floor:
             text = f"The server's base answers with the adapter, too ({part} of it): it mixes up the two names."
-            effect, deviations = (
-                root_mean_square(compute() - own_base),
-                {APPLIED: root_mean_square(now - compute())},
-            )
-            return Verdict(LEAKED, text, floor, effect, noise, deviations)
+            effect, deviation = (root_mean_square(compute() - values) for values in (own_base, now))
+            return Verdict(LEAKED, text, floor, effect, noise, {APPLIED: deviation})
     raise BaseModelMismatchError(
         f"The server's base {base_name!r} differs from this base model by {noise:.2g} in log-probabilities, and "
         f"{dtype} explains {floor:.2g}. Give the server's weights, or its dtype (--dtype)."

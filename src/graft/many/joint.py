@@ -68,6 +68,10 @@ class ForwardArguments:
         named = frozenset(p.name for p in params if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
         return cls(named, not named and any(p.kind is p.VAR_KEYWORD for p in params), exact, find_padding_token(model))
 
+    def list_unknown(self, batch: Mapping[str, object]) -> list[str]:
+        """Return the keys of a batch that forward does not take and that are no targets."""
+        return [k for k in batch if not (self.accepts_any or k in self.names or is_target(k))]
+
     def select(self, batch: Mapping[str, object]) -> Batch:
         """Return the entries of a batch that forward takes, without targets such as labels."""
         return {k: v for k, v in batch.items() if (self.accepts_any or k in self.names) and not is_target(k)}

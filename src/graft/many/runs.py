@@ -42,15 +42,7 @@ from graft.many.bank import Banks
 from graft.many.claims import Claims
 from graft.many.draws import Draws
 from graft.many.fanout import Fan, are_batches_equal, find_fan
-from graft.many.joint import (
-    ForwardArguments,
-    OutputSplitter,
-    RunBatch,
-    divide_passes,
-    find_main_argument,
-    is_target,
-    join_batches,
-)
+from graft.many.joint import ForwardArguments, OutputSplitter, RunBatch, divide_passes, find_main_argument, join_batches
 from graft.many.loader import Loader, annotate_error, shares_position
 from graft.many.losses import Loss, find_model_loss
 from graft.many.run import RUNNING, STOPPED, BatchResult, DueStep, Run, StepRecord, ValidationRecord, make_steps
@@ -729,13 +721,11 @@ class MultiTrain:
         if call.loss is None and run.loss is None:
             raise ConfigError(f"Run '{name}' has no loss, nor has the model. Pass loss to backward(), or to add().")
         known = self.arguments
-        if not (call.loss or run.draws_in_loss or known.accepts_any):
-            unknown = [key for key in batch if key not in known.names and not is_target(key)]
-            if unknown:
-                raise ConfigError(
-                    f"Run '{name}': the model and its loss take no {list_names(unknown)}. The model takes "
-                    f"{list_names(known.names)}."
-                )
+        if not (call.loss or run.draws_in_loss) and (unknown := known.list_unknown(batch)):
+            raise ConfigError(
+                f"Run '{name}': the model and its loss take no {list_names(unknown)}. The model takes "
+                f"{list_names(known.names)}."
+            )
         return RunBatch(name, dict(batch), call.loss, call.mean_of)
 
     def _get_called_run(self, name: str) -> Run:

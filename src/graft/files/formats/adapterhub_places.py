@@ -185,9 +185,7 @@ def read_reft(path: str, fields: Json, by_name: Mapping[str, Tensor], blocks: li
         else:
             units.setdefault((block.path, match["unit"]), {})[match["leaf"]] = values
     for (module, unit), leaves in units.items():
-        if (unit == "1" and not cfg.suffix_positions) or (
-            unit == "0" and not (cfg.prefix_positions or cfg.tied_weights)
-        ):
+        if not (cfg.suffix_positions if unit == "1" else cfg.prefix_positions or cfg.tied_weights):
             continue  # it has no effect
         end = "_suffix" if unit == "1" else ""
         try:

@@ -25,7 +25,7 @@ from graft.files.formats.gguf_file import MAGIC, import_gguf, read_contents
 from graft.files.holding import FormatLimits, check_losses, fit_to_format, get_factor_pair, make_shape_error
 from graft.files.names import count_heads
 from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank, OtherMethod
-from graft.files.tensors import Tensor, halves_to_pairs, make_tensor, pairs_to_halves
+from graft.files.tensors import Tensor, make_tensor, reorder_rows
 
 NAME = "gguf"
 FOLDER = ("adapter.gguf",), ()
@@ -136,7 +136,7 @@ def read_gguf_pair(path: str, name: str, tensors: Mapping[str, Tensor], alpha: f
         A, rank, kind = a, a.shape[-2], "linear" if len(a.shape) == 2 else "experts"
     out = LowRank(A, b, alpha / rank if alpha else 1.0, kind)
     heads = None if base is None else heads_in(name, base)
-    return out if heads is None else with_(out, B=pairs_to_halves(out.B, heads))
+    return out if heads is None else with_(out, B=reorder_rows(out.B, heads, to_halves=True))
 
 
 def arch_of(base: Base) -> tuple[str, bool]:
@@ -240,7 +240,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         heads = heads_in(name, base)
         A = module.A.transpose() if module.kind == "embedding" else module.A
         tensors[f"{name}.weight.lora_a"] = A
-        tensors[f"{name}.weight.lora_b"] = module.B if heads is None else halves_to_pairs(module.B, heads)
+        tensors[f"{name}.weight.lora_b"] = module.B if heads is None else reorder_rows(module.B, heads, to_halves=False)
     keys = gguf.Keys
     fields: Json = {keys.General.TYPE: gguf.GGUFType.ADAPTER, keys.Adapter.TYPE: "lora"}
     fields[keys.Adapter.LORA_ALPHA] = float(first.scale * first.rank)

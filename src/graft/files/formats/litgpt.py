@@ -108,13 +108,10 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     loaded = read_torch(file)
     tensors = convert_tensors(loaded.get("model", loaded) if isinstance(loaded, dict) else loaded, file)
     out = AdapterFile(NAME, path, config=run, base=model.get("name"))
-    r, alpha = run.get("lora_r"), run.get("lora_alpha", "none")
-    if (
-        type(r) is not int
-        or not 1 <= r <= LARGEST_NUMBER
-        or type(alpha) not in (int, float)
-        or abs(alpha) > LARGEST_NUMBER
-    ):
+    r: Any = run.get("lora_r")
+    alpha = run.get("lora_alpha", "none")
+    has_rank = type(r) is int and 1 <= r <= LARGEST_NUMBER
+    if not has_rank or type(alpha) not in (int, float) or abs(alpha) > LARGEST_NUMBER:
         raise CheckpointError(
             f"{os.path.join(folder, OF_RUN)}: lora_r is {r!r} and lora_alpha {alpha!r}. Write positive numbers there."
         )

@@ -20,7 +20,7 @@ from graft.files.holding import get_factor_pair, make_shape_error
 from graft.files.names import count_heads
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.pickles import convert_tensors, mentions_name, read_torch
-from graft.files.tensors import Tensor, pairs_to_halves
+from graft.files.tensors import Tensor, reorder_rows
 
 NAME = "torchtune"
 FILE, CONFIG = "adapter_model.pt", "adapter_config.json"
@@ -109,8 +109,8 @@ def read_torchtune_pair(
     heads = heads_in(name, base)
     if heads is None:
         return module
-    magnitude = None if module.magnitude is None else pairs_to_halves(module.magnitude, heads)
-    return replace(module, B=pairs_to_halves(B, heads), magnitude=magnitude)
+    magnitude = None if module.magnitude is None else reorder_rows(module.magnitude, heads, to_halves=True)
+    return replace(module, B=reorder_rows(B, heads, to_halves=True), magnitude=magnitude)
 
 
 def heads_in(name: str, base: Base | None) -> int | None:

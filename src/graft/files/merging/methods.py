@@ -134,11 +134,8 @@ def list_layer_changes(
     name = f"{path}.{layer.site.parameter}" if not path.endswith(f".{layer.site.parameter}") else path
     (spot, *more) = job.places.locate_all([name], job.name)[name]
     shape = job.places.shapes[spot.key]
-    if (
-        more
-        or spot.expert is not None
-        or tuple(layer.op.uncanon(torch.empty(layer.site.shape, device="meta")).shape) != shape
-    ):
+    stored_shape = tuple(layer.op.uncanon(torch.empty(layer.site.shape, device="meta")).shape)
+    if more or spot.expert is not None or stored_shape != shape:
         raise job.misfit(path, f"'{spot.key}' {shape} is not the layer's weight as the model holds it")
     bias = job.places.find(f"{path}.bias")
     key = bias[0].key if bias and getattr(layer.base_layer, "bias", None) is not None else None

@@ -13,8 +13,8 @@ from graft.core.wrappers import (
     load_offloaded,
     move_inputs,
     strip_all_wrappers,
-    strip_inner_wrappers,
 )
+from graft.storage.parallel import strip_inner_wrappers
 
 
 @pytest.mark.parametrize("part", INNER_ATTRIBUTES)

@@ -34,16 +34,6 @@ def find_unsharded_class(module: nn.Module) -> type[nn.Module]:
     )
 
 
-def strip_inner_wrappers(name: str) -> str:
-    """Return a tensor's name as a file has it: without the attributes of FSDP, torch.compile and checkpoint wrappers.
-
-    Wrappers around a whole model ("module.") stay in the name.
-    """
-    if "_wrapped_module" not in name and "_orig_mod" not in name:  # most names have no wrapper
-        return name
-    return re.sub(rf"(?:^|(?<=\.))(?:{'|'.join(INNER_ATTRIBUTES)})\.", "", name)
-
-
 def strip_all_wrappers(name: str) -> str:
     """Return a name without any part of a wrapper, "module." of wrappers around whole models included, for
     comparisons.

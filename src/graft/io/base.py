@@ -10,8 +10,9 @@ from contextlib import nullcontext
 from torch import Tensor, nn
 
 from graft.core.carrier import carrier_of
-from graft.core.wrappers import find_inner_module, strip_inner_wrappers
+from graft.core.wrappers import find_inner_module
 from graft.inject.parts import AdapterCarriers, ParameterLayerPaths, find_gate, get_registry, unwrap_model
+from graft.storage.parallel import strip_inner_wrappers
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from graft.config.reading import compile_pattern
 from graft.core.containers import Slot, parameter_dict
 from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
-from graft.core.wrappers import find_offload_hooks, strip_inner_wrappers
+from graft.core.wrappers import find_offload_hooks
 from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.parts import AdapterCarriers, ParameterLayerPaths
 from graft.prompts.base import Prompt
@@ -30,6 +30,7 @@ from graft.storage.parallel import (
     find_whole_shape,
     layout_of,
     shard_like,
+    strip_inner_wrappers,
     write_whole,
 )
 

@@ -22,13 +22,20 @@ from graft.core.carrier import carrier_of
 from graft.core.errors import CheckpointError
 from graft.core.ops import find_op
 from graft.core.site import Site
-from graft.core.wrappers import collect_parameters, strip_inner_wrappers
+from graft.core.wrappers import collect_parameters
 from graft.inject.parts import AdapterCarriers
 from graft.inject.survey import survey_model
 from graft.io.base import get_base_model_state_dict, remove_carrier_names
 from graft.storage.dense import plain_tensors
 from graft.storage.find import find_store
-from graft.storage.parallel import find_whole_shape, gather_numbers, is_sharded, is_whole, layout_of
+from graft.storage.parallel import (
+    find_whole_shape,
+    gather_numbers,
+    is_sharded,
+    is_whole,
+    layout_of,
+    strip_inner_wrappers,
+)
 
 
 def digest_base_tensors(

@@ -22,7 +22,7 @@ from graft.config.base import PeftConfig
 from graft.core.base_config import count_tokens, input_embeddings, output_embeddings
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, CheckpointError, PeftWarning, join_some, warn
 from graft.core.layer import AdapterLayer
-from graft.core.wrappers import is_bias, strip_inner_wrappers
+from graft.core.wrappers import is_bias
 from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.build import assign_values
 from graft.inject.job import Receiver
@@ -50,7 +50,7 @@ from graft.io.written import TODAY
 from graft.storage.find import innermost
 from graft.storage.offload import find_offloaded, is_tied
 from graft.storage.offload import write_offloaded as put_away
-from graft.storage.parallel import find_whole_shape, write_whole
+from graft.storage.parallel import find_whole_shape, strip_inner_wrappers, write_whole
 
 
 @dataclass(repr=False)

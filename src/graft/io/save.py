@@ -26,7 +26,6 @@ from graft.core.wrappers import (
     find_unsharded_class,
     is_bias,
     strip_all_wrappers,
-    strip_inner_wrappers,
     strip_outer_wrappers,
     walk_unwrapped,
 )
@@ -49,7 +48,7 @@ from graft.io.rendezvous import check_entries, check_value, find_ranks, gather_t
 from graft.prompts.base import Prompt
 from graft.storage.fsdp2 import find_sharding
 from graft.storage.offload import find_offloaded
-from graft.storage.parallel import copy_unwrapped, find_parameters_below, has_no_layout, processes
+from graft.storage.parallel import copy_unwrapped, find_parameters_below, has_no_layout, processes, strip_inner_wrappers
 
 
 def get_peft_model_state_dict(

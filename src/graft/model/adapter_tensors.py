@@ -19,7 +19,6 @@ from graft.core.errors import ConfigError, LossError, join_some
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method, WeightUse
 from graft.core.ops import Opaque
-from graft.core.wrappers import strip_inner_wrappers
 from graft.inject.experts import shorten_paths
 from graft.inject.parts import (
     AdapterCarriers,
@@ -47,7 +46,7 @@ from graft.io.tensors import digest_tensors
 from graft.io.written import TRAINING_ONLY
 from graft.methods.lora.config import LoraConfig
 from graft.model.checkpoints import list_save_folders
-from graft.storage.parallel import layout_of, processes
+from graft.storage.parallel import layout_of, processes, strip_inner_wrappers
 
 PREFIX = "base_model.model."
 FACTORS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_shift"}

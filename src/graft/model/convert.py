@@ -13,7 +13,6 @@ from graft.combine.convert import convert_layers
 from graft.config.base import PeftConfig
 from graft.config.fields import to_int
 from graft.core.errors import ConfigError, ConfigTypeError
-from graft.core.wrappers import strip_inner_wrappers
 from graft.inject.parts import (
     AdapterCarriers,
     ParameterLayerPaths,
@@ -26,6 +25,7 @@ from graft.io import files, save
 from graft.io.entries import list_entries
 from graft.io.fingerprint import list_base_weights, make_fingerprint
 from graft.methods.lora.config import LoraConfig
+from graft.storage.parallel import strip_inner_wrappers
 
 
 @run_as_call

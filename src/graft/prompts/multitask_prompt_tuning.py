@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from graft.config.fields import POSITIVE
 from graft.config.reading import read_weights
 from graft.core.errors import CheckpointError, ConfigError
-from graft.core.wrappers import strip_inner_wrappers
 from graft.kernels.waits import raise_unless
 from graft.prompts.base import STORED
 from graft.prompts.prompt_tuning import PromptEmbedding, PromptTuningConfig
+from graft.storage.parallel import strip_inner_wrappers
 
 
 class MultitaskPromptTuningInit(str, Enum):

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from graft import AdapterKeyError, AdapterLayer, ConfigError, LoraConfig, PeftWarning, method_of
 from graft.core.errors import join_some, warn, warn_unknown
-from graft.core.wrappers import strip_inner_wrappers
 from graft.inject.match import Matcher
 from graft.inject.parts import (
     AdapterCarriers,
@@ -35,7 +34,7 @@ from graft.inject.survey import survey_model
 from graft.io.entries import list_entries
 from graft.io.files import READING, LoadedWeights, read_checkpoint
 from graft.io.load import CheckpointValues
-from graft.storage.parallel import find_whole_shape, layout_of, write_all_whole
+from graft.storage.parallel import find_whole_shape, layout_of, strip_inner_wrappers, write_all_whole
 
 if TYPE_CHECKING:
     from graft import Method

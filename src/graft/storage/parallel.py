@@ -11,6 +11,7 @@ adapter's tensors.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
@@ -20,7 +21,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.core.containers import Slot, parameter_dict
-from graft.core.wrappers import MANAGED, collect_parameters, find_inner_module, find_unsharded_class, walk_unwrapped
+from graft.core.wrappers import (
+    INNER_ATTRIBUTES,
+    MANAGED,
+    collect_parameters,
+    find_inner_module,
+    find_unsharded_class,
+    walk_unwrapped,
+)
 from graft.kernels.versions import write_all
 from graft.storage.flat import FlatPiece, find_flat_piece, find_flat_place, sendable
 
@@ -283,6 +291,16 @@ def gather_slots(slots: Iterable[Slot]) -> Iterator[None]:
     finally:
         for container, attribute, t in before:
             container[attribute] = t
+
+
+def strip_inner_wrappers(name: str) -> str:
+    """Return a tensor's name as a file has it: without the attributes of FSDP, torch.compile and checkpoint wrappers.
+
+    Wrappers around a whole model ("module.") stay in the name.
+    """
+    if "_wrapped_module" not in name and "_orig_mod" not in name:  # most names have no wrapper
+        return name
+    return re.sub(rf"(?:^|(?<=\.))(?:{'|'.join(INNER_ATTRIBUTES)})\.", "", name)
 
 
 def find_parameters_below(module: nn.Module) -> dict[str, Tensor]:

@@ -27,11 +27,11 @@ from graft.config.atomic import make_folder, replace_file
 from graft.config.reading import Json
 from graft.core.errors import join_some
 from graft.core.random import find_accelerator
-from graft.core.wrappers import strip_inner_wrappers
 from graft.inject.parts import get_registry, unwrap_model
 from graft.io.files import check_tensors
 from graft.io.rendezvous import Meeting, exchange_objects, gather_tensors, get_rank, run_on_all
-from graft.storage.parallel import find_master_ids, find_whole_shape, gather_master_values, processes, write_whole
+from graft.storage import parallel
+from graft.storage.parallel import find_whole_shape, processes, write_whole
 from graft.train.optimizer_states import OptimizerStates, check_sharding, wrap_optimizer
 from graft.train.state_check import (
     REMEDY,
@@ -311,9 +311,9 @@ class TrainingSnapshot:
         """Return the note and all tensors, whole: optimizer states, master values and those of other processes
         included. Every process of the training must call this.
         """
-        masters = find_master_ids(v.tensor for v in self.values.values())
+        masters = parallel.find_master_ids(v.tensor for v in self.values.values())
         values = {f"{VALUE}/{name}": v.tensor for name, v in self.values.items()}
-        self.tensors |= {key: gather_master_values(t) if id(t) in masters else t for key, t in values.items()}
+        self.tensors |= {key: parallel.gather_master_values(t) if id(t) in masters else t for key, t in values.items()}
         states: dict[str, dict[str, object]] = {}
         for p, state in self.optimizer_states.states():
             name = self.names[id(p)]
@@ -364,7 +364,7 @@ def collect_trained_tensors(model: nn.Module, optimizer_states: OptimizerStates)
     inner, adapters = unwrap_model(model), list_adapters(model)
     names: dict[int, str] = {}
     for name, t in (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)):
-        names.setdefault(id(t), strip_inner_wrappers(name))
+        names.setdefault(id(t), parallel.strip_inner_wrappers(name))
     tensors: dict[str, TrainedTensor] = {}
     for adapter in adapters:
         state = get_registry(inner).states.get(adapter)
@@ -597,7 +597,7 @@ class ResumeJob:
                 check_state_like(inner, options[name], group[name], f"{path}: the option '{name}'", name)
             rate = options.get("initial_lr", 0.0)
             check_state_like(inner, rate, 0.0, f"{path}: the option 'initial_lr'", "initial_lr")
-        masters = find_master_ids(v.tensor for v in self.values.values())
+        masters = parallel.find_master_ids(v.tensor for v in self.values.values())
         for p, i, name in self.parameters_with_state():
             where, dtype = f"{path}: the optimizer's state of '{name}'", torch.float32 if id(p) in masters else p.dtype
             check_moments(
@@ -652,7 +652,7 @@ class ResumeJob:
         if shapes:
             text = [f"'{n}' has shape {tuple(self.tensors[n].shape)} there and {shape[n]} here" for n in shapes]
             self.add_mismatch(AdapterKeyError, f"{join_some(text, 3)}, as of another rank", shapes, [])
-        masters = find_master_ids(current.values())
+        masters = parallel.find_master_ids(current.values())
         dtype = {n: torch.float32 if id(current[n]) in masters else current[n].dtype for n in both}
         dtypes = [n for n in both if n not in shapes and dtype[n] != self.tensors[n].dtype]
         if dtypes:

@@ -48,13 +48,8 @@ EXPECT = (  # the rows that a reader looks for first
     "hotswap_adapter (floor: load_file and copy)",
 )
 NOISE = 0.04  # of a ratio
-PARTS = (
-    "training step, ",
-    "forward, ",
-    "step, ",
-    "bytes kept, ",
-    "peak memory, ",
-)  # of a row's name, before its subject
+# of a row's name, before its subject
+PARTS = ("training step, ", "forward, ", "step, ", "bytes kept, ", "peak memory, ")
 
 
 def summary(run: Run) -> str:

@@ -19,13 +19,8 @@ def test_the_numbers_of_the_page_are_those_of_the_run():
 @pytest.fixture
 def copies(tmp_path, monkeypatch):
     """Pages and the run, to write into."""
-    for module, name in (
-        (performance, "PAGE"),
-        (performance, "ROWS"),
-        (readme, "GLANCE"),
-        (readme, "BARS"),
-        (results, "RESULTS"),
-    ):
+    names = {performance: ("PAGE", "ROWS"), readme: ("GLANCE", "BARS"), results: ("RESULTS",)}
+    for module, name in ((module, name) for module, of_it in names.items() for name in of_it):
         page = getattr(module, name)
         monkeypatch.setattr(module, name, tmp_path / page.name)
         (tmp_path / page.name).write_text(page.read_text())

@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 from collections import defaultdict
+from functools import partial
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -152,33 +153,13 @@ def weight_in_forward(module: nn.Module) -> torch.Tensor:
     )
 
 
-def lycoris_locon(folder: str) -> None:
-    lycoris(folder, algo="locon", conv_dim=3, conv_alpha=2.0)
-
-
-def lycoris_tucker(folder: str) -> None:
-    lycoris(folder, algo="locon", conv_dim=3, conv_alpha=2.0, use_tucker=True)
-
-
-def lycoris_dora(folder: str) -> None:
-    lycoris(folder, algo="locon", dora_wd=True)
-
-
-def lycoris_loha(folder: str) -> None:
-    lycoris(folder, algo="loha")
-
-
-def lycoris_lokr(folder: str) -> None:
-    lycoris(folder, algo="lokr", factor=4)
-
-
-def lycoris_dylora(folder: str) -> None:
-    """With blocks of one rank: alpha / r is the scale that training uses at the full rank."""
-    lycoris(folder, algo="dylora", block_size=1)
-
-
-def lycoris_full(folder: str) -> None:
-    lycoris(folder, algo="full")
+lycoris_locon = partial(lycoris, algo="locon", conv_dim=3, conv_alpha=2.0)
+lycoris_tucker = partial(lycoris_locon, use_tucker=True)
+lycoris_dora = partial(lycoris, algo="locon", dora_wd=True)
+lycoris_loha = partial(lycoris, algo="loha")
+lycoris_lokr = partial(lycoris, algo="lokr", factor=4)
+lycoris_dylora = partial(lycoris, algo="dylora", block_size=1)  # so alpha / r is what training scales the full rank by
+lycoris_full = partial(lycoris, algo="full")
 
 
 def mlx(folder: str, kind: str = "lora") -> None:
@@ -213,12 +194,7 @@ def mlx(folder: str, kind: str = "lora") -> None:
     differences(folder, weights, {k: after[k] for k in weights})
 
 
-def mlx_lora(folder: str) -> None:
-    mlx(folder)
-
-
-def mlx_dora(folder: str) -> None:
-    mlx(folder, "dora")
+mlx_lora, mlx_dora = mlx, partial(mlx, kind="dora")
 
 
 def gguf_llama(folder: str) -> None:
@@ -229,13 +205,7 @@ def gguf_llama(folder: str) -> None:
 
     clear(folder)
     rng = np.random.default_rng(11)
-    shapes = {
-        "attn_q": (16, 16),
-        "attn_k": (8, 16),
-        "attn_output": (16, 16),
-        "ffn_gate": (24, 16),
-        "ffn_down": (16, 24),
-    }
+    shapes = dict(attn_q=(16, 16), attn_k=(8, 16), attn_output=(16, 16), ffn_gate=(24, 16), ffn_down=(16, 24))
     writer = gguf.GGUFWriter(os.path.join(folder, "adapter.gguf"), "llama")
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string("adapter.type", "lora")
@@ -302,12 +272,7 @@ def torchtune(folder: str, dora: bool = False) -> None:
     differences(folder, weights, convert_weights.tune_to_hf(merged, **heads))
 
 
-def torchtune_lora(folder: str) -> None:
-    torchtune(folder)
-
-
-def torchtune_dora(folder: str) -> None:
-    torchtune(folder, dora=True)
+torchtune_lora, torchtune_dora = torchtune, partial(torchtune, dora=True)
 
 
 def litgpt_lora(folder: str) -> None:
@@ -397,16 +362,8 @@ def pipeline():
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=8, attention_head_dim=2,
     )  # fmt: skip
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=16,
-            hidden_size=8,
-            intermediate_size=12,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=8,
-        )
-    )
+    sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
+    text = CLIPTextModel(CLIPTextConfig(**sizes, max_position_embeddings=8))
     rest = dict.fromkeys(("vae", "tokenizer", "scheduler", "safety_checker", "feature_extractor"))
     return StableDiffusionPipeline(unet=unet, text_encoder=text, requires_safety_checker=False, **rest)
 

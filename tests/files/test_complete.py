@@ -105,19 +105,25 @@ def test_keys_with_the_adapters_name(base, tmp_path):
     assert "orphan-key" in {f.rule for f in lint_adapter(adapter)}
 
 
+def gaps(base, adapted, folder):
+    """What the files of an adapter lack, beside those of a base."""
+    base.save_pretrained(folder / "base")
+    adapted.save_pretrained(folder / "a")
+    files = read_base_files(folder / "base")
+    return list_gaps(read(folder / "a", files), files)
+
+
 SELECTED = [s for s in SAMPLES if "forward" not in s.unlike]
 
 
 @over(SELECTED)
 def test_a_whole_file_lacks_nothing(sample, tmp_path):
-    model = adapt(graft, sample)
-    model.save_pretrained(tmp_path / "a")
-    made = models.make(sample.model)
-    files = None
+    model, made = adapt(graft, sample), models.make(sample.model)
     if hasattr(made, "save_pretrained"):
-        made.save_pretrained(tmp_path / "base")
-        files = read_base_files(tmp_path / "base")
-    assert list_gaps(read(tmp_path / "a", files), files) == []
+        assert gaps(made, model, tmp_path) == []
+    else:
+        model.save_pretrained(tmp_path / "a")
+        assert list_gaps(read(tmp_path / "a")) == []
 
 
 @pytest.mark.parametrize("change", [
@@ -136,12 +142,8 @@ def test_configs_that_select_less(change, base, tmp_path):
 
 def test_a_text_models_adapter_on_files_of_a_multimodal_one(tmp_path):
     """Its targets have names in the vision tower, too."""
-    llava = family("llava")
-    llava.save_pretrained(tmp_path / "base")
     config = graft.LoraConfig(r=2, target_modules=["q_proj", "fc1"])
-    graft.get_peft_model(llava.model.language_model, config).save_pretrained(tmp_path / "a")
-    files = read_base_files(tmp_path / "base")
-    assert list_gaps(read(tmp_path / "a", files), files) == []
+    assert gaps(family("llava"), graft.get_peft_model(family("llava").model.language_model, config), tmp_path) == []
 
 
 def test_a_classifiers_head_is_there_under_one_of_its_names(tmp_path):

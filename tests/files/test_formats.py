@@ -66,11 +66,11 @@ def test_reads_the_change_of_weights_that_the_library_computes(name):
     assert_same(changes(adapter, base), wanted(name))
 
 
-@pytest.mark.parametrize("to", WRITTEN)
-@pytest.mark.parametrize("name", NAMES)
+PAIRS = [(name, to) for name in NAMES for to, of in WRITTEN.items() if name.partition("_")[0] in of]
+
+
+@pytest.mark.parametrize("name, to", sorted({*PAIRS, *CANNOT}))
 def test_there_and_back(tmp_path, name, to):
-    if name.partition("_")[0] not in WRITTEN[to] and (name, to) not in CANNOT:
-        return
     base = base_for(name)
     if (name, to) in CANNOT:
         with pytest.raises(LossError, match=r"hold (all|nothing) of"):

@@ -103,6 +103,26 @@ def assert_same(merged, plain, base, ulps=0):
     assert any(not torch.equal(a[name], before[name]) for name in before)
 
 
+def assert_merges_as_in_memory(kind, config, folder, merge=merge_files, ulps=0):
+    base = base_of(kind, folder)
+    model, adapter = saved_adapter(kind, folder, config)
+    merge(base, [adapter], folder / "out")
+    assert_same(loaded(kind, folder / "out"), model.merge_and_unload(), loaded(kind, base), ulps)
+
+
+@torch.no_grad()
+def assert_same_outputs(merged, model, ids):
+    torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
+
+
+def with_both(base, first, second):
+    """Return the base with two adapters in memory, both active."""
+    model = graft.PeftModel.from_pretrained(loaded("llama", base), first, "a")
+    model.load_adapter(second, "b")
+    model.base_model.set_adapter(["a", "b"])
+    return model
+
+
 LORAS = [
     ("llama", {}),
     ("llama", {"lora_bias": False, "use_rslora": True, "rank_pattern": {"up_proj": 2}}),
@@ -124,11 +144,8 @@ CASES = [(*case, dora) for case in LORAS for dora in (False, True) if not (dora 
     [pytest.param(*case, marks=FUSED_EXPERTS if "target_parameters" in case[1] else ()) for case in CASES],
 )
 def test_lora_merges_to_the_same_bits_as_in_memory(kind, fields, dora, tmp_path):
-    base = base_of(kind, tmp_path)
-    model, adapter = saved_adapter(kind, tmp_path, lora(kind=kind, use_dora=dora, **fields))
-    merge_adapters(base, [adapter], tmp_path / "out")
-    merged, whole = loaded(kind, tmp_path / "out"), model.merge_and_unload()
-    assert_same(merged, whole, loaded(kind, base), ulps=dora)  # which adds B A in place, to hold one matrix fewer
+    config = lora(kind=kind, use_dora=dora, **fields)
+    assert_merges_as_in_memory(kind, config, tmp_path, merge_adapters, ulps=dora)  # which adds B A in place
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "tied", "mixtral"])
@@ -172,12 +189,21 @@ METHODS = {
 }
 
 
+TRANSPOSED = {
+    "hra": lambda: graft.HRAConfig(r=4, target_modules=["c_attn", "c_fc"]),
+    "lokr": lambda: graft.LoKrConfig(r=4, target_modules=["c_attn", "c_fc"]),
+    "ia3": lambda: graft.IA3Config(target_modules=["c_attn", "c_fc"], feedforward_modules=["c_fc"]),
+}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_other_methods_merge_to_the_same_bits_as_in_memory(method, tmp_path):
-    base = base_of("llama", tmp_path)
-    model, adapter = saved_adapter("llama", tmp_path, METHODS[method]())
-    merge_files(base, adapter, tmp_path / "out")
-    assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
+    assert_merges_as_in_memory("llama", METHODS[method](), tmp_path)
+
+
+@pytest.mark.parametrize("method", TRANSPOSED)
+def test_other_methods_merge_into_weights_that_are_stored_transposed(method, tmp_path):
+    assert_merges_as_in_memory("gpt2", TRANSPOSED[method](), tmp_path)
 
 
 @pytest.mark.parametrize("method", ["svft", "loraxs", "osf"])
@@ -217,9 +243,8 @@ IN_MEMORY_ONLY = ("FROD-unsaved-llama", "LORA-replicated-llama")  # of which fil
 def wide_base(tmp_path_factory):
     """A folder with a model whose sizes all methods take."""
     folder = tmp_path_factory.mktemp("wide")
-    t.LlamaForCausalLM(
-        t.LlamaConfig(**SMALL | dict(hidden_size=60, num_attention_heads=3, num_key_value_heads=3))
-    ).save_pretrained(folder)
+    config = t.LlamaConfig(**SMALL | dict(hidden_size=60, num_attention_heads=3, num_key_value_heads=3))
+    t.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
@@ -276,21 +301,8 @@ def test_two_adapters_that_replace_the_same_are_refused(tmp_path):
             merge_files(base, adapters, tmp_path / "out")
     apart = pair(*[graft.TrainableTokensConfig(token_indices=[n, n + 1]) for n in (3, 5)])
     merge_files(base, apart, tmp_path / "out")
-    model = graft.PeftModel.from_pretrained(loaded("llama", base), apart[0], "a")
-    model.load_adapter(apart[1], "b")
-    model.base_model.set_adapter(["a", "b"])
-    assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
-
-
-@pytest.mark.parametrize("config", [graft.HRAConfig(r=4), graft.LoKrConfig(r=4), graft.IA3Config()])
-def test_other_methods_merge_into_weights_that_are_stored_transposed(config, tmp_path):
-    base = base_of("gpt2", tmp_path)
-    config.target_modules = ["c_attn", "c_fc"]
-    if hasattr(config, "feedforward_modules"):
-        config.feedforward_modules = ["c_fc"]
-    model, adapter = saved_adapter("gpt2", tmp_path, config)
-    merge_files(base, adapter, tmp_path / "out")
-    assert_same(loaded("gpt2", tmp_path / "out"), model.merge_and_unload(), loaded("gpt2", base))
+    whole = with_both(base, *apart).merge_and_unload()
+    assert_same(loaded("llama", tmp_path / "out"), whole, loaded("llama", base))
 
 
 def test_weights_scale_updates_and_several_adapters_add_up(tmp_path):
@@ -326,10 +338,7 @@ def test_what_stands_on_the_base_is_not_changed_by_an_adapter_merged_before(fiel
     base = base_of("llama", tmp_path)
     _, a = saved_adapter("llama", tmp_path, lora(), name="a", seed=1)
     _, b = saved_adapter("llama", tmp_path, lora(**fields), name="b", seed=2)
-    model = graft.PeftModel.from_pretrained(loaded("llama", base), a, "a")
-    model.load_adapter(b, "b")
-    model.base_model.set_adapter(["a", "b"])
-    whole = model.merge_and_unload()
+    whole = with_both(base, a, b).merge_and_unload()
     for name, weight in ("one", 1.0), ("nearly", 1 - 1e-7):
         merge_adapters(base, [a, b], tmp_path / name, weights=[1.0, weight])
         assert_same(loaded("llama", tmp_path / name), whole, loaded("llama", base), ulps=100)
@@ -346,8 +355,7 @@ def test_a_head_that_the_base_lacks_comes_along_with_its_class(tmp_path):
     merged = t.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
     merged.config.pad_token_id = 0
-    with torch.no_grad():
-        torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, rtol=0, atol=1e-6)
+    assert_same_outputs(merged, model, IDS)
 
 
 @pytest.mark.parametrize("kinds", [(torch.float32, torch.float16), (torch.float16, torch.float32)], ids=["32", "16"])
@@ -371,9 +379,8 @@ def test_a_larger_vocabulary_is_written_with_its_size(tmp_path):
     model = trained(graft.get_peft_model(model, lora(modules_to_save=["embed_tokens", "lm_head"])))
     model.save_pretrained(tmp_path / "adapter")
     merge_adapters(base, [tmp_path / "adapter"], tmp_path / "out")
-    with torch.no_grad():
-        merged = loaded("llama", tmp_path / "out")
-        torch.testing.assert_close(merged(IDS + 90).logits, model(IDS + 90).logits, rtol=0, atol=1e-6)
+    merged = loaded("llama", tmp_path / "out")
+    assert_same_outputs(merged, model, IDS + 90)
     assert merged.config.vocab_size == 100
 
 
@@ -414,9 +421,7 @@ def test_trained_rows_of_a_larger_vocabulary(lib, kind, tmp_path):
     convert_adapter_file(tmp_path / "adapter", "peft", tmp_path / "copy")
     for source in ("adapter", "copy"):
         merge_adapters(base, [tmp_path / source], tmp_path / "out", force=True)
-        with torch.no_grad():
-            merged = loaded(kind, tmp_path / "out")
-            torch.testing.assert_close(merged(IDS + 90).logits, model(IDS + 90).logits, rtol=0, atol=1e-6)
+        assert_same_outputs(loaded(kind, tmp_path / "out"), model, IDS + 90)
 
 
 def test_names_that_lack_a_prefix_are_found(tmp_path):
@@ -592,11 +597,7 @@ def test_bad_input_is_refused_and_leaves_nothing(merged, tmp_path):
         (lambda: merge_adapters(base, [hra], out), LossError, "not low rank"),
         (lambda: merge_files(base, prompt, out), LossError, "an input of the model"),
         (lambda: merge_adapters(base, [biased], out), BaseModelMismatchError, "shifts the bias"),
-        (
-            lambda: merge_adapters(base, [unknown], out),
-            BaseModelMismatchError,
-            r"at 'extra\.weight': .* modules_to_save",
-        ),
+        (lambda: merge_adapters(base, [unknown], out), BaseModelMismatchError, r"'extra\.weight': .* modules_to_save"),
         (lambda: merge_adapters(base, [short], out), BaseModelMismatchError, "its magnitude is"),
         (lambda: merge_adapters(base, [broken], out), NonFiniteError, r"layers\.1\.mlp\.up_proj"),
     ):

@@ -17,6 +17,7 @@ from graft.core.errors import CalibrationError, ConfigError, RoutingError
 from graft.core.rows import Run
 from graft.methods.steering import coefficients
 from tests.looks import layers
+from tests.methods import test_reft
 from tests.methods.make_reft_steering import IDS, PAIRS, Letters
 from tests.models import adapted, inputs, make, output, seeded, transformer
 from tests.raised import refuses
@@ -28,15 +29,10 @@ def with_vectors(layers_of=(1,), **changes):
     return adapted(make("llama"), graft.SteeringConfig(layers=list(layers_of), **changes), scale=1)
 
 
+@torch.no_grad()
 def states(model, **options):
     """What the last block gives out."""
-    seen = []
-    layer = layers(model)["model.layers.1"]
-    handle = layer.register_forward_hook(lambda _m, _a, y: seen.append(y if torch.is_tensor(y) else y[0]))
-    with torch.no_grad():
-        model(**inputs("llama"), **options)
-    handle.remove()
-    return seen[0]
+    return test_reft.states(model, **inputs("llama"), **options)
 
 
 def test_the_formula():

@@ -224,3 +224,15 @@ def measured(seen: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> tu
 def run(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[dict, dict]:
     """Values of a forward pass, and gradients of all that trains."""
     return measured(forward(model, inputs), added(model))
+
+
+def tokenizer(folder, words, unknown, padding, split="Whitespace"):
+    """Write a tokenizer of whole words, whose ids are their places, and return its folder."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
+    made.pre_tokenizer = getattr(pre_tokenizers, split)()
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token=unknown, pad_token=padding).save_pretrained(folder)
+    return str(folder)

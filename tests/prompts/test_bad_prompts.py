@@ -14,7 +14,19 @@ from torch import nn
 import graft
 from tests import models
 from tests.looks import get_registry
-from tests.prompts.samples import HOLD_KEYS, METHODS, SAMPLES, adapt, batch, first, forward, make, on, randomize
+from tests.prompts.samples import (
+    HOLD_KEYS,
+    METHODS,
+    SAMPLES,
+    adapt,
+    batch,
+    first,
+    forward,
+    make,
+    on,
+    randomize,
+    tokenizer,
+)
 
 pytestmark = pytest.mark.graft_only
 
@@ -396,16 +408,9 @@ def test_modules_to_save_that_cannot_be(sample):
 # texts and tokens
 
 
-def tokenizer(folder, size):
-    """A tokenizer of whole words: w0, w1, … with those ids."""
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    made = Tokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", pad_token="w0").save_pretrained(folder)
-    return str(folder)
+def numbered(folder, size):
+    """A tokenizer of the words w0, w1, … with those ids."""
+    return tokenizer(folder, [f"w{i}" for i in range(size)], "w0", "w0", "WhitespaceSplit")
 
 
 TEXTS = [s for s in FIRSTS if s.method in ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING")]
@@ -418,7 +423,7 @@ def text_config(sample, path, text):
 @each(TEXTS)
 def test_another_models_tokenizer(sample, tmp_path):
     """Its last token is one more than the model knows; tokens that are cut away count for nothing."""
-    path = tokenizer(tmp_path / "tokenizer", 60)
+    path = numbered(tmp_path / "tokenizer", 60)
     words = ("tokenizer_name_or_path", path, "token 41", "41 tokens", "the base model's tokenizer")
     cannot_be_added(sample, text_config(sample, path, "w3 w41"), graft.ConfigError, *words)
     model = graft.get_peft_model(make("llama"), text_config(sample, path, "w3 w40 w5 w41"))
@@ -428,7 +433,7 @@ def test_another_models_tokenizer(sample, tmp_path):
 
 @each(TEXTS)
 def test_a_text_without_tokens(sample, tmp_path):
-    path = tokenizer(tmp_path / "tokenizer", 41)
+    path = numbered(tmp_path / "tokenizer", 41)
     cannot_be_added(sample, text_config(sample, path, " "), graft.ConfigError, "prompt_tuning_init_text", "no tokens")
 
 

@@ -34,6 +34,7 @@ from tests.prompts.samples import (
     randomize,
     run,
     task,
+    tokenizer,
     without,
 )
 
@@ -167,18 +168,6 @@ def test_made_for_inference(sample):
 WORDS = ["<pad>", "<s>", "</s>", "say", "if", "this", "text", "is", "good", "or", "bad"]
 
 
-def tokenizer(folder):
-    """A folder with a tokenizer of whole words."""
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    made = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<s>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", unk_token="<s>").save_pretrained(folder)
-    return str(folder)
-
-
 TEXTS = {"shorter": "good or bad", "as_long": "say if this is good", "longer": "say if this text is good or bad"}
 
 
@@ -193,7 +182,7 @@ def test_initial_text(method, model, text, tmp_path):
             num_virtual_tokens=5,
             prompt_tuning_init="TEXT",
             prompt_tuning_init_text=TEXTS[text],
-            tokenizer_name_or_path=tokenizer(tmp_path),
+            tokenizer_name_or_path=tokenizer(tmp_path, WORDS, "<s>", "<pad>"),
             tokenizer_kwargs={"padding_side": "left", "trust_remote_code": False},
         ),
         model,

@@ -37,19 +37,21 @@ from graft.methods import method_of
 from graft.model import checkpoints
 from graft.model.audit import warn_trainer_unaware
 from graft.model.averaging import WHY_NOT_DDP, check_averaged, note_start
-from graft.model.compose import Composition, adapters_in, copy_shares
-from graft.model.registry import Registry, restore_on_error
-from graft.model.rooms import import_from_room
-from graft.model.rows import (
+from graft.model.compose import (
+    Composition,
     RowNames,
+    adapters_in,
     check_row_names,
     choose_composition,
     copy_batch,
+    copy_shares,
     forbid_shared_draws,
     make_draws,
     make_rows,
     use_copies,
 )
+from graft.model.registry import Registry, restore_on_error
+from graft.model.rooms import import_from_room
 from graft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from graft.model.tuner import Tuner, tuner_of
 from graft.storage.codes import count_numbers

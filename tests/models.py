@@ -191,6 +191,17 @@ class MLP(nn.Module):
         return self.head(x)
 
 
+class Idle(nn.Module):
+    """Two layers of which only the first runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.a(x)
+
+
 class HFConv1D(nn.Module):
     """transformers' Conv1D: a linear layer that stores its weight transposed."""
 

@@ -89,17 +89,9 @@ def test_facts_of_some_rows_are_where_these_are():
 
 
 def test_a_layer_that_sees_no_rows_of_the_batch_is_named():
-    class Pooled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.flat = nn.Linear(3, 3)
-
-        def forward(self, x):
-            return self.flat(x.flatten(0, 1))
-
-    model = adapter_pair(Pooled(), "LORA", ["flat"], r=2)
+    model = adapter_pair(nn.Sequential(nn.Flatten(0, 1), nn.Linear(3, 3)), "LORA", ["1"], r=2)
     x = torch.randn(4, 5, 3)
-    refuses(graft.RoutingError, "'flat' received 20 rows", model, x, adapter_names=FIRST)
+    refuses(graft.RoutingError, "'1' received 20 rows", model, x, adapter_names=FIRST)
     assert not get_registry(model).call.open
     model(x)
 

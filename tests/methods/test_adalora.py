@@ -287,11 +287,8 @@ def test_only_one_adapter_trains():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        (dict(total_step=None), "AdaLoRA does not work when `total_step` is None"),
-        (dict(total_step=0), "supply a value > 0"),
         (dict(tinit=8, tfinal=6), "don't allow for a budgeting phase"),
         (dict(orth_reg_weight=-0.5), "but the value passed is -0.5"),
-        (dict(use_dora=True), "ADALORA does not support DoRA"),
         (dict(beta1=1.0), "`beta1` must be between 0 and 1"),
         (dict(init_r=0), "`init_r` must be at least 1, got 0"),
         (dict(target_r=0), "`target_r` must be at least 1, got 0"),

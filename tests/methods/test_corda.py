@@ -10,7 +10,6 @@ import types
 import peft
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 import graft
@@ -116,18 +115,9 @@ def test_files_take_the_place_of_data(tmp_path, preprocess):
         graft.preprocess_corda(models.make("llama"), config(graft, "llama", cache_file=str(tmp_path / "eigens.pt")))
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def forward(self, x):
-        return self.a(x)
-
-
 def test_another_model_may_be_watched():
     with models.seeded(0):
-        model, watched = Net().train(), Net().train()
+        model, watched = models.Idle().train(), models.Idle().train()
         x = torch.randn(40, 6)
     cfg = graft.LoraConfig(r=2, target_modules=["a"], init_lora_weights="corda", corda_config={})
     graft.preprocess_corda(model, cfg, lambda: watched(x), watched)
@@ -137,7 +127,7 @@ def test_another_model_may_be_watched():
 @pytest.mark.differs("`preprocess_corda`, `preprocess_loraga`, EVA: layers that see no data")
 def test_data_that_say_too_little():
     def attempt(run, *names, text, kind=graft.CalibrationError, **options):
-        model = Net()
+        model = models.Idle()
         cfg = graft.LoraConfig(
             **dict(r=2, target_modules=list(names), init_lora_weights="corda", corda_config=graft.CordaConfig())
             | options
@@ -155,12 +145,12 @@ def test_data_that_say_too_little():
         lambda m: m(x), "a", text="prepares init_lora_weights='corda'", kind=graft.ConfigError, init_lora_weights=True
     )
     with pytest.raises(graft.CalibrationError, match=r"call|run `preprocess_corda` first"):
-        graft.get_peft_model(Net(), graft.LoraConfig(target_modules=["a"], r=2, init_lora_weights="corda"))
+        graft.get_peft_model(models.Idle(), graft.LoraConfig(target_modules=["a"], r=2, init_lora_weights="corda"))
     refuses(ValueError, "`corda_method` must be one of 'ipm', 'kpm', got 'x'", graft.CordaConfig, corda_method="x")
 
 
 def test_a_failed_injection_keeps_what_was_measured():
-    model = Net()
+    model = models.Idle()
     x = torch.randn(30, 6)
     cfg = graft.LoraConfig(r=2, target_modules=["a"], init_lora_weights="corda", corda_config={})
     graft.preprocess_corda(model, cfg, lambda: model(x))

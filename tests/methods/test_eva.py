@@ -227,15 +227,6 @@ def test_components_are_those_of_all_rows_together():
 # too little
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def forward(self, x):
-        return self.a(x)
-
-
 def small(*names, **options):
     return graft.LoraConfig(**dict(r=2, target_modules=list(names), init_lora_weights="eva", eva_config={}) | options)
 
@@ -250,7 +241,7 @@ def small(*names, **options):
     ],
 )
 def test_data_that_say_too_little(names, data, text):
-    for model, cfg in ((Net(), small(*names)), (graft.get_peft_model(Net(), small(*names)), None)):
+    for model, cfg in ((models.Idle(), small(*names)), (graft.get_peft_model(models.Idle(), small(*names)), None)):
         before = {k: v.clone() for k, v in model.state_dict().items()}
         refuses(graft.CalibrationError, text, graft.get_eva_state_dict, model, data, cfg, **PLAIN)
         if cfg is None:
@@ -265,24 +256,24 @@ def test_what_never_settles_ends(monkeypatch):
     with pytest.raises(graft.CalibrationError, match="1 layers still turn after 2 passes"):
         with models.seeded(0):
             data = [dict(x=torch.randn(5, 6)) for _ in range(2)]
-        graft.get_eva_state_dict(Net(), data, small("a", eva_config=graft.EvaConfig(tau=1.0)), **PLAIN)
+        graft.get_eva_state_dict(models.Idle(), data, small("a", eva_config=graft.EvaConfig(tau=1.0)), **PLAIN)
 
 
 @pytest.mark.differs("EVA: values for layers that are not adapted")
 def test_bad_input():
     data = [dict(x=torch.randn(20, 6))]
-    refuses(ValueError, "peft_config is required", graft.get_eva_state_dict, Net(), data)
-    refuses(ValueError, "model must be a PeftModel", graft.initialize_lora_eva_weights, Net(), data)
+    refuses(ValueError, "peft_config is required", graft.get_eva_state_dict, models.Idle(), data)
+    refuses(ValueError, "model must be a PeftModel", graft.initialize_lora_eva_weights, models.Idle(), data)
     with pytest.raises(graft.ConfigError, match="rank of layer 'a' is 7, and its inputs have 6"):
-        graft.get_eva_state_dict(Net(), data, small("a", r=7), **PLAIN)
+        graft.get_eva_state_dict(models.Idle(), data, small("a", r=7), **PLAIN)
     with pytest.raises(TypeError, match="inputs must be a dictionary"):
-        graft.get_eva_state_dict(Net(), [torch.randn(9, 6)], small("a"), show_progress_bar=False)
+        graft.get_eva_state_dict(models.Idle(), [torch.randn(9, 6)], small("a"), show_progress_bar=False)
     with pytest.raises(ValueError, match=r"names were not found in the model: \[c\]"):
-        graft.get_eva_state_dict(Net(), data, small("a"), prepare_layer_inputs_fn={"c": None})
-    plain = graft.get_peft_model(Net(), graft.LoraConfig(r=2, target_modules=["a"]))
+        graft.get_eva_state_dict(models.Idle(), data, small("a"), prepare_layer_inputs_fn={"c": None})
+    plain = graft.get_peft_model(models.Idle(), graft.LoraConfig(r=2, target_modules=["a"]))
     with pytest.raises(ValueError, match="can only be used with `init_lora_weights='eva'`"):
         graft.initialize_lora_eva_weights(plain, data)
-    model = graft.get_peft_model(Net(), small("a"))
+    model = graft.get_peft_model(models.Idle(), small("a"))
     refuses(ValueError, "dataloader is required", graft.initialize_lora_eva_weights, model)
     for values, text in (
         ({"b": torch.randn(2, 6)}, r"values for \[b\], where adapter 'default' is not"),

@@ -98,15 +98,6 @@ def test_default_targets_are_those_of_the_architecture():
     assert found[0] == found[1] and all(n.endswith(("q_proj", "v_proj")) for n in found[0])
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def forward(self, x):
-        return self.a(x)
-
-
 def config(*names, **options):
     return graft.LoraConfig(
         **dict(r=2, target_modules=list(names), init_lora_weights="lora_ga", lora_ga_config={}) | options
@@ -118,7 +109,7 @@ def test_data_that_say_too_little():
     x = torch.randn(5, 6)
 
     def attempt(step, *names, text, kind=graft.CalibrationError, model=None, **options):
-        model = model or Net().eval()
+        model = model or models.Idle().eval()
         model.a.bias.requires_grad = False
         refuses(kind, text, graft.preprocess_loraga, model, config(*names, **options), lambda: step(model))
         assert not hasattr(model.a, "_peft_loraga_grad") and not model.a._backward_hooks and not model.training
@@ -129,13 +120,13 @@ def test_data_that_say_too_little():
     attempt(lambda m: m(x), "a", text=r"gave no gradient for 1 of 1 layers: \[a\]")
     attempt(lambda m: (m(x) * float("inf")).sum().backward(), "a", text="gradient of layer 'a' is not finite")
     with pytest.raises(graft.CalibrationError, match=r"no gradient for layer 'a' .*Call preprocess_loraga"):
-        graft.get_peft_model(Net(), config("a"))
-    quantized = Net()
+        graft.get_peft_model(models.Idle(), config("a"))
+    quantized = models.Idle()
     quantized.a = held(quantized.a)
     with pytest.raises(ValueError, match=r"LoRA-GA does not support quantized models. Found quantized module: 'a'"):
         graft.preprocess_loraga(quantized, config("a"), lambda: None)
     with pytest.raises(ValueError, match="If you want to use LoRA-GA"):
-        graft.preprocess_loraga(Net(), graft.LoraConfig(target_modules=["a"]), lambda: None)
+        graft.preprocess_loraga(models.Idle(), graft.LoraConfig(target_modules=["a"]), lambda: None)
     table = nn.ModuleDict({"emb": nn.Embedding(5, 5)})
     refuses(ValueError, "No supported layers found", graft.preprocess_loraga, table, config("emb"), lambda: None)
     for wrong in (dict(direction="x"), dict(scale="x"), dict(stable_gamma=0)):
@@ -143,7 +134,7 @@ def test_data_that_say_too_little():
 
 
 def test_gradients_that_were_there_stay():
-    model = Net()
+    model = models.Idle()
     model(torch.randn(3, 6)).sum().backward()
     before = model.a.weight.grad.clone()
     graft.preprocess_loraga(model, config("a"), lambda: model(torch.randn(3, 6)).sum().backward())

@@ -153,7 +153,7 @@ def test_any_model_and_the_tuner_itself():
         model = graft.get_peft_model(net, config).eval()
     x = torch.randn(4, 6)
     y = model(x, task_ids=TASKS)
-    assert torch.equal(y, model(x, task_ids=TASKS.tolist()))
+    assert all(torch.equal(y, model(x, task_ids=kind(TASKS.tolist()))) for kind in (list, tuple))
     assert torch.equal(y, model.base_model(x, task_ids=TASKS))
     assert_close(y, torch.cat([model(x[i : i + 1], task_ids=TASKS[i : i + 1]) for i in range(4)]))
     llama = with_poly(graft)
@@ -196,8 +196,9 @@ def test_compiled():
         (torch.tensor([0, 1, 3, 0]), r"Only 3 tasks available\. Found task id = 3"),
         (torch.tensor([0, 1, -1, 0]), r"Only 3 tasks available\. Found task id = -1"),
         (torch.tensor([0, 1]), "2 task_ids for a batch of 4 rows"),
-        (torch.tensor([0.0, 1, 0, 0]), "one integer per row"),
-        (torch.tensor([[0, 1, 0, 0]]), "one integer per row"),
+        (torch.tensor([0.0, 1, 0, 0]), "one integer per row, got torch.float32"),
+        (torch.tensor([[0, 1, 0, 0]]), r"one integer per row, got .* of shape \(1, 4\)"),
+        (torch.tensor([True, False, True, False]), "one integer per row, got torch.bool"),
     ],
 )
 def test_tasks_that_are_none(tasks, text):
@@ -213,16 +214,9 @@ def test_tasks_that_are_none(tasks, text):
 
 
 def test_a_layer_without_one_row_per_sample():
-    class Pooled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.flat = nn.Linear(3, 3)
-
-        def forward(self, x):
-            return self.flat(x.flatten(0, 1))
-
-    model = graft.get_peft_model(Pooled(), graft.PolyConfig(target_modules=["flat"], n_tasks=3))
-    refuses(graft.RoutingError, "'flat' received 20 rows for 4 task_ids", model, torch.randn(4, 5, 3), task_ids=TASKS)
+    pooled = nn.Sequential(nn.Flatten(0, 1), nn.Linear(3, 3))
+    model = graft.get_peft_model(pooled, graft.PolyConfig(target_modules=["1"], n_tasks=3))
+    refuses(graft.RoutingError, "'1' received 20 rows for 4 task_ids", model, torch.randn(4, 5, 3), task_ids=TASKS)
 
 
 def test_modules_that_are_left_out_or_trained_whole(tmp_path):

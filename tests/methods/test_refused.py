@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.effect import Rewrite
-from graft.core.errors import AdapterNotFoundError, CheckpointError, RoutingError, UnsupportedLayerError
+from graft.core.errors import AdapterNotFoundError, CheckpointError, UnsupportedLayerError
 from graft.inject.match import minimize_names
 from graft.io.compose import join_stages
 from tests.models import make
@@ -18,9 +18,9 @@ BD = dict(target_modules_bd_a=["lin0"], nblocks=2)
 # a config, options that are refused, a part of the text, and options in their place that are not
 OPTIONS = [
     ("AdaLora", dict(init_lora_weights="loftq"), "not support LOFTQ", {}),
-    ("AdaLora", dict(use_dora=True), "not support DoRA", {}),
-    ("AdaLora", dict(total_step=None), "total_step` is None", dict(total_step=1)),
-    ("AdaLora", dict(total_step=0), "total_step` is None", dict(total_step=2)),
+    ("AdaLora", dict(use_dora=True), "ADALORA does not support DoRA", {}),
+    ("AdaLora", dict(total_step=None), "does not work when `total_step` is None", dict(total_step=1)),
+    ("AdaLora", dict(total_step=0), "supply a value > 0", dict(total_step=2)),
     ("AdaLora", dict(tinit=5, tfinal=5), "tinit=5, tfinal=5, total_step=10", dict(tinit=5, tfinal=4)),
     ("Bottleneck", dict(mh_adapter=False, output_adapter=True, non_linearity="none such"), "none such", {}),
     ("IA3", dict(feedforward_modules=["fc1"]), r"but has \['fc1'\]", dict(feedforward_modules=["lin0"])),
@@ -133,16 +133,6 @@ def two_tokens(second):
     model.base_model.set_adapter(["default", "other"])
 
 
-def steered(rows):
-    model = graft.get_peft_model(make("mlp"), graft.SteeringConfig(target_modules=["lin0"]))
-    return model(torch.ones(3, 4, 10), steering_coefficient=torch.ones(rows))
-
-
-def routed(tasks):
-    model = graft.get_peft_model(make("mlp"), graft.PolyConfig(r=2, n_tasks=3, target_modules=["lin0"]))
-    return model(torch.ones(2, 4, 10), task_ids=tasks)
-
-
 class Silent(nn.Module):
     """A model whose class has no parameters that could be targets."""
 
@@ -158,16 +148,6 @@ CALLS = {
                                 lambda: masked(SHAPE)),
     "no tokens": (lambda: two_tokens([]), graft.ConfigError, "token_indices is empty", lambda: two_tokens([2])),
     "tokens of two": (lambda: two_tokens([3, 4]), ValueError, "already defined", lambda: two_tokens([2, 4])),
-    "coefficients": (lambda: steered(2), RoutingError, "", lambda: steered(3)),
-    "no tasks": (lambda: routed(None), RoutingError, "task_ids should not be None", lambda: routed([0, 2])),
-    "tasks beyond": (lambda: routed([0, 3]), RoutingError, "Found task id = 3", lambda: routed([1, 2])),
-    "tasks below": (lambda: routed([-1, 0]), RoutingError, "Found task id = -1", lambda: routed([0, 0])),
-    "numbers as tasks": (lambda: routed([0.0, 1.0]), RoutingError, "one integer per row, got torch.float32",
-                         lambda: routed(torch.tensor([0, 1]))),
-    "flags as tasks": (lambda: routed([True, False]), RoutingError, "got torch.bool", lambda: routed((1, 0))),
-    "a table of tasks": (lambda: routed([[0, 1]]), RoutingError, r"of shape \(1, 2\)", lambda: routed([2, 2])),
-    "tasks of other rows": (lambda: routed([0, 1, 2]), RoutingError, "3 task_ids for a batch of 2",
-                            lambda: routed([1, 1])),
     "heads that are no mapping": (lambda: with_heads([nn.Linear(12, 3)]), graft.ConfigError, "modules by name",
                                   lambda: with_heads({"head": nn.Linear(12, 3)})),
     "a head of no name": (lambda: with_heads({"lin0": nn.Linear(12, 3)}), graft.ConfigError, r"\['head'\]", None),

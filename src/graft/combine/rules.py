@@ -164,11 +164,7 @@ def compute_retained_energy(S: Tensor, rank: int) -> float:
 
 # rules on tensors with weights and a density, by name
 ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
-    "linear": linear,
-    "magnitude_prune": magnitude_prune,
-    "dare_linear": dare_linear,
-    "dare_ties": dare_ties,
-    "ties": ties,
+    rule.__name__: rule for rule in (linear, magnitude_prune, dare_linear, dare_ties, ties)
 }
 PRUNING = [name for name in ELEMENTWISE if name != "linear"]
 SVD = ("svd", "exact", *(f"{name}_svd" for name in PRUNING))

@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from graft.kernels.low_rank import autocast
@@ -85,7 +84,7 @@ class Summed(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if function in FACTS:
                 return function(*args, **kwargs)
-            handler = HANDLERS.get(function) or HANDLERS_BY_NAME.get(getattr(function, "__name__", ""))
+            handler = HANDLERS.get(function) or HANDLERS.get(getattr(function, "__name__", ""))
             if handler is not None and (not kwargs or can_bind(handler, args, kwargs)):
                 out = handler(function, *args, **kwargs)
                 if out is not NotImplemented:
@@ -238,27 +237,14 @@ FACTS = {
     Tensor.get_device, Tensor.is_contiguous, Tensor.element_size, Tensor.ndimension, torch.is_floating_point,
     torch.numel,
 }  # fmt: skip
+# handlers by the names of functions, which torch's and Tensor's share; a property's getter, without a name, by itself
 HANDLERS: dict[object, Callable[..., object]] = {
-    Tensor.__getitem__: _select,
-    Tensor.transpose: _transpose,
-    torch.transpose: _transpose,
-    Tensor.t: _t,
-    torch.t: _t,
-    _get("T"): _t,
-    MT: _t,
-    Tensor.contiguous: _return_sum,
-    F.linear: _linear,
-    torch.matmul: _matmul,
-    Tensor.matmul: _matmul,
-    Tensor.__matmul__: _matmul,
-    Tensor.__rmatmul__: lambda function, M, x: _matmul(torch.matmul, x, M),
-    torch.bmm: _matmul,
-    Tensor.bmm: _matmul,
-    torch.mm: _matmul,
-    Tensor.mm: _matmul,
-}
-HANDLERS_BY_NAME: dict[str, Callable[..., object]] = {
-    "grouped_mm": _multiply_grouped,
-    "_grouped_mm": _multiply_grouped,
-    "grouped_mm_fallback": _multiply_grouped,
+    "__getitem__": _select,
+    "transpose": _transpose,
+    **dict.fromkeys(("t", _get("T"), MT), _t),
+    "contiguous": _return_sum,
+    "linear": _linear,
+    **dict.fromkeys(("matmul", "__matmul__", "bmm", "mm"), _matmul),
+    "__rmatmul__": lambda function, M, x: _matmul(torch.matmul, x, M),
+    **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _multiply_grouped),
 }

@@ -23,14 +23,7 @@ from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.method import Method, PublishedRate, Tensors, Tuner, make_dropout
 from graft.core.rows import Finish, Run
 from graft.kernels.orthogonal import gram_distance
-from graft.methods.adalora.allocator import (
-    all_trainable,
-    allocator_of,
-    orthogonal_losses,
-    resize_modules_by_rank_pattern,
-    trainable,
-    update_and_allocate,
-)
+from graft.methods.adalora import allocator
 from graft.methods.lora.config import LoraConfig
 from graft.storage.parallel import gather_tensor, layout_of
 
@@ -125,10 +118,10 @@ def warn_if_forgotten(tuner: Tuner) -> None:
         state = tuner.states.get(name)
         if state is not None and (state.called or state.warned):
             return
-    pair = trainable(tuner)
+    pair = allocator.trainable(tuner)
     if pair is None or not pair[1]:
         return
-    state = allocator_of(tuner, pair[0])
+    state = allocator.allocator_of(tuner, pair[0])
     A = next(iter(pair[1].values())).lora_A
     if not A.requires_grad:
         return
@@ -164,9 +157,9 @@ class AdaLoRA(Method[AdaLoraConfig]):
     surrounds_disabled = True  # as PEFT's loss
     over_layers = "divides a budget of ranks among all layers"
     tuner_methods: ClassVar[dict[str, Callable[..., object] | property]] = {
-        "update_and_allocate": update_and_allocate,
-        "resize_modules_by_rank_pattern": resize_modules_by_rank_pattern,
-        "trainable_adapter_name": property(lambda tuner: (trainable(tuner) or (None,))[0]),
+        "update_and_allocate": allocator.update_and_allocate,
+        "resize_modules_by_rank_pattern": allocator.resize_modules_by_rank_pattern,
+        "trainable_adapter_name": property(lambda tuner: (allocator.trainable(tuner) or (None,))[0]),
     }
 
     lora_A: nn.Parameter  # (r, fan_in), right singular vectors
@@ -296,7 +289,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
 
         names = list(run.adapters)
         trains = tuner.training and torch.is_grad_enabled() and not is_dynamo_compiling()
-        for _, methods in all_trainable(tuner, names) if trains else ():
+        for _, methods in allocator.all_trainable(tuner, names) if trains else ():
             for m in methods.values():
                 m.sees = layout_of(m.lora_A) is not None
 
@@ -312,10 +305,10 @@ class AdaLoRA(Method[AdaLoraConfig]):
                 warn_if_forgotten(tuner)
             loss = getattr(output, "loss", None)
             if tuner.training and isinstance(loss, Tensor):
-                losses = orthogonal_losses(tuner, names, run).values()
+                losses = allocator.orthogonal_losses(tuner, names, run).values()
                 output.loss = loss + sum(compute_loss() for compute_loss in losses)
             elif tuner.training and not run.generates:
-                call.thread_state.losses.update(orthogonal_losses(tuner, names, run))
+                call.thread_state.losses.update(allocator.orthogonal_losses(tuner, names, run))
             return output
 
         yield with_loss

@@ -20,6 +20,8 @@ class Aqlm(OwnModule):
     name = "aqlm"
     parts = ("codes", "codebooks", "scales")
     calibrated = "its weight is AQLM codes that were calibrated"
+    copies = "all"
+    typed = "codebooks"
 
     def values(self, m: nn.Module) -> Tensor:
         """Return the weight (out, in) in the codebooks' dtype: the sum of the codebooks' entries for each group, times
@@ -39,19 +41,11 @@ class Aqlm(OwnModule):
             W += books[book, codes[..., book]]
         return (W * m.scales).transpose(1, 2).reshape(m.out_features, m.in_features)
 
-    def compute_dtype(self, m: nn.Module) -> torch.dtype:
-        """Return the dtype of the codebooks."""
-        return m.codebooks.dtype
-
     def loses_gradient(self, m: nn.Module) -> bool:
         """Return True for byte codes on a CPU (256 entries in a codebook): AQLM's kernel permutes them, and its
         backward pass reads them as unpermuted.
         """
         return holds_byte_codes(m)
-
-    def protect(self, y: Tensor) -> Tensor:
-        """Return a copy of the output, always, so that rows can be written into it in place."""
-        return y.clone()
 
 
 def is_permuted(m: nn.Module, groups: tuple[int, int]) -> bool:

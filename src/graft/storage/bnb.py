@@ -175,6 +175,7 @@ class Eight(Quantized):
     """Linear8bitLt: `weight` holds codes; a scale for each row is with it or, after a forward pass, in `state`."""
 
     name = "bnb 8bit"
+    typed = "weight"
 
     def values(self, m: nn.Module) -> Tensor:
         """Return the weight (out, in): float32 for codes; a weight of floats is rounded to 8 bits, in its own dtype."""
@@ -202,10 +203,6 @@ class Eight(Quantized):
         The module is not read.
         """
         return dequantize_rows(**state)
-
-    def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
-        """Return the weight's dtype if it holds floats, rounded at each call; None for codes."""
-        return m.weight.dtype if m.weight.is_floating_point() else None
 
     def trains(self, m: nn.Module) -> bool:
         """Return True if the weight holds floats and has `has_fp16_weights` set: the module rounds them at each call.

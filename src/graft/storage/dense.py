@@ -126,6 +126,7 @@ class Dense:
     name = "dense"
     exact = live = True
     in_parts = False
+    copies = ""  # the outputs that are copied before rows are written into them: "views" or "all"
 
     def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
         """Return why a call cannot read a tensor: its class or dtype is strange, or FSDP1 has it in a flat parameter.
@@ -247,5 +248,5 @@ class Dense:
         return device, p.dtype if p.is_floating_point() else None
 
     def protect(self, y: Tensor) -> Tensor:
-        """Return the output itself: writing to it in place harms nothing."""
-        return y
+        """Return the output, or a copy of one that rows cannot be written into in place (`copies`)."""
+        return y.clone() if self.copies == "all" or (self.copies == "views" and y._is_view()) else y

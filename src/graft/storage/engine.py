@@ -12,7 +12,7 @@ from graft.storage.dense import Dense
 class Engine(Dense):
     """The store of Transformer Engine's weights of 8-bit floats: read by `dequantize`, never written."""
 
-    name, live, exact = "transformer engine", False, False
+    name, live, exact, copies = "transformer engine", False, False, "all"
 
     def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
         """Return "its weight is offloaded" if accelerate offloads the module, for any name; None otherwise."""
@@ -32,10 +32,6 @@ class Engine(Dense):
         if name != "weight":
             return super().why_unwritable(m, name)
         return "its weight holds 8-bit floats, whose scales Transformer Engine keeps: load the base model in bfloat16"
-
-    def protect(self, y: Tensor) -> Tensor:
-        """Return a copy of the output, always, so that rows can be written into it in place."""
-        return y.clone()
 
 
 def why_no_engine_adapter(m: nn.Module) -> str | None:

@@ -30,6 +30,8 @@ class Float8(OwnModule):
         scale: the name of the module's attribute with the scales.
     """
 
+    typed = "weight"
+
     def __init__(self, name: str, scale: str):
         self.name, self.scale, self.parts = name, scale, ("weight", scale)
 
@@ -63,10 +65,6 @@ class Float8(OwnModule):
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
         """Return the weight and, if it is quantized, its scales, by the names of the attributes and without a copy."""
         return {part: getattr(m, part) for part in self.parts if part == "weight" or m.weight.element_size() == 1}
-
-    def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
-        """Return the dtype of a weight that is not quantized; None for 8-bit and 4-bit floats."""
-        return m.weight.dtype if m.weight.element_size() > 1 else None
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
         """Return why merging cannot write: a weight of 4-bit floats, or the reason of all quantized stores.

@@ -262,6 +262,7 @@ class Foreign(ByIdentity):
     """
 
     look = staticmethod(why_not_linear)
+    copies = "all"  # they may be views, or saved for a backward pass
 
     def __init__(self) -> None:
         super().__init__("foreign", "", calibrated=False)
@@ -275,10 +276,6 @@ class Foreign(ByIdentity):
         if (why := strange_tensor(m, "weight")) is not None:
             return why, ""
         return explain_forward(m) or (f"graft does not know how a {type(m).__name__} holds its weight", "")
-
-    def protect(self, y: Tensor) -> Tensor:
-        """Return a copy of the output: it may be a view that forbids writing, or saved for a backward pass."""
-        return y.clone()
 
     def ready(self, m: nn.Module) -> str | None:
         """Do nothing, and return None: classes that graft does not know stay as they are."""

@@ -162,6 +162,7 @@ class Sharded(TensorParallel):
     """
 
     name, live, exact = "FSDP2", False, True
+    copies = "views"  # of a DTensor
 
     def tensor(self, m: nn.Module, name: str) -> Tensor:
         """Return the parameter that holds the values now: the DTensor between calls, the whole one within a call.
@@ -205,10 +206,6 @@ class Sharded(TensorParallel):
         """
         with super().bring_in(layer, written), gather_slots(s for name in layer.adapters for s in layer.slots(name)):
             yield
-
-    def protect(self, y: Tensor) -> Tensor:
-        """Return the output, or a copy of a view: it may be one of a DTensor's, which takes no writing in place."""
-        return y.clone() if y._is_view() else y
 
 
 def gather_module(module: nn.Module) -> nn.Module:

@@ -83,6 +83,7 @@ class Bits(OwnModule):
     name = "bitnet"
     parts: tuple[str, ...] = ("weight", "weight_scale")
     calibrated = "its weight is ternary codes that the model was trained with"
+    typed = "weight_scale"
 
     def why_undecodable(self, m: nn.Module) -> str | None:
         """Return a reason if the layer has a norm before its weight, so that it is not linear; None otherwise."""
@@ -96,11 +97,7 @@ class Bits(OwnModule):
         # a byte has rows n, n + N/4, n + N/2 and n + 3 N/4
         codes = unpack_integers(m.weight.T, 2).unflatten(-1, (-1, 4))
         W = codes.permute(2, 1, 0).reshape(m.out_features, m.in_features)
-        return ((W - 1) / m.weight_scale.float()).to(self.compute_dtype(m))
-
-    def compute_dtype(self, m: nn.Module) -> torch.dtype:
-        """Return the dtype of the scale."""
-        return m.weight_scale.dtype
+        return ((W - 1) / m.weight_scale.float()).to(m.weight_scale.dtype)
 
     def loses_gradient(self, m: nn.Module) -> bool:
         """Return True: the layer rounds its inputs, and its own backward pass is never used."""
@@ -113,6 +110,7 @@ class AutoBits(Bits):
     """
 
     parts = ("weight",)
+    typed = "weight"
 
     def why_undecodable(self, m: nn.Module) -> str | None:
         """Return a reason if the layer has a norm before its weight, or a bias that its scale multiplies as well; None
@@ -136,10 +134,6 @@ class AutoBits(Bits):
         W = m.weight.detach().float()
         scale = W.abs().mean().clamp_min(1e-5)
         return ((W / scale).round().clamp(-1, 1) * scale).to(m.weight.dtype)
-
-    def compute_dtype(self, m: nn.Module) -> torch.dtype:
-        """Return the dtype of the weight."""
-        return m.weight.dtype
 
     def loses_gradient(self, m: nn.Module) -> bool:
         """Return False: the layer has a backward pass, so that only a missing gradient is replaced."""

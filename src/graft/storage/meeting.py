@@ -75,7 +75,7 @@ class Meeting:
             CheckpointError: the others did not come in time. The text names their ranks.
         """
         store, size = self.store, len(self.ranks)
-        building = f"graft/{_hash(str(list(self.ranks)))}"
+        building = f"graft/{hashlib.sha256(str(list(self.ranks)).encode()).hexdigest()[:16]}"
         while True:
             room = f"{building}/{store.add(f'{building}/rank {self.rank}', 1)}"
             go = f"{room}/go"
@@ -166,8 +166,3 @@ def pickle_error(error: BaseException | None) -> bytes:
     except Exception:
         data = pickle.dumps(CheckpointError(f"Rank 0 could not write: {type(error).__name__}: {error}"))
     return data
-
-
-def _hash(text: str) -> str:
-    """Return the first 16 hex digits of a text's SHA-256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

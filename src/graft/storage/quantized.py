@@ -35,6 +35,7 @@ class Quantized(Dense):
     name = "quantized"
     exact = live = False
     parts: tuple[str, ...] = ("weight",)  # attributes of the module that make up the packed weight
+    typed = ""  # attribute of the module that has the dtype of the dense weight
     writes = True  # graft knows how to quantize anew: a column of docs/reference/storages.md
     calibrated: str | None = None  # why it cannot be written: "its weight is … codes that were calibrated"
 
@@ -55,8 +56,9 @@ class Quantized(Dense):
         raise NotImplementedError
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
-        """Return the dtype of the dense weight; None if nothing tells, as here."""
-        return None
+        """Return the dtype of the tensor `typed` if it holds floats wider than a byte; else None: nothing tells."""
+        dtype = getattr(m, self.typed).dtype if self.typed else None
+        return dtype if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1 else None
 
     def trains(self, m: nn.Module) -> bool:
         """Return True if the module rounds floats at each call, so that a copy of it can train; False here."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from graft.storage.quantized import Quantized, copy_with
@@ -13,6 +12,8 @@ class Quanto(Quantized):
     """The store of quanto's linear layers, frozen or not."""
 
     name = "quanto"
+    copies = "views"  # which quanto's Function returns
+    typed = "weight"
 
     def values(self, m: nn.Module) -> Tensor:
         """Return the dequantized weight (out, in) of the module's `qweight`: the packed one, or one that it quantizes
@@ -30,20 +31,9 @@ class Quanto(Quantized):
         new = copy_with(m, {"weight": nn.Parameter(W, requires_grad=False)})
         return {"weight": nn.Parameter(new.qweight, requires_grad=m.weight.requires_grad)}
 
-    def compute_dtype(self, m: nn.Module) -> torch.dtype:
-        """Return the dtype of the weight."""
-        return m.weight.dtype
-
     def why_undecodable(self, m: nn.Module) -> str | None:
         """Return "it has no quantized weight" if the module quantizes only activations; None otherwise."""
         return "it has no quantized weight" if m.weight_qtype is None else None
-
-    def protect(self, y: Tensor) -> Tensor:
-        """Return a copy if the output is a view: quanto's Function returns views, which forbid writing.
-
-        Else the output itself.
-        """
-        return y.clone() if y._is_view() else y
 
 
 MODULES = {"optimum.quanto.nn.qlinear.QLinear": Quanto()}

@@ -214,6 +214,7 @@ class TensorParallel(Dense):
 
     name, live, exact = "tensor parallel", False, True
     in_parts = True
+    copies = "all"  # it may be a view of a DTensor
 
     def tensor(self, m: nn.Module, name: str) -> Tensor:
         """Return the module's tensor as it is: a DTensor, or a plain one."""
@@ -271,10 +272,6 @@ class TensorParallel(Dense):
             setattr(m, name, state)
         else:
             local(self.tensor(m, name)).copy_(local(state))
-
-    def protect(self, y: Tensor) -> Tensor:
-        """Return a copy of the output, always: it may be a view of a DTensor's, which takes no writing in place."""
-        return y.clone()
 
 
 def gather_dtensor(t: Tensor) -> Tensor:

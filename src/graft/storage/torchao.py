@@ -29,6 +29,7 @@ class TorchAO(Quantized):
     """
 
     name = "torchao"
+    typed = "weight"
 
     def __init__(self, again: Again | None = None):
         self.again, self.writes = again, again is not None
@@ -47,10 +48,6 @@ class TorchAO(Quantized):
         if (scale := pre_scale(old)) is not None:
             W = W / scale
         return {"weight": nn.Parameter(self.again(old, W), requires_grad=False)}  # type: ignore[misc]
-
-    def compute_dtype(self, m: nn.Module) -> torch.dtype:
-        """Return the dtype that the weight shows."""
-        return m.weight.dtype
 
     def why_undecodable(self, m: nn.Module) -> str | None:
         """Return a reason if the weight's class does not override `dequantize`, so that only kernels can unpack it;

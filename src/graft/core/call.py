@@ -462,6 +462,12 @@ def live_threads() -> frozenset[int | None]:
     return frozenset(thread.ident for thread in enumerate_threads())
 
 
+def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that does nothing, and returns None, in other threads, which may run the model as well."""
+    thread = get_ident()
+    return lambda *args, **kwargs: hook(*args, **kwargs) if get_ident() == thread else None
+
+
 class CallBlock:
     """The block of `Call.use_rows`: a class, since the compiler of torch 2.6 traces no generator."""
 

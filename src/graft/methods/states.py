@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from threading import get_ident
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from graft.config.fields import Chosen, Targeted
-from graft.core.call import Call
+from graft.core.call import Call, in_this_thread
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import RoutingError
 from graft.core.method import Method, Tuner
@@ -229,7 +228,6 @@ def follow_generate(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
     if not run.generates:
         yield
         return
-    thread = get_ident()
     first: dict[str, Positions] = {}
     last = list(MASKS[is_encoder_decoder(model)])[-1]
     prompt = seen = 0  # tokens of the first step, and of all steps so far
@@ -238,12 +236,8 @@ def follow_generate(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
         """Put the first step's positions into this thread's call.
 
         Later steps with a cache, or with no more tokens than the prompt, also get the number of passed tokens.
-
-        Calls of other threads change nothing.
         """
         nonlocal prompt, seen
-        if get_ident() != thread:  # others may run the model as well
-            return
         arguments = name_arguments(model, args, kwargs)
         now, tokens = facts_of(arguments, model), tokens_in(arguments, last)
         new = 0 if tokens is None else tokens.shape[1]
@@ -261,5 +255,5 @@ def follow_generate(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
         seen += new
         call.swap_context(call.context._replace(facts={**call.context.facts, **steps}))
 
-    with model.register_forward_pre_hook(before, with_kwargs=True), call.extend_context():
+    with model.register_forward_pre_hook(in_this_thread(before), with_kwargs=True), call.extend_context():
         yield

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from threading import get_ident
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -24,7 +23,7 @@ from graft.config.bounds import Bound
 from graft.config.fields import FRACTION, POSITIVE
 from graft.config.hub import fetch_file
 from graft.config.pair import CONFIG_NAME
-from graft.core.call import Call
+from graft.core.call import Call, in_this_thread
 from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.method import AdaptedLayers, Layer, Method
 from graft.core.rows import BASE, Finish, Rows, Run, find_cache, name_arguments
@@ -357,13 +356,13 @@ class XLora(Method[XLoraConfig]):
                 return
             run.kwargs["use_cache"] = False
 
-            thread, weighing = get_ident(), [False]
+            weighing = [False]
 
             def step(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
                 """Weigh the experts for the step's arguments and set the gates of this thread's call; do nothing in
-                other threads, and in the extra pass.
+                the extra pass.
                 """
-                if get_ident() == thread and not weighing[0]:  # others may run the model as well
+                if not weighing[0]:
                     weighing[0] = True
                     try:
                         gates = weigh(tuner, call, args, kwargs)
@@ -372,7 +371,8 @@ class XLora(Method[XLoraConfig]):
                     call.swap_context(call.context._replace(gates=gates))
 
             none = Scalings(torch.empty(0), {}, {})  # until the first step
-            with tuner.model.register_forward_pre_hook(step, with_kwargs=True), call.extend_context(gates=none):
+            steps = tuner.model.register_forward_pre_hook(in_this_thread(step), with_kwargs=True)
+            with steps, call.extend_context(gates=none):
                 yield finish
 
 

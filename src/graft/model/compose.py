@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from threading import get_ident
 from typing import Any, TypeVar
 
 from torch import Generator, Tensor, nn
 
 from graft.config.base import PeftConfig
-from graft.core.call import Call
+from graft.core.call import Call, in_this_thread
 from graft.core.errors import RoutingError
 from graft.core.finite import is_finite
 from graft.core.method import Tuner
@@ -466,15 +465,14 @@ def use_copies(call: Call, copies: int, model: nn.Module) -> Iterator[None]:
     copied = once.repeat(copies)
     with ExitStack() as undo:
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            encoder, thread = model.get_encoder(), get_ident()
+            encoder = model.get_encoder()
 
             def put_context(context: CallContext) -> None:
-                """Set the call context, if this is the thread that entered the block."""
-                if get_ident() == thread:  # other threads may run the encoder as well
-                    call.swap_context(context)
+                """Set the call context; return None, as a hook that changes nothing has to."""
+                call.swap_context(context)
 
-            undo.enter_context(encoder.register_forward_pre_hook(lambda *_: put_context(once)))
-            undo.enter_context(encoder.register_forward_hook(lambda *_: put_context(copied)))
+            undo.enter_context(encoder.register_forward_pre_hook(in_this_thread(lambda *_: put_context(once))))
+            undo.enter_context(encoder.register_forward_hook(in_this_thread(lambda *_: put_context(copied))))
         undo.callback(call.swap_context, once)
         call.swap_context(copied)
         yield

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graft.core.call import Call
+from graft.core.call import Call, in_this_thread
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigTypeError, PeftWarning, RoutingError, warn
 from graft.core.method import Tuner
@@ -96,7 +95,7 @@ def following(model: nn.Module, run: Run, offsets: Mapping[object, Offsets]) -> 
         yield
         return
     steps = {id(o.progress): o.progress for o in offsets.values()}.values()
-    prompt, thread = ids_of(run), get_ident()
+    prompt = ids_of(run)
     length = (run.kwargs["inputs_embeds"] if prompt is None else prompt).shape[1]
 
     def follow(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -104,10 +103,8 @@ def following(model: nn.Module, run: Run, offsets: Mapping[object, Offsets]) -> 
         else seen + new - prompt length.
 
         Without a readable cache count, an input shorter than the prompt or a cache with state means that the prompt was
-        seen. Calls of other threads and calls without inputs change nothing.
+        seen. Calls without inputs change nothing.
         """
-        if get_ident() != thread:  # others may run the model as well
-            return
         candidates = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
         inputs = next((t for t in candidates if t is not None), None)
         if inputs is None:
@@ -124,7 +121,7 @@ def following(model: nn.Module, run: Run, offsets: Mapping[object, Offsets]) -> 
     decoder = getattr(model, getattr(model, "base_model_prefix", ""), model)
     with ExitStack() as hooks:
         for m in {model, decoder}:
-            hooks.enter_context(m.register_forward_pre_hook(follow, with_kwargs=True))
+            hooks.enter_context(m.register_forward_pre_hook(in_this_thread(follow), with_kwargs=True))
         yield
 
 

@@ -6,13 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
-from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graft.core.call import Call
+from graft.core.call import Call, in_this_thread
 from graft.core.method import Tuner, return_unchanged
 from graft.core.rows import Run, name_arguments
 from graft.methods.shadow.detached import NAMES, empty, no_cache_for, shadow_loss, unpack, with_cache
@@ -88,27 +87,24 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
         with call.extend_context(facts={FACT: one.states}):
             yield one.finish
         return
-    thread = get_ident()
     passes: list[Pass] = []
 
     def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Start a `Pass` for a step of `generate`, and show its states to the layers.
 
-        Return the arguments; in other threads return None.
+        Return the arguments.
         """
-        if get_ident() != thread:  # others may run the model as well
-            return None
         one = Pass(tuner, call, names, args, kwargs, run)
         passes[:] = [one]
         call.swap_context(call.context._replace(facts={**call.context.facts, FACT: one.states}))
         return args, kwargs
 
     def after(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
-        """Return the output of the step, completed by its `Pass`; None in other threads."""
-        return passes.pop().finish(output) if get_ident() == thread else None
+        """Return the output of the step, completed by its `Pass`."""
+        return passes.pop().finish(output)
 
-    starts = tuner.model.register_forward_pre_hook(before, with_kwargs=True)
-    with starts, tuner.model.register_forward_hook(after, with_kwargs=True), call.extend_context():
+    starts = tuner.model.register_forward_pre_hook(in_this_thread(before), with_kwargs=True)
+    with starts, tuner.model.register_forward_hook(in_this_thread(after), with_kwargs=True), call.extend_context():
         yield return_unchanged
 
 

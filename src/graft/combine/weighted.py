@@ -117,7 +117,8 @@ def add_weighted_adapter(
         NotImplementedError: adapters of this kind have no combination of this type.
     """
     names, weights = check_arguments(tuner, adapters, weights)
-    peft_type, kind = join_types(tuner, names), combination_type
+    peft_type = ", ".join(sorted({tuner.peft_config[name].peft_type.value for name in names}))
+    kind = combination_type
     form = FORMS.get(peft_type) or UpdateForm()
     if len(names) == 1 and kind in TYPES and svd_rank is svd_clamp is density is None:
         kind = "linear" if form.takes_factors else "cat"
@@ -249,11 +250,6 @@ def draw_start(tuner: Tuner, adapter_name: str, cfg: PeftConfig, keys: list[str]
         for key in keys:
             layer = tuner.layers[key]
             discard_initial_values(method(layer.site, cfg.at(key), adapter_name), {}, layer.call)
-
-
-def join_types(tuner: Tuner, names: list[str]) -> str:
-    """Return the peft_type of these adapters; several are sorted and joined by commas."""
-    return ", ".join(sorted({tuner.peft_config[name].peft_type.value for name in names}))
 
 
 def check_arguments(tuner: Tuner, adapters: list[str], weights: list[float]) -> tuple[list[str], list[float]]:

@@ -178,8 +178,12 @@ class PeftConfig:
         return config
 
     def reaches(self, text: str, key: str, field: str) -> bool:
-        """Return True if the pattern `text` of `field`, a key of `patterns`, matches the end of layer path `key`."""
-        return matches_end(text, key, field)
+        """Return True if the regular expression `text`, a key of `field`, matches the end of layer path `key`, from the
+        path's start or after a dot.
+
+        Raises ConfigError for an invalid or slow pattern.
+        """
+        return compile_ending(text, field).match(key) is not None
 
     # dicts and files
 
@@ -414,15 +418,6 @@ def suggest_names(unknown: Iterable[str], known: Iterable[str]) -> str:
     """Return "'<known>' for '<unknown>', …" for each unknown name that resembles a known one; "" if none does."""
     matches = [(name, get_close_matches(name, known, n=1, cutoff=0.8)) for name in unknown]
     return ", ".join(f"'{close[0]}' for '{name}'" for name, close in matches if close)
-
-
-def matches_end(pattern: str, key: str, field: str) -> bool:
-    """Return True if the regular expression `pattern` matches the end of path `key`, from the path's start or after a
-    dot.
-
-    `field` names the config field in errors: ConfigError for an invalid or slow pattern.
-    """
-    return compile_ending(pattern, field).match(key) is not None
 
 
 def to_json_value(value: object) -> object:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from graft.config.fields import ADAMSS, COUNT, LayerRange, Targets
+from graft.config.fields import ADAMSS, COUNT, POSITIVE, LayerRange, Targets
 from graft.core.containers import Transient
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError, UnsupportedLayerError
@@ -74,13 +74,8 @@ class AdamssConfig(Targets, LayerRange):
             raise ConfigError(f"`init_weights` must be 'orthogonal' or None, got {self.init_weights!r}")
         if not self.use_asa:
             return
-        for name, what in (
-            ("mask_interval", "integer"),
-            ("asa_target_subspaces", "integer"),
-            ("asa_schedule_exponent", "number"),
-        ):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"`{name}` must be a positive {what} when `use_asa=True`, got {getattr(self, name)}.")
+        for name in ("mask_interval", "asa_target_subspaces", "asa_schedule_exponent"):
+            POSITIVE.check(name, getattr(self, name), " with `use_asa=True`")
         if self.init_warmup >= self.final_warmup:
             raise ConfigError(
                 f"`init_warmup` ({self.init_warmup}) must be less than `final_warmup` ({self.final_warmup}) when "

@@ -12,25 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import Bound
-from graft.config.fields import FRACTION, FROD, BaseBias, FanInFanOut, LayerRange, Targets
+from graft.config.fields import FRACTION, FROD, BaseBias
 from graft.core.containers import Attached, Transient
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError, PeftWarning, warn_of_layer
 from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tensors, WeightUse, make_dropout
 from graft.core.site import Site
 from graft.kernels.waits import copy_on_device
-from graft.methods.projections import check_places, maybe_transient, warn_unsaved
+from graft.methods.projections import DrawnConfig, check_places, maybe_transient
 
 SPARSITY = Bound(FRACTION.allows, "`{name}` should be between 0 and 1, got {value}.")
 
 
 @dataclass(kw_only=True)
-class FrodConfig(Targets, LayerRange, FanInFanOut, BaseBias):
+class FrodConfig(DrawnConfig, BaseBias):
     """FRoD: W = U diag(λ) Vᵀ with one V for all layers of a category. λ trains, and few entries off the diagonal."""
 
     peft_type: str = "FROD"
-    projection_prng_key: int = 0  # seed of the places of those entries
-    save_projection: bool = True  # put V and the places into files, too: else a load computes and draws them again
     frod_dropout: float = 0.0
     init_weights: bool = True  # False: random, away from W
     sparse_rate: Annotated[float, SPARSITY] = 0.01  # share of the entries off the diagonal that train
@@ -38,13 +36,7 @@ class FrodConfig(Targets, LayerRange, FanInFanOut, BaseBias):
     progressbar: bool = True  # accepted for PEFT's files: there is none
     runtime_offload_base_weight: bool = False  # accepted for PEFT's files: the base weight stays where it is
 
-    counters: ClassVar[tuple[str, ...]] = ("projection_prng_key",)
-
-    def __post_init__(self) -> None:
-        """Validate the fields; warn (`warn_unsaved`) if `save_projection` is False."""
-        super().__post_init__()
-        if not self.save_projection:
-            warn_unsaved("frod_V and frod_s_indices")
+    matrices: ClassVar[str] = "frod_V and frod_s_indices"  # V, which a load computes again, and the places, drawn again
 
 
 def category(key: str) -> str:

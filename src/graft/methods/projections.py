@@ -21,29 +21,30 @@ DRAWN = ("projection_prng_key", "save_projection", "r")  # in these, adapters th
 
 
 @dataclass(kw_only=True)
-class ProjectionConfig(Targets, LayerRange, FanInFanOut):
-    """The fields of a method that shares random matrices A and B between layers."""
+class DrawnConfig(Targets, LayerRange, FanInFanOut):
+    """The fields of a method that draws tensors for all layers from a seed."""
 
-    r: Annotated[int, COUNT]
-    projection_prng_key: int = 0  # seed of A and B
-    save_projection: bool = True  # put A and B into files, too, which then do not depend on the generator
+    projection_prng_key: int = 0  # the seed
+    save_projection: bool = True  # put the tensors into files, too, which then do not depend on the generator
 
-    matrices: ClassVar[str]  # names of A and B
+    matrices: ClassVar[str]  # the names of the tensors
     counters: ClassVar[tuple[str, ...]] = ("projection_prng_key",)
 
     def __post_init__(self) -> None:
-        """Validate the fields as every config does; warn (`warn_unsaved`) if `save_projection` is False."""
+        """Validate the fields; warn if `save_projection` is False, so that a load draws the tensors again."""
         super().__post_init__()
         if not self.save_projection:
-            warn_unsaved(self.matrices)
+            warn(
+                f"Specified to not save {self.matrices}: they are drawn again from `projection_prng_key` on load, "
+                "which gives the same values only if torch's generator is the same."
+            )
 
 
-def warn_unsaved(names: str) -> None:
-    """Warn that files will lack the tensors `names`, which a load then draws again from `projection_prng_key`."""
-    warn(
-        f"Specified to not save {names}: they are drawn again from `projection_prng_key` on load, which gives the same "
-        "values only if torch's generator is the same."
-    )
+@dataclass(kw_only=True)
+class ProjectionConfig(DrawnConfig):
+    """The fields of a method that shares random matrices A and B between layers."""
+
+    r: Annotated[int, COUNT]
 
 
 def maybe_transient(tensor: Tensor, saved: bool) -> Tensor | Transient:

@@ -25,6 +25,7 @@ from graft.train import adalora_callback, allocate_on_step
 from tests.compat.test_compat import run
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers
+from tests.models import adapted
 from tests.raised import refuses, warns
 
 STEPS = 12
@@ -405,6 +406,20 @@ def test_pruned_triples_leave_memory(tmp_path):
     torch.testing.assert_close(graft.PeftModel.from_pretrained(base(), tmp_path)(x).logits, before)
     refuses(ConfigError, r"'a'.*triples", ours.base_model.resize_modules_by_rank_pattern, pattern, "default")
     refuses(ConfigError, "'z'", ours.base_model.resize_modules_by_rank_pattern, {"z.lora_E": [True]}, "default")
+
+
+def test_triples_that_a_file_lacks_stay_and_their_singular_values_are_zero():
+    config = graft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["a"])
+    model = adapted(nn.ModuleDict({"a": nn.Linear(6, 5)}), config)
+    m = layers(model)["a"].methods["default"]
+    m.cfg.rank_pattern = {"a.lora_E": [True, False, True, False]}
+    file = {("lora_E", ""): torch.full((2, 1), 5.0), ("lora_A", ""): torch.ones(2, 6), ("lora_B", ""): torch.ones(5, 2)}
+    values = m.from_file_tensors(file, m.cfg)
+    assert values["lora_E", ""].flatten().tolist() == [5.0, 0.0, 5.0, 0.0]
+    assert torch.equal(values["lora_A", ""][1::2], m.lora_A[1::2]) and torch.all(values["lora_A", ""][::2] == 1)
+    assert torch.equal(values["lora_B", ""][:, 1::2], m.lora_B[:, 1::2]) and torch.all(
+        values["lora_B", ""][:, ::2] == 1
+    )
 
 
 def test_what_masks_of_a_caller_leave_can_be_loaded(tmp_path):

@@ -20,14 +20,16 @@ WITH = Path(__file__).with_name("quick_with.txt")
 # one test in so many of a function runs: all where they take a few milliseconds each and notice much
 SHARES = {
     "tests/conformance/test_together.py": 9, "tests/conformance/test_matrix.py::test_a_default_device": 1,
-    "tests/conformance/": 3, "tests/methods/test_refused.py": 1, "tests/core/test_pieces.py": 3,
+    "tests/conformance/": 4, "tests/methods/test_refused.py": 1, "tests/core/test_pieces.py": 9,
     "tests/kernels/test_eager.py": 5, "tests/kernels/test_other_kernels.py": 5, "tests/kernels/test_low_rank.py": 5,
     "tests/kernels/": 1,
     "tests/methods/test_adapterhub.py": 8, "tests/methods/test_places.py": 8, "tests/methods/test_reft.py": 3,
     "tests/methods/test_poly.py": 3, "tests/methods/test_xlora.py": 3, "tests/methods/test_shadow.py": 3,
     "tests/methods/test_lora_extras.py": 3, "tests/methods/test_adaption_prompt.py": 3, "tests/methods/": 2,
-    "tests/inject/test_reading.py": 5, "tests/inject/": 2, "tests/io/test_layouts.py": 5, "tests/io/": 1,
-    "tests/core/test_planned.py": 2, "tests/core/": 1, "tests/storage/": 5, "tests/": 25,
+    "tests/inject/test_reading.py": 5, "tests/inject/test_stage.py": 5, "tests/inject/": 2,
+    "tests/io/test_layouts.py": 5, "tests/io/": 1,
+    "tests/core/test_planned.py": 4, "tests/core/test_layer.py::test_under_autocast": 3, "tests/core/": 1,
+    "tests/storage/": 5, "tests/": 25,
 }  # fmt: skip
 
 

@@ -39,7 +39,7 @@ class Options:
 
     upcast: bool = True  # train half-precision adapters in float32
     on_meta: bool = False  # leave its tensors on the meta device
-    values: Any = None  # the `CheckpointValues` of a file, in place of initial ones
+    values: Any = None  # of a file (`CheckpointValues`) or of other adapters, in place of initial ones
     heads: dict[str, nn.Module] | None = None  # modules for `modules_to_save`, by name, instead of copies of the base's
     state_dict: dict[str, Tensor] | None = None  # adapt exactly the layers that it has tensors for
     provisional: bool = False  # the caller may still remove the adapter: see `Registry.provisional`

@@ -307,8 +307,8 @@ def pause_collector() -> Iterator[None]:
             gc.enable()
 
 
-def find_carriers(model: nn.Module, adapter: str) -> tuple[AdapterCarriers, str, nn.Module]:
-    """Return the carriers of an adapter, the prefix of its keys, and the base model.
+def find_carriers(model: nn.Module, adapter: str) -> tuple[AdapterCarriers, str, nn.Module, Any]:
+    """Return the carriers of an adapter, the prefix of its keys, the base model, and the config, None if there is none.
 
     Wrappers such as DDP are skipped. The prefix is "model." for a tuner, "" for a model without a registry, and else
     that of a PeftModel.
@@ -323,14 +323,14 @@ def find_carriers(model: nn.Module, adapter: str) -> tuple[AdapterCarriers, str,
         registry.check_known([adapter])
         parts = registry.parts_of(adapter)
         is_tuner = getattr(registry, "holder", None) is model
-        return parts, "model." if is_tuner else parts.prefix, registry.model
+        return parts, "model." if is_tuner else parts.prefix, registry.model, registry.peft_config[adapter]
     check_no_foreign_adapters(model)
     tree = survey_model(model)
     layers = {k: layer for k, layer in tree.layers.items() if adapter in layer.methods}
     wrappers = {k: w for k, w in tree.wrappers.items() if adapter in w.adapters}
     if not layers and not wrappers:
         raise AdapterNotFoundError(f"Adapter {adapter} not found: no layer of the model carries it.")
-    return AdapterCarriers(layers, wrappers, all_layers=tree.layers), "", model
+    return AdapterCarriers(layers, wrappers, all_layers=tree.layers), "", model, get_config(model, adapter)
 
 
 def get_config(model: nn.Module, adapter: str) -> Any:

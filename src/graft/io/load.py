@@ -26,7 +26,7 @@ from graft.core.wrappers import is_bias
 from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.build import assign_values
 from graft.inject.job import Receiver
-from graft.inject.parts import AdapterCarriers, find_carriers, get_config, get_gate, get_registry, unwrap_model
+from graft.inject.parts import AdapterCarriers, find_carriers, get_gate, get_registry, unwrap_model
 from graft.inject.stage import find_absent_in_model
 from graft.io.base import make_file_namer
 from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, find_key, list_entries, list_tied_row_keys, rename_keys
@@ -551,9 +551,8 @@ def set_peft_model_state_dict(
         CheckpointError: a tensor is not a plain one of finite real numbers.
     """
     model = unwrap_model(model)
-    parts, prefix, base = find_carriers(model, adapter_name)
+    parts, prefix, base, config = find_carriers(model, adapter_name)
     loaded = LoadedWeights(dict(peft_model_state_dict), "the given state dict")
-    config = get_config(model, adapter_name)
     values = CheckpointValues(
         base, config, adapter_name, loaded, strict, None, ignore_mismatched_sizes, allow_nonfinite, prefix
     )

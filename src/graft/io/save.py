@@ -31,14 +31,7 @@ from graft.core.wrappers import (
 )
 from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.match import TargetNames
-from graft.inject.parts import (
-    AdapterCarriers,
-    ParameterLayerPaths,
-    find_carriers,
-    get_config,
-    get_registry,
-    unwrap_model,
-)
+from graft.inject.parts import AdapterCarriers, ParameterLayerPaths, find_carriers, get_registry, unwrap_model
 from graft.inject.stage import find_absent_in_model, find_model_group
 from graft.inject.targets import EMBEDDING_NAMES
 from graft.io.base import make_file_namer, remove_carrier_names
@@ -70,8 +63,7 @@ def get_peft_model_state_dict(
         AdapterKeyError: `state_dict` lacks one of its tensors.
         CheckpointError: a tensor is one process's part, and has to be gathered first.
     """
-    parts, prefix, base = find_carriers(model, adapter_name)
-    config = get_config(unwrap_model(model), adapter_name)
+    parts, prefix, base, config = find_carriers(model, adapter_name)
     return collect_adapter_tensors(model, parts, prefix, base, adapter_name, config, state_dict, save_embedding_layers)
 
 
@@ -164,9 +156,9 @@ def find_adapter_ranks(model: nn.Module, adapters: list[str], save_embedding_lay
         return dist.get_process_group_ranks(group)
     tensors: list[Tensor] = []
     for adapter in adapters:
-        parts, _, base = find_carriers(model, adapter)
+        parts, _, base, config = find_carriers(model, adapter)
         if averager is not None:
-            tensors += list_sharded_base_tensors(base, get_config(model, adapter), save_embedding_layers)
+            tensors += list_sharded_base_tensors(base, config, save_embedding_layers)
         elif parts.prompt is not None:  # the fingerprint reads base weights, which may be sharded, too
             tensors += [*find_parameters_below(parts.prompt).values(), *find_parameters_below(base).values()]
         tensors += [slot.tensor for carrier in parts.carriers() for slot in carrier.slots(adapter) if slot.saved]
@@ -377,10 +369,10 @@ def fingerprint_base(model: nn.Module, adapter: str, full: bool = False, togethe
         full: with digests of all tensors that the adapter leaves alone.
         together: all processes call this, so that sharded values can be read.
     """
-    parts, _, base = find_carriers(model, adapter)
+    parts, _, base, config = find_carriers(model, adapter)
     registry = get_registry(unwrap_model(model))
     sample = None if registry is None else registry.samples.get(adapter)
-    return fingerprint_carriers(parts, base, adapter, get_config(model, adapter), full, together, sample)
+    return fingerprint_carriers(parts, base, adapter, config, full, together, sample)
 
 
 def fingerprint_carriers(

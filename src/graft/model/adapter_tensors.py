@@ -20,14 +20,7 @@ from graft.core.layer import AdapterLayer
 from graft.core.method import Method, WeightUse
 from graft.core.ops import Opaque
 from graft.inject.experts import shorten_paths
-from graft.inject.parts import (
-    AdapterCarriers,
-    ParameterLayerPaths,
-    find_carriers,
-    get_config,
-    run_as_call,
-    unwrap_model,
-)
+from graft.inject.parts import AdapterCarriers, ParameterLayerPaths, find_carriers, run_as_call
 from graft.inject.stage import find_model_group
 from graft.io import files, save
 from graft.io.fingerprint import Fingerprint, hash_text
@@ -106,8 +99,7 @@ def adapter_tensors(
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"layout={layout!r}: one of {', '.join(LAYOUTS)}.")
-    parts, prefix, base = find_carriers(model, adapter_name)
-    config = get_config(unwrap_model(model), adapter_name)
+    parts, prefix, base, config = find_carriers(model, adapter_name)
     blocks = ServerBlocks(base)
     if layout == "vllm":
         layout = "vllm-3d" if blocks.is_stacked_in_vllm else "vllm-2d"

@@ -25,14 +25,7 @@ from graft.core.finite import is_dense_float, max_magnitudes
 from graft.core.method import Tuner, WeightUse
 from graft.core.rows import find_tensors
 from graft.inject.beside import ModulesToSaveWrapper
-from graft.inject.parts import (
-    AdapterCarriers,
-    check_no_foreign_adapters,
-    find_carriers,
-    get_config,
-    get_registry,
-    unwrap_model,
-)
+from graft.inject.parts import AdapterCarriers, check_no_foreign_adapters, find_carriers, get_registry, unwrap_model
 from graft.inject.report import star_indices
 from graft.inject.survey import survey_model
 from graft.io.entries import list_entries
@@ -226,14 +219,13 @@ def audit(
         if was_trained(registry):
             report.after = "training, whose gradients are gone"
     report.not_trained = find_frozen(carriers)
-    configs = {name: get_config(model, name) for name in names}
     by_name = {name: find_carriers(model, name) for name in names}
-    adapters = [(name, carriers_of_name, base, configs[name]) for name, (carriers_of_name, _, base) in by_name.items()]
+    adapters = [(name, of_name, base, config) for name, (of_name, _, base, config) in by_name.items()]
     report.not_saved = find_unsaved(model, adapters)
     if optimizer is not None:
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         report.not_optimized = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
-        report.far_rates = find_far_rates(parts, configs, optimizer)
+        report.far_rates = find_far_rates(parts, {name: config for name, _, _, config in adapters}, optimizer)
     return report
 
 

@@ -13,14 +13,7 @@ from graft.combine.convert import convert_layers
 from graft.config.base import PeftConfig
 from graft.config.fields import to_int
 from graft.core.errors import ConfigError, ConfigTypeError
-from graft.inject.parts import (
-    AdapterCarriers,
-    ParameterLayerPaths,
-    find_carriers,
-    get_config,
-    run_as_call,
-    unwrap_model,
-)
+from graft.inject.parts import AdapterCarriers, ParameterLayerPaths, find_carriers, run_as_call, unwrap_model
 from graft.io import files, save
 from graft.io.entries import list_entries
 from graft.io.fingerprint import list_base_weights, make_fingerprint
@@ -158,7 +151,6 @@ def find_adapter(model: nn.Module, adapter: str) -> tuple[AdapterCarriers, str, 
         AdapterNotFoundError: it has others.
     """
     model = unwrap_model(model)
-    config = get_config(model, adapter)
-    if config is None and not getattr(model, "peft_config", None):
+    if not getattr(model, "peft_config", None):
         raise ConfigTypeError("Could not detect any layer that supports LoRA conversion. The model has no adapters.")
-    return *find_carriers(model, adapter), config
+    return find_carriers(model, adapter)

@@ -168,8 +168,7 @@ def prepare_swap(
     Raises:
         AdapterNotFoundError, ConfigError, AdapterKeyError, BaseModelMismatchError: as `hotswap_adapter`.
     """
-    parts, _, base = find_carriers(model, adapter)
-    now = get_config(model, adapter)
+    parts, _, base, now = find_carriers(model, adapter)
     check_compatible(now or config, config)
     merged = [key for key, layer in parts.layers.items() if adapter in layer.merged_adapters]
     if merged:

@@ -86,12 +86,6 @@ def test_an_adapter_made_while_another_is_merged():
     close(model(x), expected)
 
 
-@pytest.mark.parametrize("options", [dict(r=0), dict(decomposition_method="svd")])
-def test_settings_that_cannot_be(options):
-    with pytest.raises(ValueError):
-        config(graft, **options)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_product_with_a_frozen_weight(dtype):
     torch.manual_seed(0)

@@ -70,12 +70,3 @@ def test_a_large_vocabulary_is_never_transformed():
 @pytest.mark.differs("C3A's `block_size_pattern`, FourierFT's `n_frequency_pattern`")
 def test_the_pattern_reaches_modules_at_the_top():
     assert made(nn.Linear(10, 12), n_frequency_pattern={"0": 7}).base_model.model[0].indices["default"].shape == (2, 7)
-
-
-def test_numbers_that_cannot_be():
-    with pytest.raises(graft.ConfigError, match="`random_loc_seed` must be a number"):
-        graft.FourierFTConfig(random_loc_seed=None)
-    with pytest.raises(graft.ConfigError, match="`n_frequency` should be a positive integer"):
-        graft.FourierFTConfig(n_frequency_pattern={"0": 0})
-    with pytest.raises(graft.UnsupportedLayerError, match=r"passed is 121 and the product is 120"):
-        made(nn.Linear(10, 12), n_frequency=121)

@@ -81,12 +81,6 @@ def test_float64():
     assert_close(B.T @ B, torch.eye(3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("lib", LIBS)
-def test_a_rank_above_the_dimensions(lib):
-    with pytest.raises(ValueError, match=r"MiCA requires `r` <= min\(in_features, out_features\) but got r=11"):
-        lib.get_peft_model(net(), config(lib, r=11))
-
-
 @pytest.mark.differs("MiCA, MonteCLoRA on tied layers (`ensure_weight_tying`)")
 def test_tied_layers_are_refused():
     """PEFT freezes the head's B, which is the embedding's A, and trains B through the head."""

@@ -83,12 +83,3 @@ def test_dropout_without_effect_is_said(variant):
         warnings.simplefilter("always")
         graft.MissConfig(miss_dropout=0.1, **VARIANTS[variant])
     assert any("miss_dropout has no effect" in str(w.message) for w in seen) == (variant == "bat")
-
-
-def test_the_block_of_mini_must_fit():
-    with pytest.raises(graft.ConfigError, match="`mini_r` should be a positive integer"):
-        graft.MissConfig(mini_r=0)
-    with pytest.raises(graft.UnsupportedLayerError, match=r"lin0.*\(12\) must be divisible by `mini_r` \(5\)"):
-        graft.get_peft_model(
-            models.make("mlp"), graft.MissConfig(target_modules=["lin0"], r=2, mini_r=5, init_weights="mini")
-        )

@@ -7,8 +7,6 @@ import errno
 import gc
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,26 +20,6 @@ from tests.many.alone import SPECS, batches, started, tiny
 from tests.many.test_sweep import swept
 from tests.threads import in_child, start
 
-ROOT = Path(__file__).parents[2]
-OTHER = """
-import sys
-from tests.many.test_claims import MultiTrain, begun, swept
-runs = begun("plain")
-runs.step()
-runs.save(sys.argv[1] + "/runs")
-step, calls = MultiTrain.step, []
-
-def standing(self):
-    calls.append(None)
-    if len(calls) == 4:  # in the second rung
-        print("there", flush=True)
-        sys.stdin.read()
-    return step(self)
-
-MultiTrain.step = standing
-swept(sys.argv[1] + "/sweep", save_every=1)
-"""
-
 
 def begun(*names):
     return started(names, 4)
@@ -51,28 +29,47 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and LOCKS not in path.parts}
 
 
+def write_until_killed(folder: Path, pipe: int) -> None:
+    """Save runs; then sweep to the second rung, write a byte into the pipe, and stop there."""
+    runs = begun("plain")
+    runs.step()
+    runs.save(folder / "runs")
+    step, calls = MultiTrain.step, []
+
+    def standing(self):
+        calls.append(None)
+        if len(calls) == 4:  # in the second rung
+            os.write(pipe, b".")
+            signal.pause()
+        return step(self)
+
+    MultiTrain.step = standing
+    swept(folder / "sweep", save_every=1)
+
+
 def test_another_process_is_refused_until_the_first_is_killed(tmp_path):
-    command = [sys.executable, "-c", OTHER, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
-        try:
-            assert other.stdout is not None and other.stdout.readline() == "there\n"
-            before, model, runs = files(tmp_path), tiny(), begun("wide", "plain")
-            with pytest.raises(
-                FolderInUseError, match=rf"Another process is writing '{TABLE}' in .*sweep, .* Let it end"
-            ):
-                swept(tmp_path / "sweep", model=model)
-            with pytest.raises(FolderInUseError, match="Another process is writing 's1'"):
-                swept(tmp_path / "sweep", model=model, share=(1, 3), exchange=lambda rows: [rows])
-            assert not any("lora" in name for name, _ in model.named_modules())
-            for save in (runs.save, lambda folder: runs.run(save=folder)):
-                with pytest.raises(FolderInUseError, match="'plain'"):
-                    save(tmp_path / "runs")
-            assert files(tmp_path) == before and runs["wide"].step == 0
-            begun("wide").run(save=tmp_path / "runs")  # others may be in there
-            resumed = MultiTrain.resume(tiny(), tmp_path / "runs")  # and who reads
-            assert resumed.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4)).step == 1
-        finally:
-            other.send_signal(signal.SIGKILL)
+    read, write = os.pipe()
+    other = start(lambda: write_until_killed(tmp_path, write))
+    os.close(write)
+    try:
+        assert os.read(read, 1) == b"."
+        before, model, runs = files(tmp_path), tiny(), begun("wide", "plain")
+        with pytest.raises(FolderInUseError, match=rf"Another process is writing '{TABLE}' in .*sweep, .* Let it end"):
+            swept(tmp_path / "sweep", model=model)
+        with pytest.raises(FolderInUseError, match="Another process is writing 's1'"):
+            swept(tmp_path / "sweep", model=model, share=(1, 3), exchange=lambda rows: [rows])
+        assert not any("lora" in name for name, _ in model.named_modules())
+        for save in (runs.save, lambda folder: runs.run(save=folder)):
+            with pytest.raises(FolderInUseError, match="'plain'"):
+                save(tmp_path / "runs")
+        assert files(tmp_path) == before and runs["wide"].step == 0
+        begun("wide").run(save=tmp_path / "runs")  # others may be in there
+        resumed = MultiTrain.resume(tiny(), tmp_path / "runs")  # and who reads
+        assert resumed.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4)).step == 1
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+        os.close(read)
     runs.save(tmp_path / "runs")
     found, whole = swept(tmp_path / "sweep"), swept()
     assert found.rows == whole.rows and [t.curve for t in found.trials] == [t.curve for t in whole.trials]

@@ -38,6 +38,7 @@ hold_temporary_files_in_memory()
 import sys
 
 import pytest
+from _pytest.runner import runtestprotocol
 
 from tests.quick import draw_tests
 from tests.warned import WARNED
@@ -75,6 +76,17 @@ def pytest_runtest_setup(item):
         guards.profile_guard_manager = lambda *args: 0.0
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Report passed calls, and all that did not pass, to the process that gives out tests: half of the messages."""
+    if not hasattr(item.config, "workerinput"):
+        return None
+    for report in runtestprotocol(item, log=False, nextitem=nextitem):
+        if report.when == "call" or not report.passed:
+            item.ihook.pytest_runtest_logreport(report=report)
+    return True
+
+
 def pytest_configure(config):
     if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
         prepare_process()  # not in the process that only gives out tests: the others would wait for it
@@ -96,23 +108,22 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
+EXPECTED = [(tuple(known.where.split()), known.says) for known in WARNED]
+
+
 @cache
-def expected(says):
-    """One filter for all: pytest sets those of a test three times."""
-    return pytest.mark.filterwarnings(f"ignore:({'|'.join(says)})")
+def expected(function):
+    """Return a mark for all warnings that a test function may call forth, since pytest sets it three times; or None."""
+    says = [said for where, said in EXPECTED if function.startswith(where)]
+    return pytest.mark.filterwarnings(f"ignore:({'|'.join(says)})") if says else None
 
 
 def pytest_collection_modifyitems(config, items):
     if os.environ.get("GRAFT_TESTS") == "quick":
         items[:] = draw_tests([item for item in items if not item.get_closest_marker("slow")])
-    places = [(tuple(known.where.split()), known.says) for known in WARNED]
-    some = tuple(start for where, _ in places for start in where)
     for item in items:
-        place = item.nodeid.removeprefix("tests/")
-        if not place.startswith(some):
-            continue
-        if says := tuple(said for where, said in places if place.startswith(where)):
-            item.add_marker(expected(says))
+        if mark := expected(item.nodeid.partition("[")[0].removeprefix("tests/")):
+            item.add_marker(mark)
     if SUBJECT != "graft":
         dropped = [item for item in items if item.get_closest_marker("graft_only")]
         config.hook.pytest_deselected(items=dropped)

@@ -47,6 +47,17 @@ KINDS = [  # (method, options, layer, kind of effect, facts)
 ]
 
 
+def test_a_method_that_cannot_be_tied_to_an_embedding_says_so():
+    cfg = graft.IA3Config(target_modules=["0"], feedforward_modules=[])
+    method = method_of("IA3")(site(LINEAR), cfg, "a")
+    refuses(
+        NotImplementedError,
+        "no implementation exists to tie the adapters of IA3: layer '0'",
+        method.tie_to_embedding,
+        method,
+    )
+
+
 @pytest.mark.parametrize("peft_type, options, layer, kind, facts", KINDS)
 def test_the_effect_follows_from_site_and_config(peft_type, options, layer, kind, facts):
     if peft_type == "LN_TUNING":

@@ -117,9 +117,8 @@ class CheckpointPair:
         its name.
         """
         module = self._module(name)
-        return (
-            module_path(name).rpartition(".")[2] in EMBEDDINGS if module is None else hasattr(module, "num_embeddings")
-        )
+        by_name = module_path(name).rpartition(".")[2] in EMBEDDINGS
+        return by_name if module is None else hasattr(module, "num_embeddings")
 
     def is_head(self, name: str) -> bool:
         """Return True if a parameter belongs to the model's output head; without a model, to a module named lm_head."""

@@ -431,9 +431,8 @@ class Run:
         """Return True if one call of either optimizer can make the steps of both runs: both have vectors, and equal
         classes and settings.
         """
-        return (
-            self._flat is not None and other._flat is not None and are_settings_equal(self.optimizer, other.optimizer)
-        )
+        both_flat = self._flat is not None and other._flat is not None
+        return both_flat and are_settings_equal(self.optimizer, other.optimizer)
 
     def gradients(self) -> list[Tensor | None] | None:
         """Return by parameter the summed gradients of the step under way; None if there are none."""

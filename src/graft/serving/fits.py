@@ -217,11 +217,8 @@ def _make_scales(
     inner, l = config.is_feedforward(key), below[SCALES]
     n = layer.in_features if inner else layer.out_features
     _check_shapes(name, key, below, {SCALES: (1, n) if inner else (n, 1)})
-    factors, vector = (
-        (l.new_empty(0, layer.in_features), l.new_empty(0, layer.out_features)),
-        _copy_to_host(l.flatten()),
-    )
-    return SlotFactors(*factors, inner=vector) if inner else SlotFactors(*factors, gain=vector)
+    A, B, vector = l.new_empty(0, layer.in_features), l.new_empty(0, layer.out_features), _copy_to_host(l.flatten())
+    return SlotFactors(A, B, inner=vector) if inner else SlotFactors(A, B, gain=vector)
 
 
 def _check_shapes(name: str, key: str, below: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:

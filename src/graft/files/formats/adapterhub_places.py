@@ -190,10 +190,9 @@ def read_reft(path: str, fields: Json, by_name: Mapping[str, Tensor], blocks: li
         end = "_suffix" if unit == "1" else ""
         try:
             named = {f"reft_A{end}.{leaf}": leaves[f"learned_source.{leaf}"] for leaf in ("weight", "bias")}
-            R = leaves.get("projection.weight")
-            named[f"reft_R{end}"] = (
-                from_torch(compute_orthonormal_weight(leaves, "projection"), "reft_R") if R is None else R
-            )
+            if (R := leaves.get("projection.weight")) is None:
+                R = from_torch(compute_orthonormal_weight(leaves, "projection"), "reft_R")
+            named[f"reft_R{end}"] = R
         except KeyError as e:
             raise CheckpointError(
                 f"{path} lacks {e} of '{module}': it is cut off, or was written wrong. Save or download it again."

@@ -56,11 +56,8 @@ def recognises(path: str) -> bool:
     header, metadata = read_header(file)
     if METADATA in metadata or of_first_release(header):
         return True
-    return (
-        bool(header)
-        and sum(PART.match(key) is not None or OLDEST.fullmatch(key) is not None for key in header) > len(header) / 2
-        and any(split_key(key) is not None for key in header)
-    )
+    known = [key for key in header if PART.match(key) or OLDEST.fullmatch(key)]
+    return len(known) > len(header) / 2 and any(split_key(key) is not None for key in header)
 
 
 def of_first_release(keys: Iterable[str]) -> bool:

@@ -576,7 +576,7 @@ def name_tensors(adapter: AdapterFile, lost: list[str]) -> dict[str, Tensor]:
     """
     out: dict[str, Tensor] = {}
     of_prompt = adapter.method in PROMPTS
-    wrapped = PROMPT_WRAPPED if of_prompt else WRAPPED
+    wrapped, wrapper = PROMPT_WRAPPED if of_prompt else WRAPPED, f"{TOKENS}." * (adapter.method != "TRAINABLE_TOKENS")
     alike = {adapter.method, *(VARIANTS.values() if adapter.method == "LORA" else ())}
     for path, of_module in adapter.modules.items():
         stem = f"{wrapped}{find_peft_path(path, adapter)}"
@@ -593,14 +593,12 @@ def name_tensors(adapter: AdapterFile, lost: list[str]) -> dict[str, Tensor]:
         module, _, leaf = name.rpartition(".")
         target_path = f"{module}.base_layer" if module in adapter.modules else module
         if name in adapter.rows:
-            target_path = (
-                f"{module}.base_layer" if adapter.method == "TRAINABLE_TOKENS" else f"{module}.{TOKENS}.base_layer"
-            )
+            target_path = f"{module}.{wrapper}base_layer"
         out[f"{wrapped}{add_base_layers(target_path, adapter)}.{leaf}"] = t
     for name, (_, values) in adapter.rows.items():
-        leaf = "trainable_tokens_delta"
-        leaf = leaf if adapter.method == "TRAINABLE_TOKENS" else f"{TOKENS}.{leaf}"
-        out[f"{wrapped}{add_base_layers(name.removesuffix('.weight'), adapter)}.{leaf}"] = values
+        out[f"{wrapped}{add_base_layers(name.removesuffix('.weight'), adapter)}.{wrapper}trainable_tokens_delta"] = (
+            values
+        )
     for name, t in adapter.shared.items():
         out[name if of_prompt else f"{PROMPT_WRAPPED}{name}"] = t
     return out

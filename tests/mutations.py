@@ -146,7 +146,7 @@ MUTATIONS = [
              "            os.rename(third, one if os.path.lexists(other) else other)\n", "            pass\n",
              "tests/files/test_hostile.py tests/command/test_app.py"),
     Mutation("a result over its own source", "files/sources.py", "in (output, source_path)", "== output",
-             "tests/files/test_hostile.py tests/command/test_app.py"),
+             "tests/command/test_bad_input.py"),
     Mutation("a verb that failed leaves its folder", "files/sources.py", "delete_folder(room)", "pass",
              "tests/files/test_hostile.py tests/command/test_app.py"),
 ]  # fmt: skip

@@ -22,7 +22,7 @@ from graft.files import formats
 from graft.files.base import BaseDescription
 from graft.files.bases import open_base
 from graft.files.convert import convert_adapter_file
-from graft.files.errors import BaseNeededError, OptionError, OutputExistsError
+from graft.files.errors import BaseNeededError, OutputExistsError
 from graft.files.inspect import compare_adapters, inspect_adapter
 from graft.files.lint import lint_adapter
 from graft.files.neutral import AdapterFile, LowRank
@@ -257,31 +257,6 @@ def test_heads_need_the_base(tmp_path):
     refused(BaseNeededError, "number of heads", FIXTURES / "torchtune_lora", "peft", tmp_path / "out")
 
 
-def test_an_output_that_exists(tmp_path, locon):
-    out = tmp_path / "out"
-    convert_adapter_file(locon, "peft", out, NET)
-    before = (out / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(OutputExistsError, match="--force"):
-        convert_adapter_file(locon, "peft", out, NET)
-    (out / "mine.txt").write_text("x")
-    with pytest.raises(OutputExistsError, match=r"holds \[mine.txt\], which is no file of an adapter"):
-        convert_adapter_file(FIXTURES / "lycoris_tucker", "peft", out, NET, force=True)
-    (out / "mine.txt").unlink()
-    convert_adapter_file(FIXTURES / "lycoris_tucker", "peft", out, NET, force=True)
-    assert (out / "adapter_model.safetensors").read_bytes() != before
-    with pytest.raises(OptionError, match="the source"):
-        convert_adapter_file(locon, "kohya", locon, NET, force=True)
-    held = sorted(os.listdir(out))
-    with pytest.raises(OptionError, match="lies in the other"):
-        convert_adapter_file(out, "kohya", out / "inner.safetensors", NET)
-    assert sorted(os.listdir(out)) == held
-    (tmp_path / "others").mkdir()
-    (tmp_path / "others" / "letter.txt").write_text("x")
-    with pytest.raises(OutputExistsError, match=r"holds \[letter.txt\]"):
-        convert_adapter_file(locon, "peft", tmp_path / "others", NET, force=True)
-    assert os.listdir(tmp_path / "others") == ["letter.txt"]
-
-
 @pytest.mark.parametrize("call, at", [("fsync", 1), ("rename", 2)], ids=["written", "named"])
 def test_an_error_while_writing_leaves_what_was_there(call, at, tmp_path, locon, monkeypatch):
     monkeypatch.setattr(atomic, "swap_by_system", lambda *_: False)  # as where the system cannot
@@ -342,20 +317,6 @@ def test_nobody_is_told_to_run_a_pickle(tmp_path):
     with pytest.raises(CheckpointError, match=r"getattr .*nothing of it has been run") as raised:
         formats.read(folder)
     assert RAN == [] and "weights_only" not in str(raised.value)
-
-
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
-    """In a process whose files may have a kilobyte."""
-    resource = pytest.importorskip("resource")
-    code = "from graft.command import main; main()"
-    out = tmp_path / "out"
-    words = ["resize", str(FIXTURES / "mlx_lora"), "-o", str(out), "--rank", "2"]
-    done = subprocess.run(
-        [sys.executable, "-B", "-c", code, *words], capture_output=True, text=True,  # -B: bytecode would be cut off
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)),
-    )  # fmt: skip
-    assert done.returncode == 3 and str(out) in done.stderr, done.stderr
-    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["peft", "kohya"])

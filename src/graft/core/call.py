@@ -27,19 +27,7 @@ from torch.utils.hooks import unserializable_hook
 from graft.core.errors import PeftWarning, RoutingError, warn
 from graft.core.gate import Gate
 from graft.core.random import AdapterGenerators
-from graft.core.rows import (
-    ALL_OFF,
-    AMBIGUOUS,
-    NO_FACTS,
-    NOTHING,
-    OFF,
-    UNCLEAR,
-    CallContext,
-    Facts,
-    Gates,
-    Rows,
-    find_tensors,
-)
+from graft.core.rows import ALL_OFF, AMBIGUOUS, NO_FACTS, NOTHING, OFF, CallContext, Facts, Gates, Rows, find_tensors
 from graft.kernels.segments import Stacks
 
 
@@ -448,7 +436,7 @@ class Call:
                 "the model's output has no tensor with a gradient to tell the call. Return tensors in tuples, dicts, "
                 "dataclasses or attributes of objects, or turn checkpointing off."
             )
-        if restored.context.rows is UNCLEAR:
+        if restored.context is AMBIGUOUS:
             raise RoutingError(
                 "One backward pass under gradient checkpointing covers forward passes with different rows, facts, "
                 "gates or disabled adapters, so that a recomputed layer cannot tell its call. Call backward() after "

@@ -218,19 +218,6 @@ def collapse_shared(pairs: Mapping[str, FactorPair]) -> dict[str, FactorPair]:
     return {IN: FactorPair(pairs[IN].A[:1], pairs[IN].B), OUT: FactorPair(pairs[OUT].A, pairs[OUT].B[:1])}
 
 
-def why_not_shared(pairs: Mapping[str, FactorPair]) -> str | None:
-    """Return a text that says which stacked factor differs between experts, or None if each equals that of the first
-    expert.
-
-    `pairs` maps IN and OUT to factors of all experts; A of the input is compared, then B of the output. A shared layout
-    would hold each of the two once.
-    """
-    for which, t in ((IN, pairs[IN].A), (OUT, pairs[OUT].B)):
-        if bool((t != t[:1]).any()):
-            return f"the experts' {'A of the input' if which == IN else 'B of the output'} differ"
-    return None
-
-
 # back: from a server's layout to PEFT's
 
 

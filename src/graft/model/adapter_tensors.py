@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -24,17 +24,7 @@ from graft.inject.parts import AdapterCarriers, ParameterLayerPaths, find_carrie
 from graft.inject.stage import find_model_group
 from graft.io import files, save
 from graft.io.fingerprint import Fingerprint, hash_text
-from graft.io.servers import (
-    IN,
-    LAYOUTS,
-    OUT,
-    PARAMETERS,
-    WRITERS,
-    FactorPair,
-    ServerBlock,
-    ServerBlocks,
-    why_not_shared,
-)
+from graft.io.servers import IN, LAYOUTS, OUT, PARAMETERS, WRITERS, FactorPair, ServerBlock, ServerBlocks
 from graft.io.tensors import digest_tensors
 from graft.io.written import TRAINING_ONLY
 from graft.methods.lora.config import LoraConfig
@@ -296,6 +286,19 @@ def lay_out(
     if view.layout.startswith("sglang"):
         out, ranks = pad_ranks(out, max(ranks.values())), dict.fromkeys(ranks, max(ranks.values()))
     return {key: out[key].contiguous() for key in sorted(out)}, ranks
+
+
+def why_not_shared(pairs: Mapping[str, FactorPair]) -> str | None:
+    """Return a text that says which stacked factor differs between experts, or None if each equals that of the first
+    expert.
+
+    `pairs` maps IN and OUT to factors of all experts; A of the input is compared, then B of the output. A shared layout
+    would hold each of the two once.
+    """
+    for which, t in ((IN, pairs[IN].A), (OUT, pairs[OUT].B)):
+        if bool((t != t[:1]).any()):
+            return f"the experts' {'A of the input' if which == IN else 'B of the output'} differ"
+    return None
 
 
 def read_factors(

@@ -157,9 +157,11 @@ def check_kind(stack: PromptStack, cfg: Any) -> None:
     """
     name, kind = type(stack.module).__name__, cfg.peft_type.value
     cached = list(getattr(kv_prefix.new_cache(stack.config, False), "layers", ())) if stack.cache_name else []
-    states = [i for i, layer in enumerate(cached) if kv_prefix.holds_state(layer)]
+    tokens = list(map(kv_prefix.holds_tokens, cached))
+    # layers of linear attention and of convolutions
+    states = [i for i, layer in enumerate(cached) if hasattr(layer, "conv_states") and not tokens[i]]
     stateful = stack.cache_name is None and "cache_params" in stack.names
-    if stateful or (states and not any(map(kv_prefix.holds_tokens, cached))):
+    if stateful or (states and not any(tokens)):
         raise ConfigError(
             f"{name} keeps a state instead of a cache of tokens, so that {kind} cannot be used with it. Use a method "
             "that acts on layers, such as LORA."

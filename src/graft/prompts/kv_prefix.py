@@ -133,14 +133,6 @@ def holds_tokens(layer: object) -> bool:
     return hasattr(layer, "get_seq_length")
 
 
-def holds_state(layer: object) -> bool:
-    """Return True if a layer of a cache holds only a state, as for linear attention and convolutions.
-
-    It then has `conv_states`, and no method `get_seq_length`.
-    """
-    return hasattr(layer, "conv_states") and not holds_tokens(layer)
-
-
 def is_static(cache: object) -> bool:
     """Return True if a cache, or its part for self-attention, has room for a fixed number of tokens only."""
     return bool(getattr(getattr(cache, "self_attention_cache", cache), "is_compileable", False))

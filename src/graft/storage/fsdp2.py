@@ -56,14 +56,9 @@ def find_parameter_groups(modules: Iterable[nn.Module]) -> list[Any]:
 
 def list_managed(groups: Iterable[Any]) -> Iterator[tuple[nn.Module, str]]:
     """Yield (module, name) of each parameter of FSDP2's groups, at all modules that share it."""
-    return (place for group in groups for parameter in group.fsdp_params for place in list_parameter_places(parameter))
-
-
-def list_parameter_places(parameter: Any) -> Iterator[tuple[nn.Module, str]]:
-    """Yield (module, name) of one parameter of FSDP2, at all modules that share it."""
-    info = parameter._module_info
-    yield info.module, info.param_name
-    yield from zip(info.shared_modules, info.shared_param_names)
+    for info in (parameter._module_info for group in groups for parameter in group.fsdp_params):
+        yield info.module, info.param_name
+        yield from zip(info.shared_modules, info.shared_param_names)
 
 
 def find_parameter_group(m: nn.Module, name: str) -> Any:

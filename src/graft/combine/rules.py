@@ -206,10 +206,12 @@ class Recipe:
     def check(self, form: ProductForm[Any], peft_type: str) -> None:
         """Check the options for a form.
 
-        Warn if a density of 1 or more prunes nothing, and of options that this type ignores.
+        Warn if a density of 1 or more prunes nothing. A PeftWarning names options that this type ignores: `density` of
+        types that do not prune, `svd_rank`, `svd_clamp` and `svd_driver` of types without SVD.
 
         Raises:
-            ConfigError: unknown type or majority, invalid rank, clamp or density.
+            ConfigError: unknown type or majority, a rank that is below 1 or no integer, a clamp outside [0, 1], or an
+                invalid density. All but density are checked for every type.
             ConfigTypeError: a pruning type has no density.
             NotImplementedError: the type acts on factors, and the form has none.
         """
@@ -242,11 +244,15 @@ class Recipe:
             warn(text, PeftWarning)
 
     def ranks(self, terms: dict[str, list[Term]]) -> dict[str, int]:
-        """Return the rank of the new adapter on each layer: that of all for elementwise types, the sum for "cat" and
-        "exact", else `rank` or the highest. No rank is above the layer's highest.
+        """Return the rank of the new adapter on each layer, by the layer's key.
+
+        An elementwise type has the rank of its terms. "cat" has their sum, without limit. "exact" without `rank` has
+        the sum, at most the layer's highest. Any other has `rank`, or else the highest rank of a term on any layer,
+        again at most the layer's highest.
 
         Raises:
-            ConfigError: an elementwise type has terms of different ranks, or groups do not divide the rank.
+            ConfigError: an elementwise type has terms of different ranks on a layer, or groups do not divide the last
+                kind of rank.
         """
         if self.kind in ELEMENTWISE:
             for key, ts in terms.items():
@@ -271,13 +277,14 @@ class Recipe:
         return ranks
 
     def combine(self, terms: list[Term], rank: int) -> tuple[Tensor, Tensor, float | None]:
-        """Return A, B and the retained energy, None for elementwise types.
+        """Return A, B and the retained energy (share of the squared singular values).
 
-        A and B have the order of values, not the shape, of an adapter's.
+        A and B have the order of values, not the shape, of an adapter's. Weights are multiplied by the terms' scaling.
 
-        Elementwise types act on A and B separately; others build the exact product, or the pruned dense updates, and
-        truncate it to `rank`. `clamp` then cuts values. "cat", and "exact" at full rank without clamp, are not
-        truncated.
+        Elementwise types apply the rule to A and B separately, each with the root of the weight, its sign on A; their
+        energy is None. "cat", "svd" and "exact" concatenate the factors. "cat", and "exact" at full rank without clamp,
+        return these with energy 1.0. The others apply the rule to dense updates. All remaining products are truncated
+        by SVD to `rank`, with experts' stacks cut apiece; then `clamp` cuts values at a quantile.
         """
         scaled, stack = [t.weight * t.scaling for t in terms], terms[0].stack
         if self.kind in ELEMENTWISE:

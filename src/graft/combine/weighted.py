@@ -253,10 +253,10 @@ def draw_start(tuner: Tuner, adapter_name: str, cfg: PeftConfig, keys: list[str]
 
 
 def check_arguments(tuner: Tuner, adapters: list[str], weights: list[float]) -> tuple[list[str], list[float]]:
-    """Return names and weights as lists of str and float, checked.
+    """Return names and weights as lists of str and float, checked. Any iterables are accepted.
 
     Raises:
-        ConfigTypeError: one of them is no list.
+        ConfigTypeError: `adapters` is a single str, or `weights` a single number.
         AdapterNotFoundError: an adapter is not loaded.
         ConfigError: there is no adapter, the numbers differ, or a weight is not finite in float32.
     """

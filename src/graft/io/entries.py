@@ -114,8 +114,9 @@ def list_entries(parts: AdapterCarriers, adapter: str, prefix: str) -> Iterator[
     """Yield an entry for each tensor of `adapter` that a checkpoint holds: prompt, layers, token rows, heads, then
     shared tensors.
 
-    Names in memory contain the layers of all adapters, names in a file only those of this one. Borrowed token rows get
-    no entry.
+    Names in memory contain the layers of all adapters, names in a file only those of this one, without wrappers. An
+    entry's `also` lists other names under which files may hold the tensor. Slots that are not saved get no entry, nor
+    do token rows borrowed from another adapter.
 
     Args:
         prefix: that of the model's keys.

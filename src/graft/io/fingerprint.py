@@ -220,7 +220,10 @@ def select_weights(note: Fingerprint, wanted: Callable[[str], bool]) -> Fingerpr
 
 
 def make_list_check(*kinds: type) -> Callable[[object], bool]:
-    """Return a function that tests whether a value is a dict of lists of numbers of the types `kinds`."""
+    """Return a function that tests whether a value is a dict of lists of numbers of the types `kinds`.
+
+    Types must be exact: a bool is no int. With float in `kinds` all numbers have to be finite. An empty dict passes.
+    """
 
     def is_right(value: object) -> bool:
         """Return True if `value` is a dict of lists with numbers of these types; if float is one, all have to be
@@ -269,10 +272,11 @@ def check_fingerprint(note: object, where: str) -> None:
 
 
 def sample_weight(weight: BaseWeight, together: bool = False) -> list[float] | None:
-    """Return up to 4 evenly spaced values of a weight, with 5 digits.
+    """Return up to 4 evenly spaced values of a weight, from the first on, as floats with 5 digits.
 
-    Returns None if it is quantized, merged into, on the meta device, of an unknown layer, or sharded, or if a value is
-    NaN or infinite. A sharded weight is read if `together` says that all processes call this.
+    Returns None if it is quantized, merged into, unreadable, on the meta device, of an unknown layer, or sharded, or if
+    a value is NaN or infinite. A sharded weight is read if `together` says that all processes call this; its values are
+    then gathered.
     """
     site, base, name = weight.site, weight.module, weight.site.parameter
     if not site.store.exact or weight.merged or not site.op.known or (site.store.in_parts and not together):

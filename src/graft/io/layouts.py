@@ -31,9 +31,11 @@ from graft.io.written import StackLayout
 def fuse_experts(
     tensors: dict[str, Tensor], parts: AdapterCarriers, prefix: str, model: nn.Module, config: object, adapter: str
 ) -> dict[str, Tensor]:
-    """Return a file's tensors with the factors of single experts (`….experts.3.w1.lora_A.weight`) joined to A and B of
-    the stacks, and B rescaled to the stack's scaling. A stack that lacks some expert or part stays as it is in the
-    file; so does a file without such keys.
+    """Return a file's tensors with the factors of single experts joined to A and B of the stacks.
+
+    Such keys look like `….experts.3.w1.lora_A.weight`. The joined keys replace them, and B is rescaled to the stack's
+    scaling. A stack that no layer adapts, or that lacks some expert or part, stays as it is in the file. A file without
+    such keys is returned itself, otherwise a new dict.
 
     Args:
         config: the file's, with ranks and alphas by its own names.

@@ -216,12 +216,18 @@ class CheckpointValues:
             )
 
     def match_entries(self, parts: AdapterCarriers, adapter: str) -> list[tuple[Receiver, Tensor]]:
-        """Return every entry of the adapter, and every base tensor in the same file, with its value, all checked.
+        """Return pairs of a receiver and its value from the file: each adapter entry, then each base tensor in the same
+        file.
 
-        No value is written yet, but methods may replace parameters to make room. Fills in `report`.
+        Writes no value, but methods may replace parameters to make room. First checks the file's fingerprint; for
+        layers of opaque modules also arranges expert stacks. Shapes of tensors that layers share are refused before any
+        layer changes. Fills in the lists of keys in `report`: missing and mismatched entries are left out of the
+        result, keys of another pipeline stage count as absent. Without `strict`, missing and unexpected keys only warn;
+        with `ignore_mismatched_sizes`, so do other shapes.
 
         Raises:
-            AdapterKeyError: a shape or dtype differs; or with `strict` a key is missing or unexpected.
+            AdapterKeyError: a shape differs; one tensor is of integers and the other of floats; or with `strict` a key
+                is missing or unexpected.
             BaseModelMismatchError: the file was made for another base; or it holds a tied tensor that is offloaded.
         """
         self.check_base(parts)
@@ -403,13 +409,15 @@ class CheckpointValues:
         return any(path == key or path.startswith(f"{key}.") for key in self.absent)
 
     def check_base(self, parts: AdapterCarriers) -> None:
-        """Compare the file's fingerprint with the base; return if it has none.
+        """Compare the file's fingerprint with the base; return if the file has none.
 
         Other names or shapes raise BaseModelMismatchError with `strict`, unless mismatched sizes are ignored, and else
-        warn. With equal shapes, other sampled values or digests only warn.
+        warn. The text names the base of the config, or advises on the vocabulary if that differs. With equal shapes,
+        other sampled values or digests only warn. Values are not sampled if the adapter changes the base.
 
-        Renamed keys are also tried under their new names. On a pipeline stage only its own weights are compared, for a
-        prompt only those that both have. There nothing is compared if the file does not name its weights.
+        If the names differ, those of `renamed_fingerprint` are compared instead, if it exists. On a pipeline stage only
+        weights of this stage are compared, and nothing if the file does not name its weights. For a prompt only weights
+        that both have are compared, and nothing if there are none.
         """
         if not self.fingerprint:
             return

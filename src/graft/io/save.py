@@ -79,8 +79,10 @@ def collect_adapter_tensors(
 ) -> dict[str, Tensor]:
     """Return the tensors of one adapter by file key, in their form for files.
 
-    Includes trained biases and embeddings of the base. Values come from `state_dict` if it is passed. Sharded tensors
-    are gathered and offloaded ones are read.
+    Includes trained biases and embeddings of the base. Values come from `state_dict` if it is passed, also under names
+    with or without wrappers' parts. Exceptions are buffers that are not persistent, and base tensors that it lacks:
+    these come from the model. Sharded tensors are gathered and offloaded ones are read. The model is not changed: a
+    prompt with values of `state_dict` is a copy.
 
     Args:
         prefix: of the keys.
@@ -296,8 +298,10 @@ def collect_embeddings(base: nn.Module, config: object, save: str | bool) -> dic
     """Return the base's input and output embeddings by their names, with nothing merged; {} if they are not to be
     saved.
 
-    If `target_modules` names embeddings, only those with adapter layers are saved. Warns as `will_save_embeddings`, and
-    for a base without `get_input_embeddings`, which has {}.
+    If `target_modules` names embeddings, only those with adapter layers are saved. An adapted one has `.base_layer` in
+    its names, and so has one with trainable token rows. A module with several names is saved under the first. A merged
+    weight is computed without its adapters, unless it cannot be read. Warns as `will_save_embeddings`, and for a base
+    without `get_input_embeddings`, which has {}.
     """
     targeted, save = target_embeddings(base, config), will_save_embeddings(base, config, save)
     if not save:

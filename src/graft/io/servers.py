@@ -120,8 +120,14 @@ class ServerBlocks(ExpertStacks):
             known[path] = block
 
     def classify_module(self, path: str, group: list[ExpertStack]) -> ServerBlock | str:
-        """Return the block of a module with these stacks, or the reason why servers cannot take it: stacks of other
-        names, shapes that are not gate, up and down, or an unknown order of gate and up.
+        """Return the block of a module with these stacks, or the reason why servers cannot take it, as text.
+
+        Reasons are: a stack has another name than those in `PARAMETERS`; there is no stack for each of IN and OUT; the
+        shapes are not gate, up and down; or gate and up have an unknown order. Stacks that hold both are known by
+        `gate_up_proj`. Their order is known from `is_concatenated`, from the stacks' own parts or from the class.
+
+        With gate and up the shapes tell if the stacks are transposed; otherwise the module's `is_transposed` does.
+        `exchanged` is set where the two disagree. The block's shapes are always (experts, out, in).
         """
         named = {PARAMETERS[s.parameter]: s for s in group if s.parameter in PARAMETERS}
         if len(named) < len(group) or len(named) < 2:
@@ -239,10 +245,13 @@ class BlockStack(NamedTuple):
 def convert_server_layout(tensors: dict[str, Tensor], config: PeftConfig, model: nn.Module) -> dict[str, Tensor]:
     """Return a file's tensors with experts in PEFT's layout, if a server's layout holds them.
 
-    `config` then gets the stacks as `target_parameters`, in place, instead of modules that only servers have.
+    `config` then gets the stacks as `target_parameters`, in place, instead of modules that only servers have. The other
+    keys get the model's paths instead of the hub's. Both factors of a stack are transposed and exchanged where the
+    block needs it; stacks of zeros are left out.
 
-    Returns the tensors as they are for other methods than LoRA, for PEFT's layout, and for a file by expert with
-    different A of gate and up. Stacks of zeros are left out.
+    Returns `tensors` itself, and leaves `config`, in these cases: no key is of experts, the method is not LoRA, the
+    keys are as PEFT writes them, or no block can be read. The last also holds for a file by expert with different A of
+    gate and up.
     """
     matches = {key: match for key in tensors if (match := KEY.fullmatch(key)) is not None}
     if not matches or config.peft_type != "LORA":
@@ -292,9 +301,12 @@ def rename_key(key: str, prefix: str, paths_by_old: Mapping[str, str]) -> str:
 
 
 def read_block(block: ServerBlock, values: PartFactors, config: PeftConfig) -> dict[str, BlockStack]:
-    """Return the factors of a block's stacks with their scalings, by IN and OUT; {} if the layout is unknown or lacks
-    some expert. A stack of zeros is left out. Gate and up with different A become one pair of the ranks of both, except
-    in a file by expert, which gives {}.
+    """Return the factors of a block's stacks with their scalings, by IN and OUT.
+
+    Returns {} if a part lacks some expert. A stack under no known part names is left out, and so is a stack of zeros.
+    Rows of gate and up are joined in the model's order. Gate and up with different A become one pair of the ranks of
+    both, except in a file by expert, which gives {}. A factor that all experts share is expanded to one per expert, as
+    a view.
     """
     n = block.shapes[IN][0]
     parts = {part: pair for part, sides in values.items() if (pair := assemble_factors(sides, n)) is not None}

@@ -169,10 +169,11 @@ class ServerView:
 
 
 def find_obstacles(view: ServerView, config: PeftConfig | None, model: nn.Module) -> Iterator[str]:
-    """Yield each reason why the server cannot run the adapter, with the layers that have it. Nothing: it can.
+    """Yield each reason why the server cannot run the adapter. Nothing: it can.
 
-    For a method other than LoRA that is the only reason. Else: layers (`find_layer_obstacles`), modules trained whole,
-    trained biases of the base, repeated layers, and stages of a pipeline.
+    A method other than LoRA is the only reason then. Else: those of `find_layer_obstacles`, each once, with up to 2 of
+    its layers; modules trained whole or by rows; a `bias` other than "none"; repeated layers; and stages of a pipeline,
+    with more than one process. With `config=None` the config's reasons are skipped.
     """
     if config is not None and config.peft_type != "LORA":
         yield f"it is {config.peft_type.value}, and servers load LoRA: convert it (graft.convert_to_lora)"
@@ -194,16 +195,18 @@ def find_obstacles(view: ServerView, config: PeftConfig | None, model: nn.Module
 
 
 def find_layer_obstacles(view: ServerView, layer: AdapterLayer) -> Iterator[str]:
-    """Yield each reason why the server cannot run the adapter on one layer.
+    """Yield each reason why the server cannot run the adapter on one layer; nothing if it can.
 
-    In all layouts:
+    The first of these that holds, in all layouts:
 
-    - It does more than add B A.
-    - It has other tensors than plain factors, or a bias of B.
-    - It holds factors in blocks.
-    - It changed the base at its start and recorded no shift.
+    - The method has no product B A as its whole effect.
+    - It saves other tensors than plain factors (except those for training only), or a bias of B.
+    - It holds factors in blocks, not as whole matrices.
 
-    Layouts other than "peft" also need known experts, and otherwise linear layers or embeddings.
+    Another reason in all layouts: its start changed the base weight, and it recorded no `lora_shift`.
+
+    Layouts other than "peft" add at most one reason. A stack needs a known block of experts, for "vllm-3d" in the usual
+    orientation. An opaque layer needs the parameter "weight". Any other layer is linear or an embedding.
     """
     m: Method = layer.methods[view.adapter]
     containers = {slot.container for slot in layer.slots(view.adapter) if slot.saved}
@@ -247,10 +250,13 @@ def is_full_size(layer: AdapterLayer, m: Method) -> bool:
 def lay_out(
     view: ServerView, values: dict[str, Tensor], dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return the tensors of the layout, sorted by name, and the rank of each adapted module or stack by its path.
+    """Return the tensors of the layout, sorted by name and contiguous, and the rank of each adapted module or stack by
+    its path.
 
     Factors of experts are grouped by block and written by the layout's writer; a block that lacks one of its stacks
-    gets zeros. SGLang's layouts pad all factors to the largest rank.
+    gets zeros. Factors of a block with exchanged stacks are transposed and swapped. Ranks of experts are noted by stack
+    for "vllm-3d", otherwise by the modules of the written names. SGLang's layouts pad all factors to the largest rank,
+    which all ranks then are.
 
     Raises:
         LossError: experts do not share a factor, in a layout that ends in "-shared".

@@ -425,8 +425,8 @@ def find_far_rates(
 def measure_updates(parts: Sequence[Part]) -> list[tuple[bool, float]]:
     """Return for each part whether its values are finite, and the norm of its update as a share of the weight's norm.
 
-    The share is NaN where it is not known. Sharded, empty or special tensors are not read. It waits a few times for
-    each device.
+    The share is NaN if the norm of the weight is unknown, zero or not finite. Parts with a sharded, empty, or not dense
+    floating tensor are not read: they count as finite, with share NaN. It waits a few times for each device.
     """
     plain = [all([is_dense_float(p) and p.numel() and layout_of(p) is None for p in part.parameters]) for part in parts]
     read = [
@@ -610,14 +610,16 @@ class Watch:
     def _report_first_pass(self) -> AuditReport | None:
         """Return the report if the watch is over after this pass; None to continue.
 
-        Without active parts that require gradients: a report that nothing trains; None if inputs of the call had
-        gradients, or the model is not in training mode or has other parameters that train. None if no other parameter
-        got a gradient, and the parts got none or zeros. Else the report lists base parameters that train and are not
-        saved, and, without float16, gradients that are not finite.
+        Without active parts that require gradients, the report says that nothing trains. There it is None if inputs of
+        the call had gradients, or the model is not in training mode or has other parameters that train.
 
-        Missing gradients are ignored if a library may have taken them. If all layers lack a gradient, the report lists
-        them. Otherwise parts without a gradient (or with zeros, except for token rows) become suspects. Then None is
-        returned if there are suspects and no fault so far, else the report.
+        With parts, None if no other parameter got a gradient and the parts got none or zeros. Else the report lists
+        base parameters that train and are not saved and, without float16, gradients that are not finite.
+
+        Parts without a gradient become suspects, as do parts with zeros, except for token rows. If one has no gradient
+        and a library may have taken them, the report is returned without suspects. If all parts but `modules_to_save`
+        lack a gradient, the report lists the suspects. Otherwise `passes` becomes 1 and the suspects are stored. Then
+        None is returned if there are suspects and no fault so far, else the report.
         """
         registry, model = self.registry, self.registry.model
         parts = find_active_parts(registry.carriers())
@@ -645,10 +647,11 @@ class Watch:
         return None if suspects and report.ok else report
 
     def _report_later_pass(self) -> AuditReport | None:
-        """Return a report on the suspects that still have no gradient, or zeros, after `PASSES` passes; an ok report as
-        soon as all have gradients; None to continue.
+        """Return a report once all suspects have gradients, or after `PASSES` passes; None to continue.
 
-        A pass without a gradient on any other part does not count.
+        The report lists suspects that still have no gradient or zeros; it is ok if there are none. Each pass that
+        counts raises `passes` by 1 and drops suspects that got gradients. A pass without a gradient on any other active
+        part does not count.
         """
         parts = find_active_parts(self.registry.carriers())
         suspected = {(id(carrier), adapter) for carrier, adapter in self.suspects or ()}

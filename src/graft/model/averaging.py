@@ -194,9 +194,11 @@ class Averager:
             self._average(parameters, device, dtype)
 
     def _average(self, parameters: list[nn.Parameter], device: torch.device, dtype: torch.dtype) -> None:
-        """Average the gradients of parameters by one sum over the processes in `dtype`, flags of who has one included.
+        """Average the gradients of parameters over the processes, in place, by one sum in `dtype` for each group.
 
-        Waits for the device only if this process lacks a gradient: another one may have it.
+        Flags of who has a gradient are sent along. A missing gradient counts as zeros. If no process has one, it stays
+        None; if another has one, a new `grad` is made. Sparse gradients become dense. Waits for the device only if this
+        process lacks a gradient: another one may have it.
         """
         presence = [p.grad is not None for p in parameters]
         grads = [torch.zeros_like(p, dtype=dtype) if p.grad is None else to_dense(p.grad, dtype) for p in parameters]
@@ -262,9 +264,13 @@ def note_start(registry: Tuner, adapter: str) -> None:
 def check_averaged(registry: Tuner) -> None:
     """Raise DistributedError if gradients of parameters that train will not be averaged over the processes.
 
-    Checked are DDP, FSDP1, FSDP2 and DeepSpeed: each must have known the parameter when it wrapped the model. With
-    tensors in parts, warn if processes began with other values. Records in `registry.in_ddp` whether the model runs
-    within DDP. With one process, nothing is checked.
+    With an averager, DDP is an error, also with one process; without DDP the averager finds its parameters and agrees
+    on them with the other processes. With one process nothing else is checked.
+
+    Else DDP, FSDP1, FSDP2 and DeepSpeed are checked: each must have known the parameter when it wrapped the model.
+    FSDP1 must not have stopped the training of an active tensor; with an averager, late parameters of FSDP are not
+    checked. With tensors in parts, warn if processes began with other values. Sets `registry.in_ddp` to whether the
+    model runs within DDP.
     """
     ddp = DistributedDataParallel._active_ddp_module
     registry.in_ddp = ddp is not None

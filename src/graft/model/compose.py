@@ -206,15 +206,16 @@ def count_rows(inputs: Sequence[object], kwargs: Mapping[str, object]) -> int:
 def copy_rows(
     batch: int, inputs: tuple[object, ...], kwargs: Mapping[str, object], copies: int, own_arguments: Collection[str]
 ) -> tuple[tuple[object, ...], dict[str, Any]]:
-    """Return arguments (or facts about rows) for `copies` batches, one after the other.
+    """Return positional arguments as a tuple and keyword arguments as a dict (or facts about rows) for `copies`
+    batches, one after the other.
 
-    With one copy, return them unchanged.
+    With one copy, return them unchanged, `kwargs` as a new dict.
 
-    Tensors with `batch` rows are repeated, also within lists, tuples and dicts; other tensors and values stay.
-    `num_items_in_batch` is multiplied.
+    Tensors with `batch` rows are repeated, also within plain lists, tuples and dicts; `cache_position` and other
+    tensors and values stay. `num_items_in_batch` is multiplied by the copies.
 
     Args:
-        own_arguments: names of arguments of graft and its methods: their lists and tuples with an item for each row are
+        own_arguments: names of arguments of graft and its methods: their lists and tuples with `batch` items are
             repeated.
 
     Raises:
@@ -226,10 +227,10 @@ def copy_rows(
     def copy_value(value: Any, name: str) -> object:
         """Return the value of argument `name` for all copies.
 
-        `num_items_in_batch` is multiplied by the copies. A tensor with `batch` rows is repeated, except
-        `cache_position`; other tensors stay. A list or tuple with `batch` items is repeated for an own argument; any
-        other list, tuple or dict is rebuilt of its items' copies. Other values stay. Raises RoutingError for another
-        object that contains tensors with dimensions.
+        An int or tensor `num_items_in_batch` is multiplied by the copies. A tensor with `batch` rows is repeated,
+        except `cache_position`; other tensors stay. A list or tuple with `batch` items is repeated for an own argument;
+        any other plain list, tuple or dict is rebuilt with its items' copies, under the same `name`. Other values stay.
+        Raises RoutingError for another object that contains tensors with dimensions.
         """
         if name == ITEMS and isinstance(value, (int, Tensor)):
             return value * copies
@@ -273,9 +274,10 @@ def split(output: T, n: int) -> list[T]:
 def _cut_part(value: object, n: int, i: int) -> Any:
     """Return part i of n of a value, for `split`.
 
-    A tensor gives its i-th n-th of the rows, or itself without dimensions. Mappings, named tuples, tuples and lists are
-    rebuilt of the parts of their items; a class of outputs loses items that become None. Another object that contains
-    tensors becomes None; other values stay. Raises RoutingError if rows are no multiple of n.
+    A tensor gives its i-th n-th of the rows, as a view, or itself without dimensions. Mappings, named tuples, tuples
+    and lists are rebuilt in their class with the parts of their items. A mapping that is no plain dict loses items that
+    become None. Another object that contains tensors becomes None; other values stay. Raises RoutingError if rows are
+    no multiple of n.
     """
     if isinstance(value, Tensor):
         if not value.dim():
@@ -327,11 +329,13 @@ def check_row_names(names: Iterable[str | Composition] | None) -> RowNames:
 def make_rows(registry: Tuner, names: RowNames, inputs: tuple[object, ...], kwargs: dict[str, object]) -> Rows | None:
     """Return the rows of a mixed batch; None if `names` is None.
 
-    The index tensors are on the first tensor argument's device.
+    A composition's row has the key of its joint adapters. The index tensors are on the device of the first tensor
+    argument, or the default without one. The number of names must be that of the rows of some tensor argument, times
+    the call's copies; without tensors it is not checked.
 
     Raises:
-        RoutingError: an adapter is not loaded, adapters are merged, no tensor has that many rows, or a composition is
-            not allowed.
+        RoutingError: an adapter is not loaded (the base's name is allowed), any adapter is merged, no tensor has that
+            many rows, or a composition is not allowed.
         ValueError: adapters of a composition cannot act together.
     """
     if names is None:
@@ -395,10 +399,12 @@ def copy_batch(
 def make_draws(generators: object, rows: Rows | None) -> AdapterGenerators | None:
     """Return the random generators of a call by adapter, from `adapter_generators`; None without them.
 
+    Generators of adapters that no row names are left out; a row of None needs none.
+
     Raises:
         RoutingError: the call has no names of rows, a row has a Stack or an Average, an adapter has no generator, or
-            two share one.
-        TypeError: it is no mapping of names to torch.Generators of the CPU.
+            two of the batch share one.
+        TypeError: it is no mapping, or a value of any adapter is no torch.Generator of the CPU.
     """
     if generators is None:
         return None

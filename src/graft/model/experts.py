@@ -367,9 +367,10 @@ def split_source(path: str) -> tuple[str, str | None]:
 
 
 def agree_on_targets(model: PeftModel, names: list[str]) -> tuple[list[str], int]:
-    """Return the router's targets and rank: those of the adapters, which must be equal.
+    """Return the router's targets, sorted, and its rank: the largest of the layers of the first adapter.
 
-    Targets are the last names of the layers, or full paths if these names also fit other modules.
+    All adapters must have the same layers, and the same rank on each. Targets are the last names of the model's adapted
+    layers, or their full paths if these names also fit other modules.
 
     Raises:
         UnsupportedLayerError: an adapter is on a layer that is not linear.

@@ -35,12 +35,15 @@ def merge_layers(
     that its weight holds}.
 
     Adapters that are merged already are left out, with a warning; return None if none is left. Active adapters that
-    stay unmerged on these layers give a warning, too. Layers with a `merge` or `get_delta_weight` that a client
-    replaced are merged by that. On an error every layer that has changed is merged as before. With `undoable=False`
-    this holds only for the replaced ones: graft's own merges come last, and were checked.
+    stay unmerged warn, too: on the merged layers, with `undoable=False` on all. Lost shares of an update also warn.
+    Before any write each layer is checked, and all adapters must be finite.
+
+    Layers with a `merge` or `get_delta_weight` that a client replaced are merged by that, first. On an error every
+    layer that has changed is merged as before. With `undoable=False` this holds only for the replaced ones: graft's own
+    merges come last, and were checked.
 
     Args:
-        choice: names of adapters; None: those active on each layer.
+        choice: names of adapters; a layer without one of them skips it. None: those active on each layer.
         safe_merge: compute each merged weight and check that it is finite, before one is written.
         undoable: keep the data to unmerge.
         progress: show a progress bar.

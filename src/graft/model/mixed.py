@@ -33,8 +33,9 @@ class MixedModel(Tuner):
         """Return a method or property that a loaded adapter's method adds to its tuners (`timestep` of T-LoRA); else
         the attribute of a tuner.
 
-        If several methods define a function of that name, a call runs all and returns the first result. Of a property,
-        the first counts.
+        Submodules, and any name before a registry exists, are read as on a tuner, too. If several methods define a
+        function of that name, a call runs all and returns the first result. Such a call raises ConfigError if an
+        argument names an adapter with a method that lacks the function. Of a property, the first adapter's counts.
         """
         registry = self.__dict__.get(HOLDER)
         if registry is None or name in self._modules:

@@ -464,11 +464,16 @@ class PeftModel(nn.Module):
     ) -> object:
         """Run a function of the base model as one call, and return its output.
 
-        `adapter_names` and `compose` are taken out of `kwargs` and obeyed.
+        `adapter_names` and `compose` are taken out of `kwargs` and obeyed. Raises RoutingError for names or a
+        composition that cannot be used.
 
         A composition copies the batch if it is a Parallel. If a change of another thread makes another composition
-        active while this call waits, it starts again. With gradients, the output keeps the call's context for the
-        backward pass, and the watch follows it.
+        active while this call waits, it starts again. In training with rows' names and an averager, gradients are made
+        to reach the inputs.
+
+        With gradients, outside `generate` and a compiler, the output keeps the call's context for the backward pass.
+        The averager then follows the output and checks the rows in training. The watch follows it if no rows have
+        names.
         """
         names = check_row_names(kwargs.pop("adapter_names", None))
         registry, compose = self._registry, kwargs.pop("compose", None)

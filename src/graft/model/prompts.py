@@ -170,11 +170,15 @@ class Prompts(Registry):
     def _fit(self, cfg: PromptLearningConfig, adapter_name: str) -> None:
         """Set the sizes in the config from the model, and check that a prompt of it fits the model.
 
+        Sizes are set only after the checks of task_type, num_virtual_tokens, pipeline and encoder; an error after that
+        leaves them set.
+
         Raises:
-            ConfigError: task_type or num_virtual_tokens is missing. The model is a stage of a pipeline. The task is
-                SEQ_2_SEQ_LM without a decoder, or CAUSAL_LM with embeddings and an encoder, or without `generate`. The
-                sizes or the kind of prompt do not fit the stacks. The head needs as many outputs as tokens.
-            DistributedError: FSDP1 has wrapped the model, and the prompt would train.
+            ConfigError: task_type or num_virtual_tokens is None. The model is a stage of a pipeline. The task is
+                SEQ_2_SEQ_LM without a decoder, or CAUSAL_LM with embeddings and an encoder, or without
+                `prepare_inputs_for_generation`. The sizes or the kind of prompt do not fit the stacks. The head needs
+                as many outputs as tokens (`COUNTED`), for prompts of embeddings.
+            DistributedError: FSDP1 has wrapped the model, and the prompt would train (`inference_mode` is False).
         """
         if not cfg.inference_mode:
             check_not_fsdp1(self.model.named_modules(), adapter_name, find_team(self.model.modules()))
@@ -560,11 +564,11 @@ def tokenize_text(tokenizer: Any, text: str, use_chat_template: bool, max_length
 
 
 def read_pairs(cache: object, tokens: int) -> list[Pair]:
-    """Return (key, value) of each layer of a cache, after checks.
+    """Return (key, value) of each layer of a cache, whole and in the order of layers, after checks.
 
     Raises:
-        ValueError: `tokens` is not positive; the cache is empty, shorter than `tokens`, of several sequences, not of
-            rank 4, or its layers differ in shape.
+        ValueError: `tokens` is None or not positive. The cache is empty, shorter than `tokens`, of several sequences,
+            or not of rank 4. Heads or head_dim differ between layers.
         TypeError: it is no cache.
     """
     if tokens is None or tokens <= 0:

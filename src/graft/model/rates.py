@@ -108,7 +108,10 @@ class Suggestion:
 def suggest_lr(config: PeftConfig, model: nn.Module | None = None) -> Suggestion:
     """Return a suggested learning rate: from the searches of the most similar config, else from the method's source.
 
-    If the source has rates and no search was on a model of this type, the source's rates count.
+    The source's rates also count if it has rates and the closest search was not on a model of this type. A range in the
+    source gives no single rate, only `low` and `high`. Without similar searches and rates, all fields but the adapter
+    are empty. A suggestion from searches also holds their rates, numbers of steps, best rates at other sizes, and the
+    source's rates.
 
     Args:
         config: of the adapter.

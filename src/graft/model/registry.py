@@ -839,8 +839,10 @@ class Registry:
     def _dequantize_layers(self, adapter_names: list[str] | None) -> Iterator[bool]:
         """Replace packed weights of the layers of these adapters by plain tensors, and yield whether there were any.
 
-        Adapters that are merged already are unmerged before and merged again after. If the block raises, the packed
-        weights come back.
+        `adapter_names=None` selects the active adapters of each layer; layers of merged adapters always count. All
+        checks come before any change. Adapters that are merged already are unmerged before and merged again after,
+        undoably. The new dtype is that of the model's unpacked weights. If the replacement or the caller's block
+        raises, the packed modules come back and merged adapters are merged again.
 
         Raises:
             NotImplementedError: a weight cannot be read, or its module understands only codes.

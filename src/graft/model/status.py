@@ -142,11 +142,13 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
-    """Return the status of all layers together: "irregular" where layers differ, lists of adapters sorted, and the
-    numbers of parameters.
+    """Return the status of all layers together, with lists of adapters sorted.
 
-    Without a PeftModel there are no `peft_types`, and `adapter_model_type` is "None"; `base_model_type` is "other"
-    unless the model is one of transformers.
+    A field is "irregular" where layers differ. An adapter's `requires_grad` compares only layers that have it.
+    `trainable_params` and `total_params` count all parameters of `model`, not only those of layers.
+
+    Without a PeftModel `peft_types` is {}, and `adapter_model_type` is "None"; `base_model_type` is "other" unless the
+    model is one of transformers.
 
     Raises:
         ValueError: the model has no adapter layers.

@@ -352,9 +352,11 @@ class AutoPeftModel:
     def _find_recorded_class(config: PeftConfig, allowlist: list[str] | None) -> type:
         """Import and return the class of the base that the config's `auto_mapping` names.
 
+        A submodule of an allowed library is allowed, too. The allowlist is checked before anything is imported.
+
         Raises:
             ValueError: there is no auto_mapping, or its library is not in the allowlist (None: `ALLOWED_LIBRARIES`).
-            ConfigError: it is malformed, the library cannot be imported, or it has no such class with
+            ConfigError: a name in it is no str, the library cannot be imported, or it has no such class with
                 `from_pretrained`.
         """
         mapping = config.auto_mapping

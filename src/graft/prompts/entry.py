@@ -102,12 +102,13 @@ def _enter(stack: PromptStack, arguments: dict[str, object]) -> None:
     """Put the prompt of the present visit into `arguments`, in place.
 
     If the cache holds no tokens, the prompt enters: its embeddings go before the input, or its keys and values into the
-    cache. The visit notes whether it entered. Masks and positions are extended in every step, unless `step` did.
-    Without an input nothing happens: the module's error names the missing argument.
+    cache. `stack.now.entered` notes whether it entered. Masks and positions are extended in every step, unless
+    `stack.now.widened_outside` says that `step` did; the flag is then reset. Without an input nothing happens: the
+    module's error names the missing argument.
 
     Raises:
-        ValueError: both input_ids and inputs_embeds; an input without batch; XLNet's orders; an empty static cache; or
-            more tokens than positions.
+        ValueError: both input_ids and inputs_embeds; an input without batch; XLNet's orders (its permutation
+            arguments); an empty static cache; or more tokens, with the prompt, than positions.
     """
     first = find_first_input(arguments)
     if first is None:

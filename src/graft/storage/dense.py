@@ -150,15 +150,16 @@ class Dense:
         return t if t.numel() else gather_tensor(t)
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
-        """Return why a merge cannot write the tensor; None if it can.
+        """Return why a merge cannot write the parameter or buffer `name`; None if it can.
 
-        The reasons are:
+        The first reason that holds, in this order:
 
         - FSDP1 or ZeRO-3 has it in parts.
-        - It is computed from other tensors, as by a parametrization.
+        - It is computed from other tensors, as by a parametrization: no parameter or buffer has its name.
         - Its class or dtype is strange.
-        - It is offloaded and tied to another module.
-        - It is on the meta device and not offloaded.
+        - It has a sharded layout that cannot be written.
+        - It is on the meta device and tied to another module.
+        - It is on the meta device and has no offload hook.
         """
         t: Tensor | None = m._parameters.get(name)
         if t is None:

@@ -80,7 +80,8 @@ def let_gradients_through(m: nn.Module, store: object) -> None:
 def _through(before: Callable[..., Tensor], store_of: Callable[[nn.Module], Any]) -> Callable[..., Tensor]:
     """Return a forward that gives the outputs of `before`, with a gradient for the input and for a bias that trains.
 
-    It is noted in `MENDED_FORWARDS`, so that it is not wrapped again.
+    The gradient goes through the dense weight, read in the backward pass. The function is added to `MENDED_FORWARDS`,
+    so that it is not wrapped again. It has the name and docstring of `before`.
 
     store_of: module → its store, or None for a module that keeps `before`.
     """
@@ -89,9 +90,10 @@ def _through(before: Callable[..., Tensor], store_of: Callable[[nn.Module], Any]
     def through(m: nn.Module, x: object, *args: object, **kwargs: object) -> Tensor:
         """Return the output of `before`, with gradients through the dense weight where they are needed and can be had.
 
-        `before` alone runs without a store, without gradients to record, for an input that is no tensor, and for a
-        weight that cannot be read. An output that has a gradient already is kept, unless the store's `loses_gradient`
-        or a training bias needs a replacement.
+        `before` alone runs without a store, without grad mode, for an input that is no tensor, and for a weight that
+        cannot be read. It also runs if neither the input nor the bias needs a gradient. Its output is kept if it has a
+        gradient already or is no tensor, unless the store's `loses_gradient` or a training bias needs a replacement.
+        Otherwise the gradient comes from the dense weight, read only in the backward pass.
         """
         store = store_of(m)
         if store is None or not (torch.is_grad_enabled() and isinstance(x, Tensor)):

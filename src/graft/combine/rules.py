@@ -284,7 +284,7 @@ class Recipe:
         Elementwise types apply the rule to A and B separately, each with the root of the weight, its sign on A; their
         energy is None. "cat", "svd" and "exact" concatenate the factors. "cat", and "exact" at full rank without clamp,
         return these with energy 1.0. The others apply the rule to dense updates. All remaining products are truncated
-        by SVD to `rank`, with experts' stacks cut apiece; then `clamp` cuts values at a quantile.
+        by SVD to `rank`; then `clamp` cuts values at a quantile.
         """
         scaled, stack = [t.weight * t.scaling for t in terms], terms[0].stack
         if self.kind in ELEMENTWISE:

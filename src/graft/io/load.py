@@ -417,7 +417,7 @@ class CheckpointValues:
 
         If the names differ, those of `renamed_fingerprint` are compared instead, if it exists. On a pipeline stage only
         weights of this stage are compared, and nothing if the file does not name its weights. For a prompt only weights
-        that both have are compared, and nothing if there are none.
+        that both have are compared, and nothing if one of the two does not name its weights.
         """
         if not self.fingerprint:
             return

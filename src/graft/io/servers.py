@@ -120,14 +120,18 @@ class ServerBlocks(ExpertStacks):
             known[path] = block
 
     def classify_module(self, path: str, group: list[ExpertStack]) -> ServerBlock | str:
-        """Return the block of a module with these stacks, or the reason why servers cannot take it, as text.
+        """Return the block of a module with these stacks, or a text with the reason why servers cannot take it.
 
-        Reasons are: a stack has another name than those in `PARAMETERS`; there is no stack for each of IN and OUT; the
-        shapes are not gate, up and down; or gate and up have an unknown order. Stacks that hold both are known by
-        `gate_up_proj`. Their order is known from `is_concatenated`, from the stacks' own parts or from the class.
+        The reasons are:
 
-        With gate and up the shapes tell if the stacks are transposed; otherwise the module's `is_transposed` does.
-        `exchanged` is set where the two disagree. The block's shapes are always (experts, out, in).
+        - A stack has another name than those in `PARAMETERS`, or there is no stack for each of IN and OUT.
+        - The shapes are not gate, up and down.
+        - Gate and up have an unknown order: it is known from `is_concatenated`, the stacks' parts or the module's
+            class.
+
+        A stack named `gate_up_proj` holds both gate and up. Then the shapes tell if the stacks are transposed;
+        otherwise the module's `is_transposed` does. `exchanged` is set where the two disagree. The block's shapes are
+        always (experts, out, in).
         """
         named = {PARAMETERS[s.parameter]: s for s in group if s.parameter in PARAMETERS}
         if len(named) < len(group) or len(named) < 2:

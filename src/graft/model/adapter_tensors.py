@@ -171,9 +171,14 @@ class ServerView:
 def find_obstacles(view: ServerView, config: PeftConfig | None, model: nn.Module) -> Iterator[str]:
     """Yield each reason why the server cannot run the adapter. Nothing: it can.
 
-    A method other than LoRA is the only reason then. Else: those of `find_layer_obstacles`, each once, with up to 2 of
-    its layers; modules trained whole or by rows; a `bias` other than "none"; repeated layers; and stages of a pipeline,
-    with more than one process. With `config=None` the config's reasons are skipped.
+    A method other than LoRA is the only reason then. Else the reasons are:
+
+    - those of `find_layer_obstacles`, each once, with up to 2 of its layers
+    - modules trained whole or by rows
+    - a `bias` other than "none", and repeated layers
+    - stages of a pipeline, with more than one process
+
+    With `config=None` the config's reasons are skipped.
     """
     if config is not None and config.peft_type != "LORA":
         yield f"it is {config.peft_type.value}, and servers load LoRA: convert it (graft.convert_to_lora)"

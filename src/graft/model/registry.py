@@ -840,9 +840,9 @@ class Registry:
         """Replace packed weights of the layers of these adapters by plain tensors, and yield whether there were any.
 
         `adapter_names=None` selects the active adapters of each layer; layers of merged adapters always count. All
-        checks come before any change. Adapters that are merged already are unmerged before and merged again after,
-        undoably. The new dtype is that of the model's unpacked weights. If the replacement or the caller's block
-        raises, the packed modules come back and merged adapters are merged again.
+        checks come before any change. Adapters that are merged already are unmerged before and merged again after, so
+        that they can be unmerged. The new dtype is that of the model's unpacked weights. If the replacement or the
+        caller's block raises, the packed modules come back and merged adapters are merged again.
 
         Raises:
             NotImplementedError: a weight cannot be read, or its module understands only codes.

@@ -173,10 +173,10 @@ def find_obstacles(view: ServerView, config: PeftConfig | None, model: nn.Module
 
     A method other than LoRA is the only reason then. Else the reasons are:
 
-    - those of `find_layer_obstacles`, each once, with up to 2 of its layers
-    - modules trained whole or by rows
-    - a `bias` other than "none", and repeated layers
-    - stages of a pipeline, with more than one process
+    - Those of `find_layer_obstacles`, each once, with up to 2 of its layers.
+    - Modules trained whole or by rows.
+    - A `bias` other than "none", and repeated layers.
+    - Stages of a pipeline, with more than one process.
 
     With `config=None` the config's reasons are skipped.
     """

@@ -74,7 +74,10 @@ def make_plain_config(configs: Sequence[PeftConfig]) -> LoraConfig:
 
 def union_targets(targets: Sequence[str | Collection[str] | None], mixed: str) -> str | set[str]:
     """Return one value of `target_modules` that selects all modules of any: a regular expression of alternatives, or a
-    set of names. Raise ConfigError with `mixed` if some are expressions and others are not.
+    set of names.
+
+    None counts as an empty collection; only None gives an empty set. Raises ConfigError with the text `mixed` if some
+    are expressions and others are not.
     """
     if len({isinstance(t, str) for t in targets}) > 1:
         raise ConfigError(mixed)
@@ -148,9 +151,11 @@ def copy_heads(tuner: Tuner, owner: dict[str, str], cfg: Targets) -> dict[str, n
 
 
 def find_token_rows(tuner: Tuner, names: Sequence[str], weights: Sequence[float], cfg: PeftConfig) -> Rows:
-    """Return by path the (method, weight) of each adapter that trains token rows of a module.
+    """Return by path the (method, weight) of each named adapter that trains token rows of a module.
 
-    If token indices of the adapters differ, set `cfg.trainable_token_indices` to their union.
+    A module that none of them trains has an empty list. If token indices of the adapters differ, sets
+    `cfg.trainable_token_indices` to their union: a sorted list if all are lists, otherwise a dict of sorted lists by
+    path.
     """
     wrappers = {key: w for key, w in tuner.wrappers.items() if w.takes_rows}
     rows = {key: [(w.methods[n], x) for n, x in zip(names, weights) if n in w.methods] for key, w in wrappers.items()}
@@ -209,6 +214,8 @@ class CombinedValues:
     def match_entries(self, parts: AdapterCarriers, adapter: str) -> list[tuple[Receiver, Tensor]]:
         """Return each slot of the new adapter with its value: those of layers as given, token rows computed by
         `combine_rows`.
+
+        All saved slots of a token rows' carrier get the same rows. Whole copies of modules get nothing here.
 
         Raises:
             OtherLayersError: the adapter has other layers than the values.

@@ -42,11 +42,12 @@ def convert_layers(
     compile_kwargs: dict[str, Any] | None = None,
     at: Mapping[str, object] | None = None,
 ) -> tuple[LoraConfig, dict[str, Tensors]]:
-    """Return a config of plain LoRA, and by layer the values of its tensors.
+    """Return a config of plain LoRA, and by layer the values of its tensors. The model stays.
 
-    The arguments are those of `graft.convert_to_lora`.
+    The arguments are those of `graft.convert_to_lora`. The config gets patterns of ranks, `fan_in_fan_out` if any layer
+    has it, and `lora_bias` if any layer's change has a shift. An int rank counts for each matrix of a stack.
 
-    Warns if the adapter is LoRA already, if its start changed the base, or if much of an update is lost.
+    Warns if the adapter is LoRA already, if its start changed the base, or if a layer loses more than a tenth of ‖ΔW‖.
 
     Raises:
         ConfigError, ConfigTypeError: LoRA of this rank cannot hold the adapter.
@@ -232,10 +233,14 @@ def set_ranks(
 
 
 def make_lora_values(m: Method, change: WeightChange, cfg: LoraConfig) -> Tensors:
-    """Return the values of LoRA's tensors on the layer of a method, copied to its dtype, by (container, path).
+    """Return the values of LoRA's tensors on the layer of a method, by (container, path).
+
+    They are contiguous copies in the method's dtype. With `cfg.lora_bias` the bias of B is the change's shift, or zeros
+    without one; opaque layers have none. Factors of other layers get the shapes of the modules that LoRA makes for
+    them, as for convolutions.
 
     Raises:
-        ConfigError: the adapter changes the output's bias of an embedding, which LoRA cannot.
+        ConfigError: `cfg.lora_bias` is set on an embedding, which LoRA cannot hold.
     """
     site, B = m.site, change.B
     assert B is not None

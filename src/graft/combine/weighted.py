@@ -53,11 +53,17 @@ class WeightedReport:
 def gather_whole(combine: Callable[..., WeightedReport]) -> Callable[..., WeightedReport]:
     """Decorate a combination so that the tensors of its adapters are whole during the call, where processes hold parts
     of them.
+
+    Heads trained whole are not gathered.
     """
 
     @wraps(combine)
     def call(tuner: Tuner, adapters: list[str], *args: object, **kwargs: object) -> WeightedReport:
-        """Gather the slots of the named adapters, and call the combination within."""
+        """Gather the slots of the named adapters on layers and token rows, call the combination within, and return its
+        report.
+
+        Names that no layer has are ignored here: the combination refuses them.
+        """
         layers = [*tuner.layers.values(), *(w for w in tuner.wrappers.values() if w.takes_rows)]
         named = [(layer, name) for layer in layers for name in adapters if name in layer.methods]
         with gather_slots([slot for layer, name in named for slot in layer.slots(name)]):

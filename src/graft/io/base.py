@@ -28,8 +28,12 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def set_base_model_state_dict(
     model: nn.Module, state_dict: dict[str, Tensor], strict: bool = True
 ) -> tuple[list[str], list[str]]:
-    """Load tensors under their original names into the base model, in place, as a change of the model that waits for
-    its calls. Return (missing keys, unexpected keys), of the type that torch's `load_state_dict` returns.
+    """Load tensors under their original names into the base model, in place.
+
+    Return (missing keys, unexpected keys), of the type that torch's `load_state_dict` returns.
+
+    The load is a change of the model: it waits until no call runs. Unexpected tensors are ignored, tensors of missing
+    keys stay. With `strict`, keys are checked before any tensor is written.
 
     Raises:
         RuntimeError: with `strict`, keys are missing or unexpected; or shapes differ.

@@ -32,7 +32,8 @@ def write_card(model: nn.Module, folder: str) -> None:
     """Write or update `README.md` in `folder`: tags, base model, library name and the line with PEFT's version.
 
     An existing card keeps its text and gets missing parts. A link counts as no card and is replaced. If nothing
-    changes, nothing is written.
+    changes, nothing is written. The folder is made if needed. "transformers" is a tag for its models, and the pipeline
+    tag follows from the first adapter's task CAUSAL_LM.
     """
     path = os.path.join(folder, "README.md")
     base = model.get_base_model()

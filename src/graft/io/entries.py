@@ -200,7 +200,8 @@ def list_aliases(parts: AdapterCarriers, slot: Slot, prefix: str, below: str) ->
 def find_key(entry: Entry, names: set[str]) -> str | None:
     """Return the one of `names` that holds an entry; None if none does.
 
-    Tries the file name, then the other names, then those with any adapter's name in them, if exactly one fits.
+    Tries the file name, then the other names in `also`. Last tries each of `also` with one more part, any adapter's
+    name, after the stem; this counts only if exactly one name fits.
     """
     for name in (entry.file, *entry.also):
         if name in names:
@@ -217,8 +218,10 @@ def rename_keys(tensors: dict[str, T], mapping: dict[str, str], must_fit: bool =
     """Return the tensors with each key renamed, after its "base_model." prefix, by the first regex of `mapping` that
     fits.
 
+    A regex may fit anywhere in the rest, and all its matches are replaced. Keys that none fits stay; the order stays.
+
     Args:
-        must_fit: warn if the mapping changes no key.
+        must_fit: warn if no regex fits a key.
 
     Raises:
         ConfigError: a pattern is no regular expression, or its replacement is not valid.

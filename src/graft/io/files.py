@@ -248,15 +248,18 @@ def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = Tr
     """Return the content of a safetensors file, read into memory, with tensors in the file's order and its notes.
 
     A mapped file would change a running model when overwritten, and kill the process when truncated. Another thread
-    computes the digest meanwhile. `finite` is set if the sum of all numbers shows it.
+    computes the digest meanwhile. `finite` is set if the sum of all numbers shows it. The result also has the
+    fingerprint of the base and a stamp of the file.
 
     Args:
         check_digest: compare the tensors with the file's digest, if it has one.
-        may_differ: the error for a wrong digest names `check_digest=False`. False: the file must have a digest.
+        may_differ: the error for a wrong digest names `check_digest=False`. False: the file must have a digest, and
+            `check_digest` be True.
 
     Raises:
         FileNotFoundError: there is no file.
-        CheckpointError: it is damaged, a git-lfs pointer, or its digest is wrong or missing.
+        CheckpointError: it is damaged or unreadable, has an unknown dtype, is a git-lfs pointer, or its digest is wrong
+            or missing.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load, load_file
@@ -352,8 +355,8 @@ def find_nonfinite(tensors: dict[str, Tensor]) -> list[str]:
 def group_small_tensors(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
     """Yield the floating tensors in groups of (name, tensor).
 
-    A tensor over 16,384 numbers is alone. Smaller ones of one dtype, device and shape are together, up to about a
-    million numbers. Sharded tensors are left out.
+    A tensor over 16,384 numbers is alone and comes at once. Smaller ones of one dtype, device and shape are together; a
+    group is yielded when it has more than 2²⁰ numbers, the rest at the end. Sharded tensors and integers are left out.
     """
     groups: dict[object, list[tuple[str, Tensor]]] = defaultdict(list)
     sizes: dict[object, int] = defaultdict(int)

@@ -184,9 +184,10 @@ def summarize_weights(
 
 
 def join_fingerprints(parts: Sequence[Fingerprint]) -> Fingerprint:
-    """Return the fingerprint of a model from those of its stages, in order.
+    """Return the fingerprint of a model from those of its stages; a later stage wins for a weight in several.
 
-    It has the values of the weights that a single process would sample.
+    It has the values of the weights that a single process would sample, none if no stage has values. Full digests are
+    joined, if any stage has them.
     """
     shapes = {k: v for p in parts for k, v in p.get("weights", {}).items()}
     values = {k: v for p in parts for k, v in p.get("sample", {}).items()}
@@ -226,8 +227,10 @@ def make_list_check(*kinds: type) -> Callable[[object], bool]:
     """
 
     def is_right(value: object) -> bool:
-        """Return True if `value` is a dict of lists with numbers of these types; if float is one, all have to be
-        finite.
+        """Return True if `value` is a dict of lists with numbers of these types.
+
+        Each list must be exactly a list, each number exactly of one of `kinds`. If float is one of them, all numbers
+        have to be finite. Empty dicts and lists pass.
         """
         if not isinstance(value, dict) or not {type(inner) for inner in value.values()} <= {list}:
             return False
@@ -342,9 +345,11 @@ def restrict_to_common(of_file: Fingerprint, now: Fingerprint) -> tuple[Fingerpr
 
 
 def describe_difference(of_file: Fingerprint, now: Fingerprint) -> str | None:
-    """Return in words how the weights of a file's fingerprint differ from those of `now`; None if their names and
-    shapes have one digest. Reasons in this order: another count (if one names no weights), a shape, missing layers,
-    more layers, or a damaged file.
+    """Return in words how the weights of a file's fingerprint differ from those of `now`.
+
+    None if their digests of names and shapes ("shapes") are equal. Only the first of these reasons is told: another
+    count, if one of them names no weights; the first weight with another shape; missing layers, with an example; more
+    layers, with an example; or a damaged file.
     """
     if of_file.get("shapes") == now["shapes"]:
         return None

@@ -157,7 +157,10 @@ class CheckpointValues:
 
     def make_head(self, key: str, module: nn.Module) -> nn.Module | None:
         """Return a copy of a module to save with the checkpoint's number of labels, if only the first dimension
-        differs; else None. Its parameters are not initialized. Warns if it is an embedding of another vocabulary.
+        differs; else None.
+
+        None also if weight and bias would then differ in their labels while mismatched sizes are ignored. Parameters of
+        the copy that change their size are not initialized. Warns if it is an embedding of another vocabulary.
 
         Raises:
             AdapterKeyError: weight and bias would have different numbers of labels, unless mismatched sizes are
@@ -186,8 +189,11 @@ class CheckpointValues:
         )
 
     def _advise_on_vocabulary(self, shapes: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> str:
-        """Return the advice to call `resize_token_embeddings(n)` if one of `shapes` is of an embedding and differs from
-        it only in the number of tokens; else "".
+        """Return the advice to call `resize_token_embeddings(n)` if one of `shapes` is of an embedding of the base;
+        else "".
+
+        Input and output embeddings count. The shapes must differ in one dimension only, which here is the number of
+        tokens. The first such tensor decides, and n is its number in the file.
 
         Args:
             shapes: (name, shape in the file, shape here).
@@ -316,8 +322,12 @@ class CheckpointValues:
             raise AdapterKeyError(f"Adapter '{self.adapter}' cannot be loaded from {self.path}: {join_some(wrong)}.")
 
     def _missing_biases(self, kind: str, parts: AdapterCarriers, prefix: str) -> list[str]:
-        """Return the keys of the trained biases that the file lacks: of adapted layers, and with "all" of the whole
-        base. If it lacks all biases of "<method>_only", as PEFT writes it, warns and returns [].
+        """Return the sorted keys of the trained biases that the file lacks: of adapted layers, and with "all" of the
+        whole base.
+
+        Opaque layers and, with "all", tensors inside carriers do not count. A key in the file may have the name in the
+        file or that in the model. If a kind other than "all" lacks every one of its biases, as PEFT writes it, warns
+        and returns [].
         """
         layers = ((key, layer.get_base_layer()) for key, layer in parts.layers.items() if not layer.op.opaque)
         has_bias = [key for key, base_layer in layers if base_layer._parameters.get("bias") is not None]
@@ -342,10 +352,11 @@ class CheckpointValues:
     ) -> list[tuple[Entry, str | None]]:
         """Let the layer's method compute its tensors from those of the file, and put them into `tensors`.
 
-        Return the layer's entries with their keys there; None for a missing one.
+        Return the layer's entries with their keys there; None for a missing one. If the file lacks an entry, the method
+        gets all keys of the layer, except its base layer's, and may restore it; the entry then has its file name.
 
-        Adds keys that the method consumed to `used`. Refreshes each entry, as the method may have replaced a parameter;
-        it trains as before.
+        Adds keys that the method consumed for that to `used`. Refreshes each entry, as the method may have replaced a
+        parameter; its requires_grad stays.
         """
         method = layer.methods[self.adapter]
         places = {(entry.container, entry.path): name for entry, name in pairs if name is not None}
@@ -466,9 +477,11 @@ class CheckpointValues:
             )
 
     def _report_misfits(self, mismatched: list[Mismatch], unexpected: list[str]) -> None:
-        """Raise AdapterKeyError for mismatched shapes, unless they are ignored: then warn and note them in `report`.
+        """Raise AdapterKeyError for mismatched shapes, unless they are ignored: then warn and put them into
+        `report.mismatched_keys`.
 
-        Missing and unexpected keys raise AdapterKeyError with `strict`, else warn.
+        The missing keys in `report` and the unexpected ones raise one AdapterKeyError with `strict`, else one warning.
+        If there are both, the text advises `key_mapping`. Without any nothing happens.
         """
         report = self.report
         if mismatched:

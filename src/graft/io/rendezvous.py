@@ -94,8 +94,8 @@ def needs_shape_check(tensor: Tensor, value: Tensor) -> bool:
 def check_value(key: str, value: Tensor, tensor: Tensor, adapter: str, shape: torch.Size | None = None) -> None:
     """Raise CheckpointError if `value` has another shape than `shape`.
 
-    If that is None it is the whole shape of `tensor`; if `tensor` is an empty placeholder, any value with numbers
-    passes.
+    If that is None it is the whole shape of `tensor`. If `tensor` is an empty placeholder then, any value with numbers
+    passes, and an empty one raises.
     """
     if shape is None and (layout_of(tensor) is not None or is_whole(tensor)):
         shape = find_whole_shape(tensor)

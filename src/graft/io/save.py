@@ -190,7 +190,9 @@ def convert_for_file(
 ) -> dict[str, Tensor]:
     """Return the tensors of an adapter in a file, by file key.
 
-    Methods with another form in files convert their `values` by `to_file_tensors`.
+    `to_file_tensors` of a layer's method converts them, unless the method stores them unchanged. It may add tensors or
+    leave some out; an added one gets its key from the layer's stem, container and path. Entries without a layer stay as
+    they are.
     """
     out: dict[str, Tensor] = {}
     for layer, group in groupby(all_entries, attrgetter("layer")):
@@ -270,7 +272,11 @@ def make_adapter_name_test(parts: AdapterCarriers) -> Callable[[str], bool]:
 
 
 def target_embeddings(base: nn.Module, config: object) -> bool:
-    """Return True if `target_modules` of a config names embeddings of the base."""
+    """Return True if `target_modules` of a config names embeddings of the base: "embed_tokens" or "lm_head".
+
+    "all-linear" and no targets give False. Another text is a pattern, tried on the paths of modules that end so. In a
+    collection one of the two names must stand exactly.
+    """
     targets: Any = getattr(config, "target_modules", None)
     if isinstance(targets, str) and targets != "all-linear":
         named = TargetNames(targets)
@@ -279,10 +285,11 @@ def target_embeddings(base: nn.Module, config: object) -> bool:
 
 
 def will_save_embeddings(base: nn.Module, config: object, save: str | bool) -> bool:
-    """Return whether an adapter's file holds the base's embeddings.
+    """Return whether an adapter's file holds the base's embeddings: `save` as a bool, unless it is "auto".
 
-    With `save="auto"` it does, with a warning, if `target_modules` names them and no token rows train, or if the
-    vocabulary was resized.
+    With "auto" it does, with a warning, if `target_modules` names them and no token rows train, or if the vocabulary
+    was resized. The latter is decided from the base's original config in a local folder or the hub's cache; without one
+    it is False.
     """
     if save != "auto":
         return bool(save)

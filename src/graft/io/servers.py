@@ -346,6 +346,10 @@ def read_block(block: ServerBlock, values: PartFactors, config: PeftConfig) -> d
 def assemble_factors(sides: Mapping[str, Mapping[int | None, Tensor]], n: int) -> FactorPair | None:
     """Return A (E or 1, r, in) and B (E or 1, out, r) of all n experts; None if one is missing or has an impossible
     shape.
+
+    A side has one tensor for all experts, under the key None, or a tensor of one shape for each number from 0 to n - 1,
+    which are stacked. Two matrices with a rank that n divides are split into those of the experts. Otherwise both must
+    have three dimensions and the same rank.
     """
     factors = []
     for side in "AB":

@@ -372,8 +372,10 @@ def make_lora_config(view: ServerView, config: object, ranks: dict[str, int], ba
 def server_needs(view: ServerView, ranks: dict[str, int]) -> Json:
     """Return the server's requirements: "max_lora_rank", "flags" to start it with, and "is_3d_lora_weight".
 
-    SGLang gets the largest rank and the names of the target modules. vLLM gets the next rank of `RANKS`, and a flag if
-    experts are shared, or are in another form than it expects.
+    SGLang gets the largest rank and the sorted last names of the modules in `ranks`. vLLM gets the next rank of `RANKS`
+    (the rank itself beyond 512). It also gets a flag if experts are in the layout "vllm-shared", or are in another
+    form, stacked or single, than it expects. "is_3d_lora_weight" is True for experts in the layouts "peft" and
+    "vllm-3d".
     """
     r = max(ranks.values())
     experts = any(view.block(layer) is not None for _, layer in view.layers)

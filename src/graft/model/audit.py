@@ -446,9 +446,9 @@ def update_norms(carrier: Carrier, adapter: str) -> tuple[Tensor, ...]:
     """Return the norms of an adapter's update on a carrier, and of the weight without adapters, in float32; () if
     unknown.
 
-    Unknown: prompts and shared tensors; effects that take the whole module, have no weight or a fixed one; sharded or
-    unreadable weights. The update of the bias is included. For a copied head it is the difference from the base's
-    module.
+    Unknown: the adapter is not on the carrier; prompts and shared tensors; effects that take the whole module, have no
+    weight or cannot be merged; unreadable, sharded or tensor-parallel weights. The update's norm includes that of its
+    bias. For a copied head it is the difference from the base's module.
     """
     if isinstance(carrier, ModulesToSaveWrapper):
         return module_norms(carrier.modules_to_save[adapter], carrier.original_module)
@@ -469,9 +469,10 @@ def update_norms(carrier: Carrier, adapter: str) -> tuple[Tensor, ...]:
 
 def module_norms(module: nn.Module, original: nn.Module) -> tuple[Tensor, ...]:
     """Return the norms of the difference between a copied module and its original, and of the original, over all
-    parameters.
+    parameters, as two float32 scalars.
 
-    Return () if there are no parameters, if shapes or devices differ, or if one is sharded, empty or special.
+    Return () if there are no parameters, if shapes or devices of a pair differ, or if one is sharded, empty or not a
+    dense floating tensor.
     """
     pairs = list(zip(module.parameters(), original.parameters()))
     if not pairs or not all([is_dense_float(t) and t.numel() and layout_of(t) is None for pair in pairs for t in pair]):

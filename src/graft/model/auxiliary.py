@@ -39,10 +39,11 @@ def compute_losses(
 
 
 def add_to_loss(output: Any, more: Any) -> object:
-    """Return the model's output with `more` added to its loss; None if the output has no loss with a gradient.
+    """Return the model's output with `more`, moved to the loss's device, added to its loss; None if the output has no
+    loss with a gradient.
 
-    The loss is the output itself, the first item of a tuple, or `loss` of a dict or an object. Tuples and dicts are
-    copied; the attribute of an object is overwritten.
+    The loss is the output itself, the first item of a tuple, or `loss` of a dict or an object. Plain tuples and dicts
+    are copied; the attribute of an object (and of subclasses of the two) is overwritten and the object returned.
     """
     if is_loss(output):
         return output + more.to(output.device)

@@ -63,7 +63,9 @@ class Averager:
     def find_parameters(self) -> None:
         """Hook each plain parameter of adapters, and each other plain one that trains, unless FSDP2 averages it.
 
-        Parameters that have a hook keep it. Sets Trainer's mark on each.
+        Stores them in `parameters`; sharded ones and those on the meta device are left out. Adapters' parameters count
+        also while they are frozen or inactive. Parameters that have a hook keep it; a frozen one stays frozen. Sets
+        Trainer's mark `MARK` on each, so that Trainer does not average it.
         """
         registry, managed = self.registry, self.sharding.list_managed_ids()
         known, parameters = set(map(id, self.parameters)), dict[int, Any]()
@@ -250,8 +252,10 @@ WHY_NOT_DDP = (
 
 
 def note_start(registry: Tuner, adapter: str) -> None:
-    """Record shapes and norms of an adapter's first values in `registry.starts`, for a comparison with other
+    """Record shapes, dtypes and norms of an adapter's first values in `registry.starts`, for a comparison with other
     processes.
+
+    Both are noted as texts. Values that are no floats, empty, sharded or on the meta device are left out.
     """
     slots = (s for carrier, name in iter_carried(registry.carriers(), [adapter]) for s in carrier.slots(name))
     tensors = [s.tensor.detach() for s in slots if s.tensor.is_floating_point() and not s.tensor.is_meta]

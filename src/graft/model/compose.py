@@ -162,7 +162,8 @@ def row_keys(value: str | Composition) -> list[str | JointAdapters]:
     """Return the key of each copy of a row, which layers use to select adapters: one, or of a Parallel one for each
     child.
 
-    A key is an adapter's name, or a `JointAdapters` of several; a Stack of one adapter is that name.
+    A key is an adapter's name, or a `JointAdapters`: of an Average, with its weights, even for one adapter; and of a
+    Stack of several. A Stack of one adapter is that name.
     """
     if isinstance(value, Parallel):
         return [key for child in value.children for key in row_keys(child)]
@@ -304,10 +305,10 @@ RowNames = list[str | Composition] | None  # the adapter or composition of each 
 
 
 def check_row_names(names: Iterable[str | Composition] | None) -> RowNames:
-    """Return `adapter_names` as a list; None unchanged. Loaded or not is not checked.
+    """Return `adapter_names`, any iterable, as a list; None unchanged. Whether the names are loaded is not checked.
 
     Raises:
-        TypeError: it is one string, or an entry is neither a name nor a composition.
+        TypeError: it is one string, or an entry is neither a name nor a composition (None is neither).
         RoutingError: an entry is a Parallel.
     """
     if names is None:

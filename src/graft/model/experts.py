@@ -121,14 +121,15 @@ class XLoraRegistry(Registry):
 
     def _read_expert(self, owner: str, config: XLoraConfig, name: str) -> tuple[LoraConfig, files.LoadedWeights]:
         """Read an expert: from the folder next to the config if that is a whole LoRA checkpoint, else from the path in
-        the config.
+        the config. Return its config and weights.
 
-        Its `inference_mode` is set to False.
+        The folder is skipped if it cannot be read, or if its tensors include other experts' (`OTHERS`). Sets the
+        config's `inference_mode` to False.
 
         Raises:
-            CheckpointError: no place has the expert.
+            CheckpointError: no place has the expert; the text has the first place's error.
             ConfigError: it is not LoRA, or uses DoRA.
-            AdapterNameError: its name is taken, or cannot be one.
+            AdapterNameError: its name is taken, also by X-LoRA's adapter, or cannot be one.
         """
         check_adapter_name(name, [*self.peft_config, owner])
         where = config.adapters[name]  # type: ignore[index]

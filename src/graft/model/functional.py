@@ -32,7 +32,10 @@ def find_carriers(model: nn.Module) -> list[AdapterLayer | Wrapper]:
 
 
 def check_carried(parts: list[AdapterLayer | Wrapper], names: Sequence[str]) -> None:
-    """Raise AdapterNotFoundError if no carrier has one of these adapters, or if there is no adapter at all."""
+    """Raise AdapterNotFoundError if one of these adapters is on no carrier, or if there is no adapter at all.
+
+    An empty `names` passes otherwise.
+    """
     known = dict.fromkeys(name for part in parts for name in part.adapters)
     unknown = [n for n in names if n not in known]
     if unknown or not known:
@@ -70,12 +73,12 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
 def delete_adapter(
     model: nn.Module, adapter_name: str, prefix: str | None = None, layer_cls: type | None = None
 ) -> list[str]:
-    """Remove an adapter, and return the active ones.
+    """Remove an adapter, and return the active ones. Waits until no call runs.
 
     If it was the only active one, the first of the others (by name) becomes active, with a warning.
 
-    In a model without a PeftModel, an adapter that no layer carries gives a warning: callers delete by lists that may
-    name it twice. Its entry in `model.peft_config` goes as well.
+    In a model without a PeftModel, an adapter that no layer carries gives a warning and changes nothing: callers delete
+    by lists that may name it twice. The deleted adapter's entry in a dict `model.peft_config` goes as well.
 
     Args:
         prefix, layer_cls: the method's; without effect, for PEFT's callers.
@@ -146,10 +149,12 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 @contextmanager
 def rescale_layers(layers: Mapping[str, Any], factor: Callable[[str], float], what: str) -> Iterator[None]:
-    """Multiply the scalings of each layer by `factor(path)` within the block. Begin and end wait until no call runs.
+    """Multiply the scalings of all adapters of each layer by `factor(path)` within the block.
 
-    Layers get new dicts of scalings. At the end, a scaling that other code has set or overwritten meanwhile (a
-    hot-swap) stays.
+    Begin and end each wait until no call runs, as a change of the model.
+
+    Layers get new dicts of scalings, at the end again. There, also after an error, the old scalings come back. A
+    scaling that other code has set or overwritten meanwhile (a hot-swap) stays. `layers` must not be empty.
 
     Args:
         what: name of the caller, for threads that wait.

@@ -141,7 +141,8 @@ def unload_adapters(model: nn.Module, frozen: Set[str] | None) -> None:
 def restore_modules(model: nn.Module) -> None:
     """Replace each adapter layer and wrapper by the module that remains, also within blocks and layers of parameters.
 
-    A layer leaves its base module, a wrapper of a head the active adapter's copy.
+    A layer leaves its base module, a wrapper of a head the active adapter's copy. The model is changed in place; the
+    root module itself is not replaced.
     """
     seen: set[int] = set()
 
@@ -168,9 +169,11 @@ def restore_modules(model: nn.Module) -> None:
 
 
 def find_tied_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules with a weight that a transformers model declares as tied (`_tied_weights_keys`).
+    """Yield the modules with a weight that a transformers model or a part of it declares as tied
+    (`_tied_weights_keys`).
 
-    Patterns and missing parts are skipped.
+    Patterns, missing parts, other parameters than "weight" and modules without one are skipped. A module that two parts
+    declare comes twice.
     """
     for part in model.modules():
         for key in getattr(part, "_tied_weights_keys", None) or ():
@@ -216,8 +219,9 @@ def update_vocabulary_size(model: nn.Module, before: list[int | None]) -> None:
 def retie_embeddings(model: nn.Module) -> None:
     """Make modules of a tied model share the input embeddings' weight again, where the values are equal.
 
-    If the head has other values than the embeddings, set `config.tie_word_embeddings` to False, with a warning. Models
-    that tie nothing, or have no plain table, stay.
+    Candidates are the modules of `_tied_weights_keys` and the output embeddings. If the output embeddings have other
+    values, set `config.tie_word_embeddings` to False, with a warning. Nothing happens if the config ties nothing, or
+    the input embeddings have no weight or one on the meta device.
     """
     config = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False):

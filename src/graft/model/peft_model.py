@@ -154,12 +154,13 @@ class PeftModel(nn.Module):
         return {n for c in self.peft_config.values() for n in getattr(c, "modules_to_save", None) or ()} or None
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute that this module lacks: `prompt_tokens` and `word_embeddings` from a registry of prompts,
-        others from `base_model`.
+        """Return an attribute that torch does not find on this module: `prompt_tokens` and `word_embeddings` from a
+        registry of prompts, others from `base_model`.
 
         Raises:
-            AttributeError: the base model lacks it as well, or the name begins with "__".
-            DistributedError: DistributedDataParallel wraps a model with a base that FSDP2 had sharded.
+            AttributeError: the base model lacks it as well, the name begins with "__", or it is "base_model".
+            DistributedError: DistributedDataParallel asks for its list of ignored parameters, and FSDP2 had sharded the
+                base.
         """
         try:
             return super().__getattr__(name)
@@ -520,14 +521,15 @@ class PeftModel(nn.Module):
         """Run a function of the base model within a call; return its output and the call's context.
 
         Arguments of graft and its methods are taken out of `kwargs`. Methods that surround a run do so here, and losses
-        of adapters are added. In the first training step after a change, check that the processes average all
-        gradients. Rows are repeated as `generate` repeats them.
+        of adapters are added. Rows' heads are chosen, and rows are repeated as `generate` repeats them. In the first
+        training step with gradients after a change, outside a compiler, check that the processes average all gradients;
+        `registry.averaged` notes it.
 
         Args:
             shares: of a Parallel: the share of the copies that each adapter acts on.
 
         Raises:
-            RoutingError, TypeError: as `forward`; `adapter_generators` with `generate`.
+            RoutingError, TypeError: as `forward`; TypeError for `adapter_generators` with `generate`.
             DistributedError: gradients would not be averaged.
         """
         registry = self._registry

@@ -500,7 +500,8 @@ def find_prefix_adapter(
 
     Raises:
         TypeError: `model` is no PeftModel.
-        ValueError: no adapter is active or of that name, it holds no keys and values, computes them by a network,
+        AdapterNotFoundError: the adapter is not loaded.
+        ValueError: no adapter is active, it holds no keys and values, computes them by a network (prefix_projection),
             shares them between submodules, or has another number of tokens.
     """
     registry = get_registry(unwrap_model(model))
@@ -604,10 +605,11 @@ def find_pairs(cache: object) -> list[Pair]:
     """Return (key, value) of each layer of a cache, uncut.
 
     Accepted are caches with `layers` or `to_legacy_cache` of transformers (for encoder and decoder, the
-    self-attention's is used), and iterables of lists or tuples that begin with two tensors.
+    self-attention's is used), and iterables of lists or tuples that begin with two tensors; further items are dropped.
+    An empty one gives [].
 
     Raises:
-        TypeError: it is another object.
+        TypeError: it is another object, such as None, a tensor or a text.
         ValueError: a layer of a cache is empty, or has dropped its first tokens.
     """
     cache = getattr(cache, "self_attention_cache", cache)

@@ -77,9 +77,10 @@ class Suggestion:
     def __str__(self) -> str:
         """Return the suggestion as lines of text.
 
-        The first line has the best rate and the good and tested ranges. Lines for each search and each other size
-        follow, then the source's rates and the lengths of the runs. If nothing was measured on this type of model, the
-        source's rates come first. Without any rate, the text advises a sweep.
+        After searches the first line has the best rate and the good and tested ranges. Lines for each search and each
+        other size follow, then the source's rates and the lengths of the runs, with advice for thousands of steps. If
+        nothing was measured on this type of model, the source's rates come first, then the searches on other types.
+        Without any rate, the text advises a sweep over 1e-4 to 0.3.
         """
         lines = []
         if self.tested is not None:

@@ -312,7 +312,9 @@ class Registry:
     def parameters_of(self, module: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
         """Return an iterator over (name in `module`, parameter) of one adapter, in the order of `module`.
 
-        These are the parameters that can train: its tensors, and the base's biases that its config lets train.
+        These are the parameters that can train, frozen ones included: its tensors, and the base's biases that its
+        config lets train. A bias that is a tensor of some adapter does not count as the base's. Parameters outside
+        `module` are left out.
 
         Raises:
             AdapterNotFoundError: it is not loaded.
@@ -455,9 +457,11 @@ class Registry:
     def register_injection(self, adapter_name: str, injection: Injection) -> InjectReport:
         """Record layers, wrappers and report of a new adapter, and return the report.
 
-        Layers without adapters are dropped.
+        Layers and wrappers without adapters are dropped. `frozen_before` is kept from the first injection.
 
-        New carriers get the list of active adapters, and are switched off if all others are.
+        New carriers get the list of active adapters and the weights of the active composition. If all other carriers
+        are disabled, all carriers of the adapter are disabled, too. On a sharded base the adapter's gradients are
+        hooked, and fingerprint values are read by all processes together.
         """
         parts, self.reports[adapter_name] = injection.parts, injection.report
         if self.frozen_before is None:

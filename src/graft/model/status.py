@@ -61,7 +61,8 @@ def common_value(values: list[T]) -> T | Irregular:
 def _layers_by_path(model: nn.Module) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
     """Return adapter layers and modules trained whole, by the paths of PEFT's tuner, in PEFT's order.
 
-    Several layers on parameters of one module are listed from the inside out. Layers of token rows that belong to
+    With a PeftModel paths begin with "model.". Several layers on parameters of one module are listed from the inside
+    out, each with a path of its depth. Layers of token rows have their inner name at the end; those that belong to
     another module's rows are left out.
     """
     registry = get_registry(model)
@@ -104,7 +105,10 @@ def find_shared_parameters(layer: AdapterLayer | ModulesToSaveWrapper, adapter: 
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """Return the status of each adapter layer. `requires_grad` is "irregular" where an adapter's parameters differ.
+    """Return the status of each adapter layer and module trained whole, with adapters and devices sorted.
+
+    An adapter's `requires_grad` is "irregular" where its parameters differ, and False without parameters. A layer
+    without parameters of the adapter takes those that it shares with other layers.
 
     Raises:
         ValueError: the model has no adapter layers.
@@ -181,7 +185,10 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 
 def _common_merged(layers: list[TunerLayerStatus]) -> list[str] | Irregular:
-    """Return the merged adapters in order, or "irregular" if a layer has one of them unmerged."""
+    """Return the merged adapters of all layers in the order of their first layer, [] if none.
+
+    Returns "irregular" if a layer has one of them unmerged; layers without it do not count.
+    """
     names = list(dict.fromkeys(n for s in layers for n in s.merged_adapters))
     for s in layers:
         if any(n in s.available_adapters and n not in s.merged_adapters for n in names):

@@ -154,9 +154,10 @@ LAST = "output_attentions output_hidden_states return_dict task_ids"
 
 
 def _make_forward(names: str) -> Callable[..., object]:
-    """Return a `forward(self, …, **kwargs)` with these named arguments, all None by default, by its `__signature__`.
+    """Return a `forward(self, …, **kwargs)` with the arguments in `names` (separated by spaces), all None by default.
 
-    transformers' Trainer reads from it the columns of a data set to keep.
+    Its `__signature__` shows them: transformers' Trainer reads from it the columns of a data set to keep. It calls the
+    base model with the arguments that the caller passed.
     """
     arguments, kind = names.split(), inspect.Parameter
     known = frozenset(arguments)
@@ -166,11 +167,11 @@ def _make_forward(names: str) -> Callable[..., object]:
     )
 
     def forward(self: PeftModel, *args: object, **kwargs: object) -> object:
-        """Run the base model's forward with the arguments that the caller passed, as keywords; named arguments that are
-        None are left out.
+        """Run the base model's forward with the arguments that the caller passed, as keywords, and return its output.
 
-        `task_ids` is dropped if no loaded method takes it. Raises TypeError for too many or doubled positional
-        arguments.
+        Positional arguments get the names of `names` in order. Named arguments that are None are left out; other
+        keywords are passed even if None. `task_ids` is dropped if no loaded method takes it. Raises TypeError for too
+        many or doubled positional arguments.
         """
         if args:
             positional = dict(zip(arguments, args))
@@ -387,12 +388,14 @@ class AutoPeftModel:
 
     @staticmethod
     def _fit_vocabulary(base: nn.Module, where: str, trust_remote_code: bool, place: dict[str, Any]) -> None:
-        """Enlarge the base's embeddings if the adapter's folder or repository has a tokenizer with more tokens.
+        """Enlarge the base's embeddings if the adapter's folder or repository has a tokenizer with more tokens; never
+        shrink them.
 
-        Without a tokenizer in a sub-folder, that of the folder around it counts. If the hub cannot be reached, warn.
+        Without a tokenizer in a sub-folder, that of the folder around it counts; without any nothing happens. If
+        `where` is no folder and the hub's files cannot be read (OSError), warn and return.
 
         Raises:
-            CheckpointError: the tokenizer cannot be loaded.
+            CheckpointError: the tokenizer cannot be loaded, for any other error.
         """
         from transformers import AutoTokenizer
 

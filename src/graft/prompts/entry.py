@@ -190,9 +190,10 @@ def check_kind(stack: PromptStack, cfg: Any) -> None:
 def check_size(stack: PromptStack, cfg: Any) -> None:
     """Raise ConfigError if the prompt of a config cannot enter the stack.
 
-    A prompt must have fewer tokens than the stack has positions, by its table or its config. Keys and values need a
-    cache argument, and a num_layers that covers the stack's layers. Embeddings need an argument `inputs_embeds`, and a
-    token_dim equal to the width of the word embeddings.
+    A prompt must have fewer tokens than the stack has positions, by its table or else its config's
+    `max_position_embeddings`; without either any number passes. Keys and values need a cache argument, and a num_layers
+    of at least the stack's layers. Embeddings need an argument `inputs_embeds`, and a token_dim equal to the width of
+    the word embeddings.
     """
     name, kind = type(stack.module).__name__, cfg.peft_type.value
     limit = stack.positions or getattr(stack.config, "max_position_embeddings", None)

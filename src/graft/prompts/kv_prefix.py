@@ -18,10 +18,12 @@ Shape = tuple[int, int]  # heads, head_dim
 
 
 def key_shapes(stack: nn.Module) -> list[Shape | None] | None:
-    """Return heads and head size of each layer; None for a layer that shares keys.
+    """Return (heads, head size) of the keys in each layer, in the order of `layer_idx`; None in place of a layer that
+    shares keys.
 
-    Sizes come from modules with `layer_idx`, `head_dim` and `k_proj`. Return None if they do not tell them for every
-    layer from 0 on.
+    Only modules with an int `layer_idx` and an int `head_dim` count. Heads are `k_proj.out_features` divided by
+    `head_dim`. A layer shares keys if it says so, or if it has a q_proj and no k_proj. Return None for all if the found
+    layers are not 0, 1, … without a gap, or there is none.
     """
     shapes: dict[int, Shape | None] = {}
     for module in stack.modules():
@@ -76,10 +78,11 @@ def cut_heads(pairs: Pairs, cuts: dict[int, Cut]) -> Pairs:
 
 
 def fit_pairs(pairs: list[tuple[Tensor, Tensor]], shapes: list[Shape | None] | None) -> Pairs:
-    """Return the pairs that each layer can hold.
+    """Return for each layer the pair that it can hold, or None.
 
-    A pair is cut if the layer has fewer or smaller heads. It is None if the layer has more or larger heads, or shares
-    keys. Without shapes return all pairs. Gives one warning that lists the layers that are skipped.
+    A pair is cut to its first heads and numbers if the layer has fewer or smaller heads. It is None if the layer has
+    more or larger heads, or shares keys. `shapes=None` gives all pairs unchanged. Gives one warning that lists the
+    layers that are skipped.
 
     Raises:
         ValueError: no layer can hold its pair.
@@ -113,9 +116,10 @@ Pairs = list[tuple[Tensor, Tensor] | None]  # key and value of each layer, (batc
 
 
 def count_tokens(cache: Any) -> int:
-    """Return how many tokens a cache holds: that of its first layer with any; 0 for None.
+    """Return how many tokens a cache holds: that of its first layer with any; 0 for None or if no layer has any.
 
-    Of an encoder-decoder cache self-attention counts. Tuples of (key, value) and caches without layers work as well.
+    Layers that hold a state instead of tokens are skipped. Of an encoder-decoder cache self-attention counts. Of a
+    tuple or list of (key, value) only the first pair counts. A cache without layers answers by `get_seq_length()`.
     """
     if cache is None:
         return 0

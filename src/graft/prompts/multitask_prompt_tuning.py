@@ -116,13 +116,13 @@ class MultitaskPromptEmbedding(PromptEmbedding):
 
 
 def source_values(cfg: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
-    """Return the tensors that the config takes from the weights file of a trained prompt, by name.
+    """Return the tensors that the config takes from the weights file of a trained prompt, by name. Reads the file.
 
-    ONLY_SOURCE_SHARED takes the shared prompt alone. The others take the factors as well: their mean over tasks, or
-    those of one task, with a first dimension of 1.
+    ONLY_SOURCE_SHARED takes the shared prompt alone. The others take the factors as well, with a first dimension of 1:
+    AVERAGE_SOURCE_TASKS their mean over tasks, any other those of task `prompt_tuning_init_task`.
 
     Raises:
-        ConfigError: no file is named, or it has no such task.
+        ConfigError: no file is named, or it has no such task (negative numbers included).
         CheckpointError: the file lacks one of the tensors.
     """
     path = cfg.prompt_tuning_init_state_dict_path

@@ -37,12 +37,12 @@ class PromptTuningConfig(PromptLearningConfig):
     inits: ClassVar[type[Enum]] = PromptTuningInit
 
     def __post_init__(self) -> None:
-        """Check the fields, and make prompt_tuning_init a member of the class's enum (`inits`).
+        """Check the fields after those of the base class, and make prompt_tuning_init a member of the class's enum
+        (`inits`).
 
         Raises:
-            ConfigError: prompt_tuning_init is no member; TEXT without tokenizer_name_or_path or
-                prompt_tuning_init_text; or
-                tokenizer_kwargs without TEXT.
+            ConfigError: prompt_tuning_init is no member; TEXT has an empty tokenizer_name_or_path or
+                prompt_tuning_init_text; or there are tokenizer_kwargs without TEXT.
         """
         super().__post_init__()
         init = self.prompt_tuning_init

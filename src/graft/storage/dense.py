@@ -58,9 +58,9 @@ def is_composed(t: Tensor) -> bool:
 def plain_tensors(t: Tensor) -> list[Tensor] | None:
     """Return the plain tensors that hold the values of a tensor; None if its type, or one inside, does not show them.
 
-    A composed tensor that torch can flatten gives those of all its inner tensors. A plain one, a DTensor, a FakeTensor
-    and an UninitializedParameter give themselves. Any other subclass gives one plain tensor with the same memory,
-    detached.
+    A composed tensor that torch can flatten gives those of all its inner tensors, otherwise None. A plain one, a
+    DTensor, a FakeTensor and an UninitializedParameter give themselves. Any other subclass gives one plain tensor with
+    the same memory, detached.
     """
     if is_composed(t):
         if not is_traceable_wrapper_subclass(t):

@@ -88,9 +88,12 @@ class FormOfOwnExperts(Form):
 
 
 def find_dispatch(module: nn.Module) -> Dispatch | None:
-    """Return how a block's tokens are dispatched; None for a module that transformers does not dispatch.
+    """Return how a block's tokens are dispatched: the implementation, and first index and number of this process's
+    experts.
 
-    Also None if the kernel of Mega MoE exchanges the tokens, since it takes no updates of its weights.
+    None for a module that transformers does not dispatch. Also None if the kernel of Mega MoE exchanges the tokens,
+    since it takes no updates of its weights. The implementation is read from the closure of the module's replaced
+    forward.
     """
     style = style_of(module)
     if style is None or style.home != OF_EXPERTS:

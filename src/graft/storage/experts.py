@@ -155,8 +155,9 @@ class ExpertBlock:
         return None if stack is None else stack.shape
 
     def find_stack(self, name: str) -> Any:
-        """Return a stack in canonical orientation (experts, out, in): `PackedMatrices`, or a tensor, which may be a
-        view.
+        """Return a stack in canonical orientation (experts, out, in): `PackedMatrices`, or a tensor.
+
+        The tensor is the parameter itself, or a transposed view of it if the module is transposed.
 
         Raises:
             UnsupportedLayerError: a packed stack cannot be read.
@@ -181,7 +182,8 @@ class ExpertBlock:
 
         Routes, biases, activation and a norm after the experts are the module's. `args` and `kwargs` are those of its
         forward: hidden states, indices of experts, weights of routes. With `updates.rows` each token gets the updates
-        of its group.
+        of its group; with `updates.adapters` the marks in the hidden states select them. Under a dispatch the updates
+        are cut to this process's experts.
 
         Raises:
             RoutingError: rows have different adapters under expert parallelism, or a dense stack cannot be used.

@@ -33,8 +33,8 @@ GROUPS: WeakKeyDictionary[nn.Module, dict[str, ref[Any]]] = WeakKeyDictionary() 
 def find_parameter_groups(modules: Iterable[nn.Module]) -> list[Any]:
     """Return FSDP2's parameter groups with parameters, of the units among these modules, each once.
 
-    After a first call, units around them count as well. [] without FSDP2. Notes the group of each parameter for
-    `find_parameter_group`.
+    After a first call of the model, units around them count as well, if any module is a unit. [] if torch's FSDP2 is
+    not imported. Notes the group of each parameter in `GROUPS`, weakly, for `find_parameter_group`.
     """
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if not hasattr(fsdp, "FSDPModule"):

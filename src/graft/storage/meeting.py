@@ -66,13 +66,14 @@ class Meeting:
             self._compare_tasks()
 
     def _wait_for_all(self, task: str) -> str:
-        """Write `task` into the store and wait for the other ranks.
+        """Write `task` into the store and wait for the other ranks, at most `patience` seconds.
 
         Return the prefix of this meeting's keys. The last to come lets all begin. A meeting that a process has left in
-        vain is skipped.
+        vain is skipped. If `compares` is False and the task is not empty, it is counted under "tasks". A rank that
+        waits in vain marks the meeting as left.
 
         Raises:
-            CheckpointError: the others did not come in time. The text names their ranks.
+            CheckpointError (the class in `error`): the others did not come in time. The text names their ranks.
         """
         store, size = self.store, len(self.ranks)
         building = f"graft/{hashlib.sha256(str(list(self.ranks)).encode()).hexdigest()[:16]}"

@@ -53,9 +53,10 @@ def is_hooked(layer: nn.Module) -> bool:
 def bring_in(module: nn.Module, written: nn.Module | None) -> Iterator[None]:
     """Load all offloaded tensors below `module` for the block; keep changes to those of `written`.
 
-    Parameters of `written` are copied before the block may change them. After a block without an error their values are
-    stored on the CPU for the next load, even if an outer block loaded them. At the end each module that this block has
-    loaded is offloaded again, after an error too.
+    Parameters of `written` that this block loads are copied before the block may change them. After a block without an
+    error its values are stored on the CPU, in a new `weights_map` of its hook, even if an outer block loaded them. At
+    the end each module that this block has loaded is offloaded again, after an error too. With `written=None` no change
+    is kept.
     """
     hooked = [(m, hook) for m in module.modules() for hook in find_offload_hooks(m)]
     away = [(m, hook) for m, hook in hooked if is_away(m)]

@@ -374,8 +374,9 @@ def copy_unwrapped(module: M, values: dict[str, Tensor]) -> M:
     """Return a copy of a module without hooks, wrappers, classes and marks of layouts, with `values` as tensors, by
     name.
 
-    Children are copied as well. Parameters are new, detached, with the old requires_grad; those that `values` lacks
-    share memory with the module's. Buffers and other attributes are shared. A parameter that is reached through a
+    Children are copied as well, with the values below their names. Parameters are new, detached, with the old
+    requires_grad; those that `values` lacks share memory with the module's. Attributes that are lists hold the new
+    parameters in place of the old ones. Buffers and other attributes are shared. A parameter that is reached through a
     wrapper of FSDP has the class of the module inside it.
     """
     bare: nn.Module = module

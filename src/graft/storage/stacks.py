@@ -500,8 +500,9 @@ NAMES = ("gate_up_proj", "up_proj", "down_proj")
 def find_stack_class(m: nn.Module, name: str) -> type[PackedMatrices] | None:
     """Return the class that reads one stack of a module; None if the parameter is no packed stack.
 
-    The module's type decides first: then each present parameter in `NAMES` is a stack. Next a single parametrization of
-    bitsandbytes with a quant_state of three dimensions, last the type of a parameter with three dimensions.
+    A module type in `MODULES` decides alone: each parameter in `NAMES` that is present is a stack, any other is None.
+    Else a parametrization of the name decides: it must be a single one of a known type (bitsandbytes), with a
+    quant_state of three dimensions or none that is checked. Last the type of a parameter with three dimensions.
     """
     kind = MODULES.find(type(m))
     if kind is not None:

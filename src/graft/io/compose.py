@@ -53,7 +53,7 @@ def join_config(config: PeftConfig, other: PeftConfig, part: str) -> None:
     """Add the `target_modules` and the computed results of another stage's config to `config`, in place.
 
     Target modules become the union as a set, if both are sets or lists. A result in `config.results` becomes a dict
-    with the entries of both, in which `other` wins. None counts as an empty dict. Fields are compared in the form for
+    with the entries of both; those of `other` win. None counts as an empty dict. Fields are compared in the form for
     files; equal ones stay.
 
     Args:

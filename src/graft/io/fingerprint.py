@@ -347,9 +347,9 @@ def restrict_to_common(of_file: Fingerprint, now: Fingerprint) -> tuple[Fingerpr
 def describe_difference(of_file: Fingerprint, now: Fingerprint) -> str | None:
     """Return in words how the weights of a file's fingerprint differ from those of `now`.
 
-    None if their digests of names and shapes ("shapes") are equal. Only the first of these reasons is told: another
-    count, if one of them names no weights; the first weight with another shape; missing layers, with an example; more
-    layers, with an example; or a damaged file.
+    None if their digests of names and shapes ("shapes") are equal. The text has only the first of these reasons:
+    another count, if one of them names no weights; the first weight with another shape; missing layers, with an
+    example; more layers, with an example; or a damaged file.
     """
     if of_file.get("shapes") == now["shapes"]:
         return None

@@ -374,8 +374,8 @@ def server_needs(view: ServerView, ranks: dict[str, int]) -> Json:
 
     SGLang gets the largest rank and the sorted last names of the modules in `ranks`. vLLM gets the next rank of `RANKS`
     (the rank itself beyond 512). It also gets a flag if experts are in the layout "vllm-shared", or are in another
-    form, stacked or single, than it expects. "is_3d_lora_weight" is True for experts in the layouts "peft" and
-    "vllm-3d".
+    form, stacked or single, than it expects. "is_3d_lora_weight" is True only on vLLM, for experts in the layouts
+    "peft" and "vllm-3d".
     """
     r = max(ranks.values())
     experts = any(view.block(layer) is not None for _, layer in view.layers)

@@ -123,8 +123,8 @@ class XLoraRegistry(Registry):
         """Read an expert: from the folder next to the config if that is a whole LoRA checkpoint, else from the path in
         the config. Return its config and weights.
 
-        The folder is skipped if it cannot be read, or if its tensors include other experts' (`OTHERS`). Sets the
-        config's `inference_mode` to False.
+        The folder is skipped if it cannot be read. A sub-folder is also skipped if its tensors are those of PEFT's
+        files of whole X-LoRA models (`OTHERS`). Sets the config's `inference_mode` to False.
 
         Raises:
             CheckpointError: no place has the expert; the text has the first place's error.

@@ -604,9 +604,9 @@ def read_pairs(cache: object, tokens: int) -> list[Pair]:
 def find_pairs(cache: object) -> list[Pair]:
     """Return (key, value) of each layer of a cache, uncut.
 
-    Accepted are caches with `layers` or `to_legacy_cache` of transformers (for encoder and decoder, the
-    self-attention's is used), and iterables of lists or tuples that begin with two tensors; further items are dropped.
-    An empty one gives [].
+    Accepted are caches of transformers with `layers` or `to_legacy_cache`; of an encoder-decoder cache the
+    self-attention's is used. Iterables of lists or tuples that begin with two tensors are accepted, too; further items
+    are dropped. An empty one gives [].
 
     Raises:
         TypeError: it is another object, such as None, a tensor or a text.

@@ -502,7 +502,7 @@ def find_stack_class(m: nn.Module, name: str) -> type[PackedMatrices] | None:
 
     A module type in `MODULES` decides alone: each parameter in `NAMES` that is present is a stack, any other is None.
     Else a parametrization of the name decides: it must be a single one of a known type (bitsandbytes), with a
-    quant_state of three dimensions or none that is checked. Last the type of a parameter with three dimensions.
+    quant_state of three dimensions. Last the type of a parameter with three dimensions.
     """
     kind = MODULES.find(type(m))
     if kind is not None:

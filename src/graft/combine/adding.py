@@ -121,7 +121,9 @@ def make_rank_patterns(ranks: dict[str, int]) -> dict[str, int]:
 
 
 def find_owners(tuner: Tuner, names: Sequence[str]) -> dict[str, str]:
-    """Return by path the adapter that trains a whole copy of a module. Modules with token rows do not count.
+    """Return by path the adapter of `names` that trains a whole copy of a module.
+
+    Modules with token rows do not count, nor do those without such an adapter. A name that is there twice counts once.
 
     Raises:
         ConfigError: two of the adapters have a copy of one module, since copies cannot be added.

@@ -81,9 +81,10 @@ def reduce_intruder_dimension(
 
 
 def check_reducible(layers: dict[str, AdapterLayer], adapter: str, cfg: PeftConfig) -> None:
-    """Raise ConfigError unless the adapter is LoRA, adds only B A on each layer, and its tensors can hold any product.
+    """Raise ConfigError unless the config is LoRA's, and on each layer the adapter adds only B A and its tensors can
+    hold any product.
 
-    Groups of convolutions and stacks are refused.
+    Convolutions with several groups and stacks are refused. No layers pass. The text names the first such layer.
     """
     if cfg.peft_type != "LORA":
         raise ConfigError(f"The provided model is not using LoRA for '{adapter}' and is therefore not supported.")

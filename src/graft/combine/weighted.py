@@ -41,6 +41,11 @@ class WeightedReport:
     energy: dict[str, float] = field(default_factory=dict)  # ‖truncated‖² / ‖full‖² by layer, where a sum was truncated
 
     def __str__(self) -> str:
+        """Return one line: adapter, type and number of layers; with energies also their mean, and the least one with
+        its layer.
+
+        Control characters in names are escaped.
+        """
         text = f"'{escape_controls(self.adapter)}' ({self.combination_type}): {len(self.ranks)} layers"
         if not self.energy:
             return text
@@ -169,14 +174,19 @@ def add_weighted_adapter(
 @torch.no_grad()
 @gather_whole
 def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], adapter_name: str) -> WeightedReport:
-    """Add an IA3 adapter, inactive and frozen, with the vectors Σ wᵢ lᵢ. A call that fails changes nothing.
+    """Add an IA3 adapter, inactive and frozen, with the vectors Σ wᵢ lᵢ.
 
-    An adapter without a vector on a layer counts with ones there.
+    Return a report of the type "linear". A call that fails changes nothing.
+
+    An adapter without a vector on a layer counts with ones there. Targets and feed-forward modules are the unions of
+    the adapters'. The model changes only when all vectors are computed and finite.
 
     Raises:
         AdapterNotFoundError: one of the adapters is not loaded.
         AdapterNameError: `adapter_name` is taken, or cannot be a name.
-        ConfigError: the adapters do not go together; a weight or a result is not finite in float32.
+        ConfigError: the adapters do not go together, as with a feed-forward module of only some; a weight or a result
+            is not finite in float32.
+        ConfigTypeError: names or weights are no list.
     """
     names, weights = check_arguments(tuner, adapters, weights)
     configs = [tuner.peft_config[name] for name in names]

@@ -62,7 +62,11 @@ def _get_base(model: nn.Module) -> nn.Module:
 
 def find_original_name(base: nn.Module, key: str) -> str | None:
     """Return a state dict key of the base without the carriers and wrappers on its path; None if the tensor is an
-    adapter's. A module of the base may have the same name as the inner one of a carrier.
+    adapter's.
+
+    A part of the key is dropped if it is the inner name of the carrier before it; any other part there is an adapter's.
+    Wrappers that leave their name out of keys are walked through. A module of the base may have the same name as the
+    inner one of a carrier.
     """
     module: nn.Module | None = base
     parts = []

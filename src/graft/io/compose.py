@@ -151,8 +151,11 @@ def check_composable(first_path: str, first: PeftConfig, path: str, other: PeftC
 def read_prompt(config: PromptLearningConfig, loaded: LoadedWeights) -> Tensor:
     """Return the prompt of a saved cartridge, (tokens, 2 · layers · token_dim).
 
+    Missing sizes in the config count as 0.
+
     Raises:
-        CheckpointError: the file has no prompt, one of another shape, or bad numbers.
+        CheckpointError: the file has no prompt, one of another shape than the config says, or bad numbers in any
+            tensor.
         ConfigError: the file holds other tensors as well.
     """
     check_tensors(loaded.tensors, loaded.path, loaded.finite)

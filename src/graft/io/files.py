@@ -381,7 +381,8 @@ def group_small_tensors(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, 
 def check_sums_finite(groups: list[list[tuple[str, Tensor]]]) -> list[bool]:
     """Return for each group whether the sum of its numbers is finite; always False for float8.
 
-    A false answer is no proof: the sum may have overflowed. Waits once for each device.
+    A False is no proof: the sum may have overflowed. Sums are taken in float32 at the end, with one wait for each
+    device.
     """
     out = [False] * len(groups)
     places: dict[torch.device, list[int]] = defaultdict(list)

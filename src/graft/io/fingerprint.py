@@ -127,9 +127,9 @@ def list_base_weights(parts: AdapterCarriers, base: nn.Module) -> dict[str, Base
 
 
 def list_block_weights(base: nn.Module) -> dict[str, BaseWeight]:
-    """Return the weights of known layers in a model's numbered blocks, by path below the model without its head.
+    """Return the weights of known layers in a model's numbered blocks, by path without `base_model_prefix`.
 
-    Heads, embeddings and layers with adapters are left out.
+    A module counts if a part of its path is a number. Embeddings, and layers with adapters, are left out.
     """
     body = f"{getattr(base, 'base_model_prefix', None) or ''}."
     block_weights = {}
@@ -266,7 +266,9 @@ def read_fingerprint(text: str | None, path: str) -> Fingerprint | None:
 
 
 def check_fingerprint(note: object, where: str) -> None:
-    """Raise CheckpointError, which begins with `where`, if `note` is no dict or a field of it has another type."""
+    """Raise CheckpointError, which begins with `where`, if `note` is no dict or a field of it in `NOTE` has another
+    type. Missing and unknown fields pass.
+    """
     if not isinstance(note, dict):
         raise CheckpointError(f"{where} is a {type(note).__name__}, not an object. Save or download the file again.")
     for name, is_right in NOTE.items():
@@ -312,9 +314,10 @@ def why_other_base(of_file: Fingerprint, now: Fingerprint, common: bool = False)
 
 
 def match_values(of_file: Fingerprint, now: Fingerprint) -> bool:
-    """Return True if the sampled values of two fingerprints agree within 1/128 of the larger, or if one has no sample.
+    """Return True if the sampled values of two fingerprints agree within 1/128 of the larger, at least of 1e-4; or if
+    one has no sample.
 
-    Only weights in both are compared.
+    Only weights in both are compared, and of each the values that both have.
     """
     old, new = of_file.get("sample"), now.get("sample")
     if not isinstance(old, dict) or not isinstance(new, dict):

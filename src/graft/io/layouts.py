@@ -78,8 +78,9 @@ def rescale_parts(
 ) -> list[list[Tensor]]:
     """Return B of each part, by expert, multiplied so that the stack's one scaling gives the scaling of each part.
 
-    B stays the same object where the factor is 1. If the config only knows the alpha of all parts together, all B stay
-    and a warning says so.
+    B stays the same object where the factor is 1. Without an `alpha_pattern` each part has `config.lora_alpha`. If the
+    config has `target_parameters` and the alphas of the first experts do not sum to the stack's, all B stay and a
+    warning says so.
 
     Args:
         paths: the experts' modules, by part; `config` gives each its alpha.
@@ -178,11 +179,13 @@ class StackArranger:
 
 
 def convert_factors(stacks: Sequence[StackFactors], layout: StackLayout, doubts: set[str]) -> dict[str, Tensor]:
-    """Return the factors of a file's stacks in graft's layout, by key: columns of B in graft's order, A and B exchanged
-    back.
+    """Return the factors of a file's stacks in graft's layout, by key.
 
-    Adds to `doubts`: "exchanged" or "by_expert" if nothing tells, and "twice" if columns were reordered although
-    another package replaced PEFT's `load_adapter`.
+    If the layout is by expert, columns of B are put in graft's order, unless the rank is 1. A and B are exchanged back
+    where the layout finds them exchanged.
+
+    Adds to `doubts`: "exchanged" if nothing tells; "by_expert" if the layout does not tell the order, and rank and
+    experts are above 1. Adds "twice" if columns were reordered although another package replaced PEFT's `load_adapter`.
     """
     exchanges, out = layout.find_exchanges({s.a: s.verdict for s in stacks}, doubts), dict[str, Tensor]()
     for layer, a, b, A, B in stacks:

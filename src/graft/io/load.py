@@ -394,8 +394,12 @@ class CheckpointValues:
     def find_base_tensors(
         self, names: set[str], prefix: str, parts: AdapterCarriers
     ) -> tuple[dict[str, Tensor], list[Mismatch]]:
-        """Return the base model's parameters that `names` name, by key, and (key, shape in the file, shape here) of
-        those with another shape. Names may have parts of carriers in them.
+        """Return the base model's parameters that `names` name, by key in sorted order, and (key, shape in the file,
+        shape here) of those with another shape.
+
+        The latter are not in the first result. Names may have parts of carriers in them: `base_layer`,
+        `original_module` or that of token rows. Names that fit nothing are ignored. Sharded parameters count by their
+        whole shape.
         """
         by_name: dict[str, Tensor] = {}
         in_file = make_file_namer(parts)

@@ -84,7 +84,7 @@ def check_entries(entries: list[Entry], values: dict[str, Tensor], parts: Adapte
 def needs_shape_check(tensor: Tensor, value: Tensor) -> bool:
     """Return True if `value` has another shape than `tensor`, or `tensor` itself is an empty placeholder.
 
-    For a sharded `tensor` the whole shape counts.
+    For a sharded `tensor` the whole shape counts, and it is no placeholder.
     """
     if value is tensor and has_no_layout(tensor):
         return not is_whole(tensor)

@@ -148,8 +148,10 @@ def get_tensor(state: dict[str, Tensor], key: str, adapter: str) -> Tensor:
 def find_adapter_ranks(model: nn.Module, adapters: list[str], save_embedding_layers: str | bool = "auto") -> list[int]:
     """Return the ranks of the processes that save these adapters together; [] if each process holds all.
 
-    That is the group of processes that compute the model in pieces, else those that share the sharded tensors. For a
-    prompt the base's tensors count, too. On a base that was sharded before its adapters, only tensors in files count.
+    That is the group of processes that compute the model in pieces, such as pipeline stages; else those that share the
+    sharded tensors of the adapters. For a prompt all tensors of the base count, too, since the fingerprint reads them.
+    On a base that was sharded before its adapters, the group does not count, and of the base's tensors only those in
+    files.
     """
     registry = get_registry(unwrap_model(model))
     averager = None if registry is None else registry.averager
@@ -168,7 +170,11 @@ def find_adapter_ranks(model: nn.Module, adapters: list[str], save_embedding_lay
 
 
 def list_sharded_base_tensors(base: nn.Module, config: Any, save_embedding_layers: str | bool) -> list[Tensor]:
-    """Return a base tensor that is sharded, if an adapter's file holds biases or embeddings of the base; else []."""
+    """Return all sharded parameters that FSDP2 manages in `base`, if an adapter's file holds biases or embeddings of
+    the base; else [].
+
+    Also [] if FSDP2 has sharded nothing of it. May give the warnings of `will_save_embeddings`.
+    """
     in_file = getattr(config, "bias", "none") != "none" or will_save_embeddings(base, config, save_embedding_layers)
     sharding = find_sharding(base.modules()) if in_file else None
     return [] if sharding is None else [p.sharded_param for g in sharding.parameter_groups for p in g.fsdp_params]
@@ -241,7 +247,9 @@ def collect_base_tensors(
 ) -> dict[str, Tensor]:
     """Return the base model's tensors in an adapter's file: trained biases and changed embeddings.
 
-    Biases of merged layers come without the adapters.
+    With `bias="all"` these are all biases of the base except adapters' own; with another kind except "none" those of
+    the adapted layers. Biases of merged layers come without the adapters. Embeddings are those of `collect_embeddings`,
+    with its warnings.
     """
     out: dict[str, Tensor] = {}
     bias = getattr(config, "bias", "none")
@@ -357,8 +365,10 @@ def is_vocabulary_resized(base: nn.Module, origin: str) -> bool:
 
 
 def find_local_config(origin: str, revision: str | None) -> str | None:
-    """Return the path of a model's config in its folder, else in the hub's cache at `revision`; None if it is in
-    neither.
+    """Return the path of a model's config.json in the folder `origin`, else in the hub's cache at `revision`; None if
+    it is in neither.
+
+    The network is not used. A name that cannot be a repository gives None.
     """
     path = os.path.join(origin, "config.json")
     if os.path.isfile(path):

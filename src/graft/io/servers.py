@@ -388,8 +388,15 @@ def read_scaling(config: Any, path: str) -> float:
 def configure_stacks(
     config: Any, keys: list[str], read: Mapping[str, Mapping[str, BlockStack]], blocks: ServerBlocks
 ) -> None:
-    """Set a config's targets, ranks and alphas for converted stacks, in place: stacks as `target_parameters`, other
-    modules of the file as `target_modules`, and a pattern for each stack.
+    """Set a config's targets, ranks and alphas for converted stacks, in place.
+
+    `target_parameters` gets the stacks, `target_modules` the other modules of the file, both as the shortest
+    unambiguous paths. Each stack gets an exact pattern of its rank and of the alpha that gives its scaling. Old
+    patterns stay only for those other modules.
+
+    Args:
+        keys: those of the file after the conversion, without prefix.
+        read: the factors and scalings of each block's stacks.
     """
     every = [stack.path for stack in blocks.stacks]
     names = {path: block.parameters for path, block in blocks.found.items()}

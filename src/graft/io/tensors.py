@@ -33,7 +33,13 @@ class PackedTensors(NamedTuple):
 
     @classmethod
     def copy(cls, tensors: Mapping[str, Tensor]) -> PackedTensors:
-        """Return copies of all tensors. Later steps of training do not change them."""
+        """Return copies of all tensors on the CPU, joined to blocks of memory of one dtype.
+
+        Later steps of training do not change them.
+
+        Tensors are sorted by the width of their numbers, the widest first, then by key; each run of one dtype is a
+        block.
+        """
         packed = cls([], [])
         order = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
         for dtype, group in groupby(order, key=lambda item: item[1].dtype):
@@ -81,7 +87,10 @@ def copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def digest_tensors(tensors: dict[str, Tensor] | PackedTensors) -> str:
-    """Return the digest of plain tensors, on any device."""
+    """Return the digest of plain tensors, on any device, from their keys, dtypes, shapes and bytes.
+
+    Packed tensors compute it from their memory.
+    """
     if isinstance(tensors, PackedTensors):
         return tensors.digest()
     on_cpu = ((key, t.detach().cpu().contiguous()) for key, t in tensors.items())

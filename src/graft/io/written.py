@@ -85,9 +85,11 @@ class StackLayout:
         return verdicts
 
     def warn_of_doubts(self, doubts: set[str], what: str) -> None:
-        """Give one warning for each of the `doubts`, which names the `expert_layout` option that settles it.
+        """Give one PeftWarning for each of the `doubts` "exchanged", "twice" and "by_expert", which names the
+        `expert_layout` option that settles it.
 
-        Each text begins with `what`, the adapter and file.
+        Each text begins with `what`, the adapter and file. Texts differ with the version of PEFT and with a package
+        that replaced `load_adapter`.
         """
         if "exchanged" in doubts:
             read = "exchanged, as PEFT before 0.18 wrote them" if self.version is None else "as PEFT 0.19.1 writes them"

@@ -154,8 +154,9 @@ def _fill_report(injection: Injection, method: type[Method], adapter_name: str) 
     """Return the report of an injection that has found its targets, with their sizes and those of tied and whole
     modules.
 
-    Parameters are counted on the meta device. Of a tied target, the parameters of its source count again, unless it is
-    always tied.
+    Parameters are counted on the meta device; the model does not change. Those that layers share are added to
+    `other_trainable`. Of a tied target, the parameters of its source count again, unless it is always tied: then it has
+    0.
     """
     report = injection.report
     with torch.device("meta"):
@@ -178,6 +179,9 @@ def _fill_report(injection: Injection, method: type[Method], adapter_name: str) 
 def describe_target(method: Method, shared: dict[str, object]) -> Matched:
     """Return a report's row for one target: path, type, number of trainable parameters without borrowed ones, and
     shapes.
+
+    The tensors are placeholders that are built for this. Shapes are texts "name (n, m)" of all parameters, borrowed and
+    frozen ones included.
     """
     site, values = method.site, build_placeholders(method, shared)
     sized = [(name, p) for name, v in values.items() for p in _parameters_in(v)]

@@ -166,7 +166,10 @@ class Part(NamedTuple):
 
     @property
     def label(self) -> str:
-        """ "layers.0.q_proj ('default')" with ", disabled" or ", merged" inside the brackets where that is so."""
+        """The text "layers.0.q_proj ('default')" with ", disabled" or ", merged" inside the brackets where that is so.
+
+        If both are so, only ", merged". A carrier without a key is named "shared by layers".
+        """
         state = self.carrier.state  # a backward pass may run it outside of any call
         off = state.disabled or (state.call is not None and bool(state.call.thread_state.off))
         why = ", disabled" if off else ""
@@ -240,8 +243,9 @@ def find_active_parts(carriers: Iterable[Carrier]) -> list[Part]:
 def gradient_states(parts: Iterable[Part]) -> list[str]:
     """Return the state of the gradients of each part, over all its parameters: NONE, ZERO, BROKEN (not finite) or FINE.
 
-    A part is ZERO only if all of its gradients are: those of LoRA's A begin with 0. All numbers are read with a few
-    waits for the device.
+    NONE is a part where no parameter has a gradient; parameters without one are ignored otherwise. BROKEN needs one
+    number that is not finite. A part is ZERO only if all of its gradients are: those of LoRA's A begin with 0. All
+    numbers are read with a few waits for the device.
     """
     gradients = [[p.grad for p in part.parameters if p.grad is not None] for part in parts]
     sizes = iter(max_magnitudes([g for grads in gradients for g in grads]))
@@ -279,8 +283,8 @@ def report_gradients(parts: list[Part], report: AuditReport, called: set[int] | 
 def was_stepped(model: nn.Module, registry: object, optimizer: torch.optim.Optimizer | None) -> bool:
     """Return True if an optimizer seems to have changed the adapters.
 
-    Signs: its state has a parameter that requires gradients; or the active adapters had a backward pass, and no such
-    parameter has a gradient left.
+    Signs: the state of `optimizer` has a parameter of the model that requires gradients; or the active adapters had a
+    backward pass, and no such parameter has a gradient left. The second sign counts without an optimizer, too.
     """
     training = [p for p in model.parameters() if p.requires_grad]
     if optimizer is not None and any(p in optimizer.state for p in training):
@@ -331,9 +335,9 @@ def run_trial(
 ) -> Iterator[set[int]]:
     """Run forward and backward with all gradients None; yield the ids of the carriers that ran.
 
-    Put the gradients back afterwards.
-
-    The registry's watch is off meanwhile: this is no training. No backward pass runs if the loss has no gradient.
+    Gradients are enabled. After the block, also after an error, the old gradients are back and the hooks on the
+    carriers gone. The registry's watch, if there is a registry, is off meanwhile: this is no training. No backward pass
+    runs if the loss has no gradient.
     """
     before = [(p, p.grad) for p in model.parameters()]
     called: set[int] = set()
@@ -375,10 +379,11 @@ def find_frozen(carriers: Iterable[Carrier]) -> list[str]:
 
 
 def find_unsaved(model: nn.Module, adapters: Iterable[tuple[str, AdapterCarriers, nn.Module, PeftConfig]]) -> list[str]:
-    """Return the names of the model's parameters that require gradients and that no adapter's file holds.
+    """Return the names of the model's parameters that require gradients and that no adapter's file holds, in the
+    model's order.
 
     Parameters that compute a prompt count as saved: the file holds the prompt. So do weights of the base that a save
-    would add.
+    with `save_embedding_layers="auto"` would add. Its warnings are suppressed.
 
     Args:
         adapters: (name, carriers, base model, config) of each.
@@ -677,7 +682,10 @@ class Watch:
         return model.training and not any(p.requires_grad for p in model.parameters())
 
     def _find_unsaved(self, others: list[nn.Parameter]) -> list[str]:
-        """Return the names of those of these base parameters that no adapter's file would hold."""
+        """Return the names of the parameters in `others` that no adapter's file would hold; [] without any.
+
+        Names are those in the registry's model; only parameters that require gradients count.
+        """
         if not others:
             return []
         registry = self.registry
@@ -708,7 +716,10 @@ def trains_rows(part: Part) -> bool:
 
 def gradients_elsewhere(model: nn.Module, carriers: Iterable[Carrier]) -> bool:
     """Return True if a library may have taken gradients away from active parameters of these carriers, or holds them
-    sharded: FSDP, DeepSpeed, Megatron, or an optimizer that steps within the backward pass.
+    sharded.
+
+    Signs are: a parameter that is empty, sharded, has a hook after the accumulation of gradients, or has an attribute
+    of `KEPT_ELSEWHERE`. Or any module of the model has a class name that begins as in `SHARDED`.
     """
     parameters = [p for part in find_active_parts(carriers) for p in part.parameters]
     return any(

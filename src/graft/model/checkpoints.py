@@ -249,11 +249,13 @@ def check_save_arguments(directory: str, fingerprint: str, safetensors: bool) ->
 
 
 def names_to_save(model: nn.Module, selected: list[str] | None, directory: str) -> list[str]:
-    """Return the names of the adapters to save: those selected, or all that are not frozen references.
+    """Return the names of the adapters to save: those selected, in their order, or all that are not frozen references.
+
+    An empty selection gives []. A selected frozen reference is saved.
 
     Raises:
         ValueError: a selected adapter is not loaded, or named twice.
-        CheckpointError: nothing is selected, and the model has no adapter.
+        CheckpointError: nothing is selected, and the model has no adapter to save.
     """
     registry = get_registry(model)
     known = list(registry.peft_config)

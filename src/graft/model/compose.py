@@ -55,8 +55,8 @@ class Composition:
     def _check(self, child: object) -> None:
         """Raise RoutingError for a child that cannot be in this composition.
 
-        These are: a composition, with the remedy for the pair of classes; anything but a text; the base ("__base__"); a
-        name that is there twice.
+        These are, in this order: any composition, with the remedy for the pair of classes; anything but a text; the
+        base ("__base__"); a name that is in `children` twice.
         """
         if isinstance(child, Composition):
             remedy = NESTED.get(
@@ -111,10 +111,11 @@ class Average(Composition):
     """
 
     def __init__(self, *children: str, weights: Sequence[float] | None = None):
-        """Check the children, and convert the weights to a tuple of floats; 1/n each if None.
+        """Check the children, and set `weights` to a tuple of floats; 1/n each if None.
 
         Raises:
-            RoutingError: as for the class: children are wrong, or the weights are not one finite int or float for each.
+            RoutingError: children are wrong (as for the class), or the weights are not one finite int or float for
+                each. A bool is refused; negative weights and any sum pass.
         """
         super().__init__(*children)
         numbers = [1 / len(children)] * len(children) if weights is None else list(weights)
@@ -175,7 +176,9 @@ def row_keys(value: str | Composition) -> list[str | JointAdapters]:
 
 
 def copy_shares(value: Composition | None) -> dict[str, float]:
-    """Return for each adapter of a Parallel the share of its children that contain the adapter; {} for other values."""
+    """Return for each adapter of a Parallel the share (0 to 1) of its children that contain the adapter; {} for other
+    values and None.
+    """
     if not isinstance(value, Parallel):
         return {}
     children = [adapters_in(child) for child in value.children]
@@ -183,7 +186,10 @@ def copy_shares(value: Composition | None) -> dict[str, float]:
 
 
 def check_known(names: Sequence[str], configs: Mapping[str, PeftConfig], value: Composition) -> None:
-    """Raise RoutingError if an adapter is not loaded, or is a prompt, which cannot be part of a composition."""
+    """Raise RoutingError if a name is not in `configs`, or is a prompt, which cannot be part of a composition.
+
+    The text has `value` and all such names.
+    """
     unknown = sorted({name for name in names if name not in configs})
     if unknown:
         raise RoutingError(f"{value!r} names {unknown}, which are not loaded. Loaded: {', '.join(configs) or 'none'}.")
@@ -365,8 +371,10 @@ def make_rows(registry: Tuner, names: RowNames, inputs: tuple[object, ...], kwar
 
 
 def choose_composition(registry: Tuner, value: Composition | None, names: object) -> Composition | None:
-    """Return the composition for a call: `value`, its argument `compose`; else an active Parallel, unless rows have
-    names or adapters are disabled; else None.
+    """Return the composition for a call: `value`, its argument `compose`; else the active Parallel, or None.
+
+    An active Parallel does not count if rows have names or adapters are disabled. An active Stack or Average gives
+    None: the layers apply it.
 
     Raises:
         TypeError: `value` is no composition.

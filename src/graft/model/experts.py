@@ -86,13 +86,15 @@ class XLoraRegistry(Registry):
     ) -> InjectReport:
         """Load the experts onto the model and make the classifier; return the report.
 
-        On an error everything is taken off again. Processes that hold the model together draw an equal classifier.
+        The experts are read before the model changes. On a later error everything is taken off again. Processes that
+        hold the model together draw an equal classifier. The config becomes the first in `peft_config`, and the report
+        counts the classifier's numbers as `other_trainable`.
 
         With `options.values` the classifier gets the values of a file.
 
         Raises:
-            ConfigError: there is an adapter already, there are no experts, X-LoRA cannot weigh one, or heads or a
-                state_dict are passed.
+            ConfigError: there is an adapter already, there are no experts, X-LoRA cannot weigh one, `top_k_lora` does
+                not fit, or heads or a state_dict are passed.
             CheckpointError: an expert is not where the config says.
         """
         self.check_new(adapter_name, config)
@@ -303,19 +305,19 @@ def create_arrow_model(
     """Load adapters as `task_0`, … (and `gks_0`, … with `use_gks`), add `arrow_router` over them, activate it, and
     return the PeftModel.
 
-    The names are written into `arrow_config`. The router has the adapters' targets and their rank.
+    The names are written into `arrow_config`. The router has the adapters' targets and their rank. After an error
+    within the loading, adapters are removed, and the modes of the modules are as before.
 
     Args:
         task_specific_adapter_paths: of the experts: folders, or "owner/repository[/subfolder]" on the hub.
-        general_adapter_paths: of adapters of general knowledge, for GenKnowSub.
+        general_adapter_paths: of adapters of general knowledge, for GenKnowSub; ignored without `use_gks`.
         adapter_kwargs: for `from_pretrained` and `load_adapter`.
 
     Raises:
-        ConfigError: there are no experts, or no general paths for `use_gks`; `top_k` exceeds their number; or they
-            differ in rank, shapes or layers.
+        ConfigError: there are no experts, or no general paths for `use_gks`; `top_k` exceeds the number of experts; or
+            they differ in rank, shapes or layers.
         UnsupportedLayerError: they adapt other layers than linear ones.
-        CheckpointError: a folder holds no adapter. After each error the model is as before, also in the modes of its
-            modules.
+        CheckpointError: a folder holds no adapter.
     """
     if not task_specific_adapter_paths:
         raise ConfigError("`task_specific_adapter_paths` should contain at least one adapter path")
@@ -353,7 +355,8 @@ def create_arrow_model(
 def split_source(path: str) -> tuple[str, str | None]:
     """Return (folder or hub repository, sub-folder or None) of an adapter's path.
 
-    A path of three parts or more, that is no folder, is a repository with a sub-folder.
+    A relative path of three parts or more, that is no folder, is a repository of two parts with a sub-folder. Any other
+    path is returned unchanged with None.
 
     Raises CheckpointError for a folder without adapter_config.json.
     """

@@ -150,7 +150,7 @@ class PeftModel(nn.Module):
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        """The names that configs of the adapters have in `modules_to_save`; None if there are none."""
+        """The set of names that configs of all adapters have in `modules_to_save`; None if there are none."""
         return {n for c in self.peft_config.values() for n in getattr(c, "modules_to_save", None) or ()} or None
 
     def __getattr__(self, name: str) -> Any:

@@ -315,11 +315,13 @@ class Prompts(Registry):
         return finish, value
 
     def _insert(self, cfg: PromptLearningConfig, value: Tensor) -> None:
-        """Give the prompt's tensor to the stacks that the run enters: as keys and values, or as embeddings split
-        between encoder and decoder.
+        """Give the prompt's tensor to the stacks that the run enters, in their `now`.
 
-        For SEQ_CLS with a `score` head the prompt's outputs are cut off: the head seeks the last token at its place in
-        input_ids.
+        Keys and values go to the decoder, or to the main stack without one. Embeddings are split: the first tokens to
+        the main stack, the rest to the decoder if the prompt enters it. A decoder notes the number of encoded tokens.
+
+        For SEQ_CLS with a `score` head and no decoder, the prompt's outputs are cut off: the head seeks the last token
+        at its place in input_ids.
         """
         P, main, decoder = cfg.num_virtual_tokens or 0, self.stacks["main"], self.stacks.get("decoder")
         if cfg.holds_keys:
@@ -353,6 +355,9 @@ class Prompts(Registry):
 
     def prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Any:
         """Return the active prompt for a batch: (batch, tokens, dim), or a new cache with its keys and values.
+
+        A prompt that has a row for each of the batch is returned as it is, any other is expanded as a view. The cache
+        is that of the decoder, if there is one, with the layers that can hold their pair.
 
         Args:
             task_ids: (batch,), for multitask prompts; others ignore it.

@@ -222,16 +222,19 @@ def number_fields(values: Json) -> dict[str, float]:
 
 def find_closest(similar: Sequence[RateSearch], config: PeftConfig) -> list[RateSearch]:
     """Return the searches of the size (rank, alpha, …) closest to that of a config, by Σ |log ratio| of the positive
-    numbers.
+    numbers that both have.
 
-    Missing numbers have the config's defaults.
+    Missing numbers have the config's defaults. Of several sizes equally near, that of the first search counts.
+    `similar` must not be empty.
     """
     fields = type(config).__dataclass_fields__.items()
     defaults = {k: float(f.default) for k, f in fields if type(f.default) in (int, float)}  # type: ignore[arg-type]
     sizes = defaults | number_fields(find_settings(config))
 
     def distance(row: RateSearch) -> float:
-        """Return Σ |log(config's number / search's number)|."""
+        """Return Σ |log(config's number / search's number)| over the numbers that both have and that are positive; 0
+        without any.
+        """
         row_sizes = defaults | number_fields(row["config"])
         common = [k for k in sizes.keys() & row_sizes if sizes[k] > 0 and row_sizes[k] > 0]
         return sum(abs(math.log(sizes[k] / row_sizes[k])) for k in common)
@@ -264,8 +267,10 @@ def describe_search(row: RateSearch) -> str:
 def best_lr(searches: Sequence[RateSearch]) -> float:
     """Return the rate with the least loss, averaged over searches; 0.0 if there is none.
 
+    Of equal rates the one tested first.
+
     The losses of a search are divided by its least loss, or taken as they are if that is 0. Only rates count that all
-    searches tested, without divergence in one of them.
+    searches tested, without divergence (a mean of None) in one of them.
     """
     shares: dict[float, list[float]] = {}
     for row in searches:

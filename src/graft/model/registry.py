@@ -374,9 +374,12 @@ class Registry:
     def _inject(self, adapter_name: str, config: PeftConfig, options: Options) -> InjectReport:
         """Inject an adapter that has been checked, register it, and return the report.
 
-        Runs within a change that is being prepared.
+        Runs within a change that is being prepared. If the config trains biases of the base, first waits until no call
+        runs.
 
-        Waits for calls first if the config trains biases of the base. Shared tensors become modules of the tuner.
+        The survey in `self.tree` is used once and dropped. Steps that a client replaced on the tuner are called, except
+        the injection itself. If the method shares tensors, their containers become modules of the tuner, unless a
+        module of that name is there.
         """
         if getattr(config, "bias", "none") != "none":
             self.wait_for_calls(None)  # the base's biases get the values of the file
@@ -537,8 +540,8 @@ class Registry:
     def check_method(self, adapter_name: str, config: PeftConfig) -> None:
         """Raise ConfigError for a config that cannot be next to the model's adapters.
 
-        In a model for any method this is a prompt's config, else a config of another method. The remedy differs for
-        prompts.
+        In a model for any method (`method` is None) this is a prompt's config, else a config of another peft_type. For
+        a prompt on either side the remedy is a new base model, otherwise a mixed model.
         """
         if self.method is None:
             if config.is_prompt_learning:
@@ -562,7 +565,10 @@ class Registry:
 
     def check_trainable(self, adapter_name: str, config: PeftConfig) -> None:
         """Raise ConfigError if the method lets only one adapter train (AdaLoRA), and another one has a config without
-        `inference_mode`. A mixed model allows several.
+        `inference_mode`.
+
+        The new config's mode does not matter. A mixed model allows several, and so does each method that is not
+        `over_layers`.
         """
         if self.is_mixed or not method_of(config.peft_type).over_layers:  # a mixed model has no allocator
             return
@@ -980,8 +986,9 @@ class Registry:
     def enter_methods(self, run: Run) -> AbstractContextManager[Finish]:
         """Return a context for one run of the model. Methods of the run's adapters act at its begin and end.
 
-        The context yields a function that finishes the model's output. Losses of adapters are collected only with
-        gradients and outside `generate`. Without such methods it is a `PlainRun`.
+        The adapters are those of the rows' names, or the active ones. The context yields a function that finishes the
+        model's output. Losses of adapters are collected only with gradients and outside `generate`. Without such
+        methods and losses it is a `PlainRun`.
         """
         names = self.active_adapters if run.rows is None else run.rows.names
         adapters_by_method: dict[type[Method], list[str]] = {}

@@ -328,7 +328,11 @@ class AutoPeftModel:
         """Return the class of the base: transformers' auto class of this task, or the recorded class if the config has
         no task type.
 
-        Raises ValueError if the config is for another task than this class.
+        The recorded class must be in the `allowlist`, and is imported.
+
+        Raises:
+            ValueError: AutoPeftModel itself gets a config with a task type, or the config's task has another PeftModel
+                class than this one; or the errors of `_find_recorded_class`.
         """
         if config.task_type is None:
             return cls._find_recorded_class(config, allowlist)

@@ -68,7 +68,11 @@ class TunerType(type):
     """
 
     def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, object], **options: object) -> TunerType:
-        """Make the class; record the functions of PEFT that its body overrides, and its method."""
+        """Make the class; record in `OVERRIDES` the functions of PEFT that its body overrides, and in `OF_METHODS` its
+        method, if the body has `_method`.
+
+        Overrides are all functions in `INTERNALS`, and those in `STEPS` that are not graft's own.
+        """
         cls = super().__new__(mcs, name, bases, namespace, **options)
         functions = {n: getattr(value, "__func__", value) for n, value in namespace.items()}
         OVERRIDES[cls] = frozenset(n for n, f in functions.items() if n in INTERNALS or f not in STEPS.get(n, [f]))
@@ -164,11 +168,11 @@ class Tuner(nn.Module, metaclass=TunerType):
         model.peft_config = registry.peft_config  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute that this module lacks from the model.
+        """Return an attribute that torch does not find on this module from the model.
 
         Raises:
-            AttributeError: the model lacks it as well, the name begins with "__", or it is a function of PEFT's tuners
-                that graft lacks; the text then has a remedy.
+            AttributeError: the model lacks it as well, or is not set, or the name begins with "__". Also for a function
+                of PEFT's tuners that graft lacks (`INTERNALS`), even if the model has one; the text then has a remedy.
         """
         try:
             return super().__getattr__(name)
@@ -308,7 +312,8 @@ def attach_registry(tuner: Tuner, model: nn.Module, tree: ModuleTree | None = No
 def find_replaced_steps(model: nn.Module, config: PeftConfig) -> ReplacedSteps | None:
     """Return the replaced steps that an injection into a model would ask; None if no client replaced one.
 
-    The model may have adapters.
+    For a model without a registry an empty tuner of the method's class is made, and attached to the model if it has
+    such steps. Otherwise the registry's tuner is asked. The injection step itself does not count.
     """
     method, registry = method_of(config.peft_type), get_registry(unwrap_model(model))
     if registry is None:

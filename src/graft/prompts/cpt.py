@@ -37,11 +37,14 @@ class CPTConfig(PromptLearningConfig):
     def __post_init__(self) -> None:
         """Set num_virtual_tokens to the number of the examples' tokens, and fill missing masks with ones.
 
-        Layers, width and heads are cleared, so that `fit` takes the base model's.
+        Missing token ids become [0].
+
+        Layers, width and heads are cleared, so that `fit` takes the base model's, and num_transformer_submodules is 1,
+        whatever was passed.
 
         Raises:
             ConfigError: task_type is not CAUSAL_LM; the three lists differ in length or are empty; or a negative decay
-                factor.
+                factor with the loss type "decay".
         """
         super().__post_init__()
         if self.task_type != "CAUSAL_LM":

@@ -82,9 +82,9 @@ def _by_name(stack: PromptStack, names: list[str], args: Args, kwargs: Keywords)
 def leave(stack: PromptStack, module: nn.Module, args: tuple[object, ...], output: Any) -> object:
     """Return the output without the prompt: the hook after `module`.
 
-    If the visit strips and the prompt entered, its tokens are cut from the hidden states; an output that is no tuple is
-    changed in place. A cache that was lent to the call is left out of the output. None, which changes nothing, if none
-    was lent and the output is no tuple to cut.
+    If the visit strips and the prompt entered, its tokens are cut from the hidden states; a tuple is returned at once,
+    any other output is changed in place. A cache that was lent to the call is left out of a new output, and no longer
+    noted in the visit. None, which changes nothing for the caller, if none was lent.
     """
     if stack.now.strips and stack.now.entered:
         if isinstance(output, tuple):

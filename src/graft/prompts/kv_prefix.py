@@ -56,9 +56,10 @@ def head_cuts(stack: nn.Module) -> dict[int, Cut]:
 
 
 def unclear_heads(stack: nn.Module) -> str | None:
-    """Return, for an error, the first projection in an attention, other than `k_proj`, with outputs cut over processes.
+    """Return, for an error, the first projection in an attention, other than a direct `k_proj`, with outputs cut over
+    processes.
 
-    The text names it and its style. Attentions are modules with a number in `layer_idx`. None if there is none.
+    The text names it and its style. Attentions are modules with an int in `layer_idx`. None if there is none.
     """
     for module in stack.modules():
         if isinstance(getattr(module, "layer_idx", None), int):

@@ -49,7 +49,8 @@ def words_in(module: nn.Module) -> nn.Module | None:
 def positions_in(module: nn.Module) -> int | None:
     """Return the number of positions in the first table of position embeddings, without reserved rows.
 
-    None if the model has no such table: it computes positions. Relative positions do not count.
+    A table is an Embedding named "wpe", or with "position" and without "relative" in its name. Reserved rows are
+    padding_idx + 1, else its `offset`. None if the model has no such table: it computes positions.
     """
     for name, m in module.named_modules():
         leaf = name.rpartition(".")[2]

@@ -85,8 +85,8 @@ class Four(Quantized):
     def why_undecodable(self, m: nn.Module) -> str | None:
         """Return why the codes cannot be decoded, or None if they can.
 
-        There are three reasons: no quant_state (not quantized yet); codes with another dtype than their storage, unless
-        interleaved (cast); fewer codes than the shape in the quant_state has numbers (sharded).
+        The first of three reasons: no quant_state (not quantized yet); codes with another dtype than their storage,
+        unless interleaved (cast); fewer codes than half the numbers of the shape in the quant_state (sharded).
         """
         weight, state = m.weight, find_quant_state(m)
         if state is None:

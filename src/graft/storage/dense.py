@@ -232,9 +232,9 @@ class Dense:
     def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
         """Return device and dtype of a tensor.
 
-        For one on the meta device it is the device that accelerate runs the module on. A block without the tensor
-        answers by its first parameter, a module without any by (None, None). The dtype is None if it is no
-        floating-point one.
+        For one on the meta device it is the device that accelerate runs the module on, if it does. A computed attribute
+        counts, too. A block without the tensor answers by the first parameter below it, a module without any by (None,
+        None). The dtype is None if it is no floating-point one.
         """
         p, owner = m._parameters.get(name), m
         if p is None:

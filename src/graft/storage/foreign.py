@@ -93,7 +93,8 @@ def why_not_affine(m: nn.Module, dims: tuple[int, int], device: torch.device | N
 
 
 def copy_for_reading(m: nn.Module, keep_bias: bool = False) -> nn.Module:
-    """Return a shallow copy of a module with the same tensors, in evaluation mode, without hooks, and with a zero bias.
+    """Return a shallow copy of a module with the same tensors, in evaluation mode, without hooks, and with a bias of
+    zeros if it has one.
 
     Its forward then sets attributes on the copy only. Children are copied in the same way, with their biases.
 

@@ -127,9 +127,11 @@ class Sharding:
 
 
 def find_sharding(modules: Iterable[nn.Module]) -> Sharding | None:
-    """Return the processes that share a model of these modules; None if FSDP2 has sharded nothing of it.
+    """Return the processes that share a model of these modules; None if FSDP2 has sharded nothing of it, or
+    torch.distributed is not initialized.
 
-    Of several meshes the largest counts, such as that of a model's dense part if its experts have a smaller one.
+    Of several meshes the largest counts, such as that of a model's dense part if its experts have a smaller one. Ranks
+    are sorted.
     """
     parameter_groups = find_parameter_groups(modules)
     if not parameter_groups or not dist.is_initialized():

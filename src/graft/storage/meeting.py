@@ -134,7 +134,8 @@ class Meeting:
     def run_on_first(self, act: Callable[[], object]) -> None:
         """Call `act` on the first rank.
 
-        The others wait up to an hour until it is done. An error of `act` is raised on all.
+        The others wait up to an hour (`WORK`) until it is done; then torch's error of the store is raised. An error of
+        `act` is raised on all.
         """
         done = f"{self.room}/done"
         if self.rank != self.ranks[0]:

@@ -146,7 +146,8 @@ def has_no_layout(t: Tensor) -> bool:
 def layout_of(t: Tensor) -> Layout | None:
     """Return the layout of a tensor that processes share; None if this process has all of it.
 
-    A DTensor has DISTRIBUTED, a tensor with DeepSpeed's `ds_id` ZERO3, and a piece of a sharded flat parameter FLAT.
+    A DTensor has DISTRIBUTED, a tensor with DeepSpeed's `ds_id` ZERO3, and a piece of a sharded flat parameter of FSDP1
+    FLAT.
     """
     if has_no_layout(t):
         return None
@@ -165,7 +166,8 @@ def is_sharded(t: Tensor) -> TypeGuard[DTensor]:
 def find_master_ids(parameters: Iterable[object]) -> set[int]:
     """Return the ids of those parameters that an optimizer of DeepSpeed trains through a float32 copy.
 
-    For a parameter of ZeRO-3 the ids of all parameters of its optimizer are returned.
+    A parameter of ZeRO-1 and ZeRO-2 is known by `_hp_mapping`. For a parameter of ZeRO-3 the ids of all parameters of
+    its optimizer are returned, also of those not passed.
     """
     ids, optimizers = set(), {}
     for p in parameters:
@@ -235,9 +237,10 @@ def write_whole(t: Tensor, value: Tensor) -> None:
 
 @torch.no_grad()
 def write_all_whole(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Write whole values into tensors in place. Every process must call this.
+    """Write whole values into tensors in place. Every process must call this, with the pairs in one order.
 
-    Pairs (tensor, value) with plain tensors are written first, all at once; then the others by `write_whole`, in order.
+    Pairs (tensor, value) with plain tensors are written first, all at once. The others, sharded or with a master copy
+    of DeepSpeed, are written one by one by `write_whole`.
     """
     local = [p for p in pairs if has_no_layout(t := p[0]) or (layout_of(t) is None and not find_master_ids([t]))]
     if local:
@@ -319,8 +322,8 @@ def find_parameters_below(module: nn.Module) -> dict[str, Tensor]:
 def gather_numbers(t: Any, places: list[int]) -> list[float]:
     """Return the numbers at these flat positions of the whole tensor. Every process with a part must call this.
 
-    For FSDP1 and DTensors the processes send only these numbers; copies on several processes count as their mean. Other
-    layouts, and DTensors that two dimensions cut along one of theirs, gather the whole tensor.
+    For FSDP1 and DTensors the processes send only these numbers, as float64 sums; copies on several processes count as
+    their mean. Other layouts, and DTensors that two dimensions cut along one of theirs, gather the whole tensor.
     """
     piece, layout, groups = find_flat_piece(t), layout_of(t), [None]
     if piece is not None:
@@ -348,8 +351,8 @@ def pick_piece_numbers(piece: FlatPiece, places: list[int]) -> list[float | None
 
 
 def pick_shard_numbers(t: DTensor, places: list[int]) -> list[float | None]:
-    """Return the numbers of a DTensor at these flat positions that this process has; None for each of another
-    process.
+    """Return the numbers of a DTensor at these flat positions of the whole tensor, as floats; None for each that this
+    process does not have.
     """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

@@ -96,7 +96,8 @@ class Quantized(Dense):
         return self.why_undecodable(m) or self.strange(m)
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
-        """Return the decoded weight in new memory, without gradients; another tensor itself.
+        """Return the decoded weight in new memory, without gradients; a tensor of another name as the base class reads
+        it.
 
         Raises UnsupportedLayerError if the weight cannot be read.
         """
@@ -230,8 +231,8 @@ class OwnModule(Quantized):
 def move_snapshot(value: object, device: torch.device | None) -> object:
     """Return a value of a snapshot on a device, dictionaries included; a Parameter stays one.
 
-    Values that are no tensors, and all values if `device` is None, are returned as they are. A moved plain parameter
-    has no gradient.
+    Values that are no tensors, tensors that are there already, and all values if `device` is None, are returned as they
+    are. Dictionaries are always new. A moved plain parameter has no gradient and does not require one.
     """
     if isinstance(value, dict):
         return {key: move_snapshot(inner, device) for key, inner in value.items()}

@@ -450,7 +450,8 @@ class TorchAO(PackedMatrices):
         """Return a new stack of `matrix(expert)`, each quantized with the old settings; this stack does not change.
 
         With an outer scale, for all experts or for each, `matrix` is first called for the maxima. The outer scale grows
-        where a new number exceeds it, and never shrinks.
+        where a new number exceeds it, and never shrinks. Matrices are converted to the original dtype, and transposed
+        if the stack is flipped.
         """
         old, module, experts = self.weight, import_module(type(self.weight).__module__), range(self.shape[0])
         outer = old.per_tensor_scale  # (), or (experts, 1, 1)
@@ -525,7 +526,7 @@ def find_matrices(m: nn.Module, name: str) -> PackedMatrices | None:
 
 
 def list_packed_names(m: nn.Module) -> list[str]:
-    """Return the names of a module's packed stacks, in the order of `NAMES`."""
+    """Return the names of a module's packed stacks, in the order of `NAMES`; [] for other modules."""
     if (
         MODULES.find(type(m)) is None
         and "parametrizations" not in m._modules

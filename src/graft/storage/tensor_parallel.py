@@ -178,7 +178,8 @@ def list_styles(module: nn.Module) -> list[str]:
 def why_no_parallel_adapter(module: nn.Module, op: Op, inside: bool) -> str | None:
     """Return why tensor parallelism keeps a module from being adapted; None if it does not.
 
-    A module with a style gets the reason of `why_not_cut`, or "no rule" if its Op is unknown or opaque.
+    A module with a style gets the reason of `why_not_cut`, or "no rule" if its Op is unknown or opaque; modules inside
+    it are then not looked at. The text names the style.
 
     inside: the adapter computes with modules inside this one, which then must not be parallel either.
     """

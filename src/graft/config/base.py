@@ -421,8 +421,10 @@ def suggest_names(unknown: Iterable[str], known: Iterable[str]) -> str:
 
 
 def to_json_value(value: object) -> object:
-    """Return `value` as JSON can hold it: enums as values, sets as sorted lists, tuples as lists; in lists and dicts as
-    well.
+    """Return `value` as JSON can hold it: enums as values, sets as lists sorted by their items' text, tuples as lists.
+
+    Lists, tuples and values of dicts are converted at any depth; items of sets and keys are not. Other values are
+    returned unchanged.
     """
     if isinstance(value, Enum):
         return value.value
@@ -508,9 +510,9 @@ def describe_value(value: object) -> str:
 def is_typed(value: object, hint: Any) -> bool:
     """Return True if `value`, and each item in it, has the type of an annotation.
 
-    Any allows all; of a union one type, of a Literal one value. An int passes for a float, a bool for neither. A list,
-    tuple or set passes for a list or a set. A list or tuple passes for a tuple of that length. Keys and values of a
-    dict are checked, too.
+    Any allows all; of a union one type must fit, and a Literal needs one of its values. An int passes for a float, a
+    bool passes for neither. A list, tuple, set or frozenset passes for a list or a set. A list or tuple passes for a
+    tuple of that length. Keys and values of a dict are checked, too. Any other hint is an isinstance check.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:

@@ -89,9 +89,11 @@ def check_numbers(config: DataclassInstance, hints: dict[str, object]) -> None:
     """Raise ConfigError for the first field with a value that no config can have.
 
     - a field that ends in "dropout": outside [0, 1]
-    - a dict of more than `MOST_PATTERNS` entries, a list or set of more than `MOST_NAMES`
-    - a number, also within containers: infinite, NaN, or larger than `LARGEST_NUMBER` (`LARGEST_COUNTER` for fields in
-        the config's `counters`)
+    - a dict of more than `MOST_PATTERNS` (10,000) entries, a list or set of more than `MOST_NAMES` (100,000)
+    - a number, also within containers: infinite, NaN, or with an absolute value above `LARGEST_NUMBER` (2²⁴), or above
+      `LARGEST_COUNTER` (2⁶³ − 1) for fields in the config's `counters`
+
+    None, texts and bools are skipped.
 
     Args:
         hints: the types of the config's fields. Fields of any type, or of a bare dict, are skipped: other code reads

@@ -87,11 +87,12 @@ class LayerRange(PeftConfig):
     layers_pattern: list[str] | str | None = None  # name of the list that the indices count, such as "layers"
 
     def __post_init__(self) -> None:
-        """Check the fields.
+        """Check the fields, after those of the superclass.
 
         Raises:
-            ConfigError: `target_modules` is a text and one of the two fields is set; `layers_pattern` is set without
-                `layers_to_transform`, or has more than `MOST_LISTS` entries.
+            ConfigError: `target_modules` is a text and one of `layers_to_transform` and `layers_pattern` is not None.
+                Or `layers_pattern` is set and `layers_to_transform` is None or empty. Or `layers_pattern` is a list of
+                more than `MOST_LISTS` (100) entries.
         """
         super().__post_init__()
         if isinstance(getattr(self, "target_modules", None), str):

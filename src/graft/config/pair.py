@@ -55,13 +55,16 @@ class AdapterInMemory(NamedTuple):
 def save_pair(folder: str, name: str, write: Write, text: str, beside: dict[str, bytes] | None = None) -> None:
     """Replace an adapter in a folder: its weights, then its config and further files.
 
-    All are written and synced first.
+    All are written to temporary files and synced first. A mark in the folder names the new weights and config
+    meanwhile.
 
     A call that fails leaves the old files. One that is killed leaves the old adapter or the new one, and `ConfigFile`
-    recognises the latter by its mark. Temporary files of processes that no longer run are deleted.
+    recognises the latter by its mark. Temporary files and marks of processes that no longer run are deleted. If an
+    error comes after both files are in place, the new ones stay, with the mark, and the error continues.
 
     Args:
-        name: of the weights file. An older file of the other format (safetensors or torch) is deleted.
+        name: of the weights file. An older file of the other format (safetensors or torch) is deleted, unless another
+            process has replaced it meanwhile.
         write: writes the weights, which hold `text` as well.
         text: of adapter_config.json.
         beside: further files, {name: bytes}.

@@ -122,11 +122,11 @@ def make_object(pairs: list[tuple[str, object]]) -> Json:
 
 def check_value(value: object, what: str, field: str, depth: int, finite: bool = True) -> None:
     """Raise CheckpointError for a number that is infinite or NaN (if `finite`), and for containers nested deeper than
-    `DEEPEST`.
+    `DEEPEST` (32). Only floats, lists and dicts are looked at, at any depth; keys are not.
 
     Args:
         what: names the file in errors.
-        field: the key of the outermost object that the value is in.
+        field: the key of the outermost object that the value is in; if "", the first key or index takes its place.
         depth: number of containers around the value.
     """
     if isinstance(value, float):
@@ -337,9 +337,15 @@ def check_tensors_by_name(content: object, path: str) -> dict[str, Tensor]:
 
 
 def describe_fault(t: Tensor) -> str | None:
-    """Return why a tensor cannot be loaded into an adapter, such as "is sparse or nested"; None if it can.
+    """Return why a tensor cannot be loaded into an adapter, as a predicate such as "is sparse or nested"; None if it
+    can.
 
-    Other faults: a dtype that is not known, the meta device, memory with repeated numbers.
+    The first fault counts:
+
+    - A dtype that is not known: "is quantized", or the dtype's name. All float8 dtypes are known.
+    - A layout that is not strided, or a nested tensor.
+    - The meta device.
+    - A tensor that repeats its numbers: its memory is smaller than they are, and it is not contiguous.
     """
     from torch import strided
 

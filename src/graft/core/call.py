@@ -415,11 +415,12 @@ class Call:
         """Return the context of the call that the present backward pass differentiates.
 
         A nested backward pass gets the context of the passes of its thread (of all passes if the thread has none), if
-        they agree. If the thread's last call and the thread itself have adapters disabled, the context is that of
-        disabled adapters.
+        they agree. If none is known, and the thread's last call and the thread itself have adapters disabled, the
+        context is that of disabled adapters.
 
         Raises:
-            RoutingError: no context is known for the pass, or the pass covers calls with different rows.
+            RoutingError: no context is known for the pass, or the pass covers calls with different rows, facts, gates
+                or disabled adapters.
         """
         restored = self._restored.get(torch._C._current_graph_task_id())
         if restored is None and self._restored:  # a backward pass within another

@@ -186,10 +186,11 @@ class StackMethod(Method):
         self.run_on_all(self.kind.finish_load)
 
     def run_on_all(self, run: Callable[[Method], None]) -> None:
-        """Call `run` with the method on each matrix.
+        """Call `run` with the method on each matrix, in order.
 
-        Tensors that it overwrites in place change the stacked ones. Tensors that it replaces are stacked, and replace
-        the adapter's tensors in their slots.
+        Tensors that it overwrites in place change the stacked ones. Tensors that it replaces are stacked, detached, and
+        replace the adapter's tensors in their slots; a parameter keeps its `requires_grad`. If it replaces a tensor, it
+        must do so for all matrices.
         """
         slots, experts = self.slots, range(self.site.shape[0])
         new: dict[int, list[Tensor]] = {}
@@ -340,6 +341,13 @@ class MatrixUpdate(Form):
     """
 
     def __init__(self, pieces: Sequence[Pieces], trains: bool):
+        """Keep the pieces of a stack's adapters, and collect their tensors (in order) and common parameters (each
+        once).
+
+        `reads` is True with several pieces, or if one reads the weight. No matrix has drawn numbers yet (`drawn`).
+
+        trains: the update is computed for training.
+        """
         self.pieces, self.trains = pieces, trains
         self.reads = len(pieces) > 1 or any(p.reads for p in pieces)
         self.drawn: dict[int, list[Tensor]] = {}
@@ -434,8 +442,11 @@ def stack_build_values(built_values: Sequence[dict[str, object]]) -> dict[str, o
 def stack_values(values: Sequence[Any], name: str) -> Any:
     """Return one value for a stack from the values for each matrix, under `name` in errors.
 
-    Tensors are stacked along a new first dimension; a parameter stays one, and a `Transient` too. A module is copied,
-    with its parameters, buffers and submodules stacked. Of any other value the first is returned.
+    The first value's type decides.
+
+    Tensors are detached and stacked along a new first dimension; a parameter stays one with its `requires_grad`, and a
+    `Transient` stays one, too. A module is copied, with its parameters, buffers and submodules stacked; entries of None
+    stay. Of any other value the first is returned.
 
     Raises:
         ShapesDiffer: a tensor has another shape for each matrix.

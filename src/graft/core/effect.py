@@ -453,8 +453,9 @@ class Rewrite(Effect):
     tapped: bool = False
 
     def __post_init__(self) -> None:
-        """Check the fields, make `post` from `part` and `pre` from `ahead`, and set `why_unmergeable` if there is no
-        merged form.
+        """Check the fields, make `post` from `part` and `pre` from `ahead`.
+
+        Set `why_unmergeable`, unless it is set, if `merged` is the function that refuses.
 
         Raises:
             TypeError: `part` comes with `post` or `apart`; or `ahead` with `pre`, or without `block`.

@@ -174,9 +174,10 @@ def compute_change(m: Method, effect: Effect | None = None) -> WeightChange:
 
     `why_no_delta` must return None for it.
 
-    The layer is in evaluation mode meanwhile, and an offloaded or sharded weight is brought in. Factors stay factors,
-    with the scale in B. A stack gives one group per matrix, and B None if its pieces return ΔW. Any other ΔW is
-    returned whole, with B None; a `Rewrite` gives the difference of merged and present weight and bias.
+    The layer is in evaluation mode meanwhile, and an offloaded or sharded weight is brought in. Factors stay factors in
+    widened dtypes, with the scale in B, per group of a convolution; an A common to all groups is repeated. A stack
+    gives one group per matrix, and B None if its pieces return ΔW. Any other ΔW is returned as a matrix, per group,
+    with B None. A `Rewrite` gives the difference of merged and present weight and bias. The shift is None for a stack.
 
     effect: replaces the method's effect.
     """

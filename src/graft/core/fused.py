@@ -88,10 +88,12 @@ def absorb_vectors(A: Tensor, B: Tensor, f: Factors) -> tuple[Tensor, Tensor]:
 
 
 def run_with_factors(layer: Layer, f: Factors, x: Tensor) -> Tensor | None:
-    """Return the layer's output with these factors, computed by kernels; None if no kernel fits.
+    """Return the layer's output with these factors, computed by kernels; None if no kernel fits, without calling the
+    base.
 
-    With gradients and many rows, one kernel computes base and update together, if that pays. Else the base layer is
-    called, and a kernel adds the update in its output's memory. A gain needs the first way.
+    With gradients and at least `FUSED_FROM` (64) rows, one kernel computes base and update together, if that pays. With
+    gradients and fewer rows `_run_few_rows` is tried. Else the base layer is called, and a kernel adds the update in
+    its output's memory. A gain needs the first way. Factors that are not plain matrices need an A that is a `Product`.
     """
     joint = torch.is_grad_enabled() and x.numel() >= FUSED_FROM * x.shape[-1]  # for fewer rows two kernels cost less
     if f.gain is not None and not joint:
@@ -111,8 +113,9 @@ def run_with_factors(layer: Layer, f: Factors, x: Tensor) -> Tensor | None:
 def _run_few_rows(base: Any, f: Factors, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor | None:
     """Return the output of an `nn.Linear` for few rows, with gradients, from one kernel.
 
-    Return None for another module, without gradients, under autocast, and if x, W, A and B differ in dtype. Also with
-    dropout, vectors, a frozen A or a scale that is a tensor.
+    Returns None for a module of another class, without gradients, under autocast, for a W that is no plain tensor, and
+    if x, W, A and B differ in dtype. Also with dropout, with `inner` or `outer` vectors, for a frozen A or a scale that
+    is a tensor.
     """
     if p or not (type(base) in LINEARS and torch.is_grad_enabled() and A.requires_grad) or f.inner is not None:
         return None
@@ -127,10 +130,15 @@ def _run_few_rows(base: Any, f: Factors, x: Tensor, A: Tensor, B: Tensor, scale:
 def _run_joint(layer: Layer, f: Factors, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor | None:
     """Return the layer's output for many rows, with gradients, from one kernel; None if two kernels cost less.
 
-    - Only the vectors train: a product with W + ΔW if that pays, else None.
+    The first case counts. "Plain" means no dropout, no autocast, and one dtype for W, x and A.
+
+    - Only the vectors train, without gain: a product with W + ΔW if all is plain and that pays, else None.
     - A gain: DoRA's kernel, but None under autocast.
     - B trains and A does not: None.
-    - Equal dtypes, no dropout and enough rows: a product with W + s · B A. Otherwise: the low-rank kernel.
+    - Plain and enough rows: a product with W + s · B A.
+    - Otherwise: the low-rank kernel.
+
+    The vectors are multiplied into A and B after the first case.
     """
     W, op, rows = layer.weight_now, layer.op, x.numel() // x.shape[-1]
     base: Any = layer.base_layer
@@ -211,9 +219,10 @@ def _add_parts(f: Factors, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: An
 
 
 def run_product_factor(f: Factors, x: Tensor, base: Callable[[], Tensor]) -> Tensor | None:
-    """Return the output plus the update by factors with an A that is a `Product`, which is called.
+    """Return the output plus the update by factors with an A that is a `Product`, which is called on x after dropout.
 
-    It is added in the output's memory.
+    The update is added in the memory of the output that `base` returns. `inner`, `outer` and `scale` are applied if
+    set. A frozen B with an `outer` uses the kernel that gives the vectors' gradients (`add_scaled`).
 
     Returns None, without calling `base`, for any other A, with a gain, if B has no plain matrix, or if the dropout does
     more than drop a share.

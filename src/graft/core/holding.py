@@ -64,20 +64,22 @@ class Holding:
             raise
 
     def _hold(self, method: Method, values: dict[str, Any]) -> None:
-        """Store the values of an adapter; after an error some are stored.
+        """Store the values of an adapter by container name; after an error some are stored.
 
-        - A fact goes into a dict, which refuses changes unless the method computes with it (`computes_with`).
-        - An `Attached` container of the model becomes an attribute or child of the layer, but not under a name with a
-            dot.
+        - A fact (number, text, bool, None) goes into a dict, which refuses changes unless the method computes with it
+          (`computes_with`).
+        - An `Attached` module of the model becomes a child of the layer, unless the name exists or has a dot.
+          `Attached` facts become an attribute.
         - A tensor or module goes into the container of its name, made or widened to an `AnyDict` as needed. A module
-            gets the base layer's training mode; but one that acts the same in both modes is in training mode if the
-            adapter may train.
+          gets the base layer's training mode; but one that acts the same in both modes is in training mode if the
+          adapter may train.
 
-        Afterwards sets missing attributes from `Method.empty`, notes the slots, checks them (`check_slots`) if the
-        method moves its tensors, and notes the scaling at the start.
+        Afterwards sets missing attributes from `Method.empty` and the slots in `state.slots`. If the method moves its
+        tensors, `check_slots` checks them. A "scaling" is noted in `scaling_at_start`.
 
         Raises:
-            TypeError: a value is an array of another package, or a name is used for facts and for tensors.
+            TypeError: a value is an array of another package, a name is used for facts and for tensors, or
+                `check_slots` refuses a tensor.
         """
         adapter, computes_with = method.name, method.computes_with
         slots: list[Slot] = []

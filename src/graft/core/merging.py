@@ -89,8 +89,8 @@ def warn_merged(done: Sequence[str], names: Sequence[str], left: Sequence[str], 
 def check_together(layer: Layer, methods: Sequence[Method]) -> None:
     """Raise if these adapters cannot act on the layer at once. Fewer than two always can.
 
-    Raises ValueError if one of them replaces the whole layer; else the errors of `check_together` of each method that
-    has more than one adapter among them.
+    Raises ValueError if one of them replaces the whole layer. Else raises the errors of `check_together` of each method
+    (by config class) that has more than one adapter among them.
     """
     if len(methods) < 2:
         return
@@ -115,17 +115,20 @@ def check_merge(
 ) -> None:
     """Raise the errors that merging these adapters would raise, without writing.
 
-    Adapters that the layer does not carry are ignored; without any other, all passes.
+    Adapters that the layer does not carry are ignored; without any other, all passes. Replacements of the layer are not
+    checked for the bias.
 
     Args:
-        safe: also compute the merged weights, or read the parameters of a replacement, and raise unless they are
-            finite.
+        safe: also compute the merged weights, together with merged adapters, or read the parameters of a replacement,
+            and raise unless they are finite. An offloaded or sharded weight is brought in for that.
         undoable: the merge is to be undone later, so that adapters must not be disabled.
         checked_kinds: kinds of layers that `shifts_bias` has checked; the call adds to it.
 
     Raises:
-        NotImplementedError: adapters are active in parallel, have no merged form, or shift a bias that the layer lacks.
-        ValueError: adapters are disabled, cannot act together with merged ones, or a merged value is not finite.
+        NotImplementedError: adapters are active in parallel, have no merged form (`why_unmergeable`), or shift a bias
+            that the layer lacks.
+        ValueError: adapters are disabled, cannot act together with each other or with merged ones, or a merged value is
+            not finite.
     """
     key = layer.site.key
     methods = [layer.methods[n] for n in names if n in layer.methods]
@@ -168,11 +171,13 @@ def check_merge(
 
 
 def why_unmergeable(layer: Layer, methods: Sequence[Method]) -> str | None:
-    """Return why merging cannot write these adapters into this layer; None if it can.
+    """Return why merging cannot write these adapters into this layer; None if it can. The first reason counts:
 
-    Reasons, in this order: an effect without merged form, a replaced `get_delta_weight`, the layer type, a weight that
-    cannot be written, a bias that the adapters shift and that cannot be written. An adapter with a module for the whole
-    layer passes.
+    - An effect has no merged form. If none has this reason and one has a module for the whole layer, all pass.
+    - A replaced `get_delta_weight` cannot give the updates.
+    - The layer type cannot fold, unless all effects run a module on the values.
+    - The weight cannot be written.
+    - The bias cannot be written and an additive effect shifts it. The layer is in evaluation mode for this question.
     """
     effects = [m.effect for m in methods]
     for effect in effects:
@@ -511,16 +516,16 @@ def _copy_bias(bias: Tensor | None) -> Tensor | None:
 
 @torch.no_grad()
 def _write_merge(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
-    """Write the steps into the base weight and bias. If `undoable`, append to the layer's state how to undo that.
+    """Write the steps into the base weight and bias. If `undoable`, append to `state.undo` how to undo that.
 
-    - All steps are products and the weight can be changed in place: they are added. In float32 and float64 copies of
-        the
-      factors are kept, else a snapshot.
-    - A packed stack is made anew, matrix by matrix.
-    - No step changes the weight: only the bias is written.
-    - Else the folded weight is written. If the store returns another module, that becomes the base layer.
+    - All steps are products and the weight can be changed in place: they are added. Float32 and float64 weights are
+      undone by subtracting copies of the factors, others by a snapshot.
+    - The steps can fold matrix by matrix (`_make_matrix_fold`): the stack is made anew, and restored into the layer.
+    - No step changes the weight: only the bias is written, if it shifts.
+    - Else the folded weight is written, in its dtype, and a shifted bias. If the store returns another module, that
+      becomes the base layer.
 
-    Records the survival of the update where writing rounds.
+    Appends the share of the update that survived to `state.survived` where writing rounds.
 
     Raises:
         NotImplementedError: the steps shift a bias that the layer lacks. Nothing is written then.
@@ -623,9 +628,11 @@ def measure_shares_kept(layers: Sequence[Layer]) -> list[float]:
 
 
 def warn_lost(layers: Iterable[Layer]) -> dict[str, float]:
-    """Return the share of the merged update that each merged layer holds, by the layer's path.
+    """Return the share of the merged update that each merged layer holds, by the layer's path; unmerged layers are left
+    out.
 
-    Warns once, with the worst layer and a remedy, if a layer holds less than 90 %.
+    Warns once (PeftWarning), with the worst layer and a remedy, if a layer holds less than 90 %. The remedy depends on
+    the storage of these layers: a packed stack, another quantized weight, or a dense one.
     """
     merged = [layer for layer in layers if layer.state.merged]
     shares = dict(zip([layer.site.key for layer in merged], measure_shares_kept(merged)))

@@ -226,11 +226,14 @@ class Method(Generic[C]):
     lenders: Mapping[str, Method] = MappingProxyType({})  # container → the method on another layer that owns its tensor
 
     def __init_subclass__(cls, **kwargs: object) -> None:
-        """Derive class attributes from a subclass's declarations, and make each annotation a property that reads the
-        layer.
+        """Derive class attributes from a subclass's declarations, and make each annotation without a value a property
+        that reads the layer. `computes_with` gets its name.
 
-        Sets `config`, `empty`, `layer_names`, `computes_with`, `surrounds`, `has_loss`, `takes_device`,
-        `checks_compatibility` and `shares`. Raises TypeError as `_check_overrides`.
+        An annotated container of trained tensors gets an empty `nn.ParameterDict` or `nn.ModuleDict` in `empty`. Its
+        name begins with `prefix` and does not end with "dropout". `layer_names` are the keys of `empty`. `config` is
+        derived unless the class sets it. `surrounds`, `has_loss`, `checks_compatibility` and `shares` are True if the
+        hook of that purpose is overridden; `takes_device` if `build` has a `device`. Raises TypeError as
+        `_check_overrides`.
         """
         super().__init_subclass__(**kwargs)
         if "config" not in vars(cls) and (config := _config_of(cls)) is not None:
@@ -364,10 +367,12 @@ class Method(Generic[C]):
         return None
 
     def check(self) -> str | None:
-        """Return why the method cannot adapt this site, or None. There are no tensors yet.
+        """Return why the method cannot adapt this site, or None. There are no tensors yet. The first reason counts:
 
-        Reasons, in this order: `only_linear` on another layer type; `ungrouped` on a convolution with groups. Then: an
-        unknown layer type that the effect does not allow; a weight that has to be read and cannot be.
+        - The text `only_linear`, on another known layer type.
+        - The text `ungrouped`, on a convolution with groups.
+        - An unknown layer type, unless the effect adapts any module.
+        - A weight that cannot be read although the effect, the method's `uses_weight` or an opaque op needs it.
         """
         site, effect, name = self.site, self.effect, type(self).__name__
         if self.only_linear and site.op.known and not site.op.linear:

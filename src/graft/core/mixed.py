@@ -79,7 +79,13 @@ class MixedPlan:
     """
 
     def __init__(self, layer: Layer, keys: tuple[Key, ...]):
-        """Get the layer's plan for each key, and derive from the plans how a batch can run."""
+        """Get the layer's plan for each key (None for rows without adapters), and note how a batch can run.
+
+        A `TappedPlan` is replaced by the plan in it, and its taps are collected. The flags: `adds` (all plans add to
+        the output), `products` (all are one plain product), `sums` (one has a product), `routes` (all can run experts),
+        `is_idle` (no plan), `acts_elsewhere` (a replacement does). `whole_base`: some keys have no plan and the base is
+        a childless module of no known type, no norm. No groups are cached yet.
+        """
         self.layer, self.keys = layer, keys
         self.plans: dict[Key, LayerPlan | None] = {}
         for key in keys:
@@ -114,8 +120,9 @@ class MixedPlan:
     def run(self, rows: Rows, *args: object, **kwargs: object) -> object:
         """Return the layer's output for a batch.
 
-        If adapters tap inputs, keeps the input first, and drops kept inputs afterwards. A batch like the last one uses
-        its groups at once.
+        A batch like the last one, with one positional argument and rows in order, uses the groups of that batch at
+        once. If adapters tap inputs, the input is kept for them first. Kept inputs are dropped afterwards, also on
+        errors. The rest is `run_plans`.
         """
         if self.cached_groups is not None and rows.in_order and len(args) == 1 and not (kwargs or self.tapped):
             x: Any = args[0]
@@ -139,20 +146,21 @@ class MixedPlan:
 
         The first case that holds decides:
 
-        - The layer is a stack of dispatched experts: `run_dispatched`.
+        - The layer is a stack of dispatched experts, and there are keys: `run_dispatched`.
         - No key has a plan: the base runs alone.
         - Plans fold an opaque weight: graft runs experts with the update of each group, if it can and there are several
-          groups or generators. Else all rows must have one plan, which runs.
-        - Adapters read an input of a module with several: it runs once, and parts are added to its output.
+          groups or generators. Else all rows must have one plan, which runs, or the base if it is None.
+        - Adapters read an input of a module with several: it runs once, and parts are added to its first output.
         - Adapters change the first input or the output of a module with several: `run_block`.
         - One group of rows, and no generators: its plan runs.
         - All adapters only add, without gradients and generators: the base runs once, and parts are added.
         - All else: `run_groups`.
 
+        An input of batch size 1 is expanded to the batch.
+
         Raises:
             RoutingError: gates that cannot weigh the plans, an input that is not one row per sample, an opaque weight
-                with
-                several plans.
+                with several plans.
         """
         layer = self.layer
         if self.keys and layer.site.experts is not None and layer.site.experts.dispatch is not None:
@@ -211,9 +219,13 @@ class MixedPlan:
         """Run each adapter on its rows, with the same bits, also in the backward pass, as in a batch of these rows
         alone.
 
-        Neighbouring adapters that add to the base's output share its call where that gives the same bits. If nothing
-        changed since the last batch, its groups are used again. In training, adapters draw from their generators, if
-        the call has some. A module without a known type and without children runs once for the rows without adapters.
+        Neighbouring adapters that add to the base's output share its call where that gives the same bits (`may_share`;
+        without gates and further arguments). If nothing changed since the last batch, its groups are used again. If all
+        adapters can share, the new groups are kept for the next batch.
+
+        Other adapters run one after another, each with the facts and the context of its rows. In training, they draw
+        from their generators, if the call has some; all share one ticket, drawn at the first use. A childless module of
+        no known type, other than a norm, runs once for the whole batch, and rows without adapters get its output.
         Outputs of heads are padded to one width. Returns rows in the batch's order.
         """
         layer, draws = self.layer, context.draws if self.layer.training else None
@@ -335,8 +347,8 @@ class MixedPlan:
     def find_cached_groups(self, stacks: Stacks, rows: Rows, x: Tensor) -> Sequence[Group] | None:
         """Return the groups of the last batch if they are valid for this one, else None.
 
-        They are if `stacks` is the same object, sizes, shape and dtype are equal, and no adapter's factors have
-        changed.
+        They are if `stacks` is the same object, the groups' sizes, the shape of one row and the dtype are equal, and no
+        adapter's factors have changed. Factors that the snapshot cannot record are computed again and compared.
         """
         last = self.cached_groups
         if last is None or last.stacks is not stacks or last.sizes != rows.sizes:
@@ -454,9 +466,10 @@ class MixedPlan:
     def add(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
         """Return y, the base's output for x, with each adapter's part added to its rows.
 
-        Overwrites y, or a clone of it if a hook or the module may have kept y. Uses grouped kernels where all adapters
-        are plain products, the call has no gates, and kernels may fuse. Else each adapter runs on its rows, sees their
-        gates and facts, and draws from its generator.
+        Overwrites y, or a clone of it if hooks, or a module that no kernel may fuse, may have kept y. Uses grouped
+        kernels where all adapters are plain products, the call has no gates, and kernels may fuse; if they refuse, the
+        loop runs. In the loop each adapter runs on its rows, sees their gates and facts, and draws from its generator;
+        its part is cast to y's dtype. Rows without an adapter stay.
         """
         layer, context = self.layer, self.layer.call.current_context()
         gates, facts = context.gates, context.facts
@@ -487,8 +500,9 @@ class MixedPlan:
     def add_products(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor | None:
         """Return y with all adapters' products added by grouped kernels, in the memory of y.
 
-        Returns None, with y unchanged, if fewer than two groups have adapters, if factors are more than two matrices or
-        have dropout, or if the kernels cannot take the tensors.
+        Returns None, with y unchanged, if fewer than two groups have adapters, or one group has no plan. Also if
+        factors have an `outer`, a dropout that drops now or parts that are no plain matrices, or if the kernels cannot
+        take the tensors.
         """
         if rows.adapter_groups is None:
             return None
@@ -551,10 +565,13 @@ class FactorSnapshot:
         )
 
     def record(self, method: Method, f: Factors) -> bool:
-        """Record the objects that the factors of a method consist of. Return True if all could be recorded.
+        """Record the objects that the factors of a method consist of, with copies of their containers and their hooks.
 
-        Returns False, and records nothing, unless A and B are linear modules without hooks and dropout drops nothing
-        now. Also A, B, scale and dropout must be values of the adapter in the layer's containers.
+        Return True if all could be recorded.
+
+        Returns False, and records nothing, unless A and B are linear modules of plain classes without hooks, and
+        dropout drops nothing now. Also A, B, scale and dropout (those that are not None) must be values of the adapter
+        in the layer's containers. Of a dropout, its mode and rate are recorded, too.
         """
         parts = [part for part in (f.A, f.B, f.scale, f.dropout) if part is not None]
         places = [place for part in parts for place in find_entries(method, part)]

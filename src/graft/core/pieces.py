@@ -130,10 +130,11 @@ def drop_piece_inputs(layer: Layer, module: nn.Module, x: Tensor) -> Tensor:
 
 
 def low_rank_piece(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
-    """Return this process's piece of scale · outer ⊙ B (inner ⊙ A dropout(x)).
+    """Return this process's piece of scale · outer ⊙ B (inner ⊙ A dropout(x)), for x cast to the adapter's dtype.
 
     Factors are cut as the weight is: with cut inputs, A's columns are used and the partial results summed; with cut
-    outputs, B's rows. A factor that is a module with hooks is called with whole tensors, and its output is cut.
+    outputs, B's rows, and the gradient of A's output is summed over the processes. A factor without a plain matrix (a
+    module with hooks) is called with whole tensors, and its output is cut. A dropout that drops nothing is passed over.
     """
     op, base, piece = layer.op, layer.base_layer, layer.site.piece
     x = m.cast(x)

@@ -276,8 +276,9 @@ class SumPlan(LayerPlan):
         """Return the base layer's output plus the parts of all steps.
 
         If the call has gates, each part is weighed. Base and first step run together if a kernel may fuse, the module
-        got x alone, and the base does not train. Then the other parts are added. Else the base layer is called, and
-        each part added.
+        got x alone, and the base does not train in this call. Then the other parts are added. If the kernels refuse the
+        first step's factors, its part is added to the base's output and cast to the output's dtype. In all other cases
+        the base layer is called, and each part added.
         """
         layer = self.layer
         if layer.call.open and layer.call.current_gates() is not None:
@@ -553,6 +554,11 @@ class FoldedPlan(LayerPlan):
     """
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
+        """Note how the steps change the opaque weight: `products` has the function of each product effect.
+
+        `routes`: graft can run these experts, and each step has pieces or a product. `adds`: all are additive.
+        `forms_delta`: one is no product.
+        """
         super().__init__(layer, steps)
         assert isinstance(layer.op, Opaque)
         self.op = layer.op
@@ -566,9 +572,12 @@ class FoldedPlan(LayerPlan):
     def run(self, *args: object, **kwargs: object) -> object:
         """Return the module's output with the adapted weight.
 
-        Graft runs the experts itself if their stack is packed or dispatched to processes, or if the call has gates. It
-        also does so if updates must be formed for a plain frozen weight. Else the module runs with another tensor in
-        place of its parameter: a lazy sum if all steps are products and the weight is plain, or the folded weight.
+        `routes` means that graft can run these experts itself.
+
+        Graft does so if their stack is packed or dispatched to processes, or if the call has gates. It also does so if
+        updates must be formed for a plain frozen weight. Else the module runs with another tensor in place of its
+        parameter. That is a lazy sum if all steps are products and the weight is plain with two or more dimensions, or
+        the folded weight. The parameter is put back afterwards.
 
         Raises:
             RoutingError: the call has gates, and steps do more than add, or graft cannot run the module.
@@ -789,6 +798,11 @@ class TappedPlan(LayerPlan):
     """
 
     def __init__(self, layer: Layer, steps: Sequence[Step], one_output: bool = False):
+        """Split the steps: the readers of `Tap` effects become `taps`, (adapter, reader) pairs; the others are the plan
+        in `plan`, None without any. `takes_one_input` is that plan's, else False.
+
+        one_output: all parts are computed from one output (an average).
+        """
         self.taps = [(m.name, reader) for m, effect in steps if isinstance(effect, Tap) for reader in effect.readers]
         super().__init__(layer, [step for step in steps if not isinstance(step[1], Tap)])
         self.plan = make_plan(layer, self.steps, one_output) if self.steps else None

@@ -109,10 +109,11 @@ class DrawOnCPU(TorchFunctionMode):
         """Run a random function on the CPU and return its result on the device that the caller wanted; run others
         unchanged.
 
-        The results of functions that create a tensor (`torch.rand`) or sample from one (`bernoulli`) are moved. A
-        function that fills a tensor (`normal_`) fills a CPU twin, which is copied into the tensor. The twin begins with
-        the tensor's values only if a library marked the tensor by attributes. Tensors on the CPU are filled directly;
-        meta tensors draw nothing.
+        Functions that create a tensor (`torch.rand`) use `device`, else the device of a `…_like` tensor or torch's
+        default. Those that sample from a tensor (`bernoulli`) return on that tensor's device. Neither leaves the meta
+        device. A function that fills a tensor (`normal_`) fills a CPU twin, which is copied into the tensor without
+        gradients, and returns the tensor. The twin begins with the tensor's values only if a library marked the tensor
+        by attributes, which the twin gets, too. Tensors on the CPU are filled directly; meta tensors draw nothing.
         """
         kwargs = kwargs or {}
         if func in _CREATE or func in _LIKE:

@@ -287,10 +287,11 @@ MAX_OBJECTS = 100_000  # objects of an output that `find_tensors` visits
 
 
 def find_tensors(output: object) -> Iterator[Tensor]:
-    """Yield the tensors in an output: in its containers and in the attributes of objects such as dataclasses and
-    caches.
+    """Yield the tensors in an output: in mappings' values, lists, tuples and sets, and in the attributes of objects
+    such as dataclasses and caches. They come in no fixed order; attributes of a tensor are not searched.
 
-    Modules, classes, strings and numbers are not searched. Each object is visited once, and at most 100,000 are.
+    Modules, classes, strings, bytes, numbers and None are not searched. Each object is visited once, and at most
+    100,000 are; the rest is passed over silently.
     """
     seen: set[int] = set()
     pending = [output]

@@ -107,10 +107,11 @@ def count_value_numbers(value: object) -> int:
 def build_carriers(job: InjectionJob) -> None:
     """Make the layers, wrappers and shared tensors of an adapter in `job`, with initial values or those of a
     checkpoint. Call it after `resolve_job`. The model stays as it is, except that packed biases become Parameters.
-    Corrects `fan_in_fan_out` in the config, with a warning.
+    Corrects `fan_in_fan_out` in the config, with a warning. Warns if an offloaded bias trains from the start.
 
-    With a team of processes that hold one model together, all of them get equal values. On any error
-    `job.undo()` takes everything back before the error continues.
+    With a team of processes that hold one model together, all of them get equal values, or compare those of a
+    checkpoint. Methods of tied modules take the tensors of the embedding's method. On any error `job.undo()` takes
+    everything back before the error continues; a checkpoint that asks for too much is refused before anything is made.
 
     Raises:
         CheckpointError: the checkpoint does not fit, or its config asks for far more numbers than it holds.
@@ -158,11 +159,13 @@ def build_carriers(job: InjectionJob) -> None:
 def assign_values(parts: AdapterCarriers, adapter: str, values: Iterable[tuple[Receiver, Tensor]]) -> None:
     """Write `values` into an adapter's tensors.
 
-    Tensors on the meta device without a value get the method's initial values.
+    First copies tensors and separates buffers that layers share; afterwards buffers, and lent tensors with equal
+    values, are shared again. Where the adapter is merged, it is taken out of the weight for the write and merged again
+    with the new values.
 
-    First copies tensors that layers borrow from others; afterwards layers with equal values share them again. Where the
-    adapter is merged, it is taken out of the weight for the write and merged again with the new values. Calls each
-    method's `finish_load`.
+    Meta tensors that got no value get the method's initial values, on the layer's device, from a layer made for that.
+    Tensors of an offloaded module, and layers planned for the meta device, stay as they are. Calls each method's
+    `finish_load`.
     """
     related = [layer for layer in parts.layers.values() if layer.methods[adapter].lenders]
     for layer in related:

@@ -56,8 +56,12 @@ class ExpertStacks:
     """
 
     def __init__(self, model: Any, tree: ModuleTree | None = None):
-        """Read transformers' conversion mapping for the model into `renamings`, `converters` (those that merge modules)
-        and `names`. Surveys the model unless `tree` is passed.
+        """Read transformers' conversion mapping for the model into `renamings` and `converters` (those that merge
+        modules).
+
+        `names` gets the old part names of the converters and the router's, "gate"; `by_peft` whether PEFT rewrites
+        configs of this model. All stay empty and False if transformers is not imported or is older than 5, or the
+        model's config has no `model_type`. Surveys the model unless `tree` is passed.
         """
         self.model, self.tree = model, survey_model(model) if tree is None else tree
         self.renamings: list[WeightRenaming] = []
@@ -227,14 +231,13 @@ def convert_expert_targets(
 ) -> UnreachedTargets:
     """Rewrite a LoRA config with old expert names in place, and return the targets that stay out of reach.
 
-    Expert names move to `target_parameters`; `rank_pattern` and `alpha_pattern` follow.
+    Expert names move from `target_modules` to `target_parameters`; `rank_pattern` and `alpha_pattern` follow. A stack
+    gets the ranks of all its parts together. Dense layers and shared experts of these names become targets by their
+    weights, with plain weights only. Others are returned as `layers`; with `keys` they stay in `target_modules`.
 
-    A stack gets the ranks of all its parts together. Dense layers and shared experts of these names become targets by
-    their weights; PEFT drops them. Layers that PEFT could not load from a file are left out; with `keys` they stay in
-    `target_modules`.
-
-    The config stays as it is for other methods, for models without stacks, and where it names no expert. If expert
-    names also mean other modules of a model that PEFT does not convert, the stacks are returned as out of reach.
+    The config stays as it is for other methods, without `target_modules`, for models without stacks, and where it names
+    no expert. If expert names also mean other modules of a model that PEFT does not convert, the stacks and their names
+    are returned as out of reach.
 
     Args:
         keys: those of the file that gives the values, which say which experts are adapted; None: a new adapter.
@@ -406,11 +409,12 @@ def shorten_paths(paths: Collection[str], every: Collection[str], least: int = 1
 def convert_patterns(
     cfg: PeftConfig, parts_by_stack: dict[ExpertStack, list[str]], weights: list[str], tree: ModuleTree
 ) -> None:
-    """Rewrite `rank_pattern` and `alpha_pattern` of a config in place.
+    """Rewrite each pattern field of a config (`rank_pattern`, `alpha_pattern`) in place, for parts fused into stacks.
 
-    A stack gets the sum over its parts; a weight gets the value of its layer. Patterns that only reached moved modules
-    are dropped. Values equal to the default get no entry; a stack of n parts has the default n times, by one pattern
-    for its parameter name.
+    A stack gets the sum over its parts; a weight gets the value of its layer; both by the escaped path. Sums and values
+    equal to the default get no entry. A stack that a pattern reaches already keeps that one. Patterns that only reached
+    moved modules are dropped. A stack of n > 1 parts has the default n times, by a last pattern for its parameter name,
+    unless the config has that pattern.
     """
     sums: dict[str, dict[str, float]] = {}
     for name, of in cfg.patterns.items():

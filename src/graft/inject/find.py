@@ -61,9 +61,13 @@ MOST_WARNINGS = 100  # most warnings about entries of one field
 
 
 def resolve_job(job: InjectionJob) -> None:
-    """Fill in the fields of `job` that say where and how the adapter acts: `cfg`, `report`, `targets`, `methods`,
-    `order`, `biases`, heads and token rows. The model is not changed. Rewrites `job.cfg` in place: default targets,
-    expert names, tied modules.
+    """Fill in the fields of `job` that say where and how the adapter acts: `report`, `targets`, `methods`, `order`,
+    `biases`, and the heads and token rows. The model is not changed. Rewrites `job.cfg` in place: expert names, default
+    targets, tied modules, and by the method's `prepare`.
+
+    Default targets lose modules if others read their weight. Companion sites of the method are added. Tied modules get
+    the config of their source and note its method. Ranks are split by the method's `split_budget`. Biases are listed
+    unless `bias` is "none".
 
     Warns of entries that match nothing. With `job.keys` the adapter gets exactly those paths; then no target is
     resolved or reported.
@@ -71,7 +75,8 @@ def resolve_job(job: InjectionJob) -> None:
     Raises:
         NoMatchingPeftModuleError: no module matches.
         UnsupportedLayerError, ConfigError: the adapter cannot adapt a target, a head or token rows.
-        DistributedError: the adapter would train on a model that FSDP1 manages.
+        DistributedError: the adapter would train (no inference mode, and no values or some) on a model that FSDP1
+            manages.
     """
     tree, cfg, method, adapter, model = job.tree, job.cfg, job.method, job.adapter, job.model
     tree.ops = getattr(cfg, "_custom_modules", None) or {}
@@ -162,10 +167,13 @@ def make_method(site: Site, kind: Any, cfg: PeftConfig, adapter: str) -> Method:
 def match_modules(job: InjectionJob, unreached: UnreachedTargets) -> None:
     """Put the sites of all modules and parameters that the config targets into `job.targets.sites`.
 
-    The report gets modules that another field takes out (`skipped`), and counts of the rest by type (`untargeted`).
+    With `job.keys` exactly those paths match. Modules that are absent from this stage are passed over. Replaced steps
+    of the tuner have the last word on each module. A module tied to the embedding gets the outcome "tied" and no site
+    here.
 
-    Replaced steps of the tuner have the last word on each module. An attention brings its `out_proj` along, before
-    itself. Warns of entries that match nothing, and on a pipeline stage if nothing matches.
+    The report gets modules that another field takes out (`skipped`), and counts by type of other modules without
+    children (`untargeted`). An attention brings its `out_proj` along, before itself, noted in `targets.along`. Warns of
+    entries that match nothing, of experts out of reach, and on a pipeline stage if nothing matches there.
 
     Raises:
         NoMatchingPeftModuleError: no module or parameter matches, on a model that is not a stage.
@@ -258,8 +266,9 @@ def assign_lenders(methods: Sequence[Method]) -> None:
 def check_sites(methods: dict[str, Method], tree: ModuleTree, mixed: bool) -> None:
     """Raise UnsupportedLayerError, with a remedy, for the first site that its method cannot adapt.
 
-    The module, its storage or the method refuses; or the module trains whole or in rows. Or its layer has an adapter of
-    that name, or another method while `mixed` is False.
+    Reasons: the module's `why_not_adapted`, an attention of an unsupported form, a parallel layer, the method's
+    `check`, or a weight that no call uses. These come after any of the following: the module trains whole or in rows,
+    its layer has an adapter of that name, or another method while `mixed` is False.
     """
     for key, method in methods.items():
         site, adapter = method.site, method.name
@@ -399,11 +408,13 @@ def make_heads(
 def choose_heads(
     heads: dict[str, nn.Module], saved: list[str], model: nn.Module, tree: ModuleTree
 ) -> dict[str, nn.Module]:
-    """Return the caller's modules in `heads`, by the full path of the entry in `saved` that each name means.
+    """Return the caller's modules in `heads`, by the full path of the entry in `saved` that each name means (the path
+    or its end).
 
     Raises:
-        ConfigError: `heads` is no mapping, or a name means none or several of `saved`. Or a value is no module, is part
-            of the model already, or takes inputs of another width.
+        ConfigError: `heads` is no mapping, or a name means none or several of `saved`. Or a value is no module, shares
+            a module with the model, or has other `in_features` than the module it replaces. Widths are compared only if
+            both have that attribute.
     """
     if not isinstance(heads, Mapping):
         raise ConfigError(f"heads must be modules by name, as {{'classifier': …}}, got {type(heads).__name__}.")
@@ -470,8 +481,8 @@ def check_rows(
 
     Raises:
         ValueError: the module is in `modules_to_save` as well.
-        UnsupportedLayerError: the module is in `target_modules` as well, or carries something that excludes rows.
-        ConfigError: the method refuses, such as for an index that the embedding lacks.
+        UnsupportedLayerError: the module is in `target_modules` as well, or its carrier does not take rows.
+        ConfigError: the method's `check` refuses, such as for an index that the embedding lacks.
     """
     for key, method in rows.items():
         module, source, adapter = tree.modules[key], method.source, method.name
@@ -502,13 +513,22 @@ def report_matches(
     parameters: list[str],
     experts_left: UnreachedTargets,
 ) -> None:
-    """Warn of each entry of the config that matches nothing, and note it in the report.
+    """Warn of each entry of the config that matches nothing, and note it in `report.unmatched_targets`.
 
-    Covers `target_modules`, `exclude_modules`, `layers_to_transform` and the patterns. Entries that mean expert stacks
-    in `experts_left` get no warning here.
+    The fields are `target_modules`, `exclude_modules`, `layers_to_transform` and the patterns. Names in `experts_left`
+    get no warning.
+
+    - A regex in `target_modules`, if only parameters match: a RuntimeWarning, no note.
+    - `exclude_modules` that takes out no module: one warning and one note for the whole field. Else, unless it is a
+      regex, each entry that is no path and no end of a path.
+    - Each index of `layers_to_transform` without a matched module.
+    - `target_modules` as a list: each entry that no module uses and that is no path or end of one. If no module matched
+      at all, there is one warning for the field.
+    - Each field of patterns: one RuntimeWarning for its keys that reach no matched module or parameter.
 
     Raises:
-        NoMatchingPeftModuleError: no module and no parameter matches, unless the target is the dummy name.
+        NoMatchingPeftModuleError: no module and no parameter matches, unless the dummy name is a target. The text is
+            that of `experts_left` or `explain_no_match`.
     """
     verdicts = outcomes.values()
     outcome_kinds = {v.outcome for v in verdicts}
@@ -554,8 +574,9 @@ def report_matches(
 def explain_no_match(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> str:
     """Return the error's text for a config that targets no module.
 
-    It tells apart: a model without modules, modules that a replaced step left out, all or some excluded, no targets,
-    and names that are not in the model. The last text names similar modules, and `layers_to_transform` if that is set.
+    The first case that holds decides: no modules in the model; modules that a replaced step left out; all excluded;
+    some excluded; no targets; names that are not in the model. The last text explains a regex, or names similar modules
+    for entries of a list. It also names `layers_to_transform` and `layers_pattern` where those are set.
     """
     targets = cfg.target_modules
     if not outcomes:
@@ -649,12 +670,13 @@ def resolve_token_indices(
 def find_tied_tokens(
     tokens: dict[str, list[int]], cfg: PeftConfig, model: nn.Module, tree: ModuleTree
 ) -> dict[str, str]:
-    """Return {path: embedding's path} of the modules tied to the embedding, if the embedding's rows train.
+    """Return {path: embedding's path} of the modules tied to the embedding, if the embedding's rows train; else {}.
 
-    A tied module with different rows in `tokens` is left out.
+    A tied module follows if `tokens` lacks it or has equal rows for it. With different rows it is left out.
 
     Raises:
-        ValueError: a tied module has different rows and the config sets `ensure_weight_tying`.
+        ValueError: a tied module has other rows than the embedding, or the embedding has none, and the config sets
+            `ensure_weight_tying`.
     """
     embedding, tied = find_tied_modules(model, tree) if tokens else (None, [])
     embedding_rows = tokens.get(embedding or "")

@@ -102,15 +102,16 @@ class Injection(InjectionJob):
             undo()
 
     def commit(self) -> None:
-        """Attach the new layers and wrappers to the model.
+        """Attach the new layers and wrappers to the model, in each place that its module has. Nothing here can fail.
 
-        The base's parameters freeze, in place, if it had no adapters before; the names of those frozen already are kept
-        in `frozen_before`. Trained biases then get `requires_grad`.
+        If the base had no adapters before, its parameters freeze, in place; the names of those frozen already are kept
+        in `frozen_before`. Trained biases then get `requires_grad`. The sharding, if there is one, is passed both
+        changes.
 
         Empty carriers of deleted adapters are replaced by their base modules. Packed weights are prepared for adapters.
-        Changes of base weights by `init_values` become final, unless the injection is provisional. Nothing here can
-        fail. New wrappers take the training mode of the module they replace. Existing layers and wrappers stay in
-        place.
+        Changes of base weights by `init_values` become final, unless the injection is provisional. New wrappers take
+        the training mode of the module they replace; token rows get a `TrainableTokensWrapper`. Layers of parameters
+        are nested around their module again, old and new. Other existing layers and wrappers stay in place.
         """
         tree, sharding = self.tree, None if self.team is None else self.team.sharding
         prepare_packed(tree.modules.values())

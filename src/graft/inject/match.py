@@ -53,9 +53,13 @@ class TargetNames:
         self.names = frozenset(names) if names and not isinstance(names, str) else frozenset()
 
     def find(self, path: str) -> str | None:
-        """Return the name that matches `path`: the whole path first, then its longest end.
+        """Return the name that matches `path`: the whole path first, then its longest end after a dot.
 
-        A regex returns its text. None if nothing matches.
+        For a regex, returns its text if it fits the whole path. None if nothing matches, or there are no names and no
+        regex.
+
+        Raises:
+            ConfigError: a slow regex has used up its time.
         """
         if self.names:
             names, suffix = self.names, path
@@ -83,8 +87,17 @@ class Matcher:
     def __init__(self, cfg: Any, parameters: bool = False):
         """Compile the config's targets, exclusions, modules_to_save and layer indices.
 
+        Fields that are missing or None match nothing.
+
+        The targets are `target_paths` if `Method.prepare` has set them, else `target_modules`. A single int or text in
+        `layers_to_transform` or `layers_pattern` counts as a list. Without `layers_pattern` the index is the first
+        number that is a whole part of the path with two parts before it and one after it.
+
         Args:
             parameters: decide about the paths of parameters, by `target_parameters`.
+
+        Raises:
+            ConfigError: a text is no regular expression that `Pattern` takes.
         """
         chosen = getattr(cfg, "target_paths", None)  # set by `Method.prepare`
         self.targets = TargetNames(cfg.target_parameters if parameters else chosen or cfg.target_modules)
@@ -159,13 +172,14 @@ COMPRESS_FROM = 20
 def minimize_names(targets: Iterable[str], other_paths: Iterable[str], least: int = 1) -> set[str]:
     """Return few, short suffixes that select all of `targets` and none of `other_paths`.
 
-    Each target gets its shortest suffix that no other path has, or its whole path.
+    Targets are taken in sorted order. Each gets its shortest suffix that no other path has, or its whole path; one that
+    a chosen suffix selects already gets none.
 
     Raises:
-        ValueError: there is no target, a name is empty, or one is in both.
+        ValueError: `targets` is a text or empty, a name is empty, or one is in both.
 
     Args:
-        least: the least number of parts of a suffix.
+        least: the least number of parts of a suffix; a target with fewer parts gets its whole path.
     """
     if isinstance(targets, (str, bytes)) or not targets:
         raise ValueError("target_modules should be a list or set of strings.")

@@ -250,8 +250,8 @@ REMEDY = "Choose another name (add_adapter() puts it beside that one), or delete
 def check_adapter_name(name: str, taken: Sequence[str] = (), remedy: str = REMEDY) -> None:
     """Raise AdapterNameError unless `name` can name a new adapter.
 
-    Not allowed: an empty name or no text, ".", "/" or "\\", "__base__", more than 255 bytes, NUL, attributes of torch's
-    containers, names in `taken`.
+    Not allowed: an empty name or no text, ".", "/" or "\\", "__base__", more than 255 bytes, text that file systems
+    cannot encode, NUL, attributes of torch's containers, names in `taken`.
 
     Args:
         remedy: the second sentence of the error for a taken name.

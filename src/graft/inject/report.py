@@ -56,10 +56,13 @@ class InjectReport:
         return sum(m.parameters for m in (*self.matched, *self.modules_to_save)) + self.other_trainable
 
     def table(self) -> Table:
-        """Return the report as a rich Table.
+        """Return the report as a rich Table with the columns module, type, n, trainable and the outcome.
 
-        Paths that differ only in indices are one row with their count and summed numbers. Skipped modules, entries that
-        match nothing and untargeted types follow.
+        The title counts layers and trainable parameters, with their percentage.
+
+        Paths that differ only in indices, with one type and outcome, are one row with their count and summed numbers:
+        adapted modules, those trained whole, then skipped ones with the reason. Entries that match nothing, with
+        similar names, and untargeted types by falling count follow.
         """
         from rich.table import Table
 

@@ -122,12 +122,12 @@ def add_remote_sites(sites: dict[str, Site], tree: ModuleTree, matcher: Matcher,
 def list_block_sites(
     parent: str, sites: dict[str, Site], tree: ModuleTree, matcher: Matcher
 ) -> Iterator[tuple[str, Site]]:
-    """Yield (path, site) for all blocks of the list at `parent`, in order.
+    """Yield (path, site) for all blocks of the list at `parent`, in order. `sites` must have one below it.
 
-    Blocks on this process give their own sites.
+    Blocks on this process give their own sites, in the order of `sites`; one without sites gives none.
 
-    Absent blocks get copies of the sites in the first block that has some, if `matcher` matches their paths. Sites of
-    parameters are copied without that test.
+    Absent blocks get copies of the sites in the first block that has some, with their paths, if `matcher` matches
+    those. Sites of parameters are copied without that test.
     """
     by_block: dict[str, dict[str, Site]] = {}  # by name of the block, by path below it
     for key, site in sites.items():
@@ -355,7 +355,8 @@ def synchronize_tensors(parts: AdapterCarriers, adapter: str, team: ProcessTeam,
 
 
 def list_adapter_tensors(parts: AdapterCarriers, adapter: str) -> Iterator[Tensor]:
-    """Yield an adapter's tensors, each once: shared ones, then of layers, heads and rows, and the prompt.
+    """Yield an adapter's tensors, each object once: shared ones, then those of layers with tensors outside checkpoints,
+    of heads and rows, and the parameters and buffers of the prompt.
 
     The order is the same on all processes. DTensors are left out.
     """

@@ -65,7 +65,8 @@ class SourceUses(ast.NodeVisitor):
     def path(self, node: ast.AST) -> Path | None:
         """Return the path of attributes from `self` for an expression; None if it does not begin there.
 
-        A variable that a path was assigned to counts; an index is ITEM; a slice adds nothing.
+        A name gives its path in `known`: `self`, or a variable that a path was assigned to. An attribute adds its name,
+        an index adds ITEM, a slice adds nothing. Any other expression gives None.
         """
         if isinstance(node, ast.Name):
             return self.known.get(node.id)
@@ -195,8 +196,9 @@ def parse_functions(functions: Iterable[FunctionType]) -> list[SourceUses]:
 def find_inner_uses(kind: type) -> dict[Path, Use]:
     """Return {path: use} for the modules within instances of a class; {} if it reads the weight of none.
 
-    Methods of torch's classes and those that set up, load or save are left out. If a method passes `self` on, all count
-    as called. The result is kept in `SOURCES`.
+    The source of the methods along the class's MRO is parsed, without torch's classes and without methods that set up,
+    load or save. All are parsed only if one that names a tensor reads a weight. If a method passes `self` to other
+    code, all paths count as called. The result is kept in `SOURCES` per class.
     """
     if kind in SOURCES:
         return SOURCES[kind]
@@ -279,9 +281,16 @@ def check_model(model: object) -> None:
 
 
 def survey_model(model: nn.Module) -> ModuleTree:
-    """Walk `model` once and return its modules, places, carriers and parameter counts.
+    """Walk `model` once and return its modules, places, carriers and parameter counts. The model is not changed.
 
-    Layers and wrappers are leaves, except layers around blocks. A carrier without adapters shows the module beneath it.
+    - A carrier with adapters is a leaf: an entry in `layers` or `wrappers`, and its base's parameters are counted. The
+      walk enters only a layer around a block, and the base of layers of parameters (`nests`).
+    - A carrier without adapters goes into `vacant`, and the walk continues in its base.
+    - A wrapper around the whole model: `root` is the module in it.
+    - A module met again gets another place (`again`), no second entry. Entries of None are skipped.
+
+    `parameters` counts each parameter once; `owners` counts the modules that have it, and a merged layer as an owner of
+    the weight that it was tied to. `checkpointing` notes whether gradient checkpointing is on in a module.
 
     Raises:
         TypeError: `model` is no module.
@@ -328,7 +337,9 @@ def survey_model(model: nn.Module) -> ModuleTree:
                     numbers += count_numbers(p)
 
     def look_into(module: nn.Module, path: str) -> None:
-        """Go on below a module: through carriers, through a wrapper around the whole model, or to its children."""
+        """Continue the walk below a module: through its carrier, through a wrapper around the whole model, which makes
+        the inner module the tree's root, or to its children.
+        """
         if (carrier := carrier_of(module)) is not None:
             if nest := list_nested_layers(carrier):
                 add_nest(nest, path)
@@ -363,10 +374,11 @@ def survey_model(model: nn.Module) -> ModuleTree:
         visit_children(base, path)
 
     def add_carrier(host: Any, path: str) -> None:
-        """Record a layer or wrapper at its path.
+        """Record a layer (in `layers`) or wrapper (in `wrappers`) at its path.
 
-        One without adapters is `vacant`, and the walk continues in its base. A layer around a block is walked, any
-        other only counted.
+        One without adapters is recorded as `vacant` and its base as the module; the walk continues in its base. For the
+        model itself without adapters nothing is recorded. A layer around a block is walked. Of any other the parameters
+        of all modules in the base are counted, and the weight that a merged layer was tied to.
         """
         base = host.base_module
         if not host.adapters:
@@ -445,9 +457,11 @@ def why_not_attention(m: nn.MultiheadAttention) -> str | None:
 
 
 def get_site(key: str, module: nn.Module, tree: ModuleTree) -> Site:
-    """Return the site of the module at path `key`: the one of its layer if it has one, else a new one.
+    """Return the site of the module at path `key`: the one of its layer if it has one there, else a new one.
 
-    An attention's site is that of its `in_proj_weight`. An op in `tree.ops` for its type replaces the known one.
+    A layer of a parameter does not count as the module's. A supported attention gets the site of its `in_proj_weight`.
+    An op in `tree.ops` for the module's type replaces the known one. The new site notes whether several modules share
+    the weight (`shared`), and whether modules around it read or call it (`is_read`, `is_called`).
     """
     layer = layer_in(module)
     if layer is not None and layer.site.key == layer.site.path:

@@ -42,9 +42,9 @@ def resolve_targets(cfg: Targeted, method: type[Method], model: nn.Module, modul
     """Complete `cfg.target_modules` in place.
 
     None becomes the model's defaults. With `target_parameters` it stays None, or becomes an empty set if PEFT's config
-    of that method has no such field. "all-linear" becomes the paths of all linear layers except the output head. Any
-    other regex stays. 20 or more names become the shortest suffixes that select the same modules, if the method allows
-    that and they are fewer.
+    of that method has no such field. "all-linear", in any case of letters, becomes the paths of all linear layers
+    except the output head. Any other regex stays. 20 or more names become the shortest suffixes that select the same
+    modules, if the method allows that (`compresses_targets`) and they are fewer.
 
     Raises:
         ConfigError: no targets, and no defaults for this model type.
@@ -124,10 +124,10 @@ def find_embedding_path(model: object, tree: ModuleTree) -> str | None:
 
 
 def find_tied_modules(model: object, tree: ModuleTree) -> tuple[str | None, list[str]]:
-    """Return the path of the input embedding, and the paths of all other modules with its weight.
+    """Return the path of the input embedding, and the paths of all other modules with its weight tensor.
 
-    The output head counts as tied if the config sets `tie_word_embeddings` and meta tensors or several devices have
-    separated the weights.
+    Without an embedding, or if it has no weight, the list is empty. The output head also counts as tied if the config
+    sets `tie_word_embeddings` and either the embedding is on the meta device or the head's weight is on another device.
     """
     path, modules = find_embedding_path(model, tree), tree.modules
     embedding = modules.get(path) if path else None
@@ -147,12 +147,17 @@ def find_tied_modules(model: object, tree: ModuleTree) -> tuple[str | None, list
 def expand_tied_targets(cfg: Any, method: type[Method], model: nn.Module, tree: ModuleTree) -> dict[str, str]:
     """Rewrite a config in place so that it names the embedding instead of modules tied to it.
 
-    Return {tied path: embedding's path}. Tied modules leave `target_modules` and `modules_to_save`, and the embedding
-    is added.
+    Returns {tied path: embedding's path}. Tied modules leave `modules_to_save` or a list of `target_modules`, depending
+    on the field that names one of the group, and the embedding is added. A regex that misses the embedding gets its
+    path as an alternative.
 
-    Returns {} and changes nothing in three cases. Without tied modules: a warning comes if `ensure_weight_tying` is
-    set. If neither that field nor the method asks for tying: a warning comes if a tied module is targeted. If no tied
-    module is targeted: always warns.
+    Returns {} and changes nothing in three cases:
+
+    - There are no tied modules or no embedding. Warns if `ensure_weight_tying` is set; the text names token rows if the
+      config has some.
+    - The field is not set, and no method with `always_tied` targets the embedding. Warns if the config names one of the
+      group.
+    - The config names none of the group. Always warns.
     """
     ensure = getattr(cfg, "ensure_weight_tying", False)
     embedding, tied = find_tied_modules(model, tree)
@@ -266,10 +271,12 @@ def resolve_parameter(
 
 
 def why_not_parameter(path: str, key: str, module: nn.Module, name: str, is_taken: bool) -> str | None:
-    """Return why a parameter cannot be adapted, as a sentence; None if it can.
+    """Return why a parameter cannot be adapted, as a sentence without period; None if it can. The first case counts:
 
-    Causes: its module is adapted or trains whole, it is packed without a known use, it is parametrized, or it has not
-    two or three dimensions.
+    - `is_taken`.
+    - It is packed: None if graft knows how its module uses it, else a reason.
+    - It is no parameter of the innermost module, so it is parametrized.
+    - It is None or has not two or three dimensions.
 
     Args:
         is_taken: the module is adapted or trains whole.

@@ -118,8 +118,9 @@ class _DoraLinear(Function):
         """Return the gradients of x, A, B and ratio, each None without need; None for all others.
 
         For a second derivative autograd runs through `plain_dora_linear` instead. The gradient of x without dropout is
-        one product with W. With dropout there are two, for x and for x'; on a CPU with little dropout one, corrected at
-        the dropped places.
+        one product with W, and products with W are in W's dtype. With dropout there are two, for x and for x'. With
+        `ctx.few` (on a CPU with little dropout) there is one, corrected at the dropped places. Without dropout, z
+        includes the bias, and the ratio's gradient leaves it out.
         """
         x, W, b, A, B, ratio, h, z = ctx.saved_tensors
         scale, p, seed = ctx.options

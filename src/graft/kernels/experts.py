@@ -216,8 +216,9 @@ class Maker(NamedTuple):
     ) -> tuple[Sequence[Tensor], Callable[[Sequence[Tensor]], Sequence[Tensor | None]]]:
         """Return the detached result of `make`, and a function from its gradients to the gradients of the tensors.
 
-        The gradients are those of `tensors`, then of `common_parameters`; None for one that `need` excludes. For
-        factors the function returns its argument.
+        The gradients are those of `tensors`, then of `common_parameters`; None for one that `need` excludes, or that
+        the result does not depend on. Gradients are recorded even where autograd is off. Without a form the tensors are
+        the factors themselves: they are returned as they are, and the function returns its argument.
         """
         if self.form is None:
             return tensors, lambda of_made: of_made
@@ -354,8 +355,10 @@ class _StackProduct(Function):
         """Return the gradients of x and of each gate and tensor of the updates, each None without need; None for at and
         job.
 
-        Matrices are made dense again only if x needs a gradient or an update reads them. Updates are formed again. The
-        gradient of x is summed in at least float32, and cast to x's dtype. With `at` rows of one token add up.
+        Visits the matrices one by one. They are made dense again only if x needs a gradient or an update reads them.
+        Updates are formed again. The gradient of x is summed in at least float32, and cast to x's dtype. With `at` the
+        gradients of rows of one token add up. Gradients of gates and tensors begin at zero, so that experts without
+        rows leave zeros.
         """
         job, (x, at, *saved) = ctx.job, ctx.saved_tensors
         count = len(saved) - len(ctx.low)
@@ -374,11 +377,14 @@ class _StackProduct(Function):
                 dx.index_add_(0, at[a:b], d.to(dx.dtype))  # tokens of one expert: each once
 
         def run(W: Any, e: int, a: int, b: int) -> None:
-            """Add the gradients of expert e's rows a to b in place: g W to that of x, then those of each update with
-            rows there.
+            """Add the gradients of expert e's rows a to b in place.
 
-            An update's gate gets the row sums of its product, its tensors theirs through `make_with_gradients`, and x
-            its share. Tensors of one expert are added to that expert's part, common ones to the whole.
+            With need of x's gradient: g W for all these rows.
+
+            Updates without rows of the expert are passed over. Else the update is formed again, in the maker's dtype,
+            for the rows that it has there. Its gate, if that needs a gradient, gets the row sums of its product. Its
+            tensors get theirs through `make_with_gradients`, weighed by the gate, and x its share. Tensors of one
+            expert are added to that expert's part, common ones to the whole.
             """
             if need_x:
                 add(a, b, multiply_rows(g[a:b], W, g.new_empty(b - a, W.shape[1])))

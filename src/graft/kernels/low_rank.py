@@ -257,9 +257,10 @@ class _FewRowsLinear(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
-        """Return the gradients of x, A and B as far as needed; None for the others.
+        """Return the gradients of x, A and B as far as needed; None for W, the bias and the scale.
 
-        A second derivative finds h again from x.
+        Leading dimensions are flattened, and x's gradient gets its shape back. For a second derivative, if B needs a
+        gradient, h is found again from x.
         """
         x, W, A, B, h = ctx.saved_tensors
         need_x, _, _, need_A, need_B, _ = ctx.needs_input_grad
@@ -574,7 +575,8 @@ class _AddScaled(Function):
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
         """Return g itself for y, and the gradients of h, d and b, as far as needed; None for B.
 
-        A second derivative finds (h ⊙ d) Bᵀ again from h.
+        The kept product z is used in blocks of `BLOCK` rows; a narrow z is scaled back by the largest value of its
+        block. Without z, or for a second derivative, (h ⊙ d) Bᵀ is found again from h, with products in h's dtype.
         """
         h, B, d, b, *saved = ctx.saved_tensors
         _, need_h, _, need_d, need_b = ctx.needs_input_grad

@@ -33,9 +33,10 @@ def add_groups(
 ) -> Tensor:
     """Add s · x Aᵀ Bᵀ to the rows of each (A, B, s) in y's memory, and return y.
 
-    `can_add_groups` must accept the factors.
+    `can_add_groups` must accept the factors. Rows are picked by `order` and cast to the factors' dtype.
 
-    Adapters of one shape and equal numbers of rows share one batched product; else a loop runs over the adapters. Sums
+    Adapters of one shape and equal numbers of rows share one batched product, if the rows are in order or stacking is
+    cheap; else a loop runs over the adapters. Without gradients and in one dtype, each product adds itself to y. Sums
     in another dtype than y's are rounded once.
 
     in_order: `order` counts all rows from the first to the last.

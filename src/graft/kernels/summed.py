@@ -75,10 +75,11 @@ class Summed(Tensor):
     def __torch_function__(
         cls, function: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: Keywords = None
     ) -> object:
-        """Run a function on sums: a fact directly, a function with a handler by it, any other with the sums formed.
+        """Run a function on sums: a fact (such as a shape) directly, a function with a handler by it, any other with
+        the sums formed, also within lists and dicts of the arguments.
 
-        A function is also found by its name. A handler that cannot take the arguments or returns NotImplemented is
-        passed over.
+        A handler is found by the function or its name. One that cannot take the keyword arguments or returns
+        NotImplemented is passed over. Torch functions are not intercepted meanwhile.
         """
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
@@ -176,7 +177,8 @@ def _linear(function: object, x: Tensor, weight: object, bias: Tensor | None = N
 def _matmul(function: Any, x: Any, y: Any) -> Any:
     """Return the product with a sum on either side, without forming it: M x is (xᵀ Mᵀ)ᵀ.
 
-    Return NotImplemented for two sums, and if the other operand is a vector or, for M x, the sum has no two dimensions.
+    Returns NotImplemented for two sums, if the other operand is a vector, or, for M x, if either operand has fewer than
+    two dimensions.
     """
     if isinstance(x, Summed) and isinstance(y, Summed):
         return NotImplemented

@@ -47,13 +47,13 @@ class Sglang(Vllm):
 
     def unload(self, name):
         for url in self.urls:
-            held = Connection(url, 600).get("/v1/models", lambda reply: [entry["id"] for entry in reply["data"]])
+            held = Connection(url, 600).ask("/v1/models", lambda reply: [entry["id"] for entry in reply["data"]])
             if name in held:
                 self.post(url, "/unload_lora_adapter", {"lora_name": name})
         shutil.rmtree(f"{self.folder}/{name}", ignore_errors=True)
 
     def post(self, url, path, body):
-        done, text = Connection(url, 600).post(path, body, lambda said: (said["success"], said["error_message"]))
+        done, text = Connection(url, 600).ask(path, lambda said: (said["success"], said["error_message"]), body)
         if done is not True:
             raise ServerError(f"{url}{path} says {text!r:.200}")
 

@@ -21,7 +21,7 @@ import graft
 from graft.command import app
 from graft.core import errors
 from graft.inject.report import InjectReport, Matched
-from graft.many.table import make_table
+from graft.many.table import make_run_table
 from tests.files import adapters
 from tests.serving.server import answers, serving
 
@@ -144,7 +144,7 @@ def test_the_table_of_runs():
     class Run:
         name, step, steps, curve, valid, lr, tokens_per_second, state = f"[/]{EVIL}", 1, 2, [], [], 0.1, 3.0, "running"
 
-    text = rendered(make_table([Run()]))
+    text = rendered(make_run_table([Run()]))
     assert all(line.isprintable() for line in text.split("\n")) and "[/]" in text
 
 

@@ -198,7 +198,7 @@ def factorization(n: int, factor: int) -> tuple[int, int]:
     if factor > 0 and n % factor == 0:
         return factor, n // factor
     limit = n if factor == -1 else factor
-    a = max((a for a in range(1, min(limit, math.isqrt(n)) + 1) if n % a == 0), default=1)
+    a = max([1, *[a for a in range(2, min(limit, math.isqrt(n)) + 1) if n % a == 0]])  # a list: torch.compile takes it
     return a, n // a
 
 

@@ -37,8 +37,11 @@ MIXED = (
 
 
 def union_configs(configs: Sequence[Any], mixed: str = MIXED, like: Any = None) -> Any:
-    """Return a copy of `like`, by default the first config, with the union of all targets, target parameters and
+    """Return a deep copy of `like`, by default the first config, with the union of all targets, target parameters and
     modules to save. Layer replication and token indices are those of the first config that has them.
+
+    Fields that `like` lacks are not added, except modules_to_save. Without any name, target_parameters and
+    modules_to_save become None.
 
     Raises:
         ConfigError: some targets are names and others a regular expression; the message is `mixed`.
@@ -89,7 +92,8 @@ def union_targets(targets: Sequence[str | Collection[str] | None], mixed: str) -
 def target_exactly(cfg: PeftConfig, keys: Iterable[str], parameters: Sequence[str] = ()) -> None:
     """Change `cfg` so that it targets exactly the layers at these paths; those in `parameters` by `target_parameters`.
 
-    Exclusions and layer ranges are removed.
+    `target_modules` becomes a regular expression of the other paths, or [] if there are none. Without `parameters` the
+    field `target_parameters` stays. Exclusions and layer ranges are removed.
     """
     modules = [re.escape(key) for key in keys if key not in parameters]
     cfg.target_modules = "|".join(modules) if modules else []

@@ -91,10 +91,10 @@ def convert_layers(
 def fix_effects(layers: Layers, adapter: str, at: Mapping[str, object]) -> dict[str, Effect]:
     """Return by layer the effect of an adapter with an argument of calls fixed by `at`.
 
-    Layers that follow no such argument are left out.
+    Layers that follow no such argument, or one that `at` lacks, are left out; so {} for an empty `at`.
 
     Raises:
-        ConfigError: `at` names an argument that the adapter does not follow, or a value that it cannot have.
+        ConfigError: `at` names an argument that the adapter follows on no layer, or a value that it cannot have.
     """
     methods = {key: layer.methods[adapter] for key, layer in layers.items()}
     follows = {m.depends_on for m in methods.values() if m.depends_on is not None}
@@ -214,7 +214,8 @@ def set_ranks(
 ) -> None:
     """Change `cfg` so that these layers of `base` get these ranks with scaling 1, and no other layer an adapter.
 
-    With an int rank all get it; else patterns hold the ranks.
+    With an int rank all get it; else patterns hold the ranks, by full path if one path ends with another. Targets stay
+    if they select exactly these layers already; otherwise, and for any `parameters`, they become the exact paths.
 
     Args:
         parameters: the paths that are parameters, not modules.

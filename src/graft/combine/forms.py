@@ -133,10 +133,11 @@ class LoraForm(ProductForm["LoraConfig"]):
     takes_factors: ClassVar[bool] = True
 
     def write(self, A: Tensor, B: Tensor, parts: Parts, cfg: LoraConfig) -> Tensors:
-        """Return LoRA's tensors for ΔW = B A. Matrices of a stack are joined first.
+        """Return LoRA's tensors for ΔW = B A, by (container, path), in the form of the config's variant on the first
+        part's layer.
 
-        With `cfg.lora_bias` B's bias is the weighted sum of the parts' shifts, zeros if none has one; not for
-        embeddings.
+        Matrices of a stack of experts are joined first. With `cfg.lora_bias` B's bias is the sum of the parts' shifts,
+        each times its weight, or zeros if none has one; not for embeddings.
         """
         m = parts[0][0]
         if m.site.op.opaque and len(B) == m.site.op.count_matrices(m.site.module) > 1 and B.dim() > 2:

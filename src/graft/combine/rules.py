@@ -81,10 +81,11 @@ def drop_and_rescale(t: Tensor, density: float) -> Tensor:
 
 
 def majority_sign(tensors: Sequence[Tensor], method: str = "total") -> Tensor:
-    """Return ±1 by element: the sign of the sum ("total") or of most elements ("frequency"); +1 in a draw.
+    """Return ±1 by element in a new tensor: the sign of the sum ("total") or of most elements ("frequency"); +1 in a
+    draw.
 
     Raises:
-        ConfigError: another method.
+        ConfigError: another method; it is checked first, also for no tensors.
     """
     if method not in ("total", "frequency"):
         raise ConfigError(f'Unimplemented mask method "{method}". Choose total or frequency.')
@@ -107,7 +108,7 @@ def add_agreeing(tensors: Sequence[Tensor], weights: Sequence[float], majority_s
 
 
 def check_density(density: float) -> None:
-    """Raise ConfigError for a density that is negative, NaN or no number."""
+    """Raise ConfigError for a density that is negative, NaN or no number. There is no upper limit."""
     if not isinstance(density, (int, float)) or not density >= 0:
         raise ConfigError(f"Density should be >= 0, got {density}")
 

@@ -304,7 +304,8 @@ def make_overflow_error(names: list[str], weights: list[float], key: str) -> Con
 
 
 def find_parts(tuner: Tuner, names: list[str], weights: list[float], form: ProductForm[Any]) -> dict[str, Parts]:
-    """Return by path the (method, weight) of each adapter on a layer, for layers that have any of them.
+    """Return by path the (method, weight) of each adapter on a layer, for layers that have any of them, in the order of
+    `names`.
 
     Raises:
         NotImplementedError: `form` cannot read a method, such as DoRA, which does more than add.

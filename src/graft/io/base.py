@@ -95,8 +95,10 @@ def make_file_namer(parts: AdapterCarriers) -> Callable[[str], str]:
     layers = {strip_inner_wrappers(key): layer for key, layer in parts.layers.items()}
 
     def name_in_file(name: str) -> str:
-        """Return the name in the file: with "base_layer" below a layer of the adapter, and below its layers of
-        parameters.
+        """Return the name in the file, without wrappers' parts.
+
+        It has "base_layer" below a layer of the adapter, unless that is opaque, and below the adapter's layers of
+        parameters. Such parts in `name` are dropped first.
         """
         stem, _, leaf = re.sub(r"\.base_layer(?=\.)", "", name).rpartition(".")
         layer = layers.get(stem)

@@ -58,7 +58,10 @@ def write_card(model: nn.Module, folder: str) -> None:
 def compose_card(
     before: str | None, name: str | None, base_class: str, kind: str, cls: str, tags: frozenset[str], causal: bool
 ) -> str:
-    """Return the text of a card. Cached.
+    """Return the text of a card. Cached by its arguments.
+
+    The library name is always "peft"; tags are sorted. LORA adds the tag "lora", and a `name` adds its tag and
+    `base_model`. The line with PEFT's version is added to its section, which is made if needed, unless it is there.
 
     Args:
         before: the card to update; None: a new one.

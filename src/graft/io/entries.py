@@ -72,13 +72,13 @@ class Entry:
         self.tensor = self.where[self.attribute]
 
     def assign(self, value: Tensor) -> None:
-        """Write `value` into the tensor.
+        """Write `value` into the tensor that the owner has now.
 
         An existing tensor is overwritten in place, since an optimizer may hold it. An offloaded one is written into its
         offload store.
 
-        Any other tensor on the meta device is replaced by a new one, sharded alike, with the entry's dtype and
-        `requires_grad`, on the layer's device.
+        Any other tensor on the meta device is replaced by a new one, sharded alike, on the layer's device (that of
+        `value` without a layer). A parameter keeps its `requires_grad`; the dtype is the entry's.
         """
         self.refresh()
         if not self.tensor.is_meta:
@@ -171,7 +171,9 @@ def list_entries(parts: AdapterCarriers, adapter: str, prefix: str) -> Iterator[
 
 
 def list_tied_row_keys(parts: AdapterCarriers, adapter: str, prefix: str) -> Iterator[str]:
-    """Yield the file keys of token rows that a tied module borrows. PEFT's files with embeddings hold these twice."""
+    """Yield the file keys of token rows that a tied module borrows from another; modules with rows of their adapter are
+    skipped. PEFT's files with embeddings hold these twice.
+    """
     nests = ParameterLayerPaths(parts.layers.values())
     for key, layer in parts.wrappers.items():
         if layer.takes_rows and layer.methods[adapter].lenders:
@@ -180,9 +182,9 @@ def list_tied_row_keys(parts: AdapterCarriers, adapter: str, prefix: str) -> Ite
 
 
 def get_prompt_tensors(prompt: Prompt) -> dict[str, Tensor]:
-    """Return the tensors of a prompt that a file holds.
+    """Return the tensors of a prompt that a file holds, by its `to_file_tensors`.
 
-    If parameters are spread over processes they are empty ones on the meta device, of the whole shapes.
+    If any parameter is spread over processes, all are empty ones on the meta device, of the whole shapes.
     """
     tensors = find_parameters_below(prompt)
     if all([layout_of(t) is None for t in tensors.values()]):

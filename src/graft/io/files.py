@@ -187,13 +187,15 @@ def read_checkpoint(
 def load_weights(where: str, subfolder: str | None = None, check_digest: bool = True, **hub: object) -> LoadedWeights:
     """Return an adapter's weights from a folder or hub repository: the safetensors file if there, else the torch file.
 
-    Looks up to 5 times, as another process may replace one format by the other meanwhile.
+    Looks up to 5 times, as another process may replace one format by the other meanwhile. A file from the hub is
+    downloaded.
 
     Args:
         check_digest: as in `load_pair`.
 
     Raises:
-        CheckpointError: there is no weights file, or it is damaged.
+        CheckpointError: there is no weights file, or it is damaged. The first says if it is a whole model, or the hub
+            is offline.
     """
     for _ in range(LOOKS):
         for name, read in (

@@ -198,9 +198,10 @@ def join_fingerprints(parts: Sequence[Fingerprint]) -> Fingerprint:
 
 
 def rename_weights(note: Fingerprint, rename: Callable[[Json], Json]) -> Fingerprint | None:
-    """Return a copy of a fingerprint with other names of its weights; None if it does not name them.
+    """Return a copy of a fingerprint with other names of its weights, and a new digest of names and shapes; None if it
+    does not name them.
 
-    `rename` gets each dict by names.
+    `rename` gets each dict by names (`NAMED`) and returns the new one.
     """
     if not note.get("weights"):
         return None

@@ -204,7 +204,7 @@ def convert_factors(stacks: Sequence[StackFactors], layout: StackLayout, doubts:
 
 
 def find_stack_factors(tensors: dict[str, Tensor], parts: AdapterCarriers, prefix: str) -> Iterator[StackFactors]:
-    """Yield the stacks with both factors in a file, if their shapes are possible."""
+    """Yield the adapted stacks with both factors in a file, if their shapes are possible. Nothing is changed."""
     nests = ParameterLayerPaths(parts.layers.values())
     for key, layer in parts.layers.items():
         stem = f"{prefix}{nests.path(key, layer)}"

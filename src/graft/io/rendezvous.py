@@ -136,7 +136,8 @@ def exchange_objects(thing: T) -> list[T]:
 def run_on_all(act: Callable[[], T], call: str) -> T:
     """Call `act`, which must change nothing, and return its result.
 
-    If it fails on one process, it fails on all. Every process must call this; a single one just calls `act`.
+    If it fails on one process, it fails on all, after all have called it. Every process must call this; a single one
+    just calls `act`. An error that is no Exception, such as KeyboardInterrupt, is raised at once.
 
     Args:
         call: the user's call, for errors.
@@ -167,13 +168,14 @@ def save_once(folder: str, values: str, act: Callable[[], object]) -> None:
     The others wait for its end and raise its error.
 
     Rank 0 does not wait, as it may be the only one that saves. Another rank waits 30 seconds for it (`GRAFT_PATIENCE`),
-    then calls `act` itself.
+    then calls `act` itself. The store counts the saves of the same values, so that a repeated save waits for its own
+    turn.
 
     Args:
         values: a text that is equal for equal values.
 
     Raises:
-        DistributedError: rank 0 saved other values into `folder`.
+        DistributedError: rank 0 saved other values into `folder` last, and not these in that time.
     """
     shelf = get_store()
     place = f"graft/saved/{hash_text(os.path.abspath(folder))}"
@@ -216,6 +218,9 @@ class RankNote:
         get_store().set(f"{self.key}/{rank}", text)
 
     def list_differing_ranks(self) -> list[int]:
-        """Return the ranks that have left another text by now."""
+        """Return the ranks that have left another text under this key in the store by now.
+
+        Ranks without a text do not count; does not wait.
+        """
         keys, shelf = {rank: f"{self.key}/{rank}" for rank in range(dist.get_world_size())}, get_store()
         return [r for r, k in keys.items() if shelf.check([k]) and shelf.get(k) != self.text.encode()]

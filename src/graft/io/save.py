@@ -264,7 +264,10 @@ def collect_base_tensors(
 
 
 def _collect_biases(parts: AdapterCarriers) -> dict[str, Tensor]:
-    """Return the biases of the adapted layers by their names in a file, with nothing merged."""
+    """Return the biases of the adapted layers by their names in a file, with nothing merged.
+
+    Opaque layers and layers without bias are left out.
+    """
     in_file = make_file_namer(parts)
     layers = {strip_inner_wrappers(key): layer for key, layer in parts.layers.items() if not layer.op.opaque}
     biases = {in_file(f"{key}.bias"): find_unmerged_bias(layer) for key, layer in layers.items()}
@@ -272,7 +275,9 @@ def _collect_biases(parts: AdapterCarriers) -> dict[str, Tensor]:
 
 
 def make_adapter_name_test(parts: AdapterCarriers) -> Callable[[str], bool]:
-    """Return a function that tests whether a name is that of an adapter's tensor, of any adapter on the model."""
+    """Return a function that tests whether a name is that of a tensor in an adapter layer, of any adapter on the model,
+    but not in its `base_layer`.
+    """
     layers = parts.layers if parts.all_layers is None else parts.all_layers
     nests = ParameterLayerPaths(layers.values())
     keys = [strip_inner_wrappers(nests.path(key, layer)) for key, layer in layers.items()]
@@ -407,8 +412,11 @@ def fingerprint_carriers(
 ) -> Fingerprint:
     """Return the fingerprint of the base of these carriers, with the values in `sample` if it is passed.
 
-    It has no values if the adapter changes base weights, and all weights on a pipeline stage. With `full` it has
-    digests of the tensors that the adapter does not train or change.
+    It has no values if the adapter changes base weights, even with `sample`. On a pipeline stage it names all weights.
+    With `full` it has digests of the base's tensors, except those that the adapter trains or changes.
+
+    Args:
+        together: all processes call this, so that sharded weights can be read.
     """
     changes = changes_base(parts, adapter)
     stage = processes() > 1 and bool(find_absent_in_model(base))
@@ -423,6 +431,6 @@ def fingerprint_carriers(
 
 
 def changes_base(parts: AdapterCarriers, adapter: str) -> bool:
-    """Return True if the adapter's method changes the base weight on one of its layers."""
+    """Return True if the adapter's method changes the base weight (`WeightUse.CHANGES`) on one of its layers."""
     methods = [layer.methods.get(adapter) for layer in parts.layers.values()]
     return any(m is not None and WeightUse.CHANGES in m.uses_weight() for m in methods)

@@ -368,9 +368,9 @@ def assemble_factors(sides: Mapping[str, Mapping[int | None, Tensor]], n: int) -
 
 
 def separate_gate_up(pairs: list[FactorPair]) -> list[FactorPair]:
-    """Return factors of gate and up with one common A, of the ranks of both together.
+    """Return factors of gate and up with one common A, of the ranks of both together, for each expert.
 
-    Each B has zeros for the other's rank.
+    Each B has zeros for the other's rank. Factors that experts share are repeated for each.
     """
     n = max(len(t) for pair in pairs for t in pair)
     A = torch.cat([pair.A.expand(n, -1, -1) for pair in pairs], 1)
@@ -412,6 +412,8 @@ def configure_stacks(
 
 
 def select_patterns(config: LoraConfig, name: str, modules: Collection[str]) -> dict[str, float]:
-    """Return the patterns in the config's field `name` that reach one of these modules, with their values."""
+    """Return the patterns in the config's field `name` that reach one of these modules, with their values; {}
+    for None.
+    """
     patterns = getattr(config, name) or {}
     return {p: value for p, value in patterns.items() if any(config.reaches(p, path, name) for path in modules)}

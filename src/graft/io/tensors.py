@@ -100,6 +100,8 @@ def digest_tensors(tensors: dict[str, Tensor] | PackedTensors) -> str:
 def view_bytes(key: str, t: Tensor) -> bytes | ctypes.Array[ctypes.c_char]:
     """Return the memory of a contiguous CPU tensor as bytes, without a copy; it keeps the tensor alive.
 
+    b"" for an empty one.
+
     Raises:
         CheckpointError: a tensor subclass that holds its values elsewhere.
     """
@@ -136,7 +138,10 @@ def find_torn_bias(before: Shapes, after: Shapes) -> tuple[str, torch.Size, torc
 
 def resize_parameters(module: nn.Module, shapes: Shapes) -> nn.Module:
     """Return a standalone copy of `module` with the parameters in `shapes` replaced by uninitialized ones of these
-    shapes. Sets `out_features` or `num_embeddings` of their modules.
+    shapes.
+
+    They have the old dtype and device, and require gradients. A new weight also sets `out_features` or `num_embeddings`
+    of its module to its rows.
     """
     copy = standalone(module)
     for name, shape in shapes.items():

@@ -49,7 +49,7 @@ class StackLayout:
         return replace(self, left_to=replacement, by_expert=None if self.by_expert else self.by_expert)
 
     def with_names(self, names: str | Collection[str]) -> StackLayout:
-        """Return this layout with the caller's `expert_layout`: one name or several.
+        """Return this layout with the caller's `expert_layout`: one name or several, of which later ones win.
 
         Raises:
             ConfigError: there is no layout of such a name.
@@ -65,8 +65,10 @@ class StackLayout:
         self, stacks: Mapping[str, tuple[bool | None, bool]], doubts: set[str]
     ) -> dict[str, tuple[bool, bool]]:
         """Return {stack: (exchanged, by_version)}: whether A and B of a stack are exchanged in a file, and whether only
-        PEFT's version says so. This layout or the stack's shape decide first, then shapes of other stacks of equal
-        modules.
+        PEFT's version says so.
+
+        The stack's shape decides first, for a square stack this layout. Then the shapes of other stacks in modules of
+        the same orientation decide, if they agree; last PEFT's version.
 
         Args:
             stacks: {stack: (verdict of its shapes, None if square; whether its module holds (in, out))}.

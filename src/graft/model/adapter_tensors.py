@@ -241,7 +241,10 @@ def find_layer_obstacles(view: ServerView, layer: AdapterLayer) -> Iterator[str]
 
 
 def is_full_size(layer: AdapterLayer, m: Method) -> bool:
-    """Return True if A is (r, in) and B is (out, r). Sharded or empty factors and stacks pass unseen."""
+    """Return True if A is (r, in) and B is (out, r), with A flattened from its second dimension on.
+
+    Sharded or empty factors and stacks give True unchecked.
+    """
     A, B = m.pair
     out, fan_in = layer.op.dims(layer.site.module)
     if layer.site.is_stack or layout_of(A) is not None or not A.numel():

@@ -71,11 +71,11 @@ class AuditReport:
         return {fault: len(getattr(self, name)) for name, (fault, _) in SECTIONS.items() if getattr(self, name)}
 
     def __str__(self) -> str:
-        """Return the report as text: a line that says after which backward pass, and whether nothing is wrong.
+        """Return the report as text: a line that says after which backward pass, if any, and whether nothing is wrong.
 
-        If an optimizer stepped, a line with the range of updates follows. Each list that is not empty gives a line with
-        its fault, its number of entries, the entries, and the remedy. Entries that differ in layer numbers only are
-        counted together.
+        If an optimizer stepped and updates were measured, a line with the range of updates follows. Each list that is
+        not empty gives a line with its fault, its number of entries, the entries, and the remedy. Entries that differ
+        in layer numbers only are counted together; of many only some are shown.
         """
         when = f"After {self.after}" if self.after else "Before any backward pass, so without a look at gradients"
         verdict = "nothing is wrong with the adapters." if self.ok else "not all adapters train as set up."
@@ -233,8 +233,8 @@ def audit(
 
 
 def find_active_parts(carriers: Iterable[Carrier]) -> list[Part]:
-    """Return the active adapters on their carriers that have parameters with requires_grad, and so should get
-    gradients.
+    """Return the active adapters on their carriers, each with its parameters that have requires_grad, and so should get
+    gradients. Those without such a parameter are left out.
     """
     parts = ((c, name, [p for p in c.parameters_of(name) if p.requires_grad]) for c, name in iter_carried(carriers))
     return [Part(*part) for part in parts if part[2]]
@@ -407,8 +407,9 @@ def find_far_rates(
     """Return "<rate> for '<adapter>' (<method>: <low> to <high>)" for each adapter with a learning rate more than `FAR`
     times outside the known range.
 
-    Heads are left out, and so are optimizers without `betas` (not Adam-like), rates of 0, and methods without known
-    rates. Of a scheduled rate, its initial value counts.
+    Each parameter group gives a text of its own rate, one for each adapter in it. Heads are left out, and so are groups
+    without `betas` (not Adam-like), rates of 0, and methods without known rates. Of a scheduled rate, its initial value
+    counts.
     """
     owners = {
         id(p): part.adapter for part in parts if not isinstance(part.carrier, ModulesToSaveWrapper) for p in part[2]
@@ -498,14 +499,18 @@ def module_norms(module: nn.Module, original: nn.Module) -> tuple[Tensor, ...]:
 
 
 def active_dropouts(config: PeftConfig) -> list[str]:
-    """Return "<field>=<value>" for each field of a config with "dropout" in its name and a number that is not 0."""
+    """Return "<field>=<value>" for each field of a config with "dropout" in its name and a value that is neither empty
+    nor a bool.
+    """
     shares = [(f.name, getattr(config, f.name)) for f in fields(config) if "dropout" in f.name]
     return [f"{name}={value}" for name, value in shares if value and not isinstance(value, bool)]
 
 
 def warn_eval_mode_dropout(parts: list[Part], configs: dict[str, PeftConfig]) -> None:
-    """Warn of each adapter with dropout that does not act: its config has one that is not 0, and all modules that carry
-    it are in eval mode.
+    """Give a PeftWarning for each adapter with dropout that does not act.
+
+    Its config has one that is not 0, and all of `parts` with a mode are in eval mode for it. Adapters without a config
+    in `configs` are skipped.
     """
     modes: dict[str, list[bool]] = defaultdict(list)
     for part in parts:
@@ -564,8 +569,11 @@ class Watch:
     def follow(self, output: object, inputs: Iterable[object]) -> None:
         """Hook the tensors of a call's output, so that the gradients are checked when its backward pass ends.
 
-        If the loss has no gradient because a model in training mode is frozen, warn at once and end the watch. Records
-        whether the call ran in float16 and whether inputs have gradients.
+        Tensors without a gradient function are skipped.
+
+        If the output's loss has no gradient because a model in training mode is frozen, warn at once and end the watch.
+        With a hook, also records whether the call ran in float16 (`half`) and whether inputs have gradients (`moving`);
+        both stay True for later calls.
         """
         first = True
         loss, registry = getattr(output, "loss", None), self.registry
@@ -696,7 +704,10 @@ class Watch:
 
 
 def iterate_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters of a model; shared ones repeatedly. Faster than `parameters()` on deep models."""
+    """Yield the parameters of a model; those that modules share come once for each module.
+
+    A module comes once. The order is not that of `parameters()`, which is slower on deep models.
+    """
     left, seen = [model], set()
     while left:
         module = left.pop()

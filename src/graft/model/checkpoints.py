@@ -53,8 +53,9 @@ def prepare_config(config: PeftConfig, is_trainable: bool) -> None:
 
 
 def widen_to_float32(layers: Iterable[AdapterLayer], adapter: str) -> None:
-    """Replace an adapter's half-precision tensors on these layers by float32 ones, unless its method trains in the
-    base's dtype.
+    """Replace an adapter's half-precision tensors on these layers by float32 ones.
+
+    Containers in the method's `keeps_base_dtype` stay, and layers without the adapter.
     """
     for layer in layers:
         for key in layer.adapter_layer_names:
@@ -111,8 +112,9 @@ def fill_adapter(model: nn.Module, values: CheckpointValues, is_trainable: bool,
 def warn_other_config(adapter: str, path: str, config: PeftConfig, file_config: PeftConfig) -> None:
     """Warn of the fields that differ between an adapter's config and the config of a file that gave it only values.
 
-    Fields that the tensors imply, that concern the initialisation, or that one side lacks are left out; no warning if
-    none is left.
+    Fields that the tensors imply (`SETTLED` and computed results), that have "init" in their names, or that the file
+    lacks are left out. So are sizes of a prompt that the file leaves to the base. Empty values count as equal. No
+    warning if none is left.
     """
     fields, file_fields = config.to_file_dict(), file_config.to_file_dict()
     left = (
@@ -217,7 +219,10 @@ def save_adapters(
         contents_by_folder[folder] = (tensors, config, note)
 
     def write() -> None:
-        """Write the files of all adapters and the model card, if this process writes."""
+        """Write the files of all adapters and the model card, if this process writes.
+
+        An error in writing the card only gives a PeftWarning; one in an adapter's files is raised.
+        """
         if not writes:
             return
         for folder, (tensors, config, note) in contents_by_folder.items():

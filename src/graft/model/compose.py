@@ -202,7 +202,7 @@ def count_rows(inputs: Sequence[object], kwargs: Mapping[str, object]) -> int:
     """Return the number of rows of a batch: the length of the first positional tensor, else of the first named one of
     `MAIN`, else of any.
 
-    Raises RoutingError if no argument is a tensor with dimensions.
+    Tensors without dimensions do not count. Raises RoutingError if no argument is a tensor with dimensions.
     """
     for value in (*inputs, *(kwargs.get(name) for name in MAIN), *kwargs.values()):
         if isinstance(value, Tensor) and value.dim():

@@ -111,10 +111,11 @@ def delete_adapter(
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-    """Set requires_grad of all parameters of these adapters, active or not.
+    """Set requires_grad of all parameters of these adapters, active or not. Waits until no call runs.
 
     Raises:
         AdapterNotFoundError: no layer carries one of them.
+        TypeError: `adapter_names` is neither a name nor names.
     """
     names = as_name_list(adapter_names, "set_requires_grad")
     registry: Registry | None = get_registry(unwrap_model(model))
@@ -130,9 +131,9 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
 
 @contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Multiply the scaling of all adapters by `multiplier` within the block.
+    """Multiply the scaling of all adapters by `multiplier` within the block; afterwards the old scalings come back.
 
-    A scaling that other code sets meanwhile stays as set.
+    A scaling that other code sets meanwhile stays as set. Begin and end wait until no call runs.
 
     Raises:
         TypeError: `multiplier` is not an int or float.
@@ -189,11 +190,11 @@ def is_unchanged(value: object, mark: tuple[object, int]) -> bool:
 
 @contextmanager
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Within the block, pass adapters their input unchanged, not cast to their own dtype.
+    """Within the block, pass adapters their input unchanged, not cast to their own dtype: `cast_input_dtype_enabled` of
+    each layer is False.
 
-    If `active` is False, do nothing.
-
-    For hooks that cast an adapter's modules when they run, such as diffusers' layerwise casting.
+    At the end, also after an error, each layer gets its old setting. If `active` is False, do nothing. For hooks that
+    cast an adapter's modules when they run, such as diffusers' layerwise casting.
     """
     layers = [m for m in model.modules() if layer_in(m) is m] if active else []
     before = [layer.cast_input_dtype_enabled for layer in layers]
@@ -248,7 +249,10 @@ CALLS = ("forward", "generate")
 
 
 def update_signature(model: PeftModel, method: str = "all") -> None:
-    """Give `forward`, `generate` or both the base model's signature and docstring, if they take just (*args, **kwargs).
+    """Give `forward`, `generate` or both of this model the base model's signature and docstring.
+
+    A method that the base lacks, or that here takes more than just (*args, **kwargs), stays. The new function is an
+    attribute of the model itself.
 
     Args:
         method: "forward", "generate" or "all".

@@ -187,8 +187,8 @@ def find_tied_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def vocabulary_sizes(model: nn.Module) -> list[int | None]:
-    """Return the rows of the input embeddings and of the head, None where unknown; [] if the model's config has no
-    vocab_size.
+    """Return the rows of the input embeddings and of the head, each None where unknown or absent; [] if the model's
+    config has no vocab_size.
     """
     if getattr(text_config(model), "vocab_size", None) is None:
         return []
@@ -198,8 +198,9 @@ def vocabulary_sizes(model: nn.Module) -> list[int | None]:
 def update_vocabulary_size(model: nn.Module, before: list[int | None]) -> None:
     """Set `vocab_size` in the config, and on the model, if the embeddings got another number of rows from an adapter.
 
-    If embeddings and head now differ in size, warn instead: the saved model could not be loaded. `before` are the sizes
-    with adapters.
+    Nothing happens if no size changed, or if the config's was none of the old ones. If embeddings and head now differ
+    in size, warn instead: the saved model could not be loaded. The model's attribute is set only if it had the config's
+    old value. `before` are the sizes with adapters.
     """
     after, config = vocabulary_sizes(model), text_config(model)
     if after == before or config.vocab_size not in before:

@@ -279,7 +279,7 @@ class PeftModel(nn.Module):
         return self._registry.supports_lora_conversion(adapter_name)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return the numbers of (trainable, all) parameters.
+        """Return the numbers of (trainable, all) numbers in the parameters; shared ones count once.
 
         Packed 4-bit weights count with the numbers that they hold.
         """

@@ -230,7 +230,9 @@ class Prompts(Registry):
         return [self.stacks["decoder"]] if cfg.holds_keys else list(self.stacks.values())
 
     def _in_decoder(self, cfg: PromptLearningConfig) -> bool:
-        """Return True if the prompt has embeddings for the decoder as well."""
+        """Return True if the method can enter decoders and the config has more than one submodule, so that the prompt
+        has embeddings for the decoder as well.
+        """
         return self.method.in_decoder and (cfg.num_transformer_submodules or 1) > 1
 
     # acting
@@ -378,7 +380,9 @@ class Prompts(Registry):
 
 
 def describe_prompt(prompt: Prompt) -> Matched:
-    """Return a report's row for a prompt: type, number and shapes of its parameters that train."""
+    """Return a report's row for a prompt: its class, and number and shapes (as "name (n, m)") of its parameters that
+    train.
+    """
     sized = [(name, p) for name, p in prompt.named_parameters() if p.requires_grad]
     shapes = tuple(f"{name} {tuple(p.shape)}" for name, p in sized)
     return Matched(PLACE, type(prompt).__name__, sum(p.numel() for _, p in sized), shapes)
@@ -633,7 +637,8 @@ def find_pairs(cache: object) -> list[Pair]:
 
 
 def pair_at(index: int, layer: Any) -> Pair:
-    """Return keys and values of one layer of a cache, cut to the tokens that it has seen: a static cache has room left.
+    """Return keys and values of one layer of a cache, as views cut to the tokens that it has seen: a static cache has
+    room left.
 
     Raises:
         ValueError: the layer holds none, or has dropped its first tokens (a sliding window).

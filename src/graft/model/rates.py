@@ -210,7 +210,10 @@ def count_differences(one: Json, other: Json) -> int:
 
 
 def words_and_flags(values: dict[str, object]) -> Json:
-    """Return the texts and bools of a config's values. The number at the end of "pissa_niter_4" is cut off."""
+    """Return the texts and bools of a config's values; others are left out.
+
+    The number at the end of "pissa_niter_4" is cut off.
+    """
     words = {k: NUMBER.sub("", v) if isinstance(v, str) else v for k, v in values.items()}
     return {k: v for k, v in words.items() if isinstance(v, (bool, str))}
 
@@ -285,6 +288,8 @@ def best_lr(searches: Sequence[RateSearch]) -> float:
 def good_range(searches: Iterable[RateSearch]) -> tuple[float, float]:
     """Return the least and the largest rate with a loss within a standard deviation of a search's best, over all
     searches.
+
+    The standard deviation is that of the best rate, 0 if unknown. Rates that diverged (a mean of None) do not count.
     """
     rates = []
     for row in searches:

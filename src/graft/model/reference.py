@@ -37,8 +37,10 @@ class Reference:
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """Run the model with the copy on all rows, without gradients, and return the output.
 
+        The number of rows is the length of the first argument that is a tensor with dimensions.
+
         Raises:
-            ConfigError: no argument is a tensor that has the number of rows.
+            ConfigError: no argument is such a tensor.
         """
         rows = next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
         if rows is None:

@@ -417,9 +417,10 @@ class Registry:
     ) -> None:
         """Add the adapter with the config that the caller has put into `peft_config`, as PEFT's callers do.
 
-        Inactive.
+        It is inactive.
 
-        A config that fails is taken out of `peft_config`, except while `add_adapter` runs.
+        A config that fails is taken out of `peft_config`, except while `add_adapter` runs. While that runs, its options
+        count, except `low_cpu_mem_usage` and `state_dict`.
 
         Raises:
             ValueError: `model` is not the tuner's own.
@@ -462,8 +463,8 @@ class Registry:
 
         Layers and wrappers without adapters are dropped. `frozen_before` is kept from the first injection.
 
-        New carriers get the list of active adapters and the weights of the active composition. If all other carriers
-        are disabled, all carriers of the adapter are disabled, too. On a sharded base the adapter's gradients are
+        New carriers get the list of active adapters and the weights of the active composition. If all carriers before
+        were disabled, all carriers of the adapter are disabled, too. On a sharded base the adapter's gradients are
         hooked, and fingerprint values are read by all processes together.
         """
         parts, self.reports[adapter_name] = injection.parts, injection.report
@@ -686,14 +687,17 @@ class Registry:
         return any(p.requires_grad for part in self.carriers() for p in part.parameters_of(adapter_name))
 
     def _freeze(self, names: Sequence[str]) -> None:
-        """Set requires_grad to False for those of these adapters that never train."""
+        """Set requires_grad to False on all carriers for those of these adapters that never train (`frozen`)."""
         frozen_names = [name for name in names if name in self.frozen]
         for part in self.carriers() if frozen_names else ():
             part.set_requires_grad(frozen_names, False)
 
     @property
     def is_disabled(self) -> bool:
-        """True if adapters are disabled for this thread's calls, or there are carriers and all are switched off."""
+        """True if adapters are disabled for this thread's calls, or all carriers are switched off.
+
+        False without carriers, unless the thread's calls have them disabled.
+        """
         off = [part.state.disabled for part in self.carriers()]
         return self.call.off or (bool(off) and all(off))
 
@@ -1029,9 +1033,10 @@ class Registry:
             yield finish
 
     def _add_losses(self, output: object, noted: Mapping[str, Sequence[AuxiliaryValue]], run: Run) -> object:
-        """Return the output with the adapters' losses in its loss.
+        """Return the output with the adapters' losses, computed from `noted`, in its loss.
 
-        If it has no loss, keep them for `auxiliary_loss`.
+        If it has no loss with a gradient, the output stays, and the losses are kept in the thread's state for
+        `auxiliary_loss`. Without losses the output stays.
         """
         losses = compute_losses(noted, self.losing, self.peft_config, run, self.model)
         both = add_to_loss(output, sum(losses.values())) if losses else output

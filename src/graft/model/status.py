@@ -99,7 +99,7 @@ def unwrap_with_layers(model: nn.Module, caller: str) -> nn.Module:
 
 
 def find_shared_parameters(layer: AdapterLayer | ModulesToSaveWrapper, adapter: str) -> list[nn.Parameter]:
-    """Return the parameters of an adapter that a layer shares with other layers."""
+    """Return the parameters of an adapter in the shared containers that are attached to a layer; [] without any."""
     slots = (slot for key in layer.attached for slot in iter_slots(key, layer._modules[key], adapter))
     return [slot.tensor for slot in slots if slot.is_parameter]  # type: ignore[misc]
 

@@ -57,10 +57,10 @@ class _Classification(_WithHead):
 
     @contextmanager
     def _begin_call(self, what: str, names: Sequence[str] | None) -> Iterator[None]:
-        """Begin a call.
+        """Begin a call of the adapters `names` as the base class does.
 
-        If it needs another number of labels than the model has, wait until it is the only call: all calls read the same
-        config.
+        If it needs another number of labels than the model has, that call ends first. Then wait until no other call
+        runs and begin again as the only one: all calls read the same config.
         """
         with super()._begin_call(what, names):
             if not self._needs_other_labels(names):
@@ -84,7 +84,11 @@ class _Classification(_WithHead):
 
     @contextmanager
     def _heads_of(self, names: Sequence[str] | None) -> Iterator[None]:
-        """Set the number of labels to that of the head that runs, within the block; afterwards to the active head's."""
+        """Set the number of labels in the config to that of the head that runs, within the block; afterwards, also
+        after an error, to the active head's.
+
+        Nothing is set if these names need no other number.
+        """
         if not self._needs_other_labels(names):
             yield
             return
@@ -113,8 +117,8 @@ class _Classification(_WithHead):
         return next((m for n in TASK_HEADS[self.task] if isinstance(m := getattr(model, n, None), nn.Module)), None)
 
     def _width(self, head: nn.Module | None) -> int | None:
-        """Return the number of labels of a head, the rows of its last matrix, in the active adapter's copy; None if it
-        has none.
+        """Return the number of labels of a head: the rows of its last parameter of two dimensions, in the active
+        adapter's copy if it has copies. None without a head or such a parameter.
         """
         if head is None:
             return None

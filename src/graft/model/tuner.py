@@ -98,7 +98,11 @@ class TunerType(type):
         super().__setattr__(name, value)
 
     def __call__(cls, *args: object, **kwargs: object) -> Any:
-        """Make an instance. Raises TypeError if the class or a base overrides a function that graft never calls."""
+        """Make an instance.
+
+        Raises TypeError, with the remedy, if the class or a base overrides functions that graft never calls
+        (`OVERRIDES`).
+        """
         overridden = sorted({name for c in cls.__mro__ for name in OVERRIDES.get(c, ())})
         if overridden:
             raise TypeError(
@@ -313,7 +317,7 @@ def find_replaced_steps(model: nn.Module, config: PeftConfig) -> ReplacedSteps |
     """Return the replaced steps that an injection into a model would ask; None if no client replaced one.
 
     For a model without a registry an empty tuner of the method's class is made, and attached to the model if it has
-    such steps. Otherwise the registry's tuner is asked. The injection step itself does not count.
+    such steps. Otherwise the result has the registry's tuner. The injection step itself does not count.
     """
     method, registry = method_of(config.peft_type), get_registry(unwrap_model(model))
     if registry is None:
@@ -372,8 +376,8 @@ def tuner_of(peft_type: str) -> Any:
 
 
 def as_tuner_method(function: Any) -> Any:
-    """Return a method of a tuner that calls `function` with the tuner's registry; a property becomes one of
-    the tuner.
+    """Return a method of a tuner that calls `function` with the tuner's registry in place of the tuner; a property
+    becomes a read-only one.
     """
     if isinstance(function, property):
         read: Any = function.fget
@@ -388,7 +392,10 @@ def as_tuner_method(function: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:  # `pickle` finds the generated classes here
-    """Return the tuner class of that name; pickle finds the generated classes here. Raises AttributeError."""
+    """Return the tuner class of that name, made if needed; pickle finds the generated classes here.
+
+    Raises AttributeError for another name.
+    """
     for peft_type, row in METHODS.items():
         if row.tuner == name:
             return tuner_of(peft_type)
@@ -438,7 +445,7 @@ def inject_adapter_in_model(
 
 
 def warn_other_targets(tuner: Tuner, config: PeftConfig, adapter_name: str) -> None:
-    """Give a RuntimeWarning if the config targets other layers than those that a state dict named.
+    """Give a RuntimeWarning if the config targets other layers than the model has, as a state dict named them.
 
     It lists the layers of either side only.
 

@@ -24,7 +24,10 @@ class CartridgeConfig(PromptLearningConfig):
     holds_keys: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Check the fields. Raises ConfigError if num_frozen_tokens is negative or above num_virtual_tokens."""
+        """Check the fields, after those of the base class.
+
+        Raises ConfigError if num_frozen_tokens is negative, or above num_virtual_tokens where that is not None.
+        """
         super().__post_init__()
         total = self.num_virtual_tokens
         if self.num_frozen_tokens < 0 or (total is not None and self.num_frozen_tokens > total):

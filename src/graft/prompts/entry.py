@@ -244,9 +244,10 @@ def check_caches(kwargs: dict[str, object], model: nn.Module) -> None:
 
 
 def check_assistant(kwargs: dict[str, object], model: nn.Module, stack: PromptStack) -> None:
-    """Raise ValueError for assisted decoding in a stack with the old cache argument.
+    """Raise ValueError for assisted decoding in a stack with the old cache argument (`OLD_CACHE`).
 
-    That counts a cache's tokens from the front, and would cut the prompt. An assistant model and prompt lookup count.
+    That counts a cache's tokens from the front, and would cut the prompt. An assistant model and prompt lookup count,
+    the latter also from the call's or the model's generation config.
     """
     settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     lookup = kwargs.get("prompt_lookup_num_tokens") or getattr(settings, "prompt_lookup_num_tokens", None)

@@ -40,9 +40,11 @@ def key_shapes(stack: nn.Module) -> list[Shape | None] | None:
 
 
 def head_cuts(stack: nn.Module) -> dict[int, Cut]:
-    """Return, by layer, the cut of the heads for layers that have only some of their heads on this process.
+    """Return, by layer, the cut of the heads for layers that have only some of their heads on this process; {} without
+    any.
 
-    It is the cut of the outputs of `k_proj`, in heads; one that cuts through a head is left out.
+    It is the cut of the outputs of `k_proj`, in heads: its size is divided by `head_dim`. One that cuts through a head
+    is left out.
     """
     cuts: dict[int, Cut] = {}
     for module in stack.modules():

@@ -36,9 +36,9 @@ class Replays:
     def prepare_checkpointing(self) -> bool:
         """Return True if the backward pass will run layers again, so that they need the cache then.
 
-        Return False in evaluation mode. In training, a stack with checkpointing functions takes a lock of all models
-        until `clear`. Without gradients, it also switches checkpointing off until `clear`, since that hides the cache
-        from layers.
+        Return False in evaluation mode, and without gradients. In training, a stack with checkpointing functions waits
+        for and takes a lock of all models until `clear`; once taken it is not taken again. Without gradients, it also
+        switches the layers' checkpointing off until `clear`, since that hides the cache from layers.
         """
         if not self.stack.module.training:
             return False
@@ -124,11 +124,16 @@ def with_cache(run: Callable[..., object], cache: object, name: str, index: int)
     """Return a checkpointing function that runs `run` with `cache` as an argument of the layer, also in the backward
     pass.
 
+    Each run of the layer gets a fresh copy of an encoder-decoder cache, and `cache` itself otherwise.
+
     name, index: of the layer's cache argument.
     """
 
     def run_checkpointed(function: Callable[..., object], *args: object, **options: object) -> object:
-        """Run a layer's function through the old checkpointing function, with the cache put in."""
+        """Run a layer's function through the old checkpointing function, with the cache put in, and return its output.
+
+        Other arguments and options are passed on.
+        """
 
         def with_prompt(*inputs: object) -> object:
             """Call the layer's function with the cache at its position, in place of the argument there, or by keyword.

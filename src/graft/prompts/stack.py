@@ -68,7 +68,9 @@ def stacks_of(model: nn.Module) -> dict[str, PromptStack]:
     """Return {"main": stack} of a model; for an encoder-decoder the encoder's as "main", and the decoder's as
     "decoder".
 
-    The main stack of a model that reads images as well is its innermost text part.
+    The config's `is_encoder_decoder` decides. Otherwise the main stack is the part named `base_model_prefix`, or in it
+    the innermost text part (`TEXT_PARTS`), as of a model that reads images as well. The model itself is used if that is
+    no module.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return {"main": PromptStack(model.get_encoder(), model), "decoder": PromptStack(model.get_decoder(), model)}
@@ -222,7 +224,7 @@ class PromptStack:
     def devices(self, layers: int) -> list[torch.device]:
         """Return the device of each of the first `layers` layers.
 
-        A layer without a device, or on the meta device, counts as on the stack's device.
+        A layer with an unknown number or without a device, or on the meta device, counts as on the stack's device.
         """
         parts = [self.layers.get(i, self.module) for i in range(layers)]
         where = [find_device_and_dtype(part)[0] or self.device for part in parts]

@@ -249,5 +249,8 @@ class Dense:
         return device, p.dtype if p.is_floating_point() else None
 
     def protect(self, y: Tensor) -> Tensor:
-        """Return the output, or a copy of one that rows cannot be written into in place (`copies`)."""
+        """Return the output, or a copy of one that rows cannot be written into in place.
+
+        `copies` decides: "all" copies each output, "views" only views, any other none.
+        """
         return y.clone() if self.copies == "all" or (self.copies == "views" and y._is_view()) else y

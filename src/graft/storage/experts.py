@@ -56,7 +56,9 @@ class Updates:
     columns: Sequence[str] = ()  # all adapters on the stacks, equal on all processes: each token has a mark for each
 
     def mark_tokens(self, x: Tensor) -> Tensor:
-        """Return tokens (tokens, width) with a column for each adapter behind: 1 where its row uses it, else 0."""
+        """Return tokens (tokens, width) with one more column for each adapter in `columns` behind: 1 where its row uses
+        it, else 0. The result is a new tensor in the dtype of `x`.
+        """
         assert self.rows is not None
         table = [[float(name == key) for name in self.columns] for key in self.rows.groups]
         flat = constant(tuple(mark for marks in table for mark in marks), x.dtype, x.device)
@@ -64,7 +66,11 @@ class Updates:
         return torch.cat([x, marks], 1)
 
     def read_marks(self, x: Tensor) -> tuple[Tensor, dict[str, list[StackUpdate]]]:
-        """Return marked tokens without their marks, and the updates by stack, each with its tokens' marks as gate."""
+        """Return marked tokens without their last columns, the marks, and the updates by stack, each with its adapter's
+        marks as gate.
+
+        The marks are detached. Updates without a group are dropped; the others lose it.
+        """
         columns = self.columns
         x, marks = x.split([x.shape[1] - len(columns), len(columns)], 1)
         updates = {}
@@ -133,7 +139,10 @@ class ExpertBlock:
         """
 
         def is_readable(name: str) -> bool:
-            """Return True if a call finds a plain tensor of three dimensions at `name`, or a packed stack."""
+            """Return True if a call finds a plain tensor of three dimensions at `name`, or a packed stack.
+
+            A parameter that FSDP2 has sharded and a dispatched stack count as plain.
+            """
             p = self.module._parameters.get(name)
             is_plain = p is not None and p.dim() == 3 and (type(p) in PLAIN or is_managed(self.module, name))
             return (

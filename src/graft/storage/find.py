@@ -60,7 +60,9 @@ def find_store(module: nn.Module) -> Store:
 
 
 def find_marked_store(module: nn.Module) -> Store | None:
-    """Return the store of a module that a package has marked by an attribute, whatever its type; None for others."""
+    """Return the store of a module that a package has marked by an attribute in `MARKS` of `compressed`, whatever its
+    type; None for others.
+    """
     attributes = module.__dict__
     for mark, store in compressed.MARKS.items():
         if mark in attributes:
@@ -84,10 +86,10 @@ def find_tensor_store(module: nn.Module, name: str) -> Store:
 def find_store_of_tensor(module: nn.Module, name: str) -> Store:
     """Return the store of a module's parameter by its class and dtype alone.
 
-    One that FSDP2 has sharded gets SHARDED, also while it is whole. A plain tensor of floats with 16 to 64 bits gets
-    DENSE. A DTensor in a module with a style of tensor parallelism
-    gets TENSOR_PARALLEL. Others get the store for their class, if there is one. The rest gets FOREIGN, unless the
-    tensor behaves like a plain one or the module has none: then DENSE.
+    One of floats with 16 to 64 bits that FSDP2 has sharded gets SHARDED, also while it is whole. A plain tensor of such
+    floats gets DENSE. A DTensor in a module with a style of tensor parallelism gets TENSOR_PARALLEL. Others get the
+    store for their class, if there is one. The rest gets FOREIGN, unless the tensor behaves like a plain one or the
+    module has none: then DENSE.
     """
     t = module._parameters.get(name)
     kind = type(t)

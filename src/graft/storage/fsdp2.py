@@ -68,8 +68,8 @@ def find_parameter_group(m: nn.Module, name: str) -> Any:
 
 
 def find_compute_dtype(module: nn.Module) -> torch.dtype | None:
-    """Return the dtype that FSDP2's mixed precision computes in, by the first sharded parameter in a module; None
-    without.
+    """Return the dtype that FSDP2's mixed precision computes in, by the first sharded parameter in a module that
+    `find_parameter_groups` has seen; None without, or without mixed precision.
     """
     group = next((g for m in module.modules() for g in GROUPS.get(m, {}).values()), lambda: None)()
     return None if group is None else group.mp_policy.param_dtype
@@ -81,7 +81,9 @@ def is_running(group: Any) -> bool:
 
 
 def is_managed(m: nn.Module, name: str) -> bool:
-    """Return True if FSDP2 has sharded a module's parameter: a DTensor, or `find_parameter_groups` has seen it."""
+    """Return True if FSDP2 manages a module's parameter: its module has FSDP2's mark, and it is a DTensor, or
+    `find_parameter_groups` has seen it.
+    """
     t = m._parameters.get(name) if MANAGED in m.__dict__ else None
     return t is not None and (is_sharded(t) or find_parameter_group(m, name) is not None)
 

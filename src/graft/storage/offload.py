@@ -90,7 +90,11 @@ def write_offloaded(m: nn.Module, name: str, value: Tensor) -> None:
 
 
 def find_offloaded(root: nn.Module) -> dict[int, tuple[nn.Module, str]]:
-    """Return module and name of each offloaded tensor below `root`, by the id of its placeholder on the meta device."""
+    """Return module and name of each offloaded parameter or buffer below `root`, by the id of its placeholder on the
+    meta device.
+
+    Only modules with an offload hook count; tensors that are loaded now are left out.
+    """
     by_module = ((m, (*m._parameters.items(), *m._buffers.items())) for m in root.modules() if find_offload_hooks(m))
     return {id(t): (m, name) for m, tensors in by_module for name, t in tensors if t is not None and t.is_meta}
 
@@ -104,9 +108,9 @@ def copy_into_memory(module: nn.Module, copies: dict[int, object] | None = None)
     """Return a deep copy of a module with all tensors in memory, without accelerate's offloading hooks.
 
     If nothing in it is offloaded, other hooks of accelerate are kept and shared with the original. Otherwise the copy
-    has no hooks, and loads the stored values. The original does not change.
+    has no hooks at all, and loads the stored values. The original does not change.
 
-    copies: replacements for copies, by the id of the original.
+    copies: replacements for copies, by the id of the original; it is not changed.
     """
     old = list(module.modules())
     if not any(map(find_offload_hooks, old)):

@@ -84,7 +84,7 @@ class Quantized(Dense):
     def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
         """Return why the weight cannot be read; None if it can.
 
-        There are four reasons: it is offloaded now; it is on the meta device; its codes cannot be decoded; or the
+        The first of four reasons: it is offloaded now; it is on the meta device; its codes cannot be decoded; or the
         module has a replaced forward. For another tensor return the reason of plain ones.
         """
         if name != "weight":

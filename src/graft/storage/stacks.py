@@ -362,9 +362,9 @@ class Bnb4(PackedMatrices):
         return outer.code[scales.int()] * outer.absmax[places] + state.offset
 
     def remake(self, matrix: Callable[[int], Tensor]) -> Bnb4:
-        """Return a new stack of `matrix(expert)`, each quantized with the old settings.
+        """Return a new stack of `matrix(expert)`, each quantized with the old settings; this stack does not change.
 
-        Nested scales are quantized again together, after their mean is subtracted.
+        Nested scales are quantized again together, after their mean is subtracted; it becomes the new offset.
         """
         old, functional = self.state, import_module("bitsandbytes.functional")
         settings = dict(blocksize=old.blocksize, quant_type=old.quant_type, quant_storage=self.codes.dtype)

@@ -43,7 +43,8 @@ def go_straight(
     ) -> object:
         """Run a torch function on the tensor class: as before, but for `linear` with gradients and a wanted weight.
 
-        That call returns the same output, and its backward pass multiplies by the dense weight.
+        That call returns the same output, and its backward pass multiplies by the dense weight, decoded then. A weight
+        is wanted if it is of the class and `wanted` accepts it.
         """
         kwargs = kwargs or {}
         if func is linear and torch.is_grad_enabled():

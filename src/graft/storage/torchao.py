@@ -121,8 +121,8 @@ def pre_scale(weight: Tensor) -> Tensor | None:
 def granularity(old: Any) -> Any:
     """Return torchao's object for the numbers that share a scale, by the old weight's block size.
 
-    PerTensor without a block or for one of the whole shape, PerRow for whole rows, PerGroup for parts of one row, else
-    PerBlock.
+    PerTensor without a block or for one of the whole shape, PerRow for one whole row, PerGroup for a part of one row,
+    else PerBlock.
     """
     from torchao import quantization as ao
 

@@ -159,8 +159,8 @@ class PeftConfig:
     # one layer's view
 
     def at(self: C, key: str) -> C:
-        """Return the config for the layer with path `key`: a copy with the overrides of `patterns`, or this config if
-        none matches.
+        """Return the config for the layer with path `key`: a shallow copy with the overrides of `patterns`, or this
+        config itself if no pattern matches.
 
         Of each pattern field (`rank_pattern`) the first pattern that matches the path counts.
         """
@@ -318,8 +318,8 @@ class PeftConfig:
     def from_known_fields(cls, values: Json) -> PeftConfig:
         """Return a config of those values that are fields of this class.
 
-        Other keys are dropped with one warning, which names similar fields. `runtime_fields` are dropped with a warning
-        each.
+        Other keys are dropped with one warning, which names similar fields or suggests a newer version.
+        `runtime_fields` are dropped with a warning each. Raises the constructor's errors for values that do not fit.
         """
         known = {f.name for f in fields(cls)}
         for name in cls.runtime_fields:
@@ -348,14 +348,14 @@ SAVE, READ = PeftConfig.save_pretrained, PeftConfig.from_pretrained.__func__  # 
 
 
 def make_files(config: PeftConfig) -> dict[str, bytes]:
-    """Return the files of a config, {name: bytes}: adapter_config.json, or all files that an overridden
+    """Return the files of a config, {name: bytes}: adapter_config.json alone, or all files that an overridden
     `save_pretrained` writes.
 
-    An override is called with a temporary folder.
+    An override is called with a temporary folder, which is read and deleted.
 
     Raises:
-        CheckpointError: the override fails, writes no valid adapter_config.json, or writes a folder, a link or a file
-            with the name of the weights.
+        CheckpointError: the override fails with any error, writes no valid adapter_config.json, or writes a folder, a
+            link or a file with the name of the weights.
     """
     if getattr(config.save_pretrained, "__func__", None) is SAVE:
         return {CONFIG_NAME: config.to_json().encode()}

@@ -346,7 +346,8 @@ class ConfigFile:
 
     def _is_marked(self, stamp: notes.Stamp | None) -> bool:
         """Return True if a save is under way or was killed: a mark in the folder names these weights, or the text of
-        the adapter_config.json there.
+        the adapter_config.json there. False without any mark. With a mark of something else, the config file is read,
+        if it exists.
         """
         marks = read_marks(self.folder)
         if not marks or mark_token(stamp) in marks:
@@ -364,8 +365,12 @@ class ConfigFile:
         return fields
 
     def _describe_missing(self) -> str:
-        """Return the end of the error for a missing adapter, by the kind of path: a file, a folder without that
-        sub-folder, a missing folder; or why the hub was not asked. "" for a folder, or if the hub was asked.
+        """Return the end of the error for a missing adapter, by the kind of path.
+
+        - A file: it says so.
+        - A folder without the sub-folder: names it, and the folders with adapters there.
+        - A folder, or a text like "owner/name": why the hub was not asked, "" if it was.
+        - Else: there is no such folder.
         """
         where = os.fspath(self.where)
         if os.path.isfile(where):

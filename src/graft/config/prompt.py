@@ -79,14 +79,16 @@ class PromptLearningConfig(PeftConfig):
 
     def _fit_keys(self, facts: Json) -> None:
         """Set `token_dim` to the width of one layer's keys over all heads, and `num_attention_heads` to the number of
-        key heads.
+        key heads. Both must be set before.
 
-        With grouped heads (`num_key_value_heads`; 1 for Falcon's multi_query), the width is heads × head_dim, of the
-        largest layer where layers differ. Without, the number of heads stays, and `token_dim` is d_kv × heads (T5) or
-        stays.
+        Heads are grouped if `facts` has `num_key_value_heads`, or with Falcon's multi_query in the old architecture (1
+        head). Then the width is heads × `head_dim`. Without `head_dim`, it is heads × (`token_dim` // the old number of
+        heads). Size and heads are the largest of all layers, where the config has a global size or `per_layer_config`.
+
+        Without grouped heads, the number of heads stays, and `token_dim` is d_kv × heads (T5) or stays.
 
         Raises:
-            ConfigError: `token_dim` is no multiple of the heads.
+            ConfigError: without grouped heads, `token_dim` is no multiple of the heads.
         """
         heads = facts.get("num_key_value_heads")
         if heads is None and facts.get("multi_query") and not facts.get("new_decoder_architecture"):  # Falcon
@@ -111,8 +113,10 @@ class PromptLearningConfig(PeftConfig):
 
 
 def to_dict(model_config: Any) -> Json:
-    """Return a model's config as a dict, with aliases of names (`attribute_map`); entries of its `text_config`
-    override. None: {}.
+    """Return a model's config as a new dict: of a dict its entries, else its `to_dict()`. None gives {}.
+
+    Names in `attribute_map` are added where they are missing and their target exists. If `text_config` is a dict, its
+    entries override all others.
     """
     if model_config is None:
         return {}

@@ -296,16 +296,15 @@ def load_torch_file(f: IO[bytes], path: str) -> object:
 
 
 def read_weights(path: str | os.PathLike[str], what: str) -> dict[str, Tensor]:
-    """Return the tensors of a file by name: of safetensors if the path ends so, else of torch.save.
-
-    All are on the CPU.
+    """Return the tensors of a file by name: of safetensors if the path ends in ".safetensors", else of torch.save, on
+    the CPU.
 
     Args:
         what: begins each error, such as "The state".
 
     Raises:
-        CheckpointError: the file is damaged, or holds anything but a dict of tensors.
-        FileNotFoundError: there is no such file.
+        CheckpointError: the file cannot be read as tensors, for any reason, or holds anything but a dict of tensors.
+        FileNotFoundError: there is no such file. A broken link counts as damaged.
     """
     from torch import Tensor
 
@@ -328,7 +327,9 @@ def read_weights(path: str | os.PathLike[str], what: str) -> dict[str, Tensor]:
 
 
 def check_tensors_by_name(content: object, path: str) -> dict[str, Tensor]:
-    """Return `content` if it is a dict of tensors by name; else raise CheckpointError, which names the file."""
+    """Return `content` itself if it is a dict of tensors by string names, possibly empty; else raise CheckpointError,
+    which names the file at `path`.
+    """
     from torch import Tensor
 
     if isinstance(content, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in content.items()):

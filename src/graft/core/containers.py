@@ -283,9 +283,11 @@ class Slot:
 def iter_slots(
     key: str, container: nn.Module, adapter: str, never: Collection[tuple[str, str]] | None = None
 ) -> Iterator[Slot]:
-    """Yield the slots of an adapter's tensors in `container`, the layer's attribute `key`.
+    """Yield the slots of an adapter's tensors in `container`, the layer's attribute `key`, in the order of
+    `iter_tensors`.
 
-    Includes tensors outside checkpoints.
+    Includes tensors outside checkpoints, with `saved` False. Buffers never train. Yields nothing if the container lacks
+    the adapter.
 
     Args:
         never: (container, path) of parameters that never train; None: the parameters that do not require gradients now.
@@ -309,10 +311,12 @@ def parameter_dict(owner: nn.Module, name: str) -> dict[str, Any]:
 
 
 def container_class(value: object) -> type:
-    """Return the class of containers for values like `value`.
+    """Return the class of containers for values like `value`:
 
-    It is `ModuleDict` for a module, `dict` for a value that is no tensor (a fact), `BufferDict` for a tensor,
-    `nn.ParameterDict` for a parameter and `TransientParameterDict` for a transient one.
+    - `ModuleDict` for a module.
+    - `dict` for a value that is no tensor (a fact).
+    - `BufferDict` for a tensor that is no parameter, transient or not.
+    - `TransientParameterDict` for a transient parameter, `nn.ParameterDict` for any other.
     """
     tensor = value.tensor if isinstance(value, Transient) else value
     if isinstance(tensor, nn.Module):

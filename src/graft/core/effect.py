@@ -507,7 +507,9 @@ class Rewrite(Effect):
         return self.folds or self.looks_up
 
     def times(self, weight: float) -> Effect | None:
-        """Return the rewrite with `weight` times `part` and `ahead`. It has no merged form.
+        """Return the rewrite with `weight` times `part` and `ahead`.
+
+        It has no merged form: `why_unmergeable` stays, or is set to `ONE_OUTPUT`.
 
         Returns None if it has a `pre` that is no `ahead`, a `post` that is no `part`, or neither `pre` nor `post`.
         """

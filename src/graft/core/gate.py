@@ -387,11 +387,18 @@ def changes(touches: Callable[..., Names], late: bool = False) -> Callable[[F], 
     """
 
     def decorate(function: F) -> F:
-        """Return the method wrapped as a change."""
+        """Return the method wrapped as a change: each call takes the gate of the model for its time.
+
+        The change's name is a description of the call; `touches(self, *args, **kwargs)` gives the adapters.
+        """
 
         @wraps(function)
         def run(self: Any, *args: object, **kwargs: object) -> Any:
-            """Run the method within a change of the model; without one if `self.call` is None."""
+            """Run the method within a change of the model, and return its result; without a change if `self.call` is
+            None.
+
+            Raises InUseError if the gate cannot be taken.
+            """
             if self.call is None:  # a carrier outside any model
                 return function(self, *args, **kwargs)
             with self.call.gate.change(describe_call(function, args, kwargs), touches(self, *args, **kwargs), late):

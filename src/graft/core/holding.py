@@ -256,11 +256,12 @@ class Holding:
         attributes["scaling_at_start"].pop(adapter, None)
 
     def slots(self, adapter: str) -> list[Slot]:
-        """Return the slots of an adapter's tensors.
+        """Return the slots of an adapter's tensors; [] for an adapter that the layer lacks.
 
-        The slots of last time are returned if their modules are still in place. Else they are looked up and noted
-        again, as after a module was replaced or pruned. Parameters that never train are known from the old slots. While
-        a merged adapter's module replaces the base layer, the slots are those of that module, and not noted.
+        The slots of last time are returned, as the same list, if their modules are still in place. Else they are looked
+        up and noted in `state.slots` again, as after a module was replaced or pruned. Parameters that never train are
+        known from the old slots. While a merged adapter's module replaces the base layer, and old slots do not fit, the
+        slots are those of that module, and not noted.
         """
         slots: list[Slot] = self.state.slots.get(adapter, [])
         for slot in slots:

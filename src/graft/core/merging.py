@@ -303,12 +303,17 @@ def use_patched_delta_weight(layer: Layer, steps: Sequence[Step]) -> list[Step]:
 
 
 def _make_patched_update(layer: Layer, m: Method, effect: Effect, function: Callable[..., object]) -> Update:
-    """Return an Update with the ΔW that `function` returns for the adapter, and the bias shift of `effect`."""
+    """Return an Update with the ΔW that `function` returns for the adapter, and the bias shift of `effect`.
+
+    `function` is called when the ΔW is needed; the shift is computed now, and may be None.
+    """
 
     def delta() -> Tensor:
         """Return function(adapter) in canonical orientation.
 
-        Raises UnsupportedLayerError unless it is a tensor of the weight's shape.
+        The function is to return it in the weight's orientation.
+
+        Raises UnsupportedLayerError, with both shapes, unless it is a tensor of the weight's shape.
         """
         update, shape = function(m.name), layer.base_weight.read().shape
         if not isinstance(update, Tensor) or update.shape != shape:
@@ -428,8 +433,10 @@ def compute_merged(layer: Layer, steps: Sequence[Step], from_w0: bool = False) -
 
 
 def _fold_steps(layer: Layer, steps: Sequence[Step], W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return W with `steps` folded in, in at least float32, and the bias in its own dtype; b itself if no step changes
-    it.
+    """Return W with `steps` folded in, in at least float32, and the bias. The layer is in evaluation mode meanwhile.
+
+    The bias is folded in at least float32 and cast back to its dtype; b itself is returned if no step changes it. If b
+    is None and a step shifts it, the new bias keeps its dtype.
     """
     W = W.to(torch.promote_types(W.dtype, torch.float32))
     wide = None if b is None else b.to(torch.promote_types(b.dtype, torch.float32))
@@ -470,7 +477,8 @@ def _collect_products(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]] | No
 
 
 def _make_matrix_fold(layer: Layer, steps: Sequence[Step]) -> Callable[[int, Tensor], Tensor] | None:
-    """Return the function that folds steps into one matrix of a packed stack.
+    """Return a function (expert, W) that folds steps into one matrix of a packed stack, with detached tensors of the
+    adapters.
 
     Returns None if the weight is no packed stack, or if a step cannot change single matrices.
     """

@@ -397,7 +397,11 @@ class MixedPlan:
     def run_block(self, rows: Rows, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Run a module with several inputs once, with each adapter's change on its rows before and after it.
 
-        In both, an adapter sees the facts of its rows, and draws from its generator.
+        Return its output, with the first tensor changed.
+
+        The first input of batch size 1 is expanded to the batch. Before the call, rows of the input are replaced in a
+        copy, only where an adapter changes them. After it, each adapter's `post` gets the inputs that its steps had
+        seen. Rows without a plan stay. Both times, an adapter sees the facts of its rows, and draws from its generator.
         """
         x, call = next(iter(self.block_plans.values())).read_input(args, kwargs)
         x = rows.expand_to_batch(x, self.layer.site.key)
@@ -415,7 +419,10 @@ class MixedPlan:
                 inner = inner.index_copy(0, index, adapter_input)
 
         def after(y: Tensor) -> Tensor:
-            """Return y with the rows of each adapter replaced by the adapter's output for them."""
+            """Return a copy of y with each adapter's output in the rows of that adapter.
+
+            Facts are those of the rows, draws those of the adapter's generator.
+            """
             for (name, plan, index), seen in zip(adapted, inputs):
                 with self.narrow_facts(index), self.draw_for(name, x.device):
                     adapter_output = plan.apply_post(seen, y.index_select(0, index))

@@ -33,9 +33,11 @@ META = torch.device("meta")
 def make_linear(
     in_features: int, out_features: int, bias: bool, fill: bool = True, device: torch.device | None = None
 ) -> nn.Linear:
-    """Return a new `nn.Linear` with the values that its constructor would draw, in a quarter of the time.
+    """Return a new `nn.Linear` (a `LeanLinear`) with the values that its constructor would draw, in a quarter of the
+    time.
 
     On the meta device nothing is drawn. With `fill=False` the generator advances as if, and the values are undefined.
+    Without input features nothing is drawn either, and the values are undefined. Without `bias` that parameter is None.
     """
     m = new_lean(LeanLinear)
     m.__dict__.update(in_features=in_features, out_features=out_features)
@@ -395,9 +397,11 @@ class Opaque(Op):
         return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
 
     def apply(self, base: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], W: Tensor) -> object:
-        """Return the output of a layer's base module, with W in place of the parameter of the innermost module.
+        """Return the output of a layer's base module, with W in place of the parameter of the innermost module, below
+        layers of other parameters.
 
-        The parameter is put back afterwards, on an error as well. Under torch.compile, `functional_call` does it.
+        The parameter is replaced in each dictionary of the module that has it, and put back afterwards, on an error as
+        well. Under torch.compile, `functional_call` does it.
         """
         name = path = self.parameter
         owner = base

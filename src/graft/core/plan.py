@@ -243,8 +243,9 @@ class LayerPlan:
     def bias(self, n: int | None = None) -> Tensor | None:
         """Return the bias of the layer with its first n steps (all if n is None); None if there is none.
 
-        If a Rewrite among them does more than change the input, folds the steps into weight and bias, and returns that
-        bias. Else adds the shift of each step to the base's bias. A Rewrite that cannot be merged is left out.
+        A Rewrite that cannot be merged is left out. If another Rewrite does more than change the input (it has a
+        `post`, or no `pre`), folds the steps into weight and bias, and returns that bias. Else adds the shift of each
+        step to the base's bias; without a base bias the first shift takes its place.
         """
         b = self.layer.bias_now
         steps = [step for step in self.steps[:n] if step[1].why_unmergeable is None or not isinstance(step[1], Rewrite)]
@@ -918,10 +919,10 @@ def order_steps(layer: Layer, methods: Iterable[Method]) -> list[Step]:
 
 
 def plan_adapters(layer: Layer, names: Sequence[str], weights: Sequence[float] | None = None) -> LayerPlan | None:
-    """Return the plan for those of `names` that the layer carries; None if it carries none.
+    """Return a new plan for those of `names` that the layer carries; None if it carries none.
 
     With `weights`, one for each name, it is the plan of their average. If an effect keeps or reads inputs of other
-    layers, it is a TappedPlan.
+    layers (`Tap`, or a `Rewrite` with `tapped`), it is a TappedPlan. Steps are ordered by `order_steps`.
     """
     methods = [layer.methods[n] for n in names if n in layer.methods]
     if not methods:
@@ -935,7 +936,7 @@ def plan_adapters(layer: Layer, names: Sequence[str], weights: Sequence[float] |
 
 
 def make_plan(layer: Layer, steps: Sequence[Step], one_output: bool = False) -> LayerPlan:
-    """Return the plan of steps without taps, by the layer's Op and the effects. The first that fits decides:
+    """Return a new plan of steps without taps, by the layer's Op and the effects. The first that fits decides:
 
     - an opaque Op: FoldedPlan;
     - an effect that replaces the layer: ReplacementPlan;
@@ -943,8 +944,8 @@ def make_plan(layer: Layer, steps: Sequence[Step], one_output: bool = False) -> 
     - an effect for any module: BlockPlan, or AverageBlockPlan if `one_output`;
     - all effects only add: SumPlan; else AveragePlan if `one_output`, or ChainPlan.
 
-    A layer in pieces has its own classes for some of these. one_output: all parts are computed from one output (an
-    average).
+    A layer in pieces replaces these classes by those in `piece.plans`. one_output: all parts are computed from one
+    output (an average).
     """
     effects = [effect for _, effect in steps]
     kind: type[LayerPlan]

@@ -137,7 +137,7 @@ class Rows:
         """Return the groups with adapters: their keys, their row numbers in one tensor, their sizes, and a flag.
 
         The flag is True if these rows are the whole batch, in its order. Returns None if fewer than two groups have
-        adapters.
+        adapters. The groups keep the order of `segments`.
         """
         adapted = [(name, index) for name, index in self.segments if name is not None]
         if len(adapted) < 2:
@@ -270,7 +270,8 @@ class CallContext(NamedTuple):
     def repeat(self, copies: int) -> CallContext:
         """Return the context of a batch that has each row `copies` times in succession.
 
-        Gates and all else stay as they are.
+        The groups' row numbers and each fact are repeated. Without rows they stay None. Gates and all else stay as they
+        are.
         """
         rows = self.rows
         if rows is not None:

@@ -89,7 +89,7 @@ def walk_unwrapped(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mo
 
 
 def collect_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of one module by name, without those of its children.
+    """Return the parameters of one module by name, without those of its children and without entries of None.
 
     Where FSDP1 has flattened them, returns the plain attributes that are views of the flat parameter, and not the flat
     one.

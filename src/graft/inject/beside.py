@@ -143,9 +143,9 @@ class ModulesToSaveWrapper(Host):
     def running_modules(self) -> list[nn.Module]:
         """The modules that run now, each once.
 
-        While adapters are disabled, or the open call switches them off, that is the base's module. Without a mixed
-        batch it is `remainder`. In a mixed batch each row has the first of its adapters with a head here, else the
-        base's module.
+        While adapters are disabled, or the open call switches them off, that is the base's module. Without an open call
+        with rows it is `remainder`. In a mixed batch each group of rows has the first of its adapters with a head here,
+        else the base's module; the order is that of the groups.
         """
         rows = self.call.current_rows() if self.call.open else None
         if self.state.disabled or rows is OFF:

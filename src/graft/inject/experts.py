@@ -316,7 +316,8 @@ class ExpertTargets:
         return [part for part in stack.parts if any(map(self.is_chosen, self._list_paths(stack, part)))]
 
     def is_unnamed(self, stack: ExpertStack) -> bool:
-        """Return True if `target_modules` means a stack that `target_parameters` does not name.
+        """Return True if `target_modules` chooses a part of a stack, by an old or present path, and `target_parameters`
+        does not name the stack.
 
         Always False for "all-linear".
         """
@@ -334,9 +335,9 @@ class ExpertTargets:
         return {entry for entry in self.cfg.target_modules if entry.rpartition(".")[2] in names}
 
     def list_modules(self) -> list[str]:
-        """Return the paths of chosen modules that end with an old name of experts or routers.
+        """Return the paths of chosen modules that end with an old name of experts or routers, in the tree's order.
 
-        For "all-linear" routers next to expert stacks count as chosen, too.
+        For "all-linear" the routers next to expert stacks (named "gate") count as chosen, too.
         """
         named = [path for path in self.tree.modules if path.rpartition(".")[2] in self.experts.names]
         if self.linear is None:
@@ -385,9 +386,10 @@ def find_stack_parts(keys: Iterable[str], experts: ExpertStacks) -> dict[ExpertS
 
 
 def is_weight_plain(module: nn.Module, path: str, tree: ModuleTree) -> bool:
-    """Return True if PEFT could adapt the module's weight by its name: a floating Parameter with two dimensions, not of
-    a Conv1D or a quantized linear layer. False also for a module with adapters around it, unless these adapt
-    parameters.
+    """Return True if PEFT could adapt the module's weight by its name.
+
+    It must be a plain, floating Parameter with two dimensions, not of a Conv1D, nor of a linear layer with another
+    storage than `DENSE` (quantized). False also for a module with adapters around it, unless these adapt parameters.
     """
     base = innermost(module)
     weight, op = base._parameters.get("weight"), find_op(base)

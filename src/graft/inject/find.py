@@ -141,7 +141,9 @@ def resolve_job(job: InjectionJob) -> None:
 
 def drop_read_targets(cfg: Targeted, method: type[Method], adapter: str, tree: ModuleTree) -> None:
     """Take names out of `cfg.target_modules`, in place, if the modules around them read the weight and the method has
-    no form for that. Only for default targets, and by the first module of each name. If no name would stay, all stay.
+    no form for that. Only for default targets.
+
+    The first module with a name decides for it; a name without a module stays. If no name would stay, all stay.
     """
     kind, read, names = method.variant(cfg), set(), set(cfg.target_modules or ())
     for name in names:
@@ -647,7 +649,10 @@ def resolve_token_indices(
 ) -> dict[str, list[int]]:
     """Return the rows that train, by full path of the module.
 
-    A plain list means the input embedding. Modules of other pipeline stages are left out.
+    A name means each module with that path or that end of it.
+
+    A plain list means the input embedding, or "embed_tokens" if the model has none. Modules of other pipeline stages
+    are left out.
 
     Raises:
         NoMatchingPeftModuleError: no module has a name.

@@ -75,7 +75,7 @@ def _walk_modules(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module
 
 
 def list_missing_blocks(blocks: nn.Module) -> list[str]:
-    """Return the names of the missing blocks (None or `nn.Identity`) of a list.
+    """Return the names of the missing blocks (None or exactly `nn.Identity`) of a list, in order.
 
     Returns [] if none is missing, if the list has one entry, or if the blocks that are there have several types or gaps
     between them. If all are missing, all names are returned.

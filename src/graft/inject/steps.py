@@ -170,11 +170,14 @@ class ReplacedSteps:
     def adapt_tied_modules(self) -> None:
         """Call the replaced `_create_and_replace` for each module tied to a targeted embedding.
 
-        A module that it leaves out does not follow the embedding. Without a replacement does nothing.
+        Without a replacement does nothing.
+
+        A module that it adapts stays in `targets.tied` and leaves `targets.sites`. One that it leaves out is removed
+        from `targets.tied`, so that it does not follow the embedding.
 
         Raises:
             UnsupportedLayerError: it adapts another module for a tied one.
-            NoMatchingPeftModuleError: it has left out all targets.
+            NoMatchingPeftModuleError: it was asked for targets and has left out all.
         """
         if CREATE not in self.replaced:
             return

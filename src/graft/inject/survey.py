@@ -96,9 +96,12 @@ class SourceUses(ast.NodeVisitor):
             node = node.value  # type: ignore[attr-defined]
 
     def add_use(self, path: Path, writes: bool = False) -> None:
-        """Record a path: as called if it has no weight or bias, else as a read of the module that has it.
+        """Record a path of attributes.
 
-        Writes are not recorded, nor are facts such as `.dtype` or `.shape`.
+        Without a weight, bias or another name of `TENSORS` after its first part, it counts as called (`calls`).
+
+        Else it is a read (in `reads`) of the module that has the tensor. Writes are not recorded, nor are facts such as
+        `.dtype` or `.shape`; `.data` is passed over.
         """
         at = next((i for i, part in enumerate(path) if i and part in TENSORS), None)
         if at is None:
@@ -303,9 +306,12 @@ def survey_model(model: nn.Module) -> ModuleTree:
     numbers = 0
 
     def visit_children(module: nn.Module, path: str) -> None:
-        """Record each child of a module with its path and place, and look into it.
+        """Record each child of a module with its path and place, count its parameters, and look into it.
 
-        A child that was seen before only gets one more place.
+        Children of None are skipped.
+
+        The module recorded at a path is that within wrappers around the whole module. A child that was seen before only
+        gets one more place (`tree.again`), unless a wrapper is between; it is not entered again.
         """
         for name, child in module._modules.items():
             if child is None:

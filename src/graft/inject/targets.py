@@ -85,9 +85,10 @@ def find_default_targets(method: type[Method], model: nn.Module) -> list[str] | 
 
 
 def list_linear_layers(cfg: PeftConfig, model: object, modules: dict[str, nn.Module]) -> set[str]:
-    """Return the paths of all linear layers except the output head.
+    """Return the paths of all linear layers except the output head, and except modules that wrap it.
 
-    For SEQ_CLS without output embeddings the head is `score` or `classifier`.
+    For SEQ_CLS, if the model has no output embeddings, the head is the first of `HEAD_NAMES` (`score`, `classifier`)
+    that is a module of the model. A model without `get_output_embeddings` has no head: all linear layers are returned.
     """
     head: nn.Module | None = None
     if hasattr(model, "get_output_embeddings"):
@@ -208,8 +209,10 @@ UnmatchedEntries = dict[str, list[tuple[str, int]]]  # entries of a config that 
 def find_named_parameters(
     cfg: Any, root: Any, tree: ModuleTree, report: InjectReport
 ) -> tuple[ParameterMatches, UnmatchedEntries]:
-    """Return the parameters that `target_parameters` names, in the model's order, and the entries that match none, with
-    similar names.
+    """Return the parameters that `target_parameters` names, as (path, module's path, name) in the model's order, and
+    the entries that match none, with similar names.
+
+    Parametrized tensors and packed expert stacks count as parameters. Parameters of layers around a module do not.
 
     Args:
         root: the model, without layers around it.

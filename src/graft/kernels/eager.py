@@ -88,7 +88,8 @@ def watched() -> bool:
 def has_no_hooks(*modules: nn.Module) -> bool:
     """Return True if calling each module does nothing but its class's forward, so that code may call that directly.
 
-    False for a module with a hook of any kind, or with a replaced forward. For hooks on all modules ask `eager`.
+    False for a module with a hook (forward, forward pre, backward or backward pre), or with a `forward` set on the
+    instance. For hooks on all modules ask `eager`.
     """
     for module in modules:
         attributes = module.__dict__  # a lean module may have no dictionaries for hooks

@@ -72,7 +72,8 @@ def _add_stacked(y: Tensor, groups: Tensor, factors: Factors, order: Tensor | No
     """Add all updates to y by one batched product of stacked factors, in y's memory, and return y.
 
     Without gradients, with rows in order and one dtype, the product adds itself to y. A common scaling that is a plain
-    number then gives the bits of one adapter's product.
+    number then gives the bits of one adapter's product. Otherwise the scalings multiply x Aᵀ first; in other dtypes,
+    with gradients or with `order`, `_add_rows` adds the product to y.
 
     order: None if y's rows are in order.
     """

@@ -180,7 +180,8 @@ def segments_linear(
 def group_segments(segments: Sequence[Segment], stacks: Stacks | None, dtype: torch.dtype) -> list[Group]:
     """Return the segments with an adapter as groups: neighbours with stacked factors become one, others stay alone.
 
-    Segments without an adapter only count their rows.
+    Segments without an adapter give no group; they only move the row at which the next begins. A group keeps the scale,
+    rate and seed of its first segment, and the gradient sinks of its factors. Without `stacks` nothing is shared.
 
     dtype: of the rows. Factors of another dtype are not shared.
     """

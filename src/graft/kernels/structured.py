@@ -164,9 +164,10 @@ class _KroneckerProduct(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, a and b, each None without need.
+        """Return the gradients of x, a and b, each None without need. That of x has x's shape.
 
-        One product, of g with a or with b as the cheaper order has it, is formed once and shared.
+        One product of g, with a if `is_b_first(a, b)` and else with b, is formed once and shared by the gradients of x
+        and of the other factor.
         """
         x, a, b = ctx.saved_tensors
         X, G = x.reshape(-1, a.shape[1], b.shape[1]), g.reshape(-1, a.shape[0], b.shape[0])

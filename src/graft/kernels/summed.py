@@ -191,7 +191,10 @@ def _matmul(function: Any, x: Any, y: Any) -> Any:
 
 
 def _multiply_right(function: Any, x: Tensor, M: Summed) -> Any:
-    """Return x M without forming the sum, by `function`; NotImplemented for an x of one dimension."""
+    """Return x M without forming the sum, by `function`; NotImplemented for an x of one dimension.
+
+    An M that is not `flipped` is transposed part by part first.
+    """
     if not M.flipped or x.dim() < 2:  # x M with M (in, out) as shown: the sum is stored as (out, in)
         if x.dim() < 2:
             return NotImplemented

@@ -215,10 +215,11 @@ def update_and_allocate(tuner: Tuner, global_step: int) -> None:
 
 
 def allocate(tuner: Tuner, name: str, cfg: AdamssConfig, step: int) -> None:
-    """Measure importance for adapter `name` at a step; do nothing outside of `init_warmup` to `final_warmup`.
+    """Measure importance for adapter `name` at a step; do nothing outside of `init_warmup` to `final_warmup`, both
+    included.
 
-    Updates the `Allocator` in `tuner.states` from all gradients. At each multiple of `mask_interval` also chooses the
-    subspaces that train (`choose`), and starts a new Allocator.
+    Updates the `Allocator` in `tuner.states`, made if there is none, from all gradients. At each multiple of
+    `mask_interval` also chooses the subspaces that train (`choose`), and starts a new Allocator.
 
     Raises:
         ValueError: no parameter has a gradient.

@@ -164,8 +164,8 @@ class BOFT(Method[BOFTConfig]):
 def unfit(n: int, cfg: BOFTConfig) -> str | None:
     """Return the reason why n channels do not fit the config's blocks and factors; None if they do.
 
-    The block size or number must divide n. With F > 1 factors, size and number must be even, and the number at least
-    2^(F - 1).
+    `boft_block_num`, if it is not 0, else `boft_block_size`, must divide n; it gives the other one. With F > 1 factors,
+    size and number must be even, and the number at least 2^(F - 1). Block size · 2^(F - 1) must divide n.
     """
     size, blocks, F = cfg.boft_block_size, cfg.boft_block_num, cfg.boft_n_butterfly_factor
     name, number = ("boft_block_num", blocks) if blocks else ("boft_block_size", size)

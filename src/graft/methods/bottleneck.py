@@ -201,8 +201,10 @@ class BottleneckPlace(NamedTuple):
 def places_in(cfg: BottleneckConfig, model: nn.Module) -> dict[str, BottleneckPlace]:
     """Return the places of an adapter in a model, by path.
 
-    They are those in each block except `leave_out` (`places_in_block`). With `attention_modules`, `mlp_modules` or
-    `block_modules` they are the outputs of these modules instead. The invertible adapter adds its own (`around_model`).
+    They are those in each block except `leave_out` (`places_in_block`). `attention_modules`, `mlp_modules` and
+    `block_modules` replace them by the outputs of these modules; parallel bottlenecks keep both. The first number in
+    such a module's path is its block, 0 without a number, and `leave_out` holds for it, too. The invertible adapter
+    adds the places of `around_model`.
 
     Raises:
         NoMatchingPeftModuleError: the model has no such places.
@@ -405,8 +407,9 @@ class Bottleneck(Method[BottleneckConfig]):
     def describe(self) -> Effect:
         """Return the effect of the place's role: a `Tap`, or a `Rewrite` with this class's method for that role.
 
-        Norms and blocks get a Rewrite of a block; the parallel role one on a tapped input; the head one of the input
-        (`pre`).
+        "tap": `Tap` for the place's readers. "norm": `before_norm` ahead of a block. "head": `before_head` on the input
+        (`pre`). "embedding": `after_embedding` on the output (`post`). "beside": the part `beside` on a tapped input.
+        Any other: the part `after`. The last three mark a block if the module's kind is unknown.
         """
         place, block = self.place, not self.site.op.known
         if place.role == "tap":
@@ -422,11 +425,12 @@ class Bottleneck(Method[BottleneckConfig]):
         return Rewrite(part=self.after, block=block)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return `bottleneck_down` (d, H) and `bottleneck_up` (H, d), linear layers or `Kronecker`, the shared rule,
-        the dropout and the scaling.
+        """Return `bottleneck_down` (H → d) and `bottleneck_up` (d → H), linear layers or with `phm_layer` `Kronecker`,
+        the shared rule, the dropout and the scaling.
 
-        By options also `bottleneck_norm`, `bottleneck_scale` ((H,) or (1,), ones) and `bottleneck_gate` (1, H). A tap
-        gets one empty buffer, the invertible adapter a `Coupling`.
+        By options also a LayerNorm `bottleneck_norm`, `bottleneck_scale` (ones, (H,) for "channel", else (1,)) and
+        `bottleneck_gate` (H → 1). The scaling is 1.0 if the config's is a text. A tap gets only one empty buffer, the
+        invertible adapter only a `Coupling`.
         """
         cfg, place = self.cfg, self.place
         if place.role == "tap":

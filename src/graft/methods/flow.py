@@ -130,8 +130,10 @@ class Recorder(GraphAppendingTracer):
         """Return a copy of a module without adapters, hooks and wrappers, in eval mode; its tensors are shared with the
         original.
 
+        Instead of a wrapper, its inner module is copied; the name of the wrapper's attribute is added to the path.
         Ends, norms and modules of torch without children get a forward that only records the call (`note`). The code of
-        others runs; with `around` only that of modules around ends. Linear layers are added to the ends.
+        others runs, with copies of their children; with `around`, only that of modules around ends. The top module
+        (path "") always runs. Linear layers are added to `ends`, which makes them record, too.
         """
         while (carrier := carrier_of(module)) is not None or find_inner_attribute(module) is not None:
             if carrier is None:
@@ -198,7 +200,9 @@ class Recorder(GraphAppendingTracer):
 def flow_of(block: nn.Module, attentions: Collection[str], norms: Collection[str], mlp: str) -> Flow:
     """Return the norm, the residual and the cross attentions of a block (`Flow`).
 
-    The block's own code runs, without values.
+    The block's code runs, without values. The norm is the one that the first output passes last, after the sum with the
+    MLP; None if there is none. Cross attentions are those with an input that comes from an encoder's states and not
+    from the block's first input.
 
     Args:
         attentions: paths in the block.

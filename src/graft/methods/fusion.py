@@ -61,10 +61,13 @@ class Fused(NamedTuple):
 
 
 def find_fused_places(model: nn.Module, names: list[str]) -> dict[str, Fused]:
-    """Return, by path, the layers of a model where the bottlenecks `names` act, with their place and names.
+    """Return, by path, the layers of a model where any of the bottlenecks `names` acts, with their place and names.
+
+    A layer's names are in the order of `names`, and only those that act there.
 
     Raises:
-        ConfigError: `names` is empty, or one is not there, is no bottleneck, is invertible, or has another place at a
+        ConfigError: `names` is empty, or one acts on no layer, is no bottleneck, is invertible, or has another place at
+            a
             layer than the others.
     """
     if not names:

@@ -92,10 +92,11 @@ class MixLoRA(Method[MixLoraConfig]):
     def find_companions(cls, cfg: MixLoraConfig, model: nn.Module, paths: Sequence[str]) -> Sequence[str]:
         """Return the MLPs around the target layers `paths`: by name, or those in `mlp_modules`; they get the routers.
 
-        Sets `cfg.within` (layer → MLP) and `cfg.routers` (MLP → its input width).
+        Replaces `cfg.within` (layer → MLP; layers outside MLPs are left out) and `cfg.routers` (MLP → the input width
+        of its first linear layer). Without `paths` returns [].
 
         Raises:
-            NoMatchingPeftModuleError: no target layer is in an MLP.
+            NoMatchingPeftModuleError: no target layer is in an MLP, or `mlp_modules` fits no module.
         """
         modules = dict(walk(model))
         linears = {path: op.dims(m)[1] for path, m in modules.items() if (op := find_op(m)).linear}

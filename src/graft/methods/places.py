@@ -60,12 +60,15 @@ class Block:
         return [end for attention, end in self.ends.items() if (attention in self.crosses) is cross]
 
     def follow(self, module: nn.Module) -> Block:
-        """Return the block with norm, residual and cross attentions, found by a run of its code without values
-        (`flow_of`).
+        """Return a copy of the block with norm, residual and cross attentions, found by a run of its code without
+        values (`flow_of`).
+
+        The paths are those in the model. Cross attentions known by name stay; those that the run finds are added if the
+        block has several attentions.
 
         Raises:
             UnsupportedLayerError: the block adds its MLP to no residual, or not in its first output.
-            UnfollowedError: its code cannot run without values.
+            UnfollowedError: its code cannot run without values. Both errors get the block's path and a remedy.
         """
         inside = f"{self.path}."
         norms = [p for p, m in walk(module) if NORM.search(p.rpartition(".")[2]) or type(m).__name__.endswith("Norm")]
@@ -139,10 +142,13 @@ def chosen_blocks(model: nn.Module, layers: Collection[int] | str) -> list[Block
 
 
 def blocks_in(linears: Mapping[str, tuple[int, int]], modules: Collection[str], config: Any = None) -> list[Block]:
-    """Return the blocks of a model. A block is a numbered path with an attention and other layers below it.
+    """Return the blocks of a model, or [] if there are none.
 
-    Of several lists of blocks, those of the width of the text come first. Of these, those that are not for images or
-    sound come first, and then the longest. Routers do not count.
+    A block is a numbered path with an attention and other layers below it.
+
+    An attention belongs to the innermost such path around it. Blocks with paths that differ only in numbers are one
+    list; the function returns one list. Lists of the width of the text come first. Of these, those that are not for
+    images or sound come first, and then the longest. Routers do not count.
 
     Args:
         linears: the sizes (out, in) of its linear layers.
@@ -190,8 +196,12 @@ def list_numbered_prefixes(path: str) -> list[str]:
 def make_block(block: str, paths: list[str], linears: Mapping[str, tuple[int, int]], modules: Iterable[str]) -> Block:
     """Return the block at a path, from its linear layers `paths` and the model's modules.
 
-    Its width is the output width of its first attention's last end, else the input width of its first query projection.
-    The end of the MLP is the experts' module if there is one, else its last layer of the block's width.
+    Layers below one attention are a group; each number of a list of attentions has its own group. A group ends at the
+    attention if that holds "experts", else at its last layer of the block's width. Attentions with a name of cross
+    attentions count as such only next to other attentions. The MLP ends at the module that holds "experts", if one is
+    outside the attentions. Without linear layers outside the attentions it is the first module with an MLP's name, else
+    their last layer of the block's width. The width is the output width of the first attention's last end. Without a
+    layer of such a name it is the input width of its first projection.
     """
     groups: dict[str, list[str]] = {}  # by attention
     mlp_paths = []

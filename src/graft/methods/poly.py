@@ -70,9 +70,9 @@ class Poly(ByTask[PolyConfig]):
     poly_router: nn.Module  # module_logits (tasks, splits · skills)
 
     def check(self) -> str | None:
-        """Return a reason against layers that are not linear, else that of `Method.check`.
+        """Return a reason against known layers that are not linear, else that of `Method.check`.
 
-        Raises ConfigError if `n_splits` does not divide both widths.
+        Raises ConfigError if `n_splits` does not divide both widths of a known layer.
         """
         site, q = self.site, self.cfg.n_splits
         if site.op.known and not site.op.linear:

@@ -145,10 +145,12 @@ class Reft(OnStates[ReftConfig]):
                 fill_kaiming(R)
 
     def part(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the update of y, (rows, tokens, H) or (rows, H): nonzero at the first and last positions of each row's
-        prompt only.
+        """Return the update of y, (rows, tokens, H) or (rows, H): nonzero at the first `prefix_positions` and last
+        `suffix_positions` of each row's prompt only.
 
-        Steps of `generate` after the prompt, with a cache, get zeros. Where both ends meet, the last positions win.
+        It has y's shape and the adapter's dtype. Steps of `generate` after the prompt, with a cache, get zeros. Padding
+        before the prompt and after a row's length is left out. Where both ends meet, the last positions win. y of two
+        dimensions counts as one token per row.
 
         Raises:
             RoutingError: y has not one row, with tokens, for each sample of the call.

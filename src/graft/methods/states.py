@@ -102,8 +102,10 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def numbers_by_row(name: str, value: object, run: Run, holds: Callable[[Tensor], Tensor], text: str) -> Tensor:
-    """Return the value of an argument as a number for each row, float32 (batch,), on the device of the batch; a single
-    number counts for all.
+    """Return the value of an argument as a number for each row, float32 (batch,), on the device of the call's first
+    tensor.
+
+    A single number is expanded to all rows. Without tensors in the call, the batch is 1.
 
     Raises:
         RoutingError: it is no number or list of numbers, there is not one for each row, or `holds` is not True for all
@@ -222,8 +224,9 @@ def follow_generate(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
     """In the block, show the facts of each step of `generate` to the layers, by a pre-forward hook on the model; do
     nothing for other runs.
 
-    The first step sees the whole prompt. Later ones with a cache see only new tokens: their facts tell how many have
-    passed.
+    The first step sees the whole prompt, and its positions hold for all steps. Later ones with a cache, or with no more
+    tokens than the prompt, see only new tokens: their facts also tell how many have passed. At the end the hook is
+    removed and the former facts are back. Calls of other threads change nothing.
     """
     if not run.generates:
         yield
@@ -233,9 +236,10 @@ def follow_generate(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
     prompt = seen = 0  # tokens of the first step, and of all steps so far
 
     def before(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        """Put the first step's positions into this thread's call.
+        """Put the first step's positions into this thread's call, with the end of its prompt.
 
-        Later steps with a cache, or with no more tokens than the prompt, also get the number of passed tokens.
+        Later steps with a cache, or with no more tokens than the prompt, also get the number of passed tokens: that of
+        the cache, else of the steps so far. A step without a cache starts this count anew.
         """
         nonlocal prompt, seen
         arguments = name_arguments(model, args, kwargs)

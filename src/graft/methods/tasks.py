@@ -27,7 +27,10 @@ def generate(tuner: Tuner, *args: object, task_ids: object = None, **kwargs: obj
 
 
 def check_tasks(run: Run, model: nn.Module, known: int) -> Tensor:
-    """Return the tasks of a run's rows, (batch,), on the device of the rows.
+    """Return the tasks of a run's rows, (batch,), in their integer dtype, on the device of the call's first tensor.
+
+    Without a tensor in the call they stay on their device, and their number is not checked. An empty list has no range
+    to check.
 
     Raises:
         RoutingError: the call gives none, or no list of integers; one is not from 0 to below `known`; no input has as

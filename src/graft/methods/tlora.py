@@ -254,8 +254,10 @@ def per_row(t: object) -> Constant | Tensor:
 
 
 def move_to_rows(fact: Constant | Tensor, run: Run) -> Constant | Tensor:
-    """Return a timestep on the device of the run's first tensor, so that no layer copies it there; unchanged without
-    one.
+    """Return a timestep on the device of the run's first tensor, so that no layer copies it there.
+
+    The argument `timestep` and tensors without dimensions do not count as that tensor. Without one, or on its device
+    already, returns the same object. A moved `Constant` is a new Constant.
     """
     t = fact.value if isinstance(fact, Constant) else fact
     values = (*run.inputs, *(value for name, value in run.kwargs.items() if name != TIMESTEP))

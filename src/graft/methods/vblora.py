@@ -192,7 +192,8 @@ class VBLoRA(Method[VBLoRAConfig]):
         """Before a run, raise RuntimeError for an active adapter in training that came from a file with only its
         largest logits.
 
-        Not checked in compiled code, or under a dispatch mode.
+        Not checked in compiled code, or under a dispatch mode. The run itself is surrounded, and its finish given, by
+        `super().surround_run`.
         """
         if eager() and not watched():
             for name in run.adapters:

@@ -94,10 +94,12 @@ class XLoraConfig(PeftConfig):
             self.adapters, self.beside = dict(options["adapters"]), {}
 
     def note_source(self, where: str, subfolder: str | None = None, **hub: object) -> None:
-        """Record the experts that are saved with this config, in sub-folders with their names.
+        """Record in the dict `beside` the places of the experts that are saved with this config, in sub-folders with
+        their names.
 
-        Names "0", "1", "2", …, in the order of text as PEFT sorts them, are put in the order of numbers first: that of
-        the classifier's outputs.
+        An expert without a config file in its sub-folder is not recorded. If all names are digits, in the order of text
+        as PEFT sorts them, `adapters` is first put in the order of numbers: that of the classifier's outputs. Looking
+        may download the config files from the Hub.
         """
         names = list(self.adapters or ())
         if names == sorted(names) and all(name.isdigit() for name in names):
@@ -339,7 +341,9 @@ class XLora(Method[XLoraConfig]):
         """Weigh the experts (`weigh`) and show the weights to the layers as gates: once for a forward pass, before each
         step of `generate`.
 
-        For `generate` sets `use_cache` to False.
+        For `generate` sets `use_cache` to False in the run's arguments, and puts a pre-forward hook on the model until
+        the run's end. The gates are empty until the first step. `super().surround_run` is around it all and gives the
+        finish.
 
         Raises:
             RoutingError: the call names adapters for its rows, or the model returns no hidden states.
@@ -380,8 +384,9 @@ def weigh(tuner: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Return the gates for a forward pass with these arguments, from the last hidden states of an extra pass without
     gradients.
 
-    In the extra pass all experts have the weight `scaling_pass_value`; for 0 all rows use the base. Labels are left
-    out.
+    In the extra pass all experts have the weight `scaling_pass_value`; for 0 all rows use the base. It runs without
+    labels and returns all hidden states. The classifier then runs on the last ones, with gradients. Without
+    `layerwise_scalings` its first layer's weights hold for all layers.
 
     Raises:
         RoutingError: the arguments have a cache, or the model returns no hidden states.

@@ -58,13 +58,15 @@ class AdaLoraConfig(LoraConfig):
     counters: ClassVar[tuple[str, ...]] = ("total_step", "tinit", "tfinal", "deltaT")
 
     def __post_init__(self) -> None:
-        """Validate the fields.
+        """Validate the fields, also those of LoRA.
 
-        Warns if `target_r` is above `init_r`, so that nothing is pruned, and if `r` is set, which is not used.
+        Warns if `target_r` is above `init_r`, so that nothing is pruned, and if `r` is not 8, its default, since it is
+        not used.
 
         Raises:
-            ConfigError: DoRA or LoftQ; `total_step` is missing or not positive; `tinit` ≥ `total_step` - `tfinal`, so
-                that no step can prune.
+            ConfigError: DoRA, LoftQ or a `loftq_config`; `total_step` is missing or not positive; `tinit` ≥
+                `total_step` -
+                `tfinal`, so that no step can prune.
         """
         if self.use_dora:
             raise ConfigError("PeftType.ADALORA does not support DoRA.")
@@ -281,10 +283,11 @@ class AdaLoRA(Method[AdaLoraConfig]):
     @classmethod
     @contextmanager
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Yield the function that adds the orthogonal regularisation to the loss of a training step, or keeps it for
-        the caller.
+        """Yield once the function that adds the orthogonal regularisation to the loss of a training step, or keeps it
+        for the caller.
 
-        Before the run it sets `sees` of each layer that trains: True if its tensors are sharded.
+        In training with gradients and outside of TorchDynamo, it first sets `sees` of each layer that trains: True if
+        its `lora_A` is sharded.
         """
 
         names = list(run.adapters)
@@ -294,10 +297,11 @@ class AdaLoRA(Method[AdaLoraConfig]):
                 m.sees = layout_of(m.lora_A) is not None
 
         def with_loss(output: Any) -> object:
-            """Return the output; in training with gradients add the losses of all adapters to `output.loss`.
+            """Return the output; in training with gradients add the losses of all adapters to `output.loss`, in place.
 
-            An output without a loss leaves them in the call's `losses`, unless `generate` runs. Warns if nobody
-            allocates ranks. Without gradients nothing changes.
+            If `output.loss` is no tensor, the losses are put into the thread's `losses` instead, unless `generate`
+            runs. With gradients, and not in compiled code, `warn_if_forgotten` warns if nobody allocates ranks, also
+            outside of training. Without gradients nothing changes.
             """
             if not torch.is_grad_enabled():
                 return output

@@ -127,8 +127,9 @@ def update_and_allocate(tuner: Tuner, global_step: int) -> None:
 
     Call after each optimizer step, while the gradients are there.
 
-    Importance is updated before step `total_step` - `tfinal`; a pruning step writes E and the config's `rank_pattern`.
-    After that step pruned values are only set to 0 again.
+    Before step `total_step` - `tfinal` it updates the importance. A pruning step writes E and the config's
+    `rank_pattern`; so does that last step, which also discards the importance. After it, pruned values are only set to
+    0 again, and gradients are not needed. Every call notes that ranks are allocated (`called`).
 
     Args:
         global_step: number of the step, counted from 0 to `total_step`.
@@ -213,16 +214,17 @@ def orthogonal_loss(methods: dict[str, Any], weight: Tensor | float) -> Tensor:
 def resize_modules_by_rank_pattern(
     tuner: Tuner, rank_pattern: dict[str, Sequence[bool] | Tensor], adapter_name: str
 ) -> None:
-    """Keep only the singular triples that masks name, and record the masks in the config's `rank_pattern`.
+    """Keep only the singular triples that masks name (True), and record the masks in the config's `rank_pattern`.
 
-    A, E and B of these layers become new parameters, so make the optimizer afterwards.
+    A, E and B of these layers become new parameters with the same `requires_grad`, so make the optimizer afterwards.
+    Other layers' masks in the config stay. All checks come before the first change.
 
     Args:
         rank_pattern: as the config's, {"path.lora_E" or "path.lora_E.adapter": a mask of the layer's triples}.
 
     Raises:
         AdapterNotFoundError: there is no such adapter.
-        ConfigError: a layer does not carry it, or has another number of triples. Nothing has changed.
+        ConfigError: a layer does not carry it, or has another number of triples.
         ValueError: it is merged.
         NotImplementedError: its tensors are spread over processes.
     """

@@ -179,6 +179,9 @@ def offsets_from(value: object, run: Run) -> Offsets:
     """Return `Offsets` of the caller's value: per row a number of positions before the end, or None (no action on that
     row).
 
+    They hold the numbers, int64 with 0 for None, on the device of the call's first tensor; their maximum (0 for an
+    empty list); and a new `Progress`. Without tensors in the call, the length is not checked.
+
     Raises:
         ConfigTypeError: the value is no list or tensor of non-negative integers and None.
         RoutingError: its length fits the first dimension of no tensor in the call.

@@ -124,13 +124,16 @@ class Arrow(LoRA):
         return A, B
 
     def directions(self, general: list[Method], experts: list[Method], A: Tensor, B: Tensor) -> Tensor:
-        """Return the top right singular vector of each expert's B A, (experts, in), from the router's cache.
+        """Return the top right singular vector of each expert's B A, (experts, in), in A's dtype, from the router's
+        cache.
 
-        If a source tensor has changed, compute them in float32 and store them in the cache. Compiled code uses the
-        cache unchecked if its number of experts fits.
+        If a tensor of an expert or general adapter is another one or was changed, compute them in float32, without
+        autocast and gradients, and store them in the cache. Code compiled by TorchDynamo uses the cache unchecked if
+        its number of experts fits.
 
         Raises:
-            RoutingError: fewer than `top_k` experts, or one that is not plain LoRA.
+            RoutingError: fewer than `top_k` experts, or one that is not plain LoRA. Only checked when they are
+                computed.
         """
         router = self.lora_arrow
         if is_dynamo_compiling() and router.prototypes is not None and len(router.prototypes) == len(experts):

@@ -65,11 +65,13 @@ class BdLoRA(LoRA):
         """Return the reason against blocks on a layer that is not linear, or a reason of `LoRA.check`; None if the
         layer can be adapted.
 
+        A path in neither list, without `match_strict`, is only checked by `LoRA.check`.
+
         Raises:
             ConfigError: the path fits both lists, or neither with `match_strict`.
             ConfigError: the initialisation needs plain shapes (`checks.plain_start`).
-            ConfigError: `nblocks` does not divide r and the width of the blocked factor, or `lora_bias` has a
-                block-diagonal B.
+            ConfigError: `nblocks` does not divide r and the width of the blocked factor (A's input, B's output), or
+                `lora_bias` has a block-diagonal B.
         """
         site, side, cfg = self.site, self.side, require_sub_config(self.cfg.use_bdlora)
         if side == "AB":

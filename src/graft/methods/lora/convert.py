@@ -27,9 +27,9 @@ def subtract_initial(
     """Return tensors and config of a plain LoRA adapter with twice the rank: A = [A; A₀], B = [B, -B₀], so ΔW = s (B A
     - B₀ A₀).
 
-    The tensors of `lora_shift` are left out; all others stay. The config gets init_lora_weights=True, twice r, ranks
-    and alphas (lora_alpha · √2 with rsLoRA). Warns if the initialisation is not one that changes the base. The inputs
-    stay as they are.
+    The tensors of `lora_shift` are left out; all others stay. A₀ and B₀ take the dtype and device of A and B. The new
+    config has init_lora_weights=True, no `corda_config`, and twice r, ranks and alphas (lora_alpha · √2 with rsLoRA).
+    Warns if the initialisation is neither True nor one that changes the base. The inputs stay as they are.
 
     Args:
         initial: the adapter's tensors before training, by file key; A (r, …), B (out, r, …).
@@ -73,7 +73,8 @@ def subtract_initial(
 def check_initial(initial: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     """Raise ConfigError unless `initial` is the start of the adapter in `tensors`.
 
-    It needs each factor in the same shape, and, where the file has a shift, an A equal to the shift's up to 1 %.
+    It needs each factor in the same shape. Where the file has a shift, `initial` needs an A equal to the shift's, up to
+    1 % of each value plus 1 % of the largest. A layer that has no `lora_A.weight` in `initial` is not compared.
     """
     factors = [key for key in tensors if any(name in key for name in FACTORS)]
     strange = [key for key in factors if key not in initial or initial[key].shape != tensors[key].shape]

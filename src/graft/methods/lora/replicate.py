@@ -21,12 +21,13 @@ def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], N
     it.
 
     A layer that appears again is a copy of the modules on the same parameters and buffers. Sets `num_hidden_layers` in
-    the config and each module's `layer_idx`. Warns if the model has adapters. If the same ranges were replicated
-    before, changes nothing.
+    the config, if the config has it, each module's `layer_idx`, and the mark `_graft_replicated` on the model. Warns if
+    the model has adapters, which see another base then. If the same ranges were replicated before, changes nothing: the
+    returned function does nothing then.
 
     Raises:
-        ConfigError: there is no such list; a range is outside it; over 32 times as many layers; other ranges were
-            replicated before.
+        ConfigError: there is no such list; a range is empty or outside it; over 32 times as many layers; other ranges
+            were replicated before.
     """
     done = model.__dict__.get("_graft_replicated")
     if done is not None:

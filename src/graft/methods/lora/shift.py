@@ -132,14 +132,15 @@ def are_near(a: Tensor, b: Tensor) -> bool:
 def complete_file_tensors(lora: Method, tensors: Tensors) -> Tensors:
     """Return a file's tensors with a complete shift.
 
-    A file with all three tensors of the shift stays as it is, and so does a damaged one with some of them. If it has
-    none, they are added: those of this adapter if it has changed the base already, or `compute_shift`.
+    A file with all three tensors of the shift (A, B, sample) stays as it is, and so does a damaged one with some of
+    them. If it has none, they are added: those of this adapter if it has changed the base already, else
+    `compute_shift`.
 
-    If the base was changed with another A or B than the file's, keep the current ones in `shift.before`, so that
-    `apply_file_shift` can undo them.
+    If the base was changed with another A or B than the file's, keep copies of the current ones in `shift.before`, so
+    that `apply_file_shift` can undo them. In all other cases `shift.before` becomes None.
 
     Raises:
-        ConfigError: that change was a quantization, which cannot be undone.
+        ConfigError: that change was a quantization (LoftQ, or a weight that is not exact), which cannot be undone.
     """
     shift = lora.lora_shift
     shift_in_file = {place[1]: t for place, t in tensors.items() if place[0] == NAME}

@@ -106,8 +106,10 @@ def unpack(model: nn.Module, kwargs: dict[str, object], use_cache: bool | None) 
 
 
 def with_cache(output: Any, shadows: dict[str, Cache]) -> object:
-    """Return a model's output with each plain cache in it packed with `shadows`: a new tuple, or the same object
-    changed in place.
+    """Return a model's output with each cache of transformers in it packed with `shadows`.
+
+    A tuple gives a new tuple; another output is changed in place and returned. A `ShadowCache` is packed already and
+    stays.
     """
     from transformers import Cache
 

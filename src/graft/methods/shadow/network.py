@@ -218,10 +218,11 @@ def make_modules(model: nn.Module, cfg: ShadowConfig) -> dict[str, nn.Module]:
 
 
 def mirror(model: nn.Module, cfg: ShadowConfig) -> Any:
-    """Return a network of the class of the base model's backbone, with new values and the sizes of the config; one
-    block by default.
+    """Return a network of the class of the base model's backbone, with new values and the sizes of the config.
 
-    With `share_embeddings` and an equal width it has no word embeddings, and is marked with `needs_embeddings`.
+    It has one block if the config gives no number of them; `layer_types` is cut to that number, and other sizes stay
+    the base's. With `share_embeddings`, an equal width and a forward that takes `inputs_embeds` it has no word
+    embeddings, and is marked with `needs_embeddings`.
     """
     base = backbone_of(model)
     config = copy.deepcopy(base.config)

@@ -117,7 +117,7 @@ class Pass:
         """Take the caches of the shadow networks out of `kwargs`, and run the networks if the call has ids or
         embeddings.
 
-        If a network cannot run with a cache, the pass has none, unless the call asks for one.
+        If a network cannot run with a cache, the pass has none, unless the call sets `use_cache` or passes a cache.
 
         Raises:
             ValueError: a cache is passed by position, or holds tokens that the network has not seen.
@@ -161,8 +161,10 @@ class Pass:
         """Return the state before the first block, (rows, tokens, hidden): the network's output for the call's
         arguments, projected.
 
-        Input embeddings come from the argument, the call, or the base model's embedding, if the network has none. A
-        cache, if there is one, is used and extended.
+        The network gets the call's arguments that it takes and that are not None, on its device. Input embeddings, in
+        its dtype, come from the argument or the call. Without these, a network with `needs_embeddings` gets those of
+        the base model's embedding; others get the ids. A network that takes a cache gets `use_cache`: False without
+        `self.shadows`, else True with its cache there, which is made if missing and extended.
         """
         containers = self.tuner.common_tensors.containers
         network, projection = containers["shadow_backbone"][name], containers["shadow_projection"][name]
@@ -210,11 +212,11 @@ class Pass:
         return output
 
     def with_loss(self, output: Any, name: str) -> object:
-        """Return the output with auxiliary_loss_weight · share · the loss of an adapter's network added to its loss,
-        over the adapter's rows.
+        """Return the output with auxiliary_loss_weight · share · the loss of an adapter's network added to its loss.
 
-        The detached loss is stored in `tuner.states` and, unless the output is a tuple, as `output.shadow_loss`.
-        Unchanged for models without a head.
+        If the call names adapters for its rows, the loss is that of the adapter's rows. A tuple gives a new tuple with
+        the sum first; another output is changed in place. The detached loss is stored in `tuner.states` and, unless the
+        output is a tuple, as `output.shadow_loss`. Unchanged if `shadow_loss` gives None, as for models without a head.
         """
         cfg = self.tuner.peft_config[name]
         tensors: dict[str, Any] = {"state": self.starts[name]}

@@ -49,7 +49,7 @@ class StackLayout:
         return replace(self, left_to=replacement, by_expert=None if self.by_expert else self.by_expert)
 
     def with_names(self, names: str | Collection[str]) -> StackLayout:
-        """Return this layout with the caller's `expert_layout`: one name or several, of which later ones win.
+        """Return this layout with the caller's `expert_layout`: one name or several; later ones win.
 
         Raises:
             ConfigError: there is no layout of such a name.

@@ -407,9 +407,8 @@ def find_far_rates(
     """Return "<rate> for '<adapter>' (<method>: <low> to <high>)" for each adapter with a learning rate more than `FAR`
     times outside the known range.
 
-    Each parameter group gives a text of its own rate, one for each adapter in it. Heads are left out, and so are groups
-    without `betas` (not Adam-like), rates of 0, and methods without known rates. Of a scheduled rate, its initial value
-    counts.
+    Each parameter group gives one text for each adapter in it. Heads are left out, and so are groups without `betas`
+    (not Adam-like), rates of 0, and methods without known rates. Of a scheduled rate, its initial value counts.
     """
     owners = {
         id(p): part.adapter for part in parts if not isinstance(part.carrier, ModulesToSaveWrapper) for p in part[2]

@@ -35,8 +35,9 @@ def merge_layers(
     that its weight holds}.
 
     Adapters that are merged already are left out, with a warning; return None if none is left. Active adapters that
-    stay unmerged warn, too: on the merged layers, with `undoable=False` on all. Lost shares of an update also warn.
-    Before any write each layer is checked, and all adapters must be finite.
+    stay unmerged warn, too: on the merged layers, with `undoable=False` on all. So does a layer that holds less than 90
+    % of its update. The result has all layers with a merged adapter. Before any write each layer is checked, and all
+    adapters must be finite.
 
     Layers with a `merge` or `get_delta_weight` that a client replaced are merged by that, first. On an error every
     layer that has changed is merged as before. With `undoable=False` this holds only for the replaced ones: graft's own

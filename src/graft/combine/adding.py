@@ -105,9 +105,10 @@ def target_exactly(cfg: PeftConfig, keys: Iterable[str], parameters: Sequence[st
 
 
 def make_rank_patterns(ranks: dict[str, int]) -> dict[str, int]:
-    """Return rank patterns for the layers with another rank than the highest.
+    """Return rank patterns for the layers with another rank than the highest; {} if all have one rank.
 
-    A pattern is the layer's last name, if all layers of this name have one rank, else its path.
+    A pattern is the layer's last name, if all layers of this name have one rank, else "^" and its path; both are
+    escaped as regular expressions.
     """
     usual = max(ranks.values())
     by_name: dict[str, set[int]] = {}

@@ -114,9 +114,10 @@ class ProductForm(Generic[C]):
 
 
 def read_term(m: Method, weight: float) -> Term:
-    """Return the term of a method from its factors, in float32 at least.
+    """Return the term of a method from its factors, in float32 at least, with the method's scale (1 without one) kept
+    apart.
 
-    Vectors between and around the factors are multiplied in.
+    The factors are read in evaluation mode. Vectors between and around the factors are multiplied in.
     """
     with EvaluationMode(m.layer):
         f = m.factors()
@@ -260,7 +261,8 @@ class AdaLoraForm(ProductForm["AdaLoraConfig"]):
         }
 
     def configure(self, cfg: AdaLoraConfig, ranks: Ranks, patterns: Ranks, configs: Sequence[AdaLoraConfig]) -> None:
-        """Set all ranks to the highest, and a pattern if ranks differ.
+        """Set init_r, target_r and lora_alpha to the highest rank, at least 1, and `rank_pattern` to lists of True if
+        ranks differ, else None.
 
         Sets `inference_mode`, since a model trains one AdaLoRA adapter at a time.
         """

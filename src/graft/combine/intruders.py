@@ -120,9 +120,10 @@ def find_intruders(W: Tensor, m: Method, top_k: int, epsilon: float) -> tuple[Te
 
 
 def scale_intruders(m: Method, U: Tensor, S: Tensor, Vh: Tensor, part: float) -> tuple[Tensor, Tensor]:
-    """Return A and B of the adapter, without its scaling, with only the part `part` of these triples.
+    """Return A and B of the adapter, without its scaling, with only the share `part` of these triples.
 
-    Both get the root of each singular value.
+    The product is truncated to the adapter's rank. Both get the root of each singular value; a value of 0 gives zeros
+    in A.
     """
     A, B = get_product(m)
     rank = len(A)

@@ -57,7 +57,8 @@ def dare_ties(
 
 
 def keep_largest(t: Tensor, density: float) -> Tensor:
-    """Return `t` with all but its ⌊density · n⌋ elements of largest magnitude set to 0; `t` itself if density ≥ 1.
+    """Return a new tensor like `t` with all but its ⌊density · n⌋ elements of largest magnitude set to 0; `t` itself if
+    density ≥ 1.
 
     Raises ConfigError for an invalid density.
     """
@@ -96,7 +97,9 @@ def majority_sign(tensors: Sequence[Tensor], method: str = "total") -> Tensor:
 def add_agreeing(tensors: Sequence[Tensor], weights: Sequence[float], majority_sign_method: str = "total") -> Tensor:
     """Return Σ wᵢ tᵢ over elements with the majority's sign, divided by their number, 0 where there are none.
 
-    Weights do not count for the sign.
+    The inputs stay.
+
+    Weights do not count for the sign. Zeros do not agree. Raises ConfigError for an unknown majority.
     """
     sign = majority_sign(tensors, majority_sign_method)
     total, count = torch.zeros_like(sign), torch.zeros_like(sign)
@@ -149,7 +152,7 @@ def truncate_matrix(W: Tensor, rank: int, driver: str | None = None) -> tuple[Te
 
 
 def clamp_to_quantile(A: Tensor, B: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Return A and B with values cut at ± this quantile of all values of both."""
+    """Return new A and B with values cut at ± the quantile of all values (not magnitudes) of both."""
     most = torch.cat([A.flatten(), B.flatten()]).quantile(quantile)
     return A.clamp(-most, most), B.clamp(-most, most)
 

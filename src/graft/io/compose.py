@@ -128,9 +128,10 @@ def compose_cartridge_adapters(
 
 
 def check_composable(first_path: str, first: PeftConfig, path: str, other: PeftConfig) -> None:
-    """Raise ConfigError if two cartridges differ in task or size; the text names the field and both paths.
+    """Raise ConfigError if two cartridges differ in a field of `SAME` (task or size); the text names the first such
+    field and both paths.
 
-    Different names of the base model only give a warning.
+    Different names of the base model only give a PeftWarning.
     """
     for name in SAME:
         a, b = getattr(first, name), getattr(other, name)

@@ -76,7 +76,8 @@ def save_adapter(
 ) -> None:
     """Write weights, config and further files of an adapter into `folder`, which is made if needed.
 
-    On an error the old files stay. The weights file also holds the fingerprint, the config and a digest.
+    On an error the old files stay. The weights file also holds the fingerprint, the config and a digest. Tensors are
+    copied to the CPU first. `save_pair` replaces the files of both formats together.
 
     Args:
         safetensors: write adapter_model.safetensors; else adapter_model.bin.
@@ -214,10 +215,14 @@ def load_weights(where: str, subfolder: str | None = None, check_digest: bool = 
 
 
 def read_torch(path: str, check_digest: bool = True) -> LoadedWeights:
-    """Return the content of a torch file, with its notes. Tensors get separate memory.
+    """Return the content of a torch file, with its notes.
+
+    Tensors get separate memory: those that share it are copied.
+
+    The digest is compared if the file has one, `check_digest` is True, and no tensor has a fault.
 
     Raises:
-        CheckpointError: it is damaged, holds no dict of tensors, or its digest differs (with `check_digest`).
+        CheckpointError: it is damaged, holds no dict of tensors, or its digest differs.
     """
     with open_file(path) as f:
         stamp, noted = notes.read_stamp(f.fileno()), notes.read_torch_notes(f)
@@ -230,10 +235,11 @@ def read_torch(path: str, check_digest: bool = True) -> LoadedWeights:
 
 
 def separate_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with copies of those that share memory with an earlier one or keep a larger storage alive.
+    """Return a new dict of the tensors with copies of those that share memory with an earlier one or keep a larger
+    storage alive.
 
     torch.save keeps shared memory, and Parameters made of such tensors would train as one. Tensors with a fault stay as
-    they are.
+    they are, and so do the others.
     """
     out, seen = dict[str, Tensor](), set[int]()
     for key, t in tensors.items():

@@ -64,9 +64,10 @@ def digest_base_tensors(
 
 
 def digest_base_tensor(t: Tensor) -> str | None:
-    """Return "dtype:digest" of a tensor: the first 16 hex digits of SHA-256 over its bytes.
+    """Return "dtype:digest" of a tensor: the first 16 hex digits of SHA-256 over its bytes, read on the CPU.
 
-    For a tensor subclass the bytes are those of all its inner tensors, and None is returned if they cannot be read.
+    For a tensor subclass the bytes are those of all its inner tensors, and None is returned if they cannot be read. The
+    shape does not count.
     """
     parts = plain_tensors(t)
     if parts is None:

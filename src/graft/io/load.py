@@ -122,7 +122,8 @@ class CheckpointValues:
         """Check and rename the tensors; nothing is matched yet.
 
         Expert layouts of servers become PEFT's, and `config` changes in place to match. Without a `key_mapping` the
-        model's own conversion mapping applies.
+        model's `_checkpoint_conversion_mapping` applies; a `key_mapping` that fits no key warns. If keys were renamed,
+        a fingerprint with renamed weights is kept as well.
 
         Args:
             strict: missing and unexpected keys are errors; else warnings.
@@ -132,6 +133,7 @@ class CheckpointValues:
             CheckpointError: a tensor is not a plain one of real numbers.
             NonFiniteError: NaN or infinite numbers, unless `allow_nonfinite`.
             AdapterKeyError: two keys get one name.
+            ConfigError: the mapping is not valid.
         """
         check_tensors(loaded.tensors, loaded.path, allow_nonfinite or loaded.finite)
         model_mapping = getattr(model, "_checkpoint_conversion_mapping", None)

@@ -42,9 +42,10 @@ GATHER = (
 
 
 def gather_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the sharded ones among these tensors, by name, gathered whole; {} if there is none.
+    """Return the sharded ones among these tensors, sorted by name, gathered whole; {} if there is none.
 
-    All processes must call this. They wait for each other only if a tensor is sharded.
+    All processes must call this. They wait for each other only if a tensor is sharded over several, and compare names,
+    shapes and dtypes first.
 
     Raises:
         CheckpointError: a process is alone, or others have other tensors.
@@ -125,7 +126,10 @@ def get_rank() -> int:
 
 
 def exchange_objects(thing: T) -> list[T]:
-    """Return every process's `thing`, by rank. Every process must call this; a single one gets [thing]."""
+    """Return every process's `thing`, pickled on the way, by rank.
+
+    Every process must call this; a single one gets [thing].
+    """
     if processes() == 1:
         return [thing]
     values = [thing] * processes()

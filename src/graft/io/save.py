@@ -216,7 +216,9 @@ def convert_for_file(
 
 
 def fill_with_values(parts: AdapterCarriers, prompt: Prompt, state: dict[str, Tensor], adapter: str) -> AdapterCarriers:
-    """Return a copy of `parts`, with a prompt and modules to save that hold the values of `state`.
+    """Return a copy of `parts`, with a prompt and deep-copied modules to save that hold the values of `state`.
+
+    Only tensors of `adapter` are filled. Layers are shared with `parts`; the model does not change.
 
     Raises:
         AdapterKeyError: `state` lacks one of them.

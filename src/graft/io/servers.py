@@ -110,7 +110,11 @@ class ServerBlocks(ExpertStacks):
     """
 
     def __init__(self, model: nn.Module):
-        """Survey the model and sort its modules of experts into `found` and `unknown`."""
+        """Survey the model and sort its modules of experts, by path, into `found` (ServerBlock) and `unknown` (the
+        reason as text).
+
+        `type` is the model type of its config, "" without one.
+        """
         super().__init__(model)
         self.found, self.unknown = dict[str, ServerBlock](), dict[str, str]()
         self.type = model_type(model) if hasattr(getattr(model, "config", None), "model_type") else ""

@@ -33,8 +33,11 @@ class StackLayout:
 
     @classmethod
     def from_config(cls, fields: Json) -> StackLayout:
-        """Return the layout that the fields of a file's config say: PEFT's version, and Unsloth's mark for the columns
-        of B. A file of Unsloth without that mark has `by_expert` None.
+        """Return the layout that the fields of a file's config say: PEFT's version (None if missing), and Unsloth's
+        mark for the columns of B.
+
+        `by_expert` is True for the mark "grouped_by_expert" and False for the other known one. Without a known mark it
+        is None for a file of Unsloth, otherwise False.
         """
         version, mark, mapping = fields.get("peft_version"), fields.get(MARK), fields.get("auto_mapping")
         unsloth = isinstance(mapping, dict) and mapping.get("unsloth_fixed", False)

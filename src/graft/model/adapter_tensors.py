@@ -69,9 +69,10 @@ class AdapterTensors:
 def adapter_tensors(
     model: nn.Module, adapter_name: str = "default", layout: str = "peft", dtype: torch.dtype | None = None
 ) -> AdapterTensors:
-    """Return an adapter as tensors in the layout of a server.
+    """Return an adapter as tensors in the layout of a server, with config, requirements, digest and fingerprint.
 
-    The model does not change. All processes that hold it call this.
+    The model does not change. All processes that hold it call this; only the first gets the tensors and a digest, the
+    others {} and "".
 
     An adapter that changed the base at its start (PiSSA) gets factors of twice the rank, for the original base.
 
@@ -320,8 +321,9 @@ def read_factors(
 ) -> tuple[Tensor, Tensor, tuple[str, str]]:
     """Return A, B times `scaling`, and the two endings of their names, from the values of an adapter's file.
 
-    If the adapter changed the base at its start, its `lora_shift` is appended, negated, so that the factors fit the
-    original base. Both are copies of dtype `dtype`, that of A if None; the product is computed in float32.
+    Embeddings have other endings than linear layers. If the adapter changed the base at its start, its `lora_shift` is
+    appended, negated, so that the factors fit the original base; the rank grows by that of the shift. Both are copies
+    of dtype `dtype`, that of A if None; the product is computed in float32.
     """
     ends = ("lora_embedding_A", "lora_embedding_B") if layer.op.takes_ids else ("lora_A.weight", "lora_B.weight")
     A, B = (values[f"{stem}.{end}"].detach() for end in ends)
@@ -335,7 +337,10 @@ def read_factors(
 
 
 def pad_ranks(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """Return the factors with zeros appended in the rank's dimension: rows of A, columns of B."""
+    """Return new factors with zeros appended up to `rank` in the rank's dimension: rows of A, columns of B.
+
+    Stacked factors are padded in each matrix.
+    """
     out = {}
     for key, t in tensors.items():
         if key.rpartition(".lora_")[2] in ("A.weight", "embedding_A"):
@@ -351,8 +356,9 @@ def pad_ranks(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
 def make_lora_config(view: ServerView, config: object, ranks: dict[str, int], base: nn.Module) -> LoraConfig:
     """Return the config of plain LoRA with scaling 1 for these tensors: alpha is the rank, and so in `alpha_pattern`.
 
-    Targets are the shortest names that no other module has. Stacks are `target_parameters` in the layouts "peft" and
-    "vllm-3d".
+    `r` is the largest rank; `rank_pattern` has the others. Targets are the shortest names that no other module has,
+    sorted. Stacks are `target_parameters` in the layouts "peft" and "vllm-3d", otherwise None. Task type and the base's
+    name come from `config`; `inference_mode` is True.
 
     Args:
         ranks: of each module by path, and of each stack by module and parameter.

@@ -126,11 +126,14 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
 
     Print it to see a table.
 
-    The model does not change, and may be on the meta device or have adapters. No memory is allocated, except a prompt's
-    for a moment. Warnings are suppressed, since the report contains them.
+    The model and `config` do not change; the model may be on the meta device or have adapters. No memory is allocated,
+    except a prompt's for a moment. Warnings are suppressed, since the report contains them.
 
     Raises:
-        NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: as `get_peft_model` would.
+        NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: as `get_peft_model` would; ConfigError also for
+            X-LoRA, which adapts no layers itself.
+        TypeError: `config` is no config of graft.
+        AlreadyInjectedError: the model has adapters of another package.
     """
     check_config(config)
     check_no_foreign_adapters(unwrap_model(model))

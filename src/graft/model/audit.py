@@ -262,9 +262,11 @@ def gradient_states(parts: Iterable[Part]) -> list[str]:
 
 
 def report_gradients(parts: list[Part], report: AuditReport, called: set[int] | None = None) -> None:
-    """Add each part without proper gradients to its list in the report.
+    """Add the label of each part without proper gradients to its list in the report: `no_gradient`, `zero_gradient` or
+    `not_finite`.
 
-    A part without a gradient is added to `never_called` if its layer is not in `called`, else to `no_gradient`.
+    A part without a gradient is added to `never_called` instead if its layer is not in `called`; prompts and shared
+    tensors never are.
 
     Args:
         called: ids of the modules that ran; None: not known.
@@ -601,11 +603,12 @@ class Watch:
             torch.autograd.Variable._execution_engine.queue_callback(self._on_end)
 
     def _on_end(self) -> None:
-        """Check the gradients after a backward pass, warn if a report is not ok, and end the watch if there is a report
-        or `LOOKS` passes have run.
+        """Check the gradients after a backward pass, give a PeftWarning if a report is not ok, and end the watch if
+        there is a report or `LOOKS` passes have run.
 
-        Adds the active adapters to the registry's `trained`; after the first pass it warns of dropout in eval mode.
-        Does nothing if the registry has another watch.
+        Counts the pass, and adds the active adapters to the registry's `trained`; after the first pass it warns of
+        dropout in eval mode. The watch ends by `registry.watch = None`. Does nothing but clear `task` if the registry
+        has another watch.
         """
         self.task = None
         if self.registry.watch is not self:

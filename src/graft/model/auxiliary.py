@@ -68,7 +68,8 @@ def is_loss(value: object) -> TypeGuard[Tensor]:
 def make_tokens(noted: AuxiliaryValue, run: Run, model: nn.Module) -> NotedTokens:
     """Return a noted value, (rows, tokens, …), flattened to (tokens, width), with 1 for real tokens and 0 for padding.
 
-    The call's mask of padding is cut to the value's rows. It is None if the call has none, or one of another shape.
+    The call's mask of padding is cut to the value's rows, and has the value's dtype and device. It is None if the call
+    has none, or one of another shape; a value that is flat already may fit, too.
     """
     value, real = noted.value, padding_mask(noted.layer, run, model)
     if real is not None and noted.rows is not None:

@@ -186,9 +186,10 @@ class XLoraRegistry(Registry):
                 ) from e
 
     def _make_classifier(self, adapter_name: str, config: XLoraConfig, names: list[str], on_meta: bool) -> None:
-        """Make the classifier, frozen, and attach it to the tuner.
+        """Make the classifier, frozen, and attach it to the tuner as its module `CLASSIFIER`.
 
-        Record the adapter's name, its experts, and the order of layers (that of the model) and experts.
+        Sets `owner` (the adapter's name), `experts`, and the numbers of layers (`places`, in the order of the model)
+        and experts (`expert_places`, in the order of `names`).
 
         It is on the first layer's device (`on_meta`: the meta device), in the dtype of the model's first parameter.
         """

@@ -106,8 +106,9 @@ def merge_layers(
 def merge_report(model: nn.Module) -> dict[str, float]:
     """Return {path of the layer: share of the merged update that its weight holds}; {} if nothing is merged.
 
-    1.0: nothing was lost to rounding; 0.0: the weight has not changed. `AdapterLayer.share_kept` has the formula. After
-    `merge_and_unload` the PeftModel still has the report of that merge.
+    1.0: nothing was lost to rounding; 0.0: the weight has not changed. `AdapterLayer.share_kept` has the formula. A
+    PeftModel returns a copy of the report of its last merge, also after `merge_and_unload`; for other models the shares
+    are measured now.
     """
     registry = get_registry(unwrap_model(model))
     if registry is not None:

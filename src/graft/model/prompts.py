@@ -87,7 +87,8 @@ class Prompts(Registry):
     def plan(cls, model: nn.Module, config: PromptLearningConfig, adapter_name: str) -> InjectReport:
         """Return the report of a first prompt on `model`: its tensors and the modules trained whole.
 
-        Model, config and random numbers do not change.
+        A prompt is made for a moment. Model, config and the CPU's random numbers do not change. Raises the errors of
+        `_fit`.
         """
         prompts = cls(model, config)
         cfg = copy.copy(config)
@@ -115,13 +116,15 @@ class Prompts(Registry):
     def add_adapter(self, adapter_name: str, config: PromptLearningConfig, options: Options) -> InjectReport:  # type: ignore[override]
         """Add a prompt, inactive, and return the report.
 
-        The config gets the sizes of the model. On an error nothing has changed.
+        The config gets the sizes of the model at the end. On an error nothing has changed. The prompt is on the main
+        stack's device, in the model's training mode.
 
-        Processes of a pipeline draw equal initial values.
+        Processes of a pipeline or of a sharded model meet first, and draw equal initial values.
 
         Raises:
             ConfigError: the config does not fit the model: see `_fit`.
             AdapterNameError: the name is taken.
+            CheckpointError: `options.values` has far fewer numbers than the config describes.
         """
         self.check_new(adapter_name, config)
         cfg = copy.copy(config)
@@ -297,10 +300,12 @@ class Prompts(Registry):
                 stack.end(call)
 
     def _compute_prompt(self, kwargs: dict[str, object], arguments: dict[str, object]) -> tuple[Finish, Tensor | None]:
-        """Return a function for the output of a call, and the tensor of the active prompt, None if no prompt is active.
+        """Return a function for the output of a call, and the tensor of the active prompt; (a function that returns its
+        input, None) if no prompt is active.
 
         For a prompt of embeddings, labels in `kwargs` are widened by ignored tokens (or moved to the finishing
-        function), and outputs of an encoder that lack the prompt are dropped.
+        function). With a decoder stack, outputs of an encoder that lack the prompt are dropped, with a warning. Raises
+        ValueError if the prompt's rows do not fit the batch.
         """
         if self.active is None:
             return return_unchanged, None
@@ -549,10 +554,10 @@ def find_prefix_adapter(
 
 
 def tokenize_text(tokenizer: Any, text: str, use_chat_template: bool, max_length: int | None) -> Tensor:
-    """Return the ids of a text's tokens, (1, tokens), int64, at most `max_length`.
+    """Return the ids of a text's tokens, (1, tokens), int64, the first `max_length` of them (None: all).
 
-    With `use_chat_template` and a tokenizer that has one, the text is a system message; if the template refuses that,
-    warn and use the plain text.
+    With `use_chat_template` and a tokenizer that has one, the text is a system message without a generation prompt. If
+    the template refuses that, warn and use the plain text.
     """
     ids = None
     template = getattr(tokenizer, "chat_template", "unknown") if hasattr(tokenizer, "apply_chat_template") else None

@@ -195,7 +195,8 @@ def find_similar(config: PeftConfig) -> list[RateSearch]:
     """Return the searches of the same class that are most similar in texts and flags; [] if there are none with a
     result.
 
-    First the number of entries that differ counts, then the number that the config lacks.
+    First the number of entries that differ counts, then the number that the config lacks. All searches with the least
+    pair of these are returned, in the file's order.
     """
     same = [row for row in read_searches() if row["adapter"] == class_name_of(config) and best_lr([row])]
     marks_of_config = words_and_flags(find_settings(config))

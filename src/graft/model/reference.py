@@ -58,7 +58,8 @@ def make_reference(
 ) -> Reference:
     """Copy an adapter, frozen and inactive, and return its Reference.
 
-    `PeftModel.reference` has the arguments and errors.
+    `PeftModel.reference` has the arguments and errors. The name is "<adapter>-reference" if None. The copy is in the
+    registry's `frozen`: it never trains, and is saved only if selected. Waits until no call runs.
 
     If the adapter changed the base at its start (PiSSA), the copy is plain: the base has changed already.
 

@@ -595,10 +595,11 @@ class Registry:
     def set_adapter(self, adapter_name: str | Sequence[str] | Composition, inference_mode: bool = False) -> None:
         """Make adapters active, in this order or as a composition says, and trainable unless `inference_mode`.
 
-        Others are deactivated and frozen.
+        Others are deactivated and frozen. A Stack sets no composition, only its names.
 
-        Merged adapters are unmerged first, with a warning, unless just these are merged. Frozen copies stay frozen.
-        `on_change` is called; adapters that no watch has seen yet get one.
+        Merged adapters are unmerged first, with a warning, unless just these are merged on all layers under the same
+        composition. Frozen copies stay frozen. `note_training` and `on_change` are called; adapters that no watch has
+        seen yet get a new one.
 
         Raises:
             AdapterNotFoundError: one of them is not loaded.
@@ -926,9 +927,10 @@ class Registry:
 
     @changes(lambda self, adapter_name: adapters_of_deletion(adapter_name, self.active_adapters))
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its tensors.
+        """Remove an adapter, its tensors, and all that the registry notes of it.
 
-        If it was the only active one, the first of the others (by name) becomes active.
+        If it was active, the remaining active ones are activated again by `set_adapter`, which also lets them train. If
+        it was the only active one, that is the first of the others (by name).
 
         If it was part of an active Average or Parallel, the composition ends, with a warning.
 

@@ -86,7 +86,8 @@ def _layers_by_path(model: nn.Module) -> dict[str, AdapterLayer | ModulesToSaveW
 def unwrap_with_layers(model: nn.Module, caller: str) -> nn.Module:
     """Return the model inside wrappers such as DDP.
 
-    Raises TypeError, with `caller`, for prompts, and AlreadyInjectedError for PEFT's models.
+    Raises TypeError, with `caller`, for prompts, and AlreadyInjectedError for models with adapters of PEFT. A model
+    without adapters passes.
     """
     model = unwrap_model(model)
     check_no_foreign_adapters(model)

@@ -127,10 +127,11 @@ class _Classification(_WithHead):
         return weights[-1].shape[0] if weights else None
 
     def _set_labels(self, n: int | None) -> None:
-        """Set `num_labels` of the base's config (and of the base) to `n`, and `problem_type` back to the user's.
+        """Set `num_labels` of the base's config (and of the base, if it has the attribute) to `n`, and `problem_type`
+        back to the user's.
 
-        The base's own names of labels come back with its own number. Does nothing if `n` is None or there already, or
-        the model has no labels. Waits until no other call runs.
+        The base's names of labels come back with its original number; with any other number the config chooses them.
+        Does nothing if `n` is None or there already, or the model has no labels. Waits until no other call runs.
         """
         model, before = self.get_base_model(), self._base_labels
         now = _read_labels(model)
@@ -262,7 +263,7 @@ class AutoPeftModel:
     auto_class: ClassVar[str | None] = None  # transformers' class of the base model
 
     def __init__(self, *args: object, **kwargs: object):
-        """Raise OSError: use `from_pretrained`."""
+        """Raise OSError for any arguments: `from_pretrained` makes such models."""
         name = type(self).__name__
         raise OSError(
             f"{name} is designed to be instantiated using the "

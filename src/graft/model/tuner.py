@@ -356,9 +356,11 @@ _CLASSES: dict[str, type[Tuner]] = {}  # no cache of a function: two threads wou
 
 
 def tuner_of(peft_type: str) -> Any:
-    """Return the Tuner subclass of a peft_type, named as PEFT's; for a prompt method, the class of its encoder.
+    """Return the Tuner subclass of a peft_type (text or enum), named as PEFT's; for a prompt method, the class of its
+    encoder.
 
-    A class is made on first use and kept, one for each method. Raises ConfigError for an unknown type.
+    A class is made on first use and kept, one for each method. Functions that the method adds to tuners, and
+    `add_weighted_adapter`, become its methods. Raises ConfigError for an unknown type.
     """
     name = getattr(peft_type, "value", peft_type)
     method = method_of(name)

@@ -142,9 +142,10 @@ KINDS = {"token_type_ids": 0, "mm_token_type_ids": 0, "visual_pos_masks": 0, "gl
 
 
 def put_embeddings(stack: PromptStack, arguments: dict[str, Any], batch: int) -> None:
-    """Put the prompt's embeddings before the input's in `arguments`, in place, and numbers for its tokens in `KINDS`.
+    """Put the prompt's embeddings before the input's in `arguments`, in place, in the input's device and dtype.
 
-    Input ids are replaced by `inputs_embeds`, from the word embeddings. A model with embeddings for each layer gets
+    `input_ids` become None and `inputs_embeds` are set, made by the word embeddings if the call has none. Arguments in
+    `KINDS`, such as token types, get their number for the prompt's tokens. A model with embeddings for each layer gets
     those of padding for the prompt.
     """
     embeds = arguments.get("inputs_embeds")
@@ -166,7 +167,8 @@ def _put_per_layer(stack: PromptStack, arguments: dict[str, Any], batch: int) ->
     """Put padding's embeddings before the per-layer embeddings of Gemma 3n and 4, in place, as the model does for
     images.
 
-    Without `per_layer_inputs` they are made from the input ids; without these too, nothing happens.
+    Without `per_layer_inputs` they are made from the input ids; without these too, nothing happens. The padding token
+    is that of the config, 0 without one.
     """
     module: nn.Module = stack.module
     inputs = arguments.get("per_layer_inputs")
@@ -183,9 +185,11 @@ def put_keys(stack: PromptStack, arguments: dict[str, object], cache: object, ba
     """Put the prompt's keys and values into the cache of the call, a new one if none was given, in `arguments`.
 
     Pairs that layers cannot hold are cut or skipped. Under gradient checkpointing layers get the cache when they run,
-    now and in the backward pass. The visit notes a cache to leave out of the output, if the call wants none. A call
-    without an attention mask gets one of ones outside of causal models; a mask of None in a dict becomes a causal one
-    for sdpa.
+    now and in the backward pass. `stack.now.lent` notes a cache to leave out of the output: if the call, or else the
+    config, wants none, or under checkpointing.
+
+    Outside of causal and encoder-decoder models, a call without an attention mask gets one of ones, (batch, tokens). In
+    a dict of masks each None becomes a causal mask for sdpa.
     """
     assert stack.now.keys is not None and stack.now.as_pairs is not None and stack.cache_name is not None
     replayed = stack.now.replays.prepare_checkpointing()

@@ -141,7 +141,9 @@ def words_of(ids: Tensor, words: nn.Module | None, why: str) -> Tensor:
 
 
 def check_tokens(ids: Tensor, words: nn.Module, why: str) -> None:
-    """Raise ConfigError if a token is negative, or not below the number of the base model's word embeddings."""
+    """Raise ConfigError, which begins with `why`, if a token is negative, or not below the rows of the base model's
+    word embeddings. The text has the first such token.
+    """
     size = find_whole_shape(next(words.parameters()))[0]
     unknown = ids[(ids < 0) | (ids >= size)]
     if len(unknown):
@@ -152,7 +154,8 @@ def check_tokens(ids: Tensor, words: nn.Module, why: str) -> None:
 
 
 def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:
-    """Return decoder inputs (batch, length) from labels: the start token, then all labels but the last.
+    """Return decoder inputs (batch, length) from labels, in a new tensor: the start token, then all labels but the
+    last.
 
     Ignored labels (-100) become padding.
 

@@ -140,15 +140,17 @@ class CPTEmbedding(Prompt):
     def compute_loss(
         self, logits: Tensor, labels: Tensor, input_type_mask: Tensor | None = None, **arguments: Any
     ) -> Tensor:
-        """Return the mean cross entropy of the label tokens, those of the examples and of the input, as (); ignored
-        labels count nothing.
+        """Return the mean cross entropy of the label tokens, those of the examples and of the input, as (), computed in
+        float32.
 
-        With "decay" each is weighted by its example; the sum is still divided by their number.
+        Labels of -100 count neither in the sum nor in the number. With opt_weighted_loss_type "decay" each is weighted
+        by its example; the sum is still divided by their number. Logits predict the next token.
 
         Args:
             logits: (batch, virtual tokens + tokens, vocabulary).
             labels: (batch, tokens).
-            input_type_mask: (batch, tokens), as `cpt_tokens_type_mask`; None: all of them are labels.
+            input_type_mask: (batch, tokens), as `cpt_tokens_type_mask`; None: all of them are labels. Types above 0
+                count on from the largest of the examples.
 
         Raises:
             ValueError: labels or types have another shape, or no token is a label. On CUDA the device checks the last.

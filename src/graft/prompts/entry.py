@@ -22,9 +22,9 @@ ORDERS = ("perm_mask", "target_mapping")  # arguments of XLNet, which cannot cov
 
 
 def attach(stack: PromptStack) -> None:
-    """Put the hooks on the stack's modules: `enter` and `leave` on its module, `step` on an outer one.
+    """Put the hooks on the stack's modules: `enter` before and `leave` after its module, `step` before an outer one.
 
-    Only the first call does.
+    Only the first call does, and sets `attached`; the hooks stay.
     """
     if stack.attached:
         return
@@ -226,8 +226,9 @@ INPUTS = ("input_ids", "inputs", "inputs_embeds")
 def check_caches(kwargs: dict[str, object], model: nn.Module) -> None:
     """Raise ValueError for caches that `generate` cannot use with a prompt: a static one, or one that holds tokens.
 
-    The static one may be set in `kwargs`, or in the generation config of the call or else of the model. A cache in
-    `kwargs` may have the new or the old argument's name.
+    The static one may be set as `cache_implementation` in `kwargs`, or in the generation config of the call or else of
+    the model; any value with "static" in it counts. A cache in `kwargs` may have the new or the old argument's name. An
+    empty cache passes.
     """
     settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     kind = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)

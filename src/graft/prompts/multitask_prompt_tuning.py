@@ -54,9 +54,11 @@ class MultitaskPromptEmbedding(PromptEmbedding):
     in_decoder = True
 
     def __init__(self, cfg: Any, words: nn.Module | None = None):
-        """Make the shared prompt and random factors for each task, or read them from a trained prompt.
+        """Make the shared prompt and factors for each task, random normal with deviation 0.02, or read them from a
+        trained prompt.
 
-        Reading happens for an init of `SOURCES` without inference_mode.
+        Reading happens for an init of `SOURCES` without inference_mode; tensors that the file's kind of init does not
+        give stay random.
 
         Raises:
             ConfigError: a tensor of the trained prompt has another shape; or as `source_values`.
@@ -80,12 +82,12 @@ class MultitaskPromptEmbedding(PromptEmbedding):
     def forward(self, indices: Tensor | None = None, task_ids: Tensor | None = None, **arguments: Any) -> Tensor:
         """Return the prompt of each sample's task, (batch, tokens, dim), or (tokens, dim) for a single task number.
 
-        `indices` is unused: the prompt has all tokens.
+        It is the shared prompt times, element by element, the product of the task's two factors. `indices` is unused:
+        the prompt has all tokens.
 
         Raises:
-            ValueError: no task_ids, no whole numbers, more than one dimension, or a task that does not exist. On CUDA
-                the
-                device checks the last.
+            ValueError: no task_ids, no int32 or int64, more than one dimension, or a task that does not exist. On CUDA
+                the device checks the last.
         """
         if task_ids is None:
             raise ValueError(

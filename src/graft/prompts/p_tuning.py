@@ -55,10 +55,10 @@ class PromptEncoder(Prompt):
     config = PromptEncoderConfig
 
     def __init__(self, cfg: Any, words: nn.Module | None = None):
-        """Make the embedding and, unless inference_mode is set, the network: an LSTM with an MLP on top, or an MLP
-        alone.
+        """Make the embedding of all rows and, unless inference_mode is set, the network.
 
-        Warns that an MLP ignores encoder_num_layers, if that is not the default.
+        With the type LSTM it is a bidirectional LSTM with an MLP of 2 layers on top, otherwise an MLP of 3 linear
+        layers alone. The MLP alone warns that it ignores encoder_num_layers, if that is not the default.
         """
         super().__init__(cfg, words)
         dim, H = cfg.token_dim, cfg.encoder_hidden_size

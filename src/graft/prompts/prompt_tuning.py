@@ -65,8 +65,10 @@ class PromptEmbedding(Prompt):
     published_lr = PublishedRate(0.3, 0.3, "arXiv 2104.08691, its code, with Adafactor")
 
     def __init__(self, cfg: Any, words: nn.Module | None = None):
-        """Make the embedding: random, or unless inference_mode is set the words of a text (TEXT) or of random tokens
-        (SAMPLE_VOCAB).
+        """Make the embedding of `cfg.rows` tokens: random, or unless inference_mode is set the words of a text (TEXT)
+        or of random tokens (SAMPLE_VOCAB).
+
+        Words are copied; random tokens are drawn from torch's generator, with repetition.
 
         Raises:
             ConfigError: the text has no tokens, or tokens that the base model does not know.

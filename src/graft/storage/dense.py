@@ -207,7 +207,7 @@ class Dense:
         return None
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> Any:
-        """Return a detached copy of the tensor, on the CPU if the module is offloaded.
+        """Return a detached copy of the tensor, on the CPU if the module has an offload hook, else on its device.
 
         If the weight is tied (`shared`), return the parameter itself.
         """

@@ -39,7 +39,8 @@ class FlatPiece(NamedTuple):
     def gather(self) -> Tensor:
         """Return the whole tensor in new memory, on the device of the piece.
 
-        Every process of the default group must call this.
+        Every process of the default group must call this, also with an empty piece: sizes are gathered first, then
+        pieces padded to the largest.
 
         With gloo it is gathered on the CPU, else on the accelerator. With HYBRID_SHARD the first copy counts.
         """
@@ -109,8 +110,8 @@ def find_tensor_number(flat: Any, offset: int) -> int:
 def find_flat_place(p: Tensor) -> tuple[Any, int] | None:
     """Return the flat parameter that has taken in an original parameter, and its number there; None if there is none.
 
-    FSDP1 keeps no reference from one to the other. If the cache has no valid answer, it is cleared, and filled for all
-    parameters from all objects of the garbage collector.
+    FSDP1 keeps no reference from one to the other. If the cache `_PLACES` has no valid answer, it is cleared, and
+    filled for all parameters from all objects of the garbage collector. That is slow.
     """
     place = look_up_place(p)
     if place is None:

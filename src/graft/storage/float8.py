@@ -48,10 +48,10 @@ class Float8(OwnModule):
         return getattr(m, self.scale)
 
     def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
-        """Return new parameters for the weight and its scales, encoded as the old ones are; scales keep shape and
-        requires_grad.
+        """Return new parameters for the weight and its scales, by name, encoded as the old ones are.
 
-        For a weight that is not quantized return only `weight`: W in the old dtype, with the old requires_grad.
+        The weight requires no gradient; scales keep shape and requires_grad. For a weight that is not quantized (wider
+        than a byte) return only `weight`: W in the old dtype, with the old requires_grad.
         """
         if m.weight.element_size() > 1:
             return {"weight": nn.Parameter(W.to(m.weight.dtype), requires_grad=m.weight.requires_grad)}

@@ -64,8 +64,9 @@ def read_by_identity(m: nn.Module, dims: tuple[int, int], device: torch.device |
 def why_not_linear(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
     """Return why a module is not y = W x + bias with its `bias` attribute; None if it is, as far as random inputs show.
 
-    A copy of the module runs on four random rows of several sizes and on the identity; results may differ by
-    `TOLERANCE`. The rows have a fixed seed. No more than a block of W is held at once.
+    A copy of the module runs on one random row for each of the `SIZES` and on the identity; results may differ by
+    `TOLERANCE`. The rows have a fixed seed. No more than a block of W is held at once. Last comes the test of
+    `why_not_affine`.
     """
     run = copy_for_reading(m)
     x = torch.randn(len(SIZES), dims[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")

@@ -222,8 +222,9 @@ def gather_module(module: nn.Module) -> nn.Module:
 def standalone(module: nn.Module) -> nn.Module:
     """Return a copy of a module with all tensors in memory and whole on each process, which no layout manages.
 
-    If FSDP2 has sharded it, every process must call this, and hooks stay behind. With its mixed precision, hooks cast
-    inputs to the copy's dtype and the output to that of the precision. Else as `tensor_parallel.standalone`.
+    If FSDP2 has sharded it, every process must call this, and hooks and parallel forwards stay behind. If its mixed
+    precision computes in another dtype than the copy's, hooks cast inputs to the copy's dtype and the output to that of
+    the precision. Else as `tensor_parallel.standalone`. Raises the errors of `list_styles`.
     """
     if not any(m in GROUPS for m in module.modules()):
         return tensor_parallel.standalone(module)

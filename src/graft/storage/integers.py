@@ -46,9 +46,10 @@ class Gemma(OwnModule):
         return codes * m.weight_scale
 
     def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
-        """Return new codes and scales of W as parameters, in the bits of the old weight.
+        """Return new codes and scales of W as parameters, by name, in the bits of the old weight.
 
-        The scale of a row is its largest magnitude divided by the largest code. Scales keep dtype and requires_grad.
+        The scale of a row is its largest magnitude, at least 1e-12, divided by the largest code. Codes are int8 with 8
+        bits, otherwise packed. The weight requires no gradient; scales keep dtype and requires_grad.
         """
         half = 2 ** (m.num_bits - 1)
         scale = W.abs().amax(1, keepdim=True).clamp_min(1e-12) / max(half - 1, 1)

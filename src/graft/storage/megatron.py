@@ -39,7 +39,7 @@ def find_megatron_group(m: nn.Module) -> dist.ProcessGroup | None:
 def find_cut(m: nn.Module) -> Cut | None:
     """Return the cut of a column parallel layer's outputs, or of a row parallel layer's inputs; None if nothing is cut.
 
-    Sizes of module and weight decide.
+    Something is cut if the module's size differs from its weight's. The cut has the whole size and this process's rank.
 
     Raises:
         UnsupportedLayerError: the weight is a piece, and no process group is known.

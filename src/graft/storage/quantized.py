@@ -155,11 +155,11 @@ class Quantized(Dense):
         return computes_on(m, device), self.compute_dtype(m)
 
     def dense(self, m: nn.Module, dtype: torch.dtype | None = None) -> nn.Linear:
-        """Return a new linear layer with the decoded weight (out, in), in `dtype`, or in the dtype that the module
-        computes in.
+        """Return a new linear layer with the decoded weight (out, in), in `dtype`, or in the dtype in which it is
+        decoded.
 
-        Its weight has no gradient. A bias is copied, cast, with its requires_grad. The layer has the module's training
-        mode.
+        Its weight has no gradient. A bias is copied, cast to the weight's dtype, with its requires_grad. The layer has
+        the module's training mode. Raises UnsupportedLayerError if the weight cannot be read.
         """
         W, bias = find_op(m).canon(self.read(m)), getattr(m, "bias", None)
         W = W.to(dtype or W.dtype).contiguous()

@@ -138,8 +138,8 @@ def _last(layout: Any) -> bool:
 def standalone(module: nn.Module) -> nn.Module:
     """Return a copy of a module with all tensors in memory, whole on each process, and without parallel forwards.
 
-    DTensors are gathered, so that every process must call this; offloaded tensors are loaded. Raises the errors of
-    `list_styles`.
+    DTensors are gathered, so that every process must call this; offloaded tensors are loaded. Gathered parameters are
+    new, with their requires_grad. A module without a parallel style is only copied. Raises the errors of `list_styles`.
     """
     styles = list_styles(module)
     if not styles:
@@ -229,7 +229,8 @@ class TensorParallel(Dense):
     def piece(self, m: nn.Module, op: Op) -> tuple[Tensor, Cut | None, Cut | None]:
         """Return this process's piece of the weight (canonical), and the cuts of its rows and columns.
 
-        At most one of the cuts is set; both are None if the weight is whole on each process.
+        At most one of the cuts is set; both are None if the weight is whole on each process, or there is only one. Only
+        the first placement of the DTensor counts.
         """
         t: Any = m.weight
         mesh, shard = t.device_mesh, t.placements[0]

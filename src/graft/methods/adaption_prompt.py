@@ -64,8 +64,10 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
 
     @classmethod
     def prepare(cls, cfg: AdaptionPromptConfig, model: nn.Module) -> None:
-        """Set `cfg.target_paths` to the paths of the last `adapter_layers` modules called `target_modules`, or the
-        type's default.
+        """Set `cfg.target_paths` to the set of paths of the last `adapter_layers` modules called `target_modules`, or
+        the type's default.
+
+        The model's type is checked even if `target_modules` is set.
 
         Raises:
             ConfigError: the model type is unknown; `adapter_len` or `adapter_layers` is None; the model has fewer such

@@ -112,8 +112,10 @@ class BottleneckConfig(Targeted, Chosen):
         return r.get(str(block), r.get("default", 0))
 
     def check_blocks(self, numbers: Collection[int]) -> None:
-        """Raise ConfigError if `leave_out` or `reduction_factor` names a block that is not in `numbers`, the model's
-        blocks.
+        """Raise ConfigError if `leave_out`, or a `reduction_factor` that is a dict, names a block that is not in
+        `numbers`, the model's blocks.
+
+        The name "default" is no block and passes. Text and number of a block are equal.
         """
         by_block = self.reduction_factor if isinstance(self.reduction_factor, dict) else {}
         for name, blocks in ("leave_out", self.leave_out), ("reduction_factor", [*by_block]):
@@ -408,8 +410,8 @@ class Bottleneck(Method[BottleneckConfig]):
         """Return the effect of the place's role: a `Tap`, or a `Rewrite` with this class's method for that role.
 
         "tap": `Tap` for the place's readers. "norm": `before_norm` ahead of a block. "head": `before_head` on the input
-        (`pre`). "embedding": `after_embedding` on the output (`post`). "beside": the part `beside` on a tapped input.
-        Any other: the part `after`. The last three mark a block if the module's kind is unknown.
+        (`pre`). "embedding": `after_embedding` on the output (`post`). "beside" has the part `beside` on a tapped
+        input. Any other: the part `after`. The last three mark a block if the module's kind is unknown.
         """
         place, block = self.place, not self.site.op.known
         if place.role == "tap":

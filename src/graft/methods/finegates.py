@@ -40,8 +40,10 @@ class FineGatesConfig(Targeted, LayerRange, FanInFanOut, BaseBias):
 
 
 def find_gates(tuner: Tuner, adapter_names: str | list[str] | None) -> list[FineGates]:
-    """Return the FineGates methods of these adapters (None: the active ones) on all layers; of a stack one for each
-    matrix.
+    """Return the FineGates methods of these adapters (a name or a list; None: the active ones) on all layers; of a
+    stack one for each matrix.
+
+    They are in the order of layers, then of names. Adapters of other methods are left out.
 
     Raises:
         AdapterNotFoundError: the model has no adapter of that name.

@@ -281,11 +281,11 @@ def first_output(out: Any) -> Node:
 
 
 def residual_of(end: Node, summands: Collection[Node]) -> str | None:
-    """Follow the first inputs backward from the end of the MLP.
+    """Return the path of the module that gets a summand, maybe cast, as its first input, on the way back from the end
+    of the MLP.
 
-    Return the path of the module that gets a summand, maybe cast, as input.
-
-    None if a function gets it, or no summand is on the way.
+    The way follows the first input of each node. Return None if a function gets the summand, or no summand is on the
+    way.
     """
     while inputs := end.all_input_nodes:
         value = inputs[0]

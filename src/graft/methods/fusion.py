@@ -132,8 +132,11 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         return None if self.place.role == "tap" else super().check()
 
     def describe(self) -> Effect:
-        """Return the effect of the bottlenecks' role: a `Tap`; a `Rewrite` with `before_norm` at a norm, else one that
-        adds `fuse` of the output, or of a tapped input.
+        """Return the effect of the bottlenecks' role here.
+
+        "tap": a `Tap` for the place's readers. "norm": a `Rewrite` of the input (`pre`) by `before_norm`, of a block.
+        "beside" has a Rewrite with the part `beside` on a tapped input. Any other role, or no place: the part `after`.
+        The last two mark a block if the module's kind is unknown.
         """
         place, block = self.place or BottleneckPlace("after"), not self.site.op.known  # `check` refuses None
         if place.role == "tap":

@@ -57,9 +57,9 @@ class Support(nn.Module):
             self.X = nn.Parameter(torch.empty(1 if kind == "constant" else (shape[0], *[1] * (len(shape) - 1))))
 
     def start(self, as_nothing: bool) -> None:
-        """Fill the parameters: with `as_nothing` zeros, except `Xu`.
+        """Fill the parameters, the last one first: with `as_nothing` zeros, except `Xu`.
 
-        All others are kaiming uniform (a=√5), except a constant, which is normal with std 0.02.
+        All others are kaiming uniform (a=√5), except those of kind "constant", which are normal with std 0.02.
         """
         for name, p in reversed(list(self.named_parameters())):
             if as_nothing and name != "Xu":
@@ -126,7 +126,10 @@ class GLoRA(Method[GloraConfig]):
         return Rescaled(W0, None, None) if A.kind == "none" else Rescaled(W0, A.X, B.X)
 
     def shift(self) -> Tensor:
-        """Return Δb = b₀ ⊙ D + E + W₀ C, (out,), in the adapter's dtype; without the terms of kind "none"."""
+        """Return Δb = b₀ ⊙ D + E + W₀ C, (out,), in the adapter's dtype, for a layer with a bias.
+
+        With kind "none" of D and E, or of C, their terms are left out. A C of kind "lora" is the product Xd Xu.
+        """
         C, D, E, dtype = self.glora_C, self.glora_D, self.glora_E, self.dtype
         b0 = self.layer.b0.to(dtype)
         shift = torch.zeros_like(b0) if D.kind == "none" else b0 * D.X + E.X

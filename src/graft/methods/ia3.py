@@ -95,7 +95,8 @@ class IA3(Method[IA3Config]):
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return `ia3_l` with normal values, and `is_feedforward`.
 
-        Shape (out, 1); feed-forward (1, in); convolutions (1, channels, 1, …).
+        A feed-forward layer has a factor for each input, others for each output. The shape is (out, 1), for
+        feed-forward (1, in); for convolutions of both kinds (1, channels, 1, …).
         """
         site, inner = self.site, self.inner
         n, spatial = site.in_features if inner else site.out_features, len(site.shape) - 2

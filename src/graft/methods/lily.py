@@ -34,7 +34,7 @@ class LilyConfig(Targeted, LayerRange):
 def entry_of(targets: str | Iterable[str] | None, key: str) -> str:
     """Return the longest entry of `target_modules` that ends the path `key`, or the path itself if none does.
 
-    A regular expression is returned as it is.
+    An entry also fits inside a name: "proj" ends "q_proj". A regular expression is returned as it is.
     """
     if isinstance(targets, str):
         return targets

@@ -110,10 +110,11 @@ class LoHa(Lycoris[LoHaConfig]):
         return self.facts() | {f"hada_{name}": nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
 
     def init_values(self) -> None:
-        """Fill all parameters kaiming uniform (a=√5), and w2_b with zeros; with `init_weights=False` w2_b, too, is
-        random.
+        """Fill w1_a, w1_b, w2_a, and t1 and t2 of a factored kernel (`cp`), kaiming uniform (a=√5), and w2_b with
+        zeros.
 
-        "abba": `init_abba`. `use_khatri_rao`, unless the kernel is factored: `init_ones`.
+        With `init_weights=False` w2_b is kaiming uniform, too. "abba" calls `init_abba` instead; `use_khatri_rao`,
+        unless the kernel is factored, `init_ones`.
         """
         if self.cfg.init_weights == "abba":
             self.init_abba()

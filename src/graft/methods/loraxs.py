@@ -56,7 +56,8 @@ class LoraXS(Method[LoraXsConfig]):
     scaling: float
 
     def check(self) -> str | None:
-        """Return a reason against init_weights="sb" on layers other than linear ones; else that of `Method.check`.
+        """Return a reason against init_weights="sb" on layers other than linear ones, and on a single matrix of a
+        stack; else that of `Method.check`.
 
         Raises ConfigError if r is above the smaller side of the weight.
         """

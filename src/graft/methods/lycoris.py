@@ -76,11 +76,12 @@ class Lycoris(Method[L]):
     def row_mask(self, like: Tensor, rescale: bool) -> Tensor | None:
         """Return factors of the output rows, (out,), 0 for dropped ones; None in eval mode or without dropout.
 
-        `rank_dropout` drops single rows, `module_dropout` all at once.
+        `rank_dropout` drops single rows at random, `module_dropout` all at once; with both they multiply.
 
         Args:
             like: a tensor of the wanted dtype and device.
-            rescale: divide by the share of rows that `rank_dropout` left.
+            rescale: divide by the share of rows that `rank_dropout` left, at least 1e-6; `module_dropout` is not made
+                up for.
         """
         if not (self.layer.training and (self.rank_dropout or self.module_dropout)):
             return None

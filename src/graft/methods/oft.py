@@ -50,7 +50,8 @@ class OFTConfig(Targeted, LayerRange, FanInFanOut, BaseBias):
     def check_kwargs(cls, **kwargs: object) -> dict[str, object]:
         """Return a file's fields unchanged.
 
-        Warn if the file uses the Cayley-Neumann series and is older than PEFT 0.18, which changed the series.
+        Warn if the file uses the Cayley-Neumann series and is older than PEFT 0.18, which changed the series. A file
+        without `peft_version` counts as older.
 
         Raises:
             ConfigError: `oft_block_size` is missing: the file is older than PEFT 0.14, with another OFT.
@@ -101,11 +102,12 @@ class OFT(Method[OFTConfig]):
         return Rewrite(self.fold, pre=None if kernel else self.pre, inward=True)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return `oft_R` (on an embedding `oft_embedding_R`), a `Rotation` of all blocks, or of one with `block_share`;
-        and facts.
+        """Return `oft_R` (on an embedding `oft_embedding_R`), a `Rotation` of all blocks, or of one with `block_share`,
+        and the facts. The facts are `r` and `blocks` (both the number of blocks), `block_size`, `eps`, `terms` and
+        `module_dropout`.
 
-        The blocks divide the inputs, of an embedding the outputs. A `r` or `oft_block_size` that does not divide them
-        becomes the nearest divisor, with a warning. `eps` is None without `coft`, `terms` None without
+        The blocks divide the inputs, of an embedding the outputs. `r`, or for 0 `oft_block_size`, that does not divide
+        them becomes the nearest divisor, with a warning. `eps` is None without `coft`, `terms` None without
         `use_cayley_neumann`.
         """
         site, cfg = self.site, self.cfg

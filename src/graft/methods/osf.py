@@ -70,7 +70,7 @@ class OSF(Method[OSFConfig]):
         return out, n, k, min(out, n) - k
 
     def check(self) -> str | None:
-        """Return the reason of `Method.check`. Raises ConfigError if no component stays."""
+        """Return the reason of `Method.check`. Raises ConfigError if no component of a known layer stays."""
         if self.site.op.known and self.sizes[2] <= 0:
             raise ConfigError(
                 f"`effective_rank` should be a positive integer value but the value passed is {self.sizes[2]}, from "
@@ -149,8 +149,8 @@ class OSF(Method[OSFConfig]):
 
 
 def staying(wanted: int | float | None, m: int) -> int:
-    """Return the number of m components that stay: half for None, a share for a float up to 1, else the number itself;
-    at most m.
+    """Return the number of m components that stay, rounded down: half for None, a share of m for a float up to 1, else
+    the number itself; at most m.
     """
     if wanted is None:
         return m // 2

@@ -120,12 +120,14 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
 
 def chosen_blocks(model: nn.Module, layers: Collection[int] | str) -> list[Block]:
-    """Return the blocks with the numbers `layers`, encoder first; all for "all".
+    """Return the blocks with the numbers `layers`, in that order; for "all", or any other text, all blocks, encoder
+    first.
 
-    One block of each type is followed as a check.
+    The last block of each module type is followed as a check. A block with code that needs values (UnfollowedError)
+    passes.
 
     Raises:
-        ConfigError: the model has no block of such a number.
+        ConfigError: the model has no block of such a number; negative ones are none.
         NoMatchingPeftModuleError: the names show no blocks.
         UnsupportedLayerError: the first output of a block does not continue its first input.
     """

@@ -108,7 +108,10 @@ class PSOFT(Method[PsoftConfig]):
     scaling: float
 
     def check(self) -> str | None:
-        """Return the reason of `Method.check`. Raises ConfigError if r is above the smaller side of the weight."""
+        """Return the reason of `Method.check`.
+
+        Raises ConfigError if r is above the smaller side of a known layer's weight.
+        """
         r, most = self.cfg.r, min(self.site.out_features, self.site.fan_in)
         if self.site.op.known and r > most:
             raise ConfigError(
@@ -186,8 +189,9 @@ class PSOFT(Method[PsoftConfig]):
         """Return R (r, r), in at least float32: orthogonal from the skew-symmetric Q with `psoft_orth`, else the
         weight.
 
-        Rows are multiplied by `vector_b`, columns by `vector_a`. `use_cayley_neumann` takes a series, with Q's norm at
-        most `cayley_neumann_eps`.
+        With `use_cayley_neumann` it is a series of `num_cayley_neumann_terms`. Q is first scaled to a norm of at most
+        `cayley_neumann_eps`, unless that is None. Else it is the exact Cayley transform. Rows are then multiplied by
+        `vector_b`, columns by `vector_a`, where there are such vectors.
         """
         cfg, parameters = self.cfg, self.psoft_R
         R = parameters.weight.to(torch.promote_types(parameters.weight.dtype, torch.float32))

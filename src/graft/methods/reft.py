@@ -190,8 +190,10 @@ class Reft(OnStates[ReftConfig]):
         """Return `reft_prompt_lengths` (batch,): the number of real tokens before each row's first label other than
         -100.
 
-        A row with none counts all its tokens. Return {} without labels (batch, tokens), or if the model cannot
-        generate.
+        In a model with encoder and decoder the count includes the place of that label, since its token comes after it.
+        A row with a count of 0 counts all its real tokens. Tokens are real by the batch's attention mask (the
+        decoder's); all are without one of the labels' shape. Return {} without labels (batch, tokens), or if the model
+        cannot generate.
         """
         labels = batch.get("labels")
         generates = getattr(model, "can_generate", None)

@@ -132,7 +132,8 @@ class SHiRA(Method[ShiraConfig]):
     def chosen(self) -> Tensor:
         """Return the places that the mask chooses, as ascending flat indices of the canonical weight, (k,), on the CPU.
 
-        A `mask_fn` of the user's gets the base layer with merged adapters removed for the call.
+        With `random_mask` they are `random_places` by the seed, without a look at the weight. A `mask_fn` of the user's
+        gets the base layer with merged adapters removed for the call, and r.
 
         Raises:
             ConfigError: there is no mask function, or its mask has another shape, or another number of ones than r ·
@@ -178,7 +179,7 @@ class SHiRA(Method[ShiraConfig]):
 def with_places(tensors: Tensors, name: str, site: Site) -> Tensors:
     """Return a file's tensors with tensor `name` (2, k), the output and the input of each entry, as int32.
 
-    Without it return them unchanged.
+    Without it return them unchanged. A tensor of another shape is converted, too, but its values are not checked.
 
     Raises:
         CheckpointError: places are outside of the weight.

@@ -36,7 +36,9 @@ class SupertuningConfig(Targets):
     save_precomputed_indices: bool = True  # put the places into files, which then do not depend on the weight
 
     def __post_init__(self) -> None:
-        """Validate the fields; set `lora_alpha`, if it is None, to 2 r. Warns with `save_precomputed_indices=False`.
+        """Validate the fields; set `lora_alpha` to 2 r if `r` is set and `lora_alpha` is None.
+
+        Warns with `save_precomputed_indices=False` that a load may choose other entries.
 
         Raises:
             ConfigError: `lora_alpha` is set without `r`.
@@ -74,7 +76,7 @@ class SuperTuning(Method[SupertuningConfig]):
     def check(self) -> str | None:
         """Return the reason of `Method.check`.
 
-        Raises ConfigError if no entry would train, or the weight has more than 2³¹.
+        Raises ConfigError if no entry of a known layer would train, or its weight has more than 2³¹.
         """
         site = self.site
         if site.op.known and (self.size < 1 or math.prod(site.shape) > MOST):

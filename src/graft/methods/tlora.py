@@ -147,9 +147,9 @@ class TLoRA(Method[TLoraConfig]):
             self.tlora_lambda.add_(torch.randn(cfg.r, device="cpu").to(P.device))
 
     def effect_at(self, value: object) -> Effect:
-        """Return an `Update` with the factors of timestep `value`.
+        """Return an `Update` with the factors of timestep `value`, computed when they are used.
 
-        Raises ConfigError unless it is a number from 0 to `max_timestep`.
+        Raises ConfigError unless it is an int or float (no bool, no tensor) from 0 to `max_timestep`.
         """
         most = self.cfg.max_timestep
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
@@ -188,7 +188,9 @@ class TLoRA(Method[TLoraConfig]):
         return op.up(base, z * weights.unflatten(-1, (*between, -1, *[1] * spatial)), P)
 
     def acting(self, x: Tensor) -> Tensor:
-        """Return the mask m of the ranks that act: of each row, (batch, r), or of all, (1, r).
+        """Return the mask m of the ranks that act, the first ones: of each row, (batch, r), or of all, (1, r).
+
+        It is 1 or 0, in the dtype of `tlora_P`, on x's device; `ranks` gives their number.
 
         Raises:
             RoutingError: the call has no timestep, or another number than x has rows.
@@ -240,7 +242,9 @@ MISSING = (
 
 
 def per_row(t: object) -> Constant | Tensor:
-    """Return a timestep as a fact about each row: a tensor (batch,), or a `Constant` of a single number, () or (1,).
+    """Return a timestep as a fact about each row: a tensor (batch,), or a `Constant` () of a single number, () or (1,).
+
+    Dtype and device stay; the range is not checked.
 
     Raises:
         RoutingError: t is None, has more than one dimension, or is complex or boolean.

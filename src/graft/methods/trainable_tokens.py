@@ -71,7 +71,7 @@ class TrainableTokens(Method[TrainableTokensConfig]):
 
     @classmethod
     def check_together(cls, methods: Sequence[TrainableTokens]) -> None:
-        """Raise ValueError if two of these adapters train the same token."""
+        """Raise ValueError if two of these adapters train the same token; it names the later adapter."""
         seen: set[int] = set()
         for m in methods:
             if seen & set(m.token_indices):

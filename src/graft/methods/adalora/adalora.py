@@ -259,7 +259,9 @@ class AdaLoRA(Method[AdaLoraConfig]):
         """Return the tensors in memory: the file's triples at the places that the mask kept, all others as they are in
         memory, with E = 0.
 
-        Unchanged without a mask, for tensors of equal shapes, and for tensors other than A, B and E.
+        Tensors other than A, B and E are unchanged. So are all without a mask for the layer, a tensor of the shape in
+        memory, and one that does not fit the mask. Sharded tensors in memory are gathered; results take their dtype and
+        device.
         """
         mask = cfg.rank_mask(self.site.key)
         if mask is None:

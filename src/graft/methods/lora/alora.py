@@ -201,9 +201,10 @@ def offsets_from(value: object, run: Run) -> Offsets:
 
 
 def warn_absent(name: str, counts: list[int], rows: Rows | None) -> None:
-    """Warn if rows that use adapter `name` have a count of 0, so that it does nothing there.
+    """Give a PeftWarning if rows that use adapter `name` have a count of 0, so that it does nothing there.
 
-    In a mixed batch only its own `rows` matter.
+    In a mixed batch only its own `rows` matter, and of these only those that `counts` has. The text names the rows, or
+    "any row" if all counts are such.
     """
     rows_of_adapter: Sequence[int] = range(len(counts))
     if rows is not None:
@@ -259,8 +260,11 @@ class ALoRA(LoRA):
     @classmethod
     @contextmanager
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Find each adapter's offsets before the run, and show them to the layers in it as facts of the call; follow
-        `generate`.
+        """Find each adapter's offsets before the run (`find_offsets`), show them to the layers in it as facts of the
+        call, and follow `generate`.
+
+        The facts have the keys (ARGUMENT, adapter). `super().surround_run` is around it all and gives the finish.
+        Without ids or offsets of the caller's, the adapters do nothing.
 
         Raises:
             RoutingError: a search with several beams, or offsets that are not one per row.

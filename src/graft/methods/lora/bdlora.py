@@ -53,9 +53,8 @@ class BdLoRA(LoRA):
 
     @cached_property
     def side(self) -> str:
-        """ "A" or "B": the block-diagonal factor here.
-
-        The site's path contains a string of `target_modules_bd_a` or `_b`; "AB" for both, "" for none.
+        """Return the block-diagonal factor here: "A" or "B", if the site's path contains a string of
+        `target_modules_bd_a` or `_b`; "AB" for both, "" for none.
         """
         cfg, key = require_sub_config(self.cfg.use_bdlora), self.site.key
         patterns = {"A": cfg.target_modules_bd_a or (), "B": cfg.target_modules_bd_b or ()}

@@ -223,8 +223,9 @@ class LoraConfig(Targeted, LayerRange, RankPatterns, FanInFanOut, BaseBias):
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """The names in VARIANTS that the config selects, sorted: fields with a true value, and `init_lora_weights` in
-        lower case.
+        """Return the names in VARIANTS that the config selects, sorted.
+
+        A name is selected by a true field of that name, or by `init_lora_weights` in any spelling.
         """
         init = self.init_lora_weights
         start = init.lower() if isinstance(init, str) else None

@@ -73,11 +73,12 @@ def pack(base: Cache, shadows: dict[str, Cache]) -> Cache:
 
 
 def unpack(model: nn.Module, kwargs: dict[str, object], use_cache: bool | None) -> dict[str, Cache] | None:
-    """Return the shadow networks' caches, by adapter, from a call's arguments, and replace a ShadowCache in `kwargs` by
-    its base.
+    """Return the shadow networks' caches, by adapter, from a call's arguments.
+
+    A ShadowCache gives its own, and its base replaces it in `kwargs`.
 
     Without a cache among the arguments: {} if `use_cache`, or for None the model's config, wants one; else None. An
-    empty cache of transformers gives {}.
+    empty cache of transformers gives {} and stays in `kwargs`.
 
     Raises:
         ValueError: the cache holds tokens that the shadow network has not seen.
@@ -199,8 +200,9 @@ def pool_logits(logits: Tensor, ids: Tensor | None, padding: int | None) -> Tens
 def classification(config: Config, logits: Tensor, labels: Tensor) -> Tensor:
     """Return the loss of logits (rows, labels), in float32: mean squared error, binary cross entropy, or cross entropy.
 
-    The config's `problem_type` says which. Without it: one logit is a regression, floating-point labels have several
-    classes each.
+    The error is for the config's `problem_type` "regression", or for None and one logit. Binary cross entropy is for
+    "multi_label_classification", and for floating-point labels unless it is a regression. All else is cross entropy.
+    Labels are moved to the logits' device.
     """
     kind: str | None = config.problem_type
     logits, labels = logits.float(), labels.to(logits.device)
@@ -263,10 +265,12 @@ def find_model_class() -> type[PreTrainedModel]:
         def forward(
             self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any
         ) -> object:
-            """Return logits, and with labels the loss, as the base model's class does.
+            """Return logits, and with labels the loss (else None), as the base model's class does.
 
-            A classifier gives those at each row's last token; others the next-token logits at all positions, or at
-            `logits_to_keep`, with the cache.
+            A classifier returns a SequenceClassifierOutput with the logits of each row's last token. Others return a
+            CausalLMOutputWithPast with the network's cache, if it returned one. Its next-token logits are of all
+            positions, or of `logits_to_keep`: the last n, or the positions in a tensor. `return_dict` is ignored; other
+            arguments reach the network.
             """
             kwargs.pop("return_dict", None)
             tail: Any = kwargs.pop("logits_to_keep", 0)
@@ -319,7 +323,8 @@ def detach(tuner: Tuner, name: str, separate: bool) -> object:
     mode.
 
     The head is the shadow's own for SEQ_CLS, else the base's output embeddings. A network without embeddings gets the
-    base's. `separate`: all modules are copied; else shared, and the adapter's network stays without embeddings.
+    base's. `separate`: all modules are copied; else shared, and the adapter's network stays without embeddings. The
+    config is a copy of the network's; for a classifier with the base's `num_labels` and `problem_type`.
     """
     model, containers = tuner.model, tuner.common_tensors.containers
     network, projection = containers["shadow_backbone"][name], containers["shadow_projection"][name]

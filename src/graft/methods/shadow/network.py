@@ -130,7 +130,11 @@ EMBEDDINGS = "embed_tokens"  # where networks share word embeddings, PEFT's lack
 
 
 def containers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path with a dot at its end, module) of the model, and of the backbones within it, the outermost first."""
+    """Yield (path with a dot at its end, module) of the model, and of the backbones within it, the outermost first.
+
+    The model's path is "". The next backbone is the first child of these names: "model", "transformer", "base_model",
+    "decoder", the module's `base_model_prefix`, "language_model". It ends at a module without such a child.
+    """
     path, module = "", model
     while True:
         yield path, module
@@ -146,6 +150,9 @@ def containers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def stack_of(model: nn.Module) -> tuple[nn.Module, str, int] | None:
     """Return the module that holds the stack of blocks, the path of that stack, and the number of blocks; None without
     a stack.
+
+    The stack is the first ModuleList that is not empty, in the outermost of `containers_of`. Its name is "layers", "h",
+    "blocks", "single_transformer_blocks" or "transformer_blocks", tried in this order.
     """
     for path, container in containers_of(model):
         for name in LISTS:

@@ -78,8 +78,9 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
     """Run the shadow networks before a forward pass, or before each forward pass of `generate`, and show their `States`
     to the layers.
 
-    Yield the function that completes the output with loss and cache; in `generate` hooks do that, and it changes
-    nothing.
+    A single pass yields its `Pass.finish`, which completes the output with loss and cache. In `generate` a pre-forward
+    and a forward hook on the model do both for each step of this thread. They are removed at the end; the yielded
+    function then changes nothing.
     """
     names = run.adapters
     if not run.generates:
@@ -90,9 +91,9 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
     passes: list[Pass] = []
 
     def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Start a `Pass` for a step of `generate`, and show its states to the layers.
+        """Start a `Pass` for a step of `generate`, keep it for `after`, and show its states to the layers.
 
-        Return the arguments.
+        Return the arguments; the Pass has taken the shadow networks' caches out of `kwargs`.
         """
         one = Pass(tuner, call, names, args, kwargs, run)
         passes[:] = [one]

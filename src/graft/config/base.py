@@ -467,7 +467,7 @@ def validate(config: DataclassInstance) -> None:
 def fill_nulls(config: DataclassInstance) -> None:
     """Set fields of a dataclass that are None to their defaults, if the annotation is Any or does not allow None.
 
-    Files contain many `null`.
+    Files contain many `null`. A factory is called for its default.
 
     A field without a default stays None, and so does one with the default None.
     """

@@ -125,7 +125,10 @@ def allows_anything(hint: object) -> bool:
 
 
 def iterate_numbers(value: object) -> Iterator[int | float]:
-    """Yield the numbers that a value is or contains, at any depth: values of dicts, not keys; no bools."""
+    """Yield the numbers that a value is or contains, at any depth of lists, tuples, sets and dicts.
+
+    Of dicts these are the values, not the keys. Bools and values of any other type give nothing.
+    """
     if isinstance(value, (int, float)):
         if not isinstance(value, bool):
             yield value

@@ -148,7 +148,8 @@ class RankPatterns(RankPattern):
 def make_sub_config(value: Any, cls: type[Any]) -> Any:
     """Return a config of class `cls`, which another config contains, from the dict that a file has for it.
 
-    A value that is no dict is returned unchanged. Keys that `cls` does not know are dropped with a warning.
+    A value that is no dict is returned unchanged. Keys that `cls` does not know are dropped with one warning; fields
+    that its constructor does not take are dropped silently.
     """
     if not isinstance(value, dict):
         return value

@@ -414,7 +414,10 @@ def find_differing_fields(a: Json, b: Json) -> list[str]:
 
 
 def normalize_value(value: object) -> object:
-    """Return a field's value for a comparison: a list of texts sorted, and None for a value that is empty or false."""
+    """Return a field's value for a comparison: a list of texts sorted, and None for a value that is empty, 0 or False.
+
+    Any other value is returned unchanged.
+    """
     if isinstance(value, list) and all(isinstance(v, str) for v in value):
         value = sorted(value)
     return value or None

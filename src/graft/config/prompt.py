@@ -48,8 +48,10 @@ class PromptLearningConfig(PeftConfig):
     def fit(self, model_config: object, width: int | None = None) -> None:
         """Set the sizes that are None from the base model's config.
 
-        `token_dim` is the width of the embeddings, for prompts that are embeddings. `num_transformer_submodules` is 2
-        for SEQ_2_SEQ_LM, else 1. `encoder_hidden_size`, if the config has it, becomes `token_dim`.
+        `token_dim` is `width`, for prompts that are embeddings (not keys). Any size of `NAMES` that is still None gets
+        the first value that the config has under one of its names. `num_transformer_submodules` is 2 for SEQ_2_SEQ_LM,
+        else 1. For keys, `_fit_keys` corrects the width and the heads. `encoder_hidden_size`, if it is there and None,
+        becomes `token_dim`.
 
         Args:
             model_config: the base model's: an object, a dict or None.

@@ -46,7 +46,7 @@ def digest_file(data: bytes) -> str:
 def check_digest(saved: str, found: str, path: str, may_differ: bool = True) -> None:
     """Raise CheckpointError if the digest `found` is not the `saved` one.
 
-    A saved digest of another kind, by a later graft, passes unless `may_differ` is False.
+    A saved digest of another kind, by a later graft, passes; if `may_differ` is False, it raises.
 
     Args:
         may_differ: the caller accepts `check_digest=False`; the error names it.

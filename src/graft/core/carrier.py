@@ -166,7 +166,10 @@ class Carrier:
         return state.disabled or (state.call is not None and state.call.off)
 
     def parameters_of(self, adapter: str) -> Iterator[nn.Parameter]:
-        """Yield the parameters of an adapter, without its buffers."""
+        """Yield the parameters of an adapter, without its buffers, and with parameters that never train.
+
+        Yields nothing for an adapter that is not here.
+        """
         for slot in self.slots(adapter):
             if slot.is_parameter:
                 yield slot.tensor  # type: ignore[misc]

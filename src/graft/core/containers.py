@@ -396,7 +396,11 @@ def iter_tensors(
 
 
 def is_in_checkpoint(container: object, name: str) -> bool:
-    """Return True if checkpoints contain the value of a name in a container, which is there."""
+    """Return True if checkpoints contain the value of a name in a container, which is there.
+
+    A `BufferDict` or `AnyDict` answers by its own notes. For any other container it is True, except for a
+    `TransientParameterDict`.
+    """
     if isinstance(container, BufferDict):
         return container.is_in_checkpoint(name)
     if isinstance(container, AnyDict):

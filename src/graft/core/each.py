@@ -397,10 +397,11 @@ class MatrixUpdate(Form):
 
 
 def why_not_on_stack(m: Method) -> str | None:
-    """Return why a method cannot act on the matrices of a stack; None if it can.
+    """Return why a method cannot act on the matrices of a stack; None if it can. The first reason counts:
 
-    The reasons: it needs a call of the layer or has no merged form, it replaces the layer or looks up rows, or it
-    changes the bias.
+    - It has no form in the weight (`why_not_in_weight`): it needs a call of the layer or has no merged form.
+    - It replaces the layer or looks up rows.
+    - It changes only the bias, or has a bias.
     """
     effect, name = m.effect, type(m).__name__
     why = why_not_in_weight(m)

@@ -399,7 +399,9 @@ class Update(Effect):
         return factor_bias if bias is None else bias if factor_bias is None else bias + factor_bias
 
     def times(self, weight: float) -> Effect | None:
-        """Return the update with `weight` times its delta, product, branch, bias and pieces. None with a gain."""
+        """Return a copy of the update with `weight` times its delta, factors, branch, bias and pieces, each scaled when
+        it is computed. Those that are None stay None. Returns None with a gain.
+        """
         if self.gains:
             return None
         functions = self.delta, self.factors, self.branch, self.bias, self.pieces

@@ -148,8 +148,12 @@ class WeightChange(NamedTuple):
 def why_no_delta(m: Method, effect: Effect | None = None) -> str | None:
     """Return why a method has no ΔW on its layer that plain LoRA could add there; None if it has one.
 
-    The reasons: no LoRA layer exists for the site's type, or the method excludes plain LoRA. The update depends on an
-    argument of each call. The method does not change the weight, or in a way that cannot be merged.
+    The first reason counts:
+
+    - No LoRA layer exists for the site's type: it is unknown, or a parameter that is no stack.
+    - The method excludes plain LoRA (`why_incompatible`).
+    - The update depends on an argument of each call, and has no merged form.
+    - The method does not change the weight, or in a way that cannot be merged.
 
     A `Rewrite` with a merged form has one: its ΔW is the merged weight minus W₀.
 

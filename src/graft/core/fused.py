@@ -187,7 +187,7 @@ def make_segment(W: Tensor, f: Factors, x: Tensor, rows: int) -> Segment | None:
 
 def is_unchanged(f: Factors, was: Factors, segment: Segment) -> bool:
     """Return True if factors have the same A, B, scale and dropout objects as when `segment` was made of them, the same
-    matrices, and drop nothing now.
+    matrices, and drop nothing now. Scales are compared by value. Factors that are no longer plain matrices give False.
     """
     if f.A is not was.A or f.B is not was.B or f.scale != was.scale or f.dropout is not was.dropout:
         return False
@@ -260,11 +260,11 @@ def run_with_update(
 
     Returns None if x has too few rows for that to pay, or if W and x differ in dtype. Returns None if W and the adapter
     differ in dtype, since the sum would round ΔW. A ΔW that is not formed decides that in `linear_with`, and may return
-    None.
+    None. The base layer is not called as a module.
 
     Args:
         delta: None: the product with W alone, with the changed bias.
-        bias: Δb; None: the bias stays.
+        bias: Δb, which becomes the bias if the base has none; None: the bias stays.
     """
     if not worth_it(x) or (W := layer.weight_now).dtype != x.dtype:
         return None

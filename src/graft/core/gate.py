@@ -253,10 +253,12 @@ class Gate:
 
         Returns at once if no change has, or if it is a change of this thread.
 
-        The call is not registered as running while it waits; the end of the change registers it again.
+        The call is not registered as running while it waits, which wakes the change; the end of the change registers it
+        again. If the wait fails or times out, the call is registered nowhere.
 
         Raises:
-            InUseError: the change lasted longer than the timeout.
+            InUseError: the change lasted longer than the gate's timeout. The text names the change and the running
+                calls.
         """
         with self.state_changed:
             change = self.closed_by
@@ -321,8 +323,10 @@ class Gate:
         return "; ".join(str(call) for call in list(self.calls.values()) if call.thread != but)
 
     def reset_after_fork(self) -> None:
-        """Reset the gate in a child process, where only the present thread exists: calls, changes and locks of other
-        threads are dropped.
+        """Reset the gate in a child process, where only the present thread exists.
+
+        Calls, changes and locks of other threads are dropped; those of this thread stay. No call waits, and the
+        condition is new.
         """
         this_thread = get_ident()
         self.calls = {thread: call for thread, call in self.calls.items() if thread == this_thread}

@@ -241,7 +241,10 @@ class Holding:
         return size
 
     def drop_values(self, adapter: str) -> None:
-        """Remove the tensors, facts, slots and scaling at the start of an adapter; those that it lacks are ignored."""
+        """Remove the tensors, facts, slots and scaling at the start of an adapter; those that it lacks are ignored.
+
+        Empty containers stay.
+        """
         attributes = self.__dict__
         modules = attributes["_modules"]
         for key in attributes["containers"]:

@@ -145,10 +145,12 @@ class Host(Holding, Carrier, nn.Module):
     def drop(self, adapter: str) -> None:
         """Delete an adapter's method and values, and all cached plans that run it.
 
+        A config class without other adapters leaves `kinds`. For a name that the layer lacks nothing else happens.
+
         The active plan stays until refreshed.
 
         Raises:
-            ValueError: the adapter is merged.
+            ValueError: the adapter is merged. Nothing is deleted then.
         """
         state, methods = self.state, self.methods
         if adapter in state.merged:
@@ -165,8 +167,9 @@ class Host(Holding, Carrier, nn.Module):
     def refresh_plan(self) -> None:
         """Set the plan that `forward` runs, after a change of active or merged adapters.
 
-        The plan is None (the base module alone) if adapters are disabled, or if any is merged. Adapters in parallel get
-        a plan that raises unless the call names rows.
+        The plan is None (the base module alone) if adapters are disabled, or if any is merged. If adapters in parallel
+        are active, one of them here, the plan raises unless the call names rows. Else it is the cached plan of the
+        active adapters, or a new one from `plan_for`, with their weights.
         """
         state = self.state
         if state.disabled or state.merged:

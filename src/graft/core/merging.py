@@ -225,8 +225,9 @@ def shifts_bias(layer: Layer, m: Method, checked_kinds: CheckedKinds) -> bool:
 
 
 def may_dequantize(layer: Layer, methods: Sequence[Method]) -> bool:
-    """Return True if the merge would work after dequantizing: only the packed weight, which can be read,
-    prevents it.
+    """Return True if the merge would work after dequantizing: only the packed weight, which can be read, prevents it.
+
+    False for a dense weight, a packed stack, a layer type that cannot fold, or an effect without merged form.
     """
     packed = not layer.store.exact and layer.base_weight.why_unreadable() is None
     packed = packed and layer.op.why_unfoldable(layer.get_base_layer()) is None and layer.op.packed_shape is None
@@ -242,8 +243,9 @@ def _no_bias_text(layer: Layer, names: Sequence[str]) -> str:
 
 
 def _not_finite_text(layer: Layer, names: Sequence[str]) -> str:
-    """Return the error text for merged values that are not finite, with the adapters' tensors that are not finite
-    themselves.
+    """Return the error text for merged values that are not finite.
+
+    It names the adapters' tensors on this layer that are not finite themselves, if there are any.
     """
     wrong = [
         f"'{slot.container}.{name}'"
@@ -262,8 +264,8 @@ def check_adapters_finite(chosen: Mapping[L, Sequence[str]]) -> None:
     undo.
 
     Reads the largest value of all the adapters' tensors in one go, shared ones included. Only if one is not finite,
-    computes the merged weight of the layers that use it: a method may turn it into a finite update, as VB-LoRA does
-    with its logits.
+    calls `check_merge` with the merged values of the layers that use it: a method may turn it into a finite update, as
+    VB-LoRA does with its logits. Names that a layer lacks are ignored. The other errors of `check_merge` may come, too.
     """
     tensors: dict[int, tuple[Tensor, list[L]]] = {}  # id of a tensor → the tensor and the layers that use it
     for layer, names in chosen.items():
@@ -350,8 +352,10 @@ def why_no_delta_weight(layer: Layer, methods: Sequence[Method]) -> str | None:
 def order_merge_steps(layer: Layer, names: Sequence[str]) -> tuple[list[Step], list[Step] | None]:
     """Return the steps of all merged adapters and `names` together; and those of `names` alone, if they can go on top.
 
-    The second is None if they cannot: one acts before a merged adapter and not all add, or the store rounds. Active
-    adapters keep the order of their activation, whichever is merged first. A composition with weights is averaged.
+    The second is None if they cannot: one acts before a merged adapter and not all add, or the store rounds. Without
+    merged adapters both are the same list. Active adapters keep the order of their activation, whichever is merged
+    first; inactive ones come last. Names that the layer lacks are ignored. A composition with weights is averaged. A
+    replaced `get_delta_weight` gives the updates.
     """
     done, active = layer.state.merged, layer.state.active
     together = sorted([*done, *names], key=lambda n: active.index(n) if n in active else len(active))
@@ -406,7 +410,9 @@ def _write_steps(layer: Layer, names: list[str], steps: Sequence[Step], undoable
 
 @torch.no_grad()
 def stays_finite(layer: Layer, steps: Sequence[Step], from_w0: bool) -> bool:
-    """Return True if weight and bias would be finite after folding `steps` in. Nothing is written.
+    """Return True if weight and bias would be finite after folding `steps` in.
+
+    Nothing is written. A packed stack is tried matrix by matrix, in evaluation mode.
 
     from_w0: start from the weight without adapters, and not from the present one.
     """
@@ -463,7 +469,9 @@ def find_in_place_weight(layer: Layer) -> Tensor | None:
 
 
 def _collect_products(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]] | None:
-    """Return detached A and B of each step, if each step is nothing but a product without a bias; else None."""
+    """Return detached A and B of each step, with scale and vectors in them, if each step is nothing but a product
+    without a bias; else None.
+    """
     products = []
     for _, effect in steps:
         if effect.product is None:
@@ -511,7 +519,10 @@ def _add_products(op: Op, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], 
 
 
 def _take_snapshot(layer: Layer) -> object:
-    """Return a copy of the base weight; None if the layer has a snapshot already, which also undoes this merge."""
+    """Return a copy of the base weight.
+
+    Returns None if the layer's record of merges has a snapshot already, since that also undoes this merge.
+    """
     if any(kind == "restore" for kind, _, _ in layer.state.undo):
         return None
     return layer.base_weight.snapshot()
@@ -599,8 +610,9 @@ def _swap_modules(layer: Layer, adapter: str) -> None:
 def unmerge(layer: Layer) -> None:
     """Undo all merges, the last one first, and clear the layer's record of them. Does nothing if none is merged.
 
-    Subtracts products, restores snapshots and biases, or exchanges a replacement with the base layer again. An adapter
-    that was merged without `undoable` stays in the weight. The caller refreshes the plan.
+    Subtracts products, restores snapshots and biases, or exchanges a replacement with the base layer again. An
+    offloaded or sharded weight is brought in for the write. An adapter that was merged without `undoable` stays in the
+    weight, but no longer counts as merged. The caller refreshes the plan.
     """
     state = layer.state
     if not state.undo and state.merged and isinstance(layer.methods[state.merged[0]].effect, Replace):
@@ -619,7 +631,9 @@ def unmerge(layer: Layer) -> None:
 
 
 def measure_shares_kept(layers: Sequence[Layer]) -> list[float]:
-    """Return for each layer the share of the merged update that its weight holds, 1.0 where no rounding was recorded.
+    """Return for each layer the share of the merged update that its weight holds.
+
+    It is 1.0 where no rounding was recorded, or where the update is zero.
 
     The host waits once per device. See `AdapterLayer.share_kept`.
     """
@@ -686,7 +700,11 @@ def lift_merged(layer: Layer) -> Iterator[None]:
 
 @torch.no_grad()
 def compute_unmerged_weight(layer: Layer) -> Tensor:
-    """Return the weight in the module's orientation without merged adapters. Reads and computes; changes nothing."""
+    """Return the weight in the module's orientation without merged adapters. Reads and computes; changes nothing.
+
+    Goes back through the merges, the last one first: products are subtracted, a snapshot replaces the weight, on its
+    present device. Without merges it is the present weight.
+    """
     W = layer.base_weight.read()
     for kind, state, _ in reversed(layer.state.undo):
         if kind == "subtract":
@@ -697,8 +715,8 @@ def compute_unmerged_weight(layer: Layer) -> Tensor:
 
 
 def find_unmerged_bias(layer: Layer) -> Tensor | None:
-    """Return the bias without merged adapters, on the bias's present device: the copy of the first merge, else the
-    present one.
+    """Return the bias without merged adapters: the copy of the first merge that kept one, on the bias's present device;
+    else the present bias. While the present bias is on the meta device, the copy stays on its device.
     """
     first: Tensor | None = next((old for _, _, old in layer.state.undo if old is not None), None)
     if first is None:

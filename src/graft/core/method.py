@@ -118,8 +118,8 @@ class AdaptedLayers(Generic[C]):
         return max(site.out_features for site in self.sites)
 
     def check_agreement(self, method: type[Method]) -> None:
-        """Raise ConfigError if a field of `method.agreeing_fields` differs from an adapter that shares tensors with
-        this one.
+        """Raise ConfigError if a field of `method.agreeing_fields` differs from that of an adapter that shares tensors
+        with this one. The first such field is named.
         """
         for name, config in self.other_configs.items():
             for key in method.agreeing_fields:

@@ -232,8 +232,9 @@ class MixedPlan:
         ticket: list[int] = []  # of this run, drawn when an adapter first draws
 
         def drawing(key: Key) -> AbstractContextManager[None]:
-            """Return a context where `key` draws from its generator, with the ticket of this run; a no-op if there is
-            none. The first call draws the ticket.
+            """Return a context: within it, `key` draws from its generator on x's device, with the ticket of this run.
+
+            The first call draws the ticket. Without generators, and for JointAdapters, the context does nothing.
             """
             if draws is None or isinstance(key, JointAdapters):
                 return nullcontext()
@@ -330,9 +331,12 @@ class MixedPlan:
     def cache_groups(
         self, stacks: Stacks, rows: Rows, x: Tensor, segments: Sequence[Segment], groups: Sequence[Group]
     ) -> None:
-        """Keep the groups and all values that they depend on, for the next batch like this one.
+        """Keep the groups and all values that they depend on in `cached_groups`, for the next batch like this one.
 
-        With dropout keeps nothing.
+        They replace those kept before. With dropout in a segment nothing is kept, and the old groups are dropped.
+
+        Factors that the snapshot can record are compared by it. The others are kept with the function that computes
+        them.
         """
         self.cached_groups = None
         if not any(s.p for s in segments):
@@ -610,8 +614,9 @@ class FactorSnapshot:
 
 
 def find_entries(method: Method, part: object) -> list[tuple[dict[str, object], str]]:
-    """Return (dictionary, key) of each container of the layer that holds `part` as the value of the method's
-    adapter.
+    """Return (dictionary, key) of each container of the layer that holds `part` as the value of the method's adapter.
+
+    Only names in `computes_with` are searched; [] if none has the same object.
     """
     attributes = method.layer.__dict__
     entries = []

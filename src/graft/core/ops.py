@@ -211,7 +211,9 @@ class Embedding(Op):
     takes_ids = True
 
     def variant(self, m: nn.Module) -> Op:
-        """Return the Op of scaled embeddings if the module has a number `embed_scale`, else `self`."""
+        """Return `SCALED_EMBEDDING` if the module has an `embed_scale` that is a number or a tensor of one element,
+        else `self`.
+        """
         scale = getattr(m, "embed_scale", None)
         is_one = isinstance(scale, (int, float)) or (isinstance(scale, Tensor) and scale.numel() == 1)
         return SCALED_EMBEDDING if is_one else self

@@ -123,7 +123,8 @@ class PeftNames:
         return self.base_weight.read()
 
     def get_delta_weight(self: Layer, adapter: str) -> Tensor:
-        """Return ΔW of `adapter` in the base layer's orientation, without dropout.
+        """Return ΔW of `adapter` in the base layer's orientation, without dropout: the layer is in evaluation mode
+        meanwhile. It does not matter whether the adapter is active or merged.
 
         Raises:
             AdapterNotFoundError: the layer does not carry it.
@@ -189,9 +190,9 @@ class PeftNames:
 
     @property
     def adapter_layer_names(self: Layer) -> tuple[str, ...]:
-        """Return the containers of trained tensors of the methods on this layer, empty ones included.
+        """Return the names of the containers of trained tensors of the methods on this layer, empty ones included.
 
-        The containers that a variant of a method adds come last.
+        The containers that a variant of a method adds come last. Names without a container on the layer are left out.
         """
         names = dict.fromkeys(n for m in self.methods.values() for n in m.layer_names)
         return tuple(n for n in names if n in self._modules or n in self.__dict__)
@@ -321,8 +322,8 @@ class PeftNames:
 
     @property
     def type_name(self: Layer) -> str:
-        """Return PEFT's class name for this kind of layer: "ParamWrapper" for a parameter, "Linear" also for a
-        Conv1D.
+        """Return PEFT's class name for this kind of layer: "ParamWrapper" for a parameter, "Linear" also for a Conv1D,
+        else the name of the base layer's type.
         """
         if self.site.path != self.site.key:
             return "ParamWrapper"

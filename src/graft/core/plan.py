@@ -466,8 +466,9 @@ def _run_gain(
 ) -> Tensor:
     """Return the output of the steps before n, and step n, an Update with a gain, on it.
 
-    For n = 0 one kernel may run it with the base layer, if kernels may fuse, the module got x alone, and the base does
-    not train.
+    For n = 0 one kernel is tried, which also runs the base layer. It needs that kernels may fuse, the module got x
+    alone, and the base does not train in this call. Otherwise, or if no kernel fits, the steps before run first and
+    `_apply_gain` adds this one.
     """
     assert effect.factors is not None
     layer, f = plan.layer, effect.factors()
@@ -625,8 +626,9 @@ class FoldedPlan(LayerPlan):
         """Return the update of the stack by each step, with its gate for each of `tokens` tokens, if the call has
         gates.
 
-        If a step does more than add, all steps together give one update. With `group`, the updates act on the tokens of
-        that group of rows alone.
+        If a step does more than add, all steps together give one update, without gate. Pieces give a `FormedUpdate`, a
+        product a `LowRankUpdate` with A and B per matrix; a step with neither gives none. With `group`, the updates act
+        on the tokens of that group of rows alone.
         """
         layer, updates = self.layer, list[StackUpdate]()
         gates = layer.call.current_gates()
@@ -708,8 +710,11 @@ class BlockPlan(LayerPlan):
         return x, inputs[::-1]
 
     def apply_post(self, inputs: list[Tensor], y: Tensor) -> Tensor:
-        """Return y, the module's output, after the `post` of each step, the first one first; weighed, if the call has
-        gates.
+        """Return y, the module's output, after the `post` of each step that has one, the first one first.
+
+        Each gets the input that its step had seen, and y in y's dtype.
+
+        If the call has gates, returns instead y plus the weighed parts of all steps.
         """
         if self.layer.call.current_gates() is not None:
             return self.add_gated(inputs[0], y)  # no step changed the input: gates refuse such steps

@@ -347,10 +347,10 @@ class Run:
         return share * (labels != -100).sum() / torch.as_tensor(items, device=labels.device)
 
     def find_argument(self, name: str, model: nn.Module) -> Any:
-        """Return the argument `name` of the call: one of graft's own, a keyword, or a positional one by the forward's
-        signature.
+        """Return the argument `name` of the call; None if the call does not have it.
 
-        Returns None if the call does not have it.
+        The first that has it decides: graft's own arguments, the keyword arguments, the positional ones by the names in
+        the model's forward.
         """
         if name in self.graft_arguments or name in self.kwargs:
             return self.graft_arguments.get(name, self.kwargs.get(name))

@@ -312,10 +312,13 @@ def make_shared_tensors(job: InjectionJob) -> None:
 
 
 def add_layers(job: InjectionJob) -> None:
-    """Make a layer with the adapter's tensors for each site, in `job.order`, and note it in the report's `matched`.
+    """Make a layer with the adapter's tensors for each site, in `job.order`.
 
-    A site that has a layer already gets the adapter on that one. A site of another pipeline stage only draws its
-    initial values and drops them, unless values come from a checkpoint or `on_meta` is set.
+    Note it in `job.layers` and in the report's `matched`.
+
+    A site that has a layer already gets the adapter on that one; a takeback would remove its new containers. A site of
+    another pipeline stage only draws its initial values and drops them, unless values come from a checkpoint or
+    `on_meta` is set.
 
     Tensors are placeholders on the meta device if values of a checkpoint follow, unless the method must run
     `init_values` first. Also if the base weight is on meta, unless `init_values` changes it; or if `on_meta` is set,

@@ -310,7 +310,9 @@ class ExpertTargets:
         return path in self.linear if self.linear is not None else self.matcher(path).outcome == "matched"
 
     def list_parts(self, stack: ExpertStack) -> list[str]:
-        """Return the parts of a stack that the config targets in at least one expert. "all-linear" targets all."""
+        """Return the parts of a stack that the config targets in at least one expert, by old or present paths, in the
+        stack's order. "all-linear" targets all.
+        """
         if self.linear is not None:
             return [*stack.parts]
         return [part for part in stack.parts if any(map(self.is_chosen, self._list_paths(stack, part)))]
@@ -346,7 +348,7 @@ class ExpertTargets:
         return [path for path in named if self.is_chosen(path) or path in routers]
 
     def list_other_targets(self, moved: list[str]) -> set[str]:
-        """Return the new `target_modules`: without the old expert names.
+        """Return the new `target_modules`, as a set: the entries without an old expert name as their last part.
 
         A regex or "all-linear" becomes the shortest names of all modules that it chooses, except those in `moved`.
         """

@@ -348,9 +348,10 @@ def why_not_uncalled(method: Method) -> str | None:
 def find_modules_to_save(
     names: Sequence[str], defaults: Sequence[str], tree: ModuleTree, report: InjectReport
 ) -> list[str]:
-    """Return the paths of the modules that `modules_to_save` names, without those on another pipeline stage.
+    """Return the paths of the modules that `modules_to_save` names, in the model's order, without those on another
+    pipeline stage.
 
-    Warns of names without a module, except for those in `defaults`, and notes them in the report.
+    Warns of names without a module on any stage, except for those in `defaults`, and notes them in the report.
     """
     everywhere = [key for key in tree.modules if beside.find_saved_entry(key, names) is not None]
     missing = [n for n in names if n not in defaults and not any(key.endswith(n) for key in everywhere)]

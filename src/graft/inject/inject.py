@@ -84,10 +84,10 @@ class Injection(InjectionJob):
 
     @contextmanager
     def restructure_model(self, keep: bool = True) -> Iterator[None]:
-        """Let the method change the model's modules for the block, if it does so.
+        """Let the method change the model's modules (`restructure`) for the block, if it does so.
 
-        Undoes the change if the block raises, or at its end unless `keep`. Drops the survey after a change, as it shows
-        the old modules.
+        Undoes the change if the block raises, or at its end unless `keep`. After a change sets `tree` to None, as the
+        survey shows the old modules. Without a change the block runs as it is.
         """
         undo = self.method.restructure(self.config, self.model)
         if undo is not None:

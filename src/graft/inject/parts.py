@@ -128,7 +128,10 @@ def get_registry(model: object) -> Any:
 
 
 def check_no_foreign_adapters(model: nn.Module) -> None:
-    """Raise AlreadyInjectedError if the model's `peft_config` has configs of another package, such as PEFT."""
+    """Raise AlreadyInjectedError if the model's `peft_config` has configs of another package, such as PEFT.
+
+    A model without that attribute, or with an empty one, passes.
+    """
     configs = getattr(model, "peft_config", None)
     if foreign := sorted(name for name, config in (configs or {}).items() if not isinstance(config, PeftConfig)):
         raise AlreadyInjectedError(
@@ -185,7 +188,10 @@ def run_as_call(function: F) -> F:
 
     @wraps(function)
     def run(model: nn.Module, *args: object, **kwargs: object) -> Any:
-        """Call the function, under the model's gate if the model has adapters."""
+        """Call the function and return its result, within a call of the model's gate if the model has one.
+
+        The call has the function's name.
+        """
         gate = find_gate(model)
         with nullcontext() if gate is None else gate.call(f"{function.__name__}()"):
             return function(model, *args, **kwargs)

@@ -40,8 +40,8 @@ MARK = "PipelineIdentityLayer"  # transformers' class
 def find_absent_modules(modules: dict[str, nn.Module]) -> dict[str, str]:
     """Return {path: parent's path} of the modules that this process lacks; {} for a whole model.
 
-    These are transformers' placeholders for absent layers, and missing blocks at the ends of a list. If there are such,
-    each `nn.Identity` counts as absent, too.
+    These are transformers' placeholders for absent layers, and missing blocks of lists (`list_missing_blocks`). If
+    there are such, each exact `nn.Identity` counts as absent, too.
 
     Args:
         modules: all modules of the model, by path.
@@ -239,7 +239,10 @@ class ProcessTeam:
             dist.broadcast(data, dist.get_global_rank(group, 0), group=group)
 
     def gather(self, thing: object) -> dict[int, object]:
-        """Return every process's `thing`, by rank. All processes must call this."""
+        """Return every process's `thing`, by rank, pickled and sent over each group of the team in turn.
+
+        All processes must call this.
+        """
         things = {dist.get_rank(): thing}
         for group in self.groups:
             parts: list[dict[int, object]] = [{}] * dist.get_world_size(group)

@@ -131,7 +131,10 @@ class ReplacedSteps:
         return " and ".join(map(self.describe_step, self.replaced))
 
     def _check_intact(self, places: Iterable[tuple[nn.Module, str, nn.Module | None]]) -> None:
-        """Raise UnsupportedLayerError if one of the places (parent, name, module) holds another module now."""
+        """Raise UnsupportedLayerError if one of the places (parent, name, module) holds another module now, or none.
+
+        The text names the replaced steps, the new type and the path.
+        """
         for parent, name, module in places:
             if (now := parent._modules.get(name)) is not module:
                 where = name if module is None else self.paths.get(module, name)

@@ -114,8 +114,10 @@ class SourceUses(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         """Record the function and arguments of a call.
 
-        In-place methods such as `weight.copy_()` do not count as reads. Passing `self` itself sets `hands_on`, since
-        the function may call anything. `isinstance` and the like use no values.
+        A function on a path of `self` counts as a use of that path, and its object as called. In-place methods (the
+        name ends, and does not begin, with "_") such as `weight.copy_()` count as neither. Passing `self` itself sets
+        `hands_on`, since the function may call anything. `isinstance` and the like (`TAKES_FACTS`) use no values: paths
+        in their arguments are not visited. Other arguments are.
         """
         path, name = self.path(node.func), getattr(node.func, "id", getattr(node.func, "attr", ""))
         values = [*node.args, *(keyword.value for keyword in node.keywords)]
@@ -173,7 +175,9 @@ def list_names(code: CodeType) -> Iterator[str]:
 
 
 def parse_function(function: FunctionType) -> SourceUses | None:
-    """Return the modules that a function reads and calls, from its source; None if it has no source."""
+    """Return the modules that a function reads and calls, from its source; None if it has no source that can be read
+    and parsed. Its first argument counts as `self`.
+    """
     try:
         lines = inspect.getsourcelines(function)[0]
         tree = ast.parse("".join(["if 1:\n", *lines] if lines[0][:1].isspace() else lines))
@@ -272,7 +276,7 @@ class ModuleTree:
 def check_model(model: object) -> None:
     """Raise TypeError if `model` is a class, or an object without `__dict__`, such as a string.
 
-    Any other object passes.
+    Any other object passes, even one that is no module.
     """
     if isinstance(model, type):
         raise TypeError(f"A model has to be a torch.nn.Module, got the class {model.__name__}. Make an object of it.")
@@ -296,7 +300,7 @@ def survey_model(model: nn.Module) -> ModuleTree:
     the weight that it was tied to. `checkpointing` notes whether gradient checkpointing is on in a module.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is a class, or an object without attributes.
     """
     check_model(model)
     tree = ModuleTree(root=model)
@@ -329,9 +333,10 @@ def survey_model(model: nn.Module) -> ModuleTree:
             look_into(inner, key)
 
     def count_parameters(module: nn.Module) -> None:
-        """Count the parameters of a module itself: numbers once per parameter, owners per module.
+        """Count the parameters of a module itself, without children: their sizes into the total once per parameter, and
+        one more owner per module in `tree.owners`.
 
-        Notes gradient checkpointing.
+        Sets `tree.checkpointing` if the module has gradient checkpointing on.
         """
         nonlocal numbers
         if module.__dict__.get("gradient_checkpointing"):
@@ -506,9 +511,11 @@ def find_weight_uses(key: str, tree: ModuleTree) -> tuple[bool, bool]:
 
 
 def make_parameter_site(path: str, module: nn.Module, name: str, tree: ModuleTree, key: str | None = None) -> Site:
-    """Return a new site for one parameter of a module.
+    """Return a new site for one parameter of a module, with an `Opaque` op.
 
-    A stack has the shape (n, out, in), or (n, in, out) if the module says `is_transposed`.
+    A stack has the shape (n, out, in), or (n, in, out) if the module says `is_transposed`. A parameter with fewer than
+    three dimensions, unless it is packed, is no stack. `experts` is set for a stack if graft can run its module,
+    `shared` if several modules have the parameter.
 
     Args:
         key: the site's key; None: `path.name`.

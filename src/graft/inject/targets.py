@@ -104,7 +104,8 @@ def is_or_wraps(module: nn.Module, other: nn.Module | None) -> bool:
 
 
 def find_weight(module: nn.Module) -> nn.Parameter | None:
-    """Return the weight Parameter of a module, from beneath layers and wrappers; None if it has none.
+    """Return the weight Parameter of a module, from beneath layers and wrappers; None if it has none, or only a tensor
+    that is no registered parameter.
 
     For a layer that a merge untied, it is the weight that it was tied to.
     """

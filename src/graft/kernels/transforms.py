@@ -233,7 +233,12 @@ class Wavelet(NamedTuple):
         return [torch.cat([sum_weighted(f, taps) for f in (self.low, self.high)])]
 
     def synthesis(self, z: Parts) -> Tensor:
-        """Return S z, transposed to (samples, n), for the one part z (size, samples)."""
+        """Return S z, transposed to (samples, n), for the one part z (size, samples).
+
+        The first `half` rows of z are the low band, the others the high band; both are padded with zeros. Shifted bands
+        are summed with the even taps of the filters for the even positions, with the odd taps for the odd ones. The
+        result is the n positions from `first` on.
+        """
         more = self.first // 2
         low, high = (pad(band, (0, 0, more, more)) for band in z[0].split(self.half))
         taps = [b[more - k : more - k + self.half + more] for b in (low, high) for k in range(more + 1)]

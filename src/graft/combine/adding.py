@@ -65,7 +65,8 @@ def union_names(lists: Iterable[Iterable[str] | None]) -> list[str] | None:
 def make_plain_config(configs: Sequence[PeftConfig]) -> LoraConfig:
     """Return a LoraConfig with the union of all targets of these configs of any methods.
 
-    Exclusions and layer ranges are those of the first.
+    Exclusions, layer ranges, task type, base and revision are those of the first; all other fields have their defaults.
+    Raises ConfigError if some targets are names and others a regular expression.
     """
     first = configs[0]
     names = ("task_type", "base_model_name_or_path", "revision")
@@ -270,7 +271,9 @@ class SlotTarget(NamedTuple):
     slot: Slot
 
     def assign(self, value: Tensor) -> None:
-        """Write a value into the slot, in its shape and dtype, on the layer's device."""
+        """Write a copy of a value into the slot, reshaped to the slot's shape, in its dtype, contiguous, on the layer's
+        device. A slot on the meta device gets a new tensor.
+        """
         shape, dtype = self.slot.tensor.shape, self.slot.tensor.dtype
         device = self.layer.where[0]
         self.slot.assign(value.detach().reshape(shape).to(device=device, dtype=dtype).contiguous(), device)

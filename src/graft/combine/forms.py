@@ -230,9 +230,9 @@ class UpdateForm(LoraForm):
 
 
 def spread_groups(A: Tensor, site: Site) -> Tensor:
-    """Return A (groups, r, n) as (groups, r, groups · n), with zeros for the inputs of other groups.
+    """Return A (groups, r, n) as a new tensor (groups, r, groups · n), with zeros for the inputs of other groups.
 
-    One group, or an A that sees all inputs already, is returned as it is.
+    One group, or an A with more inputs than `fan_in`, which sees all inputs already, is returned as it is.
     """
     groups, r, n = A.shape
     if groups == 1 or n > site.fan_in:
@@ -276,7 +276,10 @@ class LohaForm(ProductForm["LoHaConfig"]):
     """The form of LoHa: the elementwise product of two low-rank matrices. A written one has a second matrix of ones."""
 
     def read(self, m: Method, weight: float) -> Term:
-        """Return the term with one product of rank r² that equals the elementwise product of both."""
+        """Return the term with one product of rank r² that equals the elementwise product of both, in float32 at least.
+
+        The parts are read in evaluation mode.
+        """
         with EvaluationMode(m.layer):
             a, b, c, d = (widen(p) for p in m.parts())
         return Term(*narrow(a, b, c, d), m.scaling, weight)

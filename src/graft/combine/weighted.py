@@ -258,7 +258,7 @@ def choose_combination(peft_type: str) -> Callable[..., WeightedReport]:
 def draw_start(tuner: Tuner, adapter_name: str, cfg: PeftConfig, keys: list[str]) -> None:
     """Draw the new adapter's initial values on these layers and drop them, since PEFT's pruning draws after those.
 
-    Warnings are silenced.
+    This only advances torch's random generators; the layers stay. Warnings are silenced.
     """
     method = method_of(cfg.peft_type).variant(cfg)
     with warnings.catch_warnings():

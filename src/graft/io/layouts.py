@@ -142,7 +142,10 @@ class StackFactors(NamedTuple):
 def convert_stack_layouts(
     tensors: dict[str, Tensor], parts: AdapterCarriers, prefix: str, layout: StackLayout, what: str
 ) -> dict[str, Tensor]:
-    """Return a file's tensors with the factors of stacks in graft's layout. Warns of a layout that nothing tells.
+    """Return a file's tensors with the factors of stacks in graft's layout, in a new dict; `tensors` itself if the file
+    has no stacks.
+
+    Warns of a layout that nothing tells.
 
     Args:
         what: adapter and file, for warnings.

@@ -124,8 +124,10 @@ def collect_adapter_tensors(
 
 
 def describe_base(config: PeftConfig, base: nn.Module) -> None:
-    """Fill in `base_model_name_or_path` of a config from the base, if it is None; without a task type also
-    `auto_mapping`, the base's class and library. In place.
+    """Fill in `base_model_name_or_path` of a config, in place, from the base's `name_or_path`, if it is None; it stays
+    None if the base has none.
+
+    Without a task type also set `auto_mapping`, the base's class (without FSDP's wrapper class) and module.
     """
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = base.__dict__.get("name_or_path") or None

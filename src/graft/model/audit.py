@@ -324,7 +324,7 @@ def report_updates(parts: list[Part], report: AuditReport, stepped: bool) -> Non
 
 def starts_large(part: Part) -> bool:
     """Return True if the adapter took a part of the weight out of the base at its start (PiSSA), so that its update is
-    large.
+    large. False for a carrier that is no layer, or lacks the adapter.
     """
     layer = part.carrier.adapter_layer
     method = None if layer is None else layer.methods.get(part.adapter)

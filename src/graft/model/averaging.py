@@ -107,7 +107,12 @@ class Averager:
         self.agreed, self.compares_values = ids, False
 
     def _meet(self, call: str, task: str, compares: bool = True) -> Meeting:
-        """Return a meeting of all processes of the base, and delete the keys of the one before from the store."""
+        """Return a meeting of all processes of the base, after all have come, and delete the keys of the one before
+        from the store.
+
+        It is kept as `last_meeting`. Raises DistributedError if others do not come within `LONG_PATIENCE` seconds or,
+        with `compares`, have another task.
+        """
         purpose, ranks = "average gradients over", self.sharding.ranks
         meeting = Meeting(call, task, ranks, purpose, DistributedError, LONG_PATIENCE, compares)
         if self.last_meeting is not None:

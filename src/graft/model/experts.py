@@ -72,7 +72,10 @@ class XLoraRegistry(Registry):
             yield self.gate
 
     def parts_of(self, adapter_name: str) -> AdapterCarriers:
-        """Return the carriers of an adapter. Those of the X-LoRA adapter have the classifier as `shared`."""
+        """Return the carriers of an adapter.
+
+        Those of the X-LoRA adapter have the classifier as `shared`. Raises AdapterNotFoundError as the base class does.
+        """
         parts = super().parts_of(adapter_name)
         if adapter_name == self.owner:
             parts.shared = self.gate
@@ -232,7 +235,8 @@ class XLoraRegistry(Registry):
         """Make adapters active: the X-LoRA adapter with all its experts, or only the named experts, which then act as
         plain LoRA.
 
-        Experts of an active X-LoRA adapter do not train unless its config has `use_trainable_adapters`.
+        If the X-LoRA adapter is named, other names do not matter. Experts with it do not train unless its config has
+        `use_trainable_adapters`. Also does and raises as the base class.
 
         Raises:
             RoutingError: a composition is passed: X-LoRA weighs the experts itself.

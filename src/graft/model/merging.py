@@ -107,8 +107,8 @@ def merge_report(model: nn.Module) -> dict[str, float]:
     """Return {path of the layer: share of the merged update that its weight holds}; {} if nothing is merged.
 
     1.0: nothing was lost to rounding; 0.0: the weight has not changed. `AdapterLayer.share_kept` has the formula. A
-    PeftModel returns a copy of the report of its last merge, also after `merge_and_unload`; for other models the shares
-    are measured now.
+    PeftModel returns a copy of the report of its last merge, also after `merge_and_unload`, and {} after unmerging. For
+    other models the shares are measured now.
     """
     registry = get_registry(unwrap_model(model))
     if registry is not None:

@@ -241,9 +241,10 @@ class Prompts(Registry):
     # acting
 
     def check_generate(self, kwargs: dict[str, object]) -> None:
-        """Raise for arguments of `generate` that do not work with the active prompt: filled caches, assistant models.
+        """Raise ValueError for arguments of `generate` that do not work with the active prompt: filled or static
+        caches, assistant models.
 
-        A prompt in the encoder only needs no check.
+        Nothing is checked without an active prompt, or for a prompt in the encoder only.
         """
         if self.active is None:
             return

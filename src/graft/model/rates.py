@@ -153,8 +153,8 @@ def suggest_lr(config: PeftConfig, model: nn.Module | None = None) -> Suggestion
 
 
 def find_known_range(config: PeftConfig) -> tuple[float, float] | None:
-    """Return (least, largest) of all rates that similar searches found good or the method's source has; None if there
-    are none.
+    """Return (least, largest) of all rates that similar searches, on models of any type, found good or the method's
+    source has; None if there are none.
     """
     ends = [*published[:2]] if (published := find_class(config).published_lr) else []
     for row in find_similar(config):
@@ -167,7 +167,7 @@ def find_known_range(config: PeftConfig) -> tuple[float, float] | None:
 
 @cache
 def read_searches() -> tuple[RateSearch, ...]:
-    """Return all searches in rates.json. Cached."""
+    """Return all searches in the package's rates.json. The file is read once; the result is cached."""
     return tuple(json.loads(FILE.read_text()))
 
 

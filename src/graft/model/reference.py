@@ -86,6 +86,9 @@ def make_reference(
 
 @run_as_call
 def copy_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Return detached copies of an adapter's tensors by the names that files have."""
+    """Return detached copies of an adapter's tensors by the names that files have, without embeddings of the base.
+
+    Sharded ones are gathered, so all processes call this.
+    """
     state = get_peft_model_state_dict(model, None, adapter, save_embedding_layers=False)
     return {key: t.detach().clone() for key, t in state.items()}

@@ -294,8 +294,9 @@ class Registry:
         self.states.pop(adapter_name, None)
 
     def name_targets(self, keys: Collection[str]) -> set[str]:
-        """Return names for `target_modules` that select these paths and no other module: from `COMPRESS_FROM` paths on
-        short suffixes, else the paths.
+        """Return names for `target_modules` that select these paths and no other module.
+
+        From `COMPRESS_FROM` paths on they are short suffixes; fewer paths are returned as they are.
         """
         other_paths = [key for key in survey_model(self.model).modules if key not in keys]
         return minimize_names(keys, other_paths) if len(keys) >= COMPRESS_FROM else set(keys)

@@ -55,9 +55,11 @@ def enter(stack: PromptStack, module: nn.Module, args: Args, kwargs: Keywords) -
 
 
 def step(stack: PromptStack, module: nn.Module, args: Args, kwargs: Keywords) -> tuple[Args, Keywords] | None:
-    """Return the arguments of `outer` with masks and positions widened for the prompt in later steps: the hook on it.
+    """Return the arguments of `outer`, all by name, with masks and positions widened for the prompt in later steps: the
+    hook on it.
 
-    Later steps are calls with a cache that holds tokens. Other calls return None; the visit notes which of both it was.
+    Later steps are calls with a prompt, an input, and a cache that holds tokens. Other calls return None, which changes
+    nothing. `stack.now.widened_outside` notes which of both it was.
     """
     arguments = _by_name(stack, stack.outer_names, args, kwargs)
     first, seen = find_first_input(arguments), count_tokens(arguments.get(stack.cache_name or ""))

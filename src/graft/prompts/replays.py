@@ -54,7 +54,9 @@ class Replays:
 
     def start(self, cache: object) -> None:
         """Pass `cache` to the layers whenever they run, now and in the backward pass: replaces their checkpointing
-        functions.
+        functions until `clear`.
+
+        Layers without a cache argument, and the stack's module itself, stay.
 
         Raises:
             ValueError: no layer here takes a cache, so that the prompt would have no effect.
@@ -77,7 +79,7 @@ class Replays:
 
     def clear(self) -> None:
         """Restore the layers' attributes, remove the hook on the word embeddings, and release the lock, as far as they
-        are set.
+        are set. A second call does nothing.
         """
         for layer, name, value in self._before:
             layer.__dict__[name] = value

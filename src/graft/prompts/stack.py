@@ -211,9 +211,11 @@ class PromptStack:
             )
 
     def fill_cache(self, cache: object, pairs: kv_prefix.Pairs, batch: int) -> object:
-        """Put a prompt's pairs into a cache and return it; into a new one if `cache` is None.
+        """Put a prompt's pairs into a cache, in place, and return it; into a new one of the config's kind if `cache` is
+        None.
 
-        Only this process's heads are put, and no more pairs than the module has layers.
+        Only this process's heads are put, and no more pairs than the module has layers, in the stack's dtype and on
+        each layer's device.
         """
         if cache is None:
             cache = kv_prefix.new_cache(self.config, self.in_pair)

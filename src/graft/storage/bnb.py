@@ -212,7 +212,9 @@ class Eight(Quantized):
         return bool(m.weight.is_floating_point() and m.weight.has_fp16_weights)
 
     def why_undecodable(self, m: nn.Module) -> str | None:
-        """Return an error text if the weight holds codes without scales (SCB); None otherwise."""
+        """Return an error text if the weight holds codes without scales (SCB); None otherwise, also for a weight of
+        floats that is not quantized yet.
+        """
         scaled = m.weight.is_floating_point() or scales_of(m) is not None
         return None if scaled else "its weight has no scales (SCB): load the model again"
 

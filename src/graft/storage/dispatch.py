@@ -48,7 +48,8 @@ class Dispatch:
     def cut_update(self, update: StackUpdate, key: str) -> StackUpdate:
         """Return the part of an update of all experts that changes this process's experts.
 
-        Under tensor parallelism the backward pass sums the gradients of the whole tensors over processes of one batch.
+        Of a low-rank update, A and B are cut; any other keeps its form for these experts with its tensors cut. Under
+        tensor parallelism the backward pass sums the gradients of the whole tensors over processes of one batch.
 
         Raises:
             UnsupportedLayerError: an update under tensor parallelism has trainable tensors that all experts share.

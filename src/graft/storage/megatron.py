@@ -64,10 +64,12 @@ def list_returned_bias(m: nn.Module) -> tuple[Tensor | None]:
 
 
 def find_megatron_piece(m: nn.Module, op: Op) -> LayerPiece | None:
-    """Return the piece of the layer that this process computes, with the bias that its forward returns.
+    """Return the piece of the layer that this process computes, with its group and the function for the bias that its
+    forward returns.
 
     Outputs are cut in a column parallel layer that does not gather them; inputs in a row parallel layer that takes them
-    in pieces. None for a module that is not Megatron's, or that no adapter can act on.
+    in pieces. None for a module that is not Megatron's, or that no adapter can act on. Raises UnsupportedLayerError if
+    the weight is a piece without a known group.
     """
     kind = KINDS.find(type(m))
     if kind is None or why_no_megatron_adapter(m) is not None:

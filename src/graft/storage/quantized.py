@@ -155,8 +155,8 @@ class Quantized(Dense):
         return computes_on(m, device), self.compute_dtype(m)
 
     def dense(self, m: nn.Module, dtype: torch.dtype | None = None) -> nn.Linear:
-        """Return a new linear layer with the decoded weight (out, in), in `dtype`, or in the dtype in which it is
-        decoded.
+        """Return a new linear layer with the decoded weight (out, in), in `dtype`; None keeps the dtype that `read`
+        gives.
 
         Its weight has no gradient. A bias is copied, cast to the weight's dtype, with its requires_grad. The layer has
         the module's training mode. Raises UnsupportedLayerError if the weight cannot be read.

@@ -138,8 +138,11 @@ def add_verb(panel: str) -> Callable[[Verb], Verb]:
 
 
 def describe_parameter(parameter: Parameter, text: str) -> Parameter:
-    """Return a parameter with the typer annotation of an argument or option, its option names, and the help `text`
-    unless it has one.
+    """Return a parameter with the typer annotation of an argument, or if it is keyword-only of an option, and the help
+    `text` unless it has one.
+
+    An option's names are those in NAMES, else `--` and the parameter's name with hyphens. An option that is annotated
+    keeps its annotation.
     """
     hint: Any = parameter.annotation
     if parameter.kind is not Parameter.KEYWORD_ONLY:

@@ -227,7 +227,8 @@ def shifts_bias(layer: Layer, m: Method, checked_kinds: CheckedKinds) -> bool:
 def may_dequantize(layer: Layer, methods: Sequence[Method]) -> bool:
     """Return True if the merge would work after dequantizing: only the packed weight, which can be read, prevents it.
 
-    False for a dense weight, a packed stack, a layer type that cannot fold, or an effect without merged form.
+    False if the store is exact, if the op cannot fold its module or has a packed shape, or if a method's effect is
+    unmergeable.
     """
     packed = not layer.store.exact and layer.base_weight.why_unreadable() is None
     packed = packed and layer.op.why_unfoldable(layer.get_base_layer()) is None and layer.op.packed_shape is None

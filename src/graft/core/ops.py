@@ -118,7 +118,10 @@ class Op:
         return True
 
     def down(self, m: nn.Module, x: Tensor, A: Tensor) -> Tensor:
-        """Return the r channels of the input x. A (r, in · kernel)."""
+        """Return F.linear(x, A), the r channels of the input x.
+
+        A (r, in). Convolutions, whose A is (r, in · kernel), and embeddings override this.
+        """
         return F.linear(x, A)
 
     def up(self, m: nn.Module, z: Tensor, B: Tensor) -> Tensor:

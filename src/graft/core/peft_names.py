@@ -347,7 +347,10 @@ class PeftNames:
         return CLASS_NAMES.get("+".join(modules), f"{'+'.join(modules) or 'graft'}.{self.type_name}")
 
     def extra_repr(self: Layer) -> str:
-        """Return the layer's adapters and the active ones for repr, with the parameter's name if it has one."""
+        """Return "adapters=[…], active=[…]" for repr, after "parameter_name='…', " if the layer is for a parameter.
+
+        Nothing of the base layer is in it.
+        """
         parameter = f"parameter_name='{self.site.parameter}', " if self.site.path != self.site.key else ""
         return f"{parameter}adapters={list(self.methods)}, active={self.state.active}"
 

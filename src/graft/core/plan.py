@@ -376,7 +376,8 @@ class ChainPlan(LayerPlan):
     def add_to_output(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y, an output for x, with the one step of this plan on it, if the step is an Update with a gain.
 
-        Raises NotImplementedError for any other step, as `LayerPlan.add_to_output`.
+        The gain may run the base again, through a function that it gets for other inputs. Raises NotImplementedError
+        for any other step, as `LayerPlan.add_to_output`.
         """
         m, effect = self.steps[0]
         if not isinstance(effect, Update) or effect.additive or effect.factors is None:

@@ -172,9 +172,10 @@ def choose_sampled_names(names: Iterable[str]) -> list[str]:
 def summarize_weights(
     shapes: dict[str, list[int]], values: dict[str, list[float]] | None, part: bool = False
 ) -> Fingerprint:
-    """Return a fingerprint with the count of weights and a digest of their names and shapes.
+    """Return a fingerprint: "n", the count of weights, and "shapes", a digest of their names and shapes.
 
-    The shapes themselves are in it for up to 1024 weights, or with `part`; the sample unless `values` is None.
+    "weights", the shapes themselves, is in it for up to 1024 weights, or with `part`. "sample" holds `values`, unless
+    they are None.
     """
     note: Fingerprint = {"n": len(shapes), "shapes": hash_text(json.dumps(shapes, sort_keys=True))}
     if part or len(shapes) <= MAX_NAMED:
@@ -316,10 +317,10 @@ def why_other_base(of_file: Fingerprint, now: Fingerprint, common: bool = False)
 
 
 def match_values(of_file: Fingerprint, now: Fingerprint) -> bool:
-    """Return True if the sampled values of two fingerprints agree within 1/128 of the larger, at least of 1e-4; or if
-    one has no sample.
+    """Return True if the sampled values of two fingerprints agree within 1/128 of the larger, or if one has no sample.
 
-    Only weights in both are compared, and of each the values that both have.
+    Only weights in both are compared, and of two samples of different length only the first values. Values below 1e-4
+    count as 1e-4.
     """
     old, new = of_file.get("sample"), now.get("sample")
     if not isinstance(old, dict) or not isinstance(new, dict):

@@ -224,8 +224,10 @@ class Wavelet(NamedTuple):
         return len(self.low) - 2
 
     def analysis(self, x: Tensor) -> Parts:
-        """Return Sᵀ xᵀ for x (samples, n): the low-pass sums, then the high-pass sums, as one tensor (size,
-        samples).
+        """Return a list of one tensor (size, samples): Sᵀ xᵀ for x (samples, n), the low-pass sums above the high-pass
+        sums.
+
+        The input gets zeros before and after it, as many as the filters reach beyond its ends.
         """
         reach = 2 * self.half - 1
         wide = pad(x, (self.first, 2 * self.half - self.n)).T.contiguous()

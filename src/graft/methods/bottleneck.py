@@ -514,7 +514,7 @@ class Bottleneck(Method[BottleneckConfig]):
         return self.bottleneck_inv(y.to(self.dtype))
 
     def before_head(self, h: Tensor) -> Tensor:
-        """Return the inverse of the invertible function of h, the head's input."""
+        """Return the inverse of the invertible function of h, the head's input, in the adapter's dtype."""
         coupling = self.bottleneck_inv
         return coupling.inverse(h.to(self.dtype))
 

@@ -76,7 +76,8 @@ class SuperTuning(Method[SupertuningConfig]):
     def check(self) -> str | None:
         """Return the reason of `Method.check`.
 
-        Raises ConfigError if no entry of a known layer would train, or its weight has more than 2³¹.
+        Before that, on layers of known type, raises ConfigError if no entry would train, or the weight has more than
+        2³¹.
         """
         site = self.site
         if site.op.known and (self.size < 1 or math.prod(site.shape) > MOST):

@@ -360,8 +360,8 @@ def create_arrow_model(
 def split_source(path: str) -> tuple[str, str | None]:
     """Return (folder or hub repository, sub-folder or None) of an adapter's path.
 
-    A relative path of three parts or more, that is no folder, is a repository of two parts with a sub-folder. Any other
-    path is returned unchanged with None.
+    A relative path of three parts or more, that is no folder, is a repository of the first two with a sub-folder. An
+    absolute one is returned as it is.
 
     Raises CheckpointError for a folder without adapter_config.json.
     """

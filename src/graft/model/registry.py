@@ -1028,7 +1028,7 @@ class Registry:
                 steps.append(lambda output: self._add_losses(output, noted, run))
 
             def finish(output: object) -> object:
-                """Return the output after all methods' functions and losses."""
+                """Return the output after the functions of `steps`, each on the result of the one before."""
                 for step in steps:
                     output = step(output)
                 return output

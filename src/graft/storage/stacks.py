@@ -224,7 +224,7 @@ class MXFP4(PackedMatrices):
         return MXFP4(self.shape, in_rows(self.weight).to(device), in_rows(self.scale).to(device))
 
     def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
-        """Return True if the input is on no CPU and no gradient is wanted: the kernels have no backward pass."""
+        """Return True if the input is on no CPU and `trains` is False: the kernels have no backward pass."""
         return x.device.type != "cpu" and not trains
 
 

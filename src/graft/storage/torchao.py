@@ -59,9 +59,11 @@ class TorchAO(Quantized):
         return None
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
-        """Return why merging cannot write: the reason of all quantized stores, or graft cannot quantize the class.
+        """Return why merging cannot write: the reason of all quantized stores, or graft cannot quantize the class anew.
 
         None if it can.
+
+        The class only counts for the parameter "weight".
         """
         why = super().why_unwritable(m, name)
         if why is None and name == "weight" and self.again is None:

@@ -69,7 +69,10 @@ def is_a(kind: type, each: type | None = None) -> Callable[[object], bool]:
     """
 
     def is_right(value: object) -> bool:
-        """Return True if the value and its items have the types."""
+        """Return True if the type of the value, and of each of its items or of a dict's values, is exactly this.
+
+        Subclasses and a dict's keys do not count.
+        """
         inner = value.values() if isinstance(value, dict) else value
         return type(value) is kind and (each is None or all(type(entry) is each for entry in inner))  # type: ignore[attr-defined]
 

@@ -176,8 +176,8 @@ def find_token_rows(tuner: Tuner, names: Sequence[str], weights: Sequence[float]
 
 
 def warn_if_base_changed(tuner: Tuner, names: list[str], adapter_name: str, cfg: PeftConfig) -> None:
-    """Warn if an adapter's initialisation changed the base and the new adapter's does not: then the new one fits only
-    this changed base.
+    """Give one PeftWarning if an adapter's initialisation changed the base and the new adapter's (`cfg`) does not: then
+    the new one fits only this changed base.
     """
     if find_start_change(cfg):
         return

@@ -94,16 +94,18 @@ def compose_cartridge_adapters(
 ) -> None:
     """Write a CARTRIDGE adapter that holds the tokens of several saved ones, in that order.
 
-    The first adapter's config gives all fields, such as the number of frozen first tokens, and the new one is for
-    inference. The first fingerprint among the files is kept. On an error the old files stay.
+    The first adapter's config gives all fields, such as the number of frozen first tokens; only the number of tokens is
+    the sum, and the new one is for inference. The first fingerprint among the files is kept. On an error the old files
+    stay. Different base names only warn.
 
     Args:
         adapter_paths: folders or hub repositories, at least two, for one base model.
-        output_path: folder to write to; may be one of those.
+        output_path: folder to write to, made if needed; may be one of those.
         safe_serialization: safetensors; else a torch file, adapter_model.bin.
 
     Raises:
-        ConfigError: there are fewer than two, one is not a CARTRIDGE, or their sizes or tasks differ.
+        ConfigError: there are fewer than two, `adapter_paths` is one path, one is not a CARTRIDGE, holds more than a
+            prompt, or their sizes or tasks differ.
         CheckpointError: one of them cannot be read.
         ValueError: `output_path` is a file.
     """

@@ -307,7 +307,8 @@ def load_peft_weights(
 ) -> dict[str, Tensor]:
     """Return an adapter's tensors by file key, from a folder or hub repository.
 
-    `device` says where to put them; None: the CPU. `key_mapping` renames keys, with a warning if it fits none.
+    `device` says where to put them; None: the CPU. `key_mapping` renames keys, with a warning if it fits none. Raises
+    CheckpointError if there are no weights or they are damaged, and the errors of `rename_keys`.
     """
     tensors = load_weights(os.fspath(model_id), **hub).tensors
     if device is not None:

@@ -115,9 +115,10 @@ class BaseWeight(NamedTuple):
 
 
 def list_base_weights(parts: AdapterCarriers, base: nn.Module) -> dict[str, BaseWeight]:
-    """Return the weights that an adapter acts on, by path.
+    """Return the weights that an adapter acts on, by path without wrappers' parts, each with a flag if adapters are
+    merged into it.
 
-    For a prompt these are the weights of all blocks of `base`.
+    For a prompt these are the weights of all numbered blocks of `base` (`list_block_weights`).
     """
     if parts.prompt is not None:
         return list_block_weights(base)

@@ -167,9 +167,10 @@ class StackArranger:
         self.layout, self.what, self.doubts = StackLayout.from_config(fields), what, set[str]()
 
     def convert(self, layer: AdapterLayer, pair: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return A and B of a stack, first A, in graft's layout; unchanged if they cannot be factors of the layer.
+        """Return A and B of a stack by key, first A, in graft's layout; `pair` itself if they cannot be factors of the
+        layer.
 
-        Warns of a layout that nothing tells, of each such doubt once.
+        Warns of a layout that nothing tells, of each such doubt once for all stacks (`doubts`).
         """
         (a, A), (b, B) = pair.items()
         if not can_be_stack_factors(layer, A, B):

@@ -393,7 +393,8 @@ def find_local_config(origin: str, revision: str | None) -> str | None:
 
 
 def fingerprint_base(model: nn.Module, adapter: str, full: bool = False, together: bool = False) -> Fingerprint:
-    """Return the fingerprint of an adapter's base.
+    """Return the fingerprint of an adapter's base, with the sample that a sharded model's registry has noted for it, if
+    any.
 
     Args:
         full: with digests of all tensors that the adapter leaves alone.

@@ -596,7 +596,10 @@ class Watch:
 
     @unserializable_hook  # type: ignore[untyped-decorator]
     def _on_begin(self, _grad: Tensor) -> None:
-        """Hook of an output's gradient: once per backward pass, have autograd call `_on_end` after it."""
+        """Hook of an output's gradient: once per backward pass, have autograd call `_on_end` after it.
+
+        The pass is noted in `task`; the gradient stays.
+        """
         task = torch._C._current_graph_task_id()
         if task != self.task:
             self.task = task

@@ -50,9 +50,10 @@ class XLoraRegistry(Registry):
     expert_places: dict[str, int]
 
     def __init__(self, model: nn.Module, method: type[Method], tree: ModuleTree | None, holder: nn.Module):
-        """Register the model.
+        """Register the model as the base class does.
 
-        Raises ConfigError if its config has `use_cache`: X-LoRA reads the whole text to weigh experts.
+        Raises ConfigError, before that, if its config has a true `use_cache`: X-LoRA reads the whole text to weigh
+        experts.
         """
         if getattr(getattr(model, "config", None), "use_cache", False):
             raise ConfigError(

@@ -827,7 +827,8 @@ class PeftModel(nn.Module):
         left over.
 
         If the name is loaded already, only its values are replaced; a warning says where the configs differ. It stays
-        merged if it is merged, and trains on if it trains.
+        merged if it is merged, and trains on if it trains. Unknown keyword arguments warn. Waits until no call runs, as
+        late as possible.
 
         Args:
             is_trainable: let the adapter train from now on, active or not, and leave the model in its mode; an adapter

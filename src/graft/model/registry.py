@@ -642,7 +642,8 @@ class Registry:
     def check_composition(self, value: Composition) -> None:
         """Raise unless the adapters of a composition are loaded and can act together in it.
 
-        A result is remembered until an adapter is deleted.
+        Joint adapters that passed are noted in `checked`, until an adapter is deleted, and not checked again. An
+        Average is also planned on each layer.
 
         Raises:
             RoutingError: one is not loaded, is a prompt, or is averaged and does more than add.

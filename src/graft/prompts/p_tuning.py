@@ -33,7 +33,7 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_dropout: float = 0.0  # dropout of the LSTM
 
     def __post_init__(self) -> None:
-        """Make encoder_reparameterization_type a member of its enum.
+        """Make encoder_reparameterization_type a member of its enum, after the base class's checks.
 
         Raises ConfigError for another value than MLP and LSTM.
         """

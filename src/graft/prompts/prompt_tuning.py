@@ -89,14 +89,15 @@ class PromptEmbedding(Prompt):
 
 
 def text_ids(cfg: PromptTuningConfig) -> Tensor:
-    """Return the tokens of the initial text, cut or repeated to the number of the embedding's rows, (rows,).
+    """Return the tokens of the initial text, cut or repeated to the number of the embedding's rows, as a tensor
+    (rows,).
 
     Code that a tokenizer brings never runs, as the config may come from anywhere: trust_remote_code is switched off,
-    with a warning.
+    with a warning if `tokenizer_kwargs` has it. The config stays.
 
     Raises:
         ConfigError: the text has no tokens.
-        OSError: there is no such tokenizer.
+        OSError: there is no such tokenizer, or it cannot be loaded.
     """
     from transformers import AutoTokenizer
 

@@ -19,8 +19,8 @@ from graft.storage.fsdp2 import find_compute_dtype
 
 
 def find_first_input(arguments: dict[str, object]) -> Any:
-    """Return the input of a call: `inputs_embeds` (batch, tokens, dim), else `input_ids` (batch, tokens); None without
-    one.
+    """Return the input of a call: `inputs_embeds` (batch, tokens, dim) if not None, else `input_ids` (batch, tokens);
+    None without one.
     """
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     return ids if embeds is None else embeds

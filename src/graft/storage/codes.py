@@ -198,8 +198,8 @@ def make_bias_parameter(module: nn.Module) -> tuple[nn.Parameter, Callable[[], N
 def count_numbers(p: Tensor) -> int:
     """Return the number of values of a parameter.
 
-    An emptied tensor of DeepSpeed counts with its whole size. A Params4bit has two values in each byte of its storage
-    dtype.
+    A tensor that DeepSpeed has emptied counts with its whole size. A class in `PACKED`, such as Params4bit, has two
+    values in each byte of its storage dtype.
     """
     n = p.numel() or getattr(p, "ds_numel", 0)
     if type(p).__name__ in PACKED:

@@ -347,8 +347,8 @@ class ExpertBlock:
     def release(self) -> None:
         """Give the module the forward that it had before `prepare`, and take the marks off.
 
-        Does nothing without the mark of `prepare`. A forward that someone has replaced since stays. An MXFP4 block is
-        hooked no longer, if `prepare` marked it so.
+        Does nothing without the mark of `prepare`. A forward that someone has replaced since stays; accelerate's
+        `_old_forward` is restored, too. An MXFP4 block is hooked no longer, if `prepare` marked it so.
         """
         attributes = self.module.__dict__
         if MENDED not in attributes:

@@ -69,8 +69,9 @@ def find_flat_piece(t: Tensor) -> FlatPiece | None:
     """Return the piece of a tensor that FSDP1 has in a sharded flat parameter; None for other tensors, and with
     NO_SHARD.
 
-    With use_orig_params=False the tensor is a view of the flat parameter. With True it is an original parameter, and
-    `find_flat_place` may search all objects of the process for the flat one.
+    With use_orig_params=False the tensor is a view of the flat parameter; raises LookupError if no tensor begins at its
+    offset. With True it is an original parameter, and `find_flat_place` may search all objects of the process for the
+    flat one.
     """
     flat = t._base
     if is_flat(t):  # use_orig_params=False

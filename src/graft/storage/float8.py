@@ -67,9 +67,10 @@ class Float8(OwnModule):
         return {part: getattr(m, part) for part in self.parts if part == "weight" or m.weight.element_size() == 1}
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
-        """Return why merging cannot write: a weight of 4-bit floats, or the reason of all quantized stores.
+        """Return why merging cannot write: a weight of 4-bit floats (stored as int8), or the reason of all quantized
+        stores.
 
-        None if it can.
+        None if it can. Tensors of other names have the rules of the base class.
         """
         if name == "weight" and m.weight.dtype == torch.int8:
             return "its weight is 4-bit floats, which graft does not know how to write"

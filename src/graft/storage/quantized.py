@@ -109,7 +109,9 @@ class Quantized(Dense):
             return self.values(m)
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
-        """Return why merging cannot write the weight: calibrated codes, or unreadable ones. None if it can.
+        """Return why merging cannot write the weight: codes that are calibrated, else the reason why it cannot be read.
+
+        None if it can.
 
         Another tensor can be written if it is a plain attribute of the module; else the rules of plain tensors decide.
         """
@@ -147,8 +149,8 @@ class Quantized(Dense):
         self.put(m, {part: move_snapshot(value, device) for part, value in state.items()})
 
     def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
-        """Return the device of the first of `parts` that is a tensor, or accelerate's if it is offloaded; and the
-        compute dtype.
+        """Return the device of the first of `parts` that is a tensor (None without any), or accelerate's if it is
+        offloaded; and the compute dtype. The name does not matter.
         """
         values = (getattr(m, part) for part in self.parts)
         device = next((t.device for t in values if isinstance(t, Tensor)), None)
@@ -220,7 +222,8 @@ class OwnModule(Quantized):
         """Replace the forward of the module's class, or of the module, so that gradients pass: see
         `let_gradients_through`.
 
-        Return a warning if the module's backward pass is missing and its codes cannot be decoded; else None.
+        Return a warning if the module's backward pass is missing and its codes, unless on the meta device, cannot be
+        decoded; else the answer of the base class.
         """
         let_gradients_through(m, self)
         if self.loses_gradient(m) and not self.on_meta(m) and (why := self.why_undecodable(m)) is not None:

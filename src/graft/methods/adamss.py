@@ -198,9 +198,11 @@ def count_trained_subspaces(step: int, total: int, cfg: AdamssConfig) -> int:
 
 
 def update_and_allocate(tuner: Tuner, global_step: int) -> None:
-    """Measure importance, and choose which subspaces train. Call after backward(), before gradients are zeroed.
+    """Measure importance, and choose which subspaces train, for all active AdaMSS adapters.
 
-    Does nothing for adapters without `use_asa`, and outside of the warm-up.
+    Call after backward(), before gradients are zeroed.
+
+    Does nothing for adapters without `use_asa` or in inference mode, and outside of the warm-up.
 
     Args:
         global_step: number of the step.
@@ -326,9 +328,9 @@ class AdaMSS(Method[AdamssConfig]):
         )
 
     def build_empty(self, shared: dict[str, object], device: torch.device) -> dict[str, Any]:
-        """Return the tensors of `build` on `device`, without values.
+        """Call `build` and return its tensors on `device`; on the meta device they have no values.
 
-        Keeps the clusters of the rows in `self.rows`, for files that lack them.
+        Keeps the clusters of the rows in `self.rows`, for files that lack them. Torch's CPU generator stays as it was.
         """
         with torch.random.fork_rng(devices=[]):
             values = self.build(shared)

@@ -77,7 +77,10 @@ class Ewora(Method[EworaConfig]):
         self.fill_start(self.ewora_Bs)
 
     def branch(self, x: Tensor) -> Tensor:
-        """Return Σₑ gₑ Bₑᵀ Aₑᵀ x, (…, out). Dropout acts on the input of each expert, drawn for each."""
+        """Return Σₑ gₑ Bₑᵀ Aₑᵀ x, (…, out), with gates g from `ewora_weighting` of relu(Aᵀ x) of all experts.
+
+        Dropout acts on the input of each expert, drawn for each; without dropout all A are one product.
+        """
         op, base, E = self.site.op, self.layer.base_layer, self.cfg.num_experts
         A = self.ewora_As.mT  # (experts, r, in)
         if isinstance(self.ewora_dropout, nn.Identity):

@@ -237,8 +237,9 @@ def record(
 ) -> tuple[Recorder, Node, Any]:
     """Return the recorder of a block's run, the node of its first input, and its output.
 
-    Tries four ways in turn: with the encoder's states as input, with all tensor arguments, only around the attentions,
-    with attentions that return tuples.
+    Tries four ways in turn: with the encoder's states as input (if there are several attentions), with all tensor
+    arguments, only around the attentions, with attentions that return tuples. Any exception of the block's code leads
+    to the next way.
 
     Raises:
         UnfollowedError: all four fail; it tells the first error.

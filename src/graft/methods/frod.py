@@ -182,7 +182,7 @@ class FRoD(Method[FrodConfig]):
         """Return trained `frod_lambda_l` (in,) and `frod_lambda_s_values` (entries,) of zeros, the buffer `frod_U`
         (out, in) of zeros, which no file holds, and the dropout.
 
-        `frod_shared` holds the containers of this category's V and indices.
+        `frod_shared` holds the containers of this category's V and indices; without `shared` tensors it is [].
         """
         cfg, site, group = self.cfg, self.site, category(self.site.key)
         n = site.fan_in

@@ -42,7 +42,8 @@ class AdapterFusionConfig(Targeted, Chosen):
     dropout: Annotated[float, BELOW_1] = 0.0  # of the scores, before the softmax
 
     def __post_init__(self) -> None:
-        """Validate the fields; set `places` to {}, which `prepare` fills for one model.
+        """Validate the fields; make `adapters` a list, [] for None, and set `places` to {}, which `prepare` fills for
+        one model.
 
         Raises ConfigError if `adapters` has a name twice.
         """
@@ -183,7 +184,9 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         """Return the fusion's update for h (…, H), the input of the bottlenecks: attention over their updates, without
         their dropout and gates.
 
-        In training passes the value matrix on to the auxiliary loss.
+        The query is of h; keys are of the updates, and so are the values, unless the config has no `value`: then the
+        updates themselves are mixed. The dropout acts on the scores, before the softmax. The result has the adapter's
+        dtype. `note_value_matrix` notes the value matrix in training.
 
         Raises:
             RoutingError: one of the bottlenecks is gone.

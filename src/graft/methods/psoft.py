@@ -48,7 +48,11 @@ class PsoftConfig(Targeted, LayerRange, FanInFanOut):
     counters: ClassVar[tuple[str, ...]] = ("random_seed",)
 
     def __post_init__(self) -> None:
-        """Validate the fields; warn of options of the Cayley-Neumann series or the low-rank SVD that have no effect."""
+        """Validate the fields; warn of each option that has no effect.
+
+        Without `use_cayley_neumann` these are `cayley_neumann_eps` other than None and `num_cayley_neumann_terms` other
+        than 5. Without psoft_svd="lowrank" it is a `psoft_svd_lowrank_niter` other than 10.
+        """
         super().__post_init__()
         eps, terms = self.cayley_neumann_eps, self.num_cayley_neumann_terms
         niter = self.psoft_svd_lowrank_niter

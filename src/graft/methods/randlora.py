@@ -56,9 +56,13 @@ class RandLoRA(Method[RandLoraConfig]):
         """Return the shared random matrices `randlora_A` (r, 1, d) and `randlora_B` (D, ⌈d / r⌉, r).
 
         d is the smaller, D the larger of the widest input and output over all layers. They are drawn by `ternary` with
-        `sparse` or `very_sparse`, by `uniform` otherwise. If another adapter shares the matrices, return that one's
-        instead; ConfigError if A is narrower than the largest smaller size of a single layer, or B shorter than the
-        largest larger size. No file holds them with `save_projection=False`.
+        `sparse` or `very_sparse`, by `uniform` otherwise. If another adapter shares the matrices, return those of the
+        first one instead. No file holds them with `save_projection=False`.
+
+        Raises:
+            ConfigError: shared matrices are too small. A needs the largest smaller size of a single layer, B the
+                largest
+                larger size.
         """
         cfg, existing = layers.cfg, layers.existing
         sizes = [sorted((s.out_features, s.fan_in)) for s in layers.sites]

@@ -85,7 +85,8 @@ def facts_of(arguments: Mapping[str, object], model: nn.Module) -> dict[str, Pos
     """Return the `Positions` of a forward pass by fact, from its attention masks: FACT, and OF_DECODER of a model with
     encoder and decoder.
 
-    With a cache, the last of them also gets the number of tokens that have passed; MANY if the cache does not count.
+    With a cache that holds tokens, the last of them also gets the number of tokens that have passed, a CPU tensor; MANY
+    if the cache does not count. An empty cache counts as none.
     """
     masks = MASKS[is_encoder_decoder(model)]
     facts = {fact: Positions.of(arguments.get(mask)) for fact, mask in masks.items()}
@@ -134,10 +135,11 @@ class OnStates(Method[S]):
 
     @classmethod
     def prepare(cls, cfg: S, model: nn.Module) -> None:
-        """Fill the config's `widths` with the widths of the chosen blocks, by path, and make these the targets, if
-        `target_modules` is "places".
+        """Fill the config's `widths` with the widths of the chosen blocks, by path, and make these the `target_paths`,
+        if `target_modules` is "places".
 
-        Other targets leave `widths` empty. Also notes the model's hidden width in `cfg.width`.
+        With other targets `widths` becomes {} and `target_paths` None. Also sets `cfg.width` to the model's hidden
+        width.
         """
         blocks = chosen_blocks(model, cfg.layers) if cfg.target_modules == PLACES else []
         cfg.widths = {block.path: block.width for block in blocks}

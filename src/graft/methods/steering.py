@@ -56,7 +56,8 @@ class Steering(OnStates[SteeringConfig]):
         """Return the update of y, (rows, …, H): c · v; with `normalize` the difference between y and y + c · v, scaled
         back to the norm of y.
 
-        c is the call's coefficient of each row, else the config's. Tokens before `min_token_index` get zero.
+        c is the call's coefficient of each row, else the config's. Tokens before `min_token_index` get zero
+        (`from_first`). The result has the adapter's dtype.
 
         Raises:
             RoutingError: y has another number of rows than the call has coefficients.

@@ -106,10 +106,10 @@ class SuperTuning(Method[SupertuningConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return `supertuning_values` (k,), zeros or normal with `init_weights=False`, and `supertuning_indices` (k,)
-        int32, in files with `save_precomputed_indices`.
+        int32 zeros, in files only with `save_precomputed_indices`.
 
-        With r also the linear layers `supertuning_lora_A` (r, fan_in) and `supertuning_lora_B` (out, r), the dropout
-        and scaling = alpha / r.
+        With r also the linear layers `supertuning_lora_A` (r, fan_in) and `supertuning_lora_B` (out, r) without bias,
+        the dropout, `r` and scaling = alpha / r.
         """
         cfg, site = self.cfg, self.site
         places = torch.zeros(self.size, dtype=torch.int32)

@@ -219,7 +219,9 @@ class VBLoRA(Method[VBLoRAConfig]):
         """Return the tensors with logits restored from `…_topk_indices` and `…_topk_weights`: log weights at the
         indices, -inf elsewhere.
 
-        Other tensors stay. Raises CheckpointError for indices or weights that cannot be (`check_largest`).
+        The last weight is 1 minus the sum of the others, at least 0. Logits without both tensors, and all other
+        tensors, stay. Sets `looked_at` to None. Raises CheckpointError for indices or weights that cannot be
+        (`check_largest`).
         """
         out, self.looked_at = dict(tensors), None
         for name in LOGITS:

@@ -152,8 +152,10 @@ class Scalings:
 
 
 def chosen(scalings: Tensor, cfg: XLoraConfig) -> Tensor:
-    """Return the weights that act: the `top_k_lora` largest (others 0), with `enable_softmax_topk` through a softmax
-    over the nonzero ones, times `global_scaling_weight`.
+    """Return the weights that act: the `top_k_lora` largest of each token and layer (others 0; all act for None), times
+    `global_scaling_weight`.
+
+    With `enable_softmax_topk` a softmax over the nonzero ones comes before that factor; weights of 0 stay 0.
     """
     if cfg.top_k_lora is not None:
         largest = scalings.topk(cfg.top_k_lora, dim=-1).indices
@@ -363,8 +365,9 @@ class XLora(Method[XLoraConfig]):
             weighing = [False]
 
             def step(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
-                """Weigh the experts for the step's arguments and set the gates of this thread's call; do nothing in
-                the extra pass.
+                """Weigh the experts for the step's arguments and set the gates of this thread's call.
+
+                Do nothing in the extra pass of `weigh`, which calls the same model.
                 """
                 if not weighing[0]:
                     weighing[0] = True

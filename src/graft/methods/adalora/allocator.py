@@ -77,9 +77,12 @@ class Allocator:
 
     @torch.no_grad()
     def allocate(self, methods: dict[str, Method], keep: int) -> dict[str, list[bool]]:
-        """Set all but the `keep` most important singular values to 0. Return masks of those that stay, by layer.
+        """Set all but the `keep` most important singular values to 0, in place.
 
-        Values equal to the threshold are set to 0, too. The host waits for the device once.
+        Return masks of those that stay (True), by layer.
+
+        Values with a score equal to the threshold are set to 0, too, so fewer may stay. With `keep` at or above their
+        number all stay. The host waits for the device once.
         """
         scores = {key: self.triplet_scores(key, m) for key, m in methods.items()}
         values = torch.cat(list(scores.values()))

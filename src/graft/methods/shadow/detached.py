@@ -157,10 +157,11 @@ def no_cache_for(network: Any, model: Any) -> str | None:
 
 
 def shadow_loss(tuner: Tuner, cfg: PeftConfig, name: str, s: Tensor, inputs: dict[str, Any]) -> Tensor | None:
-    """Return the loss of the head's output for the shadow state s (rows, tokens, hidden), ().
+    """Return the loss of the head's output for the shadow state s (rows, tokens, hidden), (), with `inputs["labels"]`.
 
-    For SEQ_CLS a classification by the shadow's own head at the last token, else the next token by the model's output
-    embeddings; None if it has none.
+    For SEQ_CLS it is the classification by the shadow's own head at each row's last token, found by `input_ids` and the
+    model's `pad_token_id`. Else it is the cross entropy of the next token by the model's output embeddings; None if the
+    model has none. The state is cast to the head's dtype.
     """
     labels, model = inputs["labels"], tuner.model
     if cfg.task_type == "SEQ_CLS":

@@ -72,7 +72,8 @@ def network_from(where: str, width: int) -> tuple[nn.Module, nn.Module | None]:
     `width`, or None.
 
     Reads three kinds by config.json: a file of PEFT with a projection, a detached shadow model, any model of
-    transformers. No remote code runs.
+    transformers, which has no projection. No remote code runs. The width of a network without projection is not
+    checked.
 
     Raises:
         ConfigError: the projection is to another width.
@@ -101,8 +102,11 @@ def network_from(where: str, width: int) -> tuple[nn.Module, nn.Module | None]:
 
 
 def _load_network(config: object, where: str, prefix: str) -> tuple[nn.Module, nn.Linear | None]:
-    """Return a network of `config` with the values of model.safetensors under `prefix`, and the projection in the file;
-    None if it has none.
+    """Return a network of `config` with the values of model.safetensors under `prefix`, and the projection in the file,
+    a linear layer without bias; None if it has none.
+
+    The file must hold each value of the network: torch's RuntimeError names those that are missing or unknown. No
+    remote code runs.
     """
     from transformers import AutoModel
 
@@ -198,10 +202,10 @@ def make_modules(model: nn.Module, cfg: ShadowConfig) -> dict[str, nn.Module]:
     model's width, and for SEQ_CLS "shadow_head".
 
     The projection is the file's, an identity for equal widths, else a new linear layer without bias. The head is a copy
-    of the model's, without hooks. All are in the model's training mode.
+    of the model's `score`, or else `classifier`, without hooks. All are in the model's training mode.
 
     Raises:
-        ConfigError: the mirror would have a head, as the model has no backbone with a stack of blocks.
+        ConfigError: the mirror would have output embeddings, as the model has no backbone with a stack of blocks.
     """
     width = require_width(model)
     mirrors = cfg.shadow_model == MIRROR

@@ -190,9 +190,10 @@ class Pass:
         return projection(network(**call_arguments).last_hidden_state)
 
     def seed(self, name: str, h: Tensor) -> Tensor:
-        """Return the state before the first block for the adapter's rows.
+        """Return the state before the first block for the adapter's rows; all rows if the call names no adapters by
+        row.
 
-        If the network has not run yet, run it on h, keep the result, and return it for all rows.
+        If the network has not run yet, run it on h as input embeddings, keep the result, and return it whole.
         """
         start = self.starts.get(name)
         if start is None:
@@ -203,8 +204,8 @@ class Pass:
         return start if index is None else start.index_select(0, index)
 
     def finish(self, output: Any) -> object:
-        """Return the model's output with the caches packed and, if the call has labels, the losses of the shadow
-        networks added.
+        """Return the model's output with the caches packed, if there are shadow networks' caches, and, if the call has
+        labels, the losses of the shadow networks added.
         """
         if self.shadows:
             output = with_cache(output, self.shadows)

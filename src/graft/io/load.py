@@ -386,7 +386,10 @@ class CheckpointValues:
 
     @cached_property
     def _keys_by_path(self) -> dict[str, set[str]]:
-        """{path with a dot behind it: keys below it}, of the file. Computed once."""
+        """{path with a dot behind it: keys below it}, of the file.
+
+        Computed once and cached, from the tensors at the first access.
+        """
         out: dict[str, set[str]] = defaultdict(set)
         for name in self.tensors:
             for owner in list_ancestors(name):
@@ -418,7 +421,10 @@ class CheckpointValues:
 
     @cached_property
     def absent(self) -> dict[str, str]:
-        """The modules on other pipeline stages, with their parents' paths."""
+        """The modules on other pipeline stages, with their parents' paths; {} on a whole model.
+
+        Computed once and cached.
+        """
         return find_absent_in_model(self.model)
 
     def is_absent(self, path: str) -> bool:

@@ -116,7 +116,7 @@ def view_bytes(key: str, t: Tensor) -> bytes | ctypes.Array[ctypes.c_char]:
 
 @cache
 def name_dtype(dtype: torch.dtype) -> str:
-    """Return safetensors' name of a dtype, such as "BF16"."""
+    """Return safetensors' name of a dtype, such as "BF16". Cached. A dtype that safetensors lacks raises its error."""
     from safetensors.torch import save
 
     return str(parse_header(save({"x": torch.empty(0, dtype=dtype)}))[0]["x"]["dtype"])

@@ -41,9 +41,11 @@ def get_peft_model(
     heads: dict[str, nn.Module] | None = None,
     change_timeout: float | None = PATIENCE,
 ) -> PeftModel:
-    """Inject an adapter into `model`, in place, and return the PeftModel of the config's task type around it.
+    """Inject an adapter into `model`, in place, activate it, and return the PeftModel of the config's task type around
+    it.
 
-    The model's name and `revision` are written into the config.
+    The model's name and `revision` are written into the config. Warns if the adapter's name is a part of the method's
+    prefix in keys. An unknown task type, or none, gives a plain PeftModel.
 
     Args:
         model: any torch module; adapter layers replace modules of it.

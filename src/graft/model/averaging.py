@@ -124,8 +124,9 @@ class Averager:
     def reach_inputs(self, names: Iterable[str]) -> Iterator[None]:
         """Within the block, the backward pass of a call with rows of these adapters passes through all layers.
 
-        FSDP2 gathers the weights of the layers that a pass reaches: those below the first adapter of its rows, too, if
-        other processes reach them. Does nothing if none of the adapters trains, or without word embeddings.
+        A forward hook lets the output of the word embeddings require gradients; it is removed at the end. FSDP2 gathers
+        the weights of the layers that a pass reaches: those below the first adapter of its rows, too, if other
+        processes reach them. Does nothing if none of the adapters trains, or without word embeddings.
         """
         registry = self.registry
         words = input_embeddings(registry.model) if any(registry.trains(name) for name in names) else None

@@ -237,7 +237,7 @@ class XLoraRegistry(Registry):
         plain LoRA.
 
         If the X-LoRA adapter is named, other names do not matter. Experts with it do not train unless its config has
-        `use_trainable_adapters`. Also does and raises as the base class.
+        `use_trainable_adapters`. Also waits, does and raises as the base class.
 
         Raises:
             RoutingError: a composition is passed: X-LoRA weighs the experts itself.
@@ -255,6 +255,8 @@ class XLoraRegistry(Registry):
     @changes(all_adapters)
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove the X-LoRA adapter and its classifier; the experts stay, as plain LoRA adapters.
+
+        Waits until no call runs.
 
         Raises:
             ConfigError: it is an expert of X-LoRA.

@@ -336,7 +336,8 @@ class Registry:
     def add_adapter(self, adapter_name: str, config: PeftConfig, options: Options) -> InjectReport:
         """Inject another adapter, inactive, and return the report. On an error nothing has changed.
 
-        If a client replaced `inject_adapter` of the tuner, that is called, and has to call the original.
+        No other change runs meanwhile; running calls are waited for only where the injection needs it. If a client
+        replaced `inject_adapter` of the tuner, that is called, and has to call the original.
 
         Raises:
             AdapterNameError, ConfigError: as `check_new`. Other errors: as `get_peft_model`.
@@ -596,7 +597,7 @@ class Registry:
     def set_adapter(self, adapter_name: str | Sequence[str] | Composition, inference_mode: bool = False) -> None:
         """Make adapters active, in this order or as a composition says, and trainable unless `inference_mode`.
 
-        Others are deactivated and frozen. A Stack sets no composition, only its names.
+        Others are deactivated and frozen. A Stack sets no composition, only its names. Waits until no call runs.
 
         Merged adapters are unmerged first, with a warning, unless just these are merged on all layers under the same
         composition. Frozen copies stay frozen. `note_training` and `on_change` are called; adapters that no watch has
@@ -661,7 +662,11 @@ class Registry:
 
     @changes(lambda _, adapter_names, *__, **___: as_name_list(adapter_names, "set_requires_grad"))
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Set requires_grad of all parameters of these adapters, active or not. Frozen copies stay frozen.
+        """Set requires_grad of all parameters of these adapters, active or not.
+
+        Frozen copies (`frozen`) stay frozen.
+
+        Waits until no call runs, and calls `note_training` at the end.
 
         Raises:
             AdapterNotFoundError: one is not loaded.
@@ -780,9 +785,9 @@ class Registry:
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters (None: those active on each layer) into the base weights; `unmerge_adapter` takes them out.
 
-        Adapters that are merged already are left out, with a warning. One copy of each merged weight is kept, from
-        which the unmerge is exact to the bit. Float32 and float64 weights keep the factors of products instead, and
-        subtract.
+        Waits until no call runs. Adapters that are merged already are left out, with a warning. One copy of each merged
+        weight is kept, from which the unmerge is exact to the bit. Float32 and float64 weights keep the factors of
+        products instead, and subtract.
 
         Args:
             safe_merge: compute every merged weight first and check that it is finite, which takes as long as merging.
@@ -797,6 +802,8 @@ class Registry:
 
     def _merge(self, adapter_names: list[str] | None, safe_merge: bool, undoable: bool, progress: bool = False) -> None:
         """Merge adapters into all mergeable layers, and keep the shares that the weights hold in `shares_kept`.
+
+        If none was left to merge, `shares_kept` stays.
 
         Args:
             adapter_names: None: those active on each layer.
@@ -814,7 +821,10 @@ class Registry:
 
     @changes(all_adapters)
     def unmerge_adapter(self) -> None:
-        """Take all merged adapters out of the base weights. Warns if there is none."""
+        """Take all merged adapters out of the base weights, and empty `shares_kept`.
+
+        Waits until no call runs. Warns if there is none.
+        """
         if not self.merged_adapters:
             warn("Already unmerged. Nothing to do.")
         for layer in self.mergeable_layers():
@@ -830,7 +840,7 @@ class Registry:
         adapter_names: list[str] | None = None,
         dequantize: bool = False,
     ) -> nn.Module:
-        """Merge without a way back, remove the adapter layers, and return the plain model.
+        """Merge without a way back, remove the adapter layers, and return the plain model. Waits until no call runs.
 
         Args:
             progressbar: show one.
@@ -902,8 +912,9 @@ class Registry:
     def unload(self, keep_modules: bool = True) -> nn.Module:
         """Return the model without adapter layers. The parameters train that did before the first adapter.
 
-        If the base came with adapters, its parameters stay frozen. Modules in `modules_to_save` keep the active
-        adapter's values, also while adapters are disabled. Merged weights stay merged.
+        Waits until no call runs. If the base came with adapters, its parameters stay frozen. Modules in
+        `modules_to_save` keep the active adapter's values, also while adapters are disabled. Merged weights stay
+        merged. `layers` and `wrappers` become empty; `peft_config` stays.
 
         Args:
             keep_modules: False: the base's own modules are put back, and merged adapters are unmerged.
@@ -929,10 +940,10 @@ class Registry:
 
     @changes(lambda self, adapter_name: adapters_of_deletion(adapter_name, self.active_adapters))
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter, its tensors, and all that the registry notes of it.
+        """Remove an adapter, its tensors, and all that the registry notes of it. Waits until no call runs.
 
         If it was active, the remaining active ones are activated again by `set_adapter`, which also lets them train. If
-        it was the only active one, that is the first of the others (by name).
+        it was the only active one, that is the first of the others (by name), with a warning.
 
         If it was part of an active Average or Parallel, the composition ends, with a warning.
 

@@ -84,8 +84,9 @@ class PackedMatrices:
         raise NotImplementedError
 
     def fold_one(self, fold: Fold, expert: int) -> tuple[Tensor, Tensor]:
-        """Return an expert's matrix (out, in) before `fold`, in the stack's dtype, or float32 if that is unknown; and
-        the result of `fold`, which is passed it in at least float32.
+        """Return an expert's matrix (out, in) and the result of `fold` for it.
+
+        The first is in the stack's dtype, float32 if that is unknown; `fold` gets it in at least float32.
         """
         W = self.matrix(expert, self.dtype or torch.float32)
         return W, fold(expert, W.to(torch.promote_types(W.dtype, torch.float32)))

@@ -77,11 +77,16 @@ def export_adapter_file(adapter: AdapterFile, server: str, base: Base, path: str
 
 
 def to_plain_lora(adapter: AdapterFile, server: Server, base: Base) -> tuple[AdapterFile, ExportReport]:
-    """Convert an adapter to the LoRA that `server` loads: one rank, the scale in B, the base's module names, factors of
-    zeros for other modules of the same suffixes.
+    """Convert an adapter to the LoRA that `server` loads, and return it with a report of the changes: one rank, the
+    scale in B, alpha = r, and the base's module names. Other base modules with the same suffixes get factors of zeros.
 
-    Return it with a report of the changes. Factors keep their common dtype. Errors are those of `export_adapter_file`;
-    LossError also if B overflows its dtype.
+    The config is new; only task type, base and fan_in_fan_out are taken over. Factors keep their common dtype, and
+    smaller ranks are padded with zeros. The adapter itself does not change.
+
+    Raises:
+        LossError: B overflows its dtype with its scale in it.
+        BaseModelMismatchError: two modules have one name in the base.
+        And the other errors of `export_adapter_file`.
     """
     check_whole(adapter)
     adapter = to_lora_on_base(adapter, base)
@@ -147,11 +152,13 @@ def to_lora_on_base(adapter: AdapterFile, base: Base) -> AdapterFile:
 
 
 def check_is_plain(adapter: AdapterFile, server: Server) -> None:
-    """Raise LossError for the parts of an adapter that plain LoRA on this server cannot hold; the text names the
-    remedy.
+    """Raise LossError for the first kind of part that plain LoRA on this server cannot hold; the text names the parts
+    and the remedy.
 
-    These are DoRA, biases, whole modules, rows of tokens, KaSA, stacks of experts, modules that the server does not
-    adapt, aLoRA's tokens, repeated layers, an unknown change of the base, unknown tensors, and methods other than LoRA.
+    The kinds, in order: 1. parts that only a merge can serve: DoRA, biases, whole modules, rows of tokens, KaSA; 2.
+    stacks of experts; 3. modules that this server does not adapt, by graft's table of servers; 4. aLoRA's tokens and
+    repeated layers; 5. an unknown change of the base; 6. another method than LoRA, unknown or shared tensors, or no
+    modules. Tensors that only training needs are allowed.
     """
     subject = Subject(adapter, server)
     blockers = [what for name in MERGED for what in subject.find(name)]
@@ -347,8 +354,11 @@ def ends_with_suffix(path: str, suffix: str) -> bool:
 
 
 def describe_changes(adapter: AdapterFile, report: ExportReport, loras: dict[str, LowRank]) -> Iterable[str]:
-    """Yield one sentence for each kind of change in an export: the scale, the shift, ranks, dropped tensors, dense
-    factors, names, and zeros.
+    """Yield a sentence for each kind of change in an export that took place; nothing for an export without changes.
+
+    The order is: scales other than 1 that went into B, shifts of the base, and unequal ranks in `loras`. Then come
+    extra tensors left out (except the shift's), dense factors for other methods, renamed modules, and modules with
+    zeros.
     """
     low_rank = adapter.low_rank.values()
     if any(of.scale != 1.0 for of in low_rank):

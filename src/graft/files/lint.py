@@ -135,7 +135,9 @@ def find_outliers(look: LintSubject) -> Faults:
 def find_unused_targets(look: LintSubject) -> Faults:
     """Yield a fault for target_modules, and one for target_parameters, if entries match no module of the file.
 
-    An invalid regular expression matches nothing. "all-linear" and files without modules are skipped.
+    A text is a regular expression that has to match a whole path; an invalid one matches nothing. An entry of a list
+    matches a path that ends with it, without ".weight". Any other type is a fault. None, "all-linear" and files without
+    modules and rows are skipped. The fault's text names up to 5 entries.
     """
     config, paths = look.adapter.config, [*look.adapter.modules, *(n.rpartition(".")[0] for n in look.adapter.rows)]
     for name in ("target_modules", "target_parameters"):
@@ -339,10 +341,13 @@ def list_factor_gaps(adapter: AdapterFile) -> Iterator[str]:
 
 
 def list_tensor_gaps(adapter: AdapterFile, base: BaseDescription | None) -> Iterator[str]:
-    """Yield the missing modules of modules_to_save, rows of trainable_token_indices, and biases.
+    """Yield descriptions of tensors that the config promises and the file lacks: modules of modules_to_save, then rows
+    of trainable_token_indices, then biases.
 
-    A name of modules_to_save only counts if the base has such a module. Without a base, one classifier head is enough.
-    Biases need a base.
+    With a base, a name of modules_to_save only counts if a module of the base ends with it. Without a base, each name
+    counts, except that one saved classifier head is enough for all names of heads. Rows count as missing only if there
+    are none at all. Biases are not checked without a base; "all" means those of all its modules, any other value except
+    "none" those of the adapted modules.
     """
     config = adapter.config
     prefixes = [f"{name}." for name in (*adapter.full, *adapter.modules)]

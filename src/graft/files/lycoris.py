@@ -56,11 +56,16 @@ def convert_ia3(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod], 
 
 
 def convert_lokr(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod], base: Base | None) -> AdapterFile:
-    """Return an adapter with a config of PEFT's LoKr: one decompose_factor, and the rank and alpha of each module.
+    """Return a copy of an adapter with a config of PEFT's LoKr: one decompose_factor, and the rank and alpha of each
+    module.
 
-    A full second factor gets the lowest rank that keeps it full in PEFT. If no single factor gives all shapes, the
-    modules' method becomes "LoKr of several factors", which writing as PEFT refuses. Raises CheckpointError for missing
-    or one-dimensional factors.
+    The first of -1, 1, 2, … that gives all shapes is the factor. If none does, the config stays, and the modules'
+    method becomes "LoKr of several factors", which writing as PEFT refuses. A full second factor gets the lowest rank
+    that keeps it full in PEFT. The first module gives `r` and `alpha`, and others get patterns; a missing scale counts
+    as 1. With a base, the columns of its weight correct those of a kernel's second factor.
+
+    Raises:
+        CheckpointError: factors are missing or one-dimensional.
     """
     from graft import LoKrConfig  # loads torch
 

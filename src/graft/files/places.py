@@ -160,9 +160,13 @@ class ComputedParameters:
 def find_spots(
     model: PreTrainedModel, shapes: Mapping[str, Shape], computed: dict[str, ComputedParameters] | None = None
 ) -> dict[str, list[Spot]]:
-    """Return the spots of a transformers model's parameters, as transformers renames and stacks checkpoint tensors.
+    """Return the spots of a transformers model's parameters by name, as transformers renames and stacks checkpoint
+    tensors.
 
-    Before transformers 5, only the class's patterns count. Parameters computed in other ways have no spots.
+    Keys are taken in natural order, so that experts are numbered by it. For a stack, each spot has the expert's index
+    and its first row and number of rows, pattern by pattern. A key whose renamed form is no parameter keeps its name if
+    that is one. Before transformers 5, only the class's patterns count. Parameters computed in other ways have no
+    spots.
 
     Args:
         computed: filled with these other parameters, by the first of each conversion; None: they are ignored.

@@ -126,10 +126,11 @@ def check_resize_options(ways: Mapping[str, float | None], max_rank: int | None)
 
 
 def collect_loras(adapter: AdapterFile) -> dict[str, LowRank]:
-    """Return the LoRA of each module, with AdaLoRA as LoRA.
+    """Return the LoRA of each module by path, with AdaLoRA as LoRA.
 
     Raises:
-        LossError: a module is no LoRA or a grouped convolution, there is none, or the change of the base is unknown.
+        LossError: the change of the base is unknown, a module is no LoRA, is a grouped convolution, or there is no
+            module. Checked in this order.
     """
     if adapter.changed_base is not None:
         raise LossError(

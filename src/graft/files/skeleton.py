@@ -69,10 +69,14 @@ def build_model_config(path: str) -> PreTrainedConfig | None:
 
 
 def drop_code_fields(value: Any, file: str) -> Any:
-    """Return a config value without the fields in `CODE`, at any depth.
+    """Return a config value without the fields in `CODE`, at any depth of dicts and lists.
 
-    Raises CheckpointError for an absurd number of modules or labels, or a backbone that would be downloaded. `file`
-    names the config in the text.
+    Other values are returned as they are.
+
+    Raises:
+        CheckpointError: an int of a dict is absurd: over `MOST` in a key that ends with one of `COUNTS`, or over
+            `LABELS` in "num_labels". Or it names a backbone without its config and with `use_timm_backbone` false, so
+            that it would be downloaded. `file` names the config in the text.
     """
     if isinstance(value, list):
         return [drop_code_fields(v, file) for v in value]

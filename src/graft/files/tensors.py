@@ -149,11 +149,13 @@ def make_int64_tensor(values: Sequence[int]) -> Tensor:
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a safetensors file by name, with values unread, and its metadata as texts.
+    """Return the tensors of a safetensors file by name in the header's order, and its metadata as texts, {} if there is
+    none. Values are read later, on demand, and only from the same version of the file.
 
     Raises:
-        CheckpointError: the file is no safetensors file, a git-lfs pointer, or damaged: tensors overlap, leave gaps, or
-            exceed the file.
+        CheckpointError: the file is no safetensors file, is a git-lfs pointer, has a header beyond `LARGEST_HEADER`, or
+            is damaged: its header is invalid, tensors overlap, leave gaps, do not have the size of their shape and
+            dtype, or do not end with the file.
     """
     path = os.fspath(path)
     with open_file(path) as f:

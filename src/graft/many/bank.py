@@ -307,11 +307,14 @@ class Banks:
 
     @torch.no_grad()
     def collect_gradients(self, names: Iterable[str]) -> None:
-        """Move the gradients of a pass to the rows of these adapters, set `received`, and set each `grad` to None.
+        """Move the gradients of a pass to the rows of adapters, set `received` for each of them, and set each `grad` to
+        None.
 
-        Gradients in sinks of stacks are copied into the banks, for all adapters, or added where another sink or stack
-        gave one; those in sinks of single parameters are there. Each `grad` is copied into the bank, or added if the
-        parameter has received one; an adapter in no bank keeps the tensor.
+        Sinks are emptied, those of all adapters. Gradients in sinks of single parameters are in the bank already.
+        Gradients of stacks are copied into the bank, or added for parameters that have received one before. For each
+        adapter of `names` that holds gradients, each `grad` is then copied or added likewise; parameters without `grad`
+        are skipped. An adapter in no bank keeps the tensor itself. All copies are made in one call at the end, then all
+        additions.
         """
         into, gradients = list[Tensor](), list[Tensor]()
         later: tuple[list[Tensor], list[Tensor]] = ([], [])  # of parameters that have received a gradient before

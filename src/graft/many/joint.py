@@ -204,8 +204,11 @@ def divide_passes(
 def join_batches(items: Sequence[RunBatch], arguments: ForwardArguments) -> tuple[Batch, OutputSplitter]:
     """Return the arguments of one pass for all batches, and the splitter of its output.
 
-    Rows are concatenated, and padded on the right if lengths differ. If forward accepts a mask and lengths differ or a
-    batch has one, batches without a mask get ones. Values without rows are those of the first batch.
+    Only arguments that forward takes are used, with the names of the first batch. Rows are concatenated in the order of
+    `items`. Tensors of unequal second dimensions are padded on the right, token ids with `arguments.pad` and others
+    with 0. If forward accepts a mask and lengths differ or a batch has one, batches without a mask get ones. Values
+    without rows are those of the first batch. The splitter gets the numbers of rows, and the lengths of the decoder's
+    input where there is one.
     """
     batches = [arguments.select(item.batch) for item in items]
     mains = [find_main_argument(g) for g in batches]

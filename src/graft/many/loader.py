@@ -79,10 +79,17 @@ class Loader:
         return dict(batch)
 
     def _read_batch(self) -> Batch | None:
-        """Return the next batch of the data. At its end begin the next epoch, or return None with `once`.
+        """Return the next batch of the data as a new dict.
 
-        After an error in the data, seeks to the position first. Any error gets a note with the label, and the random
-        states are those from before. Notes the digest of the very first batch.
+        At the data's end begin the next epoch, or return None with `once`.
+
+        Counts the batch in `taken`, and keeps it with the random states before and after in `_last`. `first` gets the
+        digest of the very first batch. The run's random states are used while the data is read, except from a list.
+        After an error in reading, the error gets a note with the label, and the random states are those from before.
+        The next call then seeks to the position again, except in an iterator.
+
+        Raises:
+            ConfigError: a batch is no mapping, or an epoch has no batch.
         """
         if self._is_broken:
             self.seek(self.epoch, self.taken, self.began, now=self.draws.states)

@@ -680,10 +680,13 @@ class MultiTrain:
         return call.results
 
     def _run_waiting_calls(self) -> None:
-        """Make the passes of all waiting calls, except of calls for a run that an earlier one is for.
+        """Make the passes of all waiting calls, except of calls for a run that an earlier one is for; these wait for
+        the next time.
 
-        Each call gets its results or its error. After an error of this thread, such as an interrupt, all runs are as
-        before, and the calls wait again.
+        A call with an invalid batch gets its error and takes no part. Each other call gets the results of its runs, or
+        the first error of one of them; then all its runs are undone. All calls made are marked as done. After an error
+        of this thread, such as an interrupt, all runs are as before, the calls wait again in their order, and the error
+        is raised.
         """
         calls, later, names = list[BackwardCall](), list[BackwardCall](), set[str]()
         for _ in range(len(self._waiting)):
@@ -1229,14 +1232,15 @@ class MultiTrain:
             module.training = True
 
     def run(self, progress: bool = False, save: str | os.PathLike[str] | None = None, every: int = 100) -> MultiTrain:
-        """Make rounds until no run takes part. Return self.
+        """Make rounds until no run takes part. Return self, also if there are no runs.
 
         Args:
-            progress: show a table of the runs.
-            save: a folder to `save` to, every `every` rounds and at the end.
+            progress: show a table of the runs, updated after each round.
+            save: a folder to `save` to, at each round number that `every` divides, and at the end. It is claimed before
+                the first round.
 
         Raises:
-            ConfigError: `every` is no positive int.
+            ConfigError: `every` is no positive int, or there are runs and none has data.
             FolderInUseError, CheckpointError: as `save`, before the first round.
         """
         if self._runs and not any(run.has_data for run in self._runs.values()):
@@ -1440,7 +1444,9 @@ def check_optimizer_and_schedule(
     """Raise ConfigError unless the optimizer has exactly the trainable ones of these parameters, and the schedule
     belongs to it.
 
-    LBFGS and ReduceLROnPlateau are refused, since their steps need arguments, and so is an object that is no optimizer.
+    An object that is no optimizer is refused, and LBFGS and ReduceLROnPlateau, since their steps need arguments. So are
+    parameters that are not among `parameters`; those of them without requires_grad may be in the optimizer or not. A
+    schedule of None, or without an attribute `optimizer`, is not checked.
     """
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(

@@ -15,15 +15,18 @@ Setting = dict[str, Any]
 
 
 def list_settings(space: Mapping[str, Any], search: str, n: int | None, seed: int) -> list[Setting]:
-    """Return the settings of a sweep.
+    """Return the settings of a sweep, each a dict of name → value: a grid's in the order of `itertools.product`, random
+    ones as drawn.
 
     Args:
-        space: name → list of values. In a random search also a range (low, high): logarithms are drawn uniformly, and
-            ints are rounded.
+        space: name → non-empty list of values. In a random search also a tuple (low, high) with 0 < low < high:
+            logarithms are drawn uniformly, and ints are rounded.
         search: "grid", all combinations; "random", `n` different settings, drawn by `seed` in up to 100 n tries.
+        n: None for a grid, else an int from 1 on.
 
     Raises:
-        ConfigError: the space, the search or `n` is invalid, or the space has fewer than `n` settings.
+        ConfigError: the space, the search or `n` is invalid, a grid has an `n`, or fewer than `n` different settings
+            were drawn.
     """
     for name, values in space.items():
         is_range = isinstance(values, tuple) and len(values) == 2 and search == "random"

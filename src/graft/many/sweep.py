@@ -421,13 +421,15 @@ class SweepJob:
             self.runs.claims.claim(self.folder, [self.trials[i].name for i in assigned])
 
     def load_table(self, note: dict[str, object]) -> None:
-        """Update the trials from the folder's table.
+        """Set `self.note` to `note` with the trials' settings, and update the trials from the folder's table.
 
-        If there is none, write one, which claims the folder for this sweep.
+        If the folder has no table, write one, which claims the folder for this sweep. Without a folder, nothing is
+        read. A digest that the table lacks is not compared.
 
         Raises:
-            ConfigError: the table is of another sweep.
-            CheckpointError: it is damaged. Nothing has changed then.
+            ConfigError: the table is of another sweep: a field of its note differs.
+            CheckpointError: it is damaged, or its rows have other names or another order than the trials. The trials
+                are then unchanged.
         """
         self.note = run_file.to_json_value(note | {"settings": [t.setting for t in self.trials]})
         path = None if self.folder is None else os.path.join(self.folder, TABLE)

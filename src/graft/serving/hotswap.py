@@ -163,10 +163,11 @@ def prepare_swap(
 ) -> Callable[[], None]:
     """Check that the loaded adapter can replace adapter `adapter`, and return the function that writes it.
 
-    Nothing changes yet.
+    Nothing changes yet; the garbage collector is paused while the plan is made.
 
     Raises:
-        AdapterNotFoundError, ConfigError, AdapterKeyError, BaseModelMismatchError: as `hotswap_adapter`.
+        ConfigError: the configs are incompatible, the adapter is merged on a layer, or a higher rank is not possible.
+        AdapterNotFoundError, AdapterKeyError, BaseModelMismatchError: as `hotswap_adapter`.
     """
     parts, _, base, now = find_carriers(model, adapter)
     check_compatible(now or config, config)
@@ -272,12 +273,16 @@ def check_tied(adapter: str, config: LoraConfig, rank: int) -> None:
 
 
 def plan_swap(load: CheckpointValues, parts: AdapterCarriers) -> SwapPlan:
-    """Return a plan with a value for every tensor of the adapter.
+    """Return a plan with a value for every tensor of the adapter `load.adapter`. The model does not change.
 
-    Tensors of layers that the new adapter does not target become zero.
+    Values that fit are planned as copies, padded with zeros below the rank in the model; values of a higher rank as
+    larger tensors. If the file has no tensor of a layer, and the new config does not target it, its factors are planned
+    as zeros. Values left over are accepted if they are tensors of the base with equal values, as saved embeddings are.
 
     Raises:
-        AdapterKeyError: values are left over, tensors are missing that cannot be zero, or shapes or dtypes differ.
+        AdapterKeyError: values are left over, tensors are missing that cannot be zero, or the file has no layer of this
+            adapter. Also if shapes or kinds of dtype (floating point or not) differ, or a tensor is on the meta device.
+            One error names all faults.
     """
     plan, targeted = SwapPlan(), Matcher(load.config)
     prefix = parts.prefix if any(k.startswith("base_model.") for k in load.tensors) else ""

@@ -95,9 +95,12 @@ class Versions:
             return name
 
     def _run_within_timeout(self, run: Callable[[], object], what: str, name: str = "") -> None:
-        """Call the server by `run`, for `timeout` seconds at most: in another thread if there is a limit.
+        """Call the server by `run`, in a new daemon thread for `timeout` seconds at most, or without a limit in this
+        thread if `timeout` is None.
 
-        If that fails or is late, version `name` is unloaded: at once, or by the late thread when it ends.
+        If that fails or is late and `name` is not empty, version `name` is unloaded: at once, or by the late thread
+        when it ends. A version that cannot be unloaded is added to `leftovers`. An interrupt of the wait counts as late
+        and is raised.
 
         Raises:
             ServerTimeoutError: it was late, or raised a TimeoutError. Any other error of `run` is raised as it is.

@@ -83,14 +83,15 @@ def find_restartable_adapter(registry: Any) -> str:
 
 
 def check_restart(layer: AdapterLayer, name: str, optimizer: Optimizer, optimizer_ids: Collection[int]) -> None:
-    """Raise an error if a layer's adapter cannot restart.
+    """Raise an error if a layer's adapter cannot restart, that is merge into the weight for good. Nothing changes.
 
     optimizer_ids: ids of the optimizer's parameters.
 
     Raises:
-        UnsupportedLayerError: the weight cannot be read or written, is packed, tied or sharded, or the effect is fixed.
-        ConfigError: the adapter is merged, the optimizer lacks a trainable parameter, or keeps moments that are no
-            floats.
+        UnsupportedLayerError: the weight cannot be read or written, is packed, tied to another module's or sharded, a
+            factor is sharded, or the effect cannot be merged.
+        ConfigError: an adapter is merged on the layer, the optimizer lacks a trainable factor, or keeps moments of a
+            factor that are no floats.
     """
     base, parameter = layer.base_layer, layer.site.parameter
     m: Method = layer.methods[name]

@@ -584,8 +584,13 @@ class ResumeJob:
         self.check_contents()
 
     def check_contents(self) -> None:
-        """Raise CheckpointError for unusable contents that would be written: values, options, moments, schedule and
-        random states. Parts that begin anew are not checked.
+        """Raise CheckpointError for unusable contents of the files that would be written into the model and the
+        trainer: values, options of optimizer groups, moments, schedule and random states. Nothing is written.
+
+        Values have to be finite. Options of this machine are left out, and options that the file or the group lacks.
+        Optimizer, schedule or random states that begin anew are not checked. Moments of ZeRO-3's masters have to be
+        float32. A generator of the CPU has to be in the file; others are checked where the file and this program have
+        them.
         """
         path = os.path.join(self.folder, FILE)
         check_tensors(self.tensors, path, allow_nonfinite=True)
@@ -641,8 +646,13 @@ class ResumeJob:
             registry.check_base(adapter, then, what, together=processes() > 1, common=True)
 
     def check_values(self) -> None:
-        """Report a mismatch, an error with `strict`, of shapes, of dtypes, and of names that are only here or only in
-        the file. Master values of ZeRO-3 count as float32.
+        """Report a mismatch, an error with `strict`, for each of three differences between the adapter's values and the
+        file: shapes, dtypes, and names that are only here or only in the file.
+
+        Values with another shape are noted as fresh, and names only here or there as fresh or missing; other dtypes are
+        noted as neither. Shapes are those of whole tensors, also where a value is sharded. Values with another shape
+        are not compared by dtype. Master values of ZeRO-3 count as float32. Tensors of a prompt's network are left to
+        `check_prompts`.
         """
         network_names = self.check_prompts()
         current = {name: v.tensor for name, v in self.values.items() if name not in network_names}

@@ -140,15 +140,17 @@ def check_generator(state: object, what: str, device: str = "cpu") -> None:
 
 
 def check_value_like(value: object, current: object, what: str, exact: bool, name: str = "") -> None:
-    """Raise CheckpointError unless a value of a file can replace the current one, recursively.
+    """Raise CheckpointError unless a value of a file can replace the current one; lists, tuples and dicts recursively.
 
-    Numbers must be finite where the current ones are, except for the best loss so far. Rates lie between 0 and 2^24,
-    some others from 0 on, betas below 1. Texts are equal, and tensors have equal shape and dtype.
+    Numbers of any type replace each other. They must be finite if the current one is, except for the best loss so far.
+    Rates lie between 0 and 2^24, some others from 0 on, betas in [0, 1). Other values must have the type of the current
+    one; texts are equal, and tensors have equal shape and dtype.
 
     Args:
         current: as a file would hold it, see `simulate_read`.
-        exact: lists have equal lengths and dicts equal keys. False: for classes that graft does not know; there None
-            may become anything, and numbers infinite.
+        exact: lists have equal lengths and dicts equal keys. False: for classes that graft does not know, and for the
+            attributes of functions; there None may become anything, numbers may be infinite, and only common items are
+            compared.
         name: of the option, for its range.
     """
     if current is None and not exact:
@@ -198,8 +200,10 @@ def check_moments(
 ) -> None:
     """Raise CheckpointError unless an optimizer can use a state of a parameter with this shape and dtype.
 
-    For classes of torch and graft names, types, shapes and signs are checked. For others, only that values are plain
-    tensors and finite numbers. An empty state is allowed.
+    The state must be a dict with names of type str, plain tensors, and finite numbers; an empty dict is allowed. For
+    optimizers of other packages than torch and graft nothing more is checked. For these two, required names must be
+    there, and known names have the right type: counters lie between 0 and `MOST_STEPS`, moments have the parameter's
+    shape and dtype, and squares are not negative. `momentum_buffer` may be None, and unknown names are ignored.
 
     Args:
         dtype: of the values that train: of masters, where an optimizer keeps those.

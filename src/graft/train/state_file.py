@@ -108,9 +108,18 @@ def simulate_read(value: object) -> Any:
 def unpack(value: object, tensors: dict[str, Tensor], path: str = "", depth: int = 0) -> Any:
     """Return the value that `pack` was given, with its tensors.
 
+    Lists and dicts are unpacked recursively; the tensors are those of `tensors`, without a copy.
+
+    A dict with the mark of a tensor, a tuple or pairs becomes that, and its other keys are ignored. Other values are
+    returned as they are.
+
+    Args:
+        path: of the file, for the error.
+        depth: the number of levels above this value.
+
     Raises:
         CheckpointError: `pack` makes no such value: a tensor is not there, a key is invalid, or it is more than 100
-            levels deep. path: of the file, for the error.
+            levels deep.
     """
     if depth > DEEPEST:
         raise CheckpointError(f"The note in {path} nests lists and dicts more than {DEEPEST} deep. It is damaged.")

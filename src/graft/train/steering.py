@@ -35,8 +35,8 @@ def set_steering_vectors(
     adapter_name: str = "default",
     how: Literal["mean", "pca"] = "mean",
 ) -> None:
-    """Set the vectors of a steering adapter: for each layer, the direction from the second input of a pair to the
-    first. Waits until no call of the model runs.
+    """Set the vectors of a steering adapter in place: for each layer, the direction from the second input of a pair to
+    the first. Only the writing waits until no call of the model runs.
 
     Args:
         model: a PeftModel with the adapter. The base model runs in eval mode, without adapters, twice for each pair of
@@ -47,8 +47,8 @@ def set_steering_vectors(
 
     Raises:
         ConfigError: the adapter has no steering vectors, or `how` is unknown.
-        CalibrationError: there are no pairs, a pair has batches with different numbers of rows, or values are not
-            finite. The adapter is as it was.
+        CalibrationError: there are no pairs, or only one row of them with "pca". Also if a pair has batches with
+            different numbers of rows, or values are not finite. The adapter is as it was.
     """
     if how not in ("mean", "pca"):
         raise ConfigError(f"how={how!r} is unknown. Choose 'mean' or 'pca'.")

@@ -78,15 +78,19 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
 
 def read_without_head(path: str, base: Base | None) -> AdapterFile:
-    """Read a folder without its head: a fusion, a bottleneck, ReFT, LoRA, or (IA)³, by its config.
+    """Read a folder without its head.
 
-    (IA)³ is LoRA with composition_mode "scale": its vector is lora_B times alpha, as a column. Tensors of another
-    adapter name are unknown keys.
+    A file of a fusion makes it a fusion; else the config's architecture says LoRA, (IA)³ or ReFT, and no architecture
+    but a `reduction_factor` a bottleneck.
+
+    (IA)³ is LoRA with composition_mode "scale": its vector is lora_B times alpha, as a column in lora_B's dtype, and a
+    config of PEFT's IA3 replaces the file's. A missing alpha is 1. Tensors of another adapter name than the config's go
+    to `unknown_keys`; a config without a name accepts any.
 
     Raises:
         CheckpointError: another architecture, r below 1 or no numbers, a missing or damaged file, or a module without
             its factors.
-        BaseNeededError: see `read`.
+        BaseNeededError: a fusion, bottleneck or ReFT without a base, see `read`.
     """
     if os.path.isfile(os.path.join(path, FUSION)):
         return adapterhub_places.read_fusion(
@@ -143,7 +147,8 @@ def add_head(out: AdapterFile, base: Base | None) -> None:
     """Add the head in an adapter's folder to `out.full`, in place, and to `modules_to_save` of a config with
     `peft_type`.
 
-    Tensors with the base's values are left out. If the base has no such head, or one of other shapes, its keys go to
+    The head's config gives the names in the model; without one, tensors keep theirs. Tensors with the base's values are
+    left out. If names are unknown, or the base has no such tensor or one of another shape, all keys go to
     `out.unknown_keys`. Without a head file nothing happens.
     """
     file = take_first(out.path, HEAD_FILES)

@@ -165,8 +165,9 @@ def follow_blocks(path: str, blocks: list[Block], base: Base) -> list[Block]:
 def read_reft(path: str, fields: Json, by_name: Mapping[str, Tensor], blocks: list[Block]) -> AdapterFile:
     """Return the ReFT adapter of a file, with graft's names of tensors in the base's blocks.
 
-    An orthonormal R is computed from torch's parametrization. Units for positions that the config leaves out have no
-    effect and are dropped. Keys without a block go to `unknown_keys`.
+    An orthonormal R is computed from torch's parametrization if there is no plain R. Unit "1" acts on the suffix, all
+    others on the prefix. Units for positions that the config leaves out have no effect and are dropped. Keys without a
+    block go to `unknown_keys`.
 
     Raises:
         CheckpointError: a tensor of a unit is missing.

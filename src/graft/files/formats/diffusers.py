@@ -249,13 +249,14 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
 
 
 def place_modules(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]:
-    """Return modules by paths that begin with a part of a pipeline.
+    """Return the LoRA modules by paths that begin with a part of a pipeline.
 
-    Unchanged for a pipeline's adapter. Else the only part of `base` that has all modules, or by class "unet." or
-    "transformer." for a base that is one model.
+    They are unchanged if the adapter is a pipeline's, or all its paths are in a pipeline `base`. Else the prefix is the
+    only part of `base` that has all modules. For a base that is one model, it is "unet." for a class "UNet…", and
+    "transformer." for one with "Transformer" in its name.
 
     Raises:
-        BaseNeededError: no part, or several, fit.
+        BaseNeededError: no part, or several, fit, or there is no base.
     """
     modules = adapter.low_rank
     known = set() if base is None else set(base.modules)

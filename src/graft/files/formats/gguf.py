@@ -70,10 +70,13 @@ def recognises(path: str) -> bool:
 
 
 def read(path: str, base: Base | None = None) -> AdapterFile:
-    """Read a file with LoRA or control vectors; without a base, LoRA's modules have llama.cpp's names.
+    """Read a file with LoRA or control vectors, or a folder with one .gguf file.
 
-    aLoRA's tokens become `alora_invocation_tokens` of the config. The base's name is that of the repository, else of
-    the model, in the metadata.
+    Without a base, LoRA's modules have llama.cpp's names and `has_flat_names` is set.
+
+    The metadata is the config; aLoRA's tokens are added as `alora_invocation_tokens`. The base's name is that of the
+    repository, else of the model, in the metadata, else None. A missing alpha is 0. Tensors that are no factors go to
+    `unknown_keys`.
 
     Raises:
         CheckpointError: it is a model, an adapter of another type, has an alpha or aLoRA's tokens of a wrong type, or

@@ -89,13 +89,16 @@ def plain_loader() -> Any:
 
 
 def read(path: str, base: Base | None = None) -> AdapterFile:
-    """Read a folder, or the file of weights in it. Modules get transformers' names, and the scale is alpha / r.
+    """Read a folder, or the file of weights in it, together with the two YAML files of the folder.
 
-    Modules other than qkv, those of NAMES and lm_head go to `unknown_keys`.
+    Modules get transformers' names, and the scale is alpha / r.
+
+    The qkv module is split into q, k and v. Modules other than qkv, those of NAMES and lm_head go to `unknown_keys`.
+    The config is that of the run, and the base's name that of the model.
 
     Raises:
-        CheckpointError: one of the three files is missing or damaged, they contradict each other, or the model's MLP
-            class is unknown.
+        CheckpointError: one of the three files is missing or damaged, or the model's MLP class is unknown. Also if
+            lora_r is no positive int, alpha is no number, or factors are missing, not 2-D or of another rank.
     """
     file = find_checkpoint(path) or path
     folder = os.path.dirname(file)

@@ -310,15 +310,17 @@ def take_lora(
     base: Base | None,
     layout: StackLayout,
 ) -> None:
-    """Add one module of LoRA to `out.modules`: factors with scale, magnitude, bias, and other tensors as `extra`.
+    """Add one module of LoRA to `out.modules`: factors with scale, magnitude (flattened), bias, and other tensors as
+    `extra`.
 
-    The path gets the parameter's name if the factors belong to one; a stack's factors are split by expert. KaSA,
-    BD-LoRA (on its blocks) and QA-LoRA become `OtherMethod`. Without two factors of the same number of dimensions all
-    keys go to `unknown_keys`.
+    Factors of embeddings are taken if there are no others. The path gets the parameter's name if the factors belong to
+    one other than "weight"; a stack's factors are split by expert. The scale is alpha / r, or alpha / √r with
+    `use_rslora`. KaSA, BD-LoRA (on its blocks) and QA-LoRA become `OtherMethod`. Without two factors of the same number
+    of dimensions, at least 2, all keys go to `unknown_keys`.
 
     Args:
         raw: the module as the file names it.
-        parts: its tensors; emptied.
+        parts: its tensors; the factors, magnitude and bias are removed from it, and the rest becomes `extra`.
         every: all modules of the file.
 
     Raises:
@@ -570,9 +572,11 @@ def make_names_error(adapter: AdapterFile) -> BaseNeededError:
 
 
 def name_tensors(adapter: AdapterFile, lost: list[str]) -> dict[str, Tensor]:
-    """Return an adapter's tensors by PEFT's names: modules, whole tensors, rows, shared ones.
+    """Return an adapter's tensors by PEFT's names: modules, whole tensors, rows, shared ones, in this order.
 
-    Modules of another method than the adapter's are left out, and added to `lost`.
+    Modules of another method than the adapter's are left out, and added to `lost`; LoRA's variants count as LoRA. A
+    whole tensor of an adapted module, or one with trained rows, is named as of its `base_layer`. Only the rows' values
+    are written, without their indices.
     """
     out: dict[str, Tensor] = {}
     of_prompt = adapter.method in PROMPTS
@@ -701,8 +705,11 @@ def find_base_change(config: Mapping[str, object]) -> str | None:
 def new_config(adapter: AdapterFile) -> Json:
     """Return a new config, without targets and ranks, for an adapter without a source config of its method.
 
-    For LoRA: `bias` is "all", "lora_only" or "none" by the whole tensors, and DoRA, biases, rows and aLoRA's tokens by
-    the parts there are.
+    All methods get type, task, base, `inference_mode` True and `modules_to_save`, the modules of whole tensors that
+    have no adapter. LoRA also gets dropout 0 and no `use_rslora`. Its `bias` is "all" if the file has biases of other
+    modules than the adapted ones, "lora_only" for biases of these only, else "none". DoRA, lora_bias and rows follow
+    the parts there are; aLoRA's tokens are taken over. fan_in_fan_out and ensure_weight_tying come from a config of
+    PEFT, else are False.
     """
     biases = {n for n in adapter.full if n.endswith(".bias") and f"{n.removesuffix('bias')}weight" not in adapter.full}
     of_targets = {n for n in biases if n.removesuffix(".bias") in adapter.modules}
@@ -748,11 +755,13 @@ def as_target(path: str, adapter: AdapterFile) -> str:
 
 
 def set_numbers(config: dict[str, object], adapter: AdapterFile) -> None:
-    """Set rank, alpha and their patterns in the config to those of the modules, in place, unless they are right
-    already.
+    """Set rank, alpha and their patterns in the config to those of the modules, in place.
 
-    The most frequent rank and alpha become `r` and alpha; other modules get patterns. Modules without a rank are
-    ignored.
+    Nothing changes if they are right already, scales to a relative 1e-12, or if no module has a rank.
+
+    The most frequent rank and alpha become `r` and alpha; other modules get patterns, also in place of earlier ones.
+    Alpha is scale · r, or scale · √r with `use_rslora`, rounded. Modules of another method than the adapter's or
+    without a rank are ignored, except LoRA's.
     """
     name, divisor = SCALED[adapter.method], math.sqrt if config.get("use_rslora") else float
     wanted = {

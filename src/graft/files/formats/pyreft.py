@@ -214,12 +214,17 @@ def read_positions(path: str, fields: Json, units: int) -> Json:
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-    """Write a folder. Return descriptions of the losses.
+    """Write a folder: a config and one pickled file for each block, prefix positions first, then suffix positions.
+
+    Return descriptions of the losses.
+
+    The folder is made if needed. Options of ReFT that pyreft does not know are written to the config under graft's
+    name. An orthogonal R is made orthonormal first.
 
     Raises:
         BaseNeededError: there is no base to count blocks.
         LossError: it is no ReFT; or without `lossy` it acts on other modules than blocks, or has an activation, which
-            pyreft's files cannot say.
+            pyreft's files cannot say. With `lossy` too, if no block is left.
     """
     from graft import ReftConfig, method_of
     from graft.files.formats.adapterhub_places import find_base_blocks

@@ -125,10 +125,14 @@ def get_weight_name(path: str, lora: LowRank) -> str:
 def fold_low_rank(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> TensorChange:
     """Return the change of one low-rank part to the tensor at `spot`.
 
-    The tensor is the file's own whole tensor of that name, if it has one, else the checkpoint's.
+    Nothing is computed until its function is called.
+
+    The tensor is the file's own whole tensor of that name, if it has one, else the checkpoint's. Without magnitude and
+    shift the scale is multiplied by `job.weight`; with them the change interpolates by that weight.
 
     Raises:
-        BaseModelMismatchError: factors or magnitude do not fit the shape.
+        BaseModelMismatchError: factors do not fit the shape, or the magnitude has another size than the matrix has
+            rows.
     """
     replacement = job.adapter.full.get(get_weight_name(path, lora))
     shape = job.places.shapes[spot.key] if replacement is None else replacement.shape

@@ -225,8 +225,11 @@ class Work:
         return kasa_to_lora(adapter, self.base)
 
     def _add(self, job: MergeJob, others: Others | None) -> None:
-        """Add one adapter's changes to `changed`, with copies for tied tensors, and a note where it replaces an earlier
-        result.
+        """Add one adapter's changes to `changed`, with copies for tied tensors.
+
+        Add a note to `notes` for each tensor where the adapter replaces another result of an earlier one.
+
+        Modules that are not low rank, and shared tensors, are changed by `others`. Changes before a failing one stay.
 
         Raises:
             LossError: the adapter is not low rank and `others` is None.

@@ -46,10 +46,11 @@ def merge_files(base: str | os.PathLike[str], adapters: Any, output: str | os.Pa
 
 
 def list_method_changes(job: MergeJob, base: BaseDescription) -> list[TensorChange]:
-    """Return the changes of an adapter's parts that are not low rank to a checkpoint.
+    """Return the changes of an adapter's parts that are not low rank to a checkpoint; parts that are low rank are
+    skipped.
 
-    Loads the adapter onto the base's model with zeros as weights. A module that the adapter replaces whole may not be
-    changed by another adapter.
+    Loads the adapter onto the base's model with zeros as weights. Changes of a module that the adapter replaces whole
+    are marked `alone`: no other adapter may change it.
 
     Raises:
         LossError: a part has no merged form (prompts, FROD without its basis, an effect that depends on the input, or

@@ -98,13 +98,13 @@ class Tied:
         return result
 
     def locate_all(self, changed: dict[str, list[TensorChange]]) -> list[str]:
-        """Decide for each group of tied tensors whether they stay one.
+        """Decide for each group of tied tensors with a change whether they stay one.
 
-        Return sentences for the user about groups that do not.
+        Return a sentence for the user about each group that does not; [] if all stay tied or nothing was looked up.
 
         With the same changes they stay tied, and names that the checkpoint lacks are deleted from `changed`. With
-        different ones `untied` is set, and all tied tensors of all groups are added to `changed`, so that each is
-        written.
+        different ones `untied` is set. Then all tied tensors of all groups are added to `changed`, those without
+        changes with an empty list, so that each is written.
         """
         notes = []
         for group in self.groups or ():

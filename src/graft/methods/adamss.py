@@ -160,10 +160,11 @@ class Allocator(Importance):
 
     @torch.no_grad()
     def update(self, name: str, p: Tensor) -> None:
-        """Update the smoothed sensitivity |p ∂p| of parameter `name`, and its uncertainty; do nothing without a
-        gradient.
+        """Update the smoothed sensitivity |p ∂p| of parameter `name`, and its uncertainty, in place; do nothing without
+        a gradient.
 
-        The uncertainty takes the distance from the mean before the update; AdaLoRA's takes the mean after it.
+        Both start at 0. The uncertainty takes the distance from the mean before the update; AdaLoRA's takes the mean
+        after it.
         """
         if p.grad is None:
             return

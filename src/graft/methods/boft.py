@@ -123,7 +123,7 @@ class BOFT(Method[BOFTConfig]):
     def R(self) -> Tensor:
         """Return the orthogonal blocks of all factors, (F, blocks, b, b), in at least float32.
 
-        In training with dropout, a random share of the blocks of one random factor is the identity.
+        In training with dropout, ⌊dropout · blocks⌋ random blocks of one random factor are the identity.
         """
         B = self.boft_R.to(torch.promote_types(self.boft_R.dtype, torch.float32))  # solvers have no half precision
         F, D, b, _ = B.shape

@@ -347,9 +347,11 @@ class Bottleneck(Method[BottleneckConfig]):
 
     @classmethod
     def prepare(cls, cfg: BottleneckConfig, model: nn.Module) -> None:
-        """Find the places in the model (`places_in`) if `target_modules` is "places", and make their paths the targets.
+        """Set `cfg.places` to the places in the model (`places_in`) if `target_modules` is "places", and
+        `cfg.target_paths` to their paths.
 
-        Other targets have no places: they are all "after". Also notes the model's hidden width in `cfg.width`.
+        With other targets `cfg.places` becomes {}, so that all act as "after", and `cfg.target_paths` None. Also sets
+        `cfg.width` to the model's hidden width.
         """
         finds_places = cfg.target_modules == PLACES
         cfg.places = places_in(cfg, model) if finds_places else {}
@@ -474,7 +476,8 @@ class Bottleneck(Method[BottleneckConfig]):
     def u(self, x: Tensor) -> Tensor:
         """Return the bottleneck's update for x (rows, …, H): `up` with dropout, times a sigmoid gate with `use_gating`.
 
-        The gate is averaged over all positions of a row.
+        The gate, from x before the bottleneck, is averaged over all positions of a row; x of two dimensions has one
+        gate per row.
         """
         z = self.bottleneck_dropout(self.up(x))
         if self.cfg.use_gating:

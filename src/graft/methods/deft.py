@@ -102,10 +102,10 @@ class DEFT(Method[DeftConfig]):
         return Q, Q
 
     def factors(self) -> Factors:
-        """Return A = s R - Zᵀ W₀ and B = Q; with `para` A = -Zᵀ W₀, without dropout.
+        """Return A = s R - Zᵀ W₀ and B = Q, both with the adapter's dropout; with `para` A = -Zᵀ W₀, without dropout.
 
-        In training with dropout, A is a product that drops inputs of R alone. Where that is not possible (a convolution
-        with groups), dropout acts on both. A layer that takes ids, an embedding, gets no such product either.
+        In training with dropout, A is a product that drops inputs of R alone. An embedding, or a convolution with
+        groups, has no such product: there the dropout acts on both parts.
         """
         Q, Z = self.projections()
         A0, B = -multiply_widened(Z.T, self.W0).to(self.dtype), Q.to(self.dtype)

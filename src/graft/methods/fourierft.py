@@ -41,6 +41,8 @@ class FourierFT(Spectral[FourierFTConfig]):
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return the parameter `fourierft_spectrum` (n,) of normal values, the places `indices` (2, n), which no file
         holds, and facts.
+
+        The facts are the config's `n_frequency`, `scaling` and `random_loc_seed`, each with the prefix `fourierft_`.
         """
         cfg = self.cfg
         return dict(

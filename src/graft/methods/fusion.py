@@ -113,8 +113,10 @@ class AdapterFusion(Method[AdapterFusionConfig]):
 
     @classmethod
     def prepare(cls, cfg: AdapterFusionConfig, model: nn.Module) -> None:
-        """Find the places of the bottlenecks in the model; with the default target "places", make their paths the
-        targets.
+        """Set `cfg.places` to the places of the bottlenecks in the model (`find_fused_places`, which raises
+        ConfigError); with the default target "places", also set `cfg.target_paths` to their paths.
+
+        Other targets leave `target_paths` as it is.
         """
         cfg.places = find_fused_places(model, cfg.adapters)
         if cfg.target_modules == PLACES:

@@ -145,10 +145,11 @@ class MoeLoRA(Method[MoeLoraConfig]):
         self.fill_start(self.moelora_B, self.cfg.r**-0.5)
 
     def branch(self, x: Tensor) -> Tensor:
-        """Return alpha / r · Σₑ gₑ Bₑ Aₑ dropout(x).
+        """Return alpha / r · Σₑ gₑ Bₑ Aₑ dropout(x), with g from a softmax of the router in float32
+        (`find_expert_weights`: all experts, or the `top_k` over their sum).
 
-        In training with `router_loss`, record the router's probabilities at the call, for the auxiliary loss, unless
-        the router is frozen.
+        The router sees x before the dropout. In training with `router_loss`, record the router's probabilities at the
+        call, for the auxiliary loss, unless the router is frozen.
         """
         cfg, op, base = self.cfg, self.site.op, self.layer.base_layer
         p = self.moelora_router(x).softmax(-1, dtype=torch.float32)  # (…, experts)

@@ -32,7 +32,7 @@ class OSFConfig(Targets):
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "effective_rank"}
 
     def __post_init__(self) -> None:
-        """Validate the fields; warn that `target_svd_config` does nothing."""
+        """Validate the fields; warn that `target_svd_config` does nothing, if it is not None."""
         super().__post_init__()
         if self.target_svd_config is not None:
             warn("target_svd_config has no effect. Set effective_rank or rank_pattern.")

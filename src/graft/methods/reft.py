@@ -211,8 +211,8 @@ class Reft(OnStates[ReftConfig]):
 
     @classmethod
     def facts(cls, run: Run, model: nn.Module) -> dict[str, PerRow]:
-        """Return the length of each row's prompt: the call's `reft_prompt_lengths`, else from its labels
-        (`arguments_of`).
+        """Return the length of each row's prompt as a fact, int64: the call's `reft_prompt_lengths`, else from its
+        labels (`arguments_of`); {} without both.
 
         Raises:
             RoutingError: the lengths are no positive whole numbers, or not one for each row.

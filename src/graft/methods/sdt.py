@@ -106,7 +106,9 @@ class SDT(Method[SdtConfig]):
 
     @classmethod
     def prepare(cls, cfg: SdtConfig, model: nn.Module) -> None:
-        """Find the model's mixers, and set `target_parameters`, if it is None, to ["A_log"] if there are any."""
+        """Set `cfg.mixers` to the model's mixers by path, and `target_parameters`, if it is None, to ["A_log"] if there
+        are any.
+        """
         cfg.mixers = mixers_of(model)
         if cfg.target_parameters is None:
             cfg.target_parameters = [A_LOG] if cfg.mixers else None

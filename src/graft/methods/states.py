@@ -52,6 +52,8 @@ class Positions:
     def of(cls, mask: object) -> Positions:
         """Return the begin of each row and its number of tokens from an attention mask (batch, tokens); None for both
         without such a mask.
+
+        Entries other than 0 are tokens; a row without any begins at 0 with length 0.
         """
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return cls(None, None)
@@ -212,7 +214,7 @@ def end_prompt(fact: Positions, name: str, arguments: Mapping[str, object]) -> P
     """Return a prompt's positions.
 
     Without a mask, but with tokens, they get begin 0 and the tokens' number as length, since `generate` adds tokens
-    behind it.
+    behind it. With a mask, or without tokens, they are unchanged.
     """
     tokens = tokens_in(arguments, name)
     if fact.start is not None or tokens is None:

@@ -204,9 +204,12 @@ class VBLoRA(Method[VBLoRAConfig]):
             yield finish
 
     def to_file_tensors(self, values: Tensors, cfg: VBLoRAConfig) -> Tensors:
-        """Return the tensors as they are. With `save_only_topk_weights` replace each logits by two tensors:
+        """Return the tensors as they are, in a new dict.
 
-        `…_topk_indices` (…, k), in `index_type`, and `…_topk_weights` (…, k - 1), their softmax without the last.
+        With `save_only_topk_weights` replace each logits by two tensors:
+
+        `…_topk_indices` (…, k), in `index_type`, and `…_topk_weights` (…, k - 1). The weights are the softmax of the k
+        largest logits, largest first, without the last one.
         """
         out = dict(values)
         for name in LOGITS if cfg.save_only_topk_weights else ():
@@ -238,8 +241,8 @@ class VBLoRA(Method[VBLoRAConfig]):
 def refuse_truncated(m: Any) -> None:
     """Raise RuntimeError if the adapter's first logits contain -inf: it has only its largest logits, and cannot train.
 
-    New logits are read on the host, which waits for the device; later runs check on the device, without a wait. Does
-    nothing on the meta device.
+    Only the first row of `vblora_logits_A` is read. New logits are noted in `looked_at` and read on the host, which
+    waits for the device; later runs check on the device, without a wait. Does nothing on the meta device.
     """
     logits, text = m.vblora_logits_A, TRUNCATED.format(m.name)
     if logits.is_meta:

@@ -84,9 +84,8 @@ class QALoRA(LoRA):
     def init_values(self) -> None:
         """Initialise as LoRA.
 
-        With init_lora_weights=True the generator first advances as far as for a whole A, as in PEFT.
-
-        With False, A gets kaiming uniform values with a = √5; B stays random.
+        With init_lora_weights=True the generator first advances as far as for a whole A, as in PEFT. With False, A then
+        gets kaiming uniform values with a = √5; B stays random.
         """
         how = self.cfg.init_lora_weights
         if how is True:  # as if a whole A had been drawn before, which PEFT does

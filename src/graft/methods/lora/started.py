@@ -188,7 +188,9 @@ class Started(Method[LoraConfig]):
 
     @property
     def shift_rank(self) -> int:
-        """The rank of that product: 0 for LoftQ with one round, which subtracts nothing before it quantizes; else r."""
+        """Return the rank of the product that `init_values` subtracts from the base: r, or 0 for LoftQ with one round,
+        which subtracts nothing before it quantizes.
+        """
         cfg, loftq = self.cfg, self.cfg.loftq_config
         assert isinstance(loftq, dict)  # as `check_start` leaves it
         return 0 if cfg.init_lora_weights == "loftq" and loftq["loftq_iter"] == 1 else cfg.r

@@ -127,8 +127,9 @@ def with_cache(output: Any, shadows: dict[str, Cache]) -> object:
 
 
 def empty(network: nn.Module) -> Cache:
-    """Return an empty cache for a shadow network, with its layers' kinds, unless it is a decoder of an
-    encoder-decoder.
+    """Return an empty DynamicCache for a shadow network, with the kinds of its layers from its config.
+
+    A network with `decoder_layers` in its config, as a decoder of an encoder-decoder has, gets one without kinds.
     """
     from transformers import DynamicCache
 

@@ -255,6 +255,9 @@ def mirror(model: nn.Module, cfg: ShadowConfig) -> Any:
 
 
 def last_loss(tuner: Tuner) -> Tensor | None:
-    """Return the shadow network's own loss in the last call with labels, detached; None if there was none."""
+    """Return the shadow network's own loss in the last call with labels, detached; None if there was none.
+
+    Of several active shadow adapters it is the first one's that has a loss.
+    """
     names = (name for name in tuner.active_adapters if tuner.peft_config[name].peft_type == "SHADOW")
     return next((tuner.states[name] for name in names if name in tuner.states), None)

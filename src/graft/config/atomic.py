@@ -258,8 +258,8 @@ def find_abandoned(folder: str) -> dict[str, str]:
 def is_in_use(path: str, where: str, pid: int) -> bool:
     """Return True if the process that made a temporary file may still run.
 
-    False if the file was made on this machine, on POSIX, by a process that does not run. Else True while the file is
-    younger than `LONGEST` seconds, and for a file that is gone.
+    False if the file was made on this machine (`where` is its token), on POSIX, by a process that does not run. Else
+    True while the file was changed less than `LONGEST` seconds ago, and for a file that is gone.
     """
     if where == machine_token() and os.name == "posix" and not is_alive(pid):  # elsewhere `os.kill` would end it
         return False

@@ -167,9 +167,9 @@ def require_sub_config(value: T | dict[str, object] | None) -> T:
 
 
 def to_int(value: object, name: str) -> int:
-    """Return a whole number of any type, such as NumPy's, as an int.
+    """Return a whole number of any type with `__index__`, such as NumPy's or a bool, as an int.
 
-    Raises ConfigTypeError for other values, with `name`.
+    Raises ConfigTypeError, with `name`, for other values; also for a float such as 2.0.
     """
     try:
         return operator.index(value)  # type: ignore[arg-type]

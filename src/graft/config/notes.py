@@ -40,9 +40,11 @@ class WeightsFile:
 
 
 def read_notes(path: str) -> WeightsFile | None:
-    """Return the config and the stamp of a weights file, without reading its tensors.
+    """Return the path, the notes and the stamp of a weights file, without reading its tensors.
 
-    Return None if the file is missing, cannot be read, or is a folder, pipe or device.
+    A path that ends in ".bin" is read as a torch file, any other as safetensors; a file without notes has {}.
+
+    Returns None if the file is missing, cannot be read, or is a folder, pipe or device.
     """
     try:
         with open_file(path) as f:
@@ -119,9 +121,11 @@ def add_notes(f: IO[bytes], notes: dict[str, str]) -> None:
 
 
 def read_torch_notes(f: IO[bytes]) -> dict[str, str]:
-    """Return the notes in an open torch file; {} if it has none, is no archive, or they are damaged.
+    """Return the notes in an open torch file, from the record `RECORD` of its archive.
 
-    Its tensors are not read.
+    Returns {} if it has none, is no archive, or the notes are damaged.
+
+    Its tensors are not read, and values that are no texts are left out.
     """
     text = read_record(f, f"/{RECORD}", LARGEST_HEADER)
     try:

@@ -386,9 +386,10 @@ class ConfigFile:
         return ": there is no such folder"
 
     def _warn_edited(self, fields: dict[str, object], inside: dict[str, object]) -> None:
-        """Warn of the fields that somebody changed in adapter_config.json since the save.
+        """Warn (PeftWarning) of the fields that somebody changed in adapter_config.json since the save, with both
+        values. The edited values count.
 
-        Fields in `DESCRIBING` are left out; no warning if none differs.
+        Fields in `DESCRIBING` and fields that the save did not write are left out; no warning if none differs.
         """
         # a save writes all fields of a config: of others, `PeftConfig.from_known_fields` warns
         names = [n for n in find_differing_fields(fields, inside) if n in inside]

@@ -206,12 +206,14 @@ class Pattern:
         self.subn = partial(self._call_in_time, timed.subn)
 
     def _call_in_time(self, function: Callable[..., object], *args: object) -> Any:
-        """Call a function of `regex` within the time that is left for this pattern.
+        """Call a function of `regex` within the time that is left for this pattern, but at least `SLOW` seconds.
 
-        Time of a slow call is subtracted.
+        Return its result.
+
+        The time of a call slower than `SLOW` is subtracted from `left`.
 
         Raises:
-            ConfigError: it takes longer. All later slow matches of the pattern fail as well.
+            ConfigError: it takes longer. `left` becomes 0, so that all later slow matches of the pattern fail as well.
         """
         start = perf_counter()
         try:

@@ -333,9 +333,10 @@ class Call:
     def _drop_stale_contexts(self) -> None:
         """Remove contexts of backward passes that failed, so that their end never ran.
 
-        Does nothing within a backward pass.
+        Within a backward pass does nothing.
 
-        Those passes ran in this thread, or belong to a call of this thread and ran in a thread that has ended.
+        A pass counts as failed if it ran in this thread. So does one of a call of this thread if its own thread has
+        ended.
         """
         if self._restored and torch._C._current_graph_task_id() == -1:
             this_thread, alive = get_ident(), live_threads()

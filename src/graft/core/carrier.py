@@ -302,7 +302,7 @@ def active_after_deletion(adapter: str, active: Sequence[str], others: Iterable[
 
 
 def check_not_merged(names: Sequence[str], merged: Collection[str]) -> None:
-    """Raise ValueError, with the names, if adapters that are to be deleted are merged."""
+    """Raise ValueError, with all their names, if adapters that are to be deleted are in `merged`."""
     wrong = [name for name in names if name in merged]
     if wrong:
         raise ValueError(f"Cannot delete adapter(s) {wrong} while they are merged. Please unmerge them first.")
@@ -321,7 +321,7 @@ class Shell(nn.Module):
 def carrier_of(module: object) -> Carrier | None:
     """Return the carrier that a module is, or that it shows as a `Shell`.
 
-    Returns None for any other module, and for a carrier that replaces no module of the base model.
+    Returns None for any other module or object, and for a carrier that replaces no module of the base model.
     """
     if isinstance(module, Carrier):
         return module if module.replaces else None

@@ -217,8 +217,10 @@ class StackMethod(Method):
         return self.matrix_method.why_incompatible(other)
 
     def to_file_tensors(self, values: Tensors, cfg: object) -> Tensors:
-        """Return the tensors for a file: unchanged if the kind stores them so, else each matrix converted and the
-        results stacked.
+        """Return the tensors for a file: `values` itself if the kind stores them so (`is_stored_unchanged`).
+
+        Else each matrix is converted by the kind and the results are stacked; tensors of another stack are returned
+        unchanged.
         """
         if self.is_stored_unchanged:
             return values
@@ -298,7 +300,9 @@ class StackMethod(Method):
         return (fold_effect(m.layer, m, effect, W, None, drops=True)[0] - W,)
 
     def stack_delta(self, W0: Tensor | None = None) -> Tensor:
-        """Return ΔW of all matrices, (n, out, in). Dropout drops the same inputs for all rows.
+        """Return ΔW of all matrices, (n, out, in).
+
+        In training, dropout drops the same inputs for all rows of a matrix.
 
         W0: the stack without any adapter; None: it is read if needed.
         """
@@ -372,8 +376,9 @@ class MatrixUpdate(Form):
                 restore_generator_states(now)
 
     def compute_update(self, expert: int, tensors: Sequence[Tensor], W0: Tensor | None) -> tuple[Tensor, ...]:
-        """Return the update of one matrix: the change of the only piece (ΔW, or A and B), or (ΔW,) of several pieces in
-        turn, in float32 at least.
+        """Return the update of one matrix: the change of the only piece (ΔW, or A and B), in its dtype.
+
+        Several pieces in turn give (ΔW,) in float32 at least, and need W0.
         """
         if len(self.pieces) == 1:
             return self.pieces[0].change(expert, tensors, W0, W0, self.trains)
@@ -414,8 +419,10 @@ def why_not_on_stack(m: Method) -> str | None:
 
 @cache
 def stack_method_class(kind: type[Method]) -> type[StackMethod]:
-    """Return the subclass of `StackMethod` for methods of class `kind`, with its name and the class attributes that
-    `Method` declares. It is cached, and takes a device.
+    """Return the subclass of `StackMethod` for methods of class `kind`, with its name and module.
+
+    It gets the class attributes that `Method` declares as ClassVar from `kind`, but always takes a device. It is
+    cached.
     """
     stack_class: type[StackMethod] = type(kind.__name__, (StackMethod,), {"kind": kind, "__module__": kind.__module__})
     for name, annotation in get_annotations(Method).items():
@@ -488,11 +495,11 @@ def make_containers(layer: Any, slots: Sequence[Slot], tensors: Sequence[Tensor]
 
 
 def copy_with_tensors(module: nn.Module, by_path: Mapping[str, Tensor], path: str = "") -> nn.Module:
-    """Return a copy of a module, and of its submodules, with other tensors at the paths of `by_path`.
+    """Return a shallow copy of a module, and of its submodules, with other tensors at the paths of `by_path`.
 
-    Its other tensors are shared.
+    Its other tensors are shared. The tensors of `by_path` need not be parameters. The module itself is not changed.
 
-    path: the path of `module` itself, with a dot at the end.
+    path: the path of `module` itself, with a dot at the end, or "".
     """
     out = copy.copy(module)
     for kind in ("_parameters", "_buffers"):

@@ -184,8 +184,9 @@ class ScaledDelta(NamedTuple):
 
 
 def scale_result(function: Callable[..., Any], weight: float, *args: object) -> Any:
-    """Call a function, and return its result times `weight`: a tensor, `Factors`, `Pieces`, or a `ScaledDelta` of a ΔW
-    that is not formed.
+    """Call a function with `args`, and return its result times `weight`: a tensor, `Factors` or `Pieces`.
+
+    Any other result is a ΔW that is not formed, and becomes a `ScaledDelta`.
     """
     value = function(*args)
     if isinstance(value, Tensor):
@@ -208,10 +209,10 @@ class Pieces(NamedTuple):
     reads: bool = False  # `change` needs the matrix
 
     def times(self, weight: float) -> Pieces:
-        """Return pieces with `weight` times these changes."""
+        """Return pieces with `weight` times these changes: ΔW, or B of the factors. The tensors stay."""
 
         def change(*args: Any) -> tuple[Tensor, ...]:
-            """Return ΔW, or A and B, with the last tensor times `weight`."""
+            """Return the result of the original `change`, with its last tensor (ΔW, or B) times `weight`."""
             *A, B = self.change(*args)
             return *A, B * weight
 
@@ -480,7 +481,7 @@ class Rewrite(Effect):
 
     @property
     def only_adds_on_top(self) -> bool:
-        """True if it has `post` (or `part`) and changes no input."""
+        """True if it has `post` (which `part` sets) and no `pre`: it needs only input and output of the base layer."""
         return self.pre is None and self.post is not None
 
     @property

@@ -189,7 +189,10 @@ def gather_warnings() -> Iterator[Callable[[], None]]:
     gathered: dict[tuple[str, type[Warning]], list[str]] = {}
 
     def say() -> None:
-        """Give one warning per text and category, with the first layer and the number of others."""
+        """Give one warning per text and category in the order of their first occurrence.
+
+        The text gets the first layer and, if there are more, their number.
+        """
         for (text, category), (first, *more_layers) in gathered.items():
             warn(text.format(f"'{first}'" + (f" (and {len(more_layers)} more)" if more_layers else "")), category)
 
@@ -201,9 +204,9 @@ def gather_warnings() -> Iterator[Callable[[], None]]:
 
 
 def warn_unknown(function: Callable[..., object], kwargs: Iterable[str], known: set[str]) -> None:
-    """Warn of each keyword in `kwargs` that is not in `known`: it has no effect.
+    """Warn (PeftWarning) of each keyword in `kwargs` that is not in `known`: it has no effect.
 
-    The text suggests a similar parameter.
+    The text suggests the most similar name among `known` and the function's parameters, if one is close.
     """
     import inspect
     from difflib import get_close_matches

@@ -47,7 +47,8 @@ def evaluate_delta(layer: Layer, effect: Update) -> Any:
 def compute_delta(layer: Layer, effect: Effect, drops: bool = False, f: Factors | None = None) -> Tensor:
     """Return ΔW, canonical (out, in, *kernel), in the adapter's dtype; of half-precision factors in float32.
 
-    It is the sum of `delta` and the product of the factors, without their gain; zeros if there is neither.
+    It is the sum of `delta` and the product of the factors, without their gain; zeros on the base weight's device if
+    there is neither.
 
     Args:
         drops: apply dropout, of the factors and of the effect, to inputs of the update: the same for all rows.
@@ -238,7 +239,7 @@ def weigh_steps(
 ) -> list[tuple[Method, Effect]]:
     """Return the steps (method, effect) with each effect multiplied by the weight of its adapter in `weights`.
 
-    An effect without a weight stays.
+    An effect without a weight stays. The order stays.
 
     Raises:
         RoutingError: a weighed adapter does more than add; or tensor parallelism cuts the layer, and a weighed adapter

@@ -152,11 +152,11 @@ class ModelChange:
 
         Then wait until no call is running. Does nothing if this change has closed it already.
 
-        A part closes the gate for the whole change. Within a call, it checks that no running call uses a touched
-        adapter, and does not wait.
+        A part of a change closes the gate for the whole change instead. Within a call, it checks that no running call
+        uses a touched adapter, and does not wait.
 
         Args:
-            touches: names of further adapters that the change touches.
+            touches: names of the adapters that the change touches, for that check.
 
         Raises:
             InUseError: calls ran for longer than the gate's timeout; the gate is open again. Or this thread is in a
@@ -293,7 +293,7 @@ class Gate:
 
     def check_change_within_call(self, change: ModelChange, touches: Names) -> None:
         """Raise InUseError if a change within a call touches an adapter that a running call, of this or another thread,
-        uses.
+        uses. The text names the first such call.
         """
         for call in self._all_calls():
             if is_conflict(touches, call.uses()):

@@ -303,7 +303,9 @@ class AdapterLayer(PeftNames, Host):
         merging.check_together(self, [self.methods[n] for n in names if n in self.methods])
 
     def end_merge(self, names: list[str]) -> None:
-        """Warn and unmerge, if adapters are merged, unless `names` are the active ones and exactly these are merged."""
+        """Warn and unmerge, if adapters are merged, unless `names` are the active ones in the same order and exactly
+        these are merged.
+        """
         if self.state.merged and not (names == self.state.active and self.is_exactly_merged(names)):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge()
@@ -508,9 +510,10 @@ class AdapterLayer(PeftNames, Host):
         self.state.takebacks = [*(self.state.takebacks or ()), takeback]
 
     def rollback(self) -> None:
-        """Call the functions of `on_rollback`, the last one first, and remove them.
+        """Call the functions of `on_rollback`, the last one first, and remove them first, so that a second call does
+        nothing.
 
-        Merged adapters are taken out meanwhile.
+        Merged adapters are taken out meanwhile. Without functions does nothing else.
         """
         takebacks, self.state.takebacks = self.state.takebacks, None
         if takebacks:

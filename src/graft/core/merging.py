@@ -48,8 +48,10 @@ MIN_SHARE_KEPT = 0.9  # share of an update; a merge that keeps less warns
 def select_unmerged(module: Layer, adapter_names: Sequence[str] | None = None) -> list[str]:
     """Return those of `adapter_names` that are not merged yet; None means the active adapters.
 
-    Warns if some are merged already, or if a replacement forces an unmerge. Raises TypeError or ValueError for bad
-    names.
+    Names that the layer lacks are not left out.
+
+    If any adapter is merged, `warn_merged` warns: that all names are merged already, that further ones are merged on
+    top, or that a replacement forces an unmerge. Raises TypeError or ValueError for bad names (`check_name_list`).
     """
     done = module.state.merged
     names = module.state.active if adapter_names is None else check_name_list(adapter_names, "adapter_names")
@@ -298,7 +300,11 @@ DELTA = "get_delta_weight"
 
 
 def use_patched_delta_weight(layer: Layer, steps: Sequence[Step]) -> list[Step]:
-    """Return the steps. If a client replaced `get_delta_weight`, each becomes an Update by the replacement's result."""
+    """Return the steps, as a new list.
+
+    If a client replaced the layer's `get_delta_weight`, each becomes an Update with the ΔW that the replacement
+    returns.
+    """
     function = find_patched_method(layer, DELTA)
     return (
         [*steps] if function is None else [(m, _make_patched_update(layer, m, effect, function)) for m, effect in steps]
@@ -502,8 +508,9 @@ def _make_matrix_fold(layer: Layer, steps: Sequence[Step]) -> Callable[[int, Ten
 def _add_products(op: Op, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: int = 1) -> Tensor:
     """Add products to W in place, or subtract them with sign = -1, and return W.
 
-    In half precision W stays, and a float32 copy with the sum is returned. On an error products that were added are
-    subtracted again, so that W is as before except for the last digits.
+    If W has half precision, it stays, and a new float32 copy with the sum is returned. On an error products that were
+    added are subtracted again, so that W is as before except for the last digits, and the error continues. Of a stack,
+    each matrix gets its own product.
     """
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
     done: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -743,7 +750,9 @@ def _compute_without(layer: Layer, W: Tensor, factors: list[tuple[Tensor, Tensor
 
 
 def _subtract_products(layer: Layer, factors: list[tuple[Tensor, Tensor]]) -> None:
-    """Subtract products from the base weight: in place where possible, else by reading and writing it by the store."""
+    """Subtract products from the base weight, the last one first: in place where possible, else by reading and writing
+    it by the store. A weight in half precision is subtracted from in float32 and rounded once.
+    """
     matrix = find_in_place_weight(layer)
     if matrix is not None:
         wide = _add_products(layer.op, matrix, factors[::-1], -1)

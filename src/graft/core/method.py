@@ -156,7 +156,7 @@ def fill_kaiming(t: Tensor) -> Tensor:
 
 
 def make_dropout(share: float) -> nn.Module:
-    """Return `nn.Dropout(share)`, or an Identity if `share` is 0 or less."""
+    """Return `nn.Dropout(share)`, or a new `nn.Identity` if `share` is 0 or less."""
     return nn.Dropout(share) if share > 0 else nn.Identity()
 
 

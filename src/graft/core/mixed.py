@@ -197,7 +197,7 @@ class MixedPlan:
 
     def run_dispatched(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         """Return the output of dispatched experts, with all adapters of the layer: tokens of other processes may use
-        those that no row here uses.
+        those that no row here uses. Each adapter has its number among them as its group.
 
         Raises:
             RoutingError: the call has gates or generators, or a row has several adapters.
@@ -270,10 +270,11 @@ class MixedPlan:
         return rows.restore_order(torch.cat([align(y) for y in outputs]))
 
     def may_share(self, x: Tensor) -> bool:
-        """Return True if adapters may share the call of the base, as far as the layer and its input decide.
+        """Return True if adapters may share the call of the base, as far as the layer and its input decide:
 
-        That needs gradients, a plan that is a product, a linear layer that may fuse, a frozen base, no autocast, and an
-        aligned input.
+        - Gradients are on, a plan has a product, and the layer is linear and may fuse.
+        - The base does not train, and autocast is off on x's device.
+        - x begins at a memory line.
         """
         layer = self.layer
         if not (self.sums and layer.may_fuse and torch.is_grad_enabled()) or layer.base_trains or not layer.op.linear:
@@ -376,11 +377,12 @@ class MixedPlan:
         return [update for i, plan in self.folded_plans for update in plan.make_stack_updates(tokens, i)]
 
     def find_single_plan(self, rows: Rows) -> LayerPlan | None:
-        """Return the plan that all rows use, of a weight that its module uses in its own ways; None if no key has a
-        plan.
+        """Return the plan that all rows use, of a weight that its module uses in its own ways.
+
+        None if no key has a plan, or if the rows use the base model.
 
         Raises:
-            RoutingError: rows use different ones.
+            RoutingError: the batch has more than one group of rows, and one has a plan.
         """
         if self.is_idle:
             return None

@@ -242,7 +242,9 @@ class Embedding(Op):
         return None
 
     def why_unfoldable(self, m: nn.Module) -> str | None:
-        """Return a reason if the module has `max_norm`, since it shrinks the rows that it looks up; else None."""
+        """Return a reason if the module has a `max_norm` that is not None, since it shrinks the rows that it looks up;
+        else None.
+        """
         if getattr(m, "max_norm", None) is None:
             return None
         return f"it shrinks rows that it looks up to max_norm={m.max_norm}, and the adapter acts on what comes of that"

@@ -199,7 +199,9 @@ class PeftNames:
 
     @property
     def other_param_names(self: Layer) -> tuple[str, ...]:
-        """Return the layer's containers that are not in `adapter_layer_names`."""
+        """Return the names of the layer's containers that are not in `adapter_layer_names`, in the order of
+        `containers`.
+        """
         return tuple(k for k in self.containers if k not in self.adapter_layer_names)
 
     # attributes that a forward written for PEFT's layers uses
@@ -224,9 +226,9 @@ class PeftNames:
         alora_offsets: object = None,
         **kwargs: object,
     ) -> object:
-        """Run the layer by graft's own forward, which takes the rows from the model's call.
+        """Run the layer by graft's own forward, which takes the rows from the model's call, and return its output.
 
-        `alora_offsets` is ignored.
+        `alora_offsets` is ignored, and so is `adapter_names` if the call has rows.
 
         Raises:
             RoutingError: `adapter_names` is given here, and the model's call has no rows.
@@ -358,7 +360,8 @@ class PeftNames:
 def rescale(layer: Layer, new: Callable[[str], float], changes: bool) -> None:
     """Set the scaling of each active adapter of a layer to `new(adapter)`.
 
-    Warns for a method without scaling, if `changes`: the scaling may differ from the present one.
+    A method without scaling is left alone, with a warning if `changes`: the scaling may differ from the present one.
+    Active names that the layer does not carry are ignored.
     """
     for adapter in layer.state.active:
         if adapter in layer.scaling_at_start:
@@ -368,7 +371,7 @@ def rescale(layer: Layer, new: Callable[[str], float], changes: bool) -> None:
 
 
 def check_scale(layer: Layer, scale: float | None, divides: bool = False) -> None:
-    """Raise ConfigError if a factor for scalings of a layer is not finite, or is 0 where it divides.
+    """Raise ConfigError if a factor for scalings of a layer is an infinite or NaN number, or is 0 and `divides`.
 
     Tensors and None pass: the host would have to wait for a tensor's device.
     """

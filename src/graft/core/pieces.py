@@ -204,8 +204,10 @@ class PiecePlan(LayerPlan):
     def run_base(self, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
         """Return the base layer's output, this process's piece of it if the module returns one.
 
+        If the module leaves its bias out, that is the first item of its output.
+
         Checks types and shapes each time. In the first pass in training, if an adapter may draw, also checks that all
-        processes have equal random states.
+        processes have equal random states. Raises the errors of these checks (`check`, `check_draws`).
         """
         layer = self.layer
         out = layer.base_layer(x, *args, **kwargs)

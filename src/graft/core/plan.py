@@ -47,7 +47,9 @@ def recompute_in_backward(layer: Layer, run: Callable[..., Tensor], *args: objec
 
 
 def compute_low_rank_part(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
-    """Return scale · outer ⊙ B (inner ⊙ A dropout(x)) for x in the adapter's dtype, without the base's output.
+    """Return scale · outer ⊙ B (inner ⊙ A dropout(x)) for x cast to the adapter's dtype, without the base's output.
+
+    Vectors and scale that are None are left out.
 
     Ids have no dropout. A and B that are modules are called, in turn; tensors are applied by the layer's Op. If the Op
     has no two factors (a grouped convolution) and A is a tensor, returns the layer's function of x with the weight B A
@@ -112,9 +114,11 @@ def apply_delta(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: 
 
 
 def compute_part(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
-    """Return the part that an adapter adds to y, the output for x: the `part` of a Rewrite, or an Update applied to x.
+    """Return the part that an adapter adds to y, the output for x: the `part` of a Rewrite, on the input of its step,
+    or an Update applied to x.
 
-    On a store that rounds (`exact` is False), an Update that forms ΔW is computed again in the backward pass.
+    On a store that rounds (`exact` is False), an Update that forms ΔW is computed again in the backward pass, to save
+    memory.
     """
     if isinstance(effect, Rewrite):
         assert effect.part is not None
@@ -409,8 +413,8 @@ class ChainPlan(LayerPlan):
 def choose_step_runner(effect: Effect) -> Callable[..., Tensor]:
     """Return the function that runs a step of a chain.
 
-    A Rewrite runs by `_run_fold` if it folds, else by `_run_rewrite`. An Update runs by `_run_add`, or by `_run_gain`
-    if it has a gain.
+    A Rewrite runs by `_run_fold` if it folds, else by `_run_rewrite`. An additive effect (an Update without gain) runs
+    by `_run_add`, any other by `_run_gain`.
     """
     if isinstance(effect, Rewrite):
         return _run_fold if effect.folds else _run_rewrite
@@ -441,9 +445,10 @@ def _run_fold(
 
 
 def _call_folded(plan: ChainPlan, n: int, x: Tensor) -> Tensor:
-    """Return the module's output for x with steps 0 to n folded into weight and bias, in the dtype of x.
+    """Return the module's output for x with steps 0 to n folded into weight and bias.
 
-    Each step is folded in its adapter's dtype. If autocast chose the output's dtype, that stays.
+    Each step is folded in its adapter's dtype, and the module runs in the dtype of the last one. The output is cast
+    back to the dtype of x (of the weight, if x are ids). If autocast chose the output's dtype, that stays.
     """
     layer, op = plan.layer, plan.layer.op
     W, b = layer.weight_now, layer.bias_now
@@ -525,7 +530,10 @@ def _apply_gain(
 
 
 def find_step_input(layer: Layer, m: Method, effect: Rewrite, x: Tensor) -> Tensor:
-    """Return x; for an effect that is `tapped`, the input that an earlier layer kept for this layer and adapter."""
+    """Return x; for an effect that is `tapped`, the input that an earlier layer kept for this layer and adapter
+    instead. Gradients of that input are summed before they flow on. Raises the error of `input_of_tap` if none was
+    kept.
+    """
     if not effect.tapped:
         return x
     return once(layer.call.input_of_tap(m.name, layer.site.key))
@@ -759,7 +767,10 @@ class AverageBlockPlan(BlockPlan):
         return inner.to(x.dtype), [x] * len(self.steps)
 
     def apply_post(self, inputs: list[Tensor], y: Tensor) -> Tensor:
-        """Return y plus all parts of it; times their gates, if the call has gates."""
+        """Return y plus the part of each step, all computed from the first input and from y itself.
+
+        With gates in the call, each part is weighed.
+        """
         if self.layer.call.current_gates() is not None:
             return self.add_gated(inputs[0], y)
         return add_all_parts(self, inputs[0], y)
@@ -849,8 +860,8 @@ def find_first_input(names: Sequence[str], args: tuple[object, ...], kwargs: dic
 
 
 def put_input_first(names: Sequence[str], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call without positional ones: the keyword argument with the first of `names` becomes
-    positional. Without it, all stay keyword arguments.
+    """Return (args, kwargs) for a call without positional arguments: the keyword argument with the first of `names`
+    becomes positional, in a new dict of the others. Without it, args are () and kwargs the same object.
     """
     name = names[0]
     if name not in kwargs:

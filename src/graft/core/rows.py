@@ -83,8 +83,9 @@ class Rows:
         return cls(batch, groups, listed == sorted(listed), tuple(segments), order, inverse)
 
     def to_device(self, device: torch.device) -> Rows:
-        """Return the same rows with index tensors on `device`: this object if they are there, else one that is made
-        once.
+        """Return the same rows with index tensors on `device`: this object if they are there.
+
+        Else an object that is made once per device and kept in `elsewhere`.
         """
         if device == self.order.device:
             return self
@@ -364,7 +365,7 @@ class Run:
     def argument(self, name: str) -> Any:
         """Return the keyword argument `name`; None if it is missing.
 
-        For "input_ids" also the first positional argument.
+        For "input_ids", if that is missing or None, returns the first positional argument.
         """
         value = self.kwargs.get(name)
         return self.inputs[0] if value is None and name == "input_ids" and self.inputs else value
@@ -383,8 +384,8 @@ def name_arguments(model: nn.Module, inputs: Sequence[object], kwargs: Mapping[s
 def count_copies(model: object, inputs: Sequence[object], kwargs: Mapping[str, Any]) -> int:
     """Return how often the model's `generate` repeats each row: the larger of num_beams and num_return_sequences.
 
-    Each comes from `kwargs`, else from the generation config of the call (a keyword, or a positional argument with
-    `num_beams`), else from the model's; 1 if none sets it.
+    Each comes from `kwargs`, else from the generation config of the call (a keyword, or the first positional argument
+    with `num_beams`), else from the model's. A value of None or 0 counts as not set; 1 if none sets it.
     """
     config = kwargs.get("generation_config") or next((value for value in inputs if hasattr(value, "num_beams")), None)
     configs = config, getattr(model, "generation_config", None)  # the model's config completes the caller's

@@ -79,10 +79,11 @@ class LargestTensorMode(TorchDispatchMode):
 
 
 def count_needed_numbers(make: Callable[[], Mapping[str, object]]) -> float:
-    """Return the larger of two counts: the numbers in all values that `make` returns, and those of its largest tensor.
+    """Return the larger of two counts: the numbers in all values that `make` returns, and those of the largest tensor
+    that it makes on the way.
 
-    `make` runs on the meta device without warnings. Returns infinity if torch raises RuntimeError or OverflowError for
-    a shape.
+    `make` runs on the meta device, and its warnings are dropped. Returns infinity if it raises RuntimeError or
+    OverflowError, as torch does for an impossible shape.
     """
     largest = LargestTensorMode()  # type: ignore[no-untyped-call]
     try:
@@ -368,7 +369,8 @@ def add_layers(job: InjectionJob) -> None:
 
 
 def warn_of_offloaded_biases(biases: list[Any], model: nn.Module, adapter: str, bias: str) -> None:
-    """Warn if accelerate offloads some of the biases that are to train, since an optimizer cannot change those.
+    """Warn (PeftWarning), with their number, if accelerate offloads some of the biases that are to train, since an
+    optimizer cannot change those.
 
     Without biases on the meta device does nothing.
     """
@@ -385,8 +387,8 @@ def warn_of_offloaded_biases(biases: list[Any], model: nn.Module, adapter: str, 
 def add_heads_and_rows(job: InjectionJob) -> None:
     """Make the adapter's heads and token rows and put them into `job.wrappers`; then count them in the report.
 
-    A host that is there already gets one more method. A head may take its shape from the checkpoint. Tied heads get
-    their source's weight.
+    A host that is there already gets one more method. A head without a module of the caller takes its shape from the
+    checkpoint, if there is one. A head or rows tied to an embedding get the tensors of their source.
 
     Raises:
         ConfigError: a head and its tied embedding are on two devices.

@@ -108,7 +108,7 @@ class ExpertStacks:
 
     def list_part_names(self, path: str, name: str) -> tuple[str, ...]:
         """Return the old names of the parts of the parameter `name` of the module at `path`, in the order of their
-        rows. Returns () if no conversion makes that parameter.
+        rows. The first conversion that makes that parameter decides; returns () if none does.
         """
         for converter in self.converters:
             part = read_part_name(converter.source_patterns[0])
@@ -138,7 +138,7 @@ def is_rewritten_by_peft(model: object) -> bool:
 
 def is_merge_of_modules(conversion: WeightTransform) -> TypeGuard[WeightConverter]:
     """Return True if a conversion puts the weights of many modules together into one tensor, by transformers'
-    `MergeModulelist`.
+    `MergeModulelist`: it has that operation, and exactly one target pattern.
     """
     operations = getattr(conversion, "operations", ())
     return len(conversion.target_patterns) == 1 and any(type(o).__name__ == "MergeModulelist" for o in operations)
@@ -328,9 +328,9 @@ class ExpertTargets:
         return any(self.is_chosen(path) for name in stack.names for path in self._list_paths(stack, name))
 
     def list_entries(self, names: set[str]) -> set[str]:
-        """Return the entries of `target_modules` that end with a name in `names`.
+        """Return the entries of `target_modules` with a last part in `names`.
 
-        A regex is returned as a set of one.
+        A regex or "all-linear" is returned as a set of one, whether it means them or not.
         """
         if self.regex:
             return {self.cfg.target_modules}

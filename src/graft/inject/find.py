@@ -240,9 +240,10 @@ def match_modules(job: InjectionJob, unreached: UnreachedTargets) -> None:
 
 
 def warn_of_unreached(unreached: UnreachedTargets, tree: ModuleTree, report: InjectReport) -> None:
-    """Give one warning for expert stacks and one for layers that the config does not reach, if there are any.
+    """Give one warning (PeftWarning) for expert stacks and one for layers that the config does not reach, if there are
+    any, each with the adapter's name.
 
-    The report gets each of them in `skipped`.
+    The report gets each stack and layer in `skipped`, with the remedy.
     """
     for text in filter(None, (unreached.experts_text, unreached.layers_text)):
         warn(f"{text} Adapter '{report.adapter}'.", PeftWarning)
@@ -363,9 +364,11 @@ def find_modules_to_save(
 def warn_unmatched(
     name: str, entries: dict[str, list[tuple[str, int]]], report: InjectReport, of: object = None
 ) -> None:
-    """Warn of entries of the config's field `name` that match nothing, and note all in the report.
+    """Warn (PeftWarning) of entries of the config's field `name` that match nothing, with similar names as hints.
 
-    At most 100 get a warning each; one more counts the rest. With `of` there is a single RuntimeWarning instead.
+    All entries are noted in `report.unmatched_targets`, with "<name>: " before each unless the field is
+    `target_modules`. At most 100 get a warning each; one more counts the rest. With `of` and entries there is a single
+    RuntimeWarning instead.
 
     Args:
         entries: each with similar names and their counts.

@@ -71,7 +71,11 @@ class Injection(InjectionJob):
     def find(self) -> Injection:
         """Survey the model unless that is done, copy the config to `cfg`, and fill in all that the injection will do.
 
-        Return this injection. The model and the caller's config stay as they are. Raises the errors of `resolve_job`.
+        Return this injection.
+
+        `team` is looked up first; on a base that FSDP2 has sharded, the stores of the survey's layers are looked up
+        again. With replaced steps their config is swapped meanwhile. The model and the caller's config stay as they
+        are. Raises the errors of `resolve_job`.
         """
         self.team = find_team(self.model.modules())  # before stores are found, which depend on it
         self.tree = self.tree or survey_model(self.model)

@@ -122,8 +122,8 @@ class InjectionJob:
         self.report.modules_to_save += [Matched(key, *describe_trained_module(method)) for key, method in untied]
 
     def undo(self) -> None:
-        """Take the adapter off all layers, wrappers and shared tensors, roll base weights back, and run all
-        `takebacks`.
+        """Take the adapter off all layers of the job, all wrappers of the survey and the shared tensors, and roll base
+        weights back. Then run all `takebacks`, the first one first.
         """
         for layer in self.layers.values():
             layer.rollback()

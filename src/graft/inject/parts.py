@@ -181,9 +181,9 @@ def get_gate(model: nn.Module) -> Gate:
 
 
 def run_as_call(function: F) -> F:
-    """Decorate a function that reads a model's adapters, such as a save.
+    """Decorate a function that reads a model's adapters, such as a save. The model is its first argument.
 
-    The gate counts it as a call, so that no change runs at the same time.
+    The gate counts it as a call, so that no change runs at the same time. A model without adapters has no gate.
     """
 
     @wraps(function)
@@ -200,9 +200,10 @@ def run_as_call(function: F) -> F:
 
 
 def check_no_pieces(sites: Iterable[tuple[str, Site]], what: str) -> None:
-    """Raise UnsupportedLayerError if this process has only a piece of one of these sites (path, site).
+    """Raise UnsupportedLayerError if this process has only a piece of one of these sites (path, site): its inputs or
+    outputs are cut, or a bias is left to the caller.
 
-    The error begins with the name of the task that needs whole layers.
+    The error counts these layers and names the first. It begins with `what`, a clause such as "EVA measures inputs".
     """
     cut = [(key, p.style) for key, s in sites if (p := s.piece) is not None and (p.inputs or p.outputs or p.left_out)]
     if cut:
@@ -317,7 +318,7 @@ def find_carriers(model: nn.Module, adapter: str) -> tuple[AdapterCarriers, str,
     """Return the carriers of an adapter, the prefix of its keys, the base model, and the config, None if there is none.
 
     Wrappers such as DDP are skipped. The prefix is "model." for a tuner, "" for a model without a registry, and else
-    that of a PeftModel.
+    that of a PeftModel. A model without a registry is surveyed.
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.

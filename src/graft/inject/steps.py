@@ -48,7 +48,9 @@ def mark_step(function: F) -> F:
 
 
 def names_of_replaced(tuner: nn.Module, method: object) -> list[str]:
-    """Return the names of the steps that are replaced on a tuner, its class, or the tuner class of a method."""
+    """Return the names of the steps (`STEPS`) that are replaced on a tuner, its class, or the tuner class of a method,
+    in the order of `STEPS`. A class counts if its attribute is none of graft's functions for that step.
+    """
     classes = (type(tuner), OF_METHODS.get(method, type(tuner)))
     return [n for n, steps in STEPS.items() if n in tuner.__dict__ or any(getattr(c, n) not in steps for c in classes)]
 
@@ -115,7 +117,7 @@ class ReplacedSteps:
     def _ask(self, step: str, *args: object, **kwargs: object) -> object:
         """Call a step of the tuner and return its answer.
 
-        Raises the error of `record_call`, even if the replacement caught it.
+        Raises the error in `refused`, which `record_call` noted, even if the replacement caught it.
         """
         answer = getattr(self.tuner, step)(*args, **kwargs)
         if self.refused is not None:  # also if the replacement caught the error
@@ -328,9 +330,10 @@ class ReplacedSteps:
 
 
 def map_paths(tree: ModuleTree) -> dict[nn.Module, str]:
-    """Return {module: path} for a survey.
+    """Return {module: path} for a survey, as a new dict.
 
-    Includes empty carriers, layers of parameters, and the modules within these.
+    Also has the empty carriers, with the path of the module beneath, the layers of parameters, and the modules within
+    these.
     """
     paths = dict(tree.paths)
     for path, base in tree.vacant.items():

@@ -81,9 +81,11 @@ class SourceUses(ast.NodeVisitor):
         return None
 
     def visit(self, node: ast.AST) -> None:
-        """Record the use of an expression with a path from `self`, and visit the indices in its brackets.
+        """Record the use of an expression with a path from `self`, as a write unless it is loaded.
 
-        Visit other nodes as usual.
+        Then visit the indices in its brackets.
+
+        Other nodes are visited by the superclass.
         """
         path = self.path(node)
         if path is None:
@@ -148,7 +150,10 @@ class SourceUses(ast.NodeVisitor):
             self.known[target.id] = path
 
     def visit_For(self, node: ast.For) -> None:
-        """Remember the variable of a loop over a path as one of its items; visit the rest of the loop."""
+        """Remember the variable of a loop over a path below `self` as one of its items, if it is a single name.
+
+        Visit the iterated expression, the body and the `else` part.
+        """
         path = self.path(node.iter)
         if path and isinstance(node.target, ast.Name):
             self.known[node.target.id] = (*path, ITEM)
@@ -157,7 +162,8 @@ class SourceUses(ast.NodeVisitor):
 
 
 def get_written_function(value: object) -> FunctionType | None:
-    """Return the Python function behind a value of a class's dictionary, from within properties and decorators.
+    """Return the Python function behind a value of a class's dictionary: that of a property's getter, and from within
+    decorators that keep `__wrapped__`.
 
     None if it is none or has no positional parameter.
     """
@@ -369,9 +375,12 @@ def survey_model(model: nn.Module) -> ModuleTree:
             owners[tied] = owners.get(tied, 0) + 1
 
     def add_nest(nest: list[AdapterLayer], path: str) -> None:
-        """Record the layers of a module's parameters.
+        """Record the layers of a module's parameters in `tree.nests` and, by their keys, in `tree.layers`.
 
-        Without adapters left, `modules` has the module itself at its path. Its children are visited.
+        Those without adapters are left out.
+
+        Without adapters left, `modules` has the module itself at its path. The module's parameters and the weights that
+        merged layers were tied to are counted. Its children are visited.
         """
         base, live = innermost(nest[0]), [layer for layer in nest if layer.adapters]
         if not live:
@@ -426,7 +435,10 @@ def find_innermost_place(parent: nn.Module, name: str) -> tuple[Place, nn.Module
 
 
 def skip_empty_carriers(module: nn.Module | None) -> nn.Module | None:
-    """Return the module beneath carriers without adapters; the module itself if it is none."""
+    """Return the module beneath carriers without adapters; the module itself if it is none.
+
+    A carrier with adapters is returned, and None for None.
+    """
     while (carrier := carrier_of(module)) is not None and not carrier.adapters:
         module = carrier.base_module
     return module

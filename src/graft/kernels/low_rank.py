@@ -66,9 +66,11 @@ FUSED_FROM = 64  # rows: with fewer, an autograd.Function costs more than it sav
 
 
 def zeroed(x: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
-    """Return (1 - p) · dropout(x) in `dtype`, that is x with zeros: the factor is cheaper on the narrow side.
+    """Return (1 - p) · dropout(x) in `dtype`, that is x with zeros at the places of `seed`: the factor is cheaper on
+    the narrow side.
 
-    Without dropout it is x, or a cast; else new memory.
+    Without dropout it is x, or a cast; else new memory. Where `gathers(x)` is False, a mask is used, else zeros are
+    written at the places.
     """
     if not p:
         return x.to(dtype)
@@ -102,10 +104,13 @@ def up(h: Tensor, W: Tensor, dtype: torch.dtype, p: float = 0.0, seed: int = 0) 
 
 
 def add_up(y: Tensor, h: Tensor, W: Tensor, scale: float, p: float = 0.0, seed: int = 0) -> Tensor:
-    """Add dropout(scale · h Wᵀ) to y in y's memory, and return y. y (…, n), h (rows, r), W (n, r).
+    """Add dropout(scale · h Wᵀ) to y in y's memory, and return y.
+
+    y (…, n), h (rows, r), W (n, r). Elements that are not dropped are divided by 1 - p.
 
     Without dropout and with one dtype it is a single operation. Else the sum is computed in the wider dtype and rounded
-    once; on a CPU the dropped elements get their values back after a full product.
+    once. With dropout a masked product is added, or on a CPU the dropped elements get their values back after a full
+    product.
     """
     flat = y.view(-1, y.shape[-1])
     if not p and y.dtype == h.dtype:

@@ -121,7 +121,10 @@ class _OneProduct(Function):
 
 
 def widest(*fields: object) -> torch.dtype:
-    """Return the dtype that holds the values of all floating-point tensors among `fields`."""
+    """Return the common dtype, by torch's promotion, of all floating-point tensors among `fields`.
+
+    There must be one; other values are ignored.
+    """
     dtypes = [f.dtype for f in fields if isinstance(f, Tensor) and f.is_floating_point()]
     return reduce(torch.promote_types, dtypes)
 
@@ -463,8 +466,9 @@ class Difference(NamedTuple):
         return linear_with(W, bias, x, self, call, input_gradient) if holds(self.A, W) else None
 
     def add_to(self, W: Tensor) -> Tensor:
-        """Return W + B A - B₀ A₀ in new memory, in the dtype of A and the layout of W, which may be stored as (in,
-        out).
+        """Return W + B A - B₀ A₀ in new memory, in the dtype of A.
+
+        If W is stored as (in, out), the result is stored so, too; else it is contiguous.
         """
         B, A, B0, A0, shape = self
         if W.T.is_contiguous() and not W.is_contiguous():

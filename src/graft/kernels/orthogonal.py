@@ -291,7 +291,8 @@ def rotate_pairs(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
     """Return c ⊙ z + s ⊙ z′ as `plain_rotate_pairs`; for many rows without a copy of the halves, keeping z in its own
     dtype.
 
-    Fewer than `FUSED_FROM` rows, and compilers and transforms, get the plain operations.
+    Fewer than `FUSED_FROM` rows, and compilers and transforms, get the plain operations. With gradients, an autograd
+    function is used where `worth_it(z)`.
     """
     if torch.is_grad_enabled():
         return _RotatePairs.apply(z, c, s) if worth_it(z) else plain_rotate_pairs(z, c, s)

@@ -304,8 +304,8 @@ def _add_stacked(y: Tensor, x: Tensor, group: Group) -> Tensor:
 def _gradients(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, need: Sequence[bool]) -> Two:
     """Return the gradients of A and B of an adapter from g (rows, out); None for those that a sink gets.
 
-    In a group of many rows each is None without need; in a small one both are returned. Adds the gradient of x to dx in
-    its memory, unless dx is None.
+    In a group of many rows each is None without need, and sinks get both or none. In a small group both are computed
+    always. Adds the gradient of x to dx in its memory, unless dx is None.
     """
     A, B, scale, into = group.A, group.B, group.scale, group.claim_sinks()
     if not group.is_small:

@@ -65,7 +65,7 @@ def multiply_entries(values: Tensor, places: Tensor, rows: int, table: Tensor) -
 def silence_beta_warning() -> None:
     """Make one sparse tensor with warnings off, so that torch's only warning of their beta state is lost.
 
-    Once per process.
+    Later calls do nothing.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -149,7 +149,9 @@ class Scattered(NamedTuple):
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
     ) -> Tensor | None:
-        """Return x (W + ΔW)ᵀ + bias by one product; None if the values' dtype cannot hold W's."""
+        """Return x (W + ΔW)ᵀ + bias by one product, with the places sorted once; None if the values' dtype cannot hold
+        W's.
+        """
         if not holds(self.values, W):
             return None
         return linear_with(W, bias, x, self._replace(order=find_order(self.places)), call, input_gradient)

@@ -194,7 +194,9 @@ class _KroneckerProduct(Function):
 def factorization(n: int, factor: int) -> tuple[int, int]:
     """Return (a, b) with a b = n, a ≤ b, as near to each other as possible with a ≤ `factor`; -1 sets no limit.
 
-    If `factor` divides n, a is `factor`, even if that is larger than b.
+    The worst case is (1, n).
+
+    If a positive `factor` divides n, a is `factor`, even if that is larger than b.
     """
     if factor > 0 and n % factor == 0:
         return factor, n // factor

@@ -101,7 +101,10 @@ class Summed(Tensor):
 
 
 def can_bind(handler: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
-    """Return True if a handler has parameters for the arguments of a call, keywords included; False on a TypeError."""
+    """Return True if a handler has parameters for the function as first argument and for `args` and `kwargs`.
+
+    Nothing is called.
+    """
     try:
         signature(handler).bind(None, *args, **kwargs)
     except TypeError:
@@ -147,7 +150,10 @@ def _select(function: object, W: Summed, index: Any) -> object:
 
 
 def _transpose(function: object, W: Summed, a: int, b: int) -> object:
-    """Return the `Summed` with its last two dimensions exchanged; NotImplemented for other dimensions."""
+    """Return the `Summed` with its last two dimensions exchanged, with the same tensors.
+
+    NotImplemented if `a` and `b`, which may be negative, are not exactly these two.
+    """
     last = {W.dim() - 1, W.dim() - 2}
     if {a % W.dim(), b % W.dim()} != last:
         return NotImplemented
@@ -155,7 +161,9 @@ def _transpose(function: object, W: Summed, a: int, b: int) -> object:
 
 
 def _t(function: object, W: Summed) -> object:
-    """Return the transposed `Summed`; NotImplemented for a stack, unless the function is `mT`."""
+    """Return the transposed `Summed`, with the same tensors; NotImplemented for a stack, unless the function
+    is `mT`.
+    """
     return Summed(W.W, W.parts, not W.flipped) if W.dim() == 2 or function == MT else NotImplemented
 
 

@@ -227,7 +227,8 @@ class Wavelet(NamedTuple):
         """Return a list of one tensor (size, samples): Sᵀ xᵀ for x (samples, n), the low-pass sums above the high-pass
         sums.
 
-        The input gets zeros before and after it, as many as the filters reach beyond its ends.
+        The input gets zeros before and after it, as many as the filters reach beyond its ends. Each sum takes
+        every second position.
         """
         reach = 2 * self.half - 1
         wide = pad(x, (self.first, 2 * self.half - self.n)).T.contiguous()

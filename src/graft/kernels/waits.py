@@ -41,7 +41,8 @@ def _constant(values: tuple[object, ...], dtype: torch.dtype, device: torch.devi
 def vector(numbers: Sequence[object], like: Tensor) -> Tensor:
     """Return numbers, or tensors () of one number each, as a vector with the dtype and device of `like`.
 
-    Without tensors among them it is a cached constant. Nobody may write to it.
+    With a tensor among them it is a new stack, through which gradients flow. Without, it is a cached constant: nobody
+    may write to it.
     """
     if any(isinstance(n, Tensor) for n in numbers):  # scalings that a hot-swap changes
         return torch.stack([torch.as_tensor(n, dtype=like.dtype, device=like.device) for n in numbers])

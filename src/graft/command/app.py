@@ -103,8 +103,10 @@ def add_verb(panel: str) -> Callable[[Verb], Verb]:
     """
 
     def add(function: Verb) -> Verb:
-        """Build the verb's signature, register it with typer under the function's name, `_` as `-`, and return the
-        function.
+        """Register the verb with typer under the function's name, `_` as `-`, and return the function unchanged.
+
+        The docstring before "Args:" is the help, and each entry of "Args:" the help of an option, in place of the
+        common texts. The options --json (`as_json`) and --quiet are added to the function's parameters.
         """
         text, _, described = (getdoc(function) or "").partition("\nArgs:\n")
         texts = COMMON | {
@@ -173,10 +175,14 @@ def verbs(
 
 
 def main() -> None:
-    """Run the verb in `sys.argv`, and exit the process with its code. Only the verb's own module is imported.
+    """Run the verb in `sys.argv`, and exit the process with its code.
 
-    Expected errors are printed as one line on standard error, with --json also as a document on standard output. Other
-    exceptions pass through.
+    Only the verb's own module is imported; without a known verb, all are. Characters that the output's encoding lacks
+    are printed escaped.
+
+    Expected errors, those of typer and of `CODES`, are printed as one line on standard error, with --json also as a
+    document on standard output. The process then exits with the error's code. Without a verb only the help is printed.
+    Other exceptions pass through.
     """
     for verb in [v for v in sys.argv[1:2] if v in VERBS] or VERBS:  # importing all of them takes as long as a call
         import_module(f"graft.command.{VERBS[verb]}")

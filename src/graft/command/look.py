@@ -36,8 +36,10 @@ def inspect(adapter: str, *, base: str | None = None, spectrum: bool = False, pl
 
 
 def print_inspection(report: Json, spectrum: bool) -> None:
-    """Print the facts of an adapter, a table of its groups, with a base one of relative sizes, and with `spectrum` one
-    of spectra.
+    """Print the facts of an adapter, then a table of its groups.
+
+    If a module has a relative size, a table of all modules with a norm against the base's weights follows. With
+    `spectrum`, a table of spectra of the same modules comes last. Nothing is returned.
     """
     show.print_facts([
         ("adapter", report["path"]), ("format", report["format"]), ("method", report["method"]),

@@ -154,13 +154,14 @@ def check_file_is_inside(folder: str, name: str) -> None:
 
 def list_shards(path: str) -> list[str]:
     """Return the names of a model's safetensors files, sorted: those of the index, or without an index all in the
-    folder.
+    folder that do not begin with "adapter_" or ".".
 
-    A model.safetensors that the index does not name wins: the result is that file alone, as in transformers. Files that
-    begin with "adapter_" or "." are skipped.
+    If the folder has a model.safetensors that the index does not name, the result is that file alone, as in
+    transformers. Whether the index's files exist is not checked.
 
     Raises:
-        CheckpointError: the index is damaged or names files outside the folder, or there is no safetensors file.
+        CheckpointError: the index is damaged or names files outside the folder, or there is neither index nor
+            safetensors file.
     """
     index = os.path.join(path, INDEX)
     whole = os.path.exists(os.path.join(path, WHOLE))

@@ -326,8 +326,9 @@ def drop_language_model(path: str) -> str:
 def choose_suffixes(modules: Iterable[str], base: Base, server: Server) -> tuple[list[str], list[str]]:
     """Return suffixes that select these modules, and the further base modules that they also select; both sorted.
 
-    A suffix is the last name, with earlier names as long as it would select another kind of module. For SGLang,
-    `v_proj` is added where `q_proj` is, if the base has it.
+    A suffix is the last name, with earlier names, up to a layer number, as long as it would select another kind of
+    module. Suffixes that end with another one are left out. For SGLang, `v_proj` is added where `q_proj` is, if the
+    base has it.
     """
     paths, known = {*modules}, [*base.modules]
     kinds = {mask_layer_number(path) for path in paths}

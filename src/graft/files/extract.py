@@ -201,9 +201,17 @@ def add_tensor_change(
 ) -> None:
     """Record the change of one tensor in `extraction.adapter`, and its account in `extraction.rows`.
 
-    An equal tensor only raises the count `same`. A tensor of another shape, or one that no LoRA fits, is stored whole.
-    Every other tensor is stored as factors from its SVD, for a stack one SVD per expert with a common rank. Raises
-    NonFiniteError for NaN or infinite numbers.
+    An equal tensor, or a difference of 0, only raises the count `same`. A tensor of another shape, or one that no LoRA
+    fits, is stored whole. Every other tensor is stored as factors from its SVD, for a stack one SVD per expert with a
+    common rank, the largest. The account has the norm of the change, that norm relative to the old weight's (1 for
+    another shape, infinite for a weight of 0), and the share of energy kept.
+
+    Args:
+        rank, energy: as of `largest_triplets`, which cuts the SVD.
+        embed: "lora" or "full", see `CheckpointPair.lora_kind`.
+
+    Raises:
+        NonFiniteError: NaN or infinite numbers.
     """
     new, old = layers.new[name], layers.old[name]
     if old.shape != new.shape:

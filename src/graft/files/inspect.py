@@ -229,12 +229,17 @@ def median(ordered: list[float]) -> float:
 
 
 def plot_spectra(report: Json, path: str) -> None:
-    """Draw the spectra of all modules, and the sizes of their updates in order, into an image file, which appears
-    whole.
+    """Draw two plots into an image file, which appears whole and replaces an earlier one.
+
+    Left: the positive singular values of each module, on a logarithmic scale. Right: the sizes of the updates in the
+    modules' order, relative to the weights where the report has that.
+
+    Modules with the same last name share a color. Modules without a norm are left out. matplotlib is switched to the
+    backend Agg for the whole process.
 
     Args:
         report: from `inspect_adapter`.
-        path: ends with .png, .svg or .pdf.
+        path: ends with .png, .svg or .pdf, in any case of letters.
 
     Raises:
         OptionError: `path` has another ending.

@@ -158,8 +158,10 @@ class CheckpointPair:
     def lora_kind(self, name: str, embed: str) -> Kind | None:
         """Return the kind of LoRA for a parameter's change, or None if it has to be stored whole.
 
-        3-D parameters of modules that end with "experts" are "experts". Vectors, 2-D weights of one row or column, and
-        modules with a forward of their class or with groups are None.
+        A parameter that is not called "weight" is "experts" if it is 3-D in a module that ends with "experts", else
+        None. Weights of embeddings are "embedding"; other 2-D ones are "linear", and higher ones "conv". None are
+        vectors, weights of one row or column, modules with groups, and modules of classes outside `torch.nn` other than
+        Conv1D.
 
         Args:
             embed: "lora" or "full"; with "full", embeddings and heads are None.

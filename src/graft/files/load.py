@@ -131,8 +131,11 @@ def describe_base_of(model: Any) -> BaseDescription:
     """Return names, shapes and lazily read values of a model without its adapters, even if some are merged.
 
     For a PeftModel it is the base model, with the adapters' configs in `adapters`; modules inside adapted layers are
-    left out. Meta tensors, integers and tensor subclasses have a shape but no values. Raises TypeError if
-    `model` is a class or no module.
+    left out. Names of adapted layers lose `.base_layer`. Values of an adapted weight are those without merged adapters.
+    Meta tensors, integers and tensor subclasses have a shape but no values.
+
+    Raises:
+        TypeError: `model` is a class or no module.
     """
     if not isinstance(model, nn.Module):
         is_class = isinstance(model, type)

@@ -163,10 +163,9 @@ def find_spots(
     """Return the spots of a transformers model's parameters by name, as transformers renames and stacks checkpoint
     tensors.
 
-    Keys are taken in natural order, so that experts are numbered by it. For a stack, each spot has the expert's index
-    and its first row and number of rows, pattern by pattern. A key whose renamed form is no parameter keeps its name if
-    that is one. Before transformers 5, only the class's patterns count. Parameters computed in other ways have no
-    spots.
+    Keys are taken in natural order, so that experts are numbered by it. For a stack, each spot has the expert's index,
+    its first row and its number of rows. If a key's new name is no parameter and the key is one, the key stays. Before
+    transformers 5, only the class's patterns count. Parameters computed in other ways have no spots.
 
     Args:
         computed: filled with these other parameters, by the first of each conversion; None: they are ignored.

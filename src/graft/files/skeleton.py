@@ -281,9 +281,10 @@ def name_by_model(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict
 
 
 def join_spots(spots: list[Spot], tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the tensor of these spots: the only one, or a stack of all matrices; None if dtypes differ.
+    """Return the tensor of these spots: the only one, or a new stack (experts, rows, …) of all matrices, ordered by
+    expert and then by first row. None if dtypes differ.
 
-    Values are read later.
+    Spots without an expert are taken for one tensor. A stack's values are read later, each time they are needed.
     """
     if spots[0].expert is None:
         return tensors[spots[0].key]

@@ -263,11 +263,12 @@ class OutputSplitter:
     lengths: list[int]  # tokens of each part's rows
 
     def split(self, output: object) -> Sequence[object]:
-        """Return for each batch an output of the same kind, with the batch's rows and without padding.
+        """Return for each batch an output of the same class, with the batch's rows and without padding.
 
-        Mappings, tuples and lists are split entry by entry; other values go to each batch as they are.
+        For a single batch it is the output itself.
 
-        One split for all batches makes the backward pass one concatenation.
+        Tensors, and entries of mappings, tuples and lists, are split; other values go to each batch as they are.
+        Tensors are split by one operation for all batches, so that the backward pass makes one concatenation.
         """
         if len(self.rows) == 1:
             return [output]

@@ -264,16 +264,18 @@ class Run:
         return self.draws_in_loss or item.loss is not None
 
     def compute_loss(self, output: object, item: RunBatch, auxiliary: Any = 0.0) -> tuple[Tensor, BatchResult]:
-        """Return the value to differentiate: the loss of a batch plus `auxiliary`, over `item.mean_of`; and the result
-        with the loss and 0 tokens. A Trainer's loss is already divided.
+        """Return the value to differentiate and the result.
 
-        The loss function returns the loss, or (loss, tensors by name). One of the user draws from the run's random
-        states. Errors of it get a note with the run's name.
+        The value is the loss plus `auxiliary`, over `item.mean_of`; a Trainer's loss is already divided, and a number
+        as `auxiliary` is ignored. The result has the undivided loss and the outputs, detached, and 0 tokens.
 
-        auxiliary: the loss that the adapter adds.
+        The loss function is `item.loss`, or else the run's. It returns the loss, or (loss, tensors by name). One of the
+        user draws from the run's random states. Errors of it get a note with the run's name.
+
+        auxiliary: the loss that the adapter adds, a tensor, or a number if it adds none.
 
         Raises:
-            ConfigError: the loss is no tensor (), or no gradient leads to it.
+            ConfigError: the loss is no tensor of shape (), or no gradient leads to it.
         """
         try:
             with self.draws if self.runs_user_loss(item) else nullcontext():

@@ -1000,16 +1000,13 @@ class MultiTrain:
         take: Callable[[list[RunBatch], T], None],
         is_half: bool = False,
     ) -> None:
-        """Call `compute` on these batches, and `take` on them and its result.
+        """Call `compute` on these batches, and `take` on them and its result. Errors of `take` are raised.
 
-        After an error random states are restored, and in training gradients dropped.
-
-        If memory is short, run the halves one after the other, and lower `at_once` to the tokens of a half. A single
-        batch without enough memory is noted.
-
-        In training, any other error halves them as well, until it comes from a single batch, which is noted. If no
-        single batch raises it, warn. In validation other errors are raised with a note, and warnings that are errors
-        always.
+        After an error of `compute`, raise it if it is a Warning. In validation raise it with a note, except for short
+        memory with several batches. Otherwise restore the random states, and in training drop the gradients. A single
+        batch is then noted with its error; several are run as two halves, one after the other. If memory is short,
+        `at_once` is first lowered to the tokens of the first half, padded, at least 1. If in the end no single batch
+        fails for another error, warn with PeftWarning once.
 
         is_half: this is part of such a halving.
         """

@@ -63,12 +63,13 @@ def draw_value(values: Any, generator: random.Random) -> Any:
 
 
 def compute_rungs(steps: int, keep: float, rungs: int) -> list[int]:
-    """Return the steps at the end of each rung: round(steps · keep^(rungs - 1 - i)).
+    """Return the steps at the end of each rung, increasing: round(steps · keep^(rungs - 1 - i)).
 
-    With `keep` 1 there is one rung.
+    With `keep` 1 it is [steps], whatever `rungs` is.
 
     Raises:
-        ConfigError: an argument is out of range, or a rung would have no more steps than the one before.
+        ConfigError: `steps` or `rungs` is no int from 1 on, `keep` is not in (0, 1], the first rung would have no step,
+            or a rung no more steps than the one before.
     """
     if type(steps) is not int or steps < 1:
         raise ConfigError(f"sweep: steps must be a positive int, got {steps!r}.")

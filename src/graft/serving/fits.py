@@ -74,8 +74,11 @@ class KnownAdapter:
 
 
 def check_config(name: str, config: Any, gains: bool) -> None:
-    """Raise ConfigError unless slots can hold adapters of this config on an unchanged base: LoRA without extras or a
-    start that changes the base, and with `gains` also DoRA and IA3.
+    """Raise ConfigError unless slots can hold adapters of this config on an unchanged base: LoRA, and with `gains` also
+    DoRA and IA3.
+
+    Every option of `PLAIN` must have one of the values there, which mean off; a missing option counts as off. A LoRA
+    start that changes the base is refused, except LoftQ.
     """
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind not in ("LORA", "IA3"):

@@ -212,20 +212,20 @@ class InputMeasurement:
         return {name: min(round(r * rho), widths[name]) for name, r in self.ranks.items()}
 
     def converge(self, inputs: dict[str, Components], owner: dict[str, str], most: dict[str, int]) -> dict[str, int]:
-        """Add batches to the components until those within the ranks have converged; return the ranks.
+        """Add batches to the components until those within the ranks have converged; return the rank of each layer.
 
-        They are distributed again after each batch.
-
-        Batches with fewer rows than a layer has components are skipped for it. Shows a bar with `progress`, in the
-        first process.
+        Only inputs that have not converged get rows. After each batch, once all inputs have rows, the ranks are
+        distributed again, with the sum of `self.ranks` as the budget. Batches with fewer rows than a layer has
+        components are skipped for it. Shows a bar with `progress`, in the first process.
 
         Args:
-            inputs: components by the first layer with this input.
+            inputs: components by the first layer with this input; changed in place.
             owner: layer → that first layer.
             most: largest rank by layer.
 
         Raises:
-            CalibrationError: all batches of a pass are too small, or components still change after 100 passes.
+            CalibrationError: for one input all batches of the first pass are too small, or components still change
+                after `MAX_PASSES` passes.
         """
         from tqdm import tqdm
 

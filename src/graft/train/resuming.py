@@ -357,9 +357,13 @@ def list_adapters(model: nn.Module) -> list[str]:
 def collect_trained_tensors(model: nn.Module, optimizer_states: OptimizerStates) -> dict[str, TrainedTensor]:
     """Return all tensors of the adapters, and all parameters in an optimizer, by name without wrappers.
 
+    Each has its adapter and slot; parameters that are no adapter's have None for both.
+
+    Tensors of an adapter that are not in the model are named by place and adapter.
+
     Raises:
-        ConfigError: a parameter is not the model's, or holds merged adapters; or a method has state that is not in
-            tensors.
+        ConfigError: a parameter of the optimizer is not the model's, or has adapters merged into it; or a method has
+            state that is not in tensors.
     """
     inner, adapters = unwrap_model(model), list_adapters(model)
     names: dict[int, str] = {}

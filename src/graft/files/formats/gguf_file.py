@@ -108,11 +108,13 @@ class Reader:
         return self.number(NUMBERS[kind])
 
     def contents(self) -> tuple[Json, dict[str, Tensor]]:
-        """Return all fields, and the tensors by name, which load on demand.
+        """Return all fields, and the tensors by name, which load on demand. Reads from the file's start position on.
+
+        Tensors begin at the next multiple of the alignment field after the header, 32 if there is none.
 
         Raises:
-            CheckpointError: no GGUF of version 2 or 3, a name that is there twice, a wrong alignment, or a damaged
-                part.
+            CheckpointError: no GGUF of version 2 or 3, a field or tensor that is there twice, an alignment that is no
+                int from 1 to 65536, or a damaged part.
         """
         if self.take(4) != MAGIC or self.number("I") not in VERSIONS:
             raise CheckpointError(f"{self.path} is no GGUF file of version 2 or 3. Convert it by llama.cpp's tools.")

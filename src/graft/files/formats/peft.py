@@ -667,11 +667,13 @@ def find_peft_path(path: str, adapter: AdapterFile) -> str:
 
 
 def complete_config(adapter: AdapterFile, base: Base | None) -> Json:
-    """Return the fields of adapter_config.json: those of the source, or new ones for another method, corrected.
+    """Return the fields of adapter_config.json in a new dict: those of the source, or new ones for another method,
+    corrected.
 
-    If the modules have changed, targets are set anew (a dummy target without modules), and the fields that exclude
-    modules or layers become None. Rank and alpha follow the modules. An initialisation that changes the base becomes
-    True if the file no longer needs it. With experts, `peft_version` is today's.
+    If the modules have changed, targets are set anew (a dummy target without modules), for LoRA also
+    `target_parameters`, and the fields that exclude modules or layers become None. Rank and alpha follow the modules,
+    for methods that have both. An initialisation that changes the base becomes True if the file no longer needs it.
+    With experts, `peft_version` is today's, since readers learn the order of A and B from it.
     """
     config = dict(adapter.config) if adapter.config.get("peft_type") == adapter.method else new_config(adapter)
     if adapter.selected != frozenset(adapter.modules):

@@ -103,14 +103,14 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
 
 def list_places(path: str, fields: Json) -> list[Place]:
-    """Return the places of the interventions in a config, in its order.
+    """Return the places of the interventions in a config, in its order; [] if there are none.
 
     The block is the entry's number for the component "block_output", or the number in a path such as
     "model.layers[3].output". The class is the last name in "<class 'pyreft.interventions.X'>".
 
     Raises:
-        CheckpointError: the config lacks a key or class for one, one is not at a block's output by position, its name
-            is no file name, or the classes differ.
+        CheckpointError: the config has not one key and class for each intervention, or the classes differ. Also for a
+            class outside `KINDS`, for another place than a block's output by "pos", and for a key that is no file name.
     """
     representations, types = fields["representations"], fields["intervention_types"]
     keys = fields.get("sorted_keys")
@@ -141,6 +141,9 @@ def list_places(path: str, fields: Json) -> list[Place]:
 
 def read_unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
     """Return A, its bias, and R of an intervention, by graft's names with the ending `end`. R is (r, width).
+
+    R comes from `rotate_layer`, transposed, or from its parametrization by torch, which makes it orthonormal, or from
+    `proj_layer` as it is. A bias of the projection is ignored if it is 0 or the class has no part for it.
 
     Raises:
         CheckpointError: the file is missing or damaged, lacks one of the three, their shapes do not fit, or the

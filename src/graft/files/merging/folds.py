@@ -326,7 +326,7 @@ def replace_whole(job: MergeJob, name: str, value: Tensor) -> list[TensorChange]
 
 def replace_part(job: MergeJob, name: str, value: Tensor, spot: Spot) -> TensorChange:
     """Return the change that replaces the tensor at `spot` by its part of a trained one: all, one expert, or rows of an
-    expert.
+    expert. With `job.weight` other than 1 it interpolates, and is not marked as one that replaces.
 
     Raises:
         BaseModelMismatchError: the shapes differ; another number of rows is allowed outside of experts.

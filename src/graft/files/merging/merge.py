@@ -170,7 +170,14 @@ class Work:
     ):
         """Read all adapters, list their changes, and check them against the base and each other.
 
-        No weight is merged yet.
+        No weight is merged yet, and nothing is written.
+
+        `notes` gets sentences for the user: files of the base that will not be copied, replaced results, and ties that
+        end.
+
+        Args:
+            dtype: of the result; None: the base's.
+            others: lists the changes of adapters that are not low rank; None: these raise LossError.
 
         Raises:
             OptionError: there is no adapter, the number of weights differs, a weight is not finite, the dtype is

@@ -59,9 +59,10 @@ class Tied:
 
     def look_at(self, adapter: AdapterFile) -> None:
         """Look the ties up, once, if an adapter may change tied tensors: embeddings, rows, whole tensors, heads,
-        methods other than LoRA, or tensors that the checkpoint lacks.
+        methods other than LoRA, or tensors that the checkpoint lacks. Otherwise, or if they are known, nothing happens.
 
-        Sets `groups`, and adds tied tensors that the checkpoint leaves out to `shapes` and `sources`.
+        Sets `groups`. Tied tensors that the checkpoint leaves out are added to `shapes` and `sources`, with the first
+        name of the group that it has. Groups without any such name are skipped.
         """
         touched = [path for path, lora in adapter.low_rank.items() if lora.kind != "experts"]
         may = adapter.rows or adapter.full or len(touched) < len(adapter.modules)

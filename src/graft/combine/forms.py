@@ -224,7 +224,9 @@ class UpdateForm(LoraForm):
         return compute_change(m).shift
 
     def configure(self, cfg: LoraConfig, ranks: Ranks, patterns: Ranks, configs: Sequence[LoraConfig]) -> None:
-        """Set ranks with scaling 1, and a bias if any adapter read has a shift."""
+        """Set ranks with scaling 1 as `LoraForm` does, and `lora_bias` if any adapter read has a shift, whatever
+        `configs` have.
+        """
         super().configure(cfg, ranks, patterns, ())
         cfg.lora_bias = self.has_shift
 

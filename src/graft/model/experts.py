@@ -269,9 +269,10 @@ class XLoraRegistry(Registry):
         del self.holder._modules[CLASSIFIER]
 
     def _merge(self, adapter_names: list[str] | None, safe_merge: bool, undoable: bool, progress: bool = False) -> None:
-        """Merge active or named experts.
+        """Merge active or named experts, as the base class does.
 
-        Raises NotImplementedError while the X-LoRA adapter is active: its weights change at every token.
+        Raises NotImplementedError while the X-LoRA adapter is active, whatever the names: its weights change at every
+        token.
         """
         if self.owner in self.active_adapters:
             raise NotImplementedError(

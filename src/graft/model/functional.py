@@ -113,8 +113,10 @@ def delete_adapter(
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Set requires_grad of all parameters of these adapters, active or not. Waits until no call runs.
 
+    A PeftModel's registry does it, in which frozen copies stay frozen.
+
     Raises:
-        AdapterNotFoundError: no layer carries one of them.
+        AdapterNotFoundError: an adapter is on no layer, or not loaded.
         TypeError: `adapter_names` is neither a name nor names.
     """
     names = as_name_list(adapter_names, "set_requires_grad")

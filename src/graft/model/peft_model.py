@@ -205,7 +205,10 @@ class PeftModel(nn.Module):
 
     @property
     def change_timeout(self) -> float | None:
-        """Seconds that changes wait for calls, and calls for a change. It may be set at any time."""
+        """Seconds that changes wait for calls, and calls for a change, before an InUseError; None: without limit.
+
+        It may be set at any time.
+        """
         return self._registry.call.gate.timeout
 
     @change_timeout.setter

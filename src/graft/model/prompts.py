@@ -105,7 +105,10 @@ class Prompts(Registry):
         yield from self.wrappers.values()
 
     def parts_of(self, adapter_name: str) -> AdapterCarriers:
-        """Return the carriers of a prompt: its encoder as `prompt`, and its wrappers."""
+        """Return the carriers of a prompt: its encoder as `prompt`, its wrappers, and None as `shared`.
+
+        Offloaded tensors of the encoder are loaded for good.
+        """
         parts = super().parts_of(adapter_name)
         parts.shared, parts.prompt = None, self.prompt_encoder[adapter_name]
         return parts

@@ -785,8 +785,8 @@ class Registry:
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters (None: those active on each layer) into the base weights; `unmerge_adapter` takes them out.
 
-        Waits until no call runs. Adapters that are merged already are left out, with a warning. One copy of each merged
-        weight is kept, from which the unmerge is exact to the bit. Float32 and float64 weights keep the factors of
+        Waits until no call runs. Adapters that are merged already are left out, with a warning. A copy of each merged
+        weight is kept, so that the unmerge is exact to the bit. Float32 and float64 weights keep the factors of
         products instead, and subtract.
 
         Args:

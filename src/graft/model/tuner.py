@@ -98,10 +98,10 @@ class TunerType(type):
         super().__setattr__(name, value)
 
     def __call__(cls, *args: object, **kwargs: object) -> Any:
-        """Make an instance.
+        """Make an instance as usual.
 
         Raises TypeError, with the remedy, if the class or a base overrides functions that graft never calls
-        (`OVERRIDES`).
+        (`OVERRIDES`); nothing is made then.
         """
         overridden = sorted({name for c in cls.__mro__ for name in OVERRIDES.get(c, ())})
         if overridden:

@@ -184,7 +184,10 @@ class Encoders(Carrier, nn.ModuleDict):
         self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: parameters that never train
 
     def __getitem__(self, key: str) -> Prompt:
-        """Return the prompt of an adapter. Tensors of it that accelerate has offloaded are loaded for good."""
+        """Return the prompt of an adapter.
+
+        Tensors of it that accelerate has offloaded are loaded for good. Raises KeyError for an unknown adapter.
+        """
         prompt: Prompt = super().__getitem__(key)  # type: ignore[assignment]
         end_offloading(prompt)
         return prompt

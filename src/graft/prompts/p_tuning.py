@@ -94,6 +94,8 @@ class PromptEncoder(Prompt):
     def restore(self, name: str, value: Tensor) -> None:
         """Put the computed prompt in as the embedding, and delete the network, if there is one.
 
+        A value of the embedding's shape is written into it in place; another becomes a new parameter.
+
         Raises CheckpointError if the shape differs and the embedding is spread over processes.
         """
         super().restore(name, value)

@@ -62,7 +62,10 @@ class PrefixEncoder(Prompt):
         return self.transform(rows) if self.prefix_projection else rows
 
     def restore(self, name: str, value: Tensor) -> None:
-        """Put keys and values in as the embedding, and delete the projection, if there is one.
+        """Put keys and values in as the embedding, delete the projection, if there is one, and set `prefix_projection`
+        to False.
+
+        A value of the embedding's shape is written into it in place; another becomes a new parameter.
 
         Raises CheckpointError if the shape differs and the embedding is spread over processes.
         """

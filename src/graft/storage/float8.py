@@ -85,7 +85,7 @@ class Rows(Float8):
     """The store of layers with 8-bit floats and a scale for each row, whatever the shape of the scales."""
 
     def scales(self, m: nn.Module) -> Tensor:
-        """Return the scales as (out, 1)."""
+        """Return the scales that the base class decodes, as (out, 1)."""
         return super().scales(m).reshape(-1, 1)
 
 

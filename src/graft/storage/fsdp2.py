@@ -174,9 +174,11 @@ class Sharded(TensorParallel):
         return getattr(m, name)
 
     def piece(self, m: nn.Module, op: Op) -> tuple[Tensor, Cut | None, Cut | None]:
-        """Return this process's piece of the weight and its cuts within a call, as tensor parallelism has them.
+        """Return this process's piece of the weight and its cuts within a call (while its group runs) or without a
+        group, as tensor parallelism has them.
 
-        Between calls return the whole weight without cuts: a DTensor is then also one over FSDP2's processes.
+        Otherwise return the whole weight, gathered, and None for both cuts: between calls a DTensor is one over FSDP2's
+        processes, too.
         """
         group = find_parameter_group(m, "weight")
         return super().piece(m, op) if group is None or is_running(group) else (op.canon(self.read(m)), None, None)
@@ -191,7 +193,8 @@ class Sharded(TensorParallel):
     def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
         """Return the device that FSDP2 computes on, another than the weight's under offload, and the weight's dtype.
 
-        A weight on the meta device keeps that device.
+        A weight on the meta device keeps that device, and so does one without a group. (None, None) for a module
+        without parameters.
         """
         device, dtype = super().where(m, name)
         group = find_parameter_group(m, name)
@@ -199,7 +202,8 @@ class Sharded(TensorParallel):
 
     @contextmanager
     def bring_in(self, layer: Any, written: nn.Module | None = None) -> Iterator[None]:
-        """Within the block, tensors of the layer's adapters that FSDP2 has sharded as well are whole, for reading.
+        """Within the block, tensors of the layer's adapters that FSDP2 has sharded as well are whole, for reading;
+        changes to them are lost. Offloaded tensors are loaded as by the base class.
 
         Every process must call this.
         """

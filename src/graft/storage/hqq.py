@@ -36,7 +36,10 @@ class HQQ(Quantized):
         return None if m.ready else "it is not quantized yet"
 
     def ready(self, m: nn.Module) -> None:
-        """Detach a bias that is no Parameter: HQQ keeps the old layer's bias with its graph. Returns None."""
+        """Replace a bias that is no Parameter by a detached tensor: HQQ keeps the old layer's bias with its graph.
+
+        Returns None: there is no warning.
+        """
         if isinstance(m.__dict__.get("bias"), Tensor):
             m.bias = m.bias.detach()
 

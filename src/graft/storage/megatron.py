@@ -114,7 +114,8 @@ class Megatron(Dense):
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
         """Write this process's piece of the whole W into the tensor in place, past autograd; return None.
 
-        If the weight is tied (`shared`), the module gets a new parameter with the piece instead.
+        A tensor that is not cut gets all of W. If the weight is tied (`shared`), the module gets a new parameter with
+        the piece instead.
         """
         place = self.place(m, name)
         return super().write(m, name, W if place is None else take_piece(W, *place), shared)

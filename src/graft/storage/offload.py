@@ -29,7 +29,7 @@ def is_away(m: nn.Module) -> bool:
 
 
 def computes_on(m: nn.Module, device: torch.device | None) -> torch.device | None:
-    """Return the device that a module computes on.
+    """Return the device that a module computes on; None if `device` is None.
 
     It is accelerate's if `device`, that of its tensors now, is meta and accelerate offloads the module; else `device`.
     """

@@ -56,7 +56,7 @@ class BEFT(Method[BeftConfig]):
             nn.init.zeros_(self.beft_bias)
 
     def shift(self) -> Tensor:
-        """Return c, (out,)."""
+        """Return the update c of the bias, (out,): `beft_bias` without its first dimension."""
         return self.beft_bias.flatten()
 
     def branch(self, x: Tensor) -> Tensor:

@@ -513,7 +513,7 @@ class Bottleneck(Method[BottleneckConfig]):
         return self.u(x)
 
     def after_embedding(self, ids: object, y: Tensor) -> Tensor:
-        """Return the invertible function of the embedding's output y."""
+        """Return the invertible function of the embedding's output y, in the adapter's dtype; the ids are not read."""
         return self.bottleneck_inv(y.to(self.dtype))
 
     def before_head(self, h: Tensor) -> Tensor:

@@ -222,12 +222,19 @@ class FRoD(Method[FrodConfig]):
         self.frod_lambda_l.copy_(scale)
 
     def check_shared(self, tensors: Tensors) -> None:
-        """Raise CheckpointError if the file's indices of this layer's category are not below its number of inputs."""
+        """Raise CheckpointError if the file's indices of this layer's category are negative, or not below its number of
+        inputs.
+
+        Files without such indices pass.
+        """
         check_places(tensors, f"frod_s_indices.{category(self.site.key)}", self.site.fan_in, self.site.key)
 
     @torch.no_grad()
     def finish_load(self) -> None:
-        """Compute U anew from the base weight and the loaded V."""
+        """Compute `frod_U` anew from the base weight and the loaded V (`rotate`); the loaded λ stays.
+
+        On the meta device it only warns.
+        """
         self.rotate()
 
     @property

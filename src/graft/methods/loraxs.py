@@ -107,7 +107,7 @@ class LoraXS(Method[LoraXsConfig]):
         self.loraxs_B.copy_(U)
 
     def step(self) -> Tensor:
-        """Take the update step (out, in) that `preprocess_lorasb` has left on the base layer, remove it there, and
+        """Take the update step (out, in) that `preprocess_lorasb` has left on the base layer: remove it there and
         return it.
 
         Raises:

@@ -38,7 +38,10 @@ class OSFConfig(Targets):
             warn("target_svd_config has no effect. Set effective_rank or rank_pattern.")
 
     def reaches(self, text: str, key: str, field: str) -> bool:
-        """Return True if the regular expression `text` matches anywhere in the path `key`."""
+        """Return True if the regular expression `text` matches anywhere in the path `key`.
+
+        Raises ConfigError, with the name `field`, if the text is no regular expression.
+        """
         return compile_pattern(text, field, f".*?(?:{text})").match(key) is not None
 
 

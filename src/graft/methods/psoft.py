@@ -137,8 +137,8 @@ class PSOFT(Method[PsoftConfig]):
         return tensors | {(BASIS, "A"): A, (BASIS, "B"): B}
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return `psoft_R` (`Turn`), `psoft_basis` (`Basis`), both uninitialised, the dropout, r, and scaling =
-        psoft_alpha / r.
+        """Return `psoft_R` (`Turn`), `psoft_basis` (`Basis`), with uninitialised weights and buffers, the dropout, r,
+        and scaling = psoft_alpha / r.
         """
         cfg, r = self.cfg, self.cfg.r
         return dict(

@@ -215,7 +215,7 @@ class SDT(Method[SdtConfig]):
         return Scattered(self.sdt_weight, rows * self.site.fan_in + columns, self.site.shape)
 
     def from_file_tensors(self, tensors: Tensors, cfg: SdtConfig) -> Tensors:
-        """Return the file's tensors with the places as int32.
+        """Return the file's tensors with the places as int32; unchanged if it has none.
 
         Raises CheckpointError if they are outside of the weight.
         """

@@ -169,7 +169,7 @@ class SHiRA(Method[ShiraConfig]):
         return Scattered(self.shira_weight * self.scaling, rows * self.site.fan_in + cols, self.site.shape)
 
     def from_file_tensors(self, tensors: Tensors, cfg: ShiraConfig) -> Tensors:
-        """Return the file's tensors with the places as int32; some files hold floats.
+        """Return the file's tensors with the places as int32, since some files hold floats; unchanged if it has none.
 
         Raises CheckpointError if they are outside of the weight.
         """

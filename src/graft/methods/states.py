@@ -170,8 +170,10 @@ class OnStates(Method[S]):
 
     @property
     def continues(self) -> bool:
-        """True for a layer that sees the text that `generate` continues: of a model without encoder, or with "decoder."
-        in the path.
+        """Return True for a layer that sees the text that `generate` continues.
+
+        It is one with "decoder." in its path, or any layer if the call has no positions of a decoder: of a model
+        without encoder, or outside of a call.
         """
         return self.layer.call.fact(OF_DECODER) is None or "decoder." in f"{self.site.key}."
 

@@ -103,7 +103,7 @@ class Steering(OnStates[SteeringConfig]):
 
     @classmethod
     def facts(cls, run: Run, model: nn.Module) -> dict[str, PerRow]:
-        """Return the `steering_coefficient` of each row, if the call gives one; else {}.
+        """Return the `steering_coefficient` of each row as a fact, float32 (batch,), if the call gives one; else {}.
 
         Raises:
             RoutingError: they are no finite numbers, or not one for each row.

@@ -141,7 +141,10 @@ class SuperTuning(Method[SupertuningConfig]):
             self.fill_start(self.supertuning_lora_B.weight)
 
     def from_file_tensors(self, tensors: Tensors, cfg: SupertuningConfig) -> Tensors:
-        """Return the file's tensors. Raises CheckpointError if they have indices outside of the weight."""
+        """Return the file's tensors unchanged.
+
+        Raises CheckpointError if they have indices below 0 or beyond the weight's entries.
+        """
         return check_places(tensors, "supertuning_indices", math.prod(self.site.shape), self.site.key)
 
     def delta(self) -> Scattered:

@@ -126,7 +126,10 @@ class SVFT(Method[SvftConfig]):
         return places.sort()[0]
 
     def from_file_tensors(self, tensors: Tensors, cfg: SvftConfig) -> Tensors:
-        """Return the file's tensors. Raises CheckpointError if they have places outside of M."""
+        """Return the file's tensors unchanged.
+
+        Raises CheckpointError if they have places below 0 or beyond the n² of M.
+        """
         return check_places(tensors, "svft_places", self.n**2, self.site.key)
 
     def factors(self) -> Factors:

@@ -46,7 +46,9 @@ def check_tasks(run: Run, model: nn.Module, known: int) -> Tensor:
         low, high = tasks.aminmax()
 
         def unknown() -> RoutingError:
-            """Return the RoutingError that names the task outside of the range."""
+            """Return the RoutingError with the number of tasks and one task outside of the range: the highest if it is
+            too high, else the lowest.
+            """
             return RoutingError(f"{available}. Found task id = {int(high) if high >= known else int(low)}")
 
         available = f"Only {known} tasks available"

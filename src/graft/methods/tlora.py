@@ -58,8 +58,10 @@ class TLoraConfig(Targeted, LayerRange, RankPatterns):
 def timestep(tuner: Tuner, t: float | Tensor) -> Iterator[None]:
     """Within the block, calls of this thread are at timestep `t`: one for all rows, or (batch,).
 
+    The argument `timestep` of the model is then not read. The range is checked by each call, not here.
+
     Raises:
-        RoutingError: t is None or no number or list of numbers.
+        RoutingError: t is None, or no number or list of numbers.
     """
     with tuner.call.extend_context(facts={TIMESTEP: per_row(t)}):
         yield

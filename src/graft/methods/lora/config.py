@@ -210,11 +210,13 @@ class LoraConfig(Targeted, LayerRange, RankPatterns, FanInFanOut, BaseBias):
         return config
 
     def _register_custom_module(self, mapping: dict[type[nn.Module], type | Op]) -> None:
-        """Let an injection adapt modules of further types. No file holds this: say it again before a load.
+        """Let an injection adapt modules of further types, in addition to those of earlier calls; a type named again
+        gets the new entry. No file holds this: call it again before a load.
 
         Args:
             mapping: type of modules → the type that it works like, such as nn.Linear; or an `Op` that says how it uses
-                its weight.
+                its
+                weight.
 
         Raises:
             TypeError: a value is neither, such as a layer class written for PEFT.

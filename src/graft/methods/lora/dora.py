@@ -53,7 +53,7 @@ class DoraCaching:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Set caching back to the choice before the block."""
+        """Set caching back to the choice before the block; an exception of the block is not suppressed."""
         self(self.before.pop())
 
     def __call__(self, enabled: bool = True) -> None:

@@ -192,7 +192,7 @@ def apply_file_shift(lora: Method) -> None:
     """Change the base weight as the loaded shift says.
 
     If this adapter has changed it already: exchange the former product for the file's (`shift.before`, which becomes
-    None) and drop the layer's copy for a rollback, or without `before` do nothing. On the meta device only warn. If the
+    None) and forget how the layer would roll back, or without `before` do nothing. On the meta device only warn. If the
     weight's sample is nearest to the file's changed one, warn, mark it as done and leave it. If the sample fits
     neither, warn. Then subtract the product (`take_out`), which marks it as done.
     """

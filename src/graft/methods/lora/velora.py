@@ -55,6 +55,8 @@ class VeLoRA(LoRA):
         """Return x Aᵀ, (…, r).
 
         The backward pass gets only the projections of x onto the direction, in `num_groups` groups, times `scale`.
+
+        `direction` may compute the direction from x and store it in the layer.
         """
         cfg = require_sub_config(self.cfg.velora_config)
         return sketched_product(x, self.pair[0], self.direction(x), cfg.num_groups, cfg.scale)

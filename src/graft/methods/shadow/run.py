@@ -37,7 +37,7 @@ class States:
         self.before: dict[tuple[str, str], list[Tensor | None]] = {}
 
     def __getitem__(self, index: object) -> States:
-        """Return the object itself: each state is already that of its adapter's rows."""
+        """Return the object itself, whatever rows are asked for: each state is already that of its adapter's rows."""
         return self
 
     def repeat_interleave(self, repeats: int, dim: int) -> States:

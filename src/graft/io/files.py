@@ -77,7 +77,7 @@ def save_adapter(
     """Write weights, config and further files of an adapter into `folder`, which is made if needed.
 
     On an error the old files stay. The weights file also holds the fingerprint, the config and a digest. Tensors are
-    copied to the CPU first. `save_pair` replaces the files of both formats together.
+    copied to the CPU first. An older weights file of the other format is deleted.
 
     Args:
         safetensors: write adapter_model.safetensors; else adapter_model.bin.

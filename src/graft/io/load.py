@@ -94,7 +94,7 @@ class BaseEntry(NamedTuple):
     offloaded: tuple[nn.Module, str] | None  # the module that has it, and its name there
 
     def assign(self, value: Tensor) -> None:
-        """Overwrite the tensor in place; an offloaded one is written into its offload store."""
+        """Overwrite the base's tensor in place, sharded or not; an offloaded one is written into its offload store."""
         if self.offloaded is None:
             write_whole(self.tensor, value)
         else:
@@ -308,7 +308,10 @@ class CheckpointValues:
         return adapter_values + [(BaseEntry(t, away.get(id(t))), self.tensors[name]) for name, t in base.items()]
 
     def arrange_stacks(self, parts: AdapterCarriers, prefix: str) -> None:
-        """Convert the factors of expert stacks in `tensors` to the names and layout that they have here."""
+        """Convert the factors of expert stacks in `tensors` to the names and layout that they have here, in a new dict.
+
+        Files by expert are joined to stacks; a layout that nothing tells warns.
+        """
         what = f"Adapter '{self.adapter}' from {self.path}"
         tensors = convert_stack_layouts(self.tensors, parts, prefix, self.layout, what)
         self.tensors = fuse_experts(tensors, parts, prefix, self.model, self.config_of_file, self.adapter)

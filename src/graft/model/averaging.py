@@ -92,7 +92,8 @@ class Averager:
     def agree(self) -> None:
         """Compare the parameters that train with the other processes, if others train than at the last time.
 
-        With `compares_values` also compare their values, and set it to False. Values are read once, by a checksum.
+        All processes of the base meet; shapes and dtypes must agree in order. With `compares_values` also compare their
+        values, and set it to False. Values are read once, by a checksum. `agreed` then has the ids.
 
         Raises:
             DistributedError: other parameters, or other values, train on another process; or it does not come in time.
@@ -332,9 +333,11 @@ def check_none_missed(names: list[str], who: str, remedy: str) -> None:
 
 
 def warn_other_starts(registry: Tuner) -> None:
-    """Warn of each active adapter with other initial values on other processes, since each process holds a part of it.
+    """Give a PeftWarning for each active adapter with other initial values on other processes, since each process holds
+    a part of it.
 
-    Each adapter is compared once.
+    Each adapter is compared once: its note is removed from `registry.starts`. One without a note is skipped, and so are
+    processes that left no note yet.
     """
     for adapter in registry.active_adapters:
         note = registry.starts.pop(adapter, None)

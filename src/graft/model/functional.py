@@ -113,7 +113,7 @@ def delete_adapter(
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Set requires_grad of all parameters of these adapters, active or not. Waits until no call runs.
 
-    A PeftModel's registry does it, in which frozen copies stay frozen.
+    A PeftModel's registry does it; its frozen copies stay frozen.
 
     Raises:
         AdapterNotFoundError: an adapter is on no layer, or not loaded.

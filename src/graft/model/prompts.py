@@ -360,7 +360,10 @@ class Prompts(Registry):
         return self.stacks["main"].words
 
     def file_prompt(self, adapter_name: str) -> Tensor:
-        """Return a prompt as in a checkpoint, (tokens, width), on the CPU. Raises AdapterNotFoundError."""
+        """Return a prompt as in a checkpoint, (tokens, width), on the CPU, without gradient.
+
+        Raises AdapterNotFoundError if it is not loaded.
+        """
         self.check_known([adapter_name])
         return self.prompt_encoder[adapter_name].to_file_tensors()[STORED].cpu()
 

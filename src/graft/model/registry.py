@@ -422,7 +422,7 @@ class Registry:
         It is inactive.
 
         A config that fails is taken out of `peft_config`, except while `add_adapter` runs. While that runs, its options
-        count, except `low_cpu_mem_usage` and `state_dict`.
+        count; only `low_cpu_mem_usage` and `state_dict` are those passed here.
 
         Raises:
             ValueError: `model` is not the tuner's own.
@@ -490,9 +490,11 @@ class Registry:
         return injection.report
 
     def _share(self, adapter_name: str, parts: AdapterCarriers, config: PeftConfig, sharding: Sharding) -> None:
-        """Hook the gradients of a new adapter on a sharded base, and read the values for its fingerprint now.
+        """Hook the gradients of a new adapter on a sharded base, and put the sampled values for its fingerprint into
+        `samples` now.
 
-        All processes do this together; a save is then the work of one.
+        The first adapter makes the `averager`; later ones only give it the new sharding. All processes do this
+        together; a save is then the work of one.
         """
         if self.averager is None:
             self.averager = self.call.averager = Averager(self, sharding)

@@ -153,7 +153,7 @@ class Meeting:
 
 
 def leave_error(shelf: dist.Store, key: str, error: BaseException | None) -> None:
-    """Write an error, or None, into the store."""
+    """Write an error, or None, pickled into the store under `key`."""
     shelf.set(key, pickle_error(error))  # type: ignore[arg-type]  # bytes do, too
 
 

@@ -246,9 +246,10 @@ class Scratch:
 
 def find_abandoned(folder: str) -> dict[str, str]:
     """Return the temporary files in a folder that no running process uses, as {path: the name that the file would have
-    got}.
+    got}. Nothing is deleted.
 
-    Links with such a name count, too. `is_in_use` decides for each.
+    Names that fit `TEMPORARY` count, also those of links. `is_in_use` decides for each. Raises OSError if the folder
+    cannot be read.
     """
     with os.scandir(folder) as entries:
         names = {entry.path: match for entry in entries if (match := TEMPORARY.fullmatch(entry.name))}

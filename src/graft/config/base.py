@@ -544,8 +544,10 @@ TASK_HEADS: dict[str, list[str]] = {  # new modules of a task's model: they trai
 def add_task_heads(config: Any) -> None:
     """Append the default head names of the config's `task_type` to its `modules_to_save`, in place, without duplicates.
 
+    None counts as an empty list.
+
     Also stores them as `_default_heads`, so that no warning comes if the model lacks them. A config without the field
-    `modules_to_save` only gets a warning. A task without default heads changes nothing.
+    `modules_to_save` only gets a PeftWarning. A task without default heads changes nothing.
     """
     if config.task_type in TASK_HEADS and not hasattr(config, "modules_to_save"):
         warn(

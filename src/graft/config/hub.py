@@ -121,13 +121,13 @@ def looks_like_repository(name: str) -> bool:
 def push(save: Callable[[str], None], repo_id: str, **kwargs: Any) -> object:
     """Call `save` with a temporary folder, then upload the folder to `repo_id`, which is made if missing.
 
-    Return the hub's answer.
+    Return the hub's answer. The folder is deleted, on errors as well.
 
     Args:
         kwargs: `token` and `private`, for the hub; others for its `upload_folder`.
 
     Raises:
-        HubError: the hub cannot be reached, or refuses.
+        HubError: the hub cannot be reached, or refuses. Errors of `save` continue as they are.
     """
     import tempfile
 

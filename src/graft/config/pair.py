@@ -158,9 +158,11 @@ def write_tensors(path: str, tensors: Iterable[Source], notes: Mapping[str, str]
 
 
 def agree_on_config(scratch: Scratch, text: str) -> None:
-    """Write the config that the weights hold, until both agree: another process may have replaced the weights since.
+    """Write the config that the weights in the folder hold, until both agree: another process may have replaced the
+    weights since. Each round marks the weights and config first, and replaces adapter_config.json.
 
-    `text` is the config that this process wrote. Gives up after `ROUNDS` rounds.
+    `text` is the config that this process wrote. Without weights, or if they hold no config or `text`, nothing is
+    written. Gives up silently after `ROUNDS` rounds.
     """
     for _ in range(ROUNDS):
         weights = find_weights(scratch.folder)
@@ -246,7 +248,7 @@ def mark_name(stamp: notes.Stamp | None, text: str) -> str:
 
 
 def mark_token(of: object) -> str:
-    """Return 16 hex digits, a hash: of bytes as they are, of another object's `str()`."""
+    """Return the first 16 hex digits of a SHA-256 hash: of bytes as they are, of another object's `str()`."""
     import hashlib
 
     return hashlib.sha256(of if isinstance(of, bytes) else str(of).encode()).hexdigest()[:16]

@@ -25,7 +25,7 @@ Part = tuple[str, str, Sequence[int], Any]
 
 def compute_digest(parts: Iterable[Part]) -> str:
     """Return the digest of tensors as "crc32:" and 8 hex digits: over names, dtypes, shapes and bytes, in the order of
-    names.
+    names. Bytes that are a function are computed when their turn comes.
     """
     checksum = 0
     for name, dtype, shape, data in sorted(parts, key=lambda part: part[0]):

@@ -39,7 +39,7 @@ def text_config(model: object) -> Any:
     """Return the config of the model's text part (`config.get_text_config()`).
 
     Returns the whole config if it has no such function, or if the function raises ValueError because the model has
-    several text parts, such as an encoder and a decoder. Returns None if the model has no config.
+    several text parts, such as an encoder and a decoder. Returns None if the model has no config. Nothing is copied.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):

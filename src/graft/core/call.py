@@ -242,10 +242,10 @@ class Call:
             self.blocks.remove(before)
 
     def _warn_in_new_thread(self) -> None:
-        """Warn (PeftWarning) if this thread did not exist when some thread's `disable_in_block` began: adapters are
-        active here.
+        """Warn (PeftWarning) if this thread did not exist when some thread's open `disable_in_block` began: adapters
+        are active here.
 
-        Such a thread streams the tokens of `generate`, for example.
+        Such a thread streams the tokens of `generate`, for example. Nothing is noted: each call warns.
         """
         if any(get_ident() not in before for before in list(self.blocks)):
             warn(

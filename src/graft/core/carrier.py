@@ -434,6 +434,8 @@ class SharedTensors(Carrier):
     def rejoin_buffers(separated: Iterable[tuple[Slot, Tensor]]) -> None:
         """Put the former tensor back into each slot that now holds an equal one.
 
+        Slots with other values keep their new tensor.
+
         `separated`: from `separate_buffers`.
         """
         for slot, tensor in separated:
@@ -455,7 +457,10 @@ class SharedTensors(Carrier):
             self.parents.setdefault(group, nn.Module()).add_module(inner, container)
 
     def remove_containers(self, names: Iterable[str]) -> None:
-        """Delete these containers, also from their parent modules. For the containers that a failed injection made."""
+        """Delete these containers, also from their parent modules, which stay.
+
+        For the containers that a failed injection made. Raises KeyError for a name that is not here.
+        """
         for name in list(names):
             del self.containers[name]
             group, dot, inner = name.rpartition(".")

@@ -119,7 +119,9 @@ class AnyDict(nn.Module):
                 self._non_persistent_buffers_set.add(name)
 
     def _dict_with(self, name: object) -> dict[str, Any]:
-        """Return the dict of modules, parameters or buffers that contains a name; a new one if none does."""
+        """Return the dict of modules, parameters or buffers that contains a name, searched in this order; a new, empty
+        one if none does.
+        """
         return next((d for d in (self._modules, self._parameters, self._buffers) if name in d), {})
 
     def __getitem__(self, name: str) -> nn.Module | Tensor:
@@ -265,10 +267,13 @@ class Slot:
         return self.is_parameter and self.where is self.owner.__dict__
 
     def assign(self, value: Tensor, device: torch.device | None = None) -> None:
-        """Set the tensor's values. An existing tensor is overwritten in place, as an optimizer may hold it.
+        """Set the tensor's values.
 
-        A tensor on the meta device is instead replaced by `value`, moved to `device` and cast to the tensor's dtype: as
-        a parameter with the same `requires_grad`, or as a buffer.
+        An existing tensor is overwritten in place, without gradients, as an optimizer may hold it.
+
+        A tensor on the meta device is instead replaced in the layer by `value`, moved to `device` and cast to the
+        tensor's dtype: as a parameter with the same `requires_grad`, or as a buffer. A value that fits already is not
+        copied.
         """
         tensor = self.tensor
         if not tensor.is_meta:

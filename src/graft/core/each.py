@@ -84,8 +84,8 @@ class MatrixLayer:
 
 
 def read_base_stack(layer: Layer) -> Any:
-    """Return a copy of a layer's packed stack without any adapter: the state from before the first merge, on the
-    layer's device, or the present state.
+    """Return a layer's packed stack without any adapter: the state from before the first merge that kept one, on the
+    present device of the weight; else a copy of the present state.
     """
     first = next((state for _, state, _ in layer.state.undo if state is not None), None)
     return layer.base_weight.snapshot() if first is None else first.to(layer.base_weight.where()[0])
@@ -143,8 +143,10 @@ class StackMethod(Method):
     # declare
 
     def check(self) -> str | None:
-        """Return why the method cannot act on this stack, or None: it changes the weight at the start, a matrix fails
-        the check of `kind`, or `why_not_on_stack` has a reason.
+        """Return why the method cannot act on this stack, or None.
+
+        The first reason counts: it changes the weight at the start; one matrix fails the check of `kind`;
+        `why_not_on_stack` has a reason.
         """
         name = self.kind.__name__
         if WeightUse.CHANGES in self.uses_weight():

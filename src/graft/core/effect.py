@@ -108,7 +108,7 @@ class Compact(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix, expanded from the module's weight."""
+        """The matrix, `expand` of the module's weight, computed at each access."""
         return self.expand(self.module.weight)
 
 
@@ -357,7 +357,10 @@ class Update(Effect):
 
     @property
     def weightless(self) -> bool:
-        """True if it has a branch and no `delta`: no change of a weight can do the same."""
+        """True if it has a branch and no `delta`: no change of a weight can do the same.
+
+        Factors next to the branch do not matter.
+        """
         return self.delta is None and self.branch is not None
 
     @property

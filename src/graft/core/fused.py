@@ -169,8 +169,8 @@ def make_segment(W: Tensor, f: Factors, x: Tensor, rows: int) -> Segment | None:
     Rows of several adapters can then share one call of the base layer.
 
     Returns None if `run_with_factors` would not run `low_rank_linear` for these rows alone, with gradients: the factors
-    have a gain or vectors, are not plain, have a tensor as scale, or train B alone. Below FUSED_FROM rows, it returns
-    None with dropout or unless x, W, A and B have one dtype. From FUSED_FROM rows on, it returns None if the product
+    have a gain or vectors, are not plain, have a tensor as scale, or train B alone. Below FUSED_FROM (64) rows, it
+    returns None with dropout or unless x, W, A and B have one dtype. From 64 rows on, it returns None if the product
     with W + s · B A costs less. That holds only without dropout and with one dtype of x, W and A.
     """
     if f.gain is not None or f.inner is not None or f.outer is not None:

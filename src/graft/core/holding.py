@@ -199,8 +199,8 @@ class Holding:
                     self.__dict__.setdefault(key, container)
 
     def _widen_container(self, key: str, container: nn.ModuleDict | nn.ParameterDict | BufferDict) -> AnyDict:
-        """Replace a container by an `AnyDict` with the same entries, since methods use its name for different kinds of
-        values.
+        """Replace a container of the layer by an `AnyDict` with the same entries, since methods use its name for
+        different kinds of values. Return the `AnyDict`.
 
         The slots of all adapters in this container are replaced as well; parameters that never train stay so.
         """
@@ -220,8 +220,8 @@ class Holding:
         train.
 
         Tensors on meta stay there, as do all tensors of a method that does not move them. Floating tensors are cast to
-        the dtype, and half precision then widened to float32 if `upcast`, unless the method keeps the base's dtype for
-        their container.
+        the dtype. Half precision is then widened to float32 if `upcast`, unless the method keeps the base's dtype for
+        their container. Parameters that never train are not counted.
 
         Args:
             where: of the base weight, as `self.where`.
@@ -293,7 +293,7 @@ class Holding:
     def first_tensor(self, adapter: str) -> Tensor:
         """Return the first tensor of an adapter, which gives its dtype and device.
 
-        Slots are looked up again if its module was replaced.
+        Slots are looked up again if its module was replaced. Raises KeyError for an adapter that the layer lacks.
         """
         slot = self.state.slots[adapter][0]
         tensor: Tensor | None = slot.where.get(slot.attribute)

@@ -88,7 +88,7 @@ class Host(Holding, Carrier, nn.Module):
 
     @property
     def base_module(self) -> nn.Module:  # type: ignore[override]
-        """Return the module that this host replaces."""
+        """Return the module that this host replaces: its child named `inner_name`."""
         return self._modules[self.inner_name]  # type: ignore[no-any-return]
 
     @cached_property
@@ -457,7 +457,8 @@ class AdapterLayer(PeftNames, Host):
         Merged adapters are taken out meanwhile and merged again.
 
         `rollback` restores the weight, until `drop_rollback`. A tied module keeps the former weight. On the meta device
-        it only warns. Waits until no call of the model runs.
+        it only gives a PeftWarning. Waits until no call of the model runs, and brings an offloaded or sharded weight
+        in.
 
         Raises:
             UnsupportedLayerError: the store cannot read or write the weight.
@@ -479,7 +480,9 @@ class AdapterLayer(PeftNames, Host):
             )
 
         def restore() -> None:
-            """Write the values of the snapshot from before into the base weight."""
+            """Write the values of the snapshot from before into the base weight, which is brought in for that if it is
+            offloaded or sharded.
+            """
             with weight.bring_in(self, writes=True):
                 weight.restore(before)
 
@@ -622,7 +625,7 @@ class ParamWrapper(AdapterLayer):
             return FoldedPlan(self, merging.use_patched_delta_weight(self, plan.steps)).run(*args, **kwargs)
 
     def get_param(self) -> nn.Parameter:
-        """Return the parameter itself, without adapters."""
+        """Return the parameter itself, without adapters that are not merged."""
         return getattr(self.get_base_layer(), self.site.parameter)  # type: ignore[no-any-return]
 
     @property

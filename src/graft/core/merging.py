@@ -62,7 +62,10 @@ def select_unmerged(module: Layer, adapter_names: Sequence[str] | None = None) -
 
 
 def includes_replacement(layer: Layer, names: Sequence[str]) -> bool:
-    """Return True if one of these adapters replaces the whole layer by a module."""
+    """Return True if one of these adapters replaces the whole layer by a module.
+
+    Names that the layer lacks are ignored.
+    """
     return any([layer.methods[n].effect.whole for n in names if n in layer.methods])
 
 
@@ -284,9 +287,10 @@ def check_adapters_finite(chosen: Mapping[L, Sequence[str]]) -> None:
 
 
 def find_patched_method(layer: Layer, name: str) -> Callable[..., object] | None:
-    """Return the function that replaces a method of a layer; None if the method is graft's own.
+    """Return the function that replaces a method of a layer, bound to the layer or set on it; None if the method is
+    graft's own.
 
-    It may be set on the layer itself, or on PEFT's class of this kind of layer; then it comes bound to the layer.
+    It may be set on the layer itself, on a subclass, or on PEFT's class of this kind of layer.
     """
     original, current = getattr(type(layer), name), getattr(layer, name)
     if getattr(current, "__func__", None) is not original:
@@ -380,9 +384,10 @@ def order_merge_steps(layer: Layer, names: Sequence[str]) -> tuple[list[Step], l
 def merge_adapters(layer: Layer, names: list[str], undoable: bool) -> None:
     """Merge adapters that passed `check_merge`, and add them to the merged ones. The caller refreshes the plan.
 
-    A replacement unmerges all others and exchanges the modules. Else, if new steps cannot go on top of merged ones, all
-    are taken out and merged together. On an error an undoable merge leaves the layer as it was: all is taken out, the
-    former adapters are merged again, and the plan is refreshed. Any other merge may leave it changed.
+    A replacement unmerges all others, exchanges the modules and counts as the only merged adapter. Else, if new steps
+    cannot go on top of merged ones, all are taken out and merged together. On an error an undoable merge leaves the
+    layer as it was: all is taken out, the former adapters are merged again, and the plan is refreshed. Any other merge
+    may leave it changed. The error continues.
     """
     if includes_replacement(layer, names):
         if layer.state.merged:

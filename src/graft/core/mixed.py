@@ -443,10 +443,10 @@ class MixedPlan:
         return call.narrow_context(call.current_context().narrow(index))
 
     def draw_for(self, key: Key, device: torch.device) -> AbstractContextManager[None]:
-        """Return a context where the adapter draws from its own generator, with a new ticket.
+        """Return a context where the adapter draws from its own generator on `device`, with a new ticket.
 
-        A no-op for JointAdapters, in eval mode, and if the call has no generators. The block must not contain calls of
-        other layers.
+        A no-op for JointAdapters, if the layer is in eval mode, and if the call has no generators. The block must not
+        contain calls of other layers.
         """
         draws = self.layer.call.current_context().draws if self.layer.training else None
         if draws is None or isinstance(key, JointAdapters):
@@ -567,8 +567,8 @@ class FactorSnapshot:
         self._sizes: list[int] = []
 
     def is_unchanged(self) -> bool:
-        """Return True if containers and recorded entries hold the same objects, modules have as many attributes, and no
-        module has a hook.
+        """Return True if the containers have the same entries, recorded entries hold the same objects, modules have as
+        many attributes, and no module has a hook.
         """
         return (
             all([now == before for now, before in self._containers.values()])

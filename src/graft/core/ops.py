@@ -262,7 +262,7 @@ class ScaledEmbedding(Embedding):
     """An embedding that multiplies its output by `embed_scale` (Gemma)."""
 
     def scale_rows(self, m: nn.Module, rows: Tensor) -> Tensor:
-        """Return the rows times `embed_scale`."""
+        """Return the rows times the module's `embed_scale`."""
         out: Tensor = rows * m.embed_scale
         return out
 
@@ -305,7 +305,7 @@ class Conv(Op):
         return self.conv(x, W, b, m.stride, padding, m.dilation, groups)
 
     def call(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        """Return the module's convolution with another weight and bias."""
+        """Return the module's convolution of x with another weight and bias, in the module's number of groups."""
         return self._convolve(m, x, W, b, m.groups)
 
     def factorable(self, m: nn.Module) -> bool:
@@ -510,9 +510,10 @@ def is_stock(module: nn.Module) -> bool:
 
 
 def find_replaced_forward(module: nn.Module) -> type | None:
-    """Return the class of the table with a forward that a module's class overrides.
+    """Return the class of the table with a forward that the class of `module` overrides.
 
-    Returns None if it does not override it, has no class in the table, or has an Op made for it.
+    Returns None if it does not override it, has no class in the table, or has an Op made for it (a `variant`, or an
+    entry for the class itself).
     """
     kind = type(module)
     known = OPS.origin(kind)
@@ -522,5 +523,8 @@ def find_replaced_forward(module: nn.Module) -> type | None:
 
 
 def find_op(module: nn.Module) -> Op:
-    """Return the Op of a module; `UNKNOWN` if the table does not have its type."""
+    """Return the Op of a module, by the first class of its type's MRO in the table; `UNKNOWN` if none is there.
+
+    The Op's `variant` may replace it for this module.
+    """
     return (OPS.find(type(module)) or UNKNOWN).variant(module)

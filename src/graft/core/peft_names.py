@@ -108,7 +108,7 @@ class PeftNames:
 
     @property
     def quantization_backend(self: Layer) -> str | None:
-        """Return the name of the layer's store, such as "bnb"; None for a dense weight."""
+        """Return the name of the layer's store, such as "bnb"; None for the store "dense"."""
         return None if self.store.name == "dense" else self.store.name
 
     def get_base_layer(self: Layer) -> nn.Module:
@@ -342,8 +342,8 @@ class PeftNames:
         return self.site.parameter
 
     def _get_name(self: Layer) -> str:
-        """Return the name for repr: folders of the methods on the layer and the type, such as "lora.Linear"; PEFT's
-        name for some.
+        """Return the name for repr: folders of the methods on the layer, joined by "+" ("graft" without methods), and
+        the type, such as "lora.Linear". Folders in `CLASS_NAMES` give PEFT's name instead.
         """
         modules = {type(m).__module__.removeprefix("graft.methods.").split(".")[0]: None for m in self.methods.values()}
         return CLASS_NAMES.get("+".join(modules), f"{'+'.join(modules) or 'graft'}.{self.type_name}")

@@ -280,10 +280,11 @@ class PieceChainPlan(PiecePlan, ChainPlan):
         return self.apply_post(n, m, effect, step_input, self.run_steps(n, inner, args, kwargs))
 
     def apply_post(self, n: int, m: Method, effect: Rewrite, x: Tensor, y: Tensor) -> Tensor:
-        """Return this process's piece of post(x, y), computed on the whole output; y itself if the effect has no
-        `post`.
+        """Return this process's piece of post(x, y), computed on the whole output, in y's dtype; y itself if the effect
+        has no `post`.
 
-        x is the whole input. If the effect is `apart`, the bias is subtracted before `post` and added again.
+        x is the whole input. If the effect is `apart`, the bias with the first n steps is subtracted before `post` and
+        added again.
         """
         if effect.post is None:
             return y

@@ -130,7 +130,10 @@ def compute_part(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor) 
 
 
 def add_product(layer: Layer, m: Method, f: Factors, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
-    """Return y + the low-rank part for x. With `fuse`, a kernel may do it in the memory of y, where one fits."""
+    """Return y + the low-rank part for x.
+
+    With `fuse`, a kernel may add it in the memory of y; else, or if none fits, the sum is a new tensor.
+    """
     out = fused.add_factors(f, x, y) if fuse else None
     return y + compute_low_rank_part(layer, m, f, x) if out is None else out
 
@@ -371,7 +374,9 @@ class ChainPlan(LayerPlan):
         return cast(effect.post(x, y - b) + b, y.dtype)
 
     def run_steps(self, n: int, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
-        """Return the output of the layer with the first n steps on it, for x; n = 0 is the base layer."""
+        """Return the output of the layer with the first n steps on it, for x, by the runner of step n - 1, which runs
+        those before it. n = 0 is the base layer.
+        """
         if n == 0:
             return self.run_base(x, args, kwargs)
         m, effect = self.steps[n - 1]
@@ -708,8 +713,9 @@ class BlockPlan(LayerPlan):
         return x, lambda x: layer.base_layer(**{**kwargs, name: x})
 
     def apply_pre(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return x after the `pre` of each step, the last step first; and a list of the input that each step got, by
-        step.
+        """Return x after the `pre` of each step that has one, the last step first, each result in x's dtype.
+
+        Also return a list of the inputs that the steps got, in the order of the steps.
         """
         inputs = []
         for _, effect in reversed(self.steps):
@@ -739,7 +745,10 @@ class AveragePlan(ChainPlan):
     only_adds_on_top = True
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
-        """Return the base layer's output plus all parts; times their gates, if the call has gates."""
+        """Return the base layer's output plus the parts of all steps, each computed from that output.
+
+        If the call has gates, each part is weighed by its gate.
+        """
         y = self.run_steps(0, x, args, kwargs)
         return self.add_gated(x, y) if self.layer.call.current_gates() is not None else self.add_to_output(x, y)
 
@@ -748,7 +757,7 @@ class AveragePlan(ChainPlan):
         return self.add_to_output(x, y)
 
     def add_to_output(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y plus all parts of it."""
+        """Return y plus the part of each step, each computed from x and y itself, in y's dtype."""
         return add_all_parts(self, x, y)
 
 
@@ -792,7 +801,7 @@ class ParallelPlan(LayerPlan):
     """Adapters in parallel, each for its own rows, in a call that names no rows: every use raises."""
 
     def run(self, *args: object, **kwargs: object) -> NoReturn:
-        """Raise RoutingError, as the call gives the adapters no rows."""
+        """Raise RoutingError, as the call gives the adapters no rows. The base layer does not run."""
         raise self.make_no_rows_error()
 
     def make_no_rows_error(self) -> RoutingError:
@@ -855,7 +864,10 @@ def drop_inputs(layer: Layer) -> None:
 
 
 def find_first_input(names: Sequence[str], args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
-    """Return the first positional argument, or the keyword argument with the first of `names`."""
+    """Return the first positional argument; without one, the keyword argument with the first of `names`.
+
+    Raises KeyError if that is missing.
+    """
     return args[0] if args else kwargs[names[0]]
 
 
@@ -872,7 +884,7 @@ def put_input_first(names: Sequence[str], kwargs: dict[str, Any]) -> tuple[tuple
 def change_first_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return a module's output with `change` applied to it, if it is a tensor, or to the first item of a tuple.
 
-    A named tuple keeps its class; a list becomes a tuple.
+    A named tuple keeps its class; a list becomes a tuple. Other items stay; an output of another type fails.
     """
     if isinstance(output, Tensor):
         return change(output)
@@ -905,7 +917,7 @@ class ReplacementPlan(LayerPlan):
         return self.effect.module()
 
     def fold_current(self) -> tuple[Tensor, Tensor | None]:
-        """Return the module's weight (canonical) and bias."""
+        """Return the weight (canonical) of the adapter's module, and its bias."""
         module = self.module
         return self.layer.op.canon(module.weight), self.bias()
 

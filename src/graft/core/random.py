@@ -83,7 +83,9 @@ def read_generator_states() -> list[Tensor]:
 
 
 def restore_generator_states(states: list[Tensor]) -> None:
-    """Set torch's default generators to the states that `read_generator_states` returned."""
+    """Set torch's default generators to the states that `read_generator_states` returned: the CPU's, then that of the
+    present accelerator, if its state is there.
+    """
     torch.set_rng_state(states[0])
     for state in states[1:]:
         torch.get_device_module(find_accelerator()).set_rng_state(state)

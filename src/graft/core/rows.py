@@ -404,7 +404,9 @@ CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x 
 
 
 def find_cache(arguments: Mapping[str, Any]) -> Any:
-    """Return the first cache among named arguments (`cache`, `past_key_values`); None if there is none."""
+    """Return the first cache that is not None among named arguments, in the order of `CACHES` (`cache`,
+    `past_key_values`); None if there is none.
+    """
     return next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
 
 

@@ -118,7 +118,9 @@ class ExpertStacks:
         return ()
 
     def find_old_path(self, path: str) -> str:
-        """Return the path that a module had before transformers' renamings; the same path if none applies."""
+        """Return the path that a module had before transformers' renamings, undone in reverse order; the same path if
+        none applies.
+        """
         name = f"{path}.weight"
         for renaming in reversed(self.renamings):
             name, _ = renaming.reverse_transform().rename_source_key(name)

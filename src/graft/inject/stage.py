@@ -170,8 +170,9 @@ def check_stage_independence(
 ) -> None:
     """Raise UnsupportedLayerError if an adapter on a pipeline stage needs tensors of other stages.
 
-    Causes: the method works over all layers, shared tensors train, a layer here borrows tensors of a remote layer, or
-    a new adapter begins with values made of all base weights.
+    The first cause is named: the method works over all layers, a new adapter begins with values made of all base
+    weights, shared tensors train, or a layer here borrows tensors of a remote layer. The text also counts the absent
+    modules.
 
     Args:
         methods: of the layers on this process, by path.

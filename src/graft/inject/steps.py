@@ -207,10 +207,11 @@ class ReplacedSteps:
 
     def _create(self, path: str, parameter: str | None = None, key: str | None = None, cfg: object = None) -> None:
         """Call the replaced `_create_and_replace` for a module, or with `parameter` for one of its parameters, at the
-        path `key`. The report's `skipped` gets the target if that call chose no site.
+        path `key`. Notes the target in `target` and `asked`. The report's `skipped` gets the target if that call chose
+        no site.
 
         Raises:
-            UnsupportedLayerError: it put another module into the target's place.
+            UnsupportedLayerError: it put another module into the target's place, or chose a site that cannot be used.
         """
         job, self.target = self.job, key or path
         (parent, name), module, count = job.tree.places[path], job.tree.modules[path], len(self.noted)
@@ -242,9 +243,10 @@ class ReplacedSteps:
         return {key: job.targets.sites[key] for key in self.noted if key not in before}, idle
 
     def adapt_named_parameters(self, cfg: PeftConfig) -> tuple[list[str], UnmatchedEntries]:
-        """Call the replaced `_create_and_replace` for each parameter that `cfg` names.
+        """Call the replaced `_create_and_replace` for each parameter that `cfg` names, in the model's order.
 
-        Return their paths and the entries that match none. The original `_inject_parameters` does this.
+        Return the paths of all of them, and the entries that match none. The original `_inject_parameters` does this.
+        Raises the errors of `find_named_parameters` and of `_create`.
         """
         matches, idle = find_named_parameters(cfg, skip_empty_carriers(self.job.model), self.job.tree, self.job.report)
         for key, path, name in matches:

@@ -370,7 +370,10 @@ def survey_model(model: nn.Module) -> ModuleTree:
             visit_children(module, path)
 
     def count_tied_weight(layer: AdapterLayer) -> None:
-        """Count one more owner of the weight that a merged layer was tied to before its merge."""
+        """Count one more owner of the weight that a merged layer was tied to before its merge.
+
+        For a layer without merges, or one that was not tied, does nothing.
+        """
         if layer.state.undo and (tied := merging.find_tied_weight(layer)) is not None:
             owners[tied] = owners.get(tied, 0) + 1
 
@@ -427,7 +430,10 @@ def survey_model(model: nn.Module) -> ModuleTree:
 
 
 def find_innermost_place(parent: nn.Module, name: str) -> tuple[Place, nn.Module]:
-    """Return the place (parent, name) and the module within all wrappers at `parent.name`."""
+    """Return the place (parent, name) and the module within all wrappers at `parent.name`.
+
+    Without a wrapper these are the parent, the name and the child.
+    """
     child: Any = parent._modules[name]
     while (inner := find_inner_attribute(child)) is not None:
         parent, name, child = child, inner, child._modules[inner]

@@ -161,7 +161,8 @@ def through_up(g: Tensor, W: Tensor, h: Tensor, scale: float) -> tuple[Tensor, T
 
 
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
-    """Return y + scale · dropout(x) Aᵀ Bᵀ in y's dtype, by plain operations in the dtype of A; the reference.
+    """Return y + scale · dropout(x) Aᵀ Bᵀ in y's dtype, in new memory, by plain operations in the dtype of A; the
+    reference. x is cast to that dtype first.
 
     y (…, out), x (…, in), A (r, in), B (out, r).
     """

@@ -56,7 +56,7 @@ def add_groups(
 
 def _have_one_shape(factors: Factors, sizes: Sequence[int]) -> bool:
     """Return True if all adapters have an A of one shape and equally many rows, so that one batched product serves
-    them.
+    them. The shapes of B are not compared.
     """
     first = factors[0][0]
     return len(set(sizes)) == 1 and all(A.shape == first.shape for A, _, _ in factors)

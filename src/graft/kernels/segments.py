@@ -142,9 +142,10 @@ class Group(NamedTuple):
 
 
 def plain_segments_linear(y: Tensor, x: Tensor, groups: Sequence[Group]) -> Tensor:
-    """Return y = base(x) with each group's updates added to its rows, (rows, out), by plain operations; the reference.
+    """Return y = base(x) with each group's updates added to its rows, (rows, out), in new memory, by plain operations;
+    the reference. Dropout drops by the group's seed; sums are cast to y's dtype.
 
-    y (rows, out), x (rows, in). Rows of no group stay.
+    y (rows, out), x (rows, in). Rows of no group stay. A group of several adapters splits its rows evenly among them.
     """
     parts, end = [], 0
     for start, stop, n, A, B, scale, p, seed, _ in groups:

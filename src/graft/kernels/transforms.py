@@ -249,7 +249,7 @@ class Wavelet(NamedTuple):
         return torch.stack(both, 1).flatten(0, 1)[self.first : self.first + self.n].T
 
     def factors(self, index: Tensor) -> Tensor:
-        """Return ones in the shape and dtype of `index`."""
+        """Return ones in the shape and dtype of `index`: this basis has no factors."""
         return torch.ones_like(index)
 
     def at(self, index: Tensor, q: Tensor, dtype: torch.dtype) -> Parts:
@@ -270,7 +270,7 @@ class Plain(NamedTuple):
 
     @property
     def size(self) -> int:
-        """n."""
+        """The number of rows of the one part, n."""
         return self.n
 
     def analysis(self, x: Tensor) -> Parts:
@@ -282,7 +282,7 @@ class Plain(NamedTuple):
         return z[0].T
 
     def factors(self, index: Tensor) -> Tensor:
-        """Return ones in the shape and dtype of `index`."""
+        """Return ones in the shape and dtype of `index`: this basis has no factors."""
         return torch.ones_like(index)
 
     def at(self, index: Tensor, q: Tensor, dtype: torch.dtype) -> Parts:

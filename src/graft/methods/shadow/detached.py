@@ -189,7 +189,7 @@ def next_token(logits: Tensor, labels: Tensor) -> Tensor:
 def pool_logits(logits: Tensor, ids: Tensor | None, padding: int | None) -> Tensor:
     """Return the logits (rows, labels) of (rows, tokens, labels) at each row's last token that is no padding.
 
-    Without ids or a padding id that is the last position.
+    Without ids or a padding id that is the last position. A row of padding alone gives its first position.
     """
     rows, tokens = logits.shape[:2]
     last = torch.full((rows,), tokens - 1, device=logits.device)

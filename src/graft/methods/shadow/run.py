@@ -37,11 +37,11 @@ class States:
         self.before: dict[tuple[str, str], list[Tensor | None]] = {}
 
     def __getitem__(self, index: object) -> States:
-        """Return the object itself, whatever rows are asked for: each state is already that of its adapter's rows."""
+        """Return the object itself for any index: each state is already that of its adapter's rows."""
         return self
 
     def repeat_interleave(self, repeats: int, dim: int) -> States:
-        """Return the object itself: each state is already that of its adapter's rows."""
+        """Return the object itself for any number of repeats: each state is already that of its adapter's rows."""
         return self
 
     def take(self, adapter: str, block: str, h: Tensor) -> Tensor:

@@ -218,9 +218,9 @@ class Scratch:
     def add_link(self, path: str) -> str | None:
         """Give a file a second, temporary name by a hard link, and return that path.
 
-        A symbolic link is not followed.
+        The scratch removes it at its end.
 
-        Return None if there is no such file, or if the file system has no hard links.
+        A symbolic link is not followed. Returns None if there is no such file, or if the file system has no hard links.
         """
         link = self._add_path(os.path.basename(path))
         try:

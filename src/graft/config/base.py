@@ -275,10 +275,11 @@ class PeftConfig:
 
     @classmethod
     def from_file(cls, values: dict[str, object], path: str) -> PeftConfig:
-        """Return a config of the values read from the file `path`, of the class that their `peft_type` names.
+        """Return a config of the values read from the file `path`, of the class that their `peft_type` names; of this
+        class without that key.
 
-        `check_kwargs` of that class may change the values. Unknown keys are dropped with a warning. Errors end with the
-        path.
+        `check_kwargs` of that class may change the values. Unknown keys are dropped with a warning. Errors of graft
+        keep their class and end with the path.
         """
         try:
             target = cls.find_class(values)

@@ -97,7 +97,7 @@ class Carrier:
 
     @property
     def merged_adapters(self) -> list[str]:
-        """Return the names of merged adapters: none here. Layers override it."""
+        """Return a new empty list: nothing merges here. Layers override it."""
         return []
 
     @property
@@ -405,9 +405,11 @@ class SharedTensors(Carrier):
         return [slot for name, c in self.containers.items() for slot in iter_slots(name, c, adapter, never)]
 
     def drop(self, adapter: str) -> None:
-        """Delete an adapter from all containers, and forget its tensors that never train. Containers stay.
+        """Delete an adapter from all containers, and forget the notes of its tensors that never train.
 
-        Nothing happens if it has no entry.
+        Containers stay.
+
+        Containers without the adapter are left alone; for an unknown adapter nothing happens.
         """
         for container in self.containers.values():
             if adapter in container:

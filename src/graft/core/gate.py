@@ -316,7 +316,7 @@ class Gate:
         return calls
 
     def describe_calls(self, but: int | None = None) -> str:
-        """Return the innermost running call of each thread as a text, separated by ";".
+        """Return the innermost running call of each thread as a text, separated by "; ". "" if none runs.
 
         but: the identifier of a thread to leave out.
         """

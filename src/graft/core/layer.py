@@ -354,8 +354,8 @@ class AdapterLayer(PeftNames, Host):
 
     @property
     def W0(self) -> Tensor:
-        """Return the canonical weight without any adapter: the present one, or computed from it if a merge
-        changed it.
+        """Return the canonical weight without any adapter: the present one, or computed from it at each access if a
+        merge changed it.
         """
         return self.op.canon(merging.compute_unmerged_weight(self)) if self.state.undo else self.weight_now
 

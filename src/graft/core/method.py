@@ -523,15 +523,16 @@ class Method(Generic[C]):
 
     @property
     def is_variant(self) -> bool:
-        """Return True if this class is a subclass of the class that defines its `variant`, and so chosen by
-        the config.
+        """Return True if this class is a subclass of the class that defines its `variant`, and so chosen by the config.
+
+        False if no class but `Method` defines `variant`.
         """
         owner = next(cls for cls in type(self).__mro__ if "variant" in vars(cls))
         return owner not in (type(self), Method)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the adapter's dtype for computing: that of its first tensor."""
+        """Return the adapter's dtype for computing: that of its first tensor on the layer, looked up at each access."""
         first: Tensor = self.layer.first_tensor(self.name)
         return first.dtype
 

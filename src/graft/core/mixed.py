@@ -156,7 +156,7 @@ class MixedPlan:
         - All adapters only add, without gradients and generators: the base runs once, and parts are added.
         - All else: `run_groups`.
 
-        An input of batch size 1 is expanded to the batch.
+        A single row of ids, on a layer that takes ids, is expanded to the batch.
 
         Raises:
             RoutingError: gates that cannot weigh the plans, an input that is not one row per sample, an opaque weight
@@ -405,9 +405,12 @@ class MixedPlan:
 
         Return its output, with the first tensor changed.
 
-        The first input of batch size 1 is expanded to the batch. Before the call, rows of the input are replaced in a
-        copy, only where an adapter changes them. After it, each adapter's `post` gets the inputs that its steps had
-        seen. Rows without a plan stay. Both times, an adapter sees the facts of its rows, and draws from its generator.
+        Before the call, rows of the input are replaced in a copy, only where an adapter changes them. After it, each
+        adapter's `post` gets the inputs that its steps had seen. Rows without a plan stay. Both times, an adapter sees
+        the facts of its rows, and draws from its generator.
+
+        Raises:
+            RoutingError: the first input has not one row per sample.
         """
         x, call = next(iter(self.block_plans.values())).read_input(args, kwargs)
         x = rows.expand_to_batch(x, self.layer.site.key)

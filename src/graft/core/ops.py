@@ -120,7 +120,7 @@ class Op:
     def down(self, m: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         """Return F.linear(x, A), the r channels of the input x.
 
-        A (r, in). Convolutions, whose A is (r, in · kernel), and embeddings override this.
+        A (r, in). Convolutions, where A is (r, in · kernel), and embeddings override this.
         """
         return F.linear(x, A)
 

@@ -195,8 +195,8 @@ class PiecePlan(LayerPlan):
     checked = False  # a pass in training has compared the processes' random states
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
-        """Return the output with adapters in the form of the module's own: a tensor, or a tuple with the
-        left-out bias.
+        """Return the output with adapters in the form of the module's own: a tensor, or a tuple of it and the values
+        that the module leaves to its caller, such as its bias. The parent class computes the tensor.
         """
         y, left_out = super().run(x, *args, **kwargs), self.layer.site.piece.left_out
         return y if left_out is None else (y, *left_out(self.layer.base_layer))

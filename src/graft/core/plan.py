@@ -343,9 +343,8 @@ class ChainPlan(LayerPlan):
         return self.run_steps(len(self.steps), x, args, kwargs)
 
     def add(self, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
-        """Return y, the output of the base layer for x, with the steps on it, one after the other.
-
-        `fuse` is not used.
+        """Return y, the output of the base layer for x, with the steps on it, one after the other: each sees the output
+        of those before it. `pre` of a Rewrite is not applied, and `fuse` is not used.
         """
         for n, (m, effect) in enumerate(self.steps):
             y = self.apply_step(n, m, effect, x, y)
@@ -429,8 +428,10 @@ def choose_step_runner(effect: Effect) -> Callable[..., Tensor]:
 def _run_rewrite(
     plan: ChainPlan, n: int, m: Method, effect: Rewrite, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> Tensor:
-    """Return step n of a chain for a Rewrite: `pre` changes the input, the steps before run, `post` changes
-    the output.
+    """Return step n of a chain for a Rewrite, in three parts.
+
+    `pre`, if it has one, changes the input, in x's dtype. The steps before run on that. `apply_step` changes the output
+    by `post`, which sees the original x.
     """
     x = once(x)
     inner = x if effect.pre is None else cast(effect.pre(x), x.dtype)
@@ -467,7 +468,7 @@ def _call_folded(plan: ChainPlan, n: int, x: Tensor) -> Tensor:
 def _run_add(
     plan: ChainPlan, n: int, m: Method, effect: Effect, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> Tensor:
-    """Return the output of the steps before n, plus the part of step n."""
+    """Return the output of the steps before n, plus the part of step n, by `apply_step`, in the output's dtype."""
     x = once(x)
     return plan.apply_step(n, m, effect, x, plan.run_steps(n, x, args, kwargs))
 
@@ -753,7 +754,7 @@ class AveragePlan(ChainPlan):
         return self.add_gated(x, y) if self.layer.call.current_gates() is not None else self.add_to_output(x, y)
 
     def add(self, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
-        """Return y plus all parts of it. `fuse` is not used."""
+        """Return y plus the part of each step, each computed from x and y itself, in y's dtype. `fuse` is not used."""
         return self.add_to_output(x, y)
 
     def add_to_output(self, x: Tensor, y: Tensor) -> Tensor:
@@ -812,7 +813,7 @@ class ParallelPlan(LayerPlan):
         )
 
     def fold(self, W: Tensor, b: Tensor | None, drops: bool = False) -> NoReturn:
-        """Raise RoutingError, as `run` does."""
+        """Raise RoutingError, as `run` does: adapters in parallel have no common weight."""
         self.run()
 
 

@@ -56,7 +56,10 @@ class Head(Method[HeadConfig]):
     modules_to_save: nn.Module
 
     def describe(self) -> Effect:
-        """Return a `Replace` effect with this head's module. `aside=True`: gates and merges leave it out."""
+        """Return a `Replace` effect with this head's module.
+
+        With `acts_elsewhere=True`, gates and averages leave it out.
+        """
         return Replace(self.get_module, acts_elsewhere=True)
 
     def get_module(self) -> nn.Module:

@@ -75,8 +75,8 @@ def resolve_job(job: InjectionJob) -> None:
     Raises:
         NoMatchingPeftModuleError: no module matches.
         UnsupportedLayerError, ConfigError: the adapter cannot adapt a target, a head or token rows.
-        DistributedError: the adapter would train (no inference mode, and no values or some) on a model that FSDP1
-            manages.
+        DistributedError: FSDP1 manages the model, and the adapter would train. It would not in inference mode, or with
+            a checkpoint without tensors.
     """
     tree, cfg, method, adapter, model = job.tree, job.cfg, job.method, job.adapter, job.model
     tree.ops = getattr(cfg, "_custom_modules", None) or {}

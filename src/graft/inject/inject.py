@@ -150,9 +150,10 @@ class Injection(InjectionJob):
 
 
 def find_stores_again(tree: ModuleTree) -> None:
-    """Set the store of each layer with a weight that FSDP2 has sharded since its first adapter came, in place.
+    """Set the store of each layer and wrapper with a weight that FSDP2 has sharded since its first adapter came, in
+    place.
 
-    Merged layers keep theirs, which has to undo the merge.
+    Only stores for dense weights are looked up again. Merged layers keep theirs, which has to undo the merge.
     """
     for layer in (*tree.layers.values(), *tree.wrappers.values()):
         if layer.store is DENSE and not layer.state.merged:

@@ -141,9 +141,10 @@ def check_no_foreign_adapters(model: nn.Module) -> None:
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Return the model that has the registry, from within wrappers such as DDP, FSDP, DeepSpeed or torch.compile.
+    """Return the model that has the registry, from within wrappers such as DDP, FSDP, DeepSpeed or torch.compile: the
+    outermost module with one.
 
-    Without a registry it is the innermost module that no wrapper holds.
+    Without a registry it is the innermost module that is no wrapper. A model without wrappers is returned itself.
     """
     while get_registry(model) is None and (inner := find_inner_module(model)) is not None:
         model = inner

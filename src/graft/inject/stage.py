@@ -235,7 +235,9 @@ class ProcessTeam:
         Meeting(CALL, task, self.sharding.ranks, "give one adapter to", error, LONG_PATIENCE)
 
     def broadcast(self, data: Tensor) -> None:
-        """Overwrite `data` by the first process's. All processes must call this."""
+        """Overwrite `data` in place by the first process's: by that of each group's first process, one group after the
+        other. All processes must call this.
+        """
         for group in self.groups:
             dist.broadcast(data, dist.get_global_rank(group, 0), group=group)
 

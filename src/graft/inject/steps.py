@@ -162,8 +162,9 @@ class ReplacedSteps:
         return Verdict("matched", config_verdict.entry or path) if answer else Verdict("left", config_verdict.entry)
 
     def adapt_modules(self) -> None:
-        """Call the replaced `_create_and_replace` for each site in `job.targets.sites`, which then holds the sites it
-        chose. Without a replacement only a copy of the config is kept, to see later changes.
+        """Call the replaced `_create_and_replace` for each site in `job.targets.sites`, which is emptied first and then
+        holds the sites that it chose. Keeps a copy of the config in `before`, to see later changes; without a
+        replacement does only that.
         """
         self.before = copy.copy(self.job.cfg)
         if CREATE not in self.replaced:

@@ -139,9 +139,11 @@ class SourceUses(ast.NodeVisitor):
             self.generic_visit(node)
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        """Remember the path that is assigned to a variable, unless it contains a weight or bias.
+        """Remember in `known` the path that is assigned to a variable, unless it contains a weight or bias.
 
-        Visit any other assignment as usual.
+        The path then does not count as used.
+
+        Any other assignment is visited as usual. Of several targets only the first counts.
         """
         path, target = self.path(node.value), node.targets[0]
         if path is None or TENSORS & set(path) or not isinstance(target, ast.Name):

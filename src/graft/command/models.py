@@ -22,7 +22,9 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
     """Load the model of a folder with transformers, as the class that its config names, in float32, eval mode and on
     `device`.
 
-    No code of the folder runs, and the network is not used. Without a class name it is a causal language model.
+    No code of the folder runs, the network is not used, and weights come only from safetensors files. Without a class
+    name it is a causal language model; of several names the first counts. Progress bars of transformers are switched
+    off for the whole process.
 
     Raises:
         CheckpointError: the folder has no model, a damaged or incomplete one, or an adapter in it.

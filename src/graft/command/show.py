@@ -55,8 +55,10 @@ def print_lines(text: str) -> None:
 
 
 def format_value(value: object) -> str:
-    """Return a value as a text: "–" for None, yes or no, floats with four digits, lists by commas; control characters
-    are escaped.
+    """Return a value as a text: "–" for None, "yes" or "no" for bools, floats with four significant digits.
+
+    Items of lists and tuples are formatted likewise and joined by ", ". All else is its `str`, with control characters
+    escaped.
     """
     if value is None:
         return "–"

@@ -43,7 +43,14 @@ class Connection:
     """
 
     def __init__(self, url: str, timeout: float = 60.0, key: str | None = None):
-        """Check the arguments and store them. No request is sent."""
+        """Check the arguments and store them, the address without a final "/" and "/v1".
+
+        No request is sent. With a key, all requests carry it as a bearer token.
+
+        Raises:
+            OptionError: `url` is no address of a server, `timeout` is not above 0 or beyond the longest of threads, or
+                the key has other characters than printable ASCII.
+        """
         if not is_server_address(url):
             raise OptionError(f"{url!r} is no address of a server. Give it as http://host:port.")
         if not 0 < timeout <= TIMEOUT_MAX:
@@ -72,13 +79,14 @@ class Connection:
     def send(self, path: str, body: Json | None = None) -> bytes:
         """Send a GET request, or a POST of `body` as JSON if `body` is not None. Return the bytes of the answer.
 
-        The request runs in a daemon thread, since a socket's timeout begins anew with each byte. The connection is
-        closed when time is up.
+        The request runs in a daemon thread, since a socket's timeout begins anew with each byte. After `timeout`
+        seconds for all of it, the wait ends. The connection is closed in all cases.
 
         Raises:
-            ServerError: the server is unreachable or late, answers more than `LARGEST` bytes, a redirect, or a status
-                from 400.
+            ServerError: the server is unreachable or late, answers more than `LARGEST` bytes, a redirect, which is not
+                followed, or a status from 400.
             UnknownModelError: the server answers 404.
+            Any other exception of the thread is raised as it is.
         """
         url = self.url + path
         request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), self.headers)

@@ -251,9 +251,10 @@ class LiveMemory(TorchDispatchMode):
         self.bytes = self.peak = 0.0
 
     def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
-        """Run an operator and count the storages of its outputs.
+        """Run an operator, count the storages of its output tensors by `add`, and return its output.
 
-        On meta tensors `.item()` returns True, and grouped matrix products run in bfloat16 and are cast back.
+        On meta tensors two operators differ: `.item()` returns True without running, and grouped matrix products run in
+        bfloat16 and are cast back to the first argument's dtype.
         """
         if func.name() == ITEM and args[0].is_meta:
             return True  # models ask "is nothing padded?", "is nothing packed?"
@@ -310,8 +311,11 @@ class FusedAttention(TorchFunctionMode):
         self.on_gpu, self.shares_keys = on_gpu, on_gpu or can_cpu_share_keys()
 
     def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
-        """Run a function; replace scaled dot product attention by `_FusedKernel`, if the device's fused kernel takes
-        these arguments.
+        """Run a function; replace scaled dot product attention by `_FusedKernel` if the device's fused kernel takes
+        these arguments, with q, k and v alone.
+
+        It takes them with dropout only on a GPU, and with fewer heads in k than in q only if `shares_keys`. All other
+        calls run unchanged.
         """
         kwargs = kwargs or {}
         if func is nn.functional.scaled_dot_product_attention:

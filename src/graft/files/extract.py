@@ -167,10 +167,11 @@ def is_included(name: str, include: str | None, exclude: str | None) -> bool:
 
 
 def check_same_architecture(layers: CheckpointPair, tuned: str, base: str) -> None:
-    """Raise BaseModelMismatchError if two checkpoints have other names of floating tensors, other shapes, or are
-    quantized.
+    """Raise BaseModelMismatchError if two checkpoints have other names of floating tensors, none in common, other
+    shapes, or are quantized. The text lists up to 3 names for each fault.
 
-    A vocabulary of another size is allowed. `tuned` and `base` are paths for the text.
+    A vocabulary of another size is allowed. A tensor that is floating in one and not in the other counts as quantized.
+    `tuned` and `base` are paths for the text.
     """
     new, old = layers.new, layers.old
     new_names, old_names = ({n for n, t in m.items() if t.dtype in FLOATS} for m in (new, old))
@@ -202,9 +203,9 @@ def add_tensor_change(
     """Record the change of one tensor in `extraction.adapter`, and its account in `extraction.rows`.
 
     An equal tensor, or a difference of 0, only raises the count `same`. A tensor of another shape, or one that no LoRA
-    fits, is stored whole. Every other tensor is stored as factors from its SVD, for a stack one SVD per expert with a
-    common rank, the largest. The account has the norm of the change, that norm relative to the old weight's (1 for
-    another shape, infinite for a weight of 0), and the share of energy kept.
+    fits, is stored whole. Every other tensor is stored as factors from its SVD, for a stack one SVD per expert with the
+    largest rank for all. The account has the norm of the change, the norm relative to the old weight's, and for factors
+    the rank and the share of energy. The relative norm is 1 for another shape, and infinite for a weight of 0.
 
     Args:
         rank, energy: as of `largest_triplets`, which cuts the SVD.

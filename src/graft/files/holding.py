@@ -128,10 +128,11 @@ def fit_to_format(
 
 
 def make_magnitudes(adapter: AdapterFile, base: Base | None, to: str, of_rows: bool = False) -> dict[str, LowRank]:
-    """Return the modules without a magnitude, each with one added, if others of the adapter (or of its pipeline part)
-    have one.
+    """Return the modules without a magnitude, each with one added in float32, if others of the adapter (or of its
+    pipeline part) have one. {} if all have one or none has.
 
-    The magnitude is the norm of W + ΔW, so that the output stays the same.
+    The magnitude is the norm of W + ΔW for each output, for an embedding each dimension, so that the output stays the
+    same. A weight stored (in, out) is turned.
 
     Args:
         to: the format's name, for the error.

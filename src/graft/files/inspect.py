@@ -169,14 +169,14 @@ def read_base_weight(path: str, adapter: AdapterFile, base: BaseDescription, low
     """Return the base's weight of a module, oriented as its update: (out, in), an embedding (vocabulary, dim), experts
     (E, out, in).
 
-    Kernels of convolutions are flattened. Square weights are turned if the configs say that weights are stored (in,
-    out).
+    Kernels of convolutions are flattened. Weights of the turned shape are turned. Square weights of linear modules are
+    turned if the configs say that weights are stored (in, out).
 
     Args:
         base: with the adapter's names, see `graft.files.bases.choose_names`.
 
     Raises:
-        BaseModelMismatchError: the base has no such weight, or another shape.
+        BaseModelMismatchError: the base has no such weight, or another shape or number of experts.
         BaseNeededError: the base has names but no weights.
     """
     rows, columns = algebra.delta_shape(low)

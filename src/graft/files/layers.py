@@ -44,7 +44,9 @@ class CheckpointPair:
     def __init__(self, tuned: BaseDescription, base: BaseDescription):
         """Name the tensors of both checkpoints by the base's model, and find tied tensors.
 
-        Ties are compared by value.
+        If one is quantized, or no library makes a model of the base, `model` is None and the tensors keep their names.
+        In a group of tied names, absent ones get the tensor of the first one present. Groups are then compared by
+        value, see `_note_twins`.
         """
         self.config, self.model = base.config, None
         self.new, self.old = dict(tuned.tensors), dict(base.tensors)

@@ -176,12 +176,14 @@ def find_gaps(look: LintSubject) -> Faults:
 
 
 def find_base_mismatch(look: LintSubject) -> Faults:
-    """Yield one fault with the modules that do not fit the base's shapes.
+    """Yield one fault with the modules that do not fit the base's shapes, with the text of the first.
 
-    Without any, yield one if the file's fingerprint has other shapes.
+    Without any, yield one if the shapes in the file's fingerprint (`graft_base` of the metadata) differ from the
+    base's.
 
-    Modules are skipped for a base without values, and experts for a base with single experts. Transposed shapes count
-    as equal in the fingerprint.
+    LoRA with values that are not finite is skipped, modules for a base without values, and experts for a base with
+    single experts. Modules that the base lacks do not fit. In the fingerprint transposed shapes count as equal, and
+    modules that the base lacks are skipped.
     """
     assert look.base is not None
     wrong, texts = [], []
@@ -389,8 +391,8 @@ def list_layer_gaps(adapter: AdapterFile, base: BaseDescription) -> Iterator[str
 
 
 def select_targets(adapter: AdapterFile, field: str, names: list[str]) -> dict[str, str | None]:
-    """Return name → entry of the field for the names that `target_modules` or `target_parameters` selects, by the
-    config's rules.
+    """Return name (without ".weight") → entry of the field, for the names that `target_modules` or `target_parameters`
+    selects by the config's rules. The other of the two fields is ignored, and "all-linear" selects all names.
 
     Returns {} for an empty or invalid field, and for configs with `adapter_layers`. The entry is None where the rule
     names none.

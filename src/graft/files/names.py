@@ -154,10 +154,11 @@ def is_stored_in_out(adapter: AdapterFile, base_config: Json) -> bool:
 
 def is_update_of(lora: LowRank, shape: tuple[int, ...], transposed: bool = False) -> bool:
     """Return True if the factors of a module give an update of a weight of this shape; False if A and B have different
-    ranks.
+    ranks or fewer than two dimensions.
 
-    Experts also fit any shape below three dimensions, since a base may store each expert by itself. A weight with a 1 ×
-    1 kernel fits a linear update. `transposed` also accepts (in, out).
+    Experts fit any shape below three dimensions, since a base may store each expert by itself, and else (E, out, in).
+    An embedding fits (vocabulary, dim). All others fit (out, in, kernel…), and a kernel of 1 × 1 for any of them.
+    Linear factors have to be matrices. `transposed` also accepts the reversed shape.
     """
     A, B = lora.A.shape, lora.B.shape
     if lora.kind == "experts":

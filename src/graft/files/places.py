@@ -63,12 +63,10 @@ class CheckpointPlaces:
         return {} if model is None else find_spots(model, self.shapes, self.computed)
 
     def locate_all(self, names: Collection[str], adapter: str) -> dict[str, list[Spot]]:
-        """Return the spots of each of these parameters.
+        """Return the spots of each of these parameters. Names that are in the checkpoint are taken as they are.
 
-        All that are not in the checkpoint under their own names are found in one way.
-
-        That is transformers' renaming; or, if it has none of them and no name is unchanged, one prefix, which is stored
-        in `shift`.
+        All others are found in one way: by transformers' renaming. If it has none of them and no name is in the
+        checkpoint, one prefix is looked for, and stored in `shift`.
 
         Raises:
             BaseModelMismatchError: the checkpoint lacks some of them.

@@ -229,11 +229,11 @@ def describe_config(path: str, config: Json) -> BaseDescription:
 
 
 def dequantize_lazily(base: BaseDescription) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors, with each quantized weight replaced by a float32 tensor that is dequantized when
-    it is read.
+    """Return a checkpoint's tensors, with each quantized weight replaced by a float32 tensor that is dequantized each
+    time it is read. The parts of these weights, such as scales, are left out.
 
-    Without quantization they are unchanged. If graft does not know the quantization, only floating tensors above 8 bits
-    remain.
+    Without a quantization config, the base's own dict is returned. If graft does not know the quantization, only
+    floating tensors above 8 bits remain.
     """
     if not (base.config.get("quantization_config") or base.config.get("compression_config")):
         return base.tensors
@@ -257,8 +257,9 @@ def name_by_model(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict
     """Return a checkpoint's tensors under the parameter names of a model, renamed and stacked as transformers does on
     loading.
 
-    Models of other libraries have the checkpoint's names already. Parameters from several dtypes or unknown dtypes are
-    left out.
+    A model that is not transformers' has the checkpoint's names already: the result is a copy of the dict. Stacks of
+    several dtypes are left out, and parameters that transformers computes from tensors of an unknown dtype. The other
+    computed ones are computed each time they are read.
     """
     if not hasattr(model, "base_model_prefix"):
         return dict(tensors)

@@ -153,16 +153,19 @@ def read_licence(folder: str) -> str | None:
 
 
 def check_output(path: str, sources: Iterable[str | os.PathLike[str]], force: bool, model: bool = False) -> None:
-    """Raise an error if a result may not be written to a path. A free path or an empty folder passes.
+    """Raise an error if a result may not be written to a path.
+
+    Nothing changes. A free path or an empty folder passes.
 
     Args:
         sources: paths that the output may not overlap.
         force: allow to replace a file, a link, or a folder with only the files of one adapter.
-        model: the result is a model's folder, which may only replace a folder with only a model's files.
+        model: the result is a model's folder. With `force` it may replace a folder with only a model's files, and
+            neither a file nor a link.
 
     Raises:
         OptionError: the path is empty, or overlaps a source.
-        OutputExistsError: the path exists and may not be replaced, or is a pipe or device.
+        OutputExistsError: the path exists and may not be replaced, or is a pipe or device, also with `force`.
     """
     if not path:
         raise OptionError("The output has no name. Give a path.")
@@ -234,9 +237,11 @@ def check_output_is_apart(path: str, sources: Iterable[str | os.PathLike[str]]) 
 
 @contextmanager
 def place_when_done(path: str, stays: bool = True) -> Iterator[str]:
-    """Yield a temporary path; after the `with` block, move the file or folder from there to `path`.
+    """Yield a temporary path in a new folder next to `path`; after the `with` block, move the file or folder from there
+    to `path`. The new folder is deleted in all cases.
 
-    An existing result is replaced only then. After an error it is unchanged, and new parent folders are removed.
+    Missing parent folders are made first. An existing result is replaced only at the end. After an error it is
+    unchanged, and new parent folders are removed if empty.
 
     Args:
         stays: False: a dry run: the result is written to the temporary directory and deleted.
@@ -244,7 +249,7 @@ def place_when_done(path: str, stays: bool = True) -> Iterator[str]:
     Raises:
         OutputExistsError: another process wrote `path` meanwhile.
         CheckpointError: the block wrote nothing.
-        OSError: writing failed, for example on a full disk; it names `path`.
+        OSError: writing failed, for example on a full disk; it names `path` in place of the temporary path.
     """
     path = os.path.abspath(path)
     folder, stood = os.path.dirname(path), os.path.lexists(path)
@@ -314,12 +319,12 @@ def place_result(temporary: str, target: str, stood: bool) -> None:
 def move_to_free_name(source: str, target: str) -> None:
     """Move a file or folder to a path that must not exist.
 
-    A file is hard-linked, which never replaces anything; its temporary name stays.
-
-    Without hard links, and for folders, it is renamed after a check.
+    A file is hard-linked, which never replaces anything; its temporary name stays. Without hard links, and for folders,
+    it is renamed after a check.
 
     Raises:
         OutputExistsError: the path exists now.
+        OSError: it failed for another reason.
     """
     try:
         if os.path.isdir(source):

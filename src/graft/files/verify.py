@@ -180,19 +180,20 @@ def judge_answers(
     now: Tensor, before: Tensor, own_base: Tensor, compute: Callable[..., Tensor],
     scales: dict[str, Scale], tolerance: float, noise: float,
 ) -> Verdict:  # fmt: skip
-    """Return the verdict that explains the server's log-probabilities, tested in this order.
+    """Return the verdict that explains the server's log-probabilities: the first explanation that they are within
+    `tolerance` of, as a root mean square.
 
-    First "too small to tell", if the effect is below two tolerances. Then "applied", "not applied", one kind of module
-    "missing" (lm_head first). Then patterns, use_rslora or alpha_pattern not read, and "scale off" by a fitted k.
-    Otherwise "another adapter".
+    The order is "too small to tell" (the effect is below two tolerances), "applied", "not applied", and one kind of
+    module "missing" (lm_head first, others sorted). Then come patterns, use_rslora or alpha_pattern not read; each is
+    skipped if it multiplies all scales by one factor. Last come "scale off" by a fitted k, and otherwise "another
+    adapter", with the nearest explanation. The verdict has the distances of all that were tested.
 
     Args:
         now: the server's values with the adapter.
         before: the server's values of its base.
         own_base: graft's values without the adapter.
-        compute: returns graft's values with the adapter, with layer scalings multiplied by a function of
-            the path.
-        scales: by path of the layer; {} for methods without scalings, which skips the tests of scales.
+        compute: returns graft's values with the adapter, with layer scalings multiplied by a function of the path.
+        scales: by path of the layer; {} for methods without scalings, which skips the tests of modules and scales.
         noise: is only copied into the verdict.
     """
     right = compute()

@@ -55,9 +55,11 @@ class Fan:
 
 
 def repeat_rows(value: Any, rows: int, copies: int) -> Any:
-    """Return a value with tensors (rows, …) of two or more dimensions repeated `copies` times along the first.
+    """Return a value with tensors of `rows` rows and two or more dimensions repeated `copies` times along the first,
+    all rows after all rows.
 
-    Tuples, lists and dicts are rebuilt; all else is returned as it is.
+    Tuples, lists and dicts of exactly these types are rebuilt, recursively. All else is returned as it is, such as
+    vectors and subclasses.
     """
     if isinstance(value, Tensor):  # a vector has no rows: places in a cache
         return value.repeat(copies, *[1] * (value.dim() - 1)) if value.dim() > 1 and len(value) == rows else value
@@ -69,10 +71,11 @@ def repeat_rows(value: Any, rows: int, copies: int) -> Any:
 
 
 def find_fan(base: nn.Module, hosts: Sequence[nn.Module]) -> Fan | None:
-    """Return the `Fan` of the blocks from the first one with a host on; None if rows cannot be repeated there.
+    """Return the `Fan` of the blocks from the first one with a host to the last; None if rows cannot be repeated there.
 
-    Blocks are the items of the model's only outermost ModuleList. None also if a host is not in the base, the first
-    host comes before the list, or the first block has a host.
+    Blocks are the items of the model's only outermost ModuleList. None if there is no such list or several, no host, a
+    host that is not in the base, or the first host in the model's order comes before the list. None also if the first
+    block has a host, since nothing would be saved.
     """
     host_ids, names = {id(host) for host in hosts}, dict(base.named_modules())
     places = [key for key, m in names.items() if id(m) in host_ids]

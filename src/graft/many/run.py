@@ -366,8 +366,11 @@ class Run:
         return self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).sum()
 
     def check_settings(self, settings: dict[str, Any]) -> None:
-        """Raise ConfigError if the optimizer lacks a setting, or if its groups of parameters have different values for
-        it. Raise it also for `lr` if there is a schedule, and for a value that an optimizer of torch refuses.
+        """Raise ConfigError unless these settings can be set in the optimizer. Nothing changes.
+
+        The optimizer has to have each of them, apart from those in `FIXED`, with one value for all groups of
+        parameters. `lr` is refused if there is a schedule. For a class in torch.optim, a new optimizer is made with the
+        values, and its TypeError or ValueError refuses them.
         """
         kind, groups = type(self.optimizer), self.optimizer.param_groups
         known = groups[0].keys() - FIXED

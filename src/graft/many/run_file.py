@@ -278,8 +278,9 @@ def check_run_values(values: Json, tensors: dict[str, Tensor], path: str) -> Non
 
 
 def check_optimizer_state(run: Run, state: Json, path: str) -> None:
-    """Raise CheckpointError unless a `state_dict` fits the run's optimizer: same groups and parameters, and for each
-    parameter the state that its class keeps.
+    """Raise CheckpointError unless a `state_dict` fits the run's optimizer: its fields, its groups' options, the same
+    parameters in the same order, and for each parameter the state that its class keeps. Parameters may lack a state.
+    NaN or infinite values raise NonFiniteError.
     """
     check_fields(state, {"state": is_a(dict, dict), "param_groups": is_a(list, dict)}, f"{path}: the optimizer")
     optimizer, groups = run.optimizer, run.optimizer.state_dict()["param_groups"]

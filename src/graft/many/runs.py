@@ -161,11 +161,14 @@ class MultiTrain:
     """
 
     def __init__(self, model: nn.Module, *, at_once: int = AT_ONCE, exact: bool = True, base_in_eval: bool = False):
-        """Note the base, its arguments and the mode of each module. Nothing changes in the model.
+        """Note the base, its arguments and the mode of each module.
+
+        Nothing changes in the model. A PeftModel is kept as `model`; for any other module `model` is None until a run
+        is added.
 
         Raises:
             ConfigError: `at_once` is no positive int, the base has dropout and `base_in_eval` is False, or rows of a
-                batch affect each other in it.
+                batch affect each other in it. Modules of adapters are not looked at.
         """
         get_registry(model)  # raises if it is no model
         if type(at_once) is not int or at_once < 1:
@@ -919,7 +922,10 @@ class MultiTrain:
     def _assign_rows(self) -> None:
         """Give a row in new banks to each run that takes part in the next round, or is trained by calls.
 
-        Other runs leave theirs. Nothing happens if all have their rows and the banks are intact.
+        Other runs leave theirs.
+
+        Nothing happens if exactly these runs have their rows, in order, and the banks are intact. Else the old banks'
+        parameters get memory of their own first.
         """
         runs = [run for run in self._runs.values() if run.joins_next_round or run.is_called]
         rows = self._banks.rows
@@ -1109,10 +1115,12 @@ class MultiTrain:
         return self._run_model(items, None)
 
     def _run_model(self, items: Sequence[RunBatch], fan: Fan | None) -> tuple[Sequence[object], list[int]]:
-        """Return the output of each batch, and its number of tokens, from one pass of the model.
+        """Return the output of each batch, and its number of tokens with padding, from one pass of the model.
 
-        With a fan the model gets the rows of the first batch only. With gradients enabled, layers use the banks, and
-        dropout draws from each run's generator. Raises RuntimeError if a fan's output lacks rows.
+        With a fan the model gets the rows of the first batch only, and its blocks repeat them for each batch.
+        `use_cache` becomes False if forward takes it and no batch sets it. With gradients enabled, layers use the
+        banks, and dropout draws from each run's generator. The first such pass notes that the base draws no random
+        numbers. Raises RuntimeError if a fan's output lacks rows.
         """
         arguments, cut = join_batches(items if fan is None else items[:1], self.arguments)
         copies = 1 if fan is None else len(items)

@@ -191,10 +191,14 @@ class ModelStandIn:
         self.called = False
 
     def __call__(self, **inputs: object) -> object:
-        """Return the run's output; with labels, and a model that has a loss, a new output with `loss` first.
+        """Return the run's output; with labels, and a model that has a loss, a new output of the same class with `loss`
+        first. Nothing is computed but the loss, which gets `num_items_in_batch` if it is passed.
+
+        Sets `called`.
 
         Raises:
-            ConfigError: it is called twice, or with other inputs than the batch.
+            ConfigError: it is called twice, or with other objects than the batch's, apart from `return_dict` and
+                `num_items_in_batch`.
         """
         run, trainer = self._who
         changed = [k for k, v in inputs.items() if k not in (ITEMS, "return_dict") and v is not self._batch.get(k)]

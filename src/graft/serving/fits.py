@@ -157,10 +157,13 @@ def fit_adapter(
 ) -> dict[str, SlotFactors]:
     """Return by layer path the factors of an adapter for slots, as copies in host memory.
 
+    Only layers with tensors in the file have an entry.
+
     Raises:
         CheckpointError: a tensor is not a plain one of finite real numbers; with `allow_nonfinite` NaN passes.
         ConfigError: slots cannot hold its method, or a rank is above `max_rank`.
-        AdapterKeyError: it targets other modules, or its tensors are not those that its config describes.
+        AdapterKeyError: it has tensors of modules without slots, or none at all. Also if it lacks tensors of a layer,
+            or all of a layer that its config targets.
         BaseModelMismatchError: it was made for another architecture.
     """
     check_config(name, config, next(iter(layers.values())).has_gains)

@@ -171,9 +171,14 @@ class SlotLayer(nn.Module):
         return getattr(self, a)[place], getattr(self, b)[place]
 
     def forward(self, x: Tensor, *args: object, **kwargs: Any) -> Tensor:
-        """Return the layer's output with the adapter of the choice, or of each row. Slot 0 runs the base layer only.
+        """Return the layer's output with the adapter of the choice, or of each row.
 
-        Compiled code takes one path for all choices. Gains are applied if a slot in use has any.
+        If the choice is slot 0 for all rows, only the base layer runs.
+
+        With one slot for all rows, its factors are used without a copy; else factors are gathered for each row.
+        Compiled code always gathers, and applies gains if the layer has vectors. Other code applies gains only if a
+        slot in use has any; otherwise the products B A x are added to the base's output. Further arguments go to the
+        base layer.
         """
         compiling = torch.compiler.is_compiling()
         slot = None if compiling else self.choice.slot  # one path for compiled code
@@ -209,9 +214,11 @@ class SlotLayer(nn.Module):
         return tensors
 
     def select_rows(self, index: Tensor) -> tuple[Tensor, ...]:
-        """Return copies of A and B for each row, for each group, then the vectors.
+        """Return copies of A and B for each row by its slot in `index`, for each group of slots of one rank, then the
+        vectors.
 
-        Uncompiled code leaves out groups that no row uses.
+        `index` is moved to A's device first. With several groups, uncompiled code leaves out those that no row of the
+        current choice uses.
         """
         index = index.to(self.A.device)
         if len(self.names) == 1:

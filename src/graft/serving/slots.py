@@ -661,7 +661,9 @@ class AdapterSlots:
     # facts
 
     def report(self) -> SlotReport:
-        """Return the `SlotReport` of this moment."""
+        """Return the `SlotReport` of this moment: numbers of slots, names, and bytes of slots, gathered factors, and
+        copies in host memory. The bytes of a slot are the total over max_adapters + 1, rounded down.
+        """
         buffers = [t for layer in self.layers.values() for t in layer.tensors]
         total = sum(t.nbytes for t in buffers)
         return SlotReport(

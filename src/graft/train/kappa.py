@@ -37,9 +37,14 @@ class KappaTuneSelector:
         moe_param_suffixes: Sequence[str] | None = None,
         show_progress: bool = True,
     ):
-        """Compute κ of all linear layers and parameters of experts.
+        """Compute κ of all linear layers, into `modules`, and of 3-D parameters of experts, into `parameters`: their
+        mean over the experts.
 
-        Warns of layers with a weight that cannot be read, which are left out.
+        Weights with a side above `max_dim_size_to_analyze` are left out. Warns once with PeftWarning of linear layers
+        with a weight that cannot be read, which are left out, too.
+
+        Args:
+            moe_param_suffixes: ends of names of experts' parameters; None: `EXPERTS`.
         """
         from tqdm import tqdm
 

@@ -115,9 +115,12 @@ class Zero3OptimizerStates(OptimizerStates):
                 yield p, {key: whole(p, key).clone() if is_moment(v, flat.numel()) else v for key, v in state.items()}
 
     def replace_states(self, states: list[tuple[nn.Parameter, int, State]], other_states: dict[Any, Any]) -> None:
-        """Replace all states: moments of each subgroup become zeros, then each parameter's local part is written.
+        """Replace all states of the inner optimizer by `other_states` and those of `states`.
 
-        Other values are those of the subgroup's first parameter.
+        Moments of each subgroup become zeros, then each parameter's local part is written.
+
+        Other values of a subgroup, such as counters, are those of its first parameter with a state. Subgroups without
+        one get no state.
         """
         state_of = {id(p): state for p, _, state in states}
         self.inner.state.clear()
@@ -207,8 +210,8 @@ def shard_value(value: object, p: nn.Parameter) -> object:
 def place_value(value: object, p: Tensor, group: Mapping[str, object]) -> object:
     """Return a copy of a state's value with tensors on the parameter's device; dtypes stay.
 
-    Counters () stay on their device, the CPU, unless the group is capturable or fused. Dicts, lists and tuples are
-    copied item by item.
+    Tensors without dimensions, such as counters, stay on their device unless the group is capturable or fused. Dicts,
+    lists and tuples are copied item by item; other values are returned as they are.
     """
     if isinstance(value, Tensor):
         waits = not value.dim() and not (group.get("capturable") or group.get("fused"))  # a counter stays on the CPU

@@ -265,9 +265,14 @@ class TrainingSnapshot:
     def __init__(
         self, model: nn.Module, optimizer: object, scheduler: object, loader: object, step: int, extra: Json
     ) -> None:  # fmt: skip
-        """Collect the trained tensors, groups, scheduler, loader and random states.
+        """Collect this process's trained tensors, optimizer groups, other states of the optimizer, schedule, loader and
+        random states. Nothing is written or exchanged, and tensors are not copied; optimizer states of parameters
+        follow in `gather`.
 
-        Raises ConfigError or DistributedError for state that cannot be saved.
+        `optimizer` and `scheduler` may be wrapped by accelerate, and `scheduler` may be None.
+
+        Raises:
+            ConfigError, DistributedError: a part has state that cannot be saved.
         """
         self.model, self.loader = model, loader
         check_scheduler(unwrap_accelerate(scheduler))
@@ -309,7 +314,11 @@ class TrainingSnapshot:
 
     def gather(self) -> tuple[Json, dict[str, Tensor]]:
         """Return the note and all tensors, whole: optimizer states, master values and those of other processes
-        included. Every process of the training must call this.
+        included. The note also gets fingerprints of the base for each adapter, and the other processes' states under
+        "of_ranks".
+
+        Every process of the training must call this, since tensors are exchanged. `self.tensors` is filled and
+        returned, too.
         """
         masters = parallel.find_master_ids(v.tensor for v in self.values.values())
         values = {f"{VALUE}/{name}": v.tensor for name, v in self.values.items()}
@@ -820,9 +829,11 @@ class ResumeJob:
                     yield p, i, name
 
     def put_generators(self) -> None:
-        """Set the states of Python's, NumPy's and torch's generators, and those in the loader.
+        """Set the states of Python's, NumPy's and torch's generators, and those in the loader, to those of this process
+        in the file.
 
-        Devices that are not here are skipped. Nothing happens if generators begin anew.
+        Devices that are not here, and generators of the loader that the file lacks, are skipped. Nothing happens if
+        generators begin anew, or the file has no state of this process.
         """
         if self.rank_state is None or "generators" in self.report.fresh:
             return

@@ -103,7 +103,11 @@ def recognise(path: str) -> str:
 def unread(path: str) -> str | None:
     """Return a description of a known format that graft does not read, with the reason; None for other paths.
 
-    Detects NeMo and Megatron by file name, and others by the tensors' names in the only file of weights.
+    Detects NeMo by a .nemo file or its metadata file. Others are detected by `SIGNS` in the only .pth, .pt or .ckpt
+    file, or else the only .safetensors file: in the tensors' names, or in the file's bytes.
+
+    Raises:
+        CheckpointError: the header of the .safetensors file is damaged.
     """
     if one_file(path, ".nemo") or os.path.exists(os.path.join(path, NEMO)):
         return OF_NEMO

@@ -205,8 +205,11 @@ def read_reft(path: str, fields: Json, by_name: Mapping[str, Tensor], blocks: li
 def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
     """Read a fusion of bottlenecks that the model has.
 
+    The names are those of `adapter_names`, else of `name`, split at commas.
+
     Tensors in blocks that all bottlenecks leave out have no effect and are dropped; keys without a block go to
-    `unknown_keys`.
+    `unknown_keys`. Sites are those of the first bottleneck. Missing fields are taken as value True, no regularization,
+    and the base's attention dropout, else 0.
 
     Raises:
         BaseNeededError: there is no base, or no library makes a model of it, or it lacks one of the bottlenecks.

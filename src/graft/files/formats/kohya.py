@@ -190,10 +190,11 @@ def match_modules(adapter: AdapterFile, modules: Mapping[str, object], base: Bas
 
 
 def read_module(out: AdapterFile, path: str, name: str, tensors: dict[str, Tensor], base: Base | None) -> None:
-    """Read one module of a file into `out`: LoRA, LoHa, LoKr, another method of LyCORIS, or differences of whole
-    tensors.
+    """Read one module of a file into `out.modules`: LoRA, LoHa, LoKr, or another method of LyCORIS, by the names of its
+    tensors. Differences of whole tensors are added as well, see `add_whole_tensor`.
 
-    Tensors without a meaning go to `out.unknown_keys`. DoRA of a method other than LoRA keeps all tensors as they are.
+    LoHa and LoKr get the scale alpha / rank. Tensors without a meaning go to `out.unknown_keys`. DoRA of a method other
+    than LoRA keeps all tensors as they are, as `OtherMethod`.
 
     Raises:
         CheckpointError: factors are missing or do not fit each other.
@@ -225,10 +226,11 @@ def read_module(out: AdapterFile, path: str, name: str, tensors: dict[str, Tenso
 
 
 def read_kohya_pair(file: str, name: str, tensors: dict[str, Tensor]) -> LowRank | OtherMethod:
-    """Return a module's factors with scale, magnitude and Tucker core; DoRA with a magnitude for each input is
-    `OtherMethod`.
+    """Return a module's factors with scale, magnitude and Tucker core, as a convolution if A has more than two
+    dimensions. DoRA with a magnitude for each input is `OtherMethod` with all tensors.
 
     The scale is alpha / rank, and 1 without alpha. A flat B of a convolution gets the dimensions of a kernel of size 1.
+    The magnitude is flattened to a number for each output.
 
     Raises:
         CheckpointError: a factor is missing, or factors, core or magnitude do not fit each other.
@@ -314,10 +316,12 @@ def name_modules(adapter: AdapterFile) -> dict[str, str]:
 
 
 def list_leaves(module: LowRank | OtherMethod) -> dict[str, Tensor]:
-    """Return a module's tensors by the ends of their names, with alpha = scale · rank.
+    """Return a module's tensors by the ends of their names, with alpha = scale · rank in float32.
 
-    Readers take alpha 0 for 1: with scale 0 the up factor (for LoHa and LoKr the first one) becomes zeros. LoKr without
-    a rank gets its scale in lokr_w1.
+    LoRA also gets its Tucker core and its magnitude, shaped (out, 1, …), if it has them. Another method keeps its
+    tensors and an alpha among them; without scale no alpha is added. Readers take alpha 0 for 1: with scale 0 the up
+    factor (for LoHa and LoKr the first one) becomes zeros, and alpha is the rank. LoKr without a rank gets its scale in
+    lokr_w1.
     """
     if isinstance(module, OtherMethod):
         out = dict(module.tensors)

@@ -68,9 +68,15 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 def read_mlx_pair(
     path: str, module: str, tensors: dict[str, Tensor], scale: float, rank: object
 ) -> LowRank | OtherMethod:
-    """Return a module's factors, transposed to PEFT's order. Three dimensions are experts, in PEFT's order already.
+    """Return a module's factors, transposed to PEFT's order.
 
-    A module called embed…, wte… or tok_emb… is an embedding; with a magnitude it becomes `OtherMethod`.
+    Three dimensions that fit are experts, in PEFT's order already.
+
+    A module whose last name begins with embed, wte or tok_emb is an embedding; with a magnitude it becomes
+    `OtherMethod` with MLX's tensors. All others are linear.
+
+    Args:
+        rank: of the config; None: any rank fits. Experts are not compared with it.
 
     Raises:
         CheckpointError: a factor is missing, the magnitude is no vector, or shapes are not (in, r) and (r, out) of the

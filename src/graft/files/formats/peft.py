@@ -108,7 +108,9 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     """Read an adapter; for a pipeline, all its parts together.
 
     Converts layouts of servers and names of tinker, and exchanges A and B of stacks that an old PEFT wrote exchanged.
-    Warns with PeftWarning if the layout of experts is a guess.
+    Warns with PeftWarning if the layout of experts is a guess. Modules with only their bias in the file are added
+    without tensors. `changed_base` is set if the initialisation changed the base and the file does not hold that
+    change. `selected` is set to the modules unless tensors were renamed.
 
     Args:
         path: the folder, or one of the two files in it.
@@ -473,11 +475,12 @@ def split_by_expert(A: Tensor, B: Tensor, n: int, grouped: bool) -> tuple[Tensor
 
 
 def exchange_old_factors(out: AdapterFile, layout: StackLayout, base: Base | None) -> None:
-    """Exchange A and B of stacks of experts that a PEFT before 0.19.1 wrote exchanged, in place, and set
-    `peft_version`.
+    """Exchange A and B of stacks of experts that a PEFT before 0.19.1 wrote exchanged, in place, and set `peft_version`
+    in the config to today's. Nothing happens without stacks.
 
-    The base's shapes decide, else the sizes of gate, up and down, else the version. Warns with PeftWarning of doubts,
-    and without a base of exchanges by version.
+    The base's shapes decide, else the sizes of gate, up and down, else the version. Warns with PeftWarning of doubts:
+    the order of A and B, and whether ranks are ordered by expert. Without a base, warns also with the names of stacks
+    that were exchanged by version.
     """
     stacks = {path: lora for path, lora in out.low_rank.items() if lora.kind == "experts"}
     if not stacks:
@@ -814,10 +817,10 @@ UNEMBED = re.compile(r"(?:model\.)?unembed_tokens(?=\.lora_)")  # tinker's name 
 
 
 def rename_from_tinker(tensors: Mapping[str, Tensor], base: Base | None) -> dict[str, Tensor]:
-    """Return tensors by the model's names: tinker has other names for the head and gpt-oss's attention.
+    """Return a new dict of tensors by the model's names: tinker has other names for the head and gpt-oss's attention.
 
-    Unchanged if the base has a module `unembed_tokens`, or no name is tinker's or a server's. `.attn.` becomes
-    `.self_attn.` only if the base has that name alone.
+    Unchanged if the base has a module `unembed_tokens`, or no name is tinker's or a server's. Else the head becomes
+    `lm_head`. `.attn.` becomes `.self_attn.` only if modules of the base are in a `self_attn` and none in an `attn`.
     """
     renames_head = base is not None and any(m.rpartition(".")[2] == "unembed_tokens" for m in base.modules)
     if renames_head or not any(UNEMBED.search(key) or OF_SERVERS.fullmatch(key) for key in tensors):

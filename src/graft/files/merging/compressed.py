@@ -30,9 +30,10 @@ class Form(BaseWeights):
     form = "compressed-tensors"
 
     def __init__(self, base: BaseDescription, config: Json):
-        """Find the packed weights by their `weight_scale`.
+        """Find the packed weights by their `weight_scale`, and add them to `packed` with the names of their parts.
 
-        `shapes` gets their dense shapes and loses their other tensors.
+        `shapes` gets their dense shapes and loses the names of their parts. Values are not read, except for
+        `weight_shape`.
 
         Args:
             config: the quantization config.

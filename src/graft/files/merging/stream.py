@@ -178,10 +178,13 @@ class Workplace:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Hold an exclusive lock on the lock file for the block; create the file. On Windows nothing is locked.
+        """Hold an exclusive lock on the lock file for the block, without waiting for it.
+
+        The file is created with mode 600 if needed, and stays; a symbolic link is not followed. On Windows nothing is
+        locked or created.
 
         Raises:
-            OutputExistsError: another process holds the lock, or has just finished and deleted the folder.
+            OutputExistsError: another process holds the lock, or has just finished and deleted the folder or file.
         """
         try:
             import fcntl

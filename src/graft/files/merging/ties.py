@@ -82,7 +82,8 @@ class Tied:
         return self.sources.get(key, key)
 
     def spread(self, found: list[TensorChange], adapter: AdapterFile) -> list[TensorChange]:
-        """Return the changes, and copies of those of tied tensors for the other names of the group that lack them.
+        """Return a new list of the changes, followed by copies of those of tied tensors for the other names of the
+        group. Names outside the checkpoint, or with a change of the same kind, get none.
 
         Changes of rows are copied, and those of biases if the config trains biases; all others only if the config has
         `ensure_weight_tying`.
@@ -177,11 +178,12 @@ def resize_vocabulary(
 def name_architecture(
     config: dict[str, object], changed: Mapping[str, list[TensorChange]], adapters: Sequence[AdapterFile]
 ) -> Json:
-    """Return the config with the class of an adapter's new head in `architectures`, and labels for a classification
-    head.
+    """Return a copy of the config with the class of an adapter's new head in `architectures`; the last adapter with a
+    known class counts.
 
-    The labels are LABEL_0 …, one for each row of the first new weight. Unchanged if no adapter brings new tensors, or
-    its class is unknown.
+    For a classification of sequences or tokens also set id2label and label2id. The labels are LABEL_0 …, one for each
+    row of the first new weight by name. The config itself is returned if no adapter brings new tensors, or all classes
+    are unknown.
     """
     new = {key: folds[-1].shape for key, folds in changed.items() if folds and folds[0].new}
     if not new:

@@ -68,6 +68,7 @@ class Call:
     """The state of the calls of one model, shared by all its adapter layers."""
 
     def __init__(self) -> None:
+        """Begin without calls, blocks and kept contexts, with a new gate."""
         # one entry per reason for layers to ask `current_rows`; append and pop are atomic
         self.open: list[None] = []
         self.thread_state = ThreadState()

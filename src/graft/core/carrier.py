@@ -347,6 +347,7 @@ class SharedTensors(Carrier):
     keyed = True  # names in memory contain that of the adapter
 
     def __init__(self) -> None:
+        """Begin without containers, and without a call object until the tuner sets one."""
         self.state = CarrierState()
         self.containers: dict[str, Any] = {}  # "a.b": b is within a module a
         self.parents: dict[str, nn.Module] = {}  # the modules "a" of such names

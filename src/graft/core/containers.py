@@ -24,6 +24,7 @@ class BufferDict(nn.Module):
     """
 
     def __init__(self, buffers: dict[str, Tensor] | None = None, persistent: bool = False):
+        """Register the buffers of `buffers`, persistent or not as the container is."""
         super().__init__()
         self.persistent = persistent
         self._in_checkpoint: dict[str, bool] = {}  # whether checkpoints contain a buffer

@@ -55,6 +55,9 @@ class MatrixLayer:
     def __init__(
         self, layer: Layer, site: Site, adapter: str, expert: int, values: Mapping[str, object], W: Tensor | None
     ):
+        """Copy the layer's attributes, with another site and its op, and hide its containers of `values` by dicts with
+        this adapter's value. Assignments here do not reach the layer.
+        """
         self.__dict__.update(layer.__dict__, site=site, op=site.op)
         self.__dict__.update({container: {adapter: value} for container, value in values.items()})
         self.__dict__["_stack"] = layer, expert, W
@@ -97,6 +100,10 @@ class StackMethod(Method):
     kind: ClassVar[type[Method]] = Method
 
     def __init__(self, site: Site, cfg: object, name: str):
+        """Make the method of `kind` on one matrix: a site with a `Matrix` op, of the stack's module and parameter.
+
+        There is no layer yet.
+        """
         self.site, self.name, self.layer = site, name, None
         matrix = Site(site.key, site.module, Matrix(*site.shape[1:]), site.store, site.parameter, path=site.path)
         self._matrix_method = self.kind(matrix, cfg, name)

@@ -100,6 +100,7 @@ class ModelChange:
     __slots__ = ("before", "closed", "gate", "late", "thread", "touches", "what", "whole", "within")
 
     def __init__(self, gate: Gate, what: str, touches: Names, late: bool):
+        """Keep the change's name, the adapters that it touches, and `late`: the gate stays open until `close_gate`."""
         self.gate, self.what, self.touches, self.late = gate, what, touches, late
         self.closed = False
         self.before: tuple[ModelChange | None, ModelChange | None] = (None, None)
@@ -208,6 +209,7 @@ class Gate:
     """
 
     def __init__(self, timeout: float | None = PATIENCE):
+        """Make an open gate without calls or changes, and list it among those to reset after a fork."""
         self.timeout = timeout
         self.calls: dict[int, RunningCall] = {}  # running: the innermost call of each thread
         self.waiting: dict[int, RunningCall] = {}  # calls that wait for a change to end, by thread

@@ -44,6 +44,9 @@ class LayerState(CarrierState):
     """The state of a layer: active and merged adapters, and the plans that follow from them."""
 
     def __init__(self, call: Call) -> None:
+        """Begin without active or merged adapters, without plans, and without functions for a rollback (`takebacks` is
+        None).
+        """
         super().__init__(call)
         self.takebacks: list[Callable[[], None]] | None = None  # functions that undo steps of an injection
         self.plan: LayerPlan | None = None  # the plan that `forward` runs; None: the base layer

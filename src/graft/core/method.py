@@ -256,6 +256,7 @@ class Method(Generic[C]):
         _check_overrides(cls)
 
     def __init__(self, site: Site, cfg: C, name: str):
+        """Keep the site, the config and the adapter's name. `layer` is None until the adapter is added to one."""
         self.site, self.cfg, self.name, self.layer = site, cfg, name, None
 
     def __getattr__(self, key: str) -> Any:

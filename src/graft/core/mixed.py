@@ -561,6 +561,7 @@ class FactorSnapshot:
     """
 
     def __init__(self) -> None:
+        """Begin with nothing recorded."""
         self._containers: dict[int, tuple[dict[str, object], dict[str, object]]] = {}  # by id: it, and a copy
         self._dicts: list[dict[str, object]] = []
         self._keys: list[str] = []

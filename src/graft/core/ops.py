@@ -439,6 +439,7 @@ class TypeTable(Generic[T]):
     """
 
     def __init__(self, rows: Mapping[str, T]):
+        """Copy the rows, {qualified name: entry}. No search is cached yet."""
         self._rows = dict(rows)
         # by id, as a WeakKeyDictionary takes three times as long: (type, index in its MRO or -1 for none, entry)
         self._found: dict[int, tuple[ref[type], int, T | None]] = {}

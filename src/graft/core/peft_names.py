@@ -174,6 +174,7 @@ class PeftNames:
 
     @_active_adapter.setter
     def _active_adapter(self, names: object) -> None:
+        """Raise AttributeError: `set_adapter` activates adapters."""
         raise AttributeError(f"_active_adapter cannot be set on a layer: {ACTIVATE}.")
 
     @property
@@ -184,6 +185,7 @@ class PeftNames:
 
     @_disable_adapters.setter
     def _disable_adapters(self, off: bool) -> None:
+        """Raise AttributeError: `enable_adapters` switches adapters on and off."""
         raise AttributeError(
             "_disable_adapters cannot be set on a layer: enable_adapters(False) switches adapters off."
         )

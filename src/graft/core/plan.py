@@ -174,6 +174,7 @@ class LayerPlan:
     takes_one_input = False  # `run` needs the module's input as its first positional argument
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
+        """Keep the layer and a copy of the list of steps."""
         self.layer, self.steps = layer, list(steps)
 
     def run(self, *args: Any, **kwargs: Any) -> object:  # arguments of the module
@@ -274,6 +275,10 @@ class SumPlan(LayerPlan):
     only_adds_on_top = takes_one_input = True
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
+        """Note the first step's product function in `product`, and in `adds` each step with its product function.
+
+        On a store that rounds, `adds` has None instead, so that ΔW is formed. `single`: there is one step.
+        """
         super().__init__(layer, steps)
         products = [effect.product for _, effect in self.steps]
         self.product = products[0]
@@ -332,6 +337,9 @@ class ChainPlan(LayerPlan):
     takes_one_input = True
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
+        """Choose the function that runs each step, and note whether all steps need only input and output of the base
+        layer (`only_adds_on_top`).
+        """
         super().__init__(layer, steps)
         self.step_runners = [choose_step_runner(effect) for _, effect in self.steps]
         self.only_adds_on_top = all([effect.only_adds_on_top for _, effect in self.steps])
@@ -665,6 +673,7 @@ class InputOutputPlan(LayerPlan):
     """A module with several inputs; adapters read one of them and add to the output."""
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
+        """Note the names of the module's arguments, and the function of the first step that has an `input_of`."""
         super().__init__(layer, steps)
         self.names = layer.argument_names  # before a compiler asks
         self.input_of = next(e.input_of for _, e in self.steps if e.input_of is not None)
@@ -690,6 +699,7 @@ class BlockPlan(LayerPlan):
     """A module with several inputs; adapters change its first input, its output, or both."""
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
+        """Note the names of the module's arguments."""
         super().__init__(layer, steps)
         self.names = layer.argument_names  # before a compiler asks
 
@@ -897,6 +907,10 @@ class ReplacementPlan(LayerPlan):
     """An adapter with a module that runs in place of the base layer."""
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
+        """Note the effect of the first step, which must be a `Replace`, and its `acts_elsewhere`.
+
+        Other steps are ignored.
+        """
         super().__init__(layer, steps)
         effect = self.steps[0][1]
         assert isinstance(effect, Replace)

@@ -696,8 +696,8 @@ def warn_lost(layers: Iterable[Layer]) -> dict[str, float]:
 def lift_merged(layer: Layer) -> Iterator[None]:
     """Take merged adapters out within the block, and merge them again, undoably, into the weight that the block leaves.
 
-    They are merged again after an error as well. Does nothing if none is merged, or if the merged one replaces the
-    layer. Waits until no call of the model runs, and keeps calls of other threads waiting.
+    They are merged again after an error as well. The block just runs if none is merged, or if the merged one replaces
+    the layer. Else waits until no call of the model runs, and keeps calls of other threads waiting.
     """
     names = list(layer.state.merged)
     if not names or includes_replacement(layer, names):

@@ -482,10 +482,12 @@ class MixedPlan:
     def add(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
         """Return y, the base's output for x, with each adapter's part added to its rows.
 
-        Overwrites y, or a clone of it if hooks, or a module that no kernel may fuse, may have kept y. Uses grouped
-        kernels where all adapters are plain products, the call has no gates, and kernels may fuse; if they refuse, the
-        loop runs. In the loop each adapter runs on its rows, sees their gates and facts, and draws from its generator;
-        its part is cast to y's dtype. Rows without an adapter stay.
+        Rows without an adapter stay.
+
+        Overwrites y if kernels may fuse, or if the layer type is known, has no hooks and runs eagerly. Else it
+        overwrites a clone of y, which others may have kept. Uses grouped kernels where all adapters are plain products,
+        the call has no gates, and kernels may fuse; if they refuse, the loop runs. In the loop each adapter runs on its
+        rows, sees their gates and facts, and draws from its generator; its part is cast to y's dtype.
         """
         layer, context = self.layer, self.layer.call.current_context()
         gates, facts = context.gates, context.facts

@@ -130,9 +130,11 @@ class Matcher:
         return Verdict("matched", entry)
 
     def layer_of(self, path: str) -> int | None:
-        """Return the block index in a path, as `layers_to_transform` counts, by the first of `layers_pattern` that
-        matches. None if none does. Without such patterns it is the first number that has two names or more before it
-        and a name below it.
+        """Return the block index in a path, as `layers_to_transform` counts.
+
+        The first of `layers_pattern` that matches gives it; None if none does.
+
+        Without such patterns it is the first number that has two names or more before it and a name below it.
         """
         for within in self.index_patterns:
             if match := within.match(path):

@@ -222,8 +222,11 @@ def parse_size(text: str) -> int:
 
 
 def print_merge(document: Json) -> None:
-    """Print a merge's result: the number of tensors, size and files, the median size of updates, rounding, and
-    notes.
+    """Print a merge's result: the number of tensors, the output, its size in MB, or in GB from 10^8 bytes on, the
+    number of files, and tensors of an earlier run. The line begins with "Merged", or for a dry run with "Would merge".
+
+    If any tensor has an update, a line follows with the median of update / weight, and the least share that rounding
+    kept. Each note is a line.
     """
     changed, total = document["tensors"], sum(document["shards"].values())
     done = "Merged" if document["written"] else "Would merge"

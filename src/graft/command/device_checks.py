@@ -144,7 +144,11 @@ def check_device(device: torch.device, show: Callable[[str], None]) -> Json:
 
 def check_laws(method: str, folder: str, dtype: torch.dtype, device: torch.device, results: Json) -> None:
     """Check all laws for the adapter in a folder in one dtype, autocast only in float32, and add to the `results` of
-    `check_device`.
+    `check_device`. Each law runs on the CPU and on `device` with the same 8 × 256 input.
+
+    A law that raises on the CPU is noted as skipped, with the error. One that raises on the device, or deviates more
+    than `TOLERANCES` of the dtype (0.05 for autocast) or by NaN, is noted as failed. Else `passed` rises, and the
+    largest deviation is kept. Nothing of a law is raised.
     """
     reference, model = load_model(folder, CPU, dtype), load_model(folder, device, dtype)
     x = torch.randn(8, 256, generator=torch.Generator().manual_seed(2)).to(dtype)

@@ -138,15 +138,17 @@ def make_adapter_config(
     settings: Sequence[str] = (),
     task: str | None = None,
 ) -> PeftConfig:
-    """Return the adapter's config: from a file or folder `path`, or without one from the options.
+    """Return the adapter's config: from a folder `path`, or the folder of a file, or without a path from the options.
 
-    Without `targets`, LoRA-like methods target all linear layers, and other methods keep their own default. The rank is
-    16 if the method needs one. Options that the method's config lacks are ignored, but not `settings`. A config without
-    a task type gets `task`.
+    A loaded config gets `inference_mode=False`, and `task` if it has no task type; other options are then ignored.
 
-    Raises OptionError for an unknown method or a malformed setting. A file means its folder, and a loaded config gets
-    `inference_mode=False`. `rank` also sets `init_r` where a config has it, and `oft_block_size` to 0. Targets other
-    than "all-linear" are split at commas.
+    Without `targets`, LoRA-like methods target all linear layers, and other methods keep their own default. Targets
+    other than "all-linear", and `parameters`, are split at commas. `rank` also sets `init_r` in place of `r` where a
+    config has it, and `oft_block_size` to 0. Without it the rank is 16 if the method has `r` alone with a default other
+    than 0. Options that the method's config lacks are ignored, but not `settings`, which win over the others.
+
+    Raises:
+        OptionError: the method is unknown, or a setting is malformed.
     """
     from graft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, method_of
 

@@ -14,11 +14,11 @@ UNITS = ((10**9, "G"), (10**6, "M"), (10**3, "k"))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table with a heading and an empty line on each side; nothing without rows.
+    """Print a table with the title, an empty line, the column names, a rule, the rows and an empty line.
 
-    The first column is aligned left, others right.
+    Without a title that line is left out; without rows nothing is printed.
 
-    rich would be slow to import.
+    Cells are texts of `format_value`. Each column is as wide as its longest text, the first aligned left, others right.
     """
     cells = [[format_value(value) for value in row] for row in rows]
     if not cells:

@@ -344,10 +344,15 @@ def select_llama_adapter(connection: Connection, name: str | None) -> list[Json]
 
 
 def ask_llama_server(connection: Connection, lora: list[Json], ids: Sequence[int]) -> LogProbabilities:
-    """Return the log-probabilities of the most likely next tokens after a prompt, by llama.cpp's `/completion`.
+    """Return the log-probabilities of the most likely next tokens after a prompt, by (position, token id), by
+    llama.cpp's `/completion`. Their position is the length of the prompt. Asks for one token at temperature 0 without
+    the prompt's cache, with the adapters and scales of `lora`.
 
-    Their position is the length of the prompt. If the answer has none (the token is a part of a character), a second
-    request makes the server choose a plain-text token.
+    If the answer has none (the token is a part of a character), a second request makes the server choose a plain-text
+    token.
+
+    Raises:
+        ServerError: the second answer has none, either, or an answer is malformed.
     """
 
     def parse(reply: Any) -> LogProbabilities:

@@ -187,11 +187,12 @@ def measure_budget(
 
 
 def count_base_bytes(model: nn.Module, bits: int | str | None) -> tuple[float, float]:
-    """Return the bytes of a model's frozen parameters and buffers, and the bytes of the largest weight that a step
-    unpacks.
+    """Return the bytes of a model's frozen parameters and buffers, each counted once, and the bytes of the largest
+    weight that a step unpacks.
 
-    With a format in `bits` the matrices in blocks count in that format; for "mxfp4" only stacks of experts. Without
-    one, nothing is unpacked: the second number is 0.
+    With a format in `bits`, frozen parameters of two or more dimensions in blocks count in that format; for "mxfp4"
+    only those of three or more, stacks of experts. With None nothing is unpacked: the second number is 0, as without
+    such parameters.
     """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}
     whole = float(sum(t.nbytes for t in tensors.values()))

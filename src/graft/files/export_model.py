@@ -101,9 +101,12 @@ def check_factor_loss(
 
     Layers without factors in the file are skipped, and so are stacks of experts and embeddings.
 
+    Args:
+        rank: as the user asked for, for the text; None: each layer has the lowest rank that holds its change.
+
     Raises:
-        LossError: a layer loses more than `LOSS` plus the rounding of its dtype, unless `lossy`; or without a `rank`, a
-            layer needs more than `RANK`.
+        LossError: a layer loses more than `LOSS` plus half the epsilon of B's dtype, unless `lossy`. Also, without a
+            `rank` and even with `lossy`, if a layer needs more than `RANK`.
     """
     lost = whole = worst = 0.0
     where, ranks = "", dict[str, int]()

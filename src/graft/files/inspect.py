@@ -371,8 +371,8 @@ def compare_module_tensors(a: LowRank | OtherMethod, b: LowRank | OtherMethod) -
 
 
 def relative_difference(a: Tensor | None, b: Tensor | None, scales: tuple[float, float] = (1.0, 1.0)) -> float:
-    """Return ‖a - b‖ / max(‖a‖, ‖b‖), each tensor multiplied by its scale; 1 if one is None or shapes differ; 0 if both
-    are 0.
+    """Return ‖a - b‖ / max(‖a‖, ‖b‖) in float64, each tensor multiplied by its scale; 1 if one or both are None or
+    shapes differ; 0 if both are 0. Equal bytes of one dtype with both scales 1 give 0 without computing, also with NaN.
     """
     if a is None or b is None or a.shape != b.shape:
         return 1.0

@@ -371,10 +371,11 @@ def list_tensor_gaps(adapter: AdapterFile, base: BaseDescription | None) -> Iter
 
 
 def list_layer_gaps(adapter: AdapterFile, base: BaseDescription) -> Iterator[str]:
-    """Yield the modules of the base that the targets select and that have no factors.
+    """Yield the modules of the base, first those of `target_modules` and then of `target_parameters`, that the targets
+    select and that have no factors.
 
-    Two kinds count: modules that have factors in another layer; and modules next to adapted ones, selected by a config
-    entry that selects no adapted module.
+    Two kinds count: modules that have factors in another layer; and modules in a stack of layers with adapted ones,
+    selected by a config entry that selects no adapted module. Only modules with a `weight` are looked at.
     """
     adapted_kinds = {mask_layer_number(path) for path in adapter.modules}
     blocks = {kind.partition("#")[0] for kind in adapted_kinds if "#" in kind}

@@ -156,9 +156,9 @@ def is_update_of(lora: LowRank, shape: tuple[int, ...], transposed: bool = False
     """Return True if the factors of a module give an update of a weight of this shape; False if A and B have different
     ranks or fewer than two dimensions.
 
-    Experts fit any shape below three dimensions, since a base may store each expert by itself, and else (E, out, in).
-    An embedding fits (vocabulary, dim). All others fit (out, in, kernel…), and a kernel of 1 × 1 for any of them.
-    Linear factors have to be matrices. `transposed` also accepts the reversed shape.
+    Experts fit the shape (E, out, in), and any shape below three dimensions, since a base may store each expert by
+    itself. An embedding fits (vocabulary, dim). All others fit (out, in, kernel…), and a kernel of 1 × 1 for any of
+    them. Linear factors have to be matrices. `transposed` also accepts the reversed shape.
     """
     A, B = lora.A.shape, lora.B.shape
     if lora.kind == "experts":

@@ -110,7 +110,9 @@ def resize_adapter(
 
 
 def check_resize_options(ways: Mapping[str, float | None], max_rank: int | None) -> None:
-    """Raise OptionError unless exactly one option (by name) is not None and its value and `max_rank` are in range."""
+    """Raise OptionError unless exactly one of the options rank, energy, ratio and max_mb is not None, and its value is
+    in range: rank from 1, energy in (0, 1], ratio above 1, max_mb above 0 and finite. Also if `max_rank` is below 1.
+    """
     names = [name for name, value in ways.items() if value is not None]
     if len(names) != 1:
         raise OptionError(f"Give one of rank, energy, ratio and max_mb: {join_some(names) if names else 'none'} given.")

@@ -206,11 +206,11 @@ def describe_model(model: nn.Module, path: str) -> BaseDescription:
 
 
 def describe_config(path: str, config: Json) -> BaseDescription:
-    """Return names and shapes of the model of a config, built on the meta device by transformers or, for `_class_name`,
-    diffusers.
+    """Return names and shapes of the model of a config, built on the meta device by transformers from the folder, or by
+    diffusers from `config` if it has `_class_name`.
 
     Raises:
-        CheckpointError: the library is not installed, or does not know the model.
+        CheckpointError: the library is not installed, does not know the model, or cannot build it.
     """
     if (name := config.get("_class_name")) is None:
         if (model := build_meta_model(path)) is None:

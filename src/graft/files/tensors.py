@@ -195,9 +195,10 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
 
 
 def _parse_entry(entry: Json) -> tuple[str, tuple[int, ...], int, int]:
-    """Return (dtype, shape, begin, end) of a header's entry.
+    """Return (dtype, shape, begin, end) of a header's entry. Offsets are not compared with each other.
 
-    Raises ValueError, KeyError or TypeError if it is malformed.
+    Raises ValueError, KeyError or TypeError if it is malformed: an unknown dtype, more than `MOST_DIMENSIONS`
+    dimensions, or numbers that are no ints from 0 to 2^63 - 1.
     """
     begin, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])

@@ -34,8 +34,8 @@ class Claims:
     def claim(self, folder: str, names: Iterable[str], alone: bool = False) -> None:
         """Lock names in a folder, all or none of them; names that this object holds already are skipped.
 
-        Makes the folder `.locks` with an empty file for each name. Waits 0.1 s for a lock. Holds nothing where the
-        folder cannot be written; warns and holds nothing where the file system has no locks.
+        Makes the folder `.locks` with an empty file for each name. Waits 0.1 s for each lock. Where the folder cannot
+        be written, nothing new is held; where the file system has no locks, neither, with a PeftWarning.
 
         Args:
             alone: also refuse a name that another object in this process holds.
@@ -43,6 +43,7 @@ class Claims:
         Raises:
             FolderInUseError: another process, or with `alone` this one, holds one of them.
             CheckpointError: one of them, or its lock, is a symbolic link.
+            OSError: the lock file cannot be made for another reason.
         """
         from filelock import FileLock, Timeout
 

@@ -73,9 +73,9 @@ def repeat_rows(value: Any, rows: int, copies: int) -> Any:
 def find_fan(base: nn.Module, hosts: Sequence[nn.Module]) -> Fan | None:
     """Return the `Fan` of the blocks from the first one with a host to the last; None if rows cannot be repeated there.
 
-    Blocks are the items of the model's only outermost ModuleList. None if there is no such list or several, no host, a
-    host that is not in the base, or the first host in the model's order comes before the list. None also if the first
-    block has a host, since nothing would be saved.
+    Blocks are the items of the model's only outermost ModuleList. The result is None without such a list or with
+    several, without a host, or with a host that is not in the base. It is None also if the first host in the model's
+    order comes before the list, or the first block has a host, since nothing would be saved.
     """
     host_ids, names = {id(host) for host in hosts}, dict(base.named_modules())
     places = [key for key, m in names.items() if id(m) in host_ids]

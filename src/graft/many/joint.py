@@ -299,10 +299,13 @@ class OutputSplitter:
         return self._split_tensor(name, value) if isinstance(value, Tensor) else self.split(value)
 
     def _split_tensor(self, name: str, t: Tensor) -> list[Tensor]:
-        """Return the rows of each batch. A tensor with another number of rows goes whole to every batch.
+        """Return the rows of each batch, as views.
 
-        Padding is cut from dimension 1 of tensors of three dimensions, or two for start and end logits, where it has
-        the longest length. Cut pieces are contiguous copies.
+        A tensor without dimensions or with another number of rows goes whole to every batch.
+
+        Padding is cut from dimension 1 if the batches' lengths differ and it has the longest of them. That applies to
+        tensors of three or more dimensions, and to those of two in `BY_TOKEN`, such as start and end logits. Cut pieces
+        are contiguous copies.
         """
         if not t.dim() or len(t) != sum(self.rows):
             return [t] * len(self.rows)

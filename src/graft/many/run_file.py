@@ -156,14 +156,14 @@ def name_object(value: object) -> object:
 def restore_run(run: Run, model: nn.Module, state: Json, where: str) -> None:
     """Put a new run, with its adapter on the model, into the state of its file.
 
-    An ended run that now has more steps is running again.
-
-    Everything is checked first. Then optimizer, schedule, loader and at last the adapter's values are overwritten. A
-    run that takes part in the next round reads its data up to the position.
+    Config, settings and contents are checked first. Then optimizer, schedule, loader and at last the adapter's values
+    are overwritten. An ended run that now has more steps is running again. A run that takes part in the next round
+    reads its data up to the position; others only note the position.
 
     Raises:
         BaseModelMismatchError: it was made on another base.
-        ConfigError: it has another config, other settings, fewer steps, or data with another first batch.
+        ConfigError: it has another config, other settings, fewer steps than it has made, or data with another first
+            batch.
         CheckpointError: the file's content cannot be used, or optimizer or schedule refuse their state. Whatever is
             raised, the adapter's values have not changed.
     """

@@ -722,7 +722,13 @@ class MultiTrain:
             run.finish_round() if item.name in succeeded else run.undo_round()
 
     def _check_batch(self, call: BackwardCall, name: str) -> RunBatch:
-        """Return the batch of a run in a call. Raises the errors that `backward` describes, before a pass."""
+        """Return the batch of a run in a call, with a copy of its dict, the call's loss and `mean_of`.
+
+        Raises:
+            ConfigError: there is no loss of the call, the run or the model. Also for names that the model does not
+                take, if the model's own loss is used.
+            And the errors that `backward` describes for a run that cannot be called.
+        """
         run, batch = self._get_called_run(name), call.batches[name]
         if call.loss is None and run.loss is None:
             raise ConfigError(f"Run '{name}' has no loss, nor has the model. Pass loss to backward(), or to add().")
@@ -799,7 +805,10 @@ class MultiTrain:
     def _run_round(self) -> Step:
         """Make a round and return its `Step`: checks left over from an error, training, then validation and stops.
 
-        After an error the runs' batches are returned. Warns of each run that ended for lack of data.
+        The number of rounds rises by one.
+
+        After an error in training the runs' batches are returned, and the error is raised; the number stays. `ended` of
+        the step also has runs that failed. Warns with PeftWarning of each run that ended for lack of data.
         """
         step = Step(self._number + 1)
         self._validate_and_stop(step)  # where an error has kept it from doing so
@@ -826,10 +835,11 @@ class MultiTrain:
     def _train_round(self, step: Step, going: Sequence[Run]) -> None:
         """Take a batch of each of these runs, compute gradients in joint passes, and make the steps that are due.
 
-        Sets training mode and assigns rows.
+        Nothing happens without runs. A run without another batch takes no part.
 
-        Runs with a batch that the model cannot take fail. A run with a loss or norm that is not finite fails with a
-        warning, before its step.
+        An error of a user's loss is raised before any step. Runs with a batch that the model cannot take fail. Runs
+        without a due step store their gradients. A run with a loss or norm that is not finite fails with a PeftWarning,
+        before its step. `step.losses` gets the losses of the runs that made a step.
         """
         if not going:
             return
@@ -880,11 +890,12 @@ class MultiTrain:
         return list(zip(numbers, numbers[len(runs) :], lengths))
 
     def _validate_and_stop(self, step: Step) -> None:
-        """For runs after a step: measure validation data that is due, call `stop`, and measure again runs that have
-        stopped. Ended runs go into `step.ended`.
+        """For runs after a step: measure validation data that is due, call `stop` of running ones, and measure again
+        runs that have stopped. Runs that have ended go into `step.ended` with the reason. Runs that another one's
+        `stop` removed are skipped.
 
-        An error of `stop` gets a note with the run's name. The checks of this round are then made again in the next
-        one.
+        An error of `stop` gets a note with the run's name, and is raised. The checks of this round are then made again
+        in the next one.
         """
         runs = [run for run in self._runs.values() if run.needs_check]
         self._validate_due_runs(step, runs)
@@ -924,8 +935,8 @@ class MultiTrain:
 
         Other runs leave theirs.
 
-        Nothing happens if exactly these runs have their rows, in order, and the banks are intact. Else the old banks'
-        parameters get memory of their own first.
+        Nothing happens if exactly these runs have their rows, in order, and the banks are intact. Otherwise parameters
+        in the old banks first get separate memory.
         """
         runs = [run for run in self._runs.values() if run.joins_next_round or run.is_called]
         rows = self._banks.rows
@@ -1179,10 +1190,11 @@ class MultiTrain:
     def evaluate(self, names: str | Sequence[str], data: Iterable[Any]) -> dict[str, float]:
         """Return by name the mean loss of several runs on data, weighted by rows, without gradients.
 
-        The model is in eval mode afterwards.
+        Names that are given twice count once.
 
-        The data is read with the random states of seed 0, so that each call has the same batches. Batches without rows
-        are skipped. No names give an empty dict.
+        The model is in eval mode afterwards. The data is read once, with the random states of seed 0, so that each call
+        has the same batches. Batches without rows are skipped; one without tensors counts as one row. No names give an
+        empty dict, without a look at the data.
 
         Raises:
             AdapterNotFoundError: there is no such run.
@@ -1421,7 +1433,8 @@ def refuse_covered_targets(name: str, asked: PeftConfig, config: Any, wrappers: 
     """Raise ConfigError if a run's targets are within modules that another adapter trains whole: there the run would
     get no adapter.
 
-    Nothing is refused for modules that take rows, or that the run trains as well.
+    Nothing is refused for configs without `target_modules`, for modules that take rows, or that the run trains as well.
+    With "all-linear", linear modules count that are targeted or that the config leaves untargeted.
 
     Args:
         asked: the config as `add` got it.

@@ -260,10 +260,11 @@ def apply_setting(config: PeftConfig, setting: Setting) -> PeftConfig:
 
 
 def check_space_names(space: Mapping[str, object], config: PeftConfig, optimizer: Callable[..., object]) -> None:
-    """Raise ConfigError for a name of a space that is no field of the config, no argument of the optimizer and no
-    option of `MultiTrain.add`.
+    """Raise ConfigError for names of a space that are no field of the config, no argument of the optimizer and no
+    option of `MultiTrain.add`; all are named.
 
-    Nothing is checked for an optimizer without a signature, or with `**kwargs`.
+    The optimizer's first argument, its parameters, does not count. Nothing is checked for an optimizer without a
+    signature, or with `**kwargs`.
     """
     try:
         _, *parameters = signature(optimizer).parameters.values()
@@ -471,9 +472,12 @@ class SweepJob:
                 run_file.delete_run(trial.name, self.folder)
 
     def save_kept_adapters(self, assigned: Iterable[int], rungs: int) -> None:
-        """Mark trials that reached all rungs as kept, write the table, and save the adapters of those in `assigned`.
+        """Mark trials that reached all rungs as kept, unless they failed or were dropped, and write the table.
 
-        A run from before this process is added from its file.
+        Without a folder no adapter is saved.
+
+        Adapters of those trials in `assigned` are saved into the folder, each in a subfolder of the trial's name. A run
+        from before this process is first added from its file; without a file the trial's adapter is not saved.
         """
         indices = set(assigned)
         for i, trial in enumerate(self.trials):

@@ -335,8 +335,13 @@ def find_name(names: Collection[str], entry: Any) -> str | None:
 
 
 def _plan_values(plan: SwapPlan, pairs: list[tuple[Any, Tensor | None]], room: int = 0, r: int = 0) -> None:
-    """Add to the plan the values of rank r for tensors of rank `room`: as copies, padded with zeros if r is smaller, or
-    as larger tensors. A missing or unfit value is noted in `plan.missing` or `plan.wrong`.
+    """Add to the plan the values of rank r for tensors of rank `room`.
+
+    With r above `room` they go to `plan.larger`, where that changes the shape. All others go to `plan.copies`, padded
+    with zeros if r is smaller. The defaults 0 mean tensors without a rank.
+
+    A missing value is noted in `plan.missing`. One of another shape or kind of dtype (floating point or not), or for a
+    tensor on the meta device, is noted in `plan.wrong`. Nothing is raised.
     """
     for entry, value in pairs:
         if value is None:

@@ -390,7 +390,9 @@ class AdapterSlots:
             )
 
     def _list_in_use(self, thread: int | None = None) -> set[str]:
-        """Return the adapters that open `using` blocks have chosen, of one thread or of all."""
+        """Return the adapters that open `using` blocks have chosen, of one thread, or with None of all threads that are
+        in a call. "__base__" is left out.
+        """
         threads = list(self.gate.calls) if thread is None else [thread]
         blocks = [chosen for t in threads for chosen in self._using.get(t, ())]
         return {n for chosen in blocks for n in ([chosen] if isinstance(chosen, str) else chosen)} - {BASE}
@@ -408,16 +410,17 @@ class AdapterSlots:
             )
 
     def _assign_slots(self, names: Sequence[str], read: ValuesRead) -> None:
-        """Put these adapters into slots.
+        """Put these adapters into slots; "__base__" and repeated names are left out.
 
-        Waits for slots that other threads' batches use; requests are served in order. A thread that uses slots already
-        does not wait in line.
+        Waits until other threads' batches leave enough slots; requests are served in order. A thread that uses slots
+        already does not wait in line. At the end, also after an error, other waiting threads are woken.
 
         Args:
             read: values that have been read before.
 
         Raises:
-            RoutingError: there are not so many slots. Nothing has changed.
+            RoutingError: there are not so many slots besides pinned ones and those that this thread uses, or an adapter
+                was unloaded meanwhile. Nothing has changed.
             InUseError: it waited longer than `change_timeout`.
         """
         wanted = [n for n in dict.fromkeys(names) if n != BASE]
@@ -517,8 +520,12 @@ class AdapterSlots:
         return values
 
     def _write_slot(self, slot: int, factors: dict[str, SlotFactors]) -> None:
-        """Write an adapter's values into a slot, times its scaling; the rest of the slot becomes zeros, and vectors
-        that it lacks ones or zeros. Factors kept for mixes are dropped.
+        """Write an adapter's values into a slot of each layer, in place, with B times its scaling.
+
+        Rows above its rank become zeros, and so does the whole slot of layers that it lacks.
+
+        Where layers have gains, vectors that it lacks become ones, shifts zeros, and `gained` notes if the slot has any
+        vector. Factors kept for mixes are dropped. The number of fills rises by one.
         """
         targets, values, scaled, scalings, empty = [], [], [], [], []
         for key, layer in self.layers.items():
@@ -639,9 +646,11 @@ class AdapterSlots:
     def _name_rows(
         self, names: str | Sequence[str] | None, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> list[str] | str:
-        """Return one name per row of the batch, if the inputs tell the number of rows, so that compiled code sees no
-        change between one adapter, several, and none. Else return the names as passed. None means those of the `using`
-        block, or "__base__".
+        """Return one name per row of the batch, so that compiled code sees no change between one adapter, several, and
+        none. The number of rows is that of the first tensor with dimensions among the inputs.
+
+        None means the names of this thread's innermost `using` block, or "__base__". Without such a tensor, or with no
+        rows, a single name is returned as it is; an empty list of names gives "__base__".
 
         Raises:
             RoutingError: the number of names is not that of rows.
@@ -706,8 +715,10 @@ def find_highest_rank(factors: Mapping[str, SlotFactors]) -> int:
 def count_slots_by_rank(max_adapters: int | Mapping[int, int], max_rank: int | None) -> dict[int, int]:
     """Return the number of slots by rank, the lowest rank first.
 
+    A number with `max_rank` gives one entry; a mapping of rank → number is sorted.
+
     Raises:
-        ConfigError: a number or rank is below 1, both forms of sizes are passed, or none.
+        ConfigError: a number or rank is below 1, both forms of sizes are passed, or none, or the mapping is empty.
     """
     by_rank = isinstance(max_adapters, Mapping)
     if by_rank != (max_rank is None):

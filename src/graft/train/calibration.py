@@ -186,13 +186,15 @@ def measure_covariances(
 ) -> dict[str, Tensor]:
     """Return C (in, in) of each layer: the mean over calls of xᵀ x.
 
-    x (tokens, in) is divided by its largest value, and float32 unless the config has `use_float16_for_covariance`.
+    x (tokens, in) is divided by the absolute value of its largest entry. It is float32 unless the config has
+    `use_float16_for_covariance`, which keeps its dtype.
 
-    Reads the config's `covariance_file` if it exists. Otherwise runs the model in eval mode with hooks, and writes the
-    file.
+    Reads the config's `covariance_file` if it exists, and then runs nothing. Otherwise calls `run_model` with hooks on
+    the layers, with `hooked_model` (else `model`) in eval mode meanwhile, and writes the file if the config names one.
 
     Raises:
-        CalibrationError: there is neither file nor `run_model`, or a layer gets no input or one that is not finite.
+        CalibrationError: there is neither file nor `run_model`, or a layer gets no input or one that is not finite or
+            all zeros.
         CheckpointError: the file lacks a layer.
     """
     cached = read_cache(cfg.covariance_file)
@@ -340,8 +342,8 @@ def measure_gradients(
     """Return the gradient of each weight, in the layer's layout, divided by the number of the layer's calls that had a
     backward pass.
 
-    `train_step` runs in training mode, with gradients for these weights only. Afterwards all parameters have their
-    `requires_grad` and `grad` of before.
+    `train_step` runs in training mode, with gradients for these weights only; hooks count the calls and are removed.
+    Afterwards all parameters have their `requires_grad` and `grad` of before, and modules their mode.
 
     Raises:
         CalibrationError: a weight has no gradient, or one that is not finite.
@@ -408,8 +410,9 @@ def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn
 
     Then call it with the same model and config.
 
-    A_log of the mixers that the config targets trains whole, and gets its values back. Each mixer and its x_proj keep
-    the change in an attribute, which the initialisation uses and removes.
+    A_log of the mixers that the config targets trains whole, with gradients for it only, and gets its values back, also
+    after an error. Each mixer and its x_proj keep the change in an attribute, which the initialisation uses and
+    removes.
 
     Args:
         train: trains these parameters, A_log of each mixer (channels, states), with its own optimizer; 250 to 500 steps
@@ -417,7 +420,7 @@ def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn
 
     Raises:
         ConfigError: the config is not of SDT, or targets no state space.
-        CalibrationError: A_log of a mixer has not changed, or is not finite.
+        CalibrationError: A_log of a mixer has not changed, or its change is not finite. No mixer keeps a change then.
         as `get_peft_model`, for a config that does not fit.
     """
     if not isinstance(config, SdtConfig):

@@ -120,9 +120,11 @@ class InputMeasurement:
             yield inputs, prepared
 
     def run(self, batch: tuple[object, object], names: Iterable[str], see: Callable[[str, Tensor], object]) -> None:
-        """Run the model on a batch, and call `see` with the name and the input rows of each named layer.
+        """Run `forward_fn` on the model and a batch, and call `see` with the name and the input rows of each named
+        layer, at each of its calls. Rows are made by `prepare_layer`, or `flatten_rows` where it has none. With
+        `gather` and torch.distributed initialized they are those of all processes.
 
-        Hooks are removed afterwards.
+        `batch` is (inputs, what `prepare_layer` gets). Hooks are removed afterwards.
 
         Raises:
             CalibrationError: inputs are not finite.
@@ -277,7 +279,9 @@ class InputMeasurement:
 
 
 def move_to_device(inputs: object, device: torch.device | None) -> object:
-    """Return the inputs on a device: objects with `to`, and those in mappings, tuples and lists. Other values stay."""
+    """Return the inputs on a device: objects with a method `to`, and those in mappings, tuples and lists, which are
+    rebuilt as the same class. Other values stay. A device of None is passed to `to` as it is.
+    """
     if hasattr(inputs, "to"):
         return inputs.to(device)
     if isinstance(inputs, Mapping):
@@ -352,7 +356,7 @@ def set_eva_values(registry: Any, adapter: str, values: dict[str, Tensor]) -> No
 
 def check_eva_values(adapter: str, layers: dict[str, AdapterLayer], values: dict[str, Tensor]) -> None:
     """Raise CalibrationError unless each value is for a layer of the adapter, (rank, in) and finite, and at least one
-    layer keeps a rank.
+    layer has a rank above 0. Layers may lack a value.
     """
     unknown = sorted(values.keys() - layers.keys())
     if unknown:

@@ -77,10 +77,10 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
 
 def find_uncalled_modules(model: nn.Module) -> tuple[set[nn.Module], list[str]]:
     """Return the modules with adapters' tensors that are read without a call of the module, and the class names of
-    methods with trainable tensors there.
+    methods with trainable tensors there, each once.
 
-    These are modules inside prompts, and those of methods without a product of modules, or with tensors that are no
-    leaf's weight.
+    These are all modules inside prompts. Of adapted layers they are the owners of tensors of methods without a product
+    of modules, or with an effect that reads them, and owners that are no leaves.
     """
     read: set[nn.Module] = {m for prompt in find_prompts(model) for m in prompt.modules() if m is not prompt}
     names: dict[str, None] = {}

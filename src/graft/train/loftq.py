@@ -27,11 +27,11 @@ def replace_lora_weights_loftq(
     adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
-    """Set A and B of every quantized layer so that with them it is nearest to its weight before the quantization.
+    """Set A and B of every quantized linear layer to the best approximation, by SVD, of the difference between its
+    weight before the quantization and its weight now. Waits until no call of the model runs.
 
-    Waits until no call of the model runs.
-
-    Layers with a weight that cannot be read keep A and B, with a warning.
+    Layers with a weight that cannot be read keep A and B, with a PeftWarning. Merged adapters are unmerged meanwhile,
+    and merged again.
 
     Args:
         model_path: folder with the original weights as safetensors, one file or several; or that file. By default the
@@ -42,8 +42,9 @@ def replace_lora_weights_loftq(
     Raises:
         TypeError: the model is no PeftModel.
         ConfigError: no layer of the adapter is quantized, or it is not LoRA.
-        CheckpointError, FileNotFoundError: the weights are not there, or do not fit. Whatever is raised, the adapter is
-            as it was.
+        AdapterNotFoundError: as `check_known`.
+        CheckpointError, FileNotFoundError: the weights are not there, or do not fit. Whatever is raised, also by
+            `callback`, the adapter is as it was.
     """
     registry = get_registry(peft_model)
     if registry is None:

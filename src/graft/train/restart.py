@@ -66,8 +66,8 @@ def find_restartable_adapter(registry: Any) -> str:
     """Return the name of a model's only adapter.
 
     Raises:
-        ConfigError: there are none or several, or it is not plain LoRA (DyLoRA is allowed), or its start changed the
-            base.
+        ConfigError: there are none or several. Also if it is not LoRA, has a variant other than DyLoRA or `lora_bias`,
+            or its start changed the base.
     """
     names = [] if registry is None else list(registry.peft_config)
     if len(names) != 1:

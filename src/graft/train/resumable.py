@@ -182,10 +182,11 @@ def find_last_checkpoint(folder: str | os.PathLike[str], by_name: bool = True) -
 
 
 def is_whole_checkpoint(path: str, step: int, by_name: bool) -> bool:
-    """Return True if the Trainer's state in a checkpoint is of this step, and each file of tensors has all its bytes.
+    """Return True if the Trainer's state in a checkpoint is of this step, and its files of tensors are whole.
 
-    With `by_name` it must also have a training.safetensors of this step. Files that cannot be read give False, not an
-    error.
+    The sizes of .safetensors files are checked, and that files of `ARCHIVES` are zip archives; no values are read. With
+    `by_name` it must also have a training.safetensors of this step. Files that are missing, damaged or unreadable give
+    False, not an error.
     """
     try:
         state = read_object(os.path.join(path, STATE), LARGEST_HEADER, finite=False)  # its losses may be NaN

@@ -751,8 +751,10 @@ class ResumeJob:
             self.add_mismatch(ConfigError, text, ["generators"], ["generators"])
 
     def check_scheduler(self) -> None:
-        """Report a mismatch, an error with `strict`, if the scheduler has another class or functions, other keys in its
-        state, or another number of rates. The number is not compared if the optimizer begins anew.
+        """Report the first mismatch, an error with `strict`, of the scheduler: another class or functions, or a
+        scheduler only here or there; other keys in its state; another number of rates. The number is not compared if
+        the optimizer begins anew. After a mismatch the scheduler begins anew. Without a scheduler on both sides nothing
+        is reported.
         """
         then, now = self.note["scheduler"], None if self.scheduler is None else describe_scheduler(self.scheduler)
         if then != now:

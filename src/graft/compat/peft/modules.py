@@ -56,10 +56,12 @@ def names_in(module: str) -> list[str]:
 
 
 def method_names(peft_type: str, suffix: str) -> list[str]:
-    """Return the names in a method's module by its suffix: ".config", ".layer", ".model", ".bnb", a store's, or "" for
-    the package.
+    """Return the names in a method's module by its suffix: ".config", ".layer", ".model", ".bnb", ".tp_layer", ".te", a
+    store's, or "" for the package. Stores, ".tp_layer" and ".te" have names only for LoRA, and ".bnb" for the methods
+    of `WITH_BNB`; otherwise the result is [].
 
     ".model" also has PEFT's table of default targets. The package has the names of all its modules without that table.
+    An unknown suffix raises KeyError.
     """
     row = ROWS[peft_type]
     parts = {

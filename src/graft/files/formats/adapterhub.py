@@ -172,9 +172,11 @@ def add_head(out: AdapterFile, base: Base | None) -> None:
 def head_names(tensors: Iterable[str], config: Json, base: Base | None) -> dict[str, str] | None:
     """Return the base's tensor names by those of AdapterHub's head; a multilabel head counts as the plain one.
 
-    None if the table has no such head, the base's class (of its model, else the first of `architectures`) has another,
-    a field of the config differs, or the numbers in the keys are more or fewer than the head's layers. The layers are
-    taken in the order of these numbers.
+    The head's layers are taken in the order of the numbers in the keys.
+
+    Returns None if the table has no such head, a field of the config differs, or the keys have more or fewer numbers
+    than the head has layers. Also if the base's class has another head; the class is that of its model, else the first
+    of `architectures`.
     """
     kind = str(config.get("head_type")).removeprefix("multilabel_")
     pattern, layers, facts = HEADS.get((kind, config.get("layers", 0)), ("", (), {}))

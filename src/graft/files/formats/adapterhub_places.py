@@ -284,9 +284,11 @@ def block_of(place: str, blocks: list[Block]) -> Block | None:
 def make_bottleneck_config(path: str, theirs: Json) -> BottleneckConfig:
     """Return graft's config of a bottleneck, with AdapterHub's fields that both have and that are not None.
 
+    Missing fields that are checked count as AdapterHub's default.
+
     Raises:
         CheckpointError: a field that graft lacks has another value than graft's behaviour, or the three fields of norms
-            have an unknown combination (allowed if is_parallel).
+            have an unknown combination (allowed if is_parallel). All such fields are listed.
     """
     strange = [f"{name}={theirs[name]!r}" for name, good in ONLY.items() if theirs.get(name, good[0]) not in good]
     norms = {name: theirs.get(name, default) for name, default in NORMS.items()}

@@ -42,11 +42,11 @@ PART = re.compile(rf"({'|'.join(COMPONENTS)})(_\d+)?\.")
 
 
 def recognises(path: str) -> bool:
-    """Return True for a file of diffusers, or a folder with one: by metadata, names of a first release, or pipeline
-    parts.
+    """Return True for a file of diffusers, or a folder with one; False if there is none.
 
-    More than half of the names must begin with a part of a pipeline or have the oldest layout. A .bin file is searched
-    for diffusers' names without loading it.
+    A .safetensors file counts with diffusers' metadata or names of a first release. Else more than half of its names
+    must begin with a part of a pipeline or have the oldest layout, and one be a factor's name. Any other file is
+    searched for diffusers' names without loading it.
     """
     file = find_diffusers_file(path)
     if file is None:
@@ -66,12 +66,14 @@ def of_first_release(keys: Iterable[str]) -> bool:
 
 
 def read_renamed(file: str, base: Base | None) -> dict[str, Tensor]:
-    """Return a file's tensors by diffusers' names, with alphas in the factors, as the base's pipeline class reads them.
+    """Return a file's tensors by diffusers' names, with alphas in the factors, as diffusers reads them without network.
+
+    For a base that is a pipeline its class reads them, for a transformer the loader mixin of the same family.
 
     Raises:
         BaseNeededError: there is no base, or it is neither a pipeline nor a transformer.
         PackageNeededError: diffusers is not installed.
-        LossError: the class reads no LoRA files.
+        LossError: there is no such class, or it reads no LoRA files.
         CheckpointError: it cannot read this one.
     """
     name = "" if base is None else get_base_class(base)

@@ -119,10 +119,10 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
 
 def read_gguf_pair(path: str, name: str, tensors: Mapping[str, Tensor], alpha: float, base: Base | None) -> LowRank:
-    """Return the factors of module `name`. Scale: alpha / rank, or 1 for alpha 0.
+    """Return the factors of module `name`. The scale is alpha / rank, or 1 for alpha 0.
 
-    The embedding's A is transposed; factors of three dimensions are those of experts. With a base, rows of B that
-    llama.cpp permutes by heads are put back.
+    A name that begins with "token_embd" is an embedding, and its A is transposed; factors of three dimensions are those
+    of experts. With a base, rows of B that llama.cpp permutes by heads are put back.
 
     Raises:
         CheckpointError: a factor is missing, or shapes do not fit.
@@ -197,8 +197,11 @@ def paths_of(base: Base, arch: str, what: str) -> dict[str, str]:
 def names_of(base: Base) -> dict[str, str]:
     """Return module path → llama.cpp's name, for the base's modules that have one.
 
+    The number of blocks is `num_hidden_layers` or `n_layer`, else 0.
+
     Raises:
         CheckpointError: the config's number of blocks is no number from 0 to 10,000.
+        BaseNeededError, LossError: the base's architecture is not known, as in `arch_of`.
         PackageNeededError: the package gguf is missing.
     """
     gguf = import_gguf()
@@ -310,7 +313,9 @@ VECTOR = "steering_vector"
 
 
 def read_control(path: str, fields: dict[str, object], tensors: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
-    """Read control vectors: `direction.N` is added to the output of block N. Other names go to `unknown_keys`.
+    """Read control vectors as steering: `direction.N` is added to the output of block N.
+
+    Other names go to `unknown_keys`. The config has the numbers of these blocks as `layers`.
 
     Raises:
         BaseNeededError: there is no base to count blocks.

@@ -164,9 +164,11 @@ def of_first_release(file: str, base: Base | None) -> AdapterFile | None:
 def match_modules(adapter: AdapterFile, modules: Mapping[str, object], base: Base) -> dict[str, str]:
     """Return name in the file → path in the base.
 
+    The name without its prefix is looked up among the base's names with "_" for ".", within the parts of the prefix.
+
     Raises:
-        BaseModelMismatchError: the base has no module for a name.
-        CheckpointError: two names are one module.
+        BaseModelMismatchError: the base has no module for a name; all such names are listed.
+        CheckpointError: two names are one module, or one name fits two modules.
     """
     flat = names.FlatNames(base)
     paths: dict[str, str] = {}

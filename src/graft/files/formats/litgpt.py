@@ -69,7 +69,9 @@ def read_yaml(path: str) -> Json:
 
 
 def plain_loader() -> Any:
-    """Return a YAML loader class for plain values that refuses aliases, and names that are in one mapping twice."""
+    """Return a new YAML loader class, derived from SafeLoader, that refuses aliases, and names that are in one mapping
+    twice, with YAMLError.
+    """
     import yaml
 
     class PlainLoader(yaml.SafeLoader):  # type: ignore[misc]

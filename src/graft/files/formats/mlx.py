@@ -72,7 +72,7 @@ def read_mlx_pair(
 
     Three dimensions that fit are experts, in PEFT's order already.
 
-    A module whose last name begins with embed, wte or tok_emb is an embedding; with a magnitude it becomes
+    A module with a last name that begins with embed, wte or tok_emb is an embedding; with a magnitude it becomes
     `OtherMethod` with MLX's tensors. All others are linear.
 
     Args:

@@ -268,12 +268,14 @@ def clean_path(path: str) -> str:
 
 
 def take_rows(out: AdapterFile, path: str, key: str, values: Tensor) -> None:
-    """Add trained rows of the embedding at `path` to `out.rows`, with the token indices of the config.
+    """Add trained rows of the embedding at `path` to `out.rows`, with the token indices of the config as int64.
+
+    A dict of indices is searched for the first name that the path ends with.
 
     If the config has none for it, or another number, the key goes to `unknown_keys`.
 
     Raises:
-        CheckpointError: the indices are no whole numbers from 0.
+        CheckpointError: the indices are no list of ints from 0 on.
     """
     which = out.config.get("token_indices" if out.method == "TRAINABLE_TOKENS" else "trainable_token_indices")
     if isinstance(which, dict):
@@ -375,14 +377,14 @@ def list_bdlora_blocks(config: Json) -> list[str]:
 
 
 def find_rank_and_alpha(config: Json, path: str, name: str) -> tuple[int, float]:
-    """Return rank and alpha of the module at `path`: of the first pattern that matches the path's end, else the
-    config's, else 8.
+    """Return rank and alpha of the module at `path`: for each the first pattern that matches the path's end, else the
+    config's field, else 8.
 
     Args:
         name: the config's field of alpha.
 
     Raises:
-        CheckpointError: one is no number, the rank is below 1, or the patterns are no dict.
+        CheckpointError: one is no number or a bool, the rank is below 1, or the patterns are no dict.
     """
     numbers: list[Any] = []
     for field, patterns in (("r", "rank_pattern"), (name, "alpha_pattern")):
@@ -533,11 +535,13 @@ def are_exchanged_by_shape(path: str, stacks: Mapping[str, LowRank], base: Base 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
     """Write an adapter as a folder that PEFT and graft load; for a pipeline, one folder for each part.
 
-    Return descriptions of the losses. An older folder is replaced whole. graft's fingerprint of the base is kept if no
-    module has changed.
+    Return descriptions of the losses, for a pipeline with the part before each.
+
+    An older folder is replaced whole. Nothing is written if an error is raised, except earlier parts of a pipeline.
+    graft's fingerprint of the base is kept if no module has changed, other metadata is not.
 
     Args:
-        base: its modules' names let `target_modules` be short.
+        base: its modules' names let `target_modules` be short; it is not used for the parts of a pipeline.
 
     Raises:
         LossError: PEFT's files have no place for something, and `lossy` is False.

@@ -38,8 +38,8 @@ HALVES = {"qwen2"}
 
 
 def find_torchtune_file(path: str) -> str | None:
-    """Return adapter_model.pt of a folder, or a file called adapter_model.pt or adapter_<number>.pt; None for
-    others.
+    """Return the path of adapter_model.pt of a folder, or the path itself of a file called adapter_model.pt or
+    adapter_<number>.pt; None for others, also for a folder without adapter_model.pt.
     """
     if os.path.isdir(path) and os.path.exists(os.path.join(path, FILE)):
         return os.path.join(path, FILE)

@@ -67,7 +67,8 @@ class Form(BaseWeights):
             self.shapes[name] = tuple(int(n) for n in of_file(base.tensors[shape])) if shape in parts else codes.shape
 
     def _check(self, name: str, parts: list[str], config: Json) -> None:
-        """Set the number of bits of weight `name`: 4 or 8 by the config if it is packed into int32, else 8.
+        """Set the number of bits of weight `name` in `bits`: 4 or 8 by the config if its first part is int32, that is
+        packed, else 8.
 
         Raises:
             UnsupportedLayerError: groups have their own order (g_idx), the codes have another dtype than int32, int8 or

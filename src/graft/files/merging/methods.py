@@ -121,8 +121,9 @@ def load_layers(job: MergeJob, base: BaseDescription) -> dict[str, AdapterLayer]
 def list_layer_changes(
     job: MergeJob, path: str, layer: AdapterLayer, m: Method, asked: dict[object, bool]
 ) -> list[TensorChange]:
-    """Return the changes of one layer's adapter `m`: to its weight, unless its effect keeps it, and to its bias, if it
-    changes that.
+    """Return the changes of one layer's adapter `m`: to its weight, unless its effect keeps it, and then to its bias,
+    if it changes that. Nothing is computed until a change is called; the values have the dtype of the checkpoint's
+    weight, unless that is of 8 bits.
 
     Args:
         path: of the layer.

@@ -223,9 +223,12 @@ class Workplace:
         return rows
 
     def _take_up(self, shards: Collection[str], changed: Collection[str]) -> None:
-        """Fill `done` with the finished shards of a run with the same key, checked by digest; delete all other files.
+        """Fill `done` with the finished shards of a run with the same key, and delete all other files of the workplace
+        except the lock and the state. A shard counts if it is in `shards`, its note is valid, and its SHA-256 is right.
 
-        The key is extended by the folder's inode, so that a copied folder does not count. Creates the output's folder.
+        The key is extended by the folder's inode, so that a copied folder does not count. A missing or damaged state
+        file counts as none. Without finished shards the output's folder is deleted. In all cases it is then created if
+        needed.
         """
         self.key += f"-{os.stat(self.room).st_ino}"  # a folder that was copied has another number
         state: Json = {}

@@ -21,10 +21,12 @@ Groups = list[list[str]]
 def find_tied_groups(
     model: Callable[[], PreTrainedModel | None], config: Mapping[str, object], shapes: Mapping[str, object]
 ) -> Groups:
-    """Return the groups of parameter names that are one tensor; [] if config.json has tie_word_embeddings false.
+    """Return the groups of parameter names that are one tensor, each with at least two; [] if config.json has
+    tie_word_embeddings false.
 
-    By the model, which ties its weights. If `model` returns None, by the config alone: the only embedding and
-    "lm_head.weight", if tie_word_embeddings is true.
+    The model from `model` tells the groups; its `tie_weights` is called before. If it is None, the config tells them:
+    the only embedding and "lm_head.weight" if tie_word_embeddings is true. Without that, or with several embeddings,
+    the result is [].
     """
     if config.get("tie_word_embeddings") is False:
         return []
@@ -160,8 +162,9 @@ def is_same_value(a: object, b: object) -> bool:
 def resize_vocabulary(
     config: dict[str, object], changed: Mapping[str, list[TensorChange]], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Set `vocab_size`, in place, where the config or a part of it has the old number of rows of a tensor that got
-    another.
+    """Set `vocab_size` of the config, in place, to the new number of rows where a changed tensor has another number
+    than before, and `vocab_size` was the old one. Dicts directly in the config that have the old number are replaced by
+    copies with the new one. New tensors, and names without changes, are skipped.
     """
     for key, folds in changed.items():
         old, new = shapes.get(key), folds[-1].shape if folds else None

@@ -202,9 +202,12 @@ def count_step_waits(model: Any, x: Tensor) -> int:
 
 
 def run_benchmark(device: torch.device, width: int = 1024, tokens: int = 256, turns: int = 20) -> Json:
-    """Measure LoRA of rank 16 in graft, in PEFT if it is installed, and the base alone.
+    """Measure LoRA of rank 16 in graft, in PEFT if it is installed, and the base alone, for each row of BENCHMARK.
 
-    The base has four blocks in bfloat16, and a batch is (4, tokens, width).
+    Rows for training run a forward and a backward pass, others a forward pass without gradients.
+
+    The base has four blocks in bfloat16, and a batch is (4, tokens, width). A number is the median that torch's Timer
+    gives of `turns` calls.
 
     Returns:
         {row: {"graft", "PEFT" and "base": seconds of a call}}

@@ -80,9 +80,10 @@ class BaseDescription:
 
 
 def read_base_files(path: str | os.PathLike[str]) -> BaseDescription:
-    """Read config.json and the headers of the safetensors files of a model's folder. Tensor values stay unread.
+    """Read config.json and the headers of the safetensors files of a model's folder.
 
-    A missing config.json gives an empty config.
+    Tensor values stay unread. A missing config.json gives an empty config; numbers in it may be NaN. Modules are the
+    tensors' names without the last part, each once.
 
     Raises:
         CheckpointError: there is no such folder, no safetensors file in it, a file is damaged or missing, or a tensor

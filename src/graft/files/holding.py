@@ -185,10 +185,11 @@ def check_losses(adapter: AdapterFile, to: str, lost: list[str], lossy: bool, le
 def unify_scales_and_ranks(adapter: AdapterFile, holds: FormatLimits) -> float:
     """Make scales and ranks of the LoRA modules equal, in place, as far as a format needs it.
 
-    Return the largest rounding error of B.
+    Return the largest rounding error of B, 0 if no scale was folded.
 
-    Ranks are padded with zeros to the largest. Scales (or alphas) become the most common one that is not 0, and the
-    difference is multiplied into B. Without LoRA modules nothing changes, and 0 is returned.
+    Ranks are padded with zeros to the largest, unless the format holds several. Unless it holds a scale for each
+    module, the most common scale (or alpha) that is not 0 is wanted for all, 1 without any. The difference is
+    multiplied into B. Without LoRA modules nothing changes.
     """
     low_rank = adapter.low_rank
     rounding = 0.0

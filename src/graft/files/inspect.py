@@ -107,10 +107,11 @@ def find_writer(adapter: AdapterFile) -> str | None:
 
 
 def describe_module(path: str, module: LowRank | OtherMethod, spectrum: bool) -> Json:
-    """Return the report on one module: path, method, scale, number of parameters and kind.
+    """Return the report on one module: path, method, scale, number of parameters and kind (None unless it is low rank).
 
-    LoRA and AdaLoRA also have rank, shape and norm, and with `spectrum` singular values and ranks computed from them.
-    Singular values of experts are root sums of squares over all experts; their ranks are means.
+    LoRA and AdaLoRA also have rank, shape and norm of ΔW. With `spectrum` they have the first `TOP` singular values,
+    the effective and stable rank, and the utilisation: the effective rank over the largest possible one. Singular
+    values of experts are root sums of squares over all experts; their ranks are means.
     """
     low = algebra.as_low_rank(module)
     out: Json = {
@@ -340,10 +341,11 @@ def list_deciding_fields(a: AdapterFile, b: AdapterFile) -> set[str]:
 
 
 def compare_module(path: str, a: LowRank | OtherMethod, b: LowRank | OtherMethod) -> Json:
-    """Return the report on one module of two adapters: "relative", and for two LoRA modules also ranks, cosine and
-    angle.
+    """Return the report on one module of two adapters: its path and "relative", and for two low-rank modules also both
+    ranks, cosine and angle.
 
-    "relative" is 1 for other shapes or kinds. It includes differences of magnitudes and biases.
+    "relative" is the largest of the relative differences of ΔW, magnitudes, and biases with their scales. For other
+    shapes or kinds it is 1, without cosine and angle. If one is not low rank, it is that of the tensors, without ranks.
     """
     x, y = algebra.as_low_rank(a), algebra.as_low_rank(b)
     out: Json = {"module": path}
@@ -360,8 +362,9 @@ def compare_module(path: str, a: LowRank | OtherMethod, b: LowRank | OtherMethod
 
 
 def compare_module_tensors(a: LowRank | OtherMethod, b: LowRank | OtherMethod) -> float:
-    """Return the largest relative difference of two modules' tensors; 1 if methods, scales or tensor names differ, or
-    one is LoRA.
+    """Return the largest relative difference of two modules' tensors, 0 without tensors.
+
+    It is 1 if methods, scales or tensor names differ, or one is `LowRank`.
     """
     if not isinstance(a, OtherMethod) or not isinstance(b, OtherMethod) or a.method != b.method or a.scale != b.scale:
         return 1.0

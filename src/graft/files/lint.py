@@ -209,7 +209,9 @@ def find_base_mismatch(look: LintSubject) -> Faults:
 
 
 def check_base_name(look: LintSubject) -> Faults:
-    """Yield a fault if the file names no base, a local path, or a quantized copy of a model."""
+    """Yield a fault if the file names no base, else if the name is a local path (it begins with "." or is no name of
+    the hub), else if it names a quantized copy of a model. Nothing otherwise.
+    """
     name = look.adapter.base
     if not name:
         yield "the file does not name its base", []

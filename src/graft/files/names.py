@@ -34,9 +34,11 @@ class FlatNames:
             self.by_key.setdefault(module.replace(".", "_"), []).append(module)
 
     def find(self, name: str, components: Iterable[str] = ("",)) -> str | None:
-        """Return the module path of a flat name, in the first of `components` that has it; None if none has.
+        """Return the path of the module with a flat name in one of `components`, the first that has it; None if none
+        has. The flat name is the path below the component, "_" for "."; the component "" is the whole base.
 
-        The component "" is the whole base. Raises CheckpointError if two modules have this flat name.
+        Raises:
+            CheckpointError: two modules of a component have this flat name.
         """
         for component in components:
             matches = self.by_key.get(f"{component}_{name}" if component else name, [])

@@ -96,7 +96,7 @@ class CheckpointPlaces:
 
     def find(self, name: str) -> list[Spot] | None:
         """Return the spots of one parameter: by its name, by transformers' renaming, or by the prefix that `locate_all`
-        stored; None if all fail.
+        stored, in this order; None if all fail.
         """
         if name in self.shapes:
             return [Spot(name)]
@@ -140,9 +140,11 @@ class ComputedParameters:
     keys: list[tuple[str, str]] = field(default_factory=list)
 
     def values(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the parameters by name, computed from these checkpoint tensors, which may be meta tensors.
+        """Return the parameters by name, computed by transformers' conversion from these checkpoint tensors, which may
+        be meta tensors. Works on a copy of the conversion; of a list of values the first is taken.
 
-        Raises CheckpointError if transformers fails.
+        Raises:
+            CheckpointError: transformers fails with one of six usual types of error.
         """
         conversion = copy.deepcopy(self.conversion)
         for key, pattern in self.keys:

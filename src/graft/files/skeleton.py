@@ -109,11 +109,11 @@ def find_model_class(name: object) -> type[PreTrainedModel] | None:
 
 def build_meta_model(path: str, architecture: str | None = None) -> PreTrainedModel | None:
     """Return the transformers model of a folder's config.json, on the meta device, without quantization; None if
-    transformers does not know it.
+    transformers does not know the config. Its messages are silenced.
 
     Args:
         architecture: name of the class to build; None: the first known class in the config. AutoModel builds the model
-            if no class is known.
+            if no class is known, also for an unknown `architecture`'s name.
 
     Raises:
         CheckpointError: as in `build_model_config`, or transformers fails to build the model.
@@ -192,7 +192,9 @@ def describe_checkpoint(base: BaseDescription) -> BaseDescription | None:
 
 
 def describe_model(model: nn.Module, path: str) -> BaseDescription:
-    """Return the names and shapes of a live model, on any device, and its config as a dict. Values are not included.
+    """Return the names and shapes of a live model's parameters, tied ones under each name, its modules, and its config
+    as a dict, {} without one. Values and buffers are not included. If `architectures` in the config is empty, it
+    becomes the model's class.
 
     Args:
         path: name of the model in messages.

@@ -141,7 +141,10 @@ def describe_named_base(adapter: str) -> Base | None:
 
 
 def read_licence(folder: str) -> str | None:
-    """Return the licence in the header of a folder's README.md; None without one."""
+    """Return the field `license` in the YAML header of a folder's README.md; None without file, header or field.
+
+    Only the first 100,000 bytes are read.
+    """
     path = os.path.join(folder, CARD)
     if not os.path.isfile(path):
         return None

@@ -231,6 +231,8 @@ class Banks:
     def __init__(self, adapters: Mapping[str, tuple[Parameters, Parameters]], tensors: Iterable[Tensor]) -> None:
         """Put adapters with equal shapes, dtypes and devices into one bank each, in the order of `adapters`.
 
+        Their parameters move into the banks' memory. Adapters in no bank have a row, too.
+
         Args:
             adapters: by name, the parameters in the order of the row and in the order of the model.
             tensors: all tensors of the model. An adapter stays out of banks if it shares memory with one of them, mixes
@@ -362,11 +364,11 @@ class Banks:
             torch._foreach_add_(*later)
 
     def compute_norms(self, names: Mapping[str, bool]) -> list[Tensor]:
-        """Return for each name the norm of its gradients, ().
+        """Return for each name the norm of its gradients, (), in the order of `names`.
 
-        If its value is True, or the row is long, it has the bits of `get_total_norm` in the model's order; else it is
-        close to that. One call computes the norms of adapters in one bank with all gradients. Otherwise the norm is
-        that of the gradients received.
+        If its value is True, or the row has more than `LONG` numbers, it has the bits of `get_total_norm` in the
+        model's order; else it is close to that. One call computes the norms of adapters in one bank with all gradients.
+        An adapter in no bank, or with gradients missing, gets the norm of those received.
         """
         norms, shared = dict[str, Tensor](), dict[tuple[int, tuple[int, ...] | None], list[tuple[str, int]]]()
         for name, exact in names.items():

@@ -28,15 +28,17 @@ State = dict[str, Any]
 
 
 def order_by_group(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """Return the parameters in the order of the optimizer's groups, then those that the optimizer does not have."""
+    """Return the given parameters in the order of the optimizer's groups, then those that the optimizer does not have,
+    in their order. Parameters that only the optimizer has are left out.
+    """
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
     ids_given, ids = {id(p) for p in parameters}, {id(p) for p in grouped}
     return [*(p for p in grouped if id(p) in ids_given), *(p for p in parameters if id(p) not in ids)]
 
 
 def can_flatten(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
-    """Return True if an optimizer may update one vector for these parameters: its class is in `ELEMENTWISE`, and its
-    steps have no hooks.
+    """Return True if an optimizer may update one vector for these parameters: its class is exactly one of
+    `ELEMENTWISE`, and its steps have no hooks.
 
     All its parameters must be among these, and none a scalar. In a fused group each must end at a line of memory, since
     that kernel rounds the end of a tensor differently.

@@ -21,7 +21,10 @@ HEADS = {head for heads in TASK_HEADS.values() for head in heads}
 def find_model_loss(model: nn.Module, wrappers: Mapping[str, ModulesToSaveWrapper], name: str) -> Loss:
     """Return the function (output, batch, **items) → loss that a transformers model has for its task.
 
-    It raises ConfigError for a batch without labels.
+    It raises ConfigError for a batch without labels, or without start and end positions for spans.
+
+    An encoder-decoder that makes decoder inputs from labels has the decoder's loss. Others have the entry of LOSSES for
+    their `loss_type`; a class with "LMHead" in its name and no type counts as "ForCausalLM".
 
     Args:
         wrappers: modules that the run's adapter trains whole; its head may have another number of labels than the

@@ -1157,8 +1157,9 @@ class MultiTrain:
 
         Yield the fan; None if every batch must bring its rows.
 
-        That is so for a single batch, unequal batches, as many rows as the last dimension of the tokens, or arguments
-        that methods look up by row.
+        It is None for a single batch, unequal batches, or arguments that methods look up by row. It is None also if
+        there are as many rows as the last dimension of the tokens, since rows could not be told from tokens, and if
+        `_find_fan` finds none.
         """
         if len(items) == 1:
             yield None

@@ -45,10 +45,10 @@ class TrainerDescription:
     """
 
     def __init__(self, name: str, trainer: Trainer):
-        """Read a Trainer's settings.
+        """Read a Trainer's settings: seed, batches of a step, and the largest norm, None for 0.
 
-        Warn of arguments of its loop that have no effect here: bf16 and fp16, unless the model has that dtype, and
-        NEFTune's noise.
+        Warn with PeftWarning of arguments of its loop that have no effect here: bf16 and fp16, unless a parameter of
+        the model has that dtype, and NEFTune's noise.
 
         Raises:
             ConfigError: it is no Trainer, or has an optimizer or scheduler already, made for the parameters of another
@@ -120,8 +120,11 @@ class TrainerDescription:
         return [type(self.trainer), self.trainer.compute_loss_func, self.args.label_smoothing_factor]
 
     def make_loss(self, model: nn.Module, model_loss: Loss | None) -> Loss:
-        """Return a loss that calls the Trainer's `compute_loss` with a stand-in for the model, which gives the run's
-        rows of a joint pass.
+        """Return a loss (output, batch) that calls the Trainer's `compute_loss` with a stand-in for the model, which
+        gives the run's rows of a joint pass. The stand-in returns the given output; the model does not run.
+
+        The loss is divided by the number of batches in the step unless the Trainer has divided it already. It raises
+        ConfigError if `compute_loss` does not call the model.
 
         model_loss: the loss of one run's rows; None: the model has none.
         """

@@ -186,9 +186,11 @@ def prepare_swap(
 
     @torch.no_grad()
     def write_values() -> None:
-        """Write all values, zeros, ranks and scalings of the plan, and update the adapter's config.
+        """Write all values, zeros, ranks and scalings of the plan, and update the adapter's config in `peft_config`, if
+        there is one.
 
-        Scalings that are tensors are overwritten in place.
+        Larger tensors replace those in the model; all others are overwritten in place, and so are scalings that are
+        tensors.
         """
         with torch.inference_mode(False):
             replace_tensors([(entry, value.to(entry.tensor, copy=True), rank) for entry, value, rank in plan.larger])
@@ -209,10 +211,10 @@ def prepare_swap(
 
 
 def check_compatible(now: LoraConfig, new: LoraConfig) -> None:
-    """Raise ConfigError unless an adapter of config `new` can replace one of config `now`: both LoRA, equal in the
-    fields `MUST_AGREE`, and with starts that leave the base unchanged.
+    """Raise ConfigError unless an adapter of config `new` can replace one of config `now`.
 
-    Also raised if either adapter has block-diagonal factors (`use_bdlora`).
+    Both have to be LoRA, equal in the fields `MUST_AGREE`, and each has to pass `check_start`: a start that leaves the
+    base unchanged, and no block-diagonal factors (`use_bdlora`).
     """
     kinds = [getattr(c.peft_type, "value", c.peft_type) for c in (now, new)]
     if kinds[0] != kinds[1]:
@@ -495,8 +497,9 @@ def list_configs(config: LoraConfig | dict[str, LoraConfig] | None) -> dict[str,
 
 
 def check_paddable(adapter: str, layers: dict[str, AdapterLayer], rank: int, config: LoraConfig) -> None:
-    """Raise ConfigError unless an adapter's tensors can be padded to a rank: none is larger, groups divide it, nothing
-    is merged, and no smaller ones are tied.
+    """Raise ConfigError unless an adapter's tensors can be padded to a rank on all layers: no rank is larger, the
+    number of groups of a convolution divides the new one, and the adapter is not merged. Where the rank is smaller,
+    `check_tied` must pass, too.
     """
     for key, layer in layers.items():
         r, groups = layer.r[adapter], layer.op.count_groups(layer.base_layer)

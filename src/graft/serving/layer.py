@@ -253,9 +253,12 @@ class SlotLayer(nn.Module):
         return torch.addcmul(shift, out, gain).to(y.dtype)
 
     def add_product(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """Return y + x Aᵀ B, with A and B of one adapter, or of each row.
+        """Return y + x Aᵀ B in y's dtype, with A and B of one adapter (2-D), or of each row (3-D).
 
-        y is overwritten if the base's output may be, no hooks see it and eager kernels may run.
+        x is cast to A's dtype.
+
+        y itself is overwritten and returned if the base's output is new, no hooks see it, and the code is compiled or
+        eager kernels may run. Then equal dtypes use one fused operation; otherwise the product is added in place.
         """
         rows = () if A.dim() == 2 else (x.shape[0],)
         x = x.to(A.dtype).reshape(*rows, -1, x.shape[-1])

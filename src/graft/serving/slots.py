@@ -560,15 +560,17 @@ class AdapterSlots:
 
     @contextmanager
     def using(self, names: str | Sequence[str]) -> Iterator[nn.Module]:
-        """Run the model with these adapters within the block: `with slots.using([…]): model(…)`.
+        """Run the model with these adapters within the block: `with slots.using([…]): model(…)`. Yields the model.
 
-        Waits for slots that other threads use.
+        The names are checked and files are read first; then it waits for slots that other threads use. Blocks may be
+        nested, and belong to the thread; at the end the choice of the outer block is set again, or the base.
 
         Args:
             names: one adapter for all rows, or a list with one for each row; "__base__" means none.
 
         Raises:
-            RoutingError: an adapter is unknown, there are more than `max_adapters`, or the slots were removed.
+            RoutingError: no name is given, an adapter is unknown, there are more than `max_adapters`, or the slots were
+                removed.
             InUseError: other threads' batches use the slots for longer than `change_timeout`.
         """
         chosen = names if isinstance(names, str) else tuple(names)
@@ -627,10 +629,14 @@ class AdapterSlots:
             return self.model(*args, **kwargs)
 
     def generate(self, *args: object, adapter_names: str | Sequence[str] | None = None, **kwargs: object) -> Any:
-        """Run the model's generate. `adapter_names` as in a call; beams and samples of a row share its adapter.
+        """Run the model's generate within a `using` block.
+
+        `adapter_names` as in a call, None for those of an outer block or the base; beams and samples of a row share its
+        adapter.
 
         Raises:
-            RoutingError: rows of an encoder-decoder have several adapters, and beams.
+            RoutingError: rows of an encoder-decoder have several adapters, and beams or samples. And the errors of
+                `using`.
         """
         model: nn.Module = self.model
         names = self._name_rows(adapter_names, args, kwargs)

@@ -124,7 +124,7 @@ class InputMeasurement:
         layer, at each of its calls. Rows are made by `prepare_layer`, or `flatten_rows` where it has none. With
         `gather` and torch.distributed initialized they are those of all processes.
 
-        `batch` is (inputs, what `prepare_layer` gets). Hooks are removed afterwards.
+        `batch` holds the model's inputs and the second argument of `prepare_layer`. Hooks are removed afterwards.
 
         Raises:
             CalibrationError: inputs are not finite.
@@ -132,8 +132,10 @@ class InputMeasurement:
         inputs, prepared = batch
 
         def make_hook(name: str) -> Callable[..., None]:
-            """Return a forward hook that calls `see` with the rows of a layer's input, prepared by the layer's function
-            or `flatten_rows`.
+            """Return a forward hook that calls `see` with the rows of a layer's input.
+
+            The rows are made by `prepare_layer`, if it is a function, or its function for `name`, if it is a mapping
+            that has one; else by `flatten_rows`.
             """
             prepare = self.prepare_layer
             prepare = (prepare.get(name) if isinstance(prepare, Mapping) else prepare) or flatten_rows
@@ -161,9 +163,10 @@ class InputMeasurement:
 
     def compute_components(self) -> dict[str, Tensor]:
         """Return by layer the first principal components of its inputs, (rank, in), with the ranks that EVA
-        distributes. With `whiten` each is divided by the root of its variance.
+        distributes; a rank may be 0. With `whiten` each is divided by the root of its variance.
 
-        Layers with equal inputs in the first batch, such as q and k, share one computation.
+        Layers with equal inputs in the first batch, such as q and k, share one computation, for the largest of their
+        ranks. The first batch runs once more for that comparison.
 
         Raises:
             CalibrationError: no data, a layer without inputs, or as `converge`.

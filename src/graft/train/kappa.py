@@ -119,9 +119,11 @@ def select_targets(
 
 
 def read_weight(path: str, tree: ModuleTree) -> Tensor | None:
-    """Return the weight of the linear layer at a path of a model, without adapters.
+    """Return the weight of the linear layer at a path of a model, dequantized and without adapters, also if some are
+    merged.
 
-    Return None for another module, a weight that cannot be read, or one on meta.
+    Return None for another module, a weight that cannot be read, or one on meta. A layer with adapters gives its base
+    weight.
     """
     module = tree.modules[path]
     if not is_linear(module):

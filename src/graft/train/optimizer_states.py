@@ -140,10 +140,11 @@ class Zero3OptimizerStates(OptimizerStates):
 
 
 def wrap_optimizer(optimizer: Any) -> OptimizerStates:
-    """Return an `OptimizerStates` of a torch optimizer, or that of DeepSpeed's ZeRO-3.
+    """Return an `OptimizerStates` of an object with `param_groups`, or a `Zero3OptimizerStates` of DeepSpeed's ZeRO-3.
 
     Raises:
-        DistributedError: it is another optimizer of DeepSpeed's that keeps its own parts of values.
+        DistributedError: it is DeepSpeed's, and no optimizer of torch, or one that keeps single partitions as ZeRO-1
+            and 2 do.
         ConfigError: the object has no parameter groups.
     """
     if type(optimizer).__module__.startswith("deepspeed."):

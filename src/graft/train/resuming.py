@@ -461,7 +461,10 @@ def describe_scheduler(scheduler: object) -> str:
 
 
 def get_loader_state(loader: object) -> object:
-    """Return `state_dict()` of a loader, None for None. Raises ConfigError if it has none."""
+    """Return `state_dict()` of a loader, None for None.
+
+    Raises ConfigError if it lacks `state_dict` or `load_state_dict`.
+    """
     if loader is None:
         return None
     if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):

@@ -239,9 +239,11 @@ def check_moments(
 
 
 def list_required_names(kind: str, group: Mapping[str, Any]) -> list[str]:
-    """Return the names in the state of each parameter of a group, for an optimizer class of graft or torch.
+    """Return the names that the state of each parameter of a group must have, for the name of an optimizer class of
+    graft or torch. An unknown class gives [].
 
-    An unknown class gives none.
+    Options of the group such as amsgrad add names, RMSprop with momentum "momentum_buffer". LoraMuonOptimizer has
+    "momentum_buffer" alone in groups with `muon`, else those of Adam.
     """
     if kind == "LoraMuonOptimizer":
         return ["momentum_buffer"] if group.get("muon") else KEPT["Adam"].split()

@@ -53,7 +53,8 @@ def main(arguments: list[str]) -> None:
 def version_in(arguments: list[str]) -> tuple[str | None, list[str]]:
     """Return the version of a leading `--peft-version X` or `--peft-version=X`, and the arguments after it.
 
-    Without such an option: None and all arguments.
+    Without such an option, or with no X after it: None and all arguments. An option that is not first is not looked
+    for.
     """
     if arguments[:1] == ["--peft-version"] and len(arguments) > 1:
         return arguments[1], arguments[2:]

@@ -68,10 +68,10 @@ class _LayerType(ABCMeta):
         return super().__new__(mcs, name, bases, namespace | {"derived": True}, **options)
 
     def __instancecheck__(cls, obj: object) -> bool:
-        """Return True if `obj` is an AdapterLayer with an adapter of the class's method, and the class's `kind` fits
-        it.
+        """Return True if `obj` is an AdapterLayer with an adapter of the class's method, and `list_class_names(obj)`
+        has the class's `kind`.
 
-        The kind fits if `list_class_names` has it. Method or kind None fits any; a client's derived class fits none.
+        A method or kind of None fits any. A class that a client derived has no instances.
         """
         if cls.derived or not isinstance(obj, AdapterLayer):
             return False

@@ -209,9 +209,11 @@ def read_factors(path: str, module: str, factors: dict[str, Tensor], r: int, alp
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-    """Write a folder. Ranks are made equal by padding, and scales by folding them into B.
+    """Write a folder with a config and pickled weights, which is made if needed, for an adapter called "default".
 
-    Return descriptions of the losses. The config has alpha = scale · rank of the first module.
+    Ranks are made equal by padding, and scales by folding them into B. Return descriptions of the losses.
+
+    The config has alpha = scale · rank of the first module, and for (IA)³ r = alpha = 1 with composition_mode "scale".
 
     Args:
         base: gives sizes and classes for the config; may be None.

@@ -308,9 +308,15 @@ SAME = "same"  # a tensor that is in the file under another key, too
 
 
 def place_tensor(key: str, cfg: BottleneckConfig, blocks: list[Block], base: Base) -> tuple[str, str] | None:
-    """Return the base's module and the tensor's name in it for a key of AdapterHub's file; None for an unknown key.
+    """Return the base's module and the tensor's name in it for a key of AdapterHub's file.
 
-    The name is "" for a tensor that the whole model shares, and SAME for a copy of another tensor.
+    None for a key of another form, in no block, or with an unknown last part.
+
+    The name is SAME for a copy of another tensor. The rule that the whole model shares has the module "bottleneck_rule"
+    and the name "". Tensors of an invertible adapter belong to the module of the embedding's output.
+
+    Raises:
+        CheckpointError: an invertible adapter, and a base without a single such embedding.
     """
     if RULE.fullmatch(key):
         return "bottleneck_rule", ""

@@ -184,13 +184,13 @@ def read_part_configs(metadata: dict[str, str], file: str) -> dict[str, Json]:
 
 
 def make_low_rank(file: str, module: str, tensors: dict[str, Tensor], configs: dict[str, dict[str, object]]) -> LowRank:
-    """Return a module's factors with scale, magnitude and bias.
+    """Return a module's factors with scale, flattened magnitude and bias.
 
-    The scale is alpha / rank of the file, else that of the part's config (with √rank for rsLoRA), else 1. Factors of
-    more than two dimensions are a convolution's.
+    The scale is alpha / rank of the file. Without alpha it is that of the part's config (alpha / √rank for rsLoRA), and
+    1 without a config. Factors of more than two dimensions are a convolution's.
 
     Raises:
-        CheckpointError: a factor is missing, shapes do not fit, or the metadata have another rank.
+        CheckpointError: a factor is missing, shapes do not fit, or, without alpha, the metadata have another rank.
     """
     A, B = get_factor_pair(tensors, "AB", file, module)
     if len(A.shape) < 2 or len(A.shape) != len(B.shape) or B.shape[1] != A.shape[0]:

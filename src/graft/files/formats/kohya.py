@@ -63,10 +63,10 @@ def recognises(path: str) -> bool:
 def read(path: str, base: Base | None = None) -> AdapterFile:
     """Read a file; without a base the modules have the file's flat names.
 
-    Names without a known prefix go to `unknown_keys`.
+    Names without a known prefix go to `unknown_keys`. The base's name is that in the metadata.
 
-    If the base is one model and the file a pipeline's, the parts that are not this model keep flat names. Names of a
-    model's first release are read with diffusers.
+    If the base is one model and the file a pipeline's, the parts that are not this model keep flat names. If the base
+    has no such modules, the file is read with diffusers where its names are of a model's first release.
 
     Raises:
         CheckpointError: factors are missing or do not fit each other, or two names are one module of the base.

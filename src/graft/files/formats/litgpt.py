@@ -42,11 +42,11 @@ def recognises(path: str) -> bool:
 
 
 def read_yaml(path: str) -> Json:
-    """Return the content of a YAML file: a dict of plain values, each named once.
+    """Return the content of a YAML file: a dict of plain values, each named once. The package yaml is imported here.
 
     Raises:
-        CheckpointError: it is missing, damaged, larger than 64 KiB, or holds other values; or it has an alias, since a
-            few bytes of aliases can become gigabytes.
+        CheckpointError: it is missing, damaged, larger than 64 KiB, no mapping, or holds other values. Also if it has
+            an alias, since a few bytes of aliases can become gigabytes.
     """
     import yaml
 

@@ -65,10 +65,10 @@ KINDS: dict[str, type] = {"peft_type": str, "base_model_name_or_path": str, "use
 
 def recognises(path: str) -> bool:
     """Return True for PEFT's folder or one of its files: adapter_config.json has `peft_type`, or the weights hold
-    graft's note of the config.
+    graft's note of the config. The weights need not be there in the first case.
 
-    True, too, if the config is damaged and weights are there. A folder of a pipeline's parts needs every part to be
-    one.
+    If the config is damaged, it is True if weights are there, so that `read` raises the error. A folder of a pipeline's
+    parts needs every part to be one.
     """
     if parts := list_parts(path):
         return all(recognises(os.path.join(path, part)) for part in parts)
@@ -177,8 +177,8 @@ def check_kinds(config: Json, path: str) -> None:
 def list_unnamed(adapter: AdapterFile) -> list[str]:
     """Return the whole tensors of a PEFT file that its config does not name.
 
-    Named are `modules_to_save`, embed_tokens, lm_head, biases if the config trains some, and tensors of adapted
-    modules. [] for prompts, and for a config without `peft_type`.
+    Named are tensors in modules of `modules_to_save`, embed_tokens or lm_head, at any depth. Biases are named if the
+    config trains some, and all tensors of adapted modules. [] for prompts, and for a config without `peft_type`.
     """
     config = adapter.config
     if "peft_type" not in config or adapter.method in PROMPTS:

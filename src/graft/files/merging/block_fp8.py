@@ -27,10 +27,12 @@ class Form(BaseWeights):
     form = "fp8"
 
     def __init__(self, base: BaseDescription, config: Json):
-        """Find each 8-bit tensor and its scales. `shapes` loses the scales, and those of activations.
+        """Find each 8-bit floating tensor and its scales, and add them to `packed` by the tensor's name: itself, its
+        scales, and scales of activations that are there. `shapes` loses these scales.
 
         Args:
-            config: the quantization config; `weight_block_size` gives the rows and columns of a block.
+            config: the quantization config; `weight_block_size` gives the rows and columns of a block, and `block` is
+                None without it.
 
         Raises:
             UnsupportedLayerError: such a tensor has no scales, or is no matrix.

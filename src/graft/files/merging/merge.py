@@ -302,11 +302,11 @@ class Work:
     # the plan of the output
 
     def layout(self, shard_size: int | None) -> dict[str, list[Out]]:
-        """Return file → its tensors for the output, in the order of the base's shards.
+        """Return file → its tensors for the output, in the order of the base's shards and their tensors.
 
-        A packed weight becomes one dense tensor, unless it is kept quantized. New tensors go to the file of the tensor
-        that they are tied to, else to the last. Files without tensors are left out. With `shard_size` in bytes the
-        tensors are split anew.
+        A packed weight becomes one dense tensor, unless it is kept quantized. Unchanged tensors are copied, in the
+        output's dtype. New tensors go to the file of the tensor that they are tied to, else to the last. Files without
+        tensors are left out. With `shard_size` in bytes the tensors are split anew.
         """
         parts = {part: name for name, names in self.base_weights.packed.items() for part in names}
         by_file: dict[str, list[Out]] = {name: [] for name in list_shards(self.base.path)}
@@ -356,10 +356,11 @@ class Work:
         return Out(key, dtype, shape, partial(self._fold, key, dtype))
 
     def _dtype(self, key: str) -> str:
-        """Return safetensors' name of an output tensor's dtype.
+        """Return safetensors' name of an output tensor's dtype: the option's dtype if there is one, else that of the
+        tensor it comes from. A tied tensor that the base lacks comes from its twin, and a packed one has the dtype of
+        unpacked weights.
 
-        The option's dtype, else that of unpacked weights for a packed one, else the base tensor's. A new tensor gets
-        the base's most frequent floating dtype, "F32" without one.
+        A new tensor gets the base's most frequent floating dtype, the first of several, "F32" without one.
         """
         if self.dtype is not None:
             return self.dtype

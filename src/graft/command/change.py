@@ -210,7 +210,9 @@ def parse_weights(text: str) -> list[float]:
 
 
 def parse_size(text: str) -> int:
-    """Return a size in bytes: "5GB" and "5G" are 5 · 10⁹, "5" is 5.
+    """Return a size in bytes, rounded down: "5GB", "5 gb" and "5G" are 5 · 10⁹, "5" is 5.
+
+    Units are KB, MB and GB, powers of 1000, and B.
 
     Raises OptionError for other texts and for less than a byte.
     """

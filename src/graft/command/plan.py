@@ -243,9 +243,10 @@ def find_period(kinds: list[str]) -> int:
 
 
 def print_plan(report: InjectReport, document: Json) -> None:
-    """Print the report of the injection, a line for each kind of blocks with some that have no adapter, and a table of
-    the memory by parts in GB of 10^9 bytes, without empty parts. If the document has a GPU, print whether it fits, and
-    a remedy if not.
+    """Print the report of the injection, and a line for each kind of blocks with some that have no adapter.
+
+    Then print a table of the memory by parts in GB of 10^9 bytes, without empty parts. If the document has a GPU, print
+    whether it fits, and a remedy if not.
     """
     from rich.console import Console
 

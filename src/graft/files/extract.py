@@ -141,11 +141,11 @@ def copy_to_tied_names(adapter: AdapterFile, layers: CheckpointPair) -> bool:
 
 
 def add_companion_tensors(adapter: AdapterFile, layers: CheckpointPair) -> None:
-    """Add unchanged tensors to `adapter.full`, in place: the other tensors of each module that is stored whole; and all
-    biases of adapted modules, if one bias changed.
+    """Add unchanged tensors to `adapter.full`, in place: the other tensors of each module that is stored whole, unless
+    it has an adapter; and all biases of adapted modules, if one of these biases changed.
 
-    Raises LossError if a whole tensor belongs to a module with sub-modules or adapted experts, for which PEFT's files
-    have no place.
+    Raises LossError if a whole tensor belongs to a module with sub-modules or adapted experts. PEFT's files have no
+    place for it.
     """
     adapted = {module_path(path) for path, lora in adapter.low_rank.items() if lora.kind == "experts"}
     bare = [name for name in adapter.full if layers.is_container(name) or module_path(name) in adapted]

@@ -209,8 +209,8 @@ def find_base_mismatch(look: LintSubject) -> Faults:
 
 
 def check_base_name(look: LintSubject) -> Faults:
-    """Yield a fault if the file names no base, else if the name is a local path (it begins with "." or is no name of
-    the hub), else if it names a quantized copy of a model. Nothing otherwise.
+    """Yield a fault if the file names no base, a local path, or a quantized copy of a model: one at most, the first of
+    these. A local path is a name that begins with "." or has another form than names of the hub.
     """
     name = look.adapter.base
     if not name:
@@ -331,9 +331,8 @@ def list_gaps(adapter: AdapterFile, base: BaseDescription | None = None) -> list
 
 
 def list_factor_gaps(adapter: AdapterFile) -> Iterator[str]:
-    """Yield the missing magnitudes (use_dora) and biases (lora_bias) of modules that have factors.
-
-    Experts are skipped.
+    """Yield the missing magnitudes (if the config has `use_dora`), then the missing biases (if it has `lora_bias`) of
+    modules that have factors. Experts are skipped, and embeddings for biases.
     """
     factors = {path: lora for path, lora in adapter.low_rank.items() if lora.kind != "experts"}
     if adapter.config.get("use_dora"):

@@ -54,8 +54,9 @@ class Tensor:
         return prod(self.shape) * BITS[self.dtype] // 8
 
     def read(self) -> np.ndarray:
-        """Load the values as a numpy array: float64, float32, integers and booleans unchanged, other floats as
-        float32.
+        """Load the values as a numpy array in the tensor's shape: float64, float32, integers and booleans unchanged,
+        other floats as float32. The values are read from the file at each call, and arrays that are not converted
+        cannot be written to.
         """
         import numpy as np
 

@@ -154,7 +154,9 @@ def verify_server(
 
 @contextmanager
 def rescale_layers(layers: Mapping[str, Any], factor: Callable[[str], float]) -> Iterator[None]:
-    """Multiply the scalings of each layer by `factor(path)` within the block; afterwards they are as before."""
+    """Multiply the scalings of all adapters of each layer by `factor(path)` within the block; afterwards, also after an
+    error, each layer has its former dict of scalings.
+    """
     before = {path: layer.scaling for path, layer in layers.items()}
     try:
         for path, layer in layers.items():
@@ -314,9 +316,11 @@ def list_scales(model: nn.Module, layers: Json) -> dict[str, Scale]:
 def list_common_places(
     a: list[LogProbabilities], b: list[LogProbabilities], vocabulary: int
 ) -> list[tuple[int, int, int]]:
-    """Return the (prompt, position, token) with a log-probability in both answers, sorted within a prompt.
+    """Return the (prompt, position, token) with a log-probability in both answers, in the order of the prompts and
+    sorted within a prompt.
 
-    Raises BaseModelMismatchError if there are none, or a token is outside the vocabulary.
+    Raises BaseModelMismatchError if there are none, or a token is outside the vocabulary, that is below 0 or from
+    `vocabulary` on.
     """
     places = [
         (n, *place) for n, (first, second) in enumerate(zip(a, b)) for place in sorted(first.keys() & second.keys())

@@ -69,10 +69,10 @@ class AdapterRow:
         return all(self.received)
 
     def copy_gradients(self) -> list[Tensor | None]:
-        """Return the gradients by parameter, None where the last pass gave none.
+        """Return the gradients by parameter in the row's order, None for those not marked in `received`.
 
-        In a bank they are views of one clone, which later passes do not overwrite; else they are the tensors
-        themselves.
+        In a bank they are views of one clone of the whole row, which later passes do not overwrite; else they are the
+        tensors themselves.
         """
         if self.gradient is None:
             return [g if got else None for g, got in zip(self.gradients, self.received)]

@@ -27,10 +27,11 @@ class Fan:
 
     @contextmanager
     def repeat_inputs(self, rows: int, copies: int) -> Iterator[None]:
-        """Within the block, repeat the inputs of these blocks `copies` times, where tensors have this many rows.
+        """Within the block, repeat the inputs of these blocks `copies` times: tensors of two or more dimensions and
+        `rows` rows, see `repeat_rows`.
 
-        A pre-forward hook does so in this thread and in backward passes of any thread, and only while `is_enabled`. It
-        is removed at the end.
+        A pre-forward hook, before all others, does so in this thread and in backward passes of any thread, and only
+        while `is_enabled`. It is removed at the end.
         """
         thread = get_ident()
 

@@ -440,7 +440,9 @@ class Run:
         return both_flat and are_settings_equal(self.optimizer, other.optimizer)
 
     def gradients(self) -> list[Tensor | None] | None:
-        """Return by parameter the summed gradients of the step under way; None if there are none."""
+        """Return by parameter, in the model's order, the summed gradients of the step under way; None if it has no loss
+        so far. Without stored sums they are copies of the row's gradients, and None for a parameter that got none.
+        """
         if not self.losses:
             return None
         gradients = self._sums if self._sums is not None else self.row.copy_gradients()

@@ -772,7 +772,16 @@ class MultiTrain:
         return run, *self._read_numbers([run])[0]
 
     def _step_run(self, name: str, settings: dict[str, Any]) -> StepRecord:
-        """Make the step that `step` describes, for one run."""
+        """Make an optimizer step of one run with its summed gradients, and return its record.
+
+        `settings` are written into all groups of the optimizer before, and stay.
+
+        Raises:
+            ConfigError: a setting is refused, see `Run.check_settings`. Nothing changes then.
+            FloatingPointError: the loss or the norm of the gradient is not finite. The gradients are dropped, and no
+                step is made.
+            And the errors of `_measure_gradients`.
+        """
         run, loss, norm, length = self._measure_gradients(name)
         run.check_settings(settings)
         if not (math.isfinite(loss) and math.isfinite(norm)):

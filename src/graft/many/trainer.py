@@ -131,10 +131,13 @@ class TrainerDescription:
         trainer: Any = self.trainer
 
         def compute_loss(output: object, batch: Batch) -> Tensor:
-            """Return the Trainer's loss of a batch, divided by the number of batches in the step unless the Trainer has
-            divided by items.
+            """Return the Trainer's loss of a batch.
 
-            Raises ConfigError if `compute_loss` does not call the model.
+            It is divided by the number of batches in the step unless the Trainer has divided it already: by its
+            `loss_is_scaled_for_ga`, else if it counts items or has a `compute_loss_func`.
+
+            `compute_loss` gets a copy of the batch without the counts of items and batches. Raises ConfigError if it
+            does not call the model.
             """
             inputs = {k: v for k, v in batch.items() if k not in (ITEMS, WINDOW)}
             items = batch[ITEMS]

@@ -299,9 +299,14 @@ class AdapterSlots:
     def _read_source(
         self, name: str, source: Any, config: PeftConfig | None, adapter: str, hub: dict[str, Any]
     ) -> tuple[PeftConfig, LoadedWeights]:
-        """Return config and tensors of an adapter from a model, a state dict or a folder.
+        """Return config and tensors of an adapter from a model (its adapter `adapter`, with that one's config unless
+        `config` is given), a state dict, or a folder or name on the hub.
 
-        Raises ConfigError if there is no config, or its method is unknown.
+        A compiled model is unwrapped. Tensors of a state dict are not copied.
+
+        Raises:
+            ConfigError: there is no config, or its method is unknown.
+            And the errors of reading a folder.
         """
         if isinstance(source, nn.Module):
             source = getattr(source, "_orig_mod", source)

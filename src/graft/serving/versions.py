@@ -50,7 +50,13 @@ class Versions:
         keep: int = 1,
         timeout: float | None = None,
     ):
-        """Check and note the arguments. The server is not called."""
+        """Check and note the arguments.
+
+        The server is not called. The number of the last version is 0, and there are no versions.
+
+        Raises:
+            ConfigError: `keep` is below 1, or `timeout` is not above 0; None waits without a limit.
+        """
         if keep < 1:
             raise ConfigError(f"keep={keep} is too small, since the current version stays. Pass 1 or more.")
         if timeout is not None and timeout <= 0:

@@ -96,7 +96,8 @@ def read_base_weights(where: str) -> dict[str, FileTensor]:
     """Return the tensors of a base model's safetensors files, unread, by name. Nothing is downloaded.
 
     Args:
-        where: a folder, a file in it, or a model in the hub's cache.
+        where: a file, a folder, or the name of a model in the hub's cache. A path that ends with .safetensors and is no
+            file means its folder.
 
     Raises:
         FileNotFoundError: there are none.

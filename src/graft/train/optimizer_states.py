@@ -161,8 +161,8 @@ def wrap_optimizer(optimizer: Any) -> OptimizerStates:
 
 
 def check_sharding(values: Mapping[str, Tensor], optimizer_states: OptimizerStates) -> None:
-    """Raise DistributedError for a tensor in a flat parameter of FSDP1, or with a master copy in DeepSpeed, unless the
-    optimizer is that of ZeRO-3.
+    """Raise DistributedError for the first tensor that cannot be saved by name: one in a flat parameter of FSDP1, or
+    one with a master copy in DeepSpeed, unless the optimizer is that of ZeRO-3.
     """
     masters = find_master_ids(values.values())
     for name, t in values.items():

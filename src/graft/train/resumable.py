@@ -146,8 +146,11 @@ class Resumable(Listener):
 
 
 def check_sharding_is_known(args: TrainingArguments, model: nn.Module) -> None:
-    """Raise ConfigError if processes hold parts of a model, and neither Trainer's arguments, nor the model nor
-    ACCELERATE_USE_FSDP say so: then only one process would save.
+    """Raise ConfigError if a parameter of the model is sharded and Trainer does not know: then only one process would
+    save.
+
+    It knows by `args.fsdp`, the model's mark of transformers' distributed loading, or ACCELERATE_USE_FSDP=true in the
+    environment. With one of these nothing is checked.
     """
     known = args.fsdp or getattr(model, "is_distributed_loading_by_transformers", False)
     if known or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":

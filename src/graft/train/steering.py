@@ -79,11 +79,11 @@ def set_steering_vectors(
 
 
 def record_last_states(model: nn.Module, layers: Mapping[str, AdapterLayer], inputs: Inputs) -> dict[str, Tensor]:
-    """Return by layer its outputs at the last token of each row, (rows, H) in float32.
+    """Return by layer the output of its base layer at the last token of each row, (rows, H) in float32; of a tuple the
+    first item counts. Outputs of two dimensions are taken as they are.
 
-    Outputs of two dimensions are taken as they are.
-
-    The model runs once, in eval mode and without adapters; the mask's padding is left out.
+    The model runs once, in eval mode and without adapters; hooks are removed afterwards. A 2-D attention mask tells the
+    last token of a row, on either side of padding; otherwise it is the last one.
     """
     out: dict[str, Tensor] = {}
     mask = inputs.get("attention_mask")

@@ -134,9 +134,10 @@ def list_holders(real: Mapping[str, ModuleType]) -> list[str]:
 
 
 def belongs_to_peft(value: object, real: Mapping[str, ModuleType]) -> bool:
-    """Return True for a module, function or class of `real`, and for a class derived from a class of `real`.
+    """Return True for a module of `real` itself, a function defined in one, and a class with itself or a base defined
+    in one.
 
-    False for all other values, objects of PEFT's classes and types such as list[int] too.
+    False for all other values, also objects of PEFT's classes and types such as list[int].
 
     Args:
         real: PEFT's modules by name.

@@ -122,8 +122,9 @@ def targets_outer(config: LoraConfig, converters: list[WeightConverter]) -> bool
     """Return True if the config has an adapter on the outer stack (down_proj), by its name or by its part in each
     expert.
 
-    If `target_modules` is a text (a regular expression), True without a comparison. Names are compared by their last
-    part.
+    If `target_modules` is a text (a regular expression), it is True without a comparison. Else the last parts of the
+    names in `target_modules` and `target_parameters` are compared. The names of parts in experts come from the
+    converters of that stack.
     """
     modules = config.target_modules or ()
     if isinstance(modules, str):

@@ -141,11 +141,12 @@ def find_base_blocks(path: str, base: Base | None) -> tuple[list[Block], Base]:
 
 
 def follow_blocks(path: str, blocks: list[Block], base: Base) -> list[Block]:
-    """Return blocks of a base as its code runs them: a loaded model's, or those of one that its config describes.
+    """Return copies of the blocks with facts from the code of the base's model: a loaded model's, or else one that is
+    built from the base's config.
 
     Raises:
         BaseNeededError: no library makes a model of the base.
-        BaseModelMismatchError: the model has other blocks than the base's files.
+        BaseModelMismatchError: the model lacks some of the blocks.
     """
     view: Any = base if base.model is not None else view_by_model_names(base)
     if view is None or view.model is None:
@@ -351,6 +352,8 @@ def find_site(place: str, block: Block, cfg: BottleneckConfig) -> str:
 
 def rename_leaf(leaf: str, cfg: BottleneckConfig) -> str | None:
     """Return graft's name of a bottleneck's tensor for AdapterHub's `leaf`; None if graft has no such tensor.
+
+    Indices within `adapter_down` are left out.
 
     SAME for the layer norm at index 0 of `adapter_down` if the config has `ln_before`: the file holds it under another
     key, too.

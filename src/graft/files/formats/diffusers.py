@@ -117,7 +117,7 @@ def split_key(key: str) -> tuple[str, str] | None:
     """Return the module's path and the kind of a tensor ("A", "B", "bias", "magnitude", "alpha"); None for an unknown
     name.
 
-    Names of the oldest layout get the part "unet." if they have none.
+    Names of the oldest layout get the part "unet." if they have none, and `to_out` becomes `to_out.0`.
     """
     if match := OLDEST.fullmatch(key):
         path = f"{match['path']}.{match['which']}{'.0' if match['which'] == 'to_out' else ''}"

@@ -269,6 +269,10 @@ def save_gguf(path: str, arch: str, fields: Json, tensors: Mapping[str, Tensor])
         """Write the file to the path `temporary`, and read it again to see that it is whole.
 
         Lists are written as arrays of uint32; other fields by their type as text, uint32 or float32.
+
+        Raises:
+            PackageNeededError: the package gguf is too old for lists.
+            OSError: the written file is damaged, perhaps because the disk is full. It names the final path.
         """
         writer = gguf.GGUFWriter(temporary, arch)
         for name, value in fields.items():

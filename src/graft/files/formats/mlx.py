@@ -138,9 +138,10 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
 
 
 def choose_keys(modules: dict[str, LowRank]) -> list[str]:
-    """Return names below a block, sorted, if all modules are in blocks of one stack and all these have the same names.
+    """Return names below a block, sorted and each once, if all modules are in blocks of one stack and all these have
+    the same names.
 
-    Else whole paths, which older versions of mlx-lm cannot read.
+    Else whole paths, sorted, which older versions of mlx-lm cannot read. `modules` must not be empty.
     """
     blocks: dict[str, set[str]] = {}
     for name in modules:

@@ -84,8 +84,9 @@ def recognises(path: str) -> bool:
 
 
 def list_parts(path: str) -> list[str]:
-    """Return the sub-folders with adapters of a pipeline's parts, sorted; [] for other paths, and with
-    adapter_config.json.
+    """Return the names of sub-folders with adapters of a pipeline's parts, sorted.
+
+    [] for other paths, and for a folder with adapter_config.json. Folders that begin with "." are left out.
     """
     if not os.path.isdir(path) or os.path.exists(os.path.join(path, pair.CONFIG_NAME)):
         return []

@@ -57,11 +57,11 @@ def resize(
     source = resolve_adapter(adapter)
 
     def run(model: BaseDescription | None) -> list[ResizedModule]:
-        """Check the output path, read the adapter with the base `model`, resize it, and write it.
+        """Check the output path, read the adapter with the base `model`, resize it, and write it in PEFT's format.
 
         Return the account of each module.
 
-        In a dry run the result is written to a temporary folder and deleted.
+        In a dry run the result is written to a temporary folder and deleted; the output path is checked all the same.
         """
         check_output(output, [source, *([] if model is None else [model.path])], force)
         smaller, rows = resized(open_adapter(source, model), rank, energy, ratio, max_mb, max_rank, uniform)
@@ -78,7 +78,11 @@ def resize(
     }  # fmt: skip
 
     def report() -> None:
-        """Print a table of the modules and a summary."""
+        """Print a table with the ranks before and after, the energy left and ‖ΔW‖ of each module.
+
+        A line follows with the sums of ranks, the share of energy left over all modules, weighted by ‖ΔW‖², and the
+        output, or "(dry run)".
+        """
         show.print_table(
             "", ["module", "rank before", "after", "energy left", "‖ΔW‖ before"],
             [(r.module, r.before, r.after, f"{r.energy:.2%}", r.size) for r in rows],

@@ -329,10 +329,10 @@ def parse_log_probability(value: Any) -> float:
 
 def select_llama_adapter(connection: Connection, name: str | None) -> list[Json]:
     """Return the scales of all adapters of llama.cpp's server: 1 for the adapter `name`, 0 for others; all 0 if `name`
-    is None.
+    is None. One request reads the list; nothing changes on the server.
 
-    `name` is an adapter's number, its path, its file name, or that name without ".gguf". Changes nothing on the server.
-    Raises UnknownModelError unless exactly one adapter has that name.
+    `name` is an adapter's number, its path, its file name, or that name without ".gguf". Raises UnknownModelError if no
+    adapter has that name, or several have.
     """
     paths = connection.ask("/lora-adapters", lambda reply: {int(entry["id"]): str(entry["path"]) for entry in reply})
     files = {i: os.path.basename(path) for i, path in paths.items()}

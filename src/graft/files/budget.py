@@ -397,8 +397,8 @@ def count_adapted_blocks(matched: list[str], kinds: dict[str, str]) -> dict[str,
 
 
 def find_block_classes(model: nn.Module) -> dict[str, str]:
-    """Return path → class name for the blocks of a model: the children of outermost ModuleLists with more than one
-    child.
+    """Return path → class name for the blocks of a model: the children of ModuleLists with more than one child that are
+    not inside another block. {} without such lists.
     """
     classes: dict[str, str] = {}
     for path, module in model.named_modules():

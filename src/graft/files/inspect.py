@@ -289,16 +289,17 @@ IN_THE_TENSORS = {  # fields of targets, and numbers that are in `scale` and sha
 def compare_adapters(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> Json:
     """Return the difference of two adapters as plain values; `equal` is True if both do the same to every weight.
 
-    It holds differing config fields, names in only one adapter, and the relative difference of each common module and
-    tensor. Rows of tokens with other indices differ by 1. `equal` needs the same names, the same changed base, equal
-    config fields of `list_deciding_fields`, and differences up to `tol`.
+    It holds differing config fields, sorted names in only one adapter, and the relative difference of each common
+    module and tensor. Rows of tokens with other indices differ by 1. `largest` is the largest difference, 0 without
+    common parts. `equal` needs the same names, the same changed base, equal config fields of `list_deciding_fields`,
+    and differences up to `tol`.
 
     Args:
         tol: the largest relative difference that counts as equal.
 
     Raises:
         OptionError: `tol` is negative or NaN.
-        BaseNeededError: one adapter has the names of its format, and the other does not.
+        BaseNeededError: one adapter has the names of its format, and the other does not, or those of another format.
         NonFiniteError: one of them has NaN or infinite numbers.
     """
     if not tol >= 0:

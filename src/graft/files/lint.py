@@ -56,7 +56,9 @@ class LintSubject:
 
     @cached_property
     def finite_loras(self) -> dict[str, LowRank]:
-        """The LoRA modules (AdaLoRA as LoRA) without NaN and infinite numbers, by path."""
+        """The LoRA modules (AdaLoRA as LoRA) by path, without those that have NaN or infinite numbers in any floating
+        tensor. Reads all these tensors.
+        """
         loras = {path: algebra.as_low_rank(lora) for path, lora in self.adapter.modules.items()}
         tensors = list_floating_tensors(self.adapter)
         bad = {path for path, values in tensors if not np.isfinite(values.read()).all()}

@@ -227,7 +227,10 @@ def make_part_reader(path: str, version: tuple[int, int], begin: int, size: int)
     """
 
     def load() -> bytes:
-        """Open the file, read the bytes, and check the file's version."""
+        """Return `size` bytes of the file from `begin` on; the file is opened and closed at each call.
+
+        Raises CheckpointError if the file has another version than at first, or ends before.
+        """
         with open_file(path) as f:
             f.seek(begin)
             data = f.read(size)

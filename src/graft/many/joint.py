@@ -174,12 +174,13 @@ def divide_passes(
     at_once: int,
     refuse: Callable[[RunBatch, Exception], None] | None = None,
 ) -> list[list[RunBatch]]:
-    """Divide batches into passes.
+    """Divide batches into passes, grouped by traits in the order in which these first occur; within a group the order
+    stays.
 
-    Batches of one pass have equal traits (`measure_batch`) and up to `at_once` tokens, counted with padding.
-
-    A larger batch has a pass for it. refuse: is called with each batch that the model cannot take, and the error; the
-    batch is left out. None: the error is raised.
+    Batches of one pass have equal traits (`measure_batch`) and up to `at_once` tokens, counted with padding. A batch
+    that does not fit into the last pass of its group begins a new one; a larger batch has a pass alone. refuse: is
+    called with each batch that the model cannot take, and the ConfigError; the batch is left out. None: the error is
+    raised.
     """
     passes_by_traits: dict[tuple[object, ...], list[list[RunBatch]]] = {}
     sizes: dict[int, tuple[int, int]] = {}  # rows and longest row, by group
@@ -235,8 +236,8 @@ DECODER = ("decoder_input_ids", "decoder_inputs_embeds")  # if they are there, t
 
 
 def find_main_argument(kwargs: Batch) -> Tensor:
-    """Return the tensor with the tokens: `input_ids` or `inputs_embeds`, else the first tensor of two or more
-    dimensions, else any with rows that is no mask, else the mask.
+    """Return the tensor with the tokens: the first name of `TOKENS` that is there, else the first tensor of two or more
+    dimensions, else the first with rows, masks left out, else the mask. Raises KeyError if there is no mask either.
     """
     if (named := next((kwargs[k] for k in TOKENS if isinstance(kwargs.get(k), Tensor)), None)) is not None:
         return named

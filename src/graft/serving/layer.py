@@ -296,7 +296,8 @@ class SlotLayer(nn.Module):
 
 
 def move_to_devices(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> list[Tensor]:
-    """Return each tensor on its device; tensors that are there already themselves.
+    """Return each tensor on its device, in the order of `tensors`; tensors that are there already are returned
+    themselves.
 
     Others that share source, dtype and destination are copied together, and returned as views of one copy.
     """

@@ -299,8 +299,10 @@ class AdapterSlots:
     def _read_source(
         self, name: str, source: Any, config: PeftConfig | None, adapter: str, hub: dict[str, Any]
     ) -> tuple[PeftConfig, LoadedWeights]:
-        """Return config and tensors of an adapter from a model (its adapter `adapter`, with that one's config unless
-        `config` is given), a state dict, or a folder or name on the hub.
+        """Return config and tensors of an adapter.
+
+        The source is a model, a state dict, or a folder or name on the hub. Of a model the adapter `adapter` is read,
+        with that one's config unless `config` is given.
 
         A compiled model is unwrapped. Tensors of a state dict are not copied.
 

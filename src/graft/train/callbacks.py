@@ -186,8 +186,8 @@ def audit_trainer_model(model: nn.Module, optimizer: torch.optim.Optimizer, half
 
 
 def format_report(report: AuditReport, when: str) -> str:
-    """Return a report in one line: the kinds of findings with their numbers, or that nothing is wrong, and the range of
-    updates. when: such as "after 3 steps".
+    """Return a report in one line: that nothing is wrong, or the kinds of findings with their numbers and a hint to
+    print the report. If it has updates, their range relative to the weights is added. when: such as "after 3 steps".
     """
     sizes = f"updates are {report.range_of_updates()} of their weights" if report.updates else ""
     if report.ok:

@@ -107,8 +107,10 @@ def find_kappa_target_modules(
 def select_targets(
     kappas: dict[str, float], top_p: float | None, number: int | None, threshold: float | None
 ) -> list[str]:
-    """Return names sorted by κ, smallest first: the first `number`, else the part `top_p` (at least one if there is
-    any), else those with κ ≤ `threshold`, else all.
+    """Return names sorted by κ, smallest first.
+
+    `number` takes the first so many, else `top_p` that share of them, rounded down but at least one, else `threshold`
+    those with κ up to it. If all three are None, all names are returned.
     """
     names = sorted(kappas, key=lambda name: kappas[name])
     if number is not None:

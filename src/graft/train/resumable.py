@@ -89,11 +89,13 @@ class Resumable(Listener):
     ) -> None:  # fmt: skip
         """Resume the training from the checkpoint, if Trainer begins after step 0, and set `resumed`.
 
-        Generators are put back later. Warns with fp16, which has a scale that is not saved.
+        At step 0 only the model is checked.
+
+        Generators are put back later. Warns with fp16, which has a scale that is not saved, also at step 0.
 
         Raises:
-            CheckpointError: the checkpoint lacks training.safetensors, its epoch, or is of another step. The text names
-                the newest whole one.
+            CheckpointError: the checkpoint lacks training.safetensors (the text names the newest whole one), its epoch,
+                or is of another step.
             ConfigError: the model has no adapter. And the errors of `graft.resume`.
         """
         if args.fp16:

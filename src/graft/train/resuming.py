@@ -452,8 +452,10 @@ def get_class_name(thing: object) -> str:
 
 
 def describe_scheduler(scheduler: object) -> str:
-    """Return the name of a scheduler's class, with the names of its `lr_lambdas` in parentheses, since no state holds
-    these functions.
+    """Return the name of a scheduler's class.
+
+    If it has `lr_lambdas`, their names follow in parentheses, each once, since no state holds these functions: of a
+    partial its function's, of an object its class's.
     """
     rules = [f.func if isinstance(f, partial) else f for f in getattr(scheduler, "lr_lambdas", ())]
     names = dict.fromkeys(f.__qualname__ if hasattr(f, "__qualname__") else type(f).__qualname__ for f in rules)

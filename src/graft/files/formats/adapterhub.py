@@ -54,7 +54,7 @@ def recognises(path: str) -> bool:
     """Return True for a folder with AdapterHub's adapter or fusion of adapters.
 
     An adapter has adapter_config.json with a dict `config` and `version`, and without `peft_type`; a fusion has
-    adapter_fusion_config.json.
+    adapter_fusion_config.json, which is not read. A damaged adapter_config.json raises CheckpointError.
     """
     config = os.path.join(path, CONFIG)
     if os.path.isfile(os.path.join(path, FUSION)):

@@ -91,9 +91,10 @@ def read(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | No
 
 def check_compared(path: str, base: Base, cfg: BottleneckConfig | None) -> None:
     """Raise CheckpointError if tests do not compare the adapter with AdapterHub's library on a model of the base's
-    type.
+    type: its `model_type` is not in `COMPARED`.
 
-    Also if a field's value puts it at another place there, and for ReFT of an encoder and a decoder.
+    Also if the config has a field's value from `COMPARED`, which puts it at another place there. ReFT of an encoder and
+    a decoder is refused, too.
 
     Args:
         cfg: None for ReFT.
@@ -128,7 +129,8 @@ def set_modules(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], opti
 
 
 def find_base_blocks(path: str, base: Base | None) -> tuple[list[Block], Base]:
-    """Return the base's blocks, found by its linear weights and module names, and the base.
+    """Return the base's blocks, found by its 2-D weights and module names, [] if there are none, and the base
+    unchanged.
 
     Raises:
         BaseNeededError: `base` is None.

@@ -278,8 +278,10 @@ def place_modules(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]
 
 
 def make_config(modules: dict[str, LowRank]) -> Json:
-    """Return the fields of a LoraConfig that gives each module its rank and scale; the first module gives `r` and
-    `lora_alpha`.
+    """Return the fields of a LoraConfig that gives each module its rank and scale (alpha = scale · rank, rounded).
+
+    The first module gives `r` and `lora_alpha`, others get patterns. `use_dora` and `lora_bias` are True if any module
+    has a magnitude or bias.
     """
     first = next(iter(modules.values()))
     r, alpha = first.rank, round_alpha(first.scale * first.rank)

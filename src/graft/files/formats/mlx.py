@@ -99,16 +99,17 @@ def read_mlx_pair(
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-    """Write a folder.
+    """Write a folder with a config and safetensors, which is made if needed.
 
     Return descriptions of the losses. Modules are named below their block if all blocks have the same, else by whole
     paths.
 
-    Ranks and scales are made equal. If one module has a magnitude, all get one.
+    Ranks and scales are made equal; the first module gives those of the config. If one module has a magnitude, all get
+    one. A and B are transposed, except for experts.
 
     Raises:
         LossError: without `lossy`, a part cannot be held: another method than LoRA, or an embedding's magnitude. Or
-            magnitudes need the base's weights.
+            magnitudes need the base's weights, or nothing is left.
     """
     fitted, lost = fit_to_format(adapter, HOLDS, NAME, lossy)
     of_outputs = {path: m for path, m in fitted.low_rank.items() if m.kind == "embedding" and m.magnitude is not None}

@@ -448,8 +448,9 @@ def in_module_order(names: list[str]) -> list[str]:
 
 
 def is_target(config: Json, path: str) -> bool:
-    """Return True if `target_modules` selects the path: "all-linear", a regular expression for the whole path, or names
-    of its end.
+    """Return True if `target_modules` selects the path: "all-linear" selects all, another text is a regular expression
+    for the whole path, and a list has names of its end. Without targets it is False. An invalid expression raises
+    ConfigError.
     """
     targets = config.get("target_modules")
     if isinstance(targets, str):
@@ -514,8 +515,9 @@ def exchange_old_factors(out: AdapterFile, layout: StackLayout, base: Base | Non
 def are_exchanged_by_shape(path: str, stacks: Mapping[str, LowRank], base: Base | None, kind: str) -> bool | None:
     """Return True if A and B of a stack are exchanged, False if not; None if the sizes do not tell.
 
-    By the base's shape. Without it, or for a square one: the input of gate and up is the output of down, and the output
-    of both twice the input of down.
+    By the base's 3-D shape, if its two sides differ; it is (in, out) for models of `TRANSPOSED`. Else by gate_up_proj
+    and down_proj of the same module: the input of one is the output of down, and the output of gate and up twice the
+    input of down. For models of `UNMARKED` that verdict is turned. Without both stacks the result is None.
     """
     module = path.rpartition(".")[0]
     first, last = stacks.get(f"{module}.gate_up_proj"), stacks.get(f"{module}.down_proj")

@@ -179,7 +179,8 @@ def read_unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
 def read_state(kind: str, A: Mapping[str, torch.Tensor], R: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the tensors that pyreft's class `kind` saves, from A's weight and bias and from R (r, width).
 
-    Orthonormal classes other than LoReft save torch's parametrization of R.
+    LoReft has A's names as they are, and R transposed. Other classes have A as `learned_source` and the width as two
+    tensors. The orthonormal ones of them save torch's parametrization of R transposed, others R as `proj_layer.weight`.
     """
     import torch
 

@@ -46,9 +46,11 @@ class Form(BaseWeights):
     form = "bitsandbytes"
 
     def __init__(self, base: BaseDescription, config: Mapping[str, object]):
-        """Find the packed weights: 4 bits by their quant_state tensor, 8 bits by their scales `SCB`.
+        """Find the packed weights: 4 bits by their quant_state tensor, whose state is read, and 8 bits by their scales
+        `SCB`. `packed` gets the names of their parts.
 
-        `shapes` gets their dense shapes and loses the tensors of scales and tables. `config` is not read.
+        `shapes` gets the dense shapes of 4-bit weights, and loses the tensors of scales and tables. `config` is not
+        read.
 
         Raises:
             CheckpointError: a weight's codes are missing, or its state is invalid.

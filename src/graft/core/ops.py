@@ -37,7 +37,7 @@ def make_linear(
     time.
 
     On the meta device nothing is drawn. With `fill=False` the generator advances as if, and the values are undefined.
-    Without input features nothing is drawn either, and the values are undefined. Without `bias` that parameter is None.
+    Without input features the bias is 0. Without `bias` that parameter is None.
     """
     m = new_lean(LeanLinear)
     m.__dict__.update(in_features=in_features, out_features=out_features)
@@ -47,11 +47,12 @@ def make_linear(
         pass
     elif not fill:
         skip_draws(weight) if b is None else skip_draws(weight, b)
-    elif in_features:
+    else:
         bound = kaiming_bound(in_features)
         weight.uniform_(-bound, bound)
         if b is not None:
-            b.uniform_(-1 / math.sqrt(in_features), 1 / math.sqrt(in_features))
+            limit = 1 / math.sqrt(in_features) if in_features else 0.0
+            b.uniform_(-limit, limit)
     m._parameters["weight"] = nn.Parameter(weight)
     m._parameters["bias"] = None if b is None else nn.Parameter(b)
     return m

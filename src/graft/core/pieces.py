@@ -41,8 +41,7 @@ class LayerPiece:
         inputs: the cut of the inputs, if the module takes a piece of them; None if it takes all.
         outputs: the cut of the outputs, if the module returns a piece of them; None if it returns all.
         left_out: function from the module to the values after the output in the tuple that it returns. The first is a
-            bias
-            that the caller adds. None: the module returns a tensor.
+            bias that the caller adds. None: the module returns a tensor.
     """
 
     style: str

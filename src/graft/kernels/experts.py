@@ -94,8 +94,7 @@ class Routes(NamedTuple):
 
         Args:
             index: (tokens, k), the experts of each token. An index outside 0 … experts - 1 is of an expert of another
-                process;
-                its rows come last and add nothing.
+                process; its rows come last and add nothing.
             group: (tokens,), the group of each token, below `groups`.
         """
         flat = index.reshape(-1)

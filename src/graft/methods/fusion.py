@@ -68,8 +68,7 @@ def find_fused_places(model: nn.Module, names: list[str]) -> dict[str, Fused]:
 
     Raises:
         ConfigError: `names` is empty, or one acts on no layer, is no bottleneck, is invertible, or has another place at
-            a
-            layer than the others.
+            a layer than the others.
     """
     if not names:
         raise ConfigError("AdapterFusion needs bottlenecks. Name them in AdapterFusionConfig(adapters=[…]).")

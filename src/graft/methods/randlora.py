@@ -61,8 +61,7 @@ class RandLoRA(Method[RandLoraConfig]):
 
         Raises:
             ConfigError: shared matrices are too small. A needs the largest smaller size of a single layer, B the
-                largest
-                larger size.
+                largest larger size.
         """
         cfg, existing = layers.cfg, layers.existing
         sizes = [sorted((s.out_features, s.fan_in)) for s in layers.sites]

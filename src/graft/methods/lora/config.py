@@ -215,8 +215,7 @@ class LoraConfig(Targeted, LayerRange, RankPatterns, FanInFanOut, BaseBias):
 
         Args:
             mapping: type of modules → the type that it works like, such as nn.Linear; or an `Op` that says how it uses
-                its
-                weight.
+                its weight.
 
         Raises:
             TypeError: a value is neither, such as a layer class written for PEFT.

@@ -118,9 +118,10 @@ def add_verb(panel: str) -> Callable[[Verb], Verb]:
         parameters = [describe_parameter(p, texts.get(p.name, "")) for p in {**arguments, **flags}.values()]
 
         def run(as_json: bool, quiet: bool, **options: Any) -> None:
-            """Call the function, then print its result as JSON, as a report, or not at all (--quiet).
+            """Call the function, then print its result as JSON (--json, also with --quiet), as a report, or not at all
+            (--quiet). A function with an argument `quiet` gets True for either option.
 
-            Exits with the result's code on problems.
+            Raises typer.Exit with the result's code if it has problems.
             """
             silent = {"quiet": as_json or quiet} if "quiet" in arguments else {}
             result = function(**options, **silent)

@@ -150,7 +150,10 @@ def lint(adapter: str, *, base: str | None = None, strict: bool = False) -> Resu
     bad = [f for f in findings if f.severity == "error" or (strict and f.severity == "warning")]
 
     def report() -> None:
-        """Print each fault with its remedy, and their number."""
+        """Print two lines for each fault: severity, rule and text, then the remedy.
+
+        The last line has the number of problems (errors, and with --strict warnings) and of the other findings.
+        """
         for f in findings:
             show.print_line(f"{f.severity:<8} {f.rule:<15} {f.text}")
             show.print_line(f"{'':<24} {f.remedy}")

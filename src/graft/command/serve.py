@@ -145,7 +145,10 @@ def export(
 
 
 def parse_rank(text: str) -> int | float:
-    """Return a rank as int ≥ 1, or a share of ‖ΔW‖² as float in (0, 1). Raises OptionError for other texts."""
+    """Return a rank as int ≥ 1 for a text of digits, or a share of ‖ΔW‖² as float in (0, 1), without both ends.
+
+    Raises OptionError for other texts, such as "0" and "1.0".
+    """
     try:
         value: int | float = int(text) if text.isdigit() else float(text)
     except ValueError:

@@ -96,7 +96,10 @@ class Tensor:
 
 
 def list_float8_values(dtype: str) -> np.ndarray:
-    """Return the values of all 256 codes of an 8-bit float dtype, as float32, with NaN."""
+    """Return the values of all 256 codes of an 8-bit float dtype, as float32, with NaN.
+
+    F8_E5M2 and F8_E8M0 have their own rules; any other dtype is read as F8_E4M3 without infinities.
+    """
     import numpy as np
 
     codes = np.arange(256)
@@ -117,10 +120,10 @@ def dtype_for_writing(dtype: str) -> str:
 def make_tensor(values: np.ndarray, dtype: str | None = None) -> Tensor:
     """Return an array as a Tensor of `dtype`, rounded to nearest, ties to even; None: the array's dtype.
 
-    Overflow gives infinity.
+    Overflow gives infinity, without a warning.
 
-    8-bit floats become bfloat16. The values are converted now. Raises CheckpointError for dtypes that files do not
-    have.
+    8-bit floats become bfloat16, and every NaN in bfloat16 the same code. The values are converted and copied now.
+    Raises CheckpointError for dtypes that files do not have.
     """
     import numpy as np
 

@@ -128,7 +128,8 @@ class Sink:
     def claim(self) -> Tensor | None:
         """Return `memory` for the first gradient of the pass, and mark it as filled; None for a later one.
 
-        If a stack that has some of these adapters has filled the same memory, use a new one for this pass.
+        A stack's sink is noted as a user of the memory that stacks share. If an earlier user has some of these
+        adapters, `memory` becomes a new tensor for this pass, else the shared one.
         """
         if self.is_filled:
             return None

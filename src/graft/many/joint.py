@@ -174,8 +174,9 @@ def divide_passes(
     at_once: int,
     refuse: Callable[[RunBatch, Exception], None] | None = None,
 ) -> list[list[RunBatch]]:
-    """Divide batches into passes, grouped by traits in the order in which these first occur; within a group the order
-    stays.
+    """Divide batches into passes, grouped by traits, the groups in the order of their first batches.
+
+    Within a group the order stays.
 
     Batches of one pass have equal traits (`measure_batch`) and up to `at_once` tokens, counted with padding. A batch
     that does not fit into the last pass of its group begins a new one; a larger batch has a pass alone. refuse: is

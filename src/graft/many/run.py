@@ -499,17 +499,18 @@ DueStep = tuple[Run, float, float, Tensor]  # a run, loss and norm of its step, 
 
 
 def make_steps(runs: Iterable[DueStep]) -> None:
-    """Make a step of each run: clip its gradients, step optimizer and schedule, and add a record to its `curve`.
+    """Make a step of each run: clip its gradients, step optimizer and schedule, and add a record to its `curve` with
+    the learning rate before the schedule's step.
 
-    Runs with equal optimizers on vectors step by one call, without a change of results. Optimizers not of torch draw
-    from the run's random states.
+    Runs with equal optimizers on vectors step by one call, without a change of results. All gradients are clipped
+    before the first step. Optimizers not of torch draw from the run's random states.
 
     Args:
         runs: each with finite loss and norm of its gradient, and the norm as a tensor () on the device.
 
     Raises:
-        Exception: the error of an optimizer or schedule, with a note. The runs that shared its call have then failed,
-            and those after it have made no step.
+        Exception: the error of an optimizer or schedule, with a note. The runs that shared its call and have not
+            finished have then failed, and those after it have made no step.
     """
     by_rate: dict[float, list[list[DueStep]]] = {}  # the rate is the setting that differs most often
     for item in runs:

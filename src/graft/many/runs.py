@@ -925,9 +925,10 @@ class MultiTrain:
             run.needs_check = False
 
     def _validate_due_runs(self, step: Step, runs: Sequence[Run]) -> None:
-        """Measure the validation losses that are due, and add them to `run.valid` and `step.valid`.
+        """Measure the validation losses that are due, and add them to `run.valid`, with the run's step, and to
+        `step.valid`. Other runs are skipped.
 
-        Runs with the same data object are measured together.
+        Runs with the same data object are measured together, by `evaluate`, which leaves the model in eval mode.
         """
         by_data: dict[int, list[Run]] = {}
         for run in runs:
@@ -1406,9 +1407,8 @@ def find_row_mixing(modules: Mapping[str, nn.Module], base_in_eval: bool) -> lis
 
 
 def check_settings(name: str, **settings: float | None) -> None:
-    """Raise ConfigError for a setting that is neither None nor positive.
-
-    `clip` may be an int or a float, all others an int.
+    """Raise ConfigError for the first setting that is neither None nor a positive number of exactly the type int; bools
+    and subclasses are refused. `clip` may be a float, too. NaN is refused.
     """
     for key, value in settings.items():
         kinds = (int, float) if key == "clip" else (int,)

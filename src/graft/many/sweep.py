@@ -347,9 +347,11 @@ class SweepJob:
             self.write_table()
 
     def pick_best(self, losses: dict[int, float], n: int) -> list[int]:
-        """Return the sorted indices of the `n` lowest losses, of finite ones.
+        """Return the sorted indices of the `n` lowest of the finite losses, or of all if there are fewer.
 
-        Raises ConfigError, with the runs' reasons, if no loss is finite.
+        `losses` are by index of the trial.
+
+        Raises ConfigError, with the sorted reasons of the runs that have one, if no loss is finite.
         """
         finite = {i: loss for i, loss in losses.items() if math.isfinite(loss)}
         if not finite:
@@ -457,9 +459,10 @@ class SweepJob:
             self.runs.save(self.folder)
 
     def write_table(self) -> None:
-        """Write the table, and delete the run files of dropped and failed trials.
+        """Write the table of the sweep's note and all trials, in place of an earlier one, and delete the run files of
+        dropped and failed trials. The folder is made if needed.
 
-        Only the first process does so, and only with a folder.
+        Only the first process does so, and only with a folder; else nothing happens.
         """
         if self.folder is None or not self.first:
             return

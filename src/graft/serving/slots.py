@@ -282,7 +282,10 @@ class AdapterSlots:
             raise ConfigError(f"Adapter '{name}': keep=False reads it again from a folder. Pass a folder, or keep it.")
 
         def read() -> dict[str, SlotFactors]:
-            """Read the adapter and return its factors. A source model is held unchanged meanwhile."""
+            """Read the adapter and return its factors by layer, checked against the slots and without gradients.
+
+            If the source is a model, the read counts as a call of it, so that its adapters stay unchanged meanwhile.
+            """
             gate = find_gate(source) if isinstance(source, nn.Module) else None
             with nullcontext() if gate is None else gate.call(f"AdapterSlots.load({name!r})"):
                 cfg, loaded = self._read_source(name, source, config, adapter, hub)

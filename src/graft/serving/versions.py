@@ -116,9 +116,10 @@ class Versions:
         ended = Event()
 
         def call_server() -> None:
-            """Run the call and keep its error.
+            """Run the call, keep any error in `failed`, and set `ended`. Nothing is raised.
 
-            If it ended too late, unload version `name`; if that fails, add it to `leftovers`.
+            If it ended too late, with an error or without, unload version `name`, unless that is empty; if that fails,
+            add it to `leftovers`.
             """
             try:
                 run()

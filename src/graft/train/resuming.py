@@ -782,9 +782,10 @@ class ResumeJob:
             self.add_mismatch(ConfigError, text, [] if now is None else ["loader"], ["loader"] if now is None else [])
 
     def put_values(self) -> None:
-        """Write the file's values into the adapters, then into the base's parameters.
+        """Write the file's values into the adapters, one adapter after the other, then into the base's parameters.
 
-        Names that begin anew are left alone. State that the registry keeps for an adapter that gets values is dropped.
+        Names that begin anew, or are not in the file, are left alone. State that the registry keeps for an adapter that
+        gets values is dropped.
         """
         known = self.tensors.keys() - self.report.fresh
         fits = [(v, self.tensors[n]) for n, v in self.values.items() if n in known]

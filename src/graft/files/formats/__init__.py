@@ -165,9 +165,10 @@ def read(path: str | os.PathLike[str], base: Base | None = None) -> AdapterFile:
 
 
 def one_file(path: str, *suffixes: str) -> str | None:
-    """Return a file with one of `suffixes`, or the only such file of a folder; None: none, or several.
+    """Return `path` if it is a file with one of `suffixes`, or the path of the only such file of a folder; None: none,
+    or several.
 
-    Hidden files do not count. A path that does not exist raises FileNotFoundError.
+    Hidden files of a folder do not count. A path that does not exist raises FileNotFoundError.
     """
     if os.path.isfile(path):
         return path if path.endswith(suffixes) else None

@@ -175,11 +175,12 @@ def heads_in(name: str, base: Base) -> int | None:
 
 
 def paths_of(base: Base, arch: str, what: str) -> dict[str, str]:
-    """Return the base's path of each name that llama.cpp has.
+    """Return the base's module path by llama.cpp's name, for the modules that have one.
 
     Raises:
-        BaseModelMismatchError: the base is of another architecture.
+        BaseModelMismatchError: the base is of another architecture than `arch`.
         CheckpointError: two modules have one name.
+        And the errors of `arch_of` and `names_of`. `what` names the file in the text.
     """
     base_arch, _ = arch_of(base)
     if base_arch != arch:

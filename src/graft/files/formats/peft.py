@@ -847,6 +847,9 @@ def convert_served(
 ) -> tuple[dict[str, Tensor], Json]:
     """Return tensors and config of a file in a server's layout, as PEFT has them.
 
+    The base's model is the loaded one, else it is built on the meta device. The config is that of a LoraConfig with the
+    conversion's changes.
+
     Args:
         what: the file, for errors.
 

@@ -50,7 +50,10 @@ class Place(NamedTuple):
 
 
 def recognises(path: str) -> bool:
-    """Return True for a folder with a config.json that has a list `representations`, and `intervention_types`."""
+    """Return True for a folder with a config.json that has a list `representations`, and `intervention_types`.
+
+    Other paths give False; a damaged config.json raises CheckpointError.
+    """
     if not os.path.isdir(path) or not os.path.isfile(os.path.join(path, CONFIG)):
         return False
     fields = read_object(os.path.join(path, CONFIG))

@@ -77,9 +77,11 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """Return transformers' path of the module and "A", "B" or "magnitude" for a key of torchtune's; None if unknown.
+    """Return transformers' path of the module and "A", "B" or "magnitude" for a key of torchtune's.
 
-    The path is "lm_head" for the output, else that in its block.
+    None for a key of another form, or of a module that is neither the output nor in NAMES.
+
+    The path is "lm_head" for the output, else "model.layers.N." and the name in the block.
     """
     if (of_key := KEY.fullmatch(key)) is None:
         return None

@@ -46,8 +46,9 @@ class Form(BaseWeights):
     form = "bitsandbytes"
 
     def __init__(self, base: BaseDescription, config: Mapping[str, object]):
-        """Find the packed weights: 4 bits by their quant_state tensor, whose state is read, and 8 bits by their scales
-        `SCB`. `packed` gets the names of their parts.
+        """Find the packed weights: 4 bits by their quant_state tensor, and 8 bits by their scales `SCB`.
+
+        The states of 4 bits are read. `packed` gets the names of their parts.
 
         `shapes` gets the dense shapes of 4-bit weights, and loses the tensors of scales and tables. `config` is not
         read.

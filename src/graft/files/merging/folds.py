@@ -340,7 +340,9 @@ def replace_part(job: MergeJob, name: str, value: Tensor, spot: Spot) -> TensorC
         raise job.misfit(name, f"it brings a tensor {tuple(value.shape)}, '{spot.key}' is {shape}")
 
     def fold(W: torch.Tensor, own: Read) -> torch.Tensor:
-        """Return the trained values for weight 1, else W moved the part `weight` of the way to them, in place.
+        """Return the trained values for weight 1: all, those of the spot's expert, or its rows of that expert.
+
+        W is then ignored. For another weight, move W the part `weight` of the way to them, in place, and return it.
 
         Raises:
             OptionError: the weight is not 1 and the sizes differ.
@@ -362,9 +364,12 @@ def replace_part(job: MergeJob, name: str, value: Tensor, spot: Spot) -> TensorC
 
 
 def replace_rows(job: MergeJob, name: str, indices: Tensor, values: Tensor, spots: list[Spot]) -> TensorChange:
-    """Return the change that replaces rows of an embedding by trained ones.
+    """Return the change that replaces rows of an embedding by trained ones; it names these rows.
 
-    The file's own whole embedding, if it has one, gives the shape. Several indices of one token are merged.
+    Nothing is computed until it is called.
+
+    The file's own whole embedding, if it has one, gives the shape. Several rows for one token are replaced by their
+    mean.
 
     Raises:
         BaseModelMismatchError: the width differs, the embedding is no matrix, or an index is beyond its rows.
@@ -378,7 +383,9 @@ def replace_rows(job: MergeJob, name: str, indices: Tensor, values: Tensor, spot
         raise job.misfit(name, f"it brings rows {tuple(values.shape)} up to number {int(at.max())}, of {shape}")
 
     def fold(W: torch.Tensor, own: Read) -> torch.Tensor:
-        """Overwrite the rows of W, for another weight than 1 move them part of the way, and return W.
+        """Overwrite the rows of W in place, for another weight than 1 move them part of the way, and return W.
+
+        The rows are cast to W's dtype.
 
         A token that is named several times gets the mean of its rows.
         """

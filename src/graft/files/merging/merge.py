@@ -381,9 +381,10 @@ class Work:
 
     @torch.no_grad()
     def _exact(self, key: str) -> torch.Tensor:
-        """Return a tensor with all its changes applied, in at least float32.
+        """Return a tensor with all its changes applied in their order, in at least float32; without changes it is the
+        base's. A new tensor starts from an empty one.
 
-        A new tensor starts from an empty one.
+        Each change also gets a function that returns the base's own values, without earlier changes.
 
         Raises:
             NonFiniteError: a change leads to NaN or infinite values.

@@ -100,7 +100,7 @@ def diff(a: str, b: str, *, base: str | None = None, tol: float = 1e-6) -> Resul
         """Print the differing settings, with values cut to 40 characters, names in only one adapter, and the
         differences of modules and tensors. Tables without rows are left out.
 
-        The last line is "equal", or "not equal" with the largest relative difference. After that it says in which facts
+        The last line is "equal", or "not equal" with the largest relative difference. It ends with the facts in which
         they act otherwise, and the number of names of one alone.
         """
         values = {name: [shorten_text(repr(value), 40) for value in two] for name, two in differences["config"].items()}

@@ -104,9 +104,9 @@ def plan(
 def choose_base_format(config: Json, option: str | None) -> str | None:
     """Return the weight format of the base, a key of FORMATS: the option's, or without one that of config.json.
 
-    None: not packed.
+    None means not packed; the option "none" gives it, too.
 
-    The option "none" gives None. Raises OptionError for an unknown option.
+    Raises OptionError for an option that is neither "none" nor a text among the keys of FORMATS.
     """
     from graft.files.bases import read_quantization_format
     from graft.files.budget import FORMATS

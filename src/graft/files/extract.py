@@ -272,9 +272,11 @@ def finite_norm(name: str, values: np.ndarray) -> float:
 
 
 def make_empty_factors(kind: Kind, shape: tuple[int, ...], turned: bool) -> LowRank:
-    """Return a LowRank of rank 1 without values, with the kind and shapes for the change of a weight of this shape.
+    """Return a float32 LowRank of rank 1 and scale 1 without values, with the kind and shapes for the change of a
+    weight of this shape: B (out, 1), and A (1, in, kernel…). Experts have their number first, and an embedding
+    (vocabulary, dim) has A (1, vocabulary).
 
-    `turned` swaps the last two dimensions, for weights stored (in, out).
+    `turned` swaps the last two dimensions before, for weights stored (in, out).
     """
 
     def empty(*sizes: int) -> Tensor:

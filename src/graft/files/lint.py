@@ -66,7 +66,7 @@ class LintSubject:
 
     @cached_property
     def norms(self) -> dict[str, float]:
-        """‖ΔW‖ of each finite LoRA module, over all experts."""
+        """‖ΔW‖ by path of each LoRA module with finite numbers, the Frobenius norm, of a stack over all experts."""
         products = ((p, algebra.list_delta_products(h)) for p, h in self.finite_loras.items())
         return {p: float(np.sqrt(sum(algebra.frobenius_norm(x) ** 2 for x in xs))) for p, xs in products}
 

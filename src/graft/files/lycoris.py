@@ -104,8 +104,11 @@ def convert_lokr(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod],
 
 
 def factor_shape(m: OtherMethod, name: str) -> tuple[int, int]:
-    """Return the rows and columns of a LoKr factor, which is one full tensor or a product of two, with a Tucker core or
-    without.
+    """Return the rows and columns of a LoKr factor: one full tensor, or a product of two, `name`_a and `name`_b.
+
+    With a Tucker core `lokr_t2`, the second factor's rows are the columns of its `_a`.
+
+    Raises KeyError for a missing tensor, and IndexError for one of one dimension.
     """
     tensors = m.tensors
     if name in tensors:

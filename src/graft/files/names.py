@@ -124,9 +124,10 @@ def rename_modules(adapter: AdapterFile, new: Mapping[str, str]) -> AdapterFile:
 
 
 def check_shapes(loras: Mapping[str, LowRank], adapter: AdapterFile, base: Base) -> None:
-    """Raise BaseModelMismatchError if LoRA factors have no shape for an update of the base's weight.
+    """Raise BaseModelMismatchError if LoRA factors have no shape for an update of the base's weight; up to 4 are named.
 
-    Experts, modules that the base lacks, and quantized bases are skipped.
+    Experts, modules that the base lacks, and bases with a quantization config are skipped. Weights (in, out) are
+    accepted for model types in CONV1D.
 
     Args:
         loras: by the base's module paths.

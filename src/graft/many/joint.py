@@ -78,7 +78,9 @@ class ForwardArguments:
 
 
 def find_padding_token(model: nn.Module) -> int:
-    """Return `pad_token_id` of the model's text config; 0 if it has none or one outside the vocabulary."""
+    """Return `pad_token_id` of the model's text config; 0 if it has no config, none, one that is no int, or one outside
+    the vocabulary.
+    """
     config = getattr(model, "config", None)
     with suppress(AttributeError, ValueError):  # no config of parts, or several with texts
         config = config.get_text_config()  # type: ignore[union-attr]

@@ -1377,8 +1377,9 @@ DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, 
 
 
 def find_dropout(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Return the quoted paths where modules drop inputs or layers in training mode: dropout modules, and positive
-    floats in modules with "drop" in their name.
+    """Return the quoted paths where modules drop inputs or layers: modules of the classes `DROPS` with p above 0, and
+    positive floats in any module's attributes with "drop" in their name. The mode of the modules does not matter; [] if
+    there are none.
     """
     places = []
     for key, m in modules.items():

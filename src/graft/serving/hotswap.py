@@ -247,9 +247,10 @@ def check_start(config: LoraConfig, which: str) -> None:
 
 
 def check_growth(plan: SwapPlan, adapter: str, config: LoraConfig) -> None:
-    """Raise ConfigError if tensors that must grow are spread over processes or tied.
+    """Raise ConfigError if tensors that must grow are spread over processes, or tied, see `check_tied`.
 
-    Warn if they outgrow the room that was made for compiled code.
+    Warn with PeftWarning if a scaling of the plan's layers is a tensor: then they outgrow the room that was made for
+    compiled code.
     """
     rank = max(rank for _, _, rank in plan.larger)
     if any(layout_of(entry.tensor) is not None for entry, _, _ in plan.larger):

@@ -111,7 +111,9 @@ class InputMeasurement:
     def iterate_batches(self) -> Iterator[tuple[object, object]]:
         """Yield (batch on the model's device, result of `prepare_model`) for one pass through the data.
 
-        Without `prepare_model` the second is a copy of the batch.
+        `prepare_model` gets the batch and the config; without it the second is a deep copy of the batch.
+
+        A batch is not moved if the device is None or meta.
         """
         device = None if self.device is None or self.device.type == "meta" else self.device
         for batch in self.dataloader:

@@ -227,9 +227,7 @@ def find_replacement(name: str, layer: AdapterLayer) -> Callable[..., object] | 
 
 def names_of_rows(call: Any) -> list[str] | None:
     """Return the adapter name of each row of the mixed batch that runs, in order of rows; "__base__" for rows without
-    one.
-
-    None if no mixed batch runs.
+    one. None if no mixed batch runs, or it has no rows.
 
     Raises:
         RoutingError: rows use several adapters at once (a Stack or an Average).

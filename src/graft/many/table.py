@@ -83,6 +83,7 @@ class Progress:
         self._shown = clock()
 
     def __enter__(self) -> Progress:
+        """Start the live display on a terminal; elsewhere nothing happens. Return self."""
         if self._live is not None:
             self._live.start()
         return self
@@ -101,6 +102,7 @@ class Progress:
             self._live.update(make_run_table(self.runs()), refresh=True)
 
     def __exit__(self, *_: object) -> None:
+        """Show the runs once more, also after an error, and stop the live display, if there is one."""
         self.show()
         if self._live is not None:
             self._live.stop()

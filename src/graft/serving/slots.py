@@ -64,6 +64,9 @@ class SlotReport:
     host_bytes: int  # adapters in host memory
 
     def __str__(self) -> str:
+        """Return two lines: the numbers of slots in use, pinned and known adapters, layers and the highest rank; then
+        the sizes in MB of 10^6 bytes.
+        """
         mb = 1e6
         return (
             f"{len(self.resident)} of {self.max_adapters} slots in use ({len(self.pinned)} pinned), {len(self.known)} "

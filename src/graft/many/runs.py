@@ -1246,9 +1246,9 @@ class MultiTrain:
         return [self._runs[item.name].validation_loss(output, item.batch) for item, output in zip(items, outputs)]
 
     def _set_mode(self, training: bool) -> None:
-        """Set the model to training or eval mode.
+        """Set the model to training or eval mode; nothing happens if it is in that mode already, unless `base_in_eval`.
 
-        With `base_in_eval`, training mode is set for adapters and heads only, and the base stays in eval mode.
+        With `base_in_eval`, training mode is set for adapters' modules and heads only, and the base is in eval mode.
         """
         model = self._peft_model
         if not (training and self.base_in_eval):

@@ -403,8 +403,8 @@ class SweepJob:
             self.runs.remove(trial.name)
 
     def exchange_rows(self) -> None:
-        """Exchange rows with the other processes, and update trials that have reached more rungs there or were
-        dropped.
+        """Exchange rows with the other processes, and update trials, in place, from rows that have losses of more rungs
+        or that were dropped. Each process must call this.
         """
         for rows in self.exchange([trial.row for trial in self.trials]):
             for trial, row in zip(self.trials, rows):

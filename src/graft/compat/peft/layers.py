@@ -80,7 +80,8 @@ class _LayerType(ABCMeta):
         return cls.kind is None or cls.kind in list_class_names(obj)
 
     def __subclasscheck__(cls, other: type) -> bool:
-        """Return True if `other` is derived from this class; AdapterLayer and its subclasses count for BaseTunerLayer.
+        """Return True if `other` is derived from this class, or is AdapterLayer or a subclass and this class has
+        neither method nor kind, as BaseTunerLayer.
 
         Raises:
             TypeError: `other` is an AdapterLayer class, and this class has a method or kind: only objects have these.

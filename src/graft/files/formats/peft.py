@@ -749,9 +749,8 @@ def new_config(adapter: AdapterFile) -> Json:
 
 
 def choose_targets(paths: list[str], base: Base | None) -> list[str]:
-    """Return `target_modules` that select these modules and no other.
-
-    Their last names, if no other module of the base has one of these; else whole paths.
+    """Return `target_modules`, sorted, that select these modules and no other: their last names, if no other module of
+    the base has one of these. Else, or without a base, whole paths.
     """
     if base is not None:
         known = set(base.modules)

@@ -206,7 +206,8 @@ def name_architecture(
 def head_class(config: Mapping[str, object], adapter: AdapterFile) -> str | None:
     """Return the name of the model class that an adapter was trained on; None if unknown, or without transformers.
 
-    By the adapter's `auto_mapping`; else by its task (SEQ_CLS, TOKEN_CLS, QUESTION_ANS) and the base's model type.
+    The class of the adapter's `auto_mapping` counts, even if the base has another. Without it the task (SEQ_CLS,
+    TOKEN_CLS, QUESTION_ANS) and the base's model type tell it; of several classes the first.
     """
     named = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
     task = adapter.config.get("task_type")

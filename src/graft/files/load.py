@@ -138,13 +138,10 @@ def describe_base_of(model: Any) -> BaseDescription:
         TypeError: `model` is a class or no module.
     """
     if not isinstance(model, nn.Module):
-        is_class = isinstance(model, type)
-        given = (
-            f"the class {model.__name__}. Make an object of it"
-            if is_class
-            else f"{shorten_text(repr(model))}. Load it first"
-        )
-        raise TypeError(f"A model has to be a torch.nn.Module, got {given}.")
+        text = f"{shorten_text(repr(model))}. Load it first"
+        if isinstance(model, type):
+            text = f"the class {model.__name__}. Make an object of it"
+        raise TypeError(f"A model has to be a torch.nn.Module, got {text}.")
     is_adapted = hasattr(model, "get_base_model")
     base: nn.Module = model.get_base_model() if is_adapted else model
     layers = find_adapter_layers(base)

@@ -204,7 +204,7 @@ def check_no_pieces(sites: Iterable[tuple[str, Site]], what: str) -> None:
     """Raise UnsupportedLayerError if this process has only a piece of one of these sites (path, site): its inputs or
     outputs are cut, or a bias is left to the caller.
 
-    The error counts these layers and names the first. It begins with `what`, a clause such as "EVA measures inputs".
+    The error counts these layers and names the first. It begins with the given clause, such as "EVA measures inputs".
     """
     cut = [(key, p.style) for key, s in sites if (p := s.piece) is not None and (p.inputs or p.outputs or p.left_out)]
     if cut:

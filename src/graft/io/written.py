@@ -93,8 +93,8 @@ class StackLayout:
         """Give one PeftWarning for each of the `doubts` "exchanged", "twice" and "by_expert", which names the
         `expert_layout` option that settles it.
 
-        Each text begins with `what`, the adapter and file. Texts differ with the version of PEFT and with a package
-        that replaced `load_adapter`.
+        Each text begins with the given clause, which names adapter and file. Texts differ with the version of
+        PEFT and with a package that replaced `load_adapter`.
         """
         if "exchanged" in doubts:
             read = "exchanged, as PEFT before 0.18 wrote them" if self.version is None else "as PEFT 0.19.1 writes them"

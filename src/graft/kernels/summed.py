@@ -250,7 +250,7 @@ FACTS = {
     Tensor.get_device, Tensor.is_contiguous, Tensor.element_size, Tensor.ndimension, torch.is_floating_point,
     torch.numel,
 }  # fmt: skip
-# handlers by the names of functions, which torch's and Tensor's share; a property's getter, without a name, by itself
+# handlers by the names that torch's and Tensor's functions share; a property's getter has no name, and is the key
 HANDLERS: dict[object, Callable[..., object]] = {
     "__getitem__": _select,
     "transpose": _transpose,

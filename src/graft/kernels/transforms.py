@@ -303,7 +303,7 @@ AT_ONCE = 1 << 18  # numbers that `sample_products` gathers at once: few enough 
 
 Parts = Sequence[Tensor]  # for each part, (size, samples)
 # A basis is a matrix S (n, parts · size) with fast transforms; M acts on each part of its columns apart. `analysis`
-# returns Sᵀ xᵀ for x (samples, n), `synthesis` (S D⁻¹ z)ᵀ, `factors` D[index], by which its caller multiplies before,
+# returns Sᵀ xᵀ for x (samples, n), `synthesis` (S D⁻¹ z)ᵀ, `factors` D[index], a scale that its caller applies first,
 # and `at` S[q, index], (indices, samples) each.
 Basis = Waves | Wavelet | Plain
 

@@ -190,8 +190,8 @@ PRESETS: dict[str, Json] = {
 class BottleneckPlace(NamedTuple):
     """The role of a bottleneck at one module.
 
-    "after" adds to the output, "norm" to the input of a norm. A "tap" only passes its input to `readers`; "beside" is
-    such a reader, and adds to the output. "embedding" and "head" are the invertible adapter.
+    "after" adds to the output, "norm" to the input of a norm. A "tap" only passes its input to its `readers`, which
+    add to the output. "embedding" and "head" are the invertible adapter.
     """
 
     role: Literal["after", "norm", "tap", "beside", "embedding", "head"]
@@ -412,8 +412,8 @@ class Bottleneck(Method[BottleneckConfig]):
         """Return the effect of the place's role: a `Tap`, or a `Rewrite` with this class's method for that role.
 
         "tap": `Tap` for the place's readers. "norm": `before_norm` ahead of a block. "head": `before_head` on the input
-        (`pre`). "embedding": `after_embedding` on the output (`post`). "beside" has the part `beside` on a tapped
-        input. Any other: the part `after`. The last three mark a block if the module's kind is unknown.
+        (`pre`). "embedding": `after_embedding` on the output (`post`). A reader of a tap: its branch of the
+        tapped input. Any other: the part `after`. The last three mark a block if the module's kind is unknown.
         """
         place, block = self.place, not self.site.op.known
         if place.role == "tap":

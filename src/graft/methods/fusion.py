@@ -137,7 +137,7 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         """Return the effect of the bottlenecks' role here.
 
         "tap": a `Tap` for the place's readers. "norm": a `Rewrite` of the input (`pre`) by `before_norm`, of a block.
-        "beside" has a Rewrite with the part `beside` on a tapped input. Any other role, or no place: the part `after`.
+        A reader of a tap: a Rewrite by its branch of the tapped input. Any other role, or no place: the part `after`.
         The last two mark a block if the module's kind is unknown.
         """
         place, block = self.place or BottleneckPlace("after"), not self.site.op.known  # `check` refuses None

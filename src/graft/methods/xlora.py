@@ -94,8 +94,7 @@ class XLoraConfig(PeftConfig):
             self.adapters, self.beside = dict(options["adapters"]), {}
 
     def note_source(self, where: str, subfolder: str | None = None, **hub: object) -> None:
-        """Record the places of the experts that are saved with this config, in sub-folders with their names (dict
-        `beside`).
+        """Record the places of the experts that are saved with this config, in sub-folders with their names.
 
         An expert without a config file in its sub-folder is not recorded. If all names are digits, in the order of text
         as PEFT sorts them, `adapters` is first put in the order of numbers: that of the classifier's outputs. Looking

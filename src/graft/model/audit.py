@@ -490,7 +490,7 @@ def module_norms(module: nn.Module, original: nn.Module) -> tuple[Tensor, ...]:
     return apart, torch.stack([q.float().norm() for _, q in pairs]).norm()
 
 
-# checks that a model in training makes by itself
+# checks that a model makes in training
 
 # A model audits itself once, when a backward pass ends, and gives one warning. The first pass shows four faults:
 # no adapter on a layer got a gradient, and other parameters did; gradients are not finite in a model without float16;

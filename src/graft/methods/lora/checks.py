@@ -47,7 +47,7 @@ def check_parameter(site: Site, cfg: LoraConfig) -> None:
 
 
 def only_linear(site: Site, what: str) -> str | None:
-    """Return a reason that begins with the clause `what` if the layer's type is known and not linear; else None."""
+    """Return a reason that begins with the given clause if the layer's type is known and not linear; else None."""
     return None if site.op.linear or not site.op.known else f"{what}: it adapts linear layers only"
 
 

@@ -81,7 +81,7 @@ def convert_lokr(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod],
             two = two[0], base.shapes[f"{path}.weight"][1] // one[1]
         grids.append((one, two))
         ranks[path] = m.rank or max(two)
-        alphas[path] = (m.scale or 1.0) * ranks[path]
+        alphas[path] = (1.0 if m.scale is None else m.scale) * ranks[path]
     sizes = {pair for one, two in grids for pair in zip(one, two)}
     candidates = (LoKrConfig(decompose_factor=f) for f in (-1, *range(1, 1 + max(max(one) for one, _ in grids))))
     fits = (c.decompose_factor for c in candidates if all(c.factor_sizes(a * b) == (a, b) for a, b in sizes))

@@ -379,8 +379,9 @@ def replace_rows(job: MergeJob, name: str, indices: Tensor, values: Tensor, spot
     shape = job.places.shapes[spot.key] if replacement is None else replacement.shape
     at = torch.from_numpy(indices.read().copy()).long()
     distinct, place = at.unique(return_inverse=True)
-    if len(shape) != 2 or values.shape[1] != shape[1] or (len(at) and int(at.max()) >= shape[0]):
-        raise job.misfit(name, f"it brings rows {tuple(values.shape)} up to number {int(at.max())}, of {shape}")
+    last = max(at.tolist(), default=-1)
+    if len(shape) != 2 or values.shape[1] != shape[1] or last >= shape[0]:
+        raise job.misfit(name, f"it brings rows {tuple(values.shape)} up to number {last}, of {shape}")
 
     def fold(W: torch.Tensor, own: Read) -> torch.Tensor:
         """Overwrite the rows of W in place, for another weight than 1 move them part of the way, and return W.

@@ -333,6 +333,8 @@ def test_configs():
         ([7, -1], graft.ConfigTypeError, "one number of positions"),
         ([7, 1.5], graft.ConfigTypeError, "one number of positions"),
         (7, graft.ConfigTypeError, "one number of positions"),
+        (torch.tensor(7), graft.ConfigTypeError, "one number of positions"),
+        ([7, True], graft.ConfigTypeError, "one number of positions"),
     ],
 )
 def test_offsets_that_are_none(given, error, text):

@@ -186,8 +186,8 @@ def offsets_from(value: object, run: Run) -> Offsets:
         ConfigTypeError: the value is no list or tensor of non-negative integers and None.
         RoutingError: its length fits the first dimension of no tensor in the call.
     """
-    values = value.tolist() if isinstance(value, Tensor) else list(value) if isinstance(value, Sequence) else None
-    if values is None or not all(v is None or (isinstance(v, int) and v >= 0) for v in values):
+    values = value.tolist() if isinstance(value, Tensor) else value
+    if not isinstance(values, Sequence) or not all(v is None or (type(v) is int and v >= 0) for v in values):
         raise ConfigTypeError(
             f"{ARGUMENT} takes one number of positions (from the invocation to the end) or None per row, got {value!r}."
         )

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from graft.core.ops import make_linear
-from graft.core.random import _SCRATCH, _WORTH, DrawOnCPU, skip_draws
+from graft.core.random import _SCRATCH, _WORTH, DrawOnCPU, draw_from_seed, skip_draws
+from tests.threads import at_once
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,22 @@ def test_skipping_advances_like_filling(sizes):
     torch.manual_seed(5)
     skip_draws(*tensors)
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(torch.randn(20), following)
+
+
+def test_threads_draw_apart_from_a_seed():
+    state, found = torch.get_rng_state(), {0: [], 1: []}
+
+    def draw(seed):
+        for _ in range(50):
+            with draw_from_seed(seed):
+                found[seed].append(torch.cat([torch.rand(1) for _ in range(40)]))
+
+    at_once(lambda: draw(0), lambda: draw(1))
+    for seed, drawn in found.items():
+        twin = torch.Generator().manual_seed(seed)
+        wanted = torch.cat([torch.rand(1, generator=twin) for _ in range(40)])
+        assert len(drawn) == 50 and all(torch.equal(t, wanted) for t in drawn)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

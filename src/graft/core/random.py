@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from graft.kernels.low_rank import new_seed
 
+LOCK = RLock()  # torch's own generator is one for all threads
 _SCRATCH = 1 << 14  # 64-bit words: few enough for the cache
 _WORTH = 1 << 12  # numbers: with fewer, `skip` costs more than it gains
 
@@ -165,9 +166,9 @@ def build_on(device: torch.device | None, default: torch.device | None = None) -
 def draw_from_seed(seed: int) -> Iterator[None]:
     """Make all draws of the block those that `seed` gives on a CPU, whatever the device.
 
-    Afterwards the CPU's generator has its former state; others were not used.
+    Holds the lock of all threads. Afterwards the CPU's generator has its former state; others were not used.
     """
-    with torch.random.fork_rng(devices=[]), DrawOnCPU():
+    with LOCK, torch.random.fork_rng(devices=[]), DrawOnCPU():
         torch.default_generator.manual_seed(seed)
         yield
 
@@ -179,7 +180,6 @@ def _build_with_cpu_draws(device: torch.device) -> Iterator[None]:
         yield
 
 
-LOCK = RLock()  # torch's own generator is one for all threads
 _tickets = [0]  # drawn so far, by all threads
 
 

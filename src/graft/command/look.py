@@ -100,8 +100,8 @@ def diff(a: str, b: str, *, base: str | None = None, tol: float = 1e-6) -> Resul
         """Print the differing settings, with values cut to 40 characters, names in only one adapter, and the
         differences of modules and tensors. Tables without rows are left out.
 
-        The last line is "equal", or "not equal" with the largest relative difference. It ends with the facts in which
-        they act otherwise, and the number of names of one alone.
+        The last line is "equal", or "not equal" with the largest relative difference. It ends with the config
+        fields that make the two act otherwise, and the number of names that one of them lacks.
         """
         values = {name: [shorten_text(repr(value), 40) for value in two] for name, two in differences["config"].items()}
         show.print_table("Settings", ["field", "a", "b"], [(name, *two) for name, two in values.items()])

@@ -62,7 +62,8 @@ SYNONYMS = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targ
 def suggest_field(name: str, names: Sequence[str]) -> str:
     """Return ". Did you mean '<field>'?" for a keyword that is no field; "" if no field resembles it.
 
-    A synonym counts first ("rank" for `r`), then a field that ends in "_<name>", then the most similar name.
+    A synonym counts first ("rank" for `r`), if `names` has its field, then a field that ends in "_<name>", then the
+    most similar name.
     """
     ends = [field for field in names if field.endswith(f"_{name}")]
     similar = [SYNONYMS[name]] if SYNONYMS.get(name) in names else ends or get_close_matches(name, names, 1)
@@ -114,8 +115,8 @@ class PeftConfig:
         def __new__(cls, *_: object, **values: object) -> PeftConfig:
             """Make a config without setting fields.
 
-            Raises ConfigTypeError for a keyword that is no field, with a similar field; not if a class has a
-            hand-written `__init__`.
+            Raises ConfigTypeError for a keyword that is no field, with a similar field. A class with a hand-written
+            `__init__` is not checked.
             """
             owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
             is_dataclass = "__dataclass_fields__" in vars(owner)  # an __init__ written by hand may take more
@@ -130,7 +131,8 @@ class PeftConfig:
         """Check the fields and convert them: `validate`, then `peft_type` and `task_type` to members of their enums.
 
         A missing `peft_version` becomes `FORMAT_VERSION`. A class with a fixed `peft_type` keeps it, and warns if
-        another was passed. Raises ConfigError for an unknown task type.
+        another was passed. Raises ConfigError for an unknown task type, ValueError for an unknown `peft_type`, and the
+        errors of `validate`.
         """
         if self.peft_version is None:
             self.peft_version = FORMAT_VERSION
@@ -162,7 +164,8 @@ class PeftConfig:
         """Return the config for the layer with path `key`: a shallow copy with the overrides of `patterns`, or this
         config itself if no pattern matches.
 
-        Of each pattern field (`rank_pattern`) the first pattern that matches the path counts.
+        Of each pattern field (`rank_pattern`) the first pattern that matches the path counts. An invalid pattern raises
+        ConfigError.
         """
         changes = {}
         for pattern_field, name in self.patterns.items():
@@ -188,7 +191,7 @@ class PeftConfig:
     # dicts and files
 
     def to_dict(self) -> Json:
-        """Return copies of all fields except `runtime_fields`.
+        """Return a dict with deep copies of all fields except `runtime_fields`; nested dataclasses become dicts.
 
         Sets and enums stay as they are; a config made of the dict is equal.
         """
@@ -246,7 +249,7 @@ class PeftConfig:
 
         If a save was cut short, the copy of the config in the weights file counts. Keys that the class does not know
         are left out with a warning. Values in the file override those in `kwargs`, which also has the arguments for the
-        hub.
+        hub. Last, the config's `note_source` is called with folder, subfolder and hub arguments.
 
         Raises:
             CheckpointError: there is no such file, or it is not valid JSON.
@@ -289,8 +292,9 @@ class PeftConfig:
 
     @classmethod
     def from_peft_type(cls, **kwargs: object) -> PeftConfig:
-        """Return a config of the class that the keyword `peft_type` names; unknown keywords are dropped with a
-        warning.
+        """Return a config of the class that the keyword `peft_type` names, or of this class without it.
+
+        Unknown keywords are dropped with a warning; `check_kwargs` is not called.
         """
         return cls.find_class(kwargs).from_known_fields(kwargs)
 
@@ -340,7 +344,7 @@ class PeftConfig:
     def from_json_file(cls, path_json_file: str, **_: object) -> Json:
         """Return the JSON object in a file without the key "runtime_config", which describes a machine.
 
-        Other arguments are ignored. Raises CheckpointError.
+        Other arguments are ignored. Raises CheckpointError for invalid JSON or another JSON value.
         """
         return {k: v for k, v in read_object(path_json_file).items() if k not in MACHINE}
 
@@ -352,7 +356,7 @@ def make_files(config: PeftConfig) -> dict[str, bytes]:
     """Return the files of a config, {name: bytes}: adapter_config.json alone, or all files that an overridden
     `save_pretrained` writes.
 
-    An override is called with a temporary folder, which is read and deleted.
+    An override is called with a temporary folder and the config's `auto_mapping`; the folder is read and deleted.
 
     Raises:
         CheckpointError: the override fails with any error, writes no valid adapter_config.json, or writes a folder, a
@@ -416,7 +420,9 @@ def make_config(fields: dict[str, object], path: str, where: str, subfolder: str
 
 
 def suggest_names(unknown: Iterable[str], known: Iterable[str]) -> str:
-    """Return "'<known>' for '<unknown>', …" for each unknown name that resembles a known one; "" if none does."""
+    """Return "'<known>' for '<unknown>', …" for each unknown name that resembles a known one; "" if none does (difflib,
+    cutoff 0.8).
+    """
     matches = [(name, get_close_matches(name, known, n=1, cutoff=0.8)) for name in unknown]
     return ", ".join(f"'{close[0]}' for '{name}'" for name, close in matches if close)
 

@@ -201,7 +201,7 @@ def check_is_plain(adapter: AdapterFile, server: Server) -> None:
 def check_copied_weights(adapter: AdapterFile, base: Base) -> None:
     """Compare the base weights that the file holds next to factors of the same module with those of the base.
 
-    Raises LossError if shapes differ or values differ by more than rounding to half precision, and
+    Raises LossError if shapes differ or values differ by more than rounding to half precision (relative 2⁻⁷), and
     BaseModelMismatchError if the base lacks such a weight.
     """
     for name in list_copied_weights(adapter):
@@ -225,7 +225,8 @@ def read_unscaled_factors(path: str, module: LowRank | OtherMethod, config: dict
     1.
 
     A shift (PiSSA) is subtracted by appending its factors, which adds its rank. QA-LoRA and BD-LoRA become dense
-    factors. Raises LossError for a Tucker core and for other methods.
+    factors of kind "linear". Magnitude, bias and `extra` are left out. Raises LossError for a Tucker core and for other
+    methods.
     """
     if isinstance(module, OtherMethod):
         A, B = expand_shared_factors(path, module, config)
@@ -246,7 +247,7 @@ def expand_shared_factors(path: str, module: OtherMethod, config: Json) -> tuple
 
     QA-LoRA: A is repeated over the inputs of each group, and multiplied by the number of groups / the group size.
     BD-LoRA: the block-diagonal factor (A for modules of target_modules_bd_a, otherwise B) is filled with zeros. Raises
-    LossError for other methods.
+    LossError for other methods with `lora_A` and `lora_B`, KeyError for a module without these.
     """
     A, B = (module.tensors[f"lora_{name}.weight"].read() for name in "AB")
     if module.method == "QALORA":  # A acts on means of `size` inputs, times the number of groups

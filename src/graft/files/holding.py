@@ -69,10 +69,12 @@ def fit_to_format(
 ) -> tuple[AdapterFile, list[str]]:
     """Return a copy of an adapter with only the parts that a format can hold, and descriptions of the lost parts.
 
-    AdaLoRA becomes LoRA, unless the format holds it; other methods that it does not hold are lost. Tucker cores are
-    multiplied into A where needed. Scales and ranks are made equal where needed, by folding into B and padding with
-    zeros. If the format needs a magnitude for all modules, modules without one get it, unless the adapter has that
-    format already.
+    Unknown keys are always lost. Lost are also methods, kinds of modules, whole tensors, rows, shared tensors,
+    magnitudes, biases, `extra`, fields of `FIELDS` and an undescribed change of the base, as far as the format lacks
+    them. AdaLoRA becomes LoRA with an empty config, unless the format holds it. Tucker cores are multiplied into A
+    where needed, which is no loss. Last, scales and ranks are made equal where needed, by folding into B and padding
+    with zeros. If the format needs a magnitude for all modules, modules without one get it, unless `adapter.format` is
+    `to`.
 
     Args:
         to: the format's name.
@@ -168,7 +170,7 @@ def make_magnitudes(adapter: AdapterFile, base: Base | None, to: str, of_rows: b
 
 
 def check_losses(adapter: AdapterFile, to: str, lost: list[str], lossy: bool, left: object) -> None:
-    """Raise LossError if nothing is left of an adapter, or if parts are lost and `lossy` is False."""
+    """Raise LossError if `left` is empty, also with `lossy`, or if `lost` has entries and `lossy` is False."""
     if not left:
         raise LossError(
             f"The format {to} can hold nothing of {adapter.path}: {join_some(lost)}. Make it LoRA first, by "
@@ -188,8 +190,8 @@ def unify_scales_and_ranks(adapter: AdapterFile, holds: FormatLimits) -> float:
     Return the largest rounding error of B, 0 if no scale was folded.
 
     Ranks are padded with zeros to the largest, unless the format holds several. Unless it holds a scale for each
-    module, the most common scale (or alpha) that is not 0 is wanted for all, 1 without any. The difference is
-    multiplied into B. Without LoRA modules nothing changes.
+    module, the most common scale (or alpha) that is not 0, of equally common ones the first, is wanted for all; 1
+    without any. The difference is multiplied into B. Without LoRA modules nothing changes.
     """
     low_rank = adapter.low_rank
     rounding = 0.0
@@ -233,10 +235,10 @@ def make_shape_error(what: str, module: str, A: Tensor, B: Tensor, where: str = 
 def fold_scale(module: LowRank, scale: float) -> tuple[LowRank, float]:
     """Return a module with the scale `scale`, and the largest relative rounding error of B.
 
-    Its B and bias are multiplied by old / new scale.
+    B and bias are multiplied by old / new scale, and `alpha` becomes None.
 
-    The product is rounded once, to B's dtype. With an equal scale nothing is computed. Raises CheckpointError if B
-    overflows its dtype.
+    The product is rounded once, to B's dtype. If the scales are equal to 1e-12, only `scale` is set, and the error is
+    0. Raises CheckpointError if B overflows its dtype.
     """
     factor = module.scale / scale
     if abs(factor - 1) < 1e-12:

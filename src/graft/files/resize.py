@@ -56,7 +56,8 @@ def resize_adapter(
 
     A module that loses nothing keeps its factors, padded with zeros if its rank grows. Other factors come from an SVD,
     in the same dtype; for 8-bit floats in bfloat16. DoRA's magnitudes stay, and extra tensors of variants are dropped.
-    The method becomes LoRA, and initialisation fields of the config are reset.
+    No rank exceeds the smaller side of ΔW, except with `uniform`. The method becomes LoRA, and fields on initialisation
+    and `use_rslora` of the config are reset where they are set.
 
     Args:
         rank: of all modules.
@@ -157,8 +158,8 @@ def collect_loras(adapter: AdapterFile) -> dict[str, LowRank]:
 
 
 def compute_rank_profile(lora: LowRank) -> np.ndarray:
-    """Return the singular values that decide a module's rank; for experts the i-th is the root sum of squares over all
-    experts.
+    """Return the singular values that decide a module's rank, at most min(out, in); for experts the i-th is the root
+    sum of squares over all experts.
     """
     spectra = np.stack([algebra.compute_singular_values(p) for p in algebra.list_delta_products(lora)])
     rows, columns = algebra.delta_shape(lora)
@@ -171,8 +172,9 @@ def choose_ranks_for_size(
 ) -> dict[str, int]:  # fmt: skip
     """Return the rank of each module for a file of at most `max_mb`, by adding triplets in order of σ² per byte.
 
-    Every module has at least rank 1 and at most its `most`. With `uniform` all get the largest rank that fits. Raises
-    LossError if rank 1 does not fit.
+    A triplet that does not fit is skipped, and later cheaper ones are tried; those with σ = 0 are not added. Every
+    module has at least rank 1 and at most its `most`. With `uniform` all get the largest rank that fits, up to the
+    largest `most`. Raises LossError if rank 1 does not fit.
     """
     costs = {path: bytes_per_rank(h) for path, h in loras.items()}
     left = int(max_mb * MB) - count_other_bytes(adapter, loras) - sum(costs.values())

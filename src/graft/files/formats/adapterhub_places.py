@@ -119,8 +119,9 @@ def check_compared(path: str, base: Base, cfg: BottleneckConfig | None) -> None:
 
 
 def set_modules(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], options: Json) -> AdapterFile:
-    """Set the adapter's modules, `selected` and its config (targets "places", inference mode, `options`), and return
-    it.
+    """Set the adapter's modules, of its own method, `selected` and its config, and return it.
+
+    The config is new: `peft_type`, targets "places", `inference_mode` True, then `options`, which override these.
     """
     out.modules = {module: OtherMethod(out.method, tensors) for module, tensors in modules.items()}
     out.selected = frozenset(out.modules)
@@ -285,7 +286,8 @@ def block_of(place: str, blocks: list[Block]) -> Block | None:
 
 
 def make_bottleneck_config(path: str, theirs: Json) -> BottleneckConfig:
-    """Return graft's config of a bottleneck, with AdapterHub's fields that both have and that are not None.
+    """Return graft's config of a bottleneck, with AdapterHub's fields that both have and that are not None, except
+    `peft_type` and `task_type`.
 
     Missing fields that are checked count as AdapterHub's default.
 
@@ -373,7 +375,8 @@ def rename_leaf(leaf: str, cfg: BottleneckConfig) -> str | None:
 
 
 def find_embedding(base: Base) -> str:
-    """Return the path of the module that outputs the embedding of the input.
+    """Return the path of the module that outputs the embedding of the input, among modules named word_embeddings,
+    embed_tokens or wte.
 
     Raises:
         CheckpointError: there is none, or the encoder shares it with the decoder.

@@ -61,7 +61,9 @@ DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}  # safetensors' names → 
 
 
 def recognises(path: str) -> bool:
-    """Return True for a file that begins with GGUF's magic bytes, or a folder with one .gguf file that does."""
+    """Return True for a file that begins with GGUF's magic bytes, or a folder with exactly one .gguf file that does;
+    False for a missing path.
+    """
     file = one_file(path, ".gguf") or path
     if not os.path.isfile(file):
         return False
@@ -145,7 +147,7 @@ def read_gguf_pair(path: str, name: str, tensors: Mapping[str, Tensor], alpha: f
 def arch_of(base: Base) -> tuple[str, bool]:
     """Return the base's architecture in GGUF, and whether llama.cpp's converter permutes its q and k.
 
-    A config without `architectures` has that of its `model_type`.
+    The first of the config's `architectures` counts; without any, that of its `model_type`.
 
     Raises:
         BaseNeededError: the base's config has neither.
@@ -221,7 +223,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     """Write a file: LoRA, or control vectors for steering vectors. Return descriptions of the losses.
 
     Rows of q and k are put into llama.cpp's order where its converter permutes them. The file has one alpha: scale ·
-    rank of the first module.
+    rank of the first module; aLoRA's tokens are written, too.
 
     Raises:
         BaseNeededError: `base` is None: the file needs its architecture and heads.
@@ -356,8 +358,8 @@ def read_control(path: str, fields: dict[str, object], tensors: Mapping[str, Ten
 def control_vectors(adapter: AdapterFile, base: Base | None, lossy: bool) -> tuple[dict[str, Tensor], Json, list[str]]:
     """Return steering vectors times their coefficient, by name, the fields of a file, and descriptions of the losses.
 
-    A vector of zeros elsewhere is dropped without a loss. Unknown keys and modules of other methods are losses, too.
-    The fields are `model_hint` and `layer_count`, the number of vectors written.
+    A vector of zeros elsewhere is dropped without a loss. Unknown keys and modules of other methods are losses, too. A
+    missing coefficient is 1. The fields are `model_hint` and `layer_count`, the number of vectors written.
 
     Raises:
         BaseNeededError: there is no base to count blocks.

@@ -95,8 +95,10 @@ def list_parts(path: str) -> list[str]:
 
 
 def folder_of(path: str) -> str | None:
-    """Return the folder of an adapter, for the folder itself or a path of its config or weights; None for
-    other paths.
+    """Return the folder of an adapter: `path` itself if it is a folder, or the parent of a path with the file name of
+    its config or weights.
+
+    "." for such a name without a folder; None for other paths. The file need not be there.
     """
     if os.path.isdir(path):
         return path
@@ -111,7 +113,8 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     Converts layouts of servers and names of tinker, and exchanges A and B of stacks that an old PEFT wrote exchanged.
     Warns with PeftWarning if the layout of experts is a guess. Modules with only their bias in the file are added
     without tensors. `changed_base` is set if the initialisation changed the base and the file does not hold that
-    change. `selected` is set to the modules unless tensors were renamed.
+    change. `selected` is set to the modules, or to None if tensors were renamed. graft's mark of the experts' layout is
+    taken out of the config.
 
     Args:
         path: the folder, or one of the two files in it.
@@ -160,9 +163,10 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
 
 def check_kinds(config: Json, path: str) -> None:
-    """Raise CheckpointError if LISTS in the config are no lists of text, or the fields of KINDS have another type.
+    """Raise CheckpointError if `target_parameters` or `modules_to_save` of a config is no list of texts, if `peft_type`
+    or `base_model_name_or_path` is no text, or `use_bdlora` no dict.
 
-    Missing and empty fields pass.
+    Missing and empty values pass.
     """
     for name in LISTS:
         value = config.get(name) or []
@@ -256,7 +260,11 @@ def split_tensors(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 
 def list_wrapped_modules(names: Iterable[str]) -> Iterator[str]:
-    """Yield the path of each module with a weight or bias below `base_layer` in the file, token rows excepted."""
+    """Yield the path, without "base_model.model.", of each module with a weight or bias below its first `base_layer`,
+    once for each such tensor.
+
+    Embeddings around token rows (`token_adapter`) are skipped.
+    """
     for name in names:
         head, middle, tail = name.partition(".base_layer.")
         if middle and tail in ("weight", "bias") and not head.endswith(f".{TOKENS}"):
@@ -271,7 +279,8 @@ def clean_path(path: str) -> str:
 def take_rows(out: AdapterFile, path: str, key: str, values: Tensor) -> None:
     """Add trained rows of the embedding at `path` to `out.rows`, with the token indices of the config as int64.
 
-    A dict of indices is searched for the first name that the path ends with.
+    They are the field `token_indices` for TRAINABLE_TOKENS, else `trainable_token_indices`. A dict of indices is
+    searched for the first name that the path ends with.
 
     If the config has none for it, or another number, the key goes to `unknown_keys`.
 
@@ -295,7 +304,8 @@ def take_rows(out: AdapterFile, path: str, key: str, values: Tensor) -> None:
 def take_other(out: AdapterFile, path: str, method: str, tensors: dict[str, Tensor]) -> None:
     """Add a module of a method other than LoRA to `out`, with alpha / r as scale for LoHa and LoKr.
 
-    AdaLoRA's scale is lora_alpha / (init_r + 1e-5), with init_r for an alpha of 0 or less. Others have None.
+    AdaLoRA's scale is lora_alpha / (init_r + 1e-5), with init_r for an alpha of 0 or less; missing ones are 12 and 8.
+    Others have None.
     """
     scale = None
     if method in SCALED:
@@ -378,8 +388,8 @@ def list_bdlora_blocks(config: Json) -> list[str]:
 
 
 def find_rank_and_alpha(config: Json, path: str, name: str) -> tuple[int, float]:
-    """Return rank and alpha of the module at `path`: for each the first pattern that matches the path's end, else the
-    config's field, else 8.
+    """Return rank and alpha of the module at `path`, as in the config: for each the first pattern that matches the
+    path's end, else the config's field, else 8.
 
     Args:
         name: the config's field of alpha.
@@ -459,7 +469,9 @@ def is_target(config: Json, path: str) -> bool:
 
 
 def is_stack_shape(shape: tuple[int, ...] | None, A: Tensor, B: Tensor) -> bool:
-    """Return True if the last two sizes of `shape` are A's inputs and B's outputs, in any order; False for None."""
+    """Return True if the last two sizes of `shape` are A's inputs and B's outputs, in any order; False for None or
+    fewer than two sizes.
+    """
     return shape is not None and len(shape) > 1 and {shape[-1], shape[-2]} == {A.shape[1], B.shape[0]}
 
 
@@ -541,7 +553,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     Return descriptions of the losses, for a pipeline with the part before each.
 
     An older folder is replaced whole. Nothing is written if an error is raised, except earlier parts of a pipeline.
-    graft's fingerprint of the base is kept if no module has changed, other metadata is not.
+    graft's fingerprint of the base (`graft_base`) is kept if `selected` equals the modules; other metadata is not.
 
     Args:
         base: its modules' names let `target_modules` be short; it is not used for the parts of a pipeline.
@@ -770,7 +782,7 @@ def set_numbers(config: dict[str, object], adapter: AdapterFile) -> None:
 
     Nothing changes if they are right already, scales to a relative 1e-12, or if no module has a rank.
 
-    The most frequent rank and alpha become `r` and alpha; other modules get patterns, also in place of earlier ones.
+    The most frequent rank and alpha become `r` and alpha; other modules get patterns, which replace all earlier ones.
     Alpha is scale · r, or scale · √r with `use_rslora`, rounded. Modules of another method than the adapter's or
     without a rank are ignored, except LoRA's.
     """
@@ -809,7 +821,9 @@ def round_alpha(value: float) -> float:
 
 
 def key_of(path: str, paths: Iterable[str]) -> str:
-    """Return the pattern of one module: its escaped path, or "^path" if another path ends with ".path"."""
+    """Return the pattern of one module: its path, escaped except for "_", or "^path", not escaped, if another path ends
+    with ".path".
+    """
     twice = any(p != path and p.endswith(f".{path}") for p in paths)
     return re.escape(path).replace(r"\_", "_") if not twice else f"^{path}"
 

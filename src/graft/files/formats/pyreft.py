@@ -63,14 +63,14 @@ def recognises(path: str) -> bool:
 def read(path: str, base: Base | None = None) -> AdapterFile:
     """Read a folder. A block's second intervention is that of the last tokens.
 
-    The config gets the class's two flags, the rank of the first R, and the numbers of the blocks, or "all". Without
-    graft's entry on positions, the defaults are taken with a PeftWarning.
+    The config gets the class's two flags, the rank of the first R, and the numbers of the blocks, or "all". Targets are
+    "places", and `selected` all modules. Without graft's entry on positions, the defaults are taken with a PeftWarning.
 
     Raises:
         BaseNeededError: there is no base to count blocks.
         BaseModelMismatchError: the base has no such block.
-        CheckpointError: a file is missing or damaged, graft has no such intervention, or blocks have different numbers
-            of interventions or more than two.
+        CheckpointError: a file is missing or damaged, graft has no such intervention, there is no intervention, or
+            blocks have different numbers of them or more than two.
     """
     # loads torch, which a look at headers does not need
     from graft.files.formats.adapterhub_places import find_base_blocks
@@ -203,8 +203,8 @@ def read_state(kind: str, A: Mapping[str, torch.Tensor], R: torch.Tensor) -> dic
 def read_positions(path: str, fields: Json, units: int) -> Json:
     """Return the fields of ReftConfig that pyreft's files lack: those that graft wrote there.
 
-    Else the defaults with a PeftWarning: the first 3 tokens, with two interventions for each block also the last 3, no
-    dropout.
+    Of these a missing dropout is 0, and other missing ones are left out. Without a dict under "graft", the defaults
+    with a PeftWarning: the first 3 tokens, with two interventions for each block also the last 3, no dropout.
     """
     own_fields = fields.get(OURS)
     if isinstance(own_fields, dict):

@@ -285,7 +285,8 @@ def list_matrices(
 
 
 def change_bias(job: MergeJob, path: str, lora: LowRank) -> TensorChange:
-    """Return the change that adds the bias of the second factor, times scale and weight, to the layer's bias.
+    """Return the change that adds the bias of the second factor, times scale and weight, to the layer's bias in its
+    first place.
 
     Raises:
         BaseModelMismatchError: the layer has no bias, or one of another shape.
@@ -342,7 +343,8 @@ def replace_part(job: MergeJob, name: str, value: Tensor, spot: Spot) -> TensorC
     def fold(W: torch.Tensor, own: Read) -> torch.Tensor:
         """Return the trained values for weight 1: all, those of the spot's expert, or its rows of that expert.
 
-        W is then ignored. For another weight, move W the part `weight` of the way to them, in place, and return it.
+        W is then ignored, and the trained tensor's dtype stays (at least float32). For another weight, move W the part
+        `weight` of the way to them, in place, and return it.
 
         Raises:
             OptionError: the weight is not 1 and the sizes differ.

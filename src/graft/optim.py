@@ -38,7 +38,8 @@ Pair = tuple[nn.Parameter, nn.Parameter, float, int]  # A, B, scaling and number
 
 
 def find_pairs(model: nn.Module) -> Iterator[Pair]:
-    """Yield A, B, scaling and number of matrices of each LoRA adapter on each layer of the model that is no embedding.
+    """Yield A, B, scaling and number of matrices of each LoRA adapter, active or not, on each layer that is no
+    embedding.
 
     The number is 1 except for stacks of experts. Raises ConfigError as `check_plain_factors`.
     """
@@ -124,7 +125,8 @@ def create_loraplus_optimizer(
 ) -> Optimizer:
     """Return an optimizer for LoRA+ (arXiv 2402.12354): B learns `loraplus_lr_ratio` times as fast as A.
 
-    One-dimensional parameters learn with B, all others with A. In the fast group, biases and parameters of layer norms
+    There are four groups, in this order, even if empty: A, adapters on embeddings, B, and B without decay.
+    One-dimensional parameters learn with B, all others with A. Of the fast ones, biases and parameters of layer norms
     do not decay. Parameters that do not train are left out. An 8-bit Adam of bitsandbytes keeps the state of embeddings
     in 32 bits.
 
@@ -187,7 +189,7 @@ class PerParameterOptimizer(Optimizer):
         return loss
 
     def _update(self, p: nn.Parameter, g: Tensor, group: Group) -> None:
-        """Change a parameter in place by its gradient `g`. Subclasses override it."""
+        """Change a parameter in place by its gradient `g`. Raises NotImplementedError here: subclasses override it."""
         raise NotImplementedError
 
 
@@ -214,6 +216,10 @@ class LoraFAOptimizer(PerParameterOptimizer):
         factors: dict[nn.Parameter, tuple[nn.Parameter, float]] | None = None,
         stacks: dict[nn.Parameter, int] | None = None,
     ):
+        """Make the optimizer with one set of defaults for all groups; `factors` and `stacks` are empty if None.
+
+        Raises ConfigError for an lr or eps below 0 or a beta outside [0, 1); the decay is not checked.
+        """
         if lr < 0 or eps < 0 or not all(0 <= beta < 1 for beta in betas):
             raise ConfigError(f"lr and eps must be ≥ 0 and betas from 0 to below 1, got {lr}, {eps} and {betas}.")
         super().__init__(
@@ -242,7 +248,8 @@ class LoraFAOptimizer(PerParameterOptimizer):
     def _update(self, p: nn.Parameter, g: Tensor, group: Group) -> None:
         """Take a step of Adam on p, then decay it.
 
-        The gradient of a B in `factors` is first multiplied by (A Aᵀ + 1e-8)⁺ / scaling², for each matrix of a stack.
+        The gradient of a B in `factors` is first multiplied by (A Aᵀ + 1e-8)⁺ / scaling² in float32, for each matrix of
+        a stack. Decay multiplies p by 1 - lr · weight_decay.
         """
         if p in self.factors:
             (A, scaling), n = self.factors[p], self.stacks.get(p, 1)
@@ -256,7 +263,7 @@ class LoraFAOptimizer(PerParameterOptimizer):
 def step_adam(p: Tensor, g: Tensor, state: Group, group: Group, correct_bias: bool) -> None:
     """Take one step of Adam on p in place, without weight decay. Fills or updates `state`.
 
-    The bias correction of both moments is applied if `correct_bias`.
+    The bias correction of both moments is applied if `correct_bias`. `eps` is added to √v before it.
     """
     b1, b2 = group["betas"]
     if not state:
@@ -279,6 +286,8 @@ def create_lorafa_optimizer(
 ) -> LoraFAOptimizer:
     """Return an optimizer for LoRA-FA (arXiv 2308.03303), and freeze each A, so that no layer keeps its input for A's
     gradient.
+
+    It trains all other parameters that train now. A B with a scaling of 0 gets Adam's steps.
 
     Args:
         r, lora_alpha: the values of the active adapters' configs. They have no effect; a warning says if none has them.
@@ -303,7 +312,8 @@ def create_lorafa_optimizer(
 def check_options(model: nn.Module, r: int | None, lora_alpha: float | None, use_rslora: bool | None) -> None:
     """Compare the options with the configs of the active adapters, which decide.
 
-    Options that are None are not compared.
+    Options that are None are not compared. A config without the field agrees. Without active adapters only the
+    deprecation warning is given.
 
     Raises ConfigError if a config contradicts `use_rslora`; else passing it warns that it is deprecated. Warns if `r`
     or `lora_alpha` is the value of no config.
@@ -345,9 +355,10 @@ def create_riemannian_optimizer(
 
 
 def compute_metric_gradients(reg: float, A: Tensor, B: Tensor, a: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor]:
-    """Return the gradients a of A (…, r, n) and b of B (…, m, r) in the metric of B A.
+    """Return (BᵀB + reg)⁺ a and b (AAᵀ + reg)⁺: the gradients a of A (…, r, n) and b of B (…, m, r) in the metric of B
+    A.
 
-    `reg` dampens; `s` is not used.
+    `s` is not used.
     """
     return invert_gram(B.mT, reg) @ a, b @ invert_gram(A, reg)
 
@@ -422,7 +433,7 @@ def make_preconditioned(
     steps.
 
     Only pairs of two-dimensional A and B that both train, with a scaling other than 0, are changed. Copies and pickles
-    keep the hook. names: of the calling function and of its method, for errors.
+    keep the hook. names: of the calling function and of its method, for errors. kwargs: for `optimizer_cls`.
 
     Raises:
         TypeError: `optimizer_cls` is no optimizer class.
@@ -456,10 +467,11 @@ class GradientChange:
 
     @torch.no_grad()
     def __call__(self, _: object, inputs: tuple[object, ...], options: dict[str, object]) -> None:
-        """Overwrite the gradients of each pair that has both by those of `change`, which gets them in float32.
+        """Overwrite the gradients of each pair that has both by those of `change`, which gets gradients in float32, A
+        and B as they are.
 
         Raises:
-            ConfigError: the step gets a closure.
+            ConfigError: the step gets a closure, or any positional argument but None.
         """
         # accelerate's optimizers, and so Trainer's, pass None as a positional argument
         if any(value is not None for value in inputs[1:]) or options.get("closure") is not None:
@@ -522,6 +534,10 @@ class LoraMuonOptimizer(PerParameterOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
+        """Make the optimizer; groups have `muon=False` unless they say otherwise.
+
+        Raises ConfigError for an lr or eps below 0, or a momentum or beta outside [0, 1); the decay is not checked.
+        """
         if lr < 0 or eps < 0 or not all(0 <= share < 1 for share in (momentum, *betas)):
             raise ConfigError(
                 f"lr and eps must be ≥ 0, momentum and betas from 0 to below 1, got {lr}, {eps}, {momentum}, {betas}."
@@ -564,6 +580,8 @@ def create_muon_optimizer(model: nn.Module, *, lr: float, muon_lr: float | None 
         lr: learning rate of AdamW.
         muon_lr: learning rate of B, `lr` if None.
         kwargs: of `LoraMuonOptimizer`.
+
+    B of stacks has a group for each number of matrices; empty groups are left out.
 
     Raises:
         ConfigError: no B of LoRA trains, or a number is out of range.

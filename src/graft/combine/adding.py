@@ -58,7 +58,10 @@ def union_configs(configs: Sequence[Any], mixed: str = MIXED, like: Any = None) 
 
 
 def union_names(lists: Iterable[Iterable[str] | None]) -> list[str] | None:
-    """Return the names in any of these lists, each once, in order; None if there are none. A list may be None."""
+    """Return the names in any of these lists, each once, in the order of first occurrence; None if there are none.
+
+    A list may be None.
+    """
     return list(dict.fromkeys(name for names in lists for name in names or ())) or None
 
 
@@ -147,7 +150,8 @@ def find_owners(tuner: Tuner, names: Sequence[str]) -> dict[str, str]:
 
 
 def copy_heads(tuner: Tuner, owner: dict[str, str], cfg: Targets) -> dict[str, nn.Module]:
-    """Return copies of the owners' modules for the new adapter, by path, as far as `cfg.modules_to_save` names them.
+    """Return deep copies of the owners' modules for the new adapter, by path, if the path ends with a name of
+    `cfg.modules_to_save`.
 
     Tied modules are not among them; the injection ties them again.
     """
@@ -252,7 +256,8 @@ class CombinedValues:
 def combine_rows(method: Method, pairs: list[tuple[Method, float]]) -> Tensor:
     """Return W + Σ wᵢ (rowᵢ - W) for the token rows of a new adapter, in its order of tokens.
 
-    W are the rows that it has now. Nothing is written.
+    W are the rows that it has now, in float32 at least. An adapter without a token leaves this token's W. Nothing is
+    written. A token that the new adapter lacks raises KeyError.
     """
     base = widen(method.trainable_tokens_delta)
     out, left = torch.zeros_like(base), torch.ones_like(base[:, :1])
@@ -292,7 +297,8 @@ def inject_combined(
     dtype. Warnings of the injection are silenced.
 
     If the config selects other layers than the values, none, or one that the method cannot adapt, change it to target
-    exactly these, and inject again. Heads are copied from the adapters in `owner`.
+    exactly these, and inject again. There, layers with another path than their site's become target parameters. Heads
+    are copied from the adapters in `owner`.
     """
 
     def inject() -> None:

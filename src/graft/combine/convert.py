@@ -44,8 +44,10 @@ def convert_layers(
 ) -> tuple[LoraConfig, dict[str, Tensors]]:
     """Return a config of plain LoRA, and by layer the values of its tensors. The model stays.
 
-    The arguments are those of `graft.convert_to_lora`. The config gets patterns of ranks, `fan_in_fan_out` if any layer
-    has it, and `lora_bias` if any layer's change has a shift. An int rank counts for each matrix of a stack.
+    `rank` is an int for every layer, on stacks for each matrix, or a float: the part of ‖ΔW‖² to keep.
+    `compile_kwargs`, if not None, compiles the SVD. `at` fixes arguments of calls that the adapter follows. The config
+    gets patterns of ranks for a float, `fan_in_fan_out` if any layer has it, and `lora_bias` if any layer's change has
+    a shift.
 
     Warns if the adapter is LoRA already, if its start changed the base, or if a layer loses more than a tenth of ‖ΔW‖.
 
@@ -117,7 +119,9 @@ def check_convertible(layers: Layers, adapter: str, cfg: Any, rank: Any, effects
         raise ConfigTypeError("Could not detect any layer that supports LoRA conversion.")
 
     def is_convertible(key: str, layer: AdapterLayer) -> bool:
-        """Return True if the effect fixed for the layer, or the adapter itself, has a ΔW."""
+        """Return True if the effect in `effects` for the layer has a ΔW; without one, if the layer's
+        `supports_lora_conversion` says so.
+        """
         if key in effects:
             return why_no_delta(layer.methods[adapter], effects[key]) is None
         return layer.supports_lora_conversion(adapter)
@@ -164,7 +168,7 @@ def check_rank(rank: object) -> None:
 
 
 def compute_spectrum(A: Tensor, B: Tensor | None) -> Spectrum:
-    """Return all singular triples of B A; of A if B is None."""
+    """Return Vh, U S and S of B A, with as many triples as the smallest of its sizes and rank; of A if B is None."""
     if B is None:
         return rules.truncate_matrix(A, min(A.shape[-2:]))
     return rules.truncate_product(A, B, min(*A.shape[-2:], B.shape[-2]))
@@ -177,8 +181,9 @@ def truncate_change(
 
     The part is computed only for an int and an update without factors, else it is 0: the caller compares the results.
 
-    k is the int divided by the number of groups. Factors that have the rank already, or less with an int, are kept;
-    zeros and random rows fill them up. A float takes the smallest k, at least 1, that keeps this part of ‖ΔW‖².
+    k is the int divided by the number of groups, rounded down. A float takes the smallest k, at least 1, that keeps
+    this part of ‖ΔW‖²; rounding noise is never kept. Factors of rank k are returned as they are. With an int, factors
+    of a lower rank are decomposed anew, with further orthonormal rows in A and zeros in B.
     """
     A, B, _ = change
     if isinstance(rank, int):
@@ -214,8 +219,9 @@ def set_ranks(
 ) -> None:
     """Change `cfg` so that these layers of `base` get these ranks with scaling 1, and no other layer an adapter.
 
-    With an int rank all get it; else patterns hold the ranks, by full path if one path ends with another. Targets stay
-    if they select exactly these layers already; otherwise, and for any `parameters`, they become the exact paths.
+    With an int rank all get it. Else `r` is 1, and rank and alpha patterns hold the ranks, by "^" and path if one path
+    ends with another. Targets stay if they select exactly these layers already; otherwise, and for any `parameters`,
+    they become the exact paths.
 
     Args:
         parameters: the paths that are parameters, not modules.

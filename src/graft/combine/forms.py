@@ -53,7 +53,10 @@ class Term:
 
     @property
     def rank(self) -> int:
-        """The rank of each matrix, over all groups together."""
+        """The rank of each matrix: the rows of A divided by the number of matrices.
+
+        The groups of a convolution count together.
+        """
         return len(self.A) // self.stack
 
     @property
@@ -154,7 +157,8 @@ class LoraForm(ProductForm["LoraConfig"]):
         return widen(m.lora_B.bias) * m.scaling if m.lora_bias else None
 
     def configure(self, cfg: LoraConfig, ranks: Ranks, patterns: Ranks, configs: Sequence[LoraConfig]) -> None:
-        """Set ranks with scaling 1, no rsLoRA, and a bias if any config has one.
+        """Set `r` and `lora_alpha` to the highest rank, rank and alpha patterns to `patterns`, no rsLoRA, and
+        `lora_bias` if any config has it.
 
         A start by name becomes True; a variant that cannot hold any product is dropped.
 
@@ -208,7 +212,8 @@ class UpdateForm(LoraForm):
         return why_no_delta(m)
 
     def read(self, m: Method, weight: float) -> Term:
-        """Return the term of a method's ΔW; without factors as a product of ΔW and an identity of its shorter side.
+        """Return the term of a method's ΔW, with scaling 1 and all its matrices as groups; without factors as a product
+        of ΔW and an identity of its shorter side.
 
         Sets `has_shift` if it changes a bias.
         """
@@ -287,14 +292,19 @@ class LohaForm(ProductForm["LoHaConfig"]):
         return Term(*narrow(a, b, c, d), m.scaling, weight)
 
     def write(self, A: Tensor, B: Tensor, parts: Parts, cfg: LoHaConfig) -> Tensors:
-        """Return LoHa's tensors: the first matrix is B A, the second one is all ones."""
+        """Return LoHa's tensors: the first matrix is B A.
+
+        The second one is all ones, by ones in one column and one row and zeros in all others.
+        """
         A, B = A.flatten(0, 1), B.flatten(0, 1)
         left, right = torch.zeros_like(B), torch.zeros_like(A)
         left[:, 0] = right[0] = 1.0
         return {("hada_w1_a", ""): B, ("hada_w1_b", ""): A, ("hada_w2_a", ""): left, ("hada_w2_b", ""): right}
 
     def configure(self, cfg: LoHaConfig, ranks: Ranks, patterns: Ranks, configs: Sequence[LoHaConfig]) -> None:
-        """Set ranks with scaling 1, and `use_effective_conv2d` to False."""
+        """Set `r` and `alpha` to the highest rank, rank and alpha patterns to `patterns`, and `use_effective_conv2d` to
+        False.
+        """
         cfg.r = cfg.alpha = max(ranks.values())  # scaling 1
         cfg.rank_pattern, cfg.alpha_pattern = patterns, dict(patterns)
         cfg.use_effective_conv2d = False

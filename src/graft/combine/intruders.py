@@ -36,14 +36,15 @@ def reduce_intruder_dimension(
     """Add an adapter like a LoRA adapter, with its intruder dimensions scaled down, and activate it.
 
     Fine-tuning adds such dimensions to a weight, and they make a model forget. One is a left singular vector uᵢ of W +
-    ΔW, among the first `top_k`. Its cosine with each of W's is below `threshold_epsilon`. The new adapter, of the same
-    rank, comes closest to ΔW + (λ - 1) Σ σᵢ uᵢ vᵢᵀ.
+    ΔW, among the first `top_k`. The magnitude of its cosine with each of W's is below `threshold_epsilon`. The new
+    adapter, of the same rank, comes closest to ΔW + (λ - 1) Σ σᵢ uᵢ vᵢᵀ; layers without intruders, trained modules and
+    token rows are copied.
 
     Warns if the adapter's start changed the base.
 
     Args:
         mitigation_lambda: λ, the part of an intruder that stays: 1 keeps all, 0 nothing.
-        logging_sink: is called with a line of text for each layer.
+        logging_sink: is called with a line of text for each layer, and one before the new adapter is activated.
 
     Raises:
         ConfigError: adapters of the model are not LoRA, or this one does more than add B A. Nothing has changed.
@@ -84,7 +85,8 @@ def check_reducible(layers: dict[str, AdapterLayer], adapter: str, cfg: PeftConf
     """Raise ConfigError unless the config is LoRA's, and on each layer the adapter adds only B A and its tensors can
     hold any product.
 
-    Convolutions with several groups and stacks are refused. No layers pass. The text names the first such layer.
+    Convolutions with several groups and stacks are refused. Without layers only the config is checked. The text names
+    the first such layer.
     """
     if cfg.peft_type != "LORA":
         raise ConfigError(f"The provided model is not using LoRA for '{adapter}' and is therefore not supported.")

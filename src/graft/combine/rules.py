@@ -22,7 +22,10 @@ from graft.core.errors import ConfigError, ConfigTypeError, PeftWarning, warn
 
 
 def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return Σ wᵢ tᵢ. Task arithmetic, arXiv 2212.04089."""
+    """Return Σ wᵢ tᵢ as a new tensor; the inputs stay.
+
+    No tensors raise IndexError. Task arithmetic, arXiv 2212.04089.
+    """
     out = tensors[0] * float(weights[0])
     for t, w in zip(tensors[1:], weights[1:]):
         out.add_(t, alpha=float(w))
@@ -72,7 +75,7 @@ def keep_largest(t: Tensor, density: float) -> Tensor:
 
 def drop_and_rescale(t: Tensor, density: float) -> Tensor:
     """Return `t` with each element kept with probability `density` and divided by it, else 0; `t` itself if density ≥
-    1. Density 0 gives zeros. Draws from torch's global generator.
+    1. Density 0 gives zeros. Draws from torch's global generator. Raises ConfigError for an invalid density.
     """
     check_density(density)
     if density >= 1:
@@ -120,15 +123,19 @@ def check_density(density: float) -> None:
 
 
 def concatenate_factors(A: Sequence[Tensor], B: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Return A (…, Σr, n) and B (…, m, Σr) with B A = Σ wᵢ Bᵢ Aᵢ, exactly."""
+    """Return A (…, Σr, n) and B (…, m, Σr) with B A = Σ wᵢ Bᵢ Aᵢ, exactly.
+
+    The weights are multiplied into A; B is only joined.
+    """
     return torch.cat([a * float(w) for a, w in zip(A, weights)], dim=-2), torch.cat(list(B), dim=-1)
 
 
 def truncate_product(A: Tensor, B: Tensor, rank: int, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the best approximation of B A of `rank`: Vh (…, rank, n), U S (…, m, rank), and all S (…, k).
 
-    Costs O((m + n) r²): with B = Q_B R_B and Aᵀ = Q_A R_A, an SVD of the r × r matrix R_B R_Aᵀ. `rank` ≤ min(m, n); one
-    above r adds orthonormal rows to Vh that belong to singular values of 0.
+    Costs O((m + n) r²): with B = Q_B R_B and Aᵀ = Q_A R_A, an SVD of the r × r matrix R_B R_Aᵀ. `rank` ≤ min(m, n). For
+    one above r, random rows of a fixed seed are appended to A and zeros to B: Vh gets more orthonormal rows, with
+    singular values of 0.
     """
     more = rank - A.shape[-2]
     if more > 0:
@@ -142,9 +149,9 @@ def truncate_product(A: Tensor, B: Tensor, rank: int, driver: str | None = None)
 
 
 def truncate_matrix(W: Tensor, rank: int, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the factors and singular values of a matrix (…, m, n) of any rank, cut to `rank`. Costs O(m n min(m, n)).
+    """Return Vh (…, rank, n) and U S (…, m, rank) of a matrix (…, m, n), and all its S. Costs O(m n min(m, n)).
 
-    Take an SVD of full size: the spectrum of a pruned matrix has no gap, so that randomised methods
+    It takes an SVD of full size: the spectrum of a pruned matrix has no gap, so that randomised methods
     (torch.svd_lowrank) would miss the last triples.
     """
     U, S, Vh = torch.linalg.svd(W, full_matrices=False, driver=driver)
@@ -195,7 +202,11 @@ class Recipe:
 
     @property
     def rule(self) -> Callable[[Sequence[Tensor], Sequence[float]], Tensor]:
-        """The elementwise rule of this type, without "_svd", with density and majority filled in."""
+        """The elementwise rule of this type, without "_svd".
+
+        `density` is filled in except for "linear", the majority for both types with "ties". Types without such a rule
+        ("cat", "svd", "exact") raise KeyError.
+        """
         name = self.kind.removesuffix("_svd")
         options: dict[str, object] = {} if name == "linear" else {"density": self.density}
         if name.endswith("ties"):
@@ -255,8 +266,8 @@ class Recipe:
         again at most the layer's highest.
 
         Raises:
-            ConfigError: an elementwise type has terms of different ranks on a layer, or groups do not divide the last
-                kind of rank.
+            ConfigError: an elementwise type has terms of different ranks on a layer; or, in the last case, a layer has
+                groups that do not divide the rank.
         """
         if self.kind in ELEMENTWISE:
             for key, ts in terms.items():
@@ -287,8 +298,9 @@ class Recipe:
 
         Elementwise types apply the rule to A and B separately, each with the root of the weight, its sign on A; their
         energy is None. "cat", "svd" and "exact" concatenate the factors. "cat", and "exact" at full rank without clamp,
-        return these with energy 1.0. The others apply the rule to dense updates. All remaining products are truncated
-        by SVD to `rank`; then `clamp` cuts values at a quantile.
+        return these with energy 1.0. The others apply the rule to dense updates, with weights without the scaling,
+        which the updates have; a layer that stores (in, out) has its updates pruned in that order. All remaining
+        products are truncated by SVD to `rank`; then `clamp` cuts values at a quantile.
         """
         scaled, stack = [t.weight * t.scaling for t in terms], terms[0].stack
         if self.kind in ELEMENTWISE:

@@ -108,8 +108,10 @@ def add_weighted_adapter(
         need an SVD of full size.
 
     Sums without pruning never become dense matrices: QR of the factors and an SVD of a small matrix are enough. A
-    single adapter is combined by `linear` if none of `svd_rank`, `svd_clamp` and `density` is given. The new adapter
-    gets copies of the modules that one of the adapters trains whole, and its token rows are W + Σ wᵢ (rowᵢ - W).
+    single adapter is combined by `linear` (`cat` for methods other than LoRA) if none of `svd_rank`, `svd_clamp` and
+    `density` is given. Warns for options that the type ignores, and if an adapter's start changed the base. The new
+    adapter gets copies of the modules that one of the adapters trains whole, and its token rows are W + Σ wᵢ (rowᵢ -
+    W).
 
     Args:
         svd_clamp: cut the factors at ± this quantile of their values.
@@ -176,7 +178,7 @@ def add_weighted_adapter(
 def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], adapter_name: str) -> WeightedReport:
     """Add an IA3 adapter, inactive and frozen, with the vectors Σ wᵢ lᵢ.
 
-    Return a report of the type "linear". A call that fails changes nothing.
+    Return a report of the type "linear", without ranks and energies. A call that fails changes nothing.
 
     An adapter without a vector on a layer counts with ones there. Targets and feed-forward modules are the unions of
     the adapters'. The model changes only when all vectors are computed and finite.
@@ -213,9 +215,11 @@ def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], 
 def add_weighted_mixed(
     tuner: Tuner, adapters: list[str], weights: list[float], adapter_name: str, *args: object, **kwargs: object
 ) -> WeightedReport:
-    """Combine adapters of a mixed model: those of one method as a model of that method does, others as plain LoRA.
+    """Combine adapters of a mixed model: those of one kind as a model of their method does, all others by
+    `add_weighted_adapter` as plain LoRA.
 
-    See `add_weighted_adapter`. A ΔW without factors counts with the rank of a full matrix: pass `svd_rank`.
+    One kind: all have the same function in `choose_combination`, other than `refuse_combination`. Names that are no
+    adapters are left to the function. A ΔW without factors counts with the rank of a full matrix: pass `svd_rank`.
 
     Raises:
         NotImplementedError: an adapter has no ΔW, as IA3 or OFT, which act on inputs and outputs.
@@ -248,7 +252,9 @@ TUNER_METHODS: dict[str, Callable[..., WeightedReport]] = {
 
 
 def choose_combination(peft_type: str) -> Callable[..., WeightedReport]:
-    """Return the `add_weighted_adapter` for a method's model class; `refuse_combination` if it has none."""
+    """Return the combining function of a method: `add_weighted_adapter` for LoRA, AdaLoRA and LoHa,
+    `add_weighted_vectors` for IA3, else `refuse_combination`.
+    """
     return TUNER_METHODS.get(peft_type, refuse_combination)
 
 
@@ -269,7 +275,7 @@ def draw_start(tuner: Tuner, adapter_name: str, cfg: PeftConfig, keys: list[str]
 
 
 def check_arguments(tuner: Tuner, adapters: list[str], weights: list[float]) -> tuple[list[str], list[float]]:
-    """Return names and weights as lists of str and float, checked. Any iterables are accepted.
+    """Return names and weights as new lists, the weights by `float`. Any iterables are accepted.
 
     Raises:
         ConfigTypeError: `adapters` is a single str, or `weights` a single number.

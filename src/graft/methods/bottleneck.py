@@ -210,8 +210,7 @@ def places_in(cfg: BottleneckConfig, model: nn.Module) -> dict[str, BottleneckPl
 
     Raises:
         NoMatchingPeftModuleError: the model has no such places.
-        ConfigError: a block has no reduction factor, or `leave_out` or `reduction_factor` names a block that the model
-            lacks.
+        ConfigError: `leave_out` or `reduction_factor` names a block that the model lacks.
     """
     places: dict[str, BottleneckPlace] = {}
     overridden = {

@@ -21,8 +21,9 @@ def extend_mask(stack: PromptStack, mask: Tensor, total: int, before: int, windo
     """Return the mask with the tokens of the stack's prompt in front.
 
     A mask (batch, tokens) gets columns of ones. If the visit says `covered` and the mask has all `total` columns, it is
-    returned unchanged. A mask of four dimensions gets columns, and with `before` rows, by causality and window. Another
-    object, or another number of tokens in four dimensions, is returned unchanged.
+    returned unchanged. A mask of four dimensions gets columns, and with `before` rows, by causality and window; with
+    `window` and `cuts` only its last window - 1 + rows columns stay. Another object, or another number of tokens in
+    four dimensions, is returned unchanged.
 
     Args:
         stack: its visit has the prompt; `causal`: tokens see only those before them.
@@ -91,8 +92,8 @@ def put_labels(
 
     A prompt with a loss takes the labels out, and the function adds that loss to the output. Otherwise the function
     returns the output unchanged. Ignored labels are put in front of them if the decoder gets a prompt too, which first
-    gets its inputs, or for CAUSAL_LM and TOKEN_CLS. For TOKEN_CLS the attention mask gets ones, and the visit is marked
-    as covered.
+    gets its inputs, or for CAUSAL_LM and TOKEN_CLS. For TOKEN_CLS an attention mask of the labels' shape gets ones, and
+    the visit is marked as covered.
 
     Args:
         main: the stack that the prompt enters; the encoder's, if there are two.
@@ -129,8 +130,10 @@ def put_decoder_inputs(model: nn.Module, labels: Tensor, kwargs: dict[str, objec
 
 
 def with_loss(output: Any, loss: Callable[[Tensor], Tensor]) -> object:
-    """Return a new output with `loss` of its logits: first in a tuple; else an output of the same class, with the loss
-    first in place of another.
+    """Return a new output with `loss` of its logits.
+
+    A tuple has the logits as its first item and gets the loss in front. Any other output becomes one of the same class,
+    with the loss first in place of another.
     """
     if isinstance(output, tuple):
         return loss(output[0]), *output
@@ -215,7 +218,8 @@ def extend_arguments(stack: PromptStack, arguments: dict[str, Any], total: int, 
 
     Masks may be one, or a dict by kind of layer. In a dict the kinds with "sliding" in their name get the config's
     window; a single mask gets it if all layers slide. Without a mask nothing is made. `position_ids` and
-    `cache_position` are shifted by the number of the prompt's tokens; with `before` the prompt's positions go in front.
+    `cache_position` are shifted by the number of the prompt's tokens; with `before` the prompt's positions go in front,
+    counted from the lowest of the call's.
 
     before: the number of the prompt's tokens in front of this call's input.
     """

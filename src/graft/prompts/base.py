@@ -53,10 +53,12 @@ class Prompt(nn.Module):
     embedding: Any
 
     def __init__(self, cfg: PromptLearningConfig, words: nn.Module | None = None):
+        """Set `num_virtual_tokens` from the config. The words are not used here."""
         super().__init__()
         self.num_virtual_tokens = cfg.num_virtual_tokens
 
     def __init_subclass__(cls, **kwargs: object) -> None:
+        """Set `replaces_loss` of the class: True if it or a base class overrides `compute_loss`."""
         super().__init_subclass__(**kwargs)
         cls.replaces_loss = cls.compute_loss is not Prompt.compute_loss
 
@@ -179,6 +181,7 @@ class Encoders(Carrier, nn.ModuleDict):
     replaces = False
 
     def __init__(self, call: Call) -> None:
+        """Start without prompts, with a new carrier state for `call`."""
         super().__init__()
         self.state = CarrierState(call)
         self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: parameters that never train
@@ -203,14 +206,20 @@ class Encoders(Carrier, nn.ModuleDict):
         return list(self)
 
     def add(self, adapter: str, prompt: Prompt) -> None:
-        """Take in the prompt of an adapter, note its parameters that never train, and freeze it."""
+        """Put in the prompt of an adapter, in place of an older one.
+
+        Note which of its parameters do not train now: they never will. Then freeze all.
+        """
         self[adapter] = prompt
         slots = iter_slots(PLACE, self, adapter)
         self.never[adapter] = {(s.container, s.path) for s in slots if s.is_parameter and not s.trains}
         self.require_grad(adapter, False)
 
     def slots(self, adapter: str) -> list[Slot]:
-        """Return the places of a prompt's tensors; those that never train are marked so."""
+        """Return the slots of a prompt's tensors; those that never train are marked so.
+
+        Raises KeyError for an adapter without a prompt.
+        """
         return list(iter_slots(PLACE, self, adapter, self.never[adapter]))
 
     def drop(self, adapter: str) -> None:

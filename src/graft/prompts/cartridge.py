@@ -70,7 +70,7 @@ class CartridgeEncoder(Prompt):
     def restore(self, name: str, value: Tensor) -> None:
         """Copy keys and values (tokens, 2 · layers · token_dim) into the frozen and the trainable tokens.
 
-        `name` is unused.
+        `name` is unused, and the shape is not checked.
         """
         with torch.no_grad():
             if self.frozen_embedding is not None:

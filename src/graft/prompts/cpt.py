@@ -144,7 +144,7 @@ class CPTEmbedding(Prompt):
         float32.
 
         Labels of -100 count neither in the sum nor in the number. With opt_weighted_loss_type "decay" each is weighted
-        by its example; the sum is still divided by their number. Logits predict the next token.
+        by its example; the sum is still divided by their number (NaN if that is 0). Logits predict the next token.
 
         Args:
             logits: (batch, virtual tokens + tokens, vocabulary).

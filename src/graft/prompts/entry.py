@@ -36,10 +36,10 @@ def attach(stack: PromptStack) -> None:
 
 
 def enter(stack: PromptStack, module: nn.Module, args: Args, kwargs: Keywords) -> tuple[Args, Keywords] | None:
-    """Return the call's arguments by name with the prompt put in: the hook before `module`.
+    """Return no positional arguments and all arguments by name, with the prompt put in: the hook before `module`.
 
     Return None, which changes nothing, if the present visit has no prompt here and none in the encoder's output. Marks
-    the visit as visited.
+    the visit as visited. The mask of an encoder's output with a prompt is widened first.
 
     Raises ValueError for a call that a prompt cannot enter.
     """

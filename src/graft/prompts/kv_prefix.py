@@ -22,8 +22,9 @@ def key_shapes(stack: nn.Module) -> list[Shape | None] | None:
     shares keys.
 
     Only modules with an int `layer_idx` and an int `head_dim` count. Heads are `k_proj.out_features` divided by
-    `head_dim`. A layer shares keys if it says so, or if it has a q_proj and no k_proj. Return None for all if the found
-    layers are not 0, 1, … without a gap, or there is none.
+    `head_dim`. A layer shares keys if it says so, or if it has a q_proj and no k_proj. Others without
+    `k_proj.out_features` do not count. Return None for all if the found layers are not 0, 1, … without a gap, or there
+    is none.
     """
     shapes: dict[int, Shape | None] = {}
     for module in stack.modules():
@@ -84,8 +85,8 @@ def fit_pairs(pairs: list[tuple[Tensor, Tensor]], shapes: list[Shape | None] | N
     """Return for each layer the pair that it can hold, or None.
 
     A pair is cut to its first heads and numbers if the layer has fewer or smaller heads. It is None if the layer has
-    more or larger heads, or shares keys. `shapes=None` gives all pairs unchanged. Gives one warning that lists the
-    layers that are skipped.
+    more or larger heads, or shares keys. `shapes=None` gives all pairs unchanged; otherwise pairs beyond the shapes are
+    left out. Gives one warning that lists the layers that are skipped.
 
     Raises:
         ValueError: no layer can hold its pair.
@@ -141,20 +142,24 @@ def holds_tokens(layer: object) -> bool:
 
 
 def is_static(cache: object) -> bool:
-    """Return True if a cache, or its part for self-attention, has room for a fixed number of tokens only."""
+    """Return True if a cache, or its part for self-attention, has room for a fixed number of tokens only:
+    `is_compileable`. None and objects without that attribute give False.
+    """
     return bool(getattr(getattr(cache, "self_attention_cache", cache), "is_compileable", False))
 
 
 def has_sliding_window(cache: object) -> bool:
     """Return True if a cache, or its part for self-attention, has a layer that keeps only the tokens of a sliding
-    window.
+    window (`is_sliding`). An object without layers has none.
     """
     inner = getattr(cache, "self_attention_cache", cache)
     return any(getattr(layer, "is_sliding", False) for layer in getattr(inner, "layers", ()))
 
 
 def new_cache(config: Any, with_encoder: bool) -> object:
-    """Make an empty cache that grows; with `with_encoder` a pair of caches, for self-attention and cross-attention."""
+    """Make an empty DynamicCache for the config; with `with_encoder` an EncoderDecoderCache of two, for self-attention
+    and cross-attention.
+    """
     from transformers import DynamicCache, EncoderDecoderCache
 
     inner = DynamicCache(config=config)
@@ -205,6 +210,7 @@ class _Reading:
     """A function in place of a cache layer's `update`, which stores nothing."""
 
     def __init__(self, keys: Any, values: Any):
+        """Keep the prompt's keys and values; keys that are no tensor mean that the layer has no prompt."""
         self.keys, self.values = keys, values
 
     def __call__(self, keys: Tensor, values: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:

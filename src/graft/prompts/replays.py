@@ -24,6 +24,7 @@ class Replays:
     """Passes a prompt's cache to the checkpointed layers of a stack: transformers gives them none."""
 
     def __init__(self, stack: Any):
+        """Start without a lock, notes or hook. Nothing is changed yet."""
         self.stack, self._in_turn = stack, False
         self._before: list[tuple[nn.Module, str, object]] = []
         self._handle: RemovableHandle | None = None
@@ -73,13 +74,16 @@ class Replays:
             self._set(layer, RUN, with_cache(layer.__dict__[RUN], cache, *place))
 
     def _set(self, layer: nn.Module, name: str, value: object) -> None:
-        """Set an attribute of a layer, and note the old value for `clear`."""
+        """Set an entry of a layer's `__dict__`, and note the old value for `clear`.
+
+        Raises KeyError if the layer itself has none.
+        """
         self._before.append((layer, name, layer.__dict__[name]))
         layer.__dict__[name] = value
 
     def clear(self) -> None:
-        """Restore the layers' attributes, remove the hook on the word embeddings, and release the lock, as far as they
-        are set. A second call does nothing.
+        """Restore the layers' attributes, in the order of their changes; remove the hook on the word embeddings, and
+        release the lock, if they are set. A second call does nothing.
         """
         for layer, name, value in self._before:
             layer.__dict__[name] = value

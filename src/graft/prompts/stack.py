@@ -102,10 +102,12 @@ class Visits(local):
     """The visit of a stack that this thread is in; one without a prompt if it is in none."""
 
     def __init__(self, stack: PromptStack):  # runs in each thread
+        """Start with a visit without prompt. Python calls this again in each thread that reads the object."""
         self.stack = stack
         self.now = Visit(Replays(stack))
 
     def __reduce__(self) -> tuple[type[Visits], tuple[PromptStack]]:
+        """Return the class and the stack: a copy or pickle starts with a new visit."""
         return Visits, (self.stack,)
 
 
@@ -154,8 +156,8 @@ class PromptStack:
         return outer
 
     def end(self, outer: Visit) -> None:
-        """End the call of this thread: restore its checkpointed layers, release their lock, and make `outer` the visit
-        again.
+        """End the call of this thread: restore its checkpointed layers and release their lock (`Replays.clear`); make
+        `outer` the visit again.
         """
         self.now.replays.clear()
         self.here.now = outer
@@ -196,7 +198,9 @@ class PromptStack:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the module's first floating-point parameter, or that of FSDP2's mixed precision."""
+        """The dtype of FSDP2's mixed precision; without it that of the module's first floating-point parameter (else
+        StopIteration).
+        """
         dtype = find_compute_dtype(self.module)
         return next(p.dtype for p in self.module.parameters() if p.is_floating_point()) if dtype is None else dtype
 
@@ -214,8 +218,8 @@ class PromptStack:
         """Put a prompt's pairs into a cache, in place, and return it; into a new one of the config's kind if `cache` is
         None.
 
-        Only this process's heads are put, and no more pairs than the module has layers, in the stack's dtype and on
-        each layer's device.
+        Only this process's heads are put, in the stack's dtype and on each layer's device. No more pairs are put than
+        the module has numbered layers; all, if it has none.
         """
         if cache is None:
             cache = kv_prefix.new_cache(self.config, self.in_pair)

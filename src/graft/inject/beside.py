@@ -132,7 +132,7 @@ class ModulesToSaveWrapper(Host):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The active adapters that have a head here, in the order of activation."""
+        """The active adapters that have a head here, in the order of activation, also while adapters are disabled."""
         return [name for name in self.state.active if name in self.methods]
 
     @property
@@ -209,6 +209,8 @@ def get_head_site(key: str, module: nn.Module) -> Site:
 
 def describe_trained_module(method: Head | TrainableTokens) -> tuple[str, int]:
     """Return a report's entry for a head or token rows: its description and the count of trainable numbers.
+
+    A caller's module counts in place of the base's.
 
     A head gives the module's class name and the size of all parameters. Token rows give "<n> tokens" and n times the
     width of the embedding.

@@ -160,9 +160,9 @@ def build_carriers(job: InjectionJob) -> None:
 def assign_values(parts: AdapterCarriers, adapter: str, values: Iterable[tuple[Receiver, Tensor]]) -> None:
     """Write `values` into an adapter's tensors.
 
-    First copies tensors and separates buffers that layers share; afterwards buffers, and lent tensors with equal
-    values, are shared again. Where the adapter is merged, it is taken out of the weight for the write and merged again
-    with the new values.
+    First copies tensors that a layer borrows, and separates buffers that layers share. Afterwards the buffers, and lent
+    tensors with equal values, are shared again. Where the adapter is merged, it is taken out of the weight for the
+    write and merged again with the new values.
 
     Meta tensors that got no value get the method's initial values, on the layer's device, from a layer made for that.
     Tensors of an offloaded module, and layers planned for the meta device, stay as they are. Calls each method's
@@ -281,9 +281,11 @@ def check_initial_values(layers: Iterable[AdapterLayer], adapter: str) -> None:
 
 
 def make_shared_tensors(job: InjectionJob) -> None:
-    """Make the tensors that all layers of the adapter share, and put them into `job.shared`, next to those of other
-    adapters. Adds their trainable numbers to the report. If a method reads base weights, merged adapters are taken out
-    of all layers meanwhile. On a pipeline stage without sites does nothing.
+    """Make the tensors that all layers of the adapter share, by the method's `share`, on the device of the first site.
+
+    Put them into `job.shared`, next to those of other adapters. Adds their trainable numbers to the report. If a method
+    reads base weights, merged adapters are taken out of all layers meanwhile. On a pipeline stage without sites does
+    nothing.
 
     Raises:
         ConfigError: the adapter has no site at all, or its settings do not agree with those of adapters that share the

@@ -91,7 +91,7 @@ class ExpertStacks:
 
     def find_place(self, experts: str, part: str, old: bool = True) -> PartPlace | None:
         """Return where the matrices `<experts>.<number>.<part>` are now: the stack, the row within it, and all parts of
-        the stack. Returns None if no conversion knows that name.
+        the stack. The first conversion that fits decides; None if none fits, or if it lacks `part`.
 
         Args:
             old: also apply transformers' renamings, so that `experts` may be an old path.
@@ -237,9 +237,10 @@ def convert_expert_targets(
     gets the ranks of all its parts together. Dense layers and shared experts of these names become targets by their
     weights, with plain weights only. Others are returned as `layers`; with `keys` they stay in `target_modules`.
 
-    The config stays as it is for other methods, without `target_modules`, for models without stacks, and where it names
-    no expert. If expert names also mean other modules of a model that PEFT does not convert, the stacks and their names
-    are returned as out of reach.
+    The config stays as it is for other methods, without `target_modules`, for models without stacks, and where it has
+    no old expert name. It also stays if such names mean other modules as well, or it is "all-linear", unless PEFT
+    converts the model. In the last two cases stacks that `target_modules` alone chooses, by any name, are returned as
+    out of reach, with those entries.
 
     Args:
         keys: those of the file that gives the values, which say which experts are adapted; None: a new adapter.
@@ -362,7 +363,8 @@ class ExpertTargets:
 
     def _list_paths(self, stack: ExpertStack, name: str) -> Iterator[str]:
         """Yield the paths that modules called `name` have or had in the experts: below the module of the stack, and
-        below each expert's number. Only expert 0 is tried, unless the config is a regex or has a number in an entry.
+        below each expert's number. Paths of today come first, then those before renamings, if they differ. Only expert
+        0 is tried, unless the config is a regex or has a number in an entry.
         """
         numbers: Iterable[int] = range(stack.size)
         if not self.regex and not any(part.isdigit() for t in self.cfg.target_modules for part in t.split(".")):
@@ -405,7 +407,7 @@ def is_weight_plain(module: nn.Module, path: str, tree: ModuleTree) -> bool:
 
 
 def shorten_paths(paths: Collection[str], every: Collection[str], least: int = 1) -> set[str]:
-    """Return the fewest, shortest names, of at least `least` parts, that match all `paths` and no other one of `every`.
+    """Return few, short suffixes, of at least `least` parts, that match all `paths` and no other one of `every`.
 
     Returns an empty set for no paths.
     """
@@ -417,10 +419,10 @@ def convert_patterns(
 ) -> None:
     """Rewrite each pattern field of a config (`rank_pattern`, `alpha_pattern`) in place, for parts fused into stacks.
 
-    A stack gets the sum over its parts; a weight gets the value of its layer; both by the escaped path. Sums and values
-    equal to the default get no entry. A stack that a pattern reaches already keeps that one. Patterns that only reached
-    moved modules are dropped. A stack of n > 1 parts has the default n times, by a last pattern for its parameter name,
-    unless the config has that pattern.
+    A stack gets the sum over the parts of expert 0; a weight gets the value of its layer; both by the escaped path.
+    Sums and values equal to the default get no entry. A stack that a pattern reaches already keeps that one. Patterns
+    that only reached moved modules are dropped. A stack of n > 1 parts has the default n times, by a last pattern for
+    its parameter name, unless the config has that pattern.
     """
     sums: dict[str, dict[str, float]] = {}
     for name, of in cfg.patterns.items():

@@ -66,8 +66,9 @@ def resolve_job(job: InjectionJob) -> None:
     targets, tied modules, and by the method's `prepare`.
 
     Default targets lose modules if others read their weight. Companion sites of the method are added. Tied modules get
-    the config of their source and note its method. Ranks are split by the method's `split_budget`. Biases are listed
-    unless `bias` is "none".
+    the config of their source and note its method. Ranks are split by the method's `split_budget`; `lenders` are set
+    for shared tensors. On a pipeline stage `order` has methods for other stages' targets, too. Biases are listed unless
+    `bias` is "none".
 
     Warns of entries that match nothing. With `job.keys` the adapter gets exactly those paths; then no target is
     resolved or reported.
@@ -141,7 +142,7 @@ def resolve_job(job: InjectionJob) -> None:
 
 def drop_read_targets(cfg: Targeted, method: type[Method], adapter: str, tree: ModuleTree) -> None:
     """Take names out of `cfg.target_modules`, in place, if the modules around them read the weight and the method has
-    no form for that. Only for default targets.
+    no form for that. The caller passes only default targets.
 
     The first module with a name decides for it; a name without a module stays. If no name would stay, all stay.
     """
@@ -256,7 +257,8 @@ def warn_of_unreached(unreached: UnreachedTargets, tree: ModuleTree, report: Inj
 def assign_lenders(methods: Sequence[Method]) -> None:
     """Set `lenders` of each method that has a tensor in common with an earlier one.
 
-    The first method of each key lends; the keys come from the functions in `common`, by container.
+    The first method of each key lends. The first method's `layer_keys` has for each container a function that returns
+    the keys of all methods. `lenders` is a new dict.
     """
     for container, keys_of in methods[0].layer_keys.items():
         first: dict[Hashable, Method] = {}
@@ -446,7 +448,9 @@ def choose_heads(
 
 
 def read_bias_option(cfg: PeftConfig) -> str:
-    """Return the config's `bias`: "none", "all", or "<method>_only". A config without the field has "none".
+    """Return the config's `bias`: "none", "all", or any text that ends with "_only".
+
+    A config without the field has "none".
 
     Raises:
         NotImplementedError: `bias` has another value.
@@ -464,8 +468,8 @@ def list_trained_biases(
 ) -> list[nn.Parameter | nn.Module]:
     """Return the biases of the base that train.
 
-    With `bias="all"` these are the model's, except within modules in `whole`; else those of the `adapted` modules. For
-    a bias that is no Parameter yet the packed layer is returned.
+    With `bias="all"` these are the model's, except within modules in `whole`; else those of the `adapted` modules or
+    their base layers. Last are packed layers with a bias that is no Parameter yet, each once.
 
     Raises:
         NotImplementedError: `bias` is none of its values.

@@ -40,8 +40,8 @@ MARK = "PipelineIdentityLayer"  # transformers' class
 def find_absent_modules(modules: dict[str, nn.Module]) -> dict[str, str]:
     """Return {path: parent's path} of the modules that this process lacks; {} for a whole model.
 
-    These are transformers' placeholders for absent layers, and missing blocks of lists (`list_missing_blocks`). If
-    there are such, each exact `nn.Identity` counts as absent, too.
+    These are transformers' placeholders for absent layers (told by the class name), and missing blocks of each
+    ModuleList or ModuleDict (`list_missing_blocks`). If there are such, each exact `nn.Identity` counts as absent, too.
 
     Args:
         modules: all modules of the model, by path.
@@ -91,7 +91,8 @@ def list_missing_blocks(blocks: nn.Module) -> list[str]:
 def add_remote_sites(sites: dict[str, Site], tree: ModuleTree, matcher: Matcher, adapter: str) -> dict[str, Site]:
     """Return an adapter's sites in the model's order, together with copies for the blocks on other stages.
 
-    An absent block gets the sites of the first block that is here.
+    An absent block gets the sites of the first block that is here. `sites` itself is returned, without a warning, if no
+    list of blocks lacks one.
 
     Remote sites draw initial values that nobody keeps. So each stage has the values that one process would have drawn.
     Warns if a target outside lists of blocks is on another stage, since values then differ from one process's.
@@ -214,7 +215,9 @@ class ProcessTeam:
         self.groups = sharding.groups if sharding is not None else [] if pieces is None else [pieces]
 
     def meet(self, adapter: str, config: Any, paths: Iterable[str], loads: bool) -> None:
-        """Wait until all processes of a sharded base come with the same adapter. Without a sharding does nothing.
+        """Wait until all processes of a sharded base come with the same adapter.
+
+        Without a sharding does nothing. The base's name and the revision in the config may differ.
 
         Args:
             paths: of the targets.
@@ -259,7 +262,8 @@ class ProcessTeam:
         All processes must call this.
 
         Raises:
-            CheckpointError: `act` has failed on other processes alone; the text names their ranks.
+            CheckpointError: `act` has failed on other processes alone. The text names their ranks and has the error of
+                the lowest.
             Exception: the error of `act` here.
         """
         error, result = None, None

@@ -151,8 +151,8 @@ class ReplacedSteps:
     def decide(self, path: str, config_verdict: Verdict) -> Verdict:
         """Return the verdict about a path after the replaced `_check_target_module_exists`.
 
-        If it agrees with `config_verdict`, or is not replaced, that is returned. Else the outcome is "matched" for True
-        and "left" for False.
+        If its truth value agrees with `config_verdict`, or it is not replaced, that is returned. Else the outcome is
+        "matched" for True and "left" for False.
         """
         if CHECK not in self.replaced:
             return config_verdict

@@ -134,7 +134,7 @@ class SourceUses(ast.NodeVisitor):
                 self.visit(value)
 
     def visit_Compare(self, node: ast.Compare) -> None:
-        """Visit a comparison, but not `is` and `is not`, which use no value."""
+        """Visit a comparison, unless its first operator is `is` or `is not`, which use no value."""
         if not isinstance(node.ops[0], (ast.Is, ast.IsNot)):
             self.generic_visit(node)
 
@@ -454,7 +454,7 @@ def skip_empty_carriers(module: nn.Module | None) -> nn.Module | None:
 
 def is_block(carrier: object) -> bool:
     """Return True for a layer around a module that has no known op, so that modules within it may take adapters as
-    well.
+    well. False for a layer of token rows and all other objects.
     """
     return isinstance(carrier, AdapterLayer) and not (carrier.beside or carrier.op.known)
 
@@ -514,7 +514,7 @@ def get_site(key: str, module: nn.Module, tree: ModuleTree) -> Site:
 def find_weight_uses(key: str, tree: ModuleTree) -> tuple[bool, bool]:
     """Return (is_read, is_called): whether modules around the one at `key` read its weight, and whether they call it.
 
-    A module that nobody reads counts as called.
+    A module that nobody reads counts as called. `out_proj` of an attention is read and not called.
     """
     parent, _, name = key.rpartition(".")
     if parent in tree.modules and name in list_read_children(innermost(tree.modules[parent])):

@@ -60,15 +60,16 @@ def compose_card(
 ) -> str:
     """Return the text of a card. Cached by its arguments.
 
-    The library name is always "peft"; tags are sorted. LORA adds the tag "lora", and a `name` adds its tag and
-    `base_model`. The line with PEFT's version is added to its section, which is made if needed, unless it is there.
+    The library name becomes "peft"; tags are sorted. LORA adds the tag "lora"; a `name` adds the tag
+    "base_model:adapter:<name>" and sets `base_model`. The line with PEFT's version is added to its section, which is
+    made if needed, unless it is there.
 
     Args:
         before: the card to update; None: a new one.
         name: of the base model, if it has one; base_class: its class.
         kind: peft_type; cls: class of the model with the adapter.
         tags: to be added to those of `before`.
-        causal: the model generates text.
+        causal: set the pipeline tag "text-generation".
     """
     from huggingface_hub import ModelCard, ModelCardData
 

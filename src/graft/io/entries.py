@@ -217,8 +217,8 @@ def find_key(entry: Entry, names: set[str]) -> str | None:
 
 
 def rename_keys(tensors: dict[str, T], mapping: dict[str, str], must_fit: bool = False) -> dict[str, T]:
-    """Return the tensors with each key renamed, after its "base_model." prefix, by the first regex of `mapping` that
-    fits.
+    """Return the tensors with each key renamed, after its prefix "base_model.model." or "base_model.", by the first
+    regex of `mapping` that fits.
 
     A regex may fit anywhere in the rest, and all its matches are replaced. Keys that none fits stay; the order stays.
 

@@ -67,7 +67,9 @@ class AdapterSnapshot(NamedTuple):
     base: Fingerprint
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the adapter to a folder, in the form that `save_pretrained` gives the adapter "default"."""
+        """Write weights (safetensors), config and further files of the adapter straight into `folder`, by
+        `save_adapter`; no model card.
+        """
         save_adapter(os.fspath(folder), self.tensors, self.config, True, self.base)
 
 

@@ -148,6 +148,8 @@ def make_fingerprint(
 ) -> Fingerprint:
     """Return the fingerprint of weights: names, shapes and, with `with_values`, a few values of up to 16 weights.
 
+    Without any weight it has no sample.
+
     Args:
         together: all processes call this, so that sharded weights can be read.
         part: the weights are those of one pipeline stage: name and sample all of them, for `join_fingerprints`.
@@ -255,7 +257,7 @@ NOTE: dict[str, Callable[[object], bool]] = {
 
 
 def read_fingerprint(text: str | None, path: str) -> Fingerprint | None:
-    """Return the fingerprint in a file's note; None for no note.
+    """Return the fingerprint in a file's note; None for no note, an empty one or JSON's null.
 
     Raises:
         CheckpointError: it is no JSON object, or a field has another type. The text names the file and the field.

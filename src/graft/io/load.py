@@ -158,8 +158,8 @@ class CheckpointValues:
         return self.tensors.keys()
 
     def make_head(self, key: str, module: nn.Module) -> nn.Module | None:
-        """Return a copy of a module to save with the checkpoint's number of labels, if only the first dimension
-        differs; else None.
+        """Return a copy of a module to save (without its wrapper) with the file's number of labels, if a tensor's first
+        dimension alone differs; else None.
 
         None also if weight and bias would then differ in their labels while mismatched sizes are ignored. Parameters of
         the copy that change their size are not initialized. Warns if it is an embedding of another vocabulary.
@@ -230,8 +230,9 @@ class CheckpointValues:
         Writes no value, but methods may replace parameters to make room. First checks the file's fingerprint; for
         layers of opaque modules also arranges expert stacks. Shapes of tensors that layers share are refused before any
         layer changes. Fills in the lists of keys in `report`: missing and mismatched entries are left out of the
-        result, keys of another pipeline stage count as absent. Without `strict`, missing and unexpected keys only warn;
-        with `ignore_mismatched_sizes`, so do other shapes.
+        result, keys of another pipeline stage count as absent. No list has copies of shared tensors or tied rows, nor
+        tensors that the method ignores. Without `strict`, missing and unexpected keys only warn; with
+        `ignore_mismatched_sizes`, so do other shapes.
 
         Raises:
             AdapterKeyError: a shape differs; one tensor is of integers and the other of floats; or with `strict` a key
@@ -405,9 +406,9 @@ class CheckpointValues:
         """Return the base model's parameters that `names` name, by key in sorted order, and (key, shape in the file,
         shape here) of those with another shape.
 
-        The latter are not in the first result. Names may have parts of carriers in them: `base_layer`,
-        `original_module` or that of token rows. Names that fit nothing are ignored. Sharded parameters count by their
-        whole shape.
+        The latter are not in the first result. A tied parameter counts under each of its names. Names may have parts of
+        carriers in them: `base_layer`, `original_module` or that of token rows. Names that fit nothing are ignored.
+        Sharded parameters count by their whole shape.
         """
         by_name: dict[str, Tensor] = {}
         in_file = make_file_namer(parts)
@@ -522,7 +523,8 @@ class CheckpointValues:
 
 
 def clean_keys(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    """Return the tensors by names without the parts of wrappers, which PEFT leaves in them.
+    """Return the tensors, in a new dict, by names without the parts of inner wrappers (torch.compile, FSDP,
+    checkpointing), which PEFT leaves in them.
 
     Raises:
         AdapterKeyError: two of them get one name.
@@ -573,7 +575,8 @@ def set_peft_model_state_dict(
 ) -> LoadReport:
     """Write tensors by file key into an adapter that the model has, in place; return the report.
 
-    Waits for calls of the model. A training state kept for the adapter is dropped.
+    Keys and shapes are checked first. Then it waits for calls that use the adapter; for all calls if adapters are
+    merged or biases train. A training state kept for the adapter is dropped.
 
     Args:
         ignore_mismatched_sizes: leave out tensors of another shape, with a warning.

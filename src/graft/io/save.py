@@ -237,7 +237,7 @@ def fill_with_values(parts: AdapterCarriers, prompt: Prompt, state: dict[str, Te
 
 
 def get_checked_tensor(state: dict[str, Tensor], key: str, tensor: Tensor, adapter: str) -> Tensor:
-    """Return the tensor called `key` in a state dict.
+    """Return the tensor called `key` in a state dict, or called so without the parts of wrappers.
 
     Raises AdapterKeyError if it is missing, CheckpointError if its shape is not that of `tensor`.
     """

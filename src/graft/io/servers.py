@@ -83,7 +83,7 @@ class ServerBlock:
 
     def join_rows(self, parts: list[Tensor]) -> Tensor:
         """Return B of the input's stack from [B of gate, B of up]: rows in turn if the block is interleaved, else gate
-        above up. A list of one comes back as that B.
+        above up. A list of one gives a copy of that B.
         """
         if self.interleaved:
             return torch.stack(parts, 2).flatten(1, 2)
@@ -134,8 +134,8 @@ class ServerBlocks(ExpertStacks):
             class.
 
         A stack named `gate_up_proj` holds both gate and up. Then the shapes tell if the stacks are transposed;
-        otherwise the module's `is_transposed` does. `exchanged` is set where the two disagree. The block's shapes are
-        always (experts, out, in).
+        otherwise the module's `is_transposed` does. `exchanged` is set where the two disagree. Rows are interleaved if
+        `is_concatenated` is False. The block's shapes are always (experts, out, in).
         """
         named = {PARAMETERS[s.parameter]: s for s in group if s.parameter in PARAMETERS}
         if len(named) < len(group) or len(named) < 2:
@@ -187,7 +187,7 @@ def write_by_expert(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iter
 
 
 def name_parts_by_w(parts: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """Return {part: vLLM's own name}: w1 for gate, w3 for up, w2 for down."""
+    """Return {part: vLLM's own name}: w1 for gate, w3 for up, w2 for down. Without a gate up is w1."""
     return {part: name for which in (IN, OUT) for part, name in zip(parts[which], W[which])}
 
 
@@ -296,14 +296,14 @@ def convert_server_layout(tensors: dict[str, Tensor], config: PeftConfig, model:
 def is_in_peft_layout(path: str, values: PartFactors, keys: list[str], matches: Mapping[str, re.Match[str]]) -> bool:
     """Return True if a file's keys of a module are as PEFT writes them, and no A is all zeros.
 
-    Servers get zeros for a stack without adapter.
+    PEFT uses the path in the model, and no part name but "base_layer". Servers get zeros for a stack without adapter.
     """
     known_names = all(matches[key]["experts"] == path for key in keys) and not set(values) - {"", INNER}
     return known_names and all(bool(t.any()) for sides in values.values() for t in sides.get("A", {}).values())
 
 
 def rename_key(key: str, prefix: str, paths_by_old: Mapping[str, str]) -> str:
-    """Return a key with its module's path on the hub replaced by that in the model."""
+    """Return a key with the path before ".lora_" replaced by that in the model; other paths stay."""
     path, dot, leaf = key.removeprefix(prefix).partition(".lora_")
     return f"{prefix}{paths_by_old.get(path, path)}{dot}{leaf}"
 

@@ -114,6 +114,34 @@ def test_a_row_is_invalid_once_a_covered_file_changes(project):
     assert calls(project) == ["ran good", "ran other", "ran good"] and states(project)["good"] == ("valid", 0)
 
 
+WORDS = '"""%s"""  # %s\n\nx = 1  # %s\n\n\nclass A:\n    """%s"""\n\n    def f(self): "%s"; return """\n\n# %s\n"""\n'
+
+
+def test_words_invalidate_the_rows_that_read_them_alone(project, rows):
+    rows.append(Row("read", "good", "its words are good", "a/**", reads_words=True))
+    (project / "a" / "one.py").write_text(WORDS % ("a", "b", "c", "d\n    # d\n", "é", "f"))
+    commit(project)
+    verify.main(root=project)
+    (project / "a" / "one.py").write_text("\n# new\n" + WORDS % ("aa\n", "é", "", "x", "yy", "f"))
+    commit(project)
+    assert states(project)["good"] == ("valid", 0) and states(project)["read"] == ("invalid", 1)
+    (project / "a" / "one.py").write_text(WORDS % ("a", "b", "c", "d", "e", "a comment no more"))
+    commit(project)
+    assert states(project)["good"] == ("invalid", 1)
+
+
+CODES = [
+    ("x = '''\n\n'''", "x = '''\n'''"),
+    ("x = f'#{1}'", "x = f'#{2}'"),
+    ("if x:\n    y = 2", "if x:\n    0\ny = 2"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), CODES)
+def test_code_that_differs_is_never_taken_for_words(one, other):
+    assert verify.strip_words(one) != verify.strip_words(other)
+
+
 def test_a_module_that_a_covered_file_imports_counts(project):
     verify.main(root=project)
     change(project, "tests/helper.py")

@@ -7,19 +7,24 @@
 
 A row's result has the commit, the date, the seconds and the versions. It stays valid until a file that the row covers
 changes, on any machine: commit tests/verified and docs/verified.md. `make release` refuses rows that are not valid.
+A changed docstring or comment of a module changes the rows that read docstrings alone: `docs`, `docs-look` and `dist`.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import io
 import json
 import re
 import shlex
 import subprocess
 import sys
 import time
+import tokenize
 from contextlib import suppress
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +56,7 @@ class Row(NamedTuple):
     covers: str  # globs of the files that the statement is about; modules that they import count, too
     venv: str = ".venv"  # the environment with the versions that the result names
     needs: str = ""  # a thing that this project's machines lack; the row may then stay without a result
+    reads_words: bool = False  # its result depends on docstrings and comments of modules, too
 
 
 def list_rows(root: Path = ROOT) -> list[Row]:
@@ -59,9 +65,10 @@ def list_rows(root: Path = ROOT) -> list[Row]:
     """
     packages, trainers = (sorted(p.stem for p in (root / "tests" / f).glob("*.txt")) for f in ("packages", "trainers"))
     return [
-        Row("docs", "docs", "the site builds, without a dead link", "src/graft/** docs/** mkdocs.yml README.md"),
+        Row("docs", "docs", "the site builds, without a dead link", "src/graft/** docs/** mkdocs.yml README.md",
+            reads_words=True),
         Row("dist", "dist", "wheel and source distribution work where nothing else is installed",
-            "src/graft/** pyproject.toml tools/** README.md", ".venv/dist"),
+            "src/graft/** pyproject.toml tools/** README.md", ".venv/dist", reads_words=True),
         Row("formats", "test-formats", "the libraries of other formats load graft's files",
             f"{LIBRARY} tests/formats/** tests/golden/**", ".venv-formats"),
         Row("oracles", "test-oracles", "AdapterHub, pyreft, repeng and LyCORIS make the fixtures that tests read; 1 GB",
@@ -108,7 +115,7 @@ def list_rows(root: Path = ROOT) -> list[Row]:
             ("demo", "demo", "the main job"), ("demo-sweep", "demo", "sixteen settings at once"),
             ("demo-lm", "demo_lm", "a language model"), ("demo-4bit", "demo_*", "a base in four bits"))),
         Row("docs-look", "docs-look", "every page in Chromium, as wide as a desktop and as a phone",
-            "src/graft/** docs/** mkdocs.yml README.md tests/docs/look.py"),
+            "src/graft/** docs/** mkdocs.yml README.md tests/docs/look.py", reads_words=True),
         Row("bench", "bench BENCH=--all", "graft and PEFT, each row; an hour or more, with nothing else running",
             f"{SOURCE} benchmarks/** examples/demo_lm/model.py"),
         Row("gpu", "device-report", "the tests of `device`, and the checks and times of `graft device-report`",
@@ -149,9 +156,51 @@ def match_globs(row: Row) -> list[str]:
 
 
 def hash_covered(root: Path, row: Row) -> str:
-    """Return one hash of the paths and contents of all files that a row covers, as git's index has them."""
-    listing = git(root, "ls-files", "--stage", "--", *list_covered_files(root, row))
-    return hashlib.sha256(listing.encode()).hexdigest()
+    """Return one hash of the paths and contents of all files that a row covers, as git's index has them.
+
+    Modules count without their docstrings and comments, unless the row reads these.
+    """
+    lines = git(root, "ls-files", "--stage", "--", *list_covered_files(root, row)).splitlines()
+    if not row.reads_words:
+        lines = [hash_code(root, line.split()[1]) + line if line.endswith(".py") else line for line in lines]
+        lines = [re.sub(r"^(\w{64})\d+ \w+ ", r"\1 ", line) for line in lines]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@cache
+def hash_code(root: Path, blob: str) -> str:
+    """Return the hash of a module's code without docstrings, comments and blank lines; `blob` is git's name of its
+    content. Content that Python cannot parse counts whole.
+    """
+    text = subprocess.run(["git", "cat-file", "blob", blob], cwd=root, check=True, capture_output=True).stdout.decode()
+    with suppress(SyntaxError):
+        text = strip_words(text)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def strip_words(text: str) -> str:
+    """Return a module's text without docstrings, comments and blank lines. Raises SyntaxError.
+
+    Each version of Python gives the same text, so that a result is valid on another machine.
+    """
+    lines, spans, kept = text.split("\n"), [], set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
+                spans.append((first.lineno, first.col_offset, first.end_lineno, first.end_col_offset))
+        elif isinstance(node, (ast.Constant, ast.JoinedStr)):
+            kept |= {*range(node.lineno, node.end_lineno)}  # a blank line of a string counts
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            start, end = (len(lines[token.start[0] - 1][:column].encode()) for column in (token.start[1], token.end[1]))
+            spans.append((token.start[0], start, token.start[0], end))
+    found = [line.encode() for line in lines]
+    for row, start, last, end in sorted(spans, reverse=True):  # the last first: columns stay as they were
+        rest = found[last - 1][end:]
+        found[row - 1 : last] = [found[row - 1][:start].rstrip() + rest, *[b""] * (last - row)]
+        kept -= {*range(row, last)}
+    return "\n".join(line.decode() for i, line in enumerate(found, 1) if line.strip() or i in kept)
 
 
 def read_result(root: Path, row: Row) -> dict[str, Any] | None:
@@ -174,8 +223,15 @@ def judge(root: Path, row: Row) -> tuple[str, int | None]:
         return ("valid" if result["passed"] else "failed"), 0
     paths, changed = [*list_covered_files(root, row), *match_globs(row)], None
     with suppress(subprocess.CalledProcessError):  # the commit is of another machine, or was rewritten
-        changed = len(git(root, "diff", "--name-only", result["commit"], "HEAD", "--", *paths).splitlines())
+        lines = git(root, "diff", "--raw", "--no-abbrev", "--no-renames", result["commit"], "HEAD", "--", *paths)
+        changed = sum(differs(root, row, *line.split()[2:4], line) for line in lines.splitlines())
     return ("invalid" if result["passed"] else "failed"), changed
+
+
+def differs(root: Path, row: Row, old: str, new: str, path: str) -> bool:
+    """Return whether two contents of a file differ for a row; a content of zeros is a file that is not there."""
+    words_alone = path.endswith(".py") and not row.reads_words and "0" * 40 not in (old, new)
+    return not words_alone or hash_code(root, old) != hash_code(root, new)
 
 
 def find_problems(root: Path = ROOT) -> list[str]:
@@ -267,8 +323,9 @@ HEAD = """# Verified
 This page says which suites passed on which commit. `make verify` runs the suites that `make test` leaves out, and
 writes this page.
 
-A result is valid until a file that its row covers changes; "changed" counts these files. At commit `{commit}`, {valid}
-of {rows} rows are valid. "Under" has the versions of Python, peft, torch and transformers, and the machine.
+A result is valid until a file that its row covers changes; "changed" counts these files. Docstrings and comments of
+modules count for `docs`, `docs-look` and `dist` alone. At commit `{commit}`, {valid} of {rows} rows are valid. "Under"
+has the versions of Python, peft, torch and transformers, and the machine.
 
 Nothing ran on a GPU, on macOS or on Windows; [Devices](devices.md) says how to send in a report of a GPU.
 

@@ -45,7 +45,7 @@ class Connection:
     def __init__(self, url: str, timeout: float = 60.0, key: str | None = None):
         """Check the arguments and store them, the address without a final "/" and "/v1".
 
-        No request is sent. With a key, all requests carry it as a bearer token.
+        No request is sent. With a key that is not empty, all requests carry it as a bearer token.
 
         Raises:
             OptionError: `url` is no address of a server, `timeout` is not above 0 or beyond the longest of threads, or
@@ -194,7 +194,10 @@ def is_printable_ascii(text: str) -> bool:
 
 
 def quote_answer(text: bytes) -> str:
-    """Return at most 400 characters of a server's answer as one quoted line, with control characters escaped."""
+    """Return at most 400 characters of the first 1,000 bytes of a server's answer as one quoted line.
+
+    Whitespace becomes single spaces, control characters are escaped, and invalid UTF-8 is replaced.
+    """
     return repr(shorten_text(" ".join(text[:1000].decode(errors="replace").split()), 400))
 
 
@@ -251,7 +254,7 @@ def ask_log_probabilities(
 
 
 def list_served_models(connection: Connection) -> list[str]:
-    """Return the model names in the server's `/v1/models`; [] if that request fails."""
+    """Return the model names in the server's `/v1/models`; [] if that request fails or its answer is malformed."""
     try:
         names: list[str] = connection.ask("/v1/models", lambda reply: [str(entry["id"]) for entry in reply["data"]])
         return names
@@ -383,7 +386,8 @@ def ask_llama_server(connection: Connection, lora: list[Json], ids: Sequence[int
 
 
 def find_plain_token(connection: Connection) -> int:
-    """Return the first token id of 3 to 299 that the server decodes to ASCII letters alone.
+    """Return the first token id of 3 to 299 that the server (`/detokenize`) decodes to ASCII letters alone, with spaces
+    around them or without.
 
     Raises ServerError if there is none.
     """

@@ -184,7 +184,8 @@ def list_shards(path: str) -> list[str]:
 def model_file_patterns(folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return shell patterns of the files in a model's folder: (weights, others).
 
-    The files in its index count as weights.
+    The safetensors files in its index count as weights, unless it is damaged. Others are the needed files, indexes and
+    merge.json.
     """
     named: list[str] = []
     if os.path.isfile(os.path.join(folder, INDEX)):
@@ -194,7 +195,9 @@ def model_file_patterns(folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def list_needed_files(base: BaseDescription) -> tuple[list[str], list[str]]:
-    """Return the names of files that a model needs besides its weights, and of those that nobody needs.
+    """Return the names of a base folder's files that a model needs besides its weights, and of the other entries.
+
+    The latter are without hidden ones, safetensors files, indexes, README.md and merge.json.
 
     Raises:
         CheckpointError: one of the needed files, or of the weights, is no file, or a link that leads out of the folder.

@@ -93,8 +93,8 @@ class Training:
         """Build a base of `blocks` blocks on `device` in `dtype`, inject the adapter, and return the PeftModel in
         training mode.
 
-        The cache is switched off. With `checkpointing`, gradient checkpointing is on; on meta the blocks run again with
-        `FusedAttention`. Warnings are silenced. The config is copied.
+        The cache is switched off. With `checkpointing`, gradient checkpointing is on, and input embeddings require
+        gradients; on meta the blocks run again with `FusedAttention`. Warnings are silenced. The config is copied.
         """
         with warnings.catch_warnings(), torch.device(device):
             warnings.simplefilter("ignore")
@@ -126,8 +126,7 @@ class Training:
     def measure_step(self, batch: int, checkpointing: bool) -> StepMemory:
         """Return the memory of a training step with `batch` rows, measured on the meta device.
 
-        For more than `MANY` rows it is extrapolated linearly from `MANY // 2` and `MANY`. The number of blocks is
-        extrapolated, too.
+        For more than 16 rows it is extrapolated linearly from 8 and 16. The number of blocks is extrapolated, too.
         """
         if batch > MANY:
             a, b = self.measure_step(MANY // 2, checkpointing), self.measure_step(MANY, checkpointing)
@@ -155,7 +154,7 @@ def measure_budget(
     Args:
         batch: rows.
         checkpointing: blocks save their inputs only, and run again in the backward pass.
-        optimizer: a key of OPTIMIZERS.
+        optimizer: "adamw" (8 bytes of state per trainable number), "adamw_8bit" (2) or "sgd" (0).
         bits: the format of each weight matrix in a block, a key of FORMATS; 4 is "nf4". "mxfp4" packs stacks of experts
             only. None: the weights have the dtype of `training`. A step unpacks one matrix at a time, of a stack a
             chunk.
@@ -206,8 +205,8 @@ def count_base_bytes(model: nn.Module, bits: int | str | None) -> tuple[float, f
 
 
 def count_unpacked_bytes(p: Tensor) -> int:
-    """Return the bytes of a packed weight that are dense at the same time: all of a matrix; of a stack a chunk of at
-    least one expert.
+    """Return the bytes of a packed weight that are dense at the same time: all of a matrix; of a stack a chunk of 2²⁸
+    bytes, but at least one expert and at most all.
     """
     return min(p.nbytes, max(CHUNK, p.nbytes // len(p))) if p.ndim == 3 else p.nbytes
 
@@ -271,7 +270,7 @@ class LiveMemory(TorchDispatchMode):
     def add(self, storage: torch.UntypedStorage) -> None:
         """Count a storage that is not known yet, and raise `peak` if needed.
 
-        When the storage is freed, it is subtracted.
+        When the storage is freed, a weak reference subtracts it. Storages of the model do nothing.
         """
         one = storage_id(storage)
         if one in self.known:
@@ -282,7 +281,7 @@ class LiveMemory(TorchDispatchMode):
         self.peak = max(self.peak, self.bytes)
 
         def forget(_: object) -> None:
-            """Subtract a freed storage."""
+            """Subtract a freed storage from `bytes`, and forget its number and its weak reference; `peak` stays."""
             self.bytes -= size
             self.known.discard(one)
             del self.watches[one]

@@ -69,12 +69,12 @@ def fit_to_format(
 ) -> tuple[AdapterFile, list[str]]:
     """Return a copy of an adapter with only the parts that a format can hold, and descriptions of the lost parts.
 
-    Unknown keys are always lost. Lost are also methods, kinds of modules, whole tensors, rows, shared tensors,
-    magnitudes, biases, `extra`, fields of `FIELDS` and an undescribed change of the base, as far as the format lacks
-    them. AdaLoRA becomes LoRA with an empty config, unless the format holds it. Tucker cores are multiplied into A
-    where needed, which is no loss. Last, scales and ranks are made equal where needed, by folding into B and padding
-    with zeros. If the format needs a magnitude for all modules, modules without one get it, unless `adapter.format` is
-    `to`.
+    Unknown keys are always lost. So is every other part that the format lacks: methods, kinds of modules, whole
+    tensors, rows, shared tensors, magnitudes, biases and `extra`. Also fields of `FIELDS` with a value, and an
+    undescribed change of the base. AdaLoRA becomes LoRA with an empty config, unless the format holds it. Tucker cores
+    are multiplied into A where needed, which is no loss. Last, scales and ranks are made equal where needed, by folding
+    into B and padding with zeros. If the format needs a magnitude for all modules, modules without one get it, unless
+    `adapter.format` is `to`.
 
     Args:
         to: the format's name.
@@ -190,8 +190,8 @@ def unify_scales_and_ranks(adapter: AdapterFile, holds: FormatLimits) -> float:
     Return the largest rounding error of B, 0 if no scale was folded.
 
     Ranks are padded with zeros to the largest, unless the format holds several. Unless it holds a scale for each
-    module, the most common scale (or alpha) that is not 0, of equally common ones the first, is wanted for all; 1
-    without any. The difference is multiplied into B. Without LoRA modules nothing changes.
+    module, all get the most common scale (or alpha) that is not 0, or 1 without any. Of equally common ones the first
+    counts. The difference is multiplied into B. Without LoRA modules nothing changes.
     """
     low_rank = adapter.low_rank
     rounding = 0.0

@@ -71,7 +71,9 @@ class CheckpointPair:
         tie.
 
         Sets `is_tied`, and switches tie_word_embeddings on in the model's config. In each group, modules without
-        children come first, and among them embeddings. Without a model it is guessed from names and the config.
+        children come first, and among them embeddings. Without a model the result is the only token embedding with
+        "lm_head.weight", if a file or the architecture has such a head; else []. `is_tied` is then the config's, or
+        True if the base's files lack the head.
         """
         if self.model is None:
             tokens = [n for n in self.old if module_path(n).rpartition(".")[2] in TOKENS and n.endswith(".weight")]
@@ -109,21 +111,25 @@ class CheckpointPair:
             return None
 
     def is_called_as_experts(self, path: str) -> bool:
-        """Return True if PEFT mistakes a module for a matrix of experts by its last name, and would rewrite a config
-        that names it.
+        """Return True if the module's last name is one of `experts.names` and `experts.by_peft` is set: PEFT would take
+        it for a matrix of experts, and rewrite a config that names it.
+
+        False without a model.
         """
         return self.model is not None and self.experts.by_peft and path.rpartition(".")[2] in self.experts.names
 
     def is_embedding(self, name: str) -> bool:
         """Return True if a parameter belongs to an embedding, by its module's `num_embeddings`, or without a module by
-        its name.
+        its last name ("embed_tokens", "wte", "wpe" and others).
         """
         module = self._module(name)
         by_name = module_path(name).rpartition(".")[2] in EMBEDDINGS
         return by_name if module is None else hasattr(module, "num_embeddings")
 
     def is_head(self, name: str) -> bool:
-        """Return True if a parameter belongs to the model's output head; without a model, to a module named lm_head."""
+        """Return True if a parameter belongs to the model's output head; without a model or module, to a module named
+        lm_head.
+        """
         module = self._module(name)
         if module is None or self.model is None:
             return module_path(name).rpartition(".")[2] == "lm_head"
@@ -131,7 +137,7 @@ class CheckpointPair:
 
     def is_conv1d(self, name: str) -> bool:
         """Return True if a parameter belongs to a Conv1D, a linear layer with weights (in, out); without a module, by
-        names of GPT-2's kind.
+        GPT-2's names (c_attn, c_proj, c_fc, q_attn) in a model type that has it.
         """
         module = self._module(name)
         if module is None:
@@ -139,8 +145,8 @@ class CheckpointPair:
         return type(module).__name__ == "Conv1D"
 
     def is_transposed(self, name: str) -> bool:
-        """Return True if a stack of experts is stored (in, out), by its module's flag, or without a module by the model
-        type.
+        """Return True if a stack of experts is stored (in, out), by its module's flag, or without a module for the
+        model type "gpt_oss".
         """
         module = self._module(name)
         return bool(

@@ -71,7 +71,10 @@ class LintSubject:
         return {p: float(np.sqrt(sum(algebra.frobenius_norm(x) ** 2 for x in xs))) for p, xs in products}
 
     def read_weight(self, path: str) -> np.ndarray | None:
-        """Return the base's weight of a LoRA module; None if the base lacks it, has another shape, or has no values."""
+        """Return the base's weight of a LoRA module; None if the base lacks it, has another shape, or has no values.
+
+        A path without finite LoRA raises KeyError.
+        """
         assert self.base is not None
         try:
             return read_base_weight(path, self.adapter, self.base, self.finite_loras[path])
@@ -100,7 +103,8 @@ Faults = Iterator[tuple[str, list[str]]]  # pairs of a text and the names that i
 
 
 def find_numbers(is_bad: Callable[[np.ndarray], np.ndarray], kind: str, look: LintSubject) -> Faults:
-    """Yield one fault with the names of the tensors that have a number of the kind `is_bad`, if there are any.
+    """Yield one fault with the sorted names of the floating tensors that have a number of the kind `is_bad`, if there
+    are any.
 
     kind: the name of these numbers, which begins the text.
     """
@@ -119,8 +123,8 @@ def find_zero_b(look: LintSubject) -> Faults:
 def find_outliers(look: LintSubject) -> Faults:
     """Yield one fault with the modules that have an unusually large ‖ΔW‖/‖W‖, if there are any.
 
-    It is more than `OUTLIER` median absolute deviations above the median. Only modules with a base weight other than 0
-    count; with fewer than four of them, or without a spread, nothing is yielded.
+    It is more than 6 median absolute deviations (`OUTLIER`) above the median. Only modules with a base weight other
+    than 0 count; with fewer than four of them, or without a spread, nothing is yielded.
     """
     wholes = {path: float(np.linalg.norm(W)) for path in look.norms if (W := look.read_weight(path)) is not None}
     sizes = {path: look.norms[path] / whole for path, whole in wholes.items() if whole > 0}
@@ -230,7 +234,11 @@ def find_missing_card(look: LintSubject) -> Faults:
 
 
 def find_pickles(look: LintSubject) -> Faults:
-    """Yield a fault with the pickle files of the adapter's folder (or the file itself), by their endings."""
+    """Yield one fault with the sorted names of pickles in the adapter's folder, or of the file itself, if there are
+    any.
+
+    Names count that end with .bin, .pt, .pth, .ckpt or .pkl; nothing is opened.
+    """
     folder = look.adapter.path
     names = os.listdir(folder) if os.path.isdir(folder) else [os.path.basename(folder)]
     if pickles := sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))):
@@ -242,7 +250,7 @@ def find_intruders(look: LintSubject) -> Faults:
 
     Needs two SVDs for each weight.
 
-    An intruder is one of the first `TOP` left singular vectors of W + ΔW with a cosine below `INTRUDER` to all of W.
+    An intruder is one of the first 10 left singular vectors of W + ΔW with an absolute cosine below 0.5 to all of W.
     Experts, modules with ΔW = 0 and modules without a base weight are skipped.
     """
     paths, texts = [], []
@@ -317,11 +325,11 @@ def list_gaps(adapter: AdapterFile, base: BaseDescription | None = None) -> list
     """Return descriptions of the parts that an adapter's config names and the adapter lacks; [] for a complete one.
 
     The rules in their order: an adapter without any tensors gives ["every tensor"], or [] if it has unknown keys. A
-    file without PEFT's config gives []. Else: factors whose partner lacks, then magnitudes, biases, heads and token
-    rows that the config names.
+    file without PEFT's config gives []. Else, as the config names them: magnitudes and biases of factors, whole
+    modules, token rows, the base's biases, then modules without factors.
 
     Args:
-        base: also lists the modules that the targets select and that have no factors.
+        base: decides which whole modules count, and adds its biases and the modules without factors.
     """
     if not adapter.modules and not adapter.loose_tensors:
         return [] if adapter.unknown_keys else ["every tensor"]

@@ -117,7 +117,7 @@ def rename_base_modules(known: BaseDescription, names: Mapping[str, str]) -> Bas
     """
 
     def new_name(name: str) -> str:
-        """Return a tensor's name with its module renamed."""
+        """Return a tensor's name with its module renamed; the name itself if `names` lacks the module."""
         module, _, leaf = name.rpartition(".")
         return f"{names[module]}.{leaf}" if module in names else name
 

@@ -21,7 +21,8 @@ from graft.files.tensors import Tensor, make_tensor
 
 
 def lycoris_to_peft(adapter: AdapterFile, base: Base | None = None) -> AdapterFile:
-    """Return an adapter with (IA)³ and LoKr of LyCORIS converted to PEFT's, with a config; other adapters unchanged.
+    """Return an adapter that has only LyCORIS' (IA)³, or only LoKr, converted to PEFT's, with a config; other adapters
+    unchanged.
 
     LyCORIS stores (IA)³ as the difference from 1. It leaves biases alone where it scales outputs, which PEFT cannot
     express: such an adapter is unchanged, and writing it as PEFT fails.
@@ -122,7 +123,8 @@ def kasa_to_lora(adapter: AdapterFile, base: Base) -> AdapterFile:
     """Return an adapter with each KaSA module as LoRA plus a shift: the smallest singular components that KaSA removes
     from the base.
 
-    An adapter without KaSA is returned as it is. The components are computed once per module, when they are read.
+    An adapter without KaSA is returned as it is. A is multiplied by `lora_diag`, in float32. The components are
+    computed once per module, when they are read.
 
     Raises:
         BaseModelMismatchError: the base lacks a weight of the adapter, or has another shape.

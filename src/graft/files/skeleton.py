@@ -42,7 +42,8 @@ def build_model_config(path: str) -> PreTrainedConfig | None:
     """Return transformers' config object for a folder's config.json.
 
     Returns None without that file, without transformers, or if transformers does not know the model. Fields that name
-    code, kernels or other files are removed: no code of the folder runs, and the network is not used.
+    code, kernels or other files are removed: no code of the folder runs, and the network is not used. `_name_or_path`
+    of the result is `path`.
 
     Raises:
         CheckpointError: the file is damaged, has absurd module counts, or names a backbone that would be downloaded.
@@ -74,8 +75,9 @@ def drop_code_fields(value: Any, file: str) -> Any:
     Other values are returned as they are.
 
     Raises:
-        CheckpointError: an int of a dict is absurd: over `MOST` in a key that ends with one of `COUNTS`, or over
-            `LABELS` in "num_labels". Or it names a backbone without its config and with `use_timm_backbone` false, so
+        CheckpointError: an int of a dict is absurd: over 4096 in a key that ends with layer, layers, blocks or experts,
+            or over 2²⁰ in "num_labels". Or it names a backbone without its config and with `use_timm_backbone` false,
+            so
             that it would be downloaded. `file` names the config in the text.
     """
     if isinstance(value, list):
@@ -95,8 +97,8 @@ def drop_code_fields(value: Any, file: str) -> Any:
 
 
 def find_model_class(name: object) -> type[PreTrainedModel] | None:
-    """Return the transformers model class of this name; None if it does not exist, needs a missing package, or is no
-    model class.
+    """Return the transformers model class of this name; None if it is no text, does not exist, needs a missing package,
+    or is no model class.
     """
     import transformers
 
@@ -138,8 +140,8 @@ def build_meta_model(path: str, architecture: str | None = None) -> PreTrainedMo
 
 
 def fill_with_zeros(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace all parameters and buffers of a model, in place, by expanded zeros on the CPU, which need almost no
-    memory. Returns the model.
+    """Replace all parameters and buffers of a model, in place, by zeros expanded from one number on the default device,
+    which need almost no memory. Returns the model.
 
     The new parameters do not require gradients.
     """
@@ -154,7 +156,7 @@ def fill_with_zeros(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def make_expanded_zero(t: torch.Tensor) -> torch.Tensor:
-    """Return a single CPU zero, expanded to the shape and with the dtype of `t`."""
+    """Return a single zero on the default device, expanded to the shape and with the dtype of `t`."""
     return torch.zeros((), dtype=t.dtype).expand(t.shape)
 
 

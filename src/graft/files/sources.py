@@ -61,7 +61,8 @@ def resolve_adapter(source: str) -> str:
 
 
 def find_base(base: str | os.PathLike[str]) -> str:
-    """Return the path of a base model: `base`, or the cached folder of a hub id (user/repo@revision).
+    """Return the path of a base model: `base`, or the cached folder of a hub id (user/repo@revision; owner and revision
+    may lack).
 
     The network is never used.
 
@@ -88,7 +89,11 @@ def find_base(base: str | os.PathLike[str]) -> str:
 def read_base_name(adapter: str) -> str | None:
     """Return the base in the adapter_config.json of a folder, for `find_base`; None without that file or a name.
 
-    Paths on another machine (//host/share) are None, since opening one would send credentials there.
+    The first text counts of the fields base_model_name_or_path, model_name and model. A damaged file raises
+    CheckpointError.
+
+    Paths on another machine (//host/share, or with backslashes) are None, since opening one would send credentials
+    there.
     """
     path = os.path.join(adapter, pair.CONFIG_NAME)
     config = read_object(path) if os.path.isfile(path) else {}
@@ -129,8 +134,8 @@ def run_with_base(adapter: str, base: str | None, run: Callable[[Base | None], R
 
 
 def describe_named_base(adapter: str) -> Base | None:
-    """Return names and shapes, without values, of the base that an adapter names; None if it names none, or its files
-    are damaged or not on this machine.
+    """Return config, names and shapes, without values, of the base that an adapter names; None if it names none, or its
+    files are damaged or not on this machine.
     """
     try:
         name = read_base_name(adapter)
@@ -307,8 +312,8 @@ def place_result(temporary: str, target: str, stood: bool) -> None:
 
     If `stood` (the target existed before), exchange the two: the old result gets the temporary path.
 
-    Raises OutputExistsError if another process created the target, or the target is a pipe or device; CheckpointError
-    if there is no result.
+    Raises OutputExistsError if another process created the target, or the old one may not be replaced (`check_output`
+    with `force`); CheckpointError if there is no result.
     """
     if not os.path.exists(temporary):
         raise CheckpointError(f"Nothing was written for {target}.")

@@ -214,7 +214,7 @@ def _parse_entry(entry: Json) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def file_version(f: IO[bytes]) -> tuple[int, int]:
-    """Return size and modification time of an open file; they show that a file was replaced.
+    """Return size and modification time in ns of an open file; they show that a file was replaced.
 
     Inodes are not reliable.
     """

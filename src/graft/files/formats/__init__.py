@@ -46,14 +46,21 @@ class Format(Protocol):
     FOLDER: tuple[tuple[str, ...], tuple[str, ...]]  # names, as in a shell, of its files: weights, others
 
     def recognises(self, path: str) -> bool:
-        """Return True if a file or folder is of this format, by names and a header; no values are read."""
+        """A declaration only: return True if a file or folder is of this format, by names and a header; no values are
+        read.
+        """
 
     def read(self, path: str, base: Base | None = None) -> AdapterFile:
-        """Return the adapter at `path`. Formats that need the base's names raise BaseNeededError without `base`."""
+        """A declaration only: return the adapter at `path`.
+
+        Formats that need the base's names raise BaseNeededError without `base`.
+        """
         ...
 
     def write(self, adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-        """Write a file or folder, whole or not at all. Return descriptions of the losses, [] unless `lossy`.
+        """A declaration only: write a file or folder, whole or not at all.
+
+        Return descriptions of the losses, [] unless `lossy`.
 
         Only formats in `WRITTEN` have it. Raises LossError if something would be lost and `lossy` is False.
         """

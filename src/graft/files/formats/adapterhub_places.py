@@ -119,7 +119,7 @@ def check_compared(path: str, base: Base, cfg: BottleneckConfig | None) -> None:
 
 
 def set_modules(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], options: Json) -> AdapterFile:
-    """Set the adapter's modules, of its own method, `selected` and its config, and return it.
+    """Set the modules of `out`, as its method, `selected` to all of them, and its config; return `out`.
 
     The config is new: `peft_type`, targets "places", `inference_mode` True, then `options`, which override these.
     """

@@ -109,7 +109,10 @@ def get_base_class(base: Base) -> str:
 
 
 def find_diffusers_file(path: str) -> str | None:
-    """Return the file, or the only .safetensors file or pytorch_lora_weights.bin of a folder; None for others."""
+    """Return the file, or the only .safetensors file or pytorch_lora_weights.bin of a folder; None for others.
+
+    A missing path raises FileNotFoundError.
+    """
     return one_file(path, ".safetensors") or one_file(path, "pytorch_lora_weights.bin")
 
 
@@ -145,7 +148,7 @@ def make_adapter(file: str, tensors: Mapping[str, Tensor], metadata: dict[str, s
     """Return the adapter of tensors by diffusers' names.
 
     Unknown keys, and an alpha without factors, go to `unknown_keys`. Each module becomes an entry of `modules`, without
-    a config. `is_pipeline` is set; no tensors give an empty adapter.
+    a config. `is_pipeline` is True if paths begin with a pipeline's parts; no tensors give an empty adapter.
 
     Raises:
         CheckpointError: factors are missing, have wrong shapes, or contradict the metadata.
@@ -162,7 +165,9 @@ def make_adapter(file: str, tensors: Mapping[str, Tensor], metadata: dict[str, s
 
 
 def read_part_configs(metadata: dict[str, str], file: str) -> dict[str, Json]:
-    """Return the config of each part of the pipeline from the file's metadata; {} without such metadata.
+    """Return the config of each part of the pipeline from the file's `lora_adapter_metadata`; {} without it.
+
+    A key "unet.r" is the field "r" of the part "unet".
 
     Raises:
         CheckpointError: they are no JSON dict, or hold values that no config has.
@@ -186,8 +191,8 @@ def read_part_configs(metadata: dict[str, str], file: str) -> dict[str, Json]:
 def make_low_rank(file: str, module: str, tensors: dict[str, Tensor], configs: dict[str, dict[str, object]]) -> LowRank:
     """Return a module's factors with scale, flattened magnitude and bias.
 
-    The scale is alpha / rank of the file. Without alpha it is that of the part's config (alpha / √rank for rsLoRA), and
-    1 without a config. Factors of more than two dimensions are a convolution's.
+    The scale is alpha / rank of the file, 1 for an alpha of 0. Without alpha it is that of the part's config (alpha /
+    √rank for rsLoRA), and 1 without a config. Factors of more than two dimensions are a convolution's.
 
     Raises:
         CheckpointError: a factor is missing, shapes do not fit, or, without alpha, the metadata have another rank.

@@ -120,7 +120,8 @@ def take_modules(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], bas
     """Read these modules of a file into `out`, by the base's paths, or without a base by the file's names.
 
     Raises:
-        CheckpointError: factors are missing or do not fit each other, or two names are one module of the base.
+        CheckpointError: factors are missing or do not fit each other, a tensor has too few dimensions, or two names are
+            one module of the base.
         BaseModelMismatchError: the base lacks some of them.
     """
     paths = dict(zip(modules, modules)) if base is None else match_modules(out, modules, base)
@@ -135,7 +136,8 @@ def take_modules(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], bas
 
 
 def components_of(name: str) -> tuple[str, ...]:
-    """Return the parts of a pipeline that may have a module, by its name's prefix; "" means that the base is one model.
+    """Return the parts of a pipeline that may have a module, by its name's prefix such as "lora_te1_"; "" means that
+    the base is one model.
 
     Raises StopIteration for a name without a known prefix.
     """
@@ -146,8 +148,8 @@ def of_first_release(file: str, base: Base | None) -> AdapterFile | None:
     """Return the adapter of a safetensors file with names of a model's first release, as sd-scripts write them for
     Flux.
 
-    diffusers renames them, and splits products of q, k and v. None if there is no base, diffusers cannot read the file,
-    or the modules are not the base's.
+    diffusers renames them, and splits products of q, k and v. None if there is no base, the file is no .safetensors,
+    diffusers cannot read the file, or the modules are not the base's.
     """
     from graft.files.formats import diffusers
 
@@ -286,7 +288,8 @@ def add_whole_tensor(out: AdapterFile, key: str, leaf: str, difference: Tensor, 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
     """Write one file. Return descriptions of the losses.
 
-    An adapter that was read from this format without a base keeps its names, and a kohya file its metadata.
+    An adapter that was read from this format without a base keeps its names, and a kohya file its metadata; others get
+    {"format": "pt"}.
 
     Raises:
         LossError: without `lossy`, a part cannot be held, or magnitudes need the base's weights.

@@ -118,8 +118,8 @@ class Form(BaseWeights):
         """Return the tensors of a packed weight for the dense `W`, with new codes and scales; zero points are the old
         ones.
 
-        A scale grows only where the old one cannot reach all values, so that unchanged values keep their codes. Codes
-        are rounded, clamped to their range, and packed as before.
+        A scale grows only where the old one cannot reach all values, so that unchanged values keep their codes. Integer
+        codes are rounded, clamped to their range, and packed as before; 8-bit floats are clamped to ±448.
         """
         old = self.parts(name)
         first, scale = of_file(old[self.packed[name][0]]), of_file(old[f"{name}_scale"])

@@ -132,9 +132,10 @@ def merge_adapters(
 
 
 def digest_inputs(paths: Iterable[str], options: list[object]) -> str:
-    """Return a sha256 digest of the options and of each input file's path, size and modification time.
+    """Return a sha256 digest of the options and, in the order of `paths`, of each input file's real path, size and
+    modification time in ns.
 
-    Files of a folder count without subfolders and hidden files.
+    Files of a folder count sorted, without subfolders and hidden files; a missing path adds nothing.
     """
     seen: list[object] = [options]
     for path in paths:
@@ -145,7 +146,9 @@ def digest_inputs(paths: Iterable[str], options: list[object]) -> str:
 
 
 def list_input_files(path: str) -> list[str]:
-    """Return the files directly in a folder without hidden ones, or the file itself; [] if the path does not exist."""
+    """Return the paths of the files directly in a folder, unsorted and without hidden ones, or [path] for a file; [] if
+    the path does not exist.
+    """
     if not os.path.isdir(path):
         return [path] if os.path.exists(path) else []
     return [e.path for e in os.scandir(path) if e.is_file() and not e.name.startswith(".")]
@@ -384,7 +387,8 @@ class Work:
         """Return a tensor with all its changes applied in their order, in at least float32; without changes it is the
         base's. A new tensor starts from an empty one.
 
-        Each change also gets a function that returns the base's own values, without earlier changes.
+        Each change also gets a function that returns the base's own values, without earlier changes: for the first a
+        view of the current value, for later ones a new copy.
 
         Raises:
             NonFiniteError: a change leads to NaN or infinite values.
@@ -406,14 +410,18 @@ class Work:
         return to_bytes(after), self._row(key, exact, after)
 
     def _in_dtype(self, key: str, exact: torch.Tensor, dtype: str) -> torch.Tensor:
-        """Return the values in `dtype`. Raises NonFiniteError if a value is beyond float16's range."""
+        """Return the values in `dtype` (safetensors' name).
+
+        For "F16" raises NonFiniteError if one is beyond its range, infinite or NaN.
+        """
         after = exact.to(TORCH[dtype])
         if dtype == "F16" and not after.isfinite().all():
             raise NonFiniteError(f"'{key}' holds numbers beyond float16's 65504. Use --dtype bfloat16 or float32.")
         return after
 
     def _row(self, key: str, exact: torch.Tensor, after: torch.Tensor) -> Json | None:
-        """Return the certificate entry of a merged tensor: its losses, {"new": True}, or {"resized": [old, new shape]}.
+        """Return the certificate entry of a merged tensor: its losses (`measure_loss`), {"new": True}, or {"resized":
+        [old, new shape]}.
 
         None for a tensor without changes. Both follow from the merge's changes of this key, not from values: none gives
         None, a first change marked `new` gives {"new": True}.
@@ -432,7 +440,8 @@ class Work:
         """Return the bytes of tensor `key` of the packed weight `name`, merged and packed anew, and a certificate
         entry.
 
-        The entry, with the losses of rounding and packing, is on the first of its tensors only; None on the others.
+        The entry, with the losses of rounding and packing and `name` as "tensor", is on the first of its tensors only;
+        None on the others.
         """
         exact = self._exact(name)
         parts = self.base_weights.pack(name, exact)
@@ -501,7 +510,9 @@ def split_shards(by_file: dict[str, list[Out]], size: int) -> dict[str, list[Out
 
 
 def note_losses(account: Merged) -> None:
-    """Add one note to the account if rounding removed more than a tenth of the update of some tensors."""
+    """Add one note to the account, with their number and the worst, if rounding removed more than a tenth of the update
+    of some tensors.
+    """
     lost = {key: row["kept"] for key, row in account.tensors.items() if row.get("kept", 1.0) < KEPT}
     if lost:
         worst = min(lost, key=lost.__getitem__)
@@ -534,7 +545,10 @@ def make_certificate(work: Work, place: Workplace, account: Merged) -> Json:
 
 
 def hash_files(paths: Iterable[str]) -> dict[str, str]:
-    """Return file name → sha256 for the files at `paths`. Files that do not exist are left out."""
+    """Return file name, without folder → sha256 for the files at `paths`, sorted by path.
+
+    Files that do not exist are left out; of equal names the last counts.
+    """
     by_name = {}
     for path in sorted(paths):
         with suppress(FileNotFoundError):

@@ -94,7 +94,8 @@ def list_method_changes(job: MergeJob, base: BaseDescription) -> list[TensorChan
 def load_layers(job: MergeJob, base: BaseDescription) -> dict[str, AdapterLayer]:
     """Return path → layer of the base's model with the adapter as "default".
 
-    The weights are zeros that take no memory.
+    The weights are zeros that take no memory. If the file has whole tensors, the model is of its head's class, if
+    known.
 
     A file of another format is first written as PEFT's to a temporary folder. Warnings of loading are suppressed.
 
@@ -159,8 +160,8 @@ def list_layer_changes(
 def changes_bias(layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> bool:
     """Return True if adapter `m`, the only one on its layer, changes the layer's bias.
 
-    Computed once, on zeros, for layers with the same method, config, layer type, and bias or none; `asked` is the
-    cache.
+    For an additive effect its `shift` tells, for others a fold of zeros. Computed once for layers with the same method,
+    config, layer type, and bias or none; `asked` is the cache.
     """
     kind = (type(m), id(m.cfg), type(layer.op), getattr(layer.base_layer, "bias", None) is None)
     if kind not in asked:

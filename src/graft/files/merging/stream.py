@@ -277,7 +277,8 @@ class Workplace:
         """Move the folder to the output's path; an older output folder is exchanged with it, and then deleted by
         `clear`.
 
-        Also deletes the lock and the state, even after an interrupt, once the output is in place. Raises as `check`.
+        Folder and parent are synced to the disk. Also deletes the lock and the state, even after an interrupt, once the
+        output is in place. Raises as `check`.
         """
         self.check()
         sync_file(self.folder)

@@ -25,8 +25,8 @@ def find_tied_groups(
     tie_word_embeddings false.
 
     The model from `model` tells the groups; its `tie_weights` is called before. If it is None, the config tells them:
-    the only embedding and "lm_head.weight" if tie_word_embeddings is true. Without that, or with several embeddings,
-    the result is [].
+    the only embedding (embed_tokens, wte or word_embeddings) and "lm_head.weight" if tie_word_embeddings is true.
+    Without that, or with several embeddings, the result is [].
     """
     if config.get("tie_word_embeddings") is False:
         return []

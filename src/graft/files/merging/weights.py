@@ -41,7 +41,7 @@ class BaseWeights:
         return self.unpack(name, self.parts(name)) if name in self.packed else of_file(self.base.tensors[name])
 
     def parts(self, name: str) -> dict[str, Tensor]:
-        """Return the checkpoint's tensors that hold a packed weight."""
+        """Return the checkpoint's tensors that hold a packed weight, by name; KeyError for a plain one."""
         return {part: self.base.tensors[part] for part in self.packed[name]}
 
     def pack(self, name: str, W: torch.Tensor) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ def to_bytes(values: torch.Tensor) -> memoryview:
 
 
 def to_file(values: torch.Tensor) -> Tensor:
-    """Return a file tensor of these values, without a copy; their bytes are taken when it is loaded."""
+    """Return a file tensor of these values (on the CPU), without a copy; their bytes are taken when it is loaded."""
     return Tensor(tuple(values.shape), NAMES[values.dtype], lambda: to_bytes(values))
 
 

@@ -143,7 +143,8 @@ class Call:
         return self.use_context(context._replace(gates=gates, facts=facts))
 
     def use_stacks(self, stacks: Stacks | None, copies: int, may_draw: bool) -> AbstractContextManager[None]:
-        """Return a context manager that sets three values in this thread's context.
+        """Return a context manager that sets three values in this thread's context, which is read now and not when the
+        block is entered.
 
         Args:
             stacks: the stacked tensors of adapters.
@@ -300,7 +301,8 @@ class Call:
         """Set the context for layers that the present backward pass runs again, until that pass ends.
 
         The first hook of a pass sets it, appends to `open` if it is not empty, and queues `_end_backward` in the
-        autograd engine. A later hook with another context marks the pass as ambiguous.
+        autograd engine. A later hook with another context marks the pass as ambiguous, and appends to `open` if the
+        first context was empty.
 
         Args:
             thread: the thread of the call.
@@ -454,7 +456,7 @@ def live_threads() -> frozenset[int | None]:
 
 
 def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a hook that does nothing, and returns None, in other threads, which may run the model as well."""
+    """Return a hook that runs in the present thread alone. In other threads it does nothing and returns None."""
     thread = get_ident()
     return lambda *args, **kwargs: hook(*args, **kwargs) if get_ident() == thread else None
 

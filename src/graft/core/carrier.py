@@ -63,8 +63,8 @@ class CarrierState:
     def set_trainable(self, adapter: str, on: bool) -> bool:
         """Set `requires_grad` of an adapter's parameters to `on`, except for those that never train.
 
-        Returns False, possibly after some were set, if a module in `slots` was replaced or the adapter has no slots:
-        the caller then looks the slots up again.
+        Returns False, possibly after some were set, if `slots` lacks the adapter, or if a module or tensor there was
+        replaced or removed. The caller then looks the slots up again.
         """
         try:
             for slot in self.slots[adapter]:
@@ -102,17 +102,17 @@ class Carrier:
 
     @property
     def adapters(self) -> list[str]:
-        """Return the names of the adapters. Each subclass defines it."""
+        """Raise NotImplementedError here; a subclass returns the names of its adapters."""
         raise NotImplementedError
 
     def slots(self, adapter: str) -> Sequence[Slot]:
-        """Return the present slots of an adapter's tensors. Each subclass defines it."""
+        """Raise NotImplementedError here; a subclass returns the present slots of an adapter's tensors."""
         raise NotImplementedError
 
     def drop(self, adapter: str) -> None:
-        """Remove the tensors of an adapter, and leave the lists of active and trainable adapters alone.
+        """Raise NotImplementedError here.
 
-        Each subclass defines it.
+        A subclass removes the tensors of an adapter, and leaves the lists of active and trainable adapters alone.
         """
         raise NotImplementedError
 
@@ -187,7 +187,8 @@ class Carrier:
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Set `requires_grad` of the parameters of one or several adapters, and update the list of trainable adapters.
 
-        Ignores names of adapters that this carrier lacks, and parameters that never train.
+        A name that trains moves to the end of the list. Ignores names of adapters that this carrier lacks, and
+        parameters that never train. Raises the errors of `check_name_list` for bad names.
         """
         adapters = self.adapters
         for name in as_name_list(adapter_names, "set_requires_grad"):
@@ -221,7 +222,8 @@ class Carrier:
     ) -> None:
         """Make adapters active, without the check of `set_adapter`, and call `refresh_plan`.
 
-        Adapters that trained and are not among `names` are frozen, as is every one if `train` is False.
+        Adapters that trained and are not among `names` are frozen, as is every one if `train` is False. `names` itself
+        becomes the list of active adapters, with names that the carrier lacks.
 
         Args:
             train: let these adapters train.
@@ -381,7 +383,7 @@ class SharedTensors(Carrier):
         require gradients are noted as never trainable.
 
         Args:
-            adapter: its values replace those that it had.
+            adapter: its values replace those that it had under the same names.
             where: device and dtype of the base weights.
             upcast: trained values in half precision become float32.
             files: names in files, added to those of other adapters (`Method.files`).
@@ -418,7 +420,8 @@ class SharedTensors(Carrier):
         self.never.pop(adapter, None)
 
     def separate_buffers(self, adapter: str) -> list[tuple[Slot, Tensor]]:
-        """Clone each buffer of an adapter that is the same tensor as another adapter's, so that a load may write to it.
+        """Clone each buffer of an adapter that is the same tensor as another one in the same container or module, so
+        that a load may write to it.
 
         Returns pairs of the slot and the tensor that was in it. Parameters, buffers that no file holds, and tensors on
         the meta device stay as they are.

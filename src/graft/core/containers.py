@@ -292,8 +292,8 @@ def iter_slots(
     """Yield the slots of an adapter's tensors in `container`, the layer's attribute `key`, in the order of
     `iter_tensors`.
 
-    Includes tensors outside checkpoints, with `saved` False. Buffers never train. Yields nothing if the container lacks
-    the adapter.
+    Includes tensors outside checkpoints, with `saved` False. Buffers never train. A tensor in a module below the
+    adapter's has None as `root`, so that it is looked up again. Yields nothing if the container lacks the adapter.
 
     Args:
         never: (container, path) of parameters that never train; None: the parameters that do not require gradients now.
@@ -346,9 +346,9 @@ def container_for(value: object) -> Any:
 
 
 def can_hold(container: object, value: object) -> bool:
-    """Return True if a container can store `value`: it is of the class for such values, or an `AnyDict`.
+    """Return True if a container can store `value`: it is of exactly the class for such values, or an `AnyDict`.
 
-    A fact needs a dict.
+    A fact needs a dict or a subclass of dict.
     """
     kind = container_class(value)
     return isinstance(container, dict) if kind is dict else type(container) in (kind, AnyDict)
@@ -382,9 +382,10 @@ def iter_tensors(
 ) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Yield (path, owner, attribute, tensor) for each tensor of an adapter in a container.
 
-    For a module, these are its parameters and buffers, with paths below the module, and the buffers outside the state
-    dict only if `transient`. For a tensor, the path is "" and the owner the container; a tensor outside checkpoints
-    only if `transient`. Yields nothing if the container lacks the adapter.
+    For a module, these are its parameters and buffers and those of its children, with paths below the module and
+    without the parts of wrappers. Buffers outside the state dict come only if `transient`. For a tensor, the path is ""
+    and the owner the container; a tensor outside checkpoints only if `transient`. Yields nothing if the container lacks
+    the adapter.
     """
     root = adapter_module(container, adapter)
     if root is not None:
@@ -443,9 +444,9 @@ def place_tensor(
 ) -> None:
     """Move and cast a parameter or buffer of a module, as `move_tensor` does.
 
-    A changed parameter is replaced by a new one with the same `requires_grad`; a buffer is replaced. A parameter that
-    FSDP1 keeps in a flat one stays. Buffers of `ExactBuffers` modules keep their dtype. Other buffers are only upcast
-    if a container holds them itself.
+    A name that is neither is ignored. A changed parameter is replaced by a new one with the same `requires_grad`; a
+    buffer is replaced. A parameter that FSDP1 keeps in a flat one stays. Buffers of `ExactBuffers` modules keep their
+    dtype. Other buffers are only upcast if a container holds them itself.
     """
     if (p := owner._parameters.get(name)) is not None:
         before = p.data

@@ -263,8 +263,10 @@ class StackMethod(Method):
     # act
 
     def describe(self) -> Effect:
-        """Return the effect on the whole stack: an `Update` or `Rewrite` computed matrix by matrix, with pieces for
-        single ones. If the kind cannot act on a stack, return its effect on one matrix.
+        """Return the effect on the whole stack: an `Update` for an additive effect on one matrix, else a `Rewrite`.
+
+        Both are computed matrix by matrix, with pieces for single ones. If the kind cannot act on a stack, return its
+        effect on one matrix.
         """
         effect = self.matrix_method.effect
         if why_not_on_stack(self.matrix_method) is not None:

@@ -47,8 +47,8 @@ def evaluate_delta(layer: Layer, effect: Update) -> Any:
 def compute_delta(layer: Layer, effect: Effect, drops: bool = False, f: Factors | None = None) -> Tensor:
     """Return ΔW, canonical (out, in, *kernel), in the adapter's dtype; of half-precision factors in float32.
 
-    It is the sum of `delta` and the product of the factors, without their gain; zeros on the base weight's device if
-    there is neither.
+    It is the sum of `delta` and the product of the factors, without their gain; zeros, in torch's default dtype on the
+    base weight's device, if there is neither.
 
     Args:
         drops: apply dropout, of the factors and of the effect, to inputs of the update: the same for all rows.

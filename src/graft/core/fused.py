@@ -59,7 +59,8 @@ def plain_factors(f: Factors) -> tuple[Tensor, Tensor, Any, float] | None:
 
 
 def factor_tensors(*factors: Any) -> list[Tensor | None]:
-    """Return the matrix of each factor; None for a factor if its call may do more than multiply by that matrix.
+    """Return the matrix of each factor, a plain tensor itself; None for a factor if its call may do more than multiply
+    by that matrix.
 
     None is returned for a linear layer with a bias or hooks, for a `Compact` with hooks on its module, and for any
     other callable. It is returned, too, for subclasses of Tensor, such as shards.

@@ -364,7 +364,9 @@ def thread_name(thread: int) -> str:
 
 
 def adapters_suffix(uses: Names) -> str:
-    """Return " with adapters [names]", sorted, for an error; "" if there are no names, or None (all)."""
+    """Return " with adapters [names]", sorted and without ACTIVE, for an error; "" if no name is left, or for None
+    (all).
+    """
     names = {name for name in uses or () if name != ACTIVE}
     return f" with adapters {sorted(names)}" if names else ""
 
@@ -420,6 +422,9 @@ prepares = changes(lambda *_, **__: (), late=True)
 
 
 def describe_call(function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> str:
-    """Return "name(first argument)" of a call for an error; "name()" if the first argument is no name or list."""
+    """Return "name(first argument)" of a call for an error; "name()" if that argument is no string or list.
+
+    Without positional arguments the first keyword's value counts.
+    """
     first = next(iter((*args, *kwargs.values())), None)
     return f"{function.__name__}({first!r})" if isinstance(first, (str, list)) else f"{function.__name__}()"

@@ -54,8 +54,10 @@ class Holding:
     def hold(self, method: Method, values: dict[str, object]) -> None:
         """Store the values that `Method.build` returned in containers, and list the slots of the tensors.
 
+        After any error the values of this adapter are removed again, and the error continues.
+
         Raises:
-            TypeError: the layer cannot hold the values. Then those of this adapter are removed again.
+            TypeError: the layer cannot hold the values.
         """
         try:
             self._hold(method, values)
@@ -66,13 +68,13 @@ class Holding:
     def _hold(self, method: Method, values: dict[str, Any]) -> None:
         """Store the values of an adapter by container name; after an error some are stored.
 
-        - A fact (number, text, bool, None) goes into a dict, which refuses changes unless the method computes with it
-          (`computes_with`).
+        - A fact (number, text, bool, None) goes into a dict; a new dict refuses changes unless the method computes with
+          it (`computes_with`). So does a value of another kind that is no tensor, into a plain dict.
         - An `Attached` module of the model becomes a child of the layer, unless the name exists or has a dot.
           `Attached` facts become an attribute.
         - A tensor or module goes into the container of its name, made or widened to an `AnyDict` as needed. A module
-          gets the base layer's training mode; but one that acts the same in both modes is in training mode if the
-          adapter may train.
+          gets the base layer's training mode; but an `nn.Linear` or `nn.Identity` without children and buffers is in
+          training mode if the adapter may train.
 
         Afterwards sets missing attributes from `Method.empty` and the slots in `state.slots`. If the method moves its
         tensors, `check_slots` checks them. A "scaling" is noted in `scaling_at_start`.
@@ -151,7 +153,10 @@ class Holding:
             self.scaling_at_start[adapter] = values["scaling"]
 
     def set_facts(self, adapter: str, **facts: object) -> None:
-        """Set facts of an adapter, by name, in the layer's dicts: also those that refuse changes by users."""
+        """Set facts of an adapter, by name, in the layer's dicts, also those that refuse changes by users.
+
+        Raises KeyError for a name without a dict.
+        """
         for key, value in facts.items():
             dict.__setitem__(self.__dict__[key], adapter, value)
 
@@ -170,7 +175,8 @@ class Holding:
         """Make an empty container for values like `value` under the name `key`, as a child module or, for facts, an
         attribute.
 
-        A module replaces an attribute of this name (`Method.empty`) and gets the training mode `training`.
+        A module replaces an attribute of this name (`Method.empty`) and gets the training mode `training`. The name is
+        appended to `containers`, and a module's name to `holders`.
         """
         container = container_for(value)
         self.containers.append(key)
@@ -183,7 +189,9 @@ class Holding:
             self.__dict__[key] = container
 
     def close_containers(self, number: int) -> None:
-        """Remove all containers but the first `number`, for an injection that failed. They must be empty.
+        """Remove all containers but the first `number`, for an injection that failed.
+
+        Nothing checks that they are empty.
 
         Attributes that the remaining methods expect (`Method.empty`) come back.
         """
@@ -261,10 +269,10 @@ class Holding:
     def slots(self, adapter: str) -> list[Slot]:
         """Return the slots of an adapter's tensors; [] for an adapter that the layer lacks.
 
-        The slots of last time are returned, as the same list, if their modules are still in place. Else they are looked
-        up and noted in `state.slots` again, as after a module was replaced or pruned. Parameters that never train are
-        known from the old slots. While a merged adapter's module replaces the base layer, and old slots do not fit, the
-        slots are those of that module, and not noted.
+        The slots of last time are returned, as the same list, if their modules are still in place and have the tensors.
+        Else they are looked up and noted in `state.slots` again, as after a module was replaced or pruned. Parameters
+        that never train are known from the old slots. While a merged adapter's module replaces the base layer, and old
+        slots do not fit, the slots are those of that module, and not noted.
         """
         slots: list[Slot] = self.state.slots.get(adapter, [])
         for slot in slots:
@@ -293,7 +301,8 @@ class Holding:
     def first_tensor(self, adapter: str) -> Tensor:
         """Return the first tensor of an adapter, which gives its dtype and device.
 
-        Slots are looked up again if its module was replaced. Raises KeyError for an adapter that the layer lacks.
+        Slots are looked up again if its module was replaced. Raises KeyError for an adapter that the layer lacks,
+        IndexError for one without tensors.
         """
         slot = self.state.slots[adapter][0]
         tensor: Tensor | None = slot.where.get(slot.attribute)
@@ -304,6 +313,8 @@ class Holding:
 
 def check_slots(method: Method, layer: str, slots: list[Slot]) -> None:
     """Check the tensors that `build` of a method returned for a layer.
+
+    Of two faults the later one in this list is raised.
 
     Raises:
         TypeError: a tensor for files has a name without the method's prefix, there is no tensor, or the first tensor,

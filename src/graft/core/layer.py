@@ -125,8 +125,8 @@ class Host(Holding, Carrier, nn.Module):
     def add(self, method: Method, values: dict[str, object]) -> None:
         """Add an adapter: its method, and the values that the method's `build` returned.
 
-        Sets `method.layer`, puts the values into containers and drops plans that name the adapter. It does not activate
-        it.
+        Sets `method.layer`, puts the values into containers and drops plans that name the adapter. A config class that
+        is new here is appended to `kinds`. It does not activate it.
 
         Raises:
             ConfigError: the method and one on the layer are incompatible (`why_incompatible`). Nothing has changed
@@ -393,8 +393,9 @@ class AdapterLayer(PeftNames, Host):
         """Compute from the present weight the tensors that an adapter's file lacks, for an adapter that was loaded on
         another weight.
 
-        A method that reads the weight before a load is initialised anew, without a change of torch's random state, and
-        gets its other tensors back. Then `finish_load` runs. `where`: device and dtype for the adapter.
+        A method that reads the weight before a load is initialised anew, without a change of torch's random state. It
+        is then moved to `where` and gets the tensors of the file back. Then, for every method, `finish_load` runs.
+        `where`: device and dtype for the adapter.
         """
         m = self.methods[adapter]
         if WeightUse.BEFORE_LOAD in m.uses_weight():

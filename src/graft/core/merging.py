@@ -120,8 +120,8 @@ def check_merge(
 ) -> None:
     """Raise the errors that merging these adapters would raise, without writing.
 
-    Adapters that the layer does not carry are ignored; without any other, all passes. Replacements of the layer are not
-    checked for the bias.
+    Adapters that the layer does not carry are ignored; without any other, all passes. Replacements of the layer are
+    checked with each other alone, not with merged adapters, and not for the bias.
 
     Args:
         safe: also compute the merged weights, together with merged adapters, or read the parameters of a replacement,
@@ -215,8 +215,9 @@ def shifts_bias(layer: Layer, m: Method, checked_kinds: CheckedKinds) -> bool:
     """Return True if merging an adapter makes a bias where the layer has none.
 
     Method, config and layer type decide that. So a kind that is in `checked_kinds` gives False, and others are added to
-    it. An effect on single matrices of a stack gives False. A Rewrite has to be folded for the answer, which takes as
-    long as the merge.
+    it. An effect on single matrices of a stack gives False, without being added. Else the weight is brought in, with
+    the layer in evaluation mode: an effect with a `shift` gives True. A Rewrite has to be folded for the answer, which
+    takes as long as the merge.
     """
     kind = (type(m), id(m.cfg), type(layer.op))
     if kind in checked_kinds or m.effect.pieces is not None:
@@ -345,7 +346,8 @@ def why_no_delta_weight(layer: Layer, methods: Sequence[Method]) -> str | None:
     """Return why a replaced `get_delta_weight` cannot give the adapters' updates; None if it can, or if it is not
     replaced.
 
-    It cannot for an effect that is not added to the weight, nor for a packed stack.
+    It cannot for an effect that is not added to the weight or has no weight update (`weightless`), nor for a packed
+    stack.
     """
     function = find_patched_method(layer, DELTA)
     if function is None:
@@ -384,10 +386,11 @@ def order_merge_steps(layer: Layer, names: Sequence[str]) -> tuple[list[Step], l
 def merge_adapters(layer: Layer, names: list[str], undoable: bool) -> None:
     """Merge adapters that passed `check_merge`, and add them to the merged ones. The caller refreshes the plan.
 
-    A replacement unmerges all others, exchanges the modules and counts as the only merged adapter. Else, if new steps
-    cannot go on top of merged ones, all are taken out and merged together. On an error an undoable merge leaves the
-    layer as it was: all is taken out, the former adapters are merged again, and the plan is refreshed. Any other merge
-    may leave it changed. The error continues.
+    If one of them is a replacement, all others are unmerged, and the first name's module is exchanged with the base
+    layer. `names` becomes the list of merged adapters. Else, if new steps cannot go on top of merged ones, all are
+    taken out and merged together. On an error an undoable merge leaves the layer as it was: all is taken out, the
+    former adapters are merged again, and the plan is refreshed. Any other merge may leave it changed. The error
+    continues.
     """
     if includes_replacement(layer, names):
         if layer.state.merged:
@@ -414,7 +417,10 @@ def merge_adapters(layer: Layer, names: list[str], undoable: bool) -> None:
 
 
 def _write_steps(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
-    """Fold steps into the base weight, present in this process for the time, and add `names` to the merged adapters."""
+    """Fold steps into the base weight, then add `names` to the merged adapters.
+
+    The weight is brought in, and the layer is in evaluation mode meanwhile.
+    """
     with layer.base_weight.bring_in(layer, writes=True), EvaluationMode(layer):
         _write_merge(layer, names, steps, undoable)
     layer.state.merged += names
@@ -646,7 +652,8 @@ def unmerge(layer: Layer) -> None:
 def measure_shares_kept(layers: Sequence[Layer]) -> list[float]:
     """Return for each layer the share of the merged update that its weight holds.
 
-    It is 1.0 where no rounding was recorded, or where the update is zero.
+    The share is the sum of the first numbers in `state.survived` over the sum of the second. It is 1.0 where no
+    rounding was recorded, or where the update is zero.
 
     The host waits once per device. See `AdapterLayer.share_kept`.
     """

@@ -62,8 +62,8 @@ def _reader(name: str) -> property:
 
 
 def _config_of(cls: type) -> type | None:
-    """Return the config class of a method class, X of its base `Method[X]` or `Subclass[X]`; None if no base names a
-    class.
+    """Return the config class of a method class, X of its direct base `Method[X]` or `Subclass[X]`; None if no direct
+    base names a class.
     """
     args = (arg for base in vars(cls).get("__orig_bases__", ()) for arg in get_args(base))
     return next((arg for arg in args if isinstance(arg, type)), None)
@@ -109,12 +109,12 @@ class AdaptedLayers(Generic[C]):
 
     @property
     def max_fan_in(self) -> int:
-        """Return the largest `fan_in` of the sites."""
+        """Return the largest `fan_in` of the sites. Raises ValueError without sites."""
         return max(site.fan_in for site in self.sites)
 
     @property
     def max_out_features(self) -> int:
-        """Return the largest `out_features` of the sites."""
+        """Return the largest `out_features` of the sites. Raises ValueError without sites."""
         return max(site.out_features for site in self.sites)
 
     def check_agreement(self, method: type[Method]) -> None:
@@ -351,7 +351,7 @@ class Method(Generic[C]):
         """Return the loss of an adapter, a scalar, from the values that its layers noted for its rows in one run
         (`call.note`).
 
-        A method without such a loss does not override it.
+        Raises NotImplementedError here; a method without such a loss does not override it.
         """
         raise NotImplementedError
 
@@ -393,14 +393,14 @@ class Method(Generic[C]):
 
         A parameter that does not require gradients never trains. If the method takes a second argument, `device=None`,
         it gets the meta device there when values come later. Else meta is torch's default device during the call.
-        `shared` has the containers of `share`.
+        `shared` has the containers of `share`. Raises NotImplementedError here.
         """
         raise NotImplementedError
 
     def init_values(self) -> None:
         """Set the initial values of the tensors in place.
 
-        Skipped before a load, except with `WeightUse.BEFORE_LOAD`.
+        Does nothing here. Skipped before a load, except with `WeightUse.BEFORE_LOAD`.
         """
 
     def fill_start(self, t: Tensor, std: float | None = None) -> None:
@@ -563,7 +563,11 @@ def return_unchanged(output: T) -> T:
 
 
 def _find_last_override(cls: type, *hooks: str) -> str:
-    """Return the hook of `hooks` that the most derived class defines. Raises AttributeError if no class defines one."""
+    """Return the hook of `hooks` that the most derived class defines, the first of `hooks` if that class defines
+    several.
+
+    Raises AttributeError if no class defines one.
+    """
     for base in cls.__mro__:
         for hook in hooks:
             if hook in vars(base):

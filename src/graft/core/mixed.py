@@ -121,8 +121,8 @@ class MixedPlan:
         """Return the layer's output for a batch.
 
         A batch like the last one, with one positional argument and rows in order, uses the groups of that batch at
-        once. If adapters tap inputs, the input is kept for them first. Kept inputs are dropped afterwards, also on
-        errors. The rest is `run_plans`.
+        once. It does not if the call has gates or adapters tap inputs. If adapters tap inputs, the input is kept for
+        them first. Kept inputs are dropped afterwards, also on errors. The rest is `run_plans`.
         """
         if self.cached_groups is not None and rows.in_order and len(args) == 1 and not (kwargs or self.tapped):
             x: Any = args[0]
@@ -200,7 +200,7 @@ class MixedPlan:
         those that no row here uses. Each adapter has its number among them as its group.
 
         Raises:
-            RoutingError: the call has gates or generators, or a row has several adapters.
+            RoutingError: the call has generators or a row several adapters; the experts refuse a call with gates.
         """
         layer, context = self.layer, self.layer.call.current_context()
         if context.draws is not None or any(isinstance(key, JointAdapters) for key in rows.groups):
@@ -286,9 +286,9 @@ class MixedPlan:
     ) -> list[Segment | None]:
         """Return one segment for each group of rows of x; None for a group that cannot share the base's call.
 
-        Rows without an adapter give a segment without factors. None is for JointAdapters, for rows that do not begin at
-        a memory line, and for a plan that is no single product of the adapter's own tensors. A segment with dropout
-        gets a seed, drawn from the adapter's generator.
+        Rows without an adapter give a segment without factors. None is for JointAdapters, rows that do not begin at a
+        memory line, a plan that is no single product of the adapter's own tensors, and factors that
+        `fused.make_segment` refuses. A segment with dropout gets a seed, drawn from the adapter's generator.
         """
         layer = self.layer
         W, tokens, segments = layer.weight_now, x.numel() // (x.shape[-1] * len(x)), []
@@ -334,7 +334,8 @@ class MixedPlan:
     ) -> None:
         """Keep the groups and all values that they depend on in `cached_groups`, for the next batch like this one.
 
-        They replace those kept before. With dropout in a segment nothing is kept, and the old groups are dropped.
+        They replace those kept before. They are `stacks`, the sizes of the groups, shape and dtype of a row of x, and
+        the factors. With dropout in a segment nothing is kept, and the old groups are dropped.
 
         Factors that the snapshot can record are compared by it. The others are kept with the function that computes
         them.

@@ -253,7 +253,8 @@ class Embedding(Op):
     def lookup(self, m: nn.Module, places: Tensor, rows: Tensor) -> Tensor:
         """Return the rows of a table (n, embedding_dim) at `places`, as the module would output them.
 
-        With `max_norm` the looked-up rows are shrunk; the table itself is not changed.
+        With `max_norm` the looked-up rows are shrunk; the table itself is not changed. The module's `padding_idx` does
+        not count.
         """
         rows = rows if m.max_norm is None else rows.clone()  # torch renormalises them in place
         return F.embedding(places, rows, None, m.max_norm, m.norm_type)
@@ -320,7 +321,7 @@ class Conv(Op):
         return self._convolve(m, x, A.view(A.shape[0], m.in_channels, *m.kernel_size), None, 1)
 
     def up(self, m: nn.Module, z: Tensor, B: Tensor) -> Tensor:
-        """Return the 1 × 1 convolution of z by B."""
+        """Return the 1 × 1 convolution of z by B, in one group and without the module's options."""
         return self.conv(z, B.view(*B.shape, *[1] * self.spatial))
 
     def channels(self, v: Tensor) -> Tensor:
@@ -505,7 +506,10 @@ UNKNOWN = Unknown()
 
 
 def is_stock(module: nn.Module) -> bool:
-    """Return True if a module's class has the same forward as the class of the table that it derives from."""
+    """Return True if a module's class has the same forward as the class of the table that it derives from.
+
+    False if it derives from none.
+    """
     kind = type(module)
     known = OPS.origin(kind)
     return known is not None and kind.forward is known.forward

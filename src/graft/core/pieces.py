@@ -224,8 +224,8 @@ class PiecePlan(LayerPlan):
 
 
 def may_draw(m: Method) -> bool:
-    """Return True if an adapter may draw random numbers in training: a dropout of its config is above 0, or its effect
-    draws.
+    """Return True if an adapter may draw random numbers in training: a float field with "dropout" in its name is above
+    0 in the config, or its effect draws.
     """
     rates = [value for name, value in vars(m.cfg).items() if "dropout" in name]
     return any(isinstance(rate, float) and rate > 0 for rate in rates) or bool(getattr(m.effect, "draws", False))

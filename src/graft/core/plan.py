@@ -38,7 +38,8 @@ from graft.kernels.summed import make_sum
 def recompute_in_backward(layer: Layer, run: Callable[..., Tensor], *args: object) -> Tensor:
     """Return run(*args), and compute it again in the backward pass instead of keeping its intermediate tensors.
 
-    Without gradients, or under a compiler or tracer, it is a plain call.
+    Torch's random state is restored for that if the layer is in training mode. Without gradients, or under a compiler
+    or tracer, it is a plain call.
     """
     if not (torch.is_grad_enabled() and eager()):
         return run(*args)
@@ -97,7 +98,8 @@ def apply_delta(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: 
     """Return ΔW x + Δb. If `delta` is None, returns the bias alone, in a shape that broadcasts.
 
     If ΔW is not formed yet: on an embedding only the columns of the ids are formed, and on a linear layer its own
-    product is used if that is cheaper. Else ΔW is formed, cast to the adapter's dtype, and used as the layer's weight.
+    product is used if that is cheaper. Else, as for a tensor, ΔW is formed if need be, cast to the adapter's dtype, and
+    used as the layer's weight. An embedding ignores Δb.
     """
     op, base = layer.op, layer.base_layer
     if delta is None:
@@ -679,13 +681,18 @@ class InputOutputPlan(LayerPlan):
         self.input_of = next(e.input_of for _, e in self.steps if e.input_of is not None)
 
     def run(self, *args: object, **kwargs: object) -> object:
-        """Return the module's output with the parts added to its first tensor; weighed, if the call has gates."""
+        """Call the base layer, and return its output with the parts added to its first tensor; weighed, if the call has
+        gates.
+        """
         output = self.layer.base_layer(*args, **kwargs)
         x, gates = self.read_input(args, kwargs), self.layer.call.current_gates() is not None
         return change_first_output(output, lambda y: self.add_gated(x, y) if gates else self.add(x, y))
 
     def read_input(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
-        """Return the tensor that the adapters read, from the module's arguments by name."""
+        """Return the tensor that the adapters read: `input_of` of the base layer and its arguments by name.
+
+        Keywords win over positional arguments.
+        """
         return self.input_of(self.layer.base_layer, {**dict(zip(self.names, args)), **kwargs})
 
     def add(self, x: Tensor, y: Tensor, fuse: bool = False) -> Tensor:

@@ -63,7 +63,10 @@ class Rows:
 
     @classmethod
     def from_names(cls, names: Sequence[str | JointAdapters], device: torch.device | None = None) -> Rows:
-        """Return the Rows of a batch with one name, or JointAdapters, per row. `BASE` becomes the key None."""
+        """Return the Rows of a batch with one name, or JointAdapters, per row.
+
+        `BASE` becomes the key None. Groups come in the order of their first rows.
+        """
         groups: dict[Key, list[int]] = {}
         for row, name in enumerate(names):
             groups.setdefault(None if name == BASE else name, []).append(row)
@@ -74,7 +77,7 @@ class Rows:
         """Return the Rows of a batch of `batch` rows, with the row numbers of each key in `groups`.
 
         All index tensors come by one copy to `device`. There is no copy if a recent batch had the same rows
-        (`constant`).
+        (`constant`). A batch of 0 rows has empty tensors on the CPU.
         """
         listed = [row for rows in groups.values() for row in rows]
         places = sorted(range(batch), key=listed.__getitem__)
@@ -192,15 +195,18 @@ class Gates(Protocol):
     """The weight of each adapter in a call, for mixtures of adapters."""
 
     def apply(self, layer: Any, adapter: str, part: Tensor) -> Tensor:
-        """Return `part`, the tensor that `adapter` adds to the output of `layer`, times the adapter's weight."""
+        """Return `part`, the tensor that `adapter` adds to the output of `layer`, times the adapter's weight.
+
+        A declaration only.
+        """
         ...
 
     def of_tokens(self, layer: Any, adapter: str, tokens: int) -> Tensor:
-        """Return the weight of `adapter` for each token of a batch, row by row: (tokens,)."""
+        """Return the weight of `adapter` for each token of a batch, row by row: (tokens,). A declaration only."""
         ...
 
     def rows(self, index: Tensor) -> Gates:
-        """Return the gates of the rows of the batch at `index`."""
+        """Return the gates of the rows of the batch at `index`. A declaration only."""
         ...
 
 
@@ -335,7 +341,8 @@ class Run:
 
         The weight is the adapter's share of the batch's copies, 1.0 by default. If the call has `num_items_in_batch`
         and labels, that is multiplied by the number of labels (without -100) over `num_items_in_batch`, as Trainer sums
-        such losses. For decoders that shift labels, the first label of each row does not count.
+        such losses. The labels are `shift_labels` if the call has them, else `labels`; no tensor counts as none. For
+        decoders that shift labels, the first of each row of `labels` does not count.
         """
         share, items = self.shares.get(adapter, 1.0), self.find_argument("num_items_in_batch", model)
         labels = None if items is None else self.find_argument("shift_labels", model)
@@ -378,7 +385,10 @@ def list_forward_arguments(model: nn.Module) -> list[str]:
 
 
 def name_arguments(model: nn.Module, inputs: Sequence[object], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call of a model's forward by name, positional ones included."""
+    """Return the arguments of a call of a model's forward by name, positional ones included, in a new dict.
+
+    A keyword wins over a positional argument of the same name.
+    """
     return {**dict(zip(list_forward_arguments(model), inputs)), **kwargs} if inputs else dict(kwargs)
 
 

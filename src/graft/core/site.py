@@ -25,43 +25,48 @@ class Store(Protocol):
     exact: bool  # writing and reading back loses nothing, so that subtraction takes an update out again
 
     def why_unreadable(self, m: nn.Module, name: str) -> str | None:
-        """Return why a call cannot read the tensor `name` of `m`; None if it can."""
+        """Return why a call cannot read the tensor `name` of `m`; None if it can. A declaration only."""
 
     def why_unwritable(self, m: nn.Module, name: str) -> str | None:
-        """Return why merging cannot read and write the tensor; None if it can."""
+        """Return why merging cannot read and write the tensor; None if it can. A declaration only."""
 
     def why_tied_unwritable(self, name: str) -> str | None:
-        """Return why merging cannot write a tensor that is tied to another module; None if it can."""
+        """Return why merging cannot write a tensor that is tied to another module; None if it can. A declaration only."""
 
     def bring_in(self, layer: Any, written: nn.Module | None) -> AbstractContextManager[None]:
-        """Return a context that makes the tensors of the layer present, such as gathered or loaded.
+        """Return a context that makes the tensors of the layer present, such as gathered or loaded. A declaration only.
 
         written: the module with tensors that the block changes; the context keeps the changes.
         """
 
     def read(self, m: nn.Module, name: str) -> Tensor:
-        """Return the dense tensor in the module's orientation, with gradients where it trains."""
+        """Return the dense tensor in the module's orientation, with gradients where it trains. A declaration only."""
 
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool) -> nn.Module | None:
-        """Write W, in the module's orientation, into the module. Return a module to replace `m`; None if `m` stays.
+        """Write W, in the module's orientation, into the module.
+
+        Return a module to replace `m`; None if `m` stays. A declaration only.
 
         shared: another module is tied to the tensor and must keep its values.
         """
 
     def snapshot_values(self, m: nn.Module, name: str, state: Any) -> Tensor:
-        """Return the tensor of a snapshot, dense and in the module's orientation."""
+        """Return the tensor of a snapshot, dense and in the module's orientation. A declaration only."""
 
     def snapshot(self, m: nn.Module, name: str, shared: bool) -> Any:
-        """Return the tensor in a form for `restore`: a copy, or the parameter itself if it is shared."""
+        """Return the tensor in a form for `restore`: a copy, or the parameter itself if it is shared.
+
+        A declaration only.
+        """
 
     def restore(self, m: nn.Module, name: str, state: Any) -> None:
-        """Give the tensor the values of a snapshot again."""
+        """Give the tensor the values of a snapshot again. A declaration only."""
 
     def where(self, m: nn.Module, name: str) -> tuple[torch.device | None, torch.dtype | None]:
-        """Return device and dtype of the tensor, each None if unknown."""
+        """Return device and dtype of the tensor, each None if unknown. A declaration only."""
 
     def protect(self, y: Tensor) -> Tensor:
-        """Return y, an output of the module, or a copy of it if rows may not be written to y."""
+        """Return y, an output of the module, or a copy of it if rows may not be written to y. A declaration only."""
 
 
 @dataclass(slots=True)

@@ -114,7 +114,10 @@ def find_offload_hooks(m: nn.Module) -> list[Any]:
 
 
 def copy_offloaded(m: nn.Module, name: str) -> Tensor:
-    """Return a copy of an offloaded tensor of a module, on the module's execution device."""
+    """Return a copy of an offloaded tensor of a module, on the execution device of its first offloading hook.
+
+    Raises IndexError without such a hook.
+    """
     hook = find_offload_hooks(m)[0]
     weights: Mapping[str, Tensor] = hook.weights_map
     return weights[name].to(hook.execution_device, copy=True)
@@ -146,11 +149,12 @@ OFFLOAD_LOCK = Lock()  # one thread at a time loads tensors for good
 
 
 def end_offloading(root: nn.Module) -> None:
-    """Load all offloaded tensors of the modules below `root` for good, and remove accelerate's hooks from these
+    """Load the offloaded tensors of `root` and all modules below it for good, and remove accelerate's hooks from these
     modules.
 
-    Takes a lock of all threads. Accelerate loads the tensors of a module only when the module is called. Methods read
-    many tensors without a call, and torch multiplies with meta tensors without an error.
+    Modules without an offloading hook keep theirs. Takes a lock of all threads, once per module. Accelerate loads the
+    tensors of a module only when the module is called. Methods read many tensors without a call, and torch multiplies
+    with meta tensors without an error.
     """
     for m in root.modules():
         if find_offload_hooks(m):
@@ -166,9 +170,9 @@ def move_inputs(
     """Return the arguments of a call, moved as accelerate's hook on the module moves them, and a function of the
     output.
 
-    The function moves the output back to the device of the first tensor among the arguments. It is None if the hook
-    does not do that, or if the devices are equal. Arguments under the hook's `skip_keys` are not moved. If no hook has
-    a device, returns the arguments as they are, and None.
+    The first hook with an execution device counts. The function moves the output back to the device of the first tensor
+    among the arguments. It is None if the hook does not do that, or if the devices are equal. Keyword arguments under
+    the hook's `skip_keys` are not moved. If no hook has a device, returns the arguments as they are, and None.
     """
     hook = module.__dict__[HOOK]
     for h in getattr(hook, "hooks", (hook,)):

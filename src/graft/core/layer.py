@@ -497,11 +497,12 @@ class AdapterLayer(PeftNames, Host):
             weight.write(W)
 
     def replace_base_layer(self, module: nn.Module, op: Op, store: Store) -> None:
-        """Replace the base layer by another module with the same values, its Op and its Store.
+        """Replace the base layer by another module with the same values, its Op and its Store, here and in the site.
 
         Nothing may be merged.
 
-        Drops all cached plans, and plans anew for the active adapters.
+        The site reads its sizes again, and `output_is_new` is set again. Drops all cached plans and the mixed one, and
+        plans anew for the active adapters.
         """
         site, self.op, self.store = self.site, op, store
         site.module, site.op, site.store = module, op, store

@@ -31,7 +31,10 @@ class Store(Protocol):
         """Return why merging cannot read and write the tensor; None if it can. A declaration only."""
 
     def why_tied_unwritable(self, name: str) -> str | None:
-        """Return why merging cannot write a tensor that is tied to another module; None if it can. A declaration only."""
+        """Return why merging cannot write a tensor that is tied to another module; None if it can.
+
+        A declaration only.
+        """
 
     def bring_in(self, layer: Any, written: nn.Module | None) -> AbstractContextManager[None]:
         """Return a context that makes the tensors of the layer present, such as gathered or loaded. A declaration only.

@@ -112,9 +112,10 @@ def require_sklearn() -> Any:
 def find_clusters(W: Tensor, bias: Tensor | None, cfg: AdamssConfig) -> Clusters:
     """Return the start of an adapter on W (out, in) and its bias (out,), which becomes a last column: `Clusters`.
 
-    A randomized SVD of rank R = min(r, sizes), seeded with `random_seed`, gives the space. K-means puts the rows of U
-    into `num_subspaces` clusters. A of a cluster is `make_cluster_A`, B zeros, or normal with std 0.01 if
-    `init_weights` is None. Generators stay as they are.
+    A randomized SVD of rank R = min(r, sizes), seeded with `random_seed`, gives the space. K-means with a fixed seed
+    puts the rows of U into `num_subspaces` clusters, at most out. A of a cluster is `make_cluster_A`, B zeros, or
+    normal with std 0.01 if `init_weights` is None. The seeded SVD leaves torch's generator as it was; A and a random B
+    draw from it.
 
     Raises:
         ImportError: scikit-learn is missing.
@@ -140,8 +141,8 @@ def find_clusters(W: Tensor, bias: Tensor | None, cfg: AdamssConfig) -> Clusters
 def make_cluster_A(U: Tensor, cfg: AdamssConfig) -> Tensor:
     """Return A (rank, R) of a cluster with the coordinates U (n, R): orthonormal rows, the main directions of U.
 
-    rank = min(n, `subspace_rank`); with `use_dynamic_rank` at most the number of singular values above `svd_threshold`
-    times the largest, at least 1.
+    rank = min(n, `subspace_rank`); with `use_dynamic_rank` at most the number of singular values of U Uᵀ above
+    `svd_threshold` times the largest, at least 1. The randomized SVD draws from torch's generator.
     """
     gram, rank = U @ U.T, min(len(U), cfg.subspace_rank)
     if cfg.use_dynamic_rank:
@@ -191,7 +192,7 @@ def count_trained_subspaces(step: int, total: int, cfg: AdamssConfig) -> int:
     """Return the number of subspaces, of `total`, that train after a step.
 
     It falls from all at `init_warmup` to `asa_target_subspaces` at `final_warmup`: target + (total - target) · (share
-    of the warm-up left) ^ `asa_schedule_exponent`.
+    of the warm-up left) ^ `asa_schedule_exponent`, rounded down. The target is at most `total`.
     """
     left = 1 - (step - cfg.init_warmup) / (cfg.final_warmup - cfg.init_warmup)
     target = min(cfg.asa_target_subspaces, total)

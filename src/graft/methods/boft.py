@@ -151,8 +151,9 @@ class BOFT(Method[BOFTConfig]):
         return y * self.boft_s.flatten()
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return s ⊙ W R in W's shape, and the bias unchanged; of an embedding, R and s act on the columns that are
-        looked up.
+        """Return s ⊙ (W Rᵀ) in W's shape, with W as a matrix (out, fan_in), and the bias unchanged.
+
+        Of an embedding, R and s act on the columns that are looked up.
         """
         s = self.boft_s.flatten().to(W.dtype)
         if self.site.op.takes_ids:  # R turns the columns, which a call looks up

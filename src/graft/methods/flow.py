@@ -181,7 +181,8 @@ class Recorder(GraphAppendingTracer):
         """Return the inputs that a value continues as they are, scaled or added up; [] if it continues none.
 
         A called module continues its inputs, except ends and, without `normed`, norms. Functions in `names` continue
-        all inputs, casts and views the first.
+        all inputs. Casts, views, subtractions, divisions, clamps and dropout (PASSES) continue the first. All others
+        continue none.
 
         Args:
             names: the functions that continue all inputs.
@@ -193,7 +194,9 @@ class Recorder(GraphAppendingTracer):
         return inputs if name in names else inputs[:1] if name in PASSES else []
 
     def terms(self, total: Node, names: Collection[str] = SUMS | FACTORS, normed: bool = False) -> set[Node]:
-        """Return a sum and all nodes that it adds up, directly or through other sums: `parts`, followed to the end."""
+        """Return the node `total` and all nodes that it continues, directly or through others: `parts`, followed to the
+        end.
+        """
         return find_reachable(total, lambda node: self.parts(node, names, normed))
 
 
@@ -237,9 +240,9 @@ def record(
 ) -> tuple[Recorder, Node, Any]:
     """Return the recorder of a block's run, the node of its first input, and its output.
 
-    Tries four ways in turn: with the encoder's states as input (if there are several attentions), with all tensor
-    arguments, only around the attentions, with attentions that return tuples. Any exception of the block's code leads
-    to the next way.
+    Tries four ways in turn: with the encoder's states as input (if there are several attentions), with all arguments
+    annotated as tensors, only around the attentions, with attentions that return tuples. Any exception of the block's
+    code leads to the next way.
 
     Raises:
         UnfollowedError: all four fail; it tells the first error.

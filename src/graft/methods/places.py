@@ -201,9 +201,11 @@ def make_block(block: str, paths: list[str], linears: Mapping[str, tuple[int, in
     Layers below one attention are a group; each number of a list of attentions has its own group. A group ends at the
     attention if that holds "experts", else at its last layer of the block's width. Attentions with a name of cross
     attentions count as such only next to other attentions. The MLP ends at the module that holds "experts", if one is
-    outside the attentions. Without linear layers outside the attentions it is the first module with an MLP's name, else
-    their last layer of the block's width. The width is the output width of the first attention's last end. Without a
-    layer of such a name it is the input width of its first projection.
+    outside the attentions. Without linear layers outside attentions, norms and state-space parts it is the first module
+    with an MLP's name. Else it is `find_last_layer` of these layers, or of those below an MLP's name, if any.
+
+    The width is the output width of the first attention's last layer with a name of END. Without one it is the input
+    width of its first projection, or its smaller size if no layer has that output width.
     """
     groups: dict[str, list[str]] = {}  # by attention
     mlp_paths = []
@@ -290,7 +292,9 @@ def text_width(config: Any) -> int | None:
 
 
 def width_in(config: object) -> int | None:
-    """Return the first of `hidden_size`, `d_model`, `n_embd` and `dim` that a config has; None if it has none."""
+    """Return the first of `hidden_size`, `d_model`, `n_embd` and `dim` that a config has and that is not 0 or None;
+    None without one.
+    """
     return next((v for n in ("hidden_size", "d_model", "n_embd", "dim") if (v := getattr(config, n, None))), None)
 
 

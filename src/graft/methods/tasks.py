@@ -20,7 +20,11 @@ TASKS = "task_ids"
 
 
 def generate(tuner: Tuner, *args: object, task_ids: object = None, **kwargs: object) -> object:
-    """Run the base model's `generate` with adapters, each row as its task in `task_ids`; return its output."""
+    """Run the base model's `generate` with the active adapters for all rows, each row as its task in `task_ids`; return
+    its output.
+
+    The hooks of its methods (`surround_run`) are around the call; without `task_ids` theirs raises RoutingError.
+    """
     run = Run(args, kwargs, {TASKS: task_ids}, generates=True)
     with tuner.calling("generate"), tuner.call.use_rows(None), tuner.enter_methods(run) as finish:
         return finish(tuner.model.generate(*args, **kwargs))

@@ -61,7 +61,7 @@ def timestep(tuner: Tuner, t: float | Tensor) -> Iterator[None]:
     The argument `timestep` of the model is then not read. The range is checked by each call, not here.
 
     Raises:
-        RoutingError: t is None, or no number or list of numbers.
+        RoutingError: t is None, complex, boolean, or of more than one dimension.
     """
     with tuner.call.extend_context(facts={TIMESTEP: per_row(t)}):
         yield
@@ -275,8 +275,8 @@ def move_to_rows(fact: Constant | Tensor, run: Run) -> Constant | Tensor:
 
 
 def ranks(t: Tensor, cfg: TLoraConfig) -> Tensor:
-    """Return the number of ranks that act at each timestep: ⌊((T - t) / T)ᵃ (r - min_rank)⌋ + min_rank, with T - t at
-    least 0.
+    """Return the number of ranks that act at each timestep, as floating-point whole numbers: ⌊((T - t) / T)ᵃ (r -
+    min_rank)⌋ + min_rank, with T - t from 0 to T = `max_timestep`, a = `alpha_rank_scale`.
     """
     T, a, more = cfg.max_timestep, cfg.alpha_rank_scale, cfg.r - cfg.min_rank
     left = (T - t.float()).clamp(0, T)

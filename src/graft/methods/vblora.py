@@ -189,8 +189,8 @@ class VBLoRA(Method[VBLoRAConfig]):
     @classmethod
     @contextmanager
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Before a run, raise RuntimeError for an active adapter in training that came from a file with only its
-        largest logits.
+        """Before a run, raise RuntimeError for an adapter of the run that came from a file with only its largest logits
+        (`refuse_truncated`). Only its first layer is looked at, if that is in training mode.
 
         Not checked in compiled code, or under a dispatch mode. The run itself is surrounded, and its finish given, by
         `super().surround_run`.

@@ -175,8 +175,8 @@ class XLoraClassifier(nn.Module):
     config: XLoraConfig
 
     def __init__(self, config: Any, n_classes: int, n_layers: int, where: dict[str, Any]):
-        """Make `xlora_depth` linear layers, hidden_size → xlora_size … → experts, with ReLU and dropout between them,
-        as keyword arguments `where` say.
+        """Make `xlora_depth` linear layers, hidden_size → xlora_size … → experts, with ReLU and dropout between them
+        (none for 0); `where` has device and dtype for them.
 
         With `layerwise_scalings` there are experts · layers outputs. Logging is off.
         """
@@ -347,7 +347,8 @@ class XLora(Method[XLoraConfig]):
         finish.
 
         Raises:
-            RoutingError: the call names adapters for its rows, or the model returns no hidden states.
+            RoutingError: the call names adapters for its rows; or, from `weigh`, the arguments have a cache or the
+                model returns no hidden states.
         """
         with super().surround_run(tuner, call, run) as finish:
             if run.rows is not None:
@@ -387,8 +388,9 @@ def weigh(tuner: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any])
     gradients.
 
     In the extra pass all experts have the weight `scaling_pass_value`; for 0 all rows use the base. It runs without
-    labels and returns all hidden states. The classifier then runs on the last ones, with gradients. Without
-    `layerwise_scalings` its first layer's weights hold for all layers.
+    labels, returns all hidden states, and calls the model's `forward` past its hooks, unless FSDP2 needs them. The
+    classifier then runs on the last ones, with gradients. Without `layerwise_scalings` its first layer's weights hold
+    for all layers.
 
     Raises:
         RoutingError: the arguments have a cache, or the model returns no hidden states.

@@ -64,9 +64,8 @@ class AdaLoraConfig(LoraConfig):
         not used.
 
         Raises:
-            ConfigError: DoRA, LoftQ or a `loftq_config`; `total_step` is missing or not positive; `tinit` ≥
-                `total_step` -
-                `tfinal`, so that no step can prune.
+            ConfigError: DoRA, LoftQ or a `loftq_config`; `total_step` is missing or not positive; `tinit` is not below
+                `total_step` - `tfinal`, so that no step can prune.
         """
         if self.use_dora:
             raise ConfigError("PeftType.ADALORA does not support DoRA.")

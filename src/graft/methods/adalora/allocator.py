@@ -29,8 +29,8 @@ class Importance:
 
     @torch.no_grad()
     def update(self, name: str, p: Tensor) -> None:
-        """Update the mean of |p ∂p| and its spread |now - mean| of parameter `name`, from its gradient; do nothing
-        without a gradient.
+        """Update the running mean of now = |p ∂p|, and then that of the spread |now - new mean|, of parameter `name`,
+        in place; do nothing without a gradient. Both start at 0.
 
         Sharded tensors are gathered first.
         """
@@ -55,7 +55,7 @@ def find_rank_budget(step: int, start: int, target: int, cfg: Any) -> tuple[int,
     """Return the number of singular values that stay at a step, and whether to prune now.
 
     `start`, False up to `tinit`; `target`, True after `total_step` - `tfinal`. Between them a cubic from start to
-    target, with pruning at multiples of `deltaT`.
+    target, rounded down, with pruning at multiples of `deltaT`.
     """
     first, last = cfg.tinit, cfg.total_step - cfg.tfinal
     if step <= first:
@@ -131,8 +131,9 @@ def update_and_allocate(tuner: Tuner, global_step: int) -> None:
     Call after each optimizer step, while the gradients are there.
 
     Before step `total_step` - `tfinal` it updates the importance. A pruning step writes E and the config's
-    `rank_pattern`; so does that last step, which also discards the importance. After it, pruned values are only set to
-    0 again, and gradients are not needed. Every call notes that ranks are allocated (`called`).
+    `rank_pattern`, if any importance was measured; so does that last step, which also discards the importance. After
+    it, pruned values are only set to 0 again, and gradients are not needed. Every call notes that ranks are allocated
+    (`called`).
 
     Args:
         global_step: number of the step, counted from 0 to `total_step`.

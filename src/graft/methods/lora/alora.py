@@ -237,7 +237,7 @@ class ALoRA(LoRA):
         layer's output.
 
         The part is computed for the last `longest + passed` positions only, then masked by row. Without offsets in the
-        call it is all zeros.
+        call it is all zeros. An x of two dimensions has one position per row.
 
         Raises:
             RoutingError: the call has offsets, and x is not one row with positions for each sample.

@@ -166,7 +166,7 @@ def complete_file_tensors(lora: Method, tensors: Tensors) -> Tensors:
 
 def compute_shift(lora: Method) -> Tensors:
     """Return the three tensors of the shift for a file that lacks them, computed anew by the initialisation from the
-    current weight.
+    current weight. Both rows of the sample are values of that weight.
 
     On the meta device they are zeros. LoRA-GA without a gradient warns, and gets a shift of zeros: the base counts as
     changed already.

@@ -154,12 +154,12 @@ def corda(lora: Method, W: Tensor) -> Start:
 
 
 def loraga(lora: Method, W: Tensor) -> Start:
-    """Return the start of LoRA-GA from a randomized SVD of the gradient G in the base layer's `_peft_loraga_grad`,
-    which it removes.
+    """Return the start of LoRA-GA from a randomized SVD (rank 4r at most) of the gradient G in the base layer's
+    `_peft_loraga_grad`, which it removes; s · B A is subtracted.
 
     A is vectors V of G, B vectors U times their singular values; `directions` picks r of the first 2r for each.
-    `scale`: "stable" multiplies B by out^¼ / √stable_gamma, "weight_svd" by σ₁(W) / its first singular value,
-    "gd_scale" divides both by s, "unit" does nothing. Values are rounded to the weight's dtype.
+    `scale`: "stable" multiplies B by out^¼ / √stable_gamma, "weight_svd" by σ₁(W) / its first singular value (if above
+    0), "gd_scale" divides both by s, "unit" does nothing. Values are rounded to the weight's dtype.
 
     Raises:
         CalibrationError: there is no gradient, or it has another shape than W.
@@ -191,7 +191,7 @@ def loraga(lora: Method, W: Tensor) -> Start:
 
 
 def directions(how: str, r: int) -> tuple[Tensor, Tensor]:
-    """Return two index tensors (r,) into 2r singular vectors: for A and for B.
+    """Return two index tensors (r,) into 2r singular vectors: for A and for B. Another name raises KeyError.
 
     "ArBr": odd ones and even ones. "A2rBr": last r and first r. "ArB2r": first r and last r. "random": the same r
     random ones for both.

@@ -27,9 +27,9 @@ def initialise(lora: Method, how: bool | str) -> None:
     """Fill A and B of `lora`, and set a bias of B to 0 unless `how` is False.
 
     True: A kaiming uniform, B zeros; on an embedding A zeros, B normal. False: all values stay as `build` made them.
-    "gaussian": A normal with std 1/r, B zeros. "orthogonal", for 2-D factors: `_orthogonal`. "eva", on linear layers: B
-    zeros, A stays. An initialisation of STARTS (pissa, olora, corda, lora_ga, loftq): `set_first_values`, which changes
-    the base weight; on the meta device with the values of True.
+    "gaussian" in any spelling: A normal with std 1/r, B zeros. "orthogonal", for 2-D factors: `_orthogonal`. "eva", on
+    linear layers: B zeros, A stays. An initialisation of STARTS (pissa, olora, corda, lora_ga, loftq):
+    `set_first_values`, which changes the base weight; on the meta device with the values of True.
 
     Raises:
         ConfigError: any other value, or one that has no meaning for this type of layer.

@@ -142,7 +142,7 @@ def no_cache_for(network: Any, model: Any) -> str | None:
     """Return the reason why a shadow network next to `model` cannot run with a cache, and the remedy; None if it can.
 
     Reasons: the model has a cache of another class than transformers' dynamic one; it is an encoder-decoder; no layer
-    of the network counts tokens.
+    of the network counts tokens, while one of the model does.
     """
     kind, plain = type(network).__name__, "Pass use_cache=False."
     if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():

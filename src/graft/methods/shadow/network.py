@@ -202,7 +202,8 @@ def make_modules(model: nn.Module, cfg: ShadowConfig) -> dict[str, nn.Module]:
     model's width, and for SEQ_CLS "shadow_head".
 
     The projection is the file's, an identity for equal widths, else a new linear layer without bias. The head is a copy
-    of the model's `score`, or else `classifier`, without hooks. All are in the model's training mode.
+    of the model's `score`, or else `classifier`, without hooks; StopIteration without both. All are in the model's
+    training mode.
 
     Raises:
         ConfigError: the mirror would have output embeddings, as the model has no backbone with a stack of blocks.
@@ -232,8 +233,8 @@ def mirror(model: nn.Module, cfg: ShadowConfig) -> Any:
     """Return a network of the class of the base model's backbone, with new values and the sizes of the config.
 
     It has one block if the config gives no number of them; `layer_types` is cut to that number, and other sizes stay
-    the base's. With `share_embeddings`, an equal width and a forward that takes `inputs_embeds` it has no word
-    embeddings, and is marked with `needs_embeddings`.
+    the base's. With `share_embeddings`, an equal width and a forward that takes `inputs_embeds` it is marked with
+    `needs_embeddings`, and its child `embed_tokens`, if there is one, becomes None.
     """
     base = backbone_of(model)
     config = copy.deepcopy(base.config)

@@ -162,10 +162,11 @@ class Pass:
         """Return the state before the first block, (rows, tokens, hidden): the network's output for the call's
         arguments, projected.
 
-        The network gets the call's arguments that it takes and that are not None, on its device. Input embeddings, in
-        its dtype, come from the argument or the call. Without these, a network with `needs_embeddings` gets those of
-        the base model's embedding; others get the ids. A network that takes a cache gets `use_cache`: False without
-        `self.shadows`, else True with its cache there, which is made if missing and extended.
+        The network gets those of the arguments in TAKEN (masks, positions, token types) that it takes and that are not
+        None, on its device. Input embeddings, in its dtype, come from the argument or the call. Without these, a
+        network with `needs_embeddings` gets those of the base model's embedding; others get the ids. A network that
+        takes a cache gets `use_cache`: False without `self.shadows`, else True with its cache there, which is made if
+        missing and extended.
         """
         containers = self.tuner.common_tensors.containers
         network, projection = containers["shadow_backbone"][name], containers["shadow_projection"][name]

@@ -36,9 +36,7 @@ class Svd:
     Vt: np.ndarray  # (k, in)
 
     def rank(self) -> int:
-        """Return the number of singular values above `NOISE` times the largest one; 0 if there are no singular
-        values.
-        """
+        """Return the number of singular values above 1e-6 times the largest one; 0 if there are no singular values."""
         return int((self.s > NOISE * self.s[0]).sum()) if len(self.s) else 0
 
 
@@ -210,7 +208,7 @@ def rank_for_ratio(s: np.ndarray, ratio: float) -> int:
 
 
 def energy_share(s: np.ndarray, rank: int) -> float:
-    """Return the share of Σ σ² that the first `rank` values have; 1 for a zero matrix."""
+    """Return the share of Σ σ² that the first `rank` values have; 1 for a zero matrix or no values."""
     whole = float((s**2).sum())
     return float((s[:rank] ** 2).sum()) / whole if whole > 0 else 1.0
 

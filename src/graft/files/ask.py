@@ -205,7 +205,7 @@ def identify_server(connection: Connection, name: str | None = None) -> str:
     """Return the server program: "vllm", "sglang", "llama.cpp", or "openai" for every other.
 
     Without `name` it is recognized by the owner of its models in `/v1/models`. With `name` that name is returned after
-    one request to `/v1/models`, in which a 404 is ignored.
+    one request to `/v1/models`; a 404 there is ignored.
 
     Raises:
         OptionError: `name` is none of these.

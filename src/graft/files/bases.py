@@ -120,8 +120,8 @@ def choose_names(base: BaseDescription, paths: Iterable[str]) -> BaseDescription
 def shift_prefix(base: BaseDescription, wanted: Set[str]) -> BaseDescription:
     """Return the base with one prefix added to or removed from all names, so that it has the most of `wanted`.
 
-    Returns `base` itself if no prefix helps, otherwise a new description with the same tensors, and the prefixes in
-    `shift`.
+    Returns `base` itself if no prefix helps, otherwise a new description with the same config and tensors, without
+    files and model, and the prefixes in `shift`.
     """
     wanted_prefix, base_prefix = find_prefix_shift(wanted, {*base.modules, *base.shapes})
     if wanted_prefix == base_prefix:

@@ -52,11 +52,13 @@ def export_model_adapter(
     goes through a temporary PEFT folder, without rows of embeddings. The conversion's own warning is silenced.
 
     Args:
-        rank: for methods other than LoRA, as `graft.convert_to_lora` takes it; None: the lowest that holds each layer.
+        rank: for methods other than LoRA, as `graft.convert_to_lora` takes it; None: the lowest that keeps 1 - 1e-8 of
+            each layer's ‖ΔW‖².
             With a rank, LoRA is converted, too.
         lossy: allow a rank that loses more than a thousandth of a layer's ‖ΔW‖.
 
     Raises:
+        KeyError: the model has no such adapter.
         LossError: the adapter is a prompt, plain LoRA cannot do the same, a layer loses too much at this rank, or
             without `rank` a layer needs more than servers allow.
         OptionError: an adapter or a layer does not allow this `rank`.
@@ -105,8 +107,8 @@ def check_factor_loss(
         rank: as the user asked for, for the text; None: each layer has the lowest rank that holds its change.
 
     Raises:
-        LossError: a layer loses more than `LOSS` plus half the epsilon of B's dtype, unless `lossy`. Also, without a
-            `rank` and even with `lossy`, if a layer needs more than `RANK`.
+        LossError: a layer loses more than 1e-3 of its ‖ΔW‖ plus half the epsilon of B's dtype, unless `lossy`. Also,
+            without a `rank` and even with `lossy`, if a layer needs a rank above 512.
     """
     lost = whole = worst = 0.0
     where, ranks = "", dict[str, int]()

@@ -299,8 +299,8 @@ def largest_triplets(W: np.ndarray, rank: int | None, energy: float | None) -> S
     """Return the singular triplets of a matrix to keep: at most `rank`, and as few as hold the share `energy` of its
     norm²; all if both are None.
 
-    Matrices up to `LARGE` rows or columns get an exact SVD. Larger ones get a randomized SVD, with twice the rank until
-    the energy is reached.
+    Matrices with at most 2048 rows or columns get an exact SVD. Larger ones get a randomized SVD of `rank`, or of 64
+    without it; the rank doubles until the energy is reached.
     """
     most = min(W.shape)
     if most <= LARGE:
@@ -336,7 +336,7 @@ def approximate_svd(W: np.ndarray, k: int) -> Svd:
     """Return nearly the `k` largest singular triplets of a matrix, by a randomized SVD with two rounds of subspace
     iteration.
 
-    The random numbers have a fixed seed.
+    It has 10 extra columns, which are cut off. The random numbers have a fixed seed.
     """
     random = np.random.default_rng(0)
     width = min(k + OVERSAMPLING, *W.shape)

@@ -88,8 +88,10 @@ def check_adapter_is_finite(adapter: AdapterFile) -> None:
 
 
 def describe_method(adapter: AdapterFile) -> str:
-    """Return the adapter's method with the variants that change the effect of A and B, separated by spaces: "LORA DoRA
+    """Return the adapter's method and, separated by spaces, the variants that change the effect of A and B: "LORA DoRA
     rsLoRA".
+
+    The order is DoRA (any magnitude), aLoRA, rsLoRA, then the modules' other methods, sorted.
     """
     config = adapter.config
     more = ["DoRA"] * any(h.magnitude is not None for h in adapter.low_rank.values())
@@ -99,7 +101,9 @@ def describe_method(adapter: AdapterFile) -> str:
 
 
 def find_writer(adapter: AdapterFile) -> str | None:
-    """Return "graft" if the file has graft's metadata, "PEFT 0.x" if its config names a version, or None."""
+    """Return "graft" if a key of the file's metadata begins with "graft_", else "PEFT 0.x" if its config names a
+    version, or None.
+    """
     version = adapter.config.get("peft_version")
     if any(key.startswith("graft_") for key in adapter.metadata):
         return "graft"
@@ -109,9 +113,9 @@ def find_writer(adapter: AdapterFile) -> str | None:
 def describe_module(path: str, module: LowRank | OtherMethod, spectrum: bool) -> Json:
     """Return the report on one module: path, method, scale, number of parameters and kind (None unless it is low rank).
 
-    LoRA and AdaLoRA also have rank, shape and norm of ΔW. With `spectrum` they have the first `TOP` singular values,
-    the effective and stable rank, and the utilisation: the effective rank over the largest possible one. Singular
-    values of experts are root sums of squares over all experts; their ranks are means.
+    LoRA and AdaLoRA also have rank, shape and norm of ΔW. With `spectrum` they have the first 16 singular values, the
+    effective and stable rank, and the utilisation: the effective rank over the largest possible one. Singular values of
+    experts are root sums of squares over all experts; their ranks are means.
     """
     low = algebra.as_low_rank(module)
     out: Json = {
@@ -157,7 +161,9 @@ def add_weight_norms(modules: list[Json], adapter: AdapterFile, base: BaseDescri
 
 
 def is_stored_by_expert(path: str, low: LowRank, base: BaseDescription) -> bool:
-    """Return True if a module is a stack of experts, and the base's files have a separate tensor for each expert."""
+    """Return True if a module is a stack of experts that the base does not name, while the base has other names with
+    ".experts.": its files have a tensor for each expert.
+    """
     return low.kind == "experts" and path not in base.shapes and any(".experts." in name for name in base.shapes)
 
 
@@ -331,8 +337,8 @@ def compare_adapters(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> 
 def list_deciding_fields(a: AdapterFile, b: AdapterFile) -> set[str]:
     """Return the names of config fields that change the effect of equal tensors.
 
-    For LoRA these are the constant FIELDS. With other methods or shared tensors, all common fields are added, except
-    for those of targets, dropout and initialisation.
+    For LoRA these are alora_invocation_tokens, layer_replication and arrow_config. With other methods or shared
+    tensors, all common fields are added, except for those of targets, dropout and initialisation.
     """
     fields = {*FIELDS}
     if a.shared or any(isinstance(module, OtherMethod) for module in a.modules.values()):

@@ -136,8 +136,9 @@ class CheckpointPair:
         return module is getattr(self.model, "get_output_embeddings", lambda: None)()
 
     def is_conv1d(self, name: str) -> bool:
-        """Return True if a parameter belongs to a Conv1D, a linear layer with weights (in, out); without a module, by
-        GPT-2's names (c_attn, c_proj, c_fc, q_attn) in a model type that has it.
+        """Return True if a parameter belongs to a Conv1D, a linear layer with weights (in, out).
+
+        Without a module, GPT-2's names count (c_attn, c_proj, c_fc, q_attn) in a model type that has such layers.
         """
         module = self._module(name)
         if module is None:

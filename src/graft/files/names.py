@@ -93,8 +93,8 @@ def check_modules(adapter: AdapterFile, base: Base) -> Base:
 
 
 def to_model_names(adapter: AdapterFile, base: Base) -> tuple[AdapterFile, Base]:
-    """Return the adapter and the base under the parameter names of the base's model, if the adapter has the file's
-    names.
+    """Return the adapter and the base under the parameter names of the base's model, if the adapter has the names of
+    the base's files.
 
     Both are unchanged if no library knows the model, or the model has all of the adapter's modules.
     """
@@ -114,7 +114,7 @@ def rename_modules(adapter: AdapterFile, new: Mapping[str, str]) -> AdapterFile:
     """
 
     def name(old: str) -> str:
-        """Return a tensor's name with its module renamed."""
+        """Return a tensor's name with its module renamed; the name itself if `new` lacks the module."""
         module, _, leaf = old.rpartition(".")
         return f"{new[module]}.{leaf}" if module in new else old
 
@@ -148,8 +148,8 @@ def check_shapes(loras: Mapping[str, LowRank], adapter: AdapterFile, base: Base)
 
 
 def is_stored_in_out(adapter: AdapterFile, base_config: Json) -> bool:
-    """Return True if linear weights are stored (in, out): by the adapter's fan_in_fan_out, or without that field by the
-    base's model type.
+    """Return True if linear weights are stored (in, out): by the adapter's fan_in_fan_out, or without that field for
+    the base's model types in CONV1D, such as "gpt2".
     """
     flag = adapter.config.get("fan_in_fan_out")
     return base_config.get("model_type") in CONV1D if flag is None else bool(flag)
@@ -226,7 +226,7 @@ def find_pipeline_parts(paths: Iterable[str]) -> set[str]:
 
 
 def is_pipeline(base: Base | None) -> bool:
-    """Return True if a base is a diffusers pipeline by its config.
+    """Return True if the base's config has a `_class_name` that ends with "Pipeline"; False for None.
 
     Names alone are not enough: GPT-2 has a "transformer", too.
     """
@@ -236,7 +236,8 @@ def is_pipeline(base: Base | None) -> bool:
 def split_pipeline(adapter: AdapterFile) -> dict[str, AdapterFile]:
     """Return part → adapter of that part, with paths without the part's name; {} if the adapter is for a single model.
 
-    Configs are emptied. Unknown keys go to the first part.
+    Parts are sorted, their configs empty, and `selected` None. Each has the common method of its modules, else the
+    adapter's. Unknown keys go to the first part.
     """
     paths = [*adapter.modules, *adapter.full, *adapter.rows] if adapter.is_pipeline else []
     out: dict[str, AdapterFile] = {}

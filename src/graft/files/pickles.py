@@ -73,7 +73,7 @@ def convert_tensors(state: object, path: str) -> dict[str, Tensor]:
 
 
 def from_torch(t: torch.Tensor, what: str) -> Tensor:
-    """Return a torch tensor as a Tensor, copied to the CPU if needed.
+    """Return a torch tensor as a Tensor. One on the CPU shares its memory; others are copied there.
 
     Raises:
         CheckpointError: it is no plain tensor of real numbers, or its dtype has no name in files. The text begins with
@@ -96,7 +96,8 @@ def to_torch(t: Tensor) -> torch.Tensor:
 
 
 def mentions_name(path: str | os.PathLike[str], *names: bytes) -> bool:
-    """Return True if one of `names` occurs in the first `LOOKED_AT` bytes of a torch.save file's pickle.
+    """Return True if one of `names` occurs in the first 4 MiB of a torch.save file's pickle (data.pkl); False without
+    such a record.
 
     Does not unpickle.
     """

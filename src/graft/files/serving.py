@@ -145,18 +145,21 @@ class Subject:
         return known if more is None else known.union(more.modules)
 
     def find(self, condition: str) -> list[str]:
-        """Return the texts that the method `condition` yields; [] if the adapter does not fulfil it."""
+        """Return the texts that the method `condition` yields; [] if the adapter does not fulfil it.
+
+        An unknown name raises AttributeError.
+        """
         return list(getattr(self, condition)())
 
     # conditions: of the file
 
     def another_format(self) -> Iterable[str]:
-        """Yield the file's format if the server does not load it."""
+        """Yield "the file is of the format F" if the server does not load that format."""
         if self.adapter.format not in self.server.formats:
             yield f"the file is of the format {self.adapter.format}"
 
     def torch_file(self) -> Iterable[str]:
-        """Yield "adapter_model.bin" if a PEFT folder has no safetensors file."""
+        """Yield "adapter_model.bin" if an adapter in PEFT's format has no adapter_model.safetensors in its folder."""
         if self.adapter.format == "peft" and not os.path.exists(os.path.join(self.adapter.path, pair.SAFETENSORS)):
             yield pair.TORCH
 
@@ -172,32 +175,33 @@ class Subject:
             yield from (name for name in ("r", "lora_alpha", "target_modules") if self.config.get(name) is None)
 
     def not_whole(self) -> Iterable[str]:
-        """Yield each part that the config names and the file lacks (`list_gaps`)."""
+        """Yield "it lacks P" for each part P that the config names and the file lacks (`list_gaps`, with the base)."""
         return (f"it lacks {what}" for what in list_gaps(self.adapter, self.base))
 
     def unknown_keys(self) -> Iterable[str]:
-        """Return the keys without a known meaning."""
+        """Return the adapter's list of keys without a known meaning."""
         return self.adapter.unknown_keys
 
     # conditions: what the adapter is
 
     def another_method(self) -> Iterable[str]:
-        """Yield the adapter's method if it is not LoRA."""
+        """Yield "its method is M" if the adapter's method is not LORA."""
         if self.adapter.method != "LORA":
             yield f"its method is {self.adapter.method}"
 
     kasa, blocks, pooled = map(make_variant_condition, ("KASA", "BDLORA", "QALORA"))
 
     def dora(self) -> Iterable[str]:
-        """Yield each module with a DoRA magnitude."""
+        """Yield "magnitude of P" for the path P of each LoRA module with a magnitude."""
         return (f"magnitude of {path}" for path, lora in self.low_rank.items() if lora.magnitude is not None)
 
     def dora_of_kohya(self) -> Iterable[str]:
-        """Yield each module with a DoRA magnitude if the file is kohya'self."""
+        """Yield the texts of `dora` if the file is of the format kohya; else nothing."""
         return self.dora() if self.adapter.format == "kohya" else ()
 
     def transformer_of_kohya(self) -> Iterable[str]:
-        """Yield the module names that begin with "lora_transformer_" in a kohya file.
+        """Yield, sorted, the module names that begin with "lora_transformer_" in the header of a kohya .safetensors
+        file.
 
         OneTrainer, ComfyUI and `graft convert --to kohya` write these names.
         """
@@ -206,14 +210,18 @@ class Subject:
             yield from sorted(name for name in names if name.startswith("lora_transformer_"))
 
     def stacks_of_sglang(self) -> Iterable[str]:
-        """Yield the keys of experts' 3-D factors with SGLang's names of projections, in a file of a server's layout."""
+        """Yield, sorted, the keys of experts' 3-D factors with SGLang's names of projections, in the
+        adapter_model.safetensors of an adapter in a server's layout.
+        """
         path = os.path.join(self.adapter.path, pair.SAFETENSORS)
         if self.adapter.is_server_layout and os.path.exists(path):
             header = read_header(path)[0]
             yield from sorted(key for key, t in header.items() if len(t.shape) == 3 and OF_SGLANG.fullmatch(key))
 
     def bias(self) -> Iterable[str]:
-        """Yield each module with a lora_bias, and each bias of the base that was trained without its weight."""
+        """Yield "lora_bias of P" for each LoRA module with a bias, then the name of each whole bias that was trained
+        without its weight.
+        """
         yield from (f"lora_bias of {path}" for path, lora in self.low_rank.items() if lora.bias is not None)
         yield from (name for name in self.adapter.full if is_lone_bias(name, self.adapter))
 
@@ -223,21 +231,25 @@ class Subject:
         return sorted(names)
 
     def invocation_tokens(self) -> Iterable[str]:
-        """Yield aLoRA's invocation tokens, if the config has them."""
+        """Yield "alora_invocation_tokens=…", if the config has some."""
         if self.config.get("alora_invocation_tokens"):
             yield f"alora_invocation_tokens={self.config['alora_invocation_tokens']}"
 
     def layer_replication(self) -> Iterable[str]:
-        """Yield the repeated layers, if the config has them."""
+        """Yield "layer_replication=…", if the config has repeated layers."""
         if self.config.get("layer_replication"):
             yield f"layer_replication={self.config['layer_replication']}"
 
     def base_changed_and_kept(self) -> Iterable[str]:
-        """Yield each module with a stored shift of the base (PiSSA and others, as graft saves them)."""
+        """Yield "lora_shift of P" for each LoRA module with a stored shift of the base (PiSSA and others, as graft
+        saves them).
+        """
         return (f"lora_shift of {path}" for path, lora in self.low_rank.items() if lora.shift is not None)
 
     def base_changed(self) -> Iterable[str]:
-        """Yield the initialisation that changed the base, if the file does not describe the change."""
+        """Yield "init_lora_weights=…" from the config, if it changed the base and the file does not describe the
+        change.
+        """
         if self.adapter.changed_base is not None:
             yield f"init_lora_weights={self.config.get('init_lora_weights')!r}"
 
@@ -256,7 +268,8 @@ class Subject:
         return sorted(m for m in modules - {*list_norms(self.adapter)} if last_name(m) not in self.server.heads)
 
     def another_vocabulary(self) -> Iterable[str]:
-        """Yield each copied weight that has another shape than the base's: an embedding that was resized.
+        """Yield "N has the shape S, the base's T" for each copied weight N of another shape than the base's: an
+        embedding that was resized.
 
         Nothing without a base.
         """
@@ -267,25 +280,26 @@ class Subject:
                 yield f"{name} has the shape {shape}, the base's {base_shape}"
 
     def token_rows(self) -> Iterable[str]:
-        """Yield the number of trained rows of each embedding with such rows."""
+        """Yield "n rows of N" for each embedding weight N with n trained rows. Reads the row numbers."""
         return (f"{len(rows.load()) // 8} rows of {name}" for name, (rows, _) in self.adapter.rows.items())
 
     def embeddings(self) -> Iterable[str]:
-        """Yield the embeddings with LoRA."""
+        """Yield the paths of LoRA modules of kind "embedding"."""
         return (path for path, lora in self.low_rank.items() if lora.kind == "embedding")
 
     def output_head(self) -> Iterable[str]:
-        """Yield the modules named lm_head with LoRA."""
+        """Yield the paths of LoRA modules with the last name lm_head."""
         return (path for path in self.low_rank if last_name(path) == "lm_head")
 
     def experts(self) -> Iterable[str]:
-        """Yield the stacks of experts with LoRA, unless the file has a server's layout already."""
+        """Yield the paths of stacks of experts with LoRA, unless the file has a server's layout already."""
         return (
             path for path, lora in self.low_rank.items() if lora.kind == "experts" and not self.adapter.is_server_layout
         )
 
     def stacks_of_peft(self) -> Iterable[str]:
-        """Yield the stacks of experts in PEFT's layout, unless vLLM loads stacks for the base's model type.
+        """Yield the texts of `experts`, unless vLLM loads stacks for the base's model type (a prefix in
+        STACKED_IN_VLLM).
 
         Without a base they are yielded.
         """
@@ -295,7 +309,7 @@ class Subject:
         return () if kind.startswith(STACKED_IN_VLLM) else self.experts()
 
     def kernels(self) -> Iterable[str]:
-        """Yield each convolution with LoRA and a kernel larger than 1."""
+        """Yield "a kernel of 3 × 3 on P" for each convolution P with LoRA and a kernel size above 1."""
         for path, lora in self.low_rank.items():
             if lora.kind == "conv" and any(n > 1 for n in lora.A.shape[2:]):
                 yield f"a kernel of {' × '.join(map(str, lora.A.shape[2:]))} on {path}"
@@ -303,8 +317,8 @@ class Subject:
     # conditions: rank and scale
 
     def rank_above_the_limit(self) -> Iterable[str]:
-        """Yield each module with a rank above the server's limit: that of the options, or its default; nothing
-        without one.
+        """Yield "P has rank r, the limit is n" for each LoRA module above the server's limit: that of the options, or
+        its default; nothing without one.
         """
         limit = self.options.max_rank or self.server.max_rank
         if limit is not None:
@@ -313,36 +327,46 @@ class Subject:
             )
 
     def rank_above_128(self) -> Iterable[str]:
-        """Yield each module with a rank above 128."""
+        """Yield "P has rank r" for each LoRA module with a rank above 128."""
         return (f"{path} has rank {h.rank}" for path, h in self.low_rank.items() if h.rank > 128)
 
     def several_ranks(self) -> Iterable[str]:
-        """Yield the list of ranks if there is more than one."""
+        """Yield one text "ranks [4, 8]" with the sorted ranks of LoRA modules if there is more than one."""
         ranks = {h.rank for h in self.low_rank.values()}
         if len(ranks) > 1:
             yield f"ranks {sorted(ranks)}"
 
     def scale_is_not_one(self) -> Iterable[str]:
-        """Yield each module with a scale other than 1."""
+        """Yield a text for each LoRA module with a scale other than 1, as `list_wrong_scales` words it; nothing if the
+        config lacks r or lora_alpha.
+        """
         return list_wrong_scales(self, lambda lora, r, alpha: 1.0)
 
     def scale_is_not_alpha_by_the_rank(self) -> Iterable[str]:
-        """Yield each module with a scale other than lora_alpha / the module's rank."""
+        """Yield a text for each LoRA module with a scale other than lora_alpha / the module's rank; nothing if the
+        config lacks r or lora_alpha.
+        """
         return list_wrong_scales(self, lambda lora, r, alpha: alpha / lora.rank)
 
     def scale_is_not_alpha_by_r(self) -> Iterable[str]:
-        """Yield each module with a scale other than lora_alpha / r."""
+        """Yield a text for each LoRA module with a scale other than lora_alpha / r of the config; nothing if it lacks
+        one of them.
+        """
         return list_wrong_scales(self, lambda lora, r, alpha: alpha / r)
 
     def scale_is_not_the_configs(self) -> Iterable[str]:
-        """Yield each module with a scale other than the config's: lora_alpha / r, with use_rslora lora_alpha / √r."""
+        """Yield a text for each LoRA module with a scale other than the config's: lora_alpha / r, with use_rslora
+        lora_alpha / √r.
+
+        Nothing if the config lacks r or lora_alpha.
+        """
         return list_wrong_scales(
             self, lambda lora, r, alpha: alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
         )
 
     def scale_is_not_told(self) -> Iterable[str]:
-        """Yield each module with a scale other than 1 in a diffusers file without metadata of scales: readers take 1
-        then.
+        """Yield the paths of LoRA modules with a scale other than 1 in a diffusers file without
+        `lora_adapter_metadata`: readers take 1 then.
         """
         if self.adapter.format == "diffusers" and "lora_adapter_metadata" not in self.adapter.metadata:
             yield from (path for path, lora in self.low_rank.items() if lora.scale != 1.0)
@@ -350,20 +374,23 @@ class Subject:
     # conditions: which modules
 
     def regular_expression(self) -> Iterable[str]:
-        """Yield target_modules if it is a regular expression: any text but "all" and "all-linear"."""
+        """Yield "target_modules='…'" if the config's field is a regular expression: any text but "all" and
+        "all-linear".
+        """
         targets = self.config.get("target_modules")
         if isinstance(targets, str) and targets not in ("all-linear", "all"):
             yield f"target_modules={targets!r}"
 
     def q_without_v(self) -> Iterable[str]:
-        """Yield each q_proj with LoRA if the v_proj next to it has none."""
+        """Yield the path of each q_proj with LoRA if the v_proj next to it has none."""
         for path in self.low_rank:
             stem, _, name = path.rpartition(".")
             if name == "q_proj" and f"{stem}.v_proj" not in self.low_rank:
                 yield path
 
     def some_layers_only(self) -> Iterable[str]:
-        """Yield each kind of module that has LoRA in some layers but not in all layers that have such a module.
+        """Yield "layers.N.q_proj on 2 of 4 layers" for each kind of module that has LoRA in some layers but not in all
+        layers that have such a module.
 
         Without a base, all layers with any LoRA count.
         """
@@ -375,8 +402,8 @@ class Subject:
                 yield f"{kind.replace('#', 'N')} on {len(layers)} of {len(layers | missing)} layers"
 
     def targets_excluded(self) -> Iterable[str]:
-        """Yield the last names of LoRA modules that the server's `--lora-target-modules` excludes; nothing without that
-        option.
+        """Yield, sorted, the last names of LoRA modules that the server's `--lora-target-modules` excludes; nothing
+        without that option.
 
         vLLM includes all of q, k, v, or of gate and up, if one is listed.
         """
@@ -423,7 +450,10 @@ def list_servers() -> dict[str, Server]:
 
 
 def get_server(name: str) -> Server:
-    """Return a server by its name in any case. Raises UnknownServerError, with the known names, if there is none."""
+    """Return a server by its name in any case.
+
+    Reads servers.json once. Raises UnknownServerError, with the known names, if there is none.
+    """
     known = list_servers()
     if name.lower() not in known:
         raise UnknownServerError(f"The server {name!r} is unknown. Choose one of {', '.join(known)}.")
@@ -438,7 +468,8 @@ def check_servers(
 ) -> list[Finding]:
     """Return the findings on an adapter for each of these servers: all effects except for applying it correctly.
 
-    Repeated names count once. Each finding's remedy has names filled in.
+    Findings are in the order of the servers, then of the rows in servers.json. Names in another case or repeated count
+    once; each text names up to 3 parts. Each finding's remedy has names filled in.
 
     Args:
         names: of servers in servers.json: "vllm", "llama.cpp".
@@ -493,8 +524,10 @@ def read_r_and_alpha(s: Subject) -> tuple[float, float] | None:
 
 
 def list_wrong_scales(s: Subject, expected: Callable[[LowRank, float, float], float]) -> Iterable[str]:
-    """Yield the modules with another scale than `expected(module, r, lora_alpha)`, the server's scale; nothing without
-    r and lora_alpha.
+    """Yield "P has the scale a, and would get b" for each LoRA module with another scale (relative 1e-6) than
+    `expected(module, r, lora_alpha)`, the server's.
+
+    Nothing if the config has no valid r and lora_alpha.
     """
     if (numbers := read_r_and_alpha(s)) is not None:
         for path, lora in s.low_rank.items():

@@ -258,8 +258,8 @@ def explain_factor(k: float, scales: dict[str, Scale]) -> str:
 
 
 def fit_scale_factor(residual: Callable[[float], Tensor]) -> float:
-    """Return the k with the least root mean square `residual(k)`: the best of GRID, then up to 8 Gauss-Newton steps
-    that improve it.
+    """Return the k with the least root mean square `residual(k)`: the best power of 2 from 2⁻⁶ to 2⁶, then up to 8
+    Gauss-Newton steps, which end at the first that does not improve it.
     """
     best = min(GRID, key=lambda k: root_mean_square(residual(k)))
     k, r = best, residual(best)
@@ -292,9 +292,10 @@ def compute_log_probabilities(
 
 
 def list_scales(model: nn.Module, layers: Json) -> dict[str, Scale]:
-    """Return the scales of each layer by path.
+    """Return the scales of each layer by path, for the first adapter of the layer.
 
-    Without r and lora_alpha in the config all four are the layer's scaling.
+    They are its scaling, lora_alpha / r of the config, lora_alpha / the layer's rank, and the layer's alpha / rank. If
+    the config lacks r or lora_alpha, all four are the layer's scaling.
     """
     scales = {}
     for path, layer in layers.items():

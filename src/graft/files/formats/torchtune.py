@@ -56,7 +56,7 @@ def recognises(path: str) -> bool:
 def read(path: str, base: Base | None = None) -> AdapterFile:
     """Read a folder, or the file in it with the config next to it.
 
-    Names that transformers does not have go to `unknown_keys`.
+    The config is kept without `peft_type`. Names that transformers does not have go to `unknown_keys`.
 
     Raises:
         CheckpointError: the config is missing, a file is damaged, or factors are missing or not of the config's rank.
@@ -116,8 +116,10 @@ def read_torchtune_pair(
 
 
 def heads_in(name: str, base: Base | None) -> int | None:
-    """Return the number of heads if the rows of module `name` are in pairs by heads: q and k of llama's family; else
-    None.
+    """Return the number of heads if the rows of module `name` are in pairs by heads: q_proj and k_proj of model types
+    llama, mistral, gemma and gemma2.
+
+    None for other modules, and for qwen2.
 
     Raises:
         BaseNeededError: for q and k, there is no base to say it.

@@ -118,7 +118,9 @@ CHUNK = 1 << 20
 
 
 def write_pieces(path: str, pieces: Sequence[bytes | memoryview]) -> None:
-    """Write a file that consists of these pieces, `CHUNK` bytes at a time, after its blocks have been reserved."""
+    """Write a file that consists of these pieces, at most 1 MiB at a time and unbuffered, after its blocks have been
+    reserved. An old file is overwritten in place.
+    """
     with open(path, "wb", 0) as f:
         reserve_blocks(f.fileno(), sum(len(piece) for piece in pieces))
         for piece in pieces:
@@ -220,7 +222,8 @@ class Scratch:
 
         The scratch removes it at its end.
 
-        A symbolic link is not followed. Returns None if there is no such file, or if the file system has no hard links.
+        A symbolic link is not followed. The path is listed in any case. Returns None if there is no such file, or if
+        the file system has no hard links.
         """
         link = self._add_path(os.path.basename(path))
         try:
@@ -260,7 +263,7 @@ def is_in_use(path: str, where: str, pid: int) -> bool:
     """Return True if the process that made a temporary file may still run.
 
     False if the file was made on this machine (`where` is its token), on POSIX, by a process that does not run. Else
-    True while the file was changed less than `LONGEST` seconds ago, and for a file that is gone.
+    True while the file was changed less than 24 hours ago, and for a file that is gone.
     """
     if where == machine_token() and os.name == "posix" and not is_alive(pid):  # elsewhere `os.kill` would end it
         return False

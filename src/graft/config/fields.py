@@ -91,8 +91,8 @@ class LayerRange(PeftConfig):
 
         Raises:
             ConfigError: `target_modules` is a text and one of `layers_to_transform` and `layers_pattern` is not None.
-                Or `layers_pattern` is set and `layers_to_transform` is None or empty. Or `layers_pattern` is a list of
-                more than `MOST_LISTS` (100) entries.
+                Or `layers_pattern` is a list of more than 100 entries. Or `layers_pattern` is set and
+                    `layers_to_transform` is None or empty. Checked in this order.
         """
         super().__post_init__()
         if isinstance(getattr(self, "target_modules", None), str):

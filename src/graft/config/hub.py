@@ -20,7 +20,10 @@ IDLE_SAVING = {"save_function", "max_shard_size", "token", "variant", "save_peft
 
 
 def select_hub_keywords(kwargs: dict[str, object]) -> dict[str, Any]:
-    """Return the entries of `kwargs` that are arguments for the hub (`HUB_KEYWORDS`)."""
+    """Return the entries of `kwargs` that are arguments for the hub, in a new dict.
+
+    These are revision, cache_dir, token, force_download, local_files_only, proxies and repo_type.
+    """
     return {k: v for k, v in kwargs.items() if k in HUB_KEYWORDS}
 
 
@@ -114,7 +117,9 @@ def describe_offline(where: str | os.PathLike[str], **hub: object) -> str:
 
 
 def looks_like_repository(name: str) -> bool:
-    """Return True if a name can be one on the hub: at most one "/", no path that begins with ".", "/" or "~"."""
+    """Return True if a name can be one on the hub: at most one "/", not two in a row, and no ".", "/" or "~" at the
+    beginning.
+    """
     return not name.startswith((".", "/", "~")) and name.count("/") <= 1 and os.sep * 2 not in name
 
 

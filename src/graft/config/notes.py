@@ -55,11 +55,12 @@ def read_notes(path: str) -> WeightsFile | None:
 
 
 def read_stamp(file: str | int) -> Stamp | None:
-    """Return (inode, bytes, time of the last change) of a file, by path or descriptor.
+    """Return (inode, bytes, time of the last change in ns) of a file, by path or descriptor.
 
     A file that replaces it has another stamp.
 
-    Return None if there is no such file. Raises OSError for other failures.
+    Links are followed. Return None if there is no such file, also for a folder on the way that is missing or a loop of
+    links. Raises OSError for other failures.
     """
     try:
         facts = os.stat(file)
@@ -71,7 +72,8 @@ def read_stamp(file: str | int) -> Stamp | None:
 
 
 def read_safetensors_notes(f: IO[bytes]) -> dict[str, str]:
-    """Return the notes in the header of an open safetensors file; {} if it has none or is damaged.
+    """Return the notes in the header of an open safetensors file; {} if it has none, does not begin with them, or is
+    damaged. Values that are no texts are left out.
 
     Its tensors are not read.
     """
@@ -87,7 +89,8 @@ def read_safetensors_notes(f: IO[bytes]) -> dict[str, str]:
 
 def make_header(tensors: Iterable[Sequence[Any]], notes: Mapping[str, str]) -> bytes:
     """Return the beginning of a safetensors file, up to the first tensor: its size, the notes sorted by name, and the
-    tensors in the order of the file.
+    tensors in the order of the file. Spaces fill it up to a multiple of 8 bytes; without notes it has no entry for
+    them.
 
     Args:
         tensors: name, dtype, shape and bytes of a number of each, in that order; more items are ignored.
@@ -105,7 +108,7 @@ def make_header(tensors: Iterable[Sequence[Any]], notes: Mapping[str, str]) -> b
 def parse_header(data: bytes) -> tuple[Json, int]:
     """Return the header in the bytes of a safetensors file, and the offset of its first tensor.
 
-    Raises CheckpointError.
+    Raises CheckpointError if the header is no valid JSON.
     """
     begin = 8 + int.from_bytes(data[:8], "little")
     header: Json = parse_json(data[8:begin], "The header of a safetensors file")
@@ -113,7 +116,10 @@ def parse_header(data: bytes) -> tuple[Json, int]:
 
 
 def add_notes(f: IO[bytes], notes: dict[str, str]) -> None:
-    """Append notes to a torch file that is open for reading and writing. `torch.load` ignores them."""
+    """Append notes as the record "archive/graft.json" to a torch file that is open for reading and writing.
+
+    `torch.load` ignores them.
+    """
     from zipfile import ZipFile, ZipInfo
 
     with ZipFile(f, "a") as archive:

@@ -121,7 +121,7 @@ def save_sealed(folder: str, tensors: Sequence[Source], text: str, texts: Mappin
     Args:
         tensors: as of `write_tensors`. Each is loaded twice, one after another.
         text: of adapter_config.json.
-        texts: further notes of the weights file.
+        texts: further notes of the weights file; "format", the config's text and the digest are added to them.
     """
     digest = seal.compute_digest((name, dtype, shape, load) for name, dtype, shape, _, load in tensors)
     texts = {**texts, "format": "pt", notes.CONFIG: text, seal.KEY: digest}
@@ -139,7 +139,7 @@ def check_sealed(texts: Mapping[str, str], tensors: Sequence[Source], path: str)
 def write_tensors(path: str, tensors: Iterable[Source], notes: Mapping[str, str], see: See = len) -> None:
     """Write a safetensors file: the notes sorted by name, then the tensors.
 
-    Wide numbers come first, so that all are aligned.
+    Wide numbers come first, so that all are aligned; tensors of one width are sorted by name.
 
     Each tensor is loaded when it is written, and dropped afterwards.
 
@@ -162,7 +162,7 @@ def agree_on_config(scratch: Scratch, text: str) -> None:
     weights since. Each round marks the weights and config first, and replaces adapter_config.json.
 
     `text` is the config that this process wrote. Without weights, or if they hold no config or `text`, nothing is
-    written. Gives up silently after `ROUNDS` rounds.
+    written. Gives up silently after 100 rounds.
     """
     for _ in range(ROUNDS):
         weights = find_weights(scratch.folder)
@@ -176,7 +176,7 @@ def agree_on_config(scratch: Scratch, text: str) -> None:
 def find_weights(folder: str) -> notes.WeightsFile | None:
     """Return path, config and stamp of the weights that a reader of this folder takes: safetensors, else torch.
 
-    None if there are none.
+    None if there are none. A file that cannot be read counts as absent.
     """
     files = (notes.read_notes(os.path.join(folder, name)) for name in (SAFETENSORS, TORCH))
     return next((weights for weights in files if weights is not None), None)
@@ -243,7 +243,9 @@ def read_marks(folder: str) -> set[str]:
 
 
 def mark_name(stamp: notes.Stamp | None, text: str) -> str:
-    """Return the name of the mark for weights with this stamp and a config with this text."""
+    """Return "saving-<hash>-<hash>", the name of the mark for weights with this stamp and a config with this text
+    (`mark_token` of each).
+    """
     return f"{MARK}{mark_token(stamp)}-{mark_token(text)}"
 
 
@@ -313,7 +315,7 @@ class ConfigFile:
         """Return the fields that belong to the weights, which were read after the config.
 
         Without a copy of the config in the weights (`weights` is None, or graft did not write them) these are the
-        fields of adapter_config.json. If the two differ, this function reads again, for up to `PATIENCE` seconds:
+        fields of adapter_config.json. If the two differ, this function reads again every 0.01 s, for up to 0.2 s:
 
         - They agree now, or the folder has other weights by now: the copy.
         - No save is under way and adapter_config.json no longer changes: its fields, since somebody edited them. A
@@ -391,7 +393,8 @@ class ConfigFile:
         """Warn (PeftWarning) of the fields that somebody changed in adapter_config.json since the save, with both
         values. The edited values count.
 
-        Fields in `DESCRIBING` and fields that the save did not write are left out; no warning if none differs.
+        Fields in `DESCRIBING`, such as `task_type` and `peft_version`, and fields that the save did not write are left
+        out; no warning if none differs.
         """
         # a save writes all fields of a config: of others, `PeftConfig.from_known_fields` warns
         names = [n for n in find_differing_fields(fields, inside) if n in inside]
@@ -411,7 +414,11 @@ class ConfigFile:
 
 
 def find_differing_fields(a: Json, b: Json) -> list[str]:
-    """Return the names of the fields with different values in two configs, sorted; those in `DESCRIBING` left out."""
+    """Return the names of the fields with different values in two configs, sorted.
+
+    A missing field counts as None; values are compared as `normalize_value` returns them. Fields in `DESCRIBING`, such
+    as `task_type`, are left out.
+    """
     names = sorted({*a, *b} - DESCRIBING)
     return [n for n in names if normalize_value(a.get(n)) != normalize_value(b.get(n))]
 
@@ -431,9 +438,11 @@ WRAPPED = "base_model."  # how the names of a PeftModel's tensors begin
 
 
 def describe_whole_model(folder: str | os.PathLike[str]) -> str:
-    """Return the end of the error for a missing adapter if the folder holds a whole model; "" if it does not.
+    """Return the end of the error for a missing adapter if the folder holds a whole model (model.safetensors,
+    pytorch_model.bin or an index); "" if it does not.
 
-    If the model's tensors have names of a PeftModel, the text says how to get the adapter out.
+    If a tensor's name in the safetensors file or index begins with "base_model.", the text says how to get the adapter
+    out.
     """
     name = next((name for name in NAMES if os.path.isfile(os.path.join(folder, name))), None)
     if name is None:
@@ -470,7 +479,8 @@ def read_tensor_names(path: str) -> list[str]:
     """Return the names of the tensors in a safetensors file, from its header, or in a JSON index, from its
     "weight_map".
 
-    Return [] for files with another ending, and for a file that is missing or damaged.
+    A header's "__metadata__" is one of the names. Return [] for files with another ending, and for a file that is
+    missing or damaged.
     """
     try:
         if path.endswith(".json"):

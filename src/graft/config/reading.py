@@ -52,7 +52,7 @@ def read_object(path: str | os.PathLike[str], largest: int = LARGEST, finite: bo
     """Return the object that a JSON file holds.
 
     Args:
-        largest: bytes that the file may have.
+        largest: bytes that the file may have, by default 16 MiB.
         finite: refuse infinite and NaN numbers; False for a model's config, where Mamba2 has a range to Infinity.
 
     Raises:
@@ -78,14 +78,14 @@ def read_object(path: str | os.PathLike[str], largest: int = LARGEST, finite: bo
 def parse_json(text: str | bytes, what: str) -> Any:
     """Return the value of a JSON text, or of its UTF-8 bytes.
 
-    Whole numbers of more than `DIGITS` digits become infinity.
+    Whole numbers of more than 300 digits become infinity.
 
     Args:
         what: names the text in errors.
 
     Raises:
-        CheckpointError: it is no JSON, has a key twice, is nested too deeply for Python, or has more than
-            `MOST_CONTAINERS` lists and objects, which would take gigabytes.
+        CheckpointError: it is no JSON, has a key twice, is nested too deeply for Python, or has more than 2²² lists and
+            objects, which would take gigabytes.
     """
     try:
         if isinstance(text, bytes):
@@ -104,7 +104,7 @@ def parse_json(text: str | bytes, what: str) -> Any:
 
 
 def parse_int(digits: str) -> float:
-    """Return a whole number from its digits; infinity for more than `DIGITS` digits, so that `check_value` can name the
+    """Return a whole number from its digits; infinity for more than 300 digits, so that `check_value` can name the
     field.
     """
     return int(digits) if len(digits) <= DIGITS else math.inf
@@ -172,12 +172,12 @@ class Pattern:
     __slots__ = ("field", "fullmatch", "left", "match", "subn", "text")
 
     def __init__(self, text: str, field: str, whole: str | None = None):
-        """Compile the pattern, by `re` if it is quick (`is_quick`), else by the package `regex`, with a limit of
-        `BUDGET` seconds for all its slow matches.
+        """Compile the pattern, by `re` if it is quick (`is_quick`), else by the package `regex`, with a limit of 1 s
+        for all its slow matches.
 
         Raises:
-            ConfigError: it is no regular expression, has more than `LONGEST` characters, or counts in braces with a
-                product above `MOST_REPEATS`.
+            ConfigError: it is no regular expression, has more than 100,000 characters, or counts in braces with a
+                product above 10,000.
         """
         self.text, self.field, self.left = text, field, BUDGET
         whole = text if whole is None else whole
@@ -206,11 +206,11 @@ class Pattern:
         self.subn = partial(self._call_in_time, timed.subn)
 
     def _call_in_time(self, function: Callable[..., object], *args: object) -> Any:
-        """Call a function of `regex` within the time that is left for this pattern, but at least `SLOW` seconds.
+        """Call a function of `regex` within the time that is left for this pattern, but at least 1 ms.
 
         Return its result.
 
-        The time of a call slower than `SLOW` is subtracted from `left`.
+        The time of a call slower than 1 ms is subtracted from `left`.
 
         Raises:
             ConfigError: it takes longer. `left` becomes 0, so that all later slow matches of the pattern fail as well.
@@ -232,7 +232,10 @@ class Pattern:
 
 @lru_cache(maxsize=4096)
 def compile_pattern(text: str, field: str, whole: str | None = None) -> Pattern:
-    """Return the `Pattern` of a config's field. Cached. Raises ConfigError for an invalid pattern."""
+    """Return the `Pattern` of a config's field.
+
+    The last 4,096 are cached. Raises ConfigError for an invalid pattern.
+    """
     return Pattern(text, field, whole)
 
 
@@ -255,8 +258,8 @@ def repeat_counts(bare: str) -> list[int]:
 
 
 def is_quick(bare: str) -> bool:
-    """Return True if a pattern, without escapes, has at most `QUICK_REPEATS` repetitions and none of them repeats a
-    group.
+    """Return True if a pattern, without escapes, has at most two repetitions (*, +, ? or {) and none of *, + and {
+    comes after a group.
     """
     repeats = re.findall(r"[*+?{]", bare)
     return len(repeats) <= QUICK_REPEATS and not re.search(r"\)[*+{]", bare)

@@ -213,7 +213,7 @@ def describe_trained_module(method: Head | TrainableTokens) -> tuple[str, int]:
     A caller's module counts in place of the base's.
 
     A head gives the module's class name and the size of all parameters. Token rows give "<n> tokens" and n times the
-    width of the embedding.
+    width of the embedding, which for a tied head is `in_features`.
     """
     site = method.site
     if isinstance(method, Head):
@@ -234,8 +234,8 @@ def find_saved_entry(key: str, names: Sequence[str]) -> str | None:
 def check_can_train_whole(key: str, module: nn.Module, inside: Sequence[str], adapter: str) -> None:
     """Raise UnsupportedLayerError if `adapter` cannot train a copy of the module at `key`.
 
-    Causes: it is a container of modules or parameters, it is an adapter layer, its weights are quantized, or modules
-    within it have adapters.
+    Causes, in this order: it is a container of modules or parameters or an adapter layer, its weights are quantized, or
+    modules within it have adapters.
 
     Args:
         inside: paths below the module that have adapters.

@@ -243,6 +243,7 @@ def add_adapter(
     Args:
         on_meta: make placeholders on the meta device instead of calling the method's `build` and `init_values`.
         upcast: hold half-precision tensors in float32.
+        default: torch's default device, if the caller has read it.
 
     Raises:
         LinAlgError: a decomposition of the base weight failed. The text names the adapter and the layer.

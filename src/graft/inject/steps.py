@@ -289,7 +289,7 @@ class ReplacedSteps:
 
         Raises:
             UnsupportedLayerError: another adapter or config class, no module of the model, another place than the
-                module's, or a site that is recorded already.
+                module's, a site that is recorded already, or a parameter that cannot be adapted.
         """
         job = self.job
         tree, path = job.tree, self.paths.get(target, "") if isinstance(target, nn.Module) else ""

@@ -211,9 +211,9 @@ def parse_functions(functions: Iterable[FunctionType]) -> list[SourceUses]:
 def find_inner_uses(kind: type) -> dict[Path, Use]:
     """Return {path: use} for the modules within instances of a class; {} if it reads the weight of none.
 
-    The source of the methods along the class's MRO is parsed, without torch's classes and without methods that set up,
-    load or save. All are parsed only if one that names a tensor reads a weight. If a method passes `self` to other
-    code, all paths count as called. The result is kept in `SOURCES` per class.
+    The source of the methods along the class's MRO is parsed, of equal names the first. Torch's classes and methods
+    that set up, load or save are left out. All are parsed only if one that names a tensor reads a weight. If a method
+    passes `self` to other code, all paths count as called. The result is kept in `SOURCES` per class.
     """
     if kind in SOURCES:
         return SOURCES[kind]
@@ -514,7 +514,8 @@ def get_site(key: str, module: nn.Module, tree: ModuleTree) -> Site:
 def find_weight_uses(key: str, tree: ModuleTree) -> tuple[bool, bool]:
     """Return (is_read, is_called): whether modules around the one at `key` read its weight, and whether they call it.
 
-    A module that nobody reads counts as called. `out_proj` of an attention is read and not called.
+    The uses in `tree.readers` count of each module around it, by the path from there with ITEM for a number. A module
+    that nobody reads counts as called. `out_proj` of an attention is read and not called.
     """
     parent, _, name = key.rpartition(".")
     if parent in tree.modules and name in list_read_children(innermost(tree.modules[parent])):

@@ -77,7 +77,8 @@ def resolve_targets(cfg: Targeted, method: type[Method], model: nn.Module, modul
 def find_default_targets(method: type[Method], model: nn.Module) -> list[str] | str | None:
     """Return the default `target_modules` of a method for this model; None if there are none.
 
-    If the method has none but adapts projections, the table MIXERS gives those of model types with mixers.
+    If the method has none, but its table has an entry "nemotron_h" (it adapts projections), the table MIXERS gives
+    those of the model type.
     """
     defaults = method.default_targets(model)
     adapts_projections = "nemotron_h" in method.targets  # the one model with such mixers that PEFT's tables know

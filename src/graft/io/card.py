@@ -32,8 +32,9 @@ def write_card(model: nn.Module, folder: str) -> None:
     """Write or update `README.md` in `folder`: tags, base model, library name and the line with PEFT's version.
 
     An existing card keeps its text and gets missing parts. A link counts as no card and is replaced. If nothing
-    changes, nothing is written. The folder is made if needed. "transformers" is a tag for its models, and the pipeline
-    tag follows from the first adapter's task CAUSAL_LM.
+    changes, nothing is written. The folder is made if needed. "transformers" is a tag for its models, and the base's
+    `model_tags` are tags. The first adapter's task CAUSAL_LM sets the pipeline tag. The base's name is `_name_or_path`
+    of its config, else its `name_or_path`.
     """
     path = os.path.join(folder, "README.md")
     base = model.get_base_model()

@@ -114,9 +114,10 @@ def list_entries(parts: AdapterCarriers, adapter: str, prefix: str) -> Iterator[
     """Yield an entry for each tensor of `adapter` that a checkpoint holds: prompt, layers, token rows, heads, then
     shared tensors.
 
-    Names in memory contain the layers of all adapters, names in a file only those of this one, without wrappers. An
-    entry's `also` lists other names under which files may hold the tensor. Slots that are not saved get no entry, nor
-    do token rows borrowed from another adapter.
+    Names in memory contain the adapter's name and the layers of all adapters; names in a file neither, but the layers
+    of this one, without wrappers. A path with a dot below a container keeps the adapter's name in a file, as in PEFT;
+    `files` of the method may say other names. An entry's `also` lists other names under which files may hold the
+    tensor. Slots that are not saved get no entry, nor do token rows borrowed from another adapter.
 
     Args:
         prefix: that of the model's keys.

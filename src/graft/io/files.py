@@ -95,7 +95,9 @@ def save_adapter(
     noted = {KEY: json.dumps(fingerprint), notes.CONFIG: text, seal.KEY: digest_tensors(on_cpu)}
 
     def write(path: str) -> None:
-        """Write the weights to `path`, with the notes."""
+        """Write the weights to `path`: as safetensors with the notes in the metadata, else by `torch.save`, with the
+        notes put into that file afterwards.
+        """
         if safetensors:
             write_safetensors(path, on_cpu, {"format": "pt", **noted})
         else:
@@ -257,9 +259,10 @@ def separate_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = True) -> LoadedWeights:
     """Return the content of a safetensors file, read into memory, with tensors in the file's order and its notes.
 
-    A mapped file would change a running model when overwritten, and kill the process when truncated. Another thread
-    computes the digest meanwhile. `finite` is set if the sum of all numbers shows it. The result also has the
-    fingerprint of the base and a stamp of the file.
+    A mapped file would change a running model when overwritten, and kill the process when truncated. safetensors'
+    `load` reads the tensors; after its ValueError those of `load_file` are copied. Another thread computes the digest
+    meanwhile. `finite` is set if the sum of all numbers shows it. The result also has the fingerprint of the base and a
+    stamp of the file.
 
     Args:
         check_digest: compare the tensors with the file's digest, if it has one.

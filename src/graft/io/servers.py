@@ -311,10 +311,11 @@ def rename_key(key: str, prefix: str, paths_by_old: Mapping[str, str]) -> str:
 def read_block(block: ServerBlock, values: PartFactors, config: PeftConfig) -> dict[str, BlockStack]:
     """Return the factors of a block's stacks with their scalings, by IN and OUT.
 
-    Returns {} if a part lacks some expert. A stack under no known part names is left out, and so is a stack of zeros.
-    Rows of gate and up are joined in the model's order. Gate and up with different A become one pair of the ranks of
-    both, except in a file by expert, which gives {}. A factor that all experts share is expanded to one per expert, as
-    a view.
+    Returns {} if a part lacks some expert. A stack is sought under PEFT's name, then under its parameter's (only a
+    gated input stack), last by its parts. Those have the block's names, those in `PARTS` or `W`. A stack that is not
+    found is left out, and so is one of zeros. Rows of gate and up are joined in the model's order. Gate and up with
+    different A become one pair of the ranks of both, except in a file by expert, which gives {}. A factor that all
+    experts share is expanded to one per expert, as a view.
     """
     n = block.shapes[IN][0]
     parts = {part: pair for part, sides in values.items() if (pair := assemble_factors(sides, n)) is not None}

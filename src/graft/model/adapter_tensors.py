@@ -74,7 +74,8 @@ def adapter_tensors(
     The model does not change. All processes that hold it call this; only the first gets the tensors and a digest, the
     others {} and "".
 
-    An adapter that changed the base at its start (PiSSA) gets factors of twice the rank, for the original base.
+    An adapter that changed the base at its start (PiSSA) gets factors of twice the rank, for the original base. The
+    fingerprint is {} if the file names the module of an adapted parameter, in a layout other than "peft".
 
     Args:
         layout: "peft"; "vllm", which is "vllm-3d" if vLLM holds the experts of this family as stacks, else "vllm-2d";

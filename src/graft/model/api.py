@@ -124,7 +124,8 @@ def get_peft_config(config_dict: Json) -> PeftConfig:
 
 
 def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> InjectReport:
-    """Return the report of injecting `config`: layers, trainable parameters, skipped modules and why.
+    """Return the report of injecting `config`, with heads of its task: layers, trainable parameters, skipped modules
+    and why.
 
     Print it to see a table.
 

@@ -91,7 +91,9 @@ class AuditReport:
         return "\n".join(lines)
 
     def range_of_updates(self) -> str:
-        """Return the smallest and the largest share in `updates` as text, or the one value if they are equal."""
+        """Return the smallest and the largest share in `updates` as text, "1.0e-03 to 2.0e-02", or the one value if
+        they are equal.
+        """
         least, most = min(self.updates.values()), max(self.updates.values())
         return f"{least:.1e}" if least == most else f"{least:.1e} to {most:.1e}"
 
@@ -180,15 +182,15 @@ class Part(NamedTuple):
 def audit(
     model: nn.Module, optimizer: torch.optim.Optimizer | None = None, loss: Callable[[], Tensor] | None = None
 ) -> AuditReport:
-    """Return a report of the active adapters: which do not train or move, have exploded, are not saved, or not
-    optimized.
+    """Return a report of the active adapters: which do not train or move, are frozen, have exploded, are not saved, or
+    not optimized.
 
     Call it between `backward()` and `zero_grad()`, or pass `loss`. Without gradients it judges values alone: whether
     training has changed the adapters, and how large their updates are. It waits for the device only a few times, but
     reads each weight: call it now and then, not in every step.
 
-    A model in training runs a part of the audit once without a call, and warns (`Watch`). `graft.train.Watch`
-    audits in a Trainer.
+    A model in training runs a part of the audit once without a call, and warns (`Watch`). `graft.train.Watch` audits in
+    a Trainer.
 
     Args:
         model: with adapters; a PeftModel, a module that carries adapters, or a wrapper (DDP, torch.compile) of one.
@@ -478,8 +480,8 @@ def module_norms(module: nn.Module, original: nn.Module) -> tuple[Tensor, ...]:
     """Return the norms of the difference between a copied module and its original, and of the original, over all
     parameters, as two float32 scalars.
 
-    Return () if there are no parameters, if shapes or devices of a pair differ, or if one is sharded, empty or not a
-    dense floating tensor.
+    Parameters are paired in their order, and those beyond the shorter list ignored. Return () if there are no
+    parameters, if shapes or devices of a pair differ, or if one is sharded, empty or not a dense floating tensor.
     """
     pairs = list(zip(module.parameters(), original.parameters()))
     if not pairs or not all([is_dense_float(t) and t.numel() and layout_of(t) is None for pair in pairs for t in pair]):
@@ -500,8 +502,8 @@ def module_norms(module: nn.Module, original: nn.Module) -> tuple[Tensor, ...]:
 
 
 def active_dropouts(config: PeftConfig) -> list[str]:
-    """Return "<field>=<value>" for each field of a config with "dropout" in its name and a value that is neither empty
-    nor a bool.
+    """Return "<field>=<value>" for each field of a config with "dropout" in its name and a value that is not 0, empty,
+    or a bool.
     """
     shares = [(f.name, getattr(config, f.name)) for f in fields(config) if "dropout" in f.name]
     return [f"{name}={value}" for name, value in shares if value and not isinstance(value, bool)]

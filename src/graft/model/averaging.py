@@ -160,7 +160,7 @@ class Averager:
     def follow(self, output: object) -> None:
         """Hook the tensors of a call's output, so that the gradients are averaged when its backward pass ends.
 
-        A pass that an error broke off before is forgotten.
+        A pass that an error broke off before is forgotten, unless gradient checkpointing makes this call within a pass.
         """
         if torch._C._current_graph_task_id() == -1:  # else gradient checkpointing calls the model
             self.task, self.follows = None, False
@@ -176,7 +176,9 @@ class Averager:
             torch.autograd.Variable._execution_engine.queue_callback(self._on_end)
 
     def note_gradient(self) -> None:
-        """Have autograd call `_on_end` after the pass that has given a parameter a gradient, unless that is certain.
+        """Have autograd call `_on_end` after the pass that gives a parameter a gradient.
+
+        Does nothing if a call's output, or an earlier gradient of the same pass, has done so.
 
         Under reentrant checkpointing, without a call of the PeftModel, that is after the pass of each block.
         """
@@ -187,9 +189,12 @@ class Averager:
 
     @torch.no_grad()
     def _on_end(self) -> None:
-        """Average the gradients of all parameters that train, unless FSDP2 waits for a later pass as well.
+        """Average the gradients of all parameters that train, after `agree`.
 
-        The next pass then averages the sum of both. Half precision is summed in float32.
+        Does nothing if FSDP2 waits for a later pass as well.
+
+        The next pass then averages the sum of both. Half precision is summed in float32, one sum for each device and
+        dtype.
         """
         self.task, self.follows = None, False
         if not self.sharding.syncs_gradients:
@@ -259,10 +264,11 @@ WHY_NOT_DDP = (
 
 
 def note_start(registry: Tuner, adapter: str) -> None:
-    """Record shapes, dtypes and norms of an adapter's first values in `registry.starts`, for a comparison with other
-    processes.
+    """Leave a RankNote of an adapter's first values in the store, and keep it in `registry.starts`, for a comparison
+    with other processes.
 
-    Both are noted as texts. Values that are no floats, empty, sharded or on the meta device are left out.
+    Shapes and dtypes are its topic, the norms of all values its text. Values that are no floats, empty, sharded or on
+    the meta device are left out.
     """
     slots = (s for carrier, name in iter_carried(registry.carriers(), [adapter]) for s in carrier.slots(name))
     tensors = [s.tensor.detach() for s in slots if s.tensor.is_floating_point() and not s.tensor.is_meta]

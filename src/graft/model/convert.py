@@ -83,6 +83,8 @@ def truncate_lora(model: nn.Module, rank: int, adapter_name: str = "default") ->
 
     The model does not change.
 
+    Other tensors are copied whole. The config is plain LoRA of that rank, without a `rank_pattern`.
+
     DyLoRA (arXiv 2210.07558) trains every rank up to its own, so each can be cut out. Where ranks are not in order,
     `convert_to_lora` gives the best product of a rank. Load the result as shown there.
 

@@ -75,7 +75,7 @@ class XLoraRegistry(Registry):
     def parts_of(self, adapter_name: str) -> AdapterCarriers:
         """Return the carriers of an adapter.
 
-        Those of the X-LoRA adapter have the classifier as `shared`. Raises AdapterNotFoundError as the base class does.
+        Those of the X-LoRA adapter have the classifier as `shared`. An adapter that is not loaded gives empty carriers.
         """
         parts = super().parts_of(adapter_name)
         if adapter_name == self.owner:
@@ -314,8 +314,9 @@ def create_arrow_model(
     """Load adapters as `task_0`, … (and `gks_0`, … with `use_gks`), add `arrow_router` over them, activate it, and
     return the PeftModel.
 
-    The names are written into `arrow_config`. The router has the adapters' targets and their rank. After an error
-    within the loading, adapters are removed, and the modes of the modules are as before.
+    The names are written into `task_adapter_names` and `gks_adapter_names` of `arrow_config`. The router has the
+    adapters' targets and their rank. After an error within the loading, adapters are removed, and the modes of the
+    modules are as before.
 
     Args:
         task_specific_adapter_paths: of the experts: folders, or "owner/repository[/subfolder]" on the hub.
@@ -364,8 +365,8 @@ def create_arrow_model(
 def split_source(path: str) -> tuple[str, str | None]:
     """Return (folder or hub repository, sub-folder or None) of an adapter's path.
 
-    A relative path of three parts or more, that is no folder, is a repository of the first two with a sub-folder. An
-    absolute one is returned as it is.
+    A relative path of three parts or more, that is no folder, is a repository of the first two with a sub-folder. Any
+    other path is returned as it is, with None.
 
     Raises CheckpointError for a folder without adapter_config.json.
     """

@@ -26,7 +26,7 @@ from graft.model.tuner import Tuner, make_target_test
 
 
 def find_carriers(model: nn.Module) -> list[AdapterLayer | Wrapper]:
-    """Return the adapter layers and the wrappers of heads in a model, layers first."""
+    """Return the adapter layers and the wrappers of heads and token rows in a model, layers first."""
     tree = survey_model(model)
     return [*tree.layers.values(), *tree.wrappers.values()]
 

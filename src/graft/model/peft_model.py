@@ -201,6 +201,7 @@ class PeftModel(nn.Module):
 
     @active_adapter.setter
     def active_adapter(self, name: str) -> None:
+        """Make adapter `name` the active one and trainable, by `set_adapter` with its errors."""
         self.set_adapter(name)
 
     @property
@@ -213,6 +214,7 @@ class PeftModel(nn.Module):
 
     @change_timeout.setter
     def change_timeout(self, seconds: float | None) -> None:
+        """Set the seconds at the model's gate, without a check; None: no limit."""
         self._registry.call.gate.timeout = seconds
 
     @property
@@ -650,7 +652,8 @@ class PeftModel(nn.Module):
                 this server reads right. A method that is not LoRA is truncated to one that keeps 99.99 % of ‖ΔW‖², with
                 a warning that says the error; `graft.save_as_lora` takes another rank.
             layout: "vllm", "sglang" or another of `graft.adapter_tensors`: write its tensors, with experts as the
-                server holds them. Such files load here as others do.
+                server holds them. Such files load here as others do. With it or `for_server`, only the names and
+                `is_main_process` count of the other arguments.
             kwargs: `state_dict`, to take values from; others of transformers are ignored.
 
         Raises:
@@ -741,6 +744,8 @@ class PeftModel(nn.Module):
             strict: raise if the checkpoint and the adapter do not hold the same tensors; else warn.
             allow_nonfinite: load NaN and infinite numbers, too.
             change_timeout: as in `PeftModel`.
+            ephemeral_gpu_offload, low_cpu_mem_usage: without effect, except that a replaced `load_adapter` gets the
+                latter.
             kwargs: for the hub; of X-LoRA `adapters`, with the paths of the experts; `check_digest=False` to load a
                 file that was changed after its save. `expert_layout` names the form of factors of stacks of experts, if
                 the file does not: "peft", "exchanged" (PEFT before 0.19.1), "grouped_by_expert" (Unsloth before
@@ -837,6 +842,7 @@ class PeftModel(nn.Module):
             is_trainable: let the adapter train from now on, active or not, and leave the model in its mode; an adapter
                 that trains in part stays so. If False, set the model to eval mode, with a warning if others are
                 training.
+            torch_device, ephemeral_gpu_offload, low_cpu_mem_usage: without effect.
             kwargs: as of `from_pretrained`.
 
         Raises:

@@ -119,10 +119,11 @@ class Prompts(Registry):
     def add_adapter(self, adapter_name: str, config: PromptLearningConfig, options: Options) -> InjectReport:  # type: ignore[override]
         """Add a prompt, inactive, and return the report.
 
-        The config gets the sizes of the model at the end. On an error nothing has changed. The prompt is on the main
-        stack's device, in the model's training mode.
+        The config gets the sizes of the model at the end. On an error nothing has changed. The survey in `tree` is used
+        once, and the report's `matched` gets a row for the prompt. The prompt is on the main stack's device, in the
+        model's training mode.
 
-        Processes of a pipeline or of a sharded model meet first, and draw equal initial values.
+        After these checks processes of a pipeline or of a sharded model meet; then they draw equal initial values.
 
         Raises:
             ConfigError: the config does not fit the model: see `_fit`.
@@ -392,8 +393,8 @@ class Prompts(Registry):
 
 
 def describe_prompt(prompt: Prompt) -> Matched:
-    """Return a report's row for a prompt: its class, and number and shapes (as "name (n, m)") of its parameters that
-    train.
+    """Return a report's row for a prompt, at `PLACE`: its class, and number and shapes (as "name (n, m)") of its
+    parameters that train.
     """
     sized = [(name, p) for name, p in prompt.named_parameters() if p.requires_grad]
     shapes = tuple(f"{name} {tuple(p.shape)}" for name, p in sized)
@@ -471,7 +472,9 @@ def initialize_kv_prefix_from_text(
     """Set a CARTRIDGE or PREFIX_TUNING adapter to the keys and values of the first tokens of a text, and return the new
     prompt.
 
-    The base model reads just these tokens, without adapters, in eval mode: later tokens do not change them.
+    The base model reads just these tokens, without adapters and gradients, in eval mode: later tokens do not change
+    them. They go into a new DynamicCache without the model's config. If the model has word embeddings, token ids are
+    checked against them.
 
     Args:
         tokenizer: the base model's.

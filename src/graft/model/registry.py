@@ -205,7 +205,7 @@ class Registry:
 
     def _register(self, adapter_name: str, config: PeftConfig) -> None:
         """Record the config of an adapter, and whether its method surrounds runs, adds a loss, or takes arguments of
-        calls.
+        calls that the base's forward does not take.
         """
         self.peft_config[adapter_name] = config
         method = method_of(config.peft_type).variant(config)
@@ -279,7 +279,10 @@ class Registry:
         files.save_adapter(folder, tensors, config, True, self.fingerprint_base(adapter_name))
 
     def take_snapshot(self, adapter_name: str) -> files.AdapterSnapshot:
-        """Return a copy of an adapter, on its device, with a sampled fingerprint of the base."""
+        """Return a copy of an adapter, on its device, with a sampled fingerprint of the base.
+
+        The config is a deep copy; embeddings are in it as with `save_embedding_layers="auto"`.
+        """
         tensors, config = checkpoints.file_contents(self.holder, adapter_name, None, "auto", None)
         copies = {key: t.detach().clone() for key, t in tensors.items()}
         return files.AdapterSnapshot(copy.deepcopy(config), copies, self.fingerprint_base(adapter_name))
@@ -916,7 +919,8 @@ class Registry:
 
         Waits until no call runs. If the base came with adapters, its parameters stay frozen. Modules in
         `modules_to_save` keep the active adapter's values, also while adapters are disabled. Merged weights stay
-        merged. `layers` and `wrappers` become empty; `peft_config` stays.
+        merged. `layers` and `wrappers` become empty; `peft_config` stays. FSDP2 then averages the parameters that
+        train, if it had sharded the base before.
 
         Args:
             keep_modules: False: the base's own modules are put back, and merged adapters are unmerged.
@@ -945,7 +949,7 @@ class Registry:
         """Remove an adapter, its tensors, and all that the registry notes of it. Waits until no call runs.
 
         If it was active, the remaining active ones are activated again by `set_adapter`, which also lets them train. If
-        it was the only active one, that is the first of the others (by name), with a warning.
+        it was the only active one, that is the first of the others (by name), with a warning; none without others.
 
         If it was part of an active Average or Parallel, the composition ends, with a warning.
 

@@ -112,7 +112,9 @@ class _Classification(_WithHead):
         return max(known) if known else None
 
     def _head(self) -> nn.Module | None:
-        """Return the head: the first child module with one of the task's names; None if there is none."""
+        """Return the head: of the task's names in order, the first that is a module of the base; None if there
+        is none.
+        """
         model = self.get_base_model()
         return next((m for n in TASK_HEADS[self.task] if isinstance(m := getattr(model, n, None), nn.Module)), None)
 
@@ -148,7 +150,9 @@ class _Classification(_WithHead):
 
 
 def _read_labels(model: nn.Module) -> tuple[int, object, object] | None:
-    """Return (num_labels, id2label, label2id) of a model's config; None without num_labels."""
+    """Return (num_labels, id2label, label2id) of a model's config, None for a missing name table; None without
+    num_labels.
+    """
     config = getattr(model, "config", None)
     n = getattr(config, "num_labels", None)
     return None if n is None else (n, getattr(config, "id2label", None), getattr(config, "label2id", None))

@@ -40,7 +40,9 @@ class Dispatch:
 
     @property
     def places(self) -> Iterator[dict[str, Any]]:
-        """Yield the attributes of each object that calls the block's forward on a process's tokens."""
+        """Yield `__dict__` of the implementation, and of each object among its attributes, that has `experts_forward`
+        in it. These call the block's forward on a process's tokens.
+        """
         for it in (self.implementation, *self.implementation.__dict__.values()):
             if RUNS in getattr(it, "__dict__", {}):
                 yield it.__dict__

@@ -221,7 +221,8 @@ def encode_fp4(W: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes of 4-bit floats, bytes (out, in/2) with the low half first, for W (out, in); and exponents (out,
     groups).
 
-    The exponents (base 2, at least 0) say by how much scales must grow. Scales that fit stay: new ones would move other
+    A number gets the nearest of the 8 magnitudes, of two equally near the smaller. The exponents (base 2, at least 0)
+    say by how much scales must grow: until no number is above 7 scales. Scales that fit stay: new ones would move other
     numbers of their blocks.
 
     Args:

@@ -102,7 +102,10 @@ class Meeting:
         return room
 
     def _compare_tasks(self) -> None:
-        """Raise `error` if another rank wrote another task. The text shows both."""
+        """Raise `error` if another rank wrote another task.
+
+        The text shows this rank's and the first other one, and all differing ranks.
+        """
         tasks = {rank: bytes(self.store.get(f"{self.room}/{rank}")) for rank in self.ranks}
         differing_ranks = [rank for rank, task in tasks.items() if task != tasks[self.rank]]
         if differing_ranks:

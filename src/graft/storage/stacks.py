@@ -365,7 +365,8 @@ class Bnb4(PackedMatrices):
     def remake(self, matrix: Callable[[int], Tensor]) -> Bnb4:
         """Return a new stack of `matrix(expert)`, each quantized with the old settings; this stack does not change.
 
-        Nested scales are quantized again together, after their mean is subtracted; it becomes the new offset.
+        Nested scales are quantized again together, after their mean is subtracted; it becomes the new offset. The codes
+        keep their shape.
         """
         old, functional = self.state, import_module("bitsandbytes.functional")
         settings = dict(blocksize=old.blocksize, quant_type=old.quant_type, quant_storage=self.codes.dtype)

@@ -60,7 +60,7 @@ class BEFT(Method[BeftConfig]):
         return self.beft_bias.flatten()
 
     def branch(self, x: Tensor) -> Tensor:
-        """Return c (out,), scaled as the embedding scales its outputs (`op.scaled`).
+        """Return c (out,), scaled as the embedding scales its outputs (`op.scale_rows`).
 
         It is the same for all ids, so x is not read.
         """

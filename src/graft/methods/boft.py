@@ -89,8 +89,9 @@ class BOFT(Method[BOFTConfig]):
         return why
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return uninitialised parameters `boft_R` (F, blocks, b, b) and `boft_s` (out, 1), of a convolution (1, out),
-        and facts.
+        """Return uninitialised parameters `boft_R` (F, blocks, b, b) and `boft_s` (out, 1), of a convolution (1, out).
+
+        Also `boft_block_size` and `boft_block_num` of this layer, and the config's `boft_dropout`.
 
         With F > 1 also the buffer `boft_orders` (F, 2, n), which no file holds: each factor's permutation and its
         inverse.

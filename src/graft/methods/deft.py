@@ -55,8 +55,8 @@ class DEFT(Method[DeftConfig]):
         return WeightUse.STARTS if self.cfg.init_weights and not self.cfg.para else WeightUse.NONE
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return uninitialised `deft_P` (out, r) and, unless `para`, `deft_R` (r, fan_in), with r at most out; the
-        dropout and scaling.
+        """Return uninitialised `deft_P` (out, r) and, unless `para`, `deft_R` (r, fan_in), with r at most out;
+        `deft_dropout`, r and scaling.
 
         scaling = alpha / r, or 1 without alpha.
         """
@@ -92,8 +92,8 @@ class DEFT(Method[DeftConfig]):
         return self.layer.W0.detach().flatten(1)
 
     def projections(self) -> tuple[Tensor, Tensor]:
-        """Return Q and Z (out, r), in at least float32: P and relu(P) for "relu", else twice the orthonormal Q of P's
-        QR decomposition.
+        """Return Q and Z (out, r), in at least float32: P and relu(P) for "relu"; else both are the orthonormal Q of
+        P's QR decomposition.
         """
         P = self.deft_P.to(torch.promote_types(self.deft_P.dtype, torch.float32))
         if self.cfg.decomposition_method == "relu":

@@ -44,8 +44,8 @@ class DeLoRA(Method[DeloraConfig]):
     delora_dropout: nn.Module
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return uninitialised parameters `delora_A` (r, fan_in), `delora_B` (out, r), `delora_lambda` (1,), and the
-        dropout.
+        """Return uninitialised parameters `delora_A` (r, fan_in), `delora_B` (out, r), `delora_lambda` (1,),
+        `delora_dropout` and `r`.
 
         The buffer `delora_w_norm` (fan_in,) starts as ones.
         """
@@ -60,7 +60,7 @@ class DeLoRA(Method[DeloraConfig]):
         )
 
     def init_values(self) -> None:
-        """Fill A kaiming uniform (a=√5), B with zeros (random with `init_weights=False`), λ with `delora_lambda`.
+        """Fill A kaiming uniform (a=√5), B with zeros (as A with `init_weights=False`), λ with `delora_lambda`.
 
         The buffer gets the norms of the columns of W₀.
         """

@@ -52,7 +52,7 @@ class Ewora(Method[EworaConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return uninitialised `ewora_As` (experts, in, r) and `ewora_Bs` (experts, r, out), `ewora_weighting`, a
-        linear layer (experts, experts · r) with bias, and the dropout.
+        linear layer (experts, experts · r) with bias, `ewora_dropout` and `r`.
         """
         cfg, site = self.cfg, self.site
         E, r = cfg.num_experts, cfg.r

@@ -96,7 +96,7 @@ class GLoRA(Method[GloraConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return five `Support` modules of the kinds in the config: A and B (out, fan_in), C (fan_in, 1), D and E
-        (out,).
+        (out,); and `r`.
 
         On a layer without bias C, D and E are of kind "none".
         """
@@ -112,7 +112,9 @@ class GLoRA(Method[GloraConfig]):
         )
 
     def init_values(self) -> None:
-        """Fill all five tensors (`Support.start`): the update starts as zero, or random with `init_weights=False`."""
+        """Fill all five tensors (`Support.start`): the update starts as zero; with `init_weights=False` all values are
+        random.
+        """
         for support in (self.glora_A, self.glora_B, self.glora_C, self.glora_D, self.glora_E):
             support.start(self.cfg.init_weights)
 

@@ -67,7 +67,7 @@ class GraLoRA(Method[GraloraConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return the parameters `gralora_A` (k, in / k, r) and `gralora_B` (k, r, out / k) with the values of `blocks`,
-        the dropout and facts.
+        `gralora_dropout`, r, hybrid_r, gralora_k and alpha.
 
         scaling = alpha / (r + hybrid_r). With `hybrid_r` also the linear layers `gralora_A_general` (hybrid_r, in) and
         `gralora_B_general` (out, hybrid_r), which `init_values` fills.
@@ -90,8 +90,8 @@ class GraLoRA(Method[GraloraConfig]):
         return values
 
     def blocks(self) -> tuple[Tensor, Tensor]:
-        """Draw A (k, in / k, r) and B (k, r, out / k), block by block in PEFT's order: A kaiming uniform, B zeros, or
-        random with `init_weights=False`.
+        """Draw A (k, in / k, r) and B (k, r, out / k), block by block in PEFT's order: A kaiming uniform (a=√5), B
+        zeros, or as A with `init_weights=False`.
         """
         cfg, k = self.cfg, self.cfg.gralora_k
         sizes = self.site.fan_in // k, self.site.out_features // k
@@ -102,8 +102,9 @@ class GraLoRA(Method[GraloraConfig]):
         return torch.stack(A), torch.stack(B)
 
     def init_values(self) -> None:
-        """With `hybrid_r`, fill the plain factors: A kaiming uniform (a=√5), B zeros (random with
-        `init_weights=False`). Else do nothing.
+        """With `hybrid_r`, fill the plain factors: A kaiming uniform (a=√5), B zeros (as A with `init_weights=False`).
+
+        Else do nothing.
         """
         if not self.cfg.hybrid_r:
             return

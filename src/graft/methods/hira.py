@@ -50,7 +50,8 @@ class HiRA(Method[HiraConfig]):
         return Update(self.delta, of_weight=True, dropout=self.dropout)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return `hira_A` (r, in / groups, *kernel) and `hira_B` (out, r, 1, …) of normal values, and the dropout.
+        """Return `hira_A` (r, in / groups, *kernel) and `hira_B` (out, r, 1, …) of normal values, `hira_dropout` and
+        `r`.
 
         On an embedding they are called `hira_embedding_A` and `hira_embedding_B`.
         """

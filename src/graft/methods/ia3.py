@@ -75,8 +75,8 @@ class IA3(Method[IA3Config]):
             cfg.feedforward_modules = as_set(IA3_FEEDFORWARD[kind])
 
     def check(self) -> str | None:
-        """Return the reason of `Method.check`, or that an embedding's input cannot be scaled, if a feed-forward name
-        fits it.
+        """Return the reason that an embedding's input cannot be scaled, if a feed-forward name fits it; else that of
+        `Method.check`.
         """
         if self.site.op.takes_ids and self.inner:
             return "An embedding's input cannot be scaled, so it cannot be a feed-forward module"

@@ -83,8 +83,8 @@ class Lily(Method[LilyConfig]):
         return super().check()
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return the facts and three linear layers without bias: `lily_A` (r, fan_in), `lily_B` (num_B · r, out) and
-        `lily_router` (num_B, r).
+        """Return the config's r, num_B, stride_A and scaling, and three linear layers without bias: `lily_A` (r,
+        fan_in), `lily_B` (num_B · r, out) and `lily_router` (num_B, r).
         """
         cfg, site = self.cfg, self.site
         return dict(

@@ -95,8 +95,8 @@ class LoHa(Lycoris[LoHaConfig]):
         return Update(self.delta, draws=self.draws)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return the facts and uninitialised parameters `hada_w1_a`, `w2_a` (out, r) and `hada_w1_b`, `w2_b` (r,
-        fan_in).
+        """Return `facts` (r, alpha, scaling, dropout rates) and uninitialised parameters `hada_w1_a`, `w2_a` (out, r)
+        and `hada_w1_b`, `w2_b` (r, fan_in).
 
         With a factored kernel (`cp`): a (r, out), b (r, in / groups), and `hada_t1`, `hada_t2` (r, r, *kernel).
         """

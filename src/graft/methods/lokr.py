@@ -55,7 +55,9 @@ class LoKr(Lycoris[LoKrConfig]):
         return Update(self.delta, branch=self.branch if self.site.multiplies_vectors else None, draws=self.draws)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return the facts and an uninitialised parameter `lokr_…` for each entry of `shapes`."""
+        """Return `facts` (r, alpha, scaling, dropout rates), `rank_dropout_scale`, and an uninitialised parameter
+        `lokr_…` for each entry of `shapes`.
+        """
         facts = self.facts() | dict(rank_dropout_scale=self.cfg.rank_dropout_scale)
         return facts | {f"lokr_{name}": nn.Parameter(torch.empty(shape)) for name, shape in self.shapes().items()}
 
@@ -108,7 +110,7 @@ class LoKr(Lycoris[LoKrConfig]):
 
     def delta(self) -> Tensor | Kronecker:
         """Return ΔW = scaling · w1 ⊗ w2: a `Kronecker` that is not formed yet, or a tensor in training with dropout or
-        for a Conv1d.
+        for a whole w2 of a Conv1d.
 
         Dropout multiplies the rows of ΔW, rescaled with `rank_dropout_scale`.
         """

@@ -75,7 +75,7 @@ class LoraXS(Method[LoraXsConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return `loraxs_R` (r, r), trained, and the buffers `loraxs_A` (r, fan_in) and `loraxs_B` (out, r), all zeros;
-        the dropout and scaling = alpha / r.
+        `loraxs_dropout`, `r` and scaling = alpha / r.
 
         Files hold A and B only with `save_projection`.
         """

@@ -43,7 +43,7 @@ class Lycoris(Method[L]):
     module_dropout: float
 
     def check(self) -> str | None:
-        """Return the reason of `Method.check`. Raises ConfigError if r < 1."""
+        """Raise ConfigError if r < 1; else return the reason of `Method.check`."""
         COUNT.check("r", self.cfg.r)
         return super().check()
 

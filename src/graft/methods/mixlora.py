@@ -140,10 +140,10 @@ class MixLoRA(Method[MixLoraConfig]):
         return super().check()
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return, of an MLP, the linear layer `mixlora_router` (experts, H).
+        """Return, of an MLP, only the linear layer `mixlora_router` (experts, H) without bias.
 
         Of a layer in an MLP uninitialised `mixlora_A` (experts, r, in) and `mixlora_B` (experts, out, r), of others (r,
-        in) and (out, r); and the dropout.
+        in) and (out, r); and `mixlora_dropout` and `r`.
         """
         cfg, site, E = self.cfg, self.site, self.cfg.num_experts
         if self.routes:

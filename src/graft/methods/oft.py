@@ -142,8 +142,8 @@ class OFT(Method[OFTConfig]):
     def R(self) -> Tensor:
         """Return the orthogonal blocks of R, (blocks, b, b), or (1, b, b) if they share one, in at least float32.
 
-        With `coft` the parameters are constrained to `eps` in the backward pass. In training with `module_dropout`,
-        random blocks are the identity.
+        With `coft` the parameters are constrained to `eps` in the backward pass. In training each block is the identity
+        with the probability `module_dropout`.
         """
         v: Tensor = self.rotation.weight
         if self.eps is not None:
@@ -168,7 +168,9 @@ class OFT(Method[OFTConfig]):
         return rotate(x, self.R().to(self.dtype).expand(self.blocks, -1, -1))
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the weight times R, such that W' x = W (x R); of an embedding Rᵀ W, as R rotates its output.
+        """Return W Rᵀ block by block, in W's shape, so that W' x = W (x R).
+
+        Of an embedding return Rᵀ W, as R rotates its output.
 
         The bias is unchanged.
         """

@@ -73,7 +73,7 @@ class OSF(Method[OSFConfig]):
         return out, n, k, min(out, n) - k
 
     def check(self) -> str | None:
-        """Return the reason of `Method.check`. Raises ConfigError if no component of a known layer stays."""
+        """Raise ConfigError if no component of a known layer stays; else return the reason of `Method.check`."""
         if self.site.op.known and self.sizes[2] <= 0:
             raise ConfigError(
                 f"`effective_rank` should be a positive integer value but the value passed is {self.sizes[2]}, from "

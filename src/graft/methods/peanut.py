@@ -64,8 +64,8 @@ class PEANuT(Method[PeanutConfig]):
         return Update(factors=self.factors, of_weight=True)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return linear layers without bias: `peanut_A` (r, out), `peanut_B` (out, r), and `depth` encoders and
-        decoders (r, r); and facts.
+        """Return linear layers without bias: `peanut_A` (r, out), `peanut_B` (out, r), and lists `peanut_encoders`,
+        `peanut_decoders` of `depth` layers (r, r) each; also `r` and `scaling`.
         """
         cfg, r, out = self.cfg, self.cfg.r, self.site.out_features
         A = nn.Linear(out, r, bias=False)  # PEFT draws in this order, and holds in another
@@ -76,7 +76,7 @@ class PEANuT(Method[PeanutConfig]):
 
     def init_values(self) -> None:
         """Fill A, encoders and decoders kaiming uniform (a=√5), and B with zeros; with `init_weights=False` B, too, is
-        random.
+        kaiming uniform.
         """
         for layer in (self.peanut_A, *self.peanut_encoders, *self.peanut_decoders):
             fill_kaiming(layer.weight)

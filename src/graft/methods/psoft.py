@@ -112,9 +112,8 @@ class PSOFT(Method[PsoftConfig]):
     scaling: float
 
     def check(self) -> str | None:
-        """Return the reason of `Method.check`.
-
-        Raises ConfigError if r is above the smaller side of a known layer's weight.
+        """Raise ConfigError if r is above the smaller side of a known layer's weight; else return the reason of
+        `Method.check`.
         """
         r, most = self.cfg.r, min(self.site.out_features, self.site.fan_in)
         if self.site.op.known and r > most:

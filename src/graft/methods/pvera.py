@@ -74,7 +74,7 @@ class PVeRA(Method[PveraConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return the shared matrices, `pvera_lambda_b` (out,) of ones, `pvera_lambda_d` (2 r,) of normal values, both
-        trained, and the dropout.
+        trained, `pvera_dropout` and `r`.
         """
         cfg = self.cfg
         return shared | dict(
@@ -125,8 +125,8 @@ class PVeRA(Method[PveraConfig]):
 
         Without `generator_seed`, or in compiled code, torch's generator draws them. Else a CPU generator of this layer
         with that seed draws them. The state before each draw is kept, for the last 16 runs. When gradient checkpointing
-        runs the layer again in a backward pass, the kept state gives the same noise, and the generator continues from
-        its present state.
+        runs the layer again in a backward pass, the kept state (the latest one, if that run has none) gives the same
+        noise. The generator then continues from its present state.
         """
         if self.cfg.generator_seed is None or not eager():
             return torch.randn_like(like)

@@ -52,7 +52,7 @@ class Road(Method[RoadConfig]):
     road_alpha: nn.Parameter  # as road_theta
 
     def check(self) -> str | None:
-        """Return the reason of `Method.check`. Raises ConfigError if `group_size` does not divide out_features."""
+        """Raise ConfigError if `group_size` does not divide out_features; else return the reason of `Method.check`."""
         n, g = self.site.out_features, self.cfg.group_size
         if n % g:
             raise ConfigError(
@@ -73,7 +73,7 @@ class Road(Method[RoadConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return uninitialised parameters `road_theta` and `road_alpha`, (n / 2), (n) or (2 n) for road_1, road_2,
-        road_4, n = out; and facts.
+        road_4, n = out; and the config's `variant` and `group_size`.
         """
         size = self.site.out_features // 2 * math.prod(LAYOUT[self.cfg.variant])
         return dict(

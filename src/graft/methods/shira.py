@@ -50,8 +50,8 @@ class ShiraConfig(Targets, FanInFanOut):
 
 
 def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **_: object) -> Tensor:
-    """Return a mask of the weight's shape, dtype and device with r · (in + out) ones at random places, the same for the
-    same seed.
+    """Return a mask of the weight's shape, dtype and device with r · (in + out) ones at random places
+    (`random_places`), zeros elsewhere. Other keywords are ignored.
     """
     weight = base_layer.weight
     places = random_places(weight.shape, r, random_seed).to(weight.device)
@@ -61,7 +61,7 @@ def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, *
 def random_places(shape: Sequence[int], r: int, seed: int | None) -> Tensor:
     """Return r · (in + out) distinct random places of a matrix (out, in), as ascending flat indices on the CPU.
 
-    `seed` None: torch's default generator.
+    A new generator draws them. With `seed` None it has torch's default seed: the places are the same each time.
     """
     generator = torch.Generator("cpu")  # without a seed, torch's default one
     if seed is not None:
@@ -108,8 +108,8 @@ class SHiRA(Method[ShiraConfig]):
         return WeightUse.STARTS if self.cfg.mask_fn not in (None, random_mask) else WeightUse.NONE
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return `shira_weight` (k,) of zeros, trained, the places `shira_indices` (2, k) int32, which files hold, and
-        scaling = 1.
+        """Return `shira_weight` (k,) of zeros, trained, the places `shira_indices` (2, k) int32 zeros, which files
+        hold, `r` and scaling = 1.
         """
         return dict(
             r=self.cfg.r,

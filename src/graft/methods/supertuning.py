@@ -131,7 +131,7 @@ class SuperTuning(Method[SupertuningConfig]):
     def init_values(self) -> None:
         """Fill the indices with the flat places of the k largest |W₀|; the smallest with `select_top=False`.
 
-        With r fill A kaiming uniform (a=√5), B with zeros (random with `init_weights=False`).
+        With r fill A kaiming uniform (a=√5), B with zeros (as A with `init_weights=False`).
         """
         cfg, W = self.cfg, self.layer.W0.detach()
         largest = W.abs().flatten().topk(self.size, largest=cfg.select_top)

@@ -78,10 +78,11 @@ class TinyLoRA(Method[TinyLoraConfig]):
 
     def build(self, shared: dict[str, Any]) -> dict[str, object]:
         """Return the shared vectors, buffers `tinylora_A` (r, in) and `tinylora_B` (out, r) of zeros, `tinylora_P` (u,
-        r, r), the layer's group and the dropout.
+        r, r), the layer's group, `tinylora_dropout` and r = `rank`.
 
         P is normal with std 1/√r from the seed `projection_seed` + the layer's number; files hold it with
-        `save_projection`. On an embedding A is (r, embedding_dim), B (vocabulary, r).
+        `save_projection`. The group is number // (layers // groups), at most the last one. On an embedding A is (r,
+        embedding_dim), B (vocabulary, r).
         """
         cfg, site, r = self.cfg, self.site, self.rank
         places = shared["tinylora_places"].container[self.name] if shared else {}

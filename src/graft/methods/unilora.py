@@ -99,7 +99,7 @@ class UniLoRA(Method[UniLoraConfig]):
 
     def build(self, shared: dict[str, Any]) -> dict[str, object]:
         """Return θ, and this layer's buffers `unilora_scales_A`, `_B` and `unilora_indices_A`, `_B`, in shapes (r, in)
-        and (out, r); and the dropout.
+        and (out, r); `unilora_dropout` and `r`.
 
         Files hold the buffers only with `save_indices`.
         """

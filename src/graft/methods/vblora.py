@@ -160,7 +160,7 @@ class VBLoRA(Method[VBLoRAConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return uninitialised logits `vblora_logits_A` (r, in / L, vectors) and `vblora_logits_B` (out / L, r,
-        vectors), the shared bank, the dropout and facts.
+        vectors), the shared bank, `vblora_dropout`, `r` and `topk`.
         """
         A, B = (nn.Parameter(torch.empty(shape)) for shape in logits_of(self.site, self.cfg))
         dropout = make_dropout(self.cfg.vblora_dropout)

@@ -171,8 +171,8 @@ class AdaLoRA(Method[AdaLoraConfig]):
     scaling: float
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return normal `lora_A` (r, fan_in), `lora_E` (r, 1) and `lora_B` (out, r), the dropout and facts; r =
-        `init_r`, or the number that the config's mask kept.
+        """Return normal `lora_A` (r, fan_in), `lora_E` (r, 1) and `lora_B` (out, r), `lora_dropout`, r, lora_alpha and
+        scaling; r = `init_r`, or the number that the config's mask kept.
 
         scaling = lora_alpha, or `init_r` for an alpha ≤ 0. `ranknum` (1,) holds `init_r`, frozen, and is in no file.
 

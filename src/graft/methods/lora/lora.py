@@ -134,7 +134,8 @@ class LoRA(Started):
         return super().check()
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, Any]:
-        """Return the config's facts, `scaling` and `lora_dropout` (an identity for 0), and two factors that train.
+        """Return r, lora_alpha, use_rslora, use_dora and lora_bias of the config, `scaling`, `lora_dropout` (an
+        identity for 0), and two factors that train.
 
         Embeddings get normal values: `lora_embedding_A` (r, vocabulary) and `lora_embedding_B` (dim, r). Other layers
         get the modules `lora_A` (r, in) and `lora_B` (out, r) of their op, with a bias in B for `lora_bias`. They have

@@ -155,7 +155,7 @@ def corda(lora: Method, W: Tensor) -> Start:
 
 def loraga(lora: Method, W: Tensor) -> Start:
     """Return the start of LoRA-GA from a randomized SVD (rank 4r at most) of the gradient G in the base layer's
-    `_peft_loraga_grad`, which it removes; s · B A is subtracted.
+    `_peft_loraga_grad`. It removes that attribute; s · B A is subtracted.
 
     A is vectors V of G, B vectors U times their singular values; `directions` picks r of the first 2r for each.
     `scale`: "stable" multiplies B by out^¼ / √stable_gamma, "weight_svd" by σ₁(W) / its first singular value (if above

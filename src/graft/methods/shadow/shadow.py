@@ -100,7 +100,7 @@ class Shadow(Method[ShadowConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return linear layers `shadow_down` (r, d) and `shadow_up` (d, r) without bias, `shadow_update_transform` and
-        `shadow_update_gate`, and the dropout.
+        `shadow_update_gate`, `shadow_dropout` and `shadow_alpha`.
 
         Both of the latter are Linear (u, d), GELU, Linear (d, u); u = `update_hidden_size` or r, d the hidden size.
         """

@@ -18,9 +18,10 @@ STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(sign
 
 
 def main() -> None:
-    """Run the command.
+    """Run `app.main`, imported after the signal handlers are set.
 
-    SIGTERM and SIGHUP exit with 128 + the signal's number, unless they are ignored; so does Ctrl-C.
+    SIGTERM and SIGHUP exit with 128 + the signal's number (`exit_on_signal`), unless their handler is not the default
+    one. Ctrl-C exits with 130.
     """
     for number in STOPS:
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup makes the process ignore SIGHUP

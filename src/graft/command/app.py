@@ -158,7 +158,7 @@ def describe_parameter(parameter: Parameter, text: str) -> Parameter:
 
 
 def print_version(asked: bool) -> None:
-    """Print graft's version and exit, if the option was given."""
+    """Print "graft <version>" and raise typer.Exit if the option was given; else do nothing."""
     if asked:
         from graft import __version__
 
@@ -181,9 +181,9 @@ def main() -> None:
     Only the verb's own module is imported; without a known verb, all are. Characters that the output's encoding lacks
     are printed escaped.
 
-    Expected errors, those of typer and of `CODES`, are printed as one line on standard error, with --json also as a
-    document on standard output. The process then exits with the error's code. Without a verb only the help is printed.
-    Other exceptions pass through.
+    Expected errors, those of typer and of `CODES` (the first match counts), are printed as one line on standard error,
+    with "--force" for "force=True (--force)", with --json also as a document on standard output. The process then exits
+    with the error's code. Without a verb only the help is printed. Other exceptions pass through.
     """
     for verb in [v for v in sys.argv[1:2] if v in VERBS] or VERBS:  # importing all of them takes as long as a call
         import_module(f"graft.command.{VERBS[verb]}")
@@ -213,13 +213,16 @@ def main() -> None:
 
 
 def print_json(value: object) -> None:
-    """Print a value as one sorted JSON document on standard output. NaN and infinity become null."""
+    """Print a value as one JSON document on standard output, with sorted keys and an indentation of 1.
+
+    NaN and infinity become null.
+    """
     print(json.dumps(replace_non_finite(value), indent=1, sort_keys=True, allow_nan=False))
 
 
 def replace_non_finite(value: object) -> object:
-    """Return a copy of a value for JSON: NaN and infinite floats become None, keys become texts, tuples become
-    lists.
+    """Return a copy of a value for JSON: NaN and infinite floats become None, keys become texts, tuples become lists,
+    at any depth. Other values stay.
     """
     if isinstance(value, dict):
         return {str(k): replace_non_finite(v) for k, v in value.items()}

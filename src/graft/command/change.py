@@ -49,6 +49,10 @@ def resize(
         max_mb: Megabytes of the file; least loss.
         max_rank: Highest rank of a module, in addition to any other limit.
         uniform: One rank for all modules.
+
+    Returns:
+        The document has adapter, output (None in a dry run), modules, and energy: the share left over all modules,
+        weighted by ‖ΔW‖², 1 if all are 0. The base is only read if the adapter needs one, or `base` is given.
     """
     from graft.files.formats import peft
     from graft.files.resize import resize_adapter as resized
@@ -124,6 +128,10 @@ def extract(
         include: Names to take, as in a shell: `*.mlp.*`.
         exclude: Names to leave out.
         embed: How to keep embeddings and heads: lora or full.
+
+    Returns:
+        The document has output (None in a dry run), the changed tensors, and the number of unchanged ones. The output
+        path is checked first. Names of tensors are shown as progress, unless `quiet`.
     """
     from graft.files.base import read_base_files
     from graft.files.extract import extract_adapter as extracted
@@ -143,7 +151,9 @@ def extract(
     }  # fmt: skip
 
     def report() -> None:
-        """Print a table of the changed tensors and a summary."""
+        """Print a table of the changed tensors, then a line with the numbers of changed and unchanged ones, and the
+        output or "(dry run)".
+        """
         show.print_table(
             "", ["tensor", "kept as", "rank", "energy kept", "‖Δ‖", "‖Δ‖/‖W‖"],
             [(r.name, r.how, r.rank or None, f"{r.energy:.2%}", r.size, r.relative) for r in done.rows],
@@ -188,6 +198,9 @@ def merge(
         shard_size: Largest file: 5GB. Default: the base's files.
         certificate: Write merge.json.
         keep_quantized: Keep a quantized base quantized.
+
+    Returns:
+        The document has output, written (False in a dry run), shards, tensors, notes and resumed, as `Merged`.
     """
     from graft.files.merging.methods import merge_files
     from graft.files.sources import find_base, resolve_adapter
@@ -206,7 +219,7 @@ def merge(
 
 
 def parse_weights(text: str) -> list[float]:
-    """Return numbers from a text with commas. Raises OptionError if one is no number."""
+    """Return the numbers in a text with commas between them, as floats. Raises OptionError if one is no number."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -275,6 +288,12 @@ def convert(
     Args:
         output: A file or folder; default: next to the adapter.
         lossy: Leave those parts out, and list them.
+
+    Returns:
+        The document has the fields of `Conversion`. The base is only read if a format needs one, or `base` is given.
+
+    Raises:
+        OptionError: the adapter is a hub id, and there is no `output`.
     """
     from graft.files.convert import convert_adapter_file as run
     from graft.files.sources import resolve_adapter, run_with_base
@@ -285,7 +304,9 @@ def convert(
     done = run_with_base(source, base, lambda model: run(source, to, output, model, lossy, force, dry_run))
 
     def report() -> None:
-        """Print formats, number of modules and of other tensors, path, rounding, and the lost parts."""
+        """Print a line with formats, numbers of modules and of other tensors (each unless 0) and path, a line with the
+        rounding unless it is 0, and one for each lost part.
+        """
         counts = {"modules": done.modules, "tensors outside of modules": done.tensors}
         parts = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         show.print_line(f"{done.of} → {done.to}: {parts}, {'would be ' * dry_run}in {shorten_path(done.path)}")
@@ -298,6 +319,6 @@ def convert(
 
 
 def shorten_path(path: str) -> str:
-    """Return a path relative to the working directory, unless it lies outside."""
+    """Return a path relative to the working directory; `path` itself if the relative one begins with ".."."""
     relative = os.path.relpath(path)
     return path if relative.startswith("..") else relative

@@ -26,6 +26,10 @@ def device_report(*, device: str | None = None, output: str = "device-report.jso
 
     Args:
         device: cuda, xpu, mps, npu or cpu; else the first that torch finds.
+
+    Returns:
+        The document is `build_report`'s, or {"device": None, "plan": text} without a device; then no file is written.
+        The output path is checked first.
     """
     from graft.command import device_checks
     from graft.files.sources import check_output, place_when_done
@@ -41,7 +45,9 @@ def device_report(*, device: str | None = None, output: str = "device-report.jso
     checks = report["checks"]
 
     def print_report() -> None:
-        """Print the failed checks, the largest deviations, the benchmark's seconds, and where the file is."""
+        """Print a line for each failed check, tables of the largest deviations and of the benchmark's seconds, and a
+        line with the file and the numbers of passed and failed checks.
+        """
         for name, text in checks["failed"].items():
             show.print_line(f"failed: {name}: {text}")
         show.print_table("", ["law", "deviation"], checks["deviations"].items())

@@ -34,7 +34,8 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}  #
 
 
 def build_base(width: int = 256, blocks: int = 2) -> nn.Module:
-    """Return blocks of a layer norm, a linear layer `up` to three times the width, tanh and a linear layer `down`.
+    """Return a Sequential of blocks, each of a layer norm `norm`, a linear layer `up` to three times the width, `tanh`
+    and a linear layer `down`.
 
     The model is in float32 on the CPU and has the same values at each call. Seeds torch.
     """
@@ -46,7 +47,11 @@ def build_base(width: int = 256, blocks: int = 2) -> nn.Module:
 
 @torch.no_grad()
 def randomize_adapters(model: Any) -> Any:
-    """Add seeded noise to each trainable parameter, so that every adapter changes the output. Returns the model."""
+    """Add noise of standard deviation 0.02 to each trainable parameter, in place, so that every adapter changes the
+    output. Returns the model.
+
+    A generator on the CPU with seed 1 gives the noise.
+    """
     generator = torch.Generator().manual_seed(1)
     for p in [p for p in model.parameters() if p.requires_grad]:
         p += (torch.randn(p.shape, generator=generator) * 0.02).to(p)
@@ -54,7 +59,10 @@ def randomize_adapters(model: Any) -> Any:
 
 
 def load_model(folder: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
-    """Load the adapter of a folder onto a new small base with a dtype on a device. Returns the model in eval mode."""
+    """Load the adapter of a folder, as trainable, onto a new small base with a dtype on a device.
+
+    Returns the model in eval mode.
+    """
     return graft.PeftModel.from_pretrained(build_base().to(device, dtype), folder, is_trainable=True).eval()
 
 
@@ -63,14 +71,19 @@ def load_model(folder: str, device: torch.device, dtype: torch.dtype = torch.flo
 
 
 def run_forward(model: Any, x: Tensor) -> list[Tensor]:
-    """Return the outputs with the adapter, with the adapter disabled, and of rows that use the two in turn."""
+    """Return the outputs with the adapter, with the adapter disabled, and of eight rows that use the two in turn
+    ("default" first).
+    """
     with model.disable_adapter():
         plain = model(x)
     return [model(x), plain, model(x, adapter_names=["default", "__base__"] * 4)]
 
 
 def run_backward(model: Any, x: Tensor) -> list[Tensor]:
-    """Return the gradients of all adapter parameters that have one, for the sum of squared outputs."""
+    """Return the gradients of all adapter parameters that have one, for the sum of squared outputs in float32.
+
+    Earlier gradients are dropped first.
+    """
     model.zero_grad()
     model(x).float().square().sum().backward()
     return [p.grad for p in model.parameters() if p.grad is not None]
@@ -184,8 +197,9 @@ def shorten_error(error: Exception) -> str:
 
 
 def count_step_waits(model: Any, x: Tensor) -> int:
-    """Run nine forward and backward passes. Return how often the last waits for a CUDA device, by torch's warnings; 0
-    without running for other devices and in CPU builds.
+    """Run nine forward and backward passes, the last with torch's sync debug mode "warn", which is "default"
+    afterwards. Return how often the last waits for a CUDA device, by torch's warnings; 0 without running for other
+    devices and in CPU builds.
 
     The passes before it copy constants and audit gradients, which waits: eight times for a part without gradients.
     """

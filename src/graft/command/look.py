@@ -21,6 +21,10 @@ def inspect(adapter: str, *, base: str | None = None, spectrum: bool = False, pl
     Args:
         spectrum: Singular values and ranks of each module.
         plot: Draw spectra and sizes into a picture.
+
+    Returns:
+        The document is `inspect_adapter`'s, with spectra if `spectrum` or `plot` is given. The base is only read if the
+        format needs one, or `base` is given. Without `base`, numpy gets one thread.
     """
     if base is None:
         show.limit_numpy_threads()
@@ -85,6 +89,10 @@ def diff(a: str, b: str, *, base: str | None = None, tol: float = 1e-6) -> Resul
         a: Folder, file, or hub id (user/repo@revision).
         b: Folder, file, or hub id (user/repo@revision).
         tol: Relative ‖ΔW_a - ΔW_b‖ that counts as equal.
+
+    Returns:
+        The document is `compare_adapters`'s; a problem if it is not `equal`. The base is read as in `inspect`, by the
+        config of `a`. Without `base`, numpy gets one thread.
     """
     if base is None:
         show.limit_numpy_threads()
@@ -127,7 +135,7 @@ def diff(a: str, b: str, *, base: str | None = None, tol: float = 1e-6) -> Resul
 
 
 def format_degrees(angle: float | None) -> str | None:
-    """Return an angle as a text in degrees; None for None."""
+    """Return an angle as a text with two decimals, such as "1.50°"; None for None."""
     return None if angle is None else f"{angle:.2f}°"
 
 
@@ -139,6 +147,10 @@ def lint(adapter: str, *, base: str | None = None, strict: bool = False) -> Resu
 
     Args:
         strict: Warnings count as problems.
+
+    Returns:
+        The document has adapter, findings and problems, their number. Without `base`, names and shapes of the adapter's
+        own base are used, if it is on this machine.
     """
     from graft.files.bases import open_base
     from graft.files.lint import lint_adapter as findings_of
@@ -152,7 +164,8 @@ def lint(adapter: str, *, base: str | None = None, strict: bool = False) -> Resu
     def report() -> None:
         """Print two lines for each fault: severity, rule and text, then the remedy.
 
-        The last line has the number of problems (errors, and with --strict warnings) and of the other findings.
+        The last line has the number of problems (errors, and with --strict warnings) and of the other findings. It is
+        the only one without faults.
         """
         for f in findings:
             show.print_line(f"{f.severity:<8} {f.rule:<15} {f.text}")

@@ -67,7 +67,10 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
 
 
 def attach_adapter(base: PreTrainedModel, adapter: str | os.PathLike[str]) -> PeftModel:
-    """Load an adapter of any format onto a model, in place, and return the PeftModel in eval mode."""
+    """Load an adapter of any format onto a model, in place, and return the PeftModel in eval mode.
+
+    PEFT's format is loaded by `PeftModel.from_pretrained`, every other by `load_adapter`.
+    """
     from graft import PeftModel
     from graft.files.load import load_adapter
 

@@ -67,6 +67,10 @@ def plan(
         checkpointing: Blocks run again in the backward pass.
         optimizer: adamw, adamw_8bit, sgd.
         gpu: Memory of a GPU, 24GB: show whether the step fits.
+
+    Returns:
+        The document is `summarize_report`'s with memory, and with `gpu` whether the step fits into 97 % of it. Errors
+        of a config from options become OptionError with a remedy; those of a file stay.
     """
     from graft import plan as planned
     from graft.command.change import parse_size
@@ -195,8 +199,10 @@ def parse_setting(text: str) -> tuple[str, object]:
 
 
 def summarize_report(model: PreTrainedModel, report: InjectReport) -> Json:
-    """Return the report of an injection as plain values for JSON, with the numbers of all and of adapted blocks by
-    kind.
+    """Return the report of an injection as plain values for JSON: method, layers, trainable, base_parameters, blocks
+    and unmatched_targets.
+
+    `layers` is the number of matched modules. `blocks` has by kind the numbers of all and of adapted blocks.
     """
     from graft.files.budget import count_adapted_blocks, find_block_classes
 
@@ -226,7 +232,10 @@ def make_training(model: PreTrainedModel, adapter: PeftConfig, length: int, dtyp
     kinds = list(getattr(text, "layer_types", None) or [])
 
     def make(blocks: int) -> PreTrainedModel:
-        """Build a model of the same class with that many blocks, on the current default device."""
+        """Build a model of the same class with that many blocks, on the current default device.
+
+        The config is copied, and its `layer_types` are cut, if it has some.
+        """
         config = copy.deepcopy(model.config)
         part = config.get_text_config()
         setattr(part, name, blocks)

@@ -47,6 +47,13 @@ def check(
         servers_: Servers, by commas: vllm,sglang,llama.cpp,lorax,mlx,diffusers,…
         max_rank: --max-lora-rank of the server.
         targets: The server's option of that name, by commas.
+
+    Returns:
+        The document has adapter, servers and findings. A problem if a finding is not "ok". Without `base`, the
+        adapter's own base is compared, if it is on this machine.
+
+    Raises:
+        OptionError: no server is named.
     """
     from graft.files import serving
     from graft.files.bases import open_base
@@ -66,7 +73,8 @@ def check(
 
 
 def print_findings(names: list[str], all_findings: list[Finding], compared: bool) -> None:
-    """Print each server with its version and date, and its findings with remedies, or "ok" if there are none.
+    """Print each server with its version and date, and its findings with evidence (unless "run") and remedies, or "ok"
+    if there are none. Verdicts are coloured.
 
     Without `compared`, a line says that module names were not compared with a base.
     """
@@ -110,6 +118,10 @@ def export(
         server: The server: vllm, sglang, llama.cpp, mlx, …
         rank: For methods other than LoRA: a rank, or the share of ‖ΔW‖² to keep. Default: the lowest that holds it.
         lossy: Allow a rank that loses much of ‖ΔW‖.
+
+    Returns:
+        The document has output (None in a dry run) and the fields of `ExportReport`. LoRA and AdaLoRA without `rank`
+        are converted as files; all else is loaded onto the base with transformers.
     """
     from graft.files import export as files
     from graft.files.base import read_base_files
@@ -133,7 +145,9 @@ def export(
             report = of_model(attach_adapter(load_base(folder), source), "default", server, out, rank_or_share, lossy)
 
     def print_report() -> None:
-        """Print where the result is, its rank and number of modules, notes, and the rounding of B."""
+        """Print a line with the output, or "(dry run)", rank, number of modules and server; then a line for each note,
+        and one for the rounding of B unless it is 0.
+        """
         where = "(dry run)" if dry_run else output
         show.print_line(f"{where}: rank {report.rank} on {report.modules} modules, for {server}")
         for note in report.notes:
@@ -195,6 +209,10 @@ def verify(
         timeout: Seconds for each answer.
         api_key: Sent as a bearer token.
         device: Device for graft's own run.
+
+    Returns:
+        The document has the fields of `Verdict`, and ok; a problem unless ok. Options and the server are checked before
+        the base is loaded.
     """
     from graft.command.models import attach_adapter, load_base
     from graft.files.ask import Connection, identify_server
@@ -230,7 +248,7 @@ def verify(
 
 
 def format_difference(value: float) -> str:
-    """Return a difference of log-probabilities as a text.
+    """Return a difference of log-probabilities as a text with three significant digits.
 
     Values below float32's rounding are "below 1e-06", since they vary between machines.
     """

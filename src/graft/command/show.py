@@ -37,7 +37,9 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 def print_facts(pairs: Iterable[tuple[str, object]]) -> None:
-    """Print "name value" for each pair, one per line; pairs with None, "", [] or {} are skipped."""
+    """Print "name value" for each pair, one per line, the name padded to 12 characters and the value by `format_value`;
+    pairs with None, "", [] or {} are skipped.
+    """
     for name, value in pairs:
         if value not in (None, "", [], {}):
             print_line(f"{name:<12} {format_value(value)}")
@@ -77,7 +79,7 @@ def split_commas(words: str) -> list[str]:
 
 
 def format_amount(n: int) -> str:
-    """Return a number with a unit and three digits: 1.3M; below 1000 as it is."""
+    """Return a number with three significant digits and k, M or G: 1.3M; below 1000 as it is."""
     return next((f"{n / size:.3g}{unit}" for size, unit in UNITS if n >= size), str(n))
 
 
@@ -87,15 +89,16 @@ def format_ranks(ranks: Sequence[int]) -> str:
 
 
 def limit_numpy_threads() -> None:
-    """Set an environment variable so that numpy's linear algebra uses one thread, which is faster for small factors.
+    """Set OPENBLAS_NUM_THREADS to "1", so that numpy's linear algebra uses one thread, which is faster for small
+    factors.
 
-    Does nothing if numpy is imported already, or the user has set such a variable.
+    Does nothing if numpy is imported already, or the user has set this variable, MKL_NUM_THREADS or OMP_NUM_THREADS.
     """
     if "numpy" not in sys.modules and not any(name in os.environ for name in THREADS):
         os.environ[THREADS[0]] = "1"
 
 
 def print_progress(line: str, quiet: bool = False) -> None:
-    """Print a line on standard error, if it is a terminal and `quiet` is False."""
+    """Print a line on standard error, with control characters escaped, if it is a terminal and `quiet` is False."""
     if not quiet and sys.stderr.isatty():
         print(escape_controls(line), file=sys.stderr)

@@ -156,7 +156,7 @@ def dispatcher(name: str) -> Callable[..., object]:
 def register_peft_method(
     *, name: str, config_cls: object, model_cls: object, prefix: str | None = None, is_mixed_compatible: bool = False
 ) -> None:
-    """Raise NotImplementedError: graft cannot run PEFT's tuner classes.
+    """Raise NotImplementedError: graft cannot run PEFT's tuner classes. Nothing is registered.
 
     Raises:
         NotImplementedError: always, with the way to add a method to graft.

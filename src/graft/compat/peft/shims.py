@@ -308,7 +308,10 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
 
 
 def dequantize_module_weight(module: nn.Module) -> Tensor:
-    """Return a layer's weight as a dense tensor, read by the layer's store (plain, bitsandbytes, GPTQ, …)."""
+    """Return a layer's weight as a dense tensor, read by the layer's store (plain, bitsandbytes, GPTQ, …).
+
+    The layer stays as it is.
+    """
     return get_site("", module, ModuleTree(module)).weight.read()
 
 
@@ -355,9 +358,10 @@ PACKAGES = {
 def import_check(name: str) -> Callable[[], bool] | bool | None:
     """Return PEFT's check of that name, or None if it is no such name. Results are cached.
 
-    `is_<package>_available` is a function: True if the package can be found. `is_<package>_ge_v1_2` is a function that
-    returns whether the installed version is at least that one; for transformers it is a bool. A missing package gives
-    False. `is_xpu_available` is torch's function.
+    `is_<package>_available` is a function that takes any arguments: True if the package can be found (`find_spec`),
+    under PEFT's other names for it, too. `is_<package>_ge_v1_2` is a function that returns whether the installed
+    version is at least that one; for transformers it is a bool. A missing package gives False. `is_xpu_available` is
+    torch's function.
     """
     if name == "is_xpu_available":
         return torch.xpu.is_available

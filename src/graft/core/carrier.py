@@ -403,7 +403,10 @@ class SharedTensors(Carrier):
         return sum(slot.tensor.numel() for slot in self.slots(adapter) if slot.trains)
 
     def slots(self, adapter: str) -> list[Slot]:
-        """Return the slots of an adapter's tensors in all containers."""
+        """Return the slots of an adapter's tensors in all containers, as a new list; [] for an unknown adapter.
+
+        Parameters that were noted as never trainable do not train.
+        """
         never = self.never.get(adapter, set())
         return [slot for name, c in self.containers.items() for slot in iter_slots(name, c, adapter, never)]
 

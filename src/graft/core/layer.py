@@ -148,7 +148,8 @@ class Host(Holding, Carrier, nn.Module):
     def drop(self, adapter: str) -> None:
         """Delete an adapter's method and values, and all cached plans that run it.
 
-        A config class without other adapters leaves `kinds`. For a name that the layer lacks nothing else happens.
+        The plan of the last mixed batch is dropped, too. A config class without other adapters leaves `kinds`. A name
+        that the layer lacks is no error.
 
         The active plan stays until refreshed.
 
@@ -557,7 +558,8 @@ class AdapterLayer(PeftNames, Host):
             undoable: keep the data that `unmerge` needs.
 
         Raises:
-            ValueError: a value is not finite, or adapters are disabled.
+            ValueError: a value is not finite, adapters cannot act together, or they are disabled and the merge is
+                undoable.
             NotImplementedError: the method, or the way the weight is stored, has no merged form.
             InUseError: calls of the model do not end in time.
         """

@@ -357,7 +357,7 @@ class Method(Generic[C]):
 
     @classmethod
     def check_together(cls, methods: Sequence[Self]) -> None:
-        """Raise if these adapters of one layer cannot be active at once. By default accepts all."""
+        """Raise if these adapters of one layer cannot be active at once. By default does nothing: all are accepted."""
 
     def why_incompatible(self, other: object) -> str | None:
         """Return why an adapter with the config `other` cannot be on the same layer as this one; None (the default) if
@@ -457,7 +457,10 @@ class Method(Generic[C]):
         return tensors
 
     def check_shared(self, tensors: Tensors) -> None:
-        """Raise CheckpointError if a file's tensors that layers share do not fit this layer. By default accepts all."""
+        """Raise CheckpointError if a file's tensors that layers share do not fit this layer.
+
+        By default does nothing: all are accepted.
+        """
 
     # act
 

@@ -74,11 +74,14 @@ class Op:
         return self
 
     def dims(self, m: nn.Module) -> tuple[int, int]:
-        """Return (out, in): features or channels of the module."""
+        """Return (out, in): features or channels of the module, here its `out_features` and `in_features`."""
         return m.out_features, m.in_features
 
     def shape(self, m: nn.Module) -> tuple[int, ...]:
-        """Return the shape of the canonical weight, also if the weight is packed or on the meta device."""
+        """Return the shape of the canonical weight, also if the weight is packed or on the meta device.
+
+        Here it is `dims`.
+        """
         return self.dims(m)
 
     def canon(self, W: Tensor) -> Tensor:
@@ -90,7 +93,9 @@ class Op:
     uncanon = canon
 
     def call(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        """Return the module's own function of x with another (canonical) weight and bias."""
+        """Return the module's own function of x with another (canonical) weight and bias: here F.linear, without the
+        module.
+        """
         return F.linear(x, W, b)
 
     def product(self, A: Tensor, B: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -111,11 +116,14 @@ class Op:
         yield W, A, B
 
     def input_gradient(self, g: Tensor, W: Tensor) -> Tensor:
-        """Return the gradient of a linear layer's input (rows, in) from that of its output (rows, out)."""
+        """Return the gradient of a linear layer's input (rows, in) from that of its output (rows, out): g W."""
         return g @ W
 
     def factorable(self, m: nn.Module) -> bool:
-        """Return True if `down` and then `up` compute the same as the product of two factors used as weight."""
+        """Return True if `down` and then `up` compute the same as the product of two factors used as weight.
+
+        Here True.
+        """
         return True
 
     def down(self, m: nn.Module, x: Tensor, A: Tensor) -> Tensor:
@@ -126,11 +134,14 @@ class Op:
         return F.linear(x, A)
 
     def up(self, m: nn.Module, z: Tensor, B: Tensor) -> Tensor:
-        """Return the output of r channels z. B (out, r)."""
+        """Return F.linear(z, B), the output of r channels z. B (out, r)."""
         return F.linear(z, B)
 
     def channels(self, v: Tensor) -> Tensor:
-        """Return a vector over features or channels in a shape that broadcasts over this layer's activations."""
+        """Return a vector over features or channels in a shape that broadcasts over this layer's activations.
+
+        Here v itself.
+        """
         return v
 
     def scale_rows(self, m: nn.Module, rows: Tensor) -> Tensor:
@@ -144,11 +155,11 @@ class Op:
         return None
 
     def count_groups(self, m: nn.Module) -> int:
-        """Return the number of groups of channels that do not mix."""
+        """Return the number of groups of channels that do not mix: 1 here."""
         return 1
 
     def count_matrices(self, m: nn.Module) -> int:
-        """Return the number of matrices in the weight: more than 1 for a stack."""
+        """Return the number of matrices in the weight: 1 here, more for a stack."""
         return 1
 
     def factor_modules(

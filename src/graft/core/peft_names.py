@@ -179,7 +179,10 @@ class PeftNames:
 
     @property
     def _disable_adapters(self: Layer) -> bool:
-        """Return True if adapters are disabled. Setting it raises AttributeError."""
+        """Return True if `enable_adapters` has disabled the adapters.
+
+        Blocks and calls do not count. Setting it raises AttributeError.
+        """
         off: bool = self.state.disabled
         return off
 

@@ -205,8 +205,9 @@ class PiecePlan(LayerPlan):
 
         If the module leaves its bias out, that is the first item of its output.
 
-        Checks types and shapes each time. In the first pass in training, if an adapter may draw, also checks that all
-        processes have equal random states. Raises the errors of these checks (`check`, `check_draws`).
+        Checks types and shapes each time. In the first pass in training, which is noted in `checked`, also checks that
+        all processes have equal random states, if an adapter may draw. Raises the errors of these checks (`check`,
+        `check_draws`).
         """
         layer = self.layer
         out = layer.base_layer(x, *args, **kwargs)
@@ -269,8 +270,8 @@ class PieceChainPlan(PiecePlan, ChainPlan):
     def run_rewrite(
         self, n: int, m: Method, effect: Rewrite, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor:
-        """Return the output with step n, a Rewrite: `pre` gets the whole input, and its result is cut for the steps
-        before.
+        """Return the output with step n, a Rewrite: `pre` gets the whole input, and its result, in x's dtype, is cut
+        for the steps before. `apply_post` then gets the whole input, or the one that a tap kept.
         """
         piece = self.layer.site.piece
         whole = join_pieces(x, piece.inputs)

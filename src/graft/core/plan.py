@@ -117,7 +117,7 @@ def apply_delta(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: 
 
 def compute_part(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
     """Return the part that an adapter adds to y, the output for x: the `part` of a Rewrite, on the input of its step,
-    or an Update applied to x.
+    or an Update applied to x. Other effects fail an assertion.
 
     On a store that rounds (`exact` is False), an Update that forms ΔW is computed again in the backward pass, to save
     memory.

@@ -263,8 +263,8 @@ class GeneratorSnapshot:
         """Return True if nothing but tickets was drawn from torch's CPU generator since, and nothing from the
         accelerator's.
 
-        Draws as many tickets from a copy of the old state as were drawn meanwhile, and compares; the generators do not
-        change. An accelerator counts only if it was in use both then and now.
+        Under the lock, draws as many tickets from a copy of the old state as were drawn meanwhile, and compares; the
+        generators do not change. An accelerator counts only if it was in use both then and now.
         """
         with LOCK:
             twin = Generator("cpu")

@@ -89,7 +89,8 @@ class _DoraLinear(Function):
         """Return the output of `dora_linear`, in the dtype of base(x).
 
         Without dropout base(x) takes in the update in its memory if dtypes agree. With it, W x' is a second product; on
-        a CPU with p up to `SPARSE_TO` it is base(x) less the product of the dropped inputs.
+        a CPU with p up to `SPARSE_TO` it is base(x) less the product of the dropped inputs. Keeps all tensors, h = x'
+        Aᵀ, and z, the part that `ratio` scales: with the bias only without dropout.
         """
         y = base(x)
         flat = x.reshape(-1, x.shape[-1])

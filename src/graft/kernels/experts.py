@@ -28,10 +28,10 @@ class PackedMatrices(Protocol):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """The sizes (experts, out, in)."""
+        """The sizes (experts, out, in). A declaration only."""
 
     def dense(self, experts: Sequence[int], dtype: torch.dtype) -> Sequence[Tensor]:
-        """Return the matrices (out, in) of these experts in `dtype`."""
+        """Return the matrices (out, in) of these experts in `dtype`. A declaration only."""
 
 
 class LowRankUpdate(NamedTuple):

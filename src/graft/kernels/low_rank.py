@@ -29,7 +29,7 @@ BLOCK = 256  # rows in a cast
 
 @lru_cache(maxsize=1)  # several products of one layer need the same places, one after another
 def places(size: int, p: float, seed: int, device: torch.device) -> Tensor:
-    """Return where dropout puts zeros: each of `size` places with probability p < 1, (count,) int64, sorted.
+    """Return where dropout puts zeros: each of `size` places with probability p, 0 < p < 1, (count,) int64, sorted.
 
     The same seed gives the same places. The gaps between zeros are geometric, which takes one random number per zero,
     not one per place. Waits for the device. Do not write to the result: that of the last arguments is cached.
@@ -47,7 +47,8 @@ def places(size: int, p: float, seed: int, device: torch.device) -> Tensor:
 def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
     """Return a boolean mask of the elements of `like` that dropout of the share p keeps, the same for the same seed.
 
-    On a CPU it is made from `places`, else from one random number per element.
+    Where `gathers(like)` is True (on a CPU) it is made from `places`, else from one random number per element, drawn by
+    a new generator with the seed. On the meta device nothing is seeded.
     """
     if not gathers(like):  # `places` would wait for the device
         g = None if like.is_meta else torch.Generator(like.device).manual_seed(seed)
@@ -162,7 +163,7 @@ def through_up(g: Tensor, W: Tensor, h: Tensor, scale: float) -> tuple[Tensor, T
 
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
     """Return y + scale · dropout(x) Aᵀ Bᵀ in y's dtype, in new memory, by plain operations in the dtype of A; the
-    reference. x is cast to that dtype first.
+    reference. x is cast to that dtype first, and torch's own dropout acts, without a seed.
 
     y (…, out), x (…, in), A (r, in), B (out, r).
     """
@@ -183,7 +184,8 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: fl
 
     y must be fresh: nothing else may need its values, not even its own backward pass (a linear layer's does not).
     Without gradients and dropout it is added in place. If only B trains, nothing keeps x. Otherwise `FUSED_FROM` rows
-    and more use an autograd.Function, which draws a seed for dropout; fewer use plain operations.
+    and more use an autograd.Function, which draws a seed for dropout; fewer use `plain`. Except for `plain`, autocast's
+    dtype is that of A and B if it is on.
     """
     grad = torch.is_grad_enabled()
     if not (p or grad):
@@ -204,8 +206,8 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: fl
 def add_product(y: Tensor, h: Tensor, B: Tensor, scale: Any) -> Tensor:
     """Return y + scale · h Bᵀ in y's dtype. y (…, out), h (…, r), B (out, r).
 
-    y must be fresh, as for `add_low_rank`: its memory may hold the result. Without gradients or with fewer than
-    `FUSED_FROM` rows the result is new.
+    y must be fresh, as for `add_low_rank`: its memory may hold the result. Under autocast B is cast to its dtype, and h
+    always to B's. Without gradients or with fewer than `FUSED_FROM` rows the result is new.
     """
     (B,) = autocast(h, B)
     h = h.to(B.dtype)
@@ -228,7 +230,8 @@ def low_rank_linear(
 
     x has many rows, W gets no gradient.
 
-    The memory of base(x) holds the result. With p > 0 a random seed is drawn.
+    The memory of base(x) holds the result. With p > 0 a random seed is drawn. Under autocast A and B are cast to its
+    dtype.
 
     Args:
         base: a linear layer without hooks.
@@ -255,7 +258,7 @@ class _FewRowsLinear(Function):
     def forward(
         ctx: Context, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
     ) -> Tensor:  # fmt: skip
-        """Return the output. Keeps x, W, A, B and h = x Aᵀ."""
+        """Return x Wᵀ + bias with the update added in its memory. Keeps x, W, A, B and h = x Aᵀ."""
         h = linear(x, A)
         ctx.save_for_backward(x, W, A, B, h)
         ctx.scale = scale
@@ -303,8 +306,8 @@ def seed_for(p: float) -> int:
 def dropout(x: Tensor, p: float) -> Tensor:
     """Return torch's dropout of x; for many rows of eager code keep a seed for the backward pass instead of a mask.
 
-    Fewer than `FUSED_FROM` rows, and compilers and tracers, get torch's function. The seed is drawn from torch's
-    generator.
+    Fewer than `FUSED_FROM` rows, and compilers and tracers, get torch's function. It drops in any mode of a module. The
+    seed is drawn from torch's CPU generator, even if p is 0.
     """
     if not eager() or x.numel() < FUSED_FROM * x.shape[-1]:
         return nn.functional.dropout(x, p)
@@ -334,7 +337,10 @@ class _AddLowRank(Function):
 
     @staticmethod
     def forward(ctx: Context, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, seed: int) -> Tensor:
-        """Add scale · dropout(x) Aᵀ Bᵀ to y's memory past autograd, and return y's data. Keeps x, A, B and h."""
+        """Add scale · dropout(x) Aᵀ Bᵀ to y's memory past autograd, and return y's data.
+
+        Keeps x, A, B and h = dropout(x) Aᵀ.
+        """
         h = down(x.reshape(-1, x.shape[-1]), A, 1.0, p, seed)
         ctx.save_for_backward(x, A, B, h)
         ctx.options = scale, p, seed
@@ -393,7 +399,10 @@ class _LowRankLinear(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
-        """Return the gradients of x (base layer and update), A and B as far as needed; None for the others."""
+        """Return the gradients of x (base layer and update), A and B as far as needed; None for the others.
+
+        W is cast to the dtype of g.
+        """
         W, x, A, B, h = ctx.saved_tensors
         need_x, _, *need = ctx.needs_input_grad[:4]
         rows = g.reshape(-1, g.shape[-1])
@@ -417,7 +426,8 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, A and B, each None without need, from that of the output, g (rows, out).
 
-    For a second derivative h is computed again from x, by operations that have one, and nothing is written in place.
+    That of x has the shape and dtype of x. For a second derivative h is computed again from x, by operations that have
+    one, and nothing is written in place.
 
     Args:
         h: dropout(x) Aᵀ, (rows, r), of the forward pass.
@@ -495,7 +505,10 @@ class _SampledHidden(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Return the gradients of h and d, from σ computed again; None for the noise."""
+        """Return the gradients of h and d, both always, from σ computed again; None for the noise.
+
+        That of μ is g, that of log σ² is v = ½ g ε σ. d gets sums over all rows.
+        """
         h, d, noise = ctx.saved_tensors
         (h1, h2), (d1, d2) = h.chunk(2, -1), d.chunk(2)
         v = g * noise * (0.5 * d2 * h2).exp() * 0.5  # the gradient of log σ²

@@ -17,7 +17,7 @@ Factors = Sequence[tuple[Tensor, Tensor, float]]  # A (r, in), B (out, r), scali
 
 
 def can_add_groups(y: Tensor, x: Tensor, factors: Factors, sizes: Sequence[int]) -> bool:
-    """Return True if `add_groups` takes these factors.
+    """Return True if `add_groups` takes these factors; y and x do not matter.
 
     All must have one dtype. Where autograd records they must also have one shape, equal numbers of rows, and at most
     `STACKED` numbers together.

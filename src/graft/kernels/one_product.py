@@ -27,10 +27,12 @@ class Addend(Protocol):
 
     def __iter__(self) -> Iterator[object]: ...
     def add_to(self, W: Tensor) -> Tensor:
-        """Return W + ΔW, in the dtype of the product."""
+        """Return W + ΔW, in the dtype of the product. A declaration only."""
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> Sequence[Tensor | None]:
         """Return the gradients of all fields, from that of the output, g (rows, out), and x (rows, n).
+
+        A declaration only.
 
         need: the fields that get one.
         """
@@ -55,7 +57,8 @@ def linear_with(
 ) -> Tensor:
     """Return x (W + ΔW)ᵀ + bias in the dtype of x, computed in the dtype of W + ΔW and rounded once.
 
-    The backward pass forms W + ΔW again: only x, W and the fields of ΔW are kept. W gets no gradient.
+    For a W in bfloat16 and a wider ΔW, products with both are added instead (`multiplies_apart`). The backward pass
+    forms W + ΔW again: only x, W and the fields of ΔW are kept. W gets no gradient.
 
     Args:
         W: (out, n).
@@ -181,7 +184,7 @@ class Dense(NamedTuple):
         return W + self.delta
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor]:
-        """Return (gᵀ x,), the gradient of the matrix."""
+        """Return (gᵀ x,), the gradient of the matrix, whatever `need` says."""
         return (g.T @ x,)
 
 
@@ -189,7 +192,8 @@ def low_rank_pays(rows: int, out: int, n: int, r: int, need_A: bool, need_B: boo
     """Return True if forming W + s · B A, once in each direction, costs less in training than multiplying by the
     factors.
 
-    That is so where r is a good part of n or `out`. x has `rows` rows.
+    Costs are multiplications: out · n · ((2 + need_A + need_B) r + rows) against rows · r · ((2 + need_A) n + (2 +
+    need_B) out). x has `rows` rows.
 
     need_A, need_B: the factor gets a gradient, by way of that of W.
     """
@@ -281,8 +285,8 @@ def multiply_hadamard(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     """Return (a b) ⊙ (c d), (out, n), and keep only the factors for the backward pass: both products are as large as
     ΔW.
 
-    Under tracers and forward-mode derivatives it is the plain operation. Under torch.compile the autograd function is
-    used; the plain form only under other tracers and in forward mode. All four gradients are always computed.
+    Tracers other than torch.compile, and forward-mode derivatives, get the plain operation. All four gradients are
+    always computed.
     """
     return _HadamardProduct.apply(a, b, c, d) if only_backward() else plain_hadamard(a, b, c, d)
 
@@ -330,7 +334,7 @@ class Modulated(NamedTuple):
     C: Tensor | None = None  # (r, in · kernel)
 
     def rows(self, part: slice) -> Modulated:
-        """Return the ΔW of some rows of W."""
+        """Return the ΔW of some rows of W: W, B and D are cut, A and C shared."""
         return Modulated(self.W[part], self.B[part], self.A, None if self.D is None else self.D[part], self.C)
 
     def dense(self) -> Tensor:
@@ -414,8 +418,8 @@ class Rescaled(NamedTuple):
     ) -> Tensor | None:
         """Return x (W + ΔW)ᵀ + bias in the dtype of x: x Wᵀ times 1 + a, plus b times the sum of x.
 
-        Return None if W is another tensor than the W of ΔW. Without a and b it is the layer alone. input_gradient is
-        unused: autograd records these operations.
+        Return None if W does not begin at the same memory as the W of ΔW. Without a and b it is the layer alone.
+        input_gradient is unused: autograd records these operations.
         """
         if W.data_ptr() != self.W.data_ptr():
             return None
@@ -437,7 +441,7 @@ class Difference(NamedTuple):
     shape: tuple[int, ...]  # of ΔW
 
     def rows(self, part: slice) -> Difference:
-        """Return the ΔW of some rows."""
+        """Return the ΔW of some rows: B, B₀ and the shape are cut, A and A₀ shared."""
         shape = len(self.B[part]), *self.shape[1:]
         return Difference(self.B[part], self.A, self.B0[part], self.A0, shape)
 

@@ -261,7 +261,8 @@ class _Reflect(Function):
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
         """Return the gradients of x, U and T, each None without need.
 
-        That of x is g - (g U) T Uᵀ. For a second derivative h is computed again.
+        That of x is g - (g U) T Uᵀ. Products are in the dtype of U, and the gradient of x in that of x. For a second
+        derivative h is computed again.
         """
         x, U, T, h = ctx.saved_tensors
         need_x, need_U, need_T = ctx.needs_input_grad

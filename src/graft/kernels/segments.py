@@ -213,7 +213,8 @@ def _can_share(a: Segment, b: Segment, stacks: Stacks) -> bool:
     """Return True if two neighbouring segments may share products, so that their results have the bits of single ones.
 
     Both need an adapter without dropout, equal rows and scales, and factors of b that follow those of a in one memory.
-    The products must be large enough: `NARROW` rows and rank, and `SMALL` multiplications.
+    The products must be large enough: at least `NARROW` (2) rows and rank, and at least `SMALL` (400) for rows · r ·
+    the smaller of in and out.
     """
     if a.A is None or a.B is None or b.A is None or b.B is None or a.p or b.p or (a.rows, a.scale) != (b.rows, b.scale):
         return False
@@ -276,7 +277,8 @@ class _SegmentsLinear(Function):
 def _add_group(y: Tensor, x: Tensor, group: Group) -> Tensor:
     """Add an adapter's update to its rows y (rows, out), in y's memory. Return h = dropout(x) Aᵀ, (rows, r).
 
-    A small group with one dtype uses the operations of a small batch alone, so that the bits agree.
+    A small group with one dtype of y, x and A uses the operations of a small batch alone, so that the bits agree, and
+    no dropout.
     """
     A, B = group.A, group.B
     if group.is_small and y.dtype == A.dtype == x.dtype:
@@ -323,8 +325,9 @@ def _gradients_stacked(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor
     """Return the gradients of A (width, r, in) and B (width, out, r) of several adapters, always both, by batched
     products; None for those that a sink gets.
 
-    Adds the gradient of x to dx in its memory, unless dx is None. Small groups use the operations of small batches
-    alone, so that the bits agree.
+    A sink's memory is overwritten by the product, except that of B in a large group, which gets a copy. Adds the
+    gradient of x to dx in its memory, unless dx is None. Small groups use the operations of small batches alone, so
+    that the bits agree.
     """
     A, B, n, scale, into = group.A, group.B, group.width, group.scale, group.claim_sinks()
     g, x = g.view(n, -1, g.shape[-1]), x.view(n, -1, x.shape[-1])

@@ -131,8 +131,9 @@ class Waves(NamedTuple):
         return torch.fft.irfft(transpose_complex(torch.complex(z[0], z[1])), n=self.n)
 
     def factors(self, index: Tensor) -> Tensor:
-        """Return n / 2 for each frequency f in `index`, as f and -f share a cosine; n for the frequencies 0
-        and n / 2.
+        """Return n / 2 for each frequency f in `index`, as f and -f share a cosine; n for the frequencies 0 and n / 2.
+
+        They have torch's default dtype.
         """
         alone = (index == 0) | (2 * index == self.n)  # every other f has the same cosine as -f
         return torch.where(alone, float(self.n), self.n / 2)
@@ -331,7 +332,8 @@ class Sparse(NamedTuple):
     def columns(self, ids: Tensor) -> Tensor:
         """Return the columns that `ids` (…) name: (…, n of S).
 
-        Without ids return an empty tensor that keeps gradients.
+        Entries times `T.at` their columns are summed by row, and synthesized by S. Without ids return an empty tensor
+        that keeps gradients.
         """
         q, values = ids.flatten(), self.values * self.S.factors(self.rows)
         if not len(q):  # transforms take no empty batch
@@ -363,6 +365,8 @@ def plain_transformed(x: Tensor, values: Tensor, rows: Tensor, cols: Tensor, S: 
 
 def synthesize_entries(values: Tensor, source: Tensor, z: Parts, target: Tensor, S: Basis) -> Tensor:
     """Return the synthesis by S of sums: row target[e] is the sum of values[p, e] times row source[e] of z, over e.
+
+    The values are multiplied by `S.factors(target)` first.
 
     Eager code uses embedding_bag on sorted entries, other code index_add.
     """
@@ -420,7 +424,11 @@ class _TransformedProduct(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x and values, each None without need; None for the others."""
+        """Return the gradients of x and values, each None without need; None for the others.
+
+        Both use the analysis of g by S. That of x is synthesized by T, contiguous; that of values comes from
+        `sample_products`.
+        """
         x, values, rows, cols = ctx.saved_tensors
         G, dx, dvalues = ctx.S.analysis(g.reshape(-1, g.shape[-1])), None, None
         if ctx.needs_input_grad[0]:

@@ -181,9 +181,9 @@ def main() -> None:
     Only the verb's own module is imported; without a known verb, all are. Characters that the output's encoding lacks
     are printed escaped.
 
-    Expected errors, those of typer and of `CODES` (the first match counts), are printed as one line on standard error,
-    with "--force" for "force=True (--force)", with --json also as a document on standard output. The process then exits
-    with the error's code. Without a verb only the help is printed. Other exceptions pass through.
+    Expected errors are those of typer and of `CODES`, where the first match counts. Each is printed as one line on
+    standard error, with "--force" for "force=True (--force)"; with --json also as a document on standard output. The
+    process then exits with the error's code. Without a verb only the help is printed. Other exceptions pass through.
     """
     for verb in [v for v in sys.argv[1:2] if v in VERBS] or VERBS:  # importing all of them takes as long as a call
         import_module(f"graft.command.{VERBS[verb]}")

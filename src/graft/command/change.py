@@ -304,8 +304,9 @@ def convert(
     done = run_with_base(source, base, lambda model: run(source, to, output, model, lossy, force, dry_run))
 
     def report() -> None:
-        """Print a line with formats, numbers of modules and of other tensors (each unless 0) and path, a line with the
-        rounding unless it is 0, and one for each lost part.
+        """Print a line with formats, path, and the numbers of modules and of other tensors, each unless 0.
+
+        A line with the rounding follows unless it is 0, then one for each lost part.
         """
         counts = {"modules": done.modules, "tensors outside of modules": done.tensors}
         parts = ", ".join(f"{count} {what}" for what, count in counts.items() if count)

@@ -45,8 +45,9 @@ def device_report(*, device: str | None = None, output: str = "device-report.jso
     checks = report["checks"]
 
     def print_report() -> None:
-        """Print a line for each failed check, tables of the largest deviations and of the benchmark's seconds, and a
-        line with the file and the numbers of passed and failed checks.
+        """Print a line for each failed check, then tables of the largest deviations and of the benchmark's seconds.
+
+        The last line has the file and the numbers of passed and failed checks.
         """
         for name, text in checks["failed"].items():
             show.print_line(f"failed: {name}: {text}")

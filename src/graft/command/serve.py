@@ -120,8 +120,9 @@ def export(
         lossy: Allow a rank that loses much of ‖ΔW‖.
 
     Returns:
-        The document has output (None in a dry run) and the fields of `ExportReport`. LoRA and AdaLoRA without `rank`
-        are converted as files; all else is loaded onto the base with transformers.
+        The document has output (None in a dry run) and the fields of `ExportReport`. LoRA and AdaLoRA without `rank`,
+            and without an undescribed change of the base, are converted as files. All else is loaded onto the base with
+            transformers.
     """
     from graft.files import export as files
     from graft.files.base import read_base_files
@@ -145,8 +146,9 @@ def export(
             report = of_model(attach_adapter(load_base(folder), source), "default", server, out, rank_or_share, lossy)
 
     def print_report() -> None:
-        """Print a line with the output, or "(dry run)", rank, number of modules and server; then a line for each note,
-        and one for the rounding of B unless it is 0.
+        """Print a line with the output, or "(dry run)", rank, number of modules and server, then a line for each note.
+
+        One for the rounding of B follows unless it is 0.
         """
         where = "(dry run)" if dry_run else output
         show.print_line(f"{where}: rank {report.rank} on {report.modules} modules, for {server}")

@@ -27,7 +27,7 @@ LONGEST = 24 * 3600  # seconds after which a temporary file of another machine b
 
 
 def is_special(path: str) -> bool:
-    """Return True if a path is a device, a pipe or a socket.
+    """Return True if a path is a device, a pipe or a socket; False if nothing is there.
 
     A rename would replace it by a file, so callers refuse it.
     """

@@ -44,7 +44,8 @@ def check_config(config: object) -> None:
 def why_no_config(config: object) -> str:
     """Return "got <type>. <remedy>.", which says how to make a config of graft from a value that is none.
 
-    The remedy differs for a class, a mapping, another package's config, and any other value.
+    The remedy differs for a class, a mapping, another package's config (with `peft_type` and `to_dict`), and any other
+    value.
     """
     name, remedy = type(config).__name__, "Make one, such as graft.LoraConfig(target_modules=[…])"
     if isinstance(config, type):
@@ -210,6 +211,8 @@ class PeftConfig:
     ) -> None:
         """Write adapter_config.json into a folder, replacing an old one whole; make the folder if there is none.
 
+        Other keywords are ignored.
+
         Args:
             auto_mapping_dict: written as the field `auto_mapping`, if not None.
 
@@ -222,7 +225,7 @@ class PeftConfig:
         replace_file(os.path.join(save_directory, CONFIG_NAME), self.to_json(auto_mapping_dict))
 
     def to_json(self, auto_mapping_dict: dict[str, object] | None = None) -> str:
-        """Return the text of adapter_config.json, with sorted keys.
+        """Return the text of adapter_config.json (`to_file_dict`), with sorted keys and an indentation of 2.
 
         `auto_mapping_dict`, if not None, replaces `auto_mapping`.
         """
@@ -549,9 +552,11 @@ TASK_HEADS: dict[str, list[str]] = {  # new modules of a task's model: they trai
 
 
 def add_task_heads(config: Any) -> None:
-    """Append the default head names of the config's `task_type` to its `modules_to_save`, in place, without duplicates.
+    """Append the default head names of the config's `task_type` to its `modules_to_save`, without duplicates, in a new
+    list.
 
-    None counts as an empty list.
+    They are "classifier" and "score" for SEQ_CLS and TOKEN_CLS, "qa_outputs" for QUESTION_ANS. None counts as an empty
+    list.
 
     Also stores them as `_default_heads`, so that no warning comes if the model lacks them. A config without the field
     `modules_to_save` only gets a PeftWarning. A task without default heads changes nothing.

@@ -43,7 +43,7 @@ class Targets(PeftConfig):
     def __post_init__(self) -> None:
         """Check the fields, and make a list of `target_modules` a set.
 
-        Raises TypeError if `target_parameters` is a text.
+        Raises TypeError first if `target_parameters` is a text.
         """
         if isinstance(self.target_parameters, str):
             raise TypeError("`target_parameters` must be a list of strings or None.")

@@ -257,7 +257,8 @@ def mark_token(of: object) -> str:
 
 
 def fetch_adapter(repo: str, revision: str | None, *more: str) -> str:
-    """Return the folder of an adapter that is downloaded from the hub, with those of the files `more` that it has.
+    """Return the folder of an adapter that is downloaded from the hub: config, weights (safetensors, else torch), and
+    those of the files `more` that it has.
 
     Raises:
         CheckpointError: there is no config, or there are no weights.

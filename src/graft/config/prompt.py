@@ -48,10 +48,10 @@ class PromptLearningConfig(PeftConfig):
     def fit(self, model_config: object, width: int | None = None) -> None:
         """Set the sizes that are None from the base model's config.
 
-        `token_dim` is `width`, for prompts that are embeddings (not keys). Any size of `NAMES` that is still None gets
-        the first value that the config has under one of its names. `num_transformer_submodules` is 2 for SEQ_2_SEQ_LM,
-        else 1. For keys, `_fit_keys` corrects the width and the heads. `encoder_hidden_size`, if it is there and None,
-        becomes `token_dim`.
+        `token_dim` is `width`, for prompts that are embeddings (not keys). Then `num_layers`, `token_dim` and
+        `num_attention_heads`, if still None, get the first value that the config has under one of their names in
+        `NAMES`. `num_transformer_submodules` is 2 for SEQ_2_SEQ_LM, else 1. For keys, `_fit_keys` corrects the width
+        and the heads. `encoder_hidden_size`, if it is there and None, becomes `token_dim`.
 
         Args:
             model_config: the base model's: an object, a dict or None.

@@ -78,7 +78,7 @@ def read_object(path: str | os.PathLike[str], largest: int = LARGEST, finite: bo
 def parse_json(text: str | bytes, what: str) -> Any:
     """Return the value of a JSON text, or of its UTF-8 bytes.
 
-    Whole numbers of more than 300 digits become infinity.
+    Whole numbers of more than 300 digits become infinity; NaN and Infinity are accepted.
 
     Args:
         what: names the text in errors.
@@ -176,7 +176,8 @@ class Pattern:
         for all its slow matches.
 
         Raises:
-            ConfigError: it is no regular expression, has more than 100,000 characters, or counts in braces with a
+            ConfigError: it is no regular expression, `regex` is needed and missing, it has more than 100,000
+                characters, or counts in braces with a
                 product above 10,000.
         """
         self.text, self.field, self.left = text, field, BUDGET

@@ -83,7 +83,7 @@ class Connection:
         seconds for all of it, the wait ends. The connection is closed in all cases.
 
         Raises:
-            ServerError: the server is unreachable or late, answers more than `LARGEST` bytes, a redirect, which is not
+            ServerError: the server is unreachable or late, answers more than 16,000,000 bytes, a redirect, which is not
                 followed, or a status from 400.
             UnknownModelError: the server answers 404.
             Any other exception of the thread is raised as it is.
@@ -139,7 +139,7 @@ class Exchange(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
             self.opener.add_handler(handler)
 
     def run(self) -> None:
-        """Send the request, read at most a little over `LARGEST` bytes, and put the result or the exception into
+        """Send the request, read at most 64 KiB more than 16,000,000 bytes, and put the result or the exception into
         `outcome`.
 
         After `timeout` seconds the result is a TimeoutError.
@@ -316,7 +316,10 @@ def ask_sglang(connection: Connection, name: str, ids: Sequence[int]) -> LogProb
 
 
 def pair_with_tokens(ids: Sequence[int], values: Sequence[object]) -> LogProbabilities:
-    """Return the values by (position, token id), without position 0, which has no log-probability."""
+    """Return the values by (position, token id), without position 0, which has no log-probability.
+
+    Raises IndexError for fewer values than `ids`, ValueError for one that is no finite number.
+    """
     return {(at, ids[at]): parse_log_probability(values[at]) for at in range(1, len(ids))}
 
 

@@ -128,7 +128,7 @@ def shift_prefix(base: BaseDescription, wanted: Set[str]) -> BaseDescription:
         return base
 
     def rename(name: str) -> str:
-        """Return a name with the base's prefix replaced by the wanted one."""
+        """Return a name with the wanted prefix in front, without the base's prefix if it begins with that."""
         return wanted_prefix + name.removeprefix(base_prefix)
 
     return BaseDescription(

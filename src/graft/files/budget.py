@@ -306,7 +306,9 @@ class FusedAttention(TorchFunctionMode):
     """
 
     def __init__(self, on_gpu: bool):
-        """Note which attention kernels the device has."""
+        """Set `on_gpu`, and `shares_keys`: True for a GPU, else whether the CPU's fused kernel accepts fewer
+        key heads.
+        """
         super().__init__()
         self.on_gpu, self.shares_keys = on_gpu, on_gpu or can_cpu_share_keys()
 
@@ -330,7 +332,7 @@ class FusedAttention(TorchFunctionMode):
 def can_cpu_share_keys() -> bool:
     """Return True if torch's fused attention on the CPU accepts fewer key heads than query heads.
 
-    Tried once, then cached.
+    A small call with gradients tells it, by the class of its `grad_fn`. Tried once, then cached.
     """
     q, k = (torch.ones(1, heads, 2, 8, device="cpu", requires_grad=True) for heads in (2, 1))
     with torch.enable_grad():

@@ -320,9 +320,9 @@ def cut_triplets(
     triplets: Svd, W: np.ndarray, rank: int | None, energy: float | None, whole: float | None = None
 ) -> Svd:
     """Return the first triplets of an SVD: no more than `rank`, as few as hold the share `energy` of `whole`, and none
-    below float32 rounding.
+    with σ up to σ₁ · the larger side · float32's epsilon.
 
-    At least one stays. `whole` is ‖W‖²; without it, the sum of all σ² counts.
+    None sets no limit. At least one stays. `whole` is ‖W‖²; without it, the sum of all σ² counts.
     """
     squares = np.cumsum(triplets.s.astype("f8") ** 2)
     real = int((triplets.s > triplets.s[0] * max(W.shape) * np.finfo("f4").eps).sum()) or 1

@@ -217,8 +217,10 @@ T = TypeVar("T")
 
 
 def find_pipeline_parts(paths: Iterable[str]) -> set[str]:
-    """Return the pipeline parts that the paths begin with, such as "unet"; empty if any path begins with
-    another name.
+    """Return the pipeline parts that the paths begin with: unet, transformer or text_encoder, also with a number such
+    as "text_encoder_2".
+
+    Empty if any path begins with another name.
     """
     first = {path.partition(".")[0] for path in paths}
     parts = {part for part in first if part.rstrip("_0123456789") in COMPONENTS}

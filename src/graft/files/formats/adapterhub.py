@@ -144,11 +144,11 @@ def take_first(path: str, files: tuple[str, ...]) -> str | None:
 
 
 def add_head(out: AdapterFile, base: Base | None) -> None:
-    """Add the head in an adapter's folder to `out.full`, in place, and to `modules_to_save` of a config with
-    `peft_type`.
+    """Add the head in an adapter's folder to `out.full`, in place, and set `modules_to_save` of a config with
+    `peft_type` to its modules.
 
     The head's config gives the names in the model; without one, tensors keep theirs. Tensors with the base's values are
-    left out. If names are unknown, or the base has no such tensor or one of another shape, all keys go to
+    left out. If names are unknown, or a base is given that lacks such a tensor or has another shape, all keys go to
     `out.unknown_keys`. Without a head file nothing happens.
     """
     file = take_first(out.path, HEAD_FILES)

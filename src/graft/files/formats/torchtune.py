@@ -56,7 +56,8 @@ def recognises(path: str) -> bool:
 def read(path: str, base: Base | None = None) -> AdapterFile:
     """Read a folder, or the file in it with the config next to it.
 
-    The config is kept without `peft_type`. Names that transformers does not have go to `unknown_keys`.
+    The config is kept without `peft_type`, and its base_model_name_or_path becomes `base`. Names that transformers does
+    not have go to `unknown_keys`.
 
     Raises:
         CheckpointError: the config is missing, a file is damaged, or factors are missing or not of the config's rank.

@@ -267,8 +267,9 @@ def list_matrices(
     """Yield for each matrix of a weight: its view in W, a function that returns the checkpoint's matrix, and its
     factors A and B.
 
-    One matrix, except for a whole stack of experts, which has one for each. A Tucker core is multiplied into A. Factors
-    are in float32 or float64, with two dimensions.
+    One matrix, except for a whole stack of experts, which has one for each. A spot of one expert gets that expert's
+    factors, B cut to the spot's rows. A Tucker core is multiplied into A. Factors are in float32 or float64, with two
+    dimensions.
     """
     A, B = to_wide(lora.A), to_wide(lora.B)
     if lora.kind != "experts":

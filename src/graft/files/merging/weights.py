@@ -29,7 +29,11 @@ class BaseWeights:
     form = "plain"
 
     def __init__(self, base: BaseDescription):
-        """Keep the base. `dtype` is config.json's if that is float32 or float16, else "BF16"; no weight is packed."""
+        """Keep the base and a copy of its shapes; no weight is packed.
+
+        `dtype` is "F32" or "F16" if the field `dtype`, else `torch_dtype`, of config.json is float32 or float16; else
+        "BF16".
+        """
         self.base = base
         self.packed: dict[str, list[str]] = {}
         self.shapes = dict(base.shapes)

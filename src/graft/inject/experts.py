@@ -128,8 +128,9 @@ class ExpertStacks:
 
 
 def is_rewritten_by_peft(model: object) -> bool:
-    """Return True if PEFT rewrites expert names in configs for this model: Mixtral, or a family that uses Mixtral's or
-    Qwen2-MoE's conversions. Returns False if transformers' conversion module is not imported.
+    """Return True if PEFT rewrites expert names in configs for this model: its model_type is "mixtral", or one with
+    Mixtral's or Qwen2-MoE's conversions in transformers' `_MODEL_TO_CONVERSION_PATTERN`. Returns False if transformers'
+    conversion module is not imported.
     """
     # every model of transformers 5 and later imports it
     conversion_mapping = sys.modules.get("transformers.conversion_mapping")
@@ -422,7 +423,8 @@ def convert_patterns(
     A stack gets the sum over the parts of expert 0; a weight gets the value of its layer; both by the escaped path.
     Sums and values equal to the default get no entry. A stack that a pattern reaches already keeps that one. Patterns
     that only reached moved modules are dropped. A stack of n > 1 parts has the default n times, by a last pattern for
-    its parameter name, unless the config has that pattern.
+    its parameter name, unless the config has that pattern. A field without patterns gets only such ones. Exact ones
+    come first.
     """
     sums: dict[str, dict[str, float]] = {}
     for name, of in cfg.patterns.items():

@@ -303,7 +303,8 @@ def check_sites(methods: dict[str, Method], tree: ModuleTree, mixed: bool) -> No
 def why_not_parallel(method: Method) -> str | None:
     """Return why a method cannot adapt a module that several processes hold in pieces, as a sentence; None if it can.
 
-    One cause is a method that changes the output together with a bias that the caller adds.
+    The reason of `why_no_adapter` comes first. Else a `Rewrite` effect that folds or has a `post` is refused where the
+    module leaves its bias to its caller.
     """
     site, effect = method.site, method.effect
     inside = effect.whole or effect.input_of is not None or site.op.opaque
@@ -354,7 +355,8 @@ def find_modules_to_save(
     """Return the paths of the modules that `modules_to_save` names, in the model's order, without those on another
     pipeline stage.
 
-    Warns of names without a module on any stage, except for those in `defaults`, and notes them in the report.
+    A name means each path that ends so, even within a part. Warns of names without a module on any stage, except for
+    those in `defaults`, and notes them in the report.
     """
     everywhere = [key for key in tree.modules if beside.find_saved_entry(key, names) is not None]
     missing = [n for n in names if n not in defaults and not any(key.endswith(n) for key in everywhere)]

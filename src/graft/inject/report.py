@@ -76,7 +76,7 @@ class InjectReport:
             table.add_column(name, justify="right" if name in ("n", "trainable") else "left", overflow="fold")
 
         def add_row(*texts: str) -> None:
-            """Add a row of escaped texts to the table."""
+            """Add a row to the table, each text as `format_cell` returns it."""
             table.add_row(*map(format_cell, texts))
 
         groups: dict[tuple[str, str, str], list[int]] = {}

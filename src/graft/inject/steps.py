@@ -42,7 +42,9 @@ OF_METHODS: dict[object, type] = {}  # tuner classes by method; None: that of an
 
 
 def mark_step(function: F) -> F:
-    """Record a function of a tuner as graft's own form of a step that packages may replace, and return it."""
+    """Record a function of a tuner, in the list of its name in `STEPS`, as graft's own form of a step that packages may
+    replace. Return it unchanged.
+    """
     STEPS.setdefault(function.__name__, []).append(function)
     return function
 

@@ -66,7 +66,7 @@ class SourceUses(ast.NodeVisitor):
         """Return the path of attributes from `self` for an expression; None if it does not begin there.
 
         A name gives its path in `known`: `self`, or a variable that a path was assigned to. An attribute adds its name,
-        an index adds ITEM, a slice adds nothing. Any other expression gives None.
+        an index adds "[]", a slice adds nothing. Any other expression gives None.
         """
         if isinstance(node, ast.Name):
             return self.known.get(node.id)
@@ -100,7 +100,7 @@ class SourceUses(ast.NodeVisitor):
     def add_use(self, path: Path, writes: bool = False) -> None:
         """Record a path of attributes.
 
-        Without a weight, bias or another name of `TENSORS` after its first part, it counts as called (`calls`).
+        Without "weight" or "bias" after its first part, it counts as called (`calls`).
 
         Else it is a read (in `reads`) of the module that has the tensor. Writes are not recorded, nor are facts such as
         `.dtype` or `.shape`; `.data` is passed over.
@@ -382,10 +382,9 @@ def survey_model(model: nn.Module) -> ModuleTree:
     def add_nest(nest: list[AdapterLayer], path: str) -> None:
         """Record the layers of a module's parameters in `tree.nests` and, by their keys, in `tree.layers`.
 
-        Those without adapters are left out.
-
-        Without adapters left, `modules` has the module itself at its path. The module's parameters and the weights that
-        merged layers were tied to are counted. Its children are visited.
+        Those without adapters are left out. If none has any, `tree.nests` has an empty list and `modules` the module
+        itself at the path. The module's parameters and the weights that merged layers were tied to are counted. Its
+        children are visited.
         """
         base, live = innermost(nest[0]), [layer for layer in nest if layer.adapters]
         if not live:
@@ -476,8 +475,8 @@ def list_read_children(module: nn.Module) -> tuple[str, ...]:
 
 
 def why_not_attention(m: nn.MultiheadAttention) -> str | None:
-    """Return why a MultiheadAttention cannot be adapted: separate q, k and v weights, or an `out_proj` that is not
-    Linear. None if it can.
+    """Return why a MultiheadAttention cannot be adapted: separate q, k and v weights (no `in_proj_weight`), or an
+    `out_proj` that is not Linear, beneath a layer on it. None if it can.
     """
     if m.in_proj_weight is None:
         return "Only same embed for query/key/value is supported as of now for MultiheadAttention"
@@ -514,7 +513,7 @@ def get_site(key: str, module: nn.Module, tree: ModuleTree) -> Site:
 def find_weight_uses(key: str, tree: ModuleTree) -> tuple[bool, bool]:
     """Return (is_read, is_called): whether modules around the one at `key` read its weight, and whether they call it.
 
-    The uses in `tree.readers` count of each module around it, by the path from there with ITEM for a number. A module
+    The uses in `tree.readers` count of each module around it, by the path from there with "[]" for a number. A module
     that nobody reads counts as called. `out_proj` of an attention is read and not called.
     """
     parent, _, name = key.rpartition(".")
@@ -559,8 +558,8 @@ def get_type_name(module: nn.Module) -> str:
 def attach_module(places: Iterable[Place], module: nn.Module) -> None:
     """Put `module` into each of the places (parent, name), without `setattr`.
 
-    A parent with torch's fast path of TransformerEncoderLayer gets that switched off, since it would not call the
-    module.
+    A parent with torch's fast path of TransformerEncoderLayer gets that switched off (`activation_relu_or_gelu` becomes
+    0), since it would not call the module.
     """
     for parent, name in places:
         if "activation_relu_or_gelu" in parent.__dict__:

@@ -130,8 +130,8 @@ def compose_cartridge_adapters(
 
 
 def check_composable(first_path: str, first: PeftConfig, path: str, other: PeftConfig) -> None:
-    """Raise ConfigError if two cartridges differ in a field of `SAME` (task or size); the text names the first such
-    field and both paths.
+    """Raise ConfigError if two cartridges differ in `task_type`, `token_dim`, `num_layers`, `num_attention_heads` or
+    `num_transformer_submodules`. The text names the first such field and both paths.
 
     Different names of the base model only give a PeftWarning.
     """

@@ -206,7 +206,7 @@ def rename_weights(note: Fingerprint, rename: Callable[[Json], Json]) -> Fingerp
     """Return a copy of a fingerprint with other names of its weights, and a new digest of names and shapes; None if it
     does not name them.
 
-    `rename` gets each dict by names (`NAMED`) and returns the new one.
+    `rename` gets each of the dicts "weights", "sample" and "full" and returns the new one.
     """
     if not note.get("weights"):
         return None

@@ -304,9 +304,9 @@ def target_embeddings(base: nn.Module, config: object) -> bool:
 def will_save_embeddings(base: nn.Module, config: object, save: str | bool) -> bool:
     """Return whether an adapter's file holds the base's embeddings: `save` as a bool, unless it is "auto".
 
-    With "auto" it does, with a warning, if `target_modules` names them and no token rows train, or if the vocabulary
-    was resized. The latter is decided from the base's original config in a local folder or the hub's cache; without one
-    it is False.
+    With "auto" it does, with a warning, if `target_modules` names them while `trainable_token_indices` and
+    `token_indices` are None, or if the vocabulary was resized. The latter is decided from the base's original config in
+    a local folder or the hub's cache; without one it is False.
     """
     if save != "auto":
         return bool(save)
@@ -357,8 +357,9 @@ def collect_embeddings(base: nn.Module, config: object, save: str | bool) -> dic
 def is_vocabulary_resized(base: nn.Module, origin: str) -> bool:
     """Return True, with a warning, if the base's vocabulary has another size than the config at `origin`.
 
-    That config is read from a local folder or the hub's cache, never from the network. False if there is none, or one
-    of the sizes is not known.
+    That config is read from a local folder or the hub's cache (at the `_commit_hash` of the base's config), never from
+    the network. False if there is none, or one of the sizes is not known. The size is `vocab_size` of the config or of
+    its text_config.
     """
     base_config: Any = getattr(base, "config", None)
     size = getattr(text_config(base), "vocab_size", None)

@@ -180,7 +180,7 @@ def write_flat(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iterator[
 
 
 def write_by_expert(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
-    """Yield keys and factors of each part of each expert, by vLLM's names."""
+    """Yield keys and factors of each part of each expert, under "<hub path>.<expert>.<vLLM's name of the part>"."""
     for part, (A, B) in block.split_by_part(pairs).items():
         for e in range(len(A)):
             yield from name_factors(f"{block.hub_path}.{e}.{block.in_vllm[part]}", A[e], B[e])
@@ -222,7 +222,7 @@ WRITERS: dict[str, Writer] = {
 
 
 def name_factors(stem: str, A: Tensor, B: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield contiguous A and B with their keys below `stem`."""
+    """Yield contiguous A and B with their keys "<stem>.lora_A.weight" and "<stem>.lora_B.weight"."""
     yield f"{stem}.lora_A.weight", A.contiguous()
     yield f"{stem}.lora_B.weight", B.contiguous()
 
@@ -303,7 +303,7 @@ def is_in_peft_layout(path: str, values: PartFactors, keys: list[str], matches: 
 
 
 def rename_key(key: str, prefix: str, paths_by_old: Mapping[str, str]) -> str:
-    """Return a key with the path before ".lora_" replaced by that in the model; other paths stay."""
+    """Return a key with the path between `prefix` and ".lora_" replaced by that in the model; other paths stay."""
     path, dot, leaf = key.removeprefix(prefix).partition(".lora_")
     return f"{prefix}{paths_by_old.get(path, path)}{dot}{leaf}"
 

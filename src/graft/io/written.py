@@ -33,11 +33,11 @@ class StackLayout:
 
     @classmethod
     def from_config(cls, fields: Json) -> StackLayout:
-        """Return the layout that the fields of a file's config say: PEFT's version (None if missing), and Unsloth's
-        mark for the columns of B.
+        """Return the layout that the fields of a file's config say: `peft_version` (None if missing), and Unsloth's
+        mark for the columns of B, "lora_B_layout".
 
         `by_expert` is True for the mark "grouped_by_expert" and False for the other known one. Without a known mark it
-        is None for a file of Unsloth, otherwise False.
+        is None for a file of Unsloth ("unsloth_fixed" in `auto_mapping`), otherwise False.
         """
         version, mark, mapping = fields.get("peft_version"), fields.get(MARK), fields.get("auto_mapping")
         unsloth = isinstance(mapping, dict) and mapping.get("unsloth_fixed", False)

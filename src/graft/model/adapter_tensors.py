@@ -382,10 +382,11 @@ def make_lora_config(view: ServerView, config: object, ranks: dict[str, int], ba
 def server_needs(view: ServerView, ranks: dict[str, int]) -> Json:
     """Return the server's requirements: "max_lora_rank", "flags" to start it with, and "is_3d_lora_weight".
 
-    SGLang gets the largest rank and the sorted last names of the modules in `ranks`. vLLM gets the next rank of `RANKS`
-    (the rank itself beyond 512). It also gets a flag if experts are in the layout "vllm-shared", or are in another
-    form, stacked or single, than it expects. "is_3d_lora_weight" is True only on vLLM, for experts in the layouts
-    "peft" and "vllm-3d".
+    Flags are "--enable-lora --max-lora-rank <rank>". SGLang gets the largest rank, and "--lora-target-modules" with the
+    sorted last names of the modules in `ranks`. vLLM gets the next of 1, 8, 16, 32, 64, 128, 256, 320 and 512 (the rank
+    itself beyond 512). It also gets "--enable-moe-shared-loras" for experts in the layout "vllm-shared". For experts in
+    another form, stacked or single, than vLLM expects it gets "--enable-mixed-moe-lora-format". "is_3d_lora_weight" is
+    True only on vLLM, for experts in the layouts "peft" and "vllm-3d".
     """
     r = max(ranks.values())
     experts = any(view.block(layer) is not None for _, layer in view.layers)

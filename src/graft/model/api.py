@@ -133,8 +133,8 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
     except a prompt's for a moment. Warnings are suppressed, since the report contains them.
 
     Raises:
-        NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: as `get_peft_model` would; ConfigError also for
-            X-LoRA, which adapts no layers itself.
+        NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: as `get_peft_model` would; ConfigError also for a
+            config without `target_modules` (X-LoRA), which adapts no layers itself.
         TypeError: `config` is no config of graft.
         AlreadyInjectedError: the model has adapters of another package.
     """

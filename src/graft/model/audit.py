@@ -309,8 +309,8 @@ def report_updates(parts: list[Part], report: AuditReport, stepped: bool) -> Non
     """Set `stepped` and `updates` of the report, and add parts to `broken` (values not finite), `exploded` and
     `not_moved`.
 
-    The update is judged as a share of its weight, where that is known. Above `HUGE` it has exploded, unless the adapter
-    starts with a part of the weight. Below `TINY` it has not moved, if an optimizer has stepped.
+    The update is judged as a share of its weight, where that is known. Above 10 it has exploded, unless the adapter
+    starts with a part of the weight. Below 1e-5 it has not moved, if an optimizer has stepped.
     """
     report.stepped = stepped
     for part, (finite, share) in zip(parts, measure_updates(parts)):
@@ -408,7 +408,7 @@ def find_unsaved(model: nn.Module, adapters: Iterable[tuple[str, AdapterCarriers
 def find_far_rates(
     parts: Iterable[Part], configs: dict[str, PeftConfig], optimizer: torch.optim.Optimizer
 ) -> list[str]:
-    """Return "<rate> for '<adapter>' (<method>: <low> to <high>)" for each adapter with a learning rate more than `FAR`
+    """Return "<rate> for '<adapter>' (<method>: <low> to <high>)" for each adapter with a learning rate more than 10
     times outside the known range.
 
     Each parameter group gives one text for each adapter in it. Heads are left out, and so are groups without `betas`
@@ -609,7 +609,7 @@ class Watch:
 
     def _on_end(self) -> None:
         """Check the gradients after a backward pass, give a PeftWarning if a report is not ok, and end the watch if
-        there is a report or `LOOKS` passes have run.
+        there is a report or 64 passes have run.
 
         Counts the pass, and adds the active adapters to the registry's `trained`; after the first pass it warns of
         dropout in eval mode. The watch ends by `registry.watch = None`. Does nothing but clear `task` if the registry
@@ -668,7 +668,7 @@ class Watch:
         return None if suspects and report.ok else report
 
     def _report_later_pass(self) -> AuditReport | None:
-        """Return a report once all suspects have gradients, or after `PASSES` passes; None to continue.
+        """Return a report once all suspects have gradients, or after 8 passes that count; None to continue.
 
         The report lists suspects that still have no gradient or zeros; it is ok if there are none. Each pass that
         counts raises `passes` by 1 and drops suspects that got gradients. A pass without a gradient on any other active
@@ -736,8 +736,9 @@ def gradients_elsewhere(model: nn.Module, carriers: Iterable[Carrier]) -> bool:
     """Return True if a library may have taken gradients away from active parameters of these carriers, or holds them
     sharded.
 
-    Signs are: a parameter that is empty, sharded, has a hook after the accumulation of gradients, or has an attribute
-    of `KEPT_ELSEWHERE`. Or any module of the model has a class name that begins as in `SHARDED`.
+    Signs are: a parameter that is empty, sharded, has a hook after the accumulation of gradients, or an attribute of
+    DeepSpeed or Megatron (`ds_id`, `_hp_mapping`, `main_grad`). Or the class name of any module of the model begins
+    with "FSDP" or "FullyShardedDataParallel".
     """
     parameters = [p for part in find_active_parts(carriers) for p in part.parameters]
     return any(

@@ -82,7 +82,8 @@ def make_tokens(noted: AuxiliaryValue, run: Run, model: nn.Module) -> NotedToken
 def padding_mask(layer: str, run: Run, model: nn.Module) -> Tensor | None:
     """Return the call's attention mask for a layer, (rows, tokens), bool; None if the call has none of two dimensions.
 
-    Layers of the decoder in an encoder-decoder model get `decoder_attention_mask`.
+    Layers with "decoder." in their path, in a model with `is_encoder_decoder`, get `decoder_attention_mask`. A mask of
+    numbers is True where it is not 0.
     """
     of_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder." in layer
     mask = run.find_argument("decoder_attention_mask" if of_decoder else "attention_mask", model)

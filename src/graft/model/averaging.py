@@ -64,8 +64,8 @@ class Averager:
         """Hook each plain parameter of adapters, and each other plain one that trains, unless FSDP2 averages it.
 
         Stores them in `parameters`; sharded ones and those on the meta device are left out. Adapters' parameters count
-        also while they are frozen or inactive. Parameters that have a hook keep it; a frozen one stays frozen. Sets
-        Trainer's mark `MARK` on each, so that Trainer does not average it.
+        also while they are frozen or inactive. Parameters that have a hook keep it; a frozen one stays frozen. Sets the
+        mark `_replicated_grad_hook_registered` on each, so that Trainer does not average it.
         """
         registry, managed = self.registry, self.sharding.list_managed_ids()
         known, parameters = set(map(id, self.parameters)), dict[int, Any]()
@@ -90,10 +90,11 @@ class Averager:
             setattr(p, MARK, True)
 
     def agree(self) -> None:
-        """Compare the parameters that train with the other processes, if others train than at the last time.
+        """Compare the parameters that train with the other processes, if others train than at the last time, or with
+        `compares_values`.
 
-        All processes of the base meet; shapes and dtypes must agree in order. With `compares_values` also compare their
-        values, and set it to False. Values are read once, by a checksum. `agreed` then has the ids.
+        All processes of the base meet; shapes and dtypes must agree in order. With `compares_values` their values are
+        compared, too; it becomes False. Values are read once, by a checksum. `agreed` then has the ids.
 
         Raises:
             DistributedError: other parameters, or other values, train on another process; or it does not come in time.
@@ -111,7 +112,7 @@ class Averager:
         """Return a meeting of all processes of the base, after all have come, and delete the keys of the one before
         from the store.
 
-        It is kept as `last_meeting`. Raises DistributedError if others do not come within `LONG_PATIENCE` seconds or,
+        It is kept as `last_meeting`. Raises DistributedError if others do not come within 600 s (`GRAFT_PATIENCE`) or,
         with `compares`, have another task.
         """
         purpose, ranks = "average gradients over", self.sharding.ranks

@@ -65,11 +65,12 @@ def widen_to_float32(layers: Iterable[AdapterLayer], adapter: str) -> None:
 
 
 def fill_adapter(model: nn.Module, values: CheckpointValues, is_trainable: bool, upcast: bool = False) -> None:
-    """Put a checkpoint's values into an existing adapter, which keeps its config, except for fields in `results`.
+    """Put a checkpoint's values into an existing adapter, which keeps its config; only fields in `results` are the
+    file's then.
 
     All values are checked before one is assigned. The function waits until no call uses the adapter (for merged
     adapters and trained biases: until there is no call), drops the method's training state, and warns of differing
-    configs. It also warns if a prompt that trains was computed by a network, which the file lacks.
+    configs. With `is_trainable` it also warns if the prompt was computed by a network, which the file lacks.
 
     Args:
         is_trainable: check that the adapter may train next to those that do.
@@ -112,9 +113,9 @@ def fill_adapter(model: nn.Module, values: CheckpointValues, is_trainable: bool,
 def warn_other_config(adapter: str, path: str, config: PeftConfig, file_config: PeftConfig) -> None:
     """Warn of the fields that differ between an adapter's config and the config of a file that gave it only values.
 
-    Fields that the tensors imply (`SETTLED` and computed results), that have "init" in their names, or that the file
-    lacks are left out. So are sizes of a prompt that the file leaves to the base. Empty values count as equal. No
-    warning if none is left.
+    Left out are computed results, the fields of PeftConfig itself, and the fields that name modules or layers (such as
+    `target_modules`). So are fields with "init" in their names, and those that the file lacks. Sizes of a prompt that
+    the file leaves to the base do not count either. Empty values count as equal. No warning if none is left.
     """
     fields, file_fields = config.to_file_dict(), file_config.to_file_dict()
     left = (

@@ -199,8 +199,8 @@ def check_known(names: Sequence[str], configs: Mapping[str, PeftConfig], value: 
 
 
 def count_rows(inputs: Sequence[object], kwargs: Mapping[str, object]) -> int:
-    """Return the number of rows of a batch: the length of the first positional tensor, else of the first named one of
-    `MAIN`, else of any.
+    """Return the number of rows of a batch: the length of the first positional tensor, else of `input_ids`,
+    `inputs_embeds` or `pixel_values`, else of any keyword.
 
     Tensors without dimensions do not count. Raises RoutingError if no argument is a tensor with dimensions.
     """

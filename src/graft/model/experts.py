@@ -129,7 +129,7 @@ class XLoraRegistry(Registry):
         """Read an expert: from the folder next to the config if that is a whole LoRA checkpoint, else from the path in
         the config. Return its config and weights.
 
-        The folder is skipped if it cannot be read. A sub-folder is also skipped if its tensors are those of PEFT's
+        The folder is skipped if it cannot be read. A sub-folder is also skipped if a tensor's name begins as in PEFT's
         files of whole X-LoRA models (`OTHERS`). Sets the config's `inference_mode` to False.
 
         Raises:
@@ -190,7 +190,7 @@ class XLoraRegistry(Registry):
                 ) from e
 
     def _make_classifier(self, adapter_name: str, config: XLoraConfig, names: list[str], on_meta: bool) -> None:
-        """Make the classifier, frozen, and attach it to the tuner as its module `CLASSIFIER`.
+        """Make the classifier, frozen, and attach it to the tuner as its module `internal_xlora_classifier`.
 
         Sets `owner` (the adapter's name), `experts`, and the numbers of layers (`places`, in the order of the model)
         and experts (`expert_places`, in the order of `names`).
@@ -294,7 +294,7 @@ class XLoraTuner(Tuner):
 
     @property
     def xlora_config(self) -> XLoraConfig:
-        """The config of the classifier."""
+        """The config of the tuner's classifier, `internal_xlora_classifier`."""
         return self.internal_xlora_classifier.config  # type: ignore[no-any-return]
 
 

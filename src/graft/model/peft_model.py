@@ -303,7 +303,7 @@ class PeftModel(nn.Module):
         return self._registry.parameters_of(self, adapter_name)
 
     def print_trainable_parameters(self) -> None:
-        """Print the numbers of trainable and of all parameters, and the percentage."""
+        """Print "trainable params: 1,024 || all params: 4,096 || trainable%: 25.0000" with the model's numbers."""
         trainable, total = self.get_nb_trainable_parameters()
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"

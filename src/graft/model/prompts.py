@@ -184,7 +184,7 @@ class Prompts(Registry):
             ConfigError: task_type or num_virtual_tokens is None. The model is a stage of a pipeline. The task is
                 SEQ_2_SEQ_LM without a decoder, or CAUSAL_LM with embeddings and an encoder, or without
                 `prepare_inputs_for_generation`. The sizes or the kind of prompt do not fit the stacks. The head needs
-                as many outputs as tokens (`COUNTED`), for prompts of embeddings.
+                    as many outputs as tokens (BigBirdForQuestionAnswering), for prompts of embeddings.
             DistributedError: FSDP1 has wrapped the model, and the prompt would train (`inference_mode` is False).
         """
         if not cfg.inference_mode:
@@ -332,8 +332,8 @@ class Prompts(Registry):
         Keys and values go to the decoder, or to the main stack without one. Embeddings are split: the first tokens to
         the main stack, the rest to the decoder if the prompt enters it. A decoder notes the number of encoded tokens.
 
-        For SEQ_CLS with a `score` head and no decoder, the prompt's outputs are cut off: the head seeks the last token
-        at its place in input_ids.
+        For SEQ_CLS with a `score` head and no decoder, unless the stack is the model itself, the prompt's outputs are
+        cut off: the head seeks the last token at its place in input_ids.
         """
         P, main, decoder = cfg.num_virtual_tokens or 0, self.stacks["main"], self.stacks.get("decoder")
         if cfg.holds_keys:
@@ -393,8 +393,8 @@ class Prompts(Registry):
 
 
 def describe_prompt(prompt: Prompt) -> Matched:
-    """Return a report's row for a prompt, at `PLACE`: its class, and number and shapes (as "name (n, m)") of its
-    parameters that train.
+    """Return a report's row for a prompt, at the path "prompt_encoder": its class, and number and shapes (as "name (n,
+    m)") of its parameters that train.
     """
     sized = [(name, p) for name, p in prompt.named_parameters() if p.requires_grad]
     shapes = tuple(f"{name} {tuple(p.shape)}" for name, p in sized)
@@ -439,7 +439,7 @@ def initialize_kv_prefix_from_past_key_values(
 
     Raises:
         ValueError: as `prompt_embeddings_from_past_key_values`; or the adapter holds no keys and values, computes them
-            by a projection, or has another shape. The adapter is then as before.
+            by a projection, or has another shape or number of tokens. The adapter is then as before.
         TypeError: it is no cache, or `model` is no PeftModel.
     """
     name, config, encoder = find_prefix_adapter(model, adapter_name, num_virtual_tokens)

@@ -299,7 +299,7 @@ class Registry:
     def name_targets(self, keys: Collection[str]) -> set[str]:
         """Return names for `target_modules` that select these paths and no other module.
 
-        From `COMPRESS_FROM` paths on they are short suffixes; fewer paths are returned as they are.
+        From 20 paths on they are short suffixes; fewer paths are returned as they are.
         """
         other_paths = [key for key in survey_model(self.model).modules if key not in keys]
         return minimize_names(keys, other_paths) if len(keys) >= COMPRESS_FROM else set(keys)
@@ -534,7 +534,8 @@ class Registry:
         Raises:
             AdapterNameError: the name is taken, or cannot be one.
             TypeError: it is no config.
-            ConfigError: the method does not fit the loaded ones, or another adapter trains where only one may.
+            ConfigError: the method does not fit the loaded ones. Or another adapter trains where only one may, unless
+                the config has `inference_mode`.
             ValueError: the config trains biases of the base next to another adapter.
         """
         check_adapter_name(adapter_name, list(self.peft_config))

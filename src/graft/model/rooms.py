@@ -11,9 +11,9 @@ FUNCTIONS = {"export_adapters": "graft.files.export_model"}  # function → its 
 
 
 def import_from_room(name: str) -> Callable[..., Any]:
-    """Return the function `name` of another room, after importing its module.
+    """Return the function `name` of another room, after importing its module by the table `FUNCTIONS`.
 
-    KeyError for a name not in `FUNCTIONS`.
+    KeyError for any name but "export_adapters".
     """
     function: Callable[..., Any] = getattr(import_module(FUNCTIONS[name]), name)
     return function

@@ -61,8 +61,8 @@ def common_value(values: list[T]) -> T | Irregular:
 def _layers_by_path(model: nn.Module) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
     """Return adapter layers and modules trained whole, by the paths of PEFT's tuner, in PEFT's order.
 
-    With a PeftModel paths begin with "model.". Several layers on parameters of one module are listed from the inside
-    out, each with a path of its depth. Layers of token rows have their inner name at the end; those that belong to
+    With a PeftModel paths begin with "model.". Several layers on parameters of one module are listed from the outermost
+    in, each with a path of its depth. Layers of token rows have their inner name at the end; those that belong to
     another module's rows are left out.
     """
     registry = get_registry(model)
@@ -152,8 +152,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     A field is "irregular" where layers differ. An adapter's `requires_grad` compares only layers that have it.
     `trainable_params` and `total_params` count all parameters of `model`, not only those of layers.
 
-    Without a PeftModel `peft_types` is {}, and `adapter_model_type` is "None"; `base_model_type` is "other" unless the
-    model is one of transformers.
+    `adapter_model_type` is the tuner's class. Without a PeftModel `peft_types` is {}, and `adapter_model_type` is
+    "None"; `base_model_type` is "other" unless the model is one of transformers.
 
     Raises:
         ValueError: the model has no adapter layers.

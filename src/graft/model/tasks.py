@@ -369,7 +369,8 @@ class AutoPeftModel:
         A submodule of an allowed library is allowed, too. The allowlist is checked before anything is imported.
 
         Raises:
-            ValueError: there is no auto_mapping, or its library is not in the allowlist (None: `ALLOWED_LIBRARIES`).
+            ValueError: there is no auto_mapping, or its library is not in the allowlist (None: diffusers, lerobot,
+                megatron-core and transformers).
             ConfigError: a name in it is no str, the library cannot be imported, or it has no such class with
                 `from_pretrained`.
         """

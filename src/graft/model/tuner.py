@@ -35,7 +35,7 @@ def delegate_to_registry(name: str) -> Callable[..., object]:
 
     @wraps(getattr(Registry, name))
     def run(self: nn.Module, *args: object, **kwargs: object) -> object:
-        """Call the registry's method, of whatever class the registry is."""
+        """Call the registry's method, of whatever class the registry is, and return its result."""
         return getattr(self.__dict__[HOLDER], name)(*args, **kwargs)
 
     return run
@@ -360,7 +360,8 @@ def tuner_of(peft_type: str) -> Any:
     encoder.
 
     A class is made on first use and kept, one for each method. Functions that the method adds to tuners, and
-    `add_weighted_adapter`, become its methods. Raises ConfigError for an unknown type.
+    `add_weighted_adapter`, become its methods. Each class has a separate `_create_and_replace`, so that packages can
+    replace it for one method. Raises ConfigError for an unknown type.
     """
     name = getattr(peft_type, "value", peft_type)
     method = method_of(name)

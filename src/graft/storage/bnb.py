@@ -103,10 +103,10 @@ class Four(Quantized):
         """Switch off bitsandbytes' layout for AVX512-BF16, which has no backward pass, and undo it if the weight has it
         already.
 
-        A layer that supports the layout is marked, so that `release` allows it again. A rearranged weight gets its
-        earlier codes and quant_state in place, and the module gets this quant_state. Return a warning for the user
-        then, as the scales stay rounded to bfloat16. Return None otherwise, also for a weight on the meta device or
-        without quant_state.
+        A layer with `support_avx512bf16_for_cpu` gets it set to False and a mark, so that `release` allows the layout
+        again. A rearranged weight gets its earlier codes and quant_state in place, and the module gets this
+        quant_state. Return a warning for the user then, as the scales stay rounded to bfloat16. Return None otherwise,
+        also for a weight on the meta device or without quant_state.
         """
         if getattr(m, "support_avx512bf16_for_cpu", False):
             m.__dict__.update({"support_avx512bf16_for_cpu": False, REARRANGES: True})
@@ -136,7 +136,9 @@ def find_quant_state(m: nn.Module) -> Any:
 
 
 def is_interleaved(state: object) -> bool:
-    """Return True if a quant_state says that its codes are in bitsandbytes' layout for AVX512-BF16."""
+    """Return True if a quant_state says by `packing_format_for_cpu` that its codes are in bitsandbytes' layout for
+    AVX512-BF16.
+    """
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 

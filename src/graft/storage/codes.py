@@ -54,7 +54,7 @@ def find_unpacked_dtype(parameters: Iterable[Tensor]) -> torch.dtype | None:
 def remove_quantization_marks(model: nn.Module) -> None:
     """Take the quantization config and flags off a model without packed weights, so that it is saved as a plain one.
 
-    transformers' quantizer of the model removes the config, if there is one. `is_loaded_in_8bit` and
+    transformers' quantizer of the model (`hf_quantizer`), if there is one, removes the config. `is_loaded_in_8bit` and
     `is_loaded_in_4bit` become False where they are set.
     """
     quantizer = getattr(model, "hf_quantizer", None)
@@ -198,8 +198,8 @@ def make_bias_parameter(module: nn.Module) -> tuple[nn.Parameter, Callable[[], N
 def count_numbers(p: Tensor) -> int:
     """Return the number of values of a parameter.
 
-    A tensor that DeepSpeed has emptied counts with its whole size. A class in `PACKED`, such as Params4bit, has two
-    values in each byte of its storage dtype.
+    A tensor that DeepSpeed has emptied counts with its whole size (`ds_numel`). A Params4bit has two values in each
+    byte of its `quant_storage`, by default uint8.
     """
     n = p.numel() or getattr(p, "ds_numel", 0)
     if type(p).__name__ in PACKED:

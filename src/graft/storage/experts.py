@@ -95,8 +95,9 @@ class ExpertBlock:
     def names(self) -> tuple[str, str] | None:
         """The names of the two stacks, input first; None if graft does not know how the module computes.
 
-        graft knows MXFP4 blocks, and modules with the attributes that transformers' decorator of experts sets. The
-        first stack is `gate_up_proj`, or `up_proj` in a module without gate; the second `down_proj`.
+        graft knows MXFP4 blocks, and modules with `has_gate`, `has_bias`, `_apply_gate` and `num_experts`, which
+        transformers' decorator of experts sets. The first stack is `gate_up_proj`, or `up_proj` in a module without
+        gate; the second `down_proj`.
         """
         if self.is_mxfp4:
             return "gate_up_proj", "down_proj"
@@ -120,7 +121,9 @@ class ExpertBlock:
 
     @property
     def is_transposed(self) -> bool:
-        """True if the module has its dense stacks as (experts, in, out): it says so, or it is an MXFP4 block."""
+        """True if the module has its dense stacks as (experts, in, out): its `is_transposed` says so, or it is an MXFP4
+        block.
+        """
         return bool(getattr(self.module, "is_transposed", False)) or self.is_mxfp4
 
     @property
@@ -195,7 +198,8 @@ class ExpertBlock:
         are cut to this process's experts.
 
         Raises:
-            RoutingError: rows have different adapters under expert parallelism, or a dense stack cannot be used.
+            RoutingError: rows have different adapters in a module with `_is_expert_parallel`, or a dense stack cannot
+                be used.
             UnsupportedLayerError: a packed stack cannot be read.
         """
         m, (x, index, weights) = self.module, self.bind(args, kwargs)

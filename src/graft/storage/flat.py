@@ -27,7 +27,8 @@ class FlatPiece(NamedTuple):
 
     @property
     def numbers(self) -> Tensor:
-        """The numbers of this process themselves, (n,); writing to them writes to the parameter.
+        """The numbers of this process themselves, (n,), a view of the flat parameter's `_local_shard` or data: writing
+        to them writes to the parameter.
 
         Empty if it has none.
         """
@@ -84,7 +85,9 @@ def find_flat_piece(t: Tensor) -> FlatPiece | None:
 
 
 def is_flat(t: Tensor) -> bool:
-    """Return True if a tensor is a view of a flat parameter, which trains as a whole (use_orig_params=False)."""
+    """Return True if a tensor is a view of a flat parameter (its base has `_is_flat_param`), which trains as a whole
+    (use_orig_params=False).
+    """
     return t._base is not None and hasattr(t._base, "_is_flat_param")
 
 

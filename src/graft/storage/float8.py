@@ -36,8 +36,8 @@ class Float8(OwnModule):
         self.name, self.scale, self.parts = name, scale, ("weight", scale)
 
     def values(self, m: nn.Module) -> Tensor:
-        """Return the weight (out, in) in float32, decoded with its scales; a weight that is not quantized is cloned in
-        its dtype.
+        """Return the weight (out, in) in float32, decoded with its scales and the module's `block_size`, if it has
+        that. A weight that is not quantized (wider than a byte) is cloned in its dtype.
         """
         if m.weight.element_size() > 1:  # it has not been quantized
             return m.weight.detach().clone()

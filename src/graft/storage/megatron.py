@@ -83,8 +83,8 @@ def find_megatron_piece(m: nn.Module, op: Op) -> LayerPiece | None:
 def why_no_megatron_adapter(m: nn.Module) -> str | None:
     """Return why no adapter can act on a layer of Megatron; None if one can, or the module is not Megatron's.
 
-    The first of three reasons: it is sequence parallel; it is an expert's, so that other modules sum its outputs; it
-    has no weight parameter.
+    The first of three reasons: it is `sequence_parallel`; it is an expert's (`is_expert` or `explicit_expert_comm`), so
+    that other modules sum its outputs; it has no weight parameter.
     """
     if KINDS.find(type(m)) is None:
         return None

@@ -166,8 +166,8 @@ def is_sharded(t: Tensor) -> TypeGuard[DTensor]:
 def find_master_ids(parameters: Iterable[object]) -> set[int]:
     """Return the ids of those parameters that an optimizer of DeepSpeed trains through a float32 copy.
 
-    A parameter of ZeRO-1 and ZeRO-2 is known by `_hp_mapping`. For a parameter of ZeRO-3 the ids of all parameters of
-    its optimizer are returned, also of those not passed.
+    A parameter of ZeRO-1 and ZeRO-2 is known by `_hp_mapping`. For a parameter with `_z3_optimizer` (ZeRO-3) the ids of
+    all parameters in that optimizer's `fp16_groups` are returned, also of those not passed.
     """
     ids, optimizers = set(), {}
     for p in parameters:
@@ -265,7 +265,8 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
 def shard_value(value: Tensor, mesh: dist.DeviceMesh, placements: Sequence[Placement]) -> Tensor:
     """Return a DTensor of `value`, which every process has whole: each process cuts out its part without waiting.
 
-    On torch 2.6 it is first wrapped as replicated, and then redistributed.
+    Where `distribute_tensor` has no `src_data_rank` (torch 2.6), it is first wrapped as replicated, and then
+    redistributed.
     """
     from torch.distributed import tensor  # imported here, as it is rarely needed
 

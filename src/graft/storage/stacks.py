@@ -151,7 +151,8 @@ class MXFP4(PackedMatrices):
         """Return the stack of a gpt-oss block: `gate_up_proj` (experts, 2 · inner, width), else (experts, width,
         inner).
 
-        Scales are those of the block's precision config; None if it has none.
+        The sizes are `num_experts`, `intermediate_size` and `hidden_size` of the block. Scales are the `weight_scale`
+        of `<name>_precision_config`, None without one.
         """
         n, inner, width = m.num_experts, m.intermediate_size, m.hidden_size
         shape = (n, 2 * inner, width) if name == "gate_up_proj" else (n, width, inner)
@@ -286,7 +287,7 @@ class FineFP8(PackedMatrices):
     def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
         """Return True on a device other than the CPU, if no gradient is wanted or the module has a backward pass.
 
-        It has one for 8-bit floats with the implementations eager, grouped_mm, or none set.
+        It has one for 8-bit floats, if `_experts_implementation` of its config is "eager", "grouped_mm" or not set.
         """
         how = getattr(m.config, "_experts_implementation", None)
         has_backward = self.weight.dtype != torch.int8 and how in (None, "eager", "grouped_mm")
@@ -483,7 +484,7 @@ class TorchAO(PackedMatrices):
         return replace(self, weight=self.weight.to(device))
 
     def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
-        """Return True if no gradient is wanted and the config's implementation of experts is eager."""
+        """Return True if no gradient is wanted and `_experts_implementation` of the module's config is "eager"."""
         return not trains and getattr(m.config, "_experts_implementation", None) == "eager"
 
 
@@ -528,7 +529,9 @@ def find_matrices(m: nn.Module, name: str) -> PackedMatrices | None:
 
 
 def list_packed_names(m: nn.Module) -> list[str]:
-    """Return the names of a module's packed stacks, in the order of `NAMES`; [] for other modules."""
+    """Return the names of a module's packed stacks, in the order gate_up_proj, up_proj, down_proj; [] for other
+    modules.
+    """
     if (
         MODULES.find(type(m)) is None
         and "parametrizations" not in m._modules

@@ -105,10 +105,10 @@ def why_not_cut(module: nn.Module, style: Style) -> str | None:
     """Return why a parallel module has no plain pieces of inputs or outputs; None if it has.
 
     The style TensorParallelLayer never has a reason. All others need a weight that is a DTensor over a mesh of one
-    dimension, and must return no DTensor. Styles for layers that are whole on each process (`WHOLE`) need nothing else.
-    ColwiseParallel needs replicated inputs, and RowwiseParallel replicated outputs; its other side is replicated or cut
-    along the last dimension. PackedColwiseParallel needs no bias, and `out_features` that `split_factor` divides. Other
-    styles have no rule.
+    dimension, and `use_local_output`, so that they return no DTensor. EmbeddingParallel, for layers that are whole on
+    each process, needs nothing else. ColwiseParallel needs replicated inputs, and RowwiseParallel replicated outputs;
+    its other side is replicated or cut along the last dimension. PackedColwiseParallel needs no bias, and
+    `out_features` that `split_factor` divides. Other styles have no rule.
     """
     kind, it = style.kind, style.it
     weight = module._parameters.get("weight")
@@ -157,7 +157,8 @@ def list_styles(module: nn.Module) -> list[str]:
 
     Raises:
         UnsupportedLayerError: a layer of Megatron in it has a piece of its weight. Or a parallel module, unless its
-            style is in `WHOLE`, takes or returns pieces, or has no known pieces; the copy would not.
+            style is EmbeddingParallel or TensorParallelLayer, takes or returns pieces, or has no known pieces; the copy
+            would not.
     """
     styles = [(path, m, style) for path, m in module.named_modules() if (style := style_of(m)) is not None]
     child = next((m for m in module.modules() if megatron.KINDS.find(type(m)) and megatron.find_cut(m)), None)

@@ -98,7 +98,9 @@ class TorchAO(Quantized):
 
 
 def rounds_inputs(weight: object) -> bool:
-    """Return True if a weight has settings for the rounding of its layer's inputs."""
+    """Return True if a weight has settings for the rounding of its layer's inputs: `act_quant_kwargs` or
+    `activation_quantization` is not None.
+    """
     of = ("act_quant_kwargs", "activation_quantization")
     return any(getattr(weight, name, None) is not None for name in of)
 
@@ -114,8 +116,8 @@ def dequantize_weight(weight: Tensor) -> Tensor:
 
 
 def pre_scale(weight: Tensor) -> Tensor | None:
-    """Return the scales of the inputs (in,) that AWQ and SmoothQuant have taken out of a weight; None for other
-    weights.
+    """Return the scales of the inputs (in,) that AWQ and SmoothQuant have taken out of a weight (`act_pre_scale`); None
+    for other weights.
     """
     return getattr(weight, "act_pre_scale", None)
 

@@ -258,7 +258,10 @@ class Call:
 
     @property
     def off(self) -> bool:
-        """True if all adapters are disabled for the present call or backward pass: `current_rows()` returns OFF."""
+        """True if all adapters are disabled for the present call or backward pass: `current_rows()` returns OFF.
+
+        With an empty `open` False at once.
+        """
         return bool(self.open) and self.current_rows() is OFF
 
     def keep_for_backward(self, output: object, context: CallContext) -> None:
@@ -364,6 +367,8 @@ class Call:
     def fact(self, name: object) -> Any:
         """Return the fact of this name (a value per row) from the context for the layer that asks; None if there is
         none.
+
+        Raises RoutingError as `current_context` does.
         """
         return self.current_context().facts.get(name)
 

@@ -262,9 +262,9 @@ class Carrier:
     def delete_adapter(self, adapter: str, new_active_adapters: list[str] | None = None) -> None:
         """Forget an adapter. If it was active, activate `new_active_adapters` and let them train.
 
-        If that is None, the remaining active adapters stay active; if none remains, the first other adapter by name
-        becomes active, with a warning. Runs as a change of the model: waits until its calls have ended. Nothing is
-        checked: an active adapter that this carrier does not hold is forgotten and replaced in the same way.
+        If that is None, the remaining active adapters stay active and train; if none remains, the first other adapter
+        by name becomes active, with a warning. Runs as a change of the model: waits until its calls have ended. Nothing
+        is checked: an active adapter that this carrier does not hold is forgotten and replaced in the same way.
         """
         before = self.active_adapters
         self.forget(adapter)

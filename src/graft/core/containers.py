@@ -264,7 +264,10 @@ class Slot:
 
     @property
     def is_in_flat_parameter(self) -> bool:
-        """True if FSDP1 keeps the parameter as a view of a flat parameter, which trains as a whole."""
+        """True if FSDP1 keeps the parameter as a view of a flat parameter, which trains as a whole.
+
+        The parameter is then a plain attribute of its owner.
+        """
         return self.is_parameter and self.where is self.owner.__dict__
 
     def assign(self, value: Tensor, device: torch.device | None = None) -> None:

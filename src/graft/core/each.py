@@ -265,8 +265,8 @@ class StackMethod(Method):
     def describe(self) -> Effect:
         """Return the effect on the whole stack: an `Update` for an additive effect on one matrix, else a `Rewrite`.
 
-        Both are computed matrix by matrix, with pieces for single ones. If the kind cannot act on a stack, return its
-        effect on one matrix.
+        Both are computed matrix by matrix, with pieces for single ones, and keep `of_weight`; an Update keeps `draws`,
+        a Rewrite `inward`. If the kind cannot act on a stack, return its effect on one matrix.
         """
         effect = self.matrix_method.effect
         if why_not_on_stack(self.matrix_method) is not None:
@@ -454,7 +454,10 @@ class ShapesDiffer(Exception):
 
 
 def stack_build_values(built_values: Sequence[dict[str, object]]) -> dict[str, object]:
-    """Return the values of a stack, by name, from the values that `build` returned for each matrix."""
+    """Return the values of a stack, by name, from the values that `build` returned for each matrix.
+
+    The names are those of the first matrix. Raises ShapesDiffer as `stack_values`.
+    """
     return {name: stack_values([values[name] for values in built_values], name) for name in built_values[0]}
 
 

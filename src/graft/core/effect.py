@@ -124,7 +124,10 @@ class Product(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix: norms, merges and files are computed from it."""
+        """The matrix, or the result of the function that makes it, called at each access.
+
+        Norms, merges and files are computed from it.
+        """
         return self.matrix if isinstance(self.matrix, Tensor) else self.matrix()
 
 

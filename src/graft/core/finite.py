@@ -12,7 +12,7 @@ NARROW = 1  # bytes of a float8 number: torch computes no norm of them
 
 
 def is_finite(number: float) -> bool:
-    """Return True if float32, the dtype of adapters, represents a number as a finite one."""
+    """Return True if float32, the dtype of adapters, represents a number as a finite one. False for NaN."""
     return abs(number) <= torch.finfo(torch.float32).max
 
 

@@ -250,7 +250,7 @@ def _only_vectors_train(f: Factors, A: Tensor, B: Tensor) -> bool:
 
 
 def _outer_times_scale(f: Factors) -> Tensor:
-    """Return the vector `outer` times the scale."""
+    """Return the vector `outer` times the scale; `outer` itself if the scale is None."""
     return f.outer if f.scale is None else f.outer * f.scale  # type: ignore[return-value,operator]
 
 

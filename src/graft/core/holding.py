@@ -220,7 +220,7 @@ class Holding:
 
     @property
     def where(self) -> Where:
-        """The device and dtype of the base weight."""
+        """The device and dtype of the base weight, by the store; each None if unknown."""
         return self.store.where(self._modules[self.inner_name], self.site.parameter)
 
     def place_adapter(self, adapter: str, where: Where, upcast: bool = True) -> int:

@@ -387,7 +387,9 @@ class AdapterLayer(PeftNames, Host):
         return merging.why_unmergeable(self, [self.methods[adapter]])
 
     def lift_merged(self) -> AbstractContextManager[None]:
-        """Return a block without merged adapters in the weight; afterwards those merged before are merged again."""
+        """Return a context manager: within it the weight has no merged adapters, and afterwards they are
+        merged again.
+        """
         return merging.lift_merged(self)
 
     def recompute_values(self, adapter: str, where: Where) -> None:

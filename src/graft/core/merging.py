@@ -538,7 +538,7 @@ def _add_products(op: Op, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], 
 
 
 def _take_snapshot(layer: Layer) -> object:
-    """Return a copy of the base weight.
+    """Return the store's snapshot of the base weight: a copy, or the parameter itself if it is tied.
 
     Returns None if the layer's record of merges has a snapshot already, since that also undoes this merge.
     """
@@ -746,7 +746,8 @@ def find_unmerged_bias(layer: Layer) -> Tensor | None:
 
 
 def find_tied_weight(layer: Layer) -> nn.Parameter | None:
-    """Return the parameter that a merged layer left to the modules tied to it; None if there is none.
+    """Return the parameter that a merged layer left to the modules tied to it: the first snapshot in `state.undo` that
+    is a parameter. None if there is none.
 
     Unmerging makes the layer share it again.
     """

@@ -166,7 +166,8 @@ class Op:
         self, m: nn.Module, r: int, bias: bool, fill: bool = True, device: torch.device | None = None
     ) -> tuple[nn.Module, nn.Module] | None:
         """Return two new modules with a composition that is a rank-r update of this layer; None for types without such
-        modules. For a stack they hold A and B of all matrices, with r times their number as inner size.
+        modules. Here they are linear layers, in → r without a bias, and r → out. For a stack they hold A and B of all
+        matrices, with r times their number as inner size.
 
         Args:
             bias: the second module has a bias.
@@ -202,7 +203,7 @@ class MegatronLinear(Linear):
     """A linear layer with a piece of the weight in each process. Its sizes are those of the whole."""
 
     def dims(self, m: nn.Module) -> tuple[int, int]:
-        """Return (out, in) of the whole layer."""
+        """Return (out, in) of the whole layer, its `output_size` and `input_size`."""
         return m.output_size, m.input_size
 
 

@@ -103,7 +103,7 @@ class PeftNames:
 
     @property
     def is_target_conv_1d_layer(self: Layer) -> bool:
-        """Return True if the base layer is transformers' Conv1D."""
+        """Return True if the base layer is transformers' Conv1D, by the name of its class."""
         return self.site.type_name == "Conv1D"
 
     @property
@@ -385,6 +385,6 @@ def check_scale(layer: Layer, scale: float | None, divides: bool = False) -> Non
 
 
 def warn_no_scaling(layer: Layer, adapter: str) -> None:
-    """Warn that the method of this adapter has no scaling, so that the call is ignored."""
+    """Warn (PeftWarning) that the method of this adapter has no scaling, so that the call is ignored."""
     name = type(layer.methods[adapter]).__name__
     warn(f"Scaling has no meaning for {name} adapters (layer '{layer.site.key}'): ignored.", PeftWarning)

@@ -96,7 +96,9 @@ class LayerPiece:
 
 
 def show_type(t: Tensor) -> str:
-    """Return the type and shape of a tensor, or the type of another object, as text for an error."""
+    """Return "a Tensor(2, 3)", with type and shape of a tensor, or "a list", the type of another object, for
+    an error.
+    """
     return f"a {type(t).__name__}{tuple(t.shape)}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
 
 

@@ -188,7 +188,7 @@ class LayerPlan:
 
     def run_base(self, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
         """Return the output of the base layer for x and the module's other arguments, protected against in-place
-        changes.
+        changes by the store (`protect`).
         """
         return self.layer.store.protect(self.layer.base_layer(x, *args, **kwargs))
 
@@ -563,7 +563,10 @@ def sum_first_gradient(args: tuple[object, ...]) -> tuple[object, ...]:
 
 
 def check_no_gates(layer: Layer) -> None:
-    """Raise RoutingError if the call has gates, as steps of this layer do more than add to its output."""
+    """Raise RoutingError if the call has gates, as steps of this layer do more than add to its output.
+
+    Without gates does nothing; the steps are not looked at.
+    """
     if layer.call.current_gates() is None:
         return
     raise RoutingError(
@@ -944,7 +947,7 @@ class ReplacementPlan(LayerPlan):
         return self.layer.op.canon(module.weight), self.bias()
 
     def bias(self, n: int | None = None) -> Tensor | None:
-        """Return the module's bias; None if it has none."""
+        """Return the bias of the adapter's module, whatever n is; None if it has none."""
         return getattr(self.module, "bias", None)
 
 
@@ -952,7 +955,7 @@ def order_steps(layer: Layer, methods: Iterable[Method]) -> list[Step]:
     """Return (method, effect) of each method, the innermost first.
 
     Methods of a config class that the layer got earlier come first. Within a class, the order of `methods` holds,
-    except that an `inward` effect goes before all others of the class.
+    except that an `inward` effect goes before all others of the class, so that the last of several comes first.
     """
     kinds = layer.kinds
     rank = {kind: i for i, kind in enumerate(kinds)}

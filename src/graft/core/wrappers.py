@@ -26,7 +26,10 @@ MANAGED = "_is_fsdp_managed_module"  # FSDP sets it on all modules that it manag
 
 
 def find_unsharded_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module; if `fully_shard` has replaced it by a subclass, the class of before."""
+    """Return the class of a module; if `fully_shard` has replaced it by a subclass, the class of before.
+
+    It is the first class of the MRO that is not one of torch.distributed with a name beginning with "FSDP".
+    """
     return next(
         kind
         for kind in type(module).__mro__
@@ -108,6 +111,8 @@ HOOK = "_hf_hook"  # accelerate's mark on a module
 def find_offload_hooks(m: nn.Module) -> list[Any]:
     """Return the accelerate hooks on a module that load its tensors for a call and offload them again; [] if it has
     none.
+
+    They are those with a true `offload`, also within a sequence of hooks.
     """
     hook: Any = m.__dict__.get(HOOK)
     return [h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)]

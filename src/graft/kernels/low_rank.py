@@ -634,7 +634,7 @@ class _OneProduct(Function):
         ctx: Context, x: Tensor, h: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, d: Tensor,
         b: Tensor, call: Call, input_gradient: InputGradient,
     ) -> Tensor:  # fmt: skip
-        """Return call(x, W + ΔW, bias). Keeps h and the factors, and neither x nor the sum."""
+        """Return call(x, W + ΔW, bias). Keeps h, W, A, B, d and b, and neither x nor the sum."""
         ctx.save_for_backward(h, W, A, B, d, b)
         ctx.input_gradient = input_gradient
         return call(x, _sum(W, A, B, d, b), bias)

@@ -55,19 +55,19 @@ def split_columns(W: Tensor) -> tuple[Tensor, ...]:
 
 
 def project_gradient_outside(p: Tensor, Q: Tensor) -> Tensor:
-    """Return p itself, with a backward pass that turns its gradient g into g - Q Qᵀ g.
+    """Return a view of p, with a backward pass that turns its gradient g into g - Q Qᵀ g.
 
-    Under tracers and forward-mode derivatives plain operations do the same. p (n, k); the columns of Q (n, j) are
-    orthonormal.
+    Under tracers and forward-mode derivatives plain operations do the same, in new memory. p (n, k); the columns of Q
+    (n, j) are orthonormal.
     """
     return _GradientProjection.apply(p, Q, False) if only_backward() else _project_by_sum(p, Q, False)
 
 
 def project_gradient_inside(p: Tensor, Q: Tensor) -> Tensor:
-    """Return p itself, with a backward pass that turns its gradient g into Q Qᵀ g.
+    """Return a view of p, with a backward pass that turns its gradient g into Q Qᵀ g.
 
-    Under tracers and forward-mode derivatives plain operations do the same. p (n, k); the columns of Q (n, j) are
-    orthonormal.
+    Under tracers and forward-mode derivatives plain operations do the same, in new memory. p (n, k); the columns of Q
+    (n, j) are orthonormal.
     """
     return _GradientProjection.apply(p, Q, True) if only_backward() else _project_by_sum(p, Q, True)
 

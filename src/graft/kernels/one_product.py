@@ -126,7 +126,7 @@ class _OneProduct(Function):
 def widest(*fields: object) -> torch.dtype:
     """Return the common dtype, by torch's promotion, of all floating-point tensors among `fields`.
 
-    There must be one; other values are ignored.
+    Other values are ignored. Raises TypeError if there is none.
     """
     dtypes = [f.dtype for f in fields if isinstance(f, Tensor) and f.is_floating_point()]
     return reduce(torch.promote_types, dtypes)
@@ -308,7 +308,7 @@ class _HadamardProduct(Function):
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, ...]:
-        """Return the gradients of a, b, c and d."""
+        """Return the gradients of a, b, c and d, always all: `factor_gradients`."""
         return factor_gradients(grad, *ctx.saved_tensors)
 
 

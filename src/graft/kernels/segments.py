@@ -203,7 +203,7 @@ def group_segments(segments: Sequence[Segment], stacks: Stacks | None, dtype: to
 
 
 def _find_sinks(stacks: Stacks | None, A: Tensor, B: Tensor) -> tuple[GradientSink, GradientSink] | None:
-    """Return the sinks of both factors; None if one of them has none."""
+    """Return the sinks of both factors; None without `stacks`, or if one of the factors has none."""
     if stacks is None or (a := stacks.sink(A)) is None or (b := stacks.sink(B)) is None:
         return None
     return a, b

@@ -32,7 +32,9 @@ class Circulant(NamedTuple):
         return self.scale * blocks.transpose(1, 2).reshape(self.shape)
 
     def columns(self, ids: Tensor) -> Tensor:
-        """Return the columns that `ids` (…) name, times the scale: (…, out), without forming the matrix."""
+        """Return the columns that `ids` (…) name, times the scale: (…, out), from the entries of w that `dense` would
+        place there, without forming the matrix.
+        """
         m, _, b = self.w.shape
         t = torch.arange(b, device=self.w.device)
         part, s = ids.reshape(-1, 1) // b, ids.reshape(-1, 1) % b
@@ -211,7 +213,7 @@ class Wavelet(NamedTuple):
 
     @property
     def half(self) -> int:
-        """The number of columns of each filter."""
+        """The number of columns of each filter: (n + number of taps - 1) // 2."""
         return (self.n + len(self.low) - 1) // 2
 
     @property
@@ -221,7 +223,7 @@ class Wavelet(NamedTuple):
 
     @property
     def first(self) -> int:
-        """The number of entries of the first column that lie before the output."""
+        """The number of entries of the first column that lie before the output: the number of taps less 2."""
         return len(self.low) - 2
 
     def analysis(self, x: Tensor) -> Parts:

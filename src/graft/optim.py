@@ -503,7 +503,7 @@ NEWTON_SCHULZ_STEPS = 5
 def orthogonalise(M: Tensor) -> Tensor:
     """Return about U V of M = U diag(S) V, (…, m, n) in float32: all singular values become numbers from 0.7 to 1.2.
 
-    Five Newton-Schulz steps.
+    Five Newton-Schulz steps on M divided by its Frobenius norm, at least 1e-7.
     """
     a, b, c = NEWTON_SCHULZ
     wide = M.shape[-2] <= M.shape[-1]
@@ -557,7 +557,8 @@ class LoraMuonOptimizer(PerParameterOptimizer):
     def _muon(self, p: Tensor, g: Tensor, group: Group) -> None:
         """Update the momentum of p by its gradient g, and subtract a step from p in place.
 
-        The step is the orthogonalised Nesterov update, of each matrix of a stack, times lr · 0.2 · √(larger side).
+        The momentum is a running mean with share `momentum`, from zeros. The step is the orthogonalised Nesterov
+        update, of each matrix of a stack, times lr · 0.2 · √(larger side).
         """
         state, momentum = self.state[p], group["momentum"]
         if not state:

@@ -242,11 +242,13 @@ def around_model(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Bottlenec
     """Return the places of an invertible adapter: "embedding" after the embedding (of the encoder), and "head" before
     the output embedding.
 
-    A model with encoder and decoder, or `inverse_before_head=False`, has no "head".
+    Both have the width of the embedding. A model with encoder and decoder, without output embedding, or with
+    `inverse_before_head=False`, has no "head".
 
     Raises:
         NoMatchingPeftModuleError: there is no embedding.
-        UnsupportedLayerError: encoder and decoder share one module for their embeddings.
+        UnsupportedLayerError: encoder and decoder share one module for their embeddings (the path with "decoder" for
+            "encoder" is the same module).
     """
     modules = dict(walk(model))
     embedding: Any = strip_carriers(input_embeddings(model))

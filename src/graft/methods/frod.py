@@ -79,8 +79,9 @@ def basis(sites: Sequence[Site], n: int, alpha: float) -> Tensor:
     """Return V (n, n) of a category, in float32 on the CPU: it makes the columns of W V as orthogonal as possible for
     all its weights W.
 
-    Of layers with equal `order` only the last counts. If all weights together have fewer than n rows, V are their right
-    singular vectors. Return an empty V on the meta device if a weight is there.
+    Of layers with equal `order` only the last counts. With all weights below each other = Q R, V is Rᵀ times the
+    eigenvectors of the mean of (Qᵢᵀ Qᵢ + alpha)⁻¹ over the layers. If they have fewer than n rows together, V are their
+    right singular vectors. Return an empty V on the meta device if a weight is there.
     """
     V = torch.empty(n, n)
     if V.is_meta or any(site.on_meta for site in sites):

@@ -85,8 +85,8 @@ def sum_experts(op: Op, base: nn.Module, x: Tensor, A: Tensor, B: Tensor, g: Ten
 
 
 def compute_balance_loss(noted: Sequence[NotedTokens], top_k: int) -> Tensor:
-    """Return E Σₑ fₑ Pₑ, (): f the share of tokens that chose an expert among their `top_k`, P the mean of its
-    probability (tokens, E).
+    """Return E Σₑ fₑ Pₑ, (), for E experts: fₑ the share of tokens that chose expert e among their `top_k`, Pₑ the mean
+    of its probability.
 
     Padding does not count. Routers count together: all tokens of all of them. If numbers of experts differ, each router
     counts alone, and the mean is returned.

@@ -146,11 +146,11 @@ def chosen_blocks(model: nn.Module, layers: Collection[int] | str) -> list[Block
 def blocks_in(linears: Mapping[str, tuple[int, int]], modules: Collection[str], config: Any = None) -> list[Block]:
     """Return the blocks of a model, or [] if there are none.
 
-    A block is a numbered path with an attention and other layers below it.
+    A block is a numbered path with an attention below it, and other linear layers or a module with an MLP's name.
 
-    An attention belongs to the innermost such path around it. Blocks with paths that differ only in numbers are one
-    list; the function returns one list. Lists of the width of the text come first. Of these, those that are not for
-    images or sound come first, and then the longest. Routers do not count.
+    An attention belongs to the innermost such path around it. Blocks with paths that differ only in numbers or in
+    PARTS, such as "encoder" and "decoder", are one list; the function returns one list. Lists of the width of the text
+    come first. Of these, those that are not for images or sound come first, and then the longest. Routers do not count.
 
     Args:
         linears: the sizes (out, in) of its linear layers.

@@ -105,7 +105,9 @@ class Reft(OnStates[ReftConfig]):
     reft_dropout: nn.Module
 
     def check(self) -> str | None:
-        """Return the reason of `OnStates.check`. Raises ConfigError if r is above the width, with `orthogonality`."""
+        """Raise ConfigError if r is above the width, with `orthogonality` and a known width; else return the reason of
+        `OnStates.check`.
+        """
         if self.cfg.orthogonality and self.width is not None and self.cfg.r > self.width:
             raise ConfigError(f"Layer '{self.site.key}' is {self.width} wide. Choose a smaller r than {self.cfg.r}.")
         return super().check()

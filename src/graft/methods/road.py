@@ -105,7 +105,12 @@ class Road(Method[RoadConfig]):
         return self.rotate_channels(W, 0), None if b is None else self.rotate_channels(b, 0)
 
     def rotate_channels(self, z: Tensor, dim: int) -> Tensor:
-        """Return R z, where `dim` is the dimension of z that counts channels; in the wider dtype of z and θ."""
+        """Return R z, where `dim` is the dimension of z that counts channels; in the wider dtype of z and θ.
+
+        In each group of `group_size` channels, z₁ of the first half and z₂ of the second are a pair. It becomes (c₁ z₁
+        - s₁ z₂, c₂ z₂ + s₂ z₁) with c = α cos θ and s = α sin θ. road_1 has one θ and α for all four, road_2 a pair for
+        each channel, road_4 others for c and s.
+        """
         (of, each), half = LAYOUT[self.cfg.variant], self.cfg.group_size // 2
         dtype = torch.promote_types(self.road_theta.dtype, z.dtype)
         both = (self.road_theta, self.road_alpha)

@@ -87,9 +87,8 @@ class SHiRA(Method[ShiraConfig]):
         return int(self.cfg.r) * (self.site.out_features + self.site.fan_in)
 
     def check(self) -> str | None:
-        """Return the reason of `Method.check`.
-
-        Raises ConfigError if r < 1, or more entries would train than the weight has.
+        """Raise ConfigError if r < 1, or if more entries would train than the weight of a known layer has; else return
+        the reason of `Method.check`.
         """
         COUNT.check("r", self.cfg.r)
         total = self.site.out_features * self.site.fan_in

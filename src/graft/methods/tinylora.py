@@ -102,7 +102,10 @@ class TinyLoRA(Method[TinyLoraConfig]):
 
     @torch.no_grad()
     def init_values(self) -> None:
-        """Fill A = √S Vᵀ and B = U √S with the r largest singular triples of W₀; of an embedding, of W₀ᵀ."""
+        """Fill A = √S Vᵀ and B = U √S with the r largest singular triples of W₀; of an embedding, of W₀ᵀ.
+
+        The SVD is in float32; its results are rounded to W₀'s dtype before the root.
+        """
         W = self.layer.W0.flatten(1)
         svd = torch.linalg.svd((W.T if self.site.op.takes_ids else W).float(), full_matrices=False)
         U, S, V = (t.to(W.dtype) for t in svd)  # rounded before the square root, as PEFT does

@@ -217,7 +217,8 @@ class TLoRA(Method[TLoraConfig]):
         argument `timestep`.
 
         Raises:
-            RoutingError: there is none, or one outside of 0 to `max_timestep`, or not one for each row.
+            RoutingError: there is none; one is outside of 0 to the least `max_timestep` of the run's adapters; or they
+                are not one for each row.
         """
         with super().surround_run(tuner, call, run) as finish:
             fact = call.fact(TIMESTEP)

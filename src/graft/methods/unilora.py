@@ -98,8 +98,8 @@ class UniLoRA(Method[UniLoraConfig]):
         return dict(unilora_theta_d=nn.Parameter(theta), unilora_places=Places(layers.sites, cfg))
 
     def build(self, shared: dict[str, Any]) -> dict[str, object]:
-        """Return θ, and this layer's buffers `unilora_scales_A`, `_B` and `unilora_indices_A`, `_B`, in shapes (r, in)
-        and (out, r); `unilora_dropout` and `r`.
+        """Return all shared values (θ and the places), and this layer's buffers `unilora_scales_A`, `_B` and
+        `unilora_indices_A`, `_B`, in shapes (r, in) and (out, r); `unilora_dropout` and `r`.
 
         Files hold the buffers only with `save_indices`.
         """

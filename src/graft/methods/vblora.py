@@ -64,8 +64,8 @@ def check_largest(shape: torch.Size, index: Tensor, first: Tensor, topk: int, wh
     """Raise CheckpointError unless `index` (…, topk) and `first` (…, topk - 1) can be indices and weights of the
     largest logits of `shape`.
 
-    Checked: shapes and integer dtype, the range of indices, no index twice, weights ≥ 0 with a sum of at most 1.05.
-    `where` names the tensor.
+    Checked: shapes and integer dtype, the range of indices, no index twice, floating-point weights ≥ 0 with a sum of at
+    most 1.05. `where` names the tensor.
     """
     rows, n = shape[:-1], shape[-1]
     shapes = index.shape == (*rows, topk) and first.shape == (*rows, topk - 1)

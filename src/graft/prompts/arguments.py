@@ -191,8 +191,8 @@ def put_keys(stack: PromptStack, arguments: dict[str, object], cache: object, ba
     now and in the backward pass. `stack.now.lent` notes a cache to leave out of the output: if the call, or else the
     config, wants none, or under checkpointing.
 
-    Outside of causal and encoder-decoder models, a call without an attention mask gets one of ones, (batch, tokens). In
-    a dict of masks each None becomes a causal mask for sdpa.
+    Outside of causal and encoder-decoder models, a call without an attention mask gets one of ones, (batch, tokens).
+    With sdpa, each None in a dict of masks becomes a causal mask of the input's tokens.
     """
     assert stack.now.keys is not None and stack.now.as_pairs is not None and stack.cache_name is not None
     replayed = stack.now.replays.prepare_checkpointing()

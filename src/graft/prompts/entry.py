@@ -155,8 +155,8 @@ def check_kind(stack: PromptStack, cfg: Any) -> None:
     """Raise ConfigError if prompts of this kind cannot enter the stack, whatever their sizes.
 
     No prompt can enter a model that keeps only states: it takes `cache_params` and no cache, or its cache has states
-    and no tokens. A kind with keys and values has three further reasons: heads are cut over processes in an unknown
-    way; some layers keep a state; or keys and values are compressed (`kv_lora_rank`).
+    and no tokens. A kind with keys and values has three further reasons: heads are cut over processes by another layer
+    than k_proj (`unclear_heads`); some layers keep a state; or keys and values are compressed (`kv_lora_rank`).
     """
     name, kind = type(stack.module).__name__, cfg.peft_type.value
     cached = list(getattr(kv_prefix.new_cache(stack.config, False), "layers", ())) if stack.cache_name else []

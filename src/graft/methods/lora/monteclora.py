@@ -80,10 +80,12 @@ class Sampler(nn.Module):
         return variances, (spread.sqrt() * z + logs - logs.mean()).softmax(-1)
 
     def loss(self) -> Tensor:
-        """Return kl_loss_weight · (three divergences from the priors), (), in float32, of the last draw; with
-        `use_entropy` plus Σ w².
+        """Return kl_loss_weight · (wishart + gauss + dirichlet), (), in float32, of the last draw; with `use_entropy`
+        plus Σ w².
 
-        The three: Wishart, Gaussian, and Dirichlet with the concentration `dirichlet_prior`.
+        With σ = `std_prior` and variances v ≥ 1e-6: wishart = r / 2 · Σ (exp 2σ - 2σ - 1), gauss = n / 2 · Σ (v - log v
+        - 1). The last one is the divergence of the concentrations exp(`expert_weights_prior`) from `dirichlet_prior`
+        for all.
         """
         cfg, std, prior = self.cfg, self.std_prior.float(), self.expert_weights_prior.float()
         variances, weights = (t.float() for t in self.last())

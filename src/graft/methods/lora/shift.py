@@ -94,7 +94,9 @@ def subtract_start(W: Tensor, A: Tensor, B: Tensor, seen: Tensor | None, bits: i
 
 
 def take_out(lora: Method, A: Tensor, B: Tensor) -> None:
-    """Replace the base weight by `without(W, A, B)`. Warns if the layer has other adapters too.
+    """Replace the base weight by `without(W, A, B)`, rounded for LoftQ to its bits.
+
+    Warns if the layer has other adapters too.
 
     With `keeps_shift`, also store A and B in `lora_shift`, with a sample of the weight before and after, and mark it as
     done.

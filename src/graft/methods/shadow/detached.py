@@ -224,8 +224,8 @@ NAME = "DetachedShadowModel"
 def find_model_class() -> type[PreTrainedModel]:
     """Return the class DetachedShadowModel, which derives from transformers' PreTrainedModel; made at the first call.
 
-    The class can generate (GenerationMixin), holds network, projection and head, and its forward returns logits and
-    loss as the base model's class does.
+    The class can generate (GenerationMixin), supports gradient checkpointing and all kinds of attention, and holds
+    network, projection and head. Its forward returns logits and loss as the base model's class does.
     """
     from transformers import GenerationMixin, PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput

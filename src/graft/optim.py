@@ -393,7 +393,9 @@ def compute_pro_gradients(A: Tensor, B: Tensor, a: Tensor, b: Tensor, s: float) 
 
 
 def damp_gram(G: Tensor) -> Tensor:
-    """Return G plus a small multiple of the unit matrix, by the rounding of its dtype, so that it can be inverted."""
+    """Return G + (100 ε · its largest diagonal number + ε) · 1, with ε the rounding of its dtype, so that it can be
+    inverted.
+    """
     eps = torch.finfo(G.dtype).eps
     return G + (100 * eps * max_diagonal(G) + eps) * torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
 
@@ -407,8 +409,8 @@ SIGN_STEPS = 40  # Newton's iteration doubles small eigenvalues and halves large
 
 
 def solve_sylvester(P: Tensor, Q: Tensor, C: Tensor) -> Tensor:
-    """Return X with P X + X Q = C for positive definite P and Q, (…, r, r), by Newton's iteration of the
-    matrix sign.
+    """Return X with P X + X Q = C for positive definite P and Q, (…, r, r), by 40 steps of Newton's iteration of the
+    matrix sign. All three are first divided by the larger norm of P and Q.
     """
     size = torch.maximum(matrix_norms(P), matrix_norms(Q))
     P, Q, C = P / size, Q / size, C / size

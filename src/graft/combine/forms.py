@@ -254,8 +254,9 @@ class AdaLoraForm(ProductForm["AdaLoraConfig"]):
     """The form of AdaLoRA: B diag(E) A; singular values E include the scaling."""
 
     def write(self, A: Tensor, B: Tensor, parts: Parts, cfg: AdaLoraConfig) -> Tensors:
-        """Return AdaLoRA's tensors for ΔW = B A, by (container, path): columns of B of length 1, and their lengths in E
-        with the scaling divided out. Columns of zeros stay zeros. `ranknum` is the initial rank, as float32 (1,).
+        """Return AdaLoRA's tensors for ΔW = B A, by (container, path): columns of B of length 1, and their lengths in
+        E, times (init_r + 1e-5) / lora_alpha. Columns of zeros stay zeros. `ranknum` is the initial rank, as float32
+        (1,).
         """
         B = B.flatten(0, 1)
         E = B.norm(dim=0)  # (r,)

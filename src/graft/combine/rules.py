@@ -33,26 +33,26 @@ def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def magnitude_prune(tensors: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
-    """Return `linear` of the tensors with only their largest elements. Pruning by magnitude, arXiv 1506.02626."""
+    """Return `linear` of the tensors after `keep_largest` of each. Pruning by magnitude, arXiv 1506.02626."""
     return linear([keep_largest(t, density) for t in tensors], weights)
 
 
 def dare_linear(tensors: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
-    """Return `linear` of the tensors with only random elements, rescaled. DARE, arXiv 2311.03099."""
+    """Return `linear` of the tensors after `drop_and_rescale` of each. DARE, arXiv 2311.03099."""
     return linear([drop_and_rescale(t, density) for t in tensors], weights)
 
 
 def ties(
     tensors: Sequence[Tensor], weights: Sequence[float], density: float, majority_sign_method: str = "total"
 ) -> Tensor:
-    """Return `add_agreeing` of the tensors with only their largest elements. TIES, arXiv 2306.01708."""
+    """Return `add_agreeing` of the tensors after `keep_largest` of each. TIES, arXiv 2306.01708."""
     return add_agreeing([keep_largest(t, density) for t in tensors], weights, majority_sign_method)
 
 
 def dare_ties(
     tensors: Sequence[Tensor], weights: Sequence[float], density: float, majority_sign_method: str = "total"
 ) -> Tensor:
-    """Return `add_agreeing` of the tensors with only random elements, rescaled.
+    """Return `add_agreeing` of the tensors after `drop_and_rescale` of each.
 
     DARE with TIES, arXiv 2311.03099 and 2306.01708.
     """

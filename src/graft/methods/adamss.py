@@ -112,10 +112,10 @@ def require_sklearn() -> Any:
 def find_clusters(W: Tensor, bias: Tensor | None, cfg: AdamssConfig) -> Clusters:
     """Return the start of an adapter on W (out, in) and its bias (out,), which becomes a last column: `Clusters`.
 
-    A randomized SVD of rank R = min(r, sizes), seeded with `random_seed`, gives the space. K-means with a fixed seed
-    puts the rows of U into `num_subspaces` clusters, at most out. A of a cluster is `make_cluster_A`, B zeros, or
-    normal with std 0.01 if `init_weights` is None. The seeded SVD leaves torch's generator as it was; A and a random B
-    draw from it.
+    A randomized SVD of rank R = min(r, sizes), seeded with `random_seed`, gives the space. K-means with a fixed seed,
+    one random start and 10 iterations puts the rows of U into `num_subspaces` clusters, at most out. A of a cluster is
+    `make_cluster_A`, B zeros, or normal with std 0.01 if `init_weights` is None. The seeded SVD leaves torch's
+    generator as it was; A and a random B draw from it.
 
     Raises:
         ImportError: scikit-learn is missing.

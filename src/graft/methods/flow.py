@@ -240,7 +240,7 @@ def record(
 ) -> tuple[Recorder, Node, Any]:
     """Return the recorder of a block's run, the node of its first input, and its output.
 
-    Tries four ways in turn: with the encoder's states as input (if there are several attentions), with all arguments
+    Tries four ways in turn: with `encoder_hidden_states` as input (if there are several attentions), with all arguments
     annotated as tensors, only around the attentions, with attentions that return tuples. Any exception of the block's
     code leads to the next way.
 
@@ -285,8 +285,8 @@ def first_output(out: Any) -> Node:
 
 
 def residual_of(end: Node, summands: Collection[Node]) -> str | None:
-    """Return the path of the module that gets a summand, maybe cast, as its first input, on the way back from the end
-    of the MLP.
+    """Return the path of the module that gets a summand, maybe cast (to, float, type_as), as its first input, on the
+    way back from the end of the MLP.
 
     The way follows the first input of each node. Return None if a function gets the summand, or no summand is on the
     way.
@@ -302,8 +302,8 @@ def residual_of(end: Node, summands: Collection[Node]) -> str | None:
 
 
 def is_cross(attention: Node, x: Node) -> bool:
-    """Return True if an input of an attention is computed from an encoder's states, and not from the block's
-    input `x`.
+    """Return True if an input of an attention is computed from the argument `encoder_hidden_states`, and not from the
+    block's input `x`.
     """
     for value in attention.all_input_nodes:
         sources = {node.target for node in find_reachable(value, lambda node: node.all_input_nodes)}

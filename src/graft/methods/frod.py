@@ -248,8 +248,8 @@ class FRoD(Method[FrodConfig]):
     def rotate(self) -> Tensor | None:
         """Fill U so that U diag(λ) Vᵀ = W₀, with unit columns, and return λ (in,), in float64 on the CPU.
 
-        A singular V gets a pseudo-inverse. Columns of a norm below 1e-12 are 0. On the meta device warn, and return
-        None.
+        A singular V gets a pseudo-inverse with a relative tolerance of 1e-6. Columns of a norm below 1e-12 are 0. On
+        the meta device warn, and return None.
         """
         shared = self.layer.frod_shared[0][self.name]
         if self.site.on_meta or shared.is_meta:

@@ -148,9 +148,10 @@ def blocks_in(linears: Mapping[str, tuple[int, int]], modules: Collection[str], 
 
     A block is a numbered path with an attention below it, and other linear layers or a module with an MLP's name.
 
-    An attention belongs to the innermost such path around it. Blocks with paths that differ only in numbers or in
-    PARTS, such as "encoder" and "decoder", are one list; the function returns one list. Lists of the width of the text
-    come first. Of these, those that are not for images or sound come first, and then the longest. Routers do not count.
+    An attention has "attn" or "attention" in its name, in any case. It belongs to the innermost such path around it.
+    Blocks with paths that differ only in numbers or in PARTS, such as "encoder" and "decoder", are one list; the
+    function returns one list. Lists of the width of the text come first. Of these, those that are not for images or
+    sound come first, and then the longest. Routers do not count.
 
     Args:
         linears: the sizes (out, in) of its linear layers.
@@ -242,8 +243,8 @@ def make_block(block: str, paths: list[str], linears: Mapping[str, tuple[int, in
 
 
 def find_last_layer(paths: list[str], linears: Mapping[str, tuple[int, int]], width: int) -> str:
-    """Return the layer that ends a sublayer: the last with an output of `width` among those with a name of END (all, if
-    none has).
+    """Return the layer that ends a sublayer: the last with an output of `width` among those with a name of END, such as
+    o_proj or fc2 (all, if none has).
 
     If none is that wide, return the last of them.
     """
@@ -273,8 +274,8 @@ def match_paths(paths: Iterable[str], names: Collection[str] | str, field: str) 
 
 
 def find_width(model: nn.Module) -> int | None:
-    """Return the width of a model's hidden states from its config (of a multimodal one, its text's); None if the config
-    does not say it.
+    """Return the width of a model's hidden states by `width_in` of its config (of a multimodal one, its text's); None
+    if the config does not say it.
     """
     return width_in(text_config(model))
 
@@ -305,9 +306,9 @@ def find_embedding_output(paths: Iterable[str], modules: Collection[str], twofol
     """Return the path of the module with the output that enters the first block; None without `paths`, those of the
     word embedding.
 
-    It is the module "embeddings" around the embedding; else "drop" next to it, if there is a "wpe"; else
-    "layernorm_embedding" next to it; else the embedding. twofold: the model has an encoder and a decoder: take the
-    encoder's embedding.
+    Of several paths the first counts. It is the module "embeddings" around the embedding; else "drop" next to it, if
+    there is a "wpe"; else "layernorm_embedding" next to it; else the embedding. twofold: the model has an encoder and a
+    decoder. Then `paths` are not read: they are those of "embed_tokens" or "word_embeddings" below an "encoder".
     """
     if twofold:
         paths = [path for path in modules if ENCODERS.fullmatch(path)]

@@ -124,8 +124,8 @@ class RandLoRA(Method[RandLoraConfig]):
 
 
 def uniform(cfg: RandLoraConfig, d: int, D: int) -> tuple[Tensor, Tensor]:
-    """Draw A (r, 1, d) and B (D, n, r), n = ⌈d / r⌉, uniform in bfloat16 as PEFT does, from the seed
-    `projection_prng_key`.
+    """Draw A (r, 1, d) and B (D, n, r), n = ⌈d / r⌉, uniform in bfloat16 within ±1/√(last size), from the seed
+    `projection_prng_key`. B is drawn in n parts (D, 1, r), as in PEFT.
 
     Return both in float32, divided by their standard deviation. On the meta device nothing is drawn.
     """

@@ -84,8 +84,8 @@ MASKS = {False: {FACT: "attention_mask"}, True: {FACT: "attention_mask", OF_DECO
 
 
 def facts_of(arguments: Mapping[str, object], model: nn.Module) -> dict[str, Positions]:
-    """Return the `Positions` of a forward pass by fact, from its attention masks: FACT, and OF_DECODER of a model with
-    encoder and decoder.
+    """Return the `Positions` of a forward pass by fact, from its attention masks: FACT from `attention_mask`, and
+    OF_DECODER from `decoder_attention_mask` for a model with encoder and decoder.
 
     With a cache that holds tokens, the last of them also gets the number of tokens that have passed, a CPU tensor; MANY
     if the cache does not count. An empty cache counts as none.
@@ -206,8 +206,8 @@ class OnStates(Method[S]):
 
 
 def tokens_in(arguments: Mapping[str, object], name: str) -> Tensor | None:
-    """Return the first tensor of tokens or embeddings among a model's arguments that the fact `name` describes; None
-    without one.
+    """Return the first tensor among a model's arguments that the fact `name` describes: `input_ids`, then
+    `inputs_embeds`; for OF_DECODER those with "decoder_" in front. None without one.
     """
     return next((t for t in map(arguments.get, TOKENS[name]) if isinstance(t, Tensor)), None)
 

@@ -94,14 +94,16 @@ class CPTEmbedding(Prompt):
         return constant(tuple(self.cfg.cpt_tokens_type_mask), torch.long, self.delta_embedding.weight.device)
 
     def _without_labels(self, grad: Tensor) -> Tensor:
-        """Return the gradient (tokens, dim) with zeros for label tokens, which keep their embeddings."""
+        """Return the gradient (tokens, dim) with zeros for label tokens and padding (types divisible by 4), which keep
+        their embeddings.
+        """
         return grad * (self._types() % 4 != LABEL)[:, None]
 
     def radius(self) -> Tensor:
         """Return for each token how far its embedding may move, (tokens,).
 
-        Input tokens have the config's epsilon, tokens of templates its format epsilon, times √(token_dim / 2048).
-        Labels and padding have `NO_RADIUS`.
+        Input tokens (type 2 modulo 4) have the config's epsilon, tokens of templates (1 and 3) its format epsilon,
+        times √(token_dim / 2048). Labels and padding have `NO_RADIUS`.
         """
         types, scale = self._types(), (self.cfg.token_dim / 2048) ** 0.5
         template = (types > 0) & ((types % 4 == INPUT_TEMPLATE) | (types % 4 == OUTPUT_TEMPLATE))

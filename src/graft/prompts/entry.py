@@ -109,8 +109,8 @@ def _enter(stack: PromptStack, arguments: dict[str, object]) -> None:
     module's error names the missing argument.
 
     Raises:
-        ValueError: both input_ids and inputs_embeds; an input without batch; XLNet's orders (its permutation
-            arguments); an empty static cache; or more tokens, with the prompt, than positions.
+        ValueError: both input_ids and inputs_embeds; an input without batch; XLNet's `perm_mask` or `target_mapping`;
+            an empty static cache; or more tokens, with the prompt, than positions.
     """
     first = find_first_input(arguments)
     if first is None:
@@ -277,7 +277,8 @@ def drop_encoder_outputs(kwargs: dict[str, object], cfg: PromptLearningConfig) -
 
 
 def check_rows(value: Tensor, kwargs: dict[str, object]) -> None:
-    """Raise ValueError if a prompt (rows, tokens, dim) has another number of rows than 1 and the input's samples.
+    """Raise ValueError if a prompt (rows, tokens, dim) has another number of rows than 1 and the input's samples: of
+    the first tensor among `input_ids`, `inputs` and `inputs_embeds`.
 
     Prompts of two dimensions and calls without an input tensor pass.
     """

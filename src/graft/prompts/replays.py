@@ -30,7 +30,9 @@ class Replays:
         self._handle: RemovableHandle | None = None
 
     def layers(self) -> list[nn.Module]:
-        """Return the modules of the stack with gradient checkpointing switched on and a checkpointing function."""
+        """Return the modules of the stack with `gradient_checkpointing` switched on and a
+        `_gradient_checkpointing_func` in their `__dict__`.
+        """
         modules = self.stack.module.modules()
         return [m for m in modules if getattr(m, "gradient_checkpointing", False) and RUN in m.__dict__]
 

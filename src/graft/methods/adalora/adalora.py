@@ -98,8 +98,8 @@ class AdaLoraConfig(LoraConfig):
         return values
 
     def rank_mask(self, key: str) -> list[bool] | None:
-        """Return the mask of the singular values that the layer at `key` kept, from `rank_pattern`; None without an
-        entry.
+        """Return the first mask in `rank_pattern` with the name "key.lora_E" or "key.lora_E.adapter", for any adapter:
+        the singular values that the layer kept. None without an entry.
         """
         for name, mask in (self.rank_pattern or {}).items():
             if name == f"{key}.lora_E" or name.startswith(f"{key}.lora_E."):

@@ -72,10 +72,12 @@ class DyLoRA(LoRA):
     @classmethod
     @contextmanager
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Draw a number in [0, 1) for each adapter, on the CPU, and show it to the layers in the run as a fact of the
-        call.
+        """Draw a number in [0, 1) for each adapter, on the CPU, and show it to the layers in the run.
 
-        An adapter's own generator draws it, if the call has generators by adapter; else torch's.
+        It is a fact of the call with the key (DRAWN, adapter).
+
+        An adapter's own generator draws it, if the call has generators by adapter; else torch's. In eval mode it draws
+        as well. `super().surround_run` is around it all.
         """
         with super().surround_run(tuner, call, run) as finish:
             draws, shares = call.context.draws, {}

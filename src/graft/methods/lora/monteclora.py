@@ -67,8 +67,9 @@ class Sampler(nn.Module):
     def last(self) -> tuple[Tensor, Tensor]:
         """Return variances (r,) and weights w (n,) of the last draw, as differentiable functions of the parameters.
 
-        Variances: exp(2 std_prior) · χ², at least 1e-3. Weights: a softmax of normal values with the mean and spread
-        that approximate the Dirichlet distribution. Without a draw, return the buffers.
+        Variances: exp(2 std_prior) · χ², at least 1e-3. Weights: a softmax of normal values with mean log aᵢ - mean(log
+        a) and variance (1 - 2 / n) / aᵢ + Σ 1 / a / n². This approximates the Dirichlet distribution. Here a is
+        exp(`expert_weights_prior`), at least 1e-6. Without a draw, return the buffers.
         """
         if self.drawn is None:
             return self.gaussian_var_prior.diagonal(), self.expert_weights

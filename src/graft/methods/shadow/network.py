@@ -71,9 +71,9 @@ def network_from(where: str, width: int) -> tuple[nn.Module, nn.Module | None]:
     """Return the network at `where` (a folder or a name on the hub), with frozen embeddings, and its projection to
     `width`, or None.
 
-    Reads three kinds by config.json: a file of PEFT with a projection, a detached shadow model, any model of
-    transformers, which has no projection. No remote code runs. The width of a network without projection is not
-    checked.
+    Reads three kinds by config.json: a file of PEFT (model_type "causal_lm_with_hidden_projection"), a detached shadow
+    model (architectures ["DetachedShadowModel"]), or any model of transformers, which has no projection. No remote code
+    runs. The width of a network without projection is not checked.
 
     Raises:
         ConfigError: the projection is to another width.
@@ -102,8 +102,8 @@ def network_from(where: str, width: int) -> tuple[nn.Module, nn.Module | None]:
 
 
 def _load_network(config: object, where: str, prefix: str) -> tuple[nn.Module, nn.Linear | None]:
-    """Return a network of `config` with the values of model.safetensors under `prefix`, and the projection in the file,
-    a linear layer without bias; None if it has none.
+    """Return a network of `config` with the values of model.safetensors under `prefix`, and the projection in the file
+    ("shadow_hidden_projection.weight"), a linear layer without bias; None if it has none.
 
     The file must hold each value of the network: torch's RuntimeError names those that are missing or unknown. No
     remote code runs.
@@ -232,9 +232,10 @@ def make_modules(model: nn.Module, cfg: ShadowConfig) -> dict[str, nn.Module]:
 def mirror(model: nn.Module, cfg: ShadowConfig) -> Any:
     """Return a network of the class of the base model's backbone, with new values and the sizes of the config.
 
-    It has one block if the config gives no number of them; `layer_types` is cut to that number, and other sizes stay
-    the base's. With `share_embeddings`, an equal width and a forward that takes `inputs_embeds` it is marked with
-    `needs_embeddings`, and its child `embed_tokens`, if there is one, becomes None.
+    Sizes are the number of blocks, width, heads and MLP width. It has one block if the config gives no number of them;
+    `layer_types` is cut to that number, and other sizes stay the base's. With `share_embeddings`, an equal width and a
+    forward that takes `inputs_embeds` it is marked with `needs_embeddings`, and its child `embed_tokens`, if there is
+    one, becomes None.
     """
     base = backbone_of(model)
     config = copy.deepcopy(base.config)

@@ -364,7 +364,7 @@ def ask_llama_server(connection: Connection, lora: list[Json], ids: Sequence[int
     def parse(reply: Any) -> LogProbabilities:
         """Return the log-probabilities of the next token by (length of the prompt, token id), {} if there are none.
 
-        Raises ValueError for token ids below 0 or from `MOST_TOKENS` on, and any error of a missing or malformed field.
+        Raises ValueError for token ids below 0 or from 2³¹ on, and any error of a missing or malformed field.
         """
         said = reply.get("completion_probabilities") or [{"top_logprobs": []}]
         seen = {(len(ids), int(item["id"])): parse_log_probability(item["logprob"]) for item in said[0]["top_logprobs"]}

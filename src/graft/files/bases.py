@@ -32,8 +32,9 @@ def read_quantization_format(config: Json) -> str | None:
 def open_base(path: str | os.PathLike[str]) -> BaseDescription:
     """Read the names and shapes of a base model's tensors; values stay unread.
 
-    A diffusers pipeline is one description of all its models. A folder with config.json and no safetensors file is
-    built on the meta device from the config. Every other folder is read as safetensors files.
+    A folder with model_index.json is a diffusers pipeline: one description of all its models. A folder with config.json
+    and no safetensors file is built on the meta device from the config. Every other folder is read as safetensors
+    files.
 
     Args:
         path: the model's folder, or its config.json.
@@ -57,8 +58,8 @@ def open_base(path: str | os.PathLike[str]) -> BaseDescription:
 def open_pipeline(path: str) -> BaseDescription:
     """Return the models of a diffusers pipeline as one description, with names such as "unet.down_blocks.0".
 
-    Only folders with a config.json that begin with a name of `COMPONENTS` count. Raises CheckpointError if none has
-    modules.
+    Only folders with a config.json that begin with unet, transformer or text_encoder count, each opened by `open_base`.
+    Raises CheckpointError if none has modules.
     """
     folders = {part: os.path.join(path, part) for part in sorted(os.listdir(path)) if part.startswith(COMPONENTS)}
     models = {part: folder for part, folder in folders.items() if os.path.exists(os.path.join(folder, CONFIG))}
@@ -69,7 +70,10 @@ def open_pipeline(path: str) -> BaseDescription:
 
 
 def join_pipeline_models(path: str, config: Json, parts: Mapping[str, BaseDescription]) -> BaseDescription:
-    """Return one description with the names, shapes and tensors of all parts, each with the prefix "part."."""
+    """Return one description with the names, shapes and tensors of all parts, each with the prefix "part.".
+
+    `parts` itself is kept in it.
+    """
     out = BaseDescription(path, config, parts=parts)
     for part, model in parts.items():
         out.shapes |= {f"{part}.{name}": shape for name, shape in model.shapes.items()}
@@ -81,8 +85,9 @@ def join_pipeline_models(path: str, config: Json, parts: Mapping[str, BaseDescri
 def view_by_model_names(base: BaseDescription) -> BaseDescription | None:
     """Return a base under the parameter names of its transformers or diffusers model, in place of the file's names.
 
-    Returns None if no installed library knows the model. For a pipeline, parts without such a view keep their names;
-    the result is None if no part has one. The result is cached in `base.views`.
+    Returns None if no installed library knows the model, or the base is neither files nor a pipeline, such as a live
+    model. For a pipeline, parts without such a view keep their names; the result is None if no part has one. The result
+    is cached in `base.views`.
     """
     if not base.views:
         if base.files:

@@ -53,8 +53,7 @@ def export_model_adapter(
 
     Args:
         rank: for methods other than LoRA, as `graft.convert_to_lora` takes it; None: the lowest that keeps 1 - 1e-8 of
-            each layer's ‖ΔW‖².
-            With a rank, LoRA is converted, too.
+            each layer's ‖ΔW‖². With a rank, LoRA is converted, too.
         lossy: allow a rank that loses more than a thousandth of a layer's ‖ΔW‖.
 
     Raises:

@@ -83,7 +83,7 @@ def extract_adapter(
 
     Raises:
         BaseModelMismatchError: the architectures differ, or a checkpoint is quantized.
-        CheckpointError: the checkpoints are equal.
+        CheckpointError: no tensor that `include` and `exclude` select differs.
         LossError: PEFT's files cannot hold a changed parameter.
         NonFiniteError: a changed tensor has NaN or infinite numbers.
         OptionError: more than one of rank, energy and max_mb, or a value out of range.

@@ -69,12 +69,12 @@ def fit_to_format(
 ) -> tuple[AdapterFile, list[str]]:
     """Return a copy of an adapter with only the parts that a format can hold, and descriptions of the lost parts.
 
-    Unknown keys are always lost. So is every other part that the format lacks: methods, kinds of modules, whole
-    tensors, rows, shared tensors, magnitudes, biases and `extra`. Also fields of `FIELDS` with a value, and an
-    undescribed change of the base. AdaLoRA becomes LoRA with an empty config, unless the format holds it. Tucker cores
-    are multiplied into A where needed, which is no loss. Last, scales and ranks are made equal where needed, by folding
-    into B and padding with zeros. If the format needs a magnitude for all modules, modules without one get it, unless
-    `adapter.format` is `to`.
+    Unknown keys are always lost, and so is every part that the format lacks: methods, kinds of modules, whole tensors,
+    rows, shared tensors, magnitudes, biases, `extra`, fields of `FIELDS` with a value, and an undescribed change of the
+    base. AdaLoRA becomes LoRA with an empty config, unless the format holds it. Tucker cores are multiplied into A
+    where needed, which is no loss. Last, scales and ranks are made equal where needed, by folding into B and padding
+    with zeros. If the format needs a magnitude for all modules, modules without one get it, unless `adapter.format` is
+    `to`.
 
     Args:
         to: the format's name.

@@ -32,7 +32,8 @@ TOP = 16  # the number of singular values in a report
 def inspect_adapter(adapter: AdapterFile, base: BaseDescription | None = None, spectrum: bool = False) -> Json:
     """Return a report on an adapter as plain values, for a table or JSON.
 
-    Factors are read; with `spectrum` singular values are computed.
+    The keys are path, format, method, base, changed_base, writer, licence, parameters, bytes, dtypes, groups, modules,
+    full, rows, shared and unread. Factors are read; with `spectrum` singular values are computed.
 
     Args:
         base: adds the weight's norm and the relative size of each update; for DoRA the size of its whole change.

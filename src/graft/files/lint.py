@@ -358,9 +358,9 @@ def list_tensor_gaps(adapter: AdapterFile, base: BaseDescription | None) -> Iter
     of trainable_token_indices, then biases.
 
     With a base, a name of modules_to_save only counts if a module of the base ends with it. Without a base, each name
-    counts, except that one saved classifier head is enough for all names of heads. Rows count as missing only if there
-    are none at all. Biases are not checked without a base; "all" means those of all its modules, any other value except
-    "none" those of the adapted modules.
+    counts, except that one saved head is enough for all of classifier, score and qa_outputs. Rows count as missing only
+    if there are none at all. Biases that the base has are checked, none without a base; "all" means those of all its
+    modules, any other value except "none" those of the adapted modules.
     """
     config = adapter.config
     prefixes = [f"{name}." for name in (*adapter.full, *adapter.modules)]
@@ -386,7 +386,8 @@ def list_layer_gaps(adapter: AdapterFile, base: BaseDescription) -> Iterator[str
     select and that have no factors.
 
     Two kinds count: modules that have factors in another layer; and modules in a stack of layers with adapted ones,
-    selected by a config entry that selects no adapted module. Only modules with a `weight` are looked at.
+    selected by a config entry that selects no adapted module. Of `target_modules` only modules with a `weight` are
+    looked at.
     """
     adapted_kinds = {mask_layer_number(path) for path in adapter.modules}
     blocks = {kind.partition("#")[0] for kind in adapted_kinds if "#" in kind}

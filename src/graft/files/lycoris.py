@@ -35,7 +35,7 @@ def lycoris_to_peft(adapter: AdapterFile, base: Base | None = None) -> AdapterFi
 
 
 def convert_ia3(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod], base: Base | None) -> AdapterFile:
-    """Return the adapter as PEFT's (IA)³: vectors plus 1, and a config with the input-side modules as
+    """Return the adapter as PEFT's (IA)³: vectors plus 1 in float32, and a config with the input-side modules as
     feedforward_modules.
 
     If any module scales outputs, and the base is None or has a bias there, the adapter is returned unchanged.

@@ -144,7 +144,8 @@ class ComputedParameters:
         be meta tensors. Works on a copy of the conversion; of a list of values the first is taken.
 
         Raises:
-            CheckpointError: transformers fails with one of six usual types of error.
+            CheckpointError: transformers fails with ValueError, TypeError, KeyError, IndexError, AttributeError or
+                RuntimeError.
         """
         conversion = copy.deepcopy(self.conversion)
         for key, pattern in self.keys:

@@ -209,8 +209,8 @@ def bytes_per_entry(t: Tensor, axis: int) -> int:
 
 
 def count_other_bytes(adapter: AdapterFile, loras: Mapping[str, LowRank]) -> int:
-    """Return an estimate of a file's bytes without the factors: other tensors, the header with `OVERHEAD` bytes per
-    tensor and its name, config and metadata. A path counts four times more for the config's patterns.
+    """Return an estimate of a file's bytes without the factors: other tensors, the header with 100 bytes per tensor and
+    its name, config and metadata. A path counts four times more for the config's patterns.
     """
     other_tensors = adapter.loose_tensors + [
         (path, t) for path, h in loras.items() for t in (h.magnitude, h.bias) if t is not None

@@ -468,8 +468,8 @@ def check_servers(
 ) -> list[Finding]:
     """Return the findings on an adapter for each of these servers: all effects except for applying it correctly.
 
-    Findings are in the order of the servers, then of the rows in servers.json. Names in another case or repeated count
-    once; each text names up to 3 parts. Each finding's remedy has names filled in.
+    Findings are in the order of the servers, then of the rows in servers.json, those for every server first. Names in
+    another case or repeated count once; each text names up to 3 parts. Each finding's remedy has names filled in.
 
     Args:
         names: of servers in servers.json: "vllm", "llama.cpp".

@@ -70,15 +70,15 @@ def build_model_config(path: str) -> PreTrainedConfig | None:
 
 
 def drop_code_fields(value: Any, file: str) -> Any:
-    """Return a config value without the fields in `CODE`, at any depth of dicts and lists.
+    """Return a config value without the fields in `CODE`, such as auto_map and attn_implementation, at any depth of
+    dicts and lists.
 
     Other values are returned as they are.
 
     Raises:
         CheckpointError: an int of a dict is absurd: over 4096 in a key that ends with layer, layers, blocks or experts,
-            or over 2²⁰ in "num_labels". Or it names a backbone without its config and with `use_timm_backbone` false,
-            so
-            that it would be downloaded. `file` names the config in the text.
+            or over 2²⁰ in "num_labels". Or a dict names a backbone without its config and with `use_timm_backbone`
+            false, so that it would be downloaded. `file` names the config in the text.
     """
     if isinstance(value, list):
         return [drop_code_fields(v, file) for v in value]

@@ -157,7 +157,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
     none. Values are read later, on demand, and only from the same version of the file.
 
     Raises:
-        CheckpointError: the file is no safetensors file, is a git-lfs pointer, has a header beyond `LARGEST_HEADER`, or
+        CheckpointError: the file is no safetensors file, is a git-lfs pointer, has a header of more than 100 MB, or
             is damaged: its header is invalid, tensors overlap, leave gaps, do not have the size of their shape and
             dtype, or do not end with the file.
     """
@@ -201,8 +201,8 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
 def _parse_entry(entry: Json) -> tuple[str, tuple[int, ...], int, int]:
     """Return (dtype, shape, begin, end) of a header's entry. Offsets are not compared with each other.
 
-    Raises ValueError, KeyError or TypeError if it is malformed: an unknown dtype, more than `MOST_DIMENSIONS`
-    dimensions, or numbers that are no ints from 0 to 2^63 - 1.
+    Raises ValueError, KeyError or TypeError if it is malformed: an unknown dtype, more than 64 dimensions, or numbers
+    that are no ints from 0 to 2^63 - 1.
     """
     begin, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])

@@ -99,7 +99,10 @@ def list_foreign_paths(environment: Mapping[str, str]) -> list[str]:
 
 
 def make_export_line(version: str) -> str:
-    """Return a shell's `export` line with the quoted variables of `make_child_environment`, as `--env` prints it."""
+    """Return a shell's `export` line with the quoted variables of `make_child_environment`, as `--env` prints it.
+
+    Metadata may be written, as there.
+    """
     return "export " + " ".join(
         f"{name}={shlex.quote(value)}" for name, value in make_child_environment(version).items()
     )

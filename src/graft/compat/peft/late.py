@@ -41,9 +41,9 @@ FLAG = re.compile(r"_?(is_|has_|have_)peft\w*|\w*peft_(is_)?(available|installed
 def settle_clients() -> None:
     """Set names and flags of PEFT in the loaded modules of CLIENTS by whether `import peft` finds a package now.
 
-    Bools called as in FLAGS become True or False, `_peft_version` the version or "N/A". Names of the table NAMES are
-    set or deleted, unless their value comes from neither PEFT nor graft. Caches of functions with "peft" in the name
-    are cleared. May import `peft`.
+    Bools called as in FLAGS, such as USE_PEFT_BACKEND, become True or False, `_peft_version` the version or "N/A".
+    Names of the table NAMES are set or deleted, unless their value comes from neither PEFT nor graft. Caches of
+    functions with "peft" in the name are cleared. May import `peft`.
     """
     has_peft = find_spec("peft") is not None
     for module in list_loaded_modules(CLIENTS):

@@ -45,8 +45,9 @@ def build_peft_weight_mapping(
 ) -> list[Conversion]:
     """Return the conversions with which transformers loads an adapter's file into a model with injected layers.
 
-    Renamings drop "base_model.model." and put the adapter's name behind each parameter container. The prefixes are
-    those of the config's method, or of all methods without a config. Renamings of `weight_conversions` follow.
+    Renamings drop "base_model.model." and put the adapter's name behind each parameter container, and ".weight" behind
+    DoRA's magnitude. The prefixes are those of the config's method, or of all methods without a config. Renamings of
+    `weight_conversions` follow.
 
     For LoRA, converters stack A and B of single experts, and bring factors of `target_parameters` into the layers'
     layout. Other conversions of base weights (q, k and v fused into one tensor) are left out, and transformers reports

@@ -84,7 +84,8 @@ def writer_of(name: str) -> ModuleType:
 
 
 def recognise(path: str) -> str:
-    """Return the name of the format of a file or folder: the first of FORMATS that recognises it.
+    """Return the name of the format of a file or folder: the first of gguf, torchtune, litgpt, peft, mlx, adapterhub,
+    pyreft, kohya and diffusers that recognises it.
 
     Raises:
         CheckpointError: nothing exists there, or it is a pipe or device, a model, a known format that graft cannot
@@ -110,8 +111,9 @@ def recognise(path: str) -> str:
 def unread(path: str) -> str | None:
     """Return a description of a known format that graft does not read, with the reason; None for other paths.
 
-    Detects NeMo by a .nemo file or its metadata file. Others are detected by `SIGNS` in the only .pth, .pt or .ckpt
-    file, or else the only .safetensors file: in the tensors' names, or in the file's bytes.
+    Detects NeMo by a .nemo file or adapter_metadata.json. Tensor names of NeMo, Megatron and the original LLaMA-Adapter
+    (`SIGNS`) are looked for in the only .pth, .pt or .ckpt file, or else the only .safetensors file: in the tensors'
+    names, or in the file's bytes.
 
     Raises:
         CheckpointError: the header of the .safetensors file is damaged.

@@ -209,7 +209,8 @@ def read_factors(path: str, module: str, factors: dict[str, Tensor], r: int, alp
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-    """Write a folder with a config and pickled weights, which is made if needed, for an adapter called "default".
+    """Write a folder with adapter_config.json and pytorch_adapter.bin, which is made if needed, for an adapter called
+    "default".
 
     Ranks are made equal by padding, and scales by folding them into B. Return descriptions of the losses.
 

@@ -55,7 +55,8 @@ KNOWN = ((True, True, True), (False, True, True), (True, False, False))  # Pfeif
 def read(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
     """Read a bottleneck, or ReFT.
 
-    Keys without a place go to `unknown_keys`; the tensors that all phm layers share go to `shared`.
+    The config has the fields that the file has. Keys without a place go to `unknown_keys`; the tensors that all phm
+    layers share go to `shared`.
 
     Raises:
         BaseNeededError: there is no base to tell the adapter's places, or no library makes a model of it.
@@ -355,7 +356,8 @@ def find_site(place: str, block: Block, cfg: BottleneckConfig) -> str:
 
 
 def rename_leaf(leaf: str, cfg: BottleneckConfig) -> str | None:
-    """Return graft's name of a bottleneck's tensor for AdapterHub's `leaf`; None if graft has no such tensor.
+    """Return graft's name of a bottleneck's tensor for AdapterHub's `leaf`: scaling, adapter_down, adapter_up, gate and
+    adapter_norm_before; None for others.
 
     Indices within `adapter_down` are left out.
 

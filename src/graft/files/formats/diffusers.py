@@ -216,7 +216,8 @@ def make_low_rank(file: str, module: str, tensors: dict[str, Tensor], configs: d
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-    """Write a file of the newest layout, into a folder unless `path` ends in .safetensors.
+    """Write a file of the newest layout: `path` if it ends in .safetensors, else pytorch_lora_weights.safetensors in
+    the folder `path`, made if needed.
 
     Return descriptions of the losses.
 

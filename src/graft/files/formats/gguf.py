@@ -167,8 +167,8 @@ def arch_of(base: Base) -> tuple[str, bool]:
 
 
 def heads_in(name: str, base: Base) -> int | None:
-    """Return the number of heads if llama.cpp permutes a module's rows by heads (q and k of some architectures); else
-    None.
+    """Return the number of heads if llama.cpp permutes a module's rows by heads: attn_q and attn_k of some
+    architectures; else None.
     """
     leaf = name.rpartition(".")[2]
     if leaf not in ("attn_q", "attn_k") or not arch_of(base)[1]:

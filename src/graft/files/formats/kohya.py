@@ -63,7 +63,7 @@ def recognises(path: str) -> bool:
 def read(path: str, base: Base | None = None) -> AdapterFile:
     """Read a file; without a base the modules have the file's flat names.
 
-    Names without a known prefix go to `unknown_keys`. The base's name is that in the metadata.
+    Names without a known prefix go to `unknown_keys`. The base's name is `ss_sd_model_name` of the metadata.
 
     If the base is one model and the file a pipeline's, the parts that are not this model keep flat names. If the base
     has no such modules, the file is read with diffusers where its names are of a model's first release.
@@ -233,8 +233,8 @@ def read_kohya_pair(file: str, name: str, tensors: dict[str, Tensor]) -> LowRank
     """Return a module's factors with scale, magnitude and Tucker core, as a convolution if A has more than two
     dimensions. DoRA with a magnitude for each input is `OtherMethod` with all tensors.
 
-    The scale is alpha / rank, and 1 without alpha. A flat B of a convolution gets the dimensions of a kernel of size 1.
-    The magnitude is flattened to a number for each output.
+    The scale is alpha / rank, and 1 without alpha or for alpha 0. A flat B of a convolution gets the dimensions of a
+    kernel of size 1. The magnitude is flattened to a number for each output.
 
     Raises:
         CheckpointError: a factor is missing, or factors, core or magnitude do not fit each other.

@@ -91,7 +91,8 @@ def plain_loader() -> Any:
 
 
 def read(path: str, base: Base | None = None) -> AdapterFile:
-    """Read a folder, or the file of weights in it, together with the two YAML files of the folder.
+    """Read a folder, or the file of weights in it, together with hyperparameters.yaml (the run) and model_config.yaml
+    of the folder.
 
     Modules get transformers' names, and the scale is alpha / r.
 
@@ -99,7 +100,8 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     The config is that of the run, and the base's name that of the model.
 
     Raises:
-        CheckpointError: one of the three files is missing or damaged, or the model's MLP class is unknown. Also if
+        CheckpointError: one of the three files is missing or damaged, or the model's MLP class is neither LLaMAMLP nor
+            GemmaMLP. Also if
             lora_r is no positive int, alpha is no number, or factors are missing, not 2-D or of another rank.
     """
     file = find_checkpoint(path) or path
@@ -142,8 +144,8 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 def split_qkv(
     path: str, name: str, A: Tensor, B: Tensor, r: int, run: Json, model: Json
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the factors of q, k and v as separate pairs, for those that the run adapted: r rows of A each, and their
-    rows of B.
+    """Return the factors of q, k and v as separate pairs, for those that the run adapted (lora_query, lora_key,
+    lora_value): r rows of A each, and their rows of B.
 
     Raises:
         CheckpointError: the shapes do not fit r and the config of the run.
@@ -163,8 +165,8 @@ def split_qkv(
 
 
 def count_qkv_rows(model: Mapping[str, object]) -> dict[str, int]:
-    """Return the number of rows of q, k and v by litgpt's config of a model: heads · head size, and for k and v groups
-    · head size.
+    """Return the number of rows of self_attn.q_proj, k_proj and v_proj by litgpt's config of a model: heads · head
+    size, and for k and v groups · head size.
 
     Groups default to the heads, the head size to n_embd // n_head.
 

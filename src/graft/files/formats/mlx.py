@@ -44,7 +44,7 @@ def recognises(path: str) -> bool:
 def read(path: str, base: Base | None = None) -> AdapterFile:
     """Read a folder. After a full fine-tuning all tensors are whole tensors. The scale is 20 if the config has none.
 
-    Names other than those of factors and magnitudes go to `unknown_keys`.
+    `base` is the config's `model`. Names other than those of factors and magnitudes go to `unknown_keys`.
 
     Raises:
         CheckpointError: a file is missing or damaged, factors are missing or not transposed as MLX has them, or the
@@ -99,7 +99,7 @@ def read_mlx_pair(
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-    """Write a folder with a config and safetensors, which is made if needed.
+    """Write a folder with adapter_config.json and adapters.safetensors, which is made if needed.
 
     Return descriptions of the losses. Modules are named below their block if all blocks have the same, else by whole
     paths.

@@ -65,7 +65,7 @@ KINDS: dict[str, type] = {"peft_type": str, "base_model_name_or_path": str, "use
 
 def recognises(path: str) -> bool:
     """Return True for PEFT's folder or one of its files: adapter_config.json has `peft_type`, or the weights hold
-    graft's note of the config. The weights need not be there in the first case.
+    graft's note of the config. The weights need not be there in the first case. Other paths give False.
 
     If the config is damaged, it is True if weights are there, so that `read` raises the error. A folder of a pipeline's
     parts needs every part to be one.
@@ -452,7 +452,9 @@ def find_parameter(config: Json, raw: str, every: Iterable[str], A: Tensor, B: T
 
 
 def in_module_order(names: list[str]) -> list[str]:
-    """Return a module's parameter names in the order of FIRST, if that has them all; else as they are."""
+    """Return a module's parameter names in the order gate_up_proj, w1, w13, up_proj, down_proj, w2, w3, if they are all
+    among these; else `names` itself.
+    """
     known = set(names) <= set(FIRST)
     return sorted(names, key=FIRST.index) if known else names
 
@@ -491,8 +493,8 @@ def split_by_expert(A: Tensor, B: Tensor, n: int, grouped: bool) -> tuple[Tensor
 
 
 def exchange_old_factors(out: AdapterFile, layout: StackLayout, base: Base | None) -> None:
-    """Exchange A and B of stacks of experts that a PEFT before 0.19.1 wrote exchanged, in place, and set `peft_version`
-    in the config to today's. Nothing happens without stacks.
+    """Exchange A and B of stacks of experts that a PEFT before 0.19.1 wrote exchanged, in place; if one is, set
+    `peft_version` in the config to today's. Nothing happens without stacks.
 
     The base's shapes decide, else the sizes of gate, up and down, else the version. Warns with PeftWarning of doubts:
     the order of A and B, and whether ranks are ordered by expert. Without a base, warns also with the names of stacks
@@ -527,9 +529,9 @@ def exchange_old_factors(out: AdapterFile, layout: StackLayout, base: Base | Non
 def are_exchanged_by_shape(path: str, stacks: Mapping[str, LowRank], base: Base | None, kind: str) -> bool | None:
     """Return True if A and B of a stack are exchanged, False if not; None if the sizes do not tell.
 
-    By the base's 3-D shape, if its two sides differ; it is (in, out) for models of `TRANSPOSED`. Else by gate_up_proj
+    By the base's 3-D shape, if its two sides differ; it is (in, out) for the model type "gpt_oss". Else by gate_up_proj
     and down_proj of the same module: the input of one is the output of down, and the output of gate and up twice the
-    input of down. For models of `UNMARKED` that verdict is turned. Without both stacks the result is None.
+    input of down. For "llama4" and "llama4_text" that verdict is turned. Without both stacks the result is None.
     """
     module = path.rpartition(".")[0]
     first, last = stacks.get(f"{module}.gate_up_proj"), stacks.get(f"{module}.down_proj")
@@ -719,8 +721,8 @@ def complete_config(adapter: AdapterFile, base: Base | None) -> Json:
 
 
 def find_base_change(config: Mapping[str, object]) -> str | None:
-    """Return init_lora_weights in lower case if it begins with an initialisation that changes the base's weights; else
-    None.
+    """Return init_lora_weights in lower case if it begins with pissa, olora, corda, lora_ga or loftq, which change the
+    base's weights; else None.
     """
     init = str(config.get("init_lora_weights")).lower()
     return init if init.startswith(BASE_CHANGING) else None

@@ -113,7 +113,8 @@ def list_places(path: str, fields: Json) -> list[Place]:
 
     Raises:
         CheckpointError: the config has not one key and class for each intervention, or the classes differ. Also for a
-            class outside `KINDS`, for another place than a block's output by "pos", and for a key that is no file name.
+            class other than Loreft-, Noreft-, Direft- and NodireftIntervention, for another place than a block's output
+            by "pos", and for a key that is no file name.
     """
     representations, types = fields["representations"], fields["intervention_types"]
     keys = fields.get("sorted_keys")
@@ -182,8 +183,9 @@ def read_unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
 def read_state(kind: str, A: Mapping[str, torch.Tensor], R: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the tensors that pyreft's class `kind` saves, from A's weight and bias and from R (r, width).
 
-    LoReft has A's names as they are, and R transposed. Other classes have A as `learned_source` and the width as two
-    tensors. The orthonormal ones of them save torch's parametrization of R transposed, others R as `proj_layer.weight`.
+    LoReft has A's names as they are, and R transposed. Other classes have A as `learned_source` and the width as
+    `embed_dim` and `interchange_dim`. The orthonormal ones of them save torch's parametrization of R transposed, others
+    R as `proj_layer.weight`.
     """
     import torch
 

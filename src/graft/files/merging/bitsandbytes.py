@@ -26,8 +26,8 @@ INT8 = ("SCB", "weight_format")
 def is_state(state: object) -> bool:
     """Return True if a JSON value is a valid state of a weight in 4 bits.
 
-    It has a dtype of KINDS, a shape of two positive numbers, and a block size of 1 to 65536. Optional are a nested
-    block size in the same range and a number `nested_offset`.
+    It has a dtype float32, float16 or bfloat16, a shape of two positive numbers, and a block size of 1 to 65536.
+    Optional are a nested block size in the same range and a number `nested_offset`.
     """
     if not isinstance(state, dict) or state.get("dtype") not in (*KINDS,) or not isinstance(state.get("shape"), list):
         return False

@@ -423,8 +423,8 @@ class Work:
         """Return the certificate entry of a merged tensor: its losses (`measure_loss`), {"new": True}, or {"resized":
         [old, new shape]}.
 
-        None for a tensor without changes. Both follow from the merge's changes of this key, not from values: none gives
-        None, a first change marked `new` gives {"new": True}.
+        None for a key that is not in `changed`; with an empty list of changes there the losses are measured. A first
+        change marked `new` gives {"new": True}.
         """
         if key not in self.changed:
             return None
@@ -523,8 +523,8 @@ def note_losses(account: Merged) -> None:
 
 
 def make_certificate(work: Work, place: Workplace, account: Merged) -> Json:
-    """Return the content of merge.json: base, adapters and output files with sha256, options, entries of tensors,
-    notes.
+    """Return the content of merge.json: graft ("1"), peft_format, base, adapters, output, dtype, quantized, tensors and
+    notes. Base, adapters and output have the sha256 of their files.
 
     Reads all files of base and adapters for their digests.
     """

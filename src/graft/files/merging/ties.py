@@ -60,8 +60,9 @@ class Tied:
         self.untied = False
 
     def look_at(self, adapter: AdapterFile) -> None:
-        """Look the ties up, once, if an adapter may change tied tensors: embeddings, rows, whole tensors, heads,
-        methods other than LoRA, or tensors that the checkpoint lacks. Otherwise, or if they are known, nothing happens.
+        """Look the ties up, once, if an adapter may change tied tensors: embeddings, rows, whole tensors, heads (such
+        as lm_head, score and classifier), methods other than LoRA, or tensors that the checkpoint lacks. Otherwise, or
+        if they are known, nothing happens.
 
         Sets `groups`. Tied tensors that the checkpoint leaves out are added to `shapes` and `sources`, with the first
         name of the group that it has. Groups without any such name are skipped.

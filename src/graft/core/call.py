@@ -197,7 +197,7 @@ class Call:
         The value keeps its graph.
 
         The record includes the index of the rows that the layer sees now. Nothing is recorded outside `collect_values`,
-        as when a layer is called without the model, nor within a backward pass, which runs layers again.
+        as when a layer is called without the model, nor within a backward pass of eager code, which runs layers again.
 
         Raises:
             NotImplementedError: gradients are off and the value needs none, as under reentrant gradient checkpointing.

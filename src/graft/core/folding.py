@@ -153,8 +153,8 @@ def why_no_delta(m: Method, effect: Effect | None = None) -> str | None:
 
     - No LoRA layer exists for the site's type: it is unknown, or a parameter that is no stack.
     - The method excludes plain LoRA (`why_incompatible`).
-    - The update depends on an argument of each call, and has no merged form.
-    - The method does not change the weight, or in a way that cannot be merged.
+    - The effect needs a call of the layer, replaces the layer, or is no `Update` and has no merged form. The text asks
+      for the value of the argument that the update depends on, if there is one (`depends_on`).
 
     A `Rewrite` with a merged form has one: its ΔW is the merged weight minus W₀.
 

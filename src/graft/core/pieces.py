@@ -64,7 +64,7 @@ class LayerPiece:
         this piece.
 
         x may be a parameter, and may be ids, without a dimension of features. If outputs are not cut, y may have any
-        number of features. `key` names the layer in the error.
+        number of features, but has at least one dimension. `key` names the layer in the error.
         """
         features = None if self.outputs is None else self.outputs.length(self.outputs.rank) * self.outputs.stripes
         right = type(y) is Tensor and y.dim() and (features is None or y.shape[-1] == features)

@@ -182,9 +182,10 @@ def group_segments(segments: Sequence[Segment], stacks: Stacks | None, dtype: to
     """Return the segments with an adapter as groups: neighbours with stacked factors become one, others stay alone.
 
     Segments without an adapter give no group; they only move the row at which the next begins. A group keeps the scale,
-    rate and seed of its first segment, and the gradient sinks of its factors. Without `stacks` nothing is shared.
+    rate and seed of its first segment, and the gradient sinks of its factors. Without `stacks` nothing is shared, and
+    there are no sinks.
 
-    dtype: of the rows. Factors of another dtype are not shared.
+    dtype: of the rows. Factors of another dtype are not shared, and get no sinks.
     """
     groups, start, i = [], 0, 0
     while i < len(segments):
@@ -308,7 +309,7 @@ def _gradients(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None,
     """Return the gradients of A and B of an adapter from g (rows, out); None for those that a sink gets.
 
     In a group of many rows each is None without need, and sinks get both or none. In a small group both are computed
-    always. Adds the gradient of x to dx in its memory, unless dx is None.
+    always, and the products overwrite the sinks' memory. Adds the gradient of x to dx in its memory, unless dx is None.
     """
     A, B, scale, into = group.A, group.B, group.scale, group.claim_sinks()
     if not group.is_small:

@@ -90,7 +90,7 @@ def run_backward(model: Any, x: Tensor) -> list[Tensor]:
 
 
 def run_autocast(model: Any, x: Tensor) -> list[Tensor]:
-    """Return the output under autocast to bfloat16."""
+    """Return the output under autocast to bfloat16 on the input's device."""
     with torch.autocast(x.device.type, torch.bfloat16):
         return [model(x)]
 

@@ -247,7 +247,7 @@ def make_training(model: PreTrainedModel, adapter: PeftConfig, length: int, dtyp
 
 
 def find_period(kinds: list[str]) -> int:
-    """Return the number of blocks after which their kinds repeat; 1 if they do not."""
+    """Return the smallest number of blocks after which their kinds repeat to the end; 1 if they do not."""
     return next((n for n in range(1, len(kinds)) if kinds[n:] == kinds[:-n]), 1)
 
 

@@ -124,7 +124,9 @@ class Subject:
 
     @cached_property
     def absent_modules(self) -> list[str]:
-        """The adapted modules that the server's model lacks; [] without a base."""
+        """The paths of adapted modules, by the layers that own them, that the server's model lacks; [] without
+        a base.
+        """
         paths = [owner_path(path, module) for path, module in self.adapter.modules.items()]
         return [] if self.base is None else [path for path in paths if path not in self.modules]
 
@@ -505,13 +507,13 @@ def is_lone_bias(name: str, adapter: AdapterFile) -> bool:
 
 
 def list_norms(adapter: AdapterFile) -> list[str]:
-    """Return the modules with a trained whole weight that is a vector."""
+    """Return the modules of which a vector `<module>.weight` was trained whole, in the order of the file."""
     weights = {name.rpartition(".")[0]: t for name, t in adapter.full.items() if name.endswith(".weight")}
     return [module for module, t in weights.items() if len(t.shape) == 1]
 
 
 def list_copied_weights(adapter: AdapterFile) -> list[str]:
-    """Return the names of whole weights of modules that also have factors: copies of the base's weights."""
+    """Return the whole weights `<module>.weight` of modules that also have factors: copies of the base's weights."""
     return [name for name in adapter.full if name.rpartition(".")[0] in adapter.modules and name.endswith(".weight")]
 
 

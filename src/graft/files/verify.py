@@ -261,8 +261,10 @@ def explain_factor(k: float, scales: dict[str, Scale]) -> str:
 
 
 def fit_scale_factor(residual: Callable[[float], Tensor]) -> float:
-    """Return the k with the least root mean square `residual(k)`: the best power of 2 from 2⁻⁶ to 2⁶, then up to 8
-    Gauss-Newton steps, each within k / 2 and 2 k, which end at the first that does not improve it.
+    """Return the k with the least root mean square of `residual(k)`.
+
+    It is the best power of 2 from 2⁻⁶ to 2⁶, then up to 8 Gauss-Newton steps, each kept within k / 2 and 2 k. The first
+    step that does not improve it ends the search.
     """
     best = min(GRID, key=lambda k: root_mean_square(residual(k)))
     k, r = best, residual(best)

@@ -312,7 +312,7 @@ PREFIXES = {"ADALORA": "SVD"}  # prefixes of PEFT's class names that are not the
 
 
 def get_class_prefix(peft_type: str) -> str:
-    """Return the beginning of a method's class names: "HRA" for HRAConfig."""
+    """Return the beginning of a method's class names: "HRA" for HRAConfig; KeyError for prompt methods."""
     return METHODS[peft_type].config.removesuffix("Config")
 
 

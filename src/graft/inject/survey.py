@@ -118,8 +118,8 @@ class SourceUses(ast.NodeVisitor):
 
         A function on a path of `self` counts as a use of that path, and its object as called. In-place methods (the
         name ends, and does not begin, with "_") such as `weight.copy_()` count as neither. Passing `self` itself sets
-        `hands_on`, since the function may call anything. `isinstance` and the like (`TAKES_FACTS`) use no values: paths
-        in their arguments are not visited. Other arguments are.
+        `hands_on`, since the function may call anything. `isinstance`, `hasattr`, `id`, `to` and `type_as` use no
+        values: paths in their arguments are not visited. Other arguments are.
         """
         path, name = self.path(node.func), getattr(node.func, "id", getattr(node.func, "attr", ""))
         values = [*node.args, *(keyword.value for keyword in node.keywords)]
@@ -344,7 +344,7 @@ def survey_model(model: nn.Module) -> ModuleTree:
         """Count the parameters of a module itself, without children: their sizes into the total once per parameter, and
         one more owner per module in `tree.owners`.
 
-        Sets `tree.checkpointing` if the module has gradient checkpointing on.
+        Sets `tree.checkpointing` if the module's attribute `gradient_checkpointing` is true.
         """
         nonlocal numbers
         if module.__dict__.get("gradient_checkpointing"):

@@ -227,12 +227,12 @@ class CheckpointValues:
         """Return pairs of a receiver and its value from the file: each adapter entry, then each base tensor in the same
         file.
 
-        Writes no value, but methods may replace parameters to make room. First checks the file's fingerprint; for
-        layers of opaque modules also arranges expert stacks. Shapes of tensors that layers share are refused before any
-        layer changes. Fills in the lists of keys in `report`: missing and mismatched entries are left out of the
-        result, keys of another pipeline stage count as absent. No list has copies of shared tensors or tied rows, nor
-        tensors that the method ignores. Without `strict`, missing and unexpected keys only warn; with
-        `ignore_mismatched_sizes`, so do other shapes.
+        Writes no value, but methods may replace parameters to make room. The file's keys have the carriers' prefix if
+        one begins with "base_model.", else none. First checks the file's fingerprint; for layers of opaque modules also
+        arranges expert stacks. Shapes of tensors that layers share are refused before any layer changes. Fills in the
+        lists of keys in `report`: missing and mismatched entries are left out of the result, keys of another pipeline
+        stage count as absent. No list has copies of shared tensors or tied rows, nor tensors that the method ignores.
+        Without `strict`, missing and unexpected keys only warn; with `ignore_mismatched_sizes`, so do other shapes.
 
         Raises:
             AdapterKeyError: a shape differs; one tensor is of integers and the other of floats; or with `strict` a key
@@ -432,7 +432,7 @@ class CheckpointValues:
         return find_absent_in_model(self.model)
 
     def is_absent(self, path: str) -> bool:
-        """Return True if `path` is in a module of another pipeline stage."""
+        """Return True if `path` is that of a module of another pipeline stage (in `absent`), or below one."""
         return any(path == key or path.startswith(f"{key}.") for key in self.absent)
 
     def check_base(self, parts: AdapterCarriers) -> None:

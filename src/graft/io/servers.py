@@ -162,7 +162,9 @@ class ServerBlocks(ExpertStacks):
 
     @property
     def is_stacked_in_vllm(self) -> bool:
-        """True if vLLM holds this model type's experts as stacks."""
+        """True if vLLM holds this model type's experts as stacks: it begins with gpt_oss, qwen3_5_moe, qwen3_vl_moe,
+        qwen3_omni_moe or interns1_pro.
+        """
         return self.type.startswith(STACKED_IN_VLLM)
 
 

@@ -412,7 +412,8 @@ def find_far_rates(
     times outside the known range.
 
     Each parameter group gives one text for each adapter in it. Heads are left out, and so are groups without `betas`
-    (not Adam-like), rates of 0, and methods without known rates. Of a scheduled rate, its initial value counts.
+    (not Adam-like), rates of 0, and methods without known rates. Of a scheduled rate, its initial value (`initial_lr`)
+    counts.
     """
     owners = {
         id(p): part.adapter for part in parts if not isinstance(part.carrier, ModulesToSaveWrapper) for p in part[2]

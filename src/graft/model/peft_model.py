@@ -747,9 +747,10 @@ class PeftModel(nn.Module):
             ephemeral_gpu_offload, low_cpu_mem_usage: without effect, except that a replaced `load_adapter` gets the
                 latter.
             kwargs: for the hub; of X-LoRA `adapters`, with the paths of the experts; `check_digest=False` to load a
-                file that was changed after its save. `expert_layout` names the form of factors of stacks of experts, if
-                the file does not: "peft", "exchanged" (PEFT before 0.19.1), "grouped_by_expert" (Unsloth before
-                September 2026), "rank_major", or several of them.
+                file that was changed after its save. `ignore_mismatched_sizes=True` leaves out tensors of another
+                shape. `expert_layout` names the form of factors of stacks of experts, if the file does not: "peft",
+                "exchanged" (PEFT before 0.19.1), "grouped_by_expert" (Unsloth before September 2026), "rank_major", or
+                several of them.
 
         Raises:
             AdapterKeyError: tensors are missing or left over (only if strict), or have other shapes.
@@ -836,7 +837,8 @@ class PeftModel(nn.Module):
 
         If the name is loaded already, only its values are replaced; a warning says where the configs differ. It stays
         merged if it is merged, and trains on if it trains. Unknown keyword arguments warn. Waits until no call runs, as
-        late as possible.
+        late as possible. A replaced `load_adapter` that `from_pretrained` calls gets only the report of the load, if it
+        passes the same arguments.
 
         Args:
             is_trainable: let the adapter train from now on, active or not, and leave the model in its mode; an adapter

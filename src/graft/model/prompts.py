@@ -184,7 +184,7 @@ class Prompts(Registry):
             ConfigError: task_type or num_virtual_tokens is None. The model is a stage of a pipeline. The task is
                 SEQ_2_SEQ_LM without a decoder, or CAUSAL_LM with embeddings and an encoder, or without
                 `prepare_inputs_for_generation`. The sizes or the kind of prompt do not fit the stacks. The head needs
-                    as many outputs as tokens (BigBirdForQuestionAnswering), for prompts of embeddings.
+                as many outputs as tokens (BigBirdForQuestionAnswering), for prompts of embeddings.
             DistributedError: FSDP1 has wrapped the model, and the prompt would train (`inference_mode` is False).
         """
         if not cfg.inference_mode:

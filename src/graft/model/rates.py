@@ -183,8 +183,9 @@ def class_name_of(config: PeftConfig) -> str:
 
 
 def find_settings(config: PeftConfig) -> Json:
-    """Return the fields of a config that are numbers, texts or bools and differ from their defaults, without those in
-    `COMMON`.
+    """Return the fields of a config that are numbers, texts or bools and differ from their defaults.
+
+    Fields that change neither method nor size are left out: names of modules, task, base model, versions.
     """
     kinds, defaults = (bool, int, float, str), type(config).__dataclass_fields__
     values = config.to_file_dict().items()

@@ -61,7 +61,8 @@ def make_reference(
     `PeftModel.reference` has the arguments and errors. The name is "<adapter>-reference" if None. The copy is in the
     registry's `frozen`: it never trains, and is saved only if selected. Waits until no call runs.
 
-    If the adapter changed the base at its start (PiSSA), the copy is plain: the base has changed already.
+    If the adapter changed the base at its start (PiSSA), the copy has `init_lora_weights=True` and no `lora_shift`: the
+    base has changed already.
 
     Args:
         add: adds an adapter with this name, config and options to the model.

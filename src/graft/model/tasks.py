@@ -405,8 +405,8 @@ class AutoPeftModel:
         """Enlarge the base's embeddings if the adapter's folder or repository has a tokenizer with more tokens; never
         shrink them.
 
-        Without a tokenizer in a sub-folder, that of the folder around it counts; without any nothing happens. If
-        `where` is no folder and the hub's files cannot be read (OSError), warn and return.
+        Without a tokenizer_config.json in a sub-folder, that of the folder around it counts; without any nothing
+        happens. If `where` is no folder and the hub's files cannot be read (OSError), warn and return.
 
         Raises:
             CheckpointError: the tokenizer cannot be loaded, for any other error.

@@ -140,7 +140,7 @@ def holds_codes(m: nn.Module) -> bool:
 
 
 def find_castable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that may get another dtype: numbers of 16 to 64 bits that are no part of a packed weight.
+    """Return the parameters that may get another dtype: floats of 16 to 64 bits that are no part of a packed weight.
 
     Of a packed layer only the bias may, and that not if the layer has a tensor composed of others, since it computes in
     that dtype.

@@ -71,8 +71,8 @@ def find_flat_piece(t: Tensor) -> FlatPiece | None:
     NO_SHARD.
 
     With use_orig_params=False the tensor is a view of the flat parameter; raises LookupError if no tensor begins at its
-    offset. With True it is an original parameter, and `find_flat_place` may search all objects of the process for the
-    flat one.
+    offset. With True it is an original parameter with `_fsdp_flattened`, and `find_flat_place` may search all objects
+    of the process for the flat one; None without one.
     """
     flat = t._base
     if is_flat(t):  # use_orig_params=False

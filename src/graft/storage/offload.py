@@ -42,8 +42,8 @@ def is_tied(m: nn.Module, name: str) -> bool:
 
 
 def is_hooked(layer: nn.Module) -> bool:
-    """Return True if accelerate has hooks on the base layer or its children; without these it has none on adapters
-    either.
+    """Return True if accelerate has hooks (`_hf_hook`) on the base layer or its direct children; without these it has
+    none on adapters either.
     """
     base: nn.Module = layer.base_layer
     return any(m is not None and "_hf_hook" in m.__dict__ for m in (base, *base._modules.values()))

@@ -427,8 +427,9 @@ class TorchAO(PackedMatrices):
 
     @classmethod
     def of(cls, m: nn.Module, name: str) -> TorchAO:
-        """Return the stack of a module's NVFP4 parameter; (experts, in, out) if the module is transposed, then
-        `flipped`.
+        """Return the stack of a module's NVFP4 parameter, with the canonical shape.
+
+        `flipped` is the module's `is_transposed`: it then stores (experts, in, out).
         """
         weight, flipped = getattr(m, name), bool(getattr(m, "is_transposed", False))
         n, rows, columns = weight.shape

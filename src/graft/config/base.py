@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from graft.config.atomic import replace_file
 from graft.config.bounds import check_bounds, check_numbers
 from graft.config.hub import select_hub_keywords
-from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH, ConfigFile, find_weights
+from graft.config.pair import CONFIG_NAME, FORMAT_VERSION, SAFETENSORS, TORCH, ConfigFile, find_weights
 from graft.config.reading import Json, compile_ending, read_object
 from graft.core.errors import CheckpointError, ConfigError, ConfigTypeError, PeftError, PeftWarning, shorten_text, warn
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 MACHINE = ("runtime_config",)  # describes a machine; files of some old releases have it
 C = TypeVar("C", bound="PeftConfig")
-FORMAT_VERSION = "0.21.2"  # files are those of this release of PEFT
 
 
 def check_config(config: object) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from graft import BaseModelMismatchError, LossError
+from graft.config.pair import TRAINING_ONLY
 from graft.config.reading import Json
 from graft.core.errors import join_some
 from graft.files.algebra import as_low_rank, block_diagonal
@@ -26,7 +27,6 @@ from graft.files.names import check_shapes, mask_layer_number
 from graft.files.neutral import AdapterFile, LowRank, OtherMethod
 from graft.files.serving import Server, Subject, get_server, list_copied_weights, read_server_data
 from graft.files.tensors import make_tensor
-from graft.io.written import TRAINING_ONLY
 
 # conditions that no plain LoRA can express
 MERGED = ("dora", "bias", "whole_norms", "whole_modules", "token_rows", "kasa")

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from graft.config.atomic import replace_file
-from graft.config.base import FORMAT_VERSION
+from graft.config.pair import FORMAT_VERSION
 from graft.config.reading import open_file
 from graft.core.errors import escape_controls
 

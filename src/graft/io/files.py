@@ -24,15 +24,14 @@ from graft.config.atomic import replace_file
 from graft.config.base import PeftConfig, make_config, make_files, why_no_config
 from graft.config.hub import HUB_KEYWORDS, describe_offline, fetch_file, select_hub_keywords
 from graft.config.pair import SAFETENSORS as SAFETENSORS_WEIGHTS_NAME
+from graft.config.pair import TODAY, AdapterInMemory, ConfigFile, StackLayout, describe_whole_model
 from graft.config.pair import TORCH as WEIGHTS_NAME
-from graft.config.pair import AdapterInMemory, ConfigFile, describe_whole_model
 from graft.config.reading import check_tensors_by_name, describe_fault, load_torch_file, open_file
 from graft.core.errors import CheckpointError, NonFiniteError, join_some
 from graft.io.entries import rename_keys
 from graft.io.fingerprint import KEY, Fingerprint, read_fingerprint
 from graft.io.rendezvous import GATHER
 from graft.io.tensors import PackedTensors, copy_to_cpu, digest_tensors, write_safetensors
-from graft.io.written import TODAY, StackLayout
 from graft.storage.parallel import is_sharded
 
 READING = HUB_KEYWORDS | {"subfolder", "check_digest", "expert_layout"}  # options of `read_checkpoint`

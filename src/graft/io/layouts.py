@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from graft.config.pair import StackLayout
 from graft.config.reading import Json
 from graft.core.errors import PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.ops import Opaque
 from graft.inject.experts import OF_EXPERT, ExpertStacks
 from graft.inject.parts import AdapterCarriers, ParameterLayerPaths
-from graft.io.written import StackLayout
 
 
 def fuse_experts(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
+from graft.config.pair import TODAY
 from graft.core.base_config import count_tokens, input_embeddings, output_embeddings
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, CheckpointError, PeftWarning, join_some, warn
 from graft.core.layer import AdapterLayer
@@ -46,7 +47,6 @@ from graft.io.layouts import convert_stack_layouts, fuse_experts
 from graft.io.save import changes_base
 from graft.io.servers import convert_server_layout
 from graft.io.tensors import find_torn_bias, resize_parameters
-from graft.io.written import TODAY
 from graft.storage.find import innermost
 from graft.storage.offload import find_offloaded, is_tied
 from graft.storage.offload import write_offloaded as put_away

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """Conversion of expert stacks' factors to the layouts of servers, and back.
 
 Here a stack is A (E, r, in) and B (E, out, r), with outputs in the order of the model's parameter. Read in the sources

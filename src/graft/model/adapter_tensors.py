@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.combine.adding import make_rank_patterns
-from graft.config.base import FORMAT_VERSION, PeftConfig
+from graft.config.base import PeftConfig
+from graft.config.pair import FORMAT_VERSION, TRAINING_ONLY
 from graft.config.reading import Json
 from graft.core.errors import ConfigError, LossError, join_some
 from graft.core.layer import AdapterLayer
@@ -26,7 +27,6 @@ from graft.io import files, save
 from graft.io.fingerprint import Fingerprint, hash_text
 from graft.io.servers import IN, LAYOUTS, OUT, PARAMETERS, WRITERS, FactorPair, ServerBlock, ServerBlocks
 from graft.io.tensors import digest_tensors
-from graft.io.written import TRAINING_ONLY
 from graft.methods.lora.config import LoraConfig
 from graft.model.checkpoints import list_save_folders
 from graft.storage.parallel import layout_of, processes, strip_inner_wrappers

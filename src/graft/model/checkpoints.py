@@ -21,7 +21,8 @@ from dataclasses import fields
 from torch import Tensor, nn
 
 from graft.config.atomic import check_no_link
-from graft.config.base import FORMAT_VERSION, PeftConfig
+from graft.config.base import PeftConfig
+from graft.config.pair import FORMAT_VERSION
 from graft.config.prompt import NAMES as OF_THE_BASE
 from graft.core.carrier import check_name_list
 from graft.core.containers import place_tensors

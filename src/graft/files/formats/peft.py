@@ -14,6 +14,7 @@ from typing import Any
 
 from graft import CheckpointError, LossError, PeftWarning
 from graft.config import pair
+from graft.config.pair import LAYOUT_FIELD, StackLayout
 from graft.config.reading import Json, compile_ending, compile_pattern, read_object
 from graft.core.errors import join_some, shorten_text, warn
 from graft.files import pickles
@@ -23,7 +24,6 @@ from graft.files.errors import BaseNeededError
 from graft.files.names import find_pipeline_parts, join_pipeline, split_pipeline
 from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank, OtherMethod
 from graft.files.tensors import Tensor, list_sources, make_int64_tensor, make_tensor, read_header
-from graft.io.written import MARK, StackLayout
 
 NAME = "peft"
 _FILES = (pair.SAFETENSORS, pair.TORCH), (pair.CONFIG_NAME, "README.md")
@@ -133,7 +133,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     config = dict(config_file.choose_fields(noted))
     check_kinds(config, config_file.path)
     layout = StackLayout.from_config(config)
-    config.pop(MARK, None)  # B is held as PEFT has it
+    config.pop(LAYOUT_FIELD, None)  # B is held as PEFT has it
     method = config.get("peft_type")
     if method not in PREFIXES and method not in PROMPTS:
         raise CheckpointError(f"{config_file.path} has peft_type {method!r}, which graft does not know. Update graft.")

@@ -18,6 +18,7 @@ import torch
 
 from graft import BaseModelMismatchError, CheckpointError, LossError, NonFiniteError
 from graft.config.atomic import replace_file
+from graft.config.pair import StackLayout
 from graft.config.reading import Json
 from graft.core.errors import join_some
 from graft.files.base import (
@@ -528,8 +529,6 @@ def make_certificate(work: Work, place: Workplace, account: Merged) -> Json:
 
     Reads all files of base and adapters for their digests.
     """
-    from graft.io.written import StackLayout
-
     base = [os.path.join(work.base.path, name) for name in {*work.base.files.values(), "config.json"}]
     return {
         "graft": "1", "peft_format": StackLayout().version,

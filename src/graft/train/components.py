@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """EVA: Explained Variance Adaptation, arXiv 2410.07170. Principal components of inputs, and who gets which rank.
 
-The incremental PCA uses `torch.svd_lowrank`. torch has no incremental PCA, and scikit-learn's works on NumPy arrays of
-one process, so that the inputs of every layer would leave the GPU at each batch.
+torch has no incremental PCA, and scikit-learn's works on NumPy arrays of one process, so that the inputs of every layer
+would leave the GPU at each batch. `torch.svd_lowrank` draws from the generator that all threads share.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
-from graft.core.random import draw_from_seed
+from torch import Generator, Tensor
 
 SEED = 42  # of the random projections: every process finds the same components
 
@@ -69,13 +67,18 @@ class Components:
 
 
 def find_top_components(X: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return the n largest right singular vectors of X as rows (n, in), and singular values (n,).
+    """Return the n largest right singular vectors of X as rows (n, in), and singular values (n,), by a randomized SVD.
 
-    The SVD is randomized with a fixed seed; generators stay as they are. The largest number of each vector is positive.
+    Its 2 n random projections are those of a fixed seed on any device, and are refined by four subspace iterations.
+    Global generators stay as they are. The largest number of each vector is positive.
     """
-    with draw_from_seed(SEED):
-        _, S, V = torch.svd_lowrank(X, q=2 * n, niter=4)
-    V = V.T[:n]
+    A = X if len(X) >= X.shape[1] else X.T
+    projections = torch.randn(A.shape[1], 2 * n, generator=Generator(device="cpu").manual_seed(SEED), device="cpu")
+    Q = torch.linalg.qr(A @ projections.to(A)).Q
+    for _ in range(4):
+        Q = torch.linalg.qr(A @ torch.linalg.qr(A.T @ Q).Q).Q
+    U, S, V = torch.linalg.svd(Q.T @ A, full_matrices=False)
+    V = (V if A is X else (Q @ U).T)[:n]
     signs = V.gather(1, V.abs().argmax(1, keepdim=True)).sign()
     return V * signs, S[:n]
 

@@ -26,12 +26,12 @@ from graft import AdapterKeyError, CheckpointError, ConfigError, ConfigTypeError
 from graft.config.atomic import make_folder, replace_file
 from graft.config.reading import Json
 from graft.core.errors import join_some
-from graft.core.random import find_accelerator
 from graft.inject.parts import get_registry, unwrap_model
 from graft.io.files import check_tensors
 from graft.io.rendezvous import Meeting, exchange_objects, gather_tensors, get_rank, run_on_all
 from graft.storage import parallel
 from graft.storage.parallel import find_whole_shape, processes, write_whole
+from graft.train.helpers import infer_device
 from graft.train.optimizer_states import OptimizerStates, check_sharding, wrap_optimizer
 from graft.train.state_check import (
     REMEDY,
@@ -485,15 +485,15 @@ def get_numpy_state() -> tuple[object, ...]:
 
 def read_generators(loader: object) -> dict[str, Tensor]:
     """Return the states of torch's generators: "cpu", each device of the accelerator by name, and those in a loader as
-    "loader:0" and so on.
+    "loader:0" and so on. An accelerator that is not initialized is left out, and stays so.
     """
     states = {"cpu": torch.get_rng_state()}
-    device = find_accelerator()
-    if device is not None:
-        module = torch.get_device_module(device)
+    kind = infer_device()
+    module = torch.get_device_module(kind)
+    if kind != "cpu" and getattr(module, "is_initialized", lambda: True)():  # MPS always is
         for i in range(module.device_count()):
-            at = torch.device(device.type, i)
-            states[str(at)] = module.get_rng_state(at) if device.type != "mps" else module.get_rng_state()
+            at = torch.device(kind, i)
+            states[str(at)] = module.get_rng_state(at) if kind != "mps" else module.get_rng_state()
     return states | {f"loader:{i}": g.get_state() for i, g in enumerate(find_generators(loader))}
 
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """Random values as torch's constructors draw them on a CPU, so that a seeded run gets PEFT's numbers on any device.
 
 Also the adapters' generators, if a call has one generator for each adapter.

@@ -33,9 +33,7 @@ from graft import (
 )
 from graft.config.base import add_task_heads, check_config
 from graft.core.errors import join_some, shorten_text, warn
-from graft.inject.match import Matcher
 from graft.inject.parts import check_adapter_name, get_registry
-from graft.inject.survey import is_linear
 from graft.io.files import AdapterSnapshot
 from graft.many import run_file
 from graft.many.bank import Banks
@@ -373,7 +371,7 @@ class MultiTrain:
         registry, model_config = get_registry(model), model.peft_config[name]
         trained = any(p.requires_grad for _, p in model.adapter_parameters(name))
         try:
-            refuse_covered_targets(name, config or model_config, model_config, registry.wrappers)
+            refuse_covered_targets(name, config or model_config, registry)
             registry.set_requires_grad(name, True)
             parameters = [p for _, p in model.adapter_parameters(name)]
             drawn = loss is not None or description is not None
@@ -1440,7 +1438,7 @@ def refuse_base_change(name: str, config: PeftConfig) -> None:
         )
 
 
-def refuse_covered_targets(name: str, asked: PeftConfig, config: Any, wrappers: Mapping[str, Any]) -> None:
+def refuse_covered_targets(name: str, asked: PeftConfig, registry: Any) -> None:
     """Raise ConfigError if a run's targets are within modules that another adapter trains whole: there the run would
     get no adapter.
 
@@ -1449,22 +1447,15 @@ def refuse_covered_targets(name: str, asked: PeftConfig, config: Any, wrappers: 
 
     Args:
         asked: the config as `add` got it.
-        config: the same with the targets that it has on this model.
-        wrappers: by path, the modules trained whole.
+        registry: of the model, with the adapter and the targets that its config has there.
     """
-    if not hasattr(config, "target_modules"):
+    if not hasattr(asked, "target_modules"):
         return
-    everything, matcher = getattr(asked, "target_modules", None) == "all-linear", Matcher(config)
-    for key, wrapper in wrappers.items():
-        if wrapper.takes_rows or name in wrapper.adapters:
-            continue
-        inner = ((f"{key}.{path}", m) for path, m in wrapper.base_module.named_modules() if path)
-        wanted = ("matched", "untargeted") if everything else ("matched",)
-        if hidden := [p for p, m in inner if matcher(p).outcome in wanted and (is_linear(m) or not everything)]:
-            raise ConfigError(
-                f"Run '{name}' would train {join_some(hidden)}, and run '{wrapper.adapters[0]}' trains '{key}' "
-                "whole. Leave them out of the targets, or train the two in separate MultiTrains."
-            )
+    for key, hidden in registry.find_covered_targets(name, asked.target_modules == "all-linear"):
+        raise ConfigError(
+            f"Run '{name}' would train {join_some(hidden)}, and run '{registry.wrappers[key].adapters[0]}' trains "
+            f"'{key}' whole. Leave them out of the targets, or train the two in separate MultiTrains."
+        )
 
 
 def check_optimizer_and_schedule(

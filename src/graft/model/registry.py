@@ -53,11 +53,11 @@ from graft.inject.build import assign_values
 from graft.inject.find import list_trained_biases
 from graft.inject.inject import Injection, check_second_bias
 from graft.inject.job import Options, Receiver
-from graft.inject.match import COMPRESS_FROM, minimize_names
+from graft.inject.match import COMPRESS_FROM, Matcher, minimize_names
 from graft.inject.parts import AdapterCarriers, check_adapter_name, check_no_foreign_adapters, get_registry
 from graft.inject.report import InjectReport
 from graft.inject.steps import INJECT, ReplacedSteps, names_of_replaced
-from graft.inject.survey import ModuleTree, survey_model
+from graft.inject.survey import ModuleTree, is_linear, survey_model
 from graft.io import files
 from graft.io.base import remove_carrier_names
 from graft.io.fingerprint import Fingerprint, check_fingerprint, why_other_base
@@ -303,6 +303,22 @@ class Registry:
         """
         other_paths = [key for key in survey_model(self.model).modules if key not in keys]
         return minimize_names(keys, other_paths) if len(keys) >= COMPRESS_FROM else set(keys)
+
+    def find_covered_targets(self, adapter_name: str, linear: bool) -> Iterator[tuple[str, list[str]]]:
+        """Yield (path, targets) of each module that only other adapters train whole, if it has targets of this one.
+
+        These targets get no adapter. Modules that take token rows are left out.
+
+        Args:
+            linear: "all-linear" was asked for: only linear layers count, also those that the config leaves untargeted.
+        """
+        matcher, wanted = Matcher(self.peft_config[adapter_name]), {"matched", "untargeted"} if linear else {"matched"}
+        for key, wrapper in self.wrappers.items():
+            if not wrapper.takes_rows and adapter_name not in wrapper.adapters:
+                inner = ((f"{key}.{path}", m) for path, m in wrapper.base_module.named_modules() if path)
+                paths = [p for p, m in inner if matcher(p).outcome in wanted and (is_linear(m) or not linear)]
+                if paths:
+                    yield key, paths
 
     def are_gradients_elsewhere(self) -> bool:
         """Return True if a library may have taken gradients away from active adapters (`gradients_elsewhere`)."""

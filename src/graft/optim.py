@@ -231,7 +231,7 @@ class LoraFAOptimizer(PerParameterOptimizer):
         """Add a group of parameters.
 
         Raises:
-            ConfigError: the group has keys of PEFT's optimizer of that name.
+            ConfigError: the group has keys of PEFT's optimizer of that name: names, scaling_factor or scaling_factors.
         """
         foreign = {"names", "scaling_factor", "scaling_factors"} & param_group.keys()
         if foreign:
@@ -261,7 +261,9 @@ class LoraFAOptimizer(PerParameterOptimizer):
 
 
 def step_adam(p: Tensor, g: Tensor, state: Group, group: Group, correct_bias: bool) -> None:
-    """Take one step of Adam on p in place, without weight decay. Fills or updates `state`.
+    """Take one step of Adam on p in place, without weight decay.
+
+    Updates `state` in place: `step`, `exp_avg` and `exp_avg_sq`, from zeros if it is empty.
 
     The bias correction of both moments is applied if `correct_bias`. `eps` is added to √v before it.
     """
@@ -381,7 +383,9 @@ def compute_pro_gradients(A: Tensor, B: Tensor, a: Tensor, b: Tensor, s: float) 
     """Return gradients a' of A (…, r, n) and b' of B (…, m, r) that bring s (B a' + b' A) closest to the weight's
     gradient.
 
-    a and b are the usual gradients. Computes in float64 (float32 on MPS); the results are in float32.
+    a and b are the usual gradients. With P = BᵀB and Q = AAᵀ (`damp_gram`): a' = P⁻¹ a / s² + X A and b' = (1 - B P⁻¹
+    Bᵀ) b Q⁻¹ / s² - B X. X solves P X + X Q = -P⁻¹ a Aᵀ / s². Computes in float64 (float32 on MPS); the results are in
+    float32.
     """
     wide = torch.float32 if A.device.type == "mps" else torch.float64
     A, B, a, b = (t.to(wide) for t in (A, B, a, b))

@@ -80,8 +80,8 @@ def make_plain_config(configs: Sequence[PeftConfig]) -> LoraConfig:
 
 
 def union_targets(targets: Sequence[str | Collection[str] | None], mixed: str) -> str | set[str]:
-    """Return one value of `target_modules` that selects all modules of any: a regular expression of alternatives, or a
-    set of names.
+    """Return one value of `target_modules` that selects all modules of any: a regular expression of alternatives, each
+    in parentheses, or a set of names.
 
     None counts as an empty collection; only None gives an empty set. Raises ConfigError with the text `mixed` if some
     are expressions and others are not.
@@ -96,8 +96,9 @@ def union_targets(targets: Sequence[str | Collection[str] | None], mixed: str) -
 def target_exactly(cfg: PeftConfig, keys: Iterable[str], parameters: Sequence[str] = ()) -> None:
     """Change `cfg` so that it targets exactly the layers at these paths; those in `parameters` by `target_parameters`.
 
-    `target_modules` becomes a regular expression of the other paths, or [] if there are none. Without `parameters` the
-    field `target_parameters` stays. Exclusions and layer ranges are removed.
+    `target_modules` becomes a regular expression of the other paths, escaped, with "|" between them, or [] if there are
+    none. Without `parameters` the field `target_parameters` stays. Exclusions and layer ranges become None, where the
+    config has them.
     """
     modules = [re.escape(key) for key in keys if key not in parameters]
     cfg.target_modules = "|".join(modules) if modules else []

@@ -61,7 +61,9 @@ class Term:
 
     @property
     def highest(self) -> int:
-        """The highest rank that an update of this layer can have, over all groups together."""
+        """The highest rank that an update of this layer can have, over all groups together: groups · min(numbers in a
+        row of A, rows of B / groups).
+        """
         return self.groups * min(prod(self.A.shape[1:]), len(self.B) // self.groups)
 
     def product(self) -> tuple[Tensor, Tensor]:

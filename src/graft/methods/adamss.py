@@ -139,7 +139,8 @@ def find_clusters(W: Tensor, bias: Tensor | None, cfg: AdamssConfig) -> Clusters
 
 
 def make_cluster_A(U: Tensor, cfg: AdamssConfig) -> Tensor:
-    """Return A (rank, R) of a cluster with the coordinates U (n, R): orthonormal rows, the main directions of U.
+    """Return A (rank, R) of a cluster with the coordinates U (n, R): orthonormal rows, by QR of Uᵀ times the first
+    `rank` singular vectors of U Uᵀ.
 
     rank = min(n, `subspace_rank`); with `use_dynamic_rank` at most the number of singular values of U Uᵀ above
     `svd_threshold` times the largest, at least 1. The randomized SVD draws from torch's generator.

@@ -487,7 +487,9 @@ class Bottleneck(Method[BottleneckConfig]):
         return z
 
     def up(self, x: Tensor) -> Tensor:
-        """Return s · Up σ(Down x), without dropout and gate: AdapterFusion takes this.
+        """Return s · Up σ(Down x) in the adapter's dtype, without dropout and gate: AdapterFusion takes this.
+
+        s is `bottleneck_scale` if the config's scaling is a text, else the number.
 
         `ln_before` normalizes x first. In training, `stochastic_depth` sets whole rows to 0, and rescales the others.
         """
@@ -506,11 +508,11 @@ class Bottleneck(Method[BottleneckConfig]):
         return x @ module.matrix(self.bottleneck_rule) + module.b if self.cfg.phm_layer else module(x)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the update for the layer's output y."""
+        """Return the update `u` for the layer's output y; x is not read."""
         return self.u(y)
 
     def beside(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the update for x, the input of the tapped module."""
+        """Return the update `u` for x, the input of the tapped module; y is not read."""
         return self.u(x)
 
     def after_embedding(self, ids: object, y: Tensor) -> Tensor:

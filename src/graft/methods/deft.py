@@ -102,7 +102,9 @@ class DEFT(Method[DeftConfig]):
         return Q, Q
 
     def factors(self) -> Factors:
-        """Return A = s R - Zᵀ W₀ and B = Q, with the adapter's dropout; with `para` A = -Zᵀ W₀, without dropout.
+        """Return A = s R - Zᵀ W₀ and B = Q (`projections`; s the scaling), in the adapter's dtype, with its dropout.
+
+        With `para` A = -Zᵀ W₀, without dropout.
 
         In training with dropout, A is a product that drops inputs of R alone. An embedding, or a convolution with
         groups, has no such product: there the dropout acts on both parts.

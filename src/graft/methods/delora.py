@@ -70,7 +70,8 @@ class DeLoRA(Method[DeloraConfig]):
         self.delora_w_norm.copy_(torch.linalg.vector_norm(self.layer.W0.detach().flatten(1), dim=0))
 
     def factors(self) -> Factors:
-        """Return A ⊙ w and B ⊙ λ / (r ‖a_k‖ ‖b_k‖), with dropout.
+        """Return A ⊙ w and B ⊙ λ / (r ‖a_k‖ ‖b_k‖), with dropout: a_k the rows of A, b_k the columns of B, w the buffer
+        `delora_w_norm`. B keeps its dtype.
 
         Lengths are computed in at least float32, and are at least 1e-4.
         """

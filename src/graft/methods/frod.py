@@ -107,7 +107,8 @@ def count_entries(n: int, rate: float) -> int:
 
 
 def support(n: int, rate: float, generator: torch.Generator) -> Tensor:
-    """Draw the places of the entries of S, off its diagonal and without repetition: rows and columns, (2, entries).
+    """Draw the places of the entries of S, `count_entries` of them, off its diagonal and without repetition: rows and
+    columns, (2, entries), int64, in random order.
 
     On the meta device the tensor stays uninitialised.
     """

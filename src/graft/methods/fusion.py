@@ -215,11 +215,11 @@ class AdapterFusion(Method[AdapterFusionConfig]):
                 self.layer.call.record_value(self.name, self.site.key, W)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the update for the layer's output y."""
+        """Return the update `fuse` for the layer's output y; x is not read."""
         return self.fuse(y)
 
     def beside(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the update for x, the input of the tapped module."""
+        """Return the update `fuse` for x, the input of the tapped module; y is not read."""
         return self.fuse(x)
 
     def before_norm(self, s: Tensor) -> Tensor:

@@ -106,7 +106,10 @@ class Lily(Method[LilyConfig]):
         self.fill_start(self.lily_B.weight)
 
     def branch(self, x: Tensor) -> Tensor:
-        """Return scaling · B̄ A x, (…, out). p averages the router's softmax over all tokens; without tokens p is 0."""
+        """Return scaling · B̄ A x, (…, out), with B̄ = Σ p_e B_e.
+
+        p averages the softmax of the router for A x over all tokens; without tokens p is 0.
+        """
         op, base = self.site.op, self.layer.base_layer
         h = op.down(base, x, self.lily_A.weight.to(x.device))
         p = self.lily_router(h.movedim(1 - len(self.site.shape), -1)).softmax(-1).flatten(0, -2)

@@ -151,7 +151,7 @@ class LoHa(Lycoris[LoHaConfig]):
     @torch.no_grad()
     def init_abba(self) -> None:
         """Fill w1_a and w1_b with the best product of rank r for W₀ (√S in each), w2_a with zeros and w2_b kaiming
-        uniform.
+        uniform (a=0).
         """
         U, S, V = find_largest_components(self.layer.W0.flatten(1), self.cfg.r)
         self.hada_w1_a.copy_(U * S.sqrt())

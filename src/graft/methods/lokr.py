@@ -27,7 +27,9 @@ class LoKrConfig(LycorisConfig):
     init_weights: bool | Literal["lycoris"] = True  # w1 is zero; "lycoris": w2 is; False: none
 
     def factor_sizes(self, n: int) -> tuple[int, int]:
-        """Return (a, b) with a b = n: the sizes of w1 and w2 along a dimension of n (`factorization`)."""
+        """Return (a, b) with a b = n: the sizes of w1 and w2 along a dimension of n, by `factorization` with the
+        config's `decompose_factor`.
+        """
         return factorization(n, self.decompose_factor)
 
 

@@ -128,7 +128,8 @@ class OSF(Method[OSFConfig]):
     def components(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return U S, V, U₀ S₀ and V₀, in U's dtype.
 
-        With gradients on, those of U and V are projected out of the space of the k large components.
+        With gradients on, the gradients of U and V are projected out of the space of the k large components. For the
+        longer side, out or in, that uses the stored large vectors; else it projects onto the span of U₀ or V₀.
         """
         small, U0, V0 = self.osf_svd_params, self.osf_U_init, self.osf_V_init
         out, n, *_ = self.sizes

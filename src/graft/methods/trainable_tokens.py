@@ -114,10 +114,10 @@ class TrainableTokens(Method[TrainableTokensConfig]):
         )
 
     def init_values(self) -> None:
-        """Fill `trainable_tokens_original` with a copy of the base's rows, and `trainable_tokens_delta` with the same
-        values.
+        """Fill `trainable_tokens_original` with a copy of the base's rows, and make `trainable_tokens_delta` a new
+        parameter with the same values, both in the base's dtype.
 
-        With `init_weights=False` the trained rows are normal.
+        With `init_weights=False` the trained rows stay the parameter of `build`, with normal values.
         """
         W = self.layer.W0.detach()
         rows = (W.T if self.site.op.takes_ids else W)[self.token_indices]  # a copy

@@ -122,8 +122,9 @@ class Replays:
 
 
 def find_cache_argument(layer: nn.Module) -> tuple[str, int] | None:
-    """Return name and position of the cache argument (the first of `NAMES`) in the signature of a layer's forward; None
-    if it has none.
+    """Return name and position of the cache argument in the signature of a layer's forward; None if it has none.
+
+    It is the first of "cache", "layer_past", "past_key_values" and "past_key_value".
     """
     names = list(inspect.signature(layer.forward).parameters)
     name = next((n for n in NAMES if n in names), None)

@@ -163,11 +163,14 @@ class PromptStack:
         self.here.now = outer
 
     def put_embeddings(self, value: Tensor) -> None:
-        """Note embeddings to put before the input of the present visit. `value`: (1 or batch, tokens, dim)."""
+        """Note embeddings to put before the input of the present visit, and their number of tokens.
+
+        `value`: (1 or batch, tokens, dim).
+        """
         self.now.embeddings, self.now.tokens = value, value.shape[1]
 
     def put_keys(self, value: Tensor, as_pairs: Callable[[Tensor], list[tuple[Tensor, Tensor]]]) -> None:
-        """Note keys and values for the present visit, which go before each layer's.
+        """Note keys and values for the present visit, which go before each layer's, and their number of tokens.
 
         as_pairs: makes them from `value` (…, tokens, numbers).
         """

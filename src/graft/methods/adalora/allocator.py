@@ -200,7 +200,8 @@ def orthogonal_losses(tuner: Tuner, names: Iterable[str], run: Run) -> dict[str,
     """Return, by name, functions that compute the regularisation of these adapters: those that train, with
     `orth_reg_weight` > 0.
 
-    Each is weighed by the share of the run that uses the adapter.
+    Nothing is computed before a call of such a function. Its weight is `orth_reg_weight` times the share of the run
+    that uses the adapter.
     """
     return {
         name: partial(orthogonal_loss, methods, weight * run.share(name, tuner.model))

@@ -198,7 +198,8 @@ class LoRA(Started):
     def describe(self) -> Effect:
         """Return an `Update` by `factors`.
 
-        It cannot merge (`fixed`) on a convolution with groups > 1, or with `lora_bias` on a layer without bias.
+        It cannot merge (`why_unmergeable`) on a convolution with groups > 1, or with `lora_bias` on a layer without
+        bias.
         """
         return Update(factors=self.factors, why_unmergeable=checks.unmergeable(self.site, self.cfg))
 

@@ -68,7 +68,8 @@ def start_of(lora: Method, W: Tensor) -> Start:
 
     Raises:
         TypeError: W is of another dtype than float32, float16 and bfloat16.
-        ConfigError: the rank is larger than the weight's, or lora_alpha is not positive (`check_rank`).
+        ConfigError: the rank (for LoRA-GA twice the rank) is larger than the weight's smaller side, or lora_alpha is
+            not positive (`check_rank`).
         CalibrationError: the initialisation needs data, and this layer has none.
     """
     kind: Any = start_name(lora.cfg.init_lora_weights)

@@ -75,7 +75,8 @@ def _table(A: Tensor, B: Tensor) -> None:
 
 
 def _orthogonal(A: Tensor, B: Tensor) -> None:
-    """Fill A (r, in) and B (out, r) from odd and even rows of one random orthogonal matrix (r, r), so that B A = 0.
+    """Fill A (r, in) and B (out, r) from rows of one random orthogonal matrix (r, r), so that B A = 0: A from rows 0,
+    2, …, B from 1, 3, ….
 
     Both are products with normal values, divided by 10. Raises ConfigError for an odd r.
     """
@@ -148,7 +149,7 @@ class Started(Method[LoraConfig]):
         """Fill A and B anew as initialisation `how` (`initialise`).
 
         Raises:
-            ConfigError: `how` is not True, False or "gaussian".
+            ConfigError: `how` is not True, False or "gaussian" (in any spelling).
         """
         if not isinstance(how, bool) and how.lower() != "gaussian":
             raise ConfigError(
@@ -159,7 +160,9 @@ class Started(Method[LoraConfig]):
 
     @property
     def base_mark(self) -> str:  # type: ignore[override]
-        """The attribute of the base module that the calibration of CorDA or LoRA-GA sets; "" for other starts."""
+        """The attribute of the base module that the calibration sets: "eigens" of CorDA, "_peft_loraga_grad" of
+        LoRA-GA; "" for other starts.
+        """
         return BASE_MARKS.get(self.cfg.init_lora_weights, "")
 
     @classmethod

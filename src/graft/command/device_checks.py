@@ -134,7 +134,8 @@ def check_device(device: torch.device, show: Callable[[str], None]) -> Json:
         show: called with the name of each method before its checks.
 
     Returns:
-        "passed": a number. "failed", "skipped": {"METHOD law dtype": error}. "deviations": {"law dtype": the largest}.
+        "passed": a number. "failed", "skipped": {"METHOD law dtype": error}, by "METHOD" alone for waits and for errors
+        outside the laws. "deviations": {"law dtype": the largest}.
     """
     results: Json = {"passed": 0, "failed": {}, "skipped": {}, "deviations": {}}
     for method, make_config in METHODS.items():
@@ -266,9 +267,11 @@ def find_device(kind: str | None) -> torch.device | None:
 
 
 def build_report(device: torch.device, show: Callable[[str], None]) -> Json:
-    """Return the document of `graft device-report`: versions, the device, and results of checks and benchmark.
+    """Return the document of `graft device-report`: "versions", "device", "checks" (`check_device`) and "benchmark"
+    (`run_benchmark`).
 
-    The benchmark is empty for the CPU; its error is a failed check. `show` is called with the name of each part.
+    The benchmark is {} for the CPU; its error is a failed check. The device has its name, capability, memory and driver
+    on CUDA only. `show` is called with the name of each method and with "benchmark".
     """
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda, "hip": torch.version.hip}
     versions |= {d.name: d.version for d in distributions() if d.name in PACKAGES}

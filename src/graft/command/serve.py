@@ -121,8 +121,8 @@ def export(
 
     Returns:
         The document has output (None in a dry run) and the fields of `ExportReport`. LoRA and AdaLoRA without `rank`,
-            and without an undescribed change of the base, are converted as files. All else is loaded onto the base with
-            transformers.
+        and without an undescribed change of the base, are converted as files. All else is loaded onto the base with
+        transformers.
     """
     from graft.files import export as files
     from graft.files.base import read_base_files

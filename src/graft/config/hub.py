@@ -30,10 +30,10 @@ def select_hub_keywords(kwargs: dict[str, object]) -> dict[str, Any]:
 def fetch_file(where: str | os.PathLike[str], filename: str, subfolder: str | None = None, **hub: Any) -> str | None:
     """Return the local path of one file of an adapter; None if there is no such file.
 
-    A file in the folder `where` counts first. If `where` is an existing folder without it, or does not look like
-    "owner/name", returns None. Else the file is downloaded. Without the hub (HF_HUB_OFFLINE, `local_files_only`, or no
-    answer) only its cache is searched. If the hub is switched off and the cache lacks the file, returns None. It also
-    does for a name that the hub refuses, and for a repository without the file.
+    A file in the folder `where`, or its `subfolder`, counts first. If `where` is an existing folder without it, or does
+    not look like "owner/name", returns None. Else the file is downloaded. Without the hub (HF_HUB_OFFLINE,
+    `local_files_only`, or no answer) only its cache is searched. If the hub is switched off and the cache lacks the
+    file, returns None. It also does for a name that the hub refuses, and for a repository without the file.
 
     Raises:
         HubError: the hub does not answer and the cache lacks the file; there is no such repository or revision, or it

@@ -177,8 +177,7 @@ class Pattern:
 
         Raises:
             ConfigError: it is no regular expression, `regex` is needed and missing, it has more than 100,000
-                characters, or counts in braces with a
-                product above 10,000.
+                characters, or counts in braces with a product above 10,000.
         """
         self.text, self.field, self.left = text, field, BUDGET
         whole = text if whole is None else whole
@@ -233,7 +232,7 @@ class Pattern:
 
 @lru_cache(maxsize=4096)
 def compile_pattern(text: str, field: str, whole: str | None = None) -> Pattern:
-    """Return the `Pattern` of a config's field.
+    """Return the `Pattern` of a config's field, which matches `whole` in place of `text` if it is given.
 
     The last 4,096 are cached. Raises ConfigError for an invalid pattern.
     """

@@ -139,8 +139,8 @@ class Exchange(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
             self.opener.add_handler(handler)
 
     def run(self) -> None:
-        """Send the request, read at most 64 KiB more than 16,000,000 bytes, and put the result or the exception into
-        `outcome`.
+        """Send the request, read at most 64 KiB more than 16,000,000 bytes, and put (status, Location header, body) or
+        the exception into `outcome`.
 
         After `timeout` seconds the result is a TimeoutError.
         """

@@ -106,8 +106,9 @@ def choose_names(base: BaseDescription, paths: Iterable[str]) -> BaseDescription
     """Return the base under the names that an adapter uses: those of the files, or of the model, with one prefix added
     or removed.
 
-    The choice lacks the fewest of `paths`. A quantized base starts with the model's names, since its files hold codes
-    of other shapes. The model is only built if a path is missing.
+    The choice lacks the fewest of `paths`; of equal ones the first counts, without a prefix before with one. A
+    quantized base starts with the model's names, since its files hold codes of other shapes. The model is only built if
+    a path is missing.
     """
     wanted = set(paths)
 

@@ -25,7 +25,8 @@ def lycoris_to_peft(adapter: AdapterFile, base: Base | None = None) -> AdapterFi
     unchanged.
 
     LyCORIS stores (IA)³ as the difference from 1. It leaves biases alone where it scales outputs, which PEFT cannot
-    express: such an adapter is unchanged, and writing it as PEFT fails.
+    express: such an adapter is unchanged, and writing it as PEFT fails. Without a base, every module counts as one with
+    a bias.
     """
     other_modules = {path: m for path, m in adapter.modules.items() if isinstance(m, OtherMethod)}
     methods = {m.method for m in adapter.modules.values()}
@@ -36,7 +37,7 @@ def lycoris_to_peft(adapter: AdapterFile, base: Base | None = None) -> AdapterFi
 
 def convert_ia3(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod], base: Base | None) -> AdapterFile:
     """Return the adapter as PEFT's (IA)³: vectors plus 1 in float32, and a config with the input-side modules as
-    feedforward_modules.
+    feedforward_modules, in the file's order, and all modules as target_modules, sorted.
 
     If any module scales outputs, and the base is None or has a bias there, the adapter is returned unchanged.
     """

@@ -258,7 +258,7 @@ class Subject:
     # conditions: further tensors
 
     def whole_norms(self) -> Iterable[str]:
-        """Return the norms that were trained whole."""
+        """Return the modules whose weight is a vector that was trained whole: norms."""
         return list_norms(self.adapter)
 
     def whole_modules(self) -> Iterable[str]:

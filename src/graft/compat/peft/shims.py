@@ -224,6 +224,8 @@ def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | N
 def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
     """Return the first regular expression that matches `key_to_match` as a whole or from a dot to its end; else
     `key_to_match` itself.
+
+    Raises ConfigError for an invalid expression that it comes to.
     """
     return next((p for p in pattern_keys if compile_ending(p, "the patterns").match(key_to_match)), key_to_match)
 

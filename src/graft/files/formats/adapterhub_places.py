@@ -171,8 +171,8 @@ def read_reft(path: str, fields: Json, by_name: Mapping[str, Tensor], blocks: li
     """Return the ReFT adapter of a file, with graft's names of tensors in the base's blocks.
 
     An orthonormal R is computed from torch's parametrization if there is no plain R. Unit "1" acts on the suffix, all
-    others on the prefix. Units for positions that the config leaves out have no effect and are dropped. Keys without a
-    block go to `unknown_keys`.
+    others on the prefix. Units for positions that the config leaves out have no effect and are dropped; with
+    `tied_weights`, the prefix's stays. Keys without a block go to `unknown_keys`.
 
     Raises:
         CheckpointError: a tensor of a unit is missing.

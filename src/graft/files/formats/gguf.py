@@ -222,12 +222,13 @@ def names_of(base: Base) -> dict[str, str]:
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
     """Write a file: LoRA, or control vectors for steering vectors. Return descriptions of the losses.
 
-    Rows of q and k are put into llama.cpp's order where its converter permutes them. The file has one alpha: scale ·
-    rank of the first module; aLoRA's tokens are written, too.
+    Rows of q and k are put into llama.cpp's order where its converter permutes them, and A of embeddings is transposed.
+    The file has one alpha: scale · rank of the first module; aLoRA's tokens are written, too.
 
     Raises:
         BaseNeededError: `base` is None: the file needs its architecture and heads.
-        LossError: without `lossy`, a module has no name in llama.cpp, or a part cannot be held.
+        LossError: without `lossy`, a module has no name in llama.cpp, or a part cannot be held; always, if no module is
+            left.
         PackageNeededError: the package gguf is missing, or too old for aLoRA's tokens.
     """
     gguf = import_gguf()
@@ -322,7 +323,8 @@ VECTOR = "steering_vector"
 def read_control(path: str, fields: dict[str, object], tensors: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
     """Read control vectors as steering: `direction.N` is added to the output of block N.
 
-    Other names go to `unknown_keys`. The config has the numbers of these blocks as `layers`.
+    Other names go to `unknown_keys`. The config has the numbers of these blocks as `layers`, and "places" as
+    `target_modules`.
 
     Raises:
         BaseNeededError: there is no base to count blocks.

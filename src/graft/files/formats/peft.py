@@ -732,10 +732,10 @@ def new_config(adapter: AdapterFile) -> Json:
     """Return a new config, without targets and ranks, for an adapter without a source config of its method.
 
     All methods get type, task, base, `inference_mode` True and `modules_to_save`, the modules of whole tensors that
-    have no adapter. LoRA also gets dropout 0 and no `use_rslora`. Its `bias` is "all" if the file has biases of other
-    modules than the adapted ones, "lora_only" for biases of these only, else "none". DoRA, lora_bias and rows follow
-    the parts there are; aLoRA's tokens are taken over. fan_in_fan_out and ensure_weight_tying come from a config of
-    PEFT, else are False.
+    have no adapter. LoRA also gets dropout 0, `init_lora_weights` True and no `use_rslora`. Its `bias` is "all" if the
+    file has biases of other modules than the adapted ones, "lora_only" for biases of these only, else "none". DoRA,
+    lora_bias and rows follow the parts there are; aLoRA's tokens are taken over. fan_in_fan_out and ensure_weight_tying
+    come from a config of PEFT, else are False.
     """
     biases = {n for n in adapter.full if n.endswith(".bias") and f"{n.removesuffix('bias')}weight" not in adapter.full}
     of_targets = {n for n in biases if n.removesuffix(".bias") in adapter.modules}

@@ -543,6 +543,9 @@ class StackLayout:
     def with_names(self, names: str | Collection[str]) -> StackLayout:
         """Return this layout with the caller's `expert_layout`: one name or several; later ones win.
 
+        "exchanged" and "grouped_by_expert" set `exchanged` and `by_expert` to True, "rank_major" sets `by_expert` to
+        False, and "peft" both to False.
+
         Raises:
             ConfigError: there is no layout of such a name.
         """
@@ -619,8 +622,8 @@ def decide_exchange(version: str | None, transposed: bool) -> tuple[bool, bool]:
     sure.
 
     Without a version the result is (True, False), and (False, True) if `transposed`. 0.19.0 exchanged all stacks,
-    earlier versions those that are not transposed, 0.19.1 and later none. Development versions around 0.19.0, and
-    unreadable ones, give (False, False).
+    earlier versions those that are not transposed, 0.19.1 and later none. Development versions above 0.18.0 up to
+    0.19.1, and unreadable ones, give (False, False).
 
     Args:
         version: None: the file names none, as before 0.18.

@@ -422,7 +422,9 @@ def check_one_device(method: Method, source: Method) -> None:
 
 
 def adapt_tied_modules(job: InjectionJob) -> None:
-    """Make a layer with the adapter for each module that is tied to the embedding, and note it in the report.
+    """Put the adapter on a layer for each module that is tied to the embedding: one that is there, else a new one.
+
+    Note it in the report.
 
     Their tensors get tied later, in `build_carriers`, once they have values. Methods that are always tied count 0
     trainable numbers here.

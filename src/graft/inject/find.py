@@ -62,8 +62,8 @@ MOST_WARNINGS = 100  # most warnings about entries of one field
 
 def resolve_job(job: InjectionJob) -> None:
     """Fill in the fields of `job` that say where and how the adapter acts: `report`, `targets`, `methods`, `order`,
-    `biases`, and the heads and token rows. The model is not changed. Rewrites `job.cfg` in place: expert names, default
-    targets, tied modules, and by the method's `prepare`.
+    `biases`, and the heads and token rows (`beside`). The model is not changed. Rewrites `job.cfg` in place: expert
+    names, default targets, tied modules, and by the method's `prepare`.
 
     Default targets lose modules if others read their weight. Companion sites of the method are added. Tied modules get
     the config of their source and note its method. Ranks are split by the method's `split_budget`; `lenders` are set
@@ -170,9 +170,9 @@ def make_method(site: Site, kind: Any, cfg: PeftConfig, adapter: str) -> Method:
 def match_modules(job: InjectionJob, unreached: UnreachedTargets) -> None:
     """Put the sites of all modules and parameters that the config targets into `job.targets.sites`.
 
-    With `job.keys` exactly those paths match. Modules that are absent from this stage are passed over. Replaced steps
-    of the tuner have the last word on each module. A module tied to the embedding gets the outcome "tied" and no site
-    here.
+    With `job.keys` exactly those paths match, and all others are `skipped`. Modules that are absent from this stage are
+    passed over. Replaced steps of the tuner have the last word on each module. A module tied to the embedding gets the
+    outcome "tied" and no site here.
 
     The report gets modules that another field takes out (`skipped`), and counts by type of other modules without
     children (`untargeted`). An attention brings its `out_proj` along, before itself, noted in `targets.along`. Warns of

@@ -152,7 +152,8 @@ class SourceUses(ast.NodeVisitor):
             self.known[target.id] = path
 
     def visit_For(self, node: ast.For) -> None:
-        """Remember the variable of a loop over a path below `self` as one of its items, if it is a single name.
+        """Remember the variable of a loop over a path below `self` in `known` as the path of one of its items, if it is
+        a single name.
 
         Visit the iterated expression, the body and the `else` part.
         """
@@ -490,8 +491,9 @@ def get_site(key: str, module: nn.Module, tree: ModuleTree) -> Site:
     """Return the site of the module at path `key`: the one of its layer if it has one there, else a new one.
 
     A layer of a parameter does not count as the module's. A supported attention gets the site of its `in_proj_weight`.
-    An op in `tree.ops` for the module's type replaces the known one. The new site notes whether several modules share
-    the weight (`shared`), and whether modules around it read or call it (`is_read`, `is_called`).
+    An op in `tree.ops` for the module's type replaces the known one, with the store of the weight tensor alone. The new
+    site notes whether several modules share the weight (`shared`), and whether modules around it read or call it
+    (`is_read`, `is_called`).
     """
     layer = layer_in(module)
     if layer is not None and layer.site.key == layer.site.path:

@@ -161,7 +161,8 @@ class Averager:
     def follow(self, output: object) -> None:
         """Hook the tensors of a call's output, so that the gradients are averaged when its backward pass ends.
 
-        A pass that an error broke off before is forgotten, unless gradient checkpointing makes this call within a pass.
+        A pass that an error broke off before is forgotten (`task` becomes None, `follows` False), unless gradient
+        checkpointing makes this call within a pass. Tensors without a gradient function are skipped.
         """
         if torch._C._current_graph_task_id() == -1:  # else gradient checkpointing calls the model
             self.task, self.follows = None, False
@@ -171,13 +172,16 @@ class Averager:
 
     @unserializable_hook  # type: ignore[untyped-decorator]
     def _on_output(self, _grad: Tensor) -> None:
-        """Hook of an output's gradient: have autograd call `_on_end` after the pass, once."""
+        """Hook of an output's gradient: have autograd call `_on_end` after the pass.
+
+        Sets `follows` and notes the pass in `task`; does nothing while `follows` is set.
+        """
         if not self.follows:
             self.follows, self.task = True, torch._C._current_graph_task_id()
             torch.autograd.Variable._execution_engine.queue_callback(self._on_end)
 
     def note_gradient(self) -> None:
-        """Have autograd call `_on_end` after the pass that gives a parameter a gradient.
+        """Have autograd call `_on_end` after the pass that gives a parameter a gradient, and note the pass in `task`.
 
         Does nothing if a call's output, or an earlier gradient of the same pass, has done so.
 
@@ -190,9 +194,9 @@ class Averager:
 
     @torch.no_grad()
     def _on_end(self) -> None:
-        """Average the gradients of all parameters that train, after `agree`.
+        """Forget the pass (`task`, `follows`), and average the gradients of all parameters that train, after `agree`.
 
-        Does nothing if FSDP2 waits for a later pass as well.
+        Averages nothing if FSDP2 waits for a later pass as well.
 
         The next pass then averages the sum of both. Half precision is summed in float32, one sum for each device and
         dtype.

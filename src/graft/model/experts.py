@@ -192,8 +192,8 @@ class XLoraRegistry(Registry):
     def _make_classifier(self, adapter_name: str, config: XLoraConfig, names: list[str], on_meta: bool) -> None:
         """Make the classifier, frozen, and attach it to the tuner as its module `internal_xlora_classifier`.
 
-        Sets `owner` (the adapter's name), `experts`, and the numbers of layers (`places`, in the order of the model)
-        and experts (`expert_places`, in the order of `names`).
+        Sets `owner` (the adapter's name), `experts`, the classifier's carrier `gate`, and the numbers of layers
+        (`places`, in the order of the model) and experts (`expert_places`, in the order of `names`).
 
         It is on the first layer's device (`on_meta`: the meta device), in the dtype of the model's first parameter.
         """
@@ -255,6 +255,8 @@ class XLoraRegistry(Registry):
     @changes(all_adapters)
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove the X-LoRA adapter and its classifier; the experts stay, as plain LoRA adapters.
+
+        `gate`, `owner` and `experts` become empty.
 
         Waits until no call runs.
 

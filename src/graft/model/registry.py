@@ -204,8 +204,8 @@ class Registry:
             self._register(name, config)
 
     def _register(self, adapter_name: str, config: PeftConfig) -> None:
-        """Record the config of an adapter, and whether its method surrounds runs, adds a loss, or takes arguments of
-        calls that the base's forward does not take.
+        """Record the config of an adapter in `peft_config`, and whether its method surrounds runs, adds a loss, or
+        takes arguments of calls that the base's forward does not take.
         """
         self.peft_config[adapter_name] = config
         method = method_of(config.peft_type).variant(config)
@@ -619,7 +619,8 @@ class Registry:
     def set_adapter(self, adapter_name: str | Sequence[str] | Composition, inference_mode: bool = False) -> None:
         """Make adapters active, in this order or as a composition says, and trainable unless `inference_mode`.
 
-        Others are deactivated and frozen. A Stack sets no composition, only its names. Waits until no call runs.
+        Others are deactivated and frozen. Sets `active_adapters` and `composition`; a Stack gives None as composition.
+        Waits until no call runs.
 
         Merged adapters are unmerged first, with a warning, unless just these are merged on all layers under the same
         composition. Frozen copies stay frozen. `note_training` and `on_change` are called; adapters that no watch has
@@ -706,7 +707,9 @@ class Registry:
         self.averaged = False
 
     def note_values(self) -> None:
-        """Note that an adapter has got values from a file: processes of a sharded base compare theirs before a step."""
+        """Note that an adapter has got values from a file: `note_training`, and an averager looks for parameters again
+        and compares values before a step.
+        """
         self.note_training()
         if self.averager is not None:
             self.averager.find_parameters()  # a load may have replaced some

@@ -306,7 +306,7 @@ class Tuner(nn.Module, metaclass=TunerType):
 def attach_registry(tuner: Tuner, model: nn.Module, tree: ModuleTree | None = None) -> Registry:
     """Make a registry for a tuner and a model, without changing the model; return it.
 
-    The model becomes `tuner.model`.
+    The tuner keeps it as `_graft`, and the model becomes `tuner.model`.
     """
     registry = tuner.__dict__[HOLDER] = tuner._registry_class(model, tuner._method, tree, tuner)
     tuner.model = model

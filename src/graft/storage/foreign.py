@@ -32,7 +32,7 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def exclude_from_compiler(f: F) -> F:
-    """Mark a function so that torch.compile does not trace it, and return it.
+    """Mark a function by `_torchdynamo_disable`, so that torch.compile does not trace it, and return it.
 
     torch.compiler.disable would import the compiler.
     """

@@ -62,7 +62,8 @@ def let_gradients_through(m: nn.Module, store: object) -> None:
 
     The forward of the module's class is replaced, once per class; or that of the module alone, if accelerate or
     compressed-tensors has given it one. Classes of torch keep theirs. If the store's `loses_gradient` is true, the
-    layer's own backward pass is never used. A layer that cannot be read keeps its own behaviour.
+    layer's own backward pass is never used. A layer that cannot be read keeps its own behaviour. `OF_KIND` gets the
+    store for the class, unless the module's forward is replaced.
     """
     attributes = m.__dict__
     name = next((name for name in ("_old_forward", "forward") if name in attributes), None)

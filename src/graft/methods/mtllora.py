@@ -55,7 +55,7 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
         """Return parameters of ones: `mtllora_A` (r, in), `mtllora_B` (projections, out, r), `mtllora_lambda` (tasks,
         r), `mtllora_w` (tasks, projections).
 
-        w trains only if there are several projections. They are made on the default device, in the default dtype.
+        w trains only if there are several projections. All are made on the default device, in the default dtype.
         """
         cfg, site = self.cfg, self.site
         tasks, n, r = cfg.n_tasks, cfg.n_up_projection, cfg.r
@@ -84,14 +84,17 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
         return Update(factors=lambda: self.of_task(value))
 
     def of_task(self, task: int) -> Factors:
-        """Return the factors for one task: A, Σₖ softmax(w_t / τ)ₖ Bₖ, alpha / r, and λ_t as `inner`."""
+        """Return the factors for one task: A, Σₖ softmax(w_t / τ)ₖ Bₖ, alpha / r, and λ_t as `inner`;
+        τ = `weights_sharpness`.
+        """
         # (projections,)
         mixing = (self.mtllora_w[task] / self.cfg.weights_sharpness).softmax(-1).to(self.mtllora_B.dtype)
         B = torch.einsum("k,kor->or", mixing, self.mtllora_B)
         return Factors(self.mtllora_A, B, self.cfg.lora_alpha / self.cfg.r, inner=self.mtllora_lambda[task])
 
     def branch(self, x: Tensor) -> Tensor:
-        """Return alpha / r · Σₖ softmax(w_t / τ)ₖ Bₖ diag(λ_t) A x for x (batch, …, in), with t the task of each row.
+        """Return alpha / r · Σₖ softmax(w_t / τ)ₖ Bₖ diag(λ_t) A x for x (batch, …, in), with t the task of each row
+        and τ = `weights_sharpness`.
 
         Raises RoutingError without a task for each row.
         """

@@ -179,7 +179,8 @@ class PSOFT(Method[PsoftConfig]):
     def largest(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the r largest singular components of W₀ in at least float32: U (out, r), S (r,), V (r, fan_in).
 
-        psoft_svd="lowrank" takes a randomized SVD, seeded with `random_seed`; generators stay as they are.
+        psoft_svd="lowrank" takes a randomized SVD with `psoft_svd_lowrank_niter` iterations, seeded with `random_seed`;
+        generators stay as they are.
         """
         cfg, W = self.cfg, self.layer.W0.detach().flatten(1)
         W = W.to(torch.promote_types(W.dtype, torch.float32)).contiguous()

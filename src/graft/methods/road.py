@@ -108,8 +108,8 @@ class Road(Method[RoadConfig]):
         """Return R z, where `dim` is the dimension of z that counts channels; in the wider dtype of z and θ.
 
         In each group of `group_size` channels, z₁ of the first half and z₂ of the second are a pair. It becomes (c₁ z₁
-        - s₁ z₂, c₂ z₂ + s₂ z₁) with c = α cos θ and s = α sin θ. road_1 has one θ and α for all four, road_2 a pair for
-        each channel, road_4 others for c and s.
+        - s₁ z₂, c₂ z₂ + s₂ z₁) with c = α cos θ and s = α sin θ. With road_1 a pair has one θ and one α, with road_2
+            each of its channels, with road_4 each channel has others for c and s.
         """
         (of, each), half = LAYOUT[self.cfg.variant], self.cfg.group_size // 2
         dtype = torch.promote_types(self.road_theta.dtype, z.dtype)

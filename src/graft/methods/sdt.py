@@ -160,7 +160,7 @@ class SDT(Method[SdtConfig]):
 
         Elsewhere A is kaiming uniform (a=√5), B 0.
 
-        With `init_weights=False` a random change gives the places, and v and B are normal.
+        With `init_weights=False` a random change gives the places, v is normal, and B normal with std 1/√r.
 
         Raises:
             CalibrationError: there is no change.

@@ -96,10 +96,11 @@ class TrainableTokens(Method[TrainableTokensConfig]):
         return Rewrite(self.fold, post=self.post, apart=True, looks_up=True)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return uninitialised `trainable_tokens_delta` (k, d), trained, and facts: the indices, and whether one
-        repeats.
+        """Return uninitialised `trainable_tokens_delta` (k, d), trained, and the facts `token_indices` and `repeats`,
+        whether one is named twice.
 
-        Buffers that no file holds: `trainable_tokens_original` (k, d), the sorted tokens (k,), and their order.
+        Buffers that no file holds: `trainable_tokens_original` (k, d), `sorted_tokens` (k,), and `order_of_tokens`
+        (k,), their places in the list.
         """
         width = self.site.out_features if self.site.op.takes_ids else self.site.in_features
         indices = list(self.cfg.token_indices)

@@ -97,8 +97,8 @@ class Prompt(nn.Module):
     def restore(self, name: str, value: Tensor) -> None:
         """Put in the tensor that a checkpoint holds under one of the names of `to_file_tensors`.
 
-        A value of the embedding's shape is written into it, for all processes. Another becomes a new embedding in the
-        old device, dtype and requires_grad: a network that computed the prompt goes, since no file holds one.
+        A value of the embedding's shape is written into it, for all processes. Another becomes a new embedding with
+        the old device, dtype and requires_grad. A subclass then deletes its network, which no file holds.
 
         Raises:
             CheckpointError: the shape differs, and the embedding is spread over processes.

@@ -138,9 +138,10 @@ class LoRA(Started):
         identity for 0), and two factors that train.
 
         Embeddings get normal values: `lora_embedding_A` (r, vocabulary) and `lora_embedding_B` (dim, r). Other layers
-        get the modules `lora_A` (r, in) and `lora_B` (out, r) of their op, with a bias in B for `lora_bias`. They have
-        values only for the initialisations False and "eva"; `init_values` fills the others. Warns if the adapter cannot
-        merge (`lora_bias` on a layer without bias, groups > 1). `lora_shift` is added if `keeps_shift`.
+        get the modules `lora_A` (r, in) and `lora_B` (out, r) of their op, with a bias in B for `lora_bias`. Those of
+        linear layers have values only for the initialisations False and "eva"; `init_values` fills the others. Warns if
+        the adapter cannot merge (`lora_bias` on a layer without bias, groups > 1). `lora_shift` is added if
+        `keeps_shift`.
         """
         site, cfg, r = self.site, self.cfg, self.cfg.r
         values: dict[str, object] = dict(

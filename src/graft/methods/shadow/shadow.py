@@ -102,7 +102,8 @@ class Shadow(Method[ShadowConfig]):
         """Return linear layers `shadow_down` (r, d) and `shadow_up` (d, r) without bias, `shadow_update_transform` and
         `shadow_update_gate`, `shadow_dropout` and `shadow_alpha`.
 
-        Both of the latter are Linear (u, d), GELU, Linear (d, u); u = `update_hidden_size` or r, d the hidden size.
+        Transform and gate each are Linear (u, d), GELU, Linear (d, u); u = `update_hidden_size` or r, d the hidden
+        size.
         """
         cfg, d = self.cfg, self.cfg.hidden_size
         u = cfg.update_hidden_size or cfg.r

@@ -283,7 +283,7 @@ def check_fingerprint(note: object, where: str) -> None:
 
 
 def sample_weight(weight: BaseWeight, together: bool = False) -> list[float] | None:
-    """Return up to 4 evenly spaced values of a weight, from the first on, as floats with 5 digits.
+    """Return up to 4 evenly spaced values of a weight, from the first on, as floats of 5 significant digits.
 
     Returns None if it is quantized, merged into, unreadable, on the meta device, of an unknown layer, or sharded, or if
     a value is NaN or infinite. A sharded weight is read if `together` says that all processes call this; its values are

@@ -83,7 +83,8 @@ def truncate_lora(model: nn.Module, rank: int, adapter_name: str = "default") ->
 
     The model does not change.
 
-    Other tensors are copied whole. The config is plain LoRA of that rank, without a `rank_pattern`.
+    Other tensors are copied whole. The config is plain LoRA of that rank (`init_lora_weights` is True), without a
+    `rank_pattern`.
 
     DyLoRA (arXiv 2210.07558) trains every rank up to its own, so each can be cut out. Where ranks are not in order,
     `convert_to_lora` gives the best product of a rank. Load the result as shown there.
@@ -93,8 +94,8 @@ def truncate_lora(model: nn.Module, rank: int, adapter_name: str = "default") ->
 
     Raises:
         TypeError: the model has no adapter on layers, or the rank is no whole number.
-        ConfigError: the adapter is neither plain LoRA nor DyLoRA, acts on stacks or groups, or has a lower rank on a
-            layer.
+        ConfigError: the adapter is neither plain LoRA nor DyLoRA, or acts on stacks or groups; or the rank is below 1
+            or above a layer's.
     """
     rank = to_int(rank, "rank")
     parts, prefix, _, config = find_adapter(model, adapter_name)

@@ -20,6 +20,7 @@ class Sized(Linear):
     """
 
     def __init__(self, out_features: str, in_features: str):
+        """Keep the names of the two attributes."""
         self.out_features, self.in_features = out_features, in_features
 
     def dims(self, m: nn.Module) -> tuple[int, int]:
@@ -40,6 +41,7 @@ class Gptq(ByIdentity):
     """The store of GPTQ's layers: read by running the layer, never written."""
 
     def __init__(self) -> None:
+        """Name the store "gptq" and its codes "GPTQ codes", which were calibrated."""
         super().__init__("gptq", "GPTQ codes")
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:

@@ -66,7 +66,8 @@ def remove_quantization_marks(model: nn.Module) -> None:
 
 
 def mark_plain_layers(model: nn.Module) -> None:
-    """Add the plain linear layers to the list of unquantized modules in a model's quantization config.
+    """Add the plain linear layers to the list of unquantized modules in a model's quantization config:
+    `llm_int8_skip_modules`, else `modules_to_not_convert`.
 
     So transformers loads a saved model that has plain layers next to packed ones. The model's config gets a changed
     copy of the quantization config, with the names sorted. Gives a warning if the quantization method has no such list.

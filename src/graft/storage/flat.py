@@ -43,7 +43,8 @@ class FlatPiece(NamedTuple):
         Every process of the default group must call this, also with an empty piece: sizes are gathered first, then
         pieces padded to the largest.
 
-        With gloo it is gathered on the CPU, else on the accelerator. With HYBRID_SHARD the first copy counts.
+        It is gathered where the piece is, but a CPU piece without gloo on the accelerator (`sendable`). With
+        HYBRID_SHARD the first copy counts.
         """
         local, n = self.numbers, self.shape.numel()
         sizes = [torch.zeros(1, dtype=torch.int64, device=sendable(local)) for _ in range(dist.get_world_size())]

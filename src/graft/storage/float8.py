@@ -33,6 +33,7 @@ class Float8(OwnModule):
     typed = "weight"
 
     def __init__(self, name: str, scale: str):
+        """Keep the store's name and the attribute of the scales. The parts are "weight" and that attribute."""
         self.name, self.scale, self.parts = name, scale, ("weight", scale)
 
     def values(self, m: nn.Module) -> Tensor:

@@ -267,6 +267,7 @@ class Foreign(ByIdentity):
     copies = "all"  # they may be views, or saved for a backward pass
 
     def __init__(self) -> None:
+        """Name the store "foreign"; no codes are known, and none were calibrated."""
         super().__init__("foreign", "", calibrated=False)
 
     def reason(self, m: nn.Module) -> tuple[str, str]:

@@ -68,9 +68,9 @@ class Meeting:
     def _wait_for_all(self, task: str) -> str:
         """Write `task` into the store and wait for the other ranks, at most `patience` seconds.
 
-        Return the prefix of this meeting's keys. The last to come lets all begin. A meeting that a process has left in
-        vain is skipped. If `compares` is False and the task is not empty, it is counted under "tasks". A rank that
-        waits in vain marks the meeting as left.
+        Return the prefix of this meeting's keys. The last to come lets all begin. A counter in the store numbers this
+        rank's meetings with these ranks; one that a process has left in vain is skipped. If `compares` is False and the
+        task is not empty, it is counted under "tasks". A rank that waits in vain marks the meeting as left.
 
         Raises:
             CheckpointError (the class in `error`): the others did not come in time. The text names their ranks.

@@ -32,6 +32,7 @@ class TorchAO(Quantized):
     typed = "weight"
 
     def __init__(self, again: Again | None = None):
+        """Keep the function that quantizes anew. `writes` tells whether there is one."""
         self.again, self.writes = again, again is not None
 
     def values(self, m: nn.Module) -> Tensor:

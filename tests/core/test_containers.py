@@ -10,6 +10,7 @@ from torch import nn
 from graft.core.containers import (
     AnyDict,
     BufferDict,
+    CheckpointOnly,
     Transient,
     container_for,
     iter_tensors,
@@ -106,6 +107,18 @@ def test_what_methods_of_two_kinds_hold_by_one_name_is_widened():
     for name in "ab":
         place_tensors(held, name, None, None, upcast=True)
     assert held["a"].dtype == held["b"].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mark", [Transient, CheckpointOnly])
+def test_a_plain_value_takes_the_marks_of_a_transient_one_away(mark):
+    held = AnyDict(nn.ParameterDict())
+    held["a"] = mark(torch.ones(2))
+    assert not held.state_dict() and len([*iter_tensors(held, "a")]) == (mark is CheckpointOnly)
+    held["a"] = torch.zeros(2)
+    assert [*held.state_dict()] == ["a"] and len([*iter_tensors(held, "a")]) == 1
+    held["a"] = mark(torch.ones(2))
+    held["a"] = mark(nn.Parameter(torch.ones(2)))
+    assert [*held.state_dict()] == ["a"] and len([*iter_tensors(held, "a")]) == (mark is CheckpointOnly)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

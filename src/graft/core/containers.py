@@ -130,13 +130,14 @@ class AnyDict(nn.Module):
         return self._dict_with(name)[name]  # type: ignore[no-any-return]
 
     def __setitem__(self, name: str, value: nn.Module | Tensor | Transient) -> None:
-        """Set a value, which replaces one of any kind.
+        """Set a value, which replaces one of any kind, together with its notes.
 
         The tensor of a `Transient` is stored: outside checkpoints, unless it is a `CheckpointOnly`, and outside the
-        state dict, unless it is a parameter.
+        state dict, unless it is a parameter. Any other value is part of both.
         """
         kind, value = value, value.tensor if isinstance(value, Transient) else value
-        self._dict_with(name).pop(name, None)
+        if name in self:
+            del self[name]
         if isinstance(kind, Transient):
             if not isinstance(kind, CheckpointOnly):
                 self.transient.add(name)

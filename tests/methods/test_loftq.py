@@ -98,13 +98,13 @@ class Coarse(Rounded):
         super().hold((W / W.abs().max() * 7).round() / 7 * W.abs().max())
 
 
-def coarse():
+def coarse(out=16, alpha=12):
     with models.seeded(0):
-        base = nn.ModuleDict({"lin": nn.Linear(20, 16), "other": nn.Linear(20, 16), "plain": nn.Linear(20, 16)})
+        base = nn.ModuleDict({name: nn.Linear(20, out) for name in ("lin", "other", "plain")})
     tensors = {k: v.clone() for k, v in base.state_dict().items()}
     for name in ("lin", "other"):
         base[name] = held(base[name], Coarse)
-    cfg = graft.LoraConfig(r=4, lora_alpha=12, target_modules=["lin", "other", "plain"])
+    cfg = graft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["lin", "other", "plain"])
     return graft.get_peft_model(base, cfg), tensors
 
 
@@ -136,6 +136,27 @@ def test_values_are_replaced_by_what_was_lost(sharded, tmp_path):
         best = torch.linalg.svdvals(lost)[4:].norm()
         assert_close((lost - layer.get_delta_weight("default")).norm(), best, atol=1e-4, rtol=1e-4)
     assert torch.equal(layers(model)["plain"].lora_A["default"].weight, plain)
+
+
+@pytest.mark.parametrize("out", [1, 3, 16])
+@pytest.mark.parametrize("alpha", [-12, 12])
+def test_values_for_any_scaling_and_for_layers_narrower_than_the_rank(out, alpha, tmp_path):
+    model, tensors = coarse(out, alpha)
+    save_file(tensors, tmp_path / "model.safetensors")
+    graft.replace_lora_weights_loftq(model, str(tmp_path))
+    layer = layers(model)["lin"]
+    lost = tensors["lin.weight"] - layer.W0
+    best = torch.linalg.svdvals(lost)[4:].norm()
+    assert_close((lost - layer.get_delta_weight("default")).norm(), best, atol=1e-4, rtol=1e-4)
+
+
+def test_a_scaling_of_zero_is_refused(tmp_path):
+    model, tensors = coarse()
+    layers(model)["other"].scaling["default"] = 0.0
+    save_file(tensors, tmp_path / "model.safetensors")
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    refuses(graft.ConfigError, "'other' has a scaling of 0", graft.replace_lora_weights_loftq, model, str(tmp_path))
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore:Merging has lost a part")

@@ -9,6 +9,7 @@ from contextlib import ExitStack, suppress
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from graft import AdapterLayer, CheckpointError, ConfigError, PeftWarning
 from graft.core.errors import warn
@@ -30,8 +31,8 @@ def replace_lora_weights_loftq(
     """Set A and B of every quantized linear layer to the best approximation, by SVD, of the difference between its
     weight before the quantization and its weight now. Waits until no call of the model runs.
 
-    Layers with a weight that cannot be read keep A and B, with a PeftWarning. Merged adapters are unmerged meanwhile,
-    and merged again.
+    If the rank is above the smaller side of a weight, the rest of A and B is 0. Layers whose weight cannot be read keep
+    A and B, with a PeftWarning. Merged adapters are unmerged meanwhile, and merged again.
 
     Args:
         model_path: folder with the original weights as safetensors, one file or several; or that file. By default the
@@ -41,7 +42,7 @@ def replace_lora_weights_loftq(
 
     Raises:
         TypeError: the model is no PeftModel.
-        ConfigError: no layer of the adapter is quantized, or it is not LoRA.
+        ConfigError: no layer of the adapter is quantized, it is not LoRA, or a layer's scaling is 0.
         AdapterNotFoundError: as `check_known`.
         CheckpointError, FileNotFoundError: the weights are not there, or do not fit. Whatever is raised, also by
             `callback`, the adapter is as it was.
@@ -71,9 +72,14 @@ def replace_lora_weights_loftq(
             method = layer.methods[adapter_name]
             W0 = layer.W0.float()
             U, S, Vh = torch.linalg.svd(layer.op.canon(to_torch(weights[key])).to(W0) - W0, full_matrices=False)
-            r, root = method.cfg.r, (S / method.scaling).sqrt()
+            r, scaling = method.cfg.r, method.scaling
+            if not scaling:
+                raise ConfigError(f"Layer '{key}' has a scaling of 0 for adapter '{adapter_name}'. Set another.")
+            root, zeros = (S / abs(scaling)).sqrt(), max(0, r - len(S))
+            A = pad(root[:r, None] * Vh[:r], (0, 0, 0, zeros))
+            B = pad(U[:, :r] * root[:r] * (scaling / abs(scaling)), (0, zeros))
             with ExitStack() as back:
-                for p, value in zip(method.pair, (root[:r, None] * Vh[:r], U[:, :r] * root[:r])):
+                for p, value in zip(method.pair, (A, B)):
                     back.callback(p.copy_, p.detach().clone())
                     p.copy_(value)
                 if callback is None or callback(peft_model, key):

@@ -20,9 +20,23 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 import graft
 from graft.core.errors import AdapterNotFoundError, CheckpointError, ConfigError
 from graft.many import MultiTrain
+from graft.many.joint import OutputSplitter
 from graft.serving import AdapterSlots
 from tests import models
 from tests.many.alone import SPECS, alone, as_alone, batches, lora, one_run, same, tiny
+
+
+class Output(NamedTuple):
+    logits: torch.Tensor
+    states: tuple[torch.Tensor, ...]
+
+
+def test_a_named_tuple_is_split_into_named_tuples():
+    x = torch.arange(24.0).view(3, 4, 2)
+    first, second = OutputSplitter([2, 1], [4, 3]).split(Output(x, (x,)))
+    assert type(first) is type(second) is Output and torch.equal(first.logits, x[:2])
+    assert torch.equal(second.logits, x[2:, :3]) and torch.equal(second.states[0], x[2:, :3])
+
 
 # losses
 

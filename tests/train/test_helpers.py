@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import NamedTuple
 
 import peft
 import peft.functional
@@ -20,6 +21,8 @@ from graft.compat.peft.names import import_held
 from graft.core.errors import AdapterNotFoundError
 from graft.model import functional
 from graft.train import helpers
+from graft.train.eva import move_to_device
+from graft.train.optimizer_states import place_value
 from tests import models
 from tests.pair import LIBS, adapt, outcome
 from tests.samples import first
@@ -282,3 +285,18 @@ def test_shims():
     assert torch.equal(shims.transpose(weight, True), weight.T) and shims.transpose(weight, False) is weight
     with shims.init_empty_weights():
         assert nn.Linear(2, 2).weight.is_meta
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    rest: list[object]
+
+
+@pytest.mark.parametrize("move", [
+    lambda value: move_to_device(value, torch.device("cpu")), lambda value: place_value(value, torch.ones(1), {}),
+], ids=["inputs", "states"])  # fmt: skip
+def test_named_tuples_that_are_moved_keep_their_class(move):
+    moved = move({"a": (Pair(torch.ones(2), [3]), torch.return_types.max((torch.ones(1), torch.zeros(1)))), "b": ()})
+    (pair, largest), empty = moved["a"], moved["b"]
+    assert type(pair) is Pair and pair.x.sum() == 2 and pair.rest == [3] and empty == ()
+    assert type(largest) is torch.return_types.max and largest.values == 1

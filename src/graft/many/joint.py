@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -282,8 +282,9 @@ class OutputSplitter:
             columns = {k: self._split_value(k, v) for k, v in output.items()}
             return [make_output(output, {k: c[i] for k, c in columns.items()}) for i in range(len(self.rows))]
         if isinstance(output, (tuple, list)):
+            make: Any = getattr(type(output), "_make", type(output))  # a named tuple takes no list
             several = [self._split_value("", v) for v in output]
-            return [type(output)([c[i] for c in several]) for i in range(len(self.rows))]
+            return [make([c[i] for c in several]) for i in range(len(self.rows))]
         return [output] * len(self.rows)
 
     def covers_all_rows(self, output: object) -> bool:

@@ -292,7 +292,8 @@ def move_to_device(inputs: object, device: torch.device | None) -> object:
     if isinstance(inputs, Mapping):
         return type(inputs)({k: move_to_device(v, device) for k, v in inputs.items()})  # type: ignore[call-arg]
     if isinstance(inputs, (tuple, list)):
-        return type(inputs)(move_to_device(v, device) for v in inputs)
+        make: Any = getattr(type(inputs), "_make", type(inputs))  # a named tuple takes no iterator
+        return make(move_to_device(v, device) for v in inputs)
     return inputs
 
 

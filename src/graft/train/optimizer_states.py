@@ -220,5 +220,6 @@ def place_value(value: object, p: Tensor, group: Mapping[str, object]) -> object
     if isinstance(value, dict):
         return {k: place_value(v, p, group) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(place_value(v, p, group) for v in value)
+        make: Any = getattr(type(value), "_make", type(value))  # a named tuple takes no iterator
+        return make(place_value(v, p, group) for v in value)
     return value

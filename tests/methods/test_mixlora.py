@@ -195,6 +195,15 @@ def test_what_it_refuses():
         refuses(error, text, graft.get_peft_model, base, config(**options))
         assert not any(isinstance(m, graft.AdapterLayer) for m in base.modules())
     refuses(graft.ConfigError, "`top_k` is 4", config, top_k=4)
+    block = torch.nn.ModuleDict({"mlp": torch.nn.Sequential(torch.nn.Conv1d(3, 3, 1))})
+    cfg = config(target_modules=["mlp.0"])
+    refuses(
+        graft.UnsupportedLayerError,
+        "linear layers only, and MLP 'mlp' of layer 'mlp.0' has none",
+        graft.get_peft_model,
+        block,
+        cfg,
+    )
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "bert"])

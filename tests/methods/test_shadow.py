@@ -115,6 +115,16 @@ def test_classification_is_that_of_peft(labels, kind, tmp_path):
         loaded.add_adapter("b", graft.ShadowConfig(task_type="SEQ_CLS"))
 
 
+def test_classification_needs_a_head():
+    base = models.make("llama")
+    base.lm_head.weight.requires_grad_(False)
+    flags = {n: p.requires_grad for n, p in base.named_parameters()}
+    cfg = graft.ShadowConfig(task_type="SEQ_CLS")
+    text = "LlamaForCausalLM has no 'score' or 'classifier'.*AutoModelForSequenceClassification"
+    refuses(graft.ConfigError, text, graft.get_peft_model, base, cfg)
+    assert {n: p.requires_grad for n, p in base.named_parameters()} == flags
+
+
 @pytest.mark.parametrize(
     "kind, width, labels, loss",
     [

@@ -220,6 +220,8 @@ def test_gradient_checkpointing(folder):
 def test_an_error_leaves_nothing_behind(folder):
     model = mixture(graft, folder)
     expected = output(model)
+    for nothing in ({}, {"input_ids": None}):
+        refuses(graft.RoutingError, "neither input_ids nor inputs_embeds. Pass one", model, **nothing)
 
     def fail(*_):
         raise KeyError("stop")

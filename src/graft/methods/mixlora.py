@@ -97,6 +97,7 @@ class MixLoRA(Method[MixLoraConfig]):
 
         Raises:
             NoMatchingPeftModuleError: no target layer is in an MLP, or `mlp_modules` fits no module.
+            UnsupportedLayerError: the MLP of a target layer has no linear layers.
         """
         modules = dict(walk(model))
         linears = {path: op.dims(m)[1] for path, m in modules.items() if (op := find_op(m)).linear}
@@ -105,8 +106,13 @@ class MixLoRA(Method[MixLoraConfig]):
         for path in paths:
             within = mlp_of(path) if chosen is None else of_these(path, chosen)
             if within is not None:
-                cfg.within[path] = within
-                cfg.routers[within] = next(width for p, width in linears.items() if p.startswith(f"{within}."))
+                width = next((width for p, width in linears.items() if p.startswith(f"{within}.")), None)
+                if width is None:
+                    raise UnsupportedLayerError(
+                        f"MixLoRA adapts linear layers only, and MLP '{within}' of layer '{path}' has none. Leave the "
+                        "layer out of target_modules."
+                    )
+                cfg.within[path], cfg.routers[within] = within, width
         if paths and not cfg.routers:
             raise NoMatchingPeftModuleError(
                 f"No target layer is in an MLP, by its name or mlp_modules={cfg.mlp_modules}: "

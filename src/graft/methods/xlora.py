@@ -393,7 +393,7 @@ def weigh(tuner: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any])
     for all layers.
 
     Raises:
-        RoutingError: the arguments have a cache, or the model returns no hidden states.
+        RoutingError: the arguments have a cache or no input, or the model returns no hidden states.
     """
     classifier, places = tuner.classifier, (tuner.places, tuner.expert_places)
     cfg = classifier.config
@@ -402,7 +402,11 @@ def weigh(tuner: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any])
         raise RoutingError("X-LoRA weighs experts by the whole text, and takes no cache. Pass all tokens.")
     kwargs = {**kwargs, "output_hidden_states": True, "return_dict": True}
     kwargs.pop("labels", None)
-    inputs = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None)
+    inputs = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None), None)
+    if inputs is None:
+        raise RoutingError(
+            "X-LoRA weighs experts by the text: the call has neither input_ids nor inputs_embeds. Pass one."
+        )
     with torch.no_grad():
         if cfg.scaling_pass_value == 0:
             context = call.context._replace(rows=Rows.from_names([BASE] * len(inputs), inputs.device))

@@ -206,7 +206,8 @@ def make_modules(model: nn.Module, cfg: ShadowConfig) -> dict[str, nn.Module]:
     training mode.
 
     Raises:
-        ConfigError: the mirror would have output embeddings, as the model has no backbone with a stack of blocks.
+        ConfigError: the mirror would have output embeddings, as the model has no backbone with a stack of blocks; or
+            the model has no head for SEQ_CLS.
     """
     width = require_width(model)
     mirrors = cfg.shadow_model == MIRROR
@@ -222,8 +223,13 @@ def make_modules(model: nn.Module, cfg: ShadowConfig) -> dict[str, nn.Module]:
         projection = nn.Identity() if network_width == width else nn.Linear(network_width, width, bias=False)
     modules["shadow_projection"] = projection
     if cfg.task_type == "SEQ_CLS":
-        head = copy_into_memory(next(getattr(model, n) for n in HEADS if hasattr(model, n)))
-        modules["shadow_head"] = without_hooks(head)  # it stands where the network does
+        head = next((getattr(model, n) for n in HEADS if hasattr(model, n)), None)
+        if head is None:
+            raise ConfigError(
+                f"SHADOW copies the head for SEQ_CLS, and {type(model).__name__} has no '{HEADS[0]}' or '{HEADS[1]}'. "
+                "Load the base by AutoModelForSequenceClassification."
+            )
+        modules["shadow_head"] = without_hooks(copy_into_memory(head))  # it stands where the network does
     for module in modules.values():
         module.train(model.training)
     return modules

@@ -8,7 +8,9 @@ from torch import nn
 
 import graft
 from graft.core.effect import Rewrite
+from graft.core.rows import Rows
 from graft.inject.inject import Injection
+from graft.inject.parts import get_registry
 from graft.methods.hra import HRA, HRAConfig
 from tests.raised import refuses
 
@@ -32,6 +34,16 @@ def test_state_that_peft_keeps_in_private_attributes(name, value, remedy):
     before = getattr(layer, name)
     refuses(AttributeError, remedy, setattr, layer, name, value)
     assert getattr(layer, name) == before
+
+
+@pytest.mark.parametrize("names", [None, ["default", "__base__"]])
+@pytest.mark.parametrize("kwargs", [{}, {"x": 1}])
+def test_a_call_without_the_input_raises_as_the_plain_layer(names, kwargs):
+    model = graft.get_peft_model(base(), lora())
+    call, layer = get_registry(model).call, model.base_model.model[0]
+    rows = None if names is None else Rows.from_names(names, torch.device("cpu"))
+    with call.use_context(call.context._replace(rows=rows)):
+        refuses(TypeError, "missing 1 required positional argument: 'input'", layer, **kwargs)
 
 
 def test_a_string_of_targets_that_matches_nothing_says_what_a_string_is():

@@ -887,18 +887,20 @@ def drop_inputs(layer: Layer) -> None:
 def find_first_input(names: Sequence[str], args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
     """Return the first positional argument; without one, the keyword argument with the first of `names`.
 
-    Raises KeyError if that is missing.
+    Raises TypeError if that is missing.
     """
-    return args[0] if args else kwargs[names[0]]
+    return (args or put_input_first(names, kwargs)[0])[0]
 
 
 def put_input_first(names: Sequence[str], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return (args, kwargs) for a call without positional arguments: the keyword argument with the first of `names`
-    becomes positional, in a new dict of the others. Without it, args are () and kwargs the same object.
+    becomes positional, in a new dict of the others.
+
+    Raises TypeError if that is missing, with Python's text for a missing argument.
     """
     name = names[0]
     if name not in kwargs:
-        return (), kwargs
+        raise TypeError(f"forward() missing 1 required positional argument: '{name}'")
     return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
 
 

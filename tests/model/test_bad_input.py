@@ -4,6 +4,7 @@
 import json
 import re
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -527,6 +528,7 @@ MODELS = {
     "in theirs": (lambda: with_theirs().base_model.model, graft.AlreadyInjectedError, "of another package"),
     "name": (lambda: "gpt2", TypeError, "A model has to be a torch.nn.Module, got 'gpt2'. Load it first"),
     "nothing": (lambda: None, TypeError, "A model has to be a torch.nn.Module, got None"),
+    "object": (lambda: SimpleNamespace(config=1), TypeError, "torch.nn.Module, got namespace(config=1). Load it first"),
     "class": (lambda: nn.Linear, TypeError, "got the class Linear. Make an object of it"),
 }
 TAKE_MODELS = {

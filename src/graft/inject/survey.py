@@ -283,13 +283,10 @@ class ModuleTree:
 
 
 def check_model(model: object) -> None:
-    """Raise TypeError if `model` is a class, or an object without `__dict__`, such as a string.
-
-    Any other object passes, even one that is no module.
-    """
+    """Raise TypeError if `model` is no module; for a class, the text names another remedy."""
     if isinstance(model, type):
         raise TypeError(f"A model has to be a torch.nn.Module, got the class {model.__name__}. Make an object of it.")
-    if not hasattr(model, "__dict__"):
+    if not isinstance(model, nn.Module):
         raise TypeError(
             f"A model has to be a torch.nn.Module, got {shorten_text(repr(model))}. Load it first, as "
             "AutoModelForCausalLM.from_pretrained() does."
@@ -309,7 +306,7 @@ def survey_model(model: nn.Module) -> ModuleTree:
     the weight that it was tied to. `checkpointing` notes whether gradient checkpointing is on in a module.
 
     Raises:
-        TypeError: `model` is a class, or an object without attributes.
+        TypeError: `model` is a class or no module.
     """
     check_model(model)
     tree = ModuleTree(root=model)

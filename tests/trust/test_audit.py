@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import graft
-from graft.model.audit import PASSES
+from graft.model.audit import PASSES, find_active_parts
 from tests import models
 from tests.conformance.samples import LAYERS, SAMPLES, STORES, Cell
 from tests.covering import Sometimes, law
@@ -199,6 +199,10 @@ def test_a_loss_without_a_gradient_is_reported(tmp_path):
     model = net_with("inner")
     model.merge_adapter()
     assert audited(model).no_gradient == ["inner ('default', merged)"]
+    (part,) = find_active_parts(list(get_registry(model).carriers()))
+    part.carrier.state.disabled = True
+    assert part.label == "inner ('default', disabled, merged)"
+    part.carrier.state.disabled = False
     model.unmerge_adapter()
     with model.disable_adapter():
         assert audited(model).no_gradient == ["inner ('default', disabled)"]

@@ -168,14 +168,14 @@ class Part(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The text "layers.0.q_proj ('default')" with ", disabled" or ", merged" inside the brackets where that is so.
+        """The text "layers.0.q_proj ('default')" with ", disabled" and ", merged" inside the brackets where that is so.
 
-        If both are so, only ", merged". A carrier without a key is named "shared by layers".
+        A carrier without a key is named "shared by layers".
         """
         state = self.carrier.state  # a backward pass may run it outside of any call
         off = state.disabled or (state.call is not None and bool(state.call.thread_state.off))
         why = ", disabled" if off else ""
-        why = ", merged" if self.adapter in self.carrier.merged_adapters else why
+        why += ", merged" if self.adapter in self.carrier.merged_adapters else ""
         return f"{self.carrier.key or 'shared by layers'} ('{self.adapter}'{why})"
 
 

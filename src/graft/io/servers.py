@@ -129,7 +129,7 @@ class ServerBlocks(ExpertStacks):
 
         The reasons are:
 
-        - A stack has another name than those in `PARAMETERS`, or there is no stack for each of IN and OUT.
+        - A stack has another name than gate_up_proj, up_proj (both are IN) and down_proj (OUT), or IN or OUT lacks one.
         - The shapes are not gate, up and down.
         - Gate and up have an unknown order: it is known from `is_concatenated`, the stacks' parts or the module's
             class.
@@ -315,10 +315,10 @@ def read_block(block: ServerBlock, values: PartFactors, config: PeftConfig) -> d
     """Return the factors of a block's stacks with their scalings, by IN and OUT.
 
     Returns {} if a part lacks some expert. A stack is sought under PEFT's name, then under its parameter's (only a
-    gated input stack), last by its parts. Those have the block's names, those in `PARTS` or `W`. A stack that is not
-    found is left out, and so is one of zeros. Rows of gate and up are joined in the model's order. Gate and up with
-    different A become one pair of the ranks of both, except in a file by expert, which gives {}. A factor that all
-    experts share is expanded to one per expert, as a view.
+    gated input stack), last by its parts. Those have the block's names, or gate_proj, up_proj and down_proj, or w1, w3
+    and w2. A stack that is not found is left out, and so is one of zeros. Rows of gate and up are joined in the model's
+    order. Gate and up with different A become one pair of the ranks of both, except in a file by expert, which gives
+    {}. A factor that all experts share is expanded to one per expert, as a view.
     """
     n = block.shapes[IN][0]
     parts = {part: pair for part, sides in values.items() if (pair := assemble_factors(sides, n)) is not None}

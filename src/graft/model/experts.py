@@ -129,8 +129,9 @@ class XLoraRegistry(Registry):
         """Read an expert: from the folder next to the config if that is a whole LoRA checkpoint, else from the path in
         the config. Return its config and weights.
 
-        The folder is skipped if it cannot be read. A sub-folder is also skipped if a tensor's name begins as in PEFT's
-        files of whole X-LoRA models (`OTHERS`). Sets the config's `inference_mode` to False.
+        The folder is skipped if it cannot be read. A sub-folder is also skipped if a tensor's name begins with
+        "base_model.lora_model." or the classifier's prefix (`OTHERS`), as in PEFT's files of whole X-LoRA models. Sets
+        the config's `inference_mode` to False.
 
         Raises:
             CheckpointError: no place has the expert; the text has the first place's error.

@@ -505,7 +505,7 @@ NAMES = ("gate_up_proj", "up_proj", "down_proj")
 def find_stack_class(m: nn.Module, name: str) -> type[PackedMatrices] | None:
     """Return the class that reads one stack of a module; None if the parameter is no packed stack.
 
-    A module type in `MODULES` decides alone: each parameter in `NAMES` that is present is a stack, any other is None.
+    A module type in `MODULES` decides alone: its stacks are those of gate_up_proj, up_proj and down_proj that it has.
     Else a parametrization of the name decides: it must be a single one of a known type (bitsandbytes), with a
     quant_state of three dimensions. Last the type of a parameter with three dimensions.
     """

@@ -11,7 +11,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import graft
 from graft.core.errors import ConfigError
+from graft.files import budget
 from graft.files.budget import Training, compute_training_loss, count_adapted_blocks, find_block_classes, measure_budget
+from graft.kernels import experts
 from graft.storage import stacks
 from tests.leaves_out import FUSED_EXPERTS, PLANS
 from tests.storage.packed_experts import BOTH, EXPERTS, KINDS, WIDTH, blocks, made
@@ -123,6 +125,11 @@ def test_a_base_of_packed_experts(kind, monkeypatch):
     assert measure_budget(of, 1, bits=kind).working - plain.working == stack / EXPERTS
     with pytest.raises(ConfigError, match="one of 4, 8, nf4"):
         measure_budget(of, 1, bits="q4")
+
+
+def test_a_chunk_is_that_of_the_kernel():
+    """The toolbox does not import kernels, so that both modules have the number."""
+    assert budget.CHUNK == experts.BUDGET
 
 
 def sizes_of(module):

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from graft import ConfigError, PeftConfig, PeftModel, get_peft_model
 
 CONTEXT = 600e6  # bytes of a CUDA context and its libraries
-CHUNK = 2**28  # bytes of a packed stack that are dense at once, as in graft.kernels.experts
+CHUNK = 2**28  # bytes of a packed stack that are dense at once: `BUDGET` of graft.kernels.experts
 MANY = 16  # rows; above, the memory of a step is a linear function of the rows
 SPARE = 0.03  # share of a GPU's memory that fragments cannot use
 ITEM = "aten::_local_scalar_dense"  # the operator of .item() and bool(tensor)

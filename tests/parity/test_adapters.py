@@ -85,7 +85,8 @@ SCRIPTS = {
     "add_switch": [add("b"), switch("b"), switch("default"), add("c"), switch("c")],
     "delete_inactive": [add("b"), delete("b"), add("b"), switch("b")],
     "delete_active": [add("b"), switch("b"), delete("b")],
-    "inference_mode": [add("b"), switch("b", inference_mode=True), switch("default", inference_mode=True)],
+    # after a deletion the adapter that becomes active trains
+    "inference_mode": [add("b"), *[switch(n, inference_mode=True) for n in ("b", "default")], delete("default")],
     "requires_grad": [add("b"), require("b", True), require(["default", "b"], False), require("default", True)],
     "disable": [disable, enable, add("b"), disable, switch("b"), enable],
     "odd_names": [add("b c"), switch("b c"), add("b-1"), add("ünï"), switch("ünï"), delete("b c")],
@@ -109,7 +110,7 @@ def test_scripts(script, sample):
 TOGETHER = {
     "two_active": [add("b"), activate("default", "b"), activate("b"), activate("b", "default")],
     "three_active": [add("b"), add("c"), activate("c", "default", "b")],
-    "delete_one_of_active": [add("b"), add("c"), activate("b", "c"), delete("c")],
+    "delete_one_of_active": [add("b"), add("c"), activate("b", "c"), require(["b", "c"], False), delete("c")],
 }
 
 

@@ -51,7 +51,9 @@ class AdapterRow:
         self.addresses: list[int] = []  # of the parameters' memory, when the banks were made
 
     def is_intact(self) -> bool:
-        """Return False if a parameter has got other memory since, or was frozen, or if one in a bank has got a hook."""
+        """Return False if a parameter has other memory than when the banks were made, or was frozen, or if one in a
+        bank has got a hook.
+        """
         return (
             list(map(Tensor.data_ptr, self.parameters)) == self.addresses
             and all(map(requires_grad, self.parameters))
@@ -143,7 +145,10 @@ class Sink:
         return self.memory
 
     def empty(self) -> None:
-        """Forget the gradient of the pass."""
+        """Forget the gradient of the pass; an empty sink does nothing.
+
+        A stack's sink gets the shared memory again, and the list of its users becomes empty.
+        """
         if self.is_filled:
             self.is_filled = False
             if self._users is not None:
@@ -151,7 +156,7 @@ class Sink:
                 self._users.clear()
 
     def add(self, gradient: Tensor) -> None:
-        """Add a later gradient of the pass in place."""
+        """Add a later gradient of the pass to `memory`, in place."""
         self.memory += gradient
 
 
@@ -195,7 +200,8 @@ class Bank:
     def get_stack(self, place: int, first: int, n: int) -> Sink:
         """Return the sink of the tensor number `place` of the `n` rows from number `first` on.
 
-        It is made at the first call and cached. All stacks of a place share one memory.
+        It is made at the first call and cached. Its tensor is a view of the values, which requires gradients. All
+        stacks of a place share one uninitialized memory for gradients of all rows, made by the first of them.
         """
         key = place, first, n
         if key not in self.stacks:
@@ -212,7 +218,8 @@ class Bank:
         """Return the norm of all gradients of each of these rows, (len(rows),).
 
         `order` is the order of the tensors, so that the bits equal those of `get_total_norm`. None: of the whole row at
-        once, which is faster and close to that.
+        once, which is faster and close to that. As many `rows` as the bank has must be in the bank's order: they are
+        not looked up.
         """
         some = self.gradients if len(rows) == len(self.rows) else self.gradients[rows]
         if order is None:
@@ -278,7 +285,7 @@ class Banks:
 
     def stack(self, first: Tensor, n: int) -> Tensor:
         """Return the stacked tensor (n, …) of `first`, which must be in a bank, and its place in the n - 1 rows after
-        it.
+        it. The tensor's sink is noted for `sink`. Raises KeyError if `first` is in no bank.
         """
         bank, place, row = self.index[id(first)]
         sink = bank.get_stack(place, row, n)
@@ -286,7 +293,10 @@ class Banks:
         return sink.tensor
 
     def sink(self, t: Tensor) -> Sink | None:
-        """Return the memory for the gradient of a stacked tensor or of a Parameter in a bank; None for another one."""
+        """Return the memory for the gradient of a stacked tensor or of a Parameter in a bank; None for another one.
+
+        A Parameter's sink is made at the first call.
+        """
         if (sink := self._stack_sinks.get(id(t))) is not None:
             return sink
         bank, place, row = self.index.get(id(t), (None, 0, 0))
@@ -423,7 +433,7 @@ def is_hooked(p: Tensor) -> bool:
 def lay_out_row(parameters: Parameters) -> tuple[list[tuple[int, int]], int]:
     """Return the start and end of each tensor in a row, and the length of the row.
 
-    Each tensor begins at a multiple of `LINE` numbers.
+    Each tensor begins at a multiple of `LINE` (32) numbers, and the length is rounded up to one.
     """
     places, end = [], 0
     for p in parameters:

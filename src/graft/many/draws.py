@@ -38,7 +38,9 @@ class Draws:
 
     @property
     def states(self) -> States:
-        """The state of the run's generator, then those of the loader's generators."""
+        """The state of the run's generator, then the noted ones of the loader's generators, which may have
+        moved since.
+        """
         return [self.generator.get_state(), *self.loader_states]
 
     @states.setter

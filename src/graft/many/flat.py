@@ -59,7 +59,9 @@ def is_step_hooked(optimizer: Optimizer) -> bool:
 
 
 def are_settings_equal(a: Optimizer, b: Optimizer) -> bool:
-    """Return True if two optimizers have one class, and their groups equal settings, apart from the parameters."""
+    """Return True if two optimizers have one class, and their groups equal keys and settings, apart from the
+    parameters.
+    """
     if type(a) is not type(b) or len(a.param_groups) != len(b.param_groups):
         return False
     for one, two in zip(a.param_groups, b.param_groups):
@@ -159,7 +161,8 @@ class FlatParameters:
             vector.grad, vector.data = None, vector.data.new_empty(0)
 
     def state(self) -> defaultdict[Tensor, State]:
-        """Return the optimizer's state by original tensor, as views of the state of vectors.
+        """Return the optimizer's state by original tensor, split by `split_vector_state`: views of the state of
+        vectors, and clones of scalars.
 
         A group without state is left out.
         """
@@ -194,8 +197,8 @@ class UnequalStates(Exception):
 def join_states(states: Sequence[State], parameters: Sequence[nn.Parameter], vector: Tensor) -> State:
     """Return the state of a vector from the states of its tensors; an empty one if no tensor has state.
 
-    A value with the shape of its tensor is copied into a vector of zeros. A value that is equal for all tensors is
-    taken once, tensors as a clone.
+    Values with the shapes of all tensors are copied into a vector of zeros, with dtype and device of the first. A value
+    that is equal for all tensors is taken once, tensors as a clone.
 
     Raises:
         UnequalStates: keys differ, or a value that is neither, such as different numbers of steps.

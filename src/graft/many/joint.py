@@ -62,24 +62,29 @@ class ForwardArguments:
     def read_signature(cls, model: nn.Module, exact: bool = True) -> ForwardArguments:
         """Return the arguments of a model's forward by its signature, with its padding token.
 
-        `**kwargs` count only if no argument has a name.
+        Positional-only arguments and `*args` do not count, and `**kwargs` only if no argument has a name.
         """
         params = inspect.signature(model.forward).parameters.values()
         named = frozenset(p.name for p in params if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
         return cls(named, not named and any(p.kind is p.VAR_KEYWORD for p in params), exact, find_padding_token(model))
 
     def list_unknown(self, batch: Mapping[str, object]) -> list[str]:
-        """Return the keys of a batch that forward does not take and that are no targets."""
+        """Return the keys of a batch, in its order, that forward does not take and that are no targets; with
+        `accepts_any`, none.
+        """
         return [k for k in batch if not (self.accepts_any or k in self.names or is_target(k))]
 
     def select(self, batch: Mapping[str, object]) -> Batch:
-        """Return the entries of a batch that forward takes, without targets such as labels."""
+        """Return a new dict of the entries of a batch that forward takes (with `accepts_any`, all), without targets
+        such as labels.
+        """
         return {k: v for k, v in batch.items() if (self.accepts_any or k in self.names) and not is_target(k)}
 
 
 def find_padding_token(model: nn.Module) -> int:
-    """Return `pad_token_id` of the model's text config; 0 if it has no config, none, one that is no int, or one outside
-    the vocabulary.
+    """Return `pad_token_id` of the model's text config, or of its config if it has no single text config.
+
+    Return 0 if there is no config, no int as a token or as `vocab_size`, or a token outside the vocabulary.
     """
     config = getattr(model, "config", None)
     with suppress(AttributeError, ValueError):  # no config of parts, or several with texts
@@ -97,9 +102,9 @@ def measure_batch(item: RunBatch, arguments: ForwardArguments) -> tuple[int, int
     """Return the number of rows, the number of tokens of a row (1 if there is no such dimension), and the traits by
     which batches may share a pass.
 
-    Traits are dtypes and shapes of arguments, values of those without rows, and whether rows are masked or packed. A
-    mask (rows, tokens) is none. The number of tokens is no trait without `exact`, if forward accepts a mask and rows
-    are not packed.
+    Traits are dtypes and shapes of arguments, values of those without rows, whether rows are masked (False without
+    `exact`), and whether they are packed (False with a mask). A mask (rows, tokens) is none. The number of tokens is no
+    trait without `exact`, if forward accepts a mask and rows are not packed.
 
     Raises:
         ConfigError: the arguments have no rows, or different numbers of rows.
@@ -209,10 +214,11 @@ def join_batches(items: Sequence[RunBatch], arguments: ForwardArguments) -> tupl
     """Return the arguments of one pass for all batches, and the splitter of its output.
 
     Only arguments that forward takes are used, with the names of the first batch. Rows are concatenated in the order of
-    `items`. Tensors of unequal second dimensions are padded on the right, token ids with `arguments.pad` and others
-    with 0. If forward accepts a mask and lengths differ or a batch has one, batches without a mask get ones. Values
-    without rows are those of the first batch. The splitter gets the numbers of rows, and the lengths of the decoder's
-    input where there is one.
+    `items`; a single batch's tensors stay the same objects. Tensors of unequal second dimensions are padded on the
+    right, token ids with `arguments.pad` and others with 0. If forward accepts a mask and lengths differ or a batch has
+    one, batches without a mask get ones, of dtype long. Values without rows are those of the first batch. The splitter
+    gets the numbers of rows, and the lengths of the decoder's input where there is one. An argument that only the first
+    batch has raises KeyError.
     """
     batches = [arguments.select(item.batch) for item in items]
     mains = [find_main_argument(g) for g in batches]
@@ -269,6 +275,8 @@ class OutputSplitter:
     def split(self, output: object) -> Sequence[object]:
         """Return for each batch an output of the same class, with the batch's rows and without padding.
 
+        A mapping without `to_tuple` becomes a dict.
+
         For a single batch it is the output itself.
 
         Tensors, and entries of mappings, tuples and lists, are split; other values go to each batch as they are.
@@ -298,7 +306,7 @@ class OutputSplitter:
         return all(len(t) == sum(self.rows) for t in values if isinstance(t, Tensor) and t.dim())
 
     def _split_value(self, name: str, value: object) -> Sequence[object]:
-        """Return a value for each batch: a tensor by rows, which `name` says whether it has tokens, and all else by
+        """Return a value for each batch: a tensor is split by `_split_tensor` with its name, any other value by
         `split`.
         """
         return self._split_tensor(name, value) if isinstance(value, Tensor) else self.split(value)
@@ -321,5 +329,7 @@ class OutputSplitter:
 
 
 def make_output(like: Mapping[str, object], values: dict[str, object]) -> object:
-    """Return values as a ModelOutput of the class of `like`, or as a dict if `like` is no ModelOutput."""
+    """Return values as an object of the class of `like` if that has `to_tuple`, as a ModelOutput has, else as
+    a dict.
+    """
     return type(like)(**values) if hasattr(like, "to_tuple") else dict(values)

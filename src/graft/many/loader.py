@@ -125,7 +125,8 @@ class Loader:
     def begins_with(self, first: tuple[str, States]) -> bool:
         """Return True if the first batch has the digest that was noted in `first`.
 
-        Reads one batch, so call `set_position` or `seek` next; an iterator still yields it.
+        Sets the run's random states to those in `first`, and reads one batch, so call `set_position` or `seek` next; an
+        iterator still yields it.
         """
         self.draws.states = first[1]
         batch = self.next_batch()
@@ -155,7 +156,8 @@ class Loader:
     def set_position(self, epoch: int, taken: int, began: States, now: States) -> None:
         """Set the position without reading data.
 
-        The next `next_batch` seeks to it. `now`: the random states at the position.
+        Drops the iterator and a returned batch; the next `next_batch` seeks to the position. `now`: the random states
+        at the position.
         """
         self.epoch, self.taken, self.began, self._batches, self._again = epoch, taken, began, None, None
         self._is_broken, self.draws.states = True, now
@@ -185,13 +187,13 @@ class Loader:
 
 
 def digest_batch(batch: Batch) -> str:
-    """Return a hash of a batch: dense tensors by shape and values, JSON values as they are, and any other object by the
-    name of its class.
+    """Return a hash of a batch, 16 hex digits, whatever the order of its keys: dense tensors by shape and values, JSON
+    values as they are, and any other object by the name of its class.
     """
 
     def note(value: object) -> object:
-        """Return shape and digest of a dense tensor that is neither on meta nor nested; the class name of any other
-        object.
+        """Return a list of the shape and "dtype:digest" for a dense tensor that is neither on meta nor nested; the
+        qualified class name for any other object.
         """
         dense = isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_nested)
         if not dense:

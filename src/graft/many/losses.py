@@ -32,7 +32,8 @@ def find_model_loss(model: nn.Module, wrappers: Mapping[str, ModulesToSaveWrappe
         name: of the run and adapter.
 
     Raises:
-        ConfigError: the model has no loss, or one that needs more than its output.
+        ConfigError: the model has no `loss_function` (an encoder-decoder needs none), or a loss that needs more than
+            its output.
     """
     kind = getattr(model, "loss_type", None) or ("ForCausalLM" if "LMHead" in type(model).__name__ else None)
     loss = LOSSES.get(str(kind)) if hasattr(model, "loss_function") else None
@@ -61,8 +62,8 @@ def find_model_loss(model: nn.Module, wrappers: Mapping[str, ModulesToSaveWrappe
 
 
 def count_head_labels(wrappers: Mapping[str, ModulesToSaveWrapper], adapter: str) -> int | None:
-    """Return the number of outputs of an adapter's head: rows of the last matrix in a wrapped module with a head's
-    name. None if it wraps no head.
+    """Return the number of outputs of an adapter's head: rows of the last matrix in the first wrapped module that has
+    matrices and a head's name in its path. None if it wraps no head.
     """
     for key, wrapper in wrappers.items():
         weights = [p for p in wrapper.parameters_of(adapter) if p.dim() == 2]
@@ -108,7 +109,9 @@ def compute_classification_loss(
 
 
 def compute_span_loss(model: nn.Module, _: int | None, output: Outputs, batch: Outputs, **__: object) -> Tensor:
-    """Return the model's loss of question answering: of start and end logits and positions."""
+    """Return the model's loss of question answering: of start and end logits, then `start_positions` and
+    `end_positions` of the batch.
+    """
     return model.loss_function(output["start_logits"], output["end_logits"], *(batch[key] for key in SPANS))
 
 

@@ -161,7 +161,7 @@ class Run:
 
     @property
     def is_called(self) -> bool:
-        """Return True if calls train it: it has no data, and has not failed."""
+        """Return True if calls train it: it has no data, and its state is "running", so it has not failed."""
         return not self.has_data and self.state == RUNNING
 
     @property
@@ -208,13 +208,13 @@ class Run:
     # a step, in the order of the calls
 
     def take_batch(self) -> RunBatch | None:
-        """Return the next batch, and note the step's losses and gradients for `undo_round`.
+        """Return the next batch of the loader, begun by `begin_batch`, with the number of batches of its step as
+        `mean_of`.
 
-        A batch from a Trainer sets the number of batches of the step.
+        That number is `batches_of_this_step` of the batch, which a Trainer's batches have, else `accumulate`.
 
-        If the data has ended, end the run, count its unused batches, mark it for a check, and return None. The
-        generator's state is noted before every batch. An end of the data drops the step under way and records the
-        reason. Without a number from a Trainer a step has `accumulate` batches.
+        If the data has ended, return None: the number of losses of the step under way goes into `unused_batches`, the
+        step is dropped, the run's state becomes "ended" with a reason, and `needs_check` becomes True.
         """
         batch = self.loader.next_batch()
         if batch is None:
@@ -242,10 +242,10 @@ class Run:
             self._sums, self._has_sums_in_row = self.row.copy_gradients(), False
 
     def undo_round(self) -> None:
-        """After an error: restore losses, gradients and random states from before the round, and return the batch to
-        the loader, if there is one.
+        """After an error: restore losses, summed gradients and random states from before the round.
 
-        Nothing happens if the batch has become a step.
+        A run with data gives its batch back to the loader, which restores the random states. Nothing happens if the
+        batch has become a step, or no batch was begun.
         """
         if self._saved is not None:
             self._has_sums_in_row = False
@@ -269,8 +269,9 @@ class Run:
         The value is the loss plus `auxiliary`, over `item.mean_of`; a Trainer's loss is already divided, and a number
         as `auxiliary` is ignored. The result has the undivided loss and the outputs, detached, and 0 tokens.
 
-        The loss function is `item.loss`, or else the run's. It returns the loss, or (loss, tensors by name). One of the
-        user draws from the run's random states. Errors of it get a note with the run's name.
+        The loss function is `item.loss`, or else the run's. It returns the loss, or (loss, mapping of names to tensors
+        or other values). One of the user draws from the run's random states. Errors of it get a note with the run's
+        name.
 
         auxiliary: the loss that the adapter adds, a tensor, or a number if it adds none.
 
@@ -303,8 +304,9 @@ class Run:
     def set_row(self, row: AdapterRow | None) -> None:
         """Take a row among the runs that train now; None: leave it. Gradients of the step under way are kept.
 
-        If the row is in a bank and the optimizer allows it, the optimizer gets vectors in place of its parameters. If
-        the row is in no bank, it gets its parameters back for good.
+        If the row is in a bank and the optimizer allows it, the optimizer gets vectors in place of its parameters, or
+        its vectors move to this row. If the row is in no bank, it gets its parameters back for good. With None, its
+        vectors become empty. An optimizer without vectors stays as it is in both cases.
         """
         self.store_gradients()
         self._row, flat = row, self._flat
@@ -340,8 +342,8 @@ class Run:
         return self._row
 
     def record_loss(self, loss: Tensor) -> None:
-        """Note the loss of a batch after its backward pass, and add the gradients of the step's earlier batches to the
-        row.
+        """Append the detached loss of a batch to `losses` after its backward pass, and add the gradients of the step's
+        earlier batches to the row. From then on the row has the sums.
         """
         self.losses.append(loss.detach())
         if self._sums is not None:
@@ -349,7 +351,10 @@ class Run:
         self._sums, self._has_sums_in_row = None, True
 
     def load_gradients(self) -> None:
-        """Move the gradients of the step under way into the row, unless they are there."""
+        """Move the gradients of the step under way into the row, unless they are there.
+
+        They replace those of the last pass.
+        """
         if not self._has_sums_in_row:
             self.row.received = [False] * len(self.row.received)
             self.row.add_gradients(self._sums or ())
@@ -362,7 +367,10 @@ class Run:
 
     @property
     def step_loss(self) -> Tensor:
-        """The sum of the losses of the step's batches, (); each is divided by their number already."""
+        """The sum of the losses of the step's batches, (); each is divided by their number already.
+
+        A single loss is returned as it is; there must be one.
+        """
         return self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).sum()
 
     def check_settings(self, settings: dict[str, Any]) -> None:
@@ -417,6 +425,9 @@ class Run:
     def finish_step(self, loss: float, norm: float, lr: float) -> None:
         """After the optimizer's step: make the schedule's, drop the gradients, add a record to `curve`, and end the run
         after its last step.
+
+        With vectors the gradients stay in the row, and the versions of the parameters rise. `step` rises, the step's
+        losses are dropped, and `needs_check` becomes True for a run with data.
         """
         if self.schedule is not None:
             self.schedule.step()
@@ -451,7 +462,7 @@ class Run:
 
     def restore_partial_step(self, losses: list[Tensor], gradients: list[Tensor | None] | None) -> None:
         """Set losses and gradients of a step under way, as `losses` and `gradients` gave them, on the device of the
-        parameters. None: no gradients.
+        parameters. None leaves the stored gradients as they are.
         """
         self.losses = [loss.to(self.parameters[0].device) for loss in losses]
         if gradients is not None:
@@ -490,7 +501,9 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of this run in this process over the seconds since it was made, or until it ended."""
+        """Tokens of this run in this process over the seconds since it was made, or until it ended; 0.0 if no time has
+        passed.
+        """
         seconds = self.seconds or time.perf_counter() - self._since
         return self.tokens / seconds if seconds else 0.0
 
@@ -509,7 +522,7 @@ def make_steps(runs: Iterable[DueStep]) -> None:
         runs: each with finite loss and norm of its gradient, and the norm as a tensor () on the device.
 
     Raises:
-        Exception: the error of an optimizer or schedule, with a note. The runs that shared its call and have not
+        BaseException: the error of an optimizer or schedule, with a note. The runs that shared its call and have not
             finished have then failed, and those after it have made no step.
     """
     by_rate: dict[float, list[list[DueStep]]] = {}  # the rate is the setting that differs most often
@@ -538,7 +551,8 @@ def make_steps(runs: Iterable[DueStep]) -> None:
 
 
 def describe_optimizer(optimizer: Optimizer) -> list[dict[str, object]]:
-    """Return for each group of an optimizer its settings, and the number of its parameters.
+    """Return for each group of an optimizer its settings, and the number of its parameters as `parameters`, in place of
+    `params`.
 
     Tensors () become numbers, since schedules change rates in place.
     """
@@ -553,7 +567,9 @@ def describe_optimizer(optimizer: Optimizer) -> list[dict[str, object]]:
 
 
 def describe_schedule(schedule: object) -> list[object] | None:
-    """Return the name of a schedule's class and a copy of its state; None if there is no schedule."""
+    """Return the name of a schedule's class and a deep copy of its `state_dict()`, {} if it has no such method; None if
+    there is no schedule.
+    """
     if schedule is None:
         return None
     state: object = getattr(schedule, "state_dict", dict)()

@@ -57,7 +57,7 @@ def list_runs(folder: str) -> list[str]:
 def delete_run(name: str, folder: str) -> None:
     """Delete the file of a run, if there is one, and its folder, if it is then empty.
 
-    Leave a folder alone that is a symbolic link.
+    Leave a run's folder alone that is a symbolic link. A folder that cannot be deleted stays, without an error.
     """
     where = os.path.join(folder, name)
     if is_link(where):
@@ -97,7 +97,7 @@ def load_run(name: str, folder: str) -> Json | None:
 
 def collect_run_state(run: Run, model: nn.Module) -> Json:
     """Return all that the next step of a run depends on, its curve and validation losses: a dict of numbers, texts and
-    tensors. Tensors are not copied.
+    tensors. Tensors of the adapter and of the optimizer are not copied.
     """
     loader = run.loader
     return {
@@ -218,10 +218,11 @@ def check_run_contents(run: Run, model: nn.Module, state: Json, path: str) -> No
     """Raise CheckpointError if the contents of a run's file do not fit the run. Nothing changes.
 
     First the fields of the position and of the step under way are checked. Then come the end state, curve, validation
-    rows, position, losses and gradients; the error lists all of these that are wrong. Gradients must be there exactly
-    if there are losses, with the shapes of the run's parameters; single ones may be None. Then come the adapter's
-    values, the optimizer, the schedule, and the random states, with as many generators as the run has. A schedule in
-    only one of the file and the run is an error. NaN or infinite values raise NonFiniteError, a CheckpointError.
+    rows, position, losses and gradients; the error lists all of these that are wrong. A run with data has fewer losses
+    than `accumulate`, and a position within `(step + 1) * accumulate` batches. Gradients must be there exactly if there
+    are losses, with the shapes of the run's parameters; single ones may be None. Then come the adapter's values, the
+    optimizer, the schedule, and the random states, with as many generators as the run has. A schedule in only one of
+    the file and the run is an error. NaN or infinite values raise NonFiniteError, a CheckpointError.
     """
     check_fields(state["position"], POSITION, f"{path}: the position in the data")
     check_fields(state["under_way"], UNDER_WAY, f"{path}: the step under way")
@@ -257,13 +258,15 @@ def check_run_contents(run: Run, model: nn.Module, state: Json, path: str) -> No
 
 
 def make_row_test(length: int) -> Callable[[list[object]], bool]:
-    """Return a function that tells whether a list is a step and numbers, `length` entries in all."""
+    """Return a function that tells whether a list has `length` entries: a step (an int from 0 on), then ints and
+    floats. Bools are refused.
+    """
     return lambda row: len(row) == length and is_count(row[0]) and all(type(n) in (int, float) for n in row)
 
 
 def check_run_values(values: Json, tensors: dict[str, Tensor], path: str) -> None:
     """Raise CheckpointError unless the names are those of `tensors`, and each value has the tensor's shape and dtype
-    and is finite.
+    and is finite. A NaN or infinite value raises NonFiniteError, a CheckpointError.
     """
     if not values.keys() == tensors.keys():
         raise CheckpointError(

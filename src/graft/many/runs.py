@@ -72,7 +72,8 @@ def list_names(names: Iterable[str]) -> str:
 def refuse_within_step(method: F) -> F:
     """Decorate a method of MultiTrain that must not run during a step, in any thread.
 
-    The call holds the lock of steps. It waits for calls of other threads, but not for a step of the loop.
+    The call holds the lock of steps. It waits for calls of other threads, but not for a step of the loop: that raises
+    RuntimeError. A `stop` may make the call, a loss may not. An unknown keyword raises TypeError.
     """
 
     known = inspect.signature(method).parameters
@@ -82,8 +83,9 @@ def refuse_within_step(method: F) -> F:
         """Call the method under the lock of steps.
 
         Raises:
-            TypeError: an argument is unknown; the text names those of the method.
-            RuntimeError: a step is under way, in this thread or in the loop of another thread.
+            TypeError: a keyword is unknown; the text names the method's arguments, for `add` how to pass the
+                optimizer's.
+            RuntimeError: this thread is within a pass, such as in a loss, or the loop of another thread is in a step.
         """
         if unknown := kwargs.keys() - known.keys():
             remedy = f"It takes {', '.join([*known][1:]) or 'nothing'}."
@@ -165,8 +167,8 @@ class MultiTrain:
         is added.
 
         Raises:
-            ConfigError: `at_once` is no positive int, the base has dropout and `base_in_eval` is False, or rows of a
-                batch affect each other in it. Modules of adapters are not looked at.
+            ConfigError: `model` is no module, `at_once` is no positive int, the base has dropout and `base_in_eval` is
+                False, or rows of a batch affect each other in it. Modules of adapters are not looked at.
         """
         get_registry(model)  # raises if it is no model
         if type(at_once) is not int or at_once < 1:
@@ -216,7 +218,7 @@ class MultiTrain:
             options: as of MultiTrain.
 
         Raises:
-            CheckpointError: the folder holds no run.
+            CheckpointError: the folder holds no run, or is not there. And the errors of MultiTrain, which come first.
         """
         runs = cls(model, **options)
         runs.folder = os.fspath(folder)
@@ -279,7 +281,8 @@ class MultiTrain:
         It has the results of a separate program that begins with `torch.manual_seed(seed)`, makes the adapter, then the
         optimizer, and iterates over `data`.
 
-        If `resume` found this run in its folder, the run continues there.
+        If `resume` found this run in its folder, the run continues there. The adapter's parameters require gradients
+        afterwards, and the cache of fans is emptied.
 
         Args:
             name: of the run and its adapter.
@@ -301,10 +304,13 @@ class MultiTrain:
 
         Raises:
             AdapterNameError: another run, or an adapter, has this name.
-            ConfigError: a setting is invalid, the model has no loss, an adapter changes the base (PiSSA, bias="all"),
-                or the run was saved with other settings.
+            ConfigError: a setting is invalid; `trainer` is passed with a setting that it replaces; without data,
+                `steps`, `accumulate`, `stop`, `valid` or `every` is passed; `every` has no `valid` to iterate again.
+                Also if another run uses the same iterator, the method is prompt learning or has a loss of labels, or
+                the model has no loss. Also if an adapter changes the base (PiSSA, bias="all"), or the run was saved
+                with other settings.
             BaseModelMismatchError: the run was saved with another base.
-            And the errors of `add_adapter`. The model is then as it was.
+            CheckpointError: the run's file is damaged. And the errors of `add_adapter`. The model is then as it was.
         """
         check_adapter_name(name)
         if config is not None:
@@ -427,8 +433,8 @@ class MultiTrain:
 
     def _check_base_unchanged(self, name: str, config: PeftConfig | None) -> None:
         """Raise ConfigError if the new adapter changes the base, since files of other runs would not fit, and `unload`
-        would return another base. Raise it also if an adapter on the model has changed the base, unless that is the
-        only run.
+        would return another base. Raise it also if an adapter on the model has changed the base, by its config or by
+        `restart()`, unless it is `name` and there is no other run.
         """
         if config is not None:
             refuse_base_change(name, config)
@@ -458,7 +464,8 @@ class MultiTrain:
 
         The copy is trainable and has the heads of its task type.
 
-        Makes the PeftModel if it is the first adapter. With config None, return False for an adapter that is there.
+        Makes the PeftModel, with `mixed=True`, if there is none. With config None, return False for an adapter that is
+        there.
 
         Raises:
             AdapterNotFoundError: there is neither a config nor the adapter.
@@ -485,8 +492,8 @@ class MultiTrain:
 
         With the last adapter the model is unloaded, `model` becomes None, and the base has its own modules again.
 
-        If the adapter is active, another one becomes active, and the adapters of all runs stay trainable. If it trains
-        in banks, all runs leave them.
+        If the adapter is active, the model's first other one becomes the only active one, and the adapters of all runs
+        stay trainable. If it trains in banks, all runs leave them.
         """
         self._fans = {}
         if name in self._banks.rows:
@@ -582,8 +589,9 @@ class MultiTrain:
             settings: of the optimizer, such as `lr=1e-4`, for all its parameters. They hold for later steps, too.
 
         Raises:
-            RuntimeError: without a name, another thread is in a step, or a `stop` calls this. With a name, the run has
-                no gradients, or has failed.
+            TypeError: there are settings and no name.
+            RuntimeError: without a name, another thread is in a step, or a `stop` or a loss calls this. With a name,
+                the run has no gradients, or has failed.
             AdapterNotFoundError: there is no such run.
             ConfigError: the run has data; the optimizer has no such setting, refuses its value, or has several values
                 for it; or `lr` is given and the run has a schedule. Nothing has changed.
@@ -758,6 +766,8 @@ class MultiTrain:
     def _measure_gradients(self, name: str) -> DueStep:
         """Return a run, its loss, and the norm of its gradients as a number and a tensor. The row has the gradients.
 
+        If the run is not on an intact row, all runs get new rows by `_assign_rows`. Stored gradients move into the row.
+
         Raises RuntimeError if there are no gradients, and the errors of `_get_called_run`.
         """
         run = self._get_called_run(name)
@@ -770,7 +780,7 @@ class MultiTrain:
         return run, *self._read_numbers([run])[0]
 
     def _step_run(self, name: str, settings: dict[str, Any]) -> StepRecord:
-        """Make an optimizer step of one run with its summed gradients, and return its record.
+        """Make an optimizer step of one run with its summed gradients, and return its record, the last one of `curve`.
 
         `settings` are written into all groups of the optimizer before, and stay.
 
@@ -873,8 +883,8 @@ class MultiTrain:
     def _run_backward(self, items: Sequence[RunBatch]) -> None:
         """Run joint passes of these batches, of different runs, and add the gradients to the rows of the runs.
 
-        Sets training mode and assigns rows. Fills `_results`, and for batches that failed `_batch_errors` and
-        `_loss_errors`.
+        Sets training mode, assigns rows and completes the batches. Fills `_results`, and for batches that failed
+        `_batch_errors` and `_loss_errors`; all three are emptied first. Without batches, nothing else happens.
         """
         self._batch_errors, self._loss_errors, self._results = {}, {}, {}
         if not items:
@@ -887,7 +897,7 @@ class MultiTrain:
     def _read_numbers(self, runs: Sequence[Run]) -> list[tuple[float, float, Tensor]]:
         """Return for each run the loss of its step, and the norm of the gradients in its row, as a number and a tensor.
 
-        Waits once for the device.
+        Waits once for the device. The norm is that before clipping. Without runs, the list is empty.
         """
         if not runs:
             return []
@@ -969,8 +979,9 @@ class MultiTrain:
             run.set_row(None)
 
     def _complete_batch(self, item: RunBatch) -> RunBatch:
-        """Return the batch with the arguments that follow from its labels: the decoder's inputs, and those of methods
-        around the model, such as lengths of prompts. Arguments that the batch has stay.
+        """Return the batch with the arguments that follow from its labels: `decoder_input_ids`, if the base has
+        `prepare_decoder_input_ids_from_labels` and the batch has labels, and those of methods around the model, such as
+        lengths of prompts. Arguments that the batch has stay.
         """
         batch = item.batch
         make = getattr(self.base, "prepare_decoder_input_ids_from_labels", None)
@@ -1001,8 +1012,9 @@ class MultiTrain:
     def _fail_runs(self, batches: int) -> None:
         """Fail the runs with a batch that the model cannot take, with a warning, and keep each error in `run.error`.
 
-        If all `batches` of the round are such, raise the first error instead, and no run fails. A run without memory
-        for its batch fails always, and keeps no error.
+        If the number of such batches is `batches`, raise the first error instead, and no run fails. A run without
+        memory for its batch fails always, with another warning, and keeps no error. The frames of a kept error are
+        freed.
         """
         refused = {name: error for name, error in self._batch_errors.items() if not is_out_of_memory(error)}
         for name, error in self._batch_errors.items():
@@ -1028,10 +1040,11 @@ class MultiTrain:
         """Call `compute` on these batches, and `take` on them and its result. Errors of `take` are raised.
 
         After an error of `compute`, raise it if it is a Warning. In validation raise it with a note, except for short
-        memory with several batches. Otherwise restore the random states, and in training drop the gradients. A single
-        batch is then noted with its error; several are run as two halves, one after the other. If memory is short,
-        `at_once` is first lowered to the tokens of the first half, padded, at least 1. If in the end no single batch
-        fails for another error, warn with PeftWarning once.
+        memory with several batches. Otherwise restore the random states, free the frames of the error if memory is
+        short or there are several batches, and in training drop the gradients. A single batch is then noted with its
+        error; several are run as two halves, one after the other. If memory is short, `at_once` is first lowered to the
+        tokens of the first half, padded, at least 1. If in the end no single batch fails for another error, warn with
+        PeftWarning once.
 
         is_half: this is part of such a halving.
         """
@@ -1071,7 +1084,7 @@ class MultiTrain:
     def _compute_gradients(self, items: list[RunBatch]) -> list[tuple[Tensor, BatchResult] | Exception]:
         """Run a joint pass and its backward pass; gradients are left in `grad`, and earlier ones dropped.
 
-        Return for each batch the loss and the result.
+        Return for each batch the loss, with the loss that its adapter adds, and the result, with its number of tokens.
 
         If a loss of the user raises an error other than of memory, return the error for its batch, which takes no part
         in the backward pass: no smaller pass would help.
@@ -1097,9 +1110,9 @@ class MultiTrain:
         return results
 
     def _collect_gradients(self, items: list[RunBatch], results: list[tuple[Tensor, BatchResult] | Exception]) -> None:
-        """Move the gradients of a pass into the runs' rows, and record each loss and result.
+        """Move the gradients of a pass into the runs' rows, and record each loss and result. `tokens` of the run rises.
 
-        Errors of losses are noted.
+        Errors of losses are noted in `_loss_errors`; their runs record nothing.
         """
         self._banks.collect_gradients([item.name for item in items])
         for item, result in zip(items, results):
@@ -1113,8 +1126,8 @@ class MultiTrain:
     def _run_with_fan(self, items: Sequence[RunBatch], fan: Fan | None) -> tuple[Sequence[object], list[int]]:
         """Return output and number of tokens of each batch, with the fan.
 
-        If the model raises an error other than of memory, run all rows without it, now and in later passes of these
-        runs.
+        If the model raises a RuntimeError, IndexError or ValueError other than of memory, restore the random states and
+        disable the fan. All rows then run without it, now and in later passes of these runs. Other errors are raised.
 
         The fan repeats the inputs of blocks by rows. It cannot where a model passes a tensor of rows times heads (ALiBi
         in Bloom), or of as many heads as there are rows (MPT). It cannot either where the model picks rows by its input
@@ -1202,8 +1215,8 @@ class MultiTrain:
         Names that are given twice count once.
 
         The model is in eval mode afterwards. The data is read once, with the random states of seed 0, so that each call
-        has the same batches. Batches without rows are skipped; one without tensors counts as one row. No names give an
-        empty dict, without a look at the data.
+        has the same batches. The first tensor with dimensions gives a batch's rows; a batch with none is skipped. One
+        without such tensors counts as one row. No names give an empty dict, without a look at the data.
 
         Raises:
             AdapterNotFoundError: there is no such run.
@@ -1244,7 +1257,8 @@ class MultiTrain:
         return [self._runs[item.name].validation_loss(output, item.batch) for item, output in zip(items, outputs)]
 
     def _set_mode(self, training: bool) -> None:
-        """Set the model to training or eval mode; nothing happens if it is in that mode already, unless `base_in_eval`.
+        """Set the model to training or eval mode; without `base_in_eval`, nothing happens if it is in that mode
+        already.
 
         With `base_in_eval`, training mode is set for adapters' modules and heads only, and the base is in eval mode.
         """
@@ -1342,6 +1356,7 @@ class MultiTrain:
 
         Raises:
             AdapterNotFoundError: there is no such run.
+            RuntimeError: a pass is under way in this thread, or a step of the loop in another.
         """
         self.snapshot(name).save_pretrained(folder)
 
@@ -1350,7 +1365,8 @@ ADD_DEFAULTS = {key: p.default for key, p in inspect.signature(MultiTrain.add).p
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return True if an error says that there is no memory for a tensor.
+    """Return True if an error says that there is no memory for a tensor: `torch.OutOfMemoryError`, MemoryError, or any
+    error with "DefaultCPUAllocator: " in its text.
 
     On a CPU torch has no class for that: its text tells.
     """
@@ -1358,14 +1374,18 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def drop_frames(error: BaseException | None) -> None:
-    """Free the local variables in all frames of an error and of its contexts, such as the tensors of a pass."""
+    """Free the local variables in all frames of an error and of its contexts (`__context__`), such as the tensors of a
+    pass.
+
+    None does nothing.
+    """
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
 
 
 def find_modules(carrier: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules of a carrier, without its base module and the modules in that."""
+    """Yield the modules of a carrier, itself included, without its `base_module` and the modules in that."""
     base: nn.Module = carrier.base_module
     inner = {id(m) for m in base.modules()}
     yield from (m for m in carrier.modules() if id(m) not in inner)
@@ -1391,10 +1411,10 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def find_row_mixing(modules: Mapping[str, nn.Module], base_in_eval: bool) -> list[str]:
-    """Return the quoted paths where rows of a batch affect each other: batch normalization, and routers with experts of
-    limited capacity.
+    """Return the quoted paths where rows of a batch affect each other: batch normalization of the classes `NORMS`, and
+    '<path>.expert_capacity' of modules where this attribute is not None.
 
-    A normalization with kept statistics does not count, if the base stays in eval mode.
+    With `base_in_eval`, a normalization with `track_running_stats` does not count.
     """
     places = []
     for key, m in modules.items():
@@ -1418,7 +1438,8 @@ def check_settings(name: str, **settings: float | None) -> None:
 def find_base_change(config: PeftConfig) -> str | None:
     """Return the setting that makes an adapter change or train the base's weights, such as "bias='all'".
 
-    Return None if it does neither.
+    The text that `changes_base` of the method's variant returns comes first, then `bias`: "all" or one that ends with
+    "_only". Return None if it does neither.
     """
     bias = getattr(config, "bias", "none")
     trains = bias == "all" or bias.endswith("_only")  # another value is refused by the injection
@@ -1427,7 +1448,9 @@ def find_base_change(config: PeftConfig) -> str | None:
 
 
 def refuse_base_change(name: str, config: PeftConfig) -> None:
-    """Raise ConfigError if a new adapter changes the base that runs share, or replicates its layers."""
+    """Raise ConfigError if a new adapter changes the base that runs share (`find_base_change`), or has a
+    `layer_replication`.
+    """
     setting = find_base_change(config)
     if setting is None and (ranges := getattr(config, "layer_replication", None)):
         setting = f"layer_replication={ranges}"

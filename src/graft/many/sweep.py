@@ -72,7 +72,7 @@ class Trial:
 
     @property
     def row(self) -> Json:
-        """All fields without the setting, which other processes have already."""
+        """A new dict of all fields without the setting, which other processes have already; lists are not copied."""
         return {key: value for key, value in vars(self).items() if key != "setting"}
 
 
@@ -105,11 +105,16 @@ class Sweep:
 
     @property
     def rows(self) -> Rows:
-        """The table: name, setting, steps, validation loss and state, best first."""
+        """The table, a dict for each trial, best first: "name", each entry of the setting, "steps", "loss" and
+        "state".
+        """
         return [{"name": t.name, **t.setting, "steps": t.steps, "loss": t.loss, "state": t.state} for t in self.ranking]
 
     def table(self) -> Table:
-        """Return `rows` as a table of rich, to print; the best row is bold."""
+        """Return `rows` as a table of rich, to print; the best row is bold.
+
+        The columns are the keys of the best row, and floats have 4 significant digits.
+        """
         rows = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in self.rows]
         return make_table(self.rows[0], zip(rows, ["bold", *[None] * len(rows)]))
 
@@ -169,6 +174,7 @@ def sweep(
             `share`, or every setting has failed.
         TypeError: an option is unknown.
         FolderInUseError: another process, or thread, is at a sweep in the folder. Nothing has changed.
+        CheckpointError: the folder's table is damaged, or has rows of other trials.
         Whatever is raised, the model is as it was.
     """
     if type(save_every) is not int or save_every < 1:
@@ -212,7 +218,8 @@ def sweep(
         """Add the run of a trial to `runs` and return it.
 
         Names of a setting that are options of `MultiTrain.add` are passed to it, unless the config has a field of this
-        name. Names that are neither are arguments of the optimizer. `valid` is passed only with `every`.
+        name. They replace the sweep's `seed` and options. Names that are neither are arguments of the optimizer.
+        `valid` is passed only with `every`. A callable `data` is called with the setting.
         """
         setting, known = trial.setting, {f.name for f in fields(config)}
         chosen: Json = {"seed": seed, **options} | {k: v for k, v in setting.items() if k in OPTIONS - known}
@@ -254,7 +261,10 @@ def sweep(
 
 
 def apply_setting(config: PeftConfig, setting: Setting) -> PeftConfig:
-    """Return a copy of a config, with the fields that a setting names replaced."""
+    """Return a copy of a config, with the fields that a setting names replaced; names of other things are ignored.
+
+    The copy is deep, and checks itself as a new config does.
+    """
     values = {f.name: setting[f.name] for f in fields(config) if f.name in setting}
     return dataclasses.replace(copy.deepcopy(config), **values)
 
@@ -292,7 +302,7 @@ def find_validation_loss(run: Run, step: int) -> float | None:
 
 
 def is_in_process_group() -> bool:
-    """Return True if `torch.distributed` is initialized."""
+    """Return True if `torch.distributed` is available and initialized."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -331,7 +341,8 @@ class SweepJob:
 
     def run_rungs(self, assigned: Iterable[int], ladder: list[int], keep: float) -> None:
         """Train to the end of each rung the trials still in the race, those in `assigned` here, and exchange the
-        losses. Keep the best part, and drop the others; after the last rung all finite ones stay.
+        losses. Keep the best part, the number rounded up and at least one, and drop the others; after the last rung all
+        finite ones stay.
 
         Trials that the table shows past a rung do not train again. Writes the table after each rung. Raises ConfigError
         if every trial has failed.
@@ -364,7 +375,7 @@ class SweepJob:
     def train_trials(self, trials: Sequence[int], until: int) -> None:
         """Train these trials to a step, and measure their validation loss there.
 
-        Adds the runs that are not there yet.
+        Adds the runs that are not there yet. `until` of each run is set to this step.
         """
         for i in trials:
             trial = self.trials[i]
@@ -374,9 +385,9 @@ class SweepJob:
         self.measure_trials(trials, until)
 
     def run_rounds(self) -> None:
-        """Make rounds until no run takes part, and save every `save_every` rounds and at the end.
+        """Make rounds until no run takes part, and save to the folder every `save_every` rounds and at the end.
 
-        With `progress` the first process shows the table.
+        Without a folder nothing is saved. With `progress` the first process shows the table.
         """
         self.runs.run(self.progress and self.first, self.folder, self.save_every)
 
@@ -415,6 +426,8 @@ class SweepJob:
 
     def claim_files(self, assigned: Iterable[int]) -> None:
         """Hold the files of these trials against other processes, and the table, if this process writes it.
+
+        Without a folder nothing happens.
 
         Raises:
             FolderInUseError: another process has one of them, or another thread the table.

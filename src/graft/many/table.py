@@ -33,7 +33,9 @@ def make_table(columns: Iterable[str], rows: Iterable[tuple[list[str], str | Non
 
 
 def make_run_table(runs: Iterable[Run]) -> Table:
-    """Return a table of runs as they are now, a row each. Failed runs are red, and those that do not run are dim."""
+    """Return a table of runs as they are now, a row each, with the columns `COLUMNS`, all but the first and last
+    right-aligned. Failed runs are red, and those that do not run are dim.
+    """
     styles = {"failed": "red", "running": None}
     table = make_table(COLUMNS, ((list_cells(run), styles.get(run.state, "dim")) for run in runs))
     for column in table.columns[1:-1]:
@@ -42,8 +44,10 @@ def make_run_table(runs: Iterable[Run]) -> Table:
 
 
 def list_cells(run: Run) -> list[str]:
-    """Return the texts of a run's row: name, step, last loss, last validation loss, rate, norm of the gradient, tokens
-    per second, state. A missing number is "".
+    """Return the texts of a run's row: name, step ("3", or "3/10" with `steps`), last loss, last validation loss, rate,
+    norm of the last gradient, tokens per second, state.
+
+    Losses have 4 decimals. Loss, validation loss or norm that is missing is "".
     """
     last = run.curve[-1] if run.curve else None
     return [

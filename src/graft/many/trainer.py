@@ -86,8 +86,8 @@ class TrainerDescription:
             return StepBatches(self.trainer, self.trainer.get_train_dataloader(), self.accumulate)
 
     def count_steps(self, data: StepBatches) -> int:
-        """Return the optimizer steps that the Trainer would make: `max_steps`, else epochs times the steps of
-        an epoch.
+        """Return the optimizer steps that the Trainer would make: `max_steps` if it is above 0, else epochs times the
+        steps of an epoch, rounded up. An epoch has its batches over `accumulate`, rounded up, and at least one step.
         """
         if self.args.max_steps > 0:
             return int(self.args.max_steps)
@@ -96,7 +96,8 @@ class TrainerDescription:
     def optimizer(self, model: nn.Module, parameters: list[nn.Parameter]) -> Optimizer:
         """Return the Trainer's optimizer of these parameters of a model.
 
-        Meanwhile the Trainer has this model, and only these parameters require gradients.
+        Meanwhile the Trainer has this model, and only these parameters require gradients; both are undone, also after
+        an error. The Trainer keeps the optimizer.
         """
         trainer, its_model = self.trainer, self.trainer.model
         trainer.model = model
@@ -107,7 +108,7 @@ class TrainerDescription:
             trainer.model = its_model
 
     def schedule(self, optimizer: Optimizer, steps: int) -> LRScheduler:
-        """Return the Trainer's schedule for an optimizer and a number of steps."""
+        """Return the Trainer's schedule for an optimizer and a number of steps. The Trainer keeps it."""
         return self.trainer.create_scheduler(steps, optimizer)
 
     def reset_trainer(self) -> None:
@@ -116,7 +117,9 @@ class TrainerDescription:
 
     @property
     def loss_name(self) -> object:
-        """The class of the Trainer, its `compute_loss_func` and label smoothing, which a saved run must have again."""
+        """A list of the class of the Trainer, its `compute_loss_func` and label smoothing, which a saved run must have
+        again.
+        """
         return [type(self.trainer), self.trainer.compute_loss_func, self.args.label_smoothing_factor]
 
     def make_loss(self, model: nn.Module, model_loss: Loss | None) -> Loss:

@@ -188,7 +188,8 @@ def _make_factors(
 ) -> SlotFactors:
     """Return copies of the factors of LoRA in host memory: A (r, in), B (r, out), and the scaling as a field.
 
-    DoRA's magnitude becomes a gain, computed from the base weight, and with a bias of the layer a shift.
+    DoRA's magnitude m becomes the gain m / ‖W + scaling · B A‖, by rows and in float32 at least. A bias b of the layer
+    gives the shift b · (1 - gain).
 
     Raises:
         ConfigError: the rank is above `max_rank`, or DoRA cannot read the weight.
@@ -217,8 +218,10 @@ def _make_factors(
 def _make_scales(
     name: str, key: str, below: dict[str, Tensor], config: Any, layer: SlotLayer, max_rank: int
 ) -> SlotFactors:
-    """Return the factors of IA3 on a layer: rank 0, and its vector as `inner` for a feed-forward module, else as
-    `gain`. Raises AdapterKeyError for another shape or no float dtype.
+    """Return the factors of IA3 on a layer: rank 0, and a flat copy of its vector.
+
+    It is `inner` for a feed-forward module, from a tensor (1, in), else `gain`, from one (out, 1). Raises
+    AdapterKeyError for another shape or no float dtype.
     """
     inner, l = config.is_feedforward(key), below[SCALES]
     n = layer.in_features if inner else layer.out_features
@@ -240,5 +243,5 @@ def _check_shapes(name: str, key: str, below: dict[str, Tensor], shapes: dict[st
 
 
 def _copy_to_host(t: Tensor) -> Tensor:
-    """Return a copy in host memory, since state dicts and models may change theirs."""
+    """Return a contiguous copy in host memory, of the same dtype, since state dicts and models may change theirs."""
     return torch.empty(t.shape, dtype=t.dtype, device="cpu").copy_(t)

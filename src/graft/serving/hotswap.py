@@ -57,7 +57,7 @@ def hotswap_adapter(
     Zeros fill up smaller ranks, and layers that the saved adapter does not target. Larger ranks replace the tensors,
     and torch compiles the model again: see `prepare_model_for_compiled_hotswap`. The adapter's config then describes
     the tensors in the model. If anything does not fit, nothing changes. Waits until no call of the model uses the
-    adapter.
+    adapter. Unknown options give a warning.
 
     Args:
         model_name_or_path: folder or hub repository.
@@ -115,7 +115,8 @@ class LayerChange(NamedTuple):
     def make(cls, layer: AdapterLayer, r: int, alpha: float, rslora: bool, rank: int) -> LayerChange:
         """Return the change for an adapter of rank r in tensors of `rank` ≥ r.
 
-        Alpha grows with the rank, so that the scaling stays that of rank r.
+        Alpha grows with the rank, by rank / r or with `rslora` by its square root, so that the scaling stays that of
+        rank r: alpha / r, or alpha / √r.
         """
         scale = math.sqrt if rslora else float
         return cls(layer, rank, alpha if r == rank else alpha * scale(rank) / scale(r), alpha / scale(r))
@@ -329,8 +330,8 @@ def plan_swap(load: CheckpointValues, parts: AdapterCarriers) -> SwapPlan:
 
 
 def find_name(names: Collection[str], entry: Any) -> str | None:
-    """Return the one of `names` that belongs to an entry, in a file or in the model's state dict; None if there is
-    none.
+    """Return the one of `names` that belongs to an entry: its name in a file, else the first of its names in the
+    model's state dict, without those of inner wrappers. None if there is none.
     """
     if entry.file in names:
         return entry.file
@@ -373,7 +374,11 @@ def count_entry_groups(entry: Any) -> int:
 
 
 def compute_shape(entry: Any, r: int) -> torch.Size:
-    """Return the shape that an adapter's tensor would have at rank r. Tensors without a rank keep their shape."""
+    """Return the shape that an adapter's tensor would have at rank r.
+
+    A has r rows; B has r columns, divided by the groups of a convolution. Tensors without a rank, or of one dimension,
+    keep their shape.
+    """
     shape = list(find_whole_shape(entry.tensor))
     dim = RANK_DIM.get(entry.container)
     if dim is not None and len(shape) > 1:
@@ -409,8 +414,9 @@ def replace_tensors(larger: list[tuple[Any, Tensor, int]]) -> None:
 
 
 def update_config(config: LoraConfig, changes: list[LayerChange]) -> LoraConfig:
-    """Return a copy of `config` with the ranks and alphas of the layers, so that a file describes the tensors in the
-    model.
+    """Return a shallow copy of `config` with the ranks and alphas of the layers, so that a file describes the tensors
+    in the model. `r` and `lora_alpha` become the most frequent ones, and both patterns are replaced by those of the
+    other layers.
     """
     cfg = copy.copy(config)
     cfg.r, cfg.rank_pattern = find_most_common({c.layer.site.key: c.rank for c in changes})
@@ -419,7 +425,10 @@ def update_config(config: LoraConfig, changes: list[LayerChange]) -> LoraConfig:
 
 
 def find_most_common(values: dict[str, T]) -> tuple[T, dict[str, T]]:
-    """Return the most frequent value, and an exact pattern for every layer that has another one."""
+    """Return the most frequent value, and the others by the pattern "^" and the escaped path of their layer.
+
+    Of equally frequent values the first wins; there must be one.
+    """
     most = Counter(values.values()).most_common(1)[0][0]
     return most, {f"^{re.escape(key)}": value for key, value in values.items() if value != most}
 
@@ -441,11 +450,14 @@ def prepare_model_for_compiled_hotswap(
 
     Args:
         target_rank: the largest rank of later adapters; None leaves the ranks.
-        config: a LoraConfig or a dict of them; their ranks become `target_rank`, as the ranks in the model do.
+        config: a LoraConfig or a dict of them; their `r` and the values of their `rank_pattern` become `target_rank`,
+            as the ranks in the model do.
         check_compiled: raise, warn or do nothing if the model is compiled already.
 
     Raises:
-        ConfigError: there is no LoRA adapter, one has a larger rank, or the model is compiled. Nothing has changed.
+        ConfigError: `check_compiled` is unknown, the model is compiled, there is no LoRA adapter, or one has changed
+            the base or has block-diagonal factors. With `target_rank` also if one has a larger rank, is merged, or is
+            tied and smaller, or if groups of a convolution do not divide the rank. Nothing has changed.
     """
     find_gate(model)  # raises for an object that is no model, or has adapters of another package
     if check_compiled not in ("error", "warn", "ignore"):
@@ -522,7 +534,9 @@ def check_paddable(adapter: str, layers: dict[str, AdapterLayer], rank: int, con
 
 
 def prepare_layer(layer: AdapterLayer, adapter: str, rank: int | None) -> LayerChange:
-    """Turn an adapter's scalings on a layer into tensors on its device, and set its rank.
+    """Turn an adapter's scalings on a layer, of now and of the start, into tensors () on its device.
+
+    Set its rank, and the alpha that keeps the scaling.
 
     Return the change; rank None keeps the rank.
     """

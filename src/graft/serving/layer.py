@@ -58,7 +58,8 @@ class SlotChoice(local):
     def set_rows(self, rows: list[int], device: torch.device) -> None:
         """Choose a slot for each row.
 
-        The index of this batch size is overwritten in place, so that compiled code stays valid.
+        The index of this batch size is overwritten in place, so that compiled code stays valid; it is made for a new
+        size or device. If all slots are equal, `slot` is that one, and `mixed` is False.
 
         Kept factors are dropped if the slots are mixed and differ from the last mix, or slots were written since.
         """
@@ -76,6 +77,8 @@ class SlotChoice(local):
 
     def get_index(self, batch: int, layer: str) -> Tensor:
         """Return the slot of each row, (batch,).
+
+        For a batch of another size than the index, without a mix, it is the index's first entry, expanded.
 
         Raises:
             RoutingError: a mix has another number of rows, so that the layer's input is not one row per sample.
@@ -161,7 +164,7 @@ class SlotLayer(nn.Module):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors of the slots."""
+        """All tensors of the slots: A and B of each rank in turn, then `vectors`."""
         return (*[getattr(self, name) for pair in self.names for name in pair], *self.vectors)
 
     def get_factors(self, slot: int) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,11 @@ class AdapterSlots:
         gains: bool,
         change_timeout: float | None,
     ) -> None:
-        """Allocate the slots of these sites and set all fields. The model does not change; memory may run out."""
+        """Allocate the slots of these sites and set all fields.
+
+        The model does not change; memory may run out. Slots are numbered from 1, by rising rank; of a rank the lowest
+        free one is taken first. Slot 0 is the one of zeros.
+        """
         self.sizes, self.max_adapters, self.max_rank = sizes, sum(sizes.values()), max(sizes)
         first = next(iter(sites.values()))
         with torch.inference_mode(False):
@@ -163,7 +167,7 @@ class AdapterSlots:
     def _attach(self, model: nn.Module, tree: ModuleTree) -> None:
         """Replace the target modules of a model without adapters by the layers with slots, in all their places.
 
-        Each layer gets the mode of its base layer.
+        Each layer gets the mode of its base layer. The model and the places are noted for `remove`.
         """
         self.model = model
         self._places = {key: tree.list_places(key) for key in self.layers}
@@ -195,7 +199,7 @@ class AdapterSlots:
             dtype, gains, keep_gathered, change_timeout: as of AdapterSlots.
 
         Raises:
-            AdapterNotFoundError: there is no such adapter.
+            AdapterNotFoundError: there is no such adapter, or none at all.
             InUseError: calls of the model last longer than its `change_timeout`.
             RuntimeError: another thread is in a step of the MultiTrain.
             ConfigError: an adapter is merged.
@@ -273,6 +277,7 @@ class AdapterSlots:
         Raises:
             AdapterNameError: the name is taken (while `unload` waits for its batches, too), or cannot be one.
             ConfigError, AdapterKeyError, BaseModelMismatchError: it does not fit: its method, ranks or targets.
+                ConfigError also if a state dict has no config, or `keep=False` has no folder.
             CheckpointError: the folder holds no adapter, or its files are damaged.
             RoutingError: the slots were removed from the model.
             TypeError: an option is unknown.
@@ -334,7 +339,7 @@ class AdapterSlots:
     def unload(self, name: str) -> None:
         """Forget an adapter, and free its slot and host memory, once no batch of another thread uses it.
 
-        New batches cannot name it from now on.
+        New batches cannot name it from now on. It is unpinned, and threads that wait for slots are woken.
 
         Raises:
             RoutingError: it is unknown, or an open `using` block of this thread uses it.
@@ -486,7 +491,8 @@ class AdapterSlots:
         """Write missing adapters into slots of their rank: free ones, else those of the least recently used adapters
         that are neither pinned nor in use. All become the most recently used.
 
-        If writing fails, the slot is free, and the error is raised.
+        The values of all are read before the first is written. If writing fails, the slot is free, the adapter that had
+        it stays out, and the error is raised.
         """
         fixed = self._pinned | self._list_in_use() | set(wanted)
         missing = [n for n in wanted if n not in self._slots]
@@ -508,7 +514,7 @@ class AdapterSlots:
     def _read_files(self, names: Sequence[str]) -> ValuesRead:
         """Return the values of those adapters that are neither in host memory nor in slots.
 
-        Files are read without holding other threads.
+        Unknown names are skipped. Files are read without holding other threads.
         """
         absent = [(n, self._known.get(n)) for n in dict.fromkeys(names) if n not in self._slots]
         return {n: (known, known.read()) for n, known in absent if known is not None and known.read is not None}
@@ -710,7 +716,8 @@ class AdapterSlots:
     def remove(self) -> nn.Module:
         """Take the slots out of the model, put the base layers back, and return it.
 
-        From then on the slots serve nothing.
+        From then on the slots serve nothing: `load` and `using` raise RoutingError. No adapter has a slot or is pinned;
+        `names` stays.
 
         Raises:
             RoutingError: a `using` block of this thread is open.
@@ -727,7 +734,7 @@ class AdapterSlots:
 
 
 def find_highest_rank(factors: Mapping[str, SlotFactors]) -> int:
-    """Return the highest rank of an adapter's layers."""
+    """Return the highest rank of an adapter's layers, the number of rows of A. There must be a layer."""
     return max(f.A.shape[0] for f in factors.values())
 
 

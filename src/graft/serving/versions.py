@@ -74,10 +74,12 @@ class Versions:
         return self.names[-1] if self.names else None
 
     def publish(self, tensors: AdapterTensors) -> str:
-        """Load a version, make it the current one, and unload older ones beyond `keep` that nobody uses; return its
-        name.
+        """Load a version, make it the current one, and unload older ones beyond `keep` that nobody uses.
 
-        One publishes at a time. Leftovers are unloaded first. Warns of each version that cannot be unloaded.
+        Return its name: `name`-v<number>-<four digits of the tensors' digest>.
+
+        One publishes at a time. The number rises before the load, so that a failed one is not used again. Leftovers are
+        unloaded first. Warns of each version that cannot be unloaded.
 
         Raises:
             ConfigError: there are no tensors: this process is not the first of those that hold the adapter.
@@ -212,7 +214,9 @@ class Versions:
             self.unload(name)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of the last version, so that a resumed training uses no name again."""
+        """Return {"number": the number of the last version}, also of one that failed to load, so that a resumed
+        training uses no name again.
+        """
         return {"number": self.number}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

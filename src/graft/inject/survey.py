@@ -26,7 +26,7 @@ from graft.core.ops import Op, Opaque, find_op
 from graft.core.site import Site
 from graft.core.wrappers import find_inner_attribute, find_inner_module
 from graft.inject.beside import ModulesToSaveWrapper, RowsLayer
-from graft.storage.codes import count_numbers
+from graft.storage import codes
 from graft.storage.experts import ExpertBlock
 from graft.storage.find import find_store, find_store_of_tensor, find_tensor_store, innermost
 from graft.storage.shared_work import find_piece
@@ -265,6 +265,20 @@ class ModuleTree:
         """
         return [self.places[path], *self.again.get(path, ())]
 
+    @property
+    def is_quantized(self) -> bool:
+        """True if the model is marked as quantized, or a module of it has a packed weight."""
+        return codes.is_quantized(self.root)
+
+    def find_castable_parameters(self, keep_fixed: bool = False) -> list[nn.Parameter]:
+        """Return the parameters that may get another dtype: numbers of 16 to 64 bits that are no part of a packed
+        weight.
+
+        With `keep_fixed` there are none if the model's quantization method fixes the dtype of its other weights.
+        """
+        is_fixed = keep_fixed and codes.dtype_is_fixed(self.root)
+        return [] if is_fixed else codes.find_castable_parameters(self.root)
+
     @cached_property
     def paths(self) -> dict[nn.Module, str]:
         """The path of each module. Computed once."""
@@ -351,7 +365,7 @@ def survey_model(model: nn.Module) -> ModuleTree:
             if p is not None:
                 n = owners[p] = owners.get(p, 0) + 1
                 if n == 1:
-                    numbers += count_numbers(p)
+                    numbers += codes.count_numbers(p)
 
     def look_into(module: nn.Module, path: str) -> None:
         """Continue the walk below a module: through its carrier, through a wrapper around the whole model, which makes

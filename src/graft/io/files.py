@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -107,10 +107,28 @@ def save_adapter(
     pair.save_pair(folder, SAFETENSORS_WEIGHTS_NAME if safetensors else WEIGHTS_NAME, write, text, beside)
 
 
-def write_sealed(path: str, tensors: dict[str, Tensor]) -> None:
-    """Write copies of tensors with their digest to `path`, whole or not at all: an error leaves the old file."""
+def write_sealed(path: str, tensors: dict[str, Tensor], beside: Mapping[str, str] | None = None) -> None:
+    """Write copies of tensors with their digest to `path`, whole or not at all: an error leaves the old file.
+
+    Args:
+        beside: texts of further files in the folder, by name. Each is written before, whole or not at all.
+    """
+    for name, text in (beside or {}).items():
+        replace_file(os.path.join(os.path.dirname(path), name), text)
     packed = PackedTensors.copy(tensors)
     replace_file(path, lambda to: write_safetensors(to, packed, {"format": "pt", seal.KEY: packed.digest()}))
+
+
+def write_torch_file(path: str, tensors: dict[str, Tensor]) -> None:
+    """Write tensors to a file of torch.save, whole or not at all, and make its folder."""
+
+    def write_file(where: str) -> None:
+        """Write the tensors to a path. An open file reports a full disk, which torch 2.6 does not do for a path."""
+        with open(where, "wb") as f:
+            torch.save(tensors, f)
+
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    replace_file(path, write_file)
 
 
 def check_saved_tensors(folder: str, tensors: dict[str, Tensor]) -> None:

@@ -23,11 +23,11 @@ from graft import (
     Method,
     SdtConfig,
 )
-from graft.config.atomic import replace_file
 from graft.config.reading import read_weights
 from graft.core.errors import join_some
 from graft.inject.inject import find_methods
 from graft.inject.parts import check_no_pieces, use_mode
+from graft.io.files import write_torch_file
 
 
 def find_linear_methods(
@@ -88,14 +88,7 @@ def read_cache(path: str | None) -> dict[str, Tensor] | None:
 def write_cache(path: str | None, tensors: dict[str, Tensor]) -> None:
     """Write tensors to a cache file, whole or not at all, and make its folder. Without a path do nothing."""
     if path is not None:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-
-        def write_file(where: str) -> None:
-            """Write the tensors to a path. An open file reports a full disk, which torch 2.6 does not do for a path."""
-            with open(where, "wb") as f:  # given a path, torch 2.6 says nothing of a full disk
-                torch.save(tensors, f)
-
-        replace_file(path, write_file)
+        write_torch_file(path, tensors)
 
 
 def get_cached(cached: dict[str, Tensor], name: str, path: str | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graft import AdapterLayer, PeftWarning
 from graft.core.errors import warn
 from graft.inject.parts import get_registry, unwrap_model
-from graft.storage.codes import dtype_is_fixed, find_castable_parameters, is_quantized
+from graft.inject.survey import survey_model
 
 PROMPT_ENCODERS = ("PrefixEncoder", "PromptEncoder", "PromptEmbedding", "CartridgeEncoder")
 
@@ -31,7 +31,7 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
 
     Codes and scales of packed weights keep their dtype.
     """
-    for p in find_castable_parameters(unwrap_model(model)):
+    for p in survey_model(unwrap_model(model)).find_castable_parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
 
 
@@ -162,12 +162,13 @@ def prepare_model_for_kbit_training(
     """
     inner = unwrap_model(model)
     inner.requires_grad_(False)
-    for p in () if dtype_is_fixed(inner) else find_castable_parameters(inner):
+    tree = survey_model(inner)
+    for p in tree.find_castable_parameters(keep_fixed=True):
         if p.dtype in HALF:
             p.data = p.data.to(torch.float32)
     if auto_clear_cache:
         clear_device_cache()
-    if use_gradient_checkpointing and is_quantized(inner):
+    if use_gradient_checkpointing and tree.is_quantized:
         enable_checkpointing(model, gradient_checkpointing_kwargs or {})
     return model
 

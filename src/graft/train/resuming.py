@@ -7,12 +7,11 @@ A state finds its parameter by name, whatever the order of the parameters. A dif
 from __future__ import annotations
 
 import copy
-import json
 import operator
 import os
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graft import AdapterKeyError, CheckpointError, ConfigError, ConfigTypeError, DistributedError, PeftError
-from graft.config.atomic import make_folder, replace_file
 from graft.config.reading import Json
 from graft.core.errors import join_some
 from graft.inject.parts import get_registry, unwrap_model
@@ -135,9 +133,8 @@ def save_training(
     inner = find_peft_model(model, "save_training")
     note, tensors = collect_training_state(model, optimizer, scheduler, loader, step, extra or {})
     where = os.fspath(folder)
-    with nullcontext() if processes() > 1 else make_folder(where):
-        inner.save_pretrained(where)
-        write_training(where, note, tensors)
+    inner.save_pretrained(where)
+    write_training(where, note, tensors)
 
 
 def write_training(folder: str, note: Json, tensors: dict[str, Tensor]) -> None:
@@ -148,8 +145,7 @@ def write_training(folder: str, note: Json, tensors: dict[str, Tensor]) -> None:
 
     def act() -> None:
         """Write both files, each whole or not at all."""
-        replace_file(os.path.join(folder, NOTE), json.dumps(note, indent=1))
-        write_state_file(os.path.join(folder, FILE), NOTE, note, tensors)
+        write_state_file(os.path.join(folder, FILE), NOTE, note, tensors, readable=True)
 
     if processes() > 1:
         Meeting(SAVE, f"{folder}, step {note['step']}", range(processes())).run_on_first(act)

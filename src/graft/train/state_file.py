@@ -24,13 +24,17 @@ DEEPEST = 100  # lists and dicts inside each other
 TENSOR, PAIRS, TUPLE = "__tensor__", "__pairs__", "__tuple__"  # marks of values that JSON lacks
 
 
-def write_state_file(path: str, note_name: str, note: object, tensors: dict[str, Tensor]) -> None:
+def write_state_file(
+    path: str, note_name: str, note: object, tensors: dict[str, Tensor], readable: bool = False
+) -> None:
     """Write tensors and a note, as `pack` makes it, to a safetensors file, with a digest of both.
 
-    The note becomes a tensor of bytes named `note_name`.
+    The note becomes a tensor of bytes named `note_name`. With `readable` it is first written to a file of that name in
+    the same folder, too, as indented JSON.
     """
     text = json.dumps(note).encode()
-    write_sealed(path, tensors | {note_name: torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+    beside = {note_name: json.dumps(note, indent=1)} if readable else {}
+    write_sealed(path, tensors | {note_name: torch.frombuffer(bytearray(text), dtype=torch.uint8)}, beside)
 
 
 def read_state_file(path: str, note_name: str, what: str) -> tuple[Json, dict[str, Tensor]]:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """The facts that a call gives about the rows of its batch: the adapter of each row, gates, other facts.
 
 Also a run of the model that is about to begin, as `Method.surround_run` sees it, and caches of transformers.
@@ -12,7 +13,7 @@ need no code for that.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import NoneType
@@ -49,6 +50,11 @@ def adapters_in(key: Key) -> tuple[str, ...]:
     return () if key is None else key.names if isinstance(key, JointAdapters) else (key,)
 
 
+def make_index(numbers: Iterable[int], device: torch.device | None) -> Tensor:
+    """Return numbers, such as those of rows, as an index on a device: a constant, which nobody may write to."""
+    return constant(tuple(numbers), torch.long, device)
+
+
 @dataclass(eq=False)
 class Rows:
     """A batch with rows grouped by adapter. Layers read index tensors on the batch's device; lists are for the host."""
@@ -77,11 +83,11 @@ class Rows:
         """Return the Rows of a batch of `batch` rows, with the row numbers of each key in `groups`.
 
         All index tensors come by one copy to `device`. There is no copy if a recent batch had the same rows
-        (`constant`). A batch of 0 rows has empty tensors on the CPU.
+        (`make_index`). A batch of 0 rows has empty tensors on the CPU.
         """
         listed = [row for rows in groups.values() for row in rows]
         places = sorted(range(batch), key=listed.__getitem__)
-        order, inverse = constant((*listed, *places), torch.long, device).split(batch) if batch else (EMPTY, EMPTY)
+        order, inverse = make_index((*listed, *places), device).split(batch) if batch else (EMPTY, EMPTY)
         segments = zip(groups, order.split([len(rows) for rows in groups.values()]))
         return cls(batch, groups, listed == sorted(listed), tuple(segments), order, inverse)
 
@@ -183,7 +189,7 @@ class Rows:
                 "sample of each is not known. Run one adapter at a time, or make adapters that leave this layer out."
             )
         numbers = {row: i for i, rows in enumerate(self.groups.values()) for row in rows}
-        of_rows = constant(tuple(numbers[row] for row in range(self.batch)), torch.long, device)
+        of_rows = make_index((numbers[row] for row in range(self.batch)), device)
         return of_rows.repeat_interleave(tokens // self.batch)
 
 

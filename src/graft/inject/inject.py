@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """An injection puts an adapter on a model: find, check, build, then commit, or undo on an error.
 
 The module tree is walked once.
@@ -13,7 +14,7 @@ of base weights by an initialisation are rolled back.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from torch import nn
@@ -27,7 +28,7 @@ from graft.inject.beside import RowsLayer, TrainableTokensWrapper
 from graft.inject.job import InjectionJob
 from graft.inject.parts import pause_collector, sort_inside_out
 from graft.inject.stage import draw_alike, find_team
-from graft.inject.survey import ModuleTree, Place, attach_module, survey_model
+from graft.inject.survey import ModuleTree, survey_model
 from graft.methods import ROWS, method_of
 from graft.storage.codes import prepare_packed
 from graft.storage.find import DENSE, find_store_of_tensor, innermost
@@ -126,7 +127,7 @@ class Injection(InjectionJob):
             if sharding is not None:
                 sharding.set_trainability(tree.owners, False)
         for path, base in tree.vacant.items():
-            attach_module(tree.list_places(path), base)
+            tree.attach(path, base)
         nests: dict[str, list[AdapterLayer]] = {path: list(layers) for path, layers in tree.nests.items()}
         for key, layer in self.layers.items():
             if not self.options.provisional:
@@ -136,13 +137,13 @@ class Injection(InjectionJob):
             if layer.op.opaque:
                 nests.setdefault(layer.site.path, []).append(layer)
             else:
-                attach_module(tree.list_places(key), layer)
+                tree.attach(key, layer)
         for path, layers in nests.items():
-            nest_layers(tree.list_places(path), layers, innermost(tree.modules[path]))
+            nest_layers(tree, path, layers)
         for key, wrapper in self.wrappers.items():
             if key not in tree.wrappers:
                 module = TrainableTokensWrapper(wrapper) if isinstance(wrapper, RowsLayer) else wrapper
-                attach_module(tree.list_places(key), module.train(tree.modules[key].training))
+                tree.attach(key, module.train(tree.modules[key].training))
         for bias in self.biases:
             bias.requires_grad = True  # `build_carriers` has made Parameters of packed ones
         if sharding is not None:
@@ -184,15 +185,17 @@ def find_methods(model: nn.Module, config: PeftConfig) -> dict[str, Method]:
     return Injection(model, config, method_of(config.peft_type), "default").find().methods
 
 
-def nest_layers(places: Iterable[Place], layers: list[AdapterLayer], base: nn.Module) -> None:
-    """Put the layers of several parameters of one module around it and each other, and attach the outermost at
-    `places`. The layer of the module's first parameter is the innermost. Without layers the places get `base` back.
+def nest_layers(tree: ModuleTree, path: str, layers: list[AdapterLayer]) -> None:
+    """Put the layers of several parameters of the module at a path around it and each other, and the outermost into the
+    module's places.
+
+    The layer of the module's first parameter is the innermost. Without layers the places get the module back.
     """
-    inner: nn.Module = base
+    inner: nn.Module = innermost(tree.modules[path])
     for layer in sort_inside_out(layers) if layers else ():
         layer._modules["base_layer"] = inner
         inner = layer
-    attach_module(places, inner)
+    tree.attach(path, inner)
 
 
 def check_second_bias(cfg: PeftConfig) -> None:

@@ -220,7 +220,7 @@ def find_inner_uses(kind: type) -> dict[Path, Use]:
         return SOURCES[kind]
     functions: dict[str, FunctionType] = {}
     for cls in kind.__mro__:
-        if not f"{cls.__module__}.".startswith("torch."):  # for torch's see `list_read_children`, and `attach_module`
+        if not f"{cls.__module__}.".startswith("torch."):  # for torch's see `list_read_children`, and `attach`
             for name, value in vars(cls).items():
                 if (function := get_written_function(value)) is not None and not SETS_UP.match(name):
                     functions.setdefault(name, function)
@@ -259,11 +259,17 @@ class ModuleTree:
     absent: dict[str, str] = field(default_factory=dict)  # path of a module of another pipeline stage → of its parent
     checkpointing: bool = False  # some module has gradient checkpointing switched on
 
-    def list_places(self, path: str) -> list[Place]:
-        """Return the places (parent, name) of the module at a path: several if one object has several names, as a T5's
-        embedding.
+    def attach(self, path: str, module: nn.Module) -> None:
+        """Put `module` into each place of the module at a path, without `setattr`: several places if one object has
+        several names, as a T5's embedding.
+
+        A parent with torch's fast path of TransformerEncoderLayer gets that switched off, since it would not call the
+        module.
         """
-        return [self.places[path], *self.again.get(path, ())]
+        for parent, name in (self.places[path], *self.again.get(path, ())):
+            if "activation_relu_or_gelu" in parent.__dict__:
+                parent.activation_relu_or_gelu = 0  # torch's fast path would not call the layer
+            parent._modules[name] = module  # setattr would only look the old one up again
 
     @property
     def is_quantized(self) -> bool:
@@ -566,18 +572,6 @@ def make_parameter_site(path: str, module: nn.Module, name: str, tree: ModuleTre
 def get_type_name(module: nn.Module) -> str:
     """Return the class name of a module; for a layer that of its base module."""
     return str(module.site.type_name) if isinstance(module, AdapterLayer) else type(module).__name__
-
-
-def attach_module(places: Iterable[Place], module: nn.Module) -> None:
-    """Put `module` into each of the places (parent, name), without `setattr`.
-
-    A parent with torch's fast path of TransformerEncoderLayer gets that switched off (`activation_relu_or_gelu` becomes
-    0), since it would not call the module.
-    """
-    for parent, name in places:
-        if "activation_relu_or_gelu" in parent.__dict__:
-            parent.activation_relu_or_gelu = 0  # type: ignore[assignment]  # torch's fast path in TransformerEncoderLayer would not call the layer
-        parent._modules[name] = module  # setattr would only look the old one up again
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -27,6 +27,7 @@ from graft.core.wrappers import is_bias
 from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.build import assign_values
 from graft.inject.job import Receiver
+from graft.inject.match import Matcher
 from graft.inject.parts import AdapterCarriers, find_carriers, get_gate, get_registry, unwrap_model
 from graft.inject.stage import find_absent_in_model
 from graft.io.base import make_file_namer
@@ -157,6 +158,20 @@ class CheckpointValues:
         """The checkpoint's keys, after renaming."""
         return self.tensors.keys()
 
+    @cached_property
+    def matcher(self) -> Matcher:
+        """Returns the verdict of the config about a path. Compiled once."""
+        return Matcher(self.config)
+
+    def group_entries(
+        self, parts: AdapterCarriers, prefix: str
+    ) -> Iterator[tuple[AdapterLayer | None, Iterator[Entry]]]:
+        """Yield (layer, entries) for the tensors of the adapter that files hold: None for those of no layer.
+
+        Read the entries before the next group. prefix: that of the model's keys.
+        """
+        return groupby(list_entries(parts, self.adapter, prefix), lambda entry: entry.layer)
+
     def make_head(self, key: str, module: nn.Module) -> nn.Module | None:
         """Return a copy of a module to save (without its wrapper) with the file's number of labels, if a tensor's first
         dimension alone differs; else None.
@@ -250,7 +265,7 @@ class CheckpointValues:
         pairs_to_load: list[tuple[Entry, str]] = []
         mismatched: list[Mismatch] = []
         used: set[str] = set()
-        by_layer = groupby(list_entries(parts, self.adapter, prefix), lambda entry: entry.layer)
+        by_layer = self.group_entries(parts, prefix)
         groups = [(layer, [(entry, find_key(entry, names)) for entry in group]) for layer, group in by_layer]
         for layer, pairs in groups:
             if layer is None:  # layers may restore values as large as the shared tensors

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from graft import AdapterKeyError, ConfigError, LoraConfig, method_of
 from graft.core.errors import join_some
-from graft.inject.match import Matcher
 from graft.inject.parts import AdapterCarriers
 from graft.io.files import LoadedWeights
 from graft.io.load import CheckpointValues
@@ -171,8 +170,7 @@ def fit_adapter(
     tensors = group_by_layer(name, load.tensors, config)
     if unknown := [f"{path}.{leaf}" for path, below in tensors.items() if path not in layers for leaf in below]:
         raise _no_slots_error(name, unknown)
-    matcher = Matcher(config)
-    lost = [key for key in layers if key not in tensors and matcher(key).outcome == "matched"]
+    lost = [key for key in layers if key not in tensors and load.matcher(key).outcome == "matched"]
     lost += [f"{key}.{leaf}" for key, below in tensors.items() for leaf in list_leaves(config) if leaf not in below]
     if lost or not tensors:
         raise AdapterKeyError(

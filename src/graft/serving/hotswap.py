@@ -11,7 +11,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 
 from graft import AdapterKeyError, AdapterLayer, ConfigError, LoraConfig, PeftWarning, method_of
 from graft.core.errors import join_some, warn, warn_unknown
-from graft.inject.match import Matcher
 from graft.inject.parts import (
     AdapterCarriers,
     find_carriers,
@@ -30,8 +28,6 @@ from graft.inject.parts import (
     pause_collector,
     unwrap_model,
 )
-from graft.inject.survey import survey_model
-from graft.io.entries import list_entries
 from graft.io.files import READING, LoadedWeights, read_checkpoint
 from graft.io.load import CheckpointValues
 from graft.storage.parallel import find_whole_shape, layout_of, strip_inner_wrappers, write_all_whole
@@ -288,11 +284,11 @@ def plan_swap(load: CheckpointValues, parts: AdapterCarriers) -> SwapPlan:
             adapter. Also if shapes or kinds of dtype (floating point or not) differ, or a tensor is on the meta device.
             One error names all faults.
     """
-    plan, targeted = SwapPlan(), Matcher(load.config)
+    plan = SwapPlan()
     prefix = parts.prefix if any(k.startswith("base_model.") for k in load.tensors) else ""
     load.arrange_stacks(parts, prefix)
     left = dict(load.tensors)
-    for layer, group in groupby(list_entries(parts, load.adapter, prefix), lambda entry: entry.layer):
+    for layer, group in load.group_entries(parts, prefix):
         pairs = [(entry, None if (name := find_name(left, entry)) is None else left.pop(name)) for entry in group]
         absent = [entry for entry, value in pairs if value is None]
         if layer is None or pairs[0][0].container not in RANK_DIM:  # modules to save, token rows
@@ -308,7 +304,7 @@ def plan_swap(load: CheckpointValues, parts: AdapterCarriers) -> SwapPlan:
             plan.layers_found[key] = layer
             plan.changes.append(LayerChange.make(layer, cfg.r, cfg.lora_alpha, cfg.use_rslora, max(room, cfg.r)))
             _plan_values(plan, pairs, room, cfg.r)
-        elif targeted(key).outcome == "matched" or any(entry.container not in RANK_DIM for entry in absent):
+        elif load.matcher(key).outcome == "matched" or any(entry.container not in RANK_DIM for entry in absent):
             _plan_values(plan, pairs)
         else:
             plan.zeros += [entry.tensor for entry in absent]
@@ -352,7 +348,7 @@ def _plan_values(plan: SwapPlan, pairs: list[tuple[Any, Tensor | None]], room: i
             plan.missing.append(entry.file)
             continue
         current = find_whole_shape(entry.tensor)
-        shape = current if r == room else compute_shape(entry, r)
+        shape = current if r == room else compute_shape(entry.layer, entry, r)
         if value.shape != shape:
             plan.wrong.append(f"{entry.file} has shape {tuple(value.shape)}, expected is {tuple(shape)}")
         elif value.is_floating_point() != entry.tensor.is_floating_point():
@@ -362,36 +358,33 @@ def _plan_values(plan: SwapPlan, pairs: list[tuple[Any, Tensor | None]], room: i
         elif r > room and shape != current:
             plan.larger.append((entry, value, r))
         else:
-            plan.copies.append((entry.tensor, value if shape == current else pad_to_rank(entry, value, room)))
+            plan.copies.append(
+                (entry.tensor, value if shape == current else pad_to_rank(entry.layer, entry, value, room))
+            )
 
 
 # A and B at another rank
 
 
-def count_entry_groups(entry: Any) -> int:
-    """Return the number of groups of the layer of an entry; 1 if it is no convolution."""
-    return entry.layer.op.count_groups(entry.layer.base_layer)
-
-
-def compute_shape(entry: Any, r: int) -> torch.Size:
+def compute_shape(layer: Any, slot: Any, r: int) -> torch.Size:
     """Return the shape that an adapter's tensor would have at rank r.
 
     A has r rows; B has r columns, divided by the groups of a convolution. Tensors without a rank, or of one dimension,
     keep their shape.
     """
-    shape = list(find_whole_shape(entry.tensor))
-    dim = RANK_DIM.get(entry.container)
+    shape = list(find_whole_shape(slot.tensor))
+    dim = RANK_DIM.get(slot.container)
     if dim is not None and len(shape) > 1:
-        shape[dim] = r // count_entry_groups(entry) if dim else r
+        shape[dim] = r // layer.op.count_groups(layer.base_layer) if dim else r
     return torch.Size(shape)
 
 
-def pad_to_rank(entry: Any, value: Tensor, r: int) -> Tensor:
+def pad_to_rank(layer: Any, slot: Any, value: Tensor, r: int) -> Tensor:
     """Return A or B padded with zeros up to rank r; in A of grouped convolutions, at the end of each group."""
-    out = value.new_zeros(compute_shape(entry, r))
+    out = value.new_zeros(compute_shape(layer, slot, r))
     inside, values = out, value
-    if not RANK_DIM[entry.container]:
-        inside, values = (t.unflatten(0, (count_entry_groups(entry), -1)) for t in (out, value))
+    if not RANK_DIM[slot.container]:
+        inside, values = (t.unflatten(0, (layer.op.count_groups(layer.base_layer), -1)) for t in (out, value))
     inside.narrow(1, 0, values.shape[1]).copy_(values)
     return out
 
@@ -476,9 +469,9 @@ def prepare_model_for_compiled_hotswap(
         )
     model = unwrap_model(model)
     on: dict[str, dict[str, AdapterLayer]] = defaultdict(dict)  # layers by adapter
-    for key, layer in survey_model(model).layers.items():
+    for layer in (m for m in model.modules() if isinstance(m, AdapterLayer)):
         for name in (n for n, m in layer.methods.items() if isinstance(m, method_of("LORA"))):
-            on[name][key] = layer
+            on[name][layer.site.key] = layer
     if not on:
         raise ConfigError(
             "No adapter layers found on the model, make sure to call `prepare_model_for_compiled_hotswap` after "
@@ -491,10 +484,9 @@ def prepare_model_for_compiled_hotswap(
         if target_rank is not None:
             for name, layers in on.items():
                 check_paddable(name, layers, target_rank, get_config(model, name))
-            carriers = ((name, AdapterCarriers(layers, {})) for name, layers in on.items())
-            to_grow = [entry for name, parts in carriers for entry in list_entries(parts, name, "")]
-            to_grow = [entry for entry in to_grow if compute_shape(entry, target_rank) != entry.tensor.shape]
-            replace_tensors([(entry, pad_to_rank(entry, entry.tensor, target_rank), target_rank) for entry in to_grow])
+            slots = [(layer, s) for name, layers in on.items() for layer in layers.values() for s in layer.slots(name)]
+            larger = [(layer, s) for layer, s in slots if compute_shape(layer, s, target_rank) != s.tensor.shape]
+            replace_tensors([(s, pad_to_rank(layer, s, s.tensor, target_rank), target_rank) for layer, s in larger])
         for name, layers in on.items():
             changes = [prepare_layer(layer, name, target_rank) for layer in layers.values()]
             if (known := get_config(model, name)) is not None:

@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft import RoutingError
-from graft.kernels.eager import eager, has_no_hooks
-from graft.kernels.waits import constant
+from graft import AdapterLayer, RoutingError
+from graft.core.rows import make_index
 
 HALF = (torch.float16, torch.bfloat16)
 NONE = 0  # the slot of zeros, for rows without adapter
@@ -67,7 +66,7 @@ class SlotChoice(local):
         if n not in self._indices or self._indices[n].device != device:
             self._indices[n] = torch.zeros(n, dtype=torch.long, device=device)
         self.index = self._indices[n]
-        self.index.copy_(constant(tuple(rows), torch.long, device))
+        self.index.copy_(make_index(rows, device))
         self.slot = rows[0] if len(set(rows)) == 1 else None
         self.mixed = self.slot is None
         self.used = frozenset(rows)
@@ -107,6 +106,7 @@ class SlotLayer(nn.Module):
     output_is_new: bool  # the base layer's output may be overwritten
     methods: ClassVar[dict[str, object]] = {}
     state: ClassVar[Any] = type("State", (), {"merged": ()})  # nothing is merged
+    may_fuse: Any = AdapterLayer.may_fuse  # a property
     why_not_adapted = "It has slots of AdapterSlots, whose remove() takes them off"
     A: Tensor  # (slots + 1, rank, in) of the first group; A1, A2, …: of the others; place 0 of each holds zeros
     B: Tensor  # (slots + 1, rank, out): a row of B is contiguous, which makes `bmm` three times as fast
@@ -256,26 +256,21 @@ class SlotLayer(nn.Module):
         return torch.addcmul(shift, out, gain).to(y.dtype)
 
     def add_product(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """Return y + x Aᵀ B in y's dtype, with A and B of one adapter (2-D), or of each row (3-D).
+        """Return y + x Aᵀ B in y's dtype, rounded once, with A and B of one adapter (2-D), or of each row (3-D).
 
-        x is cast to A's dtype.
-
-        y itself is overwritten and returned if the base's output is new, no hooks see it, and the code is compiled or
-        eager kernels may run. Then equal dtypes use one fused operation; otherwise the product is added in place.
+        x is cast to A's dtype. Equal dtypes use one fused operation. y is overwritten if `may_fuse` is True.
         """
         rows = () if A.dim() == 2 else (x.shape[0],)
         x = x.to(A.dtype).reshape(*rows, -1, x.shape[-1])
         h = (A @ x.mT).mT if rows else x @ A.mT  # for few tokens per row, two thirds of the time of x Aᵀ
-        if not (self.output_is_new and has_no_hooks(self.base_layer) and (torch.compiler.is_compiling() or eager())):
-            return (y + (h @ B).view(y.shape)).to(y.dtype)
-        out = y.view(*rows, -1, y.shape[-1])
+        out = y.reshape(*rows, -1, y.shape[-1])
         if not y.dtype == h.dtype == B.dtype:
-            out += h @ B  # rounds once
+            out = out.add_(h @ B) if self.may_fuse else out + h @ B
         elif rows:
-            out.baddbmm_(h, B)
+            out = out.baddbmm_(h, B) if self.may_fuse else out.baddbmm(h, B)
         else:
-            out.addmm_(h, B)
-        return y
+            out = out.addmm_(h, B) if self.may_fuse else out.addmm(h, B)
+        return out.view(y.shape).to(y.dtype)
 
     # attributes of a linear layer that models read, and those of an AdapterLayer that fingerprints read
 

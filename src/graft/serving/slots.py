@@ -31,7 +31,6 @@ from graft.core.gate import PATIENCE, Gate
 from graft.core.rows import BASE, count_copies
 from graft.inject.inject import Injection
 from graft.inject.parts import check_adapter_name, check_no_pieces, find_gate, get_config, get_gate, get_registry
-from graft.inject.survey import ModuleTree, attach_module, survey_model
 from graft.io.files import READING, LoadedWeights, read_checkpoint
 from graft.serving.fits import A_, KnownAdapter, SlotFactors, check_config, fit_adapter, group_by_layer
 from graft.serving.layer import NONE, SlotChoice, SlotLayer, move_to_devices
@@ -128,7 +127,7 @@ class AdapterSlots:
         sites = {key: method.site for key, method in injection.methods.items()}
         check_sites(sites)
         self._allocate(sites, sizes, keep_gathered, dtype, gains, change_timeout)
-        self._attach(model, injection.tree)
+        self._attach(model, injection)
 
     def _allocate(
         self,
@@ -164,16 +163,15 @@ class AdapterSlots:
         for slot in range(self.max_adapters, NONE, -1):
             self._free.setdefault(self._rank_of[slot], []).append(slot)
 
-    def _attach(self, model: nn.Module, tree: ModuleTree) -> None:
-        """Replace the target modules of a model without adapters by the layers with slots, in all their places.
+    def _attach(self, model: nn.Module, injection: Injection) -> None:
+        """Replace the target modules that an injection has found by the layers with slots, in all their places.
 
         Each layer gets the mode of its base layer. The model and the places are noted for `remove`.
         """
-        self.model = model
-        self._places = {key: tree.list_places(key) for key in self.layers}
+        self.model, self._tree = model, injection.tree
         for key, layer in self.layers.items():
             layer.training = layer.base_layer.training
-            attach_module(self._places[key], layer)
+            self._tree.attach(key, layer)
 
     @classmethod
     def of(
@@ -246,7 +244,8 @@ class AdapterSlots:
             slots, room = cls.__new__(cls), count_slots_by_rank(n, max_rank if by_rank else rank)
             slots._allocate(sites, room, keep_gathered, dtype, gains, change_timeout)
             base = source.unload() if source is not model else source.unload(keep_modules=False)
-        slots._attach(base, survey_model(getattr(base, "_orig_mod", base)))
+        inner, lora = getattr(base, "_orig_mod", base), method_of("LORA")
+        slots._attach(base, Injection(inner, LoraConfig(), lora, "slots", keys=[*slots.layers]).find())
         for name, (config, tensors) in adapters.items():
             slots.load(name, tensors, config=config)
         return slots
@@ -727,7 +726,7 @@ class AdapterSlots:
             raise RoutingError("The slots are in use. Leave the `using` block first.")
         with self.gate.change("AdapterSlots.remove()"):
             for key, layer in self.layers.items():
-                attach_module(self._places[key], layer.base_layer)
+                self._tree.attach(key, layer.base_layer)
             self.layers, self._slots, self._pinned = {}, {}, set()
             self._choice.gathered.clear()
         return self.model

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from graft import AdapterLayer, CalibrationError, ConfigError, PeftWarning
 from graft.core.errors import join_some, warn
 from graft.inject.parts import check_no_pieces, get_registry, use_mode
-from graft.inject.survey import attach_module, survey_model
+from graft.inject.survey import ModuleTree, survey_model
 from graft.train.calibration import check_measured, find_linear_methods
 from graft.train.components import Components, distribute_ranks
 
@@ -342,7 +342,7 @@ def set_eva_values(registry: Any, adapter: str, values: dict[str, Tensor]) -> No
         if A is None:
             missing.append(key)
         elif not len(A):
-            remove_from_layer(registry, layer, key, adapter, tree.list_places(key))
+            remove_from_layer(registry, layer, key, adapter, tree)
             continue
         else:
             alpha *= len(A) / r if cfg.eva_config.adjust_scaling_factors else 1
@@ -406,14 +406,14 @@ def set_layer_start(layer: AdapterLayer, adapter: str, r: int, alpha: float, A: 
         method.lora_A.weight.data.copy_(A)
 
 
-def remove_from_layer(registry: Any, layer: AdapterLayer, key: str, adapter: str, places: Any) -> None:
+def remove_from_layer(registry: Any, layer: AdapterLayer, key: str, adapter: str, tree: ModuleTree) -> None:
     """Remove an adapter from a layer.
 
     If the layer has no other, put its base layer back in all places, and remove it from the registry.
     """
     layer.forget(adapter)
     if not layer.methods:
-        attach_module(places, layer.base_layer)
+        tree.attach(key, layer.base_layer)
         del registry.layers[key]
 
 

@@ -202,9 +202,12 @@ def measure_covariances(
         """Return a forward hook that adds the covariance of a layer's input to its sum, and counts its calls."""
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: object) -> None:
-            """Add xᵀ x of the first argument to the layer's sum, and count the call.
+            """Add xᵀ x to the layer's sum, and count the call: x is the first argument as rows, divided by |its largest
+            number|.
 
-            Raise CalibrationError if it is not finite.
+            x is float32, unless the config has `use_float16_for_covariance`.
+
+            Raise CalibrationError if the product is not finite.
             """
             x = args[0].detach().flatten(0, -2)
             x = x if cfg.use_float16_for_covariance else x.float()
@@ -236,8 +239,8 @@ def measure_covariances(
 def eigens_of(W: Tensor, C: Tensor, r: int, method: str, key: str) -> CordaEigens:
     """Return r singular triples of W C with C's inverse multiplied back; W (out, in), C (in, in).
 
-    The r largest for method "ipm", else the r smallest ("kpm"). C's diagonal gets 1 % of its mean added, doubled until
-    the inverse is good (error < 0.05).
+    The r largest for method "ipm", else the r smallest ("kpm"), in float32 and the order of an SVD. C's diagonal gets 1
+    % of its mean added, doubled until the inverse is good (error < 0.05).
 
     Raises:
         CalibrationError: C is zero or not finite; `key` names the layer.
@@ -267,8 +270,8 @@ def preprocess_loraga(
 ) -> None:
     """Measure the start of init_lora_weights="lora_ga". Then call `get_peft_model` with the same model and config.
 
-    Each targeted linear layer gets an attribute `_peft_loraga_grad`, which the initialisation uses and removes. A
-    config without target_modules means those of the architecture.
+    Each targeted linear layer gets its gradient as an attribute `_peft_loraga_grad`, on the weight's device, which the
+    initialisation uses and removes. A config without target_modules means those of the architecture.
 
     Args:
         train_step: runs forward and backward, once or more often: gradients are averaged. No optimizer step.

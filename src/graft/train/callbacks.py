@@ -34,7 +34,7 @@ class Listener:
 
 
 def find_allocator(model: nn.Module) -> Any:
-    """Return the tuner of a model that has `update_and_allocate`, from below wrappers.
+    """Return the tuner (`base_model`) of a model within wrappers, which has `update_and_allocate`.
 
     Raise ConfigError if it has none.
     """
@@ -55,7 +55,7 @@ class AdaLoraCallback(Listener):
         self.tuner = find_allocator(model)
 
     def on_optimizer_step(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
-        """Allocate ranks for the Trainer's current step."""
+        """Call the tuner's `update_and_allocate` with the Trainer's `global_step`."""
         self.tuner.update_and_allocate(state.global_step)
 
 
@@ -80,7 +80,7 @@ def allocate_on_step(optimizer: torch.optim.Optimizer, model: nn.Module, start: 
     tuner, step = find_allocator(model), start
 
     def allocate(*_: object) -> None:
-        """Allocate ranks for this step, and count it."""
+        """Call the tuner's `update_and_allocate` with the number of this step, `start` at first, and count it."""
         nonlocal step
         tuner.update_and_allocate(step)
         step += 1
@@ -94,7 +94,7 @@ class AdamssAsaCallback(Listener):
     def on_optimizer_step(
         self, args: object, state: TrainerState, control: object, model: object = None, **kwargs: object
     ) -> None:
-        """Let the tuner of Trainer's model choose subspaces for the current step.
+        """Call `update_and_allocate` of the tuner of Trainer's model, or of its `module`, with Trainer's `global_step`.
 
         A model without such a tuner is left alone.
         """
@@ -119,7 +119,8 @@ class AdapterLossMixin:
     ) -> Tensor | tuple[Tensor, object]:
         """Return the Trainer's loss, or (loss, outputs).
 
-        In training the mean of the adapters' losses is added, over the number of losses that one step adds up.
+        While the model is in training mode, the mean of the losses of all its tuners of `tuner_class` is added, over
+        `count_summed_losses`. Without such tuners 0 is added.
         """
         result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
         if not model.training:
@@ -144,7 +145,9 @@ class FineGatesTrainerMixin(AdapterLossMixin):
 
 def count_summed_losses(trainer: Any, arguments: dict[str, object]) -> int:
     """Return the number of losses in a step that a Trainer adds up without dividing by their number: those of
-    accumulated batches, if each is divided by the items of the whole step; else 1.
+    accumulated batches, if each is divided by the items of the whole step; else 1. That is so by
+    `loss_is_scaled_for_ga` of the Trainer; without it, if it has a `compute_loss_func`, or gets `num_items_in_batch`
+    and `model_accepts_loss_kwargs`.
     """
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
     if scaled is None:
@@ -169,8 +172,8 @@ def audit_trainer_model(model: nn.Module, optimizer: torch.optim.Optimizer, half
     Args:
         half: float16 is trained with a scaler, which may have skipped the first steps.
         early: the audit after the first steps. Small updates are no finding yet. Updates of 0 are, unless `half`, a
-            rate of 0 or a missing optimizer explains them. Missing gradients count only if nothing moved: the layer may
-            be an expert without tokens.
+            rate of 0 or a missing optimizer explains them. Missing and zero gradients count only if nothing moved: the
+            layer may be an expert without tokens.
     """
     model = unwrap_model(model)
     registry = get_registry(model)

@@ -29,8 +29,10 @@ def forward_fn_dict(model: nn.Module, inputs: Any) -> object:
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: object, peft_config: Any) -> Tensor:
-    """Return the positions, (n, 2), of tokens that count: not masked, and not without a label if the config uses labels
-    and they have the mask's shape.
+    """Return the positions, (n, 2), of tokens that count.
+
+    These are all of `input_ids`, or those of a given `attention_mask`. With `use_label_mask`, tokens whose label is
+    `label_mask_value` do not count, if the labels have the mask's shape.
 
     Raises:
         TypeError: the inputs are no dictionary.
@@ -50,7 +52,7 @@ def prepare_model_inputs_fn_language_modeling(model_input: object, peft_config: 
 
 
 def prepare_layer_inputs_fn_language_modeling(layer_input: object, model_input: Tensor, layer_name: str) -> Tensor:
-    """Return the rows (n, in) of a layer's input at the positions `model_input` (n, 2).
+    """Return the rows (n, in) of a layer's input, or of its first item, at the positions `model_input` (n, 2).
 
     Raises TypeError if the input is no tensor.
     """
@@ -200,9 +202,9 @@ class InputMeasurement:
         return state_dict
 
     def find_largest_ranks(self, widths: dict[str, int]) -> dict[str, int]:
-        """Return by layer the largest rank it can get: r · rho, at most the width of its inputs.
+        """Return by layer the largest rank it can get: r · rho rounded, at most the width of its inputs.
 
-        A rho above 1000 is limited by the model's largest dimension.
+        A rho above 1000 becomes at most the largest dimension of a parameter over the config's r, rounded down.
 
         Raises:
             ConfigError: a layer's rank is above the width of its inputs.
@@ -313,7 +315,9 @@ def gather_from_processes(rows: Tensor) -> Tensor:
 
 
 def digest_rows(rows: Tensor) -> tuple[object, ...]:
-    """Return a tuple that differs for different tensors: shape, dtype and two sums over all bits."""
+    """Return a tuple to compare tensors by: the sizes, the dtype, and as ints the sum of all numbers' bits with weights
+    by place, and without. Numbers have up to 8 bytes.
+    """
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
     words = rows.detach().contiguous().view(whole).flatten().long()
     places = torch.arange(len(words), device=words.device) * 0x9E3779B97F4A7C1 + 1
@@ -386,6 +390,7 @@ def set_layer_start(layer: AdapterLayer, adapter: str, r: int, alpha: float, A: 
     alpha.
 
     New parameters have the dtype, device and `requires_grad` of the old ones. Without A, they keep the default start.
+    The order of the layer's adapters stays.
     """
     method = layer.methods[adapter]
     now = method.lora_A.weight
@@ -434,8 +439,9 @@ def get_eva_state_dict(
 ) -> dict[str, Tensor]:
     """Return {layer name: first principal components of its inputs, (rank, in)}, with the ranks that EVA distributes.
 
-    The model runs in eval mode and without adapters meanwhile. With several processes and `gather_distributed_inputs`,
-    warn that all inputs are gathered.
+    Layers are the linear ones of the adapter, named with the prefix "base_model.model." in a PeftModel. The model runs
+    in eval mode and without adapters meanwhile. With several processes and `gather_distributed_inputs`, warn that all
+    inputs are gathered.
 
     Args:
         model: a PeftModel or a base model.
@@ -449,7 +455,9 @@ def get_eva_state_dict(
 
     Raises:
         CalibrationError: no data, batches that are too small, or layers without inputs (named).
-        ConfigError: a rank is above the width of a layer's inputs; there is no config; a layer name is unknown.
+        ConfigError: a rank is above the width of a layer's inputs; there is no config; `prepare_layer_inputs_fn` names
+            an unknown layer.
+        AdapterNotFoundError: a PeftModel has no such adapter.
     """
     registry = get_registry(model)
     if registry is not None:
@@ -519,7 +527,9 @@ def initialize_lora_eva_weights(
             function.
 
     Raises:
-        ConfigError: the adapter has another initialisation, several adapters are active, or it is merged.
+        ConfigError: the model is no PeftModel, the adapter has another initialisation, several adapters are active, or
+            it is merged.
+        AdapterNotFoundError: there is no such adapter.
         CalibrationError: neither data nor a state dict, or one that does not fit. The model is as it was.
     """
     registry = get_registry(model)

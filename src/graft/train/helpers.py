@@ -204,7 +204,7 @@ def find_checkpointing_switch(model: nn.Module) -> Callable[..., None]:
 
 
 def clear_device_cache() -> None:
-    """Collect garbage, and empty the memory caches of all accelerators that are available."""
+    """Collect garbage, and empty the memory caches of CUDA, XPU and MPS, where they are available."""
     gc.collect()
     for backend in (torch.cuda, torch.xpu, torch.mps):
         if backend.is_available():

@@ -62,7 +62,7 @@ class OptimizerStates:
         return {key: state for key, state in self.inner.state.items() if not isinstance(key, Tensor)}
 
     def replace_states(self, states: list[tuple[nn.Parameter, int, State]], other_states: dict[Any, Any]) -> None:
-        """Replace all states by copies of (parameter, group, whole state), and of states with other keys.
+        """Replace all states by copies of (parameter, group, whole state), and by `other_states` themselves.
 
         Tensors go to the parameter's device and are sharded like it.
 
@@ -88,8 +88,9 @@ class Zero3OptimizerStates(OptimizerStates):
         self.outer = outer
 
     def check(self) -> None:
-        """Raise DistributedError if it trains in float16, with a scale that files lack, or swaps its state to
-        a disk.
+        """Raise DistributedError if it trains in float16, with a scale that files lack, or swaps its state to a disk.
+
+        Its state is not looked at.
         """
         if self.outer.dtype is torch.float16:
             raise DistributedError("DeepSpeed trains in float16, with a scale that the file cannot hold. Use bf16.")

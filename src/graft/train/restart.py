@@ -66,8 +66,8 @@ def find_restartable_adapter(registry: Any) -> str:
     """Return the name of a model's only adapter.
 
     Raises:
-        ConfigError: there are none or several. Also if it is not LoRA, has a variant other than DyLoRA or `lora_bias`,
-            or its start changed the base.
+        ConfigError: there are none or several. Also if it is not LoRA, has any variant but DyLoRA, has `lora_bias`, or
+            its start changed the base.
     """
     names = [] if registry is None else list(registry.peft_config)
     if len(names) != 1:
@@ -121,14 +121,14 @@ def check_restart(layer: AdapterLayer, name: str, optimizer: Optimizer, optimize
 
 
 def find_moments(optimizer: Optimizer, p: nn.Parameter) -> list[Tensor]:
-    """Return the tensors in an optimizer's state of a parameter that have as many numbers as it."""
+    """Return the tensors with dimensions in an optimizer's state of a parameter that have as many numbers as it."""
     state = optimizer.state.get(p, {}).values()
     return [t for t in state if isinstance(t, Tensor) and t.numel() == p.numel() and t.dim()]
 
 
 def reset_factors(m: Method) -> None:
-    """Overwrite A and B in place by the values of a new adapter: A uniform and B zero; for an embedding A zero and B
-    normal. Drawn on the CPU.
+    """Overwrite A and B in place by the values of a new adapter: A uniform within ± 1 / √in and B zero; for an
+    embedding A zero and B standard normal. Drawn on the CPU.
     """
     (A, B), ids = m.pair, m.site.op.takes_ids
     drawn, zeros = (B, A) if ids else (A, B)
@@ -139,7 +139,10 @@ def reset_factors(m: Method) -> None:
 
 
 def prune_moment(moment: Tensor, keep: float) -> None:
-    """Set all but the largest entries of a moment to 0, in place. `keep`: the part of the entries that stays."""
+    """Set all but the entries of a moment with the largest absolute values to 0, in place.
+
+    `keep`: the part of the entries that stays, rounded to a number.
+    """
     n = round(keep * moment.numel())
     flat = moment.flatten()
     places = flat.abs().topk(n)[1]

@@ -169,7 +169,8 @@ def check_sharding_is_known(args: TrainingArguments, model: nn.Module) -> None:
 
 
 def find_last_checkpoint(folder: str | os.PathLike[str], by_name: bool = True) -> str | None:
-    """Return the newest whole checkpoint in the output folder of a Trainer; None if there is none.
+    """Return the path of the whole folder "checkpoint-N" with the highest N in the output folder of a Trainer; None if
+    there is none.
 
     transformers' `get_last_checkpoint` returns the one of the largest number, also if a process was killed while it was
     saved. This reads all files of tensors: headers of safetensors and archives, and the digest of graft's file.

@@ -108,10 +108,11 @@ def save_training(
 ) -> None:
     """Write all that the next step of a training depends on; `resume` continues from it. Call it between two steps.
 
-    The adapters are in files as `save_pretrained` writes them. training.safetensors holds the same values as they are
-    in memory, the optimizer's tensors as `<state>/<parameter>`, the generators, and the text of training.json, a file
-    for people to read. It is renamed last, so that a process that is killed leaves the old state or the new one.
-    Nothing is a pickle. Gradients and float16's scaler are not in it.
+    The folder is made; a single process deletes a new one again that stays empty after an error. The adapters are in
+    files as `save_pretrained` writes them. training.safetensors holds the same values as they are in memory, the
+    optimizer's tensors as `<state>/<parameter>`, the generators, and the text of training.json, a file for people to
+    read. It is renamed last, so that a process that is killed leaves the old state or the new one. Nothing is a pickle.
+    Gradients and float16's scaler are not in it.
 
     Args:
         model: a PeftModel, or one in a wrapper. If several processes train it, all of them call this, with their own
@@ -425,10 +426,10 @@ def unwrap_accelerate(wrapper: Any) -> Any:
 
 
 def find_peft_model(model: object, who: str) -> Any:
-    """Return the PeftModel within wrappers.
+    """Return the PeftModel within wrappers; any object with `save_pretrained` passes.
 
     Raises:
-        ConfigError: there is none; the text begins with `who`.
+        ConfigError: the object has no `save_pretrained`; the text begins with `who`.
     """
     inner = unwrap_model(model) if isinstance(model, nn.Module) else model
     if not hasattr(inner, "save_pretrained"):
@@ -448,7 +449,7 @@ def get_class_name(thing: object) -> str:
 
 
 def describe_scheduler(scheduler: object) -> str:
-    """Return the name of a scheduler's class.
+    """Return module and qualified name of a scheduler's class.
 
     If it has `lr_lambdas`, their names follow in parentheses, each once, since no state holds these functions: of a
     partial its function's, of an object its class's.
@@ -550,9 +551,9 @@ class ResumeJob:
         return self.report
 
     def load_states(self, undo: ExitStack, loader: object, schedule: object) -> None:
-        """Load the states of the loader and the scheduler.
+        """Load copies of the states into the loader, then the scheduler. One that is None, or has no state, is skipped.
 
-        On `undo` is put the way back, since their code may refuse a state.
+        On `undo` is put the way back to state and attributes, since their code may refuse a state.
 
         Raises:
             CheckpointError: one of them raises an error.
@@ -718,7 +719,8 @@ class ResumeJob:
     def check_optimizer(self) -> None:
         """Report a mismatch, an error with `strict`, if the optimizer is of another class: then all of it begins anew.
 
-        Otherwise report one if its groups have other parameters.
+        Otherwise report one if its groups, in order, have other parameters: those only here begin anew, and those only
+        in the file are missing.
         """
         then, now = self.note["optimizer"], get_class_name(self.optimizer_states.inner)
         if then != now:
@@ -745,7 +747,9 @@ class ResumeJob:
         return [{self.names[id(p)] for p in states.parameters(i)} for i in range(len(states.groups))]
 
     def check_processes(self) -> None:
-        """Report a mismatch, an error with `strict`, if the number of processes differs: then generators begin anew."""
+        """Report a mismatch, an error with `strict`, if the number of processes differs: then "generators" is fresh and
+        missing.
+        """
         then, now = self.note.get("processes", 1), processes()
         if then != now:
             text = f"{then} processes trained it, and here are {now}, so that their rows and random numbers are others"
@@ -771,7 +775,9 @@ class ResumeJob:
                 )
 
     def check_loader(self) -> None:
-        """Report a mismatch, an error with `strict`, if only one of the file and this call has a loader."""
+        """Report a mismatch, an error with `strict`, if only one of this process's state in the file and this call has
+        a loader: "loader" is then missing or fresh. Raises ConfigError for a loader without a state.
+        """
         then, now = (self.rank_state or {}).get("loader"), get_loader_state(self.loader)
         if (then is None) != (now is None):
             text = "it holds the state of a loader, and none is passed" if now is None else "it holds no loader's state"
@@ -796,7 +802,8 @@ class ResumeJob:
                     v.assign(tensor)
 
     def put_optimizer(self) -> None:
-        """Replace the optimizer's states by those of the file, and overwrite the options of its groups.
+        """Replace the optimizer's states, also those of no parameter, by those of the file, and overwrite the options
+        of its groups.
 
         Options of this machine, such as `fused`, stay. Nothing happens if the optimizer begins anew.
         """
@@ -811,8 +818,8 @@ class ResumeJob:
                     group[k] = place_option(value, group.get(k))
 
     def matching_groups(self) -> list[tuple[Json, Json]]:
-        """Return the optimizer's groups that share a parameter with a group of the file, each with the group that
-        shares most.
+        """Return the optimizer's groups that share a parameter with a group of the file, each with the group of the
+        file that shares most, of equals the first.
         """
         pairs = []
         for group, names in zip(self.optimizer_states.groups, self.list_group_names()):
@@ -870,7 +877,7 @@ def place_option(value: object, now: object) -> object:
     """Return an option for a group.
 
     If `now` is a tensor of the value's shape it is overwritten in place, since a compiled step holds it; another tensor
-    is cloned.
+    is cloned. A value that is no tensor is returned as it is.
     """
     if not isinstance(value, Tensor):
         return value

@@ -31,7 +31,7 @@ def forward_fn_dict(model: nn.Module, inputs: Any) -> object:
 def prepare_model_inputs_fn_language_modeling(model_input: object, peft_config: Any) -> Tensor:
     """Return the positions, (n, 2), of tokens that count.
 
-    These are all of `input_ids`, or those of a given `attention_mask`. With `use_label_mask`, tokens whose label is
+    These are all of `input_ids`, or those of a given `attention_mask`. With `use_label_mask`, tokens with the label
     `label_mask_value` do not count, if the labels have the mask's shape.
 
     Raises:

@@ -31,8 +31,8 @@ def replace_lora_weights_loftq(
     """Set A and B of every quantized linear layer to the best approximation, by SVD, of the difference between its
     weight before the quantization and its weight now. Waits until no call of the model runs.
 
-    If the rank is above the smaller side of a weight, the rest of A and B is 0. Layers whose weight cannot be read keep
-    A and B, with a PeftWarning. Merged adapters are unmerged meanwhile, and merged again.
+    If the rank is above the smaller side of a weight, the rest of A and B is 0. Layers with a weight that cannot be
+    read keep A and B, with a PeftWarning. Merged adapters are unmerged meanwhile, and merged again.
 
     Args:
         model_path: folder with the original weights as safetensors, one file or several; or that file. By default the

@@ -272,7 +272,7 @@ class Banks:
         return all([row.is_intact() for row in self.rows.values()])
 
     def separate_memory(self) -> None:
-        """Copy each parameter of a bank into separate memory. The rows and banks themselves stay as they are."""
+        """Replace the data of each parameter of a bank by a clone. The rows and banks themselves stay as they are."""
         for p in (p for bank in self.banks for row in bank.rows for p in row.parameters):
             p.data = p.data.clone()
 
@@ -323,11 +323,11 @@ class Banks:
         """Move the gradients of a pass to the rows of adapters, set `received` for each of them, and set each `grad` to
         None.
 
-        Sinks are emptied, those of all adapters. Gradients in sinks of single parameters are in the bank already.
-        Gradients of stacks are copied into the bank, or added for parameters that have received one before. For each
-        adapter of `names` that holds gradients, each `grad` is then copied or added likewise; parameters without `grad`
-        are skipped. An adapter in no bank keeps the tensor itself. All copies are made in one call at the end, then all
-        additions.
+        Sinks are emptied, those of all adapters. Gradients in sinks of single parameters are in the bank already. A
+        `grad` of a stacked tensor first goes into the memory of its sink. Gradients of stacks are copied into the bank,
+        or added for parameters that have received one before. For each adapter of `names` that holds gradients, each
+        `grad` is then copied or added likewise; parameters without `grad` are skipped. An adapter in no bank keeps the
+        tensor itself. All copies are made in one call at the end, then all additions.
         """
         into, gradients = list[Tensor](), list[Tensor]()
         later: tuple[list[Tensor], list[Tensor]] = ([], [])  # of parameters that have received a gradient before

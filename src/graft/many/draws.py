@@ -45,7 +45,7 @@ class Draws:
 
     @states.setter
     def states(self, states: States) -> None:
-        """Write the first state into `generator`, and note the others for the next block."""
+        """Write the first state into `generator`, and note the others in `loader_states` for the next block."""
         self.generator.set_state(states[0])
         self.loader_states = states[1:]
 

@@ -99,8 +99,8 @@ def is_target(name: str) -> bool:
 
 
 def measure_batch(item: RunBatch, arguments: ForwardArguments) -> tuple[int, int, tuple[object, ...]]:
-    """Return the number of rows, the number of tokens of a row (1 if there is no such dimension), and the traits by
-    which batches may share a pass.
+    """Return the number of rows, the number of tokens of a row (the largest second dimension, 1 if there is none), and
+    the traits by which batches may share a pass.
 
     Traits are dtypes and shapes of arguments, values of those without rows, whether rows are masked (False without
     `exact`), and whether they are packed (False with a mask). A mask (rows, tokens) is none. The number of tokens is no

@@ -66,7 +66,8 @@ class Loader:
     def next_batch(self) -> Batch | None:
         """Return a copy of the next batch, or None if the data has ended.
 
-        A batch that was returned comes again. After an error, continue where the loader was.
+        A batch that was returned comes again, counts in `taken` again, and the random states become those after it.
+        After an error, continue where the loader was.
 
         Raises:
             ConfigError: there is no batch in the data, or a batch is no mapping.
@@ -81,7 +82,8 @@ class Loader:
     def _read_batch(self) -> Batch | None:
         """Return the next batch of the data as a new dict.
 
-        At the data's end begin the next epoch, or return None with `once`.
+        At the data's end begin the next epoch, with its random states in `began` and `taken` 0, or return None with
+        `once`.
 
         Counts the batch in `taken`, and keeps it with the random states before and after in `_last`. `first` gets the
         digest of the very first batch. The run's random states are used while the data is read, except from a list.
@@ -135,7 +137,10 @@ class Loader:
         return self.first is not None and self.first[0] == first[0]
 
     def return_batch(self) -> None:
-        """Make `next_batch` return the last batch again, and put the random states back to those before it."""
+        """Make `next_batch` return the last batch again, and put the random states back to those before it.
+
+        `taken` falls by one. A batch must have been taken.
+        """
         assert self._last is not None
         self._again, self.draws.states = self._last, self._last[1]
         self.taken -= 1
@@ -165,7 +170,7 @@ class Loader:
     def seek(self, epoch: int, taken: int, began: States, now: States) -> None:
         """Go to a position: begin the epoch with the random states `began`, and read and drop `taken` batches.
 
-        Then the states are `now`.
+        Then the states are `now`, also after an error.
 
         Raises:
             ConfigError: the data holds fewer batches. The next `next_batch` seeks again.

@@ -228,7 +228,7 @@ class Run:
         return self.begin_batch(RunBatch(self.name, batch, mean_of=self._window))
 
     def begin_batch(self, item: RunBatch) -> RunBatch:
-        """Return `item`. Notes losses, gradients and, without data, random states for `undo_round`.
+        """Return `item` itself. Notes losses, gradients and, without data, random states for `undo_round`.
 
         Moves gradients of earlier batches out of the row, which the next pass overwrites.
         """
@@ -237,7 +237,7 @@ class Run:
         return item
 
     def store_gradients(self) -> None:
-        """Copy the gradients of the step under way out of the row, if they are there."""
+        """Copy the gradients of the step under way from the row into memory of the run, if the row has them."""
         if self._has_sums_in_row:
             self._sums, self._has_sums_in_row = self.row.copy_gradients(), False
 
@@ -404,9 +404,10 @@ class Run:
                 raise ConfigError(f"Run '{self.name}': {error}. Pass another value.") from error
 
     def prepare_step(self, length: Tensor) -> None:
-        """Give the optimizer the gradients, and clip them.
+        """Give the optimizer the row's gradients, and clip them to `clip` by their norm, unless that is None.
 
         If a gradient is missing or the optimizer's steps have hooks, the optimizer gets its parameters back for good.
+        Without vectors, the `grad` of each parameter is set, None for one that got no gradient.
 
         length: the norm of the gradient, (), on the device.
         """

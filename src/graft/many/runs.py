@@ -559,7 +559,9 @@ class MultiTrain:
         return self.model
 
     def _list_adapter_modules(self) -> list[nn.Module]:
-        """Return the modules that adapters have added to the base."""
+        """Return the modules that adapters have added to the base: the registry's layers and wrappers with all within
+        but their base modules. [] without a model.
+        """
         carriers = () if self.model is None else get_registry(self.model).carriers()
         return [m for carrier in carriers if isinstance(carrier, nn.Module) for m in find_modules(carrier)]
 
@@ -632,10 +634,11 @@ class MultiTrain:
 
     @contextmanager
     def _lock_call(self) -> Iterator[None]:
-        """Within the block, no other thread can make a step or change the runs, and nor can a loss or an optimizer
-        that runs here. Waits while another thread is in such a block, also in a step of its loop.
+        """Within the block, no other thread can make a step or change the runs, and nor can a loss or an optimizer that
+        runs here. Waits while another thread is in such a block, also in a step of its loop.
 
-        Raises RuntimeError if this thread is within a pass or a step.
+        Raises RuntimeError if this thread is within a pass or a step; so does any such block that begins within this
+        one.
         """
         with self.lock_steps(waits=True):
             self._is_in_pass = True
@@ -822,7 +825,7 @@ class MultiTrain:
     def _run_round(self) -> Step:
         """Make a round and return its `Step`: checks left over from an error, training, then validation and stops.
 
-        The number of rounds rises by one.
+        The number of rounds rises by one. During the training part `lock_steps` refuses this thread.
 
         After an error in training the runs' batches are returned, and the error is raised; the number stays. `ended` of
         the step also has runs that failed. Warns with PeftWarning of each run that ended for lack of data.
@@ -909,7 +912,7 @@ class MultiTrain:
     def _validate_and_stop(self, step: Step) -> None:
         """For runs after a step: measure validation data that is due, call `stop` of running ones, and measure again
         runs that have stopped. Runs that have ended go into `step.ended` with the reason. Runs that another one's
-        `stop` removed are skipped.
+        `stop` removed are skipped. At the end `needs_check` of all these runs is False.
 
         An error of `stop` gets a note with the run's name, and is raised. The checks of this round are then made again
         in the next one.
@@ -1082,7 +1085,9 @@ class MultiTrain:
             warn(f"A pass of {names} raised {shorten_text(repr(failure))}, but no single one did.", PeftWarning)
 
     def _compute_gradients(self, items: list[RunBatch]) -> list[tuple[Tensor, BatchResult] | Exception]:
-        """Run a joint pass and its backward pass; gradients are left in `grad`, and earlier ones dropped.
+        """Run a joint pass and one backward pass of all losses; gradients are left in `grad`, and earlier ones dropped.
+
+        Equal batches share the base's first blocks.
 
         Return for each batch the loss, with the loss that its adapter adds, and the result, with its number of tokens.
 
@@ -1196,9 +1201,10 @@ class MultiTrain:
             yield fan
 
     def _find_fan(self, names: Sequence[str]) -> Fan | None:
-        """Return the fan for the adapters of these runs, None if the base has no place for it.
+        """Return the fan for the layers and wrappers of these runs' adapters, None if `find_fan` finds no place in the
+        base.
 
-        Cached until a run is added or removed.
+        Cached by the names in their order, until a run is added or removed.
         """
         key = tuple(names)
         if key not in self._fans:
@@ -1251,7 +1257,10 @@ class MultiTrain:
         return dict(zip(names, losses.tolist()))
 
     def _compute_validation_losses(self, items: list[RunBatch]) -> list[Tensor]:
-        """Return the validation loss of each of these batches, from one pass."""
+        """Return the validation loss of each of these batches, from one pass.
+
+        Equal batches share the base's first blocks.
+        """
         with self._share_blocks(items) as fan:
             outputs, _ = self._run_with_fan(items, fan)
         return [self._runs[item.name].validation_loss(output, item.batch) for item, output in zip(items, outputs)]

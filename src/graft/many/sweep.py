@@ -408,7 +408,10 @@ class SweepJob:
         self.save()
 
     def drop_trial(self, trial: Trial) -> None:
-        """Mark a trial as dropped, or failed if its loss is NaN, and remove its run. Its curve stays."""
+        """Mark a trial as dropped, or failed if its loss is NaN, and remove its run, if there is one here.
+
+        Its curve stays.
+        """
         trial.state = "failed" if math.isnan(trial.loss) else "dropped"
         if trial.name in self.runs:
             self.runs.remove(trial.name)

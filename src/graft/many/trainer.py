@@ -112,7 +112,7 @@ class TrainerDescription:
         return self.trainer.create_scheduler(steps, optimizer)
 
     def reset_trainer(self) -> None:
-        """Remove the optimizer and schedule that the Trainer has kept, so that it can be added again."""
+        """Set the Trainer's `optimizer` and `lr_scheduler` to None, so that it can be added again."""
         self.trainer.optimizer = self.trainer.lr_scheduler = None
 
     @property
@@ -180,7 +180,7 @@ class StepBatches:
                 yield {**batch, ITEMS: items, WINDOW: len(window)}
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the loader, if it takes one."""
+        """Call `set_epoch` of the loader, if it has that; else do nothing."""
         if hasattr(self.loader, "set_epoch"):
             self.loader.set_epoch(epoch)
 

@@ -50,7 +50,9 @@ class SlotChoice(local):
         return SlotChoice, self.made_of
 
     def set_all_rows(self, slot: int) -> None:
-        """Choose one slot for all rows of any batch size. The index is overwritten in place."""
+        """Choose one slot for all rows of any batch size: `mixed` is False, and the present index is overwritten in
+        place.
+        """
         self.slot, self.mixed = slot, False
         self.index.fill_(slot)
 
@@ -58,7 +60,8 @@ class SlotChoice(local):
         """Choose a slot for each row.
 
         The index of this batch size is overwritten in place, so that compiled code stays valid; it is made for a new
-        size or device. If all slots are equal, `slot` is that one, and `mixed` is False.
+        size or device. If all slots are equal, `slot` is that one, and `mixed` is False; else `slot` is None. `used`
+        has the slots.
 
         Kept factors are dropped if the slots are mixed and differ from the last mix, or slots were written since.
         """

@@ -200,7 +200,8 @@ class AdapterSlots:
             AdapterNotFoundError: there is no such adapter, or none at all.
             InUseError: calls of the model last longer than its `change_timeout`.
             RuntimeError: another thread is in a step of the MultiTrain.
-            ConfigError: an adapter is merged.
+            ConfigError: any adapter of the source is merged, or there is no slot, or `max_rank` is below the ranks of
+                these.
             ConfigError, AdapterKeyError, CheckpointError, UnsupportedLayerError: slots cannot hold one of them. In all
                 cases, also if memory is short, the adapters are where they were.
         """
@@ -715,8 +716,8 @@ class AdapterSlots:
     def remove(self) -> nn.Module:
         """Take the slots out of the model, put the base layers back, and return it.
 
-        From then on the slots serve nothing: `load` and `using` raise RoutingError. No adapter has a slot or is pinned;
-        `names` stays.
+        From then on the slots serve nothing: `load` and `using` raise RoutingError. No adapter has a slot or is pinned,
+        and kept factors of mixes are dropped; `names` stays.
 
         Raises:
             RoutingError: a `using` block of this thread is open.

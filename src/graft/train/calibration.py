@@ -130,7 +130,8 @@ def preprocess_corda(
     """Measure the start of init_lora_weights="corda". Then call `get_peft_model` with the same model and config.
 
     Each targeted linear layer gets an attribute `eigens`, which the initialisation uses and removes. Files that the
-    config names are read if they exist, and written otherwise.
+    config names are read if they exist, and written otherwise: `cache_file` has the results, `covariance_file` the
+    covariances.
 
     Args:
         run_model: runs the model on the data; not needed if a file of the config exists.
@@ -355,7 +356,7 @@ def measure_gradients(
             calls[key] += 1
 
         def watch_output(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            """Count backward passes through an output that requires gradients.
+            """Register `count_backward` as a hook on an output that requires gradients; leave any other output alone.
 
             The first pass under reentrant checkpointing has none.
             """

@@ -226,14 +226,17 @@ class Watch(Listener):
             self._audit(args, state, f"after {self.steps} steps", early=True, **kwargs)
 
     def on_train_end(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:
-        """Audit the model at the end, strictly."""
+        """Audit the model at the end, whatever the number of steps: small updates and missing gradients count now."""
         self._audit(args, state, f"at the end, after {self.steps} steps", early=False, **kwargs)
 
     def _audit(
         self, args: object, state: TrainerState, when: str, early: bool, model: Any = None, optimizer: Any = None,
         **_: object,
     ) -> None:  # fmt: skip
-        """Audit the model and set `report`. The first process prints it in a line."""
+        """Audit the model and set `report`; with `fp16` of the arguments as `half`.
+
+        The first process prints it in a line.
+        """
         self.report = audit_trainer_model(model, optimizer, bool(getattr(args, "fp16", False)), early)
         if state.is_world_process_zero:
             print(format_report(self.report, when), flush=True)

@@ -176,7 +176,8 @@ def prepare_model_for_kbit_training(
 def enable_checkpointing(model: nn.Module, options: dict[str, object]) -> None:
     """Turn on gradient checkpointing with `options`.
 
-    The reentrant kind, also the default, needs inputs with gradients: the outputs of the input embeddings get them.
+    The reentrant kind, also the default, needs inputs with gradients. The outputs of the input embeddings get them, by
+    `enable_input_require_grads` of the model or else a hook that stays.
 
     Warns if the model's function takes no options, and ignores them.
     """

@@ -39,7 +39,7 @@ class OptimizerStates:
         """Check that the optimizer's state can be kept by parameter name.
 
         Raises:
-            ConfigError: it keeps something outside its state and groups.
+            ConfigError: its `state_dict()` has other keys than "state" and "param_groups".
             DistributedError: a sharded tensor of a state has another shape than its parameter.
         """
         if odd := sorted(self.inner.state_dict().keys() - {"state", "param_groups"}):

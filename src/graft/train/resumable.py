@@ -132,7 +132,7 @@ class Resumable(Listener):
         self._put_generators()  # Trainer has passed over the batches of before, which drew
 
     def _put_generators(self) -> None:
-        """Put the saved generators back, once after resuming; else do nothing."""
+        """Put the saved generators back at the first call after resuming; later calls do nothing."""
         if self._job is not None:
             self._job.put_generators()
             self._job = None

@@ -575,7 +575,8 @@ class ResumeJob:
         return f"resume('{self.folder}')"
 
     def find_targets(self) -> None:
-        """Set `optimizer_states`, `values` and `names` of this training.
+        """Set `optimizer_states`, `values` (trained tensors by name) and `names` (by id of the tensor) of this
+        training.
 
         Raises ConfigError or DistributedError if it cannot be resumed by name.
         """

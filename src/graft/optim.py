@@ -38,10 +38,10 @@ Pair = tuple[nn.Parameter, nn.Parameter, float, int]  # A, B, scaling and number
 
 
 def find_pairs(model: nn.Module) -> Iterator[Pair]:
-    """Yield A, B, scaling and number of matrices of each LoRA adapter, active or not, on each layer that is no
-    embedding.
+    """Yield A, B, scaling and number of matrices of each adapter in a layer's `lora_A` and `lora_B`, active or not.
 
-    The number is 1 except for stacks of experts. Raises ConfigError as `check_plain_factors`.
+    Layers without a `ModuleDict` of that name, such as embeddings, are passed over. The number is 1 except for stacks
+    of experts. Raises ConfigError as `check_plain_factors`, before it yields that adapter.
     """
     for layer in model.modules():
         if layer_in(layer) is layer and "lora_A" in layer.holders and isinstance(layer.lora_A, nn.ModuleDict):
@@ -125,10 +125,10 @@ def create_loraplus_optimizer(
 ) -> Optimizer:
     """Return an optimizer for LoRA+ (arXiv 2402.12354): B learns `loraplus_lr_ratio` times as fast as A.
 
-    There are four groups, in this order, even if empty: A, adapters on embeddings, B, and B without decay.
-    One-dimensional parameters learn with B, all others with A. Of the fast ones, biases and parameters of layer norms
-    do not decay. Parameters that do not train are left out. An 8-bit Adam of bitsandbytes keeps the state of embeddings
-    in 32 bits.
+    There are four groups, in this order, even if empty: A, adapters on embeddings, B, and B without decay. A name with
+    "lora_embedding_" decides first. A has all others of two dimensions or more without "lora_B" in the name; the rest
+    is B. Of that rest, names with "bias" and parameters of `nn.LayerNorm` do not decay. Parameters that do not train
+    are left out. An 8-bit Adam of bitsandbytes keeps the state of embeddings in 32 bits.
 
     Args:
         loraplus_weight_decay: decay of all others (0).

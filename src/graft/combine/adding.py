@@ -84,7 +84,7 @@ def union_targets(targets: Sequence[str | Collection[str] | None], mixed: str) -
     in parentheses, or a set of names.
 
     None counts as an empty collection; only None gives an empty set. Raises ConfigError with the text `mixed` if some
-    are expressions and others are not.
+    are expressions and others are not. An empty sequence raises IndexError.
     """
     if len({isinstance(t, str) for t in targets}) > 1:
         raise ConfigError(mixed)
@@ -168,7 +168,7 @@ def find_token_rows(tuner: Tuner, names: Sequence[str], weights: Sequence[float]
 
     A module that none of them trains has an empty list. If token indices of the adapters differ, sets
     `cfg.trainable_token_indices` to their union: a sorted list if all are lists, otherwise a dict of sorted lists by
-    path.
+    path, without paths that none trains.
     """
     wrappers = {key: w for key, w in tuner.wrappers.items() if w.takes_rows}
     rows = {key: [(w.methods[n], x) for n, x in zip(names, weights) if n in w.methods] for key, w in wrappers.items()}

@@ -93,7 +93,7 @@ def convert_layers(
 def fix_effects(layers: Layers, adapter: str, at: Mapping[str, object]) -> dict[str, Effect]:
     """Return by layer the effect of an adapter with an argument of calls fixed by `at`.
 
-    Layers that follow no such argument, or one that `at` lacks, are left out; so {} for an empty `at`.
+    A layer is left out if its method's `depends_on` is None or no key of `at`; so {} for an empty `at`.
 
     Raises:
         ConfigError: `at` names an argument that the adapter follows on no layer, or a value that it cannot have.

@@ -87,11 +87,12 @@ class ProductForm(Generic[C]):
     takes_factors: ClassVar[bool] = False  # True: rules may act on A and B apart
 
     def make_config(self, configs: Sequence[C]) -> C:
-        """Return a copy of the first config that targets the layers of all."""
+        """Return `union_configs(configs)`: a copy of the first config that targets the layers of all."""
         return union_configs(configs)
 
     def why_not(self, m: Method) -> str | None:
-        """Return None if a method can be read: its effect only adds, or it has the plain class of its type.
+        """Return None if a method can be read: its effect is additive, or its class is exactly `method_of` its type, no
+        variant.
 
         Otherwise return the reason.
         """

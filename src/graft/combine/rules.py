@@ -215,7 +215,7 @@ class Recipe:
 
     @property
     def is_random(self) -> bool:
-        """Return True if pruning is random: DARE."""
+        """Return True if the type's name begins with "dare": it prunes at random."""
         return self.kind.startswith("dare")
 
     def check(self, form: ProductForm[Any], peft_type: str) -> None:

@@ -341,7 +341,7 @@ def container_class(value: object) -> type:
 def container_for(value: object) -> Any:
     """Return a new, empty container for values like `value`.
 
-    A `BufferDict` is persistent unless the value is transient.
+    A `BufferDict` is persistent unless the value is transient. A `ModuleDict` is graft's lean one.
     """
     kind = container_class(value)
     if kind is BufferDict:

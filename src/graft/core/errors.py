@@ -136,8 +136,8 @@ def join_some(items: list[str], most: int = 8) -> str:
 def describe_function(function: object) -> str:
     """Return "module.qualified_name" of a function as it was written, whatever `__wrapped__` or `__name__` say.
 
-    A bound method is replaced by its function. Python 3.10 has only the unqualified name. Returns `repr(function)` for
-    a callable without code.
+    A bound method is replaced by its function. The module is `__name__` of the function's globals, "" without. Python
+    3.10 has only the unqualified name. Returns `repr(function)` for a callable without code.
     """
     written = getattr(function, "__func__", function)
     code = getattr(written, "__code__", None)

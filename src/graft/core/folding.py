@@ -69,9 +69,10 @@ def compute_delta(layer: Layer, effect: Effect, drops: bool = False, f: Factors 
 
 
 def multiply_factors(layer: Layer, f: Factors, drops: bool = False) -> Tensor:
-    """Return the product B A with scale and vectors, but without the gain, canonical (out, in, *kernel).
+    """Return the product B A with `scale`, `inner` and `outer`, but without the gain, by the layer's Op: (out, in,
+    *kernel).
 
-    Half precision is computed and returned in float32.
+    If A is in half precision, both are computed and returned in float32.
 
     drops: apply the factors' dropout to columns of A, the same for all rows.
     """

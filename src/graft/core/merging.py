@@ -722,8 +722,9 @@ def lift_merged(layer: Layer) -> Iterator[None]:
 def compute_unmerged_weight(layer: Layer) -> Tensor:
     """Return the weight in the module's orientation without merged adapters. Reads and computes; changes nothing.
 
-    Goes back through the merges, the last one first: products are subtracted, a snapshot replaces the weight, on its
-    present device. Without merges it is the present weight.
+    Goes through `state.undo` from its end. A "subtract" entry subtracts its products. Any other entry with a snapshot
+    replaces the weight by the snapshot's values, on the weight's device. One without is passed over. An empty list
+    leaves the present weight.
     """
     W = layer.base_weight.read()
     for kind, state, _ in reversed(layer.state.undo):

@@ -468,7 +468,7 @@ class TypeTable(Generic[T]):
         return self._rows[qualified_name]
 
     def names(self) -> list[str]:
-        """Return all qualified names of the table."""
+        """Return all qualified names of the table as a new list, in the order of their entry."""
         return list(self._rows)
 
     def find(self, cls: type) -> T | None:

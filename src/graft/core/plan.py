@@ -409,7 +409,12 @@ class ChainPlan(LayerPlan):
         return compute_low_rank_part(self.layer, m, f, x)
 
     def call(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        """Return the module's output for x with another (canonical) weight and bias."""
+        """Return the module's own function (`op.call`) of x with another canonical weight and bias.
+
+        No step and no hook runs.
+
+        A process with a piece of the layer overrides it.
+        """
         return self.layer.op.call(self.layer.base_layer, x, W, b)
 
     def channels(self, v: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Receiver(Protocol):
     """An object that takes the values of a tensor, such as an entry of an adapter."""
 
     def assign(self, value: Tensor) -> None:
-        """Write `value` into the tensor behind this object."""
+        """Write `value` into the tensor behind this object. A declaration only, with the body `...`."""
         ...
 
 
@@ -113,7 +113,9 @@ class InjectionJob:
 
     @property
     def local_methods(self) -> dict[str, Method]:
-        """The methods in `order` that act on layers of this process, by path."""
+        """The methods in `order` with a path that `methods` has, by path, in that order: those on layers of this
+        process.
+        """
         return {key: method for key, method in self.order.items() if key in self.methods}
 
     def report_heads_and_rows(self) -> None:

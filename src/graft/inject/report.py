@@ -62,7 +62,7 @@ class InjectReport:
 
         Paths that differ only in indices, with one type and outcome, are one row with their count and summed numbers:
         adapted modules, those trained whole, then skipped ones with the reason. Entries that match nothing, with
-        similar names, and untargeted types by falling count follow.
+        similar names, and untargeted types (with the path "…") by falling count follow. A sum of 0 is an empty cell.
         """
         from rich.table import Table
 

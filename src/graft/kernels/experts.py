@@ -255,7 +255,9 @@ class StackProduct(NamedTuple):
 
     @property
     def reads(self) -> bool:
-        """True if an update is formed from the matrix of its expert, so that the backward pass needs the matrices."""
+        """True if a maker has a form with `reads`: that update is formed from its expert's matrix, so the backward pass
+        needs the matrices.
+        """
         return any(maker.form is not None and maker.form.reads for maker in self.makers)
 
     def densify(self, experts: Sequence[int]) -> Iterable[Tensor]:

@@ -45,9 +45,10 @@ class Gptq(ByIdentity):
         super().__init__("gptq", "GPTQ codes")
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
-        """Return why merging cannot write the weight, with PEFT's words at the end so that callers can match on them.
+        """Return the reason of the base class, and for `weight` PEFT's "(Cannot merge LORA layers when the model is
+        gptq quantized)" after it.
 
-        For another tensor than `weight` return the reason of the base class, or None.
+        Another tensor gets the base class's answer alone, which may be None.
         """
         why = super().why_unwritable(m, name)
         if name != "weight":

@@ -144,7 +144,7 @@ def find_castable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that may get another dtype: floats of 16 to 64 bits that are no part of a packed weight.
 
     Of a packed layer only the bias may, and that not if the layer has a tensor composed of others, since it computes in
-    that dtype.
+    that dtype. A `Params4bit` never may.
     """
     fixed = set[nn.Parameter]()
     for m in filter(holds_codes, model.modules()):

@@ -46,8 +46,8 @@ class Compressed(Dense):
         return self.waits(m, name) or super().why_unwritable(m, name)
 
     def loses_gradient(self, m: nn.Module) -> bool:
-        """Return True if the layer's quantization scheme rounds inputs or outputs: compressed-tensors rounds without a
-        gradient.
+        """Return True if the module's `quantization_scheme` has `input_activations` or `output_activations`:
+        compressed-tensors rounds these without a gradient.
         """
         scheme = m.quantization_scheme
         return scheme.input_activations is not None or scheme.output_activations is not None

@@ -368,7 +368,10 @@ class ExpertBlock:
 
 
 def list_adapters_around(layer: Any) -> list[str]:
-    """Return the names of all adapters on the outermost layer around a block of experts and on those within, sorted."""
+    """Return the names of all adapters on a layer and on the layers beneath it, sorted, each once.
+
+    Follows `base_layer` down to the first object without that attribute.
+    """
     names: set[str] = set()
     while hasattr(layer, "base_layer"):
         names.update(layer.methods)

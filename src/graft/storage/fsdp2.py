@@ -68,15 +68,18 @@ def find_parameter_group(m: nn.Module, name: str) -> Any:
 
 
 def find_compute_dtype(module: nn.Module) -> torch.dtype | None:
-    """Return the dtype that FSDP2's mixed precision computes in, by the first sharded parameter in a module that
-    `find_parameter_groups` has seen; None without, or without mixed precision.
+    """Return `param_dtype` of FSDP2's mixed precision, from the first group in `GROUPS` of `module` or a module below.
+
+    None without a group there, if that one is gone, or without mixed precision.
     """
     group = next((g for m in module.modules() for g in GROUPS.get(m, {}).values()), lambda: None)()
     return None if group is None else group.mp_policy.param_dtype
 
 
 def is_running(group: Any) -> bool:
-    """Return True within a call or backward pass of the unit of a parameter group, which has its weights whole then."""
+    """Return True if a parameter group is unsharded and its training state is not IDLE: within a call or backward pass
+    of its unit.
+    """
     return group.is_unsharded and group._training_state.name != "IDLE"
 
 
@@ -132,8 +135,8 @@ def find_sharding(modules: Iterable[nn.Module]) -> Sharding | None:
     """Return the processes that share a model of these modules; None if FSDP2 has sharded nothing of it, or
     torch.distributed is not initialized.
 
-    Of several meshes the largest counts, such as that of a model's dense part if its experts have a smaller one. Ranks
-    are sorted.
+    Of the parameters' meshes the largest gives the ranks, sorted, and `groups`. Of the units' meshes the largest gives
+    `batches`. So the experts' smaller mesh does not count.
     """
     parameter_groups = find_parameter_groups(modules)
     if not parameter_groups or not dist.is_initialized():

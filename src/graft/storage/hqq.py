@@ -32,7 +32,7 @@ class HQQ(Quantized):
         return m.compute_dtype
 
     def why_undecodable(self, m: nn.Module) -> str | None:
-        """Return "it is not quantized yet" if the module is not ready; None otherwise."""
+        """Return "it is not quantized yet" if the module's `ready` is false; None otherwise."""
         return None if m.ready else "it is not quantized yet"
 
     def ready(self, m: nn.Module) -> None:

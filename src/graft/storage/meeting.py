@@ -163,7 +163,8 @@ def leave_error(shelf: dist.Store, key: str, error: BaseException | None) -> Non
 def pickle_error(error: BaseException | None) -> bytes:
     """Return an error, or None, pickled.
 
-    An error that cannot be pickled and read again becomes a CheckpointError with its type and text.
+    An error that cannot be pickled and read again becomes a CheckpointError: "Rank 0 could not write: ", its type and
+    text.
     """
     try:
         data = pickle.dumps(error)

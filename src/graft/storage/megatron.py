@@ -68,8 +68,8 @@ def find_megatron_piece(m: nn.Module, op: Op) -> LayerPiece | None:
     forward returns.
 
     Outputs are cut in a column parallel layer that does not gather them; inputs in a row parallel layer that takes them
-    in pieces. None for a module that is not Megatron's, or that no adapter can act on. Raises UnsupportedLayerError if
-    the weight is a piece without a known group.
+    in pieces. None for a module that is not Megatron's, or one with a reason in `why_no_megatron_adapter`. A whole
+    weight gives a piece without cuts. Raises UnsupportedLayerError if the weight is a piece without a known group.
     """
     kind = KINDS.find(type(m))
     if kind is None or why_no_megatron_adapter(m) is not None:

@@ -15,7 +15,9 @@ from graft.core.wrappers import find_offload_hooks, load_offloaded, remove_hook
 
 
 def device_of(m: nn.Module) -> torch.device | None:
-    """Return the device that an offloaded module computes on; None if accelerate does not offload it."""
+    """Return `execution_device` of the module's first offload hook, as a torch.device; None without a hook or
+    a device.
+    """
     device = next((h.execution_device for h in find_offload_hooks(m)), None)
     return None if device is None else torch.device(device)
 
@@ -37,7 +39,9 @@ def computes_on(m: nn.Module, device: torch.device | None) -> torch.device | Non
 
 
 def is_tied(m: nn.Module, name: str) -> bool:
-    """Return True if accelerate knows an offloaded tensor as tied to that of another module."""
+    """Return True if an offload hook of the module has `name` in its `tied_params_names`: another module shares the
+    tensor.
+    """
     return any(name in h.tied_params_names for h in find_offload_hooks(m))
 
 

@@ -148,14 +148,21 @@ def mapping(old: Any) -> Any:
 
 
 def int8(old: Any, W: Tensor) -> Tensor:
-    """Return an Int8Tensor of W with the granularity, mapping and settings for inputs of the old weight."""
+    """Return an Int8Tensor of W with the granularity and mapping of the old weight.
+
+    Its `reduce_range`, `act_pre_scale`, and `act_quant_kwargs`, `act_quant_scale` and `act_quant_zero_point` are the
+    old weight's, too.
+    """
     names = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale", "reduce_range")
     settings = {name: getattr(old, name) for name in names}
     return type(old).from_hp(W, granularity(old), mapping(old), **settings)
 
 
 def float8(old: Any, W: Tensor) -> Tensor:
-    """Return a Float8Tensor of W with the float dtype, granularity and kernel settings of the old weight."""
+    """Return a Float8Tensor of W with the float dtype and granularity of the old weight.
+
+    Its `mm_config`, `kernel_preference` and `act_quant_kwargs` are the old weight's, too.
+    """
     settings = {name: getattr(old, name) for name in ("mm_config", "kernel_preference", "act_quant_kwargs")}
     return type(old).from_hp(W, old.qdata.dtype, granularity(old), **settings)
 

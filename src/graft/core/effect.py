@@ -27,7 +27,9 @@ class Map(Protocol):
     """A product with a matrix: a callable x → x Wᵀ that has the matrix as `weight`."""
 
     @property
-    def weight(self) -> Tensor: ...  # the matrix
+    def weight(self) -> Tensor:
+        """The matrix. A declaration only."""
+
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
 
@@ -134,19 +136,26 @@ class Product(NamedTuple):
 class Deferred(Protocol):
     """A ΔW that is not formed yet. `dense()` returns the tensor."""
 
-    def dense(self) -> Tensor: ...  # the tensor
+    def dense(self) -> Tensor:
+        """Return ΔW as a tensor. A declaration only."""
 
 
 class Unformed(Deferred, Protocol):
     """A ΔW that is not formed yet, with ways to compute products without forming it (`Hadamard`, `Modulated`)."""
 
-    def columns(self, ids: Tensor) -> Tensor: ...  # columns of ΔW that an embedding looks up
-    def product(self, x: Tensor) -> Tensor | None: ...  # x ΔWᵀ for few rows; None if forming ΔW pays
+    def columns(self, ids: Tensor) -> Tensor:
+        """Return the columns of ΔW that an embedding looks up for `ids`. A declaration only."""
 
-    # x (W + ΔW)ᵀ + bias, (…, out), if there is a faster way than with ΔW formed; else None
+    def product(self, x: Tensor) -> Tensor | None:
+        """Return x ΔWᵀ for few rows; None if forming ΔW pays. A declaration only."""
+
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
-    ) -> Tensor | None: ...
+    ) -> Tensor | None:
+        """Return x (W + ΔW)ᵀ + bias, (…, out), if there is a faster way than with ΔW formed; else None.
+
+        A declaration only.
+        """
 
 
 Delta = Tensor | Deferred  # ΔW

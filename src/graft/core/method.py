@@ -613,35 +613,74 @@ class Layer(Protocol):
     _modules: dict[str, nn.Module | None]
 
     @property
-    def state(self) -> CarrierState: ...
+    def state(self) -> CarrierState:
+        """The active, trainable and merged adapters and the record of merges. A declaration only."""
+
     @property
-    def base_layer(self) -> nn.Module: ...
+    def base_layer(self) -> nn.Module:
+        """The module beneath this layer. A declaration only."""
+
     @property
-    def base_module(self) -> nn.Module: ...
+    def base_module(self) -> nn.Module:
+        """The module that this layer replaces. A declaration only."""
+
     @property
-    def base_weight(self) -> Weight: ...
+    def base_weight(self) -> Weight:
+        """The `Weight` of the innermost base module. A declaration only."""
+
     @property
-    def weight_now(self) -> Tensor: ...
+    def weight_now(self) -> Tensor:
+        """The canonical weight, with merged adapters in it. A declaration only."""
+
     @property
-    def bias_now(self) -> Tensor | None: ...
+    def bias_now(self) -> Tensor | None:
+        """The bias, with merged adapters in it; None without one. A declaration only."""
+
     @property
-    def W0(self) -> Tensor: ...
+    def W0(self) -> Tensor:
+        """The canonical weight without any adapter. A declaration only."""
+
     @property
-    def base_trains(self) -> bool: ...
+    def base_trains(self) -> bool:
+        """True if weight or bias of the base layer require gradients. A declaration only."""
+
     @property
-    def may_fuse(self) -> bool: ...
+    def may_fuse(self) -> bool:
+        """True if a kernel may overwrite the base layer's output and not call the module. A declaration only."""
+
     @property
-    def type_name(self) -> str: ...
+    def type_name(self) -> str:
+        """PEFT's class name for this kind of layer. A declaration only."""
+
     @property
-    def adapter_layer_names(self) -> tuple[str, ...]: ...
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """The names of the containers of trained tensors. A declaration only."""
+
     @property
-    def where(self) -> tuple[torch.device | None, torch.dtype | None]: ...
+    def where(self) -> tuple[torch.device | None, torch.dtype | None]:
+        """Device and dtype of the base weight, each None if unknown. A declaration only."""
+
     @property
-    def argument_names(self) -> tuple[str, ...]: ...
-    def get_base_layer(self) -> nn.Module: ...
-    def find_reader_plan(self) -> Any: ...
-    def plan_for(self, names: tuple[str, ...], weights: tuple[float, ...] | None = None) -> Any: ...
-    def refresh_plan(self) -> None: ...
-    def slots(self, adapter: str) -> list[Slot]: ...
-    def tensors(self, adapter: str, transient: bool = False) -> Iterator[tuple[Slot, Tensor]]: ...
-    def write_bias(self, bias: Tensor) -> None: ...
+    def argument_names(self) -> tuple[str, ...]:
+        """The names of the arguments of the base module's forward. A declaration only."""
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the innermost module without adapters. A declaration only."""
+
+    def find_reader_plan(self) -> Any:
+        """Return the plan that acts for modules that read the weight; None for the base alone. A declaration only."""
+
+    def plan_for(self, names: tuple[str, ...], weights: tuple[float, ...] | None = None) -> Any:
+        """Return the plan that runs these adapters; None if the layer carries none of them. A declaration only."""
+
+    def refresh_plan(self) -> None:
+        """Set the plan that `forward` runs, after a change of active or merged adapters. A declaration only."""
+
+    def slots(self, adapter: str) -> list[Slot]:
+        """Return the slots of an adapter's tensors. A declaration only."""
+
+    def tensors(self, adapter: str, transient: bool = False) -> Iterator[tuple[Slot, Tensor]]:
+        """Yield (slot, tensor) of an adapter's tensors in checkpoints; of all if `transient`. A declaration only."""
+
+    def write_bias(self, bias: Tensor) -> None:
+        """Overwrite the base layer's bias. A declaration only."""

@@ -220,7 +220,8 @@ class PerRow(Protocol):
     """A fact about each row of a batch: a tensor, or an object that can be indexed and repeated like one."""
 
     def __getitem__(self, index: Tensor, /) -> PerRow: ...
-    def repeat_interleave(self, repeats: int, dim: int) -> PerRow: ...
+    def repeat_interleave(self, repeats: int, dim: int) -> PerRow:
+        """Return the fact with each row `repeats` times in succession. A declaration only."""
 
 
 def select_facts(fact: PerRow, index: Tensor) -> PerRow:

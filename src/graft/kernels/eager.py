@@ -122,7 +122,9 @@ class Context(FunctionCtx):
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
 
-    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep tensors for `saved_tensors` of the backward pass. A declaration for type checkers only."""
+
     def __getattr__(self, name: str) -> Any: ...  # the attributes that `forward` has set
     def __setattr__(self, name: str, value: object) -> None: ...
 

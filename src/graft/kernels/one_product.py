@@ -42,14 +42,16 @@ class Addend(Protocol):
 class ByRows(Protocol):
     """A ΔW that can be cut by rows."""
 
-    def rows(self, part: slice) -> Any: ...  # the ΔW of some rows of the weight
+    def rows(self, part: slice) -> Any:
+        """Return the ΔW of some rows of the weight. A declaration only."""
 
 
 @runtime_checkable
 class Multiplying(Protocol):
     """A ΔW that has a separate product for many rows."""
 
-    def multiply(self, x: Tensor) -> Tensor | None: ...  # x ΔWᵀ in the dtype of x; None if forming ΔW is faster
+    def multiply(self, x: Tensor) -> Tensor | None:
+        """Return x ΔWᵀ in the dtype of x; None if forming ΔW is faster. A declaration only."""
 
 
 def linear_with(
@@ -386,7 +388,10 @@ class Modulated(NamedTuple):
 
 
 def product_like(B: Tensor, A: Tensor, like: Tensor) -> Tensor:
-    """Return B A, (out, n), in the memory layout of `like`, which may be stored as (in, out)."""
+    """Return B A, (out, n).
+
+    For a `like` of two dimensions that is not contiguous, it is computed as (Aᵀ Bᵀ)ᵀ, a transposed view.
+    """
     return (A.T @ B.T).T if like.dim() == 2 and not like.is_contiguous() else B @ A
 
 

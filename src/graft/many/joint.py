@@ -99,8 +99,9 @@ def is_target(name: str) -> bool:
 
 
 def measure_batch(item: RunBatch, arguments: ForwardArguments) -> tuple[int, int, tuple[object, ...]]:
-    """Return the number of rows, the number of tokens of a row (the largest second dimension, 1 if there is none), and
-    the traits by which batches may share a pass.
+    """Return the number of rows, the number of tokens of a row, and the traits by which batches may share a pass.
+
+    The number of tokens is the largest second dimension of an argument, 1 if there is none.
 
     Traits are dtypes and shapes of arguments, values of those without rows, whether rows are masked (False without
     `exact`), and whether they are packed (False with a mask). A mask (rows, tokens) is none. The number of tokens is no

@@ -1472,7 +1472,7 @@ def refuse_base_change(name: str, config: PeftConfig) -> None:
 
 def refuse_covered_targets(name: str, asked: PeftConfig, registry: Any) -> None:
     """Raise ConfigError if a run's targets are within modules that another adapter trains whole: there the run would
-    get no adapter.
+    get no adapter. `find_covered_targets` of the registry finds them; the first is named.
 
     Nothing is refused for configs without `target_modules`, for modules that take rows, or that the run trains as well.
     With "all-linear", linear modules count that are targeted or that the config leaves untargeted.

@@ -100,7 +100,7 @@ class Sweep:
 
     @property
     def best(self) -> Trial:
-        """The trial with the lowest validation loss of those that reached the last rung."""
+        """The first of `ranking`: of the trials that reached the last rung, the one with the lowest validation loss."""
         return self.ranking[0]
 
     @property

@@ -192,9 +192,10 @@ class Versions:
         return free
 
     def _unload(self, names: list[str], names_kept: list[str]) -> None:
-        """Unload versions.
+        """Unload versions one after the other, each within `timeout`, and in a thread if there is one.
 
-        A failure gives a warning, and the name goes to the front of `names_kept`, for the next time.
+        A failure gives a PeftWarning and does not end the loop; the name goes to the front of `names_kept`, for the
+        next time.
         """
         for name in names:
             try:

@@ -57,6 +57,7 @@ class CarrierState:
         self.trainable: Sequence[str] = ()  # adapters that require gradients
         self.slots: dict[str, list[Slot]] = {}  # by adapter, of layers: valid while each slot's module is the same
         self.merged: list[str] = []  # adapters that the base weight contains
+        self.uncast: nn.Module | None = None  # a merged replacement, if the base layer became a copy in other dtypes
         self.undo: list[tuple[str, Any, Tensor | None]] = []  # (kind, state of the weight, the bias) of each merge
         self.survived: list[Tensor] = []  # of each merge that rounded the weight: see `core/finite.py`
 

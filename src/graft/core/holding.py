@@ -282,7 +282,7 @@ class Holding:
             return slots
         m = self.methods.get(adapter)
         if m is not None and adapter in self.state.merged and m.effect.whole:  # the two modules are swapped
-            module = ModuleDict({adapter: self._modules[self.inner_name]})
+            module = ModuleDict({adapter: self.state.uncast or self._modules[self.inner_name]})
             return list(iter_slots(m.layer_names[0], module, adapter))
         never = {(slot.container, slot.path) for slot in slots if slot.is_parameter and not slot.trains}
         slots = [slot for key in self.holders for slot in iter_slots(key, self._modules[key], adapter, never)]

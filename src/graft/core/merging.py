@@ -19,6 +19,7 @@ the layer gets a new one. Of a packed stack, one matrix at a time is dense.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -620,9 +621,21 @@ def _write_merge(layer: Layer, names: list[str], steps: Sequence[Step], undoable
 
 
 def _swap_modules(layer: Layer, adapter: str) -> None:
-    """Exchange the base layer and the adapter's module, which is PEFT's layout while merged."""
-    container = getattr(layer, layer.methods[adapter].layer_names[0])
-    layer._modules["base_layer"], container[adapter] = container[adapter], layer.base_layer
+    """Exchange the base layer and the adapter's module, which is PEFT's layout while merged.
+
+    If the effect casts the module to the layer's dtypes, the base layer becomes a cast copy, and `state.uncast` keeps
+    the module until the exchange back.
+    """
+    m, state, base = layer.methods[adapter], layer.state, layer.base_layer
+    container = getattr(layer, m.layer_names[0])
+    module = container[adapter]
+    if state.merged:
+        base, state.uncast = state.uncast or base, None
+    elif (cast := m.effect.module()) is not module:  # type: ignore[attr-defined]
+        state.uncast, module, values = module, copy.deepcopy(module), dict(cast.named_parameters())
+        for name, p in module.named_parameters():
+            p.data = values[name].data
+    layer._modules["base_layer"], container[adapter] = module, base
 
 
 @torch.no_grad()

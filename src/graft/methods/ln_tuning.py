@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graft.config.fields import TARGETS, Targeted
+from graft.core.each import copy_with_tensors
 from graft.core.effect import Effect, Replace
 from graft.core.method import Method
+from graft.kernels.eager import cast
 from graft.storage.codes import why_copy_cannot_train
 from graft.storage.fsdp2 import standalone
 
@@ -37,7 +40,7 @@ class LNTuning(Method[LNTuningConfig]):
         return super().check() if why is None else f"LN tuning trains a copy of the layer, and {why}"
 
     def describe(self) -> Effect:
-        """Return a `Replace`: the copy runs in place of the layer."""
+        """Return a `Replace`: the copy runs in place of the layer, in the layer's dtypes."""
         return Replace(self.get_copy)
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
@@ -51,5 +54,23 @@ class LNTuning(Method[LNTuningConfig]):
         return dict(ln_tuning_layers=clone)
 
     def get_copy(self) -> nn.Module:
-        """Return the copy, `ln_tuning_layers`."""
-        return self.ln_tuning_layers
+        """Return the copy, `ln_tuning_layers`, if its tensors have the dtypes of the layer's.
+
+        If someone has cast it, returns a shallow copy of it with parameters cast to the layer's dtypes, so that both
+        compute alike. Gradients pass to the uncast ones. Buffers, which forward passes write, are cast in the copy.
+        """
+        trained, base = self.ln_tuning_layers, self.layer.base_module
+        dtypes = find_dtypes(base.named_parameters())
+        parameters = {n: cast(p, dtypes[n]) for n, p in trained.named_parameters() if dtypes.get(n, p.dtype) != p.dtype}
+        if not parameters:
+            return trained
+        dtypes = find_dtypes(base.named_buffers())
+        for name, b in trained.named_buffers():
+            path, _, key = name.rpartition(".")
+            trained.get_submodule(path)._buffers[key] = cast(b, dtypes.get(name, b.dtype))
+        return copy_with_tensors(trained, parameters)
+
+
+def find_dtypes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, torch.dtype]:
+    """Return name → dtype of a module's tensors, by their names without adapter layers within the module."""
+    return {name.replace("base_layer.", ""): t.dtype for name, t in tensors}

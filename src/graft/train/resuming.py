@@ -10,7 +10,7 @@ import copy
 import operator
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -272,7 +272,8 @@ class TrainingSnapshot:
             ConfigError, DistributedError: a part has state that cannot be saved.
         """
         self.model, self.loader = model, loader
-        check_scheduler(unwrap_accelerate(scheduler))
+        schedule: Any = unwrap_accelerate(scheduler)
+        check_scheduler(schedule)
         self.optimizer_states = optimizer_states = wrap_optimizer(unwrap_accelerate(optimizer))
         self.values = collect_trained_tensors(model, optimizer_states)
         check_sharding({name: v.tensor for name, v in self.values.items()}, optimizer_states)
@@ -296,10 +297,8 @@ class TrainingSnapshot:
                 for i, group in enumerate(options)
             ],
             "others": pack(optimizer_states.collect_other_states(), tensors, self.kind),
-            "scheduler": None if scheduler is None else describe_scheduler(unwrap_accelerate(scheduler)),
-            "schedule": None
-            if scheduler is None
-            else pack(unwrap_accelerate(scheduler).state_dict(), tensors, get_class_name(scheduler)),
+            "scheduler": None if schedule is None else describe_scheduler(schedule),
+            "schedule": None if schedule is None else pack(schedule.state_dict(), tensors, get_class_name(schedule)),
         }
         self.rank_tensors: dict[str, Tensor] = {}  # of this process alone
         at = rank_prefix(get_rank())
@@ -307,7 +306,7 @@ class TrainingSnapshot:
             "loader": pack(get_loader_state(loader), self.rank_tensors, "The loader", stem=f"{at}own/t"),
             "random": pack({"python": random.getstate(), "numpy": get_numpy_state()}, self.rank_tensors, "random"),
         }
-        self.rank_tensors |= {f"{at}{GENERATOR}/{name}": state for name, state in read_generators(loader).items()}
+        self.rank_tensors |= {f"{at}{GENERATOR}/{name}": get() for name, (get, _) in list_generators(loader).items()}
 
     def gather(self) -> tuple[Json, dict[str, Tensor]]:
         """Return the note and all tensors, whole: optimizer states, master values and those of other processes
@@ -480,18 +479,20 @@ def get_numpy_state() -> tuple[object, ...]:
     return (kind, np.asarray(keys).tolist(), *position)
 
 
-def read_generators(loader: object) -> dict[str, Tensor]:
-    """Return the states of torch's generators: "cpu", each device of the accelerator by name, and those in a loader as
-    "loader:0" and so on. An accelerator that is not initialized is left out, and stays so.
+def list_generators(loader: object) -> dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], object]]]:
+    """Return functions that get and set the state of each of torch's generators: "cpu", each device of the accelerator
+    by name, and those in a loader as "loader:0" and so on.
+
+    An accelerator that is not initialized is left out, and stays so.
     """
-    states = {"cpu": torch.get_rng_state()}
+    generators: dict[str, Any] = {"cpu": (torch.get_rng_state, torch.set_rng_state)}
     kind = infer_device()
     module = torch.get_device_module(kind)
     if kind != "cpu" and getattr(module, "is_initialized", lambda: True)():  # MPS always is
         for i in range(module.device_count()):
-            at = torch.device(kind, i)
-            states[str(at)] = module.get_rng_state(at) if kind != "mps" else module.get_rng_state()
-    return states | {f"loader:{i}": g.get_state() for i, g in enumerate(find_generators(loader))}
+            at = {} if kind == "mps" else {"device": torch.device(kind, i)}
+            generators[f"{kind}:{i}"] = partial(module.get_rng_state, **at), partial(module.set_rng_state, **at)
+    return generators | {f"loader:{i}": (g.get_state, g.set_state) for i, g in enumerate(find_generators(loader))}
 
 
 # back
@@ -629,8 +630,7 @@ class ResumeJob:
             check_state_like(self.scheduler, self.note["schedule"], state, f"{path}: the schedule")
         if self.rank_state is not None and "generators" not in fresh:
             check_random(self.rank_state["random"], path)
-            states = read_generators(self.loader)
-            for name in self.generator_states.keys() & states.keys() | {"cpu"}:
+            for name in self.generator_states.keys() & list_generators(self.loader).keys() | {"cpu"}:
                 device = "cpu" if name.startswith("loader:") else name
                 check_generator(self.generator_states.get(name), f"{path}: '{name}'", device)
 
@@ -852,16 +852,9 @@ class ResumeJob:
         state = self.rank_state["random"]
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
-        torch.set_rng_state(self.generator_states["cpu"])
-        current = read_generators(self.loader)
-        for i, g in enumerate(find_generators(self.loader)):
-            if f"loader:{i}" in self.generator_states:
-                g.set_state(self.generator_states[f"loader:{i}"])
-        for name, rng_state in self.generator_states.items():
-            device = torch.device(name) if name != "cpu" and not name.startswith("loader:") else None
-            if device is not None and name in current:
-                module = torch.get_device_module(device)
-                module.set_rng_state(rng_state) if device.type == "mps" else module.set_rng_state(rng_state, device)
+        for name, (_, set_state) in list_generators(self.loader).items():
+            if name in self.generator_states:
+                set_state(self.generator_states[name])
 
 
 def restore_object(thing: Any, state: object, attributes: dict[str, object]) -> None:

@@ -5,10 +5,10 @@ SDT's short training (2410.09016), which finds the channels and states of a stat
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,15 @@ def find_linear_methods(
         )
     check_no_pieces(((key, m.site) for key, m in linear.items()), f"{field}='{how}' measures data")
     return linear
+
+
+@contextmanager
+def watch_calls(layers: Mapping[str, nn.Module], see: Callable[[str, Any, Any], None]) -> Iterator[None]:
+    """Within the block, call see(key, positional arguments, output) after each call of these layers."""
+    with ExitStack() as hooks:
+        for key, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(lambda _, args, y, key=key: see(key, args, y)))
+        yield
 
 
 def check_measured(keys: Collection[str], seen: Collection[str], what: str) -> None:
@@ -199,36 +208,26 @@ def measure_covariances(
     sums: dict[str, Tensor] = {}
     calls: dict[str, int] = {}
 
-    def make_hook(key: str) -> Callable[..., None]:
-        """Return a forward hook that adds the covariance of a layer's input to its sum, and counts its calls."""
+    def add_covariance(key: str, args: tuple[Tensor, ...], output: object) -> None:
+        """Add xᵀ x of a layer's first argument to its sum, and count the call.
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: object) -> None:
-            """Add xᵀ x to the layer's sum, and count the call: x is the first argument as rows, divided by |its largest
-            number|.
-
-            x is float32, unless the config has `use_float16_for_covariance`.
-
-            Raise CalibrationError if the product is not finite.
-            """
-            x = args[0].detach().flatten(0, -2)
-            x = x if cfg.use_float16_for_covariance else x.float()
-            x = x / x.max().abs()
-            C = x.T @ x
-            if not C.isfinite().all():
-                raise CalibrationError(
-                    f"Invalid value found in the inputs of layer '{key}': NaN, infinite, or zero throughout. Check the "
-                    "data."
-                )
-            sums[key] = sums[key] + C if key in sums else C
-            calls[key] = calls.get(key, 0) + 1
-
-        return hook
+        Raise CalibrationError if it is not finite.
+        """
+        x = args[0].detach().flatten(0, -2)
+        x = x if cfg.use_float16_for_covariance else x.float()
+        x = x / x.max().abs()
+        C = x.T @ x
+        if not C.isfinite().all():
+            raise CalibrationError(
+                f"Invalid value found in the inputs of layer '{key}': NaN, infinite, or zero throughout. Check the "
+                "data."
+            )
+        sums[key] = sums[key] + C if key in sums else C
+        calls[key] = calls.get(key, 0) + 1
 
     watched = hooked_model if hooked_model is not None else model
     modules = dict(watched.named_modules())
-    with ExitStack() as hooks, use_mode(watched, False):
-        for key in methods.keys() & modules:
-            hooks.enter_context(modules[key].register_forward_hook(make_hook(key)))
+    with watch_calls({key: modules[key] for key in methods.keys() & modules}, add_covariance), use_mode(watched, False):
         run_model()
     check_measured(methods, sums, "input")
     means = {key: sums[key] / calls[key] for key in methods}
@@ -348,26 +347,18 @@ def measure_gradients(
     weights = {key: getattr(m.site.module, m.site.parameter) for key, m in methods.items()}
     calls = dict.fromkeys(methods, 0)
 
-    def make_counter(key: str) -> Callable[..., None]:
-        """Return a forward hook that counts the backward passes through a layer's output."""
+    def watch_output(key: str, args: object, output: Tensor) -> None:
+        """Count backward passes through a layer's output that requires gradients."""
 
         def count_backward(_: Tensor) -> None:
             """Count a backward pass of the layer."""
             calls[key] += 1
 
-        def watch_output(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            """Register `count_backward` as a hook on an output that requires gradients; leave any other output alone.
+        if output.requires_grad:  # not in a first pass under reentrant checkpointing
+            output.register_hook(count_backward)
 
-            The first pass under reentrant checkpointing has none.
-            """
-            if output.requires_grad:  # not in a first pass under reentrant checkpointing
-                output.register_hook(count_backward)
-
-        return watch_output
-
-    with ExitStack() as hooks, restrict_training(model, weights.values()):
-        for key, m in methods.items():
-            hooks.enter_context(m.site.module.register_forward_hook(make_counter(key)))
+    modules = {key: m.site.module for key, m in methods.items()}
+    with watch_calls(modules, watch_output), restrict_training(model, weights.values()):
         with use_mode(model, True), torch.enable_grad():
             train_step()
         seen = [key for key, W in weights.items() if W.grad is not None and calls[key]]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from graft import AdapterLayer, CalibrationError, ConfigError, PeftWarning
 from graft.core.errors import join_some, warn
 from graft.inject.parts import check_no_pieces, get_registry, use_mode
 from graft.inject.survey import ModuleTree, survey_model
-from graft.train.calibration import check_measured, find_linear_methods
+from graft.train.calibration import check_measured, find_linear_methods, watch_calls
 from graft.train.components import Components, distribute_ranks
 
 
@@ -135,34 +135,23 @@ class InputMeasurement:
         """
         inputs, prepared = batch
 
-        def make_hook(name: str) -> Callable[..., None]:
-            """Return a forward hook that calls `see` with the rows of a layer's input.
+        def see_input(name: str, args: object, output: object) -> None:
+            """Call `see` with the rows of a layer's input: the result of `prepare_layer`, or its function for `name`,
+            else of `flatten_rows`.
 
-            The rows are made by `prepare_layer`, if it is a function, or its function for `name`, if it is a mapping
-            that has one; else by `flatten_rows`.
+            With `gather`, and torch.distributed initialized, the rows are those of all processes. Raises
+            CalibrationError if they are not finite.
             """
             prepare = self.prepare_layer
             prepare = (prepare.get(name) if isinstance(prepare, Mapping) else prepare) or flatten_rows
+            rows = prepare(args, prepared, name)
+            if self.gather and dist.is_initialized():
+                rows = gather_from_processes(rows)
+            if not rows.isfinite().all():
+                raise CalibrationError(f"The inputs of layer '{name}' are not finite. Check the data.")
+            see(name, rows)
 
-            def hook(module: nn.Module, args: object, output: object) -> None:
-                """Call `see` with the rows of the input: the result of the layer's function of `prepare_layer`, else of
-                `flatten_rows`.
-
-                With `gather`, and torch.distributed initialized, the rows are those of all processes. Raises
-                CalibrationError if they are not finite.
-                """
-                rows = prepare(args, prepared, name)
-                if self.gather and dist.is_initialized():
-                    rows = gather_from_processes(rows)
-                if not rows.isfinite().all():
-                    raise CalibrationError(f"The inputs of layer '{name}' are not finite. Check the data.")
-                see(name, rows)
-
-            return hook
-
-        with ExitStack() as hooks:
-            for name in names:
-                hooks.enter_context(self.layers[name].register_forward_hook(make_hook(name)))
+        with watch_calls({name: self.layers[name] for name in names}, see_input):
             self.forward_fn(self.model, inputs)
 
     def compute_components(self) -> dict[str, Tensor]:

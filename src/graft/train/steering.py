@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from graft import AdapterLayer, CalibrationError, ConfigError, SteeringConfig
 from graft.inject.parts import get_registry, use_mode
+from graft.train.calibration import watch_calls
 
 Inputs = Mapping[str, object]  # arguments of the model's forward
 
@@ -89,25 +89,19 @@ def record_last_states(model: nn.Module, layers: Mapping[str, AdapterLayer], inp
     mask = inputs.get("attention_mask")
     real = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
-    def make_hook(key: str) -> Callable[[nn.Module, object, Tensor], None]:
-        """Return a forward hook that keeps a layer's output at the last token of each row."""
+    def keep_last_state(key: str, args: object, y: Any) -> None:
+        """Keep the output, or the first item of a tuple, at the last token of each row that the mask leaves, in
+        float32.
+        """
+        y = (y if isinstance(y, Tensor) else y[0]).float()
+        if y.dim() > 2:
+            last = y.new_full((len(y),), y.shape[1] - 1, dtype=torch.long)
+            if real is not None:
+                last = (real.int().argmax(1) + real.sum(1) - 1).to(y.device)
+            y = y[torch.arange(len(y), device=y.device), last]
+        out[key] = y
 
-        def hook(_module: nn.Module, _args: object, y: Tensor) -> None:
-            """Keep the output, or the first item of a tuple, at the last token of each row that the mask leaves, in
-            float32.
-            """
-            y = (y if isinstance(y, Tensor) else y[0]).float()
-            if y.dim() > 2:
-                last = y.new_full((len(y),), y.shape[1] - 1, dtype=torch.long)
-                if real is not None:
-                    last = (real.int().argmax(1) + real.sum(1) - 1).to(y.device)
-                y = y[torch.arange(len(y), device=y.device), last]
-            out[key] = y
-
-        return hook
-
-    with ExitStack() as hooks, use_mode(model, False), model.disable_adapter():
-        for key, layer in layers.items():
-            hooks.enter_context(layer.base_layer.register_forward_hook(make_hook(key)))
+    base_layers = {key: layer.base_layer for key, layer in layers.items()}
+    with watch_calls(base_layers, keep_last_state), use_mode(model, False), model.disable_adapter():
         model(**inputs)
     return out

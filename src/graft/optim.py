@@ -128,7 +128,8 @@ def create_loraplus_optimizer(
     There are four groups, in this order, even if empty: A, adapters on embeddings, B, and B without decay. A name with
     "lora_embedding_" decides first. A has all others of two dimensions or more without "lora_B" in the name; the rest
     is B. Of that rest, names with "bias" and parameters of `nn.LayerNorm` do not decay. Parameters that do not train
-    are left out. An 8-bit Adam of bitsandbytes keeps the state of embeddings in 32 bits.
+    are left out. A class with the name of an 8-bit Adam or AdamW of bitsandbytes keeps the state of embeddings in 32
+    bits.
 
     Args:
         loraplus_weight_decay: decay of all others (0).

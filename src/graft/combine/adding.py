@@ -197,7 +197,10 @@ def warn_if_base_changed(tuner: Tuner, names: list[str], adapter_name: str, cfg:
 
 def find_start_change(cfg: PeftConfig) -> str | None:
     """Return the setting of a config that makes its initialisation change the base weights, such as
-    "init_lora_weights='pissa'". Return None if it does not.
+    "init_lora_weights='pissa'".
+
+    It is the answer of `changes_base` of the method's variant for this config. Return None if that is None, or if the
+    variant has no `changes_base`.
     """
     setting_of = getattr(method_of(cfg.peft_type).variant(cfg), "changes_base", None)
     return None if setting_of is None else setting_of(cfg)

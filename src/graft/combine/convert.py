@@ -182,8 +182,9 @@ def truncate_change(
     The part is computed only for an int and an update without factors, else it is 0: the caller compares the results.
 
     k is the int divided by the number of groups, rounded down. A float takes the smallest k, at least 1, that keeps
-    this part of ‖ΔW‖²; rounding noise is never kept. Factors of rank k are returned as they are. With an int, factors
-    of a lower rank are decomposed anew, with further orthonormal rows in A and zeros in B.
+    this part of ‖ΔW‖²; rounding noise, (4 ε)² of ‖ΔW‖² for each triple, is never kept. Factors of rank k are returned
+    as they are. With an int, factors of a lower rank are decomposed anew, with further orthonormal rows in A and zeros
+    in B.
     """
     A, B, _ = change
     if isinstance(rank, int):
@@ -219,9 +220,9 @@ def set_ranks(
 ) -> None:
     """Change `cfg` so that these layers of `base` get these ranks with scaling 1, and no other layer an adapter.
 
-    With an int rank all get it. Else `r` is 1, and rank and alpha patterns hold the ranks, by "^" and path if one path
-    ends with another. Targets stay if they select exactly these layers already; otherwise, and for any `parameters`,
-    they become the exact paths.
+    With an int rank, `r` and `lora_alpha` are it. Else both are 1, and rank and alpha patterns hold the ranks by path;
+    by "^" and escaped path if one path ends with another. Targets stay if they select exactly these layers already;
+    otherwise, and for any `parameters`, they become the exact paths.
 
     Args:
         parameters: the paths that are parameters, not modules.

@@ -163,7 +163,7 @@ class LoraForm(ProductForm["LoraConfig"]):
         """Set `r` and `lora_alpha` to the highest rank, rank and alpha patterns to `patterns`, no rsLoRA, and
         `lora_bias` if any config has it.
 
-        A start by name becomes True; a variant that cannot hold any product is dropped.
+        An `init_lora_weights` that is a text becomes True; a variant without `holds_any` is dropped.
 
         Raises:
             ConfigError: the variant that stays would need another rank (`check_base_unchanged`).

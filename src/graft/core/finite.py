@@ -72,8 +72,9 @@ def measure_survival(W: Tensor, wide: Tensor, after: Tensor | None = None) -> Te
 
     Their quotient is the part of an update that rounding kept.
 
-    The weight is read in blocks of rows, to save memory. The result for an empty weight is zeros. DTensors are read at
-    once, and each process gets the products of the whole (`dtensor_dot_product`).
+    To save memory, the weight is read in blocks of rows, of 2¹⁶ numbers on a CPU and 2²⁴ elsewhere. The result for an
+    empty weight is zeros. DTensors are read at once, and each process gets the products of the whole
+    (`dtensor_dot_product`).
 
     Args:
         W: the weight before the update, as stored.

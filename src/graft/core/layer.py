@@ -126,7 +126,8 @@ class Host(Holding, Carrier, nn.Module):
         """Add an adapter: its method, and the values that the method's `build` returned.
 
         Sets `method.layer`, puts the values into containers and drops plans that name the adapter. A config class that
-        is new here is appended to `kinds`. It does not activate it.
+        is new here is appended to `kinds`. It does not activate it. Methods are only compared where one of the two has
+        `checks_compatibility`.
 
         Raises:
             ConfigError: the method and one on the layer are incompatible (`why_incompatible`). Nothing has changed

@@ -541,7 +541,7 @@ def _add_products(op: Op, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], 
 def _take_snapshot(layer: Layer) -> object:
     """Return the store's snapshot of the base weight: a copy, or the parameter itself if it is tied.
 
-    Returns None if the layer's record of merges has a snapshot already, since that also undoes this merge.
+    Returns None if `state.undo` has a "restore" entry already, since that also undoes this merge.
     """
     if any(kind == "restore" for kind, _, _ in layer.state.undo):
         return None
@@ -642,7 +642,8 @@ def _swap_modules(layer: Layer, adapter: str) -> None:
 def unmerge(layer: Layer) -> None:
     """Undo all merges, the last one first, and clear the layer's record of them. Does nothing if none is merged.
 
-    Subtracts products, restores snapshots and biases, or exchanges a replacement with the base layer again. An
+    A "subtract" entry of `state.undo` has its products subtracted. Any other has its snapshot restored, if it has one.
+    Then its bias is written, if it has one. A replacement, without entries, is exchanged with the base layer again. An
     offloaded or sharded weight is brought in for the write. An adapter that was merged without `undoable` stays in the
     weight, but no longer counts as merged. The caller refreshes the plan.
     """
@@ -749,8 +750,8 @@ def compute_unmerged_weight(layer: Layer) -> Tensor:
 
 
 def find_unmerged_bias(layer: Layer) -> Tensor | None:
-    """Return the bias without merged adapters: the copy of the first merge that kept one, on the bias's present device;
-    else the present bias. While the present bias is on the meta device, the copy stays on its device.
+    """Return the bias without merged adapters: the copy in the first entry of `state.undo` with one, on the bias's
+    present device; else the present bias. While the present bias is on the meta device, the copy stays on its device.
     """
     first: Tensor | None = next((old for _, _, old in layer.state.undo if old is not None), None)
     if first is None:
@@ -760,8 +761,8 @@ def find_unmerged_bias(layer: Layer) -> Tensor | None:
 
 
 def find_tied_weight(layer: Layer) -> nn.Parameter | None:
-    """Return the parameter that a merged layer left to the modules tied to it: the first snapshot in `state.undo` that
-    is a parameter. None if there is none.
+    """Return the parameter that a merged layer left to the modules tied to it: the first "restore" entry in
+    `state.undo` with a parameter as snapshot. None if there is none.
 
     Unmerging makes the layer share it again.
     """

@@ -625,7 +625,8 @@ class FactorSnapshot:
 def find_entries(method: Method, part: object) -> list[tuple[dict[str, object], str]]:
     """Return (dictionary, key) of each container of the layer that holds `part` as the value of the method's adapter.
 
-    Only names in `computes_with` are searched; [] if none has the same object.
+    Only names in `computes_with` are searched, each container that is no dict by its `_modules`; [] if none has the
+    same object.
     """
     attributes = method.layer.__dict__
     entries = []

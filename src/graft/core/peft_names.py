@@ -255,7 +255,8 @@ class PeftNames:
 
         Raises:
             AdapterNotFoundError: the layer does not carry the adapter.
-            ConfigError: the adapter is not LoRA's, or the initialisation changes more than A and B.
+            ConfigError: the adapter's method has no `restart`, as LoRA's has, or the initialisation changes more than A
+                and B.
             InUseError: calls of the model do not end in time.
         """
         method = self.methods.get(adapter_name)

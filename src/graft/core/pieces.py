@@ -167,9 +167,9 @@ def low_rank_piece(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
 def compute_part_piece(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
     """Return this process's piece of the part that an adapter adds to y, the output for x.
 
-    A product is computed with pieces. So is an Update without active dropout and branch, if its ΔW is formed. Any other
-    effect gets whole inputs (a Rewrite also the whole output), and its part is cut. Factors next to ΔW are added as
-    pieces.
+    The input is cast to the adapter's dtype. A product is computed with pieces. So is an Update without active dropout
+    and branch, if its ΔW is formed. Any other effect gets whole inputs (a Rewrite also the whole output), and its part
+    is cut. Factors next to ΔW are added as pieces.
     """
     piece = layer.site.piece
     if effect.product is not None:

@@ -348,8 +348,9 @@ class Run:
 
         The weight is the adapter's share of the batch's copies, 1.0 by default. If the call has `num_items_in_batch`
         and labels, that is multiplied by the number of labels (without -100) over `num_items_in_batch`, as Trainer sums
-        such losses. The labels are `shift_labels` if the call has them, else `labels`; no tensor counts as none. For
-        decoders that shift labels, the first of each row of `labels` does not count.
+        such losses. The labels are `shift_labels` if the call has them, else `labels`; no tensor counts as none. If the
+        model's `loss_type` is in `SHIFTED` and it is no encoder-decoder, the first of each row of `labels` does not
+        count.
         """
         share, items = self.shares.get(adapter, 1.0), self.find_argument("num_items_in_batch", model)
         labels = None if items is None else self.find_argument("shift_labels", model)
@@ -429,7 +430,11 @@ def find_cache(arguments: Mapping[str, Any]) -> Any:
 
 
 def count_cached_tokens(cache: Any) -> int | None:
-    """Return the number of tokens that a cache has seen; None if it cannot tell, as a cache of states alone (Mamba)."""
+    """Return the number of tokens that a cache has seen, `get_seq_length()` as an int.
+
+    None if it has no such function, or if it has `layers` and none of these has one, as a cache of states alone
+    (Mamba).
+    """
     layers = getattr(cache, "layers", ())
     if not hasattr(cache, "get_seq_length") or (layers and not any(hasattr(n, "get_seq_length") for n in layers)):
         return None
@@ -437,6 +442,10 @@ def count_cached_tokens(cache: Any) -> int | None:
 
 
 def is_stateful(cache: Any) -> bool:
-    """Return True if a layer of the cache holds a state (of a Mamba) after tokens that it has seen."""
+    """Return True if a layer of the cache has a true `has_previous_state`, or a mapping there with a true value: the
+    state of a Mamba.
+
+    False for a cache without `layers`.
+    """
     states = [getattr(layer, "has_previous_state", False) for layer in getattr(cache, "layers", ())]
     return any(any(state.values()) if isinstance(state, Mapping) else state for state in states)

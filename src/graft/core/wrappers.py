@@ -175,9 +175,10 @@ def move_inputs(
     """Return the arguments of a call, moved as accelerate's hook on the module moves them, and a function of the
     output.
 
-    The first hook with an execution device counts. The function moves the output back to the device of the first tensor
-    among the arguments. It is None if the hook does not do that, or if the devices are equal. Keyword arguments under
-    the hook's `skip_keys` are not moved. If no hook has a device, returns the arguments as they are, and None.
+    The first hook with `io_same_device` and an execution device counts. The function moves the output back to the
+    device of the first tensor among the arguments. It is None if the hook does not do that, or if the devices are
+    equal. Keyword arguments under the hook's `skip_keys` are not moved. If no hook has a device, returns the arguments
+    as they are, and None.
     """
     hook = module.__dict__[HOOK]
     for h in getattr(hook, "hooks", (hook,)):

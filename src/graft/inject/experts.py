@@ -380,7 +380,8 @@ class ExpertTargets:
 def find_stack_parts(keys: Iterable[str], experts: ExpertStacks) -> dict[ExpertStack, list[str]]:
     """Return the stacks with matrices of single experts in a file, each with its parts in the file's order.
 
-    Keys of other names, or of stacks that the model lacks, are left out.
+    Such a key is `<path>.experts.<number>.<part>.lora_A.weight`, or with `lora_B`; "base_model.model." before it is
+    dropped. Other keys, and those of stacks that the model lacks, are left out.
     """
     by_path = {stack.path: stack for stack in experts.stacks}
     out: dict[ExpertStack, list[str]] = {}

@@ -539,8 +539,8 @@ def report_matches(
     - Each field of patterns: one RuntimeWarning for its keys that reach no matched module or parameter.
 
     Raises:
-        NoMatchingPeftModuleError: no module and no parameter matches, unless the dummy name is a target. The text is
-            that of `experts_left` or `explain_no_match`.
+        NoMatchingPeftModuleError: no module and no parameter matches, unless "dummy-target-modules" is a target. The
+            text is that of `experts_left` or `explain_no_match`.
     """
     verdicts = outcomes.values()
     outcome_kinds = {v.outcome for v in verdicts}

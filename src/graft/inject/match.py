@@ -148,8 +148,11 @@ def is_targeted(config: Any, key: str) -> bool:
 
 
 def find_unmatched(entries: Iterable[str], used: set[str], paths: Iterable[str]) -> dict[str, list[tuple[str, int]]]:
-    """Return the entries that are not in `used`, sorted, each with up to two last names among `paths` that are similar
-    to its last name (difflib, 0.6), and their counts. Only the first 100 entries get similar names. {} if none is left.
+    """Return the entries that are not in `used`, sorted, each with up to two similar last names among `paths` and their
+    counts.
+
+    Names are compared with the first 100 characters of the entry's last name (difflib, 0.6). Only the first 100 entries
+    get similar names. {} if none is left.
     """
     missing = sorted(e for e in entries if e not in used)
     if not missing:

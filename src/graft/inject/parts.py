@@ -118,7 +118,7 @@ HOLDER = "_graft"  # the attribute with the registry of PeftModels and tuners; n
 
 
 def get_registry(model: object) -> Any:
-    """Return the registry of a PeftModel or tuner; None for any other module.
+    """Return the registry of a PeftModel or tuner, its attribute `_graft`; None for any other module.
 
     Raises:
         TypeError: `model` is a class or no module.

@@ -40,8 +40,9 @@ MARK = "PipelineIdentityLayer"  # transformers' class
 def find_absent_modules(modules: dict[str, nn.Module]) -> dict[str, str]:
     """Return {path: parent's path} of the modules that this process lacks; {} for a whole model.
 
-    These are transformers' placeholders for absent layers (told by the class name), and missing blocks of each
-    ModuleList or ModuleDict (`list_missing_blocks`). If there are such, each exact `nn.Identity` counts as absent, too.
+    These are transformers' placeholders for absent layers (a class named `PipelineIdentityLayer`), and missing blocks
+    of each ModuleList or ModuleDict (`list_missing_blocks`). If there are such, each exact `nn.Identity` counts as
+    absent, too.
 
     Args:
         modules: all modules of the model, by path.
@@ -217,7 +218,8 @@ class ProcessTeam:
     def meet(self, adapter: str, config: Any, paths: Iterable[str], loads: bool) -> None:
         """Wait until all processes of a sharded base come with the same adapter.
 
-        Without a sharding does nothing. The base's name and the revision in the config may differ.
+        Without a sharding does nothing. Waits at most `LONG_PATIENCE` seconds. The base's name and the revision in the
+        config may differ.
 
         Args:
             paths: of the targets.

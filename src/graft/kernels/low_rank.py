@@ -95,7 +95,11 @@ def down(x: Tensor, W: Tensor, scale: float = 1.0, p: float = 0.0, seed: int = 0
 
 
 def down_each(x: Tensor, W: Tensor) -> Tensor:
-    """Return x Wᵀ of several adapters with the bits of `down`. x (n, rows, in), W (n, r, in) → (n, rows, r)."""
+    """Return x Wᵀ of several adapters with the bits of `down`. x (n, rows, in), W (n, r, in) → (n, rows, r).
+
+    Fewer than `FUSED_FROM` rows take one batched product; more take that of W with xᵀ, and the result is its transposed
+    view.
+    """
     return torch.bmm(x, W.mT) if x.shape[1] < FUSED_FROM else torch.bmm(W, x.mT).mT
 
 
@@ -566,8 +570,9 @@ class _AddScaled(Function):
     def forward(ctx: Context, y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
         """Add ((h ⊙ d) Bᵀ) ⊙ b to y's memory past autograd, and return y's data. Keeps h, B, d and b.
 
-        From the rank `KEPT_FROM` on, (h ⊙ d) Bᵀ is kept, too, if b needs a gradient: in the dtype of h if y has that,
-        else in float16, which errs an eighth of a bfloat16 y, with each block of rows divided by its largest number.
+        From the rank `KEPT_FROM` on, (h ⊙ d) Bᵀ is kept, too, if b needs a gradient. It is in the dtype of h if y has
+        that, else in float16, which errs an eighth of a bfloat16 y. Each block of `BLOCK` rows is then divided by its
+        largest magnitude, at least 1e-30.
         """
         flat = h.reshape(-1, h.shape[-1])
         ctx.kept = len(d) >= KEPT_FROM and ctx.needs_input_grad[4]
@@ -669,7 +674,7 @@ def grouped(x: Tensor, groups: int) -> Tensor:
 
 
 def unit(v: Tensor) -> Tensor:
-    """Return the vector v with length 1, in float32; for zero, a vector of equal numbers."""
+    """Return the vector v with length 1, in float32; for zero, a vector (n,) of numbers 1 / √n."""
     v = v.float()
     norm = v.norm()
     return torch.where(norm > 0, v / norm, v.shape[0] ** -0.5)

@@ -215,8 +215,9 @@ class Factored(NamedTuple):
         return torch.addmm(W, self.B, self.A, alpha=self.scale)
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        """Return the gradients s · Bᵀ G of A and s · G Aᵀ of B, with G = gᵀ x, each None without need; None for the
-        scale.
+        """Return the gradients s · Bᵀ G of A and s · G Aᵀ of B, each None without need; None for the scale.
+
+        G = gᵀ x is in the dtype of A.
         """
         G = (g.T @ x).to(self.A.dtype)
         dA = (self.B.T @ G) * self.scale if need[0] else None
@@ -485,6 +486,8 @@ class Difference(NamedTuple):
         return torch.addmm(torch.addmm(W.contiguous().to(A.dtype), B, A), B0, A0, alpha=-1)
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        """Return the gradients G Aᵀ of B and Bᵀ G of A, always, with G = gᵀ x; None for B₀, A₀ and shape."""
+        """Return the gradients G Aᵀ of B and Bᵀ G of A, always, with G = gᵀ x in the dtype of A; None for B₀, A₀ and
+        shape.
+        """
         G = (g.T @ x).to(self.A.dtype)
         return G @ self.A.T, self.B.T @ G, None, None, None

@@ -323,7 +323,7 @@ class _RotatePairs(Function):
         """Return the gradients of z, c and s, each None without need.
 
         That of z is g rotated with the two rows of s exchanged. Those of c and s are products of g and z, summed over
-        rows.
+        rows, in c's dtype.
         """
         z, c, s = ctx.saved_tensors
         need_z, need_c, need_s = ctx.needs_input_grad

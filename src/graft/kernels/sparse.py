@@ -130,7 +130,7 @@ class Scattered(NamedTuple):
         return x.new_zeros(*x.shape[:-1], out).index_add(-1, self.places // n, parts)
 
     def multiply(self, x: Tensor) -> Tensor | None:
-        """Return x ΔWᵀ, (…, out), in the dtype of x, for a ΔW of two dimensions, in blocks of rows.
+        """Return x ΔWᵀ, (…, out), in the dtype of x, for a ΔW of two dimensions, in blocks of 256 rows.
 
         Return None if autograd or a tracer records, if more than the share `SPARSE` of ΔW has values, or on another
         device than a CPU.
@@ -182,8 +182,8 @@ def gradient_entries(g: Tensor, x: Tensor, places: Tensor, order: Tensor | None,
 
     order: the indices that sort the places; None: they are looked for.
 
-    On a CPU, up to the share `SPARSE` of all numbers, they alone are computed. Otherwise, and for a second derivative,
-    they are picked from the full product.
+    On a CPU, up to the share `SPARSE` of all numbers, they alone are computed, in blocks of 256 rows. Otherwise, and
+    for a second derivative, they are picked from the full product.
     """
     size = g.shape[1] * x.shape[1]
     if torch.is_grad_enabled() or len(places) > SPARSE * size or not gathers(x):

@@ -142,7 +142,7 @@ class Waves(NamedTuple):
 
     def at(self, index: Tensor, q: Tensor, dtype: torch.dtype) -> Parts:
         """Return cos and -sin of 2π f q / n for the frequencies f in `index` and the samples q: two tensors (indices,
-        samples).
+        samples) in `dtype`.
         """
         turn = (index[:, None] * q % self.n).to(dtype) * (2 * torch.pi / self.n)
         return turn.cos(), -turn.sin()
@@ -197,9 +197,9 @@ class Spectrum(NamedTuple):
         return self.to_half_spectrum().times(x)
 
     def columns(self, ids: Tensor) -> Tensor:
-        """Return the columns of ΔW that `ids` (…) name, (…, out), without forming ΔW, from the frequencies f ≤ n / 2.
+        """Return the columns of ΔW that `ids` (…) name, (…, out), by `to_half_spectrum`, without forming ΔW.
 
-        Coefficients are multiplied by scale / (out · in).
+        Only the frequencies f ≤ n / 2 are used, with coefficients times scale / (out · in).
         """
         return self.to_half_spectrum().columns(ids)
 

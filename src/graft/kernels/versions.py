@@ -10,9 +10,10 @@ from torch import Tensor
 
 
 def version_of(t: Tensor) -> int:
-    """Return a number that grows with each write to a tensor, as torch counts them.
+    """Return a number that grows with each write to a tensor, torch's `_version`.
 
-    torch counts none for a tensor of inference mode: there only writes by `write_all` count.
+    A tensor of inference mode has none: there it is `_graft_writes`, the count of writes by `write_all`, 0 without that
+    attribute.
     """
     return getattr(t, "_graft_writes", 0) if t.is_inference() else t._version
 
@@ -20,7 +21,8 @@ def version_of(t: Tensor) -> int:
 def write_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Copy values into tensors, (tensor, value) each, by one operation and without gradients.
 
-    Tensors of inference mode get a new version number as an attribute, since torch counts none.
+    Tensors of inference mode get `_graft_writes`, one more than before, since torch counts no version. With one of
+    these among them, all are written in inference mode.
     """
     pairs = list(pairs)
     untracked = [t for t, _ in pairs if t.is_inference()]

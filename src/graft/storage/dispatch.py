@@ -94,9 +94,10 @@ def find_dispatch(module: nn.Module) -> Dispatch | None:
     """Return how a block's tokens are dispatched: the implementation, and first index and number of this process's
     experts.
 
-    None for a module that transformers does not dispatch. Also None if the kernel of Mega MoE exchanges the tokens,
-    since it takes no updates of its weights. The number is `num_local_experts`; times the rank in `ep_mesh` it gives
-    the first index. The implementation is read from the closure of the module's replaced forward.
+    None for a module that transformers does not dispatch, or an implementation without `experts_forward`. Also None if
+    it has a `megamoe`: the kernel of Mega MoE takes no updates of its weights. The number is `num_local_experts`; times
+    the rank in `ep_mesh` it gives the first index. The implementation is read from the closure of the module's replaced
+    forward.
     """
     style = style_of(module)
     if style is None or style.home != OF_EXPERTS:

@@ -192,10 +192,10 @@ class ExpertBlock:
     def run(self, updates: Updates, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the output of the module, (tokens, width), computed by graft, with updates on its stacks.
 
-        Routes, biases, activation and a norm after the experts are the module's. `args` and `kwargs` are those of its
-        forward: hidden states, indices of experts, weights of routes. With `updates.rows` each token gets the updates
-        of its group; with `updates.adapters` the marks in the hidden states select them. Under a dispatch the updates
-        are cut to this process's experts.
+        Routes, biases and activation are the module's, and so is `post_expert_norm` with `has_post_expert_norm`. `args`
+        and `kwargs` are those of its forward: hidden states, indices of experts, weights of routes. With `updates.rows`
+        each token gets the updates of its group; with `updates.adapters` the marks in the hidden states select them.
+        Under a dispatch the updates are cut to this process's experts.
 
         Raises:
             RoutingError: rows have different adapters in a module with `_is_expert_parallel`, or a dense stack cannot

@@ -324,7 +324,8 @@ def gather_numbers(t: Any, places: list[int]) -> list[float]:
     """Return the numbers at these flat positions of the whole tensor. Every process with a part must call this.
 
     For FSDP1 and DTensors the processes send only these numbers, as float64 sums; copies on several processes count as
-    their mean. Other layouts, and DTensors that two dimensions cut along one of theirs, gather the whole tensor.
+    their mean. Other tensors, and DTensors with a placement named "…Strided…", are gathered whole; their numbers are
+    picked then.
     """
     piece, layout, groups = find_flat_piece(t), layout_of(t), [None]
     if piece is not None:

@@ -183,7 +183,8 @@ class MXFP4(PackedMatrices):
 
         The codes must be in the layout of the file: see `in_rows`.
 
-        Products are computed in `dtype` if that is float32 or bfloat16, else in float32.
+        Values are multiplied by 2 to the power of their scale's byte less 127. Products are computed in `dtype` if that
+        is float32 or bfloat16, else in float32.
         """
         exact = dtype if dtype.itemsize == 4 or dtype == torch.bfloat16 else torch.float32
         values = unpack_pairs(self.weight[expert], FP4, True, exact).unflatten(1, (-1, 32))

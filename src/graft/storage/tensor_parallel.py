@@ -231,7 +231,7 @@ class TensorParallel(Dense):
         """Return this process's piece of the weight (canonical), and the cuts of its rows and columns.
 
         At most one of the cuts is set; both are None if the weight is whole on each process, or there is only one. Only
-        the first placement of the DTensor counts.
+        the first placement of the DTensor counts; its `split_factor`, 1 without, gives the stripes.
         """
         t: Any = m.weight
         mesh, shard = t.device_mesh, t.placements[0]

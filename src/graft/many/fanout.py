@@ -60,7 +60,7 @@ def repeat_rows(value: Any, rows: int, copies: int) -> Any:
     all rows after all rows.
 
     Tuples, lists and dicts of exactly these types are rebuilt, recursively. All else is returned as it is, such as
-    vectors and subclasses.
+    vectors and named tuples.
     """
     if isinstance(value, Tensor):  # a vector has no rows: places in a cache
         return value.repeat(copies, *[1] * (value.dim() - 1)) if value.dim() > 1 and len(value) == rows else value
@@ -72,7 +72,8 @@ def repeat_rows(value: Any, rows: int, copies: int) -> Any:
 
 
 def find_fan(base: nn.Module, hosts: Sequence[nn.Module]) -> Fan | None:
-    """Return the `Fan` of the blocks from the first one with a host to the last; None if rows cannot be repeated there.
+    """Return the `Fan` of the blocks from the first one with a host to the end of their list; None if rows cannot be
+    repeated there.
 
     Blocks are the items of the model's only outermost ModuleList. The result is None without such a list or with
     several, without a host, or with a host that is not in the base. It is None also if the first host in the model's

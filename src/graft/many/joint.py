@@ -99,7 +99,8 @@ def is_target(name: str) -> bool:
 
 
 def measure_batch(item: RunBatch, arguments: ForwardArguments) -> tuple[int, int, tuple[object, ...]]:
-    """Return the number of rows, the number of tokens of a row, and the traits by which batches may share a pass.
+    """Return the number of rows, the number of tokens of a row, and the traits: batches with equal traits may share a
+    pass.
 
     The number of tokens is the largest second dimension of an argument, 1 if there is none.
 

@@ -78,7 +78,9 @@ class Resumable(Listener):
         self, args: Any, state: TrainerState, control: object, model: Any = None, optimizer: Any = None,
         lr_scheduler: object = None, **kwargs: object,
     ) -> None:  # fmt: skip
-        """Write training.json and training.safetensors into the checkpoint that Trainer is saving, with the epoch."""
+        """Write training.json and training.safetensors into checkpoint-STEP in Trainer's output folder, with the epoch
+        and without a loader.
+        """
         folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
         extra: dict[str, object] = {"epoch": state.epoch}
         write_training(folder, *collect_training_state(model, optimizer, lr_scheduler, None, state.global_step, extra))

@@ -96,8 +96,8 @@ def compute_classification_loss(
     """Return the loss of a classifier of samples or of tokens.
 
     Only the first `labels` columns of the logits count, since others are of other heads. Without `labels` all count.
-    The loss gets the number of columns left as `num_labels`, in a namespace in place of the model's config, which
-    stays unchanged.
+    The model's `loss_function` gets, in place of its config, a namespace of the number of columns left as `num_labels`
+    and the config's `problem_type`.
     """
     logits = output["logits"]
     if labels is not None and logits.shape[-1] > labels:

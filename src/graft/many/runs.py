@@ -573,10 +573,12 @@ class MultiTrain:
             yield self.step()
 
     @overload
-    def step(self) -> Step: ...
+    def step(self) -> Step:
+        """A declaration only, for a type checker: without a name the result is a Step."""
 
     @overload
-    def step(self, name: str, **settings: Any) -> StepRecord: ...
+    def step(self, name: str, **settings: Any) -> StepRecord:
+        """A declaration only, for a type checker: with a name the result is a StepRecord."""
 
     def step(self, name: str | None = None, **settings: Any) -> Step | StepRecord:
         """Without a name: take a batch of each run that takes part, and make the optimizer steps that are due.

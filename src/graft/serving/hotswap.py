@@ -52,8 +52,8 @@ def hotswap_adapter(
 
     Zeros fill up smaller ranks, and layers that the saved adapter does not target. Larger ranks replace the tensors,
     and torch compiles the model again: see `prepare_model_for_compiled_hotswap`. The adapter's config then describes
-    the tensors in the model. If anything does not fit, nothing changes. Waits until no call of the model uses the
-    adapter. Unknown options give a warning.
+    the tensors in the model. If anything does not fit, nothing changes. Checks first, then waits until no call of the
+    model runs, and writes. Unknown options give a warning.
 
     Args:
         model_name_or_path: folder or hub repository.
@@ -69,6 +69,7 @@ def hotswap_adapter(
         AdapterKeyError: keys fit no layer of the adapter or are missing, or shapes differ in more than the rank.
         BaseModelMismatchError: the saved adapter was made for another architecture.
         CheckpointError: the folder holds no adapter, or its files are damaged.
+        InUseError: calls of the model last longer than its `change_timeout`.
     """
     warn_unknown(hotswap_adapter, kwargs, OPTIONS | READING)
     config: Any
@@ -141,9 +142,11 @@ class SwapPlan:
 
 
 def swap_values(model: nn.Module, loaded: LoadedWeights, adapter: str, config: LoraConfig, **options: object) -> None:
-    """Check everything, then write the values, and note for a registry that there are others.
+    """Check everything by `prepare_swap`, then write the values, and let the model's registry, if there is one, note
+    that there are others.
 
-    Holds the model's gate, and waits for calls that use the adapter before writing.
+    No other change of the model runs meanwhile. Calls run on during the checks; the writing waits until none runs, or
+    raises InUseError.
     """
     model = unwrap_model(model)
     gate = get_gate(model)
@@ -451,6 +454,7 @@ def prepare_model_for_compiled_hotswap(
         ConfigError: `check_compiled` is unknown, the model is compiled, there is no LoRA adapter, or one has changed
             the base or has block-diagonal factors. With `target_rank` also if one has a larger rank, is merged, or is
             tied and smaller, or if groups of a convolution do not divide the rank. Nothing has changed.
+        InUseError: calls of the model last longer than its `change_timeout`.
     """
     find_gate(model)  # raises for an object that is no model, or has adapters of another package
     if check_compiled not in ("error", "warn", "ignore"):

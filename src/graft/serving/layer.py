@@ -288,6 +288,7 @@ class SlotLayer(nn.Module):
         return self.base_layer.bias
 
     def get_base_layer(self) -> nn.Module:
+        """Return `base_layer`."""
         return self.base_layer
 
     def extra_repr(self) -> str:

@@ -156,7 +156,7 @@ class InputMeasurement:
 
     def compute_components(self) -> dict[str, Tensor]:
         """Return by layer the first principal components of its inputs, (rank, in), with the ranks that EVA
-        distributes; a rank may be 0. With `whiten` each is divided by the root of its variance.
+        distributes; a rank may be 0. With `whiten` each is divided by the square root of its singular value.
 
         Layers with equal inputs in the first batch, such as q and k, share one computation, for the largest of their
         ranks. The first batch runs once more for that comparison.
@@ -519,6 +519,7 @@ def initialize_lora_eva_weights(
         ConfigError: the model is no PeftModel, the adapter has another initialisation, several adapters are active, or
             it is merged.
         AdapterNotFoundError: there is no such adapter.
+        InUseError: calls of the model last longer than its `change_timeout`.
         CalibrationError: neither data nor a state dict, or one that does not fit. The model is as it was.
     """
     registry = get_registry(model)

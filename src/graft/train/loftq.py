@@ -43,7 +43,8 @@ def replace_lora_weights_loftq(
     Raises:
         TypeError: the model is no PeftModel.
         ConfigError: no layer of the adapter is quantized, it is not LoRA, or a layer's scaling is 0.
-        AdapterNotFoundError: as `check_known`.
+        AdapterNotFoundError: there is no such adapter.
+        InUseError: calls of the model last longer than its `change_timeout`.
         CheckpointError, FileNotFoundError: the weights are not there, or do not fit. Whatever is raised, also by
             `callback`, the adapter is as it was.
     """

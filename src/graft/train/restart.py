@@ -37,7 +37,8 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
         ConfigError: there is no LoRA adapter, or several. It is a variant, has a start that changes the base, or is
             merged. `keep` is not between 0 and 1. The optimizer lacks its parameters, or keeps moments that are no
             floats.
-        UnsupportedLayerError: a base weight is packed, tied or sharded. In any case nothing has changed.
+        UnsupportedLayerError: a base weight is packed, tied or sharded.
+        InUseError: calls of the model last longer than its `change_timeout`. In any case nothing has changed.
     """
     if not 0 <= keep <= 1:
         raise ConfigError(f"`keep` must be between 0 and 1, got {keep}.")

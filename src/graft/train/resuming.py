@@ -179,7 +179,8 @@ def resume(
             impossible position of a generator.
         ConfigError: another optimizer, other groups, another scheduler, another number of processes, or a loader that
             the file has no state for.
-        DistributedError: as of `save_training`. In any case nothing has changed.
+        DistributedError: as of `save_training`.
+        InUseError: calls of the model last longer than its `change_timeout`. In any case nothing has changed.
     """
     where = os.fspath(folder)
     note, tensors = run_on_all(lambda: load_training(where), f"resume('{where}')")
@@ -534,8 +535,8 @@ class ResumeJob:
 
         All processes agree after each check, so that an error is raised on all.
 
-        Writing waits until no call of the model runs. If loader or scheduler refuses its state, both get theirs back,
-        and nothing has changed.
+        Writing waits until no call of the model runs, or raises InUseError after the model's `change_timeout`. If
+        loader or scheduler refuses its state, both get theirs back, and nothing has changed.
         """
         run_on_all(self.find_targets, self.call)
         run_on_all(self.check_base, self.call)

@@ -48,7 +48,9 @@ def set_steering_vectors(
     Raises:
         ConfigError: the adapter has no steering vectors, or `how` is unknown.
         CalibrationError: there are no pairs, or only one row of them with "pca". Also if a pair has batches with
-            different numbers of rows, or values are not finite. The adapter is as it was.
+            different numbers of rows, or values are not finite.
+        InUseError: calls of the model last longer than its `change_timeout`. Whatever is raised, the adapter is as it
+            was.
     """
     if how not in ("mean", "pca"):
         raise ConfigError(f"how={how!r} is unknown. Choose 'mean' or 'pca'.")

@@ -150,8 +150,9 @@ def list_block_sites(
 
 
 def discard_initial_values(method: Method, shared: dict[str, object], call: Call) -> None:
-    """Draw a layer's initial values and drop them, so that the random generator moves on as for a layer that keeps
-    them. Methods that change the base weight run only `build`, not `init_values`.
+    """Draw a layer's initial values on a spare layer, so that the random generator moves on as for one that keeps them.
+
+    The spare layer becomes `method.layer`. Methods that change the base weight run only `build`, not `init_values`.
     """
     spare = make_adapter_layer(method.site, call)
     method.layer = spare

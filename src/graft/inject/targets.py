@@ -256,7 +256,8 @@ def resolve_parameter(
 ) -> tuple[str, Site]:
     """Return (path, site) for a parameter of the module at path `key`.
 
-    The packed weight of a linear layer gives the path and site of the layer.
+    The `weight` of a linear layer with another store than DENSE, such as a packed or sharded one, gives the path and
+    site of the layer.
 
     Args:
         adapted: paths of the modules that the adapter adapts.

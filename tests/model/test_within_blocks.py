@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers within a block that carries an adapter: it does not matter which of the two came first."""
 
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import pytest
 import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 
 import graft
+from graft.core.rows import Rows
+from graft.inject.parts import get_registry
 from tests.models import make, seeded
 
 BLOCKS = {"residual": graft.ReftConfig(r=2), "narrow": graft.BottleneckConfig(reduction_factor=4)}
@@ -83,3 +90,37 @@ def test_names_in_a_file_do_not_say_what_is_around(block):
     assert state.keys() == graft.get_peft_model_state_dict(alone, adapter_name="first").keys()
     assert not graft.set_peft_model_state_dict(alone, state, adapter_name="first").unexpected_keys
     torch.testing.assert_close(alone.eval()(IDS).logits, outputs(within, ["first"])[0])
+
+
+class Pair(NamedTuple):
+    y: torch.Tensor
+    rest: int
+
+
+class Block(nn.Module):
+    def __init__(self, form):
+        super().__init__()
+        self.lin, self.form = nn.Linear(8, 8), form
+
+    def forward(self, hidden_states):
+        return self.form(self.lin(hidden_states))
+
+
+@pytest.mark.parametrize("form", [
+    lambda y: [y, 1], lambda y: (y, 1), lambda y: Pair(y, 1), lambda y: BaseModelOutput(last_hidden_state=y),
+    lambda y: {"y": y, "rest": 1},
+], ids=["list", "tuple", "named tuple", "model output", "dict"])  # fmt: skip
+def test_the_output_keeps_its_class(form):
+    x, base = torch.randn(2, 3, 8), nn.Sequential(Block(form))
+    base.config = SimpleNamespace(hidden_size=8, to_dict=lambda: {"hidden_size": 8})
+    model = graft.get_peft_model(base, graft.SteeringConfig(target_modules=["0"]))
+    block, call = model.base_model.model[0], get_registry(model).call
+    next(iter(block.parameters_of("default"))).data.fill_(1)
+    plain = block.base_layer(x)
+    mixed = call.context._replace(rows=Rows.from_names(["default", "__base__"], torch.device("cpu")))
+    for context, changed in ((call.context, [True, True]), (mixed, [True, False])):
+        with call.use_context(context):
+            out = block(x)
+        assert type(out) is type(plain) and len(out) == len(plain)
+        y, before = (next(iter(o.values())) if hasattr(o, "values") else o[0] for o in (out, plain))
+        assert [not torch.equal(a, b) for a, b in zip(y, before)] == changed

@@ -14,7 +14,7 @@ step that reads a packed weight runs again in the backward pass, so that no dens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -910,14 +910,18 @@ def put_input_first(names: Sequence[str], kwargs: dict[str, Any]) -> tuple[tuple
 
 
 def change_first_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return a module's output with `change` applied to it, if it is a tensor, or to the first item of a tuple.
+    """Return a module's output with `change` applied to it, if it is a tensor, or to its first item.
 
-    A named tuple keeps its class; a list becomes a tuple. Other items stay; an output of another type fails.
+    A mapping, such as a ModelOutput, tuple or list keeps its class and its other items. An output of another type
+    fails.
     """
     if isinstance(output, Tensor):
         return change(output)
+    if isinstance(output, Mapping):
+        first = next(iter(output))
+        return type(output)(**{**output, first: change(output[first])})
     items = (change(output[0]), *output[1:])
-    return type(output)(*items) if hasattr(output, "_fields") else items
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
 
 
 class ReplacementPlan(LayerPlan):

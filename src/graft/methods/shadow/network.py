@@ -202,8 +202,7 @@ def make_modules(model: nn.Module, cfg: ShadowConfig) -> dict[str, nn.Module]:
     model's width, and for SEQ_CLS "shadow_head".
 
     The projection is the file's, an identity for equal widths, else a new linear layer without bias. The head is a copy
-    of the model's `score`, or else `classifier`, without hooks; StopIteration without both. All are in the model's
-    training mode.
+    of the model's `score`, or else `classifier`, without hooks. All are in the model's training mode.
 
     Raises:
         ConfigError: the mirror would have output embeddings, as the model has no backbone with a stack of blocks; or

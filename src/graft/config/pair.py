@@ -17,6 +17,7 @@ save into one folder, the last to finish makes the two files agree.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -26,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from graft.config import notes, seal
-from graft.config.atomic import TEMPORARY, Scratch, Write, find_abandoned, make_folder, sync_file
+from graft.config.atomic import CHUNK, TEMPORARY, Scratch, Write, find_abandoned, make_folder, reserve_blocks, sync_file
 from graft.config.hub import describe_offline, fetch_file, looks_like_repository
 from graft.config.notes import make_header
 from graft.config.reading import LARGEST_HEADER, Json, open_file, parse_json, read_object
@@ -37,7 +38,7 @@ CONFIG_NAME = "adapter_config.json"
 SAFETENSORS, TORCH = "adapter_model.safetensors", "adapter_model.bin"  # readers take the first that is there
 MARK = "saving-"
 ROUNDS = 100
-BUFFER = 2**20  # bytes: many tensors are small
+BUFFER = CHUNK // 2  # bytes: many tensors are small; a larger buffer would copy chunks
 PATIENCE, PAUSE = 0.2, 0.01  # seconds: a save takes less from the weights to the config
 DESCRIBING = {  # fields that do not change the adapter's output
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type",
@@ -146,7 +147,8 @@ def write_tensors(path: str, tensors: Iterable[Source], notes: Mapping[str, str]
 
     Wide numbers come first, so that all are aligned; tensors of one width are sorted by name.
 
-    Each tensor is loaded when it is written, and dropped afterwards.
+    Each tensor is loaded when it is written, `CHUNK` bytes at a time, and dropped afterwards. The blocks of the whole
+    file are reserved first (`reserve_blocks`).
 
     Args:
         tensors: (name, dtype, shape, bytes of a number, function that returns the bytes) of each.
@@ -155,9 +157,11 @@ def write_tensors(path: str, tensors: Iterable[Source], notes: Mapping[str, str]
     order = sorted(tensors, key=lambda source: (-source[3], source[0]))
     header = make_header(order, notes)
     with open(path, "wb", BUFFER) as f:
+        reserve_blocks(f.fileno(), len(header) + sum(math.prod(shape) * width for _, _, shape, width, _ in order))
         for load in (lambda: header, *(source[-1] for source in order)):
-            data = load()
-            f.write(data)
+            data = memoryview(load())
+            for start in range(0, len(data), CHUNK):
+                f.write(data[start : start + CHUNK])
             see(data)
             del data  # before the next one comes
 

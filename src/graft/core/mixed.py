@@ -44,7 +44,7 @@ from graft.core.plan import (
 from graft.core.rows import CallContext, JointAdapters, Key, Rows, adapters_in
 from graft.kernels.eager import autocast_dtype, eager, has_no_hooks
 from graft.kernels.experts import StackUpdate
-from graft.kernels.low_rank import new_seed
+from graft.kernels.low_rank import FUSED_FROM, new_seed
 from graft.kernels.mixed import add_groups, can_add_groups
 from graft.kernels.segments import LINE, Group, Segment, Stacks, align, group_segments, is_at_line, segments_linear
 
@@ -121,13 +121,16 @@ class MixedPlan:
         """Return the layer's output for a batch.
 
         A batch like the last one, with one positional argument and rows in order, uses the groups of that batch at
-        once. It does not if the call has gates or adapters tap inputs. If adapters tap inputs, the input is kept for
-        them first. Kept inputs are dropped afterwards, also on errors. The rest is `run_plans`.
+        once, after `run_alone` if one adapter has all rows. It does not if the call has gates or adapters tap inputs.
+        If adapters tap inputs, the input is kept for them first. Kept inputs are dropped afterwards, also on errors.
+        The rest is `run_plans`.
         """
         if self.cached_groups is not None and rows.in_order and len(args) == 1 and not (kwargs or self.tapped):
             x: Any = args[0]
             context = self.layer.call.current_context()
             if context.gates is None and len(x) == rows.batch and self.may_share(x):
+                if len(self.keys) == 1 and (y := self.run_alone(x)) is not None:
+                    return y
                 groups = None if context.stacks is None else self.find_cached_groups(context.stacks, rows, x)
                 if groups is not None:
                     return self.run_shared_base(x, groups)
@@ -140,6 +143,18 @@ class MixedPlan:
             return self.run_plans(rows, *args, **kwargs)
         finally:
             drop_inputs(self.layer)
+
+    def run_alone(self, x: Tensor) -> Tensor | None:
+        """Return the output for few rows x by the only key's adapter, whose factors are leaf tensors, as in a call
+        without names of rows: the bits are the same, and it costs less. Its gradients go to `grad`, not to sinks.
+
+        Return None for `FUSED_FROM` rows or more, if its dropout drops inputs, since that has to draw from the
+        adapter's generator, or if no kernel fits. A layer has to decide alike when checkpointing runs it again.
+        """
+        f = self.plans[self.keys[0]].product()  # type: ignore[union-attr]
+        if x.numel() >= FUSED_FROM * x.shape[-1] or (f.dropout is not None and find_dropout_rate(f.dropout) != 0):
+            return None
+        return fused.run_with_factors(self.layer, f, x)
 
     def run_plans(self, rows: Rows, *args: Any, **kwargs: Any) -> object:
         """Return the layer's output for a batch, each group of rows with its plan.
@@ -359,18 +374,18 @@ class MixedPlan:
         last = self.cached_groups
         if last is None or last.stacks is not stacks or last.sizes != rows.sizes:
             return None
-        if last.shape != x.shape[1:] or last.dtype != x.dtype:
+        if last.shape != x.shape[1:] or last.dtype != x.dtype or not last.unchanged.is_unchanged():
             return None
-        if not last.unchanged.is_unchanged():
-            return None
-        for factors, was, segment in last.computed:
-            if not fused.is_unchanged(factors(), was, segment):
-                return None
-        return last.groups
+        same = all([fused.is_unchanged(factors(), was, segment) for factors, was, segment in last.computed])
+        return last.groups if same else None
 
     def run_shared_base(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
-        """Return the output for x (rows, …), sorted by group, with one call of the base for all groups."""
+        """Return the output for x (rows, …), sorted by group, with one call of the base for all groups; by `run_alone`
+        if there is one adapter and that can.
+        """
         layer = self.layer
+        if len(self.keys) == 1 and (y := self.run_alone(x)) is not None:
+            return y
         return segments_linear(layer.base_layer, layer.op.input_gradient, layer.weight_now, x, groups)
 
     def make_stack_updates(self, tokens: int) -> list[StackUpdate]:

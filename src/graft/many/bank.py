@@ -304,7 +304,7 @@ class Banks:
 
     def drop_gradients(self, names: Iterable[str]) -> None:
         """Forget the gradients of these adapters before a pass: `received` becomes False, and `grad` of their
-        parameters None. All sinks become empty, and `grad` of their tensors None.
+        parameters None. All sinks, also those of other adapters, become empty, and `grad` of all stacked tensors None.
         """
         for name in names:
             row = self.rows[name]

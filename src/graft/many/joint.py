@@ -298,7 +298,8 @@ class OutputSplitter:
         return [output] * len(self.rows)
 
     def covers_all_rows(self, output: object) -> bool:
-        """Return True if each tensor in an output has all rows.
+        """Return True if an output that is a tensor, or each tensor among the entries of a mapping, tuple or list, has
+        all rows.
 
         Scalars and tensors in inner tuples, such as states of blocks, do not count.
         """

@@ -192,8 +192,8 @@ class Loader:
 
 
 def digest_batch(batch: Batch) -> str:
-    """Return a hash of a batch, 16 hex digits, whatever the order of its keys: dense tensors by shape and values, JSON
-    values as they are, and any other object by the name of its class.
+    """Return a hash of a batch, 16 hex digits, whatever the order of its keys: dense tensors by shape, dtype and
+    values, JSON values as they are, and any other object by the name of its class.
     """
 
     def note(value: object) -> object:

@@ -165,7 +165,8 @@ def restore_run(run: Run, model: nn.Module, state: Json, where: str) -> None:
         ConfigError: it has another config, other settings, fewer steps than it has made, or data with another first
             batch.
         CheckpointError: the file's content cannot be used, or optimizer or schedule refuse their state. Whatever is
-            raised, the adapter's values have not changed.
+            raised, the adapter's values have not changed; if the schedule refuses its state, the optimizer has that of
+            the file.
     """
     path = os.path.join(where, run.name, FILE)
     get_registry(model).check_base(run.name, state["base"], f"Run '{run.name}' in {where}")

@@ -1048,8 +1048,8 @@ class MultiTrain:
         memory with several batches. Otherwise restore the random states, free the frames of the error if memory is
         short or there are several batches, and in training drop the gradients. A single batch is then noted with its
         error; several are run as two halves, one after the other. If memory is short, `at_once` is first lowered to the
-        tokens of the first half, padded, at least 1. If in the end no single batch fails for another error, warn with
-        PeftWarning once.
+        tokens of the first half, padded, at least 1. The outermost call warns with PeftWarning if memory was not short
+        and in the end no single batch has failed.
 
         is_half: this is part of such a halving.
         """
@@ -1348,7 +1348,8 @@ class MultiTrain:
             AdapterNotFoundError: there is no such run.
             CheckpointError: there is no such file, or it is damaged.
             ConfigError: the run has data, or the file's run has another config or other settings.
-            BaseModelMismatchError: the file's run has another base. Whatever is raised, the run is as before.
+            BaseModelMismatchError: the file's run has another base. Whatever is raised, the run is as before, except
+                that the optimizer has the file's state if the schedule refuses its own.
         """
         with self.lock_steps(waits=True):
             run = self[name]

@@ -209,9 +209,10 @@ def measure_covariances(
     calls: dict[str, int] = {}
 
     def add_covariance(key: str, args: tuple[Tensor, ...], output: object) -> None:
-        """Add xᵀ x of a layer's first argument to its sum, and count the call.
+        """Add xᵀ x to a layer's sum, and count the call. x is the first argument as rows, divided by |its largest
+        number|; it is float32, unless the config has `use_float16_for_covariance`.
 
-        Raise CalibrationError if it is not finite.
+        Raise CalibrationError if the product is not finite.
         """
         x = args[0].detach().flatten(0, -2)
         x = x if cfg.use_float16_for_covariance else x.float()
@@ -348,7 +349,9 @@ def measure_gradients(
     calls = dict.fromkeys(methods, 0)
 
     def watch_output(key: str, args: object, output: Tensor) -> None:
-        """Count backward passes through a layer's output that requires gradients."""
+        """Register `count_backward` as a hook on a layer's output that requires gradients; leave any other output
+        alone.
+        """
 
         def count_backward(_: Tensor) -> None:
             """Count a backward pass of the layer."""

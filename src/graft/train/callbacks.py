@@ -145,9 +145,9 @@ class FineGatesTrainerMixin(AdapterLossMixin):
 
 def count_summed_losses(trainer: Any, arguments: dict[str, object]) -> int:
     """Return the number of losses in a step that a Trainer adds up without dividing by their number: those of
-    accumulated batches, if each is divided by the items of the whole step; else 1. That is so by
-    `loss_is_scaled_for_ga` of the Trainer; without it, if it has a `compute_loss_func`, or gets `num_items_in_batch`
-    and `model_accepts_loss_kwargs`.
+    accumulated batches, if each is divided by the items of the whole step; else 1. `loss_is_scaled_for_ga` of the
+    Trainer tells that. Without it, it is so for a `compute_loss_func`, or for `num_items_in_batch` in `arguments` if
+    `model_accepts_loss_kwargs`. The number is `current_gradient_accumulation_steps`.
     """
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
     if scaled is None:

@@ -88,7 +88,8 @@ def distribute_ranks(
 ) -> dict[str, int]:
     """Return the rank of each layer.
 
-    A total of `budget` ranks goes to the components with the largest share of their layer's variance.
+    A total of `budget` ranks goes to the components with the largest share of their layer's variance; of equal shares
+    those of earlier layers in `owner`.
 
     A layer never gets more ranks than the layer that owns its components: else the two ranks are exchanged.
 

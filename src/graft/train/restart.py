@@ -25,8 +25,9 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
 
     Waits until no call of the model runs.
 
-    A is drawn anew and B is 0, so that the model computes the same as before. Let the learning rate warm up again: the
-    paper has 100 of 5,000 steps. Afterwards the adapter lacks the earlier rounds: save the model itself, by
+    A is drawn anew and B is 0, so that the model computes the same as before. The registry notes the adapter in
+    `taken_in`, and values kept for a later unmerge are dropped. Let the learning rate warm up again: the paper has 100
+    of 5,000 steps. Afterwards the adapter lacks the earlier rounds: save the model itself, by
     `merge_and_unload().save_pretrained(…)`. Saving the adapter warns of that, and so does a load onto the first base.
 
     Args:

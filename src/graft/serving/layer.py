@@ -261,7 +261,8 @@ class SlotLayer(nn.Module):
     def add_product(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Return y + x Aᵀ B in y's dtype, rounded once, with A and B of one adapter (2-D), or of each row (3-D).
 
-        x is cast to A's dtype. Equal dtypes use one fused operation. y is overwritten if `may_fuse` is True.
+        x is cast to A's dtype. Equal dtypes use one fused operation. y is overwritten if `may_fuse` is True; else the
+        result is a new tensor.
         """
         rows = () if A.dim() == 2 else (x.shape[0],)
         x = x.to(A.dtype).reshape(*rows, -1, x.shape[-1])

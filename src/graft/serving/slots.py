@@ -166,7 +166,7 @@ class AdapterSlots:
     def _attach(self, model: nn.Module, injection: Injection) -> None:
         """Replace the target modules that an injection has found by the layers with slots, in all their places.
 
-        Each layer gets the mode of its base layer. The model and the places are noted for `remove`.
+        Each layer gets the mode of its base layer. The model and its tree of modules are noted for `remove`.
         """
         self.model, self._tree = model, injection.tree
         for key, layer in self.layers.items():

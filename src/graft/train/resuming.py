@@ -108,11 +108,10 @@ def save_training(
 ) -> None:
     """Write all that the next step of a training depends on; `resume` continues from it. Call it between two steps.
 
-    The folder is made; a single process deletes a new one again that stays empty after an error. The adapters are in
-    files as `save_pretrained` writes them. training.safetensors holds the same values as they are in memory, the
-    optimizer's tensors as `<state>/<parameter>`, the generators, and the text of training.json, a file for people to
-    read. It is renamed last, so that a process that is killed leaves the old state or the new one. Nothing is a pickle.
-    Gradients and float16's scaler are not in it.
+    The folder is made. The adapters are in files as `save_pretrained` writes them. training.safetensors holds the same
+    values as they are in memory, the optimizer's tensors as `<state>/<parameter>`, the generators, and the text of
+    training.json, a file for people to read. It is renamed last, so that a process that is killed leaves the old state
+    or the new one. Nothing is a pickle. Gradients and float16's scaler are not in it.
 
     Args:
         model: a PeftModel, or one in a wrapper. If several processes train it, all of them call this, with their own

@@ -111,8 +111,11 @@ def get_product(m: Method) -> tuple[Tensor, Tensor]:
 
 
 def find_intruders(W: Tensor, m: Method, top_k: int, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the singular triples of W + ΔW that are intruders: U (out, k), S (k,), Vh (k, n), out of the first
-    `top_k`. Costs two SVDs of the weight's size.
+    """Return the singular triples of W + ΔW that are intruders, out of the first `top_k`: U (out, k), S (k,), Vh (k,
+    n).
+
+    A triple is one if the cosine of its u with each left singular vector of W is below `epsilon` in magnitude. Costs
+    two SVDs of the weight's size, in float32 at least.
     """
     W, (A, B) = widen(W).flatten(1), get_product(m)
     U, S, Vh = torch.linalg.svd(W + B @ A, full_matrices=False)

@@ -413,7 +413,10 @@ class AdapterLayer(PeftNames, Host):
 
     @property
     def base_trains(self) -> bool:
-        """Return True if the base layer's weight or bias requires gradients."""
+        """Return True if the base layer's weight or bias requires gradients. A missing bias does not count.
+
+        A weight or bias that is no registered parameter is read as an attribute; AttributeError without a weight.
+        """
         base = self._modules["base_layer"]
         W = base._parameters.get("weight")  # the attribute is slower, and only for a weight that is no parameter now
         b = base._parameters["bias"] if "bias" in base._parameters else getattr(base, "bias", None)

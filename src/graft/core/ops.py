@@ -349,7 +349,7 @@ class Conv(Op):
     ) -> tuple[nn.Module, nn.Module]:
         """Return a convolution to r channels with the module's options, and a 1 × 1 one to the output with its groups.
 
-        `fill` is not used: both have torch's initial values.
+        The first has no bias, the second one if `bias`. `fill` is not used: both have torch's initial values.
         """
         options: Any = dict(stride=m.stride, padding=m.padding, dilation=m.dilation, padding_mode=m.padding_mode)
         down = self.module(m.in_channels, r, m.kernel_size, **options, bias=False, device=device)

@@ -29,7 +29,8 @@ class VariantForward:
         self.method = method
 
     def forward(self, module: Layer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object) -> Tensor:
-        """Return `result`, the output of layer `module` for x, with this one adapter on it.
+        """Return `result`, the output of layer `module` for x, with this one adapter on it, by the layer's plan for
+        `active_adapter` alone; `method` is not read.
 
         Raises NotImplementedError if the adapter changes more than the output. Further arguments are ignored.
         """

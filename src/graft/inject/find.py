@@ -588,7 +588,8 @@ def explain_no_match(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> 
 
     The first case that holds decides: no modules in the model; modules that a replaced step left out; all excluded;
     some excluded; no targets; names that are not in the model. The last text explains a regex, or names similar modules
-    for entries of a list. It also names `layers_to_transform` and `layers_pattern` where those are set.
+    for each entry of a list that is no path and no end of one. It also names `layers_to_transform` and `layers_pattern`
+    where those are set.
     """
     targets = cfg.target_modules
     if not outcomes:

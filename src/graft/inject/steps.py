@@ -338,7 +338,7 @@ def map_paths(tree: ModuleTree) -> dict[nn.Module, str]:
     """Return {module: path} for a survey, as a new dict.
 
     Also has the empty carriers, with the path of the module beneath, the layers of parameters, and the modules within
-    these.
+    these. A module in several of these has the path of the last.
     """
     paths = dict(tree.paths)
     for path, base in tree.vacant.items():

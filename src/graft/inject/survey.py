@@ -294,7 +294,7 @@ class ModuleTree:
     def readers(self) -> dict[str, dict[Path, Use]]:
         """{path: {inner path: use}} of the modules that read the weight of a module within them.
 
-        Few models have any. Computed once.
+        The model itself has the path "". Few models have any. Computed once.
         """
         kinds: dict[type, list[str]] = {}
         for path, m in [("", self.root), *self.modules.items()]:

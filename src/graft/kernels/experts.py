@@ -288,7 +288,10 @@ class StackProduct(NamedTuple):
             del W  # before the next chunk is made
 
     def split_tensors(self, tensors: Sequence[Any]) -> list[tuple[Maker, int, Tensor | None, Sequence[Tensor]]]:
-        """Return for each update its maker, the position of its gate among all tensors, its gate, and its tensors."""
+        """Return for each update its maker, the position of its gate among all tensors, its gate, and its tensors.
+
+        `tensors` has for each update its gate or None, then as many tensors as the maker's `tensor_count`.
+        """
         out, i = [], 0
         for maker in self.makers:
             end = i + 1 + maker.tensor_count

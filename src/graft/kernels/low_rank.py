@@ -291,7 +291,9 @@ class _FewRowsLinear(Function):
 
 
 def autocast(x: Tensor, *factors: Tensor) -> Sequence[Tensor]:
-    """Return `factors` as a list in the dtype of autocast on x's device if it is on; else as they are."""
+    """Return `factors` as a list in the dtype of autocast on x's device if it is on; else the tuple `factors`
+    itself.
+    """
     if not _is_any_autocast_enabled() or (dtype := autocast_dtype(x.device)) is None:
         return factors
     return [f.to(dtype) for f in factors]

@@ -87,7 +87,10 @@ def product_entries(g: Tensor, W: Tensor, places: Tensor) -> Tensor:
 
 
 def zero_pattern(places: Tensor, rows: int, n: int, dtype: torch.dtype) -> Tensor:
-    """Return a sparse matrix (rows, n) of zeros at `places`, which are sorted."""
+    """Return a sparse CSR matrix (rows, n) of zeros at `places`, which are sorted. Torch checks nothing.
+
+    Runs `silence_beta_warning` first.
+    """
     silence_beta_warning()
     return torch.sparse_csr_tensor(
         row_starts(places, rows, n),

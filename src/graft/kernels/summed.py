@@ -126,7 +126,7 @@ def make_sum(W: Tensor, parts: list[SumPart], flipped: bool = False) -> Tensor:
 def form_sums(value: object) -> Any:
     """Return a value with each `Summed` replaced by the sum itself, within lists, tuples and dicts too.
 
-    Named tuples are returned as they are.
+    A list or tuple becomes a new one of its class, a dict a plain dict. Named tuples are returned as they are.
     """
     if isinstance(value, Summed):
         return value.materialize()

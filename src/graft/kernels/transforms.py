@@ -193,7 +193,7 @@ class Spectrum(NamedTuple):
         return Sparse(values, u, v, Waves(out), Waves(fan_in), self.shape)
 
     def times(self, x: Tensor) -> Tensor:
-        """Return x ΔWᵀ, (…, out), by fast transforms over the frequencies f ≤ n / 2. x (…, in)."""
+        """Return x ΔWᵀ, (…, out), by `to_half_spectrum`: fast transforms over the frequencies f ≤ n / 2. x (…, in)."""
         return self.to_half_spectrum().times(x)
 
     def columns(self, ids: Tensor) -> Tensor:

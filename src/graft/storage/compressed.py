@@ -46,7 +46,7 @@ class Compressed(Dense):
         return self.waits(m, name) or super().why_unwritable(m, name)
 
     def loses_gradient(self, m: nn.Module) -> bool:
-        """Return True if the module's `quantization_scheme` has `input_activations` or `output_activations`:
+        """Return True if `input_activations` or `output_activations` of the module's `quantization_scheme` is not None:
         compressed-tensors rounds these without a gradient.
         """
         scheme = m.quantization_scheme

@@ -69,7 +69,8 @@ class Dispatch:
     def cut(self, t: Tensor) -> Tensor:
         """Return a view of the rows of this process's experts.
 
-        Under tensor parallelism the backward pass sums the gradient of `t` over the processes of one batch.
+        If several processes share one batch (`tp_mesh`) and `t` requires a gradient, the backward pass sums it over
+        them.
         """
         mesh = self.implementation.tp_mesh
         if mesh.size() > 1 and t.requires_grad:

@@ -109,7 +109,9 @@ class Sharding:
 
     @property
     def syncs_gradients(self) -> bool:
-        """True unless a unit has `set_requires_gradient_sync(False)` at the moment."""
+        """True if all parameter groups have `reduce_grads`: no unit has `set_requires_gradient_sync(False)` at the
+        moment.
+        """
         return all(group.reduce_grads for group in self.parameter_groups)
 
     def set_trainability(self, parameters: Iterable[nn.Parameter], trains: bool) -> None:
@@ -250,12 +252,19 @@ def standalone(module: nn.Module) -> nn.Module:
 def cast_inputs(
     dtype: torch.dtype, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[tuple[object, ...], dict[str, object]]:
-    """Return the arguments of a call with floating-point tensors in `dtype`. A hook of whole copies."""
+    """Return the arguments of a call with floating-point tensors in `dtype`. A hook of whole copies.
+
+    Tensors within lists or dicts stay as they are.
+    """
     return tuple(cast_tensor(x, dtype) for x in args), {name: cast_tensor(x, dtype) for name, x in kwargs.items()}
 
 
 def cast_output(dtype: torch.dtype, module: nn.Module, args: object, output: object) -> object:
-    """Return an output in the dtype that FSDP2's mixed precision computes in. A hook of whole copies."""
+    """Return an output that is a floating-point tensor in `dtype`, that of FSDP2's mixed precision; any other, such as
+    a tuple, unchanged.
+
+    A hook of whole copies.
+    """
     return cast_tensor(output, dtype)
 
 

@@ -381,8 +381,8 @@ def copy_unwrapped(module: M, values: dict[str, Tensor]) -> M:
 
     Children are copied as well, with the values below their names. Parameters are new, detached, with the old
     requires_grad; those that `values` lacks share memory with the module's. Attributes that are lists hold the new
-    parameters in place of the old ones. Buffers and other attributes are shared. A parameter that is reached through a
-    wrapper of FSDP has the class of the module inside it.
+    parameters in place of the old ones. Buffers and other attributes are shared. Of a wrapper the module inside is
+    copied, with the class from before `fully_shard`; no `__init__` runs.
     """
     bare: nn.Module = module
     while (inner := find_inner_module(bare)) is not None:

@@ -41,7 +41,9 @@ class PackedMatrices:
         raise NotImplementedError
 
     def dense(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return the matrices of some experts, decoded one at a time into new memory: (n, out, in) in `dtype`."""
+        """Return the matrices of some experts, decoded from `in_rows()` one at a time into new memory: (n, out, in) in
+        `dtype`.
+        """
         stack, out = self.in_rows(), torch.empty(len(experts), *self.shape[1:], dtype=dtype, device=self.device)
         for W, expert in zip(out, experts):
             W.copy_(stack.matrix(expert, dtype))

@@ -73,8 +73,8 @@ class AdapterRow:
     def copy_gradients(self) -> list[Tensor | None]:
         """Return the gradients by parameter in the row's order, None for those not marked in `received`.
 
-        In a bank they are views of one clone of the whole row, which later passes do not overwrite; else they are the
-        tensors themselves.
+        In a bank they are views of one clone of the whole row, which later passes do not overwrite. For a row in no
+        bank they are the entries of `gradients` themselves.
         """
         if self.gradient is None:
             return [g if got else None for g, got in zip(self.gradients, self.received)]

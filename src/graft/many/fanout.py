@@ -31,7 +31,7 @@ class Fan:
         `rows` rows, see `repeat_rows`.
 
         A pre-forward hook, before all others, does so in this thread and in backward passes of any thread, and only
-        while `is_enabled`. It is removed at the end.
+        while `is_enabled`. It is removed at the end, also after an error.
         """
         thread = get_ident()
 

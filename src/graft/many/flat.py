@@ -75,8 +75,9 @@ def are_settings_equal(a: Optimizer, b: Optimizer) -> bool:
 def step_together(optimizers: Sequence[Optimizer]) -> None:
     """Make a step of each of these optimizers, which have equal settings, by one call of the first one's `step`.
 
-    Meanwhile the first one has the parameters and the state of all. Afterwards, also after an error, each has its
-    parameters and state again, and the followers are marked as stepped, which schedules look for.
+    Meanwhile each group of the first one has the parameters of this group of all, and the first one the state of all.
+    Afterwards, also after an error, each has its parameters and state again, and the followers are marked as stepped,
+    which schedules look for.
     """
     first, *followers = optimizers
     parameters = [list(group["params"]) for group in first.param_groups]

@@ -148,7 +148,9 @@ class Loader:
     def _epoch_iterator(self) -> Iterator[object]:
         """Return the iterator of this epoch.
 
-        The first call in an epoch makes it, after `set_epoch` of the data and its sampler if they have it.
+        The first call in an epoch makes it from `_source`, after `set_epoch(epoch)` of the data, then of its attribute
+        `sampler`, where they have it. `_source` is the data, or after `begins_with` an iterator's first batch and the
+        iterator.
         """
         if self._batches is None:
             holder: Any

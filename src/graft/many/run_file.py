@@ -97,7 +97,9 @@ def load_run(name: str, folder: str) -> Json | None:
 
 def collect_run_state(run: Run, model: nn.Module) -> Json:
     """Return all that the next step of a run depends on, its curve and validation losses: a dict of numbers, texts and
-    tensors. Tensors of the adapter and of the optimizer are not copied.
+    tensors. Its keys are "config", "base", "settings", "values", "optimizer", "schedule", "draws", "position", "first",
+    "under_way", "step", "state", "unseen", "curve" and "valid". Tensors of the adapter and of the optimizer are not
+    copied.
     """
     loader = run.loader
     return {
@@ -120,8 +122,8 @@ def collect_run_state(run: Run, model: nn.Module) -> Json:
 
 
 def describe_settings(run: Run) -> Json:
-    """Return the settings of a run that its results depend on: optimizer and schedule at the start, clip, accumulate,
-    seed and loss.
+    """Return the settings of a run that its results depend on: "optimizer" and "schedule" as at the start, "clip",
+    "accumulate", "seed", and "loss" by name.
     """
     return {
         "optimizer": run.settings,

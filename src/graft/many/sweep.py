@@ -94,7 +94,10 @@ class Sweep:
 
     @property
     def ranking(self) -> list[Trial]:
-        """All trials: those that reached most rungs first, and among these by validation loss."""
+        """All trials: those that reached most rungs first, and among these by validation loss, NaN last.
+
+        Of equal ones the earlier trial comes first.
+        """
         order = select_best({i: t.loss for i, t in enumerate(self.trials)}, len(self.trials))
         return sorted((self.trials[i] for i in order), key=lambda t: -len(t.losses))
 

@@ -59,8 +59,8 @@ def is_step_hooked(optimizer: Optimizer) -> bool:
 
 
 def are_settings_equal(a: Optimizer, b: Optimizer) -> bool:
-    """Return True if two optimizers have one class, and their groups equal keys and settings, apart from the
-    parameters.
+    """Return True if two optimizers have exactly one class and as many groups, and their groups equal keys and
+    settings, apart from the parameters.
     """
     if type(a) is not type(b) or len(a.param_groups) != len(b.param_groups):
         return False

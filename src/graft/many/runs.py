@@ -448,7 +448,8 @@ class MultiTrain:
                 )
 
     def _find_model_loss(self, name: str, needed: bool = True) -> Any:
-        """Return the model's loss for a run's adapter.
+        """Return the model's loss for a run's adapter, by `find_model_loss` of the base and the modules that the
+        adapter trains whole.
 
         If it has none, raise ConfigError, or return None if `needed` is False.
         """
@@ -977,7 +978,10 @@ class MultiTrain:
             run.set_row(self._banks.rows[run.name])
 
     def _release_banks(self) -> None:
-        """Move the adapters of all runs out of the banks, each tensor into separate memory."""
+        """Move the adapters of all runs out of the banks, each tensor into separate memory.
+
+        There are no banks afterwards, and each run leaves its row.
+        """
         self._banks.separate_memory()
         self._banks = Banks({}, ())
         for run in self._runs.values():

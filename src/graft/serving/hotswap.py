@@ -163,7 +163,8 @@ def prepare_swap(
 ) -> Callable[[], None]:
     """Check that the loaded adapter can replace adapter `adapter`, and return the function that writes it.
 
-    Nothing changes yet; the garbage collector is paused while the plan is made.
+    Nothing changes yet; the garbage collector is paused while the plan is made. The base is compared for the layers in
+    the file only. Without a config of the adapter on the model, `config` is checked alone.
 
     Raises:
         ConfigError: the configs are incompatible, the adapter is merged on a layer, or a higher rank is not possible.
@@ -395,7 +396,8 @@ def pad_to_rank(layer: Any, slot: Any, value: Tensor, r: int) -> Tensor:
 def replace_tensors(larger: list[tuple[Any, Tensor, int]]) -> None:
     """Replace A and B by tensors of another rank, and set the sizes of their modules.
 
-    Parameter objects stay, except for those of inference mode; their `grad` becomes None.
+    Parameter objects stay, their `grad` becomes None, and their version rises. Those of inference mode are replaced by
+    new Parameters.
     """
     for entry, value, rank in larger:
         p: Any = entry.owner._parameters[entry.attribute]

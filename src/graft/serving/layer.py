@@ -206,7 +206,8 @@ class SlotLayer(nn.Module):
     def gather_rows(self, batch: int) -> tuple[Tensor, ...]:
         """Return for each row A (batch, r, in) and B (batch, r, out) of the groups in use, then vectors (batch, …).
 
-        From a mix's second forward on they are kept, if `keep` is set and no code is compiled.
+        From a mix's second forward on they are kept, if `keep` is set and no code is compiled. Raises RoutingError as
+        `get_index`.
         """
         index = self.choice.get_index(batch, self.site.key)
         if torch.compiler.is_compiling() or not self.keep:

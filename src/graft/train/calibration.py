@@ -60,7 +60,11 @@ def find_linear_methods(
 
 @contextmanager
 def watch_calls(layers: Mapping[str, nn.Module], see: Callable[[str, Any, Any], None]) -> Iterator[None]:
-    """Within the block, call see(key, positional arguments, output) after each call of these layers."""
+    """Within the block, call see(key, positional arguments, output) after each call of these layers, by forward hooks.
+
+    `see` must return None: another result would replace the output. The hooks are removed at the end, also after an
+    error.
+    """
     with ExitStack() as hooks:
         for key, layer in layers.items():
             hooks.enter_context(layer.register_forward_hook(lambda _, args, y, key=key: see(key, args, y)))

@@ -220,7 +220,7 @@ class Watch(Listener):
         self.steps = 0
 
     def on_optimizer_step(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:
-        """Count the step, and audit after step `first`."""
+        """Count the step; after step number `first` and no other, make the early audit."""
         self.steps += 1
         if self.steps == self.first:
             self._audit(args, state, f"after {self.steps} steps", early=True, **kwargs)

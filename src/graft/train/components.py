@@ -37,8 +37,11 @@ class Components:
     def add(self, X: Tensor) -> None:
         """Update mean, squared deviations, components V (n, in) and singular values S (n,) with rows X (m, in), m ≥ n.
 
-        After the first batch, `converged` (n,) is True for components with a cosine similarity of tau or more to their
-        former value.
+        The components are those of the centred rows; from the second batch on, of these with the former components
+        times their singular values, and the shift of the mean. X is cast to float32; mean and squares are float64.
+
+        From the second batch on, `converged` (n,) is True for components with a cosine similarity of tau or more to
+        their former value.
         """
         m, seen = len(X), self.rows
         X = X.float()

@@ -58,7 +58,7 @@ class Resumable(Listener):
 
         Raises:
             ConfigError: `save_only_model` is not set, DeepSpeed trains, or processes hold parts of the model and the
-                arguments do not say so.
+                arguments do not say so. The latter is not checked without a model.
         """
         if getattr(args, "deepspeed_plugin", None) is not None:
             raise ConfigError(

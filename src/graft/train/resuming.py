@@ -310,8 +310,8 @@ class TrainingSnapshot:
 
     def gather(self) -> tuple[Json, dict[str, Tensor]]:
         """Return the note and all tensors, whole: optimizer states, master values and those of other processes
-        included. The note also gets fingerprints of the base for each adapter, and the other processes' states under
-        "of_ranks".
+        included. The note also gets "bases" (fingerprints of the base by adapter), "states" (by parameter), the first
+        process's state, and those of the others in "of_ranks".
 
         Every process of the training must call this, since tensors are exchanged. `self.tensors` is filled and
         returned, too.

@@ -97,7 +97,7 @@ def check_fields(value: object, table: Mapping[str, Callable[[object], bool]], w
 
 def check_random(state: object, what: str) -> None:
     """Raise CheckpointError unless a value holds states of Python's and NumPy's generators that these accept, with a
-    position in range and finite numbers.
+    position in range and finite numbers. NumPy's must be an MT19937 with 624 numbers.
     """
     check_fields(state, {"python": is_a(tuple), "numpy": is_a(tuple)}, f"{what}: the random state")
     try:

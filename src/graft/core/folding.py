@@ -116,8 +116,8 @@ def fold_effect(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the weight (canonical) and bias of the layer with one more adapter in them; W and b are not changed.
 
-    A `Rewrite` computes both by `merged`. An `Update` adds ΔW in W's dtype, multiplies the rows by a gain, and adds Δb.
-    A bias of None becomes Δb.
+    A `Rewrite` computes both by `merged`; other effects than these two fail an assertion. An `Update` adds ΔW in W's
+    dtype, multiplies the rows by a gain, and adds Δb. A bias of None becomes Δb.
 
     Args:
         drops: let dropout remove inputs of the update, the same for all rows.

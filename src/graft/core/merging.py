@@ -445,7 +445,9 @@ def stays_finite(layer: Layer, steps: Sequence[Step], from_w0: bool) -> bool:
 
 @torch.no_grad()
 def compute_merged(layer: Layer, steps: Sequence[Step], from_w0: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Return weight (canonical) and bias with `steps` folded in, in the weight's dtype. Rounds once, at the end.
+    """Return weight (canonical) and bias with `steps` folded in, in the weight's dtype, without gradients.
+
+    Rounds once, at the end. A bias keeps its dtype.
 
     from_w0: start from the weight without adapters, and not from the present one.
     """
@@ -734,7 +736,9 @@ def lift_merged(layer: Layer) -> Iterator[None]:
 
 @torch.no_grad()
 def compute_unmerged_weight(layer: Layer) -> Tensor:
-    """Return the weight in the module's orientation without merged adapters. Reads and computes; changes nothing.
+    """Return the weight in the module's orientation without merged adapters, without gradients.
+
+    Reads and computes; changes nothing.
 
     Goes through `state.undo` from its end. A "subtract" entry subtracts its products. Any other entry with a snapshot
     replaces the weight by the snapshot's values, on the weight's device. One without is passed over. An empty list

@@ -145,7 +145,7 @@ def run_with_update(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tenso
 
     Without branch and active dropout, a fused kernel applies weight and ΔW together, or else both are applied in turn;
     the factors are added after that. With branch or dropout, the base layer is called, and the part of the update
-    added.
+    added. Other effects fail an assertion.
     """
     assert isinstance(effect, Update)
     if effect.factors is not None:

@@ -104,7 +104,7 @@ class Rows:
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Return the number of rows of each group."""
+        """Return a list with the number of rows of each group. Computed once."""
         return [len(rows) for rows in self.groups.values()]
 
     def sort_by_adapter(self, x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Rows:
 
     @cached_property
     def keys(self) -> tuple[Key, ...]:
-        """Return the key of each group: an adapter, JointAdapters, or None for the base model."""
+        """Return the key of each group: an adapter, JointAdapters, or None for the base model. Computed once."""
         return tuple(self.groups)
 
     @cached_property

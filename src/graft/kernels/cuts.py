@@ -135,7 +135,7 @@ class _WithSummedGrad(Function):
 
 
 def cut_tensor(t: Tensor, cut: Cut | None, dim: int = -1) -> Tensor:
-    """Return this process's piece of a whole tensor; the tensor itself if `cut` is None.
+    """Return this process's piece of a whole tensor, cut along `dim`; the tensor itself if `cut` is None.
 
     The backward pass gathers the gradients of all pieces, so that all processes have to run it.
     """
@@ -143,7 +143,8 @@ def cut_tensor(t: Tensor, cut: Cut | None, dim: int = -1) -> Tensor:
 
 
 def join_pieces(t: Tensor, cut: Cut | None, dim: int = -1) -> Tensor:
-    """Return the whole tensor from the pieces that the processes pass; the tensor itself if `cut` is None.
+    """Return the whole tensor from the pieces that the processes pass, joined along `dim`; the tensor itself if `cut`
+    is None.
 
     Each process gets the gradient of its piece. All processes have to call it.
     """

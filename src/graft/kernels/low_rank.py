@@ -83,7 +83,8 @@ def zeroed(x: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
 
 
 def down(x: Tensor, W: Tensor, scale: float = 1.0, p: float = 0.0, seed: int = 0) -> Tensor:
-    """Return scale · dropout(x) Wᵀ, (rows, r), in the dtype of W. x (rows, n), W (r, n).
+    """Return scale · dropout(x) Wᵀ, (rows, r), in the dtype of W; dropout(x) has zeros at the places of `seed`. x
+    (rows, n), W (r, n).
 
     From `FUSED_FROM` rows on it is formed as (W xᵀ)ᵀ, a transposed view: products run along the last dimension of their
     result, which is narrow otherwise. Few rows have the bits of operations that autograd records.
@@ -104,14 +105,16 @@ def down_each(x: Tensor, W: Tensor) -> Tensor:
 
 
 def up(h: Tensor, W: Tensor, dtype: torch.dtype, p: float = 0.0, seed: int = 0) -> Tensor:
-    """Return dropout(h Wᵀ), (rows, n), computed in the dtype of h and cast to `dtype`. h (rows, r), W (n, r)."""
+    """Return dropout(h Wᵀ), (rows, n), with zeros at the places of `seed`, computed in the dtype of h and cast to
+    `dtype`. h (rows, r), W (n, r).
+    """
     return zeroed(h * (1 / (1 - p)) @ W.T if p else h @ W.T, h.dtype, p, seed).to(dtype)
 
 
 def add_up(y: Tensor, h: Tensor, W: Tensor, scale: float, p: float = 0.0, seed: int = 0) -> Tensor:
     """Add dropout(scale · h Wᵀ) to y in y's memory, and return y.
 
-    y (…, n), h (rows, r), W (n, r). Elements that are not dropped are divided by 1 - p.
+    y (…, n), h (rows, r), W (n, r). Elements that are not dropped, by `seed`, are divided by 1 - p.
 
     Without dropout and with one dtype it is a single operation. Else the sum is computed in the wider dtype and rounded
     once. With dropout a masked product is added, or on a CPU the dropped elements get their values back after a full
@@ -138,7 +141,9 @@ def add_up(y: Tensor, h: Tensor, W: Tensor, scale: float, p: float = 0.0, seed: 
 
 
 def outer(h: Tensor, x: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
-    """Return hᵀ dropout(x), (r, n), in the dtype of h. h (rows, r), x (rows, n)."""
+    """Return hᵀ dropout(x), (r, n), in the dtype of h; dropout(x) has zeros at the places of `seed`. h (rows, r), x
+    (rows, n).
+    """
     product = h.T @ zeroed(x, h.dtype, p, seed)
     return product * (1 / (1 - p)) if p else product
 

@@ -25,7 +25,9 @@ class Circulant(NamedTuple):
     shape: tuple[int, ...]  # of the weight that it updates
 
     def dense(self) -> Tensor:
-        """Return the matrix in `shape`, with entry w[m, n, (s - t) % b] in row t and column s of block (m, n)."""
+        """Return the matrix in `shape`, with entry scale · w[m, n, (s - t) % b] in row t and column s of block
+        (m, n).
+        """
         b = self.w.shape[-1]
         t = torch.arange(b, device=self.w.device)
         blocks = self.w[:, :, (t - t[:, None]) % b]  # (m, n, t, s)
@@ -169,7 +171,7 @@ class Spectrum(NamedTuple):
     shape: tuple[int, ...]  # of the weight that it updates
 
     def dense(self) -> Tensor:
-        """Return the matrix in `shape`, by the inverse FFT of F in at least float32.
+        """Return scale times the real part of the inverse FFT of F, in `shape`, in at least float32.
 
         Of equal places one coefficient counts.
         """

@@ -208,7 +208,8 @@ class Sharded(TensorParallel):
     @contextmanager
     def bring_in(self, layer: Any, written: nn.Module | None = None) -> Iterator[None]:
         """Within the block, tensors of the layer's adapters that FSDP2 has sharded as well are whole, for reading;
-        changes to them are lost. Offloaded tensors are loaded as by the base class.
+        changes to them are lost. Offloaded tensors are loaded, and changes to those of `written` kept, as by the base
+        class.
 
         Every process must call this.
         """

@@ -62,8 +62,11 @@ class Gemma(OwnModule):
         }
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
-        """Return why merging cannot write: scales of inputs or outputs were calibrated for the weight (one is not 0),
-        or the reason of all quantized stores. None if it can.
+        """Return why merging cannot write the weight: scales of inputs or outputs were calibrated for it, as one of
+        both is not 0.
+
+        Scales on the meta device do not count. Otherwise, and for another tensor than `weight`, it is the reason of all
+        quantized stores, or None.
         """
         scales = (m.input_activation_scale, m.output_activation_scale)
         if name == "weight" and any(not s.is_meta and s.item() != 0 for s in scales):

@@ -48,7 +48,7 @@ bench: $(VENV)/.test $(VENV)/packages/bitsandbytes/.installed
 # three targets for people, and all others by the rows of `make verify`
 help:
 	@echo "make quick   after each change: a drawn sample of every law, method, storage and file format, in a minute"
-	@echo "make test    before a commit: the tests, in an environment that it makes; seven minutes on two cores"
+	@echo "make test    before a commit: the tests, in an environment that it makes; five minutes on two cores"
 	@echo "make check   before a commit: ruff, mypy, and the budget of each room"
 	@echo
 	@echo "make verify  every other suite, row by row, into docs/verified.md; ROWS=\"slow clients\" takes some:"
@@ -63,17 +63,23 @@ quick: $(VENV)/.test
 	GRAFT_TESTS=quick $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore=tests/distributed \
 		--ignore=tests/device --ignore=tests/clients --ignore=tests/servers --ignore=tests/trainers
 
-test: $(VENV)/.test $(if $(TESTS),,test-device)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore=tests/distributed --ignore=tests/device $(TESTS)
+# the device's tests run in a third process meanwhile: it takes what two leave of two cores while they wait
+test: $(VENV)/.test
+	$(if $(TESTS),,$(BIN)/python -m pytest $(SIMULATED) tests/device > $(VENV)/device.log 2>&1 & device=$$!; \
+		trap 'kill $$device; exit 130' INT TERM;) \
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore=tests/distributed --ignore=tests/device $(TESTS); \
+	status=$$?; $(if $(TESTS),,wait $$device || status=$$?; cat $(VENV)/device.log;) exit $$status
 
 # the tests that take seconds: other processes, a compiler, many threads; pytest ends with 5 where TESTS has none
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow --ignore=tests/distributed --ignore=tests/device $(TESTS) \
 		|| test $$? = 5
 
+SIMULATED = $(if $(GRAFT_TESTS_DEVICE),,-p tests.device.simulated)
+
 # on a CUDA device, simulated where torch is a CPU build; GRAFT_TESTS_DEVICE=cuda: on the real one
 test-device: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(GRAFT_TESTS_DEVICE),,-p tests.device.simulated) tests/device $(DEVICE)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(SIMULATED) tests/device $(DEVICE)
 
 # `graft device-report` and these tests on a GPU of this machine, in out/device-report.json, to send in (docs/devices.md)
 device-report: $(VENV)/.test

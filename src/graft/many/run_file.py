@@ -57,7 +57,8 @@ def list_runs(folder: str) -> list[str]:
 def delete_run(name: str, folder: str) -> None:
     """Delete the file of a run, if there is one, and its folder, if it is then empty.
 
-    Leave a run's folder alone that is a symbolic link. A folder that cannot be deleted stays, without an error.
+    Leave a run's folder alone that is a symbolic link. A folder that cannot be deleted stays, without an error; a file
+    that cannot raises OSError.
     """
     where = os.path.join(folder, name)
     if is_link(where):

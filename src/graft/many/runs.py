@@ -1021,9 +1021,8 @@ class MultiTrain:
     def _fail_runs(self, batches: int) -> None:
         """Fail the runs with a batch that the model cannot take, with a warning, and keep each error in `run.error`.
 
-        If the number of such batches is `batches`, raise the first error instead, and no run fails. A run without
-        memory for its batch fails always, with another warning, and keeps no error. The frames of a kept error are
-        freed.
+        A run without memory for its batch fails with another warning, and keeps no error. If `batches` of them have
+        another error, raise the first one instead, and no run fails. The frames of a kept error are freed.
         """
         refused = {name: error for name, error in self._batch_errors.items() if not is_out_of_memory(error)}
         for name, error in self._batch_errors.items():
@@ -1222,7 +1221,7 @@ class MultiTrain:
     @refuse_within_step
     @torch.no_grad()
     def evaluate(self, names: str | Sequence[str], data: Iterable[Any]) -> dict[str, float]:
-        """Return by name the mean loss of several runs on data, weighted by rows, without gradients.
+        """Return by name the mean loss of several runs on data, weighted by rows in float64, without gradients.
 
         Names that are given twice count once.
 
@@ -1232,7 +1231,8 @@ class MultiTrain:
 
         Raises:
             AdapterNotFoundError: there is no such run.
-            ConfigError: the data hold no batch, or no rows, or a batch is no mapping.
+            ConfigError: the data hold no batch, or no rows, or a batch is no mapping or has no rows for the model. And
+                the errors of the model and the loss, with a note.
             RuntimeError: a step is under way.
         """
         names = [names] if isinstance(names, str) else list(dict.fromkeys(names))

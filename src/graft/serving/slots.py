@@ -264,7 +264,9 @@ class AdapterSlots:
         allow_nonfinite: bool = False,
         **hub: object,
     ) -> None:
-        """Make an adapter known. It takes a slot when a batch needs it, or with `pin`.
+        """Make an adapter known.
+
+        It takes a slot when a batch needs it, or with `pin`: one of the smallest rank that is enough.
 
         Args:
             source: a folder or hub repository; a state dict, with its `config`; or a PeftModel, with the name of its

@@ -316,7 +316,7 @@ def preprocess_lorasb(model: nn.Module, config: LoraXsConfig, train_step: Callab
 
     Raises:
         CalibrationError: a layer got no gradient, or one that is not finite.
-        ConfigError: the config is not of LoRA-SB, a layer is quantized, or the step is not positive.
+        ConfigError: the config is not of LoRA-SB, a layer is quantized, or the step is not positive and finite.
     """
     if not 0 < step < float("inf"):
         raise ConfigError(f"`step` should be a positive number but the value passed is {step}.")

@@ -73,7 +73,7 @@ def find_top_components(X: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Return the n largest right singular vectors of X as rows (n, in), and singular values (n,), by a randomized SVD.
 
     Its 2 n random projections are those of a fixed seed on any device, and are refined by four subspace iterations.
-    Global generators stay as they are. The largest number of each vector is positive.
+    Global generators stay as they are. In each vector the number with the largest absolute value is positive.
     """
     A = X if len(X) >= X.shape[1] else X.T
     projections = torch.randn(A.shape[1], 2 * n, generator=Generator(device="cpu").manual_seed(SEED), device="cpu")

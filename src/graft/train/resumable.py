@@ -180,6 +180,8 @@ def find_last_checkpoint(folder: str | os.PathLike[str], by_name: bool = True) -
     Args:
         by_name: the checkpoint must have the training.safetensors that `graft.train.Resumable` writes. False: Trainer
             resumes by its own files.
+
+    Raises FileNotFoundError if there is no such folder.
     """
     folders = {int(m[1]): m[0] for name in os.listdir(folder) if (m := NAME.fullmatch(name))}
     for step in sorted(folders, reverse=True):

@@ -693,7 +693,8 @@ class ResumeJob:
 
     def check_prompts(self) -> set[str]:
         """Return the names of prompt tensors, here and in the file, where only one of the two computes the prompt by a
-        network. Reports a mismatch, an error with `strict`, for each such adapter.
+        network: the names of the prompt's parameters differ. Reports a mismatch, an error with `strict`, for each such
+        adapter.
 
         Without this check, the network's first tensor would match a prompt's by name, and maybe by shape.
         """

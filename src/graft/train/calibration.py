@@ -41,7 +41,8 @@ def find_linear_methods(
         how: the initialisation that `field` of the config must have.
 
     Raises:
-        ConfigError: the config has another initialisation, or targets no linear layer, or single matrices of a stack.
+        ConfigError: the config has another initialisation, or targets no linear layer.
+        UnsupportedLayerError: this process has only a piece of a linear layer.
         as `get_peft_model`, for a config that does not fit.
     """
     methods = find_methods(model, config)
@@ -154,6 +155,7 @@ def preprocess_corda(
         CalibrationError: no `run_model`, or data that leave a layer without a finite covariance.
         ConfigError: the config is not of CorDA, or a rank is above the dimensions of its layer.
         CheckpointError: a file is damaged, or of another model.
+        UnsupportedLayerError: this process has only a piece of a layer.
     """
     from tqdm import tqdm
 
@@ -286,6 +288,7 @@ def preprocess_loraga(
         CalibrationError: a layer got no gradient, or one that is not finite.
         ConfigError: the config is not of LoRA-GA, or a layer is quantized.
         CheckpointError: the cache is damaged, or of another model.
+        UnsupportedLayerError: this process has only a piece of a layer.
     """
     if isinstance(lora_config, LoraConfig) and lora_config.lora_ga_config is None:
         raise ConfigError(
@@ -317,6 +320,7 @@ def preprocess_lorasb(model: nn.Module, config: LoraXsConfig, train_step: Callab
     Raises:
         CalibrationError: a layer got no gradient, or one that is not finite.
         ConfigError: the config is not of LoRA-SB, a layer is quantized, or the step is not positive and finite.
+        UnsupportedLayerError: this process has only a piece of a layer.
     """
     if not 0 < step < float("inf"):
         raise ConfigError(f"`step` should be a positive number but the value passed is {step}.")

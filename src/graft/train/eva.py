@@ -447,6 +447,7 @@ def get_eva_state_dict(
         ConfigError: a rank is above the width of a layer's inputs; there is no config; `prepare_layer_inputs_fn` names
             an unknown layer.
         AdapterNotFoundError: a PeftModel has no such adapter.
+        UnsupportedLayerError: this process has only a piece of a layer.
     """
     registry = get_registry(model)
     if registry is not None:

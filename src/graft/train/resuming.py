@@ -651,7 +651,8 @@ class ResumeJob:
         """Raise BaseModelMismatchError if an adapter of the file, which the model has, was on another base.
 
         Fields are compared that both fingerprints have. If one fingerprint does not name its weights, both are compared
-        in full. The present one is made for each adapter, by all processes together where there are several.
+        in full. The present one is made for each adapter, by all processes together where there are several. Raises
+        CheckpointError if the file has no valid fingerprint.
         """
         registry = get_registry(unwrap_model(self.model))
         for adapter, then in self.note["bases"].items():

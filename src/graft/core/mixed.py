@@ -145,8 +145,11 @@ class MixedPlan:
             drop_inputs(self.layer)
 
     def run_alone(self, x: Tensor) -> Tensor | None:
-        """Return the output for few rows x by the only key's adapter, whose factors are leaf tensors, as in a call
-        without names of rows: the bits are the same, and it costs less. Its gradients go to `grad`, not to sinks.
+        """Return the output for few rows x by the only key's adapter, from `fused.run_with_factors`, as in a call
+        without names of rows.
+
+        The bits are the same, and it costs less. The gradients of its factors, which are leaf tensors, go to `grad`,
+        not to sinks.
 
         Return None for `FUSED_FROM` rows or more, if its dropout drops inputs, since that has to draw from the
         adapter's generator, or if no kernel fits. A layer has to decide alike when checkpointing runs it again.

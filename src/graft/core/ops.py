@@ -239,7 +239,9 @@ class Embedding(Op):
         return m.embedding_dim, m.num_embeddings
 
     def call(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        """Return the rows of the table W.T at the ids x, with all options of the module. `b` is ignored."""
+        """Return the rows of the table W.T at the ids x, by F.embedding with the module's padding index, norm limits
+        and `scale_grad_by_freq`, but not its `sparse`. `b` is ignored.
+        """
         return F.embedding(x, W.T, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq)
 
     def down(self, m: nn.Module, x: Tensor, A: Tensor) -> Tensor:
@@ -347,7 +349,9 @@ class Conv(Op):
     def factor_modules(
         self, m: nn.Module, r: int, bias: bool, fill: bool = True, device: torch.device | None = None
     ) -> tuple[nn.Module, nn.Module]:
-        """Return a convolution to r channels with the module's options, and a 1 × 1 one to the output with its groups.
+        """Return a convolution to r channels and a 1 × 1 one to the output, with the module's groups.
+
+        The first has its kernel size, stride, padding, dilation and padding mode, in one group.
 
         The first has no bias, the second one if `bias`. `fill` is not used: both have torch's initial values.
         """

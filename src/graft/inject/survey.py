@@ -141,7 +141,7 @@ class SourceUses(ast.NodeVisitor):
     def visit_Assign(self, node: ast.Assign) -> None:
         """Remember in `known` the path that is assigned to a variable, unless it contains a weight or bias.
 
-        The path then does not count as used.
+        A path that is remembered does not count as used.
 
         Any other assignment is visited as usual. Of several targets only the first counts.
         """

@@ -86,7 +86,8 @@ class Four(Quantized):
         """Return why the codes cannot be decoded, or None if they can.
 
         The first of three reasons: no quant_state (not quantized yet); codes with another dtype than their storage,
-        unless interleaved (cast); fewer codes than half the numbers of the shape in the quant_state (sharded).
+        unless interleaved (cast); fewer codes, two in each byte, than the shape in the quant_state has numbers
+        (sharded).
         """
         weight, state = m.weight, find_quant_state(m)
         if state is None:
@@ -268,8 +269,8 @@ class Table(Quantized):
     def dense(self, m: nn.Module, dtype: torch.dtype | None = None) -> nn.Embedding:  # type: ignore[override]
         """Return a new plain embedding with the dequantized table, in `dtype` or the module's dtype.
 
-        Padding index, norm limits and sparse gradients are the module's. The table has no gradient; the mode is the
-        module's.
+        Padding index, norm limits, `scale_grad_by_freq` and `sparse` are the module's. The table has no gradient; the
+        mode is the module's.
         """
         W = self.read(m)
         options = (m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)

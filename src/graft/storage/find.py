@@ -84,7 +84,8 @@ def find_tensor_store(module: nn.Module, name: str) -> Store:
 
 
 def find_store_of_tensor(module: nn.Module, name: str) -> Store:
-    """Return the store of a module's parameter by its class and dtype alone.
+    """Return the store of a module's parameter by its class, its dtype, and how processes share it; the module's class
+    does not count.
 
     One of floats with 16 to 64 bits that FSDP2 has sharded gets SHARDED, also while it is whole. A plain tensor of such
     floats gets DENSE. A DTensor in a module with a style of tensor parallelism gets TENSOR_PARALLEL. Others get the

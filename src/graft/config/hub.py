@@ -76,8 +76,8 @@ def fetch_file(where: str | os.PathLike[str], filename: str, subfolder: str | No
 
 
 def find_hub_failure(where: str, filename: str, subfolder: str | None, **hub: Any) -> Exception | None:
-    """Return the connection error of a request to the hub; None if the hub answers or refuses, or its cache has the
-    file.
+    """Return the connection error of a request to the hub; None if the hub answers or refuses, the name is invalid, or
+    the hub's cache has the file.
 
     A download would try again for 30 seconds, so one request asks first.
     """

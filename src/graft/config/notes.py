@@ -40,7 +40,7 @@ class WeightsFile:
 
 
 def read_notes(path: str) -> WeightsFile | None:
-    """Return the path, the notes and the stamp of a weights file, without reading its tensors.
+    """Return the path, the notes and the stamp (of the open file) of a weights file, without reading its tensors.
 
     A path that ends in ".bin" is read as a torch file, any other as safetensors; a file without notes has {}.
 
@@ -108,7 +108,7 @@ def make_header(tensors: Iterable[Sequence[Any]], notes: Mapping[str, str]) -> b
 def parse_header(data: bytes) -> tuple[Json, int]:
     """Return the header in the bytes of a safetensors file, and the offset of its first tensor.
 
-    Raises CheckpointError if the header is no valid JSON.
+    Raises CheckpointError if the header is no valid JSON. A JSON value other than an object passes.
     """
     begin = 8 + int.from_bytes(data[:8], "little")
     header: Json = parse_json(data[8:begin], "The header of a safetensors file")

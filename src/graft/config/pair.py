@@ -127,7 +127,8 @@ def save_sealed(folder: str, tensors: Sequence[Source], text: str, texts: Mappin
     Args:
         tensors: as of `write_tensors`. Each is loaded twice, one after another.
         text: of adapter_config.json.
-        texts: further notes of the weights file; "format", the config's text and the digest are added to them.
+        texts: further notes of the weights file. "format", the config's text and the digest are added, and override
+            such keys.
     """
     digest = seal.compute_digest((name, dtype, shape, load) for name, dtype, shape, _, load in tensors)
     texts = {**texts, "format": "pt", notes.CONFIG: text, seal.KEY: digest}
@@ -207,7 +208,9 @@ def restore_weights(
     old: dict[str, notes.Stamp | None],
     links: dict[str, str | None],
 ) -> None:
-    """Put the old weights back after a failed save, by their second names. If there were none, delete the new ones.
+    """Put the old weights back after a failed save, by their second names.
+
+    If there were none, delete the new ones. The other format's old file comes back only if nothing has its path.
 
     Weights that another process has written since stay.
 
@@ -218,7 +221,7 @@ def restore_weights(
         links: second names of the old files.
 
     Raises:
-        OSError: an old file has no second name, or cannot be renamed.
+        OSError: an old file has no second name (then nothing was changed), or cannot be renamed.
     """
     if any(old[path] is not None and links[path] is None for path in old):
         raise OSError("the old weights have no second name")
@@ -372,7 +375,11 @@ class ConfigFile:
             return mark_token(f.read()) in marks
 
     def _require(self, fields: Json | None) -> Json:
-        """Return `fields`. Raises CheckpointError if they are None, with the contents of the folder that explain it."""
+        """Return `fields`.
+
+        Raises CheckpointError if they are None, with the contents of the folder that explain it: a whole model,
+        adapters in sub-folders, else the kind of path.
+        """
         if fields is None:
             why = describe_whole_model(self.folder) or describe_adapter_folders(self.folder) or self._describe_missing()
             raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{self.where}'{why}")

@@ -37,7 +37,7 @@ LONG = re.compile(rf"[0-9]{{{DIGITS + 1}}}")
 
 
 def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
-    """Open a regular file to read its bytes.
+    """Open a regular file, or a link to one, to read its bytes. The kind is checked before the file is opened.
 
     Raises:
         CheckpointError: it is a folder, a pipe or a device: reading one may block, or never end.
@@ -385,7 +385,8 @@ def read_record(f: IO[bytes], end: str, most: int) -> bytes | None:
 def check_archive(file: IO[bytes]) -> None:
     """Raise ValueError if the files in a zip archive have more bytes, unpacked, than the archive itself.
 
-    torch does not compress, so only a manipulated file grows. A file that is no zip archive passes.
+    torch does not compress, so only a manipulated file grows. A file that is no zip archive passes. The position in
+    `file` is not restored.
     """
     if not is_zipfile(file):
         return

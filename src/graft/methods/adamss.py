@@ -115,7 +115,7 @@ def find_clusters(W: Tensor, bias: Tensor | None, cfg: AdamssConfig) -> Clusters
     A randomized SVD of rank R = min(r, sizes), seeded with `random_seed`, gives the space. K-means with a fixed seed,
     one random start and 10 iterations puts the rows of U into `num_subspaces` clusters, at most out. A of a cluster is
     `make_cluster_A`, B zeros, or normal with std 0.01 if `init_weights` is None. The seeded SVD leaves torch's
-    generator as it was; A and a random B draw from it.
+    generator as it was; A and a random B draw from it. N and A are float32; a random B has W's dtype.
 
     Raises:
         ImportError: scikit-learn is missing.
@@ -193,7 +193,8 @@ def count_trained_subspaces(step: int, total: int, cfg: AdamssConfig) -> int:
     """Return the number of subspaces, of `total`, that train after a step.
 
     It falls from all at `init_warmup` to `asa_target_subspaces` at `final_warmup`: target + (total - target) · (share
-    of the warm-up left) ^ `asa_schedule_exponent`, rounded down. The target is at most `total`.
+    of the warm-up left) ^ `asa_schedule_exponent`, rounded down. The target is at most `total`. The step is not
+    clamped: it must lie within the warm-up.
     """
     left = 1 - (step - cfg.init_warmup) / (cfg.final_warmup - cfg.init_warmup)
     target = min(cfg.asa_target_subspaces, total)
@@ -205,7 +206,8 @@ def update_and_allocate(tuner: Tuner, global_step: int) -> None:
 
     Call after backward(), before gradients are zeroed.
 
-    Does nothing for adapters without `use_asa` or in inference mode, and outside of the warm-up.
+    Does nothing for adapters without `use_asa` or in inference mode, and outside of the warm-up. Without such adapters
+    it is no error.
 
     Args:
         global_step: number of the step.

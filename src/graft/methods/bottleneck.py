@@ -127,6 +127,8 @@ class BottleneckConfig(Targeted, Chosen):
     def preset(cls, name: str, **changes: object) -> BottleneckConfig:
         """Return the config of a paper by AdapterHub's name for it, such as "pfeiffer"; `changes` override its fields.
 
+        Names are matched exactly, with their case.
+
         Raises:
             ConfigError: there is no such preset.
         """
@@ -293,7 +295,7 @@ class Kronecker(nn.Module):
 
 
 def two_layers(fan_in: int, out: int, factor: float) -> nn.ModuleList:
-    """Return two linear layers: fan_in → max(1, ⌊fan_in / factor⌋) → out."""
+    """Return two linear layers with bias: fan_in → max(1, ⌊fan_in / factor⌋) → out."""
     width = max(1, int(fan_in // factor))
     return nn.ModuleList([nn.Linear(fan_in, width), nn.Linear(width, out)])
 
@@ -302,7 +304,10 @@ class Coupling(nn.Module):
     """An invertible function of x = (x₁, x₂): y₁ = x₁ + F(x₂), y₂ = x₂ + G(y₁). NICE, as in MAD-X, arXiv 2005.00052."""
 
     def __init__(self, width: int, factor: float, activation: str):
-        """Make F and G, each two linear layers with the activation between, for parts of width // 2 and the rest."""
+        """Make F and G, each two linear layers with the activation between, for parts of width // 2 and the rest.
+
+        F maps the rest to the first part, G the first part to the rest.
+        """
         super().__init__()
         first, second = width // 2, width - width // 2
         self.F, self.G = two_layers(second, first, factor), two_layers(first, second, factor)
@@ -361,7 +366,10 @@ class Bottleneck(Method[BottleneckConfig]):
 
     @classmethod
     def share(cls, layers: AdaptedLayers) -> dict[str, object]:
-        """Return Compacter's shared `bottleneck_rule` (n, n, n), normal with std 1e-4; {} without `phm_layer`."""
+        """Return Compacter's shared `bottleneck_rule` (n, n, n), normal with std 1e-4; {} without `phm_layer`.
+
+        Each adapter gets a new one.
+        """
         cfg = layers.cfg
         if not cfg.phm_layer:
             return {}
@@ -386,7 +394,7 @@ class Bottleneck(Method[BottleneckConfig]):
         """Return the reason why a bottleneck cannot act here: the width is unknown, or the weight no matrix; else that
         of `Method.check`.
 
-        A tap and the invertible adapter need no check. With `phm_layer`, raises ConfigError if `phm_dim` does not
+        A tap and the invertible adapter give None at once. With `phm_layer`, raises ConfigError if `phm_dim` does not
         divide the width and the bottleneck's.
         """
         site, place = self.site, self.place
@@ -475,7 +483,8 @@ class Bottleneck(Method[BottleneckConfig]):
             init_projection(self.bottleneck_gate, "bert")
 
     def u(self, x: Tensor) -> Tensor:
-        """Return the bottleneck's update for x (rows, …, H): `up` with dropout, times a sigmoid gate with `use_gating`.
+        """Return the bottleneck's update for x (rows, …, H), in the adapter's dtype: `up` with dropout, times a sigmoid
+        gate with `use_gating`.
 
         The gate, from x before the bottleneck, is averaged over all positions of a row; x of two dimensions has one
         gate per row.
@@ -525,7 +534,10 @@ class Bottleneck(Method[BottleneckConfig]):
         return coupling.inverse(h.to(self.dtype))
 
     def before_norm(self, s: Tensor) -> Tensor:
-        """Return the update u(LN s) for the norm's input s; the norm's input becomes s + u."""
+        """Return the update u(LN s) for the norm's input s; the norm's input becomes s + u.
+
+        The base layer, which is the norm, makes LN s here.
+        """
         return self.u(self.layer.base_layer(s))
 
 

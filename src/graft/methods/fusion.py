@@ -186,8 +186,8 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         their dropout and gates.
 
         The query is of h; keys are of the updates, and so are the values, unless the config has no `value`: then the
-        updates themselves are mixed. The dropout acts on the scores, before the softmax. The result has the adapter's
-        dtype. `note_value_matrix` notes the value matrix in training.
+        updates themselves are mixed. The scores are plain products, not divided by √H. The dropout acts on them, before
+        the softmax. The result has the adapter's dtype. `note_value_matrix` notes the value matrix in training.
 
         Raises:
             RoutingError: one of the bottlenecks is gone.
@@ -228,8 +228,8 @@ class AdapterFusion(Method[AdapterFusionConfig]):
 
     @classmethod
     def compute_auxiliary_loss(cls, cfg: AdapterFusionConfig, noted: Sequence[NotedTokens]) -> Tensor:
-        """Return 0.01 · Σ ‖W_value - I‖² over the places, (), each once, however often its layer ran; on the first
-        place's device.
+        """Return 0.01 · Σ ‖W_value - I‖² over the places, (), each once, with the last noted matrix, however often its
+        layer ran; on the first place's device.
         """
         values = {one.layer: one.values for one in noted}.values()
         device = noted[0].values.device

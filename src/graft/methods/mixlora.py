@@ -123,7 +123,7 @@ class MixLoRA(Method[MixLoraConfig]):
 
     @property
     def routes(self) -> bool:
-        """True if the site is an MLP, with a router."""
+        """True if the site is an MLP, with a router: the config's `routers` has its path."""
         return self.site.key in self.cfg.routers
 
     @property
@@ -160,7 +160,7 @@ class MixLoRA(Method[MixLoraConfig]):
         return dict(r=cfg.r, mixlora_A=nn.Parameter(A), mixlora_B=nn.Parameter(B), mixlora_dropout=dropout)
 
     def init_values(self) -> None:
-        """Fill a router with normal values of std `router_init_range`; else A kaiming uniform (a=√5), B zeros.
+        """Fill a router with normal values of std `router_init_range`; else each A kaiming uniform (a=√5), B zeros.
 
         With `init_weights=False` B is normal with std 1/√r.
         """

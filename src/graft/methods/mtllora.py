@@ -76,7 +76,7 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
     def effect_at(self, value: object) -> Effect:
         """Return an `Update` with the factors of task `value` (`of_task`).
 
-        Raises ConfigError unless it is an int from 0 to below `n_tasks`.
+        Raises ConfigError unless it is an int, and no bool, from 0 to below `n_tasks`.
         """
         tasks = self.cfg.n_tasks
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < tasks:

@@ -87,7 +87,7 @@ class Block:
 
 def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield the path and module of each module of a model, depth first, with adapter layers replaced by their base
-    modules.
+    modules. A module that has several paths comes once for each.
     """
     while (carrier := carrier_of(module)) is not None:
         module = carrier.base_module
@@ -253,7 +253,8 @@ def find_last_layer(paths: list[str], linears: Mapping[str, tuple[int, int]], wi
 
 
 def match_paths(paths: Iterable[str], names: Collection[str] | str, field: str) -> list[str]:
-    """Return the paths that `names` selects: whole paths or their ends, or one regular expression for whole paths.
+    """Return the paths that `names` selects, in their order: whole paths or their ends, or one regular expression for
+    whole paths.
 
     Raises:
         NoMatchingPeftModuleError: no path fits; it tells the field and the names there are.

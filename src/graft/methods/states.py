@@ -108,7 +108,7 @@ def numbers_by_row(name: str, value: object, run: Run, holds: Callable[[Tensor],
     """Return the value of an argument as a number for each row, float32 (batch,), on the device of the call's first
     tensor.
 
-    A single number is expanded to all rows. Without tensors in the call, the batch is 1.
+    A single number is expanded to all rows. Without tensors in the call, the batch is 1. Bools count as numbers.
 
     Raises:
         RoutingError: it is no number or list of numbers, there is not one for each row, or `holds` is not True for all
@@ -155,7 +155,9 @@ class OnStates(Method[S]):
         return self.cfg.widths.get(site.key) or (site.out_features if site.op.known else self.cfg.width)
 
     def check(self) -> str | None:
-        """Return the reason why the output is no vectors of a known width, else that of `Method.check`."""
+        """Return the reason if the width is unknown, or a known layer's weight is no matrix (a convolution), else that
+        of `Method.check`.
+        """
         if self.width is None or (self.site.op.known and len(self.site.shape) != 2):
             return f"{self.acts}: of outputs of linear layers, embeddings, and blocks whose width is known"
         return super().check()

@@ -99,7 +99,8 @@ class UniLoRA(Method[UniLoraConfig]):
 
     def build(self, shared: dict[str, Any]) -> dict[str, object]:
         """Return all shared values (θ and the places), and this layer's buffers `unilora_scales_A`, `_B` and
-        `unilora_indices_A`, `_B`, in shapes (r, in) and (out, r); `unilora_dropout` and `r`.
+        `unilora_indices_A`, `_B`, in shapes (r, in) and (out, r), taken from the places for this layer;
+        `unilora_dropout` and `r`.
 
         Files hold the buffers only with `save_indices`.
         """

@@ -89,7 +89,10 @@ class XLoraConfig(PeftConfig):
         return json.dumps({**values, "adapters": self.adapters}, indent=2)
 
     def take_load_options(self, options: dict[str, Any]) -> None:
-        """Replace the experts by `options["adapters"]`, if it is there, and forget the folders of the former ones."""
+        """Replace the experts by `options["adapters"]`, if it is there, and forget the folders of the former ones.
+
+        `options` stays as it is.
+        """
         if "adapters" in options:
             self.adapters, self.beside = dict(options["adapters"]), {}
 
@@ -119,6 +122,8 @@ class Scalings:
 
     def apply(self, layer: Layer, adapter: str, part: Tensor) -> Tensor:
         """Return an adapter's part of a layer's output (batch, tokens, …), times its weight at each token.
+
+        The weights move to the part's device; dtypes follow torch's promotion.
 
         Raises:
             RoutingError: the part has other samples or tokens than the weights.
@@ -204,7 +209,9 @@ class XLoraClassifier(nn.Module):
         """Return weights (batch, tokens, layers, experts) for hidden states (batch, tokens, width); a softmax over
         experts with `enable_softmax`.
 
-        Stores them as `latest`, and with logging on appends a detached copy to `log_scalings`.
+        Hidden states are first cast to the classifier's dtype and device. Without `layerwise_scalings` all layers share
+        the same weights. Stores them as `latest`, with their graph, and with logging on appends a detached copy to
+        `log_scalings`.
 
         Raises:
             RoutingError: the width is not `hidden_size`.
@@ -233,7 +240,9 @@ class XLoraClassifier(nn.Module):
 
 
 def set_topk_lora(tuner: Any, value: int | None) -> None:
-    """Let only `value` experts act on each token; None: all of them. Writes `top_k_lora` of the classifier's config.
+    """Let only `value` experts act on each token; None: all of them.
+
+    Writes `top_k_lora` of the classifier's config. Values below 1 are not refused.
 
     Raises:
         ConfigError: there are fewer experts.
@@ -243,7 +252,7 @@ def set_topk_lora(tuner: Any, value: int | None) -> None:
 
 
 def set_global_scaling_weight(tuner: Any, weight: float) -> None:
-    """Set the factor of all experts' updates, `global_scaling_weight` of the classifier's config."""
+    """Set the factor of all experts' updates, `global_scaling_weight` of the classifier's config, to any number."""
     tuner.classifier.config.global_scaling_weight = weight
 
 
@@ -282,7 +291,7 @@ def disable_scalings_logging(tuner: Any) -> None:
 
 
 def clear_scalings_log(tuner: Any) -> None:
-    """Remove all entries of the log."""
+    """Remove all entries of the log, in place. Logging stays on or off."""
     tuner.classifier.log_scalings.clear()
 
 
@@ -297,7 +306,7 @@ def get_bucketed_scalings_log(tuner: Any) -> dict[int, tuple[list[int], list[Ten
 
 
 def check_top_k(value: int | None, experts: int) -> None:
-    """Raise ConfigError if `value` is above the number of experts; None is allowed."""
+    """Raise ConfigError if `value` is above the number of experts; None, 0 and negative numbers pass."""
     if value is not None and value > experts:
         raise ConfigError(f"top_k_lora={value} is more than the {experts} experts. Choose fewer.")
 

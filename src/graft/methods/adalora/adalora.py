@@ -288,7 +288,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
         for the caller.
 
         In training with gradients and outside of TorchDynamo, it first sets `sees` of each layer that trains: True if
-        its `lora_A` is sharded.
+        its `lora_A` is sharded. `super().surround_run` is not entered.
         """
 
         names = list(run.adapters)

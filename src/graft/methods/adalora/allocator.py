@@ -211,7 +211,10 @@ def orthogonal_losses(tuner: Tuner, names: Iterable[str], run: Run) -> dict[str,
 
 
 def orthogonal_loss(methods: dict[str, Any], weight: Tensor | float) -> Tensor:
-    """Return weight · the mean of ‖P Pᵀ - I‖_F over all A and Bᵀ of an adapter, (), on the first one's device."""
+    """Return weight · the mean of ‖P Pᵀ - I‖_F over all A and Bᵀ of an adapter, (), on the first one's device.
+
+    ValueError for no methods.
+    """
     first, *distances = (d for m in methods.values() for d in m.distances())
     return weight * torch.stack([first, *(d.to(first.device) for d in distances)]).mean()  # on several devices
 

@@ -52,7 +52,9 @@ def only_linear(site: Site, what: str) -> str | None:
 
 
 def plain_start(site: Site, cfg: LoraConfig, option: str) -> None:
-    """Raise ConfigError for a named initialisation other than "gaussian" and "orthogonal".
+    """Raise ConfigError for a named initialisation other than "gaussian" and "orthogonal", in any case.
+
+    True and False pass.
 
     The others need A (r, in) and B (out, r), and the variant of `option` has another shape.
     """

@@ -210,8 +210,8 @@ class LoraConfig(Targeted, LayerRange, RankPatterns, FanInFanOut, BaseBias):
         return config
 
     def _register_custom_module(self, mapping: dict[type[nn.Module], type | Op]) -> None:
-        """Let an injection adapt modules of further types, in addition to those of earlier calls; a type named again
-        gets the new entry. No file holds this: call it again before a load.
+        """Let injections with this config adapt modules of further types, in addition to those of earlier calls; a type
+        named again gets the new entry. No file holds this: call it again before a load.
 
         Args:
             mapping: type of modules → the type that it works like, such as nn.Linear; or an `Op` that says how it uses

@@ -43,7 +43,10 @@ def nf4(W: Tensor) -> Tensor:
 
 
 def int8(W: Tensor) -> Tensor:
-    """Return W (out, in) rounded to multiples of 1/127 of the largest absolute value in each row."""
+    """Return W (out, in) rounded to multiples of 1/127 of the largest absolute value in each row.
+
+    Rows of zeros stay zeros.
+    """
     scale = W.abs().amax(1, keepdim=True) / 127
     return (W / scale.clamp(min=torch.finfo(W.dtype).tiny)).round() * scale
 

@@ -145,7 +145,7 @@ class MonteCLoRA(LoRA):
         )
 
     def factors(self) -> Factors:
-        """Return LoRA's factors; in training with A + a new draw of noise in place of A."""
+        """Return LoRA's factors; in training with A + a new draw of noise, a matrix (r, fan-in), in place of A."""
         f = super().factors()
         if not self.layer.training:
             return f

@@ -27,8 +27,8 @@ class VeLoRA(LoRA):
     only_linear = "VeLoRA projects groups of an input vector: it adapts linear layers only"
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
-        """Return LoRA's tensors, the buffer `lora_velora_embed` (D,) of zeros, D = in / num_groups, and
-        `lora_velora_initialized` = False.
+        """Return LoRA's tensors, the buffer `lora_velora_embed` (D,) of zeros in the default dtype, D = in / num_groups
+        (`width`), and `lora_velora_initialized` = False.
         """
         groups = require_sub_config(self.cfg.velora_config).num_groups
         direction = torch.zeros(width(self.site.in_features, groups), device=device)

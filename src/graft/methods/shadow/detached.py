@@ -269,10 +269,10 @@ def find_model_class() -> type[PreTrainedModel]:
         ) -> object:
             """Return logits, and with labels the loss (else None), as the base model's class does.
 
-            A classifier returns a SequenceClassifierOutput with the logits of each row's last token. Others return a
-            CausalLMOutputWithPast with the network's cache, if it returned one. Its next-token logits are of all
-            positions, or of `logits_to_keep`: the last n, or the positions in a tensor. `return_dict` is ignored; other
-            arguments reach the network.
+            A classifier returns a SequenceClassifierOutput with the logits of each row's last token before padding
+            (`pool_logits`). Others return a CausalLMOutputWithPast with the network's cache, if it returned one. Its
+            next-token logits are of all positions, or of `logits_to_keep`: the last n, or the positions in a tensor.
+            `return_dict` is ignored; other arguments reach the network.
             """
             kwargs.pop("return_dict", None)
             tail: Any = kwargs.pop("logits_to_keep", 0)
@@ -309,6 +309,7 @@ def unload(tuner: Tuner, adapter_name: str | None = None, copy: bool = False) ->
 
     Raises:
         AdapterNotFoundError: there is no such adapter, or none is active.
+        KeyError: the named adapter is of another method.
     """
     shadows = (name for name in tuner.active_adapters if tuner.peft_config[name].peft_type == "SHADOW")
     name = next(shadows, None) if adapter_name is None else adapter_name

@@ -26,7 +26,9 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     widths = [max(map(len, column)) for column in zip(columns, *cells)]
 
     def line(row: Sequence[str]) -> str:
-        """Return the cells of a row, padded and joined."""
+        """Return the cells of a row: a space, the first cell aligned left and the others right, three spaces between
+        them.
+        """
         padded = [value.rjust(width) if i else value.ljust(width) for i, (value, width) in enumerate(zip(row, widths))]
         return " " + "   ".join(padded)
 

@@ -284,8 +284,8 @@ def angle_between_bases(P: np.ndarray, Q: np.ndarray) -> float:
 
 
 def delta_shape(lora: LowRank) -> tuple[int, int]:
-    """Return (rows, columns) of a module's update matrix: (out, in); of a convolution (out, in · kernel); of one expert
-    (out, in).
+    """Return (rows, columns) of a module's update matrix: (out, in); of a convolution (out, in · kernel), the kernel of
+    `mid` if it has one; of one expert (out, in).
 
     For an embedding these are (dim, vocabulary), the transpose of the matrix from `list_delta_products`.
     """

@@ -271,7 +271,12 @@ def ask_openai(connection: Connection, name: str, ids: Sequence[int]) -> LogProb
     """
 
     def parse(reply: Any) -> tuple[int, list[int], LogProbabilities]:
-        """Return the number of values, the token ids that the server names (vLLM only), and the log-probabilities."""
+        """Return the number of values in the first choice, the token ids that the server names, and the
+        log-probabilities of the first `ids`.
+
+        Only tokens such as "token_id:5" (vLLM's) name an id; the list is cut to the length of `ids`. A missing field is
+        a KeyError.
+        """
         said = reply["choices"][0]["logprobs"]
         values, tokens = said["token_logprobs"], said["tokens"]
         named = [int(t.removeprefix("token_id:")) for t in tokens if t.startswith("token_id:")]
@@ -295,7 +300,9 @@ def ask_sglang(connection: Connection, name: str, ids: Sequence[int]) -> LogProb
     """
 
     def parse(reply: Any) -> tuple[list[int], LogProbabilities]:
-        """Return the token ids of the answer, and their log-probabilities."""
+        """Return the token ids of the input that have log-probabilities in the reply (`input_token_logprobs`), and
+        these for each of the first `ids`. A missing field is a KeyError.
+        """
         said = reply["meta_info"]["input_token_logprobs"]
         return [int(entry[1]) for entry in said], pair_with_tokens(ids[: len(said)], [entry[0] for entry in said])
 

@@ -215,10 +215,11 @@ def count_unpacked_bytes(p: Tensor) -> int:
 
 
 def measure_training_step(model: PeftModel, batch: int, length: int, on_gpu: bool) -> StepMemory:
-    """Run one forward and backward pass on the meta device, and return the bytes of activations and of the fullest
-    moment.
+    """Run one forward and backward pass on zeros as tokens, on the meta device, and return the bytes of activations
+    after the forward pass and of the fullest moment.
 
-    Raises ConfigError if the model raises RuntimeError there.
+    `on_gpu` decides whether attention counts as fused. Raises ConfigError, with the remedy to install transformers 5,
+    if the model raises RuntimeError there.
     """
     live = LiveMemory(model)
     try:
@@ -246,7 +247,10 @@ class LiveMemory(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module):
-        """Note the storages of the model's tensors, which are not counted."""
+        """Note the storages of the model's parameters and buffers, which are not counted.
+
+        `bytes` and `peak` begin at 0.
+        """
         TorchDispatchMode.__init__(self)
         self.own = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
         self.known = set(map(storage_id, self.own))

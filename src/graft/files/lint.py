@@ -83,10 +83,11 @@ class LintSubject:
 
 
 def lint_adapter(adapter: AdapterFile, base: BaseDescription | None = None) -> list[Finding]:
-    """Return the faults of an adapter, errors first, then warnings, then notes.
+    """Return the faults of an adapter, errors first, then warnings, then notes; within each in the order of RULES.
 
     Args:
-        base: adds the rules that compare with the base, including the slow search for intruder dimensions.
+        base: by its names that fit the adapter's modules best; adds the rules that compare with the base, including the
+            slow search for intruder dimensions.
     """
     look = LintSubject(adapter, None if base is None else choose_names(base, adapter.modules))
     order = ("error", "warning", "note")
@@ -113,7 +114,10 @@ def find_numbers(is_bad: Callable[[np.ndarray], np.ndarray], kind: str, look: Li
 
 
 def find_zero_b(look: LintSubject) -> Faults:
-    """Yield one fault with the LoRA modules with ΔW = 0, if there are any."""
+    """Yield one fault with the LoRA modules with ΔW = 0, if there are any.
+
+    Modules with NaN or infinite numbers do not count.
+    """
     zero = [path for path, size in look.norms.items() if size == 0]
     if zero:
         which = "all modules" if len(zero) == len(look.norms) else f"{len(zero)} of {len(look.norms)} modules"

@@ -289,7 +289,8 @@ def join_spots(spots: list[Spot], tensors: Mapping[str, Tensor]) -> Tensor | Non
     """Return the tensor of these spots: the only one, or a new stack (experts, rows, …) of all matrices, ordered by
     expert and then by first row. None if dtypes differ.
 
-    Spots without an expert are taken for one tensor. A stack's values are read later, each time they are needed.
+    If the first spot has no expert, its tensor is returned, whatever the others are. The number of experts is the
+    largest index + 1; missing ones are not noticed. A stack's values are read later, each time they are needed.
     """
     if spots[0].expert is None:
         return tensors[spots[0].key]

@@ -106,7 +106,7 @@ class PromptEntry(Entry):
         return f"{self.memory}.{self.attribute}"
 
     def assign(self, value: Tensor) -> None:
-        """Pass `value` to the prompt's `restore`, which writes it."""
+        """Call `owner.restore(attribute, value)`, which writes the value into the prompt."""
         self.owner.restore(self.attribute, value)
 
 

@@ -169,11 +169,11 @@ def run_on_all(act: Callable[[], T], call: str) -> T:
 def save_once(folder: str, values: str, act: Callable[[], object]) -> None:
     """Call `act` on the first of some processes that hold the same values, to save them.
 
-    The others wait for its end and raise its error.
+    The others wait for its end, and raise the same exception if it raised one.
 
-    Rank 0 does not wait, as it may be the only one that saves. Another rank waits 30 seconds for it (`GRAFT_PATIENCE`),
-    then calls `act` itself. The store counts the saves of the same values, so that a repeated save waits for its own
-    turn.
+    Rank 0 calls `act` at once, as it may be the only one that saves, and leaves its end or its exception in the store.
+    Another rank waits 30 seconds for it (`GRAFT_PATIENCE`), then calls `act` itself. The store counts the saves of the
+    same values, so that a repeated save waits for its own turn.
 
     Args:
         values: a text that is equal for equal values.

@@ -324,7 +324,7 @@ def read_factors(
 
     Embeddings have other endings than linear layers. If the adapter changed the base at its start, its `lora_shift` is
     appended, negated, so that the factors fit the original base; the rank grows by that of the shift. Both are copies
-    of dtype `dtype`, that of A if None; the product is computed in float32.
+    of dtype `dtype`, that of A if None; the product is computed in float32. A missing factor is a KeyError.
     """
     ends = ("lora_embedding_A", "lora_embedding_B") if layer.op.takes_ids else ("lora_A.weight", "lora_B.weight")
     A, B = (values[f"{stem}.{end}"].detach() for end in ends)

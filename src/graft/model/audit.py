@@ -170,6 +170,8 @@ class Part(NamedTuple):
     def label(self) -> str:
         """The text "layers.0.q_proj ('default')" with ", disabled" and ", merged" inside the brackets where that is so.
 
+        Disabled counts for the carrier or in this thread's calls.
+
         A carrier without a key is named "shared by layers".
         """
         state = self.carrier.state  # a backward pass may run it outside of any call

@@ -126,9 +126,10 @@ class Averager:
     def reach_inputs(self, names: Iterable[str]) -> Iterator[None]:
         """Within the block, the backward pass of a call with rows of these adapters passes through all layers.
 
-        A forward hook lets the output of the word embeddings require gradients; it is removed at the end. FSDP2 gathers
-        the weights of the layers that a pass reaches: those below the first adapter of its rows, too, if other
-        processes reach them. Does nothing if none of the adapters trains, or without word embeddings.
+        A forward hook calls `requires_grad_()` on the output of the word embeddings, without a condition; it is removed
+        at the end, after an error too. FSDP2 gathers the weights of the layers that a pass reaches: those below the
+        first adapter of its rows, too, if other processes reach them. Does nothing if none of the adapters trains, or
+        without word embeddings.
         """
         registry = self.registry
         words = input_embeddings(registry.model) if any(registry.trains(name) for name in names) else None
@@ -142,12 +143,14 @@ class Averager:
             handle.remove()
 
     def check_rows(self, output: object) -> None:
-        """Wait until all processes have called the model with names of rows, and compare if a pass can follow.
+        """Wait until all processes have called the model with names of rows, then raise on all of them if one's output
+        has no tensor with a grad_fn.
 
         The host waits for the other hosts, and for no device.
 
         Raises:
-            DistributedError: the output of a process has no gradient, or a process does not come in time.
+            DistributedError: the output of some process has no gradient (its ranks are named), or a process does not
+                come in time.
         """
         task = "" if any([t.grad_fn is not None for t in find_tensors(output)]) else "no gradient"
         meeting = self._meet("A call with adapter_names in training", task, compares=False)

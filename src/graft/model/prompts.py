@@ -589,7 +589,8 @@ def tokenize_text(tokenizer: Any, text: str, use_chat_template: bool, max_length
 
 
 def read_pairs(cache: object, tokens: int) -> list[Pair]:
-    """Return (key, value) of each layer of a cache, whole and in the order of layers, after checks.
+    """Return (key, value) of each layer of a cache, whole and in the order of layers, after checks; nothing is cut to
+    `tokens`.
 
     Raises:
         ValueError: `tokens` is None or not positive. The cache is empty, shorter than `tokens`, of several sequences,

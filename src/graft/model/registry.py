@@ -473,8 +473,10 @@ class Registry:
         return {name: c for name, c in self.peft_config.items() if method_of(c.peft_type) is method}
 
     def _keys_in(self, state_dict: dict[str, Tensor], config: PeftConfig) -> set[str]:
-        """Return the paths of the modules that have tensors of this method in a state dict, without names of wrappers
-        and carriers.
+        """Return the paths of the modules that have tensors of this method in a state dict.
+
+        A path is the part of a key before the last "." + the method's prefix, without "_orig_mod." and names of
+        carriers. Keys without the prefix are ignored.
         """
         mark = f".{method_of(config.peft_type).prefix}"
         return {remove_carrier_names(k.rsplit(mark, 1)[0].replace("_orig_mod.", "")) for k in state_dict if mark in k}

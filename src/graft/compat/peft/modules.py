@@ -112,8 +112,9 @@ def resolve(module: str, name: str) -> Any:
 
 
 def describe_missing_name(module: str, name: str) -> str:
-    """Return the error text for a name that graft lacks, with the most similar name of a known module, if one
-    is close.
+    """Return the error text for a name that graft lacks.
+
+    If graft has the module, the most similar of its names is suggested, from a similarity of 0.9.
     """
     close = difflib.get_close_matches(name, names_in(module), n=1, cutoff=0.9) if is_known_module(module) else []
     hint = f" (did you mean {close[0]}?)" if close else ""

@@ -167,8 +167,10 @@ def arch_of(base: Base) -> tuple[str, bool]:
 
 
 def heads_in(name: str, base: Base) -> int | None:
-    """Return the number of heads if llama.cpp permutes a module's rows by heads: attn_q and attn_k of some
-    architectures; else None.
+    """Return the number of heads if llama.cpp permutes a module's rows by heads; else None.
+
+    It does for names that end in attn_q or attn_k, if the architecture is one that permutes (`arch_of`). attn_k has the
+    number of key and value heads.
     """
     leaf = name.rpartition(".")[2]
     if leaf not in ("attn_q", "attn_k") or not arch_of(base)[1]:

@@ -127,7 +127,8 @@ class Form(BaseWeights):
 
         8 bits: the scale is the row's largest absolute value. 4 bits: W is rounded to the state's dtype, the scale is
         the block's largest absolute value, and each code is that of the nearest value in the table. The codes keep
-        dtype and shape.
+        dtype and shape; an odd last one is paired with code 0. Rows and blocks of zeros get the scale 0, without an
+        error.
         """
         old = self.parts(name)
         if name not in self.states:
@@ -162,6 +163,9 @@ class Form(BaseWeights):
 
 
 def find_nearest(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Return the index in `table` of the nearest entry for each value. The table may be in any order."""
+    """Return the index in `table` of the nearest entry for each value; midway between two, that of the lower one.
+
+    The table may be in any order.
+    """
     ordered, places = table.sort()
     return places[torch.bucketize(values, (ordered[1:] + ordered[:-1]) / 2)]

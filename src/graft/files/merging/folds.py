@@ -148,7 +148,8 @@ def fold_low_rank(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> Tensor
 
         Without magnitude and shift: W + weight · scale · B A. Else the shift moves the matrix first, scale · B A is
         added, and each row is multiplied by magnitude / norm. Norms and shifts are those of the value that `read_value`
-        returns, without earlier merges. Then W goes the part `weight` of the way to that result.
+        returns, without earlier merges; if the file has a whole tensor of that name, of that one. Then W goes the part
+        `weight` of the way to that result.
         """
         read_value = read_value if replacement is None else lambda: to_wide(replacement)
         folded = W if adds or job.weight == 1 else W.clone()
@@ -231,7 +232,11 @@ def find_orientation(
 
 
 def describe_groups(lora: LowRank, own: tuple[int, ...], out: int, fan_in: int) -> str:
-    """Return a hint for an error if a convolution's shape fits only with groups; else ""."""
+    """Return " (a convolution with groups …)" as an ending for an error, or "".
+
+    It is for a convolution with rows `out`, at least three dimensions, and a `fan_in` that is a multiple of the stored
+    one.
+    """
     grouped = lora.kind == "conv" and own and own[0] == out and len(own) > 2 and fan_in % max(1, prod(own[1:])) == 0
     return " (a convolution with groups has no weight that says what the adapter does)" if grouped else ""
 
@@ -252,7 +257,8 @@ def square_is_turned(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> boo
 def get_matrix_sizes(lora: LowRank, spot: Spot) -> tuple[int, int]:
     """Return (out, fan_in) of the matrix that B A adds to.
 
-    For experts, only the rows at `spot` count. For a convolution, fan_in includes the kernel.
+    For experts, only the rows at `spot` count. For a convolution, fan_in includes the kernel: that of `mid` if it has
+    one, else of A.
     """
     if lora.kind == "experts":
         out, fan_in = lora.B.shape[1], lora.A.shape[2]
@@ -312,7 +318,7 @@ def change_bias(job: MergeJob, path: str, lora: LowRank) -> TensorChange:
 
 def replace_whole(job: MergeJob, name: str, value: Tensor) -> list[TensorChange]:
     """Return the changes that replace a base tensor by a trained one, one for each place; or one that adds it as a new
-    tensor.
+    tensor, whatever the job's weight.
 
     Raises:
         BaseModelMismatchError: the shape differs beyond the first dimension, or a new tensor is not in

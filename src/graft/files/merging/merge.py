@@ -343,7 +343,7 @@ class Work:
 
     def _copy(self, key: str, cast: bool = True) -> Out:
         """Return the output tensor that copies a base tensor; a floating one is cast to the output's dtype unless
-        `cast` is False.
+        `cast` is False. It has no certificate entry.
         """
         tensor = self.base.tensors[key]
         if cast and self.dtype is not None and tensor.dtype in FLOATS and tensor.dtype != self.dtype:

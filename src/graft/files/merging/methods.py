@@ -196,7 +196,8 @@ def merge_layer_weight(
     """Return the merged weight, or the merged bias, of an adapter's layer, in the checkpoint's orientation.
 
     Puts the checkpoint's weight and bias into the layer, computes tensors that the file lacks, and merges `value`. For
-    another job weight than 1 `value` goes that part of the way. The layer gets zeros again, after an error too.
+    another job weight than 1 `value` goes that part of the way. The layer gets zeros again, after an error in merging
+    too, but not if computing the tensors raises.
 
     Args:
         where: device and dtype for the adapter's tensors.

@@ -323,11 +323,11 @@ class Banks:
         """Move the gradients of a pass to the rows of adapters, set `received` for each of them, and set each `grad` to
         None.
 
-        Sinks are emptied, those of all adapters. Gradients in sinks of single parameters are in the bank already. A
-        `grad` of a stacked tensor first goes into the memory of its sink. Gradients of stacks are copied into the bank,
-        or added for parameters that have received one before. For each adapter of `names` that holds gradients, each
-        `grad` is then copied or added likewise; parameters without `grad` are skipped. An adapter in no bank keeps the
-        tensor itself. All copies are made in one call at the end, then all additions.
+        Sinks of all adapters are emptied; gradients in those of single parameters are in the bank already. A `grad` of
+        a stacked tensor first goes into the memory of its sink. Gradients of stacks are copied into the bank, or added
+        for parameters that have received one before. For each adapter of `names` that holds gradients, each `grad` is
+        then copied or added likewise; parameters without `grad` are skipped. An adapter in no bank keeps the tensor
+        itself. All copies are made in one call at the end, then all additions.
         """
         into, gradients = list[Tensor](), list[Tensor]()
         later: tuple[list[Tensor], list[Tensor]] = ([], [])  # of parameters that have received a gradient before

@@ -215,12 +215,12 @@ def divide_passes(
 def join_batches(items: Sequence[RunBatch], arguments: ForwardArguments) -> tuple[Batch, OutputSplitter]:
     """Return the arguments of one pass for all batches, and the splitter of its output.
 
-    Only arguments that forward takes are used, with the names of the first batch. Rows are concatenated in the order of
-    `items`; a single batch's tensors stay the same objects. Tensors of unequal second dimensions are padded on the
-    right, token ids with `arguments.pad` and others with 0. If forward accepts a mask and lengths differ or a batch has
-    one, batches without a mask get ones, of dtype long. Values without rows are those of the first batch. The splitter
-    gets the numbers of rows, and the lengths of the decoder's input where there is one. An argument that only the first
-    batch has raises KeyError.
+    Only arguments that forward takes are used, with the names of the first batch; one that another batch lacks raises
+    KeyError. Rows are concatenated in the order of `items`; a single batch's tensors stay the same objects. Tensors of
+    unequal second dimensions are padded on the right, token ids with `arguments.pad` and others with 0. If forward
+    accepts a mask and lengths differ or a batch has one, batches without a mask get ones, of dtype long. Values without
+    rows are those of the first batch. The splitter gets the numbers of rows, and the lengths of the decoder's input
+    where there is one.
     """
     batches = [arguments.select(item.batch) for item in items]
     mains = [find_main_argument(g) for g in batches]

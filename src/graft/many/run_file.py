@@ -221,12 +221,12 @@ def differs(a: object, b: object) -> bool:
 def check_run_contents(run: Run, model: nn.Module, state: Json, path: str) -> None:
     """Raise CheckpointError if the contents of a run's file do not fit the run. Nothing changes.
 
-    First the fields of the position and of the step under way are checked. Then come the end state, curve, validation
-    rows, position, losses and gradients; the error lists all of these that are wrong. A run with data has fewer losses
-    than `accumulate`, and a position within `(step + 1) * accumulate` batches. Gradients must be there exactly if there
-    are losses, with the shapes of the run's parameters; single ones may be None. Then come the adapter's values, the
-    optimizer, the schedule, and the random states, with as many generators as the run has. A schedule in only one of
-    the file and the run is an error. NaN or infinite values raise NonFiniteError, a CheckpointError.
+    First come the fields of the position and of the step under way. Then come end state, curve, validation rows,
+    position, losses and gradients; one error lists all wrong ones of these. A run with data has fewer losses than
+    `accumulate`, and a position within `(step + 1) * accumulate` batches. Gradients must be there exactly if there are
+    losses, with the shapes of the run's parameters; single ones may be None. Then come the adapter's values, the
+    optimizer, the schedule (in both file and run, or in neither), and the random states, of as many generators as the
+    run has. NaN or infinite values raise NonFiniteError, a CheckpointError.
     """
     check_fields(state["position"], POSITION, f"{path}: the position in the data")
     check_fields(state["under_way"], UNDER_WAY, f"{path}: the step under way")

@@ -858,7 +858,7 @@ class MultiTrain:
     def _train_round(self, step: Step, going: Sequence[Run]) -> None:
         """Take a batch of each of these runs, compute gradients in joint passes, and make the steps that are due.
 
-        Nothing happens without runs. A run without another batch takes no part.
+        Nothing happens without runs, and a run without another batch takes no part.
 
         An error of a user's loss is raised before any step. Runs with a batch that the model cannot take fail. Runs
         without a due step store their gradients. A run with a loss or norm that is not finite fails with a PeftWarning,
@@ -1045,14 +1045,16 @@ class MultiTrain:
         take: Callable[[list[RunBatch], T], None],
         is_half: bool = False,
     ) -> None:
-        """Call `compute` on these batches, and `take` on them and its result. Errors of `take` are raised.
+        """Call `compute` on these batches, and `take` on them and its result.
 
-        After an error of `compute`, raise it if it is a Warning. In validation raise it with a note, except for short
-        memory with several batches. Otherwise restore the random states, free the frames of the error if memory is
-        short or there are several batches, and in training drop the gradients. A single batch is then noted with its
-        error; several are run as two halves, one after the other. If memory is short, `at_once` is first lowered to the
-        tokens of the first half, padded, at least 1. The outermost call warns with PeftWarning if memory was not short
-        and in the end no single batch has failed.
+        Errors of `take` are raised, and a Warning of `compute`.
+
+        In validation raise any other error of `compute` with a note, except for short memory with several batches.
+        Otherwise restore the random states, free the frames of the error if memory is short or there are several
+        batches, and in training drop the gradients. A single batch is then noted with its error; several are run as two
+        halves, one after the other. If memory is short, `at_once` is first lowered to the tokens of the first half,
+        padded, at least 1. The outermost call warns with PeftWarning if memory was not short and in the end no single
+        batch has failed.
 
         is_half: this is part of such a halving.
         """

@@ -52,8 +52,8 @@ def hotswap_adapter(
 
     Zeros fill up smaller ranks, and layers that the saved adapter does not target. Larger ranks replace the tensors,
     and torch compiles the model again: see `prepare_model_for_compiled_hotswap`. The adapter's config then describes
-    the tensors in the model. If anything does not fit, nothing changes. Checks first, then waits until no call of the
-    model runs, and writes. Unknown options give a warning.
+    the tensors in the model. If anything does not fit, nothing changes: it checks first, then waits until no call of
+    the model runs, and writes. Unknown options give a warning.
 
     Args:
         model_name_or_path: folder or hub repository.

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from graft import PeftWarning, method_of
+from graft.compat.peft.layers import make_refusing_function
 from graft.core.errors import warn
 from graft.inject import experts
 from graft.inject.survey import survey_model
@@ -116,41 +115,17 @@ class _Unused(type):
 class RankAllocator(metaclass=_Unused):
     """graft's AdaLoRA ranks the triplets of all layers at once, in model.base_model.update_and_allocate(step)."""
 
-    def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
-        """Raise NotImplementedError with the class's docstring, always."""
-        raise NotImplementedError(type(self).__doc__)
+    mask_to_budget = make_refusing_function("mask_to_budget", f"has no effect: {__doc__}")
 
 
 class DoraLinearLayer(metaclass=_Unused):
     """graft's DoRA is a method of its layers, and reads weights of every storage without a layer of this class."""
 
-    def update_layer(self, *args: object, **kwargs: object) -> None:
-        """Raise NotImplementedError with the class's docstring, always."""
-        raise NotImplementedError(type(self).__doc__)
+    update_layer = make_refusing_function("update_layer", f"has no effect: {__doc__}")
 
 
 class MiCALinearVariant(metaclass=_Unused):
     """graft's MiCA is a method of its layers: make a LoraConfig with init_lora_weights="mica"."""
-
-
-@cache
-def dispatcher(name: str) -> Callable[..., object]:
-    """Return a function called `name` that raises NotImplementedError.
-
-    It replaces one that chooses PEFT's layer class.
-
-    The same name gets the same function again.
-    """
-
-    def dispatch(*args: object, **kwargs: object) -> object:
-        """Raise NotImplementedError with the remedy, whatever the arguments."""
-        raise NotImplementedError(
-            f"{name}() chooses one of PEFT's layer classes, which graft does not have. Call get_peft_model(), or "
-            "Linear(base, adapter, config=…) of peft.tuners.lora for one layer."
-        )
-
-    dispatch.__name__ = name
-    return dispatch
 
 
 def register_peft_method(

@@ -91,14 +91,11 @@ def is_named_peft(value: object) -> bool:
 
 
 def list_loaded_modules(packages: tuple[str, ...]) -> list[ModuleType]:
-    """Return the loaded modules of these packages and below them, without those still being imported."""
+    """Return the loaded modules of these packages and below them, without those still being imported (`__spec__`)."""
     modules = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] in packages]
-    return [m for m in modules if isinstance(m, ModuleType) and not is_initializing(m)]
-
-
-def is_initializing(module: ModuleType) -> bool:
-    """Return True if the import of a module has not finished, by its `__spec__`; False for a module without a spec."""
-    return bool(getattr(vars(module).get("__spec__"), "_initializing", False))
+    return [
+        m for m in modules if isinstance(m, ModuleType) and not getattr(vars(m).get("__spec__"), "_initializing", False)
+    ]
 
 
 def check_flags() -> None:

@@ -13,7 +13,7 @@ from abc import ABC, ABCMeta
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -164,13 +164,19 @@ class _LayerType(ABCMeta):
             set_replacement(cls, name, OWN[name])
 
 
-def make_refusing_method(name: str) -> Callable[..., None]:
-    """Return a method that raises NotImplementedError. It only exists for clients that look whether PEFT has `name`."""
+@cache
+def make_refusing_function(name: str, why: str) -> Callable[..., NoReturn]:
+    """Return a function called `name` that raises NotImplementedError, whatever its arguments; for clients that look
+    whether PEFT has it.
 
-    def refuse(*args: object, **kwargs: object) -> None:
-        """Raise NotImplementedError with the remedy, whatever the arguments."""
-        raise NotImplementedError(f"{name}() is not in graft: injection follows the config. Instead, {INSTEAD}.")
+    The same name and reason give the same function again. why: the rest of the text, after the name.
+    """
 
+    def refuse(*args: object, **kwargs: object) -> NoReturn:
+        """Raise NotImplementedError with name and reason, whatever the arguments."""
+        raise NotImplementedError(f"{name}() {why}")
+
+    refuse.__name__ = name
     return refuse
 
 
@@ -400,7 +406,8 @@ def layer_class(peft_type: str, name: str) -> type | None:
     facts: dict[str, object] = {"method": method, "kind": kind, "adapter_layer_names": method.layer_names}
     facts |= OWN | {"__module__": __name__}  # clients look for the originals in a class's own namespace
     if kind is None:
-        facts |= {asked: make_refusing_method(asked) for asked in ASKED.get(peft_type, ())}
+        why = f"is not in graft: injection follows the config. Instead, {INSTEAD}."
+        facts |= {asked: make_refusing_function(asked, why) for asked in ASKED.get(peft_type, ())}
     if kind == WRAPPER:
         facts[READ] = getattr(ParamWrapper, READ)
     return _LayerType(name, bases, facts)

@@ -15,19 +15,19 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+import graft
 from graft import PeftWarning, method_of
-from graft.compat.peft.layers import BNB, kind_names, layer_class, layer_names
+from graft.compat.peft.layers import BNB, kind_names, layer_class, layer_names, make_refusing_function
 from graft.compat.peft.names import BESIDE, MAPPINGS, MODULES, OF_METHODS, OF_STORES, WHERE, WITH_BNB, import_held
 from graft.core.errors import warn
 from graft.methods import ROWS
 
 ROOT = "peft"
+OF_LAYERS = (  # about a function that chooses a layer class
+    "chooses one of PEFT's layer classes, which graft does not have. Call get_peft_model(), or Linear(base, adapter, "
+    "config=…) of peft.tuners.lora for one layer."
+)
 VERSION = "0.22.0"  # the least that transformers 5.24 accepts; graft's interface is that of 0.21.2
-
-
-def import_graft() -> ModuleType:
-    """Return the package `graft`, imported at run time: its public names are in a layer above this package."""
-    return import_module("graft")
 
 
 def is_known_module(module: str) -> bool:
@@ -49,7 +49,7 @@ def names_in(module: str) -> list[str]:
     if path in OF_METHODS:
         names = [*method_names(*OF_METHODS[path]), *MODULES.get(path, "").split()]
     else:
-        names = [*MODULES[path].split(), *(import_graft().__all__ if path == "" else ())]
+        names = [*MODULES[path].split(), *(graft.__all__ if path == "" else ())]
     start = f"{path}." if path else ""
     inner = {p[len(start) :].partition(".")[0] for p in (*MODULES, *OF_METHODS) if p and p.startswith(start)}
     return sorted({*names, *inner})
@@ -65,7 +65,7 @@ def method_names(peft_type: str, suffix: str) -> list[str]:
     """
     row = ROWS[peft_type]
     parts = {
-        ".config": [row.config, *BESIDE.get(peft_type, ())],
+        ".config": [row.config, *BESIDE.get(peft_type, "").split()],
         ".layer": layer_names(peft_type),
         ".model": [row.tuner],
         **{f".{store}": [name] for name, store in OF_STORES.items() if peft_type == "LORA"},
@@ -100,14 +100,12 @@ def resolve(module: str, name: str) -> Any:
             return check
     if name in names_in(module):
         if name.startswith("dispatch_"):
-            from graft.compat.peft.clients import dispatcher
-
-            return dispatcher(name)
+            return make_refusing_function(name, OF_LAYERS)
         if name in MAPPINGS:
             return method_of(MAPPINGS[name]).targets
         if name in WHERE:
             return import_held(name)
-        return getattr(import_graft(), name)
+        return getattr(graft, name)
     raise AttributeError(describe_missing_name(module, name))
 
 
@@ -184,7 +182,7 @@ class _Distribution(importlib.metadata.Distribution):
 
     def locate_file(self, path: str | os.PathLike[str]) -> Any:
         """Return `path` below the folder of the package graft. The file need not exist."""
-        return os.path.join(os.path.dirname(import_graft().__file__ or ""), path)
+        return os.path.join(os.path.dirname(graft.__file__ or ""), path)
 
 
 class Finder(importlib.metadata.DistributionFinder, importlib.abc.Loader):

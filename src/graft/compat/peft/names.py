@@ -102,12 +102,8 @@ def mapping_name(config: str) -> str:
     return f"TRANSFORMERS_MODELS_TO_{config.removesuffix('Config').upper()}_TARGET_MODULES_MAPPING"
 
 
-WITHOUT_TARGETS = (
-    "TRAINABLE_TOKENS",
-    "ADAPTION_PROMPT",
-    "XLORA",
-    "SHADOW",
-)  # methods that have no default targets by architecture
+# methods that have no default targets by architecture
+WITHOUT_TARGETS = ["TRAINABLE_TOKENS", "ADAPTION_PROMPT", "XLORA", "SHADOW"]
 MAPPINGS: dict[str, str] = {  # → peft_type
     mapping_name(row.config): name for name, row in METHODS.items() if row.in_peft and name not in WITHOUT_TARGETS
 }
@@ -196,23 +192,13 @@ MODULES: dict[str, str] = {
 
 
 # classes that a method has in addition to its config
-BESIDE: dict[str, tuple[str, ...]] = {
-    "LORA": (
-        "LoraRuntimeConfig",
-        "KasaConfig",
-        "ArrowConfig",
-        "BdLoraConfig",
-        "MontecloraConfig",
-        "VeloraConfig",
-        "LoftQConfig",
-        "EvaConfig",
-        "CordaConfig",
-        "LoraGAConfig",
-    ),
-    "ROAD": ("RoadVariant",),
-    "PROMPT_TUNING": ("PromptTuningInit",),
-    "P_TUNING": ("PromptEncoderReparameterizationType",),
-    "MULTITASK_PROMPT_TUNING": ("MultitaskPromptTuningInit",),
+BESIDE: dict[str, str] = {
+    "LORA": "ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig LoraRuntimeConfig "
+    "MontecloraConfig VeloraConfig",
+    "ROAD": "RoadVariant",
+    "PROMPT_TUNING": "PromptTuningInit",
+    "P_TUNING": "PromptEncoderReparameterizationType",
+    "MULTITASK_PROMPT_TUNING": "MultitaskPromptTuningInit",
 }
 
 
@@ -236,15 +222,8 @@ OF_METHODS: dict[str, tuple[str, str]] = {
         *((".bnb",) if peft_type in WITH_BNB else ()),
     )
 }
-OF_STORES = {  # PEFT's classes of LoRA on other packed weights → the store
-    "GPTQLoraLinear": "gptq",
-    "AwqLoraLinear": "awq",
-    "AqlmLoraLinear": "aqlm",
-    "EetqLoraLinear": "eetq",
-    "HqqLoraLinear": "hqq",
-    "IncLoraLinear": "inc",
-    "TorchaoLoraLinear": "torchao",
-}
+# PEFT's classes of LoRA on other packed weights → the store
+OF_STORES = {f"{name}LoraLinear": name.lower() for name in ["GPTQ", "Awq", "Aqlm", "Eetq", "Hqq", "Inc", "Torchao"]}
 OF_METHODS |= {f"tuners.lora.{store}": ("LORA", f".{store}") for store in OF_STORES.values()}
 OF_METHODS |= {f"tuners.lora.{file}": ("LORA", f".{file}") for file in ("tp_layer", "te")}
 DISPATCH = {  # module below peft.tuners.lora → ends of the `dispatch_…` functions in it

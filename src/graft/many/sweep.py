@@ -151,7 +151,7 @@ def sweep(
 
     No result depends on other settings that train in the same process. So the processes of a `torch.distributed` group
     divide the settings among them, compare losses at the end of each rung, and return the table of one process, to the
-    bit. Trials are named s0, s1, …, with leading zeros from ten on.
+    bit. Trials are named s0, s1, …, with numbers of equal width.
 
     Args:
         model: the base.

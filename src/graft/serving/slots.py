@@ -514,7 +514,8 @@ class AdapterSlots:
             self._slots[name] = self._slots.pop(name)  # now the most recently used
 
     def _read_files(self, names: Sequence[str]) -> ValuesRead:
-        """Return the values of those adapters that are neither in host memory nor in slots.
+        """Return the values of those adapters that are neither in host memory nor in slots: name → (the KnownAdapter,
+        its factors by layer).
 
         Unknown names are skipped. Files are read without holding other threads.
         """

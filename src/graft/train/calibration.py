@@ -310,8 +310,8 @@ def preprocess_loraga(
 def preprocess_lorasb(model: nn.Module, config: LoraXsConfig, train_step: Callable[[], object], step: float) -> None:
     """Measure the start of init_weights="sb". Then call `get_peft_model` with the same model and config.
 
-    Each targeted linear layer gets an attribute, which the initialisation uses and removes: -step · sign(G), AdamW's
-    first step of the weight. The adapter begins with its best product of rank r.
+    Each targeted linear layer gets an attribute `_graft_lorasb_step` (out, in), which the initialisation uses and
+    removes: -step · sign(G), AdamW's first step of the weight. The adapter begins with its best product of rank r.
 
     Args:
         train_step: runs forward and backward, once or more often, about 50 samples in all. No optimizer step.
@@ -410,8 +410,8 @@ def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn
     Then call it with the same model and config.
 
     A_log of the mixers that the config targets trains whole, with gradients for it only, and gets its values back, also
-    after an error. Each mixer and its x_proj keep the change in an attribute, which the initialisation uses and
-    removes.
+    after an error. Each mixer and its x_proj keep the change in an attribute `_graft_sdt_change`, which the
+    initialisation uses and removes.
 
     Args:
         train: trains these parameters, A_log of each mixer (channels, states), with its own optimizer; 250 to 500 steps

@@ -144,7 +144,7 @@ def write_training(folder: str, note: Json, tensors: dict[str, Tensor]) -> None:
     """
 
     def act() -> None:
-        """Write both files, each whole or not at all."""
+        """Write both files by `write_state_file`, each whole or not at all."""
         write_state_file(os.path.join(folder, FILE), NOTE, note, tensors, readable=True)
 
     if processes() > 1:

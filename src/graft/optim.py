@@ -67,8 +67,8 @@ def join_stack(A: Tensor, B: Tensor, matrices: int) -> tuple[Tensor, Tensor]:
 
 
 def check_plain_factors(layer: AdapterLayer, adapter: str) -> None:
-    """Raise ConfigError if an option of the adapter (BD-LoRA, QA-LoRA) makes the weights of A and B smaller than their
-    matrices.
+    """Raise ConfigError if the adapter's `use_bdlora` or `use_qalora` is set: they make the weights of A and B smaller
+    than their matrices.
     """
     cfg = layer.methods[adapter].cfg
     for option in ("use_bdlora", "use_qalora"):

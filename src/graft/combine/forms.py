@@ -232,8 +232,8 @@ class UpdateForm(LoraForm):
         return compute_change(m).shift
 
     def configure(self, cfg: LoraConfig, ranks: Ranks, patterns: Ranks, configs: Sequence[LoraConfig]) -> None:
-        """Set ranks with scaling 1 as `LoraForm` does, and `lora_bias` if any adapter read has a shift, whatever
-        `configs` have.
+        """Set the fields as `LoraForm` does without any configs, and `lora_bias` to whether an adapter read so far has
+        a shift. `configs` is not used.
         """
         super().configure(cfg, ranks, patterns, ())
         cfg.lora_bias = self.has_shift

@@ -160,7 +160,9 @@ def _run_joint(layer: Layer, f: Factors, x: Tensor, A: Tensor, B: Tensor, scale:
 
 
 def one_product_beats(W: Tensor, rows: int, A: Tensor, B: Tensor) -> bool:
-    """Return True if a product of `rows` rows with W + s · B A costs less than products with W, A and B."""
+    """Return True if a product of `rows` rows with W + s · B A costs less than products with W, A and B, by
+    `low_rank_pays`.
+    """
     return one_product.low_rank_pays(rows, len(W), W.shape[1], len(A), A.requires_grad, B.requires_grad)
 
 

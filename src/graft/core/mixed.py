@@ -214,8 +214,9 @@ class MixedPlan:
         return self.run_groups(rows, x, context, args, kwargs)
 
     def run_dispatched(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-        """Return the output of dispatched experts, with all adapters of the layer: tokens of other processes may use
-        those that no row here uses. Each adapter has its number among them as its group.
+        """Return the output of dispatched experts, with all adapters of the layer that have a FoldedPlan: tokens of
+        other processes may use those that no row here uses. Each has its number among these, in the order of
+        `layer.methods`, as its group.
 
         Raises:
             RoutingError: the call has generators or a row several adapters; the experts refuse a call with gates.

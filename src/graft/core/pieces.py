@@ -56,7 +56,9 @@ class LayerPiece:
 
     @property
     def plans(self) -> dict[type, type]:
-        """Return the plan classes for layers in pieces, by the classes for other layers."""
+        """Return the plan classes for layers in pieces, by the classes that they replace: PieceSumPlan for SumPlan,
+        PieceChainPlan for ChainPlan.
+        """
         return {SumPlan: PieceSumPlan, ChainPlan: PieceChainPlan}
 
     def check(self, x: Tensor, y: Tensor, key: str) -> None:

@@ -127,7 +127,9 @@ class ReplacedSteps:
         return answer
 
     def describe_step(self, step: str) -> str:
-        """Return the name of a replaced step and of the code that replaced it, for error texts."""
+        """Return "<class of the tuner>.<step>, replaced by <function>" for error texts, the function as
+        `describe_function` names it.
+        """
         return f"{type(self.tuner).__name__}.{step}, replaced by {describe_function(getattr(self.tuner, step))}"
 
     def describe_steps(self) -> str:

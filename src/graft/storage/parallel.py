@@ -107,7 +107,7 @@ class Zero3(OfAll):
     name, has_gradients, writable = "ZeRO-3", False, False
 
     def shape(self, t: Any) -> torch.Size:
-        """Return the shape that DeepSpeed noted for the whole tensor."""
+        """Return the shape that DeepSpeed noted for the whole tensor, `ds_shape`, as a torch.Size."""
         return torch.Size(t.ds_shape)
 
     def gather(self, t: Tensor) -> Tensor:

@@ -356,8 +356,9 @@ class Bnb4(PackedMatrices):
         return W.view(in_features, out_features).T if self.flipped else W.view(out_features, in_features)
 
     def _scales(self, first: int, last: int) -> Tensor:
-        """Return the scales of the blocks from `first` to before `last`, in float32; nested ones are decoded from their
-        codes.
+        """Return the scales of the blocks from `first` to before `last`, in float32.
+
+        Nested ones are decoded: the outer code of each times the outer scale of its block, plus the offset.
         """
         state, scales = self.state, self.state.absmax[first:last]
         if not state.nested:

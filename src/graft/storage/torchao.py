@@ -168,9 +168,11 @@ def float8(old: Any, W: Tensor) -> Tensor:
 
 
 def intx(old: Any, W: Tensor) -> Tensor:
-    """Return an IntxUnpackedToInt8Tensor of W with the settings of the old weight.
+    """Return an IntxUnpackedToInt8Tensor of W with the old weight's block size, `target_dtype`, mapping and
+    `activation_quantization`.
 
-    If the old scales have another dtype than the new ones, W is quantized again with the scales rounded to that dtype.
+    If the old scales have another dtype than the new ones, W is quantized again with the new scales rounded to that
+    dtype and the new zero points.
     """
     settings = dict(mapping_type=mapping(old), activation_quantization=old.activation_quantization)
     make = partial(type(old).from_hp, W, tuple(old.block_size), old.target_dtype, **settings)
@@ -182,7 +184,7 @@ def intx(old: Any, W: Tensor) -> Tensor:
 
 
 def nf4(old: Any, W: Tensor) -> Tensor:
-    """Return an NF4Tensor of W with the block sizes of the old weight."""
+    """Return an NF4Tensor of W, made contiguous, with `block_size` and `scaler_block_size` of the old weight."""
     return type(old).from_tensor(W.contiguous(), old.block_size, old.scaler_block_size)
 
 

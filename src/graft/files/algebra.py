@@ -144,7 +144,8 @@ def split_singular_values(svd: Svd, rank: int) -> Product:
 def compute_dora_delta(lora: LowRank, W: np.ndarray) -> np.ndarray:
     """Return the whole change by DoRA of a weight W (out, …), as a float64 matrix: m (W + ΔW) / ‖W + ΔW‖ - W.
 
-    Norms are those of rows, and those of columns for an embedding (vocabulary, dim). The module needs a magnitude.
+    Norms are those of rows, and those of columns for an embedding (vocabulary, dim). The module needs a magnitude. A
+    norm of 0 is divided by as it is, so that NaN comes out.
     """
     W = W.reshape(len(W), -1).astype("f8")
     ((B, A),) = list_delta_products(lora)
@@ -168,12 +169,12 @@ def compute_svd(product: Product) -> Svd:
 
 
 def compute_singular_values(product: Product) -> np.ndarray:
-    """Return the singular values of B A, the largest first."""
+    """Return the singular values of B A, the largest first: min(out, in, r) of them, zeros included."""
     return np.linalg.svd(reduce_to_core(product), compute_uv=False)
 
 
 def frobenius_norm(product: Product) -> float:
-    """Return the Frobenius norm ‖B A‖."""
+    """Return the Frobenius norm ‖B A‖, as that of the small matrix of `reduce_to_core`."""
     return float(np.linalg.norm(reduce_to_core(product)))
 
 
@@ -197,7 +198,9 @@ def effective_rank(s: np.ndarray) -> float:
 
 
 def rank_for_energy(s: np.ndarray, energy: float) -> int:
-    """Return the smallest k with Σ_{i ≤ k} σ² ≥ energy · Σ σ²; 1 for a zero matrix or no values."""
+    """Return the smallest k with Σ_{i ≤ k} σ² ≥ energy · Σ σ², to a relative 1e-12; 1 for a zero matrix or no
+    values.
+    """
     sums = np.cumsum(s**2)
     return int(np.searchsorted(sums, energy * sums[-1] * (1 - 1e-12)) + 1) if len(s) and sums[-1] > 0 else 1
 

@@ -362,7 +362,7 @@ class _FusedKernel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
-        """Return empty gradients of q, k and v."""
+        """Return empty gradients of q, k and v, whatever `g` is."""
         q, k, v, *_ = ctx.saved_tensors
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 

@@ -293,8 +293,10 @@ def find_factor_dtype(adapter: AdapterFile) -> str:
 
 
 def rounding_error_of_b(lora: LowRank, dtype: str) -> float:
-    """Return the relative error of B (Frobenius) from rounding it to `dtype`; 0 for a B of zeros, not finite if B
-    overflows.
+    """Return the relative error of `lora.B`, as it is and without the scale, from rounding it to `dtype` (Frobenius
+    norms).
+
+    0 for a B of zeros, not finite if B overflows.
     """
     exact = lora.B.read()
     return float(np.linalg.norm(exact - make_tensor(exact, dtype).read()) / max(float(np.linalg.norm(exact)), 1e-30))

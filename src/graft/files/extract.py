@@ -280,7 +280,7 @@ def make_empty_factors(kind: Kind, shape: tuple[int, ...], turned: bool) -> LowR
     """
 
     def empty(*sizes: int) -> Tensor:
-        """Return a float32 tensor of this shape without values."""
+        """Return a float32 tensor of this shape without values: loading it gives b""."""
         return Tensor(sizes, "F32", bytes)
 
     if turned:

@@ -220,7 +220,10 @@ def divide_alpha(alpha: Tensor | None, rank: int) -> float:
 def get_factor_pair(
     tensors: Mapping[str, Tensor], names: Sequence[str], what: str, module: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the tensors A and B of a module, by their two names. Raises CheckpointError if one is missing."""
+    """Return the tensors A and B of a module, by their two names.
+
+    Raises CheckpointError if one or both are missing; shapes are not checked.
+    """
     A, B = (tensors.get(name) for name in names)
     if A is None or B is None:
         raise CheckpointError(f"{what} has only one factor for '{module}'. Save or download it again.")
@@ -228,14 +231,17 @@ def get_factor_pair(
 
 
 def make_shape_error(what: str, module: str, A: Tensor, B: Tensor, where: str = "which do not fit") -> CheckpointError:
-    """Return a CheckpointError (not raised) for factors A and B with impossible shapes. `where` ends the sentence."""
+    """Return a CheckpointError (not raised) with the shapes of factors A and B that do not fit.
+
+    `where` ends the only sentence; no remedy follows.
+    """
     return CheckpointError(f"{what}: the factors of '{module}' have shapes {A.shape} and {B.shape}, {where}.")
 
 
 def fold_scale(module: LowRank, scale: float) -> tuple[LowRank, float]:
     """Return a module with the scale `scale`, and the largest relative rounding error of B.
 
-    B and bias are multiplied by old / new scale, and `alpha` becomes None.
+    B and bias are multiplied by old / new scale, and `alpha` becomes None. `scale` must not be 0.
 
     The product is rounded once, to B's dtype. If the scales are equal to 1e-12, only `scale` is set, and the error is
     0. Raises CheckpointError if B overflows its dtype.

@@ -231,7 +231,9 @@ def group_modules(modules: list[Json]) -> list[Json]:
 
 
 def median(ordered: list[float]) -> float:
-    """Return the median of sorted numbers. numpy's function is slow to import."""
+    """Return the median of sorted numbers, of an even count the mean of the middle two; IndexError for none. numpy's
+    function is slow to import.
+    """
     n = len(ordered)
     return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
 

@@ -192,7 +192,7 @@ class CheckpointPair:
 
 
 def module_path(name: str) -> str:
-    """Return a parameter's name without its last part."""
+    """Return a parameter's name without its last part; "" for a name without a dot."""
     return name.rpartition(".")[0]
 
 

@@ -67,7 +67,7 @@ def flatten_paths(paths: Iterable[str]) -> dict[str, str]:
 
 
 def make_missing_error(adapter: AdapterFile, names: Iterable[str], base: Base) -> BaseModelMismatchError:
-    """Return (not raise) the error for names that a base model lacks."""
+    """Return (not raise) the error for names that a base model lacks; the text has the first four of them."""
     return BaseModelMismatchError(
         f"{base.path} has no modules for {join_some([*names], 4)} of {adapter.path}. Give the model that the adapter "
         "was trained on."

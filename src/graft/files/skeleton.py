@@ -143,7 +143,7 @@ def fill_with_zeros(model: PreTrainedModel) -> PreTrainedModel:
     """Replace all parameters and buffers of a model, in place, by zeros expanded from one number on the default device,
     which need almost no memory. Returns the model.
 
-    The new parameters do not require gradients.
+    Shapes and dtypes stay. The new parameters do not require gradients.
     """
     for module in model.modules():
         for name, p in module._parameters.items():

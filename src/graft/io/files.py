@@ -428,7 +428,9 @@ def check_sums_finite(groups: list[list[tuple[str, Tensor]]]) -> list[bool]:
 
 
 def sum_group(tensors: list[Tensor]) -> Tensor:
-    """Return the sum of all numbers of tensors of equal shape."""
+    """Return the sum of all numbers of tensors of equal shape and dtype, a scalar in that dtype, so that half precision
+    may overflow.
+    """
     return (tensors[0] if len(tensors) == 1 else torch.stack(tensors)).sum()
 
 

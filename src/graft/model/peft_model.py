@@ -604,7 +604,7 @@ class PeftModel(nn.Module):
         otherwise.
 
         Quantized models stay, and so does a model that has the hook. A model without `enable_input_require_grads` gets
-        a forward hook on its input embeddings, if it has any.
+        a forward hook on its input embeddings, if it has any; each call adds one more.
         """
         quantized = any(getattr(model, f, False) for f in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"))
         if quantized:

@@ -352,7 +352,9 @@ class Prompts(Registry):
 
     @property
     def prompt_tokens(self) -> dict[str, Tensor]:
-        """PEFT's indices of the virtual tokens, 0 to n - 1, by adapter."""
+        """PEFT's indices of the virtual tokens, 0 to `rows` - 1 of each config, by adapter: new tensors on the default
+        device.
+        """
         return {name: torch.arange(config.rows) for name, config in self.peft_config.items()}
 
     @property

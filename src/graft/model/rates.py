@@ -221,7 +221,7 @@ def words_and_flags(values: dict[str, object]) -> Json:
 
 
 def number_fields(values: Json) -> dict[str, float]:
-    """Return the numbers of a config's values."""
+    """Return the values of a config that are neither bools nor texts."""
     return {k: v for k, v in values.items() if not isinstance(v, (bool, str))}
 
 

@@ -37,6 +37,8 @@ class Reference:
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """Run the model with the copy on all rows, without gradients, and return the output.
 
+        The mode of the model stays; `adapter_names` among the arguments is a TypeError.
+
         The number of rows is the length of the first argument that is a tensor with dimensions.
 
         Raises:
@@ -49,7 +51,7 @@ class Reference:
             return self.model(*args, adapter_names=[self.name] * rows, **kwargs)
 
     def remove(self) -> None:
-        """Delete the copy from the model."""
+        """Delete the copy from the model, by `delete_adapter`. A second call raises AdapterNotFoundError."""
         self.model.delete_adapter(self.name)
 
 

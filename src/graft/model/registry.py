@@ -97,7 +97,9 @@ class Configs(dict[str, PeftConfig]):
 
 @contextmanager
 def restore_on_error(config: PeftConfig) -> Iterator[None]:
-    """If the block raises, set all attributes of the config back to their values from before."""
+    """If the block raises, set all attributes of the config back to their values from before, the same objects; new
+    attributes go. Changes inside a list or dict stay.
+    """
     before = dict(vars(config))
     try:
         yield
@@ -705,7 +707,9 @@ class Registry:
         self.note_training()
 
     def note_training(self) -> None:
-        """Note that other parameters may train: the next step in training checks that their gradients are averaged."""
+        """Set `averaged` to False: other parameters may train, and the next step in training checks that their
+        gradients are averaged.
+        """
         self.averaged = False
 
     def note_values(self) -> None:
@@ -740,7 +744,10 @@ class Registry:
 
     @changes(all_adapters)
     def enable_adapter_layers(self) -> None:
-        """Switch all adapters on, and call `on_change`."""
+        """Switch all adapters on, and call `on_change`.
+
+        Waits until no call runs; merged adapters are not merged again.
+        """
         for part in self.carriers():
             part.enable_adapters(True)
         self.on_change()
@@ -749,7 +756,7 @@ class Registry:
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off, for all threads, and call `on_change`.
 
-        Layers unmerge. Warns of active adapters that train biases of the base.
+        Waits until no call runs. Layers unmerge. Warns of active adapters that train biases of the base.
         """
         self._warn_of_biases()
         for part in self.carriers():
@@ -848,9 +855,9 @@ class Registry:
 
     @changes(all_adapters)
     def unmerge_adapter(self) -> None:
-        """Take all merged adapters out of the base weights, and empty `shares_kept`.
+        """Take all merged adapters out of the base weights, and set `shares_kept` to {}.
 
-        Waits until no call runs. Warns if there is none.
+        Waits until no call runs. Warns if none is merged, and empties `shares_kept` all the same.
         """
         if not self.merged_adapters:
             warn("Already unmerged. Nothing to do.")

@@ -52,7 +52,9 @@ class _Classification(_WithHead):
         self._heads_changed()
 
     def _heads_changed(self) -> None:
-        """Set the model's number of labels to that of the active head."""
+        """Set the base's number of labels to that of the active adapter's head, by `_set_labels`; a head of unknown
+        width changes nothing.
+        """
         self._set_labels(self._width(self._head()))
 
     @contextmanager

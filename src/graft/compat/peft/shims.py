@@ -255,7 +255,8 @@ def _set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_
 
 
 def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
-    """Return (parent, module, name in its parent) of the module at path `key`.
+    """Return (parent, module, name in its parent) of the module at path `key`; for "" all is the model, with the name
+    "".
 
     Raises AttributeError if there is none.
     """

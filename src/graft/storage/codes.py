@@ -35,14 +35,6 @@ def dtype_is_fixed(model: nn.Module) -> bool:
     return getattr(method, "value", method) in FIXED or bool(getattr(model, "hqq_quantized", False))
 
 
-def is_marked(model: nn.Module) -> bool:
-    """Return True if attributes of the model, set when it was loaded, say that it is quantized.
-
-    These are `is_loaded_in_8bit`, `is_loaded_in_4bit`, `is_quantized` and those of `dtype_is_fixed`.
-    """
-    return dtype_is_fixed(model) or any(getattr(model, flag, False) for flag in (*FLAGS, "is_quantized"))
-
-
 def find_unpacked_dtype(parameters: Iterable[Tensor]) -> torch.dtype | None:
     """Return the dtype of the first parameter that is a plain tensor of floats with 16 to 64 bits; None without one.
 
@@ -155,8 +147,12 @@ def find_castable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Return True if the model is marked as quantized (`is_marked`), or a module of it has a packed weight."""
-    return is_marked(model) or any(map(holds_codes, model.modules()))
+    """Return True if attributes of the model say that it was loaded quantized, or a module of it has a packed weight.
+
+    These attributes are `is_loaded_in_8bit`, `is_loaded_in_4bit`, `is_quantized` and those of `dtype_is_fixed`.
+    """
+    is_marked = dtype_is_fixed(model) or any(getattr(model, flag, False) for flag in (*FLAGS, "is_quantized"))
+    return is_marked or any(map(holds_codes, model.modules()))
 
 
 def why_copy_cannot_train(module: nn.Module) -> str | None:

@@ -247,7 +247,7 @@ def remove_files(paths: Iterable[str]) -> None:
 def read_marks(folder: str) -> set[str]:
     """Return the tokens of weights and configs in the names of all marks in a folder.
 
-    Empty: no save is under way or was killed.
+    Empty: no save is under way or was killed. Raises OSError if the folder cannot be read.
     """
     with os.scandir(folder) as entries:
         names = [match["of"] for entry in entries if (match := TEMPORARY.fullmatch(entry.name))]

@@ -81,7 +81,7 @@ class BOFT(Method[BOFTConfig]):
     def check(self) -> str | None:
         """Return the reason of `Method.check`.
 
-        Raises ConfigError if the width does not have these blocks and factors (`unfit`).
+        If that is None, raises ConfigError when the width does not have these blocks and factors (`unfit`).
         """
         why = super().check()
         if why is None and (wrong := unfit(self.width, self.cfg)):

@@ -391,11 +391,10 @@ class Bottleneck(Method[BottleneckConfig]):
         return self.place.width or 0
 
     def check(self) -> str | None:
-        """Return the reason why a bottleneck cannot act here: the width is unknown, or the weight no matrix; else that
-        of `Method.check`.
+        """Return the reason why a bottleneck cannot act here; None at once at a tap and for the invertible adapter.
 
-        A tap and the invertible adapter give None at once. With `phm_layer`, raises ConfigError if `phm_dim` does not
-        divide the width and the bottleneck's.
+        In this order: the reason that the width is unknown, or a known layer's weight no matrix. With `phm_layer`,
+        ConfigError unless `phm_dim` divides the width and the bottleneck's. Last the reason of `Method.check`.
         """
         site, place = self.site, self.place
         if place.role in ("tap", *ENDS):

@@ -48,8 +48,8 @@ class C3A(Method[C3AConfig]):
         return Update(self.delta, branch=self.branch if self.site.multiplies_vectors else None)
 
     def check(self) -> str | None:
-        """Return the reason of `Method.check`, or that b = `block_size` does not divide the input size or the output
-        size.
+        """Return the reason of `Method.check`, or, only if that is None, that b = `block_size` does not divide the
+        input size or the output size.
         """
         b = self.cfg.block_size
         text = "The block size should be a factor of the {name}. However, the {name} is {size} and the block size is "

@@ -119,8 +119,8 @@ class GLoRA(Method[GloraConfig]):
             support.start(self.cfg.init_weights)
 
     def delta(self, W0: Tensor) -> Modulated | Rescaled:  # type: ignore[override]
-        """Return ΔW = W₀ ⊙ A + B, not formed yet: a `Modulated` of the four factors for kind "lora", else a
-        `Rescaled`.
+        """Return ΔW = W₀ ⊙ A + B, not formed yet: a `Modulated` of the four factors for kind "lora", else a `Rescaled`
+        of the two tensors; of None and None for kind "none".
         """
         A, B = self.glora_A, self.glora_B
         if A.kind == "lora":

@@ -61,7 +61,9 @@ class GraLoRA(Method[GraloraConfig]):
     scaling: float
 
     def check(self) -> str | None:
-        """Return the reason of `Method.check`, or that `gralora_k` does not divide in_features or out_features."""
+        """Return the reason of `Method.check`, or, only if that is None, that `gralora_k` does not divide in_features
+        or out_features.
+        """
         text = f"{{name}} should be divisible by gralora_k, but got {{size}} and {self.cfg.gralora_k}"
         return super().check() or indivisible(self.site, self.cfg.gralora_k, text)
 

@@ -77,7 +77,7 @@ class Lily(Method[LilyConfig]):
     scaling: float
 
     def check(self) -> str | None:
-        """Return a reason against layers with groups of channels that do not mix; else that of `Method.check`."""
+        """Return a reason against known layers with groups of channels that do not mix; else that of `Method.check`."""
         if self.site.op.known and not self.site.op.factorable(self.site.module):
             return "Its groups of channels do not mix, and Lily's projections would mix them"
         return super().check()

@@ -57,7 +57,8 @@ class LNTuning(Method[LNTuningConfig]):
         """Return the copy, `ln_tuning_layers`, if its tensors have the dtypes of the layer's.
 
         If someone has cast it, returns a shallow copy of it with parameters cast to the layer's dtypes, so that both
-        compute alike. Gradients pass to the uncast ones. Buffers, which forward passes write, are cast in the copy.
+        compute alike. Gradients pass to the uncast ones. Only then are buffers cast as well, in place in
+        `ln_tuning_layers`, since forward passes write them.
         """
         trained, base = self.ln_tuning_layers, self.layer.base_module
         dtypes = find_dtypes(base.named_parameters())

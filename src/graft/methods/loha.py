@@ -69,10 +69,10 @@ class LoHa(Lycoris[LoHaConfig]):
             )
 
     def check(self) -> str | None:
-        """Return a reason against init_weights="abba" on a layer with factored kernel (`cp`), else that of
-        `Lycoris.check`.
+        """Return the reason of `Lycoris.check`.
 
-        Raises ConfigError for "abba" with r above the smaller side of the weight, or r < 1.
+        Before that, on known layers with init_weights="abba": the reason against factored kernels (`cp`), then
+        ConfigError for r above the smaller side of the weight. Lycoris raises ConfigError for r < 1.
         """
         if self.cfg.init_weights == "abba" and self.site.op.known:
             if self.cp:

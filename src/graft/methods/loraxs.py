@@ -56,10 +56,10 @@ class LoraXS(Method[LoraXsConfig]):
     scaling: float
 
     def check(self) -> str | None:
-        """Return a reason against init_weights="sb" on layers other than linear ones, and on a single matrix of a
-        stack; else that of `Method.check`.
+        """Raise ConfigError if r is above the smaller side of a known layer's weight.
 
-        Raises ConfigError if r is above the smaller side of the weight.
+        Then return a reason against init_weights="sb" on layers other than linear ones, and on a single matrix of a
+        stack; else that of `Method.check`.
         """
         site = self.site
         check_vectors("LoRA-XS", site, self.cfg.r)

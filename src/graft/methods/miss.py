@@ -48,7 +48,7 @@ class MiSS(Method[MissConfig]):
         return {"bat": BatMiSS, "mini": MiniMiSS}.get(cfg.init_weights, cls)  # type: ignore[arg-type]
 
     def check(self) -> str | None:
-        """Return the reason of `Method.check`, or that r is above fan_in."""
+        """Return the reason of `Method.check`, or, only if that is None, that r is above fan_in."""
         why = super().check()
         if why is None and self.cfg.r > self.site.fan_in:
             return f"`r` ({self.cfg.r}) must be less than or equal to in_features ({self.site.fan_in})"

@@ -67,13 +67,17 @@ class OSF(Method[OSFConfig]):
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """out, fan_in, the number of components that stay, and the number that train."""
+        """out, fan_in, the number of components that stay, and the number that train, which is the rest of min(out,
+        fan_in). `staying` counts the first by `effective_rank`.
+        """
         out, n = self.site.out_features, self.site.fan_in
         k = staying(self.cfg.effective_rank, min(out, n))
         return out, n, k, min(out, n) - k
 
     def check(self) -> str | None:
-        """Raise ConfigError if no component of a known layer stays; else return the reason of `Method.check`."""
+        """Raise ConfigError if no component of a known layer stays (`sizes`: 0 or fewer); else return the reason of
+        `Method.check`.
+        """
         if self.site.op.known and self.sizes[2] <= 0:
             raise ConfigError(
                 f"`effective_rank` should be a positive integer value but the value passed is {self.sizes[2]}, from "

@@ -72,7 +72,7 @@ class Poly(ByTask[PolyConfig]):
     def check(self) -> str | None:
         """Return a reason against known layers that are not linear, else that of `Method.check`.
 
-        Raises ConfigError if `n_splits` does not divide both widths of a known layer.
+        Between the two, raises ConfigError if `n_splits` does not divide both widths of a known layer.
         """
         site, q = self.site, self.cfg.n_splits
         if site.op.known and not site.op.linear:
@@ -126,7 +126,8 @@ class Poly(ByTask[PolyConfig]):
         return y.view(*x.shape[:-1], self.site.out_features)
 
     def mixing(self, tasks: Tensor) -> Tensor:
-        """Return α (batch, splits, skills) of tasks (batch,): sigmoid of the logits, divided by the sum over skills.
+        """Return α (batch, splits, skills) of tasks (batch,): sigmoid of the logits, divided by their sum over skills
+        plus 1e-12.
 
         In training the sigmoids are draws from a relaxed Bernoulli distribution.
         """

@@ -108,8 +108,9 @@ class PVeRA(Method[PveraConfig]):
         return Factors(Product(self.sample, lambda: d[:r, None] * A[:r]), B, dropout=self.pvera_dropout, outer=b)
 
     def sample(self, x: Tensor) -> Tensor:
-        """Return μ + ε σ, r channels, for an input x after dropout: (μ, log σ²) = λ_d ⊙ A x, first the r means, ε from
-        `noise`. The result is in the wider dtype of A x and λ_d.
+        """Return μ + ε σ, r channels, for an input x after dropout: (μ, log σ²) = λ_d ⊙ A x, first the r means.
+
+        A x takes A's first fan_in columns; ε is from `noise`. The result is in the wider dtype of A x and λ_d.
         """
         op, d = self.site.op, self.pvera_lambda_d
         A = copy_on_device(self.pvera_A, d.device)[:, : self.site.fan_in]

@@ -52,7 +52,9 @@ class Road(Method[RoadConfig]):
     road_alpha: nn.Parameter  # as road_theta
 
     def check(self) -> str | None:
-        """Raise ConfigError if `group_size` does not divide out_features; else return the reason of `Method.check`."""
+        """Raise ConfigError if `group_size` does not divide out_features, also of layers of unknown type; else return
+        the reason of `Method.check`.
+        """
         n, g = self.site.out_features, self.cfg.group_size
         if n % g:
             raise ConfigError(

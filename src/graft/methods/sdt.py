@@ -129,8 +129,8 @@ class SDT(Method[SdtConfig]):
         return channels * (states if self.site.op.opaque else 2 * self.mixer.states)
 
     def check(self) -> str | None:
-        """Return a reason against parameters other than a mixer's A_log, and against convolutions with groups; else
-        that of `Method.check`.
+        """Return a reason against parameters other than a mixer's A_log, and, outside of mixers, against known
+        convolutions with groups; else that of `Method.check`.
         """
         site = self.site
         if self.mixer is None and site.op.opaque:

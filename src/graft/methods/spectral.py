@@ -54,7 +54,7 @@ class Spectral(Method[S]):
         return Update(self.delta, branch=self.branch if self.site.multiplies_vectors else None)
 
     def check(self) -> str | None:
-        """Return the reason of `Method.check`, or that `n_frequency` is above out · fan_in."""
+        """Return the reason of `Method.check`, or, only if that is None, that `n_frequency` is above out · fan_in."""
         n, most = self.cfg.n_frequency, self.site.out_features * self.site.fan_in
         too_many = (
             "`n_frequency` should be less than or equal to the product of the input and output dimensions but the "

@@ -198,7 +198,8 @@ class OnStates(Method[S]):
         """Show the positions of each row's prompt, and further `facts`, to the layers within the run; follow the steps
         of `generate`.
 
-        Padding and tokens that `generate` adds do not count as prompt.
+        Padding and tokens that `generate` adds do not count as prompt. `super().surround_run` is around it all and
+        gives the finish.
         """
         with super().surround_run(tuner, call, run) as finish:
             prompt_facts = facts_of(run.name_arguments(tuner.model), tuner.model)

@@ -109,7 +109,7 @@ class SuperTuning(Method[SupertuningConfig]):
         int32 zeros, in files only with `save_precomputed_indices`.
 
         With r also the linear layers `supertuning_lora_A` (r, fan_in) and `supertuning_lora_B` (out, r) without bias,
-        the dropout, `r` and scaling = alpha / r.
+        the dropout, `r` and scaling = alpha / r, 0 without alpha. The layers begin as nn.Linear does.
         """
         cfg, site = self.cfg, self.site
         places = torch.zeros(self.size, dtype=torch.int32)
@@ -130,6 +130,8 @@ class SuperTuning(Method[SupertuningConfig]):
     @torch.no_grad()
     def init_values(self) -> None:
         """Fill the indices with the flat places of the k largest |W₀|; the smallest with `select_top=False`.
+
+        They stay in the order of `topk`, by value.
 
         With r fill A kaiming uniform (a=√5), B with zeros (as A with `init_weights=False`).
         """

@@ -59,10 +59,10 @@ class SVFT(Method[SvftConfig]):
         return most if self.cfg.r is None else self.cfg.r
 
     def check(self) -> str | None:
-        """Return a reason against pattern="top_k" on a weight that is not square; else that of `Method.check`.
+        """Return the reason of `Method.check`.
 
-        Raises ConfigError if r is above the smaller side of the weight. Layers of unknown type get `Method.check`
-        alone.
+        Before that, on layers of known type: ConfigError if the number n of vectors is above the smaller side of the
+        weight, then a reason against pattern="top_k" on a weight that is not square.
         """
         site = self.site
         if not site.op.known:
@@ -112,7 +112,8 @@ class SVFT(Method[SvftConfig]):
     def places(self, U: Tensor, V: Tensor) -> Tensor:
         """Return the flat places of the numbers in M (n, n), ascending, (numbers,).
 
-        "banded": the diagonals up to `off_diag`. "random": drawn from `seed`. "top_k": the largest entries of (V U)ᵀ.
+        "banded": the diagonals up to `off_diag`. "random": drawn from `seed`. "top_k": the largest entries of (V U)ᵀ,
+        by value, not by size.
         """
         n, numbers = self.n, len(self.svft_M)
         if self.cfg.pattern == "banded":

@@ -93,6 +93,8 @@ class ByTask(Method[K]):
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Show the task of each row to the layers within the run, as a fact of the call.
 
+        `super().surround_run` is around it all and gives the finish.
+
         Raises:
             RoutingError: there are none, or not one for each row, or an adapter that acts lacks a task.
         """

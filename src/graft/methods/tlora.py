@@ -89,10 +89,10 @@ class TLoRA(Method[TLoraConfig]):
     scaling: float
 
     def check(self) -> str | None:
-        """Return a reason against convolutions with groups, else that of `Method.check`.
+        """Return the reason of `Method.check`.
 
-        Raises ConfigError if r is above the smaller side of the weight, or `min_rank` above this layer's r. Layers of
-        unknown type get `Method.check` alone.
+        Before that, on layers of known type: a reason against convolutions with groups, then ConfigError if r is above
+        the smaller side of the weight, then if `min_rank` is above this layer's r.
         """
         site, cfg = self.site, self.cfg
         if not site.op.known:

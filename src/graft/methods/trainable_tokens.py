@@ -51,11 +51,12 @@ class TrainableTokens(Method[TrainableTokensConfig]):
         return input_embedding(model) or ["embed_tokens"]  # a path alone is a string, as in PEFT's files
 
     def check(self) -> str | None:
-        """Return a reason against layers other than embeddings and linear ones (known, with a matrix), and against
-        indices outside of their rows; else that of `Method.check`.
+        """Return a reason against layers other than embeddings and linear ones (known, with a matrix).
 
-        Rows are the ids of an embedding, or the outputs of a linear layer. Indices above them get a hint to
-        `resize_token_embeddings`. Raises ConfigError if `token_indices` is empty.
+        Then raise ConfigError if `token_indices` is empty.
+
+        Then return a reason against indices outside of the rows; else that of `Method.check`. Rows are the ids of an
+        embedding, or the outputs of a linear layer. Indices above them get a hint to `resize_token_embeddings`.
         """
         site = self.site
         if not site.op.known or len(site.shape) != 2:

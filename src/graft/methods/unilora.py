@@ -137,7 +137,8 @@ def deal_places(places: int, length: int, seed: int) -> Tensor:
     """Return an index below `length` for each of `places` places, shuffled by numpy's generator with `seed`, as PEFT
     does.
 
-    Each index appears equally often, up to one more. On the meta device the tensor stays uninitialised.
+    Each index appears ⌊places / length⌋ times; the remaining places get random ones, each at most once. On the meta
+    device the tensor stays uninitialised.
     """
     out = torch.empty(places, dtype=torch.int64)
     if out.is_meta:

@@ -154,7 +154,9 @@ class VBLoRA(Method[VBLoRAConfig]):
         return dict(vblora_vector_bank=nn.Parameter(bank))
 
     def check(self) -> str | None:
-        """Return the reason of `Method.check`, or that `vector_length` does not divide in_features or out_features."""
+        """Return the reason of `Method.check`, or, only if that is None, that `vector_length` does not divide
+        in_features or out_features.
+        """
         text = f"`{{name}}` {{size}} must be divisible by `vector_length` {self.cfg.vector_length}"
         return super().check() or indivisible(self.site, self.cfg.vector_length, text)
 

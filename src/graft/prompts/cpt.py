@@ -190,7 +190,7 @@ class CPTEmbedding(Prompt):
         """Return each token's weight, float32 (batch, tokens): 1 in the last example, times the decay factor for each
         one before.
 
-        An example is a kind of label token, in ascending order; weights of other tokens mean nothing.
+        An example is a kind of label token, in ascending order within each row; weights of other tokens mean nothing.
         """
         ordered, places = kinds.masked_fill(~is_label, 0).sort(dim=1)
         example = (ordered.diff(dim=1, prepend=ordered[:, :1]) > 0).cumsum(1)  # a number for each kind, ascending

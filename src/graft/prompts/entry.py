@@ -71,7 +71,7 @@ def step(stack: PromptStack, module: nn.Module, args: Args, kwargs: Keywords) ->
 
 
 def _by_name(stack: PromptStack, names: list[str], args: Args, kwargs: Keywords) -> Keywords:
-    """Return a call's arguments by name.
+    """Return a call's arguments by name; keywords override positional ones.
 
     In a stack with the new cache argument, a cache under the old name is moved to the new one.
     """

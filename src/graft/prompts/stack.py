@@ -157,7 +157,7 @@ class PromptStack:
 
     def end(self, outer: Visit) -> None:
         """End the call of this thread: restore its checkpointed layers and release their lock (`Replays.clear`); make
-        `outer` the visit again.
+        `outer` the visit again. If the former fails, `outer` is not restored.
         """
         self.now.replays.clear()
         self.here.now = outer

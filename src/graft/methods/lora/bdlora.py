@@ -32,7 +32,7 @@ class BlockDiagonal(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Split x (…, in_features) into `nblocks` parts, multiply each with its block, and return them joined, (…,
-        out_features).
+        out_features). No bias is added.
         """
         blocks = self.weight.view(self.nblocks, -1, self.weight.shape[1])
         return torch.einsum("...kn,kmn->...km", x.unflatten(-1, (self.nblocks, -1)), blocks).flatten(-2)
@@ -64,7 +64,8 @@ class BdLoRA(LoRA):
         """Return the reason against blocks on a layer that is not linear, or a reason of `LoRA.check`; None if the
         layer can be adapted.
 
-        A path in neither list, without `match_strict`, is only checked by `LoRA.check`.
+        The errors of the path come first. A path in neither list, without `match_strict`, is only checked by
+        `LoRA.check`. Then come the layer's kind, the other errors in this order, and `LoRA.check`.
 
         Raises:
             ConfigError: the path fits both lists, or neither with `match_strict`.

@@ -145,7 +145,10 @@ class DoRA(LoRA):
         m.data = norm.to(device=self.pair[0].device, dtype=m.dtype).view(m.shape)
 
     def describe(self) -> Effect:
-        """Return an `Update` by `factors` with a gain: it reads W₀ (`of_weight`) and scales the whole weight."""
+        """Return an `Update` by `factors` with a gain: it reads W₀ (`of_weight`) and scales the whole weight.
+
+        It names no reason against merging.
+        """
         return Update(factors=self.factors, gains=True, of_weight=True)
 
     def factors(self) -> Factors:

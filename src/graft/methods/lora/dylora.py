@@ -33,8 +33,8 @@ class DyLoRA(LoRA):
     surrounds_disabled = True  # draws do not depend on it
 
     def check(self) -> str | None:
-        """Return a reason against opaque parameters, convolutions with groups > 1, and `lora_bias`; else that of
-        `LoRA.check`.
+        """Return a reason against known layers with opaque parameters or groups > 1, then one against `lora_bias` on
+        any layer; else that of `LoRA.check`.
         """
         site = self.site
         if site.op.known and (site.op.opaque or site.op.count_groups(site.module) > 1):
@@ -77,7 +77,7 @@ class DyLoRA(LoRA):
         It is a fact of the call with the key (DRAWN, adapter).
 
         An adapter's own generator draws it, if the call has generators by adapter; else torch's. In eval mode it draws
-        as well. `super().surround_run` is around it all.
+        as well. `super().surround_run` is around it all and gives the finish.
         """
         with super().surround_run(tuner, call, run) as finish:
             draws, shares = call.context.draws, {}

@@ -28,9 +28,9 @@ class KaSA(LoRA):
     lora_diag: nn.Parameter  # (r,)
 
     def check(self) -> str | None:
-        """Return a reason against layers that are not linear, else that of `LoRA.check`.
+        """Return a reason against known layers that are not linear, else that of `LoRA.check`.
 
-        Raises ConfigError if r ≥ the smaller side of the weight.
+        Between the two, raises ConfigError if r ≥ the smaller side of a known layer's weight.
         """
         site, r = self.site, self.cfg.r
         if site.op.known and not site.op.linear:

@@ -23,9 +23,9 @@ class MiCA(LoRA):
     """
 
     def check(self) -> str | None:
-        """Return a reason against convolutions with groups > 1, else that of `LoRA.check`.
+        """Return a reason against known convolutions with groups > 1, else that of `LoRA.check`.
 
-        Raises ConfigError if r is above the smaller side of the weight.
+        Between the two, raises ConfigError if r is above the smaller side of a known layer's weight; an equal r passes.
         """
         site, r = self.site, self.cfg.r
         if site.op.known and site.op.count_groups(site.module) > 1:
@@ -38,7 +38,9 @@ class MiCA(LoRA):
         return super().check()
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, Any]:
-        """Return LoRA's tensors, with B frozen (`requires_grad` False)."""
+        """Return LoRA's tensors, with B frozen (`requires_grad` False): the weight of `lora_B`, on an embedding
+        `lora_embedding_B`. A bias still trains.
+        """
         values = super().build(shared, device)
         B = values["lora_embedding_B"] if self.site.op.takes_ids else values["lora_B"].weight
         B.requires_grad_(False)
@@ -65,7 +67,7 @@ class MiCA(LoRA):
         B.copy_(minor(layer.W0.flatten(1), len(A)).view(B.shape))
 
     def factors(self) -> Factors:
-        """Return LoRA's factors. If A has another dtype than B, B is cast to A's."""
+        """Return LoRA's factors. If A has another dtype than B, B is cast to A's, as a matrix (out, r)."""
         factors, (A, B) = super().factors(), self.pair
         if A.dtype != B.dtype:  # somebody cast the one that trains
             factors = factors._replace(B=B.to(A.dtype).flatten(1))

@@ -58,11 +58,11 @@ class QALoRA(LoRA):
     holds_any = False
 
     def check(self) -> str | None:
-        """Return the reason of `LoRA.check`.
+        """Return the reason of `LoRA.check`, after these errors, in this order.
 
         Raises:
-            ConfigError: the layer is not linear; g < 1 or g does not divide in_features; an initialisation that needs a
-                whole A (`checks.plain_start`).
+            ConfigError: a known layer is not linear; g < 1 or g does not divide in_features; an initialisation that
+                needs a whole A (`checks.plain_start`).
         """
         site, size = self.site, self.cfg.qalora_group_size
         why = checks.only_linear(site, "QA-LoRA sums groups of the features of linear layers")

@@ -85,7 +85,8 @@ def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], N
 
 
 def _layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
-    """Return the owner, name and ModuleList of the first list called "layers", "layer" or "h" that is in no other list.
+    """Return the owner, name and ModuleList of the first list called "layers", "layer" or "h" that is in no other list:
+    its path has no number. Of several it is the first in the model's order, even an empty one.
 
     Raises:
         ConfigError: the model has none.

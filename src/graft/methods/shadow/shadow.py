@@ -153,7 +153,7 @@ class Shadow(Method[ShadowConfig]):
     def post(self, h: Tensor, y: Tensor) -> Tensor:
         """Return y unchanged, and set the adapter's state to s + g (T(y) - s), g = σ(G(y)).
 
-        After the last block remove the state.
+        After the last block only remove the state.
         """
         now = self.state().now
         if self.last:
@@ -170,7 +170,7 @@ class Shadow(Method[ShadowConfig]):
         """Run the shadow networks before the model, or before each step of `generate`; add their losses and caches to
         the output (`surround`).
 
-        All this happens inside the base class's `surround_run`.
+        All this happens inside the base class's `surround_run`; the base class's finish is not called.
         """
         with super().surround_run(tuner, call, run) as _, surround(tuner, call, run) as finish:
             yield finish

@@ -259,7 +259,8 @@ def split_pipeline(adapter: AdapterFile) -> dict[str, AdapterFile]:
 
 
 def select_pipeline_part(adapter: AdapterFile, base: Base) -> AdapterFile:
-    """Return the part of a pipeline's adapter that fits one model, by module names and shapes.
+    """Return the part of a pipeline's adapter that fits one model, by module names, which must all be the model's as
+    they are, and by the shapes of LoRA factors.
 
     Returns the whole adapter if it is for a single model, or if not exactly one part fits.
     """
@@ -280,7 +281,8 @@ def find_common_method(adapter: AdapterFile, otherwise: str) -> str:
 def join_pipeline(parts: dict[str, AdapterFile], path: str) -> AdapterFile:
     """Return the adapters of a pipeline's parts as one adapter: paths become "part.path", unknown keys "part: key".
 
-    The config is empty, `selected` None and `is_pipeline` True; method, format and base are those of the first part.
+    The config is empty, `selected` None and `is_pipeline` True; method, format, base, metadata and all other fields are
+    those of the first part.
     """
     out = replace(next(iter(parts.values())), path=path, modules={}, full={}, rows={}, shared={}, unknown_keys=[],
                   config={}, selected=None, is_pipeline=True)  # fmt: skip

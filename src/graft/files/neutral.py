@@ -122,7 +122,9 @@ class AdapterFile:
     def group_by_module(
         self, tensors: Mapping[str, Tensor], split: Callable[[str], re.Match[str] | tuple[str, str] | None]
     ) -> dict[str, dict[str, Tensor]]:
-        """Return module → name → tensor. Keys for which `split` returns None are added to `unknown_keys`.
+        """Return module → name → tensor.
+
+        Keys for which `split` returns None are added to `unknown_keys`. Of two keys with one place the later counts.
 
         split: returns module and name of a key, as a pair or as a match with two groups.
         """

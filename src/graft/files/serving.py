@@ -161,7 +161,9 @@ class Subject:
             yield f"the file is of the format {self.adapter.format}"
 
     def torch_file(self) -> Iterable[str]:
-        """Yield "adapter_model.bin" if an adapter in PEFT's format has no adapter_model.safetensors in its folder."""
+        """Yield "adapter_model.bin" if an adapter in PEFT's format has no adapter_model.safetensors in its folder,
+        whether there is an adapter_model.bin or not.
+        """
         if self.adapter.format == "peft" and not os.path.exists(os.path.join(self.adapter.path, pair.SAFETENSORS)):
             yield pair.TORCH
 
@@ -319,8 +321,8 @@ class Subject:
     # conditions: rank and scale
 
     def rank_above_the_limit(self) -> Iterable[str]:
-        """Yield "P has rank r, the limit is n" for each LoRA module above the server's limit: that of the options, or
-        its default; nothing without one.
+        """Yield "P has rank r, the limit is n" for each LoRA module above the server's limit: that of the options (None
+        and 0 count as not set), or its default; nothing without one.
         """
         limit = self.options.max_rank or self.server.max_rank
         if limit is not None:

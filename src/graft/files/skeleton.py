@@ -162,7 +162,10 @@ def make_expanded_zero(t: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Silence transformers' log below errors, and all warnings, within a `with` block."""
+    """Silence transformers' log below errors, and all warnings, within a `with` block.
+
+    Both are settings of the whole process, and come back after an error, too.
+    """
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -194,9 +197,9 @@ def describe_checkpoint(base: BaseDescription) -> BaseDescription | None:
 
 
 def describe_model(model: nn.Module, path: str) -> BaseDescription:
-    """Return the names and shapes of a live model's parameters, tied ones under each name, its modules, and its config
-    as a dict, {} without one. Values and buffers are not included. If `architectures` in the config is empty, it
-    becomes the model's class.
+    """Return the names and shapes of a live model's parameters, tied ones under each name, its modules except the root,
+    and its config as a dict, {} without one. Values and buffers are not included. If `architectures` in the config is
+    empty, it becomes the model's class.
 
     Args:
         path: name of the model in messages.
@@ -278,7 +281,9 @@ def name_by_model(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict
         for name, value in source.values(empty).items():
 
             def load(source: ComputedParameters = source, name: str = name) -> Bytes:
-                """Return the bytes of a parameter that transformers computes from several tensors."""
+                """Return the bytes of a parameter that transformers computes from several tensors; these are read, and
+                all its parameters computed, at each call.
+                """
                 return to_file(source.values({key: of_file(tensors[key]) for key, _ in source.keys})[name]).load()
 
             out[name] = Tensor(tuple(value.shape), NAMES[value.dtype], load)

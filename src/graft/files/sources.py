@@ -50,7 +50,7 @@ def open_adapter(source: str, base: Base | None = None) -> AdapterFile:
 def resolve_adapter(source: str) -> str:
     """Return the path of an adapter: `source` itself, or the cache folder of a hub id.
 
-    Missing files of a hub id are downloaded.
+    Missing files of a hub id are downloaded: config, weights and README.md.
 
     A source that exists, or is no hub id, is returned unchanged. Raises CheckpointError if the hub has no such adapter.
     """
@@ -289,7 +289,7 @@ def place_when_done(path: str, stays: bool = True) -> Iterator[str]:
 def delete_folder(folder: str) -> None:
     """Delete a folder if it exists, ignoring errors.
 
-    After an interrupt it is deleted first, then the interrupt is raised.
+    After an interrupt, or any exception, it is deleted once more, then that is raised.
     """
     try:
         shutil.rmtree(folder, ignore_errors=True)

@@ -134,7 +134,8 @@ def verify_server(
     def compute(factor: Callable[[str], float] | None = None) -> Tensor:
         """Return the local log-probabilities with the adapter.
 
-        `factor` multiplies the scaling of the layer at a path, for this call.
+        `factor` multiplies the scaling of the layer at a path, for this call; without layers that have a scaling it has
+        no effect.
         """
         with nullcontext() if factor is None or not layers else rescale_layers(layers, factor):
             return compute_log_probabilities(model, asked, places)
@@ -157,7 +158,7 @@ def verify_server(
 @contextmanager
 def rescale_layers(layers: Mapping[str, Any], factor: Callable[[str], float]) -> Iterator[None]:
     """Multiply the scalings of all adapters of each layer by `factor(path)` within the block; afterwards, also after an
-    error, each layer has its former dict of scalings.
+    error, each layer has its former dict of scalings. Calls of other threads are not waited for.
     """
     before = {path: layer.scaling for path, layer in layers.items()}
     try:
@@ -249,7 +250,8 @@ def judge_answers(
 
 
 def explain_factor(k: float, scales: dict[str, Scale]) -> str:
-    """Return a reason for a wrong scale by the factor k, as the end of a sentence; "" if neither fits to 1 %.
+    """Return a reason for a wrong scale by the factor k, as the end of a sentence; "" if neither fits to 1 % on every
+    layer.
 
     Reasons are that the server takes lora_alpha / r (no use_rslora), or 1 (no config).
     """
@@ -288,7 +290,8 @@ def compute_log_probabilities(
     model: nn.Module, asked: Sequence[Sequence[int]], places: Sequence[tuple[int, int, int]]
 ) -> Tensor:
     """Run the model on the prompts, and return its log-probabilities at (prompt, position, token), in float64 on the
-    CPU, without gradients.
+    CPU, without gradients. They are read from the logits at position - 1; the ids go to the device of the first
+    parameter.
     """
     ids = torch.tensor(asked, device=next(model.parameters()).device)
     logits = model(input_ids=ids).logits.double().log_softmax(-1).cpu()

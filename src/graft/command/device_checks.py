@@ -217,7 +217,8 @@ def count_step_waits(model: Any, x: Tensor) -> int:
 
 
 def run_benchmark(device: torch.device, width: int = 1024, tokens: int = 256, turns: int = 20) -> Json:
-    """Measure LoRA of rank 16 in graft, in PEFT if it is installed, and the base alone, for each row of BENCHMARK.
+    """Measure LoRA of rank 16 and alpha 22 in graft, in PEFT if it is installed, and the base alone, for each row of
+    BENCHMARK.
 
     Rows for training run a forward and a backward pass, others a forward pass without gradients.
 

@@ -48,8 +48,8 @@ def list_delta_products(lora: LowRank) -> list[Product]:
 
     B contains the scale. A matrix is (out, in), of a convolution (out, in · kernel), of an embedding (vocabulary, dim).
     A Tucker core is multiplied into A. The B of a grouped convolution becomes block-diagonal. If the module has a
-    `shift` (PiSSA), the product of the shift is subtracted, which adds to the rank. DoRA's magnitude is ignored: see
-    `compute_dora_delta`.
+    `shift` (PiSSA), the product of the shift is subtracted, which adds to the rank. Unequal numbers of experts in A and
+    B are a ValueError. DoRA's magnitude is ignored: see `compute_dora_delta`.
     """
     A, B = read_float64(lora.A), read_float64(lora.B) * lora.scale
     if lora.kind == "experts":

@@ -69,8 +69,9 @@ def extract_adapter(
     """Return an adapter that turns a base into its fine-tuned model, as closely as its ranks allow.
 
     Changed matrices, convolutions and stacks of experts become LoRA. Norms, biases and resized tensors are stored
-    whole. Names are those of the base's model if an installed library knows it. Only one matrix and its difference are
-    in memory, plus the stack that it comes from. Nothing is written.
+    whole. Names are those of the base's model if an installed library knows it. Tensors are taken in sorted order of
+    their names. Only one matrix and its difference are in memory, plus the stack that it comes from. Nothing is
+    written.
 
     Args:
         rank: the most of each module; 32 if none of rank, energy and max_mb is given.
@@ -319,8 +320,8 @@ def largest_triplets(W: np.ndarray, rank: int | None, energy: float | None) -> S
 def cut_triplets(
     triplets: Svd, W: np.ndarray, rank: int | None, energy: float | None, whole: float | None = None
 ) -> Svd:
-    """Return the first triplets of an SVD: no more than `rank`, as few as hold the share `energy` of `whole`, and none
-    with σ up to σ₁ · the larger side · float32's epsilon.
+    """Return the first triplets of an SVD: no more than `rank`, as few as hold the share `energy` of `whole` (to a
+    relative 1e-9), and none with σ up to σ₁ · the larger side · float32's epsilon.
 
     None sets no limit. At least one stays. `whole` is ‖W‖²; without it, the sum of all σ² counts.
     """

@@ -73,7 +73,7 @@ class LintSubject:
     def read_weight(self, path: str) -> np.ndarray | None:
         """Return the base's weight of a LoRA module; None if the base lacks it, has another shape, or has no values.
 
-        A path without finite LoRA raises KeyError.
+        A path without finite LoRA raises KeyError. There must be a base.
         """
         assert self.base is not None
         try:
@@ -192,8 +192,8 @@ def find_base_mismatch(look: LintSubject) -> Faults:
     base's.
 
     LoRA with values that are not finite is skipped, modules for a base without values, and experts for a base with
-    single experts. Modules that the base lacks do not fit. In the fingerprint transposed shapes count as equal, and
-    modules that the base lacks are skipped.
+    single experts. Modules that the base lacks do not fit. There must be a base. In the fingerprint transposed shapes
+    count as equal, and modules that the base lacks are skipped.
     """
     assert look.base is not None
     wrong, texts = [], []

@@ -100,7 +100,9 @@ def read_part_of_model(path: str | os.PathLike[str], known: BaseDescription) -> 
 
 
 def list_former_names(known: BaseDescription) -> dict[str, str] | None:
-    """Return module path → path in earlier versions of transformers, for all modules; None if all are equal."""
+    """Return module path → path in earlier versions of transformers, for all modules of a description that has its live
+    `model`; None if all are equal.
+    """
     from graft.io.servers import ServerBlocks
 
     assert known.model is not None

@@ -253,7 +253,7 @@ def dequantize_lazily(base: BaseDescription) -> dict[str, Tensor]:
     for name in weights.packed:
 
         def load(name: str = name) -> Bytes:
-            """Return the bytes of the dequantized weight."""
+            """Return the bytes of the dequantized weight in float32; it is dequantized anew at each call."""
             return to_file(weights.read(name).float()).load()
 
         out[name] = Tensor(weights.shapes[name], "F32", load)

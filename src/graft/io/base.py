@@ -65,8 +65,8 @@ def find_original_name(base: nn.Module, key: str) -> str | None:
     adapter's.
 
     A part of the key is dropped if it is the inner name of the carrier before it; any other part there is an adapter's.
-    Wrappers that leave their name out of keys are walked through. A module of the base may have the same name as the
-    inner one of a carrier.
+    Wrappers that leave their name out of keys are walked through; a wrapper's name that is in the key stays. A module
+    of the base may have the same name as the inner one of a carrier.
     """
     module: nn.Module | None = base
     parts = []

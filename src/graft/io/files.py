@@ -448,5 +448,8 @@ def is_file_sum_finite(data: bytes, tensors: dict[str, Tensor]) -> bool:
 
 
 def is_all_finite(t: Tensor) -> bool:
-    """Return True if a tensor holds no NaN and no infinite number."""
+    """Return True if a tensor holds no NaN and no infinite number; float8 is cast to float32 for that.
+
+    Waits for the device.
+    """
     return bool((t.float() if t.dtype in NARROW else t).isfinite().all())

@@ -188,7 +188,7 @@ def copy_shares(value: Composition | None) -> dict[str, float]:
 def check_known(names: Sequence[str], configs: Mapping[str, PeftConfig], value: Composition) -> None:
     """Raise RoutingError if a name is not in `configs`, or is a prompt, which cannot be part of a composition.
 
-    The text has `value` and all such names.
+    The text has `value` and all such names, unknown ones sorted. Unknown names are an error before prompts.
     """
     unknown = sorted({name for name in names if name not in configs})
     if unknown:

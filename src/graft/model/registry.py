@@ -372,7 +372,8 @@ class Registry:
         """Call an `inject_adapter` that a client replaced and that calls the original, which injects; return the
         report.
 
-        Config and options are recorded meanwhile. If the client raises, the adapter is taken off again.
+        It gets the model, the name and `low_cpu_mem_usage`, for the first adapter `state_dict`, too. Config and options
+        are recorded meanwhile. If the client raises, the adapter is taken off again.
 
         Raises:
             UnsupportedLayerError: the client does not call the original.

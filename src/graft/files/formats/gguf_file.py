@@ -49,7 +49,10 @@ class Reader:
     """
 
     def __init__(self, f: IO[bytes], path: str):
-        """Start at the beginning of `f`; `version` (size and time of the file) detects later changes."""
+        """Start at the beginning of `f`; `version` (size and time of the file) detects later changes.
+
+        `left` is the file's size, and `entries` 2²⁰. Nothing is read.
+        """
         self.f, self.path, self.version = f, path, file_version(f)
         self.left, self.entries = self.version[0], MOST
 

@@ -123,7 +123,7 @@ class Form(BaseWeights):
     def pack(self, name: str, W: torch.Tensor) -> dict[str, Tensor]:
         """Return the tensors of a packed weight for the dense `W`, with new codes and scales.
 
-        Tables and state are the old ones.
+        Tables and state are the old ones. New scales are float32, unless the old 4-bit ones were quantized themselves.
 
         8 bits: the scale is the row's largest absolute value. 4 bits: W is rounded to the state's dtype, the scale is
         the block's largest absolute value, and each code is that of the nearest value in the table. The codes keep

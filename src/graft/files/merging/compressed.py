@@ -170,7 +170,8 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def extend_scales(W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, most: float) -> torch.Tensor:
     """Return scales that let codes from -most - 1 to most, minus their zero point, cover all values of each group of W.
 
-    A scale that suffices stays. A group's end with the code `zero` itself cannot be extended, and is skipped.
+    A scale that suffices stays. W is read in float32. A group's end with the code `zero` itself cannot be extended, and
+    is skipped.
     """
     parts = W.float().reshape(*scale.shape, -1)
     for end, last in ((parts.amax(-1), most - zero), (parts.amin(-1), -most - 1 - zero)):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graft
+from graft.serving.hotswap import hotswap_adapter_from_state_dict
 from tests import models
 from tests.covering import law, product
 from tests.pair import adapt, output, randomize
@@ -521,6 +522,37 @@ def test_what_is_no_config(door, kind, tmp_path):
 
 def with_theirs():
     return peft.get_peft_model(models.make("mlp"), peft.LoraConfig(target_modules=["fc1"]))
+
+
+WEIGHT = "base_model.model.lin0.lora_A.weight"
+NO_TENSORS = [None, [(WEIGHT, torch.ones(1))], {1: torch.ones(1)}, {WEIGHT: [1.0]}, {WEIGHT: None},
+              {WEIGHT: torch.ones(2, 2).numpy()}]  # fmt: skip
+
+
+@pytest.mark.parametrize("tensors", NO_TENSORS, ids=["none", "pairs", "number", "list", "nothing", "numpy"])
+@pytest.mark.parametrize("take", [
+    lambda model, tensors: graft.set_peft_model_state_dict(model, tensors),
+    lambda model, tensors: hotswap_adapter_from_state_dict(model, tensors, "default", lora()),
+], ids=["set", "hot-swap"])  # fmt: skip
+def test_what_is_no_state_dict(take, tensors):
+    model = adapt(graft, LORA)
+    with refused(model, graft.CheckpointError, "the given state dict does not hold a dict of tensors by name"):
+        take(model, tensors)
+
+
+@pytest.mark.parametrize("tensors", [{}, {"zz.lora_A.weight": torch.ones(2, 2)}], ids=["empty", "foreign"])
+def test_a_state_dict_that_adapts_nothing(tensors):
+    base = models.make("mlp")
+    with refused(base, graft.NoMatchingPeftModuleError, "no tensor of adapter 'default' for a module of this model"):
+        graft.inject_adapter_in_model(lora(), base, state_dict=tensors)
+
+
+def test_a_folder_without_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("default", "other"):
+        with refused(adapt(graft, LORA, name), FileNotFoundError, "has an empty name. Pass a path"):
+            adapt(graft, LORA, name).save_pretrained("")
+    assert not [*tmp_path.iterdir()]
 
 
 MODELS = {

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pickle import UnpicklingError
 from time import perf_counter
@@ -332,14 +332,14 @@ def read_weights(path: str | os.PathLike[str], what: str) -> dict[str, Tensor]:
 
 
 def check_tensors_by_name(content: object, path: str) -> dict[str, Tensor]:
-    """Return `content` itself if it is a dict of tensors by string names, possibly empty; else raise CheckpointError,
-    which names the file at `path`.
+    """Return a new dict of `content` if it is a mapping of string names to tensors, possibly empty; else raise
+    CheckpointError, which names the file at `path`.
     """
     from torch import Tensor
 
-    if isinstance(content, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in content.items()):
-        return content
-    raise CheckpointError(f"{path} does not hold a dict of tensors by name. Pass an adapter's weights file.")
+    if isinstance(content, Mapping) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in content.items()):
+        return dict(content)
+    raise CheckpointError(f"{path} does not hold a dict of tensors by name. Pass an adapter's weights.")
 
 
 def describe_fault(t: Tensor) -> str | None:

@@ -234,6 +234,11 @@ def match_modules(job: InjectionJob, unreached: UnreachedTargets) -> None:
                 "targets is here.",
                 PeftWarning,
             )
+    elif matcher is None and not (targets.sites or job.prompt):
+        raise NoMatchingPeftModuleError(
+            f"The state dict has no tensor of adapter '{job.adapter}' for a module of this model. Pass that of the "
+            "adapter, with the model's names, or none."
+        )
     elif matcher is not None:
         report_matches(cfg, matcher, outcomes, report, list(parameters), unreached)
         if unreached.stacks or unreached.layers:

@@ -49,6 +49,15 @@ class LoadedWeights:
     layout: StackLayout = TODAY  # of the factors of stacks
     finite: bool = False  # True: all numbers are known to be finite; False: not checked
 
+    @classmethod
+    def from_state_dict(cls, state_dict: object) -> LoadedWeights:
+        """Return the weights in a caller's state dict, as a new dict.
+
+        Raises CheckpointError unless it maps names to tensors.
+        """
+        where = "the given state dict"
+        return cls(check_tensors_by_name(state_dict, where), where)
+
 
 class AdapterSnapshot(NamedTuple):
     """A copy of an adapter, which later steps do not change.

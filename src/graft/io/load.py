@@ -606,7 +606,7 @@ def set_peft_model_state_dict(
     """
     model = unwrap_model(model)
     parts, prefix, base, config = find_carriers(model, adapter_name)
-    loaded = LoadedWeights(dict(peft_model_state_dict), "the given state dict")
+    loaded = LoadedWeights.from_state_dict(peft_model_state_dict)
     values = CheckpointValues(
         base, config, adapter_name, loaded, strict, None, ignore_mismatched_sizes, allow_nonfinite, prefix
     )

@@ -245,8 +245,10 @@ def save_adapters(
 
 def check_save_arguments(directory: str, fingerprint: str, safetensors: bool) -> None:
     """Raise ValueError if the fingerprint is neither "sampled" nor "full", is "full" without safetensors, or the
-    directory is a file.
+    directory is a file; FileNotFoundError if its name is empty.
     """
+    if not os.fspath(directory):
+        raise FileNotFoundError("The folder to save into has an empty name. Pass a path, such as '.'.")
     if fingerprint not in ("sampled", "full"):
         raise ValueError(f'fingerprint must be "sampled" or "full", got {fingerprint!r}.')
     if fingerprint == "full" and not safetensors:

@@ -94,7 +94,7 @@ def hotswap_adapter_from_state_dict(
         config: the new adapter's, for its scaling and targets.
         parameter_prefix: accepted as in PEFT; names follow from the structure.
     """
-    swap_values(model, LoadedWeights(dict(state_dict), "the given state dict"), adapter_name, config)
+    swap_values(model, LoadedWeights.from_state_dict(state_dict), adapter_name, config)
 
 
 class LayerChange(NamedTuple):

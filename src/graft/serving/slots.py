@@ -328,7 +328,7 @@ class AdapterSlots:
             loaded = LoadedWeights(get_peft_model_state_dict(source, None, adapter), "the model")
             config = config or get_config(source, adapter)
         elif isinstance(source, Mapping):
-            loaded = LoadedWeights(dict(source), "the given state dict")
+            loaded = LoadedWeights.from_state_dict(source)
         else:
             try:
                 config, loaded = read_checkpoint(source, hub, lambda _: None, config)

@@ -158,7 +158,8 @@ class Call:
     def pass_to_layers(self, adapter: str, value: Tensor) -> Iterator[None]:
         """Set the value that layers get from `value_from_block(adapter)` within the block, in this thread.
 
-        Afterwards restore the value of an outer block, or remove it.
+        Afterwards, also on an error, restore the value of an outer block, or remove it; an outer None counts as no
+        value.
         """
         handed = self.thread_state.handed
         before = handed.get(adapter)
@@ -456,7 +457,7 @@ class Call:
 
 
 def live_threads() -> frozenset[int | None]:
-    """Return the identifiers of all threads that are alive now."""
+    """Return a frozenset of the identifiers of all threads that are alive now."""
     return frozenset(thread.ident for thread in enumerate_threads())
 
 

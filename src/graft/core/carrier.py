@@ -147,7 +147,7 @@ class Carrier:
 
     @property
     def _adapters(self) -> set[str]:
-        """The set of adapter names, under PEFT's name."""
+        """A new set of the adapter names, under PEFT's name."""
         return set(self.adapters)
 
     def _get_available_adapters(self) -> set[str]:

@@ -380,11 +380,17 @@ class AdapterLayer(PeftNames, Host):
         return merging.find_unmerged_bias(self)
 
     def compute_change(self, adapter: str) -> WeightChange:
-        """Return ΔW, as factors where the method has them, and Δb of an adapter without others (`compute_change`)."""
+        """Return ΔW, as factors where the method has them, and Δb of an adapter without others (`compute_change`).
+
+        KeyError for one that the layer lacks.
+        """
         return compute_change(self.methods[adapter])
 
     def why_unmergeable(self, adapter: str) -> str | None:
-        """Return why merging cannot write this adapter into the layer, as the end of an error; None if it can."""
+        """Return why merging cannot write this adapter into the layer, as the end of an error; None if it can.
+
+        KeyError for one that the layer lacks.
+        """
         return merging.why_unmergeable(self, [self.methods[adapter]])
 
     def lift_merged(self) -> AbstractContextManager[None]:

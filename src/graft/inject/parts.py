@@ -240,7 +240,7 @@ def restore_modes_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def read_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """Return each module of a model with its mode, (module, training)."""
+    """Return a list of each module of a model, itself included, with its mode: (module, training)."""
     return [(module, module.training) for module in model.modules()]
 
 

@@ -65,7 +65,7 @@ def find_absent_in_model(model: nn.Module) -> dict[str, str]:
 
 
 def _walk_modules(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield a module and all below it with their paths.
+    """Yield a module and all below it with their paths, one with two paths twice.
 
     Carriers and wrappers of children are skipped, so that paths are those of the base.
     """

@@ -120,7 +120,8 @@ _OWN = ("_parameters", "_buffers", "_modules")
 def iterate_tensors(m: nn.Module) -> Iterator[Tensor]:
     """Yield the tensors of a module and of the modules below it.
 
-    Of each module: its weight, other parameters and buffers, then tensors that are plain attributes.
+    Of each module: its weight, other parameters and buffers, then tensors that are plain attributes. A tensor with two
+    names in a module comes twice.
     """
     tensors = {**m._parameters, **m._buffers}
     for t in (tensors.pop("weight", None), *tensors.values(), *vars(m).values()):

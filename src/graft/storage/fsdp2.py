@@ -129,7 +129,7 @@ class Sharding:
                         form.requires_grad_(trains)
 
     def list_managed_ids(self) -> set[tuple[int, str]]:
-        """Return (id of the module, name) of the parameters that FSDP2 knows."""
+        """Return a set of (id of the module, name) of the parameters that FSDP2 knows, shared ones under each name."""
         return {(id(owner), name) for owner, name in list_managed(self.parameter_groups)}
 
 

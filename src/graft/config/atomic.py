@@ -119,7 +119,7 @@ CHUNK = 1 << 20
 
 def write_pieces(path: str, pieces: Sequence[bytes | memoryview]) -> None:
     """Write a file that consists of these pieces, at most 1 MiB at a time and unbuffered, after its blocks have been
-    reserved. An old file is overwritten in place.
+    reserved. An old file is overwritten in place; nothing is synced.
     """
     with open(path, "wb", 0) as f:
         reserve_blocks(f.fileno(), sum(len(piece) for piece in pieces))
@@ -146,7 +146,8 @@ def reserve_blocks(fd: int, size: int) -> None:
 def make_folder(path: str) -> Iterator[None]:
     """Make a folder, with those around it, for the block.
 
-    If the block raises, delete the folder, unless it was there before or is not empty.
+    If the block raises, delete the folder, unless it was there before or is not empty. Folders that were made around it
+    stay.
     """
     new = not os.path.isdir(path)
     os.makedirs(path, exist_ok=True)

@@ -301,8 +301,8 @@ def load_torch_file(f: IO[bytes], path: str) -> object:
 
 
 def read_weights(path: str | os.PathLike[str], what: str) -> dict[str, Tensor]:
-    """Return the tensors of a file by name: of safetensors if the path ends in ".safetensors", else of torch.save, on
-    the CPU.
+    """Return the tensors of a file by name, as they are, of any dtype and layout: of safetensors if the path ends in
+    ".safetensors", else of torch.save, on the CPU.
 
     Args:
         what: begins each error, such as "The state".

@@ -362,7 +362,8 @@ class AdaMSS(Method[AdamssConfig]):
         self.adamss_places.copy_(find_cluster_order(self.adamss_clusters))
 
     def factors(self) -> Factors:
-        """Return factors of rank Σ ranks: A = [A_1; A_2; …] N, B = blockdiag(B_j) with its rows in the weight's order.
+        """Return factors of rank Σ ranks: A = [A_1; A_2; …] N, B = blockdiag(B_j) with its rows in the weight's order,
+        both in the adapter's dtype.
 
         On layers that take vectors A is two products, which save memory in the backward pass. If N has a column for the
         bias, B also shifts the layer's bias.

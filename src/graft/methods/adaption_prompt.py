@@ -142,8 +142,9 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
         """Return the prompt's part of the attention's output, (batch, tokens, hidden), for queries q (batch, tokens,
         heads, head_dim).
 
-        Keys and values come from the prompt by the attention's own layers, values times the gate; heads are repeated to
-        fit the queries. The result passes o_proj, with a fused projection (GPT-2) nothing.
+        Keys and values come from the prompt, in q's dtype, by the attention's own layers, values times the gate; heads
+        are repeated to fit the queries. The attention has the usual scale and no mask. The result passes o_proj, with a
+        fused projection (GPT-2) nothing.
         """
         attention = self.layer.base_layer
         prompt, gate = self.adaption_prompt.to(q.dtype), self.adaption_gate.to(q.dtype)

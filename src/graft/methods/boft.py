@@ -154,6 +154,8 @@ class BOFT(Method[BOFTConfig]):
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return s ⊙ (W Rᵀ) in W's shape, with W as a matrix (out, fan_in), and the bias unchanged.
 
+        R and s are cast to W's dtype.
+
         Of an embedding, R and s act on the columns that are looked up.
         """
         s = self.boft_s.flatten().to(W.dtype)

@@ -378,8 +378,8 @@ class Bottleneck(Method[BottleneckConfig]):
 
     @property
     def place(self) -> BottleneckPlace:
-        """The place of this site in the config; "after", with the layer's output width or the model's, if it
-        has none.
+        """The place of this site in the config; "after" if it has none, with a known layer's output width, else the
+        model's.
         """
         site = self.site
         place = self.cfg.places.get(site.key)

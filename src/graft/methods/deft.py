@@ -120,6 +120,9 @@ class DEFT(Method[DeftConfig]):
         return Factors(R + A0, B, dropout=self.deft_dropout)  # acts on both where groups tear the two apart
 
     def down(self, R: Tensor, A0: Tensor, x: Tensor) -> Tensor:
-        """Return R dropout(x) + A0 x: dropout acts on the input of R alone. A0 is -Zᵀ W₀."""
+        """Return R dropout(x) + A0 x: dropout acts on the input of R alone.
+
+        A0 is -Zᵀ W₀. x is cast to the adapter's dtype.
+        """
         op, base, x = self.site.op, self.layer.base_layer, x.to(self.dtype)
         return op.down(base, self.deft_dropout(x), R) + op.down(base, x, A0)

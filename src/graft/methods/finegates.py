@@ -157,7 +157,7 @@ class FineGates(Method[FineGatesConfig]):
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the weight with rows and columns times their gates, and the bias (None without one) times the rows'
-        gates. Of a convolution with groups, the columns' gates are those of each group.
+        gates, both in their own dtypes. Of a convolution with groups, the columns' gates are those of each group.
         """
         rows, columns = (g.to(W.dtype) for g in self.gates())
         groups = self.site.op.count_groups(self.site.module)

@@ -79,9 +79,9 @@ def basis(sites: Sequence[Site], n: int, alpha: float) -> Tensor:
     """Return V (n, n) of a category, in float32 on the CPU: it makes the columns of W V as orthogonal as possible for
     all its weights W.
 
-    Of layers with equal `order` only the last counts. With all weights below each other = Q R, V is Rᵀ times the
-    eigenvectors of the mean of (Qᵢᵀ Qᵢ + alpha)⁻¹ over the layers. If they have fewer than n rows together, V are their
-    right singular vectors. Return an empty V on the meta device if a weight is there.
+    Of layers with equal `order` only the last counts. The weights get no gradient. With all weights below each other =
+    Q R, V is Rᵀ times the eigenvectors of the mean of (Qᵢᵀ Qᵢ + alpha)⁻¹ over the layers. If they have fewer than n
+    rows together, V are their right singular vectors. Return an empty V on the meta device if a weight is there.
     """
     V = torch.empty(n, n)
     if V.is_meta or any(site.on_meta for site in sites):
@@ -268,7 +268,10 @@ class FRoD(Method[FrodConfig]):
         return scale
 
     def delta(self, W0: Tensor) -> Tensor:  # type: ignore[override]
-        """Return ΔW = U (diag(λ) + S) Vᵀ - W₀, in W₀'s shape."""
+        """Return ΔW = U (diag(λ) + S) Vᵀ - W₀, in W₀'s shape.
+
+        U and V are cast to the dtype of S's values before the product.
+        """
         V, (rows, columns) = self.common_tensors
         values, n = self.frod_lambda_s_values, len(V)
         M = values.new_zeros(n, n).index_put((rows, columns), values) + torch.diag(self.frod_lambda_l)

@@ -82,7 +82,7 @@ class HRA(Method[HRAConfig]):
         return reflect(x, *self.compact(self.dtype))
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return W H in W's shape, and the bias unchanged."""
+        """Return W H, a new tensor in W's shape and dtype, and the bias unchanged."""
         U, T = self.compact(W.dtype)
         flat = W.flatten(1)  # (out, fan_in)
         return (flat - (flat @ U) @ T @ U.T).view(W.shape), b

@@ -42,7 +42,8 @@ class IA3Config(Targeted, FanInFanOut):
     def is_feedforward(self, key: str) -> bool:
         """Return True if the layer at path `key` is a feed-forward layer, scaled at its input.
 
-        `feedforward_modules` is a regular expression for the whole path, or names that the path may end with.
+        `feedforward_modules` is a regular expression for the whole path, or names that the path may end with, also
+        inside a name: "proj" fits "q_proj".
         """
         if isinstance(self.feedforward_modules, str):
             return compile_pattern(self.feedforward_modules, "feedforward_modules").fullmatch(key) is not None
@@ -123,7 +124,7 @@ class IA3(Method[IA3Config]):
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the weight with rows times l, and the bias times l; on a feed-forward layer columns times l, and the
-        bias unchanged.
+        bias unchanged. Results are new tensors in the dtypes of weight and bias.
 
         Of a convolution with groups, l's channels are those of each group.
         """

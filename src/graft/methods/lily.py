@@ -108,7 +108,8 @@ class Lily(Method[LilyConfig]):
     def branch(self, x: Tensor) -> Tensor:
         """Return scaling · B̄ A x, (…, out), with B̄ = Σ p_e B_e.
 
-        p averages the softmax of the router for A x over all tokens; without tokens p is 0.
+        p averages the softmax of the router for A x over all tokens of all rows, padding included; A and B move to x's
+        device; without tokens p is 0.
         """
         op, base = self.site.op, self.layer.base_layer
         h = op.down(base, x, self.lily_A.weight.to(x.device))

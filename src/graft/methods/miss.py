@@ -128,7 +128,10 @@ class BatMiSS(MiSS):
         return Rewrite(self.fold)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the weight with each block W_mn (r, r) replaced by W_mn + W_mn D_m + D_m, and the bias unchanged."""
+        """Return the weight with each block W_mn (r, r) replaced by W_mn + W_mn D_m + D_m, and the bias unchanged.
+
+        D is cast to W's dtype.
+        """
         D = self.miss_block.to(W.dtype)
         blocks = W.reshape(len(D), -1, self.cfg.r)  # (m, rows of every n, r)
         new = torch.baddbmm(blocks, blocks, D).view(len(D), self.cfg.r, -1, self.cfg.r) + D[:, :, None]

@@ -88,8 +88,8 @@ def compute_balance_loss(noted: Sequence[NotedTokens], top_k: int) -> Tensor:
     """Return E Σₑ fₑ Pₑ, (), for E experts: fₑ the share of tokens that chose expert e among their `top_k`, Pₑ the mean
     of its probability.
 
-    Padding does not count. Routers count together: all tokens of all of them. If numbers of experts differ, each router
-    counts alone, and the mean is returned.
+    Padding does not count; without real tokens the loss is 0. Gradients flow through Pₑ only. Routers count together:
+    all tokens of all of them. If numbers of experts differ, each router counts alone, and the mean is returned.
     """
     alone = len({one.values.shape[-1] for one in noted}) > 1
     device = noted[0].values.device

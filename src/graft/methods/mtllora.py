@@ -84,7 +84,7 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
         return Update(factors=lambda: self.of_task(value))
 
     def of_task(self, task: int) -> Factors:
-        """Return the factors for one task: A, Σₖ softmax(w_t / τ)ₖ Bₖ, alpha / r, and λ_t as `inner`;
+        """Return the factors for one task: A, Σₖ softmax(w_t / τ)ₖ Bₖ, alpha / r, and λ_t as `inner`, without dropout;
         τ = `weights_sharpness`.
         """
         # (projections,)
@@ -94,7 +94,7 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
 
     def branch(self, x: Tensor) -> Tensor:
         """Return alpha / r · Σₖ softmax(w_t / τ)ₖ Bₖ diag(λ_t) A x for x (batch, …, in), with t the task of each row
-        and τ = `weights_sharpness`.
+        and τ = `weights_sharpness`. The softmax is cast to x's dtype; there is no dropout.
 
         Raises RoutingError without a task for each row.
         """

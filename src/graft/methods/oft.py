@@ -172,7 +172,7 @@ class OFT(Method[OFTConfig]):
 
         Of an embedding return Rᵀ W, as R rotates its output.
 
-        The bias is unchanged.
+        R is cast to W's dtype. The bias is unchanged.
         """
         R = self.R().to(W.dtype)
         if self.site.op.takes_ids:  # R rotates the output: Rᵀ W

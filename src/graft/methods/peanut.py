@@ -85,7 +85,8 @@ class PEANuT(Method[PeanutConfig]):
     def factors(self) -> Factors:
         """Return z (r, in) as A, and B, with the scaling.
 
-        z = σ(A W₀) goes through encoders and decoders; decoders add the inputs of their encoders, last first.
+        z = σ(A W₀) goes through encoders and decoders, with σ after each. To a decoder's result after σ the input of
+        its encoder is added, the last encoder's first. There is no dropout.
         """
         act = activation(self.cfg.act_fn)
         z = act(multiply_widened(self.peanut_A.weight, self.layer.W0.flatten(1)))

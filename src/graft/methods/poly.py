@@ -115,7 +115,8 @@ class Poly(ByTask[PolyConfig]):
         nn.init.uniform_(self.poly_router.module_logits, -1e-3, 1e-3)
 
     def branch(self, x: Tensor) -> Tensor:
-        """Return x A' B' / r in x's leading shape, with A' (in, r) and B' (r, out) of each row's task.
+        """Return x A' B' / r in x's leading shape, with A' (in, r) and B' (r, out) of each row's task, mixed in A's
+        dtype. x is not cast here, and nothing is dropped.
 
         Raises RoutingError without a task for each row.
         """

@@ -229,7 +229,7 @@ class Reft(OnStates[ReftConfig]):
     def add_changes(self, unit: str, h: Tensor, index: Tensor, acts: Tensor, delta: Tensor) -> Tensor:
         """Return delta plus the changes of h at positions `index` (rows, n), where `acts` is True.
 
-        Positions outside of h are clamped.
+        Positions outside of h are clamped. States are cast to the adapter's dtype, and changes at one position add up.
         """
         index = index.clamp(0, h.shape[1] - 1)[..., None].expand(-1, -1, h.shape[2])
         states = h.gather(1, index).to(self.dtype)

@@ -66,7 +66,7 @@ class Road(Method[RoadConfig]):
     def describe(self) -> Effect:
         """Return a `Rewrite` by `fold` and `post`.
 
-        It cannot merge (`why_unmergeable`) if a group of a convolution's channels is no multiple of `group_size`.
+        It cannot merge (`why_unmergeable`) if a group of a known convolution's channels is no multiple of `group_size`.
         """
         op, per_group = self.site.op, self.cfg.group_size
         torn = self.site.out_features // op.count_groups(self.site.module) % per_group if op.known else 0

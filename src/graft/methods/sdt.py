@@ -80,7 +80,7 @@ def strongest(change: Tensor, channels: int, states: int) -> tuple[Tensor, Tenso
     """Return the `channels` channels (c,) with the largest sum of squares in `change` (channels, states), and the
     `states` largest states of each (c, s).
 
-    Both are in ascending order.
+    Both are in ascending order; squares are taken in float32.
     """
     squared = change.float().square()
     some = squared.sum(1).topk(channels).indices.sort().values
@@ -122,7 +122,7 @@ class SDT(Method[SdtConfig]):
     @property
     def size(self) -> int:
         """The number of entries that train: channels · states of A_log, channels · 2 · all states of x_proj (the rows
-        of B and C).
+        of B and C). AssertionError outside of a mixer.
         """
         assert self.mixer is not None
         channels, states = self.mixer.some(self.cfg)
@@ -177,7 +177,7 @@ class SDT(Method[SdtConfig]):
             nn.init.normal_(self.sdt_weight)
 
     def places(self, channels: Tensor, states: Tensor) -> Tensor:
-        """Return the row and the column of each entry that trains, (2, k).
+        """Return the row and the column of each entry that trains, (2, k), for a site in a mixer (else AssertionError).
 
         Of A_log: each channel with its states. Of x_proj: the channels, as columns, in each of the last 2 · states
         rows.

@@ -83,7 +83,8 @@ def draw_places(out: int, fan_in: int, n: int, seed: int) -> Tensor:
     """Return n places in a matrix (out, fan_in) as row and column indices, (2, n): the first of a random order of all,
     drawn on the CPU from `seed`.
 
-    The last 16 results are cached, and shared between layers; under a dispatch mode nothing is cached.
+    The last 16 results are cached, and shared between layers: the caller must not write into them; under a dispatch
+    mode nothing is cached.
     """
     if watched():  # a dispatch mode may give tensors without values
         return _draw_places.__wrapped__(out, fan_in, n, seed)

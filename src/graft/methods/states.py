@@ -61,7 +61,9 @@ class Positions:
         return cls(real.int().argmax(1), real.sum(1))
 
     def __getitem__(self, index: Tensor) -> Positions:
-        """Return the positions of the rows `index`, in that order; unchanged if they hold for all rows."""
+        """Return the positions of the rows `index`, in that order, on the device of the positions; unchanged if they
+        hold for all rows.
+        """
         if self.start is None or self.length is None:
             return self
         index = index.to(self.start.device)

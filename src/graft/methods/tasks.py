@@ -21,7 +21,7 @@ TASKS = "task_ids"
 
 def generate(tuner: Tuner, *args: object, task_ids: object = None, **kwargs: object) -> object:
     """Run the base model's `generate` with the active adapters for all rows, each row as its task in `task_ids`; return
-    its output.
+    its output. The model does not get `task_ids`.
 
     The hooks of its methods (`surround_run`) are around the call; without `task_ids` theirs raises RoutingError.
     """

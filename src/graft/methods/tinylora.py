@@ -81,8 +81,8 @@ class TinyLoRA(Method[TinyLoraConfig]):
         r, r), the layer's group, `tinylora_dropout` and r = `rank`.
 
         P is normal with std 1/√r from the seed `projection_seed` + the layer's number; files hold it with
-        `save_projection`. The group is number // (layers // groups), at most the last one. On an embedding A is (r,
-        embedding_dim), B (vocabulary, r).
+        `save_projection`. On the meta device it is not drawn. The group is number // (layers // groups), at most the
+        last one. On an embedding A is (r, embedding_dim), B (vocabulary, r).
         """
         cfg, site, r = self.cfg, self.site, self.rank
         places = shared["tinylora_places"].container[self.name] if shared else {}
@@ -115,7 +115,7 @@ class TinyLoRA(Method[TinyLoraConfig]):
 
     def factors(self) -> Factors:
         """Return A and B R with R = Σ v_k P_k (r, r), v that of the layer's group, with dropout; on an embedding Bᵀ and
-        (R A)ᵀ.
+        (R A)ᵀ. v is cast to P's dtype and device.
         """
         P, v = self.tinylora_P, getattr(self.tinylora_v, str(self.tinylora_group))
         R = (v.to(P.device, P.dtype) @ P.flatten(1)).view(P.shape[1:])

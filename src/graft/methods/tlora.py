@@ -128,8 +128,8 @@ class TLoRA(Method[TLoraConfig]):
         """Fill P, λ, Q and their frozen copies with r singular triples of W₀: the largest, last or middle ones by
         `sig_type`.
 
-        Without `use_data_init` of a random matrix / r. With `init_weights=False` λ gets normal values added, so that ΔW
-        is not 0.
+        Without `use_data_init` of a random normal matrix / r, drawn on the CPU. With `init_weights=False` λ gets normal
+        values added, so that ΔW is not 0.
         """
         cfg, P = self.cfg, self.tlora_P
         if cfg.use_data_init:

@@ -101,7 +101,7 @@ class TrainableTokens(Method[TrainableTokensConfig]):
         whether one is named twice.
 
         Buffers that no file holds: `trainable_tokens_original` (k, d), `sorted_tokens` (k,), and `order_of_tokens`
-        (k,), their places in the list.
+        (k,), their places in the list. d is the embedding's width, or a linear layer's inputs.
         """
         width = self.site.out_features if self.site.op.takes_ids else self.site.in_features
         indices = list(self.cfg.token_indices)
@@ -116,8 +116,8 @@ class TrainableTokens(Method[TrainableTokensConfig]):
         )
 
     def init_values(self) -> None:
-        """Fill `trainable_tokens_original` with a copy of the base's rows, and make `trainable_tokens_delta` a new
-        parameter with the same values, both in the base's dtype.
+        """Fill `trainable_tokens_original` with a copy of the base's rows (of an embedding's canonical weight:
+        columns), and make `trainable_tokens_delta` a new parameter with the same values, both in the base's dtype.
 
         With `init_weights=False` the trained rows stay the parameter of `build`, with normal values.
         """
@@ -151,7 +151,7 @@ class TrainableTokens(Method[TrainableTokensConfig]):
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y with the outputs of the trained tokens replaced: of an embedding where x is one of them, of a head
-        their logits.
+        their logits. The new values are cast to y's dtype.
         """
         layer, rows = self.layer, self.rows
         if not layer.op.takes_ids:
@@ -168,7 +168,7 @@ class TrainableTokens(Method[TrainableTokensConfig]):
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return W with the tokens' rows (of an embedding's canonical weight: columns) replaced by the trained ones,
-        and the bias unchanged.
+        cast to W's dtype, in a new tensor, and the bias unchanged.
         """
         rows, tokens = self.rows.to(W.dtype), self.order_to_token()
         if self.layer.op.takes_ids:

@@ -183,7 +183,10 @@ class VBLoRA(Method[VBLoRAConfig]):
         return Factors(A.flatten(1), B.transpose(1, 2).flatten(0, 1), dropout=self.vblora_dropout)
 
     def mix_vectors(self, logits: Tensor) -> Tensor:
-        """Return Σ softmax(k largest logits) · their vectors of the bank: logits (…, vectors) → (…, L)."""
+        """Return Σ softmax(k largest logits) · their vectors of the bank: logits (…, vectors) → (…, L).
+
+        The bank moves to the logits' device.
+        """
         largest, index = logits.topk(self.cfg.topk, dim=-1)
         vectors = self.vblora_vector_bank.to(logits.device).index_select(0, index.flatten())
         return (largest.softmax(-1)[..., None] * vectors.view(*index.shape, -1)).sum(-2)

@@ -151,7 +151,7 @@ class Scalings:
         return w.flatten()
 
     def rows(self, index: Tensor) -> Scalings:
-        """Return the scalings of the rows `index`, in that order."""
+        """Return the scalings of the rows `index`, in that order, on the device of the weights."""
         return Scalings(self.weights[index.to(self.weights.device)], self.layers, self.experts)
 
 

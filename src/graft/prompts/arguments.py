@@ -147,9 +147,9 @@ KINDS = {"token_type_ids": 0, "mm_token_type_ids": 0, "visual_pos_masks": 0, "gl
 def put_embeddings(stack: PromptStack, arguments: dict[str, Any], batch: int) -> None:
     """Put the prompt's embeddings before the input's in `arguments`, in place, in the input's device and dtype.
 
-    `input_ids` become None and `inputs_embeds` are set, made by the word embeddings if the call has none. Token types
-    and the other arguments in `KINDS` get 0 for the prompt's tokens, `global_attention_mask` 1. A model with embeddings
-    for each layer gets those of padding for the prompt.
+    `input_ids` become None and `inputs_embeds` are set, made by the word embeddings (else AssertionError) if the call
+    has none. Token types and the other arguments in `KINDS` get 0 for the prompt's tokens, `global_attention_mask` 1. A
+    model with embeddings for each layer gets those of padding for the prompt.
     """
     embeds = arguments.get("inputs_embeds")
     if getattr(stack.config, "hidden_size_per_layer_input", None):

@@ -97,7 +97,7 @@ class MultitaskPromptEmbedding(PromptEmbedding):
         ids, allowed = torch.as_tensor(task_ids), f"task_ids must be whole numbers from 0 to {self.num_tasks - 1}"
 
         def wrong() -> ValueError:
-            """Return the error for wrong task_ids."""
+            """Return the ValueError for wrong task_ids, with the allowed range and the ids."""
             return ValueError(f"{allowed}, one for each sample, got {task_ids}.")
 
         if ids.dim() > 1 or ids.dtype not in (torch.int64, torch.int32):

@@ -80,7 +80,8 @@ class PromptEncoder(Prompt):
         self.mlp_head = nn.Sequential(nn.Linear(dim, H), nn.ReLU(), nn.Linear(H, H), nn.ReLU(), nn.Linear(H, dim))
 
     def forward(self, indices: Tensor | None = None, **arguments: object) -> Tensor:
-        """Return the prompt (tokens, dim), the network's output for the embedding; with `indices` only these tokens.
+        """Return the prompt (tokens, dim), the network's output for the embedding; with `indices` the network runs on
+        these rows alone.
 
         Without a network return rows of the embedding.
         """

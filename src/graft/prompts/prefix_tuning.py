@@ -56,7 +56,7 @@ class PrefixEncoder(Prompt):
 
     def forward(self, indices: Tensor | None = None, **arguments: object) -> Tensor:
         """Return keys and values (tokens, 2 · layers · token_dim), from the projection if there is one; with `indices`
-        only these tokens.
+        only these rows are projected.
         """
         rows = pick(self.embedding.weight, indices)
         return self.transform(rows) if self.prefix_projection else rows

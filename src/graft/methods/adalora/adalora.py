@@ -229,7 +229,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
         return seen
 
     def factors(self) -> Factors:
-        """Return A and B, with E · scaling / (ranknum + 1e-5) as `inner`, and dropout.
+        """Return A and B, with E · scaling / (ranknum + 1e-5) as `inner`, in A's dtype, and dropout.
 
         Under FSDP (`sees`), in training with gradients, also stores the two distances for the loss.
         """

@@ -47,7 +47,9 @@ class Offsets:
     progress: Progress
 
     def __getitem__(self, index: Tensor) -> Offsets:
-        """Return the offsets of the rows `index`, in that order; `longest` and `progress` stay the same."""
+        """Return the offsets of the rows `index`, in that order, on the device of the counts; `longest` and `progress`
+        stay the same.
+        """
         return Offsets(self.counts[index.to(self.counts.device)], self.longest, self.progress)
 
     def repeat_interleave(self, repeats: int, dim: int) -> Offsets:

@@ -10,8 +10,8 @@ from graft.methods.lora.config import LoraConfig
 
 
 def check_site(site: Site, cfg: LoraConfig) -> None:
-    """Raise ConfigError if r < 1, if `lora_bias` meets an embedding, if the groups of a convolution do not divide r, or
-    if `check_parameter` refuses a parameter.
+    """Raise ConfigError, in this order: if r < 1; if `check_parameter` refuses a parameter (an opaque op); if
+    `lora_bias` meets an embedding; if the groups of a known convolution do not divide r.
     """
     COUNT.check("r", cfg.r)
     if site.op.opaque:
@@ -67,8 +67,8 @@ def plain_start(site: Site, cfg: LoraConfig, option: str) -> None:
 
 
 def unmergeable(site: Site, cfg: LoraConfig) -> str | None:
-    """Return the reason why an adapter has no merged form: a convolution with groups > 1, or `lora_bias` on a layer
-    without bias. None if it has one.
+    """Return the reason why an adapter has no merged form: a known convolution with groups > 1, or `lora_bias` on a
+    layer without bias. None if it has one.
     """
     if site.op.known and site.op.count_groups(site.module) > 1:
         return "Merging is not supported for _ConvNd layers with groups > 1! A mixes the groups"

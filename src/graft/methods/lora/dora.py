@@ -152,7 +152,10 @@ class DoRA(LoRA):
         return Update(factors=self.factors, gains=True, of_weight=True)
 
     def factors(self) -> Factors:
-        """Return LoRA's factors with the gain m / ‖W + ΔW‖, (out,). The norm has no gradient."""
+        """Return LoRA's factors with the gain m / ‖W + ΔW‖, (out,).
+
+        The norm has no gradient, and is cast to m's dtype.
+        """
         m, f = self.lora_magnitude_vector().flatten(), super().factors()
         return f.with_gain(m / cast(self.norm(f), m.dtype))
 
@@ -170,8 +173,8 @@ class DoRA(LoRA):
         return self.compute_norm(f)
 
     def compute_norm(self, f: Factors) -> Tensor:
-        """Return ‖W₀ + B A‖ per output channel, (out,), for the factors f; of a sharded weight the processes exchange
-        sums.
+        """Return ‖W₀ + B A‖ per output channel, (out,), for the factors f, all detached; of a sharded weight the
+        processes exchange sums.
         """
         W, *cuts = self.layer.local_W0
         A, B = f.matrices()

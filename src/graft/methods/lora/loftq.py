@@ -31,7 +31,8 @@ def nf4(W: Tensor) -> Tensor:
     """Return W with each value rounded to the nearest of 16 NF4 codes, times the largest absolute value in its block of
     64.
 
-    Blocks run over the flattened weight; the last is padded with zeros.
+    Blocks run over the flattened weight; the last is padded with zeros. Blocks of zeros stay zeros. Shape and dtype are
+    W's.
     """
     codes = torch.tensor(NF4, device=W.device, dtype=W.dtype)
     flat = W.reshape(-1)

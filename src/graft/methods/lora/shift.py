@@ -98,8 +98,8 @@ def take_out(lora: Method, A: Tensor, B: Tensor) -> None:
 
     Warns if the layer has other adapters too.
 
-    With `keeps_shift`, also store A and B in `lora_shift`, with a sample of the weight before and after, and mark it as
-    done.
+    With `keeps_shift`, also store A and B in `lora_shift`, detached and in float32, with a sample of the weight before
+    and after, and mark it as done.
     """
     layer, W = lora.layer, lora.layer.W0
     if len(layer.methods) > 1:

@@ -129,7 +129,7 @@ def olora(lora: Method, W: Tensor) -> Start:
 
 def corda(lora: Method, W: Tensor) -> Start:
     """Return the start of CorDA: A = √(S/s) Vᵀ and B = U √(S/s), from the triples in the base layer's attribute
-    `eigens`, which it removes.
+    `eigens`, cast to W's dtype and device. It removes the attribute.
 
     Raises:
         CalibrationError: `preprocess_corda` has left no triples; their shapes do not fit W and r; a value is not

@@ -66,7 +66,7 @@ class VeLoRA(LoRA):
         """Return the unit vector v (D,) of the projection for a batch x (…, in), without gradient.
 
         init_type "random", or "batch_average_once" after the first batch: the buffer. Else: the mean direction of x, a
-        new tensor, which is also copied into the buffer and marks it as initialised.
+        new tensor in the buffer's dtype, which is also copied into the buffer and marks it as initialised.
         """
         v: Tensor = self.lora_velora_embed
         cfg = require_sub_config(self.cfg.velora_config)

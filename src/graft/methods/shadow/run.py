@@ -48,7 +48,8 @@ class States:
         """Return the state before a block with input h, and make it the adapter's current one: `seed` before the first
         block.
 
-        With gradients the state is also kept by block. A backward pass that runs the block again gets that one.
+        With gradients, and not in compiled code, the state is also kept by block. A backward pass that runs the block
+        again gets that one.
 
         Raises:
             NotImplementedError: a backward pass runs a block again that ran several times, or without gradients.

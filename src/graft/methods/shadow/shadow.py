@@ -151,7 +151,8 @@ class Shadow(Method[ShadowConfig]):
         return x + self.cfg.shadow_alpha * self.shadow_up(difference)
 
     def post(self, h: Tensor, y: Tensor) -> Tensor:
-        """Return y unchanged, and set the adapter's state to s + g (T(y) - s), g = σ(G(y)).
+        """Return y unchanged, and set the adapter's state to s + g (T(y) - s), g = σ(G(y)), computed in the adapter's
+        dtype.
 
         After the last block only remove the state.
         """

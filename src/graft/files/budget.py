@@ -215,8 +215,8 @@ def count_unpacked_bytes(p: Tensor) -> int:
 
 
 def measure_training_step(model: PeftModel, batch: int, length: int, on_gpu: bool) -> StepMemory:
-    """Run one forward and backward pass on zeros as tokens, on the meta device, and return the bytes of activations
-    after the forward pass and of the fullest moment.
+    """Run one forward and backward pass and return the bytes of activations after the forward pass and of the fullest
+    moment. The tokens are zeros on the meta device.
 
     `on_gpu` decides whether attention counts as fused. Raises ConfigError, with the remedy to install transformers 5,
     if the model raises RuntimeError there.

@@ -320,10 +320,11 @@ def largest_triplets(W: np.ndarray, rank: int | None, energy: float | None) -> S
 def cut_triplets(
     triplets: Svd, W: np.ndarray, rank: int | None, energy: float | None, whole: float | None = None
 ) -> Svd:
-    """Return the first triplets of an SVD: no more than `rank`, as few as hold the share `energy` of `whole` (to a
-    relative 1e-9), and none with σ up to σ₁ · the larger side · float32's epsilon.
+    """Return the first triplets of an SVD, as few as the limits allow.
 
-    None sets no limit. At least one stays. `whole` is ‖W‖²; without it, the sum of all σ² counts.
+    No more than `rank` are returned, as few as hold the share `energy` of `whole` (to a relative 1e-9). Those with σ up
+    to σ₁ · the larger side · float32's epsilon are left out. None sets no limit. At least one stays. `whole` is ‖W‖²;
+    without it, the sum of all σ² counts.
     """
     squares = np.cumsum(triplets.s.astype("f8") ** 2)
     real = int((triplets.s > triplets.s[0] * max(W.shape) * np.finfo("f4").eps).sum()) or 1

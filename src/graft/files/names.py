@@ -259,10 +259,10 @@ def split_pipeline(adapter: AdapterFile) -> dict[str, AdapterFile]:
 
 
 def select_pipeline_part(adapter: AdapterFile, base: Base) -> AdapterFile:
-    """Return the part of a pipeline's adapter that fits one model, by module names, which must all be the model's as
-    they are, and by the shapes of LoRA factors.
+    """Return the part of a pipeline's adapter that fits one model; or the whole adapter if not exactly one part fits.
 
-    Returns the whole adapter if it is for a single model, or if not exactly one part fits.
+    A part fits if all its module names are the model's as they are, and the shapes of LoRA factors are right. The whole
+    adapter is also returned if it is for a single model.
     """
     known, fitting = set(base.modules), []
     for part in split_pipeline(adapter).values():

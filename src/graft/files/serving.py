@@ -321,8 +321,10 @@ class Subject:
     # conditions: rank and scale
 
     def rank_above_the_limit(self) -> Iterable[str]:
-        """Yield "P has rank r, the limit is n" for each LoRA module above the server's limit: that of the options (None
-        and 0 count as not set), or its default; nothing without one.
+        """Yield "P has rank r, the limit is n" for each LoRA module above the server's limit.
+
+        The limit is that of the options, where None and 0 count as not set, or the server's default. Yields nothing
+        without one.
         """
         limit = self.options.max_rank or self.server.max_rank
         if limit is not None:

@@ -197,9 +197,9 @@ def describe_checkpoint(base: BaseDescription) -> BaseDescription | None:
 
 
 def describe_model(model: nn.Module, path: str) -> BaseDescription:
-    """Return the names and shapes of a live model's parameters, tied ones under each name, its modules except the root,
-    and its config as a dict, {} without one. Values and buffers are not included. If `architectures` in the config is
-    empty, it becomes the model's class.
+    """Return the names and shapes of a live model's parameters, the names of its modules except the root, and its
+    config. Tied parameters are listed under each name. The config is a dict, {} without one. Values and buffers are not
+    included. If `architectures` in the config is empty, it becomes the model's class.
 
     Args:
         path: name of the model in messages.

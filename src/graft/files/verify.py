@@ -157,8 +157,10 @@ def verify_server(
 
 @contextmanager
 def rescale_layers(layers: Mapping[str, Any], factor: Callable[[str], float]) -> Iterator[None]:
-    """Multiply the scalings of all adapters of each layer by `factor(path)` within the block; afterwards, also after an
-    error, each layer has its former dict of scalings. Calls of other threads are not waited for.
+    """Multiply the scalings of all adapters of each layer by `factor(path)` within the block.
+
+    Afterwards, also after an error, each layer has its former dict of scalings. Calls of other threads are not waited
+    for.
     """
     before = {path: layer.scaling for path, layer in layers.items()}
     try:

@@ -231,8 +231,9 @@ def name_factors(stem: str, A: Tensor, B: Tensor) -> Iterator[tuple[str, Tensor]
 
 
 def collapse_shared(pairs: Mapping[str, FactorPair]) -> dict[str, FactorPair]:
-    """Return the pairs with A of the input's stack and B of the output's only of expert 0, as views of one expert;
-    whether the others are equal is not checked.
+    """Return the pairs with only expert 0 in A of the input's stack and in B of the output's.
+
+    Both are views of one expert. Whether the other experts are equal is not checked.
     """
     return {IN: FactorPair(pairs[IN].A[:1], pairs[IN].B), OUT: FactorPair(pairs[OUT].A, pairs[OUT].B[:1])}
 

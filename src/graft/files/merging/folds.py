@@ -317,8 +317,9 @@ def change_bias(job: MergeJob, path: str, lora: LowRank) -> TensorChange:
 
 
 def replace_whole(job: MergeJob, name: str, value: Tensor) -> list[TensorChange]:
-    """Return the changes that replace a base tensor by a trained one, one for each place; or one that adds it as a new
-    tensor, whatever the job's weight.
+    """Return the changes that replace a base tensor by a trained one, one for each place.
+
+    A tensor that the base lacks is one change that adds it. The job's weight does not matter for that.
 
     Raises:
         BaseModelMismatchError: the shape differs beyond the first dimension, or a new tensor is not in

@@ -150,3 +150,22 @@ def test_low_rank_updates_of_other_layers():
         expected = output(model, sample)
         model.merge_adapter()
         close(output(model, sample), expected)
+
+
+@pytest.mark.parametrize("shape", [(256, 24), (3, 10), (5, 7), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_blocks_are_transposed_bit_for_bit(shape, dtype):
+    block = torch.randn(shape).bfloat16()
+    block.view(-1)[:3] = torch.tensor([float("nan"), -0.0, 1e-40])[: block.numel()]
+    for x in (block, block[1:], block[:, 1:]):
+        found, wanted = sparse.transpose_block(x, dtype), x.T.to(dtype).contiguous()
+        assert found.dtype == dtype and found.is_contiguous()
+        assert torch.equal(found.flatten().view(torch.uint8), wanted.flatten().view(torch.uint8))
+
+
+def test_an_order_is_kept_while_it_sorts():
+    places, orders = torch.tensor([5, 1, 3]), []
+    first = sparse.find_order(places, orders)
+    assert first.tolist() == [1, 2, 0] and sparse.find_order(places + 2, orders) is first
+    assert sparse.find_order(places.flip(0), orders).tolist() == [1, 0, 2] and orders[0] is not first
+    assert sparse.find_order(places.sort().values, orders) is None

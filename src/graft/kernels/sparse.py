@@ -48,16 +48,8 @@ def multiply_sampled(x: Tensor, W: Tensor, places: Tensor) -> Tensor:
     x (rows, n), W (out, n), places sorted.
     """
     dtype = torch.promote_types(W.dtype, torch.float32)
-    values = x.reshape(-1).index_select(0, places).to(dtype)
-    return multiply_entries(values, places, len(x), W.T.to(dtype).contiguous())
-
-
-def multiply_entries(values: Tensor, places: Tensor, rows: int, table: Tensor) -> Tensor:
-    """Return the product of a matrix (rows, n), with `values` at `places` (sorted) and zeros elsewhere, with a table
-    (n, m) of the same dtype: (rows, m).
-    """
-    n = len(table)
-    first = row_starts(places, rows, n)[:-1]
+    values, n = x.reshape(-1).index_select(0, places).to(dtype), x.shape[1]
+    first, table = row_starts(places, len(x), n)[:-1], W.T.to(dtype).contiguous()
     return F.embedding_bag(places % n, table, first, mode="sum", per_sample_weights=values)
 
 
@@ -112,6 +104,7 @@ class Scattered(NamedTuple):
     places: Tensor  # (k,) long: indices into ΔW as a flat list, row by row
     shape: tuple[int, ...]  # of ΔW, (out, in, *kernel)
     order: Tensor | None = None  # (k,): indices that sort the places, if `find_order` was asked and had some
+    orders: list[Tensor] | None = None  # where `find_order` keeps them for the next call; None: nowhere
 
     def dense(self) -> Tensor:
         """Return ΔW in `shape`, with the values of equal places summed."""
@@ -144,9 +137,11 @@ class Scattered(NamedTuple):
         values, places = self.values.to(x.dtype), self.places
         if (order := find_order(places) if self.order is None else self.order) is not None:
             values, places = values[order], places[order]
-        y = x.new_empty(*x.shape[:-1], out)
+        y, first = x.new_empty(*x.shape[:-1], out), row_starts(places, out, n)[:-1]
+        places = places % n
         for some, rows in zip(x.reshape(-1, n).split(BLOCK), y.view(-1, out).split(BLOCK)):
-            rows.copy_(multiply_entries(values, places, out, some.T.contiguous()).T)
+            table = some.T.contiguous()
+            rows.copy_(F.embedding_bag(places, table, first, mode="sum", per_sample_weights=values).T)
         return y
 
     def linear_with(
@@ -157,7 +152,7 @@ class Scattered(NamedTuple):
         """
         if not holds(self.values, W):
             return None
-        return linear_with(W, bias, x, self._replace(order=find_order(self.places)), call, input_gradient)
+        return linear_with(W, bias, x, self._replace(order=find_order(self.places, self.orders)), call, input_gradient)
 
     def add_to(self, W: Tensor) -> Tensor:
         """Return W + ΔW in new memory, in the dtype of the values.
@@ -176,8 +171,8 @@ class Scattered(NamedTuple):
         return total if in_memory is W else total.T
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        """Return the gradient of the values, gᵀ x at their places, always; None for places, shape and order."""
-        return gradient_entries(g, x, self.places, self.order, self.values.dtype), None, None, None
+        """Return the gradient of the values, gᵀ x at their places, always; None for the four other fields."""
+        return gradient_entries(g, x, self.places, self.order, self.values.dtype), None, None, None, None
 
 
 def gradient_entries(g: Tensor, x: Tensor, places: Tensor, order: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -194,17 +189,45 @@ def gradient_entries(g: Tensor, x: Tensor, places: Tensor, order: Tensor | None,
     order = find_order(places) if order is None else order
     sums = zero_pattern(places if order is None else places[order], g.shape[1], x.shape[1], dtype)
     for some, rows in zip(g.split(BLOCK), x.split(BLOCK)):
-        some, rows = (t.T.contiguous().to(dtype) for t in (some, rows))
-        sums = torch.sparse.sampled_addmm(sums, some, rows.T)
+        sums = torch.sparse.sampled_addmm(sums, transpose_block(some, dtype), transpose_block(rows, dtype).T)
     values = sums.values()
     return values if order is None else torch.empty_like(values).index_copy_(0, order, values)
 
 
-def find_order(places: Tensor) -> Tensor | None:
+def transpose_block(block: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a matrix (rows, n) transposed, contiguous, in `dtype`.
+
+    From bfloat16 to float32 each pair of neighbours in a row is moved as one number, and split afterwards: that takes
+    two thirds of the time, since torch transposes numbers of 32 bits several at a time.
+    """
+    rows, n = block.shape
+    pairs = rows and block.is_contiguous() and not (n % 2 or block.storage_offset() % 2)
+    if (block.dtype, dtype) != (torch.bfloat16, torch.float32) or not pairs:
+        return block.T.contiguous().to(dtype)
+    pixel = block.view(dtype).view(1, 1, 1, -1).permute(0, 3, 1, 2)  # its channels are shuffled
+    both = torch.channel_shuffle(pixel, rows).view(torch.int32).view(n // 2, rows)
+    out = both.new_empty(n, rows)
+    torch.bitwise_left_shift(both, 16, out=out[0::2])  # a float32 begins with the 16 bits of a bfloat16
+    torch.bitwise_and(both, -(1 << 16), out=out[1::2])
+    return out.view(dtype)
+
+
+def find_order(places: Tensor, orders: list[Tensor] | None = None) -> Tensor | None:
     """Return the indices that sort `places`; None if they are sorted, or on a device where no kernel needs that.
 
     While a dispatch mode is active, which may give tensors without values, they are sorted in any case.
+
+    orders: the result for as many places before, or []. It is returned again if it sorts these; a new one replaces it.
     """
-    if not gathers(places) or (not watched() and (places[1:] >= places[:-1]).all()):
+    if not gathers(places) or (not watched() and is_sorted(places)):
         return None
-    return places.argsort()
+    if watched() or orders is None:
+        return places.argsort()
+    if not orders or not is_sorted(places[orders[0]]):
+        orders[:] = [places.argsort()]
+    return orders[0]
+
+
+def is_sorted(places: Tensor) -> bool:
+    """Return True if no number is followed by a smaller one."""
+    return bool((places[1:] >= places[:-1]).all())

@@ -67,6 +67,7 @@ class SuperTuning(Method[SupertuningConfig]):
     supertuning_lora_B: nn.Linear  # weight (out, r)
     supertuning_lora_dropout: nn.Module
     scaling: float
+    orders: list[Tensor] | None = None  # of `find_order`; set by `build`
 
     @property
     def size(self) -> int:
@@ -111,7 +112,7 @@ class SuperTuning(Method[SupertuningConfig]):
         With r also the linear layers `supertuning_lora_A` (r, fan_in) and `supertuning_lora_B` (out, r) without bias,
         the dropout, `r` and scaling = alpha / r, 0 without alpha. The layers begin as nn.Linear does.
         """
-        cfg, site = self.cfg, self.site
+        cfg, site, self.orders = self.cfg, self.site, []
         places = torch.zeros(self.size, dtype=torch.int32)
         values: dict[str, object] = dict(
             supertuning_values=nn.Parameter((torch.zeros if cfg.init_weights else torch.randn)(self.size)),
@@ -150,8 +151,11 @@ class SuperTuning(Method[SupertuningConfig]):
         return check_places(tensors, "supertuning_indices", math.prod(self.site.shape), self.site.key)
 
     def delta(self) -> Scattered:
-        """Return ΔW with v at the indices, 0 elsewhere, as a `Scattered`."""
-        return Scattered(self.supertuning_values, self.supertuning_indices.long(), self.site.shape)
+        """Return ΔW with v at the indices, 0 elsewhere, as a `Scattered`. Except under a compiler it gets the order of
+        the indices that an earlier call found.
+        """
+        orders = None if torch.compiler.is_compiling() else self.orders
+        return Scattered(self.supertuning_values, self.supertuning_indices.long(), self.site.shape, orders=orders)
 
     def factors_beside(self) -> Factors:
         """Return the LoRA update's factors with scaling and dropout: the modules on a linear layer, else their

@@ -116,13 +116,13 @@ def save_adapter(
     pair.save_pair(folder, SAFETENSORS_WEIGHTS_NAME if safetensors else WEIGHTS_NAME, write, text, beside)
 
 
-def write_sealed(path: str, tensors: dict[str, Tensor], beside: Mapping[str, str] | None = None) -> None:
+def write_sealed(path: str, tensors: dict[str, Tensor], texts: Mapping[str, str] | None = None) -> None:
     """Write copies of tensors with their digest to `path`, whole or not at all: an error leaves the old file.
 
     Args:
-        beside: texts of further files in the folder, by name. Each is written before, whole or not at all.
+        texts: contents of further text files in the folder, by name. Each is written before, whole or not at all.
     """
-    for name, text in (beside or {}).items():
+    for name, text in (texts or {}).items():
         replace_file(os.path.join(os.path.dirname(path), name), text)
     packed = PackedTensors.copy(tensors)
     replace_file(path, lambda to: write_safetensors(to, packed, {"format": "pt", seal.KEY: packed.digest()}))

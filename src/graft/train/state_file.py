@@ -33,8 +33,8 @@ def write_state_file(
     the same folder, too, as indented JSON.
     """
     text = json.dumps(note).encode()
-    beside = {note_name: json.dumps(note, indent=1)} if readable else {}
-    write_sealed(path, tensors | {note_name: torch.frombuffer(bytearray(text), dtype=torch.uint8)}, beside)
+    texts = {note_name: json.dumps(note, indent=1)} if readable else {}
+    write_sealed(path, tensors | {note_name: torch.frombuffer(bytearray(text), dtype=torch.uint8)}, texts)
 
 
 def read_state_file(path: str, note_name: str, what: str) -> tuple[Json, dict[str, Tensor]]:

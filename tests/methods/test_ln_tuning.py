@@ -40,6 +40,12 @@ def cast_copy(kind, dtype, copy_dtype):
     return model, trained, x, plain
 
 
+def test_it_compiles_in_one_graph():
+    torch._dynamo.reset()
+    model, _, x, plain = cast_copy("llama", torch.bfloat16, torch.float32)
+    assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), plain(x), rtol=0, atol=0)
+
+
 @pytest.mark.differs("LN tuning whose copy was cast to another dtype than the layer's")
 @pytest.mark.parametrize("dtype, copy_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", LAYERS)

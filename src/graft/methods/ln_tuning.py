@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.func import functional_call
 
 from graft.config.fields import TARGETS, Targeted
 from graft.core.each import copy_with_tensors
@@ -53,12 +56,13 @@ class LNTuning(Method[LNTuningConfig]):
             p.requires_grad = p.is_floating_point()
         return dict(ln_tuning_layers=clone)
 
-    def get_copy(self) -> nn.Module:
+    def get_copy(self) -> Any:
         """Return the copy, `ln_tuning_layers`, if its tensors have the dtypes of the layer's.
 
         If someone has cast it, returns a shallow copy of it with parameters cast to the layer's dtypes, so that both
-        compute alike. Gradients pass to the uncast ones. Only then are buffers cast as well, in place in
-        `ln_tuning_layers`, since forward passes write them.
+        compute alike. Under torch.compile, returns a function that runs `ln_tuning_layers` so. Gradients pass to the
+        uncast parameters. Only then are buffers cast as well, in place in `ln_tuning_layers`, since forward passes
+        write them.
         """
         trained, base = self.ln_tuning_layers, self.layer.base_module
         dtypes = find_dtypes(base.named_parameters())
@@ -69,6 +73,8 @@ class LNTuning(Method[LNTuningConfig]):
         for name, b in trained.named_buffers():
             path, _, key = name.rpartition(".")
             trained.get_submodule(path)._buffers[key] = cast(b, dtypes.get(name, b.dtype))
+        if is_dynamo_compiling():  # which follows no copy.copy
+            return lambda *args, **kwargs: functional_call(trained, parameters, args, kwargs)
         return copy_with_tensors(trained, parameters)
 
 

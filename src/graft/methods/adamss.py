@@ -335,7 +335,7 @@ class AdaMSS(Method[AdamssConfig]):
     def build_empty(self, shared: dict[str, object], device: torch.device) -> dict[str, Any]:
         """Call `build` and return its tensors on `device`; on the meta device they have no values.
 
-        Keeps the clusters of the rows in `self.rows`, for files that lack them. Torch's CPU generator stays as it was.
+        Keeps `adamss_clusters` in `self.rows`, for files that lack them. Torch's CPU generator stays as it was.
         """
         with torch.random.fork_rng(devices=[]):
             values = self.build(shared)
@@ -344,8 +344,8 @@ class AdaMSS(Method[AdamssConfig]):
         return {name: v if isinstance(v, Transient) else v.to(device) for name, v in values.items()}
 
     def build_largest(self) -> dict[str, object]:
-        """Return empty tensors of the largest sizes that `build` can give for this shape of weight: N (R, columns), one
-        A and one B for all clusters.
+        """Return empty tensors of the largest sizes that `build` can give for this shape of weight: `adamss_newB` (R,
+        columns), and one `adamss_A` and one `adamss_B` for all clusters.
         """
         cfg, out = self.cfg, self.site.out_features
         columns = self.site.fan_in + (getattr(self.site.module, "bias", None) is not None)

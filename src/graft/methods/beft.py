@@ -43,7 +43,8 @@ class BEFT(Method[BeftConfig]):
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return `beft_bias` (1, out) with normal values.
 
-        Warns if the layer has no bias, so that the adapter cannot merge.
+        Warns if the layer has no bias, so that the adapter cannot merge. Floating-point tensors are made on the default
+        device, in the default dtype.
         """
         if self.effect.why_unmergeable is not None:
             text = "Layer {} has no bias. Note you cannot merge the BEFT adapter into the base layer."

@@ -94,7 +94,7 @@ class BOFT(Method[BOFTConfig]):
         Also `boft_block_size` and `boft_block_num` of this layer, and the config's `boft_dropout`.
 
         With F > 1 also the buffer `boft_orders` (F, 2, n), which no file holds: each factor's permutation and its
-        inverse.
+        inverse. Floating-point tensors are made on the default device, in the default dtype.
         """
         cfg, n, blocks = self.cfg, self.width, self.blocks
         F, b, out = cfg.boft_n_butterfly_factor, n // blocks, self.site.out_features

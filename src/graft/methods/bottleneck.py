@@ -354,7 +354,7 @@ class Bottleneck(Method[BottleneckConfig]):
     @classmethod
     def prepare(cls, cfg: BottleneckConfig, model: nn.Module) -> None:
         """Set `cfg.places` to the places in the model (`places_in`) if `target_modules` is "places", and
-        `cfg.target_paths` to their paths.
+        `cfg.target_paths` to the set of their paths, or None for none.
 
         With other targets `cfg.places` becomes {}, so that all act as "after", and `cfg.target_paths` None. Also sets
         `cfg.width` to the model's hidden width.
@@ -438,11 +438,12 @@ class Bottleneck(Method[BottleneckConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return `bottleneck_down` (H → d) and `bottleneck_up` (d → H), linear layers or with `phm_layer` `Kronecker`,
-        the shared rule, the dropout and the scaling.
+        the shared rule, `bottleneck_dropout` and `scaling`.
 
         By options also a LayerNorm `bottleneck_norm`, `bottleneck_scale` (ones, (H,) for "channel", else (1,)) and
-        `bottleneck_gate` (H → 1). The scaling is 1.0 if the config's is a text. A tap gets only one empty buffer, the
-        invertible adapter only a `Coupling`.
+        `bottleneck_gate` (H → 1). The scaling is 1.0 if the config's is a text. A tap gets only one empty buffer
+        `bottleneck_tap`, the invertible adapter only `bottleneck_inv`, a `Coupling`. Floating-point tensors are made on
+        the default device, in the default dtype.
         """
         cfg, place = self.cfg, self.place
         if place.role == "tap":
@@ -524,11 +525,15 @@ class Bottleneck(Method[BottleneckConfig]):
         return self.u(x)
 
     def after_embedding(self, ids: object, y: Tensor) -> Tensor:
-        """Return the invertible function of the embedding's output y, in the adapter's dtype; the ids are not read."""
+        """Return the invertible function of the embedding's output y, in the adapter's dtype, to which y is cast; the
+        ids are not read.
+        """
         return self.bottleneck_inv(y.to(self.dtype))
 
     def before_head(self, h: Tensor) -> Tensor:
-        """Return the inverse of the invertible function of h, the head's input, in the adapter's dtype."""
+        """Return the inverse of the invertible function of h, the head's input, in the adapter's dtype, to which h is
+        cast.
+        """
         coupling = self.bottleneck_inv
         return coupling.inverse(h.to(self.dtype))
 

@@ -56,7 +56,10 @@ class C3A(Method[C3AConfig]):
         return super().check() or indivisible(self.site, b, f"{text}{b}", ("input size", "output size"))
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return `c3a_kernel` (out / b, in / b, b) of zeros, trained, and the fact `block_size`."""
+        """Return `c3a_kernel` (out / b, in / b, b) of zeros, trained, and the fact `block_size`.
+
+        Floating-point tensors are made on the default device, in the default dtype.
+        """
         b = self.cfg.block_size
         kernel = torch.zeros(self.site.out_features // b, self.site.fan_in // b, b)
         return dict(c3a_kernel=nn.Parameter(kernel), block_size=b)

@@ -58,7 +58,8 @@ class DEFT(Method[DeftConfig]):
         """Return uninitialised `deft_P` (out, r) and, unless `para`, `deft_R` (r, fan_in), with r at most out;
         `deft_dropout`, r and scaling.
 
-        scaling = alpha / r, or 1 without alpha.
+        scaling = alpha / r, or 1 without alpha. Floating-point tensors are made on the default device, in the default
+        dtype.
         """
         cfg, site = self.cfg, self.site
         r = min(cfg.r, site.out_features)

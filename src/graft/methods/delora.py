@@ -47,7 +47,8 @@ class DeLoRA(Method[DeloraConfig]):
         """Return uninitialised parameters `delora_A` (r, fan_in), `delora_B` (out, r), `delora_lambda` (1,),
         `delora_dropout` and `r`.
 
-        The buffer `delora_w_norm` (fan_in,) starts as ones.
+        The buffer `delora_w_norm` (fan_in,) starts as ones. Floating-point tensors are made on the default device, in
+        the default dtype.
         """
         cfg, site = self.cfg, self.site
         return dict(

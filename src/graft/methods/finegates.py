@@ -109,7 +109,10 @@ class FineGates(Method[FineGatesConfig]):
         return super().check()
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return uninitialised parameters `finegates_rows` (out,) and `finegates_columns` (in,)."""
+        """Return uninitialised parameters `finegates_rows` (out,) and `finegates_columns` (in,).
+
+        Floating-point tensors are made on the default device, in the default dtype.
+        """
         rows, columns = torch.empty(self.site.out_features), torch.empty(self.site.in_features)
         return dict(finegates_rows=nn.Parameter(rows), finegates_columns=nn.Parameter(columns))
 
@@ -144,7 +147,7 @@ class FineGates(Method[FineGatesConfig]):
         return open_by.clamp(0, 1)
 
     def gates(self) -> tuple[Tensor, Tensor]:
-        """Return the gates of the outputs, (out,), and of the inputs, (in,)."""
+        """Return `gate` of `finegates_rows`, (out,), and of `finegates_columns`, (in,)."""
         return self.gate(self.finegates_rows), self.gate(self.finegates_columns)
 
     def pre(self, x: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ class FourierFT(Spectral[FourierFTConfig]):
         holds, and facts.
 
         The facts are the config's `n_frequency`, `scaling` and `random_loc_seed`, each with the prefix `fourierft_`.
+        Floating-point tensors are made on the default device, in the default dtype.
         """
         cfg = self.cfg
         return dict(

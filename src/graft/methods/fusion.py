@@ -150,9 +150,10 @@ class AdapterFusion(Method[AdapterFusionConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return linear layers `fusion_query` and `fusion_key` (H, H) and, with `value`, `fusion_value` without bias,
-        and the dropout.
+        and `fusion_dropout`.
 
-        At a tap return one empty buffer.
+        At a tap return one empty buffer, `fusion_tap`. Floating-point tensors are made on the default device, in the
+        default dtype.
         """
         place = self.place
         assert place is not None

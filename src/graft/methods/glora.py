@@ -95,10 +95,11 @@ class GLoRA(Method[GloraConfig]):
         return Update(self.delta, of_weight=True, bias=self.shift if self.shifts else None)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return five `Support` modules of the kinds in the config: A and B (out, fan_in), C (fan_in, 1), D and E
-        (out,); and `r`.
+        """Return `glora_A` to `glora_E`, five `Support` modules of the kinds in the config: A and B (out, fan_in), C
+        (fan_in, 1), D and E (out,); and `r`.
 
-        On a layer without bias C, D and E are of kind "none".
+        On a layer without bias C, D and E are of kind "none". Floating-point tensors are made on the default device, in
+        the default dtype.
         """
         cfg, out, fan_in = self.cfg, self.site.out_features, self.site.fan_in
         C, D_E = (cfg.config_C, cfg.config_D_E) if self.shifts else ("none", "none")

@@ -72,7 +72,8 @@ class GraLoRA(Method[GraloraConfig]):
         `gralora_dropout`, r, hybrid_r, gralora_k and alpha.
 
         scaling = alpha / (r + hybrid_r). With `hybrid_r` also the linear layers `gralora_A_general` (hybrid_r, in) and
-        `gralora_B_general` (out, hybrid_r), which `init_values` fills.
+        `gralora_B_general` (out, hybrid_r), which `init_values` fills. Floating-point tensors are made on the default
+        device, in the default dtype.
         """
         cfg, site, k = self.cfg, self.site, self.cfg.gralora_k
         A, B = self.blocks()

@@ -53,7 +53,8 @@ class HiRA(Method[HiraConfig]):
         """Return `hira_A` (r, in / groups, *kernel) and `hira_B` (out, r, 1, …) of normal values, `hira_dropout` and
         `r`.
 
-        On an embedding they are called `hira_embedding_A` and `hira_embedding_B`.
+        On an embedding they are called `hira_embedding_A` and `hira_embedding_B`. Floating-point tensors are made on
+        the default device, in the default dtype.
         """
         site, r = self.site, self.cfg.r
         kernel = site.shape[2:]

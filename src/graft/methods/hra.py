@@ -44,7 +44,10 @@ class HRA(Method[HRAConfig]):
         return Rewrite(self.fold, pre=self.pre if self.site.multiplies_vectors else None)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return `hra_u` (fan_in, r), uninitialised, and the facts `hra_r` and `hra_apply_GS`."""
+        """Return `hra_u` (fan_in, r), uninitialised, and the facts `hra_r` and `hra_apply_GS`.
+
+        Floating-point tensors are made on the default device, in the default dtype.
+        """
         u = nn.Parameter(torch.empty(self.site.fan_in, self.cfg.r))
         return dict(hra_u=u, hra_r=self.cfg.r, hra_apply_GS=self.cfg.apply_GS)
 

@@ -97,7 +97,8 @@ class IA3(Method[IA3Config]):
         """Return `ia3_l` with normal values, and `is_feedforward`.
 
         A feed-forward layer has a factor for each input, others for each output. The shape is (out, 1), for
-        feed-forward (1, in); for convolutions of both kinds (1, channels, 1, …).
+        feed-forward (1, in); for convolutions of both kinds (1, channels, 1, …). Floating-point tensors are made on the
+        default device, in the default dtype.
         """
         site, inner = self.site, self.inner
         n, spatial = site.in_features if inner else site.out_features, len(site.shape) - 2

@@ -84,7 +84,8 @@ class Lily(Method[LilyConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return the config's r, num_B, stride_A and scaling, and three linear layers without bias: `lily_A` (r,
-        fan_in), `lily_B` (num_B · r, out) and `lily_router` (num_B, r).
+        fan_in), `lily_B` (num_B · r, out) and `lily_router` (num_B, r). Floating-point tensors are made on the default
+        device, in the default dtype.
         """
         cfg, site = self.cfg, self.site
         return dict(

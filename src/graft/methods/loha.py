@@ -95,10 +95,11 @@ class LoHa(Lycoris[LoHaConfig]):
         return Update(self.delta, draws=self.draws)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return `facts` (r, alpha, scaling, dropout rates) and uninitialised parameters `hada_w1_a`, `w2_a` (out, r)
-        and `hada_w1_b`, `w2_b` (r, fan_in).
+        """Return `facts` (r, alpha, scaling, dropout rates) and uninitialised parameters `hada_w1_a`, `hada_w2_a` (out,
+        r) and `hada_w1_b`, `hada_w2_b` (r, fan_in).
 
         With a factored kernel (`cp`): a (r, out), b (r, in / groups), and `hada_t1`, `hada_t2` (r, r, *kernel).
+        Floating-point tensors are made on the default device, in the default dtype.
         """
         site, r = self.site, self.cfg.r
         if self.cp:

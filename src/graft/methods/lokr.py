@@ -58,7 +58,8 @@ class LoKr(Lycoris[LoKrConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return `facts` (r, alpha, scaling, dropout rates), `rank_dropout_scale`, and an uninitialised parameter
-        `lokr_…` for each entry of `shapes`.
+        `lokr_…` for each entry of `shapes`. Floating-point tensors are made on the default device, in the default
+        dtype.
         """
         facts = self.facts() | dict(rank_dropout_scale=self.cfg.rank_dropout_scale)
         return facts | {f"lokr_{name}": nn.Parameter(torch.empty(shape)) for name, shape in self.shapes().items()}

@@ -77,7 +77,8 @@ class LoraXS(Method[LoraXsConfig]):
         """Return `loraxs_R` (r, r), trained, and the buffers `loraxs_A` (r, fan_in) and `loraxs_B` (out, r), all zeros;
         `loraxs_dropout`, `r` and scaling = alpha / r.
 
-        Files hold A and B only with `save_projection`.
+        Files hold A and B only with `save_projection`. Floating-point tensors are made on the default device, in the
+        default dtype.
         """
         cfg, site, r = self.cfg, self.site, self.cfg.r
         return dict(

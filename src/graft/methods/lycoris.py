@@ -48,8 +48,8 @@ class Lycoris(Method[L]):
         return super().check()
 
     def facts(self) -> dict[str, object]:
-        """Return the plain facts that `build` adds to the layer: r, alpha, scaling = alpha / r, and both
-        dropout rates.
+        """Return the plain facts that `build` adds to the layer: r, alpha, scaling = alpha / r, `rank_dropout` and
+        `module_dropout`.
         """
         cfg = self.cfg
         dropouts = dict(rank_dropout=cfg.rank_dropout, module_dropout=cfg.module_dropout)

@@ -55,8 +55,8 @@ class MiSS(Method[MissConfig]):
         return why
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return the parameter `miss_block` of zeros in `shape`, the dropout, and the facts `miss_r` and
-        `miss_mini_r`.
+        """Return the parameter `miss_block` of zeros in `shape`, `miss_dropout`, and the facts `miss_r` and
+        `miss_mini_r`. Floating-point tensors are made on the default device, in the default dtype.
         """
         cfg = self.cfg
         return dict(

@@ -149,7 +149,8 @@ class MixLoRA(Method[MixLoraConfig]):
         """Return, of an MLP, only the linear layer `mixlora_router` (experts, H) without bias.
 
         Of a layer in an MLP uninitialised `mixlora_A` (experts, r, in) and `mixlora_B` (experts, out, r), of others (r,
-        in) and (out, r); and `mixlora_dropout` and `r`.
+        in) and (out, r); and `mixlora_dropout` and `r`. Floating-point tensors are made on the default device, in the
+        default dtype.
         """
         cfg, site, E = self.cfg, self.site, self.cfg.num_experts
         if self.routes:

@@ -108,7 +108,7 @@ class OFT(Method[OFTConfig]):
 
         The blocks divide the inputs, of an embedding the outputs. `r`, or for 0 `oft_block_size`, that does not divide
         them becomes the nearest divisor, with a warning. `eps` is None without `coft`, `terms` None without
-        `use_cayley_neumann`.
+        `use_cayley_neumann`. Floating-point tensors are made on the default device, in the default dtype.
         """
         site, cfg = self.site, self.cfg
         n = site.out_features if site.op.takes_ids else site.fan_in

@@ -97,7 +97,8 @@ class OSF(Method[OSFConfig]):
         with `init_weights=False`.
 
         Uninitialised buffers, which no file holds: `osf_U_init`, `osf_S_init`, `osf_V_init` of these shapes;
-        `osf_U_high` (out, k) if out > in, `osf_V_high` (k, in) if out < in.
+        `osf_U_high` (out, k) if out > in, `osf_V_high` (k, in) if out < in. Floating-point tensors are made on the
+        default device, in the default dtype.
         """
         out, n, k, r = self.sizes
         fixed: dict[str, tuple[int, ...]] = {"U_init": (out, r), "S_init": (r,), "V_init": (r, n)}

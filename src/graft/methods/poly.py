@@ -83,10 +83,10 @@ class Poly(ByTask[PolyConfig]):
         return super().check()
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return the facts `r`, `n_tasks`, `n_skills`, `n_splits` and `poly_type`, and the `Router`.
+        """Return the facts `r`, `n_tasks`, `n_skills`, `n_splits` and `poly_type`, and `poly_router`, a `Router`.
 
         Also uninitialised parameters `poly_lora_A` (splits, skills, in / splits, r) and `poly_lora_B` (splits, skills,
-        r, out / splits).
+        r, out / splits). Floating-point tensors are made on the default device, in the default dtype.
         """
         cfg, site = self.cfg, self.site
         q, k = cfg.n_splits, cfg.n_skills

@@ -125,7 +125,7 @@ class Reft(OnStates[ReftConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return, for each of `units`, a linear layer `reft_A…` (r, H) and an uninitialised parameter `reft_R…` (r, H);
-        also the fact `r` and the dropout. They are made with torch's default device and dtype.
+        also the fact `r` and `reft_dropout`. They are made with torch's default device and dtype.
         """
         H, r = self.width or 0, self.cfg.r
         values: dict[str, object] = {}

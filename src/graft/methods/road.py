@@ -75,7 +75,8 @@ class Road(Method[RoadConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return uninitialised parameters `road_theta` and `road_alpha`, (n / 2), (n) or (2 n) for road_1, road_2,
-        road_4, n = out; and the config's `variant` and `group_size`.
+        road_4, n = out; and the config's `variant` and `group_size`. Floating-point tensors are made on the default
+        device, in the default dtype.
         """
         size = self.site.out_features // 2 * math.prod(LAYOUT[self.cfg.variant])
         return dict(

@@ -108,7 +108,7 @@ class SHiRA(Method[ShiraConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return `shira_weight` (k,) of zeros, trained, the places `shira_indices` (2, k) int32 zeros, which files
-        hold, `r` and scaling = 1.
+        hold, `r` and scaling = 1. Floating-point tensors are made on the default device, in the default dtype.
         """
         return dict(
             r=self.cfg.r,

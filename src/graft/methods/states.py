@@ -139,8 +139,8 @@ class OnStates(Method[S]):
 
     @classmethod
     def prepare(cls, cfg: S, model: nn.Module) -> None:
-        """Fill the config's `widths` with the widths of the chosen blocks, by path, and make these the `target_paths`,
-        if `target_modules` is "places".
+        """Fill the config's `widths` with the widths of the chosen blocks, by path, and make these the set
+        `target_paths` (None without any block), if `target_modules` is "places".
 
         With other targets `widths` becomes {} and `target_paths` None. Also sets `cfg.width` to the model's hidden
         width.

@@ -49,7 +49,10 @@ class Steering(OnStates[SteeringConfig]):
     steering_vector: nn.Parameter  # (H,)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return `steering_vector` (H,) of zeros."""
+        """Return `steering_vector` (H,) of zeros, H = 0 for an unknown width.
+
+        It is made on the default device, in the default dtype.
+        """
         return dict(steering_vector=nn.Parameter(torch.zeros(self.width or 0)))
 
     def part(self, x: Tensor, y: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ class SVFT(Method[SvftConfig]):
         and `svft_V` (n, fan_in), all zeros.
 
         numbers = n (2 d + 1) - d (d + 1) with d = min(off_diag, n - 1): those on the d diagonals on each side. Files
-        hold U and V with `save_projection`.
+        hold U and V with `save_projection`. Places are int64. Floating-point tensors are made on the default device, in
+        the default dtype.
         """
         site, n = self.site, self.n
         d = min(self.cfg.off_diag, n - 1)

@@ -78,7 +78,7 @@ class TinyLoRA(Method[TinyLoraConfig]):
 
     def build(self, shared: dict[str, Any]) -> dict[str, object]:
         """Return the shared vectors, buffers `tinylora_A` (r, in) and `tinylora_B` (out, r) of zeros, `tinylora_P` (u,
-        r, r), the layer's group, `tinylora_dropout` and r = `rank`.
+        r, r), the layer's group `tinylora_group`, `tinylora_dropout` and r = `rank`.
 
         P is normal with std 1/√r from the seed `projection_seed` + the layer's number; files hold it with
         `save_projection`. On the meta device it is not drawn. The group is number // (layers // groups), at most the

@@ -112,7 +112,8 @@ class TLoRA(Method[TLoraConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return trained `tlora_P` (out, r), `tlora_Q` (r, fan_in) and `tlora_lambda` (r,), buffers `…P0`, `…Q0`,
-        `…lambda0` of the same shapes, all zeros; r, and scaling = alpha / r.
+        `…lambda0` of the same shapes, all zeros; r, and scaling = alpha / r. Floating-point tensors are made on the
+        default device, in the default dtype.
         """
         site, r = self.site, self.cfg.r
         shapes = dict(P=(site.out_features, r), Q=(r, site.fan_in)) | {"lambda": (r,)}

@@ -101,7 +101,8 @@ class TrainableTokens(Method[TrainableTokensConfig]):
         whether one is named twice.
 
         Buffers that no file holds: `trainable_tokens_original` (k, d), `sorted_tokens` (k,), and `order_of_tokens`
-        (k,), their places in the list. d is the embedding's width, or a linear layer's inputs.
+        (k,), their places in the list. d is the embedding's width, or a linear layer's inputs. Floating-point tensors
+        are made on the default device, in the default dtype.
         """
         width = self.site.out_features if self.site.op.takes_ids else self.site.in_features
         indices = list(self.cfg.token_indices)

@@ -87,7 +87,7 @@ class UniLoRA(Method[UniLoraConfig]):
     @classmethod
     def share(cls, layers: AdaptedLayers) -> dict[str, object]:
         """Return the vector `unilora_theta_d` (length,), uniform within ±`init_theta_d_bound`, or normal with
-        `init_weights=False`, and the `Places` of all layers.
+        `init_weights=False`, and `unilora_places`, the `Places` of all layers.
         """
         cfg = layers.cfg
         theta = torch.empty(cfg.theta_d_length)

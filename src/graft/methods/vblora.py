@@ -89,7 +89,8 @@ def savable_parameters(tuner: Tuner, adapter: str = "default") -> tuple[int, int
     parameters that train.
 
     With `save_only_topk_weights` logits count as their `topk` indices and weights. Raises AdapterNotFoundError for an
-    unknown adapter. Tensors of any adapter, not only of this one, are left out of the other parameters.
+    unknown adapter. Tensors of any adapter, not only of this one, are left out of the other parameters. An adapter of
+    another method is not refused.
     """
     tuner.check_known([adapter])
     cfg, carriers = tuner.peft_config[adapter], [*tuner.layers.values(), tuner.common_tensors]
@@ -162,7 +163,8 @@ class VBLoRA(Method[VBLoRAConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return uninitialised logits `vblora_logits_A` (r, in / L, vectors) and `vblora_logits_B` (out / L, r,
-        vectors), the shared bank, `vblora_dropout`, `r` and `topk`.
+        vectors), the shared bank, `vblora_dropout`, `r` and `topk`. Floating-point tensors are made on the default
+        device, in the default dtype.
         """
         A, B = (nn.Parameter(torch.empty(shape)) for shape in logits_of(self.site, self.cfg))
         dropout = make_dropout(self.cfg.vblora_dropout)

@@ -88,7 +88,7 @@ class WaveFT(Spectral[WaveFTConfig]):
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return the parameter `waveft_spectrum` (n,) of zeros, the places `waveft_indices` (2, n), which no file
         holds, and the config's values `waveft_n_frequency`, `_scaling`, `_random_loc_seed`, `_wavelet_family` and
-        `_use_idwt`.
+        `_use_idwt`. Floating-point tensors are made on the default device, in the default dtype.
         """
         cfg = self.cfg
         return dict(

@@ -242,7 +242,8 @@ class XLoraClassifier(nn.Module):
 def set_topk_lora(tuner: Any, value: int | None) -> None:
     """Let only `value` experts act on each token; None: all of them.
 
-    Writes `top_k_lora` of the classifier's config. Values below 1 are not refused.
+    Writes `top_k_lora` of the classifier's config. Values below 1 are not refused. A tuner without a classifier gives
+    an AttributeError.
 
     Raises:
         ConfigError: there are fewer experts.
@@ -252,51 +253,67 @@ def set_topk_lora(tuner: Any, value: int | None) -> None:
 
 
 def set_global_scaling_weight(tuner: Any, weight: float) -> None:
-    """Set the factor of all experts' updates, `global_scaling_weight` of the classifier's config, to any number."""
+    """Set the factor of all experts' updates, `global_scaling_weight` of the classifier's config, to any number.
+
+    A tuner without a classifier gives an AttributeError.
+    """
     tuner.classifier.config.global_scaling_weight = weight
 
 
 def get_global_scaling_weight(tuner: Any) -> float:
-    """Return the factor of all experts' updates."""
+    """Return the factor of all experts' updates. A tuner without a classifier gives an AttributeError."""
     return tuner.classifier.config.global_scaling_weight
 
 
 def set_scaling_pass_value(tuner: Any, value: float | None) -> None:
     """Set the weight of every expert in the first pass, `scaling_pass_value` of the classifier's config; None: 1 /
-    number of experts.
+    number of experts. No value is refused. A tuner without a classifier gives an AttributeError.
     """
     tuner.classifier.config.scaling_pass_value = 1 / tuner.classifier.n_classes if value is None else value
 
 
 def get_latest_scalings(tuner: Any) -> Tensor | None:
-    """Return the classifier's last output, (batch, tokens, layers, experts), before top-k; None before the
-    first call.
+    """Return the classifier's last output, (batch, tokens, layers, experts), before top-k; None before the first call.
+
+    A tuner without a classifier gives an AttributeError.
     """
     return tuner.classifier.latest
 
 
 def get_scalings_log(tuner: Any) -> list[Tensor]:
-    """Return the logged weights, (batch, tokens, layers, experts) for each call while logging was on, in a new list."""
+    """Return the logged weights, (batch, tokens, layers, experts) for each call while logging was on, in a new list.
+
+    A tuner without a classifier gives an AttributeError.
+    """
     return list(tuner.classifier.log_scalings)
 
 
 def enable_scalings_logging(tuner: Any) -> None:
-    """Turn logging on: each call of the classifier appends its weights to the log."""
+    """Turn logging on: each call of the classifier appends its weights to the log.
+
+    Old entries stay. A tuner without a classifier gives an AttributeError.
+    """
     tuner.classifier.scalings_logging = True
 
 
 def disable_scalings_logging(tuner: Any) -> None:
-    """Turn logging off, and keep the log."""
+    """Turn logging off, and keep the log. A tuner without a classifier gives an AttributeError."""
     tuner.classifier.scalings_logging = False
 
 
 def clear_scalings_log(tuner: Any) -> None:
-    """Remove all entries of the log, in place. Logging stays on or off."""
+    """Remove all entries of the log, in place.
+
+    Logging stays on or off. A tuner without a classifier gives an AttributeError.
+    """
     tuner.classifier.log_scalings.clear()
 
 
 def get_bucketed_scalings_log(tuner: Any) -> dict[int, tuple[list[int], list[Tensor]]]:
-    """Return the log by number of tokens: {tokens: (indices in the log, their weights)}."""
+    """Return the log by number of tokens: {tokens: (indices in the log, their weights)}.
+
+    A tuner without a classifier gives an AttributeError.
+    """
     buckets: dict[int, tuple[list[int], list[Tensor]]] = {}
     for i, scalings in enumerate(tuner.classifier.log_scalings):
         places, values = buckets.setdefault(scalings.shape[1], ([], []))

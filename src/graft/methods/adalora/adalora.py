@@ -175,6 +175,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
         scaling; r = `init_r`, or the number that the config's mask kept.
 
         scaling = lora_alpha, or `init_r` for an alpha ≤ 0. `ranknum` (1,) holds `init_r`, frozen, and is in no file.
+        Floating-point tensors are made on the default device, in the default dtype.
 
         Raises:
             ConfigError: the weight is a stack of experts.

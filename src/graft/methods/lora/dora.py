@@ -120,7 +120,8 @@ class DoRA(LoRA):
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
         """Return LoRA's tensors and `lora_magnitude_vector`, a `Magnitude` with weight (out,), or (1, out, 1, …) on a
-        convolution; `init_values` fills it.
+        convolution; `init_values` fills it. The magnitudes are made on `device` (None: the default one), in the default
+        dtype.
         """
         kernel = [1] * (len(self.site.shape) - 2)
         shape = (1, self.site.out_features, *kernel) if kernel else (self.site.out_features,)

@@ -67,7 +67,10 @@ class KaSA(LoRA):
         return "KaSA cannot be combined with adapters that don't use KaSA, since it changes the base weights"
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
-        """Return LoRA's tensors and `lora_diag` (r,), uninitialised."""
+        """Return LoRA's tensors and `lora_diag` (r,), uninitialised.
+
+        The diagonal is made on `device` (None: the default one), in the default dtype.
+        """
         return super().build(shared, device) | dict(lora_diag=nn.Parameter(torch.empty(self.cfg.r, device=device)))
 
     def init_values(self) -> None:

@@ -141,7 +141,7 @@ class LoRA(Started):
         get the modules `lora_A` (r, in) and `lora_B` (out, r) of their op, with a bias in B for `lora_bias`. Those of
         linear layers have values only for the initialisations False and "eva"; `init_values` fills the others. Warns if
         the adapter cannot merge (`lora_bias` on a layer without bias, groups > 1). `lora_shift` is added if
-        `keeps_shift`.
+        `keeps_shift`. A and B are made on `device` (None: the default one), in the default dtype.
         """
         site, cfg, r = self.site, self.cfg, self.cfg.r
         values: dict[str, object] = dict(

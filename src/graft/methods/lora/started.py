@@ -29,7 +29,7 @@ def initialise(lora: Method, how: bool | str) -> None:
     True: A kaiming uniform, B zeros; on an embedding A zeros, B normal. False: all values stay as `build` made them.
     "gaussian" in any spelling: A normal with std 1/r, B zeros. "orthogonal", for 2-D factors: `_orthogonal`. "eva", on
     linear layers: B zeros, A stays. An initialisation of STARTS (pissa, olora, corda, lora_ga, loftq):
-    `set_first_values`, which changes the base weight; on the meta device with the values of True.
+    `set_first_values`, which changes the base weight; on the meta device, before it, A and B get the values of True.
 
     Raises:
         ConfigError: any other value, or one that has no meaning for this type of layer.

@@ -103,7 +103,7 @@ class Shadow(Method[ShadowConfig]):
         `shadow_update_gate`, `shadow_dropout` and `shadow_alpha`.
 
         Transform and gate each are Linear (u, d), GELU, Linear (d, u); u = `update_hidden_size` or r, d the hidden
-        size.
+        size. Floating-point tensors are made on the default device, in the default dtype.
         """
         cfg, d = self.cfg, self.cfg.hidden_size
         u = cfg.update_hidden_size or cfg.r

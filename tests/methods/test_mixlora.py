@@ -185,6 +185,7 @@ def test_what_it_refuses():
     mlp = layers(model)["model.layers.0.mlp"].base_layer
     with pytest.raises(graft.RoutingError, match=r"'model.layers.0.mlp.up_proj' has an expert.*. Call the MLP"):
         mlp.up_proj(torch.ones(2, 3, model.config.hidden_size))
+    refuses(TypeError, "missing 1 required positional argument: 'x'", layers(model)["model.layers.0.mlp"])
     base = make("llama")
     for options, error, text in (
         (dict(target_modules=["q_proj"]), graft.NoMatchingPeftModuleError, r"is in an MLP.*layers.0.self_attn.q_proj"),

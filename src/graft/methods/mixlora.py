@@ -19,6 +19,7 @@ from graft.core.effect import Effect, Factors, Replace, Update
 from graft.core.errors import NoMatchingPeftModuleError, RoutingError, UnsupportedLayerError, join_some
 from graft.core.method import Method, NotedTokens, PublishedRate, fill_kaiming, make_dropout
 from graft.core.ops import find_op
+from graft.core.plan import put_input_first
 from graft.methods.moelora import check_experts, compute_balance_loss, sum_experts
 from graft.methods.places import ATTENTION, MLP, match_paths, walk
 
@@ -202,7 +203,9 @@ class MixLoRA(Method[MixLoraConfig]):
             UnsupportedLayerError: the MLP returns no tensor.
         """
         layer, k = self.layer, self.cfg.top_k
-        x: Tensor = args[0] if args else kwargs.pop(layer.argument_names[0])
+        if not args:
+            args, kwargs = put_input_first(layer.argument_names, kwargs)
+        x: Tensor = args[0]
         p = self.mixlora_router(self.cast(x)).softmax(-1, dtype=torch.float32)  # (…, tokens, experts)
         if self.cfg.router_loss and layer.training and self.mixlora_router.weight.requires_grad:
             layer.call.record_value(self.name, self.site.key, p)

@@ -307,7 +307,10 @@ def machine_token() -> str:
 
 
 def sync_file(path: str) -> None:
-    """Wait until the disk has a file's or folder's content (fsync). Raises OSError."""
+    """Wait until the disk has a file's or folder's content (fsync); the file is opened to read for that, and closed.
+
+    Raises OSError.
+    """
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

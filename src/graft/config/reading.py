@@ -122,7 +122,8 @@ def make_object(pairs: list[tuple[str, object]]) -> Json:
 
 def check_value(value: object, what: str, field: str, depth: int, finite: bool = True) -> None:
     """Raise CheckpointError for a number that is infinite or NaN (if `finite`), and for containers nested deeper than
-    `DEEPEST` (32). Only floats, lists and dicts are looked at, at any depth; keys are not.
+    `DEEPEST` (32). Only floats, lists and dicts are looked at, at any depth, within containers those of the exact type;
+    keys are not.
 
     Args:
         what: names the file in errors.

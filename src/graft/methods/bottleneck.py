@@ -496,7 +496,8 @@ class Bottleneck(Method[BottleneckConfig]):
         return z
 
     def up(self, x: Tensor) -> Tensor:
-        """Return s · Up σ(Down x) in the adapter's dtype, without dropout and gate: AdapterFusion takes this.
+        """Return s · Up σ(Down x) in the adapter's dtype, σ by its name in any case, without dropout and gate:
+        AdapterFusion takes this.
 
         s is `bottleneck_scale` if the config's scaling is a text, else the number.
 

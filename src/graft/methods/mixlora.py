@@ -195,9 +195,10 @@ class MixLoRA(Method[MixLoraConfig]):
         """Run the MLP once for all pairs of a token and one of its `top_k` experts; return the weighted sums by token,
         in the MLP's dtype.
 
-        The MLP's input is its first argument, by position or by name. Weights are the k largest router probabilities
-        (float32) over their sum. The layers inside get the experts' numbers by the call. In training with
-        `router_loss`, while the router requires gradients, the probabilities are recorded for the auxiliary loss.
+        The MLP's input is its first argument, by position or by name; other arguments reach the MLP unchanged. Weights
+        are the k largest router probabilities (float32) over their sum. The layers inside get the experts' numbers by
+        the call. In training with `router_loss`, while the router requires gradients, the probabilities are recorded
+        for the auxiliary loss.
 
         Raises:
             UnsupportedLayerError: the MLP returns no tensor.

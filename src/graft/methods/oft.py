@@ -50,8 +50,8 @@ class OFTConfig(Targeted, LayerRange, FanInFanOut, BaseBias):
     def check_kwargs(cls, **kwargs: object) -> dict[str, object]:
         """Return a file's fields unchanged.
 
-        Warn if the file uses the Cayley-Neumann series and is older than PEFT 0.18, which changed the series. A file
-        without `peft_version` counts as older.
+        Warn if the file uses the Cayley-Neumann series and is older than PEFT 0.18 by the first two numbers of
+        `peft_version`; that release changed the series. A file without `peft_version` counts as older.
 
         Raises:
             ConfigError: `oft_block_size` is missing: the file is older than PEFT 0.14, with another OFT.

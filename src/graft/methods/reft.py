@@ -236,7 +236,8 @@ class Reft(OnStates[ReftConfig]):
         return delta.scatter_add(1, index, (self.intervene(unit, states) - states) * acts[..., None])
 
     def intervene(self, unit: str, h: Tensor) -> Tensor:
-        """Return dropout(h + Rᵀ z) for h (…, H), z = σ(A h + b) - R h; without `subtract_projection` z = σ(A h + b).
+        """Return dropout(h + Rᵀ z) for h (…, H), z = σ(A h + b) - R h; without `subtract_projection` z = σ(A h + b). σ
+        is `non_linearity`, in any case of letters; None: the identity.
 
         `unit` is the end of the names of A and R; with `orthogonality` R is made orthonormal first.
         """

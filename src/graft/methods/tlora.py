@@ -215,7 +215,7 @@ class TLoRA(Method[TLoraConfig]):
     @contextmanager
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Show the timestep of each row to the layers: that of the `timestep` block around the call, else the model's
-        argument `timestep`.
+        argument `timestep`. `super().surround_run` is around it all and gives the finish.
 
         Raises:
             RoutingError: there is none; one is outside of 0 to the least `max_timestep` of the run's adapters; or they

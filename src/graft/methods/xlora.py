@@ -393,7 +393,8 @@ class XLora(Method[XLoraConfig]):
             def step(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
                 """Weigh the experts for the step's arguments and set the gates of this thread's call.
 
-                Do nothing in the extra pass of `weigh`, which calls the same model.
+                Do nothing in the extra pass of `weigh`, which calls the same model. If `weigh` fails, its error
+                continues and the gates stay.
                 """
                 if not weighing[0]:
                     weighing[0] = True

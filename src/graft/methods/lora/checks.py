@@ -31,7 +31,8 @@ def check_parameter(site: Site, cfg: LoraConfig) -> None:
     """Raise ConfigError for options that do not work on a parameter which its own module uses (an opaque op).
 
     These are `lora_bias`, `fan_in_fan_out` and all variants but DoRA; for a stack of matrices also DoRA and any named
-    initialisation but "gaussian". The text names MultiheadAttention if the site is a module, else ParamWrapper.
+    initialisation but "gaussian", in any case. The text names MultiheadAttention if the site is a module, else
+    ParamWrapper.
     """
     what = "MultiheadAttention" if site.path == site.key else "ParamWrapper"
     options = {name: getattr(cfg, name) for name in ("lora_bias", "fan_in_fan_out")}

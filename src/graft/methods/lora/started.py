@@ -184,7 +184,7 @@ class Started(Method[LoraConfig]):
     @property
     def keeps_shift(self) -> bool:
         """True if the adapter holds the product that `init_values` subtracts from the base: the initialisation is in
-        STARTS and the layer is linear.
+        STARTS (an exact str) and the layer is linear.
         """
         how = self.cfg.init_lora_weights
         return type(how) is str and start_name(how) is not None and self.site.op.linear

@@ -128,7 +128,7 @@ class Recorder(GraphAppendingTracer):
 
     def copy(self, module: nn.Module, path: str = "") -> nn.Module:
         """Return a copy of a module without adapters, hooks and wrappers, in eval mode; its tensors are shared with the
-        original.
+        original. A `forward` that was set on the module itself is dropped.
 
         Instead of a wrapper, its inner module is copied; the name of the wrapper's attribute is added to the path.
         Ends, norms and modules of torch without children get a forward that only records the call (`note`). The code of

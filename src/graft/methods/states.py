@@ -249,8 +249,8 @@ def follow_generate(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
     def before(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Put the first step's positions into this thread's call, with the end of its prompt.
 
-        Later steps with a cache, or with no more tokens than the prompt, also get the number of passed tokens: that of
-        the cache, else of the steps so far. A step without a cache starts this count anew.
+        Steps with a filled cache, and later ones with no more tokens than the prompt, also get the number of passed
+        tokens: that of the cache, else of the steps so far. Any other step starts this count anew.
         """
         nonlocal prompt, seen
         arguments = name_arguments(model, args, kwargs)

@@ -45,7 +45,7 @@ def head_cuts(stack: nn.Module) -> dict[int, Cut]:
     any.
 
     It is the cut of the outputs of `k_proj`, in heads: its size is divided by `head_dim`. One that cuts through a head
-    is left out.
+    is left out. Only modules with ints `layer_idx` and `head_dim` and a `k_proj` count.
     """
     cuts: dict[int, Cut] = {}
     for module in stack.modules():

@@ -79,8 +79,8 @@ def check_start(cfg: LoraConfig) -> None:
 
     "OLoRA" in any spelling becomes "olora". The dicts `eva_config`, `corda_config` and `lora_ga_config` become their
     classes. Warns, and fills in the defaults, if the initialisation lacks its settings; warns if settings belong to
-    another one. `check_loftq` completes `loftq_config`. Warns of rsLoRA with patterns and an initialisation that
-    changes the base.
+    another one, and keeps them. `check_loftq` completes `loftq_config`. Warns of rsLoRA with patterns and an
+    initialisation that changes the base.
 
     Raises:
         ConfigError: KaSA with PiSSA by iterations, CorDA or LoRA-GA; `lora_bias` with any initialisation but True and

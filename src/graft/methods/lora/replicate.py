@@ -63,8 +63,8 @@ def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], N
     depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
 
     def put(stack: nn.ModuleList, depth: int | None) -> None:
-        """Make `stack` the model's list of layers, set the config's `num_hidden_layers` unless `depth` is None, and
-        number each `layer_idx`.
+        """Make `stack` the model's list of layers, set the config's `num_hidden_layers` unless `depth` is None, and set
+        `layer_idx` of each module that has one to its layer's number.
         """
         owner._modules[name] = stack
         if depth is not None:

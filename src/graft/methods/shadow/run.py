@@ -102,7 +102,7 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
         return args, kwargs
 
     def after(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
-        """Return the output of the step, completed by its `Pass`."""
+        """Return the output of the step, completed by its `Pass`, which is then forgotten."""
         return passes.pop().finish(output)
 
     starts = tuner.model.register_forward_pre_hook(in_this_thread(before), with_kwargs=True)

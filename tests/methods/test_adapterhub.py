@@ -218,6 +218,15 @@ def test_a_head_that_the_model_lacks_is_refused(label, kind, tmp_path):
     assert graft.load_adapter(model, path, lossy=True).peft_config["default"].modules_to_save is None
 
 
+@pytest.mark.parametrize("key", ["weight", "1.weight", "heads.a.one.weight"])
+def test_a_head_with_a_damaged_key_is_refused(key, tmp_path):
+    model, path, _ = with_head("bert-pooled", "BertForSequenceClassification", tmp_path / "a")
+    head = torch.load(path / "pytorch_model_head.bin")
+    torch.save(head | {key: torch.zeros(3)}, path / "pytorch_model_head.bin")
+    with pytest.raises(graft.LossError, match=f"pytorch_model_head.bin: .*{key}"):
+        graft.load_adapter(model, path)
+
+
 @torch.no_grad()
 def test_a_head_by_the_models_own_names(tmp_path):
     """As the library saves one of transformers' models, which have no heads of its own."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -169,14 +169,14 @@ def add_head(out: AdapterFile, base: Base | None) -> None:
         out.config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in out.full})
 
 
-def head_names(tensors: Iterable[str], config: Json, base: Base | None) -> dict[str, str] | None:
+def head_names(tensors: Collection[str], config: Json, base: Base | None) -> dict[str, str] | None:
     """Return the base's tensor names by those of AdapterHub's head; a multilabel head counts as the plain one.
 
     The head's layers are taken in the order of the numbers in the keys.
 
-    Returns None if the table has no such head, a field of the config differs, or the keys have more or fewer numbers
-    than the head has layers. Also if the base's class has another head; the class is that of its model, else the first
-    of `architectures`.
+    Returns None if the table has no such head, a field of the config differs, a key does not end in ".<number>.<leaf>"
+    after another part, or the keys have more or fewer numbers than the head has layers. Also if the base's class has
+    another head; the class is that of its model, else the first of `architectures`.
     """
     kind = str(config.get("head_type")).removeprefix("multilabel_")
     pattern, layers, facts = HEADS.get((kind, config.get("layers", 0)), ("", (), {}))
@@ -184,11 +184,13 @@ def head_names(tensors: Iterable[str], config: Json, base: Base | None) -> dict[
     of_base = (base.config.get("architectures") or [""])[0] if base else ""
     if not re.fullmatch(pattern, str(of_base) if model is None else type(model).__name__):
         return None
-    ends = [key.rsplit(".", 2) for key in tensors]
-    numbers = sorted({int(number) for _, number, _ in ends if number.isdecimal()})
+    ends = {key: match for key in tensors if (match := re.fullmatch(r".*\.([0-9]{1,9})\.([^.]+)", key))}
+    numbers = sorted({int(end[1]) for end in ends.values()})
     if any(config.get(name) != value for name, value in facts.items()) or len(numbers) != len(layers):
         return None
-    return {key: f"{layers[numbers.index(int(number))]}.{leaf}" for key, (_, number, leaf) in zip(tensors, ends)}
+    if len(ends) != len(tensors):
+        return None
+    return {key: f"{layers[numbers.index(int(end[1]))]}.{end[2]}" for key, end in ends.items()}
 
 
 def read_factors(path: str, module: str, factors: dict[str, Tensor], r: int, alpha: float) -> LowRank:

@@ -40,6 +40,32 @@ def test_processes_with_other_values_are_named():
         stage.check_equal_data(data, "a", Team(False, True, False, True))
 
 
+class FailingTeam(stage.ProcessTeam):
+    """Processes of which the first fails, as each of them sees it."""
+
+    def __init__(self, error):
+        self.of_first = []
+        with pytest.raises(type(error)):
+            self.run_on_all(make_failure(error))
+
+    def gather(self, thing):
+        self.of_first = self.of_first or [thing]
+        return {0: self.of_first[0], 1: thing}
+
+
+def make_failure(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(("error", "text"), [(OSError("no room"), "no room"), (AssertionError(), "AssertionError")])
+def test_an_error_of_one_process_is_raised_on_all(error, text):
+    with pytest.raises(CheckpointError, match=rf"Rank\(s\) \[0\] cannot load the adapter: .*{text}"):
+        FailingTeam(error).run_on_all(lambda: 3)
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()

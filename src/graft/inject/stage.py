@@ -266,7 +266,7 @@ class ProcessTeam:
 
         Raises:
             CheckpointError: `act` has failed on other processes alone. The text names their ranks and has the error of
-                the lowest.
+                the lowest: its text, or its class if the text is empty.
             Exception: the error of `act` here.
         """
         error, result = None, None
@@ -274,7 +274,8 @@ class ProcessTeam:
             result = act()
         except Exception as e:
             error = e
-        texts = {rank: text for rank, text in self.gather(None if error is None else str(error)).items() if text}
+        text = None if error is None else str(error) or type(error).__name__
+        texts = {rank: text for rank, text in self.gather(text).items() if text}
         if error is not None:
             raise error
         if texts:

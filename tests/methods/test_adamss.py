@@ -245,3 +245,11 @@ def test_each_choice_begins_a_new_measure_of_importance():
     assert states["default"] is first
     train(model, [4])
     assert vars(states["default"]) == vars(Allocator(first.beta1, first.beta2)) != vars(first)
+
+
+def test_an_adapter_without_layers_has_nothing_to_choose():
+    """As on a stage of a pipeline without its targets."""
+    model = small(graft, init_warmup=0, final_warmup=8, mask_interval=4)
+    get_registry(model).layers.clear()
+    train(model, range(9))
+    assert not get_registry(model).states

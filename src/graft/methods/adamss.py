@@ -222,8 +222,8 @@ def update_and_allocate(tuner: Tuner, global_step: int) -> None:
 
 
 def allocate(tuner: Tuner, name: str, cfg: AdamssConfig, step: int) -> None:
-    """Measure importance for adapter `name` at a step; do nothing outside of `init_warmup` to `final_warmup`, both
-    included.
+    """Measure importance for adapter `name` at a step; do nothing without layers, or outside of `init_warmup` to
+    `final_warmup`, both included.
 
     Updates the `Allocator` in `tuner.states`, made if there is none, from all gradients. At each multiple of
     `mask_interval` also chooses the subspaces that train (`choose`), and starts a new Allocator.
@@ -237,7 +237,9 @@ def allocate(tuner: Tuner, name: str, cfg: AdamssConfig, step: int) -> None:
     parameters = [
         (f"{key}.{part}.{j}", p) for key, m in methods.items() for part in PARTS for j, p in enumerate(getattr(m, part))
     ]
-    if parameters and all(p.grad is None for _, p in parameters):
+    if not parameters:
+        return
+    if all(p.grad is None for _, p in parameters):
         raise ValueError(
             f"update_and_allocate({step}): AdaMSS adapter '{name}' has no gradients to measure the importance of its "
             "subspaces. Call it after backward() and optimizer.step(), before zero_grad()."

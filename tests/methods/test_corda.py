@@ -13,6 +13,7 @@ import torch
 from torch.testing import assert_close
 
 import graft
+from graft.train.calibration import watch_calls
 from tests import models
 from tests.pair import common
 from tests.raised import refuses
@@ -162,3 +163,17 @@ def test_a_failed_injection_keeps_what_was_measured():
     with pytest.raises(graft.CalibrationError, match=r"Matrix S size mismatch: \(2,\) vs. \(3,\) on layer 'a'"):
         graft.get_peft_model(model, other)
     graft.get_peft_model(model, cfg)
+
+
+def test_a_layer_that_is_watched_keeps_its_output():
+    layer, x, seen = torch.nn.Linear(3, 2), torch.ones(1, 3), []
+
+    def see(key, args, y):
+        seen.append((key, args, y))
+        return torch.zeros_like(y)
+
+    with watch_calls({"fc": layer}, see):
+        y = layer(x)
+    assert y.any() and seen[0][0] == "fc" and seen[0][1][0] is x and seen[0][2] is y
+    layer(x)
+    assert len(seen) == 1

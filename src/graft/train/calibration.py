@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -60,15 +61,19 @@ def find_linear_methods(
 
 
 @contextmanager
-def watch_calls(layers: Mapping[str, nn.Module], see: Callable[[str, Any, Any], None]) -> Iterator[None]:
+def watch_calls(layers: Mapping[str, nn.Module], see: Callable[[str, Any, Any], object]) -> Iterator[None]:
     """Within the block, call see(key, positional arguments, output) after each call of these layers, by forward hooks.
 
-    `see` must return None: another result would replace the output. The hooks are removed at the end, also after an
-    error.
+    The result of `see` is ignored. The hooks are removed at the end, also after an error.
     """
+
+    def pass_on(key: str, _: nn.Module, args: Any, y: Any) -> None:
+        """Call `see`, and return None: another result would replace the output."""
+        see(key, args, y)
+
     with ExitStack() as hooks:
         for key, layer in layers.items():
-            hooks.enter_context(layer.register_forward_hook(lambda _, args, y, key=key: see(key, args, y)))
+            hooks.enter_context(layer.register_forward_hook(partial(pass_on, key)))
         yield
 
 

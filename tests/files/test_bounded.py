@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from graft.config.pair import describe_whole_model
+from graft.config.pair import describe_whole_model, read_tensor_names
 from graft.config.reading import MOST_CONTAINERS, open_file, parse_json, read_object
 from graft.core.errors import CheckpointError, NonFiniteError, PeftError
 from graft.files import formats
@@ -200,3 +200,8 @@ def test_numbers_of_thousands_of_digits_in_names(tmp_path):
     (tmp_path / "a.gguf").write_bytes(gguf(architecture, count=1, tensors=info) + bytes(64))
     with pytest.raises(CheckpointError, match="without a direction"):
         formats.read(tmp_path / "a.gguf", llama)
+
+
+def test_the_metadata_is_no_tensor(tmp_path):
+    save_file({"a": np.zeros(2, "f4")}, tmp_path / "model.safetensors", {"format": "np"})
+    assert read_tensor_names(str(tmp_path / "model.safetensors")) == ["a"]

@@ -496,15 +496,15 @@ def read_tensor_names(path: str) -> list[str]:
     """Return the names of the tensors in a safetensors file, from its header, or in a JSON index, from its
     "weight_map".
 
-    A header's "__metadata__" is one of the names. Return [] for files with another ending, and for a file that is
-    missing or damaged.
+    Return [] for files with another ending, and for a file that is missing or damaged.
     """
     try:
         if path.endswith(".json"):
             return list(read_object(path, LARGEST_HEADER)["weight_map"])
         if path.endswith(".safetensors"):
             with open_file(path) as f:
-                return list(parse_json(f.read(min(int.from_bytes(f.read(8), "little"), LARGEST_HEADER)), path))
+                header = parse_json(f.read(min(int.from_bytes(f.read(8), "little"), LARGEST_HEADER)), path)
+            return [name for name in header if name != "__metadata__"]
     except (OSError, CheckpointError, LookupError, TypeError):
         pass
     return []

@@ -585,6 +585,12 @@ def test_a_file_of_another_run_changes_nothing(tmp_path):
     assert runs.gradient_norm("x") == norm and same(run.parameters, before) and runs.step("x").step == 1
 
 
+def test_a_snapshot_without_any_run(tmp_path):
+    for call in MultiTrain(tiny()).snapshot, partial(MultiTrain(tiny()).save_adapter, folder=tmp_path):
+        with pytest.raises(AdapterNotFoundError, match=r"no run 'x'\. Runs: none"):
+            call("x")
+
+
 def test_a_snapshot_stays_as_it_was(tmp_path):
     runs, batch = MultiTrain(tiny()), batches(1)[0]
     runs.add("x", lora(r=4, init_lora_weights=False))

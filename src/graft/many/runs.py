@@ -823,7 +823,8 @@ class MultiTrain:
         Raises AdapterNotFoundError if there is no such run.
         """
         with self.lock_steps(waits=True):
-            return get_registry(self._peft_model).take_snapshot(self[name].name)
+            run = self[name]  # raises before there is a model
+            return get_registry(self._peft_model).take_snapshot(run.name)
 
     def _run_round(self) -> Step:
         """Make a round and return its `Step`: checks left over from an error, training, then validation and stops.

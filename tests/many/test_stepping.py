@@ -585,6 +585,34 @@ def test_a_file_of_another_run_changes_nothing(tmp_path):
     assert runs.gradient_norm("x") == norm and same(run.parameters, before) and runs.step("x").step == 1
 
 
+class Picky(CosineAnnealingLR):
+    """A schedule that takes a part of a state, and refuses one after another number of steps."""
+
+    def load_state_dict(self, state):
+        self.last_epoch = state["last_epoch"]
+        if state["T_max"] != self.T_max or state["last_epoch"] == 3:
+            raise KeyError("last_epoch")
+        super().load_state_dict(state)
+
+
+def test_a_schedule_that_refuses_its_state_changes_nothing(tmp_path):
+    runs, batch = MultiTrain(tiny()), batches(1)[0]
+    run = runs.add("x", lora(r=4), optimizer=partial(AdamW, lr=1e-2), schedule=partial(Picky, T_max=9))
+    for _ in range(3):
+        runs.backward({"x": batch})
+        runs.step("x")
+    runs.save_run("x", tmp_path)
+    runs.backward({"x": batch})
+    runs.step("x")
+    before = copy.deepcopy([run.optimizer_state_dict(), run.schedule.state_dict()])
+    values = [p.detach().clone() for p in run.parameters]
+    with pytest.raises(CheckpointError, match="a Picky refuses its state"):
+        runs.load_run("x", tmp_path)
+    after = [run.optimizer_state_dict(), run.schedule.state_dict()]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert same(run.parameters, values) and run.step == 4
+
+
 def test_a_snapshot_without_any_run(tmp_path):
     for call in MultiTrain(tiny()).snapshot, partial(MultiTrain(tiny()).save_adapter, folder=tmp_path):
         with pytest.raises(AdapterNotFoundError, match=r"no run 'x'\. Runs: none"):

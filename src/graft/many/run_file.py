@@ -6,6 +6,7 @@ It is written whole or not at all.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -159,7 +160,7 @@ def name_object(value: object) -> object:
 def restore_run(run: Run, model: nn.Module, state: Json, where: str) -> None:
     """Put a new run, with its adapter on the model, into the state of its file.
 
-    Config, settings and contents are checked first. Then optimizer, schedule, loader and at last the adapter's values
+    Config, settings and contents are checked first. Then schedule, optimizer, loader and at last the adapter's values
     are overwritten. An ended run that now has more steps is running again. A run that takes part in the next round
     reads its data up to the position; others only note the position.
 
@@ -168,8 +169,8 @@ def restore_run(run: Run, model: nn.Module, state: Json, where: str) -> None:
         ConfigError: it has another config, other settings, fewer steps than it has made, or data with another first
             batch.
         CheckpointError: the file's content cannot be used, or optimizer or schedule refuse their state. Whatever is
-            raised, the adapter's values have not changed; if the schedule refuses its state, the optimizer has that of
-            the file.
+            raised, the adapter's values have not changed. If either refuses, the schedule loads its old state again;
+            the optimizer is not restored, since torch's check a state before they change.
     """
     path = os.path.join(where, run.name, FILE)
     get_registry(model).check_base(run.name, state["base"], f"Run '{run.name}' in {where}")
@@ -191,11 +192,15 @@ def restore_run(run: Run, model: nn.Module, state: Json, where: str) -> None:
         )
     if run.steps is not None and state["step"] > run.steps:
         raise ConfigError(f"Run '{run.name}' has made {state['step']} steps, and is to make {run.steps}. Raise it.")
-    for thing, name in (run.optimizer, "optimizer"), (run.schedule, "schedule"):
+    before = {} if run.schedule is None else copy.deepcopy(run.schedule.state_dict())
+    for thing, name in (run.schedule, "schedule"), (run.optimizer, "optimizer"):
         try:
             if thing is not None:
                 thing.load_state_dict(state[name])
         except Exception as e:  # of a class that graft does not know
+            if run.schedule is not None:
+                with suppress(Exception):
+                    run.schedule.load_state_dict(before)
             raise CheckpointError(f"{path}: a {type(thing).__name__} refuses its state ({e!r}). {REMEDY}") from e
     run.restore_partial_step(**state["under_way"])
     run.step, (run.state, run.why) = state["step"], state["state"]

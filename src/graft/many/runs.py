@@ -1355,8 +1355,7 @@ class MultiTrain:
             AdapterNotFoundError: there is no such run.
             CheckpointError: there is no such file, or it is damaged.
             ConfigError: the run has data, or the file's run has another config or other settings.
-            BaseModelMismatchError: the file's run has another base. Whatever is raised, the run is as before, except
-                that the optimizer has the file's state if the schedule refuses its own.
+            BaseModelMismatchError: the file's run has another base. Whatever is raised, the run is as before.
         """
         with self.lock_steps(waits=True):
             run = self[name]

@@ -99,6 +99,14 @@ def test_what_does_not_fit_is_told(whole, tmp_path):
         trainer(tmp_path).train(resume_from_checkpoint=checkpoint)
 
 
+def test_a_folder_that_is_gone_is_told(tmp_path):
+    made = trainer(tmp_path / "gone", Resumable(tmp_path / "away"))
+    made.state.global_step = 3
+    shutil.rmtree(tmp_path / "gone", ignore_errors=True)
+    with pytest.raises(CheckpointError, match=r"checkpoint-3 holds no training\.safetensors.*No checkpoint near it"):
+        made.callback_handler.on_train_begin(made.args, made.state, made.control)
+
+
 def test_another_rank_is_told(whole, tmp_path, monkeypatch):
     again = trainer(tmp_path, r=4)
     monkeypatch.setattr(again, "_load_from_checkpoint", lambda *_: None)  # which says so too, in its own words

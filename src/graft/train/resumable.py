@@ -107,7 +107,8 @@ class Resumable(Listener):
             return
         folder = self._find_checkpoint(args, state)
         if not os.path.isfile(os.path.join(folder, FILE)):
-            newest = find_last_checkpoint(os.path.dirname(os.path.abspath(folder)))
+            parent = os.path.dirname(os.path.abspath(folder))
+            newest = find_last_checkpoint(parent) if os.path.isdir(parent) else None
             remedy = f"Resume from {newest}" if newest else "No checkpoint near it is whole: begin anew"
             raise CheckpointError(
                 f"{folder} holds no {FILE}: Resumable did not save it, or the process was killed meanwhile. {remedy}."

@@ -5,6 +5,7 @@ import copy
 import json
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import graft
+from graft.prompts.replays import RUN, Replays
 from tests import models
 from tests.looks import get_registry
 from tests.prompts.samples import (
@@ -945,3 +947,17 @@ def wide():
 
 def test_samples_are_all_methods():
     assert {s.method for s in FIRSTS} == {s.method for s in SAMPLES} and len(FIRSTS) == 6
+
+
+def test_layers_get_back_their_first_function():
+    """Two calls of `start` replace the checkpointing functions twice."""
+    stack = models.make("llama").model
+    before = [torch.utils.checkpoint.checkpoint] * len(stack.layers)
+    for layer in stack.layers:
+        layer.gradient_checkpointing, layer.__dict__[RUN] = True, before[0]
+    replays = Replays(SimpleNamespace(module=stack))
+    replays.start(object())
+    replays.start(object())
+    assert all(layer.__dict__[RUN] not in before for layer in stack.layers)
+    replays.clear()
+    assert [layer.__dict__[RUN] for layer in replays.layers()] == before

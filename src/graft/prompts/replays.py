@@ -84,10 +84,10 @@ class Replays:
         layer.__dict__[name] = value
 
     def clear(self) -> None:
-        """Restore the layers' attributes, in the order of their changes; remove the hook on the word embeddings, and
-        release the lock, if they are set. A second call does nothing.
+        """Restore the layers' attributes, the last change first; remove the hook on the word embeddings, and release
+        the lock, if they are set. A second call does nothing.
         """
-        for layer, name, value in self._before:
+        for layer, name, value in reversed(self._before):
             layer.__dict__[name] = value
         self._before = []
         if self._handle is not None:

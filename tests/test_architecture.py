@@ -309,6 +309,9 @@ def test_unknown_names_are_refused():
         graft.LoraConfg  # noqa: B018
     with pytest.raises(graft.ConfigError, match=r"Unknown peft_type 'NOPE'. Known ones: LORA"):
         graft.method_of("NOPE")
+    for name, text in ("LORAA", "'LORAA'. Did you mean 'LORA'?"), ("loha", "Did you mean 'LOHA'?"), (["LORA"], "LORA"):
+        with pytest.raises(graft.ConfigError, match="Unknown peft_type .*" + re.escape(text) + ".* Known ones: LORA"):
+            graft.PeftConfig(peft_type=name)
     assert "NOPE" not in graft.PEFT_TYPE_TO_TUNER_MAPPING
 
 

@@ -70,6 +70,14 @@ def suggest_field(name: str, names: Sequence[str]) -> str:
     return f". Did you mean '{similar[0]}'?" if similar else ""
 
 
+def make_type_error(peft_type: object, names: Sequence[str]) -> ConfigError:
+    """Return the error for an unknown `peft_type`, with all `names` of methods, after the most similar if there is
+    one. Upper and lower case count as equal.
+    """
+    similar = suggest_field(str(peft_type).upper(), names)
+    return ConfigError(f"Unknown peft_type {peft_type!r}{similar or '.'} Known ones: {', '.join(names)}.")
+
+
 class TaskType(str, Enum):
     """The task that a model is trained for; it selects the PeftModel class."""
 
@@ -131,8 +139,7 @@ class PeftConfig:
         """Check the fields and convert them: `validate`, then `peft_type` and `task_type` to members of their enums.
 
         A missing `peft_version` becomes `FORMAT_VERSION`. A class with a fixed `peft_type` keeps it, and warns if
-        another was passed. Raises ConfigError for an unknown task type, ValueError for an unknown `peft_type`, and the
-        errors of `validate`.
+        another was passed. Raises ConfigError for an unknown task type or `peft_type`, and the errors of `validate`.
         """
         if self.peft_version is None:
             self.peft_version = FORMAT_VERSION
@@ -141,7 +148,10 @@ class PeftConfig:
         if default is not None and self.peft_type not in (default, None):
             warn(f"`peft_type` of a {type(self).__name__} is {default}: {self.peft_type!r} is ignored.", PeftWarning)
         if default is not None or self.peft_type is not None:
-            self.peft_type = self.peft_types(default or self.peft_type)
+            try:
+                self.peft_type = self.peft_types(default or self.peft_type)
+            except ValueError:
+                raise make_type_error(self.peft_type, [*self.peft_types.__members__]) from None
         if self.task_type is not None:
             names = [t.value for t in TaskType]
             if self.task_type not in names:

@@ -9,8 +9,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from graft.config.base import PeftConfig
-from graft.core.errors import ConfigError
+from graft.config.base import PeftConfig, make_type_error
 
 
 class Row(NamedTuple):
@@ -109,7 +108,7 @@ def method_of(peft_type: str) -> Any:
     """
     name = getattr(peft_type, "value", peft_type)
     if name not in ROWS:
-        raise ConfigError(f"Unknown peft_type {name!r}. Known ones: {', '.join(ROWS)}.")
+        raise make_type_error(name, [*ROWS])
     module, cls = ROWS[name].method.split(":")
     return getattr(import_module(f"graft.{module}"), cls)
 

@@ -3,6 +3,7 @@
 
 import json
 import re
+import sys
 import time
 import warnings
 
@@ -626,3 +627,10 @@ def test_a_warning_that_is_an_error_is_no_damage(saved, monkeypatch):
     unchanged(model, before)
     with pytest.warns(UserWarning, match="of torch's"):
         model.load_adapter(saved, "default")
+
+
+def test_a_slow_pattern_without_the_package_regex(monkeypatch):
+    monkeypatch.setitem(sys.modules, "regex", None)
+    with pytest.raises(graft.ConfigError, match=r"of target_modules needs the package regex.*pip install regex"):
+        reading.Pattern("(a+)+b", "target_modules")
+    assert reading.Pattern("a.b", "target_modules").match("axb")

@@ -196,6 +196,11 @@ class Pattern:
             import regex  # not needed to import graft
 
             timed = regex.compile(whole)
+        except ImportError as e:
+            raise ConfigError(
+                f"{shorten_text(repr(text))} of {field} needs the package regex, which limits the time of slow "
+                "patterns. Run pip install regex."
+            ) from e
         except Exception as e:  # of many types: nesting, counts, syntax
             raise ConfigError(
                 f"{shorten_text(repr(text))} of {field} is not a regular expression: {e or type(e).__name__}. Give a "

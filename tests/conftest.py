@@ -12,7 +12,8 @@ import random
 import shutil
 import tempfile
 import warnings
-from functools import cache
+from functools import cache, wraps
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -53,11 +54,40 @@ if SUBJECT != "graft":
     sys.modules["graft"] = __import__(SUBJECT)
 
 
+def pass_quickly(assert_close: Any) -> Any:
+    """Return an `assert_close` that returns at once for plain tensors that are close: an eighth of the time.
+
+    It calls torch's function for everything else, so each failure is torch's.
+    """
+    import torch
+
+    plain = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+    def is_close(a: Any, b: Any, rtol: float | None, atol: float | None) -> bool:
+        """Return True for CPU tensors of one shape and dtype that are close; equal, where no tolerance is given."""
+        if not (type(a) in TENSORS and type(b) in TENSORS and a.dtype is b.dtype and a.dtype in plain):
+            return False
+        if a.shape != b.shape or not (a.layout is b.layout is torch.strided) or not (a.is_cpu and b.is_cpu):
+            return False
+        return torch.equal(a, b) if rtol is None or atol is None else torch.allclose(a, b, rtol, atol)
+
+    TENSORS = torch.Tensor, torch.nn.Parameter
+
+    @wraps(assert_close)
+    def assert_close_quickly(actual, expected, *, rtol=None, atol=None, **options):
+        __tracebackhide__ = True
+        if (rtol is None) != (atol is None) or options.keys() - {"msg"} or not is_close(actual, expected, rtol, atol):
+            assert_close(actual, expected, rtol=rtol, atol=atol, **options)
+
+    return assert_close_quickly
+
+
 def prepare_process() -> None:
     """Import torch, have it use one thread, and have graft take its word about Trainer as said."""
     import torch
 
     torch.set_num_threads(1)
+    torch.testing.assert_close = pass_quickly(torch.testing.assert_close)
     if SUBJECT == "graft":
         from graft.model import audit
 

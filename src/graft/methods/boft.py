@@ -137,16 +137,18 @@ class BOFT(Method[BOFTConfig]):
         return R
 
     def rotate_blocks(self, x: Tensor, dtype: torch.dtype, transpose: bool = False) -> Tensor:
-        """Return x R, or with `transpose` x Rᵀ, in `dtype`. x (…, n); R is drawn anew in training with dropout."""
+        """Return x R, or with `transpose` x Rᵀ, in x's dtype, computed in `dtype`. x (…, n); R is drawn anew in
+        training with dropout.
+        """
         orders = self.boft_orders if self.cfg.boft_n_butterfly_factor > 1 else None
         return butterfly(x, self.R().to(dtype), orders, transpose)
 
     def pre(self, x: Tensor) -> Tensor:
-        """Return the input times R, in the adapter's dtype."""
+        """Return the input times R, in the input's dtype, computed in the adapter's."""
         return self.rotate_blocks(x, self.dtype)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y ⊙ s; of an embedding y R ⊙ s."""
+        """Return y ⊙ s; of an embedding y R ⊙ s. x is not read, and s is not cast: the wider dtype counts."""
         if self.site.op.takes_ids:
             y = self.rotate_blocks(y, self.dtype)
         return y * self.boft_s.flatten()

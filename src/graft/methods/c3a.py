@@ -85,5 +85,5 @@ class C3A(Method[C3AConfig]):
         return Circulant(self.c3a_kernel, 1 / self.site.fan_in, self.site.shape)
 
     def branch(self, x: Tensor) -> Tensor:
-        """Return ΔW x, (…, out), as circular convolutions of the blocks of x."""
+        """Return ΔW x, (…, out), as circular convolutions of the blocks of x by FFT, in at least float32."""
         return multiply_circulant(x, self.c3a_kernel, 1 / self.site.fan_in)

@@ -58,6 +58,8 @@ def find_gates(tuner: Tuner, adapter_names: str | list[str] | None) -> list[Fine
 def sparsity_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Tensor | float:
     """Return the mean of `FineGates.loss` over layers and adapters, (); 0.0 without any.
 
+    Terms are added on their own devices.
+
     `adapter_names`: None for the active ones.
 
     Raises:
@@ -151,11 +153,11 @@ class FineGates(Method[FineGatesConfig]):
         return self.gate(self.finegates_rows), self.gate(self.finegates_columns)
 
     def pre(self, x: Tensor) -> Tensor:
-        """Return x times the gates of the inputs."""
+        """Return x times the gates of the inputs, without a cast: the wider dtype counts."""
         return x * self.site.op.channels(self.gate(self.finegates_columns))
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y times the gates of the outputs."""
+        """Return y times the gates of the outputs, without a cast: the wider dtype counts. x is not read."""
         return y * self.site.op.channels(self.gate(self.finegates_rows))
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

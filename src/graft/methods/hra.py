@@ -81,7 +81,7 @@ class HRA(Method[HRAConfig]):
         return U.to(dtype), T.to(dtype)
 
     def pre(self, x: Tensor) -> Tensor:
-        """Return the input reflected, H x; H is made in the adapter's dtype, and x is not cast here."""
+        """Return the input reflected, H x, in the input's dtype, computed in the adapter's."""
         return reflect(x, *self.compact(self.dtype))
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -116,11 +116,11 @@ class IA3(Method[IA3Config]):
         return self.site.op.channels(self.ia3_l.flatten())
 
     def pre(self, x: Tensor) -> Tensor:
-        """Return x ⊙ l."""
+        """Return x ⊙ l, without a cast: the wider dtype counts."""
         return x * self.scale
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y ⊙ l."""
+        """Return y ⊙ l, without a cast: the wider dtype counts. x is not read."""
         return y * self.scale
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -128,7 +128,9 @@ class LoKr(Lycoris[LoKrConfig]):
         return W if mask is None else W * mask.view(-1, *[1] * (W.dim() - 1))
 
     def branch(self, x: Tensor) -> Tensor:
-        """Return (scaling · w1 ⊗ w2) x without forming ΔW, (…, out); in training with dropout of output rows."""
+        """Return (scaling · w1 ⊗ w2) x without forming ΔW, (…, out); in autocast's dtype, else the widest of x, w1 and
+        w2; in training with dropout of output rows.
+        """
         w1, w2 = self.pair()
         y, mask = multiply_kronecker(x, w1, w2), self.row_mask(w1, self.rank_dropout_scale)
         return y if mask is None else y * mask

@@ -156,15 +156,19 @@ class OFT(Method[OFTConfig]):
         return R
 
     def pre(self, x: Tensor) -> Tensor:
-        """Return the input times R, block by block, in the adapter's dtype."""
+        """Return the input times R, block by block, in the input's dtype, computed in the adapter's."""
         return self.rotate(x)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the output y times R, block by block, in the adapter's dtype; for embeddings."""
+        """Return the output y times R, block by block, in y's dtype, computed in the adapter's; for embeddings. x is
+        not read.
+        """
         return self.rotate(y)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Return x R, block by block, in the adapter's dtype. x (…, n); one shared block acts on all parts."""
+        """Return x R, block by block, in x's dtype, computed in the adapter's. x (…, n); one shared block acts on all
+        parts.
+        """
         return rotate(x, self.R().to(self.dtype).expand(self.blocks, -1, -1))
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -60,6 +60,8 @@ class ReftConfig(StatesConfig):
     def preset(cls, name: str, **changes: object) -> ReftConfig:
         """Return the config of a variant ("loreft", "noreft", "direft"); `changes` override its fields.
 
+        Names are matched exactly, with their case.
+
         Raises:
             ConfigError: there is no such preset.
         """

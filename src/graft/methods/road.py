@@ -98,17 +98,21 @@ class Road(Method[RoadConfig]):
             nn.init.normal_(self.road_alpha, mean=1.0, std=0.5)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the output y with each pair of channels rotated and scaled, R y."""
+        """Return the output y with each pair of channels rotated and scaled, R y, in y's dtype. x is not read."""
         return self.rotate_channels(y, 1 - len(self.site.shape))
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return R W and R b (None without bias). Raises NotImplementedError if the effect cannot merge."""
+        """Return R W and R b (None without bias), in their own dtypes.
+
+        Raises NotImplementedError if the effect cannot merge.
+        """
         if self.effect.why_unmergeable is not None:
             raise NotImplementedError(f"{self.effect.why_unmergeable} (layer '{self.site.key}').")
         return self.rotate_channels(W, 0), None if b is None else self.rotate_channels(b, 0)
 
     def rotate_channels(self, z: Tensor, dim: int) -> Tensor:
-        """Return R z, where `dim` is the dimension of z that counts channels; in the wider dtype of z and θ.
+        """Return R z, where `dim` is the dimension of z that counts channels; in z's dtype, computed in the wider one
+        of z and θ.
 
         In each group of `group_size` channels, z₁ of the first half and z₂ of the second are a pair. It becomes (c₁ z₁
         - s₁ z₂, c₂ z₂ + s₂ z₁) with c = α cos θ and s = α sin θ. With road_1 a pair has one θ and one α, with road_2

@@ -75,7 +75,7 @@ class Spectral(Method[S]):
         return self.transform()
 
     def branch(self, x: Tensor) -> Tensor:
-        """Return ΔW x, (…, out), by the transform's own product."""
+        """Return ΔW x, (…, out), by the transform's own product, in at least float32."""
         return self.transform().times(x)
 
 

@@ -147,7 +147,8 @@ class SuperTuning(Method[SupertuningConfig]):
     def from_file_tensors(self, tensors: Tensors, cfg: SupertuningConfig) -> Tensors:
         """Return the file's tensors unchanged.
 
-        Raises CheckpointError if they have indices below 0 or beyond the weight's entries.
+        Raises CheckpointError if they have indices below 0 or beyond the weight's entries. Shapes are not checked, and
+        missing indices pass.
         """
         return check_places(tensors, "supertuning_indices", math.prod(self.site.shape), self.site.key)
 

@@ -130,7 +130,8 @@ class SVFT(Method[SvftConfig]):
     def from_file_tensors(self, tensors: Tensors, cfg: SvftConfig) -> Tensors:
         """Return the file's tensors unchanged.
 
-        Raises CheckpointError if they have places below 0 or beyond the n² of M.
+        Raises CheckpointError if they have places below 0 or beyond the n² of M. Shapes are not checked, and missing
+        places pass.
         """
         return check_places(tensors, "svft_places", self.n**2, self.site.key)
 

@@ -54,8 +54,8 @@ class TinyLoRA(Method[TinyLoraConfig]):
 
     @classmethod
     def share(cls, layers: AdaptedLayers) -> dict[str, object]:
-        """Return the trained vectors `tinylora_v` (u,), one for each group of layers, and `tinylora_places`: by path
-        the layer's number, the number of groups, and that of layers.
+        """Return new trained vectors `tinylora_v` (u,), also if other adapters have some, one for each group of layers,
+        and `tinylora_places`: by path the layer's number, the number of groups, and that of layers.
 
         There are round(layers · (1 - weight_tying)) groups, at least one. The vectors are zeros, or uniform within
         ±`init_v_bound` if `init_weights` is not True.

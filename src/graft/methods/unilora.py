@@ -86,8 +86,8 @@ class UniLoRA(Method[UniLoraConfig]):
 
     @classmethod
     def share(cls, layers: AdaptedLayers) -> dict[str, object]:
-        """Return the vector `unilora_theta_d` (length,), uniform within ±`init_theta_d_bound`, or normal with
-        `init_weights=False`, and `unilora_places`, the `Places` of all layers.
+        """Return a new vector `unilora_theta_d` (length,) for each adapter, uniform within ±`init_theta_d_bound`, or
+        normal with `init_weights=False`, and `unilora_places`, the `Places` of all layers.
         """
         cfg = layers.cfg
         theta = torch.empty(cfg.theta_d_length)
@@ -116,7 +116,10 @@ class UniLoRA(Method[UniLoraConfig]):
         skip_draws(*(torch.empty(shape) for shape in (self.unilora_indices_A.shape, self.unilora_indices_B.shape)))
 
     def from_file_tensors(self, tensors: Tensors, cfg: UniLoraConfig) -> Tensors:
-        """Return the file's tensors. Raises CheckpointError if they have indices outside of θ."""
+        """Return the file's tensors unchanged.
+
+        Raises CheckpointError if they have indices outside of θ. Shapes are not checked, and missing indices pass.
+        """
         for x in "AB":
             check_places(tensors, f"unilora_indices_{x}", self.cfg.theta_d_length, self.site.key)
         return tensors

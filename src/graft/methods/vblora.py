@@ -141,7 +141,8 @@ class VBLoRA(Method[VBLoRAConfig]):
 
     @classmethod
     def share(cls, layers: AdaptedLayers) -> dict[str, object]:
-        """Return the trained bank `vblora_vector_bank` (vectors, L), uniform within ±`init_vector_bank_bound`.
+        """Return a new trained bank `vblora_vector_bank` (vectors, L) for each adapter, uniform within
+        ±`init_vector_bank_bound`.
 
         The values are those of PEFT, which draws the bank again for each layer; torch's generator stays as it was.
         """

@@ -112,7 +112,9 @@ class MultitaskPromptEmbedding(PromptEmbedding):
         return {STORED: self.embedding.weight.detach(), **{name: getattr(self, name).detach() for name in FACTORS}}
 
     def restore(self, name: str, value: Tensor) -> None:
-        """Copy the value into the shared prompt (`prompt_embeddings`) or the factor with this name, in place."""
+        """Copy the value into the shared prompt (`prompt_embeddings`) or the factor with this name, in place, without
+        gradient; another shape is torch's RuntimeError.
+        """
         with torch.no_grad():
             (self.embedding.weight if name == STORED else getattr(self, name)).copy_(value)
 

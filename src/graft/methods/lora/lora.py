@@ -28,7 +28,9 @@ UNTARGETABLE = {"conv1d"}  # of them
 
 
 def kasa_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Tensor | float:
-    """Return the sum of `KaSA.loss` over all layers and KaSA adapters; 0.0 without any. Other adapters are left out.
+    """Return the sum of `KaSA.loss` over all layers and KaSA adapters; 0.0 without any.
+
+    Other adapters are left out. Terms are added on their own devices.
 
     Args:
         adapter_names: one name or several; the active ones if None.
@@ -41,7 +43,7 @@ def kasa_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Ten
 
 def monteclora_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Tensor | float:
     """Return the sum of `MonteCLoRA.loss` over layers and MonteCLoRA adapters, divided by their number; 0.0 without
-    any. Other adapters are left out.
+    any. Other adapters are left out. Terms are added on their own devices.
 
     Args:
         adapter_names: one name or several; the active ones if None.

@@ -153,5 +153,8 @@ class MonteCLoRA(LoRA):
         return f._replace(A=A + self.lora_monteclora_sampler(A.shape[1]))
 
     def loss(self) -> Tensor | float:
-        """Return the sampler's loss of the last draw (`Sampler.loss`) in training; 0.0 in eval mode."""
+        """Return the sampler's loss of the last draw (`Sampler.loss`) in training; 0.0 in eval mode.
+
+        Without a draw yet, the buffers' values count.
+        """
         return self.lora_monteclora_sampler.loss() if self.layer.training else 0.0

@@ -199,7 +199,8 @@ class Started(Method[LoraConfig]):
         return 0 if cfg.init_lora_weights == "loftq" and loftq["loftq_iter"] == 1 else cfg.r
 
     def to_file_tensors(self, values: Tensors, cfg: LoraConfig) -> Tensors:
-        """Return the file's tensors: B halved if the config names the module around the site (`via_container`).
+        """Return the file's tensors, the same dict if nothing differs: B halved if the config names the module around
+        the site (`via_container`).
 
         `lora_shift` is left out if the initialisation in `cfg` is not one of STARTS: then the file is for the base as
         it is now.

@@ -62,7 +62,8 @@ class Shadow(Method[ShadowConfig]):
 
     @classmethod
     def share(cls, layers: AdaptedLayers) -> dict[str, Any]:
-        """Return the shadow network, its projection and, for SEQ_CLS, its head (`make_modules`).
+        """Return new modules for each adapter: the shadow network, its projection and, for SEQ_CLS, its head
+        (`make_modules`).
 
         Raises ConfigError for a second adapter if one of them is for SEQ_CLS.
         """

@@ -65,7 +65,8 @@ def replace_file(path: str, write: Write) -> None:
     """Write a file under a temporary name, sync it, and rename it to `path`, which holds the old or the new file at any
     time.
 
-    The folder is synced as well. Temporary files of this name are deleted if processes that no longer run left them.
+    The folder is synced as well; it is not made. Temporary files of this name are deleted if processes that no longer
+    run left them.
 
     Raises:
         OSError: the path is a device or a pipe; or the error of `write`. The old file stays then.
@@ -80,7 +81,9 @@ def replace_file(path: str, write: Write) -> None:
 
 
 def exchange_paths(one: str, other: str) -> None:
-    """Swap two files or folders. Linux and macOS swap them in one step, so that both names exist at any time.
+    """Swap two files or folders.
+
+    Linux and macOS swap them in one step, so that both names exist at any time. Both paths have to exist.
 
     Other systems, and file systems without that call (NFS), take three renames by a third name. If one of these fails,
     the first ones are undone.

@@ -181,7 +181,10 @@ def to_int(value: object, name: str) -> int:
 
 
 def read_targets() -> dict[str, dict[str, list[str] | str]]:
-    """Return the tables of targets.json, each as {model_type: targets}. A key of the file names several model types."""
+    """Return the tables of targets.json, read at each call, each as {model_type: targets}.
+
+    A key of the file names several model types.
+    """
     tables = json.loads(Path(__file__).with_name("targets.json").read_text("utf-8"))
     return {name: {kind: rows[kinds] for kinds in rows for kind in kinds.split()} for name, rows in tables.items()}
 

@@ -118,7 +118,7 @@ def describe_offline(where: str | os.PathLike[str], **hub: object) -> str:
 
 def looks_like_repository(name: str) -> bool:
     """Return True if a name can be one on the hub: at most one "/", not two in a row, and no ".", "/" or "~" at the
-    beginning.
+    beginning. Its letters are not checked.
     """
     return not name.startswith((".", "/", "~")) and name.count("/") <= 1 and os.sep * 2 not in name
 

@@ -187,5 +187,7 @@ class OFT(Method[OFTConfig]):
 
 
 def nearest_divisor(n: int, wanted: int) -> int:
-    """Return the divisor of n nearest to `wanted`, the smaller of two equally near; n itself if `wanted` ≥ n."""
+    """Return the divisor of n nearest to `wanted`, the smaller of two equally near; n itself if `wanted` ≥ n, 1 for 1
+    or less.
+    """
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d)) if wanted < n else n

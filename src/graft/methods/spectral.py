@@ -81,7 +81,7 @@ class Spectral(Method[S]):
 
 def draw_places(out: int, fan_in: int, n: int, seed: int) -> Tensor:
     """Return n places in a matrix (out, fan_in) as row and column indices, (2, n): the first of a random order of all,
-    drawn on the CPU from `seed`.
+    drawn on the CPU from `seed`. An n above their number gives all, without an error.
 
     The last 16 results are cached, and shared between layers: the caller must not write into them; under a dispatch
     mode nothing is cached.

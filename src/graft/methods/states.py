@@ -236,8 +236,8 @@ def follow_generate(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
     nothing for other runs.
 
     The first step sees the whole prompt, and its positions hold for all steps. Later ones with a cache, or with no more
-    tokens than the prompt, see only new tokens: their facts also tell how many have passed. At the end the hook is
-    removed and the former facts are back. Calls of other threads change nothing.
+    tokens than the prompt, see only new tokens: their facts also tell how many have passed. At the end, also on errors,
+    the hook is removed and the former facts are back. Calls of other threads change nothing.
     """
     if not run.generates:
         yield

@@ -58,7 +58,8 @@ class TLoraConfig(Targeted, LayerRange, RankPatterns):
 def timestep(tuner: Tuner, t: float | Tensor) -> Iterator[None]:
     """Within the block, calls of this thread are at timestep `t`: one for all rows, or (batch,).
 
-    The argument `timestep` of the model is then not read. The range is checked by each call, not here.
+    The argument `timestep` of the model is then not read. At the end, also on errors, the former one counts again. The
+    range is checked by each call, not here.
 
     Raises:
         RoutingError: t is None, complex, boolean, or of more than one dimension.

@@ -369,8 +369,8 @@ class XLora(Method[XLoraConfig]):
         step of `generate`.
 
         For `generate` sets `use_cache` to False in the run's arguments, and puts a pre-forward hook on the model until
-        the run's end. The gates are empty until the first step. The hook does nothing while it weighs the experts
-        itself. `super().surround_run` is around it all and gives the finish.
+        the run's end, also on errors. The gates are empty until the first step. The hook does nothing while it weighs
+        the experts itself. `super().surround_run` is around it all and gives the finish.
 
         Raises:
             RoutingError: the call names adapters for its rows; or, from `weigh`, the arguments have a cache or the

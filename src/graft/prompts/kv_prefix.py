@@ -181,8 +181,8 @@ def fill_cache(cache: Any, pairs: Pairs, batch: int, dtype: torch.dtype, devices
 
 
 def per_row(t: Tensor, batch: int) -> Tensor:
-    """Return one row per sample, (batch, …): a view of the one row, or each row repeated for the beams of its
-    sample.
+    """Return one row per sample, (batch, …): a view of the one row, or each row repeated for the beams of its sample,
+    batch // rows times; the division is not checked.
     """
     return t.expand(batch, *t.shape[1:]) if len(t) == 1 else t.repeat_interleave(batch // len(t), dim=0)
 

@@ -95,6 +95,8 @@ def check_shape(values: Tensor, there: Tensor) -> None:
 def as_pairs(prompt: Tensor, cfg: Any) -> list[tuple[Tensor, Tensor]]:
     """Return key and value of each layer, (batch, heads, tokens, head_dim), as views of the prompt.
 
+    A wrong size is torch's RuntimeError.
+
     An encoder-decoder (two submodules) gets them as in PEFT: the pairs of every second layer, then again from the
     first.
 
@@ -112,7 +114,8 @@ def as_pairs(prompt: Tensor, cfg: Any) -> list[tuple[Tensor, Tensor]]:
 def from_pairs(pairs: list[tuple[Tensor, Tensor]], tokens: int) -> Tensor:
     """Return a prompt, (tokens, 2 · layers · token_dim): the first tokens of each layer's (1, heads, T, head_dim).
 
-    Only the first sample is taken. It is the reverse of `as_pairs` for one submodule.
+    Only the first sample is taken. Layers need at least `tokens` tokens, which is not checked. It is the reverse of
+    `as_pairs` for one submodule.
     """
     flat = [t[0, :, :tokens].transpose(0, 1).reshape(tokens, -1) for pair in pairs for t in pair]
     return torch.cat(flat, dim=1)

@@ -89,9 +89,9 @@ def following(model: nn.Module, run: Run, offsets: Mapping[object, Offsets]) -> 
     one.
 
     Does nothing for a run that does not generate, or without offsets. Else puts pre-forward hooks on the model and its
-    decoder, and removes them at the end. `passed` becomes ALL once the whole prompt was seen; before, it is the count
-    of tokens seen since the prompt's end, also without a cache. Calls of other threads or without inputs change
-    nothing.
+    decoder, and removes them at the end, also on errors. `passed` becomes ALL once the whole prompt was seen; before,
+    it is the count of tokens seen since the prompt's end, also without a cache. Calls of other threads or without
+    inputs change nothing.
     """
     if not (run.generates and offsets):
         yield

@@ -80,8 +80,8 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
     to the layers.
 
     A single pass yields its `Pass.finish`, which completes the output with loss and cache. In `generate` a pre-forward
-    and a forward hook on the model do both for each step of this thread. They are removed at the end; the yielded
-    function then changes nothing.
+    and a forward hook on the model do both for each step of this thread. They are removed at the end, also on errors;
+    the yielded function then changes nothing.
     """
     names = run.adapters
     if not run.generates:

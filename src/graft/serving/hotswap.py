@@ -118,6 +118,13 @@ class LayerChange(NamedTuple):
         scale = math.sqrt if rslora else float
         return cls(layer, rank, alpha if r == rank else alpha * scale(rank) / scale(r), alpha / scale(r))
 
+    def write(self, adapter: str, change_scaling: Callable[[Any], object]) -> None:
+        """Set the adapter's rank and alpha on the layer, and replace its scalings, of now and of the start, each by the
+        result of `change_scaling` for it.
+        """
+        scalings = {key: change_scaling(vars(self.layer)[key][adapter]) for key in ("scaling", "scaling_at_start")}
+        self.layer.set_facts(adapter, r=self.rank, lora_alpha=self.alpha, **scalings)
+
 
 @dataclass
 class SwapPlan:
@@ -197,14 +204,9 @@ def prepare_swap(
             replace_tensors([(entry, value.to(entry.tensor, copy=True), rank) for entry, value, rank in plan.larger])
             zeros = [(target, target.new_zeros(()).expand(find_whole_shape(target))) for target in plan.zeros]
             write_all_whole([*plan.copies, *zeros])
-            for layer, rank, alpha, scaling in plan.changes:
-                layer.set_facts(adapter, r=rank, lora_alpha=alpha)
-                both: list[dict[str, Any]] = [layer.scaling, layer.scaling_at_start]
-                for scalings in both:
-                    if isinstance(scalings[adapter], Tensor):
-                        scalings[adapter].fill_(scaling)
-                    else:
-                        scalings[adapter] = scaling
+            for change in plan.changes:
+                new = change.scaling
+                change.write(adapter, lambda old, new=new: old.fill_(new) if isinstance(old, Tensor) else new)  # type: ignore[misc]
         if now is not None:
             model.peft_config[adapter] = update_config(now, plan.changes)
 
@@ -540,9 +542,6 @@ def prepare_layer(layer: AdapterLayer, adapter: str, rank: int | None) -> LayerC
     """
     r, alpha, rslora = (of[adapter] for of in (layer.r, layer.lora_alpha, layer.use_rslora))
     change = LayerChange.make(layer, r, alpha, rslora, rank or r)
-    layer.set_facts(adapter, r=change.rank, lora_alpha=change.alpha)
     device = layer.methods[adapter].pair[0].device
-    both: list[dict[str, Any]] = [layer.scaling, layer.scaling_at_start]
-    for scalings in both:
-        scalings[adapter] = torch.as_tensor(float(scalings[adapter]), device=device)
+    change.write(adapter, lambda scaling: torch.as_tensor(float(scaling), device=device))
     return change

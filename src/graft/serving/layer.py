@@ -15,6 +15,7 @@ from graft.core.rows import make_index
 
 HALF = (torch.float16, torch.bfloat16)
 NONE = 0  # the slot of zeros, for rows without adapter
+VECTORS = {"gain": 1.0, "shift": 0.0, "inner": 1.0}  # with the values that leave the layer's output as it is
 
 
 class SlotChoice(local):
@@ -153,11 +154,9 @@ class SlotLayer(nn.Module):
         for slot, (i, j) in enumerate(self.place):
             places[i, slot] = j
         self.register_buffer("places", places.to(device), persistent=False)
-        n = len(self.place)
-        if gains:
-            self.register_buffer("gain", like.new_ones(n, site.out_features), persistent=False)
-            self.register_buffer("shift", like.new_zeros(n, site.out_features), persistent=False)
-            self.register_buffer("inner", like.new_ones(n, site.in_features), persistent=False)
+        for name, neutral in VECTORS.items() if gains else ():
+            width = site.in_features if name == "inner" else site.out_features
+            self.register_buffer(name, like.new_full((len(self.place), width), neutral), persistent=False)
         self.gained: set[int] = set()  # slots with vectors other than ones and zeros
 
     @property
@@ -197,7 +196,7 @@ class SlotLayer(nn.Module):
         n = len(tensors) - len(self.vectors)
         pairs, vectors = [(tensors[i], tensors[i + 1]) for i in range(0, n, 2)], tensors[n:]
         if vectors and (compiling or (self.gained if slot is None else slot in self.gained)):
-            return self.apply_gains(x, pairs, *vectors, *args, **kwargs)
+            return self.apply_gains(x, pairs, vectors, *args, **kwargs)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         for A, B in pairs:
             y = self.add_product(y, x, A, B)
@@ -237,22 +236,19 @@ class SlotLayer(nn.Module):
         return (*[t.index_select(0, place) for t, place in pairs], *[t.index_select(0, index) for t in self.vectors])
 
     def apply_gains(
-        self,
-        x: Tensor,
-        pairs: Sequence[tuple[Tensor, Tensor]],
-        gain: Tensor,
-        shift: Tensor,
-        inner: Tensor,
-        *args: object,
-        **kwargs: object,
+        self, x: Tensor, pairs: list[tuple[Tensor, Tensor]], vectors: tuple[Tensor, ...], *args: object, **kwargs: Any
     ) -> Tensor:
         """Return gain ⊙ (W (inner ⊙ x) + b + x Aᵀ B) + shift in the dtype of the base's output.
 
         Tensors are of one adapter, or have a dimension of rows. The update is computed in the dtype of gains and
         factors; the base's input, `inner` ⊙ x, has x's dtype.
+
+        Args:
+            pairs: A and B, of each group of slots in use.
+            vectors: gain, shift and inner.
         """
-        rows = () if gain.dim() == 1 else (x.shape[0],)
-        gain, shift, inner = (v.view(*rows, *[1] * (x.dim() - 1 - len(rows)), -1) for v in (gain, shift, inner))
+        rows = () if vectors[0].dim() == 1 else (x.shape[0],)
+        gain, shift, inner = (v.view(*rows, *[1] * (x.dim() - 1 - len(rows)), -1) for v in vectors)
         y = self.base_layer((x * inner).to(x.dtype), *args, **kwargs)
         flat, out = x.to(gain.dtype).reshape(*rows, -1, x.shape[-1]), y
         for A, B in pairs:

@@ -33,7 +33,7 @@ from graft.inject.inject import Injection
 from graft.inject.parts import check_adapter_name, check_no_pieces, find_gate, get_config, get_gate, get_registry
 from graft.io.files import READING, LoadedWeights, read_checkpoint
 from graft.serving.fits import A_, KnownAdapter, SlotFactors, check_config, fit_adapter, group_by_layer
-from graft.serving.layer import NONE, SlotChoice, SlotLayer, move_to_devices
+from graft.serving.layer import NONE, VECTORS, SlotChoice, SlotLayer, move_to_devices
 
 ValuesRead = Mapping[str, tuple[KnownAdapter, dict[str, SlotFactors]]]  # by name, with the adapter as it was then
 TAKEN = "Choose another name, or unload() it first."
@@ -126,30 +126,26 @@ class AdapterSlots:
             )
         sites = {key: method.site for key, method in injection.methods.items()}
         check_sites(sites)
-        self._allocate(sites, sizes, keep_gathered, dtype, gains, change_timeout)
+        self._allocate(sites, sizes, change_timeout, keep_gathered, dtype, gains)
         self._attach(model, injection)
 
     def _allocate(
-        self,
-        sites: Mapping[str, Any],
-        sizes: dict[int, int],
-        keep_gathered: bool,
-        dtype: torch.dtype | None,
-        gains: bool,
-        change_timeout: float | None,
+        self, sites: Mapping[str, Any], sizes: dict[int, int], change_timeout: float | None, *options: Any
     ) -> None:
         """Allocate the slots of these sites and set all fields.
 
         The model does not change; memory may run out. Slots are numbered from 1, by rising rank; of a rank the lowest
         free one is taken first. Slot 0 is the one of zeros.
+
+        Args:
+            options: `keep`, `dtype` and `gains` of each SlotLayer.
         """
         self.sizes, self.max_adapters, self.max_rank = sizes, sum(sizes.values()), max(sizes)
         first = next(iter(sites.values()))
         with torch.inference_mode(False):
             self._fills = [0]
             self._choice = SlotChoice(first.weight.where()[0], self._fills)
-            options = sizes, self._choice, keep_gathered, dtype, gains
-            self.layers = {key: SlotLayer(site, *options) for key, site in sites.items()}
+            self.layers = {key: SlotLayer(site, sizes, self._choice, *options) for key, site in sites.items()}
         self._known: dict[str, KnownAdapter] = {}
         self._leaving: set[str] = set()  # no longer known; `unload` waits for their batches
         self._slots: dict[str, int] = {}  # by adapter, the least recently used one first
@@ -243,7 +239,7 @@ class AdapterSlots:
             if rank < max(ranks) or not (n if by_rank else n >= 1):
                 raise ConfigError(f"Adapters need max_rank={max(ranks)} and a slot, got {rank}, {n} slots. Pass more.")
             slots, room = cls.__new__(cls), count_slots_by_rank(n, max_rank if by_rank else rank)
-            slots._allocate(sites, room, keep_gathered, dtype, gains, change_timeout)
+            slots._allocate(sites, room, change_timeout, keep_gathered, dtype, gains)
             base = source.unload() if source is not model else source.unload(keep_modules=False)
         inner, lora = getattr(base, "_orig_mod", base), method_of("LORA")
         slots._attach(base, Injection(inner, LoraConfig(), lora, "slots", keys=[*slots.layers]).find())
@@ -562,10 +558,10 @@ class AdapterSlots:
                 empty += [A[r:], B[r:]]
             if layer.has_gains:
                 layer.gained.discard(slot)
-                for name, default in (("gain", 1.0), ("shift", 0.0), ("inner", 1.0)):
+                for name, neutral in VECTORS.items():
                     value, to = getattr(f, name, None), getattr(layer, name)[slot]
                     if value is None:
-                        to.fill_(default)
+                        to.fill_(neutral)
                     else:
                         targets.append(to)
                         values.append(value)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -117,32 +117,33 @@ def list_leaves(config: Any) -> tuple[str, ...]:
     return (A_, B_, MAGNITUDE) if config.use_dora else (A_, B_)
 
 
-def group_by_layer(name: str, tensors: Mapping[str, Tensor], config: PeftConfig) -> dict[str, dict[str, Tensor]]:
+def group_by_layer(
+    name: str, tensors: Mapping[str, Tensor], config: PeftConfig, layers: Collection[str] | None = None
+) -> dict[str, dict[str, Tensor]]:
     """Return tensors by layer path, and there by the name below it. The prefix of PEFT's files is removed.
 
+    Args:
+        layers: paths of the layers with slots; None: any path passes.
+
     Raises:
-        AdapterKeyError: some end with other names than the config's method has.
+        AdapterKeyError: some end with other names than the config's method has, or are of other layers.
     """
-    layers: dict[str, dict[str, Tensor]] = {}
-    known, unknown = list_leaves(config), []
-    for key, tensor in tensors.items():
-        leaf = next((leaf for leaf in known if key.endswith(f".{leaf}")), None)
-        if leaf is None:
-            unknown.append(key)
+    grouped: dict[str, dict[str, Tensor]] = {}
+    leaves, unknown = list_leaves(config), []
+    for file_key, tensor in tensors.items():
+        key = file_key.removeprefix("base_model.model.")
+        leaf = next((leaf for leaf in leaves if key.endswith(f".{leaf}")), "")
+        path = key.removesuffix(f".{leaf}")
+        if leaf and (layers is None or path in layers):
+            grouped.setdefault(path, {})[leaf] = tensor
         else:
-            path = key.removeprefix("base_model.model.").removesuffix(f".{leaf}")
-            layers.setdefault(path, {})[leaf] = tensor
+            unknown.append(key)
     if unknown:
-        raise _no_slots_error(name, unknown)
-    return layers
-
-
-def _no_slots_error(name: str, keys: Sequence[str]) -> AdapterKeyError:
-    """Return the AdapterKeyError for tensors of modules without slots."""
-    return AdapterKeyError(
-        f"Adapter '{name}' does not fit: no slots for {join_some(list(keys))}. Name these modules in `targets`, if "
-        "they are linear layers."
-    )
+        raise AdapterKeyError(
+            f"Adapter '{name}' does not fit: no slots for {join_some(unknown)}. Name these modules in `targets`, if "
+            "they are linear layers."
+        )
+    return grouped
 
 
 def fit_adapter(
@@ -167,9 +168,7 @@ def fit_adapter(
     """
     check_config(name, config, next(iter(layers.values())).has_gains)
     load = CheckpointValues(base, config, name, loaded, allow_nonfinite=allow_nonfinite)
-    tensors = group_by_layer(name, load.tensors, config)
-    if unknown := [f"{path}.{leaf}" for path, below in tensors.items() if path not in layers for leaf in below]:
-        raise _no_slots_error(name, unknown)
+    tensors = group_by_layer(name, load.tensors, config, layers)
     lost = [key for key in layers if key not in tensors and load.matcher(key).outcome == "matched"]
     lost += [f"{key}.{leaf}" for key, below in tensors.items() for leaf in list_leaves(config) if leaf not in below]
     if lost or not tensors:

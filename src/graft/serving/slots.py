@@ -233,13 +233,12 @@ class AdapterSlots:
                 targets |= dict.fromkeys(layers)
             sites = {key: layer.site for key, layer in get_registry(model).layers.items() if key in targets}
             check_sites(sites)
-            n: Any = len(names) if max_adapters is None else max_adapters
-            by_rank = isinstance(n, Mapping)
-            rank = max(n, default=0) if by_rank else max(ranks) if max_rank is None else max_rank
-            if rank < max(ranks) or not (n if by_rank else n >= 1):
-                raise ConfigError(f"Adapters need max_rank={max(ranks)} and a slot, got {rank}, {n} slots. Pass more.")
-            slots, room = cls.__new__(cls), count_slots_by_rank(n, max_rank if by_rank else rank)
-            slots._allocate(sites, room, change_timeout, keep_gathered, dtype, gains)
+            n = len(names) if max_adapters is None else max_adapters
+            rank = max(ranks) if max_rank is None and not isinstance(n, Mapping) else max_rank
+            slots, sizes = cls.__new__(cls), count_slots_by_rank(n, rank)
+            if max(sizes) < max(ranks):
+                raise ConfigError(f"Adapters need max_rank={max(ranks)}, got {max(sizes)}. Pass a higher one.")
+            slots._allocate(sites, sizes, change_timeout, keep_gathered, dtype, gains)
             base = source.unload() if source is not model else source.unload(keep_modules=False)
         inner, lora = getattr(base, "_orig_mod", base), method_of("LORA")
         slots._attach(base, Injection(inner, LoraConfig(), lora, "slots", keys=[*slots.layers]).find())

@@ -238,7 +238,7 @@ class Scratch:
 
     def spare(self, of: str) -> None:
         """Keep the temporary files with an `of` that begins with this text: the end of the block no longer deletes
-        them.
+        them. Without any such file nothing happens.
         """
         self.paths = [path for path in self.paths if not os.path.basename(path).startswith(f".{of}")]
 
@@ -253,7 +253,7 @@ class Scratch:
 
 def find_abandoned(folder: str) -> dict[str, str]:
     """Return the temporary files in a folder that no running process uses, as {path: the name that the file would have
-    got}. Nothing is deleted.
+    got}. {} without any; nothing is deleted.
 
     Names that fit `TEMPORARY` count, also those of links. `is_in_use` decides for each. Raises OSError if the folder
     cannot be read.

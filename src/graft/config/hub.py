@@ -20,7 +20,7 @@ IDLE_SAVING = {"save_function", "max_shard_size", "token", "variant", "save_peft
 
 
 def select_hub_keywords(kwargs: dict[str, object]) -> dict[str, Any]:
-    """Return the entries of `kwargs` that are arguments for the hub, in a new dict.
+    """Return the entries of `kwargs` that are arguments for the hub, in a new dict; `kwargs` stays as it is.
 
     These are revision, cache_dir, token, force_download, local_files_only, proxies and repo_type.
     """

@@ -483,8 +483,8 @@ class Bottleneck(Method[BottleneckConfig]):
             init_projection(self.bottleneck_gate, "bert")
 
     def u(self, x: Tensor) -> Tensor:
-        """Return the bottleneck's update for x (rows, …, H), in the adapter's dtype: `up` with dropout, times a sigmoid
-        gate with `use_gating`.
+        """Return the bottleneck's update for x (rows, …, H), in the adapter's dtype, not x's: `up` with dropout, times
+        a sigmoid gate with `use_gating`.
 
         The gate, from x before the bottleneck, is averaged over all positions of a row; x of two dimensions has one
         gate per row.
@@ -526,14 +526,14 @@ class Bottleneck(Method[BottleneckConfig]):
         return self.u(x)
 
     def after_embedding(self, ids: object, y: Tensor) -> Tensor:
-        """Return the invertible function of the embedding's output y, in the adapter's dtype, to which y is cast; the
-        ids are not read.
+        """Return the invertible function of the embedding's output y, which is cast to the adapter's dtype, and not
+        back. The ids are not read.
         """
         return self.bottleneck_inv(y.to(self.dtype))
 
     def before_head(self, h: Tensor) -> Tensor:
-        """Return the inverse of the invertible function of h, the head's input, in the adapter's dtype, to which h is
-        cast.
+        """Return the inverse of the invertible function of h, the head's input, which is cast to the adapter's dtype,
+        and not back.
         """
         coupling = self.bottleneck_inv
         return coupling.inverse(h.to(self.dtype))

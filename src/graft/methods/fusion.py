@@ -113,7 +113,7 @@ class AdapterFusion(Method[AdapterFusionConfig]):
     @classmethod
     def prepare(cls, cfg: AdapterFusionConfig, model: nn.Module) -> None:
         """Set `cfg.places` to the places of the bottlenecks in the model (`find_fused_places`, which raises
-        ConfigError); with the default target "places", also set `cfg.target_paths` to their paths.
+        ConfigError); with the default target "places", also set `cfg.target_paths` to the set of their paths.
 
         Other targets leave `target_paths` as it is.
         """

@@ -62,7 +62,7 @@ class IA3(Method[IA3Config]):
 
     @classmethod
     def prepare(cls, cfg: IA3Config, model: nn.Module) -> None:
-        """Set `feedforward_modules`, if it is None, to the default of the model type.
+        """Set `feedforward_modules`, if it is None, to the default of the model type, as a set.
 
         Raises ConfigError if there is none.
         """

@@ -57,12 +57,12 @@ class LNTuning(Method[LNTuningConfig]):
         return dict(ln_tuning_layers=clone)
 
     def get_copy(self) -> Any:
-        """Return the copy, `ln_tuning_layers`, if its tensors have the dtypes of the layer's.
+        """Return the copy, `ln_tuning_layers`, if its parameters have the dtypes of the layer's.
 
-        If someone has cast it, returns a shallow copy of it with parameters cast to the layer's dtypes, so that both
-        compute alike. Under torch.compile, returns a function that runs `ln_tuning_layers` so. Gradients pass to the
-        uncast parameters. Only then are buffers cast as well, in place in `ln_tuning_layers`, since forward passes
-        write them.
+        If someone has cast it, return a shallow copy of it with parameters cast to the layer's dtypes, so that both
+        compute alike. Gradients pass to the uncast parameters. Then buffers are cast as well, in place in
+        `ln_tuning_layers`, since forward passes write them. Under torch.compile it is a function that runs
+        `ln_tuning_layers` so.
         """
         trained, base = self.ln_tuning_layers, self.layer.base_module
         dtypes = find_dtypes(base.named_parameters())

@@ -56,7 +56,9 @@ class Block:
     residual: str | None = None
 
     def ends_of(self, cross: bool) -> list[str]:
-        """Return the layers that end the attentions to an encoder (`cross`), or those that end the other attentions."""
+        """Return the layers that end the attentions to an encoder (`cross`), or those that end the other attentions; []
+        if there are none.
+        """
         return [end for attention, end in self.ends.items() if (attention in self.crosses) is cross]
 
     def follow(self, module: nn.Module) -> Block:
@@ -189,8 +191,9 @@ def blocks_in(linears: Mapping[str, tuple[int, int]], modules: Collection[str], 
 
 
 def list_numbered_prefixes(path: str) -> list[str]:
-    """Return the beginnings of a path that end in a number, the longest first: "a.0.b.1.c" gives "a.0.b.1" and
-    "a.0".
+    """Return the beginnings of a path that end in a number, the longest first: "a.0.b.1.c" gives "a.0.b.1" and "a.0".
+
+    Without numbers it is [].
     """
     parts = path.split(".")
     return [".".join(parts[: i + 1]) for i in range(len(parts) - 1, -1, -1) if parts[i].isdecimal()]

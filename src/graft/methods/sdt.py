@@ -64,8 +64,8 @@ class Mixer(NamedTuple):
 
 
 def mixers_of(model: nn.Module) -> dict[str, Mixer]:
-    """Return, by path, the modules with A_log (channels, states) and an x_proj with `channels` inputs, as in a
-    Mamba.
+    """Return, by path, the modules with A_log (channels, states) and an x_proj with `channels` inputs, as in a Mamba;
+    {} without any.
     """
     mixers, linears = {}, {}
     for path, module in walk(model):

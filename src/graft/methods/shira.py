@@ -59,8 +59,9 @@ def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, *
 
 
 def random_places(shape: Sequence[int], r: int, seed: int | None) -> Tensor:
-    """Return r · (in + out) distinct random places of a matrix (out, in), as ascending flat indices on the CPU; all
-    places, without an error, if there are not that many.
+    """Return r · (in + out) distinct random places of a matrix (out, in), as ascending flat indices on the CPU.
+
+    If there are not that many, all are returned, without an error.
 
     A new generator draws them. With `seed` None it has torch's default seed: the places are the same each time.
     """

@@ -31,7 +31,7 @@ class Replays:
 
     def layers(self) -> list[nn.Module]:
         """Return the modules of the stack with `gradient_checkpointing` switched on and a
-        `_gradient_checkpointing_func` in their `__dict__`.
+        `_gradient_checkpointing_func` in their `__dict__`, in the order of `modules()`, [] without any.
         """
         modules = self.stack.module.modules()
         return [m for m in modules if getattr(m, "gradient_checkpointing", False) and RUN in m.__dict__]

@@ -28,7 +28,7 @@ def find_first_input(arguments: dict[str, object]) -> Any:
 
 def layers_in(module: nn.Module) -> dict[int, nn.Module]:
     """Return a module of each layer by the layer's number, where modules have one (`layer_idx`); the last with it
-    counts.
+    counts; {} without any.
     """
     numbered = [(getattr(m, "layer_idx", None), m) for m in module.modules()]
     return {i: m for i, m in numbered if isinstance(i, int)}

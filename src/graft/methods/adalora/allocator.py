@@ -103,7 +103,8 @@ class Allocator:
 
 def all_trainable(tuner: Tuner, names: Iterable[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (name, methods by layer) of each AdaLoRA adapter in `names` (None: the active ones) that is not in
-    inference mode.
+    inference mode; nothing if there is none. A name that the model lacks is a KeyError. Layers that lack the adapter
+    are left out.
 
     There can be several only in a PeftMixedModel.
     """
@@ -119,7 +120,9 @@ def trainable(tuner: Tuner) -> tuple[str, dict[str, Method]] | None:
 
 
 def allocator_of(tuner: Tuner, name: str) -> Allocator:
-    """Return the adapter's Allocator in `tuner.states`; create it from the config if there is none."""
+    """Return the adapter's Allocator in `tuner.states`; create and store it, from the adapter's config, if there is
+    none. A name that the model lacks is a KeyError.
+    """
     if name not in tuner.states:
         tuner.states[name] = Allocator(tuner.peft_config[name])
     return tuner.states[name]
@@ -198,7 +201,7 @@ def zero_pruned_values(methods: dict[str, Method], cfg: Any) -> None:
 
 def orthogonal_losses(tuner: Tuner, names: Iterable[str], run: Run) -> dict[str, Callable[[], Tensor]]:
     """Return, by name, functions that compute the regularisation of these adapters: those that train, with
-    `orth_reg_weight` > 0.
+    `orth_reg_weight` > 0; {} without any.
 
     Nothing is computed before a call of such a function. Its weight is `orth_reg_weight` times the share of the run
     that uses the adapter.

@@ -119,7 +119,10 @@ def take_out(lora: Method, A: Tensor, B: Tensor) -> None:
 
 
 def title_of(lora: Method) -> str:
-    """Return the printed name of the adapter's initialisation, such as "PiSSA"."""
+    """Return the printed name of the adapter's initialisation, such as "PiSSA".
+
+    A text without such a name is a KeyError, a bool an AttributeError.
+    """
     how = lora.cfg.init_lora_weights
     return TITLES["pissa" if how.startswith("pissa") else how]
 

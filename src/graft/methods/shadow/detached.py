@@ -325,9 +325,10 @@ def detach(tuner: Tuner, name: str, separate: bool) -> object:
     """Return a DetachedShadowModel of adapter `name`: network, projection and a head, in the base model's training
     mode.
 
-    The head is the shadow's own for SEQ_CLS, else the base's output embeddings. A network without embeddings gets the
-    base's. `separate`: all modules are copied; else shared, and the adapter's network stays without embeddings. The
-    config is a copy of the network's; for a classifier with the base's `num_labels` and `problem_type`.
+    An adapter of another method is a KeyError. The head is the shadow's own for SEQ_CLS, else the base's output
+    embeddings. A network without embeddings gets the base's. `separate`: all modules are copied; else shared, and the
+    adapter's network stays without embeddings. The config is a copy of the network's; for a classifier with the base's
+    `num_labels` and `problem_type`.
     """
     model, containers = tuner.model, tuner.common_tensors.containers
     network, projection = containers["shadow_backbone"][name], containers["shadow_projection"][name]

@@ -537,7 +537,8 @@ class StackLayout:
         mark for the columns of B, "lora_B_layout".
 
         `by_expert` is True for the mark "grouped_by_expert" and False for the other known one. Without a known mark it
-        is None for a file of Unsloth ("unsloth_fixed" in `auto_mapping`), otherwise False.
+        is None for a file of Unsloth ("unsloth_fixed" in `auto_mapping`), otherwise False. Whether A and B are
+        exchanged stays open (None).
         """
         version, mark, mapping = fields.get("peft_version"), fields.get(LAYOUT_FIELD), fields.get("auto_mapping")
         unsloth = isinstance(mapping, dict) and mapping.get("unsloth_fixed", False)

@@ -289,13 +289,13 @@ class Kronecker(nn.Module):
         self.b = nn.Parameter(torch.zeros(out))
 
     def matrix(self, A: Tensor) -> Tensor:
-        """Return Σᵢ Aᵢ ⊗ (Lᵢ Rᵢ), (in, out), for the shared A (n, n, n), cast to the dtype of L."""
+        """Return Σᵢ Aᵢ ⊗ (Lᵢ Rᵢ), (in, out), for the shared A (n, n, n), cast to the dtype and device of L."""
         product = torch.einsum("iab,icd->acbd", A.to(self.W_left), self.W_left @ self.W_right)
         return product.flatten(2).flatten(0, 1)
 
 
 def two_layers(fan_in: int, out: int, factor: float) -> nn.ModuleList:
-    """Return two linear layers with bias: fan_in → max(1, ⌊fan_in / factor⌋) → out."""
+    """Return two linear layers with bias: fan_in → max(1, ⌊fan_in / factor⌋) → out, with torch's first values."""
     width = max(1, int(fan_in // factor))
     return nn.ModuleList([nn.Linear(fan_in, width), nn.Linear(width, out)])
 

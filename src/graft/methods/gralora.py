@@ -94,7 +94,7 @@ class GraLoRA(Method[GraloraConfig]):
 
     def blocks(self) -> tuple[Tensor, Tensor]:
         """Draw A (k, in / k, r) and B (k, r, out / k), block by block in PEFT's order: A kaiming uniform (a=√5), B
-        zeros, or as A with `init_weights=False`.
+        zeros, or as A with `init_weights=False`. Both in the default dtype.
         """
         cfg, k = self.cfg, self.cfg.gralora_k
         sizes = self.site.fan_in // k, self.site.out_features // k

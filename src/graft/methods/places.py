@@ -256,8 +256,8 @@ def find_last_layer(paths: list[str], linears: Mapping[str, tuple[int, int]], wi
 
 
 def match_paths(paths: Iterable[str], names: Collection[str] | str, field: str) -> list[str]:
-    """Return the paths that `names` selects, in their order: whole paths or their ends, or one regular expression for
-    whole paths.
+    """Return the paths that `names` selects, in their order: whole paths or their ends after a dot, or one regular
+    expression for whole paths.
 
     Raises:
         NoMatchingPeftModuleError: no path fits; it tells the field and the names there are.

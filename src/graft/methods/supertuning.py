@@ -78,7 +78,7 @@ class SuperTuning(Method[SupertuningConfig]):
         """Return the reason of `Method.check`.
 
         Before that, on layers of known type, raises ConfigError if no entry would train, or the weight has more than
-        2³¹.
+        2³¹ entries.
         """
         site = self.site
         if site.op.known and (self.size < 1 or math.prod(site.shape) > MOST):

@@ -132,7 +132,8 @@ class DoRA(LoRA):
         return super().uses_weight() | WeightUse.TAKES
 
     def init_values(self) -> None:
-        """Initialise A and B as LoRA does, then set m to ‖W₀ + ΔW‖ per output channel, in m's dtype on A's device.
+        """Initialise A and B as LoRA does, then set m to ‖W₀ + ΔW‖ per output channel, as new data in m's dtype on A's
+        device.
 
         On the meta device m stays empty.
         """

@@ -73,6 +73,8 @@ def test_every_name_stands_for_something():
     assert set(WHERE) <= listed, "a name that no module hands out"
     for holder, name in WHERE.values():
         assert hasattr(importlib.import_module(holder), name), (holder, name)
+    for path, names in MODULES.items():
+        assert all(resolve(f"peft.{path}".rstrip("."), name) is not None for name in names.split()), path
 
 
 @pytest.mark.parametrize("peft_type", [t for t in BESIDE if t in METHODS])

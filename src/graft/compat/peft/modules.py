@@ -82,7 +82,8 @@ def resolve(module: str, name: str) -> Any:
     """Return the object that PEFT's `module` has under `name`: the first of these that exists.
 
     1. a module; 2. a method's layer class; 3. in `peft.import_utils`, a check such as `is_bnb_available`; 4. a name of
-    the tables: a refusing dispatcher, default targets, an object inside graft, or a public name of graft.
+    the tables: a refusing dispatcher, default targets, an object inside graft, one of `clients`, `layers` or `shims`,
+    or a public name of graft.
 
     Raises:
         AttributeError: graft has no such name; the text suggests a similar one.
@@ -92,12 +93,10 @@ def resolve(module: str, name: str) -> Any:
     path = strip_root(module)
     if path in OF_METHODS and name in layer_names(OF_METHODS[path][0]):
         return layer_class(OF_METHODS[path][0], name)
-    if path == "import_utils":
-        from graft.compat.peft.shims import import_check
+    from graft.compat.peft import clients, layers, shims
 
-        check = import_check(name)
-        if check is not None:
-            return check
+    if path == "import_utils" and (check := shims.import_check(name)) is not None:
+        return check
     if name in names_in(module):
         if name.startswith("dispatch_"):
             return make_refusing_function(name, OF_LAYERS)
@@ -105,7 +104,7 @@ def resolve(module: str, name: str) -> Any:
             return method_of(MAPPINGS[name]).targets
         if name in WHERE:
             return import_held(name)
-        return getattr(graft, name)
+        return getattr(next((own for own in (clients, layers, shims) if name in vars(own)), graft), name)
     raise AttributeError(describe_missing_name(module, name))
 
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import graft
 from graft.methods import IN_PEFT, METHODS
 
-# PEFT's names that are not public in graft, by the module that holds them: "theirs=ours" or the one name
+# PEFT's names that are not public in graft, by the module that holds them: "theirs=ours" or the one name. Without those
+# of `clients`, `layers` and `shims`, which are for PEFT's callers only
 HELD: dict[str, str] = {
     "graft.kernels.structured": "factorization",
     "graft.core.containers": "BufferDict",
@@ -17,7 +19,7 @@ HELD: dict[str, str] = {
     "graft.methods.shadow.detached": "DetachedShadowModel ShadowCache",
     "graft.methods.shira": "random_mask",
     "graft.methods.xlora": "XLoraClassifier",
-    "graft.prompts.base": "BasePromptEncoder=Prompt shift_tokens_right",
+    "graft.prompts.base": "BasePromptEncoder=Prompt",
     "graft.config.base": "CONFIG_NAME PeftConfigMixin=PeftConfig",
     "graft.config.fields": "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING=IA3_FEEDFORWARD",
     "graft.io.files": "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME",
@@ -33,29 +35,15 @@ HELD: dict[str, str] = {
     "inspect_matched_modules rescale_adapter_scale set_adapter set_requires_grad update_forward_signature "
     "update_generate_signature update_signature",
     "graft.model.status": "TunerLayerStatus TunerModelStatus",
-    "graft.model.mixed": "MixedModel PEFT_TYPE_TO_MIXED_MODEL_MAPPING PeftMixedModel",
+    "graft.model.mixed": "MixedModel PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
     "graft.model.tuner": "BaseTuner=Tuner",
     "graft.train.calibration": "CordaEigens",
     "graft.methods.lora.loftq": "loftq_init",
     "graft.train.eva": "forward_fn_dict prepare_layer_inputs_fn_language_modeling "
     "prepare_model_inputs_fn_language_modeling",
-    "graft.train.helpers": "cast_mixed_precision_params fsdp_auto_wrap_policy infer_device "
-    "prepare_model_for_kbit_training "
-    "_get_no_split_modules=find_no_split_classes",
+    "graft.train.helpers": "fsdp_auto_wrap_policy infer_device _get_no_split_modules=find_no_split_classes",
     "graft.train.callbacks": "AdamssAsaCallback MontecloraTrainerMixin",
     "graft.optim": "LoraFAOptimizer create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
-    "graft.compat.peft.clients": "DoraLinearLayer MiCALinearVariant RankAllocator TRANSFORMERS_MODEL_CONFIG "
-    "VARIANT_KWARG_KEYS _ExcludedModule "
-    "llama_apply_rotary_pos_emb llama_rotate_half "
-    "convert_peft_config_for_transformers get_bnb_param_type get_model_conversion_mapping get_quantization_config "
-    "onload_layer register_peft_method",
-    "graft.compat.peft.layers": "AuxiliaryTrainingWrapper BaseTunerLayer",
-    "graft.compat.peft.shims": "build_peft_weight_mapping ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG UPCAST_DTYPES "
-    "EMBEDDING_LAYER_NAMES SEQ_CLS_HEAD_NAMES "
-    "calculate_alora_offsets TOKENIZER_CONFIG_NAME _get_input_embeddings_name "
-    "_get_module_names_tied_with_embedding _get_submodules _maybe_include_all_linear_layers _set_adapter "
-    "dequantize_module_weight gather_params_ctx get_pattern_key "
-    "id_tensor_storage init_empty_weights match_target_against_key transpose",
 }
 WHERE: dict[str, tuple[str, str]] = {
     (pair := item.partition("="))[0]: (module, pair[2] or pair[0])
@@ -70,14 +58,8 @@ def import_held(name: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-_TASKS = (
-    "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
-    "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification"
-)
-_AUTO = (
-    "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
-    "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification"
-)
+_TASKS = " ".join(name for name in graft.__all__ if name.startswith("PeftModel"))
+_AUTO = " ".join(name for name in graft.__all__ if name.startswith("AutoPeftModel"))
 _PREFIXES = "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING"
 _MAPPINGS = f"{_PREFIXES} PEFT_TYPE_TO_TUNER_MAPPING"
 _WEIGHTS = "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME"

@@ -21,7 +21,7 @@ from torch import nn
 
 from graft.compat.peft.layers import BNB, AuxiliaryTrainingWrapper, layer_class
 from graft.compat.peft.modules import names_in, resolve
-from graft.compat.peft.names import BESIDE, LAYER_FILES, MAPPINGS, MODULES, OF_METHODS, WHERE, WITH_BNB, folder
+from graft.compat.peft.names import BESIDE, LAYER_FILES, MAPPINGS, MODULES, WHERE, WITH_BNB, folder
 from graft.methods import METHODS, method_of
 from tests import fresh
 from tests.leaves_out import CONVERSIONS
@@ -29,7 +29,7 @@ from tests.pair import both
 from tests.samples import each
 
 METHOD_FOLDERS = {  # of methods that PEFT has
-    path: t for path, (t, suffix) in OF_METHODS.items() if not suffix and t in METHODS and hasattr(peft.PeftType, t)
+    f"tuners.{folder(t)}": t for t, row in METHODS.items() if row.in_peft and hasattr(peft.PeftType, t)
 }
 NOT_IN_LAYERS = ("MultiheadAttention",)  # layer classes of PEFT's that graft has no counterpart of yet
 
@@ -90,7 +90,7 @@ def test_default_targets_are_pefts(name):
 
 
 def layers_in_peft(path):
-    return importlib.import_module(f"peft.{path}{LAYER_FILES.get(METHOD_FOLDERS[path], '.layer')}")
+    return importlib.import_module(f"peft.{path}.{LAYER_FILES.get(METHOD_FOLDERS[path], 'layer')}")
 
 
 @pytest.mark.parametrize("path", METHOD_FOLDERS)
@@ -188,7 +188,7 @@ def test_install_and_uninstall():
         assert is_transformers_ge_v5 == (int(importlib.metadata.version("transformers").split(".")[0]) >= 5)
         assert peft.__version__ == children.find_default_version() and "LoraConfig" in dir(peft)
 
-        from graft.compat.peft.names import MODULES, OF_METHODS
+        from graft.compat.peft.modules import MODULES, OF_METHODS
         for path in (*MODULES, *OF_METHODS):  # each name is there, and each module's star import works
             module = importlib.import_module(f"peft.{path}" if path else "peft")
             assert all(hasattr(module, name) for name in dir(module))

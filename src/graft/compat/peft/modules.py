@@ -18,9 +18,19 @@ from typing import Any
 import graft
 from graft import PeftWarning, method_of
 from graft.compat.peft.layers import BNB, kind_names, layer_class, layer_names, make_refusing_function
-from graft.compat.peft.names import BESIDE, MAPPINGS, MODULES, OF_METHODS, OF_STORES, WHERE, WITH_BNB, import_held
+from graft.compat.peft.names import (
+    BESIDE,
+    LAYER_FILES,
+    MAPPINGS,
+    MODULES,
+    OF_FILES,
+    WHERE,
+    WITH_BNB,
+    folder,
+    import_held,
+)
 from graft.core.errors import warn
-from graft.methods import ROWS
+from graft.methods import IN_PEFT, ROWS
 
 ROOT = "peft"
 OF_LAYERS = (  # about a function that chooses a layer class
@@ -28,6 +38,29 @@ OF_LAYERS = (  # about a function that chooses a layer class
     "config=…) of peft.tuners.lora for one layer."
 )
 VERSION = "0.22.0"  # the least that transformers 5.24 accepts; graft's interface is that of 0.21.2
+
+
+def list_method_names(peft_type: str) -> dict[str, list[str]]:
+    """Return the names in each module of a method, by the module's path below `peft`.
+
+    The modules are .config, .model, the one of layers and .bnb, and for LoRA those of `OF_FILES`. One without names is
+    left out. The method's package has the names of all of them, and .model also PEFT's table of default targets.
+    """
+    row, package = ROWS[peft_type], f"tuners.{folder(peft_type)}"
+    modules = {
+        "config": [row.config, *BESIDE.get(peft_type, "").split()],
+        LAYER_FILES.get(peft_type, "layer"): layer_names(peft_type),
+        "model": [row.tuner],
+        "bnb": kind_names(peft_type, BNB) if peft_type in WITH_BNB else [],
+        **{file: [name] for name, file in OF_FILES.items() if peft_type == "LORA"},
+    }
+    everything = [name for names in modules.values() for name in names]
+    modules["model"] += [name for name, of in MAPPINGS.items() if of == peft_type]
+    return {package: everything} | {f"{package}.{file}": names for file, names in modules.items() if names}
+
+
+# module below `peft` that a method owns → (peft_type, names)
+OF_METHODS = {path: (of, names) for of in IN_PEFT for path, names in list_method_names(of).items()}
 
 
 def is_known_module(module: str) -> bool:
@@ -41,41 +74,15 @@ def strip_root(module: str) -> str:
 
 
 def names_in(module: str) -> list[str]:
-    """Return the names in a known module, sorted: those of the tables, and of the modules directly inside it.
+    """Return the names in a module, sorted: those of the tables, and of the modules directly inside it.
 
-    `peft` itself also has all public names of graft. Raises KeyError for a module that graft does not have.
+    `peft` itself also has all public names of graft. A module that graft does not have has none.
     """
     path = strip_root(module)
-    if path in OF_METHODS:
-        names = [*method_names(*OF_METHODS[path]), *MODULES.get(path, "").split()]
-    else:
-        names = [*MODULES[path].split(), *(graft.__all__ if path == "" else ())]
+    _, names = OF_METHODS.get(path, ("", graft.__all__ if path == "" else []))
     start = f"{path}." if path else ""
     inner = {p[len(start) :].partition(".")[0] for p in (*MODULES, *OF_METHODS) if p and p.startswith(start)}
-    return sorted({*names, *inner})
-
-
-def method_names(peft_type: str, suffix: str) -> list[str]:
-    """Return the names in a method's module by its suffix: ".config", ".layer", ".model", ".bnb", ".tp_layer", ".te", a
-    store's, or "" for the package. Stores, ".tp_layer" and ".te" have names only for LoRA, and ".bnb" for the methods
-    of `WITH_BNB`; otherwise the result is [].
-
-    ".model" also has PEFT's table of default targets. The package has the names of all its modules without that table.
-    An unknown suffix raises KeyError.
-    """
-    row = ROWS[peft_type]
-    parts = {
-        ".config": [row.config, *BESIDE.get(peft_type, "").split()],
-        ".layer": layer_names(peft_type),
-        ".model": [row.tuner],
-        **{f".{store}": [name] for name, store in OF_STORES.items() if peft_type == "LORA"},
-        ".tp_layer": ["LoraParallelLinear"] if peft_type == "LORA" else [],
-        ".te": ["TeLinear"] if peft_type == "LORA" else [],
-        ".bnb": kind_names(peft_type, BNB) if peft_type in WITH_BNB else [],
-    }
-    if suffix:
-        return [*parts[suffix], *([n for n, t in MAPPINGS.items() if t == peft_type] if suffix == ".model" else [])]
-    return [name for part in parts.values() for name in part]
+    return sorted({*names, *MODULES.get(path, "").split(), *inner})
 
 
 def resolve(module: str, name: str) -> Any:
@@ -113,7 +120,7 @@ def describe_missing_name(module: str, name: str) -> str:
 
     If graft has the module, the most similar of its names is suggested, from a similarity of 0.9.
     """
-    close = difflib.get_close_matches(name, names_in(module), n=1, cutoff=0.9) if is_known_module(module) else []
+    close = difflib.get_close_matches(name, names_in(module), n=1, cutoff=0.9)
     hint = f" (did you mean {close[0]}?)" if close else ""
     return (
         f"{module}.{name} is not in graft yet{hint}: graft replaces peft here, see graft.compat.peft. Use PEFT for it, "

@@ -190,24 +190,10 @@ def folder(peft_type: str) -> str:
 
 
 WITH_BNB = ("LORA", "ADALORA", "IA3", "RANDLORA", "ROAD", "HIRA", "PVERA")  # methods with a module of these
-LAYER_FILES = {"SHADOW": ".layers"}  # where it is not .layer
-# module below `peft` that a method owns → (peft_type, suffix of the module, mostly)
-OF_METHODS: dict[str, tuple[str, str]] = {
-    f"tuners.{folder(peft_type)}{LAYER_FILES.get(peft_type, suffix) if suffix == '.layer' else suffix}": (
-        peft_type,
-        suffix,
-    )
-    for peft_type in IN_PEFT
-    for suffix in (
-        *("", ".config", ".model"),
-        *((".layer",) if peft_type in METHODS else ()),
-        *((".bnb",) if peft_type in WITH_BNB else ()),
-    )
-}
+LAYER_FILES = {"SHADOW": "layers"}  # where it is not `layer`
 # PEFT's classes of LoRA on other packed weights → the store
 OF_STORES = {f"{name}LoraLinear": name.lower() for name in ["GPTQ", "Awq", "Aqlm", "Eetq", "Hqq", "Inc", "Torchao"]}
-OF_METHODS |= {f"tuners.lora.{store}": ("LORA", f".{store}") for store in OF_STORES.values()}
-OF_METHODS |= {f"tuners.lora.{file}": ("LORA", f".{file}") for file in ("tp_layer", "te")}
+OF_FILES = {**OF_STORES, "LoraParallelLinear": "tp_layer", "TeLinear": "te"}  # all that have a module to themselves
 DISPATCH = {  # module below peft.tuners.lora → ends of the `dispatch_…` functions in it
     "layer": "default",
     "bnb": "bnb_4bit bnb_8bit",

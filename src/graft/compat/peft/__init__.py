@@ -58,14 +58,9 @@ def install(*, force: bool = False, version: str | None = None, children: bool =
     """
     version = choose_version(version)
     inherited = make_child_environment(version) if children or has_child_environment() else None
-    before, FINDER.version = FINDER.version, version
+    FINDER.version = version
     if not is_installed():
-        real = real_peft()
-        try:
-            take_place(real, force)
-        except BaseException:
-            FINDER.version = before
-            raise
+        take_place(real_peft(), force)
     if inherited:
         set_child_environment(inherited)
 

@@ -200,7 +200,7 @@ def make_asking_method(name: str) -> Callable[..., object]:
     """Return a method for AdapterLayer that calls the replacement for the layer, if there is one, else graft's
     original.
 
-    Its attribute `find` is `find_replacement` for this name.
+    Its attribute `find` is `find_replacement` for this name, as `core.merging.find_patched_method` needs it.
     """
 
     def run(self: AdapterLayer, *args: object, **kwargs: object) -> object:
@@ -294,23 +294,17 @@ def build_layer(cls: Any, base_layer: nn.Module, adapter_name: str, *args: objec
     return around.base  # type: ignore[no-any-return]
 
 
-def get_class_name(layer: AdapterLayer) -> str:
-    """Return PEFT's class name for a layer: the first of KINDS among the classes of its base layer and their parents.
-
-    Conv1D counts as "Linear". If none is in KINDS, the name of the base layer's class.
-    """
-    names = [SAME.get(c.__name__, c.__name__) for c in type(layer.get_base_layer()).__mro__]
-    return next((n for n in names if n in KINDS), names[0])
-
-
 def list_class_names(layer: AdapterLayer) -> tuple[str, ...]:
-    """Return the kinds of PEFT classes that a layer belongs to: its base layer's class name and the name of its store.
+    """Return the kinds of PEFT classes that a layer belongs to: that of its base layer, and the name of its store.
 
-    "LoraParallelLinear" is added for Megatron's layers. A layer of a parameter has only "ParamWrapper".
+    The first is the first of KINDS among the classes of the base layer and their parents, and Conv1D counts as
+    "Linear". If none is in KINDS, it is the name of the base layer's class. "LoraParallelLinear" is added for
+    Megatron's layers. A layer of a parameter has only "ParamWrapper".
     """
     if layer.op.opaque:
         return (WRAPPER,)
-    kind = get_class_name(layer)
+    names = [SAME.get(c.__name__, c.__name__) for c in type(layer.get_base_layer()).__mro__]
+    kind = next((n for n in names if n in KINDS), names[0])
     return (kind, layer.store.name, *(("LoraParallelLinear",) if kind in PARALLEL else ()))
 
 
@@ -364,17 +358,7 @@ class BaseTunerLayer(AdapterLayer, metaclass=_LayerType):
                 return self.run_with_delta_weight(plan, x, *args, **kwargs)
         return self._mixed_batch_forward(x, *args, **kwargs)
 
-    def merge(self, *args: object, **kwargs: object) -> None:
-        """Merge by AdapterLayer's own method, also while `merge` is replaced."""
-        GRAFTS["merge"][AdapterLayer](self, *args, **kwargs)
-
-    def unmerge(self) -> None:
-        """Unmerge by AdapterLayer's own method, also while `unmerge` is replaced."""
-        GRAFTS["unmerge"][AdapterLayer](self)
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return AdapterLayer's own delta weight of an adapter, also while `get_delta_weight` is replaced."""
-        return GRAFTS[DELTA][AdapterLayer](self, adapter)  # type: ignore[no-any-return]
+    merge, unmerge, get_delta_weight = AdapterLayer.merge, AdapterLayer.unmerge, AdapterLayer.get_delta_weight
 
 
 OWN = {name: vars(BaseTunerLayer)[name] for name in REPLACEABLE}
@@ -398,7 +382,7 @@ def layer_class(peft_type: str, name: str) -> type | None:
         kind = None
     else:
         special = SPECIAL.get(peft_type, {})
-        kind = special[name] if name in special else name.removeprefix(PREFIXES.get(peft_type, prefix))
+        kind = special.get(name, name.removeprefix(PREFIXES.get(peft_type, prefix)))
         if name not in special and kind not in KINDS:
             return None
         bases = (layer_class(peft_type, f"{prefix}Layer"),)  # type: ignore[assignment]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from graft.core.errors import join_some
 from graft.inject.inject import find_methods
 from graft.inject.parts import check_no_pieces, use_mode
 from graft.io.files import write_torch_file
+
+Key = TypeVar("Key", bound="str | tuple[str, str]")
 
 
 def find_linear_methods(
@@ -90,37 +92,33 @@ def check_measured(keys: Collection[str], seen: Collection[str], what: str) -> N
         )
 
 
-def read_cache(path: str | None) -> dict[str, Tensor] | None:
-    """Return the tensors of a cache file; None for no path, no file or an empty file.
+def read_or_measure(
+    path: str | None, names: Mapping[Key, str], measure: Callable[[], Mapping[Key, Tensor]]
+) -> Mapping[Key, Tensor]:
+    """Return tensors by key from a cache file; without a path, or if the file is missing or empty, those of `measure`,
+    which are written to the path, if there is one. The file is written whole or not at all, and its folder is made.
+
+    Args:
+        names: key → name in the file.
 
     Raises:
-        CheckpointError: the file holds something else. The text says to delete it.
+        CheckpointError: the file is damaged or lacks a name. The text says to delete it.
     """
     if path is None or not os.path.isfile(path) or not os.path.getsize(path):
-        return None
+        measured = measure()
+        if path is not None:
+            write_torch_file(path, {name: measured[key] for key, name in names.items()})
+        return measured
     try:
-        return read_weights(path, "The cache")
+        cached = read_weights(path, "The cache")
     except CheckpointError as e:
         raise CheckpointError(f"{e} Or delete it, and graft makes it again.") from e
-
-
-def write_cache(path: str | None, tensors: dict[str, Tensor]) -> None:
-    """Write tensors to a cache file, whole or not at all, and make its folder. Without a path do nothing."""
-    if path is not None:
-        write_torch_file(path, tensors)
-
-
-def get_cached(cached: dict[str, Tensor], name: str, path: str | None) -> Tensor:
-    """Return the tensor of a name.
-
-    Raises CheckpointError if the cache lacks it, so that the file is of another model.
-    """
-    if name not in cached:
+    if absent := [name for name in names.values() if name not in cached]:
         raise CheckpointError(
-            f"{path} lacks '{name}': it was made for another model or other target_modules. Delete it, and graft makes "
-            "it again."
+            f"{path} lacks '{absent[0]}': it was made for another model or other target_modules. Delete it, and graft "
+            "makes it again."
         )
-    return cached[name]
+    return {key: cached[name] for key, name in names.items()}
 
 
 # CorDA
@@ -172,23 +170,24 @@ def preprocess_corda(
                 f"The rank of layer '{key}' is {m.cfg.r}, and its weight has {min(m.site.shape)} singular triples. "
                 "Choose a smaller r."
             )
-    cached = read_cache(cfg.cache_file)
-    if cached is not None:
-        file = cfg.cache_file
-        eigens = {
-            k: CordaEigens(*(get_cached(cached, f"{k}.{m.base_mark}.{n}", file) for n in NAMES))
-            for k, m in methods.items()
-        }
-    else:
-        covariances = measure_covariances(model, methods, cfg, run_model, hooked_model)
-        eigens = {}
+
+    def measure_eigens() -> dict[tuple[str, str], Tensor]:
+        """Return the tensors of each layer's `CordaEigens` by path and field, from covariances that are read or
+        measured. Shows a bar if the config is `verbose`.
+        """
+        calls = partial(measure_covariances, model, methods, cfg, run_model, hooked_model)
+        covariances = read_or_measure(cfg.covariance_file, {key: key for key in methods}, calls)
+        tensors = {}
         for key, m in tqdm(methods.items(), desc="Collecting eigens", disable=not cfg.verbose):
             W = m.site.weight.canon().detach()
-            eigens[key] = eigens_of(W, covariances[key].to(W.device), m.cfg.r, cfg.corda_method, key)
-        names = {(key, n): f"{key}.{m.base_mark}.{n}" for key, m in methods.items() for n in NAMES}
-        write_cache(cfg.cache_file, {name: getattr(eigens[key], n) for (key, n), name in names.items()})
+            eigens = eigens_of(W, covariances[key].to(W.device), m.cfg.r, cfg.corda_method, key)
+            tensors.update({(key, n): getattr(eigens, n) for n in NAMES})
+        return tensors
+
+    names = {(key, n): f"{key}.{m.base_mark}.{n}" for key, m in methods.items() for n in NAMES}
+    tensors = read_or_measure(cfg.cache_file, names, measure_eigens)
     for key, m in methods.items():
-        m.leave_on_base(eigens[key])
+        m.leave_on_base(CordaEigens(*(tensors[key, n] for n in NAMES)))
 
 
 def measure_covariances(
@@ -203,17 +202,11 @@ def measure_covariances(
     x (tokens, in) is divided by the absolute value of its largest entry. It is float32 unless the config has
     `use_float16_for_covariance`, which keeps its dtype.
 
-    Reads the config's `covariance_file` if it exists, and then runs nothing. Otherwise calls `run_model` with hooks on
-    the layers, with `hooked_model` (else `model`) in eval mode meanwhile, and writes the file if the config names one.
+    Calls `run_model` with hooks on the layers, and with `hooked_model` (else `model`) in eval mode meanwhile.
 
     Raises:
-        CalibrationError: there is neither file nor `run_model`, or a layer gets no input or one that is not finite or
-            all zeros.
-        CheckpointError: the file lacks a layer.
+        CalibrationError: there is no `run_model`, or a layer gets no input or one that is not finite or all zeros.
     """
-    cached = read_cache(cfg.covariance_file)
-    if cached is not None:
-        return {key: get_cached(cached, key, cfg.covariance_file) for key in methods}
     if run_model is None:
         raise CalibrationError("run_model must be specified when covariance file and cache file aren't built.")
     sums: dict[str, Tensor] = {}
@@ -242,9 +235,7 @@ def measure_covariances(
     with watch_calls({key: modules[key] for key in methods.keys() & modules}, add_covariance), use_mode(watched, False):
         run_model()
     check_measured(methods, sums, "input")
-    means = {key: sums[key] / calls[key] for key in methods}
-    write_cache(cfg.covariance_file, means)
-    return means
+    return {key: sums[key] / calls[key] for key in methods}
 
 
 @torch.no_grad()
@@ -302,12 +293,8 @@ def preprocess_loraga(
         )
     methods = find_linear_methods(model, lora_config, "lora_ga")
     refuse_quantized(methods, "LoRA-GA")
-    cached = read_cache(cache_file)
-    if cached is not None:
-        gradients = {key: get_cached(cached, f"{key}.{m.base_mark}", cache_file) for key, m in methods.items()}
-    else:
-        gradients = measure_gradients(model, methods, train_step)
-        write_cache(cache_file, {f"{key}.{methods[key].base_mark}": G for key, G in gradients.items()})
+    names = {key: f"{key}.{m.base_mark}" for key, m in methods.items()}
+    gradients = read_or_measure(cache_file, names, partial(measure_gradients, model, methods, train_step))
     for key, m in methods.items():
         m.leave_on_base(gradients[key].to(m.site.weight.where()[0]))
 

@@ -21,7 +21,7 @@ from graft.compat.peft.names import import_held
 from graft.core.errors import AdapterNotFoundError
 from graft.model import functional
 from graft.train import helpers
-from graft.train.eva import move_to_device
+from graft.train.helpers import move_tensors
 from graft.train.optimizer_states import place_value
 from tests import models
 from tests.pair import LIBS, adapt, outcome
@@ -293,7 +293,7 @@ class Pair(NamedTuple):
 
 
 @pytest.mark.parametrize("move", [
-    lambda value: move_to_device(value, torch.device("cpu")), lambda value: place_value(value, torch.ones(1), {}),
+    lambda value: move_tensors(value, lambda t: t.to("cpu")), lambda value: place_value(value, torch.ones(1), {}),
 ], ids=["inputs", "states"])  # fmt: skip
 def test_named_tuples_that_are_moved_keep_their_class(move):
     moved = move({"a": (Pair(torch.ones(2), [3]), torch.return_types.max((torch.ones(1), torch.zeros(1)))), "b": ()})

@@ -21,6 +21,7 @@ from graft.inject.parts import check_no_pieces, get_registry, use_mode
 from graft.inject.survey import ModuleTree, survey_model
 from graft.train.calibration import check_measured, find_linear_methods, watch_calls
 from graft.train.components import Components, distribute_ranks
+from graft.train.helpers import move_tensors
 
 
 def forward_fn_dict(model: nn.Module, inputs: Any) -> object:
@@ -119,7 +120,7 @@ class InputMeasurement:
         """
         device = None if self.device is None or self.device.type == "meta" else self.device
         for batch in self.dataloader:
-            inputs = batch if device is None else move_to_device(batch, device)
+            inputs = batch if device is None else move_tensors(batch, lambda t: t.to(device))
             prepared = copy.deepcopy(inputs) if self.prepare_model is None else self.prepare_model(inputs, self.cfg)
             yield inputs, prepared
 
@@ -272,20 +273,6 @@ class InputMeasurement:
             f"Components of {len(list_turning())} layers still turn after {MAX_PASSES} passes through the data: "
             f"{join_some(list_turning())}. Use more data, or a smaller tau than {self.cfg.eva_config.tau}."
         )
-
-
-def move_to_device(inputs: object, device: torch.device | None) -> object:
-    """Return the inputs on a device: objects with a method `to`, and those in mappings, tuples and lists, which are
-    rebuilt as the same class. Other values stay. A device of None is passed to `to` as it is.
-    """
-    if hasattr(inputs, "to"):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return type(inputs)({k: move_to_device(v, device) for k, v in inputs.items()})  # type: ignore[call-arg]
-    if isinstance(inputs, (tuple, list)):
-        make: Any = getattr(type(inputs), "_make", type(inputs))  # a named tuple takes no iterator
-        return make(move_to_device(v, device) for v in inputs)
-    return inputs
 
 
 def gather_from_processes(rows: Tensor) -> Tensor:

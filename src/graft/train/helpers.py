@@ -6,8 +6,9 @@ from __future__ import annotations
 import gc
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,21 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """
     for p in survey_model(unwrap_model(model)).find_castable_parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
+
+
+def move_tensors(value: Any, move: Callable[[Any], object]) -> Any:
+    """Return a value with the result of `move` in place of each tensor or other object with a method `to` in it.
+
+    Mappings, tuples and lists are rebuilt as the same class, with their items moved. Other values stay.
+    """
+    if hasattr(value, "to"):
+        return move(value)
+    if isinstance(value, Mapping):
+        return type(value)({k: move_tensors(v, move) for k, v in value.items()})  # type: ignore[call-arg]
+    if isinstance(value, (tuple, list)):
+        make: Any = getattr(type(value), "_make", type(value))  # a named tuple takes no iterator
+        return make(move_tensors(v, move) for v in value)
+    return value
 
 
 # FSDP

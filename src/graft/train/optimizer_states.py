@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from graft import ConfigError, DistributedError
 from graft.storage.parallel import DISTRIBUTED, find_master_ids, layout_of, shard_like
+from graft.train.helpers import move_tensors
 
 State = dict[str, Any]
 
@@ -215,12 +216,5 @@ def place_value(value: object, p: Tensor, group: Mapping[str, object]) -> object
     Tensors without dimensions, such as counters, stay on their device unless the group is capturable or fused. Dicts,
     lists and tuples are copied item by item; other values are returned as they are.
     """
-    if isinstance(value, Tensor):
-        waits = not value.dim() and not (group.get("capturable") or group.get("fused"))  # a counter stays on the CPU
-        return value.clone() if waits else value.to(p.device, copy=True)
-    if isinstance(value, dict):
-        return {k: place_value(v, p, group) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        make: Any = getattr(type(value), "_make", type(value))  # a named tuple takes no iterator
-        return make(place_value(v, p, group) for v in value)
-    return value
+    counters_move = group.get("capturable") or group.get("fused")  # else a counter stays on the CPU
+    return move_tensors(value, lambda t: t.to(p.device, copy=True) if t.dim() or counters_move else t.clone())

@@ -143,14 +143,11 @@ def write_training(folder: str, note: Json, tensors: dict[str, Tensor]) -> None:
     With several processes the first writes, and the others wait.
     """
 
-    def act() -> None:
-        """Write both files by `write_state_file`, each whole or not at all."""
-        write_state_file(os.path.join(folder, FILE), NOTE, note, tensors, readable=True)
-
+    write = partial(write_state_file, os.path.join(folder, FILE), NOTE, note, tensors, readable=True)
     if processes() > 1:
-        Meeting(SAVE, f"{folder}, step {note['step']}", range(processes())).run_on_first(act)
+        Meeting(SAVE, f"{folder}, step {note['step']}", range(processes())).run_on_first(write)
     else:
-        act()
+        write()
 
 
 def resume(
@@ -248,12 +245,31 @@ def check_same_values(values: dict[str, TrainedTensor]) -> None:
             )
 
 
-class TrainingSnapshot:
+class TrainedParts:
+    """What a training changes in a model and its optimizer.
+
+    Attributes:
+        optimizer_states: of the optimizer.
+        values: trained tensors by name.
+        names: id of a trained tensor → its name.
+    """
+
+    def find_parts(self, model: nn.Module, optimizer: object, scheduler: object) -> None:
+        """Set the three attributes, and check the scheduler. The optimizer is outside of accelerate's wrapper.
+
+        Raises ConfigError or DistributedError if the training cannot be saved or resumed by name.
+        """
+        check_scheduler(scheduler)
+        self.optimizer_states = wrap_optimizer(optimizer)
+        self.values = collect_trained_tensors(model, self.optimizer_states)
+        self.names = {id(v.tensor): name for name, v in self.values.items()}
+        check_sharding({name: v.tensor for name, v in self.values.items()}, self.optimizer_states)
+
+
+class TrainingSnapshot(TrainedParts):
     """The state of a training as this process has it, checked; `gather` adds that of the other processes.
 
     Attributes:
-        values: trained tensors by name.
-        names: id of a trained tensor → its name.
         tensors: of the note, shared by all processes.
         rank_state, rank_tensors: note and tensors of this process only.
         kind: class name of the optimizer.
@@ -271,17 +287,13 @@ class TrainingSnapshot:
         Raises:
             ConfigError, DistributedError: a part has state that cannot be saved.
         """
-        self.model, self.loader = model, loader
-        schedule: Any = unwrap_accelerate(scheduler)
-        check_scheduler(schedule)
-        self.optimizer_states = optimizer_states = wrap_optimizer(unwrap_accelerate(optimizer))
-        self.values = collect_trained_tensors(model, optimizer_states)
-        check_sharding({name: v.tensor for name, v in self.values.items()}, optimizer_states)
+        self.model = model
+        schedule = unwrap_accelerate(scheduler)
+        self.find_parts(model, unwrap_accelerate(optimizer), schedule)
+        optimizer_states = self.optimizer_states
         optimizer_states.check()
-        names = {id(v.tensor): name for name, v in self.values.items()}
-        self.names, self.kind = names, type(optimizer_states.inner).__name__
-        self.tensors: dict[str, Tensor] = {}
-        tensors = self.tensors
+        self.kind = type(optimizer_states.inner).__name__
+        self.tensors = tensors = dict[str, Tensor]()
         options = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in optimizer_states.groups]
         self.note: Json = {
             "format": FORMAT,
@@ -291,7 +303,7 @@ class TrainingSnapshot:
             "optimizer": get_class_name(optimizer_states.inner),
             "groups": [
                 {
-                    "params": [names[id(p)] for p in optimizer_states.parameters(i)],
+                    "params": [self.names[id(p)] for p in optimizer_states.parameters(i)],
                     **{k: pack(v, tensors, f"{self.kind}, option '{k}'") for k, v in group.items()},
                 }
                 for i, group in enumerate(options)
@@ -498,7 +510,7 @@ def list_generators(loader: object) -> dict[str, tuple[Callable[[], Tensor], Cal
 # back
 
 
-class ResumeJob:
+class ResumeJob(TrainedParts):
     """One call of `resume`: it finds the targets, checks them, then writes.
 
     Attributes:
@@ -537,7 +549,8 @@ class ResumeJob:
         Writing waits until no call of the model runs, or raises InUseError after the model's `change_timeout`. If
         loader or scheduler refuses its state, both get theirs back, and nothing has changed.
         """
-        run_on_all(self.find_targets, self.call)
+        run_on_all(partial(find_peft_model, self.model, "resume"), self.call)
+        run_on_all(partial(self.find_parts, self.model, self.outer, self.scheduler), self.call)
         run_on_all(self.check_base, self.call)
         run_on_all(self.check_all, self.call)
         with get_registry(unwrap_model(self.model)).call.gate.change("resume", None):
@@ -574,19 +587,6 @@ class ResumeJob:
     def call(self) -> str:
         """The text of the call, for errors of several processes."""
         return f"resume('{self.folder}')"
-
-    def find_targets(self) -> None:
-        """Set `optimizer_states`, `values` (trained tensors by name) and `names` (by id of the tensor) of this
-        training.
-
-        Raises ConfigError or DistributedError if it cannot be resumed by name.
-        """
-        find_peft_model(self.model, "resume")
-        check_scheduler(self.scheduler)
-        self.optimizer_states = wrap_optimizer(self.outer)
-        self.values = collect_trained_tensors(self.model, self.optimizer_states)
-        self.names = {id(v.tensor): name for name, v in self.values.items()}
-        check_sharding({name: v.tensor for name, v in self.values.items()}, self.optimizer_states)
 
     def check_all(self) -> None:
         """Check values, optimizer, scheduler, processes, loader and contents, in this order.

@@ -176,12 +176,10 @@ class InputMeasurement:
         groups: dict[tuple[object, ...], list[str]] = {}
         for name in self.layers:
             groups.setdefault(seen[name][0], []).append(name)
-        owner = {}
         for names in groups.values():
-            for name in names:
-                owner[name], most[name] = names[0], max(most[n] for n in names)
-        inputs = {name: Components(most[name], self.cfg.eva_config.tau) for name in dict.fromkeys(owner.values())}
-        owner = {**{name: name for name in inputs}, **{k: v for k, v in owner.items() if k != v}}
+            most.update(dict.fromkeys(names, max(most[n] for n in names)))
+        inputs = {names[0]: Components(most[names[0]], self.cfg.eva_config.tau) for names in groups.values()}
+        owner = {n: n for n in inputs} | {n: names[0] for names in groups.values() for n in names[1:]}
         ranks = self.converge(inputs, owner, most)
         state_dict = {}
         for name, rank in ranks.items():

@@ -5,6 +5,7 @@ SDT's short training (2410.09016), which finds the channels and states of a stat
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -210,7 +211,7 @@ def measure_covariances(
     if run_model is None:
         raise CalibrationError("run_model must be specified when covariance file and cache file aren't built.")
     sums: dict[str, Tensor] = {}
-    calls: dict[str, int] = {}
+    calls: Counter[str] = Counter()
 
     def add_covariance(key: str, args: tuple[Tensor, ...], output: object) -> None:
         """Add xᵀ x to a layer's sum, and count the call. x is the first argument as rows, divided by |its largest
@@ -228,7 +229,7 @@ def measure_covariances(
                 "data."
             )
         sums[key] = sums[key] + C if key in sums else C
-        calls[key] = calls.get(key, 0) + 1
+        calls[key] += 1
 
     watched = hooked_model if hooked_model is not None else model
     modules = dict(watched.named_modules())
@@ -346,19 +347,14 @@ def measure_gradients(
         CalibrationError: a weight has no gradient, or one that is not finite.
     """
     weights = {key: getattr(m.site.module, m.site.parameter) for key, m in methods.items()}
-    calls = dict.fromkeys(methods, 0)
+    calls: Counter[str] = Counter()
 
     def watch_output(key: str, args: object, output: Tensor) -> None:
-        """Register `count_backward` as a hook on a layer's output that requires gradients; leave any other output
-        alone.
+        """Register a hook that counts backward passes on a layer's output that requires gradients; leave any other
+        output alone.
         """
-
-        def count_backward(_: Tensor) -> None:
-            """Count a backward pass of the layer."""
-            calls[key] += 1
-
         if output.requires_grad:  # not in a first pass under reentrant checkpointing
-            output.register_hook(count_backward)
+            output.register_hook(lambda _: calls.update([key]))
 
     modules = {key: m.site.module for key, m in methods.items()}
     with watch_calls(modules, watch_output), restrict_training(model, weights.values()):

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from graft import AdapterLayer, ConfigError, LoraConfig, UnsupportedLayerError, method_of
 from graft.inject.parts import get_registry, unwrap_model
 from graft.storage.parallel import layout_of
+from graft.train.optimizer_states import is_moment
 
 if TYPE_CHECKING:
     from graft import Method
@@ -124,8 +125,7 @@ def check_restart(layer: AdapterLayer, name: str, optimizer: Optimizer, optimize
 
 def find_moments(optimizer: Optimizer, p: nn.Parameter) -> list[Tensor]:
     """Return the tensors with dimensions in an optimizer's state of a parameter that have as many numbers as it."""
-    state = optimizer.state.get(p, {}).values()
-    return [t for t in state if isinstance(t, Tensor) and t.numel() == p.numel() and t.dim()]
+    return [t for t in optimizer.state.get(p, {}).values() if is_moment(t, p.numel())]
 
 
 def reset_factors(m: Method) -> None:

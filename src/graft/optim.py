@@ -40,8 +40,9 @@ Pair = tuple[nn.Parameter, nn.Parameter, float, int]  # A, B, scaling and number
 def find_pairs(model: nn.Module) -> Iterator[Pair]:
     """Yield A, B, scaling and number of matrices of each adapter in a layer's `lora_A` and `lora_B`, active or not.
 
-    Layers without a `ModuleDict` of that name, such as embeddings, are passed over. The number is 1 except for stacks
-    of experts. Raises ConfigError as `check_plain_factors`, before it yields that adapter.
+    A is read before B. Passed over are modules that are no adapter layers, and layers without a `ModuleDict` of that
+    name, such as embeddings. The number is 1, but for an `Opaque` op, such as a stack of experts, its `count_matrices`.
+    Raises ConfigError as `check_plain_factors`, before it yields that adapter.
     """
     for layer in model.modules():
         if layer_in(layer) is layer and "lora_A" in layer.holders and isinstance(layer.lora_A, nn.ModuleDict):

@@ -290,10 +290,12 @@ def convert(
         lossy: Leave those parts out, and list them.
 
     Returns:
-        The document has the fields of `Conversion`. The base is only read if a format needs one, or `base` is given.
+        The document has the fields of `Conversion`. The report is a line with formats, path and counts, one for a
+            rounding, and one for each lost part. The base is only read if a format needs one, or `base` is given.
 
     Raises:
-        OptionError: the adapter is a hub id, and there is no `output`.
+        OptionError: the adapter is a hub id, and there is no `output`. It comes after `resolve_adapter`, which
+            downloads the adapter.
     """
     from graft.files.convert import convert_adapter_file as run
     from graft.files.sources import resolve_adapter, run_with_base

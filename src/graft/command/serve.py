@@ -232,8 +232,9 @@ def verify(
     )
 
     def report() -> None:
-        """Print the verdict, the adapter's effect, the difference of both sides on the base, the tolerance, and the
-        deviations, the smallest first.
+        """Print the verdict, the adapter's effect, the difference of both sides on the base and the tolerance.
+
+        Then "The server's adapter is from" and a line for each deviation, with its name and value, the smallest first.
         """
         show.print_line(answer.text)
         show.print_line(

@@ -214,12 +214,11 @@ class Pattern:
     def _call_in_time(self, function: Callable[..., object], *args: object) -> Any:
         """Call a function of `regex` within the time that is left for this pattern, but at least 1 ms.
 
-        Return its result.
-
-        The time of a call slower than 1 ms is subtracted from `left`.
+        Return its result. The time of a call slower than 1 ms is subtracted from `left`, which may become negative.
 
         Raises:
-            ConfigError: it takes longer. `left` becomes 0, so that all later slow matches of the pattern fail as well.
+            ConfigError: it takes longer, from the TimeoutError. `left` becomes 0, so that all later slow matches of the
+                pattern fail as well.
         """
         start = perf_counter()
         try:

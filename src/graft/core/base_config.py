@@ -28,8 +28,8 @@ def model_config(model: nn.Module) -> dict[str, object]:
 def model_type(model: nn.Module) -> str:
     """Return the name of the architecture. Methods choose default targets by it.
 
-    It is `config.model_type` if that is a string, else the entry "model_type" of `model_config(model)`. Without either
-    it is "custom".
+    It is `config.model_type` if that is a string, else `str` of the entry "model_type" of `model_config(model)`.
+    Without either it is "custom".
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     return kind if isinstance(kind, str) else str(model_config(model).get("model_type", "custom"))

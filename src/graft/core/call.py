@@ -143,8 +143,9 @@ class Call:
         return self.use_context(context._replace(gates=gates, facts=facts))
 
     def use_stacks(self, stacks: Stacks | None, copies: int, may_draw: bool) -> AbstractContextManager[None]:
-        """Return a context manager that sets three values in this thread's context, which is read now and not when the
-        block is entered.
+        """Return a context manager that gives this thread a context within its block: a copy with three other values.
+
+        The context is read now, when the manager is made. At the block's start the copy replaces the whole context.
 
         Args:
             stacks: the stacked tensors of adapters.

@@ -323,7 +323,8 @@ class StackMethod(Method):
     def fold_stack(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the stack W with the method's change in each matrix, and the bias b unchanged.
 
-        Dropout drops the same inputs for all rows.
+        Each matrix is folded by a call of `fold_effect` with `drops=True`, so that dropout drops the same inputs for
+        all rows of one matrix. It draws anew for each matrix, and no random state is kept or set.
         """
         methods = (self.method_on_matrix(e) for e in range(len(W)))
         return torch.stack([fold_effect(m.layer, m, m.effect, w, None, drops=True)[0] for m, w in zip(methods, W)]), b

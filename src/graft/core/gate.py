@@ -149,19 +149,20 @@ class ModelChange:
             self.gate.turn.release()
 
     def close_gate(self, touches: Names = ()) -> None:
-        """Close the gate: new calls wait.
+        """Close the gate: new calls wait. Then wait until no call is running.
 
-        Then wait until no call is running. Does nothing if this change has closed it already.
+        A part of a change calls `close_gate` of the whole change, and returns. A change that has closed the gate
+        already returns, too.
 
-        A part of a change closes the gate for the whole change instead. Within a call, it checks that no running call
-        uses a touched adapter, and does not wait.
+        A change within a call first checks that no running call uses a touched adapter. Then it closes the gate as
+        well, and only does not wait.
 
         Args:
             touches: names of the adapters that the change touches, for that check.
 
         Raises:
             InUseError: calls ran for longer than the gate's timeout; the gate is open again. Or this thread is in a
-                call, and a running call uses an adapter that the change touches.
+                call, and a running call uses an adapter that the change touches; then the gate was not closed.
         """
         gate = self.gate
         if self.whole is not None:

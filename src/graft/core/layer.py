@@ -431,9 +431,15 @@ class AdapterLayer(PeftNames, Host):
     def find_reader_plan(self) -> LayerPlan | None:
         """Return the plan of the adapters that act now, for modules that read the weight; None for the base alone.
 
+        It has no weights of gates.
+
+        In an open call, its routing decides: the base for all rows gives None, rows of one adapter give that adapter's
+        plan. Outside of a call or without routing it is the layer's present plan.
+
         Raises:
-            RoutingError: rows of the call use different adapters, or the call has gates that cannot weigh the plan.
-            UnsupportedLayerError: an adapter acts where the layer is called, and not through its weight.
+            RoutingError: only in an open call: its rows use different adapters; or it has no routing, but gates, which
+                cannot weigh the plan.
+            UnsupportedLayerError: an adapter of the plan acts where the layer is called, and not through its weight.
         """
         plan = self.state.plan
         if self.call.open:

@@ -429,11 +429,13 @@ def _write_steps(layer: Layer, names: list[str], steps: Sequence[Step], undoable
 
 @torch.no_grad()
 def stays_finite(layer: Layer, steps: Sequence[Step], from_w0: bool) -> bool:
-    """Return True if weight and bias would be finite after folding `steps` in.
+    """Return True if weight and bias would be finite after folding `steps` in. Nothing is written.
 
-    Nothing is written. A packed stack is tried matrix by matrix, in evaluation mode.
+    The layer is in evaluation mode meanwhile. A packed stack, if all steps can change single matrices, is tried matrix
+    by matrix, without a bias. Any other weight is merged as a whole, in new memory.
 
-    from_w0: start from the weight without adapters, and not from the present one.
+    from_w0: start from the weight without adapters, and not from the present one; of a packed stack, from its base
+    stack.
     """
     with EvaluationMode(layer):
         fold = _make_matrix_fold(layer, steps)

@@ -138,9 +138,12 @@ def drop_piece_inputs(layer: Layer, module: nn.Module, x: Tensor) -> Tensor:
 def low_rank_piece(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
     """Return this process's piece of scale · outer ⊙ B (inner ⊙ A dropout(x)), for x cast to the adapter's dtype.
 
-    Factors are cut as the weight is: with cut inputs, A's columns are used and the partial results summed; with cut
-    outputs, B's rows, and the gradient of A's output is summed over the processes. A factor without a plain matrix (a
-    module with hooks) is called with whole tensors, and its output is cut. A dropout that drops nothing is passed over.
+    Factors are cut as the weight is. With cut inputs, A's columns are used and the partial results summed. With cut
+    outputs, B's rows are used, and the gradient of A's output is summed over the processes. `inner` is never cut; it
+    acts on the whole output of A. The scale acts before B, and `outer` on B's rows.
+
+    A factor without a plain matrix (a module with hooks) is called. A gets the whole input, and its output is not cut.
+    B's output is multiplied by `outer` and scale, then cut. A dropout that drops nothing is passed over.
     """
     op, base, piece = layer.op, layer.base_layer, layer.site.piece
     x = m.cast(x)

@@ -522,8 +522,8 @@ def _apply_gain(
     """Return b + gain ⊙ (y - b + ΔW x) in the dtype of y, where b is the bias with n steps.
 
     With active dropout, `beneath` runs again on the dropped x. Its output and ΔW of the dropped x are scaled by the
-    gain, and the difference of y from that output is added unscaled. Without, and if `fuse` and y has the adapter's
-    dtype, a kernel may add ΔW x in the memory of y.
+    gain, and the difference of y from that output is added unscaled. An op that takes ids never has active dropout
+    here. Without it, and if `fuse` and y has the adapter's dtype, a kernel may add ΔW x in the memory of y.
 
     Args:
         beneath: the function from an input to the output with n steps; y is its value for x.

@@ -169,7 +169,7 @@ class Site:
 
     @property
     def weight(self) -> Weight:
-        """Return a Weight of the present module and parameter."""
+        """A new Weight of the present module and parameter, with the site's op, store and `shared`."""
         return Weight(self.module, self.parameter, self.op, self.store, self.shared)
 
     @property

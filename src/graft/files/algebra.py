@@ -107,8 +107,9 @@ def as_low_rank(module: LowRank | OtherMethod) -> LowRank | None:
 
 
 def replace_factors(lora: LowRank, svds: Sequence[Svd], rank: int) -> LowRank:
-    """Return a LowRank of rank `rank` whose factors hold the largest `rank` singular triplets of `svds`, √σ on each
-    side.
+    """Return a LowRank of rank `rank`.
+
+    Its factors hold the largest `rank` singular triplets of `svds`, √σ on each side.
 
     `svds` has one entry, or one per expert. Missing triplets are zeros. The dtypes, the kind, the magnitude and the
     scale stay; B is divided by the scale. With a scale of 0 the new scale is 1, and the bias is dropped. The Tucker
@@ -160,7 +161,12 @@ def compute_dora_delta(lora: LowRank, W: np.ndarray) -> np.ndarray:
 
 
 def compute_svd(product: Product) -> Svd:
-    """Return the SVD of B A with min(out, in, r) singular values, the largest first. Values of 0 are kept."""
+    """Return the SVD of B A as NumPy arrays with min(out, in, r) singular values, the largest first.
+
+    Values of 0 are kept.
+
+    It is computed by NumPy, from QR decompositions of both factors, in their dtype.
+    """
     Qb, Rb = np.linalg.qr(product.B)
     Qa, Ra = np.linalg.qr(product.A.T)
     U, s, Vt = np.linalg.svd(Rb @ Ra.T)

@@ -201,8 +201,12 @@ def check_is_plain(adapter: AdapterFile, server: Server) -> None:
 def check_copied_weights(adapter: AdapterFile, base: Base) -> None:
     """Compare the base weights that the file holds next to factors of the same module with those of the base.
 
-    Raises LossError if shapes differ or values differ by more than rounding to half precision (relative 2⁻⁷, absolute a
-    hundredth of it), and BaseModelMismatchError if the base lacks such a weight.
+    The first weight with a fault raises the error.
+
+    Raises:
+        BaseModelMismatchError: the base lacks such a weight.
+        LossError: shapes differ, or values differ by more than rounding to half precision (relative 2⁻⁷, absolute a
+            hundredth of it).
     """
     for name in list_copied_weights(adapter):
         file_weight, base_weight = adapter.full[name], base.tensors.get(name)

@@ -98,16 +98,17 @@ def check_factor_loss(
 ) -> float:
     """Return ‖ΔW - B A‖ / ‖ΔW‖ over all layers, for the factors in a file of `save_as_lora`; 0 if all ΔW are 0.
 
-    The factors' scaling is 1.
-
-    Layers without factors in the file are skipped, and so are stacks of experts and embeddings.
+    The factors' scaling is 1. Layers without factors in the file are skipped, and so are stacks of experts and
+    embeddings. A layer with ΔW = 0 never counts as lossy. Errors are raised after all layers were measured, the loss
+    before the rank.
 
     Args:
         rank: as the user asked for, for the text; None: each layer has the lowest rank that holds its change.
 
     Raises:
-        LossError: a layer loses more than 1e-3 of its ‖ΔW‖ plus half the epsilon of B's dtype, unless `lossy`. Also,
-            without a `rank` and even with `lossy`, if a layer needs a rank above 512.
+        LossError: a layer loses more than 1e-3 of its ‖ΔW‖ plus half the epsilon of B's dtype, unless `lossy`; the text
+            names the one that exceeds this bound most. Also, without a `rank` and even with `lossy`, if a layer needs a
+            rank above 512; the text names the highest.
     """
     lost = whole = worst = 0.0
     where, ranks = "", dict[str, int]()

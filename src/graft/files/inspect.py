@@ -146,7 +146,8 @@ def add_weight_norms(modules: list[Json], adapter: AdapterFile, base: BaseDescri
 
     For DoRA "norm" becomes that of its whole change.
 
-    "relative" is None for a weight of zeros. Experts are skipped if the base has one tensor for each expert. Raises
+    Norms are Python floats; W is not cast for them. "relative" is None for a weight of zeros. Modules that are no
+    low-rank update are skipped; so are experts if the base has one tensor for each expert. Raises
     BaseModelMismatchError or BaseNeededError if the base lacks a weight or its values.
     """
     base = choose_names(base, adapter.modules)

@@ -247,7 +247,7 @@ def split_pipeline(adapter: AdapterFile) -> dict[str, AdapterFile]:
         start = f"{part}."
 
         def take_part(by_path: dict[str, T], start: str = start) -> dict[str, T]:
-            """Return the entries whose path begins with `start`, the part's name and a dot, without it."""
+            """Return the entries with a path that begins with `start`, the part's name and a dot, without it."""
             return {path.removeprefix(start): value for path, value in by_path.items() if path.startswith(start)}
 
         out[part] = replace(

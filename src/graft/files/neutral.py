@@ -124,7 +124,7 @@ class AdapterFile:
     ) -> dict[str, dict[str, Tensor]]:
         """Return module → name → tensor.
 
-        Keys for which `split` returns None are added to `unknown_keys`. Of two keys with one place the later counts.
+        A key is added to `unknown_keys` if `split` returns None. Of two keys with one place the later counts.
 
         split: returns module and name of a key, as a pair or as a match with two groups.
         """

@@ -260,7 +260,7 @@ class Subject:
     # conditions: further tensors
 
     def whole_norms(self) -> Iterable[str]:
-        """Return the modules whose weight is a vector that was trained whole: norms."""
+        """Return the modules with a weight that is a vector and was trained whole: norms."""
         return list_norms(self.adapter)
 
     def whole_modules(self) -> Iterable[str]:
@@ -511,7 +511,7 @@ def is_lone_bias(name: str, adapter: AdapterFile) -> bool:
 
 
 def list_norms(adapter: AdapterFile) -> list[str]:
-    """Return the modules of which a vector `<module>.weight` was trained whole, in the order of the file."""
+    """Return the modules with a vector `<module>.weight` that was trained whole, in the order of the file."""
     weights = {name.rpartition(".")[0]: t for name, t in adapter.full.items() if name.endswith(".weight")}
     return [module for module, t in weights.items() if len(t.shape) == 1]
 

@@ -77,8 +77,8 @@ def drop_code_fields(value: Any, file: str) -> Any:
 
     Raises:
         CheckpointError: an int of a dict is absurd: over 4096 in a key that ends with layer, layers, blocks or experts,
-            or over 2²⁰ in "num_labels". Or a dict names a backbone without its config and with `use_timm_backbone`
-            false, so that it would be downloaded. `file` names the config in the text.
+            or over 2²⁰ in "num_labels". Or a dict names a backbone by a str that would be downloaded: `backbone_config`
+            is missing or empty, and `use_timm_backbone` is there and false. `file` names the config in the text.
     """
     if isinstance(value, list):
         return [drop_code_fields(v, file) for v in value]
@@ -264,9 +264,10 @@ def name_by_model(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict
     """Return a checkpoint's tensors under the parameter names of a model, renamed and stacked as transformers does on
     loading.
 
-    A model that is not transformers' has the checkpoint's names already: the result is a copy of the dict. Stacks of
-    several dtypes are left out, and parameters that transformers computes from tensors of an unknown dtype. The other
-    computed ones are computed each time they are read.
+    A model without the attribute `base_model_prefix` has the checkpoint's names already: the result is a copy of the
+    dict. All other models are handled, also those without a conversion of names. Stacks of several dtypes are left out,
+    and parameters that transformers computes from tensors of an unknown dtype. The other computed ones are computed
+    each time they are read.
     """
     if not hasattr(model, "base_model_prefix"):
         return dict(tensors)

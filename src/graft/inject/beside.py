@@ -301,8 +301,8 @@ class TrainableTokensWrapper(Shell):
 
     @property
     def weight(self) -> Tensor:
-        """The layer's `effective_weight()`: the embedding's weight with the active adapters' rows in it, for models
-        that use it without calling the embedding.
+        """`effective_weight()` of `self.inner_host`: the embedding's weight with the active adapters' rows in it, for
+        models that use it without calling the embedding.
         """
         return self.inner_host.effective_weight()
 

@@ -148,7 +148,10 @@ def is_merge_of_modules(conversion: WeightTransform) -> TypeGuard[WeightConverte
 
 
 def read_part_name(pattern: str) -> str:
-    """Return the last module name in a pattern: `w1` for `.experts.*.w1.weight`. Backslashes are dropped."""
+    """Return the last part of a pattern, after a ".weight" at its end: `w1` for `.experts.*.w1.weight`.
+
+    Backslashes are dropped first. All other signs and ends stay, such as `$` or ".bias".
+    """
     return pattern.replace("\\", "").removesuffix(".weight").rpartition(".")[2]
 
 

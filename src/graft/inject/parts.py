@@ -128,9 +128,10 @@ def get_registry(model: object) -> Any:
 
 
 def check_no_foreign_adapters(model: nn.Module) -> None:
-    """Raise AlreadyInjectedError if the model's `peft_config` has configs of another package, such as PEFT.
+    """Raise AlreadyInjectedError if a value of the mapping `model.peft_config` is no graft PeftConfig, such as one of
+    PEFT. The text names these adapters, sorted.
 
-    A model without that attribute, or with an empty one, passes.
+    A model without that attribute, or with a falsy one, passes. Only a mapping can be read.
     """
     configs = getattr(model, "peft_config", None)
     if foreign := sorted(name for name, config in (configs or {}).items() if not isinstance(config, PeftConfig)):

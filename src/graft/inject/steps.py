@@ -326,9 +326,11 @@ class ReplacedSteps:
         self.noted[site_key] = SiteConfig(key, None if cfg == self.before else copy.copy(cfg))
 
     def get_site_config(self, key: str) -> tuple[PeftConfig, str]:
-        """Return the config recorded for the site at `key`, else the adapter's, and the path that its patterns use.
+        """Return the config for the site at `key`, and the path that its patterns use.
 
-        Changes that a replacement made to the adapter's config after the search are ignored.
+        The config is the recorded one, else the adapter's: if a replacement changed that after the search, the copy
+        from before. The path is the recorded one, also where it is recorded without a config; `key` if nothing is
+        recorded.
         """
         noted = self.noted.get(key, SiteConfig(key, None))
         # a replacement may have changed it since

@@ -254,16 +254,17 @@ def find_named_parameters(
 def resolve_parameter(
     key: str, name: str, tree: ModuleTree, adapted: Collection[str], adapter: str
 ) -> tuple[str, Site]:
-    """Return (path, site) for a parameter of the module at path `key`.
+    """Return (path, site) for a parameter of the module at path `key`. The site is of the innermost base module there.
 
-    The `weight` of a linear layer with another store than DENSE, such as a packed or sharded one, gives the path and
-    site of the layer.
+    The `weight` of a linear layer with another store than DENSE, such as a packed or sharded one, gives `key` and the
+    site of the layer. This comes before any check.
 
     Args:
         adapted: paths of the modules that the adapter adapts.
 
     Raises:
-        UnsupportedLayerError: the parameter cannot be adapted apart from its module.
+        UnsupportedLayerError: the parameter cannot be adapted apart from its module (`why_not_parameter`). The module
+            counts as taken if its path is in `adapted`, or if it is in a carrier and no key of `tree.nests`.
     """
     module, path = tree.modules[key], f"{key}.{name}"
     base = innermost(module)

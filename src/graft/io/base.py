@@ -61,12 +61,12 @@ def _get_base(model: nn.Module) -> nn.Module:
 
 
 def find_original_name(base: nn.Module, key: str) -> str | None:
-    """Return a state dict key of the base without the carriers and wrappers on its path; None if the tensor is an
+    """Return a state dict key of the base without the carriers' inner names on its path; None if the tensor is an
     adapter's.
 
-    A part of the key is dropped if it is the inner name of the carrier before it; any other part there is an adapter's.
-    Wrappers that leave their name out of keys are walked through; a wrapper's name that is in the key stays. A module
-    of the base may have the same name as the inner one of a carrier.
+    The key is walked part by part. A part after a carrier is dropped if it is the carrier's inner name; any other part
+    there is an adapter's. All other parts stay, a wrapper's name too. If a module has no child of the part's name but
+    wraps another module, the walk continues there: some wrappers leave their name out of keys.
     """
     module: nn.Module | None = base
     parts = []

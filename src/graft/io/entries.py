@@ -221,10 +221,11 @@ def rename_keys(tensors: dict[str, T], mapping: dict[str, str], must_fit: bool =
     """Return the tensors with each key renamed, after its prefix "base_model.model." or "base_model.", by the first
     regex of `mapping` that fits.
 
-    A regex may fit anywhere in the rest, and all its matches are replaced. Keys that none fits stay; the order stays.
+    All patterns and replacements are checked first. A regex may fit anywhere in the rest, and all its matches are
+    replaced. Keys that none fits stay; the order stays.
 
     Args:
-        must_fit: warn if no regex fits a key.
+        must_fit: warn if no regex fits any key at all.
 
     Raises:
         ConfigError: a pattern is no regular expression, or its replacement is not valid.

@@ -129,9 +129,11 @@ def list_base_weights(parts: AdapterCarriers, base: nn.Module) -> dict[str, Base
 
 
 def list_block_weights(base: nn.Module) -> dict[str, BaseWeight]:
-    """Return the weights of known layers in a model's numbered blocks, by path without `base_model_prefix`.
+    """Return a BaseWeight for each known layer in a model's numbered blocks, by path without `base_model_prefix`.
 
-    A module counts if a part of its path is a number. Embeddings, and layers with adapters, are left out.
+    A module counts if a part of its path is a number, its op is known and takes no ids, and it carries no adapters. It
+    need not have a weight. The BaseWeight has a new Site of the module, with its op and store, and the module; it is
+    not merged.
     """
     body = f"{getattr(base, 'base_model_prefix', None) or ''}."
     block_weights = {}
@@ -356,9 +358,14 @@ def restrict_to_common(of_file: Fingerprint, now: Fingerprint) -> tuple[Fingerpr
 def describe_difference(of_file: Fingerprint, now: Fingerprint) -> str | None:
     """Return in words how the weights of a file's fingerprint differ from those of `now`.
 
-    None if their digests of names and shapes ("shapes") are equal. The text has only the first of these reasons:
-    another count, if one of them names no weights; the first weight with another shape; missing layers, with an
-    example; more layers, with an example; or a damaged file.
+    None if their digests of names and shapes ("shapes") are equal. The text has only the first of these reasons, and
+    its weight or example is the first by name:
+
+    - Another count, if one of them names no weights.
+    - A weight with another shape.
+    - Missing layers, with an example.
+    - More layers, with an example.
+    - A damaged file.
     """
     if of_file.get("shapes") == now["shapes"]:
         return None

@@ -324,9 +324,10 @@ class CheckpointValues:
         return adapter_values + [(BaseEntry(t, away.get(id(t))), self.tensors[name]) for name, t in base.items()]
 
     def arrange_stacks(self, parts: AdapterCarriers, prefix: str) -> None:
-        """Convert the factors of expert stacks in `tensors` to the names and layout that they have here, in a new dict.
+        """Convert the factors of expert stacks in `tensors` to the names and layout that they have here.
 
-        Files by expert are joined to stacks; a layout that nothing tells warns.
+        First stacks of the file are converted from `self.layout`, which the config tells; a doubtful layout warns. Then
+        files by expert are joined to stacks. `tensors` is a new dict if anything changes.
         """
         what = f"Adapter '{self.adapter}' from {self.path}"
         tensors = convert_stack_layouts(self.tensors, parts, prefix, self.layout, what)
@@ -453,13 +454,21 @@ class CheckpointValues:
     def check_base(self, parts: AdapterCarriers) -> None:
         """Compare the file's fingerprint with the base; return if the file has none.
 
-        Other names or shapes raise BaseModelMismatchError with `strict`, unless mismatched sizes are ignored, and else
-        warn. The text names the base of the config, or advises on the vocabulary if that differs. With equal shapes,
-        other sampled values or digests only warn. Values are not sampled if the adapter changes the base.
+        Values are not sampled if the adapter changes the base.
 
-        If the names differ, those of `renamed_fingerprint` are compared instead, if it exists. On a pipeline stage only
-        weights of this stage are compared, and nothing if the file does not name its weights. For a prompt only weights
-        that both have are compared, and nothing if one of the two does not name its weights.
+        If names or shapes differ, these steps follow in this order:
+
+        - The `renamed_fingerprint` replaces the file's, if it exists.
+        - If they still differ on a pipeline stage, only weights of this stage are compared, and nothing if the file
+          does not name its weights.
+
+        For a prompt, always, only weights that both have are compared, and nothing if one of the two does not name its
+        weights.
+
+        A difference of names or shapes that remains raises BaseModelMismatchError with `strict`, unless mismatched
+        sizes are ignored, and else warns. The text advises on the vocabulary if that differs, else to load the base of
+        the config, or "its name was not recorded". With equal shapes, other sampled values or digests only warn;
+        tensors with other digests are counted and named.
         """
         if not self.fingerprint:
             return

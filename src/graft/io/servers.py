@@ -195,8 +195,13 @@ def name_parts_by_w(parts: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
 
 
 def write_stacked(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
-    """Yield keys and factors of each stack in SGLang's layout: rows of gate above those of up, also for an interleaved
-    model.
+    """Yield "<hub path>.<parameter>.lora_A.weight", A, then the same for lora_B, for each stack with a pair, in
+    SGLang's layout.
+
+    A is passed on. B of the input's stack has the rows of gate above those of up, also for an interleaved model; other
+    B's stay. Both are made contiguous.
+
+    pairs: IN or OUT → factors of that whole stack.
     """
     for which, pair in pairs.items():
         B = torch.cat(block.split_rows(pair.B), 1) if which == IN else pair.B

@@ -332,10 +332,13 @@ class _StackProduct(Function):
         low: dict[tuple[int, int], Tensor] = {}  # (rows, r) of each part and expert
 
         def run(W: Any, e: int, a: int, b: int) -> None:
-            """Write the rows a to b of expert e times Wᵀ to y, and add the expert's updates to the rows that have them.
+            """Write the rows a to b of expert e, cast to W's dtype, times Wᵀ to y.
 
-            Each update is formed and multiplied in its dtype, times its gate, and cast to y's. Low-rank products v Aᵀ
-            are kept.
+            Then add the expert's updates to the rows that have them.
+
+            An update is one full matrix or two low-rank factors. It is formed and multiplied in its dtype, times its
+            gate, and cast to y's; an update without rows of this expert is passed over. Low-rank products v Aᵀ are kept
+            in `low`.
             """
             multiply_rows(rows(a, b).to(W.dtype), W.T, y[a:b])
             for i, (maker, _, gate, part_tensors) in enumerate(parts):

@@ -380,7 +380,11 @@ class _AddProduct(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Return g itself for y, scale · g B for h, and scale · gᵀ h for B, None if it is fixed; None for the scale."""
+        """Return g itself for y, the gradient scale · g B of h, scale · gᵀ h for B, and None for the scale.
+
+        h always gets its gradient, in the shape of h. B gets None if it was fixed in the forward pass, when no h was
+        saved.
+        """
         (h, B), (shape, scale) = ctx.saved_tensors, ctx.options
         rows, dB = g.reshape(-1, g.shape[-1]), None
         if h is None:  # B is fixed
@@ -435,15 +439,16 @@ def gradients(
     need: Sequence[bool],
     dx: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x, A and B, each None without need, from that of the output, g (rows, out).
+    """Return the gradients of x, A and B from that of the output, g (rows, out). A's and B's are None without need.
 
-    That of x has the shape and dtype of x. For a second derivative h is computed again from x, by operations that have
-    one, and nothing is written in place.
+    That of x has the shape and dtype of x. Without need of it, `dx` is returned as passed, in that shape and dtype;
+    None without `dx`. For a second derivative h is computed again from x, by operations that have one, and nothing is
+    written in place.
 
     Args:
         h: dropout(x) Aᵀ, (rows, r), of the forward pass.
         need: for x, A and B.
-        dx: a gradient of x (rows, in) that takes in the update's, in place.
+        dx: a gradient of x (rows, in). The update's is added to it, in place unless a second derivative is wanted.
     """
     need_x, need_A, need_B = need
     drop: dict[str, Any] = dict(p=p, seed=seed)

@@ -217,7 +217,7 @@ class Factored(NamedTuple):
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
         """Return the gradients s · Bᵀ G of A and s · G Aᵀ of B, each None without need; None for the scale.
 
-        G = gᵀ x is in the dtype of A.
+        g and x are matrices. G = gᵀ x is computed in their dtype, and the product then cast to that of A.
         """
         G = (g.T @ x).to(self.A.dtype)
         dA = (self.B.T @ G) * self.scale if need[0] else None
@@ -447,7 +447,10 @@ class Difference(NamedTuple):
     shape: tuple[int, ...]  # of ΔW
 
     def rows(self, part: slice) -> Difference:
-        """Return the ΔW of some rows: B, B₀ and the shape are cut, A and A₀ shared."""
+        """Return the ΔW of some rows: B and B₀ are cut, A and A₀ shared.
+
+        The shape gets the number of rows first; its other sizes stay.
+        """
         shape = len(self.B[part]), *self.shape[1:]
         return Difference(self.B[part], self.A, self.B0[part], self.A0, shape)
 

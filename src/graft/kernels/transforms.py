@@ -67,7 +67,9 @@ def multiply_circulant(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def block_spectra(x: Tensor, parts: int) -> Tensor:
-    """Return the Fourier transforms of the parts of x (…, parts · b), by frequency: (b / 2 + 1, rows, parts)."""
+    """Return the real FFT of each part of x (…, parts · b), by frequency: (b / 2 + 1, rows, parts), complex. x is not
+    cast.
+    """
     rows = x.reshape(-1, parts, x.shape[-1] // parts).contiguous()  # torch 2.6 transforms no expanded tensors
     return torch.fft.rfft(rows).permute(2, 0, 1)
 
@@ -324,9 +326,9 @@ class Sparse(NamedTuple):
     shape: tuple[int, ...]  # of the weight that it updates
 
     def dense(self) -> Tensor:
-        """Return the matrix of the first part, by two syntheses, in `shape`; meant for bases of one part.
+        """Return S_0 M_0 T_0ᵀ, the matrix of the first part, by two syntheses, in `shape`; meant for bases of one part.
 
-        Values at the same place add up.
+        Values are multiplied by `S.factors(rows)` and `T.factors(cols)` first. Those at the same place add up.
         """
         S, T = self.S, self.T
         values = self.values[0] * S.factors(self.rows) * T.factors(self.cols)
@@ -347,9 +349,12 @@ class Sparse(NamedTuple):
         return self.S.synthesis(z).reshape(*ids.shape, self.S.n)
 
     def times(self, x: Tensor) -> Tensor:
-        """Return x ΔWᵀ, (…, n of S), in float32 at least; keep x and the entries for the backward pass.
+        """Return x ΔWᵀ = Σ_p S_p M_p T_pᵀ x for each row of x (…, n of T): (…, n of S), by the transforms of T, then of
+        S.
 
-        An empty x gets an empty result that keeps gradients. Tracers and forward-mode derivatives get plain operations.
+        x and the values are cast to the wider of their dtypes and float32; the result keeps that dtype. The backward
+        pass keeps x and the entries. An empty x gets an empty result that keeps gradients. Tracers and forward-mode
+        derivatives get plain operations.
         """
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.values.dtype), torch.float32)
         if not x.numel():  # transforms take no empty batch
@@ -422,7 +427,7 @@ class _TransformedProduct(Function):
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep x, values, rows, cols and both bases for the backward pass."""
+        """Save x, values, rows and cols for the backward pass; keep both bases as the attributes S and T of `ctx`."""
         *tensors, ctx.S, ctx.T = inputs
         ctx.save_for_backward(*tensors)
 

@@ -123,7 +123,10 @@ class Sink:
         self._users: list[Sink] | None = None  # of the memory of this place in this pass; None: for one adapter
 
     def use_memory(self, memory: Tensor, users: list[Sink]) -> Sink:
-        """Return self, with this memory, (n, …), in place of `gradient`. Sinks with the same `users` may overlap it."""
+        """Return self, after setting `memory` and `_common` to this memory, (n, …), and `_users` to this very list.
+
+        `gradient` stays. Sinks with the same `users` may overlap the memory.
+        """
         self.memory, self._common, self._users = memory, memory, users
         return self
 

@@ -146,11 +146,10 @@ class Loader:
         self.taken -= 1
 
     def _epoch_iterator(self) -> Iterator[object]:
-        """Return the iterator of this epoch.
+        """Return the iterator of this epoch, made at the first call in it and kept in `_batches`.
 
-        The first call in an epoch makes it from `_source`, after `set_epoch(epoch)` of the data, then of its attribute
-        `sampler`, where they have it. `_source` is the data, or after `begins_with` an iterator's first batch and the
-        iterator.
+        It is `iter(_source)`. `set_epoch(epoch)` is called before, of the data, then of its attribute `sampler`, where
+        they have that method. `_source` is the data, or after `begins_with` an iterator's first batch and the iterator.
         """
         if self._batches is None:
             holder: Any

@@ -176,7 +176,10 @@ class Run:
 
     @property
     def is_short_of_data(self) -> bool:
-        """Return True if its data ended before its number of steps, or within a step."""
+        """Return True if its data ended before its number of steps, or within a step.
+
+        With `steps` None only the latter counts.
+        """
         return self.state == ENDED and (self.unused_batches > 0 or (self.steps is not None and self.step < self.steps))
 
     @property

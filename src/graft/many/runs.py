@@ -888,10 +888,12 @@ class MultiTrain:
         step.losses |= {run.name: loss for run, loss, *_ in finite}
 
     def _run_backward(self, items: Sequence[RunBatch]) -> None:
-        """Run joint passes of these batches, of different runs, and add the gradients to the rows of the runs.
+        """Empty `_results`, `_batch_errors` and `_loss_errors`, then run joint passes of these batches, of different
+        runs. Their gradients are added to the rows of the runs.
 
-        Sets training mode, assigns rows and completes the batches. Fills `_results`, and for batches that failed
-        `_batch_errors` and `_loss_errors`; all three are emptied first. Without batches, nothing else happens.
+        Without batches, it stops once the three are empty. Else it sets training mode, assigns rows and completes the
+        batches. Fills `_results`, and for batches that failed `_batch_errors` and `_loss_errors`; a failed batch is not
+        tried again here.
         """
         self._batch_errors, self._loss_errors, self._results = {}, {}, {}
         if not items:
@@ -1294,11 +1296,12 @@ class MultiTrain:
 
         Args:
             progress: show a table of the runs, updated after each round.
-            save: a folder to `save` to, at each round number that `every` divides, and at the end. It is claimed before
-                the first round.
+            save: a folder to `save` to, at each round number that `every` divides, and always at the end, also just
+                after such a save. It is claimed before the first round, and stays claimed.
 
         Raises:
-            ConfigError: `every` is no positive int, or there are runs and none has data.
+            ConfigError: there are runs and none has data; or, checked next, `every` is no positive int, even without
+                `save`.
             FolderInUseError, CheckpointError: as `save`, before the first round.
         """
         if self._runs and not any(run.has_data for run in self._runs.values()):

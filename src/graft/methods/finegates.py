@@ -149,7 +149,7 @@ class FineGates(Method[FineGatesConfig]):
         return open_by.clamp(0, 1)
 
     def gates(self) -> tuple[Tensor, Tensor]:
-        """Return `gate` of `finegates_rows`, (out,), and of `finegates_columns`, (in,)."""
+        """Return `self.gate(finegates_rows)`, (out,), and `self.gate(finegates_columns)`, (in,)."""
         return self.gate(self.finegates_rows), self.gate(self.finegates_columns)
 
     def pre(self, x: Tensor) -> Tensor:

@@ -74,9 +74,10 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
         self.fill_start(self.mtllora_B, self.cfg.r**-0.5)
 
     def effect_at(self, value: object) -> Effect:
-        """Return an `Update` with the factors of task `value` (`of_task`).
+        """Return an `Update` with a function that computes the factors of task `value` (`of_task`) when they are
+        needed.
 
-        Raises ConfigError unless it is an int, and no bool, from 0 to below `n_tasks`.
+        Raises ConfigError, at once, unless `value` is an int, and no bool, from 0 to below `n_tasks`.
         """
         tasks = self.cfg.n_tasks
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < tasks:

@@ -57,11 +57,12 @@ class RandLoRA(Method[RandLoraConfig]):
 
         d is the smaller, D the larger of the widest input and output over all layers. They are drawn by `ternary` with
         `sparse` or `very_sparse`, by `uniform` otherwise. If another adapter shares the matrices, return those of the
-        first one instead. No file holds them with `save_projection=False`.
+        first one instead. With `save_projection=False` of this config no file holds them; the first adapter's are then
+        marked so, too.
 
         Raises:
-            ConfigError: shared matrices are too small. A needs the largest smaller size of a single layer, B the
-                largest larger size.
+            ConfigError: the first adapter's matrices are too small. A needs the largest smaller size of a single layer,
+                B the largest larger size; A is checked first.
         """
         cfg, existing = layers.cfg, layers.existing
         sizes = [sorted((s.out_features, s.fan_in)) for s in layers.sites]

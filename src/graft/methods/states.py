@@ -139,11 +139,11 @@ class OnStates(Method[S]):
 
     @classmethod
     def prepare(cls, cfg: S, model: nn.Module) -> None:
-        """Fill the config's `widths` with the widths of the chosen blocks, by path, and make these the set
-        `target_paths` (None without any block), if `target_modules` is "places".
+        """Fill three fields of the config: `widths`, `target_paths` and `width`, the model's hidden width.
 
-        With other targets `widths` becomes {} and `target_paths` None. Also sets `cfg.width` to the model's hidden
-        width.
+        If `target_modules` is "places", `widths` has the widths of the chosen blocks, by path, and `target_paths` is
+        the set of these paths. Otherwise `widths` is {}. Without any path `target_paths` is None, and no error is
+        raised here.
         """
         blocks = chosen_blocks(model, cfg.layers) if cfg.target_modules == PLACES else []
         cfg.widths = {block.path: block.width for block in blocks}

@@ -84,10 +84,11 @@ class Steering(OnStates[SteeringConfig]):
         """Return delta (rows, tokens, H) with zeros before token `min_token_index` of each row; padding and passed
         tokens are counted off.
 
-        Unchanged for index 0 or another number of dimensions.
+        Unchanged for index 0 or another number of dimensions. Passed tokens and rows' starts are counted off only where
+        the call knows them.
 
         Raises:
-            RoutingError: the output has not one row for each sample.
+            RoutingError: the rows' starts are known, and their number differs from that of the output's rows.
         """
         least, positions = self.cfg.min_token_index, self.positions
         if not least or delta.dim() != 3:

@@ -114,8 +114,11 @@ class TinyLoRA(Method[TinyLoraConfig]):
         self.tinylora_B.copy_(U[:, : self.rank] * root)
 
     def factors(self) -> Factors:
-        """Return A and B R with R = Σ v_k P_k (r, r), v that of the layer's group, with dropout; on an embedding Bᵀ and
-        (R A)ᵀ. v is cast to P's dtype and device.
+        """Return Factors of A and B R, without a scale, with R = Σ v_k P_k (r, r).
+
+        On an embedding they are Bᵀ and (R A)ᵀ. Both have `tinylora_dropout`.
+
+        v is that of the layer's group, cast to P's dtype and device.
         """
         P, v = self.tinylora_P, getattr(self.tinylora_v, str(self.tinylora_group))
         R = (v.to(P.device, P.dtype) @ P.flatten(1)).view(P.shape[1:])

@@ -97,12 +97,13 @@ class TrainableTokens(Method[TrainableTokensConfig]):
         return Rewrite(self.fold, post=self.post, apart=True, looks_up=True)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return uninitialised `trainable_tokens_delta` (k, d), trained, and the facts `token_indices` and `repeats`,
-        whether one is named twice.
+        """Return uninitialised `trainable_tokens_delta` (k, d), trained, and the facts `token_indices`, a list, and
+        `repeats`, whether one is named twice.
 
-        Buffers that no file holds: `trainable_tokens_original` (k, d), `sorted_tokens` (k,), and `order_of_tokens`
-        (k,), their places in the list. d is the embedding's width, or a linear layer's inputs. Floating-point tensors
-        are made on the default device, in the default dtype.
+        Buffers that no file holds: `trainable_tokens_original` (k, d), uninitialised, `sorted_tokens` (k,), and
+        `order_of_tokens` (k,), their places in the list, by a sort that is not stable. d is the site's `out_features`
+        if its op takes ids, else `in_features`. Floating-point tensors are made on the default device, in the default
+        dtype.
         """
         width = self.site.out_features if self.site.op.takes_ids else self.site.in_features
         indices = list(self.cfg.token_indices)

@@ -99,10 +99,10 @@ class UniLoRA(Method[UniLoraConfig]):
 
     def build(self, shared: dict[str, Any]) -> dict[str, object]:
         """Return all shared values (θ and the places), and this layer's buffers `unilora_scales_A`, `_B` and
-        `unilora_indices_A`, `_B`; `unilora_dropout` and `r`.
+        `unilora_indices_A`, `_B`, in this order; before them `r` and `unilora_dropout`.
 
-        The buffers have the shapes (r, in) and (out, r), and come from the places for this layer. Files hold them only
-        with `save_indices`.
+        The buffers have the shapes (r, in) and (out, r). They come from this adapter's entry of the shared
+        `unilora_places`, for this site. Files hold them only with `save_indices`.
         """
         cfg = self.cfg
         places = shared["unilora_places"].container[self.name].of(self.site, cfg.r)

@@ -82,8 +82,8 @@ class XLoraConfig(PeftConfig):
             warn("`top_k_lora` value must be at least 1.")
 
     def to_json(self, auto_mapping_dict: dict[str, object] | None = None) -> str:
-        """Return the text of adapter_config.json, indented by 2, with the experts in their order, which is that of the
-        classifier's outputs.
+        """Return the text of adapter_config.json, indented by 2, without a newline at the end. "adapters" has the
+        experts in their order, which is that of the classifier's outputs.
         """
         values = json.loads(super().to_json(auto_mapping_dict))
         return json.dumps({**values, "adapters": self.adapters}, indent=2)

@@ -471,10 +471,12 @@ def _forbid_shared_draws(draws: AdapterGenerators) -> Iterator[None]:
 
 @contextmanager
 def use_copies(call: Call, copies: int, model: nn.Module) -> Iterator[None]:
-    """Within the block, set the thread's call context to one with `copies` of each row, as `generate` repeats rows.
+    """Within the block, replace the thread's call context by its `repeat(copies)`, as `generate` repeats rows.
 
-    The encoder of an encoder-decoder model runs before the copies are made: hooks give it, in this thread, the context
-    without copies. This holds for one copy, too. The second hook does not run if the encoder raises.
+    At the end the former context is set again.
+
+    The encoder of an encoder-decoder model runs before the copies are made: two hooks give it, in this thread, the
+    former context itself. This holds for one copy, too. The second hook does not run if the encoder raises.
     """
     once = call.context
     copied = once.repeat(copies)

@@ -49,12 +49,14 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
 
     Others become inactive and frozen.
 
-    Merged layers are unmerged first, with a warning. Waits until no call of the model runs.
+    A model with a registry leaves it all to `Registry.set_adapter`. Otherwise the names are checked, then the change
+    begins, and all layers are checked before one is set. Merged layers are unmerged first, with a warning. Waits until
+    no call of the model runs.
 
     Raises:
         AdapterNotFoundError: no layer carries one of them.
-        ValueError: two of them cannot be active together.
         InUseError: calls of other threads do not end in time.
+        ValueError: two of them cannot be active together.
     """
     names = as_name_list(adapter_name, "set_adapter")
     registry: Registry | None = get_registry(unwrap_model(model))

@@ -275,6 +275,8 @@ class Registry:
     def save_adapter(self, adapter_name: str, folder: str, embeddings: str | bool = "auto") -> None:
         """Write an adapter into `folder` itself, whatever its name, as safetensors with a fingerprint of the base.
 
+        The name is not checked apart: an unknown one fails where its tensors are collected. Nothing is subtracted.
+
         embeddings: as `save_embedding_layers` of `PeftModel.save_pretrained`.
         """
         tensors, config = checkpoints.file_contents(self.holder, adapter_name, None, embeddings, None)

@@ -306,7 +306,8 @@ class Tuner(nn.Module, metaclass=TunerType):
 def attach_registry(tuner: Tuner, model: nn.Module, tree: ModuleTree | None = None) -> Registry:
     """Make a registry for a tuner and a model, without changing the model; return it.
 
-    The tuner keeps it as `_graft`, and the model becomes `tuner.model`.
+    Its class is `tuner._registry_class`, called with the model, `tuner._method`, `tree` (also None) and the tuner. The
+    tuner keeps it as `_graft`, and the model becomes `tuner.model`.
     """
     registry = tuner.__dict__[HOLDER] = tuner._registry_class(model, tuner._method, tree, tuner)
     tuner.model = model

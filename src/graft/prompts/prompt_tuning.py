@@ -93,11 +93,11 @@ def text_ids(cfg: PromptTuningConfig) -> Tensor:
     (rows,).
 
     Code that a tokenizer brings never runs, as the config may come from anywhere: trust_remote_code is switched off,
-    with a warning if `tokenizer_kwargs` has it. The config stays.
+    with a PeftWarning if `tokenizer_kwargs` has a true one. The config stays.
 
     Raises:
+        OSError: there is no such tokenizer, or loading raises an OSError or ValueError. Other errors pass unchanged.
         ConfigError: the text has no tokens.
-        OSError: there is no such tokenizer, or it cannot be loaded.
     """
     from transformers import AutoTokenizer
 

@@ -579,15 +579,22 @@ class AdapterSlots:
     def using(self, names: str | Sequence[str]) -> Iterator[nn.Module]:
         """Run the model with these adapters within the block: `with slots.using([…]): model(…)`. Yields the model.
 
-        The names are checked and files are read first; then it waits for slots that other threads use. Blocks may be
-        nested, and belong to the thread; at the end the choice of the outer block is set again, or the base.
+        The block is a call of the model's gate, so that changes wait for it. The steps are:
+
+        - The gate's call begins.
+        - Names are checked, but for those that this thread's open blocks use.
+        - Files are read.
+        - It waits for slots that other threads use, and fills them.
+
+        Blocks may be nested, and belong to the thread; at the end the choice of the outer block is set again, or the
+        base.
 
         Args:
             names: one adapter for all rows, or a list with one for each row; "__base__" means none.
 
         Raises:
-            RoutingError: no name is given, an adapter is unknown, there are more than `max_adapters`, or the slots were
-                removed.
+            RoutingError: no name is given, which is checked first; the slots were removed; an adapter is unknown; or
+                there are more than `max_adapters`.
             InUseError: other threads' batches use the slots for longer than `change_timeout`.
         """
         chosen = names if isinstance(names, str) else tuple(names)

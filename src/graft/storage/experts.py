@@ -106,7 +106,10 @@ class ExpertBlock:
 
     @property
     def packed(self) -> dict[str, PackedMatrices]:
-        """The packed stacks of the module by name, read anew at each use; empty if it has none."""
+        """The packed stacks of the module by name, read anew at each use; {} if it has none.
+
+        The names are those of `stacks.list_packed_names` of the module, not `names`. One without a stack is left out.
+        """
         names = stacks.list_packed_names(self.module)
         return {name: stack for name in names if (stack := stacks.find_matrices(self.module, name)) is not None}
 

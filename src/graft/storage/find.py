@@ -104,9 +104,11 @@ def find_store_of_tensor(module: nn.Module, name: str) -> Store:
 
 
 def find_device_and_dtype(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-    """Return device and dtype of the weight of the first module with a parameter, in `module` or below it.
+    """Return device and dtype of the weight of the first module with a parameter, in `module` or below it, by its
+    store.
 
-    For an offloaded one it is the device that the module computes on. Each is None if it is not known.
+    Without a parameter anywhere the store of `module` itself answers: it may know buffers or another attribute
+    `weight`. For an offloaded module it is the device that the module computes on. Each is None if it is not known.
     """
     first = next((m for m in module.modules() if any(p is not None for p in m._parameters.values())), module)
     return find_store(first).where(first, "weight")

@@ -178,8 +178,8 @@ def find_block_maxima(W: Tensor, scale: Tensor, block: Sequence[int] | None = No
 def round_scales_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return scales in `dtype`.
 
-    A dtype of one byte holds powers of two only: scales are rounded up to one. For uint8 the result is its exponent
-    plus 127.
+    A dtype of one byte holds powers of two only: the exponent is `scale.log2().ceil()`, so that rounding of the
+    logarithm may lower or raise it by one next to a power of two. For uint8 the result is that exponent plus 127.
     """
     if dtype.itemsize > 1:
         return scale.to(dtype)
@@ -220,7 +220,7 @@ def unpack_pairs(codes: Tensor, values: Values, low_first: bool, dtype: torch.dt
 
 def encode_fp4(W: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes of 4-bit floats, bytes (out, in/2) with the low half first, for W (out, in); and exponents (out,
-    groups).
+    groups), whole numbers in float32.
 
     A number gets the nearest of the 8 magnitudes, of two equally near the smaller. The exponents (base 2, at least 0)
     say by how much scales must grow: until no number is above 7 scales. Scales that fit stay: new ones would move other

@@ -189,7 +189,10 @@ class Sharded(TensorParallel):
         return super().piece(m, op) if group is None or is_running(group) else (op.canon(self.read(m)), None, None)
 
     def why_tied_unwritable(self, name: str) -> str | None:
-        """Return that a merge would change the other module of a tied tensor: FSDP2 keeps one for both."""
+        """Return the reason, always: tensor `name` is tied to another module's, and FSDP2 has sharded both as one.
+
+        The text advises to save the adapter and merge it in one process.
+        """
         return (
             f"its {name} is tied to that of another module, and FSDP2 has sharded both as one: save the adapter, and "
             "load it into a model of one process to merge it"

@@ -166,8 +166,8 @@ def is_sharded(t: Tensor) -> TypeGuard[DTensor]:
 def find_master_ids(parameters: Iterable[object]) -> set[int]:
     """Return the ids of those parameters that an optimizer of DeepSpeed trains through a float32 copy.
 
-    A parameter of ZeRO-1 and ZeRO-2 is known by `_hp_mapping`. For a parameter with `_z3_optimizer` (ZeRO-3) the ids of
-    all parameters in that optimizer's `fp16_groups` are returned, also of those not passed.
+    A parameter of ZeRO-1 and ZeRO-2 is known by the attribute `_hp_mapping`, even if it is None. Of the others one with
+    `_z3_optimizer` (ZeRO-3) adds the ids of all parameters in that optimizer's `fp16_groups`, also of those not passed.
     """
     ids, optimizers = set(), {}
     for p in parameters:

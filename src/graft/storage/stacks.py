@@ -94,10 +94,12 @@ class PackedMatrices:
         return W, fold(expert, W.to(torch.promote_types(W.dtype, torch.float32)))
 
     def fold(self, fold: Fold) -> tuple[PackedMatrices, Tensor]:
-        """Return a new stack with all matrices folded, and the sum over experts of `measure_survival` of the updates.
+        """Return a new stack with all matrices folded, and the sum over experts of `measure_survival` of the updates,
+        (2,).
 
-        Matrices are folded one at a time, and `fold` is called more than once for each expert. This stack does not
-        change.
+        First the new stack is made by `remake` of `in_rows()`, from folded matrices rounded to the stack's dtype. Then
+        each matrix is folded again, to compare it with that of the new stack, read in that dtype. `fold` is so called
+        at least twice for each expert. This stack does not change.
         """
         stack = self.in_rows()
 

@@ -41,10 +41,11 @@ def go_straight(
     def through(
         cls: object, func: object, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
-        """Run a torch function on the tensor class: as before, but for `linear` with gradients and a wanted weight.
+        """Run a torch function on the tensor class: as before, but for `linear` under enabled gradients with a wanted
+        weight.
 
-        That call returns the same output, and its backward pass multiplies by the dense weight, decoded then. A weight
-        is wanted if it is of the class and `wanted` accepts it.
+        That call returns the same output, and its backward pass multiplies by the dense weight, decoded then. Whether
+        the input requires a gradient does not matter. A weight is wanted if it is of the class and `wanted` accepts it.
         """
         kwargs = kwargs or {}
         if func is linear and torch.is_grad_enabled():

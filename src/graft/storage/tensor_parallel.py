@@ -257,7 +257,11 @@ class TensorParallel(Dense):
         return None
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> Tensor:
-        """Return a detached copy of this process's piece; if the weight is tied (`shared`), the parameter itself."""
+        """Return the tensor `name`, detached and cloned, so that a DTensor stays one; if it is tied (`shared`), the
+        parameter itself.
+
+        Of a plain tensor it is this process's piece.
+        """
         p = self.tensor(m, name)
         return p if shared else p.detach().clone()
 

@@ -94,9 +94,10 @@ class AdamssAsaCallback(Listener):
     def on_optimizer_step(
         self, args: object, state: TrainerState, control: object, model: object = None, **kwargs: object
     ) -> None:
-        """Call `update_and_allocate` of the tuner of Trainer's model, or of its `module`, with Trainer's `global_step`.
+        """Call `update_and_allocate` of the tuner of Trainer's model with Trainer's `global_step`.
 
-        A model without such a tuner is left alone.
+        The tuner is the attribute `base_model` of the model's `module`, where the model has that attribute, and else of
+        the model. Without that attribute or the tuner's method nothing happens.
         """
         tuner: object = getattr(getattr(model, "module", model), "base_model", None)
         if hasattr(tuner, "update_and_allocate"):

@@ -57,14 +57,18 @@ def move_tensors(value: Any, move: Callable[[Any], object]) -> Any:
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """Return an auto_wrap_policy for FSDP1: trainable leaves by themselves, transformer layers and prompts whole.
 
-    A leaf of an adapter is a unit only if its method calls it: FSDP gathers a unit for a call. Other tensors of
-    adapters stay in the unit of their transformer layer, next to frozen weights, which takes use_orig_params=True. A
-    warning names methods with such trainable tensors.
+    It joins three policies by "or":
 
-    The environment variable FSDP_TRANSFORMER_CLS_TO_WRAP names the layers' classes, else the model does.
+    - A leaf with a trainable weight is a unit, unless `find_uncalled_modules` lists it: FSDP gathers a unit for a call.
+    - A prompt of the model is a unit: one of the modules of `find_prompts`, not its class.
+    - A layer of the classes of `find_transformer_layers` is one.
+
+    Other tensors of adapters stay in the unit of their transformer layer, next to frozen weights, which takes
+    use_orig_params=True. A PeftWarning names methods with such trainable tensors, if there are any.
 
     Raises:
-        TypeError: the model has no layer of a class that the variable names.
+        TypeError: as `find_transformer_layers`: the model has no layer of a class that FSDP_TRANSFORMER_CLS_TO_WRAP,
+            else the model, names.
     """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
@@ -129,10 +133,11 @@ def is_leaf(module: nn.Module) -> bool:
 def find_transformer_layers(model: nn.Module) -> set[type[nn.Module]]:
     """Return the classes of transformer layers in a model, with those of PEFT's prompt encoders that it has.
 
-    FSDP_TRANSFORMER_CLS_TO_WRAP names them, separated by commas, else `_no_split_modules` of the model.
+    FSDP_TRANSFORMER_CLS_TO_WRAP names them, separated by commas, else, unset or empty, `_no_split_modules` of the
+    model. Names are neither stripped nor dropped, so an empty one between commas is an error.
 
     Raises:
-        TypeError: the model has no module of such a class.
+        TypeError: the model has no module of such a class. The text lists all such names.
     """
     asked = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
     names = set(asked.split(",")) if asked else find_no_split_classes(model)

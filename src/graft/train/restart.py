@@ -88,13 +88,15 @@ def find_restartable_adapter(registry: Any) -> str:
 def check_restart(layer: AdapterLayer, name: str, optimizer: Optimizer, optimizer_ids: Collection[int]) -> None:
     """Raise an error if a layer's adapter cannot restart, that is merge into the weight for good. Nothing changes.
 
+    The checks run in the order below; the first fault raises.
+
     optimizer_ids: ids of the optimizer's parameters.
 
     Raises:
-        UnsupportedLayerError: the weight cannot be read or written, is packed, tied to another module's or sharded, a
-            factor is sharded, or the effect cannot be merged.
-        ConfigError: an adapter is merged on the layer, the optimizer lacks a trainable factor, or keeps moments of a
-            factor that are no floats.
+        UnsupportedLayerError: the effect cannot be merged; the weight cannot be read, or not written, is packed, or
+            tied to another module's; or the weight or a factor is sharded.
+        ConfigError: an adapter is merged on the layer. Then for A, then B: the optimizer lacks a trainable factor, or
+            keeps moments of it that are no floats.
     """
     base, parameter = layer.base_layer, layer.site.parameter
     m: Method = layer.methods[name]
@@ -130,7 +132,9 @@ def find_moments(optimizer: Optimizer, p: nn.Parameter) -> list[Tensor]:
 
 def reset_factors(m: Method) -> None:
     """Overwrite A and B in place by the values of a new adapter: A uniform within ± 1 / √in and B zero; for an
-    embedding A zero and B standard normal. Drawn on the CPU.
+    embedding A zero and B standard normal.
+
+    Values are drawn on the CPU, in the default dtype. Gradients are not switched off here; that is left to the caller.
     """
     (A, B), ids = m.pair, m.site.op.takes_ids
     drawn, zeros = (B, A) if ids else (A, B)

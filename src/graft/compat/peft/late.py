@@ -119,8 +119,10 @@ def check_flags() -> None:
 
 
 def list_holders(real: Mapping[str, ModuleType]) -> list[str]:
-    """Return who still uses an imported PEFT: modules with an object of PEFT in their namespace, then classes of live
-    objects.
+    """Return who still uses an imported PEFT: names of modules with an object of PEFT in their namespace, then "an
+    object of …" for the classes of live objects. Each text comes once, unsorted.
+
+    All other loaded modules are looked at, also graft's. Errors are not caught.
 
     Args:
         real: PEFT's modules by name; they are not listed themselves.

@@ -74,9 +74,10 @@ def strip_root(module: str) -> str:
 
 
 def names_in(module: str) -> list[str]:
-    """Return the names in a module, sorted: those of the tables, and of the modules directly inside it.
+    """Return the names in a module, sorted: those that the tables list for it, and the modules directly inside it.
 
-    `peft` itself also has all public names of graft. A module that graft does not have has none.
+    A module inside it counts by its first part, also if only a deeper one is listed. `peft` itself also has all public
+    names of graft. A module that graft does not have has none.
     """
     path = strip_root(module)
     _, names = OF_METHODS.get(path, ("", graft.__all__ if path == "" else []))

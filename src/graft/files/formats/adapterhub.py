@@ -172,11 +172,14 @@ def add_head(out: AdapterFile, base: Base | None) -> None:
 def head_names(tensors: Collection[str], config: Json, base: Base | None) -> dict[str, str] | None:
     """Return the base's tensor names by those of AdapterHub's head; a multilabel head counts as the plain one.
 
-    The head's layers are taken in the order of the numbers in the keys.
+    The head's layers are taken in the order of the numbers in the keys. Returns None in these cases:
 
-    Returns None if the table has no such head, a field of the config differs, a key does not end in ".<number>.<leaf>"
-    after another part, or the keys have more or fewer numbers than the head has layers. Also if the base's class has
-    another head; the class is that of its model, else the first of `architectures`.
+    - The table has no such head.
+    - The base's class has another head. It is the class of its model, else the first of `architectures`; without a base
+      it is "".
+    - A field of the config differs.
+    - A key does not end in ".<number>.<leaf>" after another part.
+    - The keys have more or fewer numbers than the head has layers.
     """
     kind = str(config.get("head_type")).removeprefix("multilabel_")
     pattern, layers, facts = HEADS.get((kind, config.get("layers", 0)), ("", (), {}))

@@ -184,7 +184,7 @@ def paths_of(base: Base, arch: str, what: str) -> dict[str, str]:
     Raises:
         BaseModelMismatchError: the base is of another architecture than `arch`.
         CheckpointError: two modules have one name.
-        And the errors of `arch_of` and `names_of`. `what` names the file in the text.
+        And the errors of `arch_of` and `names_of`.
     """
     base_arch, _ = arch_of(base)
     if base_arch != arch:

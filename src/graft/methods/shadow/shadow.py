@@ -100,11 +100,12 @@ class Shadow(Method[ShadowConfig]):
         return Rewrite(pre=self.pre, post=self.post, block=True, why_unmergeable=why)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return linear layers `shadow_down` (r, d) and `shadow_up` (d, r) without bias, `shadow_update_transform` and
-        `shadow_update_gate`, `shadow_dropout` and `shadow_alpha`.
+        """Return linear layers `shadow_down` (r, d) and `shadow_up` (d, r) without bias, `shadow_update_transform`,
+        `shadow_update_gate`, `shadow_dropout`, and the number `shadow_alpha` of the config.
 
-        Transform and gate each are Linear (u, d), GELU, Linear (d, u); u = `update_hidden_size` or r, d the hidden
-        size. Floating-point tensors are made on the default device, in the default dtype.
+        Transform and gate each are Linear (u, d), GELU, Linear (d, u); u = `update_hidden_size` or, if that is 0 or
+        None, r; d is the hidden size. `shadow_dropout` is from `make_dropout`. Floating-point tensors are made on the
+        default device, in the default dtype.
         """
         cfg, d = self.cfg, self.cfg.hidden_size
         u = cfg.update_hidden_size or cfg.r
@@ -152,10 +153,10 @@ class Shadow(Method[ShadowConfig]):
         return x + self.cfg.shadow_alpha * self.shadow_up(difference)
 
     def post(self, h: Tensor, y: Tensor) -> Tensor:
-        """Return y unchanged, and set the adapter's state to s + g (T(y) - s), g = σ(G(y)), computed in the adapter's
-        dtype.
+        """Return y unchanged, and set the adapter's state to s + g (T(y) - s), g = σ(G(y)).
 
-        After the last block only remove the state.
+        y is cast to the adapter's dtype; the state s is cast to that dtype and moved to y's device. After the last
+        block the state is only removed, and a missing one is no error.
         """
         now = self.state().now
         if self.last:

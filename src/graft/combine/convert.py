@@ -109,10 +109,14 @@ def fix_effects(layers: Layers, adapter: str, at: Mapping[str, object]) -> dict[
 def check_convertible(layers: Layers, adapter: str, cfg: Any, rank: Any, effects: Mapping[str, Effect]) -> None:
     """Raise ConfigError or ConfigTypeError unless LoRA of this rank can hold the adapter on each layer.
 
-    ConfigTypeError: the rank is no number, there are no layers, or a layer has no ΔW. The effect in `effects` decides
-    for its layer, otherwise the adapter. ConfigError: the rank's value is invalid, or the config's `bias` is not
-    "none". An int rank is also refused above the size of a layer's weight, per group times groups, or if groups do not
-    divide it.
+    The checks run in the order below; the first fault raises. The effect in `effects` decides for its layer, otherwise
+    the adapter.
+
+    Raises:
+        ConfigTypeError: the rank is no number (`check_rank`, which also raises ConfigError for its value), there are no
+            layers, or a layer has no ΔW.
+        ConfigError: the config's `bias` is not "none". Then, layer by layer for an int rank: it is above the size of
+            the layer's weight, per group times groups, or the groups do not divide it.
     """
     check_rank(rank)
     if not layers:

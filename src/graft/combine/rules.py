@@ -219,16 +219,17 @@ class Recipe:
         return self.kind.startswith("dare")
 
     def check(self, form: ProductForm[Any], peft_type: str) -> None:
-        """Check the options for a form.
+        """Check the options for a form, in the order below.
 
-        Warn if a density of 1 or more prunes nothing. A PeftWarning names options that this type ignores: `density` of
-        types that do not prune, `svd_rank`, `svd_clamp` and `svd_driver` of types without SVD.
+        Warn if a density of 1 or more prunes nothing. At the end a PeftWarning names options that this type ignores:
+        `density` of types that do not prune, `svd_rank`, `svd_clamp` and `svd_driver` of types without SVD.
 
         Raises:
-            ConfigError: unknown type or majority, a rank that is below 1 or no integer, a clamp outside [0, 1], or an
-                invalid density. All but density are checked for every type.
-            ConfigTypeError: a pruning type has no density.
+            ConfigError: unknown type.
             NotImplementedError: the type acts on factors, and the form has none.
+            ConfigTypeError: a pruning type has no density; an invalid one is a ConfigError.
+            ConfigError: for every type, a rank that is below 1 or no integer, then a clamp outside [0, 1], then an
+                unknown majority.
         """
         if self.kind not in TYPES:
             raise ConfigError(f"Invalid combination_type: {self.kind}. Known ones: {', '.join(TYPES)}.")

@@ -277,10 +277,13 @@ def draw_start(tuner: Tuner, adapter_name: str, cfg: PeftConfig, keys: list[str]
 def check_arguments(tuner: Tuner, adapters: list[str], weights: list[float]) -> tuple[list[str], list[float]]:
     """Return names and weights as new lists, the weights by `float`. Any iterables are accepted.
 
+    The checks run in this order:
+
     Raises:
-        ConfigTypeError: `adapters` is a single str, or `weights` a single number.
+        ConfigTypeError: `adapters` is a single str, or `weights` a single int or float.
+        ConfigError: there is no adapter.
         AdapterNotFoundError: an adapter is not loaded.
-        ConfigError: there is no adapter, the numbers differ, or a weight is not finite in float32.
+        ConfigError: the numbers differ, or a weight is not finite in float32.
     """
     if isinstance(adapters, str):
         raise ConfigTypeError(f"adapters should be a list of names, got {adapters!r}. Write ['{adapters}'].")

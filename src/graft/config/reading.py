@@ -313,7 +313,7 @@ def read_weights(path: str | os.PathLike[str], what: str) -> dict[str, Tensor]:
         what: begins each error, such as "The state".
 
     Raises:
-        CheckpointError: the file cannot be read as tensors, for any reason, or holds anything but a dict of tensors.
+        CheckpointError: the file cannot be read as tensors, for any Exception, or holds anything but a dict of tensors.
         FileNotFoundError: there is no such file. A broken link counts as damaged.
     """
     from torch import Tensor

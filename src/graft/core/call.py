@@ -475,7 +475,7 @@ class CallBlock:
         self.call, self.rows, self.draws = call, rows, draws
 
     def __enter__(self) -> None:
-        """Set the rows and draws in this thread's context.
+        """Set the rows and draws in this thread's context, and keep the former context as `before`.
 
         Drops stale contexts of failed backward passes and of this thread's last call, and the losses of its last run.
         Warns if another thread is in a `disable_in_block` block and this thread may have been started for it.

@@ -65,9 +65,9 @@ class RunningCall:
         self.gate, self.what, self.uses = gate, what, uses
 
     def __enter__(self) -> RunningCall:
-        """Register the call as the innermost of its thread.
+        """Register the call as the innermost of its thread, and keep the call around it as `outer`, or None.
 
-        If the gate is closed, wait for the change, unless this call is within another.
+        If the gate is closed, wait for the change (`Gate.wait_for_change`), unless this call is within another.
         """
         gate = self.gate
         calls = gate.calls
@@ -106,10 +106,16 @@ class ModelChange:
         self.before: tuple[ModelChange | None, ModelChange | None] = (None, None)
 
     def __enter__(self) -> ModelChange:
-        """Take the gate's turn, and close the gate unless the change is late. After an error the turn is given back.
+        """Take the gate's turn, and close the gate unless the change is late. Return this change.
 
-        Within a change of the same thread, and in the same call or none, this is a part of that change. It then only
-        closes the gate, if the outer change is late and this one is not. Within a call, the turn must be free at once.
+        Sets `thread`, `within` (the thread's running call or None), `whole`, `before`, and the gate's `turn_of`. After
+        an error in closing, the turn is given back.
+
+        Within a change of the same thread, and in the same call or none, this is a part of that change: `whole` is that
+        one, and the turn is not taken. It then only closes the gate, if the outer change has not closed it and this one
+        is not late.
+
+        Within a call, `check_change_within_call` comes first, and then the turn must be free at once.
 
         Raises:
             InUseError: the turn of another change lasts longer than the gate's timeout; or see `close_gate`.
@@ -141,7 +147,12 @@ class ModelChange:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Open the gate and give the turn back. A part of a change does nothing."""
+        """Open the gate, if this change has closed it; set `turn_of` back, and give the turn back.
+
+        A part of a change does nothing.
+
+        Errors of the block pass on.
+        """
         if self.whole is None:
             if self.closed:
                 self.open_gate()
@@ -190,9 +201,10 @@ class ModelChange:
         self.closed = True
 
     def open_gate(self) -> None:
-        """Open the gate, unless an outer change keeps it closed.
+        """Set `closed_by` of the gate to its value from before this change: that is open, unless an outer change keeps
+        it closed.
 
-        The waiting calls are registered as running, before another change can close the gate, and wake.
+        If it is open, the waiting calls are registered as running, before another change can close the gate, and wake.
         """
         gate = self.gate
         with gate.state_changed:

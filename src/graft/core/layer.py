@@ -54,7 +54,9 @@ class LayerState(CarrierState):
         self.mixed_plan: MixedPlan | None = None  # the plan of the last mixed batch
 
     def drop_plans(self, adapter: str) -> None:
-        """Drop the cached plans with `adapter`, and the plan of the last mixed batch."""
+        """Drop the cached plans with `adapter` from `plans`, and set `mixed_plan`, the plan of the last mixed batch, to
+        None.
+        """
         self.plans = {names: plan for names, plan in self.plans.items() if adapter not in names}
         self.mixed_plan = None
 

@@ -176,7 +176,10 @@ def draw_from_seed(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _build_with_cpu_draws(device: torch.device) -> Iterator[None]:
-    """Set torch's default device to `device` within the block, and draw random values on the CPU."""
+    """Set torch's default device to `device` within the block, and draw random values on the CPU.
+
+    Both end with the block, also after an error.
+    """
     with device, DrawOnCPU():
         yield
 

@@ -304,13 +304,15 @@ def compare_adapters(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> 
     common parts. `equal` needs the same names, the same changed base, equal config fields of `list_deciding_fields`,
     and differences up to `tol`.
 
+    The tolerance is checked first. Then, for `a` before `b`, the numbers, then the names.
+
     Args:
         tol: the largest relative difference that counts as equal.
 
     Raises:
         OptionError: `tol` is negative or NaN.
-        BaseNeededError: one adapter has the names of its format, and the other does not, or those of another format.
         NonFiniteError: one of them has NaN or infinite numbers.
+        BaseNeededError: one adapter has the names of its format, and the other does not, or those of another format.
     """
     if not tol >= 0:
         raise OptionError(f"The tolerance {tol} is no number of at least 0. Give another.")

@@ -69,8 +69,9 @@ class CheckpointPlaces:
         checkpoint, one prefix is looked for, and stored in `shift`.
 
         Raises:
-            BaseModelMismatchError: the checkpoint lacks some of them.
-            LossError: some are missing, and transformers computes parameters from other tensors.
+            LossError: some are missing, and transformers computes parameters from other tensors (`computed` is not
+                empty).
+            BaseModelMismatchError: some are missing, and it computes none.
         """
         direct_spots = {name: [Spot(name)] for name in names if name in self.shapes}
         left = [name for name in names if name not in direct_spots]

@@ -170,17 +170,17 @@ def make_method(site: Site, kind: Any, cfg: PeftConfig, adapter: str) -> Method:
 def match_modules(job: InjectionJob, unreached: UnreachedTargets) -> None:
     """Put the sites of all modules and parameters that the config targets into `job.targets.sites`.
 
-    With `job.keys` exactly those paths match, and all others are `skipped`. Modules that are absent from this stage are
-    passed over. Replaced steps of the tuner have the last word on each module. A module tied to the embedding gets the
-    outcome "tied" and no site here.
+    With `job.keys` exactly those paths match, and all others get an entry in `skipped`. Modules that are absent from
+    this stage are passed over. Replaced steps of the tuner have the last word on each module, but not with `job.keys`.
+    A module tied to the embedding gets the outcome "tied" and no site here.
 
     The report gets modules that another field takes out (`skipped`), and counts by type of other modules without
     children (`untargeted`). An attention brings its `out_proj` along, before itself, noted in `targets.along`. Warns of
     entries that match nothing, of experts out of reach, and on a pipeline stage if nothing matches there.
 
     Raises:
+        ConfigError: `target_parameters` together with `job.keys`; this comes first.
         NoMatchingPeftModuleError: no module or parameter matches, on a model that is not a stage.
-        ConfigError: `target_parameters` together with `job.keys`.
     """
     cfg, report, tree, targets = job.cfg, job.report, job.tree, job.targets
     chosen, matcher = set(job.keys or ()), Matcher(cfg) if job.keys is None else None

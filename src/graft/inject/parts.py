@@ -231,7 +231,10 @@ def use_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def restore_modes_on_error(model: nn.Module) -> Iterator[None]:
-    """If the block raises, put the modes of all modules of a model back."""
+    """If the block raises, also an interrupt, put the modes of all modules of a model back; the error continues.
+
+    Without an error the modes stay.
+    """
     before = read_modes(model)
     try:
         yield

@@ -77,13 +77,13 @@ class _Piece(Function):
 
     @staticmethod
     def forward(ctx: Context, t: Tensor, cut: Cut, dim: int) -> Tensor:
-        """Return this process's piece of t along `dim`, contiguous."""
+        """Return this process's piece of t along `dim`, contiguous. Keeps the cut and `dim` for the backward pass."""
         ctx.cut, ctx.dim = cut, dim
         return take_piece(t, cut, dim).contiguous()
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> object:
-        """Return the gradients of all processes' pieces, gathered to that of the whole tensor.
+        """Return the gradients of all processes' pieces, gathered to that of the whole tensor, and None for the others.
 
         All processes have to run it.
         """
@@ -95,13 +95,19 @@ class _Whole(Function):
 
     @staticmethod
     def forward(ctx: Context, t: Tensor, cut: Cut, dim: int) -> Tensor:
-        """Return the whole tensor, gathered from the pieces of all processes along `dim`."""
+        """Return the whole tensor, gathered from the pieces of all processes along `dim`.
+
+        Keeps the cut and `dim` for the backward pass. All processes have to run it.
+        """
         ctx.cut, ctx.dim = cut, dim
         return gather_whole(t, cut, dim)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> object:
-        """Return this process's piece of the gradient, contiguous. Nothing is sent."""
+        """Return this process's piece of the gradient, contiguous, and None for the others.
+
+        Nothing is sent, and nothing summed.
+        """
         return take_piece(g, ctx.cut, ctx.dim).contiguous(), None, None
 
 
@@ -110,12 +116,15 @@ class _Sum(Function):
 
     @staticmethod
     def forward(ctx: Context, t: Tensor, cut: Cut) -> Tensor:
-        """Return the sum of t over the processes of the group, in new memory."""
+        """Return the sum of t over the processes of the group, in new memory.
+
+        All processes have to run it. Keeps nothing.
+        """
         return sum_over_group(t, cut)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> object:
-        """Return the gradient unchanged."""
+        """Return the gradient unchanged, and None for the cut. Nothing is sent."""
         return g, None
 
 
@@ -124,13 +133,16 @@ class _WithSummedGrad(Function):
 
     @staticmethod
     def forward(ctx: Context, t: Tensor, cut: Cut) -> Tensor:
-        """Return a view of t."""
+        """Return a view of t, and keep the cut for the backward pass."""
         ctx.cut = cut
         return t.view_as(t)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> object:
-        """Return the sum of the gradient over the processes of the group. All processes have to run it."""
+        """Return the sum of the gradient over the processes of the group, and None for the cut.
+
+        All processes have to run it.
+        """
         return sum_over_group(g, ctx.cut), None
 
 

@@ -267,7 +267,10 @@ class _FewRowsLinear(Function):
     def forward(
         ctx: Context, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
     ) -> Tensor:  # fmt: skip
-        """Return x Wᵀ + bias with the update added in its memory. Keeps x, W, A, B and h = x Aᵀ."""
+        """Return x Wᵀ + bias with scale · h Bᵀ added in its memory, without casts.
+
+        Keeps x, W, A, B, h = x Aᵀ and the scale.
+        """
         h = linear(x, A)
         ctx.save_for_backward(x, W, A, B, h)
         ctx.scale = scale
@@ -350,7 +353,7 @@ class _AddLowRank(Function):
     def forward(ctx: Context, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, seed: int) -> Tensor:
         """Add scale · dropout(x) Aᵀ Bᵀ to y's memory past autograd, and return y's data.
 
-        Keeps x, A, B and h = dropout(x) Aᵀ.
+        Keeps x, A, B, h = dropout(x) Aᵀ, and the last three arguments.
         """
         h = down(x.reshape(-1, x.shape[-1]), A, 1.0, p, seed)
         ctx.save_for_backward(x, A, B, h)
@@ -372,7 +375,7 @@ class _AddProduct(Function):
     def forward(ctx: Context, y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
         """Add scale · h Bᵀ to y's memory past autograd, and return y's data.
 
-        Keeps B, and h only if B needs a gradient.
+        Keeps B, h's shape and the scale, and h only if B needs a gradient.
         """
         ctx.save_for_backward(h if ctx.needs_input_grad[2] else None, B)
         ctx.options = h.shape, scale
@@ -405,7 +408,10 @@ class _LowRankLinear(Function):
         ctx: Context, x: Tensor, W: Tensor, A: Tensor, B: Tensor, base: Call, input_gradient: InputGradient,
         scale: float, p: float, seed: int,
     ) -> Tensor:  # fmt: skip
-        """Return base(x) with the update added in its memory. Keeps W, x, A, B and h = dropout(x) Aᵀ."""
+        """Return base(x) with the update added in its memory.
+
+        Keeps W, x, A, B, h = dropout(x) Aᵀ, `input_gradient` and the last three arguments.
+        """
         y = base(x)
         h = down(x.reshape(-1, x.shape[-1]), A, 1.0, p, seed)
         ctx.save_for_backward(W, x, A, B, h)
@@ -651,14 +657,18 @@ class _OneProduct(Function):
         ctx: Context, x: Tensor, h: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, d: Tensor,
         b: Tensor, call: Call, input_gradient: InputGradient,
     ) -> Tensor:  # fmt: skip
-        """Return call(x, W + ΔW, bias). Keeps h, W, A, B, d and b, and neither x nor the sum."""
+        """Return call(x, W + ΔW, bias). Keeps h, W, A, B, d, b and `input_gradient`, and neither x nor the sum."""
         ctx.save_for_backward(h, W, A, B, d, b)
         ctx.input_gradient = input_gradient
         return call(x, _sum(W, A, B, d, b), bias)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
-        """Return the gradients of x (through W + ΔW, formed again), d and b, as far as needed; None for the others."""
+        """Return the gradients of x, d and b, as far as needed; None for the others, also for h and the bias.
+
+        That of x goes through W + ΔW, formed again. Those of d and b come from gᵀ h, which is always computed, without
+        a cast.
+        """
         h, W, A, B, d, b = ctx.saved_tensors
         rows = g.reshape(-1, g.shape[-1])
         dx = None
@@ -721,7 +731,7 @@ class _Sketched(Function):
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, A: Tensor, v: Tensor, groups: int, scale: float) -> Tensor:
-        """Return x Aᵀ. Keeps A, v and the projections of x's groups on v, (rows, groups), but not x."""
+        """Return x Aᵀ. Keeps A, v, the scale and the projections of x's groups on v, (rows, groups), but not x."""
         c = grouped(x.reshape(-1, x.shape[-1]), groups) @ v  # (rows, groups)
         ctx.save_for_backward(c, A, v)
         ctx.scale = scale
@@ -729,8 +739,10 @@ class _Sketched(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
-        """Return the gradient g A of x, and that of A, scale · (gᵀ c) ⊗ v from the kept projections c, each None
-        without need.
+        """Return the gradient g A of x, and scale · (gᵀ c) ⊗ v of A from the kept projections c, each None without
+        need; None for the others.
+
+        A's gradient is cut to the columns of A, as the last group may be shorter.
         """
         c, A, v = ctx.saved_tensors
         dx = g @ A if ctx.needs_input_grad[0] else None

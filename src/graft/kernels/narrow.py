@@ -43,7 +43,10 @@ class _WidenedProduct(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
-        """Return the gradient g Wᵀ of A, summed over chunks of W's columns in the dtype of g; None for W."""
+        """Return the gradient g Wᵀ of A, always: summed over chunks of W's columns, each cast to the dtype of g.
+
+        None for W.
+        """
         some = split_columns(ctx.saved_tensors[0])
         widths = [part.shape[1] for part in some]
         return sum(h @ part.to(g.dtype).T for h, part in zip(g.split(widths, 1), some)), None

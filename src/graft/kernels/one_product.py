@@ -311,7 +311,7 @@ class _HadamardProduct(Function):
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, ...]:
-        """Return the gradients of a, b, c and d, always all: `factor_gradients`."""
+        """Return the gradients of a, b, c and d, always all and never None: `factor_gradients`."""
         return factor_gradients(grad, *ctx.saved_tensors)
 
 

@@ -240,7 +240,7 @@ class _SegmentsLinear(Function):
     ) -> Tensor:
         """Return base(x), with the update of each group added to its rows in place.
 
-        Keeps x, W, the factors and each h = x Aᵀ.
+        Keeps x, W, the factors, each h = x Aᵀ, and the groups, `base` and `input_gradient`.
 
         factors: A and B of each group.
         """

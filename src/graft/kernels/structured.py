@@ -235,7 +235,7 @@ class _BetweenDiagonals(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor, None, Tensor]:
-        """Return the gradients of left (r, n) and right (n, d); None for A."""
+        """Return the gradients of left (r, n) and right (n, d), both always; None for A."""
         left, A, right = ctx.saved_tensors
         inner = g.view(*left.shape, A.shape[1]) * A[:, None]
         return torch.einsum("rnd,nd->rn", inner, right), None, torch.einsum("rnd,rn->nd", inner, left)

@@ -1352,12 +1352,13 @@ class MultiTrain:
         """Put a run without data into the state of its file, which `save` or `save_run` wrote. Return the run.
 
         Values, gradients, optimizer, schedule and random states are overwritten. The run may have failed. Waits for
-        calls of other threads.
+        calls of other threads. The run leaves its bank once the file is read.
 
         Raises:
             AdapterNotFoundError: there is no such run.
+            ConfigError: the run has data, before the file is read; or the file's run has another config or other
+                settings.
             CheckpointError: there is no such file, or it is damaged.
-            ConfigError: the run has data, or the file's run has another config or other settings.
             BaseModelMismatchError: the file's run has another base. Whatever is raised, the run is as before.
         """
         with self.lock_steps(waits=True):

@@ -94,11 +94,11 @@ class MixLoRA(Method[MixLoraConfig]):
         """Return the MLPs around the target layers `paths`: by name, or those in `mlp_modules`; they get the routers.
 
         Replaces `cfg.within` (layer → MLP; layers outside MLPs are left out) and `cfg.routers` (MLP → the input width
-        of its first linear layer). Without `paths` returns [].
+        of its first linear layer), also before an error. Without `paths` returns [].
 
         Raises:
-            NoMatchingPeftModuleError: no target layer is in an MLP, or `mlp_modules` fits no module.
-            UnsupportedLayerError: the MLP of a target layer has no linear layers.
+            UnsupportedLayerError: the MLP of a target layer has no linear layers. The first such layer raises.
+            NoMatchingPeftModuleError: after all layers, none is in an MLP, or `mlp_modules` fits no module.
         """
         modules = dict(walk(model))
         linears = {path: op.dims(m)[1] for path, m in modules.items() if (op := find_op(m)).linear}

@@ -244,8 +244,12 @@ def save_adapters(
 
 
 def check_save_arguments(directory: str, fingerprint: str, safetensors: bool) -> None:
-    """Raise ValueError if the fingerprint is neither "sampled" nor "full", is "full" without safetensors, or the
-    directory is a file; FileNotFoundError if its name is empty.
+    """Raise an error for arguments of a save that cannot be; the first fault counts, in this order.
+
+    Raises:
+        FileNotFoundError: the directory's name is empty.
+        ValueError: the fingerprint is neither "sampled" nor "full", or is "full" without safetensors; or the directory
+            is a file.
     """
     if not os.fspath(directory):
         raise FileNotFoundError("The folder to save into has an empty name. Pass a path, such as '.'.")

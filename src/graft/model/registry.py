@@ -97,8 +97,8 @@ class Configs(dict[str, PeftConfig]):
 
 @contextmanager
 def restore_on_error(config: PeftConfig) -> Iterator[None]:
-    """If the block raises, set all attributes of the config back to their values from before, the same objects; new
-    attributes go. Changes inside a list or dict stay.
+    """If the block raises, also an interrupt, set all attributes of the config back to their values from before, the
+    same objects. New attributes go. Changes inside a list or dict stay.
     """
     before = dict(vars(config))
     try:

@@ -396,10 +396,10 @@ def pad_to_rank(layer: Any, slot: Any, value: Tensor, r: int) -> Tensor:
 
 
 def replace_tensors(larger: list[tuple[Any, Tensor, int]]) -> None:
-    """Replace A and B by tensors of another rank, and set the sizes of their modules.
+    """Replace A and B by tensors of another rank, and set the sizes of their modules where they have such attributes.
 
-    Parameter objects stay, their `grad` becomes None, and their version rises. Those of inference mode are replaced by
-    new Parameters.
+    Parameter objects stay: their `data` is the new tensor itself, their `grad` becomes None, and their version rises.
+    Those of inference mode are replaced by new Parameters with the same `requires_grad`.
     """
     for entry, value, rank in larger:
         p: Any = entry.owner._parameters[entry.attribute]

@@ -261,6 +261,9 @@ class AdapterSlots:
     ) -> None:
         """Make an adapter known.
 
+        Checked in this order: the slots, the name, the options, `keep`, then the source as it is read. The name is
+        checked once more at the end.
+
         It takes a slot when a batch needs it, or with `pin`: one of the smallest rank that is enough.
 
         Args:
@@ -362,10 +365,12 @@ class AdapterSlots:
             self.gate.state_changed.notify_all()
 
     def pin(self, *names: str) -> None:
-        """Put adapters into slots, and keep them there until `unpin`. Waits for slots that other threads use.
+        """Put adapters into slots, and add them to `_pinned`, so that they stay there until `unpin`.
+
+        Waits for slots that other threads use. Files are read under the gate's lock.
 
         Raises:
-            RoutingError: one is unknown, or there are more than slots.
+            RoutingError: the slots were removed; one is unknown, or "__base__"; or there are more than slots.
             InUseError: batches of other threads use the slots for longer than `change_timeout`.
         """
         with self.gate.state_changed:
@@ -374,9 +379,11 @@ class AdapterSlots:
             self._pinned |= set(names)
 
     def unpin(self, *names: str) -> None:
-        """Let other adapters take the slots of these, and wake threads that wait for slots.
+        """Take adapters out of `_pinned`, so that others may take their slots, and wake threads that wait for slots.
 
-        Raises RoutingError for an unknown name.
+        One that is not pinned is passed over.
+
+        Raises RoutingError if the slots were removed, or for an unknown name, also "__base__".
         """
         with self.gate.state_changed:
             self._check_known(names, base=False)

@@ -96,8 +96,10 @@ def check_measured(keys: Collection[str], seen: Collection[str], what: str) -> N
 def read_or_measure(
     path: str | None, names: Mapping[Key, str], measure: Callable[[], Mapping[Key, Tensor]]
 ) -> Mapping[Key, Tensor]:
-    """Return tensors by key from a cache file; without a path, or if the file is missing or empty, those of `measure`,
-    which are written to the path, if there is one. The file is written whole or not at all, and its folder is made.
+    """Return tensors by key from a cache file.
+
+    Without a path, or if the file is missing or empty, return those of `measure`, and write them to the path, if there
+    is one. The file is written whole or not at all, and its folder is made.
 
     Args:
         names: key → name in the file.

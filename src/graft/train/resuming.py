@@ -246,7 +246,7 @@ def check_same_values(values: dict[str, TrainedTensor]) -> None:
 
 
 class TrainedParts:
-    """What a training changes in a model and its optimizer.
+    """The tensors and states that a training changes in a model and its optimizer.
 
     Attributes:
         optimizer_states: of the optimizer.
@@ -255,9 +255,12 @@ class TrainedParts:
     """
 
     def find_parts(self, model: nn.Module, optimizer: object, scheduler: object) -> None:
-        """Set the three attributes, and check the scheduler. The optimizer is outside of accelerate's wrapper.
+        """Set `optimizer_states`, `values` and `names` (id of a tensor → name).
 
-        Raises ConfigError or DistributedError if the training cannot be saved or resumed by name.
+        The optimizer is outside of accelerate's wrapper.
+
+        The scheduler is checked before, and the sharding after all three are set. Raises ConfigError or
+        DistributedError if the training cannot be saved or resumed by name.
         """
         check_scheduler(scheduler)
         self.optimizer_states = wrap_optimizer(optimizer)
@@ -635,9 +638,10 @@ class ResumeJob(TrainedParts):
                 check_generator(self.generator_states.get(name), f"{path}: '{name}'", device)
 
     def add_mismatch(self, error: type[PeftError], text: str, fresh: list[str], missing: list[str]) -> None:
-        """Raise `error` if `strict`.
+        """Raise `error` with the text if `strict`.
 
-        Else add to the report the names that begin anew, and those left over in the file.
+        Else append to the report's `fresh` the names that begin anew, and to its `missing` those left over in the file.
+        `error` and `text` are not used then.
         """
         if self.strict:
             raise error(

@@ -213,13 +213,14 @@ def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Ba
     The names are those of `adapter_names`, else of `name`, split at commas.
 
     Tensors in blocks that all bottlenecks leave out have no effect and are dropped; keys without a block go to
-    `unknown_keys`. Sites are those of the first bottleneck. Missing fields are taken as value True, no regularization,
-    and the base's attention dropout, else 0.
+    `unknown_keys`. Sites are those of the first bottleneck. Missing fields are taken as value True and no
+    regularization. A falsy `dropout_prob` becomes the base's attention dropout, else 0.
 
     Raises:
+        CheckpointError: the config has a value that graft lacks, which is checked first; or, last, `check_compared`
+            refuses a bottleneck.
         BaseNeededError: there is no base, or no library makes a model of it, or it lacks one of the bottlenecks.
         BaseModelMismatchError: the base's model lacks blocks of its files.
-        CheckpointError: the config has a value that graft lacks, or `check_compared` refuses a bottleneck.
     """
     their_config, names = fields["config"], list(fields.get("adapter_names") or str(fields.get("name")).split(","))
     strange = [

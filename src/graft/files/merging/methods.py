@@ -53,8 +53,8 @@ def list_method_changes(job: MergeJob, base: BaseDescription) -> list[TensorChan
     are marked `alone`: no other adapter may change it.
 
     Raises:
-        LossError: a part has no merged form (prompts, FROD without its basis, an effect that depends on the input, or
-            one on a block).
+        LossError: the adapter is a prompt, or FROD without its basis; these two are checked before the model is loaded.
+            Or, once no layer is missing, a layer's effect depends on the input or is one on a block.
         BaseModelMismatchError: transformers does not know the base, or it has no place for a part.
     """
     adapter = job.adapter

@@ -141,8 +141,8 @@ class Workplace:
 
         Keep shards of a killed run with the same key.
 
-        All other files of earlier runs are deleted. An exception deletes the folder; an interrupt leaves it for the
-        next run.
+        All other files of earlier runs are deleted. An Exception, of the checks or the block, deletes the folder. An
+        interrupt leaves it for the next run, and so does a block without an error.
 
         Args:
             shards: names of the files that will be written.
@@ -150,7 +150,7 @@ class Workplace:
 
         Raises:
             OutputExistsError: the folder is a link, another user's, locked by another process, or has files that no
-                merge writes. Nothing changes then. Or as `check`.
+                merge writes. Nothing in it changes then. Or as `check`.
         """
         parent = os.path.dirname(self.output)
         self.parents = list_missing_folders(parent)

@@ -78,7 +78,8 @@ def unpack(model: nn.Module, kwargs: dict[str, object], use_cache: bool | None) 
     A ShadowCache gives its own, and its base replaces it in `kwargs`.
 
     Without a cache among the arguments: {} if `use_cache`, or for None the model's config, wants one; else None. An
-    empty cache of transformers gives {} and stays in `kwargs`.
+    empty cache of transformers gives {} and stays in `kwargs`. Whether the cache can be read is checked before its
+    tokens.
 
     Raises:
         ValueError: the cache holds tokens that the shadow network has not seen.

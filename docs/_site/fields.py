@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import griffe
 
 COMMON = "PeftConfig"  # whose fields every config has: its own entry lists them, once
+parse = cache(ast.parse)  # a module has several dataclasses, and each reads those above it
 
 
 class Fields(griffe.Extension):
@@ -61,7 +63,7 @@ def is_dataclass(cls: griffe.Class) -> bool:
 def own(cls: griffe.Class) -> dict[str, str]:
     """The fields that a class body declares: a line for each, by name."""
     lines: list[str] = cls.module.lines_collection[cls.module.filepath]
-    body = ast.parse("\n".join(lines)).body
+    body = parse("\n".join(lines)).body
     (found,) = [node for node in body if isinstance(node, ast.ClassDef) and node.name == cls.name]
     nodes = [n for n in found.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
     rows = {}

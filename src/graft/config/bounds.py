@@ -45,7 +45,7 @@ class Bound:
 
 
 def must_be(words: str, allows: Callable[[Any], bool]) -> Bound:
-    """Return a bound whose error says "`field` must be <words>, got <value>"."""
+    """Return a bound with the error "`field` must be <words>, got <value>"."""
     return Bound(allows, f"`{{name}}` must be {words}, got {{value}}{{where}}.")
 
 

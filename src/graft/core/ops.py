@@ -463,7 +463,10 @@ class TypeTable(Generic[T]):
         self._found: dict[int, tuple[ref[type], int, T | None]] = {}
 
     def add(self, qualified_name: str, entry: T) -> None:
-        """Set the entry of a class by its qualified name, and forget all cached searches."""
+        """Set the entry of a class by its qualified name, also over an older one, and forget all cached searches.
+
+        The name is not checked.
+        """
         self._rows[qualified_name] = entry
         self._found.clear()
 

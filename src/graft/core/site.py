@@ -156,7 +156,11 @@ class Site:
     is_stack: bool = field(init=False)  # the weight is a stack of matrices, (n, out, in), as of experts
 
     def __post_init__(self) -> None:
-        """Read the sizes and the canonical shape from the module, and set `path` to `key` if it is empty."""
+        """Read `out_features` and `in_features` from the module by the op's `dims`, and `shape`, canonical, by its
+        `shape`.
+
+        `is_stack` becomes True for an opaque op with more than two dimensions. An empty `path` becomes `key`.
+        """
         self.out_features, self.in_features = self.op.dims(self.module)
         self.shape = tuple(self.op.shape(self.module))
         self.is_stack = self.op.opaque and len(self.shape) > 2

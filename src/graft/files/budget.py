@@ -275,9 +275,11 @@ class LiveMemory(TorchDispatchMode):
         return out
 
     def add(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage that is not known yet, and raise `peak` if needed.
+        """Add a storage to `known` and its size to `bytes`, and raise `peak` if needed.
 
-        When the storage is freed, a weak reference subtracts it. Storages of the model do nothing.
+        A storage in `known` already, such as the model's, does nothing.
+
+        When the storage is freed, a weak reference in `watches` subtracts it and removes both entries.
         """
         one = storage_id(storage)
         if one in self.known:
@@ -368,11 +370,13 @@ class _FusedKernel(torch.autograd.Function):
 
 
 def compute_training_loss(model: PeftModel, ids: Tensor) -> Tensor:
-    """Run the model on token ids, with a mask of ones. Return its loss, with the ids as labels, for language models and
-    encoder-decoders, which the class's name tells; for other models the mean of the first output in float32.
+    """Run the model on token ids, with a mask of ones.
 
-    Methods with several tasks get task 0 for all rows. A method with timesteps (T-LoRA) gets its largest. Raises
-    ConfigError for a model with another main input than `input_ids`.
+    Return its loss, with the ids as labels, for language models and encoder-decoders, which the class's name tells; for
+    other models the mean of the first output in float32.
+
+    If any config has a field `n_tasks` or `num_tasks`, all rows get task 0. The first config with `max_timestep`
+    (T-LoRA) gives the timestep, its largest. Raises ConfigError for a model with another main input than `input_ids`.
     """
     base: nn.Module = model.get_base_model()
     task, main_input = type(base).__name__, getattr(base, "main_input_name", "input_ids")

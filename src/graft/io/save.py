@@ -324,8 +324,8 @@ def collect_embeddings(base: nn.Module, config: object, save: str | bool) -> dic
 
     If `target_modules` names embeddings, only those with adapter layers are saved. An adapted one has `.base_layer` in
     its names, and so has one with trainable token rows. A module with several names is saved under the first. A merged
-    weight is computed without its adapters, unless it cannot be read. Warns as `will_save_embeddings`, and for a base
-    without `get_input_embeddings`, which has {}.
+    weight is computed without its adapters, unless it cannot be read. `will_save_embeddings` decides first, and warns.
+    Then a base without the function `get_input_embeddings` gives {} with a warning.
     """
     targeted, save = target_embeddings(base, config), will_save_embeddings(base, config, save)
     if not save:

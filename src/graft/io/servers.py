@@ -114,7 +114,7 @@ class ServerBlocks(ExpertStacks):
         """Survey the model and sort its modules of experts, by path, into `found` (ServerBlock) and `unknown` (the
         reason as text).
 
-        `type` is the model type of its config, "" without one.
+        `type` is `model_type(model)` if the config has that attribute, even None, else "".
         """
         super().__init__(model)
         self.found, self.unknown = dict[str, ServerBlock](), dict[str, str]()
@@ -131,8 +131,8 @@ class ServerBlocks(ExpertStacks):
 
         - A stack has another name than gate_up_proj, up_proj (both are IN) and down_proj (OUT), or IN or OUT lacks one.
         - The shapes are not gate, up and down.
-        - Gate and up have an unknown order: it is known from `is_concatenated`, the stacks' parts or the module's
-            class.
+        - Gate and up have an unknown order. It is known from the attribute `is_concatenated`, whatever its value, from
+          the parts of the input's stack, or from the module's class.
 
         A stack named `gate_up_proj` holds both gate and up. Then the shapes tell if the stacks are transposed;
         otherwise the module's `is_transposed` does. `exchanged` is set where the two disagree. Rows are interleaved if

@@ -23,8 +23,8 @@ def find_model_loss(model: nn.Module, wrappers: Mapping[str, ModulesToSaveWrappe
 
     It raises ConfigError for a batch without labels, or without start and end positions for spans.
 
-    An encoder-decoder that makes decoder inputs from labels has the decoder's loss. Others have the entry of LOSSES for
-    their `loss_type`; a class with "LMHead" in its name and no type counts as "ForCausalLM".
+    An encoder-decoder with the function `prepare_decoder_input_ids_from_labels` has the decoder's loss. Others have the
+    entry of LOSSES for their `loss_type`; a class with "LMHead" in its name and a falsy type counts as "ForCausalLM".
 
     Args:
         wrappers: modules that the run's adapter trains whole; its head may have another number of labels than the

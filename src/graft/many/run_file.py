@@ -160,9 +160,10 @@ def name_object(value: object) -> object:
 def restore_run(run: Run, model: nn.Module, state: Json, where: str) -> None:
     """Put a new run, with its adapter on the model, into the state of its file.
 
-    Config, settings and contents are checked first. Then schedule, optimizer, loader and at last the adapter's values
-    are overwritten. An ended run that now has more steps is running again. A run that takes part in the next round
-    reads its data up to the position; others only note the position.
+    The checks run in this order: base, config and settings, contents, first batch, number of steps. Then schedule,
+    optimizer, the partial step, and `step`, `state`, `why`, `needs_check`, `curve` and `valid` are overwritten; then
+    the loader, and at last the adapter's values. An ended run that now has more steps is running again. A run that
+    takes part in the next round reads its data up to the position; others only note the position.
 
     Raises:
         BaseModelMismatchError: it was made on another base.

@@ -1017,7 +1017,10 @@ class MultiTrain:
         return completed
 
     def _note_batch_error(self, item: RunBatch, error: Exception) -> None:
-        """Note that the model cannot take the batch of a run, and add the run's name to the error."""
+        """Add a line with the run's name to the error, and keep the error in `_batch_errors` under that name.
+
+        An earlier one is replaced.
+        """
         annotate_error(error, f"Run '{item.name}': the model cannot take its batch.")
         self._batch_errors[item.name] = error
 
@@ -1139,10 +1142,11 @@ class MultiTrain:
             run.tokens += result[1].tokens
 
     def _run_with_fan(self, items: Sequence[RunBatch], fan: Fan | None) -> tuple[Sequence[object], list[int]]:
-        """Return output and number of tokens of each batch, with the fan.
+        """Return output and number of tokens of each batch, with the fan; without one (None) that is `_run_model`.
 
         If the model raises a RuntimeError, IndexError or ValueError other than of memory, restore the random states and
-        disable the fan. All rows then run without it, now and in later passes of these runs. Other errors are raised.
+        disable the fan. All rows then run without it, now and, as `_fans` gets None for these runs, in later passes.
+        Other errors are raised.
 
         The fan repeats the inputs of blocks by rows. It cannot where a model passes a tensor of rows times heads (ALiBi
         in Bloom), or of as many heads as there are rows (MPT). It cannot either where the model picks rows by its input

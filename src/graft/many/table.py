@@ -98,7 +98,10 @@ class Progress:
             self.show()
 
     def show(self) -> None:
-        """Show the runs now: refresh the live display, or print a new table. Notes the time."""
+        """Show the runs now: refresh the live display, or without one print a new table.
+
+        The time of the clock is kept in `_shown` first.
+        """
         self._shown = self.clock()
         if self._live is None:
             self.console.print(make_run_table(self.runs()))

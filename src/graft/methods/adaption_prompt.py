@@ -103,7 +103,8 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
         """Return uninitialised `adaption_prompt` (1, adapter_len, hidden) and `adaption_gate` (1,), in the dtype of the
         base weight.
 
-        `hidden` is the input width of q_proj, or of c_attn.
+        `hidden` is the input width of q_proj, or of c_attn. An `adapter_len` of None counts as 0. They are made on the
+        default device.
         """
         site, cfg = self.site, self.cfg
         projection = innermost(site.module.get_submodule("c_attn" if has_fused_projection(site.module) else "q_proj"))

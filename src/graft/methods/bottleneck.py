@@ -438,7 +438,7 @@ class Bottleneck(Method[BottleneckConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return `bottleneck_down` (H → d) and `bottleneck_up` (d → H), linear layers or with `phm_layer` `Kronecker`,
-        the shared rule, `bottleneck_dropout` and `scaling`.
+        the shared rule, `bottleneck_dropout` (`make_dropout(cfg.dropout)`) and `scaling`.
 
         By options also a LayerNorm `bottleneck_norm`, `bottleneck_scale` (ones, (H,) for "channel", else (1,)) and
         `bottleneck_gate` (H → 1). The scaling is 1.0 if the config's is a text. A tap gets only one empty buffer

@@ -56,10 +56,10 @@ class DEFT(Method[DeftConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return uninitialised `deft_P` (out, r) and, unless `para`, `deft_R` (r, fan_in), with r at most out;
-        `deft_dropout`, r and scaling.
+        `deft_dropout` (`make_dropout(cfg.deft_dropout)`), r and scaling.
 
-        scaling = alpha / r, or 1 without alpha. Floating-point tensors are made on the default device, in the default
-        dtype.
+        scaling = alpha / r, or 1.0 for an alpha of 0 or None. Floating-point tensors are made on the default device, in
+        the default dtype.
         """
         cfg, site = self.cfg, self.site
         r = min(cfg.r, site.out_features)

@@ -45,7 +45,7 @@ class DeLoRA(Method[DeloraConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return uninitialised parameters `delora_A` (r, fan_in), `delora_B` (out, r), `delora_lambda` (1,),
-        `delora_dropout` and `r`.
+        `delora_dropout` (`make_dropout(cfg.module_dropout)`) and `r`.
 
         The buffer `delora_w_norm` (fan_in,) starts as ones. Floating-point tensors are made on the default device, in
         the default dtype.

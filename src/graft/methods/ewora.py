@@ -52,8 +52,8 @@ class Ewora(Method[EworaConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return uninitialised `ewora_As` (experts, in, r) and `ewora_Bs` (experts, r, out), `ewora_weighting`, a
-        linear layer (experts, experts · r) with bias, `ewora_dropout` and `r`. Floating-point tensors are made on the
-        default device, in the default dtype.
+        linear layer (experts, experts · r) with bias, `ewora_dropout` (`make_dropout(cfg.ewora_dropout)`) and `r`.
+        Floating-point tensors are made on the default device, in the default dtype.
         """
         cfg, site = self.cfg, self.site
         E, r = cfg.num_experts, cfg.r

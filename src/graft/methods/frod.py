@@ -182,7 +182,7 @@ class FRoD(Method[FrodConfig]):
 
     def build(self, shared: dict[str, Any]) -> dict[str, object]:
         """Return trained `frod_lambda_l` (in,) and `frod_lambda_s_values` (entries,) of zeros, the buffer `frod_U`
-        (out, in) of zeros, which no file holds, and `frod_dropout`.
+        (out, in) of zeros, which no file holds, and `frod_dropout` (`make_dropout(cfg.frod_dropout)`).
 
         `frod_shared` holds the containers of this category's V and indices; without `shared` tensors it is [].
         Floating-point tensors are made on the default device, in the default dtype.

@@ -149,8 +149,8 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         return Rewrite(part=self.beside if beside else self.after, tapped=beside, block=block)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return linear layers `fusion_query` and `fusion_key` (H, H) and, with `value`, `fusion_value` without bias,
-        and `fusion_dropout`.
+        """Return linear layers `fusion_query` and `fusion_key` (H, H) with bias and, with `value`, `fusion_value` (H,
+        H) without, and `fusion_dropout` (`make_dropout(cfg.dropout)`).
 
         At a tap return one empty buffer, `fusion_tap`. Floating-point tensors are made on the default device, in the
         default dtype.

@@ -69,7 +69,7 @@ class GraLoRA(Method[GraloraConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return the parameters `gralora_A` (k, in / k, r) and `gralora_B` (k, r, out / k) with the values of `blocks`,
-        `gralora_dropout`, r, hybrid_r, gralora_k and alpha.
+        `gralora_dropout` (`make_dropout(cfg.gralora_dropout)`), r, hybrid_r, gralora_k and alpha.
 
         scaling = alpha / (r + hybrid_r). With `hybrid_r` also the linear layers `gralora_A_general` (hybrid_r, in) and
         `gralora_B_general` (out, hybrid_r), which `init_values` fills. Floating-point tensors are made on the default

@@ -94,7 +94,7 @@ class IA3(Method[IA3Config]):
         return Rewrite(self.fold, pre=self.pre if inner else None, post=None if inner else self.post)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return `ia3_l` with normal values, and `is_feedforward`.
+        """Return `ia3_l` with normal values, and `is_feedforward`, an `Attached` bool.
 
         A feed-forward layer has a factor for each input, others for each output. The shape is (out, 1), for
         feed-forward (1, in); for convolutions of both kinds (1, channels, 1, …). Floating-point tensors are made on the

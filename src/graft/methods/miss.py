@@ -55,8 +55,9 @@ class MiSS(Method[MissConfig]):
         return why
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return the parameter `miss_block` of zeros in `shape`, `miss_dropout`, and the facts `miss_r` and
-        `miss_mini_r`. Floating-point tensors are made on the default device, in the default dtype.
+        """Return the parameter `miss_block` of zeros in `shape`, `miss_dropout` (`make_dropout(cfg.miss_dropout)`), and
+        the facts `miss_r` and `miss_mini_r`. Floating-point tensors are made on the default device, in the default
+        dtype.
         """
         cfg = self.cfg
         return dict(

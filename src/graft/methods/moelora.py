@@ -123,8 +123,9 @@ class MoeLoRA(Method[MoeLoraConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return uninitialised `moelora_A` (experts, r, in), or (1, r, in) with `shared_A`, `moelora_B` (experts, out,
-        r), the linear layer `moelora_router` (experts, in) without bias, `moelora_dropout` and `r`. Floating-point
-        tensors are made on the default device, in the default dtype.
+        r), the linear layer `moelora_router` (experts, in) without bias, `moelora_dropout`
+        (`make_dropout(cfg.lora_dropout)`) and `r`. Floating-point tensors are made on the default device, in the
+        default dtype.
         """
         cfg, site = self.cfg, self.site
         E, r = cfg.num_experts, cfg.r

@@ -65,8 +65,8 @@ class PEANuT(Method[PeanutConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return linear layers without bias: `peanut_A` (r, out), `peanut_B` (out, r), and lists `peanut_encoders`,
-        `peanut_decoders` of `depth` layers (r, r) each; also `r` and `scaling`. Floating-point tensors are made on the
-        default device, in the default dtype.
+        `peanut_decoders` of `depth` layers (r, r) each; also `r` and the config's `scaling`. Values are drawn in the
+        order A, encoders, decoders, B. Floating-point tensors are made on the default device, in the default dtype.
         """
         cfg, r, out = self.cfg, self.cfg.r, self.site.out_features
         A = nn.Linear(out, r, bias=False)  # PEFT draws in this order, and holds in another

@@ -136,9 +136,9 @@ class PSOFT(Method[PsoftConfig]):
         return tensors | {(BASIS, "A"): A, (BASIS, "B"): B}
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return `psoft_R` (`Turn`), `psoft_basis` (`Basis`), with uninitialised weights and buffers, `psoft_dropout`,
-        `r`, and `scaling` = psoft_alpha / r. Floating-point tensors are made on the default device, in the default
-        dtype.
+        """Return `psoft_R` (`Turn`), `psoft_basis` (`Basis`), with uninitialised weights and buffers, `psoft_dropout`
+        (`make_dropout(cfg.psoft_dropout)`), `r`, and `scaling` = psoft_alpha / r. Floating-point tensors are made on
+        the default device, in the default dtype.
         """
         cfg, r = self.cfg, self.cfg.r
         return dict(

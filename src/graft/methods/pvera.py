@@ -74,7 +74,8 @@ class PVeRA(Method[PveraConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return the shared matrices, `pvera_lambda_b` (out,) of ones, `pvera_lambda_d` (2 r,) of normal values, both
-        trained, `pvera_dropout` and `r`. Floating-point tensors are made on the default device, in the default dtype.
+        trained, `pvera_dropout` (`make_dropout(cfg.pvera_dropout)`) and `r`. Floating-point tensors are made on the
+        default device, in the default dtype.
         """
         cfg = self.cfg
         return shared | dict(

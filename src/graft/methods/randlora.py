@@ -84,8 +84,8 @@ class RandLoRA(Method[RandLoraConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return the shared matrices, `randlora_lambda` (r, n) of normal values, `randlora_gamma` (n, d) of ones, both
-        trained, `randlora_dropout`, `r` and scaling = alpha / r. Floating-point tensors are made on the default device,
-        in the default dtype.
+        trained, `randlora_dropout` (`make_dropout(cfg.randlora_dropout)`), `r` and scaling = alpha / r. Floating-point
+        tensors are made on the default device, in the default dtype.
         """
         cfg, (n, d, _) = self.cfg, self.sizes
         return shared | dict(

@@ -126,8 +126,9 @@ class Reft(OnStates[ReftConfig]):
         return ["_suffix"] if self.cfg.suffix_positions and not self.cfg.tied_weights else []
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return, for each of `units`, a linear layer `reft_A…` (r, H) and an uninitialised parameter `reft_R…` (r, H);
-        also the fact `r` and `reft_dropout`. They are made with torch's default device and dtype.
+        """Return, for each of `units`, a linear layer `reft_A…` (r, H) with bias and an uninitialised parameter
+        `reft_R…` (r, H). H is 0 for an unknown width. There are also the fact `r` and `reft_dropout`
+        (`make_dropout(cfg.dropout)`). They are made with torch's default device and dtype.
         """
         H, r = self.width or 0, self.cfg.r
         values: dict[str, object] = {}

@@ -142,8 +142,8 @@ class SDT(Method[SdtConfig]):
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return, in a mixer, `sdt_weight` (k,) of zeros and the places `sdt_indices` (2, k) int32, which files hold.
 
-        Elsewhere uninitialised `sdt_A` (r, fan_in), `sdt_B` (out, r) of zeros, and `sdt_dropout`. Floating-point
-        tensors are made on the default device, in the default dtype.
+        Elsewhere uninitialised `sdt_A` (r, fan_in), `sdt_B` (out, r) of zeros, and `sdt_dropout`
+        (`make_dropout(cfg.lora_dropout)`). Floating-point tensors are made on the default device, in the default dtype.
         """
         cfg, site = self.cfg, self.site
         if self.mixer is not None:

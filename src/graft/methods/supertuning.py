@@ -110,8 +110,9 @@ class SuperTuning(Method[SupertuningConfig]):
         int32 zeros, in files only with `save_precomputed_indices`.
 
         With r also the linear layers `supertuning_lora_A` (r, fan_in) and `supertuning_lora_B` (out, r) without bias,
-        `supertuning_lora_dropout`, `r` and scaling = alpha / r, 0 without alpha. The layers begin as nn.Linear does.
-        Floating-point tensors are made on the default device, in the default dtype.
+        `supertuning_lora_dropout` (`make_dropout(cfg.lora_dropout)`), `r` and scaling = alpha / r, 0 without alpha. The
+        layers begin as nn.Linear does. `orders` of the method becomes []. Floating-point tensors are made on the
+        default device, in the default dtype.
         """
         cfg, site, self.orders = self.cfg, self.site, []
         places = torch.zeros(self.size, dtype=torch.int32)

@@ -78,11 +78,13 @@ class TinyLoRA(Method[TinyLoraConfig]):
 
     def build(self, shared: dict[str, Any]) -> dict[str, object]:
         """Return the shared vectors, buffers `tinylora_A` (r, in) and `tinylora_B` (out, r) of zeros, `tinylora_P` (u,
-        r, r), the layer's group `tinylora_group`, `tinylora_dropout` and r = `rank`.
+        r, r), the layer's group `tinylora_group`, `tinylora_dropout` (`make_dropout(cfg.tinylora_dropout)`) and r =
+        `rank`.
 
         P is normal with std 1/√r from the seed `projection_seed` + the layer's number; files hold it with
         `save_projection`. On the meta device it is not drawn. The group is number // (layers // groups), at most the
-        last one. On an embedding A is (r, embedding_dim), B (vocabulary, r).
+        last one. A layer without a place counts as number 0 of one. On an embedding A is (r, embedding_dim), B
+        (vocabulary, r).
         """
         cfg, site, r = self.cfg, self.site, self.rank
         places = shared["tinylora_places"].container[self.name] if shared else {}

@@ -99,7 +99,8 @@ class UniLoRA(Method[UniLoraConfig]):
 
     def build(self, shared: dict[str, Any]) -> dict[str, object]:
         """Return all shared values (θ and the places), and this layer's buffers `unilora_scales_A`, `_B` and
-        `unilora_indices_A`, `_B`, in this order; before them `r` and `unilora_dropout`.
+        `unilora_indices_A`, `_B`, in this order; before them `r` and `unilora_dropout`
+        (`make_dropout(cfg.unilora_dropout)`).
 
         The buffers have the shapes (r, in) and (out, r). They come from this adapter's entry of the shared
         `unilora_places`, for this site. Files hold them only with `save_indices`.

@@ -54,7 +54,8 @@ class VeRA(Method[VeraConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return the shared matrices, `vera_lambda_b` (out,) of ones, `vera_lambda_d` (r,) of normal values, both
-        trained, `vera_dropout` and `r`. Floating-point tensors are made on the default device, in the default dtype.
+        trained, `vera_dropout` (`make_dropout(cfg.vera_dropout)`) and `r`. Floating-point tensors are made on the
+        default device, in the default dtype.
         """
         cfg = self.cfg
         return shared | dict(

@@ -43,7 +43,7 @@ OUTER = "down_proj"  # this stack's layer wraps the layers of the other stacks
 def build_peft_weight_mapping(
     weight_conversions: list[Conversion] | None, adapter_name: str, peft_config: LoraConfig | None = None
 ) -> list[Conversion]:
-    """Return the conversions with which transformers loads an adapter's file into a model with injected layers.
+    """Return the conversions that transformers uses to load an adapter's file into a model with injected layers.
 
     Renamings drop "base_model.model." and put the adapter's name behind each parameter container, and ".weight" behind
     DoRA's magnitude. The prefixes are those of the config's method, or of all methods without a config. Renamings of

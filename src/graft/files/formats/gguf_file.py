@@ -61,7 +61,10 @@ class Reader:
         return CheckpointError(f"{self.path} is damaged or cut off: {why}. Save or download it again.")
 
     def take(self, n: int) -> bytes:
-        """Return the next n bytes. Raises CheckpointError if the file is shorter."""
+        """Return the next n bytes, and subtract n from `left`.
+
+        Raises CheckpointError, before it reads, if n is above `left`.
+        """
         if n > self.left:
             raise self.make_damage_error(f"it states a length of {n:,} bytes, and has {self.left:,} left")
         self.left -= n

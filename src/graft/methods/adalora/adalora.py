@@ -171,8 +171,9 @@ class AdaLoRA(Method[AdaLoraConfig]):
     scaling: float
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return normal `lora_A` (r, fan_in), `lora_E` (r, 1) and `lora_B` (out, r), `lora_dropout`, r, lora_alpha and
-        scaling; r = `init_r`, or the number that the config's mask kept.
+        """Return normal `lora_A` (r, fan_in), `lora_E` (r, 1) and `lora_B` (out, r), `lora_dropout`
+        (`make_dropout(cfg.lora_dropout)`), r, lora_alpha and scaling; r = `init_r`, or the number that the config's
+        mask kept.
 
         scaling = lora_alpha, or `init_r` for an alpha ≤ 0. `ranknum` (1,) holds `init_r`, frozen, and is in no file.
         Floating-point tensors are made on the default device, in the default dtype.
@@ -214,10 +215,10 @@ class AdaLoRA(Method[AdaLoraConfig]):
     sees = False  # the tensors are whole only then
 
     def distances(self) -> list[Tensor]:
-        """Return ‖P Pᵀ - I‖ for A and for Bᵀ: how far they are from orthonormal.
+        """Return [‖P Pᵀ - I‖ for A, and for Bᵀ]: how far they are from orthonormal.
 
-        Under FSDP (`sees`) the forward pass has computed them: they are returned once and then forgotten. Raises
-        NotImplementedError if it left none.
+        `seen` becomes None in all cases. Without `sees` both are computed now. Under FSDP (`sees`) those of the forward
+        pass in `seen` are returned. Raises NotImplementedError if it left none.
         """
         seen, self.seen = self.seen, None
         if not self.sees:
@@ -232,7 +233,8 @@ class AdaLoRA(Method[AdaLoraConfig]):
     def factors(self) -> Factors:
         """Return A and B, with E · scaling / (ranknum + 1e-5) as `inner`, in A's dtype, and dropout.
 
-        Under FSDP (`sees`), in training with gradients, also stores the two distances for the loss.
+        Under FSDP (`sees`), in training with gradients, also stores the two distances for the loss in `seen`. The
+        product is computed in the wider dtype and then cast.
         """
         if self.sees and torch.is_grad_enabled() and self.layer.training:
             self.seen = [gram_distance(self.lora_A), gram_distance(self.lora_B.T)]

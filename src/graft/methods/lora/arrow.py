@@ -127,9 +127,9 @@ class Arrow(LoRA):
         """Return the top right singular vector of each expert's B A, (experts, in), in A's dtype, from the router's
         cache.
 
-        If a tensor of an expert or general adapter is another one or was changed, compute them in float32, without
-        autocast and gradients, and store them in the cache. Code compiled by TorchDynamo uses the cache unchecked if
-        its number of experts fits.
+        If a tensor of an expert or general adapter is another one or was changed, they are computed anew in float32,
+        without autocast and gradients. They are kept as `prototypes` and `of` of `lora_arrow`. Code compiled by
+        TorchDynamo uses the cache unchecked if its number of experts fits.
 
         Raises:
             RoutingError: fewer than `top_k` experts, or one that is not plain LoRA. Only checked when they are

@@ -35,8 +35,8 @@ def subtract_initial(
         initial: the adapter's tensors before training, by file key; A (r, …), B (out, r, …).
 
     Raises:
-        ConfigError: not a LoRA config; rsLoRA with patterns; `initial` is not this adapter's start (`check_initial`);
-            the variant changes the base weights, too.
+        ConfigError: in this order: a config without the field `init_lora_weights`; rsLoRA with patterns; `initial` is
+            not this adapter's start (`check_initial`); the variant changes the base weights, too.
     """
     if not hasattr(config, "init_lora_weights"):
         raise ConfigError(f"path_initial_model_for_weight_conversion is not supported for {type(config).__name__}.")

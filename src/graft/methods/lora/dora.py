@@ -165,8 +165,8 @@ class DoRA(LoRA):
     def norm(self, f: Factors) -> Tensor:
         """Return ‖W + ΔW‖ per output channel, (out,), without gradient.
 
-        With DoraCaching on, in eager code: eval mode uses the cached norm, training drops it. Else compute it anew. f:
-        the factors of ΔW.
+        With DoraCaching on, in eager code, eval mode returns `find_cached_norm`. Training sets `norm_cache` to None and
+        computes it anew, as all other code does. f: the factors of ΔW.
         """
         if DoraCaching.on and eager():
             if not self.layer.training:

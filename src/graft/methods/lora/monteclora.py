@@ -128,7 +128,9 @@ class MonteCLoRA(LoRA):
     ungrouped = "MonteCLoRA draws A as a matrix, and a convolution with groups > 1 has none: A mixes its groups"
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
-        """Return LoRA's tensors and `lora_monteclora_sampler`, a `Sampler` for r rows."""
+        """Return LoRA's tensors and `lora_monteclora_sampler`, a `Sampler` for r rows on `device`, which is made before
+        them.
+        """
         sampler = Sampler(self.cfg.r, require_sub_config(self.cfg.monteclora_config), device)
         return super().build(shared, device) | dict(lora_monteclora_sampler=sampler)
 

@@ -54,9 +54,9 @@ def list_method_names(peft_type: str) -> dict[str, list[str]]:
         "bnb": kind_names(peft_type, BNB) if peft_type in WITH_BNB else [],
         **{file: [name] for name, file in OF_FILES.items() if peft_type == "LORA"},
     }
-    everything = [name for names in modules.values() for name in names]
+    all_names = [name for names in modules.values() for name in names]
     modules["model"] += [name for name, of in MAPPINGS.items() if of == peft_type]
-    return {package: everything} | {f"{package}.{file}": names for file, names in modules.items() if names}
+    return {package: all_names} | {f"{package}.{file}": names for file, names in modules.items() if names}
 
 
 # module below `peft` that a method owns → (peft_type, names)

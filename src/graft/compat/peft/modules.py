@@ -112,7 +112,7 @@ def resolve(module: str, name: str) -> Any:
             return method_of(MAPPINGS[name]).targets
         if name in WHERE:
             return import_held(name)
-        return getattr(next((own for own in (clients, layers, shims) if name in vars(own)), graft), name)
+        return getattr(next((home for home in (clients, layers, shims) if name in vars(home)), graft), name)
     raise AttributeError(describe_missing_name(module, name))
 
 

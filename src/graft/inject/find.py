@@ -234,7 +234,7 @@ def match_modules(job: InjectionJob, unreached: UnreachedTargets) -> None:
                 "targets is here.",
                 PeftWarning,
             )
-    elif matcher is None and not (targets.sites or job.prompt):
+    elif job.options.state_dict is not None and not targets.sites:
         raise NoMatchingPeftModuleError(
             f"The state dict has no tensor of adapter '{job.adapter}' for a module of this model. Pass that of the "
             "adapter, with the model's names, or none."

@@ -40,9 +40,9 @@ Pair = tuple[nn.Parameter, nn.Parameter, float, int]  # A, B, scaling and number
 def find_pairs(model: nn.Module) -> Iterator[Pair]:
     """Yield A, B, scaling and number of matrices of each adapter in a layer's `lora_A` and `lora_B`, active or not.
 
-    A is read before B. Passed over are modules that are no adapter layers, and layers without a `ModuleDict` of that
-    name, such as embeddings. The number is 1, but for an `Opaque` op, such as a stack of experts, its `count_matrices`.
-    Raises ConfigError as `check_plain_factors`, before it yields that adapter.
+    Passed over are modules that are no adapter layers, and layers without a `ModuleDict` of that name, such as
+    embeddings. The number is 1, but for an `Opaque` op, such as a stack of experts, its `count_matrices`. Raises
+    ConfigError as `check_plain_factors`, before it yields that adapter.
     """
     for layer in model.modules():
         if layer_in(layer) is layer and "lora_A" in layer.holders and isinstance(layer.lora_A, nn.ModuleDict):
@@ -566,7 +566,8 @@ class LoraMuonOptimizer(PerParameterOptimizer):
         """Update the momentum of p by its gradient g, and subtract a step from p in place.
 
         The momentum is a running mean with share `momentum`, from zeros. The step is the orthogonalised Nesterov
-        update, of each matrix of a stack, times lr · 0.2 · √(larger side).
+        update, of each matrix of a stack, times lr · 0.2 · √(larger side). The momentum has the dtype of g; the step is
+        cast to that of p. Gradients are not switched off here.
         """
         state, momentum = self.state[p], group["momentum"]
         if not state:

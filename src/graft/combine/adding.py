@@ -152,7 +152,7 @@ def find_owners(tuner: Tuner, names: Sequence[str]) -> dict[str, str]:
 
 def copy_heads(tuner: Tuner, owner: dict[str, str], cfg: Targets) -> dict[str, nn.Module]:
     """Return deep copies of the owners' modules for the new adapter, by path, if the path ends with a name of
-    `cfg.modules_to_save`.
+    `cfg.modules_to_save`, also inside a part.
 
     Tied modules are not among them; the injection ties them again.
     """

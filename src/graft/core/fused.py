@@ -210,7 +210,8 @@ def add_factors(f: Factors, x: Tensor, y: Tensor) -> Tensor | None:
 def _add_parts(f: Factors, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor:
     """Add the update by plain factors to y, in its memory, and return y.
 
-    If only the vectors train, a kernel applies them around fixed A and B; else they are multiplied into A and B.
+    If only the vectors train, a kernel applies them around fixed A and B; else they are multiplied into A and B. In the
+    first case A, B and the vectors are in autocast's dtype if autocast is on, and x is cast to that of A.
     """
     if f.inner is not None or f.outer is not None:
         if _only_vectors_train(f, A, B):

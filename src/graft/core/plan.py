@@ -363,7 +363,8 @@ class ChainPlan(LayerPlan):
     def apply_step(self, n: int, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
         """Return the output with n + 1 steps for x, from y, the output with n steps.
 
-        A Rewrite changes y by its `post`; its `pre` is not applied. Any other effect adds its part to y.
+        A Rewrite changes y by its `post`; its `pre` is not applied. Any other effect adds its part to y; the sum is
+        cast to y's dtype.
         """
         if isinstance(effect, Rewrite):
             return self.apply_post(n, m, effect, find_step_input(self.layer, m, effect, x), y)

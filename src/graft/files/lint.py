@@ -361,10 +361,11 @@ def list_tensor_gaps(adapter: AdapterFile, base: BaseDescription | None) -> Iter
     """Yield descriptions of tensors that the config promises and the file lacks: modules of modules_to_save, then rows
     of trainable_token_indices, then biases.
 
-    With a base, a name of modules_to_save only counts if a module of the base ends with it. Without a base, each name
-    counts, except that one saved head is enough for all of classifier, score and qa_outputs. Rows count as missing only
-    if there are none at all. Biases that the base has are checked, none without a base; "all" means those of all its
-    modules, any other value except "none" those of the adapted modules.
+    A name of modules_to_save is there if "<name>." is anywhere in the paths of whole tensors or adapted modules. With a
+    base, a missing one only counts if a module of the base ends with it, also inside a part. Without a base, each
+    missing one counts, except that one saved head is enough for all of classifier, score and qa_outputs. Rows count as
+    missing only if there are none at all. Biases that the base has are checked, none without a base; "all" means those
+    of all its modules, any other value except "none" those of the adapted modules.
     """
     config = adapter.config
     prefixes = [f"{name}." for name in (*adapter.full, *adapter.modules)]

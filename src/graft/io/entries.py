@@ -78,7 +78,8 @@ class Entry:
         offload store.
 
         Any other tensor on the meta device is replaced by a new one, sharded alike, on the layer's device (that of
-        `value` without a layer). A parameter keeps its `requires_grad`; the dtype is the entry's.
+        `value` without a layer). A parameter keeps its `requires_grad`; the dtype is the entry's. `tensor` is read anew
+        first (`refresh`), and becomes the new one after a replacement.
         """
         self.refresh()
         if not self.tensor.is_meta:

@@ -376,7 +376,9 @@ class _StackProduct(Function):
         parts = job.split_tensors(tensors)
 
         def add(a: int, b: int, d: Tensor) -> None:
-            """Add d to rows a to b of x's gradient, or with `at` to the tokens of these rows."""
+            """Add d, cast to the dtype of x's gradient, to rows a to b of that gradient in place, or with `at` to the
+            tokens of these rows.
+            """
             assert dx is not None
             if at is None:
                 dx[a:b] += d

@@ -359,7 +359,10 @@ class AdaMSS(Method[AdamssConfig]):
         )
 
     def finish_load(self) -> None:
-        """Delete the cached `self.rows`, and overwrite `adamss_places` by the order of the loaded clusters."""
+        """Delete the cached `self.rows`, and overwrite `adamss_places` by the order of the loaded clusters.
+
+        Without a cached one, nothing is deleted.
+        """
         self.__dict__.pop("rows", None)
         self.adamss_places.copy_(find_cluster_order(self.adamss_clusters))
 

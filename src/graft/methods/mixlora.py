@@ -94,11 +94,13 @@ class MixLoRA(Method[MixLoraConfig]):
         """Return the MLPs around the target layers `paths`: by name, or those in `mlp_modules`; they get the routers.
 
         Replaces `cfg.within` (layer → MLP; layers outside MLPs are left out) and `cfg.routers` (MLP → the input width
-        of its first linear layer), also before an error. Without `paths` returns [].
+        of its first linear layer). Both are filled layer by layer, also if an error follows. Without `paths` returns
+        [].
 
         Raises:
+            NoMatchingPeftModuleError: `mlp_modules` fits no module, before the config changes; or, after all layers,
+                none is in an MLP.
             UnsupportedLayerError: the MLP of a target layer has no linear layers. The first such layer raises.
-            NoMatchingPeftModuleError: after all layers, none is in an MLP, or `mlp_modules` fits no module.
         """
         modules = dict(walk(model))
         linears = {path: op.dims(m)[1] for path, m in modules.items() if (op := find_op(m)).linear}
@@ -223,6 +225,8 @@ class MixLoRA(Method[MixLoraConfig]):
 
     def expert(self, x: Tensor) -> Tensor:
         """Return alpha / r · B_e A_e dropout(x) for each token, with e the expert that `mixture` has paired it with.
+
+        The factor alpha / r is in the dtype of x; A, B and x are not cast here.
 
         Raises:
             RoutingError: no MLP runs around the layer, or x has another number of tokens than the pairs.

@@ -86,7 +86,8 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
 
     def of_task(self, task: int) -> Factors:
         """Return the factors for one task: A, Σₖ softmax(w_t / τ)ₖ Bₖ, alpha / r, and λ_t as `inner`, without dropout;
-        τ = `weights_sharpness`.
+        τ = `weights_sharpness`. The softmax is computed in w's dtype, and its result cast to that of B. alpha / r is a
+        Python number.
         """
         # (projections,)
         mixing = (self.mtllora_w[task] / self.cfg.weights_sharpness).softmax(-1).to(self.mtllora_B.dtype)

@@ -131,7 +131,7 @@ class TLoRA(Method[TLoraConfig]):
         `sig_type`.
 
         Without `use_data_init` of a random normal matrix / r, drawn on the CPU. With `init_weights=False` λ gets normal
-        values added, so that ΔW is not 0.
+        values added, so that ΔW is not 0. Only λ itself gets them, not its copy. No gradients are recorded.
         """
         cfg, P = self.cfg, self.tlora_P
         if cfg.use_data_init:
@@ -278,7 +278,7 @@ def move_to_rows(fact: Constant | Tensor, run: Run) -> Constant | Tensor:
 
 
 def ranks(t: Tensor, cfg: TLoraConfig) -> Tensor:
-    """Return the number of ranks that act at each timestep, as floating-point whole numbers: ⌊((T - t) / T)ᵃ (r -
+    """Return the number of ranks that act at each timestep, as whole numbers in float32: ⌊((T - t) / T)ᵃ (r -
     min_rank)⌋ + min_rank, with T - t from 0 to T = `max_timestep`, a = `alpha_rank_scale`.
     """
     T, a, more = cfg.max_timestep, cfg.alpha_rank_scale, cfg.r - cfg.min_rank

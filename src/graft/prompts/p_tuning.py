@@ -55,10 +55,11 @@ class PromptEncoder(Prompt):
     config = PromptEncoderConfig
 
     def __init__(self, cfg: Any, words: nn.Module | None = None):
-        """Make the embedding of all rows and, unless inference_mode is set, the network.
+        """Make `embedding` of all rows, set `encoder_type` and, unless inference_mode is set, make the network.
 
-        With the type LSTM it is a bidirectional LSTM with an MLP of 2 layers on top, otherwise an MLP of 3 linear
-        layers alone. The MLP alone warns that it ignores encoder_num_layers, if that is not the default.
+        With the type LSTM it is `lstm_head`, a bidirectional LSTM with `encoder_dropout`, and `mlp_head`, an MLP of 2
+        layers, on top. Otherwise it is `mlp_head` alone, 3 linear layers without dropout. The MLP alone warns that it
+        ignores encoder_num_layers, if that is not the default.
         """
         super().__init__(cfg, words)
         dim, H = cfg.token_dim, cfg.encoder_hidden_size

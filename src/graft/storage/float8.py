@@ -178,8 +178,8 @@ def find_block_maxima(W: Tensor, scale: Tensor, block: Sequence[int] | None = No
 def round_scales_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return scales in `dtype`.
 
-    A dtype of one byte holds powers of two only: the exponent is `scale.log2().ceil()`, so that rounding of the
-    logarithm may lower or raise it by one next to a power of two. For uint8 the result is that exponent plus 127.
+    A dtype of one byte holds powers of two only: the exponent is `scale.log2().ceil()`, so that just above a power of
+    two the rounded logarithm may give one less. For uint8 the result is that exponent plus 127.
     """
     if dtype.itemsize > 1:
         return scale.to(dtype)

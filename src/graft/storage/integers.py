@@ -10,8 +10,9 @@ from graft.storage.quantized import OwnModule
 
 
 def unpack_integers(packed: Tensor, bits: int) -> Tensor:
-    """Return the numbers packed into bytes as int32, the first in the lowest bits: (…, bytes) → (…, bytes · 8
-    / bits).
+    """Return the numbers packed into bytes as int32, the first in the lowest bits: (…, bytes) → (…, bytes · 8 / bits).
+
+    `packed` is cast to uint8 first.
     """
     byte = packed.to(torch.uint8).int()
     return torch.stack([byte >> shift & 2**bits - 1 for shift in range(0, 8, bits)], -1).flatten(-2)

@@ -272,8 +272,8 @@ def find_config_field(module: str) -> tuple[str, str | None] | None:
     """Return the config's field of a module, and its letter in attn_matrices or None; None if the config cannot name
     it.
 
-    The field is selfattn_lora, with the letter q, k or v, intermediate_lora or output_lora, by the path's end. A path
-    with "attention.output" is never named.
+    The field is selfattn_lora, with the letter q, k or v, intermediate_lora or output_lora, by the path's end in whole
+    parts. A path with "attention.output" anywhere is never named.
     """
     if "attention.output" in module:  # their config cannot name this layer
         return None

@@ -280,9 +280,10 @@ def take_rows(out: AdapterFile, path: str, key: str, values: Tensor) -> None:
     """Add trained rows of the embedding at `path` to `out.rows`, with the token indices of the config as int64.
 
     They are the field `token_indices` for TRAINABLE_TOKENS, else `trainable_token_indices`. A dict of indices is
-    searched for the first name that the path ends with.
+    searched for the first name that is the path or its end after a dot.
 
-    If the config has none for it, or another number, the key goes to `unknown_keys`.
+    If the config has none for it, or another number than `values` has rows, the key goes to `unknown_keys`. That the
+    indices are valid is checked first.
 
     Raises:
         CheckpointError: the indices are no list of ints from 0 on.
@@ -461,8 +462,8 @@ def in_module_order(names: list[str]) -> list[str]:
 
 def is_target(config: Json, path: str) -> bool:
     """Return True if `target_modules` selects the path: "all-linear" selects all, another text is a regular expression
-    for the whole path, and a list has names of its end. Without targets it is False. An invalid expression raises
-    ConfigError.
+    for the whole path, and a list has whole paths or their ends after a dot. Without targets it is False. An invalid
+    expression raises ConfigError.
     """
     targets = config.get("target_modules")
     if isinstance(targets, str):

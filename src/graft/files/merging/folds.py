@@ -144,7 +144,9 @@ def fold_low_rank(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> Tensor
     shift = None if lora.shift is None else Shift(lora, job.adapter.config, job.kinds.get(spot.key))
 
     def fold(W: torch.Tensor, read_value: Read) -> torch.Tensor:
-        """Return W with the adapter merged into each of its matrices. W may be overwritten.
+        """Return W with the adapter merged into each of its matrices.
+
+        W may be overwritten. A, B and the magnitude are cast to its dtype; B is multiplied by the scale after that.
 
         Without magnitude and shift: W + weight · scale · B A. Else the shift moves the matrix first, scale · B A is
         added, and each row is multiplied by magnitude / norm. Norms and shifts are those of the value that `read_value`
@@ -307,7 +309,7 @@ def change_bias(job: MergeJob, path: str, lora: LowRank) -> TensorChange:
         raise job.misfit(path, f"its bias is {tuple(value.shape)}, '{spot[0].key}' {shape}")
 
     def fold(b: torch.Tensor, own: Read) -> torch.Tensor:
-        """Add weight · scale · bias to `b` in place, and return it."""
+        """Add weight · scale · bias, cast to the dtype of `b`, to `b` in place, and return it."""
         return b.add_(to_wide(value).to(b.dtype), alpha=lora.scale * job.weight)
 
     return TensorChange(spot[0].key, f"{path}.bias", fold, shape, (value, lora.scale))
@@ -351,8 +353,8 @@ def replace_part(job: MergeJob, name: str, value: Tensor, spot: Spot) -> TensorC
     def fold(W: torch.Tensor, own: Read) -> torch.Tensor:
         """Return the trained values for weight 1: all, those of the spot's expert, or its rows of that expert.
 
-        W is then ignored, and the trained tensor's dtype stays (at least float32). For another weight, move W the part
-        `weight` of the way to them, in place, and return it.
+        W is then ignored, and the trained tensor's dtype stays (at least float32). For another weight, cast them to W's
+        dtype, move W the part `weight` of the way to them, in place, and return it.
 
         Raises:
             OptionError: the weight is not 1 and the sizes differ.
@@ -398,7 +400,7 @@ def replace_rows(job: MergeJob, name: str, indices: Tensor, values: Tensor, spot
 
         The rows are cast to W's dtype.
 
-        A token that is named several times gets the mean of its rows.
+        A token that is named several times gets the mean of its rows, computed in that dtype.
         """
         new = to_wide(values).to(W.dtype)
         if len(distinct) < len(at):  # a token that is named several times has the mean of its rows

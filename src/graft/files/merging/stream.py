@@ -141,8 +141,8 @@ class Workplace:
 
         Keep shards of a killed run with the same key.
 
-        All other files of earlier runs are deleted. An Exception, of the checks or the block, deletes the folder. An
-        interrupt leaves it for the next run, and so does a block without an error.
+        All other files of earlier runs are deleted. An Exception of `check` or the block deletes the folder (`clear`).
+        An interrupt leaves it for the next run, and so does a block without an error.
 
         Args:
             shards: names of the files that will be written.

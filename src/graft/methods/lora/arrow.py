@@ -159,8 +159,8 @@ def is_plain_lora(m: Method) -> bool:
 def top_direction(A: Tensor, B: Tensor, seed: int | None) -> Tensor:
     """Return the unit vector (in,) that maximizes ‖B A v‖, by 15 steps of power iteration on (B A)ᵀ B A.
 
-    The start is random, drawn on the CPU: from `seed`, or from torch's generator if None. Each length gets 1e-8 added
-    before the division.
+    The start is random, drawn on the CPU in A's dtype, which the result has, too: from `seed`, or from torch's
+    generator if None. Each length gets 1e-8 added before the division.
     """
     generator = None if seed is None else torch.Generator("cpu").manual_seed(int(seed))
     gram = B.T @ B  # (r, r)

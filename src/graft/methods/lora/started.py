@@ -62,14 +62,20 @@ def initialise(lora: Method, how: bool | str) -> None:
 
 
 def _plain(A: Tensor, B: Tensor) -> None:
-    """Fill A as a new nn.Linear: uniform within ±1/√fan_in, fan_in counted over a row of A. Fill B with zeros."""
+    """Fill A as a new nn.Linear: uniform within ±1/√fan_in, fan_in counted over a row of A.
+
+    Fill B with zeros. Both are data of parameters, so that autograd records nothing.
+    """
     bound = kaiming_bound(A[0].numel())
     A.uniform_(-bound, bound)
     B.zero_()
 
 
 def _table(A: Tensor, B: Tensor) -> None:
-    """Fill A with zeros and B with standard normal values, the start of an embedding."""
+    """Fill A with zeros and B with standard normal values, the start of an embedding.
+
+    Both are data of parameters, so that autograd records nothing.
+    """
     A.zero_()
     B.normal_()
 

@@ -35,7 +35,10 @@ class VeLoRA(LoRA):
         return super().build(shared, device) | dict(lora_velora_embed=direction, lora_velora_initialized=False)
 
     def init_values(self) -> None:
-        """Initialise as LoRA. With init_type "random", fill the direction with a random unit vector."""
+        """Initialise as LoRA.
+
+        With init_type "random", fill the direction with a random unit vector. Other types keep the zeros.
+        """
         super().init_values()
         if require_sub_config(self.cfg.velora_config).init_type == "random":
             self.lora_velora_embed.copy_(unit(self.lora_velora_embed.normal_()))

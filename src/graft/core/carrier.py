@@ -224,7 +224,8 @@ class Carrier:
         """Make adapters active, without the check of `set_adapter`, and call `refresh_plan`.
 
         Adapters that trained and are not among `names` are frozen, as is every one if `train` is False. `names` itself
-        becomes the list of active adapters, with names that the carrier lacks.
+        becomes the list of active adapters, with names that the carrier lacks; with `train` also that of the trainable
+        ones, else (). `weights` and `apart` are stored in the state.
 
         Args:
             train: let these adapters train.
@@ -242,7 +243,10 @@ class Carrier:
         self.refresh_plan()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off in the state, and call `refresh_plan`."""
+        """Set `disabled` of the state to `not enabled`, and call `refresh_plan`.
+
+        Merged adapters stay merged, and no gate is taken.
+        """
         self.state.disabled = not enabled
         self.refresh_plan()
 

@@ -323,7 +323,9 @@ class AdapterLayer(PeftNames, Host):
 
     @changes(all_adapters)
     def enable_adapters(self, enabled: bool) -> None:
-        """Enable or disable all adapters, and refresh the plan. Disabling while adapters are merged unmerges them.
+        """Enable or disable all adapters (`disabled` of the state), and refresh the plan.
+
+        Disabling while adapters are merged unmerges them.
 
         Waits until no call of the model runs; raises InUseError if that takes too long.
         """
@@ -539,8 +541,9 @@ class AdapterLayer(PeftNames, Host):
         self.state.takebacks = [*(self.state.takebacks or ()), takeback]
 
     def rollback(self) -> None:
-        """Call the functions of `on_rollback`, the last one first, and remove them first, so that a second call does
-        nothing.
+        """Take the functions of `on_rollback` out of the state, and call them, the last one first.
+
+        A second call does nothing, also after an error.
 
         Merged adapters are taken out meanwhile. Without functions does nothing else.
         """

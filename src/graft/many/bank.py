@@ -194,7 +194,10 @@ class Bank:
         self._memories: dict[int, tuple[Tensor, list[Sink]]] = {}
 
     def get_single(self, place: int, row: int) -> Sink:
-        """Return the sink of the Parameter number `place` of one adapter. It is made at the first call and cached."""
+        """Return the sink of the Parameter number `place` of one adapter.
+
+        It is made at the first call and cached in `singles`.
+        """
         if (place, row) not in self.singles:
             its: Any = self.rows[row]
             self.singles[place, row] = Sink(its.parameters[place], its.gradients[place], row, [its], place)

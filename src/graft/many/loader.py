@@ -128,7 +128,8 @@ class Loader:
         """Return True if the first batch has the digest that was noted in `first`.
 
         Sets the run's random states to those in `first`, and reads one batch, so call `set_position` or `seek` next; an
-        iterator still yields it.
+        iterator still yields it, since `_source` puts it in front. `first` counts, which the very first batch has set;
+        an earlier one stays.
         """
         self.draws.states = first[1]
         batch = self.next_batch()
@@ -160,10 +161,10 @@ class Loader:
         return self._batches
 
     def set_position(self, epoch: int, taken: int, began: States, now: States) -> None:
-        """Set the position without reading data.
+        """Set `epoch`, `taken`, `began` and the random states, without reading data.
 
-        Drops the iterator and a returned batch; the next `next_batch` seeks to the position. `now`: the random states
-        at the position.
+        Drops the iterator and a returned batch; the next `next_batch` seeks to the position, as `_is_broken` becomes
+        True. `now`: the random states at the position.
         """
         self.epoch, self.taken, self.began, self._batches, self._again = epoch, taken, began, None, None
         self._is_broken, self.draws.states = True, now
@@ -174,7 +175,7 @@ class Loader:
         Then the states are `now`, also after an error.
 
         Raises:
-            ConfigError: the data holds fewer batches. The next `next_batch` seeks again.
+            ConfigError: the data holds fewer batches. After this and any other error the next `next_batch` seeks again.
         """
         self.set_position(epoch, taken, began, now)
         try:

@@ -121,9 +121,12 @@ class Run:
     has_data: bool = True  # False: only `backward` and `step` of the MultiTrain train it
 
     def __post_init__(self) -> None:
-        """Set the state of a new run: step 0, running.
+        """Set the state of a new run: `step` 0, `state` "running", and no curve, losses, gradients, row or error; the
+        clock starts.
 
-        Notes the settings of optimizer and schedule before the first step.
+        `settings` and `schedule_settings` get the settings of optimizer and schedule before the first step,
+        `config_values` the config's values for files. `draws_in_steps` becomes True for an optimizer class outside of
+        torch.optim.
         """
         self._window = self.accumulate  # batches of the step under way
         self.draws_in_steps = not type(self.optimizer).__module__.startswith("torch.optim.")
@@ -231,21 +234,23 @@ class Run:
         return self.begin_batch(RunBatch(self.name, batch, mean_of=self._window))
 
     def begin_batch(self, item: RunBatch) -> RunBatch:
-        """Return `item` itself. Notes losses, gradients and, without data, random states for `undo_round`.
+        """Return `item` itself, after `store_gradients`, which moves gradients of earlier batches out of the row.
 
-        Moves gradients of earlier batches out of the row, which the next pass overwrites.
+        `_saved` gets a copy of the list of losses, the summed gradients and, without data, the random states, for
+        `undo_round`.
         """
         self.store_gradients()
         self._saved = [*self.losses], self._sums, None if self.has_data else self.draws.states
         return item
 
     def store_gradients(self) -> None:
-        """Copy the gradients of the step under way from the row into memory of the run, if the row has them."""
+        """If the row has the sums, set `_sums` to the row's `copy_gradients()` and `_has_sums_in_row` to False."""
         if self._has_sums_in_row:
             self._sums, self._has_sums_in_row = self.row.copy_gradients(), False
 
     def undo_round(self) -> None:
-        """After an error: restore losses, summed gradients and random states from before the round.
+        """After an error: restore losses, summed gradients and random states from `_saved`, which becomes None; the
+        sums are then not in the row.
 
         A run with data gives its batch back to the loader, which restores the random states. Nothing happens if the
         batch has become a step, or no batch was begun.
@@ -259,7 +264,7 @@ class Run:
                 self.draws.states = states
 
     def finish_round(self) -> None:
-        """End the round: `undo_round` does nothing from now on."""
+        """Set `_saved` to None, so that `undo_round` does nothing from now on."""
         self._saved = None
 
     def runs_user_loss(self, item: RunBatch) -> bool:
@@ -305,11 +310,13 @@ class Run:
         return value, BatchResult(loss.detach(), outputs, 0)
 
     def set_row(self, row: AdapterRow | None) -> None:
-        """Take a row among the runs that train now; None: leave it. Gradients of the step under way are kept.
+        """Take a row among the runs that train now; None: leave it.
 
-        If the row is in a bank and the optimizer allows it, the optimizer gets vectors in place of its parameters, or
-        its vectors move to this row. If the row is in no bank, it gets its parameters back for good. With None, its
-        vectors become empty. An optimizer without vectors stays as it is in both cases.
+        `store_gradients` comes first, so that gradients of the step under way are kept.
+
+        If the optimizer has its parameters and may be flattened, a row in a bank gives it vectors in their place
+        (`_flat`). If it has vectors, a row in a bank moves them there, and a row in no bank gives it its parameters
+        back for good. With None, its vectors become empty. Otherwise the optimizer stays as it is.
         """
         self.store_gradients()
         self._row, flat = row, self._flat
@@ -333,7 +340,10 @@ class Run:
         self.set_row(None)
 
     def _restore_parameters(self, for_good: bool = True) -> None:
-        """Give the optimizer its original parameters; with `for_good` it is never flattened again."""
+        """Give the optimizer its original parameters, and set `_flat` to None.
+
+        With `for_good` it is never flattened again (`_can_flatten` False), also if it was not flattened now.
+        """
         if self._flat is not None:
             self._flat.restore_parameters()
         self._flat, self._can_flatten = None, self._can_flatten and not for_good
@@ -346,7 +356,7 @@ class Run:
 
     def record_loss(self, loss: Tensor) -> None:
         """Append the detached loss of a batch to `losses` after its backward pass, and add the gradients of the step's
-        earlier batches to the row. From then on the row has the sums.
+        earlier batches to the row. From then on the row has the sums: `_sums` becomes None and `_has_sums_in_row` True.
         """
         self.losses.append(loss.detach())
         if self._sums is not None:
@@ -354,9 +364,10 @@ class Run:
         self._sums, self._has_sums_in_row = None, True
 
     def load_gradients(self) -> None:
-        """Move the gradients of the step under way into the row, unless they are there.
+        """Move the gradients of the step under way into the row, unless `_has_sums_in_row` says that they are there.
 
-        They replace those of the last pass.
+        All of the row's are first marked as not received, so that those of the last pass are replaced; without stored
+        ones none is received. `_sums` becomes None.
         """
         if not self._has_sums_in_row:
             self.row.received = [False] * len(self.row.received)
@@ -466,7 +477,8 @@ class Run:
 
     def restore_partial_step(self, losses: list[Tensor], gradients: list[Tensor | None] | None) -> None:
         """Set losses and gradients of a step under way, as `losses` and `gradients` gave them, on the device of the
-        parameters. None leaves the stored gradients as they are.
+        parameters. Gradients are stored in `_sums`, in the bank's order, not in the row. None leaves the stored
+        gradients as they are.
         """
         self.losses = [loss.to(self.parameters[0].device) for loss in losses]
         if gradients is not None:
@@ -479,11 +491,14 @@ class Run:
             return self.optimizer.state_dict()
 
     def drop_partial_step(self) -> None:
-        """Forget losses and gradients of the step under way. `undo_round` does nothing from now on."""
+        """Forget `losses` and summed gradients of the step under way, those in the row, too (`_has_sums_in_row` False).
+
+        `undo_round` does nothing from now on. The row's memory stays.
+        """
         self.losses, self._sums, self._saved, self._has_sums_in_row = [], None, None, False
 
     def end(self, state: str, why: str) -> None:
-        """End the run with a state and the reason; drop the step under way, and note the seconds it ran."""
+        """Drop the step under way, set `state` and `why`, and set `seconds` to the time since the run was made."""
         self.drop_partial_step()
         self.state, self.why = state, why
         self.seconds = time.perf_counter() - self._since

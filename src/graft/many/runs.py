@@ -532,7 +532,7 @@ class MultiTrain:
     def unload(self) -> nn.Module:
         """Remove all runs and adapters, and return the base as it was; merged adapters are unmerged.
 
-        Releases all files.
+        `model` becomes None, the banks are released, then all files, and the modes of the base's modules are restored.
         """
         if self.model is not None:
             self.model.unload(keep_modules=False)

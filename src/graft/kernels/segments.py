@@ -258,8 +258,8 @@ class _SegmentsLinear(Function):
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x and of the groups' A and B, each None without need, and None for the others.
 
-        The gradient of x is that of the base layer, by W cast to the dtype of g, and cast to x's dtype at the end; each
-        group adds its share in place. Groups of few rows, or of several adapters, compute both factors' gradients
+        The gradient of x is that of the base layer, by W cast to the dtype of g. Each group adds its share in place,
+        and the sum is cast to x's dtype. Groups of few rows, or of several adapters, compute both factors' gradients
         always. For a second derivative autograd runs through `plain_segments_linear` instead.
         """
         x, W, *saved = ctx.saved_tensors

@@ -89,7 +89,7 @@ def tighten() -> None:
         if header := re.fullmatch(r"\[(\w+)\]", line):
             room = header[1]
         if (field := re.match(r"(\w+) = (\d+)", line)) and counts[room][field[1]] < int(field[2]):
-            line = line.replace(field[2], str(counts[room][field[1]]), 1)
+            line = f"{field[1]} = {counts[room][field[1]]}"
         lines.append(line)
     LIMITS.write_text("\n".join(lines) + "\n")
 

@@ -67,8 +67,10 @@ class Term:
         return self.groups * min(prod(self.A.shape[1:]), len(self.B) // self.groups)
 
     def product(self) -> tuple[Tensor, Tensor]:
-        """Return A (groups, r / groups, n) and B (groups, m / groups, r / groups); for a stack its matrices take the
-        place of groups.
+        """Return A (groups, r / groups, n) and B (groups, m / groups, r / groups).
+
+        A term of a stack (`stack` > 1) ignores groups: its A and B are split into one pair for each matrix by
+        `Opaque.split_matrices`.
         """
         if self.stack > 1:
             return Opaque.split_matrices(self.A, self.B, self.stack)

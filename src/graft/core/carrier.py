@@ -326,9 +326,10 @@ class Shell(nn.Module):
 
 
 def carrier_of(module: object) -> Carrier | None:
-    """Return the carrier that a module is, or that it shows as a `Shell`.
+    """Return the carrier that a module is, or the `inner_host` of a `Shell`.
 
-    Returns None for any other module or object, and for a carrier that replaces no module of the base model.
+    Returns None for any other module or object. A module that is itself a carrier also gives None if its `replaces` is
+    false; a Shell's carrier is returned without that check.
     """
     if isinstance(module, Carrier):
         return module if module.replaces else None

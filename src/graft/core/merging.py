@@ -644,12 +644,14 @@ def _swap_modules(layer: Layer, adapter: str) -> None:
 
 @torch.no_grad()
 def unmerge(layer: Layer) -> None:
-    """Undo all merges, the last one first, and clear the layer's record of them. Does nothing if none is merged.
+    """Undo all merges, the last one first, and clear `undo`, `survived` and `merged` of the layer's state.
+
+    No weight is written if none is merged.
 
     A "subtract" entry of `state.undo` has its products subtracted. Any other has its snapshot restored, if it has one.
-    Then its bias is written, if it has one. A replacement, without entries, is exchanged with the base layer again. An
-    offloaded or sharded weight is brought in for the write. An adapter that was merged without `undoable` stays in the
-    weight, but no longer counts as merged. The caller refreshes the plan.
+    Then its bias is written, if it has one. Without any entry, a merged replacement is exchanged with the base layer
+    again. An offloaded or sharded weight is brought in for the write. An adapter that was merged without `undoable`
+    stays in the weight, but no longer counts as merged. The caller refreshes the plan.
     """
     state = layer.state
     if not state.undo and state.merged and isinstance(layer.methods[state.merged[0]].effect, Replace):

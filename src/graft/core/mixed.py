@@ -384,8 +384,10 @@ class MixedPlan:
         return last.groups if same else None
 
     def run_shared_base(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
-        """Return the output for x (rows, …), sorted by group, with one call of the base for all groups; by `run_alone`
-        if there is one adapter and that can.
+        """Return the output for x (rows, …), sorted by group, with one call of the base for all groups.
+
+        If the plan has one key, however many groups there are, `run_alone` is tried first. Its result is returned
+        unless it is None.
         """
         layer = self.layer
         if len(self.keys) == 1 and (y := self.run_alone(x)) is not None:

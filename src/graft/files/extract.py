@@ -277,6 +277,8 @@ def make_empty_factors(kind: Kind, shape: tuple[int, ...], turned: bool) -> LowR
     weight of this shape: B (out, 1), and A (1, in, kernel…). Experts have their number first, and an embedding
     (vocabulary, dim) has A (1, vocabulary).
 
+    Both factors are entries as of a file (`Tensor`): loading one gives b"".
+
     `turned` swaps the last two dimensions before, for weights stored (in, out).
     """
 

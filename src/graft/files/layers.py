@@ -70,10 +70,13 @@ class CheckpointPair:
         """Return groups of names that may be one tensor: an embedding and a head, and other tensors that the model can
         tie.
 
-        Sets `is_tied`, and switches tie_word_embeddings on in the model's config. In each group, modules without
-        children come first, and among them embeddings. Without a model the result is the only token embedding with
-        "lm_head.weight", if a file or the architecture has such a head; else []. `is_tied` is then the config's, or
-        True if the base's files lack the head.
+        With a model, `is_tied` is set to whether the model ties any tensors as its config is. Then tie_word_embeddings
+        is switched on in the model's config, and the groups found with it are returned. In each group, modules without
+        children come first, and among them embeddings.
+
+        Without a model the result is the only token embedding with "lm_head.weight", if a file or the architecture has
+        such a head; else []. `is_tied` is then the config's, or True if the config says nothing and the base's files
+        lack the head.
         """
         if self.model is None:
             tokens = [n for n in self.old if module_path(n).rpartition(".")[2] in TOKENS and n.endswith(".weight")]

@@ -179,11 +179,14 @@ def silence_transformers() -> Iterator[None]:
 
 
 def describe_checkpoint(base: BaseDescription) -> BaseDescription | None:
-    """Return a checkpoint under the parameter names of the model in its config; None if the config names no class, or
-    no installed library knows it.
+    """Return a checkpoint under the parameter names of the model in its config.
 
-    Values are read later; quantized weights are read as dequantized floats. Parameters that the checkpoint lacks have
-    only a shape.
+    None if the config names no class, or if `describe_config` raises any CheckpointError, for example where no
+    installed library can build the model.
+
+    The result is the model's description with the base's config. Its `tensors` are the checkpoint's: values are read
+    later, quantized weights as dequantized floats. `shapes` has also the parameters that the checkpoint lacks; these
+    have no entry in `tensors`.
     """
     if not (base.config.get("architectures") or base.config.get("_class_name")):
         return None
@@ -197,9 +200,10 @@ def describe_checkpoint(base: BaseDescription) -> BaseDescription | None:
 
 
 def describe_model(model: nn.Module, path: str) -> BaseDescription:
-    """Return the names and shapes of a live model's parameters, the names of its modules except the root, and its
-    config. Tied parameters are listed under each name. The config is a dict, {} without one. Values and buffers are not
-    included. If `architectures` in the config is empty, it becomes the model's class.
+    """Return the names and shapes of a live model's parameters, the names of its modules except the root, its config,
+    and the model itself as `model`. Tied parameters are listed under each name, a shared module under its first name
+    only. The config is a dict, {} without one. Values and buffers are not included. If `architectures` is in the config
+    and empty, it becomes a list with the name of the model's class.
 
     Args:
         path: name of the model in messages.

@@ -343,7 +343,8 @@ def check_not_fsdp1(modules: Iterable[tuple[str, nn.Module]], adapter: str, team
 def why_not_uncalled(method: Method) -> str | None:
     """Return why a method cannot adapt a weight that modules read without calling the layer; None if it can.
 
-    Causes: the method needs the whole call, it has no form in the weight, or it needs a weight that cannot be read.
+    Causes, in this order: the effect needs the whole call; `why_not_in_weight` gives a reason; the weight cannot be
+    read. The last one rules out every method, also one that reads no weight.
     """
     site, effect = method.site, method.effect
     if effect.whole:

@@ -119,7 +119,12 @@ class InjectionJob:
         return {key: method for key, method in self.order.items() if key in self.methods}
 
     def report_heads_and_rows(self) -> None:
-        """Add the heads and token rows to the report's `modules_to_save`, except those tied to another one."""
+        """Append a `Matched` entry for each head and set of token rows in `self.beside` to the report's
+        `modules_to_save`.
+
+        An entry has the key, and the description and count of trainable numbers from `describe_trained_module`. Heads
+        and rows with a `source`, which are tied to another one, are left out.
+        """
         untied = [(key, method) for key, method in self.beside.items() if method.source is None]
         self.report.modules_to_save += [Matched(key, *describe_trained_module(method)) for key, method in untied]
 

@@ -359,10 +359,13 @@ def survey_model(model: nn.Module) -> ModuleTree:
             look_into(inner, key)
 
     def count_parameters(module: nn.Module) -> None:
-        """Count the parameters of a module itself, without children: their sizes into the total once per parameter, and
-        one more owner per module in `tree.owners`.
+        """Count the parameters that a module holds itself, without children.
 
-        Sets `tree.checkpointing` if the module's attribute `gradient_checkpointing` is true.
+        Each adds one owner to its count in `owners`, also when the module holds it under two names. A parameter without
+        an owner before adds `codes.count_numbers` to the total.
+
+        Sets `tree.checkpointing` if `gradient_checkpointing` is true in the instance's `__dict__`; an attribute of the
+        class does not count.
         """
         nonlocal numbers
         if module.__dict__.get("gradient_checkpointing"):

@@ -54,7 +54,10 @@ def set_base_model_state_dict(
 
 
 def _get_base(model: nn.Module) -> nn.Module:
-    """Return the base model of a PeftModel, from within wrappers; a model without a registry itself."""
+    """Return the base model of a PeftModel, from within wrappers.
+
+    Without a registry, the innermost module within wrappers such as DDP.
+    """
     model = unwrap_model(model)
     registry = get_registry(model)
     return registry.model if registry is not None else model

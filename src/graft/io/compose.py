@@ -52,15 +52,16 @@ def join_stages(
 def join_config(config: PeftConfig, other: PeftConfig, part: str) -> None:
     """Add the `target_modules` and the computed results of another stage's config to `config`, in place.
 
-    Target modules become the union as a set, if both are sets or lists. A result in `config.results` becomes a dict
-    with the entries of both; those of `other` win. None counts as an empty dict. Fields are compared in the form for
-    files; equal ones stay.
+    Target modules become the union as a set, if both are sets or lists. `config.results` names the fields that hold
+    computed results. Each such field becomes a dict with the entries of both; those of `other` win. None counts as an
+    empty dict. Fields are compared in the form for files; equal ones stay.
 
     Args:
         part: the other stage's folder, for errors.
 
     Raises:
-        CheckpointError: the configs differ in their class or in any other field.
+        CheckpointError: the configs differ in their class, in a result that is no dict, or in any other field. Fields
+            before the faulty one are changed already.
     """
     saved, saved_by_other = config.to_file_dict(), other.to_file_dict()
     if type(config) is not type(other):

@@ -129,7 +129,10 @@ def write_sealed(path: str, tensors: dict[str, Tensor], texts: Mapping[str, str]
 
 
 def write_torch_file(path: str, tensors: dict[str, Tensor]) -> None:
-    """Write tensors to a file of torch.save, whole or not at all, and make its folder."""
+    """Write tensors to a file of torch.save, whole or not at all, and make its folder: "." for a path without one.
+
+    Errors of torch and of the disk are raised as they are.
+    """
 
     def write_file(where: str) -> None:
         """Write the tensors to a path. An open file reports a full disk, which torch 2.6 does not do for a path."""

@@ -103,7 +103,8 @@ def view_bytes(key: str, t: Tensor) -> bytes | ctypes.Array[ctypes.c_char]:
     b"" for an empty one.
 
     Raises:
-        CheckpointError: a tensor subclass that holds its values elsewhere.
+        CheckpointError: `data_ptr()` is 0, as for a tensor subclass that holds its values elsewhere. A RuntimeError of
+            `data_ptr()` itself is not converted.
     """
     if not t.nbytes:
         return b""

@@ -76,8 +76,9 @@ def project_gradient_inside(p: Tensor, Q: Tensor) -> Tensor:
 
 
 def project_columns(g: Tensor, Q: Tensor, within: bool) -> Tensor:
-    """Return the part of g (n, k) in the space of Q's columns if `within`, else the part outside of it, in g's
-    dtype.
+    """Return the part of g (n, k) in the space of Q's columns if `within`, else the part outside of it.
+
+    Q is cast to g's dtype, and everything is computed in it: Q (Qᵀ g).
     """
     Q = Q.to(g.dtype)
     part = Q @ (Q.T @ g)

@@ -128,7 +128,9 @@ class Waves(NamedTuple):
         return self.n // 2 + 1
 
     def analysis(self, x: Tensor) -> Parts:
-        """Return the cosine and sine parts of x (samples, n), by FFT: two tensors (size, samples)."""
+        """Return the real and the imaginary part of `rfft` along the last dimension of x (samples, n), with all its
+        frequencies and unscaled: two contiguous tensors (size, samples).
+        """
         X = transpose_complex(torch.fft.rfft(x.contiguous()))  # torch 2.6 transforms no expanded tensors
         return X.real.contiguous(), X.imag.contiguous()
 

@@ -226,10 +226,10 @@ def allocate(tuner: Tuner, name: str, cfg: AdamssConfig, step: int) -> None:
     `final_warmup`, both included.
 
     Updates the `Allocator` in `tuner.states`, made if there is none, from all gradients. At each multiple of
-    `mask_interval` also chooses the subspaces that train (`choose`), and starts a new Allocator.
+    `mask_interval` also chooses the subspaces that train (`choose`), and stores a new Allocator.
 
     Raises:
-        ValueError: no parameter has a gradient.
+        ValueError: no parameter has a gradient. It is raised before an Allocator is made.
     """
     if not cfg.init_warmup <= step <= cfg.final_warmup:
         return

@@ -166,8 +166,9 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         return values | dict(fusion_dropout=make_dropout(self.cfg.dropout))
 
     def init_values(self) -> None:
-        """Fill query and key with normal values of std 0.02, their biases with zeros, and the value matrix with 1e-6
-        and a diagonal of 1.
+        """Fill query and key with normal values of std 0.02, and their biases with zeros.
+
+        If the config has `value`, fill the value matrix with 1e-6 and a diagonal of 1.
 
         At a tap do nothing.
         """

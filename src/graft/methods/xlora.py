@@ -121,9 +121,10 @@ class Scalings:
     experts: dict[str, int]  # adapter → place in `weights`
 
     def apply(self, layer: Layer, adapter: str, part: Tensor) -> Tensor:
-        """Return an adapter's part of a layer's output (batch, tokens, …), times its weight at each token.
+        """Return an adapter's part of a layer's output, (batch, tokens, features), times its weight at each token.
 
-        The weights move to the part's device; dtypes follow torch's promotion.
+        The weights (batch, tokens) get one trailing dimension, and move to the part's device; dtypes follow torch's
+        promotion.
 
         Raises:
             RoutingError: the part has other samples or tokens than the weights.

@@ -525,10 +525,14 @@ class PeftModel(nn.Module):
     ) -> tuple[object, CallContext]:
         """Run a function of the base model within a call; return its output and the call's context.
 
-        Arguments of graft and its methods are taken out of `kwargs`. Methods that surround a run do so here, and losses
-        of adapters are added. Rows' heads are chosen, and rows are repeated as `generate` repeats them. In the first
-        training step with gradients after a change, outside a compiler, check that the processes average all gradients;
-        `registry.averaged` notes it.
+        For `generate`, `registry.check_generate` checks the arguments first. Arguments of graft and its methods are
+        taken out of `kwargs`. In the first training step with gradients after a change, outside a compiler, check that
+        the processes average all gradients; `registry.averaged` notes it.
+
+        Within the run, rows and their heads are chosen, and `registry.enter_methods` lets methods surround it. With
+        adapter generators, draws from torch's own generators are forbidden, unless the context before the run may draw.
+        If `generate` repeats rows (`count_copies` > 1) and the context is not empty, `use_copies` repeats the context.
+        The output of the function always passes through `finish`, which adds losses of adapters.
 
         Args:
             shares: of a Parallel: the share of the copies that each adapter acts on.

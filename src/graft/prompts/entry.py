@@ -73,7 +73,8 @@ def step(stack: PromptStack, module: nn.Module, args: Args, kwargs: Keywords) ->
 def _by_name(stack: PromptStack, names: list[str], args: Args, kwargs: Keywords) -> Keywords:
     """Return a call's arguments by name; keywords override positional ones.
 
-    In a stack with the new cache argument, a cache under the old name is moved to the new one.
+    In a stack with the new cache argument, a cache under the old name is moved to the new one. That happens only if the
+    old one is not None and the new one is missing or None.
     """
     arguments = {**dict(zip(names, args)), **kwargs}
     if stack.cache_name == NEW_CACHE and arguments.get(NEW_CACHE) is None and arguments.get(OLD_CACHE) is not None:

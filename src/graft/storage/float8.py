@@ -106,8 +106,12 @@ def decode(codes: Tensor, scale: Tensor, block: Sequence[int] | None = None) -> 
 def encode(W: Tensor, codes: Tensor, scale: Tensor, block: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """Return codes and scales of a matrix W (out, in), in the dtypes and shapes of the old ones.
 
-    Scales of 8-bit floats are chosen anew: the largest magnitude of a block becomes the largest float. For 4-bit floats
-    the old scales stay, and only grow by powers of two where numbers exceed them. The old tensors do not change.
+    For 8-bit floats a clone of the old scales gets new ones for the blocks of W: the largest magnitude of a block, at
+    least 1e-12, divided by the largest float, then `round_scales_up`. Scales beyond the blocks of W keep their values.
+    Quotients beyond the largest float are clamped.
+
+    For 4-bit floats the old scales stay, and only grow by powers of two where numbers exceed them. The old tensors do
+    not change.
 
     Args:
         codes: the old codes, which decide by their dtype: 8-bit floats (out, in), else pairs of 4-bit floats (out,

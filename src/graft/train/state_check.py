@@ -186,7 +186,10 @@ def check_state_like(thing: object, value: object, state: object, what: str, nam
 
 
 def format_value(value: object) -> str:
-    """Return None, a bool or a number as text, and "of type …" for any other value."""
+    """Return `repr` of None and of values of exactly the types bool, int and float.
+
+    For any other value, also one of a subclass, return "of type …" with the class name.
+    """
     return repr(value) if value is None or type(value) in (bool, int, float) else f"of type {type(value).__name__}"
 
 

@@ -146,10 +146,13 @@ def components_of(name: str) -> tuple[str, ...]:
 
 def of_first_release(file: str, base: Base | None) -> AdapterFile | None:
     """Return the adapter of a safetensors file with names of a model's first release, as sd-scripts write them for
-    Flux.
+    Flux. Its `format` is kohya's `NAME`.
 
-    diffusers renames them, and splits products of q, k and v. None if there is no base, the file is no .safetensors,
-    diffusers cannot read the file, or the modules are not the base's.
+    diffusers renames the tensors, and splits products of q, k and v. The modules of the part for this base
+    (`select_pipeline_part`) are checked, and the whole adapter is returned.
+
+    None if there is no base or the file is no .safetensors. Also None for any PeftError in reading, renaming or the
+    check; other errors pass through.
     """
     from graft.files.formats import diffusers
 

@@ -764,8 +764,11 @@ def new_config(adapter: AdapterFile) -> Json:
 
 
 def choose_targets(paths: list[str], base: Base | None) -> list[str]:
-    """Return `target_modules`, sorted, that select these modules and no other: their last names, if no other module of
-    the base has one of these. Else, or without a base, whole paths.
+    """Return `target_modules`, sorted, that select these modules and no other.
+
+    With a base, each last name once, if the base's modules with one of these last names are exactly `paths`. Otherwise
+    the whole paths, with any duplicates: without a base, if another module has such a name, or if a path is no module
+    of the base.
     """
     if base is not None:
         known = set(base.modules)

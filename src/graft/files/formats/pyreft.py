@@ -63,8 +63,10 @@ def recognises(path: str) -> bool:
 def read(path: str, base: Base | None = None) -> AdapterFile:
     """Read a folder. A block's second intervention is that of the last tokens.
 
-    The config gets the class's two flags, the rank of the first R, and the numbers of the blocks, or "all". Targets are
-    "places", and `selected` all modules. Without graft's entry on positions, the defaults are taken with a PeftWarning.
+    The file's config is replaced by: `peft_type` "REFT", `target_modules` "places", `layers`, `inference_mode` True,
+    `orthogonality` and `subtract_projection` of the first intervention's class, the fields of `read_positions`, and `r`
+    of the first R. `layers` are the sorted numbers of the blocks, or "all". `selected` has all modules. Without graft's
+    entry on positions, the defaults are taken with a PeftWarning.
 
     Raises:
         BaseNeededError: there is no base to count blocks.

@@ -119,7 +119,7 @@ class InjectionJob:
         return {key: method for key, method in self.order.items() if key in self.methods}
 
     def report_heads_and_rows(self) -> None:
-        """Append a `Matched` entry for each head and set of token rows in `self.beside` to the report's
+        """Append a `Matched` entry for each of the job's heads and sets of token rows to the report's
         `modules_to_save`.
 
         An entry has the key, and the description and count of trainable numbers from `describe_trained_module`. Heads

@@ -65,8 +65,8 @@ def replace_file(path: str, write: Write) -> None:
     """Write a file under a temporary name, sync it, and rename it to `path`, which holds the old or the new file at any
     time.
 
-    The folder is synced as well; it is not made. Temporary files of this name are deleted if processes that no longer
-    run left them.
+    The folder, "." for a path without one, is synced as well; it is not made. Temporary files of this name are deleted
+    if processes that no longer run left them.
 
     Raises:
         OSError: the path is a device or a pipe; or the error of `write`. The old file stays then.

@@ -68,8 +68,9 @@ class Holding:
     def _hold(self, method: Method, values: dict[str, Any]) -> None:
         """Store the values of an adapter by container name; after an error some are stored.
 
-        - A fact (number, text, bool, None) goes into a dict; a new dict refuses changes unless the method computes with
-          it (`computes_with`). So does a value of another kind that is no tensor, into a plain dict.
+        - A fact (exactly a float, int, bool, str or None) goes into a dict; a new dict refuses changes unless the
+          method computes with it (`computes_with`). So does a value of another kind that is no tensor, into a plain
+          dict.
         - An `Attached` module of the model becomes a child of the layer, unless the name exists or has a dot.
           `Attached` facts become an attribute.
         - A tensor or module goes into the container of its name, made or widened to an `AnyDict` as needed. A module

@@ -65,8 +65,9 @@ class LayerPiece:
         """Raise UnsupportedLayerError unless x and y are plain tensors of the same tokens, and y has the features of
         this piece.
 
-        x may be a parameter, and may be ids, without a dimension of features. If outputs are not cut, y may have any
-        number of features, but has at least one dimension. `key` names the layer in the error.
+        Plain is exactly `Tensor`, for x also `nn.Parameter`; a subclass is refused. x may be ids, without a dimension
+        of features. If outputs are not cut, y may have any number of features, but has at least one dimension. `key`
+        names the layer in the error.
         """
         features = None if self.outputs is None else self.outputs.length(self.outputs.rank) * self.outputs.stripes
         right = type(y) is Tensor and y.dim() and (features is None or y.shape[-1] == features)

@@ -206,7 +206,10 @@ def move_tensors(value: Any, device: torch.device, skipped: Collection[str] = ()
 
 
 def find_device(value: Any) -> torch.device | None:
-    """Return the device of the first tensor in a value or in its tuples, lists and dicts; None if there is none."""
+    """Return the device of the first tensor in a value or in its tuples, lists and dicts; None if there is none.
+
+    Subclasses of these containers, such as a transformers output, are not searched.
+    """
     if isinstance(value, Tensor):
         return value.device
     inside = value.values() if type(value) is dict else value if type(value) in (tuple, list) else ()

@@ -37,7 +37,7 @@ def open_base(path: str | os.PathLike[str]) -> BaseDescription:
     files.
 
     Args:
-        path: the model's folder, or its config.json.
+        path: the model's folder, or its config.json, which means its folder ("." for a bare name).
 
     Raises:
         CheckpointError: the folder is none of these, or damaged.

@@ -80,7 +80,9 @@ def to_plain_lora(adapter: AdapterFile, server: Server, base: Base) -> tuple[Ada
     """Convert an adapter to the LoRA that `server` loads, and return it with a report of the changes: one rank, the
     scale in B, alpha = r, and the base's module names. Other base modules with the same suffixes get factors of zeros.
 
-    The config is new; only task type, base and fan_in_fan_out are taken over. Factors keep their common dtype, and
+    The config is new; only task type, base and fan_in_fan_out are taken over. It has `r` and `lora_alpha`,
+    `target_modules`, dropout 0.0, bias "none", `init_lora_weights` and `inference_mode` True, `modules_to_save` None,
+    and no rsLoRA or DoRA. `selected` has all modules, those with zeros included. Factors keep their common dtype, and
     smaller ranks are padded with zeros. The adapter itself does not change.
 
     Raises:

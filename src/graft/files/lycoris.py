@@ -63,8 +63,10 @@ def convert_lokr(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod],
 
     The first of -1, 1, 2, … that gives all shapes is the factor. If none does, the config stays, and the modules'
     method becomes "LoKr of several factors", which writing as PEFT refuses. A full second factor gets the lowest rank
-    that keeps it full in PEFT. The first module gives `r` and `alpha`, and others get patterns; a missing scale counts
-    as 1. With a base, the columns of its weight correct those of a kernel's second factor.
+    that keeps it full in PEFT. The first module gives `r` and `alpha`, and others that differ get patterns, each "^"
+    and the path. `decompose_both` is True if any module has a "lokr_w1_b", `use_effective_conv2d` if any has a
+    "lokr_t2". `target_modules` are the sorted paths; a missing scale counts as 1. With a base, the columns of its
+    weight correct those of a kernel's second factor.
 
     Raises:
         CheckpointError: factors are missing or one-dimensional.

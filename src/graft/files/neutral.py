@@ -42,7 +42,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """The rank r of the factors."""
+        """The rank r of the factors: the first size of A, or the second for experts: their number is first."""
         return self.A.shape[1 if self.kind == "experts" else 0]
 
     @property

@@ -174,7 +174,9 @@ class Subject:
             yield "added_tokens.json"
 
     def fields_missing(self) -> Iterable[str]:
-        """Yield those of r, lora_alpha and target_modules that a LoRA config of PEFT lacks."""
+        """Yield those of r, lora_alpha and target_modules that are missing or None in a LoRA config of PEFT; nothing
+        for other formats and methods.
+        """
         if self.adapter.format == "peft" and self.adapter.method == "LORA":
             yield from (name for name in ("r", "lora_alpha", "target_modules") if self.config.get(name) is None)
 

@@ -41,9 +41,9 @@ LABELS = 2**20
 def build_model_config(path: str) -> PreTrainedConfig | None:
     """Return transformers' config object for a folder's config.json.
 
-    Returns None without that file, without transformers, or if transformers does not know the model. Fields that name
-    code, kernels or other files are removed: no code of the folder runs, and the network is not used. `_name_or_path`
-    of the result is `path`.
+    Returns None without that file or without transformers, or if AutoConfig raises any Exception, as for an unknown
+    model or values of a wrong type. Fields that name code, kernels or other files are removed: no code of the folder
+    runs, and the network is not used. `_name_or_path` of the result is `path`.
 
     Raises:
         CheckpointError: the file is damaged, has absurd module counts, or names a backbone that would be downloaded.

@@ -134,8 +134,10 @@ def run_with_base(adapter: str, base: str | None, run: Callable[[Base | None], R
 
 
 def describe_named_base(adapter: str) -> Base | None:
-    """Return config, names and shapes, without values, of the base that an adapter names; None if it names none, or its
-    files are damaged or not on this machine.
+    """Return a new `Base` with path, config, shapes and module names, without values, of the base that an adapter
+    names.
+
+    None if it names none. Also None for any CheckpointError: the files are damaged or not on this machine.
     """
     try:
         name = read_base_name(adapter)

@@ -50,7 +50,9 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """The size of the values in bytes."""
+        """The size of the values in bytes: the product of the shape times the bits of the dtype, divided by 8 and
+        rounded down.
+        """
         return prod(self.shape) * BITS[self.dtype] // 8
 
     def read(self) -> np.ndarray:
@@ -87,7 +89,9 @@ class Tensor:
         """
 
         def load() -> bytes:
-            """Load the source, apply `change`, and return the bytes."""
+            """Load the source, apply `change` to its values as a numpy array of unsigned integers of the dtype's width,
+            and return the bytes of the result.
+            """
             import numpy as np
 
             return change(np.frombuffer(self.load(), f"u{BITS[self.dtype] // 8}").reshape(self.shape)).tobytes()

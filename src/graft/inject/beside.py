@@ -340,5 +340,5 @@ class TrainableTokensWrapper(Shell):
             return getattr(self.inner_host if of_host else self.inner_host.base_layer, name)
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        """Call the layer within and return its output."""
+        """Call `token_adapter`, the layer within, with all arguments, and return its output."""
         return self.token_adapter(*args, **kwargs)

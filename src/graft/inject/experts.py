@@ -399,8 +399,9 @@ def find_stack_parts(keys: Iterable[str], experts: ExpertStacks) -> dict[ExpertS
 def is_weight_plain(module: nn.Module, path: str, tree: ModuleTree) -> bool:
     """Return True if PEFT could adapt the module's weight by its name.
 
-    It must be a plain, floating Parameter with two dimensions, not of a Conv1D, nor of a linear layer with another
-    storage than `DENSE` (quantized). False also for a module with adapters around it, unless these adapt parameters.
+    It must be exactly an `nn.Parameter`, floating, with two dimensions, not of a Conv1D, nor of a linear layer with
+    another storage than `DENSE` (quantized). False also for a module with adapters around it, unless these adapt
+    parameters.
     """
     base = innermost(module)
     weight, op = base._parameters.get("weight"), find_op(base)

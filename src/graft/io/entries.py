@@ -196,7 +196,9 @@ def get_prompt_tensors(prompt: Prompt) -> dict[str, Tensor]:
 
 
 def list_aliases(parts: AdapterCarriers, slot: Slot, prefix: str, below: str) -> tuple[str, ...]:
-    """Return the keys of a shared tensor below each layer that shows it. Some of PEFT's files have copies there."""
+    """Return the key of a shared tensor below each layer with the slot's container in `attached`: prefix, layer's key,
+    container and `below`. Some of PEFT's files have copies there.
+    """
     layers = (key for key, layer in parts.layers.items() if slot.container in layer.attached)
     return tuple(f"{prefix}{key}.{slot.container}{below}" for key in layers)
 

@@ -79,7 +79,7 @@ def write_safetensors(path: str, tensors: Mapping[str, Tensor] | PackedTensors, 
 
 
 def copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous copies on the CPU.
+    """Return detached, contiguous copies on the CPU, also of tensors that are there already.
 
     Training in another thread does not change them, so that a digest is that of the file.
     """

@@ -77,7 +77,10 @@ class Shards(NamedTuple):
     like: Tensor  # has the dtype and device that `weight` gets
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map (…, fan_in) to (…, r)."""
+        """Return (…, r): the sum of the pieces of r consecutive features of x (…, fan_in).
+
+        A shorter last piece is filled up with zeros.
+        """
         whole = self.fan_in - self.fan_in % self.r
         z = x[..., :whole].unflatten(-1, (-1, self.r)).sum(-2)
         return z if whole == self.fan_in else z + nn.functional.pad(x[..., whole:], (0, self.r - self.fan_in + whole))
@@ -96,7 +99,7 @@ class Repeated(NamedTuple):
     times: int
 
     def __call__(self, z: Tensor) -> Tensor:
-        """Map (…, r) to (…, out)."""
+        """Return z D, for z (…, r), repeated `times` times along the last dimension: (…, out)."""
         y = z @ self.D
         return y if self.times == 1 else y.repeat(*[1] * (y.dim() - 1), self.times)
 

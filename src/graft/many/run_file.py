@@ -217,7 +217,9 @@ def restore_run(run: Run, model: nn.Module, state: Json, where: str) -> None:
 
 
 def differs(a: object, b: object) -> bool:
-    """Return True if two values of settings differ, or cannot be compared, as tensors of several numbers cannot."""
+    """Return True if two values of settings differ, or if the comparison raises RuntimeError, as for tensors of several
+    numbers. Other errors are raised.
+    """
     try:
         return bool(a != b)
     except RuntimeError:

@@ -68,8 +68,8 @@ def compute_rungs(steps: int, keep: float, rungs: int) -> list[int]:
     With `keep` 1 it is [steps], whatever `rungs` is.
 
     Raises:
-        ConfigError: `steps` or `rungs` is no int from 1 on, or `keep` is not in (0, 1]. Also if the first rung has no
-            step, or a rung no more steps than the one before.
+        ConfigError: `steps` or `rungs` is no int from 1 on (True is none), or `keep` is not in (0, 1]. Also if the
+            first rung has no step, or a rung no more steps than the one before.
     """
     if type(steps) is not int or steps < 1:
         raise ConfigError(f"sweep: steps must be a positive int, got {steps!r}.")

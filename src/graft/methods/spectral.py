@@ -94,7 +94,11 @@ def draw_places(out: int, fan_in: int, n: int, seed: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _draw_places(out: int, fan_in: int, n: int, seed: int) -> Tensor:
-    """Draw the places of `draw_places`, cached by arguments."""
+    """Return n different places of a matrix (out, fan_in) as rows and columns, (2, n): the first of a random
+    permutation of all, drawn on the CPU with `seed`.
+
+    The last 16 results are kept and returned again.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
     order = torch.randperm(out * fan_in, generator=generator, device="cpu")[:n]
     return torch.stack((order // fan_in, order % fan_in))

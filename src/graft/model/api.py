@@ -95,7 +95,9 @@ def get_peft_model(
 
 
 def record_origin(model: nn.Module, config: PeftConfig, revision: str | None) -> None:
-    """Write the base model's `name_or_path` (None if it has none) and `revision` into the config.
+    """Write the base model's `name_or_path` and `revision` into the config.
+
+    The name is that in the model's `__dict__`; None if it is missing there or empty.
 
     Warn if the config has another name, or another revision. `revision=None` leaves the config's.
     """

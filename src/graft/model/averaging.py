@@ -388,5 +388,5 @@ def is_late(slot: Slot) -> bool:
 
 
 def is_managed(module: nn.Module) -> bool:
-    """Return True if FSDP2 manages a module."""
+    """Return True if a module's `__dict__` has the mark `_is_fsdp_managed_module`, whatever its value."""
     return MANAGED in module.__dict__

@@ -239,7 +239,10 @@ def inspect_matched_modules(tuner: Tuner, adapter_name: str = "default") -> dict
 
 
 def check_if_peft_model(model_name_or_path: str) -> bool:
-    """Return True if a folder or hub repository holds an adapter; False also if it cannot be read."""
+    """Return True if a folder or hub repository holds an adapter, and its config has a `peft_type`.
+
+    False also for any PeftError, OSError, TypeError or ValueError in reading the config; other errors are raised.
+    """
     try:
         return PeftConfig.from_pretrained(model_name_or_path).peft_type is not None
     except (PeftError, OSError, TypeError, ValueError):

@@ -119,7 +119,8 @@ def merge_report(model: nn.Module) -> dict[str, float]:
 
 
 def unload_adapters(model: nn.Module, frozen: Set[str] | None) -> None:
-    """Put the modules of adapter layers and wrappers back into a model, in place, and delete its `peft_config`.
+    """Put the modules of adapter layers and wrappers back into a model, in place, and delete its `peft_config`, if that
+    is in the model's `__dict__`.
 
     Packed weights are released, the config's vocabulary size follows the embeddings, and tied embeddings are tied
     again. Floating-point parameters then require gradients, except `frozen` ones.

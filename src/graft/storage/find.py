@@ -62,6 +62,8 @@ def find_store(module: nn.Module) -> Store:
 def find_marked_store(module: nn.Module) -> Store | None:
     """Return the store of a module that a package has marked by an attribute in `MARKS` of `compressed`, whatever its
     type; None for others.
+
+    The attribute has to be in the instance's `__dict__`; its value does not matter.
     """
     attributes = module.__dict__
     for mark, store in compressed.MARKS.items():

@@ -135,7 +135,7 @@ DISTRIBUTED, FLAT, ZERO3 = Distributed(), FlatParameter(), Zero3()
 
 
 def has_no_layout(t: Tensor) -> bool:
-    """Return True if a tensor is a plain one or a Parameter, no view, and has no attributes of any layout: a quick
+    """Return True if a tensor is exactly a `Tensor` or `nn.Parameter`, no view, and has an empty `__dict__`: a quick
     check.
 
     A False does not tell that it has a layout.

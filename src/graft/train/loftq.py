@@ -104,7 +104,7 @@ def read_base_weights(where: str) -> dict[str, FileTensor]:
 
     Args:
         where: a file, a folder, or the name of a model in the hub's cache. A path that ends with .safetensors and is no
-            file means its folder.
+            file means its folder, "." for a bare name.
 
     Raises:
         FileNotFoundError: there are none.

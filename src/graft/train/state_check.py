@@ -52,12 +52,14 @@ NOT_NEGATIVE = {"eps", "weight_decay", "momentum", "last_epoch", "_step_count"}
 
 
 def is_count(value: object) -> bool:
-    """Return True for an int from 0 to 2^53; False for a bool."""
+    """Return True for an int from 0 to 2^53; False for a bool or another subclass."""
     return type(value) is int and 0 <= value <= MOST_STEPS
 
 
 def is_number(value: object) -> bool:
-    """Return True for an int or a float, or a plain tensor with one number; False for a bool."""
+    """Return True for an int or a float, or a plain tensor with one number; False for a bool or another subclass of int
+    or float.
+    """
     return type(value) in (int, float) or (
         isinstance(value, Tensor) and value.numel() == 1 and describe_fault(value) is None
     )
@@ -258,7 +260,7 @@ def list_required_names(kind: str, group: Mapping[str, Any]) -> list[str]:
 def check_state_finite(values: Mapping[str, object], what: str) -> None:
     """Raise NonFiniteError, with up to three names, for tensors and floats that are NaN or infinite.
 
-    Only floating tensors and floats are looked at: complex and sharded tensors are left out.
+    Only floating tensors and values of exactly the type float are looked at: complex and sharded tensors are left out.
     """
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     bad = find_nonfinite(tensors) + [n for n, v in values.items() if type(v) is float and not math.isfinite(v)]

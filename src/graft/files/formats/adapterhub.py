@@ -83,9 +83,10 @@ def read_without_head(path: str, base: Base | None) -> AdapterFile:
     A file of a fusion makes it a fusion; else the config's architecture says LoRA, (IA)³ or ReFT, and no architecture
     but a `reduction_factor` a bottleneck.
 
-    (IA)³ is LoRA with composition_mode "scale": its vector is lora_B times alpha, as a column in lora_B's dtype, and a
-    config of PEFT's IA3 replaces the file's. A missing alpha is 1. Tensors of another adapter name than the config's go
-    to `unknown_keys`; a config without a name accepts any.
+    (IA)³ is LoRA with composition_mode "scale": its vector is lora_B times alpha, as a column in lora_B's dtype, and
+    the file's config is replaced by `peft_type` "IA3", `feedforward_modules` [] and the sorted modules as
+    `target_modules`. A missing alpha is 1. Tensors of another adapter name than the config's go to `unknown_keys`; a
+    config without a name accepts any.
 
     Raises:
         CheckpointError: another architecture, r below 1 or no numbers, a missing or damaged file, or a module without

@@ -286,8 +286,9 @@ def place_modules(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]
 def make_config(modules: dict[str, LowRank]) -> Json:
     """Return the fields of a LoraConfig that gives each module its rank and scale (alpha = scale · rank, rounded).
 
-    The first module gives `r` and `lora_alpha`, others get patterns. `use_dora` and `lora_bias` are True if any module
-    has a magnitude or bias.
+    The first module gives `r` and `lora_alpha`; others that differ get entries in `rank_pattern` and `alpha_pattern`.
+    `use_dora` and `lora_bias` are True if any module has a magnitude or bias. `target_modules` are all paths, sorted.
+    Fixed are `peft_type` "LORA", `lora_dropout` 0.0, `bias` "none", `use_rslora` False and `init_lora_weights` True.
     """
     first = next(iter(modules.values()))
     r, alpha = first.rank, round_alpha(first.scale * first.rank)

@@ -325,8 +325,8 @@ VECTOR = "steering_vector"
 def read_control(path: str, fields: dict[str, object], tensors: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
     """Read control vectors as steering: `direction.N` is added to the output of block N.
 
-    Other names go to `unknown_keys`. The config has the numbers of these blocks as `layers`, and "places" as
-    `target_modules`.
+    Other names go to `unknown_keys`. The config has `peft_type` "STEERING", `inference_mode` True, the numbers of these
+    blocks as `layers`, and "places" as `target_modules`. `selected` has all modules.
 
     Raises:
         BaseNeededError: there is no base to count blocks.
@@ -360,7 +360,8 @@ def read_control(path: str, fields: dict[str, object], tensors: Mapping[str, Ten
 
 
 def control_vectors(adapter: AdapterFile, base: Base | None, lossy: bool) -> tuple[dict[str, Tensor], Json, list[str]]:
-    """Return steering vectors times their coefficient, by name, the fields of a file, and descriptions of the losses.
+    """Return steering vectors times their coefficient in float32, by name, the fields of a file, and descriptions of
+    the losses.
 
     A vector of zeros elsewhere is dropped without a loss. Unknown keys and modules of other methods are losses, too. A
     missing coefficient is 1. The fields are `model_hint` and `layer_count`, the number of vectors written.

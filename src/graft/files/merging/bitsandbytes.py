@@ -26,8 +26,9 @@ INT8 = ("SCB", "weight_format")
 def is_state(state: object) -> bool:
     """Return True if a JSON value is a valid state of a weight in 4 bits.
 
-    It has a dtype float32, float16 or bfloat16, a shape of two positive numbers, and a block size of 1 to 65536.
-    Optional are a nested block size in the same range and a number `nested_offset`.
+    It is a dict with `dtype` float32, float16 or bfloat16, `shape` a list of two ints from 1 to 2³¹ - 1, and
+    `blocksize` an int from 1 to 65536. Optional are `nested_blocksize` in the same range and `nested_offset`, an int or
+    a float. A bool is no int here.
     """
     if not isinstance(state, dict) or state.get("dtype") not in (*KINDS,) or not isinstance(state.get("shape"), list):
         return False

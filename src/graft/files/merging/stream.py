@@ -89,8 +89,8 @@ def sha256_of(path: str) -> str:
 def is_note(note: object, changed: Collection[str]) -> bool:
     """Return True if a state's note about a shard has the form that `Workplace.write` gives it.
 
-    It has "sha256" and "rows". Each row names a tensor of `changed`, and has either all measures as floats, or only
-    "new" or "resized".
+    It is a dict with "sha256" and a list "rows". Each row is a dict, and its "tensor" names a tensor of `changed`. A
+    row has either all measures, as floats, and no other key, or no further keys than "new" and "resized".
     """
     rows = note.get("rows") if isinstance(note, dict) and "sha256" in note else None
     return isinstance(rows, list) and all(

@@ -280,8 +280,10 @@ class ALoRA(LoRA):
 
 
 def beams(model: nn.Module, run: Run) -> int:
-    """Return the number of beams of a run that generates: `num_beams` of the call, else of its or the model's
-    generation config, else 1. Return 1 for other runs.
+    """Return the number of beams of a run that generates, else 1.
+
+    It is `num_beams` of the call's keywords, else of a generation config, else 1; None and 0 count as missing. The
+    config is the call's keyword `generation_config`; the model's is read only if the call has none.
     """
     config = run.kwargs.get("generation_config") or getattr(model, "generation_config", None)
     n: int = run.kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1

@@ -83,7 +83,7 @@ class Call:
         return {"gate": self.gate}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        """Initialize a call state without calls under way, with the gate of `state`."""
+        """Initialize a call state without calls under way, then set the attributes in `state`: the gate."""
         Call.__init__(self)
         self.__dict__.update(state)
 

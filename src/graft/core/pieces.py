@@ -129,7 +129,7 @@ def drops_inputs(layer: Layer, module: nn.Module | None) -> bool:
 def drop_piece_inputs(layer: Layer, module: nn.Module, x: Tensor) -> Tensor:
     """Return this process's piece of an input with the same inputs dropped on all processes as one process would drop.
 
-    Joins the input, drops, and cuts it again.
+    Joins the input, drops, and cuts it again. A module without a known rate is run on the joined input.
     """
     piece = layer.site.piece
     p, whole = find_dropout_rate(module), join_pieces(x, piece.inputs)

@@ -82,8 +82,9 @@ def to_plain_lora(adapter: AdapterFile, server: Server, base: Base) -> tuple[Ada
 
     The config is new; only task type, base and fan_in_fan_out are taken over. It has `r` and `lora_alpha`,
     `target_modules`, dropout 0.0, bias "none", `init_lora_weights` and `inference_mode` True, `modules_to_save` None,
-    and no rsLoRA or DoRA. `selected` has all modules, those with zeros included. Factors keep their common dtype, and
-    smaller ranks are padded with zeros. The adapter itself does not change.
+    and no rsLoRA or DoRA. `selected` has all modules, those with zeros included. The report has B's largest relative
+    rounding error as `rounding`, and the changes as `notes`. Factors keep their common dtype, and smaller ranks are
+    padded with zeros. The adapter itself does not change.
 
     Raises:
         LossError: B overflows its dtype with its scale in it.

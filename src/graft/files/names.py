@@ -27,7 +27,9 @@ class FlatNames:
     """
 
     def __init__(self, base: Base):
-        """Index the base's modules by their flat names."""
+        """Note the base's path, and in `by_key` for each flat name the list of all modules that have it, in their
+        order.
+        """
         self.path = base.path
         self.by_key: dict[str, list[str]] = {}
         for module in base.modules:
@@ -238,8 +240,8 @@ def is_pipeline(base: Base | None) -> bool:
 def split_pipeline(adapter: AdapterFile) -> dict[str, AdapterFile]:
     """Return part → adapter of that part, with paths without the part's name; {} if the adapter is for a single model.
 
-    Parts are sorted, their configs empty, and `selected` None. Each has the common method of its modules, else the
-    adapter's. Unknown keys go to the first part.
+    Parts are sorted, their configs empty, `selected` None and `is_pipeline` False. Each has the common method of its
+    modules, else the adapter's. Unknown keys go to the first part.
     """
     paths = [*adapter.modules, *adapter.full, *adapter.rows] if adapter.is_pipeline else []
     out: dict[str, AdapterFile] = {}

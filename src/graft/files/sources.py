@@ -215,7 +215,8 @@ def list_foreign_entries(folder: str, model: bool) -> list[str]:
 def take_work_folder(path: str) -> None:
     """Create a folder that only this user may enter, or take over one of this user that an earlier run left.
 
-    A folder that is taken over keeps its files, and its mode becomes 0700.
+    A folder that is taken over keeps its files, and its mode becomes 0700. Where the system has no user numbers, as on
+    Windows, any owner passes.
 
     Raises:
         OutputExistsError: the path is a link, no folder, or another user's.

@@ -424,7 +424,7 @@ def check_one_device(method: Method, source: Method) -> None:
 def adapt_tied_modules(job: InjectionJob) -> None:
     """Put the adapter on a layer for each module that is tied to the embedding: one that is there, else a new one.
 
-    Note it in the report.
+    Append a `Matched` of path, type and count to the report's `matched`.
 
     Their tensors get tied later, in `build_carriers`, once they have values. Methods that are always tied count 0
     trainable numbers here.

@@ -62,8 +62,9 @@ MOST_WARNINGS = 100  # most warnings about entries of one field
 
 def resolve_job(job: InjectionJob) -> None:
     """Fill in the fields of `job` that say where and how the adapter acts: `report`, `targets`, `methods`, `order`,
-    `biases`, and the heads and token rows. The model is not changed. Rewrites `job.cfg` in place: expert names, default
-    targets, tied modules, and by the method's `prepare`.
+    `biases`, and the heads and token rows. The model is not changed. Of the tree, `ops` is set to the config's custom
+    modules, and `absent` to the modules that other pipeline stages have. Rewrites `job.cfg` in place: expert names,
+    default targets, tied modules, and by the method's `prepare`.
 
     Default targets lose modules if others read their weight. Companion sites of the method are added. Tied modules get
     the config of their source and note its method. Ranks are split by the method's `split_budget`; `lenders` are set

@@ -47,7 +47,7 @@ class ParameterLayerPaths:
     """
 
     def __init__(self, layers: Iterable[AdapterLayer]):
-        """Sort the layers of parameters among `layers` by their module, the innermost first.
+        """Collect the layers with an opaque op in `nests`, a list for each module's path, the innermost first.
 
         Other layers are ignored.
         """

@@ -56,7 +56,7 @@ class PackedTensors(NamedTuple):
         return packed
 
     def digest(self) -> str:
-        """Return the digest of the tensors."""
+        """Return `compute_digest` of the parts' names, dtypes, shapes and bytes."""
         return compute_digest((name, dtype, shape, memory) for name, dtype, shape, _, memory in self.parts)
 
 

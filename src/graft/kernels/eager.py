@@ -139,7 +139,9 @@ class Function(torch.autograd.Function):
     apply_eagerly: Callable[..., Any]
 
     def __init_subclass__(cls, **kwargs: object) -> None:
-        """Replace the `backward` of a subclass by one that runs with autocast off."""
+        """Store torch's own `apply` of the subclass as `apply_eagerly`, and replace its `backward` by one that runs
+        with autocast off.
+        """
         super().__init_subclass__(**kwargs)
         cls.apply_eagerly = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
         cls.backward = staticmethod(_without_autocast(cls.backward))  # type: ignore[assignment]

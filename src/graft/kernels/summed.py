@@ -39,8 +39,10 @@ class Summed(Tensor):
 
     @staticmethod
     def __new__(cls, W: Tensor, parts: list[SumPart], flipped: bool) -> Summed:
-        """Return a tensor without memory that has the shape of the sum, and the dtype and device of W, without
-        gradient.
+        """Return a tensor without memory that keeps the three arguments.
+
+        It has the dtype and device of W and requires no gradient; shape and strides are those of W, or of its transpose
+        if `flipped`.
         """
         shown = W.mT if flipped else W
         tensor: Summed = Tensor._make_wrapper_subclass(

@@ -21,7 +21,7 @@ class Withheld(Tensor):
 
     @staticmethod
     def __new__(cls, like: Tensor, error: Callable[[], Exception]) -> Withheld:
-        """Return a tensor without values, with the shape, strides, dtype and device of `like`."""
+        """Return a tensor without values that keeps `error`, with the shape, strides, dtype and device of `like`."""
         tensor: Withheld = Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )

@@ -179,6 +179,9 @@ class TrainableTokens(Method[TrainableTokensConfig]):
 
 
 def input_embedding(model: nn.Module) -> str | None:
-    """Return the path of a model's input embedding; None if the model does not tell it."""
+    """Return the first path of the module that `input_embeddings` gives for a model.
+
+    None if it gives none, or one outside of the model's modules.
+    """
     embedding = input_embeddings(model)
     return next((name for name, m in model.named_modules() if m is embedding), None)

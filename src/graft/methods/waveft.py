@@ -73,10 +73,12 @@ class WaveFT(Spectral[WaveFTConfig]):
 
     @classmethod
     def split_budget(cls, methods: Sequence[Method]) -> None:
-        """With `proportional_parameters`, give each layer a copy of its config with its part of n times the number of
-        layers, at least 1.
+        """Give each layer a shallow copy of its config.
 
-        The part is in proportion to out · fan_in.
+        Its `n_frequency` becomes the layer's part of `n_frequency` times the number of layers, rounded, at least 1. The
+        part is in proportion to out · fan_in.
+
+        A layer keeps its config if `proportional_parameters` is False there; its size counts in the sum all the same.
         """
         cfgs = [m.cfg for m in methods]
         sizes = [m.site.out_features * m.site.fan_in for m in methods]

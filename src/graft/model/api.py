@@ -159,8 +159,9 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
 
 
 def _fill_report(injection: Injection, method: type[Method], adapter_name: str) -> InjectReport:
-    """Return the report of an injection that has found its targets, with their sizes and those of tied and whole
-    modules.
+    """Return the report of an injection that has found its targets.
+
+    Its `matched` gets entries for them, then for tied modules; its `modules_to_save` those of heads and token rows.
 
     Parameters are counted on the meta device; the model does not change. Those that layers share are added to
     `other_trainable`. Of a tied target, the parameters of its source count again, unless it is always tied: then it has

@@ -85,10 +85,11 @@ class Prompts(Registry):
 
     @classmethod
     def plan(cls, model: nn.Module, config: PromptLearningConfig, adapter_name: str) -> InjectReport:
-        """Return the report of a first prompt on `model`: its tensors and the modules trained whole.
+        """Return the report of a first prompt on `model`: the modules trained whole, and in `matched` the row of
+        `describe_prompt`.
 
-        A prompt is made for a moment. Model, config and the CPU's random numbers do not change. Raises the errors of
-        `_fit`.
+        A prompt is made for a moment, from a copy of the config. Model, config and the CPU's random numbers do not
+        change. Raises the errors of `_fit`.
         """
         prompts = cls(model, config)
         cfg = copy.copy(config)
@@ -170,6 +171,8 @@ class Prompts(Registry):
     def _make_prompt(self, cfg: PromptLearningConfig) -> Prompt:
         """Return a new prompt of a complete config, on the CPU, with initial values: words of the base's embeddings if
         the config says so.
+
+        If the words are wrapped, for example trained whole, those of their `original_module` count.
         """
         words = self.stacks["main"].words
         return self.method(cfg, getattr(words, "original_module", words))

@@ -336,6 +336,8 @@ class Registry:
     def parameters_of(self, module: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
         """Return an iterator over (name in `module`, parameter) of one adapter, in the order of `module`.
 
+        A parameter with several names comes once, under the first.
+
         These are the parameters that can train, frozen ones included: its tensors, and the base's biases that its
         config lets train. A bias that is a tensor of some adapter does not count as the base's. Parameters outside
         `module` are left out.

@@ -155,9 +155,12 @@ def undo_rearrangement(data: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Return codes and quant_state as they were before bitsandbytes rearranged them for AVX512-BF16.
 
     That layout has a block of 32 rows, (32, K/2, 2) codes, as (K/2, 32, 2): each 64 codes are 32 low and 32 high halves
-    of bytes. The scales (N, K/blocksize) are transposed there, in bfloat16, and no longer quantized. New scales are
-    flat float32. If only the scales are transposed, the codes are returned as they are. Weights without the layout are
-    returned unchanged, with the same quant_state; the arguments never change.
+    of bytes. The scales (N, K/blocksize) are transposed there, in bfloat16, and no longer quantized.
+
+    The new quant_state is a shallow copy. Its `absmax` is flat float32. If only the scales are transposed, the codes
+    are returned as they are, and nothing else changes in it. Else it also gets its `original_dtype`, no nested
+    quantization, and `packing_format_for_cpu` False. Weights without the layout are returned unchanged, with the same
+    quant_state; the arguments never change.
     """
     if not (is_interleaved(state) or is_transposed(state)):
         return data, state

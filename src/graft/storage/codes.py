@@ -62,8 +62,8 @@ def mark_plain_layers(model: nn.Module) -> None:
     `llm_int8_skip_modules`, else `modules_to_not_convert`.
 
     So transformers loads a saved model that has plain layers next to packed ones. The model's config gets a changed
-    copy of the quantization config, with the names sorted. Gives a warning if the quantization method has no such list.
-    Does nothing for a model without a quantization config, or with one that is a dict.
+    copy of the quantization config, with the old and new names sorted, each once. Gives a warning if the quantization
+    method has no such list. Does nothing for a model without a quantization config, or with one that is a dict.
     """
     model_config: Any = getattr(model, "config", None)
     marks = getattr(model_config, "quantization_config", None)

@@ -49,7 +49,8 @@ class Float8(OwnModule):
         return getattr(m, self.scale)
 
     def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
-        """Return new parameters for the weight and its scales, by name, encoded as the old ones are.
+        """Return new parameters for the weight and its scales, by name, encoded as the old ones are, in blocks of the
+        module's `block_size`, if it has one.
 
         The weight requires no gradient; scales keep shape and requires_grad. For a weight that is not quantized (wider
         than a byte) return only `weight`: W in the old dtype, with the old requires_grad.

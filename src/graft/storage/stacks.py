@@ -311,8 +311,11 @@ class Bnb4(PackedMatrices):
 
     @classmethod
     def of(cls, m: nn.Module, name: str) -> Bnb4:
-        """Return the stack of a parametrized module: the original codes, and the quant_state of the only
+        """Return the stack of a parametrized module: the original codes, and the quant_state of the first
         parametrization.
+
+        The shape is (n, rows, columns) of the quant_state; a module with `is_transposed` has the last two exchanged,
+        and the stack is flipped.
         """
         parametrization = m.parametrizations[name]
         state, flipped = parametrization[0].quant_state, bool(getattr(m, "is_transposed", False))

@@ -121,9 +121,9 @@ class MixedPlan:
         """Return the layer's output for a batch.
 
         A batch like the last one, with one positional argument and rows in order, uses the groups of that batch at
-        once, after `run_alone` if one adapter has all rows. It does not if the call has gates or adapters tap inputs.
-        If adapters tap inputs, the input is kept for them first. Kept inputs are dropped afterwards, also on errors.
-        The rest is `run_plans`.
+        once, after `run_alone` if the plan has one key. It does not if the call has gates or adapters tap inputs. If
+        adapters tap inputs, the input is kept for them first. Kept inputs are dropped afterwards, also on errors. The
+        rest is `run_plans`.
         """
         if self.cached_groups is not None and rows.in_order and len(args) == 1 and not (kwargs or self.tapped):
             x: Any = args[0]

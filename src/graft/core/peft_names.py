@@ -196,7 +196,8 @@ class PeftNames:
 
     @property
     def adapter_layer_names(self: Layer) -> tuple[str, ...]:
-        """Return the names of the containers of trained tensors of the methods on this layer, empty ones included.
+        """Return the names of the containers of trained tensors of the methods on this layer, each once, empty ones
+        included.
 
         The containers that a variant of a method adds come last. Names without a container on the layer are left out.
         """

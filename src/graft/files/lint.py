@@ -57,7 +57,7 @@ class LintSubject:
     @cached_property
     def finite_loras(self) -> dict[str, LowRank]:
         """The LoRA modules (AdaLoRA as LoRA) by path, without those that have NaN or infinite numbers in any floating
-        tensor. Reads all these tensors.
+        tensor. Reads all these tensors at the first access, and keeps the result.
         """
         loras = {path: algebra.as_low_rank(lora) for path, lora in self.adapter.modules.items()}
         tensors = list_floating_tensors(self.adapter)
@@ -66,7 +66,10 @@ class LintSubject:
 
     @cached_property
     def norms(self) -> dict[str, float]:
-        """‖ΔW‖ by path of each LoRA module with finite numbers, the Frobenius norm, of a stack over all experts."""
+        """‖ΔW‖ by path of each LoRA module with finite numbers, the Frobenius norm, of a stack over all experts.
+
+        Computed once.
+        """
         products = ((p, algebra.list_delta_products(h)) for p, h in self.finite_loras.items())
         return {p: float(np.sqrt(sum(algebra.frobenius_norm(x) ** 2 for x in xs))) for p, xs in products}
 

@@ -124,8 +124,9 @@ class Subject:
 
     @cached_property
     def absent_modules(self) -> list[str]:
-        """The paths of adapted modules, by the layers that own them, that the server's model lacks; [] without
-        a base.
+        """The paths of adapted modules, by the layers that own them, that the server's model lacks; [] without a base.
+
+        Computed once.
         """
         paths = [owner_path(path, module) for path, module in self.adapter.modules.items()]
         return [] if self.base is None else [path for path in paths if path not in self.modules]
@@ -134,7 +135,7 @@ class Subject:
     def modules(self) -> set[str]:
         """The base's module paths: those of its files, plus those of its model if the files lack an adapted module.
 
-        Empty without a base.
+        Empty without a base. Computed once.
 
         Multimodal models have other names in files (`language_model.model.layers`) than in the model
         (`model.language_model.layers`).

@@ -159,7 +159,8 @@ def load_pair(
 ) -> tuple[Any, LoadedWeights]:
     """Return an adapter's config and weights from a folder or hub repository, as one save wrote them.
 
-    For a file that graft did not write, the config says how it holds expert stacks.
+    For a file without graft's note of a config, `layout` of the weights, which says how the file holds expert stacks,
+    is set from the config.
 
     Args:
         check_digest: compare the tensors with the file's digest, if it has one.

@@ -549,7 +549,10 @@ class MultiTrain:
 
     @property
     def arguments(self) -> ForwardArguments:
-        """The arguments of the base's forward, with those that the adapters' methods read from a batch."""
+        """A copy of the description of the base's forward arguments.
+
+        Its `names` has also those that the adapters' methods read from a batch.
+        """
         names = set() if self.model is None else get_registry(self.model).arguments
         return replace(self._arguments, names=self._arguments.names | names)
 

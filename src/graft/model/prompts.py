@@ -336,7 +336,7 @@ class Prompts(Registry):
         the main stack, the rest to the decoder if the prompt enters it. A decoder notes the number of encoded tokens.
 
         For SEQ_CLS with a `score` head and no decoder, unless the stack is the model itself, the prompt's outputs are
-        cut off: the head seeks the last token at its place in input_ids.
+        cut off: `strips` of the stack's `now` becomes True. The head seeks the last token at its place in input_ids.
         """
         P, main, decoder = cfg.num_virtual_tokens or 0, self.stacks["main"], self.stacks.get("decoder")
         if cfg.holds_keys:

@@ -813,7 +813,7 @@ class Registry:
 
     @property
     def merged_adapters(self) -> list[str]:
-        """The adapters merged into some layer, in the order of layers and merges."""
+        """The adapters merged into some layer, each once, in the order of layers and merges."""
         return list(dict.fromkeys(name for part in self.carriers() for name in part.state.merged))
 
     def mergeable_layers(self) -> list[AdapterLayer]:

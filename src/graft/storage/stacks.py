@@ -252,7 +252,8 @@ class FineFP8(PackedMatrices):
 
     @classmethod
     def of(cls, m: nn.Module, name: str) -> FineFP8:
-        """Return the stack of an FP8Experts module, with its scales `<name>_scale_inv` and block size.
+        """Return the stack of an FP8Experts module, with its scales `<name>_scale_inv` and the module's `block_size`;
+        gradients do not flow.
 
         An int8 weight holds two 4-bit codes in a byte, so that `in` is twice its last size.
         """

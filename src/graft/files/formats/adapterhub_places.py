@@ -259,7 +259,8 @@ def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Ba
 
 
 def compute_orthonormal_weight(state: Mapping[str, Tensor], layer: str) -> torch.Tensor:
-    """Return the weight of a layer that torch's parametrization keeps orthonormal, from its two saved tensors.
+    """Return the weight of a layer that torch's parametrization keeps orthonormal, from its two saved tensors,
+    detached.
 
     Raises KeyError if one of them is missing.
     """

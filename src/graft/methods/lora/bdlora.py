@@ -54,7 +54,7 @@ class BdLoRA(LoRA):
     @cached_property
     def side(self) -> str:
         """Return the block-diagonal factor here: "A" or "B", if the site's path contains a string of
-        `target_modules_bd_a` or `_b`; "AB" for both, "" for none.
+        `target_modules_bd_a` or `_b`; "AB" for both, "" for none. It is read at the first access and kept.
         """
         cfg, key = require_sub_config(self.cfg.use_bdlora), self.site.key
         patterns = {"A": cfg.target_modules_bd_a or (), "B": cfg.target_modules_bd_b or ()}

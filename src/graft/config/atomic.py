@@ -135,8 +135,8 @@ def write_pieces(path: str, pieces: Sequence[bytes | memoryview]) -> None:
 def reserve_blocks(fd: int, size: int) -> None:
     """Have Linux reserve `size` bytes for an empty open file at once: writing them then takes two thirds of the time.
 
-    Where the system or the file system has no such call, or the disk is full, nothing happens. The C library's
-    `posix_fallocate` would write a byte into each block there.
+    Where the system or the file system has no such call, or the disk is full, nothing happens and no error is raised.
+    So it is for a size of 0. The C library's `posix_fallocate` would write a byte into each block there.
     """
     import ctypes  # only where something is written
 

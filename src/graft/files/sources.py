@@ -313,7 +313,8 @@ def list_missing_folders(folder: str) -> list[str]:
 def place_result(temporary: str, target: str, stood: bool) -> None:
     """Move a result to its target path.
 
-    If `stood` (the target existed before), exchange the two: the old result gets the temporary path.
+    If `stood` (the target existed before) and it is still there, exchange the two: the old result gets the temporary
+    path.
 
     Raises OutputExistsError if another process created the target, or the old one may not be replaced (`check_output`
     with `force`); CheckpointError if there is no result.

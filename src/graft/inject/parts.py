@@ -249,7 +249,7 @@ def read_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
 
 
 def restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    """Set the mode of each module in (module, training)."""
+    """Set the attribute `training` of each module in (module, training), in order, without its children."""
     for module, training in modes:
         module.training = training
 

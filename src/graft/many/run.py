@@ -187,7 +187,8 @@ class Run:
 
     @property
     def is_validation_due(self) -> bool:
-        """Return True if validation data is to be measured: each `every` steps, and when it runs no more.
+        """Return True if validation data is to be measured: at each step that `every` divides, step 0 included, and
+        when it runs no more.
 
         Never without validation data, nor twice at one step.
         """

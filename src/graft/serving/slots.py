@@ -114,7 +114,16 @@ class AdapterSlots:
         keep_gathered: bool = True,
         change_timeout: float | None = PATIENCE,
     ):
-        """Find the target layers, allocate their slots, and replace the layers in the model."""
+        """Find the target layers as an injection of LoRA would, allocate their slots, and replace the layers in the
+        model.
+
+        Of a model that torch.compile has wrapped, the layers are found and replaced in `_orig_mod`.
+
+        Raises:
+            AlreadyInjectedError: the model carries adapters. It is checked after the targets have been found.
+            Other errors: as `count_slots_by_rank`, `Injection.find` and `check_sites`. The model changes only after all
+                slots have been allocated.
+        """
         sizes = count_slots_by_rank(max_adapters, max_rank)
         config = LoraConfig(target_modules=targets, exclude_modules=exclude, r=max(sizes))
         injection = Injection(getattr(model, "_orig_mod", model), config, method_of("LORA"), "slots").find()

@@ -118,7 +118,7 @@ class Versions:
         ended = Event()
 
         def call_server() -> None:
-            """Run the call, keep any error in `failed`, and set `ended`. Nothing is raised.
+            """Run the call, keep any error in `failed`, and under the lock set `ended`. Nothing is raised.
 
             If it ended too late, with an error or without, unload version `name`, unless that is empty; if that fails,
             add it to `leftovers`.

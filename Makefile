@@ -63,23 +63,17 @@ quick: $(VENV)/.test
 	GRAFT_TESTS=quick $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore=tests/distributed \
 		--ignore=tests/device --ignore=tests/clients --ignore=tests/servers --ignore=tests/trainers
 
-# the device's tests run in a third process meanwhile: it takes what two leave of two cores while they wait
-test: $(VENV)/.test
-	$(if $(TESTS),,$(BIN)/python -m pytest $(SIMULATED) tests/device > $(VENV)/device.log 2>&1 & device=$$!; \
-		trap 'kill $$device; exit 130' INT TERM;) \
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore=tests/distributed --ignore=tests/device $(TESTS); \
-	status=$$?; $(if $(TESTS),,wait $$device || status=$$?; cat $(VENV)/device.log;) exit $$status
+test: $(VENV)/.test $(if $(TESTS),,test-device)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore=tests/distributed --ignore=tests/device $(TESTS)
 
 # the tests that take seconds: other processes, a compiler, many threads; pytest ends with 5 where TESTS has none
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow --ignore=tests/distributed --ignore=tests/device $(TESTS) \
 		|| test $$? = 5
 
-SIMULATED = $(if $(GRAFT_TESTS_DEVICE),,-p tests.device.simulated)
-
 # on a CUDA device, simulated where torch is a CPU build; GRAFT_TESTS_DEVICE=cuda: on the real one
 test-device: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(SIMULATED) tests/device $(DEVICE)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(GRAFT_TESTS_DEVICE),,-p tests.device.simulated) tests/device $(DEVICE)
 
 # `graft device-report` and these tests on a GPU of this machine, in out/device-report.json, to send in (docs/devices.md)
 device-report: $(VENV)/.test

@@ -593,24 +593,24 @@ class StackLayout:
             verdicts[key] = exchanged, by_version
         return verdicts
 
-    def warn_of_doubts(self, doubts: set[str], what: str) -> None:
+    def warn_of_doubts(self, doubts: set[str], file: str) -> None:
         """Give one PeftWarning for each of the `doubts` "exchanged", "twice" and "by_expert", which names the
         `expert_layout` option that settles it.
 
-        Each text begins with the given clause, which names adapter and file. Texts differ with the version of
+        Each text begins with `file`, a clause that names adapter and file. Texts differ with the version of
         PEFT and with a package that replaced `load_adapter`.
         """
         if "exchanged" in doubts:
             read = "exchanged, as PEFT before 0.18 wrote them" if self.version is None else "as PEFT 0.19.1 writes them"
             warn(
-                f"{what} has square stacks of experts, and does not tell whether A and B are exchanged: they were "
+                f"{file} has square stacks of experts, and does not tell whether A and B are exchanged: they were "
                 f"read {read}. Pass expert_layout='exchanged' if PEFT before 0.19.1 trained it, 'peft' if a later one "
                 "did.",
                 PeftWarning,
             )
         if "twice" in doubts:
             warn(
-                f"{what}: expert_layout='grouped_by_expert' has put the columns of B in order. PeftModel.load_adapter "
+                f"{file}: expert_layout='grouped_by_expert' has put the columns of B in order. PeftModel.load_adapter "
                 f"was replaced by {self.left_to}: if that does so as well, leave expert_layout out.",
                 PeftWarning,
             )
@@ -619,7 +619,7 @@ class StackLayout:
             if self.left_to is not None:
                 read = f"that is left to {self.left_to}, which has replaced PeftModel.load_adapter"
             warn(
-                f"{what} was trained by Unsloth and does not tell the order of the columns of B of stacks of experts: "
+                f"{file} was trained by Unsloth and does not tell the order of the columns of B of stacks of experts: "
                 f"{read}. Pass expert_layout='grouped_by_expert' if Unsloth before September 2026 trained it"
                 + (", 'rank_major' if a later one did." if self.left_to is None else " and that leaves it alone."),
                 PeftWarning,

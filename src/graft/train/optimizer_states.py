@@ -26,15 +26,13 @@ class OptimizerStates:
     Attributes:
         inner: the torch optimizer that computes.
         groups: its parameter groups; their options may be set.
+        members: the parameters of each group.
     """
 
     def __init__(self, optimizer: Optimizer):
+        """Note the optimizer, its groups and their parameters."""
         self.inner, self.groups = optimizer, optimizer.param_groups
-
-    def parameters(self, group: int) -> list[nn.Parameter]:
-        """Return the parameters of a group."""
-        parameters: list[nn.Parameter] = self.groups[group]["params"]
-        return parameters
+        self.members: list[list[nn.Parameter]] = [group["params"] for group in self.groups]
 
     def check(self) -> None:
         """Check that the optimizer's state can be kept by parameter name.
@@ -62,7 +60,7 @@ class OptimizerStates:
         """Return the states with keys that are no parameters."""
         return {key: state for key, state in self.inner.state.items() if not isinstance(key, Tensor)}
 
-    def replace_states(self, states: list[tuple[nn.Parameter, int, State]], other_states: dict[Any, Any]) -> None:
+    def replace_states(self, states: list[tuple[nn.Parameter, State, State]], other_states: dict[Any, Any]) -> None:
         """Replace all states by copies of (parameter, group, whole state), and by `other_states` themselves.
 
         Tensors go to the parameter's device and are sharded like it.
@@ -71,7 +69,7 @@ class OptimizerStates:
         """
         new_states: dict[Any, State] = {}  # whole before any of it is in place: there may be no room
         for p, group, state in states:
-            placed = {key: place_value(value, p, self.groups[group]) for key, value in state.items()}
+            placed = {key: place_value(value, p, group) for key, value in state.items()}
             new_states[p] = {key: shard_value(value, p) for key, value in placed.items()}
         self.inner.state.clear()
         self.inner.state.update(other_states)
@@ -84,9 +82,13 @@ class Zero3OptimizerStates(OptimizerStates):
     """
 
     def __init__(self, outer: Any):
-        """Take DeepSpeed's optimizer, `outer`, and the torch optimizer within it."""
+        """Take DeepSpeed's optimizer, `outer`, and the torch optimizer within it. A group has the parameters of all its
+        subgroups.
+        """
         super().__init__(outer.optimizer)
-        self.outer = outer
+        self.outer, self.members = outer, [[] for _ in self.groups]
+        for sub_group, parameters in enumerate(outer.fp16_groups):
+            self.members[outer.sub_group_to_group_id[sub_group]] += parameters
 
     def check(self) -> None:
         """Raise DistributedError if it trains in float16, with a scale that files lack, or swaps its state to a disk.
@@ -97,11 +99,6 @@ class Zero3OptimizerStates(OptimizerStates):
             raise DistributedError("DeepSpeed trains in float16, with a scale that the file cannot hold. Use bf16.")
         if self.outer.swap_optimizer:
             raise DistributedError("DeepSpeed swaps the optimizer's state to a disk. Use its own checkpoints.")
-
-    def parameters(self, group: int) -> list[nn.Parameter]:
-        """Return the parameters of a group, from all its subgroups."""
-        of = self.outer.sub_group_to_group_id
-        return [p for sub, parameters in enumerate(self.outer.fp16_groups) if of[sub] == group for p in parameters]
 
     def states(self) -> Iterator[tuple[nn.Parameter, State]]:
         """Yield each parameter with its state.
@@ -116,7 +113,7 @@ class Zero3OptimizerStates(OptimizerStates):
             for p in parameters if state else ():
                 yield p, {key: whole(p, key).clone() if is_moment(v, flat.numel()) else v for key, v in state.items()}
 
-    def replace_states(self, states: list[tuple[nn.Parameter, int, State]], other_states: dict[Any, Any]) -> None:
+    def replace_states(self, states: list[tuple[nn.Parameter, State, State]], other_states: dict[Any, Any]) -> None:
         """Replace all states of the inner optimizer by `other_states` and those of `states`.
 
         Moments of each subgroup become zeros, then each parameter's local part is written.

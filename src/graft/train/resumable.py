@@ -18,7 +18,7 @@ from graft.core.errors import warn
 from graft.files.tensors import read_header
 from graft.storage.parallel import layout_of
 from graft.train.callbacks import Listener
-from graft.train.resuming import FILE, ResumeJob, collect_training_state, list_adapters, load_training, write_training
+from graft.train.resuming import FILE, ResumeJob, collect_training_state, find_registry, load_training, write_training
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
@@ -98,11 +98,11 @@ class Resumable(Listener):
         Raises:
             CheckpointError: the checkpoint lacks training.safetensors (the text names the newest whole one), its epoch,
                 or is of another step.
-            ConfigError: the model has no adapter. And the errors of `graft.resume`.
+            ConfigError: the model is no PeftModel, or has no adapter. And the errors of `graft.resume`.
         """
         if args.fp16:
             warn("graft.train.Resumable does not keep the scale of float16's gradients. Use bf16=True.")
-        list_adapters(model)  # else the first save would say that there is none
+        find_registry(model)  # else the first save would say that there is none
         if not state.global_step:
             return
         folder = self._find_checkpoint(args, state)
@@ -113,7 +113,7 @@ class Resumable(Listener):
             raise CheckpointError(
                 f"{folder} holds no {FILE}: Resumable did not save it, or the process was killed meanwhile. {remedy}."
             )
-        job = ResumeJob(*load_training(folder), folder, model, optimizer, lr_scheduler, None, self.strict)
+        job = ResumeJob(*load_training(folder), folder, self.strict)
         if not isinstance(epoch := job.report.extra.get("epoch"), (int, float)) or not epoch >= 0:
             raise CheckpointError(f"{folder} does not hold its epoch. Resume from an earlier one.")
         if job.report.step != state.global_step:
@@ -121,7 +121,7 @@ class Resumable(Listener):
                 f"{folder} was saved at step {job.report.step}, and Trainer resumes at step {state.global_step}. Give "
                 "both the same checkpoint."
             )
-        self.resumed, self._job = job.run(), job
+        self.resumed, self._job = job.run(model, optimizer, lr_scheduler, None), job
 
     def on_epoch_begin(self, args: tuple[object, ...], state: object, control: object, **kwargs: object) -> None:
         """Put the generators back if the training was saved at the end of an epoch: the loader, which begins now, draws

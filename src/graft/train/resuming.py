@@ -56,7 +56,8 @@ FIELDS = OF_RANK | {
     "schedule": lambda state: state is None or type(state) is dict,
 }  # fmt: skip
 EMPTY: Json = {"params": []}
-OF_THIS_MACHINE = ("params", "param_names", "foreach", "fused", "capturable")  # options of a group that stay
+OF_MEMBERS = ("params", "param_names")  # entries of a group that are no options
+OF_THIS_MACHINE = (*OF_MEMBERS, "foreach", "fused", "capturable")  # entries of a group that stay
 
 
 @dataclass
@@ -130,9 +131,9 @@ def save_training(
             ZeRO-2; or each trains others, as stages of a pipeline do. Nothing is written.
         CheckpointError: a process does not call this.
     """
-    inner = find_peft_model(model, "save_training")
     note, tensors = collect_training_state(model, optimizer, scheduler, loader, step, extra or {})
     where = os.fspath(folder)
+    inner: Any = unwrap_model(model)
     inner.save_pretrained(where)
     write_training(where, note, tensors)
 
@@ -180,7 +181,7 @@ def resume(
     """
     where = os.fspath(folder)
     note, tensors = run_on_all(lambda: load_training(where), f"resume('{where}')")
-    return ResumeJob(note, tensors, where, model, optimizer, scheduler, loader, strict).run()
+    return ResumeJob(note, tensors, where, strict).run(model, optimizer, scheduler, loader)
 
 
 def load_training(folder: str) -> tuple[Json, dict[str, Tensor]]:
@@ -246,27 +247,46 @@ def check_same_values(values: dict[str, TrainedTensor]) -> None:
 
 
 class TrainedParts:
-    """The tensors and states that a training changes in a model and its optimizer.
+    """The parts of a training, and the tensors that it changes.
 
     Attributes:
-        optimizer_states: of the optimizer.
+        registry: of the model.
+        optimizer_states: of the optimizer within wrappers of accelerate.
+        scheduler: within wrappers of accelerate.
+        schedule, loader_state: `state_dict()` of the scheduler and the loader, None for None.
         values: trained tensors by name.
         names: id of a trained tensor → its name.
+        group_names: for each group of the optimizer the names of its parameters.
+        masters: ids of the parameters that DeepSpeed trains through a float32 copy.
     """
 
-    def find_parts(self, model: nn.Module, optimizer: object, scheduler: object) -> None:
-        """Set `optimizer_states`, `values` and `names` (id of a tensor → name).
+    def find_parts(self, model: nn.Module, optimizer: object, scheduler: object, loader: Any) -> None:
+        """Set all attributes. `optimizer` and `scheduler` may be wrapped by accelerate; scheduler and loader may be
+        None.
 
-        The optimizer is outside of accelerate's wrapper.
-
-        The scheduler is checked before, and the sharding after all three are set. Raises ConfigError or
-        DistributedError if the training cannot be saved or resumed by name.
+        Checked are, in this order, the model, scheduler, loader, optimizer, its parameters, the sharding and merges.
+        Raises ConfigError or DistributedError if the training cannot be saved or resumed by name.
         """
-        check_scheduler(scheduler)
-        self.optimizer_states = wrap_optimizer(optimizer)
-        self.values = collect_trained_tensors(model, self.optimizer_states)
+        self.registry, self.loader, self.scheduler = find_registry(model), loader, unwrap_accelerate(scheduler)
+        self.schedule: Any = get_state(
+            self.scheduler, "A {} is no scheduler. Pass the scheduler third, then the loader."
+        )
+        self.loader_state = get_state(
+            loader,
+            "The loader ({}) has no state_dict() with its position. Pass torchdata's StatefulDataLoader; or "
+            "loader=None, and skip the earlier batches yourself.",
+        )
+        self.optimizer_states = wrap_optimizer(unwrap_accelerate(optimizer))
+        self.values = collect_trained_tensors(unwrap_model(model), self.registry, self.optimizer_states)
         self.names = {id(v.tensor): name for name, v in self.values.items()}
+        self.group_names = [[self.names[id(p)] for p in members] for members in self.optimizer_states.members]
+        self.masters = parallel.find_master_ids(v.tensor for v in self.values.values())
         check_sharding({name: v.tensor for name, v in self.values.items()}, self.optimizer_states)
+        check_unmerged(self.registry, self.names)
+
+    def get_dtype(self, t: Tensor) -> torch.dtype:
+        """Return the dtype of the values that train for a tensor: float32 if DeepSpeed has a copy of it."""
+        return torch.float32 if id(t) in self.masters else t.dtype
 
 
 class TrainingSnapshot(TrainedParts):
@@ -290,14 +310,11 @@ class TrainingSnapshot(TrainedParts):
         Raises:
             ConfigError, DistributedError: a part has state that cannot be saved.
         """
-        self.model = model
-        schedule = unwrap_accelerate(scheduler)
-        self.find_parts(model, unwrap_accelerate(optimizer), schedule)
+        self.find_parts(model, optimizer, scheduler, loader)
         optimizer_states = self.optimizer_states
         optimizer_states.check()
         self.kind = type(optimizer_states.inner).__name__
         self.tensors = tensors = dict[str, Tensor]()
-        options = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in optimizer_states.groups]
         self.note: Json = {
             "format": FORMAT,
             "step": to_step(step),
@@ -305,20 +322,18 @@ class TrainingSnapshot(TrainedParts):
             "processes": processes(),
             "optimizer": get_class_name(optimizer_states.inner),
             "groups": [
-                {
-                    "params": [self.names[id(p)] for p in optimizer_states.parameters(i)],
-                    **{k: pack(v, tensors, f"{self.kind}, option '{k}'") for k, v in group.items()},
-                }
-                for i, group in enumerate(options)
+                {"params": names}
+                | {k: pack(v, tensors, f"{self.kind}, option '{k}'") for k, v in group.items() if k not in OF_MEMBERS}
+                for names, group in zip(self.group_names, optimizer_states.groups)
             ],
             "others": pack(optimizer_states.collect_other_states(), tensors, self.kind),
-            "scheduler": None if schedule is None else describe_scheduler(schedule),
-            "schedule": None if schedule is None else pack(schedule.state_dict(), tensors, get_class_name(schedule)),
+            "scheduler": describe_scheduler(self.scheduler),
+            "schedule": pack(self.schedule, tensors, get_class_name(self.scheduler)),
         }
         self.rank_tensors: dict[str, Tensor] = {}  # of this process alone
         at = rank_prefix(get_rank())
         self.rank_state = {
-            "loader": pack(get_loader_state(loader), self.rank_tensors, "The loader", stem=f"{at}own/t"),
+            "loader": pack(self.loader_state, self.rank_tensors, "The loader", stem=f"{at}own/t"),
             "random": pack({"python": random.getstate(), "numpy": get_numpy_state()}, self.rank_tensors, "random"),
         }
         self.rank_tensors |= {f"{at}{GENERATOR}/{name}": get() for name, (get, _) in list_generators(loader).items()}
@@ -331,18 +346,17 @@ class TrainingSnapshot(TrainedParts):
         Every process of the training must call this, since tensors are exchanged. `self.tensors` is filled and
         returned, too.
         """
-        masters = parallel.find_master_ids(v.tensor for v in self.values.values())
-        values = {f"{VALUE}/{name}": v.tensor for name, v in self.values.items()}
-        self.tensors |= {key: parallel.gather_master_values(t) if id(t) in masters else t for key, t in values.items()}
+        for name, (t, *_) in self.values.items():
+            self.tensors[f"{VALUE}/{name}"] = parallel.gather_master_values(t) if id(t) in self.masters else t
         states: dict[str, dict[str, object]] = {}
         for p, state in self.optimizer_states.states():
             name = self.names[id(p)]
-            where = {k: (f"{self.kind}, '{k}' of '{name}'", f"{k}/{name}") for k in state}
-            states[name] = {k: pack(v, self.tensors, *where[k]) for k, v in state.items()}
+            states[name] = {
+                k: pack(v, self.tensors, f"{self.kind}, '{k}' of '{name}'", f"{k}/{name}") for k, v in state.items()
+            }
         self.tensors |= gather_tensors(self.tensors)
         together = processes() > 1
-        registry = get_registry(unwrap_model(self.model))
-        bases = {name: registry.fingerprint_base(name, together) for name in list_adapters(self.model)}
+        bases = {name: self.registry.fingerprint_base(name, together) for name in list_trained(self.registry)}
         everyone = exchange_objects((self.rank_state, self.rank_tensors))
         for _, rank_tensors in everyone:
             self.tensors |= rank_tensors
@@ -363,18 +377,28 @@ def rank_prefix(number: int) -> str:
     return f"rank{number}/" if number else ""
 
 
-def list_adapters(model: nn.Module) -> list[str]:
-    """Return the names of the adapters that are not frozen, as `save_pretrained` saves them.
+def find_registry(model: object) -> Any:
+    """Return the registry of a PeftModel within wrappers; any model with adapters and `save_pretrained` passes.
 
-    Raises ConfigError if the model has no adapter.
+    Raises:
+        ConfigError: the object is no module, has no adapter, or has no `save_pretrained`.
     """
-    registry = get_registry(unwrap_model(model))
-    if registry is None or not registry.peft_config:
-        raise ConfigError(f"The model ({type(model).__name__}) has no adapter. Add one before you save.")
+    inner: Any = unwrap_model(model) if isinstance(model, nn.Module) else None
+    if inner is not None and not getattr(get_registry(inner), "peft_config", None):
+        raise ConfigError(f"The model ({type(inner).__name__}) has no adapter. Add one before you save.")
+    if not hasattr(inner, "save_pretrained"):
+        raise ConfigError(f"A training needs a PeftModel, got {type(model).__name__}. Make one by get_peft_model.")
+    return get_registry(inner)
+
+
+def list_trained(registry: Any) -> list[str]:
+    """Return the names of the adapters that are not frozen, as `save_pretrained` saves them."""
     return [name for name in registry.peft_config if name not in registry.frozen]
 
 
-def collect_trained_tensors(model: nn.Module, optimizer_states: OptimizerStates) -> dict[str, TrainedTensor]:
+def collect_trained_tensors(
+    model: nn.Module, registry: Any, optimizer_states: OptimizerStates
+) -> dict[str, TrainedTensor]:
     """Return all tensors of the adapters, and all parameters in an optimizer, by name without wrappers.
 
     Each has its adapter and slot; parameters that are no adapter's have None for both.
@@ -382,54 +406,47 @@ def collect_trained_tensors(model: nn.Module, optimizer_states: OptimizerStates)
     Tensors of an adapter that are not in the model are named by place and adapter.
 
     Raises:
-        ConfigError: a parameter of the optimizer is not the model's, or has adapters merged into it; or a method has
-            state that is not in tensors.
+        ConfigError: a parameter of the optimizer is not the model's, or a method has state that is not in tensors.
     """
-    inner, adapters = unwrap_model(model), list_adapters(model)
     names: dict[int, str] = {}
-    for name, t in (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)):
+    for name, t in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         names.setdefault(id(t), parallel.strip_inner_wrappers(name))
     tensors: dict[str, TrainedTensor] = {}
-    for adapter in adapters:
-        state = get_registry(inner).states.get(adapter)
+    for adapter in list_trained(registry):
+        state = registry.states.get(adapter)
         if state is not None and not isinstance(state, bool):
             raise ConfigError(
-                f"Adapter '{adapter}' ({get_registry(inner).peft_config[adapter].peft_type}) allocates while it "
-                "trains, and its measurements are in no tensors. Save its adapter by save_pretrained instead."
+                f"Adapter '{adapter}' ({registry.peft_config[adapter].peft_type}) allocates while it trains, and its "
+                "measurements are in no tensors. Save its adapter by save_pretrained instead."
             )
-        for place, slot in iterate_slots(inner, adapter):
+        for place, slot in iterate_slots(model, adapter):
             name = names.get(id(slot.tensor), f"{place}.{adapter}")
             tensors.setdefault(name, TrainedTensor(slot.tensor, adapter, slot))
-    for i in range(len(optimizer_states.groups)):
-        for p in optimizer_states.parameters(i):
+    for i, members in enumerate(optimizer_states.members):
+        for p in members:
             if id(p) not in names:
                 raise ConfigError(
                     f"Group {i} of the optimizer has a parameter of shape {tuple(p.shape)} that is not the model's "
                     "(any more). Make the optimizer from model.parameters()."
                 )
             tensors.setdefault(names[id(p)], TrainedTensor(p, None, None))
-    changes = find_merged_parameters(inner)
-    if changed := [(name, *changes[id(v.tensor)]) for name, v in tensors.items() if id(v.tensor) in changes]:
-        name, key, merged = changed[0]
-        raise ConfigError(
-            f"'{name}' is in the optimizer, and adapter(s) {', '.join(merged)} are merged into layer '{key}', so that "
-            "it is not the value that trains. Call unmerge_adapter() first."
-        )
     return tensors
 
 
-def find_merged_parameters(model: nn.Module) -> dict[int, tuple[str, list[str]]]:
-    """Return the base's parameters that have merged adapters in them: id → (path of the layer, names of the adapters).
-
-    A bias is included if the merge has changed it.
+def check_unmerged(registry: Any, names: dict[int, str]) -> None:
+    """Raise ConfigError if a weight of the base, or a bias that the merge has changed, has merged adapters in it and is
+    among the trained tensors, id → name.
     """
-    parameters = dict[int, tuple[str, list[str]]]()
-    for key, layer in get_registry(model).layers.items():
-        base, undo = layer.get_base_layer(), layer.state.undo
-        tensors = [getattr(base, layer.site.parameter, None)] if undo else []
-        tensors += [getattr(base, "bias", None)] if any(bias is not None for _, _, bias in undo) else []
-        parameters |= {id(t): (key, [*layer.merged_adapters]) for t in tensors if t is not None}
-    return parameters
+    for key, layer in registry.layers.items():
+        undo = layer.state.undo
+        changed = [layer.site.parameter] if undo else []
+        changed += ["bias"] if any(bias is not None for _, _, bias in undo) else []
+        for attribute in changed:
+            if name := names.get(id(getattr(layer.get_base_layer(), attribute, None))):
+                raise ConfigError(
+                    f"'{name}' is in the optimizer, and adapter(s) {', '.join(layer.merged_adapters)} are merged into "
+                    f"layer '{key}', so that it is not the value that trains. Call unmerge_adapter() first."
+                )
 
 
 def unwrap_accelerate(wrapper: Any) -> Any:
@@ -439,22 +456,16 @@ def unwrap_accelerate(wrapper: Any) -> Any:
     return wrapper
 
 
-def find_peft_model(model: object, who: str) -> Any:
-    """Return the PeftModel within wrappers; any object with `save_pretrained` passes.
+def get_state(thing: Any, fault: str) -> Any:
+    """Return `state_dict()` of a scheduler or loader, None for None.
 
-    Raises:
-        ConfigError: the object has no `save_pretrained`; the text begins with `who`.
+    Raises ConfigError if it lacks `state_dict` or `load_state_dict`, with the text `fault`, which gets its class name.
     """
-    inner = unwrap_model(model) if isinstance(model, nn.Module) else model
-    if not hasattr(inner, "save_pretrained"):
-        raise ConfigError(f"{who} needs a PeftModel, got {type(inner).__name__}. Make one by get_peft_model.")
-    return inner
-
-
-def check_scheduler(scheduler: object) -> None:
-    """Raise ConfigError for an object that is not None and lacks `state_dict` or `load_state_dict`."""
-    if scheduler is not None and not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
-        raise ConfigError(f"A {type(scheduler).__name__} is no scheduler. Pass the scheduler third, then the loader.")
+    if thing is None:
+        return None
+    if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
+        raise ConfigError(fault.format(type(thing).__name__))
+    return thing.state_dict()
 
 
 def get_class_name(thing: object) -> str:
@@ -462,30 +473,17 @@ def get_class_name(thing: object) -> str:
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
-def describe_scheduler(scheduler: object) -> str:
-    """Return module and qualified name of a scheduler's class.
+def describe_scheduler(scheduler: object) -> str | None:
+    """Return module and qualified name of a scheduler's class; None for None.
 
     If it has `lr_lambdas`, their names follow in parentheses, each once, since no state holds these functions: of a
     partial its function's, of an object its class's.
     """
+    if scheduler is None:
+        return None
     rules = [f.func if isinstance(f, partial) else f for f in getattr(scheduler, "lr_lambdas", ())]
     names = dict.fromkeys(f.__qualname__ if hasattr(f, "__qualname__") else type(f).__qualname__ for f in rules)
     return f"{get_class_name(scheduler)}({', '.join(names)})" if names else get_class_name(scheduler)
-
-
-def get_loader_state(loader: object) -> object:
-    """Return `state_dict()` of a loader, None for None.
-
-    Raises ConfigError if it lacks `state_dict` or `load_state_dict`.
-    """
-    if loader is None:
-        return None
-    if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
-        raise ConfigError(
-            f"The loader ({type(loader).__name__}) has no state_dict() with its position. Pass torchdata's "
-            "StatefulDataLoader; or loader=None, and skip the earlier batches yourself."
-        )
-    return loader.state_dict()
 
 
 def get_numpy_state() -> tuple[object, ...]:
@@ -517,34 +515,22 @@ class ResumeJob(TrainedParts):
     """One call of `resume`: it finds the targets, checks them, then writes.
 
     Attributes:
-        outer: the optimizer outside of accelerate's wrapper.
         tensors: values of the file by name of the trained tensor.
-        rank_state, generator_states: of this process in the file. `rank_state` is None if the file has fewer processes.
+        rank_state, generator_states: of this process in the file. `rank_state` is {} if the file has fewer processes.
         report: is returned.
     """
 
-    def __init__(
-        self,
-        note: Json,
-        tensors: dict[str, Tensor],
-        folder: str,
-        model: nn.Module,
-        optimizer: Optimizer,
-        scheduler: object,
-        loader: Any,
-        strict: bool,
-    ) -> None:
+    def __init__(self, note: Json, tensors: dict[str, Tensor], folder: str, strict: bool) -> None:
         """Sort the file's note and tensors, for this process. Nothing is checked yet."""
-        self.note, self.folder, self.strict, self.model = note, folder, strict, model
-        self.outer, self.scheduler, self.loader = unwrap_accelerate(optimizer), unwrap_accelerate(scheduler), loader
+        self.note, self.folder, self.strict = note, folder, strict
         self.tensors = {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith(f"{VALUE}/")}
-        everyone = [note, *note.get("of_ranks", ())]
-        self.rank_state = everyone[get_rank()] if get_rank() < len(everyone) else None
+        rank_states: list[Json] = [note, *note["of_ranks"]]
+        self.rank_state = rank_states[get_rank()] if get_rank() < len(rank_states) else {}
         stem = f"{rank_prefix(get_rank())}{GENERATOR}/"
         self.generator_states = {k.removeprefix(stem): t for k, t in tensors.items() if k.startswith(stem)}
         self.report = Resumed(note["step"], note["extra"])
 
-    def run(self) -> Resumed:
+    def run(self, model: nn.Module, optimizer: object, scheduler: object, loader: object) -> Resumed:
         """Check everything, then write values, optimizer, scheduler, loader and generators, and return the report.
 
         All processes agree after each check, so that an error is raised on all.
@@ -552,30 +538,30 @@ class ResumeJob(TrainedParts):
         Writing waits until no call of the model runs, or raises InUseError after the model's `change_timeout`. If
         loader or scheduler refuses its state, both get theirs back, and nothing has changed.
         """
-        run_on_all(partial(find_peft_model, self.model, "resume"), self.call)
-        run_on_all(partial(self.find_parts, self.model, self.outer, self.scheduler), self.call)
-        run_on_all(self.check_base, self.call)
-        run_on_all(self.check_all, self.call)
-        with get_registry(unwrap_model(self.model)).call.gate.change("resume", None):
+        call = f"resume('{self.folder}')"
+        run_on_all(partial(self.find_parts, model, optimizer, scheduler, loader), call)
+        run_on_all(self.check_base, call)
+        run_on_all(self.check_all, call)
+        with self.registry.call.gate.change("resume", None):
             with ExitStack() as undo:
-                loader = None if self.rank_state is None or self.loader is None else self.rank_state["loader"]
-                schedule = None if "scheduler" in self.report.fresh else self.note["schedule"]
-                run_on_all(partial(self.load_states, undo, loader, schedule), self.call)
+                run_on_all(partial(self.load_states, undo), call)
                 undo.pop_all()
             self.put_values()
             self.put_optimizer()
         self.put_generators()
         return self.report
 
-    def load_states(self, undo: ExitStack, loader: object, schedule: object) -> None:
-        """Load copies of the states into the loader, then the scheduler. One that is None, or has no state, is skipped.
+    def load_states(self, undo: ExitStack) -> None:
+        """Load copies of the file's states into the loader, then the scheduler. One is skipped that is None, begins
+        anew, or has no state in the file.
 
         On `undo` is put the way back to state and attributes, since their code may refuse a state.
 
         Raises:
             CheckpointError: one of them raises an error.
         """
-        for thing, state in (self.loader, loader), (self.scheduler, schedule):
+        schedule = None if "scheduler" in self.report.fresh else self.note["schedule"]
+        for thing, state in (self.loader, self.rank_state.get("loader")), (self.scheduler, schedule):
             if thing is None or state is None:
                 continue
             undo.callback(restore_object, thing, copy.deepcopy(thing.state_dict()), {**getattr(thing, "__dict__", {})})
@@ -585,11 +571,6 @@ class ResumeJob(TrainedParts):
                 raise CheckpointError(
                     f"{self.folder}: a {type(thing).__name__} refuses the state in {FILE} ({e!r}). {REMEDY}"
                 ) from e
-
-    @property
-    def call(self) -> str:
-        """The text of the call, for errors of several processes."""
-        return f"resume('{self.folder}')"
 
     def check_all(self) -> None:
         """Check values, optimizer, scheduler, processes, loader and contents, in this order.
@@ -616,22 +597,15 @@ class ResumeJob(TrainedParts):
         check_tensors(self.tensors, path, allow_nonfinite=True)
         check_state_finite(self.tensors, f"{path}: the values")
         inner, fresh = self.optimizer_states.inner, self.report.fresh
-        for group, then in self.matching_groups() if "optimizer" not in fresh else ():
-            options = {k: v for k, v in then.items() if k != "params" and k not in OF_THIS_MACHINE}
-            for name in options.keys() & group.keys():
-                check_state_like(inner, options[name], group[name], f"{path}: the option '{name}'", name)
-            rate = options.get("initial_lr", 0.0)
-            check_state_like(inner, rate, 0.0, f"{path}: the option 'initial_lr'", "initial_lr")
-        masters = parallel.find_master_ids(v.tensor for v in self.values.values())
-        for p, i, name in self.parameters_with_state():
-            where, dtype = f"{path}: the optimizer's state of '{name}'", torch.float32 if id(p) in masters else p.dtype
-            check_moments(
-                self.note["states"][name], find_whole_shape(p), dtype, inner, self.optimizer_states.groups[i], where
-            )
+        for group, then in self.matching_groups():
+            for name in then.keys() & {*group, "initial_lr"} - {*OF_THIS_MACHINE}:
+                check_state_like(inner, then[name], group.get(name, 0.0), f"{path}: the option '{name}'", name)
+        for p, group, name in self.parameters_with_state():
+            where = f"{path}: the optimizer's state of '{name}'"
+            check_moments(self.note["states"][name], find_whole_shape(p), self.get_dtype(p), inner, group, where)
         if self.note["schedule"] is not None and "scheduler" not in fresh:
-            state = self.scheduler.state_dict()
-            check_state_like(self.scheduler, self.note["schedule"], state, f"{path}: the schedule")
-        if self.rank_state is not None and "generators" not in fresh:
+            check_state_like(self.scheduler, self.note["schedule"], self.schedule, f"{path}: the schedule")
+        if self.rank_state and "generators" not in fresh:
             check_random(self.rank_state["random"], path)
             for name in self.generator_states.keys() & list_generators(self.loader).keys() | {"cpu"}:
                 device = "cpu" if name.startswith("loader:") else name
@@ -658,13 +632,12 @@ class ResumeJob(TrainedParts):
         in full. The present one is made for each adapter, by all processes together where there are several. Raises
         CheckpointError if the file has no valid fingerprint.
         """
-        registry = get_registry(unwrap_model(self.model))
         for adapter, then in self.note["bases"].items():
-            if adapter not in registry.peft_config:
+            if adapter not in self.registry.peft_config:
                 continue  # its tensors are missing
             what = f"The training of adapter '{adapter}' in {self.folder}"
             # other targets show in the names of parameters
-            registry.check_base(adapter, then, what, together=processes() > 1, common=True)
+            self.registry.check_base(adapter, then, what, together=processes() > 1, common=True)
 
     def check_values(self) -> None:
         """Report a mismatch, an error with `strict`, for each of three differences between the adapter's values and the
@@ -683,8 +656,7 @@ class ResumeJob(TrainedParts):
         if shapes:
             text = [f"'{n}' has shape {tuple(self.tensors[n].shape)} there and {shape[n]} here" for n in shapes]
             self.add_mismatch(AdapterKeyError, f"{join_some(text, 3)}, as of another rank", shapes, [])
-        masters = parallel.find_master_ids(current.values())
-        dtype = {n: torch.float32 if id(current[n]) in masters else current[n].dtype for n in both}
+        dtype = {n: self.get_dtype(current[n]) for n in both}
         dtypes = [n for n in both if n not in shapes and dtype[n] != self.tensors[n].dtype]
         if dtypes:
             text = [f"'{n}' is {self.tensors[n].dtype} there and {dtype[n]} here" for n in dtypes]
@@ -704,9 +676,8 @@ class ResumeJob(TrainedParts):
         Without this check, the network's first tensor would match a prompt's by name, and maybe by shape.
         """
         differing: set[str] = set()
-        registry = get_registry(unwrap_model(self.model))
-        for adapter in registry.peft_config:
-            prompt = registry.parts_of(adapter).prompt
+        for adapter in self.registry.peft_config:
+            prompt = self.registry.parts_of(adapter).prompt
             named = {self.names[id(p)]: name for name, p in prompt.named_parameters()} if prompt is not None else {}
             stem = next((whole.removesuffix(name) for whole, name in named.items()), None)
             saved = [n for n in self.tensors if stem is not None and n.startswith(stem)]
@@ -734,7 +705,7 @@ class ResumeJob(TrainedParts):
             self.add_mismatch(ConfigError, f"its optimizer is a {then}, and here is a {now}", ["optimizer"], [])
             return
         groups = [set(group["params"]) for group in self.note["groups"]]
-        sets = self.list_group_names()
+        sets = [set(names) for names in self.group_names]
         if groups != sets:
             saved, live = set().union(*groups), set().union(*sets)
             one = sorted(saved ^ live)
@@ -748,16 +719,11 @@ class ResumeJob(TrainedParts):
                 sorted(saved - live - {*self.report.missing}),
             )
 
-    def list_group_names(self) -> list[set[str]]:
-        """Return for each group of the optimizer the names of its parameters."""
-        states = self.optimizer_states
-        return [{self.names[id(p)] for p in states.parameters(i)} for i in range(len(states.groups))]
-
     def check_processes(self) -> None:
         """Report a mismatch, an error with `strict`, if the number of processes differs: then "generators" is fresh and
         missing.
         """
-        then, now = self.note.get("processes", 1), processes()
+        then, now = self.note["processes"], processes()
         if then != now:
             text = f"{then} processes trained it, and here are {now}, so that their rows and random numbers are others"
             self.add_mismatch(ConfigError, text, ["generators"], ["generators"])
@@ -768,11 +734,11 @@ class ResumeJob(TrainedParts):
         the optimizer begins anew. After a mismatch the scheduler begins anew. Without a scheduler on both sides nothing
         is reported.
         """
-        then, now = self.note["scheduler"], None if self.scheduler is None else describe_scheduler(self.scheduler)
+        then, now = self.note["scheduler"], describe_scheduler(self.scheduler)
         if then != now:
             text = f"its scheduler is {then}, and here is {now}"
             self.add_mismatch(ConfigError, text, ["scheduler"] if now else [], ["scheduler"] if then else [])
-        elif now and (differing := self.note["schedule"].keys() ^ self.scheduler.state_dict().keys()):
+        elif now and (differing := self.note["schedule"].keys() ^ self.schedule.keys()):
             self.add_mismatch(ConfigError, f"its scheduler's state differs in {sorted(differing)}", ["scheduler"], [])
         elif now and "optimizer" not in self.report.fresh:
             rates, current = self.note["schedule"].get("base_lrs", []), getattr(self.scheduler, "base_lrs", [])
@@ -783,9 +749,9 @@ class ResumeJob(TrainedParts):
 
     def check_loader(self) -> None:
         """Report a mismatch, an error with `strict`, if only one of this process's state in the file and this call has
-        a loader: "loader" is then missing or fresh. Raises ConfigError for a loader without a state.
+        a loader: "loader" is then missing or fresh.
         """
-        then, now = (self.rank_state or {}).get("loader"), get_loader_state(self.loader)
+        then, now = self.rank_state.get("loader"), self.loader_state
         if (then is None) != (now is None):
             text = "it holds the state of a loader, and none is passed" if now is None else "it holds no loader's state"
             self.add_mismatch(ConfigError, text, [] if now is None else ["loader"], ["loader"] if now is None else [])
@@ -798,11 +764,10 @@ class ResumeJob(TrainedParts):
         """
         known = self.tensors.keys() - self.report.fresh
         fits = [(v, self.tensors[n]) for n, v in self.values.items() if n in known]
-        registry = get_registry(unwrap_model(self.model))
-        for adapter in registry.peft_config:
+        for adapter in self.registry.peft_config:
             adapter_pairs = [(v, tensor) for v, tensor in fits if v.adapter == adapter]
             if adapter_pairs:
-                registry.assign_values(adapter, adapter_pairs)
+                self.registry.assign_values(adapter, adapter_pairs)
         with torch.no_grad():
             for v, tensor in fits:
                 if v.adapter is None:
@@ -817,34 +782,30 @@ class ResumeJob(TrainedParts):
         if "optimizer" in self.report.fresh:
             return
         states = self.note["states"]
-        parameter_states = [(p, i, states[name]) for p, i, name in self.parameters_with_state()]
+        parameter_states = [(p, group, states[name]) for p, group, name in self.parameters_with_state()]
         self.optimizer_states.replace_states(parameter_states, self.note["others"])
         for group, then in self.matching_groups():
             for k, value in then.items():
                 if k not in OF_THIS_MACHINE:
                     group[k] = place_option(value, group.get(k))
 
-    def matching_groups(self) -> list[tuple[Json, Json]]:
-        """Return the optimizer's groups that share a parameter with a group of the file, each with the group of the
-        file that shares most, of equals the first.
+    def matching_groups(self) -> Iterator[tuple[Json, Json]]:
+        """Yield the optimizer's groups that share a parameter with a group of the file, each with the group of the file
+        that shares most, of equals the first. Yields nothing if the optimizer begins anew.
         """
-        pairs = []
-        for group, names in zip(self.optimizer_states.groups, self.list_group_names()):
-            then = max(self.note["groups"], key=lambda g: len(names & set(g["params"])), default=EMPTY)
-            if names & set(then["params"]):
-                pairs.append((group, then))
-        return pairs
+        for group, names in zip(self.optimizer_states.groups, self.group_names):
+            then = max(self.note["groups"], key=lambda g: len({*names} & {*g["params"]}), default=EMPTY)
+            if "optimizer" not in self.report.fresh and {*names} & {*then["params"]}:
+                yield group, then
 
-    def parameters_with_state(self) -> Iterator[tuple[nn.Parameter, int, str]]:
-        """Yield (parameter, number of its group, name) for parameters with a state in the file that do not begin anew.
+    def parameters_with_state(self) -> Iterator[tuple[nn.Parameter, Json, str]]:
+        """Yield (parameter, its group, name) for parameters with a state in the file that do not begin anew.
 
         Yields nothing if the optimizer begins anew.
         """
-        for i in range(len(self.optimizer_states.groups)) if "optimizer" not in self.report.fresh else ():
-            for p in self.optimizer_states.parameters(i):
-                name = self.names[id(p)]
-                if name in self.note["states"] and name not in self.report.fresh:
-                    yield p, i, name
+        known = self.note["states"].keys() - self.report.fresh if "optimizer" not in self.report.fresh else ()
+        for group, members in zip(self.optimizer_states.groups, self.optimizer_states.members):
+            yield from ((p, group, self.names[id(p)]) for p in members if self.names[id(p)] in known)
 
     def put_generators(self) -> None:
         """Set the states of Python's, NumPy's and torch's generators, and those in the loader, to those of this process
@@ -853,7 +814,7 @@ class ResumeJob(TrainedParts):
         Devices that are not here, and generators of the loader that the file lacks, are skipped. Nothing happens if
         generators begin anew, or the file has no state of this process.
         """
-        if self.rank_state is None or "generators" in self.report.fresh:
+        if not self.rank_state or "generators" in self.report.fresh:
             return
         state = self.rank_state["random"]
         random.setstate(state["python"])

@@ -12,47 +12,31 @@ import torch
 from torch import Tensor, nn
 
 
-class Fan:
-    """The blocks of a model from the first adapted one on.
+@contextmanager
+def repeat_inputs(blocks: Sequence[nn.Module], rows: int, copies: int) -> Iterator[None]:
+    """Within the block, repeat the inputs of these blocks `copies` times: tensors of two or more dimensions and `rows`
+    rows, see `repeat_rows`. Without blocks nothing happens.
 
-    Their inputs have the rows of a batch once, or repeated for each run.
-
-    Attributes:
-        is_enabled: if False, blocks get their inputs unchanged.
+    A pre-forward hook, before all others, does so in this thread and in backward passes of any thread. It is removed at
+    the end, also after an error.
     """
+    thread = get_ident()
 
-    def __init__(self, blocks: Sequence[nn.Module]):
-        self.blocks = blocks
-        self.is_enabled = True  # False: inputs stay unchanged
+    def repeat(
+        _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[object, dict[str, object]] | None:
+        """Return the block's arguments with repeated rows.
 
-    @contextmanager
-    def repeat_inputs(self, rows: int, copies: int) -> Iterator[None]:
-        """Within the block, repeat the inputs of these blocks `copies` times: tensors of two or more dimensions and
-        `rows` rows, see `repeat_rows`.
-
-        A pre-forward hook, before all others, does so in this thread and in backward passes of any thread, and only
-        while `is_enabled`. It is removed at the end, also after an error.
+        Return None, which leaves them unchanged, in another thread outside a backward pass.
         """
-        thread = get_ident()
+        if get_ident() != thread and torch._C._current_graph_task_id() == -1:
+            return None
+        return repeat_rows(args, rows, copies), repeat_rows(kwargs, rows, copies)
 
-        def repeat_inputs(
-            _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-        ) -> tuple[object, dict[str, object]] | None:
-            """Return the block's arguments with repeated rows.
-
-            Return None, which leaves them unchanged, if the fan is disabled, or in another thread outside a backward
-            pass.
-            """
-            if not self.is_enabled:
-                return None
-            if get_ident() != thread and torch._C._current_graph_task_id() == -1:
-                return None
-            return repeat_rows(args, rows, copies), repeat_rows(kwargs, rows, copies)
-
-        with ExitStack() as hooks:
-            for block in self.blocks:
-                hooks.enter_context(block.register_forward_pre_hook(repeat_inputs, prepend=True, with_kwargs=True))
-            yield
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_pre_hook(repeat, prepend=True, with_kwargs=True))
+        yield
 
 
 def repeat_rows(value: Any, rows: int, copies: int) -> Any:
@@ -71,12 +55,11 @@ def repeat_rows(value: Any, rows: int, copies: int) -> Any:
     return value
 
 
-def find_fan(base: nn.Module, hosts: Sequence[nn.Module]) -> Fan | None:
-    """Return the `Fan` of the blocks from the first one with a host to the end of their list; None if rows cannot be
-    repeated there.
+def find_fan(base: nn.Module, hosts: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the blocks from the first one with a host to the end of their list; [] if rows cannot be repeated there.
 
-    Blocks are the items of the model's only outermost ModuleList. The result is None without such a list or with
-    several, without a host, or with a host that is not in the base. It is None also if the first host in the model's
+    Blocks are the items of the model's only outermost ModuleList. The result is [] without such a list or with
+    several, without a host, or with a host that is not in the base. It is [] also if the first host in the model's
     order comes before the list, or the first block has a host, since nothing would be saved.
     """
     host_ids, names = {id(host) for host in hosts}, dict(base.named_modules())
@@ -84,13 +67,13 @@ def find_fan(base: nn.Module, hosts: Sequence[nn.Module]) -> Fan | None:
     lists = [key for key, m in names.items() if isinstance(m, nn.ModuleList)]
     outer = [key for key in lists if not any(key.startswith(f"{outer_key}.") for outer_key in lists)]
     if len(outer) != 1 or len(places) != len(host_ids):
-        return None
+        return []
     within = f"{outer[0]}."
     if not places or not places[0].startswith(within):
-        return None
+        return []
     first = min(int(key.removeprefix(within).split(".")[0]) for key in places if key.startswith(within))
     blocks: Any = names[outer[0]]
-    return Fan(list(blocks)[first:]) if first else None
+    return list(blocks)[first:] if first else []
 
 
 def are_batches_equal(batches: Sequence[Mapping[str, object]]) -> bool:

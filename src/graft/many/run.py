@@ -272,11 +272,11 @@ class Run:
         """Return True if a function of the user computes the loss of this batch, not the model."""
         return self.draws_in_loss or item.loss is not None
 
-    def compute_loss(self, output: object, item: RunBatch, auxiliary: Any = 0.0) -> tuple[Tensor, BatchResult]:
+    def compute_loss(self, output: object, item: RunBatch, auxiliary: Any, tokens: int) -> tuple[Tensor, BatchResult]:
         """Return the value to differentiate and the result.
 
         The value is the loss plus `auxiliary`, over `item.mean_of`; a Trainer's loss is already divided, and a number
-        as `auxiliary` is ignored. The result has the undivided loss and the outputs, detached, and 0 tokens.
+        as `auxiliary` is ignored. The result has the undivided loss and the outputs, detached, and `tokens`.
 
         The loss function is `item.loss`, or else the run's. It returns the loss, or (loss, mapping of names to tensors
         or other values). One of the user draws from the run's random states. Errors of it get a note with the run's
@@ -308,7 +308,7 @@ class Run:
                 "tensors, without detach(), item() or no_grad()."
             )
         outputs = {key: v.detach() if isinstance(v, Tensor) else v for key, v in outputs.items()}
-        return value, BatchResult(loss.detach(), outputs, 0)
+        return value, BatchResult(loss.detach(), outputs, tokens)
 
     def set_row(self, row: AdapterRow | None) -> None:
         """Take a row among the runs that train now; None: leave it.
@@ -355,10 +355,12 @@ class Run:
         assert self._row is not None
         return self._row
 
-    def record_loss(self, loss: Tensor) -> None:
+    def record_loss(self, loss: Tensor, tokens: int) -> None:
         """Append the detached loss of a batch to `losses` after its backward pass, and add the gradients of the step's
         earlier batches to the row. From then on the row has the sums: `_sums` becomes None and `_has_sums_in_row` True.
+        `tokens` of the run rises by those of the batch.
         """
+        self.tokens += tokens
         self.losses.append(loss.detach())
         if self._sums is not None:
             self.row.add_gradients(self._sums)

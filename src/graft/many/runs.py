@@ -39,7 +39,7 @@ from graft.many import run_file
 from graft.many.bank import Banks
 from graft.many.claims import Claims
 from graft.many.draws import Draws
-from graft.many.fanout import Fan, are_batches_equal, find_fan
+from graft.many.fanout import are_batches_equal, find_fan, repeat_inputs
 from graft.many.joint import ForwardArguments, OutputSplitter, RunBatch, divide_passes, find_main_argument, join_batches
 from graft.many.loader import Loader, annotate_error, shares_position
 from graft.many.losses import Loss, find_model_loss
@@ -181,7 +181,7 @@ class MultiTrain:
         self.claims = Claims()  # on the files that `save` writes
         self._runs: dict[str, Run] = {}
         self._banks = Banks({}, ())
-        self._fans: dict[tuple[str, ...], Fan | None] = {}  # by the runs of a pass, since one came or went
+        self._fans: dict[tuple[str, ...], list[nn.Module]] = {}  # by the runs of a pass, since one came or went
         self._number = 0
         self._lock = threading.RLock()  # held by `lock_steps`
         self._batch_errors: dict[str, Exception] = {}  # by run, the error of its batch in this round
@@ -895,16 +895,27 @@ class MultiTrain:
         runs. Their gradients are added to the rows of the runs.
 
         Without batches, it stops once the three are empty. Else it sets training mode, assigns rows and completes the
-        batches. Fills `_results`, and for batches that failed `_batch_errors` and `_loss_errors`; a failed batch is not
-        tried again here.
+        batches; one where that raises is left out. Fills `_results`, and for batches that failed `_batch_errors` and
+        `_loss_errors`; a failed batch is not tried again here. Each run records its losses and tokens.
         """
         self._batch_errors, self._loss_errors, self._results = {}, {}, {}
         if not items:
             return
         self._set_mode(True)
         self._assign_rows()
-        for joint in divide_passes(self._complete_batches(items), self.arguments, self.at_once, self._note_batch_error):
-            self._run_pass(joint, self._compute_gradients, self._collect_gradients)
+        completed = []
+        for item in items:
+            try:
+                completed.append(self._complete_batch(item))
+            except Exception as error:
+                self._note_batch_error(item, error)
+        for joint in divide_passes(completed, self.arguments, self.at_once, self._note_batch_error):
+            for item, result in self._run_pass(joint, self._compute_gradients):
+                if isinstance(result, Exception):
+                    self._loss_errors[item.name] = result
+                else:
+                    loss, self._results[item.name] = result
+                    self._runs[item.name].record_loss(loss, result[1].tokens)
 
     def _read_numbers(self, runs: Sequence[Run]) -> list[tuple[float, float, Tensor]]:
         """Return for each run the loss of its step, and the norm of the gradients in its row, as a number and a tensor.
@@ -1006,19 +1017,6 @@ class MultiTrain:
             batch = {**method.arguments_of(batch, self.base), **batch}
         return item._replace(batch=batch)
 
-    def _complete_batches(self, items: Sequence[RunBatch]) -> list[RunBatch]:
-        """Return these batches, completed.
-
-        If that raises an error for a batch, leave the batch out and note the error.
-        """
-        completed = []
-        for item in items:
-            try:
-                completed.append(self._complete_batch(item))
-            except Exception as error:
-                self._note_batch_error(item, error)
-        return completed
-
     def _note_batch_error(self, item: RunBatch, error: Exception) -> None:
         """Add a line with the run's name to the error, and keep the error in `_batch_errors` under that name.
 
@@ -1048,45 +1046,53 @@ class MultiTrain:
             warn(f"{text} Remove it, mend its data, and add it again.", PeftWarning)
 
     def _run_pass(
-        self,
-        items: list[RunBatch],
-        compute: Callable[[list[RunBatch]], T],
-        take: Callable[[list[RunBatch], T], None],
-        is_half: bool = False,
-    ) -> None:
-        """Call `compute` on these batches, and `take` on them and its result.
+        self, items: list[RunBatch], compute: Callable[[list[RunBatch]], Sequence[T]], is_half: bool = False
+    ) -> Iterator[tuple[RunBatch, T]]:
+        """Call `compute` on these batches, and yield each batch with its entry of the result.
 
-        Errors of `take` are raised, and a Warning of `compute`.
+        A Warning of `compute` is raised. In validation raise any other error with a note, except for short memory with
+        several batches, or if the base's blocks may have repeated rows. Otherwise restore the random states, free the
+        frames of the error if memory is short or there are several batches, and in training drop the gradients.
 
-        In validation raise any other error of `compute` with a note, except for short memory with several batches.
-        Otherwise restore the random states, free the frames of the error if memory is short or there are several
-        batches, and in training drop the gradients. A single batch is then noted with its error; several are run as two
-        halves, one after the other. If memory is short, `at_once` is first lowered to the tokens of the first half,
+        If blocks may have repeated rows and memory was not short, run the batches again without that, now and in later
+        passes of these runs (`_fans` gets [] for them). Else a single batch is noted with its error; several are run as
+        two halves, one after the other. If memory is short, `at_once` is first lowered to the tokens of the first half,
         padded, at least 1. The outermost call warns with PeftWarning if memory was not short and in the end no single
         batch has failed.
 
+        Blocks repeat their inputs by rows. They cannot where a model passes a tensor of rows times heads (ALiBi in
+        Bloom), or of as many heads as there are rows (MPT). They cannot either where the model picks rows by its input
+        after the blocks (the last token of a sequence classifier).
+
         is_half: this is part of such a halving.
         """
-        before = [(draws := self._runs[item.name].draws, draws.states) for item in items]
+        names = tuple(item.name for item in items)
+        before = [(draws := self._runs[name].draws, draws.states) for name in names]
+        training = torch.is_grad_enabled()
         try:
-            result = compute(items)
+            results = compute(items)
         except Exception as error:
-            memory = is_out_of_memory(error)
             if isinstance(error, Warning):  # which the caller has made an error
                 raise
-            if not torch.is_grad_enabled() and (not memory or len(items) == 1):
-                annotate_error(error, f"A look at validation data of {[item.name for item in items]} raised this.")
+            memory = is_out_of_memory(error)
+            shares = bool(self._fans.get(names)) and not memory
+            if not training and not shares and (not memory or len(items) == 1):
+                annotate_error(error, f"A look at validation data of {[*names]} raised this.")
                 raise
             if memory or len(items) > 1:
                 drop_frames(error)
             failure = error
         else:
-            take(items, result)
+            yield from zip(items, results)
             return
         for draws, states in before:
             draws.states = states
-        if torch.is_grad_enabled():
-            self._banks.drop_gradients([item.name for item in items])
+        if training:
+            self._banks.drop_gradients(names)
+        if shares:
+            self._fans[names] = []
+            yield from self._run_pass(items, compute, is_half)
+            return
         if len(items) == 1:
             self._note_batch_error(items[0], failure)
             return
@@ -1095,140 +1101,90 @@ class MultiTrain:
             _, counts = join_batches(items[:half], self.arguments)
             self.at_once = max(1, min(self.at_once, sum(counts.rows) * max(counts.lengths)))
         for section in (items[:half], items[half:]):
-            self._run_pass(section, compute, take, is_half=True)
+            yield from self._run_pass(section, compute, is_half=True)
         if not (memory or is_half) and len(self._batch_errors) == known:
-            names = [item.name for item in items]
-            warn(f"A pass of {names} raised {shorten_text(repr(failure))}, but no single one did.", PeftWarning)
+            warn(f"A pass of {[*names]} raised {shorten_text(repr(failure))}, but no single one did.", PeftWarning)
 
     def _compute_gradients(self, items: list[RunBatch]) -> list[tuple[Tensor, BatchResult] | Exception]:
-        """Run a joint pass and one backward pass of all losses; gradients are left in `grad`, and earlier ones dropped.
+        """Run a joint pass and one backward pass of all losses, and move the gradients into the rows of the runs.
+        Earlier ones there are dropped.
 
-        Equal batches share the base's first blocks.
-
-        Return for each batch the loss, with the loss that its adapter adds, and the result, with its number of tokens.
+        Return for each batch the loss, with the loss that its adapter adds, and the result.
 
         If a loss of the user raises an error other than of memory, return the error for its batch, which takes no part
         in the backward pass: no smaller pass would help.
         """
-        self._banks.drop_gradients([item.name for item in items])
-        with self._share_blocks(items) as fan:
-            outputs, tokens = self._run_with_fan(items, fan)
-            added = [get_registry(self.model).call.loss_of(item.name) for item in items]
-            results, losses = list[tuple[Tensor, BatchResult] | Exception](), list[Tensor]()
+        names = [item.name for item in items]
+        self._banks.drop_gradients(names)
+        results = list[tuple[Tensor, BatchResult] | Exception]()
+        with self._run_model(items) as (outputs, tokens):
+            added = [get_registry(self.model).call.loss_of(name) for name in names]
             for output, item, more, count in zip(outputs, items, added, tokens):
                 run = self._runs[item.name]
                 try:
-                    value, result = run.compute_loss(output, item, more)
+                    results.append(run.compute_loss(output, item, more, count))
                 except Exception as error:
                     if not run.runs_user_loss(item) or is_out_of_memory(error):
                         raise
                     results.append(error)
-                else:
-                    losses.append(value)
-                    results.append((value, result._replace(tokens=count)))
-            if losses:
+            if losses := [result[0] for result in results if not isinstance(result, Exception)]:
                 torch.autograd.backward(losses)
+        self._banks.collect_gradients(names)
         return results
 
-    def _collect_gradients(self, items: list[RunBatch], results: list[tuple[Tensor, BatchResult] | Exception]) -> None:
-        """Move the gradients of a pass into the runs' rows, and record each loss and result. `tokens` of the run rises.
+    @contextmanager
+    def _run_model(self, items: Sequence[RunBatch]) -> Iterator[tuple[Sequence[object], list[int]]]:
+        """Yield the output of each batch, and its number of tokens with padding, from one pass of the model.
 
-        Errors of losses are noted in `_loss_errors`; their runs record nothing.
-        """
-        self._banks.collect_gradients([item.name for item in items])
-        for item, result in zip(items, results):
-            if isinstance(result, Exception):
-                self._loss_errors[item.name] = result
-                continue
-            run, (loss, self._results[item.name]) = self._runs[item.name], result
-            run.record_loss(loss)
-            run.tokens += result[1].tokens
-
-    def _run_with_fan(self, items: Sequence[RunBatch], fan: Fan | None) -> tuple[Sequence[object], list[int]]:
-        """Return output and number of tokens of each batch, with the fan; without one (None) that is `_run_model`.
-
-        If the model raises a RuntimeError, IndexError or ValueError other than of memory, restore the random states and
-        disable the fan. All rows then run without it, now and, as `_fans` gets None for these runs, in later passes.
-        Other errors are raised.
-
-        The fan repeats the inputs of blocks by rows. It cannot where a model passes a tensor of rows times heads (ALiBi
-        in Bloom), or of as many heads as there are rows (MPT). It cannot either where the model picks rows by its input
-        after the blocks (the last token of a sequence classifier).
-        """
-        if fan is None:
-            return self._run_model(items, None)
-        before = [(draws := self._runs[item.name].draws, draws.states) for item in items]
-        try:
-            return self._run_model(items, fan)
-        except (RuntimeError, IndexError, ValueError) as error:  # repeated rows that do not fit the input's
-            if is_out_of_memory(error):
-                raise
-            for draws, states in before:
-                draws.states = states
-        fan.is_enabled, self._fans[tuple(item.name for item in items)] = False, None
-        return self._run_model(items, None)
-
-    def _run_model(self, items: Sequence[RunBatch], fan: Fan | None) -> tuple[Sequence[object], list[int]]:
-        """Return the output of each batch, and its number of tokens with padding, from one pass of the model.
-
-        With a fan the model gets the rows of the first batch only, and its blocks repeat them for each batch.
+        If `_find_fan` finds blocks that may repeat rows, the model gets the rows of the first batch only, and these
+        blocks repeat them for each batch; within the block, too, where they may run again in the backward pass.
         `use_cache` becomes False if forward takes it and no batch sets it. With gradients enabled, layers use the
         banks, and dropout draws from each run's generator. The first such pass notes that the base draws no random
-        numbers. Raises RuntimeError if a fan's output lacks rows.
+        numbers. Raises RuntimeError if the output of repeated rows lacks rows.
         """
-        arguments, cut = join_batches(items if fan is None else items[:1], self.arguments)
-        copies = 1 if fan is None else len(items)
+        blocks, training = self._find_fan(items), torch.is_grad_enabled()
+        copies = len(items) if blocks else 1
+        arguments, cut = join_batches(items[:1] if blocks else items, self.arguments)
         cut = OutputSplitter(cut.rows * copies, cut.lengths * copies)
         names = [item.name for item, n in zip(items, cut.rows) for _ in range(n)]
         model = self._peft_model
         if "use_cache" in self._arguments.names:  # nobody reads the keys and values, which take copies
             arguments.setdefault("use_cache", False)
-        if torch.is_grad_enabled():
+        if training:
             arguments["adapter_generators"] = {item.name: self._runs[item.name].draws.generator for item in items}
-        stacks = self._banks if torch.is_grad_enabled() else None
-        # one pass shows whether the base draws random numbers; later on other threads may draw, such as samplers
-        with get_registry(model).call.use_stacks(stacks, copies, may_draw=self._is_base_checked):
-            output = model(**arguments, adapter_names=names)
-        self._is_base_checked |= torch.is_grad_enabled()
-        if fan is not None and not cut.covers_all_rows(output):
-            raise RuntimeError("The output has not all rows of the blocks. Return the model's output as it is.")
-        return cut.split(output), [n * length for n, length in zip(cut.rows, cut.lengths)]
+        stacks = self._banks if training else None
+        with repeat_inputs(blocks, cut.rows[0], copies):
+            # one pass shows whether the base draws random numbers; later on other threads may draw, such as samplers
+            with get_registry(model).call.use_stacks(stacks, copies, may_draw=self._is_base_checked):
+                output = model(**arguments, adapter_names=names)
+            self._is_base_checked |= training
+            if blocks and not cut.covers_all_rows(output):
+                raise RuntimeError("The output has not all rows of the blocks. Return the model's output as it is.")
+            yield cut.split(output), [n * length for n, length in zip(cut.rows, cut.lengths)]
 
-    @contextmanager
-    def _share_blocks(self, items: Sequence[RunBatch]) -> Iterator[Fan | None]:
-        """Within the block, the base repeats the rows of equal batches before its first adapted block.
+    def _find_fan(self, items: Sequence[RunBatch]) -> list[nn.Module]:
+        """Return the blocks that repeat the rows of equal batches before the first adapted one; [] if every batch must
+        bring its rows.
 
-        Yield the fan; None if every batch must bring its rows.
-
-        It is None for a single batch, unequal batches, or arguments that methods look up by row. It is None also if
-        there are as many rows as the last dimension of the tokens, since rows could not be told from tokens, and if
-        `_find_fan` finds none.
+        It is [] for a single batch, unequal batches, or arguments that methods look up by row. It is [] also if there
+        are as many rows as the last dimension of the tokens, since rows could not be told from tokens, and if
+        `find_fan` finds no place in the base for the layers and wrappers of these adapters. Its results are cached by
+        the names in their order, until a run is added or removed.
         """
         if len(items) == 1:
-            yield None
-            return
+            return []
         batches = [self.arguments.select(item.batch) for item in items]
-        main, fan = find_main_argument(batches[0]), None
-        apart = len(main) != main.shape[-1]  # otherwise rows could not be distinguished from tokens
-        # methods look up rows in such arguments
-        apart = apart and get_registry(self.model).arguments.isdisjoint(batches[0])
-        if apart and are_batches_equal(batches):
-            fan = self._find_fan([item.name for item in items])
-        with nullcontext() if fan is None else fan.repeat_inputs(len(main), len(items)):
-            yield fan
-
-    def _find_fan(self, names: Sequence[str]) -> Fan | None:
-        """Return the fan for the layers and wrappers of these runs' adapters, None if `find_fan` finds no place in the
-        base.
-
-        Cached by the names in their order, until a run is added or removed.
-        """
-        key = tuple(names)
-        if key not in self._fans:
-            parts = [get_registry(self.model).parts_of(name) for name in names]
+        main, registry = find_main_argument(batches[0]), get_registry(self.model)
+        # otherwise rows could not be distinguished from tokens, or methods look up rows in such arguments
+        apart = len(main) != main.shape[-1] and registry.arguments.isdisjoint(batches[0])
+        if not apart or not are_batches_equal(batches):
+            return []
+        names = tuple(item.name for item in items)
+        if names not in self._fans:
+            parts = [registry.parts_of(name) for name in names]
             hosts = {id(c): c for each in parts for c in (*each.layers.values(), *each.wrappers.values())}
-            self._fans[key] = find_fan(self.base, list(hosts.values()))
-        return self._fans[key]
+            self._fans[names] = find_fan(self.base, list(hosts.values()))
+        return self._fans[names]
 
     @refuse_within_step
     @torch.no_grad()
@@ -1253,12 +1209,6 @@ class MultiTrain:
             return {}
         self._set_mode(False)
         rows: list[int] = []
-
-        def record_losses(group: list[RunBatch], losses: list[Tensor]) -> None:
-            """Append the loss of each batch to the list of its run in `sums`."""
-            for part, loss in zip(group, losses):
-                sums[part.name].append(loss)
-
         loader = Loader(f"The validation data of runs {list(names)}", data, Draws(0, data), once=True)
         while (batch := loader.next_batch()) is not None:
             n = next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 1)
@@ -1267,7 +1217,8 @@ class MultiTrain:
             rows.append(n)
             items = [self._complete_batch(RunBatch(name, {**batch})) for name in names]
             for joint in divide_passes(items, self.arguments, self.at_once):
-                self._run_pass(joint, self._compute_validation_losses, record_losses)
+                for item, loss in self._run_pass(joint, self._compute_validation_losses):
+                    sums[item.name].append(loss)
         if not rows:
             raise ConfigError(f"The validation data of runs {list(names)} has no rows.")
         weights = torch.tensor(rows, dtype=torch.float64, device="cpu")
@@ -1279,9 +1230,8 @@ class MultiTrain:
 
         Equal batches share the base's first blocks.
         """
-        with self._share_blocks(items) as fan:
-            outputs, _ = self._run_with_fan(items, fan)
-        return [self._runs[item.name].validation_loss(output, item.batch) for item, output in zip(items, outputs)]
+        with self._run_model(items) as (outputs, _):
+            return [self._runs[item.name].validation_loss(output, item.batch) for item, output in zip(items, outputs)]
 
     def _set_mode(self, training: bool) -> None:
         """Set the model to training or eval mode; without `base_in_eval`, nothing happens if it is in that mode

@@ -18,7 +18,9 @@ SPANS = ("start_positions", "end_positions")
 HEADS = {head for heads in TASK_HEADS.values() for head in heads}
 
 
-def find_model_loss(model: nn.Module, wrappers: Mapping[str, ModulesToSaveWrapper], name: str) -> Loss:
+def find_model_loss(
+    model: nn.Module, wrappers: Mapping[str, ModulesToSaveWrapper], name: str, needed: bool
+) -> Loss | None:
     """Return the function (output, batch, **items) → loss that a transformers model has for its task.
 
     It raises ConfigError for a batch without labels, or without start and end positions for spans.
@@ -30,6 +32,7 @@ def find_model_loss(model: nn.Module, wrappers: Mapping[str, ModulesToSaveWrappe
         wrappers: modules that the run's adapter trains whole; its head may have another number of labels than the
             model.
         name: of the run and adapter.
+        needed: False: return None in place of the error.
 
     Raises:
         ConfigError: the model has no `loss_function` (an encoder-decoder needs none), or a loss that needs more than
@@ -39,6 +42,8 @@ def find_model_loss(model: nn.Module, wrappers: Mapping[str, ModulesToSaveWrappe
     loss = LOSSES.get(str(kind)) if hasattr(model, "loss_function") else None
     if hasattr(model, "prepare_decoder_input_ids_from_labels") and model.config.is_encoder_decoder:
         loss = compute_decoder_loss
+    if loss is None and not needed:
+        return None
     if loss is None:
         raise ConfigError(
             f"Run '{name}': {type(model).__name__} has no loss that graft can compute for some rows only. Give add() a "

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -105,11 +104,10 @@ class Run:
     loader: Loader
     optimizer: Optimizer
     schedule: LRScheduler | None
-    loss: Loss
-    validation_loss: Loss  # the loss of validation data
+    loss: Loss | Any  # None: the model has none, and each call gives one
+    validation_loss: Loss | Any  # the loss of validation data; None: there is none
     owner: Any  # the MultiTrain that has the run
     seed: int
-    draws_in_loss: bool
     loss_name: object  # as JSON has it; None: the model's own loss
     is_loss_scaled: bool
     clip: float | None
@@ -141,7 +139,7 @@ class Run:
         self.tokens, self.seconds = 0, 0.0  # that it has seen in this process, and since when
         self.losses: list[Tensor] = []  # of the batches of the step under way
         self.bank_order = order_by_group(self.optimizer, self.parameters)  # of the parameters in a bank
-        self._row: AdapterRow | None = None  # its place among those that train now
+        self.row: AdapterRow | Any = None  # its place among those that train now; None: it has none
         self._flat: FlatParameters | None = None  # replaces the parameters in the optimizer
         self._can_flatten = can_flatten(self.optimizer, self.parameters)
         self._sums: list[Tensor | None] | None = None  # gradients of the step under way, unless its row has them
@@ -270,7 +268,7 @@ class Run:
 
     def runs_user_loss(self, item: RunBatch) -> bool:
         """Return True if a function of the user computes the loss of this batch, not the model."""
-        return self.draws_in_loss or item.loss is not None
+        return self.loss_name is not None or item.loss is not None
 
     def compute_loss(self, output: object, item: RunBatch, auxiliary: Any, tokens: int) -> tuple[Tensor, BatchResult]:
         """Return the value to differentiate and the result.
@@ -320,7 +318,7 @@ class Run:
         back for good. With None, its vectors become empty. Otherwise the optimizer stays as it is.
         """
         self.store_gradients()
-        self._row, flat = row, self._flat
+        self.row, flat = row, self._flat
         if flat is None:
             if row is not None and row.value is not None and self._can_flatten:
                 self._flat = FlatParameters.try_flatten(self.optimizer, row)
@@ -330,10 +328,6 @@ class Run:
             self._restore_parameters()
         else:
             flat.attach_row(row)
-
-    def is_on_row(self, row: AdapterRow) -> bool:
-        """Return True if `row` is the row of this run."""
-        return self._row is row
 
     def leave_row(self) -> None:
         """Leave the row, and give the optimizer its original parameters and their state until the next row."""
@@ -348,12 +342,6 @@ class Run:
         if self._flat is not None:
             self._flat.restore_parameters()
         self._flat, self._can_flatten = None, self._can_flatten and not for_good
-
-    @property
-    def row(self) -> AdapterRow:
-        """The row of the run, which must have one."""
-        assert self._row is not None
-        return self._row
 
     def record_loss(self, loss: Tensor, tokens: int) -> None:
         """Append the detached loss of a batch to `losses` after its backward pass, and add the gradients of the step's
@@ -505,12 +493,6 @@ class Run:
         self.drop_partial_step()
         self.state, self.why = state, why
         self.seconds = time.perf_counter() - self._since
-
-    def fail_if_not_finite(self, loss: float, norm: float) -> str | None:
-        """Fail the run if loss or norm is not finite, and return the text of the error; else return None."""
-        if math.isfinite(loss) and math.isfinite(norm):
-            return None
-        return self.fail(f"its {'gradient' if math.isfinite(loss) else 'loss'} is not finite", loss)
 
     def fail(self, why: str, loss: float) -> str:
         """End the run as failed before its next step, with the values after the last one.

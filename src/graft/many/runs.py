@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., object])
+LOOP_ONLY = ("steps", "accumulate", "stop", "valid", "every")  # arguments of `add` for runs with data
 AT_ONCE = 4096  # tokens of a pass: more at once are no faster on a CPU
 
 
@@ -116,14 +118,12 @@ class Step:
 
 @dataclass(eq=False)
 class BackwardCall:
-    """One call of `MultiTrain.backward`, with its results or its error once `is_done`."""
+    """One call of `MultiTrain.backward`. `result` has its results by run, or its error, once it has been made."""
 
     batches: dict[str, Mapping[str, Any]]
     loss: Callable[..., object] | None
     mean_of: int
-    results: dict[str, BatchResult] = field(default_factory=dict)
-    error: Exception | None = None
-    is_done: bool = False
+    result: Future[dict[str, BatchResult]] = field(default_factory=Future)
 
 
 class MultiTrain:
@@ -194,17 +194,7 @@ class MultiTrain:
         self._modes = [(m, m.training) for m in self.base.modules()]
         of_adapters = {id(m) for m in self._list_adapter_modules()}
         parts = {key: m for key, m in self.base.named_modules() if id(m) not in of_adapters}
-        if not base_in_eval and (drops := find_dropout(parts)):
-            raise ConfigError(
-                f"The base drops inputs ({drops[0]}, and {len(drops) - 1} more), so that all runs would draw from "
-                "one generator. Set its dropout to 0, or pass base_in_eval=True."
-            )
-        if mixing := find_row_mixing(parts, base_in_eval):
-            raise ConfigError(
-                f"The base's output for a row depends on other rows of its batch ({mixing[0]}, and {len(mixing) - 1} "
-                "more), so that runs would affect each other. Pass base_in_eval=True for batch normalization, or train "
-                "one adapter at a time."
-            )
+        refuse_shared_randomness_and_rows(parts, base_in_eval)
 
     @classmethod
     def resume(cls, model: nn.Module, folder: str | os.PathLike[str], **options: Any) -> MultiTrain:
@@ -317,29 +307,22 @@ class MultiTrain:
             check_config(config)
         if name in self._runs:
             raise AdapterNameError(f"There is a run '{name}' already. Give this one another name.")
-        description = None
-        options: dict[str, object]
+        given: dict[str, object] = {"data": data, "optimizer": optimizer, "schedule": schedule, "loss": loss}
+        given |= {"clip": clip, "steps": steps, "accumulate": accumulate, "seed": seed}
+        given |= {"stop": stop, "valid": valid, "every": every}
+        passed = [key for key, value in given.items() if value is not ADD_DEFAULTS[key]]
+        description: TrainerDescription | None = None
+        has_data = data is not None or trainer is not None
         if trainer is not None:
-            options = dict(
-                data=data, schedule=schedule, loss=loss, clip=clip, steps=steps, accumulate=accumulate, seed=seed
-            )
-            options["optimizer"] = optimizer
-            if both := [key for key, value in options.items() if value is not ADD_DEFAULTS[key]]:
+            if both := [key for key in passed if key not in ("stop", "valid", "every")]:
                 raise ConfigError(f"Run '{name}': its trainer sets {', '.join(both)}. Leave that out.")
             description = TrainerDescription(name, trainer)
             seed, accumulate, clip = description.seed, description.accumulate, description.clip
-        elif data is None:
-            options = {"steps": steps, "accumulate": accumulate, "stop": stop, "valid": valid, "every": every}
-            if loop_only := [key for key, value in options.items() if value is not ADD_DEFAULTS[key]]:
-                raise ConfigError(f"Run '{name}' has no data, so {', '.join(loop_only)} cannot be used. Pass data.")
-        has_data = data is not None or trainer is not None
+        elif not has_data and (loop_only := [key for key in passed if key in LOOP_ONLY]):
+            raise ConfigError(f"Run '{name}' has no data, so {', '.join(loop_only)} cannot be used. Pass data.")
         check_settings(name, clip=clip, steps=steps, accumulate=accumulate, every=every)
         if every is not None and (valid is None or isinstance(valid, Iterator)):
-            valid_kind = "none" if valid is None else "an iterator, which one look takes to its end"
-            raise ConfigError(
-                f"Run '{name}': every={every} needs validation data to iterate again and again, and valid is "
-                f"{valid_kind}. Pass a list."
-            )
+            raise ConfigError(f"Run '{name}': every={every} needs validation data to iterate again. Pass a list.")
         if valid is not None and not hasattr(valid, "__iter__"):
             raise ConfigError(f"Run '{name}': valid must be batches, such as a DataLoader, got {valid!r}.")
         if type(seed) is not int:
@@ -355,20 +338,14 @@ class MultiTrain:
                 f"Run '{name}' would take batches from run '{user}', since their data is one iterator or one loader "
                 "with persistent_workers. Give each run its own."
             )
-        if config is not None and config.is_prompt_learning:
-            raise ConfigError(
-                f"Run '{name}': {config.peft_type.value} puts a prompt before the input, and MultiTrain trains "
-                "adapters on layers only. Train it without MultiTrain."
-            )
+        cfg = self.model.peft_config.get(name) if config is None and self.model is not None else config
+        if cfg is not None:
+            fault = "puts a prompt before the input" if cfg.is_prompt_learning else ""
+            if getattr(method_of(cfg.peft_type), "has_labelled_loss", False):
+                fault = "adds a loss of the call's labels, which calls of MultiTrain lack"
+            if fault:
+                raise ConfigError(f"Run '{name}': {cfg.peft_type.value} {fault}. Train it without MultiTrain.")
         self._check_base_unchanged(name, config)
-        configs = {} if self.model is None else self.model.peft_config
-        cfg = configs.get(name) if config is None else config
-        if cfg is not None and getattr(method_of(cfg.peft_type), "has_labelled_loss", False):
-            raise ConfigError(
-                f"Run '{name}': {cfg.peft_type.value} adds a loss of the call's labels to the model's, and calls "
-                "of MultiTrain have none. Train it without MultiTrain."
-            )
-        data = data if has_data else ()
         draws = Draws(seed, data)
         state = None if self.folder is None else run_file.load_run(name, self.folder)
         with draws:
@@ -380,16 +357,15 @@ class MultiTrain:
             refuse_covered_targets(name, config or model_config, registry)
             registry.set_requires_grad(name, True)
             parameters = [p for _, p in model.adapter_parameters(name)]
-            drawn = loss is not None or description is not None
-            loss_name = run_file.to_json_value(loss)
+            loss_name, validation_loss = run_file.to_json_value(loss), loss
+            if loss is None:
+                needed = has_data if description is None else valid is not None
+                loss = validation_loss = find_model_loss(self.base, registry.parts_of(name).wrappers, name, needed)
             if description is not None:
-                windows = data = description.make_batches(draws)
-                steps = description.count_steps(windows)
-                optimizer, schedule = partial(description.optimizer, model), partial(description.schedule, steps=steps)
-                judge = self._find_model_loss(name, needed=valid is not None)
-                loss, loss_name = description.make_loss(self.base, judge), run_file.to_json_value(description.loss_name)
-            else:
-                loss = judge = self._find_model_loss(name, needed=has_data) if loss is None else loss
+                data, steps = description.make_batches(draws)
+                optimizer = partial(description.optimizer, model)
+                schedule = partial(description.trainer.create_scheduler, steps)
+                loss, loss_name = description.make_loss(self.base, loss), run_file.to_json_value(description.loss_name)
             with draws:
                 run_optimizer = optimizer(parameters)
                 run_schedule = None if schedule is None else schedule(run_optimizer)
@@ -399,11 +375,11 @@ class MultiTrain:
                 config=model_config,
                 parameters=parameters,
                 draws=draws,
-                loader=Loader(f"Run '{name}'", data, draws, once=steps is None),
+                loader=Loader(f"Run '{name}'", data if has_data else (), draws, once=steps is None),
                 optimizer=run_optimizer,
                 schedule=run_schedule,
                 loss=loss,
-                validation_loss=judge,
+                validation_loss=validation_loss,
                 seed=seed,
                 clip=clip,
                 steps=steps,
@@ -412,7 +388,6 @@ class MultiTrain:
                 validation=valid,
                 every=every,
                 owner=self,
-                draws_in_loss=drawn,
                 loss_name=loss_name,
                 is_loss_scaled=description is not None,
                 has_data=has_data,
@@ -420,8 +395,8 @@ class MultiTrain:
             if state is not None:
                 run_file.restore_run(run, model, state, self.folder or "")
         except BaseException:
-            if description is not None:
-                description.reset_trainer()
+            if trainer is not None:  # it can be added again
+                trainer.optimizer = trainer.lr_scheduler = None
             if new:
                 self._remove_adapter(name)
             elif not trained:
@@ -446,19 +421,6 @@ class MultiTrain:
                     f"Run '{name}' cannot train here: adapter '{adapter}' changes the base ({setting}), so that the "
                     "files of other runs would not fit a fresh base. Train it on another copy of the base."
                 )
-
-    def _find_model_loss(self, name: str, needed: bool = True) -> Any:
-        """Return the model's loss for a run's adapter, by `find_model_loss` of the base and the modules that the
-        adapter trains whole.
-
-        If it has none, raise ConfigError, or return None if `needed` is False.
-        """
-        try:
-            return find_model_loss(self.base, get_registry(self.model).parts_of(name).wrappers, name)
-        except ConfigError:
-            if needed:
-                raise
-            return None
 
     def _inject(self, name: str, config: PeftConfig | None, heads: dict[str, nn.Module] | None) -> bool:
         """Add a copy of `config` to the model as adapter `name`, and return True.
@@ -498,7 +460,7 @@ class MultiTrain:
         """
         self._fans = {}
         if name in self._banks.rows:
-            self._release_banks()
+            self._assign_rows(releases=True)
         model = self.model
         assert model is not None
         if list(model.peft_config) == [name]:
@@ -536,7 +498,7 @@ class MultiTrain:
         """
         if self.model is not None:
             self.model.unload(keep_modules=False)
-        self._release_banks()
+            self._assign_rows(releases=True)
         self.model, self._runs = None, {}
         self.claims.release()
         self._restore_modes()
@@ -566,8 +528,12 @@ class MultiTrain:
         """Return the modules that adapters have added to the base: the registry's layers and wrappers with all within
         but their base modules. [] without a model.
         """
-        carriers = () if self.model is None else get_registry(self.model).carriers()
-        return [m for carrier in carriers if isinstance(carrier, nn.Module) for m in find_modules(carrier)]
+        modules: list[nn.Module] = []
+        for carrier in () if self.model is None else get_registry(self.model).carriers():
+            if isinstance(carrier, nn.Module):
+                inner = {id(m) for m in carrier.base_module.modules()}
+                modules += [m for m in carrier.modules() if id(m) not in inner]
+        return modules
 
     # steps
 
@@ -688,23 +654,21 @@ class MultiTrain:
         self._waiting.append(call)
         try:
             with self._lock_call():
-                while not call.is_done:  # one of an earlier thread for the same run comes first
+                while not call.result.done():  # one of an earlier thread for the same run comes first
                     self._run_waiting_calls()
         finally:
             if call in self._waiting:
                 self._waiting.remove(call)
-        if call.error is not None:
-            raise call.error
-        return call.results
+        return call.result.result()
 
     def _run_waiting_calls(self) -> None:
         """Make the passes of all waiting calls, except of calls for a run that an earlier one is for; these wait for
         the next time.
 
         A call with an invalid batch gets its error and takes no part. Each other call gets the results of its runs, or
-        the first error of one of them; then all its runs are undone. All calls made are marked as done. After an error
-        of this thread, such as an interrupt, all runs are as before, the calls wait again in their order, and the error
-        is raised.
+        the first error of one of them; then all its runs are undone. After an error of this thread, such as an
+        interrupt, all runs are as before, the calls without a result wait again in their order, and the error is
+        raised.
         """
         calls, later, names = list[BackwardCall](), list[BackwardCall](), set[str]()
         for _ in range(len(self._waiting)):
@@ -718,23 +682,24 @@ class MultiTrain:
                 try:
                     added = [self._check_batch(call, name) for name in call.batches]
                 except Exception as error:
-                    call.error = error
+                    call.result.set_exception(error)
                 else:
                     items += [self._runs[item.name].begin_batch(item) for item in added]
             self._run_backward(items)
         except BaseException:
             for item in items:
                 self._runs[item.name].undo_round()
-            self._waiting.extendleft(reversed(calls))
+            self._waiting.extendleft(call for call in reversed(calls) if not call.result.done())
             raise
         errors = self._batch_errors | self._loss_errors
-        for call in calls:
-            call.is_done, call.error = True, next((errors[n] for n in call.batches if n in errors), call.error)
-            call.results = {name: self._results[name] for name in call.batches} if call.error is None else {}
-        succeeded = {name for call in calls if call.error is None for name in call.batches}
-        for item in items:
-            run = self._runs[item.name]
-            run.finish_round() if item.name in succeeded else run.undo_round()
+        for call in (call for call in calls if not call.result.done()):
+            failures = [errors[name] for name in call.batches if name in errors]
+            for name in call.batches:
+                self._runs[name].undo_round() if failures else self._runs[name].finish_round()
+            if failures:
+                call.result.set_exception(failures[0])
+            else:
+                call.result.set_result({name: self._results[name] for name in call.batches})
 
     def _check_batch(self, call: BackwardCall, name: str) -> RunBatch:
         """Return the batch of a run in a call, with a copy of its dict, the call's loss and `mean_of`.
@@ -748,7 +713,7 @@ class MultiTrain:
         if call.loss is None and run.loss is None:
             raise ConfigError(f"Run '{name}' has no loss, nor has the model. Pass loss to backward(), or to add().")
         known = self.arguments
-        if not (call.loss or run.draws_in_loss) and (unknown := known.list_unknown(batch)):
+        if call.loss is None and run.loss_name is None and (unknown := known.list_unknown(batch)):
             raise ConfigError(
                 f"Run '{name}': the model and its loss take no {list_names(unknown)}. The model takes "
                 f"{list_names(known.names)}."
@@ -782,11 +747,10 @@ class MultiTrain:
         run = self._get_called_run(name)
         if not run.losses:
             raise RuntimeError(f"Run '{name}' has no gradients for a step. Call backward() first.")
-        row = self._banks.rows.get(name)
-        if row is None or not run.is_on_row(row) or not row.is_intact():
+        if run.row is None or not run.row.is_intact():
             self._assign_rows()
         run.load_gradients()
-        return run, *self._read_numbers([run])[0]
+        return self._read_numbers([run])[0]
 
     def _step_run(self, name: str, settings: dict[str, Any]) -> StepRecord:
         """Make an optimizer step of one run with its summed gradients, and return its record, the last one of `curve`.
@@ -840,15 +804,13 @@ class MultiTrain:
         step = Step(self._number + 1)
         self._validate_and_stop(step)  # where an error has kept it from doing so
         going = [run for run in self._runs.values() if run.joins_next_round]
-        self._is_in_pass = True
         try:
-            self._train_round(step, going)
+            with self._lock_call():
+                self._train_round(step, going)
         except BaseException:
             for run in going:
                 run.undo_round()
             raise
-        finally:
-            self._is_in_pass = False
         for run in going:
             run.finish_round()
         self._number += 1
@@ -881,12 +843,13 @@ class MultiTrain:
             if run not in due:
                 run.store_gradients()
         finite = list[DueStep]()
-        for run, (loss, norm, length) in zip(due, self._read_numbers(due)):
-            bad = run.fail_if_not_finite(loss, norm)
-            if bad is None:
-                finite.append((run, loss, norm, length))
+        for due_step in self._read_numbers(due):
+            run, loss, norm, _ = due_step
+            if math.isfinite(loss) and math.isfinite(norm):
+                finite.append(due_step)
             else:
-                warn(bad, PeftWarning)
+                cause = "gradient" if math.isfinite(loss) else "loss"
+                warn(run.fail(f"its {cause} is not finite", loss), PeftWarning)
         make_steps(finite)
         step.losses |= {run.name: loss for run, loss, *_ in finite}
 
@@ -917,8 +880,8 @@ class MultiTrain:
                     loss, self._results[item.name] = result
                     self._runs[item.name].record_loss(loss, result[1].tokens)
 
-    def _read_numbers(self, runs: Sequence[Run]) -> list[tuple[float, float, Tensor]]:
-        """Return for each run the loss of its step, and the norm of the gradients in its row, as a number and a tensor.
+    def _read_numbers(self, runs: Sequence[Run]) -> list[DueStep]:
+        """Return each run, the loss of its step, and the norm of the gradients in its row, as a number and a tensor.
 
         Waits once for the device. The norm is that before clipping. Without runs, the list is empty.
         """
@@ -927,7 +890,7 @@ class MultiTrain:
         lengths = self._banks.compute_norms({run.name: run.clip is not None for run in runs})
         losses = [run.step_loss for run in runs]
         numbers = torch.stack([t.float().to(losses[0].device) for t in (*losses, *lengths)]).tolist()
-        return list(zip(numbers, numbers[len(runs) :], lengths))
+        return list(zip(runs, numbers, numbers[len(runs) :], lengths))
 
     def _validate_and_stop(self, step: Step) -> None:
         """For runs after a step: measure validation data that is due, call `stop` of running ones, and measure again
@@ -971,17 +934,16 @@ class MultiTrain:
                 run.valid.append(ValidationRecord(run.step, losses[run.name]))
                 step.valid[run.name] = losses[run.name]
 
-    def _assign_rows(self) -> None:
-        """Give a row in new banks to each run that takes part in the next round, or is trained by calls.
-
-        Other runs leave theirs.
+    def _assign_rows(self, releases: bool = False) -> None:
+        """Give a row in new banks to each run that takes part in the next round, or is trained by calls; with
+        `releases` to none. Other runs leave theirs, with each tensor in separate memory.
 
         Nothing happens if exactly these runs have their rows, in order, and the banks are intact. Otherwise parameters
         in the old banks first get separate memory.
         """
-        runs = [run for run in self._runs.values() if run.joins_next_round or run.is_called]
+        runs = [run for run in self._runs.values() if not releases and (run.joins_next_round or run.is_called)]
         rows = self._banks.rows
-        is_assigned = [*rows] == [run.name for run in runs] and all(run.is_on_row(rows[run.name]) for run in runs)
+        is_assigned = [*rows] == [run.name for run in runs] and all(run.row is rows[run.name] for run in runs)
         if is_assigned and self._banks.is_intact():
             return
         model = self._peft_model
@@ -993,16 +955,6 @@ class MultiTrain:
         self._banks = Banks(tensors, (*model.parameters(), *model.buffers()))
         for run in runs:
             run.set_row(self._banks.rows[run.name])
-
-    def _release_banks(self) -> None:
-        """Move the adapters of all runs out of the banks, each tensor into separate memory.
-
-        There are no banks afterwards, and each run leaves its row.
-        """
-        self._banks.separate_memory()
-        self._banks = Banks({}, ())
-        for run in self._runs.values():
-            run.set_row(None)
 
     def _complete_batch(self, item: RunBatch) -> RunBatch:
         """Return the batch with the arguments that follow from its labels: `decoder_input_ids`, if the base has
@@ -1363,45 +1315,40 @@ def drop_frames(error: BaseException | None) -> None:
         error = error.__context__
 
 
-def find_modules(carrier: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules of a carrier, itself included, without its `base_module` and the modules in that."""
-    base: nn.Module = carrier.base_module
-    inner = {id(m) for m in base.modules()}
-    yield from (m for m in carrier.modules() if id(m) not in inner)
-
-
 DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-
-
-def find_dropout(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Return the quoted paths where modules drop inputs or layers: modules of the classes `DROPS` with p above 0, and
-    positive floats in any module's attributes with "drop" in their name. The mode of the modules does not matter; [] if
-    there are none.
-    """
-    places = []
-    for key, m in modules.items():
-        if isinstance(m, DROPS) and m.p > 0:
-            places.append(f"'{key}'")
-        places += [f"'{key}.{n}'" for n, v in vars(m).items() if "drop" in n and isinstance(v, float) and v > 0]
-    return places
 
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def find_row_mixing(modules: Mapping[str, nn.Module], base_in_eval: bool) -> list[str]:
-    """Return the quoted paths where rows of a batch affect each other: batch normalization of the classes `NORMS`, and
-    '<path>.expert_capacity' of modules where this attribute is not None.
+def refuse_shared_randomness_and_rows(modules: Mapping[str, nn.Module], base_in_eval: bool) -> None:
+    """Raise ConfigError if these modules of a base, by path, drop inputs or layers, unless `base_in_eval`; or, checked
+    next, if rows of a batch affect each other in them. The error names the first place.
 
-    With `base_in_eval`, a normalization with `track_running_stats` does not count.
+    Modules of the classes `DROPS` with p above 0 drop inputs, and positive floats in any module's attributes with
+    "drop" in their name; the mode of the modules does not matter. Rows affect each other in batch normalization of the
+    classes `NORMS`, and where `expert_capacity` of a module is not None. With `base_in_eval`, a normalization with
+    `track_running_stats` does not count.
     """
-    places = []
+    drops, mixing = list[str](), list[str]()
     for key, m in modules.items():
+        if isinstance(m, DROPS) and m.p > 0:
+            drops.append(f"'{key}'")
+        drops += [f"'{key}.{n}'" for n, v in vars(m).items() if "drop" in n and isinstance(v, float) and v > 0]
         if isinstance(m, NORMS) and not (base_in_eval and m.track_running_stats):
-            places.append(f"'{key}'")
+            mixing.append(f"'{key}'")
         if getattr(m, "expert_capacity", None) is not None:
-            places.append(f"'{key}.expert_capacity'")
-    return places
+            mixing.append(f"'{key}.expert_capacity'")
+    if drops and not base_in_eval:
+        raise ConfigError(
+            f"The base drops inputs ({drops[0]}, and {len(drops) - 1} more), by a generator that all runs would share. "
+            "Set its dropout to 0, or pass base_in_eval=True."
+        )
+    if mixing:
+        raise ConfigError(
+            f"Rows of a batch affect each other in the base ({mixing[0]}, and {len(mixing) - 1} more), and so would "
+            "runs. Pass base_in_eval=True for batch normalization, or train one adapter at a time."
+        )
 
 
 def check_settings(name: str, **settings: float | None) -> None:

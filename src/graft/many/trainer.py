@@ -23,7 +23,6 @@ from graft.train.calibration import restrict_training
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
     from torch.utils.data import DataLoader
     from transformers import Trainer
 
@@ -42,6 +41,7 @@ class TrainerDescription:
         name: of the run, for errors.
         seed, accumulate: from the Trainer's arguments.
         clip: its largest norm of the gradient; None if that is 0.
+        loss_name: its class, `compute_loss_func` and label smoothing, which a saved run must have again.
     """
 
     def __init__(self, name: str, trainer: Trainer):
@@ -75,23 +75,22 @@ class TrainerDescription:
             )
         self.seed, self.accumulate = int(self.args.seed), int(self.args.gradient_accumulation_steps)
         self.clip = self.args.max_grad_norm or None
+        self.loss_name = [type(trainer), trainer.compute_loss_func, self.args.label_smoothing_factor]
 
-    def make_batches(self, draws: Draws) -> StepBatches:
-        """Seed the run's generator as a Trainer does, and return its batches.
+    def make_batches(self, draws: Draws) -> tuple[StepBatches, int]:
+        """Seed the run's generator as a Trainer does, and return its batches and the optimizer steps that it would
+        make. Its loader is made with the run's random states.
 
-        Its loader is made with the run's random states.
+        The steps are `max_steps` if it is above 0, else epochs times the steps of an epoch, rounded up. An epoch has
+        its batches over `accumulate`, rounded up, and at least one step.
         """
         draws.generator.manual_seed(self.seed)  # a Trainer does so when it is made, which is after its model
         with draws:
-            return StepBatches(self.trainer, self.trainer.get_train_dataloader(), self.accumulate)
-
-    def count_steps(self, data: StepBatches) -> int:
-        """Return the optimizer steps that the Trainer would make: `max_steps` if it is above 0, else epochs times the
-        steps of an epoch, rounded up. An epoch has its batches over `accumulate`, rounded up, and at least one step.
-        """
+            batches = StepBatches(self.trainer, self.trainer.get_train_dataloader(), self.accumulate)
         if self.args.max_steps > 0:
-            return int(self.args.max_steps)
-        return math.ceil(self.args.num_train_epochs * max(1, math.ceil(len(data.loader) / self.accumulate)))
+            return batches, int(self.args.max_steps)
+        of_epoch = max(1, math.ceil(len(batches.loader) / self.accumulate))
+        return batches, math.ceil(self.args.num_train_epochs * of_epoch)
 
     def optimizer(self, model: nn.Module, parameters: list[nn.Parameter]) -> Optimizer:
         """Return the Trainer's optimizer of these parameters of a model.
@@ -106,21 +105,6 @@ class TrainerDescription:
                 return trainer.create_optimizer()
         finally:
             trainer.model = its_model
-
-    def schedule(self, optimizer: Optimizer, steps: int) -> LRScheduler:
-        """Return the Trainer's schedule for an optimizer and a number of steps. The Trainer keeps it."""
-        return self.trainer.create_scheduler(steps, optimizer)
-
-    def reset_trainer(self) -> None:
-        """Set the Trainer's `optimizer` and `lr_scheduler` to None, so that it can be added again."""
-        self.trainer.optimizer = self.trainer.lr_scheduler = None
-
-    @property
-    def loss_name(self) -> object:
-        """A list of the class of the Trainer, its `compute_loss_func` and label smoothing, which a saved run must have
-        again.
-        """
-        return [type(self.trainer), self.trainer.compute_loss_func, self.args.label_smoothing_factor]
 
     def make_loss(self, model: nn.Module, model_loss: Loss | None) -> Loss:
         """Return a loss (output, batch) that calls the Trainer's `compute_loss` with a stand-in for the model, which

@@ -6,6 +6,7 @@ losses of adapters.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,15 +78,8 @@ def allocate_on_step(optimizer: torch.optim.Optimizer, model: nn.Module, start: 
     Raises:
         ConfigError: the model has no AdaLoRA.
     """
-    tuner, step = find_allocator(model), start
-
-    def allocate(*_: object) -> None:
-        """Call the tuner's `update_and_allocate` with the number of this step, `start` at first, and count it."""
-        nonlocal step
-        tuner.update_and_allocate(step)
-        step += 1
-
-    return optimizer.register_step_post_hook(allocate)
+    tuner, steps = find_allocator(model), count(start)
+    return optimizer.register_step_post_hook(lambda *_: tuner.update_and_allocate(next(steps)))
 
 
 class AdamssAsaCallback(Listener):

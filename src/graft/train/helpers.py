@@ -57,11 +57,11 @@ def move_tensors(value: Any, move: Callable[[Any], object]) -> Any:
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """Return an auto_wrap_policy for FSDP1: trainable leaves by themselves, transformer layers and prompts whole.
 
-    It joins three policies by "or":
+    Units are modules of three kinds:
 
-    - A leaf with a trainable weight is a unit, unless `find_uncalled_modules` lists it: FSDP gathers a unit for a call.
-    - A prompt of the model is a unit: one of the modules of `find_prompts`, not its class.
-    - A layer of the classes of `find_transformer_layers` is one.
+    - a leaf with a trainable weight, unless `find_uncalled_modules` lists it: FSDP gathers a unit for a call;
+    - a prompt of the model: one of the modules of `find_prompts`, not its class;
+    - a layer of the classes of `find_transformer_layers`.
 
     Other tensors of adapters stay in the unit of their transformer layer, next to frozen weights, which takes
     use_orig_params=True. A PeftWarning names methods with such trainable tensors, if there are any.
@@ -70,9 +70,9 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
         TypeError: as `find_transformer_layers`: the model has no layer of a class that FSDP_TRANSFORMER_CLS_TO_WRAP,
             else the model, names.
     """
-    from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
+    from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 
-    layers, prompts = find_transformer_layers(model), find_prompts(model)
+    layers, prompts = tuple(find_transformer_layers(model)), find_prompts(model)
     read, methods = find_uncalled_modules(model)
     if methods:
         warn(
@@ -82,17 +82,14 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
         )
 
     def is_unit(module: nn.Module) -> bool:
-        """Return True for a leaf with a trainable weight that is called as a module."""
+        """Return True for a transformer layer, a prompt, and a leaf with a trainable weight that is called as a
+        module.
+        """
+        if isinstance(module, layers) or module in prompts:
+            return True
         return module not in read and is_leaf(module) and module.weight.requires_grad
 
-    return partial(
-        _or_policy,
-        policies=[
-            partial(lambda_auto_wrap_policy, lambda_fn=is_unit),
-            partial(lambda_auto_wrap_policy, lambda_fn=prompts.__contains__),
-            partial(transformer_auto_wrap_policy, transformer_layer_cls=layers),
-        ],
-    )
+    return partial(lambda_auto_wrap_policy, lambda_fn=is_unit)
 
 
 def find_uncalled_modules(model: nn.Module) -> tuple[set[nn.Module], list[str]]:
@@ -195,7 +192,8 @@ def prepare_model_for_kbit_training(
 
 
 def enable_checkpointing(model: nn.Module, options: dict[str, object]) -> None:
-    """Turn on gradient checkpointing with `options`.
+    """Turn on gradient checkpointing with `options`, by `gradient_checkpointing_enable` if the model overrides it, else
+    by transformers' `activation_checkpointing_enable`, where it exists.
 
     The reentrant kind, also the default, needs inputs with gradients. The outputs of the input embeddings get them, by
     `enable_input_require_grads` of the model or else a hook that stays.
@@ -207,7 +205,9 @@ def enable_checkpointing(model: nn.Module, options: dict[str, object]) -> None:
             model.enable_input_require_grads()
         else:
             model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
-    enable = find_checkpointing_switch(model)
+    enable, new = model.gradient_checkpointing_enable, getattr(model, "activation_checkpointing_enable", None)
+    if new is not None and enable.__module__ == new.__module__:  # else the model overrides the older one
+        enable = new
     keywords = [name for name in OPTIONS if name in inspect.signature(enable).parameters]
     if options and not keywords:
         warn(
@@ -215,14 +215,6 @@ def enable_checkpointing(model: nn.Module, options: dict[str, object]) -> None:
             PeftWarning,
         )
     enable(**{name: options for name in keywords})
-
-
-def find_checkpointing_switch(model: nn.Module) -> Callable[..., None]:
-    """Return the function of a model that turns checkpointing on: `gradient_checkpointing_enable` if the model
-    overrides it, else transformers' `activation_checkpointing_enable`, where it exists.
-    """
-    known, new = model.gradient_checkpointing_enable, getattr(model, "activation_checkpointing_enable", None)
-    return known if new is None or known.__module__ != new.__module__ else new
 
 
 def clear_device_cache() -> None:

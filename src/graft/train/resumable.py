@@ -62,9 +62,8 @@ class Resumable(Listener):
         """
         if getattr(args, "deepspeed_plugin", None) is not None:
             raise ConfigError(
-                "graft.train.Resumable cannot resume under DeepSpeed: Trainer loads only "
-                "DeepSpeed's checkpoints there. Write a loop of your own with graft.save_training and graft.resume, "
-                "or leave out this callback and save_only_model."
+                "graft.train.Resumable cannot resume under DeepSpeed: Trainer loads only its checkpoints there. "
+                "Leave out this callback and save_only_model, or write a loop with graft.save_training."
             )
         if not args.save_only_model:
             raise ConfigError(
@@ -105,7 +104,9 @@ class Resumable(Listener):
         find_registry(model)  # else the first save would say that there is none
         if not state.global_step:
             return
-        folder = self._find_checkpoint(args, state)
+        folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        if (choice := self.folder or args.resume_from_checkpoint) and os.path.isdir(choice):
+            folder = os.fspath(choice)
         if not os.path.isfile(os.path.join(folder, FILE)):
             parent = os.path.dirname(os.path.abspath(folder))
             newest = find_last_checkpoint(parent) if os.path.isdir(parent) else None
@@ -139,15 +140,6 @@ class Resumable(Listener):
         if self._job is not None:
             self._job.put_generators()
             self._job = None
-
-    def _find_checkpoint(self, args: Any, state: TrainerState) -> str:
-        """Return the folder to resume from: the callback's, else that of Trainer's arguments, if it exists; else
-        checkpoint-STEP in Trainer's output folder.
-        """
-        folder = self.folder or args.resume_from_checkpoint
-        if folder and os.path.isdir(folder):
-            return os.fspath(folder)
-        return os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
 
 
 def check_sharding_is_known(args: TrainingArguments, model: nn.Module) -> None:

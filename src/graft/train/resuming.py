@@ -240,9 +240,8 @@ def check_same_values(values: dict[str, TrainedTensor]) -> None:
     for number, shapes in enumerate(later, 1):
         if differ := sorted(name for name in first.keys() | shapes.keys() if first.get(name) != shapes.get(name)):
             raise DistributedError(
-                f"Rank {number} trains other tensors than rank 0, which would be missing in the file: "
-                f"{join_some(differ, 3)}. For the stages of a pipeline, save each adapter by save_pretrained, and its "
-                "optimizer yourself."
+                f"Rank {number} trains other tensors than rank 0, which the file would lack: {join_some(differ, 3)}. "
+                "For stages of a pipeline, save each adapter by save_pretrained, and its optimizer yourself."
             )
 
 
@@ -540,7 +539,6 @@ class ResumeJob(TrainedParts):
         """
         call = f"resume('{self.folder}')"
         run_on_all(partial(self.find_parts, model, optimizer, scheduler, loader), call)
-        run_on_all(self.check_base, call)
         run_on_all(self.check_all, call)
         with self.registry.call.gate.change("resume", None):
             with ExitStack() as undo:
@@ -573,10 +571,11 @@ class ResumeJob(TrainedParts):
                 ) from e
 
     def check_all(self) -> None:
-        """Check values, optimizer, scheduler, processes, loader and contents, in this order.
+        """Check base, values, optimizer, scheduler, processes, loader and contents, in this order.
 
-        Differences are raised with `strict`, else they go into the report.
+        Differences are raised with `strict`, else they go into the report; another base is always raised.
         """
+        self.check_base()
         self.check_values()
         self.check_optimizer()
         self.check_scheduler()
@@ -685,9 +684,8 @@ class ResumeJob(TrainedParts):
                 places = ("there", "here") if len(saved) > len(named) else ("here", "there")
                 self.add_mismatch(
                     AdapterKeyError,
-                    f"{places[0]} a network computes the prompt of adapter '{adapter}', and {places[1]} none does. "
-                    "get_peft_model makes the network; loading the adapter, as Trainer does before it resumes, leaves "
-                    "the prompt itself",
+                    f"{places[0]} a network computes the prompt of adapter '{adapter}', and {places[1]} none does "
+                    "(get_peft_model makes the network, a load of the adapter does not)",
                     [*named],
                     saved,
                 )
@@ -743,9 +741,8 @@ class ResumeJob(TrainedParts):
         elif now and "optimizer" not in self.report.fresh:
             rates, current = self.note["schedule"].get("base_lrs", []), getattr(self.scheduler, "base_lrs", [])
             if isinstance(rates, list) and len(rates) != len(current):
-                self.add_mismatch(
-                    ConfigError, f"its scheduler has {len(rates)} rates, here {len(current)}", ["scheduler"], []
-                )
+                text = f"its scheduler has {len(rates)} rates, here {len(current)}"
+                self.add_mismatch(ConfigError, text, ["scheduler"], [])
 
     def check_loader(self) -> None:
         """Report a mismatch, an error with `strict`, if only one of this process's state in the file and this call has
@@ -768,10 +765,9 @@ class ResumeJob(TrainedParts):
             adapter_pairs = [(v, tensor) for v, tensor in fits if v.adapter == adapter]
             if adapter_pairs:
                 self.registry.assign_values(adapter, adapter_pairs)
-        with torch.no_grad():
-            for v, tensor in fits:
-                if v.adapter is None:
-                    v.assign(tensor)
+        for v, tensor in fits:
+            if v.adapter is None:
+                v.assign(tensor)
 
     def put_optimizer(self) -> None:
         """Replace the optimizer's states, also those of no parameter, by those of the file, and overwrite the options

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -184,7 +184,7 @@ def check_state_like(thing: object, value: object, state: object, what: str, nam
     `state` is first turned into the form that a file would hold (`simulate_read`). Objects of classes of torch and
     graft must have the same entries.
     """
-    check_value_like(value, simulate_read(state), what, is_known(thing, KNOWN_MODULES), name)
+    check_value_like(value, simulate_read(state), what, type(thing).__module__.startswith(KNOWN_MODULES), name)
 
 
 def format_value(value: object) -> str:
@@ -193,11 +193,6 @@ def format_value(value: object) -> str:
     For any other value, also one of a subclass, return "of type …" with the class name.
     """
     return repr(value) if value is None or type(value) in (bool, int, float) else f"of type {type(value).__name__}"
-
-
-def is_known(thing: object, modules: str | Sequence[str]) -> bool:
-    """Return True if an object's class is from a module that begins with one of `modules`."""
-    return type(thing).__module__.startswith(modules if isinstance(modules, str) else tuple(modules))
 
 
 def check_moments(
@@ -221,12 +216,13 @@ def check_moments(
     if faults := [name for name, t in state.items() if isinstance(t, Tensor) and describe_fault(t)]:
         raise CheckpointError(f"{what}: {join_some(faults)} are no plain tensors. {REMEDY}")
     check_state_finite(state, what)
-    if not state or not is_known(optimizer, KNOWN_MODULES):
+    module, kind = type(optimizer).__module__, type(optimizer).__name__
+    if not state or not module.startswith(KNOWN_MODULES):
         return
-    for name in list_required_names(type(optimizer).__name__, group):
+    for name in list_required_names(kind, group):
         if name not in state:
             raise CheckpointError(f"{what} lacks '{name}'. {REMEDY}")
-    counts: type = int if is_known(optimizer, KNOWN_MODULES[1]) or type(optimizer).__name__ == "SparseAdam" else Tensor
+    counts: type = int if module.startswith("graft.") or kind == "SparseAdam" else Tensor
     shapes = {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, *shape[-1:])}
     for name, value in state.items():
         if name in COUNTERS:

@@ -63,7 +63,7 @@ class Resumable(Listener):
         if getattr(args, "deepspeed_plugin", None) is not None:
             raise ConfigError(
                 "graft.train.Resumable cannot resume under DeepSpeed: Trainer loads only its checkpoints there. "
-                "Leave out this callback and save_only_model, or write a loop with graft.save_training."
+                "Write a loop of your own with graft.save_training, or leave out this callback and save_only_model."
             )
         if not args.save_only_model:
             raise ConfigError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -264,8 +264,7 @@ def read_torch(path: str, check_digest: bool = True) -> LoadedWeights:
     if check_digest and seal.KEY in noted and not any(map(describe_fault, tensors.values())):
         seal.check_digest(noted[seal.KEY], digest_tensors(tensors), path)
     of_base = read_fingerprint(noted.get(KEY), path)
-    file_notes = notes.WeightsFile(path, noted, stamp)
-    return LoadedWeights(separate_memory(tensors), path, of_base, file_notes)
+    return LoadedWeights(separate_memory(tensors), path, of_base, notes.WeightsFile(path, noted, stamp))
 
 
 def separate_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -333,8 +332,7 @@ def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = Tr
             seal.check_digest(saved, digest.result(), path, may_differ)
     noted = notes.select_texts(header.get("__metadata__"))
     of_base = read_fingerprint(noted.get(KEY), path)
-    file_notes = notes.WeightsFile(path, noted, stamp)
-    return LoadedWeights(tensors, path, of_base, file_notes, finite=finite)
+    return LoadedWeights(tensors, path, of_base, notes.WeightsFile(path, noted, stamp), finite=finite)
 
 
 def load_peft_weights(
@@ -355,7 +353,7 @@ def load_peft_weights(
 
 
 NARROW = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))  # dtypes without arithmetic
-SMALL, TOGETHER = 2**14, 2**20  # numbers of a tensor, and of several that are summed up in one pass
+SMALL = 2**14  # numbers: smaller tensors of one shape are summed up in one pass
 
 
 def check_tensors(tensors: dict[str, Tensor], path: str, allow_nonfinite: bool = False) -> None:
@@ -387,64 +385,32 @@ def check_tensors(tensors: dict[str, Tensor], path: str, allow_nonfinite: bool =
 
 @torch.no_grad()
 def find_nonfinite(tensors: dict[str, Tensor]) -> list[str]:
-    """Return the names of the floating tensors that hold NaN or an infinite number.
+    """Return the names of the floating tensors with a NaN or infinite number, unordered.
 
-    Sums find suspects first; only those are looked at one by one. Sharded tensors are left out.
+    Complex and sharded tensors are left out. Sums are tested first: of each tensor above 2¹⁴ numbers, and of all smaller
+    ones of one dtype, device and shape. The values of a tensor are tested only if its sum is not finite, or its dtype is
+    float8, which has no sums. The process waits once for each device, and once for each tested tensor.
     """
-    groups = list(group_small_tensors(tensors))
-    suspects = [named for named, is_finite in zip(groups, check_sums_finite(groups)) if not is_finite]
-    return [name for named in suspects for name, t in named if not is_all_finite(t)]
-
-
-def group_small_tensors(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Yield the floating tensors in groups of (name, tensor).
-
-    A tensor over 16,384 numbers is alone and comes at once. Smaller ones of one dtype, device and shape are together; a
-    group is yielded when it has more than 2²⁰ numbers, the rest at the end. Sharded tensors and integers are left out.
-    """
-    groups: dict[object, list[tuple[str, Tensor]]] = defaultdict(list)
-    sizes: dict[object, int] = defaultdict(int)
+    groups: dict[object, list[str]] = defaultdict(list)
     for name, t in tensors.items():
-        if not t.is_floating_point() or (
-            type(t) is not Tensor and is_sharded(t)
-        ):  # a sharded tensor can only be read by all processes
-            continue
-        n = t.numel()
-        if n > SMALL:
-            yield [(name, t)]
-            continue
-        kind = t.dtype, t.device, t.shape  # tensors of one shape can be stacked
-        groups[kind].append((name, t))
-        sizes[kind] += n
-        if sizes[kind] > TOGETHER:
-            yield groups.pop(kind)
-            sizes[kind] = 0
-    yield from groups.values()
-
-
-def check_sums_finite(groups: list[list[tuple[str, Tensor]]]) -> list[bool]:
-    """Return for each group whether the sum of its numbers is finite; always False for float8.
-
-    A False is no proof: the sum may have overflowed. Sums are taken in float32 at the end, with one wait for each
-    device.
-    """
-    out = [False] * len(groups)
-    places: dict[torch.device, list[int]] = defaultdict(list)
-    for i, named in enumerate(groups):
-        if named[0][1].dtype not in NARROW:
-            places[named[0][1].device].append(i)
-    for indices in places.values():  # one wait for each device
-        sums_finite = torch.stack([sum_group([t for _, t in groups[i]]).float() for i in indices]).isfinite()
-        for i, is_finite in zip(indices, sums_finite.tolist()):
-            out[i] = is_finite
-    return out
-
-
-def sum_group(tensors: list[Tensor]) -> Tensor:
-    """Return the sum of all numbers of tensors of equal shape and dtype, a scalar in that dtype, so that half precision
-    may overflow.
-    """
-    return (tensors[0] if len(tensors) == 1 else torch.stack(tensors)).sum()
+        # a sharded tensor can only be read by all processes
+        if t.is_floating_point() and (type(t) is Tensor or not is_sharded(t)):
+            groups[(t.dtype, t.device, t.shape) if t.numel() <= SMALL else name].append(name)
+    suspects: list[str] = []
+    sums: dict[torch.device, list[tuple[list[str], Tensor]]] = defaultdict(list)
+    for names in groups.values():
+        t = tensors[names[0]]
+        if t.dtype in NARROW:
+            suspects += names
+        else:
+            joined = t if len(names) == 1 else torch.stack([tensors[name] for name in names])
+            sums[t.device].append((names, joined.sum().float()))
+    for on_device in sums.values():
+        are_finite = torch.stack([total for _, total in on_device]).isfinite().tolist()
+        suspects += [name for (names, _), is_finite in zip(on_device, are_finite) if not is_finite for name in names]
+    return [
+        n for n in suspects if not (tensors[n].float() if tensors[n].dtype in NARROW else tensors[n]).isfinite().all()
+    ]
 
 
 def is_file_sum_finite(data: bytes, tensors: dict[str, Tensor]) -> bool:

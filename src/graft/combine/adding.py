@@ -7,7 +7,8 @@ import copy
 import re
 import warnings
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarnin
 from graft.core.folding import widen
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method, Tuner
-from graft.inject.job import Options, Receiver
+from graft.inject.job import Options, TensorWriter
 from graft.inject.parts import AdapterCarriers
 from graft.inject.survey import Wrapper
 from graft.methods import config_of, method_of
@@ -227,8 +228,8 @@ class CombinedValues:
     def check_room(self, numbers: float) -> None:
         """Do nothing: the config was made for the values."""
 
-    def match_entries(self, parts: AdapterCarriers, adapter: str) -> list[tuple[Receiver, Tensor]]:
-        """Return each slot of the new adapter with its value: those of layers as given, token rows computed by
+    def match_entries(self, parts: AdapterCarriers, adapter: str) -> list[tuple[TensorWriter, Tensor]]:
+        """Return a writer (`fill_slot`) of each slot of the new adapter with its value: those of layers as given, token rows computed by
         `combine_rows`.
 
         All saved slots of a token rows' carrier get the same rows. Whole copies of modules get nothing here.
@@ -239,10 +240,12 @@ class CombinedValues:
         """
         if set(parts.layers) != set(self.values):
             raise OtherLayersError
-        out: list[tuple[Receiver, Tensor]] = []
+        out: list[tuple[TensorWriter, Tensor]] = []
         for key, layer in parts.layers.items():
             values = self.values[key]
-            out += [(SlotTarget(layer, slot), values[slot.container, slot.path]) for slot in layer.slots(adapter)]
+            out += [
+                (partial(fill_slot, layer, slot), values[slot.container, slot.path]) for slot in layer.slots(adapter)
+            ]
         for key, host in parts.wrappers.items():
             if host.takes_rows:
                 pairs = self.rows[key]
@@ -253,7 +256,7 @@ class CombinedValues:
                         "Combine the others."
                     )
                 rows = combine_rows(host.methods[adapter], pairs)
-                out += [(SlotTarget(host, slot), rows) for slot in host.slots(adapter) if slot.saved]
+                out += [(partial(fill_slot, host, slot), rows) for slot in host.slots(adapter) if slot.saved]
         return out
 
 
@@ -273,19 +276,12 @@ def combine_rows(method: Method, pairs: list[tuple[Method, float]]) -> Tensor:
     return (out + base * left)[[place[token] for token in method.token_indices]]  # a token may have several rows
 
 
-class SlotTarget(NamedTuple):
-    """A slot of a layer that gets a value."""
-
-    layer: AdapterLayer | Wrapper
-    slot: Slot
-
-    def assign(self, value: Tensor) -> None:
-        """Write a copy of a value into the slot, reshaped to the slot's shape, in its dtype, contiguous, on the layer's
-        device. A slot on the meta device gets a new tensor.
-        """
-        shape, dtype = self.slot.tensor.shape, self.slot.tensor.dtype
-        device = self.layer.where[0]
-        self.slot.assign(value.detach().reshape(shape).to(device=device, dtype=dtype).contiguous(), device)
+def fill_slot(layer: AdapterLayer | Wrapper, slot: Slot, value: Tensor) -> None:
+    """Write a copy of a value into a slot of a layer, reshaped to the slot's shape, in its dtype, contiguous, on the
+    layer's device. A slot on the meta device gets a new tensor.
+    """
+    shape, dtype, device = slot.tensor.shape, slot.tensor.dtype, layer.where[0]
+    slot.assign(value.detach().reshape(shape).to(device=device, dtype=dtype).contiguous(), device)
 
 
 def inject_combined(

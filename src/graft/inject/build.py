@@ -30,7 +30,7 @@ from graft.core.random import build_on
 from graft.core.site import Site
 from graft.core.wrappers import find_offload_hooks
 from graft.inject.beside import Head, ModulesToSaveWrapper, RowsLayer
-from graft.inject.job import InjectionJob, Receiver
+from graft.inject.job import InjectionJob, TensorWriter
 from graft.inject.parts import AdapterCarriers
 from graft.inject.report import Matched
 from graft.inject.stage import check_stage_independence, discard_initial_values, synchronize_tensors
@@ -157,8 +157,8 @@ def build_carriers(job: InjectionJob) -> None:
         raise
 
 
-def assign_values(parts: AdapterCarriers, adapter: str, values: Iterable[tuple[Receiver, Tensor]]) -> None:
-    """Write `values` into an adapter's tensors.
+def assign_values(parts: AdapterCarriers, adapter: str, values: Iterable[tuple[TensorWriter, Tensor]]) -> None:
+    """Write `values`, pairs of a writer and its value, into an adapter's tensors.
 
     First copies tensors that a layer borrows, and separates buffers that layers share. Afterwards the buffers, and lent
     tensors with equal values, are shared again. Where the adapter is merged, it is taken out of the weight for the
@@ -178,8 +178,8 @@ def assign_values(parts: AdapterCarriers, adapter: str, values: Iterable[tuple[R
         for carrier in (*parts.layers.values(), *parts.wrappers.values()):
             if adapter in carrier.state.merged:
                 stack.enter_context(lift_merged(carrier))
-        for entry, value in values:
-            entry.assign(value)
+        for write, value in values:
+            write(value)
         SharedTensors.rejoin_buffers(parted)
     for layer in parts.layers.values():
         if layer.site.on_meta or not any([slot.tensor.is_meta for slot in layer.slots(adapter)]):

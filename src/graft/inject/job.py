@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,12 +25,7 @@ from graft.prompts.base import Prompt
 from graft.storage.parallel import processes
 
 
-class Receiver(Protocol):
-    """An object that takes the values of a tensor, such as an entry of an adapter."""
-
-    def assign(self, value: Tensor) -> None:
-        """Write `value` into the tensor behind this object. A declaration only, with the body `...`."""
-        ...
+TensorWriter = Callable[[Tensor], None]  # writes a value into one tensor, such as that of an adapter's entry
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from graft.core.layer import AdapterLayer
 from graft.core.wrappers import is_bias
 from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.build import assign_values
-from graft.inject.job import Receiver
+from graft.inject.job import TensorWriter
 from graft.inject.match import Matcher
 from graft.inject.parts import AdapterCarriers, find_carriers, get_gate, get_registry, unwrap_model
 from graft.inject.stage import find_absent_in_model
@@ -49,8 +48,7 @@ from graft.io.save import changes_base
 from graft.io.servers import convert_server_layout
 from graft.io.tensors import find_torn_bias, resize_parameters
 from graft.storage.find import innermost
-from graft.storage.offload import find_offloaded, is_tied
-from graft.storage.offload import write_offloaded as put_away
+from graft.storage.offload import find_offloaded, is_tied, write_offloaded
 from graft.storage.parallel import find_whole_shape, strip_inner_wrappers, write_whole
 
 
@@ -86,20 +84,6 @@ class LoadReport:
 ROOM, TIMES = 2**24, 64  # a config may ask for ROOM numbers, and for TIMES as many as the file holds
 ROWS = f"{TrainableTokensWrapper.inner_name}.base_layer"  # below an embedding with token rows
 Mismatch = tuple[str, torch.Size, torch.Size]  # name in the model, shape in the file, shape in the model
-
-
-class BaseEntry(NamedTuple):
-    """A tensor of the base model that a checkpoint holds, too."""
-
-    tensor: Tensor
-    offloaded: tuple[nn.Module, str] | None  # the module that has it, and its name there
-
-    def assign(self, value: Tensor) -> None:
-        """Overwrite the base's tensor in place, sharded or not; an offloaded one is written into its offload store."""
-        if self.offloaded is None:
-            write_whole(self.tensor, value)
-        else:
-            put_away(*self.offloaded, value)
 
 
 class CheckpointValues:
@@ -238,9 +222,9 @@ class CheckpointValues:
                 "not belong together. Load it with its own config."
             )
 
-    def match_entries(self, parts: AdapterCarriers, adapter: str) -> list[tuple[Receiver, Tensor]]:
-        """Return pairs of a receiver and its value from the file: each adapter entry, then each base tensor in the same
-        file.
+    def match_entries(self, parts: AdapterCarriers, adapter: str) -> list[tuple[TensorWriter, Tensor]]:
+        """Return pairs of a function that writes a tensor, and its value from the file: for each adapter entry, then
+        for each base tensor in the same file. A base tensor is overwritten in place, or in its offload store.
 
         Writes no value, but methods may replace parameters to make room. The file's keys have the carriers' prefix if
         one begins with "base_model.", else none. First checks the file's fingerprint; for layers of opaque modules also
@@ -267,18 +251,12 @@ class CheckpointValues:
         used: set[str] = set()
         by_layer = self.group_entries(parts, prefix)
         groups = [(layer, [(entry, find_key(entry, names)) for entry in group]) for layer, group in by_layer]
-        for layer, pairs in groups:
-            if layer is None:  # layers may restore values as large as the shared tensors
-                both = [(in_memory(e.label), self.tensors[n].shape, find_whole_shape(e.tensor)) for e, n in pairs if n]
-                if differ := [shapes for shapes in both if shapes[1] != shapes[2]]:
-                    self._refuse_mismatches(differ)
-        shared = {
-            (entry.container, entry.path): self.tensors[name]
-            for layer, pairs in groups
-            if layer is None
-            for entry, name in pairs
-            if name is not None and entry.container and self.tensors[name].shape == find_whole_shape(entry.tensor)
-        }
+        loose = [pair for layer, pairs in groups if layer is None for pair in pairs]
+        shapes = [(in_memory(e.label), self.tensors[n].shape, find_whole_shape(e.tensor)) for e, n in loose if n]
+        if differ := [mismatch for mismatch in shapes if mismatch[1] != mismatch[2]]:
+            self._refuse_mismatches(differ)  # first, as layers may restore values as large as the shared tensors
+        fitting = [(e, self.tensors[n]) for e, n in loose if n and e.container]
+        shared = {(e.container, e.path): t for e, t in fitting if t.shape == find_whole_shape(e.tensor)}
         for layer, pairs in groups:
             if layer is not None:
                 if shared:
@@ -297,7 +275,7 @@ class CheckpointValues:
                     mismatched.append((in_memory(entry.label), shape, shape_here))
                 else:
                     pairs_to_load.append((entry, name))
-        used |= names & {n for layer, pairs in groups if layer is None for entry, _ in pairs for n in entry.also}
+        used |= names & {n for entry, _ in loose for n in entry.also}
         if parts.wrappers:
             used |= names & {*list_tied_row_keys(parts, adapter, prefix)}
         base, misshapen = self.find_base_tensors(names - used, prefix, parts) if names - used else ({}, [])
@@ -309,11 +287,10 @@ class CheckpointValues:
         if (kind := getattr(self.config, "bias", "none")) != "none":
             self.report.missing_keys += map(in_memory, self._missing_biases(kind, parts, prefix))
         self._check_dtypes([(name, entry.tensor) for entry, name in pairs_to_load] + [*base.items()])
-        if mismatched or unexpected or self.report.missing_keys:
-            self._report_misfits(mismatched, unexpected)
+        self._report_misfits(mismatched, unexpected)
         self.report.loaded = sorted(name for _, name in pairs_to_load)
         self.report.base = sorted(base)
-        adapter_values: list[tuple[Receiver, Tensor]] = [(entry, self.tensors[name]) for entry, name in pairs_to_load]
+        values: list[tuple[TensorWriter, Tensor]] = [(e.assign, self.tensors[name]) for e, name in pairs_to_load]
         away = find_offloaded(self.model) if any(t.is_meta for t in base.values()) else {}
         tied = [name for name, t in base.items() if id(t) in away and is_tied(*away[id(t)])]
         if tied:
@@ -321,7 +298,10 @@ class CheckpointValues:
                 f"Adapter '{adapter}' from {self.path} holds '{tied[0]}', which is offloaded and tied to another "
                 "module's weight. Move the model to real devices first."
             )
-        return adapter_values + [(BaseEntry(t, away.get(id(t))), self.tensors[name]) for name, t in base.items()]
+        for name, t in base.items():
+            write = partial(write_offloaded, *away[id(t)]) if id(t) in away else partial(write_whole, t)
+            values.append((write, self.tensors[name]))
+        return values
 
     def arrange_stacks(self, parts: AdapterCarriers, prefix: str) -> None:
         """Convert the factors of expert stacks in `tensors` to the names and layout that they have here.

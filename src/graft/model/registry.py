@@ -52,7 +52,7 @@ from graft.inject.beside import RowsLayer
 from graft.inject.build import assign_values
 from graft.inject.find import list_trained_biases
 from graft.inject.inject import Injection, check_second_bias
-from graft.inject.job import Options, Receiver
+from graft.inject.job import Options, TensorWriter
 from graft.inject.match import COMPRESS_FROM, Matcher, minimize_names
 from graft.inject.parts import AdapterCarriers, check_adapter_name, check_no_foreign_adapters, get_registry
 from graft.inject.report import InjectReport
@@ -291,7 +291,7 @@ class Registry:
         copies = {key: t.detach().clone() for key, t in tensors.items()}
         return files.AdapterSnapshot(copy.deepcopy(config), copies, self.fingerprint_base(adapter_name))
 
-    def assign_values(self, adapter_name: str, values: Iterable[tuple[Receiver, Tensor]]) -> None:
+    def assign_values(self, adapter_name: str, values: Iterable[tuple[TensorWriter, Tensor]]) -> None:
         """Write values into an adapter's tensors (`assign_values`), and drop the training state of the old ones.
 
         Processes of a sharded base compare the values at their next step.

@@ -762,7 +762,7 @@ class ResumeJob(TrainedParts):
         known = self.tensors.keys() - self.report.fresh
         fits = [(v, self.tensors[n]) for n, v in self.values.items() if n in known]
         for adapter in self.registry.peft_config:
-            adapter_pairs = [(v, tensor) for v, tensor in fits if v.adapter == adapter]
+            adapter_pairs = [(v.assign, tensor) for v, tensor in fits if v.adapter == adapter]
             if adapter_pairs:
                 self.registry.assign_values(adapter, adapter_pairs)
         for v, tensor in fits:

@@ -387,9 +387,9 @@ def check_tensors(tensors: dict[str, Tensor], path: str, allow_nonfinite: bool =
 def find_nonfinite(tensors: dict[str, Tensor]) -> list[str]:
     """Return the names of the floating tensors with a NaN or infinite number, unordered.
 
-    Complex and sharded tensors are left out. Sums are tested first: of each tensor above 2¹⁴ numbers, and of all smaller
-    ones of one dtype, device and shape. The values of a tensor are tested only if its sum is not finite, or its dtype is
-    float8, which has no sums. The process waits once for each device, and once for each tested tensor.
+    Complex and sharded tensors are left out. Sums are tested first: of each tensor above 2¹⁴ numbers, and of all
+    smaller ones of one dtype, device and shape. The values of a tensor are tested only if its sum is not finite, or its
+    dtype is float8, which has no sums. The process waits once for each device, and once for each tested tensor.
     """
     groups: dict[object, list[str]] = defaultdict(list)
     for name, t in tensors.items():

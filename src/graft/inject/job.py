@@ -24,7 +24,6 @@ from graft.methods.trainable_tokens import TrainableTokens
 from graft.prompts.base import Prompt
 from graft.storage.parallel import processes
 
-
 TensorWriter = Callable[[Tensor], None]  # writes a value into one tensor, such as that of an adapter's entry
 
 

@@ -229,8 +229,8 @@ class CombinedValues:
         """Do nothing: the config was made for the values."""
 
     def match_entries(self, parts: AdapterCarriers, adapter: str) -> list[tuple[TensorWriter, Tensor]]:
-        """Return a writer (`fill_slot`) of each slot of the new adapter with its value: those of layers as given, token rows computed by
-        `combine_rows`.
+        """Return for each slot of the new adapter a writer (`fill_slot`) and its value: those of layers as given, token
+        rows computed by `combine_rows`.
 
         All saved slots of a token rows' carrier get the same rows. Whole copies of modules get nothing here.
 

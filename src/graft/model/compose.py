@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from torch import Generator, Tensor, nn
@@ -442,15 +442,8 @@ def make_draws(generators: object, rows: Rows | None) -> AdapterGenerators | Non
     return AdapterGenerators({name: generators[name] for name in rows.names if name is not None})
 
 
-def forbid_shared_draws(draws: AdapterGenerators | None) -> AbstractContextManager[None]:
-    """Return a context that raises RoutingError if its block draws from torch's own generators; one that does nothing
-    without `draws`.
-    """
-    return nullcontext() if draws is None else _forbid_shared_draws(draws)
-
-
 @contextmanager
-def _forbid_shared_draws(draws: AdapterGenerators) -> Iterator[None]:
+def forbid_shared_draws(draws: AdapterGenerators) -> Iterator[None]:
     """Raise RoutingError after the block if it drew from torch's own generators, which all adapters share.
 
     On any error the adapters' generators return to their states from before the block.

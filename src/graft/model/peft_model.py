@@ -27,7 +27,7 @@ from graft.core.errors import (
     warn_unknown,
 )
 from graft.core.gate import PATIENCE, Names
-from graft.core.rows import BASE, CallContext, Run, count_copies
+from graft.core.rows import CallContext, Run, count_copies
 from graft.inject.job import Options
 from graft.inject.parts import HOLDER, check_adapter_name, get_registry, restore_modes_on_error
 from graft.inject.survey import ModuleTree
@@ -501,8 +501,9 @@ class PeftModel(nn.Module):
                 reaches_inputs: AbstractContextManager[None] = nullcontext()
                 if used is not None and registry.averager is not None and self.training and torch.is_grad_enabled():
                     reaches_inputs = registry.averager.reach_inputs(used)
+                run = Run(inputs, kwargs, {}, generates=generates, shares=copy_shares(value))
                 with facts, reaches_inputs:
-                    output, context = self._run_in_call(function, names, inputs, kwargs, generates, copy_shares(value))
+                    output, context = self._run_in_call(function, names, run)
             break
         if torch.is_grad_enabled() and not (generates or torch.compiler.is_compiling()):
             registry.call.keep_for_backward(output, context)
@@ -514,59 +515,46 @@ class PeftModel(nn.Module):
                 registry.watch.follow(output, (*inputs, *kwargs.values()))
         return output
 
-    def _run_in_call(
-        self,
-        function: Callable[..., object],
-        names: RowNames,
-        inputs: tuple[object, ...],
-        kwargs: dict[str, object],
-        generates: bool,
-        shares: dict[str, float],
-    ) -> tuple[object, CallContext]:
+    def _run_in_call(self, function: Callable[..., object], names: RowNames, run: Run) -> tuple[object, CallContext]:
         """Run a function of the base model within a call; return its output and the call's context.
 
-        For `generate`, `registry.check_generate` checks the arguments first. Arguments of graft and its methods are
-        taken out of `kwargs`. In the first training step with gradients after a change, outside a compiler, check that
-        the processes average all gradients; `registry.averaged` notes it.
+        For `generate`, `registry.check_generate` checks the arguments first. Arguments of graft and its methods move
+        from `run.kwargs` to `run.graft_arguments`; `run.rows` and `run.copies` are set. In the first training step with
+        gradients after a change, outside a compiler, check that the processes average all gradients;
+        `registry.averaged` notes it.
 
-        Within the run, rows and their heads are chosen, and `registry.enter_methods` lets methods surround it. With
+        Within the run, rows are chosen, and `registry.enter_methods` lets methods surround it. With
         adapter generators, draws from torch's own generators are forbidden, unless the context before the run may draw.
         If `generate` repeats rows (`count_copies` > 1) and the context is not empty, `use_copies` repeats the context.
         The output of the function always passes through `finish`, which adds losses of adapters.
-
-        Args:
-            shares: of a Parallel: the share of the copies that each adapter acts on.
 
         Raises:
             RoutingError, TypeError: as `forward`; TypeError for `adapter_generators` with `generate`.
             DistributedError: gradients would not be averaged.
         """
-        registry = self._registry
-        if generates:
+        registry, inputs, kwargs = self._registry, run.inputs, run.kwargs
+        if run.generates:
             registry.check_generate(kwargs)
         call, names_of_own = registry.call, (*self.special_peft_forward_args, *registry.arguments)
-        own_arguments = {name: kwargs.pop(name) for name in names_of_own if name in kwargs}
+        run.graft_arguments = {name: kwargs.pop(name) for name in names_of_own if name in kwargs}
         generators = kwargs.pop("adapter_generators", None)
-        if generates and generators is not None:
+        if run.generates and generators is not None:
             raise TypeError("adapter_generators are for training, by the model's forward: generate() takes none.")
-        rows = make_rows(registry, names, inputs, kwargs)
-        draws = make_draws(generators, rows)
+        run.rows = make_rows(registry, names, inputs, kwargs)
+        draws = make_draws(generators, run.rows)
         if not registry.averaged and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             check_averaged(registry)
             registry.averaged = True
-        used = None if rows is None else [BASE if n is None else n for n in rows.names]
-        run = Run(inputs, kwargs, own_arguments, rows, generates, shares=shares)
-        run.copies = count_copies(registry.model, inputs, kwargs) if generates else 1
+        if run.generates:
+            run.copies = count_copies(registry.model, inputs, kwargs)
         with (
-            forbid_shared_draws(None if call.context.may_draw else draws),
-            call.use_rows(rows, draws),
-            self._heads_of(used),
+            nullcontext() if draws is None or call.context.may_draw else forbid_shared_draws(draws),
+            call.use_rows(run.rows, draws),
             registry.enter_methods(run) as finish,
         ):
-            if run.copies > 1 and call.context:
-                with use_copies(call, run.copies, self.get_base_model()):
-                    return finish(function(*inputs, **kwargs)), call.context
-            return finish(function(*inputs, **kwargs)), call.context
+            copied = run.copies > 1 and call.context
+            with use_copies(call, run.copies, registry.model) if copied else nullcontext():
+                return finish(function(*inputs, **kwargs)), call.context
 
     def _begin_call(self, what: str, names: Sequence[str] | None) -> AbstractContextManager[object]:
         """Return a context that counts as a call of the model by this thread: adapters do not change within it.
@@ -576,10 +564,6 @@ class PeftModel(nn.Module):
             names: the adapters of the rows; None: the active ones.
         """
         return self._registry.calling(what, names)
-
-    def _heads_of(self, names: Sequence[str] | None) -> AbstractContextManager[object]:
-        """Return a context that does nothing: a hook. Task classes prepare for the heads of a mixed batch."""
-        return nullcontext()
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Run the base model's forward and return its output.

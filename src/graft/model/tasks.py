@@ -62,7 +62,8 @@ class _Classification(_WithHead):
         """Begin a call of the adapters `names` as the base class does.
 
         If it needs another number of labels than the model has, that call ends first. Then wait until no other call
-        runs and begin again as the only one: all calls read the same config.
+        runs and begin again as the only one: all calls read the same config. Within that call the config has the number
+        of the head that runs; at its end, also after an error, that of the active head.
         """
         with super()._begin_call(what, names):
             if not self._needs_other_labels(names):
@@ -72,7 +73,11 @@ class _Classification(_WithHead):
             self._registry.call.gate.change(f"{what} of a head with other labels", ()),
             super()._begin_call(what, names),
         ):
-            yield
+            self._set_labels(self._labels_of(names))
+            try:
+                yield
+            finally:
+                self._heads_changed()
 
     def _needs_other_labels(self, names: Sequence[str] | None) -> bool:
         """Return True if the call's head has another number of labels than the model now.
@@ -83,22 +88,6 @@ class _Classification(_WithHead):
             return False
         n, now = self._labels_of(names), _read_labels(self.get_base_model())
         return n is not None and now is not None and n != now[0]
-
-    @contextmanager
-    def _heads_of(self, names: Sequence[str] | None) -> Iterator[None]:
-        """Set the number of labels in the config to that of the head that runs, within the block; afterwards, also
-        after an error, to the active head's.
-
-        Nothing is set if these names need no other number.
-        """
-        if not self._needs_other_labels(names):
-            yield
-            return
-        self._set_labels(self._labels_of(names))
-        try:
-            yield
-        finally:
-            self._heads_changed()
 
     def _labels_of(self, names: Sequence[str] | None) -> int | None:
         """Return the number of labels of the head that runs; of a mixed batch the largest, the width of its logits.

@@ -423,7 +423,7 @@ def weigh(tuner: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any])
     Raises:
         RoutingError: the arguments have a cache or no input, or the model returns no hidden states.
     """
-    classifier, places = tuner.classifier, (tuner.places, tuner.expert_places)
+    classifier, places = tuner.classifier, (tuner.places, tuner.experts)
     cfg = classifier.config
     arguments = name_arguments(tuner.model, args, kwargs)
     if find_cache(arguments) is not None:

@@ -6,8 +6,8 @@ over them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -17,14 +17,13 @@ from graft.config.pair import CONFIG_NAME
 from graft.core.carrier import Carrier, TunerTensors
 from graft.core.errors import CheckpointError, ConfigError, RoutingError, UnsupportedLayerError
 from graft.core.gate import all_adapters, changes, prepares
-from graft.core.method import Method
 from graft.core.ops import META
 from graft.inject.build import assign_values
 from graft.inject.job import Options
 from graft.inject.parts import AdapterCarriers, check_adapter_name, get_registry, read_modes, restore_modes
 from graft.inject.report import InjectReport
 from graft.inject.stage import draw_alike, find_team
-from graft.inject.survey import ModuleTree, survey_model
+from graft.inject.survey import survey_model
 from graft.io import files
 from graft.io.load import CheckpointValues
 from graft.methods.lora.config import LoraConfig
@@ -44,22 +43,9 @@ class XLoraRegistry(Registry):
     """
 
     owner = ""  # name of the X-LoRA adapter
-    experts: tuple[str, ...] = ()
+    experts: Mapping[str, int] = MappingProxyType({})  # name of an expert → its place among the classifier's weights
     gate: TunerTensors | None = None  # carries the classifier
-    places: dict[str, int]  # path of a layer → its place among the classifier's weights
-    expert_places: dict[str, int]
-
-    def __init__(self, model: nn.Module, method: type[Method], tree: ModuleTree | None, holder: nn.Module):
-        """Register the model as the base class does.
-
-        Raises ConfigError, before that, if its config has a true `use_cache`: X-LoRA reads the whole text to weigh
-        experts.
-        """
-        if getattr(getattr(model, "config", None), "use_cache", False):
-            raise ConfigError(
-                "`use_cache` must be False: X-LoRA weighs experts by the whole text. Set it in the config."
-            )
-        super().__init__(model, method, tree, holder)
+    places: dict[str, int]  # path of a layer → its place there
 
     @property
     def classifier(self) -> XLoraClassifier:
@@ -108,7 +94,7 @@ class XLoraRegistry(Registry):
         if not experts:
             raise ConfigError("X-LoRA needs experts: name them in XLoraConfig.adapters, {name: path}.")
         check_top_k(config.top_k_lora, len(experts))
-        with self._all_or_nothing():
+        try:
             for name, (expert, loaded) in experts.items():
                 values = CheckpointValues(self.model, expert, name, loaded)
                 self._inject(name, expert, Options(options.upcast, values=values))
@@ -120,6 +106,10 @@ class XLoraRegistry(Registry):
             if options.values is not None:
                 parts = self.parts_of(adapter_name)
                 assign_values(parts, adapter_name, options.values.match_entries(parts, adapter_name))
+        except BaseException:
+            self.unload(keep_modules=False)
+            self.holder._modules.pop(CLASSIFIER, None)
+            raise
         self.peft_config = Configs({adapter_name: config, **self.peft_config})
         self._register(adapter_name, config)
         self.reports[adapter_name] = report
@@ -194,14 +184,13 @@ class XLoraRegistry(Registry):
         """Make the classifier, frozen, and attach it to the tuner as its module `internal_xlora_classifier`.
 
         Sets `owner` (the adapter's name), `experts`, the classifier's carrier `gate`, and the numbers of layers
-        (`places`, in the order of the model) and experts (`expert_places`, in the order of `names`).
+        (`places`, in the order of the model) and experts (`experts`, in the order of `names`).
 
         It is on the first layer's device (`on_meta`: the meta device), in the dtype of the model's first parameter.
         """
         modules = {id(m): i for i, (_, m) in enumerate(self.model.named_modules())}
         order = sorted(self.layers, key=lambda key: modules[id(self.layers[key])])
         self.places = {key: i for i, key in enumerate(order)}
-        self.expert_places = {name: i for i, name in enumerate(names)}
         first = self.layers[order[0]]
         where = dict(device=first.where[0], dtype=next(self.model.parameters()).dtype)
         if on_meta:
@@ -210,22 +199,18 @@ class XLoraRegistry(Registry):
         self.gate = TunerTensors(adapter_name, {CLASSIFIER: classifier})
         self.gate.state.call = self.call
         self.gate.require_grad(adapter_name, False)
-        self.owner, self.experts = adapter_name, tuple(names)
+        self.owner, self.experts = adapter_name, {name: i for i, name in enumerate(names)}
         self.holder.add_module(CLASSIFIER, classifier)
 
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """If the block raises, take all adapters and the classifier off the model."""
-        try:
-            yield
-        except BaseException:
-            self.unload(keep_modules=False)
-            self.holder._modules.pop(CLASSIFIER, None)
-            raise
-
     def check_new(self, adapter_name: str, config: PeftConfig) -> None:
-        """Raise as `Registry.check_new`, and ConfigError if the model has adapters already."""
+        """Raise as `Registry.check_new`. Raise ConfigError if the model has adapters already, or if its config has a
+        true `use_cache`: X-LoRA reads the whole text to weigh experts.
+        """
         super().check_new(adapter_name, config)
+        if getattr(getattr(self.model, "config", None), "use_cache", False):
+            raise ConfigError(
+                "`use_cache` must be False: X-LoRA weighs experts by the whole text. Set it in the config."
+            )
         if self.layers:
             raise ConfigError(
                 f"The model has adapters ({', '.join(self.peft_config)}), and X-LoRA needs one without: load it into "
@@ -251,7 +236,7 @@ class XLoraRegistry(Registry):
             names = [self.owner, *self.experts]
         super().set_adapter(names, inference_mode)
         if together and not self.classifier.config.use_trainable_adapters:
-            self.set_requires_grad(self.experts, False)
+            self.set_requires_grad([*self.experts], False)
 
     @changes(all_adapters)
     def delete_adapter(self, adapter_name: str) -> None:
@@ -268,7 +253,7 @@ class XLoraRegistry(Registry):
         if adapter_name in self.experts:
             raise ConfigError(f"'{adapter_name}' is an expert of X-LoRA adapter '{self.owner}', which needs it.")
         super().delete_adapter(adapter_name)
-        self.gate, self.owner, self.experts = None, "", ()
+        self.gate, self.owner, self.experts = None, "", {}
         del self.holder._modules[CLASSIFIER]
 
     def _merge(self, adapter_names: list[str] | None, safe_merge: bool, undoable: bool, progress: bool = False) -> None:

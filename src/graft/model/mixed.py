@@ -100,14 +100,6 @@ class PeftMixedModel(PeftModel):
 
     _mixed_tuner = MixedModel
 
-    def _extend_config(self, config: PeftConfig) -> None:
-        """Raise ConfigError for the config of a prompt method."""
-        if config.is_prompt_learning:
-            raise ConfigError(
-                f"The provided `peft_type` '{config.peft_type.value}' is not compatible with the `PeftMixedModel`: it "
-                "acts on no layers. Leave out mixed=True."
-            )
-
     def set_adapter(self, adapter_name: str | Sequence[str] | Composition, inference_mode: bool = False) -> None:
         """Make these adapters active, in this order or as a composition says, and trainable unless `inference_mode`.
 

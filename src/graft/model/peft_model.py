@@ -121,7 +121,7 @@ class PeftModel(nn.Module):
         options = Options(autocast_adapter_dtype, low_cpu_mem_usage, values, heads, provisional=provisional)
         with restore_on_error(peft_config):
             self._extend_config(peft_config)
-            if isinstance(peft_config, PromptLearningConfig):
+            if isinstance(peft_config, PromptLearningConfig) and self._mixed_tuner is None:  # else its registry refuses
                 from graft.model.prompts import Prompts  # not needed for adapters on layers
 
                 registry: Registry = (prompts := Prompts(model, peft_config, tree))

@@ -262,18 +262,7 @@ class Tuner(nn.Module, metaclass=TunerType):
         lambda self, names: self.set_adapter(names),
         doc="The active adapters. Setting it is `set_adapter`.",
     )
-    set_adapter = delegate_to_registry("set_adapter")
-    delete_adapter = delegate_to_registry("delete_adapter")
-    set_requires_grad = delegate_to_registry("set_requires_grad")
     inject_adapter = mark_step(delegate_to_registry("inject_adapter"))
-    enable_adapter_layers = delegate_to_registry("enable_adapter_layers")
-    disable_adapter_layers = delegate_to_registry("disable_adapter_layers")
-    merge_adapter = delegate_to_registry("merge_adapter")
-    unmerge_adapter = delegate_to_registry("unmerge_adapter")
-    merge_and_unload = delegate_to_registry("merge_and_unload")
-    unload = delegate_to_registry("unload")
-    auxiliary_loss = delegate_to_registry("auxiliary_loss")
-    supports_lora_conversion = delegate_to_registry("supports_lora_conversion")
 
     # facts
 
@@ -301,6 +290,14 @@ class Tuner(nn.Module, metaclass=TunerType):
     def prefix(self) -> str:
         """The beginning of the names of the method's tensors, "lora_"; "" for a tuner of any method."""
         return "" if self._method is None else self._method.prefix
+
+
+VERBS = (  # functions of a registry that its tuner has as well
+    "set_adapter delete_adapter set_requires_grad enable_adapter_layers disable_adapter_layers merge_adapter "
+    "unmerge_adapter merge_and_unload unload auxiliary_loss supports_lora_conversion"
+)
+for verb in VERBS.split():
+    setattr(Tuner, verb, delegate_to_registry(verb))
 
 
 def attach_registry(tuner: Tuner, model: nn.Module, tree: ModuleTree | None = None) -> Registry:

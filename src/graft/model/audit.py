@@ -9,7 +9,7 @@ import math
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
@@ -34,7 +34,8 @@ from graft.kernels.eager import autocast_dtype
 from graft.model.rates import class_name_of, find_known_range
 from graft.storage.parallel import is_sharded, layout_of
 
-NONE, ZERO, BROKEN, FINE = "none", "zero", "broken", "fine"  # states of the gradients of a part
+# states of the gradients of a part; those that are faults are named as their lists in AuditReport
+NONE, ZERO, BROKEN, FINE = "no_gradient", "zero_gradient", "not_finite", "fine"
 
 
 @dataclass
@@ -226,13 +227,12 @@ def audit(
         if was_trained(registry):
             report.after = "training, whose gradients are gone"
     report.not_trained = find_frozen(carriers)
-    by_name = {name: find_carriers(model, name) for name in names}
-    adapters = [(name, of_name, base, config) for name, (of_name, _, base, config) in by_name.items()]
+    adapters = {name: find_carriers(model, name) for name in names}
     report.not_saved = find_unsaved(model, adapters)
     if optimizer is not None:
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         report.not_optimized = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
-        report.far_rates = find_far_rates(parts, {name: config for name, _, _, config in adapters}, optimizer)
+        report.far_rates = find_far_rates(parts, {name: config for name, (*_, config) in adapters.items()}, optimizer)
     return report
 
 
@@ -278,12 +278,8 @@ def report_gradients(parts: list[Part], report: AuditReport, called: set[int] | 
     for part, state in zip(parts, gradient_states(parts)):
         if state == NONE and called is not None and part.carrier.replaces and id(part.carrier) not in called:
             report.never_called.append(part.label)
-        elif state == NONE:
-            report.no_gradient.append(part.label)
-        elif state == ZERO:
-            report.zero_gradient.append(part.label)
-        elif state == BROKEN:
-            report.not_finite.append(part.label)
+        elif state != FINE:
+            getattr(report, state).append(part.label)
 
 
 def was_stepped(model: nn.Module, registry: object, optimizer: torch.optim.Optimizer | None) -> bool:
@@ -384,7 +380,7 @@ def find_frozen(carriers: Iterable[Carrier]) -> list[str]:
     ]
 
 
-def find_unsaved(model: nn.Module, adapters: Iterable[tuple[str, AdapterCarriers, nn.Module, PeftConfig]]) -> list[str]:
+def find_unsaved(model: nn.Module, adapters: Mapping[str, tuple[AdapterCarriers, str, nn.Module, Any]]) -> list[str]:
     """Return the names of the model's parameters that require gradients and that no adapter's file holds, in the
     model's order.
 
@@ -392,11 +388,11 @@ def find_unsaved(model: nn.Module, adapters: Iterable[tuple[str, AdapterCarriers
     with `save_embedding_layers="auto"` would add. Its warnings are suppressed.
 
     Args:
-        adapters: (name, carriers, base model, config) of each.
+        adapters: by name, as `find_carriers` returns them; the prefix is not read.
     """
     training = {name: p for name, p in model.named_parameters() if p.requires_grad}
     saved: set[int] = set()
-    for adapter, parts, base, config in adapters:
+    for adapter, (parts, _, base, config) in adapters.items():
         saved |= {id(entry.tensor) for entry in list_entries(parts, adapter, "")}
         if parts.prompt is not None:  # the file holds the prompt that they compute
             saved |= {id(p) for p in parts.prompt.parameters()}
@@ -440,14 +436,13 @@ def measure_updates(parts: Sequence[Part]) -> list[tuple[bool, float]]:
     The share is NaN if the norm of the weight is unknown, zero or not finite. Parts with a sharded, empty, or not dense
     floating tensor are not read: they count as finite, with share NaN. It waits a few times for each device.
     """
-    plain = [all([is_dense_float(p) and p.numel() and layout_of(p) is None for p in part.parameters]) for part in parts]
-    read = [
-        part.parameters if is_readable else [] for part, is_readable in zip(parts, plain)
-    ]  # else in parts, or elsewhere
-    pairs = [update_norms(part.carrier, part.adapter) if is_readable else () for part, is_readable in zip(parts, plain)]
-    numbers = iter(max_magnitudes([t for values, pair in zip(read, pairs) for t in (*values, *pair)]))
+    read: list[tuple[list[nn.Parameter], tuple[Tensor, ...]]] = []
+    for part in parts:
+        is_here = all([is_dense_float(p) and p.numel() and layout_of(p) is None for p in part.parameters])
+        read.append((part.parameters, update_norms(part.carrier, part.adapter)) if is_here else ([], ()))
+    numbers = iter(max_magnitudes([t for values, pair in read for t in (*values, *pair)]))
     shares = []
-    for values, pair in zip(read, pairs):
+    for values, pair in read:
         finite = math.isfinite(sum([next(numbers) for _ in values]))
         update, weight = [next(numbers) for _ in pair] or (0.0, 0.0)
         shares.append((finite, update / weight if weight and math.isfinite(weight) else math.nan))
@@ -658,8 +653,7 @@ class Watch:
         if not outside and all([state in (NONE, ZERO) for _, state in part_states]):
             return None  # the loss was constant, or another library took the gradients
         report = AuditReport(after="the first backward pass", not_saved=self._find_unsaved(outside))
-        half = self.half or any([p.dtype == torch.float16 for p in model.parameters()])
-        if BROKEN in [state for _, state in part_states] and not half:
+        if not (self.half or any([p.dtype == torch.float16 for p in model.parameters()])):
             report.not_finite = [part.label for part, state in part_states if state == BROKEN]
         suspects = [(p, state) for p, state in part_states if state == NONE or (state == ZERO and not trains_rows(p))]
         if any([state == NONE for _, state in suspects]) and gradients_elsewhere(model, registry.carriers()):
@@ -688,11 +682,10 @@ class Watch:
         self.suspects = [(part.carrier, part.adapter) for part, _ in still_without]
         if still_without and self.passes < PASSES:
             return None
-        return AuditReport(
-            after=f"{self.passes} backward passes",
-            no_gradient=[part.label for part, state in still_without if state == NONE],
-            zero_gradient=[part.label for part, state in still_without if state == ZERO],
-        )
+        report = AuditReport(after=f"{self.passes} backward passes")
+        for part, state in still_without:
+            getattr(report, state).append(part.label)
+        return report
 
     @staticmethod
     def _is_frozen(model: nn.Module) -> bool:
@@ -707,7 +700,7 @@ class Watch:
         if not others:
             return []
         registry = self.registry
-        adapters = [(n, registry.parts_of(n), registry.model, c) for n, c in registry.peft_config.items()]
+        adapters = {n: (registry.parts_of(n), "", registry.model, c) for n, c in registry.peft_config.items()}
         got = {id(p) for p in others}
         parameters = dict(registry.model.named_parameters())
         return [name for name in find_unsaved(registry.model, adapters) if id(parameters[name]) in got]

@@ -28,7 +28,6 @@ from graft.io.fingerprint import Fingerprint, hash_text
 from graft.io.servers import IN, LAYOUTS, OUT, PARAMETERS, WRITERS, FactorPair, ServerBlock, ServerBlocks
 from graft.io.tensors import digest_tensors
 from graft.methods.lora.config import LoraConfig
-from graft.model.checkpoints import list_save_folders
 from graft.storage.parallel import layout_of, processes, strip_inner_wrappers
 
 PREFIX = "base_model.model."
@@ -110,27 +109,6 @@ def adapter_tensors(
     if view.hub and any(layer.op.opaque and not layer.site.is_stack for _, layer in view.layers):
         note = {}  # the file names the module that has the parameter, which the fingerprint does not
     return AdapterTensors(local_tensors, fields, server_needs(view, ranks), digest, lora_config, note)
-
-
-def save_in_layout(
-    model: nn.Module, directory: str, selected: list[str] | None, layout: str, writes: bool = True
-) -> None:
-    """Write adapters in the layout of a server: "default" into the folder, others into sub-folders.
-
-    All are computed before one is written.
-
-    Args:
-        selected: names; None: all that are not frozen references.
-        writes: False: take part in the computation, but write nothing.
-
-    Raises:
-        ValueError, CheckpointError: as `list_save_folders`. Other errors: see `adapter_tensors`.
-    """
-    folders = list_save_folders(model, selected, directory)
-    adapters = {name: adapter_tensors(model, name, layout) for name in folders}
-    for name, tensors in adapters.items():
-        if writes:
-            tensors.save(folders[name])
 
 
 @dataclass

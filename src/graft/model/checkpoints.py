@@ -178,7 +178,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 def save_adapters(
     model: nn.Module,
     directory: str,
-    selected: list[str] | None,
+    folders: dict[str, str],
     state_dict: dict[str, Tensor] | None,
     *,
     fingerprint: str,
@@ -187,13 +187,13 @@ def save_adapters(
     writes: bool,
     subtract: str | None,
 ) -> None:
-    """Write adapters and their configs, "default" into the folder and others into sub-folders; then a model card.
+    """Write adapters and their configs, each into its folder; then a model card into `directory`.
 
     All contents are computed and checked before the first file is written. One process writes; see the module for
     several. If the card fails, warn.
 
     Args:
-        selected: names; None: all that are not frozen references.
+        folders: of the adapters to save, by name, as `list_save_folders` returns them.
         state_dict: a state dict to take values from; None: the model's own.
         fingerprint: "sampled" or "full", of the base.
         embeddings: as `save_embedding_layers` of `PeftModel.save_pretrained`.
@@ -201,21 +201,22 @@ def save_adapters(
         subtract: folder of the adapter before training, to save a PiSSA or OLoRA adapter as plain LoRA.
 
     Raises:
-        ValueError: an argument is wrong, or an adapter is not loaded.
-        CheckpointError: there is nothing to save, or a tensor is a part of one; nothing is written.
+        ValueError: the fingerprint is neither "sampled" nor "full", or is "full" without safetensors.
+        CheckpointError: a tensor is a part of one; nothing is written.
     """
-    check_save_arguments(directory, fingerprint, safetensors)
-    registry = get_registry(model)
-    names, are_several = names_to_save(model, selected, directory), processes() > 1
-    ranks = save.find_adapter_ranks(model, names, embeddings) if are_several and state_dict is None else []
+    if fingerprint not in ("sampled", "full"):
+        raise ValueError(f'fingerprint must be "sampled" or "full", got {fingerprint!r}.')
+    if fingerprint == "full" and not safetensors:
+        raise ValueError('fingerprint="full" needs safe_serialization=True: a torch file has no place for it.')
+    registry, are_several = get_registry(model), processes() > 1
+    ranks = save.find_adapter_ranks(model, [*folders], embeddings) if are_several and state_dict is None else []
     if not (ranks or writes):
         return
-    meeting = Meeting(CALL, f"{sorted(names)}, fingerprint={fingerprint!r}", ranks) if len(ranks) > 1 else None
+    meeting = Meeting(CALL, f"{sorted(folders)}, fingerprint={fingerprint!r}", ranks) if len(ranks) > 1 else None
     contents_by_folder = {}
     together = state_dict is None and (bool(ranks) or not are_several)
-    for name in names:
+    for name, folder in folders.items():
         tensors, config = file_contents(model, name, state_dict, embeddings, subtract)
-        folder = adapter_folder(name, directory)
         files.check_saved_tensors(folder, tensors)
         note = registry.fingerprint_base(name, together, full=fingerprint == "full")
         contents_by_folder[folder] = (tensors, config, note)
@@ -243,33 +244,23 @@ def save_adapters(
         write()
 
 
-def check_save_arguments(directory: str, fingerprint: str, safetensors: bool) -> None:
-    """Raise an error for arguments of a save that cannot be; the first fault counts, in this order.
+def list_save_folders(model: nn.Module, selected: list[str] | None, directory: str) -> dict[str, str]:
+    """Return name → folder of each adapter that a save into `directory` writes: those selected, in their order, or all
+    that are not frozen references.
+
+    The folder of "default" is `directory`, that of another adapter a sub-folder of its name. An empty selection gives
+    {}. A selected frozen reference is saved.
 
     Raises:
         FileNotFoundError: the directory's name is empty.
-        ValueError: the fingerprint is neither "sampled" nor "full", or is "full" without safetensors; or the directory
-            is a file.
+        ValueError: the directory is a file, or a selected adapter is not loaded or named twice.
+        CheckpointError: nothing is selected and the model has no adapter to save, or a sub-folder is a link, which may
+            come from a download.
     """
     if not os.fspath(directory):
         raise FileNotFoundError("The folder to save into has an empty name. Pass a path, such as '.'.")
-    if fingerprint not in ("sampled", "full"):
-        raise ValueError(f'fingerprint must be "sampled" or "full", got {fingerprint!r}.')
-    if fingerprint == "full" and not safetensors:
-        raise ValueError('fingerprint="full" needs safe_serialization=True: a torch file has no place for it.')
     if os.path.isfile(directory):
         raise ValueError(f"Provided path ({directory}) should be a directory, not a file")
-
-
-def names_to_save(model: nn.Module, selected: list[str] | None, directory: str) -> list[str]:
-    """Return the names of the adapters to save: those selected, in their order, or all that are not frozen references.
-
-    An empty selection gives []. A selected frozen reference is saved.
-
-    Raises:
-        ValueError: a selected adapter is not loaded, or named twice.
-        CheckpointError: nothing is selected, and the model has no adapter to save.
-    """
     registry = get_registry(model)
     known = list(registry.peft_config)
     unfrozen = [n for n in known if n not in registry.frozen]
@@ -282,7 +273,11 @@ def names_to_save(model: nn.Module, selected: list[str] | None, directory: str) 
         )
     if not names and selected is None:
         raise CheckpointError(f"There is nothing to save into {directory}: the model has no adapter.")
-    return names
+    folders = {name: directory if name == "default" else os.path.join(directory, name) for name in names}
+    for name in names:
+        if name != "default":
+            check_no_link(folders[name], f"adapter '{name}'")
+    return folders
 
 
 def file_contents(
@@ -315,27 +310,3 @@ def file_contents(
     if getattr(config, "target_parameters", None):
         config.peft_version = FORMAT_VERSION  # readers tell the layout of stacks by it
     return tensors, config
-
-
-def list_save_folders(model: nn.Module, selected: list[str] | None, directory: str) -> dict[str, str]:
-    """Return name → folder of each adapter that a save into `directory` writes: those selected, or all that are not
-    frozen references.
-
-    Raises:
-        ValueError: the directory is a file, or a selected adapter is not loaded or named twice.
-        CheckpointError: nothing is selected and the model has no adapter, or a sub-folder is a link.
-    """
-    check_save_arguments(directory, "sampled", True)
-    return {name: adapter_folder(name, directory) for name in names_to_save(model, selected, directory)}
-
-
-def adapter_folder(adapter: str, directory: str) -> str:
-    """Return the folder for an adapter: `directory` for "default", else a sub-folder of its name.
-
-    Raises CheckpointError if the sub-folder is a link, which may come from a download.
-    """
-    if adapter == "default":
-        return directory
-    folder = os.path.join(directory, adapter)
-    check_no_link(folder, f"adapter '{adapter}'")
-    return folder

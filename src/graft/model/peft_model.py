@@ -656,18 +656,18 @@ class PeftModel(nn.Module):
                 warn_unknown(PeftModel.save_pretrained, kwargs, {"state_dict"} | IDLE_SAVING)
             if layout is not None and for_server is not None:
                 raise ConfigError(f"layout={layout!r} and for_server={for_server!r}: give one of the two.")
+            folders = checkpoints.list_save_folders(self, selected_adapters, save_directory)
             if layout is not None:
-                from graft.model.adapter_tensors import save_in_layout
+                from graft.model.adapter_tensors import adapter_tensors
 
-                save_in_layout(self, save_directory, selected_adapters, layout, is_main_process)
+                tensors = {name: adapter_tensors(self, name, layout) for name in folders}
+                for name in folders if is_main_process else ():
+                    tensors[name].save(folders[name])
                 return
             if for_server is not None:
-                export_adapters = import_from_room("export_adapters")
-                folders = checkpoints.list_save_folders(self, selected_adapters, save_directory)
-                export_adapters(self, folders, for_server, is_main_process)
+                import_from_room("export_adapters")(self, folders, for_server, is_main_process)
                 return
-            saved = list(self.peft_config) if selected_adapters is None else selected_adapters
-            if part := [name for name in saved if name in self._registry.taken_in]:
+            if part := [name for name in folders if name in self._registry.taken_in]:
                 warn(
                     f"Adapters {part} were restarted: their earlier updates are in the base weights only. Save the "
                     "model as well, by merge_and_unload().save_pretrained(…) of a copy.",
@@ -676,7 +676,7 @@ class PeftModel(nn.Module):
             checkpoints.save_adapters(
                 self,
                 save_directory,
-                selected_adapters,
+                folders,
                 kwargs.get("state_dict"),
                 fingerprint=fingerprint,
                 safetensors=safe_serialization,

@@ -119,13 +119,10 @@ def warn_other_config(adapter: str, path: str, config: PeftConfig, file_config: 
     the file leaves to the base do not count either. Empty values count as equal. No warning if none is left.
     """
     fields, file_fields = config.to_file_dict(), file_config.to_file_dict()
-    left = (
-        SETTLED | set(config.results) | (set(fields) - set(file_fields))
-    )  # these come from the file, or are a client's
-    if config.is_prompt_learning:
-        left |= {
-            n for n in OF_THE_BASE if file_fields[n] is None
-        }  # sizes that the base model gives: CPT's files have none
+    # these come from the file, or are a client's
+    left = SETTLED | set(config.results) | (set(fields) - set(file_fields))
+    if config.is_prompt_learning:  # sizes that the base model gives: CPT's files have none
+        left |= {n for n in OF_THE_BASE if file_fields[n] is None}
     names = [n for n in fields if n not in left and "init" not in n and (fields[n] or None) != (file_fields[n] or None)]
     if names:
         differ = ", ".join(f"{n} ({fields[n]!r}, in the file {file_fields[n]!r})" for n in names)

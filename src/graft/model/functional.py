@@ -31,17 +31,20 @@ def find_carriers(model: nn.Module) -> list[AdapterLayer | Wrapper]:
     return [*tree.layers.values(), *tree.wrappers.values()]
 
 
-def check_carried(parts: list[AdapterLayer | Wrapper], names: Sequence[str]) -> None:
-    """Raise AdapterNotFoundError if one of these adapters is on no carrier, or if there is no adapter at all.
+def find_all_carried(model: nn.Module, names: Sequence[str]) -> list[AdapterLayer | Wrapper]:
+    """Return all carriers in a model, as `find_carriers`, after a check that each of `names` is on one of them.
 
-    An empty `names` passes otherwise.
+    Raises AdapterNotFoundError if one is on no carrier, or if there is no adapter at all. An empty `names` passes
+    otherwise.
     """
+    parts = find_carriers(model)
     known = dict.fromkeys(name for part in parts for name in part.adapters)
     unknown = [n for n in names if n not in known]
     if unknown or not known:
         raise AdapterNotFoundError(
             f"Adapter {', '.join(unknown) or 'without a name'} not found. The model has: {', '.join(known) or 'none'}."
         )
+    return parts
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -63,8 +66,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
     if registry is not None:
         registry.set_adapter(names, inference_mode)
         return
-    parts = find_carriers(model)
-    check_carried(parts, names)
+    parts = find_all_carried(model, names)
     with parts[0].call.gate.change(f"set_adapter({names})"):
         for part in parts:
             part.check_active(names)
@@ -126,8 +128,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     if registry is not None:
         registry.set_requires_grad(names, requires_grad)
         return
-    parts = find_carriers(model)
-    check_carried(parts, names)
+    parts = find_all_carried(model, names)
     with parts[0].call.gate.change(f"set_requires_grad({names})", names):
         for part in parts:
             part.set_requires_grad(names, requires_grad)

@@ -88,18 +88,14 @@ def merge_layers(
             merge(safe_merge=safe_merge, adapter_names=chosen[layer])
         for layer, names_here in by_delta.items():
             layer.merge_checked(names_here, True)
-        if undoable:
-            for layer, names_here in tqdm(graft_merges.items(), desc="Merging", unit="layer", disable=not progress):
-                layer.merge_checked(names_here, True)
+        for layer, names_here in tqdm(graft_merges.items(), desc="Merging", unit="layer", disable=not progress):
+            layer.merge_checked(names_here, undoable)
     except BaseException:
         for layer, merged in before.items():
             if layer.state.merged != merged:
                 merging.unmerge(layer)
                 layer.merge_checked(merged, True) if merged else layer.refresh_plan()
         raise
-    if not undoable:
-        for layer, names_here in tqdm(graft_merges.items(), desc="Merging", unit="layer", disable=not progress):
-            layer.merge_checked(names_here, False)
     return merging.warn_lost(layers)
 
 

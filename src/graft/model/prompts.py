@@ -297,26 +297,23 @@ class Prompts(Registry):
             )
         outer = [stack.begin() for stack in self.stacks.values()]
         try:
-            finish, value = self._compute_prompt(kwargs, arguments)
-            if value is not None:
-                self._insert(self.active[0], value)  # type: ignore[index]
-            yield finish
+            yield self._put_prompt(kwargs, arguments)
             for stack in self.stacks.values():
                 stack.check_visited()
         finally:
             for stack, call in zip(self.stacks.values(), outer):
                 stack.end(call)
 
-    def _compute_prompt(self, kwargs: dict[str, object], arguments: dict[str, object]) -> tuple[Finish, Tensor | None]:
-        """Return a function for the output of a call, and the tensor of the active prompt; (a function that returns its
-        input, None) if no prompt is active.
+    def _put_prompt(self, kwargs: dict[str, object], arguments: dict[str, object]) -> Finish:
+        """Compute the active prompt, give it to the stacks by `_insert`, and return a function for the output of the
+        call. If no prompt is active, only return a function that returns its input.
 
         For a prompt of embeddings, labels in `kwargs` are widened by ignored tokens (or moved to the finishing
         function). With a decoder stack, outputs of an encoder that lack the prompt are dropped, with a warning. Raises
         ValueError if the prompt's rows do not fit the batch.
         """
         if self.active is None:
-            return return_unchanged, None
+            return return_unchanged
         cfg, prompt = self.active
         finish: Finish = return_unchanged
         if not cfg.holds_keys:
@@ -327,7 +324,8 @@ class Prompts(Registry):
                 drop_encoder_outputs(kwargs, cfg)
         value = prompt(**arguments)
         check_rows(value, kwargs)
-        return finish, value
+        self._insert(cfg, value)
+        return finish
 
     def _insert(self, cfg: PromptLearningConfig, value: Tensor) -> None:
         """Give the prompt's tensor to the stacks that the run enters, in their `now`.

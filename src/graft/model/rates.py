@@ -124,19 +124,16 @@ def suggest_lr(config: PeftConfig, model: nn.Module | None = None) -> Suggestion
     """
     check_config(config)
     adapter, published = class_name_of(config), find_class(config).published_lr
-    similar = find_similar(config)
-    if not similar:
-        if published is None:
-            return Suggestion(adapter)
-        low, high, _ = published
-        return Suggestion(adapter, low if low == high else None, low, high, published=published)
-    kind = None if model is None else model_type(model)
+    similar, kind = find_similar(config), None if model is None else model_type(model)
     near = [row for row in similar if row["model_type"] == kind] or similar
-    closest_rows = find_closest(near, config)
-    if model is not None and published is not None and closest_rows[0]["model_type"] != kind:
+    closest_rows = find_closest(near, config) if near else []
+    found_on = tuple(map(describe_search, closest_rows))
+    of_other_models = model is not None and kind not in [row["model_type"] for row in near]
+    if published is not None and (of_other_models or not near):
         low, high, _ = published
-        found_on = tuple(map(describe_search, closest_rows))
         return Suggestion(adapter, low if low == high else None, low, high, found_on=found_on, published=published)
+    if not near:
+        return Suggestion(adapter)
     low, high = good_range(closest_rows)
     sizes = {size_of(row): [r for r in near if size_of(r) == size_of(row)] for row in near}
     return Suggestion(
@@ -145,7 +142,7 @@ def suggest_lr(config: PeftConfig, model: nn.Module | None = None) -> Suggestion
         low,
         high,
         (min(min(row["rates"]) for row in closest_rows), max(max(row["rates"]) for row in closest_rows)),
-        tuple(map(describe_search, closest_rows)),
+        found_on,
         {size: best_lr(rows) for size, rows in sizes.items() if size != size_of(closest_rows[0])},
         published,
         (min(row["steps"] for row in closest_rows), max(row["steps"] for row in closest_rows)),

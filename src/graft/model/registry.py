@@ -632,8 +632,8 @@ class Registry:
         Waits until no call runs.
 
         Merged adapters are unmerged first, with a warning, unless just these are merged on all layers under the same
-        composition. Frozen copies stay frozen. `note_training` and `on_change` are called; adapters that no watch has
-        seen yet get a new one.
+        composition. Frozen copies stay frozen. `averaged` becomes False, `on_change` is called; adapters that no
+        watch has seen yet get a new one.
 
         Raises:
             AdapterNotFoundError: one of them is not loaded.
@@ -658,13 +658,12 @@ class Registry:
         weights, apart = (None, False) if composition is None else weights_and_apart(composition)
         for part in self.carriers():
             part.activate(names, not inference_mode, weights, apart)
-        if not self.frozen.isdisjoint(names):
-            self._freeze(names)
+        self._freeze(names)
         self.active_adapters, self.composition = names, composition
         if not self.watched.issuperset(names):
             self.watched.update(names)
             self.watch = Watch(self)
-        self.note_training()
+        self.averaged = False
         self.on_change()
 
     def check_together(self, names: Sequence[str]) -> None:
@@ -698,7 +697,7 @@ class Registry:
 
         Frozen copies (`frozen`) stay frozen.
 
-        Waits until no call runs, and calls `note_training` at the end.
+        Waits until no call runs. `averaged` becomes False at the end: the next step checks who averages gradients.
 
         Raises:
             AdapterNotFoundError: one is not loaded.
@@ -707,21 +706,14 @@ class Registry:
         self.check_known(names)
         for part in self.carriers():
             part.set_requires_grad(names, requires_grad)
-        if not self.frozen.isdisjoint(names):
-            self._freeze(names)
-        self.note_training()
-
-    def note_training(self) -> None:
-        """Set `averaged` to False: other parameters may train, and the next step in training checks that their
-        gradients are averaged.
-        """
+        self._freeze(names)
         self.averaged = False
 
     def note_values(self) -> None:
-        """Note that an adapter has got values from a file: `note_training`, and an averager looks for parameters again
-        and compares values before a step.
+        """Note that an adapter has got values from a file: `averaged` becomes False, and an averager looks for
+        parameters again and compares values before a step.
         """
-        self.note_training()
+        self.averaged = False
         if self.averager is not None:
             self.averager.find_parameters()  # a load may have replaced some
             self.averager.compares_values = True

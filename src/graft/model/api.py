@@ -69,9 +69,8 @@ def get_peft_model(
     tree = survey_model(model)
     if tree.layers:
         raise AlreadyInjectedError(
-            "You are trying to modify a model with PEFT for a second time. Call add_adapter() of the PeftModel for "
-            "another adapter, and delete_adapter() before to replace one. To start over, make sure to call `.unload()` "
-            "before."
+            "You are trying to modify a model with PEFT for a second time. For another adapter call add_adapter() of "
+            "the PeftModel; to start over, make sure to call `.unload()` before."
         )
     prefix = method_of(peft_config.peft_type).prefix
     if adapter_name and adapter_name in prefix:

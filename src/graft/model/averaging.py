@@ -278,9 +278,8 @@ def note_start(registry: Tuner, adapter: str) -> None:
     Shapes and dtypes are its topic, the norms of all values its text. Values that are no floats, empty, sharded or on
     the meta device are left out.
     """
-    slots = (s for carrier, name in iter_carried(registry.carriers(), [adapter]) for s in carrier.slots(name))
-    tensors = [s.tensor.detach() for s in slots if s.tensor.is_floating_point() and not s.tensor.is_meta]
-    tensors = [t for t in tensors if t.numel() and layout_of(t) is None]
+    tensors = [s.tensor.detach() for s in registry.slots_of(adapter) if s.tensor.is_floating_point()]
+    tensors = [t for t in tensors if t.numel() and not t.is_meta and layout_of(t) is None]
     norms = torch._foreach_norm(tensors) if tensors else []
     norms = torch.stack([n.to(norms[0].device) for n in norms]).tolist() if norms else []  # of several devices, maybe
     registry.starts[adapter] = RankNote(str([(tuple(t.shape), t.dtype) for t in tensors]), str(norms))
@@ -340,9 +339,8 @@ def check_none_missed(names: list[str], who: str, remedy: str) -> None:
     """Raise DistributedError if `names`, parameters that `who` did not see when it wrapped the model, is not empty."""
     if names:
         raise DistributedError(
-            f"{len(names)} parameters train that {who} did not see when it wrapped the model, such as '{names[0]}', so "
-            "their gradients would not be averaged. After set_adapter(), add_adapter() or set_requires_grad(): "
-            f"{remedy}."
+            f"{len(names)} parameters train that {who} did not see when it wrapped the model, such as '{names[0]}': no "
+            f"process averages them. After set_adapter(), add_adapter() or set_requires_grad(): {remedy}."
         )
 
 
@@ -358,9 +356,8 @@ def warn_other_starts(registry: Tuner) -> None:
         ranks = [] if note is None else note.list_differing_ranks()
         if ranks:
             warn(
-                f"Adapter '{adapter}' began with other values on rank(s) {ranks} than on this one, and each process "
-                "holds a part of it. Call torch.manual_seed() with one seed on all processes before the adapter is "
-                "made, or broadcast rank 0's values.",
+                f"Adapter '{adapter}', with a part on each process, began with other values on rank(s) {ranks}. Call "
+                "torch.manual_seed() with one seed on all processes before, or broadcast rank 0's values.",
                 PeftWarning,
             )
 

@@ -454,8 +454,7 @@ def forbid_shared_draws(draws: AdapterGenerators) -> Iterator[None]:
         if not before.is_untouched():
             raise RoutingError(
                 "The base model drew random numbers for the whole batch, so each adapter's result depends on the "
-                "others. Set the base's dropout to 0 (attention_dropout, hidden_dropout_prob, …), or leave out "
-                "adapter_generators."
+                "others. Set its dropout to 0 (attention_dropout, …), or leave out adapter_generators."
             )
     except BaseException:
         draws.rewind()

@@ -175,9 +175,8 @@ class XLoraRegistry(Registry):
                 wrapper.check_active(users)
             except ValueError as e:
                 raise ConfigError(
-                    f"X-LoRA runs all experts at once and cannot mix their '{key}' (a head, or token rows), which each "
-                    f"of {users} has. Train experts without modules_to_save, and without a task_type that adds a head, "
-                    "as SEQ_CLS does."
+                    f"X-LoRA cannot mix the '{key}' (a head, or token rows) that each of {users} has. Train experts "
+                    "without modules_to_save, and without a task_type that adds a head, as SEQ_CLS does."
                 ) from e
 
     def _make_classifier(self, adapter_name: str, config: XLoraConfig, names: list[str], on_meta: bool) -> None:

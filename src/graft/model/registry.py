@@ -507,10 +507,8 @@ class Registry:
         self.wrappers = {key: w for key, w in self.wrappers.items() if w.adapters} | parts.wrappers
         for part in parts.carriers():
             if id(part) not in known:
-                state = part.state
-                state.active = list(self.active_adapters)  # which it does not carry
-                if self.composition is not None:
-                    state.weights, state.apart = weights_and_apart(self.composition)
+                part.state.active = list(self.active_adapters)  # which it does not carry
+                part.state.weights, part.state.apart = weights_and_apart(self.composition)
             if disabled:
                 part.enable_adapters(False)
         if injection.team is not None and (sharding := injection.team.sharding) is not None:
@@ -584,17 +582,12 @@ class Registry:
                     "it acts on no layers. Use get_peft_model without mixed=True."
                 )
         elif config.peft_type != self.method.config.peft_type:
-            kind = next(iter(self.peft_config.values())).peft_type if self.peft_config else self.method.config.peft_type
-            prompts = config.is_prompt_learning or self.method.config.is_prompt_learning
+            remedy = "PeftMixedModel.from_pretrained(…) or get_peft_model(…, mixed=True) takes several methods"
+            if config.is_prompt_learning or self.method.config.is_prompt_learning:
+                remedy = "prompts need a base model without other adapters, so load a new one"
             raise ConfigError(
-                f"Cannot combine adapters with different peft types. Found {kind} and {config.peft_type} (of adapter "
-                f"'{adapter_name}'): "
-                + (
-                    "prompts need a base model without other adapters, so load a new one."
-                    if prompts
-                    else "PeftMixedModel.from_pretrained(…), or get_peft_model(…, mixed=True), makes a model that "
-                    "takes adapters of several methods."
-                )
+                f"Cannot combine adapters with different peft types. Found {self.method.config.peft_type} and "
+                f"{config.peft_type} (of adapter '{adapter_name}'): {remedy}."
             )
 
     def check_trainable(self, adapter_name: str, config: PeftConfig) -> None:
@@ -655,7 +648,7 @@ class Registry:
         ):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()
-        weights, apart = (None, False) if composition is None else weights_and_apart(composition)
+        weights, apart = weights_and_apart(composition)
         for part in self.carriers():
             part.activate(names, not inference_mode, weights, apart)
         self._freeze(names)

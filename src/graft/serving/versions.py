@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import contextmanager, suppress
-from threading import Event, Lock, RLock, Thread
+from threading import Lock, RLock, Thread
 
 from graft import AdapterNotFoundError, AdapterTensors, ConfigError, PeftWarning, ServerTimeoutError, UnknownModelError
 from graft.core.errors import warn
@@ -113,25 +114,25 @@ class Versions:
         Raises:
             ServerTimeoutError: it was late, or raised a TimeoutError. Any other error of `run` is raised as it is.
         """
-        failed: list[BaseException] = []
-        late: list[bool] = []
-        ended = Event()
+        answer: Future[None] = Future()
 
         def call_server() -> None:
-            """Run the call, keep any error in `failed`, and under the lock set `ended`. Nothing is raised.
+            """Run the call, and end `answer` with its error, or with None. Nothing is raised.
 
-            If it ended too late, with an error or without, unload version `name`, unless that is empty; if that fails,
-            add it to `leftovers`.
+            If `answer` is cancelled, so that the call is late, unload version `name`, unless that is empty. If that
+            fails, add it to `leftovers`.
             """
+            error = None
             try:
                 run()
             except BaseException as e:
-                failed.append(e)
-            with self._lock:
-                ended.set()
-            if late and name:
+                error = e
+            try:
+                answer.set_exception(error)
+            except InvalidStateError:
                 try:
-                    self._ask_to_unload(name)
+                    if name:
+                        self._ask_to_unload(name)
                 except Exception:
                     with self._lock:
                         self.leftovers.append(name)  # the next `publish` tells
@@ -141,21 +142,18 @@ class Versions:
         else:
             Thread(target=call_server, daemon=True).start()
             try:
-                ended.wait(self.timeout)
+                wait([answer], self.timeout)
             finally:
-                with self._lock:
-                    if not ended.is_set():
-                        late.append(True)
-        if late:
+                answer.cancel()  # one that has ended stays as it is
+        if answer.cancelled():
             raise ServerTimeoutError(
                 f"The server did not {what} within {self.timeout} s; a late success is undone. Look at the server, or "
                 "raise `timeout`."
             )
-        if not failed:
+        if (e := answer.exception()) is None:
             return
         if name:
             self._unload([name], self.leftovers)
-        e = failed[0]
         if isinstance(e, TimeoutError):
             raise ServerTimeoutError(f"The server did not {what} in time: {e!r}.") from e
         raise e

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from graft import AdapterLayer, CalibrationError, ConfigError, PeftWarning
 from graft.core.errors import join_some, warn
 from graft.inject.parts import check_no_pieces, get_registry, use_mode
-from graft.inject.survey import ModuleTree, survey_model
+from graft.inject.survey import survey_model
 from graft.train.calibration import check_measured, find_linear_methods, watch_calls
 from graft.train.components import Components, distribute_ranks
 from graft.train.helpers import move_tensors
@@ -173,20 +173,19 @@ class InputMeasurement:
         self.run(first, self.layers, lambda name, rows: seen.setdefault(name, (digest_rows(rows), rows.shape[1])))
         check_measured(self.layers, seen, "input")
         most = self.find_largest_ranks({name: width for name, (_, width) in seen.items()})
-        groups: dict[tuple[object, ...], list[str]] = {}
-        for name in self.layers:
-            groups.setdefault(seen[name][0], []).append(name)
-        for names in groups.values():
-            most.update(dict.fromkeys(names, max(most[n] for n in names)))
-        inputs = {names[0]: Components(most[names[0]], self.cfg.eva_config.tau) for names in groups.values()}
-        owner = {n: n for n in inputs} | {n: names[0] for names in groups.values() for n in names[1:]}
+        owners: dict[tuple[object, ...], str] = {}
+        owner = {name: owners.setdefault(seen[name][0], name) for name in self.layers}
+        for name, source in owner.items():
+            most[source] = max(most[source], most[name])
+        most = {name: most[source] for name, source in owner.items()}
+        inputs = {source: Components(most[source], self.cfg.eva_config.tau) for source in owners.values()}
         ranks = self.converge(inputs, owner, most)
         state_dict = {}
         for name, rank in ranks.items():
-            source = inputs[owner[name]]
-            state_dict[name] = source.V[:rank].clone()
+            components = inputs[owner[name]]
+            state_dict[name] = components.V[:rank].clone()
             if self.cfg.eva_config.whiten:
-                state_dict[name] /= source.S[:rank, None].sqrt()
+                state_dict[name] /= components.S[:rank, None].sqrt()
         return state_dict
 
     def find_largest_ranks(self, widths: dict[str, int]) -> dict[str, int]:
@@ -302,8 +301,9 @@ def set_eva_values(registry: Any, adapter: str, values: dict[str, Tensor]) -> No
     """Set A of an adapter's layers, with its rank, and describe the result in the config: target_modules, rank_pattern
     and alpha_pattern.
 
-    A layer with values of rank 0 loses the adapter. A layer without values keeps its rank and begins as with
-    init_lora_weights=True, with a warning. With `adjust_scaling_factors` alpha changes with the rank.
+    A layer with values of rank 0 loses the adapter; without another adapter its base layer is put back in all places.
+    A layer without values keeps its rank and begins as with init_lora_weights=True, with a warning. With
+    `adjust_scaling_factors` alpha changes with the rank.
 
     Raises:
         CalibrationError: the values do not fit. Nothing has changed.
@@ -312,19 +312,18 @@ def set_eva_values(registry: Any, adapter: str, values: dict[str, Tensor]) -> No
     check_eva_values(adapter, layers, values)
     cfg: Any = registry.peft_config[adapter]
     tree = survey_model(registry.model)
-    by_key, missing = {}, []
+    by_key, missing = {}, [key for key in layers if key not in values]
     for key, layer in layers.items():
-        settings = cfg.at(key)
-        r, alpha = settings.r, settings.lora_alpha
-        A = values.get(key)
-        if A is None:
-            missing.append(key)
-        elif not len(A):
-            remove_from_layer(registry, layer, key, adapter, tree)
+        A, settings = values.get(key), cfg.at(key)
+        r, alpha = settings.r if A is None else len(A), settings.lora_alpha
+        if not r:
+            layer.forget(adapter)
+            if not layer.methods:  # no other adapter is on it
+                tree.attach(key, layer.base_layer)
+                del registry.layers[key]
             continue
-        else:
-            alpha *= len(A) / r if cfg.eva_config.adjust_scaling_factors else 1
-            r = len(A)
+        if A is not None and cfg.eva_config.adjust_scaling_factors:
+            alpha *= r / settings.r
         set_layer_start(layer, adapter, r, alpha, A)
         by_key[key] = (r, alpha)
     cfg.target_modules = registry.name_targets(by_key)
@@ -383,17 +382,6 @@ def set_layer_start(layer: AdapterLayer, adapter: str, r: int, alpha: float, A: 
         method = new_method
     if A is not None:
         method.lora_A.weight.data.copy_(A)
-
-
-def remove_from_layer(registry: Any, layer: AdapterLayer, key: str, adapter: str, tree: ModuleTree) -> None:
-    """Remove an adapter from a layer.
-
-    If the layer has no other, put its base layer back in all places, and remove it from the registry.
-    """
-    layer.forget(adapter)
-    if not layer.methods:
-        tree.attach(key, layer.base_layer)
-        del registry.layers[key]
 
 
 PREFIX = "base_model.model."

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import accumulate
 from operator import is_
 from typing import Any, NamedTuple
@@ -36,10 +37,9 @@ from graft.core.plan import (
     TappedPlan,
     change_first_output,
     check_no_gates,
-    drop_inputs,
     find_first_input,
-    keep_input,
     put_input_first,
+    run_tapped,
 )
 from graft.core.rows import CallContext, JointAdapters, Key, Rows, adapters_in
 from graft.kernels.eager import autocast_dtype, eager, has_no_hooks
@@ -136,13 +136,10 @@ class MixedPlan:
                     return self.run_shared_base(x, groups)
         if not self.tapped:
             return self.run_plans(rows, *args, **kwargs)
+        x = None
         if self.taps:
             x = rows.expand_to_batch(find_first_input(self.layer.argument_names, args, kwargs), self.layer.site.key)
-            keep_input(self.layer, self.taps, x)
-        try:
-            return self.run_plans(rows, *args, **kwargs)
-        finally:
-            drop_inputs(self.layer)
+        return run_tapped(self.layer, self.taps, x, partial(self.run_plans, rows, *args, **kwargs))
 
     def run_alone(self, x: Tensor) -> Tensor | None:
         """Return the output for few rows x by the only key's adapter, from `fused.run_with_factors`, as in a call

@@ -34,7 +34,7 @@ class VariantForward:
 
         Raises NotImplementedError if the adapter changes more than the output. Further arguments are ignored.
         """
-        y: Tensor = module.plan_for((active_adapter,)).add_to_output(x, result)
+        y: Tensor = module.plan_for((active_adapter,)).add(x, result, False)
         return y
 
     def supports_lora_conversion(self) -> bool:

@@ -227,9 +227,7 @@ class PiecePlan(LayerPlan):
                 layer.site.piece.check_draws(layer.site.key)
         return y
 
-    def compute_part(self, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
-        """Return this process's piece of the part that a step adds to y."""
-        return compute_part_piece(self.layer, m, effect, x, y)
+    part_of = staticmethod(compute_part_piece)
 
 
 def may_draw(m: Method) -> bool:
@@ -242,16 +240,6 @@ def may_draw(m: Method) -> bool:
 
 class PieceSumPlan(PiecePlan, SumPlan):
     """Adapters that only add to the output of a layer in pieces."""
-
-    def add(self, x: Tensor, y: Tensor, fuse: bool, first: int = 0) -> Tensor:
-        """Return y plus the piece of each step's part, from step `first` on, in the dtype of y.
-
-        Kernels never fuse here.
-        """
-        dtype = y.dtype
-        for m, effect in self.steps[first:]:
-            y = y + compute_part_piece(self.layer, m, effect, x, y)
-        return y.to(dtype)
 
 
 class PieceChainPlan(PiecePlan, ChainPlan):
@@ -266,28 +254,21 @@ class PieceChainPlan(PiecePlan, ChainPlan):
         """Return the layer's bias with n steps; None if the module leaves its bias to the caller."""
         return None if self.layer.site.piece.leaves_bias(self.layer.base_layer) else super().bias(n)
 
-    def run_steps(self, n: int, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
-        """Return the output of the first n steps: of a Rewrite that does not fold by `run_rewrite`, else as a
-        ChainPlan.
-        """
-        m, effect = self.steps[n - 1]
-        if n and isinstance(effect, Rewrite) and not effect.folds:
-            return self.run_rewrite(n - 1, m, effect, x, args, kwargs)
-        return super().run_steps(n, x, args, kwargs)
+    low_rank = staticmethod(low_rank_piece)
 
-    def run_rewrite(
-        self, n: int, m: Method, effect: Rewrite, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> Tensor:
+    def run_rewrite(self, n: int, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
         """Return the output with step n, a Rewrite: `pre` gets the whole input, and its result, in x's dtype, is cut
         for the steps before. `apply_post` then gets the whole input, or the one that a tap kept.
         """
+        m, effect = self.steps[n]
+        assert isinstance(effect, Rewrite)
         piece = self.layer.site.piece
         whole = join_pieces(x, piece.inputs)
         inner = x if effect.pre is None else cut_tensor(effect.pre(whole).to(x.dtype), piece.inputs)
         step_input = find_step_input(self.layer, m, effect, whole)
-        return self.apply_post(n, m, effect, step_input, self.run_steps(n, inner, args, kwargs))
+        return self.apply_post(n, effect, step_input, self.run_steps(n, inner, args, kwargs))
 
-    def apply_post(self, n: int, m: Method, effect: Rewrite, x: Tensor, y: Tensor) -> Tensor:
+    def apply_post(self, n: int, effect: Rewrite, x: Tensor, y: Tensor) -> Tensor:
         """Return this process's piece of post(x, y), computed on the whole output, in y's dtype; y itself if the effect
         has no `post`.
 
@@ -301,10 +282,6 @@ class PieceChainPlan(PiecePlan, ChainPlan):
         b = self.bias(n) if effect.apart else None
         out = effect.post(x, out) if b is None else effect.post(x, out - b) + b
         return cut_tensor(out.to(y.dtype), piece.outputs)
-
-    def low_rank(self, m: Method, f: Factors, x: Tensor) -> Tensor:
-        """Return this process's piece of the low-rank part."""
-        return low_rank_piece(self.layer, m, f, x)
 
     def call(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """Return this process's piece of the output with another (whole, canonical) weight and bias."""

@@ -15,6 +15,7 @@ step that reads a packed weight runs again in the backward pass, so that no dens
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -192,25 +193,21 @@ class LayerPlan:
         """
         return self.layer.store.protect(self.layer.base_layer(x, *args, **kwargs))
 
-    def add_to_output(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y, the output for x of the layers beneath, with the single step of this plan on it.
-
-        Raises:
-            NotImplementedError: the adapter changes more than the output (the default).
-        """
-        raise NotImplementedError(
-            f"Adapter '{self.steps[0][0].name}' of layer '{self.layer.site.key}' acts on more than an output. Call "
-            "the original forward."
-        )
+    part_of = staticmethod(compute_part)  # the part that a step adds; another one in a layer in pieces
 
     def add(self, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
         """Return y, the base layer's output for x, with the steps on it.
 
-        Raises NotImplementedError here; subclasses override it.
-
-        fuse: a kernel may write to y.
+        Raises the error of `make_add_error` here; subclasses override it. fuse: a kernel may write to y.
         """
-        raise NotImplementedError
+        raise self.make_add_error()
+
+    def make_add_error(self) -> NotImplementedError:
+        """Return the error for adapters that change more than the output, with the first adapter and the layer."""
+        return NotImplementedError(
+            f"Adapter '{self.steps[0][0].name}' of layer '{self.layer.site.key}' acts on more than an output. Call "
+            "the original forward."
+        )
 
     def add_gated(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y plus the part of each step times its gate in this call, in the dtype of y.
@@ -226,12 +223,8 @@ class LayerPlan:
         out, gates = y, self.layer.call.current_gates()
         assert gates is not None
         for m, effect in self.steps:
-            out = out + gates.apply(self.layer, m.name, self.compute_part(m, effect, x, y))
+            out = out + gates.apply(self.layer, m.name, self.part_of(self.layer, m, effect, x, y))
         return out.to(y.dtype)
-
-    def compute_part(self, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
-        """Return the part that a step adds to y, the output for x."""
-        return compute_part(self.layer, m, effect, x, y)
 
     def fold(self, W: Tensor, b: Tensor | None, drops: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return weight (canonical) and bias of a plain layer that computes the same as the base with all steps.
@@ -279,12 +272,14 @@ class SumPlan(LayerPlan):
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         """Note the first step's product function in `product`, and in `adds` each step with its product function.
 
-        On a store that rounds, `adds` has None instead, so that ΔW is formed. `single`: there is one step.
+        On a store that rounds, `adds` has None instead, so that ΔW is formed, and in a layer in pieces, so that
+        `part_of` computes all parts. `single`: there is one step.
         """
         super().__init__(layer, steps)
         products = [effect.product for _, effect in self.steps]
         self.product = products[0]
-        self.adds = [(*step, product if layer.store.exact else None) for step, product in zip(self.steps, products)]
+        exact = layer.store.exact and layer.site.piece is None
+        self.adds = [(*step, product if exact else None) for step, product in zip(self.steps, products)]
         self.single = len(self.steps) == 1
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
@@ -323,14 +318,10 @@ class SumPlan(LayerPlan):
         layer, dtype = self.layer, y.dtype
         for m, effect, product in self.adds[first:]:
             if product is None:
-                y = y + compute_part(layer, m, effect, x, y)
+                y = y + self.part_of(layer, m, effect, x, y)
             else:
                 y = add_product(layer, m, product(), x, y, fuse)
         return cast(y, dtype)
-
-    def add_to_output(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y plus all parts for x, in new memory."""
-        return self.add(x, y, False)
 
 
 class ChainPlan(LayerPlan):
@@ -343,7 +334,12 @@ class ChainPlan(LayerPlan):
         layer (`only_adds_on_top`).
         """
         super().__init__(layer, steps)
-        self.step_runners = [choose_step_runner(effect) for _, effect in self.steps]
+        kind, self.step_runners = type(self), list[Callable[..., Tensor]]()
+        for _, effect in self.steps:
+            if isinstance(effect, Rewrite):
+                self.step_runners.append(kind.run_fold if effect.folds else kind.run_rewrite)
+            else:
+                self.step_runners.append(kind.run_added if effect.additive else kind.run_gain)
         self.only_adds_on_top = all([effect.only_adds_on_top for _, effect in self.steps])
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
@@ -354,23 +350,31 @@ class ChainPlan(LayerPlan):
 
     def add(self, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
         """Return y, the output of the base layer for x, with the steps on it, one after the other: each sees the output
-        of those before it. `pre` of a Rewrite is not applied, and `fuse` is not used.
+        of those before it. `fuse` is not used.
+
+        A single Update with a gain may run the base again, on other inputs. Raises NotImplementedError for other steps
+        that need more than input and output of the base layer.
         """
-        for n, (m, effect) in enumerate(self.steps):
-            y = self.apply_step(n, m, effect, x, y)
+        if not self.only_adds_on_top:
+            if len(self.steps) > 1 or self.step_runners[0] is not ChainPlan.run_gain:
+                raise self.make_add_error()
+            return self.apply_gain(0, self.steps[0][1].factors(), x, y, False, (), {})  # type: ignore[attr-defined]
+        for n in range(len(self.steps)):
+            y = self.apply_step(n, x, y)
         return y
 
-    def apply_step(self, n: int, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
+    def apply_step(self, n: int, x: Tensor, y: Tensor) -> Tensor:
         """Return the output with n + 1 steps for x, from y, the output with n steps.
 
         A Rewrite changes y by its `post`; its `pre` is not applied. Any other effect adds its part to y; the sum is
         cast to y's dtype.
         """
+        m, effect = self.steps[n]
         if isinstance(effect, Rewrite):
-            return self.apply_post(n, m, effect, find_step_input(self.layer, m, effect, x), y)
-        return cast(y + self.compute_part(m, effect, x, y), y.dtype)
+            return self.apply_post(n, effect, find_step_input(self.layer, m, effect, x), y)
+        return cast(y + self.part_of(self.layer, m, effect, x, y), y.dtype)
 
-    def apply_post(self, n: int, m: Method, effect: Rewrite, x: Tensor, y: Tensor) -> Tensor:
+    def apply_post(self, n: int, effect: Rewrite, x: Tensor, y: Tensor) -> Tensor:
         """Return post(x, y) in the dtype of y, the output with n steps; y itself if the effect has no `post`.
 
         If the effect is `apart`, the bias is subtracted before `post` and added again after it.
@@ -387,27 +391,90 @@ class ChainPlan(LayerPlan):
         """Return the output of the layer with the first n steps on it, for x, by the runner of step n - 1, which runs
         those before it. n = 0 is the base layer.
         """
-        if n == 0:
-            return self.run_base(x, args, kwargs)
-        m, effect = self.steps[n - 1]
-        return self.step_runners[n - 1](self, n - 1, m, effect, x, args, kwargs)
+        return self.step_runners[n - 1](self, n - 1, x, args, kwargs) if n else self.run_base(x, args, kwargs)
 
-    def add_to_output(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y, an output for x, with the one step of this plan on it, if the step is an Update with a gain.
+    def run_rewrite(self, n: int, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+        """Return the output with step n, a Rewrite, in three parts.
 
-        The gain may run the base again, through a function that it gets for other inputs. Raises NotImplementedError
-        for any other step, as `LayerPlan.add_to_output`.
+        `pre`, if it has one, changes the input, in x's dtype. The steps before run on that. `apply_step` changes the
+        output by `post`, which sees the original x.
         """
-        m, effect = self.steps[0]
-        if not isinstance(effect, Update) or effect.additive or effect.factors is None:
-            return super().add_to_output(x, y)
-        return _apply_gain(self, 0, m, effect.factors(), x, y, lambda inner: self.run_steps(0, inner, (), {}), False)
+        x, effect = once(x), self.steps[n][1]
+        inner = x if effect.pre is None else cast(effect.pre(x), x.dtype)  # type: ignore[attr-defined]
+        return self.apply_step(n, x, self.run_steps(n, inner, args, kwargs))
+
+    def run_fold(self, n: int, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+        """Return the output with step n, by the layer's own function with the folded weight of all steps up to n.
+
+        Other steps' hooks and kernels do not run. On a store that rounds, it is computed again in the backward pass.
+        """
+        if not self.layer.store.exact:
+            return recompute_in_backward(self.layer, self.call_folded, n, x)
+        return self.call_folded(n, x)
+
+    def call_folded(self, n: int, x: Tensor) -> Tensor:
+        """Return the module's output for x with steps 0 to n folded into weight and bias.
+
+        Each step is folded in its adapter's dtype, and the module runs in the dtype of the last one. The output is cast
+        back to the dtype of x (of the weight, if x are ids). If autocast chose the output's dtype, that stays.
+        """
+        layer, op = self.layer, self.layer.op
+        W, b = layer.weight_now, layer.bias_now
+        out = W.dtype if op.takes_ids else x.dtype
+        for m, effect in self.steps[: n + 1]:
+            W, b = fold_effect(layer, m, effect, W.to(m.dtype), None if b is None else b.to(m.dtype))
+        y = self.call(x if op.takes_ids else x.to(W.dtype), W, b)
+        return y.to(out) if y.dtype == W.dtype else y  # autocast chose another
+
+    def run_added(self, n: int, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+        """Return the output of the steps before n, plus the part of step n, by `apply_step`, in the output's dtype."""
+        x = once(x)
+        return self.apply_step(n, x, self.run_steps(n, x, args, kwargs))
+
+    def run_gain(self, n: int, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+        """Return the output of the steps before n, and step n, an Update with a gain, on it.
+
+        For n = 0 one kernel is tried, which also runs the base layer. It needs that kernels may fuse, the module got x
+        alone, and the base does not train in this call. Otherwise, or if no kernel fits, the steps before run first and
+        `apply_gain` adds this one.
+        """
+        layer, f = self.layer, self.steps[n][1].factors()  # type: ignore[attr-defined]
+        fuse = n == 0 and layer.may_fuse
+        if fuse and not (args or kwargs) and not (torch.is_grad_enabled() and layer.base_trains):
+            joined = fused.run_with_factors(layer, f, x)
+            if joined is not None:
+                return joined
+        x = once(x)
+        return self.apply_gain(n, f, x, self.run_steps(n, x, args, kwargs), fuse, args, kwargs)
+
+    def apply_gain(
+        self, n: int, f: Factors, x: Tensor, y: Tensor, fuse: bool, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Tensor:
+        """Return b + gain ⊙ (y - b + ΔW x) in the dtype of y, the output of n steps for x, where b is their bias.
+
+        With active dropout, the n steps run again on the dropped x, with `args` and `kwargs`. Their output and ΔW of
+        the dropped x are scaled by the gain, and the difference of y from that output is added unscaled. An op that
+        takes ids never has active dropout here. Without it, and if `fuse` and y has the adapter's dtype, a kernel may
+        add ΔW x in the memory of y.
+        """
+        m, gain = self.steps[n][0], self.channels(f.gain)  # type: ignore[arg-type]
+        untouched = None
+        if f.dropout is None or self.layer.op.takes_ids or find_dropout_rate(f.dropout) == 0:
+            added = fused.add_factors(f, x, y) if fuse and y.dtype == m.dtype else None
+            z = y + self.low_rank(self.layer, m, f, x) if added is None else added  # rounds once, at the end
+        else:
+            masked_x = self.apply_dropout(f.dropout, x)
+            product = self.run_steps(n, masked_x, args, kwargs)
+            untouched = y - product
+            z = product + self.low_rank(self.layer, m, f._replace(dropout=None), masked_x)
+        out, b = z * gain, self.bias(n)
+        if b is not None:
+            out = out + self.channels(b) * (1 - gain)
+        return cast(out if untouched is None else out + untouched, y.dtype)
 
     # a layer in pieces (`core/pieces.py`) overrides these
 
-    def low_rank(self, m: Method, f: Factors, x: Tensor) -> Tensor:
-        """Return the low-rank part for x. A process with a piece of the layer overrides it."""
-        return compute_low_rank_part(self.layer, m, f, x)
+    low_rank = staticmethod(compute_low_rank_part)
 
     def call(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """Return the module's own function (`op.call`) of x with another canonical weight and bias.
@@ -428,127 +495,6 @@ class ChainPlan(LayerPlan):
         """
         p = find_dropout_rate(module)
         return module(x) if p is None else dropout(x, p)
-
-
-def choose_step_runner(effect: Effect) -> Callable[..., Tensor]:
-    """Return the function that runs a step of a chain.
-
-    A Rewrite runs by `_run_fold` if it folds, else by `_run_rewrite`. An additive effect (an Update without gain) runs
-    by `_run_add`, any other by `_run_gain`.
-    """
-    if isinstance(effect, Rewrite):
-        return _run_fold if effect.folds else _run_rewrite
-    return _run_add if effect.additive else _run_gain
-
-
-def _run_rewrite(
-    plan: ChainPlan, n: int, m: Method, effect: Rewrite, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
-) -> Tensor:
-    """Return step n of a chain for a Rewrite, in three parts.
-
-    `pre`, if it has one, changes the input, in x's dtype. The steps before run on that. `apply_step` changes the output
-    by `post`, which sees the original x.
-    """
-    x = once(x)
-    inner = x if effect.pre is None else cast(effect.pre(x), x.dtype)
-    return plan.apply_step(n, m, effect, x, plan.run_steps(n, inner, args, kwargs))
-
-
-def _run_fold(
-    plan: ChainPlan, n: int, m: Method, effect: Rewrite, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
-) -> Tensor:
-    """Return step n of a chain by the layer's own function with the folded weight of all steps up to n.
-
-    Other steps' hooks and kernels do not run. On a store that rounds, it is computed again in the backward pass.
-    """
-    if not plan.layer.store.exact:
-        return recompute_in_backward(plan.layer, _call_folded, plan, n, x)
-    return _call_folded(plan, n, x)
-
-
-def _call_folded(plan: ChainPlan, n: int, x: Tensor) -> Tensor:
-    """Return the module's output for x with steps 0 to n folded into weight and bias.
-
-    Each step is folded in its adapter's dtype, and the module runs in the dtype of the last one. The output is cast
-    back to the dtype of x (of the weight, if x are ids). If autocast chose the output's dtype, that stays.
-    """
-    layer, op = plan.layer, plan.layer.op
-    W, b = layer.weight_now, layer.bias_now
-    out = W.dtype if op.takes_ids else x.dtype
-    for method, step in plan.steps[: n + 1]:
-        W, b = fold_effect(layer, method, step, W.to(method.dtype), None if b is None else b.to(method.dtype))
-    y = plan.call(x if op.takes_ids else x.to(W.dtype), W, b)
-    return y.to(out) if y.dtype == W.dtype else y  # autocast chose another
-
-
-def _run_add(
-    plan: ChainPlan, n: int, m: Method, effect: Effect, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
-) -> Tensor:
-    """Return the output of the steps before n, plus the part of step n, by `apply_step`, in the output's dtype."""
-    x = once(x)
-    return plan.apply_step(n, m, effect, x, plan.run_steps(n, x, args, kwargs))
-
-
-def _run_gain(
-    plan: ChainPlan, n: int, m: Method, effect: Update, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
-) -> Tensor:
-    """Return the output of the steps before n, and step n, an Update with a gain, on it.
-
-    For n = 0 one kernel is tried, which also runs the base layer. It needs that kernels may fuse, the module got x
-    alone, and the base does not train in this call. Otherwise, or if no kernel fits, the steps before run first and
-    `_apply_gain` adds this one.
-    """
-    assert effect.factors is not None
-    layer, f = plan.layer, effect.factors()
-    fuse = n == 0 and layer.may_fuse
-    if fuse and not (args or kwargs) and not (torch.is_grad_enabled() and layer.base_trains):
-        joined = fused.run_with_factors(layer, f, x)
-        if joined is not None:
-            return joined
-    x = once(x)
-    y = plan.run_steps(n, x, args, kwargs)
-    return _apply_gain(plan, n, m, f, x, y, lambda inner: plan.run_steps(n, inner, args, kwargs), fuse)
-
-
-def _apply_gain(
-    plan: ChainPlan,
-    n: int,
-    m: Method,
-    f: Factors,
-    x: Tensor,
-    y: Tensor,
-    beneath: Callable[[Tensor], Tensor],
-    fuse: bool,
-) -> Tensor:
-    """Return b + gain ⊙ (y - b + ΔW x) in the dtype of y, where b is the bias with n steps.
-
-    With active dropout, `beneath` runs again on the dropped x. Its output and ΔW of the dropped x are scaled by the
-    gain, and the difference of y from that output is added unscaled. An op that takes ids never has active dropout
-    here. Without it, and if `fuse` and y has the adapter's dtype, a kernel may add ΔW x in the memory of y.
-
-    Args:
-        beneath: the function from an input to the output with n steps; y is its value for x.
-    """
-    op = plan.layer.op
-    assert f.gain is not None
-    gain = plan.channels(f.gain)
-    p = 0.0 if op.takes_ids or f.dropout is None else find_dropout_rate(f.dropout)
-    untouched = None
-    if p != 0:
-        assert f.dropout is not None
-        masked_x = plan.apply_dropout(f.dropout, x)
-        product = beneath(masked_x)
-        untouched = y - product
-        z = product + plan.low_rank(m, f._replace(dropout=None), masked_x)
-    elif fuse and y.dtype == m.dtype:
-        added = fused.add_factors(f, x, y)
-        z = y + plan.low_rank(m, f, x) if added is None else added
-    else:  # rounds once, at the end
-        z = y + plan.low_rank(m, f, x)
-    out, b = z * gain, plan.bias(n)
-    if b is not None:
-        out = out + plan.channels(b) * (1 - gain)
-    return cast(out if untouched is None else out + untouched, y.dtype)
 
 
 def find_step_input(layer: Layer, m: Method, effect: Rewrite, x: Tensor) -> Tensor:
@@ -707,7 +653,7 @@ class InputOutputPlan(LayerPlan):
     def add(self, x: Tensor, y: Tensor, fuse: bool = False) -> Tensor:
         """Return y plus the part of each step, each computed from the sum so far. `fuse` is not used."""
         for m, effect in self.steps:
-            y = y + self.compute_part(m, effect, x, y)
+            y = y + self.part_of(self.layer, m, effect, x, y)
         return y
 
 
@@ -777,14 +723,10 @@ class AveragePlan(ChainPlan):
         If the call has gates, each part is weighed by its gate.
         """
         y = self.run_steps(0, x, args, kwargs)
-        return self.add_gated(x, y) if self.layer.call.current_gates() is not None else self.add_to_output(x, y)
+        return self.add_gated(x, y) if self.layer.call.current_gates() is not None else add_all_parts(self, x, y)
 
     def add(self, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
         """Return y plus the part of each step, each computed from x and y itself, in y's dtype. `fuse` is not used."""
-        return self.add_to_output(x, y)
-
-    def add_to_output(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y plus the part of each step, each computed from x and y itself, in y's dtype."""
         return add_all_parts(self, x, y)
 
 
@@ -820,7 +762,7 @@ def add_all_parts(plan: LayerPlan, x: Tensor, y: Tensor) -> Tensor:
     out = y
     for m, effect in plan.steps:
         if not isinstance(effect, Rewrite) or effect.part is not None:
-            out = out + plan.compute_part(m, effect, x, y)
+            out = out + plan.part_of(plan.layer, m, effect, x, y)
     return out.to(y.dtype)
 
 
@@ -865,29 +807,26 @@ class TappedPlan(LayerPlan):
 
     def run(self, *args: object, **kwargs: object) -> object:
         """Keep the first input for the later layers, run the inner plan or the base layer, and drop inputs kept for
-        this layer.
-
-        They are dropped on an error as well.
+        this layer (`run_tapped`).
         """
-        if self.taps:
-            keep_input(self.layer, self.taps, find_first_input(self.names, args, kwargs))
-        try:
-            return (self.layer.base_layer if self.plan is None else self.plan.run)(*args, **kwargs)
-        finally:
-            drop_inputs(self.layer)
+        x = find_first_input(self.names, args, kwargs) if self.taps else None
+        run = self.layer.base_layer if self.plan is None else self.plan.run
+        return run_tapped(self.layer, self.taps, x, partial(run, *args, **kwargs))
 
 
-def keep_input(layer: Layer, taps: Iterable[tuple[str, str]], x: Tensor) -> None:
-    """Store x, the input of all rows, in this thread's call for each (adapter, path of a layer) in `taps`."""
-    for tap in taps:
-        layer.call.thread_state.tapped[tap] = x
+def run_tapped(layer: Layer, taps: Iterable[tuple[str, str]], x: Any, run: Callable[[], object]) -> object:
+    """Return run(), after x, the input of all rows, was stored in this thread's call for each (adapter, path of a
+    layer) in `taps`.
 
-
-def drop_inputs(layer: Layer) -> None:
-    """Delete the inputs that were kept for this layer from this thread's call."""
-    taps, key = layer.call.thread_state.tapped, layer.site.key
-    for tap in [tap for tap in taps if tap[1] == key]:
-        del taps[tap]
+    Afterwards, also on an error, deletes the inputs that were stored for this layer.
+    """
+    inputs, key = layer.call.thread_state.tapped, layer.site.key
+    inputs.update(dict.fromkeys(taps, x))
+    try:
+        return run()
+    finally:
+        for tap in [tap for tap in inputs if tap[1] == key]:
+            del inputs[tap]
 
 
 def find_first_input(names: Sequence[str], args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
@@ -979,8 +918,6 @@ def order_steps(layer: Layer, methods: Iterable[Method]) -> list[Step]:
             steps.insert(0, (m, effect))
         else:
             steps.append((m, effect))
-    if len(by_kind) == 1:
-        return next(iter(by_kind.values()))
     return [step for i in sorted(by_kind) for step in by_kind[i]]
 
 

@@ -576,7 +576,6 @@ class Watch:
         With a hook, also records whether the call ran in float16 (`half`) and whether inputs have gradients (`moving`);
         both stay True for later calls.
         """
-        first = True
         loss, registry = getattr(output, "loss", None), self.registry
         if isinstance(loss, Tensor) and not loss.requires_grad and self._is_frozen(registry.model):
             registry.watch = None
@@ -585,14 +584,12 @@ class Watch:
                 "Pass is_trainable=True to train them, or call model.eval() to evaluate.",
                 PeftWarning,
             )
-        for t in find_tensors(output):
-            if t.grad_fn is None:
-                continue
+        tensors = [t for t in find_tensors(output) if t.grad_fn is not None]
+        for t in tensors:
             t.register_hook(self._on_begin)
-            if first:
-                first = False
-                self.half |= autocast_dtype(t.device) == torch.float16
-                self.moving |= any([isinstance(x, Tensor) and x.requires_grad for x in inputs])
+        if tensors:
+            self.half |= autocast_dtype(tensors[0].device) == torch.float16
+            self.moving |= any([isinstance(x, Tensor) and x.requires_grad for x in inputs])
 
     @unserializable_hook  # type: ignore[untyped-decorator]
     def _on_begin(self, _grad: Tensor) -> None:

@@ -12,8 +12,8 @@ batch. An `Averager` then averages the gradients, once when a backward pass ends
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -122,25 +122,19 @@ class Averager:
         self.last_meeting = meeting
         return meeting
 
-    @contextmanager
-    def reach_inputs(self, names: Iterable[str]) -> Iterator[None]:
-        """Within the block, the backward pass of a call with rows of these adapters passes through all layers.
+    def reach_inputs(self, names: Iterable[str]) -> AbstractContextManager[object]:
+        """Return a context: the backward pass of a call in it, with rows of these adapters, passes through all layers.
 
-        A forward hook calls `requires_grad_()` on the output of the word embeddings, without a condition; it is removed
-        at the end, after an error too. FSDP2 gathers the weights of the layers that a pass reaches: those below the
+        A forward hook, set now, calls `requires_grad_()` on the output of the word embeddings; the context's end
+        removes it. FSDP2 gathers the weights of the layers that a pass reaches: those below the
         first adapter of its rows, too, if other processes reach them. Does nothing if none of the adapters trains, or
         without word embeddings.
         """
         registry = self.registry
         words = input_embeddings(registry.model) if any(registry.trains(name) for name in names) else None
         if words is None:
-            yield
-            return
-        handle = words.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
-        try:
-            yield
-        finally:
-            handle.remove()
+            return nullcontext()
+        return words.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
 
     def check_rows(self, output: object) -> None:
         """Wait until all processes have called the model with names of rows, then raise on all of them if one's output

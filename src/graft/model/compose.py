@@ -430,15 +430,10 @@ def make_draws(generators: object, rows: Rows | None) -> AdapterGenerators | Non
     if any(isinstance(key, JointAdapters) for key in rows.keys):
         raise RoutingError("adapter_generators are for rows of one adapter each, not for a Stack or an Average.")
     names = {name for name in rows.names if name is not None}
-    if names - set(generators):
-        raise RoutingError(
-            f"adapter_generators has none for {sorted(names - set(generators))}: give each adapter of the batch one."
-        )
+    if missing := sorted(names - set(generators)):
+        raise RoutingError(f"adapter_generators has none for {missing}: give each adapter of the batch one.")
     if len({id(generators[name]) for name in names}) < len(names):
-        raise RoutingError(
-            f"Adapters {sorted(names)} share a generator, so each one's random numbers would depend on the others. "
-            "Give each a separate one."
-        )
+        raise RoutingError(f"Adapters {sorted(names)} share a generator. Give each a separate one.")
     return AdapterGenerators({name: generators[name] for name in rows.names if name is not None})
 
 
@@ -482,6 +477,5 @@ def use_copies(call: Call, copies: int, model: nn.Module) -> Iterator[None]:
 
             undo.enter_context(encoder.register_forward_pre_hook(in_this_thread(lambda *_: put_context(once))))
             undo.enter_context(encoder.register_forward_hook(in_this_thread(lambda *_: put_context(copied))))
-        undo.callback(call.swap_context, once)
-        call.swap_context(copied)
+        undo.enter_context(call.use_context(copied))
         yield

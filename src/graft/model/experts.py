@@ -207,14 +207,9 @@ class XLoraRegistry(Registry):
         """
         super().check_new(adapter_name, config)
         if getattr(getattr(self.model, "config", None), "use_cache", False):
-            raise ConfigError(
-                "`use_cache` must be False: X-LoRA weighs experts by the whole text. Set it in the config."
-            )
+            raise ConfigError("`use_cache` must be False in the config: X-LoRA weighs experts by the whole text.")
         if self.layers:
-            raise ConfigError(
-                f"The model has adapters ({', '.join(self.peft_config)}), and X-LoRA needs one without: load it into "
-                "another."
-            )
+            raise ConfigError(f"The model has adapters {list(self.peft_config)}: load X-LoRA into one without.")
 
     @changes(all_adapters)
     def set_adapter(self, adapter_name: str | Sequence[str] | Composition, inference_mode: bool = False) -> None:

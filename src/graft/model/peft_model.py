@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -410,8 +410,7 @@ class PeftModel(nn.Module):
         """
         self._registry.set_requires_grad(adapter_names, requires_grad)
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
+    def disable_adapter(self) -> AbstractContextManager[None]:
         """Run the base model without adapters within the block, in this thread only.
 
         Other threads continue with adapters, also one that is started within the block. Merged adapters are unmerged,
@@ -421,8 +420,7 @@ class PeftModel(nn.Module):
         Raises:
             InUseError: adapters are merged, and this thread is in a call, or other threads' calls do not end.
         """
-        with self._registry.disable_for_thread():
-            yield
+        return self._registry.disable_for_thread()
 
     def _heads_changed(self) -> None:
         """Do nothing: a hook, called when the active heads change, for task classes with a loss that reads
@@ -498,7 +496,7 @@ class PeftModel(nn.Module):
                     methods = [method_of(config.peft_type) for config in self.peft_config.values()]
                     own_arguments = {*self.special_peft_forward_args, *(name for m in methods for name in m.arguments)}
                     inputs, kwargs, names, facts = copy_batch(registry.call, value, inputs, kwargs, own_arguments)
-                reaches_inputs: AbstractContextManager[None] = nullcontext()
+                reaches_inputs: AbstractContextManager[object] = nullcontext()
                 if used is not None and registry.averager is not None and self.training and torch.is_grad_enabled():
                     reaches_inputs = registry.averager.reach_inputs(used)
                 run = Run(inputs, kwargs, {}, generates=generates, shares=copy_shares(value))
@@ -594,8 +592,7 @@ class PeftModel(nn.Module):
         Quantized models stay, and so does a model that has the hook. A model without `enable_input_require_grads` gets
         a forward hook on its input embeddings, if it has any; each call adds one more.
         """
-        quantized = any(getattr(model, f, False) for f in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"))
-        if quantized:
+        if any(getattr(model, f, False) for f in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")):
             return
         if hasattr(model, "enable_input_require_grads"):
             if getattr(model, "_require_grads_hook", None) is None:  # else it would forget the hook that it has

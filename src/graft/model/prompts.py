@@ -204,31 +204,25 @@ class Prompts(Registry):
                 f"{cfg.peft_type.value} acts on all layers at once, and this stage of a pipeline lacks {len(absent)} "
                 f"modules, such as '{next(iter(absent))}'. Use a method that acts on layers, such as LORA."
             )
-        coded = "decoder" in self.stacks
+        coded, name = "decoder" in self.stacks, type(self.model).__name__
         if cfg.task_type == "SEQ_2_SEQ_LM" and not coded:
-            raise ConfigError(
-                f"task_type=SEQ_2_SEQ_LM needs a model with an encoder and a decoder, and {type(self.model).__name__} "
-                "has no separate decoder: use CAUSAL_LM."
-            )
+            raise ConfigError(f"task_type=SEQ_2_SEQ_LM needs a separate decoder, and {name} has none: use CAUSAL_LM.")
         if cfg.task_type == "CAUSAL_LM" and coded and not cfg.holds_keys:
-            raise ConfigError(
-                f"task_type=CAUSAL_LM needs a model that is a decoder only, and {type(self.model).__name__} has an "
-                "encoder: use SEQ_2_SEQ_LM."
-            )
+            raise ConfigError(f"task_type=CAUSAL_LM needs a decoder only, and {name} has an encoder: use SEQ_2_SEQ_LM.")
         main = self.stacks["main"]
         check_kind(self.stacks.get("decoder", main) if cfg.holds_keys else main, cfg)
         cfg.fit(getattr(self.model, "config", None), main.width)
         for stack in self._find_stacks(cfg):
             check_size(stack, cfg)
-        if type(self.model).__name__ in COUNTED and not cfg.holds_keys:
+        if name in COUNTED and not cfg.holds_keys:
             raise ConfigError(
-                f"{type(self.model).__name__} masks its logits by the tokens of the input, without a prompt of "
-                "embeddings. Use PREFIX_TUNING, or a method that acts on layers, such as LORA."
+                f"{name} masks its logits by the tokens of the input, without a prompt of embeddings. Use "
+                "PREFIX_TUNING, or a method that acts on layers, such as LORA."
             )
         if cfg.task_type == "CAUSAL_LM" and not hasattr(self.model, "prepare_inputs_for_generation"):
             raise ConfigError(
-                f"task_type=CAUSAL_LM needs a model that generates text, and {type(self.model).__name__} does not: use "
-                "the task_type that it was made for, or FEATURE_EXTRACTION."
+                f"task_type=CAUSAL_LM needs a model that generates text, and {name} does not: use its own task_type, "
+                "or FEATURE_EXTRACTION."
             )
 
     def _find_stacks(self, cfg: PromptLearningConfig) -> list[PromptStack]:
@@ -499,9 +493,7 @@ def initialize_kv_prefix_from_text(
     name, config, _ = find_prefix_adapter(model, adapter_name, num_virtual_tokens)
     stack = get_registry(unwrap_model(model)).stacks["main"]
     if stack.in_pair:
-        raise ValueError(
-            f"Adapter '{name}' is in the decoder of an encoder-decoder, which cannot read a text without its encoder."
-        )
+        raise ValueError(f"Adapter '{name}' is in a decoder that cannot read a text without its encoder.")
     ids, P = tokenize_text(tokenizer, text, use_chat_template, max_length), config.num_virtual_tokens
     if ids.shape[1] < P:
         raise ValueError(

@@ -174,11 +174,10 @@ class Registry:
         self.layers, self.wrappers = self.tree.layers, self.tree.wrappers
         self.checkpointing = self.tree.checkpointing  # gradient checkpointing is on
         carriers = [*self.layers.values(), *self.wrappers.values()]
-        configs: dict[str, PeftConfig] | None = getattr(model, "peft_config", None)
-        if configs is None or isinstance(configs, Configs):
+        check_no_foreign_adapters(model)
+        configs: dict[str, PeftConfig] = getattr(model, "peft_config", None) or {}
+        if isinstance(configs, Configs):
             configs = {}  # no adapter is without a PeftModel
-        else:
-            check_no_foreign_adapters(model)
         if foreign := sorted({name for part in carriers for name in part.adapters if name not in configs}):
             raise AlreadyInjectedError(
                 f"The model carries adapter(s) {foreign}, registered by another PeftModel. Call load_adapter() or "

@@ -333,7 +333,7 @@ def test_what_cannot_be_made(folder, tmp_path):
         graft.get_peft_model(models.make("llama"), cfg).save_pretrained(tmp_path / kind)
         own = {"a": str(folder / "0"), "b": str(tmp_path / kind)}
         graft.get_peft_model(base(), config(graft, folder, adapters=own))  # one of them acts
-        text = rf"cannot mix their '.*{key}'.*\['b', 'c'\] has. Train experts without modules_to_save"
+        text = rf"cannot mix the '.*{key}'.*\['b', 'c'\] has. Train experts without modules_to_save"
         unchanged(base(), made(adapters={**own, "c": str(tmp_path / kind)}), graft.ConfigError, text)
 
 

@@ -8,6 +8,7 @@ that computes only with whole tensors needs none of them: its parameters get equ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -72,95 +73,42 @@ def sum_over_group(t: Tensor, cut: Cut) -> Tensor:
     return t
 
 
-class _Piece(Function):
-    """The function of `cut_tensor`."""
+class _LinearMap(Function):
+    """A linear map of a tensor over the processes of a group, and its adjoint for the gradient."""
 
     @staticmethod
-    def forward(ctx: Context, t: Tensor, cut: Cut, dim: int) -> Tensor:
-        """Return this process's piece of t along `dim`, contiguous. Keeps the cut and `dim` for the backward pass."""
-        ctx.cut, ctx.dim = cut, dim
-        return take_piece(t, cut, dim).contiguous()
-
-    @staticmethod
-    def backward(ctx: Context, g: Tensor) -> object:
-        """Return the gradients of all processes' pieces, gathered to that of the whole tensor, and None for the others.
-
-        All processes have to run it.
-        """
-        return gather_whole(g, ctx.cut, ctx.dim), None, None
-
-
-class _Whole(Function):
-    """The function of `join_pieces`."""
-
-    @staticmethod
-    def forward(ctx: Context, t: Tensor, cut: Cut, dim: int) -> Tensor:
-        """Return the whole tensor, gathered from the pieces of all processes along `dim`.
-
-        Keeps the cut and `dim` for the backward pass. All processes have to run it.
-        """
-        ctx.cut, ctx.dim = cut, dim
-        return gather_whole(t, cut, dim)
+    def forward(
+        ctx: Context, t: Tensor, act: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return `act(t)`. Keeps `adjoint` for the backward pass, and no tensor."""
+        ctx.adjoint = adjoint
+        return act(t)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> object:
-        """Return this process's piece of the gradient, contiguous, and None for the others.
-
-        Nothing is sent, and nothing summed.
-        """
-        return take_piece(g, ctx.cut, ctx.dim).contiguous(), None, None
-
-
-class _Sum(Function):
-    """The function of `sum_partial_results`."""
-
-    @staticmethod
-    def forward(ctx: Context, t: Tensor, cut: Cut) -> Tensor:
-        """Return the sum of t over the processes of the group, in new memory.
-
-        All processes have to run it. Keeps nothing.
-        """
-        return sum_over_group(t, cut)
-
-    @staticmethod
-    def backward(ctx: Context, g: Tensor) -> object:
-        """Return the gradient unchanged, and None for the cut. Nothing is sent."""
-        return g, None
-
-
-class _WithSummedGrad(Function):
-    """The function of `sum_gradient`."""
-
-    @staticmethod
-    def forward(ctx: Context, t: Tensor, cut: Cut) -> Tensor:
-        """Return a view of t, and keep the cut for the backward pass."""
-        ctx.cut = cut
-        return t.view_as(t)
-
-    @staticmethod
-    def backward(ctx: Context, g: Tensor) -> object:
-        """Return the sum of the gradient over the processes of the group, and None for the cut.
-
-        All processes have to run it.
-        """
-        return sum_over_group(g, ctx.cut), None
+        """Return the adjoint of the gradient, and None for the two functions."""
+        return ctx.adjoint(g), None, None
 
 
 def cut_tensor(t: Tensor, cut: Cut | None, dim: int = -1) -> Tensor:
-    """Return this process's piece of a whole tensor, cut along `dim`; the tensor itself if `cut` is None.
+    """Return this process's piece of a whole tensor, cut along `dim`, contiguous; the tensor itself if `cut` is None.
 
     The backward pass gathers the gradients of all pieces, so that all processes have to run it.
     """
-    return t if cut is None else _Piece.apply(t, cut, dim)
+    if cut is None:
+        return t
+    return _LinearMap.apply(t, lambda t: take_piece(t, cut, dim).contiguous(), lambda g: gather_whole(g, cut, dim))
 
 
 def join_pieces(t: Tensor, cut: Cut | None, dim: int = -1) -> Tensor:
     """Return the whole tensor from the pieces that the processes pass, joined along `dim`; the tensor itself if `cut`
     is None.
 
-    Each process gets the gradient of its piece. All processes have to call it.
+    Each process gets the gradient of its piece, without another message. All processes have to call it.
     """
-    return t if cut is None else _Whole.apply(t, cut, dim)
+    if cut is None:
+        return t
+    return _LinearMap.apply(t, lambda t: gather_whole(t, cut, dim), lambda g: take_piece(g, cut, dim).contiguous())
 
 
 def sum_partial_results(t: Tensor, cut: Cut) -> Tensor:
@@ -168,7 +116,7 @@ def sum_partial_results(t: Tensor, cut: Cut) -> Tensor:
 
     All processes have to call it.
     """
-    return _Sum.apply(t, cut)
+    return _LinearMap.apply(t, lambda t: sum_over_group(t, cut), lambda g: g)
 
 
 def sum_gradient(t: Tensor, cut: Cut) -> Tensor:
@@ -176,4 +124,4 @@ def sum_gradient(t: Tensor, cut: Cut) -> Tensor:
 
     The backward pass sums its gradient over all processes, so that all have to run it.
     """
-    return _WithSummedGrad.apply(t, cut)
+    return _LinearMap.apply(t, lambda t: t.view_as(t), lambda g: sum_over_group(g, cut))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from graft.core.finite import measure_survival
 from graft.core.ops import TypeTable
 from graft.storage.float8 import FP4, decode, encode, unpack_pairs
 
+S = TypeVar("S", bound="PackedMatrices")
 Fold = Callable[[int, Tensor], Tensor]  # expert, its matrix (out, in) in at least float32 → the matrix with all updates
 
 
@@ -24,6 +25,7 @@ class PackedMatrices:
     """A packed stack, canonical: (experts, out, in)."""
 
     shape: tuple[int, int, int]
+    weight: Any  # the codes of all matrices
 
     name: ClassVar[str]
     why_unwritable: ClassVar[str | None] = None  # why graft cannot write it
@@ -49,7 +51,7 @@ class PackedMatrices:
             W.copy_(stack.matrix(expert, dtype))
         return out
 
-    def in_rows(self) -> PackedMatrices:
+    def in_rows(self: S) -> S:
         """Return the stack itself: its layout is that of the file, so that single matrices can be read.
 
         A format that may be in a kernel's order overrides this.
@@ -58,8 +60,8 @@ class PackedMatrices:
 
     @property
     def device(self) -> torch.device:
-        """Raises NotImplementedError here. In a format: the device of the codes."""
-        raise NotImplementedError
+        """The device of `weight`."""
+        return self.weight.device
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -120,15 +122,12 @@ class PackedMatrices:
         return bool(torch.stack([wide.to(W.dtype).isfinite().all() for W, wide in pairs]).all())
 
     def put(self, m: nn.Module, name: str) -> None:
-        """Raise NotImplementedError here.
-
-        A format makes itself the stack `name` of a module, by replacing the module's tensors.
-        """
-        raise NotImplementedError
+        """Replace the parameter `name` of a module by `weight`, without gradient."""
+        m._parameters[name] = nn.Parameter(self.weight, requires_grad=False)
 
     def to(self, device: torch.device) -> PackedMatrices:
-        """Raise NotImplementedError here. A format returns the stack on a device."""
-        raise NotImplementedError
+        """Return a stack with `weight` on a device."""
+        return replace(self, weight=self.weight.to(device))
 
     def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
         """Raise NotImplementedError here.
@@ -139,14 +138,71 @@ class PackedMatrices:
 
 
 @dataclass(frozen=True)
-class MXFP4(PackedMatrices):
+class FineFP8(PackedMatrices):
+    """transformers' FP8Experts: 8-bit floats with a scale for each block, or 4-bit ones with one for 32 of a row."""
+
+    # weight: (experts, out, in), or in bytes of two codes (experts, out, in/2)
+    scale: Any
+    block: tuple[int, int] | None = None
+
+    name = "fp8"
+
+    @classmethod
+    def of(cls, m: nn.Module, name: str) -> FineFP8:
+        """Return the stack of an FP8Experts module, with its scales `<name>_scale_inv` and the module's `block_size`;
+        gradients do not flow.
+
+        An int8 weight holds two 4-bit codes in a byte, so that `in` is twice its last size.
+        """
+        weight, scale = getattr(m, name), getattr(m, f"{name}_scale_inv")
+        n, out_features, in_features = weight.shape
+        shape = n, out_features, in_features * (2 if weight.dtype == torch.int8 else 1)
+        return cls(shape, weight.data, scale.data, m.block_size)
+
+    def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """Return one matrix (out, in), decoded in float32 and cast to `dtype`."""
+        return decode(self.weight[expert], self.scale[expert], self.block).to(dtype)
+
+    def remake(self, matrix: Callable[[int], Tensor]) -> FineFP8:
+        """Return a new stack of `matrix(expert)` by `in_rows()`, in the dtypes and block size of this one.
+
+        Scales of 8-bit floats are chosen anew; those of 4-bit floats only grow. This stack does not change.
+        """
+        stack = self.in_rows()
+        weight, scale = stack.weight.clone(), stack.scale.clone()
+        for e in range(len(weight)):
+            weight[e], scale[e] = encode(matrix(e), weight[e], scale[e], self.block)
+        return replace(self, weight=weight, scale=scale)
+
+    def put(self, m: nn.Module, name: str) -> None:
+        """Replace the module's weight and scales by new parameters without gradient."""
+        super().put(m, name)
+        m._parameters[f"{name}_scale_inv"] = nn.Parameter(self.scale, requires_grad=False)
+
+    def to(self, device: torch.device) -> FineFP8:
+        """Return the stack with weight and scales on a device, by `in_rows()`; itself if it is there already."""
+        if self.device == device:
+            return self
+        stack = self.in_rows()
+        return replace(self, weight=stack.weight.to(device), scale=stack.scale.to(device))
+
+    def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
+        """Return True on a device other than the CPU, if no gradient is wanted or the module has a backward pass.
+
+        It has one for 8-bit floats, if `_experts_implementation` of its config is "eager", "grouped_mm" or not set.
+        """
+        how = getattr(m.config, "_experts_implementation", None)
+        has_backward = self.weight.dtype != torch.int8 and how in (None, "eager", "grouped_mm")
+        return x.device.type != "cpu" and (has_backward or not trains)
+
+
+@dataclass(frozen=True)
+class MXFP4(FineFP8):
     """transformers' experts of gpt-oss: 4-bit floats, with a power of two for each 32 of a row.
 
-    On a GPU the tensors are Triton's, in an order of its kernels.
+    On a GPU the tensors are Triton's, in an order of its kernels. Else `weight` is codes (experts, out, in/2), low half
+    first, and `scale` exponents (experts, out, in/32), from -127. Without `block`.
     """
-
-    weight: Any  # codes (experts, out, in/2), low half first; or Triton's
-    scale: Any  # exponents (experts, out, in/32), from -127
 
     name = "mxfp4"
 
@@ -180,7 +236,7 @@ class MXFP4(PackedMatrices):
         """
         if isinstance(self.weight, Tensor):
             return self
-        return MXFP4(self.shape, in_rows(self.weight), in_rows(self.scale))
+        return replace(self, weight=in_rows(self.weight), scale=in_rows(self.scale))
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
         """Return one matrix (out, in), decoded, in `dtype`.
@@ -193,16 +249,6 @@ class MXFP4(PackedMatrices):
         exact = dtype if dtype.itemsize == 4 or dtype == torch.bfloat16 else torch.float32
         values = unpack_pairs(self.weight[expert], FP4, True, exact).unflatten(1, (-1, 32))
         return torch.ldexp(values, self.scale[expert].int()[..., None] - 127).flatten(1).to(dtype)
-
-    def remake(self, matrix: Callable[[int], Tensor]) -> MXFP4:
-        """Return a new stack of `matrix(expert)` in the layout of the file; scales grow only where numbers exceed them.
-
-        This stack does not change.
-        """
-        weight, scale = in_rows(self.weight).clone(), in_rows(self.scale).clone()
-        for e in range(len(weight)):
-            weight[e], scale[e] = encode(matrix(e), weight[e], scale[e])
-        return MXFP4(self.shape, weight, scale)
 
     def put(self, m: nn.Module, name: str) -> None:
         """Put codes and scales into the module.
@@ -224,12 +270,6 @@ class MXFP4(PackedMatrices):
             setattr(m, name, self.weight)
             config.weight_scale = self.scale
 
-    def to(self, device: torch.device) -> MXFP4:
-        """Return the stack on a device, in the layout of the file; itself if it is there already."""
-        if self.device == device:
-            return self
-        return MXFP4(self.shape, in_rows(self.weight).to(device), in_rows(self.scale).to(device))
-
     def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
         """Return True if the input is on no CPU and `trains` is False: the kernels have no backward pass."""
         return x.device.type != "cpu" and not trains
@@ -241,70 +281,9 @@ def in_rows(t: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FineFP8(PackedMatrices):
-    """transformers' FP8Experts: 8-bit floats with a scale for each block, or 4-bit ones with one for 32 of a row."""
-
-    weight: Tensor  # (experts, out, in), or in bytes of two codes (experts, out, in/2)
-    scale: Tensor
-    block: tuple[int, int] | None
-
-    name = "fp8"
-
-    @classmethod
-    def of(cls, m: nn.Module, name: str) -> FineFP8:
-        """Return the stack of an FP8Experts module, with its scales `<name>_scale_inv` and the module's `block_size`;
-        gradients do not flow.
-
-        An int8 weight holds two 4-bit codes in a byte, so that `in` is twice its last size.
-        """
-        weight, scale = getattr(m, name), getattr(m, f"{name}_scale_inv")
-        n, out_features, in_features = weight.shape
-        shape = n, out_features, in_features * (2 if weight.dtype == torch.int8 else 1)
-        return cls(shape, weight.data, scale.data, m.block_size)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the codes."""
-        return self.weight.device
-
-    def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
-        """Return one matrix (out, in), decoded in float32 and cast to `dtype`."""
-        return decode(self.weight[expert], self.scale[expert], self.block).to(dtype)
-
-    def remake(self, matrix: Callable[[int], Tensor]) -> FineFP8:
-        """Return a new stack of `matrix(expert)`, in the dtypes and block size of this one.
-
-        Scales of 8-bit floats are chosen anew; those of 4-bit floats only grow. This stack does not change.
-        """
-        weight, scale = self.weight.clone(), self.scale.clone()
-        for e in range(len(weight)):
-            weight[e], scale[e] = encode(matrix(e), weight[e], scale[e], self.block)
-        return replace(self, weight=weight, scale=scale)
-
-    def put(self, m: nn.Module, name: str) -> None:
-        """Replace the module's weight and scales by new parameters without gradient."""
-        m._parameters[name] = nn.Parameter(self.weight, requires_grad=False)
-        m._parameters[f"{name}_scale_inv"] = nn.Parameter(self.scale, requires_grad=False)
-
-    def to(self, device: torch.device) -> FineFP8:
-        """Return a stack with weight and scales on a device."""
-        return replace(self, weight=self.weight.to(device), scale=self.scale.to(device))
-
-    def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
-        """Return True on a device other than the CPU, if no gradient is wanted or the module has a backward pass.
-
-        It has one for 8-bit floats, if `_experts_implementation` of its config is "eager", "grouped_mm" or not set.
-        """
-        how = getattr(m.config, "_experts_implementation", None)
-        has_backward = self.weight.dtype != torch.int8 and how in (None, "eager", "grouped_mm")
-        return x.device.type != "cpu" and (has_backward or not trains)
-
-
-@dataclass(frozen=True)
 class Bnb4(PackedMatrices):
     """bitsandbytes' parametrization: 4-bit codes, high half first, with a scale for each block of a stack."""
 
-    codes: Tensor
     state: Any  # QuantState
     flipped: bool  # the module stores (experts, in, out)
 
@@ -322,11 +301,6 @@ class Bnb4(PackedMatrices):
         state, flipped = parametrization[0].quant_state, bool(getattr(m, "is_transposed", False))
         n, rows, columns = state.shape
         return cls((n, columns, rows) if flipped else (n, rows, columns), parametrization.original.data, state, flipped)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the codes."""
-        return self.codes.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -354,7 +328,7 @@ class Bnb4(PackedMatrices):
         """
         _, out_features, in_features = self.shape
         size, block = out_features * in_features, self.state.blocksize
-        codes = self.codes.view(torch.uint8).flatten()[expert * size // 2 : (expert + 1) * size // 2]
+        codes = self.weight.view(torch.uint8).flatten()[expert * size // 2 : (expert + 1) * size // 2]
         table = tuple(self.state.code.tolist()) if self.state.code.device.type == "cpu" else read_code_table(self.state)
         values = unpack_pairs(codes, table, False).view(-1, block)
         values.mul_(self._scales(expert * size // block, (expert + 1) * size // block)[:, None])
@@ -380,7 +354,7 @@ class Bnb4(PackedMatrices):
         keep their shape.
         """
         old, functional = self.state, import_module("bitsandbytes.functional")
-        settings = dict(blocksize=old.blocksize, quant_type=old.quant_type, quant_storage=self.codes.dtype)
+        settings = dict(blocksize=old.blocksize, quant_type=old.quant_type, quant_storage=self.weight.dtype)
         layouts = (self._in_layout(matrix(e)) for e in range(self.shape[0]))
         codes, states = zip(*(functional.quantize_4bit(W, **settings) for W in layouts))
         scales, nested = torch.cat([state.absmax for state in states]), {}
@@ -388,7 +362,7 @@ class Bnb4(PackedMatrices):
             offset = nested["offset"] = scales.mean()
             scales, nested["state2"] = functional.quantize_blockwise(scales - offset, blocksize=old.state2.blocksize)
         state = type(old)(scales, old.shape, states[0].code, old.blocksize, old.quant_type, old.dtype, **nested)
-        return replace(self, codes=torch.cat(codes).view(self.codes.shape), state=state)
+        return replace(self, weight=torch.cat(codes).view(self.weight.shape), state=state)
 
     def _in_layout(self, W: Tensor) -> Tensor:
         """Return W (out, in) as the module stores it: transposed if `flipped`, in the stack's dtype, contiguous."""
@@ -399,14 +373,14 @@ class Bnb4(PackedMatrices):
         this one.
         """
         parametrization = m.parametrizations[name]
-        parametrization._parameters["original"] = nn.Parameter(self.codes, requires_grad=False)
+        parametrization._parameters["original"] = nn.Parameter(self.weight, requires_grad=False)
         parametrization[0].quant_state = self.state
 
     def to(self, device: torch.device) -> Bnb4:
         """Return a stack with its codes on a device. If they are elsewhere, the quant_state is moved too, in place."""
-        if self.codes.device != device:
+        if self.weight.device != device:
             self.state.to(device)
-        return replace(self, codes=self.codes.to(device))
+        return replace(self, weight=self.weight.to(device))
 
     def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
         """Return True if no gradient is wanted."""
@@ -430,7 +404,6 @@ def read_code_table(state: Any) -> tuple[float, ...]:
 class TorchAO(PackedMatrices):
     """torchao's stacks of 4-bit floats (NVFP4), with single matrices selectable."""
 
-    weight: Any
     flipped: bool
 
     name = "torchao"
@@ -444,11 +417,6 @@ class TorchAO(PackedMatrices):
         weight, flipped = getattr(m, name), bool(getattr(m, "is_transposed", False))
         n, rows, columns = weight.shape
         return cls((n, columns, rows) if flipped else (n, rows, columns), weight.data, flipped)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the codes."""
-        return self.weight.qdata.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -485,14 +453,6 @@ class TorchAO(PackedMatrices):
         codes, scales = (torch.stack(some) for some in zip(*parts))
         weight = type(old)(codes, scales, orig_dtype=old.orig_dtype, per_tensor_scale=outer, **settings)
         return replace(self, weight=weight)
-
-    def put(self, m: nn.Module, name: str) -> None:
-        """Replace the module's parameter by a new one with this weight, without gradient."""
-        m._parameters[name] = nn.Parameter(self.weight, requires_grad=False)
-
-    def to(self, device: torch.device) -> TorchAO:
-        """Return a stack with its weight on a device."""
-        return replace(self, weight=self.weight.to(device))
 
     def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
         """Return True if no gradient is wanted and `_experts_implementation` of the module's config is "eager"."""

@@ -615,9 +615,7 @@ def _write_merge(layer: Layer, names: list[str], steps: Sequence[Step], undoable
     if layer.store.exact and rounded is not wide:
         # before writing, which may change the tensor that was read
         state.survived.append(measure_survival(before, wide))
-    replaced = layer.base_weight.write(rounded)
-    if replaced is not None:
-        layer._modules["base_layer"] = replaced
+    layer.base_weight.write(rounded)
     if not layer.store.exact:
         state.survived.append(measure_survival(before, wide, layer.weight_now))
     if shifted is not None:

@@ -45,10 +45,8 @@ class Store(Protocol):
     def read(self, m: nn.Module, name: str) -> Tensor:
         """Return the dense tensor in the module's orientation, with gradients where it trains. A declaration only."""
 
-    def write(self, m: nn.Module, name: str, W: Tensor, shared: bool) -> nn.Module | None:
-        """Write W, in the module's orientation, into the module.
-
-        Return a module to replace `m`; None if `m` stays. A declaration only.
+    def write(self, m: nn.Module, name: str, W: Tensor, shared: bool) -> None:
+        """Write W, in the module's orientation, into the module. A declaration only.
 
         shared: another module is tied to the tensor and must keep its values.
         """
@@ -111,12 +109,12 @@ class Weight:
         """Return the tensor as the store reads it, in canonical orientation: (out, in, *kernel)."""
         return self.op.canon(self.store.read(self.module, self.name))
 
-    def write(self, W: Tensor) -> nn.Module | None:
+    def write(self, W: Tensor) -> None:
         """Write W, canonical, into the module by the store, in the module's orientation.
 
-        Return a module that has to replace this one; None if none has to. Modules tied to the tensor keep its values.
+        Modules tied to the tensor keep its values.
         """
-        return self.store.write(self.module, self.name, self.op.uncanon(W), self.shared)
+        self.store.write(self.module, self.name, self.op.uncanon(W), self.shared)
 
     def snapshot_values(self, state: object) -> Tensor:
         """Return the tensor of a snapshot, dense and in the module's orientation, by the store."""

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from graft.core.ops import TypeTable, class_path, find_replaced_forward
 from graft.core.wrappers import MANAGED, collect_parameters, copy_offloaded, find_offload_hooks
 from graft.storage.offload import bring_in, device_of, is_hooked, is_tied
-from graft.storage.parallel import gather_tensor, layout_of
+from graft.storage.parallel import gather_tensor, layout_of, local
 
 # narrower dtypes have scales in another tensor
 NUMBERS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
@@ -138,6 +138,10 @@ class Dense:
             return None  # the quick answer for nearly all tensors
         return strange_tensor(m, name) or why_flat(m, name)
 
+    def tensor(self, m: nn.Module, name: str) -> Tensor:
+        """Return the attribute `name` of the module, which `write`, `snapshot` and `restore` act on."""
+        return getattr(m, name)
+
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         """Return the module's tensor itself, in the module's orientation and with its gradient.
 
@@ -193,25 +197,24 @@ class Dense:
         """
         return bring_in(layer, written) if is_hooked(layer) else nullcontext()
 
-    def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
-        """Write W into the tensor in place, past autograd.
+    def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> None:
+        """Write W into the tensor in place, past autograd; of DTensors, this process's piece.
 
         If the weight is tied to another module (`shared`), the module gets a new parameter with W's memory if W is
-        contiguous, and the other module stays. Returns None: no module has to replace this one.
+        contiguous, and the other module stays.
         """
-        p = getattr(m, name)
+        p = self.tensor(m, name)
         if shared:
             setattr(m, name, nn.Parameter(W.contiguous(), requires_grad=p.requires_grad))
         else:
-            p.data.copy_(W)
-        return None
+            local(p.data).copy_(local(W))
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> Any:
         """Return a detached copy of the tensor, on the CPU if the module has an offload hook, else on its device.
 
         If the weight is tied (`shared`), return the parameter itself.
         """
-        p = getattr(m, name)
+        p = self.tensor(m, name)
         if shared:
             return p
         return p.detach().to("cpu", copy=True) if find_offload_hooks(m) else p.detach().clone()
@@ -222,12 +225,12 @@ class Dense:
 
     def restore(self, m: nn.Module, name: str, state: Any) -> None:
         """Put a snapshot back: a parameter becomes the module's parameter again, which ties it; a tensor is copied in
-        place.
+        place, of DTensors this process's piece.
         """
         if isinstance(state, nn.Parameter):
             setattr(m, name, state)
         else:
-            getattr(m, name).data.copy_(state)
+            local(self.tensor(m, name).data).copy_(local(state))
 
     def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
         """Return device and dtype of a tensor.

@@ -34,8 +34,8 @@ from graft.storage.dense import PLAIN, Dense
 from graft.storage.dispatch import RUNS, Dispatch, find_dispatch, is_dispatched_stack
 from graft.storage.fsdp2 import is_managed
 from graft.storage.offload import computes_on, is_away
+from graft.storage.parallel import local
 from graft.storage.stacks import PackedMatrices
-from graft.storage.tensor_parallel import local
 
 GATE = "_apply_gate"
 FLAGS = ("has_gate", "has_bias", GATE, "num_experts")  # attributes that transformers' decorator sets

@@ -111,14 +111,14 @@ class Megatron(Dense):
         return t if place is None else join_pieces(t, *place)
 
     @torch.no_grad()
-    def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
-        """Write this process's piece of the whole W into the tensor in place, past autograd; return None.
+    def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> None:
+        """Write this process's piece of the whole W into the tensor in place, past autograd.
 
         A tensor that is not cut gets all of W. If the weight is tied (`shared`), the module gets a new parameter with
         the piece instead.
         """
         place = self.place(m, name)
-        return super().write(m, name, W if place is None else take_piece(W, *place), shared)
+        super().write(m, name, W if place is None else take_piece(W, *place), shared)
 
     def snapshot_values(self, m: nn.Module, name: str, state: Tensor) -> Tensor:
         """Return the whole tensor of a snapshot, gathered from all processes; the snapshot itself if it is not cut."""

@@ -163,6 +163,11 @@ def is_sharded(t: Tensor) -> TypeGuard[DTensor]:
     return type(t).__name__ == "DTensor"
 
 
+def local(t: Tensor) -> Tensor:
+    """Return this process's piece of a DTensor; other tensors unchanged."""
+    return t.to_local() if is_sharded(t) else t
+
+
 def find_master_ids(parameters: Iterable[object]) -> set[int]:
     """Return the ids of those parameters that an optimizer of DeepSpeed trains through a float32 copy.
 

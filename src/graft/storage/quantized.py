@@ -121,14 +121,13 @@ class Quantized(Dense):
             return f"{self.calibrated}, and merging would quantize them anew"
         return self.why_unreadable(m)
 
-    def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
+    def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> None:
         """Quantize W, cast to the compute dtype, with the old settings, and put new tensors into the module.
 
-        Those of a snapshot do not change. Returns None. `name` and `shared` change nothing.
+        Those of a snapshot do not change. `name` and `shared` change nothing.
         """
         with torch.no_grad():
             self.put(m, self.pack(m, W.to(self.compute_dtype(m) or W.dtype)))
-        return None
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
         """Return `parts` of the module by name: the packed tensors themselves, as `write` replaces and never overwrites

@@ -22,7 +22,7 @@ from graft.core.pieces import LayerPiece
 from graft.kernels.cuts import Cut
 from graft.storage import megatron, offload
 from graft.storage.dense import Dense
-from graft.storage.parallel import is_sharded, shard_value
+from graft.storage.parallel import is_sharded, local, shard_value
 
 STYLES = "transformers.distributed.tensor_parallel"  # where transformers has them, from 5.17 on
 OF_EXPERTS = "transformers.distributed.expert_parallel"  # of whole experts, some on each process: `ep_size`
@@ -217,10 +217,6 @@ class TensorParallel(Dense):
     in_parts = True
     copies = "all"  # it may be a view of a DTensor
 
-    def tensor(self, m: nn.Module, name: str) -> Tensor:
-        """Return the module's tensor as it is: a DTensor, or a plain one."""
-        return getattr(m, name)
-
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         """Return the whole tensor, gathered, with a gradient where autograd records and it trains; a plain tensor
         itself.
@@ -243,41 +239,16 @@ class TensorParallel(Dense):
         return op.canon(local(t)), *((cut, None) if dim == 0 else (None, cut))
 
     @torch.no_grad()
-    def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
-        """Copy this process's piece of the whole W into the tensor in place, in its dtype; return None.
+    def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> None:
+        """Copy this process's piece of the whole W into the tensor in place, in its dtype.
 
         If the weight is tied (`shared`), the module gets a new parameter with the piece, with the same requires_grad.
         """
-        p = self.tensor(m, name)
-        piece = shard_as(p, W)
-        if shared:
-            setattr(m, name, nn.Parameter(piece, requires_grad=p.requires_grad))
-        else:
-            local(p).copy_(local(piece))
-        return None
-
-    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> Tensor:
-        """Return the tensor `name`, detached and cloned, so that a DTensor stays one; if it is tied (`shared`), the
-        parameter itself.
-
-        Of a plain tensor it is this process's piece.
-        """
-        p = self.tensor(m, name)
-        return p if shared else p.detach().clone()
+        super().write(m, name, shard_as(self.tensor(m, name), W), shared)
 
     def snapshot_values(self, m: nn.Module, name: str, state: Tensor) -> Tensor:
         """Return the whole tensor of a snapshot, gathered; a plain tensor itself."""
         return gather_dtensor(state)
-
-    @torch.no_grad()
-    def restore(self, m: nn.Module, name: str, state: Tensor) -> None:
-        """Put a snapshot back: a parameter becomes the module's again, which ties it; the piece of a tensor is copied
-        in place.
-        """
-        if isinstance(state, nn.Parameter):
-            setattr(m, name, state)
-        else:
-            local(self.tensor(m, name)).copy_(local(state))
 
 
 def gather_dtensor(t: Tensor) -> Tensor:
@@ -288,11 +259,6 @@ def gather_dtensor(t: Tensor) -> Tensor:
     if not is_sharded(t):
         return t
     return (t if t.requires_grad and torch.is_grad_enabled() else t.detach()).full_tensor()  # type: ignore[attr-defined]
-
-
-def local(t: Tensor) -> Tensor:
-    """Return this process's piece of a DTensor; other tensors unchanged."""
-    return t.to_local() if is_sharded(t) else t
 
 
 def shard_as(t: Tensor, W: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from graft.kernels import low_rank, sparse
 from graft.kernels.cuts import Cut, gather_whole, sum_over_group, take_piece
-from graft.kernels.eager import Context, Function, cast
+from graft.kernels.eager import Context, Function, cast, differentiate
 from graft.kernels.low_rank import gradients, seed_for
 from graft.kernels.sparse import gathers
 
@@ -159,10 +159,4 @@ def _differentiable_gradients(ctx: Context, g: Tensor) -> tuple[Tensor | None, .
     scale, p, seed = ctx.options
     mask = low_rank.dropout_mask(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape) / (1 - p) if p else 1
     out = plain_dora_linear(x, W, b, A, B, ratio, scale, mask)
-    indices = [i for i in (0, 3, 4, 5) if ctx.needs_input_grad[i]]
-    inputs = (x, W, b, A, B, ratio)
-    values = torch.autograd.grad(out, [inputs[i] for i in indices], g.to(out.dtype), create_graph=True)
-    grads: list[Tensor | None] = [None] * 11
-    for i, grad in zip(indices, values):
-        grads[i] = grad
-    return tuple(grads)
+    return differentiate(out, (x, None, None, A, B, ratio, *[None] * 5), ctx.needs_input_grad, g.to(out.dtype))

@@ -6,7 +6,7 @@ Also autograd.Functions with backward passes that compute in the dtypes of their
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -159,3 +159,25 @@ def _without_autocast(backward: Callable[[object, Tensor], object]) -> Callable[
             return backward(ctx, g)
 
     return run
+
+
+def differentiate(y: Tensor, inputs: Sequence[Any], need: Sequence[bool], g: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of y, for its gradient g, with regard to the inputs that `need` one; None for the others,
+    and for inputs that are None.
+
+    They can be differentiated again.
+    """
+    wanted = [needs and t is not None for t, needs in zip(inputs, need)]
+    values = iter(torch.autograd.grad(y, [t for t, wants in zip(inputs, wanted) if wants], g, create_graph=True))
+    return tuple([next(values) if wants else None for wants in wanted])
+
+
+class VmapFunction(Function):
+    """A Function that `vmap` takes: its `forward` gets no context, and `setup_context` saves tensors afterwards."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save all inputs, which are tensors, for the backward pass."""
+        ctx.save_for_backward(*inputs)

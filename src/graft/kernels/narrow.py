@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graft.kernels.eager import Context, Function, only_backward
+from graft.kernels.eager import Context, VmapFunction, only_backward
 
 PART = 1 << 20  # numbers of the weight that are wide at a time
 
@@ -26,10 +26,8 @@ def multiply_widened(A: Tensor, W: Tensor) -> Tensor:
     return _WidenedProduct.apply(A, W)
 
 
-class _WidenedProduct(Function):
+class _WidenedProduct(VmapFunction):
     """The function of `multiply_widened`, with W cast in chunks of columns."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(A: Tensor, W: Tensor) -> Tensor:
@@ -91,10 +89,8 @@ def _project_by_sum(p: Tensor, Q: Tensor, within: bool) -> Tensor:
     return still + project_columns(p - still, Q, within)
 
 
-class _GradientProjection(Function):
+class _GradientProjection(VmapFunction):
     """The function of `project_gradient_outside` and `project_gradient_inside`."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(p: Tensor, Q: Tensor, within: bool) -> Tensor:

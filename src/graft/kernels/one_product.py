@@ -10,20 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from graft.kernels.eager import Context, Function, once, only_backward
+from graft.kernels.eager import Context, Function, VmapFunction, once, only_backward
 
 Call = Callable[..., Tensor]  # (x, weight, bias) → the output of a linear layer
 InputGradient = Callable[..., Tensor]  # (gradient of that output (rows, out), weight) → gradient of its input (rows, n)
 
 
 class Addend(Protocol):
-    """ΔW (out, n): a NamedTuple of tensors, and of facts."""
+    """ΔW (out, n): a NamedTuple of tensors, and of facts.
+
+    One that is wider than its weight has `dense()`, ΔW as a tensor. It may have `rows(part)`, the ΔW of a slice of the
+    weight's rows, and `multiply(x)`: x ΔWᵀ in the dtype of x for many rows, or None if forming ΔW is faster.
+    """
 
     def __iter__(self) -> Iterator[object]: ...
     def add_to(self, W: Tensor) -> Tensor:
@@ -36,22 +40,6 @@ class Addend(Protocol):
 
         need: the fields that get one.
         """
-
-
-@runtime_checkable
-class ByRows(Protocol):
-    """A ΔW that can be cut by rows."""
-
-    def rows(self, part: slice) -> Any:
-        """Return the ΔW of some rows of the weight. A declaration only."""
-
-
-@runtime_checkable
-class Multiplying(Protocol):
-    """A ΔW that has a separate product for many rows."""
-
-    def multiply(self, x: Tensor) -> Tensor | None:
-        """Return x ΔWᵀ in the dtype of x; None if forming ΔW is faster. A declaration only."""
 
 
 def linear_with(
@@ -98,7 +86,7 @@ class _OneProduct(Function):
         if not multiplies_apart(W, dtype):
             bias = None if bias is None else bias.to(dtype)
             return call(x.to(dtype), delta.add_to(W), bias).to(x.dtype)
-        y = delta.multiply(x) if isinstance(delta, Multiplying) else None
+        y = delta.multiply(x) if hasattr(delta, "multiply") else None
         y = call(x, form_rounded(delta, W, False), None) if y is None else y
         y.view(-1, len(W)).addmm_(x.reshape(-1, x.shape[-1]), W.T)
         return y if bias is None else y.add_(bias)
@@ -157,7 +145,7 @@ def form_rounded(delta: Any, W: Tensor, with_weight: bool) -> Tensor:
 
     If autograd does not record and `delta` can be cut by rows, it is formed part by part, which saves wide temporaries.
     """
-    if torch.is_grad_enabled() or not isinstance(delta, ByRows):
+    if torch.is_grad_enabled() or not hasattr(delta, "rows"):
         return (delta.add_to(W) if with_weight else delta.dense()).to(W.dtype)
     out = torch.empty_like(W)
     for part in split_rows(W):
@@ -294,20 +282,13 @@ def multiply_hadamard(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     return _HadamardProduct.apply(a, b, c, d) if only_backward() else plain_hadamard(a, b, c, d)
 
 
-class _HadamardProduct(Function):
+class _HadamardProduct(VmapFunction):
     """The function of `multiply_hadamard`."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
         """Return (a b) ⊙ (c d)."""
         return (a @ b) * (c @ d)
-
-    @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Keep a, b, c and d for the backward pass."""
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, ...]:

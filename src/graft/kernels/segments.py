@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from graft.kernels.eager import Context, Function
+from graft.kernels.eager import Context, Function, differentiate
 from graft.kernels.low_rank import FUSED_FROM, add_up, down, down_each, dropped, gradients
 
 NARROW, SMALL = 2, 400  # vectors, and multiplications: smaller products run other kernels alone than in a batch
@@ -359,10 +359,4 @@ def _differentiable_gradients(
     groups = [group._replace(A=next(it), B=next(it)) for group in ctx.groups]
     y = ctx.base(x)
     y = plain_segments_linear(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), groups)
-    inputs = (x, None, None, None, None, *factors)
-    indices = [i for i, need in enumerate(ctx.needs_input_grad) if need]
-    values = torch.autograd.grad(y, [inputs[i] for i in indices], g.view_as(y), create_graph=True)
-    grads: list[Tensor | None] = [None] * len(inputs)
-    for i, grad in zip(indices, values):
-        grads[i] = grad
-    return tuple(grads)
+    return differentiate(y, (x, None, None, None, None, *factors), ctx.needs_input_grad, g.view_as(y))

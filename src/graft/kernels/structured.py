@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from graft.kernels.eager import Context, Function, autocast_dtype, eager, only_backward
+from graft.kernels.eager import Context, Function, VmapFunction, autocast_dtype, eager, only_backward
 
 
 class Inputs(NamedTuple):
@@ -150,20 +150,13 @@ def multiply_kronecker_rows(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return Y.reshape(*x.shape[:-1], a.shape[0] * b.shape[0])
 
 
-class _KroneckerProduct(Function):
+class _KroneckerProduct(VmapFunction):
     """The function of `multiply_kronecker`."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return x (a ⊗ b)ᵀ."""
         return multiply_kronecker_rows(x, a, b)
-
-    @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Keep x, a and b for the backward pass."""
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:

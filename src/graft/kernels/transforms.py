@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-from graft.kernels.eager import Context, Function, eager, only_backward
+from graft.kernels.eager import Context, VmapFunction, eager, only_backward
 from graft.kernels.waits import constant
 
 
@@ -88,10 +88,8 @@ def correlate(x: Tensor, w: Tensor, scale: float) -> Tensor:
     return invert_spectra(block_spectra(x, n) @ W.conj(), (*x.shape[:-1], m * b), b)
 
 
-class _CirculantProduct(Function):
+class _CirculantProduct(VmapFunction):
     """The function of `multiply_circulant`."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, w: Tensor, scale: float) -> Tensor:
@@ -417,10 +415,8 @@ def sample_products(G: Parts, rows: Tensor, z: Parts, cols: Tensor) -> Tensor:
     return torch.stack([torch.cat([(g[r] * p[c]).sum(1) for r, c in pairs]) for g, p in zip(G, z)])
 
 
-class _TransformedProduct(Function):
+class _TransformedProduct(VmapFunction):
     """The function of `Sparse.times`."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, values: Tensor, rows: Tensor, cols: Tensor, S: Basis, T: Basis) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.ops import find_op
-from graft.kernels.eager import Context, Function
+from graft.kernels.eager import Context, VmapFunction
 from graft.storage.offload import bring_in
 
 MENDED: set[type] = set()
@@ -130,14 +130,12 @@ def linear_arguments(input: Tensor, weight: object, bias: Tensor | None = None) 
     return input, weight, bias
 
 
-class _Straight(Function):
+class _Straight(VmapFunction):
     """The output of `run`, with the gradient of x Wᵀ + bias.
 
     `dense` returns the weight W (out, in). It is no input, as functional transforms wrap inputs in tensors of another
     type.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, bias: Tensor | None, dense: Callable[[], Tensor], run: Callable[..., Tensor]) -> Tensor:

@@ -615,7 +615,6 @@ def half_a_sweep() -> Folder:
 
         def killed(job: Any) -> None:
             rounds(job)
-            job.save()
             if job.trials[0].losses:
                 raise KeyboardInterrupt
 

@@ -48,6 +48,8 @@ class AdapterRow:
         self.value: Tensor | None = None
         self.gradient: Tensor | None = None
         self.spans: list[tuple[int, int]] = []
+        self.bank: Bank | Any = None
+        self.number = 0  # in the bank
         self.addresses: list[int] = []  # of the parameters' memory, when the banks were made
 
     def is_intact(self) -> bool:
@@ -116,47 +118,37 @@ class Sink:
         is_filled: True if `memory` has a gradient of this pass.
     """
 
-    def __init__(self, tensor: Tensor, gradient: Tensor, first: int, rows: list[AdapterRow], place: int) -> None:
-        """Hold the tensors, with `gradient` as the memory."""
-        self.tensor, self.gradient, self.first, self.rows, self.place = tensor, gradient, first, rows, place
-        self.memory, self.is_filled = gradient, False
-        self._users: list[Sink] | None = None  # of the memory of this place in this pass; None: for one adapter
-
-    def use_memory(self, memory: Tensor, users: list[Sink]) -> Sink:
-        """Return self, after setting `memory` and `_common` to this memory, (n, …), and `_users` to this very list.
-
-        `gradient` stays. Sinks with the same `users` may overlap the memory.
-        """
-        self.memory, self._common, self._users = memory, memory, users
-        return self
+    def __init__(
+        self, tensor: Tensor, gradient: Tensor, rows: list[AdapterRow], place: int, memory: Tensor, users: list[Sink]
+    ) -> None:
+        """Hold the tensors. Sinks with the same list of `users`, of this pass, may overlap in `memory`."""
+        self.tensor, self.gradient, self.first, self.rows, self.place = tensor, gradient, rows[0].number, rows, place
+        self.memory, self._common, self._users, self.is_filled = memory, memory, users, False
 
     def claim(self) -> Tensor | None:
         """Return `memory` for the first gradient of the pass, and mark it as filled; None for a later one.
 
-        A stack's sink is noted as a user of the memory that stacks share. If an earlier user has some of these
-        adapters, `memory` becomes a new tensor for this pass, else the shared one.
+        The sink is noted as a user of the memory that stacks share. If an earlier user has some of these adapters,
+        `memory` becomes a new tensor for this pass.
         """
         if self.is_filled:
             return None
         self.is_filled = True
-        if self._users is not None:
-            if self._users:
-                stop = self.first + len(self.rows)
-                overlaps = any(user.first < stop and self.first < user.first + len(user.rows) for user in self._users)
-                self.memory = torch.empty_like(self._common) if overlaps else self._common
-            self._users.append(self)
+        if self._users:
+            stop = self.first + len(self.rows)
+            if any(user.first < stop and self.first < user.first + len(user.rows) for user in self._users):
+                self.memory = torch.empty_like(self._common)
+        self._users.append(self)
         return self.memory
 
     def empty(self) -> None:
         """Forget the gradient of the pass; an empty sink does nothing.
 
-        A stack's sink gets the shared memory again, and the list of its users becomes empty.
+        The sink gets the shared memory again, and the list of its users becomes empty.
         """
         if self.is_filled:
-            self.is_filled = False
-            if self._users is not None:
-                self.memory = self._common
-                self._users.clear()
+            self.is_filled, self.memory = False, self._common
+            self._users.clear()
 
     def add(self, gradient: Tensor) -> None:
         """Add a later gradient of the pass to `memory`, in place."""
@@ -183,7 +175,8 @@ class Bank:
         with torch.no_grad():
             self.values = torch.zeros(len(rows), size, dtype=first[0].dtype, device=first[0].device)
             self.gradients = torch.zeros_like(self.values)
-            for row, value, gradient in zip(rows, self.values, self.gradients):
+            for i, (row, value, gradient) in enumerate(zip(rows, self.values, self.gradients)):
+                row.bank, row.number = self, i
                 row.value, row.gradient, row.spans, row.gradients = value, gradient, self.spans, []
                 for p, (start, stop) in zip(row.parameters, self.spans):
                     p.data = value[start:stop].view(p.shape).copy_(p)
@@ -200,7 +193,8 @@ class Bank:
         """
         if (place, row) not in self.singles:
             its: Any = self.rows[row]
-            self.singles[place, row] = Sink(its.parameters[place], its.gradients[place], row, [its], place)
+            gradient = its.gradients[place]
+            self.singles[place, row] = Sink(its.parameters[place], gradient, [its], place, gradient, [])
         return self.singles[place, row]
 
     def get_stack(self, place: int, first: int, n: int) -> Sink:
@@ -216,8 +210,8 @@ class Bank:
             if place not in self._memories:
                 self._memories[place] = self.values.new_empty(len(self.rows), stop - start), []
             memory, users = self._memories[place]
-            sink = Sink(value.requires_grad_(), gradient, first, self.rows[first : first + n], place)
-            self.stacks[key] = sink.use_memory(memory[first : first + n].view(n, *shape), users)
+            rows, memory = self.rows[first : first + n], memory[first : first + n].view(n, *shape)
+            self.stacks[key] = Sink(value.requires_grad_(), gradient, rows, place, memory, users)
         return self.stacks[key]
 
     def compute_norms(self, order: Iterable[int] | None, rows: Sequence[int]) -> Tensor:
@@ -259,19 +253,12 @@ class Banks:
             if can_share_row(row.parameters, memories):
                 by_layout.setdefault(tuple((p.shape, p.dtype, p.device) for p in row.parameters), []).append(row)
         self.banks = [Bank(rows) for rows in by_layout.values()]
-        self.of_row = {id(row): (bank, i) for bank in self.banks for i, row in enumerate(bank.rows)}
         self.index: dict[int, tuple[Bank, int, int]] = {}  # (bank, place, row) by Parameter
-        for bank in self.banks:
-            for i, row in enumerate(bank.rows):
-                self.index.update((id(p), (bank, place, i)) for place, p in enumerate(row.parameters))
         self._stack_sinks: dict[int, Sink] = {}  # by id of the stacked tensor
         for row in self.rows.values():
             row.addresses = [p.data_ptr() for p in row.parameters]
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the adapters, in or out of banks."""
-        return list(self.rows)
+            if row.bank is not None:
+                self.index.update((id(p), (row.bank, place, row.number)) for place, p in enumerate(row.parameters))
 
     def is_intact(self) -> bool:
         """Return True if all rows are intact."""
@@ -387,19 +374,16 @@ class Banks:
         model's order; else it is close to that. One call computes the norms of adapters in one bank with all gradients.
         An adapter in no bank, or with gradients missing, gets the norm of those received.
         """
-        norms, shared = dict[str, Tensor](), dict[tuple[int, tuple[int, ...] | None], list[tuple[str, int]]]()
+        norms, shared = dict[str, Tensor](), dict[tuple[Bank, tuple[int, ...] | None], dict[str, int]]()
         for name, exact in names.items():
             row = self.rows[name]
             if row.gradient is None or not row.is_complete:
                 norms[name] = get_total_norm([row.gradients[i] for i in row.model_order if row.received[i]])  # type: ignore[misc]
                 continue
-            bank, i = self.of_row[id(row)]
             order = row.model_order if exact or len(row.gradient) > LONG else None
-            shared.setdefault((self.banks.index(bank), order), []).append((name, i))
-        for (number, order), members in shared.items():
-            norms.update(
-                zip([name for name, _ in members], self.banks[number].compute_norms(order, [i for _, i in members]))
-            )
+            shared.setdefault((row.bank, order), {})[name] = row.number
+        for (bank, order), numbers in shared.items():
+            norms.update(zip(numbers, bank.compute_norms(order, [*numbers.values()])))
         return [norms[name] for name in names]
 
 

@@ -274,10 +274,10 @@ class OutputSplitter:
     rows: list[int]
     lengths: list[int]  # tokens of each part's rows
 
-    def split(self, output: object) -> Sequence[object]:
+    def split(self, output: object, name: str = "") -> Sequence[object]:
         """Return for each batch an output of the same class, with the batch's rows and without padding.
 
-        A mapping without `to_tuple` becomes a dict.
+        A mapping without `to_tuple` becomes a dict. `name`: the key of a tensor in its mapping, for `_split_tensor`.
 
         For a single batch it is the output itself.
 
@@ -287,13 +287,13 @@ class OutputSplitter:
         if len(self.rows) == 1:
             return [output]
         if isinstance(output, Tensor):
-            return self._split_tensor("", output)
+            return self._split_tensor(name, output)
         if isinstance(output, Mapping):
-            columns = {k: self._split_value(k, v) for k, v in output.items()}
+            columns = {k: self.split(v, k) for k, v in output.items()}
             return [make_output(output, {k: c[i] for k, c in columns.items()}) for i in range(len(self.rows))]
         if isinstance(output, (tuple, list)):
             make: Any = getattr(type(output), "_make", type(output))  # a named tuple takes no list
-            several = [self._split_value("", v) for v in output]
+            several = [self.split(v) for v in output]
             return [make([c[i] for c in several]) for i in range(len(self.rows))]
         return [output] * len(self.rows)
 
@@ -307,12 +307,6 @@ class OutputSplitter:
             output = tuple(output.values())
         values = output if isinstance(output, (tuple, list)) else (output,)
         return all(len(t) == sum(self.rows) for t in values if isinstance(t, Tensor) and t.dim())
-
-    def _split_value(self, name: str, value: object) -> Sequence[object]:
-        """Return a value for each batch: a tensor is split by `_split_tensor` with its name, any other value by
-        `split`.
-        """
-        return self._split_tensor(name, value) if isinstance(value, Tensor) else self.split(value)
 
     def _split_tensor(self, name: str, t: Tensor) -> list[Tensor]:
         """Return the rows of each batch, as views.

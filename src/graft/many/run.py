@@ -122,14 +122,17 @@ class Run:
         """Set the state of a new run: `step` 0, `state` "running", and no curve, losses, gradients, row or error; the
         clock starts.
 
-        `settings` and `schedule_settings` get the settings of optimizer and schedule before the first step,
-        `config_values` the config's values for files. `draws_in_steps` becomes True for an optimizer class outside of
-        torch.optim.
+        `settings` and `schedule_settings` get the settings of optimizer and schedule before the first step: of the
+        schedule the name of its class and a copy of its `state_dict()`, {} if it has no such method, or None without a
+        schedule. `config_values` gets the config's values for files. `draws_in_steps` becomes True for an optimizer
+        class outside of torch.optim.
         """
         self._window = self.accumulate  # batches of the step under way
         self.draws_in_steps = not type(self.optimizer).__module__.startswith("torch.optim.")
         self.config_values = {k: v for k, v in self.config.to_file_dict().items() if k not in ELSEWHERE}
-        self.settings, self.schedule_settings = describe_optimizer(self.optimizer), describe_schedule(self.schedule)
+        schedule_state: object = copy.deepcopy(getattr(self.schedule, "state_dict", dict)())
+        self.schedule_settings = None if self.schedule is None else [type(self.schedule).__name__, schedule_state]
+        self.settings = describe_optimizer(self.optimizer)
         self.step, self.state = 0, RUNNING
         self.why: str | None = None
         self.error: Exception | None = None
@@ -146,7 +149,7 @@ class Run:
         self._has_sums_in_row = False
         # losses, gradients and random states before this round
         self._saved: tuple[list[Tensor], list[Tensor | None] | None, States | None] | None = None
-        self.unused_batches = 0  # batches of a step that its data had no more for
+        self.is_short_of_data = False  # its data ended before its number of steps, or within a step
         self.needs_check = False  # a step, or the end, at which nobody has looked, nor asked `stop`
         self._since = time.perf_counter()
 
@@ -161,11 +164,6 @@ class Run:
         return self.has_data and self.state == RUNNING and (self.until is None or self.step < self.until)
 
     @property
-    def is_called(self) -> bool:
-        """Return True if calls train it: it has no data, and its state is "running", so it has not failed."""
-        return not self.has_data and self.state == RUNNING
-
-    @property
     def can_continue(self) -> bool:
         """Return True if it has ended, and now has more steps to make than when it ended; or has no data.
 
@@ -174,14 +172,6 @@ class Run:
         if not self.has_data:
             return True
         return self.state == ENDED and self.steps is not None and self.step < self.steps and not self.loader.once
-
-    @property
-    def is_short_of_data(self) -> bool:
-        """Return True if its data ended before its number of steps, or within a step.
-
-        With `steps` None only the latter counts.
-        """
-        return self.state == ENDED and (self.unused_batches > 0 or (self.steps is not None and self.step < self.steps))
 
     @property
     def is_validation_due(self) -> bool:
@@ -218,15 +208,16 @@ class Run:
 
         That number is `batches_of_this_step` of the batch, which a Trainer's batches have, else `accumulate`.
 
-        If the data has ended, return None: the number of losses of the step under way goes into `unused_batches`, the
-        step is dropped, the run's state becomes "ended" with a reason, and `needs_check` becomes True.
+        If the data has ended, return None: the step under way is dropped, the run's state becomes "ended" with a
+        reason, and `needs_check` becomes True. `is_short_of_data` becomes True if a step was under way, or the run was
+        to make `steps`.
         """
         batch = self.loader.next_batch()
         if batch is None:
-            self.unused_batches = len(self.losses)
             early = f", before {self.steps} steps" if self.steps is not None else ""
-            unused = f"; {self.unused_batches} of the {self._window} batches of a step were left over, and unused"
-            self.end(ENDED, f"its data ended at step {self.step}{early}{unused if self.unused_batches else ''}")
+            unused = f"; {len(self.losses)} of the {self._window} batches of a step were left over, and unused"
+            self.is_short_of_data = bool(early or self.losses)
+            self.end(ENDED, f"its data ended at step {self.step}{early}{unused if self.losses else ''}")
             self.needs_check = True
             return None
         self._window = batch.get(WINDOW, self.accumulate)
@@ -395,13 +386,10 @@ class Run:
                 )
             if any(group[key] != groups[0][key] for group in groups):
                 raise ConfigError(
-                    f"Run '{self.name}': groups of its parameters have different {key}. Set them in "
-                    "run.optimizer.param_groups."
+                    f"Run '{self.name}': groups of its parameters have different {key}. Set run.optimizer.param_groups."
                 )
         if "lr" in settings and self.schedule is not None:
-            raise ConfigError(
-                f"Run '{self.name}': its schedule sets lr. Leave lr out, or add the run without schedule."
-            )
+            raise ConfigError(f"Run '{self.name}': its schedule sets lr. Leave lr out, or add it without schedule.")
         if settings and kind.__module__.startswith("torch.optim."):
             try:
                 kind([nn.Parameter(torch.empty(1))], **settings)
@@ -568,13 +556,3 @@ def describe_optimizer(optimizer: Optimizer) -> list[dict[str, object]]:
         }
         for group in optimizer.param_groups
     ]
-
-
-def describe_schedule(schedule: object) -> list[object] | None:
-    """Return the name of a schedule's class and a deep copy of its `state_dict()`, {} if it has no such method; None if
-    there is no schedule.
-    """
-    if schedule is None:
-        return None
-    state: object = getattr(schedule, "state_dict", dict)()
-    return [type(schedule).__name__, copy.deepcopy(state)]

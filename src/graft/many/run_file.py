@@ -73,11 +73,30 @@ def delete_run(name: str, folder: str) -> None:
 def save_run(run: Run, model: nn.Module, folder: str) -> None:
     """Write `folder`/<name of the run>/run.safetensors, and make the folder.
 
+    The file holds all that the next step of the run depends on, its curve and validation losses. Tensors of the adapter
+    and of the optimizer are not copied before.
+
     Raises ConfigError for state that is more than numbers, texts and tensors.
     """
-    tensors: dict[str, Tensor] = {}
-    note = pack(collect_run_state(run, model), tensors, f"Run '{run.name}'")
-    path = os.path.join(folder, run.name, FILE)
+    loader, tensors = run.loader, dict[str, Tensor]()
+    state = {
+        "config": run.config_values,
+        "base": get_registry(model).fingerprint_base(run.name),
+        "settings": describe_settings(run),
+        "values": {key: slot.tensor for key, slot in iterate_slots(model, run.name)},
+        "optimizer": run.optimizer_state_dict(),
+        "schedule": None if run.schedule is None else run.schedule.state_dict(),
+        "draws": run.draws.states,
+        "position": {"epoch": loader.epoch, "taken": loader.taken, "began": loader.began},
+        "first": loader.first,
+        "under_way": {"losses": run.losses, "gradients": run.gradients()},
+        "step": run.step,
+        "state": [run.state, run.why],
+        "unseen": run.needs_check,
+        "curve": [list(point) for point in run.curve],
+        "valid": [list(look) for look in run.valid],
+    }
+    note, path = pack(state, tensors, f"Run '{run.name}'"), os.path.join(folder, run.name, FILE)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     write_state_file(path, NOTE, note, tensors)
 
@@ -95,32 +114,6 @@ def load_run(name: str, folder: str) -> Json | None:
     note = older | read_state_file(path, NOTE, "the file of a run: MultiTrain.save() writes these")[0]
     check_fields(note, FIELDS, path)
     return note
-
-
-def collect_run_state(run: Run, model: nn.Module) -> Json:
-    """Return all that the next step of a run depends on, its curve and validation losses: a dict of numbers, texts and
-    tensors. Its keys are "config", "base", "settings", "values", "optimizer", "schedule", "draws", "position", "first",
-    "under_way", "step", "state", "unseen", "curve" and "valid". Tensors of the adapter and of the optimizer are not
-    copied.
-    """
-    loader = run.loader
-    return {
-        "config": run.config_values,
-        "base": get_registry(model).fingerprint_base(run.name),
-        "settings": describe_settings(run),
-        "values": {key: slot.tensor for key, slot in iterate_slots(model, run.name)},
-        "optimizer": run.optimizer_state_dict(),
-        "schedule": None if run.schedule is None else run.schedule.state_dict(),
-        "draws": run.draws.states,
-        "position": {"epoch": loader.epoch, "taken": loader.taken, "began": loader.began},
-        "first": loader.first,
-        "under_way": {"losses": run.losses, "gradients": run.gradients()},
-        "step": run.step,
-        "state": [run.state, run.why],
-        "unseen": run.needs_check,
-        "curve": [list(point) for point in run.curve],
-        "valid": [list(look) for look in run.valid],
-    }
 
 
 def describe_settings(run: Run) -> Json:

@@ -941,7 +941,8 @@ class MultiTrain:
         Nothing happens if exactly these runs have their rows, in order, and the banks are intact. Otherwise parameters
         in the old banks first get separate memory.
         """
-        runs = [run for run in self._runs.values() if not releases and (run.joins_next_round or run.is_called)]
+        running = [run for run in self._runs.values() if run.state == RUNNING and not releases]
+        runs = [run for run in running if run.joins_next_round or not run.has_data]
         rows = self._banks.rows
         is_assigned = [*rows] == [run.name for run in runs] and all(run.row is rows[run.name] for run in runs)
         if is_assigned and self._banks.is_intact():

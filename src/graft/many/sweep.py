@@ -70,11 +70,6 @@ class Trial:
         """The last validation loss; NaN if there is none."""
         return self.losses[-1] if self.losses else math.nan
 
-    @property
-    def row(self) -> Json:
-        """A new dict of all fields without the setting, which other processes have already; lists are not copied."""
-        return {key: value for key, value in vars(self).items() if key != "setting"}
-
 
 class Sweep:
     """The results of a sweep.
@@ -199,23 +194,26 @@ def sweep(
     check_space_names(space, config, optimizer)
     ladder = compute_rungs(steps, keep, rungs)
     settings = list_settings(space, search, n, seed)
-    if share is not None and not (isinstance(share, (tuple, list)) and [type(n) for n in share] == [int, int]):
-        raise ConfigError(f"sweep: share must be (number of this process, of all), got {share!r}.")
-    rank, world = share or ((dist.get_rank(), dist.get_world_size()) if is_in_process_group() else (0, 1))
+    group = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    is_pair = isinstance(share, (tuple, list)) and [type(n) for n in share] == [int, int]
+    rank, world = group if share is None else share if is_pair else (0, 0)
     if not 0 <= rank < world:
-        raise ConfigError(f"sweep: share={share} must be (number of this process, of all), counted from 0.")
+        raise ConfigError(f"sweep: share must be (number of this process, of all), counted from 0, got {share!r}.")
     if exchange is None:
-        if world > 1 and not (is_in_process_group() and dist.get_world_size() == world):
+        if world not in (1, group[1]):
             raise ConfigError(
                 f"sweep: share={share} divides the settings among {world} processes, and no process group of this "
                 "size can gather their losses. Call torch.distributed.init_process_group, or pass exchange=."
             )
         exchange = gather_rows if world > 1 else lambda rows: [rows]
     trials = [Trial(f"s{i:0{len(str(len(settings) - 1))}}", setting) for i, setting in enumerate(settings)]
-    configs = {trial.name: apply_setting(config, trial.setting) for trial in trials}  # before any of them trains
-    for trial in trials:
+    known, configs = {f.name for f in fields(config)}, dict[str, PeftConfig]()
+    for trial in trials:  # before any of them trains
+        values = {name: value for name, value in trial.setting.items() if name in known}
+        configs[trial.name] = dataclasses.replace(copy.deepcopy(config), **values)
         refuse_base_change(trial.name, configs[trial.name])
     runs = MultiTrain(model, at_once=at_once, exact=exact, base_in_eval=base_in_eval)
+    runs.folder = path = None if folder is None else os.fspath(folder)
 
     def add_run(trial: Trial) -> Run:
         """Add the run of a trial to `runs` and return it.
@@ -224,7 +222,7 @@ def sweep(
         name. They replace the sweep's `seed` and options. Names that are neither are arguments of the optimizer.
         `valid` is passed only with `every`. A callable `data` is called with the setting.
         """
-        setting, known = trial.setting, {f.name for f in fields(config)}
+        setting = trial.setting
         chosen: Json = {"seed": seed, **options} | {k: v for k, v in setting.items() if k in OPTIONS - known}
         if chosen.get("every") is not None:  # else it looks on its rungs alone
             chosen["valid"] = valid
@@ -232,44 +230,28 @@ def sweep(
         loader = data(setting) if callable(data) else data
         return runs.add(trial.name, configs[trial.name], data=loader, optimizer=maker, steps=steps, **chosen)
 
-    job = SweepJob(
-        runs,
-        trials,
-        add_run,
-        valid=valid,
-        folder=None if folder is None else os.fspath(folder),
-        save_every=save_every,
-        exchange=exchange,
-        first=rank == 0,
-        progress=progress,
-    )
-    arguments = {"optimizer": optimizer, "seed": seed, "options": options}
-    if folder is not None:
-        arguments["valid"] = digest_first_batch("sweep: valid", valid)
+    assigned, is_first = trials[rank::world], rank == 0
+    job = SweepJob(runs, trials, assigned, add_run, valid, path, save_every, exchange, is_first, progress)
+    note: dict[str, object] = {"config": config.to_file_dict(), "rungs": ladder, "keep": keep}
+    note |= {"optimizer": optimizer, "seed": seed, "options": options}
+    if path is not None:
+        note["valid"] = digest_first_batch("sweep: valid", valid)
         if not callable(data) and not isinstance(data, Iterator):
-            arguments["data"] = digest_first_batch("sweep", data)
-    assigned = range(rank, len(trials), world)
+            note["data"] = digest_first_batch("sweep", data)
     try:
-        job.claim_files(assigned)
+        if path is not None:
+            runs.claims.claim(path, [TABLE] if is_first else [], alone=True)
+            runs.claims.claim(path, [trial.name for trial in assigned])
         try:
-            job.load_table({"config": config.to_file_dict(), "rungs": ladder, "keep": keep, **arguments})
-            job.run_rungs(assigned, ladder, keep)
-            job.save_kept_adapters(assigned, len(ladder))
+            job.load_table(note)
+            job.run_rungs(ladder, keep)
+            job.save_kept_adapters(len(ladder))
         except BaseException:
             runs.unload()
             raise
     finally:
         runs.claims.release()
-    return Sweep(trials, runs, job.folder)
-
-
-def apply_setting(config: PeftConfig, setting: Setting) -> PeftConfig:
-    """Return a copy of a config, with the fields that a setting names replaced; names of other things are ignored.
-
-    The copy is deep, and checks itself as a new config does.
-    """
-    values = {f.name: setting[f.name] for f in fields(config) if f.name in setting}
-    return dataclasses.replace(copy.deepcopy(config), **values)
+    return Sweep(trials, runs, path)
 
 
 def check_space_names(space: Mapping[str, object], config: PeftConfig, optimizer: Callable[..., object]) -> None:
@@ -304,11 +286,6 @@ def find_validation_loss(run: Run, step: int) -> float | None:
     return next((look.loss for look in run.valid if look.step == min(step, run.step)), None)
 
 
-def is_in_process_group() -> bool:
-    """Return True if `torch.distributed` is available and initialized."""
-    return dist.is_available() and dist.is_initialized()
-
-
 def gather_rows(rows: Rows) -> list[Rows]:
     """Return the rows of all processes of the group, by rank. All processes must call this."""
     rows_of_all: list[Any] = [None] * dist.get_world_size()
@@ -321,12 +298,14 @@ class SweepJob:
     """A sweep under way in one process, which trains some of the trials and knows the results of all.
 
     Attributes:
+        assigned: the trials that this process trains.
         first: this process writes the table, and shows one.
         note: the sweep's arguments as JSON, to compare with a table's.
     """
 
     runs: MultiTrain
     trials: list[Trial]
+    assigned: list[Trial]
     add_run: Callable[[Trial], Run]
     valid: Iterable[object]
     folder: str | None
@@ -336,56 +315,65 @@ class SweepJob:
     progress: bool
     note: Json = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Let the MultiTrain continue runs of the folder."""
-        self.runs.folder = self.folder
-
     # the rungs
 
-    def run_rungs(self, assigned: Iterable[int], ladder: list[int], keep: float) -> None:
-        """Train to the end of each rung the trials still in the race, those in `assigned` here, and exchange the
-        losses. Keep the best part, the number rounded up and at least one, and drop the others; after the last rung all
-        finite ones stay.
+    def run_rungs(self, ladder: list[int], keep: float) -> None:
+        """Train to the end of each rung the trials still in the race that are assigned here, and exchange the losses.
+        Keep the best part, the number rounded up and at least one; after the last rung all finite ones stay. The others
+        are marked as dropped, or failed if their loss is NaN; their runs are removed, and their curves stay.
 
         Trials that the table shows past a rung do not train again. Writes the table after each rung. Raises ConfigError
         if every trial has failed.
         """
-        indices, alive = set(assigned), list(range(len(self.trials)))
+        alive = self.trials
         for rung, until in enumerate(ladder):
-            self.train_trials([i for i in alive if i in indices and len(self.trials[i].losses) <= rung], until)
+            self.train_trials([t for t in self.assigned if t in alive and len(t.losses) <= rung], until)
             self.exchange_rows()
-            losses = {i: self.trials[i].losses[rung] for i in alive}
-            alive = self.pick_best(losses, len(alive) if until == ladder[-1] else max(1, math.ceil(len(alive) * keep)))
-            for i in losses.keys() - set(alive):
-                self.drop_trial(self.trials[i])
+            n = len(alive) if until == ladder[-1] else max(1, math.ceil(len(alive) * keep))
+            best = self.pick_best(alive, rung, n)
+            for trial in (trial for trial in alive if trial not in best):
+                trial.state = "failed" if math.isnan(trial.loss) else "dropped"
+                if trial.name in self.runs:
+                    self.runs.remove(trial.name)
+            alive = best
             self.write_table()
 
-    def pick_best(self, losses: dict[int, float], n: int) -> list[int]:
-        """Return the sorted indices of the `n` lowest of the finite losses, or of all if there are fewer.
-
-        `losses` are by index of the trial.
+    def pick_best(self, trials: list[Trial], rung: int, n: int) -> list[Trial]:
+        """Return the `n` of these trials with the lowest finite losses of a rung, or all of them if there are fewer, in
+        the order of `trials`. Of equal losses the earlier trial counts as lower.
 
         Raises ConfigError, with the sorted reasons of the runs that have one, if no loss is finite.
         """
-        finite = {i: loss for i, loss in losses.items() if math.isfinite(loss)}
+        finite = {i: t.losses[rung] for i, t in enumerate(trials) if math.isfinite(t.losses[rung])}
         if not finite:
             why = {self.runs[t.name].why for t in self.trials if t.name in self.runs}
             raise ConfigError(f"sweep: every setting has failed. {' '.join(sorted(w for w in why if w))}")
-        return sorted(select_best(finite, n))
+        return [trials[i] for i in sorted(select_best(finite, n))]
 
     # training
 
-    def train_trials(self, trials: Sequence[int], until: int) -> None:
-        """Train these trials to a step, and measure their validation loss there.
+    def train_trials(self, trials: Sequence[Trial], until: int) -> None:
+        """Train these trials to a step: add the runs that are not there yet, set `until` of each to this step, and make
+        the rounds.
 
-        Adds the runs that are not there yet. `until` of each run is set to this step.
+        Then append to each trial its run's validation loss at this step, or NaN for a failed run, and copy steps, curve
+        and state from the run. Runs that have no loss of that step yet are measured first, together. Saves the runs, if
+        there is a folder and a run.
         """
-        for i in trials:
-            trial = self.trials[i]
+        for trial in trials:
             run = self.runs[trial.name] if trial.name in self.runs else self.add_run(trial)
             run.until = until
         self.run_rounds()
-        self.measure_trials(trials, until)
+        runs = [self.runs[trial.name] for trial in trials]
+        new = [run.name for run in runs if run.state != FAILED and find_validation_loss(run, until) is None]
+        for name, loss in self.runs.evaluate(new, self.valid).items():
+            self.runs[name].valid.append(ValidationRecord(self.runs[name].step, loss))
+        for trial, run in zip(trials, runs):
+            seen = find_validation_loss(run, until)
+            trial.losses.append(math.nan if seen is None else seen)
+            trial.steps, trial.curve, trial.state = run.step, [list(point) for point in run.curve], run.state
+        if self.folder is not None and self.runs.names:
+            self.runs.save(self.folder)
 
     def run_rounds(self) -> None:
         """Make rounds until no run takes part, and save to the folder every `save_every` rounds and at the end.
@@ -394,53 +382,17 @@ class SweepJob:
         """
         self.runs.run(self.progress and self.first, self.folder, self.save_every)
 
-    def measure_trials(self, trials: Sequence[int], step: int) -> None:
-        """Append to each trial its run's validation loss at `step`, or NaN for a failed run, and copy steps, curve and
-        state from the run. Saves the runs.
-
-        Runs that have no loss of that step yet are measured first, together.
-        """
-        runs = [self.runs[self.trials[i].name] for i in trials]
-        new = [run.name for run in runs if run.state != FAILED and find_validation_loss(run, step) is None]
-        for name, loss in self.runs.evaluate(new, self.valid).items():
-            self.runs[name].valid.append(ValidationRecord(self.runs[name].step, loss))
-        for i, run in zip(trials, runs):
-            trial, seen = self.trials[i], find_validation_loss(run, step)
-            trial.losses.append(math.nan if seen is None else seen)
-            trial.steps, trial.curve, trial.state = run.step, [list(point) for point in run.curve], run.state
-        self.save()
-
-    def drop_trial(self, trial: Trial) -> None:
-        """Mark a trial as dropped, or failed if its loss is NaN, and remove its run, if there is one here.
-
-        Its curve stays.
-        """
-        trial.state = "failed" if math.isnan(trial.loss) else "dropped"
-        if trial.name in self.runs:
-            self.runs.remove(trial.name)
-
     def exchange_rows(self) -> None:
         """Exchange rows with the other processes, and update trials, in place, from rows that have losses of more rungs
-        or that were dropped. Each process must call this.
+        or that were dropped. Each process must call this. A row is a dict of all fields of a trial but the setting.
         """
-        for rows in self.exchange([trial.row for trial in self.trials]):
+        here = [{key: value for key, value in vars(trial).items() if key != "setting"} for trial in self.trials]
+        for rows in self.exchange(here):
             for trial, row in zip(self.trials, rows):
                 if len(row["losses"]) > len(trial.losses) or row["state"] == "dropped":
                     vars(trial).update(row)
 
     # files
-
-    def claim_files(self, assigned: Iterable[int]) -> None:
-        """Hold the files of these trials against other processes, and the table, if this process writes it.
-
-        Without a folder nothing happens.
-
-        Raises:
-            FolderInUseError: another process has one of them, or another thread the table.
-        """
-        if self.folder is not None:
-            self.runs.claims.claim(self.folder, [TABLE] if self.first else [], alone=True)
-            self.runs.claims.claim(self.folder, [self.trials[i].name for i in assigned])
 
     def load_table(self, note: dict[str, object]) -> None:
         """Set `self.note` to `note` with the trials' settings, and update the trials from the folder's table.
@@ -472,11 +424,6 @@ class SweepJob:
         for trial, row in zip(self.trials, document["trials"]):
             vars(trial).update({key: row[key] for key in ROW})
 
-    def save(self) -> None:
-        """Save the runs, if there is a folder and a run."""
-        if self.folder is not None and self.runs.names:
-            self.runs.save(self.folder)
-
     def write_table(self) -> None:
         """Write the table of the sweep's note and all trials, in place of an earlier one, and delete the run files of
         dropped and failed trials. The folder is made if needed.
@@ -493,20 +440,20 @@ class SweepJob:
             if trial.state in ("dropped", "failed"):
                 run_file.delete_run(trial.name, self.folder)
 
-    def save_kept_adapters(self, assigned: Iterable[int], rungs: int) -> None:
+    def save_kept_adapters(self, rungs: int) -> None:
         """Mark trials that reached all rungs as kept, unless they failed or were dropped, and write the table.
 
         Without a folder no adapter is saved.
 
-        Adapters of those trials in `assigned` are saved into the folder, each in a subfolder of the trial's name. A run
-        from before this process is first added from its file; without a file the trial's adapter is not saved.
+        Adapters of those trials that are assigned here are saved into the folder, each in a subfolder of the trial's
+        name. A run from before this process is first added from its file; without a file the trial's adapter is not
+        saved.
         """
-        indices = set(assigned)
-        for i, trial in enumerate(self.trials):
+        for trial in self.trials:
             if len(trial.losses) < rungs or trial.state in ("failed", "dropped"):
                 continue
             trial.state = "kept"
-            if self.folder is None or i not in indices:
+            if self.folder is None or trial not in self.assigned:
                 continue
             if trial.name not in self.runs and run_file.load_run(trial.name, self.folder) is not None:
                 self.add_run(trial)  # trained before this process

@@ -132,29 +132,24 @@ class _LayerType(ABCMeta):
         Raises:
             AttributeError: any other name.
         """
-        if name in REPLACEABLE and not cls.derived:
-            super().__setattr__(name, value)
-            if cls.kind == "":
-                warn(f"{cls.__name__}.{name} was replaced: graft has no such layers, and never calls it.", PeftWarning)
-            else:
-                set_replacement(cls, name, value)
-            return
-        if name == READ and name in cls.__dict__ and not cls.derived:
+        if cls.derived:
+            return super().__setattr__(name, value)
+        if name in REPLACEABLE and cls.kind != "":
+            set_replacement(cls, name, value)
+        elif name in REPLACEABLE:
+            warn(f"{cls.__name__}.{name} was replaced: graft has no such layers, and never calls it.", PeftWarning)
+        elif name == READ and name in cls.__dict__:
             setattr(ParamWrapper, name, value)
-            super().__setattr__(name, value)
-            return
-        if name == "__init__" and not cls.derived:
+        elif name == "__init__":
             warn(f"{cls.__name__}.__init__ was replaced: graft makes layers without it, as before.", PeftWarning)
-        original = any(
-            value is getattr(cls, method_name, None) for method_name in REPLACEABLE
-        )  # to be called or put back
-        marks = name.startswith("_") and (original or isinstance(value, (bool, int, str, type(None))))
-        if not (name.startswith(("__", "_abc")) or cls.derived or marks):
-            method_name = "AdapterLayer" if cls.method is None else cls.method.__name__
-            raise AttributeError(
-                f"setting {cls.__name__}.{name} would change nothing: graft's layers are AdapterLayer, and their "
-                f"mathematics is {method_name}. Instead, {INSTEAD}."
-            )
+        elif not name.startswith(("__", "_abc")):
+            is_original = any(value is getattr(cls, method_name, None) for method_name in REPLACEABLE)
+            if not (name.startswith("_") and (is_original or isinstance(value, (bool, int, str, type(None))))):
+                method_name = "AdapterLayer" if cls.method is None else cls.method.__name__
+                raise AttributeError(
+                    f"setting {cls.__name__}.{name} would change nothing: graft's layers are AdapterLayer, and their "
+                    f"mathematics is {method_name}. Instead, {INSTEAD}."
+                )
         super().__setattr__(name, value)
 
     def __delattr__(cls, name: str) -> None:

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace as replaced
 from typing import Any
 
@@ -24,26 +24,15 @@ from graft.files.errors import BaseNeededError
 from graft.files.names import find_pipeline_parts, join_pipeline, split_pipeline
 from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank, OtherMethod
 from graft.files.tensors import Tensor, list_sources, make_int64_tensor, make_tensor, read_header
+from graft.methods import METHODS, PROMPTS
 
 NAME = "peft"
 _FILES = (pair.SAFETENSORS, pair.TORCH), (pair.CONFIG_NAME, "README.md")
 FOLDER = tuple((*names, *(f"{part}*/{name}" for part in COMPONENTS for name in names)) for names in _FILES)
 WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # how the names of tensors begin
-PREFIXES: dict[str, str] = {  # of the names of a method's tensors on a module
-    "LORA": "lora_", "ADALORA": "lora_", "IA3": "ia3_", "VERA": "vera_", "PVERA": "pvera_", "LOHA": "hada_",
-    "OFT": "oft_", "HRA": "hra_", "HIRA": "hira_", "MISS": "miss_", "VBLORA": "vblora_", "GRALORA": "gralora_",
-    "DELORA": "delora_", "C3A": "c3a_", "FOURIERFT": "fourierft_", "WAVEFT": "waveft_", "LOKR": "lokr_",
-    "ROAD": "road_", "RANDLORA": "randlora_", "UNILORA": "unilora_", "TINYLORA": "tinylora_", "GLORA": "glora_",
-    "PEANUT": "peanut_", "LILY": "lily_", "SHADOW": "shadow_", "ADAMSS": "adamss_", "FROD": "frod_",
-    "TRAINABLE_TOKENS": "trainable_tokens_", "BEFT": "beft_", "SHIRA": "shira_", "SUPERTUNING": "supertuning_",
-    "DEFT": "deft_", "BOFT": "boft_", "PSOFT": "psoft_", "OSF": "osf_", "LN_TUNING": "ln_tuning_", "POLY": "poly_",
-    "XLORA": "xlora_", "ADAPTION_PROMPT": "adaption_", "LORAXS": "loraxs_", "TLORA": "tlora_",
-    "FINEGATES": "finegates_", "SVFT": "svft_", "MTLLORA": "mtllora_", "BOTTLENECK": "bottleneck_", "REFT": "reft_",
-    "STEERING": "steering_", "EWORA": "ewora_", "MOELORA": "moelora_", "MIXLORA": "mixlora_", "SDT": "sdt_",
-    "ADAPTER_FUSION": "fusion_",
-}  # fmt: skip
+OTHER_PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "ADAPTION_PROMPT": "adaption_", "ADAPTER_FUSION": "fusion_"}
+PREFIXES = {name: f"{name.lower()}_" for name in METHODS} | OTHER_PREFIXES  # of the names of a method's tensors
 ANY = tuple(PREFIXES.values())
-PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
 OF_PROMPT = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
 NONE = "dummy-target-modules"  # as target_modules: the adapter has no LoRA, only whole tensors or rows
 BESIDE = re.compile(r"\.(modules_to_save|original_module)(?=\.)")  # some files repeat a head under these names
@@ -152,9 +141,10 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
             take_lora(out, raw, of_module, by_module, base, layout)
         else:
             take_other(out, clean_path(raw), method, of_module)
-    if method in PREFIXES:
-        for path in dict.fromkeys(list_wrapped_modules(tensors)):  # modules with only their bias in the file
-            out.modules.setdefault(path, OtherMethod(method, {}))
+    for name in tensors if method in PREFIXES else ():  # modules with only their bias in the file
+        path, has_base, leaf = name.partition(".base_layer.")
+        if has_base and leaf in ("weight", "bias") and not path.endswith(f".{TOKENS}"):
+            out.modules.setdefault(path.removeprefix(WRAPPED), OtherMethod(method, {}))
     exchange_old_factors(out, layout, base)
     if not any(m.shift for m in out.low_rank.values()):
         out.changed_base = find_base_change(config)
@@ -257,18 +247,6 @@ def split_tensors(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, 
         else:
             out.full[clean_path(name)] = t
     return by_module
-
-
-def list_wrapped_modules(names: Iterable[str]) -> Iterator[str]:
-    """Yield the path, without "base_model.model.", of each module with a weight or bias below its first `base_layer`,
-    once for each such tensor.
-
-    Embeddings around token rows (`token_adapter`) are skipped.
-    """
-    for name in names:
-        head, middle, tail = name.partition(".base_layer.")
-        if middle and tail in ("weight", "bias") and not head.endswith(f".{TOKENS}"):
-            yield head.removeprefix(WRAPPED)
 
 
 def clean_path(path: str) -> str:
@@ -486,11 +464,8 @@ def split_by_expert(A: Tensor, B: Tensor, n: int, grouped: bool) -> tuple[Tensor
     """
     (rows, fan_in), out = A.shape, B.shape[0]
     r = rows // n
-    if grouped:
-        B = B.rearrange(lambda v: v.reshape(out, n, r).transpose(1, 0, 2), n, out, r)
-    else:
-        B = B.rearrange(lambda v: v.reshape(out, r, n).transpose(2, 0, 1), n, out, r)
-    return A.reshape(n, r, fan_in), B
+    sizes, axes = ((out, n, r), (1, 0, 2)) if grouped else ((out, r, n), (2, 0, 1))
+    return A.reshape(n, r, fan_in), B.rearrange(lambda v: v.reshape(sizes).transpose(axes), n, out, r)
 
 
 def exchange_old_factors(out: AdapterFile, layout: StackLayout, base: Base | None) -> None:
@@ -513,10 +488,9 @@ def exchange_old_factors(out: AdapterFile, layout: StackLayout, base: Base | Non
     for path, lora in stacks.items():
         if verdicts[path][0]:
             (n, r, fan_in), outs = lora.A.shape, lora.B.shape[1]
-            out.modules[path] = replaced(
-                lora, A=lora.B.rearrange(lambda v: v.swapaxes(1, 2), n, r, outs),
-                B=lora.A.rearrange(lambda v: v.swapaxes(1, 2), n, fan_in, r),
-            )  # fmt: skip
+            A = lora.B.rearrange(lambda v: v.swapaxes(1, 2), n, r, outs)
+            B = lora.A.rearrange(lambda v: v.swapaxes(1, 2), n, fan_in, r)
+            out.modules[path] = replaced(lora, A=A, B=B)
             out.config["peft_version"] = StackLayout().version
     layout.warn_of_doubts(doubts, out.path)
     if base is None and (guessed := [path for path, verdict in verdicts.items() if all(verdict)]):
@@ -590,9 +564,8 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
 def make_names_error(adapter: AdapterFile) -> BaseNeededError:
     """Return (do not raise) the error for an adapter with flat names of its format: a base is needed."""
     return BaseNeededError(
-        f"{adapter.path} names modules as its format does ({join_some([*adapter.modules], 2)}): give the base model "
-        "whose "
-        "names they come from (--base)."
+        f"{adapter.path} names modules as its format does ({join_some([*adapter.modules], 2)}). Give the base model "
+        "with their paths (--base)."
     )
 
 
@@ -706,9 +679,7 @@ def complete_config(adapter: AdapterFile, base: Base | None) -> Json:
         parameters |= {p: as_target(p, adapter) for p in adapter.modules if p in adapter.by_parameter}
         paths = [p for p in adapter.modules if p not in parameters]
         config["target_modules"] = choose_targets(paths, base) if adapter.modules else NONE
-        for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
-            if config.get(field) is not None:
-                config[field] = None
+        config |= dict.fromkeys({"exclude_modules", "layers_to_transform", "layers_pattern"} & config.keys())
         if adapter.method == "LORA":
             config["target_parameters"] = [*parameters.values()] or None
     if adapter.method in SCALED:
@@ -758,8 +729,8 @@ def new_config(adapter: AdapterFile) -> Json:
             "alora_invocation_tokens": adapter.config.get("alora_invocation_tokens"),
         }  # fmt: skip
         if adapter.rows:
-            rows = {name.removesuffix(".weight"): which.read() for name, (which, _) in adapter.rows.items()}
-            config["trainable_token_indices"] = {name: [int(i) for i in which] for name, which in rows.items()}
+            rows = {name.removesuffix(".weight"): which.read().tolist() for name, (which, _) in adapter.rows.items()}
+            config["trainable_token_indices"] = rows
     return config
 
 

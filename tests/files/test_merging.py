@@ -577,7 +577,6 @@ def test_bad_input_is_refused_and_leaves_nothing(merged, tmp_path):
     own, out = tmp_path / "own", tmp_path / "out"
     other = base_of("gpt2", own)
     made = lambda name, config: saved_adapter("llama", base.parent, config, name=own / name)[1]
-    hra = made("hra", graft.HRAConfig(r=4, target_modules=T))
     prompt = made("prompt", graft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     biased, dora = made("biased", lora(lora_bias=True)), made("dora", lora(use_dora=True))
     nan = float("nan")
@@ -594,7 +593,6 @@ def test_bad_input_is_refused_and_leaves_nothing(merged, tmp_path):
         (lambda: merge_adapters(base, [adapter], adapter, force=True), OptionError, "one lies in the other"),
         (lambda: merge_adapters(tmp_path / "nowhere", [adapter], out), CheckpointError, ""),
         (lambda: merge_adapters(base, [adapter], out, keep_quantized=True), OptionError, "not quantized"),
-        (lambda: merge_adapters(base, [hra], out), LossError, "not low rank"),
         (lambda: merge_files(base, prompt, out), LossError, "an input of the model"),
         (lambda: merge_adapters(base, [biased], out), BaseModelMismatchError, "shifts the bias"),
         (lambda: merge_adapters(base, [unknown], out), BaseModelMismatchError, r"'extra\.weight': .* modules_to_save"),

@@ -211,10 +211,7 @@ def merge(
         shard_size=None if shard_size is None else parse_size(shard_size), certificate=certificate,
         keep_quantized=keep_quantized, force=force, dry_run=dry_run,
     )  # fmt: skip
-    document: Json = {
-        "output": str(output), "written": not dry_run, "shards": account.shards, "tensors": account.tensors,
-        "notes": account.notes, "resumed": account.resumed,
-    }  # fmt: skip
+    document: Json = {**vars(account), "written": not dry_run}
     return Result(document, partial(print_merge, document))
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from graft.files.neutral import LowRank, OtherMethod
+from graft.files.neutral import Kind, LowRank, OtherMethod
 from graft.files.tensors import Tensor, make_tensor
 
 NOISE = 1e-6  # relative to the largest singular value: rounding of float32 factors produces smaller ones
@@ -116,18 +116,25 @@ def replace_factors(lora: LowRank, svds: Sequence[Svd], rank: int) -> LowRank:
     core, alpha and extra tensors are dropped.
     """
     scale = lora.scale or 1.0
-    pairs = [split_singular_values(svd, rank) for svd in svds]
-    if lora.kind == "experts":
-        A, B = np.stack([a for _, a in pairs]), np.stack([b for b, _ in pairs])
-    elif lora.kind == "embedding":
-        ((right, left),) = pairs
-        A, B = right.T, left.T
-    else:
-        ((B, A),) = pairs
-        kernel = lora.A.shape[2:] if lora.mid is None else lora.mid.shape[2:]
-        A, B = A.reshape(rank, lora.A.shape[1], *kernel), B.reshape(len(B), rank, *(1 for _ in kernel))
+    A, B = join_triplets(svds, rank, lora.kind, lora.A.shape[2:] if lora.mid is None else lora.mid.shape[2:])
     factors = make_tensor(A, lora.A.dtype), make_tensor(B / scale, lora.B.dtype)
     return LowRank(*factors, scale, lora.kind, lora.magnitude, lora.bias if lora.scale else None)
+
+
+def join_triplets(svds: Sequence[Svd], rank: int, kind: Kind, kernel: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return factors (A, B) of the largest `rank` singular triplets, √σ on each side, in the shapes of a LowRank of
+    this kind.
+
+    Missing triplets are zeros. `svds` has one entry, or one per expert; `kernel` is that of a convolution, else empty.
+    Experts and embeddings ignore it.
+    """
+    pairs = [split_singular_values(svd, rank) for svd in svds]
+    if kind == "experts":
+        return np.stack([a for _, a in pairs]), np.stack([b for b, _ in pairs])
+    ((B, A),) = pairs
+    if kind == "embedding":
+        return B.T, A.T
+    return A.reshape(rank, -1, *kernel), B.reshape(len(B), rank, *(1 for _ in kernel))
 
 
 def split_singular_values(svd: Svd, rank: int) -> Product:

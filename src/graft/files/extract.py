@@ -25,7 +25,7 @@ from graft.files.errors import OptionError
 from graft.files.layers import CheckpointPair, module_path
 from graft.files.neutral import AdapterFile, Kind, LowRank
 from graft.files.resize import check_resize_options, resize_adapter
-from graft.files.tensors import Bytes, Tensor, are_equal
+from graft.files.tensors import Bytes, Tensor, are_equal, make_tensor
 
 LARGE = 2048  # above that many rows and columns the SVD is randomized
 OVERSAMPLING, ROUNDS = 10, 2
@@ -243,7 +243,8 @@ def add_tensor_change(
         extraction.rows.append(ExtractedTensor(name, "full", float(size), relative))
         return
     k = max(len(svd.s) for svd in triplets)
-    extraction.adapter.modules[path] = algebra.replace_factors(make_empty_factors(kind, new.shape, turned), triplets, k)
+    A, B = algebra.join_triplets(triplets, k, kind, new.shape[2:])
+    extraction.adapter.modules[path] = LowRank(make_tensor(A, "F32"), make_tensor(B, "F32"), 1.0, kind)
     extraction.rows.append(
         ExtractedTensor(name, "lora", float(size), relative, k, min(energy_sum / float(size) ** 2, 1.0))
     )
@@ -270,29 +271,6 @@ def finite_norm(name: str, values: np.ndarray) -> float:
     if not np.isfinite(values).all():
         raise NonFiniteError(f"'{name}' has NaN or infinite numbers in a checkpoint. Leave it out with exclude.")
     return float(np.linalg.norm(values))
-
-
-def make_empty_factors(kind: Kind, shape: tuple[int, ...], turned: bool) -> LowRank:
-    """Return a float32 LowRank of rank 1 and scale 1 without values, with the kind and shapes for the change of a
-    weight of this shape: B (out, 1), and A (1, in, kernel…). Experts have their number first, and an embedding
-    (vocabulary, dim) has A (1, vocabulary).
-
-    Both factors are entries as of a file (`Tensor`): loading one gives b"".
-
-    `turned` swaps the last two dimensions before, for weights stored (in, out).
-    """
-
-    def empty(*sizes: int) -> Tensor:
-        """Return a float32 tensor of this shape without values: loading it gives b""."""
-        return Tensor(sizes, "F32", bytes)
-
-    if turned:
-        shape = (*shape[:-2], *shape[:-3:-1])
-    if kind == "experts":
-        return LowRank(empty(shape[0], 1, shape[2]), empty(shape[0], shape[1], 1), 1.0, kind)
-    if kind == "embedding":
-        return LowRank(empty(1, shape[0]), empty(shape[1], 1), 1.0, kind)
-    return LowRank(empty(1, *shape[1:]), empty(shape[0], 1), 1.0, kind)
 
 
 # the largest singular triplets

@@ -55,9 +55,7 @@ def resolve_adapter(source: str) -> str:
     A source that exists, or is no hub id, is returned unchanged. Raises CheckpointError if the hub has no such adapter.
     """
     named = None if os.path.exists(source) else HUB_ID.fullmatch(source)
-    if named is None:
-        return source
-    return pair.fetch_adapter(named["repo"], named["revision"], CARD)
+    return source if named is None else pair.fetch_adapter(named["repo"], named["revision"], CARD)
 
 
 def find_base(base: str | os.PathLike[str]) -> str:
@@ -339,17 +337,12 @@ def move_to_free_name(source: str, target: str) -> None:
         OSError: it failed for another reason.
     """
     try:
-        if os.path.isdir(source):
-            if os.path.lexists(target):  # os.rename would replace an empty folder
-                raise FileExistsError
-            os.rename(source, target)
-            return
         try:
             os.link(source, target)  # unlike renaming, a link never replaces a file
         except FileExistsError:
             raise
-        except OSError:  # the file system has no hard links
-            if os.path.lexists(target):
+        except OSError:  # a folder, or the file system has no hard links
+            if os.path.lexists(target):  # os.rename would replace a file or an empty folder
                 raise FileExistsError from None
             os.rename(source, target)
     except OSError as e:

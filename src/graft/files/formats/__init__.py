@@ -1,5 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The formats of adapter files, a module each, and the table that recognises a file's format."""
+"""The formats of adapter files, a module each, and the table that recognises a file's format.
+
+A format's module has:
+
+- `NAME`, as `--to` takes it, and `FOLDER`: names, as in a shell, of its files: (weights, others).
+- `recognises(path)`: True if a file or folder is of this format, by names and a header; no values are read.
+- `read(path, base)`: the adapter; BaseNeededError without a `base` if the format needs one.
+- `write(adapter, path, base, lossy)`, if the format is in `WRITTEN`: writes a file or folder, whole or not at all, and
+  returns descriptions of the losses. LossError if something would be lost and `lossy` is False.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +16,6 @@ import math
 import os
 from importlib import import_module
 from types import ModuleType
-from typing import Protocol
 
 from graft import BaseModelMismatchError, CheckpointError, NonFiniteError
 from graft.config import pair
@@ -37,33 +45,6 @@ SIGNS = {  # part of tensors' names → the description of such a file
     "adapter_query.weight": "an adapter of the original LLaMA-Adapter, which graft does not read: it has a gate for "
     "each head, of which it takes the tanh, and adaption prompts have one number for all heads",
 }
-
-
-class Format(Protocol):
-    """A module of this package."""
-
-    NAME: str  # as `--to` takes it
-    FOLDER: tuple[tuple[str, ...], tuple[str, ...]]  # names, as in a shell, of its files: weights, others
-
-    def recognises(self, path: str) -> bool:
-        """A declaration only: return True if a file or folder is of this format, by names and a header; no values are
-        read.
-        """
-
-    def read(self, path: str, base: Base | None = None) -> AdapterFile:
-        """A declaration only: return the adapter at `path`.
-
-        Formats that need the base's names raise BaseNeededError without `base`.
-        """
-        ...
-
-    def write(self, adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-        """A declaration only: write a file or folder, whole or not at all.
-
-        Return descriptions of the losses, [] unless `lossy`.
-
-        Only formats in `WRITTEN` have it. Raises LossError if something would be lost and `lossy` is False.
-        """
 
 
 def module_of(name: str) -> ModuleType:
@@ -156,9 +137,9 @@ def read(path: str | os.PathLike[str], base: Base | None = None) -> AdapterFile:
         BaseModelMismatchError, BaseNeededError: the base does not fit, or is needed.
     """
     path = os.fspath(path)
-    form: Format = module_of(recognise(path))
+    form = module_of(recognise(path))
     try:
-        adapter = form.read(path, base)
+        adapter: AdapterFile = form.read(path, base)
     except BaseModelMismatchError:
         if (known := None if base is None else view_by_model_names(base)) is None:
             raise

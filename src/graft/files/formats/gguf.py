@@ -34,28 +34,13 @@ ALORA, TOKENS = "adapter.alora.invocation_tokens", "alora_invocation_tokens"  # 
 HOLDS = FormatLimits("alpha", True, frozenset({"embedding", "experts", TOKENS}))
 # llama.cpp's converter, November 2026: architecture in config.json → its name in GGUF, whether it permutes q and k.
 # Left out: architectures with weights that it changes in another way (falcon's qkv, bloom's, internlm2's).
+OTHER_NAMES = {"Mistral": "llama", "Mixtral": "llama", "Cohere": "command-r"}  # others have that of the class
+PERMUTED = ("Llama", "Mistral", "Mixtral", "Arcee", "Granite", "SmolLM3", "Olmo")
+PLAIN = ("Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "Phi3", "Gemma", "Gemma2", "Gemma3", "Olmo2", "StableLm",
+         "Starcoder2", "Cohere")  # fmt: skip
 ARCHITECTURES = {
-    "LlamaForCausalLM": ("llama", True),
-    "MistralForCausalLM": ("llama", True),
-    "MixtralForCausalLM": ("llama", True),
-    "ArceeForCausalLM": ("arcee", True),
-    "GraniteForCausalLM": ("granite", True),
-    "SmolLM3ForCausalLM": ("smollm3", True),
-    "Qwen2ForCausalLM": ("qwen2", False),
-    "Qwen2MoeForCausalLM": ("qwen2moe", False),
-    "Qwen3ForCausalLM": ("qwen3", False),
-    "Qwen3MoeForCausalLM": ("qwen3moe", False),
-    "Phi3ForCausalLM": ("phi3", False),
-    "GemmaForCausalLM": ("gemma", False),
-    "Gemma2ForCausalLM": ("gemma2", False),
-    "Gemma3ForCausalLM": ("gemma3", False),
-    "OlmoForCausalLM": ("olmo", True),
-    "Olmo2ForCausalLM": ("olmo2", False),
-    "StableLmForCausalLM": ("stablelm", False),
-    "Starcoder2ForCausalLM": ("starcoder2", False),
-    "CohereForCausalLM": ("command-r", False),
-    "GPT2LMHeadModel": ("gpt2", False),
-}
+    f"{name}ForCausalLM": (OTHER_NAMES.get(name, name.lower()), name in PERMUTED) for name in PERMUTED + PLAIN
+} | {"GPT2LMHeadModel": ("gpt2", False)}
 MOST_BLOCKS = 10_000
 DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}  # safetensors' names → those of ggml
 

@@ -31,7 +31,8 @@ _FILES = (pair.SAFETENSORS, pair.TORCH), (pair.CONFIG_NAME, "README.md")
 FOLDER = tuple((*names, *(f"{part}*/{name}" for part in COMPONENTS for name in names)) for names in _FILES)
 WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # how the names of tensors begin
 OTHER_PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "ADAPTION_PROMPT": "adaption_", "ADAPTER_FUSION": "fusion_"}
-PREFIXES = {name: f"{name.lower()}_" for name in METHODS} | OTHER_PREFIXES  # of the names of a method's tensors
+# of the names of a method's tensors
+PREFIXES: dict[str, str] = {name: f"{name.lower()}_" for name in METHODS} | OTHER_PREFIXES
 ANY = tuple(PREFIXES.values())
 OF_PROMPT = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
 NONE = "dummy-target-modules"  # as target_modules: the adapter has no LoRA, only whole tensors or rows

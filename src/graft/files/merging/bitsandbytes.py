@@ -137,11 +137,8 @@ class Form(BaseWeights):
             codes = (W / scale.clamp_min(1e-30)[:, None] * 127).round_().to(torch.int8)
             return old | {name: to_file(codes), f"{name.removesuffix('weight')}SCB": to_file(scale.float())}
         state, table = self.states[name], of_file(old[f"{name}.quant_map"]).float()
-        flat = W.to(state["dtype"]).float().flatten()
-        blocks = torch.nn.functional.pad(flat, (0, -len(flat) % state["blocksize"])).view(-1, state["blocksize"])
-        scale = blocks.abs().amax(1)
-        codes = find_nearest(blocks / scale.clamp_min(1e-30)[:, None], table).flatten()[: len(flat)]
-        codes = torch.nn.functional.pad(codes, (0, len(flat) % 2)).view(-1, 2)
+        codes, scale = encode_blocks(W.to(state["dtype"]).float().flatten(), state["blocksize"], table)
+        codes = torch.nn.functional.pad(codes, (0, len(codes) % 2)).view(-1, 2)
         form = of_file(old[name])
         parts = {name: to_file((codes[:, 0] << 4 | codes[:, 1]).to(torch.uint8).view(form.dtype).view(form.shape))}
         return old | parts | self._pack_scales(name, scale, old)
@@ -153,20 +150,21 @@ class Form(BaseWeights):
         """
         if f"{name}.nested_absmax" not in old:
             return {f"{name}.absmax": to_file(scale)}
-        state = self.states[name]
-        size = state["nested_blocksize"]
+        state, table = self.states[name], of_file(old[f"{name}.nested_quant_map"]).float()
         remainder = scale - state["nested_offset"]  # that of the file: a mean of much the same scales
-        blocks = torch.nn.functional.pad(remainder, (0, -len(remainder) % size)).view(-1, size)
-        outer = blocks.abs().amax(1)
-        codes = find_nearest(blocks / outer.clamp_min(1e-30)[:, None], of_file(old[f"{name}.nested_quant_map"]).float())
-        absmax = codes.flatten()[: len(remainder)].to(torch.uint8)
-        return {f"{name}.absmax": to_file(absmax), f"{name}.nested_absmax": to_file(outer)}
+        codes, outer = encode_blocks(remainder, state["nested_blocksize"], table)
+        return {f"{name}.absmax": to_file(codes.to(torch.uint8)), f"{name}.nested_absmax": to_file(outer)}
 
 
-def find_nearest(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Return the index in `table` of the nearest entry for each value; midway between two, that of the lower one.
+def encode_blocks(values: torch.Tensor, size: int, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a code for each value of a vector, and the scale of each block of `size` values: its largest absolute
+    value.
 
-    The table may be in any order.
+    A code is the index in `table` of the entry nearest to value / scale; midway between two, that of the lower one. The
+    table may be in any order. A block of zeros has the scale 0, and its values count as 0.
     """
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % size)).view(-1, size)
+    scale = blocks.abs().amax(1)
     ordered, places = table.sort()
-    return places[torch.bucketize(values, (ordered[1:] + ordered[:-1]) / 2)]
+    at = torch.bucketize(blocks / scale.clamp_min(1e-30)[:, None], (ordered[1:] + ordered[:-1]) / 2)
+    return places[at].flatten()[: len(values)], scale

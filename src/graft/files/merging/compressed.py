@@ -141,10 +141,6 @@ class Form(BaseWeights):
             values = pack_codes(values, self.bits[name]) if kind == torch.int32 else values
         return old | {self.packed[name][0]: to_file(values), f"{name}_scale": to_file(grown)}
 
-    def plain_config(self, config: Mapping[str, object]) -> Json:
-        """Return config.json without `quantization_config` and `compression_config`."""
-        return {n: v for n, v in super().plain_config(config).items() if n != "compression_config"}
-
 
 def unpack_codes(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """Return the signed codes (rows, columns) in int8 from words of 32 bits; columns beyond `columns` are dropped.

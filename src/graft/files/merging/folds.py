@@ -141,7 +141,6 @@ def fold_low_rank(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> Tensor
         raise job.misfit(path, f"its magnitude is {lora.magnitude.shape}, of {get_matrix_sizes(lora, spot)[0]} rows")
     adds = lora.magnitude is None and lora.shift is None
     scale = lora.scale * job.weight if adds else lora.scale
-    shift = None if lora.shift is None else Shift(lora, job.adapter.config, job.kinds.get(spot.key))
 
     def fold(W: torch.Tensor, read_value: Read) -> torch.Tensor:
         """Return W with the adapter merged into each of its matrices.
@@ -160,7 +159,7 @@ def fold_low_rank(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> Tensor
             gain = None
             if not adds:  # norms and shifts are of the checkpoint's own weight, whatever has been merged before
                 unchanged = before()
-                start = unchanged if shift is None else shift(unchanged)
+                start = unchanged if lora.shift is None else subtract_shift(job, lora, spot.key, unchanged)
                 if lora.magnitude is not None:
                     gain = to_wide(lora.magnitude).flatten().to(matrix.dtype) / method_of("LORA").row_norms(start, A, B)
                 if start is not unchanged:
@@ -174,35 +173,23 @@ def fold_low_rank(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> Tensor
     return TensorChange(spot.key, get_weight_name(path, lora), fold, shape, of)
 
 
-class Shift:
-    """The product that an initialisation subtracted from a weight before training; a base that still has it loses it
-    now.
+def subtract_shift(job: MergeJob, lora: LowRank, key: str, W: torch.Tensor) -> torch.Tensor:
+    """Return W minus the product B A that an initialisation subtracted before training (`lora.shift`, which has to be
+    there), in new memory; W itself if the base has been changed already.
 
-    Args:
-        kind: dtype of the base's weight in training; None: no rounding.
+    That is so if W's sample is close to the file's sample after the change, and closer than to the one before. Without
+    samples the product is always subtracted. For LoftQ the result is rounded to its bits, 4 unless the config says
+    another number. It is then rounded to the dtype of the checkpoint's tensor `key`, if that is floating, and has the
+    dtype of W.
     """
-
-    def __init__(self, lora: LowRank, config: Json, kind: torch.dtype | None):
-        """Keep the factors, the sample of the weight before and after, and the bits of LoftQ (4 by default; None for
-        others).
-        """
-        assert lora.shift is not None
-        self.A, self.B = lora.shift
-        self.sample = lora.extra.get("lora_shift.sample")
-        self.bits = (config.get("loftq_config") or {}).get("loftq_bits", 4)
-        self.bits = self.bits if config.get("init_lora_weights") == "loftq" else None
-        self.kind = kind
-
-    def __call__(self, W: torch.Tensor) -> torch.Tensor:
-        """Return W minus the product B A, in new memory; W itself if the base has been changed already.
-
-        That is so if W's sample is close to the file's sample after the change, and closer than to the one before.
-        Without samples the product is always subtracted. For LoftQ the result is rounded to its bits, and then to the
-        dtype of training, if known.
-        """
-        sample = None if self.sample is None else to_wide(self.sample)
-        shifted: torch.Tensor = method_of("LORA").subtract_start(W, to_wide(self.A), to_wide(self.B), sample, self.bits)
-        return shifted if self.kind is None or shifted is W else shifted.to(self.kind).to(W.dtype)
+    assert lora.shift is not None
+    config, sample = job.adapter.config, lora.extra.get("lora_shift.sample")
+    bits = (config.get("loftq_config") or {}).get("loftq_bits", 4)
+    bits = bits if config.get("init_lora_weights") == "loftq" else None
+    parts = [None if t is None else to_wide(t) for t in (*lora.shift, sample)]
+    shifted: torch.Tensor = method_of("LORA").subtract_start(W, *parts, bits)
+    kind = job.kinds.get(key)  # of the weight in training
+    return shifted if kind is None or shifted is W else shifted.to(kind).to(W.dtype)
 
 
 def find_orientation(

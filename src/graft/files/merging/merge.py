@@ -46,8 +46,6 @@ from graft.files.tensors import Bytes
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 KEPT = 0.9  # share of an update; less is worth a note
-# changes of the parts of an adapter that are not low rank
-Others = Callable[[MergeJob, BaseDescription], list[TensorChange]]
 
 
 @dataclass
@@ -78,7 +76,6 @@ def merge_adapters(
     keep_quantized: bool = False,
     force: bool = False,
     dry_run: bool = False,
-    others: Others | None = None,
     step: Callable[[str], None] | None = None,
 ) -> Merged:
     """Write a model's folder with adapters merged into it, one after another: W ← W + weight · ΔW, rounded once.
@@ -97,7 +94,6 @@ def merge_adapters(
         keep_quantized: a quantized checkpoint stays quantized; else it becomes a dense one.
         force: replace an output that exists.
         dry_run: check everything, write nothing, and return the account without measures.
-        others: the function that returns changes of parts that are not low rank; None: such adapters are refused.
         step: called with the name of each shard that is finished.
 
     Raises:
@@ -111,7 +107,7 @@ def merge_adapters(
     key = digest_inputs([files.path, *paths], [weights, dtype, shard_size, keep_quantized])
     place = Workplace(output, key, force)
     check_output(output, [files.path, *paths], force, model=True)
-    work = Work(files, paths, weights, dtype, keep_quantized, others)
+    work = Work(files, paths, weights, dtype, keep_quantized)
     layout = work.layout(shard_size)
     sizes = {name: sum(out.nbytes for out in outs) for name, outs in layout.items()}
     account = Merged(output, {key: {} for key in work.changed}, work.notes, sizes)
@@ -164,13 +160,7 @@ class Work:
     """
 
     def __init__(
-        self,
-        base: BaseDescription,
-        adapters: list[str],
-        weights: list[float],
-        dtype: str | None,
-        keep_quantized: bool,
-        others: Others | None,
+        self, base: BaseDescription, adapters: list[str], weights: list[float], dtype: str | None, keep_quantized: bool
     ):
         """Read all adapters, list their changes, and check them against the base and each other.
 
@@ -181,7 +171,6 @@ class Work:
 
         Args:
             dtype: of the result; None: the base's.
-            others: lists the changes of adapters that are not low rank; None: these raise LossError.
 
         Raises:
             OptionError: there is no adapter, the number of weights differs, a weight is not finite, the dtype is
@@ -214,10 +203,8 @@ class Work:
         self.adapters = [self._read(path) for path in adapters]
         kinds: Any = {name: TORCH[t.dtype] for name, t in base.tensors.items() if t.dtype in FLOATS}
         for weight, adapter in zip(self.weights, self.adapters):
-            self._add(
-                MergeJob(adapter, weight, self.places, base.config, self._is_stored_transposed, kinds, self._read_own),
-                others,
-            )
+            job = MergeJob(adapter, weight, self.places, base.config, self._is_transposed, kinds, self._read_own)
+            self._add(job)
         self.notes += self.tied.locate_all(self.changed)
         self._check_writable()
 
@@ -235,15 +222,16 @@ class Work:
             )
         return kasa_to_lora(adapter, self.base)
 
-    def _add(self, job: MergeJob, others: Others | None) -> None:
+    def _add(self, job: MergeJob) -> None:
         """Add one adapter's changes to `changed`, with copies for tied tensors.
 
         Add a note to `notes` for each tensor where the adapter replaces another result of an earlier one.
 
-        Modules that are not low rank, and shared tensors, are changed by `others`. Changes before a failing one stay.
+        For modules that are not low rank, and shared tensors, `list_method_changes` builds the model. Changes before a
+        failing one stay.
 
         Raises:
-            LossError: the adapter is not low rank and `others` is None.
+            LossError: a layer's effect is none on a weight.
             CheckpointError: it changes no weight, or its file is not whole.
             OptionError: it and an earlier adapter bring the same new tensor, give a tensor different shapes, or replace
                 the same rows or a tensor that has one value.
@@ -254,9 +242,9 @@ class Work:
         check_whole(adapter, self.base)
         unusual = {path: module for path, module in adapter.modules.items() if not isinstance(module, LowRank)}
         if unusual or adapter.shared:
-            if others is None:
-                raise LossError(f"{adapter.method} of {job.name} is not low rank. Merge it with graft.merge_files.")
-            new_changes += others(job, self.base)
+            from graft.files.merging.methods import list_method_changes  # which builds models
+
+            new_changes += list_method_changes(job, self.base)
         if not new_changes:
             raise CheckpointError(f"{job.name} ({adapter.method}) changes no weight. Give another adapter.")
         together = self.tied.spread(new_changes, adapter)
@@ -278,7 +266,7 @@ class Work:
                 self.notes.append(f"'{change.key}' is as {job.name} brings it: what came before changes nothing there.")
             before.append(change)
 
-    def _is_stored_transposed(self, path: str) -> bool:
+    def _is_transposed(self, path: str) -> bool:
         """Return True if the parameter's module in the base's model has `is_transposed`: its stacks are stored (in,
         out).
 
@@ -479,14 +467,13 @@ class Work:
     def config(self) -> Json:
         """Return config.json of the output: a copy of the base's with the changes of the merge.
 
-        - `quantization_config` is removed if packed weights become dense.
+        - `quantization_config` and `compression_config` are removed if packed weights become dense.
         - `dtype` or `torch_dtype`, whichever is there, or else `dtype`, is set if the option has one.
         - `tie_word_embeddings` is False if tied tensors differ now; `vocab_size` follows a resized tensor.
         - `architectures` and labels follow a new head.
         """
-        config = dict(self.base.config)
-        if self.base_weights.packed and not self.keep:
-            config = self.base_weights.plain_config(config)
+        dropped = ("quantization_config", "compression_config") if self.base_weights.packed and not self.keep else ()
+        config = {name: value for name, value in self.base.config.items() if name not in dropped}
         if self.dtype is not None:
             kind = next(name for name, code in DTYPES.items() if code == self.dtype)
             config |= {name: kind for name in ("dtype", "torch_dtype") if name in config} or {"dtype": kind}

@@ -26,6 +26,7 @@ from graft.files.merging.ties import head_class
 from graft.files.merging.weights import to_file
 from graft.files.neutral import LowRank
 from graft.files.skeleton import build_meta_model, fill_with_zeros, make_expanded_zero
+from graft.methods import PROMPTS
 
 NAME = "default"
 
@@ -42,7 +43,7 @@ def merge_files(base: str | os.PathLike[str], adapters: Any, output: str | os.Pa
     adapters = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
     on_cpu = torch.get_default_device().type == "cpu"  # values come from files, whatever device is the default
     with nullcontext() if on_cpu else torch.device("cpu"):
-        return merge_adapters(base, adapters, output, others=list_method_changes, **options)
+        return merge_adapters(base, adapters, output, **options)
 
 
 def list_method_changes(job: MergeJob, base: BaseDescription) -> list[TensorChange]:
@@ -58,7 +59,7 @@ def list_method_changes(job: MergeJob, base: BaseDescription) -> list[TensorChan
         BaseModelMismatchError: transformers does not know the base, or it has no place for a part.
     """
     adapter = job.adapter
-    if adapter.method in peft.PROMPTS:
+    if adapter.method in PROMPTS:
         raise LossError(
             f"{adapter.method} of {job.name} is an input of the model, which no weight can take over. "
             "Load it with its base."

@@ -62,10 +62,6 @@ class BaseWeights:
         """
         raise NotImplementedError
 
-    def plain_config(self, config: Mapping[str, object]) -> Json:
-        """Return config.json without `quantization_config`."""
-        return {name: value for name, value in config.items() if name != "quantization_config"}
-
 
 FORMS = {"fp8": "block_fp8", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed"}  # → module
 

@@ -52,7 +52,7 @@ def test_read_and_written_again_it_is_the_same(sample, lib, tmp_path):
 
 
 def test_every_method_has_its_prefix():
-    assert {*METHODS} == {*form.PREFIXES}
+    assert {*METHODS} == {*form.PREFIXES} and {*PROMPTS} == {*form.PROMPTS}
     for name in METHODS:
         assert graft.method_of(name).prefix.startswith(form.PREFIXES[name]), name
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace as replaced
 from typing import Any
 
-from graft import CheckpointError, LossError, PeftWarning
+from graft import CheckpointError, LossError, PeftType, PeftWarning
 from graft.config import pair
 from graft.config.pair import LAYOUT_FIELD, StackLayout
 from graft.config.reading import Json, compile_ending, compile_pattern, read_object
@@ -24,15 +24,15 @@ from graft.files.errors import BaseNeededError
 from graft.files.names import find_pipeline_parts, join_pipeline, split_pipeline
 from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank, OtherMethod
 from graft.files.tensors import Tensor, list_sources, make_int64_tensor, make_tensor, read_header
-from graft.methods import METHODS, PROMPTS
 
 NAME = "peft"
 _FILES = (pair.SAFETENSORS, pair.TORCH), (pair.CONFIG_NAME, "README.md")
 FOLDER = tuple((*names, *(f"{part}*/{name}" for part in COMPONENTS for name in names)) for names in _FILES)
 WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # how the names of tensors begin
+PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
 OTHER_PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "ADAPTION_PROMPT": "adaption_", "ADAPTER_FUSION": "fusion_"}
-# of the names of a method's tensors
-PREFIXES: dict[str, str] = {name: f"{name.lower()}_" for name in METHODS} | OTHER_PREFIXES
+# of the names of a method's tensors on a module
+PREFIXES: dict[str, str] = {t.value: f"{t.value.lower()}_" for t in PeftType if t.value not in PROMPTS} | OTHER_PREFIXES
 ANY = tuple(PREFIXES.values())
 OF_PROMPT = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
 NONE = "dummy-target-modules"  # as target_modules: the adapter has no LoRA, only whole tensors or rows

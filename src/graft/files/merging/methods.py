@@ -26,7 +26,6 @@ from graft.files.merging.ties import head_class
 from graft.files.merging.weights import to_file
 from graft.files.neutral import LowRank
 from graft.files.skeleton import build_meta_model, fill_with_zeros, make_expanded_zero
-from graft.methods import PROMPTS
 
 NAME = "default"
 
@@ -59,7 +58,7 @@ def list_method_changes(job: MergeJob, base: BaseDescription) -> list[TensorChan
         BaseModelMismatchError: transformers does not know the base, or it has no place for a part.
     """
     adapter = job.adapter
-    if adapter.method in PROMPTS:
+    if adapter.method in peft.PROMPTS:
         raise LossError(
             f"{adapter.method} of {job.name} is an input of the model, which no weight can take over. "
             "Load it with its base."

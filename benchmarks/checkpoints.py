@@ -24,7 +24,7 @@ CONFIG = {
     "num_hidden_layers": LAYERS, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 1024,
     "tie_word_embeddings": False, "dtype": "bfloat16",
 }  # fmt: skip
-IMPORTS = "from graft.files.merging.methods import merge_files\nimport transformers\n"
+IMPORTS = "from graft.files.merging.merge import merge_files\nimport transformers\n"
 MERGE = IMPORTS + "merge_files({base!r}, {adapter!r}, {output!r}, force=True)"
 SIDE, SQUARES = 2560, 48  # matrices of 26 MB in float32
 EXTRACT_IMPORTS = """

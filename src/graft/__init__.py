@@ -48,7 +48,7 @@ _NAMES: dict[str, str] = {
         "graft.model.merging": "merge_report",
         "graft.model.convert": "convert_to_lora save_as_lora truncate_lora",
         "graft.files.load": "load_adapter",
-        "graft.files.merging.methods": "merge_files",
+        "graft.files.merging.merge": "merge_files",
         "graft.model.audit": "AuditReport audit",
         "graft.model.rates": "suggest_lr",
         "graft.model.tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModel PeftModelForCausalLM "

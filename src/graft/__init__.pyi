@@ -33,7 +33,7 @@ from graft.core.errors import UnsupportedLayerError as UnsupportedLayerError
 from graft.core.layer import AdapterLayer as AdapterLayer
 from graft.core.method import Method as Method
 from graft.files.load import load_adapter as load_adapter
-from graft.files.merging.methods import merge_files as merge_files
+from graft.files.merging.merge import merge_files as merge_files
 from graft.inject.beside import ModulesToSaveWrapper as ModulesToSaveWrapper
 from graft.inject.report import InjectReport as InjectReport
 from graft.io.base import get_base_model_state_dict as get_base_model_state_dict

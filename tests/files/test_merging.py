@@ -19,8 +19,7 @@ from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError
 from graft.files import formats
 from graft.files.convert import convert_adapter_file
 from graft.files.errors import OptionError, OutputExistsError
-from graft.files.merging.merge import merge_adapters
-from graft.files.merging.methods import merge_files
+from graft.files.merging.merge import merge_adapters, merge_files
 from graft.files.merging.stream import Workplace
 from tests import fresh, samples
 from tests.leaves_out import FUSED_EXPERTS

@@ -26,7 +26,7 @@ from graft.command import app
 from graft.command.models import load_base
 from graft.core.errors import CheckpointError, ConfigError
 from graft.files.bases import open_base
-from graft.files.merging.methods import merge_files
+from graft.files.merging.merge import merge_files
 from graft.files.skeleton import build_meta_model, build_model_config, find_model_class
 from tests.models import adapted
 from tests.raised import refuses

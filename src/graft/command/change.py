@@ -202,7 +202,7 @@ def merge(
     Returns:
         The document has output, written (False in a dry run), shards, tensors, notes and resumed, as `Merged`.
     """
-    from graft.files.merging.methods import merge_files
+    from graft.files.merging.merge import merge_files
     from graft.files.sources import find_base, resolve_adapter
 
     sources = [resolve_adapter(adapter) for adapter in adapters]

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -63,6 +63,21 @@ class Merged:
     notes: list[str] = field(default_factory=list)
     shards: dict[str, int] = field(default_factory=dict)
     resumed: int = 0  # shards that an earlier run had written
+
+
+def merge_files(base: str | os.PathLike[str], adapters: Any, output: str | os.PathLike[str], **options: Any) -> Merged:
+    """Merge adapter files of any method with a merged form into a model's folder, tensor by tensor.
+
+    `merge_adapters` has the options, result and errors. Values are computed on the CPU, whatever torch's default
+    device.
+
+    Args:
+        adapters: one path, or a list.
+    """
+    adapters = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
+    on_cpu = torch.get_default_device().type == "cpu"  # values come from files, whatever device is the default
+    with nullcontext() if on_cpu else torch.device("cpu"):
+        return merge_adapters(base, adapters, output, **options)
 
 
 def merge_adapters(

@@ -5,10 +5,8 @@ in turn.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import warnings
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,28 +19,12 @@ from graft.files.base import BaseDescription
 from graft.files.formats import peft
 from graft.files.load import find_adapter_layers
 from graft.files.merging.folds import MergeJob, Read, TensorChange, replace_whole
-from graft.files.merging.merge import Merged, merge_adapters
 from graft.files.merging.ties import head_class
 from graft.files.merging.weights import to_file
 from graft.files.neutral import LowRank
 from graft.files.skeleton import build_meta_model, fill_with_zeros, make_expanded_zero
 
 NAME = "default"
-
-
-def merge_files(base: str | os.PathLike[str], adapters: Any, output: str | os.PathLike[str], **options: Any) -> Merged:
-    """Merge adapter files of any method with a merged form into a model's folder, tensor by tensor.
-
-    `merge_adapters` has the options, result and errors. Values are computed on the CPU, whatever torch's default
-    device.
-
-    Args:
-        adapters: one path, or a list.
-    """
-    adapters = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
-    on_cpu = torch.get_default_device().type == "cpu"  # values come from files, whatever device is the default
-    with nullcontext() if on_cpu else torch.device("cpu"):
-        return merge_adapters(base, adapters, output, **options)
 
 
 def list_method_changes(job: MergeJob, base: BaseDescription) -> list[TensorChange]:

@@ -125,7 +125,8 @@ class Host(Holding, Carrier, nn.Module):
         return list(self.methods)
 
     def add(self, method: Method, values: dict[str, object]) -> None:
-        """Add an adapter: its method, and the values that the method's `build` returned.
+        """Add an adapter: its method, and the values that the method's `build` returned, over those of
+        `build_declared`.
 
         Sets `method.layer`, puts the values into containers and drops plans that name the adapter. A config class that
         is new here is appended to `kinds`. It does not activate it. Methods are only compared where one of the two has
@@ -142,7 +143,7 @@ class Host(Holding, Carrier, nn.Module):
             if why is not None:
                 raise ConfigError(f"{why}: '{method.name}' next to '{present.name}', on layer '{self.site.key}'.")
         method.layer = self
-        self.hold(method, values)
+        self.hold(method, method.build_declared() | values)
         self.methods[method.name] = method
         if method.config not in self.kinds:
             self.kinds.append(method.config)

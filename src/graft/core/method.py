@@ -22,6 +22,7 @@ from graft.core.carrier import CarrierState
 from graft.core.containers import Slot
 from graft.core.effect import Delta, Effect, Factors, Update
 from graft.core.errors import CalibrationError, ConfigError
+from graft.core.lean import Identity, new_lean
 from graft.core.ops import META, OPS, Op
 from graft.core.rows import Finish, Run
 from graft.core.site import Site, Store, Weight
@@ -156,8 +157,8 @@ def fill_kaiming(t: Tensor) -> Tensor:
 
 
 def make_dropout(share: float) -> nn.Module:
-    """Return `nn.Dropout(share)`, or a new `nn.Identity` if `share` is 0 or less."""
-    return nn.Dropout(share) if share > 0 else nn.Identity()
+    """Return `nn.Dropout(share)`, or a new identity module (`core/lean.py`) if `share` is 0 or less."""
+    return nn.Dropout(share) if share > 0 else new_lean(Identity)
 
 
 class Method(Generic[C]):
@@ -203,6 +204,7 @@ class Method(Generic[C]):
     published_lr: ClassVar[PublishedRate | None] = None  # None: its source names none
     base_mark: str = ""  # attribute of the base module that a calibration sets, see `leave_on_base`
     agreeing_fields: ClassVar[tuple[str, ...]] = ()  # fields that have to be equal in adapters that share tensors
+    facts: ClassVar[tuple[str, ...]] = ("r",)  # fields of the config that a layer has as plain facts, if there are any
     # container → function of an adapter's methods, in the model's order, to keys: layers with equal keys share a tensor
     layer_keys: ClassVar[dict[str, Callable[[Sequence[Any]], Sequence[Hashable]]]] = {}
 
@@ -212,6 +214,7 @@ class Method(Generic[C]):
     layer_names: ClassVar[tuple[str, ...]] = ()  # containers of tensors that train
     # these containers, empty, for layers that do not need them
     empty: ClassVar[dict[str, nn.ParameterDict | nn.ModuleDict]] = {}
+    dropouts: ClassVar[tuple[str, ...]] = ()  # declared modules named as a field of the config, the share that drops
     shares: ClassVar[bool] = False  # it overrides `share`
     surrounds: ClassVar[bool] = False  # it overrides `surround_run`
     has_loss: ClassVar[bool] = False  # it overrides `compute_auxiliary_loss`
@@ -229,7 +232,8 @@ class Method(Generic[C]):
         """Derive class attributes from a subclass's declarations, and make each annotation without a value a property
         that reads the layer. `computes_with` gets its name.
 
-        An annotated container of trained tensors gets an empty `nn.ParameterDict` or `nn.ModuleDict` in `empty`. Its
+        `dropouts` gets the names that end with "dropout", have the type `nn.Module` and are fields of `config`. An
+        annotated container of trained tensors gets an empty `nn.ParameterDict` or `nn.ModuleDict` in `empty`. Its
         name begins with `prefix` and does not end with "dropout". `layer_names` are the keys of `empty`. `config` is
         derived unless the class sets it. `surrounds`, `has_loss`, `checks_compatibility` and `shares` are True if the
         hook of that purpose is overridden; `takes_device` if `build` has a `device`. Raises TypeError as
@@ -244,6 +248,8 @@ class Method(Generic[C]):
             setattr(cls, name, _reader(name))
             cls.computes_with |= {name}
             kind = str(getattr(annotation, "__name__", annotation))
+            if name.endswith("dropout") and kind == "nn.Module" and hasattr(cls.config, name):
+                cls.dropouts = (*cls.dropouts, name)
             is_container = name.startswith(getattr(cls, "prefix", "")) and not name.endswith("dropout")
             if is_container and not kind.startswith(UNTRAINED_TYPES):
                 cls.empty = {**cls.empty, name: nn.ParameterDict() if kind.endswith("Parameter") else nn.ModuleDict()}
@@ -396,6 +402,16 @@ class Method(Generic[C]):
         `shared` has the containers of `share`. Raises NotImplementedError here.
         """
         raise NotImplementedError
+
+    def build_declared(self) -> dict[str, object]:
+        """Return the values that the class declares, for `build` to add to or override: those of the config's fields in
+        `facts`, and a `make_dropout` of the field's share for each of `dropouts`.
+
+        Fields in `facts` that the config lacks are left out.
+        """
+        cfg = self.cfg
+        values: dict[str, object] = {name: getattr(cfg, name) for name in self.facts if hasattr(cfg, name)}
+        return values | {name: make_dropout(getattr(cfg, name)) for name in self.dropouts}
 
     def init_values(self) -> None:
         """Set the initial values of the tensors in place.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import COUNT, LORA, BaseBias, FanInFanOut, LayerRange, Targeted
 from graft.core.effect import Effect, Factors, Product, Update
-from graft.core.method import Method, WeightUse, make_dropout
+from graft.core.method import Method, WeightUse
 from graft.kernels.narrow import multiply_widened
 
 
@@ -56,19 +56,15 @@ class DEFT(Method[DeftConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return uninitialised `deft_P` (out, r) and, unless `para`, `deft_R` (r, fan_in), with r at most out;
-        `deft_dropout` (`make_dropout(cfg.deft_dropout)`), r and scaling.
+        also r and scaling.
 
         scaling = alpha / r, or 1.0 for an alpha of 0 or None. Floating-point tensors are made on the default device, in
         the default dtype.
         """
         cfg, site = self.cfg, self.site
         r = min(cfg.r, site.out_features)
-        values = dict(
-            r=r,
-            scaling=cfg.alpha / r if cfg.alpha else 1.0,
-            deft_dropout=make_dropout(cfg.deft_dropout),
-            deft_P=nn.Parameter(torch.empty(site.out_features, r)),
-        )
+        P = nn.Parameter(torch.empty(site.out_features, r))
+        values = dict(r=r, scaling=cfg.alpha / r if cfg.alpha else 1.0, deft_P=P)
         return values if cfg.para else values | dict(deft_R=nn.Parameter(torch.empty(r, site.fan_in)))
 
     def init_values(self) -> None:

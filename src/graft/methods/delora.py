@@ -44,8 +44,8 @@ class DeLoRA(Method[DeloraConfig]):
     delora_dropout: nn.Module
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return uninitialised parameters `delora_A` (r, fan_in), `delora_B` (out, r), `delora_lambda` (1,),
-        `delora_dropout` (`make_dropout(cfg.module_dropout)`) and `r`.
+        """Return uninitialised parameters `delora_A` (r, fan_in), `delora_B` (out, r), `delora_lambda` (1,)
+        and `delora_dropout` (`make_dropout(cfg.module_dropout)`).
 
         The buffer `delora_w_norm` (fan_in,) starts as ones. Floating-point tensors are made on the default device, in
         the default dtype.
@@ -56,7 +56,6 @@ class DeLoRA(Method[DeloraConfig]):
             delora_B=nn.Parameter(torch.empty(site.out_features, cfg.r)),
             delora_lambda=nn.Parameter(torch.empty(1)),
             delora_w_norm=torch.ones(site.fan_in),  # a buffer
-            r=cfg.r,
             delora_dropout=make_dropout(cfg.module_dropout),
         )
 

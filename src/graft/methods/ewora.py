@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.bounds import Bound
 from graft.config.fields import BELOW_1, COUNT, LORA, POSITIVE, BaseBias, FanInFanOut, LayerRange, RankPattern, Targeted
-from graft.core.method import Method, fill_kaiming, make_dropout
+from graft.core.method import Method, fill_kaiming
 
 UNSET = Bound(lambda value: not value, "`{name}` means nothing to EWoRA. Leave it out.")
 
@@ -51,19 +51,17 @@ class Ewora(Method[EworaConfig]):
     ewora_dropout: nn.Module
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return uninitialised `ewora_As` (experts, in, r) and `ewora_Bs` (experts, r, out), `ewora_weighting`, a
-        linear layer (experts, experts · r) with bias, `ewora_dropout` (`make_dropout(cfg.ewora_dropout)`) and `r`.
+        """Return uninitialised `ewora_As` (experts, in, r) and `ewora_Bs` (experts, r, out), and
+        `ewora_weighting`, a linear layer (experts, experts · r) with bias.
+
         Floating-point tensors are made on the default device, in the default dtype.
         """
-        cfg, site = self.cfg, self.site
-        E, r = cfg.num_experts, cfg.r
+        site, E, r = self.site, self.cfg.num_experts, self.cfg.r
         A, B = torch.empty(E, site.in_features, r), torch.empty(E, r, site.out_features)
         return dict(
-            r=r,
             ewora_As=nn.Parameter(A),
             ewora_Bs=nn.Parameter(B),
             ewora_weighting=nn.Linear(E * r, E),
-            ewora_dropout=make_dropout(cfg.ewora_dropout),
         )
 
     def init_values(self) -> None:

@@ -16,7 +16,7 @@ from graft.config.fields import FRACTION, FROD, BaseBias
 from graft.core.containers import Attached, Transient
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError, PeftWarning, warn_of_layer
-from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tensors, WeightUse, make_dropout
+from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tensors, WeightUse
 from graft.core.site import Site
 from graft.kernels.waits import copy_on_device
 from graft.methods.projections import DrawnConfig, check_places, maybe_transient
@@ -182,7 +182,7 @@ class FRoD(Method[FrodConfig]):
 
     def build(self, shared: dict[str, Any]) -> dict[str, object]:
         """Return trained `frod_lambda_l` (in,) and `frod_lambda_s_values` (entries,) of zeros, the buffer `frod_U`
-        (out, in) of zeros, which no file holds, and `frod_dropout` (`make_dropout(cfg.frod_dropout)`).
+        (out, in) of zeros, which no file holds.
 
         `frod_shared` holds the containers of this category's V and indices; without `shared` tensors it is [].
         Floating-point tensors are made on the default device, in the default dtype.
@@ -195,7 +195,6 @@ class FRoD(Method[FrodConfig]):
             frod_lambda_l=nn.Parameter(torch.zeros(n)),
             frod_lambda_s_values=nn.Parameter(torch.zeros(count_entries(n, cfg.sparse_rate))),
             frod_U=Transient(torch.zeros(site.out_features, n)),
-            frod_dropout=make_dropout(cfg.frod_dropout),
         )
 
     def describe(self) -> Effect:

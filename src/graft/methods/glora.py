@@ -96,7 +96,7 @@ class GLoRA(Method[GloraConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return `glora_A` to `glora_E`, five `Support` modules of the kinds in the config: A and B (out, fan_in), C
-        (fan_in, 1), D and E (out,); and `r`.
+        (fan_in, 1), D and E (out,).
 
         On a layer without bias C, D and E are of kind "none". Floating-point tensors are made on the default device, in
         the default dtype.
@@ -104,7 +104,6 @@ class GLoRA(Method[GloraConfig]):
         cfg, out, fan_in = self.cfg, self.site.out_features, self.site.fan_in
         C, D_E = (cfg.config_C, cfg.config_D_E) if self.shifts else ("none", "none")
         return dict(
-            r=cfg.r,
             glora_A=Support(cfg.config_A_B, (out, fan_in), cfg.r),
             glora_B=Support(cfg.config_A_B, (out, fan_in), cfg.r),
             glora_C=Support(C, (fan_in, 1), cfg.r),

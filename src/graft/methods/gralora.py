@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graft.config.fields import COUNT, LORA, NOT_NEGATIVE, BaseBias, FanInFanOut, LayerRange, Targets
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
-from graft.core.method import COMPARISON, Method, PublishedRate, fill_kaiming, make_dropout
+from graft.core.method import COMPARISON, Method, PublishedRate, fill_kaiming
 from graft.core.ops import make_linear
 from graft.kernels.structured import Inputs, Outputs
 from graft.methods.projections import indivisible
@@ -49,6 +49,7 @@ class GraLoRA(Method[GraloraConfig]):
     prefix = "gralora_"
     published_lr = PublishedRate(2e-4, 2e-4, COMPARISON)
     targets = LORA
+    facts = ("r", "hybrid_r", "gralora_k", "alpha")
     empty: ClassVar[dict[str, nn.ParameterDict | nn.ModuleDict]] = {
         f"gralora_{x}_general": nn.ModuleDict() for x in "AB"
     }
@@ -69,23 +70,16 @@ class GraLoRA(Method[GraloraConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return the parameters `gralora_A` (k, in / k, r) and `gralora_B` (k, r, out / k) with the values of `blocks`,
-        `gralora_dropout` (`make_dropout(cfg.gralora_dropout)`), r, hybrid_r, gralora_k and alpha.
-
-        scaling = alpha / (r + hybrid_r). With `hybrid_r` also the linear layers `gralora_A_general` (hybrid_r, in) and
-        `gralora_B_general` (out, hybrid_r), which `init_values` fills. Floating-point tensors are made on the default
-        device, in the default dtype.
+        and scaling = alpha / (r + hybrid_r). With `hybrid_r` also the linear layers `gralora_A_general` (hybrid_r, in)
+        and `gralora_B_general` (out, hybrid_r), which `init_values` fills. Floating-point tensors are made on the
+        default device, in the default dtype.
         """
-        cfg, site, k = self.cfg, self.site, self.cfg.gralora_k
+        cfg, site = self.cfg, self.site
         A, B = self.blocks()
-        values = dict(
+        values: dict[str, object] = dict(
             gralora_A=nn.Parameter(A),
             gralora_B=nn.Parameter(B),
-            r=cfg.r,
-            hybrid_r=cfg.hybrid_r,
-            gralora_k=k,
-            alpha=cfg.alpha,
             scaling=cfg.alpha / (cfg.r + cfg.hybrid_r),
-            gralora_dropout=make_dropout(cfg.gralora_dropout),
         )
         if cfg.hybrid_r:
             values["gralora_A_general"] = make_linear(site.fan_in, cfg.hybrid_r, False, fill=False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import COUNT, LORA, FanInFanOut, LayerRange, RankPattern, Targeted
 from graft.core.effect import Effect, Update
-from graft.core.method import COMPARISON, Method, PublishedRate, make_dropout
+from graft.core.method import COMPARISON, Method, PublishedRate
 from graft.kernels.one_product import Modulated
 
 
@@ -50,8 +50,7 @@ class HiRA(Method[HiraConfig]):
         return Update(self.delta, of_weight=True, dropout=self.dropout)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return `hira_A` (r, in / groups, *kernel) and `hira_B` (out, r, 1, …) of normal values, `hira_dropout` and
-        `r`.
+        """Return `hira_A` (r, in / groups, *kernel) and `hira_B` (out, r, 1, …) of normal values.
 
         On an embedding they are called `hira_embedding_A` and `hira_embedding_B`. Floating-point tensors are made on
         the default device, in the default dtype.
@@ -60,8 +59,7 @@ class HiRA(Method[HiraConfig]):
         kernel = site.shape[2:]
         A, B = torch.randn(r, site.shape[1], *kernel), torch.randn(site.out_features, r, *[1] * len(kernel))
         where = "hira_embedding_" if site.op.takes_ids else "hira_"
-        dropout = make_dropout(self.cfg.hira_dropout)
-        return {"r": r, "hira_dropout": dropout, f"{where}A": nn.Parameter(A), f"{where}B": nn.Parameter(B)}
+        return {f"{where}A": nn.Parameter(A), f"{where}B": nn.Parameter(B)}
 
     def init_values(self) -> None:
         """Fill A kaiming uniform (a=√5), or normal with std 1/r for "gaussian", and B with zeros; on an embedding A

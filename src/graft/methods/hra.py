@@ -35,6 +35,7 @@ class HRA(Method[HRAConfig]):
     prefix = "hra_"
     published_lr = PublishedRate(1e-5, 1e-2, "arXiv 2405.17484, its code, MetaMathQA and GLUE")
     targets = LORA
+    facts = ()  # it has its own
 
     hra_u: nn.Parameter  # (fan_in, r)
     hra_apply_GS: bool

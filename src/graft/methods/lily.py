@@ -69,6 +69,7 @@ class Lily(Method[LilyConfig]):
     prefix = "lily_"
     unmergeable = "Lily mixes its projections anew for each input, which no weight does"
     targets = LORA
+    facts = ("r", "num_B", "stride_A", "scaling")
     layer_keys = {"lily_A": strides, "lily_B": kinds}
 
     lily_A: nn.Linear  # (r, in · kernel)
@@ -83,16 +84,12 @@ class Lily(Method[LilyConfig]):
         return super().check()
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return the config's r, num_B, stride_A and scaling, and three linear layers without bias: `lily_A` (r,
+        """Return three linear layers without bias: `lily_A` (r,
         fan_in), `lily_B` (num_B · r, out) and `lily_router` (num_B, r). Floating-point tensors are made on the default
         device, in the default dtype.
         """
         cfg, site = self.cfg, self.site
         return dict(
-            r=cfg.r,
-            num_B=cfg.num_B,
-            stride_A=cfg.stride_A,
-            scaling=cfg.scaling,
             lily_A=nn.Linear(site.fan_in, cfg.r, bias=False),
             lily_B=nn.Linear(site.out_features, cfg.num_B * cfg.r, bias=False),
             lily_router=nn.Linear(cfg.r, cfg.num_B, bias=False),

@@ -95,7 +95,7 @@ class LoHa(Lycoris[LoHaConfig]):
         return Update(self.delta, draws=self.draws)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return `facts` (r, alpha, scaling, dropout rates) and uninitialised parameters `hada_w1_a`, `hada_w2_a` (out,
+        """Return uninitialised parameters `hada_w1_a`, `hada_w2_a` (out,
         r) and `hada_w1_b`, `hada_w2_b` (r, fan_in).
 
         With a factored kernel (`cp`): a (r, out), b (r, in / groups), and `hada_t1`, `hada_t2` (r, r, *kernel).
@@ -108,7 +108,7 @@ class LoHa(Lycoris[LoHaConfig]):
         else:
             a, b = (site.out_features, r), (r, site.fan_in)
             shapes = dict(w1_a=a, w1_b=b, w2_a=a, w2_b=b)
-        return self.facts() | {f"hada_{name}": nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
+        return {f"hada_{name}": nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
 
     def init_values(self) -> None:
         """Fill w1_a, w1_b, w2_a, and t1 and t2 of a factored kernel (`cp`), kaiming uniform (a=√5), and w2_b with

@@ -39,6 +39,7 @@ class LoKr(Lycoris[LoKrConfig]):
     """
 
     prefix = "lokr_"
+    facts = (*Lycoris.facts, "rank_dropout_scale")
     published_lr = PublishedRate(3e-3, 3e-3, COMPARISON)
 
     lokr_w1: nn.Parameter  # (l, m)
@@ -57,12 +58,10 @@ class LoKr(Lycoris[LoKrConfig]):
         return Update(self.delta, branch=self.branch if self.site.multiplies_vectors else None, draws=self.draws)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return `facts` (r, alpha, scaling, dropout rates), `rank_dropout_scale`, and an uninitialised parameter
-        `lokr_…` for each entry of `shapes`. Floating-point tensors are made on the default device, in the default
-        dtype.
+        """Return an uninitialised parameter `lokr_…` for each entry of `shapes`. Floating-point tensors are made on the
+        default device, in the default dtype.
         """
-        facts = self.facts() | dict(rank_dropout_scale=self.cfg.rank_dropout_scale)
-        return facts | {f"lokr_{name}": nn.Parameter(torch.empty(shape)) for name, shape in self.shapes().items()}
+        return {f"lokr_{name}": nn.Parameter(torch.empty(shape)) for name, shape in self.shapes().items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the parameters, by name.

@@ -75,7 +75,7 @@ class LoraXS(Method[LoraXsConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return `loraxs_R` (r, r), trained, and the buffers `loraxs_A` (r, fan_in) and `loraxs_B` (out, r), all zeros;
-        `loraxs_dropout` (`make_dropout(cfg.lora_dropout)`), `r` and scaling = alpha / r.
+        `loraxs_dropout` (`make_dropout(cfg.lora_dropout)`) and scaling = alpha / r.
 
         Files hold A and B only with `save_projection`. Floating-point tensors are made on the default device, in the
         default dtype.
@@ -87,7 +87,6 @@ class LoraXS(Method[LoraXsConfig]):
             loraxs_B=maybe_transient(torch.zeros(site.out_features, r), cfg.save_projection),
             loraxs_dropout=make_dropout(cfg.lora_dropout),
             scaling=cfg.lora_alpha / r,
-            r=r,
         )
 
     @torch.no_grad()

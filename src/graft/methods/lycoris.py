@@ -37,6 +37,7 @@ class Lycoris(Method[L]):
     """
 
     targets = LORA
+    facts = ("r", "alpha", "rank_dropout", "module_dropout")
 
     scaling: float
     rank_dropout: float
@@ -47,13 +48,9 @@ class Lycoris(Method[L]):
         COUNT.check("r", self.cfg.r)
         return super().check()
 
-    def facts(self) -> dict[str, object]:
-        """Return the plain facts that `build` adds to the layer: r, alpha, scaling = alpha / r, `rank_dropout` and
-        `module_dropout`.
-        """
-        cfg = self.cfg
-        dropouts = dict(rank_dropout=cfg.rank_dropout, module_dropout=cfg.module_dropout)
-        return dict(r=cfg.r, alpha=cfg.alpha, scaling=cfg.alpha / cfg.r, **dropouts)
+    def build_declared(self) -> dict[str, object]:
+        """Return the config's values in `facts`, and scaling = alpha / r."""
+        return super().build_declared() | dict(scaling=self.cfg.alpha / self.cfg.r)
 
     @property
     def cp(self) -> bool:

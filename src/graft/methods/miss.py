@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graft.config.fields import COUNT, LORA, BaseBias, LayerRange, Targeted
 from graft.core.effect import Effect, Factors, Rewrite
 from graft.core.errors import warn
-from graft.core.method import Method, fill_kaiming, make_dropout
+from graft.core.method import Method, fill_kaiming
 from graft.kernels.structured import Repeated, Shards
 
 
@@ -38,6 +38,7 @@ class MiSS(Method[MissConfig]):
 
     prefix = "miss_"
     targets = LORA
+    facts = ()
 
     miss_block: nn.Parameter  # (r, out); of MiniMiSS (r, mini_r), of BatMiSS (out / r, r, r)
     miss_dropout: nn.Module
@@ -55,17 +56,11 @@ class MiSS(Method[MissConfig]):
         return why
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return the parameter `miss_block` of zeros in `shape`, `miss_dropout` (`make_dropout(cfg.miss_dropout)`), and
-        the facts `miss_r` and `miss_mini_r`. Floating-point tensors are made on the default device, in the default
-        dtype.
+        """Return the parameter `miss_block` of zeros in `shape`, and the facts `miss_r` and `miss_mini_r`.
+        Floating-point tensors are made on the default device, in the default dtype.
         """
-        cfg = self.cfg
-        return dict(
-            miss_r=cfg.r,
-            miss_mini_r=cfg.mini_r,
-            miss_dropout=make_dropout(cfg.miss_dropout),
-            miss_block=nn.Parameter(torch.zeros(self.shape)),
-        )
+        block = nn.Parameter(torch.zeros(self.shape))
+        return dict(miss_r=self.cfg.r, miss_mini_r=self.cfg.mini_r, miss_block=block)
 
     @property
     def shape(self) -> tuple[int, ...]:

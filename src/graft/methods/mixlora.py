@@ -161,7 +161,7 @@ class MixLoRA(Method[MixLoraConfig]):
         each = [E] if self.chosen else []
         A, B = torch.empty(*each, cfg.r, site.in_features), torch.empty(*each, site.out_features, cfg.r)
         dropout = make_dropout(cfg.lora_dropout)
-        return dict(r=cfg.r, mixlora_A=nn.Parameter(A), mixlora_B=nn.Parameter(B), mixlora_dropout=dropout)
+        return dict(mixlora_A=nn.Parameter(A), mixlora_B=nn.Parameter(B), mixlora_dropout=dropout)
 
     def init_values(self) -> None:
         """Fill a router with normal values of std `router_init_range`; else each A kaiming uniform (a=√5), B zeros.

@@ -123,15 +123,14 @@ class MoeLoRA(Method[MoeLoraConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return uninitialised `moelora_A` (experts, r, in), or (1, r, in) with `shared_A`, `moelora_B` (experts, out,
-        r), the linear layer `moelora_router` (experts, in) without bias, `moelora_dropout`
-        (`make_dropout(cfg.lora_dropout)`) and `r`. Floating-point tensors are made on the default device, in the
+        r), the linear layer `moelora_router` (experts, in) without bias, and `moelora_dropout`
+        (`make_dropout(cfg.lora_dropout)`). Floating-point tensors are made on the default device, in the
         default dtype.
         """
         cfg, site = self.cfg, self.site
         E, r = cfg.num_experts, cfg.r
         A, B = torch.empty(1 if cfg.shared_A else E, r, site.in_features), torch.empty(E, site.out_features, r)
         return dict(
-            r=r,
             moelora_A=nn.Parameter(A),
             moelora_B=nn.Parameter(B),
             moelora_router=nn.Linear(site.in_features, E, bias=False),

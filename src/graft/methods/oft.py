@@ -81,6 +81,7 @@ class OFT(Method[OFTConfig]):
 
     prefix = "oft_"
     targets = LORA
+    facts = ("module_dropout",)
 
     oft_R: Rotation  # weight (blocks, b (b - 1) / 2)
     oft_embedding_R: Rotation
@@ -103,8 +104,7 @@ class OFT(Method[OFTConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return `oft_R` (on an embedding `oft_embedding_R`), a `Rotation` of all blocks, or of one with `block_share`,
-        and the facts. The facts are `r` and `blocks` (both the number of blocks), `block_size`, `eps`, `terms` and
-        `module_dropout`.
+        and the facts. The facts are `r` and `blocks` (both the number of blocks), `block_size`, `eps` and `terms`.
 
         The blocks divide the inputs, of an embedding the outputs. `r`, or for 0 `oft_block_size`, that does not divide
         them becomes the nearest divisor, with a warning. `eps` is None without `coft`, `terms` None without
@@ -125,7 +125,6 @@ class OFT(Method[OFTConfig]):
             "blocks": n // size,
             "eps": cfg.eps if cfg.coft else None,
             "terms": cfg.num_cayley_neumann_terms if cfg.use_cayley_neumann else None,
-            "module_dropout": cfg.module_dropout,
         }
 
     def init_values(self) -> None:

@@ -51,6 +51,7 @@ class PEANuT(Method[PeanutConfig]):
 
     prefix = "peanut_"
     targets = LORA
+    facts = ("r", "scaling")
     files: ClassVar[dict[str, str]] = dict.fromkeys(("peanut_encoders", "peanut_decoders"), "{0}{1}")
 
     peanut_A: nn.Linear  # (r, out)
@@ -65,15 +66,14 @@ class PEANuT(Method[PeanutConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return linear layers without bias: `peanut_A` (r, out), `peanut_B` (out, r), and lists `peanut_encoders`,
-        `peanut_decoders` of `depth` layers (r, r) each; also `r` and the config's `scaling`. Values are drawn in the
+        `peanut_decoders` of `depth` layers (r, r) each. Values are drawn in the
         order A, encoders, decoders, B. Floating-point tensors are made on the default device, in the default dtype.
         """
         cfg, r, out = self.cfg, self.cfg.r, self.site.out_features
         A = nn.Linear(out, r, bias=False)  # PEFT draws in this order, and holds in another
         encoders, decoders = (nn.ModuleList(nn.Linear(r, r, bias=False) for _ in range(cfg.depth)) for _ in "ED")
         B = nn.Linear(r, out, bias=False)
-        facts = dict(r=r, scaling=cfg.scaling)
-        return facts | dict(peanut_A=A, peanut_B=B, peanut_encoders=encoders, peanut_decoders=decoders)
+        return dict(peanut_A=A, peanut_B=B, peanut_encoders=encoders, peanut_decoders=decoders)
 
     def init_values(self) -> None:
         """Fill A, encoders and decoders kaiming uniform (a=√5), and B with zeros; with `init_weights=False` B, too, is

@@ -64,6 +64,7 @@ class Poly(ByTask[PolyConfig]):
     prefix = "poly_"
     unmergeable = "Poly mixes its skills for each task, and no weight is that of all tasks"
     targets = LORA
+    facts = ("r", "n_tasks", "n_skills", "n_splits", "poly_type")
 
     poly_lora_A: nn.Parameter  # (splits, skills, in / splits, r)
     poly_lora_B: nn.Parameter  # (splits, skills, r, out / splits)
@@ -83,20 +84,14 @@ class Poly(ByTask[PolyConfig]):
         return super().check()
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return the facts `r`, `n_tasks`, `n_skills`, `n_splits` and `poly_type`, and `poly_router`, a `Router`.
-
-        Also uninitialised parameters `poly_lora_A` (splits, skills, in / splits, r) and `poly_lora_B` (splits, skills,
-        r, out / splits). Floating-point tensors are made on the default device, in the default dtype.
+        """Return `poly_router`, a `Router`, and uninitialised parameters `poly_lora_A` (splits, skills, in / splits, r)
+        and `poly_lora_B` (splits, skills, r, out / splits). Floating-point tensors are made on the default device, in
+        the default dtype.
         """
         cfg, site = self.cfg, self.site
         q, k = cfg.n_splits, cfg.n_skills
         A, B = torch.empty(q, k, site.in_features // q, cfg.r), torch.empty(q, k, cfg.r, site.out_features // q)
         return dict(
-            r=cfg.r,
-            n_tasks=cfg.n_tasks,
-            n_skills=k,
-            n_splits=q,
-            poly_type=cfg.poly_type,
             poly_lora_A=nn.Parameter(A),
             poly_lora_B=nn.Parameter(B),
             poly_router=Router(cfg.n_tasks, q, k),

@@ -15,7 +15,7 @@ from graft.config.fields import COUNT, LORA, FanInFanOut, LayerRange, Targeted
 from graft.core.containers import ExactBuffers
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError, warn
-from graft.core.method import Method, Tensors, WeightUse, make_dropout
+from graft.core.method import Method, Tensors, WeightUse
 from graft.core.random import draw_from_seed
 from graft.core.site import Site
 from graft.kernels.orthogonal import orthogonal, skew
@@ -136,18 +136,11 @@ class PSOFT(Method[PsoftConfig]):
         return tensors | {(BASIS, "A"): A, (BASIS, "B"): B}
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return `psoft_R` (`Turn`), `psoft_basis` (`Basis`), with uninitialised weights and buffers, `psoft_dropout`
-        (`make_dropout(cfg.psoft_dropout)`), `r`, and `scaling` = psoft_alpha / r. Floating-point tensors are made on
-        the default device, in the default dtype.
+        """Return `psoft_R` (`Turn`), `psoft_basis` (`Basis`), with uninitialised weights and buffers, and `scaling` =
+        psoft_alpha / r. Floating-point tensors are made on the default device, in the default dtype.
         """
         cfg, r = self.cfg, self.cfg.r
-        return dict(
-            r=r,
-            scaling=cfg.psoft_alpha / r,
-            psoft_R=Turn(r, cfg),
-            psoft_basis=Basis(r, self.site),
-            psoft_dropout=make_dropout(cfg.psoft_dropout),
-        )
+        return dict(scaling=cfg.psoft_alpha / r, psoft_R=Turn(r, cfg), psoft_basis=Basis(r, self.site))
 
     @torch.no_grad()
     def init_values(self) -> None:

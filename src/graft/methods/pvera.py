@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import PVERA, BaseBias
 from graft.core.effect import Factors, Product
-from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, make_dropout
+from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate
 from graft.core.site import Site
 from graft.kernels.eager import cast, eager
 from graft.kernels.low_rank import new_seed, sample_hidden
@@ -74,15 +74,12 @@ class PVeRA(Method[PveraConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return the shared matrices, `pvera_lambda_b` (out,) of ones, `pvera_lambda_d` (2 r,) of normal values, both
-        trained, `pvera_dropout` (`make_dropout(cfg.pvera_dropout)`) and `r`. Floating-point tensors are made on the
+        trained. Floating-point tensors are made on the
         default device, in the default dtype.
         """
-        cfg = self.cfg
         return shared | dict(
-            r=cfg.r,
             pvera_lambda_b=nn.Parameter(torch.ones(self.site.out_features)),
-            pvera_lambda_d=nn.Parameter(torch.randn(2 * cfg.r)),
-            pvera_dropout=make_dropout(cfg.pvera_dropout),
+            pvera_lambda_d=nn.Parameter(torch.randn(2 * self.cfg.r)),
         )
 
     def init_values(self) -> None:

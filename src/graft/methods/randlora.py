@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LORA, BaseBias
 from graft.core.effect import Factors
-from graft.core.method import AdaptedLayers, Method, PublishedRate, make_dropout
+from graft.core.method import AdaptedLayers, Method, PublishedRate
 from graft.core.random import kaiming_bound
 from graft.kernels.structured import between_diagonals
 from graft.kernels.waits import copy_on_device
@@ -84,16 +84,14 @@ class RandLoRA(Method[RandLoraConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return the shared matrices, `randlora_lambda` (r, n) of normal values, `randlora_gamma` (n, d) of ones, both
-        trained, `randlora_dropout` (`make_dropout(cfg.randlora_dropout)`), `r` and scaling = alpha / r. Floating-point
+        trained, and scaling = alpha / r. Floating-point
         tensors are made on the default device, in the default dtype.
         """
         cfg, (n, d, _) = self.cfg, self.sizes
         return shared | dict(
-            r=cfg.r,
             scaling=cfg.randlora_alpha / cfg.r,
             randlora_lambda=nn.Parameter(torch.randn(cfg.r, n)),
             randlora_gamma=nn.Parameter(torch.ones(n, d)),
-            randlora_dropout=make_dropout(cfg.randlora_dropout),
         )
 
     def init_values(self) -> None:

@@ -127,15 +127,15 @@ class Reft(OnStates[ReftConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return, for each of `units`, a linear layer `reft_A…` (r, H) with bias and an uninitialised parameter
-        `reft_R…` (r, H). H is 0 for an unknown width. There are also the fact `r` and `reft_dropout`
-        (`make_dropout(cfg.dropout)`). They are made with torch's default device and dtype.
+        `reft_R…` (r, H). H is 0 for an unknown width. There is also `reft_dropout` (`make_dropout(cfg.dropout)`). They
+        are made with torch's default device and dtype.
         """
         H, r = self.width or 0, self.cfg.r
         values: dict[str, object] = {}
         for unit in self.units:
             values[f"reft_A{unit}"] = nn.Linear(H, r)
             values[f"reft_R{unit}"] = nn.Parameter(torch.empty(r, H))
-        return values | dict(r=r, reft_dropout=make_dropout(self.cfg.dropout))
+        return values | dict(reft_dropout=make_dropout(self.cfg.dropout))
 
     def init_values(self) -> None:
         """Fill each R with orthonormal rows; without `orthogonality` kaiming uniform (a=√5).

@@ -47,6 +47,7 @@ class Road(Method[RoadConfig]):
     prefix = "road_"
     published_lr = PublishedRate(1e-3, 1e-3, COMPARISON)
     targets = LORA
+    facts = ("variant", "group_size")
 
     road_theta: nn.Parameter  # (n / 2), (n) or (2 n), n = out
     road_alpha: nn.Parameter  # as road_theta
@@ -75,16 +76,11 @@ class Road(Method[RoadConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return uninitialised parameters `road_theta` and `road_alpha`, (n / 2), (n) or (2 n) for road_1, road_2,
-        road_4, n = out; and the config's `variant` and `group_size`. Floating-point tensors are made on the default
+        road_4, n = out. Floating-point tensors are made on the default
         device, in the default dtype.
         """
         size = self.site.out_features // 2 * math.prod(LAYOUT[self.cfg.variant])
-        return dict(
-            variant=self.cfg.variant,
-            group_size=self.cfg.group_size,
-            road_theta=nn.Parameter(torch.empty(size)),
-            road_alpha=nn.Parameter(torch.empty(size)),
-        )
+        return dict(road_theta=nn.Parameter(torch.empty(size)), road_alpha=nn.Parameter(torch.empty(size)))
 
     def init_values(self) -> None:
         """Fill θ with zeros and α with ones, the identity; with `init_weights=False` normal values of std 0.5 around 0

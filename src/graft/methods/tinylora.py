@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import COUNT, FRACTION, LORA, BaseBias, FanInFanOut, LayerRange, Targets
 from graft.core.effect import Factors
-from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, WeightUse, make_dropout
+from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, WeightUse
 from graft.methods.projections import maybe_transient
 
 
@@ -78,8 +78,7 @@ class TinyLoRA(Method[TinyLoraConfig]):
 
     def build(self, shared: dict[str, Any]) -> dict[str, object]:
         """Return the shared vectors, buffers `tinylora_A` (r, in) and `tinylora_B` (out, r) of zeros, `tinylora_P` (u,
-        r, r), the layer's group `tinylora_group`, `tinylora_dropout` (`make_dropout(cfg.tinylora_dropout)`) and r =
-        `rank`.
+        r, r), the layer's group `tinylora_group`, and r = `rank`.
 
         P is normal with std 1/√r from the seed `projection_seed` + the layer's number; files hold it with
         `save_projection`. On the meta device it is not drawn. The group is number // (layers // groups), at most the
@@ -98,7 +97,6 @@ class TinyLoRA(Method[TinyLoraConfig]):
             tinylora_B=torch.zeros(rows, r),
             tinylora_P=maybe_transient(P, cfg.save_projection),
             tinylora_group=min(place // max(1, layers // groups), groups - 1),
-            tinylora_dropout=make_dropout(cfg.tinylora_dropout),
             r=r,
         )
 

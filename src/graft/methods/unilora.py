@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graft.config.bounds import one_of
 from graft.config.fields import COUNT, LORA, NOT_NEGATIVE, POSITIVE, FanInFanOut, LayerRange, Targets
 from graft.core.effect import Factors
-from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tensors, make_dropout
+from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tensors
 from graft.core.random import skip_draws
 from graft.core.site import Site
 from graft.methods.projections import check_places, maybe_transient
@@ -99,8 +99,7 @@ class UniLoRA(Method[UniLoraConfig]):
 
     def build(self, shared: dict[str, Any]) -> dict[str, object]:
         """Return all shared values (θ and the places), and this layer's buffers `unilora_scales_A`, `_B` and
-        `unilora_indices_A`, `_B`, in this order; before them `r` and `unilora_dropout`
-        (`make_dropout(cfg.unilora_dropout)`).
+        `unilora_indices_A`, `_B`, in this order.
 
         The buffers have the shapes (r, in) and (out, r). They come from this adapter's entry of the shared
         `unilora_places`, for this site. Files hold them only with `save_indices`.
@@ -108,8 +107,7 @@ class UniLoRA(Method[UniLoraConfig]):
         cfg = self.cfg
         places = shared["unilora_places"].container[self.name].of(self.site, cfg.r)
         names = [f"unilora_{part}_{x}" for part in ("scales", "indices") for x in "AB"]  # a floating one first
-        facts = dict(r=cfg.r, unilora_dropout=make_dropout(cfg.unilora_dropout))
-        return shared | facts | {name: maybe_transient(t, cfg.save_indices) for name, t in zip(names, places)}
+        return shared | {name: maybe_transient(t, cfg.save_indices) for name, t in zip(names, places)}
 
     def init_values(self) -> None:
         """Advance the generator as if A and B were drawn, as PEFT does. No tensor changes."""

@@ -16,7 +16,7 @@ from graft.config.fields import COUNT, POSITIVE, VBLORA, BaseBias, FanInFanOut, 
 from graft.core.call import Call
 from graft.core.effect import Factors
 from graft.core.errors import CheckpointError, ConfigError
-from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tensors, Tuner, make_dropout
+from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tensors, Tuner
 from graft.core.random import skip_draws
 from graft.core.rows import Finish, Run
 from graft.core.site import Site
@@ -127,6 +127,7 @@ class VBLoRA(Method[VBLoRAConfig]):
     prefix = "vblora_"
     published_lr = PublishedRate(5e-4, 5e-4, COMPARISON)
     targets = VBLORA
+    facts = ("r", "topk")
     tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {
         "get_nb_savable_parameters": savable_parameters,
         "print_savable_parameters": print_savable_parameters,
@@ -164,13 +165,11 @@ class VBLoRA(Method[VBLoRAConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return uninitialised logits `vblora_logits_A` (r, in / L, vectors) and `vblora_logits_B` (out / L, r,
-        vectors), the shared bank, `vblora_dropout`, `r` and `topk`. Floating-point tensors are made on the default
+        vectors), and the shared bank. Floating-point tensors are made on the default
         device, in the default dtype.
         """
         A, B = (nn.Parameter(torch.empty(shape)) for shape in logits_of(self.site, self.cfg))
-        dropout = make_dropout(self.cfg.vblora_dropout)
-        facts = dict(r=self.cfg.r, topk=self.cfg.topk, vblora_dropout=dropout)
-        return facts | dict(vblora_logits_A=A, vblora_logits_B=B) | shared
+        return dict(vblora_logits_A=A, vblora_logits_B=B) | shared
 
     def init_values(self) -> None:
         """Fill both logits with normal values of std `init_logits_std`, after the generator has advanced as far as for

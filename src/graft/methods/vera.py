@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import PHI_ATTENTION, BaseBias
 from graft.core.effect import Factors
-from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, make_dropout
+from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate
 from graft.kernels.eager import cast
 from graft.kernels.waits import copy_on_device
 from graft.methods.projections import DRAWN, ProjectionConfig, projections
@@ -54,15 +54,12 @@ class VeRA(Method[VeraConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return the shared matrices, `vera_lambda_b` (out,) of ones, `vera_lambda_d` (r,) of normal values, both
-        trained, `vera_dropout` (`make_dropout(cfg.vera_dropout)`) and `r`. Floating-point tensors are made on the
+        trained. Floating-point tensors are made on the
         default device, in the default dtype.
         """
-        cfg = self.cfg
         return shared | dict(
-            r=cfg.r,
             vera_lambda_b=nn.Parameter(torch.ones(self.site.out_features)),
-            vera_lambda_d=nn.Parameter(torch.randn(cfg.r)),
-            vera_dropout=make_dropout(cfg.vera_dropout),
+            vera_lambda_d=nn.Parameter(torch.randn(self.cfg.r)),
         )
 
     def init_values(self) -> None:

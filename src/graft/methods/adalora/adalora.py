@@ -20,7 +20,7 @@ from graft.core.call import Call
 from graft.core.containers import Transient
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError, PeftWarning, warn
-from graft.core.method import Method, PublishedRate, Tensors, Tuner, make_dropout
+from graft.core.method import Method, PublishedRate, Tensors, Tuner
 from graft.core.rows import Finish, Run
 from graft.kernels.orthogonal import gram_distance
 from graft.methods.adalora import allocator
@@ -155,6 +155,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
     lays_out_stacks = True  # it takes none
     published_lr = PublishedRate(5e-4, 2.2e-3, "arXiv 2303.10512, its code, GLUE and XSum")
     targets = TARGETS["ADALORA"]
+    facts = ("lora_alpha",)
     surrounds_disabled = True  # as PEFT's loss
     over_layers = "divides a budget of ranks among all layers"
     tuner_methods: ClassVar[dict[str, Callable[..., object] | property]] = {
@@ -171,9 +172,8 @@ class AdaLoRA(Method[AdaLoraConfig]):
     scaling: float
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return normal `lora_A` (r, fan_in), `lora_E` (r, 1) and `lora_B` (out, r), `lora_dropout`
-        (`make_dropout(cfg.lora_dropout)`), r, lora_alpha and scaling; r = `init_r`, or the number that the config's
-        mask kept.
+        """Return normal `lora_A` (r, fan_in), `lora_E` (r, 1) and `lora_B` (out, r), r and scaling; r = `init_r`, or
+        the number that the config's mask kept.
 
         scaling = lora_alpha, or `init_r` for an alpha ≤ 0. `ranknum` (1,) holds `init_r`, frozen, and is in no file.
         Floating-point tensors are made on the default device, in the default dtype.
@@ -192,9 +192,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
         A, E, B = torch.randn(r, site.fan_in), torch.randn(r, 1), torch.randn(site.out_features, r)
         return dict(
             r=r,
-            lora_alpha=cfg.lora_alpha,
             scaling=cfg.lora_alpha if cfg.lora_alpha > 0 else cfg.init_r,
-            lora_dropout=make_dropout(cfg.lora_dropout),
             lora_A=nn.Parameter(A),
             lora_B=nn.Parameter(B),
             lora_E=nn.Parameter(E),

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from graft.config.fields import LORA
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError
-from graft.core.lean import Identity, new_lean
 from graft.core.method import Method, PublishedRate, Tensors, Tuner
 from graft.kernels.decomposed import row_norms
 from graft.methods.lora import checks, shift
@@ -81,6 +80,7 @@ class LoRA(Started):
     lays_out_stacks = True  # as files of PEFT do
     published_lr = PublishedRate(6e-5, 5e-4, "arXiv 2106.09685, tables 9 to 12")
     targets = LORA
+    facts = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias")
     row_norms, subtract_start = staticmethod(row_norms), staticmethod(shift.subtract_start)  # for merges of files
     files: ClassVar[dict[str, str]] = {"lora_magnitude_vector": "{0}"}
     tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {
@@ -136,8 +136,7 @@ class LoRA(Started):
         return super().check()
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, Any]:
-        """Return r, lora_alpha, use_rslora, use_dora and lora_bias of the config, `scaling`, `lora_dropout` (an
-        identity for 0), and two factors that train.
+        """Return `scaling` and two factors that train.
 
         Embeddings get normal values: `lora_embedding_A` (r, vocabulary) and `lora_embedding_B` (dim, r). Other layers
         get the modules `lora_A` (r, in) and `lora_B` (out, r) of their op, with a bias in B for `lora_bias`. Those of
@@ -146,15 +145,7 @@ class LoRA(Started):
         `keeps_shift`. A and B are made on `device` (None: the default one), in the default dtype.
         """
         site, cfg, r = self.site, self.cfg, self.cfg.r
-        values: dict[str, object] = dict(
-            r=r,
-            lora_alpha=cfg.lora_alpha,
-            scaling=cfg.lora_alpha / (math.sqrt(r) if cfg.use_rslora else r),
-            use_rslora=cfg.use_rslora,
-            use_dora=cfg.use_dora,
-            lora_bias=cfg.lora_bias,
-            lora_dropout=nn.Dropout(cfg.lora_dropout) if cfg.lora_dropout > 0 else new_lean(Identity),
-        )
+        values: dict[str, object] = dict(scaling=cfg.lora_alpha / (math.sqrt(r) if cfg.use_rslora else r))
         if site.op.takes_ids:
             return values | dict(
                 lora_embedding_A=nn.Parameter(torch.randn(r, site.in_features, device=device)),

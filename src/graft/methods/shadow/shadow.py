@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graft.core.call import Call
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError, RoutingError
-from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tuner, make_dropout
+from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tuner
 from graft.core.rows import Finish, Run
 from graft.methods.shadow import network
 from graft.methods.shadow.detached import unload
@@ -30,6 +30,7 @@ class Shadow(Method[ShadowConfig]):
 
     prefix = "shadow_"
     published_lr = PublishedRate(1e-3, 1e-3, COMPARISON)
+    facts = ("shadow_alpha",)
     compresses_targets = False
     has_labelled_loss = True
     keeps_base_dtype = frozenset(BESIDE)
@@ -101,10 +102,10 @@ class Shadow(Method[ShadowConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return linear layers `shadow_down` (r, d) and `shadow_up` (d, r) without bias, `shadow_update_transform`,
-        `shadow_update_gate`, `shadow_dropout`, and the number `shadow_alpha` of the config.
+        and `shadow_update_gate`.
 
         Transform and gate each are Linear (u, d), GELU, Linear (d, u); u = `update_hidden_size` or, if that is 0 or
-        None, r; d is the hidden size. `shadow_dropout` is from `make_dropout`. Floating-point tensors are made on the
+        None, r; d is the hidden size. Floating-point tensors are made on the
         default device, in the default dtype.
         """
         cfg, d = self.cfg, self.cfg.hidden_size
@@ -114,8 +115,6 @@ class Shadow(Method[ShadowConfig]):
             shadow_up=nn.Linear(cfg.r, d, bias=False),
             shadow_update_transform=nn.Sequential(nn.Linear(d, u), nn.GELU(), nn.Linear(u, d)),
             shadow_update_gate=nn.Sequential(nn.Linear(d, u), nn.GELU(), nn.Linear(u, d)),
-            shadow_dropout=make_dropout(cfg.shadow_dropout),
-            shadow_alpha=cfg.shadow_alpha,
         )
 
     def init_values(self) -> None:

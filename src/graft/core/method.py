@@ -24,7 +24,7 @@ from graft.core.effect import Delta, Effect, Factors, Update
 from graft.core.errors import CalibrationError, ConfigError
 from graft.core.lean import Identity, new_lean
 from graft.core.ops import META, OPS, Op
-from graft.core.rows import Finish, Run
+from graft.core.rows import Facts, Finish, Run
 from graft.core.site import Site, Store, Weight
 from graft.kernels.eager import cast
 
@@ -216,7 +216,7 @@ class Method(Generic[C]):
     empty: ClassVar[dict[str, nn.ParameterDict | nn.ModuleDict]] = {}
     dropouts: ClassVar[tuple[str, ...]] = ()  # declared modules named as a field of the config, the share that drops
     shares: ClassVar[bool] = False  # it overrides `share`
-    surrounds: ClassVar[bool] = False  # it overrides `surround_run`
+    surrounds: ClassVar[bool] = False  # it overrides `surround_run` or `facts_of_run`
     has_loss: ClassVar[bool] = False  # it overrides `compute_auxiliary_loss`
     takes_device: ClassVar[bool] = False  # `build` has that argument
     computes_with: ClassVar[frozenset[str]] = frozenset()  # names that it declares, facts included
@@ -254,7 +254,8 @@ class Method(Generic[C]):
             if is_container and not kind.startswith(UNTRAINED_TYPES):
                 cls.empty = {**cls.empty, name: nn.ParameterDict() if kind.endswith("Parameter") else nn.ModuleDict()}
         cls.layer_names = tuple(cls.empty)
-        cls.surrounds = cls.surround_run.__func__ is not Method.surround_run.__func__  # type: ignore[attr-defined]
+        hooks = ("surround_run", "facts_of_run")
+        cls.surrounds = any(getattr(cls, hook).__func__ is not getattr(Method, hook).__func__ for hook in hooks)
         cls.has_loss = cls.compute_auxiliary_loss.__func__ is not Method.compute_auxiliary_loss.__func__  # type: ignore[attr-defined]
         cls.takes_device = "device" in inspect.signature(cls.build).parameters
         cls.checks_compatibility = cls.why_incompatible is not Method.why_incompatible
@@ -335,14 +336,23 @@ class Method(Generic[C]):
         return {}
 
     @classmethod
+    def facts_of_run(cls, tuner: Tuner, call: Call, run: Run) -> Facts:
+        """Return facts about a run that is about to begin, by key, for the layers in it (`call.fact`); {} by default.
+
+        Called before each run with adapters of this class, `run.adapters`. May raise to refuse the run.
+        """
+        return {}
+
+    @classmethod
     @contextmanager
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Surround one run of the model with adapters of this class, `run.adapters`; with adapters disabled only if
         `surrounds_disabled` is True.
 
-        Yields a function of the output; here it is identity.
+        Yields a function of the output. Here it is identity, and the layers see `facts_of_run` during the run.
         """
-        yield return_unchanged
+        with call.extend_context(facts=cls.facts_of_run(tuner, call, run)):
+            yield return_unchanged
 
     @classmethod
     def arguments_of(cls, batch: Mapping[str, object], model: nn.Module) -> dict[str, Tensor]:

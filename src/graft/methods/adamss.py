@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class AdamssConfig(Targets, LayerRange):
     svd_threshold: float = 0.1  # how large, compared with the largest
     random_seed: int = 0  # of the randomized SVD
 
-    counters: ClassVar[tuple[str, ...]] = ("random_seed", "init_warmup", "final_warmup", "mask_interval")
+    counters = ("random_seed", "init_warmup", "final_warmup", "mask_interval")
 
     def __post_init__(self) -> None:
         """Validate the fields.
@@ -297,7 +297,7 @@ class AdaMSS(Method[AdamssConfig]):
     weight_use = WeightUse.STARTS
     published_lr = PublishedRate(1e-4, 1e-4, COMPARISON)
     targets = ADAMSS
-    tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {"update_and_allocate": update_and_allocate}
+    tuner_methods = {"update_and_allocate": update_and_allocate}
 
     adamss_A: nn.ParameterList  # (rank, R) of each cluster
     adamss_B: nn.ParameterList  # (rows, rank) of each cluster

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ class AdaptionPromptConfig(Chosen):
     adapter_len: Annotated[int | None, POSITIVE] = None  # tokens per layer
     adapter_layers: Annotated[int | None, POSITIVE] = None  # how many blocks, counted from the output
 
-    is_adaption_prompt: ClassVar[bool] = True
+    is_adaption_prompt = True
 
 
 class AdaptionPrompt(Method[AdaptionPromptConfig]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class BOFT(Method[BOFTConfig]):
 
     prefix = "boft_"
     targets = LORA
-    files: ClassVar[dict[str, str]] = {"boft_P": ""}  # the permutations, in files of PEFT before 0.13
+    files = {"boft_P": ""}  # the permutations, in files of PEFT before 0.13
 
     boft_R: nn.Parameter  # (F, blocks, b, b); S is its skew-symmetric part
     boft_s: nn.Parameter  # (out, 1), of convolutions (1, out)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -337,7 +337,7 @@ class Bottleneck(Method[BottleneckConfig]):
     fallback_targets = PLACES
     published_lr = PublishedRate(1e-4, 1e-4, "AdapterFusion, arXiv 2005.00247, adapters of single tasks")
     compresses_targets = False
-    files: ClassVar[dict[str, str]] = {"bottleneck_inv": "{0}{1}"}  # without the adapter's name, which deep ones get
+    files = {"bottleneck_inv": "{0}{1}"}  # without the adapter's name, which deep ones get
 
     bottleneck_norm: nn.LayerNorm
     bottleneck_down: nn.Module  # (d, H)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class C3AConfig(Targets, LayerRange, BaseBias):
     # False: "xavier_uniform"; True: zeros
     init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] | None = "xavier_uniform"
 
-    patterns: ClassVar[dict[str, str]] = {"block_size_pattern": "block_size"}
+    patterns = {"block_size_pattern": "block_size"}
 
 
 class C3A(Method[C3AConfig]):

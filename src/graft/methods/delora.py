@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ class DeloraConfig(Targeted, LayerRange, RankPattern):
     init_weights: bool = True
     lambda_pattern: dict[str, float] | None = field(default_factory=dict)  # λ by layer name or regex
 
-    patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "lambda_pattern": "delora_lambda"}
+    patterns = {"rank_pattern": "r", "lambda_pattern": "delora_lambda"}
 
 
 class DeLoRA(Method[DeloraConfig]):

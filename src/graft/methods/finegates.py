@@ -8,9 +8,8 @@ pulls gates to 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -96,10 +95,7 @@ class FineGates(Method[FineGatesConfig]):
     prefix = "finegates_"
     published_lr = PublishedRate(5e-4, 1e-3, "arXiv 2602.09169, with gate_noise_std 0.1")
     targets = LORA
-    tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {
-        "_get_finegates_loss": sparsity_loss,
-        "get_finegates_compression_stats": compression,
-    }
+    tuner_methods = {"_get_finegates_loss": sparsity_loss, "get_finegates_compression_stats": compression}
 
     finegates_rows: nn.Parameter  # (out,): z of the outputs
     finegates_columns: nn.Parameter  # (in,): z of the inputs

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class FrodConfig(DrawnConfig, BaseBias):
     progressbar: bool = True  # accepted for PEFT's files: there is none
     runtime_offload_base_weight: bool = False  # accepted for PEFT's files: the base weight stays where it is
 
-    matrices: ClassVar[str] = "frod_V and frod_s_indices"  # V, which a load computes again, and the places, drawn again
+    matrices = "frod_V and frod_s_indices"  # V, which a load computes again, and the places, drawn again
 
 
 def category(key: str) -> str:

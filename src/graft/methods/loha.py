@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class LoHaConfig(LycorisConfig):
     peft_type: str = "LOHA"
     init_weights: bool | Literal["abba"] = True  # w2_b of zeros; False: random; "abba": w1 of the weight, w2_a of zeros
     use_khatri_rao: bool = False  # begin with w2_a w2_b = 1 and w1_a = 0, so that learning begins as LoRA's does
-    beyond: ClassVar[frozenset[str]] = Targets.beyond | {"use_khatri_rao"}
+    beyond = Targets.beyond | {"use_khatri_rao"}
 
     def __post_init__(self) -> None:
         """Validate the fields; raise ConfigError for `use_khatri_rao` with an `init_weights` other than True."""

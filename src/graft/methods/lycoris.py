@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Lycoris(Method[L]):
     """
 
     targets = LORA
-    facts = ("r", "alpha", "rank_dropout", "module_dropout")
+    facts: ClassVar[tuple[str, ...]] = ("r", "alpha", "rank_dropout", "module_dropout")
 
     scaling: float
     rank_dropout: float

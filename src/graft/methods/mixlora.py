@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class MixLoraConfig(Targeted, LayerRange, RankPatterns):
     router_aux_loss_coef: Annotated[float, NOT_NEGATIVE] = 1e-3  # its weight
     init_weights: bool = True  # B of zeros; False: random, for tests
 
-    patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+    patterns = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
     def __post_init__(self) -> None:
         """Validate the fields; set `within` and `routers` to {}, which `find_companions` fills for one model.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class MoeLoraConfig(Targeted, LayerRange, RankPatterns):
     router_aux_loss_coef: Annotated[float, NOT_NEGATIVE] = 1e-3  # its weight
     init_weights: bool = True  # B of zeros; False: random, for tests
 
-    patterns: ClassVar[dict[str, str]] = {
+    patterns = {
         "rank_pattern": "r",
         "alpha_pattern": "lora_alpha",
         "experts_pattern": "num_experts",

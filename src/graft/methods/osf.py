@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ class OSFConfig(Targets):
     init_weights: bool | None = True  # the components of the weight; False: random
     target_svd_config: dict[str, int] | None = None  # in PEFT's files; nobody reads it
 
-    patterns: ClassVar[dict[str, str]] = {"rank_pattern": "effective_rank"}
+    patterns = {"rank_pattern": "effective_rank"}
 
     def __post_init__(self) -> None:
         """Validate the fields; warn that `target_svd_config` does nothing, if it is not None."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class PEANuT(Method[PeanutConfig]):
     prefix = "peanut_"
     targets = LORA
     facts = ("r", "scaling")
-    files: ClassVar[dict[str, str]] = dict.fromkeys(("peanut_encoders", "peanut_decoders"), "{0}{1}")
+    files = dict.fromkeys(("peanut_encoders", "peanut_decoders"), "{0}{1}")
 
     peanut_A: nn.Linear  # (r, out)
     peanut_B: nn.Linear  # (out, r)

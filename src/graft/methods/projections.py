@@ -28,7 +28,7 @@ class DrawnConfig(Targets, LayerRange, FanInFanOut):
     save_projection: bool = True  # put the tensors into files, too, which then do not depend on the generator
 
     matrices: ClassVar[str]  # the names of the tensors
-    counters: ClassVar[tuple[str, ...]] = ("projection_prng_key",)
+    counters = ("projection_prng_key",)
 
     def __post_init__(self) -> None:
         """Validate the fields; warn if `save_projection` is False, so that a load draws the tensors again."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class PsoftConfig(Targeted, LayerRange, FanInFanOut):
     cayley_neumann_eps: Annotated[float | None, EPS] = None  # in (0, 1): the largest Frobenius norm of Q
     init_weights: bool = True  # the identity; else random
 
-    counters: ClassVar[tuple[str, ...]] = ("random_seed",)
+    counters = ("random_seed",)
 
     def __post_init__(self) -> None:
         """Validate the fields; warn of each option that has no effect.

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +30,8 @@ class PveraConfig(ProjectionConfig, BaseBias):
     sample_at_inference: bool = False  # be random there, too; merged weights have the means
     generator_seed: int | None = None  # of a generator for each layer; None: torch's. Compiled code takes torch's
 
-    matrices: ClassVar[str] = "pvera_A and pvera_B"
-    counters: ClassVar[tuple[str, ...]] = ("projection_prng_key", "generator_seed")
+    matrices = "pvera_A and pvera_B"
+    counters = ("projection_prng_key", "generator_seed")
 
 
 KEPT = 16  # runs of a layer that may still have a backward pass

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ class RandLoraConfig(ProjectionConfig, BaseBias):
     randlora_alpha: int = 640  # ΔW has the factor randlora_alpha / r
     init_weights: bool = True  # λ is 0; else random
 
-    matrices: ClassVar[str] = "randlora_A and randlora_B"
+    matrices = "randlora_A and randlora_B"
 
 
 class RandLoRA(Method[RandLoraConfig]):

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from graft.config.fields import BELOW_1, COUNT
 from graft.config.reading import Json
+from graft.core.call import Call
 from graft.core.errors import ConfigError, RoutingError
-from graft.core.method import PublishedRate, fill_kaiming, make_dropout
-from graft.core.rows import PerRow, Run
+from graft.core.method import PublishedRate, Tuner, fill_kaiming, make_dropout
+from graft.core.rows import Facts, Run
 from graft.methods.bottleneck import ACTIVATIONS, NON_LINEARITY
 from graft.methods.states import MASKS, OnStates, StatesConfig, is_encoder_decoder, numbers_by_row
 
@@ -215,19 +216,19 @@ class Reft(OnStates[ReftConfig]):
         return {LENGTHS: torch.where(lengths > 0, lengths, real.sum(1))}
 
     @classmethod
-    def facts(cls, run: Run, model: nn.Module) -> dict[str, PerRow]:
-        """Return the length of each row's prompt as a fact, int64: the call's `reft_prompt_lengths`, else from its
-        labels (`arguments_of`); {} without both.
+    def facts_of_run(cls, tuner: Tuner, call: Call, run: Run) -> Facts:
+        """Return the positions of each row's prompt, and its length as the fact LENGTHS, int64: the call's
+        `reft_prompt_lengths`, else from its labels (`arguments_of`); without both there is no length.
 
         Raises:
             RoutingError: the lengths are no positive whole numbers, or not one for each row.
         """
-        value = run.graft_arguments.get(LENGTHS)
+        facts, value = super().facts_of_run(tuner, call, run), run.graft_arguments.get(LENGTHS)
         if value is None:
-            return {**cls.arguments_of(run.name_arguments(model), model)}
+            return {**facts, **cls.arguments_of(run.name_arguments(tuner.model), tuner.model)}
         text = "has a number that is not whole, or below 1. Give the number of tokens of each row's prompt."
         numbers = numbers_by_row(LENGTHS, value, run, lambda n: (n >= 1) & (n == n.floor()), text)
-        return {LENGTHS: numbers.long()}
+        return {**facts, LENGTHS: numbers.long()}
 
     def add_changes(self, unit: str, h: Tensor, index: Tensor, acts: Tensor, delta: Tensor) -> Tensor:
         """Return delta plus the changes of h at positions `index` (rows, n), where `acts` is True.

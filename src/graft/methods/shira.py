@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class ShiraConfig(Targets, FanInFanOut):
     random_seed: int | None = None
     init_weights: bool = True  # zero; else N(0, 1)
 
-    counters: ClassVar[tuple[str, ...]] = ("random_seed",)
+    counters = ("random_seed",)
 
     def __post_init__(self) -> None:
         """Validate the fields; set `mask_fn` to `random_mask` for mask_type="random", else to None.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ class SpectralConfig(Targeted, LayerRange, FanInFanOut):
     random_loc_seed: int | None = 777  # of the places, which no file holds; so there has to be one
     n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)  # n by layer name or regex
 
-    patterns: ClassVar[dict[str, str]] = {"n_frequency_pattern": "n_frequency"}
-    counters: ClassVar[tuple[str, ...]] = ("random_loc_seed",)
+    patterns = {"n_frequency_pattern": "n_frequency"}
+    counters = ("random_loc_seed",)
 
     def __post_init__(self) -> None:
         """Validate the fields; raise ConfigError if `random_loc_seed` is None: no file holds the places."""

@@ -18,7 +18,7 @@ from graft.core.call import Call, in_this_thread
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import RoutingError
 from graft.core.method import Method, Tuner
-from graft.core.rows import Finish, PerRow, Run, count_cached_tokens, find_cache, is_stateful, name_arguments
+from graft.core.rows import Facts, Finish, Run, count_cached_tokens, find_cache, is_stateful, name_arguments
 from graft.kernels.waits import raise_unless
 from graft.methods.bottleneck import PLACES
 from graft.methods.places import chosen_blocks, find_width
@@ -190,24 +190,19 @@ class OnStates(Method[S]):
         return self.layer.call.fact(FACT) if fact is None else fact
 
     @classmethod
-    def facts(cls, run: Run, model: nn.Module) -> dict[str, PerRow]:
-        """Return further facts about the rows of a run, by name; none here."""
-        return {}
+    def facts_of_run(cls, tuner: Tuner, call: Call, run: Run) -> Facts:
+        """Return the positions of each row's prompt (`facts_of`). Padding and tokens that `generate` adds do not count
+        as prompt.
+        """
+        return {**facts_of(run.name_arguments(tuner.model), tuner.model)}
 
     @classmethod
     @contextmanager
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Show the positions of each row's prompt, and further `facts`, to the layers within the run; follow the steps
-        of `generate`.
-
-        Padding and tokens that `generate` adds do not count as prompt. `super().surround_run` is around it all and
-        gives the finish.
-        """
-        with super().surround_run(tuner, call, run) as finish:
-            prompt_facts = facts_of(run.name_arguments(tuner.model), tuner.model)
-            facts: dict[str, PerRow] = {**prompt_facts, **cls.facts(run, tuner.model)}
-            with call.extend_context(facts=facts), follow_generate(tuner.model, call, run):
-                yield finish
+        """Show `facts_of_run` to the layers within the run, and follow the steps of `generate`. The finish is
+        identity."""
+        with super().surround_run(tuner, call, run) as finish, follow_generate(tuner.model, call, run):
+            yield finish
 
 
 def tokens_in(arguments: Mapping[str, object], name: str) -> Tensor | None:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.fields import NOT_NEGATIVE
+from graft.core.call import Call
 from graft.core.errors import RoutingError
-from graft.core.rows import PerRow, Run
+from graft.core.method import Tuner
+from graft.core.rows import Facts, Run
 from graft.methods.states import OnStates, StatesConfig, numbers_by_row
 
 COEFFICIENT = "steering_coefficient"
@@ -106,21 +108,15 @@ class Steering(OnStates[SteeringConfig]):
         return delta * (at >= least)[..., None]
 
     @classmethod
-    def facts(cls, run: Run, model: nn.Module) -> dict[str, PerRow]:
-        """Return the `steering_coefficient` of each row as a fact, float32 (batch,), if the call gives one; else {}.
+    def facts_of_run(cls, tuner: Tuner, call: Call, run: Run) -> Facts:
+        """Return the positions of each row's prompt, and the fact COEFFICIENT, float32 (batch,), if the call gives
+        `steering_coefficient`, a number or a list.
 
         Raises:
             RoutingError: they are no finite numbers, or not one for each row.
         """
-        value = run.graft_arguments.get(COEFFICIENT)
-        return {} if value is None else {COEFFICIENT: coefficients(value, run)}
-
-
-def coefficients(value: object, run: Run) -> Tensor:
-    """Return a coefficient for each row, (batch,), from a number or a list.
-
-    Raises:
-        RoutingError: there is another number of them, or one is not finite.
-    """
-    text = "has a number that is NaN or infinite. Give finite numbers."
-    return numbers_by_row(COEFFICIENT, value, run, torch.isfinite, text)
+        facts, value = super().facts_of_run(tuner, call, run), run.graft_arguments.get(COEFFICIENT)
+        if value is None:
+            return facts
+        text = "has a number that is NaN or infinite. Give finite numbers."
+        return {**facts, COEFFICIENT: numbers_by_row(COEFFICIENT, value, run, torch.isfinite, text)}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class SvftConfig(Targeted, LayerRange):
     save_projection: bool = False
     init_weights: bool = True  # zeros; False: N(0, 1) / √n, for tests
 
-    counters: ClassVar[tuple[str, ...]] = ("seed",)
+    counters = ("seed",)
 
 
 class SVFT(Method[SvftConfig]):

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from graft.core.call import Call
 from graft.core.errors import RoutingError
 from graft.core.method import Method, Tuner
-from graft.core.rows import Finish, Run
+from graft.core.rows import Facts, Run
 from graft.kernels.waits import raise_unless
 
 TASKS = "task_ids"
@@ -70,7 +68,7 @@ class ByTask(Method[K]):
     """A method with `n_tasks` in its config."""
 
     arguments = (TASKS,)
-    tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {"generate": generate}
+    tuner_methods = {"generate": generate}
 
     def tasks_of(self, x: Tensor) -> Tensor:
         """Return the task of each row of a layer's input, (batch,), on its device.
@@ -89,16 +87,11 @@ class ByTask(Method[K]):
         return tasks.to(x.device)
 
     @classmethod
-    @contextmanager
-    def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Show the task of each row to the layers within the run, as a fact of the call.
-
-        `super().surround_run` is around it all and gives the finish.
+    def facts_of_run(cls, tuner: Tuner, call: Call, run: Run) -> Facts:
+        """Return the task of each row as the fact TASKS.
 
         Raises:
             RoutingError: there are none, or not one for each row, or an adapter that acts lacks a task.
         """
-        with super().surround_run(tuner, call, run) as finish:
-            tasks = check_tasks(run, tuner.model, min(tuner.peft_config[name].n_tasks for name in run.adapters))
-            with call.extend_context(facts={TASKS: tasks}):
-                yield finish
+        known = min(tuner.peft_config[name].n_tasks for name in run.adapters)
+        return {TASKS: check_tasks(run, tuner.model, known)}

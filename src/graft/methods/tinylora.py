@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class TinyLoraConfig(Targets, LayerRange, FanInFanOut, BaseBias):
     tinylora_dropout: float = 0.0
     init_weights: bool | Literal["uniform"] = True  # vectors of zeros; False or "uniform": random
 
-    counters: ClassVar[tuple[str, ...]] = ("projection_seed",)
+    counters = ("projection_seed",)
 
 
 class TinyLoRA(Method[TinyLoraConfig]):

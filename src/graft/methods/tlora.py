@@ -7,10 +7,10 @@ fresh adapter changes nothing at any timestep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from graft.core.call import Call
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method, PublishedRate, Tuner, WeightUse
-from graft.core.rows import Constant, Finish, Run
+from graft.core.rows import Constant, Facts, Run
 from graft.kernels.waits import raise_unless
 from graft.methods.loraxs import check_vectors, find_largest_components
 
@@ -45,7 +45,7 @@ class TLoraConfig(Targeted, LayerRange, RankPatterns):
     max_timestep: Annotated[float, POSITIVE] = 1000  # of pure noise, in the model's own units: Flux has 1
     init_weights: bool = True  # False: singular values that differ from their start, for tests
 
-    patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+    patterns = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
     def __post_init__(self) -> None:
         """Validate the fields; raise ConfigError unless `min_rank` is from 1 to r."""
@@ -79,7 +79,7 @@ class TLoRA(Method[TLoraConfig]):
     targets = LORA
     arguments = (TIMESTEP,)
     depends_on = TIMESTEP
-    tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {TIMESTEP: timestep}
+    tuner_methods = {TIMESTEP: timestep}
 
     tlora_P: nn.Parameter  # (out, r)
     tlora_lambda: nn.Parameter  # (r,)
@@ -213,30 +213,27 @@ class TLoRA(Method[TLoraConfig]):
         return (torch.arange(self.cfg.r, device=x.device) < k[:, None]).to(self.tlora_P.dtype)
 
     @classmethod
-    @contextmanager
-    def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Show the timestep of each row to the layers: that of the `timestep` block around the call, else the model's
-        argument `timestep`. `super().surround_run` is around it all and gives the finish.
+    def facts_of_run(cls, tuner: Tuner, call: Call, run: Run) -> Facts:
+        """Return the timestep of each row as the fact TIMESTEP: that of the `timestep` block around the call, else the
+        model's argument `timestep`.
 
         Raises:
             RoutingError: there is none; one is outside of 0 to the least `max_timestep` of the run's adapters; or they
                 are not one for each row.
         """
-        with super().surround_run(tuner, call, run) as finish:
-            fact = call.fact(TIMESTEP)
-            if fact is None:
-                fact = per_row(run.find_argument(TIMESTEP, tuner.model))
-            if run.rows is not None and not isinstance(fact, Constant) and len(fact) != run.rows.batch:
-                raise RoutingError(
-                    f"The call has {run.rows.batch} rows and {len(fact)} timesteps. Give one timestep for each row, or "
-                    "one for all."
-                )
-            most = min(tuner.peft_config[name].max_timestep for name in run.adapters)
-            t = fact.value if isinstance(fact, Constant) else fact
-            text = f"timestep must be between 0 and max_timestep={most:g} of adapters {list(run.adapters)}."
-            raise_unless(((t >= 0) & (t <= most)).all(), lambda: RoutingError(text), text)
-            with call.extend_context(facts={TIMESTEP: move_to_rows(fact, run)}):
-                yield finish
+        fact = call.fact(TIMESTEP)
+        if fact is None:
+            fact = per_row(run.find_argument(TIMESTEP, tuner.model))
+        if run.rows is not None and not isinstance(fact, Constant) and len(fact) != run.rows.batch:
+            raise RoutingError(
+                f"The call has {run.rows.batch} rows and {len(fact)} timesteps. Give one timestep for each row, or "
+                "one for all."
+            )
+        most = min(tuner.peft_config[name].max_timestep for name in run.adapters)
+        t = fact.value if isinstance(fact, Constant) else fact
+        text = f"timestep must be between 0 and max_timestep={most:g} of adapters {list(run.adapters)}."
+        raise_unless(((t >= 0) & (t <= most)).all(), lambda: RoutingError(text), text)
+        return {TIMESTEP: move_to_rows(fact, run)}
 
 
 MISSING = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class UniLoraConfig(Targets, LayerRange, FanInFanOut):
     init_weights: bool = True  # False: normal
     save_indices: bool = False  # put the places into files, which then do not depend on other adapted layers
 
-    counters: ClassVar[tuple[str, ...]] = ("proj_seed",)
+    counters = ("proj_seed",)
 
 
 class Places:

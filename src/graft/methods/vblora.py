@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ from graft.core.effect import Factors
 from graft.core.errors import CheckpointError, ConfigError
 from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tensors, Tuner
 from graft.core.random import skip_draws
-from graft.core.rows import Finish, Run
+from graft.core.rows import Facts, Run
 from graft.core.site import Site
 from graft.kernels.eager import eager, watched
 from graft.kernels.waits import raise_unless
@@ -128,7 +126,7 @@ class VBLoRA(Method[VBLoRAConfig]):
     published_lr = PublishedRate(5e-4, 5e-4, COMPARISON)
     targets = VBLORA
     facts = ("r", "topk")
-    tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {
+    tuner_methods = {
         "get_nb_savable_parameters": savable_parameters,
         "print_savable_parameters": print_savable_parameters,
     }
@@ -194,21 +192,18 @@ class VBLoRA(Method[VBLoRAConfig]):
         return (largest.softmax(-1)[..., None] * vectors.view(*index.shape, -1)).sum(-2)
 
     @classmethod
-    @contextmanager
-    def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Before a run, raise RuntimeError for an adapter of the run that came from a file with only its largest logits
-        (`refuse_truncated`). Only its first layer is looked at, if that is in training mode.
+    def facts_of_run(cls, tuner: Tuner, call: Call, run: Run) -> Facts:
+        """Return no facts. Raise RuntimeError for an adapter of the run that came from a file with only its largest
+        logits (`refuse_truncated`). Only its first layer is looked at, if that is in training mode.
 
-        Not checked in compiled code, or under a dispatch mode. The run itself is surrounded, and its finish given, by
-        `super().surround_run`.
+        Not checked in compiled code, or under a dispatch mode.
         """
         if eager() and not watched():
             for name in run.adapters:
                 m = next((layer.methods[name] for layer in tuner.layers.values() if name in layer.methods), None)
                 if m is not None and m.layer.training:
                     refuse_truncated(m)
-        with super().surround_run(tuner, call, run) as finish:
-            yield finish
+        return {}
 
     def to_file_tensors(self, values: Tensors, cfg: VBLoRAConfig) -> Tensors:
         """Return the tensors as they are, in a new dict.

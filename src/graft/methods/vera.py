@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ class VeraConfig(ProjectionConfig, BaseBias):
     d_initial: float = 0.1
     init_weights: bool = True
 
-    matrices: ClassVar[str] = "vera_A and vera_B"
+    matrices = "vera_A and vera_B"
 
 
 class VeRA(Method[VeraConfig]):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from graft.config.hub import fetch_file
 from graft.config.pair import CONFIG_NAME
 from graft.core.call import Call, in_this_thread
 from graft.core.errors import ConfigError, RoutingError, warn
-from graft.core.method import AdaptedLayers, Layer, Method
+from graft.core.method import AdaptedLayers, Layer, Method, return_unchanged
 from graft.core.rows import BASE, Finish, Rows, Run, find_cache, name_arguments
 
 DEPTH = Bound(POSITIVE.allows, "X-LoRA depth must be strictly positive.")
@@ -54,7 +54,7 @@ class XLoraConfig(PeftConfig):
     scaling_pass_value: float = 0.0  # weight of every expert in the pass that the classifier reads
     global_scaling_weight: float = 1.0  # times every weight
 
-    load_options: ClassVar[frozenset[str]] = frozenset({"adapters"})
+    load_options = frozenset({"adapters"})
 
     def __post_init__(self) -> None:
         """Validate the fields; set `hidden_size` to 4096 and `adapters` to {} where they are None, with a warning each.
@@ -371,44 +371,43 @@ class XLora(Method[XLoraConfig]):
 
         For `generate` sets `use_cache` to False in the run's arguments, and puts a pre-forward hook on the model until
         the run's end, also on errors. The gates are empty until the first step. The hook does nothing while it weighs
-        the experts itself. `super().surround_run` is around it all and gives the finish.
+        the experts itself. The finish is identity.
 
         Raises:
             RoutingError: the call names adapters for its rows; or, from `weigh`, the arguments have a cache or the
                 model returns no hidden states.
         """
-        with super().surround_run(tuner, call, run) as finish:
-            if run.rows is not None:
-                raise RoutingError(
-                    "adapter_names cannot name an X-LoRA adapter, which acts on the whole batch. Name its experts, or "
-                    "call set_adapter()."
-                )
-            if not run.generates:
-                with call.extend_context(gates=weigh(tuner, call, run.inputs, run.kwargs)):
-                    yield finish
-                return
-            run.kwargs["use_cache"] = False
+        if run.rows is not None:
+            raise RoutingError(
+                "adapter_names cannot name an X-LoRA adapter, which acts on the whole batch. Name its experts, or "
+                "call set_adapter()."
+            )
+        if not run.generates:
+            with call.extend_context(gates=weigh(tuner, call, run.inputs, run.kwargs)):
+                yield return_unchanged
+            return
+        run.kwargs["use_cache"] = False
 
-            weighing = [False]
+        weighing = [False]
 
-            def step(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
-                """Weigh the experts for the step's arguments and set the gates of this thread's call.
+        def step(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+            """Weigh the experts for the step's arguments and set the gates of this thread's call.
 
-                Do nothing in the extra pass of `weigh`, which calls the same model. If `weigh` fails, its error
-                continues and the gates stay.
-                """
-                if not weighing[0]:
-                    weighing[0] = True
-                    try:
-                        gates = weigh(tuner, call, args, kwargs)
-                    finally:
-                        weighing[0] = False
-                    call.swap_context(call.context._replace(gates=gates))
+            Do nothing in the extra pass of `weigh`, which calls the same model. If `weigh` fails, its error
+            continues and the gates stay.
+            """
+            if not weighing[0]:
+                weighing[0] = True
+                try:
+                    gates = weigh(tuner, call, args, kwargs)
+                finally:
+                    weighing[0] = False
+                call.swap_context(call.context._replace(gates=gates))
 
-            none = Scalings(torch.empty(0), {}, {})  # until the first step
-            steps = tuner.model.register_forward_pre_hook(in_this_thread(step), with_kwargs=True)
-            with steps, call.extend_context(gates=none):
-                yield finish
+        none = Scalings(torch.empty(0), {}, {})  # until the first step
+        steps = tuner.model.register_forward_pre_hook(in_this_thread(step), with_kwargs=True)
+        with steps, call.extend_context(gates=none):
+            yield return_unchanged
 
 
 def weigh(tuner: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scalings:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cartridge: keys and values distilled from a long text, the first of them frozen (https://arxiv.org/abs/2506.06266)."""
+"""Cartridge: keys and values distilled from a long text, the first of them frozen
+(https://arxiv.org/abs/2506.06266)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class CartridgeConfig(PromptLearningConfig):
 
     peft_type: str = "CARTRIDGE"
     num_frozen_tokens: int = 1  # first tokens that never train, which keeps training stable
-    holds_keys: ClassVar[bool] = True
+    holds_keys = True
 
     def __post_init__(self) -> None:
         """Check the fields, after those of the base class.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     prompt_tuning_init_task: int = 0  # number of its task, for EXACT_SOURCE_TASK
     num_ranks: Annotated[int, POSITIVE] = 1  # rank of the factor per task
     num_tasks: Annotated[int, POSITIVE] = 1
-    inits: ClassVar[type[Enum]] = MultitaskPromptTuningInit
+    inits = MultitaskPromptTuningInit
 
 
 class MultitaskPromptEmbedding(PromptEmbedding):

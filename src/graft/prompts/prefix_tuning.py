@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     encoder_hidden_size: Annotated[int | None, POSITIVE] = None  # width of the projection; None: token_dim
     prefix_projection: bool = False  # a small network, which no file holds, computes keys and values
     init_weights: Literal["zero"] | None = None  # "zero": keys and values of zeros
-    holds_keys: ClassVar[bool] = True
+    holds_keys = True
 
 
 class PrefixEncoder(Prompt):

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +53,9 @@ class AdaLoraConfig(LoraConfig):
     total_step: int | None = None  # number of training steps; required
     rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]  # result: masks of the kept values, by layer
 
-    patterns: ClassVar[dict[str, str]] = {}
-    results: ClassVar[tuple[str, ...]] = ("rank_pattern",)
-    counters: ClassVar[tuple[str, ...]] = ("total_step", "tinit", "tfinal", "deltaT")
+    patterns = {}
+    results = ("rank_pattern",)
+    counters = ("total_step", "tinit", "tfinal", "deltaT")
 
     def __post_init__(self) -> None:
         """Validate the fields, also those of LoRA.
@@ -158,7 +158,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
     facts = ("lora_alpha",)
     surrounds_disabled = True  # as PEFT's loss
     over_layers = "divides a budget of ranks among all layers"
-    tuner_methods: ClassVar[dict[str, Callable[..., object] | property]] = {
+    tuner_methods = {
         "update_and_allocate": allocator.update_and_allocate,
         "resize_modules_by_rank_pattern": allocator.resize_modules_by_rank_pattern,
         "trainable_adapter_name": property(lambda tuner: (allocator.trainable(tuner) or (None,))[0]),

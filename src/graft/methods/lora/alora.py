@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from graft.core.call import Call, in_this_thread
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigTypeError, PeftWarning, RoutingError, warn
-from graft.core.method import Tuner
+from graft.core.method import Tuner, return_unchanged
 from graft.core.plan import compute_low_rank_part
 from graft.core.rows import Finish, Rows, Run, count_cached_tokens, find_cache, is_stateful
 from graft.kernels.waits import constant
@@ -265,18 +265,17 @@ class ALoRA(LoRA):
         """Find each adapter's offsets before the run (`find_offsets`), show them to the layers in it as facts of the
         call, and follow `generate`.
 
-        The facts have the keys (ARGUMENT, adapter). `super().surround_run` is around it all and gives the finish.
-        Without ids or offsets of the caller's, the adapters do nothing.
+        The facts have the keys (ARGUMENT, adapter). The finish is identity. Without ids or offsets of the caller's, the
+        adapters do nothing.
 
         Raises:
             RoutingError: a search with several beams, or offsets that are not one per row.
         """
-        with super().surround_run(tuner, call, run) as finish:
-            offsets: dict[object, Offsets] = {(ARGUMENT, name): o for name, o in find_offsets(tuner, run).items()}
-            if offsets and beams(tuner.model, run) > 1:
-                raise RoutingError("Beam search not yet supported for aLoRA. Generate with num_beams=1.")
-            with call.extend_context(facts=offsets), following(tuner.model, run, offsets):
-                yield finish
+        offsets: dict[object, Offsets] = {(ARGUMENT, name): o for name, o in find_offsets(tuner, run).items()}
+        if offsets and beams(tuner.model, run) > 1:
+            raise RoutingError("Beam search not yet supported for aLoRA. Generate with num_beams=1.")
+        with call.extend_context(facts=offsets), following(tuner.model, run, offsets):
+            yield return_unchanged
 
 
 def beams(model: nn.Module, run: Run) -> int:

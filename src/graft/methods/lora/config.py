@@ -169,9 +169,9 @@ class LoraConfig(Targeted, LayerRange, RankPatterns, FanInFanOut, BaseBias):
     use_dylora: bool = False  # DyLoRA (arXiv 2210.07558): steps train the first ranks; no file holds this choice
 
     _custom_modules: ClassVar[dict[type[nn.Module], Op] | None] = None  # an instance may have its own
-    patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
-    beyond: ClassVar[frozenset[str]] = frozenset()
-    runtime_fields: ClassVar[tuple[str, ...]] = ("runtime_config", "use_dylora")
+    patterns = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+    beyond = frozenset()
+    runtime_fields = ("runtime_config", "use_dylora")
 
     def __post_init__(self) -> None:
         """Validate all fields and complete those that depend on each other; dicts of sub-configs become their classes.

@@ -8,8 +8,7 @@ trained adapter are an adapter of rank b: see `graft.truncate_lora`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from graft.core.call import Call
 from graft.core.effect import Factors
 from graft.core.errors import RoutingError
 from graft.core.method import Tuner
-from graft.core.rows import Constant, Finish, Run
+from graft.core.rows import Constant, Facts, Run
 from graft.methods.lora.lora import LoRA
 
 DRAWN = "dylora"  # the part of an adapter's ranks that a run uses, in [0, 1)
@@ -70,22 +69,17 @@ class DyLoRA(LoRA):
         return Factors(last_alone(A[:b], 0), last_alone(B[:, :b], 1), scale, dropout)
 
     @classmethod
-    @contextmanager
-    def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Draw a number in [0, 1) for each adapter, on the CPU, and show it to the layers in the run.
-
-        It is a fact of the call with the key (DRAWN, adapter).
+    def facts_of_run(cls, tuner: Tuner, call: Call, run: Run) -> Facts:
+        """Draw a number in [0, 1) for each adapter, on the CPU, and return them by key (DRAWN, adapter).
 
         An adapter's own generator draws it, if the call has generators by adapter; else torch's. In eval mode it draws
-        as well. `super().surround_run` is around it all and gives the finish.
+        as well.
         """
-        with super().surround_run(tuner, call, run) as finish:
-            draws, shares = call.context.draws, {}
-            for name in run.adapters:
-                with nullcontext() if draws is None else draws.use_generator(name, draws.ticket(), CPU):
-                    shares[DRAWN, name] = Constant(torch.rand((), dtype=torch.float64, device=CPU).item())
-            with call.extend_context(facts=shares):
-                yield finish
+        draws, shares = call.context.draws, {}
+        for name in run.adapters:
+            with nullcontext() if draws is None else draws.use_generator(name, draws.ticket(), CPU):
+                shares[DRAWN, name] = Constant(torch.rand((), dtype=torch.float64, device=CPU).item())
+        return shares
 
 
 def last_alone(factor: Tensor, dim: int) -> Tensor:

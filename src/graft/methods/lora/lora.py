@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,12 +82,9 @@ class LoRA(Started):
     targets = LORA
     facts = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias")
     row_norms, subtract_start = staticmethod(row_norms), staticmethod(shift.subtract_start)  # for merges of files
-    files: ClassVar[dict[str, str]] = {"lora_magnitude_vector": "{0}"}
-    tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {
-        "_get_kasa_loss": kasa_loss,
-        "_get_monteclora_loss": monteclora_loss,
-    }
-    holds_any: ClassVar[bool] = True  # its tensors can hold any product; of others combinations are plain LoRA
+    files = {"lora_magnitude_vector": "{0}"}
+    tuner_methods = {"_get_kasa_loss": kasa_loss, "_get_monteclora_loss": monteclora_loss}
+    holds_any = True  # its tensors can hold any product; of others combinations are plain LoRA
 
     lora_A: nn.Module  # weight (r, in), for convolutions (r, in, *kernel)
     lora_B: nn.Module  # weight (out, r), for convolutions (out, r / groups, 1, …)

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,11 +34,8 @@ class Shadow(Method[ShadowConfig]):
     compresses_targets = False
     has_labelled_loss = True
     keeps_base_dtype = frozenset(BESIDE)
-    files: ClassVar[dict[str, str]] = dict.fromkeys((*OWN, *BESIDE), "{0}.default{1}")  # whatever the adapter's name
-    tuner_methods: ClassVar[dict[str, Callable[..., object] | property]] = {
-        "last_shadow_loss": property(network.last_loss),
-        "unload_shadow": unload,
-    }
+    files = dict.fromkeys((*OWN, *BESIDE), "{0}.default{1}")  # whatever the adapter's name
+    tuner_methods = {"last_shadow_loss": property(network.last_loss), "unload_shadow": unload}
 
     shadow_down: nn.Linear  # (r, hidden)
     shadow_up: nn.Linear  # (hidden, r)
@@ -171,8 +168,6 @@ class Shadow(Method[ShadowConfig]):
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Run the shadow networks before the model, or before each step of `generate`; add their losses and caches to
         the output (`surround`).
-
-        All this happens inside the base class's `surround_run`; the base class's finish is not called.
         """
-        with super().surround_run(tuner, call, run) as _, surround(tuner, call, run) as finish:
+        with surround(tuner, call, run) as finish:
             yield finish

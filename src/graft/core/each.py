@@ -161,7 +161,7 @@ class StackMethod(Method):
         return self.matrix_method.check() or why_not_on_stack(self.matrix_method)
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
-        """Return the values of `kind.build` for all matrices, stacked.
+        """Return the values of `kind.build_declared` and `kind.build` for all matrices, stacked.
 
         On meta, placeholders of one matrix are repeated.
 
@@ -170,12 +170,13 @@ class StackMethod(Method):
         """
         count = self.site.shape[0]
         if device == META:
-            return stack_build_values([build_placeholders(self.matrix_method, shared)] * count)
+            m = self.matrix_method
+            return stack_build_values([m.build_declared() | build_placeholders(m, shared)] * count)
         built_values = []
         for expert in range(count):
             m = self.kind(self.matrix_method.site, self.cfg, self.name)
             m.layer = MatrixLayer(self.layer, m.site, self.name, expert, {}, None)
-            built_values.append(m.build(shared))
+            built_values.append(m.build_declared() | m.build(shared))
         try:
             return stack_build_values(built_values)
         except ShapesDiffer as e:
@@ -183,6 +184,10 @@ class StackMethod(Method):
                 f"Adapter '{self.name}' cannot target parameter {self.site.key} ({self.site.type_name}): '{e}' of "
                 f"{self.kind.__name__} has another shape for each matrix. Name other target_parameters."
             ) from None
+
+    def build_declared(self) -> dict[str, object]:
+        """Return {}: `build` gives those of the matrices."""
+        return {}
 
     @torch.no_grad()
     def init_values(self) -> None:

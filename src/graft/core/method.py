@@ -429,19 +429,19 @@ class Method(Generic[C]):
         Does nothing here. Skipped before a load, except with `WeightUse.BEFORE_LOAD`.
         """
 
-    def fill_start(self, t: Tensor, std: float | None = None) -> None:
-        """Fill a new tensor in place: with zeros if the config's `init_weights` is true, so that the adapter starts as
+    def fill_start(self, t: Tensor, std: float | None = None, mean: float = 0.0) -> None:
+        """Fill a new tensor in place: with `mean` if the config's `init_weights` is true, so that the adapter starts as
         nothing.
 
-        Else fill it with normal values of the deviation `std`, or with uniform ones, as nn.Linear does, if `std` is
-        None.
+        Else fill it with normal values around `mean` of the deviation `std`, or with uniform ones, as nn.Linear does,
+        if `std` is None.
         """
         if self.cfg.init_weights:  # type: ignore[attr-defined]
-            nn.init.zeros_(t)
+            nn.init.constant_(t, mean)
         elif std is None:
             fill_kaiming(t)
         else:
-            nn.init.normal_(t, std=std)
+            nn.init.normal_(t, mean, std)
 
     def uses_weight(self) -> WeightUse:
         """Return how the first values depend on the base weight: by default `weight_use`.

@@ -160,21 +160,7 @@ PARTS = ("adamss_A", "adamss_B")
 class Allocator(Importance):
     """The state of the allocation between two steps: the sensitivity of each parameter since the last choice."""
 
-    @torch.no_grad()
-    def update(self, name: str, p: Tensor) -> None:
-        """Update the smoothed sensitivity |p ∂p| of parameter `name`, and its uncertainty, in place; do nothing without
-        a gradient.
-
-        Both start at 0. The uncertainty takes the distance from the mean before the update; AdaLoRA's takes the mean
-        after it.
-        """
-        if p.grad is None:
-            return
-        now = (p * p.grad).abs()
-        mean = self.mean.setdefault(name, torch.zeros_like(p))
-        spread = self.spread.setdefault(name, torch.zeros_like(p))
-        spread.mul_(self.beta2).add_((now - mean).abs(), alpha=1 - self.beta2)  # AdaLoRA takes the new mean
-        mean.mul_(self.beta1).add_(now, alpha=1 - self.beta1)
+    to_new_mean = False
 
     @torch.no_grad()
     def of(self, methods: Mapping[str, object], spaces: list[tuple[str, int]]) -> list[float]:

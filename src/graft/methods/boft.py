@@ -114,12 +114,8 @@ class BOFT(Method[BOFTConfig]):
         """Fill R with zeros and s with ones, the identity; with `init_weights=False` normal values of std 0.1 around 0
         and 1.
         """
-        if self.cfg.init_weights:
-            nn.init.zeros_(self.boft_R)
-            nn.init.ones_(self.boft_s)
-        else:
-            nn.init.normal_(self.boft_R, mean=0.0, std=0.1)
-            nn.init.normal_(self.boft_s, mean=1.0, std=0.1)
+        self.fill_start(self.boft_R, 0.1)
+        self.fill_start(self.boft_s, 0.1, mean=1.0)
 
     def R(self) -> Tensor:
         """Return the orthogonal blocks of all factors, (F, blocks, b, b), in at least float32.

@@ -34,25 +34,16 @@ class FourierFT(Spectral[FourierFTConfig]):
     prefix = "fourierft_"
     published_lr = PublishedRate(4.3e-2, 0.12, "arXiv 2405.03003, its code, GLUE")
     targets = FOURIER
+    places = "indices"
 
     fourierft_spectrum: nn.Parameter  # (n,)
     indices: Tensor  # (2, n), the places in F
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return the parameter `fourierft_spectrum` (n,) of normal values, the places `indices` (2, n), which no file
-        holds, and facts.
-
-        The facts are the config's `n_frequency`, `scaling` and `random_loc_seed`, each with the prefix `fourierft_`.
-        Floating-point tensors are made on the default device, in the default dtype.
+        """Return the parameter `fourierft_spectrum` (n,) of normal values, on the default device, in the default
+        dtype.
         """
-        cfg = self.cfg
-        return dict(
-            fourierft_spectrum=nn.Parameter(torch.randn(cfg.n_frequency)),
-            indices=self.places(),
-            fourierft_n_frequency=cfg.n_frequency,
-            fourierft_scaling=cfg.scaling,
-            fourierft_random_loc_seed=cfg.random_loc_seed,
-        )
+        return dict(fourierft_spectrum=nn.Parameter(torch.randn(self.cfg.n_frequency)))
 
     def init_values(self) -> None:
         """With `init_weights` fill the coefficients with zeros; else, by default, keep the normal values."""

@@ -69,6 +69,7 @@ class Lily(Method[LilyConfig]):
     prefix = "lily_"
     unmergeable = "Lily mixes its projections anew for each input, which no weight does"
     targets = LORA
+    ungrouped = "Its groups of channels do not mix, and Lily's projections would mix them"
     facts = ("r", "num_B", "stride_A", "scaling")
     layer_keys = {"lily_A": strides, "lily_B": kinds}
 
@@ -76,12 +77,6 @@ class Lily(Method[LilyConfig]):
     lily_B: nn.Linear  # weight (num_B · r, out): the B_e, transposed, one after another
     lily_router: nn.Linear  # (num_B, r)
     scaling: float
-
-    def check(self) -> str | None:
-        """Return a reason against known layers with groups of channels that do not mix; else that of `Method.check`."""
-        if self.site.op.known and not self.site.op.factorable(self.site.module):
-            return "Its groups of channels do not mix, and Lily's projections would mix them"
-        return super().check()
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return three linear layers without bias: `lily_A` (r,

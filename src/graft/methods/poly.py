@@ -64,6 +64,7 @@ class Poly(ByTask[PolyConfig]):
     prefix = "poly_"
     unmergeable = "Poly mixes its skills for each task, and no weight is that of all tasks"
     targets = LORA
+    only_linear = "Currently, only the following modules are supported: `torch.nn.Linear`, and those like it"
     facts = ("r", "n_tasks", "n_skills", "n_splits", "poly_type")
 
     poly_lora_A: nn.Parameter  # (splits, skills, in / splits, r)
@@ -71,15 +72,12 @@ class Poly(ByTask[PolyConfig]):
     poly_router: nn.Module  # module_logits (tasks, splits · skills)
 
     def check(self) -> str | None:
-        """Return a reason against known layers that are not linear, else that of `Method.check`.
-
-        Between the two, raises ConfigError if `n_splits` does not divide both widths of a known layer.
+        """Return the reason of `Method.check`. Before that, raises ConfigError if `n_splits` does not divide both
+        widths of a linear layer.
         """
         site, q = self.site, self.cfg.n_splits
-        if site.op.known and not site.op.linear:
-            return "Currently, only the following modules are supported: `torch.nn.Linear`, and those like it"
         for what, size in (("in_features", site.in_features), ("out_features", site.out_features)):
-            if site.op.known and size % q:
+            if site.op.linear and size % q:
                 raise ConfigError(f"{what}={size} of layer '{site.key}' must be divisible by n_splits={q}.")
         return super().check()
 

@@ -6,15 +6,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from graft.config.fields import COUNT, FanInFanOut, LayerRange, Targets
+from graft.config.fields import COUNT, BaseBias, FanInFanOut, LayerRange, Targets
 from graft.core.containers import Transient
 from graft.core.errors import CheckpointError, ConfigError, warn
-from graft.core.method import AdaptedLayers, Tensors
+from graft.core.method import AdaptedLayers, Method, Tensors
 from graft.core.site import Site
 
 DRAWN = ("projection_prng_key", "save_projection", "r")  # in these, adapters that share matrices agree
@@ -28,7 +28,7 @@ class DrawnConfig(Targets, LayerRange, FanInFanOut):
     save_projection: bool = True  # put the tensors into files, too, which then do not depend on the generator
 
     matrices: ClassVar[str]  # the names of the tensors
-    counters = ("projection_prng_key",)
+    counters: ClassVar[tuple[str, ...]] = ("projection_prng_key",)
 
     def __post_init__(self) -> None:
         """Validate the fields; warn if `save_projection` is False, so that a load draws the tensors again."""
@@ -45,6 +45,15 @@ class ProjectionConfig(DrawnConfig):
     """The fields of a method that shares random matrices A and B between layers."""
 
     r: Annotated[int, COUNT]
+
+
+@dataclass(kw_only=True)
+class VectorConfig(ProjectionConfig, BaseBias):
+    """The fields of VeRA and PVeRA."""
+
+    r: int = 256
+    d_initial: float = 0.1  # of λ_d
+    init_weights: bool = True  # λ_b begins as zeros
 
 
 def maybe_transient(tensor: Tensor, saved: bool) -> Tensor | Transient:
@@ -87,24 +96,55 @@ def check_places(tensors: Tensors, name: str, most: int, key: str) -> Tensors:
     return tensors
 
 
-def projections(layers: AdaptedLayers, names: tuple[str, str], rows: int) -> dict[str, object]:
-    """Return the shared random matrices, by `names`: A (rows, widest in) and B (widest out, r), `Transient` unless
-    `save_projection`.
+P = TypeVar("P", bound=VectorConfig)
 
-    If another adapter shares them already, return that one's; ConfigError if they are too small. Else draw both, A
-    first, from one CPU generator with the seed `projection_prng_key`, uniform within ±√(6 / columns). On the meta
-    device nothing is drawn.
+
+class Projected(Method[P]):
+    """The base of VeRA and PVeRA: vectors λ_d and λ_b train, and scale random matrices A and B that all layers share.
+
+    The containers are called `<prefix>d`, `<prefix>b`, and A and B `<method>_A` and `<method>_B`.
     """
-    cfg, wide_in, wide_out = layers.cfg, layers.max_fan_in, layers.max_out_features
-    if layers.existing and layers.other_configs:
-        A, B = (layers.existing[name][next(iter(layers.other_configs))] for name in names)
-        check_wide(names[0], A.shape[1], wide_in)
-        check_wide(names[1], B.shape[0], wide_out)
-    else:
-        generator = torch.Generator("cpu").manual_seed(cfg.projection_prng_key)
-        A, B = torch.empty(rows, wide_in), torch.empty(wide_out, cfg.r)
-        for matrix in (A, B):  # kaiming uniform: the bound follows from the number of inputs
-            bound = math.sqrt(6 / matrix.shape[1])
-            if not matrix.is_meta:
-                matrix.uniform_(-bound, bound, generator=generator)
-    return {name: maybe_transient(matrix, cfg.save_projection) for name, matrix in zip(names, (A, B))}
+
+    agreeing_fields = DRAWN
+    multiple: ClassVar[int] = 1  # rows of A, and numbers of λ_d, are so many times r
+
+    @classmethod
+    def share(cls, layers: AdaptedLayers) -> dict[str, object]:
+        """Return the shared random matrices: A (multiple · r, widest in) and B (widest out, r), `Transient` unless
+        `save_projection`.
+
+        If another adapter shares them already, return that one's; ConfigError if they are too small. Else draw both, A
+        first, from one CPU generator with the seed `projection_prng_key`, uniform within ±√(6 / columns). On the meta
+        device nothing is drawn.
+        """
+        cfg, wide_in, wide_out = layers.cfg, layers.max_fan_in, layers.max_out_features
+        names = [f"{cls.prefix.removesuffix('lambda_')}{x}" for x in "AB"]
+        if layers.existing and layers.other_configs:
+            A, B = (layers.existing[name][next(iter(layers.other_configs))] for name in names)
+            check_wide(names[0], A.shape[1], wide_in)
+            check_wide(names[1], B.shape[0], wide_out)
+        else:
+            generator = torch.Generator("cpu").manual_seed(cfg.projection_prng_key)
+            A, B = torch.empty(cls.multiple * cfg.r, wide_in), torch.empty(wide_out, cfg.r)
+            for matrix in (A, B):  # kaiming uniform: the bound follows from the number of inputs
+                bound = math.sqrt(6 / matrix.shape[1])
+                if not matrix.is_meta:
+                    matrix.uniform_(-bound, bound, generator=generator)
+        return {name: maybe_transient(matrix, cfg.save_projection) for name, matrix in zip(names, (A, B))}
+
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return the shared matrices, and trained λ_b (out,) of ones and λ_d (multiple · r,) of normal values.
+
+        Floating-point tensors are made on the default device, in the default dtype.
+        """
+        b, d = torch.ones(self.site.out_features), torch.randn(self.multiple * self.cfg.r)
+        return shared | {f"{self.prefix}b": nn.Parameter(b), f"{self.prefix}d": nn.Parameter(d)}
+
+    def init_values(self) -> None:
+        """Fill λ_d with `d_initial` and λ_b with zeros.
+
+        With `init_weights=False` keep the values of `build`: normal and ones.
+        """
+        if self.cfg.init_weights:
+            nn.init.constant_(getattr(self, f"{self.prefix}d"), self.cfg.d_initial)
+            nn.init.zeros_(getattr(self, f"{self.prefix}b"))

@@ -150,7 +150,7 @@ class PSOFT(Method[PsoftConfig]):
         """
         cfg, R = self.cfg, self.psoft_R.weight
         if cfg.psoft_orth:
-            nn.init.zeros_(R) if cfg.init_weights else nn.init.normal_(R, mean=0.0, std=0.1)
+            self.fill_start(R, 0.1)
         else:
             nn.init.eye_(R)
             if not cfg.init_weights:

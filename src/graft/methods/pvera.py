@@ -8,25 +8,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import PVERA, BaseBias
+from graft.config.fields import PVERA
 from graft.core.effect import Factors, Product
-from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate
+from graft.core.method import COMPARISON, PublishedRate
 from graft.core.site import Site
 from graft.kernels.eager import cast, eager
 from graft.kernels.low_rank import new_seed, sample_hidden
 from graft.kernels.waits import copy_on_device
-from graft.methods.projections import DRAWN, ProjectionConfig, projections
+from graft.methods.projections import Projected, VectorConfig
 
 
 @dataclass(kw_only=True)
-class PveraConfig(ProjectionConfig, BaseBias):
+class PveraConfig(VectorConfig):
     """PVeRA: VeRA with random hidden values in training; their mean and variance depend on the input."""
 
     peft_type: str = "PVERA"
-    r: int = 256
     pvera_dropout: float = 0.0
-    d_initial: float = 0.1
-    init_weights: bool = True
     sample_at_inference: bool = False  # be random there, too; merged weights have the means
     generator_seed: int | None = None  # of a generator for each layer; None: torch's. Compiled code takes torch's
 
@@ -37,7 +34,7 @@ class PveraConfig(ProjectionConfig, BaseBias):
 KEPT = 16  # runs of a layer that may still have a backward pass
 
 
-class PVeRA(Method[PveraConfig]):
+class PVeRA(Projected[PveraConfig]):
     """PVeRA, arXiv 2512.07703: (μ, log σ²) = λ_d ⊙ A x; y += λ_b ⊙ B (μ + ε σ), ε ~ N(0, 1).
 
     Without ε this is ΔW = diag(λ_b) B diag(λ_d) A.
@@ -46,7 +43,7 @@ class PVeRA(Method[PveraConfig]):
     prefix = "pvera_lambda_"
     published_lr = PublishedRate(3e-3, 3e-3, COMPARISON)
     targets = PVERA
-    agreeing_fields = DRAWN
+    multiple = 2
     ungrouped = "PVeRA draws one value for all inputs of a place, and a convolution with groups > 1 separates them"
 
     pvera_lambda_b: nn.Parameter  # (out,)
@@ -63,32 +60,6 @@ class PVeRA(Method[PveraConfig]):
         super().__init__(site, cfg, name)
         self.generator: torch.Generator | None = None
         self.before: dict[int, Tensor] = {}  # the generator's states before the last draws, by ticket
-
-    @classmethod
-    def share(cls, layers: AdaptedLayers) -> dict[str, object]:
-        """Return the shared random matrices `pvera_A` (2 r, widest in) and `pvera_B` (widest out, r): see
-        `projections`.
-        """
-        return projections(layers, ("pvera_A", "pvera_B"), 2 * layers.cfg.r)
-
-    def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return the shared matrices, `pvera_lambda_b` (out,) of ones, `pvera_lambda_d` (2 r,) of normal values, both
-        trained. Floating-point tensors are made on the
-        default device, in the default dtype.
-        """
-        return shared | dict(
-            pvera_lambda_b=nn.Parameter(torch.ones(self.site.out_features)),
-            pvera_lambda_d=nn.Parameter(torch.randn(2 * self.cfg.r)),
-        )
-
-    def init_values(self) -> None:
-        """Fill λ_d with `d_initial` and λ_b with zeros.
-
-        With `init_weights=False` keep the values of `build`: normal and ones.
-        """
-        if self.cfg.init_weights:
-            nn.init.constant_(self.pvera_lambda_d, self.cfg.d_initial)
-            nn.init.zeros_(self.pvera_lambda_b)
 
     def factors(self) -> Factors:
         """Return factors of the means (first r rows of A), with λ_d as `inner`, λ_b as `outer`, with dropout.

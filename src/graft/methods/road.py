@@ -86,12 +86,8 @@ class Road(Method[RoadConfig]):
         """Fill θ with zeros and α with ones, the identity; with `init_weights=False` normal values of std 0.5 around 0
         and 1.
         """
-        if self.cfg.init_weights:
-            nn.init.zeros_(self.road_theta)
-            nn.init.ones_(self.road_alpha)
-        else:
-            nn.init.normal_(self.road_theta, mean=0.0, std=0.5)
-            nn.init.normal_(self.road_alpha, mean=1.0, std=0.5)
+        self.fill_start(self.road_theta, 0.5)
+        self.fill_start(self.road_alpha, 0.5, mean=1.0)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the output y with each pair of channels rotated and scaled, R y, in y's dtype. x is not read."""

@@ -93,6 +93,7 @@ class SDT(Method[SdtConfig]):
     """
 
     prefix = "sdt_"
+    ungrouped = "SDT has no factors for a convolution with groups"
     lays_out_stacks = True  # it takes none
     published_lr = PublishedRate(4e-3, 4e-3, "arXiv 2410.09016, Mamba of 130M parameters")
     targets = TARGETS["SDT"]  # A_log of their mixers as well
@@ -129,14 +130,9 @@ class SDT(Method[SdtConfig]):
         return channels * (states if self.site.op.opaque else 2 * self.mixer.states)
 
     def check(self) -> str | None:
-        """Return a reason against parameters other than a mixer's A_log, and, outside of mixers, against known
-        convolutions with groups; else that of `Method.check`.
-        """
-        site = self.site
-        if self.mixer is None and site.op.opaque:
+        """Return a reason against parameters other than a mixer's A_log; else that of `Method.check`."""
+        if self.mixer is None and self.site.op.opaque:
             return f"SDT trains {A_LOG} of a Mamba's mixer, (channels, states), and LoRA on modules"
-        if self.mixer is None and site.op.known and not site.op.factorable(site.module):
-            return "SDT has no factors for a convolution with groups"
         return super().check()
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
@@ -169,13 +165,11 @@ class SDT(Method[SdtConfig]):
         drawn = not self.cfg.init_weights
         if self.mixer is None:
             fill_kaiming(self.sdt_A)
-            if drawn:
-                nn.init.normal_(self.sdt_B, std=self.cfg.r**-0.5)
+            self.fill_start(self.sdt_B, self.cfg.r**-0.5)
             return
         change = torch.randn(self.mixer, device="cpu") if drawn else self.change()
         self.sdt_indices.copy_(self.places(*strongest(change, *self.mixer.some(self.cfg))))
-        if drawn:
-            nn.init.normal_(self.sdt_weight)
+        self.fill_start(self.sdt_weight, 1.0)
 
     def places(self, channels: Tensor, states: Tensor) -> Tensor:
         """Return the row and the column of each entry that trains, (2, k), for a site in a mixer (else AssertionError).

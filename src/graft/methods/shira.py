@@ -124,8 +124,7 @@ class SHiRA(Method[ShiraConfig]):
 
         v stays 0, or is normal with `init_weights=False`.
         """
-        if not self.cfg.init_weights:
-            nn.init.normal_(self.shira_weight)
+        self.fill_start(self.shira_weight, 1.0)
         places = self.chosen()
         n = self.site.fan_in
         self.shira_indices.copy_(torch.stack((places // n, places % n)))

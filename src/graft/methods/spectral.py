@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,9 @@ S = TypeVar("S", bound=SpectralConfig)
 class Spectral(Method[S]):
     """The base of FourierFT and WaveFT: ΔW is a transform of a matrix that is zero but at n places."""
 
+    facts: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "random_loc_seed")
+    places: ClassVar[str]  # name of the container of the places
+
     def transform(self) -> Any:
         """Return ΔW, not formed yet; `times(x)` is its product with vectors.
 
@@ -62,13 +65,14 @@ class Spectral(Method[S]):
         )
         return super().check() or (too_many if n > most else None)
 
-    def places(self) -> Transient:
+    def build_declared(self) -> dict[str, object]:
         """Return the places of the coefficients, (2, n), drawn from `random_loc_seed`, as a `Transient` that no file
-        holds.
+        holds; and the config's values in `facts`, each with the method's prefix.
         """
         cfg, site = self.cfg, self.site
         assert cfg.random_loc_seed is not None
-        return Transient(draw_places(site.out_features, site.fan_in, cfg.n_frequency, cfg.random_loc_seed))
+        places = Transient(draw_places(site.out_features, site.fan_in, cfg.n_frequency, cfg.random_loc_seed))
+        return {f"{self.prefix}{name}": getattr(cfg, name) for name in self.facts} | {self.places: places}
 
     def delta(self) -> Any:
         """Return ΔW, not formed yet (`transform`)."""

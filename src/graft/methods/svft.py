@@ -107,8 +107,7 @@ class SVFT(Method[SvftConfig]):
         self.svft_U.copy_(U)
         self.svft_V.copy_(V)
         self.svft_places.copy_(self.places(U, V))
-        if not self.cfg.init_weights:
-            nn.init.normal_(self.svft_M, std=self.n**-0.5)
+        self.fill_start(self.svft_M, self.n**-0.5)
 
     def places(self, U: Tensor, V: Tensor) -> Tensor:
         """Return the flat places of the numbers in M (n, n), ascending, (numbers,).

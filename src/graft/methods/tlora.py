@@ -77,6 +77,7 @@ class TLoRA(Method[TLoraConfig]):
     unmergeable = "T-LoRA's rank follows the timestep, and no weight is that of all of them"
     published_lr = PublishedRate(1e-4, 1e-4, "arXiv 2507.05964")
     targets = LORA
+    ungrouped = "T-LoRA has no factors for a convolution with groups"
     arguments = (TIMESTEP,)
     depends_on = TIMESTEP
     tuner_methods = {TIMESTEP: timestep}
@@ -90,18 +91,12 @@ class TLoRA(Method[TLoraConfig]):
     scaling: float
 
     def check(self) -> str | None:
-        """Return the reason of `Method.check`.
-
-        Before that, on layers of known type: a reason against convolutions with groups, then ConfigError if r is above
-        the smaller side of the weight, then if `min_rank` is above this layer's r.
+        """Return the reason of `Method.check`. Before that, on layers of known type, raises ConfigError if r is above
+        the smaller side of the weight, or `min_rank` above this layer's r.
         """
         site, cfg = self.site, self.cfg
-        if not site.op.known:
-            return super().check()
-        if not site.op.factorable(site.module):
-            return "T-LoRA has no factors for a convolution with groups"
         check_vectors("T-LoRA", site, cfg.r)
-        if cfg.min_rank > cfg.r:
+        if site.op.known and cfg.min_rank > cfg.r:
             raise ConfigError(
                 f"`min_rank` is {cfg.min_rank}, and layer '{site.key}' has r={cfg.r}. Choose a smaller one."
             )

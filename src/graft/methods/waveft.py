@@ -67,6 +67,8 @@ class WaveFT(Spectral[WaveFTConfig]):
 
     prefix = "waveft_"
     targets = WAVELET
+    facts = (*Spectral.facts, "wavelet_family", "use_idwt")
+    places = "waveft_indices"
 
     waveft_spectrum: nn.Parameter  # (n,)
     waveft_indices: Tensor  # (2, n), the places in M
@@ -88,20 +90,8 @@ class WaveFT(Spectral[WaveFTConfig]):
                 m.cfg.n_frequency = max(1, round(size / sum(sizes) * cfg.n_frequency * len(methods)))
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return the parameter `waveft_spectrum` (n,) of zeros, the places `waveft_indices` (2, n), which no file
-        holds, and the config's values `waveft_n_frequency`, `_scaling`, `_random_loc_seed`, `_wavelet_family` and
-        `_use_idwt`. Floating-point tensors are made on the default device, in the default dtype.
-        """
-        cfg = self.cfg
-        return dict(
-            waveft_spectrum=nn.Parameter(torch.zeros(cfg.n_frequency)),
-            waveft_indices=self.places(),
-            waveft_n_frequency=cfg.n_frequency,
-            waveft_scaling=cfg.scaling,
-            waveft_random_loc_seed=cfg.random_loc_seed,
-            waveft_wavelet_family=cfg.wavelet_family,
-            waveft_use_idwt=cfg.use_idwt,
-        )
+        """Return the parameter `waveft_spectrum` (n,) of zeros, on the default device, in the default dtype."""
+        return dict(waveft_spectrum=nn.Parameter(torch.zeros(self.cfg.n_frequency)))
 
     def init_values(self) -> None:
         """With `init_weights=False` fill the coefficients with normal values of std 0.01; else keep the zeros."""

@@ -21,6 +21,8 @@ from graft.storage.parallel import find_whole_shape, gather_tensor, layout_of, w
 class Importance:
     """Smoothed sensitivity |p ∂p| of parameters, and its uncertainty, by name (arXiv 2303.10512, equations 8 to 11)."""
 
+    to_new_mean = True  # the uncertainty is of the distance from the mean after an update; False: before it
+
     def __init__(self, beta1: float, beta2: float):
         """Start without parameters. beta1 smooths the sensitivity, beta2 its uncertainty."""
         self.beta1, self.beta2 = beta1, beta2
@@ -29,8 +31,8 @@ class Importance:
 
     @torch.no_grad()
     def update(self, name: str, p: Tensor) -> None:
-        """Update the running mean of now = |p ∂p|, and then that of the spread |now - new mean|, of parameter `name`,
-        in place; do nothing without a gradient. Both start at 0.
+        """Update the running mean of now = |p ∂p|, and that of the spread |now - mean|, of parameter `name`; do nothing
+        without a gradient. Both start at 0. The spread's mean is the new one, or the old one without `to_new_mean`.
 
         Sharded tensors are gathered first.
         """
@@ -39,10 +41,10 @@ class Importance:
             return
         p = gather_tensor(p)
         now = (p * gather_tensor(grad)).abs()
-        mean = self.mean.setdefault(name, torch.zeros_like(p))
-        spread = self.spread.setdefault(name, torch.zeros_like(p))
-        mean.mul_(self.beta1).add_(now, alpha=1 - self.beta1)
-        spread.mul_(self.beta2).add_((now - mean).abs(), alpha=1 - self.beta2)
+        before = self.mean.get(name, torch.zeros_like(p))
+        self.mean[name] = mean = (before * self.beta1).add_(now, alpha=1 - self.beta1)
+        distance = (now - (mean if self.to_new_mean else before)).abs()
+        self.spread.setdefault(name, torch.zeros_like(p)).mul_(self.beta2).add_(distance, alpha=1 - self.beta2)
 
     def score(self, name: str, p: Tensor) -> Tensor:
         """Return mean · spread of each element of `p`, in its whole shape; zeros if it never had a gradient, as in an

@@ -22,14 +22,13 @@ class MiCA(LoRA):
     trains.
     """
 
-    def check(self) -> str | None:
-        """Return a reason against known convolutions with groups > 1, else that of `LoRA.check`.
+    ungrouped = "MiCA takes singular vectors of a matrix, and a convolution with groups > 1 has one for each"
 
-        Between the two, raises ConfigError if r is above the smaller side of a known layer's weight; an equal r passes.
+    def check(self) -> str | None:
+        """Return the reason of `LoRA.check`. Before that, raises ConfigError if r is above the smaller side of a known
+        layer's weight; an equal r passes.
         """
         site, r = self.site, self.cfg.r
-        if site.op.known and site.op.count_groups(site.module) > 1:
-            return "MiCA takes singular vectors of a matrix, and a convolution with groups > 1 has one for each"
         if site.op.known and r > min(site.out_features, site.fan_in):
             raise ConfigError(
                 f"MiCA requires `r` <= min(in_features, out_features) but got r={r} for layer '{site.key}' with a "

@@ -86,31 +86,11 @@ class AdamssConfig(Targets, LayerRange):
 KMEANS: dict[str, object] = dict(init="random", n_init=1, max_iter=10, random_state=123456789)  # PEFT's
 
 
-class Clusters(NamedTuple):
-    """The start of an adapter on one layer."""
-
-    space: Tensor  # (R, in), or (R, in + 1) with a bias: right singular vectors
-    rows: Tensor  # (out,) the cluster of each row
-    downs: list[Tensor]  # A of each cluster, (rank, R)
-    ups: list[Tensor]  # B of each cluster, (its rows, rank)
-
-
-def require_sklearn() -> Any:
-    """Return scikit-learn's KMeans class.
-
-    Raises ImportError, with the command to install it, if the package is missing.
-    """
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as e:
-        raise ImportError(
-            "AdaMSS needs the k-means of scikit-learn to find clusters of rows: pip install scikit-learn"
-        ) from e
-    return KMeans
-
-
-def find_clusters(W: Tensor, bias: Tensor | None, cfg: AdamssConfig) -> Clusters:
-    """Return the start of an adapter on W (out, in) and its bias (out,), which becomes a last column: `Clusters`.
+def find_clusters(
+    W: Tensor, bias: Tensor | None, cfg: AdamssConfig
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Return the start of an adapter on W (out, in) and its bias (out,), which becomes a last column: the right
+    singular vectors N (R, in), the cluster of each row (out,), A (rank, R) and B (its rows, rank) of each cluster.
 
     A randomized SVD of rank R = min(r, sizes), seeded with `random_seed`, gives the space. K-means with a fixed seed,
     one random start and 10 iterations puts the rows of U into `num_subspaces` clusters, at most out. A of a cluster is
@@ -120,6 +100,10 @@ def find_clusters(W: Tensor, bias: Tensor | None, cfg: AdamssConfig) -> Clusters
     Raises:
         ImportError: scikit-learn is missing.
     """
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError as e:
+        raise ImportError("AdaMSS needs k-means to find clusters of rows: pip install scikit-learn") from e
     dtype, W = W.dtype, W.detach().float()
     if bias is not None:
         W = torch.cat((W, bias.detach().float()[:, None]), 1)
@@ -127,7 +111,7 @@ def find_clusters(W: Tensor, bias: Tensor | None, cfg: AdamssConfig) -> Clusters
     with draw_from_seed(cfg.random_seed):
         U, _, V = torch.svd_lowrank(W, q=R, niter=2)
     count = min(cfg.num_subspaces, len(W))
-    labels = require_sklearn()(n_clusters=count, **KMEANS).fit(U.cpu().numpy()).labels_
+    labels = KMeans(n_clusters=count, **KMEANS).fit(U.cpu().numpy()).labels_
     rows = torch.from_numpy(labels).long().to(W.device)
     downs, ups = [], []
     for j in range(count):
@@ -135,7 +119,7 @@ def find_clusters(W: Tensor, bias: Tensor | None, cfg: AdamssConfig) -> Clusters
         downs.append(make_cluster_A(coordinates, cfg))
         shape = len(coordinates), len(downs[-1])
         ups.append(torch.zeros(shape) if cfg.init_weights else torch.randn(shape).to(dtype) * 0.01)
-    return Clusters(V.T.contiguous(), rows, downs, ups)
+    return V.T.contiguous(), rows, downs, ups
 
 
 def make_cluster_A(U: Tensor, cfg: AdamssConfig) -> Tensor:
@@ -212,7 +196,7 @@ def allocate(tuner: Tuner, name: str, cfg: AdamssConfig, step: int) -> None:
     `final_warmup`, both included.
 
     Updates the `Allocator` in `tuner.states`, made if there is none, from all gradients. At each multiple of
-    `mask_interval` also chooses the subspaces that train (`choose`), and stores a new Allocator.
+    `mask_interval` also chooses the subspaces that train (`choose`), and drops the Allocator.
 
     Raises:
         ValueError: no parameter has a gradient. It is raised before an Allocator is made.
@@ -230,14 +214,12 @@ def allocate(tuner: Tuner, name: str, cfg: AdamssConfig, step: int) -> None:
             f"update_and_allocate({step}): AdaMSS adapter '{name}' has no gradients to measure the importance of its "
             "subspaces. Call it after backward() and optimizer.step(), before zero_grad()."
         )
-    if name not in tuner.states:
-        tuner.states[name] = Allocator(cfg.asa_importance_beta, cfg.asa_uncertainty_beta)
-    state = tuner.states[name]
+    state = tuner.states.setdefault(name, Allocator(cfg.asa_importance_beta, cfg.asa_uncertainty_beta))
     for path, p in parameters:
         state.update(path, p)
     if step % cfg.mask_interval == 0:
         choose(methods, state, step, cfg)
-        tuner.states[name] = Allocator(cfg.asa_importance_beta, cfg.asa_uncertainty_beta)
+        del tuner.states[name]
 
 
 def choose(methods: dict[str, Method], state: Allocator, step: int, cfg: AdamssConfig) -> None:
@@ -311,13 +293,13 @@ class AdaMSS(Method[AdamssConfig]):
                 "the model when it has its values."
             )
         bias = find_unmerged_bias(self.layer)
-        groups = find_clusters(self.layer.W0.flatten(1), bias, self.cfg)
+        space, rows, downs, ups = find_clusters(self.layer.W0.flatten(1), bias, self.cfg)
         return dict(
-            adamss_newB=groups.space,
-            adamss_A=nn.ParameterList([nn.Parameter(A) for A in groups.downs]),
-            adamss_B=nn.ParameterList([nn.Parameter(B) for B in groups.ups]),
-            adamss_clusters=groups.rows,
-            adamss_places=Transient(find_cluster_order(groups.rows)),
+            adamss_newB=space,
+            adamss_A=nn.ParameterList([nn.Parameter(A) for A in downs]),
+            adamss_B=nn.ParameterList([nn.Parameter(B) for B in ups]),
+            adamss_clusters=rows,
+            adamss_places=Transient(find_cluster_order(rows)),
         )
 
     def build_empty(self, shared: dict[str, object], device: torch.device) -> dict[str, Any]:

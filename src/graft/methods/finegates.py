@@ -144,10 +144,6 @@ class FineGates(Method[FineGatesConfig]):
             open_by = open_by + torch.randn_like(z) * self.cfg.gate_noise_std
         return open_by.clamp(0, 1)
 
-    def gates(self) -> tuple[Tensor, Tensor]:
-        """Return `self.gate(finegates_rows)`, (out,), and `self.gate(finegates_columns)`, (in,)."""
-        return self.gate(self.finegates_rows), self.gate(self.finegates_columns)
-
     def pre(self, x: Tensor) -> Tensor:
         """Return x times the gates of the inputs, without a cast: the wider dtype counts."""
         return x * self.site.op.channels(self.gate(self.finegates_columns))
@@ -160,7 +156,7 @@ class FineGates(Method[FineGatesConfig]):
         """Return the weight with rows and columns times their gates, and the bias (None without one) times the rows'
         gates, both in their own dtypes. Of a convolution with groups, the columns' gates are those of each group.
         """
-        rows, columns = (g.to(W.dtype) for g in self.gates())
+        rows, columns = (self.gate(z).to(W.dtype) for z in (self.finegates_rows, self.finegates_columns))
         groups = self.site.op.count_groups(self.site.module)
         columns = columns.view(groups, -1).repeat_interleave(W.shape[0] // groups, dim=0)  # (out, in / groups)
         W = W * (rows[:, None] * columns).view(*columns.shape, *[1] * (W.dim() - 2))

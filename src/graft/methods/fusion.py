@@ -189,7 +189,8 @@ class AdapterFusion(Method[AdapterFusionConfig]):
 
         The query is of h; keys are of the updates, and so are the values, unless the config has no `value`: then the
         updates themselves are mixed. The scores are plain products, not divided by √H. The dropout acts on them, before
-        the softmax. The result has the adapter's dtype. `note_value_matrix` notes the value matrix in training.
+        the softmax. The result has the adapter's dtype. In training, the value matrix is noted for
+        `compute_auxiliary_loss`, if it trains and the config has `value` and `regularization`.
 
         Raises:
             RoutingError: one of the bottlenecks is gone.
@@ -204,17 +205,11 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         q, k = self.fusion_query(h.to(self.dtype)), self.fusion_key(u)
         scores = self.fusion_dropout((k @ q[..., None]).squeeze(-1))  # (…, adapters)
         v = self.fusion_value(u) if self.cfg.value else u
-        self.note_value_matrix()
-        return (scores.softmax(-1)[..., None, :] @ v).squeeze(-2)
-
-    def note_value_matrix(self) -> None:
-        """In training, note the value matrix for `compute_auxiliary_loss`, if it trains and the config has `value` and
-        `regularization`.
-        """
         if self.cfg.value and self.cfg.regularization and self.layer.training:
             W = self.fusion_value.weight
             if W.requires_grad:
                 self.layer.call.record_value(self.name, self.site.key, W)
+        return (scores.softmax(-1)[..., None, :] @ v).squeeze(-2)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the update `fuse` for the layer's output y; x is not read."""

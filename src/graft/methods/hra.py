@@ -61,8 +61,7 @@ class HRA(Method[HRAConfig]):
         """
         r, init = self.cfg.r, self.cfg.init_weights
         if init and r % 2 == 0:
-            half = torch.empty(self.hra_u.shape[0], r // 2)
-            fill_kaiming(half)
+            half = fill_kaiming(torch.empty(self.hra_u.shape[0], r // 2))
             self.hra_u.data.copy_(half.repeat_interleave(2, dim=1))
             return
         if init:

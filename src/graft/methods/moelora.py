@@ -40,11 +40,7 @@ class MoeLoraConfig(Targeted, LayerRange, RankPatterns):
     router_aux_loss_coef: Annotated[float, NOT_NEGATIVE] = 1e-3  # its weight
     init_weights: bool = True  # B of zeros; False: random, for tests
 
-    patterns = {
-        "rank_pattern": "r",
-        "alpha_pattern": "lora_alpha",
-        "experts_pattern": "num_experts",
-    }
+    patterns = {"rank_pattern": "r", "alpha_pattern": "lora_alpha", "experts_pattern": "num_experts"}
 
     def __post_init__(self) -> None:
         """Validate the fields; raise ConfigError if `top_k` exceeds a number of experts, or `router_loss` is set with

@@ -103,7 +103,8 @@ class PVeRA(Projected[PveraConfig]):
             return torch.randn_like(like)
         if self.generator is None:
             self.generator = torch.Generator("cpu").manual_seed(self.cfg.generator_seed)
-        generator, ticket = self.generator, self.ticket()
+        # in training, a number for this run from torch's generator, which checkpointing restores
+        generator, ticket = self.generator, new_seed() if self.layer.training else 0
         now = generator.get_state()
         again = torch._C._current_graph_task_id() != -1 and self.before  # the layer runs again, checkpointed
         if again:
@@ -118,10 +119,3 @@ class PVeRA(Projected[PveraConfig]):
         if again:
             generator.set_state(now)
         return noise.to(like.device, non_blocking=pinned)
-
-    def ticket(self) -> int:
-        """Return a number that identifies a run of the layer in training, drawn from torch's generator; 0 in eval mode.
-
-        Gradient checkpointing restores that generator, so a repeated run gets the same number.
-        """
-        return new_seed() if self.layer.training else 0

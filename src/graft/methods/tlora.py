@@ -135,13 +135,9 @@ class TLoRA(Method[TLoraConfig]):
             W = torch.randn(self.site.out_features, self.site.fan_in, device="cpu").to(P.device) / cfg.r
         n = min(W.shape) - cfg.r
         U, S, V = find_largest_components(W, cfg.r, {"principal": 0, "last": n, "middle": n // 2}[cfg.sig_type])
-        for value, *tensors in (
-            (U, P, self.tlora_P0),
-            (S, self.tlora_lambda, self.tlora_lambda0),
-            (V, self.tlora_Q, self.tlora_Q0),
-        ):
-            for t in tensors:
-                t.copy_(value)
+        for name, value in dict(P=U, Q=V, **{"lambda": S}).items():
+            getattr(self, f"tlora_{name}").copy_(value)
+            getattr(self, f"tlora_{name}0").copy_(value)
         if not cfg.init_weights:
             self.tlora_lambda.add_(torch.randn(cfg.r, device="cpu").to(P.device))
 

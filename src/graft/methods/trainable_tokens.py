@@ -48,7 +48,9 @@ class TrainableTokens(Method[TrainableTokensConfig]):
     @classmethod
     def default_targets(cls, model: nn.Module) -> list[str] | str | None:
         """Return the path of the model's input embedding; ["embed_tokens"] if the model does not tell it."""
-        return input_embedding(model) or ["embed_tokens"]  # a path alone is a string, as in PEFT's files
+        embedding = input_embeddings(model)
+        path = next((name for name, m in model.named_modules() if m is embedding), None)
+        return path or ["embed_tokens"]  # a path alone is a string, as in PEFT's files
 
     def check(self) -> str | None:
         """Return a reason against layers other than embeddings and linear ones (known, with a matrix).
@@ -176,12 +178,3 @@ class TrainableTokens(Method[TrainableTokensConfig]):
         if self.layer.op.takes_ids:
             return W.index_copy(1, tokens, rows.T), b
         return W.index_copy(0, tokens, rows), b
-
-
-def input_embedding(model: nn.Module) -> str | None:
-    """Return the first path of the module that `input_embeddings` gives for a model.
-
-    None if it gives none, or one outside of the model's modules.
-    """
-    embedding = input_embeddings(model)
-    return next((name for name, m in model.named_modules() if m is embedding), None)

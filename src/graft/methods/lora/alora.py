@@ -144,8 +144,7 @@ def find_offsets(tuner: Tuner, run: Run) -> dict[str, Offsets]:
     tokens = {name: tuner.peft_config[name].alora_invocation_tokens for name in run.adapters}
     value, ids = run.graft_arguments.get(ARGUMENT), ids_of(run)
     if value is not None:
-        offsets = offsets_from(value, run)
-        return dict.fromkeys(tokens, offsets)
+        return dict.fromkeys(tokens, offsets_from(value, run))
     if ids is None:
         where = "during generate as input_ids are not available" if run.generates else ONLY_EMBEDS
         warn(f"Cannot calculate aLoRA offsets {where}. Pass {ARGUMENT} to have it act.", PeftWarning)
@@ -208,9 +207,7 @@ def warn_absent(name: str, counts: list[int], rows: Rows | None) -> None:
     In a mixed batch only its own `rows` matter, and of these only those that `counts` has. The text names the rows, or
     "any row" if all counts are such.
     """
-    rows_of_adapter: Sequence[int] = range(len(counts))
-    if rows is not None:
-        rows_of_adapter = rows.rows_of(name)
+    rows_of_adapter: Sequence[int] = range(len(counts)) if rows is None else rows.rows_of(name)
     absent = [row for row in rows_of_adapter if row < len(counts) and not counts[row]]
     if absent:
         shown = f"rows {absent}" if len(absent) < len(counts) else "any row"

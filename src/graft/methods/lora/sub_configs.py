@@ -17,8 +17,6 @@ GROUPS = Bound(POSITIVE.allows, "`{name}` should be positive, got {value}.")
 ABOVE_0 = Bound(POSITIVE.allows, "`{name}` must be greater than 0.")
 RHO = must_be(">= 1.0", lambda rho: rho >= 1)
 TAU = must_be("between 0.0 and 1.0", lambda tau: 0 <= tau <= 1)
-DIRECTION = one_of("ArBr", "A2rBr", "ArB2r", "random")
-SCALE = one_of("stable", "weight_svd", "gd_scale", "unit")
 INIT_TYPE = Bound(
     ("batch_average", "batch_average_once", "random").__contains__,
     "Unsupported `{name}` {value!r}. Supported values are batch_average, batch_average_once and random.",
@@ -172,8 +170,8 @@ class LoraGAConfig(Settings):
         ConfigError: an unknown name, or `stable_gamma` is not positive.
     """
 
-    direction: Annotated[str, DIRECTION] = "ArB2r"  # which of the 2r vectors A and B take: ArBr, A2rBr, ArB2r or random
-    scale: Annotated[str, SCALE] = "stable"  # stable, weight_svd, gd_scale or unit
+    direction: Annotated[str, one_of("ArBr", "A2rBr", "ArB2r", "random")] = "ArB2r"  # the vectors, of 2r, in A and B
+    scale: Annotated[str, one_of("stable", "weight_svd", "gd_scale", "unit")] = "stable"
     stable_gamma: Annotated[int, POSITIVE] = 16  # of "stable"
 
 

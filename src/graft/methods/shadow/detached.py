@@ -67,11 +67,6 @@ def find_cache_class() -> type:
     return ShadowCache
 
 
-def pack(base: Cache, shadows: dict[str, Cache]) -> Cache:
-    """Return a ShadowCache of the base model's cache and those of shadow networks, by adapter."""
-    return find_cache_class()(base, shadows)
-
-
 def unpack(model: nn.Module, kwargs: dict[str, object], use_cache: bool | None) -> dict[str, Cache] | None:
     """Return the shadow networks' caches, by adapter, from a call's arguments.
 
@@ -117,7 +112,8 @@ def with_cache(output: Any, shadows: dict[str, Cache]) -> object:
 
     def pack_value(value: object) -> object:
         """Return a cache of transformers packed with the shadows; any other value, or a ShadowCache, as it is."""
-        return pack(value, shadows) if isinstance(value, Cache) and not isinstance(value, find_cache_class()) else value
+        is_plain = isinstance(value, Cache) and not isinstance(value, find_cache_class())
+        return find_cache_class()(value, shadows) if is_plain else value
 
     if isinstance(output, tuple):
         return tuple(pack_value(value) for value in output)

@@ -61,9 +61,8 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
         tasks, n, r = cfg.n_tasks, cfg.n_up_projection, cfg.r
         shapes = dict(A=(r, site.in_features), B=(n, site.out_features, r)) | {"lambda": (tasks, r)}
         w = nn.Parameter(torch.ones(tasks, n), requires_grad=n > 1)  # else there is nothing to mix
-        return {f"mtllora_{name}": nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()} | dict(
-            mtllora_w=w
-        )
+        values = {f"mtllora_{name}": nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
+        return {**values, "mtllora_w": w}
 
     def init_values(self) -> None:
         """Fill A kaiming uniform (a=√5) and B with zeros; with `init_weights=False` B is normal with std 1/√r.

@@ -122,14 +122,14 @@ class AdapterFusion(Method[AdapterFusionConfig]):
             cfg.target_paths = set(cfg.places)
 
     @property
-    def place(self) -> BottleneckPlace | None:
+    def place(self) -> BottleneckPlace:
         """The place of the bottlenecks at this site; None if none acts here."""
         fused = self.cfg.places.get(self.site.key)
-        return None if fused is None else fused.place
+        return BottleneckPlace("after") if fused is None else fused.place
 
     def check(self) -> str | None:
         """Return a reason if no bottleneck acts here, None at a tap, else the reason of `Method.check`."""
-        if self.place is None:
+        if self.site.key not in self.cfg.places:
             return f"None of the adapters {self.cfg.adapters} acts on it"
         return None if self.place.role == "tap" else super().check()
 
@@ -140,7 +140,7 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         A reader of a tap: a Rewrite by its branch of the tapped input. Any other role, or no place: the part `after`.
         The last two mark a block if the module's kind is unknown.
         """
-        place, block = self.place or BottleneckPlace("after"), not self.site.op.known  # `check` refuses None
+        place, block = self.place, not self.site.op.known
         if place.role == "tap":
             return Tap(place.readers)
         if place.role == "norm":
@@ -156,7 +156,6 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         default dtype.
         """
         place = self.place
-        assert place is not None
         if place.role == "tap":
             return dict(fusion_tap=Transient(torch.empty(0)))
         H = place.width or 0
@@ -172,7 +171,6 @@ class AdapterFusion(Method[AdapterFusionConfig]):
 
         At a tap do nothing.
         """
-        assert self.place is not None
         if self.place.role == "tap":
             return
         for linear in (self.fusion_query, self.fusion_key):

@@ -14,20 +14,20 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import BELOW_1, COUNT, NOT_NEGATIVE, POSITIVE, LayerRange, RankPatterns, Targeted
+from graft.config.fields import NOT_NEGATIVE
 from graft.core.effect import Effect, Factors, Replace, Update
 from graft.core.errors import NoMatchingPeftModuleError, RoutingError, UnsupportedLayerError, join_some
 from graft.core.method import Method, NotedTokens, PublishedRate, fill_kaiming, make_dropout
 from graft.core.ops import find_op
 from graft.core.plan import put_input_first
-from graft.methods.moelora import check_experts, compute_balance_loss, sum_experts
+from graft.methods.moelora import RoutedConfig, check_experts, compute_balance_loss, sum_experts
 from graft.methods.places import ATTENTION, MLP, match_paths, walk
 
 FIXED = "MixLoRA's router chooses experts for each token, which no weight does"
 
 
 @dataclass(kw_only=True)
-class MixLoraConfig(Targeted, LayerRange, RankPatterns):
+class MixLoraConfig(RoutedConfig):
     """MixLoRA: experts that share an MLP and differ by their LoRA, a few for each token; attention has plain LoRA.
 
     Raises:
@@ -35,18 +35,9 @@ class MixLoraConfig(Targeted, LayerRange, RankPatterns):
     """
 
     peft_type: str = "MIXLORA"
-    r: Annotated[int, COUNT] = 8  # of each expert
-    lora_alpha: float = 8  # an expert's LoRA counts alpha / r times
-    lora_dropout: Annotated[float, BELOW_1] = 0.0
-    num_experts: Annotated[int, POSITIVE] = 8  # of each MLP
     top_k: int = 2  # experts that each token runs
     mlp_modules: list[str] | str | None = None  # names of MLPs, or one regex; None: found by name
     router_init_range: Annotated[float, NOT_NEGATIVE] = 0.02  # standard deviation of a router's start
-    router_loss: bool = True  # training adds a loss that spreads the tokens over all experts
-    router_aux_loss_coef: Annotated[float, NOT_NEGATIVE] = 1e-3  # its weight
-    init_weights: bool = True  # B of zeros; False: random, for tests
-
-    patterns = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
     def __post_init__(self) -> None:
         """Validate the fields; set `within` and `routers` to {}, which `find_companions` fills for one model.

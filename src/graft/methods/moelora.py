@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,22 @@ from graft.core.ops import Op
 
 
 @dataclass(kw_only=True)
-class MoeLoraConfig(Targeted, LayerRange, RankPatterns):
+class RoutedConfig(Targeted, LayerRange, RankPatterns):
+    """The fields of MoE-LoRA and MixLoRA."""
+
+    r: Annotated[int, COUNT] = 8  # of each expert
+    lora_alpha: float = 8  # an expert counts alpha / r times
+    lora_dropout: Annotated[float, BELOW_1] = 0.0  # of the experts' input
+    num_experts: Annotated[int, POSITIVE] = 8  # of each layer, or each MLP
+    router_loss: bool = True  # training adds a loss that spreads the tokens over all experts
+    router_aux_loss_coef: Annotated[float, NOT_NEGATIVE] = 1e-3  # its weight
+    init_weights: bool = True  # B of zeros; False: random, for tests
+
+    patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+
+
+@dataclass(kw_only=True)
+class MoeLoraConfig(RoutedConfig):
     """MoE-LoRA: several LoRA experts in each layer; a router chooses or weights them for each token.
 
     Raises:
@@ -29,18 +44,12 @@ class MoeLoraConfig(Targeted, LayerRange, RankPatterns):
     """
 
     peft_type: str = "MOELORA"
-    r: Annotated[int, COUNT] = 8  # of each expert
-    lora_alpha: float = 8  # an expert counts alpha / r times
-    lora_dropout: Annotated[float, BELOW_1] = 0.0  # of the experts' input
-    num_experts: Annotated[int, POSITIVE] = 8  # of each layer
     experts_pattern: dict[str, int] | None = field(default_factory=dict)  # number by layer name or regex, as in MoLA
     top_k: int | None = 2  # experts that act on a token; None: all
     shared_A: bool = False  # the experts of a layer have one A
-    router_loss: bool = False  # training adds a loss that spreads the tokens over all experts
-    router_aux_loss_coef: Annotated[float, NOT_NEGATIVE] = 1e-3  # its weight
-    init_weights: bool = True  # B of zeros; False: random, for tests
+    router_loss: bool = False  # as in MixLoRA
 
-    patterns = {"rank_pattern": "r", "alpha_pattern": "lora_alpha", "experts_pattern": "num_experts"}
+    patterns = {**RoutedConfig.patterns, "experts_pattern": "num_experts"}
 
     def __post_init__(self) -> None:
         """Validate the fields; raise ConfigError if `top_k` exceeds a number of experts, or `router_loss` is set with

@@ -42,8 +42,7 @@ from graft.prompts.arguments import put_labels
 from graft.prompts.base import PLACE, STORED, Encoders, Prompt, check_tokens
 from graft.prompts.entry import (
     attach,
-    check_assistant,
-    check_caches,
+    check_generation,
     check_kind,
     check_rows,
     check_size,
@@ -251,8 +250,7 @@ class Prompts(Registry):
             return
         last = self._find_stacks(self.active[0])[-1]
         if last is self.stacks.get("decoder", last):  # else the prompt is in the encoder, which has no cache
-            check_caches(kwargs, self.model)
-            check_assistant(kwargs, self.model, last)
+            check_generation(kwargs, self.model, last)
 
     def _names_used(self) -> tuple[str, ...]:
         """Return the names that a call holds, as the base class does, if the model has modules trained whole: the

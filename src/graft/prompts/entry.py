@@ -226,15 +226,18 @@ def check_size(stack: PromptStack, cfg: Any) -> None:
 INPUTS = ("input_ids", "inputs", "inputs_embeds")
 
 
-def check_caches(kwargs: dict[str, object], model: nn.Module) -> None:
-    """Raise ValueError for caches that `generate` cannot use with a prompt: a static one, or one that holds tokens.
+def check_generation(kwargs: dict[str, object], model: nn.Module, stack: PromptStack) -> None:
+    """Raise ValueError for options of `generate` that have no place for a prompt in the stack. The first fault counts:
 
-    The static one may be set as `cache_implementation` in `kwargs`, or in the generation config of the call or else of
-    the model; any value with "static" in it counts. A cache in `kwargs` may have the new or the old argument's name. An
-    empty cache passes.
+    - A static cache: `cache_implementation` in `kwargs`, or in the generation config of the call or else of the model,
+      has "static" in it.
+    - A cache that holds tokens, in `kwargs` under the new or the old argument's name. An empty cache passes.
+    - Assisted decoding, by an assistant model or prompt lookup, in a stack with the old cache argument (`OLD_CACHE`).
+      That counts a cache's tokens from the front, and would cut the prompt.
     """
     settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     kind = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
+    lookup = kwargs.get("prompt_lookup_num_tokens") or getattr(settings, "prompt_lookup_num_tokens", None)
     if kind is not None and "static" in str(kind):
         raise ValueError(
             f"cache_implementation='{kind}' has no room for a prompt. Leave it out, so that the cache can grow."
@@ -245,16 +248,6 @@ def check_caches(kwargs: dict[str, object], model: nn.Module) -> None:
             f"generate() got a cache that holds {count} tokens, and would take the prompt's for tokens of the input. "
             "Continue the cache with forward(), or leave it out to begin anew."
         )
-
-
-def check_assistant(kwargs: dict[str, object], model: nn.Module, stack: PromptStack) -> None:
-    """Raise ValueError for assisted decoding in a stack with the old cache argument (`OLD_CACHE`).
-
-    That counts a cache's tokens from the front, and would cut the prompt. An assistant model and prompt lookup count,
-    the latter also from the call's or the model's generation config.
-    """
-    settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    lookup = kwargs.get("prompt_lookup_num_tokens") or getattr(settings, "prompt_lookup_num_tokens", None)
     if stack.cache_name == OLD_CACHE and (lookup or kwargs.get("assistant_model") is not None):
         raise ValueError(
             "Assisted decoding cuts off the prompt's part of the cache under this version of transformers. Leave "

@@ -17,7 +17,7 @@ ELSEWHERE = {
     "kernels/orthogonal.py butterfly_order": 1, "methods/adamss.py find_clusters": 2,
     "methods/finegates.py compression": 2, "methods/frod.py basis": 1, "methods/frod.py support": 2,
     "methods/gralora.py blocks": 1, "methods/gralora.py draw_factor": 1, "methods/lora/start.py directions": 2,
-    "methods/lora/started.py _orthogonal": 3, "methods/projections.py projections": 2,
+    "methods/lora/started.py _orthogonal": 3,
     "methods/randlora.py ternary": 1, "methods/randlora.py uniform": 1, "methods/states.py numbers_by_row": 1,
     "methods/tasks.py check_tasks": 1, "methods/tlora.py per_row": 1, "methods/unilora.py deal_places": 1,
     "methods/xlora.py surround_run": 1, "storage/codes.py count_numbers": 1, "storage/parallel.py gather_numbers": 1,

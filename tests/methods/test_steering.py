@@ -15,7 +15,7 @@ from transformers import AutoModel
 import graft
 from graft.core.errors import CalibrationError, ConfigError, RoutingError
 from graft.core.rows import Run
-from graft.methods.steering import coefficients
+from graft.methods.states import numbers_by_row
 from tests.looks import layers
 from tests.methods import test_reft
 from tests.methods.make_reft_steering import IDS, PAIRS, Letters
@@ -60,7 +60,8 @@ def test_the_formula():
 def test_coefficients_go_where_the_rows_are():
     run = Run((torch.empty(2, 3, device="meta"),), {}, {})
     for value in (1.0, [1.0, 2.0], torch.tensor([1.0, 2.0])):
-        assert coefficients(value, run).device.type == "meta"
+        numbers = numbers_by_row("steering_coefficient", value, run, torch.isfinite, "is not finite.")
+        assert numbers.device.type == "meta"
 
 
 TINY = dict(vocab_size=41, hidden_size=24, num_hidden_layers=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)

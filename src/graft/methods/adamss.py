@@ -196,7 +196,7 @@ def allocate(tuner: Tuner, name: str, cfg: AdamssConfig, step: int) -> None:
     `final_warmup`, both included.
 
     Updates the `Allocator` in `tuner.states`, made if there is none, from all gradients. At each multiple of
-    `mask_interval` also chooses the subspaces that train (`choose`), and drops the Allocator.
+    `mask_interval` also chooses the subspaces that train (`choose`), and stores a new Allocator.
 
     Raises:
         ValueError: no parameter has a gradient. It is raised before an Allocator is made.
@@ -219,7 +219,7 @@ def allocate(tuner: Tuner, name: str, cfg: AdamssConfig, step: int) -> None:
         state.update(path, p)
     if step % cfg.mask_interval == 0:
         choose(methods, state, step, cfg)
-        del tuner.states[name]
+        tuner.states[name] = Allocator(cfg.asa_importance_beta, cfg.asa_uncertainty_beta)
 
 
 def choose(methods: dict[str, Method], state: Allocator, step: int, cfg: AdamssConfig) -> None:

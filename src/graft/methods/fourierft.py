@@ -41,9 +41,10 @@ class FourierFT(Spectral[FourierFTConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return the parameter `fourierft_spectrum` (n,) of normal values, on the default device, in the default
-        dtype.
+        dtype; then places and facts of `Spectral.build`.
         """
-        return dict(fourierft_spectrum=nn.Parameter(torch.randn(self.cfg.n_frequency)))
+        spectrum = nn.Parameter(torch.randn(self.cfg.n_frequency))
+        return {"fourierft_spectrum": spectrum, **super().build(shared)}
 
     def init_values(self) -> None:
         """With `init_weights` fill the coefficients with zeros; else, by default, keep the normal values."""

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import COUNT, BaseBias, FanInFanOut, LayerRange, Targets
+from graft.config.fields import COUNT, FanInFanOut, LayerRange, Targets
 from graft.core.containers import Transient
 from graft.core.errors import CheckpointError, ConfigError, warn
 from graft.core.method import AdaptedLayers, Method, Tensors
@@ -45,15 +45,6 @@ class ProjectionConfig(DrawnConfig):
     """The fields of a method that shares random matrices A and B between layers."""
 
     r: Annotated[int, COUNT]
-
-
-@dataclass(kw_only=True)
-class VectorConfig(ProjectionConfig, BaseBias):
-    """The fields of VeRA and PVeRA."""
-
-    r: int = 256
-    d_initial: float = 0.1  # of λ_d
-    init_weights: bool = True  # λ_b begins as zeros
 
 
 def maybe_transient(tensor: Tensor, saved: bool) -> Tensor | Transient:
@@ -96,7 +87,7 @@ def check_places(tensors: Tensors, name: str, most: int, key: str) -> Tensors:
     return tensors
 
 
-P = TypeVar("P", bound=VectorConfig)
+P = TypeVar("P", bound=ProjectionConfig)
 
 
 class Projected(Method[P]):
@@ -145,6 +136,6 @@ class Projected(Method[P]):
 
         With `init_weights=False` keep the values of `build`: normal and ones.
         """
-        if self.cfg.init_weights:
-            nn.init.constant_(getattr(self, f"{self.prefix}d"), self.cfg.d_initial)
+        if self.cfg.init_weights:  # type: ignore[attr-defined]
+            nn.init.constant_(getattr(self, f"{self.prefix}d"), self.cfg.d_initial)  # type: ignore[attr-defined]
             nn.init.zeros_(getattr(self, f"{self.prefix}b"))

@@ -8,22 +8,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import PVERA
+from graft.config.fields import PVERA, BaseBias
 from graft.core.effect import Factors, Product
 from graft.core.method import COMPARISON, PublishedRate
 from graft.core.site import Site
 from graft.kernels.eager import cast, eager
 from graft.kernels.low_rank import new_seed, sample_hidden
 from graft.kernels.waits import copy_on_device
-from graft.methods.projections import Projected, VectorConfig
+from graft.methods.projections import Projected, ProjectionConfig
 
 
 @dataclass(kw_only=True)
-class PveraConfig(VectorConfig):
+class PveraConfig(ProjectionConfig, BaseBias):
     """PVeRA: VeRA with random hidden values in training; their mean and variance depend on the input."""
 
     peft_type: str = "PVERA"
+    r: int = 256
     pvera_dropout: float = 0.0
+    d_initial: float = 0.1  # of λ_d
+    init_weights: bool = True  # λ_b begins as zeros
     sample_at_inference: bool = False  # be random there, too; merged weights have the means
     generator_seed: int | None = None  # of a generator for each layer; None: torch's. Compiled code takes torch's
 

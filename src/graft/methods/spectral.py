@@ -42,7 +42,7 @@ S = TypeVar("S", bound=SpectralConfig)
 class Spectral(Method[S]):
     """The base of FourierFT and WaveFT: ΔW is a transform of a matrix that is zero but at n places."""
 
-    facts: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "random_loc_seed")
+    shown: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "random_loc_seed")  # facts, with the prefix in front
     places: ClassVar[str]  # name of the container of the places
 
     def transform(self) -> Any:
@@ -65,14 +65,14 @@ class Spectral(Method[S]):
         )
         return super().check() or (too_many if n > most else None)
 
-    def build_declared(self) -> dict[str, object]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return the places of the coefficients, (2, n), drawn from `random_loc_seed`, as a `Transient` that no file
-        holds; and the config's values in `facts`, each with the method's prefix.
+        holds; and the config's values in `shown`, each with the method's prefix.
         """
         cfg, site = self.cfg, self.site
         assert cfg.random_loc_seed is not None
         places = Transient(draw_places(site.out_features, site.fan_in, cfg.n_frequency, cfg.random_loc_seed))
-        return {f"{self.prefix}{name}": getattr(cfg, name) for name in self.facts} | {self.places: places}
+        return {self.places: places} | {f"{self.prefix}{name}": getattr(cfg, name) for name in self.shown}
 
     def delta(self) -> Any:
         """Return ΔW, not formed yet (`transform`)."""

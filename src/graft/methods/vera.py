@@ -7,20 +7,23 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from graft.config.fields import PHI_ATTENTION
+from graft.config.fields import PHI_ATTENTION, BaseBias
 from graft.core.effect import Factors
 from graft.core.method import COMPARISON, PublishedRate
 from graft.kernels.eager import cast
 from graft.kernels.waits import copy_on_device
-from graft.methods.projections import Projected, VectorConfig
+from graft.methods.projections import Projected, ProjectionConfig
 
 
 @dataclass(kw_only=True)
-class VeraConfig(VectorConfig):
+class VeraConfig(ProjectionConfig, BaseBias):
     """VeRA: ΔW = diag(λ_b) B diag(λ_d) A, with random A and B that all layers share and that never train."""
 
     peft_type: str = "VERA"
+    r: int = 256
     vera_dropout: float = 0.0
+    d_initial: float = 0.1  # of λ_d
+    init_weights: bool = True  # λ_b begins as zeros
 
     matrices = "vera_A and vera_B"
 

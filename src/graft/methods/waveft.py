@@ -67,7 +67,7 @@ class WaveFT(Spectral[WaveFTConfig]):
 
     prefix = "waveft_"
     targets = WAVELET
-    facts = (*Spectral.facts, "wavelet_family", "use_idwt")
+    shown = (*Spectral.shown, "wavelet_family", "use_idwt")
     places = "waveft_indices"
 
     waveft_spectrum: nn.Parameter  # (n,)
@@ -90,8 +90,11 @@ class WaveFT(Spectral[WaveFTConfig]):
                 m.cfg.n_frequency = max(1, round(size / sum(sizes) * cfg.n_frequency * len(methods)))
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return the parameter `waveft_spectrum` (n,) of zeros, on the default device, in the default dtype."""
-        return dict(waveft_spectrum=nn.Parameter(torch.zeros(self.cfg.n_frequency)))
+        """Return the parameter `waveft_spectrum` (n,) of zeros, on the default device, in the default dtype; then
+        places and facts of `Spectral.build`.
+        """
+        spectrum = nn.Parameter(torch.zeros(self.cfg.n_frequency))
+        return {"waveft_spectrum": spectrum, **super().build(shared)}
 
     def init_values(self) -> None:
         """With `init_weights=False` fill the coefficients with normal values of std 0.01; else keep the zeros."""

@@ -76,7 +76,7 @@ class Composition:
     @property
     def names(self) -> list[str]:
         """The names of the adapters, each once."""
-        return list(dict.fromkeys(self.children))
+        return list(dict.fromkeys(name for child in self.children for name in adapters_in(child)))
 
     def __repr__(self) -> str:
         """Return "Stack('a', 'b')"."""
@@ -147,11 +147,6 @@ class Parallel(Composition):
         """Accept a Stack or an Average; else raise RoutingError as for a Stack's child."""
         if not isinstance(child, (Stack, Average)):
             super()._check(child)
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all adapters in the children, each once."""
-        return list(dict.fromkeys(name for child in self.children for name in adapters_in(child)))
 
 
 def adapters_in(value: str | Composition) -> list[str]:

@@ -36,7 +36,6 @@ from graft.inject.report import InjectReport, Matched
 from graft.inject.stage import draw_alike, find_absent_in_model, find_team
 from graft.inject.survey import ModuleTree, survey_model
 from graft.methods import method_of
-from graft.model.merging import unload_adapters
 from graft.model.registry import Registry
 from graft.prompts.arguments import put_labels
 from graft.prompts.base import PLACE, STORED, Encoders, Prompt, check_tokens
@@ -152,20 +151,6 @@ class Prompts(Registry):
         config.__dict__.update(cfg.__dict__)
         self.peft_config[adapter_name] = config
         return self.register_injection(adapter_name, done)
-
-    @contextmanager
-    def provisional(self, adapter_name: str, then_keep: bool = True) -> Iterator[None]:
-        """If the block raises, take the first prompt and its wrappers off the model, which is as before.
-
-        `then_keep` is without effect.
-        """
-        try:
-            yield
-        except BaseException:
-            for wrapper in self.wrappers.values():
-                wrapper.forget(adapter_name)
-            unload_adapters(self.model, self.frozen_before)
-            raise
 
     def _make_prompt(self, cfg: PromptLearningConfig) -> Prompt:
         """Return a new prompt of a complete config, on the CPU, with initial values: words of the base's embeddings if

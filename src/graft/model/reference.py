@@ -14,7 +14,7 @@ from graft.combine.adding import find_start_change
 from graft.config.base import PeftConfig
 from graft.core.errors import ConfigError
 from graft.inject.job import Options
-from graft.inject.parts import get_registry, run_as_call
+from graft.inject.parts import get_registry
 from graft.io.files import LoadedWeights
 from graft.io.load import CheckpointValues
 from graft.io.save import get_peft_model_state_dict
@@ -61,7 +61,8 @@ def make_reference(
     """Copy an adapter, frozen and inactive, and return its Reference.
 
     `PeftModel.reference` has the arguments and errors. The name is "<adapter>-reference" if None. The copy is in the
-    registry's `frozen`: it never trains, and is saved only if selected. Waits until no call runs.
+    registry's `frozen`: it never trains, and is saved only if selected. Waits until no call runs. Sharded tensors are
+    gathered, so all processes call this.
 
     If the adapter changed the base at its start (PiSSA), the copy has `init_lora_weights=True` and no `lora_shift`: the
     base has changed already.
@@ -74,7 +75,9 @@ def make_reference(
     name = f"{adapter_name}-reference" if name is None else name
     config = copy.deepcopy(registry.peft_config[adapter_name])
     config.inference_mode = True
-    state = copy_tensors(model, adapter_name)
+    with registry.call.gate.call(f"reference({adapter_name!r})"):
+        tensors = get_peft_model_state_dict(model, None, adapter_name, save_embedding_layers=False)
+        state = {key: t.detach().clone() for key, t in tensors.items()}
     if find_start_change(config):  # the base has changed already, so the copy is plain
         config.init_lora_weights = True
         state = {key: t for key, t in state.items() if ".lora_shift." not in key}
@@ -85,13 +88,3 @@ def make_reference(
         registry.frozen.add(name)
         registry.set_requires_grad(name, False)
     return Reference(model, name)
-
-
-@run_as_call
-def copy_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Return detached copies of an adapter's tensors by the names that files have, without embeddings of the base.
-
-    Sharded ones are gathered, so all processes call this.
-    """
-    state = get_peft_model_state_dict(model, None, adapter, save_embedding_layers=False)
-    return {key: t.detach().clone() for key, t in state.items()}

@@ -99,8 +99,7 @@ class _Classification(_WithHead):
             return self._width(head)
         copies = getattr(head, "modules_to_save", {})
         widths = [self._width(copies[n] if n in copies else getattr(head, "original_module", head)) for n in set(names)]
-        known = [w for w in widths if w is not None]
-        return max(known) if known else None
+        return max((w for w in widths if w is not None), default=None)
 
     def _head(self) -> nn.Module | None:
         """Return the head: of the task's names in order, the first that is a module of the base; None if there

@@ -93,6 +93,18 @@ def check_measured(keys: Collection[str], seen: Collection[str], what: str) -> N
         )
 
 
+def check_ranks(ranks: Mapping[str, tuple[int, int]], what: str) -> None:
+    """Raise ConfigError for the first layer with a rank above its limit: path → (rank, limit).
+
+    what: the end of the error's first sentence, such as "inputs have {} components", with a place for the limit.
+    """
+    for key, (r, most) in ranks.items():
+        if r > most:
+            raise ConfigError(
+                f"The rank of layer '{key}' is {r}, and its {what.format(most)}. Choose a smaller r, or a rank_pattern."
+            )
+
+
 def read_or_measure(
     path: str | None, names: Mapping[Key, str], measure: Callable[[], Mapping[Key, Tensor]]
 ) -> Mapping[Key, Tensor]:
@@ -167,12 +179,8 @@ def preprocess_corda(
 
     methods = find_linear_methods(model, lora_config, "corda")
     cfg = cast(CordaConfig, lora_config.corda_config)
-    for key, m in methods.items():
-        if m.cfg.r > min(m.site.shape):
-            raise ConfigError(
-                f"The rank of layer '{key}' is {m.cfg.r}, and its weight has {min(m.site.shape)} singular triples. "
-                "Choose a smaller r."
-            )
+    ranks = {key: (m.cfg.r, min(m.site.shape)) for key, m in methods.items()}
+    check_ranks(ranks, "weight has {} singular triples")
 
     def measure_eigens() -> dict[tuple[str, str], Tensor]:
         """Return the tensors of each layer's `CordaEigens` by path and field, from covariances that are read or

@@ -19,7 +19,7 @@ from graft import AdapterLayer, CalibrationError, ConfigError, PeftWarning
 from graft.core.errors import join_some, warn
 from graft.inject.parts import check_no_pieces, get_registry, use_mode
 from graft.inject.survey import survey_model
-from graft.train.calibration import check_measured, find_linear_methods, watch_calls
+from graft.train.calibration import check_measured, check_ranks, find_linear_methods, watch_calls
 from graft.train.components import Components, distribute_ranks
 from graft.train.helpers import move_tensors
 
@@ -199,12 +199,7 @@ class InputMeasurement:
         rho = self.cfg.eva_config.rho
         if rho > MAX_RHO:
             rho = min(rho, max(max(p.shape, default=1) for p in self.model.parameters()) // self.cfg.r)
-        for name, r in self.ranks.items():
-            if r > widths[name]:
-                raise ConfigError(
-                    f"The rank of layer '{name}' is {r}, and its inputs have {widths[name]} components. Choose a "
-                    "smaller r, or a rank_pattern for this layer."
-                )
+        check_ranks({name: (r, widths[name]) for name, r in self.ranks.items()}, "inputs have {} components")
         return {name: min(round(r * rho), widths[name]) for name, r in self.ranks.items()}
 
     def converge(self, inputs: dict[str, Components], owner: dict[str, str], most: dict[str, int]) -> dict[str, int]:

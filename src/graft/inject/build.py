@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graft.config.base import PeftConfig
 from graft.core.carrier import SharedTensors
 from graft.core.containers import Transient
-from graft.core.errors import ConfigError, PeftWarning, warn
+from graft.core.errors import ConfigError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.finite import max_magnitudes
 from graft.core.layer import AdapterLayer, Host, make_adapter_layer
 from graft.core.merging import lift_merged
@@ -33,7 +33,7 @@ from graft.inject.beside import Head, ModulesToSaveWrapper, RowsLayer
 from graft.inject.job import InjectionJob, TensorWriter
 from graft.inject.parts import AdapterCarriers
 from graft.inject.report import Matched
-from graft.inject.stage import check_stage_independence, discard_initial_values, synchronize_tensors
+from graft.inject.stage import discard_initial_values, synchronize_tensors
 from graft.methods.trainable_tokens import TrainableTokens
 from graft.storage.codes import make_bias_parameter
 from graft.storage.find import find_device_and_dtype
@@ -132,16 +132,12 @@ def build_carriers(job: InjectionJob) -> None:
         if job.method.shares:
             make_shared_tensors(job)
         if job.tree.absent:
-            trains = [slot.container for slot in job.shared.slots(job.adapter) if slot.trains]
-            absent, starts = job.tree.absent, values is None
-            check_stage_independence(job.method, job.methods, job.order, trains, absent, job.adapter, starts)
+            check_stage_independence(job)
         add_layers(job)
         if job.biases and values is None:
             warn_of_offloaded_biases(job.biases, job.model, job.adapter, job.cfg.bias)
         if job.beside:
             add_heads_and_rows(job)
-        if job.targets.tied:
-            adapt_tied_modules(job)
         if values is not None:
             match = partial(values.match_entries, job.parts, job.adapter)
             assign_values(job.parts, job.adapter, match() if job.team is None else job.team.run_on_all(match))
@@ -187,9 +183,7 @@ def assign_values(parts: AdapterCarriers, adapter: str, values: Iterable[tuple[T
         empty = [s for s, t in layer.tensors(adapter, transient=True) if t.is_meta and not find_offload_hooks(s.owner)]
         if not empty:
             continue
-        spare, method = make_adapter_layer(layer.site, layer.call), layer.methods[adapter]
-        shared = {} if parts.shared is None else parts.shared.wrap_containers()
-        add_adapter(spare, type(method)(layer.site, method.cfg, adapter), shared, on_meta=False, upcast=True)
+        spare = make_spare_layer(layer, parts, adapter, on_meta=False)
         initial_values = {(slot.container, slot.path): t for slot, t in spare.tensors(adapter, transient=True)}
         for slot in empty:
             slot.assign(initial_values[slot.container, slot.path], layer.where[0])
@@ -265,6 +259,18 @@ def add_adapter(
     return layer.place_adapter(method.name, where, upcast)
 
 
+def make_spare_layer(layer: AdapterLayer, parts: AdapterCarriers, adapter: str, on_meta: bool) -> AdapterLayer:
+    """Return a new layer of a layer's site that has its adapter with initial values, or with placeholders `on_meta`.
+
+    Initial values are in float32 if half-precision, placeholders keep the dtype. The layer and the model stay as they
+    are, except where the initial values change the base weight, until the new layer's `rollback`.
+    """
+    spare, method = make_adapter_layer(layer.site, layer.call), layer.methods[adapter]
+    shared = {} if parts.shared is None else parts.shared.wrap_containers()
+    add_adapter(spare, type(method)(layer.site, method.cfg, adapter), shared, on_meta=on_meta, upcast=not on_meta)
+    return spare
+
+
 def check_initial_values(layers: Iterable[AdapterLayer], adapter: str) -> None:
     """Raise LinAlgError if a tensor of `adapter` on one of the layers holds NaN or an infinite number.
 
@@ -278,6 +284,31 @@ def check_initial_values(layers: Iterable[AdapterLayer], adapter: str) -> None:
         raise torch.linalg.LinAlgError(
             f"Adapter '{adapter}' cannot start from the weight of layer '{broken[0]}'{more}: its values would not be "
             "finite. Look for NaN or infinite numbers in the base model, or choose a start that does not read it."
+        )
+
+
+def check_stage_independence(job: InjectionJob) -> None:
+    """Raise UnsupportedLayerError if the adapter, on a stage of a pipeline, needs tensors of other stages.
+
+    The first cause is named: the method works over all layers, a new adapter begins with values made of all base
+    weights, shared tensors train, or a layer here borrows tensors of a remote layer. The text also counts the absent
+    modules.
+    """
+    kind, absent = job.method, job.tree.absent
+    why = kind.over_layers or (kind.joins_weights if job.options.values is None else None)
+    trains = [slot.container for slot in job.shared.slots(job.adapter) if slot.trains]
+    if why is None and trains:
+        why = f"trains '{trains[0]}', which all layers share"
+    remote = {id(method) for key, method in job.order.items() if key not in job.methods}
+    for method in job.methods.values():
+        remote_lender = next((s for s in method.lenders.values() if id(s) in remote), None)
+        if why is None and remote_lender is not None:
+            why = f"uses tensors of layer '{remote_lender.site.key}' in layer '{method.site.key}'"
+    if why is not None:
+        raise UnsupportedLayerError(
+            f"{kind.__name__} {why}, and this model is a stage of a pipeline, which lacks {len(absent)} modules, such "
+            f"as '{next(iter(absent))}'. Adapter '{job.adapter}': use a method with "
+            "independent layers, such as LORA, or tensor parallelism."
         )
 
 
@@ -316,7 +347,7 @@ def make_shared_tensors(job: InjectionJob) -> None:
 
 
 def add_layers(job: InjectionJob) -> None:
-    """Make a layer with the adapter's tensors for each site, in `job.order`.
+    """Make a layer with the adapter's tensors for each site in `job.order`, then for each module tied to the embedding.
 
     Note it in `job.layers` and in the report's `matched`.
 
@@ -326,30 +357,37 @@ def add_layers(job: InjectionJob) -> None:
 
     Tensors are placeholders on the meta device if values of a checkpoint follow, unless the method must run
     `init_values` first. Also if the base weight is on meta, unless `init_values` changes it; or if `on_meta` is set,
-    unless `init_values` reads the weight. Borrowed tensors count on the lender. One warning names layers with a scaling
-    of 0.
+    unless `init_values` reads the weight. Those of tied modules are never placeholders; `build_carriers` ties them
+    later. Borrowed tensors count on the lender, and those of always tied methods on the source. One warning names
+    layers with a scaling of 0.
 
     Raises:
+        ConfigError: a tied module is on another device than its source, and the method is not always tied.
         LinAlgError: initial values computed from base weights are not finite.
     """
     shared, adapter, call, options = job.shared.wrap_containers(), job.adapter, job.call, job.options
     loads, on_meta = options.values is not None, options.on_meta
     default = torch.get_default_device()
     nothing, started = [], []
-    for key, method in job.order.items():
+    tied = {key: method for key, method in job.methods.items() if method.source is not None}
+    for key, method in (job.order | tied).items():
         site = method.site
         if key not in job.methods:
             if not (loads or on_meta):
                 discard_initial_values(method, shared, call)
             continue
         layer = job.tree.layers.get(key)
+        if method.source is not None and not method.always_tied:
+            check_one_device(method, method.source)
         if layer is None:
             layer = make_adapter_layer(site, call)
         else:
             job.takebacks.append(partial(layer.close_containers, len(layer.containers)))
         job.layers[key] = layer
         use = method.uses_weight()
-        if loads:
+        if method.source is not None:
+            nowhere = False
+        elif loads:
             nowhere = WeightUse.BEFORE_LOAD not in use
         else:
             nowhere = WeightUse.CHANGES not in use if site.on_meta else on_meta and WeightUse.READS not in use
@@ -358,6 +396,8 @@ def add_layers(job: InjectionJob) -> None:
             started.append(layer)
         if method.lenders:  # borrowed tensors count on the lender
             size -= sum(s.tensor.numel() for s in layer.slots(adapter) if s.trains and s.container in method.lenders)
+        elif method.source is not None and method.always_tied:
+            size = 0
         job.report.matched.append(Matched(key, site.type_name, size))
         if layer.scaling_at_start.get(adapter) == 0:
             nothing.append(key)
@@ -419,28 +459,6 @@ def check_one_device(method: Method, source: Method) -> None:
             f"Layer '{method.site.key}' is on {device}, but it is tied to '{source.site.key}' on "
             f"{source_device}. Adapter '{method.name}': put both on one device, or leave ensure_weight_tying off."
         )
-
-
-def adapt_tied_modules(job: InjectionJob) -> None:
-    """Put the adapter on a layer for each module that is tied to the embedding: one that is there, else a new one.
-
-    Append a `Matched` of path, type and count to the report's `matched`.
-
-    Their tensors get tied later, in `build_carriers`, once they have values. Methods that are always tied count 0
-    trainable numbers here.
-
-    Raises:
-        ConfigError: the two modules are on different devices and the method is not always tied.
-    """
-    for key, method in job.methods.items():
-        source = method.source
-        if source is None:
-            continue
-        if not job.method.always_tied:
-            check_one_device(method, source)
-        layer = job.layers[key] = job.tree.layers.get(key) or AdapterLayer(method.site, job.call)
-        size = add_adapter(layer, method, job.shared.wrap_containers(), on_meta=False, upcast=job.options.upcast)
-        job.report.matched.append(Matched(key, method.site.type_name, 0 if method.always_tied else size))
 
 
 def set_fan_in_fan_out(cfg: PeftConfig, sites: Iterable[Site]) -> None:

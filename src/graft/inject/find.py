@@ -61,10 +61,12 @@ MOST_WARNINGS = 100  # most warnings about entries of one field
 
 
 def resolve_job(job: InjectionJob) -> None:
-    """Fill in the fields of `job` that say where and how the adapter acts: `report`, `targets`, `methods`, `order`,
-    `biases`, and the heads and token rows. The model is not changed. Of the tree, `ops` is set to the config's custom
-    modules, and `absent` to the modules that other pipeline stages have. Rewrites `job.cfg` in place: expert names,
-    default targets, tied modules, and by the method's `prepare`.
+    """Fill in the fields of `job` that say where and how the adapter acts: `report`, `sites`, `along`, `tied`,
+    `methods`, `order`, `biases`, and the heads and token rows.
+
+    The model is not changed. Of the tree, `ops` is set to the config's custom modules, and `absent` to the modules that
+    other pipeline stages have. Rewrites `job.cfg` in place: expert names, default targets, tied modules, and by the
+    method's `prepare`.
 
     Default targets lose modules if others read their weight. Companion sites of the method are added. Tied modules get
     the config of their source and note its method. Ranks are split by the method's `split_budget`; `lenders` are set
@@ -82,7 +84,7 @@ def resolve_job(job: InjectionJob) -> None:
     """
     tree, cfg, method, adapter, model = job.tree, job.cfg, job.method, job.adapter, job.model
     tree.ops = getattr(cfg, "_custom_modules", None) or {}
-    unreached, targets = UnreachedTargets(), job.targets
+    unreached = UnreachedTargets()
     if job.keys is None:
         if hasattr(cfg, "target_parameters"):
             file_keys = None if job.options.values is None else job.options.values.names
@@ -93,47 +95,44 @@ def resolve_job(job: InjectionJob) -> None:
             drop_read_targets(cfg, method, adapter, tree)
     method.prepare(cfg, model)
     if job.keys is None:
-        targets.tied = expand_tied_targets(cfg, method, model, tree)
+        job.tied = expand_tied_targets(cfg, method, model, tree)
     job.report = InjectReport(adapter, cfg.peft_type.value, base_parameters=tree.parameters)
     tree.absent = find_absent_modules(tree.modules) if job.several else {}
     match_modules(job, unreached)
-    for key in method.find_companions(cfg, model, list(targets.sites)):
-        targets.sites.setdefault(key, get_site(key, tree.modules[key], tree))
+    for key in method.find_companions(cfg, model, list(job.sites)):
+        job.sites.setdefault(key, get_site(key, tree.modules[key], tree))
     if job.steps is not None:
         job.steps.adapt_tied_modules()
-    tied = {key: source for key, source in targets.tied.items() if source in targets.sites}
+    tied = {key: source for key, source in job.tied.items() if source in job.sites}
     variant = method.variant(cfg)
-    for key, site in (targets.sites | {k: get_site(k, tree.modules[k], tree) for k in tied}).items():
-        source = key.rpartition(".")[0] if key in targets.along else targets.tied.get(key, key)
+    for key, site in (job.sites | {k: get_site(k, tree.modules[k], tree) for k in tied}).items():
+        source = key.rpartition(".")[0] if key in job.along else job.tied.get(key, key)
         method_config, source = (cfg, source) if job.steps is None else job.steps.get_site_config(source)
         kind = variant if method_config is cfg else method.variant(method_config)
         method_on_site = job.methods[key] = make_method(
             site, kind, method_config.at(source), adapter
         )  # patterns name the target
         if source != key:
-            method_on_site.config_path, method_on_site.via_container = source, key in targets.along
+            method_on_site.config_path, method_on_site.via_container = source, key in job.along
         if key in tied:
             method_on_site.source = job.methods[tied[key]]
-    everywhere = targets.sites
+    everywhere = job.sites
     if tree.absent and job.keys is None:
-        everywhere = add_remote_sites(targets.sites, tree, Matcher(cfg), adapter)
+        everywhere = add_remote_sites(job.sites, tree, Matcher(cfg), adapter)
     job.order = {k: job.methods.get(k) or make_method(s, variant, cfg.at(k), adapter) for k, s in everywhere.items()}
     in_order = list(job.order.values())
     variant.split_budget([m.matrix_method for m in (*in_order, *(job.methods[key] for key in tied))])
     check_sites(job.methods, tree, job.mixed)
-    trains = not cfg.inference_mode and (job.options.values is None or job.options.values.names)
-    if trains:
+    if not cfg.inference_mode and (job.options.values is None or job.options.values.names):
         check_not_fsdp1(tree.modules.items(), adapter, job.team)
     if in_order and in_order[0].layer_keys:
         assign_lenders(in_order)
-    names, heads = getattr(cfg, "modules_to_save", None), job.options.heads
-    saved = find_modules_to_save(names, getattr(cfg, "_default_heads", ()), tree, job.report) if names else []
-    if saved or heads:
-        chosen = choose_heads(heads, saved, model, tree) if heads else {}
-        job.beside |= make_heads(saved, chosen, targets.tied, tree, adapter)
-    if tokens := getattr(cfg, "trainable_token_indices", None):
-        rows = make_token_rows(tokens, cfg, model, tree, adapter)
-        check_rows(rows, job.methods, saved, tree)
+    saved = find_modules_to_save(job)
+    if saved or job.options.heads:
+        job.beside |= make_heads(job, saved)
+    if getattr(cfg, "trainable_token_indices", None):
+        rows = make_token_rows(job)
+        check_rows(job, rows, saved)
         job.beside |= rows
     if getattr(cfg, "bias", "none") != "none":
         targeted = [tree.modules[key] for key in job.methods if key in tree.modules]
@@ -169,21 +168,21 @@ def make_method(site: Site, kind: Any, cfg: PeftConfig, adapter: str) -> Method:
 
 
 def match_modules(job: InjectionJob, unreached: UnreachedTargets) -> None:
-    """Put the sites of all modules and parameters that the config targets into `job.targets.sites`.
+    """Put the sites of all modules and parameters that the config targets into `job.sites`.
 
     With `job.keys` exactly those paths match, and all others get an entry in `skipped`. Modules that are absent from
     this stage are passed over. Replaced steps of the tuner have the last word on each module, but not with `job.keys`.
     A module tied to the embedding gets the outcome "tied" and no site here.
 
     The report gets modules that another field takes out (`skipped`), and counts by type of other modules without
-    children (`untargeted`). An attention brings its `out_proj` along, before itself, noted in `targets.along`. Warns of
+    children (`untargeted`). An attention brings its `out_proj` along, before itself, noted in `job.along`. Warns of
     entries that match nothing, of experts out of reach, and on a pipeline stage if nothing matches there.
 
     Raises:
         ConfigError: `target_parameters` together with `job.keys`; this comes first.
         NoMatchingPeftModuleError: no module or parameter matches, on a model that is not a stage.
     """
-    cfg, report, tree, targets = job.cfg, job.report, job.tree, job.targets
+    cfg, report, tree = job.cfg, job.report, job.tree
     chosen, matcher = set(job.keys or ()), Matcher(cfg) if job.keys is None else None
     outcomes: dict[str, Verdict] = {}
     for key, module in tree.modules.items():
@@ -195,23 +194,23 @@ def match_modules(job: InjectionJob, unreached: UnreachedTargets) -> None:
             verdict = Verdict("matched" if key in chosen else "untargeted", key)
         if job.steps is not None and matcher is not None:
             verdict = job.steps.decide(key, verdict)
-        if key in targets.tied and verdict.outcome == "matched":  # by a regex; `adapt_tied_modules` adapts it later
+        if key in job.tied and verdict.outcome == "matched":  # by a regex; `adapt_tied_modules` adapts it later
             verdict = Verdict("tied", verdict.entry)
         outcomes[key] = verdict
         if verdict.outcome == "matched":
-            targets.sites[key] = get_site(key, module, tree)
+            job.sites[key] = get_site(key, module, tree)
         elif verdict.entry is not None:
             report.skipped.append(Skipped(key, get_type_name(module), verdict.why))
         elif not module._modules:
             report.untargeted[get_type_name(module)] += 1
     if job.steps is not None:
         job.steps.adapt_modules()
-    for key in [key for key, site in targets.sites.items() if site.op.opaque and site.path == key]:
-        site = targets.sites.pop(key)
+    for key in [key for key, site in job.sites.items() if site.op.opaque and site.path == key]:
+        site = job.sites.pop(key)
         for path in (f"{key}.{child}" for child in list_read_children(site.module)):
-            targets.sites[path] = get_site(path, tree.modules[path], tree)
-            targets.along.add(path)
-        targets.sites[key] = site
+            job.sites[path] = get_site(path, tree.modules[path], tree)
+            job.along.add(path)
+        job.sites[key] = site
     parameters: dict[str, Site] = {}
     if getattr(cfg, "target_parameters", None):
         if job.keys is not None:
@@ -224,24 +223,24 @@ def match_modules(job: InjectionJob, unreached: UnreachedTargets) -> None:
         else:
             named_parameters, idle = find_named_parameters(cfg, skip_empty_carriers(job.model), tree, report)
             parameters = dict(
-                resolve_parameter(path, name, tree, targets.sites, job.adapter) for _, path, name in named_parameters
+                resolve_parameter(path, name, tree, job.sites, job.adapter) for _, path, name in named_parameters
             )
         warn_unmatched("target_parameters", idle, report, of=None if parameters else cfg.target_parameters)
-        targets.sites |= parameters
+        job.sites |= parameters
     if tree.absent:
-        if not (targets.sites or job.prompt) and job.keys is None:
+        if not (job.sites or job.prompt) and job.keys is None:
             warn(
                 f"Adapter '{job.adapter}' adapts nothing on this stage of the pipeline: none of the modules that it "
                 "targets is here.",
                 PeftWarning,
             )
-    elif job.options.state_dict is not None and not targets.sites:
+    elif job.options.state_dict is not None and not job.sites:
         raise NoMatchingPeftModuleError(
             f"The state dict has no tensor of adapter '{job.adapter}' for a module of this model. Pass that of the "
             "adapter, with the model's names, or none."
         )
     elif matcher is not None:
-        report_matches(cfg, matcher, outcomes, report, list(parameters), unreached)
+        report_matches(job, matcher, outcomes, parameters, unreached)
         if unreached.stacks or unreached.layers:
             warn_of_unreached(unreached, tree, report)
 
@@ -356,19 +355,18 @@ def why_not_uncalled(method: Method) -> str | None:
     return None if why is None else f"{type(method).__name__} needs its weight, and {why}"
 
 
-def find_modules_to_save(
-    names: Sequence[str], defaults: Sequence[str], tree: ModuleTree, report: InjectReport
-) -> list[str]:
-    """Return the paths of the modules that `modules_to_save` names, in the model's order, without those on another
-    pipeline stage.
+def find_modules_to_save(job: InjectionJob) -> list[str]:
+    """Return the paths of the modules that the config's `modules_to_save` names, in the model's order, without those on
+    another pipeline stage. Without names returns [].
 
     A name means each path that ends so, even within a part. Warns of names without a module on any stage, except for
-    those in `defaults`, and notes them in the report.
+    those in the config's `_default_heads`, and notes them in the report.
     """
+    names, tree = getattr(job.cfg, "modules_to_save", None) or [], job.tree
+    defaults = getattr(job.cfg, "_default_heads", ())
     everywhere = [key for key in tree.modules if beside.find_saved_entry(key, names) is not None]
     missing = [n for n in names if n not in defaults and not any(key.endswith(n) for key in everywhere)]
-    if missing:
-        warn_unmatched("modules_to_save", find_unmatched(missing, set(), tree.modules), report)
+    warn_unmatched("modules_to_save", find_unmatched(missing, set(), tree.modules), job.report)
     return [key for key in everywhere if key not in tree.absent]
 
 
@@ -400,43 +398,39 @@ def warn_unmatched(
     report.unmatched_targets.update({prefix + entry: similar for entry, similar in entries.items()})
 
 
-def make_heads(
-    saved: list[str], chosen: dict[str, nn.Module], tied: dict[str, str], tree: ModuleTree, adapter: str
-) -> dict[str, Head]:
+def make_heads(job: InjectionJob, saved: list[str]) -> dict[str, Head]:
     """Return a new `Head` for each path in `saved`, and for each module tied to one of them, which gets that head as
-    `source`.
-
-    Args:
-        chosen: modules of the caller, by path; other heads copy the base's module.
+    `source`. A head takes the caller's module of `job.options.heads`, if there is one, and else copies the base's.
 
     Raises:
         UnsupportedLayerError: a module cannot train whole.
+        ConfigError: the caller's modules do not fit (`choose_heads`).
     """
-    new_heads: dict[str, Head] = {}
+    chosen = choose_heads(job, saved) if job.options.heads else {}
+    new_heads, tree, tied = dict[str, Head](), job.tree, job.tied
     for key in [*saved, *(k for k, source in tied.items() if source in saved)]:
         inside = [k for k in (*tree.layers, *tree.wrappers) if k.startswith(f"{key}.")]
-        beside.check_can_train_whole(key, tree.modules[key], inside, adapter)
-        new_heads[key] = Head(beside.get_head_site(key, tree.modules[key]), HeadConfig(chosen.get(key)), adapter)
+        beside.check_can_train_whole(key, tree.modules[key], inside, job.adapter)
+        new_heads[key] = Head(beside.get_head_site(key, tree.modules[key]), HeadConfig(chosen.get(key)), job.adapter)
         if key not in saved:
             new_heads[key].source = new_heads[tied[key]]
     return new_heads
 
 
-def choose_heads(
-    heads: dict[str, nn.Module], saved: list[str], model: nn.Module, tree: ModuleTree
-) -> dict[str, nn.Module]:
-    """Return the caller's modules in `heads`, by the full path of the entry in `saved` that each name means (the path
-    or its end).
+def choose_heads(job: InjectionJob, saved: list[str]) -> dict[str, nn.Module]:
+    """Return the caller's modules in `job.options.heads`, by the full path of the entry in `saved` that each name means
+    (the path or its end).
 
     Raises:
         ConfigError: `heads` is no mapping, or a name means none or several of `saved`. Or a value is no module, shares
             a module with the model, or has other `in_features` than the module it replaces. Widths are compared only if
             both have that attribute.
     """
+    heads: Any = job.options.heads
     if not isinstance(heads, Mapping):
         raise ConfigError(f"heads must be modules by name, as {{'classifier': …}}, got {type(heads).__name__}.")
     chosen: dict[str, nn.Module] = {}
-    model_ids = {id(m) for m in model.modules()}
+    model_ids = {id(m) for m in job.model.modules()}
     for name, module in heads.items():
         paths = [key for key in saved if key == name or key.endswith(f".{name}")]
         if len(paths) != 1:
@@ -447,7 +441,7 @@ def choose_heads(
             raise ConfigError(f"heads['{name}'] must be an nn.Module, got {type(module).__name__}.")
         if any(id(m) in model_ids for m in module.modules()):
             raise ConfigError(f"heads['{name}'] is in the model already, and would train there too: give a copy of it.")
-        widths = [getattr(m, "in_features", None) for m in (innermost(tree.modules[paths[0]]), module)]
+        widths = [getattr(m, "in_features", None) for m in (innermost(job.tree.modules[paths[0]]), module)]
         if None not in widths and widths[0] != widths[1]:
             raise ConfigError(
                 f"heads['{name}'] takes {widths[1]} features, and '{paths[0]}' has {widths[0]}. Pass one of that width."
@@ -493,9 +487,7 @@ def list_trained_biases(
     return [*parameters, *dict.fromkeys(m for m in layers if has_loose_bias(m))]
 
 
-def check_rows(
-    rows: dict[str, TrainableTokens], adapted: dict[str, Method], saved: list[str], tree: ModuleTree
-) -> None:
+def check_rows(job: InjectionJob, rows: dict[str, TrainableTokens], saved: list[str]) -> None:
     """Raise unless each of the token rows can train.
 
     Raises:
@@ -504,7 +496,7 @@ def check_rows(
         ConfigError: the method's `check` refuses, such as for an index that the embedding lacks.
     """
     for key, method in rows.items():
-        module, source, adapter = tree.modules[key], method.source, method.name
+        module, source, adapter = job.tree.modules[key], method.source, method.name
         name = f"'{key}'" + (f", which follows '{source.site.key}' as it shares its weight" if source else "")
         if key in saved:
             raise ValueError(
@@ -512,7 +504,7 @@ def check_rows(
                 f"or `modules_to_save` for {name}, not both. Adapter '{adapter}'."
             )
         why = None
-        if key in adapted:
+        if key in job.methods:
             why = f"adapter '{adapter}' has it in target_modules as well: take it out of one of the two"
         elif (carrier := carrier_of(module)) is not None and not carrier.takes_rows:
             why = f"it {carrier.claim} adapter(s) {carrier.adapters}: load '{adapter}' into another model"
@@ -525,17 +517,12 @@ def check_rows(
 
 
 def report_matches(
-    cfg: Targeted,
-    matcher: Matcher,
-    outcomes: dict[str, Verdict],
-    report: InjectReport,
-    parameters: list[str],
-    experts_left: UnreachedTargets,
+    job: InjectionJob, matcher: Matcher, outcomes: dict[str, Verdict], parameters: Iterable[str], left: UnreachedTargets
 ) -> None:
     """Warn of each entry of the config that matches nothing, and note it in `report.unmatched_targets`.
 
-    The fields are `target_modules`, `exclude_modules`, `layers_to_transform` and the patterns. Names in `experts_left`
-    get no warning.
+    The fields are `target_modules`, `exclude_modules`, `layers_to_transform` and the patterns. Names in `left` get no
+    warning.
 
     - A regex in `target_modules`, if only parameters match: a RuntimeWarning, no note.
     - `exclude_modules` that takes out no module: one warning and one note for the whole field. Else, unless it is a
@@ -547,15 +534,14 @@ def report_matches(
 
     Raises:
         NoMatchingPeftModuleError: no module and no parameter matches, unless "dummy-target-modules" is a target. The
-            text is that of `experts_left` or `explain_no_match`.
+            text is that of `left` or `explain_no_match`.
     """
-    verdicts = outcomes.values()
-    outcome_kinds = {v.outcome for v in verdicts}
-    targets = cfg.target_modules
+    cfg, report, verdicts = job.cfg, job.report, outcomes.values()
+    outcome_kinds, targets = {v.outcome for v in verdicts}, cfg.target_modules
     excluded = bool(outcome_kinds & {"excluded", "saved"})
     entries = targets if isinstance(targets, (set, list)) else (targets,)
     if "matched" not in outcome_kinds and not parameters and DUMMY not in entries:
-        why = experts_left.experts_text or explain_no_match(cfg, outcomes, excluded)
+        why = left.experts_text or explain_no_match(cfg, outcomes, excluded)
         raise NoMatchingPeftModuleError(f"{why} Adapter '{report.adapter}'.")
     if isinstance(targets, str) and "matched" not in outcome_kinds and targets != DUMMY:
         text = f"target_modules={targets} were set but no module was matched. A string is a regular expression that has"
@@ -568,19 +554,13 @@ def report_matches(
         )
         report.unmatched_targets[f"exclude_modules: {cfg.exclude_modules}"] = []
     elif exclude and not isinstance(exclude, str):
-        idle = [e for e in exclude if not any(k == e or k.endswith(f".{e}") for k in outcomes)]
-        warn_unmatched("exclude_modules", find_unmatched(idle, set(), outcomes), report)
+        warn_unmatched("exclude_modules", find_unmatched(exclude, set(), outcomes), report)
     if matcher.indices:
         reached = {matcher.layer_of(k) for k, v in outcomes.items() if v.outcome == "matched"}
-        idle = [str(i) for i in sorted(matcher.indices) if i not in reached]
-        warn_unmatched("layers_to_transform", {i: [] for i in idle}, report)
+        warn_unmatched("layers_to_transform", {str(i): [] for i in sorted(matcher.indices - reached)}, report)
     if isinstance(targets, (set, list)) and DUMMY not in targets:
-        used = {v.entry for v in verdicts if v.entry is not None}
-        # a longer entry may name the same modules, and is the one in `used`
-        left = {t for t in targets if t not in used and not any(k == t or k.endswith(f".{t}") for k in outcomes)}
-        if left := left - experts_left.names:
-            missing = find_unmatched(left, used, outcomes)
-            warn_unmatched("target_modules", missing, report, of=None if "matched" in outcome_kinds else targets)
+        missing = find_unmatched(targets, {v.entry for v in verdicts} | left.names, outcomes)
+        warn_unmatched("target_modules", missing, report, of=None if "matched" in outcome_kinds else targets)
     for name in getattr(cfg, "patterns", {}):
         matched = [*(k for k, v in outcomes.items() if v.outcome == "matched"), *parameters]
         idle = sorted(p for p in getattr(cfg, name) or () if not any(cfg.reaches(p, k, name) for k in matched))
@@ -626,8 +606,7 @@ def explain_no_match(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> 
     if isinstance(targets, str):
         text += " A string is a regular expression that has to fit a whole path: pass a list for the ends of paths."
     else:
-        strange = [t for t in targets if not any(k == t or k.endswith(f".{t}") for k in outcomes)]
-        for entry, similar in find_unmatched(strange, set(), outcomes).items():
+        for entry, similar in find_unmatched(targets, set(), outcomes).items():
             if similar:
                 text += f" '{entry}' matched nothing{format_hint(similar)}"
     if getattr(cfg, "layers_to_transform", None) is not None:
@@ -638,61 +617,46 @@ def explain_no_match(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> 
     return text
 
 
-def make_token_rows(
-    token_indices: Mapping[str, Sequence[int]] | Sequence[int],
-    cfg: PeftConfig,
-    model: nn.Module,
-    tree: ModuleTree,
-    adapter: str,
-) -> dict[str, TrainableTokens]:
+def make_token_rows(job: InjectionJob) -> dict[str, TrainableTokens]:
     """Return the `TrainableTokens` methods by path: first of the modules that the config names, then of those tied to
     them. A tied module has its source as lender, so that it borrows the rows.
-
-    Args:
-        token_indices: rows of the input embedding, or {name of a module: rows}.
     """
-    tokens = resolve_token_indices(token_indices, model, tree, adapter)
-    tied, new_rows = find_tied_tokens(tokens, cfg, model, tree), dict[str, TrainableTokens]()
+    tokens, tree = resolve_token_indices(job), job.tree
+    tied, new_rows = find_tied_tokens(job, tokens), dict[str, TrainableTokens]()
     for key in [*(key for key in tokens if key not in tied), *tied]:
         config = TrainableTokensConfig(token_indices=tokens[tied.get(key, key)])
-        method = new_rows[key] = TrainableTokens(get_site(key, tree.modules[key], tree), config, adapter)
+        method = new_rows[key] = TrainableTokens(get_site(key, tree.modules[key], tree), config, job.adapter)
         if key in tied:
             method.source = new_rows[tied[key]]
             method.lenders = dict.fromkeys(method.layer_names, method.source)
     return new_rows
 
 
-def resolve_token_indices(
-    token_indices: Mapping[str, Sequence[int]] | Sequence[int], model: nn.Module, tree: ModuleTree, adapter: str
-) -> dict[str, list[int]]:
-    """Return the rows that train, by full path of the module.
+def resolve_token_indices(job: InjectionJob) -> dict[str, list[int]]:
+    """Return the rows that train by the config's `trainable_token_indices`, by full path of the module.
 
-    A name means each module with that path or that end of it.
-
-    A plain list means the input embedding, or "embed_tokens" if the model has none. Modules of other pipeline stages
-    are left out.
+    A name in a mapping means each module with that path or that end of it. A plain list means the input embedding, or
+    "embed_tokens" if the model has none. Modules of other pipeline stages are left out.
 
     Raises:
         NoMatchingPeftModuleError: no module has a name.
     """
-    named = token_indices
+    named, tree = job.cfg.trainable_token_indices, job.tree
     if not isinstance(named, Mapping):
-        named = {find_embedding_path(model, tree) or "embed_tokens": named}
+        named = {find_embedding_path(job.model, tree) or "embed_tokens": named}
     out: dict[str, list[int]] = {}
     for name, indices in named.items():
         paths = [k for k in tree.modules if k == name or k.endswith(f".{name}")]
         if not paths:
             raise NoMatchingPeftModuleError(
                 f"Target modules {{'{name}'}} not found in the base model. Please check the target modules and try "
-                f"again (trainable_token_indices). Adapter '{adapter}'."
+                f"again (trainable_token_indices). Adapter '{job.adapter}'."
             )
         out |= {path: list(indices) for path in paths if path not in tree.absent}
     return out
 
 
-def find_tied_tokens(
-    tokens: dict[str, list[int]], cfg: PeftConfig, model: nn.Module, tree: ModuleTree
-) -> dict[str, str]:
+def find_tied_tokens(job: InjectionJob, tokens: dict[str, list[int]]) -> dict[str, str]:
     """Return {path: embedding's path} of the modules tied to the embedding, if the embedding's rows train; else {}.
 
     A tied module follows if `tokens` lacks it or has equal rows for it. With different rows it is left out.
@@ -701,11 +665,11 @@ def find_tied_tokens(
         ValueError: a tied module has other rows than the embedding, or the embedding has none, and the config sets
             `ensure_weight_tying`.
     """
-    embedding, tied = find_tied_modules(model, tree) if tokens else (None, [])
+    embedding, tied = find_tied_modules(job.model, job.tree) if tokens else (None, [])
     embedding_rows = tokens.get(embedding or "")
     following = [k for k in tied if embedding_rows is not None and tokens.get(k) in (None, embedding_rows)]
     conflicting = [k for k in tied if k in tokens and k not in following]
-    if conflicting and getattr(cfg, "ensure_weight_tying", False):
+    if conflicting and getattr(job.cfg, "ensure_weight_tying", False):
         raise ValueError(
             "Cannot ensure weight tying when different token indices are specified for tied layers. "
             f"Conflicting layers: {[embedding, *conflicting]}."

@@ -39,15 +39,6 @@ class Options:
     provisional: bool = False  # the caller may still remove the adapter: see `Registry.provisional`
 
 
-@dataclass
-class Targets:
-    """The sites that a config targets, filled in by `resolve_job`."""
-
-    sites: dict[str, Site] = field(default_factory=dict)  # by path
-    along: set[str] = field(default_factory=set)  # paths of sites that a targeted parent module brought
-    tied: dict[str, str] = field(default_factory=dict)  # path of a module tied to the embedding → path of that
-
-
 @dataclass(eq=False)
 class InjectionJob:
     """The inputs and results of one injection: model and config first, then fields that `resolve_job` and
@@ -84,7 +75,9 @@ class InjectionJob:
     # set by `find.resolve_job`
     cfg: Any = None  # copy of the user's config with targets and the like filled in
     report: InjectReport = field(init=False)
-    targets: Targets = field(default_factory=Targets)
+    sites: dict[str, Site] = field(default_factory=dict)  # of the config's targets, by path
+    along: set[str] = field(default_factory=set)  # paths of sites that a targeted parent module brought
+    tied: dict[str, str] = field(default_factory=dict)  # path of a module tied to the embedding → path of that
     methods: dict[str, Method] = field(default_factory=dict)  # by path: of the targets, and of modules tied to them
     beside: dict[str, Head | TrainableTokens] = field(default_factory=dict)  # heads and token rows, by path
     order: dict[str, Method] = field(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -147,14 +147,16 @@ def is_targeted(config: Any, key: str) -> bool:
     return Matcher(config)(key).outcome == "matched"
 
 
-def find_unmatched(entries: Iterable[str], used: set[str], paths: Iterable[str]) -> dict[str, list[tuple[str, int]]]:
-    """Return the entries that are not in `used`, sorted, each with up to two similar last names among `paths` and their
-    counts.
+def find_unmatched(
+    entries: Iterable[str], used: Collection[str | None], paths: Iterable[str]
+) -> dict[str, list[tuple[str, int]]]:
+    """Return the entries that are not in `used`, and no path or end of one, sorted, each with up to two similar last
+    names among `paths` and their counts.
 
     Names are compared with the first 100 characters of the entry's last name (difflib, 0.6). Only the first 100 entries
     get similar names. {} if none is left.
     """
-    missing = sorted(e for e in entries if e not in used)
+    missing = sorted(e for e in entries if e not in used and not any(f".{path}".endswith(f".{e}") for path in paths))
     if not missing:
         return {}
     name_counts = Counter(path.rpartition(".")[2] for path in paths)

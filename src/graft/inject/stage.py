@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.core.call import Call
-from graft.core.errors import CheckpointError, DistributedError, PeftWarning, UnsupportedLayerError, warn
+from graft.core.errors import CheckpointError, DistributedError, PeftWarning, warn
 from graft.core.layer import make_adapter_layer
 from graft.core.method import Method, WeightUse
 from graft.core.random import build_on, read_generator_states, restore_generator_states
@@ -160,44 +160,6 @@ def discard_initial_values(method: Method, shared: dict[str, object], call: Call
         spare.add(method, method.build(shared))
         if WeightUse.CHANGES not in method.uses_weight():
             method.init_values()
-
-
-def check_stage_independence(
-    kind: type[Method],
-    methods: dict[str, Method],
-    order: dict[str, Method],
-    trains: list[str],
-    absent: dict[str, str],
-    adapter: str,
-    starts: bool,
-) -> None:
-    """Raise UnsupportedLayerError if an adapter on a pipeline stage needs tensors of other stages.
-
-    The first cause is named: the method works over all layers, a new adapter begins with values made of all base
-    weights, shared tensors train, or a layer here borrows tensors of a remote layer. The text also counts the absent
-    modules.
-
-    Args:
-        methods: of the layers on this process, by path.
-        order: those and the methods of other stages' layers.
-        trains: names of the trainable tensors that all layers share.
-        absent: modules on other stages, for the error.
-        starts: the adapter is new, and not loaded.
-    """
-    why = kind.over_layers or (kind.joins_weights if starts else None)
-    if why is None and trains:
-        why = f"trains '{trains[0]}', which all layers share"
-    remote = {id(method) for key, method in order.items() if key not in methods}
-    for method in methods.values():
-        remote_lender = next((s for s in method.lenders.values() if id(s) in remote), None)
-        if why is None and remote_lender is not None:
-            why = f"uses tensors of layer '{remote_lender.site.key}' in layer '{method.site.key}'"
-    if why is not None:
-        raise UnsupportedLayerError(
-            f"{kind.__name__} {why}, and this model is a stage of a pipeline, which lacks {len(absent)} modules, such "
-            f"as '{next(iter(absent))}'. Adapter '{adapter}': use a method with "
-            "independent layers, such as LORA, or tensor parallelism."
-        )
 
 
 def find_model_group(modules: Iterable[nn.Module]) -> dist.ProcessGroup | None:

@@ -166,14 +166,14 @@ class ReplacedSteps:
         return Verdict("matched", config_verdict.entry or path) if answer else Verdict("left", config_verdict.entry)
 
     def adapt_modules(self) -> None:
-        """Call the replaced `_create_and_replace` for each site in `job.targets.sites`, which is emptied first and then
+        """Call the replaced `_create_and_replace` for each site in `job.sites`, which is emptied first and then
         holds the sites that it chose. Keeps a copy of the config in `before`, to see later changes; without a
         replacement does only that.
         """
         self.before = copy.copy(self.job.cfg)
         if CREATE not in self.replaced:
             return
-        targets, self.job.targets.sites = self.job.targets.sites, {}
+        targets, self.job.sites = self.job.sites, {}
         for path in targets:
             self._create(path)
 
@@ -192,17 +192,17 @@ class ReplacedSteps:
         if CREATE not in self.replaced:
             return
         job = self.job
-        for path in [k for k, source in job.targets.tied.items() if source in job.targets.sites]:
+        for path in [k for k, source in job.tied.items() if source in job.sites]:
             before = dict(self.noted)
             self._create(path)
             new = self.noted.keys() - before.keys()
             if new - {path}:
                 raise UnsupportedLayerError(
                     f"{self.describe_step(CREATE)}, adapts {sorted(new)} for '{path}', which is tied to "
-                    f"'{job.targets.tied[path]}' and has its tensors: leave ensure_weight_tying off in the config "
+                    f"'{job.tied[path]}' and has its tensors: leave ensure_weight_tying off in the config "
                     f"of adapter '{job.adapter}'."
                 )
-            del (job.targets.sites if new else job.targets.tied)[path]
+            del (job.sites if new else job.tied)[path]
         if self.asked and not self.noted:
             raise NoMatchingPeftModuleError(
                 f"Adapter '{job.adapter}' adapts nothing: {self.describe_step(CREATE)}, left out all "
@@ -245,7 +245,7 @@ class ReplacedSteps:
             idle = {} if len(self.noted) > len(before) else find_unmatched(job.cfg.target_parameters, set(), ())
         else:
             idle = self.adapt_named_parameters(job.cfg)[1]
-        return {key: job.targets.sites[key] for key in self.noted if key not in before}, idle
+        return {key: job.sites[key] for key in self.noted if key not in before}, idle
 
     def adapt_named_parameters(self, cfg: PeftConfig) -> tuple[list[str], UnmatchedEntries]:
         """Call the replaced `_create_and_replace` for each parameter that `cfg` names, in the model's order.
@@ -264,66 +264,49 @@ class ReplacedSteps:
         self,
         cfg: PeftConfig,
         adapter: str,
-        target: object,
+        target: Any,
         name: str,
-        parent: object,
+        parent: Any,
         key: str | None,
         parameter: str | None,
     ) -> None:
-        """Record the site and config of a call of the original `_create_and_replace`.
+        """Add the site of `target`, or of its parameter, to `job.sites`, and the config of this call of the original
+        `_create_and_replace` to `noted`, a copy if it differs from the adapter's.
 
         An error is kept in `refused` as well, so that `_ask` raises it if the replacement catches it.
-
-        Raises:
-            UnsupportedLayerError: the call is for another adapter, config class, module or place than this injection
-                can adapt, or a second one for a site.
-        """
-        try:
-            self._record_call(cfg, adapter, target, (parent, name), key or self.target, parameter)
-        except Exception as e:
-            self.refused = e
-            raise
-
-    def _record_call(
-        self, cfg: PeftConfig, adapter: str, target: object, place: tuple[Any, str], key: str, parameter: str | None
-    ) -> None:
-        """Add the site of `target`, or of its parameter, to `job.targets.sites`, and its config to `noted`.
-
-        The config is copied if it differs from the adapter's.
 
         Raises:
             UnsupportedLayerError: another adapter or config class, no module of the model, another place than the
                 module's, a site that is recorded already, or a parameter that cannot be adapted.
         """
-        job = self.job
-        tree, path = job.tree, self.paths.get(target, "") if isinstance(target, nn.Module) else ""
-        why = None
-        if adapter != job.adapter:
-            why = f"adapter '{adapter}' instead of '{job.adapter}', which is being injected"
-        elif not isinstance(cfg, job.method.config):
-            why = f"a {type(cfg).__name__} instead of the adapter's {job.method.config.__name__}, or a copy of it"
-        elif path not in tree.places:
-            why = f"a {type(target).__name__} that is no module of the model"
-        elif (
-            tree.places[path] != place and self.paths.get(place[0]) != path
-        ):  # a place within the module's own layers is right, too
-            why = f"'{path}', and places it as '{place[1]}' of a {type(place[0]).__name__}, where it is not"
-        if why is None:
-            module = tree.modules[path]
-            if parameter is None:
-                site_key, site = path, get_site(path, module, tree)
+        job, tree, why = self.job, self.job.tree, None
+        path = self.paths.get(target, "") if isinstance(target, nn.Module) else ""
+        try:
+            if adapter != job.adapter:
+                why = f"adapter '{adapter}' instead of '{job.adapter}', which is being injected"
+            elif not isinstance(cfg, job.method.config):
+                why = f"a {type(cfg).__name__} instead of the adapter's {job.method.config.__name__}, or a copy of it"
+            elif path not in tree.places:
+                why = f"a {type(target).__name__} that is no module of the model"
+            # a place within the module's own layers is right, too
+            elif tree.places[path] != (parent, name) and self.paths.get(parent) != path:
+                why = f"'{path}', and places it as '{name}' of a {type(parent).__name__}, where it is not"
             else:
-                site_key, site = resolve_parameter(path, parameter, tree, job.targets.sites, job.adapter)
-            if site_key in self.noted:
-                why = f"'{site_key}' twice: for '{self.noted[site_key].target}' already"
-        if why is not None:
-            raise UnsupportedLayerError(
-                f"For '{self.target}' {self.describe_steps()}, passes on {why}. Pass on the target, or "
-                "another module of the model with its parent and its name there, each once; or nothing, to leave the "
-                "target out."
-            )
-        job.targets.sites[site_key] = site
-        self.noted[site_key] = SiteConfig(key, None if cfg == self.before else copy.copy(cfg))
+                site_key, site = path, get_site(path, tree.modules[path], tree)
+                if parameter is not None:
+                    site_key, site = resolve_parameter(path, parameter, tree, job.sites, job.adapter)
+                if site_key in self.noted:
+                    why = f"'{site_key}' twice: for '{self.noted[site_key].target}' already"
+            if why is not None:
+                raise UnsupportedLayerError(
+                    f"For '{self.target}' {self.describe_steps()}, passes on {why}. Pass on the target, or another "
+                    "module with its parent and its name there, each once; or nothing, to leave the target out."
+                )
+        except Exception as e:
+            self.refused = e
+            raise
+        job.sites[site_key] = site
+        self.noted[site_key] = SiteConfig(key or self.target, None if cfg == self.before else copy.copy(cfg))
 
     def get_site_config(self, key: str) -> tuple[PeftConfig, str]:
         """Return the config for the site at `key`, and the path that its patterns use.

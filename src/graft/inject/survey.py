@@ -164,17 +164,6 @@ class SourceUses(ast.NodeVisitor):
             self.visit(part)
 
 
-def get_written_function(value: object) -> FunctionType | None:
-    """Return the Python function behind a value of a class's dictionary: that of a property's getter, and from within
-    decorators that keep `__wrapped__`.
-
-    None if it is none or has no positional parameter.
-    """
-    written: Any = value.fget if isinstance(value, property) else value
-    function = inspect.unwrap(written)
-    return function if isinstance(function, FunctionType) and function.__code__.co_argcount else None
-
-
 def list_names(code: CodeType) -> Iterator[str]:
     """Yield the names of attributes and globals that a function uses, those of functions within it included."""
     yield from code.co_names
@@ -222,7 +211,9 @@ def find_inner_uses(kind: type) -> dict[Path, Use]:
     for cls in kind.__mro__:
         if not f"{cls.__module__}.".startswith("torch."):  # for torch's see `list_read_children`, and `attach`
             for name, value in vars(cls).items():
-                if (function := get_written_function(value)) is not None and not SETS_UP.match(name):
+                # of a property its getter; decorators that keep `__wrapped__` are taken off
+                function = inspect.unwrap(value.fget if isinstance(value, property) else value)
+                if isinstance(function, FunctionType) and function.__code__.co_argcount and not SETS_UP.match(name):
                     functions.setdefault(name, function)
     # few functions; to parse all would take 0.25 s
     naming = [f for f in functions.values() if TENSORS & set(list_names(f.__code__))]
@@ -346,7 +337,10 @@ def survey_model(model: nn.Module) -> ModuleTree:
         for name, child in module._modules.items():
             if child is None:
                 continue
-            place, inner = find_innermost_place(module, name)
+            parent, attribute, inner = module, name, child
+            while (inside := find_inner_attribute(inner)) is not None:
+                parent, attribute, inner = inner, inside, inner._modules[inside]
+            place = parent, attribute
             if child in seen:
                 if inner is child:  # else its wrapper has it in all places
                     tree.again.setdefault(seen[child], []).append(place)
@@ -449,17 +443,6 @@ def survey_model(model: nn.Module) -> ModuleTree:
     look_into(model, "")
     tree.parameters = numbers
     return tree
-
-
-def find_innermost_place(parent: nn.Module, name: str) -> tuple[Place, nn.Module]:
-    """Return the place (parent, name) and the module within all wrappers at `parent.name`.
-
-    Without a wrapper these are the parent, the name and the child.
-    """
-    child: Any = parent._modules[name]
-    while (inner := find_inner_attribute(child)) is not None:
-        parent, name, child = child, inner, child._modules[inner]
-    return (parent, name), child
 
 
 def skip_empty_carriers(module: nn.Module | None) -> nn.Module | None:

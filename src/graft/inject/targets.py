@@ -54,7 +54,11 @@ def resolve_targets(cfg: Targeted, method: type[Method], model: nn.Module, modul
             cfg.target_modules = set()  # for a file without names PEFT would use its defaults
         return
     if cfg.target_modules is None:
-        defaults = find_default_targets(method, model)
+        defaults = method.default_targets(model)
+        if (
+            defaults is None and "nemotron_h" in method.targets
+        ):  # the one model with such mixers that PEFT's tables know
+            defaults = MIXERS.get(model_type(model))
         if defaults is None:
             known = hasattr(cfg, "target_parameters") and "target_parameters" not in cfg.beyond  # in PEFT's words
             what = "`target_modules` or `target_parameters`in" if known else "`target_modules` in"
@@ -74,17 +78,6 @@ def resolve_targets(cfg: Targeted, method: type[Method], model: nn.Module, modul
             cfg.target_modules = shorter
 
 
-def find_default_targets(method: type[Method], model: nn.Module) -> list[str] | str | None:
-    """Return the default `target_modules` of a method for this model; None if there are none.
-
-    If the method has none, but its table has an entry "nemotron_h" (it adapts projections), the table MIXERS gives
-    those of the model type.
-    """
-    defaults = method.default_targets(model)
-    adapts_projections = "nemotron_h" in method.targets  # the one model with such mixers that PEFT's tables know
-    return MIXERS.get(model_type(model)) if defaults is None and adapts_projections else defaults
-
-
 def list_linear_layers(cfg: PeftConfig, model: object, modules: dict[str, nn.Module]) -> set[str]:
     """Return the paths of all linear layers except the output head, and except modules that wrap it.
 
@@ -96,12 +89,7 @@ def list_linear_layers(cfg: PeftConfig, model: object, modules: dict[str, nn.Mod
         head = skip_empty_carriers(model.get_output_embeddings())
         if head is None and cfg.task_type == "SEQ_CLS":
             head = next((getattr(model, n) for n in HEAD_NAMES if isinstance(getattr(model, n, None), nn.Module)), None)
-    return {key for key, m in modules.items() if is_linear(m) and not is_or_wraps(m, head)}
-
-
-def is_or_wraps(module: nn.Module, other: nn.Module | None) -> bool:
-    """Return True if `module` is `other` or contains it. False if `other` is None."""
-    return other is not None and (module is other or any(m is other for m in module.modules()))
+    return {key for key, m in modules.items() if is_linear(m) and all(inner is not head for inner in m.modules())}
 
 
 def find_weight(module: nn.Module) -> nn.Parameter | None:

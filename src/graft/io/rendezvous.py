@@ -24,14 +24,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from graft.core.errors import CheckpointError, DistributedError
-from graft.core.layer import AdapterLayer
-from graft.inject.build import add_adapter
+from graft.inject.build import make_spare_layer
 from graft.inject.parts import AdapterCarriers
 from graft.io.entries import Entry
 from graft.io.fingerprint import hash_text
 from graft.storage.meeting import PATIENCE, get_store, leave_error, pickle_error
 from graft.storage.meeting import Meeting as Meeting
-from graft.storage.parallel import find_whole_shape, gather_tensor, has_no_layout, is_whole, layout_of, processes
+from graft.storage.parallel import find_whole_shape, gather_tensor, is_whole, layout_of, processes
 
 T = TypeVar("T")
 CALL = "save_pretrained()"
@@ -70,26 +69,23 @@ def find_ranks(tensors: Iterable[Tensor]) -> list[int]:
 def check_entries(entries: list[Entry], values: dict[str, Tensor], parts: AdapterCarriers, adapter: str) -> None:
     """Compare the shapes of values to be saved, by file key, with those of the adapter.
 
-    For an entry that is empty or has another shape, the config gives the shape.
+    For an entry of a layer that is an empty placeholder, or has another shape than its value, the config gives the
+    shape, by a spare layer on the meta device. Of a sharded entry the whole shape counts.
 
     Raises:
         CheckpointError: a value has another shape than the adapter's tensor.
     """
-    suspects = [e for e in entries if needs_shape_check(e.tensor, values[e.file])]
+    suspects = [
+        e
+        for e in entries
+        if values[e.file].shape != find_whole_shape(e.tensor)
+        or (layout_of(e.tensor) is None and not is_whole(e.tensor))
+    ]
     for layer, group in groupby(suspects, attrgetter("layer")):
-        shapes = {} if layer is None else compute_shapes(layer, adapter, parts)
+        slots = [] if layer is None else make_spare_layer(layer, parts, adapter, on_meta=True).slots(adapter)
+        shapes = {(slot.container, slot.path): slot.tensor.shape for slot in slots}
         for e in group:
             check_value(e.memory, values[e.file], e.tensor, adapter, shapes.get((e.container, e.path)))
-
-
-def needs_shape_check(tensor: Tensor, value: Tensor) -> bool:
-    """Return True if `value` has another shape than `tensor`, or `tensor` itself is an empty placeholder.
-
-    For a sharded `tensor` the whole shape counts, and it is no placeholder.
-    """
-    if value is tensor and has_no_layout(tensor):
-        return not is_whole(tensor)
-    return value.shape != find_whole_shape(tensor) or (layout_of(tensor) is None and not is_whole(tensor))
 
 
 def check_value(key: str, value: Tensor, tensor: Tensor, adapter: str, shape: torch.Size | None = None) -> None:
@@ -107,17 +103,6 @@ def check_value(key: str, value: Tensor, tensor: Tensor, adapter: str, shape: to
         f"'{key}' of adapter '{adapter}' has the shape {tuple(value.shape)}{wanted}: it is a part of the tensor, or "
         f"an empty placeholder. {GATHER}"
     )
-
-
-def compute_shapes(layer: AdapterLayer, adapter: str, parts: AdapterCarriers) -> dict[tuple[str, str], torch.Size]:
-    """Return the shapes of an adapter's tensors on a layer by its config, as {(container, path): shape}.
-
-    They come from a new layer on the meta device.
-    """
-    method, spare = layer.methods[adapter], AdapterLayer(layer.site, layer.call)
-    shared = {} if parts.shared is None else parts.shared.wrap_containers()
-    add_adapter(spare, type(method)(layer.site, method.cfg, adapter), shared, on_meta=True, upcast=False)
-    return {(slot.container, slot.path): slot.tensor.shape for slot in spare.slots(adapter)}
 
 
 def get_rank() -> int:

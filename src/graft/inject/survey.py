@@ -212,7 +212,8 @@ def find_inner_uses(kind: type) -> dict[Path, Use]:
         if not f"{cls.__module__}.".startswith("torch."):  # for torch's see `list_read_children`, and `attach`
             for name, value in vars(cls).items():
                 # of a property its getter; decorators that keep `__wrapped__` are taken off
-                function = inspect.unwrap(value.fget if isinstance(value, property) else value)
+                written: Any = value.fget if isinstance(value, property) else value
+                function = inspect.unwrap(written)
                 if isinstance(function, FunctionType) and function.__code__.co_argcount and not SETS_UP.match(name):
                     functions.setdefault(name, function)
     # few functions; to parse all would take 0.25 s
@@ -337,7 +338,8 @@ def survey_model(model: nn.Module) -> ModuleTree:
         for name, child in module._modules.items():
             if child is None:
                 continue
-            parent, attribute, inner = module, name, child
+            parent, attribute = module, name
+            inner: Any = child
             while (inside := find_inner_attribute(inner)) is not None:
                 parent, attribute, inner = inner, inside, inner._modules[inside]
             place = parent, attribute

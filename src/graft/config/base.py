@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, Field, asdict, dataclass, fields
 from difflib import get_close_matches
 from enum import Enum
 from functools import cache
@@ -468,52 +468,40 @@ def type_hints(cls: type) -> dict[str, object]:
 def validate(config: DataclassInstance) -> None:
     """Check all fields of a dataclass.
 
-    Fields that are None and cannot be get their defaults first; paths become text.
+    A field that is None, though its annotation is Any or does not allow None, gets its default first; a factory is
+    called for it. One without a default, or with the default None, stays None. Paths become text.
 
     Raises:
         ConfigTypeError: a value is not of the field's type.
         ConfigError: a value is outside its bound, or a number is too large or not finite.
     """
-    fill_nulls(config)
+    hints = type_hints(type(config))
     for f in fields(config):
-        if isinstance(path := getattr(config, f.name), os.PathLike):
-            setattr(config, f.name, os.fspath(path))
-    check_types(config)
-    check_numbers(config, type_hints(type(config)))
+        value, hint = getattr(config, f.name), hints[f.name]
+        if value is None and f.default is not None and (hint is Any or not is_typed(None, hint)):
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            value = None if default is MISSING else default  # files contain many `null`
+        elif isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if value is not getattr(config, f.name):
+            setattr(config, f.name, value)
+        check_type(config, f, hint)
+    check_numbers(config, hints)
     check_bounds(config)
 
 
-def fill_nulls(config: DataclassInstance) -> None:
-    """Set fields of a dataclass that are None to their defaults, if the annotation is Any or does not allow None.
-
-    Files contain many `null`. A factory is called for its default.
-
-    A field without a default stays None, and so does one with the default None.
-    """
-    wanted = type_hints(type(config))
-    for f in fields(config):
-        if f.default is None or getattr(config, f.name) is not None:
-            continue
-        if wanted[f.name] is Any or not is_typed(None, wanted[f.name]):
-            default = f.default if f.default_factory is MISSING else f.default_factory()
-            if default is not MISSING:
-                setattr(config, f.name, default)
-
-
-def check_types(config: DataclassInstance) -> None:
-    """Raise ConfigTypeError for the first value in a dataclass that the field's annotation does not allow.
+def check_type(config: DataclassInstance, f: Field[Any], hint: object) -> None:
+    """Raise ConfigTypeError if the value of field `f` in a dataclass is not of the type `hint`.
 
     A value that is the default object itself passes. The text has the field, the allowed types, the value and its type.
     """
-    wanted = type_hints(type(config))
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if value is not f.default and not is_typed(value, wanted[f.name]):
-            allowed = re.sub(r"^Annotated\[(.*), \w+(\(.*\))?\]$", r"\1", str(f.type)).replace("NoneType", "None")
-            raise ConfigTypeError(
-                f"{type(config).__name__}.{f.name} must be {allowed}, got {describe_value(value)} of type "
-                f"{type(value).__name__}."
-            )
+    value = getattr(config, f.name)
+    if value is not f.default and not is_typed(value, hint):
+        allowed = re.sub(r"^Annotated\[(.*), \w+(\(.*\))?\]$", r"\1", str(f.type)).replace("NoneType", "None")
+        raise ConfigTypeError(
+            f"{type(config).__name__}.{f.name} must be {allowed}, got {describe_value(value)} of type "
+            f"{type(value).__name__}."
+        )
 
 
 def describe_value(value: object) -> str:

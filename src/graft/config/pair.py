@@ -600,30 +600,23 @@ class StackLayout:
         Each text begins with `file`, a clause that names adapter and file. Texts differ with the version of
         PEFT and with a package that replaced `load_adapter`.
         """
-        if "exchanged" in doubts:
-            read = "exchanged, as PEFT before 0.18 wrote them" if self.version is None else "as PEFT 0.19.1 writes them"
-            warn(
-                f"{file} has square stacks of experts, and does not tell whether A and B are exchanged: they were "
-                f"read {read}. Pass expert_layout='exchanged' if PEFT before 0.19.1 trained it, 'peft' if a later one "
-                "did.",
-                PeftWarning,
-            )
-        if "twice" in doubts:
-            warn(
-                f"{file}: expert_layout='grouped_by_expert' has put the columns of B in order. PeftModel.load_adapter "
-                f"was replaced by {self.left_to}: if that does so as well, leave expert_layout out.",
-                PeftWarning,
-            )
-        if "by_expert" in doubts:
-            read = "they were read as PEFT writes them"
-            if self.left_to is not None:
-                read = f"that is left to {self.left_to}, which has replaced PeftModel.load_adapter"
-            warn(
-                f"{file} was trained by Unsloth and does not tell the order of the columns of B of stacks of experts: "
-                f"{read}. Pass expert_layout='grouped_by_expert' if Unsloth before September 2026 trained it"
-                + (", 'rank_major' if a later one did." if self.left_to is None else " and that leaves it alone."),
-                PeftWarning,
-            )
+        factors = "exchanged, as PEFT before 0.18 wrote them" if self.version is None else "as PEFT 0.19.1 writes them"
+        columns, remedy = "they were read as PEFT writes them", ", 'rank_major' if a later one did."
+        if self.left_to is not None:
+            columns = f"that is left to {self.left_to}, which has replaced PeftModel.load_adapter"
+            remedy = " and that leaves it alone."
+        texts = {
+            "exchanged": f"{file} has square stacks of experts, and does not tell whether A and B are exchanged: they "
+            f"were read {factors}. Pass expert_layout='exchanged' if PEFT before 0.19.1 trained it, 'peft' if a later "
+            "one did.",
+            "twice": f"{file}: expert_layout='grouped_by_expert' has put the columns of B in order. "
+            f"PeftModel.load_adapter was replaced by {self.left_to}: if that does so as well, leave expert_layout out.",
+            "by_expert": f"{file} was trained by Unsloth and does not tell the order of the columns of B of stacks of "
+            f"experts: {columns}. Pass expert_layout='grouped_by_expert' if Unsloth before September 2026 trained it"
+            + remedy,
+        }
+        for text in [text for doubt, text in texts.items() if doubt in doubts]:
+            warn(text, PeftWarning)
 
 
 TODAY = StackLayout()

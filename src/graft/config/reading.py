@@ -184,10 +184,7 @@ class Pattern:
         whole = text if whole is None else whole
         bare = remove_escapes(text)
         if len(text) > LONGEST or math.prod(repeat_counts(bare)) > MOST_REPEATS:
-            raise ConfigError(
-                f"{shorten_text(repr(text))} of {field} is too large for a regular expression of names. "
-                "Use a list of names."
-            )
+            raise self._error("is too large for a regular expression of names. Use a list of names.")
         try:
             plain = re.compile(whole)
             if is_quick(bare):
@@ -197,19 +194,17 @@ class Pattern:
 
             timed = regex.compile(whole)
         except ImportError as e:
-            raise ConfigError(
-                f"{shorten_text(repr(text))} of {field} needs the package regex, which limits the time of slow "
-                "patterns. Run pip install regex."
-            ) from e
+            why = "needs the package regex, which limits the time of slow patterns. Run pip install regex."
+            raise self._error(why) from e
         except Exception as e:  # of many types: nesting, counts, syntax
-            raise ConfigError(
-                f"{shorten_text(repr(text))} of {field} is not a regular expression: {e or type(e).__name__}. Give a "
-                "list "
-                "to name modules plainly."
-            ) from e
-        self.match = partial(self._call_in_time, timed.match)
-        self.fullmatch = partial(self._call_in_time, timed.fullmatch)
-        self.subn = partial(self._call_in_time, timed.subn)
+            why = f"is not a regular expression: {e or type(e).__name__}. Give a list to name modules plainly."
+            raise self._error(why) from e
+        functions = (timed.match, timed.fullmatch, timed.subn)
+        self.match, self.fullmatch, self.subn = (partial(self._call_in_time, function) for function in functions)
+
+    def _error(self, why: str) -> ConfigError:
+        """Return the error for the pattern: its shortened text and its field, then `why`."""
+        return ConfigError(f"{shorten_text(repr(self.text))} of {self.field} {why}")
 
     def _call_in_time(self, function: Callable[..., object], *args: object) -> Any:
         """Call a function of `regex` within the time that is left for this pattern, but at least 1 ms.
@@ -225,9 +220,9 @@ class Pattern:
             result = function(*args, timeout=max(self.left, SLOW))
         except TimeoutError as e:
             self.left = 0.0
-            raise ConfigError(
-                f"{shorten_text(repr(self.text))} of {self.field} takes too long to match '{args[-1]}': it has "
-                "repetitions inside repetitions, such as (a+)+. Write it without, or give a list of names."
+            raise self._error(
+                f"takes too long to match '{args[-1]}': it has repetitions inside repetitions, such as (a+)+. "
+                "Write it without, or give a list of names."
             ) from e
         seconds = perf_counter() - start
         if seconds > SLOW:

@@ -244,7 +244,9 @@ class TensorParallel(Dense):
 
         If the weight is tied (`shared`), the module gets a new parameter with the piece, with the same requires_grad.
         """
-        super().write(m, name, shard_as(self.tensor(m, name), W), shared)
+        if is_sharded(p := self.tensor(m, name)):
+            W = shard_value(W.detach().to(p.dtype), p.device_mesh, p.placements)
+        super().write(m, name, W, shared)
 
     def snapshot_values(self, m: nn.Module, name: str, state: Tensor) -> Tensor:
         """Return the whole tensor of a snapshot, gathered; a plain tensor itself."""
@@ -259,13 +261,3 @@ def gather_dtensor(t: Tensor) -> Tensor:
     if not is_sharded(t):
         return t
     return (t if t.requires_grad and torch.is_grad_enabled() else t.detach()).full_tensor()  # type: ignore[attr-defined]
-
-
-def shard_as(t: Tensor, W: Tensor) -> Tensor:
-    """Return W, which is whole on each process, sharded like t, detached and in the dtype of t.
-
-    If t is no DTensor, return W contiguous, in its own dtype.
-    """
-    if not is_sharded(t):
-        return W.contiguous()
-    return shard_value(W.detach().to(t.dtype), t.device_mesh, t.placements)

@@ -65,15 +65,14 @@ def reduce_intruder_dimension(
     registry.check_new(new_adapter_name, cfg)
     warn_if_base_changed(registry, [old_adapter_name], new_adapter_name, cfg)
     slots = {key: layer.slots(old_adapter_name) for key, layer in layers.items()}
-    before = {key: {(slot.container, slot.path): slot.tensor for slot in items} for key, items in slots.items()}
-    values = {key: dict(items) for key, items in before.items()}
+    values = {key: {(slot.container, slot.path): slot.tensor for slot in items} for key, items in slots.items()}
+    widened = all(slot.tensor.dtype not in UPCAST for items in slots.values() for slot in items)
     for key, layer in layers.items():
         m = layer.methods[old_adapter_name]
         items = find_intruders(layer.W0, m, top_k, threshold_epsilon)
         logging_sink(f"{parts.prefix}{key}: " + (f"Intruders: {len(items[1])}" if len(items[1]) else "No intruders"))
         if len(items[1]):
             values[key] |= m.holding(*scale_intruders(m, *items, mitigation_lambda))
-    widened = all(t.dtype not in UPCAST for items in before.values() for t in items.values())
     old = [old_adapter_name]
     owner, rows = adding.find_owners(registry, old), adding.find_token_rows(registry, old, [1.0], cfg)
     inject_combined(registry, new_adapter_name, cfg, values, owner, rows, widened)

@@ -225,21 +225,19 @@ class Maker(NamedTuple):
         with torch.enable_grad():
             update = self.make(e, leaves, W)
         inputs = [*leaves, *self.form.common_parameters]
-        wanted = [i for i, (t, needed) in enumerate(zip(inputs, need)) if needed]
+        wanted = [t for t, needed in zip(inputs, need) if needed]
 
         def back(of_made: Sequence[Tensor]) -> Sequence[Tensor | None]:
             """Return the gradients of the tensors, then of the common parameters, by autograd from those of the update.
 
             None for a tensor without need, or one that the update does not depend on.
             """
-            out: list[Tensor | None] = [None] * len(inputs)
             pairs = [(m, g) for m, g in zip(update, of_made) if m.requires_grad]
-            if pairs and wanted:
-                some, grads = zip(*pairs)
-                values = torch.autograd.grad(some, [inputs[i] for i in wanted], grads, allow_unused=True)
-                for i, grad in zip(wanted, values):
-                    out[i] = grad
-            return out
+            if not (pairs and wanted):
+                return [None] * len(inputs)
+            some, grads = zip(*pairs)
+            values = iter(torch.autograd.grad(some, wanted, grads, allow_unused=True))
+            return [next(values) if needed else None for needed in need]
 
         return [t.detach() for t in update], back
 

@@ -708,17 +708,10 @@ def mean_direction(x: Tensor, groups: int) -> Tensor:
     return unit(grouped(mean, groups).mean(0))
 
 
-def reconstructed(x: Tensor, v: Tensor, groups: int) -> Tensor:
-    """Return the approximation of x in the gradient of A: each group projected onto v; the reference.
-
-    x (…, n), v (D,).
-    """
-    c = grouped(x, groups) @ v
-    return (c[..., None] * v).flatten(-2)[..., : x.shape[-1]]
-
-
 def sketched_product(x: Tensor, A: Tensor, v: Tensor, groups: int, scale: float = 1.0) -> Tensor:
-    """Return x Aᵀ in the dtype of A, or of autocast. The gradient of A is scale · gᵀ `reconstructed`(x).
+    """Return x Aᵀ in the dtype of A, or of autocast.
+
+    The gradient of A is scale · gᵀ x̂; x̂ is x with each group projected onto v.
 
     Only one number for each group of x is kept. v gets no gradient. x (…, n), A (r, n), v (D,).
     """

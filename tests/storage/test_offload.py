@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
+from graft.core.wrappers import end_offloading
 from tests.conformance import samples
 from tests.core.test_layer import CONFIGS, Net, X, config
 from tests.models import adapted, disturb, inputs, make, output, seeded
@@ -239,3 +240,18 @@ def test_threads_that_call_first_bring_adapters_in_once():
         assert outputs == [False] * 8
         accelerate.hooks.remove_hook_from_module(model.base_model.model.one, recurse=True)
         assert_close(model(X), expected)
+
+
+def test_an_adapter_may_be_added_while_another_thread_looks_for_hooks(monkeypatch):
+    root = nn.ModuleDict({"ann": nn.Linear(2, 2), "bob": nn.Linear(2, 2)})
+    seen = []
+
+    def look(m):
+        seen.append(m)
+        if m is root["bob"]:
+            root["new"] = nn.Linear(2, 2)  # as a load does
+        return []
+
+    monkeypatch.setattr("graft.core.wrappers.find_offload_hooks", look)
+    end_offloading(root)
+    assert {*seen} == {root, root["ann"], root["bob"]}

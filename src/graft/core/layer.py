@@ -232,7 +232,7 @@ class Host(Holding, Carrier, nn.Module):
         """Load the tensors of the adapters that accelerate offloaded for good, shared ones included; not those of the
         base module.
         """
-        for name, module in self._modules.items():
+        for name, module in list(self._modules.items()):  # another thread may add some
             if name != self.inner_name and module is not None:
                 end_offloading(module)
 

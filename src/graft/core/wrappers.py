@@ -159,9 +159,12 @@ def end_offloading(root: nn.Module) -> None:
 
     Modules without an offloading hook keep theirs. Takes a lock of all threads, once per module. Accelerate loads the
     tensors of a module only when the module is called. Methods read many tensors without a call, and torch multiplies
-    with meta tensors without an error.
+    with meta tensors without an error. Another thread may add modules meanwhile.
     """
-    for m in root.modules():
+    waiting = [root]
+    while waiting:
+        m = waiting.pop()
+        waiting += [child for child in list(m._modules.values()) if child is not None]
         if find_offload_hooks(m):
             with OFFLOAD_LOCK:
                 if find_offload_hooks(m):  # else another thread was first

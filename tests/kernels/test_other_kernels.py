@@ -387,6 +387,29 @@ def test_a_modulated_weight_formed_and_by_columns(stored):
     assert_close(delta.columns(ids), dense.T[ids], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
+@pytest.mark.parametrize("out", [4 * IN, IN // 2], ids=["by factors", "by the sum"])
+def test_a_product_that_replaces_the_weight(out, merged):
+    with seeded(8):
+        W0, W = randn((out, IN), (out, IN), grad=False)
+        x, s, B, A = randn((2, ROWS, IN), (out,), (out, IN), (IN, IN))
+
+    def one(x, s, B, A):
+        w0 = W0.to(x.dtype)
+        delta = one_product.Replacement(B, A, w0)
+        w = W.to(x.dtype) if merged else w0
+        return delta.linear_with(w, s, x, nn.functional.linear, input_gradient)
+
+    def two(x, s, B, A):
+        w, w0 = (t.to(x.dtype) for t in (W if merged else W0, W0))
+        return references.plain_linear_with(w, s, x, B @ A - w0)
+
+    agree(one, two, [x, s, B, A])
+    delta = one_product.Replacement(B, A, W0)
+    assert_close(delta.columns(torch.arange(IN)), delta.dense().T, rtol=1e-5, atol=1e-5)
+    assert delta.linear_with(W0.bfloat16(), None, x.bfloat16(), nn.functional.linear, input_gradient) is None
+
+
 def test_a_hadamard_product_by_columns():
     with seeded(6):
         factors = randn((OUT, 3), (3, IN), (OUT, 3), (3, IN))
@@ -487,6 +510,10 @@ def test_first_and_second_derivatives():
             lambda x, *f: Difference(*f, *(t.detach() for t in factors[2:]), W.shape).linear_with(
                 W, None, x, linear, input_gradient
             ),
+            (x, *factors[:2]),
+        ),
+        (
+            lambda x, *f: one_product.Replacement(*f, W).linear_with(W, None, x, linear, input_gradient),
             (x, *factors[:2]),
         ),
         (

@@ -475,3 +475,38 @@ class Difference(NamedTuple):
         """
         G = (g.T @ x).to(self.A.dtype)
         return G @ self.A.T, self.B.T @ G, None, None, None
+
+
+class Replacement(NamedTuple):
+    """ΔW = B A - W₀, not formed yet: the product B A replaces W₀, which gets no gradient."""
+
+    B: Tensor  # (out, r)
+    A: Tensor  # (r, n)
+    W0: Tensor  # (out, n, *kernel), the weight without adapters
+
+    def dense(self) -> Tensor:
+        """Return ΔW = B A - W₀ in the shape of W₀, in the wider dtype."""
+        return (self.B @ self.A).view(self.W0.shape) - self.W0
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Return the columns of ΔW that `ids` (…) name, (…, out), from columns of A and W₀ alone."""
+        return embedding(ids, self.A.T) @ self.B.T - embedding(ids, self.W0.T)
+
+    def product(self, x: Tensor) -> None:
+        """Return None, whatever x is: a product that reads W₀ is no faster than forming ΔW."""
+
+    def linear_with(
+        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
+    ) -> Tensor | None:
+        """Return x (W + ΔW)ᵀ + bias: (x Aᵀ) Bᵀ + bias if W is W₀ and that takes fewer multiplications in training,
+        else one product with the sum.
+
+        Return None if W has another dtype than the factors, since the sum would round.
+        """
+        if W.dtype != self.A.dtype:
+            return None
+        (out, r), n = self.B.shape, self.A.shape[1]
+        rows = x.numel() // n
+        if W is self.W0 and rows * r * (2 * out + 3 * n) < out * n * (3 * rows + 2 * r):
+            return call(call(x, self.A, None), self.B, bias)
+        return linear_with(W, bias, x, Dense(self.dense()), call, input_gradient)

@@ -18,6 +18,7 @@ from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError, PeftWarning, warn_of_layer
 from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tensors, WeightUse
 from graft.core.site import Site
+from graft.kernels.one_product import Replacement
 from graft.kernels.waits import copy_on_device
 from graft.methods.projections import DrawnConfig, check_places, maybe_transient
 
@@ -267,13 +268,14 @@ class FRoD(Method[FrodConfig]):
         self.frod_U.copy_(U)
         return scale
 
-    def delta(self, W0: Tensor) -> Tensor:  # type: ignore[override]
-        """Return ΔW = U (diag(λ) + S) Vᵀ - W₀, in W₀'s shape.
+    def delta(self, W0: Tensor) -> Tensor | Replacement:  # type: ignore[override]
+        """Return ΔW = U (diag(λ) + S) Vᵀ - W₀, in W₀'s shape: as a `Replacement` for more outputs than inputs, else
+        formed.
 
         U and V are cast to the dtype of S's values before the product.
         """
         V, (rows, columns) = self.common_tensors
         values, n = self.frod_lambda_s_values, len(V)
         M = values.new_zeros(n, n).index_put((rows, columns), values) + torch.diag(self.frod_lambda_l)
-        parts = self.frod_U.to(values.dtype), M, V.T.to(values.dtype)
-        return torch.linalg.multi_dot(parts).view(W0.shape) - W0  # in the cheaper order
+        U, V = self.frod_U.to(values.dtype), V.to(values.dtype)
+        return Replacement(U, M @ V.T, W0) if len(U) > n else (U @ M @ V.T).view(W0.shape) - W0

@@ -22,6 +22,7 @@ from torch import nn
 
 import graft
 from benchmarks.measure import LIBS, Effort, Goal, Row, take_turns
+from benchmarks.memory import NO_HOLES
 from benchmarks.methods import EVEN, EVERY, FLAT, moved
 from benchmarks.models import LINEAR, SCALING, lora, smollm
 from benchmarks.training import inputs, kept, step
@@ -89,20 +90,28 @@ def held(case: Case, quick: bool) -> dict[str, list[float]]:
 
 
 def peaks(case: Case, quick: bool) -> dict[str, list[float]]:
-    return {who: [child("peak", case.name, quick, who)] for who in models(case, 1)}
+    return {who: [child("peak", case.name, quick, who, **NO_HOLES)] for who in models(case, 1)}
 
 
 def peak(case: Case, who: str) -> float:
-    model = models(case, MANY)[who]()
+    """Return the bytes of the process at the peak of a step, above those before it: both libraries are imported, but
+    only graft loads more modules of its own where they are used."""
+    model, batch = models(case, MANY)[who](), inputs(torch.float32)
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # count from here
-    step(model, inputs(torch.float32))
+    step(model, batch)
+    return resident("VmHWM") - before
+
+
+def resident(which: str) -> float:
+    """Return a size of this process in memory, in bytes: "VmRSS" now, "VmHWM" at its peak."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return float(int(status["VmHWM"].split()[0]) * 1024)
+    return float(int(status[which].split()[0]) * 1024)
 
 
-def child(what: str, *arguments: Any) -> Any:
+def child(what: str, *arguments: Any, **environment: str) -> Any:
     """Run `python -m benchmarks.packed` where bitsandbytes is found; return what it prints."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE), *sys.path])}
+    env = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join([str(PACKAGE), *sys.path])}
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.packed", what, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:

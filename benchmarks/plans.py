@@ -12,7 +12,7 @@ import transformers
 
 import graft
 from benchmarks.measure import Effort, Goal, Row
-from benchmarks.memory import peak
+from benchmarks.memory import NO_HOLES, peak
 from graft.command.plan import make_training
 from graft.files.budget import Training, compute_training_loss, measure_budget
 
@@ -36,7 +36,6 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         d_model=768, d_ff=3072, num_layers=12, num_heads=12, decoder_start_token_id=0,
     )),
 }  # fmt: skip
-NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # each tensor has pages of its own: a heap's holes are none of a plan's
 READY = "from benchmarks import plans\nimport transformers\n"
 STEPS = READY + "plans.train({how!r})"
 

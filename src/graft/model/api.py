@@ -19,6 +19,7 @@ from graft.core.errors import AlreadyInjectedError, ConfigError, warn
 from graft.core.gate import PATIENCE
 from graft.core.method import AdaptedLayers, Method, build_placeholders
 from graft.inject.inject import Injection
+from graft.inject.job import Options
 from graft.inject.parts import check_no_foreign_adapters, get_registry, unwrap_model
 from graft.inject.report import InjectReport, Matched
 from graft.inject.survey import survey_model
@@ -81,16 +82,8 @@ def get_peft_model(
     cls = PeftMixedModel if mixed else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
     with restore_on_error(peft_config):
         record_origin(model, peft_config, revision)
-        return cls(
-            model,
-            peft_config,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            heads=heads,
-            tree=tree,
-            change_timeout=change_timeout,
-        )
+        options = Options(autocast_adapter_dtype, low_cpu_mem_usage, heads=heads)
+        return cls(model, peft_config, adapter_name, change_timeout=change_timeout, options=options, tree=tree)
 
 
 def record_origin(model: nn.Module, config: PeftConfig, revision: str | None) -> None:

@@ -29,7 +29,7 @@ from graft.core.errors import (
 from graft.core.gate import PATIENCE, Names
 from graft.core.rows import CallContext, Run, count_copies
 from graft.inject.job import Options
-from graft.inject.parts import HOLDER, check_adapter_name, get_registry, restore_modes_on_error
+from graft.inject.parts import HOLDER, get_registry, restore_modes_on_error
 from graft.inject.survey import ModuleTree
 from graft.io.files import read_checkpoint
 from graft.io.load import CheckpointValues, LoadReport
@@ -99,10 +99,8 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         change_timeout: float | None = PATIENCE,
         *,
-        heads: dict[str, nn.Module] | None = None,
-        values: CheckpointValues | None = None,
+        options: Options | None = None,
         tree: ModuleTree | None = None,
-        provisional: bool = False,
     ):
         """Inject the first adapter into `model` and activate it; a prompt goes in front of the input instead.
 
@@ -110,15 +108,13 @@ class PeftModel(nn.Module):
         `config.pretraining_tp` becomes 1. An adapter that trains warns if Trainer is loaded and does not know graft.
 
         Args:
-            heads: modules for the config's `modules_to_save`, by name, instead of copies of the base's.
-            values: of a saved adapter, instead of initial ones.
+            options: of the injection, such as heads or a saved adapter's values, in place of `autocast_adapter_dtype`
+                and `low_cpu_mem_usage`.
             tree: a survey of the model, if the caller made one.
-            provisional: keep the data to take the adapter off again (`Registry.provisional`).
         """
         super().__init__()
-        check_adapter_name(adapter_name)
         check_config(peft_config)
-        options = Options(autocast_adapter_dtype, low_cpu_mem_usage, values, heads, provisional=provisional)
+        options = options or Options(autocast_adapter_dtype, low_cpu_mem_usage)
         with restore_on_error(peft_config):
             self._extend_config(peft_config)
             if isinstance(peft_config, PromptLearningConfig) and self._mixed_tuner is None:  # else its registry refuses
@@ -133,7 +129,7 @@ class PeftModel(nn.Module):
                 tuner.training, registry = model.training, get_registry(tuner)
         self.__dict__[HOLDER] = self._registry = registry
         registry.call.gate.timeout = change_timeout
-        if values is None and processes() > 1:
+        if options.values is None and processes() > 1:
             note_start(registry, adapter_name)
         registry.on_change = self._heads_changed
         self.peft_type = peft_config.peft_type
@@ -753,20 +749,13 @@ class PeftModel(nn.Module):
         if replaced_loader is None and kwargs:
             warn_unknown(PeftModel.from_pretrained, kwargs, LOADING | IDLE_LOADING | config.load_options)
         with restore_on_error(config), nullcontext() if replaced_loader is None else restore_modes_on_error(model):
-            if options := {name: kwargs[name] for name in config.load_options if name in kwargs}:
-                config.take_load_options(options)
+            if load_options := {name: kwargs[name] for name in config.load_options if name in kwargs}:
+                config.take_load_options(load_options)
             checkpoints.prepare_config(config, is_trainable)
             ignore = kwargs.get("ignore_mismatched_sizes", False)
             values = CheckpointValues(model, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)
-            peft_model = kind(
-                model,
-                config,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                values=values,
-                change_timeout=change_timeout,
-                provisional=replaced_loader is not None,
-            )
+            options = Options(autocast_adapter_dtype, values=values, provisional=replaced_loader is not None)
+            peft_model = kind(model, config, adapter_name, change_timeout=change_timeout, options=options)
             checkpoints.let_train(peft_model, adapter_name, is_trainable)
             peft_model._heads_changed()
             if replaced_loader is not None:

@@ -36,7 +36,7 @@ class AdapterRow:
         gradients: one for each parameter. An entry is only valid where `received` is True.
         received: for each parameter, True if the last pass gave a gradient.
         value, gradient: (P,), the row of the bank; None if the adapter is in no bank.
-        spans: start and end of each parameter in `value`.
+        bank, number: the bank, and the number of the row there.
     """
 
     def __init__(self, parameters: Parameters, in_model: Parameters) -> None:
@@ -47,7 +47,6 @@ class AdapterRow:
         self.received = [False] * len(self.parameters)
         self.value: Tensor | None = None
         self.gradient: Tensor | None = None
-        self.spans: list[tuple[int, int]] = []
         self.bank: Bank | Any = None
         self.number = 0  # in the bank
         self.addresses: list[int] = []  # of the parameters' memory, when the banks were made
@@ -81,7 +80,7 @@ class AdapterRow:
         if self.gradient is None:
             return [g if got else None for g, got in zip(self.gradients, self.received)]
         clone = self.gradient.clone()
-        views = (clone[a:b].view(p.shape) for (a, b), p in zip(self.spans, self.parameters))
+        views = (clone[a:b].view(p.shape) for (a, b), p in zip(self.bank.spans, self.parameters))
         return [view if got else None for view, got in zip(views, self.received)]
 
     def add_gradients(self, earlier: Sequence[Tensor | None]) -> None:
@@ -90,20 +89,19 @@ class AdapterRow:
         A parameter that the last pass gave no gradient takes the earlier one: copied into the bank's slice, or the
         tensor itself if there is no bank. `received` becomes True for it.
         """
-        both: tuple[list[Tensor], list[Tensor]] = ([], [])
+        additions = list[tuple[Any, Tensor]]()
         for i, (gradient, addend) in enumerate(zip(self.gradients, earlier)):
             if addend is None:
                 continue
             if self.received[i]:
-                both[0].append(gradient)  # type: ignore[arg-type]
-                both[1].append(addend)
+                additions.append((gradient, addend))
             elif gradient is None or self.gradient is None:
                 self.gradients[i] = addend
             else:
                 gradient.copy_(addend)
             self.received[i] = True
-        if both[0]:
-            torch._foreach_add_(*both)
+        if additions:
+            torch._foreach_add_(*map(list, zip(*additions)))
 
 
 class Sink:
@@ -163,12 +161,12 @@ class Bank:
     Attributes:
         values, gradients: (adapters, P). Gaps between tensors stay zero in both.
         spans: start and end of each tensor in a row.
-        singles, stacks: sinks by (place, row), and by (place, first row, number of rows), made when they are needed.
+        memories: by place of a tensor, the memory for gradients that stacks of rows share, and its users in this pass.
     """
 
     def __init__(self, rows: Sequence[AdapterRow]) -> None:
         """Allocate both matrices, copy each parameter into its slice, and replace the data of the Parameter by this
-        slice. Each row gets its vectors, spans and views of gradients.
+        slice. Each row gets its vectors and views of gradients.
         """
         self.rows, first = list(rows), rows[0].parameters
         self.spans, size = lay_out_row(first)
@@ -177,42 +175,12 @@ class Bank:
             self.gradients = torch.zeros_like(self.values)
             for i, (row, value, gradient) in enumerate(zip(rows, self.values, self.gradients)):
                 row.bank, row.number = self, i
-                row.value, row.gradient, row.spans, row.gradients = value, gradient, self.spans, []
+                row.value, row.gradient, row.gradients = value, gradient, []
                 for p, (start, stop) in zip(row.parameters, self.spans):
                     p.data = value[start:stop].view(p.shape).copy_(p)
                     row.gradients.append(gradient[start:stop].view(p.shape))
-        self.singles: dict[tuple[int, int], Sink] = {}
-        self.stacks: dict[tuple[int, int, int], Sink] = {}
-        # by place: (adapters, size), contiguous; and the sinks that use it in this pass
-        self._memories: dict[int, tuple[Tensor, list[Sink]]] = {}
-
-    def get_single(self, place: int, row: int) -> Sink:
-        """Return the sink of the Parameter number `place` of one adapter.
-
-        It is made at the first call and cached in `singles`.
-        """
-        if (place, row) not in self.singles:
-            its: Any = self.rows[row]
-            gradient = its.gradients[place]
-            self.singles[place, row] = Sink(its.parameters[place], gradient, [its], place, gradient, [])
-        return self.singles[place, row]
-
-    def get_stack(self, place: int, first: int, n: int) -> Sink:
-        """Return the sink of the tensor number `place` of the `n` rows from number `first` on.
-
-        It is made at the first call and cached. Its tensor is a view of the values, which requires gradients. All
-        stacks of a place share one uninitialized memory for gradients of all rows, made by the first of them.
-        """
-        key = place, first, n
-        if key not in self.stacks:
-            (start, stop), shape = self.spans[place], self.rows[0].parameters[place].shape
-            value, gradient = (t[first : first + n, start:stop].view(n, *shape) for t in (self.values, self.gradients))
-            if place not in self._memories:
-                self._memories[place] = self.values.new_empty(len(self.rows), stop - start), []
-            memory, users = self._memories[place]
-            rows, memory = self.rows[first : first + n], memory[first : first + n].view(n, *shape)
-            self.stacks[key] = Sink(value.requires_grad_(), gradient, rows, place, memory, users)
-        return self.stacks[key]
+        # by place: (adapters, size), contiguous, uninitialized; and the sinks that use it in this pass
+        self.memories: dict[int, tuple[Tensor, list[Sink]]] = {}
 
     def compute_norms(self, order: Iterable[int] | None, rows: Sequence[int]) -> Tensor:
         """Return the norm of all gradients of each of these rows, (len(rows),).
@@ -254,7 +222,9 @@ class Banks:
                 by_layout.setdefault(tuple((p.shape, p.dtype, p.device) for p in row.parameters), []).append(row)
         self.banks = [Bank(rows) for rows in by_layout.values()]
         self.index: dict[int, tuple[Bank, int, int]] = {}  # (bank, place, row) by Parameter
-        self._stack_sinks: dict[int, Sink] = {}  # by id of the stacked tensor
+        self._singles: dict[int, Sink] = {}  # by id of the Parameter
+        self._stacks: dict[tuple[int, int], Sink] = {}  # by id of the first Parameter, and number of rows
+        self._by_stack: dict[int, Sink] = {}  # by id of the stacked tensor
         for row in self.rows.values():
             row.addresses = [p.data_ptr() for p in row.parameters]
             if row.bank is not None:
@@ -278,22 +248,35 @@ class Banks:
 
     def stack(self, first: Tensor, n: int) -> Tensor:
         """Return the stacked tensor (n, …) of `first`, which must be in a bank, and its place in the n - 1 rows after
-        it. The tensor's sink is noted for `sink`. Raises KeyError if `first` is in no bank.
+        it. Raises KeyError if `first` is in no bank.
+
+        The tensor is a view of the bank's values, which requires gradients. It is made at the first call and cached,
+        with its sink. All stacks of a place share one memory for gradients of all rows, made by the first of them.
         """
-        bank, place, row = self.index[id(first)]
-        sink = bank.get_stack(place, row, n)
-        self._stack_sinks[id(sink.tensor)] = sink
-        return sink.tensor
+        key = id(first), n
+        if key not in self._stacks:
+            bank, place, row = self.index[id(first)]
+            (start, stop), shape = bank.spans[place], first.shape
+            value, gradient = (t[row : row + n, start:stop].view(n, *shape) for t in (bank.values, bank.gradients))
+            if place not in bank.memories:
+                bank.memories[place] = bank.values.new_empty(len(bank.rows), stop - start), []
+            memory, users = bank.memories[place]
+            rows, memory = bank.rows[row : row + n], memory[row : row + n].view(n, *shape)
+            self._stacks[key] = sink = Sink(value.requires_grad_(), gradient, rows, place, memory, users)
+            self._by_stack[id(sink.tensor)] = sink
+        return self._stacks[key].tensor
 
     def sink(self, t: Tensor) -> Sink | None:
         """Return the memory for the gradient of a stacked tensor or of a Parameter in a bank; None for another one.
 
-        A Parameter's sink is made at the first call.
+        A Parameter's sink is made at the first call and cached; its memory is the bank's own.
         """
-        if (sink := self._stack_sinks.get(id(t))) is not None:
+        if (sink := self._by_stack.get(id(t)) or self._singles.get(id(t))) is not None or id(t) not in self.index:
             return sink
-        bank, place, row = self.index.get(id(t), (None, 0, 0))
-        return None if bank is None else bank.get_single(place, row)
+        bank, place, number = self.index[id(t)]
+        row: Any = bank.rows[number]
+        self._singles[id(t)] = sink = Sink(t, row.gradients[place], [row], place, row.gradients[place], [])
+        return sink
 
     def drop_gradients(self, names: Iterable[str]) -> None:
         """Forget the gradients of these adapters before a pass: `received` becomes False, and `grad` of their
@@ -305,11 +288,10 @@ class Banks:
             if row.holds_gradients:
                 for p in row.parameters:
                     p.grad = None
-        for bank in self.banks:
-            for sink in (*bank.singles.values(), *bank.stacks.values()):
-                sink.empty()
-            for sink in bank.stacks.values():
-                sink.tensor.grad = None
+        for sink in (*self._singles.values(), *self._stacks.values()):
+            sink.empty()
+        for sink in self._stacks.values():
+            sink.tensor.grad = None
 
     @torch.no_grad()
     def collect_gradients(self, names: Iterable[str]) -> None:
@@ -322,12 +304,11 @@ class Banks:
         then copied or added likewise; parameters without `grad` are skipped. An adapter in no bank keeps the tensor
         itself. All copies are made in one call at the end, then all additions.
         """
-        into, gradients = list[Tensor](), list[Tensor]()
-        later: tuple[list[Tensor], list[Tensor]] = ([], [])  # of parameters that have received a gradient before
-        for sink in (sink for bank in self.banks for sink in bank.singles.values() if sink.is_filled):
+        copies, additions = list[tuple[Any, Tensor]](), list[tuple[Any, Tensor]]()  # added to an earlier gradient
+        for sink in (sink for sink in self._singles.values() if sink.is_filled):
             sink.rows[0].received[sink.place] = True
             sink.empty()
-        for sink in (sink for bank in self.banks for sink in bank.stacks.values()):
+        for sink in self._stacks.values():
             if (grad := sink.tensor.grad) is not None:
                 sink.tensor.grad = None
                 if (memory := sink.claim()) is None:
@@ -338,12 +319,9 @@ class Banks:
                 continue
             if any([row.received[sink.place] for row in sink.rows]):
                 for row, gradient, memory in zip(sink.rows, sink.gradient, sink.memory):
-                    to, values = later if row.received[sink.place] else (into, gradients)
-                    to.append(gradient)
-                    values.append(memory)
+                    (additions if row.received[sink.place] else copies).append((gradient, memory))
             else:
-                into.append(sink.gradient)
-                gradients.append(sink.memory)
+                copies.append((sink.gradient, sink.memory))
             for row in sink.rows:
                 row.received[sink.place] = True
             sink.empty()
@@ -355,17 +333,13 @@ class Banks:
                 p.grad = None
                 if row.gradient is None:
                     row.gradients[i] = grad
-                elif row.received[i]:
-                    later[0].append(row.gradients[i])  # type: ignore[arg-type]
-                    later[1].append(grad)
                 else:
-                    into.append(row.gradients[i])  # type: ignore[arg-type]
-                    gradients.append(grad)
+                    (additions if row.received[i] else copies).append((row.gradients[i], grad))
                 row.received[i] = True
-        if into:
-            torch._foreach_copy_(into, gradients)
-        if later[0]:
-            torch._foreach_add_(*later)
+        if copies:
+            torch._foreach_copy_(*map(list, zip(*copies)))
+        if additions:
+            torch._foreach_add_(*map(list, zip(*additions)))
 
     def compute_norms(self, names: Mapping[str, bool]) -> list[Tensor]:
         """Return for each name the norm of its gradients, (), in the order of `names`.

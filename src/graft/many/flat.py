@@ -151,11 +151,6 @@ class FlatParameters:
             vector.data, vector.grad = row.value[start : start + size], row.gradient[start : start + size]
             start += size
 
-    def restore_gradients(self, row: AdapterRow) -> None:
-        """Attach the row again if `zero_grad` has set the gradient of a vector to None; else do nothing."""
-        if any([vector.grad is None for vector in self.vectors]):
-            self.attach_row(row)
-
     def detach_row(self) -> None:
         """Free the vectors of the row: they become empty, without gradient. The optimizer's state stays."""
         for vector in self.vectors:

@@ -129,7 +129,7 @@ def measure_batch(item: RunBatch, arguments: ForwardArguments) -> tuple[int, int
     traits: list[tuple[object, ...]] = [("masked", masked), ("packed", packed)]
     for key, value in sorted(kwargs.items()):
         if key not in tensors:
-            traits.append((key, identify_scalar(value) if isinstance(value, Tensor) else identify_value(value, item)))
+            traits.append((key, identify_value(value, item)))
         elif key == MASK and value.dim() == 2:
             continue  # who has none gets ones
         elif value.dim() > 1 and arguments.accepts_mask and key != MASK:
@@ -160,19 +160,14 @@ def is_packed(positions: Tensor | None) -> bool | None:
     return bool((positions.diff(dim=1) != 1).any()) if positions.is_cpu else None
 
 
-def identify_scalar(value: Tensor) -> int | float:
-    """Return the number in a tensor (), to compare batches by.
-
-    For a tensor on a device return its id, to avoid waiting for the device.
-    """
-    return value.item() if value.is_cpu else id(value)
-
-
 def identify_value(value: object, item: RunBatch) -> object:
-    """Return the text of a None, bool, number or str, to compare batches by.
+    """Return the number in a tensor (), or the text of a None, bool, number or str, to compare batches by.
 
-    For any other value return the id of the batch, so that its batch shares no pass.
+    For a tensor on a device return its id, to avoid waiting for the device. For any other value return the id of the
+    batch, so that its batch shares no pass.
     """
+    if isinstance(value, Tensor):
+        return value.item() if value.is_cpu else id(value)
     plain = value is None or isinstance(value, (bool, int, float, str))
     return repr(value) if plain else id(item.batch)
 

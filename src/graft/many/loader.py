@@ -61,29 +61,13 @@ class Loader:
         self._batches: Iterator[object] | None = None
         self._is_broken = False  # an error has stopped the iterator, which may have lost a batch
         self._last: tuple[Batch, States, States] | None = None  # with the draws before and after it
-        self._again: tuple[Batch, States, States] | None = None  # the last, if it was given back
+        self._is_returned = False  # the last batch was given back
 
     def next_batch(self) -> Batch | None:
-        """Return a copy of the next batch, or None if the data has ended.
+        """Return the next batch as a new dict. At the data's end begin the next epoch, with its random states in
+        `began` and `taken` 0, or return None with `once`.
 
         A batch that was returned comes again, counts in `taken` again, and the random states become those after it.
-        After an error, continue where the loader was.
-
-        Raises:
-            ConfigError: there is no batch in the data, or a batch is no mapping.
-        """
-        if self._again is None:
-            return self._read_batch()
-        self._last, self._again = self._again, None
-        batch, _, self.draws.states = self._last
-        self.taken += 1
-        return dict(batch)
-
-    def _read_batch(self) -> Batch | None:
-        """Return the next batch of the data as a new dict.
-
-        At the data's end begin the next epoch, with its random states in `began` and `taken` 0, or return None with
-        `once`.
 
         Counts the batch in `taken`, and keeps it with the random states before and after in `_last`. `first` gets the
         digest of the very first batch. The run's random states are used while the data is read, except from a list.
@@ -93,6 +77,11 @@ class Loader:
         Raises:
             ConfigError: a batch is no mapping, or an epoch has no batch.
         """
+        if self._is_returned and self._last is not None:
+            self._is_returned = False
+            batch, _, self.draws.states = self._last
+            self.taken += 1
+            return dict(batch)
         if self._is_broken:
             self.seek(self.epoch, self.taken, self.began, now=self.draws.states)
         before = self.draws.states
@@ -115,7 +104,7 @@ class Loader:
         if batch is END and not self.once:
             self._batches, self.epoch, self.taken = None, self.epoch + 1, 0
             self.began = self.draws.states
-            return self._read_batch()
+            return self.next_batch()
         if batch is END:
             return None
         if self.first is None and not self.epoch and not self.taken:
@@ -143,7 +132,7 @@ class Loader:
         `taken` falls by one. A batch must have been taken.
         """
         assert self._last is not None
-        self._again, self.draws.states = self._last, self._last[1]
+        self._is_returned, self.draws.states = True, self._last[1]
         self.taken -= 1
 
     def _epoch_iterator(self) -> Iterator[object]:
@@ -166,7 +155,7 @@ class Loader:
         Drops the iterator and a returned batch; the next `next_batch` seeks to the position, as `_is_broken` becomes
         True. `now`: the random states at the position.
         """
-        self.epoch, self.taken, self.began, self._batches, self._again = epoch, taken, began, None, None
+        self.epoch, self.taken, self.began, self._batches, self._is_returned = epoch, taken, began, None, False
         self._is_broken, self.draws.states = True, now
 
     def seek(self, epoch: int, taken: int, began: States, now: States) -> None:

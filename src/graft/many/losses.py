@@ -121,12 +121,9 @@ def compute_span_loss(model: nn.Module, _: int | None, output: Outputs, batch: O
 
 
 LOSSES: dict[str, Loss] = {  # each of (model, number of the head's labels, output, batch)
-    "ForCausalLM": compute_token_loss,
-    "ForConditionalGeneration": compute_token_loss,
-    "ForMaskedLM": compute_token_loss,
-    "ForSequenceClassification": compute_classification_loss,
-    "ForImageClassification": compute_classification_loss,
-    "ForAudioClassification": compute_classification_loss,
-    "ForTokenClassification": compute_classification_loss,
+    **dict.fromkeys(("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM"), compute_token_loss),
+    **dict.fromkeys(
+        (f"For{task}Classification" for task in ("Sequence", "Image", "Audio", "Token")), compute_classification_loss
+    ),
     "ForQuestionAnswering": compute_span_loss,
 }

@@ -411,8 +411,8 @@ class Run:
         if self._flat is None:
             for p, grad, got in zip(row.parameters, row.gradients, row.received):
                 p.grad = grad if got else None
-        else:
-            self._flat.restore_gradients(row)
+        elif any([vector.grad is None for vector in self._flat.vectors]):  # by zero_grad
+            self._flat.attach_row(row)
         if self.clip is not None:
             clip_grads_with_norm_(self.parameters if self._flat is None else self._flat.vectors, self.clip, length)
 

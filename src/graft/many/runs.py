@@ -986,17 +986,16 @@ class MultiTrain:
         """
         refused = {name: error for name, error in self._batch_errors.items() if not is_out_of_memory(error)}
         for name, error in self._batch_errors.items():
-            run = self._runs[name]
-            if name not in refused:
-                text = run.fail(f"one batch needs more memory ({error})", float("nan"))
-                warn(f"{text} Give it smaller batches, and accumulate= for the same step.", PeftWarning)
-                continue
             if len(refused) == batches:
                 raise error
-            text = run.fail(f"the model cannot take its batch ({shorten_text(repr(error))})", float("nan"))
-            drop_frames(error)
-            run.error = error
-            warn(f"{text} Remove it, mend its data, and add it again.", PeftWarning)
+            run, why = self._runs[name], f"one batch needs more memory ({error})"
+            remedy = "Give it smaller batches, and accumulate= for the same step."
+            if name in refused:
+                why = f"the model cannot take its batch ({shorten_text(repr(error))})"
+                remedy = "Remove it, mend its data, and add it again."
+                drop_frames(error)
+                run.error = error
+            warn(f"{run.fail(why, math.nan)} {remedy}", PeftWarning)
 
     def _run_pass(
         self, items: list[RunBatch], compute: Callable[[list[RunBatch]], Sequence[T]], is_half: bool = False
@@ -1192,14 +1191,11 @@ class MultiTrain:
 
         With `base_in_eval`, training mode is set for adapters' modules and heads only, and the base is in eval mode.
         """
-        model = self._peft_model
-        if not (training and self.base_in_eval):
-            if model.training != training or self.base_in_eval:
-                model.train(training)
-            return
-        model.eval()
-        for module in self._list_adapter_modules():
-            module.training = True
+        if self.base_in_eval or self._peft_model.training != training:
+            self._peft_model.train(training and not self.base_in_eval)
+        if self.base_in_eval and training:
+            for module in self._list_adapter_modules():
+                module.training = True
 
     def run(self, progress: bool = False, save: str | os.PathLike[str] | None = None, every: int = 100) -> MultiTrain:
         """Make rounds until no run takes part. Return self, also if there are no runs.
@@ -1220,8 +1216,7 @@ class MultiTrain:
             raise ConfigError(f"run: every must be a positive int, got {every!r}.")
         if save is not None:
             self.claims.claim(os.fspath(save), self._runs)
-        table = Progress(self.list_runs) if progress else None
-        with table or nullcontext():
+        with Progress(self.list_runs) if progress else nullcontext() as table:
             for step in self:
                 if table is not None:
                     table.update()
@@ -1383,8 +1378,7 @@ def refuse_base_change(name: str, config: PeftConfig) -> None:
         setting = f"layer_replication={ranges}"
     if setting is not None:
         raise ConfigError(
-            f"Run '{name}': {setting} changes the base, so that the files of other runs would not fit a fresh base. "
-            "Leave it out, or train this adapter alone, made by get_peft_model()."
+            f"Run '{name}': {setting} changes the base that all runs share. Leave it out, or train this adapter alone."
         )
 
 

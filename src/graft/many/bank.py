@@ -101,7 +101,7 @@ class AdapterRow:
                 gradient.copy_(addend)
             self.received[i] = True
         if additions:
-            torch._foreach_add_(*map(list, zip(*additions)))
+            torch._foreach_add_([to for to, _ in additions], [value for _, value in additions])
 
 
 class Sink:
@@ -337,9 +337,9 @@ class Banks:
                     (additions if row.received[i] else copies).append((row.gradients[i], grad))
                 row.received[i] = True
         if copies:
-            torch._foreach_copy_(*map(list, zip(*copies)))
+            torch._foreach_copy_([to for to, _ in copies], [value for _, value in copies])
         if additions:
-            torch._foreach_add_(*map(list, zip(*additions)))
+            torch._foreach_add_([to for to, _ in additions], [value for _, value in additions])
 
     def compute_norms(self, names: Mapping[str, bool]) -> list[Tensor]:
         """Return for each name the norm of its gradients, (), in the order of `names`.
@@ -379,19 +379,9 @@ def can_share_row(parameters: Parameters, memories: Mapping[int, int]) -> bool:
         and p.is_contiguous()
         and not p.is_meta
         and memories.get(p.untyped_storage().data_ptr(), 1) == 1
-        and not is_hooked(p)
+        and not any(read_hooks(p) for read_hooks in HOOKS)
         for p in parameters
     )
-
-
-def ends_at_line(p: Tensor) -> bool:
-    """Return True if the size of a tensor is a multiple of 64 bytes, so that it ends where a line of memory does."""
-    return p.numel() % (64 // p.element_size()) == 0
-
-
-def is_hooked(p: Tensor) -> bool:
-    """Return True if a tensor has backward hooks or hooks after the accumulation of its gradient."""
-    return any(read_hooks(p) for read_hooks in HOOKS)
 
 
 def lay_out_row(parameters: Parameters) -> tuple[list[tuple[int, int]], int]:

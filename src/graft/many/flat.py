@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
-from graft.many.bank import AdapterRow, ends_at_line, lay_out_row
+from graft.many.bank import AdapterRow, lay_out_row
 
 ELEMENTWISE = frozenset(
     {
@@ -47,8 +47,9 @@ def can_flatten(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> boo
         return False
     ids = {id(p) for p in parameters}
     for group in optimizer.param_groups:
-        whole = not group.get("fused")  # that kernel rounds otherwise where a tensor ends within a vector of the CPU
-        if not all(id(p) in ids and p.dim() and (whole or ends_at_line(p)) for p in group["params"]):
+        # that kernel rounds otherwise where a tensor ends within a vector of the CPU: not at a line of 64 bytes
+        line = 64 if group.get("fused") else 1
+        if not all(id(p) in ids and p.dim() and p.numel() * p.element_size() % line == 0 for p in group["params"]):
             return False
     return True
 

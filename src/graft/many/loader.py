@@ -79,9 +79,9 @@ class Loader:
         """
         if self._is_returned and self._last is not None:
             self._is_returned = False
-            batch, _, self.draws.states = self._last
+            last, _, self.draws.states = self._last
             self.taken += 1
-            return dict(batch)
+            return dict(last)
         if self._is_broken:
             self.seek(self.epoch, self.taken, self.began, now=self.draws.states)
         before = self.draws.states

@@ -365,7 +365,8 @@ class MultiTrain:
                 data, steps = description.make_batches(draws)
                 optimizer = partial(description.optimizer, model)
                 schedule = partial(description.trainer.create_scheduler, steps)
-                loss, loss_name = description.make_loss(self.base, loss), run_file.to_json_value(description.loss_name)
+                loss = partial(description.compute_loss, self.base, loss)
+                loss_name = run_file.to_json_value(description.loss_name)
             with draws:
                 run_optimizer = optimizer(parameters)
                 run_schedule = None if schedule is None else schedule(run_optimizer)
@@ -461,8 +462,7 @@ class MultiTrain:
         self._fans = {}
         if name in self._banks.rows:
             self._assign_rows(releases=True)
-        model = self.model
-        assert model is not None
+        model = self._peft_model
         if list(model.peft_config) == [name]:
             model.unload(keep_modules=False)
             self.model = None

@@ -231,7 +231,7 @@ def sweep(
         return runs.add(trial.name, configs[trial.name], data=loader, optimizer=maker, steps=steps, **chosen)
 
     assigned, is_first = trials[rank::world], rank == 0
-    job = SweepJob(runs, trials, assigned, add_run, valid, path, save_every, exchange, is_first, progress)
+    job = SweepJob(runs, trials, assigned, add_run, valid, save_every, exchange, is_first, progress)
     note: dict[str, object] = {"config": config.to_file_dict(), "rungs": ladder, "keep": keep}
     note |= {"optimizer": optimizer, "seed": seed, "options": options}
     if path is not None:
@@ -308,7 +308,6 @@ class SweepJob:
     assigned: list[Trial]
     add_run: Callable[[Trial], Run]
     valid: Iterable[object]
-    folder: str | None
     save_every: int
     exchange: Exchange
     first: bool  # this process writes the table, and shows one
@@ -372,15 +371,15 @@ class SweepJob:
             seen = find_validation_loss(run, until)
             trial.losses.append(math.nan if seen is None else seen)
             trial.steps, trial.curve, trial.state = run.step, [list(point) for point in run.curve], run.state
-        if self.folder is not None and self.runs.names:
-            self.runs.save(self.folder)
+        if self.runs.folder is not None and self.runs.names:
+            self.runs.save(self.runs.folder)
 
     def run_rounds(self) -> None:
         """Make rounds until no run takes part, and save to the folder every `save_every` rounds and at the end.
 
         Without a folder nothing is saved. With `progress` the first process shows the table.
         """
-        self.runs.run(self.progress and self.first, self.folder, self.save_every)
+        self.runs.run(self.progress and self.first, self.runs.folder, self.save_every)
 
     def exchange_rows(self) -> None:
         """Exchange rows with the other processes, and update trials, in place, from rows that have losses of more rungs
@@ -406,7 +405,7 @@ class SweepJob:
                 are then unchanged.
         """
         self.note = run_file.to_json_value(note | {"settings": [t.setting for t in self.trials]})
-        path = None if self.folder is None else os.path.join(self.folder, TABLE)
+        path = None if self.runs.folder is None else os.path.join(self.runs.folder, TABLE)
         if path is None or not os.path.exists(path):
             self.write_table()  # another sweep then sees that the folder is taken
             return
@@ -430,15 +429,15 @@ class SweepJob:
 
         Only the first process does so, and only with a folder; else nothing happens.
         """
-        if self.folder is None or not self.first:
+        if self.runs.folder is None or not self.first:
             return
-        os.makedirs(self.folder, exist_ok=True)
+        os.makedirs(self.runs.folder, exist_ok=True)
         document = {"sweep": self.note, "trials": [asdict(t) for t in self.trials]}
         text = json.dumps(document, indent=1, default=run_file.name_object, skipkeys=True)
-        replace_file(os.path.join(self.folder, TABLE), text + "\n")
+        replace_file(os.path.join(self.runs.folder, TABLE), text + "\n")
         for trial in self.trials:
             if trial.state in ("dropped", "failed"):
-                run_file.delete_run(trial.name, self.folder)
+                run_file.delete_run(trial.name, self.runs.folder)
 
     def save_kept_adapters(self, rungs: int) -> None:
         """Mark trials that reached all rungs as kept, unless they failed or were dropped, and write the table.
@@ -453,10 +452,10 @@ class SweepJob:
             if len(trial.losses) < rungs or trial.state in ("failed", "dropped"):
                 continue
             trial.state = "kept"
-            if self.folder is None or trial not in self.assigned:
+            if self.runs.folder is None or trial not in self.assigned:
                 continue
-            if trial.name not in self.runs and run_file.load_run(trial.name, self.folder) is not None:
+            if trial.name not in self.runs and run_file.load_run(trial.name, self.runs.folder) is not None:
                 self.add_run(trial)  # trained before this process
             if trial.name in self.runs:
-                self.runs.save_adapter(trial.name, os.path.join(self.folder, trial.name))
+                self.runs.save_adapter(trial.name, os.path.join(self.runs.folder, trial.name))
         self.write_table()

@@ -68,9 +68,8 @@ class TrainerDescription:
         dtypes = {p.dtype for p in model.parameters()}
         if left := [k for k, dtype in LOOP_ARGUMENTS.items() if getattr(self.args, k, None) and dtype not in dtypes]:
             warn(
-                f"Run '{name}': its Trainer's {', '.join(left)} counts for nothing here, since a joint pass computes "
-                "in the base's dtype and adds no noise. Load the base in bfloat16, or train this adapter by its "
-                "Trainer.",
+                f"Run '{name}': its Trainer's {', '.join(left)} counts for nothing in a joint pass. Load the base in "
+                "bfloat16, or train this adapter by its Trainer.",
                 PeftWarning,
             )
         self.seed, self.accumulate = int(self.args.seed), int(self.args.gradient_accumulation_steps)
@@ -106,40 +105,31 @@ class TrainerDescription:
         finally:
             trainer.model = its_model
 
-    def make_loss(self, model: nn.Module, model_loss: Loss | None) -> Loss:
-        """Return a loss (output, batch) that calls the Trainer's `compute_loss` with a stand-in for the model, which
-        gives the run's rows of a joint pass. The stand-in returns the given output; the model does not run.
+    def compute_loss(self, model: nn.Module, model_loss: Loss | None, output: object, batch: Batch) -> Tensor:
+        """Return the loss of a batch by the Trainer's `compute_loss`. That gets a stand-in for the model, which returns
+        the given output, the run's rows of a joint pass; the model does not run. It also gets a copy of the batch
+        without the counts of items and batches.
 
-        The loss is divided by the number of batches in the step unless the Trainer has divided it already. It raises
-        ConfigError if `compute_loss` does not call the model.
+        The loss is divided by the number of batches in the step unless the Trainer has divided it already: by its
+        `loss_is_scaled_for_ga`, else if it counts items or has a `compute_loss_func`.
 
         model_loss: the loss of one run's rows; None: the model has none.
+
+        Raises:
+            ConfigError: `compute_loss` does not call the model.
         """
         trainer: Any = self.trainer
-
-        def compute_loss(output: object, batch: Batch) -> Tensor:
-            """Return the Trainer's loss of a batch.
-
-            It is divided by the number of batches in the step unless the Trainer has divided it already: by its
-            `loss_is_scaled_for_ga`, else if it counts items or has a `compute_loss_func`.
-
-            `compute_loss` gets a copy of the batch without the counts of items and batches. Raises ConfigError if it
-            does not call the model.
-            """
-            inputs = {k: v for k, v in batch.items() if k not in (ITEMS, WINDOW)}
-            items = batch[ITEMS]
-            stands = ModelStandIn(model, self.name, type(trainer).__name__, output, inputs, model_loss)
-            value: Tensor = trainer.compute_loss(stands, dict(inputs), num_items_in_batch=items)
-            if not stands.called:
-                raise ConfigError(
-                    f"Run '{self.name}': {type(trainer).__name__}.compute_loss did not call the model. Let it call the "
-                    "model once."
-                )
-            is_mean = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
-            is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
-            return value if (is_mean if is_scaled is None else is_scaled) else value / batch[WINDOW]
-
-        return compute_loss
+        inputs = {k: v for k, v in batch.items() if k not in (ITEMS, WINDOW)}
+        items = batch[ITEMS]
+        stands = ModelStandIn(model, self.name, type(trainer).__name__, output, inputs, model_loss)
+        value: Tensor = trainer.compute_loss(stands, dict(inputs), num_items_in_batch=items)
+        if not stands.called:
+            raise ConfigError(
+                f"Run '{self.name}': {type(trainer).__name__}.compute_loss did not call the model. Let it call it once."
+            )
+        is_mean = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
+        is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        return value if (is_mean if is_scaled is None else is_scaled) else value / batch[WINDOW]
 
 
 class StepBatches:

@@ -37,6 +37,15 @@ from graft.storage.parallel import is_sharded, layout_of
 # states of the gradients of a part; those that are faults are named as their lists in AuditReport
 NONE, ZERO, BROKEN, FINE = "no_gradient", "zero_gradient", "not_finite", "fine"
 
+TINY = 1e-5  # share of its weight below which an update changes nothing that one could see
+HUGE = 10.0  # share above which nothing is left of the weight
+FAR = 10.0  # times below or above the range of good learning rates
+
+
+def declare_fault(title: str, remedy: str) -> Any:
+    """Return a field of AuditReport for the entries of one fault, a list; its metadata hold the fault and remedy."""
+    return field(default_factory=list, metadata={"fault": (title, remedy)})
+
 
 @dataclass
 class AuditReport:
@@ -46,18 +55,57 @@ class AuditReport:
     of the other lists are parameters.
     """
 
-    never_called: list[str] = field(default_factory=list)  # known if the audit ran the model itself
-    no_gradient: list[str] = field(default_factory=list)
-    zero_gradient: list[str] = field(default_factory=list)
-    not_finite: list[str] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
-    exploded: list[str] = field(default_factory=list)
-    not_moved: list[str] = field(default_factory=list)  # after steps of an optimizer
-    nothing_trains: list[str] = field(default_factory=list)  # active adapters, if no parameter of the model trains
-    not_trained: list[str] = field(default_factory=list)  # of active adapters: would be saved, and are frozen
-    not_saved: list[str] = field(default_factory=list)
-    not_optimized: list[str] = field(default_factory=list)
-    far_rates: list[str] = field(default_factory=list)  # learning rates, by adapter; known for Adam and its like
+    never_called: list[str] = declare_fault(  # known if the audit ran the model itself
+        "the forward pass never called",
+        "The model uses these modules' weights past them, or not at all: leave them out with exclude_modules.",
+    )
+    no_gradient: list[str] = declare_fault(
+        "active, but no gradient came there",
+        "The forward pass did not call these modules, or what they return does not reach the loss: no_grad() or "
+        "detach() on the way, adapters disabled or merged, or gradient checkpointing of inputs without gradients "
+        "(call model.enable_input_require_grads()). Leave out with exclude_modules what the model does not call.",
+    )
+    zero_gradient: list[str] = declare_fault(
+        "active, but all gradients are zero",
+        "Their scaling is 0, all their factors are 0 (re-initialise the adapter), or the loss does not depend on them.",
+    )
+    not_finite: list[str] = declare_fault(
+        "gradients that are not finite",
+        "The loss or an activation overflows: look at inputs and loss, lower the learning rate, or train in bfloat16.",
+    )
+    broken: list[str] = declare_fault(
+        "values that are not finite",
+        "Training has gone on past an overflow: start again from an earlier checkpoint, with a lower learning rate.",
+    )
+    exploded: list[str] = declare_fault(
+        f"updates more than {HUGE:.0f} times as large as the weights that they change",
+        "Start again with a lower learning rate (for LoRA, 1e-4 to 1e-3 is usual), or clip gradients.",
+    )
+    not_moved: list[str] = declare_fault(  # after steps of an optimizer
+        f"updates that are less than {TINY:.0e} of the weights that they change, after steps of the optimizer",
+        "The adapters are as good as untrained: raise the learning rate (for LoRA, 1e-4 to 1e-3 is usual), see that "
+        "the optimizer holds them and the schedule has not ended at 0, or train longer.",
+    )
+    nothing_trains: list[str] = declare_fault(  # active adapters, if no parameter of the model trains
+        "a backward pass ran, and no parameter of the model requires gradients; active are",
+        "Load with is_trainable=True, or call set_adapter(name).",
+    )
+    not_trained: list[str] = declare_fault(  # of active adapters: would be saved, and are frozen
+        "would be saved, but are frozen",
+        "If they should train, call model.set_requires_grad(name), or load with is_trainable=True.",
+    )
+    not_saved: list[str] = declare_fault(
+        "train, but save_pretrained() writes no file with them",
+        "Name their modules in modules_to_save (or set bias), save them yourself, or freeze them.",
+    )
+    not_optimized: list[str] = declare_fault(
+        "train, but are not in the optimizer",
+        "Make the optimizer after the adapters were added and activated, or add_param_group() them.",
+    )
+    far_rates: list[str] = declare_fault(  # learning rates, by adapter; known for Adam and its like
+        f"learning rates more than {FAR:.0f} times outside what is known to be good",
+        "print(graft.suggest_lr(config, model)) says what was tested, and what the method's source has.",
+    )
     after: str = ""  # which backward passes left the gradients; empty: there was none
     updates: dict[str, float] = field(default_factory=dict)  # norm of each update, as a share of its weight's
     stepped: bool = False  # an optimizer has changed the adapters, as far as one can tell
@@ -99,63 +147,7 @@ class AuditReport:
         return f"{least:.1e}" if least == most else f"{least:.1e} to {most:.1e}"
 
 
-TINY = 1e-5  # share of its weight below which an update changes nothing that one could see
-HUGE = 10.0  # share above which nothing is left of the weight
-FAR = 10.0  # times below or above the range of good learning rates
-
-SECTIONS = {  # {field of AuditReport: (fault, remedy)}
-    "never_called": (
-        "the forward pass never called",
-        "The model uses these modules' weights past them, or not at all: leave them out with exclude_modules.",
-    ),
-    "no_gradient": (
-        "active, but no gradient came there",
-        "The forward pass did not call these modules, or what they return does not reach the loss: no_grad() or "
-        "detach() on the way, adapters disabled or merged, or gradient checkpointing of inputs without gradients "
-        "(call model.enable_input_require_grads()). Leave out with exclude_modules what the model does not call.",
-    ),
-    "zero_gradient": (
-        "active, but all gradients are zero",
-        "Their scaling is 0, all their factors are 0 (re-initialise the adapter), or the loss does not depend on them.",
-    ),
-    "not_finite": (
-        "gradients that are not finite",
-        "The loss or an activation overflows: look at inputs and loss, lower the learning rate, or train in bfloat16.",
-    ),
-    "broken": (
-        "values that are not finite",
-        "Training has gone on past an overflow: start again from an earlier checkpoint, with a lower learning rate.",
-    ),
-    "exploded": (
-        f"updates more than {HUGE:.0f} times as large as the weights that they change",
-        "Start again with a lower learning rate (for LoRA, 1e-4 to 1e-3 is usual), or clip gradients.",
-    ),
-    "not_moved": (
-        f"updates that are less than {TINY:.0e} of the weights that they change, after steps of the optimizer",
-        "The adapters are as good as untrained: raise the learning rate (for LoRA, 1e-4 to 1e-3 is usual), see that "
-        "the optimizer holds them and the schedule has not ended at 0, or train longer.",
-    ),
-    "nothing_trains": (
-        "a backward pass ran, and no parameter of the model requires gradients; active are",
-        "Load with is_trainable=True, or call set_adapter(name).",
-    ),
-    "not_trained": (
-        "would be saved, but are frozen",
-        "If they should train, call model.set_requires_grad(name), or load with is_trainable=True.",
-    ),
-    "not_saved": (
-        "train, but save_pretrained() writes no file with them",
-        "Name their modules in modules_to_save (or set bias), save them yourself, or freeze them.",
-    ),
-    "not_optimized": (
-        "train, but are not in the optimizer",
-        "Make the optimizer after the adapters were added and activated, or add_param_group() them.",
-    ),
-    "far_rates": (
-        f"learning rates more than {FAR:.0f} times outside what is known to be good",
-        "print(graft.suggest_lr(config, model)) says what was tested, and what the method's source has.",
-    ),
-}
+SECTIONS: dict[str, tuple[str, str]] = {f.name: f.metadata["fault"] for f in fields(AuditReport) if f.metadata}
 
 
 class Part(NamedTuple):

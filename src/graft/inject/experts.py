@@ -224,11 +224,10 @@ class UnreachedTargets:
         """
         if not self.layers:
             return ""
-        wanted = [f"{path}.weight" for path in self.layers]
         return (
             f"Experts are adapted, and {', '.join(self.layers[:3])}{', …' * (len(self.layers) > 3)} left out, as PEFT "
             "does: it would not load them from a file. To adapt them as well, name them in target_parameters, such as "
-            f"'{wanted[0]}'."
+            f"'{self.layers[0]}.weight'."
         )
 
 

@@ -74,14 +74,17 @@ class Injection(InjectionJob):
 
         Return this injection.
 
-        `team` is looked up first; on a base that FSDP2 has sharded, the stores of the survey's layers are looked up
-        again. With replaced steps their config is swapped meanwhile. The model and the caller's config stay as they
-        are. Raises the errors of `resolve_job`.
+        `team` is looked up first; on a base that FSDP2 has sharded, the dense stores of the survey's layers and
+        wrappers are looked up again, except of merged ones. With replaced steps their config is swapped meanwhile. The
+        model and the caller's config stay as they are. Raises the errors of `resolve_job`.
         """
         self.team = find_team(self.model.modules())  # before stores are found, which depend on it
         self.tree = self.tree or survey_model(self.model)
         if self.team is not None and self.team.sharding is not None:
-            find_stores_again(self.tree)
+            for layer in (*self.tree.layers.values(), *self.tree.wrappers.values()):
+                if layer.store is DENSE and not layer.state.merged:  # a merged layer's store has to undo the merge
+                    weight = layer.base_weight
+                    layer.store = layer.site.store = find_store_of_tensor(weight.module, weight.name)
         self.cfg = copy.copy(self.config)
         with nullcontext() if self.steps is None else self.steps.swap_config(self):
             find.resolve_job(self)
@@ -150,27 +153,15 @@ class Injection(InjectionJob):
             sharding.set_trainability(self.biases, True)  # type: ignore[arg-type]  # parameters by now
 
 
-def find_stores_again(tree: ModuleTree) -> None:
-    """Set the store of each layer and wrapper with a weight that FSDP2 has sharded since its first adapter came, in
-    place.
-
-    Only stores for dense weights are looked up again. Merged layers keep theirs, which has to undo the merge.
-    """
-    for layer in (*tree.layers.values(), *tree.wrappers.values()):
-        if layer.store is DENSE and not layer.state.merged:
-            weight = layer.base_weight
-            layer.store = layer.site.store = find_store_of_tensor(weight.module, weight.name)
-
-
 def list_frozen_names(model: nn.Module, tree: ModuleTree) -> set[str] | None:
     """Return the names of the parameters that do not train, all names of shared ones.
 
     Returns None if no parameter trains, and an empty set if all train.
     """
-    frozen_parameters = [p for p in tree.owners if not p.requires_grad]
-    if len(frozen_parameters) == len(tree.owners):
+    trains = [p.requires_grad for p in tree.owners]
+    if not any(trains):
         return None
-    if not frozen_parameters:
+    if all(trains):
         return set()
     return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
 

@@ -268,31 +268,32 @@ def check_adapter_name(name: str, taken: Sequence[str] = (), remedy: str = REMED
     Args:
         remedy: the second sentence of the error for a taken name.
     """
+    why = None
     if not isinstance(name, str) or not name:
-        raise AdapterNameError(f"An adapter needs a non-empty string as its name, got {shorten_text(repr(name))}.")
-    if "." in name:
-        raise AdapterNameError(
-            f'module name can\'t contain ".", got: {name}: adapter names are parts of parameter names.'
-        )
-    if "/" in name or "\\" in name or name == BASE:
-        raise AdapterNameError(
-            f"'{name}' cannot name an adapter: names become folders, and '{BASE}' means the base model."
-        )
-    try:
-        size = len(os.fsencode(name))
-    except UnicodeEncodeError:
-        size = 0
-    if not 0 < size <= LONGEST_NAME or "\0" in name:
-        raise AdapterNameError(
+        why = f"An adapter needs a non-empty string as its name, got {shorten_text(repr(name))}."
+    elif "." in name:
+        why = f'module name can\'t contain ".", got: {name}: adapter names are parts of parameter names.'
+    elif "/" in name or "\\" in name or name == BASE:
+        why = f"'{name}' cannot name an adapter: names become folders, and '{BASE}' means the base model."
+    elif not is_file_name(name):
+        why = (
             f"{shorten_text(repr(name))} cannot name an adapter: names become folders, and file systems take up to "
             f"{LONGEST_NAME} bytes of valid text without NUL."
         )
-    if name in _TAKEN:
-        raise AdapterNameError(
-            f"attribute '{name}' already exists on torch's containers: give the adapter another name."
-        )
-    if name in taken:
-        raise AdapterNameError(f"Adapter with name '{name}' already exists. {remedy}")
+    elif name in _TAKEN:
+        why = f"attribute '{name}' already exists on torch's containers: give the adapter another name."
+    elif name in taken:
+        why = f"Adapter with name '{name}' already exists. {remedy}"
+    if why is not None:
+        raise AdapterNameError(why)
+
+
+def is_file_name(name: str) -> bool:
+    """Return True if file systems can encode a name: into 1 to 255 bytes, without NUL."""
+    try:
+        return 0 < len(os.fsencode(name)) <= LONGEST_NAME and "\0" not in name
+    except UnicodeEncodeError:
+        return False
 
 
 MANY = 10_000  # new objects; below this the collector searches them in a few ms

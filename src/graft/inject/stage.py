@@ -24,8 +24,7 @@ from graft.core.random import build_on, read_generator_states, restore_generator
 from graft.core.site import Site
 from graft.inject.match import Matcher
 from graft.inject.parts import AdapterCarriers
-from graft.inject.survey import ModuleTree
-from graft.storage.find import innermost
+from graft.inject.survey import ModuleTree, survey_model
 from graft.storage.flat import sendable
 from graft.storage.fsdp2 import Sharding, find_sharding
 from graft.storage.meeting import LONG_PATIENCE, Meeting
@@ -57,22 +56,11 @@ def find_absent_modules(modules: dict[str, nn.Module]) -> dict[str, str]:
 
 
 def find_absent_in_model(model: nn.Module) -> dict[str, str]:
-    """Return {path: parent's path} of the modules that this process lacks, in a model with or without adapters.
+    """Return the modules of a model that other pipeline stages have, as `find_absent_modules`, by one survey of it.
 
-    {} on a single process.
+    Paths are those of the base model. Returns {} for a single process.
     """
-    return find_absent_modules(dict(_walk_modules("", model))) if processes() > 1 else {}
-
-
-def _walk_modules(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield a module and all below it with their paths, one with two paths twice.
-
-    Carriers and wrappers of children are skipped, so that paths are those of the base.
-    """
-    yield path, module
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _walk_modules(f"{path}.{name}" if path else name, innermost(child))
+    return find_absent_modules(survey_model(model).modules) if processes() > 1 else {}
 
 
 def list_missing_blocks(blocks: nn.Module) -> list[str]:
@@ -167,6 +155,14 @@ def find_model_group(modules: Iterable[nn.Module]) -> dist.ProcessGroup | None:
     return next((g for m in modules if (g := find_group(m)) is not None), None)
 
 
+def attempt(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """Call `act`. Return (its result, None), or (None, the exception that it raised)."""
+    try:
+        return act(), None
+    except Exception as e:
+        return None, e
+
+
 class ProcessTeam:
     """The processes that compute one model, in pieces or with a sharded base, and so have to hold equal adapters.
 
@@ -231,11 +227,7 @@ class ProcessTeam:
                 the lowest: its text, or its class if the text is empty.
             Exception: the error of `act` here.
         """
-        error, result = None, None
-        try:
-            result = act()
-        except Exception as e:
-            error = e
+        result, error = attempt(act)
         text = None if error is None else str(error) or type(error).__name__
         texts = {rank: text for rank, text in self.gather(text).items() if text}
         if error is not None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from graft.core.errors import CheckpointError, DistributedError
 from graft.inject.build import make_spare_layer
 from graft.inject.parts import AdapterCarriers
+from graft.inject.stage import attempt
 from graft.io.entries import Entry
 from graft.io.fingerprint import hash_text
 from graft.storage.meeting import PATIENCE, get_store, leave_error, pickle_error
@@ -137,11 +138,7 @@ def run_on_all(act: Callable[[], T], call: str) -> T:
     """
     if processes() == 1:
         return act()
-    error, result = None, None
-    try:
-        result = act()
-    except Exception as e:
-        error = e
+    result, error = attempt(act)
     Meeting(call, "", range(processes()))
     errors = [pickle.loads(e) for e in exchange_objects(pickle_error(error))]
     if error is not None:

@@ -63,17 +63,14 @@ def get_peft_model_state_dict(
         AdapterKeyError: `state_dict` lacks one of its tensors.
         CheckpointError: a tensor is one process's part, and has to be gathered first.
     """
-    parts, prefix, base, config = find_carriers(model, adapter_name)
-    return collect_adapter_tensors(model, parts, prefix, base, adapter_name, config, state_dict, save_embedding_layers)
+    carriers = find_carriers(model, adapter_name)
+    return collect_adapter_tensors(model, carriers, adapter_name, state_dict, save_embedding_layers)
 
 
 def collect_adapter_tensors(
     model: nn.Module,
-    parts: AdapterCarriers,
-    prefix: str,
-    base: nn.Module,
+    carriers: tuple[AdapterCarriers, str, nn.Module, Any],
     adapter_name: str,
-    config: Any,
     state_dict: dict[str, Tensor] | None,
     save_embedding_layers: str | bool,
 ) -> dict[str, Tensor]:
@@ -91,7 +88,7 @@ def collect_adapter_tensors(
         AdapterKeyError: `state_dict` lacks one of its tensors.
         CheckpointError: a value has another shape than the tensor.
     """
-    state = state_dict
+    (parts, prefix, base, config), state = carriers, state_dict
     if state is not None:  # also by names without the parts of wrappers, unless these are names of other tensors
         clean_names = {strip_all_wrappers(k): v for k, v in state.items()}
         state = clean_names | {strip_outer_wrappers(k): v for k, v in state.items()} | state

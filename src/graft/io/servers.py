@@ -218,7 +218,8 @@ def write_shared(
     """
     names = dict(zip(block.parts[IN], PARTS[IN][not block.is_gated :])) | {block.parts[OUT][0]: "down_proj"}
     names = name_parts_by_w(block.parts) if by_w else names
-    for part, pair in block.split_by_part(collapse_shared(pairs)).items():
+    shared = {IN: FactorPair(pairs[IN].A[:1], pairs[IN].B), OUT: FactorPair(pairs[OUT].A, pairs[OUT].B[:1])}
+    for part, pair in block.split_by_part(shared).items():
         yield from name_factors(f"{block.hub_path}.{names[part]}", *pair)
 
 
@@ -235,14 +236,6 @@ def name_factors(stem: str, A: Tensor, B: Tensor) -> Iterator[tuple[str, Tensor]
     yield f"{stem}.lora_B.weight", B.contiguous()
 
 
-def collapse_shared(pairs: Mapping[str, FactorPair]) -> dict[str, FactorPair]:
-    """Return the pairs with only expert 0 in A of the input's stack and in B of the output's.
-
-    Both are views of one expert. Whether the other experts are equal is not checked.
-    """
-    return {IN: FactorPair(pairs[IN].A[:1], pairs[IN].B), OUT: FactorPair(pairs[OUT].A, pairs[OUT].B[:1])}
-
-
 # back: from a server's layout to PEFT's
 
 
@@ -254,11 +247,7 @@ INNER = "base_layer"  # PEFT's name of the first of two stacks
 PartFactors = dict[str, dict[str, dict[int | None, Tensor]]]  # part → A or B → expert, None: all → values
 
 
-class BlockStack(NamedTuple):
-    """The factors of one stack in a file, and their scaling."""
-
-    pair: FactorPair
-    scaling: float
+BlockStack = tuple[FactorPair, float]  # the factors of a stack, and the scaling that its file has for them
 
 
 def convert_server_layout(tensors: dict[str, Tensor], config: PeftConfig, model: nn.Module) -> dict[str, Tensor]:
@@ -355,7 +344,9 @@ def read_block(block: ServerBlock, values: PartFactors, config: PeftConfig) -> d
             continue
         if not (pair.A.any() or pair.B.any()):
             continue  # zeros, for a server that needs each stack
-        out[which] = BlockStack(FactorPair(*(t.expand(n, -1, -1) for t in pair)), read_scaling(config, at))
+        path_config: Any = config.at(at)
+        r = path_config.r**0.5 if path_config.use_rslora else path_config.r
+        out[which] = FactorPair(*(t.expand(n, -1, -1) for t in pair)), float(path_config.lora_alpha / r)
     return out
 
 
@@ -393,12 +384,6 @@ def separate_gate_up(pairs: list[FactorPair]) -> list[FactorPair]:
     first, second = (pair.B.expand(n, -1, -1) for pair in pairs)
     zeros = first.new_zeros(n, first.shape[1], second.shape[2]), second.new_zeros(n, second.shape[1], first.shape[2])
     return [FactorPair(A, torch.cat([first, zeros[0]], 2)), FactorPair(A, torch.cat([zeros[1], second], 2))]
-
-
-def read_scaling(config: Any, path: str) -> float:
-    """Return the scaling that the config gives the path: alpha / r, or alpha / √r with rsLoRA."""
-    path_config = config.at(path)
-    return float(path_config.lora_alpha / (path_config.r**0.5 if config.use_rslora else path_config.r))
 
 
 def configure_stacks(

@@ -292,9 +292,8 @@ def file_contents(
     """
     registry = get_registry(model)
     parts, base, config = registry.parts_of(name), registry.model, copy.copy(registry.peft_config[name])
-    tensors = save.collect_adapter_tensors(
-        model, parts, parts.prefix, base, name, registry.peft_config[name], state_dict, embeddings
-    )
+    carriers = parts, parts.prefix, base, registry.peft_config[name]
+    tensors = save.collect_adapter_tensors(model, carriers, name, state_dict, embeddings)
     if subtract is not None:
         from graft.methods.lora.convert import subtract_initial, warn_rounded
 

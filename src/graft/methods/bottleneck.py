@@ -82,20 +82,15 @@ class BottleneckConfig(Targeted, Chosen):
         super().__post_init__()
         self.places: dict[str, BottleneckPlace] = {}  # no fields: these hold for one model only
         self.width: int | None = None
-        for r in self.factors:
-            POSITIVE.check("reduction_factor", r)
+        r = self.reduction_factor
+        for factor in r.values() if isinstance(r, dict) else (r,):
+            POSITIVE.check("reduction_factor", factor)
         if self.is_parallel and (self.mh_adapter or self.cross_adapter or not self.output_adapter):
             raise ConfigError("Parallel bottlenecks adapt the MLP only. Leave mh_adapter and cross_adapter off.")
         if self.original_ln_before and not self.is_parallel and (self.mh_adapter or self.cross_adapter):
             raise ConfigError(
                 "After an attention the bottleneck acts before the residual. Set original_ln_before=False."
             )
-
-    @property
-    def factors(self) -> list[float]:
-        """The reduction factors, as a list: all values of a dict, or the one number."""
-        r = self.reduction_factor
-        return list(r.values()) if isinstance(r, dict) else [r]
 
     def factor(self, block: int) -> float:
         """Return the reduction factor of a block: the number itself, or the dict's entry for the block, or for
@@ -535,8 +530,7 @@ class Bottleneck(Method[BottleneckConfig]):
         """Return the inverse of the invertible function of h, the head's input, which is cast to the adapter's dtype,
         and not back.
         """
-        coupling = self.bottleneck_inv
-        return coupling.inverse(h.to(self.dtype))
+        return self.bottleneck_inv.inverse(h.to(self.dtype))
 
     def before_norm(self, s: Tensor) -> Tensor:
         """Return the update u(LN s) for the norm's input s; the norm's input becomes s + u.

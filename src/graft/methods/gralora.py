@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -50,14 +50,11 @@ class GraLoRA(Method[GraloraConfig]):
     published_lr = PublishedRate(2e-4, 2e-4, COMPARISON)
     targets = LORA
     facts = ("r", "hybrid_r", "gralora_k", "alpha")
-    empty: ClassVar[dict[str, nn.ParameterDict | nn.ModuleDict]] = {
-        f"gralora_{x}_general": nn.ModuleDict() for x in "AB"
-    }
 
-    gralora_A: nn.Parameter  # (k, in / k, r)
-    gralora_B: nn.Parameter  # (k, r, out / k)
     gralora_A_general: nn.Module  # weight (hybrid_r, in)
     gralora_B_general: nn.Module  # weight (out, hybrid_r)
+    gralora_A: nn.Parameter  # (k, in / k, r)
+    gralora_B: nn.Parameter  # (k, r, out / k)
     gralora_dropout: nn.Module
     scaling: float
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,6 @@ class HiRA(Method[HiraConfig]):
     prefix = "hira_"
     published_lr = PublishedRate(4.5e-3, 4.5e-3, COMPARISON)
     targets = LORA
-    empty: ClassVar[dict[str, nn.ParameterDict | nn.ModuleDict]] = {
-        f"hira_{x}": nn.ParameterDict() for x in ("A", "B", "embedding_A", "embedding_B")
-    }
 
     hira_A: nn.Parameter  # (r, in / groups, *kernel)
     hira_B: nn.Parameter  # (out, r, 1, …)

@@ -158,7 +158,13 @@ def update_and_allocate(tuner: Tuner, global_step: int) -> None:
         if cfg.rank_pattern:
             zero_pruned_values(methods, cfg)
         return
-    check_gradients(name, methods)
+    for m in methods.values():
+        layout = layout_of(m.lora_E)
+        if layout is not None and not layout.has_gradients:
+            raise NotImplementedError(
+                f"update_and_allocate of AdaLoRA adapter '{name}' needs whole gradients, and {layout.name} keeps them "
+                "in parts. Train it with DDP or fully_shard (FSDP2), or train LoRA."
+            )
     if global_step < last:
         if methods and all(m.lora_E.grad is None for m in methods.values()):
             raise ValueError(
@@ -175,17 +181,6 @@ def update_and_allocate(tuner: Tuner, global_step: int) -> None:
         cfg.rank_pattern = {f"{key}.lora_E.{name}": mask for key, mask in masks.items()}
     if global_step == last:
         state.importance = Importance(cfg.beta1, cfg.beta2)
-
-
-def check_gradients(name: str, methods: dict[str, Method]) -> None:
-    """Raise NotImplementedError if a sharded layout of E keeps gradients in parts that cannot be put together."""
-    for m in methods.values():
-        layout = layout_of(m.lora_E)
-        if layout is not None and not layout.has_gradients:
-            raise NotImplementedError(
-                f"update_and_allocate of AdaLoRA adapter '{name}' needs whole gradients, and {layout.name} keeps them "
-                "in parts. Train it with DDP or fully_shard (FSDP2), or train LoRA."
-            )
 
 
 @torch.no_grad()

@@ -38,8 +38,11 @@ def initialise(lora: Method, how: bool | str) -> None:
     site = lora.site
     if lora.lora_bias and how is not False:
         lora.lora_B.bias.data.zero_()
-    if how is True:
-        (_table if site.op.takes_ids else _plain)(A, B)
+    if how is True and site.op.takes_ids:
+        A.zero_()
+        B.normal_()
+    elif how is True:
+        _plain(A, B)
     elif how is False:
         pass  # as the modules of A and B, or `build`, initialise themselves
     elif how.lower() == "gaussian":
@@ -69,15 +72,6 @@ def _plain(A: Tensor, B: Tensor) -> None:
     bound = kaiming_bound(A[0].numel())
     A.uniform_(-bound, bound)
     B.zero_()
-
-
-def _table(A: Tensor, B: Tensor) -> None:
-    """Fill A with zeros and B with standard normal values, the start of an embedding.
-
-    Both are data of parameters, so that autograd records nothing.
-    """
-    A.zero_()
-    B.normal_()
 
 
 def _orthogonal(A: Tensor, B: Tensor) -> None:
@@ -130,14 +124,9 @@ def set_first_values(lora: Method, A: Tensor, B: Tensor) -> None:
 PLACE = ("lora_B", "weight")
 
 
-def to_file(values: Tensors) -> Tensors:
-    """Return the tensors with `lora_B.weight` halved; all others as they are."""
-    return {place: t / 2 if place == PLACE else t for place, t in values.items()}
-
-
-def from_file(tensors: Tensors) -> Tensors:
-    """Return the tensors with `lora_B.weight` doubled; all others as they are."""
-    return {place: t * 2 if place == PLACE else t for place, t in tensors.items()}
+def scale_B(tensors: Tensors, factor: float) -> Tensors:
+    """Return tensors by place, with B of a linear layer times `factor`; the others as they are."""
+    return {place: t * factor if place == PLACE else t for place, t in tensors.items()}
 
 
 class Started(Method[LoraConfig]):
@@ -212,7 +201,7 @@ class Started(Method[LoraConfig]):
         it is now.
         """
         if self.via_container:
-            values = to_file(values)
+            values = scale_B(values, 0.5)
         if start_name(cfg.init_lora_weights) is None:  # a caller says so: the file is for the base as it is now
             return {place: t for place, t in values.items() if place[0] != shift.NAME}
         return values
@@ -229,7 +218,7 @@ class Started(Method[LoraConfig]):
         (`complete_file_tensors`).
         """
         tensors = shift.complete_file_tensors(self, tensors) if self.keeps_shift else tensors
-        return from_file(tensors) if self.via_container else tensors
+        return scale_B(tensors, 2) if self.via_container else tensors
 
     def finish_load(self) -> None:
         """With `keeps_shift`, change the base weight as the loaded shift says (`apply_file_shift`). Else do nothing."""

@@ -191,12 +191,6 @@ def require_width(model: nn.Module) -> int:
     return int(size)
 
 
-def backbone_of(model: nn.Module) -> nn.Module:
-    """Return the module that holds the stack of blocks (`stack_of`); the model itself if there is none."""
-    stack = stack_of(model)
-    return model if stack is None else stack[0]
-
-
 def make_modules(model: nn.Module, cfg: ShadowConfig) -> dict[str, nn.Module]:
     """Return the modules that SHADOW adds: "shadow_backbone", the mirror or loaded network, "shadow_projection" to the
     model's width, and for SEQ_CLS "shadow_head".
@@ -242,7 +236,8 @@ def mirror(model: nn.Module, cfg: ShadowConfig) -> Any:
     forward that takes `inputs_embeds` it is marked with `needs_embeddings`, and its child `embed_tokens`, if there is
     one, becomes None.
     """
-    base = backbone_of(model)
+    stack = stack_of(model)
+    base: Any = model if stack is None else stack[0]
     config = copy.deepcopy(base.config)
     sizes = {size: getattr(cfg, f"shadow_{size}") for size in SIZES}
     sizes["num_hidden_layers"] = sizes["num_hidden_layers"] or 1
